@@ -1,0 +1,64 @@
+"""Writing files so that nothing is ever half written, and reading json that came from a stranger."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from billhook.errors import BillhookError, JobError
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it into place.
+
+    Raises JobError when the disk is full or the folder cannot be written; the temporary file is removed.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=_folder(path))
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise JobError(f"Cannot write {path}: {error.strerror or error}. Free some space or choose another place.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _folder(path: Path) -> Path:
+    if not path.parent.is_dir():
+        raise BillhookError(f"Cannot write {path}: the folder {path.parent} does not exist. Create it first.")
+    return path.parent
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented json, atomically, with a final newline; NaN and infinity are refused."""
+    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a json object; `what` names the kind of file in messages."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BillhookError(f"There is no {what} at {path}.") from None
+    except OSError as error:
+        raise BillhookError(f"Cannot read the {what} {path}: {error.strerror or error}.") from None
+    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise BillhookError(f"{path} is not a {what}: it is not valid json ({error}).") from None
+    if not isinstance(value, dict):
+        raise BillhookError(f"{path} is not a {what}: the top level must be an object, found {type(value).__name__}.")
+    return value
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, as lower-case hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
