@@ -10,7 +10,8 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from billhook.errors import BillhookError
 
@@ -50,7 +51,12 @@ class Option:
             if value not in choices:
                 raise BillhookError(f"{where}: {self.name}={value!r} is not one of {', '.join(map(str, choices))}.{hint(str(value), choices)}")
             return value
-        kind = self.annotation
+        if get_origin(self.annotation) in (Union, UnionType):  # `float | None`: None means "choose for me"
+            if value is None or value == "none":
+                return None
+            kind = next(a for a in get_args(self.annotation) if a is not type(None))
+        else:
+            kind = self.annotation
         try:
             if kind is bool:
                 return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]

@@ -1,0 +1,105 @@
+"""The measured table: one row of facts per prunable layer. Allocation reads nothing else, so it needs no model and no torch.
+
+File format: docs/formats.md, `table.json`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from billhook.errors import BillhookError
+from billhook.files import read_json, write_json
+from billhook.registry import hint
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prunable layer: its full name, block number, kind (name inside the block), shape (out, in) and metrics."""
+
+    layer: str
+    block: int
+    kind: str
+    shape: tuple[int, int]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows in model order; `model` and `made_by` say which model was measured and how."""
+
+    rows: tuple[Row, ...]
+    model: dict[str, Any] = field(default_factory=dict)
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    @property
+    def total(self) -> int:
+        """Number of prunable weights."""
+        return sum(row.n for row in self.rows)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Layer name -> (out, in)."""
+        return {row.layer: row.shape for row in self.rows}
+
+    def blocks(self) -> dict[int, list[Row]]:
+        """Block number -> its rows, in depth order."""
+        grouped: dict[int, list[Row]] = {}
+        for row in sorted(self.rows, key=lambda row: row.block):
+            grouped.setdefault(row.block, []).append(row)
+        return grouped
+
+    def columns(self) -> list[str]:
+        """Names of the metrics that every row has."""
+        names = list(self.rows[0].metrics) if self.rows else []
+        return [name for name in names if all(name in row.metrics for row in self.rows)]
+
+    def column(self, name: str) -> list[float]:
+        """The metric `name` of every row, in row order; raises BillhookError when it was not measured."""
+        if name not in self.columns():
+            there = ", ".join(self.columns()) or "no metrics at all"
+            raise BillhookError(
+                f"The table has no column {name!r} (it has {there}).{hint(name, self.columns())} "
+                f"Make it with: billhook measure MODEL --metrics {name} -o table.json"
+            )
+        return [row.metrics[name] for row in self.rows]
+
+    def save(self, path: str | Path) -> None:
+        """Write table.json atomically."""
+        rows = [{"layer": r.layer, "block": r.block, "kind": r.kind, "shape": list(r.shape), "metrics": r.metrics} for r in self.rows]
+        write_json(Path(path), {"version": VERSION, "model": self.model, "made_by": self.made_by, "rows": rows})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Table":
+        """Read table.json; raises BillhookError naming the first entry that is not as documented."""
+        value = read_json(Path(path), "table")
+        if value.get("version") != VERSION or not isinstance(value.get("rows"), list) or not value["rows"]:
+            raise BillhookError(f"{path} is not a table of version {VERSION}: make one with billhook measure.")
+        rows = tuple(_row(entry, f"{path}, row {number}") for number, entry in enumerate(value["rows"]))
+        if len({row.layer for row in rows}) != len(rows):
+            raise BillhookError(f"{path} names a layer twice.")
+        return cls(rows, dict(value.get("model") or {}), dict(value.get("made_by") or {}))
+
+
+def _row(entry: Any, where: str) -> Row:
+    try:
+        out, columns = entry["shape"]
+        row = Row(str(entry["layer"]), int(entry["block"]), str(entry["kind"]), (int(out), int(columns)), dict(entry["metrics"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BillhookError(f"{where}: needs layer, block, kind, shape [out, in] and metrics ({error!r}).") from None
+    if row.block < 0 or min(row.shape) < 1:
+        raise BillhookError(f"{where} ({row.layer}): block and shape must be positive, got block {row.block}, shape {row.shape}.")
+    for name, number in row.metrics.items():
+        if not isinstance(number, int | float) or isinstance(number, bool) or number != number or abs(number) == float("inf"):
+            raise BillhookError(f"{where} ({row.layer}): metric {name} must be a finite number, got {number!r}.")
+    return row

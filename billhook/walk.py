@@ -1,0 +1,194 @@
+"""Walk a model block by block, each block seeing what the blocks before it, as they now are, really produce.
+
+`for block in walk(model, batches, statistics): ...` is the whole protocol: when the loop body runs, `block.stats` holds the statistics
+of each layer's inputs, and whatever the body does to the block's weights changes what the next block sees. Each block is replayed
+with its own captured call arguments (masks and rotary tables differ between blocks in Gemma 2/3 and GPT-OSS).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from billhook.arch import Layer, find_blocks, find_layers
+from billhook.errors import JobError
+from billhook.stats import Collector, LayerStats
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one block's call, without the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block, its prunable layers, its inputs (one tensor [batch, length, width] a batch) and its layers' statistics."""
+
+    index: int
+    name: str
+    module: nn.Module
+    layers: list[Layer]
+    inputs: list[Tensor]
+    stats: dict[str, LayerStats]
+
+
+@torch.no_grad()
+def walk(
+    model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequence[str] = (), *, dense: bool = False
+) -> Iterator[Block]:
+    """Yield every block in depth order.
+
+    `batches` are token ids [batch, length] int64, in the order in which statistics accumulate; empty if no statistics are asked.
+    `dense=True` promises that the loop body changes no weight, which saves the second pass through each block.
+    Raises JobError when activations are not finite (naming the block).
+    """
+    name, blocks = find_blocks(model)
+    by_block: dict[int, list[Layer]] = {}
+    for layer in find_layers(model):
+        by_block.setdefault(layer.block, []).append(layer)
+    calls, hidden = _capture(model, blocks, batches) if batches else ([], [])
+    for index, block in enumerate(blocks):
+        layers = by_block.get(index, [])
+        observer = _Observer(layers, statistics)
+        outputs = []
+        for h, call in zip(hidden, calls, strict=True) if statistics or dense else ():
+            with observer:
+                output = _run(block, h, call[index])
+            if dense:
+                outputs.append(output)
+        yield Block(index, f"{name}.{index}", block, layers, hidden, observer.stats())
+        if index + 1 < len(blocks):
+            hidden = outputs if dense else [_run(block, h, call[index]) for h, call in zip(hidden, calls, strict=True)]
+            _check(hidden, f"{name}.{index}")
+
+
+def _check(hidden: Sequence[Tensor], name: str) -> None:
+    if not all(bool(torch.isfinite(h.sum(dtype=torch.float64))) for h in hidden):
+        raise JobError(f"The output of {name} holds NaN or infinity. Run in a wider type (--dtype float32) or check the weights.")
+
+
+def _run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    result = block(hidden, *call.args, **call.kwargs)
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output
+
+
+def _capture(model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Tensor]) -> tuple[list[list[Call]], list[Tensor]]:
+    """Run the model with its blocks replaced by stubs that only note their arguments.
+
+    Returns per batch the calls of all blocks, and the hidden states that enter the first. Costs an embedding and one real block.
+    """
+    calls: list[list[Call]] = []
+    hidden: list[Tensor] = []
+    extra: list[tuple[Any, ...] | None] = []  # what a block returns after the hidden states; None for a bare tensor
+
+    def stub(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            kwargs = dict(kwargs)
+            states, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            if index == 0:
+                hidden.append(states)
+                calls.append([])
+            if not extra:
+                result = forward(states, *rest, **kwargs)
+                extra.append(result[1:] if isinstance(result, tuple) else None)
+            shared = calls[-2][index] if len(calls) > 1 else None
+            calls[-1].append(_share(Call(rest, kwargs), shared))
+            return states if extra[0] is None else (states, *extra[0])
+
+        return noting
+
+    with ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            stack.callback(block.__dict__.pop, "forward", None)
+            block.forward = stub(index, block.forward)
+        for batch in batches:
+            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+    return calls, hidden
+
+
+def _share(call: Call, previous: Call | None) -> Call:
+    """Replace arguments that equal the previous batch's by those, so that masks and rotary tables are held once."""
+    if previous is None or len(previous.args) != len(call.args):
+        return call
+    args = tuple(_same(new, old) for new, old in zip(call.args, previous.args, strict=True))
+    return Call(args, {key: _same(value, previous.kwargs.get(key)) for key, value in call.kwargs.items()})
+
+
+def _same(new: Any, old: Any) -> Any:
+    if isinstance(new, Tensor):
+        return old if isinstance(old, Tensor) and new.dtype == old.dtype and torch.equal(new, old) else new
+    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
+        return tuple(_same(n, o) for n, o in zip(new, old, strict=True))
+    return new
+
+
+class _Observer(TorchFunctionMode):
+    """Feeds every layer's inputs to a collector while a block runs; entered once a batch.
+
+    Linear modules are watched by hooks. Experts are slices of a 3-D parameter without a module of their own: their products are seen
+    as they pass through torch, the slice being known by its place in memory. Layers that share one input tensor (query, key and
+    value; gate and up) share one collector, so no statistic is computed twice.
+    """
+
+    def __init__(self, layers: Sequence[Layer], statistics: Sequence[str]) -> None:
+        super().__init__()
+        self._layers = layers if statistics else []
+        self._collectors = {
+            layer.name: Collector(tuple(statistics), layer.shape[1], layer.weight.device) for layer in self._layers
+        }
+        self._leaders: dict[str, str] = {}
+        self._seen: dict[tuple[int, ...], tuple[str, Tensor]] = {}
+        self._experts = {layer.weight.data_ptr(): layer for layer in self._layers if layer.expert is not None}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "_Observer":
+        for layer in self._layers:
+            if layer.expert is None:
+                self._handles.append(layer.module.register_forward_pre_hook(self._hook(layer)))
+        if self._experts:
+            super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._seen.clear()
+        if self._experts:
+            super().__exit__(*error)
+
+    def _hook(self, layer: Layer) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._note(layer, args[0])
+
+        return note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS and isinstance(args[1], Tensor) and (layer := self._experts.get(args[1].data_ptr())):
+            self._collectors[layer.name].add(args[0].detach())
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, layer: Layer, x: Tensor) -> None:
+        key = (x.data_ptr(), x._version, *x.shape, *x.stride())
+        leader, _ = self._seen.setdefault(key, (layer.name, x))  # holding x keeps its address from being reused
+        if self._leaders.setdefault(layer.name, leader) != leader:
+            raise JobError(f"{layer.name} shares its input with other layers in some batches only: this architecture is not supported yet.")
+        if leader == layer.name:
+            self._collectors[leader].add(x.detach())
+
+    def stats(self) -> dict[str, LayerStats]:
+        """Layer name -> its statistics so far."""
+        return {layer.name: self._collectors[self._leaders.get(layer.name, layer.name)].stats() for layer in self._layers}
+
+
+_PRODUCTS = frozenset(
+    {nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm}
+)
