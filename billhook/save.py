@@ -1,0 +1,230 @@
+"""Write a changed model as a directory that stock `transformers` opens, with the layout of the directory it came from.
+
+Every weight file of the source is written again with the same tensors, names, order, dtypes and metadata, only with the values
+of the model in memory (in the dtype on disk); every other file (config, tokenizer, generation config, code, licence) is copied
+byte for byte. Where `transformers` renamed or fused tensors while loading, its own reverse conversion is used; where that
+does not lead back to the names on disk, `save_pretrained` chooses the layout and the result says so.
+
+All of it happens in a hidden directory beside the output that takes the output's name at the very end: after a failure of any
+kind there is no output, and an old one is as it was.
+"""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import PreTrainedModel
+
+from billhook.checkpoint import quiet
+from billhook.errors import BillhookError, JobError
+from billhook.files import sha256, write_json
+from billhook.shards import INDEX, Entry, Shard, read_shard, rewrite, weight_files
+
+RECORD = "billhook.json"
+_OURS = (RECORD, INDEX)
+_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz", ".ot", ".pkl"})
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
+_DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written: SHA-256 by file name (billhook.json apart), and a note when the layout is not that of the source."""
+
+    path: Path
+    files: dict[str, str]
+    note: str | None
+
+
+def check_output(output: Path, source: Path | None = None, *, overwrite: bool = False, needed: int = 0) -> Path:
+    """Check, before any work, that `output` can be written; returns it resolved.
+
+    Raises BillhookError when it is a file, is not empty (unless `overwrite` and it is a model directory), lies in the source,
+    or its folder does not exist; JobError when fewer than `needed` bytes are free there.
+    """
+    output = Path(output).expanduser().resolve()
+    if source is not None and (output == source.resolve() or source.resolve() in output.parents or output in source.resolve().parents):
+        raise BillhookError(f"The output {output} and the source model {source} lie in each other: choose another output.")
+    if output.exists() and not output.is_dir():
+        raise BillhookError(f"The output {output} is a file: choose a directory.")
+    if not output.parent.is_dir():
+        raise BillhookError(f"Cannot write {output}: the folder {output.parent} does not exist. Create it first.")
+    if not os.access(output.parent, os.W_OK):
+        raise BillhookError(f"Cannot write {output}: the folder {output.parent} is not writable.")
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise BillhookError(f"The output {output} exists and is not empty: choose another, or allow replacing it (--overwrite).")
+        if not (output / "config.json").is_file():
+            raise BillhookError(f"The output {output} is not empty and not a model directory, so it is not replaced: choose another.")
+    free = shutil.disk_usage(output.parent).free
+    if free < needed:
+        raise JobError(f"The disk of {output.parent} is too full: {_size(needed)} needed, {_size(free)} free.")
+    return output
+
+
+def save_pruned(
+    model: PreTrainedModel,
+    source: Path | None,
+    output: Path,
+    *,
+    record: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Saved:
+    """Write `model`, loaded from the directory `source` (None: built in memory) and changed since, to `output`.
+
+    `record` becomes billhook.json, with the checksums under `files`; `texts` are further files by name. Raises what
+    `check_output` raises, JobError when writing fails or a value does not fit the dtype on disk.
+    """
+    needed = sum(file.stat().st_size for file in weight_files(source)) if source else 0
+    output = check_output(output, source, overwrite=overwrite, needed=needed)
+    with _staging(output, needed) as folder:
+        note = _write_weights(model, source, folder)
+        if source is not None:
+            _copy_others(source, folder)
+        for name, text in (texts or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        files = checksums(folder)
+        if record is not None:
+            write_json(folder / RECORD, {**record, "files": files})
+    return Saved(output, files, note)
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file under `directory` except billhook.json, by path relative to it, in order of name."""
+    files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return {name: sha256(directory / name) for name in files if name != RECORD}
+
+
+@contextmanager
+def _staging(output: Path, needed: int) -> Iterator[Path]:
+    """Give a hidden directory beside `output`; it becomes `output` when the body ends, and vanishes when the body fails."""
+    folder: Path | None = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        yield folder
+        _flush(folder)
+        _put_in_place(folder, output)
+    except OSError as error:
+        raise JobError(_failure(error, output, needed)) from None
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _failure(error: OSError, output: Path, needed: int) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(output.parent).free
+        return f"The disk is full: writing {output} needs {_size(needed)}, {_size(free)} are free. Nothing was left behind; make room."
+    return f"Cannot write {output}: {error.strerror or error}. Nothing was left behind."
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+
+
+def _flush(folder: Path) -> None:
+    """Force everything to the disk, and give the directory the permissions a plain mkdir would have given."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+
+
+def _put_in_place(folder: Path, output: Path) -> None:
+    if not (output.is_dir() and any(output.iterdir())):
+        os.rename(folder, output)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
+    os.rename(output, old)
+    try:
+        os.rename(folder, output)
+    except BaseException:
+        os.rename(old, output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy_others(source: Path, folder: Path) -> None:
+    """Copy every file that holds no weights; whatever `save_pretrained` may have written under the same name gives way."""
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
+        if hidden or not path.is_file() or path.suffix in _WEIGHTS or path.name.endswith(".index.json") or path.name == RECORD:
+            continue
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / relative)
+
+
+def _write_weights(model: PreTrainedModel, source: Path | None, folder: Path) -> str | None:
+    shards = [read_shard(file) for file in weight_files(source)] if source else []
+    if source is None or not shards:
+        _write_stock(model, folder, [])
+        return None
+    tensors = disk_tensors(model)
+    reason = _mismatch(tensors, shards)
+    if reason:
+        _write_stock(model, folder, shards)
+        return f"The weights do not lead back to the layout of {source} ({reason}); they were written in transformers' own."
+    for shard in shards:
+        rewrite(shard, folder / shard.path.name, lambda entry: _bytes(tensors[entry.name], entry) if entry.name in tensors else None)
+    if (source / INDEX).is_file():
+        shutil.copyfile(source / INDEX, folder / INDEX)
+    return None
+
+
+def disk_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's tensors under the names they have on disk, aliases of tied weights included."""
+    return revert_weight_conversion(model, model.state_dict())  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _mismatch(tensors: Mapping[str, Tensor], shards: list[Shard]) -> str | None:
+    """Why the source's layout cannot take these tensors, or None. A tied weight needs to be on disk under one name only."""
+    entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
+    written = {tensors[name].data_ptr() for name in entries if name in tensors}
+    for name, tensor in tensors.items():
+        if name not in entries and tensor.data_ptr() not in written:
+            return f"{name} is not there"
+        if name in entries and (entries[name].shape != tuple(tensor.shape) or entries[name].dtype not in _DTYPES):
+            return f"{name} is {entries[name].dtype} {list(entries[name].shape)} there"
+    return None
+
+
+def _bytes(tensor: Tensor, entry: Entry) -> memoryview:
+    """The little-endian bytes of `tensor` in the dtype of `entry`."""
+    value = tensor.detach().to("cpu", _DTYPES[entry.dtype])
+    if value.dtype != tensor.dtype and value.is_floating_point() and not torch.isfinite(value).all():
+        raise JobError(f"{entry.name} holds values that do not fit {entry.dtype}, its dtype on disk. Nothing was left behind.")
+    return memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _write_stock(model: PreTrainedModel, folder: Path, shards: list[Shard]) -> None:
+    """`save_pretrained`, in the dtype and the shard size of the source's files when there are any."""
+    options: dict[str, Any] = {}
+    if shards:
+        options["max_shard_size"] = max(sum(e.stop - e.start for e in shard.entries.values()) for shard in shards)
+        most = Counter(entry.dtype for shard in shards for entry in shard.entries.values()).most_common(1)[0][0]
+        options["state_dict"] = _cast(model.state_dict(), _DTYPES.get(most, model.dtype))
+    with quiet():
+        model.save_pretrained(folder, **options)
+
+
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Cast the floating-point tensors; tensors that share memory still share it afterwards."""
+    done: dict[int, Tensor] = {}
+    return {k: done.setdefault(v.data_ptr(), v.to(dtype)) if v.is_floating_point() else v for k, v in state.items()}

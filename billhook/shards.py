@@ -1,0 +1,138 @@
+"""Safetensors files at the level of bytes: list, read, count zeros, and rewrite values while the layout stays as it was.
+
+A safetensors file is 8 bytes of header length, a json header (name -> dtype, shape, byte range) and the values. Keeping the
+header byte for byte and writing new values behind it keeps names, order, dtypes and metadata of the input exactly, with one
+tensor in memory at a time. This module imports no torch, so a pruned model can be checked without it.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from billhook.errors import BillhookError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100_000_000
+_CHUNK = 1 << 24
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8}
+_BITS |= {"BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: `start` and `stop` are byte positions in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its header (length included) as it stands, and its tensors in the order of their bytes."""
+
+    path: Path
+    header: bytes
+    entries: dict[str, Entry]
+
+
+def read_shard(path: Path) -> Shard:
+    """Read and check the header of a safetensors file; raises BillhookError when it is missing, damaged or truncated."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(_MAX_HEADER, size - 8):
+                raise BillhookError(f"{path} is not a safetensors file, or it is cut off: copy or download it again.")
+            header = file.read(length)
+    except OSError as error:
+        raise BillhookError(f"Cannot read the weights {path}: {error.strerror or error}.") from None
+    try:
+        listed = json.loads(header)
+        listed.pop("__metadata__", None)
+        entries = [_entry(name, item, 8 + length) for name, item in listed.items()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise BillhookError(f"{path} has a damaged safetensors header: copy or download it again.") from None
+    entries.sort(key=lambda entry: (entry.start, entry.stop))
+    _check_ranges(path, entries, 8 + length, size)
+    return Shard(path, start + header, {entry.name: entry for entry in entries})
+
+
+def _entry(name: str, item: dict[str, object], offset: int) -> Entry:
+    start, stop = (int(x) for x in item["data_offsets"])  # type: ignore[attr-defined]
+    shape = tuple(int(x) for x in item["shape"])  # type: ignore[attr-defined]
+    entry = Entry(name, str(item["dtype"]), shape, offset + start, offset + stop)
+    if (stop - start) * 8 != math.prod(shape) * _BITS[entry.dtype] or min(shape, default=0) < 0:
+        raise ValueError(name)
+    return entry
+
+
+def _check_ranges(path: Path, entries: list[Entry], position: int, size: int) -> None:
+    for entry in entries:
+        if entry.start != position:
+            raise BillhookError(f"{path} has a damaged safetensors header at {entry.name}: copy or download it again.")
+        position = entry.stop
+    if position != size:
+        raise BillhookError(f"{path} holds {size} bytes where its header promises {position}: copy or download it again.")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, by its index or the single file; raises BillhookError naming what is missing."""
+    index = directory / INDEX
+    if not index.is_file():
+        return [directory / SINGLE] if (directory / SINGLE).is_file() else []
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise BillhookError(f"{index} is not a safetensors index: it needs a `weight_map` from tensor to file name.") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+            raise BillhookError(f"{index} names the file {name!r}: only plain file names in the same directory are allowed.")
+        if not (directory / name).is_file():
+            raise BillhookError(f"{index} names {name}, which is not in {directory}: copy or download the missing file.")
+    return [directory / name for name in names]
+
+
+def zeros(shard: Shard, entry: Entry) -> np.ndarray:
+    """Where a floating-point tensor is exactly zero (either sign): bool, the tensor's shape."""
+    if entry.dtype not in _FLOATS:
+        raise BillhookError(f"{shard.path}: {entry.name} is {entry.dtype}, not a floating-point tensor; zeros cannot be counted in it.")
+    bits = _BITS[entry.dtype]
+    kind = np.dtype(f"<u{bits // 8}")
+    values = np.fromfile(shard.path, dtype=kind, count=math.prod(entry.shape), offset=entry.start)
+    magnitude = kind.type((1 << (bits - 1)) - 1)  # every bit but the sign
+    found: np.ndarray = (values & magnitude == 0).reshape(entry.shape)
+    return found
+
+
+def rewrite(shard: Shard, target: Path, values: Callable[[Entry], memoryview | None]) -> str:
+    """Write `target` with the layout of `shard` and return its SHA-256.
+
+    `values` gives the bytes of each tensor, in file order and exactly as many as before, or None to copy those of `shard`.
+    """
+    digest = hashlib.sha256(shard.header)
+    with open(shard.path, "rb") as source, open(target, "wb") as file:
+        file.write(shard.header)
+        for entry in shard.entries.values():
+            new = values(entry)
+            if new is not None:
+                assert new.nbytes == entry.stop - entry.start, entry.name
+                digest.update(new)
+                file.write(new)
+                continue
+            source.seek(entry.start)
+            for position in range(entry.start, entry.stop, _CHUNK):
+                piece = source.read(min(_CHUNK, entry.stop - position))
+                digest.update(piece)
+                file.write(piece)
+    return digest.hexdigest()
