@@ -64,7 +64,9 @@ def _download(name: str) -> Path:
     except GatedRepoError:
         raise BillhookError(f"{name} is gated on the hub: accept its terms there, then run `hf auth login`.") from None
     except RepositoryNotFoundError:
-        raise BillhookError(f"There is no directory {name} here and no model {name} on the hub (or it is private). Check the name.") from None
+        raise BillhookError(
+            f"There is no directory {name} here and no model {name} on the hub (or it is private). Check the name."
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise BillhookError(f"Cannot download {name} from the hub ({_first_line(error)}). Check the network or give a directory.") from None
 
@@ -112,9 +114,7 @@ def _check_kind(path: Path, config: dict[str, Any]) -> None:
         raise BillhookError(f"{path} is {kind}: only causal language models (AutoModelForCausalLM) can be pruned.")
 
 
-def load_model(
-    path: Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", trust_remote_code: bool = False
-) -> PreTrainedModel:
+def load_model(path: Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a checked model directory in evaluation mode.
 
     `dtype` "auto" keeps the checkpoint's own. Mixture-of-experts models get the plain (`eager`) product per expert, the one that
@@ -125,12 +125,11 @@ def load_model(
     checkpoint = check_directory(path)
     if "auto_map" in checkpoint.config and not trust_remote_code and not _has_native_class(checkpoint.config):
         raise BillhookError(f"{path} needs its own Python code to load. Read that code; if you trust it, allow it with trust_remote_code.")
+    auto: Any = AutoModelForCausalLM  # its stubs do not know output_loading_info
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     try:
         with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=_dtype(dtype), experts_implementation="eager", **options
-            )
+            model, info = auto.from_pretrained(path, dtype=_dtype(dtype), experts_implementation="eager", **options)
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise BillhookError(f"transformers cannot load {path}: {_first_line(error)}") from None
     _check_complete(path, info)
@@ -156,7 +155,11 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def _check_complete(path: Path, info: dict[str, Any]) -> None:
-    for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape"), ("unexpected_keys", "has, beyond the model,")):
+    for key, what in (
+        ("missing_keys", "lacks"),
+        ("mismatched_keys", "has in another shape"),
+        ("unexpected_keys", "has, beyond the model,"),
+    ):
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info.get(key, ()))
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -169,7 +172,9 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     """The tokenizer of a model directory, or None where it has none; raises BillhookError for a damaged one."""
     from transformers import AutoTokenizer
 
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")):
+    if not any(
+        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    ):
         return None
     try:
         with quiet():

@@ -32,7 +32,9 @@ from billhook.shards import INDEX, Entry, Shard, read_shard, rewrite, weight_fil
 
 RECORD = "billhook.json"
 _OURS = (RECORD, INDEX)
-_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz", ".ot", ".pkl"})
+_WEIGHTS = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz", ".ot", ".pkl"}
+)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
 _DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
@@ -190,7 +192,8 @@ def _write_weights(model: PreTrainedModel, source: Path | None, folder: Path) ->
 
 def disk_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The model's tensors under the names they have on disk, aliases of tied weights included."""
-    return revert_weight_conversion(model, model.state_dict())  # type: ignore[no-untyped-call, no-any-return]
+    tensors: dict[str, Tensor] = revert_weight_conversion(model, model.state_dict())
+    return tensors
 
 
 def _mismatch(tensors: Mapping[str, Tensor], shards: list[Shard]) -> str | None:

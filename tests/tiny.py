@@ -15,18 +15,27 @@ VOCABULARY = 258  # 256 bytes, <s>, </s>
 TEXT = "The quick brown fox jumps over the lazy dog; naïve façades cost 12 € each.\n"
 
 
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+
+
 def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     """A 4-block llama: grouped-query attention (4 heads, 2 key/value heads), tied embeddings, 32 wide, context 128."""
-    options = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
-    options |= dict(max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=256, eos_token_id=257)
-    return _build(LlamaForCausalLM, LlamaConfig(**(options | changes)), seed)
+    options = {"num_hidden_layers": 4, "intermediate_size": 64, "tie_word_embeddings": True}
+    return _build(LlamaForCausalLM, LlamaConfig(**(_COMMON | options | changes)), seed)
 
 
 def mixtral(seed: int = 0, **changes: Any) -> MixtralForCausalLM:
     """A 2-block mixtral with 4 experts, 2 used for each token; embeddings not tied."""
-    options = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    options |= dict(max_position_embeddings=128, num_local_experts=4, num_experts_per_tok=2, bos_token_id=256, eos_token_id=257)
-    return _build(MixtralForCausalLM, MixtralConfig(**(options | changes)), seed)
+    options = {"num_hidden_layers": 2, "intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return _build(MixtralForCausalLM, MixtralConfig(**(_COMMON | options | changes)), seed)
 
 
 def _build(kind: type[Any], config: Any, seed: int) -> Any:
