@@ -1,0 +1,102 @@
+"""Accumulated statistics equal those of all inputs at once, whatever the batches and the dtype."""
+
+import pytest
+import torch
+
+from billhook.errors import BillhookError, JobError
+from billhook.stats import STATISTICS, Collector
+
+ALL = tuple(STATISTICS)
+
+
+def inputs(tokens: int = 60, features: int = 12) -> torch.Tensor:
+    return torch.randn(tokens, features, generator=torch.Generator().manual_seed(0)) * torch.arange(features)
+
+
+@pytest.mark.parametrize("names", [("input_norm",), ("gram",), ALL])
+@pytest.mark.parametrize("batch", [1, 7, 60])
+def test_batches_add_up(names: tuple[str, ...], batch: int) -> None:
+    x = inputs()
+    collector = Collector(names, 12)
+    for part in x.split(batch):
+        collector.add(part)
+    stats = collector.stats()
+    assert stats.tokens == 60
+    assert stats.sequences == len(x.split(batch))
+    if "input_norm" in names:
+        torch.testing.assert_close(stats.input_norm, x.double().norm(dim=0).float())
+    else:
+        assert stats.input_norm is None
+    if "gram" in names:
+        torch.testing.assert_close(stats.gram, (x.double().T @ x.double()).float(), rtol=1e-5, atol=1e-4)
+    else:
+        assert stats.gram is None
+    assert all(value is None or value.dtype == torch.float32 for value in (stats.input_norm, stats.gram))
+
+
+def test_sequences_are_counted_from_the_batch_or_given() -> None:
+    collector = Collector(ALL, 12)
+    collector.add(inputs().view(4, 15, 12))
+    collector.add(inputs()[:5])
+    collector.add(inputs()[:5], sequences=3)
+    collector.add(inputs()[:0], sequences=0)
+    assert (collector.tokens, collector.sequences) == (70, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_overflow(dtype: torch.dtype) -> None:
+    x = torch.full((1000, 4), 3e4, dtype=dtype)
+    collector = Collector(ALL, 4)
+    collector.add(x)
+    value = float(x[0, 0])
+    torch.testing.assert_close(collector.stats().gram, torch.full((4, 4), 1000 * value * value), rtol=1e-5, atol=0)
+    torch.testing.assert_close(collector.stats().input_norm, torch.full((4,), 1000**0.5 * value), rtol=1e-5, atol=0)
+
+
+def test_a_long_run_loses_nothing_small() -> None:
+    collector = Collector(("input_norm",), 1)
+    collector.add(torch.full((1, 1), 4096.0))
+    for _ in range(1000):
+        collector.add(torch.full((1, 1), 0.5))  # each square is below the float32 resolution of the sum
+    torch.testing.assert_close(collector.stats().input_norm, torch.tensor([(4096.0**2 + 250) ** 0.5]), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("names", [("input_norm",), ("gram",)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_inputs_are_an_error(names: tuple[str, ...], bad: float) -> None:
+    x = inputs()
+    x[3, 5] = bad
+    collector = Collector(names, 12)
+    collector.add(x)
+    with pytest.raises(JobError, match="NaN or infinity"):
+        collector.stats()
+
+
+def test_inputs_are_not_modified_and_no_graph_is_kept() -> None:
+    x = inputs().requires_grad_()
+    before = x.detach().clone()
+    collector = Collector(ALL, 12)
+    collector.add(x)
+    assert torch.equal(x, before)
+    assert not collector.stats().gram.requires_grad
+
+
+def test_no_tokens_is_not_an_error_here() -> None:
+    stats = Collector(ALL, 3).stats()
+    assert stats.tokens == 0
+    assert torch.equal(stats.input_norm, torch.zeros(3))
+
+
+def test_notes_are_kept_once_and_apart() -> None:
+    collector = Collector(("gram",), 3)
+    first, second = collector.stats(), collector.stats()
+    first.note("damping raised")
+    first.note("damping raised")
+    assert (first.notes, second.notes) == (["damping raised"], [])
+
+
+def test_unknown_statistics_and_shapes() -> None:
+    with pytest.raises(BillhookError, match="Did you mean 'gram'"):
+        Collector(("grams",), 3)
+    with pytest.raises(ValueError, match="4 input features"):
+        Collector(ALL, 4).add(torch.zeros(2, 3))
