@@ -28,7 +28,8 @@ from transformers.modeling_utils import PreTrainedModel
 from billhook.checkpoint import quiet
 from billhook.errors import BillhookError, JobError
 from billhook.files import sha256, write_json
-from billhook.shards import INDEX, Entry, Shard, read_shard, rewrite, weight_files
+from billhook.places import places
+from billhook.shards import INDEX, Entry, Shard, layer_zeros, read_shard, rewrite, weight_files
 
 RECORD = "billhook.json"
 _OURS = (RECORD, INDEX)
@@ -85,7 +86,8 @@ def save_pruned(
 ) -> Saved:
     """Write `model`, loaded from the directory `source` (None: built in memory) and changed since, to `output`.
 
-    `record` becomes billhook.json, with the checksums under `files`; `texts` are further files by name. Raises what
+    `record` becomes billhook.json: `files` (checksums) is added, and each of its `layers`, which name a parameter in memory (`tensor`,
+    `index`, `transposed`), gets its place on disk instead (`billhook.places`). `texts` are further files by name. Raises what
     `check_output` raises, JobError when writing fails or a value does not fit the dtype on disk.
     """
     needed = sum(file.stat().st_size for file in weight_files(source)) if source else 0
@@ -98,8 +100,26 @@ def save_pruned(
             (folder / name).write_text(text, encoding="utf-8")
         files = checksums(folder)
         if record is not None:
-            write_json(folder / RECORD, {**record, "files": files})
+            layers = _on_disk(model, record.get("layers", {}), folder)
+            write_json(folder / RECORD, {**record, "layers": layers, "files": files})
     return Saved(output, files, note)
+
+
+def _on_disk(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
+    """The layers of billhook.json with their places on disk, their zeros counted there; raises JobError when some are lost."""
+    shards = [read_shard(file) for file in weight_files(folder)]
+    where = places(model, layers)
+    found = {}
+    for name, facts in layers.items():
+        kept = {key: value for key, value in facts.items() if key not in ("tensor", "index", "transposed")}
+        parts = layer_zeros(where[name], facts["shape"], shards)
+        zeros = facts["zeros"] if parts is None else sum(int(part.sum()) for part in parts)
+        if zeros < facts["zeros"]:
+            raise JobError(f"{name} has {zeros} zeros in the files written where the model has {facts['zeros']}. Nothing was left behind.")
+        if zeros > facts["zeros"]:
+            kept["notes"] = [*facts.get("notes", ()), f"{zeros - facts['zeros']} weights became zero in the dtype on disk"]
+        found[name] = {**kept, "zeros": zeros, **where[name]}
+    return found
 
 
 def checksums(directory: Path) -> dict[str, str]:

@@ -8,9 +8,10 @@ tensor in memory at a time. This module imports no torch, so a pruned model can 
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -103,16 +104,38 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def zeros(shard: Shard, entry: Entry) -> np.ndarray:
-    """Where a floating-point tensor is exactly zero (either sign): bool, the tensor's shape."""
+def zeros(shard: Shard, entry: Entry, index: int | None = None) -> np.ndarray:
+    """Where a floating-point tensor, or number `index` of its first dimension, is exactly zero (either sign): bool, its shape."""
     if entry.dtype not in _FLOATS:
         raise BillhookError(f"{shard.path}: {entry.name} is {entry.dtype}, not a floating-point tensor; zeros cannot be counted in it.")
     bits = _BITS[entry.dtype]
     kind = np.dtype(f"<u{bits // 8}")
-    values = np.fromfile(shard.path, dtype=kind, count=math.prod(entry.shape), offset=entry.start)
+    shape = entry.shape if index is None else entry.shape[1:]
+    start = entry.start + (index or 0) * math.prod(shape) * kind.itemsize
+    values = np.fromfile(shard.path, dtype=kind, count=math.prod(shape), offset=start)
     magnitude = kind.type((1 << (bits - 1)) - 1)  # every bit but the sign
-    found: np.ndarray = (values & magnitude == 0).reshape(entry.shape)
+    found: np.ndarray = (values & magnitude == 0).reshape(shape)
     return found
+
+
+def layer_zeros(place: Mapping[str, Any], shape: Sequence[int], shards: Iterable[Shard]) -> list[np.ndarray] | None:
+    """The zeros of a layer of billhook.json at its `place` (see `billhook.places`): bool [rows, in] for each of its pieces.
+
+    None when there is no such tensor or the pieces do not have `shape` [out, in].
+    """
+    found = []
+    for piece in place.get("pieces", [place]):
+        shard = next((shard for shard in shards if piece.get("tensor") in shard.entries), None)
+        if shard is None:
+            return None
+        entry, index, rows = shard.entries[piece["tensor"]], piece.get("index"), piece.get("rows")
+        if len(entry.shape) != (2 if index is None else 3) or (index is not None and not 0 <= index < entry.shape[0]):
+            return None
+        matrix = zeros(shard, entry, index)
+        matrix = matrix.T if piece.get("transposed") else matrix
+        found.append(matrix if rows is None else matrix[rows[0] : rows[1]])
+    fits = sum(len(matrix) for matrix in found) == shape[0] and all(matrix.shape[1] == shape[1] for matrix in found)
+    return found if fits else None
 
 
 def rewrite(shard: Shard, target: Path, values: Callable[[Entry], memoryview | None]) -> str:
