@@ -27,6 +27,7 @@ from torch import Tensor
 from billhook.errors import BillhookError
 
 PARALLEL_FROM = 1 << 20  # elements; below this, starting threads costs more than it saves
+NETWORK_UP_TO = 4  # entries of a group; above this, introselect is faster than exchanging neighbours
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ def remove_smallest(score: Tensor, total: int) -> Tensor:
         return torch.zeros_like(score, dtype=torch.bool)
     threshold = _kth_smallest(score, most)
     removed = score <= threshold[:, None]
-    counts = _count_rows(removed)
-    if int(counts.sum()) != total:
+    if _count(removed) != total:  # ties, or groups that lose one less than the others
+        counts = _count_rows(removed)
         wanted = each + remove_smallest(threshold[None], extra)[0].long() if extra else torch.full_like(counts, each)
         _put_back(removed, score == threshold[:, None], counts - wanted)
     return removed
@@ -129,6 +130,8 @@ def _at_or_below(score: Tensor, sparsity: float) -> Tensor:
 
 def _kth_smallest(score: Tensor, k: int) -> Tensor:
     """The k-th smallest (k from 1) of each row of `score` [rows, n], as [rows]."""
+    if score.shape[1] <= NETWORK_UP_TO:
+        return _kth_by_exchanges(score, k)
     if score.device.type != "cpu":
         return torch.kthvalue(score, k, dim=1).values
     if score.dtype in (torch.float16, torch.bfloat16):  # numpy knows no bfloat16; the conversion is exact
@@ -145,8 +148,22 @@ def _kth_smallest(score: Tensor, k: int) -> Tensor:
         return torch.from_numpy(np.concatenate(list(pool.map(partition, np.array_split(values, threads)))))
 
 
+def _kth_by_exchanges(score: Tensor, k: int) -> Tensor:
+    """`_kth_smallest` for the short rows of N:M groups: k rounds of bubble sort, all rows at once."""
+    lanes = list(score.t().contiguous())
+    for done in range(k):
+        for i in range(len(lanes) - 1, done, -1):
+            lanes[i - 1], lanes[i] = torch.minimum(lanes[i - 1], lanes[i]), torch.maximum(lanes[i - 1], lanes[i])
+    return lanes[k - 1]
+
+
+def _count(mask: Tensor) -> int:
+    """True entries of a bool tensor; numpy counts ten times as fast as torch on a CPU, here and below."""
+    return int(np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else mask.sum())
+
+
 def _count_rows(mask: Tensor) -> Tensor:
-    """True entries of each row of a bool [rows, n], int64 [rows]; numpy's count is ten times torch's on a CPU."""
+    """True entries of each row of a bool [rows, n], int64 [rows]."""
     if mask.device.type != "cpu":
         return mask.sum(1)
     return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))

@@ -264,6 +264,6 @@ def test_sparsegpt_options_out_of_range(options: dict[str, Any]) -> None:
 def test_triangular_inverse(size: int) -> None:
     L = torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tril() / size
     L.diagonal().abs_().add_(1)
-    inverse = invert_lower_(L.clone(), block=128)
+    inverse = invert_lower_(L.clone(), leaf=100)
     torch.testing.assert_close(L @ inverse, torch.eye(size, dtype=torch.float64))
     assert inverse.triu(1).count_nonzero() == 0

@@ -87,14 +87,16 @@ def inverse_factor(gram: Tensor, dead: Tensor, damping: float, stats: LayerStats
     return invert_lower_(L).flip(0, 1)
 
 
-def invert_lower_(L: Tensor, block: int = 256) -> Tensor:
-    """Invert a lower triangular matrix in place, by blocks of rows: a third of the arithmetic of solving against the identity."""
-    for start in range(0, len(L), block):
-        rows = slice(start, start + block)
-        corner = L[rows, rows].clone()
-        L[rows, :start] = torch.linalg.solve_triangular(corner, -(L[rows, :start] @ L[:start, :start]), upper=False)
-        identity = torch.eye(len(corner), dtype=L.dtype, device=L.device)
-        L[rows, rows] = torch.linalg.solve_triangular(corner, identity, upper=False)
+def invert_lower_(L: Tensor, leaf: int = 256) -> Tensor:
+    """Invert a lower triangular matrix in place, by halves: a third of the arithmetic of solving against the identity."""
+    solve = torch.linalg.solve_triangular
+    if len(L) <= leaf:
+        return L.copy_(solve(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False))
+    half = len(L) // 2
+    A, B, C = L[:half, :half], L[half:, :half], L[half:, half:]
+    B.copy_(-solve(C, solve(A, B, upper=False, left=False), upper=False))
+    invert_lower_(A, leaf)
+    invert_lower_(C, leaf)
     return L
 
 
