@@ -34,6 +34,8 @@ def shift_to(raw: Numbers, n: Sequence[int], target: float) -> list[float]:
     The additive repair keeps the differences between layers, as ATP's progression and OWL's window ask.
     """
     shift = target - mean(raw, n)
+    if abs(shift) < 1e-12:  # a published value must keep its last bit: counts are rounded down from it
+        shift = 0.0
     if min(raw) + shift >= 0 and max(raw) + shift <= 1:
         return [r + shift for r in raw]
     return _solve(lambda c: [min(1.0, max(0.0, r + c)) for r in raw], n, target, -max(raw), 1 - min(raw))

@@ -16,7 +16,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
     Raises JobError when the disk is full or the folder cannot be written; the temporary file is removed.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=_folder(path))
+    check_writable(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -31,16 +32,24 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _folder(path: Path) -> Path:
+def check_writable(path: Path) -> None:
+    """Raise BillhookError unless a file at `path` could be written: its folder exists and is writable, and it is no directory."""
     if not path.parent.is_dir():
         raise BillhookError(f"Cannot write {path}: the folder {path.parent} does not exist. Create it first.")
-    return path.parent
+    if path.is_dir():
+        raise BillhookError(f"Cannot write {path}: it is a directory. Name a file.")
+    if not os.access(path.parent, os.W_OK):
+        raise BillhookError(f"Cannot write {path}: the folder {path.parent} is not writable.")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented json, atomically, with a final newline; NaN and infinity are refused."""
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -6,13 +6,13 @@ Spectral metrics need the weights alone; the outlier ratio of OWL needs activati
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.arch import Layer, find_layers
 from billhook.errors import BillhookError
-from billhook.metrics import METRICS, needs_activations, parameter
+from billhook.metrics import fact
+from billhook.outliers import outlier_ratio, parse_m
 from billhook.spectra import spectral_metrics
 from billhook.table import Row, Table
 from billhook.walk import Block, walk
@@ -36,40 +36,27 @@ def measure(
     Raises BillhookError for an unknown metric, or one that needs batches when there are none.
     """
     layers = find_layers(model) if layers is None else layers
-    of_activations = [name for name in metrics if needs_activations(name)]
-    of_weights = [name for name in metrics if name not in of_activations]
+    columns = {name if fact(name).spectral else f"outlier_ratio:{parse_m(name):g}": name for name in metrics}
+    of_weights = [name for name in columns if fact(name).spectral]
+    of_activations = [name for name in columns if not fact(name).spectral]
     if of_activations and not batches:
         raise BillhookError(f"The metric {of_activations[0]} looks at activations: give text with --calibration SOURCE.")
-    columns: dict[str, dict[str, float]] = {layer.name: {} for layer in layers}
+    values: dict[str, dict[str, float]] = {layer.name: {} for layer in layers}
     if of_activations:
         for block in walk(model, batches, ("input_norm",), dense=True):
-            _block_metrics(block, layers, of_activations, columns)
+            _outliers(block, of_activations, values)
     for layer in layers:
-        columns[layer.name].update(spectral_metrics(layer.weight, of_weights))
+        values[layer.name].update(spectral_metrics(layer.weight, of_weights) if of_weights else {})
         progress(layer.name)
-    rows = tuple(Row(x.name, x.block, x.kind, x.shape, {m: columns[x.name][m] for m in metrics}) for x in layers)
-    return Table(rows, facts or {}, {"metrics": list(metrics)})
+    rows = tuple(Row(x.name, x.block, x.kind, x.shape, {m: values[x.name][m] for m in columns}) for x in layers)
+    return Table(rows, facts or {}, {"metrics": list(columns)})
 
 
-def _block_metrics(block: Block, layers: Sequence[Layer], metrics: Sequence[str], columns: dict[str, dict[str, float]]) -> None:
-    """Compute the metrics of a whole block and note them on each of its layers."""
-    names = {layer.name for layer in layers}
-    inside = [layer for layer in block.layers if layer.name in names]
-    for name in metrics if inside else ():
-        value = METRICS.get(name.partition(":")[0])(
-            [layer.weight for layer in inside], [block.stats[layer.name].input_norm for layer in inside], parameter(name)
-        )
-        for layer in inside:
-            columns[layer.name][name] = value
-
-
-def outlier_ratio(weights: Sequence[Tensor], norms: Sequence[Tensor | None], m: float) -> float:
-    """OWL's outlier distribution of one block (arXiv:2310.05175, equation 2), in percent.
-
-    D = 100 * share of the block's scores |W_ij| ||X_j||_2 that exceed `m` times their mean, all layers of the block together.
-    `weights` are [out, in], `norms` [in] float32; a layer that saw no tokens is left out.
-    """
-    scores = [w.abs().float() * norm for w, norm in zip(weights, norms, strict=True) if norm is not None]
-    total = sum(score.numel() for score in scores)
-    mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / total
-    return 100 * sum(int((score > m * mean).sum()) for score in scores) / total
+def _outliers(block: Block, columns: Sequence[str], values: dict[str, dict[str, float]]) -> None:
+    """Compute the outlier ratios of a whole block and note them on each of its measured layers."""
+    layers = [layer for layer in block.layers if layer.name in values]
+    norms = [block.stats[layer.name].input_norm for layer in layers]
+    for name in columns if layers else ():
+        ratio = outlier_ratio([layer.weight for layer in layers], norms, parse_m(name))
+        for layer in layers:
+            values[layer.name][name] = ratio

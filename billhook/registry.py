@@ -49,7 +49,8 @@ class Option:
         if get_origin(self.annotation) is Literal:
             choices = get_args(self.annotation)
             if value not in choices:
-                raise BillhookError(f"{where}: {self.name}={value!r} is not one of {', '.join(map(str, choices))}.{hint(str(value), choices)}")
+                listed = ", ".join(map(str, choices))
+                raise BillhookError(f"{where}: {self.name}={value!r} is not one of {listed}.{hint(str(value), choices)}")
             return value
         if get_origin(self.annotation) in (Union, UnionType):  # `float | None`: None means "choose for me"
             if value is None or value == "none":

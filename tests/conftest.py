@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # models here are tiny, and tests run in parallel
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def allocate(
     Raises BillhookError for an unknown allocator or option, an illegal value, or a column the table lacks.
     """
     pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
-    target = _target(sparsity, pattern)
+    target = check_budget(sparsity, pattern)
     configured = ALLOCATORS.configure(allocator, options)
     shares = ALLOCATORS.get(allocator)(table, target, **configured)
     if pattern.structured:
@@ -45,7 +45,8 @@ def allocate(
     return plan
 
 
-def _target(sparsity: float | None, pattern: Pattern) -> float:
+def check_budget(sparsity: float | None, pattern: Pattern) -> float:
+    """The global sparsity meant by `sparsity` and `pattern` together; raises BillhookError when they disagree or it is missing."""
     if not pattern.structured:
         if sparsity is None:
             raise BillhookError("Say how much to remove: --sparsity 0.5 removes half of the weights.")

@@ -17,7 +17,7 @@ def largest_beta(blocks: int, target: float) -> float:
 
 @method(paper="Huang et al. 2025, arXiv:2502.14770")
 def atp(table: Table, target: float, *, beta: float | None = None) -> dict[str, float]:
-    """s_i = S + beta (i - (L + 1) / 2) for block i of L, the same for every layer of a block.
+    """s_i = S - beta (L - 1) / 2 + beta (i - 1) for block i of L, the same for every layer of a block.
 
     `beta` must be in [0, 2 min(S, 1 - S) / (L - 1)] (0 is uniform); without it a quarter of the largest legal value is used. Where blocks
     differ in size a constant is added so that the parameter-weighted mean is S exactly.
@@ -29,7 +29,7 @@ def atp(table: Table, target: float, *, beta: float | None = None) -> dict[str, 
         raise BillhookError(
             f"ATP's beta must be in [0, {largest:.6g}] for {len(blocks)} blocks at sparsity {target:g}, got {beta:g}."
         )
-    middle = (len(blocks) - 1) / 2
+    first = target - step * (len(blocks) - 1) / 2
     depth = {row.layer: position for position, rows in enumerate(blocks.values()) for row in rows}
-    raw = [target + step * (depth[row.layer] - middle) for row in table]
+    raw = [first + step * depth[row.layer] for row in table]
     return dict(zip(table.shapes, shift_to(raw, [row.n for row in table], target), strict=True))

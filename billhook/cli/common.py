@@ -1,0 +1,121 @@
+"""What the commands share: options, progress, output and the way errors end a command."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+import typer
+
+from billhook.errors import BillhookError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
+Targets = Annotated[
+    list[str] | None, typer.Option(help="Only these layers: a class name, an exact name, or re:REGEX. Repeatable.", metavar="PATTERN")
+]
+Ignore = Annotated[list[str] | None, typer.Option(help="Leave these layers alone; same patterns. Repeatable.", metavar="PATTERN")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="Text the model looks at: FILE.txt, FILE.jsonl (field text), TOKENS.safetensors, hub:NAME[:config][:split], stdlib:train.",
+        metavar="SOURCE",
+    ),
+]
+Samples = Annotated[int, typer.Option(help="Calibration windows.", min=1)]
+Length = Annotated[int | None, typer.Option(help="Tokens in a window; by default 2048 or the model's context if that is shorter.", min=2)]
+Sampling = Annotated[
+    Literal["packed", "papers"],
+    typer.Option(help="How windows are drawn: packed (documents joined) or papers (one long document each, random start)."),
+]
+BatchSize = Annotated[int | None, typer.Option(help="Windows a forward pass; by default about 4096 tokens.", min=1)]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type to compute in; auto is the checkpoint's.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="An option of the method, such as epsilon=0.3. Repeatable.", metavar="KEY=VALUE")
+]
+TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model. Read that code first.")]
+
+
+class Failure(Exception):
+    """Ends a command whose error was already shown."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+def say(text: str) -> None:
+    """Tell a person something (stderr)."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(value: dict[str, Any]) -> None:
+    """Print the one JSON object of --json."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn errors into a message and an exit code; with --json the message is also the JSON object."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+            return
+        except BillhookError as error:
+            message, code = str(error), error.exit_code
+        except KeyboardInterrupt:
+            message, code = "Stopped. Nothing was written.", 1
+        except MemoryError:
+            message, code = "Out of memory. Use fewer --samples, a shorter --length or a smaller --batch-size.", 1
+        say(f"billhook: {message}")
+        if kwargs.get("as_json"):
+            emit({"error": message, "exit_code": code})
+        raise Failure(code)
+
+    return run
+
+
+def parse_settings(pairs: list[str] | None) -> dict[str, str]:
+    """Split KEY=VALUE arguments; raises BillhookError for one without '=' or given twice."""
+    settings: dict[str, str] = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key or not value:
+            raise BillhookError(f"--set {pair}: write KEY=VALUE, for example --set epsilon=0.3.")
+        if key in settings:
+            raise BillhookError(f"--set {key} is given twice.")
+        settings[key] = value
+    return settings
+
+
+@contextmanager
+def progress(what: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
+    """Show a bar with time left on a terminal, nothing otherwise; yields a function to call with the name of each finished unit."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    counts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*counts, TextColumn("{task.fields[item]}"), console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, item="")
+        yield lambda item="": bar.update(task, advance=1, item=item)
+
+
+def table(title: str, header: list[str], rows: list[list[str]], numeric_from: int = 1) -> None:
+    """Print a table on stdout; columns from `numeric_from` on are right-aligned."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    grid = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for position, name in enumerate(header):
+        grid.add_column(name, justify="right" if position >= numeric_from else "left", no_wrap=position == 0)
+    for row in rows:
+        grid.add_row(*row)
+    console.print(grid)

@@ -1,0 +1,66 @@
+"""`billhook ls`: what there is to choose from, read off the registries."""
+
+from typing import Annotated, Any
+
+import typer
+
+from billhook.cli.common import Json, emit, guarded, table
+from billhook.errors import BillhookError
+from billhook.registry import Registry, hint
+
+NAME = "ls"
+EXAMPLES = """\b
+Examples:
+  billhook ls allocators
+  billhook ls criteria --json
+"""
+KINDS = ("allocators", "criteria", "metrics", "families")
+
+
+@guarded
+def command(
+    kind: Annotated[str, typer.Argument(help="allocators, criteria, metrics or families.")],
+    as_json: Json = False,
+) -> None:
+    """List names, options with their defaults, and the paper each comes from."""
+    if kind not in KINDS:
+        raise BillhookError(f"Unknown kind {kind!r}.{hint(kind, KINDS)} There are: {', '.join(KINDS)}.")
+    rows = _rows(kind)
+    if as_json:
+        emit({kind: rows})
+        return
+    header = list(rows[0])
+    table(kind, header, [[_text(row[name]) for name in header] for row in rows], numeric_from=len(header))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={default}" for key, default in value.items()) or "-"
+    return str(value)
+
+
+def _rows(kind: str) -> list[dict[str, Any]]:
+    if kind == "families":
+        from billhook.arch import FAMILIES
+
+        return [{"model_type": name} for name in FAMILIES]
+    if kind == "metrics":
+        from billhook.metrics import FACTS
+
+        signs = {1: "larger", -1: "smaller"}
+        return [{"name": m.name, "more sparsity where": signs[m.sign], "summary": m.summary, "paper": m.paper} for m in FACTS.values()]
+    registry = _registry(kind)
+    return [
+        {"name": name, "options": {o.name: o.default for o in registry.options(name).values()}, "paper": registry.paper(name)}
+        for name in registry.names()
+    ]
+
+
+def _registry(kind: str) -> Registry:
+    if kind == "allocators":
+        from billhook.allocators import ALLOCATORS
+
+        return ALLOCATORS
+    from billhook.criteria import CRITERIA
+
+    return CRITERIA

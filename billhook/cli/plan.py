@@ -1,0 +1,49 @@
+"""`billhook plan`: from a table to a plan. Arithmetic only; no torch is imported, so a sweep costs nothing."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from billhook.cli.common import Json, Settings, emit, guarded, parse_settings, say, table
+
+NAME = "plan"
+EXAMPLES = """\b
+Examples:
+  billhook plan table.json --allocator alphapruning --sparsity 0.7 -o plan.json
+  billhook plan table.json --allocator atp --sparsity 0.6 --set beta=0.02 -o plan.json
+  billhook plan table.json --allocator owl --pattern 4:8
+"""
+
+
+@guarded
+def command(
+    table_file: Annotated[Path, typer.Argument(metavar="TABLE", help="A table.json from billhook measure.")],
+    allocator: Annotated[str, typer.Option(help="See billhook ls allocators.")] = "alphapruning",
+    sparsity: Annotated[float | None, typer.Option(help="Fraction to remove over all layers, in [0, 1).")] = None,
+    pattern: Annotated[str, typer.Option(help="unstructured, or N:M (keep N of every M on average).")] = "unstructured",
+    settings: Settings = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The plan.json to write; otherwise the plan is shown.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Decide how much each layer loses and write plan.json."""
+    from billhook.allocators import allocate
+    from billhook.table import Table
+
+    measured = Table.load(table_file)
+    plan = allocate(measured, sparsity, allocator=allocator, pattern=pattern, **parse_settings(settings))
+    if output is not None:
+        plan.save(output)
+    values = list(plan.sparsity.values())
+    say(f"{allocator}: sparsity {plan.target:g} over {len(values)} layers, from {min(values):.4f} to {max(values):.4f}.")
+    options = ", ".join(f"{k}={v}" for k, v in plan.made_by["options"].items()) or "none"
+    say(f"Options: {options}." + (f" Written to {output}." if output else ""))
+    if as_json:
+        emit(plan.to_json())
+    elif output is None:
+        rows = []
+        for block, layers in measured.blocks().items():
+            mean = sum(plan.sparsity[x.layer] * x.n for x in layers) / sum(x.n for x in layers)
+            inside = " ".join(f"{x.kind.rpartition('.')[2]}={plan.sparsity[x.layer]:.3f}" for x in layers[:8])
+            rows.append([str(block), f"{mean:.4f}", inside])
+        table("Sparsity by block", ["block", "mean", "layers"], rows)

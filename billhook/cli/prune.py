@@ -1,0 +1,116 @@
+"""`billhook prune`: a model directory in, a pruned model directory out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from billhook.cli.common import (
+    BatchSize,
+    Calibration,
+    Device,
+    Dtype,
+    Ignore,
+    Json,
+    Length,
+    Samples,
+    Sampling,
+    Seed,
+    Settings,
+    Targets,
+    TrustRemoteCode,
+    emit,
+    guarded,
+    parse_settings,
+    progress,
+    say,
+    table,
+)
+
+if TYPE_CHECKING:
+    from billhook.job import Job
+
+NAME = "prune"
+EXAMPLES = """\b
+Examples:
+  billhook prune ./model --sparsity 0.5 --calibration text.txt --output ./pruned
+  billhook prune ./model --sparsity 0.7 --allocator alphapruning --set epsilon=0.2 --calibration hub:c4 --output ./pruned
+  billhook prune ./model --pattern 2:4 --criterion sparsegpt --calibration text.jsonl --output ./pruned
+  billhook prune ./model --plan plan.json --calibration text.txt --output ./pruned
+  billhook prune ./model --sparsity 0.5 --criterion magnitude --dry-run
+"""
+
+
+@guarded
+def command(
+    model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the pruned model goes; must be new or empty.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction of the prunable weights to remove, in [0, 1).")] = None,
+    pattern: Annotated[str, typer.Option(help="unstructured, or N:M (keep N of every M), such as 2:4.")] = "unstructured",
+    criterion: Annotated[str, typer.Option(help="Which weights go: see billhook ls criteria.")] = "wanda",
+    allocator: Annotated[str, typer.Option(help="How much each layer loses: see billhook ls allocators.")] = "uniform",
+    settings: Settings = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan.json instead of sparsity and allocator.")] = None,
+    table_file: Annotated[Path | None, typer.Option("--table", help="A table.json, so that nothing is measured again.")] = None,
+    group: Annotated[
+        Literal["row", "layer"] | None, typer.Option(help="Weights compete within a row or the layer; by default as the criterion's paper.")
+    ] = None,
+    rounding: Annotated[Literal["exact", "floor"], typer.Option(help="exact meets the budget; floor counts as the published code does.")] = "exact",
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    length: Length = None,
+    sampling: Sampling = "packed",
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pruned, with time and memory; write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Prune a model and write it as an ordinary Hugging Face directory."""
+    from billhook.errors import BillhookError
+    from billhook.job import Request, prepare, run
+
+    if output is None and not dry_run:
+        raise BillhookError("Say where the pruned model goes: --output DIRECTORY (or --dry-run to see what would happen).")
+    request = Request(
+        model=model, sparsity=sparsity, output=output, criterion=criterion, allocator=allocator, pattern=pattern,
+        options=parse_settings(settings), plan=plan, table=table_file, calibration=calibration, samples=samples, length=length,
+        sampling=sampling, batch_size=batch_size, seed=seed, targets=targets or (), ignore=ignore or (), group=group,
+        rounding=rounding, device=device, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    with progress("measuring") as advance:
+        job = prepare(request, advance)
+    if dry_run:
+        _show(job, as_json)
+        return
+    with progress("pruning", total=len(job.opened.layers)) as advance:
+        report = run(job, advance)
+    for warning in report.warnings:
+        say(f"note: {warning}")
+    say(f"{report.output}: {report.sparsity:.4%} of {sum(x.n for x in report.layers):,} weights removed in {report.seconds:.1f} s.")
+    say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
+    if as_json:
+        emit(report.to_json())
+
+
+def _show(job: "Job", as_json: bool) -> None:
+    """Print the dry run: one row a layer, then the estimates."""
+    from billhook.estimate import estimate
+
+    cost, layers = estimate(job), job.opened.layers
+    if as_json:
+        listed = {x.name: {"shape": list(x.shape), "sparsity": job.plan.sparsity[x.name]} for x in layers}
+        emit({"layers": listed, "target": job.plan.target, "pattern": str(job.plan.pattern), "estimate": cost})
+        return
+    rows = [[x.name, f"{x.shape[0]} x {x.shape[1]}", f"{job.plan.sparsity[x.name]:.4f}"] for x in layers]
+    table("What would be pruned", ["layer", "out x in", "sparsity"], rows)
+    say(
+        f"{len(rows)} layers, {sum(x.shape[0] * x.shape[1] for x in layers):,} weights, sparsity {job.plan.target:g}, "
+        f"pattern {job.plan.pattern}. "
+        f"Estimated: {cost['seconds']:.0f} s, {cost['memory_gib']:.2f} GiB of memory, {cost['disk_gib']:.2f} GiB of disk. Nothing was written."
+    )

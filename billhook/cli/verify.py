@@ -1,0 +1,34 @@
+"""`billhook verify`: recount a pruned directory from the files on disk."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from billhook.cli.common import Failure, Json, emit, guarded, say
+
+NAME = "verify"
+EXAMPLES = """\b
+Examples:
+  billhook verify ./pruned
+  billhook verify ./pruned --json
+"""
+
+
+@guarded
+def command(
+    directory: Annotated[Path, typer.Argument(help="A directory that billhook prune wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Compare zeros, N:M groups and checksums on disk with billhook.json; fails on any difference."""
+    from billhook.verify import verify
+
+    result = verify(directory)
+    for problem in result.problems:
+        say(f"problem: {problem}")
+    verdict = "verified" if result.ok else "NOT as recorded"
+    say(f"{directory}: {verdict}, {result.layers} layers, {result.zeros:,} zeros of {result.weights:,} weights.")
+    if as_json:
+        emit(result.to_dict())
+    if not result.ok:
+        raise Failure(1)

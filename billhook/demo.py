@@ -1,0 +1,121 @@
+"""The demonstration: every allocator with every criterion on the bundled model, on text that every Python has.
+
+Calibration text is the standard library's training modules, evaluation text the held-out ones, which the model has never seen.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from billhook.allocators import ALLOCATORS, allocate
+from billhook.checkpoint import load_model, load_tokenizer
+from billhook.criteria import CRITERIA
+from billhook.data import load_windows
+from billhook.errors import JobError
+from billhook.evaluate import evaluate
+from billhook.job import Job, Report, run
+from billhook.measure import measure
+from billhook.plan import SparsityPlan
+from billhook.prune import prune_
+from billhook.request import Opened, Request, model_facts, open_request
+from billhook.save import check_output
+from billhook.verify import verify
+
+MODEL = Path(__file__).parent / "demo_model"
+SAMPLES, LENGTH, EVALUATION_WINDOWS = 64, 256, 96
+METRICS = ("alpha_peak", "outlier_ratio:5")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demonstration found; `perplexity` is keyed by (allocator, criterion)."""
+
+    dense: float
+    perplexity: dict[tuple[str, str], float]
+    achieved: dict[tuple[str, str], float]
+    tokens: int
+    length: int
+    weights: int
+    output: Path
+
+    @property
+    def allocators(self) -> list[str]:
+        """Names, in the order of the registry."""
+        return list(dict.fromkeys(name for name, _ in self.perplexity))
+
+    @property
+    def criteria(self) -> list[str]:
+        """Names, in the order of the registry."""
+        return list(dict.fromkeys(name for _, name in self.perplexity))
+
+    @property
+    def lowest(self) -> float:
+        """The least achieved sparsity."""
+        return min(self.achieved.values())
+
+    @property
+    def highest(self) -> float:
+        """The largest achieved sparsity."""
+        return max(self.achieved.values())
+
+    @property
+    def best(self) -> tuple[str, str]:
+        """The (allocator, criterion) of least perplexity."""
+        return min(self.perplexity, key=lambda pair: self.perplexity[pair])
+
+    def to_json(self) -> dict[str, Any]:
+        """The same, for machines."""
+        cells = [
+            {"allocator": a, "criterion": c, "token_ppl": ppl, "sparsity": self.achieved[a, c]} for (a, c), ppl in self.perplexity.items()
+        ]
+        return {"dense_token_ppl": self.dense, "tokens": self.tokens, "length": self.length, "cells": cells, "output": str(self.output)}
+
+
+def run_demo(output: Path, sparsity: float, say: Callable[[str], None] = print) -> Demo:
+    """Prune the bundled model in every way, save the best to `output` (replacing an earlier demonstration), reload and verify it."""
+    check_output(output, MODEL, overwrite=True)
+    say(f"The bundled model: {MODEL.name}, a small llama trained on Python's standard library.")
+    request = Request(MODEL, calibration="stdlib:train", samples=SAMPLES, length=LENGTH, dtype="float32", output=output, overwrite=True)
+    opened = open_request(request, True, "The demo")
+    windows = load_windows("stdlib:heldout", load_tokenizer(MODEL), length=LENGTH, limit=EVALUATION_WINDOWS)
+    dense = evaluate(opened.model, windows)
+    say(f"Measuring {len(opened.layers)} layers ({', '.join(METRICS)}).")
+    table = measure(opened.model, METRICS, batches=opened.batches, layers=opened.layers, facts=model_facts(MODEL, opened.model))
+    plans = {name: allocate(table, sparsity, allocator=name) for name in ALLOCATORS.names()}
+    perplexity, achieved = {}, {}
+    for allocator, plan in plans.items():
+        for criterion in CRITERIA.names():
+            model = copy.deepcopy(opened.model)
+            results = prune_(model, plan, criterion=criterion, batches=opened.batches)
+            perplexity[allocator, criterion] = evaluate(model, windows).token_ppl
+            achieved[allocator, criterion] = sum(r.zeros for r in results) / table.total
+            say(f"{allocator} + {criterion}: perplexity {perplexity[allocator, criterion]:.2f}")
+    demo = Demo(dense.token_ppl, perplexity, achieved, dense.tokens, LENGTH, table.total, output)
+    report = _save_best(demo, plans, opened, request)
+    _check(report, output)
+    return demo
+
+
+def _save_best(demo: Demo, plans: dict[str, SparsityPlan], opened: Opened, request: Request) -> Report:
+    """Run the best pair once more as an ordinary job, with its record, and write it."""
+    allocator, criterion = demo.best
+    fields = {**request.__dict__, "criterion": criterion, "allocator": allocator}
+    return run(Job(Request(**fields), opened, plans[allocator], CRITERIA.configure(criterion, {})))
+
+
+@torch.no_grad()
+def _check(report: Report, output: Path) -> None:
+    """Reload with stock transformers, compare logits with the model in memory, recount zeros from disk."""
+    result = verify(output)
+    if not result.ok:
+        raise JobError(f"The saved model does not verify: {result.problems[0]}")
+    ids = torch.arange(3, 35)[None]
+    stock = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)(ids).logits
+    again = load_model(output, dtype="float32")(ids).logits
+    if not torch.equal(stock, again):
+        raise JobError(f"{output} gives other logits in stock transformers.")

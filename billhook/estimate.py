@@ -1,0 +1,47 @@
+"""What a job will cost, before it starts: seconds, memory and disk, from the sizes involved and a tenth of a second of measuring.
+
+The times are those of matrix products at the rate measured here; they leave out loading the model and are good to about a factor of two.
+"""
+
+import time
+
+import torch
+
+from billhook.criteria import CRITERIA
+from billhook.job import Job
+
+_FLOPS_OF_CUBE = 2.0  # Cholesky, triangular inverse and the column updates of SparseGPT, in units of in^2 (in + out)
+_SELECTION_RATE = 2e7  # weights selected a second and core; a partial sort, whatever the criterion
+
+
+def estimate(job: Job) -> dict[str, float]:
+    """Return `seconds` for pruning, peak `memory_gib` and `disk_gib`."""
+    opened = job.opened
+    parameters = sum(p.numel() * p.element_size() for p in opened.model.parameters())
+    weights = sum(out * columns for out, columns in (layer.shape for layer in opened.layers))
+    tokens = sum(batch.numel() for batch in opened.batches)
+    needs = CRITERIA.needs(job.request.criterion, job.criterion_options)
+    flops = 2 * 2.0 * weights * tokens if needs else 0.0
+    largest = max(out * columns for out, columns in (layer.shape for layer in opened.layers))
+    memory = float(parameters) + 5 * 4 * largest + 2 * tokens * _width(job) * opened.model.dtype.itemsize
+    if "gram" in needs:
+        inputs = [layer.shape[1] for layer in opened.layers]
+        flops += sum(2.0 * tokens * n**2 + _FLOPS_OF_CUBE * n**2 * sum(layer.shape) for n, layer in zip(inputs, opened.layers, strict=True))
+        blocks = 1 + max(layer.block for layer in opened.layers)
+        memory += 4 * sum(n**2 for n in inputs) / blocks + 3 * 4 * max(inputs) ** 2
+    seconds = flops / _rate(opened.model.dtype) + weights / _SELECTION_RATE / torch.get_num_threads()
+    return {"seconds": round(seconds, 1), "memory_gib": round(memory / 2**30, 3), "disk_gib": round(parameters / 2**30, 3)}
+
+
+def _width(job: Job) -> int:
+    return int(job.opened.model.config.get_text_config(decoder=True).hidden_size)
+
+
+def _rate(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a matrix product of ordinary size on the CPU."""
+    a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    a @ b
+    start = time.perf_counter()
+    for _ in range(4):
+        a @ b
+    return 4 * 2 * 512 * 1024 * 1024 / (time.perf_counter() - start)

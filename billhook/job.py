@@ -1,0 +1,203 @@
+"""The main job: a model directory in, a pruned model directory out, in three steps: plan, check, apply.
+
+`prepare` does everything that can fail because of what was asked (names, options, plan, data, output place) and changes nothing;
+`run` applies the plan and writes the result. `prune` is both.
+"""
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import billhook
+from billhook.allocators import ALLOCATORS, allocate, check_budget
+from billhook.arch import Layer
+from billhook.criteria import CRITERIA
+from billhook.errors import BillhookError
+from billhook.measure import measure
+from billhook.metrics import fact
+from billhook.plan import Pattern, SparsityPlan, load_plan
+from billhook.prune import LayerResult, prune_
+from billhook.registry import hint
+from billhook.request import Opened, Request, calibration_facts, model_facts, open_request
+from billhook.save import save_pruned
+from billhook.table import Table
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked request: nothing left to go wrong but the work itself."""
+
+    request: Request
+    opened: Opened
+    plan: SparsityPlan
+    criterion_options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did. `output` is None when nothing was written (no output was asked for); `record` is billhook.json."""
+
+    plan: SparsityPlan
+    layers: list[LayerResult]
+    output: Path | None
+    seconds: float
+    warnings: list[str]
+    record: dict[str, Any]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable weights that are zero now."""
+        return sum(layer.zeros for layer in self.layers) / sum(layer.n for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same, for machines."""
+        return {
+            "output": None if self.output is None else str(self.output),
+            "sparsity": self.sparsity,
+            "target": self.plan.target,
+            "seconds": round(self.seconds, 3),
+            "warnings": self.warnings,
+            "layers": {r.layer: {"sparsity": r.sparsity, "planned": r.planned, "zeros": r.zeros} for r in self.layers},
+        }
+
+
+def prune(model: str | Path | PreTrainedModel, *, progress: Callable[[str], None] = lambda layer: None, **fields: Any) -> Report:
+    """Prune a model directory (or hub name), or a model in memory (in place), and write the result if `output` is given.
+
+    The keyword arguments are the fields of `Request`: sparsity=0.7, criterion="wanda", allocator="alphapruning",
+    options={"epsilon": 0.3}, calibration="text.txt", output="pruned", ... Raises BillhookError (nothing changed) for what cannot be
+    done as asked and JobError for a run that failed (nothing written).
+    """
+    return run(prepare(Request(model, **fields)), progress)
+
+
+def prepare(request: Request, progress: Callable[[str], None] = lambda layer: None) -> Job:
+    """Check everything about a request, cheapest first; measure and allocate if the request asks for it."""
+    allocator_options, criterion_options = split_options(request)
+    plan = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
+    table = Table.load(request.table) if isinstance(request.table, str | Path) else request.table
+    if plan is None:
+        check_budget(request.sparsity, Pattern.parse(request.pattern))
+    elif table is not None or request.allocator != "uniform" or request.sparsity is not None or request.pattern != "unstructured":
+        raise BillhookError("A plan already says how much each layer loses: leave out sparsity, pattern, allocator and table.")
+    needed = () if plan or table else ALLOCATORS.needs(request.allocator, allocator_options)
+    needs_text = bool(CRITERIA.needs(request.criterion, criterion_options)) or any(not fact(name).spectral for name in needed)
+    opened = open_request(request, needs_text, f"Pruning with {request.criterion} and {request.allocator}")
+    shapes = {layer.name: layer.shape for layer in opened.layers}
+    if plan is None:
+        table = table or _measure(opened, needed, progress)
+        plan = allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **allocator_options)
+    plan.check(shapes)
+    return Job(request, opened, plan, criterion_options)
+
+
+def run(job: Job, progress: Callable[[str], None] = lambda layer: None) -> Report:
+    """Apply a prepared job: prune in place, check, write."""
+    start = time.perf_counter()
+    request, opened = job.request, job.opened
+    results = prune_(
+        opened.model,
+        job.plan,
+        criterion=request.criterion,
+        batches=opened.batches,
+        layers=opened.layers,
+        group=request.group,
+        rounding=request.rounding,
+        progress=progress,
+        **job.criterion_options,
+    )
+    warnings = [f"{result.layer}: {note}" for result in results for note in result.notes]
+    record = _record(job, results, warnings)
+    output = None
+    if request.output is not None:
+        saved = save_pruned(opened.model, opened.source, Path(request.output), record=record, overwrite=request.overwrite)
+        output = saved.path
+        warnings += [saved.note] if saved.note else []
+    return Report(job.plan, results, output, time.perf_counter() - start, warnings, record)
+
+
+def measure_model(request: Request, metrics: Sequence[str], progress: Callable[[str], None] = lambda layer: None) -> Table:
+    """Measure the layers of a request's model; text is read only if a metric looks at activations."""
+    activations = [name for name in metrics if not fact(name).spectral]
+    return _measure(open_request(request, bool(activations), f"The metric {' and '.join(activations)}"), metrics, progress)
+
+
+def _measure(opened: Opened, metrics: Sequence[str], progress: Callable[[str], None]) -> Table:
+    facts = model_facts(opened.source, opened.model)
+    table = measure(opened.model, metrics, batches=opened.batches, layers=opened.layers, facts=facts, progress=progress)
+    if opened.calibration is not None:
+        table.made_by["calibration"] = calibration_facts(opened)
+    return table
+
+
+def split_options(request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give each of `request.options` to the allocator or the criterion that has it (to both, if both do), and fill in defaults.
+
+    Raises BillhookError for a key that neither has. With a plan there are no allocator options.
+    """
+    of_allocator = {} if request.plan is not None else ALLOCATORS.options(request.allocator)
+    of_criterion = CRITERIA.options(request.criterion)
+    for key in request.options:
+        if key not in of_allocator and key not in of_criterion:
+            known = [*of_allocator, *of_criterion]
+            raise BillhookError(
+                f"Neither allocator {request.allocator!r} nor criterion {request.criterion!r} has an option {key!r}."
+                f"{hint(key, known)} Their options: {', '.join(known) or 'none'}."
+            )
+    allocator = {} if request.plan is not None else ALLOCATORS.configure(request.allocator, _only(request.options, of_allocator))
+    return allocator, CRITERIA.configure(request.criterion, _only(request.options, of_criterion))
+
+
+def _only(options: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key in known}
+
+
+def _record(job: Job, results: Sequence[LayerResult], warnings: Sequence[str]) -> dict[str, Any]:
+    """The content of billhook.json: the same inputs and seed give the same bytes, so there is no date and no duration in it."""
+    request, opened = job.request, job.opened
+    places = {layer.name: layer for layer in opened.layers}
+
+    return {
+        "version": VERSION,
+        "billhook": billhook.__version__,
+        "plan": job.plan.to_json(),
+        "layers": {result.layer: _layer_record(result, places[result.layer]) for result in results},
+        "warnings": list(warnings),
+        "made_by": {
+            "criterion": request.criterion,
+            "criterion_options": job.criterion_options,
+            "group": request.group or CRITERIA.group(request.criterion),
+            "rounding": request.rounding,
+            "seed": request.seed,
+            "dtype": request.dtype,
+            "device": request.device,
+            "targets": list(request.targets),
+            "ignore": list(request.ignore),
+            "calibration": None if opened.calibration is None else calibration_facts(opened),
+            "model": model_facts(opened.source, opened.model),
+            "papers": {"criterion": CRITERIA.paper(request.criterion), "allocator": job.plan.made_by.get("paper")},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        },
+    }
+
+
+def _layer_record(result: LayerResult, layer: Layer) -> dict[str, Any]:
+    tensor = f"{layer.name}.weight" if layer.expert is None else layer.name.rpartition(".")[0]
+    return {
+        "shape": list(result.shape),
+        "sparsity": result.planned,
+        "zeros": result.zeros,
+        "tensor": tensor,
+        "index": layer.expert,
+        "transposed": layer.transposed,
+        "notes": list(result.notes),
+    }

@@ -1,0 +1,128 @@
+"""Pruning a model in memory by a plan: the one loop in which weights are removed.
+
+Blocks are visited in depth order; each layer's criterion sees the inputs that the already pruned blocks before it produce, as in the
+published code of Wanda and SparseGPT.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.arch import Layer, find_layers
+from billhook.criteria import CRITERIA
+from billhook.criteria.magnitude import magnitude
+from billhook.errors import BillhookError, JobError
+from billhook.masks import Select
+from billhook.plan import SparsityPlan
+from billhook.stats import LayerStats
+from billhook.walk import walk
+
+Group = Literal["row", "layer"]
+Rounding = Literal["exact", "floor"]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What was done to one layer: planned sparsity, zeros before and after, and what the criterion had to say."""
+
+    layer: str
+    shape: tuple[int, int]
+    planned: float
+    zeros: int
+    zeros_before: int
+    notes: tuple[str, ...]
+
+    @property
+    def n(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights that are zero now."""
+        return self.zeros / self.n
+
+
+def prune_(
+    model: PreTrainedModel,
+    plan: SparsityPlan,
+    *,
+    criterion: str = "wanda",
+    batches: Sequence[Tensor] = (),
+    layers: Sequence[Layer] | None = None,
+    group: Group | None = None,
+    rounding: Rounding = "exact",
+    progress: Progress = lambda layer: None,
+    **options: Any,
+) -> list[LayerResult]:
+    """Remove weights in place as `plan` says.
+
+    `batches` are token ids [batch, length] int64, needed by every criterion but magnitude; `layers` are the layers the plan is for
+    (all prunable ones by default); `group` overrides the criterion's comparison group; `options` are the criterion's own.
+    Raises BillhookError before anything changes if plan, criterion or options do not fit, JobError if the zeros made are not the
+    zeros planned or activations are not finite.
+    """
+    layers = find_layers(model) if layers is None else layers
+    shapes = {layer.name: layer.shape for layer in layers}
+    configured = CRITERIA.configure(criterion, options)
+    needs = CRITERIA.needs(criterion, configured)
+    plan.check(shapes)
+    if needs and not batches:
+        raise BillhookError(f"The criterion {criterion} looks at activations: give text with --calibration SOURCE.")
+    zeros = plan.zeros(shapes)
+    results = []
+    for block in walk(model, batches, needs):
+        for layer in block.layers:
+            if layer.name not in shapes:
+                continue
+            stats = block.stats.get(layer.name, LayerStats(0, 0))
+            select = _select(plan, layer, zeros[layer.name], group or CRITERIA.group(criterion), rounding)
+            function = CRITERIA.get(criterion)
+            if needs and stats.tokens == 0:
+                function, stats = magnitude, LayerStats(0, 0)
+                stats.note("received no calibration token: pruned by magnitude")
+            results.append(_prune_layer(layer, stats, select, function, {} if function is magnitude else configured))
+            progress(layer.name)
+    return results
+
+
+def _select(plan: SparsityPlan, layer: Layer, zeros: int, group: Group, rounding: Rounding) -> Select:
+    sparsity = plan.sparsity[layer.name]
+    keep_of = None
+    if plan.pattern.of is not None:
+        keep_of = (plan.pattern.kept(sparsity), plan.pattern.of)
+    return Select(layer.shape, sparsity, zeros, keep_of, group, rounding)
+
+
+def _prune_layer(
+    layer: Layer, stats: LayerStats, select: Select, criterion: Callable[..., Tensor], options: dict[str, Any]
+) -> LayerResult:
+    """Apply the criterion to one layer and check that it removed what was planned."""
+    weight = layer.weight
+    before = int((weight == 0).sum())
+    if select.sparsity > 0:
+        try:
+            new = criterion(weight.float(), stats, select, **options)
+        except BillhookError as error:
+            raise type(error)(f"{layer.name}: {error}") from None
+        if not torch.isfinite(new).all():
+            raise JobError(f"{layer.name}: the new weights are not finite. Use another criterion for it, or leave it out with --ignore.")
+        weight.copy_(new)
+    zeros = int((weight == 0).sum())
+    notes = [*stats.notes, *_check_count(layer.name, select, zeros, before)]
+    return LayerResult(layer.name, layer.shape, select.sparsity, zeros, before, tuple(notes))
+
+
+def _check_count(name: str, select: Select, zeros: int, before: int) -> list[str]:
+    """Compare zeros made with zeros planned. More are possible where kept weights were zero before, or became it in float16."""
+    if select.rounding == "floor" and select.keep_of is None:
+        return []  # the published counts are not the plan's
+    planned = select.zeros
+    if zeros < planned:
+        raise JobError(f"{name}: {zeros} weights are zero where the plan asks for {planned}. The result is not saved.")
+    return [f"{zeros - planned} more zeros than planned ({before} weights were zero before)"] if zeros > planned else []

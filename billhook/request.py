@@ -1,0 +1,128 @@
+"""What a run is asked for, and opening what it names: the model and the calibration text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.arch import Layer, check_finite, find_layers, select_layers
+from billhook.checkpoint import check_directory, load_model, load_tokenizer, model_digest, resolve
+from billhook.data import Tokens, check_ids, digest, load_calibration
+from billhook.errors import BillhookError
+from billhook.evaluate import check_length, context_length
+from billhook.plan import SparsityPlan
+from billhook.prune import Group, Rounding
+from billhook.save import check_output
+from billhook.table import Table
+
+TOKENS_A_BATCH = 4096  # enough rows to keep a matrix product busy, few enough to stay small beside the weights
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything a pruning run can be asked for; the field names are those of the command line."""
+
+    model: str | Path | PreTrainedModel
+    sparsity: float | None = None
+    output: str | Path | None = None
+    criterion: str = "wanda"
+    allocator: str = "uniform"
+    pattern: str = "unstructured"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    plan: str | Path | SparsityPlan | None = None
+    table: str | Path | Table | None = None
+    calibration: str | Tensor | None = None
+    samples: int = 128
+    length: int | None = None
+    sampling: str = "packed"
+    batch_size: int | None = None
+    seed: int = 0
+    targets: Sequence[str] = ()
+    ignore: Sequence[str] = ()
+    group: Group | None = None
+    rounding: Rounding = "exact"
+    device: str = "cpu"
+    dtype: str = "auto"
+    overwrite: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a request names, loaded and checked; `calibration` is None and `batches` empty where no text is needed."""
+
+    source: Path | None
+    model: PreTrainedModel
+    layers: list[Layer]
+    calibration: Tokens | None
+    batches: list[Tensor]
+
+
+def open_request(request: Request, needs_text: bool, who: str) -> Opened:
+    """Load the model, choose its layers, and draw the calibration windows if `who` needs text; cheapest checks first."""
+    if needs_text and request.calibration is None:
+        raise BillhookError(
+            f"{who} looks at activations: give text like the model was trained on with --calibration FILE.txt, FILE.jsonl, "
+            "TOKENS.safetensors or hub:c4 (the demo uses stdlib:train, Python source)."
+        )
+    source, model = _open_model(request)
+    layers = select_layers(find_layers(model), request.targets, request.ignore)
+    check_finite(layers)
+    if not needs_text:
+        return Opened(source, model, layers, None, [])
+    windows = _calibration_windows(request, source, model)
+    batches = list(windows.ids.split(request.batch_size or max(1, TOKENS_A_BATCH // windows.ids.shape[1])))
+    return Opened(source, model, layers, windows, batches)
+
+
+def _open_model(request: Request) -> tuple[Path | None, PreTrainedModel]:
+    """Check the output place, then load the model (or take the one in memory, with its experts made observable)."""
+    if isinstance(request.model, PreTrainedModel):
+        if request.output is not None:
+            check_output(Path(request.output), overwrite=request.overwrite)
+        return None, request.model
+    source = resolve(request.model)
+    checkpoint = check_directory(source)
+    if request.output is not None:
+        check_output(Path(request.output), source, overwrite=request.overwrite, needed=checkpoint.bytes)
+    return source, load_model(source, dtype=request.dtype, device=request.device, trust_remote_code=request.trust_remote_code)
+
+
+def _calibration_windows(request: Request, source: Path | None, model: PreTrainedModel) -> Tokens:
+    """The calibration windows a request asks for, int64 [samples, length], checked against the model's vocabulary and context."""
+    vocabulary = int(cast(Tensor, model.get_input_embeddings().weight).shape[0])
+    if isinstance(request.calibration, Tensor):
+        ids = request.calibration.long()
+        check_ids(ids, vocabulary, "calibration")
+        return Tokens(ids, "given as a tensor", digest(ids), "given")
+    context = context_length(model.config)
+    length = min(2048, context or 2048) if request.length is None else request.length
+    check_length(model.config, length)
+    tokenizer = None if source is None else load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+    return load_calibration(
+        str(request.calibration),
+        tokenizer,
+        samples=request.samples,
+        length=length,
+        seed=request.seed,
+        sampling=request.sampling,
+        vocab_size=vocabulary,
+    )
+
+
+def calibration_facts(opened: Opened) -> dict[str, Any]:
+    """What identifies calibration windows in a table or billhook.json."""
+    tokens = opened.calibration
+    assert tokens is not None
+    samples, length = tokens.ids.shape
+    identity = {"source": tokens.source, "digest": tokens.digest, "sampling": tokens.sampling}
+    return identity | {"samples": samples, "length": length, "batch_size": len(opened.batches[0])}
+
+
+def model_facts(source: Path | None, model: PreTrainedModel) -> dict[str, Any]:
+    """What identifies a model in tables, plans and billhook.json."""
+    name = source.resolve().name if source else type(model).__name__
+    return {"name": name, "type": model.config.model_type, "digest": None if source is None else model_digest(source)}

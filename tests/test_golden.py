@@ -1,0 +1,108 @@
+"""Agreement with the published code on trained models: alphas, layer sparsities, masks and perplexities.
+
+The reference was run in float32, one sequence at a time, with counts rounded down per row. Masks must agree bit for bit, except
+where two scores tie to rounding (at most 20 weights in a million).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from billhook import SparsityPlan, Table, allocate, evaluate, find_layers, load_model, load_windows, measure, prune_
+
+pytestmark = pytest.mark.slow
+
+MODELS = ["stories260k", "babyllama-105", "c4gut-llama-12x128", "c4gut-llama-8x128"]
+TIES_A_MILLION = 20
+ALPHAS = ("alpha_mid", "alpha_peak", "alpha_ks")
+
+
+class Golden:
+    """One model with its reference results; the model is loaded fresh for each run because pruning changes it."""
+
+    def __init__(self, shared: Path, name: str) -> None:
+        self.name, self.directory = name, shared / "models" / name
+        folder = shared / "golden" / name
+        self.reference: dict[str, Any] = json.loads((folder / "reference.json").read_text())
+        self.batches = list(load_file(folder / "calibration.safetensors")["tokens"].long().split(1))
+        self.windows = load_windows(str(folder / "evaluation.safetensors"), None, length=256)
+        self.masks = safe_open(folder / "masks.safetensors", "pt")
+        metrics = [*ALPHAS, "spectral_norm", "frobenius_sq", "outlier_ratio:5"]
+        self.table: Table = measure(self.model(), metrics, batches=self.batches)
+
+    def model(self) -> Any:
+        return load_model(self.directory, dtype="float32")
+
+    def plan(self, tag: str) -> SparsityPlan:
+        """The plan of a run named by its tag, such as wanda_alpha0.3_0.5."""
+        _, *kind, last = tag.split("_")
+        if not kind:
+            return allocate(self.table, None, pattern=last) if ":" in last else allocate(self.table, float(last))
+        name = "_".join(kind)
+        if name.startswith("alpha"):
+            return allocate(self.table, float(last), allocator="alphapruning", epsilon=float(name[5:]))
+        if name.startswith("atp"):
+            return allocate(self.table, float(last), allocator="atp", beta=self.reference["runs"][tag]["beta"])
+        if name.startswith("owl"):
+            return allocate(self.table, float(last), allocator="owl", lam=0.08, m=5)
+        return allocate(self.table, float(last))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def golden(request: pytest.FixtureRequest, shared: Path) -> Golden:
+    return Golden(shared, request.param)
+
+
+def test_spectral_metrics_agree(golden: Golden) -> None:
+    for metric in (*ALPHAS, "spectral_norm", "frobenius_sq"):
+        expected = golden.reference["spectra"][metric]
+        for row in golden.table:
+            assert row.metrics[metric] == pytest.approx(expected[row.layer], rel=1e-5), (metric, row.layer)
+
+
+def test_alphapruning_sparsities_agree(golden: Golden) -> None:
+    for tag, expected in golden.reference["alphapruning_ratios"].items():
+        target, epsilon = (float(part.lstrip("Seps")) for part in tag.split("_"))
+        plan = allocate(golden.table, target, allocator="alphapruning", epsilon=epsilon)
+        for layer, sparsity in expected.items():
+            assert plan.sparsity[layer] == pytest.approx(sparsity, abs=1e-6), (tag, layer)
+
+
+def test_dense_perplexity_agrees(golden: Golden) -> None:
+    assert evaluate(golden.model(), golden.windows).token_ppl == pytest.approx(golden.reference["ppl_dense"], rel=1e-4)
+
+
+def runs(kind: str) -> list[str]:
+    tags = [f"{kind}_uniform_{s}" for s in (0.5, 0.6)] + [f"{kind}_alpha0.3_{s}" for s in (0.5, 0.6)]
+    if kind == "wanda":
+        tags += [f"wanda_atp{f}_{s}" for f in (0.25, 0.5, 0.75) for s in (0.5, 0.6)]
+        tags += [f"wanda_owl0.08_5_{s}" for s in (0.5, 0.6)] + ["wanda_2:4", "wanda_4:8"]
+    return tags
+
+
+@pytest.mark.parametrize("tag", runs("magnitude") + runs("wanda"))
+def test_masks_and_perplexity_agree(golden: Golden, tag: str) -> None:
+    model = golden.model()
+    if tag == "wanda_4:8" and any(layer.shape[1] % 8 for layer in find_layers(model)):
+        pytest.skip("the published code prunes an incomplete last group whole; Billhook refuses such a layer")
+    prune_(model, golden.plan(tag), criterion=tag.split("_")[0], batches=golden.batches, rounding="floor")
+    differing, total = 0, 0
+    for layer in find_layers(model):
+        bits = np.unpackbits(golden.masks.get_tensor(f"{tag}|{layer.name}").numpy())[: layer.weight.numel()]
+        differing += int((torch.from_numpy(bits).bool().view(layer.shape) != (layer.weight != 0)).sum())
+        total += layer.weight.numel()
+    assert differing <= total * TIES_A_MILLION / 1e6, f"{differing} of {total} weights differ"
+    assert evaluate(model, golden.windows).token_ppl == pytest.approx(golden.reference["runs"][tag]["ppl"], rel=1e-3)
+
+
+@pytest.mark.parametrize("tag", runs("sparsegpt"))
+def test_sparsegpt_is_as_good_as_published(golden: Golden, tag: str) -> None:
+    model = golden.model()
+    prune_(model, golden.plan(tag), criterion="sparsegpt", batches=golden.batches, rounding="floor")
+    assert evaluate(model, golden.windows).token_ppl <= golden.reference["runs"][tag]["ppl"] * 1.02
