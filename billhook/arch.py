@@ -21,7 +21,10 @@ from billhook.registry import hint
 ROUTERS = frozenset({"gate", "router", "wg", "shared_expert_gate", "classifier"})
 
 # Families tested in every release (tests/test_families.py): `config.model_type`.
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "stablelm", "starcoder2", "cohere", "granite", "falcon", "gpt_neox", "gptj", "gpt2", "bloom", "mpt", "opt", "mixtral", "qwen3_moe", "gpt_oss"]
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "stablelm", "starcoder2"),
+    *("cohere", "granite", "falcon", "gpt_neox", "gptj", "gpt2", "bloom", "mpt", "opt", "mixtral", "qwen3_moe", "gpt_oss"),
+)
 
 
 @dataclass(frozen=True)

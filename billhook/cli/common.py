@@ -104,7 +104,11 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[str], No
     counts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*counts, TextColumn("{task.fields[item]}"), console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total, item="")
-        yield lambda item="": bar.update(task, advance=1, item=item)
+
+        def advance(item: str) -> None:
+            bar.update(task, advance=1, item=item)
+
+        yield advance
 
 
 def table(title: str, header: list[str], rows: list[list[str]], numeric_from: int = 1) -> None:

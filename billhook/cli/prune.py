@@ -53,9 +53,11 @@ def command(
     plan: Annotated[Path | None, typer.Option(help="A plan.json instead of sparsity and allocator.")] = None,
     table_file: Annotated[Path | None, typer.Option("--table", help="A table.json, so that nothing is measured again.")] = None,
     group: Annotated[
-        Literal["row", "layer"] | None, typer.Option(help="Weights compete within a row or the layer; by default as the criterion's paper.")
+        Literal["row", "layer"] | None, typer.Option(help="Weights compete within a row or the layer; by default as in the paper.")
     ] = None,
-    rounding: Annotated[Literal["exact", "floor"], typer.Option(help="exact meets the budget; floor counts as the published code does.")] = "exact",
+    rounding: Annotated[
+        Literal["exact", "floor"], typer.Option(help="exact meets the budget; floor counts as the published code does.")
+    ] = "exact",
     calibration: Calibration = None,
     samples: Samples = 128,
     length: Length = None,
@@ -112,5 +114,6 @@ def _show(job: "Job", as_json: bool) -> None:
     say(
         f"{len(rows)} layers, {sum(x.shape[0] * x.shape[1] for x in layers):,} weights, sparsity {job.plan.target:g}, "
         f"pattern {job.plan.pattern}. "
-        f"Estimated: {cost['seconds']:.0f} s, {cost['memory_gib']:.2f} GiB of memory, {cost['disk_gib']:.2f} GiB of disk. Nothing was written."
+        f"Estimated: {cost['seconds']:.0f} s, {cost['memory_gib']:.2f} GiB of memory, {cost['disk_gib']:.2f} GiB of disk. "
+        "Nothing was written."
     )

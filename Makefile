@@ -1,0 +1,50 @@
+# Two commands do everything: `make demo` and `make test`. Each makes .venv first if it is not there.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup demo test fast lint type docs check bench clean
+
+# torch is installed first, and its CPU build where the machine has no GPU: the default build pulls gigabytes of CUDA libraries.
+$(BIN)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q -e .
+	touch $@
+
+$(BIN)/.installed-dev: $(BIN)/.installed
+	$(BIN)/pip install -q -e ".[dev]"
+	touch $@
+
+setup: $(BIN)/.installed-dev
+
+demo: $(BIN)/.installed
+	$(BIN)/billhook demo --output demo-output
+
+test: $(BIN)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+fast: $(BIN)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+lint: $(BIN)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(BIN)/.installed-dev
+	$(BIN)/mypy
+
+docs: $(BIN)/.installed-dev
+	$(BIN)/python tools/make_docs.py
+
+check: lint type test
+
+bench: $(BIN)/.installed-dev
+	$(BIN)/python benchmarks/prune.py
+	$(BIN)/python benchmarks/spectra.py
+
+clean:
+	rm -rf $(VENV) build dist demo-output
