@@ -126,10 +126,17 @@ def load_model(path: Path, *, dtype: str | torch.dtype = "auto", device: str = "
     if "auto_map" in checkpoint.config and not trust_remote_code and not _has_native_class(checkpoint.config):
         raise BillhookError(f"{path} needs its own Python code to load. Read that code; if you trust it, allow it with trust_remote_code.")
     auto: Any = AutoModelForCausalLM  # its stubs do not know output_loading_info
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True, "use_safetensors": True}
     try:
         with quiet():
-            model, info = auto.from_pretrained(path, dtype=_dtype(dtype), experts_implementation="eager", **options)
+            model, info = auto.from_pretrained(
+                path,
+                dtype=_dtype(dtype),
+                experts_implementation="eager",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported in `info`, by name, instead of as a riddle
+                **options,
+            )
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise BillhookError(f"transformers cannot load {path}: {_first_line(error)}") from None
     _check_complete(path, info)
@@ -155,15 +162,12 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def _check_complete(path: Path, info: dict[str, Any]) -> None:
-    for key, what in (
-        ("missing_keys", "lacks"),
-        ("mismatched_keys", "has in another shape"),
-        ("unexpected_keys", "has, beyond the model,"),
-    ):
+    faults = {"missing_keys": "is missing", "mismatched_keys": "has another shape", "unexpected_keys": "has no place in the model"}
+    for key, what in faults.items():
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info.get(key, ()))
         if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise BillhookError(f"{path} does not fit its config.json: it {what} the tensor {names[0]}{more}.")
+            more = f", and so for {len(names) - 1} more" if len(names) > 1 else ""
+            raise BillhookError(f"{path} does not fit its config.json: the tensor {names[0]} {what}{more}.")
     if info.get("error_msgs"):
         raise BillhookError(f"{path} cannot be loaded: {_first_line(info['error_msgs'][0])}")
 

@@ -5,7 +5,7 @@ as the weights do when they are saved, and where they come out is where the rows
 and have two columns only, so this costs next to nothing, whatever the size of the model.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,21 @@ _COLUMNS = 2  # the least that still shows which way a tensor is turned
 Layers = Mapping[str, Mapping[str, Any]]
 
 
-def places(model: PreTrainedModel, layers: Layers) -> dict[str, dict[str, Any]]:
-    """The place on disk of each layer of billhook.json, whose `tensor`, `index` and `transposed` say where it is in memory.
+def to_disk(model: PreTrainedModel, state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Tensors by their names in memory -> by their names on disk, converted back; `names` are those found there.
+
+    A checkpoint of the bare decoder lacks the prefix of its names (`h.0...` for `transformer.h.0...`), which `transformers` adds
+    while loading and, unlike its other conversions, does not take away again.
+    """
+    reverted: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    prefix = f"{model.base_model_prefix}."
+    return {
+        name if name in names or name.removeprefix(prefix) not in names else name.removeprefix(prefix): t for name, t in reverted.items()
+    }
+
+
+def places(model: PreTrainedModel, layers: Layers, names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The place, among the tensors `names` on disk, of each layer whose `tensor`, `index` and `transposed` say where it is in memory.
 
     A place is {"tensor", "index", "transposed"}: the layer is that tensor (number `index` of its first dimension), [in, out] if
     transposed; or {"pieces": [...]} of such places with "rows" [from, to], which make up the layer in some order of rows; or
@@ -28,14 +41,14 @@ def places(model: PreTrainedModel, layers: Layers) -> dict[str, dict[str, Any]]:
     """
     pieces: dict[str, list[dict[str, Any]]] = {name: [] for name in layers}
     try:
-        reverted: dict[str, Tensor] = revert_weight_conversion(model, {**model.state_dict(), **_numbered(model, layers)})
+        numbered = to_disk(model, {**model.state_dict(), **_numbered(model, layers)}, names)
     except (RuntimeError, ValueError, IndexError):  # a conversion that counts on the real number of columns
         return {name: {"tensor": None} for name in layers}
-    names = list(layers)
-    for tensor, values in reverted.items():
+    order = list(layers)
+    for tensor, values in numbered.items():
         if values.dtype == torch.int64 and values.numel() and int(values.max()) >= _STEP:
             for number, piece in _pieces(tensor, values):
-                pieces[names[number - 1]].append(piece)
+                pieces[order[number - 1]].append(piece)
     return {name: _place(found) for name, found in pieces.items()}
 
 

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import PreTrainedModel
 
 from billhook.checkpoint import quiet
 from billhook.errors import BillhookError, JobError
 from billhook.files import sha256, write_json
-from billhook.places import places
+from billhook.places import places, to_disk
 from billhook.shards import INDEX, Entry, Shard, layer_zeros, read_shard, rewrite, weight_files
 
 RECORD = "billhook.json"
@@ -90,7 +90,7 @@ def save_pruned(
     `index`, `transposed`), gets its place on disk instead (`billhook.places`). `texts` are further files by name. Raises what
     `check_output` raises, JobError when writing fails or a value does not fit the dtype on disk.
     """
-    needed = sum(file.stat().st_size for file in weight_files(source)) if source else 0
+    needed = sum(file.stat().st_size for file in weight_files(source)) if source else sum(p.nbytes for p in model.parameters())
     output = check_output(output, source, overwrite=overwrite, needed=needed)
     with _staging(output, needed) as folder:
         note = _write_weights(model, source, folder)
@@ -108,7 +108,7 @@ def save_pruned(
 def _on_disk(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
     """The layers of billhook.json with their places on disk, their zeros counted there; raises JobError when some are lost."""
     shards = [read_shard(file) for file in weight_files(folder)]
-    where = places(model, layers)
+    where = places(model, layers, {name for shard in shards for name in shard.entries})
     found = {}
     for name, facts in layers.items():
         kept = {key: value for key, value in facts.items() if key not in ("tensor", "index", "transposed")}
@@ -137,18 +137,19 @@ def _staging(output: Path, needed: int) -> Iterator[Path]:
         yield folder
         _flush(folder)
         _put_in_place(folder, output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise JobError(_failure(error, output, needed)) from None
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _failure(error: OSError, output: Path, needed: int) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def _failure(error: OSError | SafetensorError, output: Path, needed: int) -> str:
+    # safetensors reports a full disk in words only
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
         free = shutil.disk_usage(output.parent).free
         return f"The disk is full: writing {output} needs {_size(needed)}, {_size(free)} are free. Nothing was left behind; make room."
-    return f"Cannot write {output}: {error.strerror or error}. Nothing was left behind."
+    return f"Cannot write {output}: {getattr(error, 'strerror', None) or error}. Nothing was left behind."
 
 
 def _size(number: int) -> str:
@@ -172,12 +173,13 @@ def _put_in_place(folder: Path, output: Path) -> None:
     if not (output.is_dir() and any(output.iterdir())):
         os.rename(folder, output)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-    os.rename(output, old)
+    old = folder.with_name(f"{folder.name}.old")
     try:
+        os.rename(output, old)
         os.rename(folder, output)
     except BaseException:
-        os.rename(old, output)
+        if old.exists() and not output.exists():
+            os.rename(old, output)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -198,7 +200,7 @@ def _write_weights(model: PreTrainedModel, source: Path | None, folder: Path) ->
     if source is None or not shards:
         _write_stock(model, folder, [])
         return None
-    tensors = disk_tensors(model)
+    tensors = to_disk(model, model.state_dict(), {name for shard in shards for name in shard.entries})
     reason = _mismatch(tensors, shards)
     if reason:
         _write_stock(model, folder, shards)
@@ -208,12 +210,6 @@ def _write_weights(model: PreTrainedModel, source: Path | None, folder: Path) ->
     if (source / INDEX).is_file():
         shutil.copyfile(source / INDEX, folder / INDEX)
     return None
-
-
-def disk_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's tensors under the names they have on disk, aliases of tied weights included."""
-    tensors: dict[str, Tensor] = revert_weight_conversion(model, model.state_dict())
-    return tensors
 
 
 def _mismatch(tensors: Mapping[str, Tensor], shards: list[Shard]) -> str | None:

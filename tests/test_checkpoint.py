@@ -1,0 +1,208 @@
+"""Model directories: found, refused with a reason, loaded whole or not at all."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from billhook.checkpoint import check_directory, load_model, load_tokenizer, model_digest, resolve
+from billhook.errors import BillhookError
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture
+def copy(llama, tmp_path) -> Path:
+    """A copy of the model directory to damage."""
+    target = tmp_path / "copy"
+    target.mkdir()
+    for file in llama.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def edit_config(directory: Path, **changes) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in (config | changes).items() if v is not ...}))
+
+
+def edit_weights(directory: Path, change) -> None:
+    save_file(change(load_file(directory / "model.safetensors")), directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_resolves_a_directory_as_it_is(llama):
+    assert resolve(str(llama)) == llama == resolve(llama)
+
+
+@pytest.mark.parametrize("name", ["no/such/dir/here", "./missing", "missing", "/nowhere/at/all", "spaces are no name/x"])
+def test_a_path_that_does_not_exist_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BillhookError, match="no model directory at"):
+        resolve(name)
+
+
+def test_a_file_is_not_a_model(llama):
+    with pytest.raises(BillhookError, match=r"is a file: give the model directory"):
+        resolve(llama / "config.json")
+
+
+def test_a_hub_name_without_a_hub_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(BillhookError, match=r"Cannot download someone/some-model from the hub \(.*\)\. Check the network") as found:
+        resolve("someone/some-model")
+    assert "\n" not in str(found.value)
+
+
+def test_no_config(copy):
+    (copy / "config.json").unlink()
+    with pytest.raises(BillhookError, match=r"has no config.json"):
+        check_directory(copy)
+
+
+def test_config_that_is_no_json(copy):
+    (copy / "config.json").write_text("{")
+    with pytest.raises(BillhookError, match="not valid json"):
+        check_directory(copy)
+
+
+def test_no_weights(copy):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(BillhookError, match="weights are missing"):
+        check_directory(copy)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_pickled_weights_are_refused_with_the_way_out(copy, name):
+    (copy / "model.safetensors").rename(copy / name)
+    with pytest.raises(BillhookError, match=rf"pickled weights \({name}\).*save_pretrained"):
+        check_directory(copy)
+
+
+def test_quantized_checkpoint(copy):
+    edit_config(copy, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(BillhookError, match="quantized checkpoint"):
+        check_directory(copy)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": ["BertForMaskedLM"], "model_type": "bert"},
+        {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True},
+        {"architectures": None, "model_type": "vit"},
+    ],
+)
+def test_another_kind_of_model(copy, changes):
+    edit_config(copy, **changes)
+    with pytest.raises(BillhookError, match="only causal language models"):
+        check_directory(copy)
+
+
+def test_truncated_weights(copy):
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(BillhookError, match=r"holds \d+ bytes where its header promises \d+"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]", b"\x10\0\0\0\0\0\0\0" + b'{"a":{"dtype":1}'])
+def test_weights_that_are_no_safetensors(copy, content):
+    (copy / "model.safetensors").write_bytes(content)
+    with pytest.raises(BillhookError, match=r"model\.safetensors (is not a safetensors file|has a damaged)"):
+        check_directory(copy)
+
+
+def write_index(directory: Path, content) -> None:
+    (directory / "model.safetensors.index.json").write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\\b.safetensors", 3])
+def test_index_must_stay_in_its_directory(copy, name):
+    write_index(copy, {"weight_map": {"a": name}})
+    with pytest.raises(BillhookError, match=r"only plain file names|is not a safetensors index"):
+        check_directory(copy)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}'])
+def test_broken_index(copy, content):
+    write_index(copy, content)
+    with pytest.raises(BillhookError, match="is not a safetensors index"):
+        check_directory(copy)
+
+
+def test_missing_shard_is_named(tmp_path):
+    model = tiny.save(tmp_path / "model", shard="60KB")
+    (model / "model-00002-of-00004.safetensors").unlink(missing_ok=True)
+    shard = sorted(model.glob("model-*"))[-1]
+    shard.unlink()
+    with pytest.raises(BillhookError, match=r"names model-0000\d-of-0000\d\.safetensors, which is not in"):
+        check_directory(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: {k: v for k, v in w.items() if k != "model.layers.2.mlp.up_proj.weight"}, "layers.2.mlp.up_proj.weight is missing"),
+        (lambda w: w | {"model.layers.1.mlp.up_proj.weight": torch.ones(3, 3)}, "layers.1.mlp.up_proj.weight has another shape"),
+        (lambda w: w | {"score.weight": torch.ones(3)}, "score.weight has no place in the model"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_an_error(copy, change, message):
+    edit_weights(copy, change)
+    with pytest.raises(BillhookError, match=message):
+        load_model(copy)
+
+
+def test_loads_quietly_in_evaluation_mode_and_the_dtype_asked_for(llama, tmp_path, capfd):
+    half = tiny.save(tmp_path / "half", dtype=torch.bfloat16)
+    assert load_model(half).dtype == torch.bfloat16
+    model = load_model(half, dtype="float32")
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert capfd.readouterr().err.replace("\r", "").count("Loading") == 0
+    with pytest.raises(BillhookError, match="Unknown dtype 'int3'"):
+        load_model(half, dtype="int3")
+
+
+def test_unknown_device(llama):
+    with pytest.raises(BillhookError, match="Cannot put the model on device 'warp'"):
+        load_model(llama, device="warp")
+
+
+def test_own_code_needs_permission(copy):
+    edit_config(
+        copy, model_type="made_up", architectures=["MadeUp"], auto_map={"AutoModelForCausalLM": "code.MadeUp", "AutoConfig": "code.C"}
+    )
+    (copy / "code.py").write_text("raise SystemExit('this code ran')")
+    with pytest.raises(BillhookError, match="needs its own Python code"):
+        load_model(copy)
+
+
+def test_experts_can_be_observed(tmp_path):
+    model = load_model(tiny.save(tmp_path / "m", tiny.mixtral(), words=False))
+    assert model.config._experts_implementation == "eager"
+
+
+def test_tokenizer_there_broken_and_absent(copy):
+    tokenizer = load_tokenizer(copy)
+    assert tokenizer("ab")["input_ids"] == [256, *tiny.tokenizer()("ab")["input_ids"][1:]]
+    (copy / "tokenizer.json").write_text("{}")
+    with pytest.raises(BillhookError, match="cannot load the tokenizer"):
+        load_tokenizer(copy)
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    assert load_tokenizer(copy) is None
+
+
+def test_digest_tells_models_apart(llama, copy):
+    assert model_digest(llama) == model_digest(copy)
+    edit_weights(copy, lambda w: {k: v + 0 if "norm" not in k else v * 2 for k, v in w.items()})
+    assert model_digest(llama) != model_digest(copy)
