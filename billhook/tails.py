@@ -1,0 +1,132 @@
+"""Power-law tails: the exponent alpha of a spectrum and where its tail begins.
+
+AlphaPruning (arXiv 2410.10912), as its published code computes it. For a cut i among N ascending eigenvalues, n = N - i:
+
+    alpha_i = 1 + n / (sum_{j >= i} ln l_j - n ln l_i)                     (Hill; the zero term j = i is counted in n)
+    D_i     = max_{j >= i} | 1 - (l_j / l_i)^(1 - alpha_i) - (j - i) / n |   (Kolmogorov-Smirnov distance)
+
+All alphas come from one cumulative sum and the distances from a few dense blocks of exponentials. The three ways to cut:
+
+    mid    i = int(N / 2)
+    ks     least D over all N - 1 cuts, the first on ties
+    peak   least D over the cuts with log10(0.95 x) <= l_i <= 1.5 x, where x is the left edge of the fullest of 100 equal bins of
+           log10 l. The lower bound compares a value with a logarithm, as published, and so is all but inactive; it also makes the
+           result depend on the scale of W. `log_bound="repaired"` compares 0.95 x instead.
+
+Eigenvalues that are zero have no logarithm and take no part (the published code gives NaN); neither do cuts at which the tail is
+flat to rounding, where alpha is infinite.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from billhook.errors import BillhookError
+
+Cut = Literal["mid", "peak", "ks"]
+LogBound = Literal["published", "repaired"]
+
+BINS = 100
+FLAT = 1e-9  # a tail whose eigenvalues agree to this relative difference has no exponent
+ROWS = 128  # cuts per dense block: wide enough for fast kernels, narrow enough to stay in cache
+
+
+@dataclass(frozen=True)
+class TailFit:
+    """One fitted tail: eigenvalues >= `xmin` (the `cut_index`-th of the ascending spectrum) decay as a power law with `alpha`."""
+
+    alpha: float
+    ks_distance: float
+    xmin: float
+    cut_index: int
+
+
+class Spectrum:
+    """Ascending eigenvalues [N] float64 >= 0 of W^T W, with what several metrics share computed at most once.
+
+    Zeros are allowed and are left out of every fit. The fits raise BillhookError where no exponent exists: fewer than three positive
+    eigenvalues, or all of them equal.
+    """
+
+    def __init__(self, evals: Tensor) -> None:
+        self.evals = evals
+
+    @cached_property
+    def positive(self) -> Tensor:
+        """The eigenvalues that are not zero, ascending."""
+        return self.evals[self.evals > 0]
+
+    @cached_property
+    def curve(self) -> tuple[Tensor, Tensor]:
+        """`(alpha, D)` [P - 1] at every cut of the P positive eigenvalues; inf and 1 at flat cuts."""
+        if len(self.positive) < 3:
+            raise BillhookError(
+                f"A power-law exponent needs at least 3 positive eigenvalues, there are {len(self.positive)} of {len(self.evals)} (a zero, "
+                "rank-deficient or one-dimensional weight). Leave the layer out, or use another metric."
+            )
+        logs = self.positive.log()
+        alphas = hill(logs)
+        if not alphas.isfinite().any():
+            raise BillhookError("All eigenvalues are equal: there is no power-law exponent. Leave the layer out, or use another metric.")
+        return alphas, ks_distances(logs, alphas)
+
+    def fit(self, cut: Cut, log_bound: LogBound = "published") -> TailFit:
+        """Fit the tail; see the module's text for the three cuts. Raises BillhookError where no cut has an exponent."""
+        alphas, distances = self.curve
+        if cut == "mid":
+            best = len(self.positive) // 2
+        else:
+            allowed = alphas.isfinite()
+            if cut == "peak":
+                allowed &= self._near_peak(log_bound)
+            best = int(torch.where(allowed, distances, math.inf).argmin())
+            if not allowed[best]:
+                raise BillhookError("No cut near the mode of the spectrum has a power-law exponent. Use alpha_ks or alpha_mid.")
+        alpha = float(alphas[best])
+        if not math.isfinite(alpha):
+            raise BillhookError(f"All eigenvalues above the cut are equal: alpha_{cut} does not exist. Use another metric.")
+        return TailFit(alpha, float(distances[best]), float(self.positive[best]), best + len(self.evals) - len(self.positive))
+
+    def _near_peak(self, log_bound: LogBound) -> Tensor:
+        """Which cuts [P - 1] lie around the fullest bin of log10 of the eigenvalues."""
+        logs = self.positive.log10()
+        low, high = float(logs[0]), float(logs[-1])
+        fullest = int(torch.histc(logs.cpu(), bins=BINS, min=low, max=high).argmax())
+        mode: float = 10.0 ** (low + fullest * (high - low) / BINS)
+        least = math.log10(0.95 * mode) if log_bound == "published" else 0.95 * mode
+        values = self.positive[:-1]
+        return (values >= least) & (values <= 1.5 * mode)
+
+
+def fit_tail(evals: Tensor, cut: Cut = "peak", log_bound: LogBound = "published") -> TailFit:
+    """Fit a power law to the tail of ascending eigenvalues [N] >= 0; raises BillhookError where no exponent exists."""
+    return Spectrum(evals).fit(cut, log_bound)
+
+
+def hill(logs: Tensor) -> Tensor:
+    """The exponent at each of the N - 1 cuts of ascending logarithms [N]; inf where the tail is flat to rounding."""
+    logs = logs - logs[-1]  # so that the short tails, where little is left after cancellation, are summed exactly
+    counts = torch.arange(len(logs), 1, -1, dtype=logs.dtype, device=logs.device)
+    sums = logs.flip(0).cumsum(0).flip(0)[:-1]
+    alphas = 1 + counts / (sums - counts * logs[:-1])
+    return torch.where(logs[:-1] < -FLAT, alphas, math.inf)
+
+
+def ks_distances(logs: Tensor, alphas: Tensor) -> Tensor:
+    """The KS distance at each of the N - 1 cuts of ascending logarithms [N]; 1 where alpha is infinite."""
+    size = len(logs)
+    index = torch.arange(size, dtype=logs.dtype, device=logs.device)
+    scale = 1 / (size - index[:-1])
+    decay = torch.where(alphas.isfinite(), 1 - alphas, 0.0)
+    distances = torch.empty_like(alphas)
+    for start in range(0, size - 1, ROWS):
+        rows = slice(start, min(start + ROWS, size - 1))
+        gap = (logs[None, start:] - logs[rows, None]).mul_(decay[rows, None]).exp_()
+        gap.addcmul_(index[None, start:] - index[rows, None], scale[rows, None]).sub_(1).abs_()
+        gap[:, : rows.stop - start].triu_()  # eigenvalues below the cut
+        distances[rows] = gap.amax(1)
+    return torch.where(alphas.isfinite(), distances, 1.0)
