@@ -64,11 +64,11 @@ def hub_documents(source: str, purpose: str, stream: bool) -> Iterable[str]:
 
     Raises BillhookError when `datasets` is not installed, the dataset or split cannot be had, or there is no field `text`.
     """
+    request = parse(source, purpose)
     try:
         import datasets
     except ImportError:
         raise BillhookError(f"The source {source} needs the package `datasets`: pip install 'billhook[data]', or give a file.") from None
-    request = parse(source, purpose)
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -1,0 +1,322 @@
+"""Sources, sampling and windows: the published draws, the documented cuts, and clear errors instead of endless loops."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from billhook import corpus, data
+from billhook.data import check_ids, digest, load_calibration, load_windows
+from billhook.errors import BillhookError
+from billhook.hub import parse
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+def jsonl(path, texts) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+def texts(count: int = 60) -> list[str]:
+    """Documents of 0 to 300 letters, all different."""
+    rng = random.Random(1)
+    return ["".join(rng.choices("abcdefgh ", k=rng.randint(0, 300))) for _ in range(count)]
+
+
+def published(documents: list[str], tokenizer, samples: int, length: int, seed: int) -> torch.Tensor:
+    """The sampling loop that the published code of the Wanda family shares, written out again."""
+    random.seed(seed)
+    rows = []
+    for _ in range(samples):
+        while True:
+            i = random.randint(0, len(documents) - 1)
+            ids = tokenizer(documents[i], return_tensors="pt").input_ids
+            if ids.shape[1] > length:
+                break
+        i = random.randint(0, ids.shape[1] - length - 1)
+        rows.append(ids[0, i : i + length])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42])
+def test_papers_sampling_is_the_published_one(tokenizer, tmp_path, seed):
+    documents = texts()
+    found = load_calibration(jsonl(tmp_path / "a.jsonl", documents), tokenizer, samples=20, length=64, seed=seed, sampling="papers")
+    assert torch.equal(found.ids, published(documents, tokenizer, 20, 64, seed))
+    assert found.sampling == "papers"
+
+
+def test_papers_sampling_with_one_long_document_among_many_short_ones(tokenizer, tmp_path, monkeypatch):
+    """The search for a document that is long enough happens once and does not disturb the draws."""
+    monkeypatch.setattr(data, "_MISSES", 3)
+    documents = ["short"] * 40 + ["x" * 100]
+    found = load_calibration(jsonl(tmp_path / "a.jsonl", documents), tokenizer, samples=4, length=64, sampling="papers")
+    assert torch.equal(found.ids, published(documents, tokenizer, 4, 64, 0))
+
+
+def test_papers_sampling_without_a_long_document_ends_in_an_error(tokenizer, tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", ["ab", "abcde", ""])
+    with pytest.raises(
+        BillhookError, match=r"No document of .* longer than 64 tokens \(3 documents, the longest has 6\).*--sampling packed"
+    ):
+        load_calibration(source, tokenizer, samples=1, length=64, sampling="papers")
+
+
+def test_papers_sampling_reads_only_the_documents_it_draws(tokenizer, tmp_path, monkeypatch):
+    source = jsonl(tmp_path / "a.jsonl", ["y" * 100] * 5000)
+    seen = []
+    real = data._encode
+    monkeypatch.setattr(data, "_encode", lambda tokenizer, batch, **options: seen.extend(batch) or real(tokenizer, batch, **options))
+    load_calibration(source, tokenizer, samples=8, length=64, sampling="papers")
+    assert len(seen) <= 8
+
+
+def test_packed_windows_come_from_the_text_without_replacement(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("".join(random.Random(0).choices("abcdefgh", k=4000)))
+    found = load_calibration(str(tmp_path / "a.txt"), tokenizer, samples=40, length=64)
+    flat = [256, *tokenizer((tmp_path / "a.txt").read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]]
+    cut = [tuple(flat[i : i + 64]) for i in range(0, len(flat) - 63, 64)]
+    rows = [tuple(row) for row in found.ids.tolist()]
+    assert found.ids.dtype == torch.int64
+    assert found.ids.shape == (40, 64)
+    assert found.sampling == "packed"
+    assert len(set(rows)) == 40
+    assert set(rows) <= set(cut)
+
+
+def test_packed_documents_follow_each_other_behind_a_start_token(tokenizer, tmp_path):
+    documents = [letter * 10 for letter in "abcdefgh"]
+    found = load_calibration(jsonl(tmp_path / "a.jsonl", documents), tokenizer, samples=1, length=88)
+    assert (found.ids == 256).sum() == 8
+    assert found.ids[0, ::11].tolist() == [256] * 8
+    assert sorted(tokenizer.decode(found.ids[0]).split("<s>")[1:]) == documents
+
+
+def test_calibration_repeats_with_its_seed_only(tokenizer, tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", texts())
+    for sampling in ("packed", "papers"):
+        first, again, other = (
+            load_calibration(source, tokenizer, samples=8, length=32, seed=seed, sampling=sampling).digest for seed in (3, 3, 4)
+        )
+        assert first == again != other
+
+
+def test_too_short_a_text_says_how_short(tokenizer, tmp_path):
+    source = str(tiny.text_file(tmp_path / "a.txt", copies=1))
+    with pytest.raises(BillhookError, match=r"128 windows of 64 need 8192 tokens, it has 83 in 1 document\."):
+        load_calibration(source, tokenizer, length=64)
+    with pytest.raises(BillhookError, match=r"has 83 tokens, fewer than one window of 100"):
+        load_windows(source, tokenizer, length=100)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b" \n\n", "is empty"),
+        ("a.txt", b"ok \xff", r"not UTF-8 text \(byte 3\)"),
+        ("a.jsonl", b"\n", "is empty"),
+        ("a.jsonl", b'{"text": ""}\n', "is empty"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3 is not valid json"),
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2 has no field `text`"),
+        ("a.jsonl", b'"text"\n', "line 1 has no field `text`"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1 has no field `text`"),
+        ("a.safetensors", b"nothing", "is not a safetensors file"),
+    ],
+)
+def test_files_that_are_not_what_they_should_be(tokenizer, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    for load in (load_calibration, load_windows):
+        with pytest.raises(BillhookError, match=message):
+            load(str(tmp_path / name), tokenizer, length=8)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing.txt", "no file missing.txt"),
+        ("missing.safetensors", "no file missing.safetensors"),
+        (".", "is a directory"),
+        ("wikitext", r"Unknown text source 'wikitext'. The forms are: FILE.txt, FILE.jsonl"),
+        ("stdlib:tests", "use stdlib:train or stdlib:heldout"),
+        ("hub:", "the form is hub:NAME"),
+        ("hub:a:b:c:d", "the form is hub:NAME"),
+        ("hub:c4:test", "C4 has no split 'test': use hub:c4:train or hub:c4:validation"),
+    ],
+)
+def test_sources_that_are_none(tokenizer, source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BillhookError, match=message):
+        load_calibration(source, tokenizer, length=8)
+
+
+@pytest.mark.parametrize("options", [{"samples": 0}, {"length": 1}, {"sampling": "all"}])
+def test_impossible_requests(tokenizer, tmp_path, options):
+    with pytest.raises(BillhookError, match=r"at least|Unknown sampling"):
+        load_calibration(str(tiny.text_file(tmp_path / "a.txt")), tokenizer, **({"length": 8} | options))
+
+
+def test_text_needs_a_tokenizer(tmp_path):
+    with pytest.raises(BillhookError, match="no tokenizer to read"):
+        load_calibration(str(tiny.text_file(tmp_path / "a.txt")), None, length=8)
+
+
+def test_token_files_are_used_as_they_are(tmp_path):
+    ids = torch.arange(60, dtype=torch.int32).view(6, 10)
+    save_file({"tokens": ids}, tmp_path / "t.safetensors")
+    source = str(tmp_path / "t.safetensors")
+    assert torch.equal(load_calibration(source, None).ids, ids.long())
+    assert torch.equal(load_calibration(source, None, samples=2, length=5).ids, ids[:2, :5].long())
+    windows = load_windows(source, None, length=2048)
+    assert torch.equal(windows.ids, ids.long())
+    assert windows.text_bytes is None
+    assert windows.digest == digest(ids) == load_calibration(source, None).digest
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"ids": torch.zeros(2, 4, dtype=torch.int64)}, "no tensor `tokens`; it has ids"),
+        ({"tokens": torch.zeros(8, dtype=torch.int64)}, r"must be \[samples, length\]"),
+        ({"tokens": torch.zeros(0, 8, dtype=torch.int64)}, r"must be \[samples, length\]"),
+        ({"tokens": torch.zeros(2, 4)}, r"must be whole numbers, found torch.float32"),
+        ({"tokens": torch.zeros(2, 4, dtype=torch.bool)}, r"must be whole numbers, found torch.bool"),
+    ],
+)
+def test_token_files_that_are_none(tmp_path, tensors, message):
+    save_file(tensors, tmp_path / "t.safetensors")
+    with pytest.raises(BillhookError, match=message):
+        load_calibration(str(tmp_path / "t.safetensors"), None)
+
+
+@pytest.mark.parametrize("bad", [258, -1, 2**40])
+def test_ids_outside_the_vocabulary_are_named(tmp_path, bad):
+    ids = torch.zeros(4, 8, dtype=torch.int64)
+    ids[2, 5] = bad
+    save_file({"tokens": ids}, tmp_path / "t.safetensors")
+    for load in (load_calibration, load_windows):
+        with pytest.raises(BillhookError, match=rf"token id {bad} at row 2, position 5 is outside the vocabulary of 258 entries"):
+            load(str(tmp_path / "t.safetensors"), None, length=8, vocab_size=258)
+    check_ids(ids.clamp(0, 257), 258, "x")
+
+
+def test_windows_cut_the_whole_text_once(tokenizer, tmp_path):
+    """One start token in front of everything, none between documents, and the tail that fills no window dropped."""
+    documents = texts(30)
+    windows = load_windows(jsonl(tmp_path / "a.jsonl", documents), tokenizer, length=50)
+    whole = tokenizer("\n\n".join(documents))["input_ids"]
+    assert windows.tokens == len(whole)
+    assert windows.ids.flatten().tolist() == whole[: len(whole) // 50 * 50]
+    assert (windows.ids == 256).sum() == 1
+
+
+def test_limited_windows_are_the_first_of_all(tokenizer, tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", texts(400))
+    all_windows, some = load_windows(source, tokenizer, length=50), load_windows(source, tokenizer, length=50, limit=7)
+    assert torch.equal(some.ids, all_windows.ids[:7])
+    assert some.tokens < all_windows.tokens
+    assert len(load_windows(source, tokenizer, length=50, limit=10**6).ids) == len(all_windows.ids)
+
+
+@pytest.mark.parametrize("length", [2, 7, 64])
+def test_bytes_are_those_of_the_scored_tokens(tokenizer, tmp_path, length):
+    """With one token a byte: one byte for every token that is scored, but for letters cut by a window's edge."""
+    ascii_text = "plain text, nothing else. " * 20
+    (tmp_path / "a.txt").write_text(ascii_text)
+    windows = load_windows(str(tmp_path / "a.txt"), tokenizer, length=length)
+    assert windows.text_bytes == windows.ids.shape[0] * (length - 1)
+    source = tiny.text_file(tmp_path / "b.txt", copies=20)
+    whole = load_windows(str(source), tokenizer, length=len(tokenizer(source.read_text(encoding="utf-8"))["input_ids"]))
+    assert whole.text_bytes == source.stat().st_size
+
+
+def test_line_ends_and_byte_order_marks(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab\r\ncd")
+    ids = load_windows(str(tmp_path / "a.txt"), tokenizer, length=7).ids
+    assert tokenizer.decode(ids[0]) == "<s>ab\r\ncd"
+
+
+def test_half_a_letter_in_json_is_no_crash(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "smile \\ud83d half"}\n')
+    assert tokenizer.decode(load_windows(str(tmp_path / "a.jsonl"), tokenizer, length=13).ids[0]) == "<s>smile ? half"
+
+
+def test_the_standard_library_is_a_source(tokenizer, monkeypatch):
+    kept = {"train": "trained on this " * 50, "heldout": "but not on that " * 50}
+    monkeypatch.setattr(corpus, "stdlib_documents", lambda split: [("module.py", kept[split])])
+    train = load_calibration("stdlib:train", tokenizer, samples=2, length=64)
+    heldout = load_windows("stdlib:heldout", tokenizer, length=64, limit=2)
+    assert "trained on this" in tokenizer.decode(train.ids[0])
+    assert "not on that" in tokenizer.decode(heldout.ids[1])
+
+
+def test_digest_depends_on_shape_and_values():
+    ids = torch.arange(12)
+    known = {digest(ids.view(3, 4)), digest(ids.view(4, 3)), digest((ids + 1).view(3, 4))}
+    assert len(known) == 3
+    assert digest(ids.view(3, 4).to(torch.int32)) in known
+
+
+def test_hub_sources_are_spelled_in_todays_form():
+    calibration, evaluation = parse("hub:c4", "calibration"), parse("hub:c4", "evaluation")
+    assert (calibration.name, calibration.config, calibration.files) == (
+        "allenai/c4",
+        None,
+        {"train": "en/c4-train.00000-of-01024.json.gz"},
+    )
+    assert evaluation.files == {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+    wikitext = parse("hub:wikitext2", "evaluation")
+    assert (wikitext.name, wikitext.config, wikitext.split) == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+    assert parse("hub:wikitext2:validation", "evaluation").split == "validation"
+    assert parse("hub:me/mine", "calibration") == parse("hub:me/mine::train", "evaluation")
+    assert parse("hub:me/mine:small:dev", "calibration").config == "small"
+
+
+@pytest.fixture
+def local_dataset(tmp_path, monkeypatch):
+    """A dataset directory, which `hub:` reads without a hub."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", texts(50))
+    jsonl(folder / "test.jsonl", ["held out " * 30])
+    return folder
+
+
+def test_hub_datasets_give_the_same_tokens_as_their_files(tokenizer, local_dataset):
+    from_hub = load_calibration(f"hub:{local_dataset}", tokenizer, samples=6, length=64, sampling="papers")
+    from_file = load_calibration(str(local_dataset / "train.jsonl"), tokenizer, samples=6, length=64, sampling="papers")
+    assert from_hub.digest == from_file.digest
+    assert load_calibration(f"hub:{local_dataset}", tokenizer, samples=6, length=64).ids.shape == (6, 64)
+    windows = load_windows(f"hub:{local_dataset}", tokenizer, length=16)
+    assert windows.digest == load_windows(str(local_dataset / "test.jsonl"), tokenizer, length=16).digest
+
+
+def test_hub_datasets_that_cannot_be_read(tokenizer, local_dataset):
+    with pytest.raises(BillhookError, match=r"Cannot load hub:.*\(split dev\)"):
+        load_calibration(f"hub:{local_dataset}::dev", tokenizer, length=8)
+    (local_dataset / "train.jsonl").write_text('{"words": "a b c"}\n')
+    (local_dataset / "test.jsonl").write_text('{"words": "a b c"}\n')
+    with pytest.raises(BillhookError, match="no field `text`; it has words"):
+        load_calibration(f"hub:{local_dataset}", tokenizer, length=8)
+
+
+def test_hub_datasets_need_their_package(tokenizer, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(BillhookError, match=r"needs the package `datasets`: pip install 'billhook\[data\]'"):
+        load_calibration("hub:c4", tokenizer, length=8)
+
+
+def test_byte_ends_by_hand():
+    text = "aé€😀"  # 1, 2, 3 and 4 bytes
+    ends = data._byte_ends(text, [(0, 0), (0, 1), (1, 2), (2, 3), (2, 3), (3, 4), (0, 0)])
+    np.testing.assert_array_equal(ends, [0, 1, 3, 6, 6, 10, 10])
