@@ -24,7 +24,7 @@ __all__ = ["Spectrum", "TailFit", "eigenvalues", "error_bound", "fit_tail", "mea
 
 EPS = torch.finfo(torch.float64).eps
 ACCURACY = 1e-2  # relative error allowed to the smallest eigenvalue, which only sets the histogram's edge
-PANEL = 512  # rows of the Gram matrix per product
+PANEL = 256  # rows of the Gram matrix per product
 DEPTH = 2048  # columns of W converted to float64 at a time
 MEMORY = 2 * 2**30  # bytes that layers measured side by side may use together
 
