@@ -59,7 +59,7 @@ def verify(directory: str | Path, progress: Callable[[int, int], None] | None = 
         expected = _expectations(record)
     except BillhookError as error:
         return Verification(str(directory), 0, 0, 0, [*problems, str(error)])
-    unplaced = {} if all(_placed(e.facts) for e in expected) else _zeros_in_memory(directory)
+    unplaced = {} if damaged or all(_placed(e.facts) for e in expected) else _zeros_in_memory(directory)
     found, weights, counted = 0, 0, 0
     for done, layer in enumerate(expected, start=1):
         parts = _zeros_on_disk(layer, shards) if _placed(layer.facts) else unplaced.get(layer.name)
