@@ -1,7 +1,7 @@
 """Spectra: the eigenvalues of W^T W of one weight, and the metrics that need nothing else.
 
-The eigenvalues are the squared singular values, as in AlphaPruning (arXiv 2410.10912, data free) and WeightWatcher; exponents are in
-`billhook.tails`, names, signs and sources in `billhook.metrics`. Everything is float64, whatever the dtype of the weight.
+The eigenvalues are the squared singular values, as in AlphaPruning (arXiv 2410.10912, data free) and WeightWatcher, computed in
+`billhook.eigen`; exponents are in `billhook.tails`, names, signs and sources in `billhook.metrics`. Everything is float64.
 
 Many layers are measured side by side with one thread each: the eigensolver gains little from a second thread, and loses much where
 threads wait for each other on a busy machine.
@@ -10,11 +10,12 @@ threads wait for each other on a busy machine.
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from billhook.eigen import DEPTH, eigenvalues, error_bound
 from billhook.errors import BillhookError
 from billhook.metrics import METRICS, fact
 from billhook.registry import method
@@ -22,10 +23,6 @@ from billhook.tails import LogBound, Spectrum, TailFit, fit_tail
 
 __all__ = ["Spectrum", "TailFit", "eigenvalues", "error_bound", "fit_tail", "measure_spectra", "spectral_metrics"]
 
-EPS = torch.finfo(torch.float64).eps
-ACCURACY = 1e-2  # relative error allowed to the smallest eigenvalue, which only sets the histogram's edge
-PANEL = 256  # rows of the Gram matrix per product
-DEPTH = 2048  # columns of W converted to float64 at a time
 MEMORY = 2 * 2**30  # bytes that layers measured side by side may use together
 
 
@@ -40,60 +37,6 @@ class Weighted(Protocol):
 
     @property
     def weight(self) -> Tensor: ...
-
-
-def eigenvalues(W: Tensor, method: Literal["auto", "svd", "gram"] = "auto") -> Tensor:
-    """Eigenvalues of W^T W: squared singular values of `W` [out, in] (any float dtype), ascending float64 [min(out, in)].
-
-    `gram` forms W W^T or W^T W, whichever is smaller, in float64 and takes its eigenvalues. Each is within
-
-        |computed - exact| <= 4 sqrt(max(out, in)) eps64 l_max          (`error_bound`)
-
-    which is the normwise backward error of the product and of the symmetric solver when rounding errors do not conspire (Higham & Mary
-    2019; the largest seen is half of it); values within it of zero become 0. `svd` uses float64 singular values: relative accuracy
-    eps64 sqrt(l_max / l), and only those below (max(out, in) eps64)^2 l_max become 0. `auto` is `gram`, unless its bound exceeds a
-    hundredth of the smallest eigenvalue; then it is `svd`. (The float32 singular values of the published code are off by more than that
-    hundredth as soon as l < 1e-9 l_max; the bound of `gram` gets there at 6e-12 for 4096 columns, and only for the l concerned.)
-
-    Raises BillhookError for a weight that is not a matrix, is empty, or holds NaN, inf or values whose squares overflow.
-    """
-    if W.ndim != 2 or 0 in W.shape:
-        raise BillhookError(f"A spectrum needs a matrix with at least one row and column, got shape {tuple(W.shape)}.")
-    if method != "svd":
-        gram = _lower_gram(W if W.shape[0] <= W.shape[1] else W.T)
-        _check_finite(gram.diagonal())
-        evals = torch.linalg.eigvalsh(gram)
-        bound = error_bound(W.shape, float(evals[-1]))
-        if method == "gram" or bound <= ACCURACY * float(evals[0]) or evals[-1] <= 0:
-            return torch.where(evals > bound, evals, 0.0)
-    W = W.double()
-    _check_finite(W.square().sum(0))
-    evals = torch.linalg.svdvals(W).square().flip(0)
-    return torch.where(evals > (max(W.shape) * EPS) ** 2 * evals[-1], evals, 0.0)
-
-
-def error_bound(shape: Sequence[int], largest: float) -> float:
-    """How far an eigenvalue from the Gram matrix of a [out, in] weight may lie from the exact one; see `eigenvalues`."""
-    return 4 * math.sqrt(max(shape)) * EPS * largest
-
-
-def _lower_gram(W: Tensor) -> Tensor:
-    """W W^T in float64, its lower triangle only (what lies above is unspecified): half the work of a product, memory bounded by DEPTH."""
-    size = W.shape[0]
-    gram = torch.zeros(size, size, dtype=torch.float64, device=W.device)
-    for column in range(0, W.shape[1], DEPTH):
-        part = W[:, column : column + DEPTH].double()
-        for start in range(0, size, PANEL):
-            stop = min(start + PANEL, size)
-            gram[start:stop, :stop].addmm_(part[start:stop], part[:stop].T)
-    return gram
-
-
-def _check_finite(squares: Tensor) -> None:
-    if not squares.isfinite().all():
-        raise BillhookError(
-            "The weight holds NaN or inf (or values whose squares overflow): its spectrum does not exist. Repair the checkpoint."
-        )
 
 
 def spectral_metrics(W: Tensor, names: Sequence[str]) -> dict[str, float]:

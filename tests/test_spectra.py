@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from billhook.eigen import _smallest
 from billhook.errors import BillhookError
 from billhook.metrics import FACTS, METRICS, SIGNS, fact, sign
 from billhook.spectra import Spectrum, eigenvalues, error_bound, fit_tail, measure_spectra, spectral_metrics
@@ -102,14 +103,26 @@ def test_gram_in_parts_equals_svd() -> None:
     torch.testing.assert_close(eigenvalues(W, "gram"), eigenvalues(W, "svd"), rtol=1e-7, atol=0)
 
 
-def test_ill_conditioned_weights_are_left_to_svd() -> None:
-    basis = torch.linalg.qr(gaussian(40, 40)).Q
-    singular = torch.logspace(0, -9, 40, dtype=torch.float64)
-    W = basis * singular @ torch.linalg.qr(gaussian(40, 40, 1)).Q
-    torch.testing.assert_close(eigenvalues(W).sqrt(), singular.flip(0), rtol=1e-5, atol=0)
-    assert (eigenvalues(W, "gram") == 0).any()
-    well = gaussian(30, 50)
-    assert eigenvalues(well).equal(eigenvalues(well, "gram"))
+def with_singular_values(singular: Tensor) -> Tensor:
+    size = len(singular)
+    return torch.linalg.qr(gaussian(size, size)).Q * singular @ torch.linalg.qr(gaussian(size, size, 1)).Q
+
+
+@pytest.mark.parametrize("doubtful", [1, 3, 20, 60])
+def test_eigenvalues_lost_to_rounding_are_found_again(doubtful: int) -> None:
+    """A few by inverse iteration, many by a singular value decomposition; the Gram matrix alone loses them."""
+    singular = torch.cat(
+        [torch.logspace(-9, -7, doubtful, dtype=torch.float64), torch.logspace(-5, 0, 200 - doubtful, dtype=torch.float64)]
+    )
+    W = with_singular_values(singular)
+    assert int((eigenvalues(W, "gram") == 0).sum()) >= min(doubtful, 3)
+    assert _smallest(W, doubtful) is not None
+    torch.testing.assert_close(eigenvalues(W).sqrt(), singular, rtol=1e-4, atol=0)
+
+
+def test_well_conditioned_weights_need_no_more_than_the_gram_matrix() -> None:
+    W = gaussian(30, 50)
+    assert eigenvalues(W).equal(eigenvalues(W, "gram"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -191,8 +204,9 @@ def test_rank_deficient_equals_its_own_full_rank_part() -> None:
     W = heavy(30, 50)
     padded = torch.zeros(40, 64, dtype=torch.float64)
     padded[5:35, 7:57] = W
-    repeated = torch.cat([W, W]) / math.sqrt(2)
-    for deficient, zeros in ((padded, 10), (repeated, 20)):
+    empty_row = torch.cat([W, W.new_zeros(1, 50)])
+    same_row = torch.cat([W[:-1], W[-1:] * 0.6, W[-1:] * 0.8])
+    for deficient, zeros in ((padded, 10), (empty_row, 1), (same_row, 1)):
         evals = eigenvalues(deficient)
         assert int((evals == 0).sum()) == zeros
         for cut in ("mid", "peak", "ks"):
