@@ -19,18 +19,17 @@ _PUBLIC = {
     "SparsityPlan": "billhook.plan",
     "Table": "billhook.table",
     "allocate": "billhook.allocators",
-    "evaluate": "billhook.evaluate",
+    "evaluate": "billhook.perplexity",
     "find_layers": "billhook.arch",
     "load_calibration": "billhook.data",
     "load_model": "billhook.checkpoint",
     "load_plan": "billhook.plan",
     "load_windows": "billhook.data",
-    "measure": "billhook.measure",
+    "measure": "billhook.measuring",
     "prune": "billhook.job",
-    "prune_": "billhook.prune",
+    "prune_": "billhook.pruning",
     "save_pruned": "billhook.save",
-    "verify": "billhook.verify",
-    "walk": "billhook.walk",
+    "verify": "billhook.verification",
 }
 
 __all__ = [*_PUBLIC, "__version__"]
@@ -40,7 +39,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'billhook' has no attribute {name!r}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    globals()[name] = value  # `billhook.measure` is the function, also after the submodule of that name was imported
+    globals()[name] = value
     return value
 
 

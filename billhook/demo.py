@@ -17,14 +17,14 @@ from billhook.checkpoint import load_model, load_tokenizer
 from billhook.criteria import CRITERIA
 from billhook.data import load_windows
 from billhook.errors import JobError
-from billhook.evaluate import evaluate
+from billhook.perplexity import evaluate
 from billhook.job import Job, Report, run
-from billhook.measure import measure
+from billhook.measuring import measure
 from billhook.plan import SparsityPlan
-from billhook.prune import prune_
+from billhook.pruning import prune_
 from billhook.request import Opened, Request, model_facts, open_request
 from billhook.save import check_output
-from billhook.verify import verify
+from billhook.verification import verify
 
 MODEL = Path(__file__).parent / "demo_model"
 SAMPLES, LENGTH, EVALUATION_WINDOWS = 64, 256, 96

@@ -20,10 +20,10 @@ from billhook.allocators import ALLOCATORS, allocate, check_budget
 from billhook.arch import Layer
 from billhook.criteria import CRITERIA
 from billhook.errors import BillhookError
-from billhook.measure import measure
+from billhook.measuring import measure
 from billhook.metrics import fact
 from billhook.plan import Pattern, SparsityPlan, load_plan
-from billhook.prune import LayerResult, prune_
+from billhook.pruning import LayerResult, prune_
 from billhook.registry import hint
 from billhook.request import Opened, Request, calibration_facts, model_facts, open_request
 from billhook.save import save_pruned

@@ -12,9 +12,9 @@ from billhook.arch import Layer, check_finite, find_layers, select_layers
 from billhook.checkpoint import check_directory, load_model, load_tokenizer, model_digest, resolve
 from billhook.data import Tokens, check_ids, digest, load_calibration
 from billhook.errors import BillhookError
-from billhook.evaluate import check_length, context_length
+from billhook.perplexity import check_length, context_length
 from billhook.plan import SparsityPlan
-from billhook.prune import Group, Rounding
+from billhook.pruning import Group, Rounding
 from billhook.save import check_output
 from billhook.table import Table
 

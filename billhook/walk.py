@@ -6,7 +6,7 @@ with its own captured call arguments (masks and rotary tables differ between blo
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,25 @@ def walk(
     `dense=True` promises that the loop body changes no weight, which saves the second pass through each block.
     Raises JobError when activations are not finite (naming the block).
     """
+    with _plain_experts(model):
+        yield from _walk(model, batches, statistics, dense)
+
+
+@contextmanager
+def _plain_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Let experts run as one product each, the form that can be observed, and put the model's own implementation back afterwards."""
+    before = model.config._experts_implementation
+    if before == "eager" or not any(layer.expert is not None for layer in find_layers(model)):
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def _walk(model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequence[str], dense: bool) -> Iterator[Block]:
     name, blocks = find_blocks(model)
     by_block: dict[int, list[Layer]] = {}
     for layer in find_layers(model):

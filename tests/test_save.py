@@ -20,7 +20,7 @@ from billhook.checkpoint import load_model, load_tokenizer, quiet
 from billhook.errors import BillhookError, JobError
 from billhook.plan import Pattern, SparsityPlan
 from billhook.save import check_output, save_pruned
-from billhook.verify import verify
+from billhook.verification import verify
 
 
 def prune_at_random(model, sparsity: float = 0.5, pattern: str = "unstructured") -> dict:

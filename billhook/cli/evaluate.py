@@ -34,7 +34,7 @@ def command(
     from billhook.checkpoint import check_directory, load_model, load_tokenizer, resolve
     from billhook.data import load_windows
     from billhook.errors import BillhookError
-    from billhook.evaluate import check_length, context_length, evaluate
+    from billhook.perplexity import check_length, context_length, evaluate
 
     if data is None:
         raise BillhookError(

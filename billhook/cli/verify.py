@@ -21,7 +21,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Compare zeros, N:M groups and checksums on disk with billhook.json; fails on any difference."""
-    from billhook.verify import verify
+    from billhook.verification import verify
 
     result = verify(directory)
     for problem in result.problems:

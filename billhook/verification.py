@@ -3,7 +3,7 @@
 Counted are the zeros of every tensor as it is stored, one tensor in memory at a time and no model built: this is what another
 program will load, whatever was in memory when it was written. Checked are: zeros against what was achieved and what was planned,
 N:M groups along the input dimension, the SHA-256 of every file, weight files that nobody listed, and that the configuration loads.
-It does not know whether the model is any good; that is what `billhook.evaluate` is for.
+It does not know whether the model is any good; that is what `billhook.perplexity` is for.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from billhook.data import Windows, digest, load_windows
 from billhook.errors import BillhookError, JobError
-from billhook.evaluate import check_length, context_length, evaluate, vocabulary_size
+from billhook.perplexity import check_length, context_length, evaluate, vocabulary_size
 
 
 def windows_of(ids: torch.Tensor, text_bytes: int | None = None) -> Windows:
@@ -44,7 +44,7 @@ def test_batches_and_chunks_change_nothing_that_matters(model, windows, monkeypa
     expected = evaluate(model, windows).nll
     for size in (1, 3, 100):
         assert evaluate(model, windows, batch_size=size).nll == pytest.approx(expected, rel=1e-6)
-    module = sys.modules["billhook.evaluate"]  # the name in the package is the function
+    module = sys.modules["billhook.perplexity"]  # the name in the package is the function
     monkeypatch.setattr(module, "_LOSS_BYTES", 4 * 258 * 5)
     monkeypatch.setattr(module, "_LOGIT_BYTES", 1)
     assert evaluate(model, windows).nll == pytest.approx(expected, rel=1e-6)

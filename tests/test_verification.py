@@ -16,7 +16,7 @@ from billhook.errors import BillhookError
 from billhook.files import sha256
 from billhook.save import save_pruned
 from billhook.shards import read_shard, zeros
-from billhook.verify import verify
+from billhook.verification import verify
 
 LAYER = "model.layers.1.mlp.up_proj"
 

@@ -1,0 +1,129 @@
+"""Every supported family: blocks replay bit for bit, plans are met exactly, and what must not be pruned is not."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from families import CONFIGS, VOCABULARY, build
+
+from billhook import SparsityPlan, find_layers, prune_
+from billhook.arch import FAMILIES, find_blocks
+from billhook.plan import Pattern
+from billhook.walk import walk
+
+
+def batches(count: int = 3, size: int = 2) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCABULARY, (size, 24), generator=generator) for _ in range(count)]
+
+
+def test_the_matrix_covers_what_is_promised() -> None:
+    assert set(CONFIGS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_replaying_blocks_is_bit_exact(family: str) -> None:
+    model, ids = build(family), batches()
+    _, blocks = find_blocks(model)
+    inputs: list[list[torch.Tensor]] = [[] for _ in blocks]
+    for number, block in enumerate(blocks):
+        block.register_forward_pre_hook(
+            lambda _, args, kwargs, n=number: inputs[n].append((args[0] if args else kwargs["hidden_states"]).clone()), with_kwargs=True
+        )
+    with torch.no_grad():
+        for batch in ids:
+            model(batch)
+    expected = [list(seen) for seen in inputs]
+    replayed = list(walk(model, ids, ("input_norm",), dense=True))
+    assert len(replayed) == len(blocks)
+    for block in replayed:
+        assert all(torch.equal(a, b) for a, b in zip(block.inputs, expected[block.index], strict=True)), f"block {block.index} differs"
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_statistics_are_those_of_the_inputs(family: str) -> None:
+    """Hooks on plain linear modules, one at a time, see the same inputs as the observer that shares collectors."""
+    model, ids = build(family), batches()
+    layers = [layer for layer in find_layers(model) if layer.expert is None]
+    squares = {layer.name: torch.zeros(layer.shape[1], dtype=torch.float64) for layer in layers}
+
+    def watch(name: str) -> Callable[..., None]:
+        def add(_: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+            squares[name].add_(args[0].double().flatten(0, -2).square().sum(0))
+
+        return add
+
+    hooks = [layer.module.register_forward_pre_hook(watch(layer.name)) for layer in layers]
+    with torch.no_grad():
+        for batch in ids:
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    seen = {name: stats for block in walk(model, ids, ("input_norm",), dense=True) for name, stats in block.stats.items()}
+    for name, expected in squares.items():
+        torch.testing.assert_close(seen[name].input_norm.double(), (expected / seen[name].sequences).sqrt(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
+def test_plans_are_met_exactly_and_nothing_else_changes(family: str, criterion: str) -> None:
+    model = build(family)
+    layers = find_layers(model)
+    shapes = {layer.name: layer.shape for layer in layers}
+    generator = torch.Generator().manual_seed(2)
+    plan = SparsityPlan(0.5, Pattern(), {name: float(torch.rand((), generator=generator)) for name in shapes})
+    prunable = {(id(layer.module), layer.parameter) for layer in layers}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prune_(model, plan, criterion=criterion, batches=batches())
+    for layer in layers:
+        assert int((layer.weight == 0).sum()) == plan.zeros(shapes)[layer.name], layer.name
+    for name, value in model.state_dict().items():
+        module, _, parameter = name.rpartition(".")
+        if (id(model.get_submodule(module)), parameter) not in prunable:
+            assert torch.equal(value, before[name]), f"{name} was changed"
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_are_calibrated_on_the_tokens_they_receive(family: str) -> None:
+    """Every token goes to two experts, so an experts layer sees twice the tokens in all, and gate_up and down see the same."""
+    model, ids = build(family), batches()
+    tokens = sum(batch.numel() for batch in ids)
+    for block in walk(model, ids, ("input_norm",), dense=True):
+        seen = {name: stats.tokens for name, stats in block.stats.items() if ".experts." in name}
+        up = {name.rpartition(".")[2]: n for name, n in seen.items() if "gate_up" in name}
+        down = {name.rpartition(".")[2]: n for name, n in seen.items() if "down" in name}
+        assert up == down
+        assert sum(up.values()) == 2 * tokens
+
+
+def test_an_expert_without_tokens_is_pruned_by_magnitude_and_reported() -> None:
+    model = build("mixtral")
+    ids = [torch.randint(VOCABULARY, (1, 2), generator=torch.Generator().manual_seed(3))]
+    starved = {name for block in walk(model, ids, ("input_norm",), dense=True) for name, stats in block.stats.items() if not stats.tokens}
+    assert starved
+    layers = find_layers(model)
+    plan = SparsityPlan(0.5, Pattern(), {layer.name: 0.5 for layer in layers})
+    reported = {result.layer for result in prune_(model, plan, criterion="wanda", batches=ids) if "no calibration token" in " ".join(result.notes)}
+    assert reported <= {layer.name for layer in layers}
+    assert reported
+    for layer in layers:
+        if layer.name in reported:
+            kept, gone = layer.weight[layer.weight != 0].abs().min(), int((layer.weight == 0).sum())
+            assert gone == layer.weight.numel() // 2
+            assert kept > 0
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_are_observed_whatever_implementation_the_model_runs(family: str) -> None:
+    model, ids = build(family), batches()
+    model.set_experts_implementation("batched_mm")
+    for block in walk(model, ids, ("input_norm",), dense=True):
+        assert any(stats.tokens for name, stats in block.stats.items() if ".experts." in name)
+    assert model.config._experts_implementation == "batched_mm"
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = build("gemma")
+    plan = SparsityPlan(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
+    prune_(model, plan, criterion="magnitude")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
