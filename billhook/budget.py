@@ -15,6 +15,12 @@ def mean(values: Numbers, n: Sequence[int]) -> float:
     return math.fsum(v * k for v, k in zip(values, n, strict=True)) / sum(n)
 
 
+def min_max(values: Numbers) -> list[float]:
+    """Map linearly to [0, 1], the least value to 0 and the largest to 1; equal values are all in the middle."""
+    low, high = min(values), max(values)
+    return [(v - low) / (high - low) if high > low else 0.5 for v in values]
+
+
 def scale_to(raw: Numbers, n: Sequence[int], target: float) -> list[float]:
     """Return min(1, c * raw) with c such that the weighted mean is `target`; raw values are >= 0 and not all zero.
 
@@ -33,6 +39,8 @@ def shift_to(raw: Numbers, n: Sequence[int], target: float) -> list[float]:
 
     The additive repair keeps the differences between layers, as ATP's progression and OWL's window ask.
     """
+    if target == 0:  # where the sum of rounding errors would be all that is removed
+        return [0.0] * len(raw)
     shift = target - mean(raw, n)
     if abs(shift) < 1e-12:  # a published value must keep its last bit: counts are rounded down from it
         shift = 0.0
@@ -49,16 +57,33 @@ def _solve(values: Callable[[float], list[float]], n: Sequence[int], target: flo
 
 
 def whole_numbers(exact: Numbers, ceilings: Sequence[int], units: Sequence[float] | None = None) -> list[int]:
-    """Round `exact` to whole numbers, keeping the total (largest remainder first; earlier entries win ties).
+    """Round `exact` to whole numbers, each up or down, keeping the total (largest remainder first; earlier entries win ties).
 
-    `units` is what one step of each entry weighs in the total (default 1 each: the result then sums to round(sum(exact))).
+    `units` is what one step of each entry weighs in the total (default 1 each: the result then sums to sum(exact), a half rounded up).
     No entry exceeds its ceiling.
     """
     units = units or [1.0] * len(exact)
-    whole = [min(math.floor(x + 1e-9), top) for x, top in zip(exact, ceilings, strict=True)]
+    low = [min(math.floor(x + 1e-9), top) for x, top in zip(exact, ceilings, strict=True)]
+    high = [max(k, min(math.ceil(x - 1e-9), top)) for k, x, top in zip(low, exact, ceilings, strict=True)]
+    whole = list(low)
     missing = math.fsum(u * (x - k) for u, x, k in zip(units, exact, whole, strict=True))
-    for i in sorted(range(len(whole)), key=lambda i: (whole[i] - exact[i], i)):
-        if missing >= units[i] / 2 and whole[i] < ceilings[i]:
+    order = sorted(range(len(whole)), key=lambda i: (whole[i] - exact[i], i))
+    for i in order:
+        if missing >= units[i] / 2 and whole[i] < high[i]:
             whole[i] += 1
             missing -= units[i]
+    return _nearer(whole, low, high, units, missing, order)
+
+
+def _nearer(whole: list[int], low: Sequence[int], high: Sequence[int], units: Numbers, missing: float, order: Sequence[int]) -> list[int]:
+    """Where steps differ in weight the last one can overshoot: round entries the other way while that brings the total nearer."""
+    changed = True
+    while changed:
+        changed = False
+        step, ends, turn = (1, high, order) if missing > 0 else (-1, low, order[::-1])
+        for i in turn:
+            if whole[i] != ends[i] and units[i] * (1 + 1e-9) < 2 * step * missing:
+                whole[i] += step
+                missing -= step * units[i]
+                changed = True
     return whole

@@ -65,13 +65,15 @@ class Table:
         return [name for name in names if all(name in row.metrics for row in self.rows)]
 
     def column(self, name: str) -> list[float]:
-        """The metric `name` of every row, in row order; raises BillhookError when it was not measured."""
+        """The metric `name` of every row, in row order; raises BillhookError when it was not measured or is not finite."""
         if name not in self.columns():
             there = ", ".join(self.columns()) or "no metrics at all"
             raise BillhookError(
                 f"The table has no column {name!r} (it has {there}).{hint(name, self.columns())} "
                 f"Make it with: billhook measure MODEL --metrics {name} -o table.json"
             )
+        for row in self.rows:
+            _check_number(row.layer, name, row.metrics[name])
         return [row.metrics[name] for row in self.rows]
 
     def save(self, path: str | Path) -> None:
@@ -95,11 +97,16 @@ def _row(entry: Any, where: str) -> Row:
     try:
         out, columns = entry["shape"]
         row = Row(str(entry["layer"]), int(entry["block"]), str(entry["kind"]), (int(out), int(columns)), dict(entry["metrics"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BillhookError(f"{where}: needs layer, block, kind, shape [out, in] and metrics ({error!r}).") from None
     if row.block < 0 or min(row.shape) < 1:
         raise BillhookError(f"{where} ({row.layer}): block and shape must be positive, got block {row.block}, shape {row.shape}.")
     for name, number in row.metrics.items():
-        if not isinstance(number, int | float) or isinstance(number, bool) or number != number or abs(number) == float("inf"):
-            raise BillhookError(f"{where} ({row.layer}): metric {name} must be a finite number, got {number!r}.")
+        _check_number(f"{where} ({row.layer})", name, number)
     return row
+
+
+def _check_number(where: str, name: str, number: Any) -> None:
+    """Raise BillhookError for a metric that is no number to calculate with: sums and differences of such must be finite too."""
+    if not isinstance(number, int | float) or isinstance(number, bool) or not abs(number) < 1e300:
+        raise BillhookError(f"{where}: metric {name} must be a finite number, got {number!r:.40}. Use another metric.")

@@ -8,7 +8,7 @@ models with few, similar blocks the min-max map turns noise into a wide range of
 
 from typing import Literal
 
-from billhook.budget import scale_to
+from billhook.budget import min_max, scale_to
 from billhook.errors import BillhookError
 from billhook.metrics import sign
 from billhook.registry import method
@@ -36,7 +36,5 @@ def alphapruning(
         for rows in table.blocks().values():
             average = sum(q[row.layer] for row in rows) / len(rows)
             q.update({row.layer: average for row in rows})
-    low, high = min(q.values()), max(q.values())
-    width = high - low
-    raw = [(q[row.layer] - low) / width * 2 * epsilon + (1 - epsilon) if width > 0 else 1.0 for row in table]
+    raw = [x * 2 * epsilon + (1 - epsilon) for x in min_max(list(q.values()))]
     return dict(zip(q, scale_to(raw, [row.n for row in table], target), strict=True))

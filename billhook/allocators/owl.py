@@ -5,7 +5,7 @@ measured on the dense model (`outlier_ratio:M`, share of scores above M times th
 width 2 lam around the target.
 """
 
-from billhook.budget import shift_to
+from billhook.budget import min_max, shift_to
 from billhook.errors import BillhookError
 from billhook.registry import method
 from billhook.table import Table
@@ -20,7 +20,5 @@ def owl(table: Table, target: float, *, lam: float = 0.08, m: float = 5.0) -> di
     """
     if not 0 <= lam <= 0.5:
         raise BillhookError(f"OWL's lam must be in [0, 0.5], got {lam} (the paper uses 0.02 to 0.2).")
-    ratios = table.column(f"outlier_ratio:{m:g}")
-    low, high = min(ratios), max(ratios)
-    raw = [-(d - low) / (high - low) * 2 * lam if high > low else 0.0 for d in ratios]
+    raw = [-x * 2 * lam for x in min_max(table.column(f"outlier_ratio:{m:g}"))]
     return dict(zip(table.shapes, shift_to(raw, [row.n for row in table], target), strict=True))

@@ -1,0 +1,143 @@
+"""The shape of the package: imports form a DAG, the light half stays light, help answers at once, and size budgets hold."""
+
+import ast
+import graphlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import billhook
+from billhook.allocators import ALLOCATORS
+from billhook.table import Row, Table
+
+ROOT = Path(billhook.__file__).parent
+FILES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in ROOT.rglob("*.py")}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+HEAVY = {"torch", "transformers", "numpy", "safetensors", "datasets", "tokenizers", "huggingface_hub"}
+LIGHT = ["billhook"] + [
+    name
+    for name in sorted(FILES)
+    if name.split(".")[1:2] in (["allocators"], ["cli"])
+    or name.removeprefix("billhook.") in ("errors", "registry", "files", "table", "plan", "budget", "metrics", "corpus", "criteria")
+]
+COMMANDS = ("prune", "measure", "plan", "eval", "verify", "ls", "demo")
+
+# CPU seconds (user + system) in which a command must show its help or make a plan. It takes about 0.25 s; the rest is left for slow
+# machines. Importing torch alone costs more than a second and a half.
+HELP_S = 0.75
+LINES_A_FILE, LINES_A_FUNCTION, POSITIONAL = 300, 40, 6
+
+_REPORT = """
+import json, resource, sys
+def report(code):
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    loaded = sorted({name.partition(".")[0] for name in sys.modules})
+    print("REPORT", json.dumps({"loaded": loaded, "code": code, "seconds": usage.ru_utime + usage.ru_stime}))
+"""
+_COMMAND = """
+from billhook.cli import main
+sys.argv[0] = "billhook"
+code = 0
+try:
+    main()
+except SystemExit as stop:
+    code = stop.code
+report(code)
+"""
+
+
+def in_new_interpreter(code: str, *arguments: str) -> dict:
+    """Run `code` elsewhere: the top-level packages it loaded, its exit code, its CPU seconds and what it printed."""
+    ran = subprocess.run([sys.executable, "-c", _REPORT + code, *arguments], capture_output=True, text=True, timeout=60)
+    text, found, report = ran.stdout.rpartition("REPORT ")
+    assert found, ran.stderr
+    return json.loads(report) | {"text": text, "errors": ran.stderr}
+
+
+def imported(module: str) -> Iterator[str]:
+    """The modules of the package that `module` imports, inside functions too."""
+    for node in ast.walk(TREES[module]):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            while name and name not in FILES:
+                name = name.rpartition(".")[0]
+            if name and name != module:
+                yield name
+
+
+def test_imports_form_a_dag():
+    graphlib.TopologicalSorter({module: set(imported(module)) for module in FILES}).prepare()  # raises CycleError with the cycle
+
+
+def test_light_modules_load_nothing_heavy():
+    report = in_new_interpreter(f"import importlib\nfor name in {LIGHT}: importlib.import_module(name)\nreport(0)")
+    assert not HEAVY & set(report["loaded"])
+
+
+def test_light_public_names_load_nothing_heavy():
+    names = ["ALLOCATORS", "BillhookError", "CRITERIA", "JobError", "METRICS", "Pattern", "SparsityPlan", "Table", "allocate", "load_plan"]
+    report = in_new_interpreter(f"import billhook\nfor name in {names}: getattr(billhook, name)\nbillhook.CRITERIA.names()\nreport(0)")
+    assert not HEAVY & set(report["loaded"])
+
+
+def test_every_public_name_is_there():
+    assert set(billhook.__all__) == set(dir(billhook))
+    for name in billhook.__all__:
+        assert getattr(billhook, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = billhook.nothing
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
+def test_help_is_light_and_fast(arguments: list[str]):
+    report = in_new_interpreter(_COMMAND, *arguments)
+    assert report["code"] == 0, report["errors"]
+    assert not HEAVY & set(report["loaded"])
+    assert report["seconds"] < HELP_S
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS.names())
+def test_planning_is_light_and_fast(allocator: str, tmp_path: Path):
+    facts = {"alpha_peak": 2.0, "outlier_ratio:5": 1.0}
+    Table(tuple(Row(f"blocks.{i}.w", i, "w", (8, 8), {k: v + i for k, v in facts.items()}) for i in range(4))).save(tmp_path / "table.json")
+    plan = tmp_path / "plan.json"
+    report = in_new_interpreter(_COMMAND, "plan", str(tmp_path / "table.json"), f"--allocator={allocator}", "--sparsity=0.5", f"-o{plan}")
+    assert report["code"] == 0, report["errors"]
+    assert billhook.load_plan(plan).target == 0.5
+    assert not HEAVY & set(report["loaded"])
+    assert report["seconds"] < HELP_S
+
+
+@pytest.mark.parametrize("kind", ["allocators", "metrics"])
+def test_listing_is_light_and_fast(kind: str):
+    report = in_new_interpreter(_COMMAND, "ls", kind)
+    assert report["code"] == 0, report["errors"]
+    assert not HEAVY & set(report["loaded"])
+    assert report["seconds"] < HELP_S
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_size_budgets_and_docstrings(module: str):
+    assert ast.get_docstring(TREES[module]), f"{module} has no docstring"
+    assert len(FILES[module].read_text(encoding="utf-8").splitlines()) <= LINES_A_FILE
+    for node in ast.walk(TREES[module]):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
+        assert lines <= LINES_A_FUNCTION, f"{module}.{node.name} has {lines} lines"
+        assert len(node.args.posonlyargs + node.args.args) <= POSITIONAL or _is_command(module, node), f"{module}.{node.name}"
+
+
+def _is_command(module: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """A command's parameters are the options that typer reads off it; nobody calls it by position."""
+    return module.startswith("billhook.cli.") and node.name == "command"
