@@ -135,9 +135,7 @@ def _matching(layers: Sequence[Layer], pattern: str, option: str) -> set[str]:
         names = {layer.name for layer in layers if expression.match(layer.name)}
     else:
         names = {
-            layer.name
-            for layer in layers
-            if pattern in (layer.name, type(layer.module).__name__) or layer.name.startswith(pattern + ".")
+            layer.name for layer in layers if pattern in (layer.name, type(layer.module).__name__) or layer.name.startswith(pattern + ".")
         }
     if not names:
         close = hint(pattern, [layer.name for layer in layers] + [type(layer.module).__name__ for layer in layers])

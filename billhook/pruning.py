@@ -76,7 +76,7 @@ def prune_(
         raise BillhookError(f"The criterion {criterion} looks at activations: give text with --calibration SOURCE.")
     zeros = plan.zeros(shapes)
     results = []
-    for block in walk(model, batches, needs):
+    for block in walk(model, batches if needs else (), needs):
         for layer in block.layers:
             if layer.name not in shapes:
                 continue
@@ -99,9 +99,7 @@ def _select(plan: SparsityPlan, layer: Layer, zeros: int, group: Group, rounding
     return Select(layer.shape, sparsity, zeros, keep_of, group, rounding)
 
 
-def _prune_layer(
-    layer: Layer, stats: LayerStats, select: Select, criterion: Callable[..., Tensor], options: dict[str, Any]
-) -> LayerResult:
+def _prune_layer(layer: Layer, stats: LayerStats, select: Select, criterion: Callable[..., Tensor], options: dict[str, Any]) -> LayerResult:
     """Apply the criterion to one layer and check that it removed what was planned."""
     weight = layer.weight
     before = int((weight == 0).sum())

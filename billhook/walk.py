@@ -41,9 +41,7 @@ class Block:
 
 
 @torch.no_grad()
-def walk(
-    model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequence[str] = (), *, dense: bool = False
-) -> Iterator[Block]:
+def walk(model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequence[str] = (), *, dense: bool = False) -> Iterator[Block]:
     """Yield every block in depth order.
 
     `batches` are token ids [batch, length] int64, in the order in which statistics accumulate; empty if no statistics are asked.
@@ -161,9 +159,7 @@ class _Observer(TorchFunctionMode):
     def __init__(self, layers: Sequence[Layer], statistics: Sequence[str]) -> None:
         super().__init__()
         self._layers = layers if statistics else []
-        self._collectors = {
-            layer.name: Collector(tuple(statistics), layer.shape[1], layer.weight.device) for layer in self._layers
-        }
+        self._collectors = {layer.name: Collector(tuple(statistics), layer.shape[1], layer.weight.device) for layer in self._layers}
         self._leaders: dict[str, str] = {}
         self._seen: dict[tuple[int, ...], tuple[str, Tensor]] = {}
         self._experts = {layer.weight.data_ptr(): layer for layer in self._layers if layer.expert is not None}
@@ -208,6 +204,4 @@ class _Observer(TorchFunctionMode):
         return {layer.name: self._collectors[self._leaders.get(layer.name, layer.name)].stats() for layer in self._layers}
 
 
-_PRODUCTS = frozenset(
-    {nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm}
-)
+_PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm})
