@@ -3,7 +3,6 @@
 File format: docs/formats.md, `plan.json`. Everything that can be wrong with a plan is found by `check`, before any weight changes.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,9 +38,10 @@ class Pattern:
         if text == "unstructured":
             return cls()
         keep, colon, of = text.partition(":")
-        if colon and keep.isascii() and keep.isdigit() and of.isascii() and of.isdigit() and 0 < int(keep) < int(of) <= 1024:
+        whole = colon and len(text) < 10 and text.isascii() and keep.isdigit() and of.isdigit()
+        if whole and 0 < int(keep) < int(of) <= 1024:
             return cls(int(keep), int(of))
-        raise BillhookError(f"Pattern {text!r} is neither 'unstructured' nor N:M with 0 < N < M (keep N of every M, such as 2:4).")
+        raise BillhookError(f"Pattern {text!r:.40} is neither 'unstructured' nor N:M with 0 < N < M (keep N of every M, such as 2:4).")
 
     def kept(self, sparsity: float) -> int:
         """How many of every `of` a layer of this sparsity keeps; raises BillhookError when that is not a whole number."""
@@ -52,10 +52,10 @@ class Pattern:
         return round(exact)
 
 
-def check_target(sparsity: float) -> float:
+def check_target(sparsity: Any) -> float:
     """Return a global sparsity, or raise BillhookError unless it is a number in [0, 1)."""
-    if not (isinstance(sparsity, int | float) and 0 <= sparsity < 1):
-        raise BillhookError(f"Sparsity must be a number in [0, 1), the fraction removed; got {sparsity!r}. Use 0.5 for half.")
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+        raise BillhookError(f"Sparsity must be a number in [0, 1), the fraction removed; got {sparsity!r:.40}. Use 0.5 for half.")
     return float(sparsity)
 
 
@@ -116,16 +116,18 @@ class SparsityPlan:
     def from_json(cls, value: Mapping[str, Any], where: str) -> "SparsityPlan":
         """Read the content of plan.json; raises BillhookError naming what is not as documented."""
         if value.get("version") != VERSION:
-            raise BillhookError(f"{where} is not a plan of version {VERSION} (found {value.get('version')!r}).")
+            raise BillhookError(f"{where} is not a plan of version {VERSION} (found {value.get('version')!r:.40}).")
         sparsity = value.get("sparsity")
         if not isinstance(sparsity, dict) or not sparsity:
             raise BillhookError(f"{where}: 'sparsity' must be an object of layer names and fractions.")
         for name, s in sparsity.items():
-            if isinstance(s, bool) or not isinstance(s, int | float) or not math.isfinite(s) or not 0 <= s <= 1:
-                raise BillhookError(f"{where}: the sparsity of {name} must be a number in [0, 1], got {s!r}.")
-        pattern = Pattern.parse(str(value.get("pattern")))
+            if isinstance(s, bool) or not isinstance(s, int | float) or not 0 <= s <= 1:
+                raise BillhookError(f"{where}: the sparsity of {name} must be a number in [0, 1], got {s!r:.40}.")
+        try:
+            pattern, target = Pattern.parse(str(value.get("pattern"))), check_target(value.get("target"))
+        except BillhookError as error:
+            raise BillhookError(f"{where}: {error}") from None
         made_by = value.get("made_by")
-        target = check_target(value.get("target", float("nan")))
         return cls(target, pattern, {k: float(s) for k, s in sparsity.items()}, dict(made_by) if isinstance(made_by, dict) else {})
 
     def save(self, path: str | Path) -> None:

@@ -13,6 +13,7 @@ from billhook.files import read_json, write_json
 from billhook.registry import hint
 
 VERSION = 1
+_LARGEST = 1 << 31  # of a layer's dimensions: products of two are still exact as floats
 
 
 @dataclass(frozen=True)
@@ -90,17 +91,23 @@ class Table:
         rows = tuple(_row(entry, f"{path}, row {number}") for number, entry in enumerate(value["rows"]))
         if len({row.layer for row in rows}) != len(rows):
             raise BillhookError(f"{path} names a layer twice.")
-        return cls(rows, dict(value.get("model") or {}), dict(value.get("made_by") or {}))
+        for key in ("model", "made_by"):
+            if not isinstance(value.get(key, {}), dict):
+                raise BillhookError(f"{path}: {key!r} must be an object.")
+        return cls(rows, value.get("model", {}), value.get("made_by", {}))
 
 
 def _row(entry: Any, where: str) -> Row:
     try:
-        out, columns = entry["shape"]
-        row = Row(str(entry["layer"]), int(entry["block"]), str(entry["kind"]), (int(out), int(columns)), dict(entry["metrics"]))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        layer, block, kind, shape, metrics = (entry[key] for key in ("layer", "block", "kind", "shape", "metrics"))
+        out, columns = shape
+    except (KeyError, TypeError, ValueError) as error:
         raise BillhookError(f"{where}: needs layer, block, kind, shape [out, in] and metrics ({error!r}).") from None
-    if row.block < 0 or min(row.shape) < 1:
-        raise BillhookError(f"{where} ({row.layer}): block and shape must be positive, got block {row.block}, shape {row.shape}.")
+    if not (isinstance(layer, str) and isinstance(kind, str) and isinstance(metrics, dict)):
+        raise BillhookError(f"{where}: layer and kind must be strings, metrics an object.")
+    if not all(type(x) is int and low <= x < _LARGEST for x, low in ((block, 0), (out, 1), (columns, 1))):
+        raise BillhookError(f"{where} ({layer}): block and shape must be whole positive numbers, got {block!r:.20} and {shape!r:.40}.")
+    row = Row(layer, block, kind, (out, columns), metrics)
     for name, number in row.metrics.items():
         _check_number(f"{where} ({row.layer})", name, number)
     return row
