@@ -1,0 +1,272 @@
+"""The documentation is true: formats are those of real files, marked code runs, examples run, links lead somewhere.
+
+A fenced block after `<!-- run: sh -->` or `<!-- run: python -->` is executed in an empty folder that holds the bundled model. A
+json block after `<!-- format: NAME -->` is read by the tool. A table after `<!-- fields: NAME -->` lists exactly the fields of a
+real NAME.
+"""
+
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import billhook
+from billhook import SparsityPlan, Table, load_plan
+from billhook.allocators import ALLOCATORS, allocate
+from billhook.cli import app
+from billhook.plan import Pattern
+from billhook.table import Row
+from billhook.verification import verify
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "billhook" / "demo_model"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+FORMATS = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+
+
+def blocks(page: Path, mark: str) -> list[str]:
+    """The fenced blocks that stand behind a mark such as `run: sh`, without a common indentation."""
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(rf"^( *)<!-- {re.escape(mark)} -->\n+ *```\w+\n(.*?)\n *```$", text, re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
+
+
+def marked(mark: str) -> list[Any]:
+    return [pytest.param(code, id=f"{page.stem}-{number}") for page in PAGES for number, code in enumerate(blocks(page, mark), start=1)]
+
+
+@pytest.fixture
+def playground(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "billhook").mkdir()
+    (tmp_path / "billhook" / "demo_model").symlink_to(MODEL)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", marked("run: sh"))
+def test_marked_shell_blocks_run(code: str, playground: Path) -> None:
+    """Commands of `billhook`, one a line; run in this process, where torch is loaded already."""
+    for line in code.replace("\\\n", " ").splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        assert program == "billhook", f"{line}: only billhook is run here"
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, f"{line}: {result.output}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", marked("run: python"))
+def test_marked_python_blocks_run(code: str, playground: Path) -> None:
+    exec(compile(code, "block", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(example: Path, playground: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(example), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_short_and_say_what_they_show(example: Path) -> None:
+    text = example.read_text(encoding="utf-8")
+    assert text.startswith('"""')
+    assert len(text.splitlines()) < 40
+
+
+def test_a_sweep_loads_no_torch() -> None:
+    code = (
+        "import sys, tempfile, pathlib, runpy\n"
+        "names = runpy.run_path(sys.argv[1])\n"
+        "from billhook.table import Row, Table\n"
+        "table = Table(tuple(Row(f'l{i}', i, 'q', (8, 8), {'alpha_peak': 2.0 + i}) for i in range(3)))\n"
+        "assert len(names['sweep'](table, 0.5, pathlib.Path(tempfile.mkdtemp()))) == 5\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(ROOT / "examples" / "sweep_allocations.py")], check=True, capture_output=True)
+
+
+def test_the_allocator_of_the_guide_keeps_its_budget() -> None:
+    (code,) = blocks(ROOT / "CONTRIBUTING.md", "run: allocator")
+    names: dict[str, Any] = {"__name__": "depth"}
+    exec(compile(code, "depth.py", "exec"), names)
+    table = Table(tuple(Row(f"l{i}", i, "q", (8, 8 * (1 + i)), {}) for i in range(4)))
+    for target in (0.0, 0.5, 0.9):
+        shares = names["depth"](table, target, power=0.5)
+        assert sum(shares[row.layer] * row.n for row in table) == pytest.approx(target * table.total)
+    with pytest.raises(billhook.BillhookError, match="power"):
+        names["depth"](table, 0.5, power=-1.0)
+
+
+def test_the_criterion_of_the_guide_removes_what_is_asked() -> None:
+    import torch
+
+    from billhook.masks import Select
+    from billhook.stats import LayerStats
+
+    (code,) = blocks(ROOT / "CONTRIBUTING.md", "run: criterion")
+    names: dict[str, Any] = {"__name__": "squares"}
+    exec(compile(code, "squares.py", "exec"), names)
+    W = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    pruned = names["squares"](W, LayerStats(9, 1, torch.arange(1.0, 9.0)), Select((4, 8), 0.5, 16))
+    assert int((pruned == 0).sum()) == 16
+
+
+def example_of(name: str, path: Path) -> Path:
+    (code,) = blocks(ROOT / "docs" / "formats.md", f"format: {name}")
+    path.write_text(code, encoding="utf-8")
+    return path
+
+
+def test_json_examples_are_read_by_the_tool(tmp_path: Path) -> None:
+    table = Table.load(example_of("table.json", tmp_path / "table.json"))
+    assert table.columns() == ["alpha_peak", "outlier_ratio:5"]
+    assert allocate(table, 0.5, allocator="owl").target == 0.5
+    plan = load_plan(example_of("plan.json", tmp_path / "plan.json"))
+    assert plan.pattern == Pattern()
+    assert plan.made_by["allocator"] in ALLOCATORS.names()
+    example_of("billhook.json", tmp_path / "billhook.json")
+    problems = verify(tmp_path).problems  # a record without its model: well formed, and nothing is where it says
+    assert all("missing" in p or "cannot be loaded" in p or "no safetensors" in p for p in problems), problems
+    place = json.loads(example_of("place", tmp_path / "place.json").read_text(encoding="utf-8"))
+    for key in ("tensor", "index", "transposed", "rows"):
+        assert all(key in piece for piece in place["pieces"])
+
+
+def test_a_minimal_plan_by_hand_is_enough(tmp_path: Path) -> None:
+    plan = {"version": 1, "target": 0.5, "pattern": "2:4", "sparsity": {"a": 0.5}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    assert load_plan(tmp_path / "plan.json") == SparsityPlan(0.5, Pattern(2, 4), {"a": 0.5})
+
+
+def fields(name: str) -> dict[tuple[str, ...], bool]:
+    """The documented fields of a file or output: path -> whether it is optional."""
+    found = re.search(rf"<!-- fields: {re.escape(name)} -->\n((?:\|.*\n?)+)", FORMATS)
+    assert found, f"formats.md has no fields of {name}"
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in found.group(1).splitlines()[2:]]
+    return {tuple(row[0].strip("`").replace("[]", ".[]").split(".")): "optional" in row[1] for row in rows}
+
+
+def check_fields(name: str, value: Any) -> None:
+    """Assert that `value` has every field that is documented and not optional, and none that is not documented."""
+    documented = fields(name)
+    seen: set[tuple[str, ...]] = set()
+
+    def visit(value: Any, paths: list[tuple[str, ...]], depth: int, where: str) -> None:
+        if any(len(path) == depth for path in paths):
+            seen.update(path for path in paths if len(path) == depth)
+        elif isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else [("[]", entry) for entry in value]
+            for key, entry in items:
+                named = [path for path in paths if path[depth] == key] or [path for path in paths if path[depth] == "*"]
+                assert named, f"{name}: {where}.{key} is not documented"
+                visit(entry, named, depth + 1, f"{where}.{key}")
+        else:
+            assert all(documented[path] for path in paths), f"{name}: {where} is {value!r}, documented are fields below it"
+
+    visit(value, list(documented), 0, "")
+    # what lies below `*` is absent where there is no such key, such as options of a method that has none
+    missing = [".".join(path) for path, optional in documented.items() if not optional and path not in seen and path[-1] != "*"]
+    assert not missing, f"{name}: documented but not there: {missing}"
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    value: dict[str, Any] = json.loads(result.stdout)
+    return value
+
+
+TEXT = ("--calibration", "stdlib:train", "--samples", "4", "--length", "64")
+
+
+@pytest.mark.slow
+def test_files_and_outputs_have_exactly_the_documented_fields(playground: Path) -> None:
+    model = "billhook/demo_model"
+    check_fields("measure --json", run("measure", model, "--metrics", "alpha_mid,outlier_ratio:5", *TEXT, "-o", "table.json"))
+    check_fields("table.json", json.loads(Path("table.json").read_text(encoding="utf-8")))
+    check_fields("plan.json", run("plan", "table.json", "--allocator", "owl", "--sparsity", "0.5", "-o", "plan.json"))
+    check_fields("plan.json", json.loads(Path("plan.json").read_text(encoding="utf-8")))
+    check_fields("prune --json", run("prune", model, "--plan", "plan.json", *TEXT, "-o", "pruned"))
+    record = json.loads(Path("pruned/billhook.json").read_text(encoding="utf-8"))
+    check_fields("billhook.json", record)
+    check_fields("plan.json", record["plan"])
+    run("prune", model, "--sparsity", "0.5", "--criterion", "magnitude", "-o", "by-magnitude")
+    check_fields("billhook.json", json.loads(Path("by-magnitude/billhook.json").read_text(encoding="utf-8")))
+    check_fields("prune --dry-run --json", run("prune", model, "--sparsity", "0.5", "--criterion", "magnitude", "--dry-run"))
+    check_fields("verify --json", run("verify", "pruned"))
+    check_fields("eval --json", run("eval", "pruned", "--data", "stdlib:heldout", "--length", "64", "--limit", "2"))
+    for kind in ("allocators", "metrics", "families"):
+        check_fields(f"ls {kind} --json", run("ls", kind))
+    assert run("ls", "criteria")["criteria"][0].keys() == run("ls", "allocators")["allocators"][0].keys()
+
+
+@pytest.mark.slow
+def test_layers_in_pieces_have_the_documented_fields(tmp_path: Path) -> None:
+    from families import build
+
+    build("mixtral").save_pretrained(tmp_path / "model")
+    billhook.prune(tmp_path / "model", sparsity=0.5, criterion="magnitude", output=tmp_path / "pruned")
+    record = json.loads((tmp_path / "pruned" / "billhook.json").read_text(encoding="utf-8"))
+    assert any("pieces" in facts for facts in record["layers"].values())
+    check_fields("billhook.json", record)
+
+
+def test_the_demo_prints_the_documented_fields() -> None:
+    from billhook.demo import Demo
+
+    demo = Demo(10.0, {("uniform", "wanda"): 12.0}, {("uniform", "wanda"): 0.5}, 100, 64, 1000, Path("out"))
+    check_fields("demo --json", demo.to_json())
+
+
+def test_an_undocumented_or_missing_field_is_noticed() -> None:
+    good = {"output": "t", "layers": 1, "columns": ["a"]}
+    check_fields("measure --json", good)
+    with pytest.raises(AssertionError, match="not documented"):
+        check_fields("measure --json", good | {"more": 1})
+    with pytest.raises(AssertionError, match="columns"):
+        check_fields("measure --json", {"output": "t", "layers": 1})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_inside_the_repository_resolve(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{page.name}: {target} leads nowhere"
+        if anchor:
+            assert anchor in anchors(path), f"{page.name}: {target} has no such heading"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors GitHub gives to the headings of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", heading).lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_module_is_on_the_map() -> None:
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    modules = {path.name for path in (ROOT / "billhook").glob("*.py") if not path.name.startswith("_")}
+    packages = {f"{path.parent.name}/" for path in (ROOT / "billhook").glob("*/__init__.py")}
+    listed = re.findall(r"^\| `([\w/.]+)` \|", text, re.MULTILINE)
+    assert sorted(listed) == sorted(modules | packages)
+
+
+@pytest.mark.parametrize("name", ["ALLOCATORS", "CRITERIA"])
+def test_every_method_has_a_chapter(name: str) -> None:
+    chapters = {
+        heading.lower() for heading in re.findall(r"^### (.*)$", (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert {method.lower() for method in getattr(billhook, name).names()} <= chapters
