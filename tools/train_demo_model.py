@@ -149,7 +149,8 @@ def bits_per_byte(model: LlamaForCausalLM, windows: torch.Tensor, bytes_per_toke
 def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: dict, out: Path) -> None:
     """Write the whole directory beside `out`, then swap it in, so that a reader never sees half a model."""
     fresh, stale = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
-    shutil.rmtree(fresh, ignore_errors=True)
+    for leftover in (fresh, stale):
+        shutil.rmtree(leftover, ignore_errors=True)
     copy.deepcopy(model).cpu().to(torch.bfloat16).save_pretrained(fresh)
     (fresh / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(fresh)
@@ -254,8 +255,8 @@ def train(arguments: Namespace, corpus: Corpus, rank: int, world: int) -> None:
     if arguments.resume:
         progress = load_state(arguments.run / "state.safetensors", model, optimizer)
     forward = torch.compile(model) if arguments.compile else model
-    elapsed, next_checkpoint = progress["seconds"], progress["seconds"] + 60 * arguments.checkpoint_minutes
-    start = time.monotonic() - elapsed
+    elapsed, start = progress["seconds"], time.monotonic() - progress["seconds"]
+    next_checkpoint = elapsed + 60 * arguments.checkpoint_minutes
     recent = torch.tensor(progress["loss"], device=arguments.device)  # smoothed over some 50 steps
     feed = batches(corpus.training, arguments.batch, arguments.max_position_embeddings, arguments.seed)
     for step, batch in enumerate(islice(feed, progress["step"], None), progress["step"] + 1):
@@ -286,8 +287,7 @@ def train(arguments: Namespace, corpus: Corpus, rank: int, world: int) -> None:
 
 def main() -> None:
     """Read the text, train."""
-    arguments = parse_arguments()
-    rank, world = join_processes()
+    arguments, (rank, world) = parse_arguments(), join_processes()
     corpus = read_corpus(arguments)
     corpus.facts["processes"] = world
     train(arguments, corpus, rank, world)
