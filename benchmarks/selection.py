@@ -3,7 +3,7 @@
     python benchmarks/selection.py                             the layers of a Llama block 1024 wide, MLP 2816
     python benchmarks/selection.py --shape 4096x4096 --repeats 1 --only select
 
-The published procedures are contained here: a stable full sort per row (Wanda's masks), a full sort of the layer (magnitude's), and
+The published procedures (in published.py): a stable full sort per row (Wanda's masks), a full sort of the layer (magnitude's), and
 SparseGPT's column loop with its two Cholesky factorizations and an inverse. Weights are random, inputs correlated. Times are the best
 of the repeats, in seconds of wall clock. `equal` says that masks agree (SparseGPT: the fraction of equal mask entries in float32).
 """
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from published import published_groups, published_layer, published_rows, published_sparsegpt
 from torch import Tensor
 
 from billhook.criteria.sparsegpt import sparsegpt
@@ -22,52 +23,6 @@ from billhook.stats import LayerStats
 
 LLAMA_1024 = ["1024x1024", "2816x1024", "1024x2816"]
 SPARSITY = 0.6
-
-
-def published_rows(score: Tensor, sparsity: float) -> Tensor:
-    """Wanda's keep mask: sort every row, drop the first int(columns * sparsity)."""
-    order = torch.sort(score, dim=-1, stable=True)[1][:, : int(score.shape[1] * sparsity)]
-    return ~torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, True)
-
-
-def published_layer(score: Tensor, sparsity: float) -> Tensor:
-    """Magnitude's keep mask: sort the whole layer for one threshold."""
-    return score > torch.sort(score.flatten())[0][int(score.numel() * sparsity)]
-
-
-def published_groups(score: Tensor, keep: int, of: int) -> Tensor:
-    """Wanda's N:M keep mask: one group of columns after another."""
-    removed = torch.zeros_like(score, dtype=torch.bool)
-    for start in range(0, score.shape[1], of):
-        smallest = torch.topk(score[:, start : start + of], of - keep, dim=1, largest=False)[1]
-        removed.scatter_(1, start + smallest, True)
-    return ~removed
-
-
-def published_sparsegpt(W: Tensor, gram: Tensor, sparsity: float, keep_of: tuple[int, int] | None) -> Tensor:
-    """SparseGPT's column loop, block size 128, damping 0.01."""
-    W, H, columns = W.clone(), gram.clone(), W.shape[1]
-    H.diagonal().add_(0.01 * H.diagonal().mean())
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-    for start in range(0, columns, 128):
-        stop = min(start + 128, columns)
-        W1, U1 = W[:, start:stop].clone(), U[start:stop, start:stop]
-        Q1, errors, mask = torch.zeros_like(W1), torch.zeros_like(W1), torch.zeros_like(W1, dtype=torch.bool)
-        if keep_of is None:
-            score = W1**2 / U1.diagonal() ** 2
-            mask = score <= torch.sort(score.flatten())[0][int(score.numel() * sparsity)]
-        for i in range(stop - start):
-            if keep_of is not None and i % keep_of[1] == 0:
-                score = W1[:, i : i + keep_of[1]] ** 2 / U1.diagonal()[i : i + keep_of[1]] ** 2
-                mask.scatter_(1, i + torch.topk(score, keep_of[1] - keep_of[0], dim=1, largest=False)[1], True)
-            q = W1[:, i].clone()
-            q[mask[:, i]] = 0
-            Q1[:, i] = q
-            errors[:, i] = (W1[:, i] - q) / U1[i, i]
-            W1[:, i:] -= errors[:, i : i + 1].matmul(U1[i : i + 1, i:])
-        W[:, start:stop] = Q1
-        W[:, stop:] -= errors.matmul(U[start:stop, stop:])
-    return W
 
 
 def cases(rows: int, columns: int, only: str) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:

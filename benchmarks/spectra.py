@@ -3,7 +3,7 @@
     python benchmarks/spectra.py                                   the layers of a Llama block 1024 wide, MLP 2816
     python benchmarks/spectra.py --shape 4096x4096 --shape 4096x11008 --repeats 1
 
-The published procedure (METHODS: AlphaPruning) is contained here: float32 singular values, then a Python loop over cut points. The
+The published procedure (in published.py): float32 singular values, then a Python loop over cut points. The
 matrices are random with a heavy-tailed spectrum: Gaussian with rows and columns scaled by power laws. Times are the best of the
 repeats: `_s` is wall clock, `_cpu_s` processor time, which other busy processes disturb less. Where two bins of the histogram tie,
 the published choice hangs on float32 rounding and alpha may differ by some per cent; the last column shows it.
@@ -11,43 +11,19 @@ the published choice hangs on float32 rounding and alpha may differ by some per 
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from published import published_alpha_peak
 from torch import Tensor
 
 from billhook.spectra import measure_spectra
 
 T = TypeVar("T")
 LLAMA_1024 = ["1024x1024"] * 4 + ["2816x1024"] * 2 + ["1024x2816"]
-
-
-def published_alpha_peak(W: Tensor) -> float:
-    """AlphaPruning's `xmin_peak` estimate as its released code computes it: float32, one cut at a time."""
-    evals = torch.square(torch.linalg.svdvals(W.float()).flatten()).sort().values
-    count = len(evals)
-    log_evals = torch.log(evals)
-    decades = torch.log10(evals)
-    low, high = decades.min(), decades.max()
-    counts = torch.histc(decades, 100, min=float(low), max=float(high))
-    edges = torch.linspace(float(low), float(high), 101)
-    mode = 10 ** float(edges[int(counts.argmax())])
-    alphas, distances = torch.zeros(count - 1), torch.ones(count - 1)
-    for i, xmin in enumerate(evals[:-1]):
-        if xmin < math.log10(0.95 * mode):
-            continue
-        if xmin > 1.5 * mode:
-            break
-        n = float(count - i)
-        alpha = 1 + n / (log_evals[i:].sum() - n * log_evals[i])
-        alphas[i] = alpha
-        if alpha > 1:
-            distances[i] = torch.max(torch.abs(1 - (evals[i:] / xmin) ** (-alpha + 1) - torch.arange(n) / n))
-    return float(alphas[distances.argmin()])
 
 
 def heavy_tailed(shape: str, seed: int) -> Tensor:

@@ -11,6 +11,7 @@ error grows like 1e-7 times the square root of the number of batches, far below 
 would double the largest allocation of a run (1.6 GB instead of 0.8 GB for 14336 inputs).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -65,13 +66,23 @@ class Gram:
     def __init__(self, in_features: int, device: torch.device | str) -> None:
         self._sum = torch.zeros(in_features, in_features, device=device)
 
+    def _panels(self) -> Iterator[tuple[slice, slice]]:
+        """Columns in quarters, each with all columns from its own first on: the upper triangle in 10 of 16 parts."""
+        n = len(self._sum)
+        step = max(n // 4, 64)
+        for start in range(0, n, step):
+            yield slice(start, min(start + step, n)), slice(start, n)
+
     def add(self, x: Tensor) -> None:
         """Take in float32 inputs [sequences, tokens, in]."""
         x = x.flatten(0, 1)
-        self._sum.addmm_(x.T, x)
+        for rows, columns in self._panels():
+            self._sum[rows, columns].addmm_(x[:, rows].T, x[:, columns])
 
     def value(self) -> Tensor:
         """The sum over everything added so far (the accumulator itself, not a copy)."""
+        for rows, columns in self._panels():
+            self._sum[columns, rows] = self._sum[rows, columns].T.clone()
         return self._sum
 
 

@@ -74,13 +74,13 @@ def _walk(model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequenc
     calls, hidden = _capture(model, blocks, batches) if batches else ([], [])
     for index, block in enumerate(blocks):
         layers = by_block.get(index, [])
-        observer = _Observer(layers, statistics)
+        observer = _Observer(layers, statistics, wanted=dense)
         outputs = []
         for h, call in zip(hidden, calls, strict=True) if statistics or dense else ():
             with observer:
-                output = _run(block, h, call[index])
-            if dense:
-                outputs.append(output)
+                outputs.append(_run(block, h, call[index]))
+                if not dense:
+                    outputs.clear()
         yield Block(index, f"{name}.{index}", block, layers, hidden, observer.stats())
         if index + 1 < len(blocks):
             hidden = outputs if dense else [_run(block, h, call[index]) for h, call in zip(hidden, calls, strict=True)]
@@ -148,22 +148,30 @@ def _same(new: Any, old: Any) -> Any:
     return new
 
 
+class _Seen(Exception):
+    """Ends a block's pass when nothing after this point is wanted."""
+
+
 class _Observer(TorchFunctionMode):
     """Feeds every layer's inputs to a collector while a block runs; entered once a batch.
 
     Linear modules are watched by hooks. Experts are slices of a 3-D parameter without a module of their own: their products are seen
     as they pass through torch, the slice being known by its place in memory. Layers that share one input tensor (query, key and
-    value; gate and up) share one collector, so no statistic is computed twice.
+    value; gate and up) share one collector, so no statistic is computed twice. Unless the block's output is `wanted`, a pass ends
+    as soon as the last layer's input is known (the first pass finds out which that is), which saves that layer's product.
     """
 
-    def __init__(self, layers: Sequence[Layer], statistics: Sequence[str]) -> None:
+    def __init__(self, layers: Sequence[Layer], statistics: Sequence[str], wanted: bool) -> None:
         super().__init__()
+        self._wanted = wanted
         self._layers = layers if statistics else []
         self._collectors = {layer.name: Collector(tuple(statistics), layer.shape[1], layer.weight.device) for layer in self._layers}
         self._leaders: dict[str, str] = {}
         self._seen: dict[tuple[int, ...], tuple[str, Tensor]] = {}
         self._experts = {layer.weight.data_ptr(): layer for layer in self._layers if layer.expert is not None}
         self._handles: list[Any] = []
+        self._order: list[str] = []  # of the layers in the first pass
+        self._complete = False
 
     def __enter__(self) -> "_Observer":
         for layer in self._layers:
@@ -173,12 +181,14 @@ class _Observer(TorchFunctionMode):
             super().__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, *error: Any) -> bool:
         while self._handles:
             self._handles.pop().remove()
         self._seen.clear()
+        self._complete = True
         if self._experts:
-            super().__exit__(*error)
+            super().__exit__(kind, *error)
+        return kind is _Seen
 
     def _hook(self, layer: Layer) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -198,6 +208,10 @@ class _Observer(TorchFunctionMode):
             raise JobError(f"{layer.name} shares its input with other layers in some batches only: this architecture is not supported yet.")
         if leader == layer.name:
             self._collectors[leader].add(x.detach())
+        if not self._complete:
+            self._order.append(layer.name)
+        elif not self._wanted and not self._experts and layer.name == self._order[-1]:
+            raise _Seen
 
     def stats(self) -> dict[str, LayerStats]:
         """Layer name -> its statistics so far."""
