@@ -23,9 +23,9 @@ Progress = Callable[[str], None]
 
 
 def metric_names(metrics: str | Sequence[str]) -> list[str]:
-    """The metrics that were asked for, from a list or from one text with commas; raises BillhookError when there are none."""
+    """The metrics that were asked for, from a list (none is fine) or one text with commas; raises BillhookError for an empty text."""
     names = [name.strip() for name in (metrics.split(",") if isinstance(metrics, str) else metrics) if name.strip()]
-    if not names:
+    if isinstance(metrics, str) and not names:
         raise BillhookError("No metric was named: give one, such as alpha_peak (billhook ls metrics lists them).")
     return names
 
@@ -41,9 +41,10 @@ def measure(
 ) -> Table:
     """Measure `metrics` (names, or one text with commas) of every layer of a model in memory.
 
-    `batches` are token ids [batch, length] int64 (one tensor is one batch), needed by the metrics that look at activations; `layers` restricts the table;
-    `facts` describes the model (name, digest) and goes into the table. `progress` is called with the name of each finished layer.
-    Raises BillhookError for an unknown metric, one that needs batches when there are none, or no metric at all.
+    `batches` are token ids [batch, length] int64 (one tensor: one batch), needed by the metrics that look at activations;
+    `layers` restricts the table; `facts` describes the model (name, digest) and goes into the table. `progress` is called with the
+    name of each finished layer. Raises BillhookError for an unknown metric, one that needs batches when there are none, or
+    no metric at all.
     """
     layers = find_layers(model) if layers is None else layers
     columns = {name if fact(name).spectral else f"outlier_ratio:{parse_m(name):g}": name for name in metric_names(metrics)}
