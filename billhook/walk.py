@@ -48,12 +48,12 @@ def walk(model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequence
     `dense=True` promises that the loop body changes no weight, which saves the second pass through each block.
     Raises JobError when activations are not finite (naming the block).
     """
-    with _plain_experts(model):
+    with plain_experts(model):
         yield from _walk(model, batches, statistics, dense)
 
 
 @contextmanager
-def _plain_experts(model: PreTrainedModel) -> Iterator[None]:
+def plain_experts(model: PreTrainedModel) -> Iterator[None]:
     """Let experts run as one product each, the form that can be observed, and put the model's own implementation back afterwards."""
     before = model.config._experts_implementation
     if before == "eager" or not any(layer.expert is not None for layer in find_layers(model)):
@@ -71,41 +71,59 @@ def _walk(model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequenc
     by_block: dict[int, list[Layer]] = {}
     for layer in find_layers(model):
         by_block.setdefault(layer.block, []).append(layer)
-    calls, hidden = _capture(model, blocks, batches) if batches else ([], [])
+    calls, hidden, _ = capture(model, blocks, batches) if batches else ([], [], None)
     for index, block in enumerate(blocks):
         layers = by_block.get(index, [])
         observer = _Observer(layers, statistics, wanted=dense)
         outputs = []
         for h, call in zip(hidden, calls, strict=True) if statistics or dense else ():
             with observer:
-                outputs.append(_run(block, h, call[index]))
+                outputs.append(run_block(block, h, call[index]))
                 if not dense:
                     outputs.clear()
         yield Block(index, f"{name}.{index}", block, layers, hidden, observer.stats())
         if index + 1 < len(blocks):
-            hidden = outputs if dense else [_run(block, h, call[index]) for h, call in zip(hidden, calls, strict=True)]
-            _check(hidden, f"{name}.{index}")
+            hidden = outputs if dense else [run_block(block, h, call[index]) for h, call in zip(hidden, calls, strict=True)]
+            check_outputs(hidden, f"{name}.{index}")
 
 
-def _check(hidden: Sequence[Tensor], name: str) -> None:
+def check_outputs(hidden: Sequence[Tensor], name: str) -> None:
+    """Raise JobError naming the block when its outputs are not finite."""
     if not all(bool(torch.isfinite(h.sum(dtype=torch.float64))) for h in hidden):
         raise JobError(f"The output of {name} holds NaN or infinity. Run in a wider type (--dtype float32) or check the weights.")
 
 
-def _run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """The hidden states that a block makes of `hidden`."""
     result = block(hidden, *call.args, **call.kwargs)
     output: Tensor = result[0] if isinstance(result, tuple) else result
     return output
 
 
-def _capture(model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Tensor]) -> tuple[list[list[Call]], list[Tensor]]:
+@contextmanager
+def stubbed(blocks: nn.ModuleList, stub: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Let `stub(index, forward)` stand in for each block's own `forward`."""
+    with ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            stack.callback(block.__dict__.pop, "forward", None)
+            block.forward = stub(index, block.forward)
+        yield
+
+
+def capture(
+    model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Tensor]
+) -> tuple[list[list[Call]], list[Tensor], Callable[[Tensor], Any]]:
     """Run the model with its blocks replaced by stubs that only note their arguments.
 
-    Returns per batch the calls of all blocks, and the hidden states that enter the first. Costs an embedding and one real block.
+    Returns per batch the calls of all blocks, and the hidden states that enter the first; and a function that puts hidden states
+    in the form in which a block returns them. Costs an embedding a batch and one real block.
     """
     calls: list[list[Call]] = []
     hidden: list[Tensor] = []
     extra: list[tuple[Any, ...] | None] = []  # what a block returns after the hidden states; None for a bare tensor
+
+    def returned(states: Tensor) -> Any:
+        return states if extra[0] is None else (states, *extra[0])
 
     def stub(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def noting(*args: Any, **kwargs: Any) -> Any:
@@ -119,17 +137,14 @@ def _capture(model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Te
                 extra.append(result[1:] if isinstance(result, tuple) else None)
             shared = calls[-2][index] if len(calls) > 1 else None
             calls[-1].append(_share(Call(rest, kwargs), shared))
-            return states if extra[0] is None else (states, *extra[0])
+            return returned(states)
 
         return noting
 
-    with ExitStack() as stack:
-        for index, block in enumerate(blocks):
-            stack.callback(block.__dict__.pop, "forward", None)
-            block.forward = stub(index, block.forward)
+    with stubbed(blocks, stub):
         for batch in batches:
             model.base_model(input_ids=batch.to(model.device), use_cache=False)
-    return calls, hidden
+    return calls, hidden, returned
 
 
 def _share(call: Call, previous: Call | None) -> Call:
