@@ -53,7 +53,7 @@ def test_every_method_metric_and_family_is_listed(make_docs: ModuleType) -> None
         assert f"| `{name}` |" in page
     assert all(f"`{family}`" in page for family in FAMILIES)
     assert "`epsilon=0.3`" in page
-    assert "`alpha_peak:repaired`, `outlier_ratio:M`" in page
+    assert all(f"`{name}`" in page for name in ("alpha_peak:repaired", "outlier_ratio:M", "block_loss:SPARSITY", "lamp_quantiles"))
 
 
 def test_check_names_what_is_stale_and_writing_repairs_it(
