@@ -51,7 +51,7 @@ def draw(dense: float, found: dict[str, list[float]], path: Path) -> None:
         axes.annotate(name, (SPARSITIES[-1], values[-1]), (9, -4), textcoords="offset points", color=color, fontweight="bold")
     axes.set_yscale("log")
     top = max(max(values) for values in found.values())
-    ticks = [t for t in (5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000) if dense * 0.8 <= t <= top * 1.1]
+    ticks = [t for t in (5, 7, 10, 12, 15, 20, 25, 30, 40, 50, 70, 100, 150, 200, 300, 500, 1000) if dense * 0.8 <= t <= top * 1.1]
     axes.set_yticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
     axes.set_ylim(dense * 0.85, top * 1.2)
