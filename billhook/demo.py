@@ -1,4 +1,4 @@
-"""The demonstration: every allocator with every criterion on the bundled model, on text that every Python has.
+"""The demonstration: the main allocators with the main criteria on the bundled model, on text that every Python has.
 
 Calibration text is the standard library's training modules, evaluation text the held-out ones, which the model has never seen.
 """
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from billhook.allocators import ALLOCATORS, allocate
-from billhook.checkpoint import load_model, load_tokenizer
+from billhook.allocators import allocate
+from billhook.checkpoint import load_tokenizer, quiet
 from billhook.criteria import CRITERIA
 from billhook.data import load_windows
 from billhook.errors import JobError
 from billhook.perplexity import evaluate
-from billhook.job import Job, Report, run
+from billhook.job import Job, run
 from billhook.measuring import measure
 from billhook.plan import SparsityPlan
 from billhook.pruning import prune_
@@ -29,6 +29,8 @@ from billhook.verification import verify
 MODEL = Path(__file__).parent / "demo_model"
 SAMPLES, LENGTH, EVALUATION_WINDOWS = 64, 256, 96
 METRICS = ("alpha_peak", "outlier_ratio:5")
+SHOWN_ALLOCATORS = ("uniform", "alphapruning", "atp", "owl")
+SHOWN_CRITERIA = ("magnitude", "wanda", "sparsegpt")
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,12 @@ class Demo:
 
     @property
     def allocators(self) -> list[str]:
-        """Names, in the order of the registry."""
+        """Names, in the order shown."""
         return list(dict.fromkeys(name for name, _ in self.perplexity))
 
     @property
     def criteria(self) -> list[str]:
-        """Names, in the order of the registry."""
+        """Names, in the order shown."""
         return list(dict.fromkeys(name for _, name in self.perplexity))
 
     @property
@@ -77,7 +79,7 @@ class Demo:
 
 
 def run_demo(output: Path, sparsity: float, say: Callable[[str], None] = print) -> Demo:
-    """Prune the bundled model in every way, save the best to `output` (replacing an earlier demonstration), reload and verify it."""
+    """Prune the bundled model in twelve ways, save the best to `output` (replacing an earlier demonstration), reload and verify it."""
     check_output(output, MODEL, overwrite=True)
     say(f"The bundled model: {MODEL.name}, a small llama trained on Python's standard library.")
     request = Request(MODEL, calibration="stdlib:train", samples=SAMPLES, length=LENGTH, dtype="float32", output=output, overwrite=True)
@@ -86,36 +88,36 @@ def run_demo(output: Path, sparsity: float, say: Callable[[str], None] = print) 
     dense = evaluate(opened.model, windows)
     say(f"Measuring {len(opened.layers)} layers ({', '.join(METRICS)}).")
     table = measure(opened.model, METRICS, batches=opened.batches, layers=opened.layers, facts=model_facts(MODEL, opened.model))
-    plans = {name: allocate(table, sparsity, allocator=name) for name in ALLOCATORS.names()}
+    plans = {name: allocate(table, sparsity, allocator=name) for name in SHOWN_ALLOCATORS}
     perplexity, achieved = {}, {}
     for allocator, plan in plans.items():
-        for criterion in CRITERIA.names():
+        for criterion in SHOWN_CRITERIA:
             model = copy.deepcopy(opened.model)
             results = prune_(model, plan, criterion=criterion, batches=opened.batches)
             perplexity[allocator, criterion] = evaluate(model, windows).token_ppl
             achieved[allocator, criterion] = sum(r.zeros for r in results) / table.total
             say(f"{allocator} + {criterion}: perplexity {perplexity[allocator, criterion]:.2f}")
     demo = Demo(dense.token_ppl, perplexity, achieved, dense.tokens, LENGTH, table.total, output)
-    report = _save_best(demo, plans, opened, request)
-    _check(report, output)
+    _save_best(demo, plans, opened, request)
+    _check(opened, output)
     return demo
 
 
-def _save_best(demo: Demo, plans: dict[str, SparsityPlan], opened: Opened, request: Request) -> Report:
+def _save_best(demo: Demo, plans: dict[str, SparsityPlan], opened: Opened, request: Request) -> None:
     """Run the best pair once more as an ordinary job, with its record, and write it."""
     allocator, criterion = demo.best
     fields = {**request.__dict__, "criterion": criterion, "allocator": allocator}
-    return run(Job(Request(**fields), opened, plans[allocator], CRITERIA.configure(criterion, {})))
+    run(Job(Request(**fields), opened, plans[allocator], CRITERIA.configure(criterion, {})))
 
 
 @torch.no_grad()
-def _check(report: Report, output: Path) -> None:
-    """Reload with stock transformers, compare logits with the model in memory, recount zeros from disk."""
+def _check(opened: Opened, output: Path) -> None:
+    """Recount zeros from disk, and compare the logits of stock transformers with those of the model in memory, in the type on disk."""
     result = verify(output)
     if not result.ok:
         raise JobError(f"The saved model does not verify: {result.problems[0]}")
     ids = torch.arange(3, 35)[None]
-    stock = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)(ids).logits
-    again = load_model(output, dtype="float32")(ids).logits
-    if not torch.equal(stock, again):
-        raise JobError(f"{output} gives other logits in stock transformers.")
+    with quiet():
+        stock = AutoModelForCausalLM.from_pretrained(output)
+    if not torch.equal(stock(ids).logits, opened.model.to(stock.dtype)(ids).logits):
+        raise JobError(f"{output} gives other logits in stock transformers than in memory.")

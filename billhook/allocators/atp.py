@@ -1,7 +1,7 @@
 """ATP: sparsity grows with depth as an arithmetic progression, so that early errors are not amplified by later blocks.
 
 Huang et al., "Determining Layer-wise Sparsity for Large Language Models Through a Theoretical Perspective" (ATP), ICML 2025,
-arXiv:2502.14770, equation 8: s_i = S - beta (L - 1) / 2 + beta (i - 1). It does not know the model: nothing protects the last block.
+arXiv:2502.14770: s_i = S - beta (L - 1) / 2 + beta (i - 1). It does not know the model: nothing protects the last block.
 """
 
 from billhook.budget import shift_to

@@ -1,6 +1,6 @@
 """OWL: blocks with more outliers among their Wanda scores lose less.
 
-Yin et al., "Outlier Weighed Layerwise Sparsity (OWL)", ICML 2024, arXiv:2310.05175, equations 2-3. The outlier ratio of a block is
+Yin et al., "Outlier Weighed Layerwise Sparsity (OWL)", ICML 2024, arXiv:2310.05175. The outlier ratio of a block is
 measured on the dense model (`outlier_ratio:M`, share of scores above M times the block's mean); retention lies in a window of total
 width 2 lam around the target.
 """

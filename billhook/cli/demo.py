@@ -34,11 +34,11 @@ def command(
     if as_json:
         emit(result.to_json())
         return
-    text = f"on {result.tokens:,} held-out tokens in windows of {result.length} (dense model: {result.dense:.2f})"
-    table(f"Token perplexity at sparsity {sparsity:g} {text}", header, rows)
+    say(f"Token perplexity on {result.tokens:,} held-out tokens, windows of {result.length}; the dense model has {result.dense:.2f}.")
+    table(f"Perplexity at sparsity {sparsity:g}", header, rows)
     best = result.best
     say("")
-    say(f"Every cell removed {sparsity:.2%} of {result.weights:,} weights: achieved {result.lowest:.4%} to {result.highest:.4%}.")
+    say(f"Asked: {sparsity:.2%} of {result.weights:,} weights. Achieved: from {result.lowest:.4%} to {result.highest:.4%}.")
     say(f"The best, {best[1]} with {best[0]}, is in {output}: an ordinary Hugging Face directory,")
     say("reloaded in stock transformers with the same logits, and verified.")
     say("")
