@@ -17,9 +17,9 @@ from billhook.checkpoint import load_tokenizer, quiet
 from billhook.criteria import CRITERIA
 from billhook.data import load_windows
 from billhook.errors import JobError
-from billhook.perplexity import evaluate
 from billhook.job import Job, run
 from billhook.measuring import measure
+from billhook.perplexity import evaluate
 from billhook.plan import SparsityPlan
 from billhook.pruning import prune_
 from billhook.request import Opened, Request, model_facts, open_request
