@@ -16,9 +16,10 @@ def mean(values: Numbers, n: Sequence[int]) -> float:
 
 
 def min_max(values: Numbers) -> list[float]:
-    """Map linearly to [0, 1], the least value to 0 and the largest to 1; equal values are all in the middle."""
+    """Map linearly to [0, 1], the least value to 0 and the largest to 1; values equal to rounding are all in the middle."""
     low, high = min(values), max(values)
-    return [(v - low) / (high - low) if high > low else 0.5 for v in values]
+    equal = high - low <= 1e-14 * max(abs(low), abs(high))
+    return [0.5 if equal else (v - low) / (high - low) for v in values]
 
 
 def scale_to(raw: Numbers, n: Sequence[int], target: float) -> list[float]:

@@ -1,6 +1,6 @@
 """Measuring: one pass over the layers that fills the table allocators read.
 
-Spectral metrics need the weights alone; the outlier ratio of OWL needs activations of the dense model.
+What a metric looks at is known from its name (`billhook.metrics`): the weight alone, the inputs of the dense model's layers, or its loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,65 +10,76 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.arch import Layer, find_layers
-from billhook.data import as_batches
 from billhook.errors import BillhookError
-from billhook.metrics import fact
-from billhook.outliers import outlier_ratio, parse_m
-from billhook.perplexity import vocabulary_size
+from billhook.metrics import CURVES, canonical, companions, fact, function_of, options_of
 from billhook.spectra import measure_spectra
 from billhook.table import Row, Table
 from billhook.walk import Block, walk
 
 Progress = Callable[[str], None]
-
-
-def metric_names(metrics: str | Sequence[str]) -> list[str]:
-    """The metrics that were asked for, from a list (none is fine) or one text with commas; raises BillhookError for an empty text."""
-    names = [name.strip() for name in (metrics.split(",") if isinstance(metrics, str) else metrics) if name.strip()]
-    if isinstance(metrics, str) and not names:
-        raise BillhookError("No metric was named: give one, such as alpha_peak (billhook ls metrics lists them).")
-    return names
+Values = dict[str, dict[str, Any]]
 
 
 def measure(
     model: PreTrainedModel,
-    metrics: str | Sequence[str] = ("alpha_peak",),
+    metrics: Sequence[str] = ("alpha_peak",),
     *,
-    batches: Tensor | Sequence[Tensor] = (),
+    batches: Sequence[Tensor] = (),
     layers: Sequence[Layer] | None = None,
     facts: dict[str, Any] | None = None,
     progress: Progress = lambda layer: None,
 ) -> Table:
-    """Measure `metrics` (names, or one text with commas) of every layer of a model in memory.
+    """Measure `metrics` (and curves) of every layer of a model in memory; beside an exponent, the KS distance of its fit.
 
-    `batches` are token ids [batch, length] int64 (one tensor: one batch), needed by the metrics that look at activations;
-    `layers` restricts the table; `facts` describes the model (name, digest) and goes into the table. `progress` is called with the
-    name of each finished layer. Raises BillhookError for an unknown metric, one that needs batches when there are none, or
-    no metric at all.
+    `batches` are token ids [batch, length] int64, needed by the metrics that look at activations or the loss; `layers` restricts the
+    table; `facts` describes the model (name, digest) and goes into the table. `progress` is called with the name of each finished
+    layer. Raises BillhookError for an unknown metric, or one that needs batches when there are none.
     """
     layers = find_layers(model) if layers is None else layers
-    columns = {name if fact(name).spectral else f"outlier_ratio:{parse_m(name):g}": name for name in metric_names(metrics)}
-    of_weights = [name for name in columns if fact(name).spectral]
-    of_activations = [name for name in columns if not fact(name).spectral]
-    batches = as_batches(batches, vocabulary_size(model)) if of_activations else []
-    if of_activations and not batches:
-        raise BillhookError(f"The metric {of_activations[0]} looks at activations: give text with --calibration SOURCE.")
-    values: dict[str, dict[str, float]] = {layer.name: {} for layer in layers}
+    asked = [canonical(name) for name in metrics]
+    columns = list(dict.fromkeys(column for name in asked for column in (name, *companions(name))))
+    with_text = [name for name in columns if fact(name).needs_text]
+    if with_text and not batches:
+        looks = "activations" if fact(with_text[0]).reads == "activations" else "the loss"
+        raise BillhookError(f"The metric {with_text[0]} looks at {looks}: give text with --calibration SOURCE.")
+    values: Values = {layer.name: {} for layer in layers}
+    of_activations = [name for name in with_text if fact(name).reads == "activations"]
     if of_activations:
         for block in walk(model, batches, ("input_norm",), dense=True):
-            _outliers(block, of_activations, values)
+            _of_activations(block, of_activations, values)
+    for name in with_text:
+        if fact(name).reads == "loss":
+            for layer, loss in function_of(name)(model, layers, batches, **options_of(name)).items():
+                values[layer][name] = loss
+    of_weights = [name for name in columns if not fact(name).needs_text]
     if of_weights:
-        for name, found in measure_spectra(layers, of_weights, progress).items():
-            values[name].update(found)
-    rows = tuple(Row(x.name, x.block, x.kind, x.shape, {m: values[x.name][m] for m in columns}) for x in layers)
-    return Table(rows, facts or {}, {"metrics": list(columns)})
+        for layer, found in measure_spectra(layers, of_weights, progress).items():
+            values[layer].update(found)
+    return Table(tuple(_row(layer, columns, values[layer.name]) for layer in layers), facts or {}, {"metrics": asked})
 
 
-def _outliers(block: Block, columns: Sequence[str], values: dict[str, dict[str, float]]) -> None:
-    """Compute the outlier ratios of a whole block and note them on each of its measured layers."""
+def metric_names(text: str) -> list[str]:
+    """The metrics of a comma-separated list, each once; raises BillhookError for an unknown one or none at all."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise BillhookError("Say what to measure: --metrics alpha_peak, or several with commas between them (see billhook ls metrics).")
+    for name in names:
+        canonical(name)
+    return names
+
+
+def _row(layer: Layer, columns: Sequence[str], values: dict[str, Any]) -> Row:
+    numbers = {name: values[name] for name in columns if name not in CURVES}
+    curves = {name: tuple(values[name]) for name in columns if name in CURVES}
+    return Row(layer.name, layer.block, layer.kind, layer.shape, numbers, curves)
+
+
+def _of_activations(block: Block, columns: Sequence[str], values: Values) -> None:
+    """Compute metrics of activations for the measured layers of a block, together or one by one, and note them on each."""
     layers = [layer for layer in block.layers if layer.name in values]
-    norms = [block.stats[layer.name].input_norm for layer in layers]
     for name in columns if layers else ():
-        ratio = outlier_ratio([layer.weight for layer in layers], norms, parse_m(name))
-        for layer in layers:
-            values[layer.name][name] = ratio
+        for group in [layers] if fact(name).block else [[layer] for layer in layers]:
+            norms = [block.stats[layer.name].input_norm for layer in group]
+            value = function_of(name)([layer.weight for layer in group], norms, **options_of(name))
+            for layer in group:
+                values[layer.name][name] = value

@@ -7,37 +7,61 @@ Shape of the spectrum: a heavy tail (small alpha, low entropy, low stable rank) 
 (AlphaPruning, arXiv 2410.10912; METHODS: smaller alpha = less sparsity). Scale: a layer with large norm carries more, so the norms
 are -1. The published AlphaPruning code uses +1 for every metric it can be given.
 
-A parameter follows the name after a colon: `outlier_ratio:5`, `alpha_peak:repaired`.
+A parameter follows the name after a colon: `outlier_ratio:5`, `alpha_peak:repaired`. What a metric `reads` says how its function is
+called: `spectrum` (Spectrum), `weight` (W), `activations` (weights, norms of a block), `loss` (model, layers, batches).
+
+A *curve* is a list of numbers per layer instead of one: the quantiles of its scores, from which `global` and `lamp` find the one
+threshold that meets the budget. Curves are measured by name like metrics and kept beside them in the table.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from billhook.errors import BillhookError
 from billhook.registry import Registry, hint
 
 Sign = Literal[1, -1]
+Reads = Literal["spectrum", "weight", "activations", "loss"]
 
 _ALPHA_PRUNING = "AlphaPruning, Lu et al. 2024, arXiv 2410.10912"
 _WEIGHT_WATCHER = "Martin, Peng & Mahoney 2021, Nature Communications 12:4122 (WeightWatcher)"
 _STABLE_RANK = "Rudelson & Vershynin 2007, J. ACM 54(4):21"
 _OWL = "OWL, Yin et al. 2024, arXiv 2310.05175"
+_DLP = "DLP, Chen et al. 2025, arXiv 2505.23807"
+_FARMS = "FARMS, Hu et al. 2025, arXiv 2506.06280"
+_MP = "Martin & Mahoney 2021, JMLR 22:165"
+_LAMP = "LAMP, Lee et al. 2021, arXiv 2010.07611"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Facts about one metric. `place` is `module:function`; `spectral` means it is computed from the spectrum of the weight alone."""
+    """Facts about one metric. `place` is `module:function`; a metric of a whole `block` has one value for all its layers."""
 
     name: str
     sign: Sign
     paper: str
     place: str
     summary: str
-    spectral: bool = True
+    reads: Reads = "spectrum"
+    block: bool = False
+
+    @property
+    def spectral(self) -> bool:
+        """Whether it is computed from the spectrum of the weight."""
+        return self.reads == "spectrum"
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it looks at what the model does with text."""
+        return self.reads in ("activations", "loss")
 
 
 def _spectral(name: str, sign: Sign, paper: str, summary: str) -> Metric:
     return Metric(name, sign, paper, f"billhook.spectra:{name}", summary)
+
+
+def _activations(name: str, sign: Sign, paper: str, summary: str) -> Metric:
+    return Metric(name, sign, paper, f"billhook.activations:{name}", summary, "activations", block=True)
 
 
 FACTS: dict[str, Metric] = {
@@ -54,26 +78,99 @@ FACTS: dict[str, Metric] = {
         _spectral("log_spectral_norm", -1, _WEIGHT_WATCHER, "log10 of the largest eigenvalue of W^T W"),
         _spectral("frobenius_sq", -1, _WEIGHT_WATCHER, "sum of squared weights"),
         _spectral("log_norm", -1, _WEIGHT_WATCHER, "log10 of the sum of squared weights"),
+        _spectral("mp_softrank", 1, _MP, "edge of the spectrum of a random matrix of the same size and mean square, over the largest"),
+        _spectral("alpha_peak_ks", 1, _ALPHA_PRUNING, "KS distance of the fit of alpha_peak: how far the tail is from a power law"),
+        _spectral("alpha_mid_ks", 1, _ALPHA_PRUNING, "KS distance of the fit of alpha_mid"),
+        _spectral("alpha_ks_ks", 1, _ALPHA_PRUNING, "KS distance of the fit of alpha_ks"),
         Metric(
-            "outlier_ratio",
+            "alpha_farms",
+            1,
+            _FARMS,
+            "billhook.farms:alpha_farms",
+            "alpha_peak of square windows together: no bias from the shape",
+            "weight",
+        ),
+        Metric(
+            "randomized_distance",
             -1,
-            _OWL,
-            "billhook.outliers:outlier_ratio",
-            "per cent of a block's |W| x input norm above M times their mean (`outlier_ratio:M`)",
-            spectral=False,
+            _WEIGHT_WATCHER,
+            "billhook.randomized:randomized_distance",
+            "Jensen-Shannon distance of the spectrum to that of the same weights shuffled",
+            "weight",
+        ),
+        _activations("outlier_ratio", -1, _OWL, "per cent of a block's |W| x input norm above M times their mean (`outlier_ratio:M`)"),
+        _activations("wanda_mean", 1, _DLP, "mean of a block's |W| x input norm"),
+        _activations("wanda_median", 1, _DLP, "median of a block's |W| x input norm"),
+        Metric(
+            "block_loss",
+            -1,
+            "Billhook",
+            "billhook.block_loss:block_loss",
+            "relative rise of the loss when only this block is pruned by magnitude (`block_loss:SPARSITY`)",
+            "loss",
+            block=True,
+        ),
+    )
+}
+CURVES: dict[str, Metric] = {
+    m.name: m
+    for m in (
+        Metric("magnitude_quantiles", 1, "Han et al. 2015, arXiv 1506.02626", "billhook.quantiles:magnitude_quantiles", "of |W|", "weight"),
+        Metric("lamp_quantiles", 1, _LAMP, "billhook.quantiles:lamp_quantiles", "of the LAMP scores", "weight"),
+        Metric(
+            "wanda_quantiles",
+            1,
+            "Sun et al. 2024, arXiv 2306.11695",
+            "billhook.quantiles:wanda_quantiles",
+            "of |W| x input norm",
+            "activations",
         ),
     )
 }
 METRICS = Registry("metric", {m.name: m.place for m in FACTS.values()})
 SIGNS: dict[str, Sign] = {m.name: m.sign for m in FACTS.values()}
+_ALL = FACTS | CURVES
+_PLACES = Registry("metric", {m.name: m.place for m in _ALL.values()})
 
 
 def fact(name: str) -> Metric:
-    """The facts of a metric, with or without a parameter after a colon; raises BillhookError with the nearest name."""
+    """The facts of a metric or curve, with or without a parameter after a colon; raises BillhookError with the nearest name."""
     base = name.partition(":")[0]
-    if base not in FACTS:
-        raise BillhookError(f"Unknown metric {base!r}.{hint(base, FACTS)} There are: {', '.join(FACTS)}.")
-    return FACTS[base]
+    if base not in _ALL:
+        raise BillhookError(f"Unknown metric {base!r}.{hint(base, _ALL)} There are: {', '.join(_ALL)}.")
+    return _ALL[base]
+
+
+def function_of(name: str) -> Any:
+    """The function that computes a metric or curve (imports what it needs)."""
+    return _PLACES.get(fact(name).name)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The parameter after the colon as the metric's one option; raises BillhookError for one that it cannot take."""
+    base, colon, value = name.partition(":")
+    if not colon:
+        return {}
+    options = list(_PLACES.options(fact(name).name))
+    if not options:
+        raise BillhookError(f"Metric {base!r} takes no parameter, got {name!r}.")
+    return _PLACES.configure(base, {options[0]: value})
+
+
+def canonical(name: str) -> str:
+    """The name of the column: a number after the colon in its shortest form, and the default number where none was given."""
+    base = fact(name).name
+    for key, option in _PLACES.options(base).items():
+        value = options_of(name).get(key, option.default)
+        if isinstance(value, float):
+            return f"{base}:{value:g}"
+    return name
+
+
+def companions(name: str) -> list[str]:
+    """Columns that are measured beside a metric: the KS distance of an exponent's fit."""
+    base, colon, value = name.partition(":")
+    return [f"{base}_ks{colon}{value}"] if f"{base}_ks" in FACTS else []
 
 
 def sign(name: str) -> Sign:

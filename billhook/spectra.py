@@ -17,7 +17,7 @@ from torch import Tensor
 
 from billhook.eigen import DEPTH, eigenvalues, error_bound
 from billhook.errors import BillhookError
-from billhook.metrics import METRICS, fact
+from billhook.metrics import fact, function_of, options_of
 from billhook.registry import method
 from billhook.tails import LogBound, Spectrum, TailFit, fit_tail
 
@@ -39,20 +39,21 @@ class Weighted(Protocol):
     def weight(self) -> Tensor: ...
 
 
-def spectral_metrics(W: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Compute the spectrum of `W` [out, in] once and from it the metrics called `names`, in their order.
+def spectral_metrics(W: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """Compute the spectrum of `W` [out, in] once and from it the metrics called `names`, in their order; others that read only the
+    weight are computed beside.
 
-    A parameter may follow a name after a colon (`alpha_peak:repaired`). Every value is finite. Raises BillhookError for an unknown or
-    non-spectral name before anything is computed, for a weight without a spectrum, and for a metric that does not exist for it.
+    A parameter may follow a name after a colon (`alpha_peak:repaired`). Every value is finite. Raises BillhookError for an unknown name
+    or one that needs text before anything is computed, for a weight without a spectrum, and for a metric that does not exist for it.
     """
-    calls = {name: (METRICS.get(fact(name).name), _options(name)) for name in names}
-    spectrum = Spectrum(eigenvalues(W))
-    return {name: function(spectrum, **options) for name, (function, options) in calls.items()}
+    calls = {name: (function_of(name), _options(name)) for name in names}
+    spectrum = Spectrum(eigenvalues(W), (W.shape[0], W.shape[1])) if any(fact(name).spectral for name in names) else None
+    return {name: function(spectrum if fact(name).spectral else W, **options) for name, (function, options) in calls.items()}
 
 
 def measure_spectra(
     layers: Sequence[Weighted], names: Sequence[str], done: Callable[[str], None] = lambda layer: None
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """`spectral_metrics` of many layers, by layer name; as many at once as torch may use threads and MEMORY allows.
 
     `done` is called in the calling thread with the name of each layer as it ends, in order. Errors name the layer. While this runs,
@@ -83,7 +84,7 @@ def _bytes(shape: tuple[int, int]) -> int:
     return 8 * small * (2 * small + min(DEPTH, large))
 
 
-def _result(layer: str, job: Future[dict[str, float]], done: Callable[[str], None]) -> dict[str, float]:
+def _result(layer: str, job: Future[dict[str, Any]], done: Callable[[str], None]) -> dict[str, Any]:
     try:
         values = job.result()
     except BillhookError as error:
@@ -94,14 +95,9 @@ def _result(layer: str, job: Future[dict[str, float]], done: Callable[[str], Non
 
 def _options(name: str) -> dict[str, Any]:
     """The parameter after the colon of a metric's name as its one option."""
-    known = fact(name)
-    if not known.spectral:
-        raise BillhookError(f"Metric {known.name!r} is not read off a spectrum: it needs calibration data.")
-    _, colon, value = name.partition(":")
-    options = list(METRICS.options(known.name))
-    if colon and not options:
-        raise BillhookError(f"Metric {known.name!r} takes no parameter, got {name!r}.")
-    return METRICS.configure(known.name, {options[0]: value}) if colon else {}
+    if fact(name).needs_text:
+        raise BillhookError(f"Metric {fact(name).name!r} is not read off a spectrum: it needs calibration data.")
+    return options_of(name)
 
 
 def _metric(function: Any) -> Any:
@@ -124,6 +120,36 @@ def alpha_peak(spectrum: Spectrum, *, log_bound: LogBound = "published") -> floa
 def alpha_ks(spectrum: Spectrum) -> float:
     """Exponent at the best of all cuts."""
     return spectrum.fit("ks").alpha
+
+
+@_metric
+def alpha_mid_ks(spectrum: Spectrum) -> float:
+    """KS distance of the fit of `alpha_mid`, in [0, 1]."""
+    return spectrum.fit("mid").ks_distance
+
+
+@_metric
+def alpha_peak_ks(spectrum: Spectrum, *, log_bound: LogBound = "published") -> float:
+    """KS distance of the fit of `alpha_peak`."""
+    return spectrum.fit("peak", log_bound).ks_distance
+
+
+@_metric
+def alpha_ks_ks(spectrum: Spectrum) -> float:
+    """KS distance of the fit of `alpha_ks`."""
+    return spectrum.fit("ks").ks_distance
+
+
+@_metric
+def mp_softrank(spectrum: Spectrum) -> float:
+    """s^2 (sqrt(out) + sqrt(in))^2 / l_max, s^2 the mean square of the weights; about 1 for noise, small for a few strong directions.
+
+    s^2 comes from all weights and not from a fit of the bulk, so strong directions raise the edge; 0 for a zero weight.
+    """
+    out, columns = spectrum.shape
+    largest = spectral_norm(spectrum)
+    edge = frobenius_sq(spectrum) / (out * columns) * (math.sqrt(out) + math.sqrt(columns)) ** 2
+    return edge / largest if largest > 0 else 0.0
 
 
 @_metric

@@ -3,8 +3,9 @@
 File format: docs/formats.md, `table.json`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,23 @@ from billhook.files import read_json, write_json
 from billhook.registry import hint
 
 VERSION = 1
+_MAKE = "Make one with billhook measure."
 _LARGEST = 1 << 31  # of a layer's dimensions: products of two are still exact as floats
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prunable layer: its full name, block number, kind (name inside the block), shape (out, in) and metrics."""
+    """One prunable layer: its full name, block number, kind (name inside the block), shape (out, in), metrics, and curves.
+
+    A curve is a list of numbers that do not fall, such as the quantiles of the layer's scores.
+    """
 
     layer: str
     block: int
     kind: str
     shape: tuple[int, int]
     metrics: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -77,9 +83,33 @@ class Table:
             _check_number(row.layer, name, row.metrics[name])
         return [row.metrics[name] for row in self.rows]
 
+    def curve(self, name: str) -> list[tuple[float, ...]]:
+        """The curve `name` of every row, in row order; raises BillhookError when it was not measured."""
+        if not self.rows or not all(name in row.curves for row in self.rows):
+            there = ", ".join(self.rows[0].curves if self.rows else ()) or "no curves"
+            raise BillhookError(
+                f"The table has no column {name!r} (it has {there}). Make it with: billhook measure MODEL --metrics {name} -o table.json"
+            )
+        return [row.curves[name] for row in self.rows]
+
+    def only(self, chosen: Collection[str], shapes: Mapping[str, tuple[int, int]]) -> "Table":
+        """The rows of the layers `chosen` of the model whose layers have `shapes`; raises BillhookError for a table of another model."""
+        for row in self.rows:
+            if shapes.get(row.layer) != row.shape:
+                there = "is not in the model" if row.layer not in shapes else "is {} x {} in the model".format(*shapes[row.layer])
+                raise BillhookError(f"The table is not of this model: {row.layer}, {row.shape[0]} x {row.shape[1]}, {there}. {_MAKE}")
+        missing = [name for name in chosen if name not in self.shapes]
+        if missing:
+            raise BillhookError(f"The table is not of this model, or only of a part: it has no row for {missing[0]}. {_MAKE}")
+        return Table(tuple(row for row in self.rows if row.layer in chosen), self.model, self.made_by)
+
     def save(self, path: str | Path) -> None:
         """Write table.json atomically."""
-        rows = [{"layer": r.layer, "block": r.block, "kind": r.kind, "shape": list(r.shape), "metrics": r.metrics} for r in self.rows]
+        rows = [
+            {"layer": r.layer, "block": r.block, "kind": r.kind, "shape": list(r.shape), "metrics": r.metrics}
+            | ({"curves": {name: list(curve) for name, curve in r.curves.items()}} if r.curves else {})
+            for r in self.rows
+        ]
         write_json(Path(path), {"version": VERSION, "model": self.model, "made_by": self.made_by, "rows": rows})
 
     @classmethod
@@ -107,10 +137,22 @@ def _row(entry: Any, where: str) -> Row:
         raise BillhookError(f"{where}: layer and kind must be strings, metrics an object.")
     if not all(type(x) is int and low <= x < _LARGEST for x, low in ((block, 0), (out, 1), (columns, 1))):
         raise BillhookError(f"{where} ({layer}): block and shape must be whole positive numbers, got {block!r:.20} and {shape!r:.40}.")
-    row = Row(layer, block, kind, (out, columns), metrics)
+    row = Row(layer, block, kind, (out, columns), metrics, _curves(entry.get("curves", {}), f"{where} ({layer})"))
     for name, number in row.metrics.items():
         _check_number(f"{where} ({row.layer})", name, number)
     return row
+
+
+def _curves(value: Any, where: str) -> dict[str, tuple[float, ...]]:
+    """The curves of a row; raises BillhookError unless each is a list of at least two finite numbers that do not fall."""
+    if not isinstance(value, dict) or not all(isinstance(curve, list) and len(curve) > 1 for curve in value.values()):
+        raise BillhookError(f"{where}: curves must be an object of lists of at least two numbers.")
+    for name, curve in value.items():
+        for number in curve:
+            _check_number(where, name, number)
+        if any(low > high for low, high in pairwise(curve)):
+            raise BillhookError(f"{where}: the numbers of curve {name} must not fall.")
+    return {name: tuple(map(float, curve)) for name, curve in value.items()}
 
 
 def _check_number(where: str, name: str, number: Any) -> None:

@@ -48,12 +48,13 @@ class TailFit:
 class Spectrum:
     """Ascending eigenvalues [N] float64 >= 0 of W^T W, with what several metrics share computed at most once.
 
-    Zeros are allowed and are left out of every fit. The fits raise BillhookError where no exponent exists: fewer than three positive
-    eigenvalues, or all of them equal.
+    `shape` is that of W, square by default. Zeros are allowed and are left out of every fit. The fits raise BillhookError where no
+    exponent exists: fewer than three positive eigenvalues, or all of them equal.
     """
 
-    def __init__(self, evals: Tensor) -> None:
+    def __init__(self, evals: Tensor, shape: tuple[int, int] | None = None) -> None:
         self.evals = evals
+        self.shape = shape or (len(evals), len(evals))
 
     @cached_property
     def positive(self) -> Tensor:

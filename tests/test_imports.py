@@ -12,6 +12,7 @@ import pytest
 
 import billhook
 from billhook.allocators import ALLOCATORS
+from billhook.metrics import CURVES
 from billhook.table import Row, Table
 
 ROOT = Path(billhook.__file__).parent
@@ -107,8 +108,10 @@ def test_help_is_light_and_fast(arguments: list[str]):
 
 @pytest.mark.parametrize("allocator", ALLOCATORS.names())
 def test_planning_is_light_and_fast(allocator: str, tmp_path: Path):
-    facts = {"alpha_peak": 2.0, "outlier_ratio:5": 1.0}
-    Table(tuple(Row(f"blocks.{i}.w", i, "w", (8, 8), {k: v + i for k, v in facts.items()}) for i in range(4))).save(tmp_path / "table.json")
+    needs = ALLOCATORS.needs(allocator, ALLOCATORS.configure(allocator, {}))
+    numbers, curves = [name for name in needs if name not in CURVES], [name for name in needs if name in CURVES]
+    rows = [Row(f"blocks.{i}.w", i, "w", (8, 8), dict.fromkeys(numbers, 1.0 + i), dict.fromkeys(curves, (0.0, 1.0 + i))) for i in range(4)]
+    Table(tuple(rows)).save(tmp_path / "table.json")
     plan = tmp_path / "plan.json"
     report = in_new_interpreter(_COMMAND, "plan", str(tmp_path / "table.json"), f"--allocator={allocator}", "--sparsity=0.5", f"-o{plan}")
     assert report["code"] == 0, report["errors"]

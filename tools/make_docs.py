@@ -20,7 +20,7 @@ from billhook.allocators import ALLOCATORS
 from billhook.arch import FAMILIES
 from billhook.cli import app
 from billhook.criteria import CRITERIA
-from billhook.metrics import FACTS, METRICS
+from billhook.metrics import CURVES, FACTS, METRICS
 from billhook.registry import Registry
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -125,7 +125,9 @@ def _examples(epilog: str) -> str:
 def methods() -> str:
     """The page of all allocators, criteria, metrics and families."""
     signs = {1: "larger", -1: "smaller"}
-    metrics = [[f"`{m.name}`", m.summary, signs[m.sign], "weights" if m.spectral else "activations", m.paper] for m in FACTS.values()]
+    sources = {"spectrum": "weights", "weight": "weights", "activations": "activations", "loss": "loss on text"}
+    metrics = [[f"`{m.name}`", m.summary, signs[m.sign], sources[m.reads], m.paper] for m in FACTS.values()]
+    curves = [[f"`{m.name}`", m.summary, sources[m.reads], m.paper] for m in CURVES.values()]
     parts = [
         "# All methods",
         NOTE,
@@ -137,6 +139,8 @@ def methods() -> str:
         "## Metrics: columns of the table that allocators read",
         f"A parameter may follow the name after a colon: {_with_parameter()}.",
         table(["metric", "what it is", "more sparsity where it is", "computed from", "source"], metrics),
+        "## Curves: quantiles of each layer's scores, measured by name like metrics",
+        table(["curve", "what it is", "computed from", "source"], curves),
         "## Families: `model_type` in config.json, tested in every release",
         ", ".join(f"`{family}`" for family in FAMILIES) + ".",
     ]
@@ -157,10 +161,10 @@ def _registry(registry: Registry) -> str:
 
 def _with_parameter() -> str:
     found = []
-    for name, fact in FACTS.items():
-        for option in METRICS.options(name).values() if fact.spectral else ():
-            found += [f"{name}:{choice}" for choice in typing.get_args(option.annotation) or (option.name,) if choice != option.default]
-        found += [] if fact.spectral else [f"{name}:M"]
+    for name in FACTS:
+        for option in METRICS.options(name).values():
+            choices = typing.get_args(option.annotation) or (option.name.upper(),)
+            found += [f"{name}:{choice}" for choice in choices if choice != option.default]
     return ", ".join(f"`{name}`" for name in found)
 
 

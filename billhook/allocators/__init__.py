@@ -17,6 +17,12 @@ ALLOCATORS = Registry(
         "alphapruning": "billhook.allocators.alphapruning:alphapruning",
         "atp": "billhook.allocators.atp:atp",
         "owl": "billhook.allocators.owl:owl",
+        "dlp": "billhook.allocators.dlp:dlp",
+        "er": "billhook.allocators.er:er",
+        "lamp": "billhook.allocators.lamp:lamp",
+        "global": "billhook.allocators.one_threshold:one_threshold",
+        "sensitivity": "billhook.allocators.sensitivity:sensitivity",
+        "explicit": "billhook.allocators.explicit:explicit",
     },
 )
 
