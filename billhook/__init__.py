@@ -29,6 +29,7 @@ _PUBLIC = {
     "prune": "billhook.job",
     "prune_": "billhook.pruning",
     "save_pruned": "billhook.save",
+    "search": "billhook.searching",
     "verify": "billhook.verification",
 }
 

@@ -1,0 +1,82 @@
+"""`billhook search`: choose allocator and knob on held-out windows of the calibration text."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from billhook.cli.common import (
+    BatchSize,
+    Calibration,
+    Device,
+    Dtype,
+    Ignore,
+    Json,
+    Length,
+    Seed,
+    Settings,
+    Targets,
+    TrustRemoteCode,
+    emit,
+    guarded,
+    parse_settings,
+    say,
+)
+
+NAME = "search"
+EXAMPLES = """\b
+Examples:
+  billhook search ./model --sparsity 0.6 --calibration text.txt -o found
+  billhook search ./model --sparsity 0.7 --allocator atp --grid --calibration hub:c4 -o found
+  billhook search ./model --sparsity 0.5 --allocator atp,owl --criterion sparsegpt --trials 12 --calibration text.jsonl -o found
+  billhook prune ./model --plan found/plan.json --calibration text.txt --output pruned
+"""
+
+
+@guarded
+def command(
+    model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory for search.json, plan.json and search.svg; an unfinished search goes on.")
+    ],
+    sparsity: Annotated[float | None, typer.Option(help="Fraction of the prunable weights to remove, in [0, 1).")] = None,
+    pattern: Annotated[str, typer.Option(help="unstructured, or N:M (keep N of every M on average).")] = "unstructured",
+    allocator: Annotated[
+        str, typer.Option(help="One name, several with commas, or all that have a knob; uniform always takes part.")
+    ] = "all",
+    criterion: Annotated[str, typer.Option(help="Which weights go: see billhook ls criteria.")] = "wanda",
+    settings: Settings = None,
+    trials: Annotated[int | None, typer.Option(help="At most this many cheap trials; by default nine for each knob.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Start no further cheap trial after this time.")] = None,
+    objective: Annotated[Literal["kl", "ppl"], typer.Option(help="Loss: divergence from the dense model, or perplexity.")] = "kl",
+    grid: Annotated[bool, typer.Option("--grid", help="Try the published values (ATP: beta in steps of 0.002), giving up none.")] = False,
+    calibration: Calibration = None,
+    samples: Annotated[int, typer.Option(help="Windows to draw: one half calibrates, the other is held out.", min=1)] = 64,
+    length: Length = None,
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Start again where the output holds another search.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Find the allocator and knob that lose least, and write the plan."""
+    from billhook.searching import search, summary
+
+    found = search(
+        model, sparsity, allocator=allocator, trials=trials, minutes=minutes, objective=objective, grid=grid, output=output,
+        overwrite=overwrite, progress=say, pattern=pattern, criterion=criterion, options=parse_settings(settings),
+        calibration=calibration, samples=samples, length=length, batch_size=batch_size, seed=seed, targets=targets or (),
+        ignore=ignore or (), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    best = found.record["best"]
+    options = " ".join(f"{key}={value}" for key, value in best["options"].items())
+    verdict = "nothing beat it" if best["allocator"] == "uniform" else "better than uniform"
+    say(f"Best on the held-out windows: {best['allocator']} {options} (token perplexity {best['token_ppl']:.2f}; {verdict}).")
+    how = f"--plan {output / 'plan.json'} --criterion {criterion} --calibration {calibration}"
+    say(f"Prune with it: billhook prune {model} {how} --output pruned")
+    if as_json:
+        emit(dict(summary(found)))

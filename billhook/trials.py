@@ -1,0 +1,194 @@
+"""What a search measures: cheap trials that reuse the dense model's statistics, and full runs that prune block by block.
+
+A trial masks every layer at once with the criterion's own scores, computed from the inputs of the dense model, through thresholds
+sorted once (`billhook.ladder`), and scores the result on held-out windows. Criteria that need more than input norms (SparseGPT's
+reconstruction, gradients) are stood in for by Wanda's mask: cheap trials then rank plans, and only the full runs use the criterion.
+
+The loss is the Kullback-Leibler divergence from the dense model's next-token distribution, in nats a token, or the negative
+log-likelihood. Of the dense distribution the `KEPT` likeliest tokens are remembered and the rest as one sum, which bounds the
+divergence from below and is exact for vocabularies up to that size.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from billhook.arch import Layer
+from billhook.criteria import CRITERIA
+from billhook.errors import JobError
+from billhook.ladder import Ladder
+from billhook.masks import Select
+from billhook.plan import SparsityPlan
+from billhook.pruning import Group, prune_
+from billhook.stats import LayerStats
+from billhook.walk import walk
+
+KEPT = 256
+_TOKENS_A_BATCH = 4096
+_ROW_BYTES = 1 << 26  # of float32 log-probabilities worked on at once
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Per window, in nats a token: `kl` from the dense model, and `nll` of the text."""
+
+    kl: list[float]
+    nll: list[float]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How layers are pruned in every trial and full run of one search."""
+
+    criterion: str
+    options: dict[str, Any]
+    group: Group | None = None
+
+    @property
+    def proxy(self) -> tuple[str, dict[str, Any]]:
+        """The criterion, with its options, that a cheap trial uses."""
+        cheap = set(CRITERIA.needs(self.criterion, self.options)) <= {"input_norm"}
+        return (self.criterion, self.options) if cheap else ("wanda", {})
+
+
+class Bench:
+    """A model whose layers are pruned and restored again and again; call `restore_` when done."""
+
+    def __init__(
+        self, model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor], heldout: Tensor, setting: Setting
+    ) -> None:
+        """`batches` are calibration ids [batch, length], `heldout` ids [windows, length], both int64."""
+        self.model, self.layers, self.batches, self.heldout, self.setting = model, list(layers), list(batches), heldout, setting
+        self.shapes = {layer.name: layer.shape for layer in layers}
+        self._dense = {layer.name: layer.weight.clone() for layer in layers}
+        self._stats: dict[str, LayerStats] = {}
+        self._ladders: dict[str, Ladder] = {}
+        self._reference: list[tuple[Tensor, Tensor]] = []  # of each held-out window
+
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        """Collect the dense model's statistics, sort its scores and note its predictions: once for all trials."""
+        if self._reference:
+            return
+        self.restore_()
+        name, options = self.setting.proxy
+        needs = CRITERIA.needs(name, options)
+        chosen = {layer.name for layer in self.layers}
+        for block in walk(self.model, self.batches if needs else (), needs, dense=True):
+            for layer in block.layers:
+                if layer.name in chosen:
+                    self._stats[layer.name] = block.stats.get(layer.name, LayerStats(0, 0))
+                    self._ladders[layer.name] = Ladder.of(self._score(layer), self._group(layer))
+        self._reference = [_remember(logits) for logits, _ in self._predictions(0, len(self.heldout))]
+
+    @torch.no_grad()
+    def trial(self, plan: SparsityPlan) -> None:
+        """Mask every layer in place as `plan` says, with the dense model's statistics."""
+        self._prepare()
+        zeros = plan.zeros(self.shapes) if plan.pattern.structured else {}
+        for layer in self.layers:
+            sparsity = plan.sparsity[layer.name]
+            select: Callable[..., Tensor] = self._ladders[layer.name].at(sparsity)
+            if plan.pattern.of is not None:
+                keep_of = (plan.pattern.kept(sparsity), plan.pattern.of)
+                select = Select(layer.shape, sparsity, zeros[layer.name], keep_of, self._group(layer))
+            layer.weight.copy_(self._apply(layer, select))
+
+    def prune(self, plan: SparsityPlan, progress: Callable[[str], None] = lambda layer: None) -> None:
+        """Prune in place as `billhook prune` does: block by block, each seeing what the pruned ones before it produce."""
+        self._prepare()
+        self.restore_()
+        setting = self.setting
+        prune_(
+            self.model,
+            plan,
+            criterion=setting.criterion,
+            batches=self.batches,
+            layers=self.layers,
+            group=setting.group,
+            progress=progress,
+            **setting.options,
+        )
+
+    def restore_(self) -> None:
+        """Put the dense weights back."""
+        for layer in self.layers:
+            layer.weight.copy_(self._dense[layer.name])
+
+    @torch.no_grad()
+    def losses(self, first: int, last: int) -> Losses:
+        """Score the model as it now is on held-out windows `first` to `last` (exclusive); raises JobError for a loss that is not finite."""
+        kl, nll = [], []
+        for window, (logits, ids) in enumerate(self._predictions(first, last), start=first):
+            divergence, likelihood = _compare(logits, ids, *self._reference[window])
+            if not math.isfinite(divergence) or not math.isfinite(likelihood):
+                raise JobError(f"The pruned model's loss on held-out window {window} is not a finite number. Try --dtype float32.")
+            kl.append(divergence)
+            nll.append(likelihood)
+        return Losses(kl, nll)
+
+    def _predictions(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each window the logits [length - 1, vocabulary] and the tokens int64 [length - 1] they are to predict."""
+        size = max(1, _TOKENS_A_BATCH // self.heldout.shape[1])
+        for ids in self.heldout[first:last].split(size):
+            ids = ids.to(self.model.device)
+            for row, logits in zip(ids, self.model(input_ids=ids, use_cache=False).logits, strict=True):
+                yield logits[:-1], row[1:]
+
+    def _group(self, layer: Layer) -> Group:
+        """The comparison group of this layer in a trial: magnitude's own where a layer saw no token."""
+        return self.setting.group or CRITERIA.group(self._criterion(layer)[0])
+
+    def _criterion(self, layer: Layer) -> tuple[str, dict[str, Any]]:
+        """The proxy, or magnitude for an expert that received no token, as when pruning."""
+        name, options = self.setting.proxy
+        unseen = CRITERIA.needs(name, options) and self._stats[layer.name].tokens == 0
+        return ("magnitude", {}) if unseen else (name, options)
+
+    def _apply(self, layer: Layer, select: Callable[..., Tensor]) -> Tensor:
+        name, options = self._criterion(layer)
+        new: Tensor = CRITERIA.get(name)(self._dense[layer.name].float(), self._stats[layer.name], select, **options)
+        return new
+
+    def _score(self, layer: Layer) -> Tensor:
+        """The criterion's scores [out, in], read as they pass to the selection."""
+        seen: list[Tensor] = []
+
+        def select(score: Tensor, start: int = 0) -> Tensor:
+            seen.append(score)
+            return torch.ones_like(score, dtype=torch.bool)
+
+        self._apply(layer, select)
+        return seen[0]
+
+
+def _remember(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-probabilities float32 [tokens, k] of the likeliest tokens, and which they are, int32 [tokens, k]."""
+    k = min(KEPT, logits.shape[-1])
+    parts = [functional.log_softmax(part.float(), -1).topk(k) for part in logits.split(_rows(logits))]
+    return torch.cat([p.values for p in parts]), torch.cat([p.indices.int() for p in parts])
+
+
+def _compare(logits: Tensor, targets: Tensor, dense: Tensor, tokens: Tensor) -> tuple[float, float]:
+    """Mean divergence from the remembered distribution and mean negative log-likelihood of `targets` [tokens]."""
+    kl, nll = 0.0, 0.0
+    rows = _rows(logits)
+    for part, target, p, index in zip(logits.split(rows), targets.split(rows), dense.split(rows), tokens.split(rows), strict=True):
+        log_q = functional.log_softmax(part.float(), -1)
+        q = log_q.gather(1, index.long())
+        kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        if q.shape[1] < log_q.shape[1]:
+            rest_p, rest_q = ((1 - x.exp().sum(1, dtype=torch.float64)).clamp_min(1e-9) for x in (p, q))
+            kl += float((rest_p * (rest_p / rest_q).log()).sum())
+        nll -= float(log_q.gather(1, target[:, None]).sum(dtype=torch.float64))
+    return kl / len(targets), nll / len(targets)
+
+
+def _rows(logits: Tensor) -> int:
+    return max(1, _ROW_BYTES // (4 * logits.shape[-1]))
