@@ -1,4 +1,4 @@
-"""What the calibration text says about the inputs of one layer, accumulated sequence by sequence.
+"""What the calibration text says about the inputs and the gradients of one layer, accumulated sequence by sequence.
 
 For inputs X [tokens, in]: `input_norm` [in] is ||X_j||_2 / sqrt(sequences) of every input feature, the root mean over sequences of the
 summed squares, and `gram` [in, in] is X^T X.
@@ -25,7 +25,8 @@ from billhook.registry import hint
 class LayerStats:
     """What a criterion gets to know about a layer's inputs; a statistic that was not collected is None.
 
-    `tokens` and `sequences` count the calibration text that reached the layer. `notes` collects what a criterion had to do
+    `tokens` and `sequences` count the calibration text that reached the layer. `gradient` [out, in] is the one of `GRADIENTS` that the
+    criterion named. `notes` collects what a criterion had to do
     differently (damping raised, dead inputs), for the report.
     """
 
@@ -33,6 +34,7 @@ class LayerStats:
     sequences: int
     input_norm: Tensor | None = None
     gram: Tensor | None = None
+    gradient: Tensor | None = None
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
@@ -127,3 +129,66 @@ class Collector:
             if not (value.diagonal() if name == "gram" else value).isfinite().all():
                 raise JobError("The calibration activations contain NaN or infinity; try --dtype float32, or check the weights.")
         return LayerStats(self.tokens, self.sequences, values.get("input_norm"), values.get("gram"))
+
+
+class AbsoluteSum:
+    """Sum over sequences of |g|: the l1 norm, float32."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._sum = torch.zeros_like(like, dtype=torch.float32)
+
+    def add(self, g: Tensor) -> None:
+        """Take in one sequence's gradient, float32, which is overwritten."""
+        self._sum += g.abs_()
+
+    def value(self) -> Tensor:
+        """The norm over everything added so far."""
+        return self._sum
+
+
+class RootOfSquares(AbsoluteSum):
+    """Square root of the sum over sequences of g^2: the l2 norm, float32."""
+
+    def add(self, g: Tensor) -> None:
+        """Take in one sequence's gradient, float32, which is overwritten."""
+        self._sum += g.square_()
+
+    def value(self) -> Tensor:
+        """The norm over everything added so far."""
+        return self._sum.sqrt()
+
+
+class PublishedAbsoluteSum(AbsoluteSum):
+    """Sum of |100 g| as GBLM-Pruner's code takes it: every term and every partial sum rounded to float16."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._sum = torch.zeros_like(like, dtype=torch.float16)
+
+    def add(self, g: Tensor) -> None:
+        """Take in one sequence's gradient, float32, which is overwritten."""
+        self._sum += g.mul_(100).abs_().half()
+
+
+class PublishedRootOfSquares(RootOfSquares):
+    """Root of the sum of (100 g)^2 as GBLM-Pruner's code takes it: summed in float32, the root rounded to float16."""
+
+    def add(self, g: Tensor) -> None:
+        """Take in one sequence's gradient, float32, which is overwritten."""
+        super().add(g.mul_(100))
+
+    def value(self) -> Tensor:
+        """The norm over everything added so far."""
+        return super().value().half()
+
+
+GRADIENTS: dict[str, type[AbsoluteSum]] = {
+    "gradient_l1": AbsoluteSum,
+    "gradient_l2": RootOfSquares,
+    "gradient_l1_reference": PublishedAbsoluteSum,
+    "gradient_l2_reference": PublishedRootOfSquares,
+}
+
+
+def gradient_name(norm: str, mode: str) -> str:
+    """The statistic of gradients that GBLM reads with these options."""
+    return f"gradient_{norm}" if mode == "paper" else f"gradient_{norm}_{mode}"
