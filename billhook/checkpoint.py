@@ -114,14 +114,15 @@ def _check_kind(path: Path, config: dict[str, Any]) -> None:
         raise BillhookError(f"{path} is {kind}: only causal language models (AutoModelForCausalLM) can be pruned.")
 
 
-def load_model(path: Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load a checked model directory in evaluation mode.
+def load_model(path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a model directory (or hub name) in evaluation mode, after checking it.
 
     `dtype` "auto" keeps the checkpoint's own. Mixture-of-experts models get the plain (`eager`) product per expert, the one that
     can be observed. Raises BillhookError where tensors are missing, left over or of another shape than the configuration says.
     """
     from transformers import AutoModelForCausalLM
 
+    path = resolve(path)
     checkpoint = check_directory(path)
     if "auto_map" in checkpoint.config and not trust_remote_code and not _has_native_class(checkpoint.config):
         raise BillhookError(f"{path} needs its own Python code to load. Read that code; if you trust it, allow it with trust_remote_code.")
