@@ -12,6 +12,7 @@ LABELS = {"kl": "KL divergence from the dense model (nats per token)", "nll": "n
 def draw(journal: Journal, objective: str, path: Path) -> bool:
     """Write the picture as SVG; False, and nothing written, where matplotlib is not installed or no trial has a knob."""
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
     except ImportError:
@@ -35,5 +36,6 @@ def draw(journal: Journal, objective: str, path: Path) -> bool:
     axes.set_ylabel(LABELS[objective])
     axes.set_title(f"Cheap trials at sparsity {journal.identity['sparsity']:g} with {journal.identity['criterion']}: lower is better")
     axes.legend()
-    write_atomic(path, lambda temporary: FigureCanvasSVG(figure).print_svg(str(temporary), metadata={"Date": None}))
+    with rc_context({"svg.hashsalt": "billhook"}):  # the same search gives the same bytes
+        write_atomic(path, lambda temporary: FigureCanvasSVG(figure).print_svg(str(temporary), metadata={"Date": None}))
     return True

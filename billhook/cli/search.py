@@ -64,14 +64,18 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Find the allocator and knob that lose least, and write the plan."""
+    from billhook.errors import JobError
     from billhook.searching import search, summary
 
-    found = search(
-        model, sparsity, allocator=allocator, trials=trials, minutes=minutes, objective=objective, grid=grid, output=output,
-        overwrite=overwrite, progress=say, pattern=pattern, criterion=criterion, options=parse_settings(settings),
-        calibration=calibration, samples=samples, length=length, batch_size=batch_size, seed=seed, targets=targets or (),
-        ignore=ignore or (), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    try:
+        found = search(
+            model, sparsity, allocator=allocator, trials=trials, minutes=minutes, objective=objective, grid=grid, output=output,
+            overwrite=overwrite, progress=say, pattern=pattern, criterion=criterion, options=parse_settings(settings),
+            calibration=calibration, samples=samples, length=length, batch_size=batch_size, seed=seed, targets=targets or (),
+            ignore=ignore or (), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise JobError(f"Stopped. What was found so far is in {output}: the same command goes on from there.") from None
     best = found.record["best"]
     options = " ".join(f"{key}={value}" for key, value in best["options"].items())
     verdict = "nothing beat it" if best["allocator"] == "uniform" else "better than uniform"
