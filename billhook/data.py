@@ -117,6 +117,24 @@ def load_windows(
     return Windows(ids, source, digest(ids), tokens, text_bytes)
 
 
+def as_batches(batches: Tensor | Iterable[Tensor], vocab_size: int | None) -> list[Tensor]:
+    """Token ids that a caller made, int64 [batch, length] each; a single tensor is one batch. Raises BillhookError for anything else."""
+    found = [whole_ids(batch, "batches") for batch in ([batches] if isinstance(batches, Tensor) else batches)]
+    for batch in found:
+        check_ids(batch, vocab_size, "batches")
+    return found
+
+
+def whole_ids(tokens: Any, source: str) -> Tensor:
+    """Return token ids as int64 [samples, length]; raises BillhookError for another shape or type, or nothing in it."""
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        found = str(list(tokens.shape)) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise BillhookError(f"{source}: `tokens` must be [samples, length] with length 2 or more, found {found}.")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise BillhookError(f"{source}: `tokens` must be whole numbers, found {tokens.dtype}.")
+    return tokens.to(torch.int64)
+
+
 def digest(ids: Tensor) -> str:
     """SHA-256 of token ids [rows, columns]: the shape, then the values, all as little-endian int64."""
     shape = np.array(ids.shape, dtype="<i8").tobytes()
@@ -149,11 +167,7 @@ def _token_file(source: str) -> Tensor:
             tokens: Tensor = file.get_tensor("tokens")
     except (SafetensorError, OSError) as error:
         raise BillhookError(f"{source} is not a safetensors file: {error}") from None
-    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-        raise BillhookError(f"{source}: `tokens` must be [samples, length] with length 2 or more, found {list(tokens.shape)}.")
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise BillhookError(f"{source}: `tokens` must be whole numbers, found {tokens.dtype}.")
-    return tokens.to(torch.int64)
+    return whole_ids(tokens, source)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:

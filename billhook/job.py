@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import billhook
 from billhook.allocators import ALLOCATORS, allocate, check_budget
-from billhook.arch import Layer
+from billhook.arch import Layer, find_layers
 from billhook.criteria import CRITERIA
 from billhook.errors import BillhookError
 from billhook.measuring import measure
@@ -25,7 +25,7 @@ from billhook.metrics import fact
 from billhook.plan import Pattern, SparsityPlan, load_plan
 from billhook.pruning import LayerResult, prune_
 from billhook.registry import hint
-from billhook.request import Opened, Request, calibration_facts, model_facts, open_request
+from billhook.request import Opened, Request, calibration_facts, listed, model_facts, open_request
 from billhook.save import save_pruned
 from billhook.table import Table
 
@@ -74,10 +74,13 @@ def prune(model: str | Path | PreTrainedModel, *, progress: Callable[[str], None
     """Prune a model directory (or hub name), or a model in memory (in place), and write the result if `output` is given.
 
     The keyword arguments are the fields of `Request`: sparsity=0.7, criterion="wanda", allocator="alphapruning",
-    options={"epsilon": 0.3}, calibration="text.txt", output="pruned", ... Raises BillhookError (nothing changed) for what cannot be
+    epsilon=0.3, calibration="text.txt", output="pruned", ... Raises BillhookError (nothing changed) for what cannot be
     done as asked and JobError for a run that failed (nothing written).
     """
-    return run(prepare(Request(model, **fields)), progress)
+    known = Request.__dataclass_fields__
+    options = {**(fields.get("options") or {}), **{key: value for key, value in fields.items() if key not in known}}
+    request = Request(model, **{**{key: value for key, value in fields.items() if key in known}, "options": options})
+    return run(prepare(request), progress)
 
 
 def prepare(request: Request, progress: Callable[[str], None] = lambda layer: None) -> Job:
@@ -94,9 +97,13 @@ def prepare(request: Request, progress: Callable[[str], None] = lambda layer: No
     opened = open_request(request, needs_text, f"Pruning with {request.criterion} and {request.allocator}")
     shapes = {layer.name: layer.shape for layer in opened.layers}
     if plan is None:
-        table = table or _measure(opened, needed, progress)
+        table = _measure(opened, needed, progress) if table is None else _rows(table, opened)
         plan = allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **allocator_options)
-    plan.check(shapes)
+    try:
+        plan.check(shapes)
+    except BillhookError as error:
+        chosen = request.plan is not None and (request.targets or request.ignore)
+        raise BillhookError(f"{error} --targets and --ignore must choose exactly the plan's layers." if chosen else str(error)) from None
     return Job(request, opened, plan, criterion_options)
 
 
@@ -115,8 +122,8 @@ def run(job: Job, progress: Callable[[str], None] = lambda layer: None) -> Repor
         progress=progress,
         **job.criterion_options,
     )
-    warnings = [f"{result.layer}: {note}" for result in results for note in result.notes]
-    record = _record(job, results, warnings)
+    record = _record(job, results)
+    warnings = list(record["warnings"])
     output = None
     if request.output is not None:
         saved = save_pruned(opened.model, opened.source, Path(request.output), record=record, overwrite=request.overwrite)
@@ -129,6 +136,11 @@ def measure_model(request: Request, metrics: Sequence[str], progress: Callable[[
     """Measure the layers of a request's model; text is read only if a metric looks at activations."""
     activations = [name for name in metrics if not fact(name).spectral]
     return _measure(open_request(request, bool(activations), f"The metric {' and '.join(activations)}"), metrics, progress)
+
+
+def _rows(table: Table, opened: Opened) -> Table:
+    """The rows of a given table for the layers to prune; a table of the whole model serves for any part of it."""
+    return table.only({layer.name for layer in opened.layers}, {layer.name: layer.shape for layer in find_layers(opened.model)})
 
 
 def _measure(opened: Opened, metrics: Sequence[str], progress: Callable[[str], None]) -> Table:
@@ -148,10 +160,10 @@ def split_options(request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
     of_criterion = CRITERIA.options(request.criterion)
     for key in request.options:
         if key not in of_allocator and key not in of_criterion:
-            known = [*of_allocator, *of_criterion]
+            known, fields = [*of_allocator, *of_criterion], Request.__dataclass_fields__
             raise BillhookError(
                 f"Neither allocator {request.allocator!r} nor criterion {request.criterion!r} has an option {key!r}."
-                f"{hint(key, known)} Their options: {', '.join(known) or 'none'}."
+                f"{hint(key, [*known, *fields])} Their options: {', '.join(known) or 'none'}."
             )
     allocator = {} if request.plan is not None else ALLOCATORS.configure(request.allocator, _only(request.options, of_allocator))
     return allocator, CRITERIA.configure(request.criterion, _only(request.options, of_criterion))
@@ -161,17 +173,17 @@ def _only(options: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any
     return {key: value for key, value in options.items() if key in known}
 
 
-def _record(job: Job, results: Sequence[LayerResult], warnings: Sequence[str]) -> dict[str, Any]:
+def _record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
     """The content of billhook.json: the same inputs and seed give the same bytes, so there is no date and no duration in it."""
     request, opened = job.request, job.opened
     places = {layer.name: layer for layer in opened.layers}
-
+    model = model_facts(opened.source, opened.model)
     return {
         "version": VERSION,
         "billhook": billhook.__version__,
         "plan": job.plan.to_json(),
         "layers": {result.layer: _layer_record(result, places[result.layer]) for result in results},
-        "warnings": list(warnings),
+        "warnings": [*(f"{r.layer}: {note}" for r in results for note in r.notes), *_other_weights(job.plan, model)],
         "made_by": {
             "criterion": request.criterion,
             "criterion_options": job.criterion_options,
@@ -180,14 +192,22 @@ def _record(job: Job, results: Sequence[LayerResult], warnings: Sequence[str]) -
             "seed": request.seed,
             "dtype": request.dtype,
             "device": request.device,
-            "targets": list(request.targets),
-            "ignore": list(request.ignore),
+            "targets": listed(request.targets),
+            "ignore": listed(request.ignore),
             "calibration": None if opened.calibration is None else calibration_facts(opened),
-            "model": model_facts(opened.source, opened.model),
+            "model": model,
             "papers": {"criterion": CRITERIA.paper(request.criterion), "allocator": job.plan.made_by.get("paper")},
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         },
     }
+
+
+def _other_weights(plan: SparsityPlan, model: Mapping[str, Any]) -> list[str]:
+    """A note where the plan comes from a table of other weights than those of `model` (a fine-tuned relative, say)."""
+    measured = plan.made_by.get("model")
+    if not isinstance(measured, dict) or model["digest"] is None or measured.get("digest") in (None, model["digest"]):
+        return []
+    return [f"The plan was made for the weights of {measured.get('name')}, which are not those of {model['name']}."]
 
 
 def _layer_record(result: LayerResult, layer: Layer) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_utils import PreTrainedModel
 
-from billhook.data import Windows, check_ids
+from billhook.data import Windows, check_ids, digest, whole_ids
 from billhook.errors import BillhookError, JobError
 
 _LOGIT_BYTES = 1 << 28  # how much memory the logits of one batch may take
@@ -37,8 +37,8 @@ class Evaluation:
     digest: str
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, for json."""
-        return asdict(self)
+        """All fields by name, for json; a perplexity too large to be a number is None."""
+        return {**asdict(self), "token_ppl": self.token_ppl if math.isfinite(self.token_ppl) else None}
 
 
 def context_length(config: Any) -> int | None:
@@ -67,13 +67,16 @@ def check_length(config: Any, length: int) -> None:
 
 @torch.inference_mode()
 def evaluate(
-    model: PreTrainedModel, windows: Windows, *, batch_size: int | None = None, progress: Callable[[int, int], None] | None = None
+    model: PreTrainedModel, windows: Windows | Tensor, *, batch_size: int | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Evaluation:
-    """Score `windows.ids` int64 [windows, length] with `model`, in the model's own dtype and a float32 loss.
+    """Score `windows.ids` int64 [windows, length] (or such a tensor) with `model`, in the model's own dtype and a float32 loss.
 
     `batch_size` None chooses as many windows as keep the logits under 256 MiB. `progress(done, all)` is called after each batch.
     Raises BillhookError for windows longer than the context or ids outside the vocabulary, JobError for a NaN or infinite loss.
     """
+    if isinstance(windows, Tensor):
+        ids = whole_ids(windows, "windows")
+        windows = Windows(ids, "given as a tensor", digest(ids), ids.numel(), None)
     ids = windows.ids
     count, length = ids.shape
     check_length(model.config, length)

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from billhook.arch import Layer, find_layers
 from billhook.criteria import CRITERIA
 from billhook.criteria.magnitude import magnitude
+from billhook.data import as_batches
 from billhook.errors import BillhookError, JobError
 from billhook.masks import Select
+from billhook.perplexity import vocabulary_size
 from billhook.plan import SparsityPlan
 from billhook.stats import LayerStats
 from billhook.walk import walk
@@ -53,7 +55,7 @@ def prune_(
     plan: SparsityPlan,
     *,
     criterion: str = "wanda",
-    batches: Sequence[Tensor] = (),
+    batches: Tensor | Sequence[Tensor] = (),
     layers: Sequence[Layer] | None = None,
     group: Group | None = None,
     rounding: Rounding = "exact",
@@ -62,20 +64,20 @@ def prune_(
 ) -> list[LayerResult]:
     """Remove weights in place as `plan` says.
 
-    `batches` are token ids [batch, length] int64, needed by every criterion but magnitude; `layers` are the layers the plan is for
-    (all prunable ones by default); `group` overrides the criterion's comparison group; `options` are the criterion's own.
-    Raises BillhookError before anything changes if plan, criterion or options do not fit, JobError if the zeros made are not the
-    zeros planned or activations are not finite.
+    `batches` are token ids [batch, length] int64 (one tensor: one batch), needed by every criterion but magnitude; `layers` are
+    the layers the plan is for (all prunable ones by default); `group` overrides the criterion's comparison group; `options` are the
+    criterion's own. Raises BillhookError before anything changes if plan, criterion or options do not fit, JobError if the zeros
+    made are not the zeros planned or activations are not finite.
     """
     layers = find_layers(model) if layers is None else layers
     shapes = {layer.name: layer.shape for layer in layers}
     configured = CRITERIA.configure(criterion, options)
     needs = CRITERIA.needs(criterion, configured)
     plan.check(shapes)
+    batches = as_batches(batches, vocabulary_size(model)) if needs else []
     if needs and not batches:
         raise BillhookError(f"The criterion {criterion} looks at activations: give text with --calibration SOURCE.")
-    zeros = plan.zeros(shapes)
-    results = []
+    zeros, results = plan.zeros(shapes), []
     for block in walk(model, batches if needs else (), needs):
         for layer in block.layers:
             if layer.name not in shapes:

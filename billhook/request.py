@@ -3,16 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.arch import Layer, check_finite, find_layers, select_layers
 from billhook.checkpoint import check_directory, load_model, load_tokenizer, model_digest, resolve
-from billhook.data import Tokens, check_ids, digest, load_calibration
+from billhook.data import Tokens, check_ids, digest, load_calibration, whole_ids
 from billhook.errors import BillhookError
-from billhook.perplexity import check_length, context_length
+from billhook.perplexity import check_length, context_length, vocabulary_size
 from billhook.plan import SparsityPlan
 from billhook.pruning import Group, Rounding
 from billhook.save import check_output
@@ -34,14 +34,14 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
     plan: str | Path | SparsityPlan | None = None
     table: str | Path | Table | None = None
-    calibration: str | Tensor | None = None
+    calibration: str | Path | Tensor | None = None
     samples: int = 128
     length: int | None = None
     sampling: str = "packed"
     batch_size: int | None = None
     seed: int = 0
-    targets: Sequence[str] = ()
-    ignore: Sequence[str] = ()
+    targets: str | Sequence[str] = ()
+    ignore: str | Sequence[str] = ()
     group: Group | None = None
     rounding: Rounding = "exact"
     device: str = "cpu"
@@ -63,13 +63,14 @@ class Opened:
 
 def open_request(request: Request, needs_text: bool, who: str) -> Opened:
     """Load the model, choose its layers, and draw the calibration windows if `who` needs text; cheapest checks first."""
+    _check_words(request)
     if needs_text and request.calibration is None:
         raise BillhookError(
             f"{who} looks at activations: give text like the model was trained on with --calibration FILE.txt, FILE.jsonl, "
             "TOKENS.safetensors or hub:c4 (the demo uses stdlib:train, Python source)."
         )
     source, model = _open_model(request)
-    layers = select_layers(find_layers(model), request.targets, request.ignore)
+    layers = select_layers(find_layers(model), listed(request.targets), listed(request.ignore))
     check_finite(layers)
     if not needs_text:
         return Opened(source, model, layers, None, [])
@@ -78,12 +79,27 @@ def open_request(request: Request, needs_text: bool, who: str) -> Opened:
     return Opened(source, model, layers, windows, batches)
 
 
+def _check_words(request: Request) -> None:
+    if request.group not in (None, "row", "layer") or request.rounding not in ("exact", "floor"):
+        raise BillhookError(f"group={request.group!r} must be row or layer, rounding={request.rounding!r} must be exact or floor.")
+    if request.batch_size is not None and request.batch_size < 1:
+        raise BillhookError(f"The batch size must be at least 1, got {request.batch_size}.")
+
+
+def listed(patterns: str | Sequence[str]) -> list[str]:
+    """Patterns as a list, where one alone was given as a string."""
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
 def _open_model(request: Request) -> tuple[Path | None, PreTrainedModel]:
     """Check the output place, then load the model (or take the one in memory, with its experts made observable)."""
     if isinstance(request.model, PreTrainedModel):
         if request.output is not None:
             check_output(Path(request.output), overwrite=request.overwrite)
         return None, request.model
+    if not isinstance(request.model, str | Path):
+        kind = type(request.model).__name__
+        raise BillhookError(f"The model must be a directory, a hub name or a transformers PreTrainedModel, got {kind}.")
     source = resolve(request.model)
     checkpoint = check_directory(source)
     if request.output is not None:
@@ -93,15 +109,17 @@ def _open_model(request: Request) -> tuple[Path | None, PreTrainedModel]:
 
 def _calibration_windows(request: Request, source: Path | None, model: PreTrainedModel) -> Tokens:
     """The calibration windows a request asks for, int64 [samples, length], checked against the model's vocabulary and context."""
-    vocabulary = int(cast(Tensor, model.get_input_embeddings().weight).shape[0])
-    if isinstance(request.calibration, Tensor):
-        ids = request.calibration.long()
+    vocabulary = vocabulary_size(model)
+    if not isinstance(request.calibration, str | Path):
+        ids = whole_ids(request.calibration, "calibration")
         check_ids(ids, vocabulary, "calibration")
+        check_length(model.config, ids.shape[1])
         return Tokens(ids, "given as a tensor", digest(ids), "given")
     context = context_length(model.config)
     length = min(2048, context or 2048) if request.length is None else request.length
     check_length(model.config, length)
-    tokenizer = None if source is None else load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+    home = source or (Path(model.name_or_path) if model.name_or_path else None)  # a model in memory knows where it was loaded from
+    tokenizer = None if home is None else load_tokenizer(home, trust_remote_code=request.trust_remote_code)
     return load_calibration(
         str(request.calibration),
         tokenizer,

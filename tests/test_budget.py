@@ -63,6 +63,8 @@ def test_a_layer_of_weight_zero_gives_only_what_the_others_cannot():
 def test_min_max():
     assert min_max([3, 1, 2]) == [1, 0, 0.5]
     assert min_max([7, 7]) == [0.5, 0.5]
+    assert min_max([0, 0]) == [0.5, 0.5]
+    assert min_max([0.1 + 0.2, 0.3]) == [0.5, 0.5]
 
 
 @relaxed

@@ -3,19 +3,23 @@
 Exit codes: 0 done, 1 the job failed, 2 wrong usage. With --json exactly one JSON object goes to stdout, all else to stderr.
 """
 
+import signal
 import sys
+from typing import Any
 
 import typer
 
 from billhook import __version__
 from billhook.cli import demo, evaluate, ls, measure, plan, prune, verify
-from billhook.cli.common import Failure
+from billhook.cli.common import Failure, complain
+
+_UsageError: Any = typer.BadParameter.__bases__[0]  # click's own, of which typer has a copy inside since 0.27
 
 app = typer.Typer(
     name="billhook",
     help="Prune large language models layer by layer: measure, allocate, prune, evaluate, verify.",
     epilog="First run: billhook demo.  Your own model: billhook prune MODEL --sparsity 0.5 --calibration text.txt --output pruned",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -31,13 +35,24 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def _root(version: bool = typer.Option(False, "--version", help="Print the version and stop.", callback=_version, is_eager=True)) -> None:
-    pass
+def _root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version and stop.", callback=_version, is_eager=True),
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 def main() -> None:
     """Run the command line; a mistake or failure is one message on stderr and an exit code, never a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a batch system sends ends a run as Ctrl-C does: tidily
     try:
-        app()
+        code = app(standalone_mode=False)
     except Failure as failure:
-        sys.exit(failure.exit_code)
+        code = failure.exit_code
+    except _UsageError as error:
+        code = 2
+        command = error.ctx.command_path if error.ctx else "billhook"
+        complain(f"{error.format_message().rstrip('.')}. See: {command} --help", code, "--json" in sys.argv)
+    sys.exit(code or 0)

@@ -4,7 +4,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, Literal
 
 import typer
@@ -54,7 +54,15 @@ def say(text: str) -> None:
 
 def emit(value: dict[str, Any]) -> None:
     """Print the one JSON object of --json."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def complain(message: str, code: int, as_json: bool) -> None:
+    """Show an error to a person (stderr) and, with --json, to a machine (stdout)."""
+    say(f"billhook: {message}")
+    if as_json:
+        with suppress(OSError):  # a stdout that cannot be written may be the error itself
+            emit({"error": message, "exit_code": code})
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -69,11 +77,14 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             message, code = str(error), error.exit_code
         except KeyboardInterrupt:
             message, code = "Stopped. Nothing was written.", 1
-        except MemoryError:
+        except OSError as error:
+            where = "standard output" if error.filename is None else str(error.filename)[:200]
+            message, code = f"Cannot read or write {where}: {error.strerror or error}.", 1
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch has no class of its own for it on a CPU
+                raise
             message, code = "Out of memory. Use fewer --samples, a shorter --length or a smaller --batch-size.", 1
-        say(f"billhook: {message}")
-        if kwargs.get("as_json"):
-            emit({"error": message, "exit_code": code})
+        complain(message, code, bool(kwargs.get("as_json")))
         raise Failure(code)
 
     return run

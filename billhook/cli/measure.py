@@ -52,16 +52,20 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Measure every prunable layer and write table.json."""
+    from billhook.errors import BillhookError
     from billhook.files import check_writable
     from billhook.job import Request, measure_model
 
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    if not names:
+        raise BillhookError("--metrics names none: give one, such as alpha_peak (billhook ls metrics lists them).")
     check_writable(output)
     request = Request(
         model=model, calibration=calibration, samples=samples, length=length, sampling=sampling, batch_size=batch_size, seed=seed,
         targets=targets or (), ignore=ignore or (), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     with progress("measuring") as advance:
-        table = measure_model(request, [name.strip() for name in metrics.split(",") if name.strip()], advance)
+        table = measure_model(request, names, advance)
     table.save(output)
     say(f"{output}: {len(table.rows)} layers, columns {', '.join(table.columns())}.")
     if as_json:
