@@ -129,4 +129,4 @@ def test_demo_model_knows_more_than_word_frequencies(tokenizer, held_out):
     # The entropy of this very text's own frequencies: no unigram model can do better on it.
     unigram = -(frequencies * frequencies.clamp(min=1e-12).log()).sum().item()
     assert math.isfinite(loss)
-    assert loss < 0.75 * unigram
+    assert loss < 0.6 * unigram
