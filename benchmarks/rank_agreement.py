@@ -2,9 +2,9 @@
 
     python benchmarks/rank_agreement.py MODEL CALIBRATION EVALUATION [--sparsity 0.5 0.6 0.7] [--allocator atp owl alphapruning]
 
-For each sparsity and allocator: Spearman's and Kendall's rank correlation over 11 points of the knob (0 is uniform) between the
+For each sparsity and allocator: Spearman's and Kendall's rank correlation over `--points` of the knob and uniform between the
 cheap trial's divergence and that of a full run, on held-out windows, and between the cheap trial and the perplexity of the full run
-on the evaluation text. Then that perplexity for uniform, the default knob, the searched knob and the best of the 11 points, all pruned
+on the evaluation text. Then that perplexity for uniform, the default knob, the searched knob and the best of these points, all pruned
 with the calibration half. CALIBRATION and EVALUATION are sources as on the command line. One json object a line.
 """
 
@@ -57,14 +57,14 @@ def cells(options: argparse.Namespace, sparsity: float) -> None:
     dense = evaluate(bench.model, windows).token_ppl
     uniform = (trial(UNIFORM), *full(task.plan(UNIFORM)))
     for name in options.allocator:
-        points = [task.space.at(name, tick) for tick in range(TICKS // 10, TICKS + 1, TICKS // 10)]
+        points = [task.space.at(name, tick) for tick in range(TICKS // options.points, TICKS + 1, TICKS // options.points)]
         cheap, held, test = zip(uniform, *((trial(c), *full(task.plan(c))) for c in points), strict=True)
         default = full(task.plan(Candidate(name, ALLOCATORS.configure(name, {}))))[1]
         found = search(options.model, sparsity, allocator=name, **fields)
         correlations = {"spearman": spearman(cheap, held), "kendall": kendall(cheap, held), "spearman_test": spearman(cheap, test)}
         line = {"model": options.model.rpartition("/")[2], "sparsity": sparsity, "allocator": name}
         line |= {key: round(value, 3) for key, value in correlations.items()}
-        ppl = {"dense": dense, "uniform": uniform[2], "default": default, "searched": full(found.plan)[1], "best_of_11": min(test)}
+        ppl = {"dense": dense, "uniform": uniform[2], "default": default, "searched": full(found.plan)[1], "best": min(test)}
         line |= {key: round(value, 2) for key, value in ppl.items()} | {
             "trials": len(found.trials) - 1,
             "found": found.record["best"]["options"],
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--allocator", nargs="+", default=["atp", "owl", "alphapruning"])
     parser.add_argument("--criterion", default="wanda")
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--points", type=int, default=10, help="a divisor of 40")
     parser.add_argument("--length", type=int, default=256)
     options = parser.parse_args()
     for sparsity in options.sparsity:
