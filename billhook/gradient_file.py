@@ -23,7 +23,7 @@ from billhook.shards import Shard, read_shard
 
 FORMAT = "billhook gradients"
 VERSION = "1"
-_KINDS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
+_KINDS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 _CODES = {torch.float32: "F32", torch.float16: "F16"}
 
 
@@ -61,7 +61,8 @@ class Gradients(Mapping[str, Tensor]):
         again = "Make the file again: billhook gradients MODEL --calibration SOURCE -o FILE."
         if model and model.get("digest") and made.get("digest") and model["digest"] != made["digest"]:
             raise BillhookError(
-                f"{self.path} holds gradients of {made.get('name', 'another model')}, whose weights are not those of {model['name']}. {again}"
+                f"{self.path} holds gradients of {made.get('name', 'another model')}, whose weights are not those of "
+                f"{model.get('name', 'this model')}. {again}"
             )
         if statistic != self.statistic:
             raise BillhookError(

@@ -20,6 +20,8 @@ from billhook.allocators import ALLOCATORS, allocate, check_budget
 from billhook.arch import Layer, find_layers
 from billhook.criteria import CRITERIA
 from billhook.errors import BillhookError
+from billhook.gradient_file import Gradients, open_gradients
+from billhook.gradients import compute_gradients
 from billhook.measuring import measure
 from billhook.metrics import fact
 from billhook.plan import Pattern, SparsityPlan, load_plan
@@ -27,6 +29,7 @@ from billhook.pruning import LayerResult, prune_
 from billhook.registry import hint
 from billhook.request import Opened, Request, calibration_facts, listed, model_facts, open_request
 from billhook.save import save_pruned
+from billhook.stats import GRADIENTS
 from billhook.table import Table
 
 VERSION = 1
@@ -40,6 +43,12 @@ class Job:
     opened: Opened
     plan: SparsityPlan
     criterion_options: dict[str, Any]
+    gradients: Gradients | None = None
+
+    @property
+    def steps(self) -> int:
+        """How often `run` reports progress: once a layer, and once before where its gradients are computed."""
+        return len(self.opened.layers) * (1 if self.gradients or not _gradient(self.request, self.criterion_options) else 2)
 
 
 @dataclass(frozen=True)
@@ -93,9 +102,12 @@ def prepare(request: Request, progress: Callable[[str], None] = lambda layer: No
     elif table is not None or request.allocator != "uniform" or request.sparsity is not None or request.pattern != "unstructured":
         raise BillhookError("A plan already says how much each layer loses: leave out sparsity, pattern, allocator and table.")
     needed = () if plan or table else ALLOCATORS.needs(request.allocator, allocator_options)
-    needs_text = bool(CRITERIA.needs(request.criterion, criterion_options)) or any(not fact(name).spectral for name in needed)
+    needs, gradients = CRITERIA.needs(request.criterion, criterion_options), _given_gradients(request, criterion_options)
+    needs_text = any(gradients is None or name not in GRADIENTS for name in needs) or any(fact(name).needs_text for name in needed)
     opened = open_request(request, needs_text, f"Pruning with {request.criterion} and {request.allocator}")
     shapes = {layer.name: layer.shape for layer in opened.layers}
+    if gradients is not None:
+        gradients.check(_gradient(request, criterion_options), shapes, model_facts(opened.source, opened.model))
     if plan is None:
         table = _measure(opened, needed, progress) if table is None else _rows(table, opened)
         plan = allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **allocator_options)
@@ -104,7 +116,20 @@ def prepare(request: Request, progress: Callable[[str], None] = lambda layer: No
     except BillhookError as error:
         chosen = request.plan is not None and (request.targets or request.ignore)
         raise BillhookError(f"{error} --targets and --ignore must choose exactly the plan's layers." if chosen else str(error)) from None
-    return Job(request, opened, plan, criterion_options)
+    return Job(request, opened, plan, criterion_options, gradients)
+
+
+def _gradient(request: Request, options: Mapping[str, Any]) -> str:
+    """The statistic of gradients that the criterion reads, or an empty string."""
+    return next((name for name in CRITERIA.needs(request.criterion, options) if name in GRADIENTS), "")
+
+
+def _given_gradients(request: Request, options: Mapping[str, Any]) -> Gradients | None:
+    if request.gradients is None:
+        return None
+    if not _gradient(request, options):
+        raise BillhookError(f"The criterion {request.criterion} reads no gradients: leave --gradients out, or take criterion gblm.")
+    return request.gradients if isinstance(request.gradients, Gradients) else open_gradients(Path(request.gradients))
 
 
 def run(job: Job, progress: Callable[[str], None] = lambda layer: None) -> Report:
@@ -119,6 +144,7 @@ def run(job: Job, progress: Callable[[str], None] = lambda layer: None) -> Repor
         layers=opened.layers,
         group=request.group,
         rounding=request.rounding,
+        gradients=job.gradients,
         progress=progress,
         **job.criterion_options,
     )
@@ -134,8 +160,18 @@ def run(job: Job, progress: Callable[[str], None] = lambda layer: None) -> Repor
 
 def measure_model(request: Request, metrics: Sequence[str], progress: Callable[[str], None] = lambda layer: None) -> Table:
     """Measure the layers of a request's model; text is read only if a metric looks at activations."""
-    activations = [name for name in metrics if not fact(name).spectral]
+    activations = [name for name in metrics if fact(name).needs_text]
     return _measure(open_request(request, bool(activations), f"The metric {' and '.join(activations)}"), metrics, progress)
+
+
+def make_gradients(
+    request: Request, statistic: str, path: Path, spill_gib: float = 8.0, progress: Callable[[str], None] = lambda layer: None
+) -> Gradients:
+    """Accumulate the gradients of a request's model on its calibration text and write them to `path`; see `compute_gradients`."""
+    opened = open_request(request, True, "A gradient")
+    facts = {"model": model_facts(opened.source, opened.model), "calibration": calibration_facts(opened)}
+    layers, batches = opened.layers, opened.batches
+    return compute_gradients(opened.model, batches, statistic, path, layers=layers, facts=facts, spill_gib=spill_gib, progress=progress)
 
 
 def _rows(table: Table, opened: Opened) -> Table:
@@ -195,11 +231,21 @@ def _record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
             "targets": listed(request.targets),
             "ignore": listed(request.ignore),
             "calibration": None if opened.calibration is None else calibration_facts(opened),
+            "gradients": _gradients_record(job),
             "model": model,
             "papers": {"criterion": CRITERIA.paper(request.criterion), "allocator": job.plan.made_by.get("paper")},
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         },
     }
+
+
+def _gradients_record(job: Job) -> dict[str, Any] | None:
+    """Which gradients the criterion read and the text they come from; None if it reads none."""
+    statistic = _gradient(job.request, job.criterion_options)
+    if not statistic:
+        return None
+    made = calibration_facts(job.opened) if job.gradients is None else job.gradients.about.get("calibration")
+    return {"statistic": statistic, "calibration": made}
 
 
 def _other_weights(plan: SparsityPlan, model: Mapping[str, Any]) -> list[str]:

@@ -4,8 +4,11 @@ Blocks are visited in depth order; each layer's criterion sees the inputs that t
 published code of Wanda and SparseGPT.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,10 +20,12 @@ from billhook.criteria import CRITERIA
 from billhook.criteria.magnitude import magnitude
 from billhook.data import as_batches
 from billhook.errors import BillhookError, JobError
+from billhook.gradient_file import Gradients
+from billhook.gradients import compute_gradients
 from billhook.masks import Select
 from billhook.perplexity import vocabulary_size
 from billhook.plan import SparsityPlan
-from billhook.stats import LayerStats
+from billhook.stats import GRADIENTS, STATISTICS, LayerStats
 from billhook.walk import walk
 
 Group = Literal["row", "layer"]
@@ -59,38 +64,71 @@ def prune_(
     layers: Sequence[Layer] | None = None,
     group: Group | None = None,
     rounding: Rounding = "exact",
+    gradients: Gradients | None = None,
     progress: Progress = lambda layer: None,
     **options: Any,
 ) -> list[LayerResult]:
     """Remove weights in place as `plan` says.
 
     `batches` are token ids [batch, length] int64 (one tensor: one batch), needed by every criterion but magnitude; `layers` are
-    the layers the plan is for (all prunable ones by default); `group` overrides the criterion's comparison group; `options` are the
-    criterion's own. Raises BillhookError before anything changes if plan, criterion or options do not fit, JobError if the zeros
-    made are not the zeros planned or activations are not finite.
+    the layers the plan is for (all prunable ones by default); `group` overrides the criterion's comparison group; `gradients` are
+    those of the dense model for a criterion that reads them (computed first if not given); `options` are the criterion's own.
+    Raises BillhookError before anything changes if plan, criterion, gradients or options do not fit, JobError if the zeros made
+    are not the zeros planned or activations are not finite.
     """
     layers = find_layers(model) if layers is None else layers
     shapes = {layer.name: layer.shape for layer in layers}
     configured = CRITERIA.configure(criterion, options)
     needs = CRITERIA.needs(criterion, configured)
+    observed = tuple(name for name in needs if name in STATISTICS)
+    gradient = next((name for name in needs if name in GRADIENTS), None)
     plan.check(shapes)
-    batches = as_batches(batches, vocabulary_size(model)) if needs else []
-    if needs and not batches:
+    reads_text = observed or (gradient and gradients is None)
+    batches = as_batches(batches, vocabulary_size(model)) if reads_text else []
+    if reads_text and not batches:
         raise BillhookError(f"The criterion {criterion} looks at activations: give text with --calibration SOURCE.")
     zeros, results = plan.zeros(shapes), []
-    for block in walk(model, batches if needs else (), needs):
-        for layer in block.layers:
-            if layer.name not in shapes:
-                continue
-            stats = block.stats.get(layer.name, LayerStats(0, 0))
-            select = _select(plan, layer, zeros[layer.name], group or CRITERIA.group(criterion), rounding)
-            function = CRITERIA.get(criterion)
-            if needs and stats.tokens == 0:
-                function, stats = magnitude, LayerStats(0, 0)
-                stats.note("received no calibration token: pruned by magnitude")
-            results.append(_prune_layer(layer, stats, select, function, {} if function is magnitude else configured))
-            progress(layer.name)
+    with _open_gradients(model, batches, gradient, gradients, layers, progress) as found:
+        for block in walk(model, batches if observed else (), observed):
+            for layer in block.layers:
+                if layer.name not in shapes:
+                    continue
+                stats = block.stats.get(layer.name, LayerStats(0, 0))
+                stats = stats if found is None else replace(stats, gradient=found[layer.name].to(layer.weight.device))
+                select = _select(plan, layer, zeros[layer.name], group or CRITERIA.group(criterion), rounding)
+                function = CRITERIA.get(criterion)
+                if unseen := _unseen(stats, observed):
+                    function, stats = magnitude, LayerStats(0, 0, notes=[f"{unseen}: pruned by magnitude"])
+                results.append(_prune_layer(layer, stats, select, function, {} if function is magnitude else configured))
+                progress(layer.name)
     return results
+
+
+def _unseen(stats: LayerStats, observed: Sequence[str]) -> str | None:
+    """Why the calibration text says nothing about a layer (an expert that no token was sent to), or None."""
+    if observed:
+        return "received no calibration token" if stats.tokens == 0 else None
+    return "has no gradient" if stats.gradient is not None and not stats.gradient.any() else None
+
+
+@contextmanager
+def _open_gradients(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    statistic: str | None,
+    given: Gradients | None,
+    layers: Sequence[Layer],
+    progress: Progress,
+) -> Iterator[Gradients | None]:
+    """The gradients a criterion reads: those given, once checked, or new ones in a temporary file; None if it reads none."""
+    if statistic is None or given is not None:
+        if statistic is not None and given is not None:
+            given.check(statistic, {layer.name: layer.shape for layer in layers})
+        yield given if statistic is not None else None
+        return
+    with tempfile.TemporaryDirectory(prefix="billhook.") as folder:
+        path = Path(folder) / "gradients.safetensors"
+        yield compute_gradients(model, batches, statistic, path, layers=layers, progress=progress)
 
 
 def _select(plan: SparsityPlan, layer: Layer, zeros: int, group: Group, rounding: Rounding) -> Select:

@@ -12,13 +12,15 @@ from billhook.arch import Layer, check_finite, find_layers, select_layers
 from billhook.checkpoint import check_directory, load_model, load_tokenizer, model_digest, resolve
 from billhook.data import Tokens, check_ids, digest, load_calibration, whole_ids
 from billhook.errors import BillhookError
+from billhook.gradient_file import Gradients
 from billhook.perplexity import check_length, context_length, vocabulary_size
 from billhook.plan import SparsityPlan
 from billhook.pruning import Group, Rounding
 from billhook.save import check_output
 from billhook.table import Table
 
-TOKENS_A_BATCH = 4096  # enough rows to keep a matrix product busy, few enough to stay small beside the weights
+TOKENS_A_BATCH = 4096  # enough rows to keep a matrix product busy
+ACTIVATION_BYTES = 16 << 20  # of the widest layer of a block; more would not be faster on a CPU, and counts in the peak
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
     plan: str | Path | SparsityPlan | None = None
     table: str | Path | Table | None = None
+    gradients: str | Path | Gradients | None = None
     calibration: str | Path | Tensor | None = None
     samples: int = 128
     length: int | None = None
@@ -75,7 +78,7 @@ def open_request(request: Request, needs_text: bool, who: str) -> Opened:
     if not needs_text:
         return Opened(source, model, layers, None, [])
     windows = _calibration_windows(request, source, model)
-    batches = list(windows.ids.split(request.batch_size or max(1, TOKENS_A_BATCH // windows.ids.shape[1])))
+    batches = list(windows.ids.split(request.batch_size or batch_size(layers, windows.ids.shape[1])))
     return Opened(source, model, layers, windows, batches)
 
 
@@ -89,6 +92,12 @@ def _check_words(request: Request) -> None:
 def listed(patterns: str | Sequence[str]) -> list[str]:
     """Patterns as a list, where one alone was given as a string."""
     return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def batch_size(layers: Sequence[Layer], length: int) -> int:
+    """Windows a batch: about 4096 tokens, or fewer where layers are wide."""
+    widest = max(max(layer.shape) for layer in layers)
+    return max(1, min(TOKENS_A_BATCH, ACTIVATION_BYTES // (4 * widest)) // length)
 
 
 def _open_model(request: Request) -> tuple[Path | None, PreTrainedModel]:

@@ -1,6 +1,7 @@
 """Every registered criterion keeps the contract; each agrees with a slow and obvious version of itself."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from billhook.criteria import CRITERIA
 from billhook.criteria.sparsegpt import invert_lower_, sparsegpt
 from billhook.errors import BillhookError, JobError
 from billhook.masks import Select
-from billhook.stats import STATISTICS, Collector, LayerStats
+from billhook.stats import GRADIENTS, STATISTICS, Collector, LayerStats
 
 UPDATING = {"sparsegpt"}  # criteria that change kept weights
 Tensor = torch.Tensor
@@ -25,7 +26,8 @@ def layer(rows: int, columns: int, shared: float = 0.3) -> tuple[Tensor, LayerSt
     collector = Collector(tuple(STATISTICS), columns)
     for part in x.split(16):
         collector.add(part)
-    return torch.randn(rows, columns, generator=generator), collector.stats(), x
+    W, gradient = (torch.randn(rows, columns, generator=generator) for _ in range(2))
+    return W, replace(collector.stats(), gradient=gradient.abs() / 100), x
 
 
 def selection(W: Tensor, sparsity: float, group: str = "row", rounding: str = "exact", keep_of: tuple[int, int] | None = None) -> Select:
@@ -71,7 +73,7 @@ def test_contract(name: str, group: str, rounding: str, sparsity: float, keep_of
 @pytest.mark.parametrize("name", CRITERIA.names())
 def test_declarations(name: str) -> None:
     options = CRITERIA.configure(name, {})
-    assert set(CRITERIA.needs(name, options)) <= set(STATISTICS)
+    assert set(CRITERIA.needs(name, options)) <= {*STATISTICS, *GRADIENTS}
     assert CRITERIA.group(name) in ("row", "layer")
     assert "arXiv" in CRITERIA.paper(name)
     assert CRITERIA.get(name).__doc__
@@ -80,7 +82,8 @@ def test_declarations(name: str) -> None:
 @pytest.mark.parametrize("name", CRITERIA.names())
 def test_reads_no_statistic_it_does_not_declare(name: str) -> None:
     W, stats, _ = layer(6, 20)
-    only = {need: getattr(stats, need) for need in CRITERIA.needs(name, CRITERIA.configure(name, {}))}
+    needs = ["gradient" if need in GRADIENTS else need for need in CRITERIA.needs(name, CRITERIA.configure(name, {}))]
+    only = {need: getattr(stats, need) for need in needs}
     CRITERIA.get(name)(W, LayerStats(stats.tokens, stats.sequences, **only), selection(W, 0.5))
 
 

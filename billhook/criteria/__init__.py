@@ -13,6 +13,8 @@ CRITERIA = Registry(
     {
         "magnitude": "billhook.criteria.magnitude:magnitude",
         "wanda": "billhook.criteria.wanda:wanda",
+        "gblm": "billhook.criteria.gblm:gblm",
+        "gradient": "billhook.criteria.gradient:gradient",
         "sparsegpt": "billhook.criteria.sparsegpt:sparsegpt",
     },
 )

@@ -1,9 +1,9 @@
 """GBLM-Pruner: Wanda's score plus the gradients of the dense model.
 
 Das et al. 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", arXiv 2311.04902: score
-|W_ij| * ||X_j||_2 + scale * |W_ij| * ||G_ij||_p, compared within each output row, where G_ij are the gradients of the loss of the N calibration
-sequences and p is 1 (the default) or 2. Gradients are those of the dense model, input norms those of the pruned prefix. Kept weights
-are not updated.
+|W_ij| * ||X_j||_2 + scale * |W_ij| * ||G_ij||_p, compared within each output row, where G_ij are the gradients of the losses of the N
+calibration sequences and p is 1 (the default) or 2. Gradients are those of the dense model, input norms those of the pruned
+prefix. Kept weights are not updated.
 
 `mode=paper` is this formula, both norms sums over all calibration text, float32. `mode=reference` is the published code: it divides
 ||X_j||_2 by sqrt(N) and not the gradients, so `scale` weighs sqrt(N) times more, and it keeps gradient norms in float16 (the l1 sum

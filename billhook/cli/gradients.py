@@ -1,0 +1,72 @@
+"""`billhook gradients`: gradients of the dense model, to be read by `billhook prune --criterion gblm`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from billhook.cli.common import (
+    Calibration,
+    Device,
+    Dtype,
+    Ignore,
+    Json,
+    Length,
+    Samples,
+    Sampling,
+    Seed,
+    Targets,
+    TrustRemoteCode,
+    emit,
+    guarded,
+    progress,
+    say,
+)
+
+NAME = "gradients"
+EXAMPLES = """\b
+Examples:
+  billhook gradients ./model --calibration text.txt -o gradients.safetensors
+  billhook gradients ./model --norm l2 --calibration hub:c4 --dtype float32 -o gradients.safetensors
+  billhook prune ./model --criterion gblm --gradients gradients.safetensors --sparsity 0.5 --calibration text.txt --output ./pruned
+"""
+
+
+@guarded
+def command(
+    model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The gradients.safetensors to write.")],
+    norm: Annotated[Literal["l1", "l2"], typer.Option(help="Norm over the windows; the same as the criterion's.")] = "l1",
+    mode: Annotated[
+        Literal["paper", "reference"], typer.Option(help="paper is float32; reference rounds to float16 as published. As the criterion's.")
+    ] = "paper",
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    length: Length = None,
+    sampling: Sampling = "packed",
+    seed: Seed = 0,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    spill_gib: Annotated[
+        float, typer.Option(help="Stored activations beyond this many GiB go to temporary files beside the output.", min=0)
+    ] = 8.0,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Accumulate the gradients of a model's loss on calibration text, one block in memory at a time."""
+    from billhook.files import check_writable
+    from billhook.job import Request, make_gradients
+    from billhook.stats import gradient_name
+
+    check_writable(output)
+    request = Request(
+        model=model, calibration=calibration, samples=samples, length=length, sampling=sampling, seed=seed,
+        targets=targets or (), ignore=ignore or (), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    with progress("gradients") as advance:
+        made = make_gradients(request, gradient_name(norm, mode), output, spill_gib, advance)
+    say(f"{output}: {made.statistic} of {len(made)} layers over {made.about['samples']} windows.")
+    if as_json:
+        emit({"output": str(output), "statistic": made.statistic, "layers": len(made), "samples": made.about["samples"]})

@@ -1,0 +1,324 @@
+"""Gradients block by block are those of a backward pass through the whole model, bit for bit; their file says what it is."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import CONFIGS, VOCABULARY, build
+from safetensors.torch import load_file, save_file
+from tiny import llama, save
+from transformers import PreTrainedModel
+from typer.testing import CliRunner
+
+from billhook import BillhookError, JobError, SparsityPlan, find_layers, prune, prune_
+from billhook.arch import Layer
+from billhook.cli import app
+from billhook.gradient_file import open_gradients
+from billhook.gradients import compute_gradients
+from billhook.plan import Pattern
+from billhook.stats import GRADIENTS
+
+Tensor = torch.Tensor
+
+
+def batches(count: int = 2, size: int = 2, length: int = 20) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCABULARY, (size, length), generator=generator) for _ in range(count)]
+
+
+def each_gradient(model: PreTrainedModel, ids: list[Tensor]) -> list[dict[str, Tensor]]:
+    """Per sequence, the gradients of every layer from one backward pass through the whole model."""
+    layers, found = find_layers(model), []
+    for sequence in (s for batch in ids for s in batch.split(1)):
+        model.zero_grad()
+        model(input_ids=sequence, labels=sequence, use_cache=False).loss.backward()
+        found.append({layer.name: of_layer(layer).clone() for layer in layers})
+    model.zero_grad()
+    return found
+
+
+def of_layer(layer: Layer) -> Tensor:
+    gradient = getattr(layer.module, layer.parameter).grad
+    gradient = gradient if layer.expert is None else gradient[layer.expert]
+    return gradient.T if layer.transposed else gradient
+
+
+def slow(statistic: str, gradients: list[Tensor]) -> Tensor:
+    """The statistics as sums in a plain loop."""
+    scale, half = (100, torch.float16) if "reference" in statistic else (1, torch.float32)
+    if "l1" in statistic:
+        total = torch.zeros_like(gradients[0], dtype=half)
+        for g in gradients:
+            total = total + (g * scale).abs().to(half)
+        return total.float()
+    total = torch.zeros_like(gradients[0])
+    for g in gradients:
+        total = total + (g * scale) ** 2
+    return total.sqrt().to(half).float()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_equal_to_a_whole_backward_pass(family: str, tmp_path: Path) -> None:
+    model, ids = build(family), batches()
+    plain = each_gradient(model, ids)
+    wanted = {name: value.requires_grad for name, value in model.named_parameters()}
+    found = compute_gradients(model, ids, "gradient_l1", tmp_path / "g.safetensors")
+    assert list(found) == [layer.name for layer in find_layers(model)]
+    for name, value in found.items():
+        assert torch.equal(value, slow("gradient_l1", [g[name] for g in plain])), name
+    assert all(value.grad is None for value in model.parameters())
+    assert wanted == {name: value.requires_grad for name, value in model.named_parameters()}
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("statistic", GRADIENTS)
+@pytest.mark.parametrize("spill_gib", [8.0, 0.0, 1e-5])
+def test_every_statistic_wherever_the_inputs_are_kept(statistic: str, spill_gib: float, tmp_path: Path) -> None:
+    model, ids = llama(), batches(3, 2)
+    plain = each_gradient(model, ids)
+    found = compute_gradients(model, ids, statistic, tmp_path / "g.safetensors", spill_gib=spill_gib)
+    for name, value in found.items():
+        assert torch.equal(value, slow(statistic, [g[name] for g in plain])), name
+    assert [path.name for path in tmp_path.iterdir()] == ["g.safetensors"]
+    assert found.about["samples"] == 6
+
+
+def test_batch_size_grad_mode_frozen_weights_and_chosen_layers_change_nothing(tmp_path: Path) -> None:
+    model, ids = llama(), batches(2, 2)
+    all_layers = find_layers(model)
+    expected = compute_gradients(model, ids, "gradient_l1", tmp_path / "all.safetensors")
+    some = [layer for layer in all_layers if layer.block in (1, 2) and "down" not in layer.name]
+    singles = [s for batch in ids for s in batch.split(1)]
+    model.requires_grad_(False)
+    seen: list[str] = []
+    with torch.no_grad():
+        found = compute_gradients(model, singles, "gradient_l1", tmp_path / "some.safetensors", layers=some, progress=seen.append)
+    assert sorted(seen) == sorted(found) == sorted(layer.name for layer in some)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert not any(value.requires_grad for value in model.parameters())
+
+
+def test_the_auxiliary_loss_of_routers_is_left_out(tmp_path: Path) -> None:
+    model, ids = build("mixtral"), batches(1, 1)
+    expected = compute_gradients(model, ids, "gradient_l1", tmp_path / "a.safetensors")
+    model.config.output_router_logits = True
+    found = compute_gradients(model, ids, "gradient_l1", tmp_path / "b.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_float16_gradients_do_not_underflow(tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=False).half()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-5)  # a nearly flat output: gradients of 1e-7 and less
+    ids = batches(1, 2, 64)
+    exact = each_gradient(llama_like(model), ids)
+    naive = each_gradient(model, ids)
+    found = compute_gradients(model, ids, "gradient_l1", tmp_path / "g.safetensors")
+    for name, value in found.items():
+        expected = slow("gradient_l1", [g[name] for g in exact])
+        assert (slow("gradient_l1", [g[name].float() for g in naive]) - expected).norm() > 0.05 * expected.norm(), name
+        assert (value - expected).norm() < 0.02 * expected.norm(), name
+        assert int((value == 0).sum()) <= value.numel() // 100
+
+
+def llama_like(model: PreTrainedModel) -> PreTrainedModel:
+    """A float32 llama with the same weights."""
+    other = llama(tie_word_embeddings=False)
+    other.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    return other
+
+
+def test_float16_gradients_that_overflow_start_from_less(tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=False).half()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)
+        model.model.layers[3].mlp.down_proj.weight.mul_(30)
+    ids = batches(1, 1, 64)
+    exact = each_gradient(llama_like(model), ids)
+    found = compute_gradients(model, ids, "gradient_l1", tmp_path / "g.safetensors")
+    for name, value in found.items():
+        expected = slow("gradient_l1", [g[name] for g in exact])
+        assert (value - expected).norm() < 0.1 * expected.norm(), name
+
+
+def test_bfloat16_runs(tmp_path: Path) -> None:
+    found = compute_gradients(llama().bfloat16(), batches(), "gradient_l2", tmp_path / "g.safetensors")
+    assert all(value.dtype == torch.float32 and value.isfinite().all() and value.any() for value in found.values())
+
+
+def test_gradients_that_are_not_finite_name_their_layer(tmp_path: Path) -> None:
+    model, ids = llama(tie_word_embeddings=False), batches()
+    with torch.no_grad():
+        model.lm_head.weight[0] = math.inf
+    with pytest.raises(JobError, match=r"gradients of model\.layers\.3\.self_attn\.q_proj hold NaN or infinity"):
+        compute_gradients(model, ids, "gradient_l1", tmp_path / "g.safetensors")
+    assert not list(tmp_path.iterdir())
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0] = math.nan
+    with pytest.raises(JobError, match=r"output of model\.layers\.1 holds NaN"):
+        compute_gradients(model, ids, "gradient_l1", tmp_path / "g.safetensors", spill_gib=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_that_cannot_work(tmp_path: Path) -> None:
+    with pytest.raises(BillhookError, match="Unknown statistic 'gradient_l3'"):
+        compute_gradients(llama(), batches(), "gradient_l3", tmp_path / "g.safetensors")
+    with pytest.raises(BillhookError, match="--calibration"):
+        compute_gradients(llama(), [], "gradient_l1", tmp_path / "g.safetensors")
+    with pytest.raises(BillhookError, match="does not exist"):
+        compute_gradients(llama(), batches(), "gradient_l1", tmp_path / "no" / "g.safetensors")
+
+
+def test_the_file_is_read_by_stock_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "g.safetensors"
+    found = compute_gradients(llama(), batches(), "gradient_l1_reference", path)
+    stock = load_file(path)
+    assert all(torch.equal(value.float(), found[name]) and value.dtype == torch.float16 for name, value in stock.items())
+
+
+# what goes through the files and the command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, another one, token windows, and gradients of the first."""
+    folder = tmp_path_factory.mktemp("gradients")
+    save(folder / "model")
+    save(folder / "other", llama(seed=1))
+    save_file({"tokens": torch.cat(batches(2, 2)).int()}, folder / "tokens.safetensors")
+    made = run("gradients", folder / "model", "-o", folder / "g.safetensors", *text(folder), "--json")
+    assert made.exit_code == 0, made.output
+    facts = json.loads(made.stdout)
+    assert facts == {"output": str(folder / "g.safetensors"), "statistic": "gradient_l1", "layers": 28, "samples": 4}
+    return folder
+
+
+def run(*arguments: Any) -> Any:
+    """The result of a command; `exit_code` is the one that `main` gives for an error."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result.exit_code = getattr(result.exception, "exit_code", result.exit_code)
+    return result
+
+
+def text(folder: Path) -> list[str]:
+    return ["--calibration", str(folder / "tokens.safetensors"), "--samples", "4", "--length", "20"]
+
+
+def gblm(folder: Path, output: Path, *arguments: Any) -> Any:
+    return run("prune", folder / "model", "--criterion", "gblm", "--sparsity", "0.5", "-o", output, *text(folder), *arguments)
+
+
+def test_given_gradients_prune_like_computed_ones(folder: Path, tmp_path: Path) -> None:
+    for name, arguments in {"computed": [], "given": ["--gradients", folder / "g.safetensors"]}.items():
+        result = gblm(folder, tmp_path / name, *arguments)
+        assert result.exit_code == 0, result.output
+    computed, given = (load_file(tmp_path / name / "model.safetensors") for name in ("computed", "given"))
+    assert all(torch.equal(computed[name], given[name]) for name in computed)
+    record = json.loads((tmp_path / "given" / "billhook.json").read_text(encoding="utf-8"))["made_by"]["gradients"]
+    assert record["statistic"] == "gradient_l1"
+    assert record["calibration"]["samples"] == 4
+
+
+def test_gradients_alone_need_no_text(folder: Path, tmp_path: Path) -> None:
+    arguments = ["prune", folder / "model", "--criterion", "gradient", "--sparsity", "0.5"]
+    result = run(*arguments, "-o", tmp_path / "a", "--gradients", folder / "g.safetensors")
+    assert result.exit_code == 0, result.output
+    result = run(*arguments, "-o", tmp_path / "b", *text(folder))
+    assert result.exit_code == 0, result.output
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    result = run(*arguments, "-o", tmp_path / "c")
+    assert result.exit_code == 2
+    assert "--calibration" in result.output
+
+
+def damaged(kind: str, folder: Path, path: Path) -> Path:
+    """A copy of the gradients with one thing wrong."""
+    source = folder / "g.safetensors"
+    shutil.copy(source, path)
+    tensors = load_file(source)
+    about = open_gradients(source).about
+    metadata = {"format": "billhook gradients", "version": "1", "about": json.dumps(about)}
+    if kind == "truncated":
+        path.write_bytes(source.read_bytes()[:-100])
+    elif kind == "stub":
+        path.write_bytes(b"abc")
+    elif kind == "missing":
+        path.unlink()
+    elif kind == "foreign":
+        save_file(tensors, path)
+    elif kind == "version":
+        save_file(tensors, path, metadata | {"version": "9"})
+    elif kind == "metadata":
+        save_file(tensors, path, metadata | {"about": "[]"})
+    elif kind == "layer":
+        del tensors["model.layers.1.mlp.up_proj"]
+        save_file(tensors, path, metadata)
+    elif kind == "shape":
+        tensors["model.layers.1.mlp.up_proj"] = tensors["model.layers.1.mlp.up_proj"].T.contiguous()
+        save_file(tensors, path, metadata)
+    elif kind == "dtype":
+        tensors["model.layers.1.mlp.up_proj"] = tensors["model.layers.1.mlp.up_proj"].double()
+        save_file(tensors, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("truncated", "header promises"),
+        ("stub", "not a safetensors file"),
+        ("missing", "no gradients file"),
+        ("foreign", "another kind"),
+        ("version", "version '9'"),
+        ("metadata", "damaged gradients file"),
+        ("layer", "no gradients of model.layers.1.mlp.up_proj"),
+        ("shape", "32 x 64 gradients for model.layers.1.mlp.up_proj"),
+        ("dtype", "model.layers.1.mlp.up_proj is F64"),
+    ],
+)
+def test_a_bad_file_is_refused(kind: str, message: str, folder: Path, tmp_path: Path) -> None:
+    path = damaged(kind, folder, tmp_path / "bad.safetensors")
+    result = gblm(folder, tmp_path / "out", "--gradients", path)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_stale_and_unfitting_gradients_are_refused(folder: Path, tmp_path: Path) -> None:
+    given = ["--gradients", folder / "g.safetensors"]
+    other = run("prune", folder / "other", "--criterion", "gblm", "--sparsity", "0.5", "-o", tmp_path / "out", *text(folder), *given)
+    norm = gblm(folder, tmp_path / "out", *given, "--set", "norm=l2")
+    mode = gblm(folder, tmp_path / "out", *given, "--set", "mode=reference")
+    wanda = run("prune", folder / "model", "--sparsity", "0.5", "-o", tmp_path / "out", *text(folder), *given)
+    for result, message in (
+        (other, "gradients of model, whose weights are not those of other"),
+        (norm, "holds gradient_l1, and the criterion reads gradient_l2"),
+        (mode, "holds gradient_l1, and the criterion reads gradient_l1_reference"),
+        (wanda, "wanda reads no gradients"),
+    ):
+        assert result.exit_code == 2, result.output
+        assert message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_in_python_the_statistic_is_checked_too(folder: Path) -> None:
+    model = llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = SparsityPlan(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
+    with pytest.raises(BillhookError, match="reads gradient_l2"):
+        prune_(model, plan, criterion="gradient", norm="l2", gradients=open_gradients(folder / "g.safetensors"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    report = prune(model, sparsity=0.5, criterion="gradient", gradients=folder / "g.safetensors")
+    assert report.sparsity == 0.5
+
+
+def test_nothing_is_written_when_the_model_is_not_there(folder: Path, tmp_path: Path) -> None:
+    result = run("gradients", tmp_path / "no", "-o", tmp_path / "g.safetensors", *text(folder))
+    assert result.exit_code == 2
+    assert not list(tmp_path.iterdir())
