@@ -60,6 +60,10 @@ def _spectral(name: str, sign: Sign, paper: str, summary: str) -> Metric:
     return Metric(name, sign, paper, f"billhook.spectra:{name}", summary)
 
 
+def _farms(name: str, summary: str) -> Metric:
+    return Metric(name, 1, _FARMS, f"billhook.farms:{name}", summary, "weight")
+
+
 def _activations(name: str, sign: Sign, paper: str, summary: str) -> Metric:
     return Metric(name, sign, paper, f"billhook.activations:{name}", summary, "activations", block=True)
 
@@ -82,14 +86,8 @@ FACTS: dict[str, Metric] = {
         _spectral("alpha_peak_ks", 1, _ALPHA_PRUNING, "KS distance of the fit of alpha_peak: how far the tail is from a power law"),
         _spectral("alpha_mid_ks", 1, _ALPHA_PRUNING, "KS distance of the fit of alpha_mid"),
         _spectral("alpha_ks_ks", 1, _ALPHA_PRUNING, "KS distance of the fit of alpha_ks"),
-        Metric(
-            "alpha_farms",
-            1,
-            _FARMS,
-            "billhook.farms:alpha_farms",
-            "alpha_peak of square windows together: no bias from the shape",
-            "weight",
-        ),
+        _farms("alpha_farms", "alpha_peak of square windows of the weight together: no bias from its shape"),
+        _farms("alpha_farms_mid", "alpha_mid of square windows of the weight together: no bias from its shape"),
         Metric(
             "randomized_distance",
             -1,
@@ -116,7 +114,7 @@ CURVES: dict[str, Metric] = {
     m.name: m
     for m in (
         Metric("magnitude_quantiles", 1, "Han et al. 2015, arXiv 1506.02626", "billhook.quantiles:magnitude_quantiles", "of |W|", "weight"),
-        Metric("lamp_quantiles", 1, _LAMP, "billhook.quantiles:lamp_quantiles", "of the LAMP scores", "weight"),
+        Metric("lamp_quantiles", 1, _LAMP, "billhook.quantiles:lamp_quantiles", "of the roots of the LAMP scores", "weight"),
         Metric(
             "wanda_quantiles",
             1,

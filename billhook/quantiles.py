@@ -33,10 +33,13 @@ def magnitude_quantiles(W: Tensor) -> list[float]:
 
 @method(paper=fact("lamp_quantiles").paper)
 def lamp_quantiles(W: Tensor) -> list[float]:
-    """Of the LAMP scores w_u^2 / sum of w_v^2 over the weights v of the layer that are not smaller; the largest weight has score 1."""
+    """Of the square roots of the LAMP scores w_u^2 / sum of w_v^2 over the weights v of the layer that are not smaller.
+
+    The largest weight has score 1. The root changes no order, and is what can be interpolated near zero.
+    """
     squares = W.double().flatten().square().sort().values
     rest = squares.flip(0).cumsum(0).flip(0)
-    return quantiles(torch.where(rest > 0, squares / rest.clamp_min(torch.finfo(torch.float64).tiny), 0.0))
+    return quantiles((squares / rest.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
 
 
 @method(paper=fact("wanda_quantiles").paper)

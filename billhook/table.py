@@ -11,6 +11,7 @@ from typing import Any
 
 from billhook.errors import BillhookError
 from billhook.files import read_json, write_json
+from billhook.metrics import CURVES, FACTS
 from billhook.registry import hint
 
 VERSION = 1
@@ -76,8 +77,7 @@ class Table:
         if name not in self.columns():
             there = ", ".join(self.columns()) or "no metrics at all"
             raise BillhookError(
-                f"The table has no column {name!r} (it has {there}).{hint(name, self.columns())} "
-                f"Make it with: billhook measure MODEL --metrics {name} -o table.json"
+                f"The table has no column {name!r} (it has {there}).{hint(name, self.columns())} Make it with: {_command(name)}"
             )
         for row in self.rows:
             _check_number(row.layer, name, row.metrics[name])
@@ -88,7 +88,8 @@ class Table:
         if not self.rows or not all(name in row.curves for row in self.rows):
             there = ", ".join(self.rows[0].curves if self.rows else ()) or "no curves"
             raise BillhookError(
-                f"The table has no column {name!r} (it has {there}). Make it with: billhook measure MODEL --metrics {name} -o table.json"
+                f"The table has no column {name!r} (it has {there}).{hint(name, self.rows[0].curves if self.rows else ())} "
+                f"Make it with: {_command(name)}"
             )
         return [row.curves[name] for row in self.rows]
 
@@ -125,6 +126,13 @@ class Table:
             if not isinstance(value.get(key, {}), dict):
                 raise BillhookError(f"{path}: {key!r} must be an object.")
         return cls(rows, value.get("model", {}), value.get("made_by", {}))
+
+
+def _command(column: str) -> str:
+    """The command that measures a column."""
+    known = (FACTS | CURVES).get(column.partition(":")[0])
+    text = " --calibration SOURCE" if known and known.needs_text else ""
+    return f"billhook measure MODEL --metrics {column}{text} -o table.json"
 
 
 def _row(entry: Any, where: str) -> Row:

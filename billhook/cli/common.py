@@ -29,12 +29,15 @@ Sampling = Annotated[
     Literal["packed", "papers"],
     typer.Option(help="How windows are drawn: packed (documents joined) or papers (one long document each, random start)."),
 ]
-BatchSize = Annotated[int | None, typer.Option(help="Windows a forward pass; by default about 4096 tokens.", min=1)]
+BatchSize = Annotated[int | None, typer.Option(help="Windows a forward pass; by default chosen by size.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type to compute in; auto is the checkpoint's.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="An option of the method, such as epsilon=0.3. Repeatable.", metavar="KEY=VALUE")
+]
+Preset = Annotated[
+    str | None, typer.Option(help="Allocator, options and sparsity as published: see billhook ls presets.", metavar="NAME")
 ]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model. Read that code first.")]
 

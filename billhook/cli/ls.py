@@ -14,12 +14,12 @@ Examples:
   billhook ls allocators
   billhook ls criteria --json
 """
-KINDS = ("allocators", "criteria", "metrics", "families")
+KINDS = ("allocators", "criteria", "metrics", "presets", "families")
 
 
 @guarded
 def command(
-    kind: Annotated[str, typer.Argument(help="allocators, criteria, metrics or families.")],
+    kind: Annotated[str, typer.Argument(help="allocators, criteria, metrics, presets or families.")],
     as_json: Json = False,
 ) -> None:
     """List names, options with their defaults, and the paper each comes from."""
@@ -45,10 +45,20 @@ def _rows(kind: str) -> list[dict[str, Any]]:
 
         return [{"model_type": name} for name in FAMILIES]
     if kind == "metrics":
-        from billhook.metrics import FACTS
+        from billhook.metrics import CURVES, FACTS
 
-        signs = {1: "larger", -1: "smaller"}
-        return [{"name": m.name, "more sparsity where": signs[m.sign], "summary": m.summary, "paper": m.paper} for m in FACTS.values()]
+        signs = {name: "larger" if m.sign == 1 else "smaller" for name, m in FACTS.items()}
+        return [
+            {"name": m.name, "more sparsity where": signs.get(m.name, "a curve"), "summary": m.summary, "paper": m.paper}
+            for m in (*FACTS.values(), *CURVES.values())
+        ]
+    if kind == "presets":
+        from billhook.allocators.presets import PRESETS
+
+        return [
+            {"name": name, "sparsity": p.sparsity, "options": dict(p.options), "criterion": p.criterion, "paper": p.paper}
+            for name, p in PRESETS.items()
+        ]
     registry = _registry(kind)
     return [
         {"name": name, "options": {o.name: o.default for o in registry.options(name).values()}, "paper": registry.paper(name)}

@@ -1,11 +1,11 @@
 """`billhook plan`: from a table to a plan. Arithmetic only; no torch is imported, so a sweep costs nothing."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from billhook.cli.common import Json, Settings, emit, guarded, parse_settings, say, table
+from billhook.cli.common import Json, Preset, Settings, emit, guarded, parse_settings, say, table
 
 NAME = "plan"
 EXAMPLES = """\b
@@ -13,29 +13,34 @@ Examples:
   billhook plan table.json --allocator alphapruning --sparsity 0.7 -o plan.json
   billhook plan table.json --allocator atp --sparsity 0.6 --set beta=0.02 -o plan.json
   billhook plan table.json --allocator owl --pattern 4:8
+  billhook plan table.json --preset alphapruning/llama-2-7b@70 -o plan.json
 """
 
 
 @guarded
 def command(
     table_file: Annotated[Path, typer.Argument(metavar="TABLE", help="A table.json from billhook measure.")],
-    allocator: Annotated[str, typer.Option(help="See billhook ls allocators.")] = "alphapruning",
+    allocator: Annotated[str | None, typer.Option(help="See billhook ls allocators; alphapruning unless a preset is given.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction to remove over all layers, in [0, 1).")] = None,
     pattern: Annotated[str, typer.Option(help="unstructured, or N:M (keep N of every M on average).")] = "unstructured",
     settings: Settings = None,
+    preset: Preset = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The plan.json to write; otherwise the plan is shown.")] = None,
     as_json: Json = False,
 ) -> None:
     """Decide how much each layer loses and write plan.json."""
-    from billhook.allocators import allocate
+    from billhook.allocators import allocate, presets
     from billhook.table import Table
 
+    chosen, given = allocator or "alphapruning", dict[str, Any](parse_settings(settings))
+    if preset is not None:
+        chosen, sparsity, given = presets.apply(preset, allocator, sparsity, given)
     measured = Table.load(table_file)
-    plan = allocate(measured, sparsity, allocator=allocator, pattern=pattern, **parse_settings(settings))
+    plan = allocate(measured, sparsity, allocator=chosen, pattern=pattern, **given)
     if output is not None:
         plan.save(output)
     values = list(plan.sparsity.values())
-    say(f"{allocator}: sparsity {plan.target:g} over {len(values)} layers, from {min(values):.4f} to {max(values):.4f}.")
+    say(f"{chosen}: sparsity {plan.target:g} over {len(values)} layers, from {min(values):.4f} to {max(values):.4f}.")
     options = ", ".join(f"{k}={v}" for k, v in plan.made_by["options"].items()) or "none"
     say(f"Options: {options}." + (f" Written to {output}." if output else ""))
     if as_json:

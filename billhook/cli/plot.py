@@ -1,0 +1,111 @@
+"""`billhook plot`: pictures of a table, plans, a layer's spectrum, and masks."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from billhook.cli.common import Json, emit, guarded, say
+
+NAME = "plot"
+EXAMPLES = """\b
+Examples:
+  billhook plot table.json -o pictures
+  billhook plot table.json --plan uniform.json --plan alphapruning.json -o pictures
+  billhook plot --model ./model --layer model.layers.0.mlp.down_proj -o pictures
+  billhook plot --mask ./wanda --mask ./magnitude --layer model.layers.0.self_attn.q_proj -o pictures
+"""
+
+
+@guarded
+def command(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the pictures, each as SVG and PNG.")],
+    table_file: Annotated[Path | None, typer.Argument(metavar="[TABLE]", help="A table.json from billhook measure.")] = None,
+    metrics: Annotated[
+        list[str] | None, typer.Option("--metric", help="A column of the table; by default its first. Repeatable.", metavar="NAME")
+    ] = None,
+    plans: Annotated[
+        list[Path] | None, typer.Option("--plan", help="A plan.json for the same layers, named by its file. Repeatable.", metavar="PLAN")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model directory, or a name on the hub: draw the spectrum of --layer.")] = None,
+    masks: Annotated[
+        list[Path] | None, typer.Option("--mask", help="A pruned directory: draw what is left of --layer. Repeatable.", metavar="DIR")
+    ] = None,
+    layers: Annotated[list[str] | None, typer.Option("--layer", help="Full name of a layer. Repeatable.", metavar="NAME")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw tables, plans, spectra and masks; needs matplotlib: pip install 'billhook[plots]'."""
+    from billhook.errors import BillhookError
+
+    pictures: dict[str, Any] = {}
+    if plans and table_file is None:
+        raise BillhookError("Plans are drawn over depth: give the TABLE that they were made from, too.")
+    if table_file is None and model is None and not masks:
+        raise BillhookError("Say what to draw: a TABLE, --model MODEL --layer NAME, or --mask DIR --layer NAME.")
+    if (model is not None or masks) and not layers:
+        raise BillhookError("Say which layer: --layer NAME, such as model.layers.0.mlp.down_proj (billhook prune --dry-run lists them).")
+    if table_file is not None:
+        pictures |= _tables(table_file, metrics or [], plans or [])
+    for name in layers or []:
+        if model is not None:
+            pictures[f"spectrum-{name}"] = _spectrum(model, name)
+        if masks:
+            pictures[f"mask-{name}"] = _masks(masks, name)
+    from billhook.plots import save
+
+    written = [path for stem, figure in pictures.items() for path in save(figure, output, stem)]
+    say(f"{output}: " + ", ".join(path.name for path in written if path.suffix == ".png") + " (and as SVG).")
+    if as_json:
+        emit({"output": str(output), "pictures": [str(path) for path in written]})
+
+
+def _tables(table_file: Path, metrics: list[str], plans: list[Path]) -> dict[str, Any]:
+    from billhook.errors import BillhookError
+    from billhook.plan import load_plan
+    from billhook.plots import metric_against_sparsity, metric_by_depth, sparsity_by_depth
+    from billhook.table import Table
+
+    table = Table.load(table_file)
+    chosen = metrics or table.columns()[:1]
+    if not chosen and not plans:
+        raise BillhookError(f"{table_file} has no columns to draw: measure one with billhook measure, or give a --plan.")
+    named = {path.stem: load_plan(path) for path in plans}
+    if len(named) < len(plans):
+        raise BillhookError("Two plans have the same file name, by which they are told apart in the picture: rename one.")
+    pictures = {f"{metric}-by-depth": metric_by_depth(table, metric) for metric in chosen}
+    if named:
+        pictures |= {f"{metric}-against-sparsity": metric_against_sparsity(table, metric, named) for metric in chosen}
+        pictures["sparsity-by-depth"] = sparsity_by_depth(table, named)
+    return pictures
+
+
+def _weight(directory: str | Path, name: str) -> Any:
+    """The weight [out, in] of one layer of a model on disk or on the hub."""
+    from billhook.arch import find_layers
+    from billhook.checkpoint import load_model, resolve
+    from billhook.errors import BillhookError
+    from billhook.registry import hint
+
+    weights = {layer.name: layer for layer in find_layers(load_model(resolve(directory)))}
+    if name not in weights:
+        raise BillhookError(f"{directory} has no prunable layer {name!r}.{hint(name, weights)}")
+    return weights[name].weight
+
+
+def _spectrum(model: str, name: str) -> Any:
+    from billhook.plots import spectral_density
+    from billhook.spectra import eigenvalues
+    from billhook.tails import Spectrum
+
+    spectrum = Spectrum(eigenvalues(_weight(model, name)))
+    return spectral_density(name, spectrum.positive.tolist(), {"alpha_peak": spectrum.fit("peak"), "alpha_mid": spectrum.fit("mid")})
+
+
+def _masks(directories: list[Path], name: str) -> Any:
+    from billhook.errors import BillhookError
+    from billhook.plots import kept_weights
+
+    kept = {path.name or str(path): (_weight(path, name) != 0).numpy() for path in directories}
+    if len(kept) < len(directories):
+        raise BillhookError("Two directories have the same name, by which they are told apart in the picture: rename one.")
+    return kept_weights(name, kept)
