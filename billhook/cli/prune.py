@@ -1,7 +1,7 @@
 """`billhook prune`: a model directory in, a pruned model directory out."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,6 +13,7 @@ from billhook.cli.common import (
     Ignore,
     Json,
     Length,
+    Preset,
     Samples,
     Sampling,
     Seed,
@@ -48,10 +49,16 @@ def command(
     sparsity: Annotated[float | None, typer.Option(help="Fraction of the prunable weights to remove, in [0, 1).")] = None,
     pattern: Annotated[str, typer.Option(help="unstructured, or N:M (keep N of every M), such as 2:4.")] = "unstructured",
     criterion: Annotated[str, typer.Option(help="Which weights go: see billhook ls criteria.")] = "wanda",
-    allocator: Annotated[str, typer.Option(help="How much each layer loses: see billhook ls allocators.")] = "uniform",
+    allocator: Annotated[
+        str | None, typer.Option(help="How much each layer loses: see billhook ls allocators; uniform unless a preset or plan is given.")
+    ] = None,
     settings: Settings = None,
+    preset: Preset = None,
     plan: Annotated[Path | None, typer.Option(help="A plan.json instead of sparsity and allocator.")] = None,
     table_file: Annotated[Path | None, typer.Option("--table", help="A table.json, so that nothing is measured again.")] = None,
+    gradients: Annotated[
+        Path | None, typer.Option(help="A file of billhook gradients, for criteria that read them; else they are computed first.")
+    ] = None,
     group: Annotated[
         Literal["row", "layer"] | None, typer.Option(help="Weights compete within a row or the layer; by default as in the paper.")
     ] = None,
@@ -74,14 +81,20 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Prune a model and write it as an ordinary Hugging Face directory."""
+    from billhook.allocators import presets
     from billhook.errors import BillhookError
     from billhook.job import Request, prepare, run
 
     if output is None and not dry_run:
         raise BillhookError("Say where the pruned model goes: --output DIRECTORY (or --dry-run to see what would happen).")
+    options = dict[str, Any](parse_settings(settings))
+    if preset is not None:
+        if plan is not None:
+            raise BillhookError("A plan already says how much each layer loses: leave out --preset or --plan.")
+        allocator, sparsity, options = presets.apply(preset, allocator, sparsity, options)
     request = Request(
-        model=model, sparsity=sparsity, output=output, criterion=criterion, allocator=allocator, pattern=pattern,
-        options=parse_settings(settings), plan=plan, table=table_file, calibration=calibration, samples=samples, length=length,
+        model=model, sparsity=sparsity, output=output, criterion=criterion, allocator=allocator or "uniform", pattern=pattern,
+        options=options, plan=plan, table=table_file, gradients=gradients, calibration=calibration, samples=samples, length=length,
         sampling=sampling, batch_size=batch_size, seed=seed, targets=targets or (), ignore=ignore or (), group=group,
         rounding=rounding, device=device, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code,
     )  # fmt: skip
@@ -90,7 +103,7 @@ def command(
     if dry_run:
         _show(job, as_json)
         return
-    with progress("pruning", total=len(job.opened.layers)) as advance:
+    with progress("pruning", total=job.steps) as advance:
         report = run(job, advance)
     for warning in report.warnings:
         say(f"note: {warning}")
