@@ -3,10 +3,10 @@
     python benchmarks/search.py                     a random llama of 8 blocks x 1024 (MLP 2816) and the bundled model, Wanda, 60 %
     python benchmarks/search.py --model demo --windows 64
 
-`search` is everything: statistics, nine cheap trials, and the two full runs (uniform and the best) with their scores. `ratio` is its
-time over that of one prune with `--windows` windows of 512 tokens. A search draws half as many windows as a prune by default (64 and
-128), and so it does here; the last ratio is for a search that draws as many. Each measurement is a process of its own, the best of
-the repeats counts. The published way costs nine runs with an evaluation each.
+The search is everything: statistics, nine cheap trials, and the two full runs (uniform and the best) with their scores. `ratio` is its
+time over that of one prune with `--windows` windows of `--length` tokens. A search draws half as many windows as a prune by default
+(64 and 128), and so it does here; `--same` adds one that draws as many. `cpu` is processor time, which other busy processes disturb
+less. Each measurement is a process of its own, the best of the repeats counts. The published way costs nine runs with an evaluation each.
 """
 
 import argparse
@@ -20,27 +20,27 @@ from prune import SPARSITY, build
 
 from billhook import allocate, measure, prune_, search
 
-LENGTH = 512
 
-
-def once(name: str, what: str, windows: int, threads: int) -> None:
+def once(name: str, what: str, windows: int, length: int, threads: int) -> None:
     """Run in a process of its own and print seconds, and the trials made, as json."""
     torch.set_num_threads(threads)
     model, _ = build(name)
-    tokens = torch.randint(model.config.vocab_size, (windows, LENGTH), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(model.config.vocab_size, (windows, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         model(tokens[:1])  # start the thread pools
     lines: list[tuple[float, str]] = []
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     if what == "prune":
         prune_(model, allocate(measure(model, []), SPARSITY), criterion="wanda", batches=list(tokens.split(8)))
     else:
         search(
             model, SPARSITY, allocator="atp", calibration=tokens, progress=lambda line: lines.append((time.perf_counter() - start, line))
         )
-    seconds = time.perf_counter() - start
+    seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
     cheap = max((at for at, line in lines if line.startswith("trial")), default=0.0)
-    print(json.dumps({"seconds": seconds, "cheap_s": cheap, "trials": sum(line.startswith("trial") for _, line in lines) - 1}))
+    print(
+        json.dumps({"seconds": seconds, "cpu_s": cpu_s, "cheap_s": cheap, "trials": sum(line.startswith("trial") for _, line in lines) - 1})
+    )
 
 
 def spawn(*arguments: object) -> dict[str, float]:
@@ -53,34 +53,38 @@ def spawn(*arguments: object) -> dict[str, float]:
 def main() -> None:
     """Print a line for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--once", nargs=4, metavar=("MODEL", "WHAT", "WINDOWS", "THREADS"), help=argparse.SUPPRESS)
+    parser.add_argument("--once", nargs=5, metavar=("MODEL", "WHAT", "WINDOWS", "LENGTH", "THREADS"), help=argparse.SUPPRESS)
     parser.add_argument("--model", choices=["random", "demo"], action="append")
     parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--same", action="store_true")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.once:
-        name, what, windows, threads = options.once
-        once(name, what, int(windows), int(threads))
+        name, what, *numbers = options.once
+        once(name, what, *map(int, numbers))
         return
-    jobs = {"prune": ("prune", options.windows), "search": ("search", options.windows // 2), "same windows": ("search", options.windows)}
+    jobs = {"prune": ("prune", options.windows), "search": ("search", options.windows // 2)}
+    jobs |= {"same windows": ("search", options.windows)} if options.same else {}
     for name in options.model or ["random", "demo"]:
         runs: dict[str, list[dict[str, float]]] = {job: [] for job in jobs}
         for _ in range(options.repeats):
             for job, arguments in jobs.items():
-                runs[job].append(spawn(name, *arguments, options.threads))
+                runs[job].append(spawn(name, *arguments, options.length, options.threads))
         best = {job: min(found, key=lambda r: r["seconds"]) for job, found in runs.items()}
-        ratios = {job: best[job]["seconds"] / best["prune"]["seconds"] for job in jobs if job != "prune"}
+        ratios = {job: {unit: best[job][unit] / best["prune"][unit] for unit in ("seconds", "cpu_s")} for job in jobs if job != "prune"}
         if options.json:
             print(json.dumps({"model": name, "windows": options.windows, **best, "ratio": ratios}), flush=True)
             continue
-        print(
-            f"{name:<7} prune {best['prune']['seconds']:7.2f} s, ATP search {best['search']['seconds']:7.2f} s "
-            f"({best['search']['trials']} trials, {best['search']['cheap_s']:.2f} s up to the last of them): ratio {ratios['search']:.2f} "
-            f"(target 2); with as many windows {ratios['same windows']:.2f}",
-            flush=True,
-        )
+        for job, ratio in ratios.items():
+            run = best[job]
+            print(
+                f"{name:<7} {job:<12} prune {best['prune']['seconds']:7.2f} s, ATP search {run['seconds']:7.2f} s ({run['trials']} trials, "
+                f"{run['cheap_s']:.2f} s up to the last): ratio {ratio['seconds']:.2f} (target 2), cpu {ratio['cpu_s']:.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 The published defaults suit the models of the papers (AlphaPruning's epsilon, ATP's beta, OWL's lam and M); on others they can be worse
 than uniform. The default schedule tries five points of each range, then halves the distance around the best. `grid` gives the
-published values instead: ATP's beta in steps of 0.002 (arXiv:2502.14770), AlphaPruning's epsilon (arXiv:2410.10912) and OWL's lam and M
-(arXiv:2310.05175, as searched by later work).
+published values instead: ATP's beta in steps of 0.002 (arXiv:2502.14770), AlphaPruning's epsilon (arXiv:2410.10912) OWL's lam and M
+(arXiv:2310.05175, as searched by later work) and DLP's alpha (arXiv:2505.23807).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from billhook.allocators.atp import largest_beta
 from billhook.errors import BillhookError
 
 TICKS = 40  # a range is divided into this many parts
-COARSE = (8, 16, 24, 32, 40)
+COARSE = (16, 8, 24, 32, 40)  # in this order, so that a small budget still sees the likeliest part
 DISTANCES = (4, 2, 1)  # from the best point, in ticks, one after the other
 POINTS = 9  # trials a knob gets unless told otherwise: five coarse ones and two at each of two distances
 ATP_STEP = 0.002
@@ -43,6 +43,7 @@ KNOBS: dict[str, Knob] = {
     "alphapruning": Knob("epsilon", lambda blocks, target: 0.5, lambda blocks, target: [0.1, 0.2, 0.3, 0.4, 0.5]),
     "atp": Knob("beta", largest_beta, _atp_grid),
     "owl": Knob("lam", lambda blocks, target: 0.2, lambda blocks, target: [0.02, 0.05, 0.08, 0.1, 0.2], {"m": (3.0, 5.0, 7.0, 10.0)}),
+    "dlp": Knob("alpha", lambda blocks, target: 0.3, lambda blocks, target: [0.04, 0.1, 0.15]),
 }
 
 
@@ -84,14 +85,14 @@ class Space:
 
     def candidates(self) -> Iterator[Candidate]:
         """Every candidate that is tried in any case, in order: the grid, or the coarse points; a single one without a knob."""
+        searched = [name for name in self.allocators if name in KNOBS and KNOBS[name].high(self.blocks, self.target) > 0]
         for name in self.allocators:
-            knob = KNOBS.get(name)
-            if knob is None or knob.high(self.blocks, self.target) <= 0:
+            if name not in searched:
                 yield Candidate(name, ALLOCATORS.configure(name, self._given(name)))
             elif self.grid:
-                yield from self._published(name, knob)
-            else:
-                yield from (self.at(name, tick) for tick in COARSE)
+                yield from self._published(name, KNOBS[name])
+        for tick in () if self.grid else COARSE:
+            yield from (self.at(name, tick) for name in searched)
 
     def _published(self, name: str, knob: Knob) -> Iterator[Candidate]:
         others: list[dict[str, Any]] = [{}]

@@ -59,6 +59,7 @@ def search(
     minutes: float | None = None,
     objective: str = "kl",
     grid: bool = False,
+    finalists: int = 1,
     output: str | Path | None = None,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda line: None,
@@ -67,13 +68,14 @@ def search(
     """Find the allocator and the knob that lose least on held-out calibration windows; the model's weights are as before afterwards.
 
     `allocator` is one name, several, or "all" that have a knob; `trials` and `minutes` bound the cheap trials; `objective` is "kl"
-    (divergence from the dense model) or "ppl"; `grid` tries the published values; `output` is a directory for search.json, plan.json
+    (divergence from the dense model) or "ppl"; `grid` tries the published values; `finalists` is how many of each
+    allocator's best trials are pruned properly beside uniform; `output` is a directory for search.json, plan.json
     and, with matplotlib, search.svg; a search that was interrupted goes on from there. `progress` is given a line for each trial.
     Further keyword arguments are fields of `Request` (calibration, samples, length, criterion, pattern, seed, ...); `options` are the
     criterion's and the allocators'. Raises BillhookError for what cannot be done as asked, before anything is written.
     """
-    if (trials is not None and trials < 1) or (minutes is not None and not minutes > 0):
-        raise BillhookError("A search needs a budget: at least one trial, and more than zero minutes.")
+    if (trials is not None and trials < 1) or (minutes is not None and not minutes > 0) or finalists < 1:
+        raise BillhookError("A search needs a budget: at least one trial and one finalist, and more than zero minutes.")
     if objective not in OBJECTIVES:
         raise BillhookError(f"Unknown objective {objective!r}.{hint(objective, OBJECTIVES)} There are: {', '.join(OBJECTIVES)}.")
     request = Request(model, sparsity, **({"samples": SAMPLES} | fields))
@@ -82,7 +84,7 @@ def search(
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     try:
         _try(task, journal, trials, deadline, progress)
-        best, plan = _confirm(task, journal, progress)
+        best, plan = _confirm(task, journal, finalists, progress)
     finally:
         task.bench.restore_()
     journal.finish(best, plan)
@@ -224,10 +226,19 @@ def _one(task: Task, journal: Journal, candidate: Candidate, progress: Callable[
     progress(_line("trial", run, journal.trials[0], task.objective))
 
 
-def _confirm(task: Task, journal: Journal, progress: Callable[[str], None]) -> tuple[Run, SparsityPlan]:
-    """Prune uniformly and with the best trial, block by block, and return the better one on all held-out windows."""
-    finalists = [UNIFORM] + [c for c in (_best(journal, task.objective).candidate,) if c != UNIFORM]
-    runs = [_full(task, journal, candidate, progress) for candidate in finalists]
+def _finalists(journal: Journal, objective: str, each: int) -> list[Candidate]:
+    """Uniform, and of every allocator its `each` best trials that ran to the end and are not clearly behind."""
+    best = _best(journal, objective)
+    chosen = [UNIFORM]
+    for name in dict.fromkeys(t.candidate.allocator for t in journal.trials[1:]):
+        rivals = [t for t in journal.trials if t.candidate.allocator == name and not t.stopped and not _behind(t, best, objective)]
+        chosen += [t.candidate for t in sorted(rivals, key=lambda t: t.loss(objective))[:each]]
+    return chosen
+
+
+def _confirm(task: Task, journal: Journal, finalists: int, progress: Callable[[str], None]) -> tuple[Run, SparsityPlan]:
+    """Prune uniformly and with the best trials, block by block, and return the best on all held-out windows."""
+    runs = [_full(task, journal, candidate, progress) for candidate in _finalists(journal, task.objective, finalists)]
     best = min(runs, key=lambda r: r.loss(task.objective))
     return best, task.plan(best.candidate)
 

@@ -42,6 +42,8 @@ def find(model: Any, tokens: torch.Tensor, **changes: Any) -> Any:
 
 # -- the schedule
 
+MEASURED = ("alpha_peak", "outlier_ratio:5", "wanda_mean")
+
 
 def follow(space: Space, loss: Any, limit: int) -> list[Outcome]:
     """Let the schedule run on a made-up loss of (allocator, knob's value)."""
@@ -52,7 +54,7 @@ def follow(space: Space, loss: Any, limit: int) -> list[Outcome]:
 
 
 def test_every_knob_is_an_option_with_a_legal_range():
-    table = Table(tuple(Row(f"b.{i}.w", i, "w", (8, 8), {"alpha_peak": 2.0 + i, "outlier_ratio:5": 1.0 + i}) for i in range(5)))
+    table = Table(tuple(Row(f"b.{i}.w", i, "w", (8, 8), dict.fromkeys(MEASURED, 1.0 + i)) for i in range(5)))
     for name, knob in KNOBS.items():
         assert knob.name in ALLOCATORS.options(name)
         for target in (0.1, 0.5, 0.9):
@@ -72,10 +74,8 @@ def test_adaptive_schedule_closes_in_on_the_optimum():
 
 
 def test_schedule_ends_and_never_repeats():
-    space = (
-        Space(("atp", "owl", "er", "uniform"), {}, 6, 0.5) if "er" in ALLOCATORS.names() else Space(("atp", "owl", "uniform"), {}, 6, 0.5)
-    )
-    past = follow(space, lambda c: sum(c.options.values()) if c.options else 0.0, 1000)
+    space = Space(("atp", "owl", "er"), {}, 6, 0.5)
+    past = follow(space, lambda c: sum(c.options.values()) if c.tick else 0.0, 1000)
     keys = [(o.candidate.allocator, str(o.candidate.options)) for o in past]
     assert len(set(keys)) == len(keys) < 60
 
@@ -168,6 +168,18 @@ def test_patterns_experts_and_stand_ins(tokens: torch.Tensor):
 
 
 # -- the search
+
+
+def test_several_allocators_and_finalists(tokens: torch.Tensor):
+    names = tuple(name for name in KNOBS if name != "atp")  # whose grid is long where blocks are few
+    result = find(llama(), tokens, allocator=names, grid=True, options={"m": 5}, finalists=2)
+    assert {run.candidate.allocator for run in result.trials} == {"uniform", *names}
+    assert len(result.trials) == 1 + len(list(Space(names, {"m": 5}, 4, 0.5, True).candidates()))
+    assert not any(run.stopped for run in result.trials)
+    assert 2 <= len(result.full) <= 1 + 2 * len(names)
+    assert len(find(llama(), tokens, trials=len(KNOBS), allocator="all").trials) == 1 + len(KNOBS)
+    assert find(llama(), tokens, allocator="er").trials[1].candidate.allocator == "er"
+    assert len(find(llama(), tokens, allocator="uniform").full) == 1
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -269,6 +281,7 @@ def test_another_search_is_refused_with_the_reason(tokens: torch.Tensor, tmp_pat
     [
         ({"trials": 0}, "budget"),
         ({"minutes": 0}, "budget"),
+        ({"finalists": 0}, "budget"),
         ({"minutes": float("nan")}, "budget"),
         ({"allocator": "alphaprunning"}, "Did you mean 'alphapruning'"),
         ({"objective": "loss"}, "kl, ppl"),

@@ -50,6 +50,7 @@ def command(
     minutes: Annotated[float | None, typer.Option(help="Start no further cheap trial after this time.")] = None,
     objective: Annotated[Literal["kl", "ppl"], typer.Option(help="Loss: divergence from the dense model, or perplexity.")] = "kl",
     grid: Annotated[bool, typer.Option("--grid", help="Try the published values (ATP: beta in steps of 0.002), giving up none.")] = False,
+    finalists: Annotated[int, typer.Option(help="Best trials of each allocator that are pruned properly, beside uniform.")] = 1,
     calibration: Calibration = None,
     samples: Annotated[int, typer.Option(help="Windows to draw: one half calibrates, the other is held out.", min=1)] = 64,
     length: Length = None,
@@ -69,8 +70,8 @@ def command(
 
     try:
         found = search(
-            model, sparsity, allocator=allocator, trials=trials, minutes=minutes, objective=objective, grid=grid, output=output,
-            overwrite=overwrite, progress=say, pattern=pattern, criterion=criterion, options=parse_settings(settings),
+            model, sparsity, allocator=allocator, trials=trials, minutes=minutes, objective=objective, grid=grid, finalists=finalists,
+            output=output, overwrite=overwrite, progress=say, pattern=pattern, criterion=criterion, options=parse_settings(settings),
             calibration=calibration, samples=samples, length=length, batch_size=batch_size, seed=seed, targets=targets or (),
             ignore=ignore or (), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
         )  # fmt: skip
