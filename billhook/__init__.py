@@ -19,6 +19,7 @@ _PUBLIC = {
     "SparsityPlan": "billhook.plan",
     "Table": "billhook.table",
     "allocate": "billhook.allocators",
+    "analyze": "billhook.analysis",
     "evaluate": "billhook.perplexity",
     "find_layers": "billhook.arch",
     "load_calibration": "billhook.data",

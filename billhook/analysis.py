@@ -1,0 +1,125 @@
+"""ATP's error explosion: how the error of each block's output grows with depth, for several plans.
+
+Huang et al. 2025, arXiv:2502.14770, section 3: errors made in early blocks are carried on and amplified by later ones. Here the model is
+pruned by each plan, block by block, and the hidden states after every block are compared with those of the dense model on windows
+that were not used for calibration: ||Y - Y_dense||^2 / ||Y_dense||^2. It says nothing about what an error does to the prediction.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.arch import find_blocks
+from billhook.criteria import CRITERIA
+from billhook.errors import BillhookError
+from billhook.files import write_atomic
+from billhook.heldout import split_windows
+from billhook.plan import SparsityPlan, load_plan
+from billhook.pruning import prune_
+from billhook.request import Request, model_facts, open_request
+
+VERSION = 1
+WINDOWS = 8  # held-out windows compared: their hidden states after every block are in memory at once
+
+
+def analyze(
+    model: str | Path | PreTrainedModel,
+    plans: Mapping[str, str | Path | SparsityPlan],
+    *,
+    progress: Callable[[str], None] = lambda plan: None,
+    **fields: Any,
+) -> dict[str, Any]:
+    """Return, for each of `plans` (name -> plan or file), the relative error after every block and the sparsity of every block.
+
+    Keyword arguments are fields of `Request` (calibration, criterion, options, samples, length, ...). The model's weights are as
+    before afterwards. Raises BillhookError where there is no plan, or one does not fit the model.
+    """
+    if not plans:
+        raise BillhookError("Say which plans to compare: --plan plan.json, several times if you like.")
+    loaded = {name: plan if isinstance(plan, SparsityPlan) else load_plan(plan) for name, plan in plans.items()}
+    request = Request(model, **({"samples": 2 * WINDOWS} | fields))
+    options = CRITERIA.configure(request.criterion, request.options)
+    opened = open_request(request, True, "An analysis")
+    shapes = {layer.name: layer.shape for layer in opened.layers}
+    for plan in loaded.values():
+        plan.check(shapes)
+    split = split_windows(opened, request.seed)
+    ids = split.heldout[:WINDOWS]
+    dense = _block_outputs(opened.model, ids)
+    weights = [layer.weight.clone() for layer in opened.layers]
+    found = {}
+    try:
+        for name, plan in loaded.items():
+            for layer, weight in zip(opened.layers, weights, strict=True):
+                layer.weight.copy_(weight)
+            prune_(opened.model, plan, criterion=request.criterion, batches=split.batches, layers=opened.layers, **options)
+            errors = [_relative(y, x) for y, x in zip(_block_outputs(opened.model, ids), dense, strict=True)]
+            found[name] = {"target": plan.target, "relative_error": errors, "sparsity": _by_block(plan, opened.layers)}
+            progress(name)
+    finally:
+        for layer, weight in zip(opened.layers, weights, strict=True):
+            layer.weight.copy_(weight)
+    facts = {"model": model_facts(opened.source, opened.model), "criterion": request.criterion, "criterion_options": options}
+    return {"version": VERSION, **facts, "windows": len(ids), "calibration": split.facts, "plans": found}
+
+
+def draw(analysis: Mapping[str, Any], path: Path) -> bool:
+    """Write the picture, error by block for every plan, as SVG; False where matplotlib is not installed."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, plan in analysis["plans"].items():
+        axes.plot(range(len(plan["relative_error"])), plan["relative_error"], "o-", markersize=3, label=f"{name} ({plan['target']:g})")
+    axes.set_yscale("log")
+    axes.set_xlabel("block")
+    axes.set_ylabel("squared error of the block's output over its square")
+    axes.set_title(f"How errors grow with depth after pruning with {analysis['criterion']}: lower is better")
+    axes.legend(title="plan (sparsity)")
+    with rc_context({"svg.hashsalt": "billhook"}):  # the same analysis gives the same bytes
+        write_atomic(path, lambda temporary: FigureCanvasSVG(figure).print_svg(str(temporary), metadata={"Date": None}))
+    return True
+
+
+@torch.no_grad()
+def _block_outputs(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """The hidden states after every block, float32 [windows, length, width]."""
+    _, blocks = find_blocks(model)
+    outputs: list[list[Tensor]] = [[] for _ in blocks]
+
+    def note(index: int) -> Callable[..., None]:
+        def hook(module: Any, arguments: Any, result: Any) -> None:
+            outputs[index].append((result[0] if isinstance(result, tuple) else result).float())
+
+        return hook
+
+    handles = [block.register_forward_hook(note(index)) for index, block in enumerate(blocks)]
+    try:
+        for window in ids:
+            model.base_model(input_ids=window[None].to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [torch.cat(parts) for parts in outputs]
+
+
+def _relative(y: Tensor, dense: Tensor) -> float:
+    return float((y - dense).square().sum(dtype=torch.float64) / dense.square().sum(dtype=torch.float64))
+
+
+def _by_block(plan: SparsityPlan, layers: Any) -> list[float]:
+    """The parameter-weighted mean sparsity of every block that has layers to prune, in depth order."""
+    sums: dict[int, list[float]] = {}
+    for layer in layers:
+        n = layer.shape[0] * layer.shape[1]
+        removed, total = sums.setdefault(layer.block, [0.0, 0.0])
+        sums[layer.block] = [removed + n * plan.sparsity[layer.name], total + n]
+    return [removed / total for removed, total in sums.values()]
