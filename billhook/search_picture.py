@@ -1,16 +1,16 @@
-"""The picture of a search: held-out loss against the knob's place in its range, uniform as a line. Needs matplotlib."""
+"""The picture of a search: held-out loss against the knob, uniform as a line. Needs matplotlib."""
 
 from pathlib import Path
 
 from billhook.files import write_atomic
 from billhook.journal import Journal, loss_difference
-from billhook.knobs import TICKS
+from billhook.knobs import KNOBS
 
 LABELS = {"kl": "KL divergence from the dense model (nats per token)", "nll": "negative log-likelihood (nats per token)"}
 
 
 def draw(journal: Journal, objective: str, path: Path) -> bool:
-    """Write the picture as SVG; False, and nothing written, where matplotlib is not installed or no trial has a knob."""
+    """Write the picture as SVG; False, and nothing written, where matplotlib is not installed or no allocator has a knob."""
     try:
         from matplotlib import rc_context
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -22,20 +22,29 @@ def draw(journal: Journal, objective: str, path: Path) -> bool:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.axhline(level, color="black", linewidth=1, linestyle="--", label=f"uniform ({level:.4f})")
-    for name in dict.fromkeys(t.candidate.allocator for t in journal.trials if t.candidate.tick is not None):
-        runs = sorted((t for t in journal.trials if t.candidate.allocator == name), key=lambda t: t.candidate.tick or 0)
-        points = [((t.candidate.tick or 0) / TICKS, level + loss_difference(t, uniform, objective)[0], t.stopped) for t in runs]
-        (line,) = axes.plot([p[0] for p in points], [p[1] for p in points], linewidth=1, label=name)
+    lines: dict[str, list[tuple[float, float, bool]]] = {}
+    for run in journal.trials:
+        if (knob := KNOBS.get(run.candidate.allocator)) is not None:
+            options = dict(run.candidate.options)
+            place = float(options.pop(knob.name) or 0)
+            name = " ".join([f"{run.candidate.allocator} {knob.name}", *(f"{key}={value}" for key, value in options.items())])
+            lines.setdefault(name, []).append((place, level + loss_difference(run, uniform, objective)[0], run.stopped))
+    if not lines:
+        return False
+    for name, points in lines.items():
+        points.sort()
+        largest = points[-1][0] or 1.0
+        (line,) = axes.plot([p[0] / largest for p in points], [p[1] for p in points], linewidth=1, label=f"{name} (to {largest:.3g})")
         for stopped, face in ((False, line.get_color()), (True, "white")):
             chosen = [p for p in points if p[2] is stopped]
-            axes.plot([p[0] for p in chosen], [p[1] for p in chosen], "o", color=line.get_color(), markerfacecolor=face)
-    if not axes.lines[1:]:
-        return False
-    axes.set_yscale("log")
-    axes.set_xlabel("knob, as a fraction of its range (0 is uniform); hollow: given up early")
+            axes.plot([p[0] / largest for p in chosen], [p[1] for p in chosen], "o", color=line.get_color(), markerfacecolor=face)
+    heights = [level, *(p[1] for points in lines.values() for p in points)]
+    if min(heights) > 0 and max(heights) > 10 * min(heights):
+        axes.set_yscale("log")
+    axes.set_xlabel("knob, as a fraction of the largest value tried (0 is uniform); hollow: given up early")
     axes.set_ylabel(LABELS[objective])
     axes.set_title(f"Cheap trials at sparsity {journal.identity['sparsity']:g} with {journal.identity['criterion']}: lower is better")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     with rc_context({"svg.hashsalt": "billhook"}):  # the same search gives the same bytes
         write_atomic(path, lambda temporary: FigureCanvasSVG(figure).print_svg(str(temporary), metadata={"Date": None}))
     return True
