@@ -101,7 +101,7 @@ def metric_against_sparsity(table: Table, metric: str, plans: Mapping[str, Spars
     figure.supxlabel(_with_unit(metric), fontsize=10)
     figure.supylabel("weights removed from the layer (%)", fontsize=10)
     explained = f"One point is one layer; dashed: the mean over all weights. {_reading(metric)}"
-    figure.suptitle(f"How much each layer loses, against its {metric}{_model(table)}\n{explained}", fontsize=10.5)
+    figure.suptitle(f"How much each layer{_model(table)} loses, against its {metric}\n{explained}", fontsize=10.5)
     return figure
 
 
@@ -128,7 +128,7 @@ def sparsity_by_depth(table: Table, plans: Mapping[str, SparsityPlan]) -> "Figur
     _depth(axes, table)
     _title(
         axes,
-        f"How much each block loses{_model(table)}",
+        f"How much each block{_model(table)} loses",
         "Shaded: from the least to the most pruned layer of a block, where they differ.",
     )
     _legend(figure)

@@ -67,6 +67,6 @@ def command(
     with progress("measuring") as advance:
         table = measure_model(request, names, advance)
     table.save(output)
-    say(f"{output}: {len(table.rows)} layers, columns {', '.join(table.columns())}.")
+    say(f"{output}: {len(table.rows)} layers, columns {', '.join([*table.columns(), *table.rows[0].curves])}.")
     if as_json:
         emit({"output": str(output), "layers": len(table.rows), "columns": table.columns()})
