@@ -8,7 +8,9 @@ import time
 import torch
 
 from billhook.criteria import CRITERIA
+from billhook.gradients import SPILL_GIB
 from billhook.job import Job
+from billhook.stats import GRADIENTS, STATISTICS
 
 _FLOPS_OF_CUBE = 2.0  # Cholesky, triangular inverse and the column updates of SparseGPT, in units of in^2 (in + out)
 _SELECTION_RATE = 2e7  # weights selected a second and core; a partial sort, whatever the criterion
@@ -21,13 +23,17 @@ def estimate(job: Job) -> dict[str, float]:
     weights = sum(out * columns for out, columns in (layer.shape for layer in opened.layers))
     tokens = sum(batch.numel() for batch in opened.batches)
     needs = CRITERIA.needs(job.request.criterion, job.criterion_options)
-    flops = 2 * 2.0 * weights * tokens if needs else 0.0
+    flops = 2 * 2.0 * weights * tokens if any(name in STATISTICS for name in needs) else 0.0
     largest = max(out * columns for out, columns in (layer.shape for layer in opened.layers))
     memory = float(parameters) + 5 * 4 * largest + 2 * tokens * _width(job) * opened.model.dtype.itemsize
+    blocks = 1 + max(layer.block for layer in opened.layers)
+    if job.gradients is None and any(name in GRADIENTS for name in needs):
+        flops += 4 * 2.0 * weights * tokens  # two forward passes, and a backward pass that costs as much as both
+        stored = min(blocks * tokens * _width(job) * opened.model.dtype.itemsize, SPILL_GIB * 2**30)
+        memory += stored + (4 + opened.model.dtype.itemsize) * weights / blocks
     if "gram" in needs:
         inputs = [layer.shape[1] for layer in opened.layers]
         flops += sum(2.0 * tokens * n**2 + _FLOPS_OF_CUBE * n**2 * sum(layer.shape) for n, layer in zip(inputs, opened.layers, strict=True))
-        blocks = 1 + max(layer.block for layer in opened.layers)
         memory += 4 * sum(n**2 for n in inputs) / blocks + 3 * 4 * max(inputs) ** 2
     seconds = flops / _rate(opened.model.dtype) + weights / _SELECTION_RATE / torch.get_num_threads()
     return {"seconds": round(seconds, 1), "memory_gib": round(memory / 2**30, 3), "disk_gib": round(parameters / 2**30, 3)}

@@ -37,6 +37,7 @@ from billhook.stats import GRADIENTS, AbsoluteSum
 from billhook.walk import Call, capture, check_outputs, plain_experts, run_block, stubbed
 
 Progress = Callable[[str], None]
+SPILL_GIB = 8.0
 
 _LOWER = (0, 6, 12, 18)  # powers of two to step down by while float16 gradients overflow
 _HEADROOM = 8  # the first backward pass of a float16 model starts from this power of two, times the tokens of the sequence
@@ -50,7 +51,7 @@ def compute_gradients(
     *,
     layers: Sequence[Layer] | None = None,
     facts: Mapping[str, Any] | None = None,
-    spill_gib: float = 8.0,
+    spill_gib: float = SPILL_GIB,
     progress: Progress = lambda layer: None,
 ) -> Gradients:
     """Accumulate a statistic of the gradients of `layers` (all prunable ones by default) and write it to `path`.

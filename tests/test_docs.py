@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 import billhook
+import billhook.gradient_file
 from billhook import SparsityPlan, Table, load_plan
 from billhook.allocators import ALLOCATORS, allocate
 from billhook.cli import app
@@ -193,6 +194,10 @@ def test_files_and_outputs_have_exactly_the_documented_fields(playground: Path) 
     model = "billhook/demo_model"
     check_fields("measure --json", run("measure", model, "--metrics", "alpha_mid,outlier_ratio:5", *TEXT, "-o", "table.json"))
     check_fields("table.json", json.loads(Path("table.json").read_text(encoding="utf-8")))
+    check_fields("gradients --json", run("gradients", model, *TEXT, "-o", "g.safetensors"))
+    check_fields("gradients.safetensors", billhook.gradient_file.open_gradients(Path("g.safetensors")).about)
+    run("prune", model, "--sparsity", "0.5", "--criterion", "gblm", "--gradients", "g.safetensors", *TEXT, "-o", "by-gblm")
+    check_fields("billhook.json", json.loads(Path("by-gblm/billhook.json").read_text(encoding="utf-8")))
     check_fields("plan.json", run("plan", "table.json", "--allocator", "owl", "--sparsity", "0.5", "-o", "plan.json"))
     check_fields("plan.json", json.loads(Path("plan.json").read_text(encoding="utf-8")))
     check_fields("prune --json", run("prune", model, "--plan", "plan.json", *TEXT, "-o", "pruned"))
