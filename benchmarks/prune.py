@@ -22,6 +22,7 @@ from published import published_alpha_peak, published_run
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from billhook import allocate, find_layers, load_model, measure, prune_
+from billhook.request import batch_size
 
 TARGETS = {"wanda": 2.0, "alpha_peak": 3.0, "sparsegpt": 1.5}
 SPARSITY = 0.6
@@ -52,7 +53,8 @@ def work(model: PreTrainedModel, tokens: torch.Tensor, what: str, who: str) -> N
     elif who == "published":
         published_run(model, list(tokens.split(1)), what, SPARSITY)
     else:
-        prune_(model, allocate(measure(model, []), SPARSITY), criterion=what, batches=list(tokens.split(8)))
+        size = batch_size(find_layers(model), tokens.shape[1])
+        prune_(model, allocate(measure(model, []), SPARSITY), criterion=what, batches=list(tokens.split(size)))
 
 
 def once(model_name: str, what: str, who: str, threads: int) -> None:

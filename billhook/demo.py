@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from billhook.allocators import allocate
 from billhook.checkpoint import load_tokenizer, quiet
@@ -112,12 +112,15 @@ def _save_best(demo: Demo, plans: dict[str, SparsityPlan], opened: Opened, reque
 
 @torch.no_grad()
 def _check(opened: Opened, output: Path) -> None:
-    """Recount zeros from disk, and compare the logits of stock transformers with those of the model in memory, in the type on disk."""
+    """Recount zeros from disk, and compare the logits of stock transformers with those of the model in memory, rounded as on disk."""
     result = verify(output)
     if not result.ok:
         raise JobError(f"The saved model does not verify: {result.problems[0]}")
     ids = torch.arange(3, 35)[None]
     with quiet():
-        stock = AutoModelForCausalLM.from_pretrained(output)
-    if not torch.equal(stock(ids).logits, opened.model.to(stock.dtype)(ids).logits):
+        stock = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    on_disk = AutoConfig.from_pretrained(output).dtype
+    for parameter in opened.model.parameters():
+        parameter.copy_(parameter.to(on_disk))
+    if not torch.equal(stock(ids).logits, opened.model(ids).logits):
         raise JobError(f"{output} gives other logits in stock transformers than in memory.")
