@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.arch import Layer, find_layers
+from billhook.data import as_batches
 from billhook.errors import BillhookError
 from billhook.metrics import CURVES, canonical, companions, fact, function_of, options_of
+from billhook.perplexity import vocabulary_size
 from billhook.spectra import measure_spectra
 from billhook.table import Row, Table
 from billhook.walk import Block, walk
@@ -22,23 +24,24 @@ Values = dict[str, dict[str, Any]]
 
 def measure(
     model: PreTrainedModel,
-    metrics: Sequence[str] = ("alpha_peak",),
+    metrics: str | Sequence[str] = ("alpha_peak",),
     *,
-    batches: Sequence[Tensor] = (),
+    batches: Tensor | Sequence[Tensor] = (),
     layers: Sequence[Layer] | None = None,
     facts: dict[str, Any] | None = None,
     progress: Progress = lambda layer: None,
 ) -> Table:
     """Measure `metrics` (and curves) of every layer of a model in memory; beside an exponent, the KS distance of its fit.
 
-    `batches` are token ids [batch, length] int64, needed by the metrics that look at activations or the loss; `layers` restricts the
-    table; `facts` describes the model (name, digest) and goes into the table. `progress` is called with the name of each finished
-    layer. Raises BillhookError for an unknown metric, or one that needs batches when there are none.
+    `batches` are token ids [batch, length] int64 (one tensor: one batch), needed by the metrics that look at activations or the loss;
+    `layers` restricts the table; `facts` describes the model (name, digest) and goes into the table. `progress` is called with the
+    name of each finished layer. Raises BillhookError for an unknown metric, or one that needs batches when there are none.
     """
     layers = find_layers(model) if layers is None else layers
-    asked = [canonical(name) for name in metrics]
+    asked = [canonical(name) for name in ([metrics] if isinstance(metrics, str) else metrics)]
     columns = list(dict.fromkeys(column for name in asked for column in (name, *companions(name))))
     with_text = [name for name in columns if fact(name).needs_text]
+    batches = as_batches(batches, vocabulary_size(model)) if with_text else []
     if with_text and not batches:
         looks = "activations" if fact(with_text[0]).reads == "activations" else "the loss"
         raise BillhookError(f"The metric {with_text[0]} looks at {looks}: give text with --calibration SOURCE.")

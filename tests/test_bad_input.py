@@ -1,0 +1,482 @@
+"""Mistakes and failures through the command line: what, where and what to do in one or two lines, the right exit code, nothing left."""
+
+import errno
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from command import billhook, done, listing
+from safetensors.torch import load_file, save_file
+
+import billhook.pruning as pruning
+import billhook.save as save
+
+TEXT = ("--calibration", "text.txt", "--samples", "4", "--length", "32")
+PRUNE = ("prune", "model", "--output", "pruned", "--sparsity", "0.5", *TEXT)
+MAGNITUDE = ("prune", "model", "--output", "pruned", "--criterion", "magnitude")
+Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def master(tmp_path_factory) -> Path:
+    """A folder with a model, a text, a table and a plan, all in order."""
+    folder = tmp_path_factory.mktemp("master")
+    tiny.save(folder / "model", tiny.llama(num_hidden_layers=2))
+    tiny.text_file(folder / "text.txt", 40)
+    done("measure", folder / "model", "-o", folder / "table.json")
+    done("plan", folder / "table.json", "--allocator", "uniform", "--sparsity", "0.5", "-o", folder / "plan.json")
+    return folder
+
+
+@pytest.fixture
+def place(master, tmp_path, monkeypatch) -> Path:
+    """A copy of it, in which the test runs."""
+    shutil.copytree(master, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+def refused(place: Path, *arguments: str, match: str, code: int = 2) -> None:
+    """Run a command that must fail: said in one or two lines on stderr and one object on stdout, with nothing written or left."""
+    before = listing(place)
+    ran = billhook(*arguments, "--json")
+    assert ran.code == code, ran.err
+    assert 1 <= len(ran.err.splitlines()) <= 2
+    assert len(ran.err) < 700
+    assert re.search(match, ran.err), ran.err
+    assert ran.json == {"error": ran.err.strip().removeprefix("billhook: "), "exit_code": code}
+    assert listing(place) == before
+
+
+def edit(path: str, **changes: object) -> None:
+    """Change entries of a json file."""
+    content = json.loads(Path(path).read_text())
+    Path(path).write_text(json.dumps(content | changes))
+
+
+def test_what_is_in_order_is_not_refused(place):
+    assert done(*PRUNE, "--json").json["sparsity"] == 0.5
+
+
+# Models
+
+
+def test_a_model_path_that_does_not_exist(place):
+    refused(place, "prune", "modell", *PRUNE[2:], match=r"no model directory at modell\. Give an existing directory or a hub name")
+    refused(place, "measure", "./no/model", "-o", "t.json", match=r"no model directory at \./no/model")
+    refused(place, "eval", "modell", "--data", "text.txt", match="no model directory at modell")
+
+
+def test_a_directory_without_a_configuration(place):
+    (place / "model" / "config.json").unlink()
+    refused(place, *PRUNE, match=r"model has no config\.json: give the directory of a Hugging Face model")
+
+
+def test_a_file_where_a_directory_is_needed(place):
+    refused(place, "prune", "model/config.json", *PRUNE[2:], match="is a file: give the model directory")
+
+
+def test_pickled_weights(place):
+    torch.save({}, "model/pytorch_model.bin")
+    Path("model/model.safetensors").unlink()
+    refused(place, *PRUNE, match=r"pickled weights \(pytorch_model\.bin\).*Convert them.*save_pretrained")
+
+
+def test_missing_and_damaged_weights(place):
+    weights = Path("model/model.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-8])
+    refused(place, *PRUNE, match=r"model\.safetensors holds .* bytes where its header promises .*: copy or download it again")
+    weights.unlink()
+    refused(place, *PRUNE, match=r"no model\.safetensors .*the weights are missing")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(place, bad):
+    weights = load_file("model/model.safetensors")
+    weights[f"{UP}.weight"][3, 5] = bad
+    save_file(weights, "model/model.safetensors", metadata={"format": "pt"})
+    refused(place, *PRUNE, match=rf"{UP} holds 1 weights that are NaN or infinite: the checkpoint is damaged")
+    refused(place, "measure", "model", "-o", "other.json", match=f"{UP} holds 1 weights")
+
+
+def test_embeddings_that_are_not_finite(place):
+    weights = load_file("model/model.safetensors")
+    weights["model.embed_tokens.weight"][:] = float("nan")
+    save_file(weights, "model/model.safetensors", metadata={"format": "pt"})
+    refused(place, *PRUNE, match="NaN", code=1)
+
+
+def test_another_kind_of_model(place):
+    edit("model/config.json", architectures=["BertForMaskedLM"], model_type="bert")
+    refused(place, *PRUNE, match="only causal language models")
+
+
+def test_weights_that_do_not_fit_the_configuration(place):
+    edit("model/config.json", intermediate_size=96)
+    refused(place, *PRUNE, match=r"does not fit its config\.json: the tensor model\.layers\.0\.mlp\.down_proj\.weight has another shape")
+
+
+# Names and options
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        ((*PRUNE, "--criterion", "wnada"), r"Unknown criterion 'wnada'\. Did you mean 'wanda'\? There are: magnitude, wanda, "),
+        ((*PRUNE, "--allocator", "alphaprune"), r"Unknown allocator 'alphaprune'\. Did you mean 'alphapruning'\? There are: uniform, "),
+        (("plan", "table.json", "--allocator", "alpha", "--sparsity", "0.5"), r"Unknown allocator 'alpha'\. Did you mean 'alphapruning'\?"),
+        (
+            ("measure", "model", "-o", "t.json", "--metrics", "alpha_peek"),
+            r"Unknown metric 'alpha_peek'\. Did you mean 'alpha_peak'\? There",
+        ),
+        (("measure", "model", "-o", "t.json", "--metrics", ","), "--metrics names none"),
+        (("measure", "model", "-o", "t.json", "--metrics", "outlier_ratio:zero", *TEXT), r"outlier_ratio.*zero"),
+        (
+            (*PRUNE, "--allocator", "alphapruning", "--set", "metric=alpha_pack"),
+            r"Unknown metric 'alpha_pack'\. Did you mean 'alpha_peak'\?",
+        ),
+        ((*PRUNE, "--allocator", "alphapruning", "--set", "epsilom=0.3"), r"option 'epsilom'\. Did you mean 'epsilon'\? Their options: "),
+        ((*PRUNE, "--criterion", "sparsegpt", "--set", "damp=0.1"), r"option 'damp'\. Did you mean 'damping'\?"),
+        ((*PRUNE, "--allocator", "alphapruning", "--set", "epsilon=lots"), r"epsilon='lots' is not a valid float \(default 0\.3\)"),
+        ((*PRUNE, "--allocator", "alphapruning", "--set", "epsilon=2"), r"epsilon must be in \[0, 1\], got 2"),
+        ((*PRUNE, "--allocator", "atp", "--set", "beta=3"), r"ATP's beta must be in \[0, 1\] for 2 blocks at sparsity 0\.5, got 3"),
+        ((*PRUNE, "--set", "epsilon"), r"--set epsilon: write KEY=VALUE"),
+        ((*PRUNE, "--allocator", "owl", "--set", "lam=0.1", "--set", "lam=0.2"), "--set lam is given twice"),
+        (("ls", "allocator"), r"Unknown kind 'allocator'\. Did you mean 'allocators'\? There are: "),
+        (("prnue", "model"), r"No such command 'prnue'.*See: billhook --help"),
+        (("prune",), r"Missing argument.*See: billhook prune --help"),
+        ((*PRUNE, "--sparcity", "0.5"), r"No such option: --sparcity.*--sparsity"),
+        ((*PRUNE, "--group", "column"), r"--group"),
+        ((*PRUNE, "--dtype", "int8"), r"--dtype"),
+        ((*PRUNE, "--device", "gpu"), r"Cannot put the model on device 'gpu'"),
+        ((*PRUNE, "--samples", "0"), r"--samples"),
+        (
+            (*PRUNE[:3], "pruned", "--sparsity", "0.5"),
+            r"looks at activations: give text .* with --calibration FILE\.txt.* \(the demo uses stdlib:train",
+        ),
+        (("prune", "model", "--sparsity", "0.5", *TEXT), r"--output DIRECTORY \(or --dry-run"),
+        (("eval", "model"), r"Say what to score: --data FILE\.txt"),
+        (("verify", "model"), r"no record of a pruned model at model/billhook\.json"),
+    ],
+    ids=lambda value: value.split(r"\.")[0][:40] if isinstance(value, str) else "",
+)
+def test_unknown_names_and_options(place, arguments, match):
+    refused(place, *arguments, match=match)
+
+
+@pytest.mark.parametrize("sparsity", ["1", "1.0", "-0.1", "50", "nan", "inf"])
+def test_sparsity_out_of_range(place, sparsity):
+    message = r"Sparsity must be a number in \[0, 1\), the fraction removed; got .*\. Use 0\.5 for half"
+    refused(place, *MAGNITUDE, f"--sparsity={sparsity}", match=message)
+    refused(place, "plan", "table.json", f"--sparsity={sparsity}", match=message)
+
+
+@pytest.mark.parametrize("sparsity", ["half", "50%", "0,5"])
+def test_sparsity_that_is_no_number(place, sparsity):
+    refused(place, *MAGNITUDE, f"--sparsity={sparsity}", match=r"--sparsity.*number.*See: billhook prune --help")
+
+
+def test_no_sparsity(place):
+    refused(place, *MAGNITUDE, match=r"Say how much to remove: --sparsity 0\.5 removes half")
+
+
+# Patterns and targets
+
+
+@pytest.mark.parametrize("pattern", ["4:2", "2-4", "2:4:8", "structured", "0:4", ""])
+def test_what_is_no_pattern(place, pattern):
+    refused(place, *MAGNITUDE, f"--pattern={pattern}", match="neither 'unstructured' nor N:M")
+
+
+def test_a_pattern_impossible_for_a_layer(place):
+    message = rf"Pattern 2:5 is impossible for {Q}: its 32 columns do not divide by 5\. Leave it out with --ignore"
+    refused(place, *MAGNITUDE, "--pattern", "2:5", match=message)
+
+
+def test_a_pattern_that_contradicts_the_sparsity(place):
+    refused(place, *MAGNITUDE, "--pattern", "2:4", "--sparsity", "0.6", match=r"keeps 2 of every 4: its sparsity is 0\.5, not 0\.6")
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        (("--targets", "q_porj"), r"--targets q_porj matches no prunable layer\..*List them with billhook prune MODEL --dry-run"),
+        (("--targets", "Linaer"), r"Did you mean 'Linear'\?"),
+        (("--ignore", "re:.*lm_head"), r"--ignore re:\.\*lm_head matches no prunable layer"),
+        (("--ignore", "re:(["), r"--ignore re:\(\[: not a regular expression"),
+        (("--ignore", "Linear"), "leave no layer to prune"),
+    ],
+    ids=str,
+)
+def test_patterns_that_match_nothing(place, arguments, match):
+    refused(place, *MAGNITUDE, "--sparsity", "0.5", *arguments, match=match)
+
+
+# Plans and tables
+
+
+def planned(**sparsity: object) -> tuple[str, ...]:
+    """Change layers of plan.json (None takes one out) and prune with it."""
+    layers = json.loads(Path("plan.json").read_text())["sparsity"]
+    edit("plan.json", sparsity={name: s for name, s in (layers | sparsity).items() if s is not None})
+    return (*MAGNITUDE, "--plan", "plan.json")
+
+
+def test_a_plan_for_another_model(place):
+    tiny.save(place / "deeper", tiny.llama(num_hidden_layers=3))
+    message = r"not for this model: 7 of its layers are not in the plan and 0 .*first: model\.layers\.2"
+    refused(place, "prune", "deeper", *MAGNITUDE[2:], "--plan", "plan.json", match=message)
+
+
+def test_a_plan_with_a_missing_layer(place):
+    refused(place, *planned(**{UP: None}), match=rf"1 of its layers are not in the plan .*first: {UP}")
+
+
+def test_a_plan_with_an_extra_layer(place):
+    refused(place, *planned(**{f"{UP}x": 0.5}), match=rf"1 of the plan's are not in the model \(first: {UP}x\)\. Did you mean '{UP}'\?")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1.5, -0.5, "0.5", None, True, 10**400], ids=lambda value: repr(value)[:8])
+def test_a_plan_with_impossible_entries(place, bad):
+    layers = json.loads(Path("plan.json").read_text())["sparsity"]
+    edit("plan.json", sparsity=layers | {UP: bad})
+    refused(place, *MAGNITUDE, "--plan", "plan.json", match=rf"plan\.json: the sparsity of {UP} must be a number in \[0, 1\], got ")
+
+
+def test_a_plan_whose_groups_do_not_fit(place):
+    edit("plan.json", pattern="2:4")
+    refused(place, *planned(**{UP: 0.6}), match=rf"{UP}: sparsity 0\.6 is not a multiple of 1/4")
+
+
+def test_files_that_are_no_plan(place):
+    refused(place, *MAGNITUDE, "--plan", "nowhere.json", match=r"There is no plan at nowhere\.json")
+    refused(place, *MAGNITUDE, "--plan", "text.txt", match=r"text\.txt is not a plan: it is not valid json")
+    refused(place, *MAGNITUDE, "--plan", "table.json", match=r"table\.json: 'sparsity' must be an object")
+
+
+def test_a_plan_and_what_it_already_says(place):
+    refused(place, *MAGNITUDE, "--plan", "plan.json", "--sparsity", "0.5", match="A plan already says how much each layer loses: leave out")
+    message = r"--targets and --ignore must choose exactly the plan's layers"
+    refused(place, *MAGNITUDE, "--plan", "plan.json", "--ignore", UP, match=message)
+
+
+def test_a_table_of_another_model(place):
+    tiny.save(place / "wider", tiny.llama(num_hidden_layers=2, intermediate_size=96))
+    command = ("--sparsity", "0.5", "--table", "table.json")
+    refused(place, "prune", "wider", *MAGNITUDE[2:], *command, match=r"not of this model: .*gate_proj, 64 x 32, is 96 x 32 in the model")
+    tiny.save(place / "shallower", tiny.llama(num_hidden_layers=1))
+    refused(place, "prune", "shallower", *MAGNITUDE[2:], *command, match=r"not of this model: model\.layers\.1.* is not in the model")
+    tiny.save(place / "deeper", tiny.llama(num_hidden_layers=3))
+    refused(place, "prune", "deeper", *MAGNITUDE[2:], *command, match=r"it has no row for model\.layers\.2")
+
+
+def test_a_table_without_the_column(place):
+    command = ("--sparsity", "0.5", "--table", "table.json", "--allocator", "owl")
+    message = r"no column 'outlier_ratio:5'.* Make it with: billhook measure MODEL --metrics outlier_ratio:5"
+    refused(place, *MAGNITUDE, *command, match=message)
+    refused(place, "plan", "table.json", *command[:2], *command[4:], match=message)
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    "name, content, match",
+    [
+        ("empty.txt", "", r"empty\.txt is empty: give a text with something in it"),
+        ("blank.txt", " \n\n", r"blank\.txt is empty"),
+        (
+            "short.txt",
+            "Only this.",
+            r"short\.txt is too short: 4 windows of 32 need 128 tokens, it has \d+ .*smaller --samples or --length",
+        ),
+        ("none.jsonl", "", r"none\.jsonl is empty"),
+        ("other.jsonl", '{"content": "x"}\n', r"other\.jsonl, line 1 has no field `text`"),
+        ("broken.jsonl", '{"text": "x"}\n{', r"broken\.jsonl, line 2 is not valid json"),
+        ("notes.md", "Some text", r"Unknown text source 'notes\.md'\. The forms are"),
+        ("fake.safetensors", "no", r"fake\.safetensors is not a safetensors file"),
+    ],
+)
+def test_texts_that_cannot_be_used(place, name, content, match):
+    Path(name).write_text(content)
+    refused(place, *PRUNE[:6], "--calibration", name, *TEXT[2:], match=match)
+
+
+def test_texts_that_are_not_there(place):
+    refused(place, *PRUNE[:6], "--calibration", "texts.txt", match=r"There is no file texts\.txt")
+    refused(place, *PRUNE[:6], "--calibration", "stdlib:all", match="use stdlib:train or stdlib:heldout")
+    refused(place, "eval", "model", "--data", "texts.txt", match=r"There is no file texts\.txt")
+
+
+def test_documents_shorter_than_a_window(place):
+    Path("short.jsonl").write_text('{"text": "short"}\n' * 50)
+    message = r"No document of short\.jsonl is longer than 32 tokens"
+    refused(place, *PRUNE[:6], "--calibration", "short.jsonl", *TEXT[2:], "--sampling", "papers", match=message)
+
+
+def test_windows_longer_than_the_context(place):
+    refused(place, *PRUNE, "--length", "500", match=r"Windows of 500 tokens exceed the model's context of 128: use --length 128")
+
+
+@pytest.mark.parametrize("bad", [-1, 258, 10**9])
+def test_token_ids_outside_the_vocabulary(place, bad):
+    tokens = torch.zeros(4, 32, dtype=torch.int64)
+    tokens[2, 7] = bad
+    save_file({"tokens": tokens}, "tokens.safetensors")
+    message = rf"tokens\.safetensors: token id {bad} at row 2, position 7 is outside the vocabulary"
+    refused(place, *PRUNE[:6], "--calibration", "tokens.safetensors", match=message)
+    refused(place, "eval", "model", "--data", "tokens.safetensors", match=message)
+
+
+def test_no_tokenizer(place):
+    for file in Path("model").glob("tokenizer*"):
+        file.unlink()
+    refused(place, *PRUNE, match=r"The model has no tokenizer to read text\.txt with: give a \.safetensors file")
+
+
+# Output
+
+
+def test_an_output_that_is_not_empty(place):
+    (place / "pruned").mkdir()
+    (place / "pruned" / "notes.txt").write_text("mine")
+    refused(place, *PRUNE, match=r"pruned exists and is not empty: choose another, or allow replacing it \(--overwrite\)")
+    refused(place, *PRUNE, "--overwrite", match="not a model directory, so it is not replaced")
+
+
+def test_outputs_that_cannot_be(place):
+    refused(place, *PRUNE, "--output", "text.txt", match=r"text\.txt is a file: choose a directory")
+    refused(place, *PRUNE, "--output", "no/folder", match=r"the folder .*no does not exist\. Create it first")
+    refused(place, *PRUNE, "--output", "model", "--overwrite", match="lie in each other")
+    refused(place, "measure", "model", "-o", "no/table.json", match="the folder no does not exist")
+    refused(place, "measure", "model", "-o", "model", match="it is a directory")
+    refused(place, "plan", "table.json", "--sparsity", "0.5", "-o", "no/plan.json", match="the folder no does not exist")
+    refused(place, "prune", "model" * 100, *PRUNE[2:], match="File name too long", code=1)
+
+
+# Failures of the machine
+
+
+@pytest.mark.parametrize("where", ["rewrite", "_copy_others", "_flush", "_put_in_place", "write_json"])
+def test_a_disk_that_fills_up(place, monkeypatch, where):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(save, where, full)
+    refused(place, *PRUNE, match=r"The disk is full: writing .*pruned needs .* are free\. Nothing was left behind", code=1)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to mount a small disk")
+def test_a_disk_that_is_full(place, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        refused(place, *PRUNE, "--output", str(disk / "pruned"), match=r"The disk of .*disk is too full: .* needed, .* free", code=1)
+        (disk / "filler").write_bytes(bytes(64 * 1024))
+        refused(place, "measure", "model", "-o", str(disk / "table.json"), match="No space left on device", code=1)
+        assert os.listdir(disk) == ["filler"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_out_of_memory(place, monkeypatch):
+    def hungry(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(pruning, "_prune_layer", hungry)
+    refused(place, *PRUNE, match="Out of memory. Use fewer --samples", code=1)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_stdout_that_cannot_be_written(place):
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "billhook", "plan", "table.json", "--sparsity=0.5", "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1] == "billhook: Cannot read or write standard output: No space left on device."
+    assert "Traceback" not in ran.stderr
+
+
+# Interruptions
+
+MOMENTS = {"loading": "billhook.request.load_model", "pruning": "billhook.pruning._prune_layer", "writing": "billhook.save._flush"}
+_STOPPED = "billhook: Stopped. Nothing was written.\n"
+
+
+def stop_after(moment: str) -> None:
+    """Let the function of that moment leave a sign when it is done, and wait there."""
+    module, _, name = MOMENTS[moment].rpartition(".")
+    original = getattr(importlib.import_module(module), name)
+
+    def stop(*arguments, **options):
+        result = original(*arguments, **options)
+        Path("../here").touch()
+        time.sleep(60)
+        return result
+
+    setattr(importlib.import_module(module), name, stop)
+
+
+def forked(moment: str) -> int:
+    """Start PRUNE in a copy of this process, which spares it the imports; what it leaves behind goes to ../ran. Returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop_after(moment)
+        ran = billhook(*PRUNE, "--json")
+        Path("../ran").write_text(json.dumps([ran.code, ran.out, ran.err]))
+    finally:
+        os._exit(0)
+
+
+def wait_for_sign() -> None:
+    deadline = time.monotonic() + 60
+    while not os.path.exists("../here") and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_interruptions(place, moment, number):
+    before = listing(place)
+    child = forked(moment)
+    wait_for_sign()
+    os.kill(child, number)
+    os.waitpid(child, 0)
+    code, out, err = json.loads(Path("../ran").read_text())
+    assert (code, err) == (1, _STOPPED)
+    assert json.loads(out) == {"error": _STOPPED[10:-1], "exit_code": 1}
+    assert listing(place) == before
+
+
+@pytest.mark.slow
+def test_ctrl_c_from_a_shell(place):
+    before = listing(place)
+    paths = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
+    code = f"{paths}\nimport test_bad_input\nfrom billhook.cli import main\ntest_bad_input.stop_after('pruning')\nmain()"
+    process = subprocess.Popen([sys.executable, "-c", code, *PRUNE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_sign()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", _STOPPED)
+    assert process.returncode == 1
+    assert listing(place) == before

@@ -1,0 +1,179 @@
+"""Every command: exit codes, one JSON object on stdout and everything else on stderr, help with examples, dry runs that write nothing."""
+
+import json
+import re
+
+import pytest
+import tiny
+import torch
+from command import billhook, done, listing
+from safetensors.torch import save_file
+
+from billhook import __version__
+from billhook.allocators import ALLOCATORS
+from billhook.cli import app
+from billhook.criteria import CRITERIA
+from billhook.metrics import FACTS
+
+COMMANDS = [command.name for command in app.registered_commands]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    tiny.save(folder / "model", tiny.llama(num_hidden_layers=2))
+    tiny.text_file(folder / "text.txt", 60)
+    done("measure", folder / "model", "-o", folder / "table.json", "--metrics", "alpha_peak,alpha_mid")
+    return folder
+
+
+@pytest.fixture
+def text(place):
+    return ("--calibration", place / "text.txt", "--samples", "4", "--length", "32")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_ends_with_examples_that_parse(command):
+    ran = done(command, "--help")
+    assert ran.err == ""
+    examples = ran.out.partition("Examples:")[2].strip().splitlines()
+    assert examples
+    for example in examples:
+        assert re.match(rf" *billhook ({'|'.join(COMMANDS)})\b", example), example
+        known = done(example.split()[1], "--help").out
+        for option in re.findall(r" (--?[a-z][\w-]*)", example):
+            assert re.search(rf"(?<![\w-]){option}\b", known), f"{example}: {option}"
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "demo"])
+def test_every_command_has_json(command):
+    assert "--json" in done(command, "--help").out
+    ran = billhook(command, "--json")
+    assert ran.code == 2
+    assert ran.json["exit_code"] == 2
+    assert ran.err == f"billhook: {ran.json['error']}\n"
+
+
+def test_no_command_shows_help_and_is_wrong_usage():
+    ran = billhook()
+    assert ran.code == 2
+    assert ran.out == ""
+    assert all(command in ran.err for command in COMMANDS)
+    assert done("--help").out.strip() == ran.err.strip()
+
+
+def test_version():
+    assert done("--version").out == f"billhook {__version__}\n"
+
+
+def test_python_m_billhook_is_the_same():
+    from billhook import __main__, cli
+
+    assert __main__.main is cli.main
+
+
+# measure, plan
+
+
+def test_measure(place, text, tmp_path):
+    ran = done("measure", place / "model", "-o", tmp_path / "t.json", "--metrics", "outlier_ratio:5, alpha_mid", *text, "--json")
+    assert ran.json["output"] == str(tmp_path / "t.json")
+    assert ran.json["layers"] == 14
+    assert {"outlier_ratio:5", "alpha_mid"} <= set(ran.json["columns"])
+    assert "14 layers" in ran.err
+    made_by = json.loads((tmp_path / "t.json").read_text())["made_by"]
+    assert made_by["calibration"]["samples"] == 4
+    ran = done("measure", place / "model", "-o", tmp_path / "u.json", "--targets", "re:.*q_proj")
+    assert ran.out == ""
+    assert len(json.loads((tmp_path / "u.json").read_text())["rows"]) == 2
+
+
+def test_plan_prints_a_table_for_people_and_json_for_machines(place, tmp_path):
+    shown = done("plan", place / "table.json", "--sparsity", "0.5", "--allocator", "atp")
+    assert "Sparsity by block" in shown.out
+    assert "atp: sparsity 0.5 over 14 layers" in shown.err
+    written = done("plan", place / "table.json", "--sparsity", "0.5", "--allocator", "atp", "-o", tmp_path / "plan.json")
+    assert written.out == ""
+    printed = done("plan", place / "table.json", "--sparsity", "0.5", "--allocator", "atp", "--json").json
+    assert printed == json.loads((tmp_path / "plan.json").read_text())
+    assert done("plan", place / "table.json", "--pattern", "2:4", "--allocator", "uniform", "--json").json["target"] == 0.5
+
+
+# prune, verify, eval
+
+
+def test_prune(place, text, tmp_path):
+    ran = done("prune", place / "model", "-o", tmp_path / "pruned", "--sparsity", "0.5", *text, "--json")
+    assert ran.json["output"] == str(tmp_path / "pruned")
+    assert ran.json["sparsity"] == ran.json["target"] == 0.5
+    assert set(ran.json) == {"output", "sparsity", "target", "seconds", "warnings", "layers"}
+    assert "50.0000% of 18,432 weights removed" in ran.err
+    quiet = done("prune", place / "model", "-o", tmp_path / "again", "--sparsity", "0.5", *text)
+    assert quiet.out == ""
+
+
+@pytest.mark.parametrize("output", [(), ("--output", "planned")])
+def test_a_dry_run_writes_nothing(place, text, monkeypatch, output):
+    monkeypatch.chdir(place)
+    before = listing(place)
+    command = ("prune", "model", "--sparsity", "0.5", "--allocator", "alphapruning", *text, *output, "--dry-run")
+    ran = done(*command)
+    rows = re.findall(r"^(model\.layers\S+) +(\d+) x (\d+) +(0\.\d+)", ran.out, flags=re.MULTILINE)
+    assert len(rows) == 14
+    assert re.search(r"14 layers, 18,432 weights, sparsity 0\.5, .*GiB of memory, .*GiB of disk\. Nothing was written\.", ran.err)
+    machine = done(*command, "--json").json
+    assert set(machine) == {"layers", "target", "pattern", "estimate"}
+    assert {name: f"{layer['sparsity']:.4f}" for name, layer in machine["layers"].items()} == {name: s for name, *_, s in rows}
+    assert listing(place) == before
+
+
+def test_verify_fails_on_a_difference(place, tmp_path):
+    done("prune", place / "model", "-o", tmp_path / "pruned", "--sparsity", "0.5", "--criterion", "magnitude")
+    good = done("verify", tmp_path / "pruned", "--json")
+    assert good.json["ok"]
+    assert "verified, 14 layers, 9,216 zeros of 18,432 weights" in good.err
+    (tmp_path / "pruned" / "config.json").write_text("{}")
+    bad = billhook("verify", tmp_path / "pruned", "--json")
+    assert bad.code == 1
+    assert not bad.json["ok"]
+    assert "problem: config.json is not the file that was written" in bad.err
+
+
+def test_eval(place, tmp_path):
+    ran = done("eval", place / "model", "--data", place / "text.txt", "--length", "64", "--limit", "5", "--json")
+    assert {"token_ppl", "tokens", "windows", "length"} <= set(ran.json)
+    assert (ran.json["windows"], ran.json["length"], ran.json["tokens"]) == (5, 64, 5 * 63)
+    assert ran.json["bits_per_byte"] > 0
+    assert "token perplexity" in ran.err
+    save_file({"tokens": torch.zeros(3, 16, dtype=torch.int64)}, tmp_path / "tokens.safetensors")
+    ran = done("eval", place / "model", "--data", tmp_path / "tokens.safetensors", "--json")
+    assert (ran.json["windows"], ran.json["length"], ran.json["bits_per_byte"]) == (3, 16, None)
+
+
+def test_an_infinite_perplexity_is_still_json(tmp_path):
+    model = tiny.llama(num_hidden_layers=1, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    tiny.save(tmp_path / "model", model)
+    save_file({"tokens": torch.randint(0, 256, (2, 16))}, tmp_path / "tokens.safetensors")
+    ran = done("eval", tmp_path / "model", "--data", tmp_path / "tokens.safetensors", "--json")
+    assert ran.json["token_ppl"] is None
+    assert ran.json["nll"] > 709
+
+
+# ls
+
+
+@pytest.mark.parametrize("kind, names", [("allocators", ALLOCATORS.names()), ("criteria", CRITERIA.names()), ("metrics", list(FACTS))])
+def test_ls(kind, names):
+    rows = done("ls", kind, "--json").json[kind]
+    assert {row["name"] for row in rows} >= set(names)
+    assert all(row["paper"] for row in rows)
+    shown = done("ls", kind)
+    assert shown.err == ""
+    assert all(name in shown.out for name in names)
+
+
+def test_ls_families():
+    assert {"model_type": "gpt_oss"} in done("ls", "families", "--json").json["families"]
+    assert "llama" in done("ls", "families").out

@@ -1,0 +1,262 @@
+"""The main job from a model directory to a pruned one: the same bits again, the same layout, and it loads where Billhook is not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from command import billhook, done, listing
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from billhook.allocators import ALLOCATORS
+from billhook.arch import find_layers
+from billhook.checkpoint import load_model
+from billhook.criteria import CRITERIA
+
+TEXT = ("--samples", "5", "--length", "32")
+IDS = torch.arange(2 * 24).reshape(2, 24)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a sharded bfloat16 model of two blocks, one of experts, and a text."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny.save(folder / "model", tiny.llama(num_hidden_layers=2), dtype=torch.bfloat16, shard="20KB")
+    tiny.save(folder / "experts", tiny.mixtral())
+    tiny.text_file(folder / "text.txt", 60)
+    return folder
+
+
+def prune(place: Path, output: Path, *arguments: str, model: str = "model") -> dict:
+    """Prune with a text (and sparsity 0.5 unless the arguments say otherwise); the JSON object that is printed."""
+    sparsity = [] if {"--sparsity", "--pattern", "--plan"} & set(arguments) else ["--sparsity", "0.5"]
+    text = ["--calibration", str(place / "text.txt"), *TEXT]
+    return done("prune", place / model, "--output", output, *text, *sparsity, *arguments, "--json").json
+
+
+@pytest.fixture(scope="module")
+def pruned(place) -> Path:
+    prune(place, place / "pruned", "--criterion", "sparsegpt")
+    return place / "pruned"
+
+
+def test_the_whole_chain(place, tmp_path):
+    text, table, plan, output = str(place / "text.txt"), tmp_path / "table.json", tmp_path / "plan.json", tmp_path / "pruned"
+    metrics = "alpha_peak,outlier_ratio:5"
+    measured = done("measure", place / "model", "-o", table, "--metrics", metrics, "--calibration", text, *TEXT, "--json").json
+    assert measured["layers"] == 14
+    made = done("plan", table, "--allocator", "owl", "--sparsity", "0.6", "--set", "lam=0.1", "-o", plan, "--json").json
+    assert made == json.loads(plan.read_text())
+    report = prune(place, output, "--plan", str(plan), "--criterion", "wanda")
+    assert report["sparsity"] == pytest.approx(0.6, abs=1e-4)
+    assert {name: layer["planned"] for name, layer in report["layers"].items()} == made["sparsity"]
+    assert report["warnings"] == []
+    verified = done("verify", output, "--json").json
+    assert verified["ok"]
+    assert verified["zeros"] == sum(layer["zeros"] for layer in report["layers"].values())
+    before, after = (done("eval", model, "--data", text, "--length", "64", "--json").json for model in (place / "model", output))
+    assert before["tokens"] == after["tokens"] == before["windows"] * 63
+    assert before["token_ppl"] != after["token_ppl"]
+    assert after["bits_per_byte"] > 0
+    record = json.loads((output / "billhook.json").read_text())
+    assert record["plan"] == made
+    assert record["made_by"]["papers"] == {"criterion": CRITERIA.paper("wanda"), "allocator": ALLOCATORS.paper("owl")}
+
+
+def test_a_plan_in_one_step_is_the_plan_in_two(place, tmp_path):
+    options = ("--allocator", "alphapruning", "--set", "epsilon=0.2")
+    done("measure", place / "model", "-o", tmp_path / "table.json")
+    done("plan", tmp_path / "table.json", *options, "--sparsity", "0.5", "-o", tmp_path / "plan.json")
+    prune(place, tmp_path / "one", *options)
+    prune(place, tmp_path / "two", "--plan", str(tmp_path / "plan.json"))
+    prune(place, tmp_path / "three", "--table", str(tmp_path / "table.json"), *options)
+    one, two, three = (listing(tmp_path / name) for name in ("one", "two", "three"))
+    assert one == two == three
+
+
+def test_the_same_seed_gives_the_same_bytes(place, pruned, tmp_path):
+    prune(place, tmp_path / "again", "--criterion", "sparsegpt")
+    prune(place, tmp_path / "other", "--criterion", "sparsegpt", "--seed", "1")
+    first, again, other = listing(pruned), listing(tmp_path / "again"), listing(tmp_path / "other")
+    assert first == again
+    changed = {name for name in first if first[name] != other[name]}
+    assert changed == {"billhook.json", *(name for name in first if name.endswith(".safetensors") and name in changed)}
+    assert len(changed) > 1
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda"])
+def test_the_batch_size_changes_nothing(place, tmp_path, criterion):
+    for name, size in (("one", "1"), ("two", "2")):  # two does not divide five
+        prune(place, tmp_path / name, "--criterion", criterion, "--batch-size", size, model="experts")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    different = sum(int(((one[name] == 0) != (two[name] == 0)).sum()) for name in one)
+    assert different <= 1e-3 * sum(tensor.numel() for tensor in one.values())
+
+
+def test_the_layout_is_that_of_the_input(place, pruned):
+    before, after = listing(place / "model"), listing(pruned)
+    assert set(after) == set(before) | {"billhook.json"}
+    assert len([name for name in before if name.endswith(".safetensors")]) > 2
+    for name, content in before.items():
+        if name.endswith(".safetensors"):
+            old, new = load_file(place / "model" / name), load_file(pruned / name)
+            assert {k: (v.dtype, v.shape) for k, v in old.items()} == {k: (v.dtype, v.shape) for k, v in new.items()}
+        else:
+            assert after[name] == content, name
+
+
+def test_only_layers_of_the_plan_change(place, tmp_path):
+    prune(place, tmp_path / "pruned", "--ignore", "re:.*self_attn", "--ignore", "model.layers.0", "--sparsity", "0.3")
+    before, after = load_model(place / "model"), load_model(tmp_path / "pruned")
+    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
+    assert changed == {f"model.layers.1.mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")}
+
+
+_STOCK = """
+import sys
+class Absent:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "billhook":
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder)
+    torch.save(model(torch.arange(2 * 24).reshape(2, 24)).logits, folder + ".logits")
+assert not any(name.startswith("billhook") for name in sys.modules)
+"""
+
+
+def test_the_output_loads_where_billhook_is_not(place, pruned, tmp_path):
+    prune(place, tmp_path / "experts", model="experts")
+    folders = [str(pruned), str(tmp_path / "experts")]
+    ran = subprocess.run([sys.executable, "-c", _STOCK, *folders], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    for folder in folders:
+        with torch.no_grad():
+            logits = load_model(Path(folder))(IDS).logits
+        assert logits.dtype == (torch.bfloat16 if folder == str(pruned) else torch.float32)
+        torch.testing.assert_close(torch.load(f"{folder}.logits"), logits, rtol=1e-6, atol=1e-6)
+
+
+def test_the_logits_on_disk_are_those_in_memory(place, tmp_path):
+    import billhook
+
+    model = load_model(place / "experts")
+    tokens = billhook.load_calibration(str(place / "text.txt"), tiny.tokenizer(), samples=5, length=32)
+    report = billhook.prune(model, sparsity=0.5, calibration=tokens.ids)
+    prune(place, tmp_path / "pruned", model="experts")
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, load_model(tmp_path / "pruned")(IDS).logits)
+    assert report.output is None
+
+
+@pytest.mark.parametrize("criterion", CRITERIA.names())
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "3:8"])
+def test_every_criterion_with_every_kind_of_pattern(place, tmp_path, criterion, pattern):
+    sparsity = {"unstructured": 0.7, "2:4": 0.5, "3:8": 0.625}[pattern]
+    arguments = ["--sparsity", "0.7"] if pattern == "unstructured" else ["--pattern", pattern]
+    report = prune(place, tmp_path / "pruned", "--criterion", criterion, *arguments, model="experts")
+    assert report["sparsity"] == pytest.approx(sparsity, abs=1 / 4000)
+    assert done("verify", tmp_path / "pruned", "--json").json["ok"]
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS.names())
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_every_allocator_with_every_kind_of_pattern(place, tmp_path, allocator, pattern):
+    arguments = ["--sparsity", "0.5"] if pattern == "unstructured" else ["--pattern", pattern]
+    report = prune(place, tmp_path / "pruned", "--allocator", allocator, "--criterion", "magnitude", *arguments)
+    assert report["sparsity"] == pytest.approx(0.5, abs=0.02 if arguments[0] == "--pattern" else 1e-3)
+    assert done("verify", tmp_path / "pruned", "--json").json["ok"]
+
+
+def test_nothing_to_remove_removes_nothing(place, tmp_path):
+    for criterion in CRITERIA.names():
+        report = prune(place, tmp_path / criterion, "--criterion", criterion, "--sparsity", "0")
+        assert report["sparsity"] == 0
+        for file in (place / "model").glob("*.safetensors"):
+            assert (tmp_path / criterion / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_sparse_model_is_pruned_further_and_never_filled(place, pruned, tmp_path):
+    report = prune(place, tmp_path / "more", "--sparsity", "0.8", model="pruned")
+    assert report["sparsity"] == pytest.approx(0.8, abs=1e-4)
+    report = prune(place, tmp_path / "less", "--sparsity", "0.2", "--criterion", "sparsegpt", model="pruned")
+    assert report["sparsity"] == pytest.approx(0.5, abs=1e-4)
+    assert "more zeros than planned" in report["warnings"][0]
+    assert done("verify", tmp_path / "less", "--json").json["ok"]
+
+
+def test_floor_counts_as_published(place, tmp_path):
+    report = prune(place, tmp_path / "floor", "--rounding", "floor", "--sparsity", "0.33", model="experts")
+    assert all(layer["zeros"] == 0 or layer["sparsity"] <= 0.33 for layer in report["layers"].values())
+    assert report["layers"]["model.layers.0.self_attn.q_proj"]["zeros"] == 32 * int(32 * 0.33)
+    assert done("verify", tmp_path / "floor", "--json").json["ok"]
+
+
+def test_an_output_is_replaced_when_told(place, tmp_path):
+    prune(place, tmp_path / "pruned", "--criterion", "magnitude", "--sparsity", "0.2")
+    prune(place, tmp_path / "pruned", "--criterion", "magnitude", "--sparsity", "0.4", "--overwrite")
+    assert json.loads((tmp_path / "pruned" / "billhook.json").read_text())["plan"]["target"] == 0.4
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
+def test_a_plan_for_other_weights_is_used_and_noted(place, tmp_path):
+    tiny.save(tmp_path / "cousin", tiny.llama(seed=1, num_hidden_layers=2))
+    done("measure", tmp_path / "cousin", "-o", tmp_path / "table.json")
+    report = prune(place, tmp_path / "pruned", "--table", str(tmp_path / "table.json"), "--allocator", "alphapruning")
+    assert report["warnings"] == ["The plan was made for the weights of cousin, which are not those of model."]
+
+
+def test_a_table_of_the_whole_model_serves_for_a_part(place, tmp_path):
+    done("measure", place / "model", "-o", tmp_path / "table.json")
+    options = ("--table", str(tmp_path / "table.json"), "--allocator", "alphapruning", "--targets", "re:.*mlp", "--criterion", "magnitude")
+    report = prune(place, tmp_path / "pruned", *options)
+    assert len(report["layers"]) == 6
+    assert report["sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_odd_shapes(place, tmp_path):
+    odd = tiny.llama(hidden_size=36, num_attention_heads=3, num_key_value_heads=1, intermediate_size=53, num_hidden_layers=2)
+    tiny.save(tmp_path / "odd", odd)
+    total = sum(out * columns for out, columns in (layer.shape for layer in find_layers(odd)))
+    for criterion in CRITERIA.names():
+        report = prune(
+            tmp_path,
+            tmp_path / criterion,
+            "--calibration",
+            str(place / "text.txt"),
+            "--criterion",
+            criterion,
+            "--sparsity",
+            "0.37",
+            model="odd",
+        )
+        assert sum(layer["zeros"] for layer in report["layers"].values()) == round(0.37 * total)
+    message = billhook("prune", tmp_path / "odd", "--output", tmp_path / "x", "--criterion", "magnitude", "--pattern", "2:4").err
+    assert "2:4 is impossible for model.layers.0.mlp.down_proj: its 53 columns do not divide by 4" in message
+
+
+def test_tokens_of_a_file_are_used_as_they_are(place, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"tokens": IDS.int()}, tmp_path / "tokens.safetensors")
+    prune(place, tmp_path / "pruned", "--calibration", str(tmp_path / "tokens.safetensors"))
+    facts = json.loads((tmp_path / "pruned" / "billhook.json").read_text())["made_by"]["calibration"]
+    assert (facts["samples"], facts["length"], facts["sampling"]) == (2, 24, "as given")
+
+
+def test_a_model_without_a_tokenizer_needs_no_text_for_magnitude(tmp_path):
+    tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=2), words=False)
+    done("prune", tmp_path / "model", "-o", tmp_path / "pruned", "--sparsity", "0.5", "--criterion", "magnitude")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "pruned") is not None
+
+
+def test_the_tokenizer_comes_along(pruned):
+    assert AutoTokenizer.from_pretrained(pruned)("a b").input_ids[0] == 256
