@@ -3,11 +3,14 @@
 import contextlib
 import io
 import json
+import re
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import tiny
 
 from billhook.cli import main
 
@@ -53,3 +56,24 @@ def done(*arguments: Any) -> Ran:
 def listing(folder: Path) -> dict[str, bytes | None]:
     """Everything below a folder, hidden files too: path -> content (None for a directory)."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def workplace(folder: Path) -> Path:
+    """A folder with a model, a text, a table and a plan, all in order."""
+    tiny.save(folder / "model", tiny.llama(num_hidden_layers=2))
+    tiny.text_file(folder / "text.txt", 40)
+    done("measure", folder / "model", "-o", folder / "table.json")
+    done("plan", folder / "table.json", "--allocator", "uniform", "--sparsity", "0.5", "-o", folder / "plan.json")
+    return folder
+
+
+def refused(place: Path, *arguments: str, match: str, code: int = 2) -> None:
+    """Run a command that must fail: said in one or two lines on stderr and one object on stdout, with nothing written or left."""
+    before = listing(place)
+    ran = billhook(*arguments, "--json")
+    assert ran.code == code, ran.err
+    assert 1 <= len(ran.err.splitlines()) <= 2
+    assert len(ran.err) < 700
+    assert re.search(match, ran.err), ran.err
+    assert ran.json == {"error": ran.err.strip().removeprefix("billhook: "), "exit_code": code}
+    assert listing(place) == before

@@ -1,25 +1,14 @@
 """Mistakes and failures through the command line: what, where and what to do in one or two lines, the right exit code, nothing left."""
 
-import errno
-import importlib
 import json
-import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from command import billhook, done, listing
+from command import done, refused, workplace
 from safetensors.torch import load_file, save_file
-
-import billhook.pruning as pruning
-import billhook.save as save
 
 TEXT = ("--calibration", "text.txt", "--samples", "4", "--length", "32")
 PRUNE = ("prune", "model", "--output", "pruned", "--sparsity", "0.5", *TEXT)
@@ -29,13 +18,7 @@ Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 
 @pytest.fixture(scope="module")
 def master(tmp_path_factory) -> Path:
-    """A folder with a model, a text, a table and a plan, all in order."""
-    folder = tmp_path_factory.mktemp("master")
-    tiny.save(folder / "model", tiny.llama(num_hidden_layers=2))
-    tiny.text_file(folder / "text.txt", 40)
-    done("measure", folder / "model", "-o", folder / "table.json")
-    done("plan", folder / "table.json", "--allocator", "uniform", "--sparsity", "0.5", "-o", folder / "plan.json")
-    return folder
+    return workplace(tmp_path_factory.mktemp("master"))
 
 
 @pytest.fixture
@@ -44,18 +27,6 @@ def place(master, tmp_path, monkeypatch) -> Path:
     shutil.copytree(master, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
     return tmp_path / "place"
-
-
-def refused(place: Path, *arguments: str, match: str, code: int = 2) -> None:
-    """Run a command that must fail: said in one or two lines on stderr and one object on stdout, with nothing written or left."""
-    before = listing(place)
-    ran = billhook(*arguments, "--json")
-    assert ran.code == code, ran.err
-    assert 1 <= len(ran.err.splitlines()) <= 2
-    assert len(ran.err) < 700
-    assert re.search(match, ran.err), ran.err
-    assert ran.json == {"error": ran.err.strip().removeprefix("billhook: "), "exit_code": code}
-    assert listing(place) == before
 
 
 def edit(path: str, **changes: object) -> None:
@@ -343,140 +314,3 @@ def test_no_tokenizer(place):
     for file in Path("model").glob("tokenizer*"):
         file.unlink()
     refused(place, *PRUNE, match=r"The model has no tokenizer to read text\.txt with: give a \.safetensors file")
-
-
-# Output
-
-
-def test_an_output_that_is_not_empty(place):
-    (place / "pruned").mkdir()
-    (place / "pruned" / "notes.txt").write_text("mine")
-    refused(place, *PRUNE, match=r"pruned exists and is not empty: choose another, or allow replacing it \(--overwrite\)")
-    refused(place, *PRUNE, "--overwrite", match="not a model directory, so it is not replaced")
-
-
-def test_outputs_that_cannot_be(place):
-    refused(place, *PRUNE, "--output", "text.txt", match=r"text\.txt is a file: choose a directory")
-    refused(place, *PRUNE, "--output", "no/folder", match=r"the folder .*no does not exist\. Create it first")
-    refused(place, *PRUNE, "--output", "model", "--overwrite", match="lie in each other")
-    refused(place, "measure", "model", "-o", "no/table.json", match="the folder no does not exist")
-    refused(place, "measure", "model", "-o", "model", match="it is a directory")
-    refused(place, "plan", "table.json", "--sparsity", "0.5", "-o", "no/plan.json", match="the folder no does not exist")
-    refused(place, "prune", "model" * 100, *PRUNE[2:], match="File name too long", code=1)
-
-
-# Failures of the machine
-
-
-@pytest.mark.parametrize("where", ["rewrite", "_copy_others", "_flush", "_put_in_place", "write_json"])
-def test_a_disk_that_fills_up(place, monkeypatch, where):
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(save, where, full)
-    refused(place, *PRUNE, match=r"The disk is full: writing .*pruned needs .* are free\. Nothing was left behind", code=1)
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to mount a small disk")
-def test_a_disk_that_is_full(place, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("cannot mount a tmpfs here")
-    try:
-        refused(place, *PRUNE, "--output", str(disk / "pruned"), match=r"The disk of .*disk is too full: .* needed, .* free", code=1)
-        (disk / "filler").write_bytes(bytes(64 * 1024))
-        refused(place, "measure", "model", "-o", str(disk / "table.json"), match="No space left on device", code=1)
-        assert os.listdir(disk) == ["filler"]
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
-def test_out_of_memory(place, monkeypatch):
-    def hungry(*_: object) -> None:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-
-    monkeypatch.setattr(pruning, "_prune_layer", hungry)
-    refused(place, *PRUNE, match="Out of memory. Use fewer --samples", code=1)
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_stdout_that_cannot_be_written(place):
-    with open("/dev/full", "w") as full:
-        ran = subprocess.run(
-            [sys.executable, "-m", "billhook", "plan", "table.json", "--sparsity=0.5", "--json"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    assert ran.returncode == 1
-    assert ran.stderr.splitlines()[-1] == "billhook: Cannot read or write standard output: No space left on device."
-    assert "Traceback" not in ran.stderr
-
-
-# Interruptions
-
-MOMENTS = {"loading": "billhook.request.load_model", "pruning": "billhook.pruning._prune_layer", "writing": "billhook.save._flush"}
-_STOPPED = "billhook: Stopped. Nothing was written.\n"
-
-
-def stop_after(moment: str) -> None:
-    """Let the function of that moment leave a sign when it is done, and wait there."""
-    module, _, name = MOMENTS[moment].rpartition(".")
-    original = getattr(importlib.import_module(module), name)
-
-    def stop(*arguments, **options):
-        result = original(*arguments, **options)
-        Path("../here").touch()
-        time.sleep(60)
-        return result
-
-    setattr(importlib.import_module(module), name, stop)
-
-
-def forked(moment: str) -> int:
-    """Start PRUNE in a copy of this process, which spares it the imports; what it leaves behind goes to ../ran. Returns its number."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        stop_after(moment)
-        ran = billhook(*PRUNE, "--json")
-        Path("../ran").write_text(json.dumps([ran.code, ran.out, ran.err]))
-    finally:
-        os._exit(0)
-
-
-def wait_for_sign() -> None:
-    deadline = time.monotonic() + 60
-    while not os.path.exists("../here") and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_interruptions(place, moment, number):
-    before = listing(place)
-    child = forked(moment)
-    wait_for_sign()
-    os.kill(child, number)
-    os.waitpid(child, 0)
-    code, out, err = json.loads(Path("../ran").read_text())
-    assert (code, err) == (1, _STOPPED)
-    assert json.loads(out) == {"error": _STOPPED[10:-1], "exit_code": 1}
-    assert listing(place) == before
-
-
-@pytest.mark.slow
-def test_ctrl_c_from_a_shell(place):
-    before = listing(place)
-    paths = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
-    code = f"{paths}\nimport test_bad_input\nfrom billhook.cli import main\ntest_bad_input.stop_after('pruning')\nmain()"
-    process = subprocess.Popen([sys.executable, "-c", code, *PRUNE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for_sign()
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == ("", _STOPPED)
-    assert process.returncode == 1
-    assert listing(place) == before

@@ -1,0 +1,171 @@
+"""Outputs that cannot be written, full disks, no memory, Ctrl-C: one line on stderr, the right exit code, and nothing left behind."""
+
+import errno
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command import billhook, listing, refused, workplace
+
+import billhook.pruning as pruning
+import billhook.save as save
+
+TEXT = ("--calibration", "text.txt", "--samples", "4", "--length", "32")
+PRUNE = ("prune", "model", "--output", "pruned", "--sparsity", "0.5", *TEXT)
+
+
+@pytest.fixture(scope="module")
+def master(tmp_path_factory) -> Path:
+    return workplace(tmp_path_factory.mktemp("master"))
+
+
+@pytest.fixture
+def place(master, tmp_path, monkeypatch) -> Path:
+    """A copy of it, in which the test runs."""
+    shutil.copytree(master, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+# Output
+
+
+def test_an_output_that_is_not_empty(place):
+    (place / "pruned").mkdir()
+    (place / "pruned" / "notes.txt").write_text("mine")
+    refused(place, *PRUNE, match=r"pruned exists and is not empty: choose another, or allow replacing it \(--overwrite\)")
+    refused(place, *PRUNE, "--overwrite", match="not a model directory, so it is not replaced")
+
+
+def test_outputs_that_cannot_be(place):
+    refused(place, *PRUNE, "--output", "text.txt", match=r"text\.txt is a file: choose a directory")
+    refused(place, *PRUNE, "--output", "no/folder", match=r"the folder .*no does not exist\. Create it first")
+    refused(place, *PRUNE, "--output", "model", "--overwrite", match="lie in each other")
+    refused(place, "measure", "model", "-o", "no/table.json", match="the folder no does not exist")
+    refused(place, "measure", "model", "-o", "model", match="it is a directory")
+    refused(place, "plan", "table.json", "--sparsity", "0.5", "-o", "no/plan.json", match="the folder no does not exist")
+    refused(place, "prune", "model" * 100, *PRUNE[2:], match="File name too long", code=1)
+
+
+# Failures of the machine
+
+
+@pytest.mark.parametrize("where", ["rewrite", "_copy_others", "_flush", "_put_in_place", "write_json"])
+def test_a_disk_that_fills_up(place, monkeypatch, where):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(save, where, full)
+    refused(place, *PRUNE, match=r"The disk is full: writing .*pruned needs .* are free\. Nothing was left behind", code=1)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to mount a small disk")
+def test_a_disk_that_is_full(place, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        refused(place, *PRUNE, "--output", str(disk / "pruned"), match=r"The disk of .*disk is too full: .* needed, .* free", code=1)
+        (disk / "filler").write_bytes(bytes(64 * 1024))
+        refused(place, "measure", "model", "-o", str(disk / "table.json"), match="No space left on device", code=1)
+        assert os.listdir(disk) == ["filler"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_out_of_memory(place, monkeypatch):
+    def hungry(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(pruning, "_prune_layer", hungry)
+    refused(place, *PRUNE, match="Out of memory. Use fewer --samples", code=1)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_stdout_that_cannot_be_written(place):
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "billhook", "plan", "table.json", "--sparsity=0.5", "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1] == "billhook: Cannot read or write standard output: No space left on device."
+    assert "Traceback" not in ran.stderr
+
+
+# Interruptions
+
+MOMENTS = {"loading": "billhook.request.load_model", "pruning": "billhook.pruning._prune_layer", "writing": "billhook.save._flush"}
+_STOPPED = "billhook: Stopped. Nothing was written.\n"
+
+
+def stop_after(moment: str) -> None:
+    """Let the function of that moment leave a sign when it is done, and wait there."""
+    module, _, name = MOMENTS[moment].rpartition(".")
+    original = getattr(importlib.import_module(module), name)
+
+    def stop(*arguments, **options):
+        result = original(*arguments, **options)
+        Path("../here").touch()
+        time.sleep(60)
+        return result
+
+    setattr(importlib.import_module(module), name, stop)
+
+
+def forked(moment: str) -> int:
+    """Start PRUNE in a copy of this process, which spares it the imports; what it leaves behind goes to ../ran. Returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop_after(moment)
+        ran = billhook(*PRUNE, "--json")
+        Path("../ran").write_text(json.dumps([ran.code, ran.out, ran.err]))
+    finally:
+        os._exit(0)
+
+
+def wait_for_sign() -> None:
+    deadline = time.monotonic() + 60
+    while not os.path.exists("../here") and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_interruptions(place, moment, number):
+    before = listing(place)
+    child = forked(moment)
+    wait_for_sign()
+    os.kill(child, number)
+    os.waitpid(child, 0)
+    code, out, err = json.loads(Path("../ran").read_text())
+    assert (code, err) == (1, _STOPPED)
+    assert json.loads(out) == {"error": _STOPPED[10:-1], "exit_code": 1}
+    assert listing(place) == before
+
+
+@pytest.mark.slow
+def test_ctrl_c_from_a_shell(place):
+    before = listing(place)
+    paths = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
+    code = f"{paths}\nimport test_failures\nfrom billhook.cli import main\ntest_failures.stop_after('pruning')\nmain()"
+    process = subprocess.Popen([sys.executable, "-c", code, *PRUNE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_sign()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", _STOPPED)
+    assert process.returncode == 1
+    assert listing(place) == before
