@@ -27,7 +27,7 @@ from billhook.save import check_output
 from billhook.verification import verify
 
 MODEL = Path(__file__).parent / "demo_model"
-SAMPLES, LENGTH, EVALUATION_WINDOWS = 64, 256, 96
+SAMPLES, LENGTH, EVALUATION_WINDOWS = 32, 256, 64
 METRICS = ("alpha_peak", "outlier_ratio:5")
 SHOWN_ALLOCATORS = ("uniform", "alphapruning", "atp", "owl")
 SHOWN_CRITERIA = ("magnitude", "wanda", "sparsegpt")
