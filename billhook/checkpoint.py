@@ -114,7 +114,9 @@ def _check_kind(path: Path, config: dict[str, Any]) -> None:
         raise BillhookError(f"{path} is {kind}: only causal language models (AutoModelForCausalLM) can be pruned.")
 
 
-def load_model(path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Load a model directory (or hub name) in evaluation mode, after checking it.
 
     `dtype` "auto" keeps the checkpoint's own. Mixture-of-experts models get the plain (`eager`) product per expert, the one that

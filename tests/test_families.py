@@ -103,7 +103,9 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_reported() -> None:
     assert starved
     layers = find_layers(model)
     plan = SparsityPlan(0.5, Pattern(), {layer.name: 0.5 for layer in layers})
-    reported = {result.layer for result in prune_(model, plan, criterion="wanda", batches=ids) if "no calibration token" in " ".join(result.notes)}
+    reported = {
+        result.layer for result in prune_(model, plan, criterion="wanda", batches=ids) if "no calibration token" in " ".join(result.notes)
+    }
     assert reported <= {layer.name for layer in layers}
     assert reported
     for layer in layers:

@@ -36,9 +36,7 @@ Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Optio
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="An option of the method, such as epsilon=0.3. Repeatable.", metavar="KEY=VALUE")
 ]
-Preset = Annotated[
-    str | None, typer.Option(help="Allocator, options and sparsity as published: see billhook ls presets.", metavar="NAME")
-]
+Preset = Annotated[str | None, typer.Option(help="Allocator, options and sparsity as published: see billhook ls presets.", metavar="NAME")]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model. Read that code first.")]
 
 
