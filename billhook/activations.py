@@ -1,6 +1,6 @@
 """Metrics of a block's Wanda scores |W_ij| ||X_j||_2, all its layers together, measured on the dense model.
 
-`outlier_ratio` is OWL's: Yin et al., ICML 2024, arXiv:2310.05175, equation 2. `wanda_mean` and `wanda_median` are DLP's: Chen et al.,
+`outlier_ratio` is OWL's: Yin et al., ICML 2024, arXiv:2310.05175. `wanda_mean` and `wanda_median` are DLP's: Chen et al.,
 "DLP: Dynamic Layerwise Pruning in Large Language Models", ICML 2025, arXiv:2505.23807. Functions take the `weights` [out, in] of a
 block and the `norms` [in] float32 of their inputs; a layer that saw no tokens has None and is left out.
 """

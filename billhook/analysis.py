@@ -1,6 +1,6 @@
 """ATP's error explosion: how the error of each block's output grows with depth, for several plans.
 
-Huang et al. 2025, arXiv:2502.14770, section 3: errors made in early blocks are carried on and amplified by later ones. Here the model is
+Huang et al. 2025, arXiv:2502.14770: errors made in early blocks are carried on and amplified by later ones. Here the model is
 pruned by each plan, block by block, and the hidden states after every block are compared with those of the dense model on windows
 that were not used for calibration: ||Y - Y_dense||^2 / ||Y_dense||^2. It says nothing about what an error does to the prediction.
 """

@@ -5,7 +5,7 @@ Calibration draws `samples` windows of `length` tokens with a seed, in one of tw
 * "packed" (default): documents in random order, one after the other with a BOS (else EOS) token before each, cut into windows; the
   windows are chosen without replacement. Works for documents of any length and for a single text file. A large corpus is read
   until there are four times as many tokens as needed.
-* "papers": the published sampling of Wanda, SparseGPT, GBLM, AlphaPruning and ATP (METHODS 1.1): draw a document uniformly, draw
+* "papers": the published sampling of Wanda, SparseGPT, GBLM, AlphaPruning and ATP: draw a document uniformly, draw
   again until it is longer than the window, then a uniform start. Same draws as published for the same corpus, tokenizer and seed.
 
 Evaluation tokenises the whole text once (documents joined by two newlines) and cuts it into non-overlapping windows. A .safetensors

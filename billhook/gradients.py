@@ -1,6 +1,6 @@
 """Gradients of the dense model with one block in memory at a time, accumulated over the calibration sequences for GBLM-Pruner.
 
-Das et al. 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", arXiv 2311.04902: the statistic of a weight
+Das et al. 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", arXiv:2311.04902: the statistic of a weight
 is a norm, over sequences, of the gradient of the model's own language-modelling loss (labels = inputs, mean over a sequence's tokens,
 evaluation mode). Each sequence is taken on its own. An auxiliary loss of routers is left out.
 

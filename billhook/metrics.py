@@ -4,7 +4,7 @@ A metric is one number per layer, kept as a column of the table, from which an a
 which way: +1 where a larger value means the layer can lose more (more sparsity), -1 where it means the layer should keep more.
 
 Shape of the spectrum: a heavy tail (small alpha, low entropy, low stable rank) is the mark of a well-trained layer, so these are +1
-(AlphaPruning, arXiv 2410.10912; METHODS: smaller alpha = less sparsity). Scale: a layer with large norm carries more, so the norms
+(AlphaPruning, arXiv:2410.10912: smaller alpha = less sparsity). Scale: a layer with large norm carries more, so the norms
 are -1. The published AlphaPruning code uses +1 for every metric it can be given.
 
 A parameter follows the name after a colon: `outlier_ratio:5`, `alpha_peak:repaired`. What a metric `reads` says how its function is
@@ -23,14 +23,14 @@ from billhook.registry import Registry, hint
 Sign = Literal[1, -1]
 Reads = Literal["spectrum", "weight", "activations", "loss"]
 
-_ALPHA_PRUNING = "AlphaPruning, Lu et al. 2024, arXiv 2410.10912"
+_ALPHA_PRUNING = "AlphaPruning, Lu et al. 2024, arXiv:2410.10912"
 _WEIGHT_WATCHER = "Martin, Peng & Mahoney 2021, Nature Communications 12:4122 (WeightWatcher)"
 _STABLE_RANK = "Rudelson & Vershynin 2007, J. ACM 54(4):21"
-_OWL = "OWL, Yin et al. 2024, arXiv 2310.05175"
-_DLP = "DLP, Chen et al. 2025, arXiv 2505.23807"
-_FARMS = "FARMS, Hu et al. 2025, arXiv 2506.06280"
+_OWL = "OWL, Yin et al. 2024, arXiv:2310.05175"
+_DLP = "DLP, Chen et al. 2025, arXiv:2505.23807"
+_FARMS = "FARMS, Hu et al. 2025, arXiv:2506.06280"
 _MP = "Martin & Mahoney 2021, JMLR 22:165"
-_LAMP = "LAMP, Lee et al. 2021, arXiv 2010.07611"
+_LAMP = "LAMP, Lee et al. 2021, arXiv:2010.07611"
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ FACTS: dict[str, Metric] = {
 CURVES: dict[str, Metric] = {
     m.name: m
     for m in (
-        Metric("magnitude_quantiles", 1, "Han et al. 2015, arXiv 1506.02626", "billhook.quantiles:magnitude_quantiles", "of |W|", "weight"),
+        Metric("magnitude_quantiles", 1, "Han et al. 2015, arXiv:1506.02626", "billhook.quantiles:magnitude_quantiles", "of |W|", "weight"),
         Metric("lamp_quantiles", 1, _LAMP, "billhook.quantiles:lamp_quantiles", "of the roots of the LAMP scores", "weight"),
         Metric(
             "wanda_quantiles",
             1,
-            "Sun et al. 2024, arXiv 2306.11695",
+            "Sun et al. 2023, arXiv:2306.11695",
             "billhook.quantiles:wanda_quantiles",
             "of |W| x input norm",
             "activations",

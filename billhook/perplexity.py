@@ -1,4 +1,4 @@
-"""Token perplexity over non-overlapping windows: the protocol of the pruning papers (METHODS: Wanda, SparseGPT, AlphaPruning, ATP).
+"""Token perplexity over non-overlapping windows: the protocol of the pruning papers (Wanda, SparseGPT, AlphaPruning, ATP).
 
 Each window of L tokens gives the mean negative log-likelihood (NLL) of its L - 1 targets; the perplexity is the exponential of
 the mean over windows. Every window starts without context, and its first token is never scored. Numbers depend on the window

@@ -1,6 +1,6 @@
 """Spectra: the eigenvalues of W^T W of one weight, and the metrics that need nothing else.
 
-The eigenvalues are the squared singular values, as in AlphaPruning (arXiv 2410.10912, data free) and WeightWatcher, computed in
+The eigenvalues are the squared singular values, as in AlphaPruning (arXiv:2410.10912, data free) and WeightWatcher, computed in
 `billhook.eigen`; exponents are in `billhook.tails`, names, signs and sources in `billhook.metrics`. Everything is float64.
 
 Many layers are measured side by side with one thread each: the eigensolver gains little from a second thread, and loses much where

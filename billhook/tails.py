@@ -1,6 +1,6 @@
 """Power-law tails: the exponent alpha of a spectrum and where its tail begins.
 
-AlphaPruning (arXiv 2410.10912), as its published code computes it. For a cut i among N ascending eigenvalues, n = N - i:
+AlphaPruning (arXiv:2410.10912), as its published code computes it. For a cut i among N ascending eigenvalues, n = N - i:
 
     alpha_i = 1 + n / (sum_{j >= i} ln l_j - n ln l_i)                     (Hill; the zero term j = i is counted in n)
     D_i     = max_{j >= i} | 1 - (l_j / l_i)^(1 - alpha_i) - (j - i) / n |   (Kolmogorov-Smirnov distance)

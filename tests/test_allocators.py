@@ -162,7 +162,7 @@ def test_a_pattern_is_its_own_sparsity():
 
 
 def alphapruning_by_hand(table: Table, target: float, metric: str, epsilon: float, mapping: str, clip: bool = True) -> list[float]:
-    """METHODS 1.2 and 1.10 in plain loops; the factor is found by giving what clipped layers cannot take to the others."""
+    """AlphaPruning in plain loops; the factor is found by giving what clipped layers cannot take to the others."""
     q = []
     for row in table:
         mates = [x.metrics[metric] for x in table if x.block == row.block] if mapping == "block" else [row.metrics[metric]]
@@ -276,7 +276,7 @@ def test_published_sparsities_above_one_are_clipped(shared: Path, model: str, ta
 
 # ATP
 
-# Blocks -> for S = 0.5, 0.6, 0.7, 0.8 the largest beta and the number of points of the published grid 0.002, 0.004, ... (METHODS 1.3).
+# Blocks -> for S = 0.5, 0.6, 0.7, 0.8 the largest beta and the number of points of the published grid 0.002, 0.004, ....
 GRID = {
     12: [(0.0909, 45), (0.0727, 36), (0.0545, 27), (0.0364, 18)],
     16: [(0.0667, 33), (0.0533, 26), (0.0400, 20), (0.0267, 13)],
@@ -324,7 +324,7 @@ def test_atp_prints_the_legal_range(beta: float):
 
 
 def owl_by_hand(table: Table, target: float, lam: float, m: float) -> list[float]:
-    """METHODS 1.8 in plain loops, without the published floor of 0.01."""
+    """OWL's formula in plain loops, without the published floor of 0.01."""
     ratios = [rows[0].metrics[f"outlier_ratio:{m:g}"] for rows in table.blocks().values()]
     low, high = min(ratios), max(ratios)
     r = [(d - low) / (high - low) * 2 * lam for d in ratios]

@@ -2,7 +2,7 @@
 
 Lu et al., "AlphaPruning: Using Heavy-Tailed Self Regularization Theory for Improved Layer-wise Pruning of Large Language Models",
 NeurIPS 2024, arXiv:2410.10912. The metric is mapped linearly to relative sparsities in [1 - epsilon, 1 + epsilon] and scaled to
-the target (section 3.2, where epsilon is called tau). It does not know whether the differences in alpha are signal or noise: on
+the target (epsilon is what their code calls it). It does not know whether the differences in alpha are signal or noise: on
 models with few, similar blocks the min-max map turns noise into a wide range of sparsities.
 """
 

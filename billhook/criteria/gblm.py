@@ -1,6 +1,6 @@
 """GBLM-Pruner: Wanda's score plus the gradients of the dense model.
 
-Das et al. 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", arXiv 2311.04902: score
+Das et al. 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", arXiv:2311.04902: score
 |W_ij| * ||X_j||_2 + scale * |W_ij| * ||G_ij||_p, compared within each output row, where G_ij are the gradients of the losses of the N
 calibration sequences and p is 1 (the default) or 2. Gradients are those of the dense model, input norms those of the pruned
 prefix. Kept weights are not updated.
@@ -22,7 +22,7 @@ from billhook.registry import method
 from billhook.stats import LayerStats, gradient_name
 
 
-@method(paper="Das et al. 2023, arXiv 2311.04902", needs=lambda norm, mode, **_: ("input_norm", gradient_name(norm, mode)), group="row")
+@method(paper="Das et al. 2023, arXiv:2311.04902", needs=lambda norm, mode, **_: ("input_norm", gradient_name(norm, mode)), group="row")
 def gblm(
     W: Tensor,
     stats: LayerStats,

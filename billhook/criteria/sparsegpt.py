@@ -1,6 +1,6 @@
 """SparseGPT: remove weights column by column and let the remaining ones make up for the loss.
 
-Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774, algorithm 1.
+Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv:2301.00774, algorithm 1.
 With H = X^T X + damping * mean(diag) * I and U the upper Cholesky factor of H^-1, blocks of columns are taken from left to right: the
 mask of a block comes from w_ij^2 / U_jj^2 with the weights as they stand when the block begins (N:M: when each group of M begins),
 and each removed weight's error w_ij / U_jj is subtracted, times U_j,rest, from the columns to its right.
@@ -33,7 +33,7 @@ PANEL = 32  # columns that are brought up to date together, by one matrix produc
 LADDER = 4  # attempts, each with ten times the damping of the one before
 
 
-@method(paper="Frantar & Alistarh 2023, arXiv 2301.00774", needs=("gram",), group="layer")
+@method(paper="Frantar & Alistarh 2023, arXiv:2301.00774", needs=("gram",), group="layer")
 def sparsegpt(W: Tensor, stats: LayerStats, select: Select, *, block_size: int = 128, damping: float = 0.01) -> Tensor:
     """Return W [out, in] pruned and updated; reads stats.gram [in, in].
 
