@@ -2,7 +2,7 @@
 
 The published defaults suit the models of the papers (AlphaPruning's epsilon, ATP's beta, OWL's lam and M); on others they can be worse
 than uniform. The default schedule tries five points of each range, then halves the distance around the best. `grid` gives the
-published values instead: ATP's beta in steps of 0.002 (arXiv:2502.14770), AlphaPruning's epsilon (arXiv:2410.10912) OWL's lam and M
+published values instead: ATP's beta in steps of 0.002 (arXiv:2502.14770), AlphaPruning's epsilon (arXiv:2410.10912), OWL's lam and M
 (arXiv:2310.05175, as searched by later work) and DLP's alpha (arXiv:2505.23807).
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from billhook.allocators import ALLOCATORS
 from billhook.allocators.atp import largest_beta
+from billhook.allocators.presets import OWL_GRID
 from billhook.errors import BillhookError
 
 TICKS = 40  # a range is divided into this many parts
@@ -42,7 +43,7 @@ def _atp_grid(blocks: int, target: float) -> list[float]:
 KNOBS: dict[str, Knob] = {
     "alphapruning": Knob("epsilon", lambda blocks, target: 0.5, lambda blocks, target: [0.1, 0.2, 0.3, 0.4, 0.5]),
     "atp": Knob("beta", largest_beta, _atp_grid),
-    "owl": Knob("lam", lambda blocks, target: 0.2, lambda blocks, target: [0.02, 0.05, 0.08, 0.1, 0.2], {"m": (3.0, 5.0, 7.0, 10.0)}),
+    "owl": Knob("lam", lambda blocks, target: 0.2, lambda blocks, target: [*OWL_GRID["lam"]], {"m": OWL_GRID["m"]}),
     "dlp": Knob("alpha", lambda blocks, target: 0.3, lambda blocks, target: [0.04, 0.1, 0.15]),
 }
 

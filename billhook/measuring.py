@@ -65,7 +65,7 @@ def metric_names(text: str) -> list[str]:
     """The metrics of a comma-separated list, each once; raises BillhookError for an unknown one or none at all."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
-        raise BillhookError("Say what to measure: --metrics alpha_peak, or several with commas between them (see billhook ls metrics).")
+        raise BillhookError("--metrics names none: give one, such as alpha_peak (billhook ls metrics lists them).")
     for name in names:
         canonical(name)
     return names

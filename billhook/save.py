@@ -30,9 +30,8 @@ from billhook.errors import BillhookError, JobError
 from billhook.files import sha256, write_json
 from billhook.places import places, to_disk
 from billhook.shards import INDEX, Entry, Shard, layer_zeros, read_shard, rewrite, weight_files
+from billhook.verification import RECORD
 
-RECORD = "billhook.json"
-_OURS = (RECORD, INDEX)
 _WEIGHTS = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz", ".ot", ".pkl"}
 )

@@ -31,7 +31,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Token perplexity, tokens scored, and bits per byte where the text is known."""
-    from billhook.checkpoint import check_directory, load_model, load_tokenizer, resolve
+    from billhook.checkpoint import load_model, load_tokenizer, resolve
     from billhook.data import load_windows
     from billhook.errors import BillhookError
     from billhook.perplexity import check_length, context_length, evaluate
@@ -41,7 +41,6 @@ def command(
             "Say what to score: --data FILE.txt, FILE.jsonl, TOKENS.safetensors or hub:wikitext2 (the demo uses stdlib:heldout)."
         )
     path = resolve(model)
-    check_directory(path)
     loaded = load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     window = length or min(2048, context_length(loaded.config) or 2048)
     check_length(loaded.config, window)

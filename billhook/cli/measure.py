@@ -52,13 +52,11 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Measure every prunable layer and write table.json."""
-    from billhook.errors import BillhookError
     from billhook.files import check_writable
     from billhook.job import Request, measure_model
+    from billhook.measuring import metric_names
 
-    names = [name.strip() for name in metrics.split(",") if name.strip()]
-    if not names:
-        raise BillhookError("--metrics names none: give one, such as alpha_peak (billhook ls metrics lists them).")
+    names = metric_names(metrics)
     check_writable(output)
     request = Request(
         model=model, calibration=calibration, samples=samples, length=length, sampling=sampling, batch_size=batch_size, seed=seed,
