@@ -30,7 +30,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block, its prunable layers, its inputs (one tensor [batch, length, width] a batch) and its layers' statistics."""
+    """One transformer block, its prunable layers, its inputs and its layers' statistics.
+
+    `inputs` is one tensor [batch, length, width] a batch, there until the loop goes on to the next block.
+    """
 
     index: int
     name: str
@@ -83,7 +86,8 @@ def _walk(model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequenc
                     outputs.clear()
         yield Block(index, f"{name}.{index}", block, layers, hidden, observer.stats())
         if index + 1 < len(blocks):
-            hidden = outputs if dense else [run_block(block, h, call[index]) for h, call in zip(hidden, calls, strict=True)]
+            for i, call in enumerate(calls):  # in place, so that inputs and outputs of a block are not all held at once
+                hidden[i] = outputs[i] if dense else run_block(block, hidden[i], call[index])
             check_outputs(hidden, f"{name}.{index}")
 
 

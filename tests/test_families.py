@@ -34,10 +34,11 @@ def test_replaying_blocks_is_bit_exact(family: str) -> None:
         for batch in ids:
             model(batch)
     expected = [list(seen) for seen in inputs]
-    replayed = list(walk(model, ids, ("input_norm",), dense=True))
-    assert len(replayed) == len(blocks)
-    for block in replayed:
+    visited = 0
+    for block in walk(model, ids, ("input_norm",), dense=True):
         assert all(torch.equal(a, b) for a, b in zip(block.inputs, expected[block.index], strict=True)), f"block {block.index} differs"
+        visited += 1
+    assert visited == len(blocks)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
