@@ -20,7 +20,7 @@ from billhook.files import write_atomic
 from billhook.heldout import split_windows
 from billhook.plan import SparsityPlan, load_plan
 from billhook.pruning import prune_
-from billhook.request import Request, model_facts, open_request
+from billhook.request import Request, open_request
 
 VERSION = 1
 WINDOWS = 8  # held-out windows compared: their hidden states after every block are in memory at once
@@ -63,7 +63,7 @@ def analyze(
     finally:
         for layer, weight in zip(opened.layers, weights, strict=True):
             layer.weight.copy_(weight)
-    facts = {"model": model_facts(opened.source, opened.model), "criterion": request.criterion, "criterion_options": options}
+    facts = {"model": opened.facts, "criterion": request.criterion, "criterion_options": options}
     return {"version": VERSION, **facts, "windows": len(ids), "calibration": split.facts, "plans": found}
 
 

@@ -27,12 +27,11 @@ from billhook.metrics import fact
 from billhook.plan import Pattern, SparsityPlan, load_plan
 from billhook.pruning import LayerResult, prune_
 from billhook.registry import hint
-from billhook.request import Opened, Request, calibration_facts, listed, model_facts, open_request
+from billhook.request import Opened, Request, calibration_facts, listed, open_request
 from billhook.save import save_pruned
 from billhook.stats import GRADIENTS
 from billhook.table import Table
-
-VERSION = 1
+from billhook.verification import VERSION
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def prepare(request: Request, progress: Callable[[str], None] = lambda layer: No
     opened = open_request(request, needs_text, f"Pruning with {request.criterion} and {request.allocator}")
     shapes = {layer.name: layer.shape for layer in opened.layers}
     if gradients is not None:
-        gradients.check(_gradient(request, criterion_options), shapes, model_facts(opened.source, opened.model))
+        gradients.check(_gradient(request, criterion_options), shapes, opened.facts)
     if plan is None:
         table = _measure(opened, needed, progress) if table is None else _rows(table, opened)
         plan = allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **allocator_options)
@@ -169,7 +168,7 @@ def make_gradients(
 ) -> Gradients:
     """Accumulate the gradients of a request's model on its calibration text and write them to `path`; see `compute_gradients`."""
     opened = open_request(request, True, "A gradient")
-    facts = {"model": model_facts(opened.source, opened.model), "calibration": calibration_facts(opened)}
+    facts = {"model": opened.facts, "calibration": calibration_facts(opened)}
     layers, batches = opened.layers, opened.batches
     return compute_gradients(opened.model, batches, statistic, path, layers=layers, facts=facts, spill_gib=spill_gib, progress=progress)
 
@@ -180,7 +179,7 @@ def _rows(table: Table, opened: Opened) -> Table:
 
 
 def _measure(opened: Opened, metrics: Sequence[str], progress: Callable[[str], None]) -> Table:
-    facts = model_facts(opened.source, opened.model)
+    facts = opened.facts
     table = measure(opened.model, metrics, batches=opened.batches, layers=opened.layers, facts=facts, progress=progress)
     if opened.calibration is not None:
         table.made_by["calibration"] = calibration_facts(opened)
@@ -213,7 +212,7 @@ def _record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
     """The content of billhook.json: the same inputs and seed give the same bytes, so there is no date and no duration in it."""
     request, opened = job.request, job.opened
     places = {layer.name: layer for layer in opened.layers}
-    model = model_facts(opened.source, opened.model)
+    model = opened.facts
     return {
         "version": VERSION,
         "billhook": billhook.__version__,

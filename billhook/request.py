@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ class Opened:
     layers: list[Layer]
     calibration: Tokens | None
     batches: list[Tensor]
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """`model_facts` of what was opened; reading the files for the digest takes time, so it is done once."""
+        return model_facts(self.source, self.model)
 
 
 def open_request(request: Request, needs_text: bool, who: str) -> Opened:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -25,12 +25,11 @@ from billhook.knobs import KNOBS, Candidate, Outcome, Space, propose
 from billhook.measuring import measure
 from billhook.plan import Pattern, SparsityPlan
 from billhook.registry import hint
-from billhook.request import Opened, Request, model_facts, open_request
+from billhook.request import Opened, Request, listed, open_request
 from billhook.search_picture import draw
 from billhook.table import Table
 from billhook.trials import Bench, Setting
 
-Objective = Literal["kl", "nll"]
 OBJECTIVES = {"kl": "kl", "ppl": "nll"}
 SAMPLES = 64  # half for statistics, half held out; Wanda's ranking hardly changes beyond a few windows
 _FIRST = 4  # windows before a trial can be given up; doubled from there to half of the held-out ones
@@ -127,8 +126,8 @@ class Task:
         if self._table is None:
             needs = (ALLOCATORS.needs(c.allocator, c.options) for c in self.space.candidates())
             columns = list(dict.fromkeys(name for names in needs for name in names))
-            facts = model_facts(self._opened.source, self._opened.model)
-            self._table = measure(self._opened.model, columns, batches=self.split.batches, layers=self._opened.layers, facts=facts)
+            opened = self._opened
+            self._table = measure(opened.model, columns, batches=self.split.batches, layers=opened.layers, facts=opened.facts)
         return self._table
 
     def plan(self, candidate: Candidate) -> SparsityPlan:
@@ -150,13 +149,13 @@ def _split_options(request: Request, names: Sequence[str]) -> tuple[dict[str, An
 
 def _identity(request: Request, opened: Opened, split: Split, space: Space, setting: Setting, objective: str) -> dict[str, Any]:
     """What a search.json must agree in to be continued."""
-    model = model_facts(opened.source, opened.model)
+    model = dict(opened.facts)
     if opened.source is None:
         model["digest"] = _weights_digest(opened)
     return {
         "model": model,
-        "targets": list(request.targets),
-        "ignore": list(request.ignore),
+        "targets": listed(request.targets),
+        "ignore": listed(request.ignore),
         "sparsity": space.target,
         "pattern": request.pattern,
         "criterion": setting.criterion,
