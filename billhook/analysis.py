@@ -21,6 +21,7 @@ from billhook.heldout import split_windows
 from billhook.plan import SparsityPlan, load_plan
 from billhook.pruning import prune_
 from billhook.request import Request, open_request
+from billhook.walk import evaluating
 
 VERSION = 1
 WINDOWS = 8  # held-out windows compared: their hidden states after every block are in memory at once
@@ -103,8 +104,9 @@ def _block_outputs(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 
     handles = [block.register_forward_hook(note(index)) for index, block in enumerate(blocks)]
     try:
-        for window in ids:
-            model.base_model(input_ids=window[None].to(model.device), use_cache=False)
+        with evaluating(model):
+            for window in ids:
+                model.base_model(input_ids=window[None].to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

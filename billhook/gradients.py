@@ -34,7 +34,7 @@ from billhook.errors import BillhookError, JobError
 from billhook.gradient_file import Gradients, open_gradients, write_gradients
 from billhook.registry import hint
 from billhook.stats import GRADIENTS, AbsoluteSum
-from billhook.walk import Call, capture, check_outputs, plain_experts, run_block, stubbed
+from billhook.walk import Call, capture, check_outputs, evaluating, plain_experts, run_block, stubbed
 
 Progress = Callable[[str], None]
 SPILL_GIB = 8.0
@@ -71,7 +71,7 @@ def compute_gradients(
     dtype = GRADIENTS[statistic](torch.zeros(1)).value().dtype
 
     def values() -> Iterator[tuple[str, Tensor]]:
-        with plain_experts(model), _Store(path.parent, spill_gib) as store:
+        with plain_experts(model), evaluating(model), _Store(path.parent, spill_gib) as store:
             for name, value in _Backward(model, sequences, store).run(GRADIENTS[statistic], layers):
                 yield name, value
                 progress(name)

@@ -18,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from billhook.data import Windows, check_ids, digest, whole_ids
 from billhook.errors import BillhookError, JobError
+from billhook.walk import evaluating
 
 _LOGIT_BYTES = 1 << 28  # how much memory the logits of one batch may take
 _LOSS_BYTES = 1 << 26  # and how much the float32 copy that the loss works on
@@ -83,18 +84,14 @@ def evaluate(
     vocabulary = vocabulary_size(model)
     check_ids(ids, vocabulary, windows.source)
     size = batch_size or max(1, _LOGIT_BYTES // (length * vocabulary * model.dtype.itemsize))
-    training = model.training
-    model.eval()
     sums = torch.zeros(count, dtype=torch.float64)
-    try:
+    with evaluating(model):
         for start in range(0, count, size):
             batch = ids[start : start + size].to(model.device)
             logits = model(input_ids=batch, use_cache=False).logits
             sums[start : start + size] = window_nll(logits, batch).cpu()
             if progress is not None:
                 progress(min(start + size, count), count)
-    finally:
-        model.train(training)
     return _summary(sums, windows)
 
 

@@ -27,7 +27,7 @@ from billhook.masks import Select
 from billhook.plan import SparsityPlan
 from billhook.pruning import Group, prune_
 from billhook.stats import LayerStats
-from billhook.walk import walk
+from billhook.walk import evaluating, walk
 
 KEPT = 256
 _TOKENS_A_BATCH = 4096
@@ -138,7 +138,9 @@ class Bench:
         size = max(1, _TOKENS_A_BATCH // self.heldout.shape[1])
         for ids in self.heldout[first:last].split(size):
             ids = ids.to(self.model.device)
-            for row, logits in zip(ids, self.model(input_ids=ids, use_cache=False).logits, strict=True):
+            with evaluating(self.model):
+                predicted = self.model(input_ids=ids, use_cache=False).logits
+            for row, logits in zip(ids, predicted, strict=True):
                 yield logits[:-1], row[1:]
 
     def _group(self, layer: Layer) -> Group:

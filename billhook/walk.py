@@ -49,10 +49,22 @@ def walk(model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequence
 
     `batches` are token ids [batch, length] int64, in the order in which statistics accumulate; empty if no statistics are asked.
     `dense=True` promises that the loop body changes no weight, which saves the second pass through each block.
-    Raises JobError when activations are not finite (naming the block).
+    Raises JobError when activations are not finite (naming the block or the layer).
     """
-    with plain_experts(model):
+    with plain_experts(model), evaluating(model):
         yield from _walk(model, batches, statistics, dense)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let the model run without dropout, and put every module's own mode back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
@@ -234,7 +246,13 @@ class _Observer(TorchFunctionMode):
 
     def stats(self) -> dict[str, LayerStats]:
         """Layer name -> its statistics so far."""
-        return {layer.name: self._collectors[self._leaders.get(layer.name, layer.name)].stats() for layer in self._layers}
+        return {layer.name: self._stats(layer.name) for layer in self._layers}
+
+    def _stats(self, name: str) -> LayerStats:
+        try:
+            return self._collectors[self._leaders.get(name, name)].stats()
+        except JobError as error:
+            raise JobError(f"{name}: {error}") from None
 
 
 _PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm})

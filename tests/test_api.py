@@ -1,5 +1,7 @@
 """What an engineer tries first in Python: models in memory, tensors of token ids, and the pieces by themselves."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -112,6 +114,18 @@ def test_half_precision(model, dtype, criterion):
 def test_a_model_in_training_mode_stays_in_it(model):
     assert billhook.prune(model.train(), sparsity=0.5, calibration=IDS).sparsity == 0.5
     assert model.training
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "gblm"])
+def test_dropout_takes_no_part(model, criterion):
+    model.config.attention_dropout = 0.5
+    for block in model.model.layers:
+        block.self_attn.attention_dropout = 0.5
+    twin = copy.deepcopy(model)
+    billhook.prune(model.eval(), sparsity=0.5, criterion=criterion, calibration=IDS)
+    billhook.prune(twin.train(), sparsity=0.5, criterion=criterion, calibration=IDS)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(module.training for module in twin.modules())
 
 
 def test_a_decoder_without_a_head(model):
