@@ -16,15 +16,16 @@ from billhook.allocators import allocate
 from billhook.checkpoint import load_tokenizer, quiet
 from billhook.criteria import CRITERIA
 from billhook.data import load_windows
-from billhook.errors import JobError
+from billhook.errors import BillhookError, JobError
+from billhook.files import read_json
 from billhook.job import Job, run
 from billhook.measuring import measure
 from billhook.perplexity import evaluate
 from billhook.plan import SparsityPlan
 from billhook.pruning import prune_
-from billhook.request import Opened, Request, model_facts, open_request
+from billhook.request import Opened, Request, open_request
 from billhook.save import check_output
-from billhook.verification import verify
+from billhook.verification import RECORD, verify
 
 MODEL = Path(__file__).parent / "demo_model"
 SAMPLES, LENGTH, EVALUATION_WINDOWS = 32, 256, 64
@@ -80,14 +81,14 @@ class Demo:
 
 def run_demo(output: Path, sparsity: float, say: Callable[[str], None] = print) -> Demo:
     """Prune the bundled model in twelve ways, save the best to `output` (replacing an earlier demonstration), reload and verify it."""
-    check_output(output, MODEL, overwrite=True)
+    check_output(output, MODEL, overwrite=_is_demo(output))
     say(f"The bundled model: {MODEL.name}, a small llama trained on Python's standard library.")
     request = Request(MODEL, calibration="stdlib:train", samples=SAMPLES, length=LENGTH, dtype="float32", output=output, overwrite=True)
     opened = open_request(request, True, "The demo")
     windows = load_windows("stdlib:heldout", load_tokenizer(MODEL), length=LENGTH, limit=EVALUATION_WINDOWS)
     dense = evaluate(opened.model, windows)
     say(f"Measuring {len(opened.layers)} layers ({', '.join(METRICS)}).")
-    table = measure(opened.model, METRICS, batches=opened.batches, layers=opened.layers, facts=model_facts(MODEL, opened.model))
+    table = measure(opened.model, METRICS, batches=opened.batches, layers=opened.layers, facts=opened.facts)
     plans = {name: allocate(table, sparsity, allocator=name) for name in SHOWN_ALLOCATORS}
     perplexity, achieved = {}, {}
     for allocator, plan in plans.items():
@@ -101,6 +102,16 @@ def run_demo(output: Path, sparsity: float, say: Callable[[str], None] = print) 
     _save_best(demo, plans, opened, request)
     _check(opened, output)
     return demo
+
+
+def _is_demo(output: Path) -> bool:
+    """Whether `output` is an earlier demonstration, which may be replaced; raises BillhookError where it holds anything else."""
+    if not output.is_dir() or not any(output.iterdir()):
+        return False
+    made_by = read_json(output / RECORD, "record").get("made_by") if (output / RECORD).is_file() else None
+    if isinstance(made_by, dict) and isinstance(made_by.get("model"), dict) and made_by["model"].get("name") == MODEL.name:
+        return True
+    raise BillhookError(f"The output {output} is not empty and holds no earlier demo: choose another with --output.")
 
 
 def _save_best(demo: Demo, plans: dict[str, SparsityPlan], opened: Opened, request: Request) -> None:

@@ -13,6 +13,8 @@ from billhook import __version__
 from billhook.allocators import ALLOCATORS
 from billhook.cli import app
 from billhook.criteria import CRITERIA
+from billhook.demo import run_demo
+from billhook.errors import BillhookError
 from billhook.metrics import FACTS
 
 COMMANDS = [command.name for command in app.registered_commands]
@@ -177,3 +179,10 @@ def test_ls(kind, names):
 def test_ls_families():
     assert {"model_type": "gpt_oss"} in done("ls", "families", "--json").json["families"]
     assert "llama" in done("ls", "families").out
+
+
+def test_the_demo_replaces_nothing_but_a_demo(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BillhookError, match="holds no earlier demo"):
+        run_demo(tmp_path, 0.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
