@@ -10,10 +10,12 @@ from billhook.cli.common import (
     Calibration,
     Device,
     Dtype,
+    Ignore,
     Json,
     Length,
     Seed,
     Settings,
+    Targets,
     TrustRemoteCode,
     emit,
     guarded,
@@ -43,6 +45,8 @@ def command(
     length: Length = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
+    targets: Targets = None,
+    ignore: Ignore = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -57,7 +61,7 @@ def command(
     found = analyze(
         model, {str(path): path for path in plan or []}, progress=lambda name: say(f"{name}: pruned"), criterion=criterion,
         options=parse_settings(settings), calibration=calibration, samples=samples, length=length, batch_size=batch_size, seed=seed,
-        device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+        targets=targets or (), ignore=ignore or (), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if output is not None:
         write_json(output, found)

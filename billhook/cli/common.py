@@ -31,7 +31,7 @@ Sampling = Annotated[
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Windows a forward pass; by default chosen by size.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type to compute in; auto is the checkpoint's.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="An option of the method, such as epsilon=0.3. Repeatable.", metavar="KEY=VALUE")
