@@ -26,8 +26,7 @@ class LayerStats:
     """What a criterion gets to know about a layer's inputs; a statistic that was not collected is None.
 
     `tokens` and `sequences` count the calibration text that reached the layer. `gradient` [out, in] is the one of `GRADIENTS` that the
-    criterion named. `notes` collects what a criterion had to do
-    differently (damping raised, dead inputs), for the report.
+    criterion named. `notes` collects what a criterion had to do differently (damping raised, dead inputs), for the report.
     """
 
     tokens: int
