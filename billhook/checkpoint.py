@@ -60,7 +60,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_DOWNLOADED)))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_DOWNLOADED), ignore_patterns=["*/*", "consolidated*"]))
     except GatedRepoError:
         raise BillhookError(f"{name} is gated on the hub: accept its terms there, then run `hf auth login`.") from None
     except RepositoryNotFoundError:

@@ -157,5 +157,13 @@ def calibration_facts(opened: Opened) -> dict[str, Any]:
 
 def model_facts(source: Path | None, model: PreTrainedModel) -> dict[str, Any]:
     """What identifies a model in tables, plans and billhook.json."""
-    name = source.resolve().name if source else type(model).__name__
-    return {"name": name, "type": model.config.model_type, "digest": None if source is None else model_digest(source)}
+    return {"name": _model_name(source, model), "type": model.config.model_type, "digest": None if source is None else model_digest(source)}
+
+
+def _model_name(source: Path | None, model: PreTrainedModel) -> str:
+    """The folder's name; for the hub's cache, whose folders are `models--OWNER--NAME/snapshots/COMMIT`, OWNER/NAME; else the class's."""
+    if source is None:
+        return type(model).__name__
+    if source.parent.name == "snapshots":
+        return source.parents[1].name.removeprefix("models--").replace("--", "/")
+    return source.resolve().name

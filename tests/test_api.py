@@ -1,6 +1,7 @@
 """What an engineer tries first in Python: models in memory, tensors of token ids, and the pieces by themselves."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import tiny
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import billhook
 from billhook import BillhookError
+from billhook.request import model_facts
 
 IDS = torch.randint(0, 256, (5, 32), generator=torch.Generator().manual_seed(0))
 Q = "model.layers.0.self_attn.q_proj"
@@ -198,3 +200,10 @@ def test_fields_that_cannot_be(model, fields, message):
 def test_things_that_are_no_model(thing):
     with pytest.raises(BillhookError, match="must be a directory, a hub name or a transformers PreTrainedModel, got"):
         billhook.prune(thing, sparsity=0.5, criterion="magnitude")
+
+
+def test_a_model_from_the_hub_is_recorded_by_its_name(tmp_path: Path) -> None:
+    cached = tmp_path / "models--owner--some-model" / "snapshots" / "0a1b2c"
+    cached.mkdir(parents=True)
+    tiny.save(cached)
+    assert model_facts(cached, tiny.llama())["name"] == "owner/some-model"
