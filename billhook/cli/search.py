@@ -1,5 +1,6 @@
 """`billhook search`: choose allocator and knob on held-out windows of the calibration text."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -81,7 +82,13 @@ def command(
     options = " ".join(f"{key}={value}" for key, value in best["options"].items())
     verdict = "nothing beat it" if best["allocator"] == "uniform" else "better than uniform"
     say(f"Best on the held-out windows: {best['allocator']} {options} (token perplexity {best['token_ppl']:.2f}; {verdict}).")
-    how = f"--plan {output / 'plan.json'} --criterion {criterion} --calibration {calibration}"
-    say(f"Prune with it: billhook prune {model} {how} --output pruned")
+    chosen = [
+        ("--targets", targets),
+        ("--ignore", ignore),
+        ("--set", [f"{k}={v}" for k, v in found.record["identity"]["criterion_options"].items()]),
+    ]
+    words = ["--plan", output / "plan.json", "--criterion", criterion, "--calibration", calibration]
+    words += [word for option, values in chosen for value in values or () for word in (option, value)]
+    say(f"Prune with it: billhook prune {model} {shlex.join(map(str, words))} --output pruned")
     if as_json:
         emit(dict(summary(found)))
