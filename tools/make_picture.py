@@ -64,7 +64,6 @@ def draw(dense: float, found: dict[str, list[float]], path: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None}, facecolor="white")
-    figure.savefig(path.with_suffix(".png"), dpi=110, facecolor="white")
 
 
 def main() -> None:
