@@ -34,9 +34,8 @@ from billhook.errors import BillhookError, JobError
 from billhook.gradient_file import Gradients, open_gradients, write_gradients
 from billhook.registry import hint
 from billhook.stats import GRADIENTS, AbsoluteSum
-from billhook.walk import Call, capture, check_outputs, evaluating, plain_experts, run_block, stubbed
+from billhook.walk import Call, Progress, capture, check_outputs, evaluating, plain_experts, run_block, stubbed
 
-Progress = Callable[[str], None]
 SPILL_GIB = 8.0
 
 _LOWER = (0, 6, 12, 18)  # powers of two to step down by while float16 gradients overflow

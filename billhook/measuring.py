@@ -3,7 +3,7 @@
 What a metric looks at is known from its name (`billhook.metrics`): the weight alone, the inputs of the dense model's layers, or its loss.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,9 +16,8 @@ from billhook.metrics import CURVES, canonical, companions, fact, function_of, o
 from billhook.perplexity import vocabulary_size
 from billhook.spectra import measure_spectra
 from billhook.table import Row, Table
-from billhook.walk import Block, walk
+from billhook.walk import Block, Progress, walk
 
-Progress = Callable[[str], None]
 Values = dict[str, dict[str, Any]]
 
 

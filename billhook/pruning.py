@@ -26,11 +26,10 @@ from billhook.masks import Select
 from billhook.perplexity import vocabulary_size
 from billhook.plan import SparsityPlan
 from billhook.stats import GRADIENTS, STATISTICS, LayerStats
-from billhook.walk import walk
+from billhook.walk import Progress, walk
 
 Group = Literal["row", "layer"]
 Rounding = Literal["exact", "floor"]
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

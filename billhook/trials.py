@@ -26,11 +26,11 @@ from billhook.ladder import Ladder
 from billhook.masks import Select
 from billhook.plan import SparsityPlan
 from billhook.pruning import Group, prune_
+from billhook.request import TOKENS_A_BATCH
 from billhook.stats import LayerStats
 from billhook.walk import evaluating, walk
 
 KEPT = 256
-_TOKENS_A_BATCH = 4096
 _ROW_BYTES = 1 << 26  # of float32 log-probabilities worked on at once
 
 
@@ -135,7 +135,7 @@ class Bench:
 
     def _predictions(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """For each window the logits [length - 1, vocabulary] and the tokens int64 [length - 1] they are to predict."""
-        size = max(1, _TOKENS_A_BATCH // self.heldout.shape[1])
+        size = max(1, TOKENS_A_BATCH // self.heldout.shape[1])
         for ids in self.heldout[first:last].split(size):
             ids = ids.to(self.model.device)
             with evaluating(self.model):

@@ -19,6 +19,8 @@ from billhook.arch import Layer, find_blocks, find_layers
 from billhook.errors import JobError
 from billhook.stats import Collector, LayerStats
 
+Progress = Callable[[str], None]  # called with the name of each finished layer
+
 
 @dataclass(frozen=True)
 class Call:
