@@ -1,0 +1,1 @@
+"""Sparse weights packed as bitmask and values, and the engine that multiplies with them."""
