@@ -91,7 +91,7 @@ def save_pruned(
     """
     needed = sum(file.stat().st_size for file in weight_files(source)) if source else sum(p.nbytes for p in model.parameters())
     output = check_output(output, source, overwrite=overwrite, needed=needed)
-    with _staging(output, needed) as folder:
+    with staging(output, needed) as folder:
         note = _write_weights(model, source, folder)
         if source is not None:
             _copy_others(source, folder)
@@ -128,8 +128,11 @@ def checksums(directory: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _staging(output: Path, needed: int) -> Iterator[Path]:
-    """Give a hidden directory beside `output`; it becomes `output` when the body ends, and vanishes when the body fails."""
+def staging(output: Path, needed: int) -> Iterator[Path]:
+    """Give a hidden directory beside `output`; it becomes `output` when the body ends, and vanishes when the body fails.
+
+    Raises JobError for a failure of the disk; `needed` bytes are named in its message.
+    """
     folder: Path | None = None
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
