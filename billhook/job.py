@@ -24,9 +24,9 @@ from billhook.gradient_file import Gradients, open_gradients
 from billhook.gradients import compute_gradients
 from billhook.measuring import measure
 from billhook.metrics import fact
+from billhook.options import split_options
 from billhook.plan import Pattern, SparsityPlan, load_plan
 from billhook.pruning import LayerResult, prune_
-from billhook.registry import hint
 from billhook.request import Opened, Request, calibration_facts, listed, open_request
 from billhook.save import save_pruned
 from billhook.stats import GRADIENTS
@@ -93,7 +93,9 @@ def prune(model: str | Path | PreTrainedModel, *, progress: Callable[[str], None
 
 def prepare(request: Request, progress: Callable[[str], None] = lambda layer: None) -> Job:
     """Check everything about a request, cheapest first; measure and allocate if the request asks for it."""
-    allocator_options, criterion_options = split_options(request)
+    allocators = [] if request.plan is not None else [request.allocator]
+    criterion_options, given = split_options(request.options, request.criterion, allocators, Request.__dataclass_fields__)
+    allocator_options = {} if request.plan is not None else ALLOCATORS.configure(request.allocator, given)
     plan = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
     table = Table.load(request.table) if isinstance(request.table, str | Path) else request.table
     if plan is None:
@@ -147,14 +149,14 @@ def run(job: Job, progress: Callable[[str], None] = lambda layer: None) -> Repor
         progress=progress,
         **job.criterion_options,
     )
-    record = _record(job, results)
-    warnings = list(record["warnings"])
+    made = record(job, results)
+    warnings = list(made["warnings"])
     output = None
     if request.output is not None:
-        saved = save_pruned(opened.model, opened.source, Path(request.output), record=record, overwrite=request.overwrite)
+        saved = save_pruned(opened.model, opened.source, Path(request.output), record=made, overwrite=request.overwrite)
         output = saved.path
         warnings += [saved.note] if saved.note else []
-    return Report(job.plan, results, output, time.perf_counter() - start, warnings, record)
+    return Report(job.plan, results, output, time.perf_counter() - start, warnings, made)
 
 
 def measure_model(request: Request, metrics: Sequence[str], progress: Callable[[str], None] = lambda layer: None) -> Table:
@@ -186,29 +188,7 @@ def _measure(opened: Opened, metrics: Sequence[str], progress: Callable[[str], N
     return table
 
 
-def split_options(request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give each of `request.options` to the allocator or the criterion that has it (to both, if both do), and fill in defaults.
-
-    Raises BillhookError for a key that neither has. With a plan there are no allocator options.
-    """
-    of_allocator = {} if request.plan is not None else ALLOCATORS.options(request.allocator)
-    of_criterion = CRITERIA.options(request.criterion)
-    for key in request.options:
-        if key not in of_allocator and key not in of_criterion:
-            known, fields = [*of_allocator, *of_criterion], Request.__dataclass_fields__
-            raise BillhookError(
-                f"Neither allocator {request.allocator!r} nor criterion {request.criterion!r} has an option {key!r}."
-                f"{hint(key, [*known, *fields])} Their options: {', '.join(known) or 'none'}."
-            )
-    allocator = {} if request.plan is not None else ALLOCATORS.configure(request.allocator, _only(request.options, of_allocator))
-    return allocator, CRITERIA.configure(request.criterion, _only(request.options, of_criterion))
-
-
-def _only(options: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key in known}
-
-
-def _record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
+def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
     """The content of billhook.json: the same inputs and seed give the same bytes, so there is no date and no duration in it."""
     request, opened = job.request, job.opened
     places = {layer.name: layer for layer in opened.layers}
