@@ -58,15 +58,30 @@ def read_shard(path: Path) -> Shard:
             header = file.read(length)
     except OSError as error:
         raise BillhookError(f"Cannot read the weights {path}: {error.strerror or error}.") from None
+    entries = parse_header(path, start + header)
+    if (stop := max((entry.stop for entry in entries.values()), default=8 + length)) != size:
+        raise BillhookError(f"{path} holds {size} bytes where its header promises {stop}: copy or download it again.")
+    return Shard(path, start + header, entries)
+
+
+def parse_header(path: Path, header: bytes) -> dict[str, Entry]:
+    """The tensors that a safetensors header (its 8 bytes of length included) lists, in the order of their bytes, which leave no gap.
+
+    Raises BillhookError for a damaged one, naming `path`.
+    """
     try:
-        listed = json.loads(header)
+        listed = json.loads(header[8:])
         listed.pop("__metadata__", None)
-        entries = [_entry(name, item, 8 + length) for name, item in listed.items()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        entries = [_entry(name, item, len(header)) for name, item in listed.items()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         raise BillhookError(f"{path} has a damaged safetensors header: copy or download it again.") from None
     entries.sort(key=lambda entry: (entry.start, entry.stop))
-    _check_ranges(path, entries, 8 + length, size)
-    return Shard(path, start + header, {entry.name: entry for entry in entries})
+    position = len(header)
+    for entry in entries:
+        if entry.start != position:
+            raise BillhookError(f"{path} has a damaged safetensors header at {entry.name}: copy or download it again.")
+        position = entry.stop
+    return {entry.name: entry for entry in entries}
 
 
 def _entry(name: str, item: dict[str, object], offset: int) -> Entry:
@@ -76,15 +91,6 @@ def _entry(name: str, item: dict[str, object], offset: int) -> Entry:
     if (stop - start) * 8 != math.prod(shape) * _BITS[entry.dtype] or min(shape, default=0) < 0:
         raise ValueError(name)
     return entry
-
-
-def _check_ranges(path: Path, entries: list[Entry], position: int, size: int) -> None:
-    for entry in entries:
-        if entry.start != position:
-            raise BillhookError(f"{path} has a damaged safetensors header at {entry.name}: copy or download it again.")
-        position = entry.stop
-    if position != size:
-        raise BillhookError(f"{path} holds {size} bytes where its header promises {position}: copy or download it again.")
 
 
 def weight_files(directory: Path) -> list[Path]:
