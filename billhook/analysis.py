@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.arch import find_blocks
-from billhook.criteria import CRITERIA
 from billhook.errors import BillhookError
 from billhook.files import write_atomic
-from billhook.heldout import split_windows
+from billhook.heldout import split_windows, used_fields
+from billhook.options import split_options
 from billhook.plan import SparsityPlan, load_plan
-from billhook.pruning import prune_
 from billhook.request import Request, open_request
+from billhook.trials import Bench, Setting
 from billhook.walk import evaluating
 
 VERSION = 1
@@ -41,29 +41,24 @@ def analyze(
     """
     if not plans:
         raise BillhookError("Say which plans to compare: --plan plan.json, several times if you like.")
+    used_fields(fields, ("criterion", "options", "group"), "An analysis")
     loaded = {name: plan if isinstance(plan, SparsityPlan) else load_plan(plan) for name, plan in plans.items()}
     request = Request(model, **({"samples": 2 * WINDOWS} | fields))
-    options = CRITERIA.configure(request.criterion, request.options)
+    options, _ = split_options(request.options, request.criterion, ())
     opened = open_request(request, True, "An analysis")
     shapes = {layer.name: layer.shape for layer in opened.layers}
     for plan in loaded.values():
         plan.check(shapes)
     split = split_windows(opened, request.seed)
     ids = split.heldout[:WINDOWS]
-    dense = _block_outputs(opened.model, ids)
-    weights = [layer.weight.clone() for layer in opened.layers]
     found = {}
-    try:
+    with Bench(opened.model, opened.layers, split.batches, ids, Setting(request.criterion, options, request.group)) as bench:
+        dense = _block_outputs(opened.model, ids)
         for name, plan in loaded.items():
-            for layer, weight in zip(opened.layers, weights, strict=True):
-                layer.weight.copy_(weight)
-            prune_(opened.model, plan, criterion=request.criterion, batches=split.batches, layers=opened.layers, **options)
+            bench.prune(plan)
             errors = [_relative(y, x) for y, x in zip(_block_outputs(opened.model, ids), dense, strict=True)]
             found[name] = {"target": plan.target, "relative_error": errors, "sparsity": _by_block(plan, opened.layers)}
             progress(name)
-    finally:
-        for layer, weight in zip(opened.layers, weights, strict=True):
-            layer.weight.copy_(weight)
     facts = {"model": opened.facts, "criterion": request.criterion, "criterion_options": options}
     return {"version": VERSION, **facts, "windows": len(ids), "calibration": split.facts, "plans": found}
 

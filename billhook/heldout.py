@@ -1,6 +1,7 @@
 """Splitting calibration windows: one half gives statistics, the other the loss that plans are chosen by. No window is in both."""
 
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,11 @@ from torch import Tensor
 
 from billhook.data import digest
 from billhook.errors import BillhookError
-from billhook.request import Opened
+from billhook.registry import hint
+from billhook.request import Opened, Request
 
+_TEXT = ("calibration", "samples", "length", "batch_size", "seed")
+OPENING = (*_TEXT, "targets", "ignore", "device", "dtype", "trust_remote_code")
 LEAST = 4  # windows: two for each half, so that a spread over windows can be told
 
 
@@ -22,16 +26,29 @@ class Split:
     facts: dict[str, Any]
 
 
+def used_fields(given: Mapping[str, Any], used: Sequence[str], who: str) -> None:
+    """Raise BillhookError for a name in `given` that is neither of `OPENING` nor of `used`: nothing asked for is passed over."""
+    known = [*OPENING, *used]
+    for name in given:
+        if name in known:
+            continue
+        if name in ("table", "gradients"):
+            raise BillhookError(f"{who} measures on its own half of the calibration windows: leave {name} out.")
+        if name == "sampling":
+            raise BillhookError(f"{who} splits the windows, and those of --sampling papers can overlap: leave sampling out.")
+        if name in Request.__dataclass_fields__:
+            raise BillhookError(f"{who} has no use for {name}: leave it out.")
+        raise BillhookError(f"{who} has no field {name!r}.{hint(name, known)} There are: {', '.join(known)}.")
+
+
 def split_windows(opened: Opened, seed: int) -> Split:
     """Divide a request's windows in two at random with `seed`, windows of equal content counted once.
 
     Raises BillhookError where fewer than four different windows are left. Packed windows never overlap; those drawn as in the papers
-    can, which is why a search does not offer that sampling.
+    can, which is why `used_fields` refuses that sampling.
     """
     tokens = opened.calibration
     assert tokens is not None
-    if tokens.sampling == "papers":
-        raise BillhookError("A search splits the calibration windows, and those of --sampling papers can overlap: use --sampling packed.")
     rows = tokens.ids.tolist()
     different = list({tuple(row): index for index, row in reversed(list(enumerate(rows)))}.values())
     if len(different) < LEAST:

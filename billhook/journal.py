@@ -17,7 +17,7 @@ from billhook.knobs import Candidate
 from billhook.plan import SparsityPlan
 
 VERSION = 1
-RECORD, PLAN, PICTURE = "search.json", "plan.json", "search.svg"
+RECORD, PLAN, PICTURE, MODEL = "search.json", "plan.json", "search.svg", "model"
 
 
 @dataclass(frozen=True)

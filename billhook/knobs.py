@@ -26,13 +26,19 @@ ATP_STEP = 0.002
 class Knob:
     """`name` is the option that is searched in (0, high]; `high` and `grid` are given the number of blocks and the target sparsity.
 
-    `published` are further options, with the values that `--grid` combines with the knob's own.
+    Zero is the uniform plan; where `falling`, `high` is, and the range is [0, high). `published` are further options, with the values
+    that `--grid` combines with the knob's own.
     """
 
     name: str
     high: Callable[[int, float], float]
     grid: Callable[[int, float], list[float]]
     published: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    falling: bool = False
+
+    def value(self, fraction: float, blocks: int, target: float) -> float:
+        """The value at a fraction of the range, counted from uniform."""
+        return self.high(blocks, target) * (1 - fraction if self.falling else fraction)
 
 
 def _atp_grid(blocks: int, target: float) -> list[float]:
@@ -45,7 +51,15 @@ KNOBS: dict[str, Knob] = {
     "atp": Knob("beta", largest_beta, _atp_grid),
     "owl": Knob("lam", lambda blocks, target: 0.2, lambda blocks, target: [*OWL_GRID["lam"]], {"m": OWL_GRID["m"]}),
     "dlp": Knob("alpha", lambda blocks, target: 0.3, lambda blocks, target: [0.04, 0.1, 0.15]),
+    "sensitivity": Knob("epsilon", lambda blocks, target: 0.5, lambda blocks, target: [0.1, 0.2, 0.3, 0.4, 0.5]),
+    "global": Knob(
+        "floor",
+        lambda blocks, target: 1 - target,
+        lambda blocks, target: [x / 10 for x in range(10) if x / 10 < 1 - target],
+        falling=True,
+    ),
 }
+ALL = ("alphapruning", "atp", "owl", "dlp")  # what "all" means: sensitivity costs an evaluation a block, global is rarely a rival
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,7 @@ class Space:
     def at(self, allocator: str, tick: int) -> Candidate:
         """The candidate at `tick` 40ths of the allocator's range."""
         knob = KNOBS[allocator]
-        value = knob.high(self.blocks, self.target) * tick / TICKS
+        value = knob.value(tick / TICKS, self.blocks, self.target)
         return Candidate(allocator, ALLOCATORS.configure(allocator, self._given(allocator) | {knob.name: value}), tick)
 
     def _given(self, allocator: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def draw(journal: Journal, objective: str, path: Path) -> bool:
         if (knob := KNOBS.get(run.candidate.allocator)) is not None:
             options = dict(run.candidate.options)
             place = float(options.pop(knob.name) or 0)
+            place = knob.high(journal.identity["blocks"], journal.identity["sparsity"]) - place if knob.falling else place
             name = " ".join([f"{run.candidate.allocator} {knob.name}", *(f"{key}={value}" for key, value in options.items())])
             lines.setdefault(name, []).append((place, level + loss_difference(run, uniform, objective)[0], run.stopped))
     if not lines:

@@ -1,8 +1,9 @@
 """What a search measures: cheap trials that reuse the dense model's statistics, and full runs that prune block by block.
 
 A trial masks every layer at once with the criterion's own scores, computed from the inputs of the dense model, through thresholds
-sorted once (`billhook.ladder`), and scores the result on held-out windows. Criteria that need more than input norms (SparseGPT's
-reconstruction, gradients) are stood in for by Wanda's mask: cheap trials then rank plans, and only the full runs use the criterion.
+sorted once (`billhook.ladder`), and scores the result on held-out windows. Gradients are those of the dense model in a full run too, so
+they are computed once for all. Criteria that need more (SparseGPT's reconstruction) are stood in for by Wanda's mask: cheap trials
+then rank plans, and only the full runs use the criterion.
 
 The loss is the Kullback-Leibler divergence from the dense model's next-token distribution, in nats a token, or the negative
 log-likelihood. Of the dense distribution the `KEPT` likeliest tokens are remembered and the rest as one sum, which bounds the
@@ -10,8 +11,11 @@ divergence from below and is exact for vocabularies up to that size.
 """
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +26,14 @@ from transformers import PreTrainedModel
 from billhook.arch import Layer
 from billhook.criteria import CRITERIA
 from billhook.errors import JobError
+from billhook.gradient_file import Gradients
+from billhook.gradients import compute_gradients
 from billhook.ladder import Ladder
 from billhook.masks import Select
 from billhook.plan import SparsityPlan
-from billhook.pruning import Group, prune_
+from billhook.pruning import Group, LayerResult, prune_
 from billhook.request import TOKENS_A_BATCH
-from billhook.stats import LayerStats
+from billhook.stats import GRADIENTS, STATISTICS, LayerStats
 from billhook.walk import evaluating, walk
 
 KEPT = 256
@@ -53,44 +59,81 @@ class Setting:
     @property
     def proxy(self) -> tuple[str, dict[str, Any]]:
         """The criterion, with its options, that a cheap trial uses."""
-        cheap = set(CRITERIA.needs(self.criterion, self.options)) <= {"input_norm"}
+        cheap = set(CRITERIA.needs(self.criterion, self.options)) <= {"input_norm", *GRADIENTS}
         return (self.criterion, self.options) if cheap else ("wanda", {})
+
+    @property
+    def gradient(self) -> str | None:
+        """The statistic of gradients that the criterion reads, if it reads one."""
+        return next((name for name in CRITERIA.needs(self.criterion, self.options) if name in GRADIENTS), None)
 
 
 class Bench:
-    """A model whose layers are pruned and restored again and again; call `restore_` when done."""
+    """A model whose layers are pruned and restored again and again; holds a second copy of their weights. Leaving it restores them."""
 
     def __init__(
-        self, model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor], heldout: Tensor, setting: Setting
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[Layer],
+        batches: Sequence[Tensor],
+        heldout: Tensor,
+        setting: Setting,
+        *,
+        gradients: Gradients | None = None,
     ) -> None:
-        """`batches` are calibration ids [batch, length], `heldout` ids [windows, length], both int64."""
+        """`batches` are calibration ids [batch, length], `heldout` ids [windows, length], both int64.
+
+        `gradients` are the dense model's on `batches`; without them they are computed when first needed.
+        """
         self.model, self.layers, self.batches, self.heldout, self.setting = model, list(layers), list(batches), heldout, setting
         self.shapes = {layer.name: layer.shape for layer in layers}
         self._dense = {layer.name: layer.weight.clone() for layer in layers}
         self._stats: dict[str, LayerStats] = {}
         self._ladders: dict[str, Ladder] = {}
         self._reference: list[tuple[Tensor, Tensor]] = []  # of each held-out window
+        self._gradients = gradients
+        self._files = ExitStack()
+        self._pruned: tuple[SparsityPlan, list[LayerResult]] | None = None  # what `prune` made of the model, as it still is
+
+    def __enter__(self) -> "Bench":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.restore_()
+        self._files.close()
 
     @torch.no_grad()
-    def _prepare(self) -> None:
-        """Collect the dense model's statistics, sort its scores and note its predictions: once for all trials."""
+    def _open(self) -> None:
+        """Note the dense model's predictions and, if the criterion reads them, its gradients: once for all trials and full runs."""
         if self._reference:
             return
         self.restore_()
-        name, options = self.setting.proxy
-        needs = CRITERIA.needs(name, options)
+        name = self.setting.gradient
+        if name is not None and self._gradients is None:
+            folder = Path(self._files.enter_context(tempfile.TemporaryDirectory(prefix="billhook.")))
+            self._gradients = compute_gradients(self.model, self.batches, name, folder / "gradients.safetensors", layers=self.layers)
+        self._reference = [_remember(logits) for logits, _ in self._predictions(0, len(self.heldout))]
+
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        """Collect the dense model's statistics and sort its scores: once for all trials."""
+        self._open()
+        if self._ladders:
+            return
+        self.restore_()
+        observed = tuple(name for name in CRITERIA.needs(*self.setting.proxy) if name in STATISTICS)
         chosen = {layer.name for layer in self.layers}
-        for block in walk(self.model, self.batches if needs else (), needs, dense=True):
+        for block in walk(self.model, self.batches if observed else (), observed, dense=True):
             for layer in block.layers:
                 if layer.name in chosen:
                     self._stats[layer.name] = block.stats.get(layer.name, LayerStats(0, 0))
                     self._ladders[layer.name] = Ladder.of(self._score(layer), self._group(layer))
-        self._reference = [_remember(logits) for logits, _ in self._predictions(0, len(self.heldout))]
 
     @torch.no_grad()
     def trial(self, plan: SparsityPlan) -> None:
         """Mask every layer in place as `plan` says, with the dense model's statistics."""
         self._prepare()
+        self._pruned = None
         zeros = plan.zeros(self.shapes) if plan.pattern.structured else {}
         for layer in self.layers:
             sparsity = plan.sparsity[layer.name]
@@ -100,24 +143,29 @@ class Bench:
                 select = Select(layer.shape, sparsity, zeros[layer.name], keep_of, self._group(layer))
             layer.weight.copy_(self._apply(layer, select))
 
-    def prune(self, plan: SparsityPlan, progress: Callable[[str], None] = lambda layer: None) -> None:
+    def prune(self, plan: SparsityPlan) -> list[LayerResult]:
         """Prune in place as `billhook prune` does: block by block, each seeing what the pruned ones before it produce."""
-        self._prepare()
+        if self._pruned is not None and self._pruned[0] == plan:
+            return self._pruned[1]
+        self._open()
         self.restore_()
         setting = self.setting
-        prune_(
+        results = prune_(
             self.model,
             plan,
             criterion=setting.criterion,
             batches=self.batches,
             layers=self.layers,
             group=setting.group,
-            progress=progress,
+            gradients=self._gradients,
             **setting.options,
         )
+        self._pruned = (plan, results)
+        return results
 
     def restore_(self) -> None:
         """Put the dense weights back."""
+        self._pruned = None
         for layer in self.layers:
             layer.weight.copy_(self._dense[layer.name])
 
@@ -150,12 +198,26 @@ class Bench:
     def _criterion(self, layer: Layer) -> tuple[str, dict[str, Any]]:
         """The proxy, or magnitude for an expert that received no token, as when pruning."""
         name, options = self.setting.proxy
-        unseen = CRITERIA.needs(name, options) and self._stats[layer.name].tokens == 0
-        return ("magnitude", {}) if unseen else (name, options)
+        return ("magnitude", {}) if self._unseen(layer) else (name, options)
+
+    def _unseen(self, layer: Layer) -> bool:
+        """Whether the calibration text says nothing about a layer."""
+        needs = CRITERIA.needs(*self.setting.proxy)
+        if any(name in STATISTICS for name in needs):
+            return self._stats[layer.name].tokens == 0
+        gradient = self._stats_of(layer).gradient if needs else None
+        return gradient is not None and not gradient.any()
+
+    def _stats_of(self, layer: Layer) -> LayerStats:
+        """What the proxy may read; gradients come from their file each time, so that they are not all in memory."""
+        stats = self._stats[layer.name]
+        if self._gradients is None or not set(CRITERIA.needs(*self.setting.proxy)) & set(GRADIENTS):
+            return stats
+        return replace(stats, gradient=self._gradients[layer.name].to(layer.weight.device))
 
     def _apply(self, layer: Layer, select: Callable[..., Tensor]) -> Tensor:
         name, options = self._criterion(layer)
-        new: Tensor = CRITERIA.get(name)(self._dense[layer.name].float(), self._stats[layer.name], select, **options)
+        new: Tensor = CRITERIA.get(name)(self._dense[layer.name].float(), self._stats_of(layer), select, **options)
         return new
 
     def _score(self, layer: Layer) -> Tensor:

@@ -15,8 +15,9 @@ from billhook.allocators import ALLOCATORS
 from billhook.allocators.atp import largest_beta
 from billhook.cli import app
 from billhook.data import digest
+from billhook.gradients import compute_gradients
 from billhook.journal import Journal, Run, loss_difference
-from billhook.knobs import KNOBS, POINTS, Candidate, Outcome, Space, propose
+from billhook.knobs import ALL, KNOBS, POINTS, Candidate, Outcome, Space, propose
 from billhook.ladder import ROW_RUNGS, Ladder
 from billhook.masks import Select
 from billhook.request import Request
@@ -42,7 +43,8 @@ def find(model: Any, tokens: torch.Tensor, **changes: Any) -> Any:
 
 # -- the schedule
 
-MEASURED = ("alpha_peak", "outlier_ratio:5", "wanda_mean")
+MEASURED = ("alpha_peak", "outlier_ratio:5", "wanda_mean", "block_loss:0.6")
+CURVE = {"magnitude_quantiles": tuple(i / 16 for i in range(17))}
 
 
 def follow(space: Space, loss: Any, limit: int) -> list[Outcome]:
@@ -54,14 +56,15 @@ def follow(space: Space, loss: Any, limit: int) -> list[Outcome]:
 
 
 def test_every_knob_is_an_option_with_a_legal_range():
-    table = Table(tuple(Row(f"b.{i}.w", i, "w", (8, 8), dict.fromkeys(MEASURED, 1.0 + i)) for i in range(5)))
+    table = Table(tuple(Row(f"b.{i}.w", i, "w", (8, 8), dict.fromkeys(MEASURED, 1.0 + i), CURVE) for i in range(5)))
     for name, knob in KNOBS.items():
         assert knob.name in ALLOCATORS.options(name)
         for target in (0.1, 0.5, 0.9):
             high = knob.high(5, target)
-            assert all(0 < value <= high * (1 + 1e-9) for value in knob.grid(5, target))
-            for value in (high / 40, high):
-                allocate(table, target, allocator=name, **{knob.name: value})
+            assert all((value > 0 or knob.falling) and value <= high * (1 + 1e-9) for value in knob.grid(5, target))
+            for fraction in (0, 1 / 40, 1):
+                plan = allocate(table, target, allocator=name, **{knob.name: knob.value(fraction, 5, target)})
+                assert (max(plan.sparsity.values()) - min(plan.sparsity.values()) < 1e-9) == (fraction == 0 or name == "global")
 
 
 def test_adaptive_schedule_closes_in_on_the_optimum():
@@ -122,17 +125,17 @@ def test_ladder_agrees_with_selection(group: Any, shape: tuple[int, int]):
         assert int((keep != exact).sum()) <= 2 * shape[0] * max(1, shape[1] // ROW_RUNGS)
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "magnitude"])
+@pytest.mark.parametrize("criterion", ["wanda", "magnitude", "gblm", "gradient"])
 def test_a_trial_of_the_first_block_is_a_full_run_of_it(criterion: str, tokens: torch.Tensor):
     """The first block's inputs are the same whether the others are pruned or not; masks may differ where a row loses one more."""
     task = Task(Request(llama(), 0.5, criterion=criterion, calibration=tokens), ("atp",), "kl", False)
     plan = task.plan(task.space.at("atp", 20))
-    task.bench.trial(plan)
     first = task.bench.layers[0]
-    cheap = first.weight == 0
-    task.bench.prune(plan)
-    assert ((first.weight == 0) != cheap).float().mean() < 0.05
-    task.bench.restore_()
+    with task.bench as bench:
+        bench.trial(plan)
+        cheap = first.weight == 0
+        bench.prune(plan)
+        assert ((first.weight == 0) != cheap).float().mean() < 0.05
     assert torch.equal(first.weight, find_layers(llama())[0].weight)
 
 
@@ -158,11 +161,11 @@ def test_divergence_with_a_sum_for_unlikely_tokens_is_a_lower_bound(tokens: torc
 
 
 def test_patterns_experts_and_stand_ins(tokens: torch.Tensor):
-    result = find(llama(), tokens, sparsity=None, pattern="4:8", trials=2)
+    result = find(llama(), tokens, sparsity=None, pattern="4:8", budget=2)
     assert str(result.plan.pattern) == "4:8"
     model = mixtral()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = find(model, tokens, criterion="sparsegpt", trials=2)
+    result = find(model, tokens, criterion="sparsegpt", budget=2)
     assert result.record["identity"]["proxy"] == "wanda"
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -171,13 +174,17 @@ def test_patterns_experts_and_stand_ins(tokens: torch.Tensor):
 
 
 def test_several_allocators_and_finalists(tokens: torch.Tensor):
-    names = tuple(name for name in KNOBS if name != "atp")  # whose grid is long where blocks are few
+    names = tuple(name for name in ALL if name != "atp")  # whose grid is long where blocks are few
     result = find(llama(), tokens, allocator=names, grid=True, options={"m": 5}, finalists=2)
     assert {run.candidate.allocator for run in result.trials} == {"uniform", *names}
     assert len(result.trials) == 1 + len(list(Space(names, {"m": 5}, 4, 0.5, True).candidates()))
     assert not any(run.stopped for run in result.trials)
     assert 2 <= len(result.full) <= 1 + 2 * len(names)
-    assert len(find(llama(), tokens, trials=len(KNOBS), allocator="all").trials) == 1 + len(KNOBS)
+    assert len(find(llama(), tokens, budget=len(ALL), allocator="all").trials) == 1 + len(ALL)
+    assert {run.candidate.allocator for run in find(llama(), tokens, allocator="global,sensitivity", budget=2).trials} >= {
+        "global",
+        "sensitivity",
+    }
     assert find(llama(), tokens, allocator="er").trials[1].candidate.allocator == "er"
     assert len(find(llama(), tokens, allocator="uniform").full) == 1
 
@@ -185,7 +192,7 @@ def test_several_allocators_and_finalists(tokens: torch.Tensor):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("objective", ["kl", "ppl"])
 def test_never_worse_than_uniform(seed: int, objective: str, tokens: torch.Tensor):
-    result = find(llama(seed), tokens, objective=objective, seed=seed, trials=4)
+    result = find(llama(seed), tokens, objective=objective, seed=seed, budget=4)
     name = {"kl": "kl", "ppl": "nll"}[objective]
     assert result.full[0].candidate == UNIFORM
     assert result.best.loss(name) == min(run.loss(name) for run in result.full)
@@ -198,9 +205,45 @@ def test_never_worse_than_uniform(seed: int, objective: str, tokens: torch.Tenso
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(find_layers(model), task.bench.layers, strict=True))
 
 
+@pytest.mark.parametrize("finalists", [1, 2])
+def test_the_model_written_is_the_one_scored(finalists: int, tmp_path: Path):
+    """Also where a later full run came after the winner's, and after a search that had ended is asked for its model."""
+    model, text, out = save(tmp_path / "model"), text_file(tmp_path / "text.txt"), tmp_path / "found"
+    fields: dict[str, Any] = {"allocator": "atp,owl", "calibration": text, "samples": 8, "length": 32, "budget": 4, "output": out}
+    result = search(model, 0.5, finalists=finalists, **fields, save_model=False)
+    assert result.model is None
+    assert not (out / "model").exists()
+    result = search(model, 0.5, finalists=finalists, **fields)
+    assert result.model == out / "model"
+    record = json.loads((out / "model" / "billhook.json").read_text())
+    assert record["plan"] == json.loads((out / "plan.json").read_text())
+    halves = result.record["identity"]["calibration"]
+    assert record["made_by"]["calibration"]["digest"] == halves["calibration"]["digest"]
+    assert record["made_by"]["search"]["heldout"] == halves["heldout"]
+    task = Task(Request(out / "model", 0.5, calibration=text, samples=8, length=32), ("atp",), "kl", False)
+    task.bench.trial(allocate(task.table, 0.0))
+    assert task.bench.losses(0, 4).nll == pytest.approx(result.best.nll, abs=1e-5)
+    before = (out / "model" / "billhook.json").stat().st_mtime_ns
+    search(model, 0.5, finalists=finalists, **fields)
+    assert (out / "model" / "billhook.json").stat().st_mtime_ns == before
+
+
+def test_gradients_are_computed_once_and_trials_use_them(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
+    made = []
+    monkeypatch.setattr("billhook.trials.compute_gradients", lambda *a, **k: made.append(compute_gradients(*a, **k)) or made[-1])
+    monkeypatch.setattr("billhook.pruning.compute_gradients", None)
+    model = llama()
+    result = find(model, tokens, criterion="gblm", budget=3, finalists=2)
+    assert len(made) == 1
+    assert not made[0].path.exists()
+    assert result.record["identity"]["proxy"] == "gblm"
+    assert len(result.full) >= 2
+    assert torch.equal(find_layers(model)[0].weight, find_layers(llama())[0].weight)
+
+
 def test_uniform_wins_where_nothing_beats_it(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Run, "loss", lambda self, objective: 0.0 if self.candidate == UNIFORM else 1.0)
-    result = find(llama(), tokens, trials=2)
+    result = find(llama(), tokens, budget=2)
     assert result.best.candidate == UNIFORM
     assert set(result.plan.sparsity.values()) == {0.5}
 
@@ -219,7 +262,7 @@ def test_split_is_disjoint_and_recorded(tokens: torch.Tensor):
 
 def test_same_inputs_same_bytes(tokens: torch.Tensor, tmp_path: Path):
     for name in ("a", "b"):
-        find(llama(), tokens, output=tmp_path / name, trials=3)
+        find(llama(), tokens, output=tmp_path / name, budget=3)
     for file in ("search.json", "plan.json", "search.svg"):
         if (tmp_path / "a" / file).exists():
             assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
@@ -228,7 +271,7 @@ def test_same_inputs_same_bytes(tokens: torch.Tensor, tmp_path: Path):
 
 @pytest.mark.parametrize("runs", [1, 3, 7])
 def test_resumed_equals_uninterrupted(runs: int, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    find(llama(), tokens, output=tmp_path / "whole", trials=5)
+    find(llama(), tokens, output=tmp_path / "whole", budget=5)
     written = 0
     original = Journal._write
 
@@ -242,25 +285,25 @@ def test_resumed_equals_uninterrupted(runs: int, tokens: torch.Tensor, tmp_path:
     monkeypatch.setattr(Journal, "_write", dying)
     model = llama()
     with pytest.raises(KeyboardInterrupt):
-        find(model, tokens, output=tmp_path / "cut", trials=5)
+        find(model, tokens, output=tmp_path / "cut", budget=5)
     monkeypatch.setattr(Journal, "_write", original)
     assert torch.equal(find_layers(model)[0].weight, find_layers(llama())[0].weight)
-    find(model, tokens, output=tmp_path / "cut", trials=5)
+    find(model, tokens, output=tmp_path / "cut", budget=5)
     for file in ("search.json", "plan.json"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
 
 
 def test_finished_search_makes_no_run_again(tokens: torch.Tensor, tmp_path: Path):
     lines: list[str] = []
-    find(llama(), tokens, output=tmp_path / "out", trials=2)
-    find(llama(), tokens, output=tmp_path / "out", trials=2, progress=lines.append)
+    find(llama(), tokens, output=tmp_path / "out", budget=2)
+    find(llama(), tokens, output=tmp_path / "out", budget=2, progress=lines.append)
     assert lines == []
-    find(llama(), tokens, output=tmp_path / "out", trials=3, progress=lines.append)
+    find(llama(), tokens, output=tmp_path / "out", budget=3, progress=lines.append)
     assert 1 <= len(lines) <= 2
 
 
 def test_another_search_is_refused_with_the_reason(tokens: torch.Tensor, tmp_path: Path):
-    find(llama(), tokens, output=tmp_path / "out", trials=1)
+    find(llama(), tokens, output=tmp_path / "out", budget=1)
     before = (tmp_path / "out" / "search.json").read_bytes()
     for changes, reason in (
         ({"sparsity": 0.6}, "sparsity was 0.5"),
@@ -268,21 +311,29 @@ def test_another_search_is_refused_with_the_reason(tokens: torch.Tensor, tmp_pat
         ({"criterion": "magnitude"}, "criterion"),
     ):
         with pytest.raises(BillhookError, match=reason):
-            find(llama(), tokens, output=tmp_path / "out", trials=1, **changes)
+            find(llama(), tokens, output=tmp_path / "out", budget=1, **changes)
     with pytest.raises(BillhookError, match="model was"):
-        find(llama(5), tokens, output=tmp_path / "out", trials=1)
+        find(llama(5), tokens, output=tmp_path / "out", budget=1)
     assert (tmp_path / "out" / "search.json").read_bytes() == before
-    find(llama(), tokens, output=tmp_path / "out", trials=1, sparsity=0.6, overwrite=True)
+    find(llama(), tokens, output=tmp_path / "out", budget=1, sparsity=0.6, overwrite=True)
     assert load_plan(tmp_path / "out" / "plan.json").target == 0.6
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trials": 0}, "budget"),
-        ({"minutes": 0}, "budget"),
-        ({"finalists": 0}, "budget"),
-        ({"minutes": float("nan")}, "budget"),
+        ({"budget": 0}, "budget of zero finds nothing"),
+        ({"budget": "0m"}, "budget of zero finds nothing"),
+        ({"budget": "-3"}, "neither a number of trials"),
+        ({"budget": "nan"}, "neither a number of trials"),
+        ({"budget": 2.5}, "neither a number of trials"),
+        ({"budget": "5 minutes"}, "such as 5m"),
+        ({"finalists": 0}, "at least one finalist"),
+        ({"table": "table.json"}, "measures on its own half of the calibration windows: leave table out"),
+        ({"gradients": "g.safetensors"}, "leave gradients out"),
+        ({"rounding": "floor"}, "no use for rounding"),
+        ({"sampling": "papers"}, "can overlap: leave sampling out"),
+        ({"sampels": 3}, "Did you mean 'samples'"),
         ({"allocator": "alphaprunning"}, "Did you mean 'alphapruning'"),
         ({"objective": "loss"}, "kl, ppl"),
         ({"sparsity": None}, "how much"),
@@ -308,7 +359,7 @@ def test_folder_of_something_else_is_left_alone(tokens: torch.Tensor, tmp_path: 
 
 
 def test_minutes_end_the_trials_but_allow_one(tokens: torch.Tensor):
-    assert len(find(llama(), tokens, minutes=1e-9).trials) == 2
+    assert len(find(llama(), tokens, budget="0.000001m").trials) == 2
 
 
 def test_differences_are_paired():
@@ -329,7 +380,7 @@ def test_command_end_to_end(tmp_path: Path):
         "--allocator=atp,alphapruning",
         f"--calibration={text}",
         "--samples=8",
-        "--trials=3",
+        "--budget=3",
     ]
     arguments += ["--length=32", f"-o{tmp_path / 'found'}", "--json"]
     ran = CliRunner().invoke(app, arguments)
@@ -337,7 +388,10 @@ def test_command_end_to_end(tmp_path: Path):
     result = json.loads(ran.stdout)
     assert result["trials"] == 4
     assert ran.stderr.count("trial ") == 4
-    plan = tmp_path / "found" / "plan.json"
+    found = tmp_path / "found"
+    assert result["model"] == str(found / "model")
+    assert CliRunner().invoke(app, ["verify", str(found / "model")]).exit_code == 0
+    plan = found / "plan.json"
     command = [
         "prune",
         str(model),
