@@ -3,7 +3,7 @@
 FILE.txt                        one document, the file as it stands (UTF-8)
 FILE.jsonl                      one document a line, its field `text`
 FILE.safetensors                token ids ready made, see `billhook.data`
-hub:NAME[:config][:split]       a dataset of the Hugging Face hub or a local dataset directory; hub:c4 and hub:wikitext2 are the papers'
+hub:NAME[:config][:split]       a dataset of the Hugging Face hub or a local directory; hub:wikitext2, hub:c4 and hub:ptb are the papers'
 stdlib:train, stdlib:heldout    the sources of the running Python's standard library
 """
 
@@ -37,6 +37,11 @@ def documents(source: str, purpose: Purpose, stream: bool) -> Iterable[str]:
     if path.suffix == ".jsonl":
         return _jsonl(path)
     raise BillhookError(f"Cannot read text from {source}. The forms are: {FORMS}.")
+
+
+def joint(source: str) -> str:
+    """What stands between two documents when a text is read as one: as published, a space for C4 and the Penn Treebank."""
+    return " " if source.removeprefix("hub:").partition(":")[0] in ("c4", "ptb") and source.startswith("hub:") else "\n\n"
 
 
 def existing_file(source: str) -> Path:

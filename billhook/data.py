@@ -8,7 +8,7 @@ Calibration draws `samples` windows of `length` tokens with a seed, in one of tw
 * "papers": the published sampling of Wanda, SparseGPT, GBLM, AlphaPruning and ATP: draw a document uniformly, draw
   again until it is longer than the window, then a uniform start. Same draws as published for the same corpus, tokenizer and seed.
 
-Evaluation tokenises the whole text once (documents joined by two newlines) and cuts it into non-overlapping windows. A .safetensors
+Evaluation tokenises the whole text once (documents joined by `corpus.joint`) and cuts it into non-overlapping windows. A .safetensors
 source holds `tokens` [samples, length], used as they are: at most `samples` rows, at most `length` columns, no sampling.
 """
 
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from billhook.corpus import documents, existing_file
+from billhook.corpus import documents, existing_file, joint
 from billhook.errors import BillhookError
 
 Sampling = Literal["packed", "papers"]
@@ -107,7 +107,8 @@ def load_windows(
         tokens, text_bytes = ids.numel(), None
     else:
         limit = _STREAM_WINDOWS if limit is None and source.startswith("hub:") else limit
-        flat, ends = _encode_joined(documents(source, "evaluation", stream=True), _need(tokenizer, source), limit and limit * length)
+        words, needed = _need(tokenizer, source), limit and limit * length
+        flat, ends = _encode_joined(documents(source, "evaluation", stream=True), words, needed, joint(source))
         tokens, count = len(flat), min(len(flat) // length, limit or len(flat))
         if not count:
             raise BillhookError(f"{source} has {tokens} tokens, fewer than one window of {length}: give more text or a smaller length.")
@@ -238,8 +239,10 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _encode_joined(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, needed: int | None) -> tuple[list[int], np.ndarray | None]:
-    """Tokenise the documents joined by two newlines: ids, and for each token how many bytes of the text end with it.
+def _encode_joined(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, needed: int | None, between: str
+) -> tuple[list[int], np.ndarray | None]:
+    """Tokenise the documents with `between` among them: ids, and for each token how many bytes of the text end with it.
 
     With `needed` only as much text is read as gives that many tokens and some to spare: what follows changes none of them.
     """
@@ -248,8 +251,8 @@ def _encode_joined(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, nee
     while True:
         while held < wanted and (piece := next(reader, None)) is not None:
             parts.append(piece)
-            held += len(piece) + 2
-        text = "\n\n".join(parts)[:wanted]
+            held += len(piece) + len(between)
+        text = between.join(parts)[:wanted]
         found = tokenizer(text, verbose=False, return_attention_mask=False, return_offsets_mapping=tokenizer.is_fast)
         if held < wanted or (needed is not None and len(found["input_ids"]) >= needed + 64):
             break

@@ -1,7 +1,8 @@
 """Datasets of the Hugging Face hub, or a local directory in one of the forms `datasets` reads.
 
 The papers' corpora are spelled in today's form: C4 by its data files (`allenai/c4`; the configuration name of 2023 is gone),
-WikiText-2 as `Salesforce/wikitext`, `wikitext-2-raw-v1`. `datasets` is imported only here, only when a source asks for it.
+WikiText-2 as `Salesforce/wikitext`, `wikitext-2-raw-v1`, the Penn Treebank in the hub's own conversion (its loading script is refused
+today). `datasets` is imported only here, only when a source asks for it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +12,9 @@ from typing import Any, overload
 from billhook.errors import BillhookError
 
 C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+PTB_FILES = {split: f"penn_treebank/{split}/*.parquet" for split in ("train", "validation", "test")}
+_CONVERTED = "refs/convert/parquet"  # the branch on which the hub keeps its own conversion of a data set
+_FILES = {"c4": ("allenai/c4", C4_FILES, None, "text"), "ptb": ("ptb-text-only/ptb_text_only", PTB_FILES, _CONVERTED, "sentence")}
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,14 @@ class Request:
     config: str | None
     split: str
     files: dict[str, str] | None = None
+    revision: str | None = None
+    field: str = "text"
 
 
 def parse(source: str, purpose: str) -> Request:
     """Read `hub:NAME[:config][:split]`; a missing split is train for calibration, test (C4: validation) for evaluation."""
     name, *rest = source.removeprefix("hub:").split(":")
-    alias = name in ("c4", "wikitext2")
+    alias = name in ("wikitext2", *_FILES)
     if not name or len(rest) > (1 if alias else 2):
         form = f"hub:{name}[:split]" if alias else "hub:NAME[:config][:split]"
         raise BillhookError(f"Cannot read the source {source!r}: the form is {form}.")
@@ -34,18 +40,19 @@ def parse(source: str, purpose: str) -> Request:
     split = given or ("train" if purpose == "calibration" else "validation" if name == "c4" else "test")
     if name == "wikitext2":
         return Request("Salesforce/wikitext", "wikitext-2-raw-v1", split)
-    if name == "c4":
-        if split not in C4_FILES:
-            raise BillhookError(f"C4 has no split {split!r}: use hub:c4:{' or hub:c4:'.join(C4_FILES)}.")
-        return Request("allenai/c4", None, split, {split: C4_FILES[split]})
+    if name in _FILES:
+        place, files, revision, field = _FILES[name]
+        if split not in files:
+            raise BillhookError(f"{name.upper()} has no split {split!r}: use hub:{name}:{f' or hub:{name}:'.join(files)}.")
+        return Request(place, None, split, {split: files[split]}, revision, field)
     return Request(name, (rest[0] if rest else "") or None, split)
 
 
 class _Column(Sequence[str]):
-    """The field `text` of a dataset on disk, read document by document."""
+    """The text of a dataset on disk, read document by document."""
 
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Any, field: str) -> None:
+        self._dataset, self._field = dataset, field
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -55,7 +62,7 @@ class _Column(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
-        found: str | list[str] = self._dataset[index]["text"]
+        found: str | list[str] = self._dataset[index][self._field]
         return found
 
 
@@ -72,7 +79,8 @@ def hub_documents(source: str, purpose: str, stream: bool) -> Iterable[str]:
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        loaded = datasets.load_dataset(request.name, request.config, split=request.split, data_files=request.files, streaming=stream)
+        place = {"split": request.split, "data_files": request.files, "revision": request.revision}
+        loaded = datasets.load_dataset(request.name, request.config, streaming=stream, **place)
         columns = loaded.column_names or list(next(iter(loaded), {}))
     except Exception as error:  # datasets raises a dozen unrelated kinds, some of them from its own dependencies
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
@@ -80,10 +88,10 @@ def hub_documents(source: str, purpose: str, stream: bool) -> Iterable[str]:
     finally:
         if not bars:
             datasets.enable_progress_bars()
-    if "text" not in columns:
-        raise BillhookError(f"{source} has no field `text`; it has {', '.join(columns) or 'nothing'}.")
-    return _texts(loaded) if stream else _Column(loaded)
+    if request.field not in columns:
+        raise BillhookError(f"{source} has no field `{request.field}`; it has {', '.join(columns) or 'nothing'}.")
+    return _texts(loaded, request.field) if stream else _Column(loaded, request.field)
 
 
-def _texts(loaded: Any) -> Iterator[str]:
-    return (item["text"] for item in loaded)
+def _texts(loaded: Any, field: str) -> Iterator[str]:
+    return (item[field] for item in loaded)

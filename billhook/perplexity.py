@@ -7,8 +7,10 @@ lm-eval's word perplexity.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +18,23 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_utils import PreTrainedModel
 
+from billhook.batching import batch_size as found_size
+from billhook.batching import halving
 from billhook.data import Windows, check_ids, digest, whole_ids
+from billhook.divergence import Against, divergence
 from billhook.errors import BillhookError, JobError
 from billhook.walk import evaluating
 
-_LOGIT_BYTES = 1 << 28  # how much memory the logits of one batch may take
-_LOSS_BYTES = 1 << 26  # and how much the float32 copy that the loss works on
+PROTOCOL = "token perplexity over non-overlapping windows"
+_LOSS_BYTES = 1 << 26  # of float32 logits that the loss works on at once
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`nll` in nats per token; `tokens` counts the scored ones; `bits_per_byte` is None where the text is not known."""
+    """`nll` in nats per token; `tokens` counts the scored ones; `bits_per_byte` is None where the text is not known.
+
+    `against` says how far the model is from the dense one, where that was given.
+    """
 
     token_ppl: float
     nll: float
@@ -36,10 +44,11 @@ class Evaluation:
     bits_per_byte: float | None
     source: str
     digest: str
+    against: Against | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, for json; a perplexity too large to be a number is None."""
-        return {**asdict(self), "token_ppl": self.token_ppl if math.isfinite(self.token_ppl) else None}
+        """The protocol and all fields by name, for json; a perplexity too large to be a number is None."""
+        return {"protocol": PROTOCOL, **asdict(self), "token_ppl": self.token_ppl if math.isfinite(self.token_ppl) else None}
 
 
 def context_length(config: Any) -> int | None:
@@ -68,31 +77,64 @@ def check_length(config: Any, length: int) -> None:
 
 @torch.inference_mode()
 def evaluate(
-    model: PreTrainedModel, windows: Windows | Tensor, *, batch_size: int | None = None, progress: Callable[[int, int], None] | None = None
+    model: PreTrainedModel,
+    windows: Windows | Tensor,
+    *,
+    against: PreTrainedModel | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score `windows.ids` int64 [windows, length] (or such a tensor) with `model`, in the model's own dtype and a float32 loss.
 
-    `batch_size` None chooses as many windows as keep the logits under 256 MiB. `progress(done, all)` is called after each batch.
-    Raises BillhookError for windows longer than the context or ids outside the vocabulary, JobError for a NaN or infinite loss.
+    `against` is the dense model to compare predictions with; `batch_size` None finds one by itself (`billhook.batching`);
+    `progress(done, all)` is called after each batch. Raises BillhookError for windows longer than the context, ids outside the
+    vocabulary or a dense model of another vocabulary, JobError for a NaN or infinite loss.
     """
     if isinstance(windows, Tensor):
         ids = whole_ids(windows, "windows")
         windows = Windows(ids, "given as a tensor", digest(ids), ids.numel(), None)
+    models = [model] if against is None else [model, against]
+    _check(models, windows)
     ids = windows.ids
     count, length = ids.shape
-    check_length(model.config, length)
-    vocabulary = vocabulary_size(model)
-    check_ids(ids, vocabulary, windows.source)
-    size = batch_size or max(1, _LOGIT_BYTES // (length * vocabulary * model.dtype.itemsize))
-    sums = torch.zeros(count, dtype=torch.float64)
-    with evaluating(model):
-        for start in range(0, count, size):
-            batch = ids[start : start + size].to(model.device)
-            logits = model(input_ids=batch, use_cache=False).logits
-            sums[start : start + size] = window_nll(logits, batch).cpu()
+    sums = torch.zeros(2, count, dtype=torch.float64)
+    kl: list[float] = []
+    agreed = 0
+
+    def score(start: int, stop: int) -> tuple[list[Tensor], list[float], int]:
+        logits = [_logits(each, ids[start:stop]) for each in models]
+        nll = [window_nll(found, ids[start:stop].to(found.device)).cpu() for found in logits]
+        return (nll, [], 0) if against is None else (nll, *divergence(logits[0], logits[1].to(logits[0].device)))
+
+    size = batch_size or found_size(length, sum(map(vocabulary_size, models)), model.dtype.itemsize)
+    with ExitStack() as modes:
+        for each in models:
+            modes.enter_context(evaluating(each))
+        for start, stop, (nll, parted, same) in halving(count, size, score):
+            sums[: len(models), start:stop] = torch.stack(nll)
+            kl, agreed = kl + parted, agreed + same
             if progress is not None:
-                progress(min(start + size, count), count)
-    return _summary(sums, windows)
+                progress(stop, count)
+    found = _summary(sums[0], windows)
+    if against is None:
+        return found
+    name = Path(against.name_or_path or "").name or type(against).__name__
+    return replace(found, against=Against.of(name, kl, agreed, found.tokens, _summary(sums[1], windows).nll))
+
+
+def _check(models: Sequence[PreTrainedModel], windows: Windows) -> None:
+    """Raise BillhookError unless every model can score these windows, with one vocabulary."""
+    sizes = [vocabulary_size(model) for model in models]
+    if len(set(sizes)) > 1:
+        raise BillhookError(f"The models have {sizes[0]} and {sizes[1]} token ids: only models of one vocabulary can be compared.")
+    for model, size in zip(models, sizes, strict=True):
+        check_length(model.config, windows.ids.shape[1])
+        check_ids(windows.ids, size, windows.source)
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+    return logits
 
 
 def window_nll(logits: Tensor, ids: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""`billhook eval`: token perplexity on non-overlapping windows, the protocol of the pruning papers."""
+"""`billhook eval`: perplexity by either protocol, distance from the dense model, zero-shot tasks."""
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -10,45 +10,81 @@ NAME = "eval"
 EXAMPLES = """\b
 Examples:
   billhook eval ./pruned --data text.txt
-  billhook eval ./pruned --data hub:wikitext2 --length 2048
+  billhook eval ./pruned --data hub:wikitext2 --length 2048 --against ./dense
   billhook eval ./pruned --data windows.safetensors --json
+  billhook eval ./pruned --tasks paper7
+  billhook eval ./pruned --tasks items.jsonl,arc_easy
 """
 
 
 @guarded
 def command(
-    model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
+    model: Annotated[str, typer.Argument(help="Model directory, dense or packed, or a name on the hub.")],
     data: Annotated[
         str | None,
-        typer.Option(help="FILE.txt, FILE.jsonl, TOKENS.safetensors, hub:NAME[:config][:split], stdlib:heldout.", metavar="SOURCE"),
+        typer.Option(
+            help="FILE.txt, FILE.jsonl, TOKENS.safetensors, hub:NAME[:config][:split] (hub:wikitext2, hub:c4, hub:ptb), stdlib:heldout.",
+            metavar="SOURCE",
+        ),
     ] = None,
     length: Length = None,
-    limit: Annotated[int | None, typer.Option(help="Score at most this many windows.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Score at most this many windows (word protocol: documents).", min=1)] = None,
+    protocol: Annotated[
+        Literal["token", "word", "both"],
+        typer.Option(help="token: the papers', over non-overlapping windows; word: lm-evaluation-harness's, over whole documents."),
+    ] = "token",
+    against: Annotated[
+        str | None, typer.Option(help="The dense model: KL divergence and top-1 agreement on the same windows.", metavar="MODEL")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated: names known to lm-eval, paper7, task YAMLs, FILE.jsonl of items.", metavar="TASKS"),
+    ] = None,
+    few_shot: Annotated[int | None, typer.Option(help="Examples in a prompt of lm-eval; by default the task's own.", min=0)] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Only this many items of each task.", min=1)] = None,
     batch_size: BatchSize = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Token perplexity, tokens scored, and bits per byte where the text is known."""
-    from billhook.checkpoint import load_model, load_tokenizer, resolve
-    from billhook.data import load_windows
-    from billhook.errors import BillhookError
-    from billhook.perplexity import check_length, context_length, evaluate
+    """Perplexity, KL divergence and agreement with the dense model, and zero-shot accuracy."""
+    from billhook.assessment import Questions, assess
 
-    if data is None:
-        raise BillhookError(
-            "Say what to score: --data FILE.txt, FILE.jsonl, TOKENS.safetensors or hub:wikitext2 (the demo uses stdlib:heldout)."
-        )
-    path = resolve(model)
-    loaded = load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    window = length or min(2048, context_length(loaded.config) or 2048)
-    check_length(loaded.config, window)
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    windows = load_windows(data, tokenizer, length=window, limit=limit)
-    with progress("scoring batches") as advance:
-        result = evaluate(loaded, windows, batch_size=batch_size, progress=lambda done, total: advance(f"{done}/{total} windows"))
-    bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
-    say(f"token perplexity {result.token_ppl:.4f} ({result.tokens:,} tokens in {result.windows} windows of {result.length}{bits})")
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    questions = Questions(data, length, limit, protocol, against, names, few_shot, task_limit, batch_size, device, dtype, trust_remote_code)
+    with progress("scoring") as advance:
+        record = assess(model, questions, advance)
+    for line in lines(record):
+        say(line)
     if as_json:
-        emit(result.to_dict())
+        emit(record)
+
+
+def lines(record: dict[str, Any]) -> list[str]:
+    """The record in words, each number with its protocol."""
+    found = []
+    if "nll" in record:
+        bits = "" if record["bits_per_byte"] is None else f", {record['bits_per_byte']:.4f} bits per byte"
+        size = f"{record['tokens']:,} tokens in {record['windows']} windows of {record['length']}{bits}"
+        found.append(f"token perplexity {_ppl(record['token_ppl'])} ({size})")
+    if (dense := record.get("against")) is not None:
+        error = "" if dense["kl_error"] is None else f" +- {dense['kl_error']:.2g}"
+        found.append(
+            f"against {dense['model']} (token perplexity {_ppl(dense['token_ppl'])}): KL divergence {dense['kl']:.4f}{error} nats a token, "
+            f"top-1 agreement {100 * dense['top1_agreement']:.2f} %"
+        )
+    if (word := record.get("word")) is not None:
+        size = f"{word['words']:,} words in {word['documents']} documents, windows of {word['length']}"
+        found.append(f"word perplexity {_ppl(word['word_ppl'])}, {word['bits_per_byte']:.4f} bits per byte ({size}; lm-eval's protocol)")
+    for task in record.get("tasks", []):
+        norm = "" if task["acc_norm"] is None else f", acc_norm {100 * task['acc_norm']:.2f} +- {100 * (task['acc_norm_error'] or 0):.2f} %"
+        error = "" if task["acc_error"] is None else f" +- {100 * task['acc_error']:.2f}"
+        found.append(
+            f"{task['task']}: acc {100 * task['acc']:.2f}{error} %{norm} ({task['items']} items, {task['few_shot']}, {task['scored_by']})"
+        )
+    return found
+
+
+def _ppl(value: float | None) -> str:
+    return "beyond measure" if value is None else f"{value:.4f}"
