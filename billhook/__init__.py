@@ -27,10 +27,12 @@ _PUBLIC = {
     "load_plan": "billhook.plan",
     "load_windows": "billhook.data",
     "measure": "billhook.measuring",
+    "pack": "billhook.runtime.packing",
     "prune": "billhook.job",
     "prune_": "billhook.pruning",
     "save_pruned": "billhook.save",
     "search": "billhook.searching",
+    "unpack": "billhook.runtime.unpacking",
     "verify": "billhook.verification",
 }
 
