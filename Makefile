@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test fast lint type docs check bench clean
+.PHONY: setup demo test fast lint type docs check bench wheel clean
 
 # torch is installed first, and its CPU build where the machine has no GPU: the default build pulls gigabytes of CUDA libraries.
 $(BIN)/.installed: pyproject.toml
@@ -46,6 +46,11 @@ check: lint type test
 bench: $(BIN)/.installed-dev
 	$(BIN)/python benchmarks/prune.py
 	$(BIN)/python benchmarks/spectra.py
+
+# A wheel for this platform, kernels compiled in, and the source distribution, under dist/.
+wheel: $(BIN)/.installed
+	$(BIN)/pip install -q build
+	$(BIN)/python -m build
 
 clean:
 	rm -rf $(VENV) build dist demo-output

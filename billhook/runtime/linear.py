@@ -1,13 +1,14 @@
 """A linear layer whose weight stays packed as bitmask and values."""
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from billhook.errors import BillhookError
-from billhook.runtime import native
-from billhook.runtime.fallback import TILE_WEIGHTS
+from billhook.runtime import calibrate, native, ops
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class SparseLinear(nn.Module):
@@ -26,11 +27,13 @@ class SparseLinear(nn.Module):
     def __init__(self, bitmask: Tensor, values: Tensor, row_starts: Tensor, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("bitmask", bitmask)
-        self.register_buffer("values", values)
-        self.register_buffer("row_starts", row_starts, persistent=False)
+        self.register_buffer("bitmask", bitmask.contiguous())
+        self.register_buffer("values", values.contiguous())
+        self.register_buffer("row_starts", row_starts.contiguous(), persistent=False)
         self.register_buffer("scales", None)
         self.register_buffer("bias", None)
+        self._seen: tuple[Any, ...] = ()
+        self._weight: native.Weight | None = None
 
     @classmethod
     def from_packed(
@@ -48,15 +51,10 @@ class SparseLinear(nn.Module):
 
         Raises BillhookError when their shapes disagree.
         """
-        nnz = int(row_starts[-1])
-        if bitmask.shape[0] != out_features or row_starts.shape != (out_features + 1,):
-            raise BillhookError(f"The bitmask has {bitmask.shape[0]} rows, the layer {out_features}. The packed file is damaged.")
-        if values.ndim != 1 or values.numel() != nnz + 64 // values.element_size():
-            raise BillhookError(f"The bitmask keeps {nnz} weights, but there are {values.numel()} values with their padding.")
-        if (values.dtype == torch.int8) != (scales is not None):
-            raise BillhookError(f"Values of {values.dtype} {'need' if scales is None else 'have no'} scales.")
+        _check(bitmask, values, row_starts, out_features, scales)
         layer = cls(bitmask, values, row_starts, in_features, out_features)
-        layer.scales, layer.bias = scales, bias
+        layer.scales = None if scales is None else scales.contiguous()
+        layer.bias = None if bias is None else bias.detach()
         return layer
 
     @classmethod
@@ -70,19 +68,57 @@ class SparseLinear(nn.Module):
         return native.expand(self.bitmask, self.values, self.row_starts, self.in_features, scales=self.scales)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], in the dtype of x."""
-        flat = x.reshape(-1, self.in_features)
-        y = torch.empty(flat.shape[0], self.out_features, dtype=x.dtype)
-        step = max(1, TILE_WEIGHTS // self.in_features)
-        for first in range(0, self.out_features, step):
-            rows = slice(first, min(first + step, self.out_features))
-            tile = native.expand(self.bitmask, self.values, self.row_starts, self.in_features, rows=rows, scales=self.scales)
-            y[:, rows] = flat @ tile.to(x.dtype).T
-        if self.bias is not None:
-            y += self.bias.to(y.dtype)
+        """x [..., in] -> [..., out], in the dtype of x.
+
+        Raises BillhookError for x of another width or dtype than bfloat16, float16 and float32, and in a backward pass.
+        """
+        if x.shape[-1] != self.in_features or x.dtype not in DTYPES:
+            raise BillhookError(
+                f"A layer of {self.in_features} inputs in bfloat16, float16 or float32 was given {x.dtype} {list(x.shape)}."
+            )
+        if x.is_cuda:
+            from billhook.runtime import gpu
+
+            return gpu.forward(self, x)
+        bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
+        if type(x) is not Tensor or x.is_meta or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            return ops.sparse_linear(x, self.bitmask, self.values, self.row_starts, self.scales, bias)
+        y = calibrate.product(self.weight(), x.reshape(-1, self.in_features), bias)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def weight(self) -> native.Weight:
+        """What the kernels read, made anew when a buffer has moved."""
+        held = self._buffers
+        bitmask, values, starts, scales = held["bitmask"], held["values"], held["row_starts"], held["scales"]
+        seen = tuple(0 if tensor is None else tensor.data_ptr() for tensor in (bitmask, values, starts, scales))
+        if self._weight is None or seen != self._seen:
+            assert values is not None
+            self._weight, self._seen = native.Weight(self.out_features, self.in_features, values, bitmask, starts, scales), seen
+        return self._weight
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Take packed tensors of any count of values, after checking that they agree."""
+        names = [name for name in ("bitmask", "values", "scales", "bias") if f"{prefix}{name}" in state_dict]
+        given = {name: state_dict[f"{prefix}{name}"] for name in names}
+        if "bitmask" in given and "values" in given:
+            starts = native.row_starts(given["bitmask"], self.in_features)
+            _check(given["bitmask"], given["values"], starts, self.out_features, given.get("scales", self.scales))
+            self.row_starts = starts
+            for name, tensor in given.items():
+                setattr(self, name, tensor.clone())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """Shape and sparsity, as printed by torch."""
         kept = int(self.row_starts[-1]) / (self.in_features * self.out_features)
         return f"in_features={self.in_features}, out_features={self.out_features}, sparsity={1 - kept:.3f}, values={self.values.dtype}"
+
+
+def _check(bitmask: Tensor, values: Tensor, row_starts: Tensor, out_features: int, scales: Tensor | None) -> None:
+    nnz = int(row_starts[-1])
+    if bitmask.shape[0] != out_features or row_starts.shape != (out_features + 1,):
+        raise BillhookError(f"The bitmask has {bitmask.shape[0]} rows, the layer {out_features}. The packed file is damaged.")
+    if values.ndim != 1 or values.numel() != nnz + 64 // values.element_size():
+        raise BillhookError(f"The bitmask keeps {nnz} weights, but there are {values.numel()} values with their padding.")
+    if (values.dtype == torch.int8) != (scales is not None):
+        raise BillhookError(f"Values of {values.dtype} {'need' if scales is None else 'have no'} scales.")

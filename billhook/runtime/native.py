@@ -1,12 +1,49 @@
 """Packed weights by the compiled kernels where there are any, by plain torch otherwise; both make the same bytes."""
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError
-from billhook.runtime import fallback
+from billhook.runtime import fallback, library
+from billhook.runtime.library import TYPES, Matrix, about
+
+__all__ = ["Weight", "about", "expand", "group_size", "pack", "row_starts"]
 
 _ALL = slice(None)
+
+
+class Weight:
+    """A weight [out, in] as the kernels see it: packed, or dense bfloat16 when there is no bitmask. It holds on to its tensors."""
+
+    def __init__(self, out_features: int, in_features: int, values: Tensor, *packed: Tensor | None) -> None:
+        """`packed` is bitmask, row_starts and scales (or None), all contiguous and on the CPU; nothing for a dense weight."""
+        bitmask, starts, scales = packed or (None, None, None)
+        self.tensors = (values, bitmask, starts, scales)
+        groups = scales.numel() // out_features if scales is not None else 1
+        words = -(-in_features // 64)
+        group_words = words if scales is None else -(-group_size(scales, in_features) // 64)
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (bitmask, values, starts, scales)]
+        self.matrix = Matrix(*pointers, out_features, in_features, words, groups, group_words, TYPES[values.dtype])
+        self.address = ctypes.addressof(self.matrix)
+        self.shape = (out_features, in_features)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [tokens, in] Wᵀ + bias -> [tokens, out], by the kernels; bias in the dtype of x."""
+        found = library.active()
+        assert found is not None
+        kernels, path = found
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        y = x.new_empty(x.shape[0], self.shape[0])
+        added = None if bias is None else bias.data_ptr()
+        failed = kernels.billhook_multiply(
+            self.address, x.data_ptr(), x.stride(0), x.shape[0], added, y.data_ptr(), TYPES[x.dtype], path, torch.get_num_threads()
+        )
+        if failed:
+            raise MemoryError(f"No memory for the activations of a product with {list(x.shape)}.")
+        return y
 
 
 def row_starts(bitmask: Tensor, in_features: int) -> Tensor:
@@ -21,10 +58,17 @@ def row_starts(bitmask: Tensor, in_features: int) -> Tensor:
             f"A bitmask of {in_features} columns must be uint8 [rows, {width}], found {bitmask.dtype} {list(bitmask.shape)}. "
             "The packed file is damaged; pack the model again."
         )
-    padding = fallback.unpack_bits(bitmask[:, -8:], 64)[:, (in_features - 1) % 64 + 1 :]
-    if padding.any():
+    bitmask = bitmask.contiguous()
+    found = library.active()
+    if found is None:
+        starts = fallback.row_starts(bitmask)
+        wrong = bool(fallback.unpack_bits(bitmask[:, -8:], 64)[:, (in_features - 1) % 64 + 1 :].any())
+    else:
+        starts = torch.empty(bitmask.shape[0] + 1, dtype=torch.int64)
+        wrong = found[0].billhook_row_starts(bitmask.data_ptr(), bitmask.shape[0], in_features, starts.data_ptr()) >= 0
+    if wrong:
         raise BillhookError(f"A bitmask of {in_features} columns keeps weights beyond the last column. The packed file is damaged.")
-    return fallback.row_starts(bitmask)
+    return starts
 
 
 def expand(
@@ -34,10 +78,27 @@ def expand(
 
     `scales` is float32 [out] (one a row) or [out, ceil(in_features / group)] (one a run of `group` columns).
     """
-    dense = fallback.expand(bitmask, values, starts, in_features, rows)
+    first, last, _ = rows.indices(bitmask.shape[0])
+    packed = (bitmask.contiguous(), starts.contiguous(), None if scales is None else scales.contiguous())
+    weight = Weight(bitmask.shape[0], in_features, values.contiguous(), *packed)
+    return expand_rows(weight, first, max(first, last), values.dtype if scales is None else torch.float32)
+
+
+def expand_rows(weight: Weight, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Rows first to last - 1 of a packed weight, dense [rows, in] in `dtype`, scales applied."""
+    values, bitmask, starts, scales = weight.tensors
+    assert bitmask is not None
+    assert starts is not None
+    found = library.active()
+    if found is None:
+        dense = fallback.expand(bitmask, values, starts, weight.shape[1], slice(first, last))
+    else:
+        dense = torch.empty(last - first, weight.shape[1], dtype=values.dtype)
+        width, threads = dense.element_size(), torch.get_num_threads()
+        found[0].billhook_expand(weight.address, first, last, dense.data_ptr(), width, found[1], threads)
     if scales is None:
-        return dense
-    return dense.float() * spread_scales(scales[rows], in_features)
+        return dense.to(dtype)
+    return (dense.float() * spread_scales(scales[first:last], weight.shape[1])).to(dtype)
 
 
 def spread_scales(scales: Tensor, in_features: int) -> Tensor:
@@ -49,17 +110,17 @@ def spread_scales(scales: Tensor, in_features: int) -> Tensor:
 
 
 def group_size(scales: Tensor, in_features: int) -> int:
-    """Columns that share a scale: all of a row's, or the one power of two (16 at least) that gives this many groups.
+    """Columns that share a scale: all of a row's, or the one power of two (64 at least) that gives this many groups.
 
     Raises BillhookError when no group size does.
     """
     if scales.ndim == 1:
         return in_features
     groups = scales.shape[1]
-    for group in (2**power for power in range(4, 32)):
+    for group in (2**power for power in range(6, 40)):
         if -(-in_features // group) == groups:
             return group
-    raise BillhookError(f"{groups} scales a row do not fit {in_features} columns: a group is 16, 32, 64, ... columns.")
+    raise BillhookError(f"{groups} scales a row do not fit {in_features} columns: a group is 64, 128, 256, ... columns.")
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,9 +128,15 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     A weight is left out when all its bytes are zero, so -0.0 is kept and `expand` gives the same bytes back.
     """
-    return fallback.pack(weight.detach())
-
-
-def about() -> dict[str, object]:
-    """What multiplies here: `path`, the name of the instruction set in use (`torch` without a compiled library)."""
-    return {"path": "torch"}
+    weight = weight.detach().contiguous()
+    found = library.active()
+    if found is None:
+        return fallback.pack(weight)
+    (rows, columns), width, threads = weight.shape, weight.element_size(), torch.get_num_threads()
+    bitmask = torch.zeros(rows, fallback.mask_bytes(columns), dtype=torch.uint8)
+    found[0].billhook_bitmask(weight.data_ptr(), width, rows, columns, bitmask.data_ptr(), threads)
+    starts = row_starts(bitmask, columns)
+    values = torch.zeros(int(starts[-1]) + 64 // width, dtype=weight.dtype)
+    packed = Weight(rows, columns, values, bitmask, starts, None)
+    found[0].billhook_gather(weight.data_ptr(), width, packed.address, values.data_ptr(), threads)
+    return bitmask, values

@@ -1,0 +1,56 @@
+"""Measurements of this machine kept between runs: small json files in the user's cache folder.
+
+`BILLHOOK_CACHE` names another folder, or `0` for none. A file that cannot be read is ignored with a line on stderr; one that cannot be
+written is not.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+import billhook
+from billhook.errors import BillhookError
+from billhook.files import read_json, write_json
+from billhook.runtime import library
+
+
+def place(name: str) -> Path | None:
+    """Where the measurements called `name` lie; they belong to a processor, an instruction set, versions and a number of threads."""
+    folder = os.environ.get("BILLHOOK_CACHE", "")
+    if folder == "0":
+        return None
+    root = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "billhook"
+    machine = [library.cpu(), library.path(), billhook.__version__, torch.__version__, torch.get_num_threads(), os.cpu_count()]
+    return root / f"{name}-{hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]}.json"
+
+
+def load(name: str) -> dict[str, str]:
+    """The stored measurements, empty where there are none."""
+    path = place(name)
+    if path is None or not path.exists():
+        return {}
+    try:
+        stored = read_json(path, "cache of measurements")
+        choices = stored.get("choices")
+        if stored.get("version") != 1 or not isinstance(choices, dict) or not all(isinstance(value, str) for value in choices.values()):
+            raise BillhookError(f"{path} is not a cache of measurements.")
+    except BillhookError as error:
+        print(f"billhook: {error} It is ignored; delete it to be rid of this line.", file=sys.stderr)
+        return {}
+    return choices
+
+
+def store(name: str, choices: dict[str, str]) -> None:
+    """Keep measurements, beside those that another process stored meanwhile."""
+    path = place(name)
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"version": 1, "choices": load(name) | choices})
+    except (BillhookError, OSError):
+        return  # a cache that cannot be written costs a second at the next load

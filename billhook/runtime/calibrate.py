@@ -1,0 +1,115 @@
+"""Which way to multiply is fastest here: a short measurement at load, kept per machine.
+
+A choice belongs to a shape, a tenth of sparsity, the dtypes and a bucket of token counts (each bucket up to its number). It is measured
+on the layer's first rows, a few milliseconds a way; what was not measured follows a rule that was right on the machines at hand.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from billhook.runtime import cache, library
+from billhook.runtime.native import Weight
+from billhook.runtime.products import WAYS, ways
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+FUSED_UP_TO = 16  # tokens, unless measured
+SAMPLE = 1 << 22  # weights that a measurement multiplies at most
+ROUNDS = 3
+
+_measured: dict[str, str] = {}
+
+
+def bucket(tokens: int) -> int:
+    """The token count that stands for `tokens`."""
+    return next((limit for limit in BUCKETS if tokens <= limit), BUCKETS[-1])
+
+
+def key(weight: Weight, dtype: torch.dtype, tokens: int) -> str:
+    """The name of a choice, such as `4096x4096 bfloat16 0.7 bfloat16 x16`."""
+    values = weight.tensors[0]
+    kept = (values.numel() - 64 // values.element_size()) / max(1, weight.shape[0] * weight.shape[1])
+    kind = "dense" if weight.tensors[1] is None else f"{round(1 - kept, 1) + 0.0:.1f}"
+    return f"{weight.shape[0]}x{weight.shape[1]} {str(values.dtype)[6:]} {kind} {str(dtype)[6:]} x{bucket(tokens)}"
+
+
+def way(weight: Weight, dtype: torch.dtype, tokens: int) -> str:
+    """The way that a packed weight is multiplied with `tokens` tokens."""
+    found = _measured.get(key(weight, dtype, tokens))
+    if found in ways():
+        return found
+    return "fused" if "fused" in ways() and tokens <= FUSED_UP_TO else "tiles"
+
+
+def product(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x [tokens, in] -> [tokens, out] the best way."""
+    return WAYS[way(weight, x.dtype, x.shape[0])](weight, x, bias)
+
+
+def dense_product(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x [tokens, in] times a dense bfloat16 weight, by our kernel where that was measured to be faster than torch's."""
+    if library.active() and _measured.get(key(weight, x.dtype, x.shape[0])) == "ours":
+        return weight.multiply(x, bias)
+    return linear(x, weight.tensors[0].to(x.dtype), bias)
+
+
+def measure_packed(weight: Weight, dtype: torch.dtype) -> None:
+    """Find the best way for every bucket that is not known yet."""
+    sample = _first_rows(weight)
+    for tokens in BUCKETS:
+        name = key(weight, dtype, tokens)
+        if name not in _measured:
+            x = torch.ones(tokens, weight.shape[1], dtype=dtype)
+            _measured[name] = _fastest({way: functools.partial(WAYS[way], sample, x, None) for way in ways()})
+
+
+def measure_dense(weight: Weight, dtype: torch.dtype) -> bool:
+    """Find for every bucket whether our kernel beats torch's on a dense weight; True where it does for a single token."""
+    for tokens in BUCKETS:
+        name = key(weight, dtype, tokens)
+        if name not in _measured:
+            sample = _first_rows(weight)
+            x = torch.ones(tokens, weight.shape[1], dtype=dtype)
+            theirs = functools.partial(linear, x, sample.tensors[0].to(dtype))
+            _measured[name] = _fastest({"torch": theirs, "ours": functools.partial(sample.multiply, x, None)})
+    return _measured[key(weight, dtype, 1)] == "ours"
+
+
+def _first_rows(weight: Weight) -> Weight:
+    rows = max(1, min(weight.shape[0], SAMPLE // weight.shape[1]))
+    values, bitmask, starts, scales = weight.tensors
+    if bitmask is None or starts is None:
+        return Weight(rows, weight.shape[1], values[:rows])
+    return Weight(rows, weight.shape[1], values, bitmask[:rows], starts[: rows + 1], None if scales is None else scales[:rows])
+
+
+def _fastest(candidates: dict[str, Callable[[], Tensor]]) -> str:
+    """The name of the one with the least time, tried in turns."""
+    best = dict.fromkeys(candidates, float("inf"))
+    for turn in range(ROUNDS + 1):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if turn:  # the first turn warms up
+                best[name] = min(best[name], time.perf_counter() - start)
+    return min(best, key=lambda name: best[name])
+
+
+def recall() -> int:
+    """Read what earlier runs measured on this machine; returns how many choices are known."""
+    _measured.update(cache.load("kernels"))
+    return len(_measured)
+
+
+def keep() -> None:
+    """Store what was measured."""
+    cache.store("kernels", _measured)
+
+
+def forget() -> None:
+    """Drop all choices of this process, for tests and after the number of threads changed."""
+    _measured.clear()

@@ -1,0 +1,127 @@
+"""The compiled kernels as a library: found, loaded, and told which instructions to use.
+
+`BILLHOOK_KERNELS` names the instruction set (avx512_bf16, avx512_vbmi2, avx512, avx2, neon, portable) or `torch`, which does without the
+library; by default the best that this processor runs is used.
+"""
+
+import ctypes
+import functools
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from billhook.errors import BillhookError
+
+FILE = Path(__file__).with_name("_kernels.so")
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
+
+_forced: list[str] = []
+
+
+class Matrix(ctypes.Structure):
+    """A packed weight as the kernels see it; `starts` is null for a dense bfloat16 one. The tensors behind it must stay alive."""
+
+    _fields_ = (
+        ("bitmask", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("out", ctypes.c_int64),
+        ("in_", ctypes.c_int64),
+        ("words", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("group_words", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+    )
+
+
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SURFACE: dict[str, tuple[list[type], type | None]] = {
+    "paths": ([], _INT),
+    "path_name": ([_INT], ctypes.c_char_p),
+    "path_runs": ([_INT], _INT),
+    "multiply": ([_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT], _INT),
+    "expand": ([_POINTER, _LONG, _LONG, _POINTER, _INT, _INT, _INT], None),
+    "row_starts": ([_POINTER, _LONG, _LONG, _POINTER], _LONG),
+    "bitmask": ([_POINTER, _INT, _LONG, _LONG, _POINTER, _INT], None),
+    "gather": ([_POINTER, _INT, _POINTER, _POINTER, _INT], None),
+}
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
+    """The library, or None where it was not built; says so once, on stderr."""
+    try:
+        library = ctypes.CDLL(str(FILE))  # torch, imported above, has loaded the OpenMP runtime that both share
+    except OSError as error:
+        why = "they were not compiled when it was installed (a C++ compiler was missing)" if not FILE.exists() else str(error)
+        print(f"billhook: sparse layers run without their fast kernels: {why}. Decoding is about as fast as dense.", file=sys.stderr)
+        return None
+    for name, (arguments, result) in _SURFACE.items():
+        function = getattr(library, f"billhook_{name}")
+        function.argtypes, function.restype = arguments, result
+    return library
+
+
+@functools.cache
+def _paths() -> dict[str, int]:
+    """The instruction sets that this processor runs, best first, and their numbers."""
+    library = _load()
+    if library is None:
+        return {}
+    return {library.billhook_path_name(path).decode(): path for path in range(library.billhook_paths()) if library.billhook_path_runs(path)}
+
+
+def paths() -> list[str]:
+    """The ways to multiply on this machine, best first; `torch` is always the last."""
+    return [*_paths(), "torch"]
+
+
+def path() -> str:
+    """The way in use. Raises BillhookError when the one asked for is not to be had here."""
+    name = _forced[-1] if _forced else os.environ.get("BILLHOOK_KERNELS") or paths()[0]
+    if name not in paths():
+        raise BillhookError(f"The kernels {name!r} do not run on this machine. There are: {', '.join(paths())}.")
+    return name
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Use one instruction set, or `torch`, for a while; raises BillhookError when it does not run here."""
+    _forced.append(name)
+    try:
+        path()
+        active.cache_clear()
+        yield
+    finally:
+        _forced.pop()
+        active.cache_clear()
+
+
+@functools.cache
+def active() -> tuple[ctypes.CDLL, int] | None:
+    """The library and the number of the instruction set in use; None when plain torch is."""
+    name = path()
+    library = None if name == "torch" else _load()
+    return None if library is None else (library, _paths()[name])
+
+
+def cpu() -> str:
+    """The name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    model = " ".join(known[key] for key in ("model name", "cpu family", "model", "CPU implementer", "CPU part") if key in known)
+    return model or platform.processor() or platform.machine()
+
+
+def about() -> dict[str, object]:
+    """What multiplies here: `path` in use, the `paths` there are (best first), the `cpu` and the number of `threads`."""
+    return {"path": path(), "paths": paths(), "cpu": cpu(), "threads": torch.get_num_threads()}
