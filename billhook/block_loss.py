@@ -18,6 +18,7 @@ from billhook.metrics import fact
 from billhook.perplexity import evaluate
 from billhook.registry import method
 from billhook.stats import LayerStats
+from billhook.streaming import resident
 
 
 @method(paper=fact("block_loss").paper)
@@ -34,7 +35,8 @@ def block_loss(model: PreTrainedModel, layers: Sequence[Layer], batches: Sequenc
     losses: dict[str, float] = {}
     for block in sorted({layer.block for layer in layers}):
         inside = [layer for layer in layers if layer.block == block]
-        loss = _pruned_loss(model, inside, ids, sparsity)
+        with resident(model, block):
+            loss = _pruned_loss(model, inside, ids, sparsity)
         losses |= {layer.name: (loss - dense) / dense for layer in inside}
     return losses
 

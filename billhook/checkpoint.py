@@ -19,6 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from billhook.errors import BillhookError
 from billhook.files import read_json, sha256
+from billhook.runtime.packed import is_packed
 from billhook.shards import read_shard, weight_files
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -77,11 +78,7 @@ def check_directory(path: Path) -> Checkpoint:
     Raises BillhookError for: no config.json, no or incomplete or damaged safetensors, pickled weights, quantized weights,
     another kind of model.
     """
-    if not (path / "config.json").is_file():
-        raise BillhookError(f"{path} has no config.json: give the directory of a Hugging Face model.")
-    config = read_json(path / "config.json", "model configuration")
-    if "quantization_config" in config or "compression_config" in config:
-        raise BillhookError(f"{path} is a quantized checkpoint: prune the unquantized model first, then quantize the result.")
+    config = _read_config(path)
     weights = weight_files(path)
     if not weights:
         raise BillhookError(_no_weights(path))
@@ -91,7 +88,25 @@ def check_directory(path: Path) -> Checkpoint:
     return Checkpoint(path, config, tuple(weights))
 
 
+def check_config(path: Path, trust_remote_code: bool) -> None:
+    """All that `check_code` checks but the weights."""
+    config = _read_config(path)
+    _check_kind(path, config)
+    _check_trusted(path, config, trust_remote_code)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not (path / "config.json").is_file():
+        raise BillhookError(f"{path} has no config.json: give the directory of a Hugging Face model.")
+    config = read_json(path / "config.json", "model configuration")
+    if "quantization_config" in config or "compression_config" in config:
+        raise BillhookError(f"{path} is a quantized checkpoint: prune the unquantized model first, then quantize the result.")
+    return config
+
+
 def _no_weights(path: Path) -> str:
+    if is_packed(path):
+        return f"{path} is packed, which only loading for inference understands: unpack it first, billhook unpack {path} -o DENSE."
     pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
     if not pickled:
         return f"{path} has no model.safetensors and no model.safetensors.index.json: the weights are missing."
@@ -125,29 +140,56 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     path = resolve(path)
-    checkpoint = check_directory(path)
-    if "auto_map" in checkpoint.config and not trust_remote_code and not _has_native_class(checkpoint.config):
-        raise BillhookError(f"{path} needs its own Python code to load. Read that code; if you trust it, allow it with trust_remote_code.")
+    check_code(path, trust_remote_code)
     auto: Any = AutoModelForCausalLM  # its stubs do not know output_loading_info
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": True, "use_safetensors": True}
+    with loading(path):
+        model, info = auto.from_pretrained(
+            path,
+            dtype=known_dtype(dtype),
+            experts_implementation="eager",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported in `info`, by name, instead of as a riddle
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    check_complete(path, info)
+    with on_device(device):
+        loaded: PreTrainedModel = model.eval().to(device)
+    return loaded
+
+
+def check_code(path: Path, trust_remote_code: bool) -> Checkpoint:
+    """`check_directory`, and refuse code that comes with the model unless it is trusted."""
+    checkpoint = check_directory(path)
+    _check_trusted(path, checkpoint.config, trust_remote_code)
+    return checkpoint
+
+
+def _check_trusted(path: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    if "auto_map" in config and not trust_remote_code and not _has_native_class(config):
+        raise BillhookError(f"{path} needs its own Python code to load. Read that code; if you trust it, allow it with trust_remote_code.")
+
+
+@contextmanager
+def loading(path: Path) -> Iterator[None]:
+    """Load without noise; what `transformers` raises for files that it cannot load becomes a BillhookError."""
     try:
         with quiet():
-            model, info = auto.from_pretrained(
-                path,
-                dtype=_dtype(dtype),
-                experts_implementation="eager",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported in `info`, by name, instead of as a riddle
-                **options,
-            )
+            yield
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError, TypeError) as error:
+        if isinstance(error, BillhookError):
+            raise
         raise BillhookError(f"transformers cannot load {path}: {_first_line(error)}") from None
-    _check_complete(path, info)
+
+
+@contextmanager
+def on_device(device: str) -> Iterator[None]:
+    """Make a device that does not exist, or is full, a BillhookError."""
     try:
-        loaded: PreTrainedModel = model.eval().to(device)
+        yield
     except (RuntimeError, AssertionError) as error:
         raise BillhookError(f"Cannot put the model on device {device!r}: {_first_line(error)}") from None
-    return loaded
 
 
 def _has_native_class(config: dict[str, Any]) -> bool:
@@ -156,7 +198,8 @@ def _has_native_class(config: dict[str, Any]) -> bool:
     return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+def known_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """A dtype by its name, or "auto"; raises BillhookError for another name."""
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     if dtype not in DTYPES:
@@ -164,7 +207,8 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return DTYPES[dtype]
 
 
-def _check_complete(path: Path, info: dict[str, Any]) -> None:
+def check_complete(path: Path, info: dict[str, Any]) -> None:
+    """Raise BillhookError where tensors are missing, left over or of another shape; `info` is what `from_pretrained` has to say."""
     faults = {"missing_keys": "is missing", "mismatched_keys": "has another shape", "unexpected_keys": "has no place in the model"}
     for key, what in faults.items():
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info.get(key, ()))

@@ -14,3 +14,7 @@ class JobError(BillhookError):
     """A well-formed job failed while it ran: full disk, a difference found on disk, numerical trouble (exit code 1)."""
 
     exit_code = 1
+
+
+class Interrupted(JobError):
+    """A run that ended before it was done and can be continued (exit code 1)."""

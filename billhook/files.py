@@ -4,11 +4,13 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from billhook.errors import BillhookError, JobError
+
+_CHUNK = 1 << 24
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -26,10 +28,20 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         os.replace(temporary, path)
+        fsync(path.parent)
     except OSError as error:
         raise JobError(f"Cannot write {path}: {error.strerror or error}. Free some space or choose another place.") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_writable(path: Path) -> None:
@@ -71,3 +83,12 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, as lower-case hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_ranges(digest: "hashlib._Hash", path: Path, ranges: Iterable[tuple[int, int]]) -> None:
+    """Take the bytes [start, stop) of a file into `digest`; missing ones change it too."""
+    with open(path, "rb") as file:
+        for start, stop in ranges:
+            file.seek(start)
+            for position in range(start, stop, _CHUNK):
+                digest.update(file.read(min(_CHUNK, stop - position)))

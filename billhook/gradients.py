@@ -34,6 +34,7 @@ from billhook.errors import BillhookError, JobError
 from billhook.gradient_file import Gradients, open_gradients, write_gradients
 from billhook.registry import hint
 from billhook.stats import GRADIENTS, AbsoluteSum
+from billhook.streaming import resident
 from billhook.walk import Call, Progress, capture, check_outputs, evaluating, plain_experts, run_block, stubbed
 
 SPILL_GIB = 8.0
@@ -95,25 +96,28 @@ class _Backward:
         self._forward(first)
         for index in reversed(range(first, len(self.blocks))):
             chosen = [layer for layer in layers if layer.block == index]
-            weights = list({id(weight): weight for weight in map(_parameter, chosen)}.values())
-            sums = {id(weight): accumulator(weight) for weight in weights}
-            with _differentiable(weights):
-                for number, states in enumerate(self.store.take(index)):
-                    found = self._block(index, number, states, weights, last=index == first)
-                    for weight, gradient in zip(weights, found, strict=True):
-                        sums[id(weight)].add(gradient)
-            for layer in chosen:
-                yield layer.name, _checked(layer, sums[id(_parameter(layer))].value())
+            with resident(self.model, index, ahead=index - 1):
+                weights = list({id(weight): weight for weight in map(_parameter, chosen)}.values())
+                sums = {id(weight): accumulator(weight) for weight in weights}
+                with _differentiable(weights):
+                    for number, states in enumerate(self.store.take(index)):
+                        found = self._block(index, number, states, weights, last=index == first)
+                        for weight, gradient in zip(weights, found, strict=True):
+                            sums[id(weight)].add(gradient)
+                for layer in chosen:
+                    yield layer.name, _checked(layer, sums[id(_parameter(layer))].value())
 
     @torch.no_grad()
     def _forward(self, first: int) -> None:
         """Store the inputs of every block from `first` on."""
-        self.calls, hidden, self.returned = capture(self.model, self.blocks, self.sequences)
+        hidden: list[Tensor] = []
+        self.calls, self.returned = capture(self.model, self.blocks, self.sequences, hidden)
         for index, block in enumerate(self.blocks):
             if index >= first:
                 self.store.put(index, hidden)
             if index + 1 < len(self.blocks):
-                hidden = [run_block(block, h, call[index]) for h, call in zip(hidden, self.calls, strict=True)]
+                with resident(self.model, index, ahead=index + 1):
+                    hidden = [run_block(block, h, call[index]) for h, call in zip(hidden, self.calls, strict=True)]
                 check_outputs(hidden, f"{self.name}.{index}")
 
     def _block(self, index: int, number: int, states: Tensor, weights: Sequence[Tensor], *, last: bool) -> Iterator[Tensor]:

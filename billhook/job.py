@@ -4,20 +4,16 @@
 `run` applies the plan and writes the result. `prune` is both.
 """
 
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from transformers import PreTrainedModel
 
-import billhook
 from billhook.allocators import ALLOCATORS, allocate, check_budget
-from billhook.arch import Layer, find_layers
+from billhook.arch import find_layers
 from billhook.criteria import CRITERIA
 from billhook.errors import BillhookError
 from billhook.gradient_file import Gradients, open_gradients
@@ -27,55 +23,13 @@ from billhook.metrics import fact
 from billhook.options import split_options
 from billhook.plan import Pattern, SparsityPlan, load_plan
 from billhook.pruning import LayerResult, prune_
-from billhook.request import Opened, Request, calibration_facts, listed, open_request
+from billhook.record import Job, Report, gradient_of, record
+from billhook.request import Opened, Request, calibration_facts, identity, open_request
 from billhook.save import save_pruned
-from billhook.stats import GRADIENTS
+from billhook.stats import GRADIENTS as OF_GRADIENTS
+from billhook.streaming import stream_of
 from billhook.table import Table
-from billhook.verification import VERSION
-
-
-@dataclass(frozen=True)
-class Job:
-    """A checked request: nothing left to go wrong but the work itself."""
-
-    request: Request
-    opened: Opened
-    plan: SparsityPlan
-    criterion_options: dict[str, Any]
-    gradients: Gradients | None = None
-
-    @property
-    def steps(self) -> int:
-        """How often `run` reports progress: once a layer, and once before where its gradients are computed."""
-        return len(self.opened.layers) * (1 if self.gradients or not _gradient(self.request, self.criterion_options) else 2)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a run did. `output` is None when nothing was written (no output was asked for); `record` is billhook.json."""
-
-    plan: SparsityPlan
-    layers: list[LayerResult]
-    output: Path | None
-    seconds: float
-    warnings: list[str]
-    record: dict[str, Any]
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the prunable weights that are zero now."""
-        return sum(layer.zeros for layer in self.layers) / sum(layer.n for layer in self.layers)
-
-    def to_json(self) -> dict[str, Any]:
-        """The same, for machines."""
-        return {
-            "output": None if self.output is None else str(self.output),
-            "sparsity": self.sparsity,
-            "target": self.plan.target,
-            "seconds": round(self.seconds, 3),
-            "warnings": self.warnings,
-            "layers": {r.layer: {"sparsity": r.sparsity, "planned": r.planned, "zeros": r.zeros} for r in self.layers},
-        }
+from billhook.unfinished import GRADIENTS, Unfinished, check_place, compare, partial_folder, unfinished
 
 
 def prune(model: str | Path | PreTrainedModel, *, progress: Callable[[str], None] = lambda layer: None, **fields: Any) -> Report:
@@ -104,11 +58,16 @@ def prepare(request: Request, progress: Callable[[str], None] = lambda layer: No
         raise BillhookError("A plan already says how much each layer loses: leave out sparsity, pattern, allocator and table.")
     needed = () if plan or table else ALLOCATORS.needs(request.allocator, allocator_options)
     needs, gradients = CRITERIA.needs(request.criterion, criterion_options), _given_gradients(request, criterion_options)
-    needs_text = any(gradients is None or name not in GRADIENTS for name in needs) or any(fact(name).needs_text for name in needed)
-    opened = open_request(request, needs_text, f"Pruning with {request.criterion} and {request.allocator}")
+    needs_text = any(gradients is None or name not in OF_GRADIENTS for name in needs) or any(fact(name).needs_text for name in needed)
+    who = f"Pruning with {request.criterion} and {request.allocator}"
+    opened = open_request(request, needs_text, who, streamed=request.output is not None)
+    asked = identity(request, opened, {**allocator_options, **criterion_options}, plan, table)
     shapes = {layer.name: layer.shape for layer in opened.layers}
     if gradients is not None:
-        gradients.check(_gradient(request, criterion_options), shapes, opened.facts)
+        gradients.check(gradient_of(request, criterion_options), shapes, opened.facts)
+    continued = unfinished_plan(request, opened, asked)
+    if continued is not None:
+        plan = continued
     if plan is None:
         table = _measure(opened, needed, progress) if table is None else _rows(table, opened)
         plan = allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **allocator_options)
@@ -117,27 +76,65 @@ def prepare(request: Request, progress: Callable[[str], None] = lambda layer: No
     except BillhookError as error:
         chosen = request.plan is not None and (request.targets or request.ignore)
         raise BillhookError(f"{error} --targets and --ignore must choose exactly the plan's layers." if chosen else str(error)) from None
-    return Job(request, opened, plan, criterion_options, gradients)
+    return Job(request, opened, plan, criterion_options, gradients, asked)
 
 
-def _gradient(request: Request, options: Mapping[str, Any]) -> str:
-    """The statistic of gradients that the criterion reads, or an empty string."""
-    return next((name for name in CRITERIA.needs(request.criterion, options) if name in GRADIENTS), "")
+def unfinished_plan(request: Request, opened: Opened, asked: Mapping[str, Any]) -> SparsityPlan | None:
+    """The plan of the run that `request` is to continue, so that nothing is measured again; None when it begins one.
+
+    Raises BillhookError when that run was asked for something else than `asked`.
+    """
+    if not request.resume or request.output is None or opened.source is None:
+        return None
+    output = Path(request.output).expanduser().resolve()
+    state = check_place(output, resume=True, overwrite=request.overwrite)
+    if state is None:
+        return None
+    compare(state.identity, asked, partial_folder(output))
+    return SparsityPlan.from_json(state.plan, str(partial_folder(output)))
 
 
 def _given_gradients(request: Request, options: Mapping[str, Any]) -> Gradients | None:
     if request.gradients is None:
         return None
-    if not _gradient(request, options):
+    if not gradient_of(request, options):
         raise BillhookError(f"The criterion {request.criterion} reads no gradients: leave --gradients out, or take criterion gblm.")
     return request.gradients if isinstance(request.gradients, Gradients) else open_gradients(Path(request.gradients))
 
 
 def run(job: Job, progress: Callable[[str], None] = lambda layer: None) -> Report:
-    """Apply a prepared job: prune in place, check, write."""
+    """Apply a prepared job: prune, check, write.
+
+    A model directory is pruned block by block into the output (`billhook.unfinished`), a model in memory in place. Raises JobError, and
+    Interrupted where the run can be continued.
+    """
     start = time.perf_counter()
     request, opened = job.request, job.opened
-    results = prune_(
+    stream, output, notes = stream_of(opened.model), None, []
+    if request.output is None or stream is None or opened.source is None:
+        results = _prune(job, progress)
+        made = record(job, results)
+        if request.output is not None:
+            saved = save_pruned(opened.model, opened.source, Path(request.output), record=made, overwrite=request.overwrite)
+            output, notes = saved.path, [saved.note] if saved.note else []
+    else:
+        output = Path(request.output).expanduser().resolve()
+        with unfinished(
+            stream, opened.source, output, job.identity, job.plan.to_json(), resume=request.resume, overwrite=request.overwrite
+        ) as place:
+            before = [result for results in place.state.results for result in results]
+            for result in before:
+                progress(result.layer)
+            results = [*before, *_prune(replace(job, gradients=_gradients_of(job, place, progress)), progress, place)]
+            made = record(job, results)
+            place.complete(made)
+    return Report(job.plan, results, output, time.perf_counter() - start, [*made["warnings"], *notes], made)
+
+
+def _prune(job: Job, progress: Callable[[str], None], place: Unfinished | None = None) -> list[LayerResult]:
+    request, opened = job.request, job.opened
+    where: dict[str, Any] = {} if place is None else {"start": place.state.done, "finished": place.finished}
+    return prune_(
         opened.model,
         job.plan,
         criterion=request.criterion,
@@ -147,29 +144,38 @@ def run(job: Job, progress: Callable[[str], None] = lambda layer: None) -> Repor
         rounding=request.rounding,
         gradients=job.gradients,
         progress=progress,
+        spill_gib=request.spill_gib,
+        **where,
         **job.criterion_options,
     )
-    made = record(job, results)
-    warnings = list(made["warnings"])
-    output = None
-    if request.output is not None:
-        saved = save_pruned(opened.model, opened.source, Path(request.output), record=made, overwrite=request.overwrite)
-        output = saved.path
-        warnings += [saved.note] if saved.note else []
-    return Report(job.plan, results, output, time.perf_counter() - start, warnings, made)
+
+
+def _gradients_of(job: Job, place: Unfinished, progress: Callable[[str], None]) -> Gradients | None:
+    """The gradients the criterion reads: those given, those of the run that is continued, or new ones, kept until the run is done."""
+    statistic = gradient_of(job.request, job.criterion_options)
+    if not statistic or job.gradients is not None:
+        return job.gradients
+    path = place.folder / GRADIENTS
+    if place.has(GRADIENTS):
+        return open_gradients(path)
+    layers, batches = job.opened.layers, job.opened.batches
+    found = compute_gradients(job.opened.model, batches, statistic, path, layers=layers, spill_gib=job.request.spill_gib, progress=progress)
+    place.keep(GRADIENTS)
+    return found
 
 
 def measure_model(request: Request, metrics: Sequence[str], progress: Callable[[str], None] = lambda layer: None) -> Table:
     """Measure the layers of a request's model; text is read only if a metric looks at activations."""
     activations = [name for name in metrics if fact(name).needs_text]
-    return _measure(open_request(request, bool(activations), f"The metric {' and '.join(activations)}"), metrics, progress)
+    opened = open_request(request, bool(activations), f"The metric {' and '.join(activations)}", streamed=True)
+    return _measure(opened, metrics, progress)
 
 
 def make_gradients(
     request: Request, statistic: str, path: Path, spill_gib: float = 8.0, progress: Callable[[str], None] = lambda layer: None
 ) -> Gradients:
     """Accumulate the gradients of a request's model on its calibration text and write them to `path`; see `compute_gradients`."""
-    opened = open_request(request, True, "A gradient")
+    opened = open_request(request, True, "A gradient", streamed=True)
     facts = {"model": opened.facts, "calibration": calibration_facts(opened)}
     layers, batches = opened.layers, opened.batches
     return compute_gradients(opened.model, batches, statistic, path, layers=layers, facts=facts, spill_gib=spill_gib, progress=progress)
@@ -186,63 +192,3 @@ def _measure(opened: Opened, metrics: Sequence[str], progress: Callable[[str], N
     if opened.calibration is not None:
         table.made_by["calibration"] = calibration_facts(opened)
     return table
-
-
-def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
-    """The content of billhook.json: the same inputs and seed give the same bytes, so there is no date and no duration in it."""
-    request, opened = job.request, job.opened
-    places = {layer.name: layer for layer in opened.layers}
-    model = opened.facts
-    return {
-        "version": VERSION,
-        "billhook": billhook.__version__,
-        "plan": job.plan.to_json(),
-        "layers": {result.layer: _layer_record(result, places[result.layer]) for result in results},
-        "warnings": [*(f"{r.layer}: {note}" for r in results for note in r.notes), *_other_weights(job.plan, model)],
-        "made_by": {
-            "criterion": request.criterion,
-            "criterion_options": job.criterion_options,
-            "group": request.group or CRITERIA.group(request.criterion),
-            "rounding": request.rounding,
-            "seed": request.seed,
-            "dtype": request.dtype,
-            "device": request.device,
-            "targets": listed(request.targets),
-            "ignore": listed(request.ignore),
-            "calibration": None if opened.calibration is None else calibration_facts(opened),
-            "gradients": _gradients_record(job),
-            "model": model,
-            "papers": {"criterion": CRITERIA.paper(request.criterion), "allocator": job.plan.made_by.get("paper")},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
-        },
-    }
-
-
-def _gradients_record(job: Job) -> dict[str, Any] | None:
-    """Which gradients the criterion read and the text they come from; None if it reads none."""
-    statistic = _gradient(job.request, job.criterion_options)
-    if not statistic:
-        return None
-    made = calibration_facts(job.opened) if job.gradients is None else job.gradients.about.get("calibration")
-    return {"statistic": statistic, "calibration": made}
-
-
-def _other_weights(plan: SparsityPlan, model: Mapping[str, Any]) -> list[str]:
-    """A note where the plan comes from a table of other weights than those of `model` (a fine-tuned relative, say)."""
-    measured = plan.made_by.get("model")
-    if not isinstance(measured, dict) or model["digest"] is None or measured.get("digest") in (None, model["digest"]):
-        return []
-    return [f"The plan was made for the weights of {measured.get('name')}, which are not those of {model['name']}."]
-
-
-def _layer_record(result: LayerResult, layer: Layer) -> dict[str, Any]:
-    tensor = f"{layer.name}.weight" if layer.expert is None else layer.name.rpartition(".")[0]
-    return {
-        "shape": list(result.shape),
-        "sparsity": result.planned,
-        "zeros": result.zeros,
-        "tensor": tensor,
-        "index": layer.expert,
-        "transposed": layer.transposed,
-        "notes": list(result.notes),
-    }

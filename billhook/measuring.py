@@ -15,6 +15,7 @@ from billhook.errors import BillhookError
 from billhook.metrics import CURVES, canonical, companions, fact, function_of, options_of
 from billhook.perplexity import vocabulary_size
 from billhook.spectra import measure_spectra
+from billhook.streaming import resident, stream_of
 from billhook.table import Row, Table
 from billhook.walk import Block, Progress, walk
 
@@ -55,9 +56,18 @@ def measure(
                 values[layer][name] = loss
     of_weights = [name for name in columns if not fact(name).needs_text]
     if of_weights:
-        for layer, found in measure_spectra(layers, of_weights, progress).items():
-            values[layer].update(found)
+        for group in _together(model, layers):
+            with resident(model, group[0].block, ahead=group[0].block + 1):
+                for layer, found in measure_spectra(group, of_weights, progress).items():
+                    values[layer].update(found)
     return Table(tuple(_row(layer, columns, values[layer.name]) for layer in layers), facts or {}, {"metrics": asked})
+
+
+def _together(model: PreTrainedModel, layers: Sequence[Layer]) -> list[list[Layer]]:
+    """The layers that are in memory at the same time: those of a block if the model is streamed, all if it is not."""
+    if stream_of(model) is None:
+        return [list(layers)]
+    return [[layer for layer in layers if layer.block == index] for index in sorted({layer.block for layer in layers})]
 
 
 def metric_names(text: str) -> list[str]:

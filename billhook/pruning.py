@@ -22,11 +22,12 @@ from billhook.data import as_batches
 from billhook.errors import BillhookError, JobError
 from billhook.gradient_file import Gradients
 from billhook.gradients import compute_gradients
+from billhook.hidden import SPILL_GIB
 from billhook.masks import Select
 from billhook.perplexity import vocabulary_size
 from billhook.plan import SparsityPlan
 from billhook.stats import GRADIENTS, STATISTICS, LayerStats
-from billhook.walk import Progress, walk
+from billhook.walk import Block, Progress, walk
 
 Group = Literal["row", "layer"]
 Rounding = Literal["exact", "floor"]
@@ -65,13 +66,17 @@ def prune_(
     rounding: Rounding = "exact",
     gradients: Gradients | None = None,
     progress: Progress = lambda layer: None,
+    start: int = 0,
+    finished: Callable[[Block, list[LayerResult]], None] = lambda block, results: None,
+    spill_gib: float = SPILL_GIB,
     **options: Any,
 ) -> list[LayerResult]:
     """Remove weights in place as `plan` says.
 
     `batches` are token ids [batch, length] int64 (one tensor: one batch), needed by every criterion but magnitude; `layers` are
     the layers the plan is for (all prunable ones by default); `group` overrides the criterion's comparison group; `gradients` are
-    those of the dense model for a criterion that reads them (computed first if not given); `options` are the criterion's own.
+    those of the dense model for a criterion that reads them (computed first if not given); `start` is the first block to prune, those
+    before it being pruned already; `finished` is called after each block; `options` are the criterion's own.
     Raises BillhookError before anything changes if plan, criterion, gradients or options do not fit, JobError if the zeros made
     are not the zeros planned or activations are not finite.
     """
@@ -86,9 +91,11 @@ def prune_(
     batches = as_batches(batches, vocabulary_size(model)) if reads_text else []
     if reads_text and not batches:
         raise BillhookError(f"The criterion {criterion} looks at activations: give text with --calibration SOURCE.")
-    zeros, results = plan.zeros(shapes), []
+    zeros: dict[str, int] = plan.zeros(shapes)
+    results: list[LayerResult] = []
     with _open_gradients(model, batches, gradient, gradients, layers, progress) as found:
-        for block in walk(model, batches if observed else (), observed):
+        for block in walk(model, batches if observed else (), observed, start=start, spill_gib=spill_gib):
+            done = []
             for layer in block.layers:
                 if layer.name not in shapes:
                     continue
@@ -98,8 +105,10 @@ def prune_(
                 function = CRITERIA.get(criterion)
                 if unseen := _unseen(stats, observed):
                     function, stats = magnitude, LayerStats(0, 0, notes=[f"{unseen}: pruned by magnitude"])
-                results.append(_prune_layer(layer, stats, select, function, {} if function is magnitude else configured))
+                done.append(_prune_layer(layer, stats, select, function, {} if function is magnitude else configured))
                 progress(layer.name)
+            finished(block, done)
+            results += done
     return results
 
 

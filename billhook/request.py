@@ -1,24 +1,34 @@
 """What a run is asked for, and opening what it names: the model and the calibration text."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook import __version__ as VERSION
 from billhook.arch import Layer, check_finite, find_layers, select_layers
 from billhook.checkpoint import check_directory, load_model, load_tokenizer, model_digest, resolve
 from billhook.data import Tokens, check_ids, digest, load_calibration, whole_ids
 from billhook.errors import BillhookError
+from billhook.files import sha256
 from billhook.gradient_file import Gradients
+from billhook.hidden import SPILL_GIB
 from billhook.perplexity import check_length, context_length, vocabulary_size
 from billhook.plan import SparsityPlan
 from billhook.pruning import Group, Rounding
-from billhook.save import check_output
+from billhook.save import check_output, mismatch
+from billhook.shards import read_shard
+from billhook.streaming import open_streamed, resident
 from billhook.table import Table
+from billhook.unfinished import check_place
 
 TOKENS_A_BATCH = 4096  # enough rows to keep a matrix product busy
 ACTIVATION_BYTES = 16 << 20  # of the widest layer of a block; more would not be faster on a CPU, and counts in the peak
@@ -51,6 +61,8 @@ class Request:
     device: str = "cpu"
     dtype: str = "auto"
     overwrite: bool = False
+    resume: bool = False
+    spill_gib: float = SPILL_GIB
     trust_remote_code: bool = False
 
 
@@ -70,17 +82,22 @@ class Opened:
         return model_facts(self.source, self.model)
 
 
-def open_request(request: Request, needs_text: bool, who: str) -> Opened:
-    """Load the model, choose its layers, and draw the calibration windows if `who` needs text; cheapest checks first."""
+def open_request(request: Request, needs_text: bool, who: str, *, streamed: bool = False) -> Opened:
+    """Load the model, choose its layers, and draw the calibration windows if `who` needs text; cheapest checks first.
+
+    `streamed` asks for a model directory with one block in memory at a time.
+    """
     _check_words(request)
     if needs_text and request.calibration is None:
         raise BillhookError(
             f"{who} looks at activations: give text like the model was trained on with --calibration FILE.txt, FILE.jsonl, "
             "TOKENS.safetensors or hub:c4 (the demo uses stdlib:train, Python source)."
         )
-    source, model = _open_model(request)
+    source, model = _open_model(request, streamed)
     layers = select_layers(find_layers(model), listed(request.targets), listed(request.ignore))
-    check_finite(layers)
+    for index in sorted({layer.block for layer in layers}):
+        with resident(model, index, ahead=index + 1):
+            check_finite(layer for layer in layers if layer.block == index)
     if not needs_text:
         return Opened(source, model, layers, None, [])
     windows = _calibration_windows(request, source, model)
@@ -106,20 +123,29 @@ def batch_size(layers: Sequence[Layer], length: int) -> int:
     return max(1, min(TOKENS_A_BATCH, ACTIVATION_BYTES // (4 * widest)) // length)
 
 
-def _open_model(request: Request) -> tuple[Path | None, PreTrainedModel]:
+def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrainedModel]:
     """Check the output place, then load the model (or take the one in memory, with its experts made observable)."""
+    output = None if request.output is None else Path(request.output).expanduser().resolve()
     if isinstance(request.model, PreTrainedModel):
-        if request.output is not None:
-            check_output(Path(request.output), overwrite=request.overwrite)
+        if request.resume:
+            raise BillhookError("Only a run on a model directory can be resumed, and this model is in memory.")
+        if output is not None:
+            check_output(output, overwrite=request.overwrite)
         return None, request.model
     if not isinstance(request.model, str | Path):
         kind = type(request.model).__name__
         raise BillhookError(f"The model must be a directory, a hub name or a transformers PreTrainedModel, got {kind}.")
     source = resolve(request.model)
     checkpoint = check_directory(source)
-    if request.output is not None:
-        check_output(Path(request.output), source, overwrite=request.overwrite, needed=checkpoint.bytes)
-    return source, load_model(source, dtype=request.dtype, device=request.device, trust_remote_code=request.trust_remote_code)
+    if output is not None:
+        continued = check_place(output, resume=request.resume, overwrite=request.overwrite)
+        check_output(output, source, overwrite=request.overwrite, needed=0 if continued else checkpoint.bytes)
+    options: dict[str, Any] = {"dtype": request.dtype, "device": request.device, "trust_remote_code": request.trust_remote_code}
+    if streamed:
+        model = open_streamed(source, **options)
+        if output is None or mismatch(model, [read_shard(file) for file in checkpoint.weights]) is None:
+            return source, model
+    return source, load_model(source, **options)
 
 
 def _calibration_windows(request: Request, source: Path | None, model: PreTrainedModel) -> Tokens:
@@ -167,3 +193,33 @@ def _model_name(source: Path | None, model: PreTrainedModel) -> str:
     if source.parent.name == "snapshots":
         return source.parents[1].name.removeprefix("models--").replace("--", "/")
     return source.resolve().name
+
+
+def identity(
+    request: Request, opened: Opened, options: Mapping[str, Any], plan: SparsityPlan | None, table: Table | None
+) -> dict[str, Any]:
+    """What an unfinished run must agree in to be continued: versions, model, data and everything that changes the result.
+
+    `options` are all those of the methods, `plan` and `table` those that were given.
+    """
+    given = {"plan": None if plan is None else plan.to_json(), "table": None if table is None else asdict(table)}
+    same = ("sparsity", "pattern", "allocator", "criterion", "group", "rounding", "seed", "dtype", "device")
+    return {
+        "version": f"{VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
+        "model": opened.facts["digest"],
+        **{key: getattr(request, key) for key in same},
+        "targets": listed(request.targets),
+        "ignore": listed(request.ignore),
+        "options": dict(options),
+        **{key: None if value is None else _json_digest(value) for key, value in given.items()},
+        "gradients": None if request.gradients is None else _gradients_digest(request.gradients),
+        "calibration": None if opened.calibration is None else calibration_facts(opened),
+    }
+
+
+def _json_digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _gradients_digest(given: str | Path | Gradients) -> str:
+    return sha256(given.path if isinstance(given, Gradients) else Path(given))

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +27,15 @@ from transformers.modeling_utils import PreTrainedModel
 
 from billhook.checkpoint import quiet
 from billhook.errors import BillhookError, JobError
-from billhook.files import sha256, write_json
+from billhook.files import fsync, sha256, write_json
 from billhook.places import places, to_disk
-from billhook.shards import INDEX, Entry, Shard, layer_zeros, read_shard, rewrite, weight_files
-from billhook.verification import RECORD
+from billhook.shards import INDEX, Entry, Shard, lay_out, layer_zeros, put, read_shard, weight_files
+from billhook.streaming import DTYPES
+from billhook.verification import RECORD, UNFINISHED
 
 _WEIGHTS = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz", ".ot", ".pkl"}
 )
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
-_DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 @dataclass(frozen=True)
@@ -93,18 +92,34 @@ def save_pruned(
     output = check_output(output, source, overwrite=overwrite, needed=needed)
     with staging(output, needed) as folder:
         note = _write_weights(model, source, folder)
-        if source is not None:
-            _copy_others(source, folder)
-        for name, text in (texts or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
-        files = checksums(folder)
-        if record is not None:
-            layers = _on_disk(model, record.get("layers", {}), folder)
-            write_json(folder / RECORD, {**record, "layers": layers, "files": files})
+        files = complete(model, source, folder, record, texts)
     return Saved(output, files, note)
 
 
-def _on_disk(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
+def complete(
+    model: PreTrainedModel,
+    source: Path | None,
+    folder: Path,
+    record: Mapping[str, Any] | None,
+    texts: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Add to the weights in `folder` all other files of `source`, `texts` and, last, billhook.json; returns the checksums.
+
+    The files are forced to the disk. See `save_pruned`.
+    """
+    if source is not None:
+        _copy_others(source, folder)
+    for name, text in (texts or {}).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    files = checksums(folder)
+    if record is not None:
+        layers = _found_on_disk(model, record.get("layers", {}), folder)
+        write_json(folder / RECORD, {**record, "layers": layers, "files": files})
+    _flush(folder)
+    return files
+
+
+def _found_on_disk(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
     """The layers of billhook.json with their places on disk, their zeros counted there; raises JobError when some are lost."""
     shards = [read_shard(file) for file in weight_files(folder)]
     where = places(model, layers, {name for shard in shards for name in shard.entries})
@@ -114,7 +129,7 @@ def _on_disk(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]], fo
         parts = layer_zeros(where[name], facts["shape"], shards)
         zeros = facts["zeros"] if parts is None else sum(int(part.sum()) for part in parts)
         if zeros < facts["zeros"]:
-            raise JobError(f"{name} has {zeros} zeros in the files written where the model has {facts['zeros']}. Nothing was left behind.")
+            raise JobError(f"{name} has {zeros} zeros in the files written where the model has {facts['zeros']}.")
         if zeros > facts["zeros"]:
             kept["notes"] = [*facts.get("notes", ()), f"{zeros - facts['zeros']} weights became zero in the dtype on disk"]
         found[name] = {**kept, "zeros": zeros, **where[name]}
@@ -122,9 +137,9 @@ def _on_disk(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]], fo
 
 
 def checksums(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file under `directory` except billhook.json, by path relative to it, in order of name."""
+    """SHA-256 of every file under `directory` except those about itself, by path relative to it, in order of name."""
     files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    return {name: sha256(directory / name) for name in files if name != RECORD}
+    return {name: sha256(directory / name) for name in files if name not in (RECORD, UNFINISHED)}
 
 
 @contextmanager
@@ -138,20 +153,21 @@ def staging(output: Path, needed: int) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
         yield folder
         _flush(folder)
-        _put_in_place(folder, output)
+        put_in_place(folder, output)
     except (OSError, SafetensorError) as error:
-        raise JobError(_failure(error, output, needed)) from None
+        raise JobError(f"{failure(error, output, needed)} Nothing was left behind.") from None
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _failure(error: OSError | SafetensorError, output: Path, needed: int) -> str:
+def failure(error: OSError | SafetensorError, output: Path, needed: int) -> str:
+    """What went wrong while writing `output`, which takes `needed` bytes, in a sentence."""
     # safetensors reports a full disk in words only
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
         free = shutil.disk_usage(output.parent).free
-        return f"The disk is full: writing {output} needs {_size(needed)}, {_size(free)} are free. Nothing was left behind; make room."
-    return f"Cannot write {output}: {getattr(error, 'strerror', None) or error}. Nothing was left behind."
+        return f"The disk is full: writing {output} needs {_size(needed)}, {_size(free)} are free. Make room."
+    return f"Cannot write {output}: {getattr(error, 'strerror', None) or error}."
 
 
 def _size(number: int) -> str:
@@ -161,24 +177,21 @@ def _size(number: int) -> str:
 def _flush(folder: Path) -> None:
     """Force everything to the disk, and give the directory the permissions a plain mkdir would have given."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        fsync(path)
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)
 
 
-def _put_in_place(folder: Path, output: Path) -> None:
-    if not (output.is_dir() and any(output.iterdir())):
-        os.rename(folder, output)
-        return
-    old = folder.with_name(f"{folder.name}.old")
-    try:
+def put_in_place(folder: Path, output: Path) -> None:
+    """Give `folder` the name `output`; what was there before is moved aside first, and removed last."""
+    old = output.with_name(f".{output.name}.replaced")
+    if output.is_dir() and any(output.iterdir()):
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(output, old)
+    try:
         os.rename(folder, output)
+        fsync(output.parent)
     except BaseException:
         if old.exists() and not output.exists():
             os.rename(old, output)
@@ -191,7 +204,13 @@ def _copy_others(source: Path, folder: Path) -> None:
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        if hidden or not path.is_file() or path.suffix in _WEIGHTS or path.name.endswith(".index.json") or path.name == RECORD:
+        if (
+            hidden
+            or not path.is_file()
+            or path.suffix in _WEIGHTS
+            or path.name.endswith(".index.json")
+            or path.name in (RECORD, UNFINISHED)
+        ):
             continue
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / relative)
@@ -202,35 +221,61 @@ def _write_weights(model: PreTrainedModel, source: Path | None, folder: Path) ->
     if source is None or not shards:
         _write_stock(model, folder, [])
         return None
-    tensors = to_disk(model, model.state_dict(), {name for shard in shards for name in shard.entries})
-    reason = _mismatch(tensors, shards)
+    reason = mismatch(model, shards)
     if reason:
         _write_stock(model, folder, shards)
         return f"The weights do not lead back to the layout of {source} ({reason}); they were written in transformers' own."
-    for shard in shards:
-        rewrite(shard, folder / shard.path.name, lambda entry: _bytes(tensors[entry.name], entry) if entry.name in tensors else None)
-    if (source / INDEX).is_file():
-        shutil.copyfile(source / INDEX, folder / INDEX)
+    tensors = on_disk(model, model.state_dict(), shards)
+    lay_out_all(shards, source, folder, lambda name: name not in tensors)
+    write_tensors(shards, folder, tensors)
     return None
 
 
-def _mismatch(tensors: Mapping[str, Tensor], shards: list[Shard]) -> str | None:
-    """Why the source's layout cannot take these tensors, or None. A tied weight needs to be on disk under one name only."""
+def lay_out_all(shards: Sequence[Shard], source: Path, folder: Path, copied: Callable[[str], bool]) -> None:
+    """Write all weight files of `source`, with the values of the `copied` tensors (see `billhook.shards.lay_out`), and its index."""
+    for shard in shards:
+        lay_out(shard, folder / shard.path.name, copied)
+    if (source / INDEX).is_file():
+        shutil.copyfile(source / INDEX, folder / INDEX)
+
+
+def on_disk(model: PreTrainedModel, state: Mapping[str, Tensor], shards: Sequence[Shard]) -> dict[str, Tensor]:
+    """The tensors that a model's directory has of `state`, by their names there."""
+    names = {name for shard in shards for name in shard.entries}
+    return {name: tensor for name, tensor in to_disk(model, state, names).items() if name in names}
+
+
+def mismatch(model: PreTrainedModel, shards: Sequence[Shard]) -> str | None:
+    """Why the layout of `shards` cannot take the tensors of `model`, which may be without values, or None. A tied weight needs to be on
+    disk under one name only."""
     entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
-    written = {tensors[name].data_ptr() for name in entries if name in tensors}
+    tensors = to_disk(model, model.state_dict(), entries)
+    written = {tensors[name].data_ptr() for name in entries if name in tensors and not tensors[name].is_meta}
     for name, tensor in tensors.items():
-        if name not in entries and tensor.data_ptr() not in written:
+        if name not in entries and (tensor.is_meta or tensor.data_ptr() not in written):
             return f"{name} is not there"
-        if name in entries and (entries[name].shape != tuple(tensor.shape) or entries[name].dtype not in _DTYPES):
+        if name in entries and (entries[name].shape != tuple(tensor.shape) or entries[name].dtype not in DTYPES):
             return f"{name} is {entries[name].dtype} {list(entries[name].shape)} there"
     return None
 
 
+def write_tensors(shards: Sequence[Shard], folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to their places in the files of `folder`, which are laid out like `shards`, in the dtypes there, and force them to
+    the disk. Raises JobError for a value that does not fit."""
+    for shard in shards:
+        mine = [entry for entry in shard.entries.values() if entry.name in tensors]
+        if mine:
+            with open(folder / shard.path.name, "r+b", buffering=0) as file:
+                for entry in mine:
+                    put(file.fileno(), entry.start, _bytes(tensors[entry.name], entry))
+                os.fsync(file.fileno())
+
+
 def _bytes(tensor: Tensor, entry: Entry) -> memoryview:
     """The little-endian bytes of `tensor` in the dtype of `entry`."""
-    value = tensor.detach().to("cpu", _DTYPES[entry.dtype])
+    value = tensor.detach().to("cpu", DTYPES[entry.dtype])
     if value.dtype != tensor.dtype and value.is_floating_point() and not torch.isfinite(value).all():
-        raise JobError(f"{entry.name} holds values that do not fit {entry.dtype}, its dtype on disk. Nothing was left behind.")
+        raise JobError(f"{entry.name} holds values that do not fit {entry.dtype}, its dtype on disk.")
     return memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -240,7 +285,7 @@ def _write_stock(model: PreTrainedModel, folder: Path, shards: list[Shard]) -> N
     if shards:
         options["max_shard_size"] = max(sum(e.stop - e.start for e in shard.entries.values()) for shard in shards)
         most = Counter(entry.dtype for shard in shards for entry in shard.entries.values()).most_common(1)[0][0]
-        options["state_dict"] = _cast(model.state_dict(), _DTYPES.get(most, model.dtype))
+        options["state_dict"] = _cast(model.state_dict(), DTYPES.get(most, model.dtype))
     with quiet():
         model.save_pretrained(folder, **options)
 

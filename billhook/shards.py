@@ -2,12 +2,12 @@
 
 A safetensors file is 8 bytes of header length, a json header (name -> dtype, shape, byte range) and the values. Keeping the
 header byte for byte and writing new values behind it keeps names, order, dtypes and metadata of the input exactly, with one
-tensor in memory at a time. This module imports no torch, so a pruned model can be checked without it.
+tensor in memory at a time and in any order. This module imports no torch, so a pruned model can be checked without it.
 """
 
-import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,24 +144,27 @@ def layer_zeros(place: Mapping[str, Any], shape: Sequence[int], shards: Iterable
     return found if fits else None
 
 
-def rewrite(shard: Shard, target: Path, values: Callable[[Entry], memoryview | None]) -> str:
-    """Write `target` with the layout of `shard` and return its SHA-256.
+def lay_out(shard: Shard, target: Path, copied: Callable[[str], bool]) -> None:
+    """Write `target` with the layout of `shard`: its header, the values of the tensors for which `copied` is true, and room for the others.
 
-    `values` gives the bytes of each tensor, in file order and exactly as many as before, or None to copy those of `shard`.
+    Raises OSError when the disk has no room for the whole file.
     """
-    digest = hashlib.sha256(shard.header)
-    with open(shard.path, "rb") as source, open(target, "wb") as file:
-        file.write(shard.header)
+    with open(shard.path, "rb") as source, open(target, "wb", buffering=0) as file:
+        put(file.fileno(), 0, shard.header)
+        size = max((entry.stop for entry in shard.entries.values()), default=len(shard.header))
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        os.ftruncate(file.fileno(), size)
         for entry in shard.entries.values():
-            new = values(entry)
-            if new is not None:
-                assert new.nbytes == entry.stop - entry.start, entry.name
-                digest.update(new)
-                file.write(new)
-                continue
-            source.seek(entry.start)
-            for position in range(entry.start, entry.stop, _CHUNK):
-                piece = source.read(min(_CHUNK, entry.stop - position))
-                digest.update(piece)
-                file.write(piece)
-    return digest.hexdigest()
+            if copied(entry.name):
+                source.seek(entry.start)
+                for position in range(entry.start, entry.stop, _CHUNK):
+                    put(file.fileno(), position, source.read(min(_CHUNK, entry.stop - position)))
+
+
+def put(file: int, position: int, data: bytes | memoryview) -> None:
+    """Write all of `data` at `position` of an open file."""
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(file, rest, position)
+        rest, position = rest[count:], position + count

@@ -19,6 +19,7 @@ from billhook.plan import SparsityPlan
 from billhook.shards import Shard, layer_zeros, read_shard, weight_files
 
 RECORD = "billhook.json"
+UNFINISHED = "billhook.unfinished.json"  # the state of a run that is to be continued
 VERSION = 1
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -51,6 +52,8 @@ def verify(directory: str | Path, progress: Callable[[int, int], None] | None = 
     directory = Path(directory).expanduser()
     if not directory.is_dir():
         raise BillhookError(f"There is no directory {directory}.")
+    if (directory / UNFINISHED).exists() and not (directory / RECORD).exists():
+        raise BillhookError(f"{directory} is not finished: continue it with the command that began it and --resume.")
     record = _read(directory / RECORD)
     problems = [*_check_files(directory, record["files"]), *_check_config(directory)]
     shards, damaged = _open(directory)

@@ -5,7 +5,7 @@ of each layer's inputs, and whatever the body does to the block's weights change
 with its own captured call arguments (masks and rotary tables differ between blocks in Gemma 2/3 and GPT-OSS).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 
 from billhook.arch import Layer, find_blocks, find_layers
 from billhook.errors import JobError
+from billhook.hidden import SPILL_GIB, States
 from billhook.stats import Collector, LayerStats
+from billhook.streaming import resident
 
 Progress = Callable[[str], None]  # called with the name of each finished layer
 
@@ -41,20 +43,29 @@ class Block:
     name: str
     module: nn.Module
     layers: list[Layer]
-    inputs: list[Tensor]
+    inputs: Sequence[Tensor] | States
     stats: dict[str, LayerStats]
 
 
 @torch.no_grad()
-def walk(model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequence[str] = (), *, dense: bool = False) -> Iterator[Block]:
-    """Yield every block in depth order.
+def walk(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    statistics: Sequence[str] = (),
+    *,
+    dense: bool = False,
+    start: int = 0,
+    spill_gib: float = SPILL_GIB,
+) -> Iterator[Block]:
+    """Yield every block in depth order, or those from block `start` on.
 
     `batches` are token ids [batch, length] int64, in the order in which statistics accumulate; empty if no statistics are asked.
-    `dense=True` promises that the loop body changes no weight, which saves the second pass through each block.
+    `dense=True` promises that the loop body changes no weight, which saves the second pass through each block. Of a model that is
+    streamed, a block is in memory while the loop body runs; inputs beyond `spill_gib` GiB are kept on disk.
     Raises JobError when activations are not finite (naming the block or the layer).
     """
     with plain_experts(model), evaluating(model):
-        yield from _walk(model, batches, statistics, dense)
+        yield from _walk(model, batches, statistics, dense, start, spill_gib)
 
 
 @contextmanager
@@ -83,29 +94,45 @@ def plain_experts(model: PreTrainedModel) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
-def _walk(model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequence[str], dense: bool) -> Iterator[Block]:
+def _walk(
+    model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequence[str], dense: bool, start: int, spill_gib: float
+) -> Iterator[Block]:
     name, blocks = find_blocks(model)
     by_block: dict[int, list[Layer]] = {}
     for layer in find_layers(model):
         by_block.setdefault(layer.block, []).append(layer)
-    calls, hidden, _ = capture(model, blocks, batches) if batches else ([], [], None)
+    hidden = States(spill_gib)
+    calls = capture(model, blocks, batches, hidden)[0] if batches else []
     for index, block in enumerate(blocks):
-        layers = by_block.get(index, [])
-        observer = _Observer(layers, statistics, wanted=dense)
-        outputs = []
-        for h, call in zip(hidden, calls, strict=True) if statistics or dense else ():
-            with observer:
-                outputs.append(run_block(block, h, call[index]))
-                if not dense:
-                    outputs.clear()
-        yield Block(index, f"{name}.{index}", block, layers, hidden, observer.stats())
-        if index + 1 < len(blocks):
-            for i, call in enumerate(calls):  # in place, so that inputs and outputs of a block are not all held at once
-                hidden[i] = outputs[i] if dense else run_block(block, hidden[i], call[index])
-            check_outputs(hidden, f"{name}.{index}")
+        if index < start and not calls:
+            continue
+        outputs = hidden
+        with resident(model, index, ahead=index + 1):
+            if index >= start:
+                layers = by_block.get(index, [])
+                observer = _Observer(layers, statistics, wanted=dense)
+                outputs = _observe(block, hidden, [call[index] for call in calls], observer, dense, spill_gib)
+                yield Block(index, f"{name}.{index}", block, layers, hidden, observer.stats())
+            if index + 1 < len(blocks):
+                if outputs is hidden:
+                    for i, call in enumerate(calls):  # in place, so that inputs and outputs of a block are not all held at once
+                        hidden[i] = run_block(block, hidden[i], call[index])
+                hidden = outputs
+                check_outputs(hidden, f"{name}.{index}")
 
 
-def check_outputs(hidden: Sequence[Tensor], name: str) -> None:
+def _observe(block: nn.Module, hidden: States, calls: Sequence[Call], observer: "_Observer", dense: bool, spill_gib: float) -> States:
+    """Run a block on its inputs under the observer's eyes; returns its outputs if they are wanted, else the inputs."""
+    outputs = States(spill_gib) if dense else hidden
+    for h, call in zip(hidden, calls, strict=True) if observer.watches or dense else ():
+        with observer:
+            output = run_block(block, h, call)
+            if dense:
+                outputs.append(output)
+    return outputs
+
+
+def check_outputs(hidden: Iterable[Tensor], name: str) -> None:
     """Raise JobError naming the block when its outputs are not finite."""
     if not all(bool(torch.isfinite(h.sum(dtype=torch.float64))) for h in hidden):
         raise JobError(f"The output of {name} holds NaN or infinity. Run in a wider type (--dtype float32) or check the weights.")
@@ -121,23 +148,29 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
 @contextmanager
 def stubbed(blocks: nn.ModuleList, stub: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """Let `stub(index, forward)` stand in for each block's own `forward`."""
+
+    def put_back(block: nn.Module, own: Any) -> None:
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own
+
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
-            stack.callback(block.__dict__.pop, "forward", None)
+            stack.callback(put_back, block, block.__dict__.get("forward"))
             block.forward = stub(index, block.forward)
         yield
 
 
 def capture(
-    model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Tensor]
-) -> tuple[list[list[Call]], list[Tensor], Callable[[Tensor], Any]]:
+    model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Tensor], hidden: list[Tensor] | States
+) -> tuple[list[list[Call]], Callable[[Tensor], Any]]:
     """Run the model with its blocks replaced by stubs that only note their arguments.
 
-    Returns per batch the calls of all blocks, and the hidden states that enter the first; and a function that puts hidden states
-    in the form in which a block returns them. Costs an embedding a batch and one real block.
+    Appends the hidden states that enter the first block to `hidden`, and returns per batch the calls of all blocks, and a function
+    that puts hidden states in the form in which a block returns them. Costs an embedding a batch and one real block.
     """
     calls: list[list[Call]] = []
-    hidden: list[Tensor] = []
     extra: list[tuple[Any, ...] | None] = []  # what a block returns after the hidden states; None for a bare tensor
 
     def returned(states: Tensor) -> Any:
@@ -162,7 +195,7 @@ def capture(
     with stubbed(blocks, stub):
         for batch in batches:
             model.base_model(input_ids=batch.to(model.device), use_cache=False)
-    return calls, hidden, returned
+    return calls, returned
 
 
 def _share(call: Call, previous: Call | None) -> Call:
@@ -198,6 +231,7 @@ class _Observer(TorchFunctionMode):
         super().__init__()
         self._wanted = wanted
         self._layers = layers if statistics else []
+        self.watches = bool(statistics)
         self._collectors = {layer.name: Collector(tuple(statistics), layer.shape[1], layer.weight.device) for layer in self._layers}
         self._leaders: dict[str, str] = {}
         self._seen: dict[tuple[int, ...], tuple[str, Tensor]] = {}

@@ -4,6 +4,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command import billhook, listing, refused, workplace
+from command import billhook, done, listing, refused, workplace
 
 import billhook.pruning as pruning
 import billhook.save as save
@@ -57,13 +58,25 @@ def test_outputs_that_cannot_be(place):
 # Failures of the machine
 
 
-@pytest.mark.parametrize("where", ["rewrite", "_copy_others", "_flush", "_put_in_place", "write_json"])
-def test_a_disk_that_fills_up(place, monkeypatch, where):
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def test_a_disk_that_fills_up_at_the_start(place, monkeypatch):
+    monkeypatch.setattr(save, "lay_out", full)
+    refused(place, *PRUNE, match=r"The disk is full: writing .*pruned needs .* are free\. Make room\. Nothing was left behind", code=1)
 
-    monkeypatch.setattr(save, where, full)
-    refused(place, *PRUNE, match=r"The disk is full: writing .*pruned needs .* are free\. Nothing was left behind", code=1)
+
+@pytest.mark.parametrize("where", ["save._copy_others", "save._flush", "unfinished.put_in_place", "save.write_json"])
+def test_a_disk_that_fills_up_after_the_last_block(place, monkeypatch, where):
+    with monkeypatch.context() as now:
+        now.setattr(f"billhook.{where}", full)
+        ran = billhook(*PRUNE)
+    assert ran.code == 1
+    match = r"billhook: The disk is full: .*Make room\. 2 of 2 blocks are finished and kept in .*pruned\.partial: continue with the same "
+    assert re.fullmatch(match + r"command and --resume\.\n", ran.err)
+    done(*PRUNE, "--resume")
+    done("verify", "pruned")
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to mount a small disk")
@@ -105,7 +118,7 @@ def test_a_stdout_that_cannot_be_written(place):
 
 # Interruptions
 
-MOMENTS = {"loading": "billhook.request.load_model", "pruning": "billhook.pruning._prune_layer", "writing": "billhook.save._flush"}
+MOMENTS = {"loading": "billhook.request.open_streamed", "pruning": "billhook.pruning._prune_layer"}
 _STOPPED = "billhook: Stopped. Nothing was written.\n"
 
 

@@ -106,7 +106,7 @@ def test_a_layout_that_cannot_be_kept_is_replaced_and_said(tmp_path, monkeypatch
     source = tiny.save(tmp_path / "model", dtype=torch.bfloat16, shard="60KB")
     model = load_model(source, dtype="float32")
     record = prune_at_random(model)
-    monkeypatch.setattr(save, "_mismatch", lambda tensors, shards: "made up")
+    monkeypatch.setattr(save, "mismatch", lambda model, shards: "made up")
     saved = save_pruned(model, source, tmp_path / "out", record=record)
     assert "made up" in saved.note
     assert verify(tmp_path / "out").ok
@@ -202,7 +202,15 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(
-    "where", [(save, "rewrite", 1), (save.shutil, "copyfile", 2), (save, "write_json", 0), (save.os, "rename", 0), (save.os, "fsync", 1)]
+    "where",
+    [
+        (save, "put", 1),
+        (save, "lay_out", 1),
+        (save.shutil, "copyfile", 2),
+        (save, "write_json", 0),
+        (save.os, "rename", 0),
+        (save.os, "fsync", 1),
+    ],
 )
 @pytest.mark.parametrize("error", [FULL, KeyboardInterrupt(), RuntimeError("a bug")], ids=["full disk", "ctrl-c", "bug"])
 def test_a_failure_anywhere_leaves_nothing(source, tmp_path, monkeypatch, where, error):

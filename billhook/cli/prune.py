@@ -76,7 +76,9 @@ def command(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pruned, with time and memory; write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an output that exists, or an unfinished run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run after its last finished block.")] = False,
+    spill_gib: Annotated[float, typer.Option(help="Hidden states beyond this many GiB go to disk (TMPDIR).", min=0)] = 8.0,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -96,7 +98,8 @@ def command(
         model=model, sparsity=sparsity, output=output, criterion=criterion, allocator=allocator or "uniform", pattern=pattern,
         options=options, plan=plan, table=table_file, gradients=gradients, calibration=calibration, samples=samples, length=length,
         sampling=sampling, batch_size=batch_size, seed=seed, targets=targets or (), ignore=ignore or (), group=group,
-        rounding=rounding, device=device, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code,
+        rounding=rounding, device=device, dtype=dtype, overwrite=overwrite, resume=resume, spill_gib=spill_gib,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     with progress("measuring") as advance:
         job = prepare(request, advance)

@@ -1,0 +1,68 @@
+"""Hidden states of the calibration text between two blocks, one tensor a batch: in memory, or on disk where they are too large.
+
+What does not fit the limit lies in one temporary file without a name (in TMPDIR), which is gone with the process, however it ends.
+"""
+
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator
+from typing import IO
+
+import torch
+from torch import Tensor
+
+SPILL_GIB = 8.0
+
+
+class States:
+    """A list of tensors, of which those beyond `limit_gib` GiB are on disk; a tensor may be replaced by one of the same size."""
+
+    def __init__(self, limit_gib: float = SPILL_GIB) -> None:
+        self._limit = limit_gib * 2**30
+        self._kept: list[Tensor | None] = []
+        self._places: list[tuple[int, Tensor]] = []  # where a tensor is in the file, and an empty tensor like it
+        self._bytes = 0
+        self._file: IO[bytes] | None = None
+
+    def append(self, value: Tensor) -> None:
+        """Add a tensor at the end."""
+        place = self._bytes
+        self._bytes += value.nbytes
+        self._places.append((place, torch.empty_like(value, device="meta", memory_format=torch.contiguous_format)))
+        self._kept.append(None)
+        self[len(self) - 1] = value
+
+    def __setitem__(self, index: int, value: Tensor) -> None:
+        place, like = self._places[index]
+        assert (value.shape, value.dtype) == (like.shape, like.dtype)
+        if place + value.nbytes <= self._limit:
+            self._kept[index] = value
+            return
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="billhook.", buffering=0)  # noqa: SIM115
+            weakref.finalize(self, self._file.close)
+        self._file.seek(place)
+        data = memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        while data:
+            data = data[self._file.write(data) :]
+
+    def __getitem__(self, index: int) -> Tensor:
+        kept = self._kept[index]
+        if kept is not None:
+            return kept
+        place, like = self._places[index]
+        value = torch.empty_like(like, device="cpu")
+        assert self._file is not None
+        data = memoryview(value.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        while data:
+            count = os.preadv(self._file.fileno(), [data], place)
+            assert count
+            data, place = data[count:], place + count
+        return value
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))

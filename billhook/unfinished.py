@@ -1,0 +1,278 @@
+"""A pruned directory in the making: OUTPUT.partial, which takes the name OUTPUT when all of it is written.
+
+The weight files are laid out as in the source at the start, with everything that lies outside the blocks; each pruned block is written to
+its place and forced to the disk, and only then noted in `billhook.unfinished.json`, which is replaced as a whole. A run that ends at
+any moment, by whatever means, can thus be continued after the last block noted. config.json comes after the last block and
+billhook.json last of all, so nothing takes such a directory for a model. While a run lives it holds a lock on the directory, which
+the system takes away when the process ends.
+
+The state says what the run was asked for (`identity`): it is continued by the same run only. Each block's bytes are checked when a
+run is continued; the first one that is not as it was written is pruned again.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from billhook.errors import BillhookError, Interrupted, JobError
+from billhook.files import digest_ranges, fsync, read_json, sha256, write_json
+from billhook.pruning import LayerResult
+from billhook.save import check_output, complete, failure, lay_out_all, on_disk, put_in_place, write_tensors
+from billhook.shards import INDEX, read_shard, weight_files
+from billhook.streaming import Stream
+from billhook.verification import UNFINISHED as STATE
+from billhook.walk import Block
+
+GRADIENTS = "gradients.safetensors"
+VERSION = 1
+_ADVICE = "This directory is not finished. Continue with the same command and --resume, or start again with --overwrite."
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run noted so far: `digests` has one SHA-256 a finished block, and first the one of all that lies outside the blocks; `files`
+    those of further files that the blocks were made with."""
+
+    identity: dict[str, Any]
+    plan: dict[str, Any]
+    blocks: int
+    digests: list[str]
+    results: list[list[LayerResult]]
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def done(self) -> int:
+        """Finished blocks."""
+        return len(self.results)
+
+
+def partial_folder(output: Path) -> Path:
+    """Where the directory `output` is made."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def check_place(output: Path, *, resume: bool, overwrite: bool) -> State | None:
+    """The state of an unfinished run to continue, None where a run starts from the beginning; `output` is resolved.
+
+    Raises BillhookError where there is one that the caller did not ask to continue or to replace.
+    """
+    if (output / STATE).exists():  # of a run that ended between its last two steps
+        (output / STATE).unlink()
+    folder = partial_folder(output)
+    if not (folder / STATE).exists() or (overwrite and not resume):
+        return None
+    state = read_state(folder)
+    if not resume:
+        raise BillhookError(
+            f"{folder} holds an unfinished run ({state.done} of {state.blocks} blocks). Continue it with --resume, or start again "
+            "with --overwrite."
+        )
+    return state
+
+
+def read_state(folder: Path) -> State:
+    """The state of an unfinished run; raises BillhookError for a damaged one."""
+    value = read_json(folder / STATE, "state of a run")
+    try:
+        if value["version"] != VERSION:
+            raise ValueError
+        results = [[_result(entry) for entry in entries] for entries in value["results"]]
+        digests = [str(digest) for digest in value["digests"]]
+        state = State(value["identity"], value["plan"], int(value["blocks"]), digests, results, dict(value["files"]))
+        if len(state.digests) != 1 + state.done or not state.done <= state.blocks or not isinstance(state.identity, dict):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BillhookError(f"{folder / STATE} is damaged: start again with --overwrite.") from None
+    return state
+
+
+def _result(entry: Mapping[str, Any]) -> LayerResult:
+    return LayerResult(**{**entry, "shape": tuple(entry["shape"]), "notes": tuple(entry["notes"])})
+
+
+def compare(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Raise BillhookError naming what differs between the run in `folder` and the one that would continue it."""
+    for key in dict.fromkeys([*found, *wanted]):
+        if found.get(key) != wanted.get(key):
+            raise BillhookError(
+                f"The unfinished run in {folder} cannot be continued: its {key} was {_short(found.get(key))}, now it is "
+                f"{_short(wanted.get(key))}. Run it as before, or start again with --overwrite."
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+class Unfinished:
+    """A locked directory in the making; `finished` notes a block, `complete` ends it."""
+
+    def __init__(self, stream: Stream, source: Path, output: Path, state: State) -> None:
+        self.stream, self.source, self.output, self.state = stream, source, output, state
+        self.folder = partial_folder(output)
+        self.shards = [read_shard(file) for file in weight_files(source)]
+        inside = {name for names in stream.names for name in names}
+        self.outside = [name for shard in self.shards for name in shard.entries if name not in inside]
+        self._exact = all(value.dtype == stream.stored[name].dtype for i in range(state.blocks) for name, value in self._on_disk(i).items())
+
+    def begin(self) -> None:
+        """Lay the files out, or check those of a run that is continued."""
+        kept = self.state.done if self._laid_out() else None
+        if kept is not None:
+            _empty(self.folder, [*(shard.path.name for shard in self.shards), INDEX, STATE, *self.state.files])
+        else:
+            lay_out_all(self.shards, self.source, self.folder, set(self.outside).__contains__)
+            for shard in self.shards:
+                fsync(self.folder / shard.path.name)
+        digests = [self._digest(self.outside)]
+        for index in range(kept or 0):
+            digests.append(self._digest(self.stream.names[index]))
+            if digests[-1] != self.state.digests[len(digests) - 1]:
+                digests.pop()
+                break
+            self.stream.moved(index, self.folder)
+        self._note(digests=digests, results=self.state.results[: len(digests) - 1], files={} if kept is None else self.state.files)
+
+    def finished(self, block: Block, results: Sequence[LayerResult]) -> None:
+        """Write a block and note it; from then on the model has it as it is on disk."""
+        write_tensors(self.shards, self.folder, self._on_disk(block.index))
+        self.stream.moved(block.index, self.folder)
+        if not self._exact:
+            self.stream.load(block.index)
+        digest = self._digest(self.stream.names[block.index])
+        self._note(digests=[*self.state.digests, digest], results=[*self.state.results, list(results)])
+
+    def keep(self, name: str) -> None:
+        """Note a file of the folder that the blocks are made with."""
+        self._note(files={**self.state.files, name: sha256(self.folder / name)})
+
+    def has(self, name: str) -> bool:
+        """Whether that file is there as it was noted."""
+        return name in self.state.files
+
+    def complete(self, record: Mapping[str, Any]) -> None:
+        """Write all that is left and give the directory its name."""
+        (self.folder / GRADIENTS).unlink(missing_ok=True)
+        complete(self.stream.model, self.source, self.folder, record)
+        put_in_place(self.folder, self.output)
+        (self.output / STATE).unlink()
+
+    def _on_disk(self, index: int) -> Mapping[str, Any]:
+        return on_disk(self.stream.model, self.stream.state(index), self.shards)
+
+    def _laid_out(self) -> bool:
+        """Whether all files are there, with the layout of the source and the values outside the blocks."""
+        for shard in self.shards:
+            try:
+                there = read_shard(self.folder / shard.path.name)
+            except BillhookError:
+                return False
+            if there.header != shard.header:
+                return False
+        for name, digest in self.state.files.items():
+            if not (self.folder / name).is_file() or sha256(self.folder / name) != digest:
+                return False
+        return bool(self.state.digests) and self._digest(self.outside) == self.state.digests[0]
+
+    def _digest(self, names: Iterable[str]) -> str:
+        """SHA-256 over the values of tensors as they are in the files."""
+        wanted, digest = set(names), hashlib.sha256()
+        for shard in self.shards:
+            digest_ranges(digest, self.folder / shard.path.name, [(e.start, e.stop) for e in shard.entries.values() if e.name in wanted])
+        return digest.hexdigest()
+
+    def _note(self, **changes: Any) -> None:
+        self.state = replace(self.state, **changes)
+        write_json(self.folder / STATE, {"unfinished": _ADVICE, "version": VERSION, **asdict(self.state)})
+
+
+@contextmanager
+def unfinished(
+    stream: Stream, source: Path, output: Path, identity: Mapping[str, Any], plan: Mapping[str, Any], *, resume: bool, overwrite: bool
+) -> Iterator[Unfinished]:
+    """Open, or continue, the directory in the making; what the body of the `with` leaves when it fails can be continued.
+
+    Raises BillhookError where another run is at work there, or the one to continue was asked for something else; Interrupted for a run
+    that was stopped, or that the disk or the memory stopped, after some blocks. Other errors would come again: they leave nothing.
+    """
+    folder = partial_folder(output)
+    lock = _lock(folder)
+    keep = (folder / STATE).exists()
+    made: Unfinished | None = None
+    try:
+        state = check_place(output, resume=resume, overwrite=overwrite)
+        check_output(output, source, overwrite=overwrite)
+        if state is None:
+            keep = False
+            _empty(folder)
+            state = State(dict(identity), dict(plan), len(stream.blocks), [], [])
+        compare(state.identity, identity, folder)
+        made = Unfinished(stream, source, output, state)
+        made.begin()
+        yield made
+    except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Interrupted) as error:
+        keep = keep or (made is not None and bool(made.state.done or made.state.files))
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise _interrupted(error, output, made if keep else None) from None
+    except BillhookError:
+        keep = keep and made is None
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _interrupted(error: BaseException, output: Path, kept: Unfinished | None) -> BaseException:
+    """What to tell about a run that ended early: how to continue it, if anything is left of it."""
+    if kept is None:
+        needed = 0
+        if isinstance(error, OSError):
+            return JobError(f"{failure(error, output, needed)} Nothing was left behind.")
+        return error
+    what = "Stopped"
+    if isinstance(error, OSError | SafetensorError):
+        what = failure(error, output, sum(file.stat().st_size for file in weight_files(kept.source))).rstrip(".")
+    elif isinstance(error, MemoryError | RuntimeError):
+        what = "Out of memory"
+    elif isinstance(error, Interrupted):
+        what = str(error).rstrip(".")
+    done = f"{kept.state.done} of {kept.state.blocks} blocks are finished and kept in {kept.folder}"
+    return Interrupted(f"{what}. {done}: continue with the same command and --resume.")
+
+
+def _lock(folder: Path) -> int:
+    """Make the folder and lock it for as long as the process lives; raises BillhookError when another process has it."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(folder)):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise BillhookError(f"Another run is writing {folder} at this moment: wait for it, or choose another output.") from None
+        except FileNotFoundError:  # the other run has just finished and given the folder its final name
+            pass
+        os.close(handle)
+
+
+def _empty(folder: Path, but: Sequence[str] = ()) -> None:
+    for path in folder.iterdir():
+        if path.name in but:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,151 @@
+"""One block in memory at a time: the same bytes as with the model in memory as a whole, for every family and every way to a result."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from families import CONFIGS, VOCABULARY, build
+
+from billhook import find_layers, measure, prune, prune_
+from billhook.checkpoint import load_model, quiet
+from billhook.hidden import States
+from billhook.job import Request, measure_model, prepare, run
+from billhook.job import record as record_of
+from billhook.save import save_pruned
+from billhook.streaming import open_streamed, resident, stream_of
+from billhook.verification import verify
+
+IDS = torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def in_memory(source: Path, output: Path, **fields) -> Path:
+    """What `prune` writes, made with the whole model in memory."""
+    job = prepare(Request(load_model(source, dtype=fields.pop("dtype", "auto")), **fields))
+    options = {"criterion": job.request.criterion, "batches": job.opened.batches, "layers": job.opened.layers}
+    results = prune_(job.opened.model, job.plan, **options, **job.criterion_options)
+    return save_pruned(job.opened.model, source, output, record=record_of(job, results)).path
+
+
+def same(streamed: Path, reference: Path) -> None:
+    """All files alike, and the records up to what says where the model came from."""
+    one, other = contents(streamed), contents(reference)
+    records = [json.loads(files.pop("billhook.json")) for files in (one, other)]
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+    for record in records:
+        del record["made_by"]["model"], record["plan"]["made_by"]["model"]
+    assert records[0] == records[1]
+    assert verify(streamed).ok
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def source(request, tmp_path_factory) -> Path:
+    with quiet():
+        path = tmp_path_factory.mktemp(request.param) / "model"
+        build(request.param).to(torch.bfloat16).save_pretrained(path, max_shard_size="60KB")
+    return path
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
+def test_every_family_gives_the_bytes_of_the_model_in_memory(source, criterion, tmp_path):
+    fields = {"sparsity": 0.5, "criterion": criterion, "calibration": IDS, "batch_size": 2}
+    report = prune(source, output=tmp_path / "streamed", **fields)
+    assert stream_of(prepare(Request(source, output=tmp_path / "other", **fields)).opened.model) is not None
+    same(report.output, in_memory(source, tmp_path / "memory", **fields))
+
+
+def test_every_family_has_the_same_weights_one_block_at_a_time_and_nothing_between(source):
+    whole, streamed = load_model(source), open_streamed(source)
+    expected = whole.state_dict()
+    stream = stream_of(streamed)
+    assert stream is not None
+    prefixes = [f"{stream.prefix}.{index}." for index in range(len(stream.blocks))]
+    outside = [name for name in expected if not name.startswith(tuple(prefixes))]
+    assert all(torch.equal(streamed.state_dict()[name], expected[name]) for name in outside)
+    for index, prefix in enumerate(prefixes):
+        with resident(streamed, index):
+            here = {name: value for name, value in streamed.state_dict().items() if not value.is_meta}
+            assert here.keys() == {*outside, *(name for name in expected if name.startswith(prefix))}
+            assert all(torch.equal(value, expected[name]) and value.dtype == expected[name].dtype for name, value in here.items())
+        assert all(value.is_meta for value in stream.state(index).values())
+    assert streamed.config.to_dict() == whole.config.to_dict()
+
+
+def test_every_family_computes_the_same_logits(source):
+    with torch.no_grad():
+        assert torch.equal(load_model(source)(IDS).logits, open_streamed(source)(IDS).logits)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("llama") / "model", dtype=torch.bfloat16, shard="60KB")
+
+
+OTHERS = [{"criterion": "gblm"}, {"criterion": "wanda", "allocator": "owl"}, {"targets": "re:.*mlp"}, {"pattern": "2:4"}]
+
+
+@pytest.mark.parametrize("fields", OTHERS, ids=str)
+def test_other_ways_to_a_result(llama, fields, tmp_path):
+    fields = {"sparsity": 0.5, "calibration": IDS, **fields}
+    same(prune(llama, output=tmp_path / "streamed", **fields).output, in_memory(llama, tmp_path / "memory", **fields))
+
+
+def test_masks_made_in_a_wider_type_are_the_same(llama, tmp_path):
+    fields = {"sparsity": 0.5, "calibration": IDS, "dtype": "float32"}
+    streamed = prune(llama, output=tmp_path / "streamed", **fields).output
+    same_weights = {k: v for k, v in contents(in_memory(llama, tmp_path / "memory", **fields)).items() if k.endswith(".safetensors")}
+    assert {k: v for k, v in contents(streamed).items() if k.endswith(".safetensors")} == same_weights
+
+
+def test_tables_are_the_same(llama):
+    metrics = ["alpha_peak", "stable_rank", "outlier_ratio:5", "block_loss:0.6"]
+    table = measure_model(Request(llama, calibration=IDS), metrics)
+    expected = measure(load_model(llama), metrics, batches=list(IDS.split(6)))
+    assert table.rows == expected.rows
+
+
+def test_a_layout_that_cannot_be_kept_is_pruned_in_memory(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("billhook.request.mismatch", lambda model, shards: "made up")
+    monkeypatch.setattr("billhook.save.mismatch", lambda model, shards: "made up")
+    report = prune(llama, sparsity=0.5, criterion="magnitude", output=tmp_path / "out")
+    assert "made up" in report.warnings[-1]
+    assert verify(report.output).ok
+
+
+@pytest.mark.parametrize("limit", [0.0, 3 * 400 / 2**30, 1.0])
+def test_hidden_states_on_disk_are_those_put_there(limit):
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(2, 5, 10, generator=generator).to(dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)]
+    states = States(limit)
+    for value in values:
+        states.append(value)
+    states[1] = values[1] = torch.randn(5, 2, 10, generator=generator).transpose(0, 1)
+    assert len(states) == 3
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(states, values, strict=True))
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "gblm"])
+def test_results_do_not_depend_on_where_hidden_states_are(llama, criterion, tmp_path):
+    fields = {"sparsity": 0.5, "calibration": IDS, "batch_size": 2, "criterion": criterion}
+    one, other = (run(prepare(Request(llama, output=tmp_path / f"{gib}", spill_gib=gib, **fields))).output for gib in (0.0, 8.0))
+    assert contents(one) == contents(other)
+
+
+def test_a_file_that_is_cut_off_meanwhile_is_named(llama, tmp_path):
+    model = open_streamed(llama)
+    stream = stream_of(model)
+    assert stream is not None
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    stream.moved(1, copy)
+    for name in {stream.stored[name].path.name for name in stream.names[1]}:
+        (copy / name).write_bytes((llama / name).read_bytes()[:3000])
+    with pytest.raises(ValueError, match="was cut off while it was being read"), resident(model, 1):
+        pass
+    assert find_layers(model)[0].weight.is_meta
