@@ -22,6 +22,7 @@ SAMPLE = 1 << 22  # weights that a measurement multiplies at most
 ROUNDS = 3
 
 _measured: dict[str, str] = {}
+_stored: dict[str, str] = {}  # of those, what the cache holds
 
 
 def bucket(tokens: int) -> int:
@@ -52,9 +53,14 @@ def product(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
 
 def dense_product(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
     """x [tokens, in] times a dense bfloat16 weight, by our kernel where that was measured to be faster than torch's."""
-    if library.active() and _measured.get(key(weight, x.dtype, x.shape[0])) == "ours":
+    if dense_way(weight, x.dtype, x.shape[0]) == "ours":
         return weight.multiply(x, bias)
     return linear(x, weight.tensors[0].to(x.dtype), bias)
+
+
+def dense_way(weight: Weight, dtype: torch.dtype, tokens: int) -> str:
+    """`ours` or `torch`: what multiplies a dense bfloat16 weight with `tokens` tokens."""
+    return "ours" if library.active() and _measured.get(key(weight, dtype, tokens)) == "ours" else "torch"
 
 
 def measure_packed(weight: Weight, dtype: torch.dtype) -> None:
@@ -99,17 +105,20 @@ def _fastest(candidates: dict[str, Callable[[], Tensor]]) -> str:
     return min(best, key=lambda name: best[name])
 
 
-def recall() -> int:
-    """Read what earlier runs measured on this machine; returns how many choices are known."""
-    _measured.update(cache.load("kernels"))
-    return len(_measured)
+def recall() -> None:
+    """Read what earlier runs measured on this machine."""
+    _stored.update(cache.load("kernels"))
+    _measured.update(_stored)
 
 
 def keep() -> None:
-    """Store what was measured."""
-    cache.store("kernels", _measured)
+    """Store what was measured since."""
+    if _measured.items() - _stored.items():
+        cache.store("kernels", _measured)
+        _stored.update(_measured)
 
 
 def forget() -> None:
     """Drop all choices of this process, for tests and after the number of threads changed."""
     _measured.clear()
+    _stored.clear()

@@ -83,10 +83,10 @@ class SparseLinear(nn.Module):
         bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
         if type(x) is not Tensor or x.is_meta or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             return ops.sparse_linear(x, self.bitmask, self.values, self.row_starts, self.scales, bias)
-        y = calibrate.product(self.weight(), x.reshape(-1, self.in_features), bias)
+        y = calibrate.product(self.packed(), x.reshape(-1, self.in_features), bias)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def weight(self) -> native.Weight:
+    def packed(self) -> native.Weight:
         """What the kernels read, made anew when a buffer has moved."""
         held = self._buffers
         bitmask, values, starts, scales = held["bitmask"], held["values"], held["row_starts"], held["scales"]
