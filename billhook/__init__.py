@@ -22,6 +22,7 @@ _PUBLIC = {
     "analyze": "billhook.analysis",
     "evaluate": "billhook.perplexity",
     "find_layers": "billhook.arch",
+    "load": "billhook.runtime.loading",
     "load_calibration": "billhook.data",
     "load_model": "billhook.checkpoint",
     "load_plan": "billhook.plan",
