@@ -45,6 +45,19 @@ class Shard:
     header: bytes
     entries: dict[str, Entry]
 
+    def zeros(self, entry: Entry, index: int | None = None) -> np.ndarray:
+        """Where a floating-point tensor, or number `index` of its first dimension, is exactly zero (either sign): bool, its shape."""
+        if entry.dtype not in _FLOATS:
+            raise BillhookError(f"{self.path}: {entry.name} is {entry.dtype}, not a floating-point tensor; zeros cannot be counted in it.")
+        bits = _BITS[entry.dtype]
+        kind = np.dtype(f"<u{bits // 8}")
+        shape = entry.shape if index is None else entry.shape[1:]
+        start = entry.start + (index or 0) * math.prod(shape) * kind.itemsize
+        values = np.fromfile(self.path, dtype=kind, count=math.prod(shape), offset=start)
+        magnitude = kind.type((1 << (bits - 1)) - 1)  # every bit but the sign
+        found: np.ndarray = (values & magnitude == 0).reshape(shape)
+        return found
+
 
 def read_shard(path: Path) -> Shard:
     """Read and check the header of a safetensors file; raises BillhookError when it is missing, damaged or truncated."""
@@ -110,20 +123,6 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def zeros(shard: Shard, entry: Entry, index: int | None = None) -> np.ndarray:
-    """Where a floating-point tensor, or number `index` of its first dimension, is exactly zero (either sign): bool, its shape."""
-    if entry.dtype not in _FLOATS:
-        raise BillhookError(f"{shard.path}: {entry.name} is {entry.dtype}, not a floating-point tensor; zeros cannot be counted in it.")
-    bits = _BITS[entry.dtype]
-    kind = np.dtype(f"<u{bits // 8}")
-    shape = entry.shape if index is None else entry.shape[1:]
-    start = entry.start + (index or 0) * math.prod(shape) * kind.itemsize
-    values = np.fromfile(shard.path, dtype=kind, count=math.prod(shape), offset=start)
-    magnitude = kind.type((1 << (bits - 1)) - 1)  # every bit but the sign
-    found: np.ndarray = (values & magnitude == 0).reshape(shape)
-    return found
-
-
 def layer_zeros(place: Mapping[str, Any], shape: Sequence[int], shards: Iterable[Shard]) -> list[np.ndarray] | None:
     """The zeros of a layer of billhook.json at its `place` (see `billhook.places`): bool [rows, in] for each of its pieces.
 
@@ -137,7 +136,7 @@ def layer_zeros(place: Mapping[str, Any], shape: Sequence[int], shards: Iterable
         entry, index, rows = shard.entries[piece["tensor"]], piece.get("index"), piece.get("rows")
         if len(entry.shape) != (2 if index is None else 3) or (index is not None and not 0 <= index < entry.shape[0]):
             return None
-        matrix = zeros(shard, entry, index)
+        matrix = shard.zeros(entry, index)
         matrix = matrix.T if piece.get("transposed") else matrix
         found.append(matrix if rows is None else matrix[rows[0] : rows[1]])
     fits = sum(len(matrix) for matrix in found) == shape[0] and all(matrix.shape[1] == shape[1] for matrix in found)

@@ -6,7 +6,7 @@ N:M groups along the input dimension, the SHA-256 of every file, weight files th
 It does not know whether the model is any good; that is what `billhook.perplexity` is for.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from billhook.errors import BillhookError
 from billhook.files import read_json, sha256
 from billhook.plan import SparsityPlan
+from billhook.runtime.packed import is_packed
 from billhook.shards import Shard, layer_zeros, read_shard, weight_files
 
 RECORD = "billhook.json"
@@ -45,19 +46,41 @@ class Verification:
 
 
 def verify(directory: str | Path, progress: Callable[[int, int], None] | None = None) -> Verification:
-    """Compare a directory with its billhook.json; `progress(done, all)` is called after each layer.
+    """Compare a directory with its billhook.json, and a packed one with its own record; `progress(done, all)` is called after each layer.
 
-    Raises BillhookError when there is no billhook.json or it is not one; every other difference is a line in `problems`.
+    Raises BillhookError when there is no such record or it is not one; every other difference is a line in `problems`.
     """
     directory = Path(directory).expanduser()
     if not directory.is_dir():
         raise BillhookError(f"There is no directory {directory}.")
     if (directory / UNFINISHED).exists() and not (directory / RECORD).exists():
         raise BillhookError(f"{directory} is not finished: continue it with the command that began it and --resume.")
+    if not is_packed(directory):
+        record = _read(directory / RECORD)
+        problems = [*_check_files(directory, record["files"]), *_unlisted(directory, record["files"]), *_check_config(directory)]
+        return _count_layers(directory, record, problems, *_open(directory), progress)
+    from billhook.runtime.checking import examine
+
+    seen = examine(directory)
+    problems = [*seen.problems, *_check_config(directory)]
+    if seen.problems or not (directory / RECORD).is_file():
+        return Verification(str(directory), seen.layers, seen.zeros, seen.weights, problems)
     record = _read(directory / RECORD)
-    problems = [*_check_files(directory, record["files"]), *_check_config(directory)]
-    shards, damaged = _open(directory)
-    problems += damaged
+    files = {name: digest for name, digest in record["files"].items() if not (seen.rounded and name in seen.digests)}
+    problems += _check_files(directory, files, seen.digests)
+    return _count_layers(directory, record, problems, seen.shards, [], progress)
+
+
+def _count_layers(
+    directory: Path,
+    record: Mapping[str, Any],
+    problems: list[str],
+    shards: Sequence[Shard],
+    damaged: list[str],
+    progress: Callable[[int, int], None] | None,
+) -> Verification:
+    """Count the zeros of every layer of billhook.json; `problems` found before come first."""
+    problems = problems + damaged
     try:
         expected = _expectations(record)
     except BillhookError as error:
@@ -127,12 +150,17 @@ def _expectations(record: Mapping[str, Any]) -> list[_Expected]:
     return expected
 
 
-def _check_files(directory: Path, files: Mapping[str, str]) -> Iterator[str]:
+def _check_files(directory: Path, files: Mapping[str, str], known: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Compare the SHA-256 of files; of some it is `known` without reading them."""
+    found = dict(known or {})
     for name, digest in files.items():
-        if not (directory / name).is_file():
+        if name not in found and not (directory / name).is_file():
             yield f"{name} is missing."
-        elif sha256(directory / name) != digest:
+        elif (found.get(name) or sha256(directory / name)) != digest:
             yield f"{name} is not the file that was written: its SHA-256 differs."
+
+
+def _unlisted(directory: Path, files: Mapping[str, str]) -> Iterator[str]:
     for path in sorted(directory.iterdir()):
         # transformers would read a model.safetensors that someone put beside the shards, and never the shards.
         if path.suffix in _WEIGHTS and path.name not in files:
@@ -167,7 +195,7 @@ def _placed(facts: Mapping[str, Any]) -> bool:
     return "pieces" in facts or facts.get("tensor") is not None
 
 
-def _zeros_on_disk(layer: _Expected, shards: list[Shard]) -> list[np.ndarray] | None:
+def _zeros_on_disk(layer: _Expected, shards: Sequence[Shard]) -> list[np.ndarray] | None:
     try:
         return layer_zeros(layer.facts, layer.shape, shards)
     except (TypeError, KeyError, IndexError, AttributeError):  # a place that a person wrote

@@ -15,7 +15,7 @@ from billhook.checkpoint import load_model
 from billhook.errors import BillhookError
 from billhook.files import sha256
 from billhook.save import save_pruned
-from billhook.shards import read_shard, zeros
+from billhook.shards import read_shard
 from billhook.verification import verify
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -86,7 +86,7 @@ def test_zeros_are_counted_as_torch_counts_them(dtype, tmp_path):
     values = torch.tensor([[0.0, -0.0, 1.0, -1.0], [float("nan"), float("inf"), 1e-30, -1e-7]]).to(dtype)
     save_file({"w": values, "x": torch.ones(3)}, tmp_path / "x.safetensors")
     shard = read_shard(tmp_path / "x.safetensors")
-    np.testing.assert_array_equal(zeros(shard, shard.entries["w"]), (values == 0).numpy())
+    np.testing.assert_array_equal(shard.zeros(shard.entries["w"]), (values == 0).numpy())
 
 
 def test_no_directory_and_no_record(tmp_path, copy):

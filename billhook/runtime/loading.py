@@ -20,6 +20,7 @@ from billhook.errors import BillhookError
 from billhook.runtime.linear import SparseLinear
 from billhook.runtime.matrices import FLOATS, Expandable, expandable, mapped
 from billhook.runtime.packed import Packed, is_packed, open_packed
+from billhook.runtime.tuning import tune_
 
 _LINEAR = frozenset({"Linear", "FalconLinear"})  # classes that do nothing but x Wᵀ + bias
 _READ = ("config.json", "generation_config.json")
@@ -31,13 +32,17 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    tune: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> PreTrainedModel:
     """Load a packed or an ordinary model directory (or hub name) in evaluation mode, after checking all of it.
 
-    `dtype` "auto" is the checkpoint's own; packed values keep theirs where no precision would be lost. `note` is told what was
-    expanded. A packed model is for inference, and cannot be written with save_pretrained. Raises BillhookError where anything in the
-    directory is not as it was packed, and what `load_model` raises.
+    `dtype` "auto" is the checkpoint's own; packed values keep theirs where no precision would be lost. Unless `tune` is False, the
+    fastest way to multiply is measured for each layer, or recalled from an earlier measurement (`billhook.runtime.tuning`); ways differ
+    in the last bits of their results. `note` is told what was expanded.
+
+    A packed model is for inference, and cannot be written with save_pretrained. Raises BillhookError where anything in the directory is
+    not as it was packed, and what `load_model` raises.
     """
     path = resolve(model)
     if not is_packed(path):
@@ -49,7 +54,10 @@ def load(
     loaded = _build(packed, known_dtype(dtype), trust_remote_code, note)
     loaded.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
     with on_device(device):
-        return loaded.eval().to(device)
+        loaded = loaded.eval().to(device)
+    if tune:
+        tune_(loaded)
+    return loaded
 
 
 def _refuse_to_save(*arguments: Any, **options: Any) -> NoReturn:
