@@ -20,6 +20,7 @@ _PUBLIC = {
     "Table": "billhook.table",
     "allocate": "billhook.allocators",
     "analyze": "billhook.analysis",
+    "compare": "billhook.comparing",
     "evaluate": "billhook.perplexity",
     "find_layers": "billhook.arch",
     "load": "billhook.runtime.loading",

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.arch import find_blocks
+from billhook.charts import Axis, Series, chart
 from billhook.errors import BillhookError
-from billhook.files import write_atomic
+from billhook.files import write_text
 from billhook.heldout import split_windows, used_fields
 from billhook.options import split_options
 from billhook.plan import SparsityPlan, load_plan
@@ -53,41 +54,29 @@ def analyze(
     ids = split.heldout[:WINDOWS]
     found = {}
     with Bench(opened.model, opened.layers, split.batches, ids, Setting(request.criterion, options, request.group)) as bench:
-        dense = _block_outputs(opened.model, ids)
+        dense = block_outputs(opened.model, ids)
         for name, plan in loaded.items():
             bench.prune(plan)
-            errors = [_relative(y, x) for y, x in zip(_block_outputs(opened.model, ids), dense, strict=True)]
+            errors = [relative_error(y, x) for y, x in zip(block_outputs(opened.model, ids), dense, strict=True)]
             found[name] = {"target": plan.target, "relative_error": errors, "sparsity": _by_block(plan, opened.layers)}
             progress(name)
     facts = {"model": opened.facts, "criterion": request.criterion, "criterion_options": options}
     return {"version": VERSION, **facts, "windows": len(ids), "calibration": split.facts, "plans": found}
 
 
-def draw(analysis: Mapping[str, Any], path: Path) -> bool:
-    """Write the picture, error by block for every plan, as SVG; False where matplotlib is not installed."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for name, plan in analysis["plans"].items():
-        axes.plot(range(len(plan["relative_error"])), plan["relative_error"], "o-", markersize=3, label=f"{name} ({plan['target']:g})")
-    axes.set_yscale("log")
-    axes.set_xlabel("block")
-    axes.set_ylabel("squared error of the block's output over its square")
-    axes.set_title(f"How errors grow with depth after pruning with {analysis['criterion']}: lower is better")
-    axes.legend(title="plan (sparsity)")
-    with rc_context({"svg.hashsalt": "billhook"}):  # the same analysis gives the same bytes
-        write_atomic(path, lambda temporary: FigureCanvasSVG(figure).print_svg(str(temporary), metadata={"Date": None}))
-    return True
+def draw(analysis: Mapping[str, Any], path: Path) -> None:
+    """Write the picture, error by block for every plan, as SVG."""
+    plans = analysis["plans"].items()
+    series = [Series(f"{name} ({p['target']:g})", range(len(p["relative_error"])), p["relative_error"]) for name, p in plans]
+    title = f"How errors grow with depth after pruning with {analysis['criterion']}: lower is better"
+    y = Axis("squared error of the block's output over its square", log=True)
+    words = "One line for each plan, with its sparsity."
+    write_text(path, chart(title, series, Axis("block, from the input (0)", whole=True), y, summary=words, standalone=True))
 
 
 @torch.no_grad()
-def _block_outputs(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
-    """The hidden states after every block, float32 [windows, length, width]."""
+def block_outputs(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """The hidden states after every block, float32 [windows, length, width], for ids int64 [windows, length]."""
     _, blocks = find_blocks(model)
     outputs: list[list[Tensor]] = [[] for _ in blocks]
 
@@ -108,7 +97,8 @@ def _block_outputs(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     return [torch.cat(parts) for parts in outputs]
 
 
-def _relative(y: Tensor, dense: Tensor) -> float:
+def relative_error(y: Tensor, dense: Tensor) -> float:
+    """The squared difference of two tensors of any one shape, as a share of the square of `dense`."""
     return float((y - dense).square().sum(dtype=torch.float64) / dense.square().sum(dtype=torch.float64))
 
 

@@ -54,14 +54,18 @@ def check_writable(path: Path) -> None:
         raise BillhookError(f"Cannot write {path}: the folder {path.parent} is not writable.")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented json, atomically, with a final newline; NaN and infinity are refused."""
-    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, line ends as they are, atomically."""
 
     def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="")
 
     write_atomic(path, write)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented json, atomically, with a final newline; NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -209,6 +209,9 @@ def test_files_and_outputs_have_exactly_the_documented_fields(playground: Path) 
     check_fields("prune --dry-run --json", run("prune", model, "--sparsity", "0.5", "--criterion", "magnitude", "--dry-run"))
     check_fields("verify --json", run("verify", "pruned"))
     check_fields("eval --json", run("eval", "pruned", "--data", "stdlib:heldout", "--length", "64", "--limit", "2"))
+    grid = ["--sparsities", "0.5", "--criteria", "magnitude,wanda", "--seeds", "2", "--data", "stdlib:heldout", "--limit", "2", *TEXT]
+    check_fields("compare.json", run("compare", model, *grid, "-o", "grid"))
+    check_fields("compare --runs --json", run("compare", "--runs", "grid", "grid"))
     for kind in ("allocators", "metrics", "families"):
         check_fields(f"ls {kind} --json", run("ls", kind))
     assert run("ls", "criteria")["criteria"][0].keys() == run("ls", "allocators")["allocators"][0].keys()

@@ -36,7 +36,7 @@ def command(
     model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
     plan: Annotated[list[Path] | None, typer.Option(help="A plan.json. Repeatable.", metavar="PLAN")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The analysis.json to write; with matplotlib a picture, .svg, beside it.")
+        Path | None, typer.Option("--output", "-o", help="The analysis.json to write; a picture, .svg, goes beside it.")
     ] = None,
     criterion: Annotated[str, typer.Option(help="Which weights go: see billhook ls criteria.")] = "wanda",
     settings: Settings = None,
@@ -66,7 +66,8 @@ def command(
     if output is not None:
         write_json(output, found)
         picture = output.with_suffix(".svg")
-        say(f"Written to {output}" + (f" and {picture}." if draw(found, picture) else "."))
+        draw(found, picture)
+        say(f"Written to {output} and {picture}.")
     if as_json:
         emit(found)
         return

@@ -1,0 +1,141 @@
+"""`billhook compare`: a grid of methods on one model, or finished runs side by side."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from billhook.cli.common import (
+    BatchSize,
+    Calibration,
+    Device,
+    Dtype,
+    Ignore,
+    Json,
+    Length,
+    Samples,
+    Sampling,
+    Seed,
+    Settings,
+    Targets,
+    TrustRemoteCode,
+    emit,
+    guarded,
+    parse_settings,
+    say,
+    table,
+)
+
+NAME = "compare"
+EXAMPLES = """\b
+Examples:
+  billhook compare ./model --sparsities 0.5,0.6,0.7 --allocators uniform,owl,atp --calibration c4.jsonl --data wiki.txt -o grid
+  billhook compare ./model --patterns 2:4,4:8 --criteria magnitude,wanda,sparsegpt --calibration c4.jsonl --data wiki.txt -o grid
+  billhook compare ./model --sparsities 0.6 --criteria wanda,sparsegpt --seeds 3 --calibration c4.jsonl --data wiki.txt -o grid
+  billhook compare --runs ./grid ./other-grid
+"""
+
+
+@guarded
+def command(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL|DIR...", help="Model directory, or a name on the hub; with --runs, finished runs.")
+    ],
+    sparsities: Annotated[str, typer.Option(help="Fractions to remove, with commas.", metavar="LIST")] = "",
+    allocators: Annotated[str, typer.Option(help="Allocators, with commas: see billhook ls allocators.", metavar="LIST")] = "uniform",
+    criteria: Annotated[str, typer.Option(help="Criteria, with commas: see billhook ls criteria.", metavar="LIST")] = "wanda",
+    patterns: Annotated[str, typer.Option(help="unstructured and N:M, with commas.", metavar="LIST")] = "unstructured",
+    seeds: Annotated[int, typer.Option(help="Repeat with this many draws of calibration windows: mean and spread.", min=1)] = 1,
+    data: Annotated[str | None, typer.Option(help="Text that is scored, in the forms of billhook eval.", metavar="SOURCE")] = None,
+    limit: Annotated[int | None, typer.Option(help="Score at most this many windows.", min=1)] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory for compare.json, tables and pictures; an unfinished one goes on.")
+    ] = None,
+    runs: Annotated[bool, typer.Option("--runs", help="Put finished runs, two or more directories, side by side.")] = False,
+    settings: Settings = None,
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    length: Length = None,
+    sampling: Sampling = "packed",
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Start again where the output holds another comparison.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Compare allocators, criteria, patterns and sparsities on one model; or finished runs."""
+    from billhook.errors import BillhookError, JobError
+
+    if runs:
+        _side_by_side([Path(folder) for folder in models], as_json)
+        return
+    if len(models) != 1 or data is None or output is None:
+        raise BillhookError("A comparison needs one MODEL, --data SOURCE to score, and --output DIR; or --runs DIR1 DIR2.")
+    from billhook.comparing import Grid, compare
+    from billhook.comparison_views import caption, header_and_rows, write_views
+
+    grid = Grid(
+        sparsities=_numbers(sparsities),
+        allocators=_names(allocators),
+        criteria=_names(criteria),
+        patterns=_names(patterns),
+        seeds=seeds,
+        options=parse_settings(settings),
+    )
+    try:
+        found = compare(
+            models[0], grid, data, limit=limit, output=output, overwrite=overwrite, progress=say, calibration=calibration,
+            samples=samples, length=length, sampling=sampling, batch_size=batch_size, seed=seed, targets=targets or (),
+            ignore=ignore or (), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise JobError(f"Stopped. What was done so far is in {output}: the same command goes on from there.") from None
+    files = write_views(found)
+    if as_json:
+        emit(found.to_json())
+    else:
+        header, rows = header_and_rows(found)
+        table("", header, rows)
+        print(caption(found))
+    say(f"{output}: compare.json, {', '.join(files)}.")
+
+
+def _side_by_side(runs: list[Path], as_json: bool) -> None:
+    from billhook.errors import BillhookError
+    from billhook.runs import compare_runs
+
+    if len(runs) < 2:
+        raise BillhookError("--runs puts finished runs side by side: give two directories or more.")
+    found = compare_runs(runs)
+    if as_json:
+        emit(found)
+        return
+    header = ["run", "method", "pattern", "removed", "token perplexity", "against dense"]
+    lines = [
+        [r["run"], r["method"], r["pattern"], f"{100 * r['sparsity']:.2f} %", _ppl(r["token_ppl"]), _ppl(r["dense_token_ppl"])]
+        for r in found["runs"]
+    ]
+    data = found["data"]
+    table("", header, lines, 3)
+    print(f"{found['protocol']}, {data['windows']} windows of {data['length']} tokens of {data['source']}")
+
+
+def _ppl(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    from billhook.errors import BillhookError
+
+    try:
+        return [float(part) for part in _names(text)]
+    except ValueError:
+        raise BillhookError(f"--sparsities {text}: write fractions with commas, such as 0.5,0.6,0.7.") from None

@@ -1,0 +1,194 @@
+"""A grid of methods: every cell is what pruning and scoring by hand gives; it goes on after an interruption; tables and pictures."""
+
+import csv
+import io
+import json
+import math
+import statistics
+import xml.etree.ElementTree as ET
+
+import pytest
+import tiny
+from command import billhook, done
+
+from billhook import prune
+from billhook.charts import Axis, Series, chart
+from billhook.comparing import Grid, compare
+from billhook.comparison import differences, load_comparison, summary
+from billhook.comparison_views import markdown, pictures, spreadsheet
+from billhook.data import load_windows
+from billhook.errors import BillhookError
+from billhook.perplexity import evaluate
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    tiny.save(folder / "model")
+    tiny.text_file(folder / "text.txt", copies=120)
+    (folder / "scored.txt").write_text("".join(f"{i}! {tiny.TEXT[::-1]}" for i in range(12)), encoding="utf-8")
+    return folder
+
+
+TEXT = {"samples": 6, "length": 32}
+GRID = Grid((0.3, 0.5), ("uniform", "owl"), ("magnitude", "wanda"), ("unstructured", "2:4"), 2)
+
+
+@pytest.fixture(scope="module")
+def made(place):
+    return compare(place / "model", GRID, str(place / "scored.txt"), output=place / "grid", calibration=str(place / "text.txt"), **TEXT)
+
+
+def test_every_cell_is_a_run_of_its_own(place, made):
+    assert len(made.cells) == 3 * 7  # two sparsities and 2:4; magnitude + uniform does not depend on the seed
+    windows = load_windows(str(place / "scored.txt"), tiny.tokenizer(), length=32)
+    for row in made.cells[:7]:
+        model = tiny.llama()
+        model.name_or_path = str(place / "model")
+        fields = {"sparsity": row["sparsity"], "seed": row["seed"], "calibration": str(place / "text.txt"), **TEXT}
+        prune(model, allocator=row["allocator"], criterion=row["criterion"], **fields)
+        assert evaluate(model, windows).nll == pytest.approx(row["nll"], rel=1e-6), row
+        assert row["achieved"] == pytest.approx(row["sparsity"], abs=1e-4)
+    assert made.dense["nll"] == pytest.approx(evaluate(tiny.llama(), windows).nll)
+    assert all(len(row["error_by_block"]) == 4 and min(row["error_by_block"]) > 0 for row in made.cells)
+
+
+def test_an_interrupted_comparison_goes_on(place, made, tmp_path):
+    class Enough(Exception):
+        pass
+
+    seen = []
+
+    def stop(line):
+        seen.append(line)
+        if len(seen) == 5:
+            raise Enough
+
+    fields = {"output": tmp_path / "grid", "calibration": str(place / "text.txt"), **TEXT}
+    with pytest.raises(Enough):
+        compare(place / "model", GRID, str(place / "scored.txt"), progress=stop, **fields)
+    compare(place / "model", GRID, str(place / "scored.txt"), progress=lambda line: seen.append(line), **fields)
+    assert len(seen) == len(made.cells)
+    assert (tmp_path / "grid" / "compare.json").read_bytes() == (place / "grid" / "compare.json").read_bytes()
+    with pytest.raises(BillhookError, match="made otherwise: data was"):
+        compare(place / "model", GRID, str(place / "scored.txt"), limit=2, **fields)
+
+
+def test_means_spreads_and_what_is_larger_than_them():
+    def cell(criterion, seed, nll):
+        where = {"pattern": "unstructured", "sparsity": 0.5, "allocator": "uniform", "criterion": criterion, "seed": seed}
+        return where | {"nll": nll, "token_ppl": math.exp(nll)}
+
+    cells = [cell("a", s, x) for s, x in enumerate((1.0, 1.2, 1.4))] + [cell("b", s, x) for s, x in enumerate((1.5, 1.6, 1.7))]
+    cells.append(cell("c", 0, 1.25))
+    a, _, c = summary(cells)
+    assert (a["mean_nll"], a["spread_nll"]) == (pytest.approx(1.2), pytest.approx(statistics.stdev((1.0, 1.2, 1.4))))
+    assert c["spread_nll"] is None
+    verdicts = {(d["better"][0], d["worse"][0]): d["larger_than_spread"] for d in differences(cells)}
+    assert verdicts == {("a", "b"): True, ("a", "c"): False, ("c", "b"): True}
+    assert differences(cells[:1] + cells[3:4]) == []  # one seed says nothing of spread
+
+
+def test_tables_say_the_same(made):
+    rows = list(csv.DictReader(io.StringIO(spreadsheet(made))))
+    assert [float(row["nll"]) for row in rows] == [cell["nll"] for cell in made.cells]
+    text = markdown(made)
+    assert "token perplexity over non-overlapping windows" in text
+    for entry in summary(made.cells):
+        assert f"{entry['mean_token_ppl']:.2f}" in text
+    assert text.count(" *") >= 3  # the best of each column
+
+
+def test_pictures_hold_their_numbers(made):
+    drawn = pictures(made)
+    assert set(drawn) == {"perplexity", "sparsity-30", "error-30", "sparsity-50", "error-50", "sparsity-2of4", "error-2of4"}
+    for svg in drawn.values():
+        root = ET.fromstring(svg)
+        assert root.get("role") == "img"
+        assert len(root.get("aria-label")) > 20
+        assert "nan" not in svg
+    titles = [t.text for t in ET.fromstring(drawn["perplexity"]).iter("{http://www.w3.org/2000/svg}title")]
+    assert len(titles) == 2 * 4
+    assert titles[0] == f"magnitude + uniform: 30, {summary(made.cells)[0]['mean_token_ppl']:.4g}"
+
+
+def test_charts_of_nothing_much():
+    for series in ([], [Series("a", [0], [1.0])], [Series("a", [0, 1], [None, math.inf])], [Series("a", [1, 2], [5.0, 5.0])]):
+        for axis in (Axis("y"), Axis("y", log=True), Axis("y", zero=True)):
+            assert "nan" not in chart("t", series, Axis("x", whole=True), axis).lower()
+    assert "&lt;b&gt;" in chart("<b>", [Series("<b>", [0, 1], [1, 2])], Axis("<b>"), Axis("y"))
+
+
+def test_the_command_writes_it_all_and_puts_runs_side_by_side(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    words = ["--criteria", "magnitude", "--data", "scored.txt", "--length", 32]
+    ran = done("compare", "model", "--sparsities", "0.4", *words, "-o", tmp_path / "one")
+    assert "token perplexity over non-overlapping windows" in ran.out
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {
+        "compare.json", "compare.md", "compare.csv", "sparsity-40.svg", "error-40.svg",
+    }  # fmt: skip
+    other = done("compare", "model", "--sparsities", "0.6", *words, "-o", tmp_path / "two", "--json").json
+    assert other == json.loads((tmp_path / "two" / "compare.json").read_text())
+    found = done("compare", "--runs", tmp_path / "one", tmp_path / "two", "--json").json
+    assert sorted(row["run"] for row in found["runs"]) == ["one", "two"]
+    assert found["runs"] == sorted(found["runs"], key=lambda row: row["nll"])
+    assert other["cells"][0]["nll"] in [row["nll"] for row in found["runs"]]
+    assert "one" in done("compare", "--runs", tmp_path / "one", tmp_path / "two").out
+
+
+def test_runs_that_differ_are_refused(place, tmp_path, made):
+    def changed(name, **changes):
+        value = json.loads((place / "grid" / "compare.json").read_text())
+        for key, change in changes.items():
+            value["identity"][key] = value["identity"][key] | change if isinstance(change, dict) else change
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "compare.json").write_text(json.dumps(value))
+        return tmp_path / name
+
+    same = changed("same")
+    for other, words in (
+        (changed("text", data={"digest": "0" * 64, "source": "else.txt"}), "else.txt"),
+        (changed("length", data={"length": 16}), "their length of a window differ (32 and 16)"),
+        (changed("count", data={"windows": 3}), "number of windows"),
+        (changed("protocol", protocol="word perplexity"), "their protocol differ"),
+        (changed("versions", versions={"torch": "1.0"}), "different versions of torch"),
+    ):
+        ran = billhook("compare", "--runs", same, other)
+        assert ran.code == 2
+        assert "cannot be compared" in ran.err
+        assert words in ran.err
+    assert billhook("compare", "--runs", same, changed("again")).code == 0
+    (tmp_path / "empty").mkdir()
+    ran = billhook("compare", "--runs", same, tmp_path / "empty")
+    assert (ran.code, "holds no finished run" in ran.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sparsities", "0.5"], "A comparison needs one MODEL"),
+        (["--sparsities", "0.5,x", "--data", "scored.txt", "-o", "g"], "write fractions with commas"),
+        (["--sparsities", "1.5", "--data", "scored.txt", "-o", "g"], "in [0, 1)"),
+        (["--data", "scored.txt", "-o", "g"], "needs --sparsities"),
+        (["--sparsities", "0.5", "--allocators", "olw", "--data", "scored.txt", "-o", "g"], "Did you mean 'owl'?"),
+        (["--sparsities", "0.5", "--data", "scored.txt", "-o", "g"], "looks at activations"),
+        (["--sparsities", "0.5", "--criteria", "magnitude", "--data", "no.txt", "-o", "g"], "no file no.txt"),
+        (["--sparsities", "0.5", "--criteria", "magnitude", "--data", "scored.txt", "-o", "model"], "holds no comparison"),
+        (["--sparsities", "0.5", "--set", "epsilno=1", "--data", "scored.txt", "-o", "g"], "No method of this comparison has"),
+        (["--runs"], "two directories or more"),
+    ],
+)
+def test_bad_comparisons_are_refused_in_a_line(options, message, place, monkeypatch):
+    monkeypatch.chdir(place)
+    ran = billhook("compare", "model", *options)
+    assert ran.code == 2
+    assert message in ran.err
+    assert not (place / "g").exists()
+
+
+def test_a_damaged_record_is_named(place, tmp_path, made):
+    value = json.loads((place / "grid" / "compare.json").read_text())
+    for change in ({"version": 9}, {"cells": [{}]}, {"identity": None}):
+        (tmp_path / "compare.json").write_text(json.dumps(value | change))
+        with pytest.raises(BillhookError, match=r"compare\.json"):
+            load_comparison(tmp_path)
