@@ -47,13 +47,13 @@ def way(weight: Weight, dtype: torch.dtype, tokens: int) -> str:
 
 
 def product(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x [tokens, in] -> [tokens, out] the best way."""
-    return WAYS[way(weight, x.dtype, x.shape[0])](weight, x, bias)
+    """x [..., in] -> [..., out] the best way."""
+    return WAYS[_remembered(weight, x, way)](weight, x, bias)
 
 
 def dense_product(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x [tokens, in] times a dense bfloat16 weight, by our kernel where that was measured to be faster than torch's."""
-    if dense_way(weight, x.dtype, x.shape[0]) == "ours":
+    """x [..., in] times a dense bfloat16 weight, by our kernel where that was measured to be faster than torch's."""
+    if _remembered(weight, x, dense_way) == "ours":
         return weight.multiply(x, bias)
     return linear(x, weight.tensors[0].to(x.dtype), bias)
 
@@ -61,6 +61,19 @@ def dense_product(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
 def dense_way(weight: Weight, dtype: torch.dtype, tokens: int) -> str:
     """`ours` or `torch`: what multiplies a dense bfloat16 weight with `tokens` tokens."""
     return "ours" if library.active() and _measured.get(key(weight, dtype, tokens)) == "ours" else "torch"
+
+
+def _remembered(weight: Weight, x: Tensor, choose: Callable[[Weight, torch.dtype, int], str]) -> str:
+    """The choice for x [..., in], looked up once per weight and token count: the product itself may take microseconds."""
+    state = (len(_measured), library.path_number())
+    if weight.chosen_for != state:
+        weight.chosen_for = state
+        weight.chosen.clear()
+    asked = (x.dtype, x.numel() // weight.shape[1])
+    chosen = weight.chosen.get(asked)
+    if chosen is None:
+        chosen = weight.chosen[asked] = choose(weight, *asked)
+    return chosen
 
 
 def measure_packed(weight: Weight, dtype: torch.dtype) -> None:

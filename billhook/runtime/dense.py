@@ -9,6 +9,8 @@ from billhook.runtime import calibrate, native, ops
 class DenseLinear(nn.Linear):
     """An `nn.Linear` in bfloat16 on the CPU; other dtypes, devices and training go to torch as before."""
 
+    _weight: native.Weight
+
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x."""
         weight = self.weight
@@ -18,11 +20,12 @@ class DenseLinear(nn.Linear):
             return super().forward(input)
         if torch.compiler.is_compiling() or type(input) is not Tensor:
             return ops.dense_linear(input, weight, self.bias)
-        flat = input.reshape(-1, self.in_features)
-        y = calibrate.dense_product(native.Weight(self.out_features, self.in_features, weight.detach()), flat, self.bias)
-        return y.view(*input.shape[:-1], self.out_features)
+        if self._weight.matrix.values != weight.data_ptr():
+            self._weight = native.Weight(*weight.shape, weight.detach())
+        return calibrate.dense_product(self._weight, input, self.bias)
 
 
 def adopt_(layer: nn.Linear) -> None:
     """Turn a plain `nn.Linear` into a DenseLinear where it stands; its parameters, hooks and names stay."""
     layer.__class__ = DenseLinear
+    layer._weight = native.Weight(*layer.weight.shape, layer.weight.detach())  # type: ignore[assignment]

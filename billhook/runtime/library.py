@@ -49,6 +49,7 @@ _SURFACE: dict[str, tuple[list[type], type | None]] = {
     "expand": ([_POINTER, _LONG, _LONG, _POINTER, _INT, _INT, _INT], None),
     "row_starts": ([_POINTER, _LONG, _LONG, _POINTER], _LONG),
     "bitmask": ([_POINTER, _INT, _LONG, _LONG, _POINTER, _INT], None),
+    "read": ([_POINTER, _LONG, _INT], ctypes.c_uint64),
     "gather": ([_POINTER, _INT, _POINTER, _POINTER, _INT], None),
 }
 
@@ -109,6 +110,12 @@ def active() -> tuple[ctypes.CDLL, int] | None:
     name = path()
     library = None if name == "torch" else _load()
     return None if library is None else (library, _paths()[name])
+
+
+def path_number() -> int:
+    """The number of the instruction set in use, -1 for plain torch."""
+    found = active()
+    return -1 if found is None else found[1]
 
 
 def cpu() -> str:

@@ -23,6 +23,7 @@ class SparseLinear(nn.Module):
     scales: Tensor | None
     bias: Tensor | None
     row_starts: Tensor
+    gpu_state: Any = None  # what the GPU's kernels keep with a layer
 
     def __init__(self, bitmask: Tensor, values: Tensor, row_starts: Tensor, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -32,7 +33,6 @@ class SparseLinear(nn.Module):
         self.register_buffer("row_starts", row_starts.contiguous(), persistent=False)
         self.register_buffer("scales", None)
         self.register_buffer("bias", None)
-        self._seen: tuple[Any, ...] = ()
         self._weight: native.Weight | None = None
 
     @classmethod
@@ -80,20 +80,24 @@ class SparseLinear(nn.Module):
             from billhook.runtime import gpu
 
             return gpu.forward(self, x)
-        bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
-        if type(x) is not Tensor or x.is_meta or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        bias = self._buffers["bias"]
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        if type(x) is not Tensor or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()) or x.is_meta:
             return ops.sparse_linear(x, self.bitmask, self.values, self.row_starts, self.scales, bias)
-        y = calibrate.product(self.packed(), x.reshape(-1, self.in_features), bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        return calibrate.product(self.packed(), x, bias)
 
     def packed(self) -> native.Weight:
-        """What the kernels read, made anew when a buffer has moved."""
-        held = self._buffers
-        bitmask, values, starts, scales = held["bitmask"], held["values"], held["row_starts"], held["scales"]
-        seen = tuple(0 if tensor is None else tensor.data_ptr() for tensor in (bitmask, values, starts, scales))
-        if self._weight is None or seen != self._seen:
-            assert values is not None
-            self._weight, self._seen = native.Weight(self.out_features, self.in_features, values, bitmask, starts, scales), seen
+        """What the kernels read, made anew when a buffer was replaced or has moved."""
+        held, weight = self._buffers, self._weight
+        bitmask, values = held["bitmask"], held["values"]
+        assert bitmask is not None
+        assert values is not None
+        if weight is not None:
+            seen = weight.matrix
+            if seen.values == values.data_ptr() and seen.bitmask == bitmask.data_ptr() and weight.tensors[3] is held["scales"]:
+                return weight
+        self._weight = native.Weight(self.out_features, self.in_features, values, bitmask, self.row_starts, held["scales"])
         return self._weight
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -28,20 +28,24 @@ class Weight:
         self.matrix = Matrix(*pointers, out_features, in_features, words, groups, group_words, TYPES[values.dtype])
         self.address = ctypes.addressof(self.matrix)
         self.shape = (out_features, in_features)
+        self.chosen: dict[tuple[torch.dtype, int], str] = {}  # the best way by dtype and token count, as far as it was asked for
+        self.chosen_for: tuple[int, int] | None = None
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [tokens, in] Wᵀ + bias -> [tokens, out], by the kernels; bias in the dtype of x."""
-        found = library.active()
-        assert found is not None
-        kernels, path = found
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        y = x.new_empty(x.shape[0], self.shape[0])
+        """x [..., in] Wᵀ + bias -> [..., out], by the kernels; bias in the dtype of x."""
+        kernels, path = library.active() or (None, -1)
+        assert kernels is not None
+        out, columns = self.shape
+        stride = columns
+        if not x.is_contiguous():
+            if x.ndim == 2 and x.stride(1) == 1:
+                stride = x.stride(0)
+            else:
+                x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], out))
         added = None if bias is None else bias.data_ptr()
-        failed = kernels.billhook_multiply(
-            self.address, x.data_ptr(), x.stride(0), x.shape[0], added, y.data_ptr(), TYPES[x.dtype], path, torch.get_num_threads()
-        )
-        if failed:
+        tokens, threads = x.numel() // columns, torch.get_num_threads()
+        if kernels.billhook_multiply(self.address, x.data_ptr(), stride, tokens, added, y.data_ptr(), TYPES[x.dtype], path, threads):
             raise MemoryError(f"No memory for the activations of a product with {list(x.shape)}.")
         return y
 

@@ -12,7 +12,7 @@ from billhook.runtime.native import Weight
 def sparse_linear(x: Tensor, bitmask: Tensor, values: Tensor, row_starts: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor:
     """x [..., in] times a packed weight [out, in], plus bias -> [..., out] in the dtype of x, on the CPU."""
     weight = Weight(bitmask.shape[0], x.shape[-1], values, bitmask, row_starts, scales)
-    return calibrate.product(weight, x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], bitmask.shape[0])
+    return calibrate.product(weight, x, bias)
 
 
 @sparse_linear.register_fake
@@ -23,8 +23,7 @@ def _(x: Tensor, bitmask: Tensor, values: Tensor, row_starts: Tensor, scales: Te
 @torch.library.custom_op("billhook::dense_linear", mutates_args=())
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in] times a dense bfloat16 weight [out, in], plus bias, in the dtype of x, on the CPU."""
-    product = calibrate.dense_product(Weight(*weight.shape, weight), x.reshape(-1, x.shape[-1]), bias)
-    return product.view(*x.shape[:-1], weight.shape[0])
+    return calibrate.dense_product(Weight(*weight.shape, weight), x, bias)
 
 
 @dense_linear.register_fake

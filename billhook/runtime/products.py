@@ -17,7 +17,7 @@ TILE_BYTES = 1 << 20  # of dense weights; they are multiplied while they lie in 
 
 
 def fused(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x [tokens, in] -> [tokens, out], straight from the packed bytes."""
+    """x [..., in] -> [..., out], straight from the packed bytes."""
     return weight.multiply(x, bias)
 
 
@@ -32,6 +32,7 @@ def whole(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _by_tiles(weight: Weight, x: Tensor, bias: Tensor | None, step: int) -> Tensor:
+    shape, x = (*x.shape[:-1], weight.shape[0]), x.reshape(-1, weight.shape[1])
     y = x.new_empty(x.shape[0], weight.shape[0])
     for first in range(0, weight.shape[0], step):
         last = min(first + step, weight.shape[0])
@@ -40,7 +41,7 @@ def _by_tiles(weight: Weight, x: Tensor, bias: Tensor | None, step: int) -> Tens
             torch.mm(x, tile.T, out=y[:, first:last])
         else:
             torch.addmm(bias[first:last], x, tile.T, out=y[:, first:last])
-    return y
+    return y.view(shape)
 
 
 WAYS: dict[str, Callable[[Weight, Tensor, Tensor | None], Tensor]] = {"fused": fused, "tiles": tiles, "whole": whole}

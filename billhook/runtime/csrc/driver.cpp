@@ -207,3 +207,18 @@ PUBLIC void billhook_gather(const void* weight, int width, const Matrix* matrix,
     }
   });
 }
+
+// Reads `bytes` and returns a sum that nobody needs: how fast memory can be read at all.
+PUBLIC uint64_t billhook_read(const char* from, int64_t bytes, int threads) {
+  uint64_t total = 0;
+  share(bytes / 256, bytes, threads, [&](int64_t first, int64_t last) {
+    uint64_t sums[4] = {0, 0, 0, 0};
+    for (const char* at = from + 256 * first; at < from + 256 * last; at += 256) {
+      for (int line = 0; line < 256; line += 64) __builtin_prefetch(at + 4096 + line);
+      for (int i = 0; i < 256; i += 32)
+        for (int k = 0; k < 4; k++) sums[k] += load_word((const uint8_t*)at + i + 8 * k);
+    }
+    __atomic_fetch_add(&total, sums[0] + sums[1] + sums[2] + sums[3], __ATOMIC_RELAXED);
+  });
+  return total;
+}
