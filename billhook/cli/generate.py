@@ -1,0 +1,53 @@
+"""`billhook generate`: continue a text with a dense or a packed model, and say how fast that went."""
+
+from typing import Annotated
+
+import typer
+
+from billhook.cli.common import Device, Dtype, Json, TrustRemoteCode, emit, guarded, say
+
+NAME = "generate"
+EXAMPLES = """\b
+Examples:
+  billhook generate ./packed "Once upon a time" --max-new-tokens 100
+  billhook generate ./packed "Once upon a time" --stream
+"""
+
+
+@guarded
+def command(
+    model: Annotated[str, typer.Argument(help="Model directory, dense or packed, or a name on the hub.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens, or where the model ends.", min=1)] = 64,
+    stream: Annotated[bool, typer.Option("--stream", help="Print each word as soon as it is there.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Print the likeliest continuation of a prompt, and tokens a second."""
+    import torch
+
+    from billhook.checkpoint import load_tokenizer, resolve
+    from billhook.errors import BillhookError
+    from billhook.runtime.generation import Printer, generate
+    from billhook.runtime.loading import load
+
+    path = resolve(model)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        raise BillhookError(f"{path} has no tokenizer, so it cannot read a prompt: copy the tokenizer files into it.")
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64)
+    if not ids.numel():
+        raise BillhookError("The prompt is empty: give at least a word.")
+    loaded = load(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code, note=lambda text: say(f"note: {text}"))
+    made = generate(loaded, ids, max_new_tokens, token=Printer(tokenizer) if stream and not as_json else None)
+    text = tokenizer.decode(made.ids[0, made.prompt :], skip_special_tokens=True)
+    if not as_json:
+        print("" if stream else text, flush=True)
+    speed = "" if made.tokens_per_s is None else f", then {made.tokens_per_s:.1f} tokens/s"
+    say(f"{made.new} tokens: the first after {made.prefill_s:.2f} s ({made.prompt} tokens of prompt){speed}.")
+    if as_json:
+        counts = {"prompt_tokens": made.prompt, "new_tokens": made.new}
+        times = {"prefill_s": made.prefill_s, "decode_s": made.decode_s, "tokens_per_s": made.tokens_per_s}
+        emit({"text": text, **counts, **times})

@@ -1,0 +1,32 @@
+"""`billhook unpack`: the dense directory that a packed one was made from, byte for byte."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from billhook.cli.common import Json, emit, guarded, progress, say
+
+NAME = "unpack"
+EXAMPLES = """\b
+Examples:
+  billhook unpack ./packed -o ./dense
+"""
+
+
+@guarded
+def command(
+    directory: Annotated[Path, typer.Argument(help="A directory that billhook pack wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the dense model goes; must be new or empty.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write an ordinary Hugging Face directory that any program opens."""
+    from billhook.runtime.unpacking import unpack
+
+    with progress("unpacking files") as advance:
+        path = unpack(directory, output, overwrite=overwrite, progress=advance)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    say(f"{path}: {size / 2**20:,.1f} MiB.")
+    if as_json:
+        emit({"output": str(path), "bytes": size})
