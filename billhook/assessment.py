@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import billhook
-from billhook.checkpoint import load_model, load_tokenizer, resolve
+from billhook.checkpoint import load_tokenizer, resolve
 from billhook.corpus import documents
 from billhook.data import load_windows
 from billhook.errors import BillhookError
@@ -23,6 +23,7 @@ from billhook.harness import PAPER7, check_tasks, evaluate_tasks
 from billhook.items import TaskResult, evaluate_file, load_items
 from billhook.perplexity import check_length, context_length, evaluate, vocabulary_size
 from billhook.request import model_facts
+from billhook.runtime.loading import load
 from billhook.word_perplexity import evaluate_words
 
 PROTOCOLS = ("token", "word", "both")
@@ -101,7 +102,8 @@ def _tasks(questions: Questions) -> tuple[list[str], list[str]]:
 
 
 def _open(source: Path, questions: Questions) -> PreTrainedModel:
-    return load_model(source, dtype=questions.dtype, device=questions.device, trust_remote_code=questions.trust_remote_code)
+    """Dense or packed; untuned, so that the same questions have the same answers to the last bit."""
+    return load(source, dtype=questions.dtype, device=questions.device, trust_remote_code=questions.trust_remote_code, tune=False)
 
 
 def _token(

@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from billhook.errors import BillhookError
 from billhook.files import read_json, sha256
-from billhook.runtime.packed import is_packed
+from billhook.runtime.packed import PACKED, is_packed
 from billhook.shards import read_shard, weight_files
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -238,9 +238,12 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
 
 
 def model_digest(path: Path) -> str:
-    """Identify a model: SHA-256 over config.json and every weight file (name and SHA-256 of each, in order of name)."""
+    """Identify a model: SHA-256 over config.json and every weight file (name and SHA-256 of each, in order of name).
+
+    For a packed model its record stands for the weight files, whose checksums it holds.
+    """
     digest = hashlib.sha256()
-    for file in sorted([path / "config.json", *weight_files(path)]):
+    for file in sorted([path / "config.json", *([path / PACKED] if is_packed(path) else weight_files(path))]):
         digest.update(f"{file.name} {sha256(file)}\n".encode())
     return digest.hexdigest()
 
