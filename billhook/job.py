@@ -4,6 +4,7 @@
 `run` applies the plan and writes the result. `prune` is both.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +26,8 @@ from billhook.plan import Pattern, SparsityPlan, load_plan
 from billhook.pruning import LayerResult, prune_
 from billhook.record import Job, Report, gradient_of, record
 from billhook.request import Opened, Request, calibration_facts, identity, open_request
-from billhook.save import save_pruned
+from billhook.runtime.packing import pack
+from billhook.save import check_output, save_pruned
 from billhook.stats import GRADIENTS as OF_GRADIENTS
 from billhook.streaming import stream_of
 from billhook.table import Table
@@ -59,6 +61,7 @@ def prepare(request: Request, progress: Callable[[str], None] = lambda layer: No
     needed = () if plan or table else ALLOCATORS.needs(request.allocator, allocator_options)
     needs, gradients = CRITERIA.needs(request.criterion, criterion_options), _given_gradients(request, criterion_options)
     needs_text = any(gradients is None or name not in OF_GRADIENTS for name in needs) or any(fact(name).needs_text for name in needed)
+    request, packed = _beside(request)
     who = f"Pruning with {request.criterion} and {request.allocator}"
     opened = open_request(request, needs_text, who, streamed=request.output is not None)
     asked = identity(request, opened, {**allocator_options, **criterion_options}, plan, table)
@@ -76,7 +79,15 @@ def prepare(request: Request, progress: Callable[[str], None] = lambda layer: No
     except BillhookError as error:
         chosen = request.plan is not None and (request.targets or request.ignore)
         raise BillhookError(f"{error} --targets and --ignore must choose exactly the plan's layers." if chosen else str(error)) from None
-    return Job(request, opened, plan, criterion_options, gradients, asked)
+    return Job(request, opened, plan, criterion_options, gradients, asked, packed)
+
+
+def _beside(request: Request) -> tuple[Request, Path | None]:
+    """For a run whose result is packed: the request with a place beside the output instead, and the output; else as it is."""
+    if not request.pack or request.output is None:
+        return request, None
+    output = check_output(Path(request.output), overwrite=request.overwrite)
+    return replace(request, output=output.with_name(f"{output.name}.dense")), output
 
 
 def unfinished_plan(request: Request, opened: Opened, asked: Mapping[str, Any]) -> SparsityPlan | None:
@@ -128,7 +139,20 @@ def run(job: Job, progress: Callable[[str], None] = lambda layer: None) -> Repor
             results = [*before, *_prune(replace(job, gradients=_gradients_of(job, place, progress)), progress, place)]
             made = record(job, results)
             place.complete(made)
+    if job.packed is not None and output is not None:
+        output, more = _pack(output, job.packed, request.overwrite)
+        notes = [*notes, *more]
     return Report(job.plan, results, output, time.perf_counter() - start, [*made["warnings"], *notes], made)
+
+
+def _pack(dense: Path, output: Path, overwrite: bool) -> tuple[Path, list[str]]:
+    """Turn the pruned directory into a packed one; where that fails it stays, so that the pruning was not in vain."""
+    try:
+        report = pack(dense, output, overwrite=overwrite)
+    except BillhookError as error:
+        raise type(error)(f"{error} The pruned model is in {dense}.") from None
+    shutil.rmtree(dense)
+    return report.output, report.notes
 
 
 def _prune(job: Job, progress: Callable[[str], None], place: Unfinished | None = None) -> list[LayerResult]:

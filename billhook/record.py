@@ -30,6 +30,7 @@ class Job:
     criterion_options: dict[str, Any]
     gradients: Gradients | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
+    packed: Path | None = None  # where the result goes packed; `request.output` is then a place beside it
 
     @property
     def steps(self) -> int:

@@ -63,6 +63,7 @@ class Request:
     overwrite: bool = False
     resume: bool = False
     spill_gib: float = SPILL_GIB
+    pack: bool = False
     trust_remote_code: bool = False
 
 

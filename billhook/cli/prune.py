@@ -38,6 +38,7 @@ Examples:
   billhook prune ./model --sparsity 0.7 --allocator alphapruning --set epsilon=0.2 --calibration hub:c4 --output ./pruned
   billhook prune ./model --pattern 2:4 --criterion sparsegpt --calibration text.jsonl --output ./pruned
   billhook prune ./model --plan plan.json --calibration text.txt --output ./pruned
+  billhook prune ./model --sparsity 0.7 --calibration text.txt --output ./packed --pack
   billhook prune ./model --sparsity 0.5 --criterion magnitude --dry-run
 """
 
@@ -79,6 +80,7 @@ def command(
     overwrite: Annotated[bool, typer.Option(help="Replace an output that exists, or an unfinished run.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run after its last finished block.")] = False,
     spill_gib: Annotated[float, typer.Option(help="Hidden states beyond this many GiB go to disk (TMPDIR).", min=0)] = 8.0,
+    pack: Annotated[bool, typer.Option("--pack", help="Write the result packed, as billhook pack does.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -98,7 +100,7 @@ def command(
         model=model, sparsity=sparsity, output=output, criterion=criterion, allocator=allocator or "uniform", pattern=pattern,
         options=options, plan=plan, table=table_file, gradients=gradients, calibration=calibration, samples=samples, length=length,
         sampling=sampling, batch_size=batch_size, seed=seed, targets=targets or (), ignore=ignore or (), group=group,
-        rounding=rounding, device=device, dtype=dtype, overwrite=overwrite, resume=resume, spill_gib=spill_gib,
+        rounding=rounding, device=device, dtype=dtype, overwrite=overwrite, resume=resume, spill_gib=spill_gib, pack=pack,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     with progress("measuring") as advance:
