@@ -86,7 +86,8 @@ def _beside(request: Request) -> tuple[Request, Path | None]:
     """For a run whose result is packed: the request with a place beside the output instead, and the output; else as it is."""
     if not request.pack or request.output is None:
         return request, None
-    output = check_output(Path(request.output), overwrite=request.overwrite)
+    source = Path(request.model) if isinstance(request.model, str | Path) and Path(request.model).is_dir() else None
+    output = check_output(Path(request.output), source, overwrite=request.overwrite)
     return replace(request, output=output.with_name(f"{output.name}.dense")), output
 
 
