@@ -10,6 +10,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # models here are tiny, and tests run in parallel
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
 
 @pytest.fixture(scope="session")

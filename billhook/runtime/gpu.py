@@ -1,0 +1,199 @@
+"""Packed layers on a CUDA device: the fastest way for each layer and number of tokens, timed once and remembered.
+
+One token, and up to 16, are multiplied straight from the packed form where that is faster, else through a dense weight that lives for
+one call (ways: `gpu_ops.py`). A layer whose mask is 2:4 may also be multiplied by the card's sparse tensor cores, in the form of
+`torch.sparse.to_sparse_semi_structured`, from the number of tokens on where that wins; the form is held beside the packed one and takes
+9/16 of the dense bytes. What was timed is kept for the card, the shape and the density, rounded to 5 %.
+
+A call inside a CUDA graph's capture or under `torch.compile` times nothing: call `prepare` on the layers first, or run them once.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from billhook.runtime import cache, native
+from billhook.runtime.fallback import unpack_bits
+from billhook.runtime.gpu_ops import BUCKETS, EXPAND, Weight, chunk_table, expand, kernels, missing
+
+__all__ = ["choose", "forward", "missing", "prepare", "ways"]
+
+Timer = Callable[[Callable[[], object]], float]  # how long a call takes, in any unit
+_FEW = ("matmat-64x8", "matmat-64x4")
+CANDIDATES = {1: ("matvec-2x4", "matvec-4x4", "matvec-8x4", "matvec-4x8"), 4: _FEW, 16: _FEW}
+UNTIMED = "matvec-4x4 matmat-64x8 matmat-64x8"
+MANY_TOKENS = (32, 128, 512)  # for which 2:4 is timed against expanding
+
+
+class Layer(Protocol):
+    """What is read of a `SparseLinear`."""
+
+    in_features: int
+    out_features: int
+    bitmask: Tensor
+    values: Tensor
+    row_starts: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass
+class State:
+    """What belongs to one layer where it lies now; `row_starts` is the layer's own, and once it holds another this is out of date."""
+
+    row_starts: Tensor
+    table: Tensor
+    group: int
+    ways: dict[tuple[torch.dtype, torch.dtype], str] = field(default_factory=dict)  # by dtype of values and of activations
+    semi_structured: Tensor | None = None
+    semi_structured_from: int = 0
+
+
+def forward(layer: Layer, x: Tensor) -> Tensor:
+    """x [..., in] -> [..., out], in the dtype of x."""
+    state = prepare(layer, x.dtype)
+    flat = x.reshape(-1, layer.in_features)
+    if state.semi_structured is not None and x.dtype == state.semi_structured.dtype and len(flat) >= state.semi_structured_from:
+        y = F.linear(flat, state.semi_structured, layer.bias)
+    else:
+        tensors = layer.bitmask, layer.values, state.table, layer.scales, layer.bias
+        y = torch.ops.billhook.gpu_linear(flat, *tensors, group=state.group, ways=state.ways[layer.values.dtype, x.dtype])
+    return y.view(*x.shape[:-1], layer.out_features)
+
+
+def prepare(layer: Layer, dtype: torch.dtype) -> State:
+    """Make a layer's table and choose its ways for activations of `dtype`, unless that is done."""
+    state = layer.__dict__.get("gpu_state")
+    if state is None or state.row_starts is not layer.row_starts:
+        state = _attach(layer)
+    if (layer.values.dtype, dtype) not in state.ways:
+        _remember(layer, state, dtype, time_now=not torch.compiler.is_compiling())
+    return state
+
+
+@torch.compiler.disable
+def _attach(layer: Layer) -> State:
+    """Make the table of chunks on the layer's device; scales of a whole row become one group that holds it."""
+    group = 0
+    if layer.scales is not None:
+        group = 1 << (native.group_size(layer.scales, layer.in_features) - 1).bit_length()
+    state = State(layer.row_starts, chunk_table(layer.bitmask, layer.row_starts), max(group, 8) if group else 0)
+    layer.__dict__["gpu_state"] = state
+    return state
+
+
+@torch.compiler.disable
+def _remember(layer: Layer, state: State, dtype: torch.dtype, time_now: bool) -> None:
+    """Choose the ways for a dtype of activations, and make the 2:4 form where it is among them."""
+    if time_now and not (layer.bitmask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        weight = Weight(layer.bitmask, layer.values, state.table, layer.scales, state.group)
+        words = choose(weight, layer.in_features, dtype).split()
+        if len(words) > len(BUCKETS):
+            state.semi_structured = semi_structured(weight, layer.in_features, dtype)
+            state.semi_structured_from = int(words.pop().partition("-")[2])
+    else:
+        words = UNTIMED.split()
+    state.ways[layer.values.dtype, dtype] = " ".join(words)
+
+
+def choose(weight: Weight, columns: int, dtype: torch.dtype, timer: Timer | None = None) -> str:
+    """The fastest way for each of BUCKETS tokens, as one word each, and `2:4-N` where the 2:4 form wins from N tokens on.
+
+    Read from the cache where this card has timed such a layer before; else timed, on random activations of `dtype`. Interpreted
+    kernels are not timed, unless by a `timer` of the caller's.
+    """
+    if kernels(weight.bitmask.device) is None:
+        return " ".join([EXPAND] * len(BUCKETS))
+    if timer is None and not weight.bitmask.is_cuda:
+        return UNTIMED
+    timer = timer or _median
+    name, key = f"gpu-1-{_card(weight.bitmask.device)}", _key(weight, columns, dtype)
+    known = cache.load(name)
+    if key not in known:
+        words = [_fastest(weight, columns, dtype, tokens, timer) for tokens in BUCKETS]
+        known[key] = " ".join(words + _semi_structured_word(weight, columns, dtype, timer))
+        cache.store(name, known)
+    return known[key]
+
+
+def _card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else "interpreted"
+
+
+def _key(weight: Weight, columns: int, dtype: torch.dtype) -> str:
+    rows = weight.bitmask.shape[0]
+    kept = weight.values.numel() / (rows * columns)
+    names = " ".join(str(kind).removeprefix("torch.") for kind in (weight.values.dtype, dtype))
+    pattern = "2:4" if _is_two_of_four(weight, columns) else f"keep {round(kept * 20) * 5} %"
+    return f"{rows}x{columns} {pattern} {names} group {weight.group}"
+
+
+def _is_two_of_four(weight: Weight, columns: int) -> bool:
+    """Whether no four columns in a row keep more than two, in a shape that the card's sparse tensor cores take."""
+    rows = weight.bitmask.shape[0]
+    if rows % 64 or columns % 64 or weight.values.numel() > 0.6 * rows * columns:
+        return False
+    return int(unpack_bits(weight.bitmask, columns).view(rows, -1, 4).sum(-1).max()) <= 2
+
+
+def _median(call: Callable[[], object]) -> float:
+    """Milliseconds, with the second-level cache emptied before each run, as it is when a model's other layers ran since."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
+
+
+def _fastest(weight: Weight, columns: int, dtype: torch.dtype, tokens: int, timer: Timer) -> str:
+    from triton.errors import TritonError
+
+    x = torch.randn(tokens, columns, device=weight.bitmask.device).to(dtype)
+    best, least = EXPAND, math.inf
+    for way in (*CANDIDATES[tokens], EXPAND):
+        try:
+            taken = timer(partial(_run, weight, x, way))
+        except TritonError:  # too large for this card
+            continue
+        if taken < least:
+            best, least = way, taken
+    return best
+
+
+def _run(weight: Weight, x: Tensor, way: str) -> Tensor:
+    ways = " ".join([way] * len(BUCKETS))
+    return torch.ops.billhook.gpu_linear(x, weight.bitmask, weight.values, weight.table, weight.scales, None, group=weight.group, ways=ways)
+
+
+def semi_structured(weight: Weight, columns: int, dtype: torch.dtype) -> Tensor | None:
+    """The weight in torch's 2:4 form, or None where mask, card, shape or dtype do not allow it."""
+    if not weight.bitmask.is_cuda or dtype not in (torch.float16, torch.bfloat16) or not _is_two_of_four(weight, columns):
+        return None
+    try:
+        return torch.sparse.to_sparse_semi_structured(expand(weight, columns, dtype))
+    except (RuntimeError, NotImplementedError):  # this build or card has no such kernels
+        return None
+
+
+def _semi_structured_word(weight: Weight, columns: int, dtype: torch.dtype, timer: Timer) -> list[str]:
+    form = semi_structured(weight, columns, dtype)
+    if form is None:
+        return []
+    first = None
+    for tokens in reversed(MANY_TOKENS):
+        x = torch.randn(tokens, columns, device=weight.bitmask.device).to(dtype)
+        if timer(partial(F.linear, x, form)) >= timer(partial(_run, weight, x, EXPAND)):
+            break
+        first = tokens
+    return [] if first is None else [f"2:4-{first}"]
+
+
+def ways(layer: Layer, dtype: torch.dtype) -> dict[int, str]:
+    """What was chosen for a layer: the way for up to so many tokens."""
+    state = prepare(layer, dtype)
+    more = {} if state.semi_structured is None else {MANY_TOKENS[-1]: f"2:4 from {state.semi_structured_from}"}
+    return dict(zip(BUCKETS, state.ways[layer.values.dtype, dtype].split(), strict=True)) | (more or {MANY_TOKENS[-1]: EXPAND})

@@ -1,0 +1,163 @@
+"""A product with a packed weight on a CUDA device, in a named way.
+
+`matvec-4x4` multiplies one token straight from the packed form, `matmat-64x8` up to 16 (the numbers are rows and warps of a program),
+both by the kernels of `triton_kernels.py`; `expand` writes the dense weight, which lives for one call, and lets cuBLAS multiply. Where
+the kernels cannot run, every way expands in plain torch: right, and no faster than dense. Importing this module needs neither Triton nor
+a GPU.
+"""
+
+import importlib
+import importlib.util
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from billhook.errors import BillhookError
+from billhook.runtime import native
+from billhook.runtime.fallback import unpack_bits
+
+BUCKETS = (1, 4, 16)  # up to how many tokens each word of `ways` is meant for; beyond the last, a weight is expanded
+EXPAND = "expand"
+_CHUNK_BYTES = 32  # of bitmask: what a warp takes at once
+
+
+def missing(device: torch.device | str = "cuda") -> str | None:
+    """What keeps the kernels from running on `device`, in one line, or None where nothing does."""
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device: packed layers run on the CPU."
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: packed layers are expanded on every call, no faster than dense ones. `pip install triton` helps."
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "The card is older than compute capability 8.0: packed layers are expanded on every call, no faster than dense ones."
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton needs a GPU (or TRITON_INTERPRET=1, to test)."
+    return None
+
+
+@cache
+def kernels(device: torch.device) -> ModuleType | None:
+    """The module of Triton kernels where they run on `device`, else None."""
+    return None if missing(device) else importlib.import_module("billhook.runtime.triton_kernels")
+
+
+def chunk_table(bitmask: Tensor, row_starts: Tensor) -> Tensor:
+    """Where the values of each 256 columns of each row begin, int32 [rows, ceil(bytes a row / 32)].
+
+    It takes 4 bytes for 256 weights: 1.4 % of the packed bytes at 50 % sparsity with 16-bit values, 3 % at 80 %. Raises BillhookError
+    for a weight with more values than 32 bits count.
+    """
+    if int(row_starts[-1]) >= 2**31:
+        raise BillhookError(f"A layer with {int(row_starts[-1])} kept weights is too large for the GPU kernels: keep it dense.")
+    ones = torch.tensor([value.bit_count() for value in range(256)], dtype=torch.uint8, device=bitmask.device)
+    rows, width = bitmask.shape
+    counts = F.pad(ones[bitmask.int()], (0, -width % _CHUNK_BYTES)).view(rows, -1, _CHUNK_BYTES).sum(-1, dtype=torch.int64)
+    return (row_starts[:-1, None] + counts.cumsum(1) - counts).int()
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A packed weight as the kernels read it; `group` columns share a scale (0: no scales)."""
+
+    bitmask: Tensor
+    values: Tensor
+    table: Tensor
+    scales: Tensor | None
+    group: int
+
+    def arguments(self, columns: int) -> tuple[int, ...]:
+        """rows, columns, bytes and chunks of a row, scales of a row."""
+        groups = -(-columns // self.group) if self.group else 0
+        return self.bitmask.shape[0], columns, self.bitmask.shape[1], self.table.shape[1], groups
+
+    def dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype in which this weight and `x` meet."""
+        return x.dtype if self.values.dtype == torch.int8 else torch.promote_types(x.dtype, self.values.dtype)
+
+
+def expand(weight: Weight, columns: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight [rows, columns]."""
+    module = kernels(weight.bitmask.device)
+    if module is None:
+        keep = unpack_bits(weight.bitmask, columns)
+        dense = weight.values.new_zeros(keep.shape).masked_scatter_(keep, weight.values)
+        if weight.scales is not None:
+            dense = dense.float() * native.spread_scales(weight.scales, columns)
+        return dense.to(dtype)
+    dense = torch.empty(weight.bitmask.shape[0], columns, dtype=dtype, device=weight.bitmask.device)
+    rows, span = 4, 4
+    sizes = weight.arguments(columns)
+    module.expand[(-(-sizes[0] // rows), -(-sizes[3] // span))](
+        weight.bitmask, weight.values, weight.table, weight.scales, dense, *sizes, ROWS=rows, SPAN=span, GROUP=weight.group, num_warps=span
+    )
+    return dense
+
+
+def _matvec(weight: Weight, x: Tensor, bias: Tensor | None, rows: int, span: int) -> Tensor:
+    """x [1, columns] times the weight, by programs of `rows` rows and `span` warps."""
+    sizes = weight.arguments(x.shape[1])
+    y = x.new_empty(1, sizes[0])
+    tensors = weight.bitmask, weight.values, weight.table, weight.scales, bias, x, y
+    options = {"ROWS": rows, "SPAN": span, "GROUP": weight.group, "BIAS": bias is not None, "num_warps": span}
+    _module(x).matvec[(-(-sizes[0] // rows),)](*tensors, *sizes, **options)
+    return y
+
+
+def _matmat(weight: Weight, x: Tensor, bias: Tensor | None, rows: int, warps: int) -> Tensor:
+    """x [tokens, columns] times the weight for up to 16 tokens; the columns are split so that every multiprocessor has work."""
+    sizes = weight.arguments(x.shape[1])
+    tokens, programs = x.shape[0], -(-sizes[0] // rows)
+    share = max(1, sizes[3] * programs // (4 * _multiprocessors(x.device)))
+    splits = -(-sizes[3] // share)
+    x = x.to(weight.dtype(x))
+    parts = torch.empty(splits, tokens, sizes[0], dtype=torch.float32, device=x.device)
+    options = {"ROWS": rows, "TOKENS": BUCKETS[-1], "GROUP": weight.group, "num_warps": warps, "num_stages": 1}
+    tensors = weight.bitmask, weight.values, weight.table, weight.scales, x, parts
+    _module(x).matmat[(programs, splits)](*tensors, *sizes, tokens, share, **options)
+    total = parts.sum(0)
+    return total if bias is None else total + bias
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _module(x: Tensor) -> Any:
+    module = kernels(x.device)
+    assert module is not None
+    return module
+
+
+def way_for(ways: str, tokens: int) -> str:
+    """The word of `ways`, one for each of BUCKETS, that is meant for so many tokens."""
+    return next((way for way, most in zip(ways.split(), BUCKETS, strict=True) if 0 < tokens <= most), EXPAND)
+
+
+@torch.library.custom_op("billhook::gpu_linear", mutates_args=())
+def gpu_linear(
+    x: Tensor, bitmask: Tensor, values: Tensor, table: Tensor, scales: Tensor | None, bias: Tensor | None, *, group: int, ways: str
+) -> Tensor:
+    """x [tokens, columns] -> [tokens, rows] in the dtype of x, the way that `ways` names for this many tokens."""
+    weight, x = Weight(bitmask, values, table, scales, group), x.contiguous()
+    name, _, shape = way_for(ways, x.shape[0]).partition("-")
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        if name == EXPAND or kernels(x.device) is None:
+            dtype = weight.dtype(x)
+            y = F.linear(x.to(dtype), expand(weight, x.shape[1], dtype), None if bias is None else bias.to(dtype))
+        else:
+            rows, span = (int(number) for number in shape.split("x"))
+            y = {"matvec": _matvec, "matmat": _matmat}[name](weight, x, bias, rows, span)
+    return y.to(x.dtype)
+
+
+@gpu_linear.register_fake
+def _(x: Tensor, bitmask: Tensor, *packed: Tensor | None, group: int, ways: str) -> Tensor:
+    return x.new_empty(x.shape[0], bitmask.shape[0])

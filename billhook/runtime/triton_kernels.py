@@ -1,0 +1,139 @@
+"""Triton kernels that multiply with, or expand, a weight held as bitmask and values.
+
+One lane takes one byte of the bitmask: eight columns. A chunk is what a warp takes at once, 32 bytes, 256 columns. Where the values of
+a chunk begin is read from a table made at load; where a lane's begin follows from a running count of set bits over the warp, two rows
+in one word. Of its eight columns, each half reads the four values that may be its own at one address, without asking which bits are
+set; a staircase of selects moves each value to its column, and what stands in a column whose bit is clear is never used. That is about
+ten instructions for 32 columns of a warp, compiled for Hopper; a load with its own address and predicate for every column takes fifteen,
+and on such a card instructions, not bytes, are the limit.
+
+At most three values beyond the last are read; the packed values end in 64 bytes of zeros for that. Offsets are 32 bits: a weight may
+have at most 2**31 - 1 kept values. Importing this module needs Triton. With TRITON_INTERPRET=1 the kernels run on the CPU.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+CHUNK = tl.constexpr(256)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _ones(bits):
+    """Set bits among the low eight."""
+    if _INTERPRETED:  # which has no libdevice
+        pairs = bits - ((bits >> 1) & 0x55)
+        halves = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+        return (halves + (halves >> 4)) & 0xF
+    return libdevice.popc(bits)
+
+
+@triton.jit
+def _half(values, at, bits):
+    """The values of four columns, [..., 2, 2], and which of them are kept, by the low four `bits`; the first value is at `at`."""
+    place = values + at
+    a, b, c, d = tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
+    keep0, keep1, keep2, keep3 = (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0
+    w0 = a
+    a, b, c = tl.where(keep0, b, a), tl.where(keep0, c, b), tl.where(keep0, d, c)
+    w1 = a
+    a, b = tl.where(keep1, b, a), tl.where(keep1, c, b)
+    w2 = a
+    w3 = tl.where(keep2, b, a)
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3)), tl.join(tl.join(keep0, keep2), tl.join(keep1, keep3))
+
+
+@triton.jit
+def _columns(low, high):
+    """Two halves [R, S, 32, 2, 2] as rows of columns [R, S * 256]."""
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 1, 2, 5, 3, 4)), [low.shape[0], low.shape[1] * CHUNK])
+
+
+@triton.jit
+def _running(count):
+    """Sums of count [R, S, 32] over the last axis, each with its own; a row's are below 2**16, so two rows share a scan."""
+    R: tl.constexpr = count.shape[0]
+    S: tl.constexpr = count.shape[1]
+    first, second = tl.split(tl.permute(tl.reshape(count, [R // 2, 2, S, 32]), (0, 2, 3, 1)))
+    both = tl.cumsum(first + (second << 16), 2)
+    return tl.reshape(tl.permute(tl.join(both & 0xFFFF, both >> 16), (0, 3, 1, 2)), [R, S, 32])
+
+
+@triton.jit
+def _tile(mask, values, table, scales, row, chunk, rows, stride, chunks, groups, GROUP: tl.constexpr):
+    """Rows `row` [R] of chunks `chunk` [S] as [R, S * 256]: values, float32 where they have scales, and which of them are kept."""
+    row = tl.minimum(row, rows - 1).to(tl.int64)
+    byte = chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
+    # The contiguities given here and below only set the order of a warp's lanes, and it must be one for all loads, or the compiler
+    # exchanges tiles through shared memory. No load is widened: stride is unspecialized and `at` unknown, so no alignment is known.
+    place = tl.max_contiguous(row[:, None, None] * stride + byte[None], [1, 2, 32])
+    bits = tl.load(mask + place, mask=(byte < stride)[None], other=0).to(tl.int32)
+    start = tl.load(table + row[:, None] * chunks + chunk[None], mask=(chunk < chunks)[None], other=0)
+    count = _ones(bits)
+    at = start[:, :, None] + _running(count) - count
+    low, keep_low = _half(values, tl.max_contiguous(at, [1, 2, 4]), bits)
+    high, keep_high = _half(values, tl.max_contiguous(at + _ones(bits & 0xF), [1, 2, 4]), bits >> 4)
+    if GROUP > 0:
+        group = byte * 8 // GROUP
+        scale = tl.load(scales + row[:, None, None] * groups + group[None], mask=(group < groups)[None], other=0)[:, :, :, None, None]
+        low, high = low.to(tl.float32) * scale, high.to(tl.float32) * scale
+    return _columns(low, high), _columns(keep_low, keep_high)
+
+
+@triton.jit(do_not_specialize=["stride"])
+def matvec(
+    mask, values, table, scales, bias, x, y, rows, columns, stride, chunks, groups,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """y [rows] = W x (+ bias) for one x [columns]: a program takes ROWS rows, each of its warps every SPAN-th chunk of them."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, SPAN * CHUNK], tl.float32)
+    for first in range(0, chunks, SPAN):
+        chunk = first + tl.arange(0, SPAN)
+        w, keep = _tile(mask, values, table, scales, row, chunk, rows, stride, chunks, groups, GROUP)
+        column = first * CHUNK + tl.arange(0, SPAN * CHUNK)
+        v = tl.load(x + column, mask=column < columns, other=0).to(tl.float32)
+        total = tl.where(keep, total + w.to(tl.float32) * v[None], total)
+    result = tl.sum(total, 1)
+    if BIAS:
+        result += tl.load(bias + row, mask=row < rows, other=0).to(tl.float32)
+    tl.store(y + row, result.to(y.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["stride"])
+def matmat(
+    mask, values, table, scales, x, parts, rows, columns, stride, chunks, groups, tokens, share,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """parts [splits, tokens, rows] = x Wᵀ over each split's `share` chunks, for x [tokens, columns] with up to TOKENS tokens."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.arange(0, TOKENS)
+    total = tl.zeros([ROWS, TOKENS], tl.float32)
+    first = tl.program_id(1) * share
+    for number in range(first, tl.minimum(first + share, chunks)):
+        chunk = number + tl.arange(0, 1)
+        w, keep = _tile(mask, values, table, scales, row, chunk, rows, stride, chunks, groups, GROUP)
+        column = number * CHUNK + tl.arange(0, CHUNK)
+        inside = (column < columns)[:, None] & (token < tokens)[None]
+        v = tl.load(x + token[None] * columns + column[:, None], mask=inside, other=0)
+        w = tl.where(keep, w, 0).to(v.dtype)
+        if _INTERPRETED:  # which takes bfloat16 for integers here
+            w, v = w.to(tl.float32), v.to(tl.float32)
+        total = tl.dot(w, v, total, input_precision="ieee")
+    place = (tl.program_id(1) * tokens + token[None]).to(tl.int64) * rows + row[:, None]
+    tl.store(parts + place, total, mask=(row < rows)[:, None] & (token < tokens)[None])
+
+
+@triton.jit(do_not_specialize=["stride"])
+def expand(
+    mask, values, table, scales, dense, rows, columns, stride, chunks, groups,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """dense [rows, columns] = W: a program writes ROWS rows of SPAN chunks."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    chunk = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
+    w, keep = _tile(mask, values, table, scales, row, chunk, rows, stride, chunks, groups, GROUP)
+    column = tl.program_id(1) * SPAN * CHUNK + tl.arange(0, SPAN * CHUNK)
+    place = row[:, None].to(tl.int64) * columns + column[None]
+    tl.store(dense + place, tl.where(keep, w, 0).to(dense.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None])
