@@ -1,7 +1,7 @@
 """What the calibration text says about the inputs and the gradients of one layer, accumulated sequence by sequence.
 
 For inputs X [tokens, in]: `input_norm` [in] is ||X_j||_2 / sqrt(sequences) of every input feature, the root mean over sequences of the
-summed squares, and `gram` [in, in] is X^T X.
+summed squares, `input_mean` [in] is the mean over all tokens, and `gram` [in, in] is X^T X.
 
 Inputs of any float dtype are converted to float32 before they are squared, so half-precision activations cannot overflow.
 `input_norm` is a running mean in float32, one sequence at a time, which is the arithmetic of Wanda's published code: scores that nearly
@@ -34,6 +34,7 @@ class LayerStats:
     input_norm: Tensor | None = None
     gram: Tensor | None = None
     gradient: Tensor | None = None
+    input_mean: Tensor | None = None
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
@@ -59,6 +60,24 @@ class InputNorm:
     def value(self) -> Tensor:
         """The norms over everything added so far."""
         return self._mean.sqrt()
+
+
+class InputMean:
+    """Mean over tokens of each input feature, float32 [in]."""
+
+    def __init__(self, in_features: int, device: torch.device | str) -> None:
+        self._sum = torch.zeros(in_features, device=device)
+        self._tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in float32 inputs [sequences, tokens, in]."""
+        for sequence in x:
+            self._sum += sequence.sum(0)
+            self._tokens += len(sequence)
+
+    def value(self) -> Tensor:
+        """The mean over everything added so far."""
+        return self._sum / max(self._tokens, 1)
 
 
 class Gram:
@@ -87,7 +106,7 @@ class Gram:
         return self._sum
 
 
-STATISTICS: dict[str, type[InputNorm] | type[Gram]] = {"input_norm": InputNorm, "gram": Gram}
+STATISTICS: dict[str, type[InputNorm] | type[InputMean] | type[Gram]] = {"input_norm": InputNorm, "input_mean": InputMean, "gram": Gram}
 
 
 class Collector:
@@ -127,7 +146,7 @@ class Collector:
         for name, value in values.items():
             if not (value.diagonal() if name == "gram" else value).isfinite().all():
                 raise JobError("The calibration activations contain NaN or infinity; try --dtype float32, or check the weights.")
-        return LayerStats(self.tokens, self.sequences, values.get("input_norm"), values.get("gram"))
+        return LayerStats(self.tokens, self.sequences, values.get("input_norm"), values.get("gram"), input_mean=values.get("input_mean"))
 
 
 class AbsoluteSum:

@@ -14,7 +14,11 @@ CRITERIA = Registry(
         "magnitude": "billhook.criteria.magnitude:magnitude",
         "wanda": "billhook.criteria.wanda:wanda",
         "gblm": "billhook.criteria.gblm:gblm",
+        "ria": "billhook.criteria.ria:ria",
+        "dsnot": "billhook.criteria.dsnot:dsnot",
         "gradient": "billhook.criteria.gradient:gradient",
+        "pruner_zero": "billhook.criteria.pruner_zero:pruner_zero",
         "sparsegpt": "billhook.criteria.sparsegpt:sparsegpt",
+        "admm": "billhook.criteria.admm:admm",
     },
 )

@@ -50,7 +50,7 @@ def sparsegpt(W: Tensor, stats: LayerStats, select: Select, *, block_size: int =
     U = inverse_factor(gram, dead, damping, stats)
     group = 1 if select.keep_of is None else select.keep_of[1]
     width = max(block_size // group, 1) * group
-    columns = W.t().contiguous()
+    columns = W.t().clone(memory_format=torch.contiguous_format)  # of one row, contiguous() would be W itself
     for start in range(0, len(columns), width):
         stop = min(start + width, len(columns))
         errors = _prune_block(columns[start:stop], U[start:stop, start:stop], dead[start:stop], select, start)
