@@ -10,7 +10,24 @@ from typing import Any
 import typer
 
 from billhook import __version__
-from billhook.cli import analyze, compare, demo, evaluate, generate, gradients, ls, measure, pack, plan, plot, prune, search, unpack, verify
+from billhook.cli import (
+    analyze,
+    bench,
+    compare,
+    demo,
+    evaluate,
+    generate,
+    gradients,
+    ls,
+    measure,
+    pack,
+    plan,
+    plot,
+    prune,
+    search,
+    unpack,
+    verify,
+)
 from billhook.cli.common import Failure, complain
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's own, of which typer has a copy inside since 0.27
@@ -24,7 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for module in (prune, search, analyze, measure, gradients, plan, evaluate, compare, verify, pack, unpack, generate, ls, demo, plot):
+for module in (prune, search, analyze, measure, gradients, plan, evaluate, compare, verify, pack, unpack, generate, bench, ls, demo, plot):
     app.command(module.NAME, epilog=module.EXAMPLES)(module.command)
 
 
