@@ -43,9 +43,11 @@ docs: $(BIN)/.installed-dev
 
 check: lint type test
 
+# Every benchmark that runs without being told about models and texts; a few hours on two cores. One alone: make bench BENCH=benchmarks/search.py
+BENCH ?= $(filter-out $(addprefix benchmarks/,published.py calm.py rank_agreement.py evaluate.py),$(wildcard benchmarks/*.py))
+
 bench: $(BIN)/.installed-dev
-	$(BIN)/python benchmarks/prune.py
-	$(BIN)/python benchmarks/spectra.py
+	@for file in $(BENCH); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 # A wheel for this platform, kernels compiled in, and the source distribution, under dist/.
 wheel: $(BIN)/.installed

@@ -2,10 +2,11 @@
 
     python benchmarks/rank_agreement.py MODEL CALIBRATION EVALUATION [--sparsity 0.5 0.6 0.7] [--allocator atp owl alphapruning]
 
-For each sparsity and allocator: Spearman's and Kendall's rank correlation over `--points` of the knob and uniform between the
-cheap trial's divergence and that of a full run, on held-out windows, and between the cheap trial and the perplexity of the full run
-on the evaluation text. Then that perplexity for uniform, the default knob, the searched knob and the best of these points, all pruned
-with the calibration half. CALIBRATION and EVALUATION are sources as on the command line. One json object a line.
+For each sparsity and allocator: Spearman's and Kendall's rank correlation over `--points` of the knob and uniform between the cheap
+trial's divergence, on as many held-out windows as a search scores it on, and that of a full run on all of them, and between the
+cheap trial and the perplexity of the full run on `--windows` windows spread over the evaluation text. Then that perplexity for
+uniform, the default knob, the searched knob and the best of these points, all pruned with the calibration half.
+CALIBRATION and EVALUATION are sources as on the command line. One json object a line.
 """
 
 import argparse
@@ -17,10 +18,11 @@ import torch
 from billhook import evaluate, load_windows, search
 from billhook.allocators import ALLOCATORS
 from billhook.checkpoint import load_tokenizer, resolve
+from billhook.contest import UNIFORM, trial_windows
 from billhook.knobs import TICKS, Candidate
 from billhook.plan import SparsityPlan
 from billhook.request import Request
-from billhook.searching import UNIFORM, Task
+from billhook.searching import Task
 
 
 def ranks(values: Sequence[float]) -> torch.Tensor:
@@ -43,12 +45,13 @@ def cells(options: argparse.Namespace, sparsity: float) -> None:
     """Print all numbers for one sparsity."""
     fields = {"calibration": options.calibration, "samples": options.samples, "length": options.length, "criterion": options.criterion}
     task = Task(Request(options.model, sparsity, **fields), tuple(options.allocator), "kl", False)
-    windows = load_windows(options.evaluation, load_tokenizer(resolve(options.model)), length=options.length)
+    windows = load_windows(options.evaluation, load_tokenizer(resolve(options.model)), length=options.length).ids
+    windows = windows[:: max(1, len(windows) // options.windows)][: options.windows]
     bench, count = task.bench, len(task.split.heldout)
 
     def trial(candidate: Candidate) -> float:
         bench.trial(task.plan(candidate))
-        return sum(bench.losses(0, count // 2).kl)
+        return sum(bench.losses(0, trial_windows(count)).kl)
 
     def full(plan: SparsityPlan) -> tuple[float, float]:
         bench.prune(plan)
@@ -83,6 +86,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--points", type=int, default=10, help="a divisor of 40")
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=128)
     options = parser.parse_args()
     for sparsity in options.sparsity:
         with torch.no_grad():

@@ -1,12 +1,13 @@
 """Time a full ATP search against one plain prune of the same model, in one run.
 
     python benchmarks/search.py                     a random llama of 8 blocks x 1024 (MLP 2816) and the bundled model, Wanda, 60 %
-    python benchmarks/search.py --model demo --windows 64
+    python benchmarks/search.py --model demo --windows 32 --length 512
 
 The search is everything: statistics, nine cheap trials, and the two full runs (uniform and the best) with their scores. `ratio` is its
-time over that of one prune with `--windows` windows of `--length` tokens. A search draws half as many windows as a prune by default
-(64 and 128), and so it does here; `--same` adds one that draws as many. `cpu` is processor time, which other busy processes disturb
-less. Each measurement is a process of its own, the best of the repeats counts. The published way costs nine runs with an evaluation each.
+time over that of one prune with `--windows` windows of `--length` tokens. A search draws half as many windows as a prune by default (64
+and 128), and so it does here, of fewer tokens; `--same` adds one that draws as many. `cpu` is processor time, which other busy
+processes disturb less. Each measurement is a process of its own, the best of the repeats counts. The published way costs nine
+runs with an evaluation each.
 """
 
 import argparse
@@ -55,8 +56,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--once", nargs=5, metavar=("MODEL", "WHAT", "WINDOWS", "LENGTH", "THREADS"), help=argparse.SUPPRESS)
     parser.add_argument("--model", choices=["random", "demo"], action="append")
-    parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--same", action="store_true")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)

@@ -1,8 +1,9 @@
 """The runs of a search: which candidate is tried next, when one is given up, and which of the best is confirmed by full runs.
 
-The first cheap trial is uniform's; the others follow the schedule of `billhook.knobs`. One that is worse than the best so far by
-three standard errors of the paired difference over windows is given up. Uniform and the best of each allocator are then pruned
-properly, and the better of these is the result: on the held-out windows it is never worse than uniform.
+The first cheap trial is uniform's; the others follow the schedule of `billhook.knobs`. A trial is scored on a quarter of the held-out
+windows, beginning with four; one that is worse than the best so far by two standard errors of the paired difference is given up.
+Uniform and the best of each allocator are then pruned properly and scored on all held-out windows, and the better of these is the
+result: it is never worse than uniform there.
 """
 
 import re
@@ -17,8 +18,8 @@ from billhook.plan import SparsityPlan
 from billhook.trials import Bench
 
 UNIFORM = Candidate("uniform", {})
-_FIRST = 4  # windows before a trial can be given up; doubled from there to half of the held-out ones
-_ERRORS = 3.0  # standard errors by which a trial must be worse to be given up
+_FIRST = 4  # windows before a trial can be given up; doubled from there to its share of the held-out ones
+_ERRORS = 2.0  # standard errors by which a trial must be worse to be given up
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Budget:
         if float(found[0].rstrip("m")) == 0:
             raise BillhookError("A budget of zero finds nothing: give at least one trial (--budget 1), or some minutes (--budget 5m).")
         return cls(seconds=60 * float(found[0][:-1])) if minutes else cls(trials=int(found[0]))
+
+
+def trial_windows(heldout: int) -> int:
+    """How many of the held-out windows a trial that is not given up is scored on."""
+    return max(min(_FIRST, heldout), heldout // 4)
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,7 @@ class Contest:
         """Try one candidate on a growing number of windows, against the best that ran to the end."""
         best = self._best() if self.journal.trials and not self.space.grid else None
         self.bench.trial(self.plan(candidate))
-        windows = len(self.bench.heldout)
-        last = max(min(_FIRST, windows), windows // 2)
+        last = trial_windows(len(self.bench.heldout))
         run = Run(candidate, [], [], False)
         while not run.stopped and len(run.kl) < last:
             done = len(run.kl)

@@ -93,6 +93,7 @@ def search(
     place = folder / MODEL if folder is not None and save_model else None
     if place is not None:
         task.check_place(place)
+    task.check_plans()
     contest = Contest(task.space, task.bench, journal, task.objective, task.plan, progress)
     with task.bench:
         contest.try_(limit)
@@ -147,6 +148,11 @@ class Task:
     def plan(self, candidate: Candidate) -> SparsityPlan:
         """The candidate's plan."""
         return allocate(self.table, self.target, allocator=candidate.allocator, pattern=self.request.pattern, **candidate.options)
+
+    def check_plans(self) -> None:
+        """Raise BillhookError for a value that an allocator refuses, or a layer that cannot be measured, before the first trial."""
+        for candidate in (UNIFORM, *self.space.candidates()):
+            self.plan(candidate)
 
     def check_place(self, place: Path) -> None:
         """Raise BillhookError or JobError if a model could not be written to `place`, whose folder may be made yet."""

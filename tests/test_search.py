@@ -328,6 +328,8 @@ def test_another_search_is_refused_with_the_reason(tokens: torch.Tensor, tmp_pat
         ({"budget": "nan"}, "neither a number of trials"),
         ({"budget": 2.5}, "neither a number of trials"),
         ({"budget": "5 minutes"}, "such as 5m"),
+        ({"allocator": "owl", "options": {"m": "-1"}}, "outlier_ratio"),
+        ({"allocator": "sensitivity", "options": {"trial": "2"}}, "between 0 and 1"),
         ({"finalists": 0}, "at least one finalist"),
         ({"table": "table.json"}, "measures on its own half of the calibration windows: leave table out"),
         ({"gradients": "g.safetensors"}, "leave gradients out"),
