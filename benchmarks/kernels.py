@@ -3,6 +3,7 @@
     python benchmarks/kernels.py                             matrix-vector products, 4096 x 4096 and 11008 x 4096, 50 to 80 %
     python benchmarks/kernels.py --tokens 16,128,512         prefill
     python benchmarks/kernels.py --paths                     every instruction set this machine runs
+    python benchmarks/kernels.py --device cuda               on a GPU: gpu_kernels.py
 
 Every figure is a ratio in one run: variants take turns, each on another copy of its weight, so that more than --mib of memory lies
 between two uses; medians of calm rounds (see calm.py). `dense` is `torch.nn.functional.linear` in bfloat16. `read` is how fast the
@@ -14,6 +15,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import gpu_kernels
 import torch
 from calm import median, rounds, spread
 from torch import Tensor
@@ -116,9 +118,7 @@ def one(shape: tuple[int, int], percent: int, tokens: int, args: argparse.Namesp
 def show(result: dict[str, Any]) -> None:
     """Print one result as lines of a table."""
     rows, columns = result["shape"]
-    print(
-        f"\n{rows} x {columns}, {result['sparsity']} %, {result['tokens']} tokens ({result['way']}); dense {result['dense ms']:.2f} ms"
-    )
+    print(f"\n{rows} x {columns}, {result['sparsity']} %, {result['tokens']} tokens ({result['way']}); dense {result['dense ms']:.2f} ms")
     print("  " + "  ".join(f"{name} {speed:.2f}" for name, speed in result["speed"].items()))
     line = f"  against our dense {result['against our dense']:.2f}, {result['bandwidth']:.0%} of {result['read GB/s']:.1f} GB/s"
     print(f"{line}; spread {result['spread']:.0%}, {result['rounds']} calm rounds, {result['thrown away']} thrown away", flush=True)
@@ -127,6 +127,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     """Read the options, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: what gpu_kernels.py times, with its defaults")
     parser.add_argument("--shapes", default="4096x4096,11008x4096")
     parser.add_argument("--sparsity", default="50,60,70,80")
     parser.add_argument("--tokens", default="1")
@@ -138,6 +139,9 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="only the variants of the targets")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.device == "cuda":
+        gpu_kernels.main(["--json"] if args.json else [])
+        return
     torch.set_num_threads(args.threads)
     results = []
     with torch.inference_mode():
