@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 TEXT = ("--calibration", "text.txt", "--samples", "4", "--length", "32")
 PRUNE = ("prune", "model", "--output", "pruned", "--sparsity", "0.5", *TEXT)
+SEARCH = ("search", "model", "--sparsity", "0.5", "--output", "found", *TEXT)
 MAGNITUDE = ("prune", "model", "--output", "pruned", "--criterion", "magnitude")
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 
@@ -121,6 +122,16 @@ def test_weights_that_do_not_fit_the_configuration(place):
         ((*PRUNE, "--criterion", "sparsegpt", "--set", "damp=0.1"), r"option 'damp'\. Did you mean 'damping'\?"),
         ((*PRUNE, "--allocator", "alphapruning", "--set", "epsilon=lots"), r"epsilon='lots' is not a valid float \(default 0\.3\)"),
         ((*PRUNE, "--allocator", "alphapruning", "--set", "epsilon=2"), r"epsilon must be in \[0, 1\], got 2"),
+        ((*PRUNE, "--allocator", "alphapruning", "--set", "epsilon=-0.1"), r"epsilon must be in \[0, 1\], got -0\.1"),
+        ((*PRUNE, "--allocator", "sensitivity", "--set", "epsilon=-0.1"), r"epsilon must be in \[0, 1\], got -0\.1"),
+        ((*PRUNE[:4], *TEXT, "--preset", "owl/lama@70"), r"Unknown preset 'owl/lama@70'\. Did you mean 'owl/llama@70'\? See: billhook ls"),
+        ((*SEARCH, "--budget", "0"), r"A budget of zero finds nothing: give at least one trial \(--budget 1\), or some minutes"),
+        ((*SEARCH, "--budget", "0m"), r"A budget of zero finds nothing"),
+        ((*SEARCH, "--budget", "soon"), r"The budget 'soon' is neither a number of trials, such as 9, nor of minutes, such as 5m"),
+        ((*SEARCH, "--allocator", "atp", "--set", "beta=0.1"), r"beta is what the search chooses for atp: leave out --set beta"),
+        ((*SEARCH, "--set", "damping=0.1"), r"Neither allocator 'alphapruning' or 'atp'.* nor criterion 'wanda' has an option 'damping'"),
+        ((*SEARCH, "--samples", "3"), r"3 different windows are too few to split into calibration and held-out ones"),
+        ((*SEARCH[:5], "model/found", *SEARCH[6:]), r"The output .*found and the source model .*model lie in each other"),
         ((*PRUNE, "--allocator", "atp", "--set", "beta=3"), r"ATP's beta must be in \[0, 1\] for 2 blocks at sparsity 0\.5, got 3"),
         ((*PRUNE, "--set", "epsilon"), r"--set epsilon: write KEY=VALUE"),
         ((*PRUNE, "--allocator", "owl", "--set", "lam=0.1", "--set", "lam=0.2"), "--set lam is given twice"),
