@@ -255,11 +255,11 @@ for capability in (80, 90):
         (kernels.expand, dict(ROWS=4, SPAN=4, GROUP=0), 4, 4),
     ):
         binary = built(kernel, constants, warps, capability)
-        loop = binary.asm["ttgir"]
-        orders = set(re.findall(r"tt.load %place\\S* : tensor<\\S+ (#\\w+)>", loop))
-        assert len(orders) <= 1, (kernel.__name__, orders)
-        singles = len(re.findall(r"ld\\.global\\.b16 ", binary.asm["ptx"]))
-        assert singles >= 8 * rows_a_thread, (kernel.__name__, singles)
+        text = binary.asm["ptx"]
+        singles = len(re.findall(r"ld\\.global\\.b16 ", text))
+        assert singles == 8 * rows_a_thread, (kernel.__name__, singles)  # each value by itself: nothing is known of its alignment
+        barriers = text.count("bar.sync")
+        assert kernel is kernels.matmat or barriers <= 4, (kernel.__name__, barriers)  # for the last sum of matvec, not for tiles
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(binary.asm["cubin"])
             usage = subprocess.run([TOOL, "-res-usage", file.name], capture_output=True, text=True, check=True)

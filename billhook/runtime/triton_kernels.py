@@ -61,22 +61,29 @@ def _running(count):
 
 
 @triton.jit
-def _tile(mask, values, table, scales, row, chunk, rows, stride, chunks, groups, GROUP: tl.constexpr):
-    """Rows `row` [R] of chunks `chunk` [S] as [R, S * 256]: values, float32 where they have scales, and which of them are kept."""
+def _fetch(mask, table, row, chunk, rows, stride, chunks):
+    """For rows `row` [R] and chunks `chunk` [S]: bytes of bitmask [R, S, 32], and where the values begin [R, S]."""
     row = tl.minimum(row, rows - 1).to(tl.int64)
     byte = chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
     # The contiguities given here and below only set the order of a warp's lanes, and it must be one for all loads, or the compiler
     # exchanges tiles through shared memory. No load is widened: stride is unspecialized and `at` unknown, so no alignment is known.
     place = tl.max_contiguous(row[:, None, None] * stride + byte[None], [1, 2, 32])
-    bits = tl.load(mask + place, mask=(byte < stride)[None], other=0).to(tl.int32)
-    start = tl.load(table + row[:, None] * chunks + chunk[None], mask=(chunk < chunks)[None], other=0)
+    bits = tl.load(mask + place, mask=(byte < stride)[None], other=0)
+    return bits, tl.load(table + row[:, None] * chunks + chunk[None], mask=(chunk < chunks)[None], other=0)
+
+
+@triton.jit
+def _tile(bits, start, values, scales, row, chunk, rows, groups, GROUP: tl.constexpr):
+    """What `_fetch` found as [R, S * 256]: values, float32 where they have scales, and which of them are kept."""
+    bits = bits.to(tl.int32)
     count = _ones(bits)
     at = start[:, :, None] + _running(count) - count
     low, keep_low = _half(values, tl.max_contiguous(at, [1, 2, 4]), bits)
     high, keep_high = _half(values, tl.max_contiguous(at + _ones(bits & 0xF), [1, 2, 4]), bits >> 4)
     if GROUP > 0:
-        group = byte * 8 // GROUP
-        scale = tl.load(scales + row[:, None, None] * groups + group[None], mask=(group < groups)[None], other=0)[:, :, :, None, None]
+        group = (chunk[:, None] * 32 + tl.arange(0, 32)[None, :]) * 8 // GROUP
+        place = tl.minimum(row, rows - 1).to(tl.int64)[:, None, None] * groups + group[None]
+        scale = tl.load(scales + place, mask=(group < groups)[None], other=0)[:, :, :, None, None]
         low, high = low.to(tl.float32) * scale, high.to(tl.float32) * scale
     return _columns(low, high), _columns(keep_low, keep_high)
 
@@ -89,9 +96,12 @@ def matvec(
     """y [rows] = W x (+ bias) for one x [columns]: a program takes ROWS rows, each of its warps every SPAN-th chunk of them."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, SPAN * CHUNK], tl.float32)
+    chunk = tl.arange(0, SPAN)
+    bits, start = _fetch(mask, table, row, chunk, rows, stride, chunks)
     for first in range(0, chunks, SPAN):
-        chunk = first + tl.arange(0, SPAN)
-        w, keep = _tile(mask, values, table, scales, row, chunk, rows, stride, chunks, groups, GROUP)
+        next_bits, next_start = _fetch(mask, table, row, chunk + SPAN, rows, stride, chunks)  # under way while this one's values are
+        w, keep = _tile(bits, start, values, scales, row, chunk, rows, groups, GROUP)
+        bits, start, chunk = next_bits, next_start, chunk + SPAN
         column = first * CHUNK + tl.arange(0, SPAN * CHUNK)
         v = tl.load(x + column, mask=column < columns, other=0).to(tl.float32)
         total = tl.where(keep, total + w.to(tl.float32) * v[None], total)
@@ -111,9 +121,12 @@ def matmat(
     token = tl.arange(0, TOKENS)
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     first = tl.program_id(1) * share
+    chunk = first + tl.arange(0, 1)
+    bits, start = _fetch(mask, table, row, chunk, rows, stride, chunks)
     for number in range(first, tl.minimum(first + share, chunks)):
-        chunk = number + tl.arange(0, 1)
-        w, keep = _tile(mask, values, table, scales, row, chunk, rows, stride, chunks, groups, GROUP)
+        next_bits, next_start = _fetch(mask, table, row, chunk + 1, rows, stride, chunks)
+        w, keep = _tile(bits, start, values, scales, row, chunk, rows, groups, GROUP)
+        bits, start, chunk = next_bits, next_start, chunk + 1
         column = number * CHUNK + tl.arange(0, CHUNK)
         inside = (column < columns)[:, None] & (token < tokens)[None]
         v = tl.load(x + token[None] * columns + column[:, None], mask=inside, other=0)
@@ -133,7 +146,8 @@ def expand(
     """dense [rows, columns] = W: a program writes ROWS rows of SPAN chunks."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     chunk = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
-    w, keep = _tile(mask, values, table, scales, row, chunk, rows, stride, chunks, groups, GROUP)
+    bits, start = _fetch(mask, table, row, chunk, rows, stride, chunks)
+    w, keep = _tile(bits, start, values, scales, row, chunk, rows, groups, GROUP)
     column = tl.program_id(1) * SPAN * CHUNK + tl.arange(0, SPAN * CHUNK)
     place = row[:, None].to(tl.int64) * columns + column[None]
     tl.store(dense + place, tl.where(keep, w, 0).to(dense.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None])
