@@ -19,12 +19,12 @@ from billhook.data import Tokens
 from billhook.errors import BillhookError
 from billhook.files import read_json
 from billhook.heldout import Split, split_windows, used_fields
-from billhook.job import Job, record
 from billhook.journal import MODEL, PICTURE, Journal, Run
 from billhook.knobs import ALL, Candidate, Space
 from billhook.measuring import measure
 from billhook.options import split_options
 from billhook.plan import Pattern, SparsityPlan
+from billhook.record import Job, record
 from billhook.registry import hint
 from billhook.request import Opened, Request, listed, open_request
 from billhook.save import check_output, save_pruned
