@@ -32,16 +32,22 @@ def whole(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _by_tiles(weight: Weight, x: Tensor, bias: Tensor | None, step: int) -> Tensor:
-    shape, x = (*x.shape[:-1], weight.shape[0]), x.reshape(-1, weight.shape[1])
+    shape, dtype = (*x.shape[:-1], weight.shape[0]), _common(weight.tensors[0].dtype, x.dtype)
+    x, bias, given = x.reshape(-1, weight.shape[1]).to(dtype), None if bias is None else bias.to(dtype), x.dtype
     y = x.new_empty(x.shape[0], weight.shape[0])
     for first in range(0, weight.shape[0], step):
         last = min(first + step, weight.shape[0])
-        tile = expand_rows(weight, first, last, x.dtype)
+        tile = expand_rows(weight, first, last, dtype)
         if bias is None:
             torch.mm(x, tile.T, out=y[:, first:last])
         else:
             torch.addmm(bias[first:last], x, tile.T, out=y[:, first:last])
-    return y.view(shape)
+    return y.view(shape).to(given)
+
+
+def _common(values: torch.dtype, activations: torch.dtype) -> torch.dtype:
+    """The dtype in which tiles are multiplied: float32 where two kinds of floats meet; int8 is rounded to that of the activations."""
+    return activations if values in (activations, torch.int8) else torch.float32
 
 
 WAYS: dict[str, Callable[[Weight, Tensor, Tensor | None], Tensor]] = {"fused": fused, "tiles": tiles, "whole": whole}

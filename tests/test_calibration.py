@@ -1,0 +1,112 @@
+"""Which way a layer multiplies: measured once, kept per machine, harmless when the cache is damaged."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from billhook.runtime import cache, calibrate, library, products
+from billhook.runtime.dense import DenseLinear
+from billhook.runtime.linear import SparseLinear
+from billhook.runtime.tuning import choices, tune_
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of the test's own."""
+    monkeypatch.setenv("BILLHOOK_CACHE", str(tmp_path / "cache"))
+    calibrate.forget()
+    yield tmp_path / "cache"
+    calibrate.forget()
+
+
+def model() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    W = torch.randn(128, 256).bfloat16()
+    W[torch.rand(W.shape) < 0.7] = 0
+    return torch.nn.Sequential(SparseLinear.from_dense(W), torch.nn.ReLU(), torch.nn.Linear(128, 40).bfloat16())
+
+
+def test_choices_are_measured_reported_and_kept(folder: Path):
+    found = tune_(model())
+    assert [choice["layer"] for choice in found][:1] == ["0"]
+    assert found[0]["shape"] == [128, 256]
+    assert found[0]["sparsity"] == pytest.approx(0.7, abs=0.02)
+    assert found[0]["ways"].keys() == set(calibrate.BUCKETS)
+    assert set(found[0]["ways"].values()) <= set(products.ways())
+    (file,) = folder.iterdir()
+    stored = json.loads(file.read_text(encoding="utf-8"))["choices"]
+    assert len(stored) == len(calibrate.BUCKETS)
+    assert choices(model())[0]["ways"] == found[0]["ways"]
+
+
+def test_a_stored_choice_is_followed(folder: Path):
+    tuned = model()
+    name = calibrate.key(tuned[0].packed(), torch.bfloat16, 3)
+    cache.store("kernels", {name: "whole"})
+    found = tune_(tuned)
+    assert found[0]["ways"][4] == "whole"
+    assert calibrate.way(tuned[0].packed(), torch.bfloat16, 3) == "whole"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2, "choices": {}}', '{"version": 1, "choices": {"a": 1}}', "\x00\xff"])
+def test_a_damaged_cache_is_ignored_with_one_line(text: str, folder: Path, capsys: pytest.CaptureFixture[str]):
+    path = cache.place("kernels")
+    assert path is not None
+    path.parent.mkdir(parents=True)
+    path.write_text(text, encoding="utf-8")
+    assert cache.load("kernels") == {}
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert str(path) in line
+    cache.store("kernels", {"a": "tiles"})
+    assert cache.load("kernels") == {"a": "tiles"}
+
+
+def test_an_unknown_way_in_the_cache_is_not_followed(folder: Path):
+    tuned = model()
+    cache.store("kernels", {calibrate.key(tuned[0].packed(), torch.bfloat16, tokens): "magic" for tokens in calibrate.BUCKETS})
+    tune_(tuned)
+    x = torch.randn(2, 256).bfloat16()
+    assert torch.isfinite(tuned(x)).all()
+    assert "magic" not in choices(tuned)[0]["ways"].values()
+
+
+def test_the_cache_can_be_switched_off_or_unwritable(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("BILLHOOK_CACHE", "0")
+    tune_(model())
+    assert not folder.exists()
+    blocked = folder.parent / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("BILLHOOK_CACHE", str(blocked / "below"))
+    calibrate.forget()
+    assert tune_(model())
+
+
+def test_the_cache_belongs_to_threads_and_instructions(folder: Path):
+    before = cache.place("kernels")
+    with library.forced("torch"):
+        assert library.active() is None
+        assert cache.place("kernels") != before or library.paths() == ["torch"]
+    torch.set_num_threads(2)
+    try:
+        assert cache.place("kernels") != before
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_large_dense_layer_is_adopted_only_where_ours_is_faster(folder: Path):
+    if library.active() is None:
+        pytest.skip("needs compiled kernels")
+    large = torch.nn.Sequential(torch.nn.Linear(1024, 1024).bfloat16(), torch.nn.Linear(1024, 1024))
+    found = tune_(large)
+    name = calibrate.key(DenseWeight(large[0]), torch.bfloat16, 1)
+    assert isinstance(large[0], DenseLinear) == (calibrate._measured[name] == "ours")
+    assert type(large[1]) is torch.nn.Linear  # float32
+    assert len(found) == isinstance(large[0], DenseLinear)
+
+
+def DenseWeight(layer: torch.nn.Linear) -> calibrate.Weight:
+    return calibrate.Weight(*layer.weight.shape, layer.weight.detach())
