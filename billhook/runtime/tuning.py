@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from billhook.runtime import calibrate, library
+from billhook.runtime import calibrate, gpu, library
 from billhook.runtime.dense import DenseLinear, adopt_
 from billhook.runtime.linear import SparseLinear
 from billhook.runtime.native import Weight
@@ -18,12 +18,14 @@ def tune_(model: nn.Module) -> list[dict[str, Any]]:
     """Choose for every layer how it multiplies, and return `choices`.
 
     Dense bfloat16 `nn.Linear` layers on the CPU for which our kernel is faster become `DenseLinear`, with the same parameters. What is
-    measured (some seconds for a new model on a new machine) is kept in the user's cache. Nothing on other devices is touched.
+    measured (some seconds for a new model on a new machine) is kept in the user's cache. Dense layers on other devices stay as they are.
     """
     calibrate.recall()
     for module in model.modules():
         if isinstance(module, SparseLinear) and module.bitmask.device.type == "cpu":
             calibrate.measure_packed(module.packed(), _activations(module))
+        elif isinstance(module, SparseLinear) and module.bitmask.is_cuda:
+            gpu.prepare(module, _activations(module))
         elif type(module) is nn.Linear and library.active() and _ours(module):
             adopt_(module)
     calibrate.keep()
@@ -35,18 +37,23 @@ def choices(model: nn.Module) -> list[dict[str, Any]]:
     found = []
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
-            weight, dtype = module.packed(), _activations(module)
-            ways = {tokens: calibrate.way(weight, dtype, tokens) for tokens in calibrate.BUCKETS}
-            sparsity = 1 - int(module.row_starts[-1]) / (weight.shape[0] * weight.shape[1])
-        elif isinstance(module, DenseLinear):
-            weight = Weight(*module.weight.shape, module.weight.detach())
-            ways = {tokens: calibrate.dense_way(weight, module.weight.dtype, tokens) for tokens in calibrate.BUCKETS}
-            sparsity = 0.0
+            values, ways = module.values, _ways(module)
+            sparsity = 1 - int(module.row_starts[-1]) / (module.out_features * module.in_features)
+        elif isinstance(module, DenseLinear) and not module.weight.is_cuda:
+            values, sparsity = module.weight.detach(), 0.0
+            weight = Weight(*values.shape, values)
+            ways = {tokens: calibrate.dense_way(weight, values.dtype, tokens) for tokens in calibrate.BUCKETS}
         else:
             continue
-        values = str(weight.tensors[0].dtype).removeprefix("torch.")
-        found.append({"layer": name, "shape": list(weight.shape), "sparsity": sparsity, "values": values, "ways": ways})
+        shape, dtype = [module.out_features, module.in_features], str(values.dtype).removeprefix("torch.")
+        found.append({"layer": name, "shape": shape, "sparsity": sparsity, "values": dtype, "ways": ways})
     return found
+
+
+def _ways(layer: SparseLinear) -> dict[int, str]:
+    if layer.bitmask.is_cuda:
+        return gpu.ways(layer, _activations(layer))
+    return {tokens: calibrate.way(layer.packed(), _activations(layer), tokens) for tokens in calibrate.BUCKETS}
 
 
 def _activations(layer: SparseLinear) -> torch.dtype:
