@@ -7,7 +7,7 @@ from billhook.files import write_text
 from billhook.journal import Journal, loss_difference
 from billhook.knobs import KNOBS
 
-LABELS = {"kl": "KL divergence from the dense model (nats per token)", "nll": "negative log-likelihood (nats per token)"}
+LABELS = {"kl": "KL divergence from dense (nats a token)", "nll": "negative log-likelihood (nats a token)"}
 
 
 def draw(journal: Journal, objective: str, path: Path) -> bool:

@@ -75,7 +75,7 @@ def search(
     `allocator` is one name, several, or "all" (alphapruning, atp, owl, dlp); `budget` bounds the cheap trials, by number (9) or
     time ("5m"); `objective` is "kl" (divergence from the dense model) or "ppl"; `grid` tries the published values;
     `finalists` is how many of each allocator's best trials are pruned properly beside uniform; `output` is a directory for search.json,
-    plan.json, with matplotlib search.svg, and unless not `save_model` the pruned winner, model/; a search that was interrupted
+    plan.json, search.svg, and unless not `save_model` the pruned winner, model/; a search that was interrupted
     goes on from there. `progress` is given a line for each trial. Further keyword arguments are fields of `Request` (calibration,
     samples, length, criterion, pattern, seed, ...); `options` are the criterion's and the allocators'. Raises BillhookError for
     what cannot be done as asked, before anything is written.
