@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import billhook
+from billhook.analysis import WINDOWS, block_outputs, relative_error
 from billhook.checkpoint import load_tokenizer, resolve
 from billhook.corpus import documents
 from billhook.data import load_windows
@@ -113,7 +114,11 @@ def _token(
     windows = load_windows(questions.data, tokenizer, length=window, limit=questions.limit, vocab_size=vocabulary_size(model))
     dense = None if questions.against is None else _open(resolve(questions.against), questions)
     told: Callable[[int, int], None] = lambda done, total: progress(f"{done}/{total} windows")  # noqa: E731
-    return evaluate(model, windows, against=dense, batch_size=questions.batch_size, progress=told).to_dict()
+    record = evaluate(model, windows, against=dense, batch_size=questions.batch_size, progress=told).to_dict()
+    if dense is not None:
+        outputs = (block_outputs(each, windows.ids[:WINDOWS]) for each in (model, dense))
+        record["against"]["error_by_block"] = [relative_error(y, x) for y, x in zip(*outputs, strict=True)]
+    return record
 
 
 def _need(tokenizer: PreTrainedTokenizerBase | None, who: str) -> PreTrainedTokenizerBase:

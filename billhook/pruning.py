@@ -4,6 +4,7 @@ Blocks are visited in depth order; each layer's criterion sees the inputs that t
 published code of Wanda and SparseGPT.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,11 @@ Rounding = Literal["exact", "floor"]
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What was done to one layer: planned sparsity, zeros before and after, and what the criterion had to say."""
+    """What was done to one layer: planned sparsity, zeros before and after, what the criterion had to say, and what was lost.
+
+    `error` is the squared change of the layer's output as a share of its square, inputs taken as uncorrelated and as large as the
+    calibration text has them, or all as one where there was no text; None where that is not a number.
+    """
 
     layer: str
     shape: tuple[int, int]
@@ -43,6 +48,7 @@ class LayerResult:
     zeros: int
     zeros_before: int
     notes: tuple[str, ...]
+    error: float | None = None
 
     @property
     def n(self) -> int:
@@ -150,18 +156,27 @@ def _select(plan: SparsityPlan, layer: Layer, zeros: int, group: Group, rounding
 def _prune_layer(layer: Layer, stats: LayerStats, select: Select, criterion: Callable[..., Tensor], options: dict[str, Any]) -> LayerResult:
     """Apply the criterion to one layer and check that it removed what was planned."""
     weight = layer.weight
-    before = int((weight == 0).sum())
+    before, lost = int((weight == 0).sum()), 0.0
     if select.sparsity > 0:
+        squares = _input_squares(stats, weight)
         try:
             new = criterion(weight.float(), stats, select, **options)
         except BillhookError as error:
             raise type(error)(f"{layer.name}: {error}") from None
         if not torch.isfinite(new).all():
             raise JobError(f"{layer.name}: the new weights are not finite. Use another criterion for it, or leave it out with --ignore.")
+        lost = float(((new - weight).square() @ squares).sum() / (weight.float().square() @ squares).sum())
         weight.copy_(new)
     zeros = int((weight == 0).sum())
     notes = [*stats.notes, *_check_count(layer.name, select, zeros, before)]
-    return LayerResult(layer.name, layer.shape, select.sparsity, zeros, before, tuple(notes))
+    return LayerResult(layer.name, layer.shape, select.sparsity, zeros, before, tuple(notes), lost if math.isfinite(lost) else None)
+
+
+def _input_squares(stats: LayerStats, weight: Tensor) -> Tensor:
+    """The squared norm of each input over the calibration text, float32 [in]; ones where it was not looked at."""
+    if stats.gram is not None:
+        return stats.gram.diagonal().float().clone()
+    return torch.ones(weight.shape[1], device=weight.device) if stats.input_norm is None else stats.input_norm.float().square()
 
 
 def _check_count(name: str, select: Select, zeros: int, before: int) -> list[str]:

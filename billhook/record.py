@@ -128,4 +128,5 @@ def _layer_record(result: LayerResult, layer: Layer) -> dict[str, Any]:
         "index": layer.expert,
         "transposed": layer.transposed,
         "notes": list(result.notes),
+        "error": result.error,
     }

@@ -1,4 +1,4 @@
-"""Finished runs side by side.
+"""Finished runs side by side: pruned directories with evaluations in their report.json, and comparisons.
 
 Numbers are put beside each other only where they may be: the same windows (by digest), the same length, the same protocol, the same
 versions. What differs is named, and nothing is shown.
@@ -10,6 +10,8 @@ from typing import Any
 
 from billhook.comparison import RECORD, load_comparison, method
 from billhook.errors import BillhookError
+from billhook.report import load_report
+from billhook.verification import REPORT
 
 _SAME = {"protocol": "protocol", "digest": "windows (text)", "length": "length of a window", "windows": "number of windows"}
 
@@ -43,7 +45,7 @@ def _difference(found: dict[str, list[dict[str, Any]]]) -> str:
     for key, words in _SAME.items():
         if left[key] != right[key]:
             was = f"{left['source']} and {right['source']}" if key == "digest" else f"{left[key]} and {right[key]}"
-            return f"{one} and {two} cannot be compared: their {words} differ ({was}). Score both alike."
+            return f"{one} and {two} cannot be compared: their {words} differ ({was}). Score both alike with billhook eval."
     name = next(n for n in {**left["versions"], **right["versions"]} if left["versions"].get(n) != right["versions"].get(n))
     was = f"{left['versions'].get(name)} and {right['versions'].get(name)}"
     return f"{one} and {two} cannot be compared: they were scored with different versions of {name} ({was}). Score both again."
@@ -53,7 +55,9 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
     """Every scored model of a run, with what its number depends on."""
     if (folder / RECORD).is_file():
         return _of_comparison(folder)
-    raise BillhookError(f"{folder} holds no finished run: there is no {RECORD} (billhook compare).")
+    if (folder / REPORT).is_file():
+        return _of_report(folder)
+    raise BillhookError(f"{folder} holds no finished run: neither {RECORD} (billhook compare) nor {REPORT} (billhook prune).")
 
 
 def _of_comparison(folder: Path) -> list[dict[str, Any]]:
@@ -66,4 +70,18 @@ def _of_comparison(folder: Path) -> list[dict[str, Any]]:
     return [
         {**same, **{key: row[key] for key in keys}, "run": folder.name, "method": f"{method(row)}, seed {row['seed']}"}
         for row in found.cells
+    ]
+
+
+def _of_report(folder: Path) -> list[dict[str, Any]]:
+    report = load_report(folder)
+    scored = [entry for entry in report["evaluations"] if "nll" in entry]
+    if not scored:
+        raise BillhookError(f"{folder} has no evaluation in its report: score it with billhook eval {folder} --data SOURCE --report.")
+    asked = report["asked"]
+    same = {"run": folder.name, "model": report["model"]["name"], "method": f"{asked['criterion']} + {asked['allocator']}"}
+    same |= {"pattern": asked["pattern"], "sparsity": report["achieved"]["sparsity"]}
+    keys = ("protocol", "source", "digest", "windows", "length", "versions", "token_ppl", "nll")
+    return [
+        {**same, **{key: entry[key] for key in keys}, "dense_token_ppl": (entry.get("against") or {}).get("token_ppl")} for entry in scored
     ]

@@ -29,9 +29,10 @@ from billhook.checkpoint import quiet
 from billhook.errors import BillhookError, JobError
 from billhook.files import fsync, sha256, write_json
 from billhook.places import places, to_disk
+from billhook.publishing import publish
 from billhook.shards import INDEX, Entry, Shard, lay_out, layer_zeros, put, read_shard, weight_files
 from billhook.streaming import DTYPES
-from billhook.verification import RECORD, UNFINISHED
+from billhook.verification import CARD, PAGE, RECORD, REPORT, UNFINISHED
 
 _WEIGHTS = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz", ".ot", ".pkl"}
@@ -103,7 +104,7 @@ def complete(
     record: Mapping[str, Any] | None,
     texts: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Add to the weights in `folder` all other files of `source`, `texts` and, last, billhook.json; returns the checksums.
+    """Add to the weights in `folder` all other files of `source`, `texts`, billhook.json and the report; returns the checksums.
 
     The files are forced to the disk. See `save_pruned`.
     """
@@ -115,6 +116,8 @@ def complete(
     if record is not None:
         layers = _found_on_disk(model, record.get("layers", {}), folder)
         write_json(folder / RECORD, {**record, "layers": layers, "files": files})
+        if "made_by" in record:
+            publish(folder)
     _flush(folder)
     return files
 
@@ -139,7 +142,7 @@ def _found_on_disk(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
 def checksums(directory: Path) -> dict[str, str]:
     """SHA-256 of every file under `directory` except those about itself, by path relative to it, in order of name."""
     files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    return {name: sha256(directory / name) for name in files if name not in (RECORD, UNFINISHED)}
+    return {name: sha256(directory / name) for name in files if name not in (RECORD, UNFINISHED, REPORT, CARD, PAGE)}
 
 
 @contextmanager
@@ -209,7 +212,7 @@ def _copy_others(source: Path, folder: Path) -> None:
             or not path.is_file()
             or path.suffix in _WEIGHTS
             or path.name.endswith(".index.json")
-            or path.name in (RECORD, UNFINISHED)
+            or path.name in (RECORD, UNFINISHED, REPORT, PAGE)
         ):
             continue
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)

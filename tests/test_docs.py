@@ -209,6 +209,10 @@ def test_files_and_outputs_have_exactly_the_documented_fields(playground: Path) 
     check_fields("prune --dry-run --json", run("prune", model, "--sparsity", "0.5", "--criterion", "magnitude", "--dry-run"))
     check_fields("verify --json", run("verify", "pruned"))
     check_fields("eval --json", run("eval", "pruned", "--data", "stdlib:heldout", "--length", "64", "--limit", "2"))
+    scored = ["--data", "stdlib:heldout", "--length", "64", "--limit", "2", "--against", model, "--report"]
+    check_fields("eval --json", run("eval", "pruned", *scored))
+    check_fields("report.json", run("report", "pruned"))
+    check_fields("report.json", json.loads(Path("by-magnitude/report.json").read_text(encoding="utf-8")))
     grid = ["--sparsities", "0.5", "--criteria", "magnitude,wanda", "--seeds", "2", "--data", "stdlib:heldout", "--limit", "2", *TEXT]
     check_fields("compare.json", run("compare", model, *grid, "-o", "grid"))
     check_fields("compare --runs --json", run("compare", "--runs", "grid", "grid"))

@@ -44,6 +44,8 @@ def allocate(
     if pattern.structured:
         shares = _whole_groups(table, shares, pattern)
     made_by = {"allocator": allocator, "options": configured, "paper": ALLOCATORS.paper(allocator), "model": table.model}
+    read = [name for name in ALLOCATORS.needs(allocator, configured) if name in table.columns()]
+    made_by["metrics"] = {name: dict(zip(table.shapes, table.column(name), strict=True)) for name in read}
     plan = SparsityPlan(target, pattern, shares, made_by)
     plan.check(table.shapes)
     achieved = math.fsum(shares[row.layer] * row.n for row in table) / table.total

@@ -24,6 +24,7 @@ from billhook.cli import (
     plan,
     plot,
     prune,
+    report,
     search,
     unpack,
     verify,
@@ -41,7 +42,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for module in (prune, search, analyze, measure, gradients, plan, evaluate, compare, verify, pack, unpack, generate, bench, ls, demo, plot):
+_FIRST = (prune, search, analyze, measure, gradients, plan, evaluate, compare, report, verify)
+for module in (*_FIRST, pack, unpack, generate, bench, ls, demo, plot):
     app.command(module.NAME, epilog=module.EXAMPLES)(module.command)
 
 

@@ -1,5 +1,6 @@
 """`billhook eval`: perplexity by either protocol, distance from the dense model, zero-shot tasks."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -13,7 +14,7 @@ Examples:
   billhook eval ./pruned --data hub:wikitext2 --length 2048 --against ./dense
   billhook eval ./pruned --data windows.safetensors --json
   billhook eval ./pruned --tasks paper7
-  billhook eval ./pruned --tasks items.jsonl,arc_easy
+  billhook eval ./pruned --tasks items.jsonl,arc_easy --report
 """
 
 
@@ -45,6 +46,7 @@ def command(
     batch_size: BatchSize = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    report: Annotated[bool, typer.Option("--report", help="Add the result to the report and model card of the directory.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -53,12 +55,28 @@ def command(
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     questions = Questions(data, length, limit, protocol, against, names, few_shot, task_limit, batch_size, device, dtype, trust_remote_code)
+    if report:
+        _check_report(model)
     with progress("scoring") as advance:
         record = assess(model, questions, advance)
     for line in lines(record):
         say(line)
+    if report:
+        from billhook.publishing import add_evaluation
+
+        add_evaluation(Path(model), record)
+        say(f"Added to {model}/report.json, README.md and report.html.")
     if as_json:
         emit(record)
+
+
+def _check_report(model: str) -> None:
+    """Raise BillhookError, before any work, unless the directory has a report or can be given one."""
+    from billhook.errors import BillhookError
+    from billhook.verification import RECORD, REPORT
+
+    if not any((Path(model) / name).is_file() for name in (RECORD, REPORT)):
+        raise BillhookError(f"--report: {model} is no pruned directory, it has neither {REPORT} nor {RECORD}.")
 
 
 def lines(record: dict[str, Any]) -> list[str]:

@@ -1,0 +1,164 @@
+"""The report of a pruned directory: report.json, model card, page. What a browser makes of the page is in test_report_in_a_browser.py."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+import tiny
+from command import billhook, done
+
+from billhook import prune
+from billhook.card import card
+from billhook.page import page
+from billhook.report import load_report
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    tiny.save(folder / "model")
+    (folder / "model" / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\ntags:\n- x\n---\n# Mine\n")
+    tiny.text_file(folder / "text.txt", copies=60)
+    prune(
+        folder / "model",
+        sparsity=0.5,
+        allocator="owl",
+        calibration=str(folder / "text.txt"),
+        samples=4,
+        length=32,
+        output=folder / "pruned",
+    )
+    return folder
+
+
+@pytest.fixture
+def pruned(place, tmp_path):
+    return shutil.copytree(place / "pruned", tmp_path / "pruned")
+
+
+def test_the_report_counts_what_the_record_says(pruned):
+    report = load_report(pruned)
+    record = json.loads((pruned / "billhook.json").read_text())
+    assert report["achieved"]["zeros"] == sum(layer["zeros"] for layer in record["layers"].values())
+    assert [layer["layer"] for layer in report["layers"]] == list(record["layers"])
+    assert report["asked"]["allocator"] == "owl"
+    assert all("outlier_ratio:5" in layer["metrics"] for layer in report["layers"])
+    assert all(0 < layer["error"] < 1 for layer in report["layers"])
+    assert [block["block"] for block in report["blocks"]] == [0, 1, 2, 3]
+    for block in report["blocks"]:
+        rows = [layer for layer in report["layers"] if layer["block"] == block["block"]]
+        assert block["sparsity"] == sum(r["zeros"] for r in rows) / sum(r["shape"][0] * r["shape"][1] for r in rows)
+    assert report["files"]["packed_bytes_estimate"] < report["files"]["weights_bytes"] == (pruned / "model.safetensors").stat().st_size
+
+
+def test_the_card_has_metadata_that_the_hub_reads(pruned):
+    text = (pruned / "README.md").read_text()
+    head = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL).group(1)
+    assert "license: apache-2.0\nlanguage: en\n" in head
+    assert "library_name: transformers" in head
+    assert '- "wanda"' in head
+    for words in ("50.00 %", "arXiv:2306.11695", "arXiv:2310.05175", "AutoModelForCausalLM", "4 windows of 32 tokens", "## Limits"):
+        assert words in text, words
+    report = load_report(pruned)
+    report["model"] = {**report["model"], "name": "owner/name"}
+    assert 'base_model: "owner/name"' in card(report)
+
+
+def test_verify_is_not_disturbed_and_twice_gives_the_same_bytes(place, pruned):
+    prune(place / "model", sparsity=0.5, allocator="owl", calibration=str(place / "text.txt"), samples=4, length=32, output=place / "twin")
+    for name in ("report.json", "report.html", "README.md", "billhook.json"):
+        assert (place / "twin" / name).read_bytes() == (pruned / name).read_bytes(), name
+    before = (pruned / "report.html").read_bytes()
+    for name in ("report.json", "report.html", "README.md"):
+        (pruned / name).unlink()
+    assert done("verify", pruned, "--json").json["ok"]
+    done("report", pruned)
+    assert b"apache" not in before
+    assert (pruned / "report.html").read_bytes() == before
+
+
+def test_evaluations_are_added_once_and_kept(place, pruned):
+    words = ["--data", place / "text.txt", "--length", 32, "--limit", 4]
+    for _ in range(2):
+        done("eval", pruned, *words, "--against", place / "model", "--report")
+    items = pruned.parent / "items.jsonl"
+    items.write_text('{"requests": [["a", " b"], ["a", " c"]], "gold": 1}\n')
+    done("eval", pruned, "--tasks", items, "--report")
+    report = done("report", pruned, "--json").json
+    assert len(report["evaluations"]) == 2
+    assert len(report["evaluations"][0]["against"]["error_by_block"]) == 4
+    text, html = (pruned / "README.md").read_text(), (pruned / "report.html").read_text()
+    for found in (text, html):
+        assert f"{report['evaluations'][0]['token_ppl']:.4f}" in found
+        assert "token perplexity, non-overlapping windows" in found
+        assert "items, 1 items, as written in the file" in found
+    assert "model-index:" in text
+    assert "Error of each block&#39;s output" in html
+    assert done("verify", pruned, "--json").json["ok"]
+    again = done("compare", "--runs", pruned, pruned, "--json").json
+    assert again["runs"][0]["nll"] == report["evaluations"][0]["nll"]
+
+
+def test_speed_is_added_from_a_file(pruned):
+    (pruned.parent / "bench.json").write_text('{"machine": "a machine", "decode": {"dense": 10, "packed": 14}}')
+    done("report", pruned, "--speed", pruned.parent / "bench.json")
+    assert "dense: 10; packed: 14" in (pruned / "report.html").read_text()
+    done("report", pruned)
+    assert "dense: 10; packed: 14" in (pruned / "report.html").read_text()
+
+
+class Tags(HTMLParser):
+    """All tags with their attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+def test_the_page_asks_for_nothing_from_elsewhere(pruned):
+    text = (pruned / "report.html").read_text()
+    tags = Tags()
+    tags.feed(text)
+    assert not [a for _, a in tags.found if str(a.get("src", a.get("href", "data:")))[:5] != "data:"]
+    assert "http" not in re.sub(r"http-equiv", "", text)
+    assert text.count("<svg") == text.count('role="img" aria-label="')
+
+
+def test_names_cannot_break_out_of_the_page(pruned):
+    report = load_report(pruned)
+    report["model"] = {**report["model"], "name": "<script>alert(1)</script>"}
+    report["warnings"] = ["<img src=x onerror=alert(1)>"]
+    text = page(report)
+    assert "<script>alert" not in text
+    assert "<img" not in text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: [f.unlink() for f in d.glob("*.json")], "has no results to report"),
+        (lambda d: (d / "report.json").write_text("{"), "not valid json"),
+        (lambda d: (d / "report.json").write_text('{"version": 9}'), "not a report of version 1"),
+        (lambda d: (d / "report.json").write_text('{"version": 1, "asked": []}'), "is damaged"),
+        (lambda d: ((d / "report.json").unlink(), (d / "billhook.json").write_text('{"plan": {}}')), "is damaged"),
+        (lambda d: shutil.rmtree(d), "There is no directory"),
+    ],
+)
+def test_directories_without_results_are_named(pruned, spoil, message):
+    spoil(pruned)
+    before = {p.name: p.read_bytes() for p in pruned.iterdir()} if pruned.is_dir() else {}
+    ran = billhook("report", pruned)
+    assert ran.code == 2
+    assert message in ran.err
+    assert before == ({p.name: p.read_bytes() for p in pruned.iterdir()} if pruned.is_dir() else {})
+
+
+def test_a_dense_model_takes_no_evaluation(place):
+    ran = billhook("eval", place / "model", "--data", place / "text.txt", "--length", 32, "--report")
+    assert ran.code == 2
+    assert "is no pruned directory" in ran.err
