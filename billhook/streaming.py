@@ -6,7 +6,7 @@ which has shapes and no values; `resident(model, index)` brings those of one blo
 is called while it is not in memory is loaded for that call, so such a model can do whatever any other can, if slowly.
 
 Values are read, not mapped: a file that is cut off or a disk that fails is then an error and not a signal, what is in memory is
-what is counted, and a limit on memory may be set by any means. The next block is read in the background.
+what is counted, and a limit on memory may be set by any means. While a GPU computes, the next block is read in the background.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,8 +33,11 @@ _KEY = "_billhook_stream"
 
 @contextmanager
 def resident(model: PreTrainedModel, index: int, ahead: int | None = None) -> Iterator[None]:
-    """Have the parameters of block `index` in memory; block `ahead`, if there is one, is read meanwhile. Changes made to them last until
-    the end only. Nothing to do for a model that is in memory as a whole."""
+    """Have the parameters of block `index` in memory; changes made to them last until the end only.
+
+    On another device than the CPU, block `ahead` (if there is one) is read meanwhile. Nothing to do for a model that is in memory as
+    a whole.
+    """
     stream = stream_of(model)
     if stream is None:
         yield
@@ -108,7 +111,8 @@ class Stream:
         self._here.add(index)
         try:
             self.load(index)
-            if ahead is not None and 0 <= ahead < len(self.blocks) and ahead not in self._ahead:
+            on_device = self.model.device.type != "cpu"  # on a CPU, reading takes no time beside computing, only memory
+            if on_device and ahead is not None and 0 <= ahead < len(self.blocks) and ahead not in self._ahead:
                 self._ahead[ahead] = self._reader.submit(self._read, ahead)
             yield
         finally:

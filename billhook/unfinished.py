@@ -14,7 +14,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -116,8 +116,8 @@ def _short(value: Any) -> str:
 class Unfinished:
     """A locked directory in the making; `finished` notes a block, `complete` ends it."""
 
-    def __init__(self, stream: Stream, source: Path, output: Path, state: State) -> None:
-        self.stream, self.source, self.output, self.state = stream, source, output, state
+    def __init__(self, stream: Stream, source: Path, output: Path, state: State, stopping: Callable[[], bool]) -> None:
+        self.stream, self.source, self.output, self.state, self.stopping = stream, source, output, state, stopping
         self.folder = partial_folder(output)
         self.shards = [read_shard(file) for file in weight_files(source)]
         inside = {name for names in stream.names for name in names}
@@ -143,13 +143,15 @@ class Unfinished:
         self._note(digests=digests, results=self.state.results[: len(digests) - 1], files={} if kept is None else self.state.files)
 
     def finished(self, block: Block, results: Sequence[LayerResult]) -> None:
-        """Write a block and note it; from then on the model has it as it is on disk."""
+        """Write a block and note it; from then on the model has it as it is on disk. Raises KeyboardInterrupt if it was to stop here."""
         write_tensors(self.shards, self.folder, self._on_disk(block.index))
         self.stream.moved(block.index, self.folder)
         if not self._exact:
             self.stream.load(block.index)
         digest = self._digest(self.stream.names[block.index])
         self._note(digests=[*self.state.digests, digest], results=[*self.state.results, list(results)])
+        if self.state.done < self.state.blocks and self.stopping():
+            raise KeyboardInterrupt
 
     def keep(self, name: str) -> None:
         """Note a file of the folder that the blocks are made with."""
@@ -197,9 +199,18 @@ class Unfinished:
 
 @contextmanager
 def unfinished(
-    stream: Stream, source: Path, output: Path, identity: Mapping[str, Any], plan: Mapping[str, Any], *, resume: bool, overwrite: bool
+    stream: Stream,
+    source: Path,
+    output: Path,
+    identity: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    *,
+    resume: bool,
+    overwrite: bool,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[Unfinished]:
-    """Open, or continue, the directory in the making; what the body of the `with` leaves when it fails can be continued.
+    """Open, or continue, the directory in the making; what the body of the `with` leaves when it fails can be continued. It ends after a
+    block at which `stopping()` is true.
 
     Raises BillhookError where another run is at work there, or the one to continue was asked for something else; Interrupted for a run
     that was stopped, or that the disk or the memory stopped, after some blocks. Other errors would come again: they leave nothing.
@@ -216,7 +227,7 @@ def unfinished(
             _empty(folder)
             state = State(dict(identity), dict(plan), len(stream.blocks), [], [])
         compare(state.identity, identity, folder)
-        made = Unfinished(stream, source, output, state)
+        made = Unfinished(stream, source, output, state, stopping)
         made.begin()
         yield made
     except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Interrupted) as error:

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Annotated, Any, Literal
@@ -89,6 +91,27 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         raise Failure(code)
 
     return run
+
+
+@contextmanager
+def patient() -> Iterator[Callable[[], bool]]:
+    """Note the first Ctrl-C instead of stopping: yields what tells whether there was one. The second stops at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        say("Stopping when this block is finished. Ctrl-C again stops at once; what is finished is kept either way.")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def parse_settings(pairs: list[str] | None) -> dict[str, str]:

@@ -1,0 +1,113 @@
+"""Runs in copies of this process, which are killed, or whose file operations fail; what they leave is continued and compared."""
+
+import errno
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import billhook
+from billhook.errors import BillhookError
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.copyfile", "shutil.rmtree"}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def start(work: Callable[[], Any], said: Path) -> int:
+    """Do `work` in a copy of this process; returns its number. It ends with 0, 1 for a failed job, 2 for a mistake, 3 for a bug."""
+    child = os.fork()
+    if child:
+        return child
+    code, text = 0, ""
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        work()
+    except BillhookError as error:
+        code, text = error.exit_code, str(error)
+    except KeyboardInterrupt:
+        code, text = 1, "stopped"
+    except OSError as error:
+        code, text = 1, str(error)
+    except BaseException:
+        code, text = 3, traceback.format_exc()
+    finally:
+        try:
+            said.write_text(text)
+        finally:
+            os._exit(code)
+
+
+def wait(child: int) -> int:
+    """The exit code of a copy, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def pruning(source: Path, output: Path, **fields: Any) -> Callable[[], Any]:
+    """The work of the trials."""
+    return lambda: billhook.prune(source, output=output, **fields)
+
+
+class Operations:
+    """Counts the operations on files of this process, and lets something happen before number `at` (from 1)."""
+
+    def __init__(self, at: int = 0, happen: Callable[[str, Any], None] | None = None) -> None:
+        self.count, self.at, self.happen, self.names = 0, at, happen, list[str]()
+
+    def install(self) -> "Operations":
+        """From now on, for as long as the process lives."""
+        sys.addaudithook(self._audit)
+        for name in ("pwrite", "fsync", "posix_fallocate", "ftruncate"):
+            setattr(os, name, self._counted(name, getattr(os, name)))
+        return self
+
+    def _audit(self, event: str, args: tuple[Any, ...]) -> None:
+        if event in EVENTS or (event == "open" and isinstance(args[2], int) and args[2] & WRITING):
+            self._one(event, None)
+
+    def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            self._one(name, args)
+            return real(*args)
+
+        return counted
+
+    def _one(self, name: str, args: Any) -> None:
+        self.count += 1
+        self.names.append(name)
+        if self.count == self.at and self.happen is not None:
+            self.happen(name, args)
+
+
+REAL_PWRITE = os.pwrite
+
+
+def kill(name: str, args: Any) -> None:
+    """Die before the operation."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(10)
+
+
+def tear(name: str, args: Any) -> None:
+    """Die in the middle of a write."""
+    if name == "pwrite":
+        REAL_PWRITE(args[0], bytes(args[1])[: len(args[1]) // 2], args[2])
+    kill(name, args)
+
+
+def full(name: str, args: Any) -> None:
+    """Fail as on a full disk."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def broken(name: str, args: Any) -> None:
+    """Fail as on a broken disk."""
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
