@@ -127,6 +127,14 @@ def test_an_infinite_weight_does_not_reach_its_neighbours(triton: None):
         assert y.isinf().tolist() == [False, True, False, True, False, False], way
 
 
+def test_what_stands_behind_the_last_value_does_not_matter(triton: None):
+    W, x = pruned(5, 270, 0.5, torch.float32), torch.randn(1, 270)
+    weight = weight_of(W)
+    weight.values[int((W != 0).sum()) :] = torch.nan
+    for way in ("matvec-4x4", "matmat-16x4", "expand"):
+        assert difference(multiply(weight, x, None, way), x.double() @ W.double().T) < 1e-6, way
+
+
 @pytest.mark.parametrize("group", [None, 64, 128])
 @pytest.mark.parametrize("kernels", [True, False])
 def test_int8_values_are_scaled(request: pytest.FixtureRequest, group: int | None, kernels: bool):

@@ -35,8 +35,8 @@ def missing(device: torch.device | str = "cuda") -> str | None:
         return "torch sees no CUDA device: packed layers run on the CPU."
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: packed layers are expanded on every call, no faster than dense ones. `pip install triton` helps."
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "The card is older than compute capability 8.0: packed layers are expanded on every call, no faster than dense ones."
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
+        return "The card is no NVIDIA card of compute capability 8.0: packed layers are expanded on every call, no faster than dense ones."
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton needs a GPU (or TRITON_INTERPRET=1, to test)."
     return None
