@@ -25,6 +25,7 @@ from billhook.options import split_options
 from billhook.plan import Pattern, SparsityPlan, load_plan
 from billhook.pruning import LayerResult, prune_
 from billhook.record import Job, Report, gradient_of, record
+from billhook.refine import Refine
 from billhook.request import Opened, Request, calibration_facts, identity, open_request
 from billhook.runtime.packing import pack
 from billhook.save import check_output, save_pruned
@@ -61,6 +62,7 @@ def prepare(request: Request, progress: Callable[[str], None] = lambda layer: No
     needed = () if plan or table else ALLOCATORS.needs(request.allocator, allocator_options)
     needs, gradients = CRITERIA.needs(request.criterion, criterion_options), _given_gradients(request, criterion_options)
     needs_text = any(gradients is None or name not in OF_GRADIENTS for name in needs) or any(fact(name).needs_text for name in needed)
+    needs_text = needs_text or request.refine != "none"
     request, packed = _beside(request)
     who = f"Pruning with {request.criterion} and {request.allocator}"
     opened = open_request(request, needs_text, who, streamed=request.output is not None)
@@ -114,11 +116,11 @@ def _given_gradients(request: Request, options: Mapping[str, Any]) -> Gradients 
     return request.gradients if isinstance(request.gradients, Gradients) else open_gradients(Path(request.gradients))
 
 
-def run(job: Job, progress: Callable[[str], None] = lambda layer: None) -> Report:
+def run(job: Job, progress: Callable[[str], None] = lambda layer: None, stopping: Callable[[], bool] = lambda: False) -> Report:
     """Apply a prepared job: prune, check, write.
 
-    A model directory is pruned block by block into the output (`billhook.unfinished`), a model in memory in place. Raises JobError, and
-    Interrupted where the run can be continued.
+    A model directory is pruned block by block into the output (`billhook.unfinished`), a model in memory in place. The run ends after a
+    block at which `stopping()` is true. Raises JobError, and Interrupted where the run can be continued.
     """
     start = time.perf_counter()
     request, opened = job.request, job.opened
@@ -131,9 +133,8 @@ def run(job: Job, progress: Callable[[str], None] = lambda layer: None) -> Repor
             output, notes = saved.path, [saved.note] if saved.note else []
     else:
         output = Path(request.output).expanduser().resolve()
-        with unfinished(
-            stream, opened.source, output, job.identity, job.plan.to_json(), resume=request.resume, overwrite=request.overwrite
-        ) as place:
+        may = {"resume": request.resume, "overwrite": request.overwrite}
+        with unfinished(stream, opened.source, output, job.identity, job.plan.to_json(), **may, stopping=stopping) as place:
             before = [result for results in place.state.results for result in results]
             for result in before:
                 progress(result.layer)
@@ -170,6 +171,7 @@ def _prune(job: Job, progress: Callable[[str], None], place: Unfinished | None =
         gradients=job.gradients,
         progress=progress,
         spill_gib=request.spill_gib,
+        refine=None if request.refine == "none" else Refine(everything=request.refine == "blocks+norms", seed=request.seed),
         **where,
         **job.criterion_options,
     )

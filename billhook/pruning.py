@@ -27,6 +27,7 @@ from billhook.hidden import SPILL_GIB
 from billhook.masks import Select
 from billhook.perplexity import vocabulary_size
 from billhook.plan import SparsityPlan
+from billhook.refine import Refine, Refinery
 from billhook.stats import GRADIENTS, STATISTICS, LayerStats
 from billhook.walk import Block, Progress, walk
 
@@ -75,6 +76,7 @@ def prune_(
     start: int = 0,
     finished: Callable[[Block, list[LayerResult]], None] = lambda block, results: None,
     spill_gib: float = SPILL_GIB,
+    refine: Refine | None = None,
     **options: Any,
 ) -> list[LayerResult]:
     """Remove weights in place as `plan` says.
@@ -82,7 +84,8 @@ def prune_(
     `batches` are token ids [batch, length] int64 (one tensor: one batch), needed by every criterion but magnitude; `layers` are
     the layers the plan is for (all prunable ones by default); `group` overrides the criterion's comparison group; `gradients` are
     those of the dense model for a criterion that reads them (computed first if not given); `start` is the first block to prune, those
-    before it being pruned already; `finished` is called after each block; `options` are the criterion's own.
+    before it being pruned already; `finished` is called after each block; `refine` tunes what is left of each block once it is pruned;
+    `options` are the criterion's own.
     Raises BillhookError before anything changes if plan, criterion, gradients or options do not fit, JobError if the zeros made
     are not the zeros planned or activations are not finite.
     """
@@ -93,15 +96,19 @@ def prune_(
     observed = tuple(name for name in needs if name in STATISTICS)
     gradient = next((name for name in needs if name in GRADIENTS), None)
     plan.check(shapes)
-    reads_text = observed or (gradient and gradients is None)
+    reads_text = observed or (gradient and gradients is None) or refine
     batches = as_batches(batches, vocabulary_size(model)) if reads_text else []
     if reads_text and not batches:
-        raise BillhookError(f"The criterion {criterion} looks at activations: give text with --calibration SOURCE.")
+        who = "--refine" if refine else f"The criterion {criterion}"
+        raise BillhookError(f"{who} looks at activations: give text with --calibration SOURCE.")
+    refinery = None if refine is None else Refinery(refine, start, spill_gib)
     zeros: dict[str, int] = plan.zeros(shapes)
     results: list[LayerResult] = []
     with _open_gradients(model, batches, gradient, gradients, layers, progress) as found:
-        for block in walk(model, batches if observed else (), observed, start=start, spill_gib=spill_gib):
-            done = []
+        for block in walk(model, batches if observed or refine else (), observed, start=start, spill_gib=spill_gib):
+            done: list[LayerResult] = []
+            if refinery is not None:
+                refinery.note(block)
             for layer in block.layers:
                 if layer.name not in shapes:
                     continue
@@ -113,8 +120,23 @@ def prune_(
                     function, stats = magnitude, LayerStats(0, 0, notes=[f"{unseen}: pruned by magnitude"])
                 done.append(_prune_layer(layer, stats, select, function, {} if function is magnitude else configured))
                 progress(layer.name)
+            if refinery is not None:
+                done = _refine(refinery, block, done)
             finished(block, done)
             results += done
+    return results
+
+
+def _refine(refinery: Refinery, block: Block, done: Sequence[LayerResult]) -> list[LayerResult]:
+    """Tune a pruned block in place; the results with zeros counted again and, at its first layer, what became of the loss."""
+    refined = refinery.refine_(block)
+    weights = {layer.name: layer.weight for layer in block.layers}
+    results = []
+    for result in done:
+        zeros = int((weights[result.layer] == 0).sum())
+        if zeros < result.zeros:
+            raise JobError(f"{result.layer}: tuning brought {result.zeros - zeros} removed weights back. The result is not saved.")
+        results.append(replace(result, zeros=zeros, notes=(*result.notes, *([refined] if result is done[0] else []))))
     return results
 
 

@@ -87,6 +87,7 @@ def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
             "criterion_options": job.criterion_options,
             "group": request.group or CRITERIA.group(request.criterion),
             "rounding": request.rounding,
+            "refine": request.refine,
             "seed": request.seed,
             "dtype": request.dtype,
             "device": request.device,

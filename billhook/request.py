@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -24,6 +24,7 @@ from billhook.hidden import SPILL_GIB
 from billhook.perplexity import check_length, context_length, vocabulary_size
 from billhook.plan import SparsityPlan
 from billhook.pruning import Group, Rounding
+from billhook.refine import Refining
 from billhook.save import check_output, mismatch
 from billhook.shards import read_shard
 from billhook.streaming import open_streamed, resident
@@ -58,6 +59,7 @@ class Request:
     ignore: str | Sequence[str] = ()
     group: Group | None = None
     rounding: Rounding = "exact"
+    refine: Refining = "none"
     device: str = "cpu"
     dtype: str = "auto"
     overwrite: bool = False
@@ -109,6 +111,8 @@ def open_request(request: Request, needs_text: bool, who: str, *, streamed: bool
 def _check_words(request: Request) -> None:
     if request.group not in (None, "row", "layer") or request.rounding not in ("exact", "floor"):
         raise BillhookError(f"group={request.group!r} must be row or layer, rounding={request.rounding!r} must be exact or floor.")
+    if request.refine not in get_args(Refining):
+        raise BillhookError(f"refine={request.refine!r} must be one of {', '.join(get_args(Refining))}.")
     if request.batch_size is not None and request.batch_size < 1:
         raise BillhookError(f"The batch size must be at least 1, got {request.batch_size}.")
 
@@ -204,7 +208,7 @@ def identity(
     `options` are all those of the methods, `plan` and `table` those that were given.
     """
     given = {"plan": None if plan is None else plan.to_json(), "table": None if table is None else asdict(table)}
-    same = ("sparsity", "pattern", "allocator", "criterion", "group", "rounding", "seed", "dtype", "device")
+    same = ("sparsity", "pattern", "allocator", "criterion", "group", "rounding", "refine", "seed", "dtype", "device")
     return {
         "version": f"{VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
         "model": opened.facts["digest"],

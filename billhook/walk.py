@@ -36,7 +36,8 @@ class Call:
 class Block:
     """One transformer block, its prunable layers, its inputs and its layers' statistics.
 
-    `inputs` is one tensor [batch, length, width] a batch, there until the loop goes on to the next block.
+    `inputs` is one tensor [batch, length, width] a batch, there until the loop goes on to the next block; `calls` are the other
+    arguments of each batch's call.
     """
 
     index: int
@@ -45,6 +46,7 @@ class Block:
     layers: list[Layer]
     inputs: Sequence[Tensor] | States
     stats: dict[str, LayerStats]
+    calls: Sequence[Call] = ()
 
 
 @torch.no_grad()
@@ -111,8 +113,9 @@ def _walk(
             if index >= start:
                 layers = by_block.get(index, [])
                 observer = _Observer(layers, statistics, wanted=dense)
-                outputs = _observe(block, hidden, [call[index] for call in calls], observer, dense, spill_gib)
-                yield Block(index, f"{name}.{index}", block, layers, hidden, observer.stats())
+                own = [call[index] for call in calls]
+                outputs = _observe(block, hidden, own, observer, dense, spill_gib)
+                yield Block(index, f"{name}.{index}", block, layers, hidden, observer.stats(), own)
             if index + 1 < len(blocks):
                 if outputs is hidden:
                     for i, call in enumerate(calls):  # in place, so that inputs and outputs of a block are not all held at once

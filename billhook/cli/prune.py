@@ -23,6 +23,7 @@ from billhook.cli.common import (
     emit,
     guarded,
     parse_settings,
+    patient,
     progress,
     say,
     table,
@@ -66,6 +67,9 @@ def command(
     rounding: Annotated[
         Literal["exact", "floor"], typer.Option(help="exact meets the budget; floor counts as the published code does.")
     ] = "exact",
+    refine: Annotated[
+        Literal["none", "blocks", "blocks+norms"], typer.Option(help="Tune what is left of each block (and its norms and biases).")
+    ] = "none",
     calibration: Calibration = None,
     samples: Samples = 128,
     length: Length = None,
@@ -100,7 +104,7 @@ def command(
         model=model, sparsity=sparsity, output=output, criterion=criterion, allocator=allocator or "uniform", pattern=pattern,
         options=options, plan=plan, table=table_file, gradients=gradients, calibration=calibration, samples=samples, length=length,
         sampling=sampling, batch_size=batch_size, seed=seed, targets=targets or (), ignore=ignore or (), group=group,
-        rounding=rounding, device=device, dtype=dtype, overwrite=overwrite, resume=resume, spill_gib=spill_gib, pack=pack,
+        rounding=rounding, refine=refine, device=device, dtype=dtype, overwrite=overwrite, resume=resume, spill_gib=spill_gib, pack=pack,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     with progress("measuring") as advance:
@@ -108,8 +112,8 @@ def command(
     if dry_run:
         _show(job, as_json)
         return
-    with progress("pruning", total=job.steps) as advance:
-        report = run(job, advance)
+    with progress("pruning", total=job.steps) as advance, patient() as stopping:
+        report = run(job, advance, stopping)
     for warning in report.warnings:
         say(f"note: {warning}")
     say(f"{report.output}: {report.sparsity:.4%} of {sum(x.n for x in report.layers):,} weights removed in {report.seconds:.1f} s.")

@@ -1,0 +1,263 @@
+"""Tune what is left of a pruned block, the zeros fixed, so that its outputs come near those of the dense block.
+
+The loss is the mean squared difference of the block's outputs, for the inputs that the pruned blocks before it produce, relative to the
+mean square of the targets. Targets are the outputs of the dense block for the dense model's own inputs (`mix` = 1, which also makes up
+for what went wrong before), for the pruned ones (0), or their mean weighted so. Adam on minibatches of windows, a cosine from `rate` to
+zero; one window in eight is held out, the weights of the epoch with the least loss there are kept, and `PATIENCE` epochs without
+a new least end it. A block whose held-out loss did not fall, in the model's own type, gets back the weights it had.
+
+Wanda++ (arXiv:2503.04992) and EBFT (arXiv:2402.12419) tune blocks so. In memory: one block four times in float32, its inputs and its
+targets. It does not look past its block, and it needs a few thousand tokens: with less it fits the text rather than the block.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from billhook.arch import Layer
+from billhook.errors import BillhookError, JobError
+from billhook.hidden import SPILL_GIB, States
+from billhook.walk import Block, Call, run_block
+
+Refining = Literal["none", "blocks", "blocks+norms"]
+HELD_OUT = 8  # one window of so many
+LEAST = 8  # windows
+PATIENCE = 4
+_WINDOWS = 4  # in a step
+
+
+@dataclass(frozen=True)
+class Refine:
+    """How blocks are tuned. `everything` also tunes the parameters of one dimension: norms and biases.
+
+    Raises BillhookError for values out of range.
+    """
+
+    epochs: int = 20
+    rate: float = 1e-3
+    mix: float = 1.0
+    everything: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or not 0 < self.rate < math.inf or not 0 <= self.mix <= 1:
+            values = f"epochs={self.epochs} must be at least 1, rate={self.rate:g} above 0 and mix={self.mix:g} in [0, 1]"
+            raise BillhookError(f"refine: {values}.")
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The relative loss on the held-out windows before and after (equal where the block got its weights back), and the epochs made."""
+
+    before: float
+    after: float
+    epochs: int
+
+
+class Refinery:
+    """Tunes the blocks of one walk in order: `note(block)` while a block is still dense, `refine_(block)` once it is pruned."""
+
+    def __init__(self, options: Refine, start: int = 0, spill_gib: float = SPILL_GIB) -> None:
+        """`start` is the first block that is noted; BillhookError where targets from the dense model cannot be known there."""
+        if start > 0 and options.mix > 0:
+            raise BillhookError("A run that refines towards the dense model cannot go on in the middle: start it again with --overwrite.")
+        self.options = options
+        self._spill = spill_gib
+        self._dense: States | None = None  # what enters the block in the dense model
+        self._targets = States(0)
+
+    @torch.no_grad()
+    def note(self, block: Block) -> None:
+        """Keep the outputs that the block, still dense, should have."""
+        mix, first = self.options.mix, self._dense is None
+        dense, self._targets = States(self._spill) if first else self._dense, States(self._spill)
+        assert dense is not None
+        for index, (inputs, call) in enumerate(zip(block.inputs, block.calls, strict=True)):
+            target = run_block(block.module, inputs, call) if mix < 1 or first else None
+            if mix > 0:
+                own = target if first else run_block(block.module, dense[index], call)
+                assert own is not None
+                if first:
+                    dense.append(own)
+                else:
+                    dense[index] = own
+                target = own if target is None else torch.lerp(target, own, mix)
+            assert target is not None
+            self._targets.append(target)
+        self._dense = dense if mix > 0 else None
+
+    def refine_(self, block: Block) -> str:
+        """Tune the block in place and say what came of it; with fewer than `LEAST` windows it stays as it was."""
+        windows = sum(len(h) for h in self._targets)
+        if windows < LEAST:
+            return f"block {block.index} is not refined: {windows} calibration windows are fewer than {LEAST}"
+        data = Data(block.inputs, self._targets, block.calls)
+        done = refine_block_(block.module, data, tunable(block.module, block.layers, self.options.everything), self.options, block.index)
+        return f"block {block.index} refined: loss {done.before:.4g} -> {done.after:.4g} on held-out windows after {done.epochs} epochs"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs and targets of a block, [windows, tokens, width] a batch, and the arguments of each batch's call."""
+
+    inputs: Sequence[Tensor] | States
+    targets: Sequence[Tensor] | States
+    calls: Sequence[Call]
+
+    def sizes(self) -> list[int]:
+        """Windows in each batch."""
+        return [len(h) for h in self.targets]
+
+    def loss(self, module: nn.Module, piece: "Piece") -> Tensor:
+        """The squared difference over the squared targets of some windows of one batch, in float32."""
+        batch, rows = piece
+        index = torch.tensor(rows)
+        inputs, targets = self.inputs[batch], self.targets[batch]
+        call = _part(self.calls[batch], index, len(inputs), next(module.parameters()).dtype)
+        targets = targets[index].float()
+        outputs = run_block(module, inputs[index].to(next(module.parameters()).dtype), call).float()
+        return (outputs - targets).square().sum() / targets.square().sum().clamp_min(1e-30)
+
+
+Piece = tuple[int, list[int]]  # a batch, and windows in it
+
+
+def tunable(module: nn.Module, layers: Sequence[Layer], everything: bool) -> list[nn.Parameter]:
+    """The parameters of a block that are tuned: those of its prunable `layers`, and with `everything` all of one dimension."""
+    found = {id(p): p for layer in layers if isinstance(p := getattr(layer.module, layer.parameter), nn.Parameter)}
+    found |= {id(p): p for p in module.parameters() if everything and p.ndim == 1}
+    return list(found.values())
+
+
+def refine_block_(module: nn.Module, data: Data, parameters: Sequence[nn.Parameter], options: Refine, index: int = 0) -> Refined:
+    """Tune `parameters` of the block in place, their zeros fixed; raises JobError when the loss is not finite at the start.
+
+    Same data and seed, same bytes. The whole block is float32 meanwhile; the last comparison is made in its own type.
+    """
+    train, held = _split(data.sizes())
+    before = _mean_loss(module, data, held)
+    if not math.isfinite(before):
+        raise JobError("The outputs of a block to be refined are not finite. Use another --dtype, or leave --refine out.")
+    old = [p.detach().clone() for p in parameters]
+    with _in_float32(module):
+        best, epochs = _descend(module, data, parameters, (train, held), options, index)
+    for p, value in zip(parameters, best, strict=True):
+        p.data.copy_(value)
+    after = _mean_loss(module, data, held)
+    if after < before:
+        return Refined(before, after, epochs)
+    for p, value in zip(parameters, old, strict=True):
+        p.data.copy_(value)
+    return Refined(before, before, epochs)
+
+
+def _descend(
+    module: nn.Module, data: Data, parameters: Sequence[nn.Parameter], split: tuple[list[Piece], list[Piece]], options: Refine, index: int
+) -> tuple[list[Tensor], int]:
+    """Adam with early stopping; the values of least held-out loss and the number of epochs."""
+    train, held = split
+    random = torch.Generator().manual_seed(1000 * options.seed + index)
+    masks = [p.detach() != 0 if p.ndim > 1 else torch.ones_like(p, dtype=torch.bool) for p in parameters]
+    best, least, bad = [p.detach().clone() for p in parameters], _mean_loss(module, data, held), 0
+    adam = torch.optim.Adam(parameters, lr=options.rate)
+    steps, step = options.epochs * len(_minibatches(train, torch.Generator())), 0
+    for epoch in range(1, options.epochs + 1):  # noqa: B007
+        for pieces in _minibatches(train, random):
+            adam.param_groups[0]["lr"] = options.rate * (1 + math.cos(math.pi * step / steps)) / 2
+            step += 1
+            adam.zero_grad()
+            windows = sum(len(rows) for _, rows in pieces)
+            with torch.enable_grad(), _requiring(module, parameters):
+                for piece in pieces:
+                    (data.loss(module, piece) * (len(piece[1]) / windows)).backward()
+            for p, mask in zip(parameters, masks, strict=True):
+                if p.grad is not None:
+                    p.grad.mul_(mask)  # Adam never moves what never had a gradient
+            adam.step()
+        loss = _mean_loss(module, data, held)
+        bad = 0 if loss < least else bad + 1
+        if loss < least:
+            best, least = [p.detach().clone() for p in parameters], loss
+        if bad == PATIENCE:
+            break
+    adam.zero_grad()
+    return best, epoch
+
+
+def _split(sizes: Sequence[int]) -> tuple[list[Piece], list[Piece]]:
+    """Windows to learn from and windows held out, every eighth."""
+    numbers = [(b, r) for b, size in enumerate(sizes) for r in range(size)]
+    parts: tuple[dict[int, list[int]], dict[int, list[int]]] = ({}, {})
+    for number, (b, r) in enumerate(numbers):
+        parts[number % HELD_OUT == HELD_OUT // 2].setdefault(b, []).append(r)
+    train, held = (list(part.items()) for part in parts)
+    return train, held
+
+
+def _minibatches(train: Sequence[Piece], random: torch.Generator) -> list[list[Piece]]:
+    """Every window once, in random order, in steps of `_WINDOWS` or a few more; a piece is of one batch."""
+    pieces = []
+    for number in torch.randperm(len(train), generator=random).tolist():
+        batch, rows = train[number]
+        order = [rows[i] for i in torch.randperm(len(rows), generator=random).tolist()]
+        pieces += [(batch, order[i : i + _WINDOWS]) for i in range(0, len(order), _WINDOWS)]
+    steps: list[list[Piece]] = [[]]
+    for piece in pieces:
+        if sum(len(rows) for _, rows in steps[-1]) >= _WINDOWS:
+            steps.append([])
+        steps[-1].append(piece)
+    return steps
+
+
+@torch.no_grad()
+def _mean_loss(module: nn.Module, data: Data, pieces: Sequence[Piece]) -> float:
+    """The mean loss over windows, one at a time."""
+    losses = [float(data.loss(module, (batch, [row]))) for batch, rows in pieces for row in rows]
+    return math.fsum(losses) / len(losses)
+
+
+def _part(call: Call, index: Tensor, size: int, dtype: torch.dtype) -> Call:
+    """The arguments for the windows `index` of a batch of `size`; floating point ones in `dtype`."""
+
+    def part(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            value = value[index] if value.ndim > 1 and len(value) == size > 1 else value
+            return value.to(dtype) if value.is_floating_point() else value
+        if isinstance(value, tuple):
+            return tuple(part(v) for v in value)
+        return value
+
+    return Call(tuple(part(a) for a in call.args), {key: part(value) for key, value in call.kwargs.items()})
+
+
+@contextmanager
+def _in_float32(module: nn.Module) -> Iterator[None]:
+    """Let a block be float32, and put its parameters' own values, type and memory back afterwards."""
+    own = [(p, p.data) for p in module.parameters() if p.is_floating_point() and p.dtype != torch.float32]
+    for p, value in own:
+        p.data = value.float()
+    try:
+        yield
+    finally:
+        for p, value in own:
+            p.data = value
+
+
+@contextmanager
+def _requiring(module: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let gradients reach `parameters` alone."""
+    before = [(p, p.requires_grad) for p in module.parameters()]
+    for p, _ in before:
+        p.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, flag in before:
+            p.requires_grad_(flag)

@@ -1,0 +1,98 @@
+"""Tuning what is left of pruned blocks: never worse, zeros fixed, the same twice, and what it says where it cannot help."""
+
+import pytest
+import tiny
+import torch
+
+from billhook import allocate, measure
+from billhook.arch import find_layers
+from billhook.errors import BillhookError
+from billhook.pruning import LayerResult, prune_
+from billhook.refine import Data, Refine, refine_block_, tunable
+from billhook.walk import walk
+
+
+def text(windows: int = 16) -> list[torch.Tensor]:
+    return list(torch.randint(0, 258, (windows, 24), generator=torch.Generator().manual_seed(0)).split(5))
+
+
+def pruned(refine: Refine | None, windows: int = 16, build=tiny.llama, **options) -> tuple[torch.nn.Module, list[LayerResult]]:
+    model = build()
+    return model, prune_(model, allocate(measure(model, []), 0.6), batches=text(windows), refine=refine, **options)
+
+
+def error(model: torch.nn.Module, build=tiny.llama) -> float:
+    """Mean squared difference of the logits from the dense model's on other text."""
+    ids = torch.randint(0, 258, (4, 24), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        return float((model(ids).logits - build()(ids).logits).square().mean())
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5, 1.0])
+def test_outputs_come_nearer_and_zeros_stay(mix: float) -> None:
+    plain, before = pruned(None)
+    model, after = pruned(Refine(epochs=4, mix=mix))
+    assert error(model) < error(plain)
+    assert [r.zeros for r in before] == [r.zeros for r in after]
+    for one, other in zip(find_layers(plain), find_layers(model), strict=True):
+        assert one.block > 0 or torch.equal(one.weight == 0, other.weight == 0)
+    notes = [note for result in after for note in result.notes]
+    assert len(notes) == 4
+    for note in notes:
+        first, last = note.split("loss ")[1].split(" on ")[0].split(" -> ")
+        assert float(last) < float(first)
+
+
+def test_the_same_twice_and_not_with_another_seed() -> None:
+    weights = [pruned(Refine(epochs=2, seed=seed))[0].state_dict() for seed in (0, 0, 1)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_is_only_replaced_by_a_better_one(dtype: torch.dtype) -> None:
+    model = tiny.llama().to(dtype)
+    for block in walk(model, text(), dense=True):
+        targets = [torch.randn(h.shape, generator=torch.Generator().manual_seed(i)) for i, h in enumerate(block.inputs)]
+        before = {name: value.clone() for name, value in block.module.state_dict().items()}
+        parameters = tunable(block.module, block.layers, True)
+        # noise has nothing to be learnt, and a rate of 1 spoils any block
+        result = refine_block_(block.module, Data(block.inputs, targets, block.calls), parameters, Refine(epochs=2, rate=1.0))
+        assert result.after == result.before
+        assert all(torch.equal(value, before[name]) for name, value in block.module.state_dict().items())
+        assert not any(p.requires_grad is False or p.grad is not None for p in block.module.parameters())
+        break
+
+
+def test_norms_are_tuned_only_if_asked() -> None:
+    dense = tiny.llama().state_dict()
+    for everything in (False, True):
+        model, _ = pruned(Refine(epochs=2, everything=everything))
+        changed = [name for name, value in model.state_dict().items() if "norm" in name and not torch.equal(value, dense[name])]
+        assert bool(changed) == everything
+        assert "model.norm.weight" not in changed
+
+
+def test_experts_and_few_windows() -> None:
+    model, results = pruned(Refine(epochs=1), build=tiny.mixtral)
+    assert error(model, tiny.mixtral) < error(pruned(None, build=tiny.mixtral)[0], tiny.mixtral)
+    few, results = pruned(Refine(epochs=1), windows=7)
+    assert "7 calibration windows are fewer than 8" in results[0].notes[0]
+    assert all(torch.equal(a, b) for a, b in zip(few.state_dict().values(), pruned(None, windows=7)[0].state_dict().values(), strict=True))
+
+
+def test_states_on_disk_give_the_same() -> None:
+    one, other = (pruned(Refine(epochs=1), spill_gib=limit)[0].state_dict() for limit in (8.0, 0.0))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"rate": 0.0}, {"mix": 1.5}])
+def test_options_out_of_range(options: dict[str, float]) -> None:
+    with pytest.raises(BillhookError, match="refine"):
+        Refine(**options)
+
+
+def test_text_is_needed() -> None:
+    model = tiny.llama()
+    with pytest.raises(BillhookError, match="--refine looks at activations"):
+        prune_(model, allocate(measure(model, []), 0.6), criterion="magnitude", refine=Refine())
