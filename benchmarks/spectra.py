@@ -1,16 +1,20 @@
 """Time `alpha_peak` of single layers: Billhook against the published procedure, interleaved in one run.
 
     python benchmarks/spectra.py                                   the layers of a Llama block 1024 wide, MLP 2816
+    python benchmarks/spectra.py --block 7b --repeats 1 --total-only   the seven layers of LLaMA-7B's block: minutes
     python benchmarks/spectra.py --shape 4096x4096 --shape 4096x11008 --repeats 1
 
 The published procedure (in published.py): float32 singular values, then a Python loop over cut points. The
 matrices are random with a heavy-tailed spectrum: Gaussian with rows and columns scaled by power laws. Times are the best of the
-repeats: `_s` is wall clock, `_cpu_s` processor time, which other busy processes disturb less. Where two bins of the histogram tie,
+repeats: `_s` is wall clock, `_cpu_s` processor time, which other busy processes disturb less; `_mib` is the largest resident memory
+above that before the call. Where two bins of the histogram tie,
 the published choice hangs on float32 rounding and alpha may differ by some per cent; the last column shows it.
 """
 
 import argparse
 import json
+import resource
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +27,10 @@ from torch import Tensor
 from billhook.spectra import measure_spectra
 
 T = TypeVar("T")
-LLAMA_1024 = ["1024x1024"] * 4 + ["2816x1024"] * 2 + ["1024x2816"]
+BLOCKS = {
+    "1024": ["1024x1024"] * 4 + ["2816x1024"] * 2 + ["1024x2816"],
+    "7b": ["4096x4096"] * 4 + ["11008x4096"] * 2 + ["4096x11008"],
+}
 
 
 def heavy_tailed(shape: str, seed: int) -> Tensor:
@@ -49,27 +56,46 @@ class Sample:
         return rows, columns
 
 
-Times = tuple[float, float]  # seconds of wall clock, seconds of processor
+Cost = tuple[float, float, float]  # seconds of wall clock, seconds of processor, MiB
 
 
-def timed(function: Callable[[], T]) -> tuple[T, Times]:
-    """What `function` returns, and how long it took."""
+def resident() -> float:
+    """MiB of this process in memory."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def timed(function: Callable[[], T]) -> tuple[T, Cost]:
+    """What `function` returns, and what it cost; memory is looked at every 10 ms."""
+    before = highest = resident()
+    ended = threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not ended.wait(0.01):
+            highest = max(highest, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     wall, cpu = time.perf_counter(), time.process_time()
     value = function()
-    return value, (time.perf_counter() - wall, time.process_time() - cpu)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    ended.set()
+    watcher.join()
+    return value, (wall, cpu, highest - before)
 
 
 def compare(weights: dict[str, Tensor], repeats: int) -> dict[str, float]:
     """Both procedures over the same layers, alternating; the best times of each and the largest relative difference of alpha."""
     samples = [Sample(name, W) for name, W in weights.items()]
-    theirs: list[Times] = []
-    ours: list[Times] = []
+    theirs: list[Cost] = []
+    ours: list[Cost] = []
     for _ in range(repeats):
         expected, spent = timed(lambda: {name: published_alpha_peak(W) for name, W in weights.items()})
         theirs.append(spent)
         got, spent = timed(lambda: measure_spectra(samples, ["alpha_peak"]))
         ours.append(spent)
-    (old, old_cpu), (new, new_cpu) = (tuple(map(min, zip(*times, strict=True))) for times in (theirs, ours))
+    (old, old_cpu, _), (new, new_cpu, _) = (tuple(map(min, zip(*costs, strict=True))) for costs in (theirs, ours))
     difference = max(abs(got[name]["alpha_peak"] / expected[name] - 1) for name in weights)
     return {
         "published_s": old,
@@ -78,6 +104,8 @@ def compare(weights: dict[str, Tensor], repeats: int) -> dict[str, float]:
         "published_cpu_s": old_cpu,
         "billhook_cpu_s": new_cpu,
         "cpu_ratio": old_cpu / new_cpu,
+        "published_mib": max(mib for _, _, mib in theirs),
+        "billhook_mib": max(mib for _, _, mib in ours),
         "alpha_relative_difference": difference,
     }
 
@@ -85,14 +113,15 @@ def compare(weights: dict[str, Tensor], repeats: int) -> dict[str, float]:
 def main() -> None:
     """Print one line a layer and one for all of them, or with --json one object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", action="append", metavar="OUTxIN", help="repeatable; default: the seven layers of a block")
+    parser.add_argument("--shape", action="append", metavar="OUTxIN", help="repeatable; default: the seven layers of --block")
+    parser.add_argument("--block", choices=BLOCKS, default="1024")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--total-only", action="store_true", help="only all layers together")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    shapes = options.shape or LLAMA_1024
+    shapes = options.shape or BLOCKS[options.block]
     weights = {f"{n} {shape}": heavy_tailed(shape, n) for n, shape in enumerate(shapes)}
     compare({"start the thread pools": heavy_tailed("64x64", 0)}, 1)
     groups = {} if options.total_only else {name: {name: W} for name, W in weights.items()}

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from billhook.eigen import _smallest
+from billhook import eigen
+from billhook.eigen import _single, _smallest
 from billhook.errors import BillhookError
 from billhook.metrics import FACTS, METRICS, SIGNS, fact, sign
 from billhook.spectra import Spectrum, eigenvalues, error_bound, fit_tail, measure_spectra, spectral_metrics
@@ -123,6 +124,46 @@ def test_eigenvalues_lost_to_rounding_are_found_again(doubtful: int) -> None:
 def test_well_conditioned_weights_need_no_more_than_the_gram_matrix() -> None:
     W = gaussian(30, 50)
     assert eigenvalues(W).equal(eigenvalues(W, "gram"))
+
+
+# Large weights, in float32
+
+
+@pytest.mark.parametrize("shape", [(400, 400), (300, 900), (900, 300)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_float32_is_enough_for_alpha(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    monkeypatch.setattr(eigen, "SINGLE", 300)
+    W = heavy(*shape).to(dtype)
+    exact, fast = eigenvalues(W.double(), "svd"), eigenvalues(W)
+    assert not fast.equal(eigenvalues(W, "gram"))
+    assert float((fast - exact).abs().max() / exact[-1]) < 1e-6
+    torch.testing.assert_close(fast[0], exact[0], rtol=1e-4, atol=0)
+    for cut in ("mid", "peak"):
+        assert fit_tail(fast, cut).alpha == pytest.approx(fit_tail(exact, cut).alpha, rel=1e-4)
+
+
+@pytest.mark.parametrize("smallest", [1e-8, 1e-6, 1e-4, 1e-2])
+def test_the_smallest_eigenvalues_beside_a_float32_spectrum(smallest: float) -> None:
+    """Below 1e-4 of the largest singular value the float32 Gram matrix does not know them at all."""
+    singular = torch.cat([torch.logspace(math.log10(smallest), -3.2, 6, dtype=torch.float64), torch.linspace(1e-2, 1, 194).double()])
+    W = with_singular_values(singular.sort().values).float()
+    found, exact = _single(W), eigenvalues(W.double(), "svd")
+    assert found is not None
+    torch.testing.assert_close(found[0], exact[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found[1:6], exact[1:6], rtol=5e-2, atol=0)
+
+
+def test_what_float32_cannot_hold_is_left_to_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    W = heavy(120, 130).float()
+    without_rows = W * (torch.arange(120) % 10 > 0)[:, None]
+    steep = with_singular_values(torch.logspace(-6, 0, 120, dtype=torch.float64)).float()
+    monkeypatch.setattr(eigen, "SINGLE", 100)
+    for weight in (without_rows, steep, W * 0, W * 1e25, W * 1e-25, W.double()):
+        if weight.dtype == torch.float32:
+            assert _single(weight) is None
+        assert eigenvalues(weight).equal(eigenvalues(weight.double()))
+    with pytest.raises(BillhookError, match="NaN or inf"):
+        eigenvalues(W / 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
