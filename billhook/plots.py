@@ -100,7 +100,7 @@ def metric_against_sparsity(table: Table, metric: str, plans: Mapping[str, Spars
     figure.colorbar(points, ax=panels, label="block, from the input (0)", shrink=0.8)
     figure.supxlabel(_with_unit(metric), fontsize=10)
     figure.supylabel("weights removed from the layer (%)", fontsize=10)
-    explained = f"One point is one layer; dashed: the mean over all weights. {_reading(metric)}"
+    explained = f"One point is one layer; a row of points: a block pruned evenly; dashed: the mean over all weights.\n{_reading(metric)}"
     figure.suptitle(f"How much each layer{_model(table)} loses, against its {metric}\n{explained}", fontsize=10.5)
     return figure
 
@@ -153,7 +153,7 @@ def spectral_density(layer: str, evals: Sequence[float], fits: Mapping[str, Any]
         reach = evals[-1] / fit.xmin
         x = [fit.xmin * reach ** (i / 50) for i in range(51)]
         height = share * (fit.alpha - 1) / fit.xmin / (1 - reach ** (1 - fit.alpha))
-        label = f"{name} = {fit.alpha:.2f}: the tail falls as eigenvalue^-{fit.alpha:.2f} (KS distance {fit.ks_distance:.3f})"
+        label = f"{name} = {fit.alpha:.2f}: the tail falls as eigenvalue^-{fit.alpha:.2f} (misfit {fit.ks_distance:.3f}, 0 is perfect)"
         axes.plot(x, [height * (e / fit.xmin) ** -fit.alpha for e in x], color=colour, linestyle=line, linewidth=2, label=label)
         axes.axvline(fit.xmin, color=colour, linestyle=line, linewidth=1, label=f"its tail begins here: the largest {100 * share:.0f} %")
     axes.set_xscale("log")
@@ -176,7 +176,11 @@ def kept_weights(layer: str, masks: Mapping[str, Any]) -> "Figure":
         panel.set_ylabel("output (row)")
         _margin(panel.inset_axes((0, 1.1, 1, 0.12), sharex=panel), 100 * keep.mean(axis=0), across=True)
         _margin(panel.inset_axes((1.03, 0, 0.12, 1), sharey=panel), 100 * keep.mean(axis=1), across=False)
-    figure.suptitle(f"Weights that are left in {layer}: white is kept, black is removed", fontsize=12)
+    figure.suptitle(
+        f"Weights that are left in {layer}: white is kept, black is removed\nAbove and beside: the share kept of each column and row. "
+        "A stripe is an input or output that the method treats as a whole.",
+        fontsize=10.5,
+    )
     return figure
 
 

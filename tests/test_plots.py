@@ -81,6 +81,15 @@ def test_spectra_and_masks(tmp_path: Path) -> None:
     assert LAYER in texts(tmp_path / f"mask-{LAYER}.svg")
 
 
+def test_the_layer_of_masks_and_spectra_may_stand_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.llama().save_pretrained(tmp_path / "one")
+    monkeypatch.chdir(tmp_path)
+    assert len(run("--mask", "one", LAYER)["pictures"]) == 2
+    assert (tmp_path / "pictures" / f"mask-{LAYER}.svg").exists()
+    assert len(run("--model", "one", LAYER, "--layer", LAYER, "-o", "other")["pictures"]) == 2
+    assert "has no prunable layer 'table.json'" in run("--model", "one", "table.json", code=2)["error"]
+
+
 def test_large_masks_are_averaged_not_sampled() -> None:
     import numpy
 
@@ -94,7 +103,7 @@ def test_large_masks_are_averaged_not_sampled() -> None:
 def test_what_cannot_be_drawn_is_said(table: Path, tmp_path: Path) -> None:
     cases = {
         (): "Say what to draw",
-        ("--model", "x"): "Say which layer",
+        ("--model", "x"): "Say which LAYER",
         ("--plan", table.parent / "owl.json"): "give the TABLE",
         (table, "--metric", "alpha_mid"): "no column 'alpha_mid'.*billhook measure MODEL --metrics alpha_mid",
         (table.parent / "owl.json",): "is not a table",

@@ -12,15 +12,18 @@ EXAMPLES = """\b
 Examples:
   billhook plot table.json -o pictures
   billhook plot table.json --plan uniform.json --plan alphapruning.json -o pictures
-  billhook plot --model ./model --layer model.layers.0.mlp.down_proj -o pictures
-  billhook plot --mask ./wanda --mask ./magnitude --layer model.layers.0.self_attn.q_proj -o pictures
+  billhook plot --model ./model model.layers.0.mlp.down_proj -o pictures
+  billhook plot --mask ./wanda --mask ./magnitude model.layers.0.self_attn.q_proj -o pictures
 """
 
 
 @guarded
 def command(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the pictures, each as SVG and PNG.")],
-    table_file: Annotated[Path | None, typer.Argument(metavar="[TABLE]", help="A table.json from billhook measure.")] = None,
+    subject: Annotated[
+        str | None,
+        typer.Argument(metavar="[TABLE|LAYER]", help="A table.json from billhook measure; with --mask or --model, a layer's full name."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the pictures, each as SVG and PNG.")] = Path("pictures"),
     metrics: Annotated[
         list[str] | None, typer.Option("--metric", help="A column of the table; by default its first. Repeatable.", metavar="NAME")
     ] = None,
@@ -38,15 +41,16 @@ def command(
     from billhook.errors import BillhookError
 
     pictures: dict[str, Any] = {}
+    table_file, layers = _subject(subject, layers or [], drawn=model is not None or bool(masks))
     if plans and table_file is None:
         raise BillhookError("Plans are drawn over depth: give the TABLE that they were made from, too.")
     if table_file is None and model is None and not masks:
-        raise BillhookError("Say what to draw: a TABLE, --model MODEL --layer NAME, or --mask DIR --layer NAME.")
+        raise BillhookError("Say what to draw: a TABLE, --model MODEL LAYER, or --mask DIR LAYER.")
     if (model is not None or masks) and not layers:
-        raise BillhookError("Say which layer: --layer NAME, such as model.layers.0.mlp.down_proj (billhook prune --dry-run lists them).")
+        raise BillhookError("Say which LAYER, such as model.layers.0.mlp.down_proj (billhook prune --dry-run lists them).")
     if table_file is not None:
         pictures |= _tables(table_file, metrics or [], plans or [])
-    for name in layers or []:
+    for name in layers:
         if model is not None:
             pictures[f"spectrum-{name}"] = _spectrum(model, name)
         if masks:
@@ -57,6 +61,15 @@ def command(
     say(f"{output}: " + ", ".join(path.name for path in written if path.suffix == ".png") + " (and as SVG).")
     if as_json:
         emit({"output": str(output), "pictures": [str(path) for path in written]})
+
+
+def _subject(subject: str | None, layers: list[str], drawn: bool) -> tuple[Path | None, list[str]]:
+    """The table and the layers to draw: where layers are `drawn`, a subject that is no file is one of them."""
+    if subject is None:
+        return None, layers
+    if drawn and not Path(subject).exists():
+        return None, list(dict.fromkeys([subject, *layers]))
+    return Path(subject), layers
 
 
 def _tables(table_file: Path, metrics: list[str], plans: list[Path]) -> dict[str, Any]:
