@@ -138,7 +138,7 @@ def test_everything_else_is_copied_except_weights_and_an_old_record(tmp_path):
     out = contents(tmp_path / "out")
     assert {"LICENSE", "modeling_own.py", "additional_chat_templates/tool.jinja", "tokenizer.json", "README.md"} <= out.keys()
     assert not {"billhook.json", "pytorch_model.bin", "model.onnx", ".hidden", "tf_model.h5", "pytorch_model.bin.index.json"} & out.keys()
-    assert saved.files.keys() == out.keys()
+    assert saved.files.keys() == out.keys() - {"README.md"}  # the card changes when evaluations are added
     assert load_tokenizer(tmp_path / "out") is not None
 
 
