@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from billhook.arch import Layer, find_blocks, find_layers
 from billhook.errors import BillhookError, JobError
 from billhook.gradient_file import Gradients, open_gradients, write_gradients
+from billhook.ranks import check_share, mine
 from billhook.registry import hint
 from billhook.stats import GRADIENTS, AbsoluteSum
 from billhook.streaming import resident
@@ -68,11 +69,12 @@ def compute_gradients(
     layers = find_layers(model) if layers is None else layers
     sequences = [sequence for batch in batches for sequence in batch.split(1)]
     about = {"statistic": statistic, "samples": len(sequences), **(facts or {})}
+    check_share(len(sequences))
     dtype = GRADIENTS[statistic](torch.zeros(1)).value().dtype
 
     def values() -> Iterator[tuple[str, Tensor]]:
         with plain_experts(model), evaluating(model), _Store(path.parent, spill_gib) as store:
-            for name, value in _Backward(model, sequences, store).run(GRADIENTS[statistic], layers):
+            for name, value in _Backward(model, mine(sequences), store).run(GRADIENTS[statistic], layers):
                 yield name, value
                 progress(name)
 
@@ -104,6 +106,8 @@ class _Backward:
                         found = self._block(index, number, states, weights, last=index == first)
                         for weight, gradient in zip(weights, found, strict=True):
                             sums[id(weight)].add(gradient)
+                for total in sums.values():
+                    total.merge()
                 for layer in chosen:
                     yield layer.name, _checked(layer, sums[id(_parameter(layer))].value())
 

@@ -24,15 +24,19 @@ from billhook.metrics import fact
 from billhook.options import split_options
 from billhook.plan import Pattern, SparsityPlan, load_plan
 from billhook.pruning import LayerResult, prune_
+from billhook.ranks import wait
 from billhook.record import Job, Report, gradient_of, record
 from billhook.refine import Refine
 from billhook.request import Opened, Request, calibration_facts, identity, open_request
+from billhook.run_state import check_place, compare, partial_folder
 from billhook.runtime.packing import pack
 from billhook.save import check_output, save_pruned
 from billhook.stats import GRADIENTS as OF_GRADIENTS
 from billhook.streaming import stream_of
 from billhook.table import Table
-from billhook.unfinished import GRADIENTS, Unfinished, check_place, compare, partial_folder, unfinished
+from billhook.torchrun import rank
+from billhook.unfinished import GRADIENTS, Unfinished, unfinished
+from billhook.walk import Block
 
 
 def prune(model: str | Path | PreTrainedModel, *, progress: Callable[[str], None] = lambda layer: None, **fields: Any) -> Report:
@@ -116,17 +120,24 @@ def _given_gradients(request: Request, options: Mapping[str, Any]) -> Gradients 
     return request.gradients if isinstance(request.gradients, Gradients) else open_gradients(Path(request.gradients))
 
 
-def run(job: Job, progress: Callable[[str], None] = lambda layer: None, stopping: Callable[[], bool] = lambda: False) -> Report:
+def run(
+    job: Job,
+    progress: Callable[[str], None] = lambda layer: None,
+    stopping: Callable[[], bool] = lambda: False,
+    note: Callable[[LayerResult], None] = lambda result: None,
+) -> Report:
     """Apply a prepared job: prune, check, write.
 
     A model directory is pruned block by block into the output (`billhook.unfinished`), a model in memory in place. The run ends after a
-    block at which `stopping()` is true. Raises JobError, and Interrupted where the run can be continued.
+    block at which `stopping()` is true; `note` is given the results of a block's layers when they are made. Raises JobError, and
+    Interrupted where the run can be continued.
     """
+    wait()  # until all processes have looked at the output place
     start = time.perf_counter()
     request, opened = job.request, job.opened
     stream, output, notes = stream_of(opened.model), None, []
     if request.output is None or stream is None or opened.source is None:
-        results = _prune(job, progress)
+        results = _prune(job, progress, note)
         made = record(job, results)
         if request.output is not None:
             saved = save_pruned(opened.model, opened.source, Path(request.output), record=made, overwrite=request.overwrite)
@@ -138,7 +149,7 @@ def run(job: Job, progress: Callable[[str], None] = lambda layer: None, stopping
             before = [result for results in place.state.results for result in results]
             for result in before:
                 progress(result.layer)
-            results = [*before, *_prune(replace(job, gradients=_gradients_of(job, place, progress)), progress, place)]
+            results = [*before, *_prune(replace(job, gradients=_gradients_of(job, place, progress)), progress, note, place)]
             made = record(job, results)
             place.complete(made)
     if job.packed is not None and output is not None:
@@ -157,9 +168,17 @@ def _pack(dense: Path, output: Path, overwrite: bool) -> tuple[Path, list[str]]:
     return report.output, report.notes
 
 
-def _prune(job: Job, progress: Callable[[str], None], place: Unfinished | None = None) -> list[LayerResult]:
+def _prune(
+    job: Job, progress: Callable[[str], None], note: Callable[[LayerResult], None], place: Unfinished | None = None
+) -> list[LayerResult]:
     request, opened = job.request, job.opened
-    where: dict[str, Any] = {} if place is None else {"start": place.state.done, "finished": place.finished}
+
+    def finished(block: Block, results: list[LayerResult]) -> None:
+        for result in results:
+            note(result)
+        if place is not None:
+            place.finished(block, results)
+
     return prune_(
         opened.model,
         job.plan,
@@ -172,7 +191,8 @@ def _prune(job: Job, progress: Callable[[str], None], place: Unfinished | None =
         progress=progress,
         spill_gib=request.spill_gib,
         refine=None if request.refine == "none" else Refine(everything=request.refine == "blocks+norms", seed=request.seed),
-        **where,
+        start=0 if place is None else place.state.done,
+        finished=finished,
         **job.criterion_options,
     )
 
@@ -182,12 +202,13 @@ def _gradients_of(job: Job, place: Unfinished, progress: Callable[[str], None]) 
     statistic = gradient_of(job.request, job.criterion_options)
     if not statistic or job.gradients is not None:
         return job.gradients
-    path = place.folder / GRADIENTS
+    path = place.folder / (f"{rank()}.{GRADIENTS}" if rank() else GRADIENTS)
     if place.has(GRADIENTS):
-        return open_gradients(path)
+        return open_gradients(place.folder / GRADIENTS)
     layers, batches = job.opened.layers, job.opened.batches
     found = compute_gradients(job.opened.model, batches, statistic, path, layers=layers, spill_gib=job.request.spill_gib, progress=progress)
-    place.keep(GRADIENTS)
+    if not rank():
+        place.keep(GRADIENTS)
     return found
 
 

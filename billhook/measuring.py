@@ -14,6 +14,7 @@ from billhook.data import as_batches
 from billhook.errors import BillhookError
 from billhook.metrics import CURVES, canonical, companions, fact, function_of, options_of
 from billhook.perplexity import vocabulary_size
+from billhook.ranks import gather, mine
 from billhook.spectra import measure_spectra
 from billhook.streaming import resident, stream_of
 from billhook.table import Row, Table
@@ -56,10 +57,13 @@ def measure(
                 values[layer][name] = loss
     of_weights = [name for name in columns if not fact(name).needs_text]
     if of_weights:
-        for group in _together(model, layers):
+        measured: Values = {}
+        for group in mine(_together(model, layers)):
             with resident(model, group[0].block, ahead=group[0].block + 1):
-                for layer, found in measure_spectra(group, of_weights, progress).items():
-                    values[layer].update(found)
+                measured |= measure_spectra(group, of_weights, progress)
+        for part in gather(measured):
+            for layer, found in part.items():
+                values[layer].update(found)
     return Table(tuple(_row(layer, columns, values[layer.name]) for layer in layers), facts or {}, {"metrics": asked})
 
 
@@ -81,8 +85,8 @@ def metric_names(text: str) -> list[str]:
 
 
 def _row(layer: Layer, columns: Sequence[str], values: dict[str, Any]) -> Row:
-    numbers = {name: values[name] for name in columns if name not in CURVES}
-    curves = {name: tuple(values[name]) for name in columns if name in CURVES}
+    numbers = {name: values[name] for name in columns if fact(name).name not in CURVES}
+    curves = {name: tuple(values[name]) for name in columns if fact(name).name in CURVES}
     return Row(layer.name, layer.block, layer.kind, layer.shape, numbers, curves)
 
 

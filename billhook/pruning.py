@@ -6,6 +6,7 @@ published code of Wanda and SparseGPT.
 
 import math
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,12 +28,14 @@ from billhook.hidden import SPILL_GIB
 from billhook.masks import Select
 from billhook.perplexity import vocabulary_size
 from billhook.plan import SparsityPlan
+from billhook.ranks import gather, mine, share_, world
 from billhook.refine import Refine, Refinery
 from billhook.stats import GRADIENTS, STATISTICS, LayerStats
 from billhook.walk import Block, Progress, walk
 
 Group = Literal["row", "layer"]
 Rounding = Literal["exact", "floor"]
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class LayerResult:
     """What was done to one layer: planned sparsity, zeros before and after, what the criterion had to say, and what was lost.
 
     `error` is the squared change of the layer's output as a share of its square, inputs taken as uncorrelated and as large as the
-    calibration text has them, or all as one where there was no text; None where that is not a number.
+    calibration text has them, or all as one where there was no text; None where that is not a number. `seconds` is how long it took.
     """
 
     layer: str
@@ -50,6 +53,7 @@ class LayerResult:
     zeros_before: int
     notes: tuple[str, ...]
     error: float | None = None
+    seconds: float = 0.0
 
     @property
     def n(self) -> int:
@@ -102,6 +106,8 @@ def prune_(
         who = "--refine" if refine else f"The criterion {criterion}"
         raise BillhookError(f"{who} looks at activations: give text with --calibration SOURCE.")
     refinery = None if refine is None else Refinery(refine, start, spill_gib)
+    if refine and world() > 1:
+        raise BillhookError("--refine works in one process: leave it out, or run without torchrun.")
     zeros: dict[str, int] = plan.zeros(shapes)
     results: list[LayerResult] = []
     with _open_gradients(model, batches, gradient, gradients, layers, progress) as found:
@@ -109,9 +115,8 @@ def prune_(
             done: list[LayerResult] = []
             if refinery is not None:
                 refinery.note(block)
-            for layer in block.layers:
-                if layer.name not in shapes:
-                    continue
+            chosen = [layer for layer in block.layers if layer.name in shapes]
+            for layer in mine(chosen):
                 stats = block.stats.get(layer.name, LayerStats(0, 0))
                 stats = stats if found is None else replace(stats, gradient=found[layer.name].to(layer.weight.device))
                 select = _select(plan, layer, zeros[layer.name], group or CRITERIA.group(criterion), rounding)
@@ -120,6 +125,7 @@ def prune_(
                     function, stats = magnitude, LayerStats(0, 0, notes=[f"{unseen}: pruned by magnitude"])
                 done.append(_prune_layer(layer, stats, select, function, {} if function is magnitude else configured))
                 progress(layer.name)
+            done = _exchange(chosen, done)
             if refinery is not None:
                 done = _refine(refinery, block, done)
             finished(block, done)
@@ -138,6 +144,14 @@ def _refine(refinery: Refinery, block: Block, done: Sequence[LayerResult]) -> li
             raise JobError(f"{result.layer}: tuning brought {result.zeros - zeros} removed weights back. The result is not saved.")
         results.append(replace(result, zeros=zeros, notes=(*result.notes, *([refined] if result is done[0] else []))))
     return results
+
+
+def _exchange(layers: Sequence[Layer], done: list[LayerResult]) -> list[LayerResult]:
+    """Give each process of a run the layers that the others pruned; returns the results of all."""
+    for number, layer in enumerate(layers):
+        share_(layer.weight, number % world())
+    results = {result.layer: result for part in gather(done) for result in part}
+    return [results[layer.name] for layer in layers]
 
 
 def _unseen(stats: LayerStats, observed: Sequence[str]) -> str | None:
@@ -177,8 +191,8 @@ def _select(plan: SparsityPlan, layer: Layer, zeros: int, group: Group, rounding
 
 def _prune_layer(layer: Layer, stats: LayerStats, select: Select, criterion: Callable[..., Tensor], options: dict[str, Any]) -> LayerResult:
     """Apply the criterion to one layer and check that it removed what was planned."""
-    weight = layer.weight
-    before, lost = int((weight == 0).sum()), 0.0
+    begun, weight = time.perf_counter(), layer.weight
+    before, lost = int((weight == 0).sum()), None
     if select.sparsity > 0:
         squares = _input_squares(stats, weight)
         try:
@@ -187,11 +201,21 @@ def _prune_layer(layer: Layer, stats: LayerStats, select: Select, criterion: Cal
             raise type(error)(f"{layer.name}: {error}") from None
         if not torch.isfinite(new).all():
             raise JobError(f"{layer.name}: the new weights are not finite. Use another criterion for it, or leave it out with --ignore.")
-        lost = float(((new - weight).square() @ squares).sum() / (weight.float().square() @ squares).sum())
+        lost = _lost(weight, new, squares)
         weight.copy_(new)
     zeros = int((weight == 0).sum())
     notes = [*stats.notes, *_check_count(layer.name, select, zeros, before)]
-    return LayerResult(layer.name, layer.shape, select.sparsity, zeros, before, tuple(notes), lost if math.isfinite(lost) else None)
+    took = time.perf_counter() - begun
+    return LayerResult(layer.name, layer.shape, select.sparsity, zeros, before, tuple(notes), 0.0 if select.sparsity == 0 else lost, took)
+
+
+def _lost(old: Tensor, new: Tensor, squares: Tensor) -> float | None:
+    """The error of a `LayerResult`, some rows at a time, so that it takes no memory."""
+    change = total = 0.0
+    for before, after in zip(old.split(_ROWS), new.split(_ROWS), strict=True):
+        change += float(((after - before).square() @ squares).sum(dtype=torch.float64))
+        total += float((before.float().square() @ squares).sum(dtype=torch.float64))
+    return change / total if total > 0 and math.isfinite(change / total) else None
 
 
 def _input_squares(stats: LayerStats, weight: Tensor) -> Tensor:

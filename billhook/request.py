@@ -24,12 +24,13 @@ from billhook.hidden import SPILL_GIB
 from billhook.perplexity import check_length, context_length, vocabulary_size
 from billhook.plan import SparsityPlan
 from billhook.pruning import Group, Rounding
+from billhook.ranks import check_share, world
 from billhook.refine import Refining
+from billhook.run_state import check_place
 from billhook.save import check_output, mismatch
 from billhook.shards import read_shard
 from billhook.streaming import open_streamed, resident
 from billhook.table import Table
-from billhook.unfinished import check_place
 
 TOKENS_A_BATCH = 4096  # enough rows to keep a matrix product busy
 ACTIVATION_BYTES = 16 << 20  # of the widest layer of a block; more would not be faster on a CPU, and counts in the peak
@@ -104,7 +105,9 @@ def open_request(request: Request, needs_text: bool, who: str, *, streamed: bool
     if not needs_text:
         return Opened(source, model, layers, None, [])
     windows = _calibration_windows(request, source, model)
-    batches = list(windows.ids.split(request.batch_size or batch_size(layers, windows.ids.shape[1])))
+    check_share(len(windows.ids))
+    most = len(windows.ids) // world()
+    batches = list(windows.ids.split(min(most, request.batch_size or batch_size(layers, windows.ids.shape[1]))))
     return Opened(source, model, layers, windows, batches)
 
 
@@ -211,6 +214,7 @@ def identity(
     same = ("sparsity", "pattern", "allocator", "criterion", "group", "rounding", "refine", "seed", "dtype", "device")
     return {
         "version": f"{VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
+        "processes": world(),
         "model": opened.facts["digest"],
         **{key: getattr(request, key) for key in same},
         "targets": listed(request.targets),

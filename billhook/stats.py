@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError, JobError
+from billhook.ranks import sum_, world
 from billhook.registry import hint
 
 
@@ -57,6 +58,13 @@ class InputNorm:
             self._sequences += 1
             self._mean += sequence.norm(dim=0).square() / self._sequences
 
+    def merge(self) -> None:
+        """Take in what the other processes of the run have added (see `billhook.ranks`)."""
+        if world() > 1:
+            sequences = int(sum_(torch.tensor(self._sequences)))
+            self._mean = sum_(self._mean * self._sequences) / max(sequences, 1)
+            self._sequences = sequences
+
     def value(self) -> Tensor:
         """The norms over everything added so far."""
         return self._mean.sqrt()
@@ -74,6 +82,12 @@ class InputMean:
         for sequence in x:
             self._sum += sequence.sum(0)
             self._tokens += len(sequence)
+
+    def merge(self) -> None:
+        """Take in what the other processes of the run have added (see `billhook.ranks`)."""
+        if world() > 1:
+            sum_(self._sum)
+            self._tokens = int(sum_(torch.tensor(self._tokens)))
 
     def value(self) -> Tensor:
         """The mean over everything added so far."""
@@ -98,6 +112,10 @@ class Gram:
         x = x.flatten(0, 1)
         for rows, columns in self._panels():
             self._sum[rows, columns].addmm_(x[:, rows].T, x[:, columns])
+
+    def merge(self) -> None:
+        """Take in what the other processes of the run have added (see `billhook.ranks`)."""
+        sum_(self._sum)
 
     def value(self) -> Tensor:
         """The sum over everything added so far (the accumulator itself, not a copy)."""
@@ -138,6 +156,13 @@ class Collector:
             for accumulator in self._accumulators.values():
                 accumulator.add(x)
 
+    def merge(self) -> None:
+        """Take in what the other processes of the run have seen; all of them call this once, at the end."""
+        if world() > 1:
+            self.tokens, self.sequences = sum_(torch.tensor([self.tokens, self.sequences])).tolist()
+            for accumulator in self._accumulators.values():
+                accumulator.merge()
+
     def stats(self) -> LayerStats:
         """Return the statistics so far; raises JobError, without the layer's name, when an input was NaN or infinite."""
         values = {name: accumulator.value() for name, accumulator in self._accumulators.items()}
@@ -158,6 +183,10 @@ class AbsoluteSum:
     def add(self, g: Tensor) -> None:
         """Take in one sequence's gradient, float32, which is overwritten."""
         self._sum += g.abs_()
+
+    def merge(self) -> None:
+        """Take in what the other processes of the run have added (see `billhook.ranks`)."""
+        sum_(self._sum)
 
     def value(self) -> Tensor:
         """The norm over everything added so far."""

@@ -16,101 +16,25 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from billhook.errors import BillhookError, Interrupted, JobError
-from billhook.files import digest_ranges, fsync, read_json, sha256, write_json
+from billhook.files import digest_ranges, fsync, sha256, write_json
 from billhook.pruning import LayerResult
+from billhook.ranks import anywhere, gather, wait
+from billhook.run_state import STATE, VERSION, State, check_place, compare, partial_folder
 from billhook.save import check_output, complete, failure, lay_out_all, on_disk, put_in_place, write_tensors
 from billhook.shards import INDEX, read_shard, weight_files
 from billhook.streaming import Stream
-from billhook.verification import UNFINISHED as STATE
+from billhook.torchrun import rank
 from billhook.walk import Block
 
 GRADIENTS = "gradients.safetensors"
-VERSION = 1
 _ADVICE = "This directory is not finished. Continue with the same command and --resume, or start again with --overwrite."
-
-
-@dataclass(frozen=True)
-class State:
-    """What a run noted so far: `digests` has one SHA-256 a finished block, and first the one of all that lies outside the blocks; `files`
-    those of further files that the blocks were made with."""
-
-    identity: dict[str, Any]
-    plan: dict[str, Any]
-    blocks: int
-    digests: list[str]
-    results: list[list[LayerResult]]
-    files: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def done(self) -> int:
-        """Finished blocks."""
-        return len(self.results)
-
-
-def partial_folder(output: Path) -> Path:
-    """Where the directory `output` is made."""
-    return output.with_name(f"{output.name}.partial")
-
-
-def check_place(output: Path, *, resume: bool, overwrite: bool) -> State | None:
-    """The state of an unfinished run to continue, None where a run starts from the beginning; `output` is resolved.
-
-    Raises BillhookError where there is one that the caller did not ask to continue or to replace.
-    """
-    if (output / STATE).exists():  # of a run that ended between its last two steps
-        (output / STATE).unlink()
-    folder = partial_folder(output)
-    if not (folder / STATE).exists() or (overwrite and not resume):
-        return None
-    state = read_state(folder)
-    if not resume:
-        raise BillhookError(
-            f"{folder} holds an unfinished run ({state.done} of {state.blocks} blocks). Continue it with --resume, or start again "
-            "with --overwrite."
-        )
-    return state
-
-
-def read_state(folder: Path) -> State:
-    """The state of an unfinished run; raises BillhookError for a damaged one."""
-    value = read_json(folder / STATE, "state of a run")
-    try:
-        if value["version"] != VERSION:
-            raise ValueError
-        results = [[_result(entry) for entry in entries] for entries in value["results"]]
-        digests = [str(digest) for digest in value["digests"]]
-        state = State(value["identity"], value["plan"], int(value["blocks"]), digests, results, dict(value["files"]))
-        if len(state.digests) != 1 + state.done or not state.done <= state.blocks or not isinstance(state.identity, dict):
-            raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise BillhookError(f"{folder / STATE} is damaged: start again with --overwrite.") from None
-    return state
-
-
-def _result(entry: Mapping[str, Any]) -> LayerResult:
-    return LayerResult(**{**entry, "shape": tuple(entry["shape"]), "notes": tuple(entry["notes"])})
-
-
-def compare(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
-    """Raise BillhookError naming what differs between the run in `folder` and the one that would continue it."""
-    for key in dict.fromkeys([*found, *wanted]):
-        if found.get(key) != wanted.get(key):
-            raise BillhookError(
-                f"The unfinished run in {folder} cannot be continued: its {key} was {_short(found.get(key))}, now it is "
-                f"{_short(wanted.get(key))}. Run it as before, or start again with --overwrite."
-            )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 class Unfinished:
@@ -144,13 +68,18 @@ class Unfinished:
 
     def finished(self, block: Block, results: Sequence[LayerResult]) -> None:
         """Write a block and note it; from then on the model has it as it is on disk. Raises KeyboardInterrupt if it was to stop here."""
-        write_tensors(self.shards, self.folder, self._on_disk(block.index))
+        made = [*self.state.results, list(results)]
+        if rank():
+            self.state = replace(self.state, results=made)
+        else:
+            write_tensors(self.shards, self.folder, self._on_disk(block.index))
+            digest = self._digest(self.stream.names[block.index])
+            self._note(digests=[*self.state.digests, digest], results=made)
+        wait()
         self.stream.moved(block.index, self.folder)
         if not self._exact:
             self.stream.load(block.index)
-        digest = self._digest(self.stream.names[block.index])
-        self._note(digests=[*self.state.digests, digest], results=[*self.state.results, list(results)])
-        if self.state.done < self.state.blocks and self.stopping():
+        if anywhere(self.stopping()) and self.state.done < self.state.blocks:
             raise KeyboardInterrupt
 
     def keep(self, name: str) -> None:
@@ -163,10 +92,13 @@ class Unfinished:
 
     def complete(self, record: Mapping[str, Any]) -> None:
         """Write all that is left and give the directory its name."""
-        (self.folder / GRADIENTS).unlink(missing_ok=True)
-        complete(self.stream.model, self.source, self.folder, record)
-        put_in_place(self.folder, self.output)
-        (self.output / STATE).unlink()
+        if not rank():
+            for path in self.folder.glob(f"*{GRADIENTS}"):
+                path.unlink()
+            complete(self.stream.model, self.source, self.folder, record)
+            put_in_place(self.folder, self.output)
+            (self.output / STATE).unlink()
+        wait()
 
     def _on_disk(self, index: int) -> Mapping[str, Any]:
         return on_disk(self.stream.model, self.stream.state(index), self.shards)
@@ -216,6 +148,12 @@ def unfinished(
     that was stopped, or that the disk or the memory stopped, after some blocks. Other errors would come again: they leave nothing.
     """
     folder = partial_folder(output)
+    if rank():
+        begun = gather(State({}, {}, len(stream.blocks), [], []))[0]
+        for index in range(begun.done):
+            stream.moved(index, folder)
+        yield Unfinished(stream, source, output, begun, stopping)
+        return
     lock = _lock(folder)
     keep = (folder / STATE).exists()
     made: Unfinished | None = None
@@ -229,6 +167,7 @@ def unfinished(
         compare(state.identity, identity, folder)
         made = Unfinished(stream, source, output, state, stopping)
         made.begin()
+        gather(made.state)
         yield made
     except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Interrupted) as error:
         keep = keep or (made is not None and bool(made.state.done or made.state.files))

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from billhook.arch import Layer, find_blocks, find_layers
 from billhook.errors import JobError
 from billhook.hidden import SPILL_GIB, States
+from billhook.ranks import mine
 from billhook.stats import Collector, LayerStats
 from billhook.streaming import resident
 
@@ -36,8 +37,7 @@ class Call:
 class Block:
     """One transformer block, its prunable layers, its inputs and its layers' statistics.
 
-    `inputs` is one tensor [batch, length, width] a batch, there until the loop goes on to the next block; `calls` are the other
-    arguments of each batch's call.
+    `inputs` is one tensor [batch, length, width] a batch, there until the loop goes on; `calls` are the other arguments of each call.
     """
 
     index: int
@@ -103,7 +103,7 @@ def _walk(
     by_block: dict[int, list[Layer]] = {}
     for layer in find_layers(model):
         by_block.setdefault(layer.block, []).append(layer)
-    hidden = States(spill_gib)
+    hidden, batches = States(spill_gib), mine(batches)
     calls = capture(model, blocks, batches, hidden)[0] if batches else []
     for index, block in enumerate(blocks):
         if index < start and not calls:
@@ -284,7 +284,9 @@ class _Observer(TorchFunctionMode):
             raise _Seen
 
     def stats(self) -> dict[str, LayerStats]:
-        """Layer name -> its statistics so far."""
+        """Layer name -> its statistics, over all processes of the run."""
+        for name in dict.fromkeys(self._leaders.get(layer.name, layer.name) for layer in self._layers):
+            self._collectors[name].merge()
         return {layer.name: self._stats(layer.name) for layer in self._layers}
 
     def _stats(self, name: str) -> LayerStats:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from billhook.errors import BillhookError
+from billhook.torchrun import processes, rank, started
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
 Targets = Annotated[
@@ -51,18 +52,23 @@ class Failure(Exception):
 
 
 def say(text: str) -> None:
-    """Tell a person something (stderr)."""
+    """Tell a person something (stderr); of several processes, the first one does."""
+    if rank():
+        return
     print(text, file=sys.stderr, flush=True)
 
 
 def emit(value: dict[str, Any]) -> None:
-    """Print the one JSON object of --json."""
+    """Print the one JSON object of --json; of several processes, the first one does."""
+    if rank():
+        return
     print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
 
 
 def complain(message: str, code: int, as_json: bool) -> None:
     """Show an error to a person (stderr) and, with --json, to a machine (stdout)."""
-    say(f"billhook: {message}")
+    who = f"billhook, process {rank()} of {processes()}" if started() else "billhook"
+    print(f"{who}: {message}", file=sys.stderr, flush=True)
     if as_json:
         with suppress(OSError):  # a stdout that cannot be written may be the error itself
             emit({"error": message, "exit_code": code})
@@ -134,8 +140,9 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[str], No
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    hidden = not console.is_terminal or rank() > 0
     counts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*counts, TextColumn("{task.fields[item]}"), console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*counts, TextColumn("{task.fields[item]}"), console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(what, total=total, item="")
 
         def advance(item: str) -> None:

@@ -55,6 +55,8 @@ def command(
     from billhook.files import check_writable
     from billhook.job import Request, measure_model
     from billhook.measuring import metric_names
+    from billhook.ranks import joined
+    from billhook.torchrun import rank
 
     names = metric_names(metrics)
     check_writable(output)
@@ -62,9 +64,10 @@ def command(
         model=model, calibration=calibration, samples=samples, length=length, sampling=sampling, batch_size=batch_size, seed=seed,
         targets=targets or (), ignore=ignore or (), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    with progress("measuring") as advance:
+    with joined(device), progress("measuring") as advance:
         table = measure_model(request, names, advance)
-    table.save(output)
+        if not rank():
+            table.save(output)
     say(f"{output}: {len(table.rows)} layers, columns {', '.join([*table.columns(), *table.rows[0].curves])}.")
     if as_json:
         emit({"output": str(output), "layers": len(table.rows), "columns": table.columns()})

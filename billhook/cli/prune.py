@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from billhook import __version__
 from billhook.cli.common import (
     BatchSize,
     Calibration,
@@ -30,7 +31,9 @@ from billhook.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from billhook.job import Job
+    from billhook.events import Log
+    from billhook.job import Job, Report
+    from billhook.pruning import LayerResult
 
 NAME = "prune"
 EXAMPLES = """\b
@@ -85,13 +88,16 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run after its last finished block.")] = False,
     spill_gib: Annotated[float, typer.Option(help="Hidden states beyond this many GiB go to disk (TMPDIR).", min=0)] = 8.0,
     pack: Annotated[bool, typer.Option("--pack", help="Write the result packed, as billhook pack does.")] = False,
+    log_file: Annotated[Path | None, typer.Option(help="Write what happens here, one JSON object a line.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Prune a model and write it as an ordinary Hugging Face directory."""
     from billhook.allocators import presets
     from billhook.errors import BillhookError
-    from billhook.job import Request, prepare, run
+    from billhook.events import Log
+    from billhook.job import Request, prepare
+    from billhook.ranks import joined
 
     if output is None and not dry_run:
         raise BillhookError("Say where the pruned model goes: --output DIRECTORY (or --dry-run to see what would happen).")
@@ -107,19 +113,42 @@ def command(
         rounding=rounding, refine=refine, device=device, dtype=dtype, overwrite=overwrite, resume=resume, spill_gib=spill_gib, pack=pack,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    with progress("measuring") as advance:
-        job = prepare(request, advance)
-    if dry_run:
-        _show(job, as_json)
-        return
-    with progress("pruning", total=job.steps) as advance, patient() as stopping:
-        report = run(job, advance, stopping)
-    for warning in report.warnings:
-        say(f"note: {warning}")
+    with joined(device), Log(log_file) as log:
+        with progress("measuring") as advance:
+            job = prepare(request, advance)
+        if dry_run:
+            _show(job, as_json)
+            return
+        report = _run(job, log)
     say(f"{report.output}: {report.sparsity:.4%} of {sum(x.n for x in report.layers):,} weights removed in {report.seconds:.1f} s.")
     say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
     if as_json:
         emit(report.to_json())
+
+
+def _run(job: "Job", log: "Log") -> "Report":
+    """Prune, with estimates before and what it really took after, and every step in the log."""
+    from billhook.estimate import available_gib, estimate, peak_gib
+    from billhook.job import run
+
+    cost, available, request = estimate(job), available_gib(), job.request
+    say(f"About {cost['seconds']:.0f} s, {cost['memory_gib']:.2f} GiB of memory, {cost['disk_gib']:.2f} GiB of disk.")
+    if available is not None and cost["memory_gib"] > available:
+        say(f"note: only {available:.2f} GiB of memory are free: use fewer --samples, a smaller --batch-size or a smaller --spill-gib.")
+    facts = {"model": job.opened.facts, "criterion": request.criterion, "pattern": str(job.plan.pattern), "target": job.plan.target}
+    log.event("start", billhook=__version__, **facts, layers=len(job.opened.layers), resume=request.resume, estimate=cost)
+
+    def note(x: "LayerResult") -> None:
+        log.event("layer", layer=x.layer, sparsity=x.sparsity, planned=x.planned, error=x.error, layer_seconds=round(x.seconds, 3))
+
+    with progress("pruning", total=job.steps) as advance, patient() as stopping:
+        report = run(job, advance, stopping, note)
+    for warning in report.warnings:
+        say(f"note: {warning}")
+        log.event("warning", text=warning)
+    say(f"It took {report.seconds:.1f} s (estimated {cost['seconds']:.0f}) and {peak_gib():.2f} GiB (estimated {cost['memory_gib']:.2f}).")
+    log.event("end", output=str(report.output), sparsity=report.sparsity, took=report.seconds, peak_gib=peak_gib())
+    return report
 
 
 def _show(job: "Job", as_json: bool) -> None:

@@ -17,7 +17,7 @@ from trial import Operations, broken, contents, full, kill, pruning, start, tear
 
 from billhook import prune
 from billhook.errors import BillhookError, Interrupted
-from billhook.unfinished import STATE, partial_folder
+from billhook.run_state import STATE, partial_folder
 from billhook.verification import verify
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
