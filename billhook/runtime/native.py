@@ -31,6 +31,10 @@ class Weight:
         self.chosen: dict[tuple[torch.dtype, int], str] = {}  # the best way by dtype and token count, as far as it was asked for
         self.chosen_for: tuple[int, int] | None = None
 
+    def __reduce__(self) -> tuple[type["Weight"], tuple[object, ...]]:
+        """Copied and pickled by its tensors: addresses hold for these tensors in this process only."""
+        return Weight, (*self.shape, *self.tensors)
+
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., in] Wᵀ + bias -> [..., out], by the kernels; bias in the dtype of x."""
         kernels, path = library.active() or (None, -1)

@@ -27,6 +27,7 @@ from billhook.shards import INDEX, read_shard, weight_files
 from billhook.verification import RECORD
 
 _CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc"), "openai-gpt": ("c_attn", "c_proj", "c_fc")}  # layers stored [in, out], by model_type
+_FOR_PEOPLE = (".md", ".html")  # pages that may be written anew
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz", ".ot", ".pkl")
 
 
@@ -85,7 +86,7 @@ def pack(
         left_out = _weight_files(source)
         others = copy_others(source, folder, {*left_out, INDEX})
         record = _record(source, written, matrices, group)
-        record["files"] = {path.as_posix(): sha256(folder / path) for path in others if path.suffix != ".md"}
+        record["files"] = {path.as_posix(): sha256(folder / path) for path in others if path.suffix not in _FOR_PEOPLE}
         write_json(folder / PACKED, {**record, "digest": digest(record)})
     return _report(output, written, record, sorted(left_out - {shard.path.name for shard in shards}))
 

@@ -1,0 +1,303 @@
+"""Packed models in use: the answers of the dense ones, through everything that takes a transformers model."""
+
+import copy
+import http.client
+import json
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from command import billhook as command
+from command import done
+from families import CONFIGS, build
+from test_packing import prune_at_random
+from torch import nn
+
+import billhook
+from billhook import BillhookError, load, load_model, pack
+from billhook.runtime.linear import SparseLinear
+
+ROOT = Path(__file__).resolve().parents[1]
+DENSE = {"mixtral": 16, "qwen3_moe": 16, "gpt_oss": 16}  # layers that stay packed where experts are expanded
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama with tied embeddings: `dense`, and `packed`."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny.save(folder / "dense", prune_at_random(tiny.llama()), dtype=torch.bfloat16)
+    pack(folder / "dense", folder / "packed")
+    return folder
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_answers_as_the_dense_model(family: str, tmp_path: Path) -> None:
+    model = prune_at_random(build(family))
+    model.save_pretrained(tmp_path / "dense")
+    report = pack(tmp_path / "dense", tmp_path / "packed")
+    notes: list[str] = []
+    packed, dense = load(tmp_path / "packed", tune=False, note=notes.append), load_model(tmp_path / "dense")
+    sparse = [module for module in packed.modules() if isinstance(module, SparseLinear)]
+    expected = DENSE.get(family, len(report.layers))
+    assert len(sparse) == expected
+    assert len(notes) == (expected < len(report.layers))
+    assert not any(isinstance(m, nn.Linear) and ((m.weight == 0).float().mean() > 0.3) for m in packed.modules())
+    ids = torch.randint(2, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    assert packed.config.to_dict().keys() == dense.config.to_dict().keys()
+
+
+def test_generate_and_tied_embeddings(place: Path) -> None:
+    packed, dense = load(place / "packed"), load_model(place / "dense")
+    assert packed.dtype == torch.bfloat16
+    assert packed.lm_head.weight is packed.model.embed_tokens.weight
+    assert packed.generation_config.to_dict() == dense.generation_config.to_dict()
+    ids = torch.tensor([[256, 70, 71, 72]])
+    same = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    a, b = (model.float().generate(ids, **same) for model in (packed, dense))
+    assert a.equal(b)
+    assert load(place / "dense").state_dict().keys() == dense.state_dict().keys()  # a dense directory loads as ever
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("values", ["stored", "int8"])
+def test_other_dtypes(place: Path, tmp_path: Path, dtype: str, values: Any) -> None:
+    pack(place / "dense", tmp_path / "packed", values=values)
+    billhook.unpack(tmp_path / "packed", tmp_path / "dense")
+    packed, dense = load(tmp_path / "packed", dtype=dtype, tune=False), load_model(tmp_path / "dense", dtype="float32")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        a, b = packed(ids).logits, dense(ids).logits
+    assert packed.dtype == a.dtype == getattr(torch, dtype)
+    scale = float(b.abs().max())
+    assert float((a.float() - b).abs().max()) < (0.03 if dtype != "float32" or values == "int8" else 1e-4) * scale
+
+
+def test_nothing_is_copied_or_converted(place: Path) -> None:
+    """The tensors of the layers lie in the mapping of the file."""
+    model = load(place / "packed", tune=False)
+    mapping = np.memmap(place / "packed" / "model.packed.safetensors", np.uint8, "r")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    regions = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "model.packed.safetensors" in line]
+    ranges = [tuple(int(x, 16) for x in region[0].split("-")) for region in regions]
+    assert len(mapping) > 0
+    for layer in layers.values():
+        for tensor in (layer.bitmask, layer.values):
+            assert any(start <= tensor.data_ptr() < stop for start, stop in ranges)
+
+
+def test_the_file_is_never_written(place: Path) -> None:
+    before = (place / "packed" / "model.packed.safetensors").read_bytes()
+    model = load(place / "packed", tune=False)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.zero_()
+    assert (place / "packed" / "model.packed.safetensors").read_bytes() == before
+
+
+def test_state_dict_goes_round(place: Path, tmp_path: Path) -> None:
+    model, ids = load(place / "packed", tune=False), torch.arange(20)[None]
+    other = tiny.save(tmp_path / "other", prune_at_random(tiny.llama(seed=5), 0.5), dtype=torch.bfloat16)
+    pack(other, tmp_path / "packed")
+    twin = load(tmp_path / "packed", tune=False)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert not twin(ids).logits.equal(expected)
+        result = twin.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert twin(ids).logits.equal(expected)
+        assert copy.deepcopy(model)(ids).logits.equal(expected)
+        assert pickle.loads(pickle.dumps(model))(ids).logits.equal(expected)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+
+
+def test_a_bad_state_dict_is_refused(place: Path) -> None:
+    model = load(place / "packed", tune=False)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name = next(name for name in state if name.endswith("bitmask"))
+    state[name][0] = 255
+    with pytest.raises((BillhookError, RuntimeError)):
+        model.load_state_dict(state)
+
+
+def test_what_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(BillhookError, match="A packed model cannot be written with save_pretrained: copy its directory, or make a dense"):
+        load(place / "packed", tune=False).save_pretrained(tmp_path / "out")
+    for call in (load_model, lambda path: billhook.prune(path, sparsity=0.5, criterion="magnitude")):
+        with pytest.raises(BillhookError, match=r"packed is packed, .*: unpack it first, billhook unpack"):
+            call(place / "packed")
+    with pytest.raises(BillhookError, match="Unknown dtype 'int4'"):
+        load(place / "packed", dtype="int4")
+    with pytest.raises(BillhookError, match="There is no model directory at"):
+        load(tmp_path / "nothing")
+
+
+def test_stock_transformers_does_not_take_it_for_a_dense_model(place: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(OSError, match="no file named model"):
+        AutoModelForCausalLM.from_pretrained(place / "packed")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [({"hidden_size": 64}, "config.json is not the file that was packed"), ({}, "has no config.json")],
+    ids=["changed", "missing"],
+)
+def test_a_configuration_that_does_not_fit(place: Path, tmp_path: Path, change: dict[str, Any], match: str) -> None:
+    import shutil
+
+    folder = shutil.copytree(place / "packed", tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    if change:
+        (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(BillhookError, match=match):
+        load(folder)
+
+
+def test_shapes_are_compared_with_the_configuration(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "model", prune_at_random(tiny.llama()))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    pack(source, tmp_path / "packed")  # a packed file needs no architecture
+    with pytest.raises(BillhookError, match=r"does not fit its config.json: the tensor .* has another shape"):
+        load(tmp_path / "packed")
+
+
+# Commands and other people's programs
+
+
+def test_eval_and_verify(place: Path, tmp_path: Path) -> None:
+    text = tiny.text_file(tmp_path / "text.txt", 40)
+    printed = [
+        done("eval", place / name, "--data", text, "--length", 64, "--dtype", "float32", "--json").json for name in ("dense", "packed")
+    ]
+    assert printed[1]["token_ppl"] == pytest.approx(printed[0]["token_ppl"], rel=1e-4)
+    seen = done("verify", place / "packed", "--json").json
+    assert seen["ok"]
+    assert seen["layers"] == 28
+
+
+def test_verify_counts_what_billhook_json_says(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "model", tiny.mixtral())
+    billhook.prune(source, sparsity=0.5, pattern="2:4", criterion="magnitude", output=tmp_path / "pruned")
+    dense = billhook.verify(tmp_path / "pruned")
+    for values in ("stored", "int8"):
+        pack(tmp_path / "pruned", tmp_path / values, values=values)  # type: ignore[arg-type]
+        packed = billhook.verify(tmp_path / values)
+        assert packed.ok, packed.problems
+        assert (packed.layers, packed.zeros, packed.weights) == (dense.layers, dense.zeros, dense.weights)
+    record = json.loads((tmp_path / "pruned" / "billhook.json").read_text())
+    name = next(iter(record["layers"]))
+    record["layers"][name]["zeros"] += 1
+    (tmp_path / "pruned" / "billhook.json").write_text(json.dumps(record))
+    pack(tmp_path / "pruned", tmp_path / "wrong")
+    found = billhook.verify(tmp_path / "wrong")
+    assert [problem for problem in found.problems if problem.startswith(f"{name}: ")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_generate_prints_what_the_model_says(place: Path, stream: bool) -> None:
+    options = ("--max-new-tokens", 9, "--dtype", "float32", *(["--stream"] if stream else []))
+    packed, dense = (done("generate", place / name, "The quick", *options) for name in ("packed", "dense"))
+    assert packed.out == dense.out
+    assert "9 tokens: the first after" in packed.err
+    assert "tokens/s" in packed.err
+    printed = done("generate", place / "packed", "The quick", *options, "--json").json
+    assert printed["text"].strip() == packed.out.strip()
+    assert (printed["prompt_tokens"], printed["new_tokens"]) == (10, 9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("generate", "packed", "x" * 200), "do not fit the model's context of 128"),
+        (("generate", "nothing", "x"), "There is no model directory"),
+        (("bench", "packed", "--against", "packed"), "given twice"),
+        (("bench", "packed", "nothing"), "There is no model directory at nothing"),
+        (("bench", "packed", "--batch", "one"), "--batch one: write whole numbers with commas"),
+        (("bench", "packed", "--prompt", "0"), "start at 1"),
+        (("bench", "packed", "--picture", "x.svg"), "needs --against"),
+        (("bench", "packed", "--prompt", "500"), "do not fit the model's context"),
+        (("unpack", "dense", "-o", "out"), "dense is not a packed model"),
+        (("pack", "dense", "-o", "packed"), "exists and is not empty"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else "",
+)
+def test_mistakes_on_the_command_line(place: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], match: str) -> None:
+    monkeypatch.chdir(place)
+    ran = command(*arguments)
+    assert ran.code == 2
+    assert match in ran.err
+    assert len(ran.err.splitlines()) <= 2
+
+
+def test_a_pipeline_of_transformers(place: Path) -> None:
+    from transformers import pipeline
+
+    texts = [
+        pipeline("text-generation", model=model, tokenizer=tiny.tokenizer())("The quick", max_new_tokens=6, do_sample=False)
+        for model in (load(place / "packed", dtype="float32"), load_model(place / "dense", dtype="float32"))
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_lm_eval(place: Path) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    assert lm_eval.__name__ == "lm_eval"
+    found = []
+    for model in (load(place / "packed", dtype="float32"), load_model(place / "dense", dtype="float32")):
+        wrapped = HFLM(pretrained=model, tokenizer=tiny.tokenizer(), batch_size=1, max_length=64)
+        found.append(wrapped.loglikelihood([Instance("loglikelihood", {}, ("The quick", " brown"), 0)], disable_tqdm=True)[0][0])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_server_of_the_examples_answers(place: Path) -> None:
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, ROOT / "examples" / "server" / "app.py", place / "packed", "--port", str(port)])
+    try:
+        assert asked(port, "GET", "/health", None, lambda: server.poll() is None) == (200, {"model": "packed", "status": "ready"})
+        status, answer = asked(port, "POST", "/generate", {"prompt": "The quick", "max_new_tokens": 5})
+        expected = done("generate", place / "packed", "The quick", "--max-new-tokens", 5, "--json").json
+        assert (status, answer) == (200, {"text": expected["text"], "tokens": 5})
+        assert asked(port, "POST", "/generate", {"prompt": ""})[0] == 422
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def asked(port: int, method: str, path: str, body: Any, waiting: Callable[[], bool] | None = None) -> tuple[int, Any]:
+    """Ask the server on this machine; `waiting` tells whether it may still come up."""
+    end = time.monotonic() + 120
+    while True:
+        line = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        try:
+            line.request(method, path, body and json.dumps(body), {"content-type": "application/json"})
+            answer = line.getresponse()
+            return answer.status, json.loads(answer.read())
+        except ConnectionRefusedError:
+            if waiting is None or not waiting() or time.monotonic() > end:
+                raise
+            time.sleep(0.3)
+        finally:
+            line.close()
