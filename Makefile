@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test fast lint type docs check bench wheel clean
+.PHONY: setup demo test fast lint type docs site check bench wheel clean
 
 # torch is installed first, and its CPU build where the machine has no GPU: the default build pulls gigabytes of CUDA libraries.
 $(BIN)/.installed: pyproject.toml
@@ -41,6 +41,9 @@ type: $(BIN)/.installed-dev
 docs: $(BIN)/.installed-dev
 	$(BIN)/python tools/make_docs.py
 
+site: docs
+	$(BIN)/mkdocs build --strict
+
 check: lint type test
 
 # Every benchmark that runs without being told about models and texts; a few hours on two cores. One alone: make bench BENCH=benchmarks/search.py
@@ -55,4 +58,4 @@ wheel: $(BIN)/.installed
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist demo-output
+	rm -rf $(VENV) build dist demo-output site

@@ -96,7 +96,7 @@ def test_a_sweep_loads_no_torch() -> None:
 
 
 def test_the_allocator_of_the_guide_keeps_its_budget() -> None:
-    (code,) = blocks(ROOT / "CONTRIBUTING.md", "run: allocator")
+    (code,) = blocks(ROOT / "docs" / "add_a_method.md", "run: allocator")
     names: dict[str, Any] = {"__name__": "depth"}
     exec(compile(code, "depth.py", "exec"), names)
     table = Table(tuple(Row(f"l{i}", i, "q", (8, 8 * (1 + i)), {}) for i in range(4)))
@@ -113,7 +113,7 @@ def test_the_criterion_of_the_guide_removes_what_is_asked() -> None:
     from billhook.masks import Select
     from billhook.stats import LayerStats
 
-    (code,) = blocks(ROOT / "CONTRIBUTING.md", "run: criterion")
+    (code,) = blocks(ROOT / "docs" / "add_a_method.md", "run: criterion")
     names: dict[str, Any] = {"__name__": "squares"}
     exec(compile(code, "squares.py", "exec"), names)
     W = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
