@@ -297,3 +297,17 @@ def test_unknown_tasks_and_tasks_without_network(tmp_path, monkeypatch):
     assert ran.code == 2
     assert "cannot be fetched" in ran.err
     assert "a file of items works without network" in ran.err
+
+
+def test_a_packed_model_is_scored_like_the_one_it_was_made_from(tmp_path):
+    source = tiny.save(tmp_path / "model")
+    text = tiny.text_file(tmp_path / "text.txt", copies=10)
+    done("prune", source, "--sparsity", "0.6", "--criterion", "magnitude", "-o", tmp_path / "pruned")
+    done("pack", tmp_path / "pruned", "-o", tmp_path / "packed")
+    words = ["--data", text, "--length", 32, "--json"]
+    dense, packed = (done("eval", tmp_path / name, *words).json for name in ("pruned", "packed"))
+    assert packed["nll"] == pytest.approx(dense["nll"], rel=1e-5)
+    assert packed["digest"] == dense["digest"]
+    against = done("eval", tmp_path / "packed", *words, "--against", tmp_path / "pruned").json["against"]
+    assert against["kl"] == pytest.approx(0, abs=1e-6)
+    assert against["top1_agreement"] == 1
