@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from billhook import automatic
 from billhook.allocators import ALLOCATORS, allocate, check_budget
 from billhook.arch import find_layers
 from billhook.criteria import CRITERIA
@@ -35,6 +36,7 @@ from billhook.stats import GRADIENTS as OF_GRADIENTS
 from billhook.streaming import stream_of
 from billhook.table import Table
 from billhook.torchrun import rank
+from billhook.trials import Setting
 from billhook.unfinished import GRADIENTS, Unfinished, unfinished
 from billhook.walk import Block
 
@@ -63,13 +65,14 @@ def prepare(request: Request, progress: Callable[[str], None] = lambda layer: No
         check_budget(request.sparsity, Pattern.parse(request.pattern))
     elif table is not None or request.allocator != "uniform" or request.sparsity is not None or request.pattern != "unstructured":
         raise BillhookError("A plan already says how much each layer loses: leave out sparsity, pattern, allocator and table.")
-    needed = () if plan or table else ALLOCATORS.needs(request.allocator, allocator_options)
+    needed = () if plan or table else _columns(request, allocator_options)
     needs, gradients = CRITERIA.needs(request.criterion, criterion_options), _given_gradients(request, criterion_options)
     needs_text = any(gradients is None or name not in OF_GRADIENTS for name in needs) or any(fact(name).needs_text for name in needed)
     needs_text = needs_text or request.refine != "none"
     request, packed = _beside(request)
     who = f"Pruning with {request.criterion} and {request.allocator}"
-    opened = open_request(request, needs_text, who, streamed=request.output is not None)
+    streamed = request.output is not None and request.allocator != automatic.NAME  # whose trials prune the model in memory
+    opened = open_request(request, needs_text, who, streamed=streamed)
     asked = identity(request, opened, {**allocator_options, **criterion_options}, plan, table)
     shapes = {layer.name: layer.shape for layer in opened.layers}
     if gradients is not None:
@@ -79,13 +82,28 @@ def prepare(request: Request, progress: Callable[[str], None] = lambda layer: No
         plan = continued
     if plan is None:
         table = _measure(opened, needed, progress) if table is None else _rows(table, opened)
-        plan = allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **allocator_options)
+        plan = _allocate(request, opened, table, allocator_options, criterion_options)
     try:
         plan.check(shapes)
     except BillhookError as error:
         chosen = request.plan is not None and (request.targets or request.ignore)
         raise BillhookError(f"{error} --targets and --ignore must choose exactly the plan's layers." if chosen else str(error)) from None
     return Job(request, opened, plan, criterion_options, gradients, asked, packed)
+
+
+def _columns(request: Request, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns of the table that the request's allocator reads."""
+    return automatic.needs(request.criterion) if request.allocator == automatic.NAME else ALLOCATORS.needs(request.allocator, options)
+
+
+def _allocate(
+    request: Request, opened: Opened, table: Table, options: Mapping[str, Any], criterion_options: Mapping[str, Any]
+) -> SparsityPlan:
+    """The request's plan; of `auto`, the best of several on held-out windows."""
+    if request.allocator != automatic.NAME:
+        return allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **options)
+    setting = Setting(request.criterion, dict(criterion_options), request.group)
+    return automatic.choose(opened, table, request.sparsity, request.pattern, setting, request.seed)
 
 
 def _beside(request: Request) -> tuple[Request, Path | None]:

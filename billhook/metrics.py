@@ -123,6 +123,14 @@ CURVES: dict[str, Metric] = {
             "of |W| x input norm",
             "activations",
         ),
+        Metric(
+            "error_curve",
+            -1,
+            "Billhook",
+            "billhook.error_curves:error_curve",
+            "what pruning this layer alone costs, at 40 sparsities (`error_curve:CRITERION`)",
+            "loss",
+        ),
     )
 }
 METRICS = Registry("metric", {m.name: m.place for m in FACTS.values()})

@@ -22,6 +22,7 @@ ALLOCATORS = Registry(
         "lamp": "billhook.allocators.lamp:lamp",
         "global": "billhook.allocators.one_threshold:one_threshold",
         "sensitivity": "billhook.allocators.sensitivity:sensitivity",
+        "auto": "billhook.allocators.auto:auto",
         "explicit": "billhook.allocators.explicit:explicit",
     },
 )
