@@ -137,7 +137,7 @@ def runs(folder: Path, model: Path, blocks: int) -> Iterator[tuple[str, list[Any
     yield "measure outliers of all", ["measure", model, "--metrics", "outlier_ratio:5", *text, "-o", folder / "table.json"]
     for criterion, more in (("magnitude", []), ("wanda", text)):
         output = folder / criterion
-        yield f"prune {criterion}", ["prune", model, "--sparsity", "0.5", "--criterion", criterion, *more, "-o", output]
+        yield f"prune {criterion}", ["prune", model, "--sparsity", "0.5", "--criterion", criterion, *more, "-o", output, "--resume"]
         yield f"verify {criterion}", ["verify", output]
         yield f"remove {criterion}", []
 

@@ -192,21 +192,25 @@ def _select(plan: SparsityPlan, layer: Layer, zeros: int, group: Group, rounding
 def _prune_layer(layer: Layer, stats: LayerStats, select: Select, criterion: Callable[..., Tensor], options: dict[str, Any]) -> LayerResult:
     """Apply the criterion to one layer and check that it removed what was planned."""
     begun, weight = time.perf_counter(), layer.weight
-    before, lost = int((weight == 0).sum()), None
+    before, lost = _zeros(weight), None
     if select.sparsity > 0:
         squares = _input_squares(stats, weight)
         try:
             new = criterion(weight.float(), stats, select, **options)
         except BillhookError as error:
             raise type(error)(f"{layer.name}: {error}") from None
-        if not torch.isfinite(new).all():
+        if not torch.isfinite(new.sum()) and not torch.isfinite(new).all():  # the sum is a fast way to see that all are
             raise JobError(f"{layer.name}: the new weights are not finite. Use another criterion for it, or leave it out with --ignore.")
         lost = _lost(weight, new, squares)
         weight.copy_(new)
-    zeros = int((weight == 0).sum())
+    zeros = _zeros(weight)
     notes = [*stats.notes, *_check_count(layer.name, select, zeros, before)]
     took = time.perf_counter() - begun
     return LayerResult(layer.name, layer.shape, select.sparsity, zeros, before, tuple(notes), 0.0 if select.sparsity == 0 else lost, took)
+
+
+def _zeros(weight: Tensor) -> int:
+    return weight.numel() - int(torch.count_nonzero(weight))
 
 
 def _lost(old: Tensor, new: Tensor, squares: Tensor) -> float | None:

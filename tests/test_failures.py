@@ -69,8 +69,8 @@ def test_a_disk_that_fills_up_after_the_last_block(place, monkeypatch, where):
         now.setattr(f"billhook.{where}", full)
         ran = billhook(*PRUNE)
     assert ran.code == 1
-    match = r"About .*\nbillhook: The disk is full: .*Make room\. 2 of 2 blocks are finished and kept in .*pruned\.partial: continue with the same "
-    assert re.fullmatch(match + r"command and --resume\.\n", ran.err)
+    match = r"About .*\nbillhook: The disk is full: .*Make room\. 2 of 2 blocks are finished and kept in .*pruned\.partial: continue with "
+    assert re.fullmatch(match + r"the same command and --resume\.\n", ran.err)
     done(*PRUNE, "--resume")
     done("verify", "pruned")
 
