@@ -24,7 +24,7 @@ from billhook.runtime.unpacking import copy_others
 from billhook.runtime.writing import Written, write_packed
 from billhook.save import check_output, staging
 from billhook.shards import INDEX, read_shard, weight_files
-from billhook.verification import RECORD
+from billhook.verification import RECORD, UNFINISHED
 
 _CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc"), "openai-gpt": ("c_attn", "c_proj", "c_fc")}  # layers stored [in, out], by model_type
 _FOR_PEOPLE = (".md", ".html")  # pages that may be written anew
@@ -156,6 +156,8 @@ def _check_values(values: str, group: int | None) -> None:
 def _check_source(source: Path) -> dict[str, Any]:
     if is_packed(source):
         raise BillhookError(f"{source} is packed already. To pack it differently, unpack it first: billhook unpack {source} -o DENSE.")
+    if (source / UNFINISHED).is_file() and not (source / RECORD).is_file():
+        raise BillhookError(f"{source} is not finished: continue it with the command that began it and --resume, then pack it.")
     if not (source / "config.json").is_file():
         raise BillhookError(f"{source} has no config.json: give the directory of a Hugging Face model.")
     config = read_json(source / "config.json", "model configuration")
