@@ -14,7 +14,7 @@ struct Floats {
   typedef float Act;
   typedef __m256 Acc;
   typedef __m256 Vec;
-  static constexpr int pieces = 8, lanes = 8;
+  static constexpr int pieces = 8, lanes = 8, rows = 1;
   static INLINE Acc zero() { return _mm256_setzero_ps(); }
   static INLINE Acc add(Acc a, Acc b) { return _mm256_add_ps(a, b); }
   static INLINE Acc multiply(Acc acc, Vec w, const float* x) { return _mm256_fmadd_ps(w, _mm256_loadu_ps(x), acc); }

@@ -4,7 +4,7 @@ struct Floats {
   typedef float Act;
   typedef __m512 Acc;
   typedef __m512 Vec;
-  static constexpr int pieces = 4, lanes = 16;
+  static constexpr int pieces = 4, lanes = 16, rows = 2;
   static INLINE Acc zero() { return _mm512_setzero_ps(); }
   static INLINE Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
   static INLINE Acc multiply(Acc acc, Vec w, const float* x) { return _mm512_fmadd_ps(w, _mm512_loadu_ps(x), acc); }

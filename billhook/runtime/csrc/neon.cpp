@@ -13,7 +13,7 @@ struct Floats {
   typedef float Act;
   typedef float32x4_t Acc;
   typedef float32x4_t Vec;
-  static constexpr int pieces = 16, lanes = 4;
+  static constexpr int pieces = 16, lanes = 4, rows = 1;
   static INLINE Acc zero() { return vdupq_n_f32(0); }
   static INLINE Acc add(Acc a, Acc b) { return vaddq_f32(a, b); }
   static INLINE Acc multiply(Acc acc, Vec w, const float* x) { return vfmaq_f32(acc, w, vld1q_f32(x)); }

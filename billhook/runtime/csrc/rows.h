@@ -5,11 +5,12 @@
 //   typename K::Value, K::Act   how values and activations are stored
 //   typename K::Acc, K::Vec     a vector of partial sums, a vector of expanded weights
 //   K::pieces, K::lanes         vectors a word of 64 columns gives, and activations each of them meets
+//   K::rows                     rows multiplied side by side, which share the loads of activations
 //   k.piece(i)                  the i-th of them
 //   K::zero(), K::multiply(acc, vec, x), K::add(a, b), K::scale(total, part, factor), K::total(acc)
 
-// The hardware prefetchers do not keep up with two streams, so each is fetched by hand, this many bytes ahead.
-constexpr int VALUES_AHEAD = 4096, MASKS_AHEAD = 2048, DENSE_AHEAD = 4096;
+// The hardware prefetchers do not keep up with this many streams, so each is fetched by hand, this many bytes ahead.
+constexpr int VALUES_AHEAD = 4096, MASKS_AHEAD = 1024, DENSE_AHEAD = 4096;
 
 INLINE void fetch(const void* at) { __builtin_prefetch((const void*)at, 0, 3); }
 
@@ -30,66 +31,95 @@ struct Sums {
     if (S == 2) return K::add(parts[t][0], parts[t][1 % S]);
     return parts[t][0];
   }
-  // One word's weights times the activations of its columns; `half` tells neighbouring words apart.
-  INLINE void add(const K& k, const typename K::Act* x, int64_t stride, int half) {
-    UNROLL for (int i = 0; i < K::pieces; i++) {
-      const typename K::Vec weights = k.piece(i);
-      UNROLL for (int t = 0; t < T; t++) {
-        typename K::Acc& part = parts[t][(i + half * K::pieces) % S];
-        part = K::multiply(part, weights, x + t * stride + i * K::lanes);
+};
+
+// R rows' weights of one word times the activations of its columns; `half` tells neighbouring words apart.
+template <class K, int T, int R>
+INLINE void add_word(Sums<K, T> (&sums)[R], const K (&words)[R], const typename K::Act* x, int64_t stride, int half) {
+  UNROLL for (int i = 0; i < K::pieces; i++) {
+    typename K::Vec weights[R];
+    UNROLL for (int r = 0; r < R; r++) weights[r] = words[r].piece(i);
+    UNROLL for (int t = 0; t < T; t++) {
+      UNROLL for (int r = 0; r < R; r++) {
+        typename K::Acc& part = sums[r].parts[t][(i + half * K::pieces) % chains(T)];
+        part = K::multiply(part, weights[r], x + t * stride + i * K::lanes);
       }
     }
   }
-};
-
-// Words [from, to) of a row; returns where the values of the next word begin.
-template <class K, int T>
-INLINE const typename K::Value* sparse_words(const Job& job, const uint8_t* mask, const typename K::Value* values, int64_t from, int64_t to,
-                                             Sums<K, T>& sums) {
-  const typename K::Act* x = (const typename K::Act*)job.x;
-  int64_t w = from;
-  for (; w + 2 <= to; w += 2) {
-    const uint64_t low = load_word(mask + 8 * w), high = load_word(mask + 8 * w + 8);
-    const typename K::Value* middle = values + __builtin_popcountll(low);
-    UNROLL for (size_t line = 0; line < sizeof(typename K::Value); line++) fetch((const char*)values + VALUES_AHEAD + 64 * line);
-    fetch(mask + 8 * w + MASKS_AHEAD);
-    sums.add(K(low, values), x + 64 * w, job.stride, 0);
-    sums.add(K(high, middle), x + 64 * w + 64, job.stride, 1);
-    values = middle + __builtin_popcountll(high);
-  }
-  if (w < to) {
-    const uint64_t bits = load_word(mask + 8 * w);
-    sums.add(K(bits, values), x + 64 * w, job.stride, 0);
-    values += __builtin_popcountll(bits);
-  }
-  return values;
 }
 
+// One word of R rows; each row's values move on to those of its next word.
+template <class K, int T, int R>
+INLINE void sparse_word(const Job& job, const uint8_t* const (&masks)[R], const typename K::Value* (&values)[R], int64_t w, int half,
+                        Sums<K, T> (&sums)[R]) {
+  const typename K::Act* x = (const typename K::Act*)job.x + 64 * w;
+  if constexpr (R == 2) {
+    const uint64_t bits[2] = {load_word(masks[0] + 8 * w), load_word(masks[1] + 8 * w)};
+    const K words[2] = {K(bits[0], values[0]), K(bits[1], values[1])};
+    add_word<K, T, R>(sums, words, x, job.stride, half);
+    for (int r = 0; r < R; r++) values[r] += __builtin_popcountll(bits[r]);
+  } else {
+    const uint64_t bits = load_word(masks[0] + 8 * w);
+    const K words[1] = {K(bits, values[0])};
+    add_word<K, T, R>(sums, words, x, job.stride, half);
+    values[0] += __builtin_popcountll(bits);
+  }
+}
+
+template <class K, int T, int R>
+INLINE void sparse_words(const Job& job, const uint8_t* const (&masks)[R], const typename K::Value* (&values)[R], int64_t from, int64_t to,
+                         Sums<K, T> (&sums)[R]) {
+  int64_t w = from;
+  for (; w + 2 <= to; w += 2) {
+    UNROLL for (int r = 0; r < R; r++) {
+      UNROLL for (size_t line = 0; line < sizeof(typename K::Value) + 1; line++) fetch((const char*)values[r] + VALUES_AHEAD + 64 * line);
+      fetch(masks[r] + 8 * w + MASKS_AHEAD);
+    }
+    sparse_word<K, T, R>(job, masks, values, w, 0, sums);
+    sparse_word<K, T, R>(job, masks, values, w + 1, 1, sums);
+  }
+  if (w < to) sparse_word<K, T, R>(job, masks, values, w, 0, sums);
+}
+
+// R rows: `first` and the one `apart` rows below it.
+template <class K, int T, int R>
+INLINE void sparse_some(const Job& job, int64_t first, int64_t apart) {
+  const Matrix& m = *job.matrix;
+  const uint8_t* masks[R];
+  const typename K::Value* values[R];
+  Sums<K, T> sums[R];
+  for (int r = 0; r < R; r++) {
+    masks[r] = m.bitmask + 8 * m.words * (first + r * apart);
+    values[r] = (const typename K::Value*)m.values + m.starts[first + r * apart];
+    sums[r].clear();
+  }
+  sparse_words<K, T, R>(job, masks, values, 0, m.words, sums);
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) job.y[t * m.out + first + r * apart] = K::total(sums[r].sum(t));
+}
+
+// The rows are two runs side by side, so that each of the streams through memory goes straight on.
 template <class K, int T>
 void sparse_rows(const Job& job, int64_t first, int64_t last) {
-  const Matrix& m = *job.matrix;
-  for (int64_t row = first; row < last; row++) {
-    Sums<K, T> sums;
-    sums.clear();
-    sparse_words<K, T>(job, m.bitmask + 8 * m.words * row, (const typename K::Value*)m.values + m.starts[row], 0, m.words, sums);
-    for (int t = 0; t < T; t++) job.y[t * m.out + row] = K::total(sums.sum(t));
-  }
+  const int64_t apart = K::rows == 2 ? (last - first) / 2 : 0;
+  for (int64_t row = first; row < first + apart; row++) sparse_some<K, T, K::rows>(job, row, apart);
+  for (int64_t row = first + 2 * apart; row < last; row++) sparse_some<K, T, 1>(job, row, 0);
 }
 
 template <class K, int T>
 void scaled_rows(const Job& job, int64_t first, int64_t last) {
   const Matrix& m = *job.matrix;
   for (int64_t row = first; row < last; row++) {
-    const uint8_t* mask = m.bitmask + 8 * m.words * row;
-    const typename K::Value* values = (const typename K::Value*)m.values + m.starts[row];
+    const uint8_t* masks[1] = {m.bitmask + 8 * m.words * row};
+    const typename K::Value* values[1] = {(const typename K::Value*)m.values + m.starts[row]};
     typename K::Acc totals[T];
     for (int t = 0; t < T; t++) totals[t] = K::zero();
     for (int64_t group = 0; group < m.groups; group++) {
       const int64_t from = group * m.group_words, to = from + m.group_words < m.words ? from + m.group_words : m.words;
-      Sums<K, T> sums;
-      sums.clear();
-      values = sparse_words<K, T>(job, mask, values, from, to, sums);
-      for (int t = 0; t < T; t++) totals[t] = K::scale(totals[t], sums.sum(t), m.scales[row * m.groups + group]);
+      Sums<K, T> sums[1];
+      sums[0].clear();
+      sparse_words<K, T, 1>(job, masks, values, from, to, sums);
+      for (int t = 0; t < T; t++) totals[t] = K::scale(totals[t], sums[0].sum(t), m.scales[row * m.groups + group]);
     }
     for (int t = 0; t < T; t++) job.y[t * m.out + row] = K::total(totals[t]);
   }
@@ -97,27 +127,33 @@ void scaled_rows(const Job& job, int64_t first, int64_t last) {
 
 // The same for a dense bfloat16 matrix; K is made from 64 values that lie in memory.
 template <class K, int T>
+INLINE void dense_word(const uint16_t* weights, const typename K::Act* x, int64_t stride, int half, Sums<K, T> (&sums)[1]) {
+  const K words[1] = {K(weights)};
+  add_word<K, T, 1>(sums, words, x, stride, half);
+}
+
+template <class K, int T>
 void dense_rows(const Job& job, int64_t first, int64_t last) {
   const Matrix& m = *job.matrix;
   const typename K::Act* x = (const typename K::Act*)job.x;
   const int64_t whole = m.in / 64;
   for (int64_t row = first; row < last; row++) {
     const uint16_t* weights = (const uint16_t*)m.values + m.in * row;
-    Sums<K, T> sums;
-    sums.clear();
+    Sums<K, T> sums[1];
+    sums[0].clear();
     int64_t w = 0;
     for (; w + 2 <= whole; w += 2) {
       UNROLL for (int line = 0; line < 4; line++) fetch((const char*)(weights + 64 * w) + DENSE_AHEAD + 64 * line);
-      sums.add(K(weights + 64 * w), x + 64 * w, job.stride, 0);
-      sums.add(K(weights + 64 * w + 64), x + 64 * w + 64, job.stride, 1);
+      dense_word<K, T>(weights + 64 * w, x + 64 * w, job.stride, 0, sums);
+      dense_word<K, T>(weights + 64 * w + 64, x + 64 * w + 64, job.stride, 1, sums);
     }
-    if (w < whole) sums.add(K(weights + 64 * w), x + 64 * w, job.stride, 0);
+    if (w < whole) dense_word<K, T>(weights + 64 * w, x + 64 * w, job.stride, 0, sums);
     if (m.in % 64) {
       uint16_t rest[64] = {0};
       memcpy(rest, weights + 64 * whole, 2 * (m.in % 64));
-      sums.add(K(rest), x + 64 * whole, job.stride, 1);
+      dense_word<K, T>(rest, x + 64 * whole, job.stride, 1, sums);
     }
-    for (int t = 0; t < T; t++) job.y[t * m.out + row] = K::total(sums.sum(t));
+    for (int t = 0; t < T; t++) job.y[t * m.out + row] = K::total(sums[0].sum(t));
   }
 }
 
