@@ -157,7 +157,7 @@ def run(
     if request.output is None or stream is None or opened.source is None:
         results = _prune(job, progress, note)
         made = record(job, results)
-        if request.output is not None:
+        if request.output is not None and not rank():
             saved = save_pruned(opened.model, opened.source, Path(request.output), record=made, overwrite=request.overwrite)
             output, notes = saved.path, [saved.note] if saved.note else []
     else:
@@ -170,7 +170,7 @@ def run(
             results = [*before, *_prune(replace(job, gradients=_gradients_of(job, place, progress)), progress, note, place)]
             made = record(job, results)
             place.complete(made)
-    if job.packed is not None and output is not None:
+    if job.packed is not None and output is not None and not rank():
         output, more = _pack(output, job.packed, request.overwrite)
         notes = [*notes, *more]
     return Report(job.plan, results, output, time.perf_counter() - start, [*made["warnings"], *notes], made)

@@ -30,8 +30,11 @@ from billhook.cli import (
     verify,
 )
 from billhook.cli.common import Failure, complain
+from billhook.torchrun import started
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's own, of which typer has a copy inside since 0.27
+
+_SEVERAL = ("measure", "prune")  # commands that share their work under torchrun
 
 app = typer.Typer(
     name="billhook",
@@ -58,6 +61,13 @@ def _root(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version and stop.", callback=_version, is_eager=True),
 ) -> None:
+    if started() and context.invoked_subcommand not in _SEVERAL:
+        complain(
+            f"{context.invoked_subcommand} runs in one process: start it without torchrun ({' and '.join(_SEVERAL)} run in several).",
+            2,
+            False,
+        )
+        raise typer.Exit(2)
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(2)
