@@ -6,6 +6,7 @@ from typing import Any
 
 from billhook.card import evaluation_rows
 from billhook.charts import STYLE, Axis, Series, chart
+from billhook.errors import BillhookError
 from billhook.metrics import fact
 from billhook.report import pattern_in_words
 
@@ -32,6 +33,7 @@ def page(report: Mapping[str, Any]) -> str:
         quality=evaluation_rows(report),
         asked=_asked(report),
         provenance=_provenance(report),
+        speed=_speed(report["speed"] or {}),
         metrics=metrics,
         pattern=pattern_in_words(report["asked"]["pattern"]),
         headline=_headline(report),
@@ -100,6 +102,20 @@ def _provenance(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*rows, ("billhook", report["made_with"]), *report["versions"].items()]
 
 
+def _speed(speed: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of a benchmark: model, batch, prompt, tokens a second reading and making, each with how many times as fast as dense."""
+    try:
+        return [_cell(model, cell) for model in speed.get("models", []) for cell in model["cells"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BillhookError(f"The benchmark result is not that of billhook bench --json ({error!r}).") from None
+
+
+def _cell(model: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
+    pairs = [(cell[key], cell.get(f"{key}_speedup")) for key in ("prefill", "decode")]
+    shown = [f"{a['median']:,.1f}" + ("" if b is None else f" ({b['median']:.2f} x)") for a, b in pairs]
+    return [model["name"], str(cell["batch"]), str(cell["prompt"]), *shown, _size(model["file_bytes"]), _size(model["memory_bytes"])]
+
+
 def figures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Pictures with their captions and numbers."""
     blocks, layers = report["blocks"], report["layers"]
@@ -122,8 +138,6 @@ def figures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _known(name: str) -> bool:
-    from billhook.errors import BillhookError
-
     try:
         fact(name)
     except BillhookError:

@@ -101,12 +101,25 @@ def test_evaluations_are_added_once_and_kept(place, pruned):
     assert again["runs"][0]["nll"] == report["evaluations"][0]["nll"]
 
 
-def test_speed_is_added_from_a_file(pruned):
-    (pruned.parent / "bench.json").write_text('{"machine": "a machine", "decode": {"dense": 10, "packed": 14}}')
+def test_speed_is_added_from_a_benchmark(place, pruned):
+    done("pack", pruned, "-o", pruned.parent / "packed")
+    words = ["--batch", 1, "--prompt", 4, "--new", 2, "--rounds", 1, "--json"]
+    found = done("bench", pruned.parent / "packed", "--against", place / "model", *words)
+    (pruned.parent / "bench.json").write_text(found.out)
     done("report", pruned, "--speed", pruned.parent / "bench.json")
-    assert "dense: 10; packed: 14" in (pruned / "report.html").read_text()
-    done("report", pruned)
-    assert "dense: 10; packed: 14" in (pruned / "report.html").read_text()
+    for _ in range(2):
+        text = (pruned / "report.html").read_text()
+        packed = next(model for model in found.json["models"] if model["packed"])
+        assert f"{packed['cells'][0]['decode']['median']:,.1f} ({packed['cells'][0]['decode_speedup']['median']:.2f} x)" in text
+        assert found.json["hardware"]["processor"] in text
+        done("report", pruned)
+    (pruned.parent / "own.json").write_text('{"machine": "a machine", "decode": {"dense": 10, "packed": 14}}')
+    done("report", pruned, "--speed", pruned.parent / "own.json")
+    assert "dense 10, packed 14" in (pruned / "report.html").read_text()
+    (pruned.parent / "bad.json").write_text('{"models": [{"cells": [{}]}]}')
+    ran = billhook("report", pruned, "--speed", pruned.parent / "bad.json")
+    assert (ran.code, "is not that of billhook bench --json" in ran.err) == (2, True)
+    assert "dense 10, packed 14" in (pruned / "report.html").read_text()
 
 
 class Tags(HTMLParser):

@@ -39,7 +39,9 @@ def command(
 
     from billhook.errors import BillhookError
     from billhook.files import check_writable, write_text
+    from billhook.machine import hardware
     from billhook.runtime import benchmark
+    from billhook.runtime.library import path
 
     if picture is not None:
         check_writable(picture)
@@ -59,7 +61,8 @@ def command(
         write_text(picture, drawn)
         say(f"{picture}: speed-up against sparsity.")
     if as_json:
-        emit({"against": None if against is None else sides[0].name, "new": new, "rounds": rounds, "models": [asdict(x) for x in sides]})
+        found = {"against": None if against is None else sides[0].name, "new": new, "rounds": rounds, "models": [asdict(x) for x in sides]}
+        emit({**found, "hardware": {**hardware(device), "kernels": str(path())}})
         return
     show(sides)
 
