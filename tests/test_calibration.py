@@ -45,10 +45,10 @@ def test_choices_are_measured_reported_and_kept(folder: Path):
 def test_a_stored_choice_is_followed(folder: Path):
     tuned = model()
     name = calibrate.key(tuned[0].packed(), torch.bfloat16, 3)
-    cache.store("kernels", {name: "whole"})
+    cache.store("kernels", {name: "wide"})
     found = tune_(tuned)
-    assert found[0]["ways"][4] == "whole"
-    assert calibrate.way(tuned[0].packed(), torch.bfloat16, 3) == "whole"
+    assert found[0]["ways"][4] == "wide"
+    assert calibrate.way(tuned[0].packed(), torch.bfloat16, 3) == "wide"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2, "choices": {}}', '{"version": 1, "choices": {"a": 1}}', "\x00\xff"])

@@ -92,8 +92,8 @@ def expand(
     return expand_rows(weight, first, max(first, last), values.dtype if scales is None else torch.float32)
 
 
-def expand_rows(weight: Weight, first: int, last: int, dtype: torch.dtype) -> Tensor:
-    """Rows first to last - 1 of a packed weight, dense [rows, in] in `dtype`, scales applied."""
+def expand_rows(weight: Weight, first: int, last: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
+    """Rows first to last - 1 of a packed weight, dense [rows, in] in `dtype`, scales applied; in `room`, 1-D and large enough."""
     values, bitmask, starts, scales = weight.tensors
     assert bitmask is not None
     assert starts is not None
@@ -101,7 +101,8 @@ def expand_rows(weight: Weight, first: int, last: int, dtype: torch.dtype) -> Te
     if found is None:
         dense = fallback.expand(bitmask, values, starts, weight.shape[1], slice(first, last))
     else:
-        dense = torch.empty(last - first, weight.shape[1], dtype=values.dtype)
+        count = (last - first) * weight.shape[1]
+        dense = (torch.empty(count, dtype=values.dtype) if room is None else room[:count]).view(last - first, weight.shape[1])
         width, threads = dense.element_size(), torch.get_num_threads()
         found[0].billhook_expand(weight.address, first, last, dense.data_ptr(), width, found[1], threads)
     if scales is None:
