@@ -2,7 +2,7 @@
 
 Tried are uniform, the optimum of the measured error curves (`billhook.allocators.auto`), a point between the two (half-way, or a quarter
 of the way where the optimum is more than twice as bad as uniform), and OWL with its published options. Each is pruned block by block with
-the run's own criterion on one part of the calibration windows, and scored by the divergence from the dense model on the other; equal
+the run's own criterion (admm in three steps) on one part of the calibration windows, and scored by the divergence from the dense model on the other; equal
 scores go to the first in this order. Uniform is among them, so the plan is never worse than uniform there. Where the text cannot be
 split the plan is uniform, and says why. Deterministic. The model's weights are as before afterwards.
 """
@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from billhook.allocators import allocate
+from billhook.error_curves import CHEAPER
 from billhook.errors import BillhookError
 from billhook.heldout import split_windows
 from billhook.plan import SparsityPlan
@@ -43,6 +44,7 @@ def choose(
         split = split_windows(opened, seed)
     except BillhookError as error:
         return _because(uniform, {"reason": f"uniform, because no allocation could be checked: {error}"})
+    setting = replace(setting, options={**setting.options, **CHEAPER.get(setting.criterion, {})})
     scores: dict[str, float] = {}
     plans: dict[str, SparsityPlan] = {}
     with Bench(opened.model, opened.layers, split.batches, split.heldout, setting) as bench:

@@ -1,9 +1,9 @@
 """Tune what is left of a pruned block, the zeros fixed, so that its outputs come near those of the dense block.
 
 The loss is the mean squared difference of the block's outputs, for the inputs that the pruned blocks before it produce, relative to the
-mean square of the targets. Targets are the outputs of the dense block for the dense model's own inputs (`mix` = 1, which also makes up
-for what went wrong before), for the pruned ones (0), or their mean weighted so. Adam on minibatches of windows, a cosine from `rate` to
-zero; one window in eight is held out, the weights of the epoch with the least loss there are kept, and `PATIENCE` epochs without
+mean square of the targets. Targets are the outputs of the dense block for the same inputs (`mix` = 0), for the dense model's own
+inputs (1, which also makes up for what went wrong before), or their mean weighted so. Adam on minibatches of windows, its step falling
+as a cosine from `rate` times the root mean square of each parameter to zero; one window in eight is held out, the weights of the epoch with the least loss there are kept, and `PATIENCE` epochs without
 a new least end it. A block whose held-out loss did not fall, in the model's own type, gets back the weights it had.
 
 Wanda++ (arXiv:2503.04992) and EBFT (arXiv:2402.12419) tune blocks so. In memory: one block four times in float32, its inputs and its
@@ -39,8 +39,8 @@ class Refine:
     """
 
     epochs: int = 20
-    rate: float = 1e-3
-    mix: float = 1.0
+    rate: float = 0.05
+    mix: float = 0.0
     everything: bool = False
     seed: int = 0
 
@@ -164,11 +164,13 @@ def _descend(
     random = torch.Generator().manual_seed(1000 * options.seed + index)
     masks = [p.detach() != 0 if p.ndim > 1 else torch.ones_like(p, dtype=torch.bool) for p in parameters]
     best, least, bad = [p.detach().clone() for p in parameters], _mean_loss(module, data, held), 0
-    adam = torch.optim.Adam(parameters, lr=options.rate)
+    rates = [options.rate * float(p.detach().square().mean().sqrt()) for p in parameters]
+    adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
     steps, step = options.epochs * len(_minibatches(train, torch.Generator())), 0
     for epoch in range(1, options.epochs + 1):  # noqa: B007
         for pieces in _minibatches(train, random):
-            adam.param_groups[0]["lr"] = options.rate * (1 + math.cos(math.pi * step / steps)) / 2
+            for group, rate in zip(adam.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
             step += 1
             adam.zero_grad()
             windows = sum(len(rows) for _, rows in pieces)
