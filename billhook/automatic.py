@@ -1,10 +1,10 @@
 """The allocation of `--allocator auto`: several are tried in full on held-out calibration windows, and the best is used.
 
 Tried are uniform, the optimum of the measured error curves (`billhook.allocators.auto`), a point between the two (half-way, or a quarter
-of the way where the optimum is more than twice as bad as uniform), and OWL with its published options. Each is pruned block by block with
-the run's own criterion (admm in three steps) on one part of the calibration windows, and scored by the divergence from the dense model on the other; equal
-scores go to the first in this order. Uniform is among them, so the plan is never worse than uniform there. Where the text cannot be
-split the plan is uniform, and says why. Deterministic. The model's weights are as before afterwards.
+of the way where the optimum is more than twice as bad as uniform), and OWL with its published options. Each is pruned block by block
+with the run's own criterion (admm in three steps) on one part of the calibration windows, and scored by the divergence from the dense
+model on the other; equal scores go to the first in this order. Uniform is among them, so the plan is never worse than uniform
+there. Where the text cannot be split the plan is uniform, and says why. Deterministic. The model's weights are as before afterwards.
 """
 
 from collections.abc import Callable, Mapping

@@ -2,9 +2,10 @@
 
 The loss is the mean squared difference of the block's outputs, for the inputs that the pruned blocks before it produce, relative to the
 mean square of the targets. Targets are the outputs of the dense block for the same inputs (`mix` = 0), for the dense model's own
-inputs (1, which also makes up for what went wrong before), or their mean weighted so. Adam on minibatches of windows, its step falling
-as a cosine from `rate` times the root mean square of each parameter to zero; one window in eight is held out, the weights of the epoch with the least loss there are kept, and `PATIENCE` epochs without
-a new least end it. A block whose held-out loss did not fall, in the model's own type, gets back the weights it had.
+inputs (1, which also makes up for what went wrong before), or their mean weighted so. Adam on minibatches of windows; its step falls
+as a cosine, from `rate` times the root mean square of each parameter to zero. One window in eight is held out, the weights of the
+epoch with the least loss there are kept, and `PATIENCE` epochs without a new least end it. A block whose held-out loss did not
+fall, in the model's own type, gets back the weights it had.
 
 Wanda++ (arXiv:2503.04992) and EBFT (arXiv:2402.12419) tune blocks so. In memory: one block four times in float32, its inputs and its
 targets. It does not look past its block, and it needs a few thousand tokens: with less it fits the text rather than the block.
