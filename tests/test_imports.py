@@ -25,7 +25,7 @@ LIGHT = ["billhook"] + [
     if name.split(".")[1:2] in (["allocators"], ["cli"])
     or name.removeprefix("billhook.") in ("errors", "registry", "files", "table", "plan", "budget", "metrics", "corpus", "criteria")
 ]
-COMMANDS = ("prune", "measure", "plan", "eval", "verify", "ls", "demo")
+COMMANDS = ("prune", "measure", "plan", "eval", "verify", "pack", "unpack", "generate", "bench", "ls", "demo")
 
 # CPU seconds (user + system) in which a command must show its help or make a plan. It takes about 0.25 s; the rest is left for slow
 # machines. Importing torch alone costs more than a second and a half.
