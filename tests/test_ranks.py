@@ -75,7 +75,7 @@ def test_tables_are_those_of_one_process(place):
         done(place, processes, *fields, "-o", f"table{processes}.json")
     one, two = (json.loads((place / f"table{n}.json").read_text())["rows"] for n in (1, 2))
     for row, other in zip(one, two, strict=True):
-        assert row["name"] == other["name"]
+        assert row["layer"] == other["layer"]
         assert row["metrics"] == pytest.approx(other["metrics"], rel=1e-3)
 
 
