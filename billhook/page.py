@@ -176,7 +176,8 @@ def _lines(title: str, caption: str, layers: Sequence[Mapping[str, Any]], values
     for row, value in zip(layers, values, strict=True):
         at.setdefault((row["kind"], row["block"]), []).append(value)
     means = {kind: [_mean(at.get((kind, block), [])) for block in depths] for kind in kinds}
-    alike = all(means[kind] == means[kinds[0]] for kind in kinds)  # lines on top of each other would look like one of them
+    # lines on top of each other, as block by block allocators make them, would look like one of them
+    alike = all(_same(means[kind], means[kinds[0]]) for kind in kinds)
     series = [Series("every kind", depths, means[kinds[0]])] if alike else [Series(kind, depths, means[kind]) for kind in kinds]
     rows = [[str(block), *(_short(means[kind][i]) for kind in kinds)] for i, block in enumerate(depths)]
     return {
@@ -201,6 +202,12 @@ def _measured(errors: Sequence[float], entry: Mapping[str, Any]) -> dict[str, An
 def _mean(values: Sequence[float | None]) -> float | None:
     found = [value for value in values if value is not None]
     return sum(found) / len(found) if found else None
+
+
+def _same(a: Sequence[float | None], b: Sequence[float | None]) -> bool:
+    """Whether two lines could not be told apart: within a thousandth, which leaves room for whole numbers of weights."""
+    pairs = zip(a, b, strict=True)
+    return all(x == y or (x is not None and y is not None and abs(x - y) <= 1e-3 * max(abs(x), abs(y))) for x, y in pairs)
 
 
 def _short(value: float | None) -> str:
