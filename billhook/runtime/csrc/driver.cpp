@@ -29,12 +29,12 @@ struct AtFork {
 
 const int64_t WORTH_A_THREAD = 1 << 17;  // bytes to read; waking a thread takes as long as reading about this much
 
-// Calls work(first, last) for pieces of the rows on up to `threads` threads; whoever is done takes the next piece.
+// Calls work(first, last) for pieces of the rows on up to `threads` threads, `each` pieces for every thread; whoever is done takes the next.
 template <class Work>
-void share(int64_t rows, int64_t bytes, int threads, const Work& work) {
+void share(int64_t rows, int64_t bytes, int threads, const Work& work, int each = 8) {
   if (threads > bytes / WORTH_A_THREAD) threads = (int)(bytes / WORTH_A_THREAD);
   if (threads <= 1 || forked) return work(0, rows);
-  const int64_t piece = (rows + 8 * threads - 1) / (8 * threads);
+  const int64_t piece = (rows + each * threads - 1) / (each * threads);
   int64_t next = 0;
 #pragma omp parallel num_threads(threads)
   for (;;) {
@@ -147,7 +147,7 @@ PUBLIC void billhook_expand(const Matrix* matrix, int64_t first, int64_t last, v
   const ExpandKernel kernel = PATHS[path]->expand[width == 4 ? 2 : width - 1];
   share(last - first, (last - first) * matrix->in * width, threads, [&](int64_t from, int64_t to) {
     kernel(*matrix, first + from, first + to, (char*)out + from * matrix->in * width);
-  });
+  }, 1);
 }
 
 // Fills starts [out + 1]; returns the first row that keeps a weight beyond column `in`, or -1.
