@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 
 MODELS = ["stories260k", "babyllama-105", "c4gut-llama-12x128", "c4gut-llama-8x128"]
 TIES_A_MILLION = 20
+GBLM_TIES = {("babyllama-105", "gblm_l1_2:4"): 66, ("c4gut-llama-12x128", "gblm_l2_0.6"): 18}
 ALPHAS = ("alpha_mid", "alpha_peak", "alpha_ks")
 
 
@@ -108,11 +109,15 @@ def test_masks_and_perplexity_agree(golden: Golden, tag: str) -> None:
 
 @pytest.mark.parametrize("tag", [f"gblm_{norm}_{s}" for norm in ("l1", "l2") for s in ("0.5", "0.6", "2:4")])
 def test_gblm_masks_and_perplexity_agree(golden: Golden, tag: str) -> None:
-    """The l1 sums are rounded to float16 at every step, so one last bit of one gradient can move a weight across a tie."""
+    """The l1 sums are rounded to float16 at every step, and the l2 norms once: one last bit of one gradient can decide between weights.
+
+    The reference took gradients through eager attention, whose last bits are not those of the fused kernel.
+    """
     model = golden.model()
+    model.set_attn_implementation("eager")
     prune_(model, golden.plan(tag), criterion="gblm", norm=tag[5:7], mode="reference", batches=golden.batches, rounding="floor")
     differing, total = golden.differing(model, tag)
-    assert differing <= total * (200 if "l1" in tag else TIES_A_MILLION) / 1e6, f"{differing} of {total} weights differ"
+    assert differing <= GBLM_TIES.get((golden.name, tag), 0), f"{differing} of {total} weights differ"
     assert evaluate(model, golden.windows).token_ppl == pytest.approx(golden.reference["runs"][tag]["ppl"], rel=2e-3 if differing else 1e-5)
 
 
