@@ -1,6 +1,6 @@
 """Token perplexity against lm-evaluation-harness's rolling log-likelihood, on the same windows: the ratio of times, and both numbers.
 
-    python benchmarks/evaluate.py MODEL WINDOWS.safetensors [threads]
+    python benchmarks/evaluate.py [MODEL SOURCE [threads]]     by default the bundled model, on text it has not seen
 
 Each window goes through the harness as its rolling log-likelihood does it: the first token is given, the others are scored. Loading is
 not counted; both are run three times in turn and the best time counts. Needs pip install 'billhook[eval]'.
@@ -20,17 +20,18 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from billhook.checkpoint import load_model, load_tokenizer
 from billhook.data import load_windows
+from billhook.demo import MODEL
 from billhook.perplexity import evaluate
 
-REPEATS = 3
+REPEATS, LENGTH, WINDOWS = 3, 256, 64
 os.environ["TQDM_DISABLE"] = "1"
 
 
-def main(directory: str, source: str, threads: str = "2") -> None:
+def main(directory: str = str(MODEL), source: str = "stdlib:heldout", threads: str = "2") -> None:
     """Print a line for each batch size of the harness, and one for Billhook."""
     torch.set_num_threads(int(threads))
     model, tokenizer = load_model(Path(directory)), load_tokenizer(Path(directory))
-    windows = load_windows(source, tokenizer, length=torch.iinfo(torch.int32).max)
+    windows = load_windows(source, tokenizer, length=LENGTH, limit=WINDOWS)
     count, length = windows.ids.shape
     requests = []
     for row in windows.ids.tolist():
