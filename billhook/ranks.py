@@ -36,10 +36,8 @@ def joined(device: str) -> Iterator[None]:
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not after an error: it would wait for processes that may be lost
 
 
 def mine(items: Sequence[T]) -> list[T]:
