@@ -33,8 +33,9 @@ from billhook.arch import Layer, find_blocks, find_layers
 from billhook.errors import BillhookError, JobError
 from billhook.gradient_file import Gradients, open_gradients, write_gradients
 from billhook.ranks import check_share, mine
+from billhook.regional import regional_gradients
 from billhook.registry import hint
-from billhook.stats import GRADIENTS, AbsoluteSum
+from billhook.stats import GRADIENTS, REGIONAL, AbsoluteSum
 from billhook.streaming import resident
 from billhook.walk import Call, Progress, capture, check_outputs, evaluating, plain_experts, run_block, stubbed
 
@@ -73,6 +74,11 @@ def compute_gradients(
     dtype = GRADIENTS[statistic](torch.zeros(1)).value().dtype
 
     def values() -> Iterator[tuple[str, Tensor]]:
+        if statistic == REGIONAL:
+            for name, value in regional_gradients(model, mine(sequences), layers):
+                yield name, value
+                progress(name)
+            return
         with plain_experts(model), evaluating(model), _Store(path.parent, spill_gib) as store:
             for name, value in _Backward(model, mine(sequences), store).run(GRADIENTS[statistic], layers):
                 yield name, value

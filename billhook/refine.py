@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from billhook.arch import Layer
 from billhook.errors import BillhookError, JobError
 from billhook.hidden import SPILL_GIB, States
+from billhook.ranks import world
 from billhook.walk import Block, Call, run_block
 
 Refining = Literal["none", "blocks", "blocks+norms"]
@@ -64,7 +65,10 @@ class Refinery:
     """Tunes the blocks of one walk in order: `note(block)` while a block is still dense, `refine_(block)` once it is pruned."""
 
     def __init__(self, options: Refine, start: int = 0, spill_gib: float = SPILL_GIB) -> None:
-        """`start` is the first block that is noted; BillhookError where targets from the dense model cannot be known there."""
+        """`start` is the first block that is noted; BillhookError where targets from the dense model cannot be known there, and for several
+        processes, each of which has only a part of the text."""
+        if world() > 1:
+            raise BillhookError("Blocks cannot be refined by several processes yet: run without torchrun, or leave --refine out.")
         if start > 0 and options.mix > 0:
             raise BillhookError("A run that refines towards the dense model cannot go on in the middle: start it again with --overwrite.")
         self.options = options

@@ -228,11 +228,13 @@ class PublishedRootOfSquares(RootOfSquares):
         return super().value().half()
 
 
+REGIONAL = "gradient_regional"  # of a block's own outputs, see billhook.regional
 GRADIENTS: dict[str, type[AbsoluteSum]] = {
     "gradient_l1": AbsoluteSum,
     "gradient_l2": RootOfSquares,
     "gradient_l1_reference": PublishedAbsoluteSum,
     "gradient_l2_reference": PublishedRootOfSquares,
+    REGIONAL: RootOfSquares,
 }
 
 

@@ -20,7 +20,7 @@ from billhook.cli import app
 from billhook.gradient_file import open_gradients
 from billhook.gradients import compute_gradients
 from billhook.plan import Pattern
-from billhook.stats import GRADIENTS
+from billhook.stats import GRADIENTS, REGIONAL
 
 Tensor = torch.Tensor
 
@@ -75,7 +75,7 @@ def test_equal_to_a_whole_backward_pass(family: str, tmp_path: Path) -> None:
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-@pytest.mark.parametrize("statistic", GRADIENTS)
+@pytest.mark.parametrize("statistic", [name for name in GRADIENTS if name != REGIONAL])  # tested with the blocks, in test_refine.py
 @pytest.mark.parametrize("spill_gib", [8.0, 0.0, 1e-5])
 def test_every_statistic_wherever_the_inputs_are_kept(statistic: str, spill_gib: float, tmp_path: Path) -> None:
     model, ids = llama(), batches(3, 2)

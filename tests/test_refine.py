@@ -7,9 +7,10 @@ import torch
 from billhook import allocate, measure
 from billhook.arch import find_layers
 from billhook.errors import BillhookError
+from billhook.gradients import compute_gradients
 from billhook.pruning import LayerResult, prune_
 from billhook.refine import Data, Refine, refine_block_, tunable
-from billhook.walk import walk
+from billhook.walk import run_block, walk
 
 
 def text(windows: int = 16) -> list[torch.Tensor]:
@@ -96,3 +97,23 @@ def test_text_is_needed() -> None:
     model = tiny.llama()
     with pytest.raises(BillhookError, match="--refine looks at activations"):
         prune_(model, allocate(measure(model, []), 0.6), criterion="magnitude", refine=Refine())
+
+
+@pytest.mark.parametrize("build", [tiny.llama, tiny.mixtral])
+def test_regional_gradients_are_those_of_the_block_outputs(build, tmp_path) -> None:
+    model, ids = build(), torch.cat(text(3))
+    found = compute_gradients(model, [ids], "gradient_regional", tmp_path / "g.safetensors")
+    layers = find_layers(model)
+    for block in walk(model, list(ids.split(1)), dense=True):
+        if block.index:
+            continue
+        layer = block.layers[-1]
+        squares = torch.zeros(layer.shape)
+        for inputs, call in zip(block.inputs, block.calls, strict=True):
+            with torch.enable_grad():
+                parameter = getattr(layer.module, layer.parameter)
+                (gradient,) = torch.autograd.grad(run_block(block.module, inputs, call).norm(), [parameter])
+            gradient = gradient if layer.expert is None else gradient[layer.expert]
+            squares += (gradient.T if layer.transposed else gradient).square()
+        torch.testing.assert_close(found[layer.name], (squares / 3).sqrt())
+    assert set(found) == {layer.name for layer in layers}

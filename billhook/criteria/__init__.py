@@ -16,6 +16,7 @@ CRITERIA = Registry(
         "gblm": "billhook.criteria.gblm:gblm",
         "ria": "billhook.criteria.ria:ria",
         "dsnot": "billhook.criteria.dsnot:dsnot",
+        "wandapp": "billhook.criteria.wandapp:wandapp",
         "gradient": "billhook.criteria.gradient:gradient",
         "pruner_zero": "billhook.criteria.pruner_zero:pruner_zero",
         "sparsegpt": "billhook.criteria.sparsegpt:sparsegpt",
