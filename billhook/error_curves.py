@@ -32,7 +32,7 @@ TRIED = (0.4, 0.6, 0.8)
 MIDDLE = 0.6
 STEPS = 40
 WINDOWS = 4
-CHEAPER: dict[str, dict[str, object]] = {"admm": {"steps": 3}}  # options that cost less and rank the same
+CHEAPER: dict[str, dict[str, object]] = {"admm": {"steps": 3}}  # options that cost less
 _LEAST = 1e-9
 
 
