@@ -92,18 +92,19 @@ def one(shape: tuple[int, int], percent: int, tokens: int, args: argparse.Namesp
     base = torch.randn(shape, generator=generator).bfloat16()
     x = torch.randn(tokens, shape[1], generator=generator).bfloat16()
     keep = torch.rand(shape, generator=generator) >= percent / 100
-    variants = dense_variants(base, x, args.mib, not args.short) | sparse_variants(base * keep, x, args)
-    calibrate.measure_packed(packed(base * keep), torch.bfloat16)
+    pruned = base.masked_fill(~keep, 0)  # not base * keep: that makes zeros of either sign, and -0.0 is kept as a value
+    variants = dense_variants(base, x, args.mib, not args.short) | sparse_variants(pruned, x, args)
+    calibrate.measure_packed(packed(pruned), torch.bfloat16)
     for run in variants.values():
         run(0)
     times, lost = rounds(variants, args.rounds, args.seconds)
     middle = {name: median(values) for name, values in times.items()}
-    bytes_read = 2 * int((base * keep != 0).sum()) + keep.numel() / 8
+    bytes_read = 2 * int((pruned != 0).sum()) + keep.numel() / 8
     return {
         "shape": list(shape),
         "sparsity": percent,
         "tokens": tokens,
-        "way": calibrate.way(packed(base * keep), torch.bfloat16, tokens),
+        "way": calibrate.way(packed(pruned), torch.bfloat16, tokens),
         "speed": {name: middle["dense"] / seconds for name, seconds in middle.items()},
         "against our dense": middle["our dense"] / middle["packed"],
         "bandwidth": middle["read"] / middle["packed"],
