@@ -6,6 +6,18 @@ from typing import Any
 
 from billhook.verification import PAGE
 
+_DENSE = (
+    "An ordinary model directory: nothing but `transformers` is needed.",
+    "```python\nfrom transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER)\n```",
+    "The zeros are stored like other weights, so this directory is as large and as fast as the dense model's. `billhook pack FOLDER` "
+    "writes a smaller one that Billhook runs with sparse kernels.",
+)
+_PACKED = (
+    "Packed: sparse weights are stored as a bitmask and the weights that are left. Billhook is needed to open it.",
+    "```python\nimport billhook\n\nmodel = billhook.load(FOLDER)\n```",
+    "The model is one of `transformers`, for inference. `billhook unpack FOLDER -o DENSE` gives an ordinary model directory.",
+)
+
 
 def card(report: Mapping[str, Any]) -> str:
     """The text of README.md."""
@@ -15,10 +27,7 @@ def card(report: Mapping[str, Any]) -> str:
         f"# {model['name']}, {100 * achieved['sparsity']:.3g} % sparse",
         f"{_sentence(report)} Everything about the run, with pictures, is in [{PAGE}]({PAGE}).",
         "## How to load it",
-        "An ordinary model directory: nothing but `transformers` is needed.",
-        "```python\nfrom transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER)\n```",
-        "The zeros are stored like other weights, so this directory is as large and as fast as the dense model's. `billhook pack FOLDER` "
-        "writes a smaller one that Billhook runs with sparse kernels.",
+        *(_PACKED if report["files"]["packed"] else _DENSE),
         "## Numbers",
         _numbers(report),
         "## How it was made",
@@ -45,7 +54,8 @@ def _metadata(report: Mapping[str, Any]) -> str:
     if "/" in name:
         lines.append(f"base_model: {json.dumps(name)}\nbase_model_relation: finetune")
     tags = ["billhook", "pruned", "sparse", asked["criterion"], asked["allocator"].replace(" ", "-")]
-    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {json.dumps(tag)}" for tag in tags)]
+    library = "billhook" if report["files"]["packed"] else "transformers"
+    lines += [f"library_name: {library}", "pipeline_tag: text-generation", "tags:", *(f"- {json.dumps(tag)}" for tag in tags)]
     return "---\n" + "\n".join([*lines, *_results(report)]) + "\n---"
 
 
@@ -106,10 +116,11 @@ def _ppl(value: float | None) -> str:
 
 
 def _numbers(report: Mapping[str, Any]) -> str:
+    computed = ["the same, packed as bitmask and values, MiB", "computed", _mib(report["files"]["packed_bytes_estimate"]), "-"]
     rows = [
         ["prunable weights that are zero", "counted in the files", f"{100 * report['achieved']['sparsity']:.4f} %", "-"],
         ["weight files, MiB", "this directory", _mib(report["files"]["weights_bytes"]), "-"],
-        ["the same, packed as bitmask and values, MiB", "computed", _mib(report["files"]["packed_bytes_estimate"]), "-"],
+        *([] if report["files"]["packed"] else [computed]),
         *evaluation_rows(report),
     ]
     text = table(["what", "on what", "this model", "dense model"], rows)

@@ -54,7 +54,8 @@ def _headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     task = next((task for entry in report["evaluations"] for task in entry.get("tasks", [])), None)
     if task is not None:
         found.append((f"accuracy, {task['task']}", f"{100 * task['acc']:.1f} %"))
-    return [*found, ("weight files", _size(files["weights_bytes"])), ("packed (computed)", _size(files["packed_bytes_estimate"]))]
+    found.append(("packed weight files" if files["packed"] else "weight files", _size(files["weights_bytes"])))
+    return found if files["packed"] else [*found, ("packed (computed)", _size(files["packed_bytes_estimate"]))]
 
 
 def _size(number: int) -> str:

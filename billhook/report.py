@@ -12,6 +12,7 @@ import billhook
 from billhook.errors import BillhookError
 from billhook.files import read_json
 from billhook.plan import Pattern
+from billhook.runtime.packed import is_packed, open_packed
 from billhook.shards import read_shard, weight_files
 from billhook.verification import CARD, RECORD, REPORT
 
@@ -121,7 +122,10 @@ def _blocks(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _sizes(folder: Path, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Bytes of the weight files, and what they would take with the pruned layers as bitmask and values (`billhook pack`)."""
+    """Whether they are packed, bytes of the weight files, and what they (would) take with the pruned layers as bitmask and values."""
+    if is_packed(folder):
+        size = sum(shard.file.path.stat().st_size for shard in open_packed(folder).shards)
+        return {"packed": True, "weights_bytes": size, "packed_bytes_estimate": size}
     shards = [read_shard(file) for file in weight_files(folder)]
     dense = sum(file.stat().st_size for file in weight_files(folder))
     entries = [entry for shard in shards for entry in shard.entries.values()]
@@ -131,7 +135,7 @@ def _sizes(folder: Path, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         out, columns = layer["shape"]
         kept = out * columns - layer["zeros"]
         saved += max(0.0, items * out * columns - (items * kept + 64 + 8 * out * -(-columns // 64)))
-    return {"weights_bytes": dense, "packed_bytes_estimate": round(dense - saved)}
+    return {"packed": False, "weights_bytes": dense, "packed_bytes_estimate": round(dense - saved)}
 
 
 def _count(shape: Sequence[int]) -> int:

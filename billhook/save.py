@@ -34,7 +34,7 @@ from billhook.shards import INDEX, Entry, Shard, lay_out, layer_zeros, put, read
 from billhook.streaming import DTYPES
 from billhook.verification import CARD, PAGE, RECORD, REPORT, UNFINISHED
 
-_WEIGHTS = frozenset(
+WEIGHTS = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz", ".ot", ".pkl"}
 )
 
@@ -210,7 +210,7 @@ def _copy_others(source: Path, folder: Path) -> None:
         if (
             hidden
             or not path.is_file()
-            or path.suffix in _WEIGHTS
+            or path.suffix in WEIGHTS
             or path.name.endswith(".index.json")
             or path.name in (RECORD, UNFINISHED, REPORT, PAGE)
         ):

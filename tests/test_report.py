@@ -9,7 +9,7 @@ import pytest
 import tiny
 from command import billhook, done
 
-from billhook import prune
+from billhook import pack, prune, unpack, verify
 from billhook.card import card
 from billhook.page import page
 from billhook.report import load_report
@@ -175,3 +175,16 @@ def test_a_dense_model_takes_no_evaluation(place):
     ran = billhook("eval", place / "model", "--data", place / "text.txt", "--length", 32, "--report")
     assert ran.code == 2
     assert "is no pruned directory" in ran.err
+
+
+def test_a_packed_directory_says_that_it_is_packed_and_takes_evaluations(pruned, tmp_path):
+    packed = pack(pruned, tmp_path / "packed")
+    report = load_report(packed.output)
+    assert report["files"] == {"packed": True, "weights_bytes": packed.packed_bytes, "packed_bytes_estimate": packed.packed_bytes}
+    assert "billhook.load" in (packed.output / "README.md").read_text()
+    assert "zeros stored like other weights" not in (packed.output / "report.html").read_text()
+    (packed.output / "report.json").write_text(json.dumps({**report, "speed": {"note": "added later"}}))
+    assert verify(packed.output).ok
+    dense = unpack(packed.output, tmp_path / "dense")
+    assert verify(dense).ok
+    assert load_report(dense) == {**load_report(pruned), "speed": {"note": "added later"}}

@@ -18,17 +18,17 @@ import billhook
 from billhook.checkpoint import resolve
 from billhook.errors import BillhookError
 from billhook.files import read_json, sha256, write_json
+from billhook.publishing import publish
 from billhook.runtime.choosing import choose, packed_size
 from billhook.runtime.packed import LEAST_GROUP, PACKED, VERSION, Matrix, digest, is_packed
 from billhook.runtime.unpacking import copy_others
 from billhook.runtime.writing import Written, write_packed
-from billhook.save import check_output, staging
+from billhook.save import WEIGHTS, check_output, staging
 from billhook.shards import INDEX, read_shard, weight_files
-from billhook.verification import RECORD, UNFINISHED
+from billhook.verification import RECORD, REPORT, UNFINISHED
 
 _CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc"), "openai-gpt": ("c_attn", "c_proj", "c_fc")}  # layers stored [in, out], by model_type
-_FOR_PEOPLE = (".md", ".html")  # pages that may be written anew
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz", ".ot", ".pkl")
+_PAGES = (".md", ".html")  # they may be written anew, as report.json may
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,17 @@ def pack(
         left_out = _weight_files(source)
         others = copy_others(source, folder, {*left_out, INDEX})
         record = _record(source, written, matrices, group)
-        record["files"] = {path.as_posix(): sha256(folder / path) for path in others if path.suffix not in _FOR_PEOPLE}
+        checked = [path for path in others if path.suffix not in _PAGES and path.as_posix() != REPORT]
+        record["files"] = {path.as_posix(): sha256(folder / path) for path in checked}
         write_json(folder / PACKED, {**record, "digest": digest(record)})
+        if (folder / RECORD).is_file() and (folder / REPORT).is_file():
+            publish(folder, {"evaluations": []} if values == "int8" else None)  # of which those before do not speak
     return _report(output, written, record, sorted(left_out - {shard.path.name for shard in shards}))
 
 
 def _weight_files(source: Path) -> set[str]:
     """All files that hold weights, by path, those outside the checkpoint too."""
-    return {path.relative_to(source).as_posix() for path in source.rglob("*") if path.suffix in _WEIGHTS}
+    return {path.relative_to(source).as_posix() for path in source.rglob("*") if path.suffix in WEIGHTS}
 
 
 def _record(source: Path, written: Sequence[Written], matrices: Mapping[str, Matrix], group: int | None) -> dict[str, Any]:

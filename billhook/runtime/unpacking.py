@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from billhook.errors import BillhookError
+from billhook.publishing import publish
 from billhook.runtime.matrices import dense_bytes
 from billhook.runtime.packed import PACKED, Packed, PackedShard, is_packed, open_packed
 from billhook.save import check_output, staging
 from billhook.shards import INDEX
+from billhook.verification import RECORD, REPORT
 
 
 def unpack(
@@ -36,6 +38,8 @@ def unpack(
         if packed.record["index"] is not None:
             (folder / INDEX).write_text(packed.record["index"], encoding="utf-8", newline="")
         copy_others(directory, folder, {PACKED, *(shard.file.path.name for shard in packed.shards)})
+        if (folder / RECORD).is_file() and (folder / REPORT).is_file():
+            publish(folder)
     return output
 
 
