@@ -105,8 +105,24 @@ def test_all_batch_sizes_and_ways(path: str, tokens: int):
     if tokens == 0:
         assert packed(x).shape == (0, 40)
         return
-    for way in products.ways():
+    for way in products.ways(packed.packed(), x.dtype):
         assert_product(products.WAYS[way](packed.packed(), x, None), x, W.double())
+
+
+def test_many_tokens_agree_with_float64(path: str, monkeypatch: pytest.MonkeyPatch):
+    for shape in (*SHAPES, (101, 200), (6, 30000)):
+        W = random_weight(shape, 0.5, torch.bfloat16)
+        packed, bias = layer(W).packed(), torch.linspace(-1, 1, shape[0]).bfloat16()
+        for tokens in (1, 15, 33, 64, 131):
+            x = torch.randn(1, tokens, shape[1] + 3, generator=torch.Generator().manual_seed(tokens)).bfloat16()[..., : shape[1]]
+            if "many" not in products.ways(packed, x.dtype):
+                pytest.skip("this instruction set has no product of its own for many tokens")
+            y = products.many(packed, x, bias)
+            assert y.shape == (1, tokens, shape[0])
+            assert_product(y[0], x[0], W.double(), bias)
+            monkeypatch.setattr(products, "MANY_AT_ONCE", 32)  # in parts: the same sums
+            assert torch.equal(products.many(packed, x[0], bias), y[0])
+            monkeypatch.undo()
 
 
 def test_dense_kernel_agrees_with_float64(path: str):
@@ -171,12 +187,14 @@ def test_inputs_of_any_layout(path: str):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_do_not_change_a_bit(path: str, threads: int):
     W = random_weight((600, 2048), 0.6, torch.bfloat16)
-    packed, x = layer(W), torch.randn(3, 2048).bfloat16()
-    one = packed(x)
+    packed, few, lot = layer(W), torch.randn(3, 2048).bfloat16(), torch.randn(70, 2048).bfloat16()
+    one = packed(few)
+    alone = products.many(packed.packed(), lot, None) if path == "avx512_bf16" else None
     torch.set_num_threads(threads)
     try:
-        assert torch.equal(packed(x), one) or path == "torch"
-        assert_product(packed(x), x, W.double())
+        assert torch.equal(packed(few), one) or path == "torch"
+        assert_product(packed(few), few, W.double())
+        assert alone is None or torch.equal(products.many(packed.packed(), lot, None), alone)
     finally:
         torch.set_num_threads(1)
 

@@ -17,6 +17,8 @@ from billhook.errors import BillhookError
 from billhook.files import read_json, write_json
 from billhook.runtime import library
 
+KERNELS = 2  # raised when a kernel is added or becomes faster, so that older measurements are not followed
+
 
 def place(name: str) -> Path | None:
     """Where the measurements called `name` lie; they belong to a processor, an instruction set, versions and a number of threads."""
@@ -24,7 +26,8 @@ def place(name: str) -> Path | None:
     if folder == "0":
         return None
     root = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "billhook"
-    machine = [library.cpu(), library.path(), billhook.__version__, torch.__version__, torch.get_num_threads(), os.cpu_count()]
+    versions = [billhook.__version__, torch.__version__, KERNELS]
+    machine = [library.cpu(), library.path(), *versions, torch.get_num_threads(), os.cpu_count()]
     return root / f"{name}-{hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]}.json"
 
 

@@ -40,10 +40,12 @@ def key(weight: Weight, dtype: torch.dtype, tokens: int) -> str:
 
 def way(weight: Weight, dtype: torch.dtype, tokens: int) -> str:
     """The way that a packed weight is multiplied with `tokens` tokens."""
-    found = _measured.get(key(weight, dtype, tokens))
-    if found in ways():
+    found, known = _measured.get(key(weight, dtype, tokens)), ways(weight, dtype)
+    if found in known:
         return found
-    return "fused" if "fused" in ways() and tokens <= FUSED_UP_TO else "tiles"
+    if "fused" in known and tokens <= FUSED_UP_TO:
+        return "fused"
+    return "many" if "many" in known else "tiles"
 
 
 def product(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,7 +85,7 @@ def measure_packed(weight: Weight, dtype: torch.dtype) -> None:
         name = key(weight, dtype, tokens)
         if name not in _measured:
             x = torch.ones(tokens, weight.shape[1], dtype=dtype)
-            _measured[name] = _fastest({way: functools.partial(WAYS[way], sample, x, None) for way in ways()})
+            _measured[name] = _fastest({way: functools.partial(WAYS[way], sample, x, None) for way in ways(sample, dtype)})
 
 
 def measure_dense(weight: Weight, dtype: torch.dtype) -> bool:

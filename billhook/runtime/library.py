@@ -46,6 +46,8 @@ _SURFACE: dict[str, tuple[list[type], type | None]] = {
     "path_name": ([_INT], ctypes.c_char_p),
     "path_runs": ([_INT], _INT),
     "multiply": ([_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT], _INT),
+    "multiply_many": ([_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT], None),
+    "many_bytes": ([_POINTER, _LONG, _INT, _INT], _LONG),
     "expand": ([_POINTER, _LONG, _LONG, _POINTER, _INT, _INT, _INT], None),
     "row_starts": ([_POINTER, _LONG, _LONG, _POINTER], _LONG),
     "bitmask": ([_POINTER, _INT, _LONG, _LONG, _POINTER, _INT], None),

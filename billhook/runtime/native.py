@@ -40,18 +40,42 @@ class Weight:
         kernels, path = library.active() or (None, -1)
         assert kernels is not None
         out, columns = self.shape
-        stride = columns
-        if not x.is_contiguous():
-            if x.ndim == 2 and x.stride(1) == 1:
-                stride = x.stride(0)
-            else:
-                x = x.contiguous()
+        x, stride = _rows(x)
         y = x.new_empty((*x.shape[:-1], out))
         added = None if bias is None else bias.data_ptr()
         tokens, threads = x.numel() // columns, torch.get_num_threads()
         if kernels.billhook_multiply(self.address, x.data_ptr(), stride, tokens, added, y.data_ptr(), TYPES[x.dtype], path, threads):
             raise MemoryError(f"No memory for the activations of a product with {list(x.shape)}.")
         return y
+
+    def multiply_many(self, x: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
+        """The same through tiles and our own matrix product, in `room`, 1-D of `room_for` bytes; all of it bfloat16."""
+        kernels, path = library.active() or (None, -1)
+        assert kernels is not None
+        x, stride = _rows(x)
+        y = x.new_empty((*x.shape[:-1], self.shape[0]))
+        added = None if bias is None else bias.data_ptr()
+        tokens, threads = x.numel() // self.shape[1], torch.get_num_threads()
+        places = (x.data_ptr(), stride, tokens, added, y.data_ptr(), room.data_ptr())
+        kernels.billhook_multiply_many(self.address, *places, path, threads)
+        return y
+
+    def room_for(self, tokens: int, dtype: torch.dtype) -> int:
+        """Bytes that `multiply_many` needs; 0 where it has no kernel for these instructions and dtypes."""
+        kernels, path = library.active() or (None, -1)
+        if kernels is None or self.tensors[1] is None or not (dtype == self.tensors[0].dtype == torch.bfloat16):
+            return 0
+        needed: int = kernels.billhook_many_bytes(self.address, tokens, path, torch.get_num_threads())
+        return needed
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """x [..., in] as something whose rows are whole, and how far they lie apart."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    if x.ndim == 2 and x.stride(1) == 1:
+        return x, x.stride(0)
+    return x.contiguous(), x.shape[-1]
 
 
 def row_starts(bitmask: Tensor, in_features: int) -> Tensor:

@@ -1,6 +1,8 @@
 """The ways to multiply with a packed weight; which is fastest depends on shape, sparsity, token count and machine.
 
 * `fused`: expand in registers and multiply at once, up to 8 tokens a pass; reads the packed bytes once a pass.
+* `many`: expand some rows into a tile in each core's own cache and multiply it there by our own matrix product; bfloat16, where the
+  processor has its dot product.
 * `tiles`: expand some rows, as many as stay in the cache, into a dense tile and give that to torch's matrix product.
 * `wide`: the same with tiles four times as large, for machines with larger caches.
 """
@@ -15,6 +17,7 @@ from torch import Tensor
 from billhook.runtime import library
 from billhook.runtime.native import Weight, expand_rows
 
+MANY_AT_ONCE = 1024  # tokens, whose activations are rearranged before they are multiplied
 TILE_BYTES = 2 << 20  # of dense weights; they are multiplied while they lie in the cache
 
 _scratch = threading.local()  # a tile is kept between calls: memory asked for anew costs a page fault every 4 KiB, more than the expansion
@@ -23,6 +26,16 @@ _scratch = threading.local()  # a tile is kept between calls: memory asked for a
 def fused(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in] -> [..., out], straight from the packed bytes."""
     return weight.multiply(x, bias)
+
+
+def many(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The same through tiles of a few rows and our own matrix product."""
+    tokens = x.reshape(-1, weight.shape[1])
+    parts = []
+    for part in tokens.split(MANY_AT_ONCE):
+        room = _room(weight.room_for(part.shape[0], x.dtype), torch.uint8)
+        parts.append(weight.multiply_many(part, bias, room))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], weight.shape[0])
 
 
 def tiles(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -64,9 +77,11 @@ def _common(values: torch.dtype, activations: torch.dtype) -> torch.dtype:
     return activations if values in (activations, torch.int8) else torch.float32
 
 
-WAYS: dict[str, Callable[[Weight, Tensor, Tensor | None], Tensor]] = {"fused": fused, "tiles": tiles, "wide": wide}
+WAYS: dict[str, Callable[[Weight, Tensor, Tensor | None], Tensor]] = {"fused": fused, "many": many, "tiles": tiles, "wide": wide}
 
 
-def ways() -> list[str]:
-    """The ways there are here: without compiled kernels nothing is fused."""
-    return list(WAYS) if library.active() else ["tiles", "wide"]
+def ways(weight: Weight, dtype: torch.dtype) -> list[str]:
+    """The ways there are for activations of `dtype`: without compiled kernels nothing is fused."""
+    if not library.active():
+        return ["tiles", "wide"]
+    return list(WAYS) if weight.room_for(1, dtype) else ["fused", "tiles", "wide"]

@@ -71,5 +71,6 @@ const Kernels kernels_avx512 = {
     {expand_rows<Expand1>, expand_rows<Expand2>, expand_rows<Expand4>},
     TOKENS_1_TO_8(dense_rows, Dense),
     {},
+    nullptr,
 };
 #endif

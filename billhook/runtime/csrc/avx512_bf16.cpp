@@ -26,6 +26,7 @@ namespace {
 // (after the loops: these are their instances)
 #include "avx512_floats.h"
 #include "vbmi2.h"
+#include "batches.h"
 
 struct Dots : Floats {
   typedef uint16_t Act;
@@ -83,5 +84,6 @@ const Kernels kernels_bf16 = {
     {expand_rows<Expand1>, expand_rows<Expand2>, expand_rows<Expand4>},
     TOKENS_1_TO_8(dense_rows, Dense),
     TOKENS_1_TO_8(dense_rows, DenseDot),
+    many_tokens,
 };
 #endif

@@ -35,9 +35,22 @@ struct Job {
   float* y;        // [tokens, out]
 };
 
-enum { TOKENS = 8 };  // tokens a fused kernel takes at most
+// Many tokens, everything bfloat16. Activations lie in blocks of BATCH tokens, the last one of as many sixteens as it needs; in a block
+// each pair of columns has its tokens side by side.
+struct Batch {
+  const Matrix* matrix;
+  const uint32_t* x;
+  const uint16_t* bias;  // or null
+  uint16_t* y;           // [tokens, out]
+  int64_t tokens;
+};
+
+enum { TOKENS = 8 };      // tokens a fused kernel takes at most
+enum { BATCH = 64 };      // tokens that share a pass over a tile
+enum { TILE_ROWS = 48 };  // rows a tile has at most
 
 typedef void (*RowsKernel)(const Job& job, int64_t first, int64_t last);
+typedef void (*BatchKernel)(const Batch& batch, int64_t first, int64_t last, char* room);
 typedef void (*ExpandKernel)(const Matrix& matrix, int64_t first, int64_t last, void* out);
 
 struct Kernels {
@@ -50,6 +63,7 @@ struct Kernels {
   ExpandKernel expand[3];           // by bytes of a value: 1, 2, 4 -> [0], [1], [2]
   RowsKernel dense[TOKENS];         // a dense bfloat16 matrix in `values`, activations in float
   RowsKernel dense_dot[TOKENS];     // the same with bfloat16 activations
+  BatchKernel batch;                // null where there is none
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_vbmi2, kernels_bf16, kernels_neon;

@@ -91,4 +91,5 @@ const Kernels kernels_portable = {
     {expand<uint8_t>, expand<uint16_t>, expand<uint32_t>},
     TOKENS_1_TO_8(dense_rows, Bf16),
     {},
+    nullptr,
 };
