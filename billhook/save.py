@@ -32,7 +32,7 @@ from billhook.places import places, to_disk
 from billhook.publishing import publish
 from billhook.shards import INDEX, Entry, Shard, lay_out, layer_zeros, put, read_shard, weight_files
 from billhook.streaming import DTYPES
-from billhook.verification import CARD, PAGE, RECORD, REPORT, UNFINISHED
+from billhook.verification import CARD, GRADIENTS, PAGE, RECORD, REPORT, UNFINISHED
 
 WEIGHTS = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz", ".ot", ".pkl"}
@@ -140,9 +140,10 @@ def _found_on_disk(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
 
 
 def checksums(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file under `directory` except those about itself, by path relative to it, in order of name."""
+    """SHA-256 of every file under `directory` except those about itself or an unfinished run, by path relative to it, in order of name."""
     files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    return {name: sha256(directory / name) for name in files if name not in (RECORD, UNFINISHED, REPORT, CARD, PAGE)}
+    files = [name for name in files if name not in (RECORD, UNFINISHED, REPORT, CARD, PAGE) and not name.endswith(GRADIENTS)]
+    return {name: sha256(directory / name) for name in files}
 
 
 @contextmanager

@@ -31,9 +31,9 @@ from billhook.save import check_output, complete, failure, lay_out_all, on_disk,
 from billhook.shards import INDEX, read_shard, weight_files
 from billhook.streaming import Stream
 from billhook.torchrun import rank
+from billhook.verification import GRADIENTS
 from billhook.walk import Block
 
-GRADIENTS = "gradients.safetensors"
 _ADVICE = "This directory is not finished. Continue with the same command and --resume, or start again with --overwrite."
 
 
@@ -93,11 +93,11 @@ class Unfinished:
     def complete(self, record: Mapping[str, Any]) -> None:
         """Write all that is left and give the directory its name."""
         if not rank():
-            for path in self.folder.glob(f"*{GRADIENTS}"):
-                path.unlink()
             complete(self.stream.model, self.source, self.folder, record)
+            for path in self.folder.glob(f"*{GRADIENTS}"):  # last, because a run without them cannot be continued
+                path.unlink()
             put_in_place(self.folder, self.output)
-            (self.output / STATE).unlink()
+            (self.output / STATE).unlink(missing_ok=True)
         wait()
 
     def _on_disk(self, index: int) -> Mapping[str, Any]:
@@ -155,9 +155,12 @@ def unfinished(
         yield Unfinished(stream, source, output, begun, stopping)
         return
     lock = _lock(folder)
-    keep = (folder / STATE).exists()
+    strange = _strange(folder, source)
+    keep = (folder / STATE).exists() or bool(strange)
     made: Unfinished | None = None
     try:
+        if strange:
+            raise BillhookError(f"{folder}, where {output} would be made, holds {strange}, which no run put there: move the folder away.")
         state = check_place(output, resume=resume, overwrite=overwrite)
         check_output(output, source, overwrite=overwrite)
         if state is None:
@@ -216,6 +219,14 @@ def _lock(folder: Path) -> int:
         except FileNotFoundError:  # the other run has just finished and given the folder its final name
             pass
         os.close(handle)
+
+
+def _strange(folder: Path, source: Path) -> str | None:
+    """A file in `folder` that no unfinished run of ours can have left, so that nothing of somebody else's is deleted."""
+    if (folder / STATE).exists():
+        return None
+    own = {INDEX, *(file.name for file in weight_files(source))}
+    return min((path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith(f".{STATE}.")), default=None)
 
 
 def _empty(folder: Path, but: Sequence[str] = ()) -> None:

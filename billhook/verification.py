@@ -22,6 +22,7 @@ from billhook.shards import Shard, layer_zeros, read_shard, weight_files
 RECORD = "billhook.json"
 REPORT, CARD, PAGE = "report.json", "README.md", "report.html"  # what is told about the model; none is among the checksums
 UNFINISHED = "billhook.unfinished.json"  # the state of a run that is to be continued
+GRADIENTS = "gradients.safetensors"  # what such a run keeps beside it, with the number of a process in front
 VERSION = 1
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 

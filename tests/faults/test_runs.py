@@ -237,6 +237,31 @@ def test_what_was_damaged_meanwhile_is_made_again(source, expected, tmp_path, da
     survived["damaged states"] = survived.get("damaged states", 0) + 1
 
 
+@pytest.mark.parametrize("more", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_a_folder_of_somebody_else_is_left_alone(source, tmp_path, more):
+    mine = partial_folder(tmp_path / "out") / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(BillhookError, match=r"out\.partial, where .*out would be made, holds notes\.txt, which no run put there"):
+        prune(source, output=tmp_path / "out", **MAGNITUDE, **more)
+    assert mine.read_text() == "mine"
+
+
+def test_gradients_are_kept_until_the_directory_is_whole(source, expected, tmp_path, monkeypatch):
+    """A run that fails while the last files are written goes on from its last block, and computes nothing again."""
+    from billhook import job, unfinished
+
+    def full(*args) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished, "complete", full)
+        with pytest.raises(BillhookError, match="3 of 3 blocks are finished"):
+            prune(source, output=tmp_path / "out", **GBLM)
+    monkeypatch.delattr(job, "compute_gradients")
+    continued(source, tmp_path, GBLM, expected["gblm"])
+
+
 def test_two_runs_into_one_directory(source, expected, tmp_path):
     ready, go = tmp_path / "ready", tmp_path / "go"
 
