@@ -5,6 +5,7 @@ trials (`billhook.trials`) and full runs are made as `billhook.contest` says; th
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,16 +163,18 @@ class Task:
 
     def save(self, plan: SparsityPlan, place: Path) -> None:
         """Write the model pruned as `plan` says, on the calibration half, to `place`, unless that is what lies there."""
-        path = place / RECORD
-        if path.is_file() and read_json(path, "record").get("plan") == plan.to_json():
-            return
-        results = self.bench.prune(plan)
         ids = torch.cat(self.split.batches)
         facts = self.split.facts
         half = Tokens(ids, facts["source"], facts["calibration"]["digest"], facts["sampling"])
         opened = replace(self._opened, calibration=half, batches=self.split.batches)
-        made = record(Job(self.request, opened, plan, self.bench.setting.options), results)
-        made["made_by"]["search"] = {"objective": self.objective, "heldout": facts["heldout"]}
+        job = Job(self.request, opened, plan, self.bench.setting.options)
+        search = {"objective": self.objective, "heldout": facts["heldout"]}
+        asked = {"plan": plan.to_json(), "made_by": {**record(job, [])["made_by"], "search": search}}
+        path = place / RECORD
+        there = read_json(path, "record") if path.is_file() else {}
+        if {key: there.get(key) for key in asked} == json.loads(json.dumps(asked)):
+            return
+        made = {**record(job, self.bench.prune(plan)), **asked}
         save_pruned(opened.model, opened.source, place, record=made, overwrite=True)
 
 

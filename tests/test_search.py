@@ -228,6 +228,14 @@ def test_the_model_written_is_the_one_scored(finalists: int, tmp_path: Path):
     assert (out / "model" / "billhook.json").stat().st_mtime_ns == before
 
 
+def test_the_model_of_another_search_is_replaced_though_its_plan_is_the_same(tmp_path: Path):
+    model, text, out = save(tmp_path / "model"), text_file(tmp_path / "text.txt"), tmp_path / "found"
+    for criterion in ("magnitude", "wanda"):
+        fields: dict[str, Any] = {"criterion": criterion, "calibration": text, "samples": 8, "length": 32}
+        search(model, 0.5, allocator="uniform", output=out, overwrite=True, **fields)
+        assert json.loads((out / "model" / "billhook.json").read_text())["made_by"]["criterion"] == criterion
+
+
 def test_gradients_are_computed_once_and_trials_use_them(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
     made = []
     monkeypatch.setattr("billhook.trials.compute_gradients", lambda *a, **k: made.append(compute_gradients(*a, **k)) or made[-1])
