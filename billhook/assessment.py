@@ -92,14 +92,27 @@ def _tasks(questions: Questions) -> tuple[list[str], list[str]]:
         raise BillhookError("Word perplexity is of words, and a token file has none: give a text.")
     if questions.against is not None and (questions.data is None or questions.protocol == "word"):
         raise BillhookError("--against compares predictions on the windows of a text: give --data and the token protocol.")
+    _check_used(questions)
     named = [name for task in questions.tasks for name in (PAPER7 if task == "paper7" else [task])]
     files = [name for name in named if name.endswith(".jsonl")]
     names = [name for name in named if not name.endswith(".jsonl")]
+    if questions.few_shot is not None and not names:
+        raise BillhookError("--few-shot is for tasks of lm-eval; the prompts of a file are used as they stand: leave it out.")
     for file in files:
         load_items(file)
     if names:
         check_tasks(names)
     return names, files
+
+
+def _check_used(questions: Questions) -> None:
+    """Raise BillhookError for an option that nothing asked for would look at."""
+    if questions.data is None and (questions.protocol != "token" or questions.limit is not None):
+        raise BillhookError("--protocol and --limit are for the text of --data: leave them out (for tasks there is --task-limit).")
+    if questions.batch_size is not None and (questions.data is None or questions.protocol == "word"):
+        raise BillhookError("--batch-size is for token perplexity: tasks and word perplexity find theirs by themselves.")
+    if questions.task_limit is not None and not questions.tasks:
+        raise BillhookError("--task-limit is for --tasks: leave it out (for windows there is --limit).")
 
 
 def _open(source: Path, questions: Questions) -> PreTrainedModel:

@@ -57,7 +57,11 @@ def load_items(source: str | Path, limit: int | None = None) -> list[Item]:
     """Read the items of a .jsonl file, at most `limit`; raises BillhookError naming the first line that is no item."""
     path = existing_file(str(source))
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BillhookError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): a task is a file of json lines.") from None
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             items.append(_item(line, f"{path}, line {number}"))
     if not items:

@@ -69,12 +69,11 @@ def log_likelihoods(
     requests: Sequence[TokenRequest],
     longest: int,
     *,
-    size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[float, bool]]:
     """For each request the log-likelihood (nats) of its continuation, and whether the model itself would say it, token by token.
 
-    `longest` is the most tokens to read at once; `size` is how many rows to score at once, found by itself if None. Raises
+    `longest` is the most tokens to read at once. Raises
     BillhookError for ids outside the vocabulary and continuations longer than `longest`, JobError for a result that is no number.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -90,8 +89,7 @@ def log_likelihoods(
     start = 0
     with evaluating(model):
         while start < len(rows):
-            size_now = size or batch_size(len(rows[start]), weight.shape[0], model.dtype.itemsize)
-            part = rows[start : start + size_now]
+            part = rows[start : start + batch_size(len(rows[start]), weight.shape[0], model.dtype.itemsize)]
 
             def work(first: int, last: int, part: list[tuple[int, ...]] = part) -> list[tuple[int, tuple[float, bool]]]:
                 chosen = part[first:last]

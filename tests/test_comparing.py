@@ -176,6 +176,8 @@ def test_runs_that_differ_are_refused(place, tmp_path, made):
         (["--sparsities", "0.5", "--criteria", "magnitude", "--data", "scored.txt", "-o", "model"], "holds no comparison"),
         (["--sparsities", "0.5", "--set", "epsilno=1", "--data", "scored.txt", "-o", "g"], "No method of this comparison has"),
         (["--runs"], "two directories or more"),
+        (["--runs", "--data", "scored.txt"], "leave out what a new comparison would be asked for"),
+        (["--sparsities", "0.5", "--patterns", "2:4", "--data", "scored.txt", "-o", "g"], "An N:M pattern has its own sparsity"),
     ],
 )
 def test_bad_comparisons_are_refused_in_a_line(options, message, place, monkeypatch):

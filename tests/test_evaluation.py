@@ -269,6 +269,11 @@ def test_the_command_labels_what_it_prints(tmp_path, item_file):
         (["--data", "t.safetensors", "--protocol", "word"], "a token file has none"),
         (["--tasks", "items.jsonl", "--against", "model"], "--against compares predictions on the windows of a text"),
         (["--tasks", "gone.jsonl"], "no file gone.jsonl"),
+        (["--tasks", "items.jsonl", "--few-shot", "5"], "--few-shot is for tasks of lm-eval"),
+        (["--tasks", "items.jsonl", "--limit", "5"], "--protocol and --limit are for the text of --data"),
+        (["--tasks", "items.jsonl", "--batch-size", "5"], "--batch-size is for token perplexity"),
+        (["--data", "t.txt", "--task-limit", "5"], "--task-limit is for --tasks"),
+        (["--tasks", "latin.jsonl"], "is not UTF-8 text"),
     ],
 )
 def test_bad_questions_are_answered_in_a_line(options, message, tmp_path, item_file, monkeypatch):
@@ -276,6 +281,7 @@ def test_bad_questions_are_answered_in_a_line(options, message, tmp_path, item_f
     tiny.save(tmp_path / "model")
     tiny.text_file(tmp_path / "t.txt")
     (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
     ran = billhook("eval", "model", *options)
     assert ran.code == 2
     assert message in ran.err

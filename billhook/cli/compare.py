@@ -71,6 +71,8 @@ def command(
     from billhook.errors import BillhookError, JobError
 
     if runs:
+        if sparsities or data or output or calibration or settings or targets or ignore:
+            raise BillhookError("--runs compares runs that are finished: leave out what a new comparison would be asked for.")
         _side_by_side([Path(folder) for folder in models], as_json)
         return
     if len(models) != 1 or data is None or output is None:
@@ -78,6 +80,8 @@ def command(
     from billhook.comparing import Grid, compare
     from billhook.comparison_views import caption, header_and_rows, write_views
 
+    if sparsities and "unstructured" not in _names(patterns):
+        raise BillhookError("An N:M pattern has its own sparsity: leave out --sparsities, or add unstructured to --patterns.")
     grid = Grid(
         sparsities=_numbers(sparsities),
         allocators=_names(allocators),
