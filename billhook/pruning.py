@@ -106,8 +106,6 @@ def prune_(
         who = "--refine" if refine else f"The criterion {criterion}"
         raise BillhookError(f"{who} looks at activations: give text with --calibration SOURCE.")
     refinery = None if refine is None else Refinery(refine, start, spill_gib)
-    if refine and world() > 1:
-        raise BillhookError("--refine works in one process: leave it out, or run without torchrun.")
     zeros: dict[str, int] = plan.zeros(shapes)
     results: list[LayerResult] = []
     with _open_gradients(model, batches, gradient, gradients, layers, progress) as found:

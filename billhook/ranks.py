@@ -35,7 +35,8 @@ def joined(device: str) -> Iterator[None]:
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    # numbers and records are exchanged from the CPU on a GPU too
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
     yield
     dist.destroy_process_group()  # not after an error: it would wait for processes that may be lost
 
