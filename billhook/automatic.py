@@ -36,6 +36,7 @@ def choose(
     pattern: str,
     setting: Setting,
     seed: int,
+    *,
     progress: Callable[[str], None] = lambda line: None,
 ) -> SparsityPlan:
     """The best plan; `table` has the columns of `needs`."""

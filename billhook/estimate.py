@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from billhook.criteria import CRITERIA
-from billhook.gradients import SPILL_GIB
 from billhook.job import Job
 from billhook.stats import GRADIENTS, STATISTICS
 from billhook.streaming import stream_of
@@ -40,7 +39,7 @@ def estimate(job: Job) -> dict[str, float]:
     memory = PROCESS + held + 5 * 4 * largest + hidden
     if job.gradients is None and any(name in GRADIENTS for name in needs):
         flops += 4 * 2.0 * weights * tokens  # two forward passes, and a backward pass that costs as much as both
-        stored = min(blocks * tokens * _width(job) * opened.model.dtype.itemsize, SPILL_GIB * 2**30)
+        stored = min(blocks * tokens * _width(job) * opened.model.dtype.itemsize, job.request.spill_gib * 2**30)
         memory += stored + (4 + opened.model.dtype.itemsize) * weights / blocks
     if "gram" in needs:
         inputs = [layer.shape[1] for layer in opened.layers]

@@ -32,14 +32,13 @@ from transformers import PreTrainedModel
 from billhook.arch import Layer, find_blocks, find_layers
 from billhook.errors import BillhookError, JobError
 from billhook.gradient_file import Gradients, open_gradients, write_gradients
+from billhook.hidden import SPILL_GIB
 from billhook.ranks import check_share, mine
 from billhook.regional import regional_gradients
 from billhook.registry import hint
 from billhook.stats import GRADIENTS, REGIONAL, AbsoluteSum
 from billhook.streaming import resident
 from billhook.walk import Call, Progress, capture, check_outputs, evaluating, plain_experts, run_block, stubbed
-
-SPILL_GIB = 8.0
 
 _LOWER = (0, 6, 12, 18)  # powers of two to step down by while float16 gradients overflow
 _HEADROOM = 8  # the first backward pass of a float16 model starts from this power of two, times the tokens of the sequence

@@ -17,9 +17,10 @@ from billhook import automatic
 from billhook.allocators import ALLOCATORS, allocate, check_budget
 from billhook.arch import find_layers
 from billhook.criteria import CRITERIA
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, Interrupted
 from billhook.gradient_file import Gradients, open_gradients
 from billhook.gradients import compute_gradients
+from billhook.hidden import SPILL_GIB
 from billhook.measuring import measure
 from billhook.metrics import fact
 from billhook.options import split_options
@@ -59,6 +60,8 @@ def prepare(request: Request, progress: Callable[[str], None] = lambda layer: No
     allocators = [] if request.plan is not None else [request.allocator]
     criterion_options, given = split_options(request.options, request.criterion, allocators, Request.__dataclass_fields__)
     allocator_options = {} if request.plan is not None else ALLOCATORS.configure(request.allocator, given)
+    if given and request.plan is None and request.allocator == automatic.NAME:
+        raise BillhookError(f"The allocator auto tries its own options here: leave out {', '.join(given)}, or use billhook plan.")
     plan = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
     table = Table.load(request.table) if isinstance(request.table, str | Path) else request.table
     if plan is None:
@@ -82,7 +85,7 @@ def prepare(request: Request, progress: Callable[[str], None] = lambda layer: No
         plan = continued
     if plan is None:
         table = _measure(opened, needed, progress) if table is None else _rows(table, opened)
-        plan = _allocate(request, opened, table, allocator_options, criterion_options)
+        plan = _allocate(request, opened, table, allocator_options, criterion_options, progress)
     try:
         plan.check(shapes)
     except BillhookError as error:
@@ -97,13 +100,18 @@ def _columns(request: Request, options: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _allocate(
-    request: Request, opened: Opened, table: Table, options: Mapping[str, Any], criterion_options: Mapping[str, Any]
+    request: Request,
+    opened: Opened,
+    table: Table,
+    options: Mapping[str, Any],
+    criterion_options: Mapping[str, Any],
+    progress: Callable[[str], None],
 ) -> SparsityPlan:
     """The request's plan; of `auto`, the best of several on held-out windows."""
     if request.allocator != automatic.NAME:
         return allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **options)
     setting = Setting(request.criterion, dict(criterion_options), request.group)
-    return automatic.choose(opened, table, request.sparsity, request.pattern, setting, request.seed)
+    return automatic.choose(opened, table, request.sparsity, request.pattern, setting, request.seed, progress=progress)
 
 
 def _beside(request: Request) -> tuple[Request, Path | None]:
@@ -182,6 +190,8 @@ def _pack(dense: Path, output: Path, overwrite: bool) -> tuple[Path, list[str]]:
         report = pack(dense, output, overwrite=overwrite)
     except BillhookError as error:
         raise type(error)(f"{error} The pruned model is in {dense}.") from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"Stopped. The pruned model is in {dense}: billhook pack {dense} -o {output} does the rest.") from None
     shutil.rmtree(dense)
     return report.output, report.notes
 
@@ -238,7 +248,7 @@ def measure_model(request: Request, metrics: Sequence[str], progress: Callable[[
 
 
 def make_gradients(
-    request: Request, statistic: str, path: Path, spill_gib: float = 8.0, progress: Callable[[str], None] = lambda layer: None
+    request: Request, statistic: str, path: Path, spill_gib: float = SPILL_GIB, progress: Callable[[str], None] = lambda layer: None
 ) -> Gradients:
     """Accumulate the gradients of a request's model on its calibration text and write them to `path`; see `compute_gradients`."""
     opened = open_request(request, True, "A gradient", streamed=True)
