@@ -14,14 +14,14 @@ from billhook.torchrun import rank
 
 
 class Log:
-    """Appends events to a file, or nowhere where there is none."""
+    """Appends events to a file, which is begun anew unless `resume`, or nowhere where there is none."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, resume: bool = False) -> None:
         if path is not None and rank():
             path = path.with_name(f"{path.stem}.rank{rank()}{path.suffix}")
         if path is not None:
             check_writable(path)
-        self._file = None if path is None else open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._file = None if path is None else open(path, "a" if resume else "w", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._start = time.perf_counter()
 
     def event(self, name: str, **facts: Any) -> None:

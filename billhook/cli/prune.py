@@ -113,7 +113,7 @@ def command(
         rounding=rounding, refine=refine, device=device, dtype=dtype, overwrite=overwrite, resume=resume, spill_gib=spill_gib, pack=pack,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    with joined(device), Log(log_file) as log:
+    with joined(device), Log(log_file, resume) as log:
         with progress("measuring") as advance:
             job = prepare(request, advance)
         if dry_run:
