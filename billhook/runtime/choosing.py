@@ -10,7 +10,7 @@ from billhook.errors import BillhookError
 from billhook.runtime.packed import ITEM, PARTS, Matrix
 from billhook.shards import Entry, Shard
 
-BLOCK_WEIGHTS = 1 << 22  # looked at a time, so that memory does not grow with the tensor
+BLOCK_WEIGHTS = 1 << 22  # looked at, packed or expanded at a time, so that memory does not grow with the tensor
 FLOATS = ("BF16", "F16", "F32")
 
 

@@ -8,12 +8,9 @@ says where each row's values begin.
 import torch
 from torch import Tensor
 
+from billhook.runtime.packed import mask_bytes
+
 TILE_WEIGHTS = 1 << 20  # expanded at a time: 2 MiB of bfloat16, which stays in a core's cache while it is multiplied
-
-
-def mask_bytes(in_features: int) -> int:
-    """Bytes of bitmask a row takes: whole 64-bit words."""
-    return 8 * -(-in_features // 64)
 
 
 def unpack_bits(bitmask: Tensor, in_features: int) -> Tensor:

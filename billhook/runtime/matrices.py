@@ -10,10 +10,10 @@ from torch import Tensor
 
 from billhook.errors import BillhookError
 from billhook.runtime import native
+from billhook.runtime.choosing import BLOCK_WEIGHTS
 from billhook.runtime.fallback import unpack_bits
 from billhook.runtime.packed import Matrix, Packed, PackedShard
 
-BLOCK_WEIGHTS = 1 << 22  # expanded or packed at a time, so that memory does not grow with the tensor
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _DTYPES = FLOATS | {"F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 _DTYPES |= {"BOOL": torch.bool}
