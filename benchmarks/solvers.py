@@ -5,7 +5,8 @@
 
 Random weights and inputs (twice as many tokens as inputs), 60 %; the best of the repeats, in seconds. `admm` is to take at most 3 times as
 long as SparseGPT, and SparseGPT at most half as long as the loop. `extra` is peak memory above that of weight and Gram matrix.
-`loss` is the layer's squared error relative to SparseGPT's. For whole runs on a random llama see `benchmarks/prune.py --only sparsegpt --only admm`.
+`loss` is the layer's squared error relative to SparseGPT's. For whole runs on a random llama see `benchmarks/prune.py --only sparsegpt
+--only admm`.
 """
 
 import argparse
