@@ -1,6 +1,7 @@
 """The allocation that knows the solver: exact optimum and budget, curves against plain runs, never worse than uniform, and its refusals."""
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 import tiny
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from billhook import allocate, measure
+from billhook import BillhookError, allocate, measure, prune
 from billhook.allocators.auto import cheapest
 from billhook.arch import find_layers
 from billhook.error_curves import MIDDLE, STEPS
@@ -95,6 +96,12 @@ def test_auto_is_exact_deterministic_and_not_worse_than_uniform(criterion: str) 
     assert set(tried) >= {"uniform", "strength 1", "owl"}
     assert tried[job.plan.made_by["auto"]["best"]] == min(tried.values()) <= tried["uniform"]
     assert divergence(job.plan, request) == pytest.approx(min(tried.values()), rel=1e-6)
+
+
+def test_options_that_auto_would_not_read_are_refused(tmp_path: Path) -> None:
+    fields = {"sparsity": 0.5, "allocator": "auto", "strength": 0.5, "output": tmp_path / "out"}
+    with pytest.raises(BillhookError, match="auto tries its own options here: leave out strength, or use billhook plan"):
+        prune(tiny.save(tmp_path / "model"), **fields)
 
 
 def test_auto_is_uniform_with_a_reason_where_text_is_short() -> None:
