@@ -9,7 +9,8 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: setup demo test fast lint type docs site check bench wheel clean
 
-# torch is installed first, and its CPU build where the machine has no GPU: the default build pulls gigabytes of CUDA libraries.
+# torch is installed first, so that TORCH can name another version. The default build for Linux brings gigabytes of CUDA libraries; without a GPU,
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu chooses the build without them.
 $(BIN)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
