@@ -1,7 +1,7 @@
 """What packing gives: file size, memory and tokens a second of packed models against the dense one, at 50 to 80 %.
 
-    python benchmarks/packed.py --model demo --folder /tmp/packed
-    python benchmarks/packed.py --model 1b --folder /tmp/packed --picture docs/images/packed.svg
+    python benchmarks/packed.py --model demo --folder packed
+    python benchmarks/packed.py --model 1b --folder packed --picture docs/images/packed.svg
 
 `demo` is the bundled model, pruned by magnitude; `1b` a random Llama of the 1B class (16 blocks x 2048, MLP 5632, vocabulary 32000) in
 bfloat16 with random masks, which says nothing of quality and all of speed. The directories are made in `--folder` once and then
