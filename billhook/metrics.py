@@ -11,7 +11,8 @@ A parameter follows the name after a colon: `outlier_ratio:5`, `alpha_peak:repai
 called: `spectrum` (Spectrum), `weight` (W), `activations` (weights, norms of a block), `loss` (model, layers, batches).
 
 A *curve* is a list of numbers per layer instead of one: the quantiles of its scores, from which `global` and `lamp` find the one
-threshold that meets the budget. Curves are measured by name like metrics and kept beside them in the table.
+threshold that meets the budget, or those of its spectrum, for the pictures of a report. Curves are measured by name like metrics and
+kept beside them in the table.
 """
 
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ FACTS: dict[str, Metric] = {
 CURVES: dict[str, Metric] = {
     m.name: m
     for m in (
+        Metric("spectrum_quantiles", 1, _WEIGHT_WATCHER, "billhook.spectra:spectrum_quantiles", "of the positive eigenvalues of W^T W"),
         Metric("magnitude_quantiles", 1, "Han et al. 2015, arXiv:1506.02626", "billhook.quantiles:magnitude_quantiles", "of |W|", "weight"),
         Metric("lamp_quantiles", 1, _LAMP, "billhook.quantiles:lamp_quantiles", "of the roots of the LAMP scores", "weight"),
         Metric(
@@ -174,9 +176,10 @@ def canonical(name: str) -> str:
 
 
 def companions(name: str) -> list[str]:
-    """Columns that are measured beside a metric: the KS distance of an exponent's fit."""
+    """Columns that are measured beside a metric: the KS distance of an exponent's fit, and the spectrum that it was read off."""
     base, colon, value = name.partition(":")
-    return [f"{base}_ks{colon}{value}"] if f"{base}_ks" in FACTS else []
+    misfit = [f"{base}_ks{colon}{value}"] if f"{base}_ks" in FACTS else []
+    return [*misfit, "spectrum_quantiles"] if base in FACTS and FACTS[base].spectral else misfit
 
 
 def sign(name: str) -> Sign:

@@ -6,6 +6,7 @@ from typing import Any
 
 from billhook.card import evaluation_rows
 from billhook.charts import STYLE, Axis, Series, chart
+from billhook.densities import density
 from billhook.errors import BillhookError
 from billhook.metrics import fact
 from billhook.report import pattern_in_words
@@ -125,6 +126,7 @@ def figures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         what = fact(name).summary if _known(name) else name
         values = [row["metrics"].get(name) for row in layers]
         found.append(_lines(f"{name} by depth", f"What the allocator read: {what.replace(chr(96), chr(39))}.", layers, values, Axis(name)))
+    found += _spectra(report.get("spectra") or {"metrics": {}, "quantiles": {}}, layers)
     if any(row["error"] for row in layers):
         caption = "The squared change of each layer's output as a share of its square, by the sizes of its inputs alone."
         found.append(
@@ -136,6 +138,43 @@ def figures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             found.append(_measured(errors, entry))
             break
     return found
+
+
+def _spectra(spectra: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Columns of a table that the allocator did not read, by depth, and the spectral densities of a few layers."""
+    found = []
+    for name, values in spectra["metrics"].items():
+        if name not in layers[0]["metrics"]:
+            caption = f"Measured in the dense model: {fact(name).summary if _known(name) else name}."
+            found.append(_lines(f"{name} by depth", caption, layers, [values.get(row["layer"]) for row in layers], Axis(name)))
+    quantiles = spectra["quantiles"]
+    drawn = {layer: density(values) for layer, values in quantiles.items()}
+    if any(middles for middles, _ in drawn.values()):
+        found.append(_densities(drawn, _exponents(spectra, layers)))
+    return found
+
+
+def _exponents(spectra: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Layer -> its first known exponent, in words."""
+    known = {row["layer"]: row["metrics"] for row in layers}
+    for name, values in spectra["metrics"].items():
+        for layer, value in values.items():
+            known[layer] = {**known.get(layer, {}), name: value}
+    first = {layer: next(((n, v) for n, v in values.items() if n.startswith("alpha")), None) for layer, values in known.items()}
+    return {layer: f"{pair[0]} {pair[1]:.2f}" for layer, pair in first.items() if pair}
+
+
+def _densities(drawn: Mapping[str, tuple[list[float], list[float]]], exponents: Mapping[str, str]) -> dict[str, Any]:
+    title = "Spectral density of a few layers"
+    caption = (
+        "How the eigenvalues of WᵀW of the dense weights are spread: the share of them per unit. A tail that falls slowly (a small "
+        "exponent alpha) marks a well-trained layer. Shown are the layers with the smallest, middle and largest value of what was measured."
+    )
+    names = {layer: f"{layer} ({exponents[layer]})" if layer in exponents else layer for layer in drawn}
+    series = [Series(names[layer], middles, heights) for layer, (middles, heights) in drawn.items()]
+    svg = chart(title, series, Axis("eigenvalue of WᵀW", log=True), Axis("density", log=True), summary=caption)
+    rows = [[names[layer], _short(a), _short(b)] for layer, pairs in drawn.items() for a, b in zip(*pairs, strict=True)]
+    return {"title": title, "caption": caption, "svg": svg, "header": ["layer", "eigenvalue", "density"], "rows": rows}
 
 
 def _known(name: str) -> bool:

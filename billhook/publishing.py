@@ -21,17 +21,22 @@ def publish(folder: Path, changes: Mapping[str, Any] | None = None) -> dict[str,
     What follows from billhook.json is made again where that is there; what was added later (evaluations, speed) is kept from
     report.json; `changes` take its place. Raises BillhookError where there is neither file, or one is damaged.
     """
-    if not (folder / REPORT).is_file() and not (folder / RECORD).is_file():
-        raise BillhookError(f"{folder} has no results to report: neither {REPORT} nor {RECORD}. Make some with billhook prune.")
-    report = load_report(folder) if (folder / REPORT).is_file() else {}
-    if (folder / RECORD).is_file():
-        added = {key: report[key] for key in ("evaluations", "speed", "metadata") if key in report}
-        report = build(folder) | added
-    report |= changes or {}
+    report = known(folder) | dict(changes or {})
     texts = card(report), page(report)
     write_json(folder / REPORT, report)
     for name, text in zip((CARD, PAGE), texts, strict=True):
         write_text(folder / name, text)
+    return report
+
+
+def known(folder: Path) -> dict[str, Any]:
+    """The report of a directory as it would be written now, errors as in `publish`."""
+    if not (folder / REPORT).is_file() and not (folder / RECORD).is_file():
+        raise BillhookError(f"{folder} has no results to report: neither {REPORT} nor {RECORD}. Make some with billhook prune.")
+    report = load_report(folder) if (folder / REPORT).is_file() else {}
+    if (folder / RECORD).is_file():
+        added = {key: report[key] for key in ("evaluations", "speed", "spectra", "metadata") if key in report}
+        report = build(folder) | added
     return report
 
 

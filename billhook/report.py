@@ -71,8 +71,15 @@ def _from_record(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "warnings": record["warnings"],
         "evaluations": [],
         "speed": None,
+        "spectra": _spectra(plan["made_by"].get("spectra")),
         "metadata": _metadata(folder),
     }
+
+
+def _spectra(quantiles: Mapping[str, Sequence[float]] | None) -> dict[str, Any] | None:
+    if not quantiles:
+        return None
+    return {"metrics": {}, "quantiles": {layer: [float(value) for value in values] for layer, values in quantiles.items()}}
 
 
 def _size(layer: Mapping[str, Any]) -> int:

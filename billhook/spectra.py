@@ -18,6 +18,7 @@ from torch import Tensor
 from billhook.eigen import DEPTH, eigenvalues, error_bound
 from billhook.errors import BillhookError
 from billhook.metrics import fact, function_of, options_of
+from billhook.quantiles import quantiles
 from billhook.registry import method
 from billhook.tails import LogBound, Spectrum, TailFit, fit_tail
 
@@ -138,6 +139,12 @@ def alpha_peak_ks(spectrum: Spectrum, *, log_bound: LogBound = "published") -> f
 def alpha_ks_ks(spectrum: Spectrum) -> float:
     """KS distance of the fit of `alpha_ks`."""
     return spectrum.fit("ks").ks_distance
+
+
+@_metric
+def spectrum_quantiles(spectrum: Spectrum) -> list[float]:
+    """Quantiles of the positive eigenvalues, as `billhook.quantiles` has them: the spectral density in 129 numbers."""
+    return quantiles(spectrum.positive if len(spectrum.positive) else spectrum.evals)
 
 
 @_metric

@@ -120,7 +120,9 @@ def test_names_of_columns() -> None:
     assert canonical("block_loss") == "block_loss:0.6"
     assert (canonical("alpha_peak"), canonical("alpha_farms:7")) == ("alpha_peak", "alpha_farms:7")
     assert options_of("alpha_farms:7") == {"windows": 7}
-    assert (companions("alpha_mid"), companions("alpha_mid_ks"), companions("entropy")) == (["alpha_mid_ks"], [], [])
+    curve = "spectrum_quantiles"
+    assert (companions("alpha_mid"), companions("alpha_mid_ks"), companions("entropy")) == (["alpha_mid_ks", curve], [curve], [curve])
+    assert (companions("alpha_farms"), companions("outlier_ratio"), companions(curve)) == ([], [], [])
     assert [fact(name).needs_text for name in ("alpha_farms", "lamp_quantiles", "wanda_mean", "block_loss:0.5")] == [
         False,
         False,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from billhook.budget import whole_numbers
+from billhook.densities import of_weights, shown
 from billhook.errors import BillhookError
 from billhook.plan import Pattern, SparsityPlan, check_target
 from billhook.registry import Registry
@@ -47,6 +48,8 @@ def allocate(
     made_by = {"allocator": allocator, "options": configured, "paper": ALLOCATORS.paper(allocator), "model": table.model}
     read = [name for name in ALLOCATORS.needs(allocator, configured) if name in table.columns()]
     made_by["metrics"] = {name: dict(zip(table.shapes, table.column(name), strict=True)) for name in read}
+    if any(map(of_weights, read)) and (spectra := shown(table)):
+        made_by["spectra"] = spectra
     plan = SparsityPlan(target, pattern, shares, made_by)
     plan.check(table.shapes)
     achieved = math.fsum(shares[row.layer] * row.n for row in table) / table.total

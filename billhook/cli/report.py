@@ -1,7 +1,7 @@
 """`billhook report`: make a directory's report, model card and page again."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ EXAMPLES = """\b
 Examples:
   billhook report ./pruned
   billhook report ./pruned --speed bench.json
+  billhook report ./pruned --table table.json
 """
 
 
@@ -21,16 +22,24 @@ def command(
     speed: Annotated[
         Path | None, typer.Option(help="What a benchmark found, such as the output of billhook bench --json.", metavar="FILE")
     ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="A table.json of the dense model: adds its exponents and spectra to the page.", metavar="TABLE")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make report.json, the model card README.md and report.html of a pruned directory again."""
+    from billhook.densities import spectra_of
     from billhook.errors import BillhookError
     from billhook.files import read_json
-    from billhook.publishing import publish
+    from billhook.publishing import known, publish
+    from billhook.table import Table
 
     if not directory.is_dir():
         raise BillhookError(f"There is no directory {directory}.")
-    report = publish(directory, None if speed is None else {"speed": read_json(speed, "benchmark result")})
+    changes: dict[str, Any] = {} if speed is None else {"speed": read_json(speed, "benchmark result")}
+    if table is not None:
+        changes["spectra"] = spectra_of(Table.load(table), known(directory))
+    report = publish(directory, changes)
     say(f"{directory}: report.json, README.md and report.html, with {len(report['evaluations'])} evaluations.")
     if as_json:
         emit(report)
