@@ -3,16 +3,19 @@
 // rearrange every tile first. Included inside an anonymous namespace, after vbmi2.h.
 
 constexpr int SIDE = 6;               // rows multiplied side by side: 6 x 4 vectors of sums, 4 of activations, 1 of weights
-constexpr int64_t STRETCH = 512;      // pairs of columns between two additions to the sums in memory; 128 KiB of activations
+constexpr int64_t STRETCH = 1024;     // pairs of columns between two additions to the sums in memory; 256 KiB of activations
 constexpr int64_t TILE_PADDING = 32;  // columns, so that the rows of a tile do not fall into one set of the first-level cache
 
-// R rows of the tile times `pairs` pairs of columns of 16 V tokens, added to sums [R][BATCH].
+// R rows of the tile times `pairs` pairs of columns of 16 V tokens, added to sums [R][BATCH]. Meanwhile as many lines
+// are fetched from `next`: activations come from beyond the second-level cache once for every tile.
 template <int R, int V>
-INLINE void add_stretch(const uint16_t* tile, int64_t stride, const uint32_t* x, int64_t pairs, float* sums, bool fresh) {
+INLINE void add_stretch(const uint16_t* tile, int64_t stride, const uint32_t* x, int64_t pairs, float* sums, bool fresh,
+                        const uint32_t* next) {
   __m512 acc[R][V];
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int v = 0; v < V; v++) acc[r][v] = _mm512_setzero_ps();
   for (int64_t k = 0; k < pairs; k++) {
+    fetch(next + 16 * k);
     __m512bh tokens[V];
     UNROLL for (int v = 0; v < V; v++) tokens[v] = (__m512bh)_mm512_loadu_si512(x + 16 * (V * k + v));
     UNROLL for (int r = 0; r < R; r++) {
@@ -31,9 +34,11 @@ INLINE void add_stretch(const uint16_t* tile, int64_t stride, const uint32_t* x,
 
 template <int V>
 void add_stretches(const uint16_t* tile, int64_t stride, const uint32_t* x, int64_t pairs, float* sums, int64_t rows, bool fresh) {
+  const uint32_t* next = x + 16 * V * pairs;  // the stretch that is multiplied after this one; each group of rows fetches a part
   int64_t r = 0;
-  for (; r + SIDE <= rows; r += SIDE) add_stretch<SIDE, V>(tile + r * stride, stride, x, pairs, sums + BATCH * r, fresh);
-  for (; r < rows; r++) add_stretch<1, V>(tile + r * stride, stride, x, pairs, sums + BATCH * r, fresh);
+  for (; r + SIDE <= rows; r += SIDE, next += 16 * pairs)
+    add_stretch<SIDE, V>(tile + r * stride, stride, x, pairs, sums + BATCH * r, fresh, next);
+  for (; r < rows; r++) add_stretch<1, V>(tile + r * stride, stride, x, pairs, sums + BATCH * r, fresh, next);
 }
 
 // Up to 16 outputs of one token: sums lie BATCH apart.
