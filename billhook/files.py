@@ -14,11 +14,19 @@ _CHUNK = 1 << 24
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """As `replace_file`; raises JobError when the disk is full, BillhookError when the folder cannot be written."""
+    check_writable(path)
+    try:
+        replace_file(path, write)
+    except OSError as error:
+        raise JobError(f"Cannot write {path}: {error.strerror or error}. Free some space or choose another place.") from None
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it into place.
 
-    Raises JobError when the disk is full or the folder cannot be written; the temporary file is removed.
+    Raises OSError as it comes; the temporary file is removed.
     """
-    check_writable(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -29,8 +37,6 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         temporary.chmod(0o644)
         os.replace(temporary, path)
         fsync(path.parent)
-    except OSError as error:
-        raise JobError(f"Cannot write {path}: {error.strerror or error}. Free some space or choose another place.") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -64,8 +70,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented json, atomically, with a final newline; NaN and infinity are refused."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    """Write `value` as `json_text`, atomically."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """`value` as indented json with a final newline; NaN and infinity are refused."""
+    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

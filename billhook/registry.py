@@ -88,10 +88,14 @@ class Registry:
         """All names, in the order they are shown to people."""
         return list(self._places)
 
-    def get(self, name: str) -> Callable[..., Any]:
-        """Import and return the method called `name`; raises BillhookError with the nearest name for an unknown one."""
+    def check(self, name: str) -> None:
+        """Raise BillhookError with the nearest name for an unknown one; imports nothing."""
         if name not in self._places:
             raise BillhookError(f"Unknown {self.kind} {name!r}.{hint(name, self._places)} There are: {', '.join(self._places)}.")
+
+    def get(self, name: str) -> Callable[..., Any]:
+        """Import and return the method called `name`; raises BillhookError as `check` does."""
+        self.check(name)
         module, _, attribute = self._places[name].partition(":")
         function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
         return function

@@ -23,7 +23,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from billhook.errors import BillhookError, Interrupted, JobError
-from billhook.files import digest_ranges, fsync, sha256, write_json
+from billhook.files import digest_ranges, fsync, json_text, replace_file, sha256
 from billhook.pruning import LayerResult
 from billhook.ranks import anywhere, gather, wait
 from billhook.run_state import STATE, VERSION, State, check_place, compare, partial_folder
@@ -125,8 +125,14 @@ class Unfinished:
         return digest.hexdigest()
 
     def _note(self, **changes: Any) -> None:
-        self.state = replace(self.state, **changes)
-        write_json(self.folder / STATE, {"unfinished": _ADVICE, "version": VERSION, **asdict(self.state)})
+        state = replace(self.state, **changes)
+        text = json_text({"unfinished": _ADVICE, "version": VERSION, **asdict(state)})
+
+        def write(temporary: Path) -> None:
+            temporary.write_text(text, encoding="utf-8")
+
+        replace_file(self.folder / STATE, write)
+        self.state = state
 
 
 @contextmanager

@@ -36,8 +36,9 @@ def make_table(shapes: list[list[tuple[int, int]]], value) -> Table:
     rows = []
     for b, block in enumerate(shapes):
         for i, shape in enumerate(block):
-            metrics = {column: value(column, b, i) for column in ALL_COLUMNS if column not in CURVES}
-            curves = {column: tuple(sorted(value(column, b, i) for _ in range(5))) for column in ALL_COLUMNS if column in CURVES}
+            metrics = {column: value(column, b, i) for column in ALL_COLUMNS if column.partition(":")[0] not in CURVES}
+            of_curves = [column for column in ALL_COLUMNS if column not in metrics]
+            curves = {column: tuple(sorted(value(column, b, i) for _ in range(5))) for column in of_curves}
             rows.append(Row(f"blocks.{b}.w{i}", b, f"w{i}", shape, metrics, curves))
     return Table(tuple(rows))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from billhook import BillhookError, allocate, measure, prune
 from billhook.allocators.auto import cheapest
 from billhook.arch import find_layers
-from billhook.error_curves import MIDDLE, STEPS
+from billhook.error_curves import CHEAPER, MIDDLE, STEPS
 from billhook.job import prepare
 from billhook.plan import SparsityPlan
 from billhook.pruning import prune_
@@ -58,7 +58,7 @@ def test_curves_are_what_pruning_a_layer_alone_costs(criterion: str) -> None:
     layer = find_layers(model)[0]  # the first block's inputs are those of the dense model
     with torch.no_grad():
         dense = model(ids[-4:]).logits.log_softmax(-1)
-        prune_(model, _only(layer, MIDDLE), criterion=criterion, batches=[ids], layers=[layer])
+        prune_(model, _only(layer, MIDDLE), criterion=criterion, batches=[ids], layers=[layer], **CHEAPER.get(criterion, {}))
         now = model(ids[-4:]).logits.log_softmax(-1)
     kl = float((dense.exp() * (dense - now)).sum(-1)[:, :-1].mean())
     assert curves[layer.name][round(MIDDLE * STEPS)] == pytest.approx(kl, rel=1e-3)
@@ -76,7 +76,9 @@ def divergence(plan: SparsityPlan, request: Request) -> float:
 
     opened = open_request(request, True, "x")
     split = split_windows(opened, request.seed)
-    with Bench(opened.model, opened.layers, split.batches, split.heldout, Setting(request.criterion, {})) as bench:
+    with Bench(
+        opened.model, opened.layers, split.batches, split.heldout, Setting(request.criterion, CHEAPER.get(request.criterion, {}))
+    ) as bench:
         bench.prune(plan)
         kl = bench.losses(0, len(split.heldout)).kl
     return sum(kl) / len(kl)

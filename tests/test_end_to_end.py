@@ -18,6 +18,7 @@ from billhook.checkpoint import load_model
 from billhook.criteria import CRITERIA
 
 TEXT = ("--samples", "5", "--length", "32")
+REPORT = {"report.json", "README.md", "report.html"}
 IDS = torch.arange(2 * 24).reshape(2, 24)
 
 
@@ -84,7 +85,7 @@ def test_the_same_seed_gives_the_same_bytes(place, pruned, tmp_path):
     first, again, other = listing(pruned), listing(tmp_path / "again"), listing(tmp_path / "other")
     assert first == again
     changed = {name for name in first if first[name] != other[name]}
-    assert changed == {"billhook.json", *(name for name in first if name.endswith(".safetensors") and name in changed)}
+    assert changed == {"billhook.json", *REPORT, *(name for name in first if name.endswith(".safetensors") and name in changed)}
     assert len(changed) > 1
 
 
@@ -99,7 +100,7 @@ def test_the_batch_size_changes_nothing(place, tmp_path, criterion):
 
 def test_the_layout_is_that_of_the_input(place, pruned):
     before, after = listing(place / "model"), listing(pruned)
-    assert set(after) == set(before) | {"billhook.json"}
+    assert set(after) == set(before) | {"billhook.json", *REPORT}
     assert len([name for name in before if name.endswith(".safetensors")]) > 2
     for name, content in before.items():
         if name.endswith(".safetensors"):

@@ -8,8 +8,10 @@ tries several strengths, uniform and a published allocation on held-out text, an
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 
+from billhook.criteria import CRITERIA
 from billhook.errors import BillhookError
 from billhook.registry import method
 from billhook.table import Table
@@ -22,6 +24,7 @@ def auto(table: Table, target: float, *, criterion: str = "admm", strength: floa
     """s = target + strength * (optimum - target); reads the curves of `criterion`, values at even steps from 0 to 1."""
     if not 0 <= strength <= 1:
         raise BillhookError(f"strength must be in [0, 1], got {strength:g} (0 is uniform).")
+    CRITERIA.check(criterion)
     curves = table.curve(f"error_curve:{criterion}")
     best = cheapest(curves, [row.n for row in table], target, max(CEILING, target))
     return {row.layer: target + strength * (s - target) for row, s in zip(table, best, strict=True)}
@@ -34,10 +37,13 @@ def cheapest(curves: Sequence[Sequence[float]], n: Sequence[int], target: float,
         for (a, x), (b, y) in _hull(curve, ceiling):
             segments.append(((y - x) / ((b - a) * n[layer]), layer, a, b))
     shares, left = [0.0] * len(curves), target * sum(n)
-    for _, layer, a, b in sorted(segments):
-        step = min(b - a, left / n[layer])
-        shares[layer] += step
-        left -= step * n[layer]
+    for _, group in groupby(sorted(segments), key=itemgetter(0)):  # equal prices share what is left, so that equal layers lose the same
+        tied = list(group)
+        room = sum((b - a) * n[layer] for _, layer, a, b in tied)
+        part = min(1.0, left / room)
+        for _, layer, a, b in tied:
+            shares[layer] += part * (b - a)
+        left -= part * room
         if left <= 0:
             break
     return shares

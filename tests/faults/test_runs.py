@@ -354,9 +354,12 @@ def test_an_output_that_is_read_only(source, tmp_path):
         pruning(source, place / "out", **MAGNITUDE)()
 
     place.chmod(0o555)
+    tmp_path.chmod(0o755)
     if os.geteuid() == 0 and any(not os.stat(folder).st_mode & 0o005 for folder in (source, *source.parents)):
         for folder in [source, *list(source.parents)[:4]]:
             folder.chmod(0o755)
+        for file in source.iterdir():
+            file.chmod(0o644)
     said = tmp_path / "said"
     said.touch()
     said.chmod(0o666)
