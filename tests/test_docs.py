@@ -1,14 +1,12 @@
-"""The documentation is true: formats are those of real files, marked code runs, examples run, links lead somewhere.
+"""The documentation is true: formats are those of real files, examples run, links lead somewhere. Blocks of the pages: test_pages.
 
-A fenced block after `<!-- run: sh -->` or `<!-- run: python -->` is executed in an empty folder that holds the bundled model. A
-json block after `<!-- format: NAME -->` is read by the tool. A table after `<!-- fields: NAME -->` lists exactly the fields of a
+A json block after `<!-- format: NAME -->` is read by the tool. A table after `<!-- fields: NAME -->` lists exactly the fields of a
 real NAME.
 """
 
 import json
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -40,33 +38,12 @@ def blocks(page: Path, mark: str) -> list[str]:
     return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
 
 
-def marked(mark: str) -> list[Any]:
-    return [pytest.param(code, id=f"{page.stem}-{number}") for page in PAGES for number, code in enumerate(blocks(page, mark), start=1)]
-
-
 @pytest.fixture
 def playground(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "billhook").mkdir()
     (tmp_path / "billhook" / "demo_model").symlink_to(MODEL)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("code", marked("run: sh"))
-def test_marked_shell_blocks_run(code: str, playground: Path) -> None:
-    """Commands of `billhook`, one a line; run in this process, where torch is loaded already."""
-    for line in code.replace("\\\n", " ").splitlines():
-        program, *arguments = shlex.split(line, comments=True)
-        assert program == "billhook", f"{line}: only billhook is run here"
-        result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 0, f"{line}: {result.output}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("code", marked("run: python"))
-def test_marked_python_blocks_run(code: str, playground: Path) -> None:
-    exec(compile(code, "block", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.slow

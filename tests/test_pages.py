@@ -1,0 +1,100 @@
+"""Every block of commands or Python in the documentation runs, page by page as a reader would: in one folder, in the order of the page.
+
+A comment before a block says what becomes of it: `<!-- run: sh -->`, `<!-- run: python -->`, or `<!-- not run: REASON -->`; blocks that
+other tests read have marks of their own. The folder holds the bundled model and what the pages call MODEL (a tiny model), `text.txt` and
+`other-text.txt`. The examples of docs/cli.md, which are alternatives to each other, are parsed by test_cli instead.
+"""
+
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import tiny
+from command import done
+from test_docs import PAGES, ROOT
+
+MODEL = ROOT / "billhook" / "demo_model"
+GENERATED = {"cli.md"}
+ELSEWHERE = {"allocator", "criterion"}  # `run:` marks of blocks that test_docs imports and calls
+NOT_RUN = {
+    ("README.md", "installs and tests the package"),
+    ("README.md", "starts processes; tests/test_ranks.py does"),
+    ("CONTRIBUTING.md", "installs and tests the package"),
+    ("first_run.md", "takes a minute; the demo is a target of its own, make demo"),
+    ("own_model.md", "reads corpora from the network"),
+    ("add_a_method.md", "a line of another file"),
+    ("serving.md", "installs packages and serves until it is stopped"),
+    ("RUNTIME.md", "needs a GPU"),
+    ("demo_model.md", "takes hours"),
+}
+
+
+class Block(NamedTuple):
+    mark: str  # what the comment before it says
+    language: str
+    code: str
+
+
+def blocks(page: Path) -> list[Block]:
+    """All fenced blocks of a page in order, without a common indentation."""
+    found = re.findall(
+        r"^( *)(?:<!-- ([^\n]*) -->\n+ *)?```(\w*)\n(.*?)\n *```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    return [Block(mark, language, re.sub(rf"^{indent}", "", code, flags=re.MULTILINE)) for indent, mark, language, code in found]
+
+
+def of_commands(page: Path) -> list[Block]:
+    return [block for block in blocks(page) if block.language in ("", "sh", "bash", "python")]
+
+
+def with_runs() -> list[Path]:
+    return [page for page in PAGES if any(block.mark in ("run: sh", "run: python") for block in of_commands(page))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "billhook").mkdir()
+    (tmp_path / "billhook" / "demo_model").symlink_to(MODEL)
+    tiny.save(tmp_path / "MODEL", tiny.llama(num_hidden_layers=2))
+    tiny.text_file(tmp_path / "text.txt", 300)
+    tiny.text_file(tmp_path / "other-text.txt", 40)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_commands(code: str) -> None:
+    """Lines of `billhook`, run in this process, where torch is loaded already; entering the environment is left out."""
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words or words[:2] == ["source", ".venv/bin/activate"]:
+            continue
+        assert words[0] == "billhook", f"{line}: only billhook is run here"
+        out = words.index(">") if ">" in words else len(words)
+        printed = done(*words[1:out]).out
+        if out < len(words):
+            Path(words[out + 1]).write_text(printed, encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", with_runs(), ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run_one_after_the_other(page: Path, folder: Path) -> None:
+    for block in of_commands(page):
+        if block.mark == "run: sh":
+            run_commands(block.code)
+        elif block.mark == "run: python":
+            exec(compile(block.code, page.name, "exec"), {"__name__": "__main__"})
+
+
+def test_every_block_runs_or_says_why_not() -> None:
+    reasons = set()
+    for page in PAGES:
+        for mark, language, code in of_commands(page) if page.name not in GENERATED else []:
+            kind, _, what = mark.partition(": ")
+            assert kind in ("run", "not run"), f"{page.name}: a block has no mark:\n{code}"
+            if kind == "not run":
+                reasons.add((page.name, what))
+            else:
+                assert what == language or what in ELSEWHERE, f"{page.name}: {what} is not the language of\n{code}"
+    assert reasons == NOT_RUN
