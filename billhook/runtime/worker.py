@@ -1,6 +1,7 @@
 """One side of a benchmark: a process of its own that holds one model and runs what it is told, so that its memory can be counted."""
 
 import resource
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ def serve(connection: Connection, path: str, options: Mapping[str, Any]) -> None
     """Load the model at `path`, then answer {batch, prompt, new} with seconds until None comes; a failure is answered in words."""
     from billhook.errors import BillhookError
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks, which ends this one
     try:
         answer = _load(Path(path), options)
         model = answer.pop("model")
@@ -20,6 +22,8 @@ def serve(connection: Connection, path: str, options: Mapping[str, Any]) -> None
         while (cell := connection.recv()) is not None:
             connection.send(_run(model, **cell))
         connection.send({"peak_bytes": peak_memory()})
+    except (EOFError, BrokenPipeError):
+        return  # nobody asks any more
     except BillhookError as error:
         connection.send({"error": str(error)})
     except (MemoryError, RuntimeError) as error:
