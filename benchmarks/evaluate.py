@@ -30,7 +30,7 @@ os.environ["TQDM_DISABLE"] = "1"
 def main(directory: str = str(MODEL), source: str = "stdlib:heldout", threads: str = "2") -> None:
     """Print a line for each batch size of the harness, and one for Billhook."""
     torch.set_num_threads(int(threads))
-    model, tokenizer = load_model(Path(directory)), load_tokenizer(Path(directory))
+    model, tokenizer = load_model(Path(directory), dtype="float32"), load_tokenizer(Path(directory))
     windows = load_windows(source, tokenizer, length=LENGTH, limit=WINDOWS)
     count, length = windows.ids.shape
     requests = []
