@@ -34,7 +34,7 @@ def test_no_sanitizer_complains(tmp_path: Path):
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    program = built(compiler, tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    program = built(compiler, tmp_path, "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     ran = subprocess.run([program, str(CASES), "1"], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "portable" in ran.stdout
