@@ -43,7 +43,8 @@ def check_place(output: Path, *, resume: bool, overwrite: bool) -> State | None:
 
     Raises BillhookError where there is one that the caller did not ask to continue or to replace.
     """
-    (output / STATE).unlink(missing_ok=True)  # of a run that ended between its last two steps
+    if output.is_dir():
+        (output / STATE).unlink(missing_ok=True)  # of a run that ended between its last two steps
     folder = partial_folder(output)
     if not (folder / STATE).exists() or (overwrite and not resume):
         return None
