@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 # torch is installed first, so that TORCH can name another version. The default build for Linux brings gigabytes of CUDA libraries; without a GPU,
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu chooses the build without them.
-$(BIN)/.installed: pyproject.toml
+$(BIN)/.installed: pyproject.toml setup.py $(wildcard billhook/runtime/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
 	$(BIN)/pip install -q -e .
