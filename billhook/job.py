@@ -24,6 +24,7 @@ from billhook.hidden import SPILL_GIB
 from billhook.measuring import measure
 from billhook.metrics import fact
 from billhook.options import split_options
+from billhook.output import check_output
 from billhook.plan import Pattern, SparsityPlan, load_plan
 from billhook.pruning import LayerResult, prune_
 from billhook.ranks import wait
@@ -32,7 +33,7 @@ from billhook.refine import Refine
 from billhook.request import Opened, Request, calibration_facts, identity, open_request
 from billhook.run_state import check_place, compare, partial_folder
 from billhook.runtime.packing import pack
-from billhook.save import check_output, save_pruned
+from billhook.save import save_pruned
 from billhook.stats import GRADIENTS as OF_GRADIENTS
 from billhook.streaming import stream_of
 from billhook.table import Table
@@ -258,7 +259,16 @@ def make_gradients(
 
 
 def _rows(table: Table, opened: Opened) -> Table:
-    """The rows of a given table for the layers to prune; a table of the whole model serves for any part of it."""
+    """The rows of a given table for the layers to prune; a table of the whole model serves for any part of it.
+
+    Raises BillhookError for a table of other weights: the digest of a model in memory is not known, and not compared.
+    """
+    here, there = opened.facts, table.model
+    if here["digest"] and there.get("digest") not in (None, here["digest"]):
+        raise BillhookError(
+            f"The table is of {there.get('name', 'another model')}, whose weights are not those of {here['name']}. "
+            f"Make one with billhook measure {opened.source}, or carry the decision over as a plan: billhook plan TABLE, then --plan."
+        )
     return table.only({layer.name for layer in opened.layers}, {layer.name: layer.shape for layer in find_layers(opened.model)})
 
 

@@ -208,10 +208,18 @@ def test_an_output_is_replaced_when_told(place, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 
 
-def test_a_plan_for_other_weights_is_used_and_noted(place, tmp_path):
+def test_a_plan_for_other_weights_is_used_and_noted_but_a_table_refused(place, tmp_path):
     tiny.save(tmp_path / "cousin", tiny.llama(seed=1, num_hidden_layers=2))
-    done("measure", tmp_path / "cousin", "-o", tmp_path / "table.json")
-    report = prune(place, tmp_path / "pruned", "--table", str(tmp_path / "table.json"), "--allocator", "alphapruning")
+    table, plan = tmp_path / "table.json", tmp_path / "plan.json"
+    done("measure", tmp_path / "cousin", "-o", table)
+    given = ("prune", place / "model", "--criterion", "magnitude", "--sparsity", "0.5", "--allocator", "alphapruning", "--table", table)
+    refused = billhook(*given, "-o", tmp_path / "pruned")
+    assert refused.code == 2
+    assert "The table is of cousin, whose weights are not those of model." in refused.err
+    assert not (tmp_path / "pruned").exists()
+    done("plan", table, "--allocator", "alphapruning", "--sparsity", "0.5", "-o", plan)
+    done("prune", place / "model", "--plan", plan, "--criterion", "magnitude", "-o", tmp_path / "pruned")
+    report = json.loads((tmp_path / "pruned" / "billhook.json").read_text())
     assert report["warnings"] == ["The plan was made for the weights of cousin, which are not those of model."]
 
 
