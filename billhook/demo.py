@@ -20,11 +20,11 @@ from billhook.errors import BillhookError, JobError
 from billhook.files import read_json
 from billhook.job import Job, run
 from billhook.measuring import measure
+from billhook.output import check_output
 from billhook.perplexity import evaluate
 from billhook.plan import SparsityPlan
 from billhook.pruning import prune_
 from billhook.request import Opened, Request, open_request
-from billhook.save import check_output
 from billhook.verification import RECORD, verify
 
 MODEL = Path(__file__).parent / "demo_model"

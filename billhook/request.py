@@ -21,13 +21,14 @@ from billhook.errors import BillhookError
 from billhook.files import sha256
 from billhook.gradient_file import Gradients
 from billhook.hidden import SPILL_GIB
+from billhook.output import check_output
 from billhook.perplexity import check_length, context_length, vocabulary_size
 from billhook.plan import SparsityPlan
 from billhook.pruning import Group, Rounding
 from billhook.ranks import check_share, world
 from billhook.refine import Refining
 from billhook.run_state import check_place
-from billhook.save import check_output, mismatch
+from billhook.save import mismatch
 from billhook.shards import read_shard
 from billhook.streaming import open_streamed, resident
 from billhook.table import Table

@@ -5,29 +5,25 @@ of the model in memory (in the dtype on disk); every other file (config, tokeniz
 byte for byte. Where `transformers` renamed or fused tensors while loading, its own reverse conversion is used; where that
 does not lead back to the names on disk, `save_pretrained` chooses the layout and the result says so.
 
-All of it happens in a hidden directory beside the output that takes the output's name at the very end: after a failure of any
-kind there is no output, and an old one is as it was.
+All of it happens in a directory that takes the output's name at the very end (`billhook.output`).
 """
 
-import errno
 import os
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from billhook.checkpoint import quiet
-from billhook.errors import BillhookError, JobError
-from billhook.files import fsync, sha256, write_json
+from billhook.errors import JobError
+from billhook.files import sha256, write_json
+from billhook.output import check_output, staging
 from billhook.places import places, to_disk
 from billhook.publishing import publish
 from billhook.shards import INDEX, Entry, Shard, lay_out, layer_zeros, put, read_shard, weight_files
@@ -46,32 +42,6 @@ class Saved:
     path: Path
     files: dict[str, str]
     note: str | None
-
-
-def check_output(output: Path, source: Path | None = None, *, overwrite: bool = False, needed: int = 0) -> Path:
-    """Check, before any work, that `output` can be written; returns it resolved.
-
-    Raises BillhookError when it is a file, is not empty (unless `overwrite` and it is a model directory), lies in the source,
-    or its folder does not exist; JobError when fewer than `needed` bytes are free there.
-    """
-    output = Path(output).expanduser().resolve()
-    if source is not None and (output == source.resolve() or source.resolve() in output.parents or output in source.resolve().parents):
-        raise BillhookError(f"The output {output} and the source model {source} lie in each other: choose another output.")
-    if output.exists() and not output.is_dir():
-        raise BillhookError(f"The output {output} is a file: choose a directory.")
-    if not output.parent.is_dir():
-        raise BillhookError(f"Cannot write {output}: the folder {output.parent} does not exist. Create it first.")
-    if not os.access(output.parent, os.W_OK):
-        raise BillhookError(f"Cannot write {output}: the folder {output.parent} is not writable.")
-    if output.is_dir() and any(output.iterdir()):
-        if not overwrite:
-            raise BillhookError(f"The output {output} exists and is not empty: choose another, or allow replacing it (--overwrite).")
-        if not (output / "config.json").is_file():
-            raise BillhookError(f"The output {output} is not empty and not a model directory, so it is not replaced: choose another.")
-    free = shutil.disk_usage(output.parent).free
-    if free < needed:
-        raise JobError(f"The disk of {output.parent} is too full: {_size(needed)} needed, {_size(free)} free.")
-    return output
 
 
 def save_pruned(
@@ -106,7 +76,7 @@ def complete(
 ) -> dict[str, str]:
     """Add to the weights in `folder` all other files of `source`, `texts`, billhook.json and the report; returns the checksums.
 
-    The files are forced to the disk. See `save_pruned`.
+    See `save_pruned`.
     """
     if source is not None:
         _copy_others(source, folder)
@@ -118,7 +88,6 @@ def complete(
         write_json(folder / RECORD, {**record, "layers": layers, "files": files})
         if "model" in record.get("made_by", {}):  # a record of one's own may say less than a report needs
             publish(folder)
-    _flush(folder)
     return files
 
 
@@ -144,63 +113,6 @@ def checksums(directory: Path) -> dict[str, str]:
     files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     files = [name for name in files if name not in (RECORD, UNFINISHED, REPORT, CARD, PAGE) and not name.endswith(GRADIENTS)]
     return {name: sha256(directory / name) for name in files}
-
-
-@contextmanager
-def staging(output: Path, needed: int) -> Iterator[Path]:
-    """Give a hidden directory beside `output`; it becomes `output` when the body ends, and vanishes when the body fails.
-
-    Raises JobError for a failure of the disk; `needed` bytes are named in its message.
-    """
-    folder: Path | None = None
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        yield folder
-        _flush(folder)
-        put_in_place(folder, output)
-    except (OSError, SafetensorError) as error:
-        raise JobError(f"{failure(error, output, needed)} Nothing was left behind.") from None
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def failure(error: OSError | SafetensorError, output: Path, needed: int) -> str:
-    """What went wrong while writing `output`, which takes `needed` bytes, in a sentence."""
-    # safetensors reports a full disk in words only
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-        free = shutil.disk_usage(output.parent).free
-        return f"The disk is full: writing {output} needs {_size(needed)}, {_size(free)} are free. Make room."
-    return f"Cannot write {output}: {getattr(error, 'strerror', None) or error}."
-
-
-def _size(number: int) -> str:
-    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
-
-
-def _flush(folder: Path) -> None:
-    """Force everything to the disk, and give the directory the permissions a plain mkdir would have given."""
-    for path in [*folder.rglob("*"), folder]:
-        fsync(path)
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-
-
-def put_in_place(folder: Path, output: Path) -> None:
-    """Give `folder` the name `output`; what was there before is moved aside first, and removed last."""
-    old = output.with_name(f".{output.name}.replaced")
-    if output.is_dir() and any(output.iterdir()):
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(output, old)
-    try:
-        os.rename(folder, output)
-        fsync(output.parent)
-    except BaseException:
-        if old.exists() and not output.exists():
-            os.rename(old, output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _copy_others(source: Path, folder: Path) -> None:

@@ -24,11 +24,12 @@ from billhook.journal import MODEL, PICTURE, Journal, Run
 from billhook.knobs import ALL, Candidate, Space
 from billhook.measuring import measure
 from billhook.options import split_options
+from billhook.output import check_output
 from billhook.plan import Pattern, SparsityPlan
 from billhook.record import Job, record
 from billhook.registry import hint
 from billhook.request import Opened, Request, listed, open_request
-from billhook.save import check_output, save_pruned
+from billhook.save import save_pruned
 from billhook.search_picture import draw
 from billhook.shards import weight_files
 from billhook.table import Table

@@ -24,10 +24,11 @@ from safetensors import SafetensorError
 
 from billhook.errors import BillhookError, Interrupted, JobError
 from billhook.files import digest_ranges, fsync, json_text, replace_file, sha256
+from billhook.output import check_output, failure, flush, put_in_place
 from billhook.pruning import LayerResult
 from billhook.ranks import anywhere, gather, wait
 from billhook.run_state import STATE, VERSION, State, check_place, compare, partial_folder
-from billhook.save import check_output, complete, failure, lay_out_all, on_disk, put_in_place, write_tensors
+from billhook.save import complete, lay_out_all, on_disk, write_tensors
 from billhook.shards import INDEX, read_shard, weight_files
 from billhook.streaming import Stream
 from billhook.torchrun import rank
@@ -94,6 +95,7 @@ class Unfinished:
         """Write all that is left and give the directory its name."""
         if not rank():
             complete(self.stream.model, self.source, self.folder, record)
+            flush(self.folder)
             for path in self.folder.glob(f"*{GRADIENTS}"):  # last, because a run without them cannot be continued
                 path.unlink()
             put_in_place(self.folder, self.output)

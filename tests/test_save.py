@@ -18,8 +18,9 @@ from billhook import save
 from billhook.arch import find_layers
 from billhook.checkpoint import load_model, load_tokenizer, quiet
 from billhook.errors import BillhookError, JobError
+from billhook.output import check_output
 from billhook.plan import Pattern, SparsityPlan
-from billhook.save import check_output, save_pruned
+from billhook.save import save_pruned
 from billhook.verification import verify
 
 

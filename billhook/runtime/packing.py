@@ -18,12 +18,13 @@ import billhook
 from billhook.checkpoint import resolve
 from billhook.errors import BillhookError
 from billhook.files import read_json, sha256, write_json
+from billhook.output import check_output, staging
 from billhook.publishing import publish
 from billhook.runtime.choosing import choose, packed_size
 from billhook.runtime.packed import LEAST_GROUP, PACKED, VERSION, Matrix, digest, is_packed
 from billhook.runtime.unpacking import copy_others
 from billhook.runtime.writing import Written, write_packed
-from billhook.save import WEIGHTS, check_output, staging
+from billhook.save import WEIGHTS
 from billhook.shards import INDEX, read_shard, weight_files
 from billhook.verification import RECORD, REPORT, UNFINISHED
 

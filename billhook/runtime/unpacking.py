@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from billhook.errors import BillhookError
+from billhook.output import check_output, staging
 from billhook.publishing import publish
 from billhook.runtime.matrices import dense_bytes
 from billhook.runtime.packed import PACKED, Packed, PackedShard, is_packed, open_packed
-from billhook.save import check_output, staging
 from billhook.shards import INDEX
 from billhook.verification import RECORD, REPORT
 
