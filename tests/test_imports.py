@@ -139,14 +139,7 @@ def test_size_budgets_and_docstrings(module: str):
         body = node.body[1:] if ast.get_docstring(node) else node.body
         lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
         assert lines <= LINES_A_FUNCTION, f"{module}.{node.name} has {lines} lines"
-        assert len(node.args.posonlyargs + node.args.args) <= POSITIONAL or _is_command(module, node) or _is_kernel(node), (
-            f"{module}.{node.name}"
-        )
-
-
-def _is_command(module: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """A command's parameters are the options that typer reads off it; nobody calls it by position."""
-    return module.startswith("billhook.cli.") and node.name == "command"
+        assert len(node.args.posonlyargs + node.args.args) <= POSITIONAL or _is_kernel(node), f"{module}.{node.name}"
 
 
 def _is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

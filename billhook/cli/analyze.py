@@ -6,16 +6,10 @@ from typing import Annotated
 import typer
 
 from billhook.cli.common import (
-    BatchSize,
     Calibration,
-    Device,
-    Dtype,
-    Ignore,
     Json,
     Length,
-    Seed,
     Settings,
-    Targets,
     TrustRemoteCode,
     emit,
     guarded,
@@ -23,6 +17,7 @@ from billhook.cli.common import (
     say,
     table,
 )
+from billhook.cli.groups import Work, grouped
 
 NAME = "analyze"
 EXAMPLES = """\b
@@ -32,8 +27,10 @@ Examples:
 
 
 @guarded
+@grouped
 def command(
     model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
+    *,
     plan: Annotated[list[Path] | None, typer.Option(help="A plan.json. Repeatable.", metavar="PLAN")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The analysis.json to write; a picture, .svg, goes beside it.")
@@ -43,12 +40,7 @@ def command(
     calibration: Calibration = None,
     samples: Annotated[int, typer.Option(help="Windows to draw: one half calibrates, eight of the other are compared.", min=1)] = 16,
     length: Length = None,
-    batch_size: BatchSize = None,
-    seed: Seed = 0,
-    targets: Targets = None,
-    ignore: Ignore = None,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
+    work: Work,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -60,8 +52,8 @@ def command(
         check_writable(output)
     found = analyze(
         model, {str(path): path for path in plan or []}, progress=lambda name: say(f"{name}: pruned"), criterion=criterion,
-        options=parse_settings(settings), calibration=calibration, samples=samples, length=length, batch_size=batch_size, seed=seed,
-        targets=targets or (), ignore=ignore or (), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+        options=parse_settings(settings), calibration=calibration, samples=samples, length=length, **work.fields(),
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if output is not None:
         write_json(output, found)

@@ -21,6 +21,7 @@ Examples:
 @guarded
 def command(
     models: Annotated[list[str], typer.Argument(help="Model directories, dense or packed.", metavar="MODEL...")],
+    *,
     against: Annotated[str | None, typer.Option(help="The dense model to compare with.", metavar="DENSE")] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8",
     prompt: Annotated[str, typer.Option(help="Prompt lengths in tokens, with commas.")] = "16,128,512",

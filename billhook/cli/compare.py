@@ -6,18 +6,8 @@ from typing import Annotated
 import typer
 
 from billhook.cli.common import (
-    BatchSize,
-    Calibration,
-    Device,
-    Dtype,
-    Ignore,
     Json,
-    Length,
-    Samples,
-    Sampling,
-    Seed,
     Settings,
-    Targets,
     TrustRemoteCode,
     emit,
     guarded,
@@ -25,6 +15,7 @@ from billhook.cli.common import (
     say,
     table,
 )
+from billhook.cli.groups import Text, Work, grouped
 
 NAME = "compare"
 EXAMPLES = """\b
@@ -37,10 +28,12 @@ Examples:
 
 
 @guarded
+@grouped
 def command(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL|DIR...", help="Model directory, or a name on the hub; with --runs, finished runs.")
     ],
+    *,
     sparsities: Annotated[str, typer.Option(help="Fractions to remove, with commas.", metavar="LIST")] = "",
     allocators: Annotated[str, typer.Option(help="Allocators, with commas: see billhook ls allocators.", metavar="LIST")] = "uniform",
     criteria: Annotated[str, typer.Option(help="Criteria, with commas: see billhook ls criteria.", metavar="LIST")] = "wanda",
@@ -53,16 +46,8 @@ def command(
     ] = None,
     runs: Annotated[bool, typer.Option("--runs", help="Put finished runs, two or more directories, side by side.")] = False,
     settings: Settings = None,
-    calibration: Calibration = None,
-    samples: Samples = 128,
-    length: Length = None,
-    sampling: Sampling = "packed",
-    batch_size: BatchSize = None,
-    seed: Seed = 0,
-    targets: Targets = None,
-    ignore: Ignore = None,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
+    text: Text,
+    work: Work,
     overwrite: Annotated[bool, typer.Option(help="Start again where the output holds another comparison.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -71,7 +56,7 @@ def command(
     from billhook.errors import BillhookError, JobError
 
     if runs:
-        if sparsities or data or output or calibration or settings or targets or ignore:
+        if sparsities or data or output or text.calibration or settings or work.targets or work.ignore:
             raise BillhookError("--runs compares runs that are finished: leave out what a new comparison would be asked for.")
         _side_by_side([Path(folder) for folder in models], as_json)
         return
@@ -92,9 +77,8 @@ def command(
     )
     try:
         found = compare(
-            models[0], grid, data, limit=limit, output=output, overwrite=overwrite, progress=say, calibration=calibration,
-            samples=samples, length=length, sampling=sampling, batch_size=batch_size, seed=seed, targets=targets or (),
-            ignore=ignore or (), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+            models[0], grid, data, limit=limit, output=output, overwrite=overwrite, progress=say, **vars(text), **work.fields(),
+            trust_remote_code=trust_remote_code,
         )  # fmt: skip
     except KeyboardInterrupt:
         raise JobError(f"Stopped. What was done so far is in {output}: the same command goes on from there.") from None

@@ -20,6 +20,7 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the pruned model goes; an earlier demo is replaced.")] = Path(
         "demo-output"
     ),
+    *,
     sparsity: Annotated[float, typer.Option(help="Fraction of the weights to remove.")] = 0.6,
     as_json: Json = False,
 ) -> None:

@@ -21,6 +21,7 @@ Examples:
 @guarded
 def command(
     model: Annotated[str, typer.Argument(help="Model directory, dense or packed, or a name on the hub.")],
+    *,
     data: Annotated[
         str | None,
         typer.Option(

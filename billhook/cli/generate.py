@@ -17,6 +17,7 @@ Examples:
 @guarded
 def command(
     model: Annotated[str, typer.Argument(help="Model directory, dense or packed, or a name on the hub.")],
+    *,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens, or where the model ends.", min=1)] = 64,
     stream: Annotated[bool, typer.Option("--stream", help="Print each word as soon as it is there.")] = False,

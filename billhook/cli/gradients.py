@@ -6,14 +6,10 @@ from typing import Annotated, Literal
 import typer
 
 from billhook.cli.common import (
-    Calibration,
     Device,
     Dtype,
     Ignore,
     Json,
-    Length,
-    Samples,
-    Sampling,
     Seed,
     Targets,
     TrustRemoteCode,
@@ -22,6 +18,7 @@ from billhook.cli.common import (
     progress,
     say,
 )
+from billhook.cli.groups import Text, grouped
 
 NAME = "gradients"
 EXAMPLES = """\b
@@ -33,17 +30,16 @@ Examples:
 
 
 @guarded
+@grouped
 def command(
     model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="The gradients.safetensors to write.")],
     norm: Annotated[Literal["l1", "l2"], typer.Option(help="Norm over the windows; the same as the criterion's.")] = "l1",
     mode: Annotated[
         Literal["paper", "reference"], typer.Option(help="paper is float32; reference rounds to float16 as published. As the criterion's.")
     ] = "paper",
-    calibration: Calibration = None,
-    samples: Samples = 128,
-    length: Length = None,
-    sampling: Sampling = "packed",
+    text: Text,
     seed: Seed = 0,
     targets: Targets = None,
     ignore: Ignore = None,
@@ -62,8 +58,8 @@ def command(
 
     check_writable(output)
     request = Request(
-        model=model, calibration=calibration, samples=samples, length=length, sampling=sampling, seed=seed,
-        targets=targets or (), ignore=ignore or (), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+        model=model, **vars(text), seed=seed, targets=targets or (), ignore=ignore or (), device=device, dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     with progress("gradients") as advance:
         made = make_gradients(request, gradient_name(norm, mode), output, spill_gib, advance)

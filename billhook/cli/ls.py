@@ -20,6 +20,7 @@ KINDS = ("allocators", "criteria", "metrics", "presets", "families")
 @guarded
 def command(
     kind: Annotated[str, typer.Argument(help="allocators, criteria, metrics, presets or families.")],
+    *,
     as_json: Json = False,
 ) -> None:
     """List names, options with their defaults, and the paper each comes from."""

@@ -6,23 +6,14 @@ from typing import Annotated
 import typer
 
 from billhook.cli.common import (
-    BatchSize,
-    Calibration,
-    Device,
-    Dtype,
-    Ignore,
     Json,
-    Length,
-    Samples,
-    Sampling,
-    Seed,
-    Targets,
     TrustRemoteCode,
     emit,
     guarded,
     progress,
     say,
 )
+from billhook.cli.groups import Text, Work, grouped
 
 NAME = "measure"
 EXAMPLES = """\b
@@ -34,20 +25,14 @@ Examples:
 
 
 @guarded
+@grouped
 def command(
     model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="The table.json to write.")],
     metrics: Annotated[str, typer.Option(help="Comma-separated; see billhook ls metrics.")] = "alpha_peak",
-    calibration: Calibration = None,
-    samples: Samples = 128,
-    length: Length = None,
-    sampling: Sampling = "packed",
-    batch_size: BatchSize = None,
-    seed: Seed = 0,
-    targets: Targets = None,
-    ignore: Ignore = None,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
+    text: Text,
+    work: Work,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -60,11 +45,8 @@ def command(
 
     names = metric_names(metrics)
     check_writable(output)
-    request = Request(
-        model=model, calibration=calibration, samples=samples, length=length, sampling=sampling, batch_size=batch_size, seed=seed,
-        targets=targets or (), ignore=ignore or (), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    with joined(device), progress("measuring") as advance:
+    request = Request(model=model, **vars(text), **work.fields(), trust_remote_code=trust_remote_code)
+    with joined(work.device), progress("measuring") as advance:
         table = measure_model(request, names, advance)
         if not rank():
             table.save(output)

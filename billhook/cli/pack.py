@@ -19,6 +19,7 @@ Examples:
 @guarded
 def command(
     model: Annotated[str, typer.Argument(help="Model directory with zeros, whoever made them, or a name on the hub.")],
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the packed model goes; must be new or empty.")],
     values: Annotated[
         Literal["stored", "int8"],

@@ -20,6 +20,7 @@ Examples:
 @guarded
 def command(
     table_file: Annotated[Path, typer.Argument(metavar="TABLE", help="A table.json from billhook measure.")],
+    *,
     allocator: Annotated[str | None, typer.Option(help="See billhook ls allocators; alphapruning unless a preset is given.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction to remove over all layers, in [0, 1).")] = None,
     pattern: Annotated[str, typer.Option(help="unstructured, or N:M (keep N of every M on average).")] = "unstructured",

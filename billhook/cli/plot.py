@@ -23,6 +23,7 @@ def command(
         str | None,
         typer.Argument(metavar="[TABLE|LAYER]", help="A table.json from billhook measure; with --mask or --model, a layer's full name."),
     ] = None,
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the pictures, each as SVG and PNG.")] = Path("pictures"),
     metrics: Annotated[
         list[str] | None, typer.Option("--metric", help="A column of the table; by default its first. Repeatable.", metavar="NAME")

@@ -7,19 +7,9 @@ import typer
 
 from billhook import __version__
 from billhook.cli.common import (
-    BatchSize,
-    Calibration,
-    Device,
-    Dtype,
-    Ignore,
     Json,
-    Length,
     Preset,
-    Samples,
-    Sampling,
-    Seed,
     Settings,
-    Targets,
     TrustRemoteCode,
     emit,
     guarded,
@@ -29,6 +19,7 @@ from billhook.cli.common import (
     say,
     table,
 )
+from billhook.cli.groups import Text, Work, grouped
 
 if TYPE_CHECKING:
     from billhook.events import Log
@@ -48,8 +39,10 @@ Examples:
 
 
 @guarded
+@grouped
 def command(
     model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
+    *,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the pruned model goes; must be new or empty.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction of the prunable weights to remove, in [0, 1).")] = None,
     pattern: Annotated[str, typer.Option(help="unstructured, or N:M (keep N of every M), such as 2:4.")] = "unstructured",
@@ -73,16 +66,8 @@ def command(
     refine: Annotated[
         Literal["none", "blocks", "blocks+norms"], typer.Option(help="Tune what is left of each block (and its norms and biases).")
     ] = "none",
-    calibration: Calibration = None,
-    samples: Samples = 128,
-    length: Length = None,
-    sampling: Sampling = "packed",
-    batch_size: BatchSize = None,
-    seed: Seed = 0,
-    targets: Targets = None,
-    ignore: Ignore = None,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
+    text: Text,
+    work: Work,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pruned, with time and memory; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an output that exists, or an unfinished run.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run after its last finished block.")] = False,
@@ -108,12 +93,10 @@ def command(
         allocator, sparsity, options = presets.apply(preset, allocator, sparsity, options)
     request = Request(
         model=model, sparsity=sparsity, output=output, criterion=criterion, allocator=allocator or "uniform", pattern=pattern,
-        options=options, plan=plan, table=table_file, gradients=gradients, calibration=calibration, samples=samples, length=length,
-        sampling=sampling, batch_size=batch_size, seed=seed, targets=targets or (), ignore=ignore or (), group=group,
-        rounding=rounding, refine=refine, device=device, dtype=dtype, overwrite=overwrite, resume=resume, spill_gib=spill_gib, pack=pack,
-        trust_remote_code=trust_remote_code,
+        options=options, plan=plan, table=table_file, gradients=gradients, group=group, rounding=rounding, refine=refine, **vars(text),
+        **work.fields(), overwrite=overwrite, resume=resume, spill_gib=spill_gib, pack=pack, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    with joined(device), Log(log_file, resume) as log:
+    with joined(work.device), Log(log_file, resume) as log:
         with progress("measuring") as advance:
             job = prepare(request, advance)
         if dry_run:

@@ -19,6 +19,7 @@ Examples:
 @guarded
 def command(
     directory: Annotated[Path, typer.Argument(help="A pruned directory.", metavar="DIR")],
+    *,
     speed: Annotated[
         Path | None, typer.Option(help="What a benchmark found, such as the output of billhook bench --json.", metavar="FILE")
     ] = None,

@@ -7,22 +7,17 @@ from typing import Annotated, Literal
 import typer
 
 from billhook.cli.common import (
-    BatchSize,
     Calibration,
-    Device,
-    Dtype,
-    Ignore,
     Json,
     Length,
-    Seed,
     Settings,
-    Targets,
     TrustRemoteCode,
     emit,
     guarded,
     parse_settings,
     say,
 )
+from billhook.cli.groups import Work, grouped
 
 NAME = "search"
 EXAMPLES = """\b
@@ -36,8 +31,10 @@ Examples:
 
 
 @guarded
+@grouped
 def command(
     model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
+    *,
     output: Annotated[
         Path,
         typer.Option(
@@ -61,12 +58,7 @@ def command(
     calibration: Calibration = None,
     samples: Annotated[int, typer.Option(help="Windows to draw: one half calibrates, the other is held out.", min=1)] = 64,
     length: Length = None,
-    batch_size: BatchSize = None,
-    seed: Seed = 0,
-    targets: Targets = None,
-    ignore: Ignore = None,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
+    work: Work,
     no_model: Annotated[bool, typer.Option("--no-model", help="Write no pruned model.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Start again where the output holds another search.")] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -80,8 +72,8 @@ def command(
         found = search(
             model, sparsity, allocator=allocator, budget=budget, objective=objective, grid=grid, finalists=finalists,
             output=output, save_model=not no_model, overwrite=overwrite, progress=say, pattern=pattern, criterion=criterion,
-            options=parse_settings(settings), calibration=calibration, samples=samples, length=length, batch_size=batch_size,
-            seed=seed, targets=targets or (), ignore=ignore or (), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+            options=parse_settings(settings), calibration=calibration, samples=samples, length=length, **work.fields(),
+            trust_remote_code=trust_remote_code,
         )  # fmt: skip
     except KeyboardInterrupt:
         raise JobError(f"Stopped. What was found so far is in {output}: the same command goes on from there.") from None
@@ -92,8 +84,8 @@ def command(
     if found.model is not None:
         say(f"{found.model}: pruned with it. Check it: billhook verify {found.model}   Score it: billhook eval {found.model} --data SOURCE")
     chosen = [
-        ("--targets", targets),
-        ("--ignore", ignore),
+        ("--targets", work.targets),
+        ("--ignore", work.ignore),
         ("--set", [f"{k}={v}" for k, v in found.record["identity"]["criterion_options"].items()]),
     ]
     words = ["--plan", output / "plan.json", "--criterion", criterion, "--calibration", calibration]

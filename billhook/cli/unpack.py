@@ -17,6 +17,7 @@ Examples:
 @guarded
 def command(
     directory: Annotated[Path, typer.Argument(help="A directory that billhook pack wrote.")],
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the dense model goes; must be new or empty.")],
     overwrite: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
     as_json: Json = False,

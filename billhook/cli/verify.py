@@ -18,6 +18,7 @@ Examples:
 @guarded
 def command(
     directory: Annotated[Path, typer.Argument(help="A directory that billhook prune wrote.")],
+    *,
     as_json: Json = False,
 ) -> None:
     """Compare zeros, N:M groups and checksums on disk with billhook.json; fails on any difference."""
