@@ -5,6 +5,7 @@
 #include "billhook.h"
 #include "expansion.h"
 #include "target.h"
+#include "words.h"
 
 TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2,popcnt")
 namespace {
@@ -42,36 +43,23 @@ INLINE __m256i quads(uint8_t byte, const void* values) {
 
 INLINE __m256 widen(__m128i bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16)); }
 
-template <class V>
-struct Word {
-  uint64_t bits, before;
-  const V* values;
-  INLINE Word(uint64_t bits, const V* values) : bits(bits), before(bits_before(bits)), values(values) {}
-  INLINE uint8_t byte(int i) const { return (uint8_t)(bits >> 8 * i); }
-  INLINE const V* at(int i) const { return values + (before >> 8 * i & 0xff); }
-};
-
-struct Bf16 : Floats, Word<uint16_t> {
-  typedef uint16_t Value;
-  INLINE Bf16(uint64_t bits, const uint16_t* values) : Word(bits, values) {}
+struct Bf16 : Floats, Eights<uint16_t> {
+  using Eights::Eights;
   INLINE Vec piece(int i) const { return widen(pairs(byte(i), at(i))); }
 };
 
-struct F16 : Floats, Word<uint16_t> {
-  typedef uint16_t Value;
-  INLINE F16(uint64_t bits, const uint16_t* values) : Word(bits, values) {}
+struct F16 : Floats, Eights<uint16_t> {
+  using Eights::Eights;
   INLINE Vec piece(int i) const { return _mm256_cvtph_ps(pairs(byte(i), at(i))); }
 };
 
-struct F32 : Floats, Word<float> {
-  typedef float Value;
-  INLINE F32(uint64_t bits, const float* values) : Word(bits, values) {}
+struct F32 : Floats, Eights<float> {
+  using Eights::Eights;
   INLINE Vec piece(int i) const { return _mm256_castsi256_ps(quads(byte(i), at(i))); }
 };
 
-struct I8 : Floats, Word<int8_t> {
-  typedef int8_t Value;
-  INLINE I8(uint64_t bits, const int8_t* values) : Word(bits, values) {}
+struct I8 : Floats, Eights<int8_t> {
+  using Eights::Eights;
   INLINE Vec piece(int i) const { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes(byte(i), at(i)))); }
 };
 
@@ -81,27 +69,24 @@ struct Dense : Floats {
   INLINE Vec piece(int i) const { return widen(_mm_loadu_si128((const __m128i*)(values + 8 * i))); }
 };
 
-struct Expand1 : Word<uint8_t> {
+struct Expand1 {
   typedef uint8_t Value;
-  INLINE Expand1(uint64_t bits, const uint8_t* values) : Word(bits, values) {}
   static INLINE void word(uint64_t bits, const Value* values, Value* out) {
-    const Expand1 w(bits, values);
+    const Eights<Value> w(bits, values);
     UNROLL for (int i = 0; i < 8; i++) _mm_storel_epi64((__m128i*)(out + 8 * i), bytes(w.byte(i), w.at(i)));
   }
 };
-struct Expand2 : Word<uint16_t> {
+struct Expand2 {
   typedef uint16_t Value;
-  INLINE Expand2(uint64_t bits, const uint16_t* values) : Word(bits, values) {}
   static INLINE void word(uint64_t bits, const Value* values, Value* out) {
-    const Expand2 w(bits, values);
+    const Eights<Value> w(bits, values);
     UNROLL for (int i = 0; i < 8; i++) _mm_storeu_si128((__m128i*)(out + 8 * i), pairs(w.byte(i), w.at(i)));
   }
 };
-struct Expand4 : Word<uint32_t> {
+struct Expand4 {
   typedef uint32_t Value;
-  INLINE Expand4(uint64_t bits, const uint32_t* values) : Word(bits, values) {}
   static INLINE void word(uint64_t bits, const Value* values, Value* out) {
-    const Expand4 w(bits, values);
+    const Eights<Value> w(bits, values);
     UNROLL for (int i = 0; i < 8; i++) _mm256_storeu_si256((__m256i*)(out + 8 * i), quads(w.byte(i), w.at(i)));
   }
 };
@@ -114,16 +99,5 @@ static bool runs() {
          __builtin_cpu_supports("popcnt");
 }
 
-const Kernels kernels_avx2 = {
-    "avx2",
-    runs,
-    {TOKENS_1_TO_8(sparse_rows, Bf16), TOKENS_1_TO_8(sparse_rows, F16), TOKENS_1_TO_8(sparse_rows, F32), TOKENS_1_TO_8(scaled_rows, I8)},
-    {PLAIN_F32, PLAIN_F32, PLAIN_F32, PLAIN_F32},
-    {},
-    {},
-    {expand_rows<Expand1>, expand_rows<Expand2>, expand_rows<Expand4>},
-    TOKENS_1_TO_8(dense_rows, Dense),
-    {},
-    nullptr,
-};
+const Kernels kernels_avx2 = {FLOAT_KERNELS("avx2", PLAIN_F32), {}, {}, {}, nullptr};
 #endif

@@ -4,6 +4,7 @@
 
 #include "billhook.h"
 #include "target.h"
+#include "words.h"
 
 TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi,bmi2,popcnt")
 namespace {
@@ -11,21 +12,18 @@ namespace {
 // (after the loops: these are their instances)
 #include "avx512_floats.h"
 
-struct Bf16 : Floats, Word<uint16_t> {
-  typedef uint16_t Value;
-  INLINE Bf16(uint64_t bits, const uint16_t* values) : Word(bits, values) {}
+struct Bf16 : Floats, Sixteens<uint16_t> {
+  using Sixteens::Sixteens;
   INLINE Vec piece(int i) const { return _mm512_maskz_expand_ps(mask(i), widen(_mm256_loadu_si256((const __m256i*)at(i)))); }
 };
 
-struct F16 : Floats, Word<uint16_t> {
-  typedef uint16_t Value;
-  INLINE F16(uint64_t bits, const uint16_t* values) : Word(bits, values) {}
+struct F16 : Floats, Sixteens<uint16_t> {
+  using Sixteens::Sixteens;
   INLINE Vec piece(int i) const { return _mm512_maskz_expand_ps(mask(i), _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)at(i)))); }
 };
 
-struct I8 : Floats, Word<int8_t> {
-  typedef int8_t Value;
-  INLINE I8(uint64_t bits, const int8_t* values) : Word(bits, values) {}
+struct I8 : Floats, Sixteens<int8_t> {
+  using Sixteens::Sixteens;
   INLINE Vec piece(int i) const {
     const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at(i)));
     return _mm512_cvtepi32_ps(_mm512_maskz_expand_epi32(mask(i), wide));
@@ -35,7 +33,7 @@ struct I8 : Floats, Word<int8_t> {
 struct Expand1 {
   typedef uint8_t Value;
   static INLINE void word(uint64_t bits, const Value* values, Value* out) {
-    const Word<uint8_t> w(bits, values);
+    const Sixteens<uint8_t> w(bits, values);
     UNROLL for (int i = 0; i < 4; i++) {
       const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)w.at(i)));
       _mm_storeu_si128((__m128i*)(out + 16 * i), _mm512_cvtepi32_epi8(_mm512_maskz_expand_epi32(w.mask(i), wide)));
@@ -45,7 +43,7 @@ struct Expand1 {
 struct Expand2 {
   typedef uint16_t Value;
   static INLINE void word(uint64_t bits, const Value* values, Value* out) {
-    const Word<uint16_t> w(bits, values);
+    const Sixteens<uint16_t> w(bits, values);
     UNROLL for (int i = 0; i < 4; i++) {
       const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)w.at(i)));
       _mm256_storeu_si256((__m256i*)(out + 16 * i), _mm512_cvtepi32_epi16(_mm512_maskz_expand_epi32(w.mask(i), wide)));
@@ -61,16 +59,5 @@ static bool runs() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
 }
 
-const Kernels kernels_avx512 = {
-    "avx512",
-    runs,
-    {TOKENS_1_TO_8(sparse_rows, Bf16), TOKENS_1_TO_8(sparse_rows, F16), TOKENS_1_TO_8(sparse_rows, F32), TOKENS_1_TO_8(scaled_rows, I8)},
-    {PLAIN_F32, PLAIN_F32, PLAIN_F32, PLAIN_F32},
-    {},
-    {},
-    {expand_rows<Expand1>, expand_rows<Expand2>, expand_rows<Expand4>},
-    TOKENS_1_TO_8(dense_rows, Dense),
-    {},
-    nullptr,
-};
+const Kernels kernels_avx512 = {FLOAT_KERNELS("avx512", PLAIN_F32), {}, {}, {}, nullptr};
 #endif

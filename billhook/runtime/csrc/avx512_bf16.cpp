@@ -4,6 +4,7 @@
 
 #include "billhook.h"
 #include "target.h"
+#include "words.h"
 
 namespace {
 // The two bytes of every int8 as bfloat16, each a table of 128 for the positive and one for the negative numbers; exact.
@@ -75,14 +76,9 @@ static bool runs() {
 }
 
 const Kernels kernels_bf16 = {
-    "avx512_bf16",
-    runs,
-    {TOKENS_1_TO_8(sparse_rows, Bf16), TOKENS_1_TO_8(sparse_rows, F16), TOKENS_1_TO_8(sparse_rows, F32), TOKENS_1_TO_8(scaled_rows, I8)},
-    {SPLIT_F32, PLAIN_F32, PLAIN_F32, PLAIN_F32},
+    FLOAT_KERNELS("avx512_bf16", SPLIT_F32),
     {TOKENS_1_TO_8(sparse_rows, Bf16Dot), {}, {}, TOKENS_1_TO_8(scaled_rows, I8Dot)},
     {PLAIN_BF16, PLAIN_BF16, PLAIN_BF16, SPLIT_BF16},
-    {expand_rows<Expand1>, expand_rows<Expand2>, expand_rows<Expand4>},
-    TOKENS_1_TO_8(dense_rows, Dense),
     TOKENS_1_TO_8(dense_rows, DenseDot),
     many_tokens,
 };

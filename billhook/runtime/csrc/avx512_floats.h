@@ -12,16 +12,6 @@ struct Floats {
   static INLINE float total(Acc acc) { return _mm512_reduce_add_ps(acc); }
 };
 
-// A word of the bitmask and its values; `at(i)` is the first value of its i-th sixteen columns.
-template <class V>
-struct Word {
-  uint64_t bits;
-  const V* values;
-  INLINE Word(uint64_t bits, const V* values) : bits(bits), values(values) {}
-  INLINE __mmask16 mask(int i) const { return (__mmask16)(bits >> 16 * i); }
-  INLINE const V* at(int i) const { return i ? values + __builtin_popcountll(bits << (64 - 16 * i) % 64) : values; }
-};
-
 // Expands 32-bit values from a register: the form of the instruction that reads memory is microcoded on AMD, and a compiler would choose it.
 INLINE __m512i expand_quads(__mmask16 mask, const void* values) {
   __m512i packed = _mm512_loadu_si512(values);
@@ -29,9 +19,8 @@ INLINE __m512i expand_quads(__mmask16 mask, const void* values) {
   return _mm512_maskz_expand_epi32(mask, packed);
 }
 
-struct F32 : Floats, Word<float> {
-  typedef float Value;
-  INLINE F32(uint64_t bits, const float* values) : Word(bits, values) {}
+struct F32 : Floats, Sixteens<float> {
+  using Sixteens::Sixteens;
   INLINE Vec piece(int i) const { return _mm512_castsi512_ps(expand_quads(mask(i), at(i))); }
 };
 
@@ -46,7 +35,7 @@ struct Dense : Floats {
 struct Expand4 {
   typedef uint32_t Value;
   static INLINE void word(uint64_t bits, const Value* values, Value* out) {
-    const Word<uint32_t> w(bits, values);
+    const Sixteens<uint32_t> w(bits, values);
     UNROLL for (int i = 0; i < 4; i++)
       _mm512_storeu_si512(out + 16 * i, expand_quads(w.mask(i), w.at(i)));
   }

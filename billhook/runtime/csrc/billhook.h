@@ -58,12 +58,13 @@ struct Kernels {
   bool (*runs)();              // whether this processor has the instructions
   RowsKernel rows[4][TOKENS];  // by type and tokens, activations in float
   Layout layout[4];
-  RowsKernel dot[4][TOKENS];  // with bfloat16 activations and the dot-product instruction; null where there is none
+  ExpandKernel expand[3];    // by bytes of a value: 1, 2, 4 -> [0], [1], [2]
+  RowsKernel dense[TOKENS];  // a dense bfloat16 matrix in `values`, activations in float
+  // With bfloat16 activations and the dot-product instruction; null where there is none:
+  RowsKernel dot[4][TOKENS];
   Layout dot_layout[4];
-  ExpandKernel expand[3];           // by bytes of a value: 1, 2, 4 -> [0], [1], [2]
-  RowsKernel dense[TOKENS];         // a dense bfloat16 matrix in `values`, activations in float
-  RowsKernel dense_dot[TOKENS];     // the same with bfloat16 activations
-  BatchKernel batch;                // null where there is none
+  RowsKernel dense_dot[TOKENS];
+  BatchKernel batch;
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_vbmi2, kernels_bf16, kernels_neon;

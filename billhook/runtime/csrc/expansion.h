@@ -26,11 +26,3 @@ struct Expansion {
 };
 
 static constexpr Expansion EXPANSION;
-
-// Byte i of the result: set bits in bytes 0 to i - 1 of `bits`.
-static inline uint64_t bits_before(uint64_t bits) {
-  bits -= bits >> 1 & 0x5555555555555555u;
-  bits = (bits & 0x3333333333333333u) + (bits >> 2 & 0x3333333333333333u);
-  bits = (bits + (bits >> 4)) & 0x0f0f0f0f0f0f0f0fu;
-  return (bits * 0x0101010101010101u) << 8;
-}

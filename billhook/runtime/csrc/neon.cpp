@@ -5,6 +5,7 @@
 #include "billhook.h"
 #include "expansion.h"
 #include "target.h"
+#include "words.h"
 
 namespace {
 #include "rows.h"
@@ -37,38 +38,23 @@ INLINE float32x4_t widen(uint16x4_t bf16) { return vreinterpretq_f32_u32(vshll_n
 
 INLINE uint16x4_t half_of(uint16x8_t both, int i) { return i % 2 ? vget_high_u16(both) : vget_low_u16(both); }
 
-template <class V>
-struct Word {
-  uint64_t bits, before;
-  const V* values;
-  INLINE Word(uint64_t bits, const V* values) : bits(bits), before(bits_before(bits)), values(values) {}
-  INLINE uint8_t byte(int i) const { return (uint8_t)(bits >> 8 * i); }
-  INLINE const V* at(int i) const { return values + (before >> 8 * i & 0xff); }
-  INLINE uint8_t nibble(int i) const { return bits >> 4 * i & 15; }
-  INLINE const V* at_nibble(int i) const { return at(i / 2) + (i % 2 ? __builtin_popcount(byte(i / 2) & 15) : 0); }
-};
-
-struct Bf16 : Floats, Word<uint16_t> {
-  typedef uint16_t Value;
-  INLINE Bf16(uint64_t bits, const uint16_t* values) : Word(bits, values) {}
+struct Bf16 : Floats, Eights<uint16_t> {
+  using Eights::Eights;
   INLINE Vec piece(int i) const { return widen(half_of(pairs(byte(i / 2), at(i / 2)), i)); }
 };
 
-struct F16 : Floats, Word<uint16_t> {
-  typedef uint16_t Value;
-  INLINE F16(uint64_t bits, const uint16_t* values) : Word(bits, values) {}
+struct F16 : Floats, Eights<uint16_t> {
+  using Eights::Eights;
   INLINE Vec piece(int i) const { return vcvt_f32_f16(vreinterpret_f16_u16(half_of(pairs(byte(i / 2), at(i / 2)), i))); }
 };
 
-struct F32 : Floats, Word<float> {
-  typedef float Value;
-  INLINE F32(uint64_t bits, const float* values) : Word(bits, values) {}
+struct F32 : Floats, Eights<float> {
+  using Eights::Eights;
   INLINE Vec piece(int i) const { return vreinterpretq_f32_u32(quads(nibble(i), at_nibble(i))); }
 };
 
-struct I8 : Floats, Word<int8_t> {
-  typedef int8_t Value;
-  INLINE I8(uint64_t bits, const int8_t* values) : Word(bits, values) {}
+struct I8 : Floats, Eights<int8_t> {
+  using Eights::Eights;
   INLINE Vec piece(int i) const {
     const int16x8_t wide = vmovl_s8(vreinterpret_s8_u8(bytes(byte(i / 2), at(i / 2))));
     return vcvtq_f32_s32(vmovl_s16(i % 2 ? vget_high_s16(wide) : vget_low_s16(wide)));
@@ -81,45 +67,31 @@ struct Dense : Floats {
   INLINE Vec piece(int i) const { return widen(vld1_u16(values + 4 * i)); }
 };
 
-struct Expand1 : Word<uint8_t> {
+struct Expand1 {
   typedef uint8_t Value;
-  INLINE Expand1(uint64_t bits, const uint8_t* values) : Word(bits, values) {}
   static INLINE void word(uint64_t bits, const Value* values, Value* out) {
-    const Expand1 w(bits, values);
+    const Eights<Value> w(bits, values);
     UNROLL for (int i = 0; i < 8; i++) vst1_u8(out + 8 * i, bytes(w.byte(i), w.at(i)));
   }
 };
-struct Expand2 : Word<uint16_t> {
+struct Expand2 {
   typedef uint16_t Value;
-  INLINE Expand2(uint64_t bits, const uint16_t* values) : Word(bits, values) {}
   static INLINE void word(uint64_t bits, const Value* values, Value* out) {
-    const Expand2 w(bits, values);
+    const Eights<Value> w(bits, values);
     UNROLL for (int i = 0; i < 8; i++) vst1q_u16(out + 8 * i, pairs(w.byte(i), w.at(i)));
   }
 };
-struct Expand4 : Word<uint32_t> {
+struct Expand4 {
   typedef uint32_t Value;
-  INLINE Expand4(uint64_t bits, const uint32_t* values) : Word(bits, values) {}
   static INLINE void word(uint64_t bits, const Value* values, Value* out) {
-    const Expand4 w(bits, values);
+    const Eights<Value> w(bits, values);
     UNROLL for (int i = 0; i < 16; i++) vst1q_u32(out + 4 * i, quads(w.nibble(i), w.at_nibble(i)));
   }
 };
 
-bool always() { return true; }
+bool runs() { return true; }
 
 }  // namespace
 
-const Kernels kernels_neon = {
-    "neon",
-    always,
-    {TOKENS_1_TO_8(sparse_rows, Bf16), TOKENS_1_TO_8(sparse_rows, F16), TOKENS_1_TO_8(sparse_rows, F32), TOKENS_1_TO_8(scaled_rows, I8)},
-    {PLAIN_F32, PLAIN_F32, PLAIN_F32, PLAIN_F32},
-    {},
-    {},
-    {expand_rows<Expand1>, expand_rows<Expand2>, expand_rows<Expand4>},
-    TOKENS_1_TO_8(dense_rows, Dense),
-    {},
-    nullptr,
-};
+const Kernels kernels_neon = {FLOAT_KERNELS("neon", PLAIN_F32), {}, {}, {}, nullptr};
 #endif

@@ -76,9 +76,6 @@ void expand(const Matrix& m, int64_t first, int64_t last, void* out) {
 
 bool always() { return true; }
 
-#define TOKENS_1_TO_8(function, V) \
-  { function<V, 1>, function<V, 2>, function<V, 3>, function<V, 4>, function<V, 5>, function<V, 6>, function<V, 7>, function<V, 8> }
-
 }  // namespace
 
 const Kernels kernels_portable = {
@@ -86,10 +83,10 @@ const Kernels kernels_portable = {
     always,
     {TOKENS_1_TO_8(set_bits, Bf16), TOKENS_1_TO_8(set_bits, F16), TOKENS_1_TO_8(set_bits, F32), TOKENS_1_TO_8(set_bits, I8)},
     {PLAIN_F32, PLAIN_F32, PLAIN_F32, PLAIN_F32},
-    {},
-    {},
     {expand<uint8_t>, expand<uint16_t>, expand<uint32_t>},
     TOKENS_1_TO_8(dense_rows, Bf16),
+    {},
+    {},
     {},
     nullptr,
 };

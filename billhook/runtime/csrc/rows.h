@@ -180,5 +180,9 @@ void expand_rows(const Matrix& m, int64_t first, int64_t last, void* out) {
   }
 }
 
-#define TOKENS_1_TO_8(function, K) \
-  { function<K, 1>, function<K, 2>, function<K, 3>, function<K, 4>, function<K, 5>, function<K, 6>, function<K, 7>, function<K, 8> }
+// What a table of kernels begins with, by the classes Bf16, F16, F32, I8 and Dense, and Expand1, 2 and 4, of the file it stands in.
+#define FLOAT_KERNELS(name, bf16_layout)                                                                                                  \
+  name, runs,                                                                                                                             \
+      {TOKENS_1_TO_8(sparse_rows, Bf16), TOKENS_1_TO_8(sparse_rows, F16), TOKENS_1_TO_8(sparse_rows, F32), TOKENS_1_TO_8(scaled_rows, I8)}, \
+      {bf16_layout, PLAIN_F32, PLAIN_F32, PLAIN_F32}, {expand_rows<Expand1>, expand_rows<Expand2>, expand_rows<Expand4>},                 \
+      TOKENS_1_TO_8(dense_rows, Dense)

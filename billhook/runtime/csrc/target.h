@@ -2,6 +2,8 @@
 #pragma once
 
 #define INLINE inline __attribute__((always_inline))
+#define TOKENS_1_TO_8(function, K) \
+  { function<K, 1>, function<K, 2>, function<K, 3>, function<K, 4>, function<K, 5>, function<K, 6>, function<K, 7>, function<K, 8> }
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define TARGET_BEGIN_(text) _Pragma(text)
