@@ -1,6 +1,7 @@
 """Fixtures for every test."""
 
 import os
+import shutil
 from pathlib import Path
 
 # The golden results were made with these instructions; wider ones round sums in another order, and near ties then rank otherwise.
@@ -21,3 +22,19 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared")
     return folder
+
+
+@pytest.fixture(scope="session")
+def master(tmp_path_factory) -> Path:
+    """A folder with a model, a text, a table and a plan, all in order; not to be changed."""
+    from command import workplace
+
+    return workplace(tmp_path_factory.mktemp("master"))
+
+
+@pytest.fixture
+def place(master, tmp_path, monkeypatch) -> Path:
+    """A copy of it, in which the test runs."""
+    shutil.copytree(master, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"

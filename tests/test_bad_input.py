@@ -1,13 +1,12 @@
 """Mistakes and failures through the command line: what, where and what to do in one or two lines, the right exit code, nothing left."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from command import done, refused, workplace
+from command import done, refused
 from safetensors.torch import load_file, save_file
 
 TEXT = ("--calibration", "text.txt", "--samples", "4", "--length", "32")
@@ -15,19 +14,6 @@ PRUNE = ("prune", "model", "--output", "pruned", "--sparsity", "0.5", *TEXT)
 SEARCH = ("search", "model", "--sparsity", "0.5", "--output", "found", *TEXT)
 MAGNITUDE = ("prune", "model", "--output", "pruned", "--criterion", "magnitude")
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
-
-
-@pytest.fixture(scope="module")
-def master(tmp_path_factory) -> Path:
-    return workplace(tmp_path_factory.mktemp("master"))
-
-
-@pytest.fixture
-def place(master, tmp_path, monkeypatch) -> Path:
-    """A copy of it, in which the test runs."""
-    shutil.copytree(master, tmp_path / "place")
-    monkeypatch.chdir(tmp_path / "place")
-    return tmp_path / "place"
 
 
 def edit(path: str, **changes: object) -> None:

@@ -5,7 +5,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,26 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-from command import billhook, done, listing, refused, workplace
+from command import billhook, done, listing, refused
 
 import billhook.pruning as pruning
 import billhook.save as save
 
 TEXT = ("--calibration", "text.txt", "--samples", "4", "--length", "32")
 PRUNE = ("prune", "model", "--output", "pruned", "--sparsity", "0.5", *TEXT)
-
-
-@pytest.fixture(scope="module")
-def master(tmp_path_factory) -> Path:
-    return workplace(tmp_path_factory.mktemp("master"))
-
-
-@pytest.fixture
-def place(master, tmp_path, monkeypatch) -> Path:
-    """A copy of it, in which the test runs."""
-    shutil.copytree(master, tmp_path / "place")
-    monkeypatch.chdir(tmp_path / "place")
-    return tmp_path / "place"
 
 
 # Output
