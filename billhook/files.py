@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -77,6 +78,20 @@ def write_json(path: Path, value: Any) -> None:
 def json_text(value: Any) -> str:
     """`value` as indented json with a final newline; NaN and infinity are refused."""
     return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def copy_files(source: Path, folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
+    """Copy the `wanted` files below `source`, but those in hidden folders and `__pycache__`; files and result are paths relative to it."""
+    copied = []
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts[:-1])
+        if hidden or not path.is_file() or not wanted(relative):
+            continue
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / relative)
+        copied.append(relative)
+    return copied
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from billhook.checkpoint import quiet
 from billhook.errors import JobError
-from billhook.files import sha256, write_json
+from billhook.files import copy_files, sha256, write_json
 from billhook.output import check_output, staging
 from billhook.places import places, to_disk
 from billhook.publishing import publish
@@ -79,7 +79,7 @@ def complete(
     See `save_pruned`.
     """
     if source is not None:
-        _copy_others(source, folder)
+        copy_files(source, folder, _is_kept)  # in place of what `save_pretrained` may have written under the same names
     for name, text in (texts or {}).items():
         (folder / name).write_text(text, encoding="utf-8")
     files = checksums(folder)
@@ -115,21 +115,10 @@ def checksums(directory: Path) -> dict[str, str]:
     return {name: sha256(directory / name) for name in files}
 
 
-def _copy_others(source: Path, folder: Path) -> None:
-    """Copy every file that holds no weights; whatever `save_pretrained` may have written under the same name gives way."""
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        if (
-            hidden
-            or not path.is_file()
-            or path.suffix in WEIGHTS
-            or path.name.endswith(".index.json")
-            or path.name in (RECORD, UNFINISHED, REPORT, PAGE)
-        ):
-            continue
-        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / relative)
+def _is_kept(path: Path) -> bool:
+    """Whether a file of the source holds no weights and tells of no earlier run; `path` is relative to the source."""
+    weights = path.suffix in WEIGHTS or path.name.endswith(".index.json")
+    return not (weights or path.name.startswith(".") or path.name in (RECORD, UNFINISHED, REPORT, PAGE))
 
 
 def _write_weights(model: PreTrainedModel, source: Path | None, folder: Path) -> str | None:

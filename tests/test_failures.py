@@ -49,7 +49,7 @@ def test_a_disk_that_fills_up_at_the_start(place, monkeypatch):
     refused(place, *PRUNE, match=r"The disk is full: writing .*pruned needs .* are free\. Make room\. Nothing was left behind", code=1)
 
 
-@pytest.mark.parametrize("where", ["save._copy_others", "unfinished.flush", "unfinished.put_in_place", "save.write_json"])
+@pytest.mark.parametrize("where", ["save.copy_files", "unfinished.flush", "unfinished.put_in_place", "save.write_json"])
 def test_a_disk_that_fills_up_after_the_last_block(place, monkeypatch, where):
     with monkeypatch.context() as now:
         now.setattr(f"billhook.{where}", full)

@@ -323,7 +323,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("write_packed", "copy_others", "write_json"):
+    for name in ("write_packed", "copy_files", "write_json"):
         with monkeypatch.context() as patch:
             patch.setattr(packing, name, full)
             with pytest.raises(JobError, match="The disk is full"):

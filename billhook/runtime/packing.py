@@ -17,12 +17,11 @@ from typing import Any, Literal
 import billhook
 from billhook.checkpoint import resolve
 from billhook.errors import BillhookError
-from billhook.files import read_json, sha256, write_json
+from billhook.files import copy_files, read_json, sha256, write_json
 from billhook.output import check_output, staging
 from billhook.publishing import publish
 from billhook.runtime.choosing import choose, packed_size
 from billhook.runtime.packed import LEAST_GROUP, PACKED, VERSION, Matrix, digest, is_packed
-from billhook.runtime.unpacking import copy_others
 from billhook.runtime.writing import Written, write_packed
 from billhook.save import WEIGHTS
 from billhook.shards import INDEX, read_shard, weight_files
@@ -85,7 +84,7 @@ def pack(
     with staging(output, needed) as folder:
         written = [write_packed(shard, matrices, folder, progress) for shard in shards]
         left_out = _weight_files(source)
-        others = copy_others(source, folder, {*left_out, INDEX})
+        others = copy_files(source, folder, lambda path: path.as_posix() not in (*left_out, INDEX))
         record = _record(source, written, matrices, group)
         checked = [path for path in others if path.suffix not in _PAGES and path.as_posix() != REPORT]
         record["files"] = {path.as_posix(): sha256(folder / path) for path in checked}

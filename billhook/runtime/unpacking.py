@@ -1,11 +1,11 @@
 """From a packed directory back to the dense one, byte for byte."""
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from billhook.errors import BillhookError
+from billhook.files import copy_files
 from billhook.output import check_output, staging
 from billhook.publishing import publish
 from billhook.runtime.matrices import dense_bytes
@@ -37,7 +37,8 @@ def unpack(
             progress(shard.name)
         if packed.record["index"] is not None:
             (folder / INDEX).write_text(packed.record["index"], encoding="utf-8", newline="")
-        copy_others(directory, folder, {PACKED, *(shard.file.path.name for shard in packed.shards)})
+        packed_files = {PACKED, *(shard.file.path.name for shard in packed.shards)}
+        copy_files(directory, folder, lambda path: path.as_posix() not in packed_files)
         if (folder / RECORD).is_file() and (folder / REPORT).is_file():
             publish(folder)
     return output
@@ -50,17 +51,3 @@ def _write(packed: Packed, shard: PackedShard, target: Path) -> str:
             digest.update(piece)
             file.write(piece)
     return digest.hexdigest()
-
-
-def copy_others(source: Path, folder: Path, left_out: set[str]) -> list[Path]:
-    """Copy all files but those in hidden folders and the `left_out` (names at the top); returns their paths relative to `folder`."""
-    copied = []
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts[:-1])
-        if hidden or not path.is_file() or relative.as_posix() in left_out:
-            continue
-        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / relative)
-        copied.append(relative)
-    return copied
