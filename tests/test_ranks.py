@@ -1,4 +1,8 @@
-"""One run in several processes started by torchrun: the result of one process, and what happens when a process is lost."""
+"""One run in several processes: the result of one process, and what happens when a process is lost.
+
+The processes are copies of this one, which has loaded torch already, with the variables that torchrun sets; the store is here, as it
+is in torchrun. One test runs torchrun itself.
+"""
 
 import json
 import os
@@ -6,17 +10,26 @@ import re
 import signal
 import subprocess
 import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from billhook import heartbeat, unfinished
+from billhook.cli import main
 from billhook.verification import verify
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 TEXT = ("--calibration", "text.txt", "--samples", "8", "--length", "32", "--batch-size", "2")
+PRUNE = ("prune", "model", "--sparsity", "0.5", *TEXT)
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +40,67 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def command(processes: int, *arguments: str) -> list[str]:
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    return [sys.executable, *run, "-m", "billhook", *arguments]
+@dataclass
+class Ran:
+    """Exit codes and what was said on stderr, by process; seconds since a process ended first."""
+
+    codes: list[int]
+    said: list[str]
+    seconds: float
 
 
-def done(place: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess:
-    ran = subprocess.run(
-        command(processes, *arguments), cwd=place, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
+def together(
+    place: Path, processes: int, *arguments: str, before: Callable[[], None] = lambda: None, ending: bool = False, others: float = 60
+) -> Ran:
+    """Run `billhook ARGUMENTS` in several processes, `before` in each of them first. When one ends, the others get `others` seconds, and
+    where `ending`, SIGTERM, as from torchrun."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    files = [place / f"said.{rank}" for rank in range(processes)]
+
+    def work(rank: int) -> None:
+        try:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+            os.environ |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            os.chdir(place)
+            sys.argv, sys.stderr = ["billhook", *arguments], open(files[rank], "w", buffering=1)  # noqa: SIM115
+            before()
+            main()
+        except SystemExit as stop:
+            os._exit(int(stop.code or 0))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(3)
+
+    children: list[int] = []
+    for rank in range(processes):
+        children.append(os.fork())
+        if not children[-1]:
+            work(rank)
+    codes, first = dict[int, int](), None
+    until = time.monotonic() + 120
+    while len(codes) < processes and time.monotonic() < until:
+        for rank, child in enumerate(children):
+            if rank not in codes and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                codes[rank] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                if first is None:
+                    first = time.monotonic()
+                    until = first + others
+                    for number, other in enumerate(children) if ending else ():
+                        if number not in codes:
+                            os.kill(other, signal.SIGTERM)
+        time.sleep(0.01)
+    for rank, child in enumerate(children):
+        if rank not in codes:
+            os.kill(child, signal.SIGKILL)
+            codes[rank] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert first is not None, "no process ended"
+    return Ran([codes[rank] for rank in range(processes)], [file.read_text() for file in files], time.monotonic() - first)
+
+
+def done(place: Path, processes: int, *arguments: str) -> Ran:
+    ran = together(place, processes, *arguments)
+    assert ran.codes == [0] * processes, ran.said
     return ran
 
 
@@ -48,12 +112,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("criterion", ["sparsegpt", "gblm"])
 def test_the_result_is_that_of_one_process(place, processes, criterion):
     """Sums over processes differ in the last bits, so weights may differ by 1e-4 of their size, and near ties may fall the other way."""
-    fields = ("prune", "model", "--sparsity", "0.5", "--criterion", criterion, *TEXT)
+    fields = (*PRUNE, "--criterion", criterion)
     if not (place / f"{criterion}1").exists():
         done(place, 1, *fields, "-o", f"{criterion}1")
     log = f"{criterion}{processes}.jsonl"
     ran = done(place, processes, *fields, "-o", f"{criterion}{processes}", "--log-file", log)
-    assert len(re.findall("weights removed", ran.stderr)) == 1
+    assert "weights removed" in ran.said[0]
+    assert not any(ran.said[1:])
     assert verify(place / f"{criterion}{processes}").ok
     one, many = weights(place / f"{criterion}1"), weights(place / f"{criterion}{processes}")
     for name, value in one.items():
@@ -79,54 +144,103 @@ def test_tables_are_those_of_one_process(place):
 
 
 def test_too_few_windows_to_share(place):
-    ran = subprocess.run(
-        command(2, "prune", "model", "-o", "few", "--sparsity", "0.5", *TEXT[:2], "--samples", "1", "--length", "32"),
-        cwd=place, capture_output=True, text=True,
-    )  # fmt: skip
-    assert ran.returncode == 1
-    assert "2 processes cannot share 1 calibration windows: give more --samples, or start fewer" in ran.stderr
+    ran = together(place, 2, *PRUNE[:6], "--samples", "1", "--length", "32", "-o", "few")
+    assert ran.codes == [2, 2]
+    assert "2 processes cannot share 1 calibration windows: give more --samples, or start fewer" in ran.said[0]
     assert not (place / "few").exists()
 
 
-def test_a_lost_process_is_named_and_the_run_goes_on_afterwards(place):
-    fields = ("prune", "model", "--sparsity", "0.5", "--criterion", "wanda", *TEXT)
-    done(place, 2, *fields, "-o", "whole")
-    code = f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_ranks; test_ranks.die_in_block_one()"
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--no-python",
-        sys.executable,
-        "-c",
-        code,
-    ]
-    ran = subprocess.run([*run, *fields, "-o", "lost"], cwd=place, capture_output=True, text=True, timeout=280)
+def in_block_one(rank: int, happen: Callable[[], None]) -> Callable[[], None]:
+    """Let something happen to a process when it has pruned its second block."""
+
+    def install() -> None:
+        real = unfinished.Unfinished.finished
+
+        def finished(self, block, results):
+            if block.index == 1 and os.environ["RANK"] == str(rank):
+                happen()
+            real(self, block, results)
+
+        unfinished.Unfinished.finished = finished
+
+    return install
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def whole(place: Path) -> Path:
+    """What two processes make of the model by Wanda."""
+    if not (place / "whole").exists():
+        done(place, 2, *PRUNE, "-o", "whole")
+    return place / "whole"
+
+
+def continued(place: Path, output: str, processes: int = 2) -> None:
+    assert (place / f"{output}.partial").exists()
+    assert not (place / output).exists()
+    done(place, processes, *PRUNE, "-o", output, "--resume")
+    for name, value in weights(whole(place)).items():
+        assert torch.equal(value, weights(place / output)[name])
+
+
+@pytest.mark.parametrize("ending", [False, True], ids=["alone", "and torchrun ends the others"])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_is_named_within_seconds(place, lost, ending):
+    output = f"lost{lost}{ending}"
+    ran = together(place, 2, *PRUNE, "-o", output, before=in_block_one(lost, die), ending=ending)
+    other = 1 - lost
+    assert ran.codes[lost] == -signal.SIGKILL
+    assert ran.codes[other] == 1
+    assert ran.seconds < 15, ran.said
+    last = ran.said[other].splitlines()[-1]
+    assert last.startswith(f"billhook, process {other} of 2: Process {lost} of 2 was lost: it ended without a word.")
+    assert "--resume" in last
+    if lost:
+        assert re.search(r"[12] of 2 blocks are finished and kept in", last)
+    continued(place, output)
+
+
+def test_only_the_lost_one_of_four_is_named(place):
+    ran = together(place, 4, *PRUNE, "-o", "four", before=in_block_one(2, die))
+    assert [code for rank, code in enumerate(ran.codes) if rank != 2] == [1, 1, 1]
+    for rank in (0, 1, 3):
+        assert re.findall(r"Process (\d) of 4", ran.said[rank]) == ["2"], ran.said
+
+
+def test_a_process_that_fails_tells_the_others_why(place):
+    def fail() -> None:
+        raise OSError(5, "Input/output error")
+
+    ran = together(place, 2, *PRUNE, "-o", "failed", before=in_block_one(1, fail))
+    assert ran.codes == [1, 1]
+    assert ran.seconds < 15
+    assert "Process 1 of 2 failed: [Errno 5] Input/output error" in ran.said[0].splitlines()[-1]
+    assert re.search(r"[12] of 2 blocks are finished and kept in", ran.said[0].splitlines()[-1])
+    continued(place, "failed")
+
+
+def test_a_process_that_falls_silent_ends_the_others(place):
+    """As when a machine vanishes: no connection breaks. The patience is a minute, here two seconds."""
+
+    def before() -> None:
+        heartbeat.Heartbeat.__init__.__defaults__ = ("", 2.0)
+        in_block_one(1, lambda: os.kill(os.getpid(), signal.SIGSTOP))()
+
+    ran = together(place, 2, *PRUNE, "-o", "silent", before=before, others=1)
+    assert ran.codes[0] == 1, ran.said
+    assert "process 1 of 2 was lost (nothing heard for 2 s). Start the same command again" in ran.said[0]
+    continued(place, "silent")
+
+
+def test_torchrun_names_the_lost_process(place):
+    here = str(Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {here!r}); import test_ranks as t; t.in_block_one(1, t.die)(); t.main()"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    ran = subprocess.run([*start, sys.executable, "-c", code, *PRUNE, "-o", "lost"], cwd=place, capture_output=True, text=True, timeout=200)
     assert ran.returncode != 0
-    assert re.search(r"rank\s*:\s*1 ", ran.stderr)  # torchrun's own summary names it
-    assert "SIGKILL" in ran.stderr
-    assert "in _together" not in ran.stderr  # no traceback of ours
-    assert (place / "lost.partial").exists()
-    assert not (place / "lost").exists()
-    done(place, 2, *fields, "-o", "lost", "--resume")
-    for name, value in weights(place / "whole").items():
-        assert torch.equal(value, weights(place / "lost")[name])
-
-
-def die_in_block_one() -> None:
-    """Run the command line in a process of which the second dies after its first block."""
-    from billhook import unfinished
-    from billhook.cli import main
-
-    real = unfinished.Unfinished.finished
-
-    def finished(self, block, results):
-        if block.index == 1 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(self, block, results)
-
-    unfinished.Unfinished.finished = finished
-    main()
+    assert re.search(r"rank\s*:\s*1 .*\n.*exitcode\s*:\s*-9", ran.stderr)  # torchrun's own summary
+    assert "billhook, process 0 of 2: Process 1 of 2 was lost: it ended without a word." in ran.stderr
+    assert 'billhook/ranks.py", line' not in ran.stderr  # no traceback of ours
+    continued(place, "lost")
