@@ -12,6 +12,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from billhook.tensor_bytes import tensor_bytes
+
 SPILL_GIB = 8.0
 
 
@@ -43,7 +45,7 @@ class States:
             self._file = tempfile.TemporaryFile(prefix="billhook.", buffering=0)  # noqa: SIM115
             weakref.finalize(self, self._file.close)
         self._file.seek(place)
-        data = memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        data = tensor_bytes(value.cpu().contiguous())
         while data:
             data = data[self._file.write(data) :]
 
@@ -54,7 +56,7 @@ class States:
         place, like = self._places[index]
         value = torch.empty_like(like, device="cpu")
         assert self._file is not None
-        data = memoryview(value.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        data = tensor_bytes(value)
         while data:
             count = os.preadv(self._file.fileno(), [data], place)
             assert count

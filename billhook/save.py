@@ -27,7 +27,7 @@ from billhook.output import check_output, staging
 from billhook.places import places, to_disk
 from billhook.publishing import publish
 from billhook.shards import INDEX, Entry, Shard, lay_out, layer_zeros, put, read_shard, weight_files
-from billhook.streaming import DTYPES
+from billhook.tensor_bytes import DTYPES, tensor_bytes
 from billhook.verification import CARD, GRADIENTS, PAGE, RECORD, REPORT, UNFINISHED
 
 WEIGHTS = frozenset(
@@ -181,7 +181,7 @@ def _bytes(tensor: Tensor, entry: Entry) -> memoryview:
     value = tensor.detach().to("cpu", DTYPES[entry.dtype])
     if value.dtype != tensor.dtype and value.is_floating_point() and not torch.isfinite(value).all():
         raise JobError(f"{entry.name} holds values that do not fit {entry.dtype}, its dtype on disk.")
-    return memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return tensor_bytes(value.contiguous())
 
 
 def _write_stock(model: PreTrainedModel, folder: Path, shards: list[Shard]) -> None:

@@ -33,6 +33,7 @@ from billhook.save import save_pruned
 from billhook.search_picture import draw
 from billhook.shards import weight_files
 from billhook.table import Table
+from billhook.tensor_bytes import tensor_bytes
 from billhook.trials import Bench, Setting
 from billhook.verification import RECORD
 
@@ -208,7 +209,7 @@ def _weights_digest(opened: Opened) -> str:
     """What identifies a model in memory: SHA-256 over its prunable weights."""
     total = hashlib.sha256()
     for layer in opened.layers:
-        total.update(layer.weight.contiguous().cpu().view(torch.uint8).numpy().data)
+        total.update(tensor_bytes(layer.weight.contiguous().cpu()))
     return total.hexdigest()
 
 

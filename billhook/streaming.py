@@ -25,9 +25,8 @@ from billhook.arch import find_blocks
 from billhook.checkpoint import check_code, check_complete, known_dtype, loading, on_device, quiet, resolve
 from billhook.errors import BillhookError, Interrupted, JobError
 from billhook.shards import Entry, Shard, read_shard
+from billhook.tensor_bytes import DTYPES, tensor_bytes
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
-DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 _KEY = "_billhook_stream"
 
 
@@ -74,7 +73,7 @@ class Stored:
     def read(self) -> Tensor:
         """The values, in the type they have on disk; raises Interrupted when they cannot be read."""
         value = torch.empty(self.entry.shape, dtype=self.dtype)
-        data = memoryview(value.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        data = tensor_bytes(value)
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self.entry.start)

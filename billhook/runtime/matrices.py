@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,10 +12,9 @@ from billhook.runtime import native
 from billhook.runtime.choosing import BLOCK_WEIGHTS
 from billhook.runtime.fallback import unpack_bits
 from billhook.runtime.packed import Matrix, Packed, PackedShard
+from billhook.tensor_bytes import DTYPES, tensor_bytes
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_DTYPES = FLOATS | {"F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-_DTYPES |= {"BOOL": torch.bool}
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,12 @@ def expandable(packed: Packed, shard: PackedShard, name: str) -> Expandable:
 def mapped(shard: PackedShard, name: str) -> Tensor:
     """A tensor as it is stored in a packed file, mapped; raises BillhookError for a dtype that torch does not have."""
     entry = shard.file.entries[name]
-    if entry.dtype not in _DTYPES:
+    if entry.dtype not in DTYPES:
         raise BillhookError(f"{shard.file.path}: {name} is {entry.dtype}, which cannot be loaded.")
     raw = shard.raw(name)
     if not len(raw):
-        return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
-    return torch.from_numpy(raw).view(_DTYPES[entry.dtype]).view(entry.shape)
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    return torch.from_numpy(raw).view(DTYPES[entry.dtype]).view(entry.shape)
 
 
 def dense_bytes(packed: Packed, shard: PackedShard) -> Iterator[memoryview | bytes]:
@@ -91,12 +89,6 @@ def dense_bytes(packed: Packed, shard: PackedShard) -> Iterator[memoryview | byt
     for name in shard.entries:
         if name in packed.matrices:
             for block in expandable(packed, shard, name).blocks():
-                yield buffer(block)
+                yield tensor_bytes(block)
         else:
             yield shard.raw(name).data
-
-
-def buffer(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor."""
-    raw: np.ndarray = tensor.reshape(-1).view(torch.uint8).numpy()
-    return raw.data

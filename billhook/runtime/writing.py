@@ -17,9 +17,10 @@ from billhook.errors import BillhookError
 from billhook.runtime import native
 from billhook.runtime.choosing import BLOCK_WEIGHTS, stored
 from billhook.runtime.fallback import pack_bits, unpack_bits
-from billhook.runtime.matrices import FLOATS, buffer
+from billhook.runtime.matrices import FLOATS
 from billhook.runtime.packed import ITEM, PADDING, Matrix
 from billhook.shards import Entry, Shard
+from billhook.tensor_bytes import tensor_bytes
 
 _CHUNK = 1 << 24
 
@@ -54,7 +55,7 @@ class TensorFile:
 
     def add(self, name: str, data: Tensor | np.ndarray) -> None:
         """Write the next bytes of a tensor."""
-        raw = buffer(data) if isinstance(data, Tensor) else data.reshape(-1).view(np.uint8).data
+        raw = tensor_bytes(data) if isinstance(data, Tensor) else data.reshape(-1).view(np.uint8).data
         self._file.seek(self.start + self.position[name])
         self._file.write(raw)
         self.position[name] += len(raw)
@@ -133,7 +134,7 @@ def _add_matrix(file: TensorFile, shard: Shard, entry: Entry, matrix: Matrix, sh
             weights += float(before.double().square().sum())
             back = after.to(FLOATS[matrix.dtype])
         back = back.T.contiguous() if matrix.transposed else back
-        sha256.update(buffer(back))
+        sha256.update(tensor_bytes(back))
     file.add(f"{entry.name}.values", np.zeros(PADDING, np.uint8))
     return errors, weights
 
