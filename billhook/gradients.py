@@ -16,23 +16,20 @@ brings the largest near one (a smaller power where that overflows); the power is
 """
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.arch import Layer, find_blocks, find_layers
 from billhook.errors import BillhookError, JobError
 from billhook.gradient_file import Gradients, open_gradients, write_gradients
-from billhook.hidden import SPILL_GIB
+from billhook.hidden import SPILL_GIB, States
 from billhook.ranks import check_share, mine
 from billhook.regional import regional_gradients
 from billhook.registry import hint
@@ -78,8 +75,8 @@ def compute_gradients(
                 yield name, value
                 progress(name)
             return
-        with plain_experts(model), evaluating(model), _Store(path.parent, spill_gib) as store:
-            for name, value in _Backward(model, mine(sequences), store).run(GRADIENTS[statistic], layers):
+        with plain_experts(model), evaluating(model):
+            for name, value in _Backward(model, mine(sequences), spill_gib, path.parent).run(GRADIENTS[statistic], layers):
                 yield name, value
                 progress(name)
 
@@ -88,10 +85,14 @@ def compute_gradients(
 
 
 class _Backward:
-    """One pass forward and one back, block by block; `gradients` are those of the loss by the outputs of the block in turn."""
+    """One pass forward and one back, block by block; `gradients` are those of the loss by the outputs of the block in turn.
 
-    def __init__(self, model: PreTrainedModel, sequences: Sequence[Tensor], store: "_Store") -> None:
-        self.model, self.sequences, self.store = model, sequences, store
+    The inputs of the blocks, one tensor [1, length, width] a sequence, are in memory up to `spill_gib` GiB, and in `folder` beyond.
+    """
+
+    def __init__(self, model: PreTrainedModel, sequences: Sequence[Tensor], spill_gib: float, folder: Path) -> None:
+        self.model, self.sequences, self.spill_gib, self.folder = model, sequences, spill_gib, folder
+        self.inputs: dict[int, States] = {}
         self.name, self.blocks = find_blocks(model)
         self.calls: list[list[Call]] = []
         self.returned: Callable[[Tensor], Any] = lambda states: states
@@ -107,7 +108,7 @@ class _Backward:
                 weights = list({id(weight): weight for weight in map(_parameter, chosen)}.values())
                 sums = {id(weight): accumulator(weight) for weight in weights}
                 with _differentiable(weights):
-                    for number, states in enumerate(self.store.take(index)):
+                    for number, states in enumerate(self.inputs.pop(index).take()):
                         found = self._block(index, number, states, weights, last=index == first)
                         for weight, gradient in zip(weights, found, strict=True):
                             sums[id(weight)].add(gradient)
@@ -123,7 +124,10 @@ class _Backward:
         self.calls, self.returned = capture(self.model, self.blocks, self.sequences, hidden)
         for index, block in enumerate(self.blocks):
             if index >= first:
-                self.store.put(index, hidden)
+                room = self.spill_gib - sum(states.nbytes for states in self.inputs.values()) / 2**30
+                self.inputs[index] = States(room, self.folder)
+                for states in hidden:
+                    self.inputs[index].append(states.cpu())
             if index + 1 < len(self.blocks):
                 with resident(self.model, index, ahead=index + 1):
                     hidden = [run_block(block, h, call[index]) for h, call in zip(hidden, self.calls, strict=True)]
@@ -220,46 +224,3 @@ def _checked(layer: Layer, value: Tensor) -> Tensor:
     if not bool(torch.isfinite(value.sum(dtype=torch.float64))):
         raise JobError(f"The gradients of {layer.name} hold NaN or infinity. Run in a wider type (--dtype float32), or with mode=paper.")
     return value.T if layer.transposed else value
-
-
-@dataclass
-class _Store:
-    """Block inputs, in memory up to `limit_gib` and in temporary files below `folder` beyond that."""
-
-    folder: Path
-    limit_gib: float
-    _kept: dict[int, list[Tensor] | Path] = field(default_factory=dict)
-    _bytes: int = 0
-    _stack: ExitStack = field(default_factory=ExitStack)
-    _spill: Path | None = None
-
-    def __enter__(self) -> "_Store":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._kept.clear()
-        self._stack.close()
-
-    def put(self, index: int, states: Sequence[Tensor]) -> None:
-        """Keep a block's inputs, one tensor [1, length, width] a sequence."""
-        self._bytes += sum(h.nbytes for h in states)
-        if self._bytes <= self.limit_gib * 2**30:
-            self._kept[index] = [h.cpu() for h in states]
-            return
-        if self._spill is None:
-            self._spill = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=".gradients.", dir=self.folder)))
-        path = self._spill / f"{index}.safetensors"
-        save_file({str(number): h.contiguous() for number, h in enumerate(states)}, path)
-        self._kept[index] = path
-
-    def take(self, index: int) -> Iterator[Tensor]:
-        """Give a block's inputs back, once."""
-        kept = self._kept.pop(index)
-        if isinstance(kept, Path):
-            with safe_open(kept, "pt") as file:
-                for number in range(len(file.keys())):
-                    yield file.get_tensor(str(number))
-            kept.unlink()
-        else:
-            while kept:
-                yield kept.pop(0)

@@ -1,12 +1,14 @@
 """Hidden states of the calibration text between two blocks, one tensor a batch: in memory, or on disk where they are too large.
 
-What does not fit the limit lies in one temporary file without a name (in TMPDIR), which is gone with the process, however it ends.
+What does not fit the limit lies in one temporary file without a name (in TMPDIR or a given folder), which is gone with the process,
+however it ends.
 """
 
 import os
 import tempfile
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 import torch
@@ -20,8 +22,9 @@ SPILL_GIB = 8.0
 class States:
     """A list of tensors, of which those beyond `limit_gib` GiB are on disk; a tensor may be replaced by one of the same size."""
 
-    def __init__(self, limit_gib: float = SPILL_GIB) -> None:
+    def __init__(self, limit_gib: float = SPILL_GIB, folder: Path | None = None) -> None:
         self._limit = limit_gib * 2**30
+        self._folder = folder
         self._kept: list[Tensor | None] = []
         self._places: list[tuple[int, Tensor]] = []  # where a tensor is in the file, and an empty tensor like it
         self._bytes = 0
@@ -42,7 +45,7 @@ class States:
             self._kept[index] = value
             return
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="billhook.", buffering=0)  # noqa: SIM115
+            self._file = tempfile.TemporaryFile(prefix="billhook.", dir=self._folder, buffering=0)  # noqa: SIM115
             weakref.finalize(self, self._file.close)
         self._file.seek(place)
         data = tensor_bytes(value.cpu().contiguous())
@@ -62,6 +65,17 @@ class States:
             assert count
             data, place = data[count:], place + count
         return value
+
+    def take(self) -> Iterator[Tensor]:
+        """Give the tensors back in order, for the last time: those in memory are forgotten one by one."""
+        for index in range(len(self)):
+            value, self._kept[index] = self[index], None
+            yield value
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors together."""
+        return self._bytes
 
     def __len__(self) -> int:
         return len(self._places)

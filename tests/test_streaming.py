@@ -123,15 +123,18 @@ def test_a_layout_that_cannot_be_kept_is_pruned_in_memory(llama, tmp_path, monke
 
 
 @pytest.mark.parametrize("limit", [0.0, 3 * 400 / 2**30, 1.0])
-def test_hidden_states_on_disk_are_those_put_there(limit):
+def test_hidden_states_on_disk_are_those_put_there(limit, tmp_path):
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(2, 5, 10, generator=generator).to(dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)]
-    states = States(limit)
+    states = States(limit, tmp_path)
     for value in values:
         states.append(value)
     states[1] = values[1] = torch.randn(5, 2, 10, generator=generator).transpose(0, 1)
     assert len(states) == 3
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(states, values, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(states.take(), values, strict=True))
+    assert states.nbytes == 1000
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "gblm"])
