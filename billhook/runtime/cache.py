@@ -17,7 +17,7 @@ from billhook.errors import BillhookError
 from billhook.files import read_json, write_json
 from billhook.runtime import library
 
-KERNELS = 2  # raised when a kernel is added or becomes faster, so that older measurements are not followed
+KERNELS = 3  # raised when a kernel is added or becomes faster, so that older measurements are not followed
 
 
 def place(name: str) -> Path | None:

@@ -99,5 +99,5 @@ static bool runs() {
          __builtin_cpu_supports("popcnt");
 }
 
-const Kernels kernels_avx2 = {FLOAT_KERNELS("avx2", PLAIN_F32), {}, {}, {}, nullptr};
+const Kernels kernels_avx2 = {FLOAT_KERNELS("avx2", PLAIN_F32), {}, {}, {}, nullptr, nullptr};
 #endif

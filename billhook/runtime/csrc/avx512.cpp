@@ -59,5 +59,5 @@ static bool runs() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
 }
 
-const Kernels kernels_avx512 = {FLOAT_KERNELS("avx512", PLAIN_F32), {}, {}, {}, nullptr};
+const Kernels kernels_avx512 = {FLOAT_KERNELS("avx512", PLAIN_F32), {}, {}, {}, nullptr, nullptr};
 #endif

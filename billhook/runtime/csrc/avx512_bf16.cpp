@@ -80,6 +80,7 @@ const Kernels kernels_bf16 = {
     {TOKENS_1_TO_8(sparse_rows, Bf16Dot), {}, {}, TOKENS_1_TO_8(scaled_rows, I8Dot)},
     {PLAIN_BF16, PLAIN_BF16, PLAIN_BF16, SPLIT_BF16},
     TOKENS_1_TO_8(dense_rows, DenseDot),
+    arrange_tokens,
     many_tokens,
 };
 #endif

@@ -17,5 +17,5 @@ TARGET_END
 
 static bool runs() { return kernels_avx512.runs() && __builtin_cpu_supports("avx512vbmi2"); }
 
-const Kernels kernels_vbmi2 = {FLOAT_KERNELS("avx512_vbmi2", SPLIT_F32), {}, {}, {}, nullptr};
+const Kernels kernels_vbmi2 = {FLOAT_KERNELS("avx512_vbmi2", SPLIT_F32), {}, {}, {}, nullptr, nullptr};
 #endif

@@ -1,10 +1,55 @@
 // Many tokens at once: some rows are expanded into a tile that stays in the second-level cache and multiplied there by a matrix product
 // of our own. Lanes are tokens and a pair of weights is broadcast, so the tile is used as it was expanded; a general matrix product would
 // rearrange every tile first. Included inside an anonymous namespace, after vbmi2.h.
+//
+// Activations are arranged in blocks of BATCH tokens, the last one of as many sixteens as it needs; in a block each pair of columns has its
+// tokens side by side. Tokens and columns beyond the last are zero.
 
 constexpr int SIDE = 6;               // rows multiplied side by side: 6 x 4 vectors of sums, 4 of activations, 1 of weights
 constexpr int64_t STRETCH = 1024;     // pairs of columns between two additions to the sums in memory; 256 KiB of activations
 constexpr int64_t TILE_PADDING = 32;  // columns, so that the rows of a tile do not fall into one set of the first-level cache
+
+// A square of four-byte numbers, rows become columns.
+INLINE void turn(__m512i (&v)[16]) {
+  __m512i w[16];
+  UNROLL for (int i = 0; i < 16; i += 2) {
+    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 16; i += 4)
+    UNROLL for (int j = 0; j < 2; j++) {
+      v[i + 2 * j] = _mm512_unpacklo_epi64(w[i + j], w[i + 2 + j]);
+      v[i + 2 * j + 1] = _mm512_unpackhi_epi64(w[i + j], w[i + 2 + j]);
+    }
+  UNROLL for (int i = 0; i < 16; i += 8)
+    UNROLL for (int j = 0; j < 4; j++) {
+      w[i + j] = _mm512_shuffle_i32x4(v[i + j], v[i + 4 + j], 0x88);
+      w[i + 4 + j] = _mm512_shuffle_i32x4(v[i + j], v[i + 4 + j], 0xdd);
+    }
+  UNROLL for (int j = 0; j < 8; j++) {
+    v[j] = _mm512_shuffle_i32x4(w[j], w[8 + j], 0x88);
+    v[8 + j] = _mm512_shuffle_i32x4(w[j], w[8 + j], 0xdd);
+  }
+}
+
+// Sixteens [first, last) of a batch's tokens.
+void arrange_tokens(const Batch& b, int64_t first, int64_t last, uint32_t* to) {
+  const int64_t in = b.matrix->in, pairs = 32 * b.matrix->words, sixteens = (b.tokens + 15) / 16;
+  for (int64_t s = first; s < last; s++) {
+    const int64_t block = s / (BATCH / 16) * (BATCH / 16), left = sixteens - block, tokens = b.tokens - 16 * s;
+    const int64_t width = 16 * (left < BATCH / 16 ? left : BATCH / 16);
+    const uint16_t* x = b.x + 16 * s * b.x_stride;
+    uint32_t* at = to + 16 * block * pairs + 16 * (s - block);
+    for (int64_t k = 0; k < pairs; k += 16) {
+      const int64_t columns = in - 2 * k;
+      const __mmask32 some = columns >= 32 ? ~(__mmask32)0 : columns > 0 ? ((__mmask32)1 << columns) - 1 : 0;
+      __m512i v[16];
+      UNROLL for (int t = 0; t < 16; t++) v[t] = t < tokens ? _mm512_maskz_loadu_epi16(some, x + t * b.x_stride + 2 * k) : _mm512_setzero_si512();
+      turn(v);
+      UNROLL for (int i = 0; i < 16; i++) _mm512_store_si512(at + (k + i) * width, v[i]);
+    }
+  }
+}
 
 // R rows of the tile times `pairs` pairs of columns of 16 V tokens, added to sums [R][BATCH]. Meanwhile as many lines
 // are fetched from `next`: activations come from beyond the second-level cache once for every tile.
@@ -32,28 +77,35 @@ INLINE void add_stretch(const uint16_t* tile, int64_t stride, const uint32_t* x,
     }
 }
 
+// Arranged activations from `begin` to `end`; those of one stretch begin at `x`.
+struct Stretches {
+  const uint32_t *begin, *end, *x;
+};
+
 template <int V>
-void add_stretches(const uint16_t* tile, int64_t stride, const uint32_t* x, int64_t pairs, float* sums, int64_t rows, bool fresh) {
-  const uint32_t* next = x + 16 * V * pairs;  // the stretch that is multiplied after this one; each group of rows fetches a part
-  int64_t r = 0;
-  for (; r + SIDE <= rows; r += SIDE, next += 16 * pairs)
-    add_stretch<SIDE, V>(tile + r * stride, stride, x, pairs, sums + BATCH * r, fresh, next);
-  for (; r < rows; r++) add_stretch<1, V>(tile + r * stride, stride, x, pairs, sums + BATCH * r, fresh, next);
-}
-
-// Up to 16 outputs of one token: sums lie BATCH apart.
-INLINE void deliver_some(const float* sums, int64_t rows, const uint16_t* bias, uint16_t* y) {
-  const __mmask16 some = (__mmask16)(rows >= 16 ? 0xffff : (1 << rows) - 1);
-  const __m512i apart = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(BATCH));
-  __m512 values = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, apart, sums, 4);
-  if (bias) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, bias));
-    values = _mm512_add_ps(values, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+void add_stretches(const uint16_t* tile, int64_t stride, const Stretches& s, int64_t pairs, float* sums, int64_t rows, bool fresh) {
+  // Each group of rows fetches a part of the stretch that comes after this one, the first again for the next tile; never what lies
+  // beyond, which another thread may be writing to.
+  const uint32_t* next = s.x + 16 * V * pairs;
+  for (int64_t r = 0, some; r < rows; r += some, next += 16 * pairs) {
+    if (next + 16 * pairs > s.end) next = s.begin;
+    some = r + SIDE <= rows ? SIDE : 1;
+    (some == SIDE ? add_stretch<SIDE, V> : add_stretch<1, V>)(tile + r * stride, stride, s.x, pairs, sums + BATCH * r, fresh, next);
   }
-  _mm256_mask_storeu_epi16(y, some, (__m256i)_mm512_cvtneps_pbh(values));
 }
 
-void many_tokens(const Batch& b, int64_t first, int64_t last, char* room) {
+// Up to 16 outputs of up to 16 tokens; sums of a row lie BATCH apart from those of the next.
+INLINE void deliver_some(const float* sums, int64_t rows, int64_t tokens, const uint16_t* bias, uint16_t* y, int64_t y_stride) {
+  const __mmask16 some = (__mmask16)(rows >= 16 ? 0xffff : (1 << rows) - 1);
+  __m512i v[16];
+  UNROLL for (int r = 0; r < 16; r++) v[r] = r < rows ? _mm512_load_si512(sums + BATCH * r) : _mm512_setzero_si512();
+  turn(v);
+  const __m512 added = bias ? widen(_mm256_maskz_loadu_epi16(some, bias)) : _mm512_setzero_ps();
+  UNROLL for (int t = 0; t < 16; t++)
+    if (t < tokens) _mm256_mask_storeu_epi16(y + t * y_stride, some, (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(_mm512_castsi512_ps(v[t]), added)));
+}
+
+void many_tokens(const Batch& b, const uint32_t* arranged, int64_t first, int64_t last, char* room) {
   const Matrix& m = *b.matrix;
   const int64_t rows = last - first, stride = 64 * m.words + TILE_PADDING, pairs = 32 * m.words;
   float* sums = (float*)room;
@@ -72,15 +124,15 @@ void many_tokens(const Batch& b, int64_t first, int64_t last, char* room) {
   for (int64_t t = 0; t < b.tokens; t += BATCH) {
     const int64_t vectors = b.tokens - t >= BATCH ? BATCH / 16 : (b.tokens - t + 15) / 16;
     for (int64_t k = 0; k < pairs; k += STRETCH) {
-      const uint32_t* x = b.x + t * pairs + 16 * vectors * k;
+      const Stretches x = {arranged, arranged + (b.tokens + 15) / 16 * 16 * pairs, arranged + t * pairs + 16 * vectors * k};
       const int64_t some = pairs - k < STRETCH ? pairs - k : STRETCH;
       (vectors == 1   ? add_stretches<1>
        : vectors == 2 ? add_stretches<2>
        : vectors == 3 ? add_stretches<3>
                       : add_stretches<4>)(tile + 2 * k, stride, x, some, sums, rows, k == 0);
     }
-    for (int64_t i = t; i < b.tokens && i < t + BATCH; i++)
+    for (int64_t i = t; i < b.tokens && i < t + BATCH; i += 16)
       for (int64_t r = 0; r < rows; r += 16)
-        deliver_some(sums + BATCH * r + i - t, rows - r, b.bias ? b.bias + first + r : nullptr, b.y + i * m.out + first + r);
+        deliver_some(sums + BATCH * r + i - t, rows - r, b.tokens - i, b.bias ? b.bias + first + r : nullptr, b.y + i * m.out + first + r, m.out);
   }
 }

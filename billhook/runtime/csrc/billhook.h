@@ -35,11 +35,11 @@ struct Job {
   float* y;        // [tokens, out]
 };
 
-// Many tokens, everything bfloat16. Activations lie in blocks of BATCH tokens, the last one of as many sixteens as it needs; in a block
-// each pair of columns has its tokens side by side.
+// Many tokens, everything bfloat16; rows of x lie x_stride apart.
 struct Batch {
   const Matrix* matrix;
-  const uint32_t* x;
+  const uint16_t* x;
+  int64_t x_stride;
   const uint16_t* bias;  // or null
   uint16_t* y;           // [tokens, out]
   int64_t tokens;
@@ -50,7 +50,8 @@ enum { BATCH = 64 };      // tokens that share a pass over a tile
 enum { TILE_ROWS = 48 };  // rows a tile has at most
 
 typedef void (*RowsKernel)(const Job& job, int64_t first, int64_t last);
-typedef void (*BatchKernel)(const Batch& batch, int64_t first, int64_t last, char* room);
+typedef void (*ArrangeKernel)(const Batch& batch, int64_t first, int64_t last, uint32_t* to);
+typedef void (*BatchKernel)(const Batch& batch, const uint32_t* arranged, int64_t first, int64_t last, char* room);
 typedef void (*ExpandKernel)(const Matrix& matrix, int64_t first, int64_t last, void* out);
 
 struct Kernels {
@@ -64,7 +65,8 @@ struct Kernels {
   RowsKernel dot[4][TOKENS];
   Layout dot_layout[4];
   RowsKernel dense_dot[TOKENS];
-  BatchKernel batch;
+  ArrangeKernel arrange;  // of some sixteens of tokens, as `batch` takes them
+  BatchKernel batch;      // some rows of the product
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_vbmi2, kernels_bf16, kernels_neon;

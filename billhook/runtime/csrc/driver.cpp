@@ -144,20 +144,6 @@ PUBLIC int billhook_multiply(const Matrix* matrix, const void* x, int64_t x_stri
 
 namespace {
 
-// Up to 16 tokens into a block of `width`; tokens and columns beyond the last are zero.
-void pair_up(const uint16_t* x, int64_t x_stride, int64_t tokens, int64_t in, int64_t pairs, int64_t width, uint32_t* to) {
-  for (int64_t k = 0; k < pairs; k += 16)  // a square at a time, whose lines stay in the first-level cache
-    for (int64_t t = 0; t < 16; t++) {
-      uint32_t run[16] = {0};
-      const int64_t some = t < tokens && in > 2 * k ? (in - 2 * k < 32 ? in - 2 * k : 32) : 0;
-      if (some == 32)
-        memcpy(run, x + t * x_stride + 2 * k, 64);
-      else if (some)
-        memcpy(run, x + t * x_stride + 2 * k, 2 * some);
-      for (int64_t i = 0; i < 16; i++) to[(k + i) * width + t] = run[i];
-    }
-}
-
 int64_t tile_rows(const Matrix& m) {
   const int64_t fitting = (400 << 10) / (128 * m.words) / 6 * 6;  // bytes of a tile; whole groups of SIDE rows
   return fitting < 6 ? 6 : fitting < TILE_ROWS ? fitting : (int64_t)TILE_ROWS;
@@ -169,35 +155,35 @@ int64_t activation_bytes(const Matrix& m, int64_t tokens) { return (tokens + 15)
 
 // The scratch memory that billhook_multiply_many needs; 0 where there is no such kernel.
 PUBLIC int64_t billhook_many_bytes(const Matrix* m, int64_t tokens, int path, int threads) {
-  return PATHS[path]->batch ? activation_bytes(*m, tokens) + threads * tile_bytes(*m) + 64 : 0;
+  if (!PATHS[path]->batch) return 0;
+  return 64 + activation_bytes(*m, tokens) + threads * (64 + tile_bytes(*m));
 }
 
 // The product with many tokens, values, x, y and bias in bfloat16, through tiles in the second-level cache.
 PUBLIC void billhook_multiply_many(const Matrix* matrix, const uint16_t* x, int64_t x_stride, int64_t tokens, const uint16_t* bias,
                                    uint16_t* y, char* room, int path, int threads) {
   const Matrix& m = *matrix;
+  const Kernels& k = *PATHS[path];
+  const Batch batch = {matrix, x, x_stride, bias, y, tokens};
+  if (forked || m.out * m.in * tokens < 1 << 20) threads = 1;
   room += (64 - (uintptr_t)room % 64) % 64;
-  uint32_t* arranged = (uint32_t*)room;
-  char* tiles = room + activation_bytes(m, tokens);
-  const int64_t pairs = 32 * m.words, sixteens = (tokens + 15) / 16, rows = tile_rows(m);
-  share(sixteens, tokens * m.in * 2, threads, [&](int64_t first, int64_t last) {
-    for (int64_t s = first; s < last; s++) {
-      const int64_t t = 16 * s, block = t / BATCH * BATCH, left = 16 * sixteens - block;
-      pair_up(x + t * x_stride, x_stride, tokens - t, m.in, pairs, left < BATCH ? left : (int64_t)BATCH, arranged + block * pairs + t % BATCH);
-    }
-  }, 4);
-  const Batch batch = {matrix, arranged, bias, y, tokens};
-  const int64_t work = m.out * m.in * tokens;
-  if (forked || work < 1 << 20) threads = 1;
-  int64_t next = 0, slots = 0;
+  int64_t slots = 0, *taken = (int64_t*)room;  // of each thread's tiles, a line apart
+  memset(taken, 0, 64 * threads);
+  uint32_t* arranged = (uint32_t*)(room + 64 * threads);
+  share((tokens + 15) / 16, tokens * m.in * 2, threads, [&](int64_t first, int64_t last) { k.arrange(batch, first, last, arranged); }, 4);
+  const int64_t rows = tile_rows(m), tiles = (m.out + rows * threads - 1) / (rows * threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    char* tile = tiles + __atomic_fetch_add(&slots, 1, __ATOMIC_RELAXED) * tile_bytes(m);
-    for (;;) {
-      const int64_t first = __atomic_fetch_add(&next, rows, __ATOMIC_RELAXED);
-      if (first >= m.out) break;
-      PATHS[path]->batch(batch, first, first + rows < m.out ? first + rows : m.out, tile);
-    }
+    const int64_t slot = __atomic_fetch_add(&slots, 1, __ATOMIC_RELAXED);
+    char* tile = (char*)arranged + activation_bytes(m, tokens) + slot * tile_bytes(m);
+    // A run of tiles for each thread, which then helps the others: neighbouring tiles share lines of y and follow each other in memory.
+    for (int64_t run = slot; run < slot + threads; run++)
+      for (;;) {
+        const int64_t i = __atomic_fetch_add(&taken[run % threads * 8], 1, __ATOMIC_RELAXED);
+        const int64_t first = rows * (run % threads * tiles + i);
+        if (i >= tiles || first >= m.out) break;
+        k.batch(batch, arranged, first, first + rows < m.out ? first + rows : m.out, tile);
+      }
   }
 }
 

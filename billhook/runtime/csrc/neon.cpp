@@ -93,5 +93,5 @@ bool runs() { return true; }
 
 }  // namespace
 
-const Kernels kernels_neon = {FLOAT_KERNELS("neon", PLAIN_F32), {}, {}, {}, nullptr};
+const Kernels kernels_neon = {FLOAT_KERNELS("neon", PLAIN_F32), {}, {}, {}, nullptr, nullptr};
 #endif

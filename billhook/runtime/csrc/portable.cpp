@@ -89,4 +89,5 @@ const Kernels kernels_portable = {
     {},
     {},
     nullptr,
+    nullptr,
 };
