@@ -19,7 +19,7 @@ import torch
 from command import billhook as command
 from command import done
 from families import CONFIGS, build
-from test_packing import prune_at_random
+from sparse_models import prune_at_random
 from torch import nn
 
 import billhook

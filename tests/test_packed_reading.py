@@ -12,7 +12,7 @@ from command import listing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_packing import directory, prune_at_random, sparse
+from sparse_models import directory, prune_at_random, sparse
 from tiny import llama, save
 
 from billhook import BillhookError, load, pack, unpack, verify

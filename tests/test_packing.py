@@ -1,4 +1,4 @@
-"""Packing and unpacking: every byte comes back, the size is what the format promises, and what cannot be packed is said."""
+"""Packing and unpacking: every byte comes back, and the size is what the format promises."""
 
 import json
 import os
@@ -18,40 +18,13 @@ from families import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
+from sparse_models import directory, prune_at_random, sparse
 
 import billhook
-from billhook import BillhookError, JobError, pack, unpack
-from billhook.runtime import packing
+from billhook import BillhookError, pack, unpack
 from billhook.runtime.packed import PACKED, digest, open_packed
 from billhook.shards import read_shard
-
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-
-
-def prune_at_random(model: Any, sparsity: float = 0.6, negative: bool = False) -> Any:
-    """Set weights of the linear layers (and experts) to 0, or multiply them with 0, which leaves -0.0 of half of them."""
-    random = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1 and not any(word in name for word in ("emb", "wte", "wpe", "lm_head")):
-                gone = torch.rand(weight.shape, generator=random) < sparsity
-                weight.mul_(~gone) if negative else weight.masked_fill_(gone, 0)
-    return model
-
-
-def directory(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
-    """A directory that has weights and a configuration, and no more."""
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG | config))
-    return folder
-
-
-def sparse(rows: int, columns: int, sparsity: float, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
-    random = torch.Generator().manual_seed(seed)
-    return (torch.randn(rows, columns, generator=random) * (torch.rand(rows, columns, generator=random) >= sparsity)).abs().to(dtype)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss", "qwen2"])
@@ -249,96 +222,6 @@ def test_pruning_that_leaves_too_much_to_pack_is_not_in_vain(tmp_path: Path) -> 
     assert billhook.verify(tmp_path / "out.dense").ok
     with pytest.raises(BillhookError, match="lie in each other"):
         billhook.prune(source, sparsity=0.5, criterion="magnitude", output=source, pack=True, overwrite=True)
-
-
-# What cannot be packed or unpacked
-
-
-def test_a_dense_model_is_refused(tmp_path: Path) -> None:
-    source = tiny.save(tmp_path / "model")
-    with pytest.raises(BillhookError, match=r"model is a dense model \(the most zeros are in .*%\): packing would not make it smaller"):
-        pack(source, tmp_path / "packed")
-    assert os.listdir(tmp_path) == ["model"]
-
-
-def test_a_quantized_a_packed_and_an_empty_directory_are_refused(tmp_path: Path) -> None:
-    source = directory(tmp_path / "q", {"w": torch.zeros(64, 64)}, quantization_config={"bits": 4})
-    with pytest.raises(BillhookError, match=r"q is a quantized checkpoint: pack the unquantized model"):
-        pack(source, tmp_path / "out")
-    pack(directory(tmp_path / "model", {"w": torch.zeros(64, 64)}), tmp_path / "packed")
-    with pytest.raises(BillhookError, match=r"packed is packed already. To pack it differently, unpack it first: billhook unpack .*packed"):
-        pack(tmp_path / "packed", tmp_path / "out")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(BillhookError, match=r"empty has no config\.json"):
-        pack(tmp_path / "empty", tmp_path / "out")
-    (tmp_path / "empty" / "config.json").write_text("{}")
-    with pytest.raises(BillhookError, match=r"empty has no model\.safetensors"):
-        pack(tmp_path / "empty", tmp_path / "out")
-    (tmp_path / "empty" / "billhook.unfinished.json").write_text("{}")
-    with pytest.raises(BillhookError, match="empty is not finished: continue it"):
-        pack(tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(BillhookError, match=r"model is not a packed model: it has no billhook_packed\.json"):
-        unpack(tmp_path / "model", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"values": "int4"}, "Unknown values 'int4': use stored or int8"),
-        ({"group": 64}, "group=64: a group of int8 values .*with values int8 only"),
-        ({"values": "int8", "group": 32}, "group=32: .* is 64, 128, 256"),
-        ({"values": "int8", "group": 96}, "group=96"),
-    ],
-)
-def test_impossible_values(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(BillhookError, match=message):
-        pack(directory(tmp_path / "model", {"w": torch.zeros(64, 64)}), tmp_path / "out", **options)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_int8_cannot_hold_everything(bad: float, tmp_path: Path) -> None:
-    weight = sparse(64, 64, 0.5)
-    weight[1, 1] = bad
-    with pytest.raises(BillhookError, match="w holds NaN or infinity, which int8 cannot hold"):
-        pack(directory(tmp_path / "model", {"w": weight}), tmp_path / "out", values="int8")
-    assert os.listdir(tmp_path) == ["model"]
-
-
-def test_other_weights_are_left_out_and_named(tmp_path: Path) -> None:
-    source = directory(tmp_path / "model", {"w": torch.zeros(64, 64)})
-    (source / "pytorch_model.bin").write_bytes(b"pickled")
-    (source / "onnx").mkdir()
-    (source / "onnx" / "model.onnx").write_bytes(b"graph")
-    report = pack(source, tmp_path / "packed")
-    assert report.notes == [f"{n} holds weights outside the checkpoint and was left out." for n in ("onnx/model.onnx", "pytorch_model.bin")]
-    assert sorted(os.listdir(tmp_path / "packed")) == [PACKED, "config.json", "model.packed.safetensors"]
-
-
-def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tiny.save(tmp_path / "model", prune_at_random(tiny.llama()))
-    pack(source, tmp_path / "packed")
-    before = listing(tmp_path)
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    for name in ("write_packed", "copy_files", "write_json"):
-        with monkeypatch.context() as patch:
-            patch.setattr(packing, name, full)
-            with pytest.raises(JobError, match="The disk is full"):
-                pack(source, tmp_path / "packed", overwrite=True)
-        assert listing(tmp_path) == before
-
-
-def test_an_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
-    source = directory(tmp_path / "model", {"w": torch.zeros(64, 64)})
-    pack(source, tmp_path / "packed")
-    with pytest.raises(BillhookError, match=r"packed exists and is not empty: choose another, or allow replacing it \(--overwrite\)"):
-        pack(source, tmp_path / "packed")
-    pack(source, tmp_path / "packed", overwrite=True)
-    with pytest.raises(BillhookError, match="lie in each other"):
-        unpack(tmp_path / "packed", tmp_path / "packed", overwrite=True)
 
 
 @pytest.mark.slow

@@ -11,65 +11,30 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
-import torch
-from trial import Operations, broken, contents, full, kill, pruning, start, tear, wait
+from trial import (
+    GBLM,
+    MAGNITUDE,
+    SPARSEGPT,
+    Operations,
+    broken,
+    contents,
+    continued,
+    full,
+    kill,
+    never_mistaken,
+    pruning,
+    start,
+    stop_after,
+    survived,
+    tear,
+    wait,
+)
 
 from billhook import prune
 from billhook.errors import BillhookError, Interrupted
-from billhook.run_state import STATE, partial_folder
-from billhook.verification import verify
+from billhook.run_state import STATE
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-IDS = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(0))
-MAGNITUDE = {"sparsity": 0.5, "criterion": "magnitude"}
-SPARSEGPT = {"sparsity": 0.5, "criterion": "sparsegpt", "calibration": IDS, "dtype": "float32", "batch_size": 2}
-GBLM = {"sparsity": 0.5, "criterion": "gblm", "calibration": IDS}
-survived: dict[str, int] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def count():
-    """Tell how many faults were tried; a fault that was not survived has failed its test."""
-    yield
-    print(f"\nfaults tried and survived: {sum(survived.values())} ({', '.join(f'{n} {what}' for what, n in survived.items())})")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    model = tiny.llama(num_hidden_layers=3, intermediate_size=48)
-    return tiny.save(tmp_path_factory.mktemp("source") / "model", model, dtype=torch.bfloat16, shard="30KB", words=False)
-
-
-@pytest.fixture(scope="module")
-def expected(source, tmp_path_factory) -> dict[str, dict[str, bytes]]:
-    folder = tmp_path_factory.mktemp("expected")
-    runs = {"magnitude": MAGNITUDE, "sparsegpt": SPARSEGPT, "gblm": GBLM}
-    return {name: contents(prune(source, output=folder / name, **fields).output) for name, fields in runs.items()}
-
-
-def continued(source: Path, folder: Path, fields: dict, expected: dict[str, bytes]) -> None:
-    """Continue what is in `folder`; the output must be there then, as expected, and alone."""
-    output = folder / "out"
-    if output.exists() and not partial_folder(output).exists():
-        assert "billhook.json" in os.listdir(output)  # it was done
-        with pytest.raises(BillhookError, match="exists and is not empty"):
-            prune(source, output=output, resume=True, **fields)
-    else:
-        prune(source, output=output, resume=True, **fields)
-    assert contents(output) == expected
-    assert os.listdir(folder) == ["out"]
-
-
-def never_mistaken(folder: Path) -> None:
-    """What a run left is complete, or is nothing that could be taken for a model."""
-    for path in folder.iterdir():
-        if path.is_dir() and (path / "billhook.json").exists():
-            assert verify(path).ok
-        elif path.is_dir() and (path / STATE).exists():
-            assert "--resume" in json.loads((path / STATE).read_text())["unfinished"]
-            with pytest.raises(BillhookError, match="not finished: continue it with the command that began it and --resume"):
-                verify(path)
 
 
 @pytest.mark.slow
@@ -151,115 +116,6 @@ def test_killed_while_an_old_output_is_replaced(source, expected, tmp_path):
         assert contents(folder / "out") == expected["magnitude"]
         assert os.listdir(folder) == ["out"]
         survived["kills while replacing"] = survived.get("kills while replacing", 0) + 1
-
-
-def stop_after(source: Path, output: Path, blocks: int, **fields) -> None:
-    """Leave a run that was stopped after some blocks."""
-    from billhook.job import Request, prepare, run
-
-    done = iter(range(100))
-    with pytest.raises(Interrupted, match=f"Stopped. {blocks} of 3 blocks are finished and kept in .*continue with the same command"):
-        run(prepare(Request(source, output=output, **fields)), stopping=lambda: next(done) + 1 == blocks)
-
-
-@pytest.mark.parametrize(("name", "fields"), [("sparsegpt", SPARSEGPT), ("gblm", GBLM)])
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_a_run_that_is_stopped_goes_on_after_the_last_finished_block(source, expected, tmp_path, name, fields, blocks):
-    stop_after(source, tmp_path / "out", blocks, **fields)
-    never_mistaken(tmp_path)
-    seen: list[str] = []
-    prune(source, output=tmp_path / "out", resume=True, progress=seen.append, **fields)
-    assert contents(tmp_path / "out") == expected[name]
-    assert os.listdir(tmp_path) == ["out"]
-
-
-def test_an_unfinished_run_is_neither_taken_over_nor_thrown_away_unasked(source, tmp_path):
-    stop_after(source, tmp_path / "out", 1, **MAGNITUDE)
-    with pytest.raises(BillhookError, match=r"out.partial holds an unfinished run \(1 of 3 blocks\). Continue it with --resume, or start"):
-        prune(source, output=tmp_path / "out", **MAGNITUDE)
-    changes = [
-        ({"sparsity": 0.6}, "its sparsity was 0.5, now it is 0.6"),
-        ({"seed": 3}, "its seed was 0, now it is 3"),
-        ({"criterion": "sparsegpt", "calibration": IDS}, "its criterion was 'magnitude', now it is 'sparsegpt'"),
-        ({"targets": ["re:.*mlp"]}, "its targets was"),
-        ({"dtype": "float32"}, "its dtype was 'auto', now it is 'float32'"),
-    ]
-    for change, reason in changes:
-        with pytest.raises(BillhookError, match=f"cannot be continued: {reason}"):
-            prune(source, output=tmp_path / "out", resume=True, **(MAGNITUDE | change))
-    other = shutil.copytree(source, tmp_path / "other")
-    file = sorted(other.glob("*.safetensors"))[0]
-    data = bytearray(file.read_bytes())
-    data[-100] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(BillhookError, match=r"cannot be continued: its model was '.*', now it is '"):
-        prune(other, output=tmp_path / "out", resume=True, **MAGNITUDE)
-    state = partial_folder(tmp_path / "out") / STATE
-    value = json.loads(state.read_text())
-    value["identity"]["version"] = "0.0.1"
-    state.write_text(json.dumps(value))
-    with pytest.raises(BillhookError, match=r"cannot be continued: its version was '0\.0\.1', now it is"):
-        prune(source, output=tmp_path / "out", resume=True, **MAGNITUDE)
-    prune(source, output=tmp_path / "out", overwrite=True, **MAGNITUDE)
-    assert sorted(os.listdir(tmp_path)) == ["other", "out"]
-
-
-def test_other_data_is_another_run(source, tmp_path):
-    stop_after(source, tmp_path / "out", 1, **SPARSEGPT)
-    with pytest.raises(BillhookError, match="cannot be continued: its calibration was"):
-        prune(source, output=tmp_path / "out", resume=True, **(SPARSEGPT | {"calibration": IDS + 1}))
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": 1}', '{"version": 1, "results": [{}], "identity": {}, "plan": {}}'])
-def test_a_damaged_state_is_refused_by_name(source, tmp_path, text):
-    stop_after(source, tmp_path / "out", 1, **MAGNITUDE)
-    (partial_folder(tmp_path / "out") / STATE).write_text(text)
-    with pytest.raises(BillhookError, match=STATE):
-        prune(source, output=tmp_path / "out", resume=True, **MAGNITUDE)
-    prune(source, output=tmp_path / "out", overwrite=True, **MAGNITUDE)
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "header", "stray"])
-def test_what_was_damaged_meanwhile_is_made_again(source, expected, tmp_path, damage):
-    stop_after(source, tmp_path / "out", 2, **SPARSEGPT)
-    for file in partial_folder(tmp_path / "out").glob("*.safetensors"):
-        data = bytearray(file.read_bytes())
-        if damage == "flip":
-            data[-50] ^= 16
-        elif damage == "header":
-            data[20] ^= 1
-        file.write_bytes(data[:-64] if damage == "cut" else data)
-        if damage == "remove":
-            file.unlink()
-    if damage == "stray":
-        (partial_folder(tmp_path / "out") / ".billhook.unfinished.json.abc").write_text("half")
-    continued(source, tmp_path, SPARSEGPT, expected["sparsegpt"])
-    survived["damaged states"] = survived.get("damaged states", 0) + 1
-
-
-@pytest.mark.parametrize("more", [{}, {"resume": True}, {"overwrite": True}], ids=str)
-def test_a_folder_of_somebody_else_is_left_alone(source, tmp_path, more):
-    mine = partial_folder(tmp_path / "out") / "notes.txt"
-    mine.parent.mkdir()
-    mine.write_text("mine")
-    with pytest.raises(BillhookError, match=r"out\.partial, where .*out would be made, holds notes\.txt, which no run put there"):
-        prune(source, output=tmp_path / "out", **MAGNITUDE, **more)
-    assert mine.read_text() == "mine"
-
-
-def test_gradients_are_kept_until_the_directory_is_whole(source, expected, tmp_path, monkeypatch):
-    """A run that fails while the last files are written goes on from its last block, and computes nothing again."""
-    from billhook import job, unfinished
-
-    def full(*args) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(unfinished, "complete", full)
-        with pytest.raises(BillhookError, match="3 of 3 blocks are finished"):
-            prune(source, output=tmp_path / "out", **GBLM)
-    monkeypatch.delattr(job, "compute_gradients")
-    continued(source, tmp_path, GBLM, expected["gblm"])
 
 
 def test_two_runs_into_one_directory(source, expected, tmp_path):

@@ -1,6 +1,7 @@
 """Runs in copies of this process, which are killed, or whose file operations fail; what they leave is continued and compared."""
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -10,11 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import billhook
-from billhook.errors import BillhookError
+import pytest
+import torch
+
+from billhook import prune
+from billhook.errors import BillhookError, Interrupted
+from billhook.run_state import STATE, partial_folder
+from billhook.verification import verify
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.copyfile", "shutil.rmtree"}
+IDS = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(0))
+MAGNITUDE = {"sparsity": 0.5, "criterion": "magnitude"}
+SPARSEGPT = {"sparsity": 0.5, "criterion": "sparsegpt", "calibration": IDS, "dtype": "float32", "batch_size": 2}
+GBLM = {"sparsity": 0.5, "criterion": "gblm", "calibration": IDS}
+survived: dict[str, int] = {}
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -53,7 +64,7 @@ def wait(child: int) -> int:
 
 def pruning(source: Path, output: Path, **fields: Any) -> Callable[[], Any]:
     """The work of the trials."""
-    return lambda: billhook.prune(source, output=output, **fields)
+    return lambda: prune(source, output=output, **fields)
 
 
 class Operations:
@@ -111,3 +122,36 @@ def full(name: str, args: Any) -> None:
 def broken(name: str, args: Any) -> None:
     """Fail as on a broken disk."""
     raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def continued(source: Path, folder: Path, fields: dict, expected: dict[str, bytes]) -> None:
+    """Continue what is in `folder`; the output must be there then, as expected, and alone."""
+    output = folder / "out"
+    if output.exists() and not partial_folder(output).exists():
+        assert "billhook.json" in os.listdir(output)  # it was done
+        with pytest.raises(BillhookError, match="exists and is not empty"):
+            prune(source, output=output, resume=True, **fields)
+    else:
+        prune(source, output=output, resume=True, **fields)
+    assert contents(output) == expected
+    assert os.listdir(folder) == ["out"]
+
+
+def never_mistaken(folder: Path) -> None:
+    """What a run left is complete, or is nothing that could be taken for a model."""
+    for path in folder.iterdir():
+        if path.is_dir() and (path / "billhook.json").exists():
+            assert verify(path).ok
+        elif path.is_dir() and (path / STATE).exists():
+            assert "--resume" in json.loads((path / STATE).read_text())["unfinished"]
+            with pytest.raises(BillhookError, match="not finished: continue it with the command that began it and --resume"):
+                verify(path)
+
+
+def stop_after(source: Path, output: Path, blocks: int, **fields) -> None:
+    """Leave a run that was stopped after some blocks."""
+    from billhook.job import Request, prepare, run
+
+    done = iter(range(100))
+    with pytest.raises(Interrupted, match=f"Stopped. {blocks} of 3 blocks are finished and kept in .*continue with the same command"):
+        run(prepare(Request(source, output=output, **fields)), stopping=lambda: next(done) + 1 == blocks)

@@ -1,0 +1,49 @@
+"""Tables for the tests of allocators: every column that one of them reads, with any values."""
+
+import math
+
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from billhook.allocators import ALLOCATORS
+from billhook.metrics import CURVES
+from billhook.table import Row, Table
+
+relaxed = settings(deadline=None, max_examples=25)  # no time limit for one example: machines are shared
+NAMES = ALLOCATORS.names()
+PATTERNS = ("2:4", "1:4", "4:8", "3:8", "5:8")
+TARGETS = st.one_of(st.sampled_from([0.0, 0.01, 0.5, 0.7, 0.99, 1 - 1e-12]), st.floats(0, 1, exclude_max=True))
+VALUES = st.one_of(st.floats(1.2, 8.0), st.sampled_from([0.0, 2.0]), st.floats(-1e299, 1e299))
+
+
+def columns(name: str) -> tuple[str, ...]:
+    """The table columns that an allocator reads with its default options."""
+    return ALLOCATORS.needs(name, ALLOCATORS.configure(name, {}))
+
+
+ALL_COLUMNS = sorted({column for name in NAMES for column in columns(name)})
+
+
+def make_table(shapes: list[list[tuple[int, int]]], value) -> Table:
+    """A table from the shapes of each block's layers; `value(column, block, layer)` gives the metrics, and the points of curves."""
+    rows = []
+    for b, block in enumerate(shapes):
+        for i, shape in enumerate(block):
+            metrics = {column: value(column, b, i) for column in ALL_COLUMNS if column.partition(":")[0] not in CURVES}
+            of_curves = [column for column in ALL_COLUMNS if column not in metrics]
+            curves = {column: tuple(sorted(value(column, b, i) for _ in range(5))) for column in of_curves}
+            rows.append(Row(f"blocks.{b}.w{i}", b, f"w{i}", shape, metrics, curves))
+    return Table(tuple(rows))
+
+
+@st.composite
+def tables(draw, values=VALUES, equal: bool = False) -> Table:
+    """Up to eight blocks of up to four layers of unlike sizes; metrics anything that a table file may hold."""
+    size = st.integers(1, 64).map(lambda n: 8 * n)
+    shapes = draw(st.lists(st.lists(st.tuples(size, size), min_size=1, max_size=4), min_size=1, max_size=8))
+    same = draw(values)
+    return make_table(shapes, lambda column, block, layer: same if equal else draw(values))
+
+
+def total(table: Table, sparsity: dict[str, float]) -> float:
+    return math.fsum(sparsity[row.layer] * row.n for row in table)
