@@ -121,7 +121,13 @@ def _beside(request: Request) -> tuple[Request, Path | None]:
         return request, None
     source = Path(request.model) if isinstance(request.model, str | Path) and Path(request.model).is_dir() else None
     output = check_output(Path(request.output), source, overwrite=request.overwrite)
-    return replace(request, output=output.with_name(f"{output.name}.dense")), output
+    dense = output.with_name(f"{output.name}.dense")
+    if dense.exists():
+        raise BillhookError(
+            f"{dense} is in the way: the pruned model is written there before it is packed. Move it or delete it; "
+            f"if it is what a stopped run left, billhook pack {dense} -o {output} does the rest."
+        )
+    return replace(request, output=dense), output
 
 
 def unfinished_plan(request: Request, opened: Opened, asked: Mapping[str, Any]) -> SparsityPlan | None:
