@@ -7,6 +7,8 @@ batch is halved and tried again. Nothing is timed.
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from billhook.errors import out_of_memory
+
 TOKENS = 2048  # in a batch: enough rows for a matrix product, few enough for the caches of a CPU
 LOGIT_BYTES = 1 << 28  # how much memory the logits of one batch may take
 
@@ -29,7 +31,7 @@ def halving(count: int, size: int, work: Callable[[int, int], T]) -> Iterator[tu
         try:
             result = work(start, stop)
         except (MemoryError, RuntimeError) as error:
-            if stop - start == 1 or not (isinstance(error, MemoryError) or "memory" in str(error)):
+            if stop - start == 1 or not out_of_memory(error):
                 raise
             size = max(1, (stop - start) // 2)
             continue

@@ -22,7 +22,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from billhook.errors import BillhookError, Interrupted, JobError
+from billhook.errors import BillhookError, Interrupted, JobError, out_of_memory
 from billhook.files import digest_ranges, fsync, json_text, replace_file, sha256
 from billhook.output import check_output, failure, flush, put_in_place
 from billhook.pruning import LayerResult
@@ -182,7 +182,7 @@ def unfinished(
         yield made
     except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Interrupted) as error:
         keep = keep or (made is not None and bool(made.state.done or made.state.files))
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
         raise _interrupted(error, output, made if keep else None) from None
     except BillhookError:
@@ -215,7 +215,10 @@ def _interrupted(error: BaseException, output: Path, kept: Unfinished | None) ->
 def _lock(folder: Path) -> int:
     """Make the folder and lock it for as long as the process lives; raises BillhookError when another process has it."""
     while True:
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise BillhookError(f"{folder}, where the output would be made, is a file: move it away, or choose another output.") from None
         handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from command import billhook, done, listing, refused
 
 import billhook.pruning as pruning
 import billhook.save as save
+from billhook.errors import out_of_memory
 
 TEXT = ("--calibration", "text.txt", "--samples", "4", "--length", "32")
 PRUNE = ("prune", "model", "--output", "pruned", "--sparsity", "0.5", *TEXT)
@@ -86,6 +88,22 @@ def test_out_of_memory(place, monkeypatch):
 
     monkeypatch.setattr(pruning, "_prune_layer", hungry)
     refused(place, *PRUNE, match="Out of memory. Use fewer --samples", code=1)
+
+
+def test_only_what_means_it_is_taken_for_out_of_memory():
+    with pytest.raises((RuntimeError, MemoryError)) as real:
+        torch.empty(1 << 60)
+    assert out_of_memory(real.value)
+    assert out_of_memory(MemoryError())
+    assert out_of_memory(torch.OutOfMemoryError("anything"))
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    for text in ("expected a contiguous memory format", "memory_format is not supported", "pin_memory: no accelerator", "shared memory"):
+        assert not out_of_memory(RuntimeError(text))
+
+
+def test_a_file_where_the_output_would_be_made(place):
+    (place / "pruned.partial").write_text("mine")
+    refused(place, *PRUNE, match=r"pruned\.partial, where the output would be made, is a file: move it away")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
