@@ -1,7 +1,7 @@
 """Which way a layer multiplies: measured once, kept per machine, harmless when the cache is damaged."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,59 @@ def model() -> torch.nn.Sequential:
     return torch.nn.Sequential(SparseLinear.from_dense(W), torch.nn.ReLU(), torch.nn.Linear(128, 40).bfloat16())
 
 
-def test_choices_are_measured_reported_and_kept(folder: Path):
+class Clock:
+    """A clock that only moves when told to."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def lasting(clock: Clock, *seconds: float) -> Callable[[], torch.Tensor]:
+    """Something that takes so long, call by call; the last time again and again."""
+    left = list(seconds)
+
+    def run() -> torch.Tensor:
+        clock.now += left.pop(0) if len(left) > 1 else left[0]
+        return torch.empty(0)
+
+    return run
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(calibrate, "time", made)
+    return made
+
+
+def test_the_least_time_that_was_repeated_decides(clock: Clock, folder: Path):
+    calibrate._choose("calm", {"slow": lasting(clock, 9, 2, 2, 2), "fast": lasting(clock, 9, 5, 1, 1)})  # the first call warms up
+    calibrate._choose("late", {"slow": lasting(clock, 2), "fast": lasting(clock, 9, 2.4, 2.8, 3.2, 1, 1)})  # rounds go on
+    calibrate._choose("far", {"wild": lasting(clock, 9, 7, 8, 9, 5, 6), "fast": lasting(clock, 1)})  # never near the fastest
+    falling = [1.2**n for n in range(20, 0, -1)]
+    calibrate._choose("busy", {"slow": lasting(clock, *(2 * seconds for seconds in falling)), "fast": lasting(clock, *falling)})
+    calibrate.keep()
+    assert calibrate._measured == {"calm": "fast", "late": "fast", "far": "fast", "busy": "fast"}
+    assert cache.load("kernels") == {"calm": "fast", "late": "fast", "far": "fast"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_choices_are_for_the_dtype_that_the_model_computes_in(dtype: torch.dtype, clock: Clock):
+    tuned = model().to(dtype)
+    for name, values in {"int8": torch.int8, "bfloat16": torch.bfloat16}.items():
+        packed = tuned[0]
+        packed.values = packed.values.to(values)
+        packed.scales = torch.ones(128) if name == "int8" else None
+        tune_(tuned)
+        assert {key for key in calibrate._measured if f"128x256 {name} 0.7 {str(dtype)[6:]} " in key} == {
+            calibrate.key(packed.packed(), dtype, tokens) for tokens in calibrate.BUCKETS
+        }
+        calibrate.forget()
+
+
+def test_choices_are_measured_reported_and_kept(folder: Path, clock: Clock):
     tuned = model()
     found = tune_(tuned)
     assert [choice["layer"] for choice in found][:1] == ["0"]

@@ -221,7 +221,7 @@ def test_pruning_that_leaves_too_much_to_pack_is_not_in_vain(tmp_path: Path) -> 
     assert f"The pruned model is in {tmp_path / 'out.dense'}" in ran.err
     assert billhook.verify(tmp_path / "out.dense").ok
     before = listing(tmp_path / "out.dense")
-    with pytest.raises(BillhookError, match="out.dense is in the way"):  # it may be somebody's model, whatever --overwrite says of out
+    with pytest.raises(BillhookError, match=r"out\.dense is in the way"):  # it may be somebody's model, whatever --overwrite says of out
         billhook.prune(source, sparsity=0.5, criterion="magnitude", output=tmp_path / "out", pack=True, overwrite=True)
     assert listing(tmp_path / "out.dense") == before
     with pytest.raises(BillhookError, match="lie in each other"):

@@ -1,7 +1,8 @@
 """Which way to multiply is fastest here: a short measurement at load, kept per machine.
 
 A choice belongs to a shape, a tenth of sparsity, the dtypes and a bucket of token counts (each bucket up to its number). It is measured
-on the layer's first rows, a few milliseconds a way; what was not measured follows a rule that was right on the machines at hand.
+on the layer's first rows, a few milliseconds a way, and kept where the least times could be repeated, so that a busy moment is not
+remembered for ever; what was not measured follows a rule that was right on the machines at hand.
 """
 
 import functools
@@ -19,9 +20,12 @@ from billhook.runtime.products import WAYS, ways
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 FUSED_UP_TO = 16  # tokens, unless measured
 SAMPLE = 1 << 22  # weights that a measurement multiplies at most
-ROUNDS = 3
+LEAST_ROUNDS, MOST_ROUNDS = 3, 9
+AGREE = 1.1  # times the least, within which the second least time must lie
+NEAR = 1.5  # times the fastest way's least time; slower ways need not be timed well
 
 _measured: dict[str, str] = {}
+_doubtful: set[str] = set()  # of those, what was measured while something else disturbed, and is not kept
 _stored: dict[str, str] = {}  # of those, what the cache holds
 
 
@@ -85,7 +89,7 @@ def measure_packed(weight: Weight, dtype: torch.dtype) -> None:
         name = key(weight, dtype, tokens)
         if name not in _measured:
             x = torch.ones(tokens, weight.shape[1], dtype=dtype)
-            _measured[name] = _fastest({way: functools.partial(WAYS[way], sample, x, None) for way in ways(sample, dtype)})
+            _choose(name, {way: functools.partial(WAYS[way], sample, x, None) for way in ways(sample, dtype)})
 
 
 def measure_dense(weight: Weight, dtype: torch.dtype) -> bool:
@@ -96,7 +100,7 @@ def measure_dense(weight: Weight, dtype: torch.dtype) -> bool:
             sample = _first_rows(weight)
             x = torch.ones(tokens, weight.shape[1], dtype=dtype)
             theirs = functools.partial(linear, x, sample.tensors[0].to(dtype))
-            _measured[name] = _fastest({"torch": theirs, "ours": functools.partial(sample.multiply, x, None)})
+            _choose(name, {"torch": theirs, "ours": functools.partial(sample.multiply, x, None)})
     return _measured[key(weight, dtype, 1)] == "ours"
 
 
@@ -108,16 +112,27 @@ def _first_rows(weight: Weight) -> Weight:
     return Weight(rows, weight.shape[1], values, bitmask[:rows], starts[: rows + 1], None if scales is None else scales[:rows])
 
 
-def _fastest(candidates: dict[str, Callable[[], Tensor]]) -> str:
-    """The name of the one with the least time, tried in turns."""
-    best = dict.fromkeys(candidates, float("inf"))
-    for turn in range(ROUNDS + 1):
-        for name, run in candidates.items():
+def _choose(name: str, candidates: dict[str, Callable[[], Tensor]]) -> None:
+    """Note the candidate with the least time, tried in turns until the times can be trusted or there were enough rounds."""
+    times: dict[str, list[float]] = {candidate: [] for candidate in candidates}
+    for turn in range(MOST_ROUNDS + 1):
+        for candidate, run in candidates.items():
             start = time.perf_counter()
             run()
             if turn:  # the first turn warms up
-                best[name] = min(best[name], time.perf_counter() - start)
-    return min(best, key=lambda name: best[name])
+                times[candidate].append(time.perf_counter() - start)
+        if turn >= LEAST_ROUNDS and _repeated(times):
+            break
+    else:
+        _doubtful.add(name)
+    _measured[name] = min(times, key=lambda candidate: min(times[candidate]))
+
+
+def _repeated(times: dict[str, list[float]]) -> bool:
+    """Whether each candidate that may be the fastest took its least time twice."""
+    least = [sorted(seen)[:2] for seen in times.values()]
+    fastest = min(first for first, _ in least)
+    return all(second <= AGREE * first for first, second in least if first <= NEAR * fastest)
 
 
 def recall() -> None:
@@ -127,13 +142,14 @@ def recall() -> None:
 
 
 def keep() -> None:
-    """Store what was measured since."""
-    if _measured.items() - _stored.items():
-        cache.store("kernels", _measured)
-        _stored.update(_measured)
+    """Store what was measured since, as far as it can be trusted."""
+    known = {name: way for name, way in _measured.items() if name not in _doubtful}
+    if known.items() - _stored.items():
+        cache.store("kernels", known)
+        _stored.update(known)
 
 
 def forget() -> None:
     """Drop all choices of this process, for tests and after the number of threads changed."""
-    _measured.clear()
-    _stored.clear()
+    for known in (_measured, _stored, _doubtful):
+        known.clear()

@@ -21,11 +21,12 @@ def tune_(model: nn.Module) -> list[dict[str, Any]]:
     measured (some seconds for a new model on a new machine) is kept in the user's cache. Dense layers on other devices stay as they are.
     """
     calibrate.recall()
+    dtype = _activations(model)
     for module in model.modules():
         if isinstance(module, SparseLinear) and module.bitmask.device.type == "cpu":
-            calibrate.measure_packed(module.packed(), _activations(module))
+            calibrate.measure_packed(module.packed(), dtype)
         elif isinstance(module, SparseLinear) and module.bitmask.is_cuda:
-            gpu.prepare(module, _activations(module))
+            gpu.prepare(module, dtype)
         elif type(module) is nn.Linear and library.active() and _ours(module):
             adopt_(module)
     calibrate.keep()
@@ -34,10 +35,10 @@ def tune_(model: nn.Module) -> list[dict[str, Any]]:
 
 def choices(model: nn.Module) -> list[dict[str, Any]]:
     """Per layer that is packed or has our dense kernel: `layer`, `shape`, `sparsity`, `values` (dtype) and `ways`, {tokens: way}."""
-    found = []
+    found, activations = [], _activations(model)
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
-            values, ways = module.values, _ways(module)
+            values, ways = module.values, _ways(module, activations)
             sparsity = 1 - int(module.row_starts[-1]) / (module.out_features * module.in_features)
         elif isinstance(module, DenseLinear) and not module.weight.is_cuda:
             values, sparsity = module.weight.detach(), 0.0
@@ -50,15 +51,16 @@ def choices(model: nn.Module) -> list[dict[str, Any]]:
     return found
 
 
-def _ways(layer: SparseLinear) -> dict[int, str]:
+def _ways(layer: SparseLinear, activations: torch.dtype) -> dict[int, str]:
     if layer.bitmask.is_cuda:
-        return gpu.ways(layer, _activations(layer))
-    return {tokens: calibrate.way(layer.packed(), _activations(layer), tokens) for tokens in calibrate.BUCKETS}
+        return gpu.ways(layer, activations)
+    return {tokens: calibrate.way(layer.packed(), activations, tokens) for tokens in calibrate.BUCKETS}
 
 
-def _activations(layer: SparseLinear) -> torch.dtype:
-    """The dtype that a layer's inputs will most likely have."""
-    return layer.values.dtype if layer.values.is_floating_point() else torch.bfloat16
+def _activations(model: nn.Module) -> torch.dtype:
+    """The dtype that the inputs of layers will most likely have: that of the model's parameters, else of its packed values."""
+    kept = (module.values for module in model.modules() if isinstance(module, SparseLinear))
+    return next((tensor.dtype for tensor in (*model.parameters(), *kept) if tensor.is_floating_point()), torch.bfloat16)
 
 
 def _ours(layer: nn.Linear) -> bool:
