@@ -33,9 +33,10 @@ from billhook.hidden import SPILL_GIB, States
 from billhook.ranks import check_share, mine
 from billhook.regional import regional_gradients
 from billhook.registry import hint
+from billhook.replay import Call, run_block
 from billhook.stats import GRADIENTS, REGIONAL, AbsoluteSum
 from billhook.streaming import resident
-from billhook.walk import Call, Progress, capture, check_outputs, evaluating, plain_experts, run_block, stubbed
+from billhook.walk import Progress, capture, check_outputs, evaluating, plain_experts, stubbed
 
 _LOWER = (0, 6, 12, 18)  # powers of two to step down by while float16 gradients overflow
 _HEADROOM = 8  # the first backward pass of a float16 model starts from this power of two, times the tokens of the sequence

@@ -10,6 +10,11 @@ its minimum solves H_SS v_S = (H w)_S. Two ways, chosen by the width of the supp
   is never worse than the plain mask. They end at a relative residual of `TOLERANCE` or after `steps` products.
 
 `DIRECT` is set by counting operations; which way is faster at which width was not timed.
+
+`aimed` moves the problem towards the dense model (as asymmetric calibration does for quantization: Li et al. 2025, GPTAQ,
+arXiv:2504.02692). With X' the inputs of the same tokens in the dense model, |X V^T - ((1 - aim) X W^T + aim X' W^T)|^2 is least where
+V = W + aim W D (X^T X)^-1 with D = (X' - X)^T X, and for any other V as much larger as its distance from there in the norm of X^T X: the
+same problem, with these weights in place of W.
 """
 
 from dataclasses import dataclass
@@ -17,6 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from billhook.errors import JobError
+from billhook.stats import LayerStats
+
+DOUBLE = 512  # inputs up to which float64 costs nothing that matters
 DIRECT = 256  # kept weights in a row up to which each row's system is factorized
 TOLERANCE = 1e-5
 _BYTES = 1 << 26  # of small matrices factorized together
@@ -44,6 +53,28 @@ def solve_support(W: Tensor, H: Tensor, keep: Tensor, start: Tensor | None = Non
     if int(keep.sum(1).max()) <= DIRECT:
         return _factorize(W, H, keep)
     return _conjugate_gradients(W, H.to(W.dtype), keep, start, steps)
+
+
+def aimed(W: Tensor, stats: LayerStats, aim: float, damping: float) -> Tensor:
+    """W [out, in] moved by `aim` (0: not, 1: all the way) to where the outputs are nearest to the dense model's, in the type of W.
+
+    Reads stats.gram and, where the inputs have drifted, stats.drift; `damping`, a fraction of the mean of gram's diagonal, holds back
+    towards W. Raises JobError when gram with its damping cannot be factorized.
+    """
+    if stats.drift is None or aim == 0 or not stats.tokens:
+        return W
+    assert stats.gram is not None
+    H = stats.gram.to(torch.float64 if W.shape[1] <= DOUBLE else W.dtype, copy=True)
+    wanted = W.to(H.dtype) @ stats.drift.to(H.dtype)
+    if stats.stream_drift is not None:
+        wanted += stats.stream_drift
+    diagonal = H.diagonal()
+    mean = diagonal.sum() / max(int((diagonal > 0).sum()), 1)
+    diagonal.add_(max(damping, 1e-4) * mean.clamp_min(torch.finfo(H.dtype).tiny))
+    L, failed = torch.linalg.cholesky_ex(H)
+    if failed:
+        raise JobError("The input statistics cannot be factorized to aim at the dense model: use --set aim=0, or more damping.")
+    return torch.add(W, torch.cholesky_solve(wanted.T, L).T.to(W.dtype), alpha=aim)
 
 
 def loss(W: Tensor, V: Tensor, H: Tensor) -> Tensor:

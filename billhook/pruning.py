@@ -1,7 +1,7 @@
 """Pruning a model in memory by a plan: the one loop in which weights are removed.
 
 Blocks are visited in depth order; each layer's criterion sees the inputs that the already pruned blocks before it produce, as in the
-published code of Wanda and SparseGPT.
+published code of Wanda and SparseGPT. A criterion that asks for `drift` sees those that the pruned layers before it produce.
 """
 
 import math
@@ -113,17 +113,19 @@ def prune_(
             done: list[LayerResult] = []
             if refinery is not None:
                 refinery.note(block)
-            chosen = [layer for layer in block.layers if layer.name in shapes]
-            for layer in mine(chosen):
-                stats = block.stats.get(layer.name, LayerStats(0, 0))
-                stats = stats if found is None else replace(stats, gradient=found[layer.name].to(layer.weight.device))
-                select = _select(plan, layer, zeros[layer.name], group or CRITERIA.group(criterion), rounding)
-                function = CRITERIA.get(criterion)
-                if unseen := _unseen(stats, observed):
-                    function, stats = magnitude, LayerStats(0, 0, notes=[f"{unseen}: pruned by magnitude"])
-                done.append(_prune_layer(layer, stats, select, function, {} if function is magnitude else configured))
-                progress(layer.name)
-            done = _exchange(chosen, done)
+            for stage, known in block.stages:
+                chosen = [layer for layer in stage if layer.name in shapes]
+                made = []
+                for layer in mine(chosen):
+                    stats = known.get(layer.name, LayerStats(0, 0))
+                    stats = stats if found is None else replace(stats, gradient=found[layer.name].to(layer.weight.device))
+                    select = _select(plan, layer, zeros[layer.name], group or CRITERIA.group(criterion), rounding)
+                    function = CRITERIA.get(criterion)
+                    if unseen := _unseen(stats, observed):
+                        function, stats = magnitude, LayerStats(0, 0, notes=[f"{unseen}: pruned by magnitude"])
+                    made.append(_prune_layer(layer, stats, select, function, {} if function is magnitude else configured))
+                    progress(layer.name)
+                done += _exchange(chosen, made)
             if refinery is not None:
                 done = _refine(refinery, block, done)
             finished(block, done)

@@ -24,7 +24,8 @@ from billhook.arch import Layer
 from billhook.errors import BillhookError, JobError
 from billhook.hidden import SPILL_GIB, States
 from billhook.ranks import world
-from billhook.walk import Block, Call, run_block
+from billhook.replay import Call, run_block
+from billhook.walk import Block
 
 Refining = Literal["none", "blocks", "blocks+norms"]
 HELD_OUT = 8  # one window of so many

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from billhook.arch import Layer
 from billhook.ranks import sum_
-from billhook.walk import Block, run_block, walk
+from billhook.replay import run_block
+from billhook.walk import Block, walk
 
 
 def regional_gradients(model: PreTrainedModel, sequences: Sequence[Tensor], layers: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:

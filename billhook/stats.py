@@ -1,7 +1,8 @@
 """What the calibration text says about the inputs and the gradients of one layer, accumulated sequence by sequence.
 
 For inputs X [tokens, in]: `input_norm` [in] is ||X_j||_2 / sqrt(sequences) of every input feature, the root mean over sequences of the
-summed squares, `input_mean` [in] is the mean over all tokens, and `gram` [in, in] is X^T X.
+summed squares, `input_mean` [in] is the mean over all tokens, and `gram` [in, in] is X^T X. `drift` [in, in] is (X' - X)^T X where X'
+are the inputs of the same tokens in the dense model (see `billhook.drift`).
 
 Inputs of any float dtype are converted to float32 before they are squared, so half-precision activations cannot overflow.
 `input_norm` is a running mean in float32, one sequence at a time, which is the arithmetic of Wanda's published code: scores that nearly
@@ -27,15 +28,18 @@ class LayerStats:
     """What a criterion gets to know about a layer's inputs; a statistic that was not collected is None.
 
     `tokens` and `sequences` count the calibration text that reached the layer. `gradient` [out, in] is the one of `GRADIENTS` that the
-    criterion named. `notes` collects what a criterion had to do differently (damping raised, dead inputs), for the report.
+    criterion named. `drift` is None where the inputs are the dense model's own, `stream_drift` [out, in] is there for layers that write
+    into the residual stream only. `notes` collects what a criterion had to do differently (damping raised, dead inputs), for the report.
     """
 
     tokens: int
     sequences: int
     input_norm: Tensor | None = None
     gram: Tensor | None = None
-    gradient: Tensor | None = None
     input_mean: Tensor | None = None
+    drift: Tensor | None = None
+    stream_drift: Tensor | None = None
+    gradient: Tensor | None = None
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
@@ -124,7 +128,31 @@ class Gram:
         return self._sum
 
 
-STATISTICS: dict[str, type[InputNorm] | type[InputMean] | type[Gram]] = {"input_norm": InputNorm, "input_mean": InputMean, "gram": Gram}
+class Drift:
+    """(X' - X)^T X, float32 [in, in], for inputs X and those of the same tokens in the dense model, X'."""
+
+    def __init__(self, in_features: int, device: torch.device | str) -> None:
+        self._sum = torch.zeros(in_features, in_features, device=device)
+
+    def add(self, x: Tensor, dense: Tensor) -> None:
+        """Take in float32 inputs, both [sequences, tokens, in]."""
+        self._sum.addmm_((dense - x).flatten(0, 1).T, x.flatten(0, 1))
+
+    def merge(self) -> None:
+        """Take in what the other processes of the run have added (see `billhook.ranks`)."""
+        sum_(self._sum)
+
+    def value(self) -> Tensor:
+        """The sum over everything added so far."""
+        return self._sum
+
+
+STATISTICS: dict[str, type[InputNorm] | type[InputMean] | type[Gram] | type[Drift]] = {
+    "input_norm": InputNorm,
+    "input_mean": InputMean,
+    "gram": Gram,
+    "drift": Drift,
+}
 
 
 class Collector:
@@ -145,16 +173,20 @@ class Collector:
         self._accumulators = {name: STATISTICS[name](in_features, device) for name in names if name not in derived}
 
     @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """Take in inputs [sequences, tokens, in], or [tokens, in] as one sequence, of any float dtype."""
+    def add(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Take in inputs [sequences, tokens, in], or [tokens, in] as one sequence, of any float dtype, and those of the same tokens in the
+        dense model, by default no others."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"inputs {tuple(x.shape)} for a layer with {self.in_features} input features")
-        x = (x[None] if x.dim() == 2 else x.flatten(1, -2)).float()
+        x, other = ((v[None] if v.dim() == 2 else v.flatten(1, -2)).float() for v in (x, x if dense is None else dense))
         if x.numel():
             self.sequences += len(x)
             self.tokens += x.shape[0] * x.shape[1]
             for accumulator in self._accumulators.values():
-                accumulator.add(x)
+                if isinstance(accumulator, Drift):
+                    accumulator.add(x, other)
+                else:
+                    accumulator.add(x)
 
     def merge(self) -> None:
         """Take in what the other processes of the run have seen; all of them call this once, at the end."""
@@ -169,9 +201,17 @@ class Collector:
         if "gram" in values and "input_norm" in self.names:
             values["input_norm"] = (values["gram"].diagonal() / max(self.sequences, 1)).sqrt()
         for name, value in values.items():
-            if not (value.diagonal() if name == "gram" else value).isfinite().all():
+            if not (value.diagonal() if name in ("gram", "drift") else value).isfinite().all():
                 raise JobError("The calibration activations contain NaN or infinity; try --dtype float32, or check the weights.")
-        return LayerStats(self.tokens, self.sequences, values.get("input_norm"), values.get("gram"), input_mean=values.get("input_mean"))
+        norm, gram = values.get("input_norm"), values.get("gram")
+        return LayerStats(self.tokens, self.sequences, norm, gram, values.get("input_mean"), values.get("drift"))
+
+    def named(self, layer: str) -> LayerStats:
+        """`stats`, with the layer's name in the error."""
+        try:
+            return self.stats()
+        except JobError as error:
+            raise JobError(f"{layer}: {error}") from None
 
 
 class AbsoluteSum:

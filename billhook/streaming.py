@@ -31,17 +31,17 @@ _KEY = "_billhook_stream"
 
 
 @contextmanager
-def resident(model: PreTrainedModel, index: int, ahead: int | None = None) -> Iterator[None]:
+def resident(model: PreTrainedModel, index: int, ahead: int | None = None, source: bool = False) -> Iterator[None]:
     """Have the parameters of block `index` in memory; changes made to them last until the end only.
 
-    On another device than the CPU, block `ahead` (if there is one) is read meanwhile. Nothing to do for a model that is in memory as
-    a whole.
+    With `source` they are those of the model that was opened, also where the block has `moved`. On another device than the CPU, block
+    `ahead` (if there is one) is read meanwhile. Nothing to do for a model that is in memory as a whole.
     """
     stream = stream_of(model)
     if stream is None:
         yield
         return
-    with stream.block(index, ahead):
+    with stream.block(index, ahead, source):
         yield
 
 
@@ -90,7 +90,7 @@ class Stream:
     """Brings the blocks of a model into memory, from the files that hold them now."""
 
     def __init__(self, model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
-        self.model, self.stored = model, dict(stored)
+        self.model, self.stored, self.source = model, dict(stored), dict(stored)
         self.prefix, self.blocks = find_blocks(model)
         self.names: list[list[str]] = [[] for _ in self.blocks]  # on disk
         for name, index in block_of(model, stored).items():
@@ -102,27 +102,27 @@ class Stream:
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
 
     @contextmanager
-    def block(self, index: int, ahead: int | None = None) -> Iterator[None]:
+    def block(self, index: int, ahead: int | None = None, source: bool = False) -> Iterator[None]:
         """See `resident`."""
         if index in self._here:
             yield
             return
         self._here.add(index)
         try:
-            self.load(index)
+            self.load(index, self.source if source else self.stored)
             on_device = self.model.device.type != "cpu"  # on a CPU, reading takes no time beside computing, only memory
             if on_device and ahead is not None and 0 <= ahead < len(self.blocks) and ahead not in self._ahead:
-                self._ahead[ahead] = self._reader.submit(self._read, ahead)
+                self._ahead[ahead] = self._reader.submit(self._read, ahead, self.stored)
             yield
         finally:
             self._here.discard(index)
             for module, name, value in self._elsewhere[index]:
                 setattr(module, name, value)
 
-    def load(self, index: int) -> None:
+    def load(self, index: int, stored: Mapping[str, Stored]) -> None:
         """Bring the parameters of a block into memory (again); raises JobError when the files do not give all of them."""
-        waiting = self._ahead.pop(index, None)
-        tensors = self._read(index) if waiting is None else waiting.result()
+        waiting = self._ahead.pop(index, None) if stored is self.stored else None
+        tensors = self._read(index, stored) if waiting is None else waiting.result()
         for module, name, value in self._elsewhere[index]:
             setattr(module, name, value)
         known: Any = self.model._weight_conversions
@@ -142,8 +142,8 @@ class Stream:
         """The tensors of a block by their full names in the model."""
         return {f"{self.prefix}.{index}.{name}": value for name, value in self.blocks[index].state_dict().items()}
 
-    def _read(self, index: int) -> dict[str, Tensor]:
-        return {name: self.stored[name].read() for name in self.names[index]}
+    def _read(self, index: int, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+        return {name: stored[name].read() for name in self.names[index]}
 
 
 def _meta(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

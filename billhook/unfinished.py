@@ -79,7 +79,7 @@ class Unfinished:
         wait()
         self.stream.moved(block.index, self.folder)
         if not self._exact:
-            self.stream.load(block.index)
+            self.stream.load(block.index, self.stream.stored)
         if anywhere(self.stopping()) and self.state.done < self.state.blocks:
             raise KeyboardInterrupt
 

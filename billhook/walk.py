@@ -12,25 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from billhook.arch import Layer, find_blocks, find_layers
-from billhook.errors import JobError
+from billhook.beside import Beside, Stage
+from billhook.errors import BillhookError, JobError
 from billhook.hidden import SPILL_GIB, States
+from billhook.observer import Observer
 from billhook.ranks import mine
-from billhook.stats import Collector, LayerStats
-from billhook.streaming import resident
+from billhook.replay import Call, run_block
+from billhook.stats import LayerStats
+from billhook.streaming import resident, stream_of
 
 Progress = Callable[[str], None]  # called with the name of each finished layer
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one block's call, without the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,6 +32,8 @@ class Block:
     """One transformer block, its prunable layers, its inputs and its layers' statistics.
 
     `inputs` is one tensor [batch, length, width] a batch, there until the loop goes on; `calls` are the other arguments of each call.
+    `stages` are the layers as they are to be pruned, with their statistics: all at once, or, where `drift` is among the statistics, group
+    by group (see `billhook.beside`), to be taken once and to the end; `stats` are the statistics of a block of one stage.
     """
 
     index: int
@@ -46,6 +42,7 @@ class Block:
     layers: list[Layer]
     inputs: Sequence[Tensor] | States
     stats: dict[str, LayerStats]
+    stages: Iterable[Stage]
     calls: Sequence[Call] = ()
 
 
@@ -64,7 +61,8 @@ def walk(
     `batches` are token ids [batch, length] int64, in the order in which statistics accumulate; empty if no statistics are asked.
     `dense=True` promises that the loop body changes no weight, which saves the second pass through each block. Of a model that is
     streamed, a block is in memory while the loop body runs; inputs beyond `spill_gib` GiB are kept on disk.
-    Raises JobError when activations are not finite (naming the block or the layer).
+    Raises JobError when activations are not finite (naming the block or the layer), BillhookError when `drift` is asked for in the
+    middle of a model that is in memory as a whole.
     """
     with plain_experts(model), evaluating(model):
         yield from _walk(model, batches, statistics, dense, start, spill_gib)
@@ -105,29 +103,39 @@ def _walk(
         by_block.setdefault(layer.block, []).append(layer)
     hidden, batches = States(spill_gib), mine(batches)
     calls = capture(model, blocks, batches, hidden)[0] if batches else []
+    beside = Beside(hidden, spill_gib) if "drift" in statistics and not dense else None
+    if beside is not None and start and stream_of(model) is None:
+        raise BillhookError("This model was pruned in part and lost what it was: go on with aim=0, or start with a model directory.")
     for index, block in enumerate(blocks):
         if index < start and not calls:
             continue
-        outputs = hidden
+        outputs, own = hidden, [call[index] for call in calls]
+        if beside is not None and index < start:
+            with resident(model, index, source=True):
+                beside.advance(block, own)
         with resident(model, index, ahead=index + 1):
             if index >= start:
-                layers = by_block.get(index, [])
-                observer = _Observer(layers, statistics, wanted=dense)
-                own = [call[index] for call in calls]
-                outputs = _observe(block, hidden, own, observer, dense, spill_gib)
-                yield Block(index, f"{name}.{index}", block, layers, hidden, observer.stats(), own)
+                layers, stats = by_block.get(index, []), dict[str, LayerStats]()
+                stages: Iterable[Stage] = [(layers, stats)]
+                if beside is not None:
+                    stages = beside.stages(block, layers, statistics, hidden, own)
+                elif statistics or dense:
+                    observer = Observer(layers if statistics else [], [s for s in statistics if s != "drift"], wanted=dense)
+                    outputs = _observe(block, hidden, own, observer, dense, spill_gib)
+                    stats.update(observer.stats())
+                yield Block(index, f"{name}.{index}", block, layers, hidden, stats, stages, own)
             if index + 1 < len(blocks):
                 if outputs is hidden:
-                    for i, call in enumerate(calls):  # in place, so that inputs and outputs of a block are not all held at once
-                        hidden[i] = run_block(block, hidden[i], call[index])
+                    for i, call in enumerate(own):  # in place, so that inputs and outputs of a block are not all held at once
+                        hidden[i] = run_block(block, hidden[i], call)
                 hidden = outputs
                 check_outputs(hidden, f"{name}.{index}")
 
 
-def _observe(block: nn.Module, hidden: States, calls: Sequence[Call], observer: "_Observer", dense: bool, spill_gib: float) -> States:
+def _observe(block: nn.Module, hidden: States, calls: Sequence[Call], observer: Observer, dense: bool, spill_gib: float) -> States:
     """Run a block on its inputs under the observer's eyes; returns its outputs if they are wanted, else the inputs."""
     outputs = States(spill_gib) if dense else hidden
-    for h, call in zip(hidden, calls, strict=True) if observer.watches or dense else ():
+    for h, call in zip(hidden, calls, strict=True):
         with observer:
             output = run_block(block, h, call)
             if dense:
@@ -139,13 +147,6 @@ def check_outputs(hidden: Iterable[Tensor], name: str) -> None:
     """Raise JobError naming the block when its outputs are not finite."""
     if not all(bool(torch.isfinite(h.sum(dtype=torch.float64))) for h in hidden):
         raise JobError(f"The output of {name} holds NaN or infinity. Run in a wider type (--dtype float32) or check the weights.")
-
-
-def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    """The hidden states that a block makes of `hidden`."""
-    result = block(hidden, *call.args, **call.kwargs)
-    output: Tensor = result[0] if isinstance(result, tuple) else result
-    return output
 
 
 @contextmanager
@@ -215,85 +216,3 @@ def _same(new: Any, old: Any) -> Any:
     if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
         return tuple(_same(n, o) for n, o in zip(new, old, strict=True))
     return new
-
-
-class _Seen(Exception):
-    """Ends a block's pass when nothing after this point is wanted."""
-
-
-class _Observer(TorchFunctionMode):
-    """Feeds every layer's inputs to a collector while a block runs; entered once a batch.
-
-    Linear modules are watched by hooks. Experts are slices of a 3-D parameter without a module of their own: their products are seen
-    as they pass through torch, the slice being known by its place in memory. Layers that share one input tensor (query, key and
-    value; gate and up) share one collector, so no statistic is computed twice. Unless the block's output is `wanted`, a pass ends
-    as soon as the last layer's input is known (the first pass finds out which that is), which saves that layer's product.
-    """
-
-    def __init__(self, layers: Sequence[Layer], statistics: Sequence[str], wanted: bool) -> None:
-        super().__init__()
-        self._wanted = wanted
-        self._layers = layers if statistics else []
-        self.watches = bool(statistics)
-        self._collectors = {layer.name: Collector(tuple(statistics), layer.shape[1], layer.weight.device) for layer in self._layers}
-        self._leaders: dict[str, str] = {}
-        self._seen: dict[tuple[int, ...], tuple[str, Tensor]] = {}
-        self._experts = {layer.weight.data_ptr(): layer for layer in self._layers if layer.expert is not None}
-        self._handles: list[Any] = []
-        self._order: list[str] = []  # of the layers in the first pass
-        self._complete = False
-
-    def __enter__(self) -> "_Observer":
-        for layer in self._layers:
-            if layer.expert is None:
-                self._handles.append(layer.module.register_forward_pre_hook(self._hook(layer)))
-        if self._experts:
-            super().__enter__()
-        return self
-
-    def __exit__(self, kind: Any, *error: Any) -> bool:
-        while self._handles:
-            self._handles.pop().remove()
-        self._seen.clear()
-        self._complete = True
-        if self._experts:
-            super().__exit__(kind, *error)
-        return kind is _Seen
-
-    def _hook(self, layer: Layer) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._note(layer, args[0])
-
-        return note
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS and isinstance(args[1], Tensor) and (layer := self._experts.get(args[1].data_ptr())):
-            self._collectors[layer.name].add(args[0].detach())
-        return func(*args, **(kwargs or {}))
-
-    def _note(self, layer: Layer, x: Tensor) -> None:
-        key = (x.data_ptr(), x._version, *x.shape, *x.stride())
-        leader, _ = self._seen.setdefault(key, (layer.name, x))  # holding x keeps its address from being reused
-        if self._leaders.setdefault(layer.name, leader) != leader:
-            raise JobError(f"{layer.name} shares its input with other layers in some batches only: this architecture is not supported yet.")
-        if leader == layer.name:
-            self._collectors[leader].add(x.detach())
-        if not self._complete:
-            self._order.append(layer.name)
-        elif not self._wanted and not self._experts and layer.name == self._order[-1]:
-            raise _Seen
-
-    def stats(self) -> dict[str, LayerStats]:
-        """Layer name -> its statistics, over all processes of the run."""
-        for name in dict.fromkeys(self._leaders.get(layer.name, layer.name) for layer in self._layers):
-            self._collectors[name].merge()
-        return {layer.name: self._stats(layer.name) for layer in self._layers}
-
-    def _stats(self, name: str) -> LayerStats:
-        try:
-            return self._collectors[self._leaders.get(name, name)].stats()
-        except JobError as error:
-            raise JobError(f"{name}: {error}") from None
-
-
-_PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm})

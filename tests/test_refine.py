@@ -10,7 +10,8 @@ from billhook.errors import BillhookError
 from billhook.gradients import compute_gradients
 from billhook.pruning import LayerResult, prune_
 from billhook.refine import Data, Refine, refine_block_, tunable
-from billhook.walk import run_block, walk
+from billhook.replay import run_block
+from billhook.walk import walk
 
 
 def text(windows: int = 16) -> list[torch.Tensor]:

@@ -28,29 +28,40 @@ import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError, JobError
-from billhook.least_squares import solve_support
+from billhook.least_squares import DOUBLE, aimed, solve_support
 from billhook.masks import Select
 from billhook.registry import method
 from billhook.stats import LayerStats
 
-DOUBLE = 512  # inputs up to which float64 costs nothing that matters
 LADDER = 4  # attempts, each with ten times the damping of the one before
 _WORK = 6144  # steps times inputs
 
 
-@method(paper="Boza 2024, arXiv:2401.02938", needs=("gram",), group="row")
-def admm(W: Tensor, stats: LayerStats, select: Select, *, steps: int | None = None, rho: float = 0.6, damping: float = 0.01) -> Tensor:
-    """Return W [out, in] pruned and updated; reads stats.gram [in, in].
+@method(paper="Boza 2024, arXiv:2401.02938", needs=lambda aim, **_: ("gram", "drift") if aim else ("gram",), group="row")
+def admm(
+    W: Tensor,
+    stats: LayerStats,
+    select: Select,
+    *,
+    steps: int | None = None,
+    rho: float = 0.6,
+    damping: float = 0.01,
+    aim: float = 0.5,
+) -> Tensor:
+    """Return W [out, in] pruned and updated; reads stats.gram and stats.drift [in, in].
 
     `steps` is the number of alternations (none: by the width), `rho` the weight of the constraint relative to H's diagonal, `damping` a
-    fraction of the mean of H's diagonal. Raises BillhookError for options out of range, JobError when H cannot be factorized.
+    fraction of the mean of H's diagonal, `aim` the share of the dense model's own outputs in what is aimed at (0: the dense layer's
+    outputs for the pruned model's inputs). Raises BillhookError for options out of range, JobError when H cannot be factorized.
     """
-    if (steps is not None and steps < 1) or not 0 < rho < float("inf") or not 0 <= damping < float("inf"):
-        raise BillhookError(f"admm: steps={steps} must be at least 1, rho={rho} above 0, damping={damping} finite and not negative.")
+    if (steps is not None and steps < 1) or not 0 < rho < float("inf") or not 0 <= damping < float("inf") or not 0 <= aim <= 1:
+        values = f"steps={steps} must be at least 1, rho={rho} above 0, damping={damping} finite and not negative, aim={aim} in [0, 1]"
+        raise BillhookError(f"admm: {values}.")
     assert stats.gram is not None
+    W = aimed(W, stats, aim, damping)
     inputs = W.shape[1]
     dtype = torch.float64 if inputs <= DOUBLE else W.dtype
-    steps = min(max(_WORK // inputs, 2), 32) if steps is None else steps
+    steps = default_steps(inputs) if steps is None else steps
     used = damping
     for _ in range(LADDER):
         H, scale = _unit_diagonal(stats, used, dtype)
@@ -65,6 +76,11 @@ def admm(W: Tensor, stats: LayerStats, select: Select, *, steps: int | None = No
     if used != damping:
         stats.note(f"damping raised from {damping:g} to {used:g}: the factorization failed below it")
     return torch.where(keep, solution.weight / scale, 0).to(W.dtype)
+
+
+def default_steps(inputs: int) -> int:
+    """The alternations of a layer with so many inputs."""
+    return min(max(_WORK // inputs, 2), 32)
 
 
 def _unit_diagonal(stats: LayerStats, damping: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

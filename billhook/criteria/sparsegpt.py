@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError, JobError
+from billhook.least_squares import aimed
 from billhook.masks import Select
 from billhook.registry import method
 from billhook.stats import LayerStats
@@ -33,16 +34,19 @@ PANEL = 32  # columns that are brought up to date together, by one matrix produc
 LADDER = 4  # attempts, each with ten times the damping of the one before
 
 
-@method(paper="Frantar & Alistarh 2023, arXiv:2301.00774", needs=("gram",), group="layer")
-def sparsegpt(W: Tensor, stats: LayerStats, select: Select, *, block_size: int = 128, damping: float = 0.01) -> Tensor:
-    """Return W [out, in] pruned and updated; reads stats.gram [in, in].
+@method(paper="Frantar & Alistarh 2023, arXiv:2301.00774", needs=lambda aim, **_: ("gram", "drift") if aim else ("gram",), group="layer")
+def sparsegpt(W: Tensor, stats: LayerStats, select: Select, *, block_size: int = 128, damping: float = 0.01, aim: float = 0.0) -> Tensor:
+    """Return W [out, in] pruned and updated; reads stats.gram [in, in] and, to aim, stats.drift.
 
     Masks are chosen for `block_size` columns at a time (for N:M the block is rounded down to a multiple of M, at least M); `damping` is a
-    fraction of the mean of H's diagonal. Raises JobError when H cannot be factorized, BillhookError for options out of range.
+    fraction of the mean of H's diagonal; `aim` is that of `billhook.criteria.admm`, not in the paper. Raises JobError when H cannot be
+    factorized, BillhookError for options out of range.
     """
-    if block_size < 1 or not 0 <= damping < float("inf"):
-        raise BillhookError(f"sparsegpt: block_size={block_size} must be at least 1 and damping={damping} finite and not negative.")
+    if block_size < 1 or not 0 <= damping < float("inf") or not 0 <= aim <= 1:
+        values = f"block_size={block_size} must be at least 1, damping={damping} finite and not negative, aim={aim} in [0, 1]"
+        raise BillhookError(f"sparsegpt: {values}.")
     assert stats.gram is not None
+    W = aimed(W, stats, aim, damping)
     gram = stats.gram.to(W.dtype)
     dead = gram.diagonal() <= 0
     if dead.any():

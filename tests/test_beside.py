@@ -1,0 +1,155 @@
+"""The dense model beside the pruned one: what has drifted, the order of layers, who writes into the stream, and what aiming gives."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from families import CONFIGS, VOCABULARY, build
+
+from billhook import allocate, measure, prune, prune_
+from billhook.arch import find_layers
+from billhook.errors import BillhookError, Interrupted
+from billhook.job import Request, prepare, run
+from billhook.least_squares import aimed, loss
+from billhook.stats import LayerStats
+from billhook.walk import walk
+
+Tensor = torch.Tensor
+IDS = torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
+WRITERS = {  # of a block; what comes after a norm of its own, is scaled, or is an expert's does not write as it is
+    "gpt2": {"attn.c_proj", "mlp.c_proj"},
+    "opt": {"self_attn.out_proj", "fc2"},
+    "gemma2": set(),
+    "olmo2": set(),
+    "mixtral": {"self_attn.o_proj"},
+    "falcon": {"self_attention.dense", "mlp.dense_4h_to_h"},
+    "phi": {"self_attn.dense", "mlp.fc2"},
+    "llama": {"self_attn.o_proj", "mlp.down_proj"},
+}
+
+
+def inputs(model: torch.nn.Module, ids: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """What enters modules in one run of the whole model, float64 [tokens, in]."""
+    seen, handles = {}, []
+    modules = dict(model.named_modules())
+    for name in names:
+        handles.append(
+            modules[name].register_forward_pre_hook(lambda m, args, name=name: seen.__setitem__(name, args[0].flatten(0, -2).double()))
+        )
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("batch", [6, 2])
+def test_drift_is_the_difference_of_whole_models(batch: int) -> None:
+    dense = build("llama")
+    model, order = copy.deepcopy(dense), []
+    modules = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
+    for block in walk(model, IDS.split(batch), ("gram", "drift")):
+        for layers, stats in block.stages:
+            order.append([layer.kind for layer in layers])
+            name = layers[0].name
+            before = f"{block.name}.{modules.get(layers[0].kind, 'input_layernorm')}"
+            here, there = (inputs(m, IDS, [name, before]) for m in (model, dense))
+            x, drift = here[name], there[name] - here[name]
+            for layer in layers:
+                torch.testing.assert_close(stats[layer.name].gram.double(), x.T @ x, rtol=1e-4, atol=1e-3)
+                torch.testing.assert_close(stats[layer.name].drift.double(), drift.T @ x, rtol=1e-3, atol=1e-3)
+            owed = stats[name].stream_drift
+            assert (owed is not None) == (layers[0].kind in modules)
+            if owed is not None:
+                torch.testing.assert_close(owed.double(), (there[before] - here[before]).T @ x, rtol=1e-3, atol=2e-3)
+            for layer in layers:
+                layer.weight.mul_((torch.rand(layer.shape, generator=torch.Generator().manual_seed(2)) < 0.7).float())
+    qkv = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    assert order == 4 * [qkv, ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_layer_of_every_family_comes_once(family: str) -> None:
+    model = build(family)
+    plan = allocate(measure(model, []), 0.5)
+    results = prune_(model, plan, criterion="admm", batches=IDS.split(3), steps=3)
+    assert sorted(r.layer for r in results) == sorted(layer.name for layer in find_layers(model))
+    assert [r.zeros for r in results] == [plan.zeros({r.layer: r.shape for r in results})[r.layer] for r in results]
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_who_writes_into_the_stream(family: str) -> None:
+    found = set()
+    for block in walk(build(family), [IDS], ("gram", "drift")):
+        for layers, stats in block.stages:
+            found |= {layer.kind for layer in layers if stats[layer.name].stream_drift is not None}
+    assert found == WRITERS[family]
+
+
+@pytest.mark.parametrize("aim", [0.0, 0.3, 1.0])
+def test_aimed_weights_are_the_optimum(aim: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, other = (torch.randn(200, 12, generator=generator, dtype=torch.float64) for _ in range(2))
+    other = x + 0.3 * other
+    W, stream = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5, 12), (200, 5)))
+    gram, drift = x.T @ x, (other - x).T @ x
+    found = aimed(W, LayerStats(200, 1, gram=gram, drift=drift, stream_drift=stream.T @ x), aim, 1e-4)
+    target = x @ W.T + aim * ((other - x) @ W.T + stream)
+    best = torch.linalg.lstsq(x, target).solution.T
+    torch.testing.assert_close(found, best, rtol=1e-3, atol=1e-3)
+    V = W * (W.abs() > 0.5)
+    excess = (x @ V.T - target).square().sum(0) - (x @ best.T - target).square().sum(0)
+    torch.testing.assert_close(loss(best, V, gram), excess)
+
+
+def test_nothing_to_aim_at() -> None:
+    W, gram = torch.randn(3, 4), torch.eye(4)
+    assert aimed(W, LayerStats(8, 1, gram=gram), 0.5, 0.01) is W
+    assert torch.equal(aimed(W, LayerStats(8, 1, gram=gram, drift=torch.zeros(4, 4)), 0.5, 0.01), W)
+    assert aimed(W, LayerStats(0, 0, gram=0 * gram, drift=torch.ones(4, 4)), 0.5, 0.0) is W
+    assert aimed(W, LayerStats(8, 1, gram=0 * gram, drift=0 * gram), 0.5, 0.0).isfinite().all()
+
+
+@pytest.mark.parametrize("criterion", ["admm", "sparsegpt"])
+def test_aiming_brings_the_logits_nearer(criterion: str) -> None:
+    dense, errors = tiny.llama(), []
+    ids = torch.randint(0, 258, (32, 64), generator=torch.Generator().manual_seed(3))
+    for aim in (0.0, 0.5):
+        model = tiny.llama()
+        prune(model, sparsity=0.6, criterion=criterion, calibration=ids[:24], aim=aim)
+        with torch.no_grad():
+            errors.append(float((model(ids[24:]).logits - dense(ids[24:]).logits).square().mean()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("done", [1, 3])
+def test_a_run_that_goes_on_knows_the_dense_model(done: int, tmp_path) -> None:
+    source = tiny.save(tmp_path / "model", dtype=torch.bfloat16)
+    fields = {
+        "sparsity": 0.5,
+        "criterion": "admm",
+        "calibration": torch.randint(0, 258, (6, 24), generator=torch.Generator().manual_seed(5)),
+    }
+    prune(source, output=tmp_path / "whole", **fields)
+    left = [done]
+
+    def stopping() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    with pytest.raises(Interrupted):
+        run(prepare(Request(source, output=tmp_path / "parts", **fields)), stopping=stopping)
+    prune(source, output=tmp_path / "parts", resume=True, **fields)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert one == other
+
+
+def test_a_model_in_memory_cannot_go_on_in_the_middle() -> None:
+    model = build("llama")
+    before = copy.deepcopy(model.state_dict())
+    plan = allocate(measure(model, []), 0.5)
+    with pytest.raises(BillhookError, match="aim=0"):
+        prune_(model, plan, criterion="admm", batches=[IDS], start=1)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    prune_(model, plan, criterion="admm", batches=[IDS], start=1, aim=0)
