@@ -134,6 +134,7 @@ assert not any(name.startswith("billhook") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_the_output_loads_where_billhook_is_not(place, pruned, tmp_path):
     prune(place, tmp_path / "experts", model="experts")
     folders = [str(pruned), str(tmp_path / "experts")]
@@ -158,8 +159,15 @@ def test_the_logits_on_disk_are_those_in_memory(place, tmp_path):
     assert report.output is None
 
 
-@pytest.mark.parametrize("criterion", CRITERIA.names())
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "3:8"])
+def fast_for(chosen: tuple[str, ...], *more: str) -> list:
+    """Every criterion, with `more` arguments; the fast suite runs the `chosen` ones."""
+    return [pytest.param(x, *more, marks=[] if x in chosen else [pytest.mark.slow]) for x in CRITERIA.names()]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "pattern"),
+    [*fast_for(tuple(CRITERIA.names()), "unstructured"), *fast_for(("wanda", "gblm"), "2:4"), *fast_for(("sparsegpt", "dsnot"), "3:8")],
+)
 def test_every_criterion_with_every_kind_of_pattern(place, tmp_path, criterion, pattern):
     sparsity = {"unstructured": 0.7, "2:4": 0.5, "3:8": 0.625}[pattern]
     arguments = ["--sparsity", "0.7"] if pattern == "unstructured" else ["--pattern", pattern]
@@ -231,24 +239,22 @@ def test_a_table_of_the_whole_model_serves_for_a_part(place, tmp_path):
     assert report["sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
-def test_odd_shapes(place, tmp_path):
-    odd = tiny.llama(hidden_size=36, num_attention_heads=3, num_key_value_heads=1, intermediate_size=53, num_hidden_layers=2)
-    tiny.save(tmp_path / "odd", odd)
-    total = sum(out * columns for out, columns in (layer.shape for layer in find_layers(odd)))
-    for criterion in CRITERIA.names():
-        report = prune(
-            tmp_path,
-            tmp_path / criterion,
-            "--calibration",
-            str(place / "text.txt"),
-            "--criterion",
-            criterion,
-            "--sparsity",
-            "0.37",
-            model="odd",
-        )
-        assert sum(layer["zeros"] for layer in report["layers"].values()) == round(0.37 * total)
-    message = billhook("prune", tmp_path / "odd", "--output", tmp_path / "x", "--criterion", "magnitude", "--pattern", "2:4").err
+@pytest.fixture(scope="module")
+def odd(place) -> int:
+    """A model of odd shapes beside the others; the number of its prunable weights."""
+    model = tiny.llama(hidden_size=36, num_attention_heads=3, num_key_value_heads=1, intermediate_size=53, num_hidden_layers=2)
+    tiny.save(place / "odd", model)
+    return sum(out * columns for out, columns in (layer.shape for layer in find_layers(model)))
+
+
+@pytest.mark.parametrize("criterion", fast_for(("magnitude", "sparsegpt", "wandapp")))
+def test_odd_shapes(place, odd, criterion, tmp_path):
+    report = prune(place, tmp_path / "pruned", "--criterion", criterion, "--sparsity", "0.37", model="odd")
+    assert sum(layer["zeros"] for layer in report["layers"].values()) == round(0.37 * odd)
+
+
+def test_patterns_that_do_not_fit_odd_shapes(place, odd, tmp_path):
+    message = billhook("prune", place / "odd", "--output", tmp_path / "x", "--criterion", "magnitude", "--pattern", "2:4").err
     assert "2:4 is impossible for model.layers.0.mlp.down_proj: its 53 columns do not divide by 4" in message
 
 
