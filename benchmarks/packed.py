@@ -1,11 +1,12 @@
 """What packing gives: file size, memory and tokens a second of packed models against the dense one, at 50 to 80 %.
 
     python benchmarks/packed.py --model demo --folder packed
-    python benchmarks/packed.py --model 1b --folder packed --picture docs/images/packed.svg
+    python benchmarks/packed.py --model 1b,demo --folder packed --picture docs/images/packed.svg
 
 `demo` is the bundled model, pruned by magnitude; `1b` a random Llama of the 1B class (16 blocks x 2048, MLP 5632, vocabulary 32000) in
 bfloat16 with random masks, which says nothing of quality and all of speed. The directories are made in `--folder` once and then
-measured as `billhook bench` does: each in its own process, in turns, medians and quartiles.
+measured as `billhook bench` does: each in its own process, in turns, medians and quartiles. The picture is of the first batch size and
+prompt length.
 """
 
 import argparse
@@ -18,11 +19,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import billhook
+from billhook.charts import Axis, Series, chart
 from billhook.cli.bench import show
 from billhook.files import write_text
 from billhook.runtime import benchmark
+from billhook.runtime.benchmark import Side
 
 LEVELS = (50, 60, 70, 80)
+NAMES = {"demo": "bundled model", "1b": "1B-class model"}
 DEMO = Path(billhook.__file__).parent / "demo_model"
 
 
@@ -53,10 +57,35 @@ def make_large(folder: Path) -> Path:
     return folder / "1b-dense"
 
 
+def measured(model: str, args: argparse.Namespace) -> list[Side]:
+    """The dense model and its packed forms, made if they are not there yet, side by side; nothing with --make-only."""
+    dense = args.folder / f"{model}-dense"
+    if not dense.exists():
+        (make_demo if model == "demo" else make_large)(args.folder)
+    if args.make_only:
+        return []
+    prompts, batches = ([int(word) for word in words.split(",")] for words in (args.prompt, args.batch))
+    packed = [args.folder / f"{model}-{percent}" for percent in LEVELS]
+    return benchmark.bench(packed, against=dense, batches=batches, prompts=prompts, new=args.new, rounds=args.rounds)
+
+
+def picture(found: dict[str, list[Side]]) -> str:
+    """How many times as fast and as small each model is as its dense form, against the weights removed, as SVG."""
+    series = []
+    for model, (dense, *packed) in found.items():
+        x = [100 * (side.sparsity or 0.0) for side in packed]
+        speed = [ratio for side in packed if (ratio := side.cells[0].decode_speedup) is not None]
+        bands = ([ratio.median for ratio in speed], [ratio.low for ratio in speed], [ratio.high for ratio in speed])
+        series.append(Series(f"{NAMES[model]}: tokens a second", x, *bands))
+        series.append(Series(f"{NAMES[model]}: file size", x, [dense.file_bytes / side.file_bytes for side in packed], dashed=True))
+    axes = Axis("weights removed (%)"), Axis("times as fast, times as small", zero=True)
+    return chart("Packed models against dense ones", series, *axes, summary="Bands: quartiles over the rounds.", standalone=True)
+
+
 def main() -> None:
     """Make what is not there yet, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=["demo", "1b"], default="demo")
+    parser.add_argument("--model", default="demo", help="demo, 1b or both: 1b,demo")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--prompt", default="128")
     parser.add_argument("--batch", default="1")
@@ -65,19 +94,18 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--make-only", action="store_true")
     args = parser.parse_args()
+    models = args.model.split(",")
+    if not set(models) <= NAMES.keys():
+        parser.error(f"--model {args.model}: there are {' and '.join(NAMES)}")
     args.folder.mkdir(exist_ok=True)
-    dense = args.folder / f"{args.model}-dense"
-    if not dense.exists():
-        (make_demo if args.model == "demo" else make_large)(args.folder)
+    found = {model: measured(model, args) for model in models}
     if args.make_only:
         return
-    numbers = {key: [int(word) for word in getattr(args, key).split(",")] for key in ("prompt", "batch")}
-    packed = [args.folder / f"{args.model}-{percent}" for percent in LEVELS]
-    sides = benchmark.bench(packed, against=dense, batches=numbers["batch"], prompts=numbers["prompt"], new=args.new, rounds=args.rounds)
-    show(sides)
-    print(json.dumps([asdict(side) for side in sides]))
-    if args.picture is not None and (drawn := benchmark.picture(sides)) is not None:
-        write_text(args.picture, drawn)
+    for sides in found.values():
+        show(sides)
+        print(json.dumps([asdict(side) for side in sides]))
+    if args.picture is not None:
+        write_text(args.picture, picture(found))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 // AVX-512 with VBMI2 (Ice Lake, Zen 4 and later): the processor expands 16-bit and 8-bit values itself. Included inside an anonymous
 // namespace, by one file with and by one without the dot-product instruction.
 
-// On Zen 5 a zero-masking expand waits for whatever its destination held before; expanding into a register that was just zeroed does not.
+// On Zen 5 (not on Zen 4) a zero-masking expand waits for what its destination held before; expanding into a register just zeroed does not.
 // The zero and the loaded values come out of an assembly statement because a compiler that knew them would undo both: the form of the
 // expand that reads memory is microcoded on AMD.
 INLINE __m512i expand_words(uint64_t bits, const uint16_t* values, int half) {
