@@ -109,7 +109,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("criterion", ["sparsegpt", "gblm"])
+@pytest.mark.parametrize("criterion", ["sparsegpt", "admm", "gblm"])
 def test_the_result_is_that_of_one_process(place, processes, criterion):
     """Sums over processes differ in the last bits, so weights may differ by 1e-4 of their size, and near ties may fall the other way."""
     fields = (*PRUNE, "--criterion", criterion)

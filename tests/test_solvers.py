@@ -162,7 +162,7 @@ def test_inputs_that_are_no_good(trouble: str, damping: float) -> None:
         assert (few == 0).sum() == (few[:, 4:9] == 0).sum() == 24
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"rho": 0.0}, {"damping": -1.0}, {"rho": float("inf")}])
+@pytest.mark.parametrize("options", [{"steps": 0}, {"rho": 0.0}, {"damping": -1.0}, {"rho": float("inf")}, {"aim": 1.5}])
 def test_options_out_of_range(options: dict[str, float]) -> None:
     W, gram = problem(2, 8)
     with pytest.raises(BillhookError, match="admm"):

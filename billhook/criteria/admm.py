@@ -13,13 +13,16 @@ else by conjugate gradients from Z.
 
 Differences from the published code: V needs one product a step, not two; the exact solve at the end; the support comes from `select`,
 so the budget is exact and groups may be rows (the default) or layers.
-`steps` by default falls with the width: 32 up to 192 inputs, 6 at 1024, 2 from 3072 on. It is set by counting products, for about three
-times the time of SparseGPT on wide layers, which was not timed; narrow layers take much longer than that. On two blocks of a small
-model most of the gain was there after three steps.
+`steps` by default falls with the width: 32 up to 192 inputs, 12 at 512, 3 at 1024, 2 from 1536 on, for about three times the time of
+SparseGPT at 1024 to 2816 inputs and more at 4096; narrow layers take much longer than that. On two blocks of a small model most of the
+gain was there after three steps.
+
+What the layer aims at is, by `aim` (half of the way), between the dense layer's outputs for the pruned model's inputs and the outputs in
+the dense model: `billhook.least_squares.aimed`; the layers of a block are then pruned one after the other (`billhook.beside`).
 
 An input that is always zero ("dead") loses its weights first, the smallest first, as many as are asked for; what is kept there has its
 original value. Up to 512 inputs all arithmetic is float64, else in the dtype of W (float32 in a run); the system of a step is well
-conditioned (at most 1 + in / rho). It does not know about layers other than its own.
+conditioned (at most 1 + in / rho).
 """
 
 from dataclasses import replace
@@ -34,7 +37,7 @@ from billhook.registry import method
 from billhook.stats import LayerStats
 
 LADDER = 4  # attempts, each with ten times the damping of the one before
-_WORK = 6144  # steps times inputs
+_WORK = 6144, 3072  # steps times inputs, up to `DOUBLE` inputs and beyond
 
 
 @method(paper="Boza 2024, arXiv:2401.02938", needs=lambda aim, **_: ("gram", "drift") if aim else ("gram",), group="row")
@@ -80,7 +83,7 @@ def admm(
 
 def default_steps(inputs: int) -> int:
     """The alternations of a layer with so many inputs."""
-    return min(max(_WORK // inputs, 2), 32)
+    return min(max(_WORK[inputs > DOUBLE] // inputs, 2), 32)
 
 
 def _unit_diagonal(stats: LayerStats, damping: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
