@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.allocators import ALLOCATORS, allocate, check_budget
+from billhook import automatic
+from billhook.allocators import ALLOCATORS, AUTO, allocate, check_budget
 from billhook.analysis import WINDOWS, block_outputs, relative_error
 from billhook.assessment import versions
 from billhook.checkpoint import load_tokenizer
@@ -36,6 +37,7 @@ from billhook.registry import hint
 from billhook.request import Opened, Request, calibration_facts, listed, open_request
 from billhook.stats import GRADIENTS
 from billhook.table import Row, Table
+from billhook.trials import Setting
 
 Progress = Callable[[str], None]
 
@@ -56,7 +58,7 @@ class Grid:
         for name, axis in (("sparsities", self.sparsities), ("allocators", self.allocators), ("criteria", self.criteria)):
             if not axis and (name != "sparsities" or "unstructured" in self.patterns):
                 raise BillhookError(f"A comparison needs --{name}: give at least one.")
-        known = [key for a in self.allocators for key in ALLOCATORS.options(a)] + [
+        known = [key for a in self.allocators if a != AUTO for key in ALLOCATORS.options(a)] + [
             key for c in self.criteria for key in CRITERIA.options(c)
         ]
         for key in self.options or {}:
@@ -87,7 +89,8 @@ class Grid:
     def columns(self, allocator: str | None = None) -> list[str]:
         """The metrics that an allocator reads, or all of them."""
         chosen = [a for a in self.allocators if allocator in (None, a)]
-        return list(dict.fromkeys(n for a in chosen for n in ALLOCATORS.needs(a, self.of(ALLOCATORS, a))))
+        of_auto = [n for c in self.criteria for n in automatic.needs(c)] if AUTO in chosen else []
+        return list(dict.fromkeys([*of_auto, *(n for a in chosen if a != AUTO for n in ALLOCATORS.needs(a, self.of(ALLOCATORS, a)))]))
 
     def of(self, registry: Any, name: str) -> dict[str, Any]:
         """The options of one method, complete."""
@@ -171,7 +174,7 @@ class _Bench:
         self.model, self.layers = opened.model, opened.layers
         self._weights = [layer.weight.clone() for layer in opened.layers]
         self._dense: list[Tensor] = []
-        self._batches = {request.seed: opened.batches}
+        self._opened = {request.seed: opened}
         self._tables: dict[int, Table] = {}
         self._spectra: Table | None = None
         self._gradients: dict[tuple[str, int], Gradients] = {}
@@ -195,10 +198,12 @@ class _Bench:
         """Prune by one cell, score, and return its row of compare.json."""
         pattern, sparsity, allocator, criterion, seed = cell
         self._restore()
-        batches = self._drawn(seed) if self.grid.reads_text() else []
-        table = self._table(seed)
-        plan = allocate(table, sparsity, allocator=allocator, pattern=pattern, **self.grid.of(ALLOCATORS, allocator))
-        options = self.grid.of(CRITERIA, criterion)
+        batches = self._drawn(seed).batches if self.grid.reads_text() else []
+        table, options = self._table(seed), self.grid.of(CRITERIA, criterion)
+        if allocator == AUTO:
+            plan = automatic.choose(self._drawn(seed), table, sparsity, pattern, Setting(criterion, options, self.request.group), seed)
+        else:
+            plan = allocate(table, sparsity, allocator=allocator, pattern=pattern, **self.grid.of(ALLOCATORS, allocator))
         gradients = self._gradient(criterion, options, seed)
         results = prune_(
             self.model,
@@ -227,11 +232,12 @@ class _Bench:
             "notes": [f"{r.layer}: {note}" for r in results for note in r.notes],
         }
 
-    def _drawn(self, seed: int) -> list[Tensor]:
-        if seed not in self._batches:
+    def _drawn(self, seed: int) -> Opened:
+        """The model with the windows that this seed draws."""
+        if seed not in self._opened:
             again = replace(self.request, model=self.model, seed=seed)
-            self._batches[seed] = open_request(again, True, "This comparison").batches
-        return self._batches[seed]
+            self._opened[seed] = open_request(again, True, "This comparison")
+        return self._opened[seed]
 
     def _table(self, seed: int) -> Table:
         """The columns of all allocators: those of weights measured once, those of text once for each seed."""
@@ -245,7 +251,7 @@ class _Bench:
             return self._spectra
         if seed not in self._tables:
             self._restore()
-            found = measure(self.model, of_text, batches=self._drawn(seed), layers=self.layers)
+            found = measure(self.model, of_text, batches=self._drawn(seed).batches, layers=self.layers)
             rows = tuple(_joined(a, b) for a, b in zip(self._spectra.rows, found.rows, strict=True))
             self._tables[seed] = Table(rows, self._spectra.model)
         return self._tables[seed]
@@ -258,7 +264,7 @@ class _Bench:
         if (statistic, seed) not in self._gradients:
             self._restore()
             path = self._folder / f"{statistic}-{seed}.safetensors"
-            self._gradients[statistic, seed] = compute_gradients(self.model, self._drawn(seed), statistic, path, layers=self.layers)
+            self._gradients[statistic, seed] = compute_gradients(self.model, self._drawn(seed).batches, statistic, path, layers=self.layers)
         return self._gradients[statistic, seed]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from billhook import automatic
-from billhook.allocators import ALLOCATORS, allocate, check_budget
+from billhook.allocators import ALLOCATORS, AUTO, allocate, check_budget
 from billhook.arch import find_layers
 from billhook.criteria import CRITERIA
 from billhook.errors import BillhookError, Interrupted
@@ -58,11 +58,10 @@ def prune(model: str | Path | PreTrainedModel, *, progress: Callable[[str], None
 
 def prepare(request: Request, progress: Callable[[str], None] = lambda layer: None) -> Job:
     """Check everything about a request, cheapest first; measure and allocate if the request asks for it."""
-    allocators = [] if request.plan is not None else [request.allocator]
+    arithmetic = request.plan is None and request.allocator != AUTO
+    allocators = [request.allocator] if arithmetic else []
     criterion_options, given = split_options(request.options, request.criterion, allocators, Request.__dataclass_fields__)
-    allocator_options = {} if request.plan is not None else ALLOCATORS.configure(request.allocator, given)
-    if given and request.plan is None and request.allocator == automatic.NAME:
-        raise BillhookError(f"The allocator auto tries its own options here: leave out {', '.join(given)}, or use billhook plan.")
+    allocator_options = ALLOCATORS.configure(request.allocator, given) if arithmetic else {}
     plan = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
     table = Table.load(request.table) if isinstance(request.table, str | Path) else request.table
     if plan is None:
@@ -75,7 +74,8 @@ def prepare(request: Request, progress: Callable[[str], None] = lambda layer: No
     needs_text = needs_text or request.refine != "none"
     request, packed = _beside(request)
     who = f"Pruning with {request.criterion} and {request.allocator}"
-    streamed = request.output is not None and request.allocator != automatic.NAME  # whose trials prune the model in memory
+    in_memory = request.allocator == AUTO or any(fact(name).reads == "trial" for name in needed)
+    streamed = request.output is not None and not in_memory
     opened = open_request(request, needs_text, who, streamed=streamed)
     asked = identity(request, opened, {**allocator_options, **criterion_options}, plan, table)
     shapes = {layer.name: layer.shape for layer in opened.layers}
@@ -97,7 +97,7 @@ def prepare(request: Request, progress: Callable[[str], None] = lambda layer: No
 
 def _columns(request: Request, options: Mapping[str, Any]) -> tuple[str, ...]:
     """The columns of the table that the request's allocator reads."""
-    return automatic.needs(request.criterion) if request.allocator == automatic.NAME else ALLOCATORS.needs(request.allocator, options)
+    return automatic.needs(request.criterion) if request.allocator == AUTO else ALLOCATORS.needs(request.allocator, options)
 
 
 def _allocate(
@@ -109,7 +109,7 @@ def _allocate(
     progress: Callable[[str], None],
 ) -> SparsityPlan:
     """The request's plan; of `auto`, the best of several on held-out windows."""
-    if request.allocator != automatic.NAME:
+    if request.allocator != AUTO:
         return allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **options)
     setting = Setting(request.criterion, dict(criterion_options), request.group)
     return automatic.choose(opened, table, request.sparsity, request.pattern, setting, request.seed, progress=progress)
@@ -250,7 +250,8 @@ def _gradients_of(job: Job, place: Unfinished, progress: Callable[[str], None]) 
 def measure_model(request: Request, metrics: Sequence[str], progress: Callable[[str], None] = lambda layer: None) -> Table:
     """Measure the layers of a request's model; text is read only if a metric looks at activations."""
     activations = [name for name in metrics if fact(name).needs_text]
-    opened = open_request(request, bool(activations), f"The metric {' and '.join(activations)}", streamed=True)
+    streamed = not any(fact(name).reads == "trial" for name in metrics)
+    opened = open_request(request, bool(activations), f"The metric {' and '.join(activations)}", streamed=streamed)
     return _measure(opened, metrics, progress)
 
 

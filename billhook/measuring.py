@@ -52,7 +52,7 @@ def measure(
         for block in walk(model, batches, ("input_norm",), dense=True):
             _of_activations(block, of_activations, values)
     for name in with_text:
-        if fact(name).reads == "loss":
+        if fact(name).reads in ("loss", "trial"):
             for layer, loss in function_of(name)(model, layers, batches, **options_of(name)).items():
                 values[layer][name] = loss
     of_weights = [name for name in columns if not fact(name).needs_text]

@@ -8,7 +8,8 @@ Shape of the spectrum: a heavy tail (small alpha, low entropy, low stable rank) 
 are -1. The published AlphaPruning code uses +1 for every metric it can be given.
 
 A parameter follows the name after a colon: `outlier_ratio:5`, `alpha_peak:repaired`. What a metric `reads` says how its function is
-called: `spectrum` (Spectrum), `weight` (W), `activations` (weights, norms of a block), `loss` (model, layers, batches).
+called: `spectrum` (Spectrum), `weight` (W), `activations` (weights, norms of a block), `loss` and `trial` (model, layers, batches; for a
+`trial` the whole model has to be in memory).
 
 A *curve* is a list of numbers per layer instead of one: the quantiles of its scores, from which `global` and `lamp` find the one
 threshold that meets the budget, or those of its spectrum, for the pictures of a report. Curves are measured by name like metrics and
@@ -22,7 +23,7 @@ from billhook.errors import BillhookError
 from billhook.registry import Registry, hint
 
 Sign = Literal[1, -1]
-Reads = Literal["spectrum", "weight", "activations", "loss"]
+Reads = Literal["spectrum", "weight", "activations", "loss", "trial"]
 
 _ALPHA_PRUNING = "AlphaPruning, Lu et al. 2024, arXiv:2410.10912"
 _WEIGHT_WATCHER = "Martin, Peng & Mahoney 2021, Nature Communications 12:4122 (WeightWatcher)"
@@ -54,7 +55,7 @@ class Metric:
     @property
     def needs_text(self) -> bool:
         """Whether it looks at what the model does with text."""
-        return self.reads in ("activations", "loss")
+        return self.reads in ("activations", "loss", "trial")
 
 
 def _spectral(name: str, sign: Sign, paper: str, summary: str) -> Metric:
@@ -109,6 +110,14 @@ FACTS: dict[str, Metric] = {
             "loss",
             block=True,
         ),
+        Metric(
+            "loss_share",
+            -1,
+            "Billhook",
+            "billhook.loss_shares:loss_share",
+            "divergence from the dense model, in nats a token, due to this layer when all lose 60 % (`loss_share:CRITERION`)",
+            "trial",
+        ),
     )
 }
 CURVES: dict[str, Metric] = {
@@ -130,7 +139,7 @@ CURVES: dict[str, Metric] = {
             -1,
             "Billhook",
             "billhook.error_curves:error_curve",
-            "what pruning this layer alone costs, at 40 sparsities (`error_curve:CRITERION`)",
+            "relative squared error of the layer's output, at 40 sparsities (`error_curve:CRITERION`)",
             "loss",
         ),
     )

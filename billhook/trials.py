@@ -6,8 +6,7 @@ they are computed once for all. Criteria that need more (SparseGPT's reconstruct
 then rank plans, and only the full runs use the criterion.
 
 The loss is the Kullback-Leibler divergence from the dense model's next-token distribution, in nats a token, or the negative
-log-likelihood. Of the dense distribution the `KEPT` likeliest tokens are remembered and the rest as one sum, which bounds the
-divergence from below and is exact for vocabularies up to that size.
+log-likelihood (`billhook.predictions`). `Bench.attribute` says which layers the divergence comes from.
 """
 
 import math
@@ -20,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from billhook.arch import Layer
+from billhook.attribution import attribute
 from billhook.criteria import CRITERIA
 from billhook.errors import JobError
 from billhook.gradient_file import Gradients
@@ -31,13 +30,11 @@ from billhook.gradients import compute_gradients
 from billhook.ladder import Ladder
 from billhook.masks import Select
 from billhook.plan import SparsityPlan
+from billhook.predictions import Remembered, compare, remember, slope
 from billhook.pruning import Group, LayerResult, prune_
 from billhook.request import TOKENS_A_BATCH
 from billhook.stats import GRADIENTS, STATISTICS, LayerStats
 from billhook.walk import evaluating, walk
-
-KEPT = 256
-_ROW_BYTES = 1 << 26  # of float32 log-probabilities worked on at once
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class Bench:
         self._dense = {layer.name: layer.weight.clone() for layer in layers}
         self._stats: dict[str, LayerStats] = {}
         self._ladders: dict[str, Ladder] = {}
-        self._reference: list[tuple[Tensor, Tensor]] = []  # of each held-out window
+        self._reference: list[Remembered] = []  # of each held-out window
         self._gradients = gradients
         self._files = ExitStack()
         self._pruned: tuple[SparsityPlan, list[LayerResult]] | None = None  # what `prune` made of the model, as it still is
@@ -112,7 +109,7 @@ class Bench:
         if name is not None and self._gradients is None:
             folder = Path(self._files.enter_context(tempfile.TemporaryDirectory(prefix="billhook.")))
             self._gradients = compute_gradients(self.model, self.batches, name, folder / "gradients.safetensors", layers=self.layers)
-        self._reference = [_remember(logits) for logits, _ in self._predictions(0, len(self.heldout))]
+        self._reference = [remember(logits) for logits, _ in self._predictions(0, len(self.heldout))]
 
     @torch.no_grad()
     def _prepare(self) -> None:
@@ -174,12 +171,25 @@ class Bench:
         """Score the model as it now is on held-out windows `first` to `last` (exclusive); raises JobError for a loss that is not finite."""
         kl, nll = [], []
         for window, (logits, ids) in enumerate(self._predictions(first, last), start=first):
-            divergence, likelihood = _compare(logits, ids, *self._reference[window])
+            divergence, likelihood = compare(logits, ids, self._reference[window])
             if not math.isfinite(divergence) or not math.isfinite(likelihood):
                 raise JobError(f"The pruned model's loss on held-out window {window} is not a finite number. Try --dtype float32.")
             kl.append(divergence)
             nll.append(likelihood)
         return Losses(kl, nll)
+
+    def attribute(self) -> tuple[list[float], dict[str, float]]:
+        """The divergence on each held-out window of the model as it now is, and each layer's share of their mean."""
+        found: list[float] = []
+
+        def back(window: int, logits: Tensor) -> Tensor:
+            divergence, gradient = slope(logits, self._reference[window])
+            if not math.isfinite(divergence):
+                raise JobError(f"The pruned model's loss on held-out window {window} is not a finite number. Try --dtype float32.")
+            found.append(divergence)
+            return gradient
+
+        return found, attribute(self.model, self.layers, self._dense, self.heldout, back)
 
     def _predictions(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """For each window the logits [length - 1, vocabulary] and the tokens int64 [length - 1] they are to predict."""
@@ -230,29 +240,3 @@ class Bench:
 
         self._apply(layer, select)
         return seen[0]
-
-
-def _remember(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The log-probabilities float32 [tokens, k] of the likeliest tokens, and which they are, int32 [tokens, k]."""
-    k = min(KEPT, logits.shape[-1])
-    parts = [functional.log_softmax(part.float(), -1).topk(k) for part in logits.split(_rows(logits))]
-    return torch.cat([p.values for p in parts]), torch.cat([p.indices.int() for p in parts])
-
-
-def _compare(logits: Tensor, targets: Tensor, dense: Tensor, tokens: Tensor) -> tuple[float, float]:
-    """Mean divergence from the remembered distribution and mean negative log-likelihood of `targets` [tokens]."""
-    kl, nll = 0.0, 0.0
-    rows = _rows(logits)
-    for part, target, p, index in zip(logits.split(rows), targets.split(rows), dense.split(rows), tokens.split(rows), strict=True):
-        log_q = functional.log_softmax(part.float(), -1)
-        q = log_q.gather(1, index.long())
-        kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-        if q.shape[1] < log_q.shape[1]:
-            rest_p, rest_q = ((1 - x.exp().sum(1, dtype=torch.float64)).clamp_min(1e-9) for x in (p, q))
-            kl += float((rest_p * (rest_p / rest_q).log()).sum())
-        nll -= float(log_q.gather(1, target[:, None]).sum(dtype=torch.float64))
-    return kl / len(targets), nll / len(targets)
-
-
-def _rows(logits: Tensor) -> int:
-    return max(1, _ROW_BYTES // (4 * logits.shape[-1]))

@@ -153,7 +153,7 @@ def test_losses_of_the_dense_model(tokens: torch.Tensor):
 def test_divergence_with_a_sum_for_unlikely_tokens_is_a_lower_bound(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
     found = {}
     for kept in (8, 258):
-        monkeypatch.setattr("billhook.trials.KEPT", kept)
+        monkeypatch.setattr("billhook.predictions.KEPT", kept)
         task = Task(Request(llama(), 0.5, calibration=tokens), ("atp",), "kl", False)
         task.bench.trial(task.plan(UNIFORM))
         found[kept] = task.bench.losses(0, 6).kl

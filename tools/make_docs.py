@@ -125,7 +125,7 @@ def _examples(epilog: str) -> str:
 def methods() -> str:
     """The page of all allocators, criteria, metrics and families."""
     signs = {1: "larger", -1: "smaller"}
-    sources = {"spectrum": "weights", "weight": "weights", "activations": "activations", "loss": "loss on text"}
+    sources = {"spectrum": "weights", "weight": "weights", "activations": "activations", "loss": "loss on text", "trial": "a trial on text"}
     metrics = [[f"`{m.name}`", m.summary, signs[m.sign], sources[m.reads], m.paper] for m in FACTS.values()]
     curves = [[f"`{m.name}`", m.summary, sources[m.reads], m.paper] for m in CURVES.values()]
     parts = [

@@ -23,10 +23,11 @@ ALLOCATORS = Registry(
         "lamp": "billhook.allocators.lamp:lamp",
         "global": "billhook.allocators.one_threshold:one_threshold",
         "sensitivity": "billhook.allocators.sensitivity:sensitivity",
-        "auto": "billhook.allocators.auto:auto",
+        "curves": "billhook.allocators.curves:curves",
         "explicit": "billhook.allocators.explicit:explicit",
     },
 )
+AUTO = "auto"  # no arithmetic: tries plans on the model (`billhook.automatic`)
 
 
 def allocate(
@@ -39,6 +40,10 @@ def allocate(
     sparsities gives them, under N:M, different N with the same M, whose average is the pattern's N (largest remainder).
     Raises BillhookError for an unknown allocator or option, an illegal value, or a column the table lacks.
     """
+    if allocator == AUTO:
+        raise BillhookError(
+            "auto tries plans on a model: it is an allocator of billhook prune and compare. From a table alone, curves does its arithmetic."
+        )
     pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
     target = check_budget(sparsity, pattern)
     configured = ALLOCATORS.configure(allocator, options)

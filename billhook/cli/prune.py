@@ -48,7 +48,8 @@ def command(
     pattern: Annotated[str, typer.Option(help="unstructured, or N:M (keep N of every M), such as 2:4.")] = "unstructured",
     criterion: Annotated[str, typer.Option(help="Which weights go: see billhook ls criteria.")] = "wanda",
     allocator: Annotated[
-        str | None, typer.Option(help="How much each layer loses: see billhook ls allocators; uniform unless a preset or plan is given.")
+        str | None,
+        typer.Option(help="How much each layer loses: billhook ls allocators, or auto; uniform unless a preset or plan is given."),
     ] = None,
     settings: Settings = None,
     preset: Preset = None,

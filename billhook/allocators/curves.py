@@ -1,10 +1,14 @@
-"""auto: the sparsities of all layers that cost least together, by measured error curves of the criterion that prunes.
+"""curves: the sparsities of all layers that cost least together, by measured error curves of the criterion that prunes.
 
-The table's column `error_curve:CRITERION` says what each layer's pruning alone costs the model at every sparsity (`billhook.error_curves`).
-Losses are added, each curve is replaced by its lower convex hull, and the sum is minimized under the budget: weights are removed
+The table's column `error_curve:CRITERION` says how far pruning moves each layer's output at every sparsity (`billhook.error_curves`), and
+`loss_share:CRITERION` what that cost the model in a run in which all layers lost the same (`billhook.loss_shares`). The cost of layer l is
+
+    loss_l(s) = loss_share_l * error_l(s) / error_l(MIDDLE)
+
+Losses are added, each is replaced by its lower convex hull, and the sum is minimized under the budget: weights are removed
 where the next one costs least, hull segment by hull segment, which is the exact optimum of the hulls (Lagrange). `strength` goes from
-uniform (0) to that optimum (1). It does not know how layers pruned together interact: `billhook prune --allocator auto` therefore
-tries several strengths, uniform and a published allocation on held-out text, and takes the best.
+uniform (0) to that optimum (1). It does not know how the shares change when the plan does: `billhook prune --allocator auto` measures
+them again under the plan, and tries the result on held-out text.
 """
 
 from collections.abc import Sequence
@@ -17,17 +21,31 @@ from billhook.registry import method
 from billhook.table import Table
 
 CEILING = 0.95  # no layer loses more, unless the target itself is above
+LEAST = 1e-12  # relative error
+MIDDLE = 0.6  # what every layer loses where `loss_share` is measured
 
 
-@method(paper="Billhook", needs=lambda criterion, **_: (f"error_curve:{criterion}",))
-def auto(table: Table, target: float, *, criterion: str = "admm", strength: float = 1.0) -> dict[str, float]:
-    """s = target + strength * (optimum - target); reads the curves of `criterion`, values at even steps from 0 to 1."""
+@method(paper="Billhook", needs=lambda criterion, **_: (f"error_curve:{criterion}", f"loss_share:{criterion}"))
+def curves(table: Table, target: float, *, criterion: str = "admm", strength: float = 1.0) -> dict[str, float]:
+    """s = target + strength * (optimum - target); reads the error curves and shares of `criterion`."""
     if not 0 <= strength <= 1:
         raise BillhookError(f"strength must be in [0, 1], got {strength:g} (0 is uniform).")
     CRITERIA.check(criterion)
-    curves = table.curve(f"error_curve:{criterion}")
-    best = cheapest(curves, [row.n for row in table], target, max(CEILING, target))
+    errors = [[min(max(e, 0.0), 1.0) for e in curve] for curve in table.curve(f"error_curve:{criterion}")]
+    shares = table.column(f"loss_share:{criterion}")
+    whole = max(*shares, 1e-300)
+    losses = [
+        [max(share, 0.0) / whole * e / max(at(curve, MIDDLE), LEAST) for e in curve] for curve, share in zip(errors, shares, strict=True)
+    ]
+    best = cheapest(losses, [row.n for row in table], target, max(CEILING, target))
     return {row.layer: target + strength * (s - target) for row, s in zip(table, best, strict=True)}
+
+
+def at(curve: Sequence[float], s: float) -> float:
+    """The value at sparsity `s` of a curve given at even steps from 0 to 1, straight between them."""
+    steps = len(curve) - 1
+    k = min(int(s * steps), steps - 1)
+    return curve[k] + (curve[k + 1] - curve[k]) * (s * steps - k)
 
 
 def cheapest(curves: Sequence[Sequence[float]], n: Sequence[int], target: float, ceiling: float = 1.0) -> list[float]:
@@ -53,8 +71,7 @@ def _hull(curve: Sequence[float], ceiling: float) -> list[tuple[tuple[float, flo
     """The segments of a curve's lower convex hull on [0, ceiling], from the left."""
     steps = len(curve) - 1
     points = [(k / steps, value) for k, value in enumerate(curve) if k / steps < ceiling]
-    k = min(int(ceiling * steps), steps - 1)
-    points.append((ceiling, curve[k] + (curve[k + 1] - curve[k]) * (ceiling * steps - k)))
+    points.append((ceiling, at(curve, ceiling)))
     hull: list[tuple[float, float]] = []
     for s, value in points:
         while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (s - hull[-1][0]) >= (value - hull[-1][1]) * (hull[-1][0] - hull[-2][0]):
