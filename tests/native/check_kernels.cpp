@@ -16,6 +16,8 @@ int billhook_paths();
 const char* billhook_path_name(int path);
 int billhook_path_runs(int path);
 int billhook_multiply(const Matrix*, const void*, int64_t, int64_t, const void*, void*, int, int, int);
+void billhook_multiply_many(const Matrix*, const uint16_t*, int64_t, int64_t, const uint16_t*, uint16_t*, char*, int, int);
+int64_t billhook_many_bytes(const Matrix*, int64_t, int, int);
 void billhook_expand(const Matrix*, int64_t, int64_t, void*, int, int, int);
 int64_t billhook_row_starts(const uint8_t*, int64_t, int64_t, int64_t*);
 void billhook_bitmask(const void*, int, int64_t, int64_t, uint8_t*, int);
@@ -73,7 +75,7 @@ struct Case {
 
 static void multiply_all(const Case& c, const Matrix& m) {
   const int x_type = (int)below(3);
-  const int64_t tokens = 1 + below(10), stride = c.in + below(3);
+  const int64_t tokens = 1 + below(below(4) ? 10 : 150), stride = c.in + below(3);
   const size_t width = width_of(x_type);
   Bytes x(width * ((tokens - 1) * stride + c.in)), bias(width * c.out), y(width * tokens * c.out);
   for (int64_t t = 0; t < tokens; t++)
@@ -81,9 +83,7 @@ static void multiply_all(const Case& c, const Matrix& m) {
   for (int64_t r = 0; r < c.out; r++) put(bias.at(), r, x_type, uniform());
   const bool biased = below(2);
   const double rounding = x_type == TYPE_BF16 ? 0x1p-8 : x_type == TYPE_F16 ? 0x1p-10 : 0x1p-22;
-  for (int path = 0; path < billhook_paths(); path++) {
-    if (!billhook_path_runs(path)) continue;
-    if (billhook_multiply(&m, x.at(), stride, tokens, biased ? bias.at() : nullptr, y.at(), x_type, path, 1 + (int)below(2))) exit(2);
+  const auto check = [&](const char* what, int path) {
     for (int64_t t = 0; t < tokens; t++)
       for (int64_t r = 0; r < c.out; r++) {
         double sum = biased ? get(bias.at(), r, x_type) : 0, terms = 0;
@@ -93,8 +93,20 @@ static void multiply_all(const Case& c, const Matrix& m) {
           terms += fabs(term);
         }
         const double allowed = terms * 0x1p-20 + fabs(sum) * rounding + 0x1p-24;
-        if (!(fabs(get(y.at(), t * c.out + r, x_type) - sum) <= allowed)) fail("a product", path, c.out, c.in, c.type);
+        if (!(fabs(get(y.at(), t * c.out + r, x_type) - sum) <= allowed)) fail(what, path, c.out, c.in, c.type);
       }
+  };
+  for (int path = 0; path < billhook_paths(); path++) {
+    if (!billhook_path_runs(path)) continue;
+    const int threads = 1 + (int)below(2);
+    if (billhook_multiply(&m, x.at(), stride, tokens, biased ? bias.at() : nullptr, y.at(), x_type, path, threads)) exit(2);
+    check("a product", path);
+    if (!m.starts || c.type != TYPE_BF16 || x_type != TYPE_BF16 || !billhook_many_bytes(&m, tokens, path, threads)) continue;
+    Bytes room(billhook_many_bytes(&m, tokens, path, threads), (size_t)below(64));
+    memset(y.at(), 0xff, y.room.size());
+    billhook_multiply_many(&m, (const uint16_t*)x.at(), stride, tokens, biased ? (const uint16_t*)bias.at() : nullptr, (uint16_t*)y.at(),
+                           (char*)room.at(), path, threads);
+    check("a product with many tokens", path);
   }
 }
 
