@@ -35,7 +35,7 @@ def alphapruning_by_hand(table: Table, target: float, metric: str, epsilon: floa
 
 @relaxed
 @given(
-    table=tables(values=st.floats(1.2, 8.0)),
+    table=tables(values=st.floats(1.2, 8.0), drawn="alpha_peak"),
     target=st.floats(0.01, 0.99),
     epsilon=st.floats(0, 0.99),
     mapping=st.sampled_from(["block", "layer"]),

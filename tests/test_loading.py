@@ -230,7 +230,7 @@ def test_generate_prints_what_the_model_says(place: Path, stream: bool) -> None:
         (("bench", "packed", "--batch", "one"), "--batch one: write whole numbers with commas"),
         (("bench", "packed", "--prompt", "0"), "start at 1"),
         (("bench", "packed", "--picture", "x.svg"), "needs --against"),
-        (("bench", "packed", "--prompt", "500"), "do not fit the model's context"),
+        pytest.param(("bench", "packed", "--prompt", "500"), "do not fit the model's context", marks=pytest.mark.slow),  # starts a process
         (("unpack", "dense", "-o", "out"), "dense is not a packed model"),
         (("pack", "dense", "-o", "packed"), "exists and is not empty"),
     ],

@@ -101,6 +101,7 @@ def test_evaluations_are_added_once_and_kept(place, pruned):
     assert again["runs"][0]["nll"] == report["evaluations"][0]["nll"]
 
 
+@pytest.mark.slow
 def test_speed_is_added_from_a_benchmark(place, pruned):
     done("pack", pruned, "-o", pruned.parent / "packed")
     words = ["--batch", 1, "--prompt", 4, "--new", 2, "--rounds", 1, "--json"]
@@ -113,6 +114,9 @@ def test_speed_is_added_from_a_benchmark(place, pruned):
         assert f"{packed['cells'][0]['decode']['median']:,.1f} ({packed['cells'][0]['decode_speedup']['median']:.2f} x)" in text
         assert found.json["hardware"]["processor"] in text
         done("report", pruned)
+
+
+def test_speed_is_added_from_a_file_of_ones_own(pruned):
     (pruned.parent / "own.json").write_text('{"machine": "a machine", "decode": {"dense": 10, "packed": 14}}')
     done("report", pruned, "--speed", pruned.parent / "own.json")
     assert "dense 10, packed 14" in (pruned / "report.html").read_text()

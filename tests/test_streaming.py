@@ -56,7 +56,10 @@ def source(request, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
+ALSO = [pytest.param(name, marks=pytest.mark.slow) for name in ("magnitude", "sparsegpt")]  # with one family in the fast suite, below
+
+
+@pytest.mark.parametrize("criterion", ["wanda", *ALSO])
 def test_every_family_gives_the_bytes_of_the_model_in_memory(source, criterion, tmp_path):
     fields = {"sparsity": 0.5, "criterion": criterion, "calibration": IDS, "batch_size": 2}
     report = prune(source, output=tmp_path / "streamed", **fields)
@@ -91,7 +94,8 @@ def llama(tmp_path_factory) -> Path:
     return tiny.save(tmp_path_factory.mktemp("llama") / "model", dtype=torch.bfloat16, shard="60KB")
 
 
-OTHERS = [{"criterion": "gblm"}, {"criterion": "wanda", "allocator": "owl"}, {"targets": "re:.*mlp"}, {"pattern": "2:4"}]
+CRITERIA = [{"criterion": name} for name in ("magnitude", "sparsegpt", "gblm")]
+OTHERS = [*CRITERIA, {"criterion": "wanda", "allocator": "owl"}, {"targets": "re:.*mlp"}, {"pattern": "2:4"}]
 
 
 @pytest.mark.parametrize("fields", OTHERS, ids=str)
