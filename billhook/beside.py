@@ -35,19 +35,19 @@ _LIKE = 0.1  # relative difference of two shifts that counts as none
 
 
 class Beside:
-    """The dense model's stream beside a walk that changes weights."""
+    """The dense model's stream beside a walk that changes weights; `hidden` is what enters the next block that it has not passed."""
 
     def __init__(self, hidden: States, spill_gib: float) -> None:
         """`hidden` is what enters the first block."""
-        self._hidden = States(spill_gib)
+        self.hidden = States(spill_gib)
         for h in hidden:
-            self._hidden.append(h)
+            self.hidden.append(h)
         self._writes: dict[str, bool] = {}  # by kind of layer
 
     def advance(self, block: nn.Module, calls: Sequence[Call]) -> None:
         """Pass through a block, which is dense."""
         for i, call in enumerate(calls):
-            self._hidden[i] = run_block(block, self._hidden[i], call)
+            self.hidden[i] = run_block(block, self.hidden[i], call)
 
     @torch.no_grad()
     def stages(
@@ -75,7 +75,7 @@ class Beside:
             pair = _Pair(group[0], statistics, "end" if writes and last else "start" if writes and first else None)
             first = first and not writes
             for i, call in enumerate(calls):
-                pair.add(block, dense.values(), (self._hidden[i], hidden[i]), call)
+                pair.add(block, dense.values(), (self.hidden[i], hidden[i]), call)
             yield group, pair.stats(group)
         with _values(dense.values()):
             self.advance(block, calls)

@@ -105,11 +105,12 @@ def prune_(
     if reads_text and not batches:
         who = "--refine" if refine else f"The criterion {criterion}"
         raise BillhookError(f"{who} looks at activations: give text with --calibration SOURCE.")
-    refinery = None if refine is None else Refinery(refine, start, spill_gib)
+    refinery = None if refine is None else Refinery(refine, spill_gib)
     zeros: dict[str, int] = plan.zeros(shapes)
     results: list[LayerResult] = []
     with _open_gradients(model, batches, gradient, gradients, layers, progress) as found:
-        for block in walk(model, batches if observed or refine else (), observed, start=start, spill_gib=spill_gib):
+        beside = refine is not None and refine.aim > 0
+        for block in walk(model, batches if observed or refine else (), observed, beside=beside, start=start, spill_gib=spill_gib):
             done: list[LayerResult] = []
             if refinery is not None:
                 refinery.note(block)

@@ -1,14 +1,15 @@
 """Tune what is left of a pruned block, the zeros fixed, so that its outputs come near those of the dense block.
 
 The loss is the mean squared difference of the block's outputs, for the inputs that the pruned blocks before it produce, relative to the
-mean square of the targets. Targets are the outputs of the dense block for the same inputs (`mix` = 0), for the dense model's own
-inputs (1, which also makes up for what went wrong before), or their mean weighted so. Adam on minibatches of windows; its step falls
-as a cosine, from `rate` times the root mean square of each parameter to zero. One window in eight is held out, the weights of the
+mean square of the targets. Targets lie, by `aim` (half of the way), between the outputs of the dense block for the same inputs (0) and
+those for the dense model's own inputs (1, which also makes up for what went wrong before). Adam on minibatches of windows; its step
+falls as a cosine, from `rate` times the root mean square of each parameter to zero. One window in eight is held out, the weights of the
 epoch with the least loss there are kept, and `PATIENCE` epochs without a new least end it. A block whose held-out loss did not
 fall, in the model's own type, gets back the weights it had.
 
-Wanda++ (arXiv:2503.04992) and EBFT (arXiv:2402.12419) tune blocks so. In memory: one block four times in float32, its inputs and its
-targets. It does not look past its block, and it needs a few thousand tokens: with less it fits the text rather than the block.
+Wanda++ (arXiv:2503.04992) and EBFT (arXiv:2402.12419) tune blocks so. In memory: one block four times in float32, its inputs, its
+targets and, unless `aim` is 0, the dense model's outputs. It does not look past its block, and it needs a few thousand tokens: with
+less it fits the text rather than the block.
 """
 
 import math
@@ -43,13 +44,13 @@ class Refine:
 
     epochs: int = 20
     rate: float = 0.05
-    mix: float = 0.0
+    aim: float = 0.5
     everything: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or not 0 < self.rate < math.inf or not 0 <= self.mix <= 1:
-            values = f"epochs={self.epochs} must be at least 1, rate={self.rate:g} above 0 and mix={self.mix:g} in [0, 1]"
+        if self.epochs < 1 or not 0 < self.rate < math.inf or not 0 <= self.aim <= 1:
+            values = f"epochs={self.epochs} must be at least 1, rate={self.rate:g} above 0 and aim={self.aim:g} in [0, 1]"
             raise BillhookError(f"refine: {values}.")
 
 
@@ -65,40 +66,26 @@ class Refined:
 class Refinery:
     """Tunes the blocks of one walk in order: `note(block)` while a block is still dense, `refine_(block)` once it is pruned."""
 
-    def __init__(self, options: Refine, start: int = 0, spill_gib: float = SPILL_GIB) -> None:
-        """`start` is the first block that is noted; BillhookError where targets from the dense model cannot be known there, and for several
-        processes, each of which has only a part of the text."""
+    def __init__(self, options: Refine, spill_gib: float = SPILL_GIB) -> None:
+        """BillhookError for several processes, each of which has only a part of the text."""
         if world() > 1:
             raise BillhookError("Blocks cannot be refined by several processes yet: run without torchrun, or leave --refine out.")
-        if start > 0 and options.mix > 0:
-            raise BillhookError("A run that refines towards the dense model cannot go on in the middle: start it again with --overwrite.")
         self.options = options
         self._spill = spill_gib
-        self._dense: States | None = None  # what enters the block in the dense model
         self._targets = States(0)
 
     @torch.no_grad()
     def note(self, block: Block) -> None:
-        """Keep the outputs that the block, still dense, should have."""
-        mix, first = self.options.mix, self._dense is None
-        dense, self._targets = States(self._spill) if first else self._dense, States(self._spill)
-        assert dense is not None
-        for index, (inputs, call) in enumerate(zip(block.inputs, block.calls, strict=True)):
-            target = run_block(block.module, inputs, call) if mix < 1 or first else None
-            if mix > 0:
-                own = target if first else run_block(block.module, dense[index], call)
-                assert own is not None
-                if first:
-                    dense.append(own)
-                else:
-                    dense[index] = own
-                target = own if target is None else torch.lerp(target, own, mix)
-            assert target is not None
-            self._targets.append(target)
-        self._dense = dense if mix > 0 else None
+        """Keep the outputs that the block, still dense, gives for the inputs that it has now."""
+        self._targets = States(self._spill)
+        for inputs, call in zip(block.inputs, block.calls, strict=True):
+            self._targets.append(run_block(block.module, inputs, call))
 
     def refine_(self, block: Block) -> str:
         """Tune the block in place and say what came of it; with fewer than `LEAST` windows it stays as it was."""
+        if self.options.aim > 0:
+            for index, whole in enumerate(block.dense):
+                self._targets[index] = torch.lerp(self._targets[index], whole, self.options.aim)
         windows = sum(len(h) for h in self._targets)
         if windows < LEAST:
             return f"block {block.index} is not refined: {windows} calibration windows are fewer than {LEAST}"

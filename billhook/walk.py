@@ -33,7 +33,8 @@ class Block:
 
     `inputs` is one tensor [batch, length, width] a batch, there until the loop goes on; `calls` are the other arguments of each call.
     `stages` are the layers as they are to be pruned, with their statistics: all at once, or, where `drift` is among the statistics, group
-    by group (see `billhook.beside`), to be taken once and to the end; `stats` are the statistics of a block of one stage.
+    by group (see `billhook.beside`), to be taken once and to the end; `stats` are the statistics of a block of one stage. `dense` is what
+    the dense model's block returns for the same tokens, where that was asked for; it is known once the stages are taken.
     """
 
     index: int
@@ -44,6 +45,7 @@ class Block:
     stats: dict[str, LayerStats]
     stages: Iterable[Stage]
     calls: Sequence[Call] = ()
+    dense: Sequence[Tensor] | States = ()
 
 
 @torch.no_grad()
@@ -53,19 +55,21 @@ def walk(
     statistics: Sequence[str] = (),
     *,
     dense: bool = False,
+    beside: bool = False,
     start: int = 0,
     spill_gib: float = SPILL_GIB,
 ) -> Iterator[Block]:
     """Yield every block in depth order, or those from block `start` on.
 
     `batches` are token ids [batch, length] int64, in the order in which statistics accumulate; empty if no statistics are asked.
-    `dense=True` promises that the loop body changes no weight, which saves the second pass through each block. Of a model that is
-    streamed, a block is in memory while the loop body runs; inputs beyond `spill_gib` GiB are kept on disk.
-    Raises JobError when activations are not finite (naming the block or the layer), BillhookError when `drift` is asked for in the
-    middle of a model that is in memory as a whole.
+    `dense=True` promises that the loop body changes no weight, which saves the second pass through each block; `beside` asks for what
+    the blocks of the dense model return. Of a model that is streamed, a block is in memory while the loop body runs; inputs beyond
+    `spill_gib` GiB are kept on disk.
+    Raises JobError when activations are not finite (naming the block or the layer), BillhookError when `drift` or `beside` is asked for
+    in the middle of a model that is in memory as a whole.
     """
     with plain_experts(model), evaluating(model):
-        yield from _walk(model, batches, statistics, dense, start, spill_gib)
+        yield from _walk(model, batches, statistics, dense, beside, start, spill_gib)
 
 
 @contextmanager
@@ -95,7 +99,7 @@ def plain_experts(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _walk(
-    model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequence[str], dense: bool, start: int, spill_gib: float
+    model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequence[str], dense: bool, beside: bool, start: int, spill_gib: float
 ) -> Iterator[Block]:
     name, blocks = find_blocks(model)
     by_block: dict[int, list[Layer]] = {}
@@ -103,27 +107,30 @@ def _walk(
         by_block.setdefault(layer.block, []).append(layer)
     hidden, batches = States(spill_gib), mine(batches)
     calls = capture(model, blocks, batches, hidden)[0] if batches else []
-    beside = Beside(hidden, spill_gib) if "drift" in statistics and not dense else None
-    if beside is not None and start and stream_of(model) is None:
+    drift = "drift" in statistics and not dense
+    stream = Beside(hidden, spill_gib) if drift or beside else None
+    if stream is not None and start and stream_of(model) is None:
         raise BillhookError("This model was pruned in part and lost what it was: go on with aim=0, or start with a model directory.")
     for index, block in enumerate(blocks):
         if index < start and not calls:
             continue
         outputs, own = hidden, [call[index] for call in calls]
-        if beside is not None and index < start:
+        if stream is not None and index < start:
             with resident(model, index, source=True):
-                beside.advance(block, own)
+                stream.advance(block, own)
         with resident(model, index, ahead=index + 1):
             if index >= start:
                 layers, stats = by_block.get(index, []), dict[str, LayerStats]()
                 stages: Iterable[Stage] = [(layers, stats)]
-                if beside is not None:
-                    stages = beside.stages(block, layers, statistics, hidden, own)
+                if stream is not None and drift:
+                    stages = stream.stages(block, layers, statistics, hidden, own)
                 elif statistics or dense:
                     observer = Observer(layers if statistics else [], [s for s in statistics if s != "drift"], wanted=dense)
                     outputs = _observe(block, hidden, own, observer, dense, spill_gib)
                     stats.update(observer.stats())
-                yield Block(index, f"{name}.{index}", block, layers, hidden, stats, stages, own)
+                if stream is not None and not drift:
+                    stream.advance(block, own)
+                yield Block(index, f"{name}.{index}", block, layers, hidden, stats, stages, own, () if stream is None else stream.hidden)
             if index + 1 < len(blocks):
                 if outputs is hidden:
                     for i, call in enumerate(own):  # in place, so that inputs and outputs of a block are not all held at once

@@ -4,10 +4,11 @@ import pytest
 import tiny
 import torch
 
-from billhook import allocate, measure
+from billhook import allocate, measure, prune
 from billhook.arch import find_layers
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, Interrupted
 from billhook.gradients import compute_gradients
+from billhook.job import Request, prepare, run
 from billhook.pruning import LayerResult, prune_
 from billhook.refine import Data, Refine, refine_block_, tunable
 from billhook.replay import run_block
@@ -30,10 +31,10 @@ def error(model: torch.nn.Module, build=tiny.llama) -> float:
         return float((model(ids).logits - build()(ids).logits).square().mean())
 
 
-@pytest.mark.parametrize("mix", [0.0, 0.5, 1.0])
-def test_outputs_come_nearer_and_zeros_stay(mix: float) -> None:
+@pytest.mark.parametrize("aim", [0.0, 0.5, 1.0])
+def test_outputs_come_nearer_and_zeros_stay(aim: float) -> None:
     plain, before = pruned(None)
-    model, after = pruned(Refine(epochs=4, mix=mix, rate=0.01))
+    model, after = pruned(Refine(epochs=4, aim=aim, rate=0.01))
     assert error(model) < error(plain)
     assert [r.zeros for r in before] == [r.zeros for r in after]
     for one, other in zip(find_layers(plain), find_layers(model), strict=True):
@@ -88,7 +89,34 @@ def test_states_on_disk_give_the_same() -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("options", [{"epochs": 0}, {"rate": 0.0}, {"mix": 1.5}])
+@pytest.mark.parametrize("criterion", ["wanda", "admm"])
+def test_a_run_that_goes_on_gives_the_same(criterion: str, tmp_path) -> None:
+    source, calibration = tiny.save(tmp_path / "model"), torch.cat(text(9))
+    fields = {"sparsity": 0.5, "criterion": criterion, "calibration": calibration, "refine": "blocks+norms"}
+    prune(source, output=tmp_path / "whole", **fields)
+    left = [2]
+
+    def stopping() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    with pytest.raises(Interrupted):
+        run(prepare(Request(source, output=tmp_path / "parts", **fields)), stopping=stopping)
+    prune(source, output=tmp_path / "parts", resume=True, **fields)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert one == other
+
+
+def test_a_model_in_memory_goes_on_only_without_the_dense_model() -> None:
+    model = tiny.llama()
+    plan = allocate(measure(model, []), 0.5)
+    with pytest.raises(BillhookError, match="aim=0"):
+        prune_(model, plan, batches=text(), start=2, refine=Refine(epochs=1))
+    done = prune_(model, plan, batches=text(), start=2, refine=Refine(epochs=1, aim=0))
+    assert {result.layer.split(".")[2] for result in done} == {"2", "3"}
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"rate": 0.0}, {"aim": 1.5}])
 def test_options_out_of_range(options: dict[str, float]) -> None:
     with pytest.raises(BillhookError, match="refine"):
         Refine(**options)
