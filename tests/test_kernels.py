@@ -109,17 +109,20 @@ def test_all_batch_sizes_and_ways(path: str, tokens: int):
         assert_product(products.WAYS[way](packed.packed(), x, None), x, W.double())
 
 
-def test_many_tokens_agree_with_float64(path: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("values", "group"), [(torch.bfloat16, None), (torch.int8, None), (torch.int8, 64), (torch.int8, 4096)], ids=str)
+def test_many_tokens_agree_with_float64(path: str, values: torch.dtype, group: int | None, monkeypatch: pytest.MonkeyPatch):
     for shape in (*SHAPES, (101, 200), (6, 30000)):
-        W = random_weight(shape, 0.5, torch.bfloat16)
-        packed, bias = layer(W).packed(), torch.linspace(-1, 1, shape[0]).bfloat16()
+        W = random_weight(shape, 0.5, values)
+        scales = random_scales(shape, group) if values == torch.int8 else None
+        exact = W.double() if scales is None else W.double() * spread(scales, group, shape[1]).double()
+        packed, bias = layer(W, scales).packed(), torch.linspace(-1, 1, shape[0]).bfloat16()
         for tokens in (1, 15, 33, 64, 131):
             x = torch.randn(1, tokens, shape[1] + 3, generator=torch.Generator().manual_seed(tokens)).bfloat16()[..., : shape[1]]
             if "many" not in products.ways(packed, x.dtype):
                 pytest.skip("this instruction set has no product of its own for many tokens")
             y = products.many(packed, x, bias)
             assert y.shape == (1, tokens, shape[0])
-            assert_product(y[0], x[0], W.double(), bias)
+            assert_product(y[0], x[0], exact, bias)
             monkeypatch.setattr(products, "MANY_AT_ONCE", 32)  # in parts: the same sums
             assert torch.equal(products.many(packed, x[0], bias), y[0])
             monkeypatch.undo()

@@ -49,7 +49,7 @@ class Weight:
         return y
 
     def multiply_many(self, x: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
-        """The same through tiles and our own matrix product, in `room`, 1-D of `room_for` bytes; all of it bfloat16."""
+        """The same through tiles and our own matrix product, in `room`, 1-D of `room_for` bytes; x and bias bfloat16."""
         kernels, path = library.active() or (None, -1)
         assert kernels is not None
         x, stride = _rows(x)
@@ -63,7 +63,7 @@ class Weight:
     def room_for(self, tokens: int, dtype: torch.dtype) -> int:
         """Bytes that `multiply_many` needs; 0 where it has no kernel for these instructions and dtypes."""
         kernels, path = library.active() or (None, -1)
-        if kernels is None or self.tensors[1] is None or not (dtype == self.tensors[0].dtype == torch.bfloat16):
+        if kernels is None or self.tensors[1] is None or dtype != torch.bfloat16:
             return 0
         needed: int = kernels.billhook_many_bytes(self.address, tokens, path, torch.get_num_threads())
         return needed

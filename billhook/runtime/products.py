@@ -1,8 +1,8 @@
 """The ways to multiply with a packed weight; which is fastest depends on shape, sparsity, token count and machine.
 
 * `fused`: expand in registers and multiply at once, up to 8 tokens a pass; reads the packed bytes once a pass.
-* `many`: expand some rows into a tile in each core's own cache and multiply it there by our own matrix product; bfloat16, where the
-  processor has its dot product.
+* `many`: expand some rows into a tile in each core's own cache and multiply it there by our own matrix product; activations in
+  bfloat16, values too or int8, where the processor has the dot product of bfloat16.
 * `tiles`: expand some rows, as many as stay in the cache, into a dense tile and give that to torch's matrix product.
 * `wide`: the same with tiles four times as large, for machines with larger caches.
 """

@@ -27,7 +27,6 @@ namespace {
 // (after the loops: these are their instances)
 #include "avx512_floats.h"
 #include "vbmi2.h"
-#include "batches.h"
 
 struct Dots : Floats {
   typedef uint16_t Act;
@@ -51,16 +50,31 @@ INLINE __m512i lookup(__m512i numbers, __mmask64 negative, const uint8_t (&table
   return _mm512_mask_blend_epi8(negative, plus, minus);
 }
 
-struct I8Dot : Dots {  // activations in SPLIT_BF16, the order in which the unpacking gives the columns
-  typedef int8_t Value;
+struct Int8s {  // 64 numbers as bfloat16: in each run of 16 the first eight of them, or the others
   __m512i low, high;
-  INLINE I8Dot(uint64_t bits, const int8_t* values) {
-    const __m512i numbers = expand_bytes(bits, values);
+  INLINE Int8s(__m512i numbers) {
     const __mmask64 negative = _mm512_movepi8_mask(numbers);
     low = lookup(numbers, negative, AS_BF16.low);
     high = lookup(numbers, negative, AS_BF16.high);
   }
-  INLINE Vec piece(int i) const { return i ? _mm512_unpackhi_epi8(low, high) : _mm512_unpacklo_epi8(low, high); }
+  INLINE __m512i eights(int second) const { return second ? _mm512_unpackhi_epi8(low, high) : _mm512_unpacklo_epi8(low, high); }
+};
+
+struct I8Dot : Dots {  // activations in SPLIT_BF16
+  typedef int8_t Value;
+  Int8s all;
+  INLINE I8Dot(uint64_t bits, const int8_t* values) : all(expand_bytes(bits, values)) {}
+  INLINE Vec piece(int i) const { return all.eights(i); }
+};
+
+struct Expand1As2 {  // int8 to bfloat16
+  typedef int8_t Value;
+  static INLINE void word(uint64_t bits, const Value* values, uint16_t* out) {
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    const Int8s all(_mm512_permutexvar_epi64(order, expand_bytes(bits, values)));
+    _mm512_storeu_si512(out, all.eights(0));
+    _mm512_storeu_si512(out + 32, all.eights(1));
+  }
 };
 
 struct DenseDot : Dots {
@@ -68,6 +82,8 @@ struct DenseDot : Dots {
   INLINE DenseDot(const uint16_t* values) : values(values) {}
   INLINE Vec piece(int i) const { return _mm512_loadu_si512(values + 32 * i); }
 };
+
+#include "batches.h"
 }  // namespace
 TARGET_END
 

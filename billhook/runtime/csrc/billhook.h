@@ -35,7 +35,7 @@ struct Job {
   float* y;        // [tokens, out]
 };
 
-// Many tokens, everything bfloat16; rows of x lie x_stride apart.
+// Many tokens, everything bfloat16 but values, which may be int8; rows of x lie x_stride apart.
 struct Batch {
   const Matrix* matrix;
   const uint16_t* x;

@@ -153,13 +153,13 @@ int64_t activation_bytes(const Matrix& m, int64_t tokens) { return (tokens + 15)
 
 }  // namespace
 
-// The scratch memory that billhook_multiply_many needs; 0 where there is no such kernel.
+// The scratch memory that billhook_multiply_many needs; 0 where there is no such kernel for these values.
 PUBLIC int64_t billhook_many_bytes(const Matrix* m, int64_t tokens, int path, int threads) {
-  if (!PATHS[path]->batch) return 0;
+  if (!PATHS[path]->batch || (m->type != TYPE_BF16 && m->type != TYPE_I8)) return 0;
   return 64 + activation_bytes(*m, tokens) + threads * (64 + tile_bytes(*m));
 }
 
-// The product with many tokens, values, x, y and bias in bfloat16, through tiles in the second-level cache.
+// The product with many tokens, values in bfloat16 or int8, x, y and bias in bfloat16, through tiles in the second-level cache.
 PUBLIC void billhook_multiply_many(const Matrix* matrix, const uint16_t* x, int64_t x_stride, int64_t tokens, const uint16_t* bias,
                                    uint16_t* y, char* room, int path, int threads) {
   const Matrix& m = *matrix;
