@@ -83,5 +83,7 @@ def main() -> None:
     except _UsageError as error:
         code = 2
         command = error.ctx.command_path if error.ctx else "billhook"
-        complain(f"{error.format_message().rstrip('.')}. See: {command} --help", code, "--json" in sys.argv)
+        message = error.format_message()
+        stop = "" if message.endswith((".", "?")) else "."
+        complain(f"{message}{stop} See: {command} --help", code, "--json" in sys.argv)
     sys.exit(code or 0)
