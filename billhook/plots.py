@@ -28,6 +28,7 @@ TITLES = {
     "wanda_mean": "Mean of the Wanda scores",
     "wanda_median": "Median of the Wanda scores",
     "block_loss": "Rise of the loss when one block is pruned",
+    "loss_share": "What each layer's error costs the model",
     "randomized_distance": "Distance of the spectrum from noise",
 }
 UNITS = {
@@ -35,11 +36,12 @@ UNITS = {
     "randomized_distance": "0 = like noise, 1 = nothing in common",
     "entropy": "0 = one direction, 1 = flat",
     "block_loss": "relative rise of the loss",
+    "loss_share": "nats a token",
     "stable_rank": "as many equal directions",
 }
 
 
-def _figure(width: float = 9.0, height: float = 4.8) -> "Figure":
+def new_figure(width: float = 9.0, height: float = 4.8) -> "Figure":
     """An empty figure; raises BillhookError where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
@@ -61,7 +63,7 @@ def save(figure: "Figure", folder: Path, stem: str) -> list[Path]:
 def metric_by_depth(table: Table, metric: str) -> "Figure":
     """A metric over depth: a line for each kind of layer (the mean where a block has several), and the mean of each block."""
     table.column(metric)
-    figure = _figure()
+    figure = new_figure()
     axes = figure.subplots()
     kinds = list(dict.fromkeys(row.kind for row in table))
     everywhere = fact(metric).block
@@ -77,7 +79,7 @@ def metric_by_depth(table: Table, metric: str) -> "Figure":
         _legend(figure)
     axes.set_ylabel(_with_unit(metric))
     _depth(axes, table)
-    _title(axes, f"{_plain(metric)}, by depth{_model(table)}", _reading(metric))
+    _title(axes, f"{_plain(metric)}, by depth{of_model(table)}", _reading(metric))
     return figure
 
 
@@ -86,11 +88,11 @@ def metric_against_sparsity(table: Table, metric: str, plans: Mapping[str, Spars
     values = table.column(metric)
     columns = min(len(plans), 3)
     rows = math.ceil(len(plans) / columns)
-    figure = _figure(max(7.0, 1.5 + 3.4 * columns), 1.6 + 3.2 * rows)
+    figure = new_figure(max(7.0, 1.5 + 3.4 * columns), 1.6 + 3.2 * rows)
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     depth = [row.block for row in table]
     for axes, (name, plan) in zip(panels, plans.items(), strict=False):
-        shares = [100 * plan.sparsity[row.layer] for row in _planned(table, plan, name)]
+        shares = [100 * plan.sparsity[row.layer] for row in planned_rows(table, plan, name)]
         points = axes.scatter(values, shares, c=depth, cmap="viridis", s=22, alpha=0.85, linewidths=0)
         axes.axhline(100 * plan.target, color="black", linestyle="--", linewidth=1)
         axes.set_title(name, fontsize=10)
@@ -101,16 +103,16 @@ def metric_against_sparsity(table: Table, metric: str, plans: Mapping[str, Spars
     figure.supxlabel(_with_unit(metric), fontsize=10)
     figure.supylabel("weights removed from the layer (%)", fontsize=10)
     explained = f"One point is one layer; a row of points: a block pruned evenly; dashed: the mean over all weights.\n{_reading(metric)}"
-    figure.suptitle(f"How much each layer{_model(table)} loses, against its {metric}\n{explained}", fontsize=10.5)
+    figure.suptitle(f"How much each layer{of_model(table)} loses, against its {metric}\n{explained}", fontsize=10.5)
     return figure
 
 
 def sparsity_by_depth(table: Table, plans: Mapping[str, SparsityPlan]) -> "Figure":
     """What each block loses under each plan, with the range over its layers where they differ, and the target as a dashed line."""
-    figure = _figure()
+    figure = new_figure()
     axes = figure.subplots()
     for number, (name, plan) in enumerate(plans.items()):
-        _planned(table, plan, name)
+        planned_rows(table, plan, name)
         blocks = table.blocks()
         inside = [[100 * plan.sparsity[row.layer] for row in rows] for rows in blocks.values()]
         means = [
@@ -128,7 +130,7 @@ def sparsity_by_depth(table: Table, plans: Mapping[str, SparsityPlan]) -> "Figur
     _depth(axes, table)
     _title(
         axes,
-        f"How much each block{_model(table)} loses",
+        f"How much each block{of_model(table)} loses",
         "Shaded: from the least to the most pruned layer of a block, where they differ.",
     )
     _legend(figure)
@@ -142,7 +144,7 @@ def spectral_density(layer: str, evals: Sequence[float], fits: Mapping[str, Any]
     """
     if len(evals) < 3 or evals[0] <= 0:
         raise BillhookError(f"{layer}: a spectral density needs at least three positive eigenvalues.")
-    figure = _figure(height=6.0)
+    figure = new_figure(height=6.0)
     axes = figure.subplots()
     edges, density = _log_histogram(evals)
     shown = [d if d > 0 else math.nan for d in density]
@@ -167,7 +169,7 @@ def spectral_density(layer: str, evals: Sequence[float], fits: Mapping[str, Any]
 
 def kept_weights(layer: str, masks: Mapping[str, Any]) -> "Figure":
     """Kept weights by place, one panel for each of `masks` (name -> bool [out, in], numpy), with the share kept of each row and column."""
-    figure = _figure(0.8 + 4.4 * len(masks), 5.2)
+    figure = new_figure(0.8 + 4.4 * len(masks), 5.2)
     for panel, (name, keep) in zip(figure.subplots(1, len(masks), squeeze=False)[0], masks.items(), strict=True):
         place = (0, keep.shape[1], keep.shape[0], 0)
         panel.imshow(_shrunk(keep), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto", extent=place)
@@ -215,7 +217,7 @@ def _log_histogram(evals: Sequence[float]) -> tuple[list[float], list[float]]:
     return edges, [c / len(evals) / (edges[i + 1] - edges[i]) for i, c in enumerate(counts)]
 
 
-def _planned(table: Table, plan: SparsityPlan, name: str) -> Sequence[Row]:
+def planned_rows(table: Table, plan: SparsityPlan, name: str) -> Sequence[Row]:
     """The rows of the table; raises BillhookError where the plan is not for its layers."""
     try:
         plan.check(table.shapes)
@@ -249,7 +251,8 @@ def _reading(metric: str) -> str:
     return f"How it is used: {less} means keep more, {more} means prune more."
 
 
-def _model(table: Table) -> str:
+def of_model(table: Table) -> str:
+    """The words ` of NAME`, where the table says which model it is of."""
     name = table.model.get("name")
     return f" of {name}" if name else ""
 

@@ -18,6 +18,7 @@ from billhook.table import Row, Table
 pytest.importorskip("matplotlib", reason="needs matplotlib")
 
 from billhook import plots
+from billhook.curves_picture import error_curves
 
 LAYER = "model.layers.1.mlp.down_proj"
 
@@ -73,6 +74,28 @@ def test_axes_say_what_they_show(table: Path, metric: str) -> None:
     assert metric in axes.get_title(loc="left")
     assert axes.get_ylabel().startswith(metric)
     assert "block" in axes.get_xlabel()
+
+
+def test_error_curves_with_and_without_a_plan(tmp_path: Path) -> None:
+    curve = tuple(k**2 / 1600 for k in range(41))
+    rows = [
+        Row(f"blocks.{b}.{kind}", b, kind, (8, 8), {"loss_share:admm": 1.0 + b}, {"error_curve:admm": curve, "lamp_quantiles": (0.0, 1.0)})
+        for b in range(3)
+        for kind in "abcde"
+    ]
+    table = Table(tuple(rows), {"name": "tiny"})
+    table.save(tmp_path / "table.json")
+    allocate(table, 0.5, allocator="curves").save(tmp_path / "half.json")
+    written = run(tmp_path / "table.json", "-o", tmp_path)["pictures"]
+    assert {Path(path).stem for path in written} == {"loss_share_admm-by-depth", "error_curve_admm"}
+    run(tmp_path / "table.json", "--metric", "error_curve:admm", "--plan", tmp_path / "half.json", "-o", tmp_path)
+    text = texts(tmp_path / "error_curve_admm-half.svg")
+    assert "What pruning does to the output of each layer of tiny" in text
+    assert "what the plan takes" in text
+    figure = error_curves(table, "error_curve:admm", allocate(table, 0.5))
+    dots = [line for axes in figure.axes[:5] for line in axes.lines if line.get_marker() == "o"]
+    assert [(dot.get_xdata()[0], dot.get_ydata()[0]) for dot in dots] == [(50, 25)] * 15
+    assert "lamp_quantiles" in run(tmp_path / "table.json", "--metric", "lamp_quantiles", code=2)["error"]
 
 
 def test_spectra_and_masks(tmp_path: Path) -> None:

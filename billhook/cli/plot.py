@@ -26,7 +26,8 @@ def command(
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the pictures, each as SVG and PNG.")] = Path("pictures"),
     metrics: Annotated[
-        list[str] | None, typer.Option("--metric", help="A column of the table; by default its first. Repeatable.", metavar="NAME")
+        list[str] | None,
+        typer.Option("--metric", help="A column of the table; by default its first, and error curves. Repeatable.", metavar="NAME"),
     ] = None,
     plans: Annotated[
         list[Path] | None, typer.Option("--plan", help="A plan.json for the same layers, named by its file. Repeatable.", metavar="PLAN")
@@ -74,19 +75,26 @@ def _subject(subject: str | None, layers: list[str], drawn: bool) -> tuple[Path 
 
 
 def _tables(table_file: Path, metrics: list[str], plans: list[Path]) -> dict[str, Any]:
+    from billhook.curves_picture import error_curves
     from billhook.errors import BillhookError
+    from billhook.metrics import fact
     from billhook.plan import load_plan
     from billhook.plots import metric_against_sparsity, metric_by_depth, sparsity_by_depth
     from billhook.table import Table
 
     table = Table.load(table_file)
-    chosen = metrics or table.columns()[:1]
-    if not chosen and not plans:
+    curves = [name for name in metrics or table.rows[0].curves if fact(name).name == "error_curve"]
+    chosen = [name for name in metrics or table.columns()[:1] if name not in curves]
+    if not chosen and not curves and not plans:
         raise BillhookError(f"{table_file} has no columns to draw: measure one with billhook measure, or give a --plan.")
     named = {path.stem: load_plan(path) for path in plans}
     if len(named) < len(plans):
         raise BillhookError("Two plans have the same file name, by which they are told apart in the picture: rename one.")
     pictures = {f"{metric}-by-depth": metric_by_depth(table, metric) for metric in chosen}
+    for curve in curves:
+        pictures |= {f"{curve}-{name}": error_curves(table, curve, plan) for name, plan in named.items()} or {
+            curve: error_curves(table, curve)
+        }
     if named:
         pictures |= {f"{metric}-against-sparsity": metric_against_sparsity(table, metric, named) for metric in chosen}
         pictures["sparsity-by-depth"] = sparsity_by_depth(table, named)
