@@ -8,10 +8,12 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from billhook import BillhookError, allocate, measure, prune
+from billhook import BillhookError, allocate, load_model, measure, prune
 from billhook.allocators.curves import cheapest
 from billhook.arch import find_layers
+from billhook.comparing import Grid, compare
 from billhook.criteria import CRITERIA
 from billhook.error_curves import CHEAPER, STEPS, TRIED
 from billhook.job import prepare
@@ -166,6 +168,7 @@ def test_auto_is_exact_deterministic_and_not_worse_than_uniform(criterion: str) 
     tried = job.plan.made_by["auto"]["tried"]
     assert {"uniform", "curves"} < set(tried)
     assert len(tried) == 3
+    assert next(iter(job.plan.made_by["auto"]["foretold"])).startswith(("atp", "owl", "dlp"))
     assert tried[job.plan.made_by["auto"]["best"]] == min(tried.values()) <= tried["uniform"]
     assert divergence(job.plan, request) == pytest.approx(min(tried.values()), rel=1e-6)
 
@@ -174,6 +177,31 @@ def test_options_that_auto_would_not_read_are_refused(tmp_path: Path) -> None:
     fields = {"sparsity": 0.5, "allocator": "auto", "strength": 0.5, "output": tmp_path / "out"}
     with pytest.raises(BillhookError, match="does not have an option 'strength'"):
         prune(tiny.save(tmp_path / "model"), **fields)
+
+
+def test_auto_is_no_arithmetic_on_a_table() -> None:
+    table = measure(tiny.llama(), ["error_curve:wanda", "loss_share:wanda"], batches=text(8))
+    with pytest.raises(BillhookError, match=r"auto tries plans on a model.*curves does its arithmetic"):
+        allocate(table, 0.5, allocator="auto")
+    plan = allocate(table, 0.5, allocator="curves", criterion="wanda")
+    assert sum(plan.zeros(table.shapes).values()) == round(0.5 * table.total)
+    assert len(set(plan.sparsity.values())) > 3
+
+
+def test_auto_in_a_comparison_is_what_prune_does(tmp_path: Path) -> None:
+    """The same plan, so the same sparsity of every block; and the weights are put back between cells."""
+    save_file({"tokens": text()}, tmp_path / "text.safetensors")
+    source, model = str(tmp_path / "text.safetensors"), tiny.save(tmp_path / "model")
+    found = compare(model, Grid((0.6,), ("uniform", "auto"), ("wanda",)), source, calibration=source, length=24)
+    plan = prepare(Request(model, 0.6, criterion="wanda", allocator="auto", calibration=source)).plan
+    rows = {row["allocator"]: row for row in found.cells}
+    blocks = {str(b): sum(plan.sparsity[r.layer] * r.n for r in rs) / sum(r.n for r in rs) for b, rs in _rows(model).items()}
+    assert rows["auto"]["sparsity_by_block"] == pytest.approx(blocks)
+    assert rows["auto"]["sparsity_by_block"] != pytest.approx(rows["uniform"]["sparsity_by_block"])
+
+
+def _rows(model: Path) -> dict:
+    return measure(load_model(model), []).blocks()
 
 
 def test_auto_is_uniform_with_a_reason_where_text_is_short() -> None:
