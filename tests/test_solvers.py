@@ -87,7 +87,7 @@ def test_the_best_support_is_nearly_found() -> None:
         found_best += found <= best * (1 + 1e-9)
         better += found <= other * (1 + 1e-9)
         worst = max(worst, found / best)
-    assert (found_best, better) == (8, 12)
+    assert (found_best, better) == (9, 12)
     assert worst < 2
 
 
@@ -126,7 +126,7 @@ def test_float32_against_float64(monkeypatch: Patch) -> None:
     double = float(loss(W, admm(W, stats, selection(W, 0.6)), H).sum())
     monkeypatch.setattr("billhook.criteria.admm.DOUBLE", 0)
     monkeypatch.setattr("billhook.least_squares.DIRECT", 0)
-    single = admm(W.float(), LayerStats(192, 1, gram=gram.float()), selection(W, 0.6), steps=32)
+    single = admm(W.float(), LayerStats(192, 1, gram=gram.float()), selection(W, 0.6), steps=48, rho=0.3)
     assert float(loss(W, single.double(), H).sum()) == pytest.approx(double, rel=1e-3)
 
 

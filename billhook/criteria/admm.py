@@ -7,15 +7,18 @@ Boza 2024, "Fast and Effective Weight Update for Pruned Large Language Models", 
     Z = (V + U) where |V + U| is among the largest, else 0;    U = U + V - Z
     V = argmin (w - v) H (w - v)^T + rho |v - (Z - U)|^2 = w + rho (Z - U - w) (H + rho I)^-1
 
-with the sparsity of Z rising to the plan's by the cubic schedule s (1 - (1 - k / steps)^3); for N:M it is the plan's from the start. The
-support of the last Z is kept, and the weights on it are solved for by `billhook.least_squares`: exactly where few are kept in a row,
+with the sparsity of Z rising to the plan's by the cubic schedule s (1 - (1 - k / n)^3) over the first n = `RAMP` steps; for N:M it is the
+plan's from the start. After that rho rises at every third step, as in ALPS: by 30 %, 20 % or 10 % where more than 10 %, more than
+0.5 % or less of the support has changed meanwhile; where none of it has, the alternation ends. U is divided by as much as rho rises.
+The support of the last Z is kept, and the weights on it are solved for by `billhook.least_squares`: exactly where few are kept in a row,
 else by conjugate gradients from Z.
 
 Differences from the published code: V needs one product a step, not two; the exact solve at the end; the support comes from `select`,
-so the budget is exact and groups may be rows (the default) or layers.
-`steps` by default falls with the width: 32 up to 192 inputs, 12 at 512, 3 at 1024, 2 from 1536 on, for about three times the time of
-SparseGPT at 1024 to 2816 inputs and more at 4096; narrow layers take much longer than that. On two blocks of a small model most of the
-gain was there after three steps.
+so the budget is exact and groups may be rows (the default) or layers. ALPS has the plan's sparsity from the start and an
+eigendecomposition of H in place of an inverse for each rho, which takes two products a step.
+`steps`, at most, falls with the width by default: 48 up to 192 inputs, 18 at 512, 3 at 1024, 2 from 1536 on, where rho never rises and
+begins at 0.6 instead of 0.3: for about three times the time of SparseGPT at 1024 to 2816 inputs and more at 4096; narrow layers
+take much longer than that. On two blocks of a small model most of the gain was there after three steps.
 
 What the layer aims at is, by `aim` (half of the way), between the dense layer's outputs for the pruned model's inputs and the outputs in
 the dense model: `billhook.least_squares.aimed`; the layers of a block are then pruned one after the other (`billhook.beside`).
@@ -37,7 +40,10 @@ from billhook.registry import method
 from billhook.stats import LayerStats
 
 LADDER = 4  # attempts, each with ten times the damping of the one before
-_WORK = 6144, 3072  # steps times inputs, up to `DOUBLE` inputs and beyond
+RAMP = 9  # steps until the sparsity is the plan's
+_WORK = 9216, 3072  # steps times inputs, up to `DOUBLE` inputs and beyond
+_RHO = 0.3, 0.6
+_RISES = (0.1, 1.3), (0.005, 1.2), (0.0, 1.1)  # where more of the support than the first has changed, rho rises by the second
 
 
 @method(paper="Boza 2024, arXiv:2401.02938", needs=lambda aim, **_: ("gram", "drift") if aim else ("gram",), group="row")
@@ -47,24 +53,26 @@ def admm(
     select: Select,
     *,
     steps: int | None = None,
-    rho: float = 0.6,
+    rho: float | None = None,
     damping: float = 0.01,
     aim: float = 0.5,
 ) -> Tensor:
     """Return W [out, in] pruned and updated; reads stats.gram and stats.drift [in, in].
 
-    `steps` is the number of alternations (none: by the width), `rho` the weight of the constraint relative to H's diagonal, `damping` a
-    fraction of the mean of H's diagonal, `aim` the share of the dense model's own outputs in what is aimed at (0: the dense layer's
-    outputs for the pruned model's inputs). Raises BillhookError for options out of range, JobError when H cannot be factorized.
+    `steps` is the number of alternations at most, `rho` the weight of the constraint, relative to H's diagonal, at the beginning (none:
+    by the width), `damping` a fraction of the mean of H's diagonal, `aim` the share of the dense model's own outputs in what is aimed at
+    (0: the dense layer's outputs for the pruned model's inputs). Raises BillhookError for options out of range, JobError when H cannot be
+    factorized.
     """
-    if (steps is not None and steps < 1) or not 0 < rho < float("inf") or not 0 <= damping < float("inf") or not 0 <= aim <= 1:
+    inputs = W.shape[1]
+    steps = default_steps(inputs) if steps is None else steps
+    rho = _RHO[inputs > DOUBLE] if rho is None else rho
+    if steps < 1 or not 0 < rho < float("inf") or not 0 <= damping < float("inf") or not 0 <= aim <= 1:
         values = f"steps={steps} must be at least 1, rho={rho} above 0, damping={damping} finite and not negative, aim={aim} in [0, 1]"
         raise BillhookError(f"admm: {values}.")
     assert stats.gram is not None
     W = aimed(W, stats, aim, damping)
-    inputs = W.shape[1]
     dtype = torch.float64 if inputs <= DOUBLE else W.dtype
-    steps = default_steps(inputs) if steps is None else steps
     used = damping
     for _ in range(LADDER):
         H, scale = _unit_diagonal(stats, used, dtype)
@@ -82,8 +90,8 @@ def admm(
 
 
 def default_steps(inputs: int) -> int:
-    """The alternations of a layer with so many inputs."""
-    return min(max(_WORK[inputs > DOUBLE] // inputs, 2), 32)
+    """The alternations of a layer with so many inputs, at most."""
+    return min(max(_WORK[inputs > DOUBLE] // inputs, 2), 48)
 
 
 def _unit_diagonal(stats: LayerStats, damping: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -105,17 +113,28 @@ def _unit_diagonal(stats: LayerStats, damping: float, dtype: torch.dtype) -> tup
 
 def _alternate(X: Tensor, H: Tensor, select: Select, steps: int, rho: float) -> tuple[Tensor, Tensor]:
     """The support, bool [out, in], and the values that the alternation ends with; X and H in coordinates of unit diagonal."""
-    damped = H.clone()
-    damped.diagonal().add_(rho)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    del damped
+    ramp = 0 if select.keep_of is not None else min(steps, RAMP)
+    inverse, before = _inverse(H, rho), None
     U, V = torch.zeros_like(X), X
     for step in range(1, steps + 1):
         sum_ = V + U
-        share = 1.0 if select.keep_of is not None else 1 - (1 - step / steps) ** 3
-        part = replace(select, sparsity=select.sparsity * share, zeros=round(select.zeros * share))
-        Z = sum_ * part(sum_.abs())
+        share = 1 - (1 - step / ramp) ** 3 if step < ramp else 1.0
+        keep = replace(select, sparsity=select.sparsity * share, zeros=round(select.zeros * share))(sum_.abs())
+        Z = sum_ * keep
         U = sum_ - Z
+        if ramp <= step < steps and step % 3 == 0:
+            changed = 1.0 if before is None else float((keep ^ before).sum()) / 2 / max(int(keep.sum()), 1)
+            if changed == 0:
+                return keep, sum_
+            rise, before = next(rise for least, rise in _RISES if changed > least), keep
+            rho, U, inverse = rho * rise, U / rise, _inverse(H, rho * rise)
         V = torch.addmm(X, Z - U - X, inverse, alpha=rho)
     sum_ = V + U
     return select(sum_.abs()), sum_
+
+
+def _inverse(H: Tensor, rho: float) -> Tensor:
+    """(H + rho I)^-1."""
+    damped = H.clone()
+    damped.diagonal().add_(rho)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
