@@ -1,7 +1,8 @@
 """The kernels for packed weights: every instruction set this processor runs, and plain torch, against sums in float64.
 
 Stated tolerance of a product: 2^-20 of the sum of absolute terms, and the rounding to the dtype of the activations, once before and once
-after the bias; where int8 values pass through dense tiles, also the rounding of every weight to that dtype.
+after the bias; where int8 values pass through torch's dense tiles, or through ours with several scales a row, also the rounding of every
+weight to that dtype.
 """
 
 import multiprocessing
@@ -122,7 +123,7 @@ def test_many_tokens_agree_with_float64(path: str, values: torch.dtype, group: i
                 pytest.skip("this instruction set has no product of its own for many tokens")
             y = products.many(packed, x, bias)
             assert y.shape == (1, tokens, shape[0])
-            assert_product(y[0], x[0], exact, bias)
+            assert_product(y[0], x[0], exact, bias, rounded=scales is not None and scales.numel() > shape[0])
             monkeypatch.setattr(products, "MANY_AT_ONCE", 32)  # in parts: the same sums
             assert torch.equal(products.many(packed, x[0], bias), y[0])
             monkeypatch.undo()

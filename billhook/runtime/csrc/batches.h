@@ -1,7 +1,8 @@
 // Many tokens at once: some rows are expanded into a tile that stays in the second-level cache and multiplied there by a matrix product
 // of our own. Lanes are tokens and a pair of weights is broadcast, so the tile is used as it was expanded; a general matrix product would
-// rearrange every tile first. int8 values become bfloat16 on the tile, which is exact; their scales meet the sums, a stretch being no
-// longer than the columns that share one. Included inside an anonymous namespace, after the classes that expand.
+// rearrange every tile first. int8 values become bfloat16 on the tile, which is exact. A scale that a whole row shares meets the sums;
+// those of groups of columns are multiplied into the tile, which rounds its weights to bfloat16, as they are in a dense model: applied to
+// partial sums they would cost 8 % of the time with groups of 64. Included inside an anonymous namespace, after the classes that expand.
 //
 // Activations are arranged in blocks of BATCH tokens, the last one of as many sixteens as it needs; in a block each pair of columns has its
 // tokens side by side. Tokens and columns beyond the last are zero.
@@ -52,19 +53,11 @@ void arrange_tokens(const Batch& b, int64_t first, int64_t last, uint32_t* to) {
   }
 }
 
-// A tile's rows lie `stride` columns apart, their scales for the stretch in hand `apart`.
-struct Tile {
-  const uint16_t* at;
-  int64_t stride;
-  const float* scales;
-  int64_t apart;
-};
-
-// R rows of the tile, from `first` on, times `pairs` pairs of columns of 16 V tokens, scaled and added to sums [R][BATCH]. Meanwhile as
-// many lines are fetched from `next`: activations come from beyond the second-level cache once for every tile.
+// R rows of the tile times `pairs` pairs of columns of 16 V tokens, added to sums [R][BATCH]. Meanwhile as many lines
+// are fetched from `next`: activations come from beyond the second-level cache once for every tile.
 template <int R, int V>
-INLINE void add_stretch(const Tile& tile, int64_t first, const uint32_t* x, int64_t pairs, float* sums, bool fresh, const uint32_t* next) {
-  const uint16_t* rows = tile.at + first * tile.stride;
+INLINE void add_stretch(const uint16_t* tile, int64_t stride, const uint32_t* x, int64_t pairs, float* sums, bool fresh,
+                        const uint32_t* next) {
   __m512 acc[R][V];
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int v = 0; v < V; v++) acc[r][v] = _mm512_setzero_ps();
@@ -74,18 +67,16 @@ INLINE void add_stretch(const Tile& tile, int64_t first, const uint32_t* x, int6
     UNROLL for (int v = 0; v < V; v++) tokens[v] = (__m512bh)_mm512_loadu_si512(x + 16 * (V * k + v));
     UNROLL for (int r = 0; r < R; r++) {
       int32_t pair;
-      memcpy(&pair, rows + r * tile.stride + 2 * k, 4);
+      memcpy(&pair, tile + r * stride + 2 * k, 4);
       const __m512bh weights = (__m512bh)_mm512_set1_epi32(pair);
       UNROLL for (int v = 0; v < V; v++) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], tokens[v], weights);
     }
   }
-  UNROLL for (int r = 0; r < R; r++) {
-    const __m512 scale = _mm512_set1_ps(tile.scales[(first + r) * tile.apart]);
+  UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int v = 0; v < V; v++) {
       float* at = sums + BATCH * r + 16 * v;
-      _mm512_storeu_ps(at, fresh ? _mm512_mul_ps(acc[r][v], scale) : _mm512_fmadd_ps(acc[r][v], scale, _mm512_loadu_ps(at)));
+      _mm512_storeu_ps(at, fresh ? acc[r][v] : _mm512_add_ps(_mm512_loadu_ps(at), acc[r][v]));
     }
-  }
 }
 
 // Arranged activations from `begin` to `end`; those of one stretch begin at `x`.
@@ -94,29 +85,47 @@ struct Stretches {
 };
 
 template <int V>
-void add_stretches(const Tile& tile, const Stretches& s, int64_t pairs, float* sums, int64_t rows, bool fresh) {
+void add_stretches(const uint16_t* tile, int64_t stride, const Stretches& s, int64_t pairs, float* sums, int64_t rows, bool fresh) {
   // Each group of rows fetches a part of the stretch that comes after this one, the first again for the next tile; never what lies
   // beyond, which another thread may be writing to.
   const uint32_t* next = s.x + 16 * V * pairs;
   for (int64_t r = 0, some; r < rows; r += some, next += 16 * pairs) {
     if (next + 16 * pairs > s.end) next = s.begin;
     some = r + SIDE <= rows ? SIDE : 1;
-    (some == SIDE ? add_stretch<SIDE, V> : add_stretch<1, V>)(tile, r, s.x, pairs, sums + BATCH * r, fresh, next);
+    (some == SIDE ? add_stretch<SIDE, V> : add_stretch<1, V>)(tile + r * stride, stride, s.x, pairs, sums + BATCH * r, fresh, next);
   }
 }
 
-// Up to 16 outputs of up to 16 tokens; sums of a row lie BATCH apart from those of the next.
-INLINE void deliver_some(const float* sums, int64_t rows, int64_t tokens, const uint16_t* bias, uint16_t* y, int64_t y_stride) {
+// Up to 16 outputs, from row `first` on, of up to 16 tokens from `token` on; sums of a row lie BATCH apart from those of the next.
+INLINE void deliver_some(const Batch& b, const float* sums, int64_t first, int64_t rows, int64_t token) {
+  const Matrix& m = *b.matrix;
+  const int64_t tokens = b.tokens - token;
+  uint16_t* y = b.y + token * m.out + first;
   const __mmask16 some = (__mmask16)(rows >= 16 ? 0xffff : (1 << rows) - 1);
   __m512i v[16];
   UNROLL for (int r = 0; r < 16; r++) v[r] = r < rows ? _mm512_load_si512(sums + BATCH * r) : _mm512_setzero_si512();
   turn(v);
-  const __m512 added = bias ? widen(_mm256_maskz_loadu_epi16(some, bias)) : _mm512_setzero_ps();
-  UNROLL for (int t = 0; t < 16; t++)
-    if (t < tokens) _mm256_mask_storeu_epi16(y + t * y_stride, some, (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(_mm512_castsi512_ps(v[t]), added)));
+  const __m512 scales = m.scales && m.groups == 1 ? _mm512_maskz_loadu_ps(some, m.scales + first) : _mm512_set1_ps(1);
+  const __m512 added = b.bias ? widen(_mm256_maskz_loadu_epi16(some, b.bias + first)) : _mm512_setzero_ps();
+  UNROLL for (int t = 0; t < 16; t++) {
+    const __m512 sum = _mm512_fmadd_ps(_mm512_castsi512_ps(v[t]), scales, added);
+    if (t < tokens) _mm256_mask_storeu_epi16(y + t * m.out, some, (__m256i)_mm512_cvtneps_pbh(sum));
+  }
 }
 
-// Rows [first, last) of the weight, `stride` columns apart; E::word(bits, values, out) writes 64 columns as bfloat16.
+// A row of the tile times the scales of its groups.
+void scale_row(const Matrix& m, const float* scales, uint16_t* row) {
+  for (int64_t w = 0; w < m.words; w += m.group_words, scales++) {
+    const __m512 scale = _mm512_set1_ps(*scales);
+    const int64_t end = w + m.group_words < m.words ? w + m.group_words : m.words;
+    for (uint16_t* at = row + 64 * w; at < row + 64 * end; at += 32) {
+      const __m512 low = widen(_mm256_load_si256((const __m256i*)at)), high = widen(_mm256_load_si256((const __m256i*)(at + 16)));
+      _mm512_store_si512(at, (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale)));
+    }
+  }
+}
+
+// Rows [first, last), `stride` columns apart; E::word(bits, values, out) writes 64 of them as bfloat16.
 template <class E>
 void fill_tile(const Matrix& m, int64_t first, int64_t last, uint16_t* tile, int64_t stride) {
   typedef typename E::Value Value;
@@ -129,31 +138,27 @@ void fill_tile(const Matrix& m, int64_t first, int64_t last, uint16_t* tile, int
       E::word(bits, values, tile + 64 * w);
       values += __builtin_popcountll(bits);
     }
+    if (m.groups > 1) scale_row(m, m.scales + row * m.groups, tile);
   }
 }
-
-const float UNSCALED = 1;
 
 void many_tokens(const Batch& b, const uint32_t* arranged, int64_t first, int64_t last, char* room) {
   const Matrix& m = *b.matrix;
   const int64_t rows = last - first, stride = 64 * m.words + TILE_PADDING, pairs = 32 * m.words;
-  const int64_t shared = 32 * m.group_words, stretch = shared < STRETCH ? shared : STRETCH;  // pairs of columns that share a scale
   float* sums = (float*)room;
-  uint16_t* weights = (uint16_t*)(sums + BATCH * rows);
-  (m.scales ? fill_tile<Expand1As2> : fill_tile<Expand2>)(m, first, last, weights, stride);
+  uint16_t* tile = (uint16_t*)(sums + BATCH * rows);
+  (m.type == TYPE_I8 ? fill_tile<Expand1As2> : fill_tile<Expand2>)(m, first, last, tile, stride);
   for (int64_t t = 0; t < b.tokens; t += BATCH) {
     const int64_t vectors = b.tokens - t >= BATCH ? BATCH / 16 : (b.tokens - t + 15) / 16;
-    for (int64_t k = 0; k < pairs; k += stretch) {
-      const Tile tile = {weights + 2 * k, stride, m.scales ? m.scales + first * m.groups + k / shared : &UNSCALED, m.scales ? m.groups : 0};
+    for (int64_t k = 0; k < pairs; k += STRETCH) {
       const Stretches x = {arranged, arranged + (b.tokens + 15) / 16 * 16 * pairs, arranged + t * pairs + 16 * vectors * k};
-      const int64_t some = pairs - k < stretch ? pairs - k : stretch;
+      const int64_t some = pairs - k < STRETCH ? pairs - k : STRETCH;
       (vectors == 1   ? add_stretches<1>
        : vectors == 2 ? add_stretches<2>
        : vectors == 3 ? add_stretches<3>
-                      : add_stretches<4>)(tile, x, some, sums, rows, k == 0);
+                      : add_stretches<4>)(tile + 2 * k, stride, x, some, sums, rows, k == 0);
     }
     for (int64_t i = t; i < b.tokens && i < t + BATCH; i += 16)
-      for (int64_t r = 0; r < rows; r += 16)
-        deliver_some(sums + BATCH * r + i - t, rows - r, b.tokens - i, b.bias ? b.bias + first + r : nullptr, b.y + i * m.out + first + r, m.out);
+      for (int64_t r = 0; r < rows; r += 16) deliver_some(b, sums + BATCH * r + i - t, first + r, rows - r, i);
   }
 }
