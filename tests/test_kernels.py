@@ -99,15 +99,16 @@ def test_products_agree_with_float64(path: str, values: torch.dtype):
                     assert_product(packed(x), x, exact, bias, rounded=path == "torch" and scales is not None)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("tokens", range(10))
-def test_all_batch_sizes_and_ways(path: str, tokens: int):
-    W = random_weight((40, 200), 0.4, torch.bfloat16)
-    packed, x = layer(W), torch.randn(tokens, 200).bfloat16()
+def test_all_batch_sizes_and_ways(path: str, tokens: int, dtype: torch.dtype):
+    W, bias = random_weight((40, 200), 0.4, dtype), torch.linspace(-1, 1, 40).to(dtype)
+    packed, x = layer(W), torch.randn(tokens, 200).to(dtype)
     if tokens == 0:
         assert packed(x).shape == (0, 40)
         return
     for way in products.ways(packed.packed(), x.dtype):
-        assert_product(products.WAYS[way](packed.packed(), x, None), x, W.double())
+        assert_product(products.WAYS[way](packed.packed(), x, bias), x, W.double(), bias)
 
 
 @pytest.mark.parametrize(("values", "group"), [(torch.bfloat16, None), (torch.int8, None), (torch.int8, 64), (torch.int8, 4096)], ids=str)

@@ -5,6 +5,8 @@
   bfloat16, values too or int8, where the processor has the dot product of bfloat16.
 * `tiles`: expand some rows, as many as stay in the cache, into a dense tile and give that to torch's matrix product.
 * `wide`: the same with tiles four times as large, for machines with larger caches.
+* `widened`: the same in float32, for float16, and for bfloat16 without its dot product: torch's own product of halves can be several
+  times slower than that of float32.
 """
 
 import threading
@@ -48,6 +50,11 @@ def wide(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
     return _by_tiles(weight, x, bias, 4 * TILE_BYTES)
 
 
+def widened(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The same in float32."""
+    return wide(weight, x.float(), bias).to(x.dtype)
+
+
 def _by_tiles(weight: Weight, x: Tensor, bias: Tensor | None, tile_bytes: int) -> Tensor:
     shape, dtype = (*x.shape[:-1], weight.shape[0]), _common(weight.tensors[0].dtype, x.dtype)
     x, bias, given = x.reshape(-1, weight.shape[1]).to(dtype), None if bias is None else bias.to(dtype), x.dtype
@@ -77,11 +84,18 @@ def _common(values: torch.dtype, activations: torch.dtype) -> torch.dtype:
     return activations if values in (activations, torch.int8) else torch.float32
 
 
-WAYS: dict[str, Callable[[Weight, Tensor, Tensor | None], Tensor]] = {"fused": fused, "many": many, "tiles": tiles, "wide": wide}
+WAYS: dict[str, Callable[[Weight, Tensor, Tensor | None], Tensor]] = {
+    "fused": fused,
+    "many": many,
+    "tiles": tiles,
+    "wide": wide,
+    "widened": widened,
+}
 
 
 def ways(weight: Weight, dtype: torch.dtype) -> list[str]:
     """The ways there are for activations of `dtype`: without compiled kernels nothing is fused."""
-    if not library.active():
-        return ["tiles", "wide"]
-    return list(WAYS) if weight.room_for(1, dtype) else ["fused", "tiles", "wide"]
+    if weight.room_for(1, dtype):
+        return ["fused", "many", "tiles", "wide"]
+    fused = ["fused"] if library.active() else []
+    return [*fused, "tiles", "wide", *(["widened"] if dtype != torch.float32 else [])]
