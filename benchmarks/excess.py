@@ -24,7 +24,8 @@ WAYS = {
     "sparsegpt": {"criterion": "sparsegpt"},
     "admm": {"criterion": "admm"},
     "auto": {"criterion": "admm", "allocator": "auto"},
-    "refine": {"criterion": "admm", "allocator": "auto", "refine": "blocks+norms"},
+    "refine": {"criterion": "admm", "refine": "blocks+norms"},
+    "auto+refine": {"criterion": "admm", "allocator": "auto", "refine": "blocks+norms"},
 }
 
 
