@@ -37,7 +37,7 @@ def main() -> None:
         asked = {"samples": 32, "length": 256}
         calibration, text = (
             open_request(Request(options.model, 0.5, calibration=f"stdlib:{part}", **asked), True, "x").calibration.ids
-            for part in ("train", "test")
+            for part in ("train", "heldout")
         )
     dense = evaluate(load_model(options.model, dtype="float32"), text).nll
     times, losses = {}, {}

@@ -20,7 +20,7 @@ from typing import Any
 
 from billhook.allocators import ALLOCATORS, AUTO, allocate
 from billhook.allocators.curves import LEAST, MIDDLE, at
-from billhook.error_curves import CHEAPER
+from billhook.error_curves import cheaper
 from billhook.errors import BillhookError
 from billhook.heldout import split_windows
 from billhook.knobs import Space
@@ -55,7 +55,7 @@ def choose(
         split = split_windows(opened, seed)
     except BillhookError as error:
         return _because(forecast.uniform, {"reason": f"uniform, because no allocation could be checked: {error}"})
-    setting = replace(setting, options={**setting.options, **CHEAPER.get(setting.criterion, {})})
+    setting = replace(setting, options={**setting.options, **cheaper(setting.criterion, opened.layers)})
     scores: dict[str, float] = {}
     plans: dict[str, SparsityPlan] = {}
     with Bench(opened.model, opened.layers, split.batches, split.heldout, setting) as bench:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from billhook.arch import Layer
 from billhook.criteria import CRITERIA
+from billhook.criteria.admm import default_steps
 from billhook.criteria.magnitude import magnitude
 from billhook.errors import BillhookError
 from billhook.masks import Select
@@ -31,7 +32,7 @@ from billhook.walk import walk
 TRIED = (0.3, 0.5, 0.7, 0.9)
 ROWS = 16
 STEPS = 40
-CHEAPER: dict[str, dict[str, object]] = {"admm": {"steps": 3}}  # options that cost less
+FEW = 3  # alternations of admm
 _LEAST = 1e-9
 
 
@@ -44,7 +45,7 @@ def error_curve(
 
     `batches` are token ids [batch, length] int64. Raises BillhookError for a criterion that reads gradients, or an unknown one.
     """
-    options = CRITERIA.configure(criterion, CHEAPER.get(criterion, {}))
+    options = CRITERIA.configure(criterion, cheaper(criterion, layers))
     needs = CRITERIA.needs(criterion, options)
     if not set(needs) <= set(STATISTICS):
         raise BillhookError(f"error_curve:{criterion}: this criterion reads gradients; curves are made with others, such as admm or wanda.")
@@ -54,6 +55,12 @@ def error_curve(
             if layer.name in wanted:
                 curves[layer.name] = _curve(_errors(layer, block.stats[layer.name], criterion, options))
     return curves
+
+
+def cheaper(criterion: str, layers: Sequence[Layer]) -> dict[str, object]:
+    """The options with which a trial costs less than a run: three steps of admm, unless wide layers take fewer anyway."""
+    few = criterion == "admm" and default_steps(max(layer.shape[1] for layer in layers)) > FEW
+    return {"steps": FEW} if few else {}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from billhook.allocators.curves import MIDDLE
 from billhook.arch import Layer
 from billhook.criteria import CRITERIA
-from billhook.error_curves import CHEAPER
+from billhook.error_curves import cheaper
 from billhook.errors import BillhookError
 from billhook.metrics import fact
 from billhook.plan import Pattern, SparsityPlan
@@ -35,7 +35,7 @@ def loss_share(model: PreTrainedModel, layers: Sequence[Layer], batches: Sequenc
         raise BillhookError("The metric loss_share needs two windows of text or more: give more --samples, or a smaller --length.")
     last = min(WINDOWS, len(ids) // 2)
     plan = SparsityPlan(MIDDLE, Pattern.parse("unstructured"), {layer.name: MIDDLE for layer in layers}, {})
-    setting = Setting(criterion, CRITERIA.configure(criterion, CHEAPER.get(criterion, {})))
+    setting = Setting(criterion, CRITERIA.configure(criterion, cheaper(criterion, layers)))
     with Bench(model, layers, list(ids[:-last].split(len(batches[0]))), ids[-last:], setting) as bench:
         bench.prune(plan)
         return bench.attribute()[1]

@@ -15,7 +15,7 @@ from billhook.allocators.curves import cheapest
 from billhook.arch import find_layers
 from billhook.comparing import Grid, compare
 from billhook.criteria import CRITERIA
-from billhook.error_curves import CHEAPER, STEPS, TRIED
+from billhook.error_curves import STEPS, TRIED, cheaper
 from billhook.job import prepare
 from billhook.plan import SparsityPlan
 from billhook.pruning import prune_
@@ -70,7 +70,7 @@ def test_curves_are_the_errors_of_plain_runs(criterion: str, rel: float, monkeyp
     assert curve[-1] == 1
     for s in TRIED:
         pruned = tiny.llama()
-        prune_(pruned, _only(layer, s), criterion=criterion, batches=[ids], layers=find_layers(pruned)[:1], **CHEAPER.get(criterion, {}))
+        prune_(pruned, _only(layer, s), criterion=criterion, batches=[ids], layers=find_layers(pruned)[:1], **cheaper(criterion, [layer]))
         error = relative_error(layer.weight, find_layers(pruned)[0].weight, inputs)
         assert curve[round(s * STEPS)] == pytest.approx(error, rel=rel)
 
@@ -148,7 +148,7 @@ def divergence(plan: SparsityPlan, request: Request) -> float:
 
     opened = open_request(request, True, "x")
     split = split_windows(opened, request.seed)
-    setting = Setting(request.criterion, CRITERIA.configure(request.criterion, CHEAPER.get(request.criterion, {})))
+    setting = Setting(request.criterion, CRITERIA.configure(request.criterion, cheaper(request.criterion, opened.layers)))
     with Bench(opened.model, opened.layers, split.batches, split.heldout, setting) as bench:
         bench.prune(plan)
         kl = bench.losses(0, len(split.heldout)).kl
