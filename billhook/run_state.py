@@ -8,6 +8,7 @@ from typing import Any
 from billhook.errors import BillhookError
 from billhook.files import read_json
 from billhook.pruning import LayerResult
+from billhook.verification import PARTIAL
 from billhook.verification import UNFINISHED as STATE
 
 __all__ = ["STATE", "VERSION", "State", "check_place", "compare", "partial_folder", "read_state"]
@@ -35,7 +36,7 @@ class State:
 
 def partial_folder(output: Path) -> Path:
     """Where the directory `output` is made."""
-    return output.with_name(f"{output.name}.partial")
+    return output.with_name(f"{output.name}{PARTIAL}")
 
 
 def check_place(output: Path, *, resume: bool, overwrite: bool) -> State | None:

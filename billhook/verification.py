@@ -22,6 +22,7 @@ from billhook.shards import Shard, layer_zeros, read_shard, weight_files
 RECORD = "billhook.json"
 REPORT, CARD, PAGE = "report.json", "README.md", "report.html"  # what is told about the model; none is among the checksums
 UNFINISHED = "billhook.unfinished.json"  # the state of a run that is to be continued
+PARTIAL = ".partial"  # ends the name of a directory until it is done
 GRADIENTS = "gradients.safetensors"  # what such a run keeps beside it, with the number of a process in front
 VERSION = 1
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -47,6 +48,12 @@ class Verification:
         return {"ok": self.ok, **asdict(self)}
 
 
+def is_unfinished(directory: Path) -> bool:
+    """Whether a run is still to give the directory its name: the state is the last file to go, the record among the last to come."""
+    named = not directory.resolve().name.endswith(PARTIAL)
+    return (directory / UNFINISHED).is_file() and not (named and (directory / RECORD).is_file())
+
+
 def verify(directory: str | Path, progress: Callable[[int, int], None] | None = None) -> Verification:
     """Compare a directory with its billhook.json, and a packed one with its own record; `progress(done, all)` is called after each layer.
 
@@ -55,7 +62,7 @@ def verify(directory: str | Path, progress: Callable[[int, int], None] | None = 
     directory = Path(directory).expanduser()
     if not directory.is_dir():
         raise BillhookError(f"There is no directory {directory}.")
-    if (directory / UNFINISHED).exists() and not (directory / RECORD).exists():
+    if is_unfinished(directory):
         raise BillhookError(f"{directory} is not finished: continue it with the command that began it and --resume.")
     if not is_packed(directory):
         record = _read(directory / RECORD)

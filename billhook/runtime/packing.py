@@ -25,7 +25,7 @@ from billhook.runtime.packed import LEAST_GROUP, PACKED, VERSION, Matrix, digest
 from billhook.runtime.writing import Written, write_packed
 from billhook.save import WEIGHTS
 from billhook.shards import INDEX, read_shard, weight_files
-from billhook.verification import RECORD, REPORT, UNFINISHED
+from billhook.verification import RECORD, REPORT, is_unfinished
 
 _CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc"), "openai-gpt": ("c_attn", "c_proj", "c_fc")}  # layers stored [in, out], by model_type
 _PAGES = (".md", ".html")  # they may be written anew, as report.json may
@@ -159,7 +159,7 @@ def _check_values(values: str, group: int | None) -> None:
 def _check_source(source: Path) -> dict[str, Any]:
     if is_packed(source):
         raise BillhookError(f"{source} is packed already. To pack it differently, unpack it first: billhook unpack {source} -o DENSE.")
-    if (source / UNFINISHED).is_file() and not (source / RECORD).is_file():
+    if is_unfinished(source):
         raise BillhookError(f"{source} is not finished: continue it with the command that began it and --resume, then pack it.")
     if not (source / "config.json").is_file():
         raise BillhookError(f"{source} has no config.json: give the directory of a Hugging Face model.")
