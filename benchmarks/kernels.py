@@ -94,7 +94,8 @@ def one(shape: tuple[int, int], percent: int, tokens: int, args: argparse.Namesp
     keep = torch.rand(shape, generator=generator) >= percent / 100
     pruned = base.masked_fill(~keep, 0)  # not base * keep: that makes zeros of either sign, and -0.0 is kept as a value
     variants = dense_variants(base, x, args.mib, not args.short) | sparse_variants(pruned, x, args)
-    calibrate.measure_packed(packed(pruned), torch.bfloat16)
+    for int8 in (False, True):
+        calibrate.measure_packed(packed(pruned, int8), torch.bfloat16)
     for run in variants.values():
         run(0)
     times, lost = rounds(variants, args.rounds, args.seconds)
