@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from billhook.arch import Layer
 from billhook.hidden import States
 from billhook.observer import Observer, noting
-from billhook.ranks import sum_
+from billhook.ranks import gather, sum_
 from billhook.replay import Call, run_block
 from billhook.stats import Collector, LayerStats
 
@@ -42,7 +42,6 @@ class Beside:
         self.hidden = States(spill_gib)
         for h in hidden:
             self.hidden.append(h)
-        self._writes: dict[str, bool] = {}  # by kind of layer
 
     def advance(self, block: nn.Module, calls: Sequence[Call]) -> None:
         """Pass through a block, which is dense."""
@@ -71,7 +70,7 @@ class Beside:
                         run_block(block, h, call)
                 yield group, observer.stats()
                 continue
-            writes = self._is_writer(block, group[0], hidden[0], calls[0])
+            writes = _is_writer(block, group[0], hidden[0], calls[0])
             pair = _Pair(group[0], statistics, "end" if writes and last else "start" if writes and first else None)
             first = first and not writes
             for i, call in enumerate(calls):
@@ -80,19 +79,20 @@ class Beside:
         with _values(dense.values()):
             self.advance(block, calls)
 
-    def _is_writer(self, block: nn.Module, layer: Layer, hidden: Tensor, call: Call) -> bool:
-        """Whether a layer's output is added, as it is, to what the block returns; tried once for each kind."""
-        if layer.shape[0] != hidden.shape[-1]:
-            return False
-        if layer.kind not in self._writes:
-            plain = run_block(block, hidden, call).float()
-            direction = torch.linspace(-1, 1, layer.shape[0], device=hidden.device).roll(layer.shape[0] // 3)
-            shift = (_SHIFT * max(hidden.float().square().mean(), plain.square().mean()) ** 0.5 * direction).to(hidden.dtype)
-            handle = layer.module.register_forward_hook(lambda module, args, output: output + shift)
-            shifted = run_block(block, hidden, call).float() - plain
-            handle.remove()
-            self._writes[layer.kind] = bool((shifted - shift).norm() < _LIKE * shift.float().expand_as(shifted).norm())
-        return self._writes[layer.kind]
+
+def _is_writer(block: nn.Module, layer: Layer, hidden: Tensor, call: Call) -> bool:
+    """Whether a layer's output is added, as it is, to what the block returns; process 0 decides for all."""
+    if layer.shape[0] != hidden.shape[-1]:
+        return False
+    plain = run_block(block, hidden, call).float()
+    direction = torch.linspace(-1, 1, layer.shape[0], device=hidden.device).roll(layer.shape[0] // 3)
+    shift = (_SHIFT * max(hidden.float().square().mean(), plain.square().mean()) ** 0.5 * direction).to(hidden.dtype)
+    handle = layer.module.register_forward_hook(lambda module, args, output: output + shift)
+    try:
+        shifted = run_block(block, hidden, call).float() - plain
+    finally:
+        handle.remove()
+    return gather(bool((shifted - shift).norm() < _LIKE * shift.float().expand_as(shifted).norm()))[0]
 
 
 class _Pair:

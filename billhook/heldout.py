@@ -9,6 +9,7 @@ from torch import Tensor
 
 from billhook.data import digest
 from billhook.errors import BillhookError
+from billhook.ranks import in_batches
 from billhook.registry import hint
 from billhook.request import Opened, Request
 
@@ -68,4 +69,4 @@ def split_windows(opened: Opened, seed: int) -> Split:
         "calibration": {"windows": len(calibration), "digest": digest(calibration)},
         "heldout": {"windows": len(heldout), "digest": digest(heldout)},
     }
-    return Split(list(calibration.split(len(opened.batches[0]))), heldout, facts)
+    return Split(in_batches(calibration, len(opened.batches[0])), heldout, facts)

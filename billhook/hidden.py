@@ -26,7 +26,7 @@ class States:
         self._limit = limit_gib * 2**30
         self._folder = folder
         self._kept: list[Tensor | None] = []
-        self._places: list[tuple[int, Tensor]] = []  # where a tensor is in the file, and an empty tensor like it
+        self._places: list[tuple[int, Tensor, torch.device]] = []  # where a tensor is in the file, one like it without values, its device
         self._bytes = 0
         self._file: IO[bytes] | None = None
 
@@ -34,12 +34,12 @@ class States:
         """Add a tensor at the end."""
         place = self._bytes
         self._bytes += value.nbytes
-        self._places.append((place, torch.empty_like(value, device="meta", memory_format=torch.contiguous_format)))
+        self._places.append((place, torch.empty_like(value, device="meta", memory_format=torch.contiguous_format), value.device))
         self._kept.append(None)
         self[len(self) - 1] = value
 
     def __setitem__(self, index: int, value: Tensor) -> None:
-        place, like = self._places[index]
+        place, like, _ = self._places[index]
         assert (value.shape, value.dtype) == (like.shape, like.dtype)
         if place + value.nbytes <= self._limit:
             self._kept[index] = value
@@ -56,7 +56,7 @@ class States:
         kept = self._kept[index]
         if kept is not None:
             return kept
-        place, like = self._places[index]
+        place, like, device = self._places[index]
         value = torch.empty_like(like, device="cpu")
         assert self._file is not None
         data = tensor_bytes(value)
@@ -64,7 +64,7 @@ class States:
             count = os.preadv(self._file.fileno(), [data], place)
             assert count
             data, place = data[count:], place + count
-        return value
+        return value.to(device)
 
     def take(self) -> Iterator[Tensor]:
         """Give the tensors back in order, for the last time: those in memory are forgotten one by one."""

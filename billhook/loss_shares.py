@@ -18,6 +18,7 @@ from billhook.error_curves import cheaper
 from billhook.errors import BillhookError
 from billhook.metrics import fact
 from billhook.plan import Pattern, SparsityPlan
+from billhook.ranks import in_batches
 from billhook.registry import method
 from billhook.trials import Bench, Setting
 
@@ -36,6 +37,6 @@ def loss_share(model: PreTrainedModel, layers: Sequence[Layer], batches: Sequenc
     last = min(WINDOWS, len(ids) // 2)
     plan = SparsityPlan(MIDDLE, Pattern.parse("unstructured"), {layer.name: MIDDLE for layer in layers}, {})
     setting = Setting(criterion, CRITERIA.configure(criterion, cheaper(criterion, layers)))
-    with Bench(model, layers, list(ids[:-last].split(len(batches[0]))), ids[-last:], setting) as bench:
+    with Bench(model, layers, in_batches(ids[:-last], len(batches[0])), ids[-last:], setting) as bench:
         bench.prune(plan)
         return bench.attribute()[1]

@@ -80,16 +80,18 @@ class Observer(TorchFunctionMode):
             self._collectors[leader].add(x.detach())
         if not self._complete:
             self._order.append(layer)
-        elif not self._wanted and not self._experts and layer is self._order[-1]:
+        elif not self._wanted and not self._experts and self._order and layer is self._order[-1]:
             raise _Seen
 
     def groups(self) -> list[list[Layer]]:
         """The layers in the order in which the first pass came to them: those of one input together, each kind of experts together, and
-        those that it did not come to at the end."""
+        those that it did not come to at the end. Experts are in the order of the model: which ones tokens are sent to depends on the text,
+        and so on the process."""
         groups: dict[str, list[Layer]] = {}
         for layer in dict.fromkeys([*self._order, *self._layers]):
             groups.setdefault(layer.kind if layer.expert is not None else self._leaders.get(layer.name, ""), []).append(layer)
-        return list(groups.values())
+        place = {layer.name: number for number, layer in enumerate(self._layers)}
+        return [group if group[0].expert is None else sorted(group, key=lambda layer: place[layer.name]) for group in groups.values()]
 
     @property
     def linear(self) -> Collection[str]:

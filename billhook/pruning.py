@@ -28,7 +28,7 @@ from billhook.hidden import SPILL_GIB
 from billhook.masks import Select
 from billhook.perplexity import vocabulary_size
 from billhook.plan import SparsityPlan
-from billhook.ranks import gather, mine, share_, world
+from billhook.ranks import check_share, gather, mine, share_, world
 from billhook.refine import Refine, Refinery
 from billhook.stats import GRADIENTS, STATISTICS, LayerStats
 from billhook.walk import Block, Progress, walk
@@ -105,6 +105,8 @@ def prune_(
     if reads_text and not batches:
         who = "--refine" if refine else f"The criterion {criterion}"
         raise BillhookError(f"{who} looks at activations: give text with --calibration SOURCE.")
+    if reads_text:
+        check_share(len(batches))
     refinery = None if refine is None else Refinery(refine, spill_gib)
     zeros: dict[str, int] = plan.zeros(shapes)
     results: list[LayerResult] = []
@@ -112,7 +114,8 @@ def prune_(
         beside = refine is not None and refine.aim > 0
         for block in walk(model, batches if observed or refine else (), observed, beside=beside, start=start, spill_gib=spill_gib):
             done: list[LayerResult] = []
-            if refinery is not None:
+            block = replace(block, layers=[layer for layer in block.layers if layer.name in shapes])
+            if refinery is not None and block.layers:
                 refinery.note(block)
             for stage, known in block.stages:
                 chosen = [layer for layer in stage if layer.name in shapes]
@@ -127,7 +130,7 @@ def prune_(
                     made.append(_prune_layer(layer, stats, select, function, {} if function is magnitude else configured))
                     progress(layer.name)
                 done += _exchange(chosen, made)
-            if refinery is not None:
+            if refinery is not None and block.layers:
                 done = _refine(refinery, block, done)
             finished(block, done)
             results += done

@@ -92,6 +92,12 @@ def check_share(windows: int) -> None:
         raise BillhookError(f"{world()} processes cannot share {windows} calibration windows: give more --samples, or start fewer.")
 
 
+def in_batches(windows: Tensor, size: int) -> list[Tensor]:
+    """Windows [number, length] in batches of `size`, or of fewer so that every process gets one; BillhookError if they are too few."""
+    check_share(len(windows))
+    return list(windows.split(min(size, len(windows) // world())))
+
+
 def sum_(value: Tensor) -> Tensor:
     """Sum a tensor over the processes, in place."""
     if world() > 1:

@@ -25,7 +25,7 @@ from billhook.output import check_output
 from billhook.perplexity import check_length, context_length, vocabulary_size
 from billhook.plan import SparsityPlan
 from billhook.pruning import Group, Rounding
-from billhook.ranks import check_share, world
+from billhook.ranks import in_batches, world
 from billhook.refine import Refining
 from billhook.run_state import check_place
 from billhook.save import mismatch
@@ -106,9 +106,7 @@ def open_request(request: Request, needs_text: bool, who: str, *, streamed: bool
     if not needs_text:
         return Opened(source, model, layers, None, [])
     windows = _calibration_windows(request, source, model)
-    check_share(len(windows.ids))
-    most = len(windows.ids) // world()
-    batches = list(windows.ids.split(min(most, request.batch_size or batch_size(layers, windows.ids.shape[1]))))
+    batches = in_batches(windows.ids, request.batch_size or batch_size(layers, windows.ids.shape[1]))
     return Opened(source, model, layers, windows, batches)
 
 

@@ -133,6 +133,22 @@ def test_the_result_is_that_of_one_process(place, processes, criterion):
         assert sum(event["event"] == "layer" for event in events) == events[0]["layers"]
 
 
+def test_processes_that_meet_other_experts_first(place):
+    fields = (*PRUNE[:6], "--samples", "16", "--length", "4", "--batch-size", "1", "--criterion", "admm")
+    for processes in (1, 2):
+        done(place, processes, *fields, "-o", f"short{processes}")
+    one, two = weights(place / "short1"), weights(place / "short2")
+    for name, value in one.items():
+        likeness = torch.nn.functional.cosine_similarity(value.flatten(), two[name].flatten(), dim=0)
+        assert likeness > 0.99, (name, likeness)
+
+
+def test_auto_shares_what_is_left_of_a_batch(place):
+    fields = (*PRUNE[:4], "--calibration", "text.txt", "--samples", "8", "--length", "32", "--batch-size", "4")
+    done(place, 2, *fields, "--allocator", "auto", "--criterion", "wanda", "-o", "auto2")
+    assert verify(place / "auto2").ok
+
+
 def test_tables_are_those_of_one_process(place):
     fields = ("measure", "model", "--metrics", "alpha_peak,outlier_ratio:5", *TEXT)
     for processes in (1, 2):
