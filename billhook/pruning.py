@@ -101,12 +101,7 @@ def prune_(
     gradient = next((name for name in needs if name in GRADIENTS), None)
     plan.check(shapes)
     reads_text = observed or (gradient and gradients is None) or refine
-    batches = as_batches(batches, vocabulary_size(model)) if reads_text else []
-    if reads_text and not batches:
-        who = "--refine" if refine else f"The criterion {criterion}"
-        raise BillhookError(f"{who} looks at activations: give text with --calibration SOURCE.")
-    if reads_text:
-        check_share(len(batches))
+    batches = _checked(model, batches, "--refine" if refine else f"The criterion {criterion}") if reads_text else []
     refinery = None if refine is None else Refinery(refine, spill_gib)
     zeros: dict[str, int] = plan.zeros(shapes)
     results: list[LayerResult] = []
@@ -135,6 +130,15 @@ def prune_(
             finished(block, done)
             results += done
     return results
+
+
+def _checked(model: PreTrainedModel, batches: Tensor | Sequence[Tensor], who: str) -> list[Tensor]:
+    """The batches as a list; raises BillhookError where there is none, or not one for every process."""
+    found = as_batches(batches, vocabulary_size(model))
+    if not found:
+        raise BillhookError(f"{who} looks at activations: give text with --calibration SOURCE.")
+    check_share(len(found))
+    return found
 
 
 def _refine(refinery: Refinery, block: Block, done: Sequence[LayerResult]) -> list[LayerResult]:
