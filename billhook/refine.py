@@ -120,15 +120,21 @@ class Data:
 Piece = tuple[int, list[int]]  # a batch, and windows in it
 
 
-def tunable(module: nn.Module, layers: Sequence[Layer], everything: bool) -> list[nn.Parameter]:
-    """The parameters of a block that are tuned: those of its prunable `layers`, and with `everything` all of one dimension."""
-    found = {id(p): p for layer in layers if isinstance(p := getattr(layer.module, layer.parameter), nn.Parameter)}
-    found |= {id(p): p for p in module.parameters() if everything and p.ndim == 1}
+def tunable(module: nn.Module, layers: Sequence[Layer], everything: bool) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters of a block that are tuned and, True where they may move, masks: the kept weights of `layers` (of experts in one
+    parameter only those), and with `everything` all parameters of one dimension."""
+    found: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    for layer in layers:
+        if isinstance(p := getattr(layer.module, layer.parameter), nn.Parameter):
+            mask = found.setdefault(id(p), (p, torch.zeros_like(p, dtype=torch.bool)))[1]
+            part = slice(None) if layer.expert is None else layer.expert
+            mask[part] = p.detach()[part] != 0
+    found |= {id(p): (p, torch.ones_like(p, dtype=torch.bool)) for p in module.parameters() if everything and p.ndim == 1}
     return list(found.values())
 
 
-def refine_block_(module: nn.Module, data: Data, parameters: Sequence[nn.Parameter], options: Refine, index: int = 0) -> Refined:
-    """Tune `parameters` of the block in place, their zeros fixed; raises JobError when the loss is not finite at the start.
+def refine_block_(module: nn.Module, data: Data, tuned: Sequence[tuple[nn.Parameter, Tensor]], options: Refine, index: int = 0) -> Refined:
+    """Tune parameters of the block in place where their masks are True; raises JobError when the loss is not finite at the start.
 
     Same data and seed, same bytes. The whole block is float32 meanwhile; the last comparison is made in its own type.
     """
@@ -136,9 +142,10 @@ def refine_block_(module: nn.Module, data: Data, parameters: Sequence[nn.Paramet
     before = _mean_loss(module, data, held)
     if not math.isfinite(before):
         raise JobError("The outputs of a block to be refined are not finite. Use another --dtype, or leave --refine out.")
+    parameters = [p for p, _ in tuned]
     old = [p.detach().clone() for p in parameters]
     with _in_float32(module):
-        best, epochs = _descend(module, data, parameters, (train, held), options, index)
+        best, epochs = _descend(module, data, tuned, (train, held), options, index)
     for p, value in zip(parameters, best, strict=True):
         p.data.copy_(value)
     after = _mean_loss(module, data, held)
@@ -150,12 +157,17 @@ def refine_block_(module: nn.Module, data: Data, parameters: Sequence[nn.Paramet
 
 
 def _descend(
-    module: nn.Module, data: Data, parameters: Sequence[nn.Parameter], split: tuple[list[Piece], list[Piece]], options: Refine, index: int
+    module: nn.Module,
+    data: Data,
+    tuned: Sequence[tuple[nn.Parameter, Tensor]],
+    split: tuple[list[Piece], list[Piece]],
+    options: Refine,
+    index: int,
 ) -> tuple[list[Tensor], int]:
     """Adam with early stopping; the values of least held-out loss and the number of epochs."""
     train, held = split
     random = torch.Generator().manual_seed(1000 * options.seed + index)
-    masks = [p.detach() != 0 if p.ndim > 1 else torch.ones_like(p, dtype=torch.bool) for p in parameters]
+    parameters = [p for p, _ in tuned]
     best, least, bad = [p.detach().clone() for p in parameters], _mean_loss(module, data, held), 0
     rates = [options.rate * float(p.detach().square().mean().sqrt()) for p in parameters]
     adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
@@ -170,7 +182,7 @@ def _descend(
             with torch.enable_grad(), _requiring(module, parameters):
                 for piece in pieces:
                     (data.loss(module, piece) * (len(piece[1]) / windows)).backward()
-            for p, mask in zip(parameters, masks, strict=True):
+            for p, mask in tuned:
                 if p.grad is not None:
                     p.grad.mul_(mask)  # Adam never moves what never had a gradient
             adam.step()

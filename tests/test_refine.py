@@ -76,6 +76,27 @@ def test_norms_are_tuned_only_if_asked() -> None:
         assert "model.norm.weight" not in changed
 
 
+def test_layers_and_blocks_left_out_stay_as_they_are() -> None:
+    model, dense = tiny.llama(), tiny.llama().state_dict()
+    layers = [layer for layer in find_layers(model) if layer.block != 1 and "down_proj" not in layer.name]
+    plan = allocate(measure(model, [], layers=layers), 0.6)
+    results = prune_(model, plan, batches=text(), layers=layers, refine=Refine(epochs=2, everything=True))
+    chosen = {f"{layer.name}.weight" for layer in layers}
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, dense[name])}
+    assert changed >= chosen
+    assert all("norm" in name and ".layers.1." not in name for name in changed - chosen)
+    assert sum(len(result.notes) for result in results) == 3
+
+
+def test_experts_left_out_stay_as_they_are() -> None:
+    model, dense = tiny.mixtral(), find_layers(tiny.mixtral())
+    layers = [layer for layer in find_layers(model) if layer.expert in (0, 2)]
+    results = prune_(model, allocate(measure(model, [], layers=layers), 0.6), batches=text(), layers=layers, refine=Refine(epochs=2))
+    assert "loss" in results[0].notes[-1]
+    for layer, before in zip(find_layers(model), dense, strict=True):
+        assert torch.equal(layer.weight, before.weight) == (layer.expert not in (0, 2)), layer.name
+
+
 def test_experts_and_few_windows() -> None:
     model, results = pruned(Refine(epochs=1), build=tiny.mixtral)
     assert error(model, tiny.mixtral) < error(pruned(None, build=tiny.mixtral)[0], tiny.mixtral)
