@@ -69,7 +69,7 @@ def walk(
     in the middle of a model that is in memory as a whole.
     """
     with plain_experts(model), evaluating(model):
-        yield from _walk(model, batches, statistics, dense, beside, start, spill_gib)
+        yield from _walk(model, batches, statistics, dense=dense, beside=beside, start=start, spill_gib=spill_gib)
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def plain_experts(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _walk(
-    model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequence[str], dense: bool, beside: bool, start: int, spill_gib: float
+    model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequence[str], *, dense: bool, beside: bool, start: int, spill_gib: float
 ) -> Iterator[Block]:
     name, blocks = find_blocks(model)
     by_block: dict[int, list[Layer]] = {}
