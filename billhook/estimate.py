@@ -1,67 +1,132 @@
-"""What a job will cost, before it starts: seconds, memory and disk, from the sizes involved and a tenth of a second of measuring.
+"""What a job will cost, before it starts: seconds, memory and disk, by the cost model (`billhook.costs`) and a moment of measuring.
 
-The times are those of matrix products at the rate measured here; they are good to about a factor of two.
+The times are good to about a factor of two where the machine is as busy then as now.
 """
 
 import resource
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from billhook import costs
+from billhook.arch import find_blocks
+from billhook.costs import Machine, Method, Part, Sizes, Text
 from billhook.criteria import CRITERIA
+from billhook.criteria.admm import default_steps
 from billhook.job import Job
+from billhook.metrics import fact
+from billhook.ranks import world
+from billhook.request import Opened
 from billhook.stats import GRADIENTS, STATISTICS
 from billhook.streaming import stream_of
 
-_FLOPS_OF_CUBE = 2.0  # Cholesky, triangular inverse and the column updates of SparseGPT, in units of in^2 (in + out)
-PROCESS = 0.4 * 2**30  # Python and the libraries
-_PASSES = 4  # over the files: digest of the source, check for NaN, checksums of the output and counting its zeros
-_BYTE_RATE = 5e8  # bytes a second
-_SELECTION_RATE = 2e7  # weights selected a second and core; a partial sort, whatever the criterion
+_SIBLINGS = ("k_proj", "v_proj", "up_proj")  # read the input of a layer before them
+Said = dict[str, float]
 
 
-def estimate(job: Job) -> dict[str, float]:
+def estimate(job: Job) -> Said:
     """Return `seconds` for pruning, peak `memory_gib` and `disk_gib`."""
-    opened = job.opened
-    parameters = sum(p.numel() * p.element_size() for p in opened.model.parameters())
-    weights = sum(out * columns for out, columns in (layer.shape for layer in opened.layers))
-    tokens = sum(batch.numel() for batch in opened.batches)
-    needs = CRITERIA.needs(job.request.criterion, job.criterion_options)
-    flops = 2 * 2.0 * weights * tokens if any(name in STATISTICS for name in needs) else 0.0
-    largest = max(out * columns for out, columns in (layer.shape for layer in opened.layers))
-    blocks = 1 + max(layer.block for layer in opened.layers)
-    stream = stream_of(opened.model)
-    held = sum(p.numel() * p.element_size() for p in opened.model.parameters() if stream is None or not p.is_meta)
-    held += 0 if stream is None else (parameters - held) // len(stream.blocks)
-    hidden = min(2 * tokens * _width(job) * opened.model.dtype.itemsize, 2 * job.request.spill_gib * 2**30)
-    memory = PROCESS + held + 5 * 4 * largest + hidden
-    if job.gradients is None and any(name in GRADIENTS for name in needs):
-        flops += 4 * 2.0 * weights * tokens  # two forward passes, and a backward pass that costs as much as both
-        stored = min(blocks * tokens * _width(job) * opened.model.dtype.itemsize, job.request.spill_gib * 2**30)
-        memory += stored + (4 + opened.model.dtype.itemsize) * weights / blocks
-    if "gram" in needs:
-        inputs = [layer.shape[1] for layer in opened.layers]
-        flops += sum(2.0 * tokens * n**2 + _FLOPS_OF_CUBE * n**2 * sum(layer.shape) for n, layer in zip(inputs, opened.layers, strict=True))
-        memory += 4 * sum(n**2 for n in inputs) / blocks + 3 * 4 * max(inputs) ** 2
-    seconds = flops / _rate(opened.model.dtype) + weights / _SELECTION_RATE / torch.get_num_threads()
-    seconds += parameters * _PASSES / _BYTE_RATE
-    return {"seconds": round(seconds, 1), "memory_gib": round(memory / 2**30, 3), "disk_gib": round(parameters / 2**30, 3)}
+    method = method_of(job.request.criterion, job.criterion_options, given=job.gradients is not None, sparsity=job.plan.target)
+    found = _said(job.opened, method, job.request.spill_gib * 2**30, job.request.device)
+    return found | {"disk_gib": round(_bytes(job.opened) / 2**30, 3)}
 
 
-def _width(job: Job) -> int:
-    return int(job.opened.model.config.get_text_config(decoder=True).hidden_size)
+def estimate_table(opened: Opened, metrics: Sequence[str], device: str) -> Said:
+    """The same for measuring, which writes next to nothing; metrics of the loss are not counted."""
+    return _said(opened, measuring_of(metrics), float("inf"), device) | {"disk_gib": 0.0}
 
 
-def _rate(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a matrix product of ordinary size on the CPU."""
-    a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    a @ b
-    start = time.perf_counter()
-    for _ in range(4):
-        a @ b
-    return 4 * 2 * 512 * 1024 * 1024 / (time.perf_counter() - start)
+def method_of(criterion: str, options: Mapping[str, Any] | None = None, *, given: bool = False, sparsity: float = 0.5) -> Method:
+    """What a criterion costs; `given` are gradients that need not be computed."""
+    options = CRITERIA.configure(criterion, dict(options or {}))
+    needs = CRITERIA.needs(criterion, options)
+    statistics = tuple(name for name in needs if name in STATISTICS)
+    gradients = not given and any(name in GRADIENTS for name in needs)
+    if criterion == "admm":
+        return Method(statistics, gradients, 4.0, partial(_admm, options.get("steps"), sparsity))
+    return Method(statistics, gradients, 1.0, costs.sparsegpt if "gram" in statistics else lambda part: {})
+
+
+def measuring_of(metrics: Sequence[str]) -> Method:
+    """What measuring costs."""
+    of_text = [name for name in metrics if fact(name).reads == "activations"]
+    of_weights = any(not fact(name).needs_text for name in metrics)
+    return Method(("input_norm",) if of_text else (), False, float(len(of_text)), costs.spectrum if of_weights else lambda part: {}, True)
+
+
+def _admm(steps: int | None, sparsity: float, part: Part) -> dict[str, float]:
+    return costs.admm(part, default_steps(part.inputs) if steps is None else steps, sparsity)
+
+
+def _said(opened: Opened, method: Method, spill: float, device: str) -> Said:
+    speed = speeds(opened.model.dtype, device)
+    machine = Machine(speed["product"], speed["single"], speed["copy"], processes=world())
+    length = opened.batches[0].shape[1] if opened.batches else 1
+    windows = sum(len(batch) for batch in opened.batches)
+    text = Text(windows, length, len(opened.batches[0]) if opened.batches else 1)
+    streamed = stream_of(opened.model) is not None
+    cost = costs.cost(sizes_of(opened), method, text, machine, streamed=streamed, spill=spill)
+    return {"seconds": round(cost.seconds, 1), "memory_gib": round(cost.memory / 2**30, 3)}
+
+
+def sizes_of(opened: Opened) -> Sizes:
+    """The sizes of a model that was opened."""
+    config = opened.model.config.get_text_config(decoder=True)
+    experts = next((n for name in ("num_local_experts", "num_experts") if (n := getattr(config, name, None))), 1)
+    share = min(1.0, (getattr(config, "num_experts_per_tok", None) or experts) / experts)
+    numbers: dict[int, int] = {}
+    parts = []
+    for layer in opened.layers:
+        number = numbers[layer.block] = numbers.get(layer.block, -1) + 1
+        sibling = layer.kind.rpartition(".")[2] in _SIBLINGS
+        parts.append(Part(*layer.shape, layer.block, number, 1.0 if layer.expert is None else share, not sibling))
+    outside = sum(p.numel() * p.element_size() for p in opened.model.parameters() if not p.is_meta)
+    stream, whole = stream_of(opened.model), _bytes(opened)
+    if stream is None:
+        outside = whole - sum(p.numel() * p.element_size() for p in find_blocks(opened.model)[1].parameters())
+    return Sizes(tuple(parts), config.num_hidden_layers, config.hidden_size, opened.model.dtype.itemsize, outside, whole)
+
+
+def _bytes(opened: Opened) -> int:
+    return sum(p.numel() * p.element_size() for p in opened.model.parameters())
+
+
+def speeds(dtype: torch.dtype, device: str, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+    """What the machine does now: `product` in a type and `single` in float32 (operations a second), `copy` (bytes a second)."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+    def timed(work: Callable[[], Any], times: int = 4) -> float:
+        work()
+        wait()
+        start = clock()
+        for _ in range(times):
+            work()
+        wait()
+        return (clock() - start) / times
+
+    def product(kind: torch.dtype) -> float:
+        a, b = (torch.ones(size, 1024, dtype=kind, device=device) for size in (512, 1024))
+        return 2 * 512 * 1024 * 1024 / timed(lambda: a @ b)
+
+    source = torch.ones(8 << 20, device=device)
+    target = torch.empty_like(source)
+    single = product(torch.float32)
+    copy = 2 * source.nbytes / timed(lambda: target.copy_(source))
+    return {"product": single if dtype == torch.float32 else product(dtype), "single": single, "copy": copy}
+
+
+def too_little(cost: Mapping[str, float]) -> str | None:
+    """What to say where less memory is free than a job takes."""
+    free = available_gib()
+    if free is None or cost["memory_gib"] <= free:
+        return None
+    advice = "use fewer --samples, a shorter --length, a smaller --batch-size or a smaller --spill-gib."
+    return f"only {free:.2f} GiB of memory are free, about {cost['memory_gib']:.2f} are needed: {advice}"
 
 
 def available_gib() -> float | None:

@@ -85,7 +85,7 @@ def prepare(request: Request, progress: Callable[[str], None] = lambda layer: No
     if continued is not None:
         plan = continued
     if plan is None:
-        table = _measure(opened, needed, progress) if table is None else _rows(table, opened)
+        table = measure_opened(opened, needed, progress) if table is None else _rows(table, opened)
         plan = gather(_allocate(request, opened, table, allocator_options, criterion_options, progress))[0]  # sums differ in last bits
     try:
         plan.check(shapes)
@@ -249,10 +249,14 @@ def _gradients_of(job: Job, place: Unfinished, progress: Callable[[str], None]) 
 
 def measure_model(request: Request, metrics: Sequence[str], progress: Callable[[str], None] = lambda layer: None) -> Table:
     """Measure the layers of a request's model; text is read only if a metric looks at activations."""
+    return measure_opened(open_to_measure(request, metrics), metrics, progress)
+
+
+def open_to_measure(request: Request, metrics: Sequence[str]) -> Opened:
+    """Open what `measure_model` measures."""
     activations = [name for name in metrics if fact(name).needs_text]
     streamed = not any(fact(name).reads == "trial" for name in metrics)
-    opened = open_request(request, bool(activations), f"The metric {' and '.join(activations)}", streamed=streamed)
-    return _measure(opened, metrics, progress)
+    return open_request(request, bool(activations), f"The metric {' and '.join(activations)}", streamed=streamed)
 
 
 def make_gradients(
@@ -279,7 +283,8 @@ def _rows(table: Table, opened: Opened) -> Table:
     return table.only({layer.name for layer in opened.layers}, {layer.name: layer.shape for layer in find_layers(opened.model)})
 
 
-def _measure(opened: Opened, metrics: Sequence[str], progress: Callable[[str], None]) -> Table:
+def measure_opened(opened: Opened, metrics: Sequence[str], progress: Callable[[str], None] = lambda layer: None) -> Table:
+    """Measure the layers of a model that was opened."""
     facts = opened.facts
     table = measure(opened.model, metrics, batches=opened.batches, layers=opened.layers, facts=facts, progress=progress)
     if opened.calibration is not None:

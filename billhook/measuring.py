@@ -51,6 +51,9 @@ def measure(
     if of_activations:
         for block in walk(model, batches, ("input_norm",), dense=True):
             _of_activations(block, of_activations, values)
+            for seen in block.layers:
+                if seen.name in values:
+                    progress(seen.name)
     for name in with_text:
         if fact(name).reads in ("loss", "trial"):
             for layer, loss in function_of(name)(model, layers, batches, **options_of(name)).items():
@@ -82,6 +85,12 @@ def metric_names(text: str) -> list[str]:
     for name in names:
         canonical(name)
     return names
+
+
+def steps(metrics: Sequence[str], layers: int) -> int:
+    """How often `measure` reports progress: a layer once for its weight and once for its inputs."""
+    reads = {fact(name).reads for name in metrics}
+    return layers * (("activations" in reads) + any(not fact(name).needs_text for name in metrics))
 
 
 def _row(layer: Layer, columns: Sequence[str], values: dict[str, Any]) -> Row:

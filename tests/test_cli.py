@@ -122,7 +122,9 @@ def test_a_dry_run_writes_nothing(place, text, monkeypatch, output):
     ran = done(*command)
     rows = re.findall(r"^(model\.layers\S+) +(\d+) x (\d+) +(0\.\d+)", ran.out, flags=re.MULTILINE)
     assert len(rows) == 14
-    assert re.search(r"14 layers, 18,432 weights, sparsity 0\.5, .*GiB of memory, .*GiB of disk\. Nothing was written\.", ran.err)
+    assert re.search(
+        r"About .* s, .*GiB of memory, .*GiB of disk\.\n14 layers, 18,432 weights, sparsity 0\.5, .*Nothing was written\.", ran.err
+    )
     machine = done(*command, "--json").json
     assert set(machine) == {"layers", "target", "pattern", "estimate"}
     assert {name: f"{layer['sparsity']:.4f}" for name, layer in machine["layers"].items()} == {name: s for name, *_, s in rows}

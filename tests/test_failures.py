@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +180,43 @@ def test_interruptions(place, moment, number):
     assert (code, err) == (1, about + said)
     assert json.loads(out) == {"error": _STOPPED[10:-1], "exit_code": 1}
     assert listing(place) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_one_ctrl_c_finishes_the_block_and_says_how_to_go_on(place):
+    """The block in work when it comes is finished and kept; the run goes on from there to what an uninterrupted one writes."""
+    done(*PRUNE)
+    whole = {name: data for name, data in listing(place / "pruned").items() if name.endswith(".safetensors")}
+    shutil.rmtree(place / "pruned")
+    child = os.fork()
+    if not child:
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            real = pruning._prune_layer
+
+            def slow(*args: object) -> object:
+                Path("../here").touch()
+                while not Path("../go").exists():
+                    time.sleep(0.01)
+                return real(*args)
+
+            pruning._prune_layer = slow
+            ran = billhook(*PRUNE)
+            Path("../ran").write_text(json.dumps([ran.code, ran.out, ran.err]))
+        finally:
+            os._exit(0)
+    wait_for_sign()
+    os.kill(child, signal.SIGINT)
+    time.sleep(0.2)
+    Path("../go").touch()
+    os.waitpid(child, 0)
+    code, _, err = json.loads(Path("../ran").read_text())
+    kept = r"1 of 2 blocks are finished and kept in .*pruned\.partial: continue with the same command and --resume\.\n"
+    assert code == 1
+    assert re.fullmatch(rf"About .*\n{re.escape(_PATIENT)}billhook: Stopped\. {kept}", err), err
+    assert not (place / "pruned").exists()
+    done(*PRUNE, "--resume")
+    assert {name: data for name, data in listing(place / "pruned").items() if name in whole} == whole
 
 
 @pytest.mark.slow

@@ -5,13 +5,14 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Annotated, Any, Literal
 
 import typer
 
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, out_of_memory
 from billhook.torchrun import processes, rank, started
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
@@ -41,6 +42,8 @@ Settings = Annotated[
 ]
 Preset = Annotated[str | None, typer.Option(help="Allocator, options and sparsity as published: see billhook ls presets.", metavar="NAME")]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model. Read that code first.")]
+
+EVERY = 60.0  # seconds between lines of progress
 
 
 class Failure(Exception):
@@ -90,7 +93,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             where = "standard output" if error.filename is None else str(error.filename)[:200]
             message, code = f"Cannot read or write {where}: {error.strerror or error}.", 1
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch has no class of its own for it on a CPU
+            if not out_of_memory(error):
                 raise
             message, code = "Out of memory. Use fewer --samples, a shorter --length or a smaller --batch-size.", 1
         complain(message, code, bool(kwargs.get("as_json")))
@@ -133,22 +136,59 @@ def parse_settings(pairs: list[str] | None) -> dict[str, str]:
     return settings
 
 
+def announce(cost: Mapping[str, float]) -> None:
+    """Tell what a job will cost, before it starts, and where less is free than it takes."""
+    from billhook.estimate import too_little
+
+    say(f"About {cost['seconds']:.0f} s, {cost['memory_gib']:.2f} GiB of memory, {cost['disk_gib']:.2f} GiB of disk.")
+    if lacking := too_little(cost):
+        say(f"note: {lacking}")
+
+
+def conclude(cost: Mapping[str, float], seconds: float) -> None:
+    """Tell what it did cost, beside the estimate."""
+    from billhook.estimate import peak_gib
+
+    say(f"It took {seconds:.1f} s (estimated {cost['seconds']:.0f}) and {peak_gib():.2f} GiB (estimated {cost['memory_gib']:.2f}).")
+
+
 @contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
-    """Show a bar with time left on a terminal, nothing otherwise; yields a function to call with the name of each finished unit."""
+    """Show a bar with time left on a terminal, a line a minute elsewhere; yields a function to call with the name of each finished unit.
+
+    Elsewhere is a file, a pipe, a terminal that cannot move its cursor, and a notebook, where a bar would need widgets.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    hidden = not console.is_terminal or rank() > 0
+    console = Console(stderr=True, force_jupyter=False)
+    if not console.is_terminal or console.is_dumb_terminal or rank():
+        yield _lines(what, total)
+        return
     counts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*counts, TextColumn("{task.fields[item]}"), console=console, transient=True, disable=hidden) as bar:
+    with Progress(*counts, TextColumn("{task.fields[item]}"), console=console, transient=True) as bar:
         task = bar.add_task(what, total=total, item="")
 
         def advance(item: str) -> None:
             bar.update(task, advance=1, item=item)
 
         yield advance
+
+
+def _lines(what: str, total: int | None) -> Callable[[str], None]:
+    """The progress of long jobs in plain lines."""
+    start = last = time.monotonic()
+    done = 0
+
+    def advance(item: str) -> None:
+        nonlocal done, last
+        done, now = done + 1, time.monotonic()
+        if now - last >= EVERY:
+            last = now
+            left = "" if total is None else f" of {total}, about {(now - start) / done * (total - done) / 60:.0f} min left"
+            say(f"{what}: {done}{left}, {item}")
+
+    return advance
 
 
 def table(title: str, header: list[str], rows: list[list[str]], numeric_from: int = 1) -> None:

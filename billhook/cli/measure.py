@@ -1,5 +1,6 @@
 """`billhook measure`: fill the table that allocators read."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,8 @@ import typer
 from billhook.cli.common import (
     Json,
     TrustRemoteCode,
+    announce,
+    conclude,
     emit,
     guarded,
     progress,
@@ -37,19 +40,25 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Measure every prunable layer and write table.json."""
+    from billhook.estimate import estimate_table
     from billhook.files import check_writable
-    from billhook.job import Request, measure_model
-    from billhook.measuring import metric_names
+    from billhook.job import Request, measure_opened, open_to_measure
+    from billhook.measuring import metric_names, steps
     from billhook.ranks import joined
     from billhook.torchrun import rank
 
     names = metric_names(metrics)
     check_writable(output)
     request = Request(model=model, **vars(text), **work.fields(), trust_remote_code=trust_remote_code)
-    with joined(work.device), progress("measuring") as advance:
-        table = measure_model(request, names, advance)
+    with joined(work.device):
+        opened = open_to_measure(request, names)
+        cost, start = estimate_table(opened, names, work.device), time.perf_counter()
+        announce(cost)
+        with progress("measuring", total=steps(names, len(opened.layers))) as advance:
+            table = measure_opened(opened, names, advance)
         if not rank():
             table.save(output)
+        conclude(cost, time.perf_counter() - start)
     say(f"{output}: {len(table.rows)} layers, columns {', '.join([*table.columns(), *table.rows[0].curves])}.")
     if as_json:
         emit({"output": str(output), "layers": len(table.rows), "columns": table.columns()})

@@ -11,6 +11,8 @@ from billhook.cli.common import (
     Preset,
     Settings,
     TrustRemoteCode,
+    announce,
+    conclude,
     emit,
     guarded,
     parse_settings,
@@ -112,13 +114,11 @@ def command(
 
 def _run(job: "Job", log: "Log") -> "Report":
     """Prune, with estimates before and what it really took after, and every step in the log."""
-    from billhook.estimate import available_gib, estimate, peak_gib
+    from billhook.estimate import estimate, peak_gib
     from billhook.job import run
 
-    cost, available, request = estimate(job), available_gib(), job.request
-    say(f"About {cost['seconds']:.0f} s, {cost['memory_gib']:.2f} GiB of memory, {cost['disk_gib']:.2f} GiB of disk.")
-    if available is not None and cost["memory_gib"] > available:
-        say(f"note: only {available:.2f} GiB of memory are free: use fewer --samples, a smaller --batch-size or a smaller --spill-gib.")
+    cost, request = estimate(job), job.request
+    announce(cost)
     facts = {"model": job.opened.facts, "criterion": request.criterion, "pattern": str(job.plan.pattern), "target": job.plan.target}
     log.event("start", billhook=__version__, **facts, layers=len(job.opened.layers), resume=request.resume, estimate=cost)
 
@@ -130,7 +130,7 @@ def _run(job: "Job", log: "Log") -> "Report":
     for warning in report.warnings:
         say(f"note: {warning}")
         log.event("warning", text=warning)
-    say(f"It took {report.seconds:.1f} s (estimated {cost['seconds']:.0f}) and {peak_gib():.2f} GiB (estimated {cost['memory_gib']:.2f}).")
+    conclude(cost, report.seconds)
     log.event("end", output=str(report.output), sparsity=report.sparsity, took=report.seconds, peak_gib=peak_gib())
     return report
 
@@ -144,11 +144,10 @@ def _show(job: "Job", as_json: bool) -> None:
         listed = {x.name: {"shape": list(x.shape), "sparsity": job.plan.sparsity[x.name]} for x in layers}
         emit({"layers": listed, "target": job.plan.target, "pattern": str(job.plan.pattern), "estimate": cost})
         return
+    announce(cost)
     rows = [[x.name, f"{x.shape[0]} x {x.shape[1]}", f"{job.plan.sparsity[x.name]:.4f}"] for x in layers]
     table("What would be pruned", ["layer", "out x in", "sparsity"], rows)
     say(
         f"{len(rows)} layers, {sum(x.shape[0] * x.shape[1] for x in layers):,} weights, sparsity {job.plan.target:g}, "
-        f"pattern {job.plan.pattern}. "
-        f"Estimated: {cost['seconds']:.0f} s, {cost['memory_gib']:.2f} GiB of memory, {cost['disk_gib']:.2f} GiB of disk. "
-        "Nothing was written."
+        f"pattern {job.plan.pattern}. Nothing was written."
     )

@@ -94,6 +94,24 @@ def test_every_operation_on_a_file(source, expected, tmp_path, happen):
 
 
 @pytest.mark.slow
+def test_killed_at_the_end_of_a_run_that_keeps_gradients(source, expected, tmp_path):
+    """From when the record is written on, until the gradients beside it are gone and the directory has its name."""
+    names = operations(source, tmp_path, **GBLM)
+    for at in range(len(names) - 19, len(names) + 1):
+        folder = tmp_path / f"{at}"
+        folder.mkdir()
+
+        def work(at: int = at, folder: Path = folder) -> None:
+            Operations(at, kill).install()
+            pruning(source, folder / "out", **GBLM)()
+
+        assert wait(start(work, tmp_path / "said")) == -signal.SIGKILL
+        never_mistaken(folder)
+        continued(source, folder, GBLM, expected["gblm"])
+        survived["kills beside gradients"] = survived.get("kills beside gradients", 0) + 1
+
+
+@pytest.mark.slow
 def test_killed_while_an_old_output_is_replaced(source, expected, tmp_path):
     fields = MAGNITUDE | {"overwrite": True}
     old = contents(prune(source, output=tmp_path / "old", sparsity=0.3, criterion="magnitude").output)
