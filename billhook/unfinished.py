@@ -184,7 +184,7 @@ def unfinished(
         keep = keep or (made is not None and bool(made.state.done or made.state.files))
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
-        raise _interrupted(error, output, made if keep else None) from None
+        raise _interrupted(error, source, output, made if keep else None) from None
     except BillhookError:
         keep = keep and made is None
         raise
@@ -194,20 +194,19 @@ def unfinished(
         os.close(lock)
 
 
-def _interrupted(error: BaseException, output: Path, kept: Unfinished | None) -> BaseException:
+def _interrupted(error: BaseException, source: Path, output: Path, kept: Unfinished | None) -> BaseException:
     """What to tell about a run that ended early: how to continue it, if anything is left of it."""
-    if kept is None:
-        needed = 0
-        if isinstance(error, OSError):
-            return JobError(f"{failure(error, output, needed)} Nothing was left behind.")
+    if kept is None and not isinstance(error, OSError):
         return error
     what = "Stopped"
     if isinstance(error, OSError | SafetensorError):
-        what = failure(error, output, sum(file.stat().st_size for file in weight_files(kept.source))).rstrip(".")
+        what = failure(error, output, sum(file.stat().st_size for file in weight_files(source))).rstrip(".")
     elif isinstance(error, MemoryError | RuntimeError):
         what = "Out of memory"
     elif isinstance(error, Interrupted):
         what = str(error).rstrip(".")
+    if kept is None:
+        return JobError(f"{what}. Nothing was left behind.")
     done = f"{kept.state.done} of {kept.state.blocks} blocks are finished and kept in {kept.folder}"
     return Interrupted(f"{what}. {done}: continue with the same command and --resume.")
 
