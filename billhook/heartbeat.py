@@ -77,17 +77,22 @@ class Heartbeat:
                 now = self._look()
             except RuntimeError:
                 if time.monotonic() - reached > self._patience:
-                    self._end("torchrun was lost")
+                    self._end(f"torchrun was lost{self._unheard()}")
                 continue
             reached = time.monotonic()
             for number, value in enumerate(now):
                 if value != seen[number]:
                     seen[number], since[number] = value, reached
                 elif value != _LEFT and reached - since[number] > self._patience:
-                    self._end(f"process {number} of {self.world} was lost")
+                    who = f"process {number} of {self.world}"
+                    if value.startswith(_FAILED):
+                        self._end(f"{who} failed: {value.removeprefix(_FAILED).rstrip('.')}.")
+                    self._end(f"{who} was lost{self._unheard()}")
+
+    def _unheard(self) -> str:
+        return f" (nothing heard for {self._patience:.0f} s)."
 
     def _end(self, why: str) -> None:
         """End this process, whose main thread may wait for ever; what a run leaves can be continued at any moment."""
-        what = f"billhook, process {self.rank} of {self.world}: {why} (nothing heard for {self._patience:.0f} s)."
-        print(f"{what} {AGAIN}", file=sys.stderr, flush=True)
+        print(f"billhook, process {self.rank} of {self.world}: {why} {AGAIN}", file=sys.stderr, flush=True)
         os._exit(1)

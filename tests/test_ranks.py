@@ -250,6 +250,22 @@ def test_a_process_that_falls_silent_ends_the_others(place):
     continued(place, "silent")
 
 
+def test_a_process_that_fails_ends_those_that_wait_for_something_else_with_its_reason(place):
+    def fail() -> None:
+        raise OSError(5, "Input/output error")
+
+    def before() -> None:
+        heartbeat.Heartbeat.__init__.__defaults__ = ("", 2.0)
+        in_block_one(0, lambda: time.sleep(60))()
+        in_block_one(1, fail)()
+
+    ran = together(place, 2, *PRUNE, "-o", "waits", before=before)
+    assert ran.codes == [1, 1], ran.said
+    assert "process 1 of 2 failed: [Errno 5] Input/output error. Start the same command again" in ran.said[0]
+    assert "lost" not in ran.said[0]
+    continued(place, "waits")
+
+
 def test_torchrun_names_the_lost_process(place):
     here = str(Path(__file__).parent)
     code = f"import sys; sys.path.insert(0, {here!r}); import test_ranks as t; t.in_block_one(1, t.die)(); t.main()"
