@@ -2,7 +2,7 @@
 
 For inputs X [tokens, in]: `input_norm` [in] is ||X_j||_2 / sqrt(sequences) of every input feature, the root mean over sequences of the
 summed squares, `input_mean` [in] is the mean over all tokens, and `gram` [in, in] is X^T X. `drift` [in, in] is (X' - X)^T X where X'
-are the inputs of the same tokens in the dense model (see `billhook.drift`).
+are the inputs of the same tokens in the dense model (see `billhook.beside`).
 
 Inputs of any float dtype are converted to float32 before they are squared, so half-precision activations cannot overflow.
 `input_norm` is a running mean in float32, one sequence at a time, which is the arithmetic of Wanda's published code: scores that nearly
