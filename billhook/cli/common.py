@@ -161,8 +161,8 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[str], No
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    console = Console(stderr=True, force_jupyter=False)
-    if not console.is_terminal or console.is_dumb_terminal or rank():
+    console = Console(stderr=True)
+    if not console.is_terminal or console.is_jupyter or console.is_dumb_terminal or rank():
         yield _lines(what, total)
         return
     counts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
