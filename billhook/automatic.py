@@ -1,13 +1,13 @@
 """The allocation of `--allocator auto`: three are tried in full on held-out calibration windows, and the best is used.
 
-Tried, each pruned block by block with the run's own criterion (admm in three steps) on one part of the calibration windows and scored
-by the divergence from the dense model on the other:
+Tried, each pruned block by block with the run's own criterion on one part of the calibration windows (by admm in three steps, unless
+the run was given `steps`) and scored by the divergence from the dense model on the other:
 
 1. uniform. Of its divergence each layer's share is measured (`billhook.attribution`).
 2. the optimum of the measured error curves with these shares (`billhook.allocators.curves`). Its shares are measured, too.
-3. what looks best then: the optimum with the geometric mean of both shares, for shares change with the plan; or, where 2 was no better
-   than uniform, half of its way; or the best of the published knobs of ATP, OWL and DLP, where shares and curves foretell that it beats
-   all that was tried.
+3. what looks best then: the optimum with the geometric mean of both shares, for shares change with the plan (of a layer that 2 hardly
+   prunes, with its first share); or, where 2 was no better than uniform, half of its way; or the best of the published knobs of ATP,
+   OWL and DLP, where shares and curves foretell that it beats all that was tried.
 
 Equal scores go to the first in this order. Uniform is among them, so the plan is never worse than uniform there. Where the text cannot be
 split the plan is uniform, and says why. Deterministic. The model's weights are as before afterwards.
@@ -20,6 +20,7 @@ from typing import Any
 
 from billhook.allocators import ALLOCATORS, AUTO, allocate
 from billhook.allocators.curves import LEAST, MIDDLE, at
+from billhook.attribution import FLOOR
 from billhook.error_curves import cheaper
 from billhook.errors import BillhookError
 from billhook.heldout import split_windows
@@ -55,7 +56,8 @@ def choose(
         split = split_windows(opened, seed)
     except BillhookError as error:
         return _because(forecast.uniform, {"reason": f"uniform, because no allocation could be checked: {error}"})
-    setting = replace(setting, options={**setting.options, **cheaper(setting.criterion, opened.layers)})
+    told = {name: value for name, value in setting.options.items() if value is not None}
+    setting = replace(setting, options={**cheaper(setting.criterion, opened.layers), **told})
     scores: dict[str, float] = {}
     plans: dict[str, SparsityPlan] = {}
     with Bench(opened.model, opened.layers, split.batches, split.heldout, setting) as bench:
@@ -74,7 +76,7 @@ def choose(
         if foretold < min(scores.values()):
             score(name, plan)
         elif scores["curves"] < scores["uniform"]:
-            score("curves again", forecast.optimum({layer: math.sqrt(first[layer] * second[layer]) for layer in first}))
+            score("curves again", forecast.optimum(forecast.both(first, second, plans["curves"])))
         else:
             score("curves, half", forecast.optimum(first, 0.5))
     best = min(scores, key=scores.__getitem__)
@@ -110,6 +112,15 @@ class _Forecast:
     def at_middle(self, shares: Shares, plan: SparsityPlan) -> dict[str, float]:
         """What shares measured under `plan` would be at `MIDDLE`."""
         return {layer: share * self._error(layer, MIDDLE) / self._error(layer, plan.sparsity[layer]) for layer, share in shares.items()}
+
+    def both(self, first: Shares, second: Shares, plan: SparsityPlan) -> dict[str, float]:
+        """The geometric mean of shares measured under uniform and under `plan`, both at `MIDDLE`; the first where `plan` spares a layer so
+        much that its share there is below what can be measured (`FLOOR`), for at `MIDDLE` that would count for anything."""
+
+        def spared(layer: str) -> bool:
+            return self._error(layer, plan.sparsity[layer]) < FLOOR * self._error(layer, self.uniform.sparsity[layer])
+
+        return {layer: one if spared(layer) else math.sqrt(one * second[layer]) for layer, one in first.items()}
 
     def _loss(self, shares: Shares, plan: SparsityPlan) -> float:
         losses = (share * self._error(layer, plan.sparsity[layer]) / self._error(layer, MIDDLE) for layer, share in shares.items())

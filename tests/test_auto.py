@@ -13,13 +13,16 @@ from safetensors.torch import save_file
 from billhook import BillhookError, allocate, load_model, measure, prune
 from billhook.allocators.curves import cheapest
 from billhook.arch import find_layers
+from billhook.attribution import FLOOR
+from billhook.automatic import _Forecast
 from billhook.comparing import Grid, compare
 from billhook.criteria import CRITERIA
-from billhook.error_curves import STEPS, TRIED, cheaper
+from billhook.error_curves import STEPS, TRIED, _curve, cheaper
 from billhook.job import prepare
 from billhook.plan import SparsityPlan
 from billhook.pruning import prune_
 from billhook.request import Request
+from billhook.table import Row, Table
 from billhook.trials import Bench, Setting
 
 
@@ -148,7 +151,8 @@ def divergence(plan: SparsityPlan, request: Request) -> float:
 
     opened = open_request(request, True, "x")
     split = split_windows(opened, request.seed)
-    setting = Setting(request.criterion, CRITERIA.configure(request.criterion, cheaper(request.criterion, opened.layers)))
+    options = {**cheaper(request.criterion, opened.layers), **request.options}
+    setting = Setting(request.criterion, CRITERIA.configure(request.criterion, options))
     with Bench(opened.model, opened.layers, split.batches, split.heldout, setting) as bench:
         bench.prune(plan)
         kl = bench.losses(0, len(split.heldout)).kl
@@ -171,6 +175,28 @@ def test_auto_is_exact_deterministic_and_not_worse_than_uniform(criterion: str) 
     assert next(iter(job.plan.made_by["auto"]["foretold"])).startswith(("atp", "owl", "dlp"))
     assert tried[job.plan.made_by["auto"]["best"]] == min(tried.values()) <= tried["uniform"]
     assert divergence(job.plan, request) == pytest.approx(min(tried.values()), rel=1e-6)
+
+
+def test_trials_have_the_options_that_are_given() -> None:
+    request = Request(tiny.llama(), 0.6, criterion="admm", allocator="auto", calibration=text(), options={"steps": 1})
+    plan = prepare(request).plan
+    assert divergence(plan, request) == pytest.approx(min(plan.made_by["auto"]["tried"].values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("target", [0.1, 0.2, 0.3, 0.5])
+def test_a_layer_that_the_second_plan_spares_keeps_what_it_counts(target: float) -> None:
+    """One layer counts thirty times as much as each other; what is measured of it under the plan is no more than the floor."""
+    truth = {f"layers.{block}": 3.0 if block == 0 else 0.1 for block in range(8)}
+    curve = {"error_curve:wanda": tuple(_curve([0.002, 0.02, 0.15, 0.6]))}
+    forecast = _Forecast(
+        Table(tuple(Row(n, i, "a", (64, 64), {}, curve) for i, n in enumerate(truth)), {}), "wanda", target, "unstructured"
+    )
+    plan = forecast.optimum(truth)
+    under = {name: share * (plan.sparsity[name] > 0) / forecast.at_middle({name: 1.0}, plan)[name] for name, share in truth.items()}
+    floor = FLOOR * sum(under.values()) / len(under)
+    second = forecast.at_middle({name: max(share, floor) for name, share in under.items()}, plan)
+    both = forecast.both(truth, second, plan)
+    assert all(both[name] == pytest.approx(share, rel=0.5) for name, share in truth.items()), (plan.sparsity, second)
 
 
 def test_options_that_auto_would_not_read_are_refused(tmp_path: Path) -> None:
