@@ -9,8 +9,9 @@ layer's own error and half of what it costs together with those of the other lay
 times D. The derivative of D by the size of the layer's error is exact at any distance, so small moves of the budget are ranked rightly.
 A share is a difference of small numbers and can come out too small or negative: none counts less than `FLOOR` of the mean share.
 
-Costs a forward and a backward pass of the text. Memory holds the gradient of one weight, and the activations of one batch; where these
-are large, only what passes between its blocks, and each block runs again when its turn comes.
+Costs a forward and a backward pass of the text. Memory holds the gradient of one weight, and the logits of one batch (`billhook.batching`,
+one window at least) with their gradients and its activations; where these are large, only what passes between its blocks, and each
+block runs again when its turn comes.
 """
 
 import math
@@ -25,11 +26,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from billhook.arch import Layer, find_blocks
+from billhook.batching import batch_size
 from billhook.errors import JobError
+from billhook.perplexity import vocabulary_size
 from billhook.walk import evaluating, plain_experts, stubbed
 
 FLOOR = 0.05
-_TOKENS = 4096  # of one batch
 _BYTES = 1 << 29  # of outputs of the pruned layers for one batch, beyond which blocks run again
 
 
@@ -50,7 +52,7 @@ def attribute(
     for layer in layers:
         parameter = getattr(layer.module, layer.parameter)
         parameters.setdefault(id(parameter), (parameter, []))[1].append(layer)
-    size = max(1, _TOKENS // windows.shape[1])
+    size = batch_size(windows.shape[1], vocabulary_size(model), model.dtype.itemsize)
     outputs = size * windows.shape[1] * sum(layer.shape[0] for layer in layers) * model.dtype.itemsize
     memory = _recomputed(model) if outputs > _BYTES else nullcontext()
     with _alone(model, [parameter for parameter, _ in parameters.values()]), plain_experts(model), evaluating(model), memory:

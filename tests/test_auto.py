@@ -134,6 +134,17 @@ def test_shares_are_the_same_when_blocks_run_again_and_none_is_negligible(monkey
     assert min(first[1].values()) >= 0.02 * sum(first[1].values()) / len(first[1])
 
 
+def test_the_logits_of_a_batch_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, sizes = pruned_bench(1.0), list[int]()
+    whole = bench.attribute()
+    bench.model.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    monkeypatch.setattr("billhook.batching.LOGIT_BYTES", 3 * 24 * 258 * 4)
+    parts = bench.attribute()
+    assert sizes == [3, 3, 2]
+    assert parts[0] == pytest.approx(whole[0], rel=1e-4)
+    assert parts[1] == pytest.approx(whole[1], rel=1e-3)
+
+
 def test_shares_of_experts() -> None:
     """Experts are slices of one parameter: each gets the product of its own slice."""
     model = tiny.mixtral()
