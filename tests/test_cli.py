@@ -1,6 +1,7 @@
 """Every command: exit codes, one JSON object on stdout and everything else on stderr, help with examples, dry runs that write nothing."""
 
 import json
+import os
 import re
 
 import pytest
@@ -188,3 +189,12 @@ def test_the_demo_replaces_nothing_but_a_demo(tmp_path):
     with pytest.raises(BillhookError, match="holds no earlier demo"):
         run_demo(tmp_path, 0.5)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_while_they_wait_unless_told_otherwise(monkeypatch, before, after):
+    monkeypatch.setenv("OMP_WAIT_POLICY", before or "")
+    if before is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert billhook("--version").code == 0
+    assert os.environ["OMP_WAIT_POLICY"] == after

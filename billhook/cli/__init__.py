@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 the job failed, 2 wrong usage. With --json exactly one JSON object goes to stdout, all else to stderr.
 """
 
+import os
 import signal
 import sys
 from typing import Any
@@ -75,6 +76,8 @@ def _root(
 
 def main() -> None:
     """Run the command line; a mistake or failure is one message on stderr and an exit code, never a traceback."""
+    # read when torch is loaded: threads that spin while they wait take the cores of those that compute
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a batch system sends ends a run as Ctrl-C does: tidily
     try:
         code = app(standalone_mode=False)
