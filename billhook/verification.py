@@ -170,10 +170,9 @@ def _check_files(directory: Path, files: Mapping[str, str], known: Mapping[str, 
 
 
 def _unlisted(directory: Path, files: Mapping[str, str]) -> Iterator[str]:
-    kept = (directory / UNFINISHED).exists()  # beside them, gradients of a run that was ended after its record was written
     for path in sorted(directory.iterdir()):
         # transformers would read a model.safetensors that someone put beside the shards, and never the shards.
-        if path.suffix in _WEIGHTS and path.name not in files and not (kept and path.name.endswith(GRADIENTS)):
+        if path.suffix in _WEIGHTS and path.name not in files:
             yield f"{path.name} holds weights and is not listed in {RECORD}."
 
 
