@@ -64,7 +64,7 @@ class Beside:
         for number, group in enumerate(groups):
             last = number + 1 == len(groups)
             if group[0].name not in finder.linear:
-                observer = Observer(group, [s for s in statistics if s != "drift"], wanted=False)
+                observer = Observer(group, statistics, wanted=False)
                 for h, call in zip(hidden, calls, strict=True):
                     with observer:
                         run_block(block, h, call)

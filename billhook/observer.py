@@ -26,14 +26,15 @@ class Observer(TorchFunctionMode):
     """Feeds every layer's inputs to a collector while a block runs; entered once a batch.
 
     Unless the block's output is `wanted`, a pass ends as soon as the last layer's input is known (the first pass finds out which that
-    is), which saves that layer's product.
+    is), which saves that layer's product. `drift` among the statistics is passed over: it is of two streams, and this sees one.
     """
 
     def __init__(self, layers: Sequence[Layer], statistics: Sequence[str], wanted: bool) -> None:
         super().__init__()
         self._wanted = wanted
         self._layers = layers
-        self._collectors = {layer.name: Collector(tuple(statistics), layer.shape[1], layer.weight.device) for layer in layers}
+        names = tuple(name for name in statistics if name != "drift")
+        self._collectors = {layer.name: Collector(names, layer.shape[1], layer.weight.device) for layer in layers}
         self._leaders: dict[str, str] = {}
         self._seen: dict[tuple[int, ...], tuple[str, Tensor]] = {}
         self._experts = {layer.weight.data_ptr(): layer for layer in layers if layer.expert is not None}

@@ -125,7 +125,7 @@ def _walk(
                 if stream is not None and drift:
                     stages = stream.stages(block, layers, statistics, hidden, own)
                 elif statistics or dense:
-                    observer = Observer(layers if statistics else [], [s for s in statistics if s != "drift"], wanted=dense)
+                    observer = Observer(layers if statistics else [], statistics, wanted=dense)
                     outputs = _observe(block, hidden, own, observer, dense, spill_gib)
                     stats.update(observer.stats())
                 if stream is not None and not drift:
