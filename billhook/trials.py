@@ -172,8 +172,7 @@ class Bench:
         kl, nll = [], []
         for window, (logits, ids) in enumerate(self._predictions(first, last), start=first):
             divergence, likelihood = compare(logits, ids, self._reference[window])
-            if not math.isfinite(divergence) or not math.isfinite(likelihood):
-                raise JobError(f"The pruned model's loss on held-out window {window} is not a finite number. Try --dtype float32.")
+            _check_finite(window, divergence, likelihood)
             kl.append(divergence)
             nll.append(likelihood)
         return Losses(kl, nll)
@@ -184,8 +183,7 @@ class Bench:
 
         def back(window: int, logits: Tensor) -> Tensor:
             divergence, gradient = slope(logits, self._reference[window])
-            if not math.isfinite(divergence):
-                raise JobError(f"The pruned model's loss on held-out window {window} is not a finite number. Try --dtype float32.")
+            _check_finite(window, divergence)
             found.append(divergence)
             return gradient
 
@@ -240,3 +238,8 @@ class Bench:
 
         self._apply(layer, select)
         return seen[0]
+
+
+def _check_finite(window: int, *losses: float) -> None:
+    if not all(map(math.isfinite, losses)):
+        raise JobError(f"The pruned model's loss on held-out window {window} is not a finite number. Try --dtype float32.")
