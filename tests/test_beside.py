@@ -6,11 +6,11 @@ import pytest
 import tiny
 import torch
 from families import CONFIGS, VOCABULARY, build
+from resuming import whole_and_in_parts
 
 from billhook import allocate, measure, prune, prune_
 from billhook.arch import find_layers
-from billhook.errors import BillhookError, Interrupted
-from billhook.job import Request, prepare, run
+from billhook.errors import BillhookError
 from billhook.least_squares import aimed, loss
 from billhook.stats import LayerStats
 from billhook.walk import walk
@@ -131,17 +131,7 @@ def test_a_run_that_goes_on_knows_the_dense_model(done: int, tmp_path) -> None:
         "criterion": "admm",
         "calibration": torch.randint(0, 258, (6, 24), generator=torch.Generator().manual_seed(5)),
     }
-    prune(source, output=tmp_path / "whole", **fields)
-    left = [done]
-
-    def stopping() -> bool:
-        left[0] -= 1
-        return left[0] == 0
-
-    with pytest.raises(Interrupted):
-        run(prepare(Request(source, output=tmp_path / "parts", **fields)), stopping=stopping)
-    prune(source, output=tmp_path / "parts", resume=True, **fields)
-    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    one, other = whole_and_in_parts(source, tmp_path, done, **fields)
     assert one == other
 
 

@@ -3,12 +3,12 @@
 import pytest
 import tiny
 import torch
+from resuming import whole_and_in_parts
 
-from billhook import allocate, measure, prune
+from billhook import allocate, measure
 from billhook.arch import find_layers
-from billhook.errors import BillhookError, Interrupted
+from billhook.errors import BillhookError
 from billhook.gradients import compute_gradients
-from billhook.job import Request, prepare, run
 from billhook.pruning import LayerResult, prune_
 from billhook.refine import Data, Refine, refine_block_, tunable
 from billhook.replay import run_block
@@ -114,17 +114,7 @@ def test_states_on_disk_give_the_same() -> None:
 def test_a_run_that_goes_on_gives_the_same(criterion: str, tmp_path) -> None:
     source, calibration = tiny.save(tmp_path / "model"), torch.cat(text(9))
     fields = {"sparsity": 0.5, "criterion": criterion, "calibration": calibration, "refine": "blocks+norms"}
-    prune(source, output=tmp_path / "whole", **fields)
-    left = [2]
-
-    def stopping() -> bool:
-        left[0] -= 1
-        return left[0] == 0
-
-    with pytest.raises(Interrupted):
-        run(prepare(Request(source, output=tmp_path / "parts", **fields)), stopping=stopping)
-    prune(source, output=tmp_path / "parts", resume=True, **fields)
-    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    one, other = whole_and_in_parts(source, tmp_path, 2, **fields)
     assert one == other
 
 
