@@ -20,6 +20,9 @@ from billhook.registry import hint
 # Last name components of linear layers that route tokens to experts: a few rows that decide everything.
 ROUTERS = frozenset({"gate", "router", "wg", "shared_expert_gate", "classifier"})
 
+# Last name components of layers that read the input of a layer before them; where it matters what is computed, this is observed.
+SIBLINGS = frozenset({"k_proj", "v_proj", "up_proj"})
+
 # Families tested in every release (tests/test_families.py): `config.model_type`.
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "stablelm", "starcoder2"),
@@ -73,6 +76,13 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"modules of one class, found {found}. Only decoders made of equal blocks can be pruned."
         )
     return outermost[0]
+
+
+def expert_share(model: PreTrainedModel) -> float:
+    """The part of all tokens that reaches an expert on average, 1 where there are none."""
+    config = model.config.get_text_config(decoder=True)
+    experts = next((n for name in ("num_local_experts", "num_experts") if (n := getattr(config, name, None))), 1)
+    return min(1.0, (getattr(config, "num_experts_per_tok", None) or experts) / experts)
 
 
 def find_layers(model: PreTrainedModel) -> list[Layer]:

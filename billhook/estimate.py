@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from billhook import costs
-from billhook.arch import find_blocks
+from billhook.arch import SIBLINGS, expert_share, find_blocks
 from billhook.costs import Machine, Method, Part, Sizes, Text
 from billhook.criteria import CRITERIA
 from billhook.criteria.admm import default_steps
@@ -25,7 +25,6 @@ from billhook.request import Opened
 from billhook.stats import GRADIENTS, STATISTICS
 from billhook.streaming import stream_of
 
-_SIBLINGS = ("k_proj", "v_proj", "up_proj")  # read the input of a layer before them
 Said = dict[str, float]
 
 
@@ -77,18 +76,15 @@ def _said(opened: Opened, method: Method, spill: float, device: str) -> Said:
 def sizes_of(opened: Opened) -> Sizes:
     """The sizes of a model that was opened."""
     config = opened.model.config.get_text_config(decoder=True)
-    experts = next((n for name in ("num_local_experts", "num_experts") if (n := getattr(config, name, None))), 1)
-    share = min(1.0, (getattr(config, "num_experts_per_tok", None) or experts) / experts)
+    share = expert_share(opened.model)
     numbers: dict[int, int] = {}
     parts = []
     for layer in opened.layers:
         number = numbers[layer.block] = numbers.get(layer.block, -1) + 1
-        sibling = layer.kind.rpartition(".")[2] in _SIBLINGS
-        parts.append(Part(*layer.shape, layer.block, number, 1.0 if layer.expert is None else share, not sibling))
-    outside = sum(p.numel() * p.element_size() for p in opened.model.parameters() if not p.is_meta)
-    stream, whole = stream_of(opened.model), _bytes(opened)
-    if stream is None:
-        outside = whole - sum(p.numel() * p.element_size() for p in find_blocks(opened.model)[1].parameters())
+        leads = layer.kind.rpartition(".")[2] not in SIBLINGS
+        parts.append(Part(*layer.shape, layer.block, number, 1.0 if layer.expert is None else share, leads))
+    whole = _bytes(opened)
+    outside = whole - sum(p.numel() * p.element_size() for p in find_blocks(opened.model)[1].parameters())
     return Sizes(tuple(parts), config.num_hidden_layers, config.hidden_size, opened.model.dtype.itemsize, outside, whole)
 
 
