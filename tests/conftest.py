@@ -11,6 +11,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # models here are tiny, and tests run in parallel
+if hasattr(os, "fork"):  # in a copy torch renews its pool of threads at the first use, and fails where two threads are the first at once
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 

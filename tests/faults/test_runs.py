@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_random_moments(source, expected, tmp_path, name, fields, seed):
     moments = random.Random(seed)
     begun = time.monotonic()
-    assert wait(start(pruning(source, tmp_path / "whole", **fields), tmp_path / "said")) == 0
+    assert wait(start(pruning(source, tmp_path / "whole", **fields), tmp_path / "said")) == 0, (tmp_path / "said").read_text()
     length = time.monotonic() - begun
     for trial in range(20):
         folder = tmp_path / str(trial)
@@ -65,7 +65,7 @@ def operations(source: Path, folder: Path, **fields) -> list[str]:
         pruning(source, folder / "counted", **fields)()
         (folder / "names").write_text(json.dumps(seen.names))
 
-    assert wait(start(work, folder / "said")) == 0
+    assert wait(start(work, folder / "said")) == 0, (folder / "said").read_text()
     return json.loads((folder / "names").read_text())[:-1]
 
 
