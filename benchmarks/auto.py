@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from billhook import load_model
+from billhook.evaluation.perplexity import evaluate
 from billhook.job import prepare, run
-from billhook.perplexity import evaluate
-from billhook.request import Request, open_request
+from billhook.run.request import Request, open_request
 
 
 def main() -> None:

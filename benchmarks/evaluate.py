@@ -18,10 +18,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from billhook.checkpoint import load_model, load_tokenizer
-from billhook.data import load_windows
 from billhook.demo import MODEL
-from billhook.perplexity import evaluate
+from billhook.disk.checkpoint import load_model, load_tokenizer
+from billhook.evaluation.perplexity import evaluate
+from billhook.text.windows import load_windows
 
 REPEATS, LENGTH, WINDOWS = 3, 256, 64
 os.environ["TQDM_DISABLE"] = "1"

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from billhook import load_model, prune
-from billhook.perplexity import evaluate
+from billhook.evaluation.perplexity import evaluate
 
 MODELS = ("stories260k", "babyllama-105", "c4gut-llama-12x128", "c4gut-llama-8x128")
 WAYS = {

@@ -19,11 +19,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import billhook
-from billhook.charts import Axis, Series, chart
 from billhook.cli.bench import show
-from billhook.files import write_text
-from billhook.runtime import benchmark
-from billhook.runtime.benchmark import Side
+from billhook.disk.files import write_text
+from billhook.packed import benchmark
+from billhook.packed.benchmark import Side
+from billhook.reports.charts import Axis, Series, chart
 
 LEVELS = (50, 60, 70, 80)
 NAMES = {"demo": "bundled model", "1b": "1B-class model"}

@@ -17,12 +17,12 @@ import torch
 
 from billhook import evaluate, load_windows, search
 from billhook.allocators import ALLOCATORS
-from billhook.checkpoint import load_tokenizer, resolve
-from billhook.contest import UNIFORM, trial_windows
-from billhook.knobs import TICKS, Candidate
+from billhook.disk.checkpoint import load_tokenizer, resolve
 from billhook.plan import SparsityPlan
-from billhook.request import Request
-from billhook.searching import Task
+from billhook.run.request import Request
+from billhook.searching.contest import UNIFORM, trial_windows
+from billhook.searching.knobs import TICKS, Candidate
+from billhook.searching.search import Task
 
 
 def ranks(values: Sequence[float]) -> torch.Tensor:

@@ -70,7 +70,7 @@ def work(model: Path, job: str) -> None:
     """What is timed."""
     from billhook.job import measure_model, prepare
     from billhook.job import run as apply
-    from billhook.request import Request
+    from billhook.run.request import Request
 
     ids = torch.randint(0, VOCABULARY, (TEXT.windows, TEXT.length), generator=torch.Generator().manual_seed(0))
     if job == "alpha_peak":

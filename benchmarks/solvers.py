@@ -19,8 +19,8 @@ from published import published_sparsegpt
 from torch import Tensor
 
 from billhook.criteria.admm import admm
+from billhook.criteria.least_squares import loss
 from billhook.criteria.sparsegpt import sparsegpt
-from billhook.least_squares import loss
 from billhook.masks import Select
 from billhook.stats import LayerStats
 

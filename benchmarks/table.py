@@ -25,16 +25,16 @@ import torch
 
 from billhook import allocate, evaluate, load_windows, measure
 from billhook.allocators import ALLOCATORS
-from billhook.checkpoint import load_tokenizer
-from billhook.contest import UNIFORM, Budget, Contest
 from billhook.criteria import CRITERIA
-from billhook.gradients import compute_gradients
-from billhook.heldout import split_windows
-from billhook.journal import Journal, Run
-from billhook.knobs import KNOBS, Candidate, Space
+from billhook.disk.checkpoint import load_tokenizer
+from billhook.gradients.compute import compute_gradients
 from billhook.plan import SparsityPlan
-from billhook.request import Request, open_request
-from billhook.trials import Bench, Setting
+from billhook.run.request import Request, open_request
+from billhook.searching.contest import UNIFORM, Budget, Contest
+from billhook.searching.heldout import split_windows
+from billhook.searching.journal import Journal, Run
+from billhook.searching.knobs import KNOBS, Candidate, Space
+from billhook.searching.trials import Bench, Setting
 
 DEMO = Path(__file__).parents[1] / "billhook" / "demo_model"
 STORIES = ("tinystories_train1000.jsonl", "tinystories_heldout.jsonl")

@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.arch import find_blocks
-from billhook.charts import Axis, Series, chart
+from billhook.disk.files import write_text
 from billhook.errors import BillhookError
-from billhook.files import write_text
-from billhook.heldout import split_windows, used_fields
 from billhook.options import split_options
 from billhook.plan import SparsityPlan, load_plan
-from billhook.request import Request, open_request
-from billhook.trials import Bench, Setting
+from billhook.reports.charts import Axis, Series, chart
+from billhook.run.request import Request, open_request
+from billhook.searching.heldout import split_windows, used_fields
+from billhook.searching.trials import Bench, Setting
 from billhook.walk import evaluating
 
 VERSION = 1

@@ -16,16 +16,16 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import billhook
 from billhook.analysis import WINDOWS, block_outputs, relative_error
-from billhook.checkpoint import load_tokenizer, resolve
-from billhook.corpus import documents
-from billhook.data import load_windows
+from billhook.disk.checkpoint import load_tokenizer, resolve
 from billhook.errors import BillhookError
-from billhook.harness import PAPER7, check_tasks, evaluate_tasks
-from billhook.items import TaskResult, evaluate_file, load_items
-from billhook.perplexity import check_length, context_length, evaluate, vocabulary_size
-from billhook.request import model_facts
-from billhook.runtime.loading import load
-from billhook.word_perplexity import evaluate_words
+from billhook.evaluation.harness import PAPER7, check_tasks, evaluate_tasks
+from billhook.evaluation.items import TaskResult, evaluate_file, load_items
+from billhook.evaluation.perplexity import check_length, context_length, evaluate, vocabulary_size
+from billhook.evaluation.word_perplexity import evaluate_words
+from billhook.packed.loading import load
+from billhook.run.request import model_facts
+from billhook.text.corpus import documents
+from billhook.text.windows import load_windows
 
 PROTOCOLS = ("token", "word", "both")
 Progress = Callable[[str], None]

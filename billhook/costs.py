@@ -3,7 +3,7 @@
 `work` counts what one process would do, by the formulas of the methods; `seconds` prices the counts. A price is how much of the machine's
 own speed a kind of work gets: the speed of a matrix product for arithmetic, that of copying memory for selection. The prices come from
 `benchmarks/scale.py`, which fits them to small models and tries them on sizes it did not fit. Several processes share windows and layers
-as `billhook.ranks` does, and what they send each other is counted. It knows nothing about refinement, `auto` or evaluation.
+as `billhook.parallel.ranks` does, and what they send each other is counted. It knows nothing about refinement, `auto` or evaluation.
 """
 
 import math
@@ -16,7 +16,7 @@ GRADIENT_PASSES = 4  # in forward passes: one that stores, one again with a grap
 FACTOR = 3.0  # a factorization runs at about a third of the speed of a product
 EIGENVALUES = 4.0  # those of a matrix of side n take as long as so many times n^3 operations of the product that made it
 BESIDE = 4.2  # passes through a block that is observed group by group beside the dense model, few of them to its end (Llama's shape)
-NARROW, FEW, LARGE = 512, 256, 2048  # where ADMM and spectra change their type, see billhook.criteria.admm and billhook.eigen
+NARROW, FEW, LARGE = 512, 256, 2048  # where ADMM and spectra change their type, see billhook.criteria.admm and billhook.measuring.eigen
 COUNTED = ("call", "layer", "run")
 # Fractions of the speed of a product (of the model's type, or float32) that each kind gets; seconds for the rest.
 PRICES = {

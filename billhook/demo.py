@@ -13,18 +13,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from billhook.allocators import allocate
-from billhook.checkpoint import load_tokenizer, quiet
 from billhook.criteria import CRITERIA
-from billhook.data import load_windows
+from billhook.disk.checkpoint import load_tokenizer, quiet
+from billhook.disk.files import read_json
+from billhook.disk.output import check_output
 from billhook.errors import BillhookError, JobError
-from billhook.files import read_json
+from billhook.evaluation.perplexity import evaluate
 from billhook.job import Job, run
-from billhook.measuring import measure
-from billhook.output import check_output
-from billhook.perplexity import evaluate
+from billhook.measuring.measure import measure
 from billhook.plan import SparsityPlan
 from billhook.pruning import prune_
-from billhook.request import Opened, Request, open_request
+from billhook.run.request import Opened, Request, open_request
+from billhook.text.windows import load_windows
 from billhook.verification import RECORD, verify
 
 MODEL = Path(__file__).parent / "demo_model"

@@ -15,15 +15,15 @@ import torch
 
 from billhook import costs
 from billhook.arch import SIBLINGS, expert_share, find_blocks
+from billhook.blocks.streaming import stream_of
 from billhook.costs import Machine, Method, Part, Sizes, Text
 from billhook.criteria import CRITERIA
 from billhook.criteria.admm import default_steps
 from billhook.job import Job
 from billhook.metrics import fact
-from billhook.ranks import world
-from billhook.request import Opened
+from billhook.parallel.ranks import world
+from billhook.run.request import Opened
 from billhook.stats import GRADIENTS, STATISTICS
-from billhook.streaming import stream_of
 
 Said = dict[str, float]
 

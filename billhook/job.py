@@ -13,33 +13,33 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from billhook import automatic
 from billhook.allocators import ALLOCATORS, AUTO, allocate, check_budget
 from billhook.arch import find_layers
+from billhook.blocks.hidden import SPILL_GIB
+from billhook.blocks.streaming import stream_of
 from billhook.criteria import CRITERIA
+from billhook.disk.output import check_output
 from billhook.errors import BillhookError, Interrupted
-from billhook.gradient_file import Gradients, open_gradients
-from billhook.gradients import compute_gradients
-from billhook.hidden import SPILL_GIB
-from billhook.measuring import measure
+from billhook.gradients.compute import compute_gradients
+from billhook.gradients.file import Gradients, open_gradients
+from billhook.measuring.measure import measure
 from billhook.metrics import fact
 from billhook.options import split_options
-from billhook.output import check_output
+from billhook.packed.packing import pack
+from billhook.parallel.ranks import gather, wait
+from billhook.parallel.torchrun import rank
 from billhook.plan import Pattern, SparsityPlan, load_plan
 from billhook.pruning import LayerResult, prune_
-from billhook.ranks import gather, wait
-from billhook.record import Job, Report, gradient_of, record
 from billhook.refine import Refine
-from billhook.request import Opened, Request, calibration_facts, identity, open_request
-from billhook.run_state import check_place, compare, partial_folder
-from billhook.runtime.packing import pack
-from billhook.save import save_pruned
+from billhook.run.record import Job, Report, gradient_of, record
+from billhook.run.request import Opened, Request, calibration_facts, identity, open_request
+from billhook.run.save import save_pruned
+from billhook.run.state import check_place, compare, partial_folder
+from billhook.run.unfinished import GRADIENTS, Unfinished, unfinished
+from billhook.searching import automatic
+from billhook.searching.trials import Setting
 from billhook.stats import GRADIENTS as OF_GRADIENTS
-from billhook.streaming import stream_of
 from billhook.table import Table
-from billhook.torchrun import rank
-from billhook.trials import Setting
-from billhook.unfinished import GRADIENTS, Unfinished, unfinished
 from billhook.walk import Block
 
 
@@ -161,7 +161,7 @@ def run(
 ) -> Report:
     """Apply a prepared job: prune, check, write.
 
-    A model directory is pruned block by block into the output (`billhook.unfinished`), a model in memory in place. The run ends after a
+    A model directory is pruned block by block into the output (`billhook.run.unfinished`), a model in memory in place. The run ends after a
     block at which `stopping()` is true; `note` is given the results of a block's layers when they are made. Raises JobError, and
     Interrupted where the run can be continued.
     """

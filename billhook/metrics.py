@@ -59,15 +59,15 @@ class Metric:
 
 
 def _spectral(name: str, sign: Sign, paper: str, summary: str) -> Metric:
-    return Metric(name, sign, paper, f"billhook.spectra:{name}", summary)
+    return Metric(name, sign, paper, f"billhook.measuring.spectra:{name}", summary)
 
 
 def _farms(name: str, summary: str) -> Metric:
-    return Metric(name, 1, _FARMS, f"billhook.farms:{name}", summary, "weight")
+    return Metric(name, 1, _FARMS, f"billhook.measuring.farms:{name}", summary, "weight")
 
 
 def _activations(name: str, sign: Sign, paper: str, summary: str) -> Metric:
-    return Metric(name, sign, paper, f"billhook.activations:{name}", summary, "activations", block=True)
+    return Metric(name, sign, paper, f"billhook.measuring.activations:{name}", summary, "activations", block=True)
 
 
 FACTS: dict[str, Metric] = {
@@ -94,7 +94,7 @@ FACTS: dict[str, Metric] = {
             "randomized_distance",
             -1,
             _WEIGHT_WATCHER,
-            "billhook.randomized:randomized_distance",
+            "billhook.measuring.randomized:randomized_distance",
             "Jensen-Shannon distance of the spectrum to that of the same weights shuffled",
             "weight",
         ),
@@ -105,7 +105,7 @@ FACTS: dict[str, Metric] = {
             "block_loss",
             -1,
             "Billhook",
-            "billhook.block_loss:block_loss",
+            "billhook.measuring.block_loss:block_loss",
             "relative rise of the loss when only this block is pruned by magnitude (`block_loss:SPARSITY`)",
             "loss",
             block=True,
@@ -114,7 +114,7 @@ FACTS: dict[str, Metric] = {
             "loss_share",
             -1,
             "Billhook",
-            "billhook.loss_shares:loss_share",
+            "billhook.searching.loss_shares:loss_share",
             "divergence from the dense model, in nats a token, due to this layer when all lose 60 % (`loss_share:CRITERION`)",
             "trial",
         ),
@@ -123,14 +123,27 @@ FACTS: dict[str, Metric] = {
 CURVES: dict[str, Metric] = {
     m.name: m
     for m in (
-        Metric("spectrum_quantiles", 1, _WEIGHT_WATCHER, "billhook.spectra:spectrum_quantiles", "of the positive eigenvalues of W^T W"),
-        Metric("magnitude_quantiles", 1, "Han et al. 2015, arXiv:1506.02626", "billhook.quantiles:magnitude_quantiles", "of |W|", "weight"),
-        Metric("lamp_quantiles", 1, _LAMP, "billhook.quantiles:lamp_quantiles", "of the roots of the LAMP scores", "weight"),
+        Metric(
+            "spectrum_quantiles",
+            1,
+            _WEIGHT_WATCHER,
+            "billhook.measuring.spectra:spectrum_quantiles",
+            "of the positive eigenvalues of W^T W",
+        ),
+        Metric(
+            "magnitude_quantiles",
+            1,
+            "Han et al. 2015, arXiv:1506.02626",
+            "billhook.measuring.quantiles:magnitude_quantiles",
+            "of |W|",
+            "weight",
+        ),
+        Metric("lamp_quantiles", 1, _LAMP, "billhook.measuring.quantiles:lamp_quantiles", "of the roots of the LAMP scores", "weight"),
         Metric(
             "wanda_quantiles",
             1,
             "Sun et al. 2023, arXiv:2306.11695",
-            "billhook.quantiles:wanda_quantiles",
+            "billhook.measuring.quantiles:wanda_quantiles",
             "of |W| x input norm",
             "activations",
         ),
@@ -138,7 +151,7 @@ CURVES: dict[str, Metric] = {
             "error_curve",
             -1,
             "Billhook",
-            "billhook.error_curves:error_curve",
+            "billhook.measuring.error_curves:error_curve",
             "relative squared error of the layer's output, at 40 sparsities (`error_curve:CRITERION`)",
             "loss",
         ),

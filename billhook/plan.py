@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from billhook.budget import whole_numbers
+from billhook.disk.files import read_json, write_json
 from billhook.errors import BillhookError
-from billhook.files import read_json, write_json
 from billhook.registry import hint
 
 VERSION = 1

@@ -18,19 +18,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.arch import Layer, find_layers
+from billhook.blocks.hidden import SPILL_GIB
 from billhook.criteria import CRITERIA
 from billhook.criteria.magnitude import magnitude
-from billhook.data import as_batches
 from billhook.errors import BillhookError, JobError
-from billhook.gradient_file import Gradients
-from billhook.gradients import compute_gradients
-from billhook.hidden import SPILL_GIB
+from billhook.evaluation.perplexity import vocabulary_size
+from billhook.gradients.compute import compute_gradients
+from billhook.gradients.file import Gradients
 from billhook.masks import Select
-from billhook.perplexity import vocabulary_size
+from billhook.parallel.ranks import check_share, gather, mine, share_, world
 from billhook.plan import SparsityPlan
-from billhook.ranks import check_share, gather, mine, share_, world
 from billhook.refine import Refine, Refinery
 from billhook.stats import GRADIENTS, STATISTICS, LayerStats
+from billhook.text.windows import as_batches
 from billhook.walk import Block, Progress, walk
 
 Group = Literal["row", "layer"]

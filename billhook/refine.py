@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from billhook.arch import Layer
+from billhook.blocks.hidden import SPILL_GIB, States
+from billhook.blocks.replay import Call, run_block
 from billhook.errors import BillhookError, JobError
-from billhook.hidden import SPILL_GIB, States
-from billhook.ranks import world
-from billhook.replay import Call, run_block
+from billhook.parallel.ranks import world
 from billhook.walk import Block
 
 Refining = Literal["none", "blocks", "blocks+norms"]

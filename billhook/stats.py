@@ -2,7 +2,7 @@
 
 For inputs X [tokens, in]: `input_norm` [in] is ||X_j||_2 / sqrt(sequences) of every input feature, the root mean over sequences of the
 summed squares, `input_mean` [in] is the mean over all tokens, and `gram` [in, in] is X^T X. `drift` [in, in] is (X' - X)^T X where X'
-are the inputs of the same tokens in the dense model (see `billhook.beside`).
+are the inputs of the same tokens in the dense model (see `billhook.blocks.beside`).
 
 Inputs of any float dtype are converted to float32 before they are squared, so half-precision activations cannot overflow.
 `input_norm` is a running mean in float32, one sequence at a time, which is the arithmetic of Wanda's published code: scores that nearly
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError, JobError
-from billhook.ranks import sum_, world
+from billhook.parallel.ranks import sum_, world
 from billhook.registry import hint
 
 
@@ -63,7 +63,7 @@ class InputNorm:
             self._mean += sequence.norm(dim=0).square() / self._sequences
 
     def merge(self) -> None:
-        """Take in what the other processes of the run have added (see `billhook.ranks`)."""
+        """Take in what the other processes of the run have added (see `billhook.parallel.ranks`)."""
         if world() > 1:
             sequences = int(sum_(torch.tensor(self._sequences)))
             self._mean = sum_(self._mean * self._sequences) / max(sequences, 1)
@@ -88,7 +88,7 @@ class InputMean:
             self._tokens += len(sequence)
 
     def merge(self) -> None:
-        """Take in what the other processes of the run have added (see `billhook.ranks`)."""
+        """Take in what the other processes of the run have added (see `billhook.parallel.ranks`)."""
         if world() > 1:
             sum_(self._sum)
             self._tokens = int(sum_(torch.tensor(self._tokens)))
@@ -118,7 +118,7 @@ class Gram:
             self._sum[rows, columns].addmm_(x[:, rows].T, x[:, columns])
 
     def merge(self) -> None:
-        """Take in what the other processes of the run have added (see `billhook.ranks`)."""
+        """Take in what the other processes of the run have added (see `billhook.parallel.ranks`)."""
         sum_(self._sum)
 
     def value(self) -> Tensor:
@@ -139,7 +139,7 @@ class Drift:
         self._sum.addmm_((dense - x).flatten(0, 1).T, x.flatten(0, 1))
 
     def merge(self) -> None:
-        """Take in what the other processes of the run have added (see `billhook.ranks`)."""
+        """Take in what the other processes of the run have added (see `billhook.parallel.ranks`)."""
         sum_(self._sum)
 
     def value(self) -> Tensor:
@@ -225,7 +225,7 @@ class AbsoluteSum:
         self._sum += g.abs_()
 
     def merge(self) -> None:
-        """Take in what the other processes of the run have added (see `billhook.ranks`)."""
+        """Take in what the other processes of the run have added (see `billhook.parallel.ranks`)."""
         sum_(self._sum)
 
     def value(self) -> Tensor:
@@ -268,7 +268,7 @@ class PublishedRootOfSquares(RootOfSquares):
         return super().value().half()
 
 
-REGIONAL = "gradient_regional"  # of a block's own outputs, see billhook.regional
+REGIONAL = "gradient_regional"  # of a block's own outputs, see billhook.gradients.regional
 GRADIENTS: dict[str, type[AbsoluteSum]] = {
     "gradient_l1": AbsoluteSum,
     "gradient_l2": RootOfSquares,

@@ -9,8 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from billhook.disk.files import read_json, write_json
 from billhook.errors import BillhookError
-from billhook.files import read_json, write_json
 from billhook.metrics import CURVES, FACTS
 from billhook.registry import hint
 

@@ -3,7 +3,7 @@
 Counted are the zeros of every tensor as it is stored, one tensor in memory at a time and no model built: this is what another
 program will load, whatever was in memory when it was written. Checked are: zeros against what was achieved and what was planned,
 N:M groups along the input dimension, the SHA-256 of every file, weight files that nobody listed, and that the configuration loads.
-It does not know whether the model is any good; that is what `billhook.perplexity` is for.
+It does not know whether the model is any good; that is what `billhook.evaluation.perplexity` is for.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from billhook.disk.files import read_json, sha256
+from billhook.disk.packed_format import is_packed
+from billhook.disk.shards import Shard, layer_zeros, read_shard, weight_files
 from billhook.errors import BillhookError
-from billhook.files import read_json, sha256
 from billhook.plan import SparsityPlan
-from billhook.runtime.packed import is_packed
-from billhook.shards import Shard, layer_zeros, read_shard, weight_files
 
 RECORD = "billhook.json"
 REPORT, CARD, PAGE = "report.json", "README.md", "report.html"  # what is told about the model; none is among the checksums
@@ -232,6 +232,6 @@ def _check_layer(layer: _Expected, parts: list[np.ndarray]) -> Iterator[str]:
 def _zeros_in_memory(directory: Path) -> dict[str, list[np.ndarray]]:
     """For a model whose layers have no place on disk of their own: load it, and count there."""
     from billhook.arch import find_layers
-    from billhook.checkpoint import load_model
+    from billhook.disk.checkpoint import load_model
 
     return {layer.name: [(layer.weight == 0).numpy()] for layer in find_layers(load_model(directory))}

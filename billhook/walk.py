@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.arch import Layer, find_blocks, find_layers
-from billhook.beside import Beside, Stage
+from billhook.blocks.beside import Beside, Stage
+from billhook.blocks.hidden import SPILL_GIB, States
+from billhook.blocks.observer import Observer
+from billhook.blocks.replay import Call, run_block
+from billhook.blocks.streaming import resident, stream_of
 from billhook.errors import BillhookError, JobError
-from billhook.hidden import SPILL_GIB, States
-from billhook.observer import Observer
-from billhook.ranks import mine
-from billhook.replay import Call, run_block
+from billhook.parallel.ranks import mine
 from billhook.stats import LayerStats
-from billhook.streaming import resident, stream_of
 
 Progress = Callable[[str], None]  # called with the name of each finished layer
 
@@ -33,8 +33,8 @@ class Block:
 
     `inputs` is one tensor [batch, length, width] a batch, there until the loop goes on; `calls` are the other arguments of each call.
     `stages` are the layers as they are to be pruned, with their statistics: all at once, or, where `drift` is among the statistics, group
-    by group (see `billhook.beside`), to be taken once and to the end; `stats` are the statistics of a block of one stage. `dense` is what
-    the dense model's block returns for the same tokens, where that was asked for; it is known once the stages are taken.
+    by group (see `billhook.blocks.beside`), to be taken once and to the end; `stats` are the statistics of a block of one stage. `dense`
+    is what the dense model's block returns for the same tokens, where that was asked for; it is known once the stages are taken.
     """
 
     index: int

@@ -8,7 +8,7 @@ import pytest
 from billhook import prune
 from billhook.errors import Interrupted
 from billhook.job import prepare, run
-from billhook.request import Request
+from billhook.run.request import Request
 
 
 def whole_and_in_parts(source: Path, folder: Path, stop: int, **fields: Any) -> tuple[bytes, bytes]:

@@ -10,8 +10,8 @@ from resuming import whole_and_in_parts
 
 from billhook import allocate, measure, prune, prune_
 from billhook.arch import find_layers
+from billhook.criteria.least_squares import aimed, loss
 from billhook.errors import BillhookError
-from billhook.least_squares import aimed, loss
 from billhook.stats import LayerStats
 from billhook.walk import walk
 

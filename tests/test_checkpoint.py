@@ -9,7 +9,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from billhook.checkpoint import check_directory, load_model, load_tokenizer, model_digest, resolve
+from billhook.disk.checkpoint import check_directory, load_model, load_tokenizer, model_digest, resolve
 from billhook.errors import BillhookError
 
 

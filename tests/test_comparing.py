@@ -12,13 +12,13 @@ import tiny
 from command import billhook, done
 
 from billhook import prune
-from billhook.charts import Axis, Series, chart
-from billhook.comparing import Grid, compare
-from billhook.comparison import differences, load_comparison, summary
-from billhook.comparison_views import markdown, pictures, spreadsheet
-from billhook.data import load_windows
+from billhook.comparison.grid import Grid, compare
+from billhook.comparison.record import differences, load_comparison, summary
+from billhook.comparison.views import markdown, pictures, spreadsheet
 from billhook.errors import BillhookError
-from billhook.perplexity import evaluate
+from billhook.evaluation.perplexity import evaluate
+from billhook.reports.charts import Axis, Series, chart
+from billhook.text.windows import load_windows
 
 
 @pytest.fixture(scope="module")

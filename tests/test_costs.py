@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from billhook import costs
 from billhook.costs import Machine, Method, Text
 from billhook.estimate import measuring_of, method_of, sizes_of
-from billhook.request import Request, open_request
+from billhook.run.request import Request, open_request
 
 MACHINE = Machine(1e11, 1e11, 1e10)
 WANDA, SPARSEGPT = method_of("wanda"), method_of("sparsegpt")

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from billhook.allocators import ALLOCATORS
 from billhook.arch import find_layers
-from billhook.checkpoint import load_model
 from billhook.criteria import CRITERIA
+from billhook.disk.checkpoint import load_model
 
 TEXT = ("--samples", "5", "--length", "32")
 REPORT = {"report.json", "README.md", "report.html"}

@@ -8,7 +8,7 @@ import torch
 
 from billhook.estimate import estimate
 from billhook.job import prepare, run
-from billhook.request import Request
+from billhook.run.request import Request
 
 IDS = torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(0))
 

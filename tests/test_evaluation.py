@@ -8,14 +8,14 @@ import tiny
 import torch
 from command import billhook, done
 
-from billhook.batching import batch_size, halving
-from billhook.data import load_windows
-from billhook.divergence import divergence
 from billhook.errors import BillhookError, JobError
-from billhook.items import Item, evaluate_items, load_items
-from billhook.likelihood import TokenRequest, encode_request, log_likelihoods
-from billhook.perplexity import evaluate
-from billhook.word_perplexity import evaluate_words, rolling
+from billhook.evaluation.batching import batch_size, halving
+from billhook.evaluation.divergence import divergence
+from billhook.evaluation.items import Item, evaluate_items, load_items
+from billhook.evaluation.likelihood import TokenRequest, encode_request, log_likelihoods
+from billhook.evaluation.perplexity import evaluate
+from billhook.evaluation.word_perplexity import evaluate_words, rolling
+from billhook.text.windows import load_windows
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "naïve", "façades", "cost", "twelve"]
 

@@ -17,7 +17,7 @@ import torch
 from command import billhook, done, listing, refused
 
 import billhook.pruning as pruning
-import billhook.save as save
+import billhook.run.save as save
 from billhook.errors import out_of_memory
 
 TEXT = ("--calibration", "text.txt", "--samples", "4", "--length", "32")
@@ -58,7 +58,7 @@ def test_a_disk_that_fills_up_at_the_start(place, monkeypatch):
 @pytest.mark.parametrize("where", ["save.copy_files", "unfinished.flush", "unfinished.put_in_place", "save.write_json"])
 def test_a_disk_that_fills_up_after_the_last_block(place, monkeypatch, where):
     with monkeypatch.context() as now:
-        now.setattr(f"billhook.{where}", full)
+        now.setattr(f"billhook.run.{where}", full)
         ran = billhook(*PRUNE)
     assert ran.code == 1
     match = r"About .*\nbillhook: The disk is full: .*Make room\. 2 of 2 blocks are finished and kept in .*pruned\.partial: continue with "
@@ -126,7 +126,7 @@ def test_a_stdout_that_cannot_be_written(place):
 
 # Interruptions
 
-MOMENTS = {"loading": "billhook.request.open_streamed", "pruning": "billhook.pruning._prune_layer"}
+MOMENTS = {"loading": "billhook.run.request.open_streamed", "pruning": "billhook.pruning._prune_layer"}
 _STOPPED = "billhook: Stopped. Nothing was written.\n"
 _PATIENT = "Stopping when this block is finished. Ctrl-C again stops at once; what is finished is kept either way.\n"
 

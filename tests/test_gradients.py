@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from billhook import BillhookError, JobError, SparsityPlan, find_layers, prune, prune_
 from billhook.arch import Layer
 from billhook.cli import app
-from billhook.gradient_file import open_gradients
-from billhook.gradients import compute_gradients
+from billhook.gradients.compute import compute_gradients
+from billhook.gradients.file import open_gradients
 from billhook.plan import Pattern
 from billhook.stats import GRADIENTS, REGIONAL
 

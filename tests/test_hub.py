@@ -4,9 +4,9 @@ import pytest
 import tiny
 from documents import jsonl, texts
 
-from billhook.data import load_calibration, load_windows
 from billhook.errors import BillhookError
-from billhook.hub import parse
+from billhook.text.hub import parse
+from billhook.text.windows import load_calibration, load_windows
 
 
 @pytest.fixture(scope="module")

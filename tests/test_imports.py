@@ -1,8 +1,9 @@
-"""The shape of the package: imports form a DAG, the light half stays light, help answers at once, and size budgets hold."""
+"""The shape of the code: imports form a DAG, also between packages, what is light stays light, help is fast, and size budgets hold."""
 
 import ast
 import graphlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,11 +20,13 @@ ROOT = Path(billhook.__file__).parent
 FILES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in ROOT.rglob("*.py")}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "datasets", "tokenizers", "huggingface_hub"}
-LIGHT = ["billhook"] + [
-    name
-    for name in sorted(FILES)
-    if name.split(".")[1:2] in (["allocators"], ["cli"])
-    or name.removeprefix("billhook.") in ("errors", "registry", "files", "table", "plan", "budget", "metrics", "corpus", "criteria")
+PACKAGES = [name for name, path in FILES.items() if path.name == "__init__.py"]
+LIGHT = [
+    *PACKAGES,
+    *(name for name in sorted(FILES) if name.startswith(("billhook.allocators.", "billhook.cli."))),
+    *(f"billhook.{name}" for name in ("errors", "registry", "metrics", "table", "densities", "budget", "plan", "options", "costs")),
+    *(f"billhook.{name}" for name in ("disk.files", "parallel.torchrun", "reports.charts", "searching.knobs")),
+    *(f"billhook.text.{name}" for name in ("stdlib", "hub", "corpus")),
 ]
 COMMANDS = ("prune", "measure", "plan", "eval", "verify", "pack", "unpack", "generate", "bench", "ls", "demo")
 
@@ -87,6 +90,26 @@ def imported(module: str) -> Iterator[str]:
 
 def test_imports_form_a_dag():
     graphlib.TopologicalSorter({module: set(imported(module)) for module in FILES}).prepare()  # raises CycleError with the cycle
+
+
+def test_packages_form_a_dag_in_the_order_of_the_map():
+    """A package, or a module beside the packages, imports only what stands above it in docs/ARCHITECTURE.md."""
+    page = (ROOT.parent / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)(?:\.py|/)` \|", page, re.MULTILINE)
+    height = {"billhook": -1, **{f"billhook.{name}": place for place, name in enumerate(rows)}, "billhook.__main__": len(rows)}
+    assert len(height) == len(rows) + 2
+    for module in FILES:
+        for other in imported(module):
+            here, there = (".".join(name.split(".")[:2]) for name in (module, other))
+            assert here == there or height[there] < height[here], f"{module} imports {other}"
+
+
+def test_packages_say_what_they_hold():
+    """Those whose `__init__.py` is a docstring alone, three lines of text at most; importing a module of theirs loads nothing else."""
+    plain = [name for name in PACKAGES if len(TREES[name].body) == 1]
+    assert sorted(set(PACKAGES) - set(plain)) == ["billhook", "billhook.allocators", "billhook.cli", "billhook.criteria"]
+    for name in plain:
+        assert 1 <= len([line for line in (ast.get_docstring(TREES[name]) or "").splitlines() if line]) <= 3, name
 
 
 def test_light_modules_load_nothing_heavy():

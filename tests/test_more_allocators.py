@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from billhook import find_layers, measure
 from billhook.allocators import allocate
 from billhook.errors import BillhookError
-from billhook.quantiles import LEVELS, lamp_quantiles, magnitude_quantiles
+from billhook.measuring.quantiles import LEVELS, lamp_quantiles, magnitude_quantiles
 from billhook.table import Row, Table
 
 relaxed = settings(deadline=None, max_examples=30)

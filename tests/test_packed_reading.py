@@ -16,7 +16,7 @@ from sparse_models import directory, prune_at_random, sparse
 from tiny import llama, save
 
 from billhook import BillhookError, load, pack, unpack, verify
-from billhook.runtime.packed import PACKED, digest
+from billhook.disk.packed_format import PACKED, digest
 
 SHARD = "model.packed.safetensors"
 

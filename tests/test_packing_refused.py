@@ -11,8 +11,8 @@ from command import listing
 from sparse_models import directory, prune_at_random, sparse
 
 from billhook import BillhookError, JobError, pack, unpack
-from billhook.runtime import packing
-from billhook.runtime.packed import PACKED
+from billhook.disk.packed_format import PACKED
+from billhook.packed import packing
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from billhook.data import Windows, digest, load_windows
 from billhook.errors import BillhookError, JobError
-from billhook.perplexity import check_length, context_length, evaluate, vocabulary_size
+from billhook.evaluation.perplexity import check_length, context_length, evaluate, vocabulary_size
+from billhook.text.windows import Windows, digest, load_windows
 
 
 def windows_of(ids: torch.Tensor, text_bytes: int | None = None) -> Windows:
@@ -44,9 +44,9 @@ def test_batches_and_chunks_change_nothing_that_matters(model, windows, monkeypa
     expected = evaluate(model, windows).nll
     for size in (1, 3, 100):
         assert evaluate(model, windows, batch_size=size).nll == pytest.approx(expected, rel=1e-6)
-    module = sys.modules["billhook.perplexity"]  # the name in the package is the function
+    module = sys.modules["billhook.evaluation.perplexity"]  # the name in the package is the function
     monkeypatch.setattr(module, "_LOSS_BYTES", 4 * 258 * 5)
-    monkeypatch.setattr(sys.modules["billhook.batching"], "LOGIT_BYTES", 1)
+    monkeypatch.setattr(sys.modules["billhook.evaluation.batching"], "LOGIT_BYTES", 1)
     assert evaluate(model, windows).nll == pytest.approx(expected, rel=1e-6)
 
 

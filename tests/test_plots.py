@@ -17,8 +17,8 @@ from billhook.table import Row, Table
 
 pytest.importorskip("matplotlib", reason="needs matplotlib")
 
-from billhook import plots
-from billhook.curves_picture import error_curves
+from billhook.reports import plots
+from billhook.reports.curves_picture import error_curves
 
 LAYER = "model.layers.1.mlp.down_proj"
 

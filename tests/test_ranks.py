@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from billhook import heartbeat, unfinished
 from billhook.cli import main
+from billhook.parallel import heartbeat
+from billhook.run import unfinished
 from billhook.verification import verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
@@ -274,5 +275,5 @@ def test_torchrun_names_the_lost_process(place):
     assert ran.returncode != 0
     assert re.search(r"rank\s*:\s*1 .*\n.*exitcode\s*:\s*-9", ran.stderr)  # torchrun's own summary
     assert "billhook, process 0 of 2: Process 1 of 2 was lost: it ended without a word." in ran.stderr
-    assert 'billhook/ranks.py", line' not in ran.stderr  # no traceback of ours
+    assert 'billhook/parallel/ranks.py", line' not in ran.stderr  # no traceback of ours
     continued(place, "lost")

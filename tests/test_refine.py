@@ -7,11 +7,11 @@ from resuming import whole_and_in_parts
 
 from billhook import allocate, measure
 from billhook.arch import find_layers
+from billhook.blocks.replay import run_block
 from billhook.errors import BillhookError
-from billhook.gradients import compute_gradients
+from billhook.gradients.compute import compute_gradients
 from billhook.pruning import LayerResult, prune_
 from billhook.refine import Data, Refine, refine_block_, tunable
-from billhook.replay import run_block
 from billhook.walk import walk
 
 

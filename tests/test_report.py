@@ -10,9 +10,9 @@ import tiny
 from command import billhook, done
 
 from billhook import pack, prune, unpack, verify
-from billhook.card import card
-from billhook.page import page
-from billhook.report import load_report
+from billhook.reports.card import card
+from billhook.reports.page import page
+from billhook.reports.report import load_report
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import tiny
 
 from billhook import prune
 from billhook.assessment import Questions, assess
-from billhook.publishing import add_evaluation
+from billhook.reports.publishing import add_evaluation
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")

@@ -14,13 +14,13 @@ from families import CONFIGS, build
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from billhook import save
 from billhook.arch import find_layers
-from billhook.checkpoint import load_model, load_tokenizer, quiet
+from billhook.disk.checkpoint import load_model, load_tokenizer, quiet
+from billhook.disk.output import check_output
 from billhook.errors import BillhookError, JobError
-from billhook.output import check_output
 from billhook.plan import Pattern, SparsityPlan
-from billhook.save import save_pruned
+from billhook.run import save
+from billhook.run.save import save_pruned
 from billhook.verification import verify
 
 

@@ -14,15 +14,15 @@ from billhook import BillhookError, Table, allocate, find_layers, load_plan, pru
 from billhook.allocators import ALLOCATORS
 from billhook.allocators.atp import largest_beta
 from billhook.cli import app
-from billhook.data import digest
-from billhook.gradients import compute_gradients
-from billhook.journal import Journal, Run, loss_difference
-from billhook.knobs import ALL, KNOBS, POINTS, Candidate, Outcome, Space, propose
-from billhook.ladder import ROW_RUNGS, Ladder
+from billhook.gradients.compute import compute_gradients
 from billhook.masks import Select
-from billhook.request import Request
-from billhook.searching import UNIFORM, Task
+from billhook.run.request import Request
+from billhook.searching.journal import Journal, Run, loss_difference
+from billhook.searching.knobs import ALL, KNOBS, POINTS, Candidate, Outcome, Space, propose
+from billhook.searching.ladder import ROW_RUNGS, Ladder
+from billhook.searching.search import UNIFORM, Task
 from billhook.table import Row
+from billhook.text.windows import digest
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def tokens() -> torch.Tensor:
 def pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw only where the picture is looked at: drawing takes longer than everything else here."""
     if "same_bytes" not in request.node.name:
-        monkeypatch.setattr("billhook.searching.draw", lambda *arguments: False)
+        monkeypatch.setattr("billhook.searching.search.draw", lambda *arguments: False)
 
 
 def find(model: Any, tokens: torch.Tensor, **changes: Any) -> Any:
@@ -153,7 +153,7 @@ def test_losses_of_the_dense_model(tokens: torch.Tensor):
 def test_divergence_with_a_sum_for_unlikely_tokens_is_a_lower_bound(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
     found = {}
     for kept in (8, 258):
-        monkeypatch.setattr("billhook.predictions.KEPT", kept)
+        monkeypatch.setattr("billhook.searching.predictions.KEPT", kept)
         task = Task(Request(llama(), 0.5, calibration=tokens), ("atp",), "kl", False)
         task.bench.trial(task.plan(UNIFORM))
         found[kept] = task.bench.losses(0, 6).kl
@@ -238,7 +238,7 @@ def test_the_model_of_another_search_is_replaced_though_its_plan_is_the_same(tmp
 
 def test_gradients_are_computed_once_and_trials_use_them(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
     made = []
-    monkeypatch.setattr("billhook.trials.compute_gradients", lambda *a, **k: made.append(compute_gradients(*a, **k)) or made[-1])
+    monkeypatch.setattr("billhook.searching.trials.compute_gradients", lambda *a, **k: made.append(compute_gradients(*a, **k)) or made[-1])
     monkeypatch.setattr("billhook.pruning.compute_gradients", None)
     model = llama()
     result = find(model, tokens, criterion="gblm", budget=3, finalists=2)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from billhook.criteria.admm import admm
+from billhook.criteria.least_squares import loss, solve_support
 from billhook.criteria.sparsegpt import sparsegpt
 from billhook.errors import BillhookError
-from billhook.least_squares import loss, solve_support
 from billhook.masks import Select
 from billhook.stats import LayerStats
 
@@ -44,8 +44,8 @@ def slow_solution(w: Tensor, H: Tensor, support: list[int]) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("direct", [True, False])
 def test_the_optimum_on_a_support(direct: bool, dtype: torch.dtype, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("billhook.least_squares.DIRECT", 256 if direct else 0)
-    monkeypatch.setattr("billhook.least_squares.TOLERANCE", 1e-10)
+    monkeypatch.setattr("billhook.criteria.least_squares.DIRECT", 256 if direct else 0)
+    monkeypatch.setattr("billhook.criteria.least_squares.TOLERANCE", 1e-10)
     W, gram = problem(12, 40)
     H = damped(gram)
     keep = torch.rand(12, 40, generator=torch.Generator().manual_seed(1)) < 0.4
@@ -63,7 +63,7 @@ def test_the_optimum_on_a_support(direct: bool, dtype: torch.dtype, monkeypatch:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_conjugate_gradients_never_lose_to_the_plain_mask(steps: int, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("billhook.least_squares.DIRECT", 0)
+    monkeypatch.setattr("billhook.criteria.least_squares.DIRECT", 0)
     W, gram = problem(20, 64)
     H = damped(gram)
     keep = selection(W, 0.6)(W.abs())
@@ -94,7 +94,7 @@ def test_the_best_support_is_nearly_found() -> None:
 @pytest.mark.parametrize("group, keep_of", [("row", None), ("layer", None), ("row", (2, 4)), ("row", (3, 8))])
 @pytest.mark.parametrize("direct", [True, False])
 def test_the_update_beats_the_mask_alone(group: str, keep_of: tuple[int, int] | None, direct: bool, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("billhook.least_squares.DIRECT", 256 if direct else 0)
+    monkeypatch.setattr("billhook.criteria.least_squares.DIRECT", 256 if direct else 0)
     W, gram = problem(24, 64)
     H = damped(gram)
     result = admm(W, LayerStats(192, 1, gram=gram), selection(W, 0.5, group, keep_of))
@@ -125,7 +125,7 @@ def test_float32_against_float64(monkeypatch: Patch) -> None:
     stats = LayerStats(192, 1, gram=gram)
     double = float(loss(W, admm(W, stats, selection(W, 0.6)), H).sum())
     monkeypatch.setattr("billhook.criteria.admm.DOUBLE", 0)
-    monkeypatch.setattr("billhook.least_squares.DIRECT", 0)
+    monkeypatch.setattr("billhook.criteria.least_squares.DIRECT", 0)
     single = admm(W.float(), LayerStats(192, 1, gram=gram.float()), selection(W, 0.6), steps=48, rho=0.3)
     assert float(loss(W, single.double(), H).sum()) == pytest.approx(double, rel=1e-3)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from billhook.errors import BillhookError
-from billhook.stdlib_corpus import HELD_OUT, documents
+from billhook.text.stdlib import HELD_OUT, documents
 
 DEMO = Path(__file__).resolve().parents[1] / "billhook" / "demo_model"
 LIMIT_BYTES = 12_000_000

@@ -9,12 +9,12 @@ import torch
 from families import CONFIGS, VOCABULARY, build
 
 from billhook import find_layers, measure, prune, prune_
-from billhook.checkpoint import load_model, quiet
-from billhook.hidden import States
+from billhook.blocks.hidden import States
+from billhook.blocks.streaming import open_streamed, resident, stream_of
+from billhook.disk.checkpoint import load_model, quiet
 from billhook.job import Request, measure_model, prepare, run
 from billhook.job import record as record_of
-from billhook.save import save_pruned
-from billhook.streaming import open_streamed, resident, stream_of
+from billhook.run.save import save_pruned
 from billhook.verification import verify
 
 IDS = torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
@@ -119,8 +119,8 @@ def test_tables_are_the_same(llama):
 
 
 def test_a_layout_that_cannot_be_kept_is_pruned_in_memory(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("billhook.request.mismatch", lambda model, shards: "made up")
-    monkeypatch.setattr("billhook.save.mismatch", lambda model, shards: "made up")
+    monkeypatch.setattr("billhook.run.request.mismatch", lambda model, shards: "made up")
+    monkeypatch.setattr("billhook.run.save.mismatch", lambda model, shards: "made up")
     report = prune(llama, sparsity=0.5, criterion="magnitude", output=tmp_path / "out")
     assert "made up" in report.warnings[-1]
     assert verify(report.output).ok

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_save import prune_at_random
 
-from billhook.checkpoint import load_model
+from billhook.disk.checkpoint import load_model
+from billhook.disk.files import sha256
+from billhook.disk.shards import read_shard
 from billhook.errors import BillhookError
-from billhook.files import sha256
-from billhook.save import save_pruned
-from billhook.shards import read_shard
+from billhook.run.save import save_pruned
 from billhook.verification import verify
 
 LAYER = "model.layers.1.mlp.up_proj"

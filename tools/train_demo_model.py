@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # The script runs from a checkout, whether or not the package is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from billhook.stdlib_corpus import documents
+from billhook.text.stdlib import documents
 
 SEPARATOR = "<|endoftext|>"
 DEVICE_DEFAULTS = {"cpu": {"batch": 8, "lr": 3e-3}, "cuda": {"batch": 64, "lr": 4e-3}}

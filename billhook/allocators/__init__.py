@@ -27,7 +27,7 @@ ALLOCATORS = Registry(
         "explicit": "billhook.allocators.explicit:explicit",
     },
 )
-AUTO = "auto"  # no arithmetic: tries plans on the model (`billhook.automatic`)
+AUTO = "auto"  # no arithmetic: tries plans on the model (`billhook.searching.automatic`)
 
 
 def allocate(

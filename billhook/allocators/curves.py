@@ -1,7 +1,8 @@
 """curves: the sparsities of all layers that cost least together, by measured error curves of the criterion that prunes.
 
-The table's column `error_curve:CRITERION` says how far pruning moves each layer's output at every sparsity (`billhook.error_curves`), and
-`loss_share:CRITERION` what that cost the model in a run in which all layers lost the same (`billhook.loss_shares`). The cost of layer l is
+The table's column `error_curve:CRITERION` (`billhook.measuring.error_curves`) says how far pruning moves each layer's output at every
+sparsity, and `loss_share:CRITERION` (`billhook.searching.loss_shares`) what that cost the model in a run in which all layers lost the same.
+The cost of layer l is
 
     loss_l(s) = loss_share_l * error_l(s) / error_l(MIDDLE)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from billhook.budget import mean, scale_to
+from billhook.disk.files import read_json
 from billhook.errors import BillhookError
-from billhook.files import read_json
 from billhook.registry import hint, method
 from billhook.table import Table
 

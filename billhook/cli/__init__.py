@@ -31,7 +31,7 @@ from billhook.cli import (
     verify,
 )
 from billhook.cli.common import Failure, complain
-from billhook.torchrun import started
+from billhook.parallel.torchrun import started
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's own, of which typer has a copy inside since 0.27
 

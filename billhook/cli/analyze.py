@@ -46,7 +46,7 @@ def command(
 ) -> None:
     """Show the relative error of each block's output after pruning by each plan."""
     from billhook.analysis import analyze, draw
-    from billhook.files import check_writable, write_json
+    from billhook.disk.files import check_writable, write_json
 
     if output is not None:
         check_writable(output)

@@ -8,7 +8,7 @@ import typer
 from billhook.cli.common import Device, Dtype, Json, TrustRemoteCode, emit, guarded, progress, say, table
 
 if TYPE_CHECKING:
-    from billhook.runtime.benchmark import Side, Spread
+    from billhook.packed.benchmark import Side, Spread
 
 NAME = "bench"
 EXAMPLES = """\b
@@ -38,10 +38,10 @@ def command(
     """Measure models in turns, each in its own process; medians and quartiles."""
     from dataclasses import asdict
 
+    from billhook.disk.files import check_writable, write_text
     from billhook.errors import BillhookError
-    from billhook.files import check_writable, write_text
-    from billhook.machine import hardware
-    from billhook.runtime import benchmark
+    from billhook.packed import benchmark
+    from billhook.packed.machine import hardware
     from billhook.runtime.library import path
 
     if picture is not None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from billhook.errors import BillhookError, out_of_memory
-from billhook.torchrun import processes, rank, started
+from billhook.parallel.torchrun import processes, rank, started
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
 Targets = Annotated[

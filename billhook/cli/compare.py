@@ -62,8 +62,8 @@ def command(
         return
     if len(models) != 1 or data is None or output is None:
         raise BillhookError("A comparison needs one MODEL, --data SOURCE to score, and --output DIR; or --runs DIR1 DIR2.")
-    from billhook.comparing import Grid, compare
-    from billhook.comparison_views import caption, header_and_rows, write_views
+    from billhook.comparison.grid import Grid, compare
+    from billhook.comparison.views import caption, header_and_rows, write_views
 
     if sparsities and "unstructured" not in _names(patterns):
         raise BillhookError("An N:M pattern has its own sparsity: leave out --sparsities, or add unstructured to --patterns.")
@@ -93,8 +93,8 @@ def command(
 
 
 def _side_by_side(runs: list[Path], as_json: bool) -> None:
+    from billhook.comparison.runs import compare_runs
     from billhook.errors import BillhookError
-    from billhook.runs import compare_runs
 
     if len(runs) < 2:
         raise BillhookError("--runs puts finished runs side by side: give two directories or more.")

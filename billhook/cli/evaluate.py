@@ -63,7 +63,7 @@ def command(
     for line in lines(record):
         say(line)
     if report:
-        from billhook.publishing import add_evaluation
+        from billhook.reports.publishing import add_evaluation
 
         add_evaluation(Path(model), record)
         say(f"Added to {model}/report.json, README.md and report.html.")

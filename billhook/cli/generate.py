@@ -29,10 +29,10 @@ def command(
     """Print the likeliest continuation of a prompt, and tokens a second."""
     import torch
 
-    from billhook.checkpoint import load_tokenizer, resolve
+    from billhook.disk.checkpoint import load_tokenizer, resolve
     from billhook.errors import BillhookError
-    from billhook.runtime.generation import Printer, generate
-    from billhook.runtime.loading import load
+    from billhook.packed.generation import Printer, generate
+    from billhook.packed.loading import load
 
     path = resolve(model)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)

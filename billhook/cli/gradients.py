@@ -52,7 +52,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Accumulate the gradients of a model's loss on calibration text, one block in memory at a time."""
-    from billhook.files import check_writable
+    from billhook.disk.files import check_writable
     from billhook.job import Request, make_gradients
     from billhook.stats import gradient_name
 

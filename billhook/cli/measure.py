@@ -40,12 +40,12 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Measure every prunable layer and write table.json."""
+    from billhook.disk.files import check_writable
     from billhook.estimate import estimate_table
-    from billhook.files import check_writable
     from billhook.job import Request, measure_opened, open_to_measure
-    from billhook.measuring import metric_names, steps
-    from billhook.ranks import joined
-    from billhook.torchrun import rank
+    from billhook.measuring.measure import metric_names, steps
+    from billhook.parallel.ranks import joined
+    from billhook.parallel.torchrun import rank
 
     names = metric_names(metrics)
     check_writable(output)

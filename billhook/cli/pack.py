@@ -32,7 +32,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Store each sparse weight as a bitmask and its non-zero values."""
-    from billhook.runtime.packing import pack
+    from billhook.packed.packing import pack
 
     with progress("counting and packing tensors") as advance:
         report = pack(model, output, values=values, group=group, overwrite=overwrite, progress=advance)

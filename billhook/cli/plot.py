@@ -57,7 +57,7 @@ def command(
             pictures[f"spectrum-{name}"] = _spectrum(model, name)
         if masks:
             pictures[f"mask-{name}"] = _masks(masks, name)
-    from billhook.plots import save
+    from billhook.reports.plots import save
 
     written = [path for stem, figure in pictures.items() for path in save(figure, output, stem)]
     say(f"{output}: " + ", ".join(path.name for path in written if path.suffix == ".png") + " (and as SVG).")
@@ -75,11 +75,11 @@ def _subject(subject: str | None, layers: list[str], drawn: bool) -> tuple[Path 
 
 
 def _tables(table_file: Path, metrics: list[str], plans: list[Path]) -> dict[str, Any]:
-    from billhook.curves_picture import error_curves
     from billhook.errors import BillhookError
     from billhook.metrics import fact
     from billhook.plan import load_plan
-    from billhook.plots import metric_against_sparsity, metric_by_depth, sparsity_by_depth
+    from billhook.reports.curves_picture import error_curves
+    from billhook.reports.plots import metric_against_sparsity, metric_by_depth, sparsity_by_depth
     from billhook.table import Table
 
     table = Table.load(table_file)
@@ -104,7 +104,7 @@ def _tables(table_file: Path, metrics: list[str], plans: list[Path]) -> dict[str
 def _weight(directory: str | Path, name: str) -> Any:
     """The weight [out, in] of one layer of a model on disk or on the hub."""
     from billhook.arch import find_layers
-    from billhook.checkpoint import load_model, resolve
+    from billhook.disk.checkpoint import load_model, resolve
     from billhook.errors import BillhookError
     from billhook.registry import hint
 
@@ -115,9 +115,9 @@ def _weight(directory: str | Path, name: str) -> Any:
 
 
 def _spectrum(model: str, name: str) -> Any:
-    from billhook.plots import spectral_density
-    from billhook.spectra import eigenvalues
-    from billhook.tails import Spectrum
+    from billhook.measuring.spectra import eigenvalues
+    from billhook.measuring.tails import Spectrum
+    from billhook.reports.plots import spectral_density
 
     spectrum = Spectrum(eigenvalues(_weight(model, name)))
     return spectral_density(name, spectrum.positive.tolist(), {"alpha_peak": spectrum.fit("peak"), "alpha_mid": spectrum.fit("mid")})
@@ -125,7 +125,7 @@ def _spectrum(model: str, name: str) -> Any:
 
 def _masks(directories: list[Path], name: str) -> Any:
     from billhook.errors import BillhookError
-    from billhook.plots import kept_weights
+    from billhook.reports.plots import kept_weights
 
     kept = {path.name or str(path): (_weight(path, name) != 0).numpy() for path in directories}
     if len(kept) < len(directories):

@@ -24,7 +24,7 @@ from billhook.cli.common import (
 from billhook.cli.groups import Text, Work, grouped
 
 if TYPE_CHECKING:
-    from billhook.events import Log
+    from billhook.cli.events import Log
     from billhook.job import Job, Report
     from billhook.pruning import LayerResult
 
@@ -82,10 +82,10 @@ def command(
 ) -> None:
     """Prune a model and write it as an ordinary Hugging Face directory."""
     from billhook.allocators import presets
+    from billhook.cli.events import Log
     from billhook.errors import BillhookError
-    from billhook.events import Log
     from billhook.job import Request, prepare
-    from billhook.ranks import joined
+    from billhook.parallel.ranks import joined
 
     if output is None and not dry_run:
         raise BillhookError("Say where the pruned model goes: --output DIRECTORY (or --dry-run to see what would happen).")

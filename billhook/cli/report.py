@@ -30,9 +30,9 @@ def command(
 ) -> None:
     """Make report.json, the model card README.md and report.html of a pruned directory again."""
     from billhook.densities import spectra_of
+    from billhook.disk.files import read_json
     from billhook.errors import BillhookError
-    from billhook.files import read_json
-    from billhook.publishing import known, publish
+    from billhook.reports.publishing import known, publish
     from billhook.table import Table
 
     if not directory.is_dir():

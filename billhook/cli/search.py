@@ -66,7 +66,7 @@ def command(
 ) -> None:
     """Find the allocator and knob that lose least, and prune with them."""
     from billhook.errors import JobError
-    from billhook.searching import search, summary
+    from billhook.searching.search import search, summary
 
     try:
         found = search(

@@ -23,7 +23,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Write an ordinary Hugging Face directory that any program opens."""
-    from billhook.runtime.unpacking import unpack
+    from billhook.packed.unpacking import unpack
 
     with progress("unpacking files") as advance:
         path = unpack(directory, output, overwrite=overwrite, progress=advance)

@@ -10,8 +10,8 @@ Boza 2024, "Fast and Effective Weight Update for Pruned Large Language Models", 
 with the sparsity of Z rising to the plan's by the cubic schedule s (1 - (1 - k / n)^3) over the first n = `RAMP` steps; for N:M it is the
 plan's from the start. After that rho rises at every third step, as in ALPS: by 30 %, 20 % or 10 % where more than 10 %, more than
 0.5 % or less of the support has changed meanwhile; where none of it has, the alternation ends. U is divided by as much as rho rises.
-The support of the last Z is kept, and the weights on it are solved for by `billhook.least_squares`: exactly where few are kept in a row,
-else by conjugate gradients from Z.
+The support of the last Z is kept, and the weights on it are solved for by `billhook.criteria.least_squares`: exactly where few are kept in
+a row, else by conjugate gradients from Z.
 
 Differences from the published code: V needs one product a step, not two; the exact solve at the end; the support comes from `select`,
 so the budget is exact and groups may be rows (the default) or layers. ALPS has the plan's sparsity from the start and an
@@ -21,7 +21,8 @@ begins at 0.6 instead of 0.3: for about three times the time of SparseGPT at 102
 take much longer than that. On two blocks of a small model most of the gain was there after three steps.
 
 What the layer aims at is, by `aim` (half of the way), between the dense layer's outputs for the pruned model's inputs and the outputs in
-the dense model: `billhook.least_squares.aimed`; the layers of a block are then pruned one after the other (`billhook.beside`).
+the dense model: `billhook.criteria.least_squares.aimed`; the layers of a block are then pruned one after the other
+(`billhook.blocks.beside`).
 
 An input that is always zero ("dead") loses its weights first, the smallest first, as many as are asked for; what is kept there has its
 original value. Up to 512 inputs all arithmetic is float64, else in the dtype of W (float32 in a run); the system of a step is well
@@ -33,8 +34,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from billhook.criteria.least_squares import DOUBLE, aimed, solve_support
 from billhook.errors import BillhookError, JobError
-from billhook.least_squares import DOUBLE, aimed, solve_support
 from billhook.masks import Select
 from billhook.registry import method
 from billhook.stats import LayerStats

@@ -24,8 +24,8 @@ and is counted as kept. It does not know about layers other than its own.
 import torch
 from torch import Tensor
 
+from billhook.criteria.least_squares import aimed
 from billhook.errors import BillhookError, JobError
-from billhook.least_squares import aimed
 from billhook.masks import Select
 from billhook.registry import method
 from billhook.stats import LayerStats

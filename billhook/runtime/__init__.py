@@ -1,1 +1,4 @@
-"""Sparse weights packed as bitmask and values, and the engine that multiplies with them."""
+"""The engine: tensors packed as bitmask and values, and the kernels that multiply with them.
+
+Imports nothing of Billhook but `errors` and `disk`.
+"""

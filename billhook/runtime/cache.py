@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import billhook
+from billhook.disk.files import read_json, write_json
 from billhook.errors import BillhookError
-from billhook.files import read_json, write_json
 from billhook.runtime import library
 
 KERNELS = 3  # raised when a kernel is added or becomes faster, so that older measurements are not followed

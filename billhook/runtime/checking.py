@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from billhook.disk.packed_format import Packed, PackedShard, open_packed
+from billhook.disk.shards import INDEX, Entry, Shard
 from billhook.errors import BillhookError
 from billhook.runtime.fallback import unpack_bits
 from billhook.runtime.matrices import dense_bytes, expandable
-from billhook.runtime.packed import Packed, PackedShard, open_packed
-from billhook.shards import INDEX, Entry, Shard
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 

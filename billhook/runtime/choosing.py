@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from billhook.disk.packed_format import ITEM, PARTS, Matrix
+from billhook.disk.shards import Entry, Shard
 from billhook.errors import BillhookError
-from billhook.runtime.packed import ITEM, PARTS, Matrix
-from billhook.shards import Entry, Shard
 
 BLOCK_WEIGHTS = 1 << 22  # looked at, packed or expanded at a time, so that memory does not grow with the tensor
 FLOATS = ("BF16", "F16", "F32")

@@ -8,7 +8,7 @@ says where each row's values begin.
 import torch
 from torch import Tensor
 
-from billhook.runtime.packed import mask_bytes
+from billhook.disk.packed_format import mask_bytes
 
 TILE_WEIGHTS = 1 << 20  # expanded at a time: 2 MiB of bfloat16, which stays in a core's cache while it is multiplied
 

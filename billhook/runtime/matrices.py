@@ -7,12 +7,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from billhook.disk.packed_format import Matrix, Packed, PackedShard
+from billhook.disk.tensor_bytes import DTYPES, tensor_bytes
 from billhook.errors import BillhookError
 from billhook.runtime import native
 from billhook.runtime.choosing import BLOCK_WEIGHTS
 from billhook.runtime.fallback import unpack_bits
-from billhook.runtime.packed import Matrix, Packed, PackedShard
-from billhook.tensor_bytes import DTYPES, tensor_bytes
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

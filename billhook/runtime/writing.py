@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from billhook.disk.packed_format import ITEM, PADDING, Matrix
+from billhook.disk.shards import Entry, Shard
+from billhook.disk.tensor_bytes import tensor_bytes
 from billhook.errors import BillhookError
 from billhook.runtime import native
 from billhook.runtime.choosing import BLOCK_WEIGHTS, stored
 from billhook.runtime.fallback import pack_bits, unpack_bits
 from billhook.runtime.matrices import FLOATS
-from billhook.runtime.packed import ITEM, PADDING, Matrix
-from billhook.shards import Entry, Shard
-from billhook.tensor_bytes import tensor_bytes
 
 _CHUNK = 1 << 24
 

@@ -32,7 +32,7 @@ from trial import (
 
 from billhook import prune
 from billhook.errors import BillhookError, Interrupted
-from billhook.run_state import STATE
+from billhook.run.state import STATE
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from billhook import SparsityPlan, Table, prune
-from billhook.checkpoint import check_directory, load_tokenizer
-from billhook.data import load_calibration
+from billhook.disk.checkpoint import check_directory, load_tokenizer
+from billhook.disk.shards import INDEX, read_shard, weight_files
 from billhook.errors import BillhookError
-from billhook.gradient_file import open_gradients
+from billhook.gradients.file import open_gradients
 from billhook.plan import load_plan
-from billhook.run_state import STATE, read_state
-from billhook.shards import INDEX, read_shard, weight_files
+from billhook.run.state import STATE, read_state
+from billhook.text.windows import load_calibration
 from billhook.verification import RECORD, verify
 
 SOON = 2.0

@@ -16,7 +16,7 @@ import torch
 
 from billhook import prune
 from billhook.errors import BillhookError, Interrupted
-from billhook.run_state import STATE, partial_folder
+from billhook.run.state import STATE, partial_folder
 from billhook.verification import verify
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT

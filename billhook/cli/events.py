@@ -1,0 +1,40 @@
+"""What happens in a run, one json object a line (`--log-file`): start, layer, warning, end.
+
+Every line has `event` and `seconds` since the start, and is in the file as soon as it happened. Under torchrun each process but the first
+writes a file of its own: run.jsonl, run.rank1.jsonl, ...
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from billhook.disk.files import check_writable
+from billhook.parallel.torchrun import rank
+
+
+class Log:
+    """Appends events to a file, which is begun anew unless `resume`, or nowhere where there is none."""
+
+    def __init__(self, path: Path | None, resume: bool = False) -> None:
+        if path is not None and rank():
+            path = path.with_name(f"{path.stem}.rank{rank()}{path.suffix}")
+        if path is not None:
+            check_writable(path)
+        self._file = None if path is None else open(path, "a" if resume else "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._start = time.perf_counter()
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Write one event."""
+        if self._file is not None:
+            line = {"event": name, "seconds": round(time.perf_counter() - self._start, 3), **facts}
+            self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is not None:
+            self.event("end", error=str(error) or kind.__name__)
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,78 @@
+"""Word perplexity, the protocol of lm-evaluation-harness: every token of every document is scored, and the sum is shared out over words.
+
+Each document begins with the BOS (else EOS) token and is cut into windows that begin with the last token of the window before; words
+are what stands between white space. Numbers depend on how the text was cut into documents and on the length of a window, but
+not on the tokenizer. They are not comparable with token perplexity.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from billhook.errors import BillhookError
+from billhook.evaluation.likelihood import TokenRequest, log_likelihoods, prefix_token
+
+PROTOCOL = "word perplexity over rolling windows of documents (lm-evaluation-harness)"
+
+
+@dataclass(frozen=True)
+class WordEvaluation:
+    """`word_ppl` and `byte_ppl` are exp of the negative log-likelihood over words and over UTF-8 bytes."""
+
+    word_ppl: float | None
+    byte_ppl: float
+    bits_per_byte: float
+    words: int
+    tokens: int
+    documents: int
+    length: int
+    source: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The protocol and all fields by name, for json."""
+        return {"protocol": PROTOCOL, **asdict(self)}
+
+
+def evaluate_words(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    length: int,
+    source: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> WordEvaluation:
+    """Score whole documents in windows of `length` tokens; raises BillhookError where there is no word."""
+    words = sum(len(re.split(r"\s+", text)) for text in texts)
+    octets = sum(len(text.encode()) for text in texts)
+    encoded = [tokenizer(text, verbose=False, return_attention_mask=False)["input_ids"] for text in texts]
+    requests = [request for ids in encoded for request in rolling(ids, prefix_token(tokenizer), length)]
+    if not requests or not octets:
+        raise BillhookError(f"{source} is empty: give a text with something in it.")
+    total = -sum(value for value, _ in log_likelihoods(model, requests, length, progress=progress))
+    per_word = total / words
+    return WordEvaluation(
+        word_ppl=math.exp(per_word) if per_word < 709 else None,
+        byte_ppl=math.exp(min(total / octets, 709)),
+        bits_per_byte=total / octets / math.log(2),
+        words=words,
+        tokens=sum(map(len, encoded)),
+        documents=len(texts),
+        length=length,
+        source=source,
+    )
+
+
+def rolling(ids: Sequence[int], prefix: int, length: int) -> list[TokenRequest]:
+    """Windows that together score every token of `ids` once, each reading at most `length` tokens."""
+    found = []
+    for start in range(0, len(ids), length):
+        stop = min(start + length, len(ids))
+        # The last window is filled up from the left, so that it too reads `length` tokens where the document has them.
+        before = [prefix] if start == 0 else list(ids[max(0, stop - length - 1) : start])
+        found.append(TokenRequest(before, list(ids[start:stop])))
+    return found

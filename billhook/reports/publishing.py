@@ -1,0 +1,54 @@
+"""Writing what a pruned directory tells about itself: report.json, the model card README.md, and report.html.
+
+None of the three is among the checksums of billhook.json: evaluations are added to them later, and they can be made again at any time.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from billhook.disk.files import write_json, write_text
+from billhook.errors import BillhookError
+from billhook.reports.card import card
+from billhook.reports.page import page
+from billhook.reports.report import build, load_report
+from billhook.verification import CARD, PAGE, RECORD, REPORT
+
+
+def publish(folder: Path, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Write report.json, card and page of a directory, and return the report.
+
+    What follows from billhook.json is made again where that is there; what was added later (evaluations, speed) is kept from
+    report.json; `changes` take its place. Raises BillhookError where there is neither file, or one is damaged.
+    """
+    report = known(folder) | dict(changes or {})
+    texts = card(report), page(report)
+    write_json(folder / REPORT, report)
+    for name, text in zip((CARD, PAGE), texts, strict=True):
+        write_text(folder / name, text)
+    return report
+
+
+def known(folder: Path) -> dict[str, Any]:
+    """The report of a directory as it would be written now, errors as in `publish`."""
+    if not (folder / REPORT).is_file() and not (folder / RECORD).is_file():
+        raise BillhookError(f"{folder} has no results to report: neither {REPORT} nor {RECORD}. Make some with billhook prune.")
+    report = load_report(folder) if (folder / REPORT).is_file() else {}
+    if (folder / RECORD).is_file():
+        added = {key: report[key] for key in ("evaluations", "speed", "spectra", "metadata") if key in report}
+        report = build(folder) | added
+    return report
+
+
+def add_evaluation(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Add an evaluation to a directory's report, in place of one of the same questions; returns the report."""
+    report = load_report(folder) if (folder / REPORT).is_file() else publish(folder)
+    kept = [entry for entry in report["evaluations"] if _question(entry) != _question(record)]
+    return publish(folder, {"evaluations": [*kept, dict(record)]})
+
+
+def _question(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What was asked in an evaluation."""
+    tasks = tuple((task["task"], task["identity"], task["few_shot"]) for task in entry.get("tasks", []))
+    word = entry.get("word") or {}
+    return entry.get("protocol"), entry.get("digest"), entry.get("length"), word.get("source"), word.get("length"), tasks

@@ -1,0 +1,167 @@
+"""report.json: what a pruned directory tells about itself, made from billhook.json and the sizes of the weight files.
+
+File format: docs/formats.md, `report.json`. The same run gives the same bytes: there is no date and no duration in it.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import billhook
+from billhook.disk.files import read_json
+from billhook.disk.packed_format import is_packed, open_packed
+from billhook.disk.shards import read_shard, weight_files
+from billhook.errors import BillhookError
+from billhook.plan import Pattern
+from billhook.verification import CARD, RECORD, REPORT
+
+VERSION = 1
+_KEPT = ("license", "license_name", "license_link", "language")  # of the metadata of the card that came with the model
+
+
+def load_report(folder: Path) -> dict[str, Any]:
+    """Read DIR/report.json; raises BillhookError for one that is missing, of another version or damaged."""
+    path = folder / REPORT
+    report = read_json(path, "report")
+    if report.get("version") != VERSION:
+        raise BillhookError(f"{path} is not a report of version {VERSION}: make it again with billhook report {folder}.")
+    kinds = {"asked": dict, "achieved": dict, "model": dict, "layers": list, "blocks": list, "evaluations": list, "metadata": dict}
+    for key, kind in kinds.items():
+        if not isinstance(report.get(key), kind):
+            raise BillhookError(f"{path} is damaged: it has no {key!r}. Delete it and run billhook report {folder}.")
+    return report
+
+
+def build(folder: Path) -> dict[str, Any]:
+    """The content of report.json that follows from the directory itself."""
+    record = read_json(folder / RECORD, "record of a pruned model")
+    try:
+        return _from_record(folder, record)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BillhookError(f"{folder / RECORD} is damaged ({error!r}): prune again.") from None
+
+
+def _from_record(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    plan, made_by = record["plan"], record["made_by"]
+    columns = plan["made_by"].get("metrics", {})
+    layers = [_layer(name, facts, columns) for name, facts in record["layers"].items()]
+    weights, zeros = sum(_size(layer) for layer in layers), sum(layer["zeros"] for layer in layers)
+    return {
+        "version": VERSION,
+        "billhook": billhook.__version__,
+        "made_with": record["billhook"],
+        "model": made_by["model"],
+        "asked": {
+            "sparsity": plan["target"],
+            "pattern": plan["pattern"],
+            "allocator": plan["made_by"].get("allocator") or "a plan by hand",
+            "allocator_options": plan["made_by"].get("options", {}),
+            **{key: made_by[key] for key in ("criterion", "criterion_options", "group", "rounding", "seed", "dtype", "device")},
+            **{key: made_by[key] for key in ("targets", "ignore")},
+        },
+        "achieved": {"sparsity": zeros / weights, "zeros": zeros, "weights": weights, "layers": len(layers)},
+        "files": _sizes(folder, layers),
+        "layers": layers,
+        "blocks": _blocks(layers),
+        "calibration": made_by["calibration"],
+        "gradients": made_by["gradients"],
+        "papers": made_by["papers"],
+        "versions": made_by["versions"],
+        "warnings": record["warnings"],
+        "evaluations": [],
+        "speed": None,
+        "spectra": _spectra(plan["made_by"].get("spectra")),
+        "metadata": _metadata(folder),
+    }
+
+
+def _spectra(quantiles: Mapping[str, Sequence[float]] | None) -> dict[str, Any] | None:
+    if not quantiles:
+        return None
+    return {"metrics": {}, "quantiles": {layer: [float(value) for value in values] for layer, values in quantiles.items()}}
+
+
+def _size(layer: Mapping[str, Any]) -> int:
+    out, columns = layer["shape"]
+    return int(out * columns)
+
+
+def _layer(name: str, facts: Mapping[str, Any], columns: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    words = [part for part in name.split(".") if not part.isdigit()]
+    return {
+        "layer": name,
+        "block": numbers[0] if numbers else 0,
+        "kind": words[-1],
+        "shape": facts["shape"],
+        "planned": facts["sparsity"],
+        "sparsity": facts["zeros"] / (facts["shape"][0] * facts["shape"][1]),
+        "zeros": facts["zeros"],
+        "error": facts.get("error"),
+        "metrics": {metric: values[name] for metric, values in columns.items() if name in values},
+        "notes": facts.get("notes", []),
+    }
+
+
+def _blocks(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every block: its sparsity over all weights, the least and most pruned layer, and means over layers of the rest."""
+    grouped: dict[int, list[Mapping[str, Any]]] = {}
+    for layer in layers:
+        grouped.setdefault(layer["block"], []).append(layer)
+    found = []
+    for block, rows in sorted(grouped.items()):
+        total = sum(map(_size, rows))
+        errors = [row["error"] for row in rows if row["error"] is not None]
+        names = rows[0]["metrics"]
+        found.append(
+            {
+                "block": block,
+                "planned": sum(row["planned"] * _size(row) for row in rows) / total,
+                "sparsity": sum(row["zeros"] for row in rows) / total,
+                "least": min(row["sparsity"] for row in rows),
+                "most": max(row["sparsity"] for row in rows),
+                "error": sum(errors) / len(errors) if errors else None,
+                "metrics": {name: sum(row["metrics"][name] for row in rows) / len(rows) for name in names},
+            }
+        )
+    return found
+
+
+def _sizes(folder: Path, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Whether they are packed, bytes of the weight files, and what they (would) take with the pruned layers as bitmask and values."""
+    if is_packed(folder):
+        size = sum(shard.file.path.stat().st_size for shard in open_packed(folder).shards)
+        return {"packed": True, "weights_bytes": size, "packed_bytes_estimate": size}
+    shards = [read_shard(file) for file in weight_files(folder)]
+    dense = sum(file.stat().st_size for file in weight_files(folder))
+    entries = [entry for shard in shards for entry in shard.entries.values()]
+    items = sum((e.stop - e.start) for e in entries) / max(1, sum(_count(e.shape) for e in entries))
+    saved = 0.0
+    for layer in layers:
+        out, columns = layer["shape"]
+        kept = out * columns - layer["zeros"]
+        saved += max(0.0, items * out * columns - (items * kept + 64 + 8 * out * -(-columns // 64)))
+    return {"packed": False, "weights_bytes": dense, "packed_bytes_estimate": round(dense - saved)}
+
+
+def _count(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """Licence and language from the metadata of the card that came with the model: simple `key: value` lines only."""
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    lines = re.findall(r"^(\w+):[ \t]*([^\s#>|{}\[\]&*!].*)$", head.group(1), re.MULTILINE) if head else []
+    return {key: value.strip() for key, value in lines if key in _KEPT}
+
+
+def pattern_in_words(text: str) -> str:
+    """A pattern as a person says it."""
+    pattern = Pattern.parse(text)
+    return f"{pattern.keep} of every {pattern.of} weights kept" if pattern.structured else "unstructured"

@@ -1,0 +1,94 @@
+"""Text by SOURCE: what a user names on the command line becomes a list of documents. No torch here.
+
+FILE.txt                        one document, the file as it stands (UTF-8)
+FILE.jsonl                      one document a line, its field `text`
+FILE.safetensors                token ids ready made, see `billhook.text.windows`
+hub:NAME[:config][:split]       a dataset of the Hugging Face hub or a local directory; hub:wikitext2, hub:c4 and hub:ptb are the papers'
+stdlib:train, stdlib:heldout    the sources of the running Python's standard library
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from billhook.errors import BillhookError
+from billhook.text.stdlib import documents as stdlib_documents
+
+Purpose = Literal["calibration", "evaluation"]
+FORMS = "FILE.txt, FILE.jsonl, FILE.safetensors, hub:NAME[:config][:split], stdlib:train or stdlib:heldout"
+
+
+def documents(source: str, purpose: Purpose, stream: bool) -> Iterable[str]:
+    """The documents of a text source; a list (or another sequence) unless `stream` allows to read a hub dataset from its front only.
+
+    `purpose` decides the split of a hub dataset where SOURCE names none: train for calibration, held-out text for evaluation.
+    Raises BillhookError for an unknown form, and for a file that is missing, empty, not UTF-8 or not what its name says.
+    """
+    if source.startswith("hub:"):
+        from billhook.text.hub import hub_documents
+
+        return hub_documents(source, purpose, stream)
+    if source.startswith("stdlib:"):
+        return _stdlib(source)
+    path = existing_file(source)
+    if path.suffix == ".txt":
+        return [_read(path)]
+    if path.suffix == ".jsonl":
+        return _jsonl(path)
+    raise BillhookError(f"Cannot read text from {source}. The forms are: {FORMS}.")
+
+
+def joint(source: str) -> str:
+    """What stands between two documents when a text is read as one: as published, a space for C4 and the Penn Treebank."""
+    return " " if source.removeprefix("hub:").partition(":")[0] in ("c4", "ptb") and source.startswith("hub:") else "\n\n"
+
+
+def existing_file(source: str) -> Path:
+    """The file that `source` names; raises BillhookError when there is none, listing the forms a source can take."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise BillhookError(f"{source} is a directory, a text source is a file: {FORMS}.")
+    if path.suffix not in (".txt", ".jsonl", ".safetensors"):
+        raise BillhookError(f"Unknown text source {source!r}. The forms are: {FORMS}.")
+    if not path.is_file():
+        raise BillhookError(f"There is no file {source}. A text source is {FORMS}.")
+    return path
+
+
+def _stdlib(source: str) -> list[str]:
+    split = source.removeprefix("stdlib:")
+    if split not in ("train", "heldout"):
+        raise BillhookError(f"Unknown text source {source!r}: use stdlib:train or stdlib:heldout.")
+    return [text for _, text in stdlib_documents(split)]  # type: ignore[arg-type]
+
+
+def _read(path: Path) -> str:
+    try:
+        # Bytes decoded by hand: reading as text would change line ends, and with them the tokens.
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise BillhookError(f"Cannot read {path}: {error.strerror or error}.") from None
+    except UnicodeDecodeError as error:
+        raise BillhookError(f"{path} is not UTF-8 text (byte {error.start}): convert it first.") from None
+    if not text.strip():
+        raise BillhookError(f"{path} is empty: give a text with something in it.")
+    return text
+
+
+def _jsonl(path: Path) -> list[str]:
+    found = []
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BillhookError(f"{path}, line {number} is not valid json ({error}).") from None
+        if not isinstance(item, dict) or not isinstance(item.get("text"), str):
+            raise BillhookError(f'{path}, line {number} has no field `text`: every line must be an object like {{"text": "..."}}.')
+        # Half of a surrogate pair is legal json and no text; tokenizers refuse it.
+        found.append(item["text"].encode("utf-8", "replace").decode("utf-8"))
+    if not any(text.strip() for text in found):
+        raise BillhookError(f"{path} is empty: give a text with something in it.")
+    return found

@@ -1,0 +1,271 @@
+"""Token windows for calibration and evaluation, from any SOURCE of `billhook.text.corpus`.
+
+Calibration draws `samples` windows of `length` tokens with a seed, in one of two named ways:
+
+* "packed" (default): documents in random order, one after the other with a BOS (else EOS) token before each, cut into windows; the
+  windows are chosen without replacement. Works for documents of any length and for a single text file. A large corpus is read
+  until there are four times as many tokens as needed.
+* "papers": the published sampling of Wanda, SparseGPT, GBLM, AlphaPruning and ATP: draw a document uniformly, draw
+  again until it is longer than the window, then a uniform start. Same draws as published for the same corpus, tokenizer and seed.
+
+Evaluation tokenises the whole text once (documents joined by `corpus.joint`) and cuts it into non-overlapping windows. A .safetensors
+source holds `tokens` [samples, length], used as they are: at most `samples` rows, at most `length` columns, no sampling.
+"""
+
+import hashlib
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from billhook.errors import BillhookError
+from billhook.text.corpus import documents, existing_file, joint
+
+Sampling = Literal["packed", "papers"]
+_POOL = 4  # packed: tokens to choose from, as a multiple of those needed
+_MISSES = 256  # papers: draws in a row without a long enough document before looking whether there is one
+_BATCH = 64  # documents tokenised at once
+_STREAM_WINDOWS = 256  # evaluation on a streamed dataset, as the papers do on C4
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Calibration windows: `ids` int64 [samples, length]; `digest` identifies them (`digest`)."""
+
+    ids: Tensor
+    source: str
+    digest: str
+    sampling: str
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Evaluation windows: `ids` int64 [windows, length].
+
+    `tokens` is the number of tokens the text had before it was cut. `text_bytes` is the UTF-8 length of the text that the scored
+    tokens (all but the first of each window) stand for, or None where it is not known (token files, tokenizers without offsets).
+    """
+
+    ids: Tensor
+    source: str
+    digest: str
+    tokens: int
+    text_bytes: int | None
+
+
+def load_calibration(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    samples: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    sampling: str = "packed",
+    vocab_size: int | None = None,
+) -> Tokens:
+    """Read calibration windows, int64 [samples, length]; the module says how they are chosen.
+
+    Raises BillhookError when the text is missing, empty or too short, no document is long enough, the token file is not one, or
+    an id is outside `vocab_size`.
+    """
+    if samples < 1 or length < 2:
+        raise BillhookError(f"Calibration needs at least 1 sample of at least 2 tokens, got samples={samples}, length={length}.")
+    if sampling not in ("packed", "papers"):
+        raise BillhookError(f"Unknown sampling {sampling!r}: use packed or papers.")
+    if source.endswith(".safetensors"):
+        ids, sampling = _token_file(source)[:samples, :length], "as given"
+    else:
+        words = _need(tokenizer, source)
+        if sampling == "papers":
+            texts = cast(Sequence[str], documents(source, "calibration", stream=False))
+            ids = _papers(texts, words, samples, length, random.Random(seed), source)
+        else:
+            ids = _packed(documents(source, "calibration", stream=True), words, samples, length, random.Random(seed), source)
+    check_ids(ids, vocab_size, source)
+    return Tokens(ids, source, digest(ids), sampling)
+
+
+def load_windows(
+    source: str, tokenizer: PreTrainedTokenizerBase | None, *, length: int, limit: int | None = None, vocab_size: int | None = None
+) -> Windows:
+    """Read non-overlapping evaluation windows, int64 [floor(tokens / length), length], at most `limit` of them.
+
+    The text is tokenised once, so that special tokens stand at its very start only. Without `limit` a hub dataset gives at most 256
+    windows, any other source all. Raises BillhookError as `load_calibration` does.
+    """
+    if length < 2 or (limit is not None and limit < 1):
+        raise BillhookError(f"Evaluation needs windows of at least 2 tokens and at least one of them, got length={length}, limit={limit}.")
+    if source.endswith(".safetensors"):
+        ids = _token_file(source)[:limit, :length].contiguous()
+        tokens, text_bytes = ids.numel(), None
+    else:
+        limit = _STREAM_WINDOWS if limit is None and source.startswith("hub:") else limit
+        words, needed = _need(tokenizer, source), limit and limit * length
+        flat, ends = _encode_joined(documents(source, "evaluation", stream=True), words, needed, joint(source))
+        tokens, count = len(flat), min(len(flat) // length, limit or len(flat))
+        if not count:
+            raise BillhookError(f"{source} has {tokens} tokens, fewer than one window of {length}: give more text or a smaller length.")
+        ids = torch.tensor(flat[: count * length], dtype=torch.int64).view(count, length)
+        text_bytes = None if ends is None else int((ends[length - 1 :: length][:count] - ends[::length][:count]).sum())
+    check_ids(ids, vocab_size, source)
+    return Windows(ids, source, digest(ids), tokens, text_bytes)
+
+
+def as_batches(batches: Tensor | Iterable[Tensor], vocab_size: int | None) -> list[Tensor]:
+    """Token ids that a caller made, int64 [batch, length] each; a single tensor is one batch. Raises BillhookError for anything else."""
+    found = [whole_ids(batch, "batches") for batch in ([batches] if isinstance(batches, Tensor) else batches)]
+    for batch in found:
+        check_ids(batch, vocab_size, "batches")
+    return found
+
+
+def whole_ids(tokens: Any, source: str) -> Tensor:
+    """Return token ids as int64 [samples, length]; raises BillhookError for another shape or type, or nothing in it."""
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        found = str(list(tokens.shape)) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise BillhookError(f"{source}: `tokens` must be [samples, length] with length 2 or more, found {found}.")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise BillhookError(f"{source}: `tokens` must be whole numbers, found {tokens.dtype}.")
+    return tokens.to(torch.int64)
+
+
+def digest(ids: Tensor) -> str:
+    """SHA-256 of token ids [rows, columns]: the shape, then the values, all as little-endian int64."""
+    shape = np.array(ids.shape, dtype="<i8").tobytes()
+    return hashlib.sha256(shape + ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def check_ids(ids: Tensor, vocab_size: int | None, source: str) -> None:
+    """Raise BillhookError for the first of `ids` [rows, columns] below 0 or, where it is known, not below `vocab_size`."""
+    outside = ids < 0 if vocab_size is None else (ids < 0) | (ids >= vocab_size)
+    if outside.any():
+        row, column = outside.nonzero()[0].tolist()
+        known = "" if vocab_size is None else f" of {vocab_size} entries"
+        found = f"token id {int(ids[row, column])} at row {row}, position {column}"
+        raise BillhookError(f"{source}: {found} is outside the vocabulary{known}. Is this text tokenised for another model?")
+
+
+def _need(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise BillhookError(f"The model has no tokenizer to read {source} with: give a .safetensors file with `tokens` [samples, length].")
+    return tokenizer
+
+
+def _token_file(source: str) -> Tensor:
+    path = existing_file(source)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            if "tokens" not in names:
+                raise BillhookError(f"{source} has no tensor `tokens`; it has {', '.join(names[:5]) or 'none'}.")
+            tokens: Tensor = file.get_tensor("tokens")
+    except (SafetensorError, OSError) as error:
+        raise BillhookError(f"{source} is not a safetensors file: {error}") from None
+    return whole_ids(tokens, source)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
+    # verbose=False: a text longer than the model's context is no mistake here, it is cut into windows.
+    found: list[list[int]] = tokenizer(texts, verbose=False, return_attention_mask=False, **options)["input_ids"] if texts else []
+    return found
+
+
+def _papers(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, rng: random.Random, source: str) -> Tensor:
+    """The published draws, on documents tokenised when first drawn."""
+    cache: dict[int, list[int]] = {}
+
+    def encoded(index: int) -> list[int]:
+        if index not in cache:
+            cache[index] = _encode(tokenizer, [texts[index]])[0]
+        return cache[index]
+
+    rows: list[list[int]] = []
+    misses, exists = 0, False
+    while len(rows) < samples:
+        ids = encoded(rng.randint(0, len(texts) - 1))
+        if len(ids) > length:
+            start = rng.randint(0, len(ids) - length - 1)
+            rows.append(ids[start : start + length])
+            misses = 0
+            continue
+        misses += 1
+        if misses >= _MISSES and not exists:
+            exists = any(len(encoded(index)) > length for index in range(len(texts)))
+            if not exists:
+                longest = max(map(len, cache.values()))
+                raise BillhookError(
+                    f"No document of {source} is longer than {length} tokens ({len(texts)} documents, the longest has {longest}): "
+                    "use a smaller --length or --sampling packed."
+                )
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, rng: random.Random, source: str) -> Tensor:
+    if isinstance(texts, Sequence):
+        texts = [texts[index] for index in rng.sample(range(len(texts)), len(texts))]
+    start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)
+    pool: list[int] = []
+    count = 0
+    for batch in _batches(texts):
+        for ids in _encode(tokenizer, batch, add_special_tokens=False):
+            pool += ids if start is None else [start, *ids]
+            count += 1
+        if len(pool) >= _POOL * samples * length:
+            break
+    if len(pool) < samples * length:
+        raise BillhookError(
+            f"{source} is too short: {samples} windows of {length} need {samples * length} tokens, it has {len(pool)} "
+            f"in {count} document{'s' if count != 1 else ''}. Give more text, or smaller --samples or --length."
+        )
+    chosen = rng.sample(range(len(pool) // length), samples)
+    return torch.tensor([pool[i * length : (i + 1) * length] for i in chosen], dtype=torch.int64)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _encode_joined(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, needed: int | None, between: str
+) -> tuple[list[int], np.ndarray | None]:
+    """Tokenise the documents with `between` among them: ids, and for each token how many bytes of the text end with it.
+
+    With `needed` only as much text is read as gives that many tokens and some to spare: what follows changes none of them.
+    """
+    reader, parts, held = iter(texts), list[str](), 0
+    wanted = sys.maxsize if needed is None else 8 * needed
+    while True:
+        while held < wanted and (piece := next(reader, None)) is not None:
+            parts.append(piece)
+            held += len(piece) + len(between)
+        text = between.join(parts)[:wanted]
+        found = tokenizer(text, verbose=False, return_attention_mask=False, return_offsets_mapping=tokenizer.is_fast)
+        if held < wanted or (needed is not None and len(found["input_ids"]) >= needed + 64):
+            break
+        wanted *= 2
+    return found["input_ids"], _byte_ends(text, found["offset_mapping"]) if tokenizer.is_fast else None
+
+
+def _byte_ends(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
+    """How many bytes of `text` end with each token, from its (start, end) characters.
+
+    A character that is split over tokens counts with the first of them, what a tokenizer drops with the token after it.
+    """
+    letters = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    widths = 1 + (letters >= 0x80) + (letters >= 0x800) + (letters >= 0x10000).astype(np.int64)
+    ends = np.maximum.accumulate(np.array([end for _, end in offsets], dtype=np.int64))
+    return np.concatenate([[0], np.cumsum(widths)])[ends]
