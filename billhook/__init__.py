@@ -36,6 +36,7 @@ _PUBLIC = {
     "search": "billhook.searching.search",
     "unpack": "billhook.packed.unpacking",
     "verify": "billhook.verification",
+    "write_windows": "billhook.writing",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -29,6 +29,7 @@ from billhook.cli import (
     search,
     unpack,
     verify,
+    write,
 )
 from billhook.cli.common import Failure, complain
 from billhook.parallel.torchrun import started
@@ -46,7 +47,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-_FIRST = (prune, search, analyze, measure, gradients, plan, evaluate, compare, report, verify)
+_FIRST = (prune, search, analyze, measure, gradients, write, plan, evaluate, compare, report, verify)
 for module in (*_FIRST, pack, unpack, generate, bench, ls, demo, plot):
     app.command(module.NAME, epilog=module.EXAMPLES)(module.command)
 

@@ -105,7 +105,7 @@ def open_request(request: Request, needs_text: bool, who: str, *, streamed: bool
             check_finite(layer for layer in layers if layer.block == index)
     if not needs_text:
         return Opened(source, model, layers, None, [])
-    windows = _calibration_windows(request, source, model)
+    windows = calibration_windows(request, source, model)
     batches = in_batches(windows.ids, request.batch_size or batch_size(layers, windows.ids.shape[1]))
     return Opened(source, model, layers, windows, batches)
 
@@ -155,7 +155,14 @@ def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrain
     return source, load_model(source, **options)
 
 
-def _calibration_windows(request: Request, source: Path | None, model: PreTrainedModel) -> Tokens:
+def window_length(request: Request, model: PreTrainedModel) -> int:
+    """Tokens in a window: those asked for, else 2048 or the context if that is shorter; raises BillhookError beyond the context."""
+    length = min(2048, context_length(model.config) or 2048) if request.length is None else request.length
+    check_length(model.config, length)
+    return length
+
+
+def calibration_windows(request: Request, source: Path | None, model: PreTrainedModel) -> Tokens:
     """The calibration windows a request asks for, int64 [samples, length], checked against the model's vocabulary and context."""
     vocabulary = vocabulary_size(model)
     if not isinstance(request.calibration, str | Path):
@@ -163,9 +170,7 @@ def _calibration_windows(request: Request, source: Path | None, model: PreTraine
         check_ids(ids, vocabulary, "calibration")
         check_length(model.config, ids.shape[1])
         return Tokens(ids, "given as a tensor", digest(ids), "given")
-    context = context_length(model.config)
-    length = min(2048, context or 2048) if request.length is None else request.length
-    check_length(model.config, length)
+    length = window_length(request, model)
     home = source or (Path(model.name_or_path) if model.name_or_path else None)  # a model in memory knows where it was loaded from
     tokenizer = None if home is None else load_tokenizer(home, trust_remote_code=request.trust_remote_code)
     return load_calibration(
