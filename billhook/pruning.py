@@ -8,7 +8,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from billhook.arch import Layer, find_layers
 from billhook.blocks.hidden import SPILL_GIB
+from billhook.blocks.streaming import resident
 from billhook.criteria import CRITERIA
 from billhook.criteria.magnitude import magnitude
 from billhook.errors import BillhookError, JobError
@@ -31,7 +32,7 @@ from billhook.plan import SparsityPlan
 from billhook.refine import Refine, Refinery
 from billhook.stats import GRADIENTS, STATISTICS, LayerStats
 from billhook.text.windows import as_batches
-from billhook.walk import Block, Progress, walk
+from billhook.walk import Block, Progress, calls_of_one, walk
 
 Group = Literal["row", "layer"]
 Rounding = Literal["exact", "floor"]
@@ -102,7 +103,7 @@ def prune_(
     plan.check(shapes)
     reads_text = observed or (gradient and gradients is None) or refine
     batches = _checked(model, batches, "--refine" if refine else f"The criterion {criterion}") if reads_text else []
-    refinery = None if refine is None else Refinery(refine, spill_gib)
+    refinery = None if refine is None else Refinery(refine, calls_of_one(model, batches[0]), spill_gib)
     zeros: dict[str, int] = plan.zeros(shapes)
     results: list[LayerResult] = []
     with _open_gradients(model, batches, gradient, gradients, layers, progress) as found:
@@ -126,7 +127,8 @@ def prune_(
                     progress(layer.name)
                 done += _exchange(chosen, made)
             if refinery is not None and block.layers:
-                done = _refine(refinery, block, done)
+                with resident(model, block.index + 1) if block.after.module else nullcontext():
+                    done = _refine(refinery, block, done)
             finished(block, done)
             results += done
     return results

@@ -1,38 +1,42 @@
 """Tune what is left of a pruned block, the zeros fixed, so that its outputs come near those of the dense block.
 
-The loss is the mean squared difference of the block's outputs, for the inputs that the pruned blocks before it produce, relative to the
-mean square of the targets. Targets lie, by `aim` (half of the way), between the outputs of the dense block for the same inputs (0) and
-those for the dense model's own inputs (1, which also makes up for what went wrong before). Adam on minibatches of windows; its step
-falls as a cosine, from `rate` times the root mean square of each parameter to zero. One window in eight is held out, the weights of the
-epoch with the least loss there are kept, and `PATIENCE` epochs without a new least end it. A block whose held-out loss did not
-fall, in the model's own type, gets back the weights it had.
+Block and dense block are compared by what follows them: the mean squared difference, relative to the mean square of the target, of what
+the next block, still dense, makes of their outputs; of the last block the divergence of the model's predictions. So an error counts by
+what it does. The inputs are those that the pruned blocks before it produce. Targets lie, by `aim` (half of the way), between the outputs
+of the dense block for the same inputs (0) and those for the dense model's own inputs (1, which also makes up for what went wrong before).
+Adam on minibatches of windows; its step falls as a cosine, from `rate` times the root mean square of each parameter to zero. One window
+in eight is held out, the weights of the epoch with the least loss there are kept, and `PATIENCE` epochs without a new least end it. A
+block whose held-out loss did not fall, in the model's own type, gets back the weights it had.
 
-Wanda++ (arXiv:2503.04992) and EBFT (arXiv:2402.12419) tune blocks so. In memory: one block four times in float32, its inputs, its
-targets and, unless `aim` is 0, the dense model's outputs. It does not look past its block, and it needs a few thousand tokens: with
-less it fits the text rather than the block.
+Wanda++ (arXiv:2503.04992) and EBFT (arXiv:2402.12419) tune blocks on their own outputs. In memory: one block four times in float32, the
+next one once, the inputs, the targets and, unless `aim` is 0, the dense model's outputs. It does not look past the next block, and it
+needs a few thousand tokens: with less it fits the text rather than the block.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from billhook.arch import Layer
 from billhook.blocks.hidden import SPILL_GIB, States
 from billhook.blocks.replay import Call, run_block
 from billhook.errors import BillhookError, JobError
 from billhook.parallel.ranks import world
-from billhook.walk import Block
+from billhook.walk import After, Block
 
 Refining = Literal["none", "blocks", "blocks+norms"]
 HELD_OUT = 8  # one window of so many
 LEAST = 8  # windows
 PATIENCE = 4
 _WINDOWS = 4  # in a step
+_TOKENS = 512  # whose predictions are in memory at once
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,12 @@ class Refined:
 class Refinery:
     """Tunes the blocks of one walk in order: `note(block)` while a block is still dense, `refine_(block)` once it is pruned."""
 
-    def __init__(self, options: Refine, spill_gib: float = SPILL_GIB) -> None:
-        """BillhookError for several processes, each of which has only a part of the text."""
+    def __init__(self, options: Refine, one: Sequence[Call], spill_gib: float = SPILL_GIB) -> None:
+        """`one` are the calls of all blocks for a single window. Raises BillhookError for several processes: each has a part of the text."""
         if world() > 1:
             raise BillhookError("Blocks cannot be refined by several processes yet: run without torchrun, or leave --refine out.")
         self.options = options
+        self._one = one
         self._spill = spill_gib
         self._targets = States(0)
 
@@ -89,32 +94,54 @@ class Refinery:
         windows = sum(len(h) for h in self._targets)
         if windows < LEAST:
             return f"block {block.index} is not refined: {windows} calibration windows are fewer than {LEAST}"
-        data = Data(block.inputs, self._targets, block.calls)
+        data = Data(block.inputs, self._targets, block.calls, self._one[block.index : block.index + 2], block.after)
         done = refine_block_(block.module, data, tunable(block.module, block.layers, self.options.everything), self.options, block.index)
         return f"block {block.index} refined: loss {done.before:.4g} -> {done.after:.4g} on held-out windows after {done.epochs} epochs"
 
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs and targets of a block, [windows, tokens, width] a batch, and the arguments of each batch's call."""
+    """Inputs and targets of a block, [windows, tokens, width] a batch, the arguments of each batch's call, and what follows the block.
+
+    `one` is the call of the block for a single window, and, if there is one, that of the next block.
+    """
 
     inputs: Sequence[Tensor] | States
     targets: Sequence[Tensor] | States
     calls: Sequence[Call]
+    one: Sequence[Call]
+    after: After
 
     def sizes(self) -> list[int]:
         """Windows in each batch."""
         return [len(h) for h in self.targets]
 
     def loss(self, module: nn.Module, piece: "Piece") -> Tensor:
-        """The squared difference over the squared targets of some windows of one batch, in float32."""
+        """How far some windows of one batch are from their targets behind what follows the block, in float32."""
         batch, rows = piece
         index = torch.tensor(rows)
-        inputs, targets = self.inputs[batch], self.targets[batch]
-        call = _part(self.calls[batch], index, len(inputs), next(module.parameters()).dtype)
-        targets = targets[index].float()
-        outputs = run_block(module, inputs[index].to(next(module.parameters()).dtype), call).float()
+        inputs, targets = (h[batch][index].to(next(module.parameters()).dtype) for h in (self.inputs, self.targets))
+        outputs = run_block(module, inputs, self.calls[batch].part(index, self.one[0], inputs.dtype))
+        if self.after.module is None:
+            return _divergence(outputs, targets, self.after.predict)
+        call = self.after.calls[batch].part(index, self.one[1], inputs.dtype)
+        outputs = run_block(self.after.module, outputs, call).float()
+        with torch.no_grad():
+            targets = run_block(self.after.module, targets, call).float()
         return (outputs - targets).square().sum() / targets.square().sum().clamp_min(1e-30)
+
+
+def _divergence(outputs: Tensor, targets: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
+    """The divergence of predictions from those of the targets, a token; both [windows, tokens, width], some tokens at a time, since
+    vocabularies are large."""
+
+    def part(ours: Tensor, theirs: Tensor) -> Tensor:
+        log_q, log_p = predict(ours).float().log_softmax(-1), predict(theirs).float().log_softmax(-1)
+        return functional.kl_div(log_q, log_p.detach(), reduction="sum", log_target=True)
+
+    tokens = max(1, _TOKENS // len(outputs))
+    parts = [checkpoint(part, *both, use_reentrant=False) for both in zip(outputs.split(tokens, 1), targets.split(tokens, 1), strict=True)]
+    return torch.stack(parts).sum() / outputs[..., 0].numel()
 
 
 Piece = tuple[int, list[int]]  # a batch, and windows in it
@@ -144,7 +171,8 @@ def refine_block_(module: nn.Module, data: Data, tuned: Sequence[tuple[nn.Parame
         raise JobError("The outputs of a block to be refined are not finite. Use another --dtype, or leave --refine out.")
     parameters = [p for p, _ in tuned]
     old = [p.detach().clone() for p in parameters]
-    with _in_float32(module):
+    following = data.after.module or nn.Identity()
+    with _in_float32(module), _in_float32(following), _requiring(following, []):
         best, epochs = _descend(module, data, tuned, (train, held), options, index)
     for p, value in zip(parameters, best, strict=True):
         p.data.copy_(value)
@@ -180,11 +208,10 @@ def _descend(
             adam.zero_grad()
             windows = sum(len(rows) for _, rows in pieces)
             with torch.enable_grad(), _requiring(module, parameters):
-                for piece in pieces:
-                    (data.loss(module, piece) * (len(piece[1]) / windows)).backward()
-            for p, mask in tuned:
-                if p.grad is not None:
-                    p.grad.mul_(mask)  # Adam never moves what never had a gradient
+                losses = [data.loss(module, piece) * (len(piece[1]) / windows) for piece in pieces]
+                gradients = torch.autograd.grad(torch.stack(losses).sum(), parameters, allow_unused=True)
+            for (p, mask), gradient in zip(tuned, gradients, strict=True):
+                p.grad = None if gradient is None else gradient * mask  # Adam never moves what never had a gradient
             adam.step()
         loss = _mean_loss(module, data, held)
         bad = 0 if loss < least else bad + 1
@@ -226,20 +253,6 @@ def _mean_loss(module: nn.Module, data: Data, pieces: Sequence[Piece]) -> float:
     """The mean loss over windows, one at a time."""
     losses = [float(data.loss(module, (batch, [row]))) for batch, rows in pieces for row in rows]
     return math.fsum(losses) / len(losses)
-
-
-def _part(call: Call, index: Tensor, size: int, dtype: torch.dtype) -> Call:
-    """The arguments for the windows `index` of a batch of `size`; floating point ones in `dtype`."""
-
-    def part(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            value = value[index] if value.ndim > 1 and len(value) == size > 1 else value
-            return value.to(dtype) if value.is_floating_point() else value
-        if isinstance(value, tuple):
-            return tuple(part(v) for v in value)
-        return value
-
-    return Call(tuple(part(a) for a in call.args), {key: part(value) for key, value in call.kwargs.items()})
 
 
 @contextmanager

@@ -28,6 +28,18 @@ Progress = Callable[[str], None]  # called with the name of each finished layer
 
 
 @dataclass(frozen=True)
+class After:
+    """What follows a block: the next one, with the arguments of its calls, or, with `module` None, the final norm and the head.
+
+    `predict` makes logits [windows, tokens, vocabulary] of what the last block returns [windows, tokens, width].
+    """
+
+    module: nn.Module | None
+    calls: Sequence[Call]
+    predict: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Block:
     """One transformer block, its prunable layers, its inputs and its layers' statistics.
 
@@ -35,6 +47,7 @@ class Block:
     `stages` are the layers as they are to be pruned, with their statistics: all at once, or, where `drift` is among the statistics, group
     by group (see `billhook.blocks.beside`), to be taken once and to the end; `stats` are the statistics of a block of one stage. `dense`
     is what the dense model's block returns for the same tokens, where that was asked for; it is known once the stages are taken.
+    `after` is what follows the block in the model, in memory only while `resident(model, index + 1)` is entered.
     """
 
     index: int
@@ -44,8 +57,9 @@ class Block:
     inputs: Sequence[Tensor] | States
     stats: dict[str, LayerStats]
     stages: Iterable[Stage]
-    calls: Sequence[Call] = ()
-    dense: Sequence[Tensor] | States = ()
+    calls: Sequence[Call]
+    dense: Sequence[Tensor] | States
+    after: After
 
 
 @torch.no_grad()
@@ -106,7 +120,8 @@ def _walk(
     for layer in find_layers(model):
         by_block.setdefault(layer.block, []).append(layer)
     hidden, batches = States(spill_gib), mine(batches)
-    calls = capture(model, blocks, batches, hidden)[0] if batches else []
+    calls, returned = capture(model, blocks, batches, hidden) if batches else ([], lambda states: states)
+    predict = predictor(model, blocks, returned)
     drift = "drift" in statistics and not dense
     stream = Beside(hidden, spill_gib) if drift or beside else None
     if stream is not None and start and stream_of(model) is None:
@@ -130,7 +145,13 @@ def _walk(
                     stats.update(observer.stats())
                 if stream is not None and not drift:
                     stream.advance(block, own)
-                yield Block(index, f"{name}.{index}", block, layers, hidden, stats, stages, own, () if stream is None else stream.hidden)
+                there = () if stream is None else stream.hidden
+                after = (
+                    After(None, (), predict)
+                    if index + 1 == len(blocks)
+                    else After(blocks[index + 1], [c[index + 1] for c in calls], predict)
+                )
+                yield Block(index, f"{name}.{index}", block, layers, hidden, stats, stages, own, there, after)
             if index + 1 < len(blocks):
                 if outputs is hidden:
                     for i, call in enumerate(own):  # in place, so that inputs and outputs of a block are not all held at once
@@ -207,6 +228,30 @@ def capture(
         for batch in batches:
             model.base_model(input_ids=batch.to(model.device), use_cache=False)
     return calls, returned
+
+
+def predictor(model: PreTrainedModel, blocks: nn.ModuleList, returned: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    """The model's own norm and head alone: logits of what the last block returns; `returned` as `capture` gives it."""
+
+    def predict(states: Tensor) -> Tensor:
+        ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
+        with stubbed(blocks, lambda index, forward: lambda *args, **kwargs: returned(states.to(model.dtype))):
+            logits: Tensor = model(input_ids=ids, use_cache=False, **without_routers(model)).logits
+        return logits
+
+    return predict
+
+
+def without_routers(model: PreTrainedModel) -> dict[str, bool]:
+    """The argument with which a model leaves out what only its routers' auxiliary loss needs."""
+    return {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
+
+
+@torch.no_grad()
+def calls_of_one(model: PreTrainedModel, ids: Tensor) -> list[Call]:
+    """The calls of all blocks for the first window of `ids` [windows, length] alone."""
+    with plain_experts(model), evaluating(model):
+        return capture(model, find_blocks(model)[1], [ids[:1]], [])[0][0]
 
 
 def _share(call: Call, previous: Call | None) -> Call:

@@ -8,7 +8,9 @@ from families import CONFIGS, VOCABULARY, build
 
 from billhook import SparsityPlan, find_layers, prune_
 from billhook.arch import FAMILIES, find_blocks
+from billhook.blocks.replay import run_block
 from billhook.plan import Pattern
+from billhook.refine import Refine
 from billhook.walk import walk
 
 
@@ -130,3 +132,28 @@ def test_tied_weights_stay_tied() -> None:
     plan = SparsityPlan(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
     prune_(model, plan, criterion="magnitude")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_norm_and_head_alone_predict_what_the_model_does(family: str) -> None:
+    model, ids = build(family).eval(), batches(1)[0]
+    with torch.no_grad():
+        for block in walk(model, [ids], dense=True):
+            outputs = run_block(block.module, block.inputs[0], block.calls[0])
+            if block.after.module is not None:
+                outputs = run_block(block.after.module, outputs, block.after.calls[0])
+            if block.index + 2 >= len(find_blocks(model)[1]):
+                assert torch.equal(block.after.predict(outputs), model(ids).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CONFIGS)
+def test_blocks_of_every_family_are_refined(family: str) -> None:
+    model, refine = build(family), Refine(epochs=2, rate=0.01, everything=True)
+    plan = SparsityPlan(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
+    results = prune_(model, plan, criterion="magnitude", batches=batches(12, 4), refine=refine)
+    said = [note for result in results for note in result.notes if "refined" in note]
+    assert len(said) == len(find_blocks(model)[1])
+    losses = [note.split("loss ")[1].split(" on ")[0].split(" -> ") for note in said]
+    assert all(float(after) <= float(before) for before, after in losses)
+    assert any(float(after) < float(before) for before, after in losses)

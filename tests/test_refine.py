@@ -1,5 +1,7 @@
 """Tuning what is left of pruned blocks: never worse, zeros fixed, the same twice, and what it says where it cannot help."""
 
+from itertools import pairwise
+
 import pytest
 import tiny
 import torch
@@ -12,7 +14,7 @@ from billhook.errors import BillhookError
 from billhook.gradients.compute import compute_gradients
 from billhook.pruning import LayerResult, prune_
 from billhook.refine import Data, Refine, refine_block_, tunable
-from billhook.walk import walk
+from billhook.walk import calls_of_one, walk
 
 
 def text(windows: int = 16) -> list[torch.Tensor]:
@@ -33,8 +35,8 @@ def error(model: torch.nn.Module, build=tiny.llama) -> float:
 
 @pytest.mark.parametrize("aim", [0.0, 0.5, 1.0])
 def test_outputs_come_nearer_and_zeros_stay(aim: float) -> None:
-    plain, before = pruned(None)
-    model, after = pruned(Refine(epochs=4, aim=aim, rate=0.01))
+    plain, before = pruned(None, windows=48)
+    model, after = pruned(Refine(epochs=4, aim=aim, rate=0.01), windows=48)
     assert error(model) < error(plain)
     assert [r.zeros for r in before] == [r.zeros for r in after]
     for one, other in zip(find_layers(plain), find_layers(model), strict=True):
@@ -60,11 +62,70 @@ def test_a_block_is_only_replaced_by_a_better_one(dtype: torch.dtype) -> None:
         before = {name: value.clone() for name, value in block.module.state_dict().items()}
         parameters = tunable(block.module, block.layers, True)
         # noise has nothing to be learnt, and a rate of 1 spoils any block
-        result = refine_block_(block.module, Data(block.inputs, targets, block.calls), parameters, Refine(epochs=2, rate=30.0))
+        result = refine_block_(
+            block.module,
+            Data(block.inputs, targets, block.calls, calls_of_one(model, text()[0]), block.after),
+            parameters,
+            Refine(epochs=2, rate=30.0),
+        )
         assert result.after == result.before
         assert all(torch.equal(value, before[name]) for name, value in block.module.state_dict().items())
         assert not any(p.requires_grad is False or p.grad is not None for p in block.module.parameters())
         break
+
+
+@torch.no_grad()
+def outputs_of_blocks(model: torch.nn.Module, ids: torch.Tensor, given: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+    """What each block returns and, last, the logits, where those of `given` return that instead of their own."""
+    found: list[torch.Tensor] = []
+
+    def note(index: int, output: torch.Tensor) -> torch.Tensor:
+        found.append(given.get(index, output))
+        return found[-1]
+
+    hooks = [block.register_forward_hook(lambda _, __, out, i=i: note(i, out)) for i, block in enumerate(model.model.layers)]
+    found.append(model(ids).logits)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("build", [tiny.llama, tiny.mixtral])
+def test_the_loss_is_taken_behind_what_follows_the_block(build, monkeypatch) -> None:
+    monkeypatch.setattr("billhook.refine._TOKENS", 7)
+    model, ids = build(), torch.cat(text(3))[:3]
+    for block in walk(model, [ids], dense=True):
+        targets = torch.randn(3, 24, 32, generator=torch.Generator().manual_seed(block.index))
+        loss = Data(block.inputs, [targets], block.calls, calls_of_one(model, ids)[block.index : block.index + 2], block.after).loss(
+            block.module, (0, [2, 0])
+        )
+        here = outputs_of_blocks(model, ids, {})[block.index + 1][[2, 0]]
+        there = outputs_of_blocks(model, ids, {block.index: targets})[block.index + 1][[2, 0]]
+        if block.index + 1 < len(model.model.layers):
+            expected = (here - there).square().sum() / there.square().sum()
+        else:
+            log_p, log_q = there.log_softmax(-1), here.log_softmax(-1)
+            expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_block_itself_is_tuned() -> None:
+    model, plan = tiny.llama(), allocate(measure(tiny.llama(), []), 0.6)
+    flags = [p.requires_grad for p in model.parameters()]
+    seen: list[dict[str, torch.Tensor]] = []
+    prune_(
+        model,
+        plan,
+        batches=text(),
+        refine=Refine(epochs=2),
+        finished=lambda *_: seen.append({k: v.clone() for k, v in model.state_dict().items()}),
+    )
+    for index, (one, other) in enumerate(pairwise(seen), start=1):
+        changed = {name for name in one if not torch.equal(one[name], other[name])}
+        assert changed
+        assert all(f".layers.{index}." in name for name in changed)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_norms_are_tuned_only_if_asked() -> None:

@@ -36,7 +36,7 @@ from billhook.gradients.regional import regional_gradients
 from billhook.parallel.ranks import check_share, mine
 from billhook.registry import hint
 from billhook.stats import GRADIENTS, REGIONAL, AbsoluteSum
-from billhook.walk import Progress, capture, check_outputs, evaluating, plain_experts, stubbed
+from billhook.walk import Progress, capture, check_outputs, evaluating, plain_experts, stubbed, without_routers
 
 _LOWER = (0, 6, 12, 18)  # powers of two to step down by while float16 gradients overflow
 _HEADROOM = 8  # the first backward pass of a float16 model starts from this power of two, times the tokens of the sequence
@@ -166,9 +166,8 @@ class _Backward:
             return real if index + 1 == len(self.blocks) else passing
 
         ids = ids.to(self.model.device)
-        routers = {"output_router_logits": False} if getattr(self.model.config, "output_router_logits", False) else {}
         with stubbed(self.blocks, stub):
-            loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False, **routers).loss
+            loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False, **without_routers(self.model)).loss
         return loss
 
 
