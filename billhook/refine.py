@@ -71,7 +71,7 @@ class Refinery:
     """Tunes the blocks of one walk in order: `note(block)` while a block is still dense, `refine_(block)` once it is pruned."""
 
     def __init__(self, options: Refine, one: Sequence[Call], spill_gib: float = SPILL_GIB) -> None:
-        """`one` are the calls of all blocks for a single window. Raises BillhookError for several processes: each has a part of the text."""
+        """`one` are the calls of all blocks for a single window. BillhookError for several processes: each has a part of the text."""
         if world() > 1:
             raise BillhookError("Blocks cannot be refined by several processes yet: run without torchrun, or leave --refine out.")
         self.options = options
