@@ -86,11 +86,15 @@ class Refinery:
         for inputs, call in zip(block.inputs, block.calls, strict=True):
             self._targets.append(run_block(block.module, inputs, call))
 
+    @torch.no_grad()
     def refine_(self, block: Block) -> str:
         """Tune the block in place and say what came of it; with fewer than `LEAST` windows it stays as it was."""
         if self.options.aim > 0:
             for index, whole in enumerate(block.dense):
                 self._targets[index] = torch.lerp(self._targets[index], whole, self.options.aim)
+        if block.after.module is not None:
+            for index, call in enumerate(block.after.calls):
+                self._targets[index] = run_block(block.after.module, self._targets[index], call)
         windows = sum(len(h) for h in self._targets)
         if windows < LEAST:
             return f"block {block.index} is not refined: {windows} calibration windows are fewer than {LEAST}"
@@ -101,7 +105,8 @@ class Refinery:
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs and targets of a block, [windows, tokens, width] a batch, the arguments of each batch's call, and what follows the block.
+    """Inputs of a block, [windows, tokens, width] a batch, and the arguments of each batch's call; what follows the block, and what that
+    should make of its outputs (after the last block: the outputs themselves), [windows, tokens, width].
 
     `one` is the call of the block for a single window, and, if there is one, that of the next block.
     """
@@ -124,10 +129,8 @@ class Data:
         outputs = run_block(module, inputs, self.calls[batch].part(index, self.one[0], inputs.dtype))
         if self.after.module is None:
             return _divergence(outputs, targets, self.after.predict)
-        call = self.after.calls[batch].part(index, self.one[1], inputs.dtype)
-        outputs = run_block(self.after.module, outputs, call).float()
-        with torch.no_grad():
-            targets = run_block(self.after.module, targets, call).float()
+        outputs = run_block(self.after.module, outputs, self.after.calls[batch].part(index, self.one[1], inputs.dtype))
+        outputs, targets = outputs.float(), targets.float()
         return (outputs - targets).square().sum() / targets.square().sum().clamp_min(1e-30)
 
 
