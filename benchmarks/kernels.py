@@ -2,11 +2,12 @@
 
     python benchmarks/kernels.py                             matrix-vector products, 4096 x 4096 and 11008 x 4096, 50 to 80 %
     python benchmarks/kernels.py --tokens 16,128,512         prefill
+    python benchmarks/kernels.py --dtype float32 ...         weights and activations in another dtype; the baseline is torch's in that dtype
     python benchmarks/kernels.py --paths                     every instruction set this machine runs
     python benchmarks/kernels.py --device cuda               on a GPU: gpu_kernels.py
 
 Every figure is a ratio in one run: variants take turns, each on another copy of its weight, so that more than --mib of memory lies
-between two uses; medians of calm rounds (see calm.py). `dense` is `torch.nn.functional.linear` in bfloat16. `read` is how fast the
+between two uses; medians of calm rounds (see calm.py). `dense` is `torch.nn.functional.linear` in --dtype. `read` is how fast the
 packed bytes could be read at all, so `bandwidth` = packed kernel / read.
 """
 
@@ -25,7 +26,6 @@ from billhook.runtime import calibrate, library, native
 from billhook.runtime.native import Weight
 
 Run = Callable[[int], object]
-TARGETS = {"dense": {50: 3.0, 60: 3.5, 70: 4.3, 80: 5.0}, "our dense": {50: 1.7, 60: 2.1, 70: 2.6, 80: 2.9}}
 
 
 def copies(make: Callable[[], Any], size: int, mib: int) -> list[Any]:
@@ -44,12 +44,11 @@ def packed(weight: Tensor, int8: bool = False) -> Weight:
 def dense_variants(base: Tensor, x: Tensor, mib: int, everything: bool) -> dict[str, Run]:
     """What a user could use instead for a dense weight."""
     out, columns = base.shape
-    plain = copies(base.clone, base.numel() * 2, mib)
-    ours = [Weight(out, columns, weight) for weight in plain]
-    found: dict[str, Run] = {
-        "dense": lambda i: linear(x, plain[i % len(plain)]),
-        "our dense": lambda i: ours[i % len(ours)].multiply(x, None),
-    }
+    plain = copies(base.clone, base.numel() * base.element_size(), mib)
+    found: dict[str, Run] = {"dense": lambda i: linear(x, plain[i % len(plain)])}
+    if base.dtype == torch.bfloat16:
+        ours = [Weight(out, columns, weight) for weight in plain]
+        found["our dense"] = lambda i: ours[i % len(ours)].multiply(x, None)
     if everything:
         wide, x32 = copies(base.float, base.numel() * 4, mib), x.float()
         found["dense fp32"] = lambda i: linear(x32, wide[i % len(wide)])
@@ -64,14 +63,16 @@ def dense_variants(base: Tensor, x: Tensor, mib: int, everything: bool) -> dict[
 
 def sparse_variants(weight: Tensor, x: Tensor, args: argparse.Namespace) -> dict[str, Run]:
     """The packed weight by our kernels, by other instruction sets, in int8, and torch's CSR."""
-    nnz, mask_bytes = int((weight != 0).sum()), weight.numel() // 8
-    ours = copies(lambda: packed(weight), 2 * nnz + mask_bytes, args.mib)
+    nnz = int((weight != 0).sum())
+    mask_bytes, value_bytes = weight.numel() // 8, weight.element_size() * nnz
+    ours = copies(lambda: packed(weight), value_bytes + mask_bytes, args.mib)
     found: dict[str, Run] = {"packed": lambda i: calibrate.product(ours[i % len(ours)], x, None)}
     kernels, threads = library.active()[0], torch.get_num_threads()  # type: ignore[index]
-    buffers = copies(lambda: torch.ones(2 * nnz + mask_bytes, dtype=torch.uint8), 2 * nnz + mask_bytes, args.mib)
+    buffers = copies(lambda: torch.ones(value_bytes + mask_bytes, dtype=torch.uint8), value_bytes + mask_bytes, args.mib)
     found["read"] = lambda i: kernels.billhook_read(buffers[i % len(buffers)].data_ptr(), buffers[0].numel(), threads)
-    small = copies(lambda: packed(weight, int8=True), nnz + mask_bytes, args.mib)
-    found["packed int8"] = lambda i: calibrate.product(small[i % len(small)], x, None)
+    if weight.dtype == torch.bfloat16:
+        small = copies(lambda: packed(weight, int8=True), nnz + mask_bytes, args.mib)
+        found["packed int8"] = lambda i: calibrate.product(small[i % len(small)], x, None)
     if not args.short:
         csr, x32 = copies(lambda: weight.float().to_sparse_csr(), 12 * nnz, args.mib), x.float().T.contiguous()
         found["torch CSR fp32"] = lambda i: csr[i % len(csr)] @ x32
@@ -87,27 +88,27 @@ def sparse_variants(weight: Tensor, x: Tensor, args: argparse.Namespace) -> dict
 
 
 def one(shape: tuple[int, int], percent: int, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
-    """All variants of one shape, sparsity and token count: speed relative to torch's dense bfloat16, and what follows."""
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(shape, generator=generator).bfloat16()
-    x = torch.randn(tokens, shape[1], generator=generator).bfloat16()
+    """All variants of one shape, sparsity and token count: speed relative to torch's dense product, and what follows."""
+    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, args.dtype)
+    base = torch.randn(shape, generator=generator).to(dtype)
+    x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
     keep = torch.rand(shape, generator=generator) >= percent / 100
     pruned = base.masked_fill(~keep, 0)  # not base * keep: that makes zeros of either sign, and -0.0 is kept as a value
-    variants = dense_variants(base, x, args.mib, not args.short) | sparse_variants(pruned, x, args)
-    for int8 in (False, True):
-        calibrate.measure_packed(packed(pruned, int8), torch.bfloat16)
+    variants = dense_variants(base, x, args.mib, not args.short and dtype == torch.bfloat16) | sparse_variants(pruned, x, args)
+    for int8 in (False, True)[: 1 + (dtype == torch.bfloat16)]:
+        calibrate.measure_packed(packed(pruned, int8), dtype)
     for run in variants.values():
         run(0)
     times, lost = rounds(variants, args.rounds, args.seconds)
     middle = {name: median(values) for name, values in times.items()}
-    bytes_read = 2 * int((pruned != 0).sum()) + keep.numel() / 8
+    bytes_read = pruned.element_size() * int((pruned != 0).sum()) + keep.numel() / 8
     return {
         "shape": list(shape),
         "sparsity": percent,
         "tokens": tokens,
-        "way": calibrate.way(packed(pruned), torch.bfloat16, tokens),
+        "way": calibrate.way(packed(pruned), dtype, tokens),
         "speed": {name: middle["dense"] / seconds for name, seconds in middle.items()},
-        "against our dense": middle["our dense"] / middle["packed"],
+        "against our dense": middle["our dense"] / middle["packed"] if "our dense" in middle else None,
         "bandwidth": middle["read"] / middle["packed"],
         "read GB/s": bytes_read / middle["read"] / 1e9,
         "dense ms": 1e3 * middle["dense"],
@@ -122,7 +123,8 @@ def show(result: dict[str, Any]) -> None:
     rows, columns = result["shape"]
     print(f"\n{rows} x {columns}, {result['sparsity']} %, {result['tokens']} tokens ({result['way']}); dense {result['dense ms']:.2f} ms")
     print("  " + "  ".join(f"{name} {speed:.2f}" for name, speed in result["speed"].items()))
-    line = f"  against our dense {result['against our dense']:.2f}, {result['bandwidth']:.0%} of {result['read GB/s']:.1f} GB/s"
+    ours = f"against our dense {result['against our dense']:.2f}, " if result["against our dense"] else ""
+    line = f"  {ours}{result['bandwidth']:.0%} of {result['read GB/s']:.1f} GB/s"
     print(f"{line}; spread {result['spread']:.0%}, {result['rounds']} calm rounds, {result['thrown away']} thrown away", flush=True)
 
 
@@ -133,6 +135,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="4096x4096,11008x4096")
     parser.add_argument("--sparsity", default="50,60,70,80")
     parser.add_argument("--tokens", default="1")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=30, help="time limit of one line")

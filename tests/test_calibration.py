@@ -67,6 +67,45 @@ def test_the_least_time_that_was_repeated_decides(clock: Clock, folder: Path):
     assert cache.load("kernels") == {"calm": "fast", "late": "fast", "far": "fast"}
 
 
+def test_what_is_far_behind_is_given_up_and_what_is_close_returned(clock: Clock):
+    calls: list[str] = []
+    runs = {name: lasting(clock, seconds) for name, seconds in {"fast": 1.0, "close": 1.1, "slow": 2.0, "far": 3.0}.items()}
+    counted = {name: lambda name=name, run=run: (calls.append(name), run())[1] for name, run in runs.items()}
+    assert calibrate._choose("ways", counted) == ["fast", "close"]
+    assert calls.count("far") == 3  # a warm-up and two rounds
+    assert calls.count("slow") == calibrate.LEAST_ROUNDS + 1
+
+
+def test_ways_that_are_close_are_timed_on_more_rows(clock: Clock, monkeypatch: pytest.MonkeyPatch):
+    def timed(few: float, more: float, seen: list[int]) -> Callable[..., torch.Tensor]:
+        def run(weight: calibrate.Weight, x: torch.Tensor, bias: None) -> torch.Tensor:
+            seen.append(weight.shape[0])
+            clock.now += few if weight.shape[0] < 100 else more
+            return x
+
+        return run
+
+    rows: dict[str, list[int]] = {"fused": [], "tiles": [], "wide": []}
+    seconds = {"fused": (2, 1), "tiles": (1.1, 1), "wide": (1, 1.2)}
+    monkeypatch.setattr(calibrate, "WAYS", {way: timed(*seconds[way], rows[way]) for way in rows})
+    monkeypatch.setattr(calibrate, "ways", lambda weight, dtype: list(rows))
+    monkeypatch.setattr(calibrate, "SAMPLE", 40 * 256)
+    packed = model()[0].packed()
+    calibrate.measure_packed(packed, torch.bfloat16)
+    assert {calibrate._measured[calibrate.key(packed, torch.bfloat16, tokens)] for tokens in calibrate.BUCKETS} == {"tiles"}
+    assert {way: set(seen) for way, seen in rows.items()} == {"fused": {40}, "tiles": {40, 128}, "wide": {40, 128}}
+
+
+def test_scales_of_groups_have_choices_of_their_own():
+    packed = model()[0]
+    packed.values = packed.values.to(torch.int8)
+    names = set()
+    for scales in (torch.ones(128), torch.ones(128, 2), torch.ones(128, 4)):
+        packed.scales = scales
+        names.add(calibrate.key(packed.packed(), torch.bfloat16, 16))
+    assert len(names) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_choices_are_for_the_dtype_that_the_model_computes_in(dtype: torch.dtype, clock: Clock):
     tuned = model().to(dtype)

@@ -111,23 +111,37 @@ def test_all_batch_sizes_and_ways(path: str, tokens: int, dtype: torch.dtype):
         assert_product(products.WAYS[way](packed.packed(), x, bias), x, W.double(), bias)
 
 
-@pytest.mark.parametrize(("values", "group"), [(torch.bfloat16, None), (torch.int8, None), (torch.int8, 64), (torch.int8, 4096)], ids=str)
-def test_many_tokens_agree_with_float64(path: str, values: torch.dtype, group: int | None, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("way", ["many", "kept"])
+@pytest.mark.parametrize(
+    ("values", "group"),
+    [(torch.bfloat16, None), (torch.float16, None), (torch.float32, None), (torch.int8, None), (torch.int8, 64), (torch.int8, 4096)],
+    ids=str,
+)
+def test_many_tokens_agree_with_float64(path: str, way: str, values: torch.dtype, group: int | None, monkeypatch: pytest.MonkeyPatch):
+    dtype = torch.bfloat16 if way == "many" or values == torch.int8 else values
+    multiply = products.WAYS[way]
     for shape in (*SHAPES, (101, 200), (6, 30000)):
         W = random_weight(shape, 0.5, values)
         scales = random_scales(shape, group) if values == torch.int8 else None
         exact = W.double() if scales is None else W.double() * spread(scales, group, shape[1]).double()
-        packed, bias = layer(W, scales).packed(), torch.linspace(-1, 1, shape[0]).bfloat16()
+        packed, bias = layer(W, scales).packed(), torch.linspace(-1, 1, shape[0]).to(dtype)
+        if way not in products.ways(packed, dtype):
+            pytest.skip("this instruction set has no such product for many tokens")
         for tokens in (1, 15, 33, 64, 131):
-            x = torch.randn(1, tokens, shape[1] + 3, generator=torch.Generator().manual_seed(tokens)).bfloat16()[..., : shape[1]]
-            if "many" not in products.ways(packed, x.dtype):
-                pytest.skip("this instruction set has no product of its own for many tokens")
-            y = products.many(packed, x, bias)
+            x = torch.randn(1, tokens, shape[1] + 3, generator=torch.Generator().manual_seed(tokens)).to(dtype)[..., : shape[1]]
+            y = multiply(packed, x, bias)
             assert y.shape == (1, tokens, shape[0])
-            assert_product(y[0], x[0], exact, bias, rounded=scales is not None and scales.numel() > shape[0])
-            monkeypatch.setattr(products, "MANY_AT_ONCE", 32)  # in parts: the same sums
-            assert torch.equal(products.many(packed, x[0], bias), y[0])
+            assert_product(y[0], x[0], exact, bias, rounded=way == "many" and scales is not None and scales.numel() > shape[0])
+            monkeypatch.setattr(products, "MANY_AT_ONCE", 64)  # in parts: the same sums
+            assert torch.equal(multiply(packed, x[0], bias), y[0])
             monkeypatch.undo()
+
+
+def test_sums_of_one_sign_do_not_drift(path: str):
+    W, x = torch.rand(3, 20000), torch.rand(64, 20000)
+    packed = layer(W).packed()
+    for way in products.ways(packed, torch.float32):
+        assert_product(products.WAYS[way](packed, x, None), x, W.double())
 
 
 def test_dense_kernel_agrees_with_float64(path: str):
@@ -194,12 +208,14 @@ def test_threads_do_not_change_a_bit(path: str, threads: int):
     W = random_weight((600, 2048), 0.6, torch.bfloat16)
     packed, few, lot = layer(W), torch.randn(3, 2048).bfloat16(), torch.randn(70, 2048).bfloat16()
     one = packed(few)
-    alone = products.many(packed.packed(), lot, None) if path == "avx512_bf16" else None
+    ways = [way for way in ("many", "kept") if way in products.ways(packed.packed(), lot.dtype)]
+    alone = {way: products.WAYS[way](packed.packed(), lot, None) for way in ways}
     torch.set_num_threads(threads)
     try:
         assert torch.equal(packed(few), one) or path == "torch"
         assert_product(packed(few), few, W.double())
-        assert alone is None or torch.equal(products.many(packed.packed(), lot, None), alone)
+        for way, y in alone.items():
+            assert torch.equal(products.WAYS[way](packed.packed(), lot, None), y)
     finally:
         torch.set_num_threads(1)
 

@@ -17,7 +17,7 @@ from billhook.disk.files import read_json, write_json
 from billhook.errors import BillhookError
 from billhook.runtime import library
 
-KERNELS = 3  # raised when a kernel is added or becomes faster, so that older measurements are not followed
+KERNELS = 4  # raised when a kernel is added or becomes faster, so that older measurements are not followed
 
 
 def place(name: str) -> Path | None:

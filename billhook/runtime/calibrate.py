@@ -1,8 +1,9 @@
 """Which way to multiply is fastest here: a short measurement at load, kept per machine.
 
-A choice belongs to a shape, a tenth of sparsity, the dtypes and a bucket of token counts (each bucket up to its number). It is measured
-on the layer's first rows, a few milliseconds a way, and kept where the least times could be repeated, so that a busy moment is not
-remembered for ever; what was not measured follows a rule that was right on the machines at hand.
+A choice belongs to a shape, a tenth of sparsity, the dtypes (and columns a scale of int8) and a bucket of token counts (each bucket up to
+its number). It is measured on the layer's first rows, a few milliseconds a way; where ways come out close, on more rows, because few rows
+do not show what many tiles cost. It is kept where the least times could be repeated, so that a busy moment is not remembered for ever;
+what was not measured follows a rule that was right on the machines at hand.
 """
 
 import functools
@@ -19,10 +20,10 @@ from billhook.runtime.products import WAYS, ways
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 FUSED_UP_TO = 16  # tokens, unless measured
-SAMPLE = 1 << 22  # weights that a measurement multiplies at most
+SAMPLE, LARGE_SAMPLE = 1 << 22, 1 << 24  # weights that a measurement multiplies at most, at first and where ways are close
 LEAST_ROUNDS, MOST_ROUNDS = 3, 9
 AGREE = 1.1  # times the least, within which the second least time must lie
-NEAR = 1.5  # times the fastest way's least time; slower ways need not be timed well
+CLOSE, NEAR, FAR = 1.2, 1.5, 2.5  # times the least time of all: timed again on more rows, timed well, given up after two rounds
 
 _measured: dict[str, str] = {}
 _doubtful: set[str] = set()  # of those, what was measured while something else disturbed, and is not kept
@@ -39,7 +40,8 @@ def key(weight: Weight, dtype: torch.dtype, tokens: int) -> str:
     values = weight.tensors[0]
     kept = (values.numel() - 64 // values.element_size()) / max(1, weight.shape[0] * weight.shape[1])
     kind = "dense" if weight.tensors[1] is None else f"{round(1 - kept, 1) + 0.0:.1f}"
-    return f"{weight.shape[0]}x{weight.shape[1]} {str(values.dtype)[6:]} {kind} {str(dtype)[6:]} x{bucket(tokens)}"
+    group = f"/{64 * weight.matrix.group_words}" if weight.matrix.groups > 1 else ""
+    return f"{weight.shape[0]}x{weight.shape[1]} {str(values.dtype)[6:]}{group} {kind} {str(dtype)[6:]} x{bucket(tokens)}"
 
 
 def way(weight: Weight, dtype: torch.dtype, tokens: int) -> str:
@@ -49,7 +51,7 @@ def way(weight: Weight, dtype: torch.dtype, tokens: int) -> str:
         return found
     if "fused" in known and tokens <= FUSED_UP_TO:
         return "fused"
-    return "many" if "many" in known else "tiles"
+    return next(way for way in ("many", "kept", "tiles") if way in known)
 
 
 def product(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -84,12 +86,14 @@ def _remembered(weight: Weight, x: Tensor, choose: Callable[[Weight, torch.dtype
 
 def measure_packed(weight: Weight, dtype: torch.dtype) -> None:
     """Find the best way for every bucket that is not known yet."""
-    sample = _first_rows(weight)
+    few, more = _first_rows(weight, SAMPLE), _first_rows(weight, LARGE_SAMPLE)
     for tokens in BUCKETS:
         name = key(weight, dtype, tokens)
         if name not in _measured:
             x = torch.ones(tokens, weight.shape[1], dtype=dtype)
-            _choose(name, {way: functools.partial(WAYS[way], sample, x, None) for way in ways(sample, dtype)})
+            close = _choose(name, {way: functools.partial(WAYS[way], few, x, None) for way in ways(few, dtype)})
+            if len(close) > 1 and more.shape[0] > few.shape[0]:
+                _choose(name, {way: functools.partial(WAYS[way], more, x, None) for way in close})
 
 
 def measure_dense(weight: Weight, dtype: torch.dtype) -> bool:
@@ -97,35 +101,48 @@ def measure_dense(weight: Weight, dtype: torch.dtype) -> bool:
     for tokens in BUCKETS:
         name = key(weight, dtype, tokens)
         if name not in _measured:
-            sample = _first_rows(weight)
+            sample = _first_rows(weight, SAMPLE)
             x = torch.ones(tokens, weight.shape[1], dtype=dtype)
             theirs = functools.partial(linear, x, sample.tensors[0].to(dtype))
             _choose(name, {"torch": theirs, "ours": functools.partial(sample.multiply, x, None)})
     return _measured[key(weight, dtype, 1)] == "ours"
 
 
-def _first_rows(weight: Weight) -> Weight:
-    rows = max(1, min(weight.shape[0], SAMPLE // weight.shape[1]))
+def _first_rows(weight: Weight, weights: int) -> Weight:
+    rows = max(1, min(weight.shape[0], weights // weight.shape[1]))
     values, bitmask, starts, scales = weight.tensors
     if bitmask is None or starts is None:
         return Weight(rows, weight.shape[1], values[:rows])
     return Weight(rows, weight.shape[1], values, bitmask[:rows], starts[: rows + 1], None if scales is None else scales[:rows])
 
 
-def _choose(name: str, candidates: dict[str, Callable[[], Tensor]]) -> None:
-    """Note the candidate with the least time, tried in turns until the times can be trusted or there were enough rounds."""
+def _choose(name: str, candidates: dict[str, Callable[[], Tensor]]) -> list[str]:
+    """Note the candidate with the least time, tried in turns until the times can be trusted or there were enough rounds.
+
+    Returns those that came close to it.
+    """
     times: dict[str, list[float]] = {candidate: [] for candidate in candidates}
+    _doubtful.discard(name)
     for turn in range(MOST_ROUNDS + 1):
-        for candidate, run in candidates.items():
+        for candidate in times:
             start = time.perf_counter()
-            run()
+            candidates[candidate]()
             if turn:  # the first turn warms up
                 times[candidate].append(time.perf_counter() - start)
+        if turn == 2:
+            times = {candidate: times[candidate] for candidate in _within(FAR, times)}
         if turn >= LEAST_ROUNDS and _repeated(times):
             break
     else:
         _doubtful.add(name)
     _measured[name] = min(times, key=lambda candidate: min(times[candidate]))
+    return _within(CLOSE, times)
+
+
+def _within(factor: float, times: dict[str, list[float]]) -> list[str]:
+    """The candidates whose least time is within `factor` of the least of all."""
+    limit = factor * min(min(seen) for seen in times.values())
+    return [candidate for candidate, seen in times.items() if min(seen) <= limit]
 
 
 def _repeated(times: dict[str, list[float]]) -> bool:

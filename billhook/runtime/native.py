@@ -49,7 +49,7 @@ class Weight:
         return y
 
     def multiply_many(self, x: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
-        """The same through tiles and our own matrix product, in `room`, 1-D of `room_for` bytes; x and bias bfloat16."""
+        """The same by the kernels for many tokens, in `room`, 1-D of `room_for` bytes; x and bias in float32, or bfloat16."""
         kernels, path = library.active() or (None, -1)
         assert kernels is not None
         x, stride = _rows(x)
@@ -57,15 +57,15 @@ class Weight:
         added = None if bias is None else bias.data_ptr()
         tokens, threads = x.numel() // self.shape[1], torch.get_num_threads()
         places = (x.data_ptr(), stride, tokens, added, y.data_ptr(), room.data_ptr())
-        kernels.billhook_multiply_many(self.address, *places, path, threads)
+        kernels.billhook_multiply_many(self.address, *places, TYPES[x.dtype], path, threads)
         return y
 
     def room_for(self, tokens: int, dtype: torch.dtype) -> int:
         """Bytes that `multiply_many` needs; 0 where it has no kernel for these instructions and dtypes."""
         kernels, path = library.active() or (None, -1)
-        if kernels is None or self.tensors[1] is None or dtype != torch.bfloat16:
+        if kernels is None or self.tensors[1] is None:
             return 0
-        needed: int = kernels.billhook_many_bytes(self.address, tokens, path, torch.get_num_threads())
+        needed: int = kernels.billhook_many_bytes(self.address, tokens, TYPES[dtype], path, torch.get_num_threads())
         return needed
 
 

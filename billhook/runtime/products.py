@@ -3,6 +3,8 @@
 * `fused`: expand in registers and multiply at once, up to 8 tokens a pass; reads the packed bytes once a pass.
 * `many`: expand some rows into a tile in each core's own cache and multiply it there by our own matrix product; activations in
   bfloat16, values too or int8, where the processor has the dot product of bfloat16.
+* `kept`: multiply each kept weight with the activations of its column, those of many tokens side by side; in float32, and nothing is
+  expanded.
 * `tiles`: expand some rows, as many as stay in the cache, into a dense tile and give that to torch's matrix product.
 * `wide`: the same with tiles four times as large, for machines with larger caches.
 * `widened`: the same in float32, for float16, and for bfloat16 without its dot product: torch's own product of halves can be several
@@ -30,8 +32,13 @@ def fused(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
     return weight.multiply(x, bias)
 
 
+def kept(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The same in float32, without the zeros."""
+    return many(weight, x.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
 def many(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """The same through tiles of a few rows and our own matrix product."""
+    """The same through tiles of a few rows and our own matrix product for bfloat16; what `kept` does for float32."""
     tokens = x.reshape(-1, weight.shape[1])
     parts = []
     for part in tokens.split(MANY_AT_ONCE):
@@ -87,6 +94,7 @@ def _common(values: torch.dtype, activations: torch.dtype) -> torch.dtype:
 WAYS: dict[str, Callable[[Weight, Tensor, Tensor | None], Tensor]] = {
     "fused": fused,
     "many": many,
+    "kept": kept,
     "tiles": tiles,
     "wide": wide,
     "widened": widened,
@@ -95,7 +103,10 @@ WAYS: dict[str, Callable[[Weight, Tensor, Tensor | None], Tensor]] = {
 
 def ways(weight: Weight, dtype: torch.dtype) -> list[str]:
     """The ways there are for activations of `dtype`: without compiled kernels nothing is fused."""
-    if weight.room_for(1, dtype):
-        return ["fused", "many", "tiles", "wide"]
-    fused = ["fused"] if library.active() else []
-    return [*fused, "tiles", "wide", *(["widened"] if dtype != torch.float32 else [])]
+    found = ["fused"] if library.active() else []
+    if dtype != torch.float32 and weight.room_for(1, dtype):
+        found.append("many")
+    if weight.room_for(1, torch.float32):
+        found.append("kept")
+    found += ["tiles", "wide"]
+    return found if dtype == torch.float32 or "many" in found else [*found, "widened"]

@@ -17,6 +17,8 @@ struct Floats {
   typedef __m256 Vec;
   static constexpr int pieces = 8, lanes = 8, rows = 1;
   static INLINE Acc zero() { return _mm256_setzero_ps(); }
+  static INLINE Acc load(const float* at) { return _mm256_loadu_ps(at); }
+  static INLINE void store(float* at, Acc acc) { _mm256_storeu_ps(at, acc); }
   static INLINE Acc add(Acc a, Acc b) { return _mm256_add_ps(a, b); }
   static INLINE Acc multiply(Acc acc, Vec w, const float* x) { return _mm256_fmadd_ps(w, _mm256_loadu_ps(x), acc); }
   static INLINE Acc scale(Acc total, Acc part, float factor) { return _mm256_fmadd_ps(part, _mm256_set1_ps(factor), total); }
@@ -91,6 +93,7 @@ struct Expand4 {
   }
 };
 
+#include "kept.h"
 }  // namespace
 TARGET_END
 
@@ -99,5 +102,5 @@ static bool runs() {
          __builtin_cpu_supports("popcnt");
 }
 
-const Kernels kernels_avx2 = {FLOAT_KERNELS("avx2", PLAIN_F32), {}, {}, {}, nullptr, nullptr};
+const Kernels kernels_avx2 = {FLOAT_KERNELS("avx2", PLAIN_F32, Bf16), {}, {}, {}, nullptr, nullptr};
 #endif

@@ -12,10 +12,7 @@ namespace {
 // (after the loops: these are their instances)
 #include "avx512_floats.h"
 
-struct Bf16 : Floats, Sixteens<uint16_t> {
-  using Sixteens::Sixteens;
-  INLINE Vec piece(int i) const { return _mm512_maskz_expand_ps(mask(i), widen(_mm256_loadu_si256((const __m256i*)at(i)))); }
-};
+typedef Bf16InOrder Bf16;
 
 struct F16 : Floats, Sixteens<uint16_t> {
   using Sixteens::Sixteens;
@@ -51,6 +48,7 @@ struct Expand2 {
   }
 };
 
+#include "kept.h"
 }  // namespace
 TARGET_END
 
@@ -59,5 +57,5 @@ static bool runs() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
 }
 
-const Kernels kernels_avx512 = {FLOAT_KERNELS("avx512", PLAIN_F32), {}, {}, {}, nullptr, nullptr};
+const Kernels kernels_avx512 = {FLOAT_KERNELS("avx512", PLAIN_F32, Bf16), {}, {}, {}, nullptr, nullptr};
 #endif

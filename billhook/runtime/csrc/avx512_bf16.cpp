@@ -84,6 +84,7 @@ struct DenseDot : Dots {
 };
 
 #include "batches.h"
+#include "kept.h"
 }  // namespace
 TARGET_END
 
@@ -92,7 +93,7 @@ static bool runs() {
 }
 
 const Kernels kernels_bf16 = {
-    FLOAT_KERNELS("avx512_bf16", SPLIT_F32),
+    FLOAT_KERNELS("avx512_bf16", SPLIT_F32, Bf16InOrder),
     {TOKENS_1_TO_8(sparse_rows, Bf16Dot), {}, {}, TOKENS_1_TO_8(scaled_rows, I8Dot)},
     {PLAIN_BF16, PLAIN_BF16, PLAIN_BF16, SPLIT_BF16},
     TOKENS_1_TO_8(dense_rows, DenseDot),

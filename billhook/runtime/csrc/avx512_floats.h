@@ -6,6 +6,8 @@ struct Floats {
   typedef __m512 Vec;
   static constexpr int pieces = 4, lanes = 16, rows = 2;
   static INLINE Acc zero() { return _mm512_setzero_ps(); }
+  static INLINE Acc load(const float* at) { return _mm512_loadu_ps(at); }
+  static INLINE void store(float* at, Acc acc) { _mm512_storeu_ps(at, acc); }
   static INLINE Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
   static INLINE Acc multiply(Acc acc, Vec w, const float* x) { return _mm512_fmadd_ps(w, _mm512_loadu_ps(x), acc); }
   static INLINE Acc scale(Acc total, Acc part, float factor) { return _mm512_fmadd_ps(part, _mm512_set1_ps(factor), total); }
@@ -25,6 +27,11 @@ struct F32 : Floats, Sixteens<float> {
 };
 
 INLINE __m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
+
+struct Bf16InOrder : Floats, Sixteens<uint16_t> {
+  using Sixteens::Sixteens;
+  INLINE Vec piece(int i) const { return _mm512_maskz_expand_ps(mask(i), widen(_mm256_loadu_si256((const __m256i*)at(i)))); }
+};
 
 struct Dense : Floats {
   const uint16_t* values;

@@ -12,10 +12,11 @@ namespace {
 // (after the loops: these are their instances)
 #include "avx512_floats.h"
 #include "vbmi2.h"
+#include "kept.h"
 }  // namespace
 TARGET_END
 
 static bool runs() { return kernels_avx512.runs() && __builtin_cpu_supports("avx512vbmi2"); }
 
-const Kernels kernels_vbmi2 = {FLOAT_KERNELS("avx512_vbmi2", SPLIT_F32), {}, {}, {}, nullptr, nullptr};
+const Kernels kernels_vbmi2 = {FLOAT_KERNELS("avx512_vbmi2", SPLIT_F32, Bf16InOrder), {}, {}, {}, nullptr, nullptr};
 #endif

@@ -40,7 +40,7 @@ void arrange_tokens(const Batch& b, int64_t first, int64_t last, uint32_t* to) {
   for (int64_t s = first; s < last; s++) {
     const int64_t block = s / (BATCH / 16) * (BATCH / 16), left = sixteens - block, tokens = b.tokens - 16 * s;
     const int64_t width = 16 * (left < BATCH / 16 ? left : BATCH / 16);
-    const uint16_t* x = b.x + 16 * s * b.x_stride;
+    const uint16_t* x = (const uint16_t*)b.x + 16 * s * b.x_stride;
     uint32_t* at = to + 16 * block * pairs + 16 * (s - block);
     for (int64_t k = 0; k < pairs; k += 16) {
       const int64_t columns = in - 2 * k;
@@ -100,13 +100,13 @@ void add_stretches(const uint16_t* tile, int64_t stride, const Stretches& s, int
 INLINE void deliver_some(const Batch& b, const float* sums, int64_t first, int64_t rows, int64_t token) {
   const Matrix& m = *b.matrix;
   const int64_t tokens = b.tokens - token;
-  uint16_t* y = b.y + token * m.out + first;
+  uint16_t* y = (uint16_t*)b.y + token * m.out + first;
   const __mmask16 some = (__mmask16)(rows >= 16 ? 0xffff : (1 << rows) - 1);
   __m512i v[16];
   UNROLL for (int r = 0; r < 16; r++) v[r] = r < rows ? _mm512_load_si512(sums + BATCH * r) : _mm512_setzero_si512();
   turn(v);
   const __m512 scales = m.scales && m.groups == 1 ? _mm512_maskz_loadu_ps(some, m.scales + first) : _mm512_set1_ps(1);
-  const __m512 added = b.bias ? widen(_mm256_maskz_loadu_epi16(some, b.bias + first)) : _mm512_setzero_ps();
+  const __m512 added = b.bias ? widen(_mm256_maskz_loadu_epi16(some, (const uint16_t*)b.bias + first)) : _mm512_setzero_ps();
   UNROLL for (int t = 0; t < 16; t++) {
     const __m512 sum = _mm512_fmadd_ps(_mm512_castsi512_ps(v[t]), scales, added);
     if (t < tokens) _mm256_mask_storeu_epi16(y + t * m.out, some, (__m256i)_mm512_cvtneps_pbh(sum));

@@ -35,23 +35,26 @@ struct Job {
   float* y;        // [tokens, out]
 };
 
-// Many tokens, everything bfloat16 but values, which may be int8; rows of x lie x_stride apart.
+// Many tokens; x, bias and y are all bfloat16 or all float, and rows of x lie x_stride apart.
 struct Batch {
   const Matrix* matrix;
-  const uint16_t* x;
+  const void* x;
   int64_t x_stride;
-  const uint16_t* bias;  // or null
-  uint16_t* y;           // [tokens, out]
+  const void* bias;  // or null
+  void* y;           // [tokens, out]
   int64_t tokens;
 };
 
 enum { TOKENS = 8 };      // tokens a fused kernel takes at most
 enum { BATCH = 64 };      // tokens that share a pass over a tile
-enum { TILE_ROWS = 48 };  // rows a tile has at most
+enum { TILE_ROWS = 48 };  // rows a tile of expanded weights has at most
+enum { KEPT_ROWS = 64 };  // rows whose kept weights share a pass over the activations, at most
 
 typedef void (*RowsKernel)(const Job& job, int64_t first, int64_t last);
 typedef void (*ArrangeKernel)(const Batch& batch, int64_t first, int64_t last, uint32_t* to);
 typedef void (*BatchKernel)(const Batch& batch, const uint32_t* arranged, int64_t first, int64_t last, char* room);
+// Sums [last - first][tokens] of `tokens` (16, 32, 48 or 64) whose activations lie column by column from `x` on; `after` is read next.
+typedef void (*KeptKernel)(const Matrix& matrix, int64_t first, int64_t last, const float* x, int64_t tokens, const float* after, float* sums);
 typedef void (*ExpandKernel)(const Matrix& matrix, int64_t first, int64_t last, void* out);
 
 struct Kernels {
@@ -61,6 +64,7 @@ struct Kernels {
   Layout layout[4];
   ExpandKernel expand[3];    // by bytes of a value: 1, 2, 4 -> [0], [1], [2]
   RowsKernel dense[TOKENS];  // a dense bfloat16 matrix in `values`, activations in float
+  KeptKernel kept[4];        // many tokens, by type; null where there is none
   // With bfloat16 activations and the dot-product instruction; null where there is none:
   RowsKernel dot[4][TOKENS];
   Layout dot_layout[4];
@@ -70,6 +74,15 @@ struct Kernels {
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_vbmi2, kernels_bf16, kernels_neon;
+
+const Kernels* const PATHS[] = {
+#if defined(__x86_64__)
+    &kernels_bf16, &kernels_vbmi2, &kernels_avx512, &kernels_avx2,
+#elif defined(__aarch64__)
+    &kernels_neon,
+#endif
+    &kernels_portable,
+};
 
 static inline uint64_t load_word(const uint8_t* at) {
   uint64_t word;

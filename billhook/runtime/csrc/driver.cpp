@@ -1,48 +1,11 @@
 // The surface of the library: which kernels this processor runs, activations in and out, rows shared among threads.
-#include <pthread.h>
 #include <stdlib.h>
 
 #include "billhook.h"
 #include "target.h"
-
-#define PUBLIC extern "C" __attribute__((visibility("default")))
+#include "threads.h"
 
 namespace {
-
-const Kernels* const PATHS[] = {
-#if defined(__x86_64__)
-    &kernels_bf16, &kernels_vbmi2, &kernels_avx512, &kernels_avx2,
-#elif defined(__aarch64__)
-    &kernels_neon,
-#endif
-    &kernels_portable,
-};
-const int PATH_COUNT = sizeof PATHS / sizeof *PATHS;
-
-// OpenMP's threads do not survive a fork, and asking for them in the child waits for ever. There one thread does the work.
-bool forked = false;
-struct AtFork {
-  AtFork() {
-    pthread_atfork(nullptr, nullptr, [] { forked = true; });
-  }
-} at_fork;
-
-const int64_t WORTH_A_THREAD = 1 << 17;  // bytes to read; waking a thread takes as long as reading about this much
-
-// Calls work(first, last) for pieces of the rows on up to `threads` threads, `each` pieces for every thread; whoever is done takes the next.
-template <class Work>
-void share(int64_t rows, int64_t bytes, int threads, const Work& work, int each = 8) {
-  if (threads > bytes / WORTH_A_THREAD) threads = (int)(bytes / WORTH_A_THREAD);
-  if (threads <= 1 || forked) return work(0, rows);
-  const int64_t piece = (rows + each * threads - 1) / (each * threads);
-  int64_t next = 0;
-#pragma omp parallel num_threads(threads)
-  for (;;) {
-    const int64_t first = __atomic_fetch_add(&next, piece, __ATOMIC_RELAXED);
-    if (first >= rows) break;
-    work(first, first + piece < rows ? first + piece : rows);
-  }
-}
 
 int64_t width_of(int type) { return type == TYPE_F32 ? 4 : type == TYPE_I8 ? 1 : 2; }
 
@@ -119,7 +82,7 @@ bool multiply_few(const Call& c) {
 
 }  // namespace
 
-PUBLIC int billhook_paths() { return PATH_COUNT; }
+PUBLIC int billhook_paths() { return sizeof PATHS / sizeof *PATHS; }
 PUBLIC const char* billhook_path_name(int path) { return PATHS[path]->name; }
 PUBLIC int billhook_path_runs(int path) { return PATHS[path]->runs(); }
 
@@ -140,51 +103,6 @@ PUBLIC int billhook_multiply(const Matrix* matrix, const void* x, int64_t x_stri
     if (!multiply_few(call)) return 1;
   }
   return 0;
-}
-
-namespace {
-
-int64_t tile_rows(const Matrix& m) {
-  const int64_t fitting = (400 << 10) / (128 * m.words) / 6 * 6;  // bytes of a tile; whole groups of SIDE rows
-  return fitting < 6 ? 6 : fitting < TILE_ROWS ? fitting : (int64_t)TILE_ROWS;
-}
-int64_t tile_bytes(const Matrix& m) { return tile_rows(m) * (4 * BATCH + 128 * m.words + 64); }
-int64_t activation_bytes(const Matrix& m, int64_t tokens) { return (tokens + 15) / 16 * 16 * 128 * m.words; }
-
-}  // namespace
-
-// The scratch memory that billhook_multiply_many needs; 0 where there is no such kernel for these values.
-PUBLIC int64_t billhook_many_bytes(const Matrix* m, int64_t tokens, int path, int threads) {
-  if (!PATHS[path]->batch || (m->type != TYPE_BF16 && m->type != TYPE_I8)) return 0;
-  return 64 + activation_bytes(*m, tokens) + threads * (64 + tile_bytes(*m));
-}
-
-// The product with many tokens, values in bfloat16 or int8, x, y and bias in bfloat16, through tiles in the second-level cache.
-PUBLIC void billhook_multiply_many(const Matrix* matrix, const uint16_t* x, int64_t x_stride, int64_t tokens, const uint16_t* bias,
-                                   uint16_t* y, char* room, int path, int threads) {
-  const Matrix& m = *matrix;
-  const Kernels& k = *PATHS[path];
-  const Batch batch = {matrix, x, x_stride, bias, y, tokens};
-  if (forked || m.out * m.in * tokens < 1 << 20) threads = 1;
-  room += (64 - (uintptr_t)room % 64) % 64;
-  int64_t slots = 0, *taken = (int64_t*)room;  // of each thread's tiles, a line apart
-  memset(taken, 0, 64 * threads);
-  uint32_t* arranged = (uint32_t*)(room + 64 * threads);
-  share((tokens + 15) / 16, tokens * m.in * 2, threads, [&](int64_t first, int64_t last) { k.arrange(batch, first, last, arranged); }, 4);
-  const int64_t rows = tile_rows(m), tiles = (m.out + rows * threads - 1) / (rows * threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const int64_t slot = __atomic_fetch_add(&slots, 1, __ATOMIC_RELAXED);
-    char* tile = (char*)arranged + activation_bytes(m, tokens) + slot * tile_bytes(m);
-    // A run of tiles for each thread, which then helps the others: neighbouring tiles share lines of y and follow each other in memory.
-    for (int64_t run = slot; run < slot + threads; run++)
-      for (;;) {
-        const int64_t i = __atomic_fetch_add(&taken[run % threads * 8], 1, __ATOMIC_RELAXED);
-        const int64_t first = rows * (run % threads * tiles + i);
-        if (i >= tiles || first >= m.out) break;
-        k.batch(batch, arranged, first, first + rows < m.out ? first + rows : m.out, tile);
-      }
-  }
 }
 
 // Rows [first, last) as they were before packing, values of `width` bytes.

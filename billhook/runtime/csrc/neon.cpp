@@ -16,6 +16,8 @@ struct Floats {
   typedef float32x4_t Vec;
   static constexpr int pieces = 16, lanes = 4, rows = 1;
   static INLINE Acc zero() { return vdupq_n_f32(0); }
+  static INLINE Acc load(const float* at) { return vld1q_f32(at); }
+  static INLINE void store(float* at, Acc acc) { vst1q_f32(at, acc); }
   static INLINE Acc add(Acc a, Acc b) { return vaddq_f32(a, b); }
   static INLINE Acc multiply(Acc acc, Vec w, const float* x) { return vfmaq_f32(acc, w, vld1q_f32(x)); }
   static INLINE Acc scale(Acc total, Acc part, float factor) { return vfmaq_n_f32(total, part, factor); }
@@ -89,9 +91,11 @@ struct Expand4 {
   }
 };
 
+#include "kept.h"
+
 bool runs() { return true; }
 
 }  // namespace
 
-const Kernels kernels_neon = {FLOAT_KERNELS("neon", PLAIN_F32), {}, {}, {}, nullptr, nullptr};
+const Kernels kernels_neon = {FLOAT_KERNELS("neon", PLAIN_F32, Bf16), {}, {}, {}, nullptr, nullptr};
 #endif

@@ -27,21 +27,18 @@ void set_bits(const Job& job, int64_t first, int64_t last) {
   const float* x = (const float*)job.x;
   for (int64_t row = first; row < last; row++) {
     const typename V::Value* values = (const typename V::Value*)m.values + m.starts[row];
-    float totals[T] = {0}, sums[T] = {0};
+    float totals[T] = {0};
     for (int64_t w = 0; w < m.words; w++) {
+      float sums[T] = {0};  // of a word: one chain of additions through a whole row would round more
       for (uint64_t bits = load_word(m.bitmask + 8 * (m.words * row + w)); bits; bits &= bits - 1) {
         const float value = V::read(*values++);
         const int64_t column = 64 * w + __builtin_ctzll(bits);
         for (int t = 0; t < T; t++) sums[t] += value * x[t * job.stride + column];
       }
-      if (m.scales && ((w + 1) % m.group_words == 0 || w + 1 == m.words)) {
-        for (int t = 0; t < T; t++) {
-          totals[t] += m.scales[row * m.groups + w / m.group_words] * sums[t];
-          sums[t] = 0;
-        }
-      }
+      const float scale = m.scales ? m.scales[row * m.groups + w / m.group_words] : 1;
+      for (int t = 0; t < T; t++) totals[t] += scale * sums[t];
     }
-    for (int t = 0; t < T; t++) job.y[t * m.out + row] = m.scales ? totals[t] : sums[t];
+    for (int t = 0; t < T; t++) job.y[t * m.out + row] = totals[t];
   }
 }
 
@@ -85,6 +82,7 @@ const Kernels kernels_portable = {
     {PLAIN_F32, PLAIN_F32, PLAIN_F32, PLAIN_F32},
     {expand<uint8_t>, expand<uint16_t>, expand<uint32_t>},
     TOKENS_1_TO_8(dense_rows, Bf16),
+    {},
     {},
     {},
     {},

@@ -13,6 +13,7 @@
 constexpr int VALUES_AHEAD = 4096, MASKS_AHEAD = 1024, DENSE_AHEAD = 4096;
 
 INLINE void fetch(const void* at) { __builtin_prefetch((const void*)at, 0, 3); }
+INLINE void fetch_shared(const void* at) { __builtin_prefetch((const void*)at, 0, 2); }  // not into the first-level cache
 
 // Accumulators a token has, so that additions need not wait for each other.
 constexpr int chains(int tokens) { return tokens <= 2 ? 4 : tokens <= 4 ? 2 : 1; }
@@ -180,9 +181,10 @@ void expand_rows(const Matrix& m, int64_t first, int64_t last, void* out) {
   }
 }
 
-// What a table of kernels begins with, by the classes Bf16, F16, F32, I8 and Dense, and Expand1, 2 and 4, of the file it stands in.
-#define FLOAT_KERNELS(name, bf16_layout)                                                                                                  \
+// What a table of kernels begins with, by the classes Bf16, F16, F32, I8 and Dense, and Expand1, 2 and 4, of the file it stands in;
+// `bf16_in_order` is a class whose pieces hold their columns in order.
+#define FLOAT_KERNELS(name, bf16_layout, bf16_in_order)                                                                                                  \
   name, runs,                                                                                                                             \
       {TOKENS_1_TO_8(sparse_rows, Bf16), TOKENS_1_TO_8(sparse_rows, F16), TOKENS_1_TO_8(sparse_rows, F32), TOKENS_1_TO_8(scaled_rows, I8)}, \
       {bf16_layout, PLAIN_F32, PLAIN_F32, PLAIN_F32}, {expand_rows<Expand1>, expand_rows<Expand2>, expand_rows<Expand4>},                 \
-      TOKENS_1_TO_8(dense_rows, Dense)
+      TOKENS_1_TO_8(dense_rows, Dense), {kept_rows<bf16_in_order>, kept_rows<F16>, kept_rows<F32>, kept_rows<I8>}

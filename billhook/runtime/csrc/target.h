@@ -1,6 +1,7 @@
 // Turning instructions on for a part of a file. The rest of the library is compiled for any processor of the architecture.
 #pragma once
 
+#define PUBLIC extern "C" __attribute__((visibility("default")))
 #define INLINE inline __attribute__((always_inline))
 #define TOKENS_1_TO_8(function, K) \
   { function<K, 1>, function<K, 2>, function<K, 3>, function<K, 4>, function<K, 5>, function<K, 6>, function<K, 7>, function<K, 8> }
