@@ -352,6 +352,15 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch):
         library.path()
 
 
+def test_a_library_of_another_version_is_not_used():
+    if library.active() is None:
+        pytest.skip("needs compiled kernels")
+    code = "from billhook.runtime import library\nlibrary.SURFACE += 1\nassert library.paths() == ['torch']\n"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert "another version" in ran.stderr
+
+
 def test_without_the_library_one_line_says_what_is_missed(tmp_path: Path):
     code = (
         "import sys, pathlib, torch\n"

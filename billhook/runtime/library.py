@@ -18,6 +18,7 @@ import torch
 from billhook.errors import BillhookError
 
 FILE = Path(__file__).with_name("_kernels.so")
+SURFACE = 2  # raised, here and in driver.cpp, when a function changes its arguments
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 
 _forced: list[str] = []
@@ -61,6 +62,8 @@ def _load() -> ctypes.CDLL | None:
     """The library, or None where it was not built; says so once, on stderr."""
     try:
         library = ctypes.CDLL(str(FILE))  # torch, imported above, has loaded the OpenMP runtime that both share
+        if not hasattr(library, "billhook_surface") or library.billhook_surface() != SURFACE:
+            raise OSError("they were compiled from another version's sources; install it again")
     except OSError as error:
         why = "they were not compiled when it was installed (a C++ compiler was missing)" if not FILE.exists() else str(error)
         print(f"billhook: sparse layers run without their fast kernels: {why}. Decoding is about as fast as dense.", file=sys.stderr)

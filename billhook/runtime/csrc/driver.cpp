@@ -82,6 +82,7 @@ bool multiply_few(const Call& c) {
 
 }  // namespace
 
+PUBLIC int billhook_surface() { return 2; }  // as in library.py
 PUBLIC int billhook_paths() { return sizeof PATHS / sizeof *PATHS; }
 PUBLIC const char* billhook_path_name(int path) { return PATHS[path]->name; }
 PUBLIC int billhook_path_runs(int path) { return PATHS[path]->runs(); }
