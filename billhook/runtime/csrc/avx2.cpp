@@ -15,7 +15,7 @@ struct Floats {
   typedef float Act;
   typedef __m256 Acc;
   typedef __m256 Vec;
-  static constexpr int pieces = 8, lanes = 8, rows = 1;
+  static constexpr int pieces = 8, lanes = 8, rows = 1, sums = 8;
   static INLINE Acc zero() { return _mm256_setzero_ps(); }
   static INLINE Acc load(const float* at) { return _mm256_loadu_ps(at); }
   static INLINE void store(float* at, Acc acc) { _mm256_storeu_ps(at, acc); }
@@ -67,7 +67,6 @@ struct I8 : Floats, Eights<int8_t> {
 
 struct Dense : Floats {
   const uint16_t* values;
-  INLINE Dense(const uint16_t* values) : values(values) {}
   INLINE Vec piece(int i) const { return widen(_mm_loadu_si128((const __m128i*)(values + 8 * i))); }
 };
 

@@ -79,7 +79,6 @@ struct Expand1As2 {  // int8 to bfloat16
 
 struct DenseDot : Dots {
   const uint16_t* values;
-  INLINE DenseDot(const uint16_t* values) : values(values) {}
   INLINE Vec piece(int i) const { return _mm512_loadu_si512(values + 32 * i); }
 };
 

@@ -4,7 +4,7 @@ struct Floats {
   typedef float Act;
   typedef __m512 Acc;
   typedef __m512 Vec;
-  static constexpr int pieces = 4, lanes = 16, rows = 2;
+  static constexpr int pieces = 4, lanes = 16, rows = 2, sums = 16;
   static INLINE Acc zero() { return _mm512_setzero_ps(); }
   static INLINE Acc load(const float* at) { return _mm512_loadu_ps(at); }
   static INLINE void store(float* at, Acc acc) { _mm512_storeu_ps(at, acc); }
@@ -35,7 +35,6 @@ struct Bf16InOrder : Floats, Sixteens<uint16_t> {
 
 struct Dense : Floats {
   const uint16_t* values;
-  INLINE Dense(const uint16_t* values) : values(values) {}
   INLINE Vec piece(int i) const { return widen(_mm256_loadu_si256((const __m256i*)(values + 16 * i))); }
 };
 

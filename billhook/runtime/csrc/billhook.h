@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <utility>
+
 enum Type { TYPE_BF16 = 0, TYPE_F16 = 1, TYPE_F32 = 2, TYPE_I8 = 3 };
 
 struct Matrix {

@@ -172,16 +172,19 @@ PUBLIC void billhook_gather(const void* weight, int width, const Matrix* matrix,
   });
 }
 
-// Reads `bytes` and returns a sum that nobody needs: how fast memory can be read at all.
+// Reads `bytes` and returns a sum that nobody needs: how fast memory can be read at all, each thread in four runs side by side, as one alone
+// is slower.
 PUBLIC uint64_t billhook_read(const char* from, int64_t bytes, int threads) {
   uint64_t total = 0;
   share(bytes / 256, bytes, threads, [&](int64_t first, int64_t last) {
+    const int64_t run = 64 * (last - first);
     uint64_t sums[4] = {0, 0, 0, 0};
-    for (const char* at = from + 256 * first; at < from + 256 * last; at += 256) {
-      for (int line = 0; line < 256; line += 64) __builtin_prefetch(at + 4096 + line);
-      for (int i = 0; i < 256; i += 32)
-        for (int k = 0; k < 4; k++) sums[k] += load_word((const uint8_t*)at + i + 8 * k);
-    }
+    for (int64_t at = 0; at < run; at += 64)
+      for (int k = 0; k < 4; k++) {
+        const char* line = from + 256 * first + k * run + at;
+        __builtin_prefetch(line + 4096, 0, 2);
+        for (int i = 0; i < 64; i += 8) sums[k] += load_word((const uint8_t*)line + i);
+      }
     __atomic_fetch_add(&total, sums[0] + sums[1] + sums[2] + sums[3], __ATOMIC_RELAXED);
   });
   return total;

@@ -14,7 +14,7 @@ struct Floats {
   typedef float Act;
   typedef float32x4_t Acc;
   typedef float32x4_t Vec;
-  static constexpr int pieces = 16, lanes = 4, rows = 1;
+  static constexpr int pieces = 16, lanes = 4, rows = 1, sums = 16;
   static INLINE Acc zero() { return vdupq_n_f32(0); }
   static INLINE Acc load(const float* at) { return vld1q_f32(at); }
   static INLINE void store(float* at, Acc acc) { vst1q_f32(at, acc); }
@@ -65,7 +65,6 @@ struct I8 : Floats, Eights<int8_t> {
 
 struct Dense : Floats {
   const uint16_t* values;
-  INLINE Dense(const uint16_t* values) : values(values) {}
   INLINE Vec piece(int i) const { return widen(vld1_u16(values + 4 * i)); }
 };
 

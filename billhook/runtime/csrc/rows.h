@@ -5,12 +5,16 @@
 //   typename K::Value, K::Act   how values and activations are stored
 //   typename K::Acc, K::Vec     a vector of partial sums, a vector of expanded weights
 //   K::pieces, K::lanes         vectors a word of 64 columns gives, and activations each of them meets
+//   K::sums                     vectors of sums that registers have room for, beside others
 //   K::rows                     rows multiplied side by side, which share the loads of activations
 //   k.piece(i)                  the i-th of them
 //   K::zero(), K::multiply(acc, vec, x), K::add(a, b), K::scale(total, part, factor), K::total(acc)
 
 // The hardware prefetchers do not keep up with this many streams, so each is fetched by hand, this many bytes ahead.
-constexpr int VALUES_AHEAD = 4096, MASKS_AHEAD = 1024, DENSE_AHEAD = 4096;
+// Where a quarter or more is kept and there is one token, memory is the limit and not instructions: then as many rows are read side by
+// side, and fetched into the second-level cache, as the first has no room for what lies ahead of them all.
+constexpr int STREAMS = 4;
+constexpr int VALUES_AHEAD = 4096, MASKS_AHEAD = 1024, DENSE_AHEAD = 2048;
 
 INLINE void fetch(const void* at) { __builtin_prefetch((const void*)at, 0, 3); }
 INLINE void fetch_shared(const void* at) { __builtin_prefetch((const void*)at, 0, 2); }  // not into the first-level cache
@@ -49,40 +53,35 @@ INLINE void add_word(Sums<K, T> (&sums)[R], const K (&words)[R], const typename 
   }
 }
 
-// One word of R rows; each row's values move on to those of its next word.
-template <class K, int T, int R>
+// One word of the rows r...; each row's values move on to those of its next word.
+template <class K, int T, int R, int... r>
 INLINE void sparse_word(const Job& job, const uint8_t* const (&masks)[R], const typename K::Value* (&values)[R], int64_t w, int half,
-                        Sums<K, T> (&sums)[R]) {
-  const typename K::Act* x = (const typename K::Act*)job.x + 64 * w;
-  if constexpr (R == 2) {
-    const uint64_t bits[2] = {load_word(masks[0] + 8 * w), load_word(masks[1] + 8 * w)};
-    const K words[2] = {K(bits[0], values[0]), K(bits[1], values[1])};
-    add_word<K, T, R>(sums, words, x, job.stride, half);
-    for (int r = 0; r < R; r++) values[r] += __builtin_popcountll(bits[r]);
-  } else {
-    const uint64_t bits = load_word(masks[0] + 8 * w);
-    const K words[1] = {K(bits, values[0])};
-    add_word<K, T, R>(sums, words, x, job.stride, half);
-    values[0] += __builtin_popcountll(bits);
-  }
+                        Sums<K, T> (&sums)[R], std::integer_sequence<int, r...>) {
+  const uint64_t bits[R] = {load_word(masks[r] + 8 * w)...};
+  const K words[R] = {K(bits[r], values[r])...};
+  add_word<K, T, R>(sums, words, (const typename K::Act*)job.x + 64 * w, job.stride, half);
+  ((values[r] += __builtin_popcountll(bits[r])), ...);
 }
 
 template <class K, int T, int R>
 INLINE void sparse_words(const Job& job, const uint8_t* const (&masks)[R], const typename K::Value* (&values)[R], int64_t from, int64_t to,
                          Sums<K, T> (&sums)[R]) {
+  constexpr auto fetch_ahead = R == STREAMS ? fetch_shared : fetch;
+  const std::make_integer_sequence<int, R> rows;
   int64_t w = from;
   for (; w + 2 <= to; w += 2) {
     UNROLL for (int r = 0; r < R; r++) {
-      UNROLL for (size_t line = 0; line < sizeof(typename K::Value) + 1; line++) fetch((const char*)values[r] + VALUES_AHEAD + 64 * line);
-      fetch(masks[r] + 8 * w + MASKS_AHEAD);
+      UNROLL for (size_t line = 0; line < sizeof(typename K::Value) + 1; line++)
+        fetch_ahead((const char*)values[r] + (R == STREAMS ? VALUES_AHEAD / 2 : VALUES_AHEAD) + 64 * line);
+      fetch_ahead(masks[r] + 8 * w + (R == STREAMS ? MASKS_AHEAD / 2 : MASKS_AHEAD));
     }
-    sparse_word<K, T, R>(job, masks, values, w, 0, sums);
-    sparse_word<K, T, R>(job, masks, values, w + 1, 1, sums);
+    sparse_word(job, masks, values, w, 0, sums, rows);
+    sparse_word(job, masks, values, w + 1, 1, sums, rows);
   }
-  if (w < to) sparse_word<K, T, R>(job, masks, values, w, 0, sums);
+  if (w < to) sparse_word(job, masks, values, w, 0, sums, rows);
 }
 
-// R rows: `first` and the one `apart` rows below it.
+// R rows: `first` and those `apart` rows below each other.
 template <class K, int T, int R>
 INLINE void sparse_some(const Job& job, int64_t first, int64_t apart) {
   const Matrix& m = *job.matrix;
@@ -99,12 +98,21 @@ INLINE void sparse_some(const Job& job, int64_t first, int64_t apart) {
     for (int t = 0; t < T; t++) job.y[t * m.out + first + r * apart] = K::total(sums[r].sum(t));
 }
 
-// The rows are two runs side by side, so that each of the streams through memory goes straight on.
+// The rows are R runs side by side, so that each of the streams through memory goes straight on.
+template <class K, int T, int R>
+void side_by_side(const Job& job, int64_t first, int64_t last) {
+  const int64_t apart = (last - first) / R;
+  for (int64_t row = first; row < first + apart; row++) sparse_some<K, T, R>(job, row, apart);
+  for (int64_t row = first + R * apart; row < last; row++) sparse_some<K, T, 1>(job, row, 0);
+}
+
 template <class K, int T>
 void sparse_rows(const Job& job, int64_t first, int64_t last) {
-  const int64_t apart = K::rows == 2 ? (last - first) / 2 : 0;
-  for (int64_t row = first; row < first + apart; row++) sparse_some<K, T, K::rows>(job, row, apart);
-  for (int64_t row = first + 2 * apart; row < last; row++) sparse_some<K, T, 1>(job, row, 0);
+  const Matrix& m = *job.matrix;
+  if constexpr (K::rows == 2 && T == 1) {
+    if (4 * m.starts[m.out] > m.in * m.out) return side_by_side<K, T, STREAMS>(job, first, last);
+  }
+  side_by_side<K, T, K::rows>(job, first, last);
 }
 
 template <class K, int T>
@@ -126,36 +134,55 @@ void scaled_rows(const Job& job, int64_t first, int64_t last) {
   }
 }
 
-// The same for a dense bfloat16 matrix; K is made from 64 values that lie in memory.
-template <class K, int T>
-INLINE void dense_word(const uint16_t* weights, const typename K::Act* x, int64_t stride, int half, Sums<K, T> (&sums)[1]) {
-  const K words[1] = {K(weights)};
-  add_word<K, T, 1>(sums, words, x, stride, half);
+// The same for a dense bfloat16 matrix; K holds where 64 values lie.
+template <class K, int T, int R>
+INLINE void dense_word(const uint16_t* (&weights)[R], const typename K::Act* x, int64_t stride, int half, Sums<K, T> (&sums)[R]) {
+  K words[R];
+  for (int r = 0; r < R; r++) {
+    words[r].values = weights[r];
+    weights[r] += 64;
+  }
+  add_word<K, T, R>(sums, words, x, stride, half);
+}
+
+// R rows: `first` and those `apart` rows below each other. Several streams side by side are read faster than one.
+template <class K, int T, int R>
+INLINE void dense_some(const Job& job, int64_t first, int64_t apart) {
+  const Matrix& m = *job.matrix;
+  const typename K::Act* x = (const typename K::Act*)job.x;
+  const uint16_t* weights[R];
+  Sums<K, T> sums[R];
+  for (int r = 0; r < R; r++) {
+    weights[r] = (const uint16_t*)m.values + m.in * (first + r * apart);
+    sums[r].clear();
+  }
+  const int64_t whole = m.in / 64;
+  int64_t w = 0;
+  for (; w + 2 <= whole; w += 2) {
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int line = 0; line < 4; line++) fetch_shared((const char*)weights[r] + DENSE_AHEAD + 64 * line);
+    dense_word<K, T, R>(weights, x + 64 * w, job.stride, 0, sums);
+    dense_word<K, T, R>(weights, x + 64 * w + 64, job.stride, 1, sums);
+  }
+  if (w < whole) dense_word<K, T, R>(weights, x + 64 * w, job.stride, 0, sums);
+  if (m.in % 64) {
+    uint16_t rest[R][64] = {{0}};
+    for (int r = 0; r < R; r++) {
+      memcpy(rest[r], weights[r], 2 * (m.in % 64));
+      weights[r] = rest[r];
+    }
+    dense_word<K, T, R>(weights, x + 64 * whole, job.stride, 1, sums);
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) job.y[t * m.out + first + r * apart] = K::total(sums[r].sum(t));
 }
 
 template <class K, int T>
 void dense_rows(const Job& job, int64_t first, int64_t last) {
-  const Matrix& m = *job.matrix;
-  const typename K::Act* x = (const typename K::Act*)job.x;
-  const int64_t whole = m.in / 64;
-  for (int64_t row = first; row < last; row++) {
-    const uint16_t* weights = (const uint16_t*)m.values + m.in * row;
-    Sums<K, T> sums[1];
-    sums[0].clear();
-    int64_t w = 0;
-    for (; w + 2 <= whole; w += 2) {
-      UNROLL for (int line = 0; line < 4; line++) fetch((const char*)(weights + 64 * w) + DENSE_AHEAD + 64 * line);
-      dense_word<K, T>(weights + 64 * w, x + 64 * w, job.stride, 0, sums);
-      dense_word<K, T>(weights + 64 * w + 64, x + 64 * w + 64, job.stride, 1, sums);
-    }
-    if (w < whole) dense_word<K, T>(weights + 64 * w, x + 64 * w, job.stride, 0, sums);
-    if (m.in % 64) {
-      uint16_t rest[64] = {0};
-      memcpy(rest, weights + 64 * whole, 2 * (m.in % 64));
-      dense_word<K, T>(rest, x + 64 * whole, job.stride, 1, sums);
-    }
-    for (int t = 0; t < T; t++) job.y[t * m.out + row] = K::total(sums[0].sum(t));
-  }
+  constexpr int R = K::sums / (T * chains(T));
+  const int64_t apart = (last - first) / R;
+  for (int64_t row = first; row < first + apart; row++) dense_some<K, T, R>(job, row, apart);
+  for (int64_t row = first + R * apart; row < last; row++) dense_some<K, T, 1>(job, row, 0);
 }
 
 // E::word(bits, values, out) writes the 64 columns of a word.
@@ -183,8 +210,8 @@ void expand_rows(const Matrix& m, int64_t first, int64_t last, void* out) {
 
 // What a table of kernels begins with, by the classes Bf16, F16, F32, I8 and Dense, and Expand1, 2 and 4, of the file it stands in;
 // `bf16_in_order` is a class whose pieces hold their columns in order.
-#define FLOAT_KERNELS(name, bf16_layout, bf16_in_order)                                                                                                  \
-  name, runs,                                                                                                                             \
+#define FLOAT_KERNELS(name, bf16_layout, bf16_in_order)                                                                                     \
+  name, runs,                                                                                                                               \
       {TOKENS_1_TO_8(sparse_rows, Bf16), TOKENS_1_TO_8(sparse_rows, F16), TOKENS_1_TO_8(sparse_rows, F32), TOKENS_1_TO_8(scaled_rows, I8)}, \
-      {bf16_layout, PLAIN_F32, PLAIN_F32, PLAIN_F32}, {expand_rows<Expand1>, expand_rows<Expand2>, expand_rows<Expand4>},                 \
+      {bf16_layout, PLAIN_F32, PLAIN_F32, PLAIN_F32}, {expand_rows<Expand1>, expand_rows<Expand2>, expand_rows<Expand4>},                   \
       TOKENS_1_TO_8(dense_rows, Dense), {kept_rows<bf16_in_order>, kept_rows<F16>, kept_rows<F32>, kept_rows<I8>}
