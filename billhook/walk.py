@@ -145,12 +145,7 @@ def _walk(
                     stats.update(observer.stats())
                 if stream is not None and not drift:
                     stream.advance(block, own)
-                there = () if stream is None else stream.hidden
-                after = (
-                    After(None, (), predict)
-                    if index + 1 == len(blocks)
-                    else After(blocks[index + 1], [c[index + 1] for c in calls], predict)
-                )
+                there, after = () if stream is None else stream.hidden, _after(blocks, index, calls, predict)
                 yield Block(index, f"{name}.{index}", block, layers, hidden, stats, stages, own, there, after)
             if index + 1 < len(blocks):
                 if outputs is hidden:
@@ -158,6 +153,13 @@ def _walk(
                         hidden[i] = run_block(block, hidden[i], call)
                 hidden = outputs
                 check_outputs(hidden, f"{name}.{index}")
+
+
+def _after(blocks: nn.ModuleList, index: int, calls: Sequence[Sequence[Call]], predict: Callable[[Tensor], Tensor]) -> After:
+    """What follows block `index`."""
+    if index + 1 == len(blocks):
+        return After(None, (), predict)
+    return After(blocks[index + 1], [call[index + 1] for call in calls], predict)
 
 
 def _observe(block: nn.Module, hidden: States, calls: Sequence[Call], observer: Observer, dense: bool, spill_gib: float) -> States:
