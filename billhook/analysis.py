@@ -19,7 +19,7 @@ from billhook.errors import BillhookError
 from billhook.options import split_options
 from billhook.plan import SparsityPlan, load_plan
 from billhook.reports.charts import Axis, Series, chart
-from billhook.run.request import Request, open_request
+from billhook.run.request import Opened, Request, open_request
 from billhook.searching.heldout import split_windows, used_fields
 from billhook.searching.trials import Bench, Setting
 from billhook.walk import evaluating
@@ -33,12 +33,14 @@ def analyze(
     plans: Mapping[str, str | Path | SparsityPlan],
     *,
     progress: Callable[[str], None] = lambda plan: None,
+    begin: Callable[[Opened, Setting, list[float]], None] = lambda opened, setting, targets: None,
     **fields: Any,
 ) -> dict[str, Any]:
     """Return, for each of `plans` (name -> plan or file), the relative error after every block and the sparsity of every block.
 
     Keyword arguments are fields of `Request` (calibration, criterion, options, samples, length, ...). The model's weights are as
-    before afterwards. Raises BillhookError where there is no plan, or one does not fit the model.
+    before afterwards. `begin` is called with the model, how it is pruned and the plans' sparsities before anything is pruned. Raises
+    BillhookError where there is no plan, or one does not fit the model.
     """
     if not plans:
         raise BillhookError("Say which plans to compare: --plan plan.json, several times if you like.")
@@ -51,9 +53,11 @@ def analyze(
     for plan in loaded.values():
         plan.check(shapes)
     split = split_windows(opened, request.seed)
+    setting = Setting(request.criterion, options, request.group)
+    begin(opened, setting, [plan.target for plan in loaded.values()])
     ids = split.heldout[:WINDOWS]
     found = {}
-    with Bench(opened.model, opened.layers, split.batches, ids, Setting(request.criterion, options, request.group)) as bench:
+    with Bench(opened.model, opened.layers, split.batches, ids, setting) as bench:
         dense = block_outputs(opened.model, ids)
         for name, plan in loaded.items():
             bench.prune(plan)

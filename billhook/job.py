@@ -1,7 +1,7 @@
-"""The main job: a model directory in, a pruned model directory out, in three steps: plan, check, apply.
+"""The main job: a model directory in, a pruned model directory out, in three steps: check, decide, run.
 
-`prepare` does everything that can fail because of what was asked (names, options, plan, data, output place) and changes nothing;
-`run` applies the plan and writes the result. `prune` is both.
+`check` does everything that can fail because of what was asked (names, options, plan, data, output place), `decide` makes the plan where
+none was given; both change nothing and are together `prepare`. `run` applies the plan and writes the result. `prune` is all of it.
 """
 
 import shutil
@@ -13,32 +13,27 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from billhook.allocators import ALLOCATORS, AUTO, allocate, check_budget
+from billhook.allocators import AUTO, allocate
 from billhook.arch import find_layers
-from billhook.blocks.hidden import SPILL_GIB
 from billhook.blocks.streaming import stream_of
-from billhook.criteria import CRITERIA
-from billhook.disk.output import check_output
+from billhook.draft import Draft, check
 from billhook.errors import BillhookError, Interrupted
 from billhook.gradients.compute import compute_gradients
 from billhook.gradients.file import Gradients, open_gradients
 from billhook.measuring.measure import measure
 from billhook.metrics import fact
-from billhook.options import split_options
 from billhook.packed.packing import pack
 from billhook.parallel.ranks import gather, wait
 from billhook.parallel.torchrun import rank
-from billhook.plan import Pattern, SparsityPlan, load_plan
+from billhook.plan import SparsityPlan
 from billhook.pruning import LayerResult, prune_
 from billhook.refine import Refine
 from billhook.run.record import Job, Report, gradient_of, record
-from billhook.run.request import Opened, Request, calibration_facts, identity, open_request
+from billhook.run.request import Opened, Request, calibration_facts, open_request
 from billhook.run.save import save_pruned
-from billhook.run.state import check_place, compare, partial_folder
 from billhook.run.unfinished import GRADIENTS, Unfinished, unfinished
 from billhook.searching import automatic
 from billhook.searching.trials import Setting
-from billhook.stats import GRADIENTS as OF_GRADIENTS
 from billhook.table import Table
 from billhook.walk import Block
 
@@ -58,46 +53,22 @@ def prune(model: str | Path | PreTrainedModel, *, progress: Callable[[str], None
 
 def prepare(request: Request, progress: Callable[[str], None] = lambda layer: None) -> Job:
     """Check everything about a request, cheapest first; measure and allocate if the request asks for it."""
-    arithmetic = request.plan is None and request.allocator != AUTO
-    allocators = [request.allocator] if arithmetic else []
-    criterion_options, given = split_options(request.options, request.criterion, allocators, Request.__dataclass_fields__)
-    allocator_options = ALLOCATORS.configure(request.allocator, given) if arithmetic else {}
-    plan = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
-    table = Table.load(request.table) if isinstance(request.table, str | Path) else request.table
+    return decide(check(request), progress)
+
+
+def decide(draft: Draft, progress: Callable[[str], None] = lambda layer: None) -> Job:
+    """Measure and allocate, where there is no plan yet; check the plan."""
+    request, opened, plan, table = draft.request, draft.opened, draft.plan, draft.table
     if plan is None:
-        check_budget(request.sparsity, Pattern.parse(request.pattern))
-    elif table is not None or request.allocator != "uniform" or request.sparsity is not None or request.pattern != "unstructured":
-        raise BillhookError("A plan already says how much each layer loses: leave out sparsity, pattern, allocator and table.")
-    needed = () if plan or table else _columns(request, allocator_options)
-    needs, gradients = CRITERIA.needs(request.criterion, criterion_options), _given_gradients(request, criterion_options)
-    needs_text = any(gradients is None or name not in OF_GRADIENTS for name in needs) or any(fact(name).needs_text for name in needed)
-    needs_text = needs_text or request.refine != "none"
-    request, packed = _beside(request)
-    who = f"Pruning with {request.criterion} and {request.allocator}"
-    in_memory = request.allocator == AUTO or any(fact(name).reads == "trial" for name in needed)
-    streamed = request.output is not None and not in_memory
-    opened = open_request(request, needs_text, who, streamed=streamed)
-    asked = identity(request, opened, {**allocator_options, **criterion_options}, plan, table)
-    shapes = {layer.name: layer.shape for layer in opened.layers}
-    if gradients is not None:
-        gradients.check(gradient_of(request, criterion_options), shapes, opened.facts)
-    continued = unfinished_plan(request, opened, asked)
-    if continued is not None:
-        plan = continued
-    if plan is None:
-        table = measure_opened(opened, needed, progress) if table is None else _rows(table, opened)
-        plan = gather(_allocate(request, opened, table, allocator_options, criterion_options, progress))[0]  # sums differ in last bits
+        table = measure_opened(opened, draft.needed, progress) if table is None else _rows(table, opened)
+        made = _allocate(request, opened, table, draft.allocator_options, draft.criterion_options, progress)
+        plan = gather(made)[0]  # sums differ in last bits
     try:
-        plan.check(shapes)
+        plan.check({layer.name: layer.shape for layer in opened.layers})
     except BillhookError as error:
         chosen = request.plan is not None and (request.targets or request.ignore)
         raise BillhookError(f"{error} --targets and --ignore must choose exactly the plan's layers." if chosen else str(error)) from None
-    return Job(request, opened, plan, criterion_options, gradients, asked, packed)
-
-
-def _columns(request: Request, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The columns of the table that the request's allocator reads."""
-    return automatic.needs(request.criterion) if request.allocator == AUTO else ALLOCATORS.needs(request.allocator, options)
+    return Job(request, opened, plan, draft.criterion_options, draft.gradients, draft.identity, draft.packed)
 
 
 def _allocate(
@@ -113,44 +84,6 @@ def _allocate(
         return allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **options)
     setting = Setting(request.criterion, dict(criterion_options), request.group)
     return automatic.choose(opened, table, request.sparsity, request.pattern, setting, request.seed, progress=progress)
-
-
-def _beside(request: Request) -> tuple[Request, Path | None]:
-    """For a run whose result is packed: the request with a place beside the output instead, and the output; else as it is."""
-    if not request.pack or request.output is None:
-        return request, None
-    source = Path(request.model) if isinstance(request.model, str | Path) and Path(request.model).is_dir() else None
-    output = check_output(Path(request.output), source, overwrite=request.overwrite)
-    dense = output.with_name(f"{output.name}.dense")
-    if dense.exists():
-        raise BillhookError(
-            f"{dense} is in the way: the pruned model is written there before it is packed. Move it or delete it; "
-            f"if it is what a stopped run left, billhook pack {dense} -o {output} does the rest."
-        )
-    return replace(request, output=dense), output
-
-
-def unfinished_plan(request: Request, opened: Opened, asked: Mapping[str, Any]) -> SparsityPlan | None:
-    """The plan of the run that `request` is to continue, so that nothing is measured again; None when it begins one.
-
-    Raises BillhookError when that run was asked for something else than `asked`.
-    """
-    if not request.resume or request.output is None or opened.source is None:
-        return None
-    output = Path(request.output).expanduser().resolve()
-    state = check_place(output, resume=True, overwrite=request.overwrite)
-    if state is None:
-        return None
-    compare(state.identity, asked, partial_folder(output))
-    return SparsityPlan.from_json(state.plan, str(partial_folder(output)))
-
-
-def _given_gradients(request: Request, options: Mapping[str, Any]) -> Gradients | None:
-    if request.gradients is None:
-        return None
-    if not gradient_of(request, options):
-        raise BillhookError(f"The criterion {request.criterion} reads no gradients: leave --gradients out, or take criterion gblm.")
-    return request.gradients if isinstance(request.gradients, Gradients) else open_gradients(Path(request.gradients))
 
 
 def run(
@@ -260,13 +193,22 @@ def open_to_measure(request: Request, metrics: Sequence[str]) -> Opened:
 
 
 def make_gradients(
-    request: Request, statistic: str, path: Path, spill_gib: float = SPILL_GIB, progress: Callable[[str], None] = lambda layer: None
+    request: Request,
+    statistic: str,
+    path: Path,
+    progress: Callable[[str], None] = lambda layer: None,
+    begin: Callable[[Opened], None] = lambda opened: None,
 ) -> Gradients:
-    """Accumulate the gradients of a request's model on its calibration text and write them to `path`; see `compute_gradients`."""
+    """Accumulate the gradients of a request's model on its calibration text and write them to `path`; see `compute_gradients`.
+
+    `begin` is called with what was opened before the work starts.
+    """
     opened = open_request(request, True, "A gradient", streamed=True)
+    begin(opened)
     facts = {"model": opened.facts, "calibration": calibration_facts(opened)}
     layers, batches = opened.layers, opened.batches
-    return compute_gradients(opened.model, batches, statistic, path, layers=layers, facts=facts, spill_gib=spill_gib, progress=progress)
+    more: dict[str, Any] = {"facts": facts, "spill_gib": request.spill_gib, "progress": progress}
+    return compute_gradients(opened.model, batches, statistic, path, layers=layers, **more)
 
 
 def _rows(table: Table, opened: Opened) -> Table:

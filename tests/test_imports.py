@@ -24,8 +24,11 @@ PACKAGES = [name for name, path in FILES.items() if path.name == "__init__.py"]
 LIGHT = [
     *PACKAGES,
     *(name for name in sorted(FILES) if name.startswith(("billhook.allocators.", "billhook.cli."))),
-    *(f"billhook.{name}" for name in ("errors", "registry", "metrics", "table", "densities", "budget", "plan", "options", "costs")),
-    *(f"billhook.{name}" for name in ("disk.files", "parallel.torchrun", "reports.charts", "searching.knobs")),
+    *(f"billhook.{name}" for name in ("errors", "registry", "metrics", "table", "densities", "budget", "plan", "options")),
+    *(
+        f"billhook.{name}"
+        for name in ("costs.counts", "costs.prices", "disk.files", "parallel.torchrun", "reports.charts", "searching.knobs")
+    ),
     *(f"billhook.text.{name}" for name in ("stdlib", "hub", "corpus")),
 ]
 COMMANDS = ("prune", "measure", "plan", "eval", "verify", "pack", "unpack", "generate", "bench", "ls", "demo")

@@ -44,6 +44,7 @@ Preset = Annotated[str | None, typer.Option(help="Allocator, options and sparsit
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model. Read that code first.")]
 
 EVERY = 60.0  # seconds between lines of progress
+SPREAD = 1.25  # a range is told where its ends are further apart
 
 
 class Failure(Exception):
@@ -138,18 +139,36 @@ def parse_settings(pairs: list[str] | None) -> dict[str, str]:
 
 def announce(cost: Mapping[str, float]) -> None:
     """Tell what a job will cost, before it starts, and where less is free than it takes."""
-    from billhook.estimate import too_little
+    from billhook.costs.estimate import too_little
 
-    say(f"About {cost['seconds']:.0f} s, {cost['memory_gib']:.2f} GiB of memory, {cost['disk_gib']:.2f} GiB of disk.")
+    say(f"About {_times(cost)}, {cost['memory_gib']:.2f} GiB of memory, {cost['disk_gib']:.2f} GiB of disk.")
     if lacking := too_little(cost):
         say(f"note: {lacking}")
 
 
-def conclude(cost: Mapping[str, float], seconds: float) -> None:
-    """Tell what it did cost, beside the estimate."""
-    from billhook.estimate import peak_gib
+@contextmanager
+def estimated() -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Yields what to call with the estimate when work begins; at the end, tell what it did cost."""
+    from billhook.costs.estimate import peak_gib
 
-    say(f"It took {seconds:.1f} s (estimated {cost['seconds']:.0f}) and {peak_gib():.2f} GiB (estimated {cost['memory_gib']:.2f}).")
+    begun: list[tuple[Mapping[str, float], float]] = []
+
+    def begin(cost: Mapping[str, float]) -> None:
+        announce(cost)
+        begun.append((cost, time.perf_counter()))
+
+    yield begin
+    for cost, start in begun:
+        took = time.perf_counter() - start
+        say(f"It took {took:.1f} s (estimated {_times(cost)}) and {peak_gib():.2f} GiB (estimated {cost['memory_gib']:.2f}).")
+
+
+def _times(cost: Mapping[str, float]) -> str:
+    """The estimated time: a range where part of the work may end early; minutes or hours where it is long."""
+    least, most = cost["seconds_least"], cost["seconds"]
+    unit, length = next(((name, size) for name, size in (("h", 3600.0), ("min", 60.0)) if most >= 3 * size), ("s", 1.0))
+    shown = [f"{value / length:.{1 if value < 10 * length else 0}f}" for value in (least, most)]
+    return f"{shown[0]} to {shown[1]} {unit}" if most > SPREAD * least else f"{shown[1]} {unit}"
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from billhook.cli.common import (
     Settings,
     TrustRemoteCode,
     emit,
+    estimated,
     guarded,
     parse_settings,
     say,
@@ -64,6 +65,7 @@ def command(
         raise BillhookError("A comparison needs one MODEL, --data SOURCE to score, and --output DIR; or --runs DIR1 DIR2.")
     from billhook.comparison.grid import Grid, compare
     from billhook.comparison.views import caption, header_and_rows, write_views
+    from billhook.costs.estimate import estimate_comparison
 
     if sparsities and "unstructured" not in _names(patterns):
         raise BillhookError("An N:M pattern has its own sparsity: leave out --sparsities, or add unstructured to --patterns.")
@@ -76,10 +78,12 @@ def command(
         options=parse_settings(settings),
     )
     try:
-        found = compare(
-            models[0], grid, data, limit=limit, output=output, overwrite=overwrite, progress=say, **vars(text), **work.fields(),
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        with estimated() as begin:
+            found = compare(
+                models[0], grid, data, limit=limit, output=output, overwrite=overwrite, progress=say,
+                begin=lambda opened, windows, cells: begin(estimate_comparison(opened, windows.ids, cells, grid, work.device)),
+                **vars(text), **work.fields(), trust_remote_code=trust_remote_code,
+            )  # fmt: skip
     except KeyboardInterrupt:
         raise JobError(f"Stopped. What was done so far is in {output}: the same command goes on from there.") from None
     files = write_views(found)

@@ -14,6 +14,7 @@ from billhook.cli.common import (
     Targets,
     TrustRemoteCode,
     emit,
+    estimated,
     guarded,
     progress,
     say,
@@ -52,6 +53,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Accumulate the gradients of a model's loss on calibration text, one block in memory at a time."""
+    from billhook.costs.estimate import estimate_gradients
     from billhook.disk.files import check_writable
     from billhook.job import Request, make_gradients
     from billhook.stats import gradient_name
@@ -59,10 +61,11 @@ def command(
     check_writable(output)
     request = Request(
         model=model, **vars(text), seed=seed, targets=targets or (), ignore=ignore or (), device=device, dtype=dtype,
-        trust_remote_code=trust_remote_code,
+        spill_gib=spill_gib, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    with progress("gradients") as advance:
-        made = make_gradients(request, gradient_name(norm, mode), output, spill_gib, advance)
+    with estimated() as begin, progress("gradients") as advance:
+        start = lambda opened: begin(estimate_gradients(opened, device, spill_gib))  # noqa: E731
+        made = make_gradients(request, gradient_name(norm, mode), output, advance, start)
     say(f"{output}: {made.statistic} of {len(made)} layers over {made.about['samples']} windows.")
     if as_json:
         emit({"output": str(output), "statistic": made.statistic, "layers": len(made), "samples": made.about["samples"]})

@@ -1,6 +1,5 @@
 """`billhook measure`: fill the table that allocators read."""
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +8,8 @@ import typer
 from billhook.cli.common import (
     Json,
     TrustRemoteCode,
-    announce,
-    conclude,
     emit,
+    estimated,
     guarded,
     progress,
     say,
@@ -40,8 +38,8 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Measure every prunable layer and write table.json."""
+    from billhook.costs.estimate import estimate_table
     from billhook.disk.files import check_writable
-    from billhook.estimate import estimate_table
     from billhook.job import Request, measure_opened, open_to_measure
     from billhook.measuring.measure import metric_names, steps
     from billhook.parallel.ranks import joined
@@ -50,15 +48,13 @@ def command(
     names = metric_names(metrics)
     check_writable(output)
     request = Request(model=model, **vars(text), **work.fields(), trust_remote_code=trust_remote_code)
-    with joined(work.device):
+    with joined(work.device), estimated() as begin:
         opened = open_to_measure(request, names)
-        cost, start = estimate_table(opened, names, work.device), time.perf_counter()
-        announce(cost)
+        begin(estimate_table(opened, names, work.device))
         with progress("measuring", total=steps(names, len(opened.layers))) as advance:
             table = measure_opened(opened, names, advance)
         if not rank():
             table.save(output)
-        conclude(cost, time.perf_counter() - start)
     say(f"{output}: {len(table.rows)} layers, columns {', '.join([*table.columns(), *table.rows[0].curves])}.")
     if as_json:
         emit({"output": str(output), "layers": len(table.rows), "columns": table.columns()})

@@ -12,8 +12,8 @@ from billhook.cli.common import (
     Settings,
     TrustRemoteCode,
     announce,
-    conclude,
     emit,
+    estimated,
     guarded,
     parse_settings,
     patient,
@@ -25,6 +25,8 @@ from billhook.cli.groups import Text, Work, grouped
 
 if TYPE_CHECKING:
     from billhook.cli.events import Log
+    from billhook.costs.estimate import Said
+    from billhook.draft import Draft
     from billhook.job import Job, Report
     from billhook.pruning import LayerResult
 
@@ -83,8 +85,10 @@ def command(
     """Prune a model and write it as an ordinary Hugging Face directory."""
     from billhook.allocators import presets
     from billhook.cli.events import Log
+    from billhook.costs.estimate import estimate
+    from billhook.draft import check
     from billhook.errors import BillhookError
-    from billhook.job import Request, prepare
+    from billhook.job import Request
     from billhook.parallel.ranks import joined
 
     if output is None and not dry_run:
@@ -100,25 +104,35 @@ def command(
         **work.fields(), overwrite=overwrite, resume=resume, spill_gib=spill_gib, pack=pack, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     with joined(work.device), Log(log_file, resume) as log:
-        with progress("measuring") as advance:
-            job = prepare(request, advance)
+        draft = check(request)
+        cost = estimate(draft)
         if dry_run:
-            _show(job, as_json)
+            announce(cost)
+            _show(_decided(draft), cost, as_json)
             return
-        report = _run(job, log)
+        with estimated() as begin:
+            begin(cost)
+            report = _run(_decided(draft), cost, log)
     say(f"{report.output}: {report.sparsity:.4%} of {sum(x.n for x in report.layers):,} weights removed in {report.seconds:.1f} s.")
     say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
     if as_json:
         emit(report.to_json())
 
 
-def _run(job: "Job", log: "Log") -> "Report":
-    """Prune, with estimates before and what it really took after, and every step in the log."""
-    from billhook.estimate import estimate, peak_gib
+def _decided(draft: "Draft") -> "Job":
+    """The job with its plan."""
+    from billhook.job import decide
+
+    with progress("measuring") as advance:
+        return decide(draft, advance)
+
+
+def _run(job: "Job", cost: "Said", log: "Log") -> "Report":
+    """Prune, with every step in the log."""
+    from billhook.costs.estimate import peak_gib
     from billhook.job import run
 
-    cost, request = estimate(job), job.request
-    announce(cost)
+    request = job.request
     facts = {"model": job.opened.facts, "criterion": request.criterion, "pattern": str(job.plan.pattern), "target": job.plan.target}
     log.event("start", billhook=__version__, **facts, layers=len(job.opened.layers), resume=request.resume, estimate=cost)
 
@@ -130,21 +144,17 @@ def _run(job: "Job", log: "Log") -> "Report":
     for warning in report.warnings:
         say(f"note: {warning}")
         log.event("warning", text=warning)
-    conclude(cost, report.seconds)
     log.event("end", output=str(report.output), sparsity=report.sparsity, took=report.seconds, peak_gib=peak_gib())
     return report
 
 
-def _show(job: "Job", as_json: bool) -> None:
-    """Print the dry run: one row a layer, then the estimates."""
-    from billhook.estimate import estimate
-
-    cost, layers = estimate(job), job.opened.layers
+def _show(job: "Job", cost: "Said", as_json: bool) -> None:
+    """Print the dry run: one row a layer."""
+    layers = job.opened.layers
     if as_json:
         listed = {x.name: {"shape": list(x.shape), "sparsity": job.plan.sparsity[x.name]} for x in layers}
         emit({"layers": listed, "target": job.plan.target, "pattern": str(job.plan.pattern), "estimate": cost})
         return
-    announce(cost)
     rows = [[x.name, f"{x.shape[0]} x {x.shape[1]}", f"{job.plan.sparsity[x.name]:.4f}"] for x in layers]
     table("What would be pruned", ["layer", "out x in", "sparsity"], rows)
     say(

@@ -40,6 +40,7 @@ from billhook.table import Row, Table
 from billhook.text.windows import Windows, load_windows
 
 Progress = Callable[[str], None]
+Cell = tuple[str, float, str, str, int]  # pattern, sparsity, allocator, criterion, seed
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Grid:
             for sparsity in [None] if parsed.structured else dict.fromkeys(self.sparsities):
                 yield str(parsed), check_budget(sparsity, parsed)
 
-    def cells(self, first: int) -> Iterator[tuple[str, float, str, str, int]]:
-        """Every cell (pattern, sparsity, allocator, criterion, seed); what does not depend on the seed has only the `first`."""
+    def cells(self, first: int) -> Iterator[Cell]:
+        """Every cell; what does not depend on the seed has only the `first`."""
         for (pattern, sparsity), allocator, criterion in product(
             self.budgets(), dict.fromkeys(self.allocators), dict.fromkeys(self.criteria)
         ):
@@ -107,12 +108,14 @@ def compare(
     output: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = lambda line: None,
+    begin: Callable[[Opened, Windows, list[Cell]], None] = lambda opened, windows, cells: None,
     **fields: Any,
 ) -> Comparison:
     """Run a grid and score every cell on windows of `data`, at most `limit`; the model's weights are as before afterwards.
 
     `output` is a directory for compare.json, which is written after every cell, so that an interrupted comparison goes on; `fields` are
-    those of `Request` (calibration, samples, length, targets, ...). `progress` is given a line for each cell. Raises BillhookError
+    those of `Request` (calibration, samples, length, targets, ...). `progress` is given a line for each cell, `begin` the model, the
+    windows and the cells to run before anything is measured. Raises BillhookError
     for what cannot be done as asked, before anything is pruned, and where the directory holds another comparison.
     """
     grid.check()
@@ -122,11 +125,12 @@ def compare(
     opened = open_request(request, grid.reads_text(), "This comparison")
     windows = _windows(opened, request, data, limit)
     made = Comparison.open(None if output is None else Path(output), _identity(grid, request, opened, windows), overwrite)
+    cells = list(grid.cells(request.seed))
+    begin(opened, windows, [cell for cell in cells if not made.has(cell)])
     with _Bench(grid, request, opened, windows) as bench:
         if not made.dense:
             made.dense = evaluate(opened.model, windows).to_dict()
             made.write()
-        cells = list(grid.cells(request.seed))
         for number, cell in enumerate(cells, start=1):
             if not made.has(cell):
                 row = bench.run(cell)
@@ -194,7 +198,7 @@ class _Bench:
         for layer, weight in zip(self.layers, self._weights, strict=True):
             layer.weight.copy_(weight)
 
-    def run(self, cell: tuple[str, float, str, str, int]) -> dict[str, Any]:
+    def run(self, cell: Cell) -> dict[str, Any]:
         """Prune by one cell, score, and return its row of compare.json."""
         pattern, sparsity, allocator, criterion, seed = cell
         self._restore()

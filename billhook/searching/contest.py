@@ -18,7 +18,7 @@ from billhook.searching.knobs import Candidate, Outcome, Space, propose
 from billhook.searching.trials import Bench
 
 UNIFORM = Candidate("uniform", {})
-_FIRST = 4  # windows before a trial can be given up; doubled from there to its share of the held-out ones
+FIRST = 4  # windows before a trial can be given up; doubled from there to its share of the held-out ones
 _ERRORS = 2.0  # standard errors by which a trial must be worse to be given up
 
 
@@ -45,7 +45,7 @@ class Budget:
 
 def trial_windows(heldout: int) -> int:
     """How many of the held-out windows a trial that is not given up is scored on."""
-    return max(min(_FIRST, heldout), heldout // 4)
+    return max(min(FIRST, heldout), heldout // 4)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Contest:
         run = Run(candidate, [], [], False)
         while not run.stopped and len(run.kl) < last:
             done = len(run.kl)
-            losses = self.bench.losses(done, min(max(2 * done, _FIRST), last))
+            losses = self.bench.losses(done, min(max(2 * done, FIRST), last))
             run = replace(run, kl=run.kl + losses.kl, nll=run.nll + losses.nll)
             if best is not None and len(run.kl) < last:
                 run = replace(run, stopped=self._behind(run, best))

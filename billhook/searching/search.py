@@ -72,6 +72,7 @@ def search(
     save_model: bool = True,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda line: None,
+    begin: Callable[["Task"], None] = lambda task: None,
     **fields: Any,
 ) -> Found:
     """Find the allocator and the knob that lose least on held-out calibration windows; the model's weights are as before afterwards.
@@ -80,9 +81,9 @@ def search(
     time ("5m"); `objective` is "kl" (divergence from the dense model) or "ppl"; `grid` tries the published values;
     `finalists` is how many of each allocator's best trials are pruned properly beside uniform; `output` is a directory for search.json,
     plan.json, search.svg, and unless not `save_model` the pruned winner, model/; a search that was interrupted
-    goes on from there. `progress` is given a line for each trial. Further keyword arguments are fields of `Request` (calibration,
-    samples, length, criterion, pattern, seed, ...); `options` are the criterion's and the allocators'. Raises BillhookError for
-    what cannot be done as asked, before anything is written.
+    goes on from there. `progress` is given a line for each trial, `begin` the checked task before anything is measured. Further keyword
+    arguments are fields of `Request` (calibration, samples, length, criterion, pattern, seed, ...); `options` are the criterion's and the
+    allocators'. Raises BillhookError for what cannot be done as asked, before anything is written.
     """
     limit = Budget.parse(budget)
     if finalists < 1:
@@ -97,6 +98,7 @@ def search(
     place = folder / MODEL if folder is not None and save_model else None
     if place is not None:
         task.check_place(place)
+    begin(task)
     task.check_plans()
     contest = Contest(task.space, task.bench, journal, task.objective, task.plan, progress)
     with task.bench:
@@ -129,24 +131,27 @@ class Task:
         self.request = request
         criterion_options, given = split_options(request.options, request.criterion, names)
         setting = Setting(request.criterion, criterion_options, request.group)
-        opened = open_request(request, True, "A search")
+        self.opened = opened = open_request(request, True, "A search")
         self.split = split_windows(opened, request.seed)
         blocks = len({layer.block for layer in opened.layers})
         self.space = Space(names, given, blocks, self.target, grid)
         self.space.check()
         self.bench = Bench(opened.model, opened.layers, self.split.batches, self.split.heldout, setting)
         self.identity = _identity(request, opened, self.split, self.space, setting, objective)
-        self._opened = opened
         self._table: Table | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that the allocators read."""
+        needs = (ALLOCATORS.needs(c.allocator, c.options) for c in self.space.candidates())
+        return list(dict.fromkeys(name for names in needs for name in names))
 
     @property
     def table(self) -> Table:
         """What the allocators read, measured when the first plan is made."""
         if self._table is None:
-            needs = (ALLOCATORS.needs(c.allocator, c.options) for c in self.space.candidates())
-            columns = list(dict.fromkeys(name for names in needs for name in names))
-            opened = self._opened
-            self._table = measure(opened.model, columns, batches=self.split.batches, layers=opened.layers, facts=opened.facts)
+            opened = self.opened
+            self._table = measure(opened.model, self.columns, batches=self.split.batches, layers=opened.layers, facts=opened.facts)
         return self._table
 
     def plan(self, candidate: Candidate) -> SparsityPlan:
@@ -160,7 +165,7 @@ class Task:
 
     def check_place(self, place: Path) -> None:
         """Raise BillhookError or JobError if a model could not be written to `place`, whose folder may be made yet."""
-        source = self._opened.source
+        source = self.opened.source
         needed = sum(file.stat().st_size for file in weight_files(source)) if source else 0
         check_output(place if place.parent.is_dir() else place.parent, source, overwrite=True, needed=needed)
 
@@ -169,7 +174,7 @@ class Task:
         ids = torch.cat(self.split.batches)
         facts = self.split.facts
         half = Tokens(ids, facts["source"], facts["calibration"]["digest"], facts["sampling"])
-        opened = replace(self._opened, calibration=half, batches=self.split.batches)
+        opened = replace(self.opened, calibration=half, batches=self.split.batches)
         job = Job(self.request, opened, plan, self.bench.setting.options)
         search = {"objective": self.objective, "heldout": facts["heldout"]}
         asked = {"plan": plan.to_json(), "made_by": {**record(job, [])["made_by"], "search": search}}
