@@ -103,7 +103,7 @@ def prune_(
     plan.check(shapes)
     reads_text = observed or (gradient and gradients is None) or refine
     batches = _checked(model, batches, "--refine" if refine else f"The criterion {criterion}") if reads_text else []
-    refinery = None if refine is None else Refinery(refine, calls_of_one(model, batches[0]), spill_gib)
+    refinery = None if refine is None else Refinery(refine, calls_of_one(model, batches), spill_gib)
     zeros: dict[str, int] = plan.zeros(shapes)
     results: list[LayerResult] = []
     with _open_gradients(model, batches, gradient, gradients, layers, progress) as found:

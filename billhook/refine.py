@@ -8,13 +8,14 @@ Adam on minibatches of windows; its step falls as a cosine, from `rate` times th
 in eight is held out, the weights of the epoch with the least loss there are kept, and `PATIENCE` epochs without a new least end it. A
 block whose held-out loss did not fall, in the model's own type, gets back the weights it had.
 
-Wanda++ (arXiv:2503.04992) and EBFT (arXiv:2402.12419) tune blocks on their own outputs. In memory: one block four times in float32, the
-next one once, the inputs, the targets and, unless `aim` is 0, the dense model's outputs. It does not look past the next block, and it
+Wanda++ (arXiv:2503.04992) and EBFT (arXiv:2402.12419) tune blocks on their own outputs. In memory: one block six times in float32, the
+next one once, what a pass of four windows through both leaves for the way back, the inputs, the targets and, unless `aim` is 0, the dense
+model's outputs. It does not look past the next block, and it
 needs a few thousand tokens: with less it fits the text rather than the block.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -36,7 +37,7 @@ HELD_OUT = 8  # one window of so many
 LEAST = 8  # windows
 PATIENCE = 4
 _WINDOWS = 4  # in a step
-_TOKENS = 512  # whose predictions are in memory at once
+PREDICTED = 512  # tokens whose predictions are in memory at once
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Refined:
 class Refinery:
     """Tunes the blocks of one walk in order: `note(block)` while a block is still dense, `refine_(block)` once it is pruned."""
 
-    def __init__(self, options: Refine, one: Sequence[Call], spill_gib: float = SPILL_GIB) -> None:
-        """`one` are the calls of all blocks for a single window. BillhookError for several processes: each has a part of the text."""
+    def __init__(self, options: Refine, one: Mapping[int, Sequence[Call]], spill_gib: float = SPILL_GIB) -> None:
+        """`one` are the calls of all blocks for a single window, by its length. BillhookError for several processes: each has some text."""
         if world() > 1:
             raise BillhookError("Blocks cannot be refined by several processes yet: run without torchrun, or leave --refine out.")
         self.options = options
@@ -98,7 +99,8 @@ class Refinery:
         windows = sum(len(h) for h in self._targets)
         if windows < LEAST:
             return f"block {block.index} is not refined: {windows} calibration windows are fewer than {LEAST}"
-        data = Data(block.inputs, self._targets, block.calls, self._one[block.index : block.index + 2], block.after)
+        one = {length: calls[block.index : block.index + 2] for length, calls in self._one.items()}
+        data = Data(block.inputs, self._targets, block.calls, one, block.after)
         done = refine_block_(block.module, data, tunable(block.module, block.layers, self.options.everything), self.options, block.index)
         return f"block {block.index} refined: loss {done.before:.4g} -> {done.after:.4g} on held-out windows after {done.epochs} epochs"
 
@@ -108,13 +110,13 @@ class Data:
     """Inputs of a block, [windows, tokens, width] a batch, and the arguments of each batch's call; what follows the block, and what that
     should make of its outputs (after the last block: the outputs themselves), [windows, tokens, width].
 
-    `one` is the call of the block for a single window, and, if there is one, that of the next block.
+    `one` are, by the length of a window, the call of the block for a single one, and, if there is one, that of the next block.
     """
 
     inputs: Sequence[Tensor] | States
     targets: Sequence[Tensor] | States
     calls: Sequence[Call]
-    one: Sequence[Call]
+    one: Mapping[int, Sequence[Call]]
     after: After
 
     def sizes(self) -> list[int]:
@@ -126,10 +128,11 @@ class Data:
         batch, rows = piece
         index = torch.tensor(rows)
         inputs, targets = (h[batch][index].to(next(module.parameters()).dtype) for h in (self.inputs, self.targets))
-        outputs = run_block(module, inputs, self.calls[batch].part(index, self.one[0], inputs.dtype))
+        one = self.one[inputs.shape[1]]
+        outputs = run_block(module, inputs, self.calls[batch].part(index, one[0], inputs.dtype))
         if self.after.module is None:
             return _divergence(outputs, targets, self.after.predict)
-        outputs = run_block(self.after.module, outputs, self.after.calls[batch].part(index, self.one[1], inputs.dtype))
+        outputs = run_block(self.after.module, outputs, self.after.calls[batch].part(index, one[1], inputs.dtype))
         outputs, targets = outputs.float(), targets.float()
         return (outputs - targets).square().sum() / targets.square().sum().clamp_min(1e-30)
 
@@ -142,7 +145,7 @@ def _divergence(outputs: Tensor, targets: Tensor, predict: Callable[[Tensor], Te
         log_q, log_p = predict(ours).float().log_softmax(-1), predict(theirs).float().log_softmax(-1)
         return functional.kl_div(log_q, log_p.detach(), reduction="sum", log_target=True)
 
-    tokens = max(1, _TOKENS // len(outputs))
+    tokens = max(1, PREDICTED // len(outputs))
     parts = [checkpoint(part, *both, use_reentrant=False) for both in zip(outputs.split(tokens, 1), targets.split(tokens, 1), strict=True)]
     return torch.stack(parts).sum() / outputs[..., 0].numel()
 
@@ -202,6 +205,7 @@ def _descend(
     best, least, bad = [p.detach().clone() for p in parameters], _mean_loss(module, data, held), 0
     rates = [options.rate * float(p.detach().square().mean().sqrt()) for p in parameters]
     adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
+    scale = 2.0 ** math.ceil(math.log2(_WINDOWS * max(data.one)))  # a token's share of the loss is lost in a float16 head
     steps, step = options.epochs * len(_minibatches(train, torch.Generator())), 0
     for epoch in range(1, options.epochs + 1):  # noqa: B007
         for pieces in _minibatches(train, random):
@@ -212,9 +216,10 @@ def _descend(
             windows = sum(len(rows) for _, rows in pieces)
             with torch.enable_grad(), _requiring(module, parameters):
                 losses = [data.loss(module, piece) * (len(piece[1]) / windows) for piece in pieces]
-                gradients = torch.autograd.grad(torch.stack(losses).sum(), parameters, allow_unused=True)
+                gradients = torch.autograd.grad(torch.stack(losses).sum() * scale, parameters, allow_unused=True)
             for (p, mask), gradient in zip(tuned, gradients, strict=True):
-                p.grad = None if gradient is None else gradient * mask  # Adam never moves what never had a gradient
+                p.grad = None if gradient is None else gradient.mul_(mask).div_(scale)  # Adam never moves what never had a gradient
+            del gradients
             adam.step()
         loss = _mean_loss(module, data, held)
         bad = 0 if loss < least else bad + 1

@@ -250,10 +250,11 @@ def without_routers(model: PreTrainedModel) -> dict[str, bool]:
 
 
 @torch.no_grad()
-def calls_of_one(model: PreTrainedModel, ids: Tensor) -> list[Call]:
-    """The calls of all blocks for the first window of `ids` [windows, length] alone."""
+def calls_of_one(model: PreTrainedModel, batches: Sequence[Tensor]) -> dict[int, list[Call]]:
+    """By length, the calls of all blocks for a single window of that many tokens; `batches` are token ids [windows, length]."""
+    blocks, lengths = find_blocks(model)[1], {ids.shape[1]: ids[:1] for ids in batches}
     with plain_experts(model), evaluating(model):
-        return capture(model, find_blocks(model)[1], [ids[:1]], [])[0][0]
+        return {length: capture(model, blocks, [ids], [])[0][0] for length, ids in lengths.items()}
 
 
 def _share(call: Call, previous: Call | None) -> Call:

@@ -7,7 +7,8 @@ temperature 1 from the whole distribution, until it is as long as a window or th
 and cut into windows, as the text of a file is. It knows nothing of what else the model will be asked: text of the real use, where there
 is some, belongs beside it.
 
-The model is in memory as a whole, and takes a forward pass for every position of a window.
+The model is in memory as a whole. A batch of documents takes a forward pass for every position; there are up to `_BATCH` in one, as many
+as have keys and values no larger than the model itself.
 """
 
 import json
@@ -31,7 +32,8 @@ from billhook.walk import evaluating
 
 Progress = Callable[[str], None]  # called for every position of a batch of documents
 _BATCH = 64  # documents at once, at most
-_CACHE_BYTES = 1 << 30  # of keys and values
+_EMPTY = 256  # documents in a row with nothing in them, after which there will be none
+_CACHE_BYTES = 1 << 30  # of keys and values, or those of the model if it is larger
 
 
 @dataclass(frozen=True)
@@ -81,35 +83,40 @@ def make_text(task: Task, path: Path, progress: Progress = lambda position: None
     return made
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def write_windows(
     model: PreTrainedModel, windows: int, length: int, *, seed: int = 0, progress: Progress = lambda position: None
 ) -> Tensor:
     """Let the model write text: token ids int64 [windows, length] on the CPU. Same model, seed and machine, same ids.
 
     Raises BillhookError for a model that names neither a start token nor an end token and for windows longer than its context, JobError
-    where its predictions are not finite.
+    where its predictions are not finite or end every document before it begins.
     """
     if windows < 1 or length < 2:
         raise BillhookError(f"The model must write at least 1 window of at least 2 tokens, got windows={windows}, length={length}.")
     check_length(model.config, length)
     start, ends = _marks(model)
     random = torch.Generator(model.device).manual_seed(seed)
-    flat: list[int] = []
+    flat, empty = list[int](), 0
     with evaluating(model), quiet():
         while (missing := windows * length - len(flat)) > 0:
             count = min(_documents_at_once(model, length), -(-missing // length))
-            for document in _documents(model, start, count, length, random, progress).tolist():
-                flat += document[: next((at for at in range(1, length) if document[at] in ends), length)]
+            documents = _documents(model, (start, ends), (count, length), random, progress).tolist()
+            found = [document[: next((at for at, token in enumerate(document) if at and token in ends), length)] for document in documents]
+            empty = empty + len(found) if max(map(len, found)) == 1 else 0
+            if empty >= _EMPTY:
+                raise JobError("The model ends its text before it begins, so it cannot write any: give it real text with --calibration.")
+            flat += [token for document in found for token in document]
     return torch.tensor(flat[: windows * length]).view(windows, length)
 
 
 def _documents_at_once(model: PreTrainedModel, length: int) -> int:
-    """So many that their keys and values are within `_CACHE_BYTES`."""
+    """So many that their keys and values are within `_CACHE_BYTES` or the model's own size."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return max(1, min(_BATCH, _CACHE_BYTES // (2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * length)))
+    room = max(_CACHE_BYTES, sum(p.numel() * p.element_size() for p in model.parameters()))
+    return max(1, min(_BATCH, room // (2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * length)))
 
 
 def _marks(model: PreTrainedModel) -> tuple[int, set[int]]:
@@ -123,11 +130,14 @@ def _marks(model: PreTrainedModel) -> tuple[int, set[int]]:
     return (starts + known)[0], set(known)
 
 
-def _documents(model: PreTrainedModel, start: int, count: int, length: int, random: torch.Generator, progress: Progress) -> Tensor:
-    """`count` documents of `length` tokens [count, length], drawn token by token."""
-    token = torch.full((count, 1), start, device=model.device)
-    ids, past = [token], None
-    for position in range(1, length):
+def _documents(
+    model: PreTrainedModel, marks: tuple[int, set[int]], shape: tuple[int, int], random: torch.Generator, progress: Progress
+) -> Tensor:
+    """Documents [count, length], drawn token by token, or shorter where all of them have ended; what follows an end means nothing."""
+    token = torch.full((shape[0], 1), marks[0], device=model.device)
+    ends = torch.tensor(sorted(marks[1]), dtype=torch.int64, device=model.device)
+    ids, past, ended = [token], None, torch.zeros_like(token, dtype=torch.bool)
+    for position in range(1, shape[1]):
         step = model(input_ids=token, past_key_values=past, use_cache=True)
         past = step.past_key_values
         likely = step.logits[:, -1].float().softmax(-1)
@@ -136,4 +146,7 @@ def _documents(model: PreTrainedModel, start: int, count: int, length: int, rand
         token = torch.multinomial(likely, 1, generator=random)
         ids.append(token)
         progress(f"token {position}")
+        ended |= torch.isin(token, ends)
+        if ended.all():
+            break
     return torch.cat(ids, 1).cpu()

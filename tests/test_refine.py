@@ -64,7 +64,7 @@ def test_a_block_is_only_replaced_by_a_better_one(dtype: torch.dtype) -> None:
         # noise has nothing to be learnt, and a rate of 1 spoils any block
         result = refine_block_(
             block.module,
-            Data(block.inputs, targets, block.calls, calls_of_one(model, text()[0]), block.after),
+            Data(block.inputs, targets, block.calls, calls_of_one(model, text()), block.after),
             parameters,
             Refine(epochs=2, rate=30.0),
         )
@@ -92,13 +92,12 @@ def outputs_of_blocks(model: torch.nn.Module, ids: torch.Tensor, given: dict[int
 
 @pytest.mark.parametrize("build", [tiny.llama, tiny.mixtral])
 def test_the_loss_is_taken_behind_what_follows_the_block(build, monkeypatch) -> None:
-    monkeypatch.setattr("billhook.refine._TOKENS", 7)
+    monkeypatch.setattr("billhook.refine.PREDICTED", 7)
     model, ids = build(), torch.cat(text(3))[:3]
     for block in walk(model, [ids], dense=True):
+        one = {24: calls_of_one(model, [ids])[24][block.index : block.index + 2]}
         targets = torch.randn(3, 24, 32, generator=torch.Generator().manual_seed(block.index))
-        loss = Data(block.inputs, [targets], block.calls, calls_of_one(model, ids)[block.index : block.index + 2], block.after).loss(
-            block.module, (0, [2, 0])
-        )
+        loss = Data(block.inputs, [targets], block.calls, one, block.after).loss(block.module, (0, [2, 0]))
         here = outputs_of_blocks(model, ids, {})[block.index + 1][[2, 0]]
         if block.index + 1 < len(model.model.layers):
             there = targets[[2, 0]]
@@ -108,6 +107,28 @@ def test_the_loss_is_taken_behind_what_follows_the_block(build, monkeypatch) -> 
             log_p, log_q = there.log_softmax(-1), here.log_softmax(-1)
             expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_windows_of_several_lengths() -> None:
+    model, batches = tiny.llama(), [torch.cat(text(9)), torch.cat(text(8))[:, :12], torch.cat(text(5)).repeat(1, 2)]
+    results = prune_(model, allocate(measure(model, []), 0.6), batches=batches, refine=Refine(epochs=2, rate=0.01))
+    losses = [note.split("loss ")[1].split(" on ")[0].split(" -> ") for r in results for note in r.notes]
+    assert any(float(after) < float(before) for before, after in losses)
+
+
+def test_gradients_behind_a_head_in_float16_are_not_lost(monkeypatch) -> None:
+    def tuned(dtype: torch.dtype) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = tiny.llama(num_hidden_layers=1, vocab_size=4096).to(dtype)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(0.01)  # predictions nearly even, so that gradients are small
+        plan = allocate(measure(model, []), 0.6)
+        prune_(model, plan, criterion="magnitude", batches=[torch.cat(text(33))], refine=Refine(epochs=1, rate=0.01))
+        return find_layers(model)[0].weight.float()
+
+    before = find_layers(tiny.llama(num_hidden_layers=1, vocab_size=4096))[0].weight
+    wide, narrow = (tuned(dtype) - before * (tuned(dtype) != 0) for dtype in (torch.float32, torch.float16))
+    assert torch.nn.functional.cosine_similarity(wide.flatten(), narrow.flatten(), dim=0) > 0.9
 
 
 def test_only_the_block_itself_is_tuned() -> None:

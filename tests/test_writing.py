@@ -7,7 +7,7 @@ from command import done, listing, refused, workplace
 from families import CONFIGS, build
 from safetensors.torch import load_file, safe_open
 
-from billhook import BillhookError, JobError, load_calibration, load_model, write_windows
+from billhook import BillhookError, JobError, allocate, load_calibration, load_model, measure, prune_, write_windows
 from billhook.disk.checkpoint import load_tokenizer
 
 
@@ -79,6 +79,22 @@ def test_an_end_token_begins_where_there_is_no_other() -> None:
     model.config.eos_token_id = None
     with pytest.raises(BillhookError, match="neither bos_token_id nor eos_token_id"):
         write_windows(model, 1, 4)
+
+
+def test_documents_that_end_early_cost_no_more_passes() -> None:
+    model, passes = tiny.llama(), []
+    model.config.eos_token_id, model.generation_config = list(range(200)), None
+    model.register_forward_hook(lambda *_: passes.append(1))
+    write_windows(model, 4, 100)
+    assert len(passes) < 600  # and not 99 for every four documents
+    model.config.eos_token_id = list(range(258))
+    with pytest.raises(JobError, match="before it begins"):
+        write_windows(model, 4, 100)
+
+
+def test_what_was_written_can_be_differentiated_through() -> None:
+    model = tiny.llama()
+    prune_(model, allocate(measure(model, []), 0.5), criterion="gblm", batches=write_windows(model, 4, 16))
 
 
 def test_what_is_refused() -> None:

@@ -19,7 +19,7 @@ from billhook.criteria import CRITERIA
 from billhook.criteria.admm import RAMP, default_steps
 from billhook.measuring.error_curves import FEW, ROWS, TRIED
 from billhook.metrics import CURVES, fact, options_of
-from billhook.refine import PATIENCE, Refine
+from billhook.refine import LEAST, PATIENCE, PREDICTED, Refine
 from billhook.searching.contest import FIRST, Budget, trial_windows
 from billhook.searching.loss_shares import WINDOWS as SHARED
 from billhook.searching.predictions import KEPT
@@ -114,12 +114,21 @@ def prune(
     """Pruning by a plan, refining after each block, and writing the result."""
     method = method_of(criterion, options, given=given, sparsity=case.sparsity, early=case.early)
     tuned: Iterable[Count] = ()
+    refine = refine and case.text.windows >= LEAST
     if refine:
         method = replace(method, beside=True)
         tuned = counts.refine(case.sizes, case.text, PATIENCE if case.early else Refine.epochs)
-    extra = 5 * 4 * case.sizes.block_bytes / case.sizes.itemsize if refine else 0.0
-    extra += min(2 * case.text.tokens * case.sizes.width * case.sizes.itemsize, 2 * case.spill) if refine else 0.0
+    extra = _tuning(case) if refine else 0.0
     yield case.phase(method, tuned, counts.written(case.sizes) if write else (), extra=extra)
+
+
+def _tuning(case: Case) -> float:
+    """Bytes held while a block is refined: its weights six times and the next block's once in float32, what a step's way back needs of both
+    or of predictions, and states of the text twice more."""
+    sizes, tokens = case.sizes, min(case.text.windows, counts.STEP) * case.text.length
+    weights = sizes.block_bytes / sizes.itemsize
+    kept = max(2 * OUTPUTS * weights / sizes.width * tokens, OUTPUTS * sizes.vocabulary * min(tokens, PREDICTED))
+    return 4 * (7 * weights + kept) + min(2 * case.text.tokens * sizes.width * sizes.itemsize, 2 * case.spill)
 
 
 def write(case: Case) -> Phase:
