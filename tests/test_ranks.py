@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from billhook.blocks import streaming
 from billhook.cli import main
 from billhook.parallel import heartbeat
 from billhook.run import unfinished
@@ -236,6 +237,31 @@ def test_a_process_that_fails_tells_the_others_why(place):
     assert "Process 1 of 2 failed: [Errno 5] Input/output error" in ran.said[0].splitlines()[-1]
     assert re.search(r"[12] of 2 blocks are finished and kept in", ran.said[0].splitlines()[-1])
     continued(place, "failed")
+
+
+def test_the_directory_keeps_its_name_while_a_slower_process_reads_it(place):
+    """A run whose blocks are all finished is continued; process 1 takes its time to pass through them."""
+
+    def fail(self, record):
+        raise OSError(5, "Input/output error")
+
+    def failing() -> None:
+        unfinished.Unfinished.complete = fail
+
+    def slow() -> None:
+        real = streaming.Stream.load
+
+        def load(self, index, stored):
+            time.sleep(os.environ["RANK"] == "1")
+            real(self, index, stored)
+
+        streaming.Stream.load = load
+
+    ran = together(place, 2, *PRUNE, "-o", "slow", before=failing)
+    assert ran.codes == [1, 1]
+    assert "2 of 2 blocks are finished and kept in" in ran.said[0]
+    assert together(place, 2, *PRUNE, "-o", "slow", "--resume", before=slow).codes == [0, 0]
+    assert weights(place / "slow").keys() == weights(whole(place)).keys()
 
 
 def test_a_process_that_falls_silent_ends_the_others(place):

@@ -92,7 +92,8 @@ class Unfinished:
         return name in self.state.files
 
     def complete(self, record: Mapping[str, Any]) -> None:
-        """Write all that is left and give the directory its name."""
+        """Write all that is left and give the directory its name, once no process reads from it any more."""
+        wait()
         if not rank():
             complete(self.stream.model, self.source, self.folder, record)
             flush(self.folder)
