@@ -1,6 +1,8 @@
-"""Compiles the kernels of `billhook.runtime` where a C++ compiler is found; without one the install succeeds and plain torch multiplies.
+"""Compiles the kernels of `billhook.runtime` where a C++ compiler is found; without one the install succeeds and plain
+torch multiplies.
 
-They are an ordinary shared library with a C surface, loaded by ctypes: independent of the version of Python and of torch.
+They are an ordinary shared library with a C surface, loaded by ctypes: independent of the version of Python and of
+torch.
 """
 
 import os
@@ -12,7 +14,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("billhook", "runtime", "csrc")
-# No -march: which instructions may be used is decided where the library runs. No -ffast-math: the order of sums is ours.
+# No -march: which instructions may be used is decided where the library runs. No -ffast-math: the order of sums is
+# ours.
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
 

@@ -1,9 +1,10 @@
 """What `--allocator auto` costs and gains: its time in prunes with the same criterion, and the loss on held-out text.
 
-    python benchmarks/auto.py [--model ../shared/models/babyllama-105 --tokens ../shared/golden/babyllama-105] [--sparsity 0.6]
+    python benchmarks/auto.py [--model ../shared/models/babyllama-105 --tokens ../shared/golden/babyllama-105]
+    [--sparsity 0.6]
 
-Without --model the bundled model and Python source. `cost` is the processor time of measuring and choosing over that of one prune; gain is
-excess log-perplexity over the dense model's, uniform and auto.
+Without --model the bundled model and Python source. `cost` is the processor time of measuring and choosing over that of
+one prune; gain is excess log-perplexity over the dense model's, uniform and auto.
 """
 
 import argparse
@@ -32,7 +33,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.tokens:
-        calibration, text = (load_file(options.tokens / f"{part}.safetensors")["tokens"].long() for part in ("calibration", "evaluation"))
+        calibration, text = (
+            load_file(options.tokens / f"{part}.safetensors")["tokens"].long() for part in ("calibration", "evaluation")
+        )
     else:
         asked = {"samples": 32, "length": 256}
         calibration, text = (
@@ -43,7 +46,10 @@ def main() -> None:
     times, losses = {}, {}
     for allocator in ("uniform", "auto"):
         request = Request(
-            load_model(options.model, dtype="float32"), options.sparsity, criterion=options.criterion, calibration=calibration
+            load_model(options.model, dtype="float32"),
+            options.sparsity,
+            criterion=options.criterion,
+            calibration=calibration,
         )
         start = time.process_time()
         job = prepare(replace(request, allocator=allocator))
@@ -60,7 +66,8 @@ def main() -> None:
     print(f"cost: {times['auto'][0]:.1f} s = {times['auto'][0] / one:.2f} prunes of {one:.1f} s")
     gain = 1 - losses["auto"] / losses["uniform"]
     print(
-        f"excess: uniform {losses['uniform']:.4f} ({math.exp(dense + losses['uniform']):.3f}), auto {losses['auto']:.4f}: {gain:.0%} less"
+        f"excess: uniform {losses['uniform']:.4f} ({math.exp(dense + losses['uniform']):.3f}), auto "
+        f"{losses['auto']:.4f}: {gain:.0%} less"
     )
 
 

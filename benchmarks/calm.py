@@ -1,7 +1,8 @@
 """Time variants in turns, keeping only rounds during which no other process used the machine.
 
-Two threads that meet at a barrier lose milliseconds when a third process takes one of two cores, so a round is thrown away when other
-processes had more than a tenth of a core during it. Where the system does not tell (`/proc/stat`), every round counts.
+Two threads that meet at a barrier lose milliseconds when a third process takes one of two cores, so a round is thrown
+away when other processes had more than a tenth of a core during it. Where the system does not tell (`/proc/stat`),
+every round counts.
 """
 
 import os
@@ -23,11 +24,13 @@ def _others_s() -> float:
     return user + nice + system + interrupts + soft + steal - time.process_time()
 
 
-def rounds(variants: dict[str, Callable[[int], object]], wanted: int, limit_s: float) -> tuple[dict[str, list[float]], int]:
+def rounds(
+    variants: dict[str, Callable[[int], object]], wanted: int, limit_s: float
+) -> tuple[dict[str, list[float]], int]:
     """Seconds of every variant in every calm round, and how many rounds were thrown away.
 
-    A variant is called with a number that counts up, to pick one of several copies of its data. When the time limit comes first, what
-    was calm by then is returned; if nothing was, all rounds are.
+    A variant is called with a number that counts up, to pick one of several copies of its data. When the time limit
+    comes first, what was calm by then is returned; if nothing was, all rounds are.
     """
     calm: dict[str, list[float]] = {name: [] for name in variants}
     disturbed: dict[str, list[float]] = {name: [] for name in variants}

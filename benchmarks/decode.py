@@ -1,12 +1,13 @@
-"""Tokens a second of a random Llama of the 1B class, dense bfloat16 in transformers against packed at several sparsities.
+"""Tokens a second of a random Llama of the 1B class, dense bfloat16 in transformers against packed at several
+sparsities.
 
-    python benchmarks/decode.py                       one token after another, context 64: a decode step of each model in turn
-    python benchmarks/decode.py --generate 16         whole calls of `generate` instead, so many new tokens each
+    python benchmarks/decode.py                       one token after another, context 64: a decode step of each model
+    in turn python benchmarks/decode.py --generate 16         whole calls of `generate` instead, so many new tokens each
     python benchmarks/decode.py --prefill 16,128,512  the prompt instead
 
-16 blocks x 2048, MLP 5632, vocabulary 32000, built from its config; masks are random. Models take turns, medians of calm rounds (see
-calm.py), speed relative to the dense model in the same run. `own kernel` is the dense model with our dense kernel in all its layers:
-what of the gain is not sparsity.
+16 blocks x 2048, MLP 5632, vocabulary 32000, built from its config; masks are random. Models take turns, medians of
+calm rounds (see calm.py), speed relative to the dense model in the same run. `own kernel` is the dense model with our
+dense kernel in all its layers: what of the gain is not sparsity.
 """
 
 import argparse
@@ -46,7 +47,8 @@ def build(blocks: int, width: int, inner: int) -> LlamaForCausalLM:
 
 
 def pack(model: LlamaForCausalLM, percent: int) -> LlamaForCausalLM:
-    """A copy with every linear layer of the blocks packed after a random mask; embeddings, norms and head are shared."""
+    """A copy with every linear layer of the blocks packed after a random mask; embeddings, norms and head are
+    shared."""
     generator = torch.Generator().manual_seed(percent)
     shared = {id(parameter): parameter for parameter in model.parameters()}
     twin = copy.deepcopy(model, shared)
@@ -100,7 +102,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     dense = build(*map(int, args.shape.split("x")))
     own = copy.deepcopy(dense, {id(parameter): parameter for parameter in dense.parameters()})
-    models = {"dense": dense, "own kernel": own} | {f"{percent} %": pack(dense, int(percent)) for percent in args.sparsity.split(",")}
+    models = {"dense": dense, "own kernel": own} | {
+        f"{percent} %": pack(dense, int(percent)) for percent in args.sparsity.split(",")
+    }
     start = time.perf_counter()
     with torch.inference_mode():
         for name, model in models.items():
@@ -120,12 +124,20 @@ def main() -> None:
             speed = {name: middle["dense"] / seconds for name, seconds in middle.items()}
             results.append({"job": job, "speed": speed, "dense_ms": 1e3 * middle["dense"], "thrown_away": lost})
             if not args.json:
-                print(f"{job}: dense {1e3 * middle['dense']:.1f} ms; speed " + ", ".join(f"{name} {s:.2f}" for name, s in speed.items()))
+                print(
+                    f"{job}: dense {1e3 * middle['dense']:.1f} ms; speed "
+                    + ", ".join(f"{name} {s:.2f}" for name, s in speed.items())
+                )
                 worst = max(spread(values) for values in times.values())
                 print(f"  spread {worst:.0%}, {len(times['dense'])} calm rounds, {lost} thrown away", flush=True)
     about = library.about() | {"tuning_s": tuned_s, "parameters": sum(p.numel() for p in dense.parameters())}
     if args.json:
-        print(json.dumps({"about": about, "results": results, "choices": choices(models[f"{args.sparsity.split(',')[-1]} %"])}, indent=1))
+        print(
+            json.dumps(
+                {"about": about, "results": results, "choices": choices(models[f"{args.sparsity.split(',')[-1]} %"])},
+                indent=1,
+            )
+        )
     else:
         print(about)
 

@@ -1,9 +1,11 @@
-"""Token perplexity against lm-evaluation-harness's rolling log-likelihood, on the same windows: the ratio of times, and both numbers.
+"""Token perplexity against lm-evaluation-harness's rolling log-likelihood, on the same windows: the ratio of times, and
+both numbers.
 
     python benchmarks/evaluate.py [MODEL SOURCE [threads]]     by default the bundled model, on text it has not seen
 
-Each window goes through the harness as its rolling log-likelihood does it: the first token is given, the others are scored. Loading is
-not counted; both are run three times in turn and the best time counts. Needs pip install 'billhook[eval]'.
+Each window goes through the harness as its rolling log-likelihood does it: the first token is given, the others are
+scored. Loading is not counted; both are run three times in turn and the best time counts. Needs pip install
+'billhook[eval]'.
 """
 
 import contextlib
@@ -49,7 +51,9 @@ def main(directory: str = str(MODEL), source: str = "stdlib:heldout", threads: s
         note("billhook", time.perf_counter() - start, nll)
         for size in (1, 4, 16):
             with contextlib.redirect_stderr(io.StringIO()):
-                harness = HFLM(pretrained=model, tokenizer=tokenizer, max_length=length, batch_size=size, softmax_dtype="float32")
+                harness = HFLM(
+                    pretrained=model, tokenizer=tokenizer, max_length=length, batch_size=size, softmax_dtype="float32"
+                )
                 start = time.perf_counter()
                 found = harness._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=size)
             note(f"lm-eval, batch {size}", time.perf_counter() - start, -sum(value for value, _ in found) / scored)
@@ -57,7 +61,10 @@ def main(directory: str = str(MODEL), source: str = "stdlib:heldout", threads: s
     print(f"{Path(directory).name}: {count} windows of {length} tokens, {threads} threads, {model.dtype}")
     for name, (seconds, value) in best.items():
         same = abs(value - nll) < 1e-5
-        print(f"{name:18} {seconds:8.2f} s  token perplexity {math.exp(value):.5f}  time / ours {seconds / ours:.2f}  same number: {same}")
+        print(
+            f"{name:18} {seconds:8.2f} s  token perplexity {math.exp(value):.5f}  time / ours "
+            f"{seconds / ours:.2f}  same number: {same}"
+        )
 
 
 if __name__ == "__main__":

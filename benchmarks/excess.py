@@ -1,11 +1,13 @@
-"""How much of the best published run's loss is left: excess log-perplexity on the golden text, relative to the best published run.
+"""How much of the best published run's loss is left: excess log-perplexity on the golden text, relative to the best
+published run.
 
-    python benchmarks/excess.py [--folder ../shared] [--model stories260k] [--sparsity 0.6] [--way admm --way auto ...] [--written 96]
+    python benchmarks/excess.py [--folder ../shared] [--model stories260k] [--sparsity 0.6] [--way admm --way auto ...]
+    [--written 96]
 
-Excess is ln(perplexity / dense) on `golden/*/evaluation`, calibrated on `golden/*/calibration` only; the ratio is to the best published
-run of that sparsity in the same `reference.json`, at 70 % to Billhook's own uniform SparseGPT. `2:4` and `4:8` are compared with
-Wanda's published run. With `--written` so many windows that the model writes itself come after the golden ones. One line a run, and a
-markdown table at the end.
+Excess is ln(perplexity / dense) on `golden/*/evaluation`, calibrated on `golden/*/calibration` only; the ratio is to
+the best published run of that sparsity in the same `reference.json`, at 70 % to Billhook's own uniform SparseGPT. `2:4`
+and `4:8` are compared with Wanda's published run. With `--written` so many windows that the model writes itself come
+after the golden ones. One line a run, and a markdown table at the end.
 """
 
 import argparse
@@ -33,7 +35,11 @@ WAYS = {
 def reference(folder: Path, model: str, what: str) -> float | None:
     """The excess of the published run that counts, or None at sparsities where there is none."""
     golden = json.loads((folder / "golden" / model / "reference.json").read_text())
-    runs = {tag: math.log(run["ppl"] / golden["ppl_dense"]) for tag, run in golden["runs"].items() if tag.endswith(f"_{what}")}
+    runs = {
+        tag: math.log(run["ppl"] / golden["ppl_dense"])
+        for tag, run in golden["runs"].items()
+        if tag.endswith(f"_{what}")
+    }
     return runs.get(f"wanda_{what}") if ":" in what else min(runs.values(), default=None)
 
 
@@ -72,7 +78,10 @@ def main() -> None:
             for way in ways:
                 value, seconds = excess(options.folder, model, what, way, options.written)
                 cells.append(f"{value / base:.2f}")
-                print(f"{model} {what} {way}: excess {value:.4f}, {value / base:.3f} of {base:.4f}, {seconds:.1f} s", flush=True)
+                print(
+                    f"{model} {what} {way}: excess {value:.4f}, {value / base:.3f} of {base:.4f}, {seconds:.1f} s",
+                    flush=True,
+                )
             rows.append(f"| {model} | {what} | {base:.3f} | {' | '.join(cells)} |")
     print(f"| model | removed | excess of reference | {' | '.join(ways)} |")
     print("| --- | --- | --- |" + " --- |" * len(ways))

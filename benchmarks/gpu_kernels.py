@@ -1,14 +1,17 @@
 """Time packed weights on a CUDA device against cuBLAS in bfloat16: single products, and a whole LLaMA-7B.
 
-    python benchmarks/gpu_kernels.py                          products at LLaMA-7B's shapes, 50 to 80 %, 1, 4 and 16 tokens
-    python benchmarks/gpu_kernels.py --decode                 a random LLaMA-7B: tokens a second, and its products alone
+    python benchmarks/gpu_kernels.py                          products at LLaMA-7B's shapes, 50 to 80 %, 1, 4 and 16
+    tokens python benchmarks/gpu_kernels.py --decode                 a random LLaMA-7B: tokens a second, and its
+    products alone
 
-`python benchmarks/kernels.py --device cuda` is the first of these. Without a GPU, or without Triton, it says so and ends.
+`python benchmarks/kernels.py --device cuda` is the first of these. Without a GPU, or without Triton, it says so and
+ends.
 
-Every figure is a ratio in one run. A variant runs over as many copies of its weight as fill --mib, captured in one CUDA graph, so that
-neither launches nor the second-level cache are what is timed; variants take turns, medians of rounds. `bound` is what the bytes allow:
-16 bits a dense weight, against 16 a kept one, 1 of bitmask and 1/8 of table. `copy` is the bandwidth of a copy within the device, both
-directions counted, and `of copy` how much of it the packed product reaches by the bytes it reads.
+Every figure is a ratio in one run. A variant runs over as many copies of its weight as fill --mib, captured in one CUDA
+graph, so that neither launches nor the second-level cache are what is timed; variants take turns, medians of rounds.
+`bound` is what the bytes allow: 16 bits a dense weight, against 16 a kept one, 1 of bitmask and 1/8 of table. `copy` is
+the bandwidth of a copy within the device, both directions counted, and `of copy` how much of it the packed product
+reaches by the bytes it reads.
 """
 
 import argparse
@@ -82,7 +85,8 @@ def copy_bandwidth(mib: int = 2048) -> float:
 
 
 def one(shape: tuple[int, int], percent: int, tokens: int, mib: int, rounds: int) -> dict[str, Any]:
-    """One shape, sparsity and number of tokens: the chosen way, its speed against cuBLAS, and its error against float64."""
+    """One shape, sparsity and number of tokens: the chosen way, its speed against cuBLAS, and its error against
+    float64."""
     base = torch.randn(shape, device="cuda").bfloat16() / shape[1] ** 0.5
     x = torch.randn(tokens, shape[1], device="cuda").bfloat16()
     pruned = torch.where(torch.rand(shape, device="cuda") < percent / 100, 0, base)
@@ -94,7 +98,9 @@ def one(shape: tuple[int, int], percent: int, tokens: int, mib: int, rounds: int
 
     def product(number: int) -> Tensor:
         weight = ours[number % len(ours)]
-        return torch.ops.billhook.gpu_linear(x, weight.bitmask, weight.values, weight.table, None, None, group=0, ways=ways)
+        return torch.ops.billhook.gpu_linear(
+            x, weight.bitmask, weight.values, weight.table, None, None, group=0, ways=ways
+        )
 
     expected = x.double() @ pruned.double().T
     error = float((product(0).double() - expected).norm() / expected.norm())
@@ -128,12 +134,19 @@ def products(shapes: str, sparsity: str, tokens: str, mib: int, rounds: int) -> 
                 result = one((rows, columns), int(percent), int(count), mib, rounds)
                 results.append(result)
                 print(
-                    f"{shape:>11} {percent} % {count:>2} tokens  {result['way']:<12} {result['speed']:.2f}x of {result['bound']:.2f}x  "
-                    f"{result['packed us']:.1f} us (dense {result['dense us']:.1f})  of copy {result['packed GB/s'] * 1e9 / copy:.0%}  "
+                    f"{shape:>11} {percent} % {count:>2} tokens  {result['way']:<12} {result['speed']:.2f}x of "
+                    f"{result['bound']:.2f}x  "
+                    f"{result['packed us']:.1f} us (dense {result['dense us']:.1f})  of copy "
+                    f"{result['packed GB/s'] * 1e9 / copy:.0%}  "
                     f"error {result['error']:.1e}  spread {result['spread']:.0%}",
                     flush=True,
                 )
-    return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy GB/s": copy / 1e9, "results": results}
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "copy GB/s": copy / 1e9,
+        "results": results,
+    }
 
 
 def llama(blocks: int) -> nn.Module:
@@ -141,7 +154,9 @@ def llama(blocks: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=blocks, num_attention_heads=32, vocab_size=32000)
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=blocks, num_attention_heads=32, vocab_size=32000
+    )
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).eval()
@@ -164,7 +179,9 @@ def speeds(model: Any, new: int, rounds: int) -> dict[str, float]:
     """Tokens a second of `generate`, of all linear layers alone (one CUDA graph), and GiB held."""
     prompt = torch.randint(0, 32000, (1, 64), device="cuda")
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | SparseLinear)]
-    inputs = {width: torch.randn(1, width, device="cuda").bfloat16() for width in {layer.in_features for layer in layers}}
+    inputs = {
+        width: torch.randn(1, width, device="cuda").bfloat16() for width in {layer.in_features for layer in layers}
+    }
     alone = captured(lambda _: [layer(inputs[layer.in_features]) for layer in layers], 1)
 
     def generate() -> float:
@@ -195,7 +212,9 @@ def decode(blocks: int, sparsity: str, new: int, rounds: int) -> dict[str, Any]:
         results[percent] = found | {
             f"{name} ratio": found[name] / results.get("0", found)[name] for name in ("tokens/s", "layers tokens/s")
         }
-        print(f"{percent} %  " + "  ".join(f"{name} {value:.2f}" for name, value in results[percent].items()), flush=True)
+        print(
+            f"{percent} %  " + "  ".join(f"{name} {value:.2f}" for name, value in results[percent].items()), flush=True
+        )
     return {"device": torch.cuda.get_device_name(), "blocks": blocks, "new": new, "results": results}
 
 

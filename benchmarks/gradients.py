@@ -1,13 +1,14 @@
 """Time gradients block by block against one backward pass through the whole model, with the peak memory of each.
 
-    python benchmarks/gradients.py                 a random llama 1024 wide (MLP 2816) of 8 and of 16 blocks, 16 x 512 tokens
-    python benchmarks/gradients.py --samples 32 --repeats 3
+    python benchmarks/gradients.py                 a random llama 1024 wide (MLP 2816) of 8 and of 16 blocks, 16 x 512
+    tokens python benchmarks/gradients.py --samples 32 --repeats 3
 
-The plain way keeps all gradients and the two accumulators of the published code (the l1 and the l2 norm) in float32. Each measurement is
-a process of its own; the two ways alternate, and the best of the repeats counts. `ratio` is Billhook / plain, in seconds and in
-processor time (which other busy processes disturb less). `extra` is peak memory above that of the loaded model; `stored` is what
-Billhook keeps of it for the inputs of all blocks, and with --spill-gib on disk instead. `growth` is the extra memory of the deeper model
-less that of the shallower one, without the stored inputs: what depth itself costs.
+The plain way keeps all gradients and the two accumulators of the published code (the l1 and the l2 norm) in float32.
+Each measurement is a process of its own; the two ways alternate, and the best of the repeats counts. `ratio` is
+Billhook / plain, in seconds and in processor time (which other busy processes disturb less). `extra` is peak memory
+above that of the loaded model; `stored` is what Billhook keeps of it for the inputs of all blocks, and with --spill-gib
+on disk instead. `growth` is the extra memory of the deeper model less that of the shallower one, without the stored
+inputs: what depth itself costs.
 """
 
 import argparse
@@ -63,7 +64,9 @@ def once(blocks: int, samples: int, who: str, threads: int, spill_gib: float) ->
         plain(model, tokens)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            compute_gradients(model, tokens.split(1), "gradient_l1", Path(folder) / "g.safetensors", spill_gib=spill_gib)
+            compute_gradients(
+                model, tokens.split(1), "gradient_l1", Path(folder) / "g.safetensors", spill_gib=spill_gib
+            )
     seconds, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
     extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - loaded) / 1024
     print(json.dumps({"seconds": seconds, "cpu_s": cpu_s, "extra_mib": extra}))
@@ -82,7 +85,9 @@ def spawn(blocks: int, who: str, options: argparse.Namespace) -> dict[str, float
         str(options.spill_gib),
     ]
     command = [sys.executable, __file__, "--once", *arguments]
-    result: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    result: dict[str, float] = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
     return result
 
 
@@ -95,7 +100,13 @@ def compare(blocks: int, options: argparse.Namespace) -> dict[str, Any]:
     best = {who: {key: min(run[key] for run in found) for key in found[0]} for who, found in runs.items()}
     ratio = {key: best["billhook"][key] / best["plain"][key] for key in ("seconds", "cpu_s")}
     stored = blocks * options.samples * LENGTH * WIDTH * 4 / 2**20
-    return {"blocks": blocks, **best, "ratio": ratio, "target": TARGET, "stored_mib": stored if stored <= options.spill_gib * 1024 else 0.0}
+    return {
+        "blocks": blocks,
+        **best,
+        "ratio": ratio,
+        "target": TARGET,
+        "stored_mib": stored if stored <= options.spill_gib * 1024 else 0.0,
+    }
 
 
 def main() -> None:
@@ -117,9 +128,11 @@ def main() -> None:
         if not options.json:
             old, new = row["plain"], row["billhook"]
             print(
-                f"{blocks:>2} blocks  plain {old['seconds']:6.1f} s, billhook {new['seconds']:6.1f} s: ratio {row['ratio']['seconds']:.2f} "
+                f"{blocks:>2} blocks  plain {old['seconds']:6.1f} s, billhook {new['seconds']:6.1f} s: ratio "
+                f"{row['ratio']['seconds']:.2f} "
                 f"(target {TARGET}), cpu {row['ratio']['cpu_s']:.2f}; "
-                f"extra {old['extra_mib']:.0f} -> {new['extra_mib']:.0f} MiB, {row['stored_mib']:.0f} of it stored inputs",
+                f"extra {old['extra_mib']:.0f} -> {new['extra_mib']:.0f} MiB, {row['stored_mib']:.0f} of it "
+                "stored inputs",
                 flush=True,
             )
     growth = {who: rows[1][who]["extra_mib"] - rows[0][who]["extra_mib"] for who in ("plain", "billhook")}
@@ -127,7 +140,10 @@ def main() -> None:
     if options.json:
         print(json.dumps({"threads": options.threads, "samples": options.samples, "rows": rows, "growth_mib": growth}))
     else:
-        print(f"growth with depth, stored inputs aside: plain {growth['plain']:.0f} MiB, billhook {growth['billhook']:.0f} MiB")
+        print(
+            f"growth with depth, stored inputs aside: plain {growth['plain']:.0f} MiB, billhook "
+            f"{growth['billhook']:.0f} MiB"
+        )
 
 
 if __name__ == "__main__":

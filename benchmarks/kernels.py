@@ -1,14 +1,15 @@
-"""Time products with a packed weight against what else there is: torch dense (bf16, fp32, prepacked, int8), torch CSR, our dense kernel.
+"""Time products with a packed weight against what else there is: torch dense (bf16, fp32, prepacked, int8), torch CSR,
+our dense kernel.
 
-    python benchmarks/kernels.py                             matrix-vector products, 4096 x 4096 and 11008 x 4096, 50 to 80 %
-    python benchmarks/kernels.py --tokens 16,128,512         prefill
-    python benchmarks/kernels.py --dtype float32 ...         weights and activations in another dtype; the baseline is torch's in that dtype
-    python benchmarks/kernels.py --paths                     every instruction set this machine runs
-    python benchmarks/kernels.py --device cuda               on a GPU: gpu_kernels.py
+    python benchmarks/kernels.py                             matrix-vector products, 4096 x 4096 and 11008 x 4096, 50 to
+    80 % python benchmarks/kernels.py --tokens 16,128,512         prefill python benchmarks/kernels.py --dtype float32
+    ...         weights and activations in another dtype; the baseline is torch's in that dtype python
+    benchmarks/kernels.py --paths                     every instruction set this machine runs python
+    benchmarks/kernels.py --device cuda               on a GPU: gpu_kernels.py
 
-Every figure is a ratio in one run: variants take turns, each on another copy of its weight, so that more than --mib of memory lies
-between two uses; medians of calm rounds (see calm.py). `dense` is `torch.nn.functional.linear` in --dtype. `read` is how fast the
-packed bytes could be read at all, so `bandwidth` = packed kernel / read.
+Every figure is a ratio in one run: variants take turns, each on another copy of its weight, so that more than --mib of
+memory lies between two uses; medians of calm rounds (see calm.py). `dense` is `torch.nn.functional.linear` in --dtype.
+`read` is how fast the packed bytes could be read at all, so `bandwidth` = packed kernel / read.
 """
 
 import argparse
@@ -54,7 +55,9 @@ def dense_variants(base: Tensor, x: Tensor, mib: int, everything: bool) -> dict[
         found["dense fp32"] = lambda i: linear(x32, wide[i % len(wide)])
         pack = torch.ops.mkldnn._reorder_linear_weight
         prepacked = copies(lambda: pack(base, x.shape[0]), base.numel() * 2, mib)
-        found["dense prepacked"] = lambda i: torch.ops.mkldnn._linear_pointwise(x, prepacked[i % len(prepacked)], None, "none", [], "")
+        found["dense prepacked"] = lambda i: torch.ops.mkldnn._linear_pointwise(
+            x, prepacked[i % len(prepacked)], None, "none", [], ""
+        )
         scale = base.abs().amax(1) / 127
         small = copies(lambda: (base / scale[:, None]).round().to(torch.int8), base.numel(), mib)
         found["dense int8"] = lambda i: torch.ops.aten._weight_int8pack_mm(x, small[i % len(small)], scale)
@@ -68,7 +71,9 @@ def sparse_variants(weight: Tensor, x: Tensor, args: argparse.Namespace) -> dict
     ours = copies(lambda: packed(weight), value_bytes + mask_bytes, args.mib)
     found: dict[str, Run] = {"packed": lambda i: calibrate.product(ours[i % len(ours)], x, None)}
     kernels, threads = library.active()[0], torch.get_num_threads()  # type: ignore[index]
-    buffers = copies(lambda: torch.ones(value_bytes + mask_bytes, dtype=torch.uint8), value_bytes + mask_bytes, args.mib)
+    buffers = copies(
+        lambda: torch.ones(value_bytes + mask_bytes, dtype=torch.uint8), value_bytes + mask_bytes, args.mib
+    )
     found["read"] = lambda i: kernels.billhook_read(buffers[i % len(buffers)].data_ptr(), buffers[0].numel(), threads)
     if weight.dtype == torch.bfloat16:
         small = copies(lambda: packed(weight, int8=True), nnz + mask_bytes, args.mib)
@@ -88,13 +93,16 @@ def sparse_variants(weight: Tensor, x: Tensor, args: argparse.Namespace) -> dict
 
 
 def one(shape: tuple[int, int], percent: int, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
-    """All variants of one shape, sparsity and token count: speed relative to torch's dense product, and what follows."""
+    """All variants of one shape, sparsity and token count: speed relative to torch's dense product, and what
+    follows."""
     generator, dtype = torch.Generator().manual_seed(0), getattr(torch, args.dtype)
     base = torch.randn(shape, generator=generator).to(dtype)
     x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
     keep = torch.rand(shape, generator=generator) >= percent / 100
     pruned = base.masked_fill(~keep, 0)  # not base * keep: that makes zeros of either sign, and -0.0 is kept as a value
-    variants = dense_variants(base, x, args.mib, not args.short and dtype == torch.bfloat16) | sparse_variants(pruned, x, args)
+    variants = dense_variants(base, x, args.mib, not args.short and dtype == torch.bfloat16) | sparse_variants(
+        pruned, x, args
+    )
     for int8 in (False, True)[: 1 + (dtype == torch.bfloat16)]:
         calibrate.measure_packed(packed(pruned, int8), dtype)
     for run in variants.values():
@@ -121,17 +129,25 @@ def one(shape: tuple[int, int], percent: int, tokens: int, args: argparse.Namesp
 def show(result: dict[str, Any]) -> None:
     """Print one result as lines of a table."""
     rows, columns = result["shape"]
-    print(f"\n{rows} x {columns}, {result['sparsity']} %, {result['tokens']} tokens ({result['way']}); dense {result['dense ms']:.2f} ms")
+    print(
+        f"\n{rows} x {columns}, {result['sparsity']} %, {result['tokens']} tokens ({result['way']}); dense "
+        f"{result['dense ms']:.2f} ms"
+    )
     print("  " + "  ".join(f"{name} {speed:.2f}" for name, speed in result["speed"].items()))
     ours = f"against our dense {result['against our dense']:.2f}, " if result["against our dense"] else ""
     line = f"  {ours}{result['bandwidth']:.0%} of {result['read GB/s']:.1f} GB/s"
-    print(f"{line}; spread {result['spread']:.0%}, {result['rounds']} calm rounds, {result['thrown away']} thrown away", flush=True)
+    print(
+        f"{line}; spread {result['spread']:.0%}, {result['rounds']} calm rounds, {result['thrown away']} thrown away",
+        flush=True,
+    )
 
 
 def main() -> None:
     """Read the options, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: what gpu_kernels.py times, with its defaults")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: what gpu_kernels.py times, with its defaults"
+    )
     parser.add_argument("--shapes", default="4096x4096,11008x4096")
     parser.add_argument("--sparsity", default="50,60,70,80")
     parser.add_argument("--tokens", default="1")

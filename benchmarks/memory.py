@@ -1,16 +1,18 @@
-"""Prune and measure a model of 7B shape under a hard limit of 6 GiB of address space, and a deeper model in the memory of a shallower one.
+"""Prune and measure a model of 7B shape under a hard limit of 6 GiB of address space, and a deeper model in the memory
+of a shallower one.
 
-    python benchmarks/memory.py                       32 blocks of 4096 x 11008 in bfloat16: 13 GB, written by this program
-    python benchmarks/memory.py --blocks 4            the same width, shallower: seconds to minutes
-    python benchmarks/memory.py --depth               peaks of 8 and 16 blocks of 1024 x 2816
+    python benchmarks/memory.py                       32 blocks of 4096 x 11008 in bfloat16: 13 GB, written by this
+    program python benchmarks/memory.py --blocks 4            the same width, shallower: seconds to minutes python
+    benchmarks/memory.py --depth               peaks of 8 and 16 blocks of 1024 x 2816
 
-Each command is a process of its own with `RLIMIT_AS` set, which is what `ulimit -v` sets: all address space counts, libraries and thread
-stacks too, so it is stricter than a limit on resident memory, and it can be had without rights. (A cgroup would also count the page
-cache, which the kernel drops before a process dies; nothing is learned from that.) That works because weights are read and not mapped.
-`peak` is the largest resident set (VmHWM), `space` the largest address space (VmPeak). `bound` is embeddings + head + 3 blocks + hidden
-states + 500 MB. The weights are slices of one random tensor at random places: what is measured does not depend on them. A full
-spectrum of every layer takes hours on two cores, so `alpha` measures one layer of the first and of the last block, and `outliers` a
-metric of activations of all.
+Each command is a process of its own with `RLIMIT_AS` set, which is what `ulimit -v` sets: all address space counts,
+libraries and thread stacks too, so it is stricter than a limit on resident memory, and it can be had without rights. (A
+cgroup would also count the page cache, which the kernel drops before a process dies; nothing is learned from that.)
+That works because weights are read and not mapped. `peak` is the largest resident set (VmHWM), `space` the largest
+address space (VmPeak). `bound` is embeddings + head + 3 blocks + hidden states + 500 MB. The weights are slices of one
+random tensor at random places: what is measured does not depend on them. A full spectrum of every layer takes hours on
+two cores, so `alpha` measures one layer of the first and of the last block, and `outliers` a metric of activations of
+all.
 """
 
 import argparse
@@ -61,7 +63,12 @@ def tensors(width: int, inner: int, blocks: int) -> Iterator[tuple[str, tuple[in
 def make(folder: Path, width: int, inner: int, blocks: int) -> Path:
     """Write a model directory, shard by shard, with one tensor in memory; and the token file for calibration."""
     folder.mkdir(parents=True)
-    rows = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": blocks, "num_attention_heads": width // 128}
+    rows = {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": width // 128,
+    }
     config = LlamaConfig(vocab_size=VOCABULARY, dtype="bfloat16", architectures=["LlamaForCausalLM"], **rows)
     config.save_pretrained(folder)
     pool = (np.random.default_rng(0).standard_normal(1 << 26, dtype=np.float32) * 0.02).view(np.uint32)
@@ -77,14 +84,18 @@ def make(folder: Path, width: int, inner: int, blocks: int) -> Path:
         where |= {name: file for name, _ in listed}
         write_shard(folder / file, listed, pool, random)
     total = sum(2 * math.prod(shape) for _, shape in tensors(width, inner, blocks))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": where})
+    )
     ids = np.random.default_rng(2).integers(0, VOCABULARY, TOKENS).astype(np.int64)
     header = json.dumps({"tokens": {"dtype": "I64", "shape": list(TOKENS), "data_offsets": [0, ids.nbytes]}}).encode()
     (folder.parent / "tokens.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + ids.tobytes())
     return folder
 
 
-def write_shard(path: Path, listed: list[tuple[str, tuple[int, ...]]], pool: np.ndarray, random: np.random.Generator) -> None:
+def write_shard(
+    path: Path, listed: list[tuple[str, tuple[int, ...]]], pool: np.ndarray, random: np.random.Generator
+) -> None:
     """One safetensors file; weights are slices of `pool`, norms are ones."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -134,10 +145,16 @@ def runs(folder: Path, model: Path, blocks: int) -> Iterator[tuple[str, list[Any
     text = ["--calibration", folder / "tokens.safetensors", "--samples", TOKENS[0], "--length", TOKENS[1]]
     ends = ["--targets", "model.layers.0.self_attn.q_proj", "--targets", f"model.layers.{blocks - 1}.self_attn.q_proj"]
     yield "measure alpha of two layers", ["measure", model, *ends, "-o", folder / "alpha.json"]
-    yield "measure outliers of all", ["measure", model, "--metrics", "outlier_ratio:5", *text, "-o", folder / "table.json"]
+    yield (
+        "measure outliers of all",
+        ["measure", model, "--metrics", "outlier_ratio:5", *text, "-o", folder / "table.json"],
+    )
     for criterion, more in (("magnitude", []), ("wanda", text)):
         output = folder / criterion
-        yield f"prune {criterion}", ["prune", model, "--sparsity", "0.5", "--criterion", criterion, *more, "-o", output, "--resume"]
+        yield (
+            f"prune {criterion}",
+            ["prune", model, "--sparsity", "0.5", "--criterion", criterion, *more, "-o", output, "--resume"],
+        )
         yield f"verify {criterion}", ["verify", output]
         yield f"remove {criterion}", []
 
@@ -149,8 +166,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=11008)
     parser.add_argument("--depth", action="store_true", help="compare the peaks of two depths instead")
-    parser.add_argument("--folder", type=Path, help="where the model is made (a temporary folder inside it); by default TMPDIR")
-    parser.add_argument("--keep", type=Path, help="make the model here, or take it from here, and leave it; with --only, a run in parts")
+    parser.add_argument(
+        "--folder", type=Path, help="where the model is made (a temporary folder inside it); by default TMPDIR"
+    )
+    parser.add_argument(
+        "--keep", type=Path, help="make the model here, or take it from here, and leave it; with --only, a run in parts"
+    )
     parser.add_argument("--only", default="", help="run the commands that begin so")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -162,7 +183,8 @@ def main() -> None:
             model = model if model.exists() else make(model, width, inner, blocks)
             size = sum(file.stat().st_size for file in model.iterdir()) / 1e9
             print(
-                f"{blocks} blocks of {width} x {inner}: {size:.1f} GB; bound {bound(width, inner) / 1e9:.2f} GB, limit {LIMIT / 1e9:.2f} GB"
+                f"{blocks} blocks of {width} x {inner}: {size:.1f} GB; bound {bound(width, inner) / 1e9:.2f} GB, "
+                f"limit {LIMIT / 1e9:.2f} GB"
             )
             for what, arguments in runs(Path(name), model, blocks):
                 if not what.startswith(options.only):
@@ -172,7 +194,10 @@ def main() -> None:
                     continue
                 found = limited(*arguments)
                 fits = "" if found["peak"] <= bound(width, inner) else "  ABOVE THE BOUND"
-                figures = f"{found['seconds']:7.1f} s  peak {found['peak'] / 1e9:5.2f} GB  space {found['space'] / 1e9:5.2f} GB"
+                figures = (
+                    f"{found['seconds']:7.1f} s  peak {found['peak'] / 1e9:5.2f} GB  space "
+                    f"{found['space'] / 1e9:5.2f} GB"
+                )
                 print(f"  {what:28} {figures}{fits}", flush=True)
 
 

@@ -3,10 +3,10 @@
     python benchmarks/packed.py --model demo --folder packed
     python benchmarks/packed.py --model 1b,demo --folder packed --picture docs/images/packed.svg
 
-`demo` is the bundled model, pruned by magnitude; `1b` a random Llama of the 1B class (16 blocks x 2048, MLP 5632, vocabulary 32000) in
-bfloat16 with random masks, which says nothing of quality and all of speed. The directories are made in `--folder` once and then
-measured as `billhook bench` does: each in its own process, in turns, medians and quartiles. The picture is of the first batch size and
-prompt length.
+`demo` is the bundled model, pruned by magnitude; `1b` a random Llama of the 1B class (16 blocks x 2048, MLP 5632,
+vocabulary 32000) in bfloat16 with random masks, which says nothing of quality and all of speed. The directories are
+made in `--folder` once and then measured as `billhook bench` does: each in its own process, in turns, medians and
+quartiles. The picture is of the first batch size and prompt length.
 """
 
 import argparse
@@ -33,7 +33,9 @@ DEMO = Path(billhook.__file__).parent / "demo_model"
 def make_demo(folder: Path) -> Path:
     """The bundled model and its packed forms; returns the dense one."""
     for percent in LEVELS:
-        billhook.prune(DEMO, sparsity=percent / 100, criterion="magnitude", output=folder / f"demo-{percent}", pack=True)
+        billhook.prune(
+            DEMO, sparsity=percent / 100, criterion="magnitude", output=folder / f"demo-{percent}", pack=True
+        )
     return Path(shutil.copytree(DEMO, folder / "demo-dense"))
 
 
@@ -77,9 +79,15 @@ def picture(found: dict[str, list[Side]]) -> str:
         speed = [ratio for side in packed if (ratio := side.cells[0].decode_speedup) is not None]
         bands = ([ratio.median for ratio in speed], [ratio.low for ratio in speed], [ratio.high for ratio in speed])
         series.append(Series(f"{NAMES[model]}: tokens a second", x, *bands))
-        series.append(Series(f"{NAMES[model]}: file size", x, [dense.file_bytes / side.file_bytes for side in packed], dashed=True))
+        series.append(
+            Series(
+                f"{NAMES[model]}: file size", x, [dense.file_bytes / side.file_bytes for side in packed], dashed=True
+            )
+        )
     axes = Axis("weights removed (%)"), Axis("times as fast, times as small", zero=True)
-    return chart("Packed models against dense ones", series, *axes, summary="Bands: quartiles over the rounds.", standalone=True)
+    return chart(
+        "Packed models against dense ones", series, *axes, summary="Bands: quartiles over the rounds.", standalone=True
+    )
 
 
 def main() -> None:

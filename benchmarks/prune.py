@@ -1,11 +1,12 @@
 """Time whole runs: Billhook against the published procedure, in one run, with the peak memory of each.
 
-    python benchmarks/prune.py                        a random llama of 8 blocks x 1024 (MLP 2816), 32 x 512 tokens, and the bundled model
-    python benchmarks/prune.py --model demo --only wanda
+    python benchmarks/prune.py                        a random llama of 8 blocks x 1024 (MLP 2816), 32 x 512 tokens, and
+    the bundled model python benchmarks/prune.py --model demo --only wanda
 
-Each measurement is a process of its own, so that peak memory is its own; the two procedures alternate, and the best of the repeats
-counts. `ratio` is published / Billhook: above 1 Billhook is faster. Loading and evaluation are not counted. `cpu` is processor time,
-which other busy processes disturb less than the clock. `extra` is peak memory above that of the loaded model.
+Each measurement is a process of its own, so that peak memory is its own; the two procedures alternate, and the best of
+the repeats counts. `ratio` is published / Billhook: above 1 Billhook is faster. Loading and evaluation are not counted.
+`cpu` is processor time, which other busy processes disturb less than the clock. `extra` is peak memory above that of
+the loaded model.
 """
 
 import argparse
@@ -35,7 +36,13 @@ def build(name: str) -> tuple[PreTrainedModel, torch.Tensor]:
         model = load_model(Path(__file__).parents[1] / "billhook" / "demo_model", dtype="float32")
         return model, torch.randint(model.config.vocab_size, (32, 512), generator=generator)
     torch.manual_seed(0)
-    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 16}
+    shape = {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, max_position_embeddings=512, **shape)).eval()
     return model, torch.randint(4096, (32, 512), generator=generator)
 
@@ -68,13 +75,17 @@ def once(model_name: str, what: str, who: str, threads: int) -> None:
     work(model, tokens, what, who)
     seconds, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "cpu_s": cpu_s, "peak_mib": peak / 1024, "extra_mib": (peak - loaded) / 1024}))
+    print(
+        json.dumps({"seconds": seconds, "cpu_s": cpu_s, "peak_mib": peak / 1024, "extra_mib": (peak - loaded) / 1024})
+    )
 
 
 def spawn(model: str, what: str, who: str, threads: int) -> dict[str, float]:
     """One measurement."""
     command = [sys.executable, __file__, "--once", model, what, who, "--threads", str(threads)]
-    result: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    result: dict[str, float] = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
     return result
 
 
@@ -85,8 +96,16 @@ def compare(model: str, what: str, repeats: int, threads: int) -> dict[str, Any]
         for who, found in runs.items():
             found.append(spawn(model, what, who, threads))
     best = {who: {key: min(run[key] for run in found) for key in found[0]} for who, found in runs.items()}
-    ratios = {key: best["published"][key] / max(best["billhook"][key], 1e-9) for key in ("seconds", "cpu_s", "peak_mib")}
-    return {"model": model, "what": what, **best, "ratio": ratios, "target": TARGETS[what] if model == "random" else None}
+    ratios = {
+        key: best["published"][key] / max(best["billhook"][key], 1e-9) for key in ("seconds", "cpu_s", "peak_mib")
+    }
+    return {
+        "model": model,
+        "what": what,
+        **best,
+        "ratio": ratios,
+        "target": TARGETS[what] if model == "random" else None,
+    }
 
 
 def main() -> None:
@@ -110,7 +129,8 @@ def main() -> None:
                 old, new, ratio = row["published"], row["billhook"], row["ratio"]
                 goal = f" (target {row['target']})" if row["target"] else ""
                 print(
-                    f"{model:<7} {what:<11} {old['seconds']:8.2f} s -> {new['seconds']:8.2f} s  ratio {ratio['seconds']:5.2f}{goal}, "
+                    f"{model:<7} {what:<11} {old['seconds']:8.2f} s -> {new['seconds']:8.2f} s  ratio "
+                    f"{ratio['seconds']:5.2f}{goal}, "
                     f"cpu {ratio['cpu_s']:5.2f}; peak {old['peak_mib']:.0f} -> {new['peak_mib']:.0f} MiB "
                     f"(extra {old['extra_mib']:.0f} -> {new['extra_mib']:.0f})",
                     flush=True,

@@ -1,7 +1,8 @@
 """The published procedures, as plain code, for the benchmarks to be compared with.
 
-AlphaPruning's estimate is float32 singular values and a Python loop over cut points; Wanda sorts every row fully and stably; magnitude
-sorts the layer; SparseGPT factors, inverts, factors again and loops over columns; whole runs go one sequence at a time.
+AlphaPruning's estimate is float32 singular values and a Python loop over cut points; Wanda sorts every row fully and
+stably; magnitude sorts the layer; SparseGPT factors, inverts, factors again and loops over columns; whole runs go one
+sequence at a time.
 """
 
 import contextlib
@@ -85,7 +86,8 @@ def published_sparsegpt(W: Tensor, gram: Tensor, sparsity: float, keep_of: tuple
 
 
 def published_run(model: PreTrainedModel, batches: list[Tensor], criterion: str, sparsity: float) -> None:
-    """A whole run in the style of Wanda's and SparseGPT's released code: one sequence at a time, no statistic shared between layers."""
+    """A whole run in the style of Wanda's and SparseGPT's released code: one sequence at a time, no statistic shared
+    between layers."""
     blocks = model.model.layers
     kwargs: dict[str, Any] = {}
     hidden: list[Tensor] = []
@@ -105,7 +107,9 @@ def published_run(model: PreTrainedModel, batches: list[Tensor], criterion: str,
         rank = 2 if criterion == "sparsegpt" else 1
         statistics = {name: torch.zeros([module.in_features] * rank) for name, module in layers.items()}
 
-        hooks = [module.register_forward_pre_hook(_observe(statistics[name], criterion)) for name, module in layers.items()]
+        hooks = [
+            module.register_forward_pre_hook(_observe(statistics[name], criterion)) for name, module in layers.items()
+        ]
         for states in hidden:
             block(states, **kwargs)
         for hook in hooks:

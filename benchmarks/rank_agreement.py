@@ -1,12 +1,13 @@
 """Do cheap trials rank plans as full runs do? And what does the searched knob gain, on text that nothing was chosen by?
 
-    python benchmarks/rank_agreement.py MODEL CALIBRATION EVALUATION [--sparsity 0.5 0.6 0.7] [--allocator atp owl alphapruning]
+    python benchmarks/rank_agreement.py MODEL CALIBRATION EVALUATION [--sparsity 0.5 0.6 0.7] [--allocator atp owl
+    alphapruning]
 
-For each sparsity and allocator: Spearman's and Kendall's rank correlation over `--points` of the knob and uniform between the cheap
-trial's divergence, on as many held-out windows as a search scores it on, and that of a full run on all of them, and between the
-cheap trial and the perplexity of the full run on `--windows` windows spread over the evaluation text. Then that perplexity for
-uniform, the default knob, the searched knob and the best of these points, all pruned with the calibration half.
-CALIBRATION and EVALUATION are sources as on the command line. One json object a line.
+For each sparsity and allocator: Spearman's and Kendall's rank correlation over `--points` of the knob and uniform
+between the cheap trial's divergence, on as many held-out windows as a search scores it on, and that of a full run on
+all of them, and between the cheap trial and the perplexity of the full run on `--windows` windows spread over the
+evaluation text. Then that perplexity for uniform, the default knob, the searched knob and the best of these points, all
+pruned with the calibration half. CALIBRATION and EVALUATION are sources as on the command line. One json object a line.
 """
 
 import argparse
@@ -43,7 +44,12 @@ def kendall(a: Sequence[float], b: Sequence[float]) -> float:
 
 def cells(options: argparse.Namespace, sparsity: float) -> None:
     """Print all numbers for one sparsity."""
-    fields = {"calibration": options.calibration, "samples": options.samples, "length": options.length, "criterion": options.criterion}
+    fields = {
+        "calibration": options.calibration,
+        "samples": options.samples,
+        "length": options.length,
+        "criterion": options.criterion,
+    }
     task = Task(Request(options.model, sparsity, **fields), tuple(options.allocator), "kl", False)
     windows = load_windows(options.evaluation, load_tokenizer(resolve(options.model)), length=options.length).ids
     windows = windows[:: max(1, len(windows) // options.windows)][: options.windows]
@@ -60,14 +66,26 @@ def cells(options: argparse.Namespace, sparsity: float) -> None:
     dense = evaluate(bench.model, windows).token_ppl
     uniform = (trial(UNIFORM), *full(task.plan(UNIFORM)))
     for name in options.allocator:
-        points = [task.space.at(name, tick) for tick in range(TICKS // options.points, TICKS + 1, TICKS // options.points)]
+        points = [
+            task.space.at(name, tick) for tick in range(TICKS // options.points, TICKS + 1, TICKS // options.points)
+        ]
         cheap, held, test = zip(uniform, *((trial(c), *full(task.plan(c))) for c in points), strict=True)
         default = full(task.plan(Candidate(name, ALLOCATORS.configure(name, {}))))[1]
         found = search(options.model, sparsity, allocator=name, **fields)
-        correlations = {"spearman": spearman(cheap, held), "kendall": kendall(cheap, held), "spearman_test": spearman(cheap, test)}
+        correlations = {
+            "spearman": spearman(cheap, held),
+            "kendall": kendall(cheap, held),
+            "spearman_test": spearman(cheap, test),
+        }
         line = {"model": options.model.rpartition("/")[2], "sparsity": sparsity, "allocator": name}
         line |= {key: round(value, 3) for key, value in correlations.items()}
-        ppl = {"dense": dense, "uniform": uniform[2], "default": default, "searched": full(found.plan)[1], "best": min(test)}
+        ppl = {
+            "dense": dense,
+            "uniform": uniform[2],
+            "default": default,
+            "searched": full(found.plan)[1],
+            "best": min(test),
+        }
         line |= {key: round(value, 2) for key, value in ppl.items()} | {
             "trials": len(found.trials) - 1,
             "found": found.record["best"]["options"],

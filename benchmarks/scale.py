@@ -1,12 +1,13 @@
-"""Fit the prices of the cost model (`billhook.costs.prices`) to small models, try them on other sizes, and tell what large models take.
+"""Fit the prices of the cost model (`billhook.costs.prices`) to small models, try them on other sizes, and tell what
+large models take.
 
-    python benchmarks/scale.py              run all, fit, print prices, errors and the tables; about 15 minutes of one core
-    python benchmarks/scale.py --stored     the same from benchmarks/results/scale.json
-    python benchmarks/scale.py --write      put the tables into docs/SCALE.md
+    python benchmarks/scale.py              run all, fit, print prices, errors and the tables; about 15 minutes of one
+    core python benchmarks/scale.py --stored     the same from benchmarks/results/scale.json python benchmarks/scale.py
+    --write      put the tables into docs/SCALE.md
 
-Each run is a process of its own with one thread. Its time is processor time, because other processes may be at work, and the speeds
-of products, attention, copying and small operations are measured beside it, because they drift. The fit minimizes relative errors, prices
-being positive. The model that comes with Billhook is tried as well, in its own type.
+Each run is a process of its own with one thread. Its time is processor time, because other processes may be at work,
+and the speeds of products, attention, copying and small operations are measured beside it, because they drift. The fit
+minimizes relative errors, prices being positive. The model that comes with Billhook is tried as well, in its own type.
 """
 
 import argparse
@@ -46,7 +47,14 @@ OPTIONS = {"sparsegpt": {"aim": 0.0}, "admm": {"aim": 0.0, "steps": 4}, "aimed":
 CRITERION = {"aimed": "admm", "refined": "wanda"}
 BESIDE = counts.Method(dense=True, beside=True, touches=False)  # the dense model's pass that refining takes besides
 LARGE_JOBS = ("magnitude", "wanda", "sparsegpt", "admm", "gblm", "alpha_peak")
-FITTED = ((64, 172, 6), (128, 344, 12), (256, 704, 4), (512, 1408, 3), (1024, 2816, 2), (2048, 5632, 1))  # width, inner width, blocks
+FITTED = (
+    (64, 172, 6),
+    (128, 344, 12),
+    (256, 704, 4),
+    (512, 1408, 3),
+    (1024, 2816, 2),
+    (2048, 5632, 1),
+)  # width, inner width, blocks
 TRIED = ((768, 2048, 3), (2560, 6912, 1))
 BUNDLED = (128, 352, 12)
 VOCABULARY, EPOCHS = 512, 3
@@ -72,9 +80,9 @@ ALONE = {
     "run": 24000.0,
 }
 HOLD = 0.2
-# Computed, not measured: half the published peaks of an H100 SXM (989 TFLOP/s in bfloat16, 67 in float32, 3.35 TB/s), attention at a
-# quarter, 5 microseconds to start an operation, half of NVLink's 450 GB/s one way and of 400 Gbit/s between machines. Files go as fast as
-# here, because one core reads, checks and writes them.
+# Computed, not measured: half the published peaks of an H100 SXM (989 TFLOP/s in bfloat16, 67 in float32, 3.35 TB/s),
+# attention at a quarter, 5 microseconds to start an operation, half of NVLink's 450 GB/s one way and of 400 Gbit/s
+# between machines. Files go as fast as here, because one core reads, checks and writes them.
 GPU = {"product": 989e12 / 2, "attention": 989e12 / 4, "single": 67e12 / 2, "copy": 3.35e12 / 2, "op": 5e-6}
 MACHINES = {"1 GPU": (1, 1.0), "8 GPUs": (8, 450e9 / 2), "2 x 8 GPUs": (16, 50e9 / 2), "8 x 8 GPUs": (64, 50e9 / 2)}
 LARGE = Text(128, 2048, 1)
@@ -117,8 +125,12 @@ def prepared(opened: Opened, model: Path, job: str) -> Callable[[], Any]:
     if job == "shares":
         return lambda: measure_opened(opened, ["loss_share:wanda"])
     if job == "refined":
-        plan = allocate(Table(tuple(Row(x.name, x.block, x.kind, x.shape) for x in opened.layers)), 0.5, allocator="uniform")
-        return lambda: prune_(opened.model, plan, criterion=criterion, batches=opened.batches, refine=Refine(epochs=EPOCHS))
+        plan = allocate(
+            Table(tuple(Row(x.name, x.block, x.kind, x.shape) for x in opened.layers)), 0.5, allocator="uniform"
+        )
+        return lambda: prune_(
+            opened.model, plan, criterion=criterion, batches=opened.batches, refine=Refine(epochs=EPOCHS)
+        )
     seen = {} if job == "magnitude" else {"calibration": torch.cat(opened.batches), "batch_size": text.batch}
     options = {"options": OPTIONS.get(job, {}), "output": model.parent / job, "overwrite": True}
     checked = prepare(Request(model, sparsity=0.5, criterion=criterion, **options, **seen))
@@ -169,7 +181,12 @@ def _text(width: int) -> Text:
 def _random(place: Path, width: int, inner: int, blocks: int) -> None:
     """A model of the Llama family with random weights."""
     torch.manual_seed(0)
-    rows = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": blocks, "num_attention_heads": width // 64}
+    rows = {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": width // 64,
+    }
     LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=256, **rows)).save_pretrained(place)
 
 
@@ -183,23 +200,30 @@ def _sizes(size: Sequence[int]) -> Sizes:
 def amounts(row: dict[str, Any]) -> dict[str, float]:
     """The seconds of a run by kind at price 1."""
     machine = Machine(**{name: row[name] for name in ("product", "single", "copy", "attention", "op")})
-    return prices.seconds(work(Case(_sizes(row["size"]), Text(**row["text"])), row["job"]), machine, dict.fromkeys(prices.PRICES, 1.0))
+    return prices.seconds(
+        work(Case(_sizes(row["size"]), Text(**row["text"])), row["job"]), machine, dict.fromkeys(prices.PRICES, 1.0)
+    )
 
 
 def fit(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Prices: least squares of relative errors over the inverse prices, none below zero, by turns; a relative change from `ALONE` counts as
-    a relative error times `HOLD`, for many kinds of work always come together."""
+    """Prices: least squares of relative errors over the inverse prices, none below zero, by turns; a relative change
+    from `ALONE` counts as a relative error times `HOLD`, for many kinds of work always come together."""
     kinds = list(prices.PRICES)
     alone = np.array([ALONE[kind] if kind not in prices.SPEEDS else 1 / ALONE[kind] for kind in kinds])
     matrix = np.array([[amounts(row).get(kind, 0.0) / row["seconds"] for kind in kinds] for row in rows]) * alone
-    matrix, wanted = np.vstack([matrix, HOLD * np.eye(len(kinds))]), np.concatenate([np.ones(len(rows)), np.full(len(kinds), HOLD)])
+    matrix, wanted = (
+        np.vstack([matrix, HOLD * np.eye(len(kinds))]),
+        np.concatenate([np.ones(len(rows)), np.full(len(kinds), HOLD)]),
+    )
     x = np.ones(len(kinds))
     for _ in range(20000):
         for k in range(len(kinds)):
             column = matrix[:, k]
             rest = wanted - matrix @ x + column * x[k]
             x[k] = max(1e-3, column @ rest / (column @ column))
-    return {kind: float((x * alone)[k] if kind not in prices.SPEEDS else 1 / (x * alone)[k]) for k, kind in enumerate(kinds)}
+    return {
+        kind: float((x * alone)[k] if kind not in prices.SPEEDS else 1 / (x * alone)[k]) for k, kind in enumerate(kinds)
+    }
 
 
 def predicted(row: dict[str, Any], at: dict[str, float]) -> float:
@@ -235,7 +259,10 @@ def errors(rows: Sequence[dict[str, Any]]) -> str:
         if tuple(row["size"]) not in FITTED:
             width, inner, blocks = row["size"]
             said, took = predicted(row, prices.PRICES), row["seconds"]
-            lines.append(f"| {width} x {inner}, {blocks} blocks | {row['job']} | {took:.2f} | {said:.2f} | {said / took - 1:+.0%} |")
+            lines.append(
+                f"| {width} x {inner}, {blocks} blocks | {row['job']} | {took:.2f} | {said:.2f} | "
+                f"{said / took - 1:+.0%} |"
+            )
     return "\n".join(lines)
 
 
@@ -267,11 +294,18 @@ def main() -> None:
     for row in stored["runs"]:
         said, tried = predicted(row, prices.PRICES), "" if tuple(row["size"]) in FITTED else "  not fitted"
         error = said / row["seconds"] - 1
-        print(f"{row['size']!s:18} {row['job']:10} {row['seconds']:7.2f} s, predicted {said:7.2f}: {error:+5.0%}{tried}")
+        print(
+            f"{row['size']!s:18} {row['job']:10} {row['seconds']:7.2f} s, predicted {said:7.2f}: {error:+5.0%}{tried}"
+        )
     page = PAGE.read_text(encoding="utf-8")
-    for mark, end, text in (("tables", "end", tables(stored["core"])), ("errors", "end errors", errors(stored["runs"]))):
+    for mark, end, text in (
+        ("tables", "end", tables(stored["core"])),
+        ("errors", "end errors", errors(stored["runs"])),
+    ):
         print(text)
-        page = re.sub(rf"(?s)(<!-- {mark} -->\n).*?(?=<!-- {end} -->)", lambda found, text=text: f"{found[1]}\n{text}\n\n", page)
+        page = re.sub(
+            rf"(?s)(<!-- {mark} -->\n).*?(?=<!-- {end} -->)", lambda found, text=text: f"{found[1]}\n{text}\n\n", page
+        )
     if options.write:
         PAGE.write_text(page, encoding="utf-8")
 

@@ -1,13 +1,13 @@
 """Time a full ATP search against one plain prune of the same model, in one run.
 
-    python benchmarks/search.py                     a random llama of 8 blocks x 1024 (MLP 2816) and the bundled model, Wanda, 60 %
-    python benchmarks/search.py --model demo --windows 32 --length 512
+    python benchmarks/search.py                     a random llama of 8 blocks x 1024 (MLP 2816) and the bundled model,
+    Wanda, 60 % python benchmarks/search.py --model demo --windows 32 --length 512
 
-The search is everything: statistics, nine cheap trials, and the two full runs (uniform and the best) with their scores. `ratio` is its
-time over that of one prune with `--windows` windows of `--length` tokens. A search draws half as many windows as a prune by default (64
-and 128), and so it does here, of fewer tokens; `--same` adds one that draws as many. `cpu` is processor time, which other busy
-processes disturb less. Each measurement is a process of its own, the best of the repeats counts. The published way costs nine
-runs with an evaluation each.
+The search is everything: statistics, nine cheap trials, and the two full runs (uniform and the best) with their scores.
+`ratio` is its time over that of one prune with `--windows` windows of `--length` tokens. A search draws half as many
+windows as a prune by default (64 and 128), and so it does here, of fewer tokens; `--same` adds one that draws as many.
+`cpu` is processor time, which other busy processes disturb less. Each measurement is a process of its own, the best of
+the repeats counts. The published way costs nine runs with an evaluation each.
 """
 
 import argparse
@@ -35,26 +35,41 @@ def once(name: str, what: str, windows: int, length: int, threads: int) -> None:
         prune_(model, allocate(measure(model, []), SPARSITY), criterion="wanda", batches=list(tokens.split(8)))
     else:
         search(
-            model, SPARSITY, allocator="atp", calibration=tokens, progress=lambda line: lines.append((time.perf_counter() - start, line))
+            model,
+            SPARSITY,
+            allocator="atp",
+            calibration=tokens,
+            progress=lambda line: lines.append((time.perf_counter() - start, line)),
         )
     seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
     cheap = max((at for at, line in lines if line.startswith("trial")), default=0.0)
     print(
-        json.dumps({"seconds": seconds, "cpu_s": cpu_s, "cheap_s": cheap, "trials": sum(line.startswith("trial") for _, line in lines) - 1})
+        json.dumps(
+            {
+                "seconds": seconds,
+                "cpu_s": cpu_s,
+                "cheap_s": cheap,
+                "trials": sum(line.startswith("trial") for _, line in lines) - 1,
+            }
+        )
     )
 
 
 def spawn(*arguments: object) -> dict[str, float]:
     """One measurement."""
     command = [sys.executable, __file__, "--once", *map(str, arguments)]
-    result: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    result: dict[str, float] = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
     return result
 
 
 def main() -> None:
     """Print a line for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--once", nargs=5, metavar=("MODEL", "WHAT", "WINDOWS", "LENGTH", "THREADS"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--once", nargs=5, metavar=("MODEL", "WHAT", "WINDOWS", "LENGTH", "THREADS"), help=argparse.SUPPRESS
+    )
     parser.add_argument("--model", choices=["random", "demo"], action="append")
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--length", type=int, default=128)
@@ -75,15 +90,21 @@ def main() -> None:
             for job, arguments in jobs.items():
                 runs[job].append(spawn(name, *arguments, options.length, options.threads))
         best = {job: min(found, key=lambda r: r["seconds"]) for job, found in runs.items()}
-        ratios = {job: {unit: best[job][unit] / best["prune"][unit] for unit in ("seconds", "cpu_s")} for job in jobs if job != "prune"}
+        ratios = {
+            job: {unit: best[job][unit] / best["prune"][unit] for unit in ("seconds", "cpu_s")}
+            for job in jobs
+            if job != "prune"
+        }
         if options.json:
             print(json.dumps({"model": name, "windows": options.windows, **best, "ratio": ratios}), flush=True)
             continue
         for job, ratio in ratios.items():
             run = best[job]
             print(
-                f"{name:<7} {job:<12} prune {best['prune']['seconds']:7.2f} s, ATP search {run['seconds']:7.2f} s ({run['trials']} trials, "
-                f"{run['cheap_s']:.2f} s up to the last): ratio {ratio['seconds']:.2f} (target 2), cpu {ratio['cpu_s']:.2f}",
+                f"{name:<7} {job:<12} prune {best['prune']['seconds']:7.2f} s, ATP search {run['seconds']:7.2f} "
+                f"s ({run['trials']} trials, "
+                f"{run['cheap_s']:.2f} s up to the last): ratio {ratio['seconds']:.2f} (target 2), cpu "
+                f"{ratio['cpu_s']:.2f}",
                 flush=True,
             )
 

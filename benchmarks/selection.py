@@ -3,9 +3,10 @@
     python benchmarks/selection.py                             the layers of a Llama block 1024 wide, MLP 2816
     python benchmarks/selection.py --shape 4096x4096 --repeats 1 --only select
 
-The published procedures (in published.py): a stable full sort per row (Wanda's masks), a full sort of the layer (magnitude's), and
-SparseGPT's column loop with its two Cholesky factorizations and an inverse. Weights are random, inputs correlated. Times are the best
-of the repeats, in seconds of wall clock. `equal` says that masks agree (SparseGPT: the fraction of equal mask entries in float32).
+The published procedures (in published.py): a stable full sort per row (Wanda's masks), a full sort of the layer
+(magnitude's), and SparseGPT's column loop with its two Cholesky factorizations and an inverse. Weights are random,
+inputs correlated. Times are the best of the repeats, in seconds of wall clock. `equal` says that masks agree
+(SparseGPT: the fraction of equal mask entries in float32).
 """
 
 import argparse
@@ -59,7 +60,9 @@ def timed(function: Callable[[], Tensor]) -> tuple[Tensor, float]:
 def main() -> None:
     """Print the table, or with --json one object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", action="append", metavar="OUTxIN", help="repeatable; default: the layer shapes of a block")
+    parser.add_argument(
+        "--shape", action="append", metavar="OUTxIN", help="repeatable; default: the layer shapes of a block"
+    )
     parser.add_argument("--only", choices=["select", "sparsegpt", "all"], default="all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -73,10 +76,20 @@ def main() -> None:
             runs = [(timed(published), timed(billhook)) for _ in range(options.repeats)]
             old, new = min(r[0][1] for r in runs), min(r[1][1] for r in runs)
             equal = float(((runs[0][0][0] != 0) == (runs[0][1][0] != 0)).float().mean())
-            lines.append({"shape": shape, "what": name, "published_s": old, "billhook_s": new, "ratio": old / new, "equal": equal})
+            lines.append(
+                {
+                    "shape": shape,
+                    "what": name,
+                    "published_s": old,
+                    "billhook_s": new,
+                    "ratio": old / new,
+                    "equal": equal,
+                }
+            )
             if not options.json:
                 print(
-                    f"{shape:>10}  {name:<14} published {old:8.3f}  billhook {new:8.3f}  ratio {old / new:6.2f}  equal {equal:.6f}",
+                    f"{shape:>10}  {name:<14} published {old:8.3f}  billhook {new:8.3f}  ratio {old / new:6.2f}  "
+                    f"equal {equal:.6f}",
                     flush=True,
                 )
     if options.json:

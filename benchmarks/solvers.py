@@ -3,10 +3,10 @@
     python benchmarks/solvers.py                      1024 x 1024 and 2816, and 4096 x 4096
     python benchmarks/solvers.py --layer 4096x11008 --no-loop
 
-Random weights and inputs (twice as many tokens as inputs), 60 %; the best of the repeats, in seconds. `admm` is to take at most 3 times as
-long as SparseGPT, and SparseGPT at most half as long as the loop. `extra` is peak memory above that of weight and Gram matrix.
-`loss` is the layer's squared error relative to SparseGPT's. For whole runs on a random llama see `benchmarks/prune.py --only sparsegpt
---only admm`.
+Random weights and inputs (twice as many tokens as inputs), 60 %; the best of the repeats, in seconds. `admm` is to take
+at most 3 times as long as SparseGPT, and SparseGPT at most half as long as the loop. `extra` is peak memory above that
+of weight and Gram matrix. `loss` is the layer's squared error relative to SparseGPT's. For whole runs on a random llama
+see `benchmarks/prune.py --only sparsegpt --only admm`.
 """
 
 import argparse

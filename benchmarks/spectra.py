@@ -5,10 +5,10 @@
     python benchmarks/spectra.py --shape 4096x4096 --shape 4096x11008 --repeats 1
 
 The published procedure (in published.py): float32 singular values, then a Python loop over cut points. The
-matrices are random with a heavy-tailed spectrum: Gaussian with rows and columns scaled by power laws. Times are the best of the
-repeats: `_s` is wall clock, `_cpu_s` processor time, which other busy processes disturb less; `_mib` is the largest resident memory
-above that before the call. Where two bins of the histogram tie,
-the published choice hangs on float32 rounding and alpha may differ by some per cent; the last column shows it.
+matrices are random with a heavy-tailed spectrum: Gaussian with rows and columns scaled by power laws. Times are the
+best of the repeats: `_s` is wall clock, `_cpu_s` processor time, which other busy processes disturb less; `_mib` is the
+largest resident memory above that before the call. Where two bins of the histogram tie, the published choice hangs on
+float32 rounding and alpha may differ by some per cent; the last column shows it.
 """
 
 import argparse
@@ -86,7 +86,8 @@ def timed(function: Callable[[], T]) -> tuple[T, Cost]:
 
 
 def compare(weights: dict[str, Tensor], repeats: int) -> dict[str, float]:
-    """Both procedures over the same layers, alternating; the best times of each and the largest relative difference of alpha."""
+    """Both procedures over the same layers, alternating; the best times of each and the largest relative difference of
+    alpha."""
     samples = [Sample(name, W) for name, W in weights.items()]
     theirs: list[Cost] = []
     ours: list[Cost] = []
@@ -113,7 +114,9 @@ def compare(weights: dict[str, Tensor], repeats: int) -> dict[str, float]:
 def main() -> None:
     """Print one line a layer and one for all of them, or with --json one object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", action="append", metavar="OUTxIN", help="repeatable; default: the seven layers of --block")
+    parser.add_argument(
+        "--shape", action="append", metavar="OUTxIN", help="repeatable; default: the seven layers of --block"
+    )
     parser.add_argument("--block", choices=BLOCKS, default="1024")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

@@ -1,14 +1,16 @@
-"""Perplexity after pruning with every allocator x criterion x sparsity, with the default knob and with the searched one.
+"""Perplexity after pruning with every allocator x criterion x sparsity, with the default knob and with the searched
+one.
 
     python benchmarks/table.py                                    the bundled model, on the standard library of Python
     python benchmarks/table.py --folder FOLDER --journal table.jsonl --write docs/METHODS.md
 
-FOLDER holds `models/NAME` and `text/FILE` as named in `MODELS`; a model that is not there is skipped by name. The calibration windows are
-split by `billhook search`'s own rule: one half gives statistics, gradients and table (once a model), the other the loss that knobs are
-chosen by; perplexity is that of windows spread over another text. A searched knob is what `billhook search --allocator NAME` finds in nine
-cheap trials, confirmed against uniform by full runs: where uniform wins, the cell is uniform's. Trials of Wanda stand in for those of
-SparseGPT, as in a search. Every cell is noted in the journal at once: a run that was stopped goes on there, and one with nothing left to do
-only writes the Markdown tables.
+FOLDER holds `models/NAME` and `text/FILE` as named in `MODELS`; a model that is not there is skipped by name. The
+calibration windows are split by `billhook search`'s own rule: one half gives statistics, gradients and table (once a
+model), the other the loss that knobs are chosen by; perplexity is that of windows spread over another text. A searched
+knob is what `billhook search --allocator NAME` finds in nine cheap trials, confirmed against uniform by full runs:
+where uniform wins, the cell is uniform's. Trials of Wanda stand in for those of SparseGPT, as in a search. Every cell
+is noted in the journal at once: a run that was stopped goes on there, and one with nothing left to do only writes the
+Markdown tables.
 """
 
 import argparse
@@ -46,7 +48,17 @@ MODELS = {  # name: calibration text, evaluation text, tokens a window
     "c4gut-llama-12x128": (*WIKI, 128),
     "c4gut-llama-8x128": (*WIKI, 128),
 }
-NAMES = ["uniform", "alphapruning", "atp", "owl", "dlp", "er", "lamp", "global", "sensitivity"]  # explicit has no sparsities of its own
+NAMES = [
+    "uniform",
+    "alphapruning",
+    "atp",
+    "owl",
+    "dlp",
+    "er",
+    "lamp",
+    "global",
+    "sensitivity",
+]  # explicit has no sparsities of its own
 COLUMNS = ["magnitude", "wanda", "gblm", "sparsegpt"]
 ORDER = ["magnitude", "wanda", "sparsegpt", "gblm"]  # SparseGPT takes over the trials of Wanda
 SPARSITIES = [0.5, 0.6, 0.7]
@@ -96,7 +108,9 @@ class Subject:
         self.name = name
         home = DEMO if name == "bundled" else folder / "models" / name
         place = (lambda text: text) if name == "bundled" else (lambda text: str(folder / "text" / text))
-        request = Request(home, calibration=place(calibration), samples=SAMPLES, length=length, dtype="float32", batch_size=BATCH)
+        request = Request(
+            home, calibration=place(calibration), samples=SAMPLES, length=length, dtype="float32", batch_size=BATCH
+        )
         self.opened = open_request(request, True, "The table")
         self.split = split_windows(self.opened, 0)
         windows = load_windows(place(evaluation), load_tokenizer(home), length=length).ids
@@ -124,7 +138,9 @@ class Subject:
         opened, gradients = self.opened, None
         if setting.gradient is not None:
             path = folder / "gradients.safetensors"
-            gradients = compute_gradients(opened.model, self.split.batches, setting.gradient, path, layers=opened.layers)
+            gradients = compute_gradients(
+                opened.model, self.split.batches, setting.gradient, path, layers=opened.layers
+            )
         return Bench(opened.model, opened.layers, self.split.batches, self.split.heldout, setting, gradients=gradients)
 
 
@@ -144,7 +160,9 @@ def fill(subject: Subject, cells: Cells, criteria: list[str]) -> None:
                 _fill(subject, cells, bench, [key for key in todo if key.sparsity == sparsity], trials)
 
 
-def _fill(subject: Subject, cells: Cells, bench: Bench, todo: list[Key], trials: dict[tuple[float, str], list[Run]]) -> None:
+def _fill(
+    subject: Subject, cells: Cells, bench: Bench, todo: list[Key], trials: dict[tuple[float, str], list[Run]]
+) -> None:
     """One criterion at one sparsity: the default knobs, then, from the uniform runs, the search for each allocator."""
     full: list[Run] = []
     for key in todo:
@@ -167,7 +185,9 @@ def _fill(subject: Subject, cells: Cells, bench: Bench, todo: list[Key], trials:
             bench.prune(subject.plan(best.candidate, key.sparsity))
         ppl = uniform["ppl"] if best.candidate == UNIFORM and uniform else subject.ppl()
         options = best.candidate.options
-        cells.add(key, ppl=ppl, options=options, allocator_found=best.candidate.allocator, trials=len(journal.trials) - 1)
+        cells.add(
+            key, ppl=ppl, options=options, allocator_found=best.candidate.allocator, trials=len(journal.trials) - 1
+        )
 
 
 def keys(model: str, criterion: str) -> Iterator[Key]:
@@ -184,11 +204,16 @@ def markdown(cells: Cells) -> str:
         dense = cells.found.get(Key(model, "-", 0.0, "dense", "default"))
         if dense is None:
             continue
-        text = f"**{model}**: dense {number(dense['ppl'])}; calibrated on {calibration}, scored on {evaluation}, windows of {length}."
+        text = (
+            f"**{model}**: dense {number(dense['ppl'])}; calibrated on {calibration}, scored on {evaluation}, "
+            f"windows of {length}."
+        )
         columns = [(criterion, sparsity) for criterion in COLUMNS for sparsity in SPARSITIES]
         parts += [text, "", "| allocator | " + " | ".join(f"{c} {s:.0%}" for c, s in columns) + " |"]
         parts += ["| --- |" + " --- |" * len(columns)]
-        parts += [f"| {name} | " + " | ".join(cell(cells, model, c, s, name) for c, s in columns) + " |" for name in NAMES]
+        parts += [
+            f"| {name} | " + " | ".join(cell(cells, model, c, s, name) for c, s in columns) + " |" for name in NAMES
+        ]
         parts.append("")
     return "\n".join(parts)
 
@@ -202,7 +227,9 @@ def cell(cells: Cells, *place: Any) -> str:
         return number(default["ppl"])
     if searched is None:
         return f"{number(default['ppl'])} / …"
-    return f"{number(default['ppl'])} / {number(searched['ppl'])}" + ("°" if searched["allocator_found"] == "uniform" else "")
+    return f"{number(default['ppl'])} / {number(searched['ppl'])}" + (
+        "°" if searched["allocator_found"] == "uniform" else ""
+    )
 
 
 def number(ppl: float) -> str:

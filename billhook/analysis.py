@@ -1,8 +1,9 @@
 """ATP's error explosion: how the error of each block's output grows with depth, for several plans.
 
-Huang et al. 2025, arXiv:2502.14770: errors made in early blocks are carried on and amplified by later ones. Here the model is
-pruned by each plan, block by block, and the hidden states after every block are compared with those of the dense model on windows
-that were not used for calibration: ||Y - Y_dense||^2 / ||Y_dense||^2. It says nothing about what an error does to the prediction.
+Huang et al. 2025, arXiv:2502.14770: errors made in early blocks are carried on and amplified by later ones. Here the
+model is pruned by each plan, block by block, and the hidden states after every block are compared with those of the
+dense model on windows that were not used for calibration: ||Y - Y_dense||^2 / ||Y_dense||^2. It says nothing about what
+an error does to the prediction.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,11 +37,12 @@ def analyze(
     begin: Callable[[Opened, Setting, list[float]], None] = lambda opened, setting, targets: None,
     **fields: Any,
 ) -> dict[str, Any]:
-    """Return, for each of `plans` (name -> plan or file), the relative error after every block and the sparsity of every block.
+    """Return, for each of `plans` (name -> plan or file), the relative error after every block and the sparsity of
+    every block.
 
-    Keyword arguments are fields of `Request` (calibration, criterion, options, samples, length, ...). The model's weights are as
-    before afterwards. `begin` is called with the model, how it is pruned and the plans' sparsities before anything is pruned. Raises
-    BillhookError where there is no plan, or one does not fit the model.
+    Keyword arguments are fields of `Request` (calibration, criterion, options, samples, length, ...). The model's
+    weights are as before afterwards. `begin` is called with the model, how it is pruned and the plans' sparsities
+    before anything is pruned. Raises BillhookError where there is no plan, or one does not fit the model.
     """
     if not plans:
         raise BillhookError("Say which plans to compare: --plan plan.json, several times if you like.")
@@ -71,11 +73,15 @@ def analyze(
 def draw(analysis: Mapping[str, Any], path: Path) -> None:
     """Write the picture, error by block for every plan, as SVG."""
     plans = analysis["plans"].items()
-    series = [Series(f"{name} ({p['target']:g})", range(len(p["relative_error"])), p["relative_error"]) for name, p in plans]
+    series = [
+        Series(f"{name} ({p['target']:g})", range(len(p["relative_error"])), p["relative_error"]) for name, p in plans
+    ]
     title = f"How errors grow with depth after pruning with {analysis['criterion']}: lower is better"
     y = Axis("squared error of the block's output over its square", log=True)
     words = "One line for each plan, with its sparsity."
-    write_text(path, chart(title, series, Axis("block, from the input (0)", whole=True), y, summary=words, standalone=True))
+    write_text(
+        path, chart(title, series, Axis("block, from the input (0)", whole=True), y, summary=words, standalone=True)
+    )
 
 
 @torch.no_grad()

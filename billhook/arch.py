@@ -1,8 +1,8 @@
 """All that Billhook knows about architectures: where the blocks are, and which weights in them can be pruned.
 
-Mostly inferred. The blocks are the only ModuleList of `num_hidden_layers` modules of one class; prunable weights are seen as views
-of uniform shape [out, in] over linear layers, GPT-2's Conv1D (stored transposed) and 3-D expert parameters. Embeddings, norms, biases,
-routers and the head are never prunable. What cannot be named is refused by name.
+Mostly inferred. The blocks are the only ModuleList of `num_hidden_layers` modules of one class; prunable weights are
+seen as views of uniform shape [out, in] over linear layers, GPT-2's Conv1D (stored transposed) and 3-D expert
+parameters. Embeddings, norms, biases, routers and the head are never prunable. What cannot be named is refused by name.
 """
 
 import re
@@ -20,19 +20,47 @@ from billhook.registry import hint
 # Last name components of linear layers that route tokens to experts: a few rows that decide everything.
 ROUTERS = frozenset({"gate", "router", "wg", "shared_expert_gate", "classifier"})
 
-# Last name components of layers that read the input of a layer before them; where it matters what is computed, this is observed.
+# Last name components of layers that read the input of a layer before them; where it matters what is computed, this is
+# observed.
 SIBLINGS = frozenset({"k_proj", "v_proj", "up_proj"})
 
 # Families tested in every release (tests/test_families.py): `config.model_type`.
 FAMILIES = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "stablelm", "starcoder2"),
-    *("cohere", "granite", "falcon", "gpt_neox", "gptj", "gpt2", "bloom", "mpt", "opt", "mixtral", "qwen3_moe", "gpt_oss"),
+    *(
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi",
+        "phi3",
+        "olmo2",
+        "stablelm",
+        "starcoder2",
+    ),
+    *(
+        "cohere",
+        "granite",
+        "falcon",
+        "gpt_neox",
+        "gptj",
+        "gpt2",
+        "bloom",
+        "mpt",
+        "opt",
+        "mixtral",
+        "qwen3_moe",
+        "gpt_oss",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One prunable weight. `name` is the module's name in `model.named_modules()`, with the parameter and number for an expert.
+    """One prunable weight. `name` is the module's name in `model.named_modules()`, with the parameter and number for an
+    expert.
 
     `expert` is the index into a 3-D parameter, or None; `transposed` tells that the weight is stored [in, out].
     """
@@ -61,7 +89,8 @@ class Layer:
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the name and the ModuleList of the transformer blocks; raises BillhookError when there is no single candidate."""
+    """Return the name and the ModuleList of the transformer blocks; raises BillhookError when there is no single
+    candidate."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
     candidates = [
         (name, module)
@@ -72,7 +101,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if len(outermost) != 1:
         found = ", ".join(name for name, _ in outermost) or "none"
         raise BillhookError(
-            f"Cannot tell the blocks of {type(model).__name__} (model_type {model.config.model_type!r}): expected one list of {depth} "
+            f"Cannot tell the blocks of {type(model).__name__} (model_type {model.config.model_type!r}): "
+            f"expected one list of {depth} "
             f"modules of one class, found {found}. Only decoders made of equal blocks can be pruned."
         )
     return outermost[0]
@@ -93,7 +123,9 @@ def find_layers(model: PreTrainedModel) -> list[Layer]:
         for name, module in block.named_modules():
             layers += _layers_of(module, f"{prefix}.{index}.{name}", index, name)
     if not layers:
-        raise BillhookError(f"{type(model).__name__} has no linear layer inside its blocks ({prefix}): there is nothing to prune.")
+        raise BillhookError(
+            f"{type(model).__name__} has no linear layer inside its blocks ({prefix}): there is nothing to prune."
+        )
     return layers
 
 
@@ -107,29 +139,44 @@ def _layers_of(module: nn.Module, full: str, block: int, kind: str) -> list[Laye
         if value.ndim == 3 and not isinstance(module, nn.Conv1d):
             transposed = _stored_transposed(module, f"{full}.{parameter}")
             for expert in range(value.shape[0]):
-                layers.append(Layer(f"{full}.{parameter}.{expert}", block, f"{kind}.{parameter}", module, parameter, expert, transposed))
+                layers.append(
+                    Layer(
+                        f"{full}.{parameter}.{expert}",
+                        block,
+                        f"{kind}.{parameter}",
+                        module,
+                        parameter,
+                        expert,
+                        transposed,
+                    )
+                )
     return layers
 
 
 def _stored_transposed(module: nn.Module, where: str) -> bool:
     """Whether 3-D expert weights are [expert, in, out]; transformers records it on every experts class."""
     if not hasattr(module, "is_transposed"):
-        raise BillhookError(f"{where} ({type(module).__name__}) is a 3-D weight of unknown layout: this architecture is not supported yet.")
+        raise BillhookError(
+            f"{where} ({type(module).__name__}) is a 3-D weight of unknown layout: this architecture is not "
+            "supported yet."
+        )
     return bool(module.is_transposed)
 
 
 def select_layers(layers: Sequence[Layer], targets: Iterable[str] = (), ignore: Iterable[str] = ()) -> list[Layer]:
     """Keep the layers that match any of `targets` (all, if none are given) and none of `ignore`.
 
-    A pattern is a class name (`Linear`), the exact name of a layer or of a module that holds layers (`model.layers.0`), or `re:` and a
-    regular expression matched from the start of the name. A pattern that matches nothing is an error, and so is an empty result.
+    A pattern is a class name (`Linear`), the exact name of a layer or of a module that holds layers (`model.layers.0`),
+    or `re:` and a regular expression matched from the start of the name. A pattern that matches nothing is an error,
+    and so is an empty result.
     """
     wanted = [_matching(layers, pattern, "--targets") for pattern in targets]
     unwanted = [_matching(layers, pattern, "--ignore") for pattern in ignore]
     chosen = [
         layer
         for layer in layers
-        if (not wanted or any(layer.name in names for names in wanted)) and not any(layer.name in names for names in unwanted)
+        if (not wanted or any(layer.name in names for names in wanted))
+        and not any(layer.name in names for names in unwanted)
     ]
     if not chosen:
         raise BillhookError("--targets and --ignore leave no layer to prune: loosen one of them.")
@@ -145,17 +192,27 @@ def _matching(layers: Sequence[Layer], pattern: str, option: str) -> set[str]:
         names = {layer.name for layer in layers if expression.match(layer.name)}
     else:
         names = {
-            layer.name for layer in layers if pattern in (layer.name, type(layer.module).__name__) or layer.name.startswith(pattern + ".")
+            layer.name
+            for layer in layers
+            if pattern in (layer.name, type(layer.module).__name__) or layer.name.startswith(pattern + ".")
         }
     if not names:
         close = hint(pattern, [layer.name for layer in layers] + [type(layer.module).__name__ for layer in layers])
-        raise BillhookError(f"{option} {pattern} matches no prunable layer.{close} List them with billhook prune MODEL --dry-run.")
+        raise BillhookError(
+            f"{option} {pattern} matches no prunable layer.{close} List them with billhook prune MODEL --dry-run."
+        )
     return names
 
 
 def check_finite(layers: Iterable[Layer]) -> None:
     """Raise BillhookError naming the first layer whose weights hold NaN or infinity."""
     for layer in layers:
-        # One pass and nothing in memory: any NaN or infinity is one in the sum, too. (So is an overflow, which is looked at closely.)
-        if not torch.isfinite(layer.weight.sum(dtype=torch.float32)) and (bad := int((~torch.isfinite(layer.weight)).sum())):
-            raise BillhookError(f"{layer.name} holds {bad} weights that are NaN or infinite: the checkpoint is damaged. Repair it first.")
+        # One pass and nothing in memory: any NaN or infinity is one in the sum, too. (So is an overflow, which is
+        # looked at closely.)
+        if not torch.isfinite(layer.weight.sum(dtype=torch.float32)) and (
+            bad := int((~torch.isfinite(layer.weight)).sum())
+        ):
+            raise BillhookError(
+                f"{layer.name} holds {bad} weights that are NaN or infinite: the checkpoint is damaged. Repair "
+                "it first."
+            )

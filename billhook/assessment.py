@@ -1,4 +1,5 @@
-"""Everything that `billhook eval` says of a model, as one record: perplexity by either protocol, distance from the dense model, tasks.
+"""Everything that `billhook eval` says of a model, as one record: perplexity by either protocol, distance from the
+dense model, tasks.
 
 The record names protocol, windows, length and versions, so that two records can be compared only where they may be.
 """
@@ -67,7 +68,9 @@ def assess(model: str | Path, questions: Questions, progress: Progress = lambda 
     if questions.data is not None and questions.protocol != "token":
         words = _need(tokenizer, "Word perplexity")
         texts = list(documents(questions.data, "evaluation", stream=True))[: questions.limit]
-        record["word"] = evaluate_words(loaded, words, texts, window, questions.data, lambda a, b: progress(f"{a}/{b} windows")).to_dict()
+        record["word"] = evaluate_words(
+            loaded, words, texts, window, questions.data, lambda a, b: progress(f"{a}/{b} windows")
+        ).to_dict()
     if names or files:
         done = _run_tasks(loaded, _need(tokenizer, "A task"), (names, files), window, questions, progress)
         record["tasks"] = [task.to_dict() for task in done]
@@ -81,23 +84,29 @@ def versions() -> dict[str, str]:
 
 
 def _tasks(questions: Questions) -> tuple[list[str], list[str]]:
-    """Names for lm-eval and files of items, checked; raises BillhookError where nothing is asked or one of them is not known."""
+    """Names for lm-eval and files of items, checked; raises BillhookError where nothing is asked or one of them is not
+    known."""
     if questions.data is None and not questions.tasks:
         raise BillhookError(
-            "Say what to score: --data FILE.txt, FILE.jsonl, TOKENS.safetensors or hub:wikitext2 (stdlib:heldout for the demo), or --tasks."
+            "Say what to score: --data FILE.txt, FILE.jsonl, TOKENS.safetensors or hub:wikitext2 (stdlib:heldout "
+            "for the demo), or --tasks."
         )
     if questions.protocol not in PROTOCOLS:
         raise BillhookError(f"Unknown protocol {questions.protocol!r}: use {', '.join(PROTOCOLS)}.")
     if questions.protocol != "token" and (questions.data or "").endswith(".safetensors"):
         raise BillhookError("Word perplexity is of words, and a token file has none: give a text.")
     if questions.against is not None and (questions.data is None or questions.protocol == "word"):
-        raise BillhookError("--against compares predictions on the windows of a text: give --data and the token protocol.")
+        raise BillhookError(
+            "--against compares predictions on the windows of a text: give --data and the token protocol."
+        )
     _check_used(questions)
     named = [name for task in questions.tasks for name in (PAPER7 if task == "paper7" else [task])]
     files = [name for name in named if name.endswith(".jsonl")]
     names = [name for name in named if not name.endswith(".jsonl")]
     if questions.few_shot is not None and not names:
-        raise BillhookError("--few-shot is for tasks of lm-eval; the prompts of a file are used as they stand: leave it out.")
+        raise BillhookError(
+            "--few-shot is for tasks of lm-eval; the prompts of a file are used as they stand: leave it out."
+        )
     for file in files:
         load_items(file)
     if names:
@@ -108,23 +117,39 @@ def _tasks(questions: Questions) -> tuple[list[str], list[str]]:
 def _check_used(questions: Questions) -> None:
     """Raise BillhookError for an option that nothing asked for would look at."""
     if questions.data is None and (questions.protocol != "token" or questions.limit is not None):
-        raise BillhookError("--protocol and --limit are for the text of --data: leave them out (for tasks there is --task-limit).")
+        raise BillhookError(
+            "--protocol and --limit are for the text of --data: leave them out (for tasks there is --task-limit)."
+        )
     if questions.batch_size is not None and (questions.data is None or questions.protocol == "word"):
-        raise BillhookError("--batch-size is for token perplexity: tasks and word perplexity find theirs by themselves.")
+        raise BillhookError(
+            "--batch-size is for token perplexity: tasks and word perplexity find theirs by themselves."
+        )
     if questions.task_limit is not None and not questions.tasks:
         raise BillhookError("--task-limit is for --tasks: leave it out (for windows there is --limit).")
 
 
 def _open(source: Path, questions: Questions) -> PreTrainedModel:
     """Dense or packed; untuned, so that the same questions have the same answers to the last bit."""
-    return load(source, dtype=questions.dtype, device=questions.device, trust_remote_code=questions.trust_remote_code, tune=False)
+    return load(
+        source,
+        dtype=questions.dtype,
+        device=questions.device,
+        trust_remote_code=questions.trust_remote_code,
+        tune=False,
+    )
 
 
 def _token(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, questions: Questions, window: int, progress: Progress
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    questions: Questions,
+    window: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     assert questions.data is not None
-    windows = load_windows(questions.data, tokenizer, length=window, limit=questions.limit, vocab_size=vocabulary_size(model))
+    windows = load_windows(
+        questions.data, tokenizer, length=window, limit=questions.limit, vocab_size=vocabulary_size(model)
+    )
     dense = None if questions.against is None else _open(resolve(questions.against), questions)
     told: Callable[[int, int], None] = lambda done, total: progress(f"{done}/{total} windows")  # noqa: E731
     record = evaluate(model, windows, against=dense, batch_size=questions.batch_size, progress=told).to_dict()
@@ -150,7 +175,9 @@ def _run_tasks(
 ) -> list[TaskResult]:
     """Score the `tasks`: names for lm-eval, and files of items."""
     (names, files), limit = tasks, questions.task_limit
-    found = [evaluate_file(model, tokenizer, file, longest, limit, lambda a, b: progress(f"items {a}/{b}")) for file in files]
+    found = [
+        evaluate_file(model, tokenizer, file, longest, limit, lambda a, b: progress(f"items {a}/{b}")) for file in files
+    ]
     if names:
         found += evaluate_tasks(model, tokenizer, names, longest, few_shot=questions.few_shot, limit=limit)
     return found

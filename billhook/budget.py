@@ -1,7 +1,7 @@
 """Meeting a sparsity budget exactly: clip, restore the parameter-weighted mean, round to whole weights.
 
-The published formulas can leave [0, 1] or miss the target when blocks differ in size; these three functions repair that without
-changing anything where the formula was already legal (which the golden layer sparsities check).
+The published formulas can leave [0, 1] or miss the target when blocks differ in size; these three functions repair that
+without changing anything where the formula was already legal (which the golden layer sparsities check).
 """
 
 import math
@@ -16,7 +16,8 @@ def mean(values: Numbers, n: Sequence[int]) -> float:
 
 
 def min_max(values: Numbers) -> list[float]:
-    """Map linearly to [0, 1], the least value to 0 and the largest to 1; values equal to rounding are all in the middle."""
+    """Map linearly to [0, 1], the least value to 0 and the largest to 1; values equal to rounding are all in the
+    middle."""
     low, high = min(values), max(values)
     equal = high - low <= 1e-14 * max(abs(low), abs(high))
     return [0.5 if equal else (v - low) / (high - low) for v in values]
@@ -30,7 +31,9 @@ def scale_to(raw: Numbers, n: Sequence[int], target: float) -> list[float]:
     factor = target / mean(raw, n)
     if factor * max(raw) <= 1:
         return [factor * r for r in raw]
-    if mean([1.0 if r > 0 else 0.0 for r in raw], n) <= target:  # even full removal of every positive layer is not enough
+    if (
+        mean([1.0 if r > 0 else 0.0 for r in raw], n) <= target
+    ):  # even full removal of every positive layer is not enough
         raw = [max(r, 1e-9 * max(raw)) for r in raw]
     return _solve(lambda c: [min(1.0, c * r) for r in raw], n, target, 0.0, 1.0 / min(r for r in raw if r > 0))
 
@@ -50,7 +53,9 @@ def shift_to(raw: Numbers, n: Sequence[int], target: float) -> list[float]:
     return _solve(lambda c: [min(1.0, max(0.0, r + c)) for r in raw], n, target, -max(raw), 1 - min(raw))
 
 
-def _solve(values: Callable[[float], list[float]], n: Sequence[int], target: float, low: float, high: float) -> list[float]:
+def _solve(
+    values: Callable[[float], list[float]], n: Sequence[int], target: float, low: float, high: float
+) -> list[float]:
     """Bisect the monotone map c -> values(c) until its weighted mean is `target` to the last bit."""
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if mean(values(middle), n) < target else (low, middle)
@@ -58,10 +63,11 @@ def _solve(values: Callable[[float], list[float]], n: Sequence[int], target: flo
 
 
 def whole_numbers(exact: Numbers, ceilings: Sequence[int], units: Sequence[float] | None = None) -> list[int]:
-    """Round `exact` to whole numbers, each up or down, keeping the total (largest remainder first; earlier entries win ties).
+    """Round `exact` to whole numbers, each up or down, keeping the total (largest remainder first; earlier entries win
+    ties).
 
-    `units` is what one step of each entry weighs in the total (default 1 each: the result then sums to sum(exact), a half rounded up).
-    No entry exceeds its ceiling.
+    `units` is what one step of each entry weighs in the total (default 1 each: the result then sums to sum(exact), a
+    half rounded up). No entry exceeds its ceiling.
     """
     units = units or [1.0] * len(exact)
     low = [min(math.floor(x + 1e-9), top) for x, top in zip(exact, ceilings, strict=True)]
@@ -76,8 +82,11 @@ def whole_numbers(exact: Numbers, ceilings: Sequence[int], units: Sequence[float
     return _nearer(whole, low, high, units, missing, order)
 
 
-def _nearer(whole: list[int], low: Sequence[int], high: Sequence[int], units: Numbers, missing: float, order: Sequence[int]) -> list[int]:
-    """Where steps differ in weight the last one can overshoot: round entries the other way while that brings the total nearer."""
+def _nearer(
+    whole: list[int], low: Sequence[int], high: Sequence[int], units: Numbers, missing: float, order: Sequence[int]
+) -> list[int]:
+    """Where steps differ in weight the last one can overshoot: round entries the other way while that brings the total
+    nearer."""
     changed = True
     while changed:
         changed = False

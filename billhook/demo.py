@@ -1,6 +1,7 @@
 """The demonstration: the main allocators with the main criteria on the bundled model, on text that every Python has.
 
-Calibration text is the standard library's training modules, evaluation text the held-out ones, which the model has never seen.
+Calibration text is the standard library's training modules, evaluation text the held-out ones, which the model has
+never seen.
 """
 
 import copy
@@ -74,16 +75,32 @@ class Demo:
     def to_json(self) -> dict[str, Any]:
         """The same, for machines."""
         cells = [
-            {"allocator": a, "criterion": c, "token_ppl": ppl, "sparsity": self.achieved[a, c]} for (a, c), ppl in self.perplexity.items()
+            {"allocator": a, "criterion": c, "token_ppl": ppl, "sparsity": self.achieved[a, c]}
+            for (a, c), ppl in self.perplexity.items()
         ]
-        return {"dense_token_ppl": self.dense, "tokens": self.tokens, "length": self.length, "cells": cells, "output": str(self.output)}
+        return {
+            "dense_token_ppl": self.dense,
+            "tokens": self.tokens,
+            "length": self.length,
+            "cells": cells,
+            "output": str(self.output),
+        }
 
 
 def run_demo(output: Path, sparsity: float, say: Callable[[str], None] = print) -> Demo:
-    """Prune the bundled model in twelve ways, save the best to `output` (replacing an earlier demonstration), reload and verify it."""
+    """Prune the bundled model in twelve ways, save the best to `output` (replacing an earlier demonstration), reload
+    and verify it."""
     check_output(output, MODEL, overwrite=_is_demo(output))
     say(f"The bundled model: {MODEL.name}, a small llama trained on Python's standard library.")
-    request = Request(MODEL, calibration="stdlib:train", samples=SAMPLES, length=LENGTH, dtype="float32", output=output, overwrite=True)
+    request = Request(
+        MODEL,
+        calibration="stdlib:train",
+        samples=SAMPLES,
+        length=LENGTH,
+        dtype="float32",
+        output=output,
+        overwrite=True,
+    )
     opened = open_request(request, True, "The demo")
     windows = load_windows("stdlib:heldout", load_tokenizer(MODEL), length=LENGTH, limit=EVALUATION_WINDOWS)
     dense = evaluate(opened.model, windows)
@@ -105,11 +122,16 @@ def run_demo(output: Path, sparsity: float, say: Callable[[str], None] = print) 
 
 
 def _is_demo(output: Path) -> bool:
-    """Whether `output` is an earlier demonstration, which may be replaced; raises BillhookError where it holds anything else."""
+    """Whether `output` is an earlier demonstration, which may be replaced; raises BillhookError where it holds anything
+    else."""
     if not output.is_dir() or not any(output.iterdir()):
         return False
     made_by = read_json(output / RECORD, "record").get("made_by") if (output / RECORD).is_file() else None
-    if isinstance(made_by, dict) and isinstance(made_by.get("model"), dict) and made_by["model"].get("name") == MODEL.name:
+    if (
+        isinstance(made_by, dict)
+        and isinstance(made_by.get("model"), dict)
+        and made_by["model"].get("name") == MODEL.name
+    ):
         return True
     raise BillhookError(f"The output {output} is not empty and holds no earlier demo: choose another with --output.")
 
@@ -123,7 +145,8 @@ def _save_best(demo: Demo, plans: dict[str, SparsityPlan], opened: Opened, reque
 
 @torch.no_grad()
 def _check(opened: Opened, output: Path) -> None:
-    """Recount zeros from disk, and compare the logits of stock transformers with those of the model in memory, rounded as on disk."""
+    """Recount zeros from disk, and compare the logits of stock transformers with those of the model in memory, rounded
+    as on disk."""
     result = verify(output)
     if not result.ok:
         raise JobError(f"The saved model does not verify: {result.problems[0]}")

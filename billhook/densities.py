@@ -1,7 +1,9 @@
-"""Spectral densities from the quantiles of spectra: which layers are shown, and how their eigenvalues are spread. No torch.
+"""Spectral densities from the quantiles of spectra: which layers are shown, and how their eigenvalues are spread. No
+torch.
 
-The quantiles are the curve `spectrum_quantiles` of a table. Between two of them the share of eigenvalues is interpolated linearly in the
-logarithm, so the density is that of a histogram whose counts are good to one part in the number of quantiles.
+The quantiles are the curve `spectrum_quantiles` of a table. Between two of them the share of eigenvalues is
+interpolated linearly in the logarithm, so the density is that of a histogram whose counts are good to one part in the
+number of quantiles.
 """
 
 import math
@@ -19,8 +21,9 @@ BINS = 24
 
 
 def shown(table: Table) -> dict[str, list[float]]:
-    """Layer -> quantiles of its spectrum for up to three layers: of the smallest, the middle and the largest exponent, by the table's first
-    spectral column, or the first, the middle and the last layer where it has none. Empty where the curve was not measured."""
+    """Layer -> quantiles of its spectrum for up to three layers: of the smallest, the middle and the largest exponent,
+    by the table's first spectral column, or the first, the middle and the last layer where it has none. Empty where the
+    curve was not measured."""
     rows = [row for row in table if CURVE in row.curves]
     columns = [name for name in table.columns() if of_weights(name)]
     ordered = sorted(rows, key=lambda row: row.metrics[columns[0]]) if columns else rows
@@ -35,17 +38,21 @@ def of_weights(name: str) -> bool:
 
 
 def spectra_of(table: Table, report: Mapping[str, Any]) -> dict[str, Any]:
-    """What report.json keeps of a table of the dense model (`spectra`); raises BillhookError unless it is of the model that was pruned."""
+    """What report.json keeps of a table of the dense model (`spectra`); raises BillhookError unless it is of the model
+    that was pruned."""
     digest = report["model"].get("digest")
     if digest is None or table.model.get("digest") != digest:
         raise BillhookError(
-            f"The table is not of the model that was pruned here ({report['model'].get('name')}): their digests differ. "
+            f"The table is not of the model that was pruned here ({report['model'].get('name')}): their digests "
+            "differ. "
             "Measure the dense model with billhook measure."
         )
     part = table.only([row["layer"] for row in report["layers"]], table.shapes)
     columns = [name for name in part.columns() if of_weights(name)]
     if not columns and not shown(part):
-        raise BillhookError("The table says nothing about spectra: make one with billhook measure MODEL --metrics alpha_peak.")
+        raise BillhookError(
+            "The table says nothing about spectra: make one with billhook measure MODEL --metrics alpha_peak."
+        )
     return {
         "metrics": {name: dict(zip(part.shapes, part.column(name), strict=True)) for name in columns},
         "quantiles": shown(part),
@@ -53,8 +60,8 @@ def spectra_of(table: Table, report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def density(quantiles: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Middles (geometric) and heights of BINS bins that are equally wide in the logarithm; empty for a spectrum without two different
-    positive values. A height is the share of eigenvalues per unit."""
+    """Middles (geometric) and heights of BINS bins that are equally wide in the logarithm; empty for a spectrum without
+    two different positive values. A height is the share of eigenvalues per unit."""
     logs = [math.log(value) for value in quantiles if value > 0]
     if len(logs) < 2 or logs[-1] <= logs[0]:
         return [], []

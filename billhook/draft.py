@@ -23,8 +23,9 @@ from billhook.table import Table
 
 @dataclass(frozen=True)
 class Draft:
-    """What was checked. `plan` is the one given, or that of a run that goes on, `done` of whose blocks are finished; where there is none,
-    `needed` are the columns to measure first, unless `table` was given; the result goes to `packed` in the end, if it is to be packed."""
+    """What was checked. `plan` is the one given, or that of a run that goes on, `done` of whose blocks are finished;
+    where there is none, `needed` are the columns to measure first, unless `table` was given; the result goes to
+    `packed` in the end, if it is to be packed."""
 
     request: Request
     opened: Opened
@@ -46,24 +47,42 @@ class Draft:
     @property
     def target(self) -> float:
         """The sparsity that is asked for."""
-        return check_budget(self.request.sparsity, Pattern.parse(self.request.pattern)) if self.plan is None else self.plan.target
+        return (
+            check_budget(self.request.sparsity, Pattern.parse(self.request.pattern))
+            if self.plan is None
+            else self.plan.target
+        )
 
 
 def check(request: Request) -> Draft:
     """Open what a request names and check everything about it, cheapest first; nothing is measured yet."""
     arithmetic = request.plan is None and request.allocator != AUTO
     allocators = [request.allocator] if arithmetic else []
-    criterion_options, given = split_options(request.options, request.criterion, allocators, Request.__dataclass_fields__)
+    criterion_options, given = split_options(
+        request.options, request.criterion, allocators, Request.__dataclass_fields__
+    )
     allocator_options = ALLOCATORS.configure(request.allocator, given) if arithmetic else {}
     plan = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
     table = Table.load(request.table) if isinstance(request.table, str | Path) else request.table
     if plan is None:
         check_budget(request.sparsity, Pattern.parse(request.pattern))
-    elif table is not None or request.allocator != "uniform" or request.sparsity is not None or request.pattern != "unstructured":
-        raise BillhookError("A plan already says how much each layer loses: leave out sparsity, pattern, allocator and table.")
+    elif (
+        table is not None
+        or request.allocator != "uniform"
+        or request.sparsity is not None
+        or request.pattern != "unstructured"
+    ):
+        raise BillhookError(
+            "A plan already says how much each layer loses: leave out sparsity, pattern, allocator and table."
+        )
     needed = () if plan or table else _columns(request, allocator_options)
-    needs, gradients = CRITERIA.needs(request.criterion, criterion_options), _given_gradients(request, criterion_options)
-    needs_text = any(gradients is None or name not in GRADIENTS for name in needs) or any(fact(name).needs_text for name in needed)
+    needs, gradients = (
+        CRITERIA.needs(request.criterion, criterion_options),
+        _given_gradients(request, criterion_options),
+    )
+    needs_text = any(gradients is None or name not in GRADIENTS for name in needs) or any(
+        fact(name).needs_text for name in needed
+    )
     needs_text = needs_text or request.refine != "none"
     request, packed = _beside(request)
     who = f"Pruning with {request.criterion} and {request.allocator}"
@@ -71,9 +90,23 @@ def check(request: Request) -> Draft:
     opened = open_request(request, needs_text, who, streamed=streamed)
     asked = identity(request, opened, {**allocator_options, **criterion_options}, plan, table)
     if gradients is not None:
-        gradients.check(gradient_of(request, criterion_options), {layer.name: layer.shape for layer in opened.layers}, opened.facts)
+        gradients.check(
+            gradient_of(request, criterion_options), {layer.name: layer.shape for layer in opened.layers}, opened.facts
+        )
     continued, done = _unfinished_plan(request, opened, asked)
-    return Draft(request, opened, criterion_options, allocator_options, continued or plan, table, needed, gradients, asked, packed, done)
+    return Draft(
+        request,
+        opened,
+        criterion_options,
+        allocator_options,
+        continued or plan,
+        table,
+        needed,
+        gradients,
+        asked,
+        packed,
+        done,
+    )
 
 
 def _in_memory(request: Request, needed: Sequence[str]) -> bool:
@@ -82,11 +115,16 @@ def _in_memory(request: Request, needed: Sequence[str]) -> bool:
 
 def _columns(request: Request, options: Mapping[str, Any]) -> tuple[str, ...]:
     """The columns of the table that the request's allocator reads."""
-    return automatic.needs(request.criterion) if request.allocator == AUTO else ALLOCATORS.needs(request.allocator, options)
+    return (
+        automatic.needs(request.criterion)
+        if request.allocator == AUTO
+        else ALLOCATORS.needs(request.allocator, options)
+    )
 
 
 def _beside(request: Request) -> tuple[Request, Path | None]:
-    """For a run whose result is packed: the request with a place beside the output instead, and the output; else as it is."""
+    """For a run whose result is packed: the request with a place beside the output instead, and the output; else as it
+    is."""
     if not request.pack or request.output is None:
         return request, None
     source = Path(request.model) if isinstance(request.model, str | Path) and Path(request.model).is_dir() else None
@@ -101,7 +139,8 @@ def _beside(request: Request) -> tuple[Request, Path | None]:
 
 
 def _unfinished_plan(request: Request, opened: Opened, asked: Mapping[str, Any]) -> tuple[SparsityPlan | None, int]:
-    """The plan of the run that `request` is to continue, so that nothing is measured again, and its finished blocks; None, 0 for a new one.
+    """The plan of the run that `request` is to continue, so that nothing is measured again, and its finished blocks;
+    None, 0 for a new one.
 
     Raises BillhookError when that run was asked for something else than `asked`.
     """
@@ -119,5 +158,7 @@ def _given_gradients(request: Request, options: Mapping[str, Any]) -> Gradients 
     if request.gradients is None:
         return None
     if not gradient_of(request, options):
-        raise BillhookError(f"The criterion {request.criterion} reads no gradients: leave --gradients out, or take criterion gblm.")
+        raise BillhookError(
+            f"The criterion {request.criterion} reads no gradients: leave --gradients out, or take criterion gblm."
+        )
     return request.gradients if isinstance(request.gradients, Gradients) else open_gradients(Path(request.gradients))

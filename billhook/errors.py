@@ -1,6 +1,7 @@
 """The two errors a user can meet: a mistake to correct, and a job that failed; and how to tell that memory ran out.
 
-Every message says what is wrong, where, and what to do. The command line prints the message alone and exits with `exit_code`.
+Every message says what is wrong, where, and what to do. The command line prints the message alone and exits with
+`exit_code`.
 """
 
 

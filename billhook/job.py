@@ -1,7 +1,8 @@
 """The main job: a model directory in, a pruned model directory out, in three steps: check, decide, run.
 
-`check` does everything that can fail because of what was asked (names, options, plan, data, output place), `decide` makes the plan where
-none was given; both change nothing and are together `prepare`. `run` applies the plan and writes the result. `prune` is all of it.
+`check` does everything that can fail because of what was asked (names, options, plan, data, output place), `decide`
+makes the plan where none was given; both change nothing and are together `prepare`. `run` applies the plan and writes
+the result. `prune` is all of it.
 """
 
 import shutil
@@ -38,8 +39,11 @@ from billhook.table import Table
 from billhook.walk import Block
 
 
-def prune(model: str | Path | PreTrainedModel, *, progress: Callable[[str], None] = lambda layer: None, **fields: Any) -> Report:
-    """Prune a model directory (or hub name), or a model in memory (in place), and write the result if `output` is given.
+def prune(
+    model: str | Path | PreTrainedModel, *, progress: Callable[[str], None] = lambda layer: None, **fields: Any
+) -> Report:
+    """Prune a model directory (or hub name), or a model in memory (in place), and write the result if `output` is
+    given.
 
     The keyword arguments are the fields of `Request`: sparsity=0.7, criterion="wanda", allocator="alphapruning",
     epsilon=0.3, calibration="text.txt", output="pruned", ... Raises BillhookError (nothing changed) for what cannot be
@@ -67,7 +71,9 @@ def decide(draft: Draft, progress: Callable[[str], None] = lambda layer: None) -
         plan.check({layer.name: layer.shape for layer in opened.layers})
     except BillhookError as error:
         chosen = request.plan is not None and (request.targets or request.ignore)
-        raise BillhookError(f"{error} --targets and --ignore must choose exactly the plan's layers." if chosen else str(error)) from None
+        raise BillhookError(
+            f"{error} --targets and --ignore must choose exactly the plan's layers." if chosen else str(error)
+        ) from None
     return Job(request, opened, plan, draft.criterion_options, draft.gradients, draft.identity, draft.packed)
 
 
@@ -94,9 +100,9 @@ def run(
 ) -> Report:
     """Apply a prepared job: prune, check, write.
 
-    A model directory is pruned block by block into the output (`billhook.run.unfinished`), a model in memory in place. The run ends after a
-    block at which `stopping()` is true; `note` is given the results of a block's layers when they are made. Raises JobError, and
-    Interrupted where the run can be continued.
+    A model directory is pruned block by block into the output (`billhook.run.unfinished`), a model in memory in place.
+    The run ends after a block at which `stopping()` is true; `note` is given the results of a block's layers when they
+    are made. Raises JobError, and Interrupted where the run can be continued.
     """
     wait()  # until all processes have looked at the output place
     start = time.perf_counter()
@@ -106,16 +112,23 @@ def run(
         results = _prune(job, progress, note)
         made = record(job, results)
         if request.output is not None and not rank():
-            saved = save_pruned(opened.model, opened.source, Path(request.output), record=made, overwrite=request.overwrite)
+            saved = save_pruned(
+                opened.model, opened.source, Path(request.output), record=made, overwrite=request.overwrite
+            )
             output, notes = saved.path, [saved.note] if saved.note else []
     else:
         output = Path(request.output).expanduser().resolve()
         may = {"resume": request.resume, "overwrite": request.overwrite}
-        with unfinished(stream, opened.source, output, job.identity, job.plan.to_json(), **may, stopping=stopping) as place:
+        with unfinished(
+            stream, opened.source, output, job.identity, job.plan.to_json(), **may, stopping=stopping
+        ) as place:
             before = [result for results in place.state.results for result in results]
             for result in before:
                 progress(result.layer)
-            results = [*before, *_prune(replace(job, gradients=_gradients_of(job, place, progress)), progress, note, place)]
+            results = [
+                *before,
+                *_prune(replace(job, gradients=_gradients_of(job, place, progress)), progress, note, place),
+            ]
             made = record(job, results)
             place.complete(made)
     if job.packed is not None and output is not None and not rank():
@@ -131,7 +144,9 @@ def _pack(dense: Path, output: Path, overwrite: bool) -> tuple[Path, list[str]]:
     except BillhookError as error:
         raise type(error)(f"{error} The pruned model is in {dense}.") from None
     except KeyboardInterrupt:
-        raise Interrupted(f"Stopped. The pruned model is in {dense}: billhook pack {dense} -o {output} does the rest.") from None
+        raise Interrupted(
+            f"Stopped. The pruned model is in {dense}: billhook pack {dense} -o {output} does the rest."
+        ) from None
     shutil.rmtree(dense)
     return report.output, report.notes
 
@@ -158,7 +173,9 @@ def _prune(
         gradients=job.gradients,
         progress=progress,
         spill_gib=request.spill_gib,
-        refine=None if request.refine == "none" else Refine(everything=request.refine == "blocks+norms", seed=request.seed),
+        refine=None
+        if request.refine == "none"
+        else Refine(everything=request.refine == "blocks+norms", seed=request.seed),
         start=0 if place is None else place.state.done,
         finished=finished,
         **job.criterion_options,
@@ -166,7 +183,8 @@ def _prune(
 
 
 def _gradients_of(job: Job, place: Unfinished, progress: Callable[[str], None]) -> Gradients | None:
-    """The gradients the criterion reads: those given, those of the run that is continued, or new ones, kept until the run is done."""
+    """The gradients the criterion reads: those given, those of the run that is continued, or new ones, kept until the
+    run is done."""
     statistic = gradient_of(job.request, job.criterion_options)
     if not statistic or job.gradients is not None:
         return job.gradients
@@ -174,13 +192,17 @@ def _gradients_of(job: Job, place: Unfinished, progress: Callable[[str], None]) 
     if place.has(GRADIENTS):
         return open_gradients(place.folder / GRADIENTS)
     layers, batches = job.opened.layers, job.opened.batches
-    found = compute_gradients(job.opened.model, batches, statistic, path, layers=layers, spill_gib=job.request.spill_gib, progress=progress)
+    found = compute_gradients(
+        job.opened.model, batches, statistic, path, layers=layers, spill_gib=job.request.spill_gib, progress=progress
+    )
     if not rank():
         place.keep(GRADIENTS)
     return found
 
 
-def measure_model(request: Request, metrics: Sequence[str], progress: Callable[[str], None] = lambda layer: None) -> Table:
+def measure_model(
+    request: Request, metrics: Sequence[str], progress: Callable[[str], None] = lambda layer: None
+) -> Table:
     """Measure the layers of a request's model; text is read only if a metric looks at activations."""
     return measure_opened(open_to_measure(request, metrics), metrics, progress)
 
@@ -199,7 +221,8 @@ def make_gradients(
     progress: Callable[[str], None] = lambda layer: None,
     begin: Callable[[Opened], None] = lambda opened: None,
 ) -> Gradients:
-    """Accumulate the gradients of a request's model on its calibration text and write them to `path`; see `compute_gradients`.
+    """Accumulate the gradients of a request's model on its calibration text and write them to `path`; see
+    `compute_gradients`.
 
     `begin` is called with what was opened before the work starts.
     """
@@ -220,12 +243,17 @@ def _rows(table: Table, opened: Opened) -> Table:
     if here["digest"] and there.get("digest") not in (None, here["digest"]):
         raise BillhookError(
             f"The table is of {there.get('name', 'another model')}, whose weights are not those of {here['name']}. "
-            f"Make one with billhook measure {opened.source}, or carry the decision over as a plan: billhook plan TABLE, then --plan."
+            f"Make one with billhook measure {opened.source}, or carry the decision over as a plan: billhook "
+            "plan TABLE, then --plan."
         )
-    return table.only({layer.name for layer in opened.layers}, {layer.name: layer.shape for layer in find_layers(opened.model)})
+    return table.only(
+        {layer.name for layer in opened.layers}, {layer.name: layer.shape for layer in find_layers(opened.model)}
+    )
 
 
-def measure_opened(opened: Opened, metrics: Sequence[str], progress: Callable[[str], None] = lambda layer: None) -> Table:
+def measure_opened(
+    opened: Opened, metrics: Sequence[str], progress: Callable[[str], None] = lambda layer: None
+) -> Table:
     """Measure the layers of a model that was opened."""
     facts = opened.facts
     table = measure(opened.model, metrics, batches=opened.batches, layers=opened.layers, facts=facts, progress=progress)

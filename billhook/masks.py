@@ -1,17 +1,19 @@
 """From scores to a keep mask: the only place that sorts, and it does not sort either.
 
-A criterion scores every weight; `Select` turns the scores into a boolean mask (True = kept) that removes exactly what the plan
-asks for. The result is the one a stable full sort in ascending order would give, removing from the front: among equal scores the
-leftmost column (for whole-layer groups: the earliest weight in row-major order) goes first. It is found by partial selection
-(introselect, vectorised in numpy) of one threshold per comparison group, and ties are looked at only where they exist.
+A criterion scores every weight; `Select` turns the scores into a boolean mask (True = kept) that removes exactly what
+the plan asks for. The result is the one a stable full sort in ascending order would give, removing from the front:
+among equal scores the leftmost column (for whole-layer groups: the earliest weight in row-major order) goes first. It
+is found by partial selection (introselect, vectorised in numpy) of one threshold per comparison group, and ties are
+looked at only where they exist.
 
 Two ways to count:
 
 * `exact` (default): the plan's whole number of zeros, whatever the shape.
-* `floor`: the counts of the published code. Row groups lose `int(columns * sparsity)` weights per row (Wanda's code); layer groups
-  lose every weight whose score is at or below the one at sorted position `int(numel * sparsity)`, counted from zero, so at least
-  one more than asked and all ties of the threshold (the magnitude and SparseGPT code). A sparsity of exactly 0 removes nothing and
-  one of exactly 1 removes everything, where the published code removes one weight and fails.
+* `floor`: the counts of the published code. Row groups lose `int(columns * sparsity)` weights per row (Wanda's code);
+  layer groups lose every weight whose score is at or below the one at sorted position `int(numel * sparsity)`, counted
+  from zero, so at least one more than asked and all ties of the threshold (the magnitude and SparseGPT code). A
+  sparsity of exactly 0 removes nothing and one of exactly 1 removes everything, where the published code removes one
+  weight and fails.
 
 This module knows nothing about models, plans or criteria.
 """
@@ -34,10 +36,10 @@ NETWORK_UP_TO = 4  # entries of a group; above this, introselect is faster than 
 class Select:
     """How much one layer loses and which weights compete with each other; call it with scores to get the mask.
 
-    `shape` is the layer's [out, in]; `sparsity` its fraction removed (read by `floor`); `zeros` its whole number of removed weights
-    (read by `exact`). `keep_of=(keep, of)` asks for N:M instead: in every run of `of` consecutive columns of a row the `keep`
-    largest scores stay, and `sparsity`, `zeros`, `group` and `rounding` play no part. Raises BillhookError for counts outside the layer
-    and for N:M that does not divide its columns.
+    `shape` is the layer's [out, in]; `sparsity` its fraction removed (read by `floor`); `zeros` its whole number of
+    removed weights (read by `exact`). `keep_of=(keep, of)` asks for N:M instead: in every run of `of` consecutive
+    columns of a row the `keep` largest scores stay, and `sparsity`, `zeros`, `group` and `rounding` play no part.
+    Raises BillhookError for counts outside the layer and for N:M that does not divide its columns.
     """
 
     shape: tuple[int, int]
@@ -52,28 +54,37 @@ class Select:
         if not 0 <= self.sparsity <= 1:
             raise BillhookError(f"A layer's sparsity must be between 0 and 1, got {self.sparsity}.")
         if not 0 <= self.zeros <= rows * columns:
-            raise BillhookError(f"Cannot remove {self.zeros} of the {rows * columns} weights of a {rows} x {columns} layer.")
+            raise BillhookError(
+                f"Cannot remove {self.zeros} of the {rows * columns} weights of a {rows} x {columns} layer."
+            )
         if self.group not in ("row", "layer") or self.rounding not in ("exact", "floor"):
-            raise BillhookError(f"group={self.group!r} must be row or layer, rounding={self.rounding!r} must be exact or floor.")
+            raise BillhookError(
+                f"group={self.group!r} must be row or layer, rounding={self.rounding!r} must be exact or floor."
+            )
         if self.keep_of is not None:
             keep, of = self.keep_of
             if not 0 <= keep <= of or of < 1:
                 raise BillhookError(f"{keep}:{of} is no N:M pattern: N of every M weights are kept, 0 <= N <= M.")
             if columns % of:
-                raise BillhookError(f"{keep}:{of} needs a multiple of {of} columns, and a {rows} x {columns} layer has {columns}.")
+                raise BillhookError(
+                    f"{keep}:{of} needs a multiple of {of} columns, and a {rows} x {columns} layer has {columns}."
+                )
 
     def __call__(self, score: Tensor, start: int = 0) -> Tensor:
-        """Return keep, bool [out, c], for scores [out, c] (any float dtype) of the `c` columns beginning at column `start`.
+        """Return keep, bool [out, c], for scores [out, c] (any float dtype) of the `c` columns beginning at column
+        `start`.
 
-        Slices of the columns add up: removed counts of slices that cover the layer sum to the layer's (`exact`). Row groups differ by at
-        most one weight between rows of a slice, and the odd ones go to the rows whose next candidate has the smallest score.
-        Raises BillhookError when a score is NaN.
+        Slices of the columns add up: removed counts of slices that cover the layer sum to the layer's (`exact`). Row
+        groups differ by at most one weight between rows of a slice, and the odd ones go to the rows whose next
+        candidate has the smallest score. Raises BillhookError when a score is NaN.
         """
         rows, columns = score.shape
         if rows != self.shape[0] or not 0 <= start <= start + columns <= self.shape[1]:
             raise ValueError(f"scores {tuple(score.shape)} at column {start} do not fit a layer of shape {self.shape}")
         if score.amax().isnan():
-            raise BillhookError("Scores contain NaN, so weights cannot be ranked; look for NaN or inf in the weights and activations.")
+            raise BillhookError(
+                "Scores contain NaN, so weights cannot be ranked; look for NaN or inf in the weights and activations."
+            )
         if self.keep_of is not None:
             keep, of = self.keep_of
             return ~remove_smallest(score.reshape(-1, of), rows * columns // of * (of - keep)).view(rows, columns)
@@ -94,7 +105,8 @@ class Select:
 
 
 def remove_smallest(score: Tensor, total: int) -> Tensor:
-    """Return a bool tensor like `score` [groups, n], True at exactly `total` smallest entries, spread evenly over the groups.
+    """Return a bool tensor like `score` [groups, n], True at exactly `total` smallest entries, spread evenly over the
+    groups.
 
     Every group loses `total // groups`; the remainder goes to the groups whose next candidate has the smallest score.
     """
@@ -121,7 +133,8 @@ def _put_back(removed: Tensor, ties: Tensor, excess: Tensor) -> None:
 
 
 def _at_or_below(score: Tensor, sparsity: float) -> Tensor:
-    """The published whole-matrix rule on `score` [1, n]: True where it is <= the value at sorted position int(n * sparsity)."""
+    """The published whole-matrix rule on `score` [1, n]: True where it is <= the value at sorted position int(n *
+    sparsity)."""
     if sparsity == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     position = min(int(score.numel() * sparsity), score.numel() - 1)

@@ -1,19 +1,20 @@
 """What is known about each metric without computing it: its name, sign, source and place. No torch.
 
-A metric is one number per layer, kept as a column of the table, from which an allocator decides how much to prune. `sign` says
-which way: +1 where a larger value means the layer can lose more (more sparsity), -1 where it means the layer should keep more.
+A metric is one number per layer, kept as a column of the table, from which an allocator decides how much to prune.
+`sign` says which way: +1 where a larger value means the layer can lose more (more sparsity), -1 where it means the
+layer should keep more.
 
-Shape of the spectrum: a heavy tail (small alpha, low entropy, low stable rank) is the mark of a well-trained layer, so these are +1
-(AlphaPruning, arXiv:2410.10912: smaller alpha = less sparsity). Scale: a layer with large norm carries more, so the norms
-are -1. The published AlphaPruning code uses +1 for every metric it can be given.
+Shape of the spectrum: a heavy tail (small alpha, low entropy, low stable rank) is the mark of a well-trained layer, so
+these are +1 (AlphaPruning, arXiv:2410.10912: smaller alpha = less sparsity). Scale: a layer with large norm carries
+more, so the norms are -1. The published AlphaPruning code uses +1 for every metric it can be given.
 
-A parameter follows the name after a colon: `outlier_ratio:5`, `alpha_peak:repaired`. What a metric `reads` says how its function is
-called: `spectrum` (Spectrum), `weight` (W), `activations` (weights, norms of a block), `loss` and `trial` (model, layers, batches; for a
-`trial` the whole model has to be in memory).
+A parameter follows the name after a colon: `outlier_ratio:5`, `alpha_peak:repaired`. What a metric `reads` says how its
+function is called: `spectrum` (Spectrum), `weight` (W), `activations` (weights, norms of a block), `loss` and `trial`
+(model, layers, batches; for a `trial` the whole model has to be in memory).
 
-A *curve* is a list of numbers per layer instead of one: the quantiles of its scores, from which `global` and `lamp` find the one
-threshold that meets the budget, or those of its spectrum, for the pictures of a report. Curves are measured by name like metrics and
-kept beside them in the table.
+A *curve* is a list of numbers per layer instead of one: the quantiles of its scores, from which `global` and `lamp`
+find the one threshold that meets the budget, or those of its spectrum, for the pictures of a report. Curves are
+measured by name like metrics and kept beside them in the table.
 """
 
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ _LAMP = "LAMP, Lee et al. 2021, arXiv:2010.07611"
 
 @dataclass(frozen=True)
 class Metric:
-    """Facts about one metric. `place` is `module:function`; a metric of a whole `block` has one value for all its layers."""
+    """Facts about one metric. `place` is `module:function`; a metric of a whole `block` has one value for all its
+    layers."""
 
     name: str
     sign: Sign
@@ -73,7 +75,12 @@ def _activations(name: str, sign: Sign, paper: str, summary: str) -> Metric:
 FACTS: dict[str, Metric] = {
     m.name: m
     for m in (
-        _spectral("alpha_peak", 1, _ALPHA_PRUNING, "tail exponent, cut at or below the mode of the spectrum, least KS distance"),
+        _spectral(
+            "alpha_peak",
+            1,
+            _ALPHA_PRUNING,
+            "tail exponent, cut at or below the mode of the spectrum, least KS distance",
+        ),
         _spectral("alpha_mid", 1, _ALPHA_PRUNING, "tail exponent of the upper half of the spectrum"),
         _spectral("alpha_ks", 1, _ALPHA_PRUNING, "tail exponent, least KS distance over all cuts"),
         _spectral("entropy", 1, _WEIGHT_WATCHER, "entropy of the spectrum over ln(rank): 1 is flat, 0 is rank one"),
@@ -84,8 +91,18 @@ FACTS: dict[str, Metric] = {
         _spectral("log_spectral_norm", -1, _WEIGHT_WATCHER, "log10 of the largest eigenvalue of W^T W"),
         _spectral("frobenius_sq", -1, _WEIGHT_WATCHER, "sum of squared weights"),
         _spectral("log_norm", -1, _WEIGHT_WATCHER, "log10 of the sum of squared weights"),
-        _spectral("mp_softrank", 1, _MP, "edge of the spectrum of a random matrix of the same size and mean square, over the largest"),
-        _spectral("alpha_peak_ks", 1, _ALPHA_PRUNING, "KS distance of the fit of alpha_peak: how far the tail is from a power law"),
+        _spectral(
+            "mp_softrank",
+            1,
+            _MP,
+            "edge of the spectrum of a random matrix of the same size and mean square, over the largest",
+        ),
+        _spectral(
+            "alpha_peak_ks",
+            1,
+            _ALPHA_PRUNING,
+            "KS distance of the fit of alpha_peak: how far the tail is from a power law",
+        ),
         _spectral("alpha_mid_ks", 1, _ALPHA_PRUNING, "KS distance of the fit of alpha_mid"),
         _spectral("alpha_ks_ks", 1, _ALPHA_PRUNING, "KS distance of the fit of alpha_ks"),
         _farms("alpha_farms", "alpha_peak of square windows of the weight together: no bias from its shape"),
@@ -98,7 +115,12 @@ FACTS: dict[str, Metric] = {
             "Jensen-Shannon distance of the spectrum to that of the same weights shuffled",
             "weight",
         ),
-        _activations("outlier_ratio", -1, _OWL, "per cent of a block's |W| x input norm above M times their mean (`outlier_ratio:M`)"),
+        _activations(
+            "outlier_ratio",
+            -1,
+            _OWL,
+            "per cent of a block's |W| x input norm above M times their mean (`outlier_ratio:M`)",
+        ),
         _activations("wanda_mean", 1, _DLP, "mean of a block's |W| x input norm"),
         _activations("wanda_median", 1, _DLP, "median of a block's |W| x input norm"),
         Metric(
@@ -115,7 +137,8 @@ FACTS: dict[str, Metric] = {
             -1,
             "Billhook",
             "billhook.searching.loss_shares:loss_share",
-            "divergence from the dense model, in nats a token, due to this layer when all lose 60 % (`loss_share:CRITERION`)",
+            "divergence from the dense model, in nats a token, due to this layer when all lose 60 % "
+            "(`loss_share:CRITERION`)",
             "trial",
         ),
     )
@@ -138,7 +161,14 @@ CURVES: dict[str, Metric] = {
             "of |W|",
             "weight",
         ),
-        Metric("lamp_quantiles", 1, _LAMP, "billhook.measuring.quantiles:lamp_quantiles", "of the roots of the LAMP scores", "weight"),
+        Metric(
+            "lamp_quantiles",
+            1,
+            _LAMP,
+            "billhook.measuring.quantiles:lamp_quantiles",
+            "of the roots of the LAMP scores",
+            "weight",
+        ),
         Metric(
             "wanda_quantiles",
             1,
@@ -164,7 +194,8 @@ _PLACES = Registry("metric", {m.name: m.place for m in _ALL.values()})
 
 
 def fact(name: str) -> Metric:
-    """The facts of a metric or curve, with or without a parameter after a colon; raises BillhookError with the nearest name."""
+    """The facts of a metric or curve, with or without a parameter after a colon; raises BillhookError with the nearest
+    name."""
     base = name.partition(":")[0]
     if base not in _ALL:
         raise BillhookError(f"Unknown metric {base!r}.{hint(base, _ALL)} There are: {', '.join(_ALL)}.")
@@ -188,7 +219,8 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def canonical(name: str) -> str:
-    """The name of the column: a number after the colon in its shortest form, and the default number where none was given."""
+    """The name of the column: a number after the colon in its shortest form, and the default number where none was
+    given."""
     base = fact(name).name
     for key, option in _PLACES.options(base).items():
         value = options_of(name).get(key, option.default)
@@ -198,7 +230,8 @@ def canonical(name: str) -> str:
 
 
 def companions(name: str) -> list[str]:
-    """Columns that are measured beside a metric: the KS distance of an exponent's fit, and the spectrum that it was read off."""
+    """Columns that are measured beside a metric: the KS distance of an exponent's fit, and the spectrum that it was
+    read off."""
     base, colon, value = name.partition(":")
     misfit = [f"{base}_ks{colon}{value}"] if f"{base}_ks" in FACTS else []
     return [*misfit, "spectrum_quantiles"] if base in FACTS and FACTS[base].spectral else misfit

@@ -12,9 +12,11 @@ from billhook.registry import hint
 def split_options(
     options: Mapping[str, Any], criterion: str, allocators: Sequence[str], others: Iterable[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the criterion's options, parsed and complete, and those of `options`, as given, that any of `allocators` has.
+    """Return the criterion's options, parsed and complete, and those of `options`, as given, that any of `allocators`
+    has.
 
-    An option that both have goes to both. Raises BillhookError for one that nobody has; its hint looks at the names in `others` too.
+    An option that both have goes to both. Raises BillhookError for one that nobody has; its hint looks at the names in
+    `others` too.
     """
     of_criterion = CRITERIA.options(criterion)
     of_allocators = {key for name in allocators for key in ALLOCATORS.options(name)}
@@ -22,7 +24,13 @@ def split_options(
     for key in options:
         if key not in known:
             names = " or ".join(map(repr, allocators))
-            who = f"Neither allocator {names} nor criterion {criterion!r} has" if allocators else f"Criterion {criterion!r} does not have"
-            raise BillhookError(f"{who} an option {key!r}.{hint(key, [*known, *others])} Their options: {', '.join(known) or 'none'}.")
+            who = (
+                f"Neither allocator {names} nor criterion {criterion!r} has"
+                if allocators
+                else f"Criterion {criterion!r} does not have"
+            )
+            raise BillhookError(
+                f"{who} an option {key!r}.{hint(key, [*known, *others])} Their options: {', '.join(known) or 'none'}."
+            )
     given = {key: value for key, value in options.items() if key in of_allocators}
     return CRITERIA.configure(criterion, {key: value for key, value in options.items() if key in of_criterion}), given

@@ -1,6 +1,7 @@
 """The sparsity plan: how much each layer loses, and in which pattern. A person can read, edit and diff it.
 
-File format: docs/formats.md, `plan.json`. Everything that can be wrong with a plan is found by `check`, before any weight changes.
+File format: docs/formats.md, `plan.json`. Everything that can be wrong with a plan is found by `check`, before any
+weight changes.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,8 @@ Shapes = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Pattern:
-    """Unstructured (`keep` and `of` are None), or keep `keep` of every `of` consecutive weights along the input dimension."""
+    """Unstructured (`keep` and `of` are None), or keep `keep` of every `of` consecutive weights along the input
+    dimension."""
 
     keep: int | None = None
     of: int | None = None
@@ -41,10 +43,13 @@ class Pattern:
         whole = colon and len(text) < 10 and text.isascii() and keep.isdigit() and of.isdigit()
         if whole and 0 < int(keep) < int(of) <= 1024:
             return cls(int(keep), int(of))
-        raise BillhookError(f"Pattern {text!r:.40} is neither 'unstructured' nor N:M with 0 < N < M (keep N of every M, such as 2:4).")
+        raise BillhookError(
+            f"Pattern {text!r:.40} is neither 'unstructured' nor N:M with 0 < N < M (keep N of every M, such as 2:4)."
+        )
 
     def kept(self, sparsity: float) -> int:
-        """How many of every `of` a layer of this sparsity keeps; raises BillhookError when that is not a whole number."""
+        """How many of every `of` a layer of this sparsity keeps; raises BillhookError when that is not a whole
+        number."""
         assert self.of is not None
         exact = self.of * (1 - sparsity)
         if abs(exact - round(exact)) > 1e-6:
@@ -55,13 +60,16 @@ class Pattern:
 def check_target(sparsity: Any) -> float:
     """Return a global sparsity, or raise BillhookError unless it is a number in [0, 1)."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise BillhookError(f"Sparsity must be a number in [0, 1), the fraction removed; got {sparsity!r:.40}. Use 0.5 for half.")
+        raise BillhookError(
+            f"Sparsity must be a number in [0, 1), the fraction removed; got {sparsity!r:.40}. Use 0.5 for half."
+        )
     return float(sparsity)
 
 
 @dataclass(frozen=True)
 class SparsityPlan:
-    """Layer name -> fraction removed; `target` is the parameter-weighted mean, `made_by` says which allocator with which options."""
+    """Layer name -> fraction removed; `target` is the parameter-weighted mean, `made_by` says which allocator with
+    which options."""
 
     target: float
     pattern: Pattern
@@ -75,8 +83,10 @@ class SparsityPlan:
         if missing or extra:
             first = missing[0] if missing else extra[0]
             raise BillhookError(
-                f"The plan is not for this model: {len(missing)} of its layers are not in the plan and {len(extra)} of the plan's "
-                f"are not in the model (first: {first}).{hint(first, extra if missing else shapes)} Make one with billhook plan."
+                f"The plan is not for this model: {len(missing)} of its layers are not in the plan and "
+                f"{len(extra)} of the plan's "
+                f"are not in the model (first: {first}).{hint(first, extra if missing else shapes)} Make one "
+                "with billhook plan."
             )
         for name, s in self.sparsity.items():
             if not 0 <= s <= 1:
@@ -88,7 +98,8 @@ class SparsityPlan:
         assert self.pattern.of is not None
         if columns % self.pattern.of:
             raise BillhookError(
-                f"Pattern {self.pattern} is impossible for {name}: its {columns} columns do not divide by {self.pattern.of}. "
+                f"Pattern {self.pattern} is impossible for {name}: its {columns} columns do not divide by "
+                f"{self.pattern.of}. "
                 f"Leave it out with --ignore {name}, or use another pattern."
             )
         try:
@@ -128,7 +139,12 @@ class SparsityPlan:
         except BillhookError as error:
             raise BillhookError(f"{where}: {error}") from None
         made_by = value.get("made_by")
-        return cls(target, pattern, {k: float(s) for k, s in sparsity.items()}, dict(made_by) if isinstance(made_by, dict) else {})
+        return cls(
+            target,
+            pattern,
+            {k: float(s) for k, s in sparsity.items()},
+            dict(made_by) if isinstance(made_by, dict) else {},
+        )
 
     def save(self, path: str | Path) -> None:
         """Write plan.json atomically."""

@@ -1,7 +1,8 @@
 """Pruning a model in memory by a plan: the one loop in which weights are removed.
 
-Blocks are visited in depth order; each layer's criterion sees the inputs that the already pruned blocks before it produce, as in the
-published code of Wanda and SparseGPT. A criterion that asks for `drift` sees those that the pruned layers before it produce.
+Blocks are visited in depth order; each layer's criterion sees the inputs that the already pruned blocks before it
+produce, as in the published code of Wanda and SparseGPT. A criterion that asks for `drift` sees those that the pruned
+layers before it produce.
 """
 
 import math
@@ -41,10 +42,12 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What was done to one layer: planned sparsity, zeros before and after, what the criterion had to say, and what was lost.
+    """What was done to one layer: planned sparsity, zeros before and after, what the criterion had to say, and what was
+    lost.
 
-    `error` is the squared change of the layer's output as a share of its square, inputs taken as uncorrelated and as large as the
-    calibration text has them, or all as one where there was no text; None where that is not a number. `seconds` is how long it took.
+    `error` is the squared change of the layer's output as a share of its square, inputs taken as uncorrelated and as
+    large as the calibration text has them, or all as one where there was no text; None where that is not a number.
+    `seconds` is how long it took.
     """
 
     layer: str
@@ -86,13 +89,13 @@ def prune_(
 ) -> list[LayerResult]:
     """Remove weights in place as `plan` says.
 
-    `batches` are token ids [batch, length] int64 (one tensor: one batch), needed by every criterion but magnitude; `layers` are
-    the layers the plan is for (all prunable ones by default); `group` overrides the criterion's comparison group; `gradients` are
-    those of the dense model for a criterion that reads them (computed first if not given); `start` is the first block to prune, those
-    before it being pruned already; `finished` is called after each block; `refine` tunes what is left of each block once it is pruned;
-    `options` are the criterion's own.
-    Raises BillhookError before anything changes if plan, criterion, gradients or options do not fit, JobError if the zeros made
-    are not the zeros planned or activations are not finite.
+    `batches` are token ids [batch, length] int64 (one tensor: one batch), needed by every criterion but magnitude;
+    `layers` are the layers the plan is for (all prunable ones by default); `group` overrides the criterion's comparison
+    group; `gradients` are those of the dense model for a criterion that reads them (computed first if not given);
+    `start` is the first block to prune, those before it being pruned already; `finished` is called after each block;
+    `refine` tunes what is left of each block once it is pruned; `options` are the criterion's own. Raises BillhookError
+    before anything changes if plan, criterion, gradients or options do not fit, JobError if the zeros made are not the
+    zeros planned or activations are not finite.
     """
     layers = find_layers(model) if layers is None else layers
     shapes = {layer.name: layer.shape for layer in layers}
@@ -108,7 +111,9 @@ def prune_(
     results: list[LayerResult] = []
     with _open_gradients(model, batches, gradient, gradients, layers, progress) as found:
         beside = refine is not None and refine.aim > 0
-        for block in walk(model, batches if observed or refine else (), observed, beside=beside, start=start, spill_gib=spill_gib):
+        for block in walk(
+            model, batches if observed or refine else (), observed, beside=beside, start=start, spill_gib=spill_gib
+        ):
             done: list[LayerResult] = []
             block = replace(block, layers=[layer for layer in block.layers if layer.name in shapes])
             if refinery is not None and block.layers:
@@ -118,12 +123,16 @@ def prune_(
                 made = []
                 for layer in mine(chosen):
                     stats = known.get(layer.name, LayerStats(0, 0))
-                    stats = stats if found is None else replace(stats, gradient=found[layer.name].to(layer.weight.device))
+                    stats = (
+                        stats if found is None else replace(stats, gradient=found[layer.name].to(layer.weight.device))
+                    )
                     select = _select(plan, layer, zeros[layer.name], group or CRITERIA.group(criterion), rounding)
                     function = CRITERIA.get(criterion)
                     if unseen := _unseen(stats, observed):
                         function, stats = magnitude, LayerStats(0, 0, notes=[f"{unseen}: pruned by magnitude"])
-                    made.append(_prune_layer(layer, stats, select, function, {} if function is magnitude else configured))
+                    made.append(
+                        _prune_layer(layer, stats, select, function, {} if function is magnitude else configured)
+                    )
                     progress(layer.name)
                 done += _exchange(chosen, made)
             if refinery is not None and block.layers:
@@ -144,14 +153,17 @@ def _checked(model: PreTrainedModel, batches: Tensor | Sequence[Tensor], who: st
 
 
 def _refine(refinery: Refinery, block: Block, done: Sequence[LayerResult]) -> list[LayerResult]:
-    """Tune a pruned block in place; the results with zeros counted again and, at its first layer, what became of the loss."""
+    """Tune a pruned block in place; the results with zeros counted again and, at its first layer, what became of the
+    loss."""
     refined = refinery.refine_(block)
     weights = {layer.name: layer.weight for layer in block.layers}
     results = []
     for result in done:
         zeros = int((weights[result.layer] == 0).sum())
         if zeros < result.zeros:
-            raise JobError(f"{result.layer}: tuning brought {result.zeros - zeros} removed weights back. The result is not saved.")
+            raise JobError(
+                f"{result.layer}: tuning brought {result.zeros - zeros} removed weights back. The result is not saved."
+            )
         results.append(replace(result, zeros=zeros, notes=(*result.notes, *([refined] if result is done[0] else []))))
     return results
 
@@ -180,7 +192,8 @@ def _open_gradients(
     layers: Sequence[Layer],
     progress: Progress,
 ) -> Iterator[Gradients | None]:
-    """The gradients a criterion reads: those given, once checked, or new ones in a temporary file; None if it reads none."""
+    """The gradients a criterion reads: those given, once checked, or new ones in a temporary file; None if it reads
+    none."""
     if statistic is None or given is not None:
         if statistic is not None and given is not None:
             given.check(statistic, {layer.name: layer.shape for layer in layers})
@@ -199,7 +212,9 @@ def _select(plan: SparsityPlan, layer: Layer, zeros: int, group: Group, rounding
     return Select(layer.shape, sparsity, zeros, keep_of, group, rounding)
 
 
-def _prune_layer(layer: Layer, stats: LayerStats, select: Select, criterion: Callable[..., Tensor], options: dict[str, Any]) -> LayerResult:
+def _prune_layer(
+    layer: Layer, stats: LayerStats, select: Select, criterion: Callable[..., Tensor], options: dict[str, Any]
+) -> LayerResult:
     """Apply the criterion to one layer and check that it removed what was planned."""
     begun, weight = time.perf_counter(), layer.weight
     before, lost = _zeros(weight), None
@@ -210,13 +225,25 @@ def _prune_layer(layer: Layer, stats: LayerStats, select: Select, criterion: Cal
         except BillhookError as error:
             raise type(error)(f"{layer.name}: {error}") from None
         if not torch.isfinite(new.sum()) and not torch.isfinite(new).all():  # the sum is a fast way to see that all are
-            raise JobError(f"{layer.name}: the new weights are not finite. Use another criterion for it, or leave it out with --ignore.")
+            raise JobError(
+                f"{layer.name}: the new weights are not finite. Use another criterion for it, or leave it out "
+                "with --ignore."
+            )
         lost = _lost(weight, new, squares)
         weight.copy_(new)
     zeros = _zeros(weight)
     notes = [*stats.notes, *_check_count(layer.name, select, zeros, before)]
     took = time.perf_counter() - begun
-    return LayerResult(layer.name, layer.shape, select.sparsity, zeros, before, tuple(notes), 0.0 if select.sparsity == 0 else lost, took)
+    return LayerResult(
+        layer.name,
+        layer.shape,
+        select.sparsity,
+        zeros,
+        before,
+        tuple(notes),
+        0.0 if select.sparsity == 0 else lost,
+        took,
+    )
 
 
 def _zeros(weight: Tensor) -> int:
@@ -236,11 +263,16 @@ def _input_squares(stats: LayerStats, weight: Tensor) -> Tensor:
     """The squared norm of each input over the calibration text, float32 [in]; ones where it was not looked at."""
     if stats.gram is not None:
         return stats.gram.diagonal().float().clone()
-    return torch.ones(weight.shape[1], device=weight.device) if stats.input_norm is None else stats.input_norm.float().square()
+    return (
+        torch.ones(weight.shape[1], device=weight.device)
+        if stats.input_norm is None
+        else stats.input_norm.float().square()
+    )
 
 
 def _check_count(name: str, select: Select, zeros: int, before: int) -> list[str]:
-    """Compare zeros made with zeros planned. More are possible where kept weights were zero before, or became it in float16."""
+    """Compare zeros made with zeros planned. More are possible where kept weights were zero before, or became it in
+    float16."""
     if select.rounding == "floor" and select.keep_of is None:
         return []  # the published counts are not the plan's
     planned = select.zeros

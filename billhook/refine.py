@@ -1,17 +1,18 @@
 """Tune what is left of a pruned block, the zeros fixed, so that its outputs come near those of the dense block.
 
-Block and dense block are compared by what follows them: the mean squared difference, relative to the mean square of the target, of what
-the next block, still dense, makes of their outputs; of the last block the divergence of the model's predictions. So an error counts by
-what it does. The inputs are those that the pruned blocks before it produce. Targets lie, by `aim` (half of the way), between the outputs
-of the dense block for the same inputs (0) and those for the dense model's own inputs (1, which also makes up for what went wrong before).
-Adam on minibatches of windows; its step falls as a cosine, from `rate` times the root mean square of each parameter to zero. One window
-in eight is held out, the weights of the epoch with the least loss there are kept, and `PATIENCE` epochs without a new least end it. A
-block whose held-out loss did not fall, in the model's own type, gets back the weights it had.
+Block and dense block are compared by what follows them: the mean squared difference, relative to the mean square of the
+target, of what the next block, still dense, makes of their outputs; of the last block the divergence of the model's
+predictions. So an error counts by what it does. The inputs are those that the pruned blocks before it produce. Targets
+lie, by `aim` (half of the way), between the outputs of the dense block for the same inputs (0) and those for the dense
+model's own inputs (1, which also makes up for what went wrong before). Adam on minibatches of windows; its step falls
+as a cosine, from `rate` times the root mean square of each parameter to zero. One window in eight is held out, the
+weights of the epoch with the least loss there are kept, and `PATIENCE` epochs without a new least end it. A block whose
+held-out loss did not fall, in the model's own type, gets back the weights it had.
 
-Wanda++ (arXiv:2503.04992) and EBFT (arXiv:2402.12419) tune blocks on their own outputs. In memory: one block six times in float32, the
-next one once, what a pass of four windows through both leaves for the way back, the inputs, the targets and, unless `aim` is 0, the dense
-model's outputs. It does not look past the next block, and it
-needs a few thousand tokens: with less it fits the text rather than the block.
+Wanda++ (arXiv:2503.04992) and EBFT (arXiv:2402.12419) tune blocks on their own outputs. In memory: one block six times
+in float32, the next one once, what a pass of four windows through both leaves for the way back, the inputs, the targets
+and, unless `aim` is 0, the dense model's outputs. It does not look past the next block, and it needs a few thousand
+tokens: with less it fits the text rather than the block.
 """
 
 import math
@@ -55,13 +56,16 @@ class Refine:
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or not 0 < self.rate < math.inf or not 0 <= self.aim <= 1:
-            values = f"epochs={self.epochs} must be at least 1, rate={self.rate:g} above 0 and aim={self.aim:g} in [0, 1]"
+            values = (
+                f"epochs={self.epochs} must be at least 1, rate={self.rate:g} above 0 and aim={self.aim:g} in [0, 1]"
+            )
             raise BillhookError(f"refine: {values}.")
 
 
 @dataclass(frozen=True)
 class Refined:
-    """The relative loss on the held-out windows before and after (equal where the block got its weights back), and the epochs made."""
+    """The relative loss on the held-out windows before and after (equal where the block got its weights back), and the
+    epochs made."""
 
     before: float
     after: float
@@ -69,12 +73,16 @@ class Refined:
 
 
 class Refinery:
-    """Tunes the blocks of one walk in order: `note(block)` while a block is still dense, `refine_(block)` once it is pruned."""
+    """Tunes the blocks of one walk in order: `note(block)` while a block is still dense, `refine_(block)` once it is
+    pruned."""
 
     def __init__(self, options: Refine, one: Mapping[int, Sequence[Call]], spill_gib: float = SPILL_GIB) -> None:
-        """`one` are the calls of all blocks for a single window, by its length. BillhookError for several processes: each has some text."""
+        """`one` are the calls of all blocks for a single window, by its length. BillhookError for several processes:
+        each has some text."""
         if world() > 1:
-            raise BillhookError("Blocks cannot be refined by several processes yet: run without torchrun, or leave --refine out.")
+            raise BillhookError(
+                "Blocks cannot be refined by several processes yet: run without torchrun, or leave --refine out."
+            )
         self.options = options
         self._one = one
         self._spill = spill_gib
@@ -101,16 +109,23 @@ class Refinery:
             return f"block {block.index} is not refined: {windows} calibration windows are fewer than {LEAST}"
         one = {length: calls[block.index : block.index + 2] for length, calls in self._one.items()}
         data = Data(block.inputs, self._targets, block.calls, one, block.after)
-        done = refine_block_(block.module, data, tunable(block.module, block.layers, self.options.everything), self.options, block.index)
-        return f"block {block.index} refined: loss {done.before:.4g} -> {done.after:.4g} on held-out windows after {done.epochs} epochs"
+        done = refine_block_(
+            block.module, data, tunable(block.module, block.layers, self.options.everything), self.options, block.index
+        )
+        return (
+            f"block {block.index} refined: loss {done.before:.4g} -> {done.after:.4g} on held-out windows after "
+            f"{done.epochs} epochs"
+        )
 
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs of a block, [windows, tokens, width] a batch, and the arguments of each batch's call; what follows the block, and what that
-    should make of its outputs (after the last block: the outputs themselves), [windows, tokens, width].
+    """Inputs of a block, [windows, tokens, width] a batch, and the arguments of each batch's call; what follows the
+    block, and what that should make of its outputs (after the last block: the outputs themselves), [windows, tokens,
+    width].
 
-    `one` are, by the length of a window, the call of the block for a single one, and, if there is one, that of the next block.
+    `one` are, by the length of a window, the call of the block for a single one, and, if there is one, that of the next
+    block.
     """
 
     inputs: Sequence[Tensor] | States
@@ -138,15 +153,18 @@ class Data:
 
 
 def _divergence(outputs: Tensor, targets: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
-    """The divergence of predictions from those of the targets, a token; both [windows, tokens, width], some tokens at a time, since
-    vocabularies are large."""
+    """The divergence of predictions from those of the targets, a token; both [windows, tokens, width], some tokens at a
+    time, since vocabularies are large."""
 
     def part(ours: Tensor, theirs: Tensor) -> Tensor:
         log_q, log_p = predict(ours).float().log_softmax(-1), predict(theirs).float().log_softmax(-1)
         return functional.kl_div(log_q, log_p.detach(), reduction="sum", log_target=True)
 
     tokens = max(1, PREDICTED // len(outputs))
-    parts = [checkpoint(part, *both, use_reentrant=False) for both in zip(outputs.split(tokens, 1), targets.split(tokens, 1), strict=True)]
+    parts = [
+        checkpoint(part, *both, use_reentrant=False)
+        for both in zip(outputs.split(tokens, 1), targets.split(tokens, 1), strict=True)
+    ]
     return torch.stack(parts).sum() / outputs[..., 0].numel()
 
 
@@ -154,27 +172,34 @@ Piece = tuple[int, list[int]]  # a batch, and windows in it
 
 
 def tunable(module: nn.Module, layers: Sequence[Layer], everything: bool) -> list[tuple[nn.Parameter, Tensor]]:
-    """The parameters of a block that are tuned and, True where they may move, masks: the kept weights of `layers` (of experts in one
-    parameter only those), and with `everything` all parameters of one dimension."""
+    """The parameters of a block that are tuned and, True where they may move, masks: the kept weights of `layers` (of
+    experts in one parameter only those), and with `everything` all parameters of one dimension."""
     found: dict[int, tuple[nn.Parameter, Tensor]] = {}
     for layer in layers:
         if isinstance(p := getattr(layer.module, layer.parameter), nn.Parameter):
             mask = found.setdefault(id(p), (p, torch.zeros_like(p, dtype=torch.bool)))[1]
             part = slice(None) if layer.expert is None else layer.expert
             mask[part] = p.detach()[part] != 0
-    found |= {id(p): (p, torch.ones_like(p, dtype=torch.bool)) for p in module.parameters() if everything and p.ndim == 1}
+    found |= {
+        id(p): (p, torch.ones_like(p, dtype=torch.bool)) for p in module.parameters() if everything and p.ndim == 1
+    }
     return list(found.values())
 
 
-def refine_block_(module: nn.Module, data: Data, tuned: Sequence[tuple[nn.Parameter, Tensor]], options: Refine, index: int = 0) -> Refined:
-    """Tune parameters of the block in place where their masks are True; raises JobError when the loss is not finite at the start.
+def refine_block_(
+    module: nn.Module, data: Data, tuned: Sequence[tuple[nn.Parameter, Tensor]], options: Refine, index: int = 0
+) -> Refined:
+    """Tune parameters of the block in place where their masks are True; raises JobError when the loss is not finite at
+    the start.
 
     Same data and seed, same bytes. The whole block is float32 meanwhile; the last comparison is made in its own type.
     """
     train, held = _split(data.sizes())
     before = _mean_loss(module, data, held)
     if not math.isfinite(before):
-        raise JobError("The outputs of a block to be refined are not finite. Use another --dtype, or leave --refine out.")
+        raise JobError(
+            "The outputs of a block to be refined are not finite. Use another --dtype, or leave --refine out."
+        )
     parameters = [p for p, _ in tuned]
     old = [p.detach().clone() for p in parameters]
     following = data.after.module or nn.Identity()
@@ -205,7 +230,9 @@ def _descend(
     best, least, bad = [p.detach().clone() for p in parameters], _mean_loss(module, data, held), 0
     rates = [options.rate * float(p.detach().square().mean().sqrt()) for p in parameters]
     adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
-    scale = 2.0 ** math.ceil(math.log2(_WINDOWS * max(data.one)))  # a token's share of the loss is lost in a float16 head
+    scale = 2.0 ** math.ceil(
+        math.log2(_WINDOWS * max(data.one))
+    )  # a token's share of the loss is lost in a float16 head
     steps, step = options.epochs * len(_minibatches(train, torch.Generator())), 0
     for epoch in range(1, options.epochs + 1):  # noqa: B007
         for pieces in _minibatches(train, random):
@@ -218,7 +245,9 @@ def _descend(
                 losses = [data.loss(module, piece) * (len(piece[1]) / windows) for piece in pieces]
                 gradients = torch.autograd.grad(torch.stack(losses).sum() * scale, parameters, allow_unused=True)
             for (p, mask), gradient in zip(tuned, gradients, strict=True):
-                p.grad = None if gradient is None else gradient.mul_(mask).div_(scale)  # Adam never moves what never had a gradient
+                p.grad = (
+                    None if gradient is None else gradient.mul_(mask).div_(scale)
+                )  # Adam never moves what never had a gradient
             del gradients
             adam.step()
         loss = _mean_loss(module, data, held)

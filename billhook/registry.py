@@ -1,8 +1,8 @@
 """Names to functions: how allocators, criteria and metrics are found, described and configured.
 
-A registry maps a name to a place (`"package.module:function"`) and imports it only when asked, so names can be listed without
-torch. A method is a plain function marked with `@method`; its keyword-only parameters are its options, and the command line,
-the docs and the validation are all read off its signature.
+A registry maps a name to a place (`"package.module:function"`) and imports it only when asked, so names can be listed
+without torch. A method is a plain function marked with `@method`; its keyword-only parameters are its options, and the
+command line, the docs and the validation are all read off its signature.
 """
 
 import difflib
@@ -50,7 +50,9 @@ class Option:
             choices = get_args(self.annotation)
             if value not in choices:
                 listed = ", ".join(map(str, choices))
-                raise BillhookError(f"{where}: {self.name}={value!r} is not one of {listed}.{hint(str(value), choices)}")
+                raise BillhookError(
+                    f"{where}: {self.name}={value!r} is not one of {listed}.{hint(str(value), choices)}"
+                )
             return value
         if get_origin(self.annotation) in (Union, UnionType):  # `float | None`: None means "choose for me"
             if value is None or value == "none":
@@ -65,7 +67,9 @@ class Option:
                 raise ValueError(value)
             result = kind(float(value)) if kind is int else kind(value)
         except (KeyError, TypeError, ValueError, OverflowError):
-            raise BillhookError(f"{where}: {self.name}={value!r} is not a valid {kind.__name__} (default {self.default!r}).") from None
+            raise BillhookError(
+                f"{where}: {self.name}={value!r} is not a valid {kind.__name__} (default {self.default!r})."
+            ) from None
         if kind is float and result != result:
             raise BillhookError(f"{where}: {self.name} must be a number, got NaN (default {self.default!r}).")
         return result
@@ -91,7 +95,9 @@ class Registry:
     def check(self, name: str) -> None:
         """Raise BillhookError with the nearest name for an unknown one; imports nothing."""
         if name not in self._places:
-            raise BillhookError(f"Unknown {self.kind} {name!r}.{hint(name, self._places)} There are: {', '.join(self._places)}.")
+            raise BillhookError(
+                f"Unknown {self.kind} {name!r}.{hint(name, self._places)} There are: {', '.join(self._places)}."
+            )
 
     def get(self, name: str) -> Callable[..., Any]:
         """Import and return the method called `name`; raises BillhookError as `check` does."""
@@ -113,7 +119,9 @@ class Registry:
             if key not in known:
                 listed = ", ".join(f"{o.name}={o.default}" for o in known.values()) or "none"
                 raise BillhookError(f"{where} has no option {key!r}.{hint(key, known)} Its options: {listed}.")
-        return {key: option.parse(given[key], where) if key in given else option.default for key, option in known.items()}
+        return {
+            key: option.parse(given[key], where) if key in given else option.default for key, option in known.items()
+        }
 
     def needs(self, name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
         """The table columns or statistics the method reads with these (configured) options."""

@@ -1,15 +1,16 @@
 """What the calibration text says about the inputs and the gradients of one layer, accumulated sequence by sequence.
 
-For inputs X [tokens, in]: `input_norm` [in] is ||X_j||_2 / sqrt(sequences) of every input feature, the root mean over sequences of the
-summed squares, `input_mean` [in] is the mean over all tokens, and `gram` [in, in] is X^T X. `drift` [in, in] is (X' - X)^T X where X'
-are the inputs of the same tokens in the dense model (see `billhook.blocks.beside`).
+For inputs X [tokens, in]: `input_norm` [in] is ||X_j||_2 / sqrt(sequences) of every input feature, the root mean over
+sequences of the summed squares, `input_mean` [in] is the mean over all tokens, and `gram` [in, in] is X^T X. `drift`
+[in, in] is (X' - X)^T X where X' are the inputs of the same tokens in the dense model (see `billhook.blocks.beside`).
 
-Inputs of any float dtype are converted to float32 before they are squared, so half-precision activations cannot overflow.
-`input_norm` is a running mean in float32, one sequence at a time, which is the arithmetic of Wanda's published code: scores that nearly
-tie are then ranked as there, bit for bit, whatever the batch size. (An exact sum would rank such ties otherwise, and the
-activations of all later blocks with them.) The Gram matrix is one float32 product per batch added to a float32 total: its relative
-error grows like 1e-7 times the square root of the number of batches, far below SparseGPT's damping of 1e-2, while a float64 total
-would double the largest allocation of a run (1.6 GB instead of 0.8 GB for 14336 inputs).
+Inputs of any float dtype are converted to float32 before they are squared, so half-precision activations cannot
+overflow. `input_norm` is a running mean in float32, one sequence at a time, which is the arithmetic of Wanda's
+published code: scores that nearly tie are then ranked as there, bit for bit, whatever the batch size. (An exact sum
+would rank such ties otherwise, and the activations of all later blocks with them.) The Gram matrix is one float32
+product per batch added to a float32 total: its relative error grows like 1e-7 times the square root of the number of
+batches, far below SparseGPT's damping of 1e-2, while a float64 total would double the largest allocation of a run (1.6
+GB instead of 0.8 GB for 14336 inputs).
 """
 
 from collections.abc import Iterator
@@ -27,9 +28,10 @@ from billhook.registry import hint
 class LayerStats:
     """What a criterion gets to know about a layer's inputs; a statistic that was not collected is None.
 
-    `tokens` and `sequences` count the calibration text that reached the layer. `gradient` [out, in] is the one of `GRADIENTS` that the
-    criterion named. `drift` is None where the inputs are the dense model's own, `stream_drift` [out, in] is there for layers that write
-    into the residual stream only. `notes` collects what a criterion had to do differently (damping raised, dead inputs), for the report.
+    `tokens` and `sequences` count the calibration text that reached the layer. `gradient` [out, in] is the one of
+    `GRADIENTS` that the criterion named. `drift` is None where the inputs are the dense model's own, `stream_drift`
+    [out, in] is there for layers that write into the residual stream only. `notes` collects what a criterion had to do
+    differently (damping raised, dead inputs), for the report.
     """
 
     tokens: int
@@ -164,7 +166,9 @@ class Collector:
     def __init__(self, names: tuple[str, ...], in_features: int, device: torch.device | str = "cpu") -> None:
         for name in names:
             if name not in STATISTICS:
-                raise BillhookError(f"Unknown statistic {name!r}.{hint(name, STATISTICS)} There are: {', '.join(STATISTICS)}.")
+                raise BillhookError(
+                    f"Unknown statistic {name!r}.{hint(name, STATISTICS)} There are: {', '.join(STATISTICS)}."
+                )
         self.names = names
         self.in_features = in_features
         self.tokens = 0
@@ -174,8 +178,8 @@ class Collector:
 
     @torch.no_grad()
     def add(self, x: Tensor, dense: Tensor | None = None) -> None:
-        """Take in inputs [sequences, tokens, in], or [tokens, in] as one sequence, of any float dtype, and those of the same tokens in the
-        dense model, by default no others."""
+        """Take in inputs [sequences, tokens, in], or [tokens, in] as one sequence, of any float dtype, and those of the
+        same tokens in the dense model, by default no others."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"inputs {tuple(x.shape)} for a layer with {self.in_features} input features")
         x, other = ((v[None] if v.dim() == 2 else v.flatten(1, -2)).float() for v in (x, x if dense is None else dense))
@@ -196,13 +200,16 @@ class Collector:
                 accumulator.merge()
 
     def stats(self) -> LayerStats:
-        """Return the statistics so far; raises JobError, without the layer's name, when an input was NaN or infinite."""
+        """Return the statistics so far; raises JobError, without the layer's name, when an input was NaN or
+        infinite."""
         values = {name: accumulator.value() for name, accumulator in self._accumulators.items()}
         if "gram" in values and "input_norm" in self.names:
             values["input_norm"] = (values["gram"].diagonal() / max(self.sequences, 1)).sqrt()
         for name, value in values.items():
             if not (value.diagonal() if name in ("gram", "drift") else value).isfinite().all():
-                raise JobError("The calibration activations contain NaN or infinity; try --dtype float32, or check the weights.")
+                raise JobError(
+                    "The calibration activations contain NaN or infinity; try --dtype float32, or check the weights."
+                )
         norm, gram = values.get("input_norm"), values.get("gram")
         return LayerStats(self.tokens, self.sequences, norm, gram, values.get("input_mean"), values.get("drift"))
 

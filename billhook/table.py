@@ -1,4 +1,5 @@
-"""The measured table: one row of facts per prunable layer. Allocation reads nothing else, so it needs no model and no torch.
+"""The measured table: one row of facts per prunable layer. Allocation reads nothing else, so it needs no model and no
+torch.
 
 File format: docs/formats.md, `table.json`.
 """
@@ -21,7 +22,8 @@ _LARGEST = 1 << 31  # of a layer's dimensions: products of two are still exact a
 
 @dataclass(frozen=True)
 class Row:
-    """One prunable layer: its full name, block number, kind (name inside the block), shape (out, in), metrics, and curves.
+    """One prunable layer: its full name, block number, kind (name inside the block), shape (out, in), metrics, and
+    curves.
 
     A curve is a list of numbers that do not fall, such as the quantiles of the layer's scores.
     """
@@ -73,11 +75,13 @@ class Table:
         return [name for name in names if all(name in row.metrics for row in self.rows)]
 
     def column(self, name: str) -> list[float]:
-        """The metric `name` of every row, in row order; raises BillhookError when it was not measured or is not finite."""
+        """The metric `name` of every row, in row order; raises BillhookError when it was not measured or is not
+        finite."""
         if name not in self.columns():
             there = ", ".join(self.columns()) or "no metrics at all"
             raise BillhookError(
-                f"The table has no column {name!r} (it has {there}).{hint(name, self.columns())} Make it with: {_command(name)}"
+                f"The table has no column {name!r} (it has {there}).{hint(name, self.columns())} Make it with: "
+                f"{_command(name)}"
             )
         for row in self.rows:
             _check_number(row.layer, name, row.metrics[name])
@@ -88,20 +92,30 @@ class Table:
         if not self.rows or not all(name in row.curves for row in self.rows):
             there = ", ".join(self.rows[0].curves if self.rows else ()) or "no curves"
             raise BillhookError(
-                f"The table has no column {name!r} (it has {there}).{hint(name, self.rows[0].curves if self.rows else ())} "
+                f"The table has no column {name!r} (it has "
+                f"{there}).{hint(name, self.rows[0].curves if self.rows else ())} "
                 f"Make it with: {_command(name)}"
             )
         return [row.curves[name] for row in self.rows]
 
     def only(self, chosen: Collection[str], shapes: Mapping[str, tuple[int, int]]) -> "Table":
-        """The rows of the layers `chosen` of the model whose layers have `shapes`; raises BillhookError for a table of another model."""
+        """The rows of the layers `chosen` of the model whose layers have `shapes`; raises BillhookError for a table of
+        another model."""
         for row in self.rows:
             if shapes.get(row.layer) != row.shape:
-                there = "is not in the model" if row.layer not in shapes else "is {} x {} in the model".format(*shapes[row.layer])
-                raise BillhookError(f"The table is not of this model: {row.layer}, {row.shape[0]} x {row.shape[1]}, {there}. {_MAKE}")
+                there = (
+                    "is not in the model"
+                    if row.layer not in shapes
+                    else "is {} x {} in the model".format(*shapes[row.layer])
+                )
+                raise BillhookError(
+                    f"The table is not of this model: {row.layer}, {row.shape[0]} x {row.shape[1]}, {there}. {_MAKE}"
+                )
         missing = [name for name in chosen if name not in self.shapes]
         if missing:
-            raise BillhookError(f"The table is not of this model, or only of a part: it has no row for {missing[0]}. {_MAKE}")
+            raise BillhookError(
+                f"The table is not of this model, or only of a part: it has no row for {missing[0]}. {_MAKE}"
+            )
         return Table(tuple(row for row in self.rows if row.layer in chosen), self.model, self.made_by)
 
     def save(self, path: str | Path) -> None:
@@ -144,7 +158,9 @@ def _row(entry: Any, where: str) -> Row:
     if not (isinstance(layer, str) and isinstance(kind, str) and isinstance(metrics, dict)):
         raise BillhookError(f"{where}: layer and kind must be strings, metrics an object.")
     if not all(type(x) is int and low <= x < _LARGEST for x, low in ((block, 0), (out, 1), (columns, 1))):
-        raise BillhookError(f"{where} ({layer}): block and shape must be whole positive numbers, got {block!r:.20} and {shape!r:.40}.")
+        raise BillhookError(
+            f"{where} ({layer}): block and shape must be whole positive numbers, got {block!r:.20} and {shape!r:.40}."
+        )
     row = Row(layer, block, kind, (out, columns), metrics, _curves(entry.get("curves", {}), f"{where} ({layer})"))
     for name, number in row.metrics.items():
         _check_number(f"{where} ({row.layer})", name, number)
@@ -152,7 +168,8 @@ def _row(entry: Any, where: str) -> Row:
 
 
 def _curves(value: Any, where: str) -> dict[str, tuple[float, ...]]:
-    """The curves of a row; raises BillhookError unless each is a list of at least two finite numbers that do not fall."""
+    """The curves of a row; raises BillhookError unless each is a list of at least two finite numbers that do not
+    fall."""
     if not isinstance(value, dict) or not all(isinstance(curve, list) and len(curve) > 1 for curve in value.values()):
         raise BillhookError(f"{where}: curves must be an object of lists of at least two numbers.")
     for name, curve in value.items():
@@ -164,6 +181,7 @@ def _curves(value: Any, where: str) -> dict[str, tuple[float, ...]]:
 
 
 def _check_number(where: str, name: str, number: Any) -> None:
-    """Raise BillhookError for a metric that is no number to calculate with: sums and differences of such must be finite too."""
+    """Raise BillhookError for a metric that is no number to calculate with: sums and differences of such must be finite
+    too."""
     if not isinstance(number, int | float) or isinstance(number, bool) or not abs(number) < 1e300:
         raise BillhookError(f"{where}: metric {name} must be a finite number, got {number!r:.40}. Use another metric.")

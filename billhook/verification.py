@@ -1,9 +1,10 @@
 """Check a pruned directory against its billhook.json, from the files on disk alone.
 
-Counted are the zeros of every tensor as it is stored, one tensor in memory at a time and no model built: this is what another
-program will load, whatever was in memory when it was written. Checked are: zeros against what was achieved and what was planned,
-N:M groups along the input dimension, the SHA-256 of every file, weight files that nobody listed, and that the configuration loads.
-It does not know whether the model is any good; that is what `billhook.evaluation.perplexity` is for.
+Counted are the zeros of every tensor as it is stored, one tensor in memory at a time and no model built: this is what
+another program will load, whatever was in memory when it was written. Checked are: zeros against what was achieved and
+what was planned, N:M groups along the input dimension, the SHA-256 of every file, weight files that nobody listed, and
+that the configuration loads. It does not know whether the model is any good; that is what
+`billhook.evaluation.perplexity` is for.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,11 @@ from billhook.errors import BillhookError
 from billhook.plan import SparsityPlan
 
 RECORD = "billhook.json"
-REPORT, CARD, PAGE = "report.json", "README.md", "report.html"  # what is told about the model; none is among the checksums
+REPORT, CARD, PAGE = (
+    "report.json",
+    "README.md",
+    "report.html",
+)  # what is told about the model; none is among the checksums
 UNFINISHED = "billhook.unfinished.json"  # the state of a run that is to be continued
 PARTIAL = ".partial"  # ends the name of a directory until it is done
 GRADIENTS = "gradients.safetensors"  # what such a run keeps beside it, with the number of a process in front
@@ -49,13 +54,15 @@ class Verification:
 
 
 def is_unfinished(directory: Path) -> bool:
-    """Whether a run is still to give the directory its name: the state is the last file to go, the record among the last to come."""
+    """Whether a run is still to give the directory its name: the state is the last file to go, the record among the
+    last to come."""
     named = not directory.resolve().name.endswith(PARTIAL)
     return (directory / UNFINISHED).is_file() and not (named and (directory / RECORD).is_file())
 
 
 def verify(directory: str | Path, progress: Callable[[int, int], None] | None = None) -> Verification:
-    """Compare a directory with its billhook.json, and a packed one with its own record; `progress(done, all)` is called after each layer.
+    """Compare a directory with its billhook.json, and a packed one with its own record; `progress(done, all)` is called
+    after each layer.
 
     Raises BillhookError when there is no such record or it is not one; every other difference is a line in `problems`.
     """
@@ -66,7 +73,11 @@ def verify(directory: str | Path, progress: Callable[[int, int], None] | None = 
         raise BillhookError(f"{directory} is not finished: continue it with the command that began it and --resume.")
     if not is_packed(directory):
         record = _read(directory / RECORD)
-        problems = [*_check_files(directory, record["files"]), *_unlisted(directory, record["files"]), *_check_config(directory)]
+        problems = [
+            *_check_files(directory, record["files"]),
+            *_unlisted(directory, record["files"]),
+            *_check_config(directory),
+        ]
         return _count_layers(directory, record, problems, *_open(directory), progress)
     from billhook.runtime.checking import examine
 
@@ -110,7 +121,8 @@ def _count_layers(
 
 @dataclass(frozen=True)
 class _Expected:
-    """What billhook.json says of one layer; `groups` is (zeros, of) for N:M, `slack` the weights by which a count may miss the plan."""
+    """What billhook.json says of one layer; `groups` is (zeros, of) for N:M, `slack` the weights by which a count may
+    miss the plan."""
 
     name: str
     shape: tuple[int, int]
@@ -154,7 +166,10 @@ def _expectations(record: Mapping[str, Any]) -> list[_Expected]:
         of = plan.pattern.of
         groups = None if of is None else (of - plan.pattern.kept(plan.sparsity[name]), of)
         if facts.get("sparsity") != plan.sparsity[name]:
-            raise BillhookError(f"{name}: the plan says sparsity {plan.sparsity[name]}, the layer {facts.get('sparsity')}; one was edited.")
+            raise BillhookError(
+                f"{name}: the plan says sparsity {plan.sparsity[name]}, the layer {facts.get('sparsity')}; one "
+                "was edited."
+            )
         expected.append(_Expected(name, (out, columns), facts, planned[name], slack, groups))
     return expected
 

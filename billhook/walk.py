@@ -1,8 +1,9 @@
 """Walk a model block by block, each block seeing what the blocks before it, as they now are, really produce.
 
-`for block in walk(model, batches, statistics): ...` is the whole protocol: when the loop body runs, `block.stats` holds the statistics
-of each layer's inputs, and whatever the body does to the block's weights changes what the next block sees. Each block is replayed
-with its own captured call arguments (masks and rotary tables differ between blocks in Gemma 2/3 and GPT-OSS).
+`for block in walk(model, batches, statistics): ...` is the whole protocol: when the loop body runs, `block.stats` holds
+the statistics of each layer's inputs, and whatever the body does to the block's weights changes what the next block
+sees. Each block is replayed with its own captured call arguments (masks and rotary tables differ between blocks in
+Gemma 2/3 and GPT-OSS).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +30,8 @@ Progress = Callable[[str], None]  # called with the name of each finished layer
 
 @dataclass(frozen=True)
 class After:
-    """What follows a block: the next one, with the arguments of its calls, or, with `module` None, the final norm and the head.
+    """What follows a block: the next one, with the arguments of its calls, or, with `module` None, the final norm and
+    the head.
 
     `predict` makes logits [windows, tokens, vocabulary] of what the last block returns [windows, tokens, width].
     """
@@ -43,11 +45,12 @@ class After:
 class Block:
     """One transformer block, its prunable layers, its inputs and its layers' statistics.
 
-    `inputs` is one tensor [batch, length, width] a batch, there until the loop goes on; `calls` are the other arguments of each call.
-    `stages` are the layers as they are to be pruned, with their statistics: all at once, or, where `drift` is among the statistics, group
-    by group (see `billhook.blocks.beside`), to be taken once and to the end; `stats` are the statistics of a block of one stage. `dense`
-    is what the dense model's block returns for the same tokens, where that was asked for; it is known once the stages are taken.
-    `after` is what follows the block in the model, in memory only while `resident(model, index + 1)` is entered.
+    `inputs` is one tensor [batch, length, width] a batch, there until the loop goes on; `calls` are the other arguments
+    of each call. `stages` are the layers as they are to be pruned, with their statistics: all at once, or, where
+    `drift` is among the statistics, group by group (see `billhook.blocks.beside`), to be taken once and to the end;
+    `stats` are the statistics of a block of one stage. `dense` is what the dense model's block returns for the same
+    tokens, where that was asked for; it is known once the stages are taken. `after` is what follows the block in the
+    model, in memory only while `resident(model, index + 1)` is entered.
     """
 
     index: int
@@ -75,12 +78,12 @@ def walk(
 ) -> Iterator[Block]:
     """Yield every block in depth order, or those from block `start` on.
 
-    `batches` are token ids [batch, length] int64, in the order in which statistics accumulate; empty if no statistics are asked.
-    `dense=True` promises that the loop body changes no weight, which saves the second pass through each block; `beside` asks for what
-    the blocks of the dense model return. Of a model that is streamed, a block is in memory while the loop body runs; inputs beyond
-    `spill_gib` GiB are kept on disk.
-    Raises JobError when activations are not finite (naming the block or the layer), BillhookError when `drift` or `beside` is asked for
-    in the middle of a model that is in memory as a whole.
+    `batches` are token ids [batch, length] int64, in the order in which statistics accumulate; empty if no statistics
+    are asked. `dense=True` promises that the loop body changes no weight, which saves the second pass through each
+    block; `beside` asks for what the blocks of the dense model return. Of a model that is streamed, a block is in
+    memory while the loop body runs; inputs beyond `spill_gib` GiB are kept on disk. Raises JobError when activations
+    are not finite (naming the block or the layer), BillhookError when `drift` or `beside` is asked for in the middle of
+    a model that is in memory as a whole.
     """
     with plain_experts(model), evaluating(model):
         yield from _walk(model, batches, statistics, dense=dense, beside=beside, start=start, spill_gib=spill_gib)
@@ -100,7 +103,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Let experts run as one product each, the form that can be observed, and put the model's own implementation back afterwards."""
+    """Let experts run as one product each, the form that can be observed, and put the model's own implementation back
+    afterwards."""
     before = model.config._experts_implementation
     if before == "eager" or not any(layer.expert is not None for layer in find_layers(model)):
         yield
@@ -113,7 +117,14 @@ def plain_experts(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _walk(
-    model: PreTrainedModel, batches: Sequence[Tensor], statistics: Sequence[str], *, dense: bool, beside: bool, start: int, spill_gib: float
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    statistics: Sequence[str],
+    *,
+    dense: bool,
+    beside: bool,
+    start: int,
+    spill_gib: float,
 ) -> Iterator[Block]:
     name, blocks = find_blocks(model)
     by_block: dict[int, list[Layer]] = {}
@@ -125,7 +136,9 @@ def _walk(
     drift = "drift" in statistics and not dense
     stream = Beside(hidden, spill_gib) if drift or beside else None
     if stream is not None and start and stream_of(model) is None:
-        raise BillhookError("This model was pruned in part and lost what it was: go on with aim=0, or start with a model directory.")
+        raise BillhookError(
+            "This model was pruned in part and lost what it was: go on with aim=0, or start with a model directory."
+        )
     for index, block in enumerate(blocks):
         if index < start and not calls:
             continue
@@ -149,20 +162,26 @@ def _walk(
                 yield Block(index, f"{name}.{index}", block, layers, hidden, stats, stages, own, there, after)
             if index + 1 < len(blocks):
                 if outputs is hidden:
-                    for i, call in enumerate(own):  # in place, so that inputs and outputs of a block are not all held at once
+                    for i, call in enumerate(
+                        own
+                    ):  # in place, so that inputs and outputs of a block are not all held at once
                         hidden[i] = run_block(block, hidden[i], call)
                 hidden = outputs
                 check_outputs(hidden, f"{name}.{index}")
 
 
-def _after(blocks: nn.ModuleList, index: int, calls: Sequence[Sequence[Call]], predict: Callable[[Tensor], Tensor]) -> After:
+def _after(
+    blocks: nn.ModuleList, index: int, calls: Sequence[Sequence[Call]], predict: Callable[[Tensor], Tensor]
+) -> After:
     """What follows block `index`."""
     if index + 1 == len(blocks):
         return After(None, (), predict)
     return After(blocks[index + 1], [call[index + 1] for call in calls], predict)
 
 
-def _observe(block: nn.Module, hidden: States, calls: Sequence[Call], observer: Observer, dense: bool, spill_gib: float) -> States:
+def _observe(
+    block: nn.Module, hidden: States, calls: Sequence[Call], observer: Observer, dense: bool, spill_gib: float
+) -> States:
     """Run a block on its inputs under the observer's eyes; returns its outputs if they are wanted, else the inputs."""
     outputs = States(spill_gib) if dense else hidden
     for h, call in zip(hidden, calls, strict=True):
@@ -176,7 +195,9 @@ def _observe(block: nn.Module, hidden: States, calls: Sequence[Call], observer: 
 def check_outputs(hidden: Iterable[Tensor], name: str) -> None:
     """Raise JobError naming the block when its outputs are not finite."""
     if not all(bool(torch.isfinite(h.sum(dtype=torch.float64))) for h in hidden):
-        raise JobError(f"The output of {name} holds NaN or infinity. Run in a wider type (--dtype float32) or check the weights.")
+        raise JobError(
+            f"The output of {name} holds NaN or infinity. Run in a wider type (--dtype float32) or check the weights."
+        )
 
 
 @contextmanager
@@ -201,8 +222,9 @@ def capture(
 ) -> tuple[list[list[Call]], Callable[[Tensor], Any]]:
     """Run the model with its blocks replaced by stubs that only note their arguments.
 
-    Appends the hidden states that enter the first block to `hidden`, and returns per batch the calls of all blocks, and a function
-    that puts hidden states in the form in which a block returns them. Costs an embedding a batch and one real block.
+    Appends the hidden states that enter the first block to `hidden`, and returns per batch the calls of all blocks, and
+    a function that puts hidden states in the form in which a block returns them. Costs an embedding a batch and one
+    real block.
     """
     calls: list[list[Call]] = []
     extra: list[tuple[Any, ...] | None] = []  # what a block returns after the hidden states; None for a bare tensor
@@ -232,7 +254,9 @@ def capture(
     return calls, returned
 
 
-def predictor(model: PreTrainedModel, blocks: nn.ModuleList, returned: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+def predictor(
+    model: PreTrainedModel, blocks: nn.ModuleList, returned: Callable[[Tensor], Any]
+) -> Callable[[Tensor], Tensor]:
     """The model's own norm and head alone: logits of what the last block returns; `returned` as `capture` gives it."""
 
     def predict(states: Tensor) -> Tensor:
@@ -251,7 +275,8 @@ def without_routers(model: PreTrainedModel) -> dict[str, bool]:
 
 @torch.no_grad()
 def calls_of_one(model: PreTrainedModel, batches: Sequence[Tensor]) -> dict[int, list[Call]]:
-    """By length, the calls of all blocks for a single window of that many tokens; `batches` are token ids [windows, length]."""
+    """By length, the calls of all blocks for a single window of that many tokens; `batches` are token ids [windows,
+    length]."""
     blocks, lengths = find_blocks(model)[1], {ids.shape[1]: ids[:1] for ids in batches}
     with plain_experts(model), evaluating(model):
         return {length: capture(model, blocks, [ids], [])[0][0] for length, ids in lengths.items()}

@@ -1,14 +1,14 @@
 """Calibration text that the model writes itself.
 
-Where little text is at hand, what is fitted to it (updated weights, a tuned block, an allocation) fits that text more than the model.
-The model's own text is like what it was trained on, needs no data, and there is as much of it as wanted: self-calibration (Williams et
-al. 2024, arXiv:2410.17170; Ji et al. 2024, arXiv:2410.17711). Every document begins with the model's start token and is drawn at
-temperature 1 from the whole distribution, until it is as long as a window or the model ends it; documents are put one after the other
-and cut into windows, as the text of a file is. It knows nothing of what else the model will be asked: text of the real use, where there
-is some, belongs beside it.
+Where little text is at hand, what is fitted to it (updated weights, a tuned block, an allocation) fits that text more
+than the model. The model's own text is like what it was trained on, needs no data, and there is as much of it as
+wanted: self-calibration (Williams et al. 2024, arXiv:2410.17170; Ji et al. 2024, arXiv:2410.17711). Every document
+begins with the model's start token and is drawn at temperature 1 from the whole distribution, until it is as long as a
+window or the model ends it; documents are put one after the other and cut into windows, as the text of a file is. It
+knows nothing of what else the model will be asked: text of the real use, where there is some, belongs beside it.
 
-The model is in memory as a whole. A batch of documents takes a forward pass for every position; there are up to `_BATCH` in one, as many
-as have keys and values no larger than the model itself.
+The model is in memory as a whole. A batch of documents takes a forward pass for every position; there are up to
+`_BATCH` in one, as many as have keys and values no larger than the model itself.
 """
 
 import json
@@ -38,7 +38,8 @@ _CACHE_BYTES = 1 << 30  # of keys and values, or those of the model if it is lar
 
 @dataclass(frozen=True)
 class Task:
-    """A model, the calibration windows that come first (None: no text), and how many windows of `length` tokens it is to write."""
+    """A model, the calibration windows that come first (None: no text), and how many windows of `length` tokens it is
+    to write."""
 
     model: PreTrainedModel
     given: Tokens | None
@@ -54,7 +55,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Written:
-    """What a file of calibration text holds: windows of a SOURCE (None without one), those the model wrote after them, tokens in each."""
+    """What a file of calibration text holds: windows of a SOURCE (None without one), those the model wrote after them,
+    tokens in each."""
 
     source: str | None
     samples: int
@@ -64,12 +66,15 @@ class Written:
 
 
 def open_task(request: Request, windows: int) -> Task:
-    """Load the model of a request and draw its calibration windows, if it asks for any; raises BillhookError as both do."""
+    """Load the model of a request and draw its calibration windows, if it asks for any; raises BillhookError as both
+    do."""
     source = resolve(request.model)  # type: ignore[arg-type]
     check_directory(source)
     model = load_model(source, dtype=request.dtype, device=request.device, trust_remote_code=request.trust_remote_code)
     given = None if request.calibration is None else calibration_windows(request, source, model)
-    return Task(model, given, windows, window_length(request, model) if given is None else given.ids.shape[1], request.seed)
+    return Task(
+        model, given, windows, window_length(request, model) if given is None else given.ids.shape[1], request.seed
+    )
 
 
 def make_text(task: Task, path: Path, progress: Progress = lambda position: None) -> Written:
@@ -79,7 +84,9 @@ def make_text(task: Task, path: Path, progress: Progress = lambda position: None
     source, samples = (None, 0) if given is None else (given.source, len(given.ids))
     made = Written(source, samples, task.windows, task.length, digest(ids))
     about = json.dumps({"made_by": f"billhook {__version__}", "seed": task.seed, **asdict(made)})
-    write_atomic(path, lambda temporary: save_file({"tokens": ids.int()}, temporary, {"about": about}))  # the order of several keys varies
+    write_atomic(
+        path, lambda temporary: save_file({"tokens": ids.int()}, temporary, {"about": about})
+    )  # the order of several keys varies
     return made
 
 
@@ -89,11 +96,13 @@ def write_windows(
 ) -> Tensor:
     """Let the model write text: token ids int64 [windows, length] on the CPU. Same model, seed and machine, same ids.
 
-    Raises BillhookError for a model that names neither a start token nor an end token and for windows longer than its context, JobError
-    where its predictions are not finite or end every document before it begins.
+    Raises BillhookError for a model that names neither a start token nor an end token and for windows longer than its
+    context, JobError where its predictions are not finite or end every document before it begins.
     """
     if windows < 1 or length < 2:
-        raise BillhookError(f"The model must write at least 1 window of at least 2 tokens, got windows={windows}, length={length}.")
+        raise BillhookError(
+            f"The model must write at least 1 window of at least 2 tokens, got windows={windows}, length={length}."
+        )
     check_length(model.config, length)
     start, ends = _marks(model)
     random = torch.Generator(model.device).manual_seed(seed)
@@ -102,10 +111,16 @@ def write_windows(
         while (missing := windows * length - len(flat)) > 0:
             count = min(_documents_at_once(model, length), -(-missing // length))
             documents = _documents(model, (start, ends), (count, length), random, progress).tolist()
-            found = [document[: next((at for at, token in enumerate(document) if at and token in ends), length)] for document in documents]
+            found = [
+                document[: next((at for at, token in enumerate(document) if at and token in ends), length)]
+                for document in documents
+            ]
             empty = empty + len(found) if max(map(len, found)) == 1 else 0
             if empty >= _EMPTY:
-                raise JobError("The model ends its text before it begins, so it cannot write any: give it real text with --calibration.")
+                raise JobError(
+                    "The model ends its text before it begins, so it cannot write any: give it real text with "
+                    "--calibration."
+                )
             flat += [token for document in found for token in document]
     return torch.tensor(flat[: windows * length]).view(windows, length)
 
@@ -121,19 +136,29 @@ def _documents_at_once(model: PreTrainedModel, length: int) -> int:
 
 def _marks(model: PreTrainedModel) -> tuple[int, set[int]]:
     """The token that begins a document (where none is named, one that ends it), and those that end one."""
-    configs = [config for config in (model.config.get_text_config(decoder=True), model.generation_config) if config is not None]
+    configs = [
+        config for config in (model.config.get_text_config(decoder=True), model.generation_config) if config is not None
+    ]
     starts = [config.bos_token_id for config in configs if getattr(config, "bos_token_id", None) is not None]
     ends = [config.eos_token_id for config in configs if getattr(config, "eos_token_id", None) is not None]
     known = [token for end in ends for token in (end if isinstance(end, list) else [end])]
     if not starts + known:
-        raise BillhookError("The model names neither bos_token_id nor eos_token_id, so nothing can begin its text: add one to config.json.")
+        raise BillhookError(
+            "The model names neither bos_token_id nor eos_token_id, so nothing can begin its text: add one to "
+            "config.json."
+        )
     return (starts + known)[0], set(known)
 
 
 def _documents(
-    model: PreTrainedModel, marks: tuple[int, set[int]], shape: tuple[int, int], random: torch.Generator, progress: Progress
+    model: PreTrainedModel,
+    marks: tuple[int, set[int]],
+    shape: tuple[int, int],
+    random: torch.Generator,
+    progress: Progress,
 ) -> Tensor:
-    """Documents [count, length], drawn token by token, or shorter where all of them have ended; what follows an end means nothing."""
+    """Documents [count, length], drawn token by token, or shorter where all of them have ended; what follows an end
+    means nothing."""
     token = torch.full((shape[0], 1), marks[0], device=model.device)
     ends = torch.tensor(sorted(marks[1]), dtype=torch.int64, device=model.device)
     ids, past, ended = [token], None, torch.zeros_like(token, dtype=torch.bool)

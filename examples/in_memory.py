@@ -1,7 +1,7 @@
 """Prune a model that is in memory already, and score it before and after. Nothing is written.
 
-The pieces here are those the command line is made of: calibration windows, a table, a plan, `prune_` (the underscore says that it
-changes its argument), and perplexity.
+The pieces here are those the command line is made of: calibration windows, a table, a plan, `prune_` (the underscore
+says that it changes its argument), and perplexity.
 """
 
 from pathlib import Path

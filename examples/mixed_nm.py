@@ -1,7 +1,7 @@
 """Mixed N:8 patterns: each layer keeps its own N of every 8 weights, 4 of 8 on average.
 
-An allocator says how much each layer loses. With an N:M pattern its shares are rounded to whole N such that the average is the
-pattern's N.
+An allocator says how much each layer loses. With an N:M pattern its shares are rounded to whole N such that the average
+is the pattern's N.
 """
 
 from collections import Counter

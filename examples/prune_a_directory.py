@@ -1,7 +1,7 @@
 """Prune a model directory and get a model directory back: the main job, in Python.
 
-Put your own directory for MODEL, and text like that it was trained on for the calibration. Here it is the small bundled model, which was
-trained on the sources of Python's standard library.
+Put your own directory for MODEL, and text like that it was trained on for the calibration. Here it is the small bundled
+model, which was trained on the sources of Python's standard library.
 """
 
 import tempfile
@@ -26,7 +26,10 @@ def main() -> None:
         length=128,
         output=output,
     )
-    print(f"{report.sparsity:.2%} of {sum(layer.n for layer in report.layers):,} weights are zero now, in {report.seconds:.1f} s.")
+    print(
+        f"{report.sparsity:.2%} of {sum(layer.n for layer in report.layers):,} weights are zero now, in "
+        f"{report.seconds:.1f} s."
+    )
     checked = billhook.verify(output)
     print(f"On disk: {checked.zeros:,} zeros, {'as recorded' if checked.ok else checked.problems}.")
 

@@ -1,6 +1,7 @@
 """Measure once, allocate as often as you like: the plans of many epsilons from one table.
 
-Measuring needs the model. Allocating is arithmetic on the table: it loads no torch and takes microseconds, so a sweep is free.
+Measuring needs the model. Allocating is arithmetic on the table: it loads no torch and takes microseconds, so a sweep
+is free.
 """
 
 import tempfile

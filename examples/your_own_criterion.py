@@ -1,7 +1,8 @@
 """Try a criterion of your own: the whole pruning algorithm is one loop, so write the loop.
 
-`walk` yields the blocks in depth order, with the statistics of each layer's inputs; what the loop does to a block changes the inputs
-of the next. `Select` turns scores into a mask that removes exactly what is asked. CONTRIBUTING.md says how to make it a part of Billhook.
+`walk` yields the blocks in depth order, with the statistics of each layer's inputs; what the loop does to a block
+changes the inputs of the next. `Select` turns scores into a mask that removes exactly what is asked. CONTRIBUTING.md
+says how to make it a part of Billhook.
 """
 
 from pathlib import Path
@@ -25,7 +26,9 @@ def damped_wanda(W: torch.Tensor, stats: LayerStats, select: Select, *, power: f
 def main() -> None:
     """Prune every layer of the bundled model by half."""
     model = billhook.load_model(MODEL, dtype="float32")
-    batches = billhook.load_calibration("stdlib:train", AutoTokenizer.from_pretrained(MODEL), samples=16, length=128).ids.split(8)
+    batches = billhook.load_calibration(
+        "stdlib:train", AutoTokenizer.from_pretrained(MODEL), samples=16, length=128
+    ).ids.split(8)
     for block in walk(model, batches, statistics=("input_norm",)):
         for layer in block.layers:
             select = Select(layer.shape, sparsity=0.5, zeros=layer.weight.numel() // 2)

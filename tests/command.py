@@ -55,7 +55,10 @@ def done(*arguments: Any) -> Ran:
 
 def listing(folder: Path) -> dict[str, bytes | None]:
     """Everything below a folder, hidden files too: path -> content (None for a directory)."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 def workplace(folder: Path) -> Path:
@@ -68,11 +71,14 @@ def workplace(folder: Path) -> Path:
 
 
 def refused(place: Path, *arguments: str, match: str, code: int = 2) -> None:
-    """Run a command that must fail: said in one or two lines on stderr and one object on stdout, with nothing written or left."""
+    """Run a command that must fail: said in one or two lines on stderr and one object on stdout, with nothing written
+    or left."""
     before = listing(place)
     ran = billhook(*arguments, "--json")
     assert ran.code == code, ran.err
-    said = "".join(line for line in ran.err.splitlines(keepends=True) if not line.startswith("About "))  # the estimate of a run
+    said = "".join(
+        line for line in ran.err.splitlines(keepends=True) if not line.startswith("About ")
+    )  # the estimate of a run
     assert 1 <= len(said.splitlines()) <= 2
     assert len(said) < 700
     assert re.search(match, said), ran.err

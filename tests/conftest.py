@@ -4,14 +4,17 @@ import os
 import shutil
 from pathlib import Path
 
-# The golden results were made with these instructions; wider ones round sums in another order, and near ties then rank otherwise.
+# The golden results were made with these instructions; wider ones round sums in another order, and near ties then rank
+# otherwise.
 os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
 
 import pytest
 import torch
 
 torch.set_num_threads(1)  # models here are tiny, and tests run in parallel
-if hasattr(os, "fork"):  # in a copy torch renews its pool of threads at the first use, and fails where two threads are the first at once
+if hasattr(
+    os, "fork"
+):  # in a copy torch renews its pool of threads at the first use, and fails where two threads are the first at once
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported

@@ -12,7 +12,8 @@ CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
 def prune_at_random(model: Any, sparsity: float = 0.6, negative: bool = False) -> Any:
-    """Set weights of the linear layers (and experts) to 0, or multiply them with 0, which leaves -0.0 of half of them."""
+    """Set weights of the linear layers (and experts) to 0, or multiply them with 0, which leaves -0.0 of half of
+    them."""
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -32,4 +33,8 @@ def directory(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
 
 def sparse(rows: int, columns: int, sparsity: float, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
     random = torch.Generator().manual_seed(seed)
-    return (torch.randn(rows, columns, generator=random) * (torch.rand(rows, columns, generator=random) >= sparsity)).abs().to(dtype)
+    return (
+        (torch.randn(rows, columns, generator=random) * (torch.rand(rows, columns, generator=random) >= sparsity))
+        .abs()
+        .to(dtype)
+    )

@@ -10,7 +10,9 @@ from billhook.allocators import ALLOCATORS
 from billhook.metrics import CURVES
 from billhook.table import Row, Table
 
-relaxed = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])  # no time limits: machines are shared
+relaxed = settings(
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+)  # no time limits: machines are shared
 NAMES = ALLOCATORS.names()
 PATTERNS = ("2:4", "1:4", "4:8", "3:8", "5:8")
 TARGETS = st.one_of(st.sampled_from([0.0, 0.01, 0.5, 0.7, 0.99, 1 - 1e-12]), st.floats(0, 1, exclude_max=True))
@@ -26,7 +28,8 @@ ALL_COLUMNS = sorted({column for name in NAMES for column in columns(name)})
 
 
 def make_table(shapes: list[list[tuple[int, int]]], value) -> Table:
-    """A table from the shapes of each block's layers; `value(column, block, layer)` gives the metrics, and the points of curves."""
+    """A table from the shapes of each block's layers; `value(column, block, layer)` gives the metrics, and the points
+    of curves."""
     rows = []
     for b, block in enumerate(shapes):
         for i, shape in enumerate(block):
@@ -41,7 +44,8 @@ def make_table(shapes: list[list[tuple[int, int]]], value) -> Table:
 def tables(draw, values=VALUES, equal: bool = False, drawn: str | None = None) -> Table:
     """Up to eight blocks of up to four layers of unlike sizes; metrics anything that a table file may hold.
 
-    The column `drawn` has values of its own; those of the others are shared by some cells, because drawing one for each takes long.
+    The column `drawn` has values of its own; those of the others are shared by some cells, because drawing one for each
+    takes long.
     """
     size = st.integers(1, 64).map(lambda n: 8 * n)
     shapes = draw(st.lists(st.lists(st.tuples(size, size), min_size=1, max_size=4), min_size=1, max_size=8))

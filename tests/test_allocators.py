@@ -29,7 +29,9 @@ def test_the_budget_is_met_exactly(name: str, table: Table, target: float):
 @relaxed
 @given(table=tables(equal=True), target=TARGETS)
 def test_equal_metrics_give_the_uniform_plan(name: str, table: Table, target: float):
-    assert list(allocate(table, target, allocator=name).sparsity.values()) == pytest.approx([target] * len(table.rows), abs=1e-12)
+    assert list(allocate(table, target, allocator=name).sparsity.values()) == pytest.approx(
+        [target] * len(table.rows), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +76,10 @@ def test_patterns_miss_the_budget_by_less_than_the_smallest_step(sizes: list[int
     assert of is not None
     shapes = [[(8, 8)] * 2 + [(8, 8 * size)] for size in sizes]
     plan = allocate(
-        table := make_table(shapes, lambda column, block, layer: 2.0 + block + layer / 7), None, allocator="owl", pattern=pattern
+        table := make_table(shapes, lambda column, block, layer: 2.0 + block + layer / 7),
+        None,
+        allocator="owl",
+        pattern=pattern,
     )
     assert abs(total(table, plan.sparsity) - plan.target * table.total) <= 64 / of
 
@@ -93,13 +98,17 @@ def test_options_are_checked_and_listed(name: str):
 def test_methods_say_where_they_come_from_and_what_they_do(name: str):
     assert ALLOCATORS.paper(name)
     assert ALLOCATORS.get(name).__doc__
-    assert allocate(make_table([[(8, 8)]], lambda *_: 1.0), 0.5, allocator=name).made_by["paper"] == ALLOCATORS.paper(name)
+    assert allocate(make_table([[(8, 8)]], lambda *_: 1.0), 0.5, allocator=name).made_by["paper"] == ALLOCATORS.paper(
+        name
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if columns(name)])
 def test_a_missing_column_says_how_to_measure_it(name: str):
     table = Table((Row("w", 0, "w", (8, 8), {"other": 1.0}),))
-    with pytest.raises(BillhookError, match=f"no column '{columns(name)[0]}'.*billhook measure MODEL --metrics {columns(name)[0]}"):
+    with pytest.raises(
+        BillhookError, match=f"no column '{columns(name)[0]}'.*billhook measure MODEL --metrics {columns(name)[0]}"
+    ):
         allocate(table, 0.5, allocator=name)
 
 

@@ -14,11 +14,15 @@ from billhook.metrics import FACTS, canonical, sign
 from billhook.table import Row, Table
 
 
-def alphapruning_by_hand(table: Table, target: float, metric: str, epsilon: float, mapping: str, clip: bool = True) -> list[float]:
+def alphapruning_by_hand(
+    table: Table, target: float, metric: str, epsilon: float, mapping: str, clip: bool = True
+) -> list[float]:
     """AlphaPruning in plain loops; the factor is found by giving what clipped layers cannot take to the others."""
     q = []
     for row in table:
-        mates = [x.metrics[metric] for x in table if x.block == row.block] if mapping == "block" else [row.metrics[metric]]
+        mates = (
+            [x.metrics[metric] for x in table if x.block == row.block] if mapping == "block" else [row.metrics[metric]]
+        )
         q.append(sign(metric) * sum(mates) / len(mates))
     r = [(x - min(q)) / (max(q) - min(q)) * 2 * epsilon + (1 - epsilon) for x in q]
     n = [row.n for row in table]
@@ -40,7 +44,9 @@ def alphapruning_by_hand(table: Table, target: float, metric: str, epsilon: floa
     epsilon=st.floats(0, 0.99),
     mapping=st.sampled_from(["block", "layer"]),
 )
-def test_alphapruning_is_the_published_map_clipped_with_its_budget_restored(table: Table, target: float, epsilon: float, mapping: str):
+def test_alphapruning_is_the_published_map_clipped_with_its_budget_restored(
+    table: Table, target: float, epsilon: float, mapping: str
+):
     plan = allocate(table, target, allocator="alphapruning", epsilon=epsilon, mapping=mapping)
     alphas = [row.metrics["alpha_peak"] for row in table]
     if len(set(alphas)) > 1 and (mapping == "layer" or len(table.blocks()) > 1):
@@ -88,23 +94,35 @@ def test_an_unknown_metric_is_named():
         allocate(table, 0.5, allocator="alphapruning", metric="alpha_peek")
 
 
-# Blocks of the published alpha_peak (METHODS A.1) and the layer sparsities that follow from them at 0.7 (A.3): block -> (epsilon .2, .3).
+# Blocks of the published alpha_peak (METHODS A.1) and the layer sparsities that follow from them at 0.7 (A.3): block ->
+# (epsilon .2, .3).
 LLAMA_7B = {0: (0.5704, 0.5042), 9: (0.5680, 0.5006), 17: (0.7156, 0.7236), 25: (0.8521, 0.9297), 31: (0.7317, 0.7479)}
-LLAMA_2_7B = {0: (0.5381, 0.4619), 2: (0.6590, 0.6397), 16: (0.6977, 0.6965), 20: (0.8072, 0.8578), 31: (0.7031, 0.7046)}
+LLAMA_2_7B = {
+    0: (0.5381, 0.4619),
+    2: (0.6590, 0.6397),
+    16: (0.6977, 0.6965),
+    20: (0.8072, 0.8578),
+    31: (0.7031, 0.7046),
+}
 
 
 def published(shared: Path, model: str) -> Table:
-    """The published alphas of a model as a table. Sizes are those of LLaMA-7B; all blocks are of one size, so no other matters."""
+    """The published alphas of a model as a table. Sizes are those of LLaMA-7B; all blocks are of one size, so no other
+    matters."""
     shapes = {"gate_proj": (11008, 4096), "up_proj": (11008, 4096), "down_proj": (4096, 11008)}
     rows = []
-    for name, alpha in json.loads((shared / "golden" / "llama_alpha_peak.json").read_text())["alpha_peak"][model].items():
+    for name, alpha in json.loads((shared / "golden" / "llama_alpha_peak.json").read_text())["alpha_peak"][
+        model
+    ].items():
         _, _, block, *kind = name.split(".")
         rows.append(Row(name, int(block), ".".join(kind), shapes.get(kind[-1], (4096, 4096)), {"alpha_peak": alpha}))
     return Table(tuple(rows))
 
 
 @pytest.mark.parametrize("model, expected", [("llama-7b-hf", LLAMA_7B), ("llama2-7b-hf", LLAMA_2_7B)])
-def test_published_alphas_give_the_published_sparsities(shared: Path, model: str, expected: dict[int, tuple[float, float]]):
+def test_published_alphas_give_the_published_sparsities(
+    shared: Path, model: str, expected: dict[int, tuple[float, float]]
+):
     table = published(shared, model)
     for position, epsilon in enumerate((0.2, 0.3)):
         sparsity = allocate(table, 0.7, allocator="alphapruning", epsilon=epsilon).sparsity
@@ -115,13 +133,22 @@ def test_published_alphas_give_the_published_sparsities(shared: Path, model: str
 
 @pytest.mark.parametrize(
     "model, target, epsilon, above",
-    [("llama-7b-hf", 0.8, 0.3, 6), ("llama-7b-hf", 0.7, 0.5, 6), ("llama2-7b-hf", 0.8, 0.4, 4), ("llama2-70b-hf", 0.8, 0.5, 5)],
+    [
+        ("llama-7b-hf", 0.8, 0.3, 6),
+        ("llama-7b-hf", 0.7, 0.5, 6),
+        ("llama2-7b-hf", 0.8, 0.4, 4),
+        ("llama2-70b-hf", 0.8, 0.5, 5),
+    ],
 )
-def test_published_sparsities_above_one_are_clipped(shared: Path, model: str, target: float, epsilon: float, above: int):
+def test_published_sparsities_above_one_are_clipped(
+    shared: Path, model: str, target: float, epsilon: float, above: int
+):
     table = published(shared, model)
     unclipped = alphapruning_by_hand(table, target, "alpha_peak", epsilon, "block", clip=False)
     assert len({row.block for row, s in zip(table, unclipped, strict=True) if s > 1}) == above
     sparsity = allocate(table, target, allocator="alphapruning", epsilon=epsilon).sparsity
     assert max(sparsity.values()) <= 1
     assert total(table, sparsity) == pytest.approx(target * table.total, rel=1e-12)
-    assert list(sparsity.values()) == pytest.approx(alphapruning_by_hand(table, target, "alpha_peak", epsilon, "block"), abs=1e-9)
+    assert list(sparsity.values()) == pytest.approx(
+        alphapruning_by_hand(table, target, "alpha_peak", epsilon, "block"), abs=1e-9
+    )

@@ -53,7 +53,14 @@ def test_mistakes():
 def test_command(tmp_path: Path):
     model, text = save(tmp_path / "model"), text_file(tmp_path / "text.txt")
     allocate(measure(llama(), []), 0.5).save(tmp_path / "plan.json")
-    arguments = ["analyze", str(model), f"--plan={tmp_path / 'plan.json'}", f"--calibration={text}", "--samples=4", "--length=32"]
+    arguments = [
+        "analyze",
+        str(model),
+        f"--plan={tmp_path / 'plan.json'}",
+        f"--calibration={text}",
+        "--samples=4",
+        "--length=32",
+    ]
     ran = CliRunner().invoke(app, [*arguments, f"-o{tmp_path / 'analysis.json'}", "--json"])
     assert ran.exit_code == 0, ran.output
     assert json.loads((tmp_path / "analysis.json").read_text()) == json.loads(ran.stdout)

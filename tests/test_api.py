@@ -47,7 +47,9 @@ def test_a_model_that_was_loaded_finds_its_tokenizer(tmp_path):
     tiny.text_file(tmp_path / "text.txt")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     by_object = billhook.prune(loaded, sparsity=0.5, calibration=tmp_path / "text.txt", samples=4, length=32)
-    by_path = billhook.prune(tmp_path / "model", sparsity=0.5, calibration=str(tmp_path / "text.txt"), samples=4, length=32)
+    by_path = billhook.prune(
+        tmp_path / "model", sparsity=0.5, calibration=str(tmp_path / "text.txt"), samples=4, length=32
+    )
     digests = {report.record["made_by"]["calibration"]["digest"] for report in (by_object, by_path)}
     assert len(digests) == 1
 
@@ -65,7 +67,10 @@ def test_the_pieces(model):
 
 
 def test_one_tensor_is_one_batch(model):
-    assert billhook.measure(model, "outlier_ratio:5", batches=IDS).rows == billhook.measure(model, ["outlier_ratio:5"], batches=[IDS]).rows
+    assert (
+        billhook.measure(model, "outlier_ratio:5", batches=IDS).rows
+        == billhook.measure(model, ["outlier_ratio:5"], batches=[IDS]).rows
+    )
     table = billhook.measure(model)
     results = billhook.prune_(model, billhook.allocate(table, 0.5), batches=IDS)
     assert {result.sparsity for result in results} == {0.5}
@@ -109,7 +114,9 @@ def test_magnitude_needs_no_text(model):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
 def test_half_precision(model, dtype, criterion):
-    assert billhook.prune(model.to(dtype), sparsity=0.5, criterion=criterion, calibration=IDS).sparsity == pytest.approx(0.5, abs=1e-3)
+    assert billhook.prune(
+        model.to(dtype), sparsity=0.5, criterion=criterion, calibration=IDS
+    ).sparsity == pytest.approx(0.5, abs=1e-3)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 

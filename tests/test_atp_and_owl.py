@@ -14,7 +14,8 @@ from billhook.table import Row, Table
 
 # ATP
 
-# Blocks -> for S = 0.5, 0.6, 0.7, 0.8 the largest beta and the number of points of the published grid 0.002, 0.004, ....
+# Blocks -> for S = 0.5, 0.6, 0.7, 0.8 the largest beta and the number of points of the published grid 0.002, 0.004,
+# ....
 GRID = {
     12: [(0.0909, 45), (0.0727, 36), (0.0545, 27), (0.0364, 18)],
     16: [(0.0667, 33), (0.0533, 26), (0.0400, 20), (0.0267, 13)],
@@ -54,7 +55,9 @@ def test_atp_restores_the_budget_where_blocks_differ():
 @pytest.mark.parametrize("beta", [-0.001, 0.0194, 1])
 def test_atp_prints_the_legal_range(beta: float):
     table = make_table([[(8, 8)]] * 32, lambda *_: 1.0)
-    with pytest.raises(BillhookError, match=r"ATP's beta must be in \[0, 0\.0193548\] for 32 blocks at sparsity 0.7, got "):
+    with pytest.raises(
+        BillhookError, match=r"ATP's beta must be in \[0, 0\.0193548\] for 32 blocks at sparsity 0.7, got "
+    ):
         allocate(table, 0.7, allocator="atp", beta=beta)
 
 
@@ -72,7 +75,11 @@ def owl_by_hand(table: Table, target: float, lam: float, m: float) -> list[float
 
 
 @relaxed
-@given(ratios=st.lists(st.floats(0, 10), min_size=2, max_size=12, unique=True), target=st.floats(0.3, 0.7), lam=st.floats(0, 0.15))
+@given(
+    ratios=st.lists(st.floats(0, 10), min_size=2, max_size=12, unique=True),
+    target=st.floats(0.3, 0.7),
+    lam=st.floats(0, 0.15),
+)
 def test_owl_is_the_published_window_where_that_is_legal(ratios: list[float], target: float, lam: float):
     if max(ratios) - min(ratios) < 1e-6:
         return
@@ -82,7 +89,11 @@ def test_owl_is_the_published_window_where_that_is_legal(ratios: list[float], ta
 
 
 def test_owl_clips_and_reads_the_column_of_its_m():
-    table = Table(tuple(Row(f"b{i}", i, "w", (8, 8), {"outlier_ratio:7": float(i), "outlier_ratio:5": -float(i)}) for i in range(3)))
+    table = Table(
+        tuple(
+            Row(f"b{i}", i, "w", (8, 8), {"outlier_ratio:7": float(i), "outlier_ratio:5": -float(i)}) for i in range(3)
+        )
+    )
     assert list(allocate(table, 0.1, allocator="owl", lam=0.5, m=7).sparsity.values()) == pytest.approx([0.3, 0, 0])
     assert list(allocate(table, 0.1, allocator="owl", lam=0.5).sparsity.values()) == pytest.approx([0, 0, 0.3])
     with pytest.raises(BillhookError, match=r"lam must be in \[0, 0.5\]"):

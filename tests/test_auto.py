@@ -1,4 +1,5 @@
-"""The allocation that knows the solver: exact optimum and budget, curves against plain runs, never worse than uniform, and its refusals."""
+"""The allocation that knows the solver: exact optimum and budget, curves against plain runs, never worse than uniform,
+and its refusals."""
 
 from itertools import product
 from pathlib import Path
@@ -31,10 +32,14 @@ def text(windows: int = 16) -> torch.Tensor:
 
 
 @given(
-    st.lists(st.tuples(st.lists(st.integers(0, 50), min_size=4, max_size=4), st.integers(1, 9)), min_size=1, max_size=4), st.integers(0, 40)
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 50), min_size=4, max_size=4), st.integers(1, 9)), min_size=1, max_size=4
+    ),
+    st.integers(0, 40),
 )
 def test_the_budget_is_met_and_no_grid_point_is_cheaper(layers: list[tuple[list[int], int]], part: int) -> None:
-    """Rises are sorted, so that the curves are convex and equal their hulls: then the optimum beats every choice on the grid."""
+    """Rises are sorted, so that the curves are convex and equal their hulls: then the optimum beats every choice on the
+    grid."""
     curves = [[0.0, *(float(sum(sorted(rises)[: k + 1])) for k in range(4))] for rises, _ in layers]
     n, target = [size for _, size in layers], part / 40
     shares = cheapest(curves, n, target)
@@ -56,7 +61,8 @@ def relative_error(W: torch.Tensor, V: torch.Tensor, inputs: torch.Tensor) -> fl
 
 @pytest.mark.parametrize("criterion, rel", [("admm", 0.01), ("wanda", 1e-3)])
 def test_curves_are_the_errors_of_plain_runs(criterion: str, rel: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With all rows each level of the stack is the criterion's own result, but for counts that admm rounds. Wanda sees input norms only."""
+    """With all rows each level of the stack is the criterion's own result, but for counts that admm rounds. Wanda sees
+    input norms only."""
     model, ids = tiny.llama(), text(8)
     layer = find_layers(model)[0]
     monkeypatch.setattr("billhook.measuring.error_curves.ROWS", layer.shape[0])
@@ -73,7 +79,14 @@ def test_curves_are_the_errors_of_plain_runs(criterion: str, rel: float, monkeyp
     assert curve[-1] == 1
     for s in TRIED:
         pruned = tiny.llama()
-        prune_(pruned, _only(layer, s), criterion=criterion, batches=[ids], layers=find_layers(pruned)[:1], **cheaper(criterion, [layer]))
+        prune_(
+            pruned,
+            _only(layer, s),
+            criterion=criterion,
+            batches=[ids],
+            layers=find_layers(pruned)[:1],
+            **cheaper(criterion, [layer]),
+        )
         error = relative_error(layer.weight, find_layers(pruned)[0].weight, inputs)
         assert curve[round(s * STEPS)] == pytest.approx(error, rel=rel)
 
@@ -105,7 +118,8 @@ def pruned_bench(amount: float) -> Bench:
 
 
 def test_shares_are_the_slopes_of_the_divergence_and_add_up_to_it() -> None:
-    """Each against a central difference along the layer's change; near the dense model the divergence is quadratic: Euler's sum."""
+    """Each against a central difference along the layer's change; near the dense model the divergence is quadratic:
+    Euler's sum."""
     bench = pruned_bench(0.05)
     windows, shares = bench.attribute()
     kl = sum(windows) / len(windows)
@@ -137,7 +151,9 @@ def test_shares_are_the_same_when_blocks_run_again_and_none_is_negligible(monkey
 def test_the_logits_of_a_batch_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     bench, sizes = pruned_bench(1.0), list[int]()
     whole = bench.attribute()
-    bench.model.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    bench.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     monkeypatch.setattr("billhook.evaluation.batching.LOGIT_BYTES", 3 * 24 * 258 * 4)
     parts = bench.attribute()
     assert sizes == [3, 3, 2]
@@ -196,14 +212,21 @@ def test_trials_have_the_options_that_are_given() -> None:
 
 @pytest.mark.parametrize("target", [0.1, 0.2, 0.3, 0.5])
 def test_a_layer_that_the_second_plan_spares_keeps_what_it_counts(target: float) -> None:
-    """One layer counts thirty times as much as each other; what is measured of it under the plan is no more than the floor."""
+    """One layer counts thirty times as much as each other; what is measured of it under the plan is no more than the
+    floor."""
     truth = {f"layers.{block}": 3.0 if block == 0 else 0.1 for block in range(8)}
     curve = {"error_curve:wanda": tuple(_curve([0.002, 0.02, 0.15, 0.6]))}
     forecast = _Forecast(
-        Table(tuple(Row(n, i, "a", (64, 64), {}, curve) for i, n in enumerate(truth)), {}), "wanda", target, "unstructured"
+        Table(tuple(Row(n, i, "a", (64, 64), {}, curve) for i, n in enumerate(truth)), {}),
+        "wanda",
+        target,
+        "unstructured",
     )
     plan = forecast.optimum(truth)
-    under = {name: share * (plan.sparsity[name] > 0) / forecast.at_middle({name: 1.0}, plan)[name] for name, share in truth.items()}
+    under = {
+        name: share * (plan.sparsity[name] > 0) / forecast.at_middle({name: 1.0}, plan)[name]
+        for name, share in truth.items()
+    }
     floor = FLOOR * sum(under.values()) / len(under)
     second = forecast.at_middle({name: max(share, floor) for name, share in under.items()}, plan)
     both = forecast.both(truth, second, plan)
@@ -232,7 +255,9 @@ def test_auto_in_a_comparison_is_what_prune_does(tmp_path: Path) -> None:
     found = compare(model, Grid((0.6,), ("uniform", "auto"), ("wanda",)), source, calibration=source, length=24)
     plan = prepare(Request(model, 0.6, criterion="wanda", allocator="auto", calibration=source)).plan
     rows = {row["allocator"]: row for row in found.cells}
-    blocks = {str(b): sum(plan.sparsity[r.layer] * r.n for r in rs) / sum(r.n for r in rs) for b, rs in _rows(model).items()}
+    blocks = {
+        str(b): sum(plan.sparsity[r.layer] * r.n for r in rs) / sum(r.n for r in rs) for b, rs in _rows(model).items()
+    }
     assert rows["auto"]["sparsity_by_block"] == pytest.approx(blocks)
     assert rows["auto"]["sparsity_by_block"] != pytest.approx(rows["uniform"]["sparsity_by_block"])
 

@@ -1,4 +1,5 @@
-"""Mistakes and failures through the command line: what, where and what to do in one or two lines, the right exit code, nothing left."""
+"""Mistakes and failures through the command line: what, where and what to do in one or two lines, the right exit code,
+nothing left."""
 
 import json
 from pathlib import Path
@@ -30,7 +31,13 @@ def test_what_is_in_order_is_not_refused(place):
 
 
 def test_a_model_path_that_does_not_exist(place):
-    refused(place, "prune", "modell", *PRUNE[2:], match=r"no model directory at modell\. Give an existing directory or a hub name")
+    refused(
+        place,
+        "prune",
+        "modell",
+        *PRUNE[2:],
+        match=r"no model directory at modell\. Give an existing directory or a hub name",
+    )
     refused(place, "measure", "./no/model", "-o", "t.json", match=r"no model directory at \./no/model")
     refused(place, "eval", "modell", "--data", "text.txt", match="no model directory at modell")
 
@@ -54,7 +61,11 @@ def test_missing_and_damaged_weights(place):
     weights = Path("model/model.safetensors")
     content = weights.read_bytes()
     weights.write_bytes(content[:-8])
-    refused(place, *PRUNE, match=r"model\.safetensors holds .* bytes where its header promises .*: copy or download it again")
+    refused(
+        place,
+        *PRUNE,
+        match=r"model\.safetensors holds .* bytes where its header promises .*: copy or download it again",
+    )
     weights.unlink()
     refused(place, *PRUNE, match=r"no model\.safetensors .*the weights are missing")
 
@@ -82,7 +93,11 @@ def test_another_kind_of_model(place):
 
 def test_weights_that_do_not_fit_the_configuration(place):
     edit("model/config.json", intermediate_size=96)
-    refused(place, *PRUNE, match=r"does not fit its config\.json: the tensor model\.layers\.0\.mlp\.down_proj\.weight has another shape")
+    refused(
+        place,
+        *PRUNE,
+        match=r"does not fit its config\.json: the tensor model\.layers\.0\.mlp\.down_proj\.weight has another shape",
+    )
 
 
 # Names and options
@@ -91,9 +106,18 @@ def test_weights_that_do_not_fit_the_configuration(place):
 @pytest.mark.parametrize(
     "arguments, match",
     [
-        ((*PRUNE, "--criterion", "wnada"), r"Unknown criterion 'wnada'\. Did you mean 'wanda'\? There are: magnitude, wanda, "),
-        ((*PRUNE, "--allocator", "alphaprune"), r"Unknown allocator 'alphaprune'\. Did you mean 'alphapruning'\? There are: uniform, "),
-        (("plan", "table.json", "--allocator", "alpha", "--sparsity", "0.5"), r"Unknown allocator 'alpha'\. Did you mean 'alphapruning'\?"),
+        (
+            (*PRUNE, "--criterion", "wnada"),
+            r"Unknown criterion 'wnada'\. Did you mean 'wanda'\? There are: magnitude, wanda, ",
+        ),
+        (
+            (*PRUNE, "--allocator", "alphaprune"),
+            r"Unknown allocator 'alphaprune'\. Did you mean 'alphapruning'\? There are: uniform, ",
+        ),
+        (
+            ("plan", "table.json", "--allocator", "alpha", "--sparsity", "0.5"),
+            r"Unknown allocator 'alpha'\. Did you mean 'alphapruning'\?",
+        ),
         (
             ("measure", "model", "-o", "t.json", "--metrics", "alpha_peek"),
             r"Unknown metric 'alpha_peek'\. Did you mean 'alpha_peak'\? There",
@@ -104,21 +128,48 @@ def test_weights_that_do_not_fit_the_configuration(place):
             (*PRUNE, "--allocator", "alphapruning", "--set", "metric=alpha_pack"),
             r"Unknown metric 'alpha_pack'\. Did you mean 'alpha_peak'\?",
         ),
-        ((*PRUNE, "--allocator", "alphapruning", "--set", "epsilom=0.3"), r"option 'epsilom'\. Did you mean 'epsilon'\? Their options: "),
+        (
+            (*PRUNE, "--allocator", "alphapruning", "--set", "epsilom=0.3"),
+            r"option 'epsilom'\. Did you mean 'epsilon'\? Their options: ",
+        ),
         ((*PRUNE, "--criterion", "sparsegpt", "--set", "damp=0.1"), r"option 'damp'\. Did you mean 'damping'\?"),
-        ((*PRUNE, "--allocator", "alphapruning", "--set", "epsilon=lots"), r"epsilon='lots' is not a valid float \(default 0\.3\)"),
+        (
+            (*PRUNE, "--allocator", "alphapruning", "--set", "epsilon=lots"),
+            r"epsilon='lots' is not a valid float \(default 0\.3\)",
+        ),
         ((*PRUNE, "--allocator", "alphapruning", "--set", "epsilon=2"), r"epsilon must be in \[0, 1\], got 2"),
         ((*PRUNE, "--allocator", "alphapruning", "--set", "epsilon=-0.1"), r"epsilon must be in \[0, 1\], got -0\.1"),
         ((*PRUNE, "--allocator", "sensitivity", "--set", "epsilon=-0.1"), r"epsilon must be in \[0, 1\], got -0\.1"),
-        ((*PRUNE[:4], *TEXT, "--preset", "owl/lama@70"), r"Unknown preset 'owl/lama@70'\. Did you mean 'owl/llama@70'\? See: billhook ls"),
-        ((*SEARCH, "--budget", "0"), r"A budget of zero finds nothing: give at least one trial \(--budget 1\), or some minutes"),
+        (
+            (*PRUNE[:4], *TEXT, "--preset", "owl/lama@70"),
+            r"Unknown preset 'owl/lama@70'\. Did you mean 'owl/llama@70'\? See: billhook ls",
+        ),
+        (
+            (*SEARCH, "--budget", "0"),
+            r"A budget of zero finds nothing: give at least one trial \(--budget 1\), or some minutes",
+        ),
         ((*SEARCH, "--budget", "0m"), r"A budget of zero finds nothing"),
-        ((*SEARCH, "--budget", "soon"), r"The budget 'soon' is neither a number of trials, such as 9, nor of minutes, such as 5m"),
-        ((*SEARCH, "--allocator", "atp", "--set", "beta=0.1"), r"beta is what the search chooses for atp: leave out --set beta"),
-        ((*SEARCH, "--set", "damping=0.1"), r"Neither allocator 'alphapruning' or 'atp'.* nor criterion 'wanda' has an option 'damping'"),
+        (
+            (*SEARCH, "--budget", "soon"),
+            r"The budget 'soon' is neither a number of trials, such as 9, nor of minutes, such as 5m",
+        ),
+        (
+            (*SEARCH, "--allocator", "atp", "--set", "beta=0.1"),
+            r"beta is what the search chooses for atp: leave out --set beta",
+        ),
+        (
+            (*SEARCH, "--set", "damping=0.1"),
+            r"Neither allocator 'alphapruning' or 'atp'.* nor criterion 'wanda' has an option 'damping'",
+        ),
         ((*SEARCH, "--samples", "3"), r"3 different windows are too few to split into calibration and held-out ones"),
-        ((*SEARCH[:5], "model/found", *SEARCH[6:]), r"The output .*found and the source model .*model lie in each other"),
-        ((*PRUNE, "--allocator", "atp", "--set", "beta=3"), r"ATP's beta must be in \[0, 1\] for 2 blocks at sparsity 0\.5, got 3"),
+        (
+            (*SEARCH[:5], "model/found", *SEARCH[6:]),
+            r"The output .*found and the source model .*model lie in each other",
+        ),
+        (
+            (*PRUNE, "--allocator", "atp", "--set", "beta=3"),
+            r"ATP's beta must be in \[0, 1\] for 2 blocks at sparsity 0\.5, got 3",
+        ),
         ((*PRUNE, "--set", "epsilon"), r"--set epsilon: write KEY=VALUE"),
         ((*PRUNE, "--allocator", "owl", "--set", "lam=0.1", "--set", "lam=0.2"), "--set lam is given twice"),
         (("ls", "allocator"), r"Unknown kind 'allocator'\. Did you mean 'allocators'\? There are: "),
@@ -173,13 +224,24 @@ def test_a_pattern_impossible_for_a_layer(place):
 
 
 def test_a_pattern_that_contradicts_the_sparsity(place):
-    refused(place, *MAGNITUDE, "--pattern", "2:4", "--sparsity", "0.6", match=r"keeps 2 of every 4: its sparsity is 0\.5, not 0\.6")
+    refused(
+        place,
+        *MAGNITUDE,
+        "--pattern",
+        "2:4",
+        "--sparsity",
+        "0.6",
+        match=r"keeps 2 of every 4: its sparsity is 0\.5, not 0\.6",
+    )
 
 
 @pytest.mark.parametrize(
     "arguments, match",
     [
-        (("--targets", "q_porj"), r"--targets q_porj matches no prunable layer\..*List them with billhook prune MODEL --dry-run"),
+        (
+            ("--targets", "q_porj"),
+            r"--targets q_porj matches no prunable layer\..*List them with billhook prune MODEL --dry-run",
+        ),
         (("--targets", "Linaer"), r"Did you mean 'Linear'\?"),
         (("--ignore", "re:.*lm_head"), r"--ignore re:\.\*lm_head matches no prunable layer"),
         (("--ignore", "re:(["), r"--ignore re:\(\[: not a regular expression"),
@@ -212,14 +274,26 @@ def test_a_plan_with_a_missing_layer(place):
 
 
 def test_a_plan_with_an_extra_layer(place):
-    refused(place, *planned(**{f"{UP}x": 0.5}), match=rf"1 of the plan's are not in the model \(first: {UP}x\)\. Did you mean '{UP}'\?")
+    refused(
+        place,
+        *planned(**{f"{UP}x": 0.5}),
+        match=rf"1 of the plan's are not in the model \(first: {UP}x\)\. Did you mean '{UP}'\?",
+    )
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1.5, -0.5, "0.5", None, True, 10**400], ids=lambda value: repr(value)[:8])
+@pytest.mark.parametrize(
+    "bad", [float("nan"), float("inf"), 1.5, -0.5, "0.5", None, True, 10**400], ids=lambda value: repr(value)[:8]
+)
 def test_a_plan_with_impossible_entries(place, bad):
     layers = json.loads(Path("plan.json").read_text())["sparsity"]
     edit("plan.json", sparsity=layers | {UP: bad})
-    refused(place, *MAGNITUDE, "--plan", "plan.json", match=rf"plan\.json: the sparsity of {UP} must be a number in \[0, 1\], got ")
+    refused(
+        place,
+        *MAGNITUDE,
+        "--plan",
+        "plan.json",
+        match=rf"plan\.json: the sparsity of {UP} must be a number in \[0, 1\], got ",
+    )
 
 
 def test_a_plan_whose_groups_do_not_fit(place):
@@ -234,7 +308,15 @@ def test_files_that_are_no_plan(place):
 
 
 def test_a_plan_and_what_it_already_says(place):
-    refused(place, *MAGNITUDE, "--plan", "plan.json", "--sparsity", "0.5", match="A plan already says how much each layer loses: leave out")
+    refused(
+        place,
+        *MAGNITUDE,
+        "--plan",
+        "plan.json",
+        "--sparsity",
+        "0.5",
+        match="A plan already says how much each layer loses: leave out",
+    )
     message = r"--targets and --ignore must choose exactly the plan's layers"
     refused(place, *MAGNITUDE, "--plan", "plan.json", "--ignore", UP, match=message)
 
@@ -243,9 +325,23 @@ def test_a_table_of_another_model(place):
     edit("table.json", model={})  # as of a model in memory, whose digest is not known
     tiny.save(place / "wider", tiny.llama(num_hidden_layers=2, intermediate_size=96))
     command = ("--sparsity", "0.5", "--table", "table.json")
-    refused(place, "prune", "wider", *MAGNITUDE[2:], *command, match=r"not of this model: .*gate_proj, 64 x 32, is 96 x 32 in the model")
+    refused(
+        place,
+        "prune",
+        "wider",
+        *MAGNITUDE[2:],
+        *command,
+        match=r"not of this model: .*gate_proj, 64 x 32, is 96 x 32 in the model",
+    )
     tiny.save(place / "shallower", tiny.llama(num_hidden_layers=1))
-    refused(place, "prune", "shallower", *MAGNITUDE[2:], *command, match=r"not of this model: model\.layers\.1.* is not in the model")
+    refused(
+        place,
+        "prune",
+        "shallower",
+        *MAGNITUDE[2:],
+        *command,
+        match=r"not of this model: model\.layers\.1.* is not in the model",
+    )
     tiny.save(place / "deeper", tiny.llama(num_hidden_layers=3))
     refused(place, "prune", "deeper", *MAGNITUDE[2:], *command, match=r"it has no row for model\.layers\.2")
 
@@ -295,7 +391,13 @@ def test_documents_shorter_than_a_window(place):
 
 
 def test_windows_longer_than_the_context(place):
-    refused(place, *PRUNE, "--length", "500", match=r"Windows of 500 tokens exceed the model's context of 128: use --length 128")
+    refused(
+        place,
+        *PRUNE,
+        "--length",
+        "500",
+        match=r"Windows of 500 tokens exceed the model's context of 128: use --length 128",
+    )
 
 
 @pytest.mark.parametrize("bad", [-1, 258, 10**9])

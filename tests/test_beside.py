@@ -1,4 +1,5 @@
-"""The dense model beside the pruned one: what has drifted, the order of layers, who writes into the stream, and what aiming gives."""
+"""The dense model beside the pruned one: what has drifted, the order of layers, who writes into the stream, and what
+aiming gives."""
 
 import copy
 
@@ -35,7 +36,9 @@ def inputs(model: torch.nn.Module, ids: Tensor, names: list[str]) -> dict[str, T
     modules = dict(model.named_modules())
     for name in names:
         handles.append(
-            modules[name].register_forward_pre_hook(lambda m, args, name=name: seen.__setitem__(name, args[0].flatten(0, -2).double()))
+            modules[name].register_forward_pre_hook(
+                lambda m, args, name=name: seen.__setitem__(name, args[0].flatten(0, -2).double())
+            )
         )
     with torch.no_grad():
         model(ids)

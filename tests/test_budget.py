@@ -15,7 +15,9 @@ TARGETS = st.floats(0, 1)
 
 
 def weighted(values: st.SearchStrategy[float]) -> st.SearchStrategy[tuple[list[float], list[int]]]:
-    return st.lists(st.tuples(values, SIZES), min_size=1, max_size=40).map(lambda pairs: ([v for v, _ in pairs], [n for _, n in pairs]))
+    return st.lists(st.tuples(values, SIZES), min_size=1, max_size=40).map(
+        lambda pairs: ([v for v, _ in pairs], [n for _, n in pairs])
+    )
 
 
 def in_order(raw: list[float], values: list[float]) -> bool:

@@ -57,11 +57,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_the_least_time_that_was_repeated_decides(clock: Clock, folder: Path):
-    calibrate._choose("calm", {"slow": lasting(clock, 9, 2, 2, 2), "fast": lasting(clock, 9, 5, 1, 1)})  # the first call warms up
-    calibrate._choose("late", {"slow": lasting(clock, 2), "fast": lasting(clock, 9, 2.4, 2.8, 3.2, 1, 1)})  # rounds go on
-    calibrate._choose("far", {"wild": lasting(clock, 9, 7, 8, 9, 5, 6), "fast": lasting(clock, 1)})  # never near the fastest
+    calibrate._choose(
+        "calm", {"slow": lasting(clock, 9, 2, 2, 2), "fast": lasting(clock, 9, 5, 1, 1)}
+    )  # the first call warms up
+    calibrate._choose(
+        "late", {"slow": lasting(clock, 2), "fast": lasting(clock, 9, 2.4, 2.8, 3.2, 1, 1)}
+    )  # rounds go on
+    calibrate._choose(
+        "far", {"wild": lasting(clock, 9, 7, 8, 9, 5, 6), "fast": lasting(clock, 1)}
+    )  # never near the fastest
     falling = [1.2**n for n in range(20, 0, -1)]
-    calibrate._choose("busy", {"slow": lasting(clock, *(2 * seconds for seconds in falling)), "fast": lasting(clock, *falling)})
+    calibrate._choose(
+        "busy", {"slow": lasting(clock, *(2 * seconds for seconds in falling)), "fast": lasting(clock, *falling)}
+    )
     calibrate.keep()
     assert calibrate._measured == {"calm": "fast", "late": "fast", "far": "fast", "busy": "fast"}
     assert cache.load("kernels") == {"calm": "fast", "late": "fast", "far": "fast"}
@@ -69,7 +77,9 @@ def test_the_least_time_that_was_repeated_decides(clock: Clock, folder: Path):
 
 def test_what_is_far_behind_is_given_up_and_what_is_close_returned(clock: Clock):
     calls: list[str] = []
-    runs = {name: lasting(clock, seconds) for name, seconds in {"fast": 1.0, "close": 1.1, "slow": 2.0, "far": 3.0}.items()}
+    runs = {
+        name: lasting(clock, seconds) for name, seconds in {"fast": 1.0, "close": 1.1, "slow": 2.0, "far": 3.0}.items()
+    }
     counted = {name: lambda name=name, run=run: (calls.append(name), run())[1] for name, run in runs.items()}
     assert calibrate._choose("ways", counted) == ["fast", "close"]
     assert calls.count("far") == 3  # a warm-up and two rounds
@@ -92,7 +102,9 @@ def test_ways_that_are_close_are_timed_on_more_rows(clock: Clock, monkeypatch: p
     monkeypatch.setattr(calibrate, "SAMPLE", 40 * 256)
     packed = model()[0].packed()
     calibrate.measure_packed(packed, torch.bfloat16)
-    assert {calibrate._measured[calibrate.key(packed, torch.bfloat16, tokens)] for tokens in calibrate.BUCKETS} == {"tiles"}
+    assert {calibrate._measured[calibrate.key(packed, torch.bfloat16, tokens)] for tokens in calibrate.BUCKETS} == {
+        "tiles"
+    }
     assert {way: set(seen) for way, seen in rows.items()} == {"fused": {40}, "tiles": {40, 128}, "wide": {40, 128}}
 
 
@@ -143,7 +155,9 @@ def test_a_stored_choice_is_followed(folder: Path):
     assert calibrate.way(tuned[0].packed(), torch.bfloat16, 3) == "wide"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2, "choices": {}}', '{"version": 1, "choices": {"a": 1}}', "\x00\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"version": 2, "choices": {}}', '{"version": 1, "choices": {"a": 1}}', "\x00\xff"]
+)
 def test_a_damaged_cache_is_ignored_with_one_line(text: str, folder: Path, capsys: pytest.CaptureFixture[str]):
     path = cache.place("kernels")
     assert path is not None
@@ -159,7 +173,9 @@ def test_a_damaged_cache_is_ignored_with_one_line(text: str, folder: Path, capsy
 
 def test_an_unknown_way_in_the_cache_is_not_followed(folder: Path):
     tuned = model()
-    cache.store("kernels", {calibrate.key(tuned[0].packed(), torch.bfloat16, tokens): "magic" for tokens in calibrate.BUCKETS})
+    cache.store(
+        "kernels", {calibrate.key(tuned[0].packed(), torch.bfloat16, tokens): "magic" for tokens in calibrate.BUCKETS}
+    )
     tune_(tuned)
     x = torch.randn(2, 256).bfloat16()
     assert torch.isfinite(tuned(x)).all()

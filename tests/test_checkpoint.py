@@ -34,14 +34,18 @@ def edit_config(directory: Path, **changes) -> None:
 
 
 def edit_weights(directory: Path, change) -> None:
-    save_file(change(load_file(directory / "model.safetensors")), directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        change(load_file(directory / "model.safetensors")), directory / "model.safetensors", metadata={"format": "pt"}
+    )
 
 
 def test_resolves_a_directory_as_it_is(llama):
     assert resolve(str(llama)) == llama == resolve(llama)
 
 
-@pytest.mark.parametrize("name", ["no/such/dir/here", "./missing", "missing", "/nowhere/at/all", "spaces are no name/x"])
+@pytest.mark.parametrize(
+    "name", ["no/such/dir/here", "./missing", "missing", "/nowhere/at/all", "spaces are no name/x"]
+)
 def test_a_path_that_does_not_exist_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BillhookError, match="no model directory at"):
@@ -56,7 +60,9 @@ def test_a_file_is_not_a_model(llama):
 def test_a_hub_name_without_a_hub_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(BillhookError, match=r"Cannot download someone/some-model from the hub \(.*\)\. Check the network") as found:
+    with pytest.raises(
+        BillhookError, match=r"Cannot download someone/some-model from the hub \(.*\)\. Check the network"
+    ) as found:
         resolve("someone/some-model")
     assert "\n" not in str(found.value)
 
@@ -113,7 +119,9 @@ def test_truncated_weights(copy):
         load_model(copy)
 
 
-@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]", b"\x10\0\0\0\0\0\0\0" + b'{"a":{"dtype":1}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"abc", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]", b"\x10\0\0\0\0\0\0\0" + b'{"a":{"dtype":1}']
+)
 def test_weights_that_are_no_safetensors(copy, content):
     (copy / "model.safetensors").write_bytes(content)
     with pytest.raises(BillhookError, match=r"model\.safetensors (is not a safetensors file|has a damaged)"):
@@ -121,10 +129,14 @@ def test_weights_that_are_no_safetensors(copy, content):
 
 
 def write_index(directory: Path, content) -> None:
-    (directory / "model.safetensors.index.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    (directory / "model.safetensors.index.json").write_text(
+        content if isinstance(content, str) else json.dumps(content)
+    )
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\\b.safetensors", 3])
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\\b.safetensors", 3]
+)
 def test_index_must_stay_in_its_directory(copy, name):
     write_index(copy, {"weight_map": {"a": name}})
     with pytest.raises(BillhookError, match=r"only plain file names|is not a safetensors index"):
@@ -150,8 +162,14 @@ def test_missing_shard_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: {k: v for k, v in w.items() if k != "model.layers.2.mlp.up_proj.weight"}, "layers.2.mlp.up_proj.weight is missing"),
-        (lambda w: w | {"model.layers.1.mlp.up_proj.weight": torch.ones(3, 3)}, "layers.1.mlp.up_proj.weight has another shape"),
+        (
+            lambda w: {k: v for k, v in w.items() if k != "model.layers.2.mlp.up_proj.weight"},
+            "layers.2.mlp.up_proj.weight is missing",
+        ),
+        (
+            lambda w: w | {"model.layers.1.mlp.up_proj.weight": torch.ones(3, 3)},
+            "layers.1.mlp.up_proj.weight has another shape",
+        ),
         (lambda w: w | {"score.weight": torch.ones(3)}, "score.weight has no place in the model"),
     ],
 )
@@ -179,7 +197,10 @@ def test_unknown_device(llama):
 
 def test_own_code_needs_permission(copy):
     edit_config(
-        copy, model_type="made_up", architectures=["MadeUp"], auto_map={"AutoModelForCausalLM": "code.MadeUp", "AutoConfig": "code.C"}
+        copy,
+        model_type="made_up",
+        architectures=["MadeUp"],
+        auto_map={"AutoModelForCausalLM": "code.MadeUp", "AutoConfig": "code.C"},
     )
     (copy / "code.py").write_text("raise SystemExit('this code ran')")
     with pytest.raises(BillhookError, match="needs its own Python code"):

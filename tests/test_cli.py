@@ -1,4 +1,5 @@
-"""Every command: exit codes, one JSON object on stdout and everything else on stderr, help with examples, dry runs that write nothing."""
+"""Every command: exit codes, one JSON object on stdout and everything else on stderr, help with examples, dry runs that
+write nothing."""
 
 import json
 import os
@@ -79,7 +80,16 @@ def test_python_m_billhook_is_the_same():
 
 
 def test_measure(place, text, tmp_path):
-    ran = done("measure", place / "model", "-o", tmp_path / "t.json", "--metrics", "outlier_ratio:5, alpha_mid", *text, "--json")
+    ran = done(
+        "measure",
+        place / "model",
+        "-o",
+        tmp_path / "t.json",
+        "--metrics",
+        "outlier_ratio:5, alpha_mid",
+        *text,
+        "--json",
+    )
     assert ran.json["output"] == str(tmp_path / "t.json")
     assert ran.json["layers"] == 14
     assert {"outlier_ratio:5", "alpha_mid"} <= set(ran.json["columns"])
@@ -95,11 +105,15 @@ def test_plan_prints_a_table_for_people_and_json_for_machines(place, tmp_path):
     shown = done("plan", place / "table.json", "--sparsity", "0.5", "--allocator", "atp")
     assert "Sparsity by block" in shown.out
     assert "atp: sparsity 0.5 over 14 layers" in shown.err
-    written = done("plan", place / "table.json", "--sparsity", "0.5", "--allocator", "atp", "-o", tmp_path / "plan.json")
+    written = done(
+        "plan", place / "table.json", "--sparsity", "0.5", "--allocator", "atp", "-o", tmp_path / "plan.json"
+    )
     assert written.out == ""
     printed = done("plan", place / "table.json", "--sparsity", "0.5", "--allocator", "atp", "--json").json
     assert printed == json.loads((tmp_path / "plan.json").read_text())
-    assert done("plan", place / "table.json", "--pattern", "2:4", "--allocator", "uniform", "--json").json["target"] == 0.5
+    assert (
+        done("plan", place / "table.json", "--pattern", "2:4", "--allocator", "uniform", "--json").json["target"] == 0.5
+    )
 
 
 # prune, verify, eval
@@ -124,11 +138,15 @@ def test_a_dry_run_writes_nothing(place, text, monkeypatch, output):
     rows = re.findall(r"^(model\.layers\S+) +(\d+) x (\d+) +(0\.\d+)", ran.out, flags=re.MULTILINE)
     assert len(rows) == 14
     assert re.search(
-        r"About .* s, .*GiB of memory, .*GiB of disk\.\n14 layers, 18,432 weights, sparsity 0\.5, .*Nothing was written\.", ran.err
+        r"About .* s, .*GiB of memory, .*GiB of disk\.\n"
+        r"14 layers, 18,432 weights, sparsity 0\.5, .*Nothing was written\.",
+        ran.err,
     )
     machine = done(*command, "--json").json
     assert set(machine) == {"layers", "target", "pattern", "estimate"}
-    assert {name: f"{layer['sparsity']:.4f}" for name, layer in machine["layers"].items()} == {name: s for name, *_, s in rows}
+    assert {name: f"{layer['sparsity']:.4f}" for name, layer in machine["layers"].items()} == {
+        name: s for name, *_, s in rows
+    }
     assert listing(place) == before
 
 
@@ -169,7 +187,9 @@ def test_an_infinite_perplexity_is_still_json(tmp_path):
 # ls
 
 
-@pytest.mark.parametrize("kind, names", [("allocators", ALLOCATORS.names()), ("criteria", CRITERIA.names()), ("metrics", list(FACTS))])
+@pytest.mark.parametrize(
+    "kind, names", [("allocators", ALLOCATORS.names()), ("criteria", CRITERIA.names()), ("metrics", list(FACTS))]
+)
 def test_ls(kind, names):
     rows = done("ls", kind, "--json").json[kind]
     assert {row["name"] for row in rows} >= set(names)

@@ -1,4 +1,5 @@
-"""A grid of methods: every cell is what pruning and scoring by hand gives; it goes on after an interruption; tables and pictures."""
+"""A grid of methods: every cell is what pruning and scoring by hand gives; it goes on after an interruption; tables and
+pictures."""
 
 import csv
 import io
@@ -36,7 +37,14 @@ GRID = Grid((0.3, 0.5), ("uniform", "owl"), ("magnitude", "wanda"), ("unstructur
 
 @pytest.fixture(scope="module")
 def made(place):
-    return compare(place / "model", GRID, str(place / "scored.txt"), output=place / "grid", calibration=str(place / "text.txt"), **TEXT)
+    return compare(
+        place / "model",
+        GRID,
+        str(place / "scored.txt"),
+        output=place / "grid",
+        calibration=str(place / "text.txt"),
+        **TEXT,
+    )
 
 
 def test_every_cell_is_a_run_of_its_own(place, made):
@@ -76,10 +84,18 @@ def test_an_interrupted_comparison_goes_on(place, made, tmp_path):
 
 def test_means_spreads_and_what_is_larger_than_them():
     def cell(criterion, seed, nll):
-        where = {"pattern": "unstructured", "sparsity": 0.5, "allocator": "uniform", "criterion": criterion, "seed": seed}
+        where = {
+            "pattern": "unstructured",
+            "sparsity": 0.5,
+            "allocator": "uniform",
+            "criterion": criterion,
+            "seed": seed,
+        }
         return where | {"nll": nll, "token_ppl": math.exp(nll)}
 
-    cells = [cell("a", s, x) for s, x in enumerate((1.0, 1.2, 1.4))] + [cell("b", s, x) for s, x in enumerate((1.5, 1.6, 1.7))]
+    cells = [cell("a", s, x) for s, x in enumerate((1.0, 1.2, 1.4))] + [
+        cell("b", s, x) for s, x in enumerate((1.5, 1.6, 1.7))
+    ]
     cells.append(cell("c", 0, 1.25))
     a, _, c = summary(cells)
     assert (a["mean_nll"], a["spread_nll"]) == (pytest.approx(1.2), pytest.approx(statistics.stdev((1.0, 1.2, 1.4))))
@@ -101,7 +117,15 @@ def test_tables_say_the_same(made):
 
 def test_pictures_hold_their_numbers(made):
     drawn = pictures(made)
-    assert set(drawn) == {"perplexity", "sparsity-30", "error-30", "sparsity-50", "error-50", "sparsity-2of4", "error-2of4"}
+    assert set(drawn) == {
+        "perplexity",
+        "sparsity-30",
+        "error-30",
+        "sparsity-50",
+        "error-50",
+        "sparsity-2of4",
+        "error-2of4",
+    }
     for svg in drawn.values():
         root = ET.fromstring(svg)
         assert root.get("role") == "img"
@@ -113,7 +137,12 @@ def test_pictures_hold_their_numbers(made):
 
 
 def test_charts_of_nothing_much():
-    for series in ([], [Series("a", [0], [1.0])], [Series("a", [0, 1], [None, math.inf])], [Series("a", [1, 2], [5.0, 5.0])]):
+    for series in (
+        [],
+        [Series("a", [0], [1.0])],
+        [Series("a", [0, 1], [None, math.inf])],
+        [Series("a", [1, 2], [5.0, 5.0])],
+    ):
         for axis in (Axis("y"), Axis("y", log=True), Axis("y", zero=True)):
             assert "nan" not in chart("t", series, Axis("x", whole=True), axis).lower()
     assert "&lt;b&gt;" in chart("<b>", [Series("<b>", [0, 1], [1, 2])], Axis("<b>"), Axis("y"))
@@ -173,11 +202,20 @@ def test_runs_that_differ_are_refused(place, tmp_path, made):
         (["--sparsities", "0.5", "--allocators", "olw", "--data", "scored.txt", "-o", "g"], "Did you mean 'owl'?"),
         (["--sparsities", "0.5", "--data", "scored.txt", "-o", "g"], "looks at activations"),
         (["--sparsities", "0.5", "--criteria", "magnitude", "--data", "no.txt", "-o", "g"], "no file no.txt"),
-        (["--sparsities", "0.5", "--criteria", "magnitude", "--data", "scored.txt", "-o", "model"], "holds no comparison"),
-        (["--sparsities", "0.5", "--set", "epsilno=1", "--data", "scored.txt", "-o", "g"], "No method of this comparison has"),
+        (
+            ["--sparsities", "0.5", "--criteria", "magnitude", "--data", "scored.txt", "-o", "model"],
+            "holds no comparison",
+        ),
+        (
+            ["--sparsities", "0.5", "--set", "epsilno=1", "--data", "scored.txt", "-o", "g"],
+            "No method of this comparison has",
+        ),
         (["--runs"], "two directories or more"),
         (["--runs", "--data", "scored.txt"], "leave out what a new comparison would be asked for"),
-        (["--sparsities", "0.5", "--patterns", "2:4", "--data", "scored.txt", "-o", "g"], "An N:M pattern has its own sparsity"),
+        (
+            ["--sparsities", "0.5", "--patterns", "2:4", "--data", "scored.txt", "-o", "g"],
+            "An N:M pattern has its own sparsity",
+        ),
     ],
 )
 def test_bad_comparisons_are_refused_in_a_line(options, message, place, monkeypatch):

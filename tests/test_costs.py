@@ -1,4 +1,5 @@
-"""The cost model: its counts are those of torch and of the code, its times those of stored runs, and processes share what they share."""
+"""The cost model: its counts are those of torch and of the code, its times those of stored runs, and processes share
+what they share."""
 
 import json
 import sys
@@ -39,7 +40,9 @@ def amounts(found) -> dict[str, float]:
 
 def opened_of(family: str) -> Opened:
     """A model whose attention torch counts, with four batches of text."""
-    return open_request(Request(getattr(tiny, family)(attn_implementation="eager"), calibration=IDS, batch_size=4), True, "A test")
+    return open_request(
+        Request(getattr(tiny, family)(attn_implementation="eager"), calibration=IDS, batch_size=4), True, "A test"
+    )
 
 
 def half(opened: Opened) -> SparsityPlan:
@@ -106,7 +109,9 @@ def test_inverses_of_admm_are_those_that_it_makes(steps, monkeypatch):
     inverse = admm._inverse
     monkeypatch.setattr(admm, "_inverse", lambda H, rho: made.append(rho) or inverse(H, rho))
     opened = opened_of("llama")
-    plan = replace(half(opened), sparsity={layer.name: 0.5 * (layer is opened.layers[0]) for layer in opened.layers}, target=0.0)
+    plan = replace(
+        half(opened), sparsity={layer.name: 0.5 * (layer is opened.layers[0]) for layer in opened.layers}, target=0.0
+    )
     prune_(opened.model, plan, criterion="admm", batches=opened.batches, steps=steps, aim=0.0)
     part = sizes_of(opened).parts[0]
     one, more = (counts.admm(part, k, 0.5, admm.RAMP)["solve"] for k in (1, steps))
@@ -115,9 +120,9 @@ def test_inverses_of_admm_are_those_that_it_makes(steps, monkeypatch):
 
 
 def test_sizes_are_those_of_the_model():
-    model = tiny.llama(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_key_value_heads=2, tie_word_embeddings=False).to(
-        torch.bfloat16
-    )
+    model = tiny.llama(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_key_value_heads=2, tie_word_embeddings=False
+    ).to(torch.bfloat16)
     found = sizes_of(open_request(Request(model), False, "A test"))
     written = counts.llama(64, 96, 2, vocabulary=model.config.vocab_size, keys=found.parts[1].out)
     assert found.parts == written.parts
@@ -139,7 +144,13 @@ def test_costs_grow_with_depth_and_text():
         one = amounts(counts.walk(SIZES, method, text))
         deep = amounts(counts.walk(counts.llama(256, 704, 8), method, text))
         long = amounts(counts.walk(SIZES, method, Text(32, 128, 4)))
-        for kind in set(one) - {"product", "attention", "call", "elements", "backward"}:  # what only the first or not the last block does
+        for kind in set(one) - {
+            "product",
+            "attention",
+            "call",
+            "elements",
+            "backward",
+        }:  # what only the first or not the last block does
             assert deep[kind] == pytest.approx(2 * one[kind])
         for kind in {"product", "backward"} & set(one):
             assert 1.9 * one[kind] < deep[kind] < 2.4 * one[kind]
@@ -149,7 +160,9 @@ def test_costs_grow_with_depth_and_text():
 
 
 def seconds(method, text, machine=MACHINE) -> dict[str, float]:
-    return prices.seconds([*counts.walk(SIZES, method, text), *counts.sent(SIZES, method), *counts.written(SIZES)], machine)
+    return prices.seconds(
+        [*counts.walk(SIZES, method, text), *counts.sent(SIZES, method), *counts.written(SIZES)], machine
+    )
 
 
 def test_processes_share_windows_and_layers():
@@ -163,7 +176,9 @@ def test_processes_share_windows_and_layers():
     assert two["file"] == one["file"]
     assert two["link"] > 0
     spectra = measuring_of(["alpha_peak"])
-    assert seconds(spectra, Text(), replace(MACHINE, processes=4))["spectrum"] == pytest.approx(seconds(spectra, Text())["spectrum"] / 4)
+    assert seconds(spectra, Text(), replace(MACHINE, processes=4))["spectrum"] == pytest.approx(
+        seconds(spectra, Text())["spectrum"] / 4
+    )
 
 
 def test_memory_does_not_grow_with_depth_but_for_a_model_in_memory():
@@ -172,14 +187,17 @@ def test_memory_does_not_grow_with_depth_but_for_a_model_in_memory():
     assert prices.memory(deep, SPARSEGPT, text) == prices.memory(SIZES, SPARSEGPT, text)
     more = prices.memory(deep, SPARSEGPT, text, streamed=False) - prices.memory(SIZES, SPARSEGPT, text, streamed=False)
     assert more == pytest.approx(4 * SIZES.block_bytes)
-    assert prices.memory(SIZES, WANDA, Text(10**6, 128, 4), spill=2**30) < prices.memory(SIZES, WANDA, Text(10**6, 128, 4))
+    assert prices.memory(SIZES, WANDA, Text(10**6, 128, 4), spill=2**30) < prices.memory(
+        SIZES, WANDA, Text(10**6, 128, 4)
+    )
 
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_predictions_are_near_the_stored_runs():
-    """All within a factor of 1.5, those of sizes that were not fitted and the model that comes with Billhook included."""
+    """All within a factor of 1.5, those of sizes that were not fitted and the model that comes with Billhook
+    included."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         import scale

@@ -18,9 +18,12 @@ Tensor = torch.Tensor
 
 
 def layer(rows: int, columns: int, shared: float = 0.3) -> tuple[Tensor, LayerStats, Tensor]:
-    """A random weight, the statistics of inputs of uneven scale with a `shared` part of few directions, and those inputs."""
+    """A random weight, the statistics of inputs of uneven scale with a `shared` part of few directions, and those
+    inputs."""
     generator = torch.Generator().manual_seed(0)
-    common = torch.randn(3 * columns, columns // 4, generator=generator) @ torch.randn(columns // 4, columns, generator=generator)
+    common = torch.randn(3 * columns, columns // 4, generator=generator) @ torch.randn(
+        columns // 4, columns, generator=generator
+    )
     own = torch.randn(3 * columns, columns, generator=generator)
     x = (shared * common / (columns / 4) ** 0.5 + (1 - shared) * own) * (0.1 + torch.rand(columns, generator=generator))
     collector = Collector(tuple(STATISTICS), columns)
@@ -30,7 +33,9 @@ def layer(rows: int, columns: int, shared: float = 0.3) -> tuple[Tensor, LayerSt
     return W, replace(collector.stats(), gradient=gradient.abs() / 100), x
 
 
-def selection(W: Tensor, sparsity: float, group: str = "row", rounding: str = "exact", keep_of: tuple[int, int] | None = None) -> Select:
+def selection(
+    W: Tensor, sparsity: float, group: str = "row", rounding: str = "exact", keep_of: tuple[int, int] | None = None
+) -> Select:
     return Select((W.shape[0], W.shape[1]), sparsity, round(sparsity * W.numel()), keep_of, group, rounding)  # type: ignore[arg-type]
 
 
@@ -48,7 +53,9 @@ def expected_zeros(select: Select) -> int:
 @pytest.mark.parametrize("name", CRITERIA.names())
 @pytest.mark.parametrize("group", ["row", "layer"])
 @pytest.mark.parametrize("rounding", ["exact", "floor"])
-@pytest.mark.parametrize("sparsity, keep_of", [(0.0, None), (0.37, None), (0.8, None), (0.5, (2, 4)), (0.625, (3, 8)), (0.6, (2, 5))])
+@pytest.mark.parametrize(
+    "sparsity, keep_of", [(0.0, None), (0.37, None), (0.8, None), (0.5, (2, 4)), (0.625, (3, 8)), (0.6, (2, 5))]
+)
 def test_contract(name: str, group: str, rounding: str, sparsity: float, keep_of: tuple[int, int] | None) -> None:
     W, stats, _ = layer(12, 40)
     select = selection(W, sparsity, group, rounding, keep_of)
@@ -100,7 +107,8 @@ def test_scores_against_plain_loops(name: str, group: str) -> None:
 
 
 def slow_sparsegpt(W: Tensor, gram: Tensor, sparsity: float, width: int) -> list[list[float]]:
-    """Algorithm 1 in plain Python floats: U from the inverse of H, one column at a time, floor counts, group "layer"."""
+    """Algorithm 1 in plain Python floats: U from the inverse of H, one column at a time, floor counts, group
+    "layer"."""
     n, w = len(gram), W.tolist()
     H = gram.tolist()
     damp = 0.01 * sum(H[j][j] for j in range(n)) / n
@@ -156,7 +164,9 @@ def published_sparsegpt(W: Tensor, gram: Tensor, select: Select, width: int = 12
 @pytest.mark.parametrize("group", ["row", "layer"])
 @pytest.mark.parametrize("rounding", ["exact", "floor"])
 @pytest.mark.parametrize("sparsity, keep_of", [(0.6, None), (0.5, (2, 4)), (0.5, (4, 8)), (0.75, (1, 4))])
-def test_sparsegpt_equals_the_published_loop(group: str, rounding: str, sparsity: float, keep_of: tuple[int, int] | None) -> None:
+def test_sparsegpt_equals_the_published_loop(
+    group: str, rounding: str, sparsity: float, keep_of: tuple[int, int] | None
+) -> None:
     W, stats, _ = layer(20, 328)
     W, gram = W.double(), stats.gram.double()
     select = selection(W, sparsity, group, rounding, keep_of)
@@ -177,7 +187,9 @@ def test_sparsegpt_in_float32_agrees_with_float64() -> None:
 
 @pytest.mark.parametrize("sparsity, keep_of", [(0.5, None), (0.5, (2, 4)), (0.7, None)])
 @pytest.mark.parametrize("block_size", [16, 128])
-def test_sparsegpt_reconstructs_better_than_masks(sparsity: float, keep_of: tuple[int, int] | None, block_size: int) -> None:
+def test_sparsegpt_reconstructs_better_than_masks(
+    sparsity: float, keep_of: tuple[int, int] | None, block_size: int
+) -> None:
     W, stats, x = layer(16, 48, shared=0.9)
     select = selection(W, sparsity, "row", keep_of=keep_of)
 

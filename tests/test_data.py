@@ -1,4 +1,5 @@
-"""Sources, sampling and windows: the published draws, the documented cuts, and clear errors instead of endless loops."""
+"""Sources, sampling and windows: the published draws, the documented cuts, and clear errors instead of endless
+loops."""
 
 import random
 
@@ -37,7 +38,9 @@ def published(documents: list[str], tokenizer, samples: int, length: int, seed: 
 @pytest.mark.parametrize("seed", [0, 1, 42])
 def test_papers_sampling_is_the_published_one(tokenizer, tmp_path, seed):
     documents = texts()
-    found = load_calibration(jsonl(tmp_path / "a.jsonl", documents), tokenizer, samples=20, length=64, seed=seed, sampling="papers")
+    found = load_calibration(
+        jsonl(tmp_path / "a.jsonl", documents), tokenizer, samples=20, length=64, seed=seed, sampling="papers"
+    )
     assert torch.equal(found.ids, published(documents, tokenizer, 20, 64, seed))
     assert found.sampling == "papers"
 
@@ -53,7 +56,8 @@ def test_papers_sampling_with_one_long_document_among_many_short_ones(tokenizer,
 def test_papers_sampling_without_a_long_document_ends_in_an_error(tokenizer, tmp_path):
     source = jsonl(tmp_path / "a.jsonl", ["ab", "abcde", ""])
     with pytest.raises(
-        BillhookError, match=r"No document of .* longer than 64 tokens \(3 documents, the longest has 6\).*--sampling packed"
+        BillhookError,
+        match=r"No document of .* longer than 64 tokens \(3 documents, the longest has 6\).*--sampling packed",
     ):
         load_calibration(source, tokenizer, samples=1, length=64, sampling="papers")
 
@@ -62,7 +66,9 @@ def test_papers_sampling_reads_only_the_documents_it_draws(tokenizer, tmp_path, 
     source = jsonl(tmp_path / "a.jsonl", ["y" * 100] * 5000)
     seen = []
     real = windows._encode
-    monkeypatch.setattr(windows, "_encode", lambda tokenizer, batch, **options: seen.extend(batch) or real(tokenizer, batch, **options))
+    monkeypatch.setattr(
+        windows, "_encode", lambda tokenizer, batch, **options: seen.extend(batch) or real(tokenizer, batch, **options)
+    )
     load_calibration(source, tokenizer, samples=8, length=64, sampling="papers")
     assert len(seen) <= 8
 
@@ -92,7 +98,8 @@ def test_calibration_repeats_with_its_seed_only(tokenizer, tmp_path):
     source = jsonl(tmp_path / "a.jsonl", texts())
     for sampling in ("packed", "papers"):
         first, again, other = (
-            load_calibration(source, tokenizer, samples=8, length=32, seed=seed, sampling=sampling).digest for seed in (3, 3, 4)
+            load_calibration(source, tokenizer, samples=8, length=32, seed=seed, sampling=sampling).digest
+            for seed in (3, 3, 4)
         )
         assert first == again != other
 
@@ -191,7 +198,9 @@ def test_ids_outside_the_vocabulary_are_named(tmp_path, bad):
     ids[2, 5] = bad
     save_file({"tokens": ids}, tmp_path / "t.safetensors")
     for load in (load_calibration, load_windows):
-        with pytest.raises(BillhookError, match=rf"token id {bad} at row 2, position 5 is outside the vocabulary of 258 entries"):
+        with pytest.raises(
+            BillhookError, match=rf"token id {bad} at row 2, position 5 is outside the vocabulary of 258 entries"
+        ):
             load(str(tmp_path / "t.safetensors"), None, length=8, vocab_size=258)
     check_ids(ids.clamp(0, 257), 258, "x")
 

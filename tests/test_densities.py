@@ -1,4 +1,5 @@
-"""Spectra and exponents in a report: the densities are those of the eigenvalues, and only a table of the same model is taken."""
+"""Spectra and exponents in a report: the densities are those of the eigenvalues, and only a table of the same model is
+taken."""
 
 import json
 import shutil
@@ -71,9 +72,15 @@ def test_a_table_adds_exponents_and_spectra_that_stay(pruned):
     spectra = done("report", pruned, "--table", pruned.parent / "model.json", "--json").json["spectra"]
     table = Table.load(pruned.parent / "model.json")
     assert spectra["metrics"] == {"alpha_mid": dict(zip(table.shapes, table.column("alpha_mid"), strict=True))}
-    assert list(spectra["quantiles"].values()) == [list(row.curves["spectrum_quantiles"]) for row in map(_row(table), spectra["quantiles"])]
+    assert list(spectra["quantiles"].values()) == [
+        list(row.curves["spectrum_quantiles"]) for row in map(_row(table), spectra["quantiles"])
+    ]
     page = (pruned / "report.html").read_bytes()
-    for words in ("alpha_mid by depth", "Spectral density of a few layers", f"alpha_mid {min(table.column('alpha_mid')):.2f}"):
+    for words in (
+        "alpha_mid by depth",
+        "Spectral density of a few layers",
+        f"alpha_mid {min(table.column('alpha_mid')):.2f}",
+    ):
         assert words in page.decode(), words
     done("report", pruned)
     assert (pruned / "report.html").read_bytes() == page
@@ -96,9 +103,23 @@ def test_a_run_that_read_spectra_shows_them(place, tmp_path):
 
 
 def test_another_models_table_or_one_without_spectra_is_refused(place, pruned):
-    refused(pruned.parent, "report", str(pruned), "--table", str(pruned.parent / "other.json"), match="not of the model that was pruned")
+    refused(
+        pruned.parent,
+        "report",
+        str(pruned),
+        "--table",
+        str(pruned.parent / "other.json"),
+        match="not of the model that was pruned",
+    )
     table = json.loads((place / "model.json").read_text())
     for row in table["rows"]:
         row.update(metrics={}, curves={})
     (pruned.parent / "empty.json").write_text(json.dumps(table))
-    refused(pruned.parent, "report", str(pruned), "--table", str(pruned.parent / "empty.json"), match="says nothing about spectra")
+    refused(
+        pruned.parent,
+        "report",
+        str(pruned),
+        "--table",
+        str(pruned.parent / "empty.json"),
+        match="says nothing about spectra",
+    )

@@ -1,7 +1,8 @@
-"""The documentation is true: formats are those of real files, examples run, links lead somewhere. Blocks of the pages: test_pages.
+"""The documentation is true: formats are those of real files, examples run, links lead somewhere. Blocks of the pages:
+test_pages.
 
-A json block after `<!-- format: NAME -->` is read by the tool. A table after `<!-- fields: NAME -->` lists exactly the fields of a
-real NAME.
+A json block after `<!-- format: NAME -->` is read by the tool. A table after `<!-- fields: NAME -->` lists exactly the
+fields of a real NAME.
 """
 
 import json
@@ -69,7 +70,9 @@ def test_a_sweep_loads_no_torch() -> None:
         "assert len(names['sweep'](table, 0.5, pathlib.Path(tempfile.mkdtemp()))) == 5\n"
         "assert 'torch' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(ROOT / "examples" / "sweep_allocations.py")], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "examples" / "sweep_allocations.py")], check=True, capture_output=True
+    )
 
 
 def test_the_allocator_of_the_guide_keeps_its_budget() -> None:
@@ -148,11 +151,15 @@ def check_fields(name: str, value: Any) -> None:
                 assert named, f"{name}: {where}.{key} is not documented"
                 visit(entry, named, depth + 1, f"{where}.{key}")
         else:
-            assert all(documented[path] for path in paths), f"{name}: {where} is {value!r}, documented are fields below it"
+            assert all(documented[path] for path in paths), (
+                f"{name}: {where} is {value!r}, documented are fields below it"
+            )
 
     visit(value, list(documented), 0, "")
     # what lies below `*` is absent where there is no such key, such as options of a method that has none
-    missing = [".".join(path) for path, optional in documented.items() if not optional and path not in seen and path[-1] != "*"]
+    missing = [
+        ".".join(path) for path, optional in documented.items() if not optional and path not in seen and path[-1] != "*"
+    ]
     assert not missing, f"{name}: documented but not there: {missing}"
 
 
@@ -169,11 +176,25 @@ TEXT = ("--calibration", "stdlib:train", "--samples", "4", "--length", "64")
 @pytest.mark.slow
 def test_files_and_outputs_have_exactly_the_documented_fields(playground: Path) -> None:
     model = "billhook/demo_model"
-    check_fields("measure --json", run("measure", model, "--metrics", "alpha_mid,outlier_ratio:5", *TEXT, "-o", "table.json"))
+    check_fields(
+        "measure --json", run("measure", model, "--metrics", "alpha_mid,outlier_ratio:5", *TEXT, "-o", "table.json")
+    )
     check_fields("table.json", json.loads(Path("table.json").read_text(encoding="utf-8")))
     check_fields("gradients --json", run("gradients", model, *TEXT, "-o", "g.safetensors"))
     check_fields("gradients.safetensors", billhook.gradients.file.open_gradients(Path("g.safetensors")).about)
-    run("prune", model, "--sparsity", "0.5", "--criterion", "gblm", "--gradients", "g.safetensors", *TEXT, "-o", "by-gblm")
+    run(
+        "prune",
+        model,
+        "--sparsity",
+        "0.5",
+        "--criterion",
+        "gblm",
+        "--gradients",
+        "g.safetensors",
+        *TEXT,
+        "-o",
+        "by-gblm",
+    )
     check_fields("billhook.json", json.loads(Path("by-gblm/billhook.json").read_text(encoding="utf-8")))
     check_fields("plan.json", run("plan", "table.json", "--allocator", "owl", "--sparsity", "0.5", "-o", "plan.json"))
     check_fields("plan.json", json.loads(Path("plan.json").read_text(encoding="utf-8")))
@@ -183,14 +204,28 @@ def test_files_and_outputs_have_exactly_the_documented_fields(playground: Path) 
     check_fields("plan.json", record["plan"])
     run("prune", model, "--sparsity", "0.5", "--criterion", "magnitude", "-o", "by-magnitude")
     check_fields("billhook.json", json.loads(Path("by-magnitude/billhook.json").read_text(encoding="utf-8")))
-    check_fields("prune --dry-run --json", run("prune", model, "--sparsity", "0.5", "--criterion", "magnitude", "--dry-run"))
+    check_fields(
+        "prune --dry-run --json", run("prune", model, "--sparsity", "0.5", "--criterion", "magnitude", "--dry-run")
+    )
     check_fields("verify --json", run("verify", "pruned"))
     check_fields("eval --json", run("eval", "pruned", "--data", "stdlib:heldout", "--length", "64", "--limit", "2"))
     scored = ["--data", "stdlib:heldout", "--length", "64", "--limit", "2", "--against", model, "--report"]
     check_fields("eval --json", run("eval", "pruned", *scored))
     check_fields("report.json", run("report", "pruned"))
     check_fields("report.json", json.loads(Path("by-magnitude/report.json").read_text(encoding="utf-8")))
-    grid = ["--sparsities", "0.5", "--criteria", "magnitude,wanda", "--seeds", "2", "--data", "stdlib:heldout", "--limit", "2", *TEXT]
+    grid = [
+        "--sparsities",
+        "0.5",
+        "--criteria",
+        "magnitude,wanda",
+        "--seeds",
+        "2",
+        "--data",
+        "stdlib:heldout",
+        "--limit",
+        "2",
+        *TEXT,
+    ]
     check_fields("compare.json", run("compare", model, *grid, "-o", "grid"))
     check_fields("compare --runs --json", run("compare", "--runs", "grid", "grid"))
     for kind in ("allocators", "metrics", "families"):
@@ -249,7 +284,9 @@ def test_every_module_is_on_the_map() -> None:
     text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
     folder = ROOT / "billhook"
     modules = {path.relative_to(folder).as_posix() for path in folder.rglob("*.py") if not path.name.startswith("_")}
-    modules = {name for name in modules if name.partition("/")[0] not in ("allocators", "criteria", "cli")}  # one file a method or command
+    modules = {
+        name for name in modules if name.partition("/")[0] not in ("allocators", "criteria", "cli")
+    }  # one file a method or command
     packages = {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
     listed = re.findall(r"^\| `([\w/.]+)` \|", text, re.MULTILINE)
     assert sorted(listed) == sorted(modules | packages)
@@ -258,6 +295,9 @@ def test_every_module_is_on_the_map() -> None:
 @pytest.mark.parametrize("name", ["ALLOCATORS", "CRITERIA"])
 def test_every_method_has_a_chapter(name: str) -> None:
     chapters = {
-        heading.lower() for heading in re.findall(r"^### (.*)$", (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8"), re.MULTILINE)
+        heading.lower()
+        for heading in re.findall(
+            r"^### (.*)$", (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8"), re.MULTILINE
+        )
     }
     assert {method.lower() for method in getattr(billhook, name).names()} <= chapters

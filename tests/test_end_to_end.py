@@ -1,4 +1,5 @@
-"""The main job from a model directory to a pruned one: the same bits again, the same layout, and it loads where Billhook is not."""
+"""The main job from a model directory to a pruned one: the same bits again, the same layout, and it loads where
+Billhook is not."""
 
 import json
 import subprocess
@@ -46,9 +47,16 @@ def pruned(place) -> Path:
 
 
 def test_the_whole_chain(place, tmp_path):
-    text, table, plan, output = str(place / "text.txt"), tmp_path / "table.json", tmp_path / "plan.json", tmp_path / "pruned"
+    text, table, plan, output = (
+        str(place / "text.txt"),
+        tmp_path / "table.json",
+        tmp_path / "plan.json",
+        tmp_path / "pruned",
+    )
     metrics = "alpha_peak,outlier_ratio:5"
-    measured = done("measure", place / "model", "-o", table, "--metrics", metrics, "--calibration", text, *TEXT, "--json").json
+    measured = done(
+        "measure", place / "model", "-o", table, "--metrics", metrics, "--calibration", text, *TEXT, "--json"
+    ).json
     assert measured["layers"] == 14
     made = done("plan", table, "--allocator", "owl", "--sparsity", "0.6", "--set", "lam=0.1", "-o", plan, "--json").json
     assert made == json.loads(plan.read_text())
@@ -59,7 +67,9 @@ def test_the_whole_chain(place, tmp_path):
     verified = done("verify", output, "--json").json
     assert verified["ok"]
     assert verified["zeros"] == sum(layer["zeros"] for layer in report["layers"].values())
-    before, after = (done("eval", model, "--data", text, "--length", "64", "--json").json for model in (place / "model", output))
+    before, after = (
+        done("eval", model, "--data", text, "--length", "64", "--json").json for model in (place / "model", output)
+    )
     assert before["tokens"] == after["tokens"] == before["windows"] * 63
     assert before["token_ppl"] != after["token_ppl"]
     assert after["bits_per_byte"] > 0
@@ -85,7 +95,11 @@ def test_the_same_seed_gives_the_same_bytes(place, pruned, tmp_path):
     first, again, other = listing(pruned), listing(tmp_path / "again"), listing(tmp_path / "other")
     assert first == again
     changed = {name for name in first if first[name] != other[name]}
-    assert changed == {"billhook.json", *REPORT, *(name for name in first if name.endswith(".safetensors") and name in changed)}
+    assert changed == {
+        "billhook.json",
+        *REPORT,
+        *(name for name in first if name.endswith(".safetensors") and name in changed),
+    }
     assert len(changed) > 1
 
 
@@ -166,7 +180,11 @@ def fast_for(chosen: tuple[str, ...], *more: str) -> list:
 
 @pytest.mark.parametrize(
     ("criterion", "pattern"),
-    [*fast_for(tuple(CRITERIA.names()), "unstructured"), *fast_for(("wanda", "gblm"), "2:4"), *fast_for(("sparsegpt", "dsnot"), "3:8")],
+    [
+        *fast_for(tuple(CRITERIA.names()), "unstructured"),
+        *fast_for(("wanda", "gblm"), "2:4"),
+        *fast_for(("sparsegpt", "dsnot"), "3:8"),
+    ],
 )
 def test_every_criterion_with_every_kind_of_pattern(place, tmp_path, criterion, pattern):
     sparsity = {"unstructured": 0.7, "2:4": 0.5, "3:8": 0.625}[pattern]
@@ -220,7 +238,18 @@ def test_a_plan_for_other_weights_is_used_and_noted_but_a_table_refused(place, t
     tiny.save(tmp_path / "cousin", tiny.llama(seed=1, num_hidden_layers=2))
     table, plan = tmp_path / "table.json", tmp_path / "plan.json"
     done("measure", tmp_path / "cousin", "-o", table)
-    given = ("prune", place / "model", "--criterion", "magnitude", "--sparsity", "0.5", "--allocator", "alphapruning", "--table", table)
+    given = (
+        "prune",
+        place / "model",
+        "--criterion",
+        "magnitude",
+        "--sparsity",
+        "0.5",
+        "--allocator",
+        "alphapruning",
+        "--table",
+        table,
+    )
     refused = billhook(*given, "-o", tmp_path / "pruned")
     assert refused.code == 2
     assert "The table is of cousin, whose weights are not those of model." in refused.err
@@ -233,7 +262,16 @@ def test_a_plan_for_other_weights_is_used_and_noted_but_a_table_refused(place, t
 
 def test_a_table_of_the_whole_model_serves_for_a_part(place, tmp_path):
     done("measure", place / "model", "-o", tmp_path / "table.json")
-    options = ("--table", str(tmp_path / "table.json"), "--allocator", "alphapruning", "--targets", "re:.*mlp", "--criterion", "magnitude")
+    options = (
+        "--table",
+        str(tmp_path / "table.json"),
+        "--allocator",
+        "alphapruning",
+        "--targets",
+        "re:.*mlp",
+        "--criterion",
+        "magnitude",
+    )
     report = prune(place, tmp_path / "pruned", *options)
     assert len(report["layers"]) == 6
     assert report["sparsity"] == pytest.approx(0.5, abs=1e-3)
@@ -242,7 +280,9 @@ def test_a_table_of_the_whole_model_serves_for_a_part(place, tmp_path):
 @pytest.fixture(scope="module")
 def odd(place) -> int:
     """A model of odd shapes beside the others; the number of its prunable weights."""
-    model = tiny.llama(hidden_size=36, num_attention_heads=3, num_key_value_heads=1, intermediate_size=53, num_hidden_layers=2)
+    model = tiny.llama(
+        hidden_size=36, num_attention_heads=3, num_key_value_heads=1, intermediate_size=53, num_hidden_layers=2
+    )
     tiny.save(place / "odd", model)
     return sum(out * columns for out, columns in (layer.shape for layer in find_layers(model)))
 
@@ -254,7 +294,9 @@ def test_odd_shapes(place, odd, criterion, tmp_path):
 
 
 def test_patterns_that_do_not_fit_odd_shapes(place, odd, tmp_path):
-    message = billhook("prune", place / "odd", "--output", tmp_path / "x", "--criterion", "magnitude", "--pattern", "2:4").err
+    message = billhook(
+        "prune", place / "odd", "--output", tmp_path / "x", "--criterion", "magnitude", "--pattern", "2:4"
+    ).err
     assert "2:4 is impossible for model.layers.0.mlp.down_proj: its 53 columns do not divide by 4" in message
 
 

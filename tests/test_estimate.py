@@ -37,12 +37,19 @@ def test_magnitude_costs_least_and_sparsegpt_most_memory():
     magnitude, wanda, sparsegpt = (cost(wide, criterion=name) for name in ("magnitude", "wanda", "sparsegpt"))
     assert magnitude["memory_gib"] <= wanda["memory_gib"] < sparsegpt["memory_gib"]
     assert set(magnitude) == {"seconds_least", "seconds", "memory_gib", "disk_gib"}
-    assert magnitude["disk_gib"] == wanda["disk_gib"] == pytest.approx(sum(p.numel() * 4 for p in wide.parameters()) / 2**30, abs=1e-3)
+    assert (
+        magnitude["disk_gib"]
+        == wanda["disk_gib"]
+        == pytest.approx(sum(p.numel() * 4 for p in wide.parameters()) / 2**30, abs=1e-3)
+    )
 
 
 def test_half_precision_takes_half_the_disk():
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2}
-    full, half = (cost(tiny.llama(**shape).to(dtype), criterion="magnitude")["disk_gib"] for dtype in (torch.float32, torch.bfloat16))
+    full, half = (
+        cost(tiny.llama(**shape).to(dtype), criterion="magnitude")["disk_gib"]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     assert half == pytest.approx(full / 2, abs=1e-3)
 
 
@@ -71,11 +78,13 @@ def test_a_run_takes_what_was_said(fields, monkeypatch):
 
 
 def test_auto_costs_three_prunes_on_half_the_text_and_more(steady):
-    """With Wanda: two passes to prune; to choose, two for the columns, three of half a prune, and three and a half to score and go back.
-    With ADMM the three prunes take three steps, the last one all."""
+    """With Wanda: two passes to prune; to choose, two for the columns, three of half a prune, and three and a half to
+    score and go back. With ADMM the three prunes take three steps, the last one all."""
     wide, text = tiny.llama(**WIDE), torch.randint(0, 256, (256, 128))
     for criterion, least, most in (("wanda", 4.0, 7.5), ("admm", 2.0, 4.0)):
-        uniform, auto = (cost(wide, calibration=text, criterion=criterion, allocator=allocator) for allocator in ("uniform", "auto"))
+        uniform, auto = (
+            cost(wide, calibration=text, criterion=criterion, allocator=allocator) for allocator in ("uniform", "auto")
+        )
         assert least < auto["seconds"] / uniform["seconds"] < most
         assert auto["memory_gib"] > uniform["memory_gib"]
 
@@ -111,7 +120,10 @@ def test_a_run_that_goes_on_costs_what_is_left(steady, tmp_path):
 
 def test_every_long_command_says_what_it_will_take_and_what_it_took(tmp_path):
     """In the same words."""
-    model, text = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=2)), tiny.text_file(tmp_path / "text.txt", 80)
+    model, text = (
+        tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=2)),
+        tiny.text_file(tmp_path / "text.txt", 80),
+    )
     words = ("--calibration", text, "--samples", 8, "--length", 32)
     done("measure", model, "-o", tmp_path / "table.json")
     done("plan", tmp_path / "table.json", "--allocator", "uniform", "--sparsity", "0.5", "-o", tmp_path / "plan.json")

@@ -1,4 +1,5 @@
-"""Evaluation: divergence, likelihoods, tasks and word perplexity, against plain loops and against lm-evaluation-harness itself."""
+"""Evaluation: divergence, likelihoods, tasks and word perplexity, against plain loops and against lm-evaluation-harness
+itself."""
 
 import json
 import math
@@ -17,7 +18,23 @@ from billhook.evaluation.perplexity import evaluate
 from billhook.evaluation.word_perplexity import evaluate_words, rolling
 from billhook.text.windows import load_windows
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "naïve", "façades", "cost", "twelve"]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "naïve",
+    "façades",
+    "cost",
+    "twelve",
+]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +147,10 @@ def test_items_are_judged_by_hand(model, tokenizer):
         scores = []
         for context, answer in item.requests:
             spaces = len(context) - len(context.rstrip())
-            whole, before = tokenizer(context + answer)["input_ids"], tokenizer(context[: len(context) - spaces])["input_ids"]
+            whole, before = (
+                tokenizer(context + answer)["input_ids"],
+                tokenizer(context[: len(context) - spaces])["input_ids"],
+            )
             predicted = torch.log_softmax(model(torch.tensor([whole])).logits[0].detach().double(), -1)
             scores.append(sum(float(predicted[i - 1, whole[i]]) for i in range(len(before), len(whole))))
         hits += scores.index(max(scores)) == item.gold
@@ -142,8 +162,12 @@ def test_items_are_judged_by_hand(model, tokenizer):
     context = "a lazy"
     ids = tokenizer(context)["input_ids"]
     said = tokenizer.decode([int(model(torch.tensor([ids])).logits[0, -1].argmax())])
-    if encode_request(tokenizer, context, said).continuation == [int(model(torch.tensor([ids])).logits[0, -1].argmax())]:
-        single = evaluate_items(model, tokenizer, [Item(((context, said),), 0), Item(((context, "\x00\x01"),), 0)], 128, name="said")
+    if encode_request(tokenizer, context, said).continuation == [
+        int(model(torch.tensor([ids])).logits[0, -1].argmax())
+    ]:
+        single = evaluate_items(
+            model, tokenizer, [Item(((context, said),), 0), Item(((context, "\x00\x01"),), 0)], 128, name="said"
+        )
         assert (single.acc, single.acc_norm) == (0.5, None)
 
 
@@ -194,8 +218,14 @@ def harness(model, tokenizer):
 def test_likelihoods_agree_with_lm_eval(harness, model, tokenizer):
     from lm_eval.api.instance import Instance
 
-    pairs = [tuple(pair) for q in questions(8) for pair in q["requests"]] + [("", "alone"), ("x" * 80, " tail"), ("<s>begun", " already")]
-    theirs = harness.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True)
+    pairs = [tuple(pair) for q in questions(8) for pair in q["requests"]] + [
+        ("", "alone"),
+        ("x" * 80, " tail"),
+        ("<s>begun", " already"),
+    ]
+    theirs = harness.loglikelihood(
+        [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True
+    )
     ours = log_likelihoods(model, [encode_request(tokenizer, *pair) for pair in pairs], 64)
     for (a, greedy), (b, same) in zip(theirs, ours, strict=True):
         assert b == pytest.approx(a, rel=1e-5)
@@ -214,8 +244,10 @@ def test_word_perplexity_agrees_with_lm_eval(harness, model, tokenizer):
 def lm_eval_task(folder, file) -> str:
     """The items of a file as a task in lm-eval's own format."""
     (folder / "mine.yaml").write_text(
-        f"task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files: {file}\ntest_split: train\noutput_type: multiple_choice\n"
-        'doc_to_text: "{{requests[0][0]}}"\ndoc_to_choice: "{{requests|map(\'last\')|list}}"\ndoc_to_target: gold\ntarget_delimiter: ""\n'
+        f"task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files: {file}\ntest_split: train\noutput_type: "
+        "multiple_choice\n"
+        'doc_to_text: "{{requests[0][0]}}"\ndoc_to_choice: "{{requests|map(\'last\')|list}}"\n'
+        'doc_to_target: gold\ntarget_delimiter: ""\n'
         "metric_list:\n  - metric: acc\n  - metric: acc_norm\n"
     )
     return str(folder / "mine.yaml")
@@ -251,9 +283,27 @@ def test_the_command_labels_what_it_prints(tmp_path, item_file):
     directory = tiny.save(tmp_path / "model")
     text = tiny.text_file(tmp_path / "text.txt", copies=20)
     ran = done(
-        "eval", directory, "--data", text, "--length", 64, "--protocol", "both", "--against", directory, "--tasks", item_file, "--json"
+        "eval",
+        directory,
+        "--data",
+        text,
+        "--length",
+        64,
+        "--protocol",
+        "both",
+        "--against",
+        directory,
+        "--tasks",
+        item_file,
+        "--json",
     )
-    for words in ("token perplexity", "word perplexity", "KL divergence 0.0000", "top-1 agreement 100.00 %", "items: acc"):
+    for words in (
+        "token perplexity",
+        "word perplexity",
+        "KL divergence 0.0000",
+        "top-1 agreement 100.00 %",
+        "items: acc",
+    ):
         assert words in ran.err
     assert ran.json["protocol"].startswith("token perplexity")
     assert ran.json["word"]["protocol"].startswith("word perplexity")
@@ -295,7 +345,8 @@ def test_unknown_tasks_and_tasks_without_network(tmp_path, monkeypatch):
     assert ran.code == 2
     assert "Unknown task 'bolq'. Did you mean 'boolq'?" in ran.err
     (tmp_path / "far.yaml").write_text(
-        "task: far\ndataset_path: nobody/nothing\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text: a\ndoc_to_choice: [a]\n"
+        "task: far\ndataset_path: nobody/nothing\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text: "
+        "a\ndoc_to_choice: [a]\n"
         "doc_to_target: 0\n"
     )
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")

@@ -1,4 +1,5 @@
-"""Outputs that cannot be written, full disks, no memory, Ctrl-C: one line on stderr, the right exit code, and nothing left behind."""
+"""Outputs that cannot be written, full disks, no memory, Ctrl-C: one line on stderr, the right exit code, and nothing
+left behind."""
 
 import errno
 import importlib
@@ -30,7 +31,9 @@ PRUNE = ("prune", "model", "--output", "pruned", "--sparsity", "0.5", *TEXT)
 def test_an_output_that_is_not_empty(place):
     (place / "pruned").mkdir()
     (place / "pruned" / "notes.txt").write_text("mine")
-    refused(place, *PRUNE, match=r"pruned exists and is not empty: choose another, or allow replacing it \(--overwrite\)")
+    refused(
+        place, *PRUNE, match=r"pruned exists and is not empty: choose another, or allow replacing it \(--overwrite\)"
+    )
     refused(place, *PRUNE, "--overwrite", match="not a model directory, so it is not replaced")
 
 
@@ -40,7 +43,9 @@ def test_outputs_that_cannot_be(place):
     refused(place, *PRUNE, "--output", "model", "--overwrite", match="lie in each other")
     refused(place, "measure", "model", "-o", "no/table.json", match="the folder no does not exist")
     refused(place, "measure", "model", "-o", "model", match="it is a directory")
-    refused(place, "plan", "table.json", "--sparsity", "0.5", "-o", "no/plan.json", match="the folder no does not exist")
+    refused(
+        place, "plan", "table.json", "--sparsity", "0.5", "-o", "no/plan.json", match="the folder no does not exist"
+    )
     refused(place, "prune", "model" * 100, *PRUNE[2:], match="File name too long", code=1)
 
 
@@ -51,7 +56,12 @@ def test_a_disk_that_fills_up_at_the_start(place, monkeypatch):
     monkeypatch.setattr(save, "lay_out", full)
     size = sum(path.stat().st_size for path in (place / "model").glob("*.safetensors")) / 2**20
     needs = re.escape(f"pruned needs {size:.1f} MiB, ")
-    refused(place, *PRUNE, match=rf"The disk is full: writing .*{needs}.* are free\. Make room\. Nothing was left behind", code=1)
+    refused(
+        place,
+        *PRUNE,
+        match=rf"The disk is full: writing .*{needs}.* are free\. Make room\. Nothing was left behind",
+        code=1,
+    )
     assert size > 0.1
 
 
@@ -61,7 +71,10 @@ def test_a_disk_that_fills_up_after_the_last_block(place, monkeypatch, where):
         now.setattr(f"billhook.run.{where}", full)
         ran = billhook(*PRUNE)
     assert ran.code == 1
-    match = r"About .*\nbillhook: The disk is full: .*Make room\. 2 of 2 blocks are finished and kept in .*pruned\.partial: continue with "
+    match = (
+        r"About .*\nbillhook: The disk is full: .*Make room\. "
+        r"2 of 2 blocks are finished and kept in .*pruned\.partial: continue with "
+    )
     assert re.fullmatch(match + r"the same command and --resume\.\n", ran.err)
     done(*PRUNE, "--resume")
     done("verify", "pruned")
@@ -78,7 +91,14 @@ def test_a_disk_that_is_full(place, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("cannot mount a tmpfs here")
     try:
-        refused(place, *PRUNE, "--output", str(disk / "pruned"), match=r"The disk of .*disk is too full: .* needed, .* free", code=1)
+        refused(
+            place,
+            *PRUNE,
+            "--output",
+            str(disk / "pruned"),
+            match=r"The disk of .*disk is too full: .* needed, .* free",
+            code=1,
+        )
         (disk / "filler").write_bytes(bytes(64 * 1024))
         refused(place, "measure", "model", "-o", str(disk / "table.json"), match="No space left on device", code=1)
         assert os.listdir(disk) == ["filler"]
@@ -88,7 +108,10 @@ def test_a_disk_that_is_full(place, tmp_path):
 
 def test_out_of_memory(place, monkeypatch):
     def hungry(*_: object) -> None:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 9 bytes"
+        )
 
     monkeypatch.setattr(pruning, "_prune_layer", hungry)
     refused(place, *PRUNE, match="Out of memory. Use fewer --samples", code=1)
@@ -101,7 +124,12 @@ def test_only_what_means_it_is_taken_for_out_of_memory():
     assert out_of_memory(MemoryError())
     assert out_of_memory(torch.OutOfMemoryError("anything"))
     assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
-    for text in ("expected a contiguous memory format", "memory_format is not supported", "pin_memory: no accelerator", "shared memory"):
+    for text in (
+        "expected a contiguous memory format",
+        "memory_format is not supported",
+        "pin_memory: no accelerator",
+        "shared memory",
+    ):
         assert not out_of_memory(RuntimeError(text))
 
 
@@ -146,7 +174,8 @@ def stop_after(moment: str) -> None:
 
 
 def forked(moment: str) -> int:
-    """Start PRUNE in a copy of this process, which spares it the imports; what it leaves behind goes to ../ran. Returns its number."""
+    """Start PRUNE in a copy of this process, which spares it the imports; what it leaves behind goes to ../ran. Returns
+    its number."""
     child = os.fork()
     if child:
         return child
@@ -187,7 +216,8 @@ def test_interruptions(place, moment, number):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_one_ctrl_c_finishes_the_block_and_says_how_to_go_on(place):
-    """The block in work when it comes is finished and kept; the run goes on from there to what an uninterrupted one writes."""
+    """The block in work when it comes is finished and kept; the run goes on from there to what an uninterrupted one
+    writes."""
     done(*PRUNE)
     whole = {name: data for name, data in listing(place / "pruned").items() if name.endswith(".safetensors")}
     shutil.rmtree(place / "pruned")
@@ -227,7 +257,9 @@ def test_ctrl_c_from_a_shell(place):
     before = listing(place)
     paths = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
     code = f"{paths}\nimport test_failures\nfrom billhook.cli import main\ntest_failures.stop_after('pruning')\nmain()"
-    process = subprocess.Popen([sys.executable, "-c", code, *PRUNE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *PRUNE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     wait_for_sign()
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)

@@ -30,7 +30,8 @@ def test_replaying_blocks_is_bit_exact(family: str) -> None:
     inputs: list[list[torch.Tensor]] = [[] for _ in blocks]
     for number, block in enumerate(blocks):
         block.register_forward_pre_hook(
-            lambda _, args, kwargs, n=number: inputs[n].append((args[0] if args else kwargs["hidden_states"]).clone()), with_kwargs=True
+            lambda _, args, kwargs, n=number: inputs[n].append((args[0] if args else kwargs["hidden_states"]).clone()),
+            with_kwargs=True,
         )
     with torch.no_grad():
         for batch in ids:
@@ -38,7 +39,9 @@ def test_replaying_blocks_is_bit_exact(family: str) -> None:
     expected = [list(seen) for seen in inputs]
     visited = 0
     for block in walk(model, ids, ("input_norm",), dense=True):
-        assert all(torch.equal(a, b) for a, b in zip(block.inputs, expected[block.index], strict=True)), f"block {block.index} differs"
+        assert all(torch.equal(a, b) for a, b in zip(block.inputs, expected[block.index], strict=True)), (
+            f"block {block.index} differs"
+        )
         visited += 1
     assert visited == len(blocks)
 
@@ -62,9 +65,13 @@ def test_statistics_are_those_of_the_inputs(family: str) -> None:
             model(batch)
     for hook in hooks:
         hook.remove()
-    seen = {name: stats for block in walk(model, ids, ("input_norm",), dense=True) for name, stats in block.stats.items()}
+    seen = {
+        name: stats for block in walk(model, ids, ("input_norm",), dense=True) for name, stats in block.stats.items()
+    }
     for name, expected in squares.items():
-        torch.testing.assert_close(seen[name].input_norm.double(), (expected / seen[name].sequences).sqrt(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            seen[name].input_norm.double(), (expected / seen[name].sequences).sqrt(), rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -88,7 +95,8 @@ def test_plans_are_met_exactly_and_nothing_else_changes(family: str, criterion: 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_experts_are_calibrated_on_the_tokens_they_receive(family: str) -> None:
-    """Every token goes to two experts, so an experts layer sees twice the tokens in all, and gate_up and down see the same."""
+    """Every token goes to two experts, so an experts layer sees twice the tokens in all, and gate_up and down see the
+    same."""
     model, ids = build(family), batches()
     tokens = sum(batch.numel() for batch in ids)
     for block in walk(model, ids, ("input_norm",), dense=True):
@@ -102,12 +110,19 @@ def test_experts_are_calibrated_on_the_tokens_they_receive(family: str) -> None:
 def test_an_expert_without_tokens_is_pruned_by_magnitude_and_reported() -> None:
     model = build("mixtral")
     ids = [torch.randint(VOCABULARY, (1, 2), generator=torch.Generator().manual_seed(3))]
-    starved = {name for block in walk(model, ids, ("input_norm",), dense=True) for name, stats in block.stats.items() if not stats.tokens}
+    starved = {
+        name
+        for block in walk(model, ids, ("input_norm",), dense=True)
+        for name, stats in block.stats.items()
+        if not stats.tokens
+    }
     assert starved
     layers = find_layers(model)
     plan = SparsityPlan(0.5, Pattern(), {layer.name: 0.5 for layer in layers})
     reported = {
-        result.layer for result in prune_(model, plan, criterion="wanda", batches=ids) if "no calibration token" in " ".join(result.notes)
+        result.layer
+        for result in prune_(model, plan, criterion="wanda", batches=ids)
+        if "no calibration token" in " ".join(result.notes)
     }
     assert reported <= {layer.name for layer in layers}
     assert reported

@@ -54,7 +54,9 @@ def test_paper_mode_weighs_two_sums(scale: float) -> None:
 def test_reference_mode_divides_the_inputs_alone(scale: float) -> None:
     W, stats = example()
     norm, G = stats.input_norm.tolist(), stats.gradient.tolist()
-    assert removed(W, stats, "gblm", mode="reference", scale=scale) == slow(W, lambda w, r, c: w * norm[c] + w * G[r][c] * scale / 100)
+    assert removed(W, stats, "gblm", mode="reference", scale=scale) == slow(
+        W, lambda w, r, c: w * norm[c] + w * G[r][c] * scale / 100
+    )
 
 
 def test_gradient_alone() -> None:
@@ -108,11 +110,18 @@ def plan(model: Any, pattern: Pattern | None = None) -> SparsityPlan:
     return SparsityPlan(0.5, pattern or Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
 
 
-@pytest.mark.parametrize("criterion, note", [("gblm", "received no calibration token"), ("gradient", "has no gradient")])
+@pytest.mark.parametrize(
+    "criterion, note", [("gblm", "received no calibration token"), ("gradient", "has no gradient")]
+)
 def test_an_expert_that_no_token_reaches_is_pruned_by_magnitude(criterion: str, note: str) -> None:
     model = build("mixtral")
     ids = [torch.randint(VOCABULARY, (1, 2), generator=torch.Generator().manual_seed(3))]
-    starved = {name for block in walk(model, ids, ("input_norm",), dense=True) for name, stats in block.stats.items() if not stats.tokens}
+    starved = {
+        name
+        for block in walk(model, ids, ("input_norm",), dense=True)
+        for name, stats in block.stats.items()
+        if not stats.tokens
+    }
     assert starved
     results = prune_(model, plan(model), criterion=criterion, batches=ids)
     reported = {result.layer for result in results if result.notes == (f"{note}: pruned by magnitude",)}

@@ -1,7 +1,7 @@
 """Agreement with the published code on trained models: alphas, layer sparsities, masks and perplexities.
 
-The reference was run in float32, one sequence at a time, with counts rounded down per row. Masks must agree bit for bit, except
-where two scores tie to rounding (at most 20 weights in a million).
+The reference was run in float32, one sequence at a time, with counts rounded down per row. Masks must agree bit for
+bit, except where two scores tie to rounding (at most 20 weights in a million).
 """
 
 import json
@@ -55,7 +55,8 @@ class Golden:
         return allocate(self.table, float(last))
 
     def differing(self, model: Any, tag: str) -> tuple[int, int]:
-        """How many of the pruned model's weights are kept here and not in the reference, or the other way, and of how many."""
+        """How many of the pruned model's weights are kept here and not in the reference, or the other way, and of how
+        many."""
         differing, total = 0, 0
         for layer in find_layers(model):
             bits = np.unpackbits(self.masks.get_tensor(f"{tag}|{layer.name}").numpy())[: layer.weight.numel()]
@@ -109,16 +110,27 @@ def test_masks_and_perplexity_agree(golden: Golden, tag: str) -> None:
 
 @pytest.mark.parametrize("tag", [f"gblm_{norm}_{s}" for norm in ("l1", "l2") for s in ("0.5", "0.6", "2:4")])
 def test_gblm_masks_and_perplexity_agree(golden: Golden, tag: str) -> None:
-    """The l1 sums are rounded to float16 at every step, and the l2 norms once: one last bit of one gradient can decide between weights.
+    """The l1 sums are rounded to float16 at every step, and the l2 norms once: one last bit of one gradient can decide
+    between weights.
 
     The reference took gradients through eager attention, whose last bits are not those of the fused kernel.
     """
     model = golden.model()
     model.set_attn_implementation("eager")
-    prune_(model, golden.plan(tag), criterion="gblm", norm=tag[5:7], mode="reference", batches=golden.batches, rounding="floor")
+    prune_(
+        model,
+        golden.plan(tag),
+        criterion="gblm",
+        norm=tag[5:7],
+        mode="reference",
+        batches=golden.batches,
+        rounding="floor",
+    )
     differing, total = golden.differing(model, tag)
     assert differing <= GBLM_TIES.get((golden.name, tag), 0), f"{differing} of {total} weights differ"
-    assert evaluate(model, golden.windows).token_ppl == pytest.approx(golden.reference["runs"][tag]["ppl"], rel=2e-3 if differing else 1e-5)
+    assert evaluate(model, golden.windows).token_ppl == pytest.approx(
+        golden.reference["runs"][tag]["ppl"], rel=2e-3 if differing else 1e-5
+    )
 
 
 @pytest.mark.parametrize("tag", runs("sparsegpt"))

@@ -1,4 +1,5 @@
-"""The GPU engine: every way of multiplying against float64, on a GPU where there is one, else through Triton's interpreter on the CPU.
+"""The GPU engine: every way of multiplying against float64, on a GPU where there is one, else through Triton's
+interpreter on the CPU.
 
 Where Triton is not installed the kernels are skipped and the path in plain torch is tested alone.
 """
@@ -20,8 +21,17 @@ from billhook.runtime.linear import SparseLinear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-6}  # the interpreter cuts bfloat16 off, a card rounds it
-KERNELS = {1: ("matvec-2x2", "matvec-4x4", "matmat-16x4", "expand"), 3: ("matmat-16x4", "expand"), 16: ("matmat-64x8",), 17: ("expand",)}
+TOLERANCE = {
+    torch.bfloat16: 2**-7,
+    torch.float16: 2**-10,
+    torch.float32: 1e-6,
+}  # the interpreter cuts bfloat16 off, a card rounds it
+KERNELS = {
+    1: ("matvec-2x2", "matvec-4x4", "matmat-16x4", "expand"),
+    3: ("matmat-16x4", "expand"),
+    16: ("matmat-64x8",),
+    17: ("expand",),
+}
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 
@@ -63,7 +73,9 @@ def weight_of(W: Tensor) -> gpu_ops.Weight:
 
 def multiply(weight: gpu_ops.Weight, x: Tensor, bias: Tensor | None, way: str) -> Tensor:
     tensors = weight.bitmask, weight.values, weight.table, weight.scales, None if bias is None else bias.to(DEVICE)
-    return torch.ops.billhook.gpu_linear(x.to(DEVICE), *tensors, group=weight.group, ways=" ".join([way] * len(gpu_ops.BUCKETS))).cpu()
+    return torch.ops.billhook.gpu_linear(
+        x.to(DEVICE), *tensors, group=weight.group, ways=" ".join([way] * len(gpu_ops.BUCKETS))
+    ).cpu()
 
 
 def difference(y: Tensor, expected: Tensor) -> float:
@@ -112,7 +124,10 @@ def test_activations_and_values_may_differ_in_dtype(triton: None):
     for dtype in FLOATS:
         x = torch.randn(1, 270).to(dtype)
         for way in ("matvec-4x4", "matmat-16x4", "expand"):
-            assert difference(multiply(weight_of(W), x, None, way), x.double() @ W.double().T) < TOLERANCE[dtype], (dtype, way)
+            assert difference(multiply(weight_of(W), x, None, way), x.double() @ W.double().T) < TOLERANCE[dtype], (
+                dtype,
+                way,
+            )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -169,7 +184,9 @@ def test_the_table_says_where_each_chunk_begins():
         gpu_ops.chunk_table(bitmask, torch.tensor([0] * 5 + [2**31]))
 
 
-@pytest.mark.parametrize(("tokens", "way"), [(0, "expand"), (1, "a"), (2, "b"), (4, "b"), (5, "c"), (16, "c"), (17, "expand")])
+@pytest.mark.parametrize(
+    ("tokens", "way"), [(0, "expand"), (1, "a"), (2, "b"), (4, "b"), (5, "c"), (16, "c"), (17, "expand")]
+)
 def test_each_number_of_tokens_has_its_way(tokens: int, way: str):
     assert gpu_ops.way_for("a b c", tokens) == way
 
@@ -177,7 +194,13 @@ def test_each_number_of_tokens_has_its_way(tokens: int, way: str):
 def test_a_layer_multiplies_any_input(triton: None):
     W, bias = pruned(6, 270, 0.5, torch.float32), torch.randn(6)
     layer = layer_of(W, bias)
-    for x in (torch.randn(2, 3, 270), torch.randn(270), torch.randn(270, 4).T, torch.randn(0, 270), torch.randn(540)[::2]):
+    for x in (
+        torch.randn(2, 3, 270),
+        torch.randn(270),
+        torch.randn(270, 4).T,
+        torch.randn(0, 270),
+        torch.randn(540)[::2],
+    ):
         y = gpu.forward(layer, x.to(DEVICE)).cpu()
         assert y.shape == (*x.shape[:-1], 6)
         assert difference(y, x.double() @ W.double().T + bias.double()) < 1e-6
@@ -194,7 +217,9 @@ def test_new_weights_are_seen(triton: None):
 def test_the_fastest_way_is_timed_once_and_remembered(triton: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("BILLHOOK_CACHE", str(tmp_path))
     weight = weight_of(pruned(8, 128, 0.5, torch.float32))
-    times = iter([3, 1, 2, 4, 5, 1, 2, 9, 9, 9, 1])  # four ways and expanding for one token, two ways and expanding for 4 and for 16
+    times = iter(
+        [3, 1, 2, 4, 5, 1, 2, 9, 9, 9, 1]
+    )  # four ways and expanding for one token, two ways and expanding for 4 and for 16
 
     def timed(call: object) -> float:
         call()  # type: ignore[operator]
@@ -250,16 +275,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from billhook.runtime import triton_kernels as kernels
 
-TYPES = dict(mask="*u8", values="*bf16", table="*i32", scales="*fp32", bias="*bf16", x="*bf16", y="*bf16", dense="*bf16", parts="*fp32")
+TYPES = dict(mask="*u8", values="*bf16", table="*i32", scales="*fp32", bias="*bf16", x="*bf16", y="*bf16",
+dense="*bf16", parts="*fp32")
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 def built(kernel, constants, warps, capability):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
-    even = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name in TYPES or name in ("rows", "columns")}
+    even = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name in TYPES or name in ("rows",
+    "columns")}
     constants = {(names.index(name),): value for name, value in constants.items()}
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=even)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": 1})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps,
+    "num_stages": 1})
 
 for capability in (80, 90):
     for kernel, constants, warps, rows_a_thread in (
@@ -270,9 +298,11 @@ for capability in (80, 90):
         binary = built(kernel, constants, warps, capability)
         text = binary.asm["ptx"]
         singles = len(re.findall(r"ld\\.global\\.b16 ", text))
-        assert singles == 8 * rows_a_thread, (kernel.__name__, singles)  # each value by itself: nothing is known of its alignment
+        # each value by itself: nothing is known of its alignment
+        assert singles == 8 * rows_a_thread, (kernel.__name__, singles)
         barriers = text.count("bar.sync")
-        assert kernel is kernels.matmat or barriers <= 4, (kernel.__name__, barriers)  # for the last sum of matvec, not for tiles
+        # for the last sum of matvec, not for tiles
+        assert kernel is kernels.matmat or barriers <= 4, (kernel.__name__, barriers)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(binary.asm["cubin"])
             usage = subprocess.run([TOOL, "-res-usage", file.name], capture_output=True, text=True, check=True)

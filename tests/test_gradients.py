@@ -1,4 +1,5 @@
-"""Gradients block by block are those of a backward pass through the whole model, bit for bit; their file says what it is."""
+"""Gradients block by block are those of a backward pass through the whole model, bit for bit; their file says what it
+is."""
 
 import json
 import math
@@ -75,7 +76,9 @@ def test_equal_to_a_whole_backward_pass(family: str, tmp_path: Path) -> None:
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-@pytest.mark.parametrize("statistic", [name for name in GRADIENTS if name != REGIONAL])  # tested with the blocks, in test_refine.py
+@pytest.mark.parametrize(
+    "statistic", [name for name in GRADIENTS if name != REGIONAL]
+)  # tested with the blocks, in test_refine.py
 @pytest.mark.parametrize("spill_gib", [8.0, 0.0, 1e-5])
 def test_every_statistic_wherever_the_inputs_are_kept(statistic: str, spill_gib: float, tmp_path: Path) -> None:
     model, ids = llama(), batches(3, 2)
@@ -96,7 +99,9 @@ def test_batch_size_grad_mode_frozen_weights_and_chosen_layers_change_nothing(tm
     model.requires_grad_(False)
     seen: list[str] = []
     with torch.no_grad():
-        found = compute_gradients(model, singles, "gradient_l1", tmp_path / "some.safetensors", layers=some, progress=seen.append)
+        found = compute_gradients(
+            model, singles, "gradient_l1", tmp_path / "some.safetensors", layers=some, progress=seen.append
+        )
     assert sorted(seen) == sorted(found) == sorted(layer.name for layer in some)
     assert all(torch.equal(found[name], expected[name]) for name in found)
     assert not any(value.requires_grad for value in model.parameters())
@@ -178,7 +183,9 @@ def test_the_file_is_read_by_stock_safetensors(tmp_path: Path) -> None:
     path = tmp_path / "g.safetensors"
     found = compute_gradients(llama(), batches(), "gradient_l1_reference", path)
     stock = load_file(path)
-    assert all(torch.equal(value.float(), found[name]) and value.dtype == torch.float16 for name, value in stock.items())
+    assert all(
+        torch.equal(value.float(), found[name]) and value.dtype == torch.float16 for name, value in stock.items()
+    )
 
 
 # what goes through the files and the command line
@@ -210,7 +217,9 @@ def text(folder: Path) -> list[str]:
 
 
 def gblm(folder: Path, output: Path, *arguments: Any) -> Any:
-    return run("prune", folder / "model", "--criterion", "gblm", "--sparsity", "0.5", "-o", output, *text(folder), *arguments)
+    return run(
+        "prune", folder / "model", "--criterion", "gblm", "--sparsity", "0.5", "-o", output, *text(folder), *arguments
+    )
 
 
 def test_given_gradients_prune_like_computed_ones(folder: Path, tmp_path: Path) -> None:
@@ -292,7 +301,18 @@ def test_a_bad_file_is_refused(kind: str, message: str, folder: Path, tmp_path: 
 
 def test_stale_and_unfitting_gradients_are_refused(folder: Path, tmp_path: Path) -> None:
     given = ["--gradients", folder / "g.safetensors"]
-    other = run("prune", folder / "other", "--criterion", "gblm", "--sparsity", "0.5", "-o", tmp_path / "out", *text(folder), *given)
+    other = run(
+        "prune",
+        folder / "other",
+        "--criterion",
+        "gblm",
+        "--sparsity",
+        "0.5",
+        "-o",
+        tmp_path / "out",
+        *text(folder),
+        *given,
+    )
     norm = gblm(folder, tmp_path / "out", *given, "--set", "norm=l2")
     mode = gblm(folder, tmp_path / "out", *given, "--set", "mode=reference")
     wanda = run("prune", folder / "model", "--sparsity", "0.5", "-o", tmp_path / "out", *text(folder), *given)

@@ -1,4 +1,5 @@
-"""Datasets of the hub, here from directories that are laid out like them: the same tokens as their files, and clear errors."""
+"""Datasets of the hub, here from directories that are laid out like them: the same tokens as their files, and clear
+errors."""
 
 import pytest
 import tiny
@@ -58,7 +59,9 @@ def test_hub_datasets_give_the_same_tokens_as_their_files(tokenizer, local_datas
         ("hub:ptb", "ptb-text-only/ptb_text_only/penn_treebank/test/0000.parquet", "sentence", " "),
     ],
 )
-def test_the_papers_texts_are_read_and_joined_as_published(source, place, field, between, tokenizer, tmp_path, monkeypatch):
+def test_the_papers_texts_are_read_and_joined_as_published(
+    source, place, field, between, tokenizer, tmp_path, monkeypatch
+):
     """A directory that is named and laid out like the data set stands in for the hub."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -67,11 +70,17 @@ def test_the_papers_texts_are_read_and_joined_as_published(source, place, field,
     made = datasets.Dataset.from_dict({field: texts(20)})
     made.to_parquet(path) if path.suffix == ".parquet" else made.to_json(path, compression="gzip")
     if "wikitext" in source:
-        card = "---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n  - split: test\n    path: wikitext-2-raw-v1/test-*\n---\n"
+        card = (
+            "---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n  - split: test\n    path: "
+            "wikitext-2-raw-v1/test-*\n---\n"
+        )
         (tmp_path / "Salesforce/wikitext/README.md").write_text(card)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "joined.txt").write_bytes(between.join(texts(20)).encode())
-    assert load_windows(source, tokenizer, length=16).digest == load_windows("joined.txt", tokenizer, length=16, limit=256).digest
+    assert (
+        load_windows(source, tokenizer, length=16).digest
+        == load_windows("joined.txt", tokenizer, length=16, limit=256).digest
+    )
 
 
 def test_hub_datasets_that_cannot_be_read(tokenizer, local_dataset):

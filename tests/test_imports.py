@@ -1,4 +1,5 @@
-"""The shape of the code: imports form a DAG, also between packages, what is light stays light, help is fast, and size budgets hold."""
+"""The shape of the code: imports form a DAG, also between packages, what is light stays light, help is fast, and size
+budgets hold."""
 
 import ast
 import graphlib
@@ -17,24 +18,37 @@ from billhook.metrics import CURVES
 from billhook.table import Row, Table
 
 ROOT = Path(billhook.__file__).parent
-FILES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in ROOT.rglob("*.py")}
+FILES = {
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "datasets", "tokenizers", "huggingface_hub"}
 PACKAGES = [name for name, path in FILES.items() if path.name == "__init__.py"]
 LIGHT = [
     *PACKAGES,
     *(name for name in sorted(FILES) if name.startswith(("billhook.allocators.", "billhook.cli."))),
-    *(f"billhook.{name}" for name in ("errors", "registry", "metrics", "table", "densities", "budget", "plan", "options")),
     *(
         f"billhook.{name}"
-        for name in ("costs.counts", "costs.prices", "disk.files", "parallel.torchrun", "reports.charts", "searching.knobs")
+        for name in ("errors", "registry", "metrics", "table", "densities", "budget", "plan", "options")
+    ),
+    *(
+        f"billhook.{name}"
+        for name in (
+            "costs.counts",
+            "costs.prices",
+            "disk.files",
+            "parallel.torchrun",
+            "reports.charts",
+            "searching.knobs",
+        )
     ),
     *(f"billhook.text.{name}" for name in ("stdlib", "hub", "corpus")),
 ]
 COMMANDS = ("prune", "measure", "plan", "eval", "verify", "pack", "unpack", "generate", "bench", "ls", "demo")
 
-# CPU seconds (user + system) in which a command must show its help or make a plan. It takes about 0.25 s; the rest is left for slow
-# machines. Importing torch alone costs more than a second and a half.
+# CPU seconds (user + system) in which a command must show its help or make a plan. It takes about 0.25 s; the rest is
+# left for slow machines. Importing torch alone costs more than a second and a half.
 HELP_S = 0.75
 LINES_A_FILE, LINES_A_FUNCTION, POSITIONAL = 300, 40, 6
 
@@ -92,14 +106,20 @@ def imported(module: str) -> Iterator[str]:
 
 
 def test_imports_form_a_dag():
-    graphlib.TopologicalSorter({module: set(imported(module)) for module in FILES}).prepare()  # raises CycleError with the cycle
+    graphlib.TopologicalSorter(
+        {module: set(imported(module)) for module in FILES}
+    ).prepare()  # raises CycleError with the cycle
 
 
 def test_packages_form_a_dag_in_the_order_of_the_map():
     """A package, or a module beside the packages, imports only what stands above it in docs/ARCHITECTURE.md."""
     page = (ROOT.parent / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)(?:\.py|/)` \|", page, re.MULTILINE)
-    height = {"billhook": -1, **{f"billhook.{name}": place for place, name in enumerate(rows)}, "billhook.__main__": len(rows)}
+    height = {
+        "billhook": -1,
+        **{f"billhook.{name}": place for place, name in enumerate(rows)},
+        "billhook.__main__": len(rows),
+    }
     assert len(height) == len(rows) + 2
     for module in FILES:
         for other in imported(module):
@@ -108,9 +128,15 @@ def test_packages_form_a_dag_in_the_order_of_the_map():
 
 
 def test_packages_say_what_they_hold():
-    """Those whose `__init__.py` is a docstring alone, three lines of text at most; importing a module of theirs loads nothing else."""
+    """Those whose `__init__.py` is a docstring alone, three lines of text at most; importing a module of theirs loads
+    nothing else."""
     plain = [name for name in PACKAGES if len(TREES[name].body) == 1]
-    assert sorted(set(PACKAGES) - set(plain)) == ["billhook", "billhook.allocators", "billhook.cli", "billhook.criteria"]
+    assert sorted(set(PACKAGES) - set(plain)) == [
+        "billhook",
+        "billhook.allocators",
+        "billhook.cli",
+        "billhook.criteria",
+    ]
     for name in plain:
         assert 1 <= len([line for line in (ast.get_docstring(TREES[name]) or "").splitlines() if line]) <= 3, name
 
@@ -121,8 +147,21 @@ def test_light_modules_load_nothing_heavy():
 
 
 def test_light_public_names_load_nothing_heavy():
-    names = ["ALLOCATORS", "BillhookError", "CRITERIA", "JobError", "METRICS", "Pattern", "SparsityPlan", "Table", "allocate", "load_plan"]
-    report = in_new_interpreter(f"import billhook\nfor name in {names}: getattr(billhook, name)\nbillhook.CRITERIA.names()\nreport(0)")
+    names = [
+        "ALLOCATORS",
+        "BillhookError",
+        "CRITERIA",
+        "JobError",
+        "METRICS",
+        "Pattern",
+        "SparsityPlan",
+        "Table",
+        "allocate",
+        "load_plan",
+    ]
+    report = in_new_interpreter(
+        f"import billhook\nfor name in {names}: getattr(billhook, name)\nbillhook.CRITERIA.names()\nreport(0)"
+    )
     assert not HEAVY & set(report["loaded"])
 
 
@@ -136,7 +175,9 @@ def test_every_public_name_is_there():
 
 def test_help_is_light_and_fast():
     """All of it together takes no longer than a single command may."""
-    report = in_new_interpreter(_COMMANDS, json.dumps([["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]))
+    report = in_new_interpreter(
+        _COMMANDS, json.dumps([["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
+    )
     assert report["code"] == 0, report["errors"]
     assert not HEAVY & set(report["loaded"])
     assert report["seconds"] < HELP_S
@@ -147,11 +188,15 @@ def test_planning_is_light_and_fast(tmp_path: Path):
     needs = {column for name in ALLOCATORS.names() for column in ALLOCATORS.needs(name, ALLOCATORS.configure(name, {}))}
     curves = [name for name in needs if name.partition(":")[0] in CURVES]
     numbers = [name for name in needs if name not in curves]
-    rows = [Row(f"blocks.{i}.w", i, "w", (8, 8), dict.fromkeys(numbers, 1.0 + i), dict.fromkeys(curves, (0.0, 1.0 + i))) for i in range(4)]
+    rows = [
+        Row(f"blocks.{i}.w", i, "w", (8, 8), dict.fromkeys(numbers, 1.0 + i), dict.fromkeys(curves, (0.0, 1.0 + i)))
+        for i in range(4)
+    ]
     Table(tuple(rows)).save(tmp_path / "table.json")
     plans = {name: tmp_path / f"{name}.json" for name in ALLOCATORS.names()}
     commands = [
-        ["plan", str(tmp_path / "table.json"), f"--allocator={name}", "--sparsity=0.5", f"-o{path}"] for name, path in plans.items()
+        ["plan", str(tmp_path / "table.json"), f"--allocator={name}", "--sparsity=0.5", f"-o{path}"]
+        for name, path in plans.items()
     ]
     report = in_new_interpreter(_COMMANDS, json.dumps(commands))
     assert report["code"] == 0, report["errors"]

@@ -1,8 +1,8 @@
 """The kernels for packed weights: every instruction set this processor runs, and plain torch, against sums in float64.
 
-Stated tolerance of a product: 2^-20 of the sum of absolute terms, and the rounding to the dtype of the activations, once before and once
-after the bias; where int8 values pass through torch's dense tiles, or through ours with several scales a row, also the rounding of every
-weight to that dtype.
+Stated tolerance of a product: 2^-20 of the sum of absolute terms, and the rounding to the dtype of the activations,
+once before and once after the bias; where int8 values pass through torch's dense tiles, or through ours with several
+scales a row, also the rounding of every weight to that dtype.
 """
 
 import multiprocessing
@@ -77,7 +77,9 @@ def assert_product(y: Tensor, x: Tensor, W: Tensor, bias: Tensor | None = None, 
     product = x.double() @ W.T
     exact = product + (0 if bias is None else bias.double())
     terms = x.double().abs() @ W.abs().T
-    allowed = terms * (2**-20 + rounded * ROUNDING[x.dtype]) + (exact.abs() + product.abs()) * ROUNDING[x.dtype] + 2**-24
+    allowed = (
+        terms * (2**-20 + rounded * ROUNDING[x.dtype]) + (exact.abs() + product.abs()) * ROUNDING[x.dtype] + 2**-24
+    )
     assert y.dtype == x.dtype
     assert y.shape == exact.shape
     worst = ((y.double() - exact).abs() / allowed).max()
@@ -114,10 +116,19 @@ def test_all_batch_sizes_and_ways(path: str, tokens: int, dtype: torch.dtype):
 @pytest.mark.parametrize("way", ["many", "kept"])
 @pytest.mark.parametrize(
     ("values", "group"),
-    [(torch.bfloat16, None), (torch.float16, None), (torch.float32, None), (torch.int8, None), (torch.int8, 64), (torch.int8, 4096)],
+    [
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.float32, None),
+        (torch.int8, None),
+        (torch.int8, 64),
+        (torch.int8, 4096),
+    ],
     ids=str,
 )
-def test_many_tokens_agree_with_float64(path: str, way: str, values: torch.dtype, group: int | None, monkeypatch: pytest.MonkeyPatch):
+def test_many_tokens_agree_with_float64(
+    path: str, way: str, values: torch.dtype, group: int | None, monkeypatch: pytest.MonkeyPatch
+):
     dtype = torch.bfloat16 if way == "many" or values == torch.int8 else values
     multiply = products.WAYS[way]
     for shape in (*SHAPES, (101, 200), (6, 30000)):
@@ -128,10 +139,14 @@ def test_many_tokens_agree_with_float64(path: str, way: str, values: torch.dtype
         if way not in products.ways(packed, dtype):
             pytest.skip("this instruction set has no such product for many tokens")
         for tokens in (1, 15, 33, 64, 131):
-            x = torch.randn(1, tokens, shape[1] + 3, generator=torch.Generator().manual_seed(tokens)).to(dtype)[..., : shape[1]]
+            x = torch.randn(1, tokens, shape[1] + 3, generator=torch.Generator().manual_seed(tokens)).to(dtype)[
+                ..., : shape[1]
+            ]
             y = multiply(packed, x, bias)
             assert y.shape == (1, tokens, shape[0])
-            assert_product(y[0], x[0], exact, bias, rounded=way == "many" and scales is not None and scales.numel() > shape[0])
+            assert_product(
+                y[0], x[0], exact, bias, rounded=way == "many" and scales is not None and scales.numel() > shape[0]
+            )
             monkeypatch.setattr(products, "MANY_AT_ONCE", 64)  # in parts: the same sums
             assert torch.equal(multiply(packed, x[0], bias), y[0])
             monkeypatch.undo()
@@ -169,11 +184,21 @@ def test_packing_gives_the_same_bytes_everywhere(path: str, dtype: torch.dtype):
         assert torch.equal(starts, fallback.row_starts(bitmask))
         assert native.expand(bitmask, values, starts, shape[1]).view(torch.uint8).equal(W.view(torch.uint8))
         rows = slice(shape[0] // 3, shape[0])
-        assert native.expand(bitmask, values, starts, shape[1], rows=rows).view(torch.uint8).equal(W[rows].view(torch.uint8))
+        assert (
+            native.expand(bitmask, values, starts, shape[1], rows=rows)
+            .view(torch.uint8)
+            .equal(W[rows].view(torch.uint8))
+        )
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1, 9), columns=st.integers(1, 300), tokens=st.integers(1, 17), share=st.floats(0, 1), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 300),
+    tokens=st.integers(1, 17),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
 def test_any_shape(rows: int, columns: int, tokens: int, share: float, seed: int):
     W = random_weight((rows, columns), share, torch.bfloat16, seed)
     packed = layer(W)
@@ -197,7 +222,13 @@ def test_special_values_pass_through(path: str):
 def test_inputs_of_any_layout(path: str):
     W = random_weight((33, 100), 0.5, torch.bfloat16)
     packed, wide = layer(W), torch.randn(6, 4, 200).bfloat16()
-    for x in (wide[:, :, ::2], wide[:, 1:3, 50:150], wide[..., :100].transpose(0, 1), wide[0, :, :100].T.contiguous().T, wide[2, 3, :100]):
+    for x in (
+        wide[:, :, ::2],
+        wide[:, 1:3, 50:150],
+        wide[..., :100].transpose(0, 1),
+        wide[0, :, :100].T.contiguous().T,
+        wide[2, 3, :100],
+    ):
         y = packed(x)
         assert y.shape == (*x.shape[:-1], 33)
         assert_product(y.reshape(-1, 33), x.reshape(-1, 100), W.double())
@@ -259,7 +290,9 @@ def test_one_openmp_runtime():
     if library.active() is None or not Path("/proc/self/maps").exists():
         pytest.skip("needs compiled kernels and /proc")
     run = subprocess.run([sys.executable, "-c", _RUNTIMES], capture_output=True, text=True, check=True)
-    runtimes = {line for line in run.stdout.splitlines() if any(name in line for name in ("libgomp", "libomp", "libiomp"))}
+    runtimes = {
+        line for line in run.stdout.splitlines() if any(name in line for name in ("libgomp", "libomp", "libiomp"))
+    }
     assert len(runtimes) == 1, runtimes
 
 
@@ -269,12 +302,18 @@ def test_the_operator_is_a_good_citizen():
     arguments = (x, packed.bitmask, packed.values, packed.row_starts, None, packed.bias)
     torch.library.opcheck(ops.sparse_linear, arguments)
     torch.library.opcheck(ops.dense_linear, (x, torch.randn(96, 130).bfloat16(), None))
-    assert ops.sparse_linear(*[tensor if tensor is None else tensor.to("meta") for tensor in arguments]).shape == (2, 3, 96)
+    assert ops.sparse_linear(*[tensor if tensor is None else tensor.to("meta") for tensor in arguments]).shape == (
+        2,
+        3,
+        96,
+    )
     assert torch.equal(ops.sparse_linear(*arguments), packed(x))
 
 
 def test_compiled_without_a_graph_break():
-    model = torch.nn.Sequential(layer(random_weight((96, 130), 0.4, torch.bfloat16)), torch.nn.ReLU(), torch.nn.Linear(96, 40).bfloat16())
+    model = torch.nn.Sequential(
+        layer(random_weight((96, 130), 0.4, torch.bfloat16)), torch.nn.ReLU(), torch.nn.Linear(96, 40).bfloat16()
+    )
     adopt_(model[2])
     x = torch.randn(3, 130).bfloat16()
     with torch.no_grad():
@@ -309,7 +348,10 @@ def test_an_adopted_layer_is_still_linear():
 
 
 def test_state_dict_round_trip_with_other_counts():
-    one, two = layer(random_weight((9, 130), 0.3, torch.bfloat16, 1)), layer(random_weight((9, 130), 0.8, torch.bfloat16, 2))
+    one, two = (
+        layer(random_weight((9, 130), 0.3, torch.bfloat16, 1)),
+        layer(random_weight((9, 130), 0.8, torch.bfloat16, 2)),
+    )
     starts = one.row_starts
     one.load_state_dict(two.state_dict())
     assert torch.equal(one.dense(), two.dense())

@@ -1,6 +1,7 @@
 """The kernels under AddressSanitizer and UBSan, and those for other processors under emulation.
 
-Both run `native/check_kernels.cpp`: random packed matrices through every kernel, buffers no larger than promised, against plain sums.
+Both run `native/check_kernels.cpp`: random packed matrices through every kernel, buffers no larger than promised,
+against plain sums.
 """
 
 import platform
@@ -22,9 +23,23 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def built(compiler: str, tmp_path: Path, *flags: str) -> Path:
     """The check, compiled with the kernels into one program."""
     program = tmp_path / "check"
-    command = [compiler, "-O1", "-g", "-std=c++17", "-w", *flags, f"-I{SOURCES}", str(CHECK), *map(str, sorted(SOURCES.glob("*.cpp")))]
+    command = [
+        compiler,
+        "-O1",
+        "-g",
+        "-std=c++17",
+        "-w",
+        *flags,
+        f"-I{SOURCES}",
+        str(CHECK),
+        *map(str, sorted(SOURCES.glob("*.cpp"))),
+    ]
     ran = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
-    if ran.returncode and "-fsanitize" in " ".join(flags) and ("cannot find" in ran.stderr or "unrecognized" in ran.stderr):
+    if (
+        ran.returncode
+        and "-fsanitize" in " ".join(flags)
+        and ("cannot find" in ran.stderr or "unrecognized" in ran.stderr)
+    ):
         pytest.skip("the compiler has no sanitizers")
     assert ran.returncode == 0, ran.stderr
     return program
@@ -44,7 +59,10 @@ def test_no_sanitizer_complains(tmp_path: Path):
 def test_neon_under_emulation(tmp_path: Path):
     if platform.machine() == "aarch64":
         pytest.skip("the other tests run NEON itself here")
-    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    compiler, emulator = (
+        shutil.which("aarch64-linux-gnu-g++"),
+        shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static"),
+    )
     if compiler is None or emulator is None:
         pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
     program = built(compiler, tmp_path, "-static")

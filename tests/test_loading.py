@@ -88,7 +88,9 @@ def test_nothing_is_copied_or_converted(place: Path) -> None:
     model = load(place / "packed", tune=False)
     mapping = np.memmap(place / "packed" / "model.packed.safetensors", np.uint8, "r")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-    regions = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "model.packed.safetensors" in line]
+    regions = [
+        line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "model.packed.safetensors" in line
+    ]
     ranges = [tuple(int(x, 16) for x in region[0].split("-")) for region in regions]
     assert len(mapping) > 0
     for layer in layers.values():
@@ -132,7 +134,10 @@ def test_a_bad_state_dict_is_refused(place: Path) -> None:
 
 
 def test_what_is_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(BillhookError, match="A packed model cannot be written with save_pretrained: copy its directory, or make a dense"):
+    with pytest.raises(
+        BillhookError,
+        match="A packed model cannot be written with save_pretrained: copy its directory, or make a dense",
+    ):
         load(place / "packed", tune=False).save_pretrained(tmp_path / "out")
     for call in (load_model, lambda path: billhook.prune(path, sparsity=0.5, criterion="magnitude")):
         with pytest.raises(BillhookError, match=r"packed is packed, .*: unpack it first, billhook unpack"):
@@ -182,7 +187,8 @@ def test_shapes_are_compared_with_the_configuration(tmp_path: Path) -> None:
 def test_eval_and_verify(place: Path, tmp_path: Path) -> None:
     text = tiny.text_file(tmp_path / "text.txt", 40)
     printed = [
-        done("eval", place / name, "--data", text, "--length", 64, "--dtype", "float32", "--json").json for name in ("dense", "packed")
+        done("eval", place / name, "--data", text, "--length", 64, "--dtype", "float32", "--json").json
+        for name in ("dense", "packed")
     ]
     assert printed[1]["token_ppl"] == pytest.approx(printed[0]["token_ppl"], rel=1e-4)
     seen = done("verify", place / "packed", "--json").json
@@ -230,13 +236,17 @@ def test_generate_prints_what_the_model_says(place: Path, stream: bool) -> None:
         (("bench", "packed", "--batch", "one"), "--batch one: write whole numbers with commas"),
         (("bench", "packed", "--prompt", "0"), "start at 1"),
         (("bench", "packed", "--picture", "x.svg"), "needs --against"),
-        pytest.param(("bench", "packed", "--prompt", "500"), "do not fit the model's context", marks=pytest.mark.slow),  # starts a process
+        pytest.param(
+            ("bench", "packed", "--prompt", "500"), "do not fit the model's context", marks=pytest.mark.slow
+        ),  # starts a process
         (("unpack", "dense", "-o", "out"), "dense is not a packed model"),
         (("pack", "dense", "-o", "packed"), "exists and is not empty"),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else "",
 )
-def test_mistakes_on_the_command_line(place: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], match: str) -> None:
+def test_mistakes_on_the_command_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], match: str
+) -> None:
     monkeypatch.chdir(place)
     ran = command(*arguments)
     assert ran.code == 2
@@ -248,7 +258,9 @@ def test_a_pipeline_of_transformers(place: Path) -> None:
     from transformers import pipeline
 
     texts = [
-        pipeline("text-generation", model=model, tokenizer=tiny.tokenizer())("The quick", max_new_tokens=6, do_sample=False)
+        pipeline("text-generation", model=model, tokenizer=tiny.tokenizer())(
+            "The quick", max_new_tokens=6, do_sample=False
+        )
         for model in (load(place / "packed", dtype="float32"), load_model(place / "dense", dtype="float32"))
     ]
     assert texts[0] == texts[1]
@@ -263,7 +275,9 @@ def test_lm_eval(place: Path) -> None:
     found = []
     for model in (load(place / "packed", dtype="float32"), load_model(place / "dense", dtype="float32")):
         wrapped = HFLM(pretrained=model, tokenizer=tiny.tokenizer(), batch_size=1, max_length=64)
-        found.append(wrapped.loglikelihood([Instance("loglikelihood", {}, ("The quick", " brown"), 0)], disable_tqdm=True)[0][0])
+        found.append(
+            wrapped.loglikelihood([Instance("loglikelihood", {}, ("The quick", " brown"), 0)], disable_tqdm=True)[0][0]
+        )
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
@@ -274,9 +288,14 @@ def test_the_server_of_the_examples_answers(place: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, ROOT / "examples" / "server" / "app.py", place / "packed", "--port", str(port)])
+    server = subprocess.Popen(
+        [sys.executable, ROOT / "examples" / "server" / "app.py", place / "packed", "--port", str(port)]
+    )
     try:
-        assert asked(port, "GET", "/health", None, lambda: server.poll() is None) == (200, {"model": "packed", "status": "ready"})
+        assert asked(port, "GET", "/health", None, lambda: server.poll() is None) == (
+            200,
+            {"model": "packed", "status": "ready"},
+        )
         status, answer = asked(port, "POST", "/generate", {"prompt": "The quick", "max_new_tokens": 5})
         expected = done("generate", place / "packed", "The quick", "--max-new-tokens", 5, "--json").json
         assert (status, answer) == (200, {"text": expected["text"], "tokens": 5})

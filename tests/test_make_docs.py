@@ -36,8 +36,12 @@ def test_every_option_of_the_help_is_documented_and_no_other(make_docs: ModuleTy
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
     section = make_docs.command_line().split(f"## billhook {command}\n")[1].split("\n## ")[0]
     options = re.compile(r"--[a-z][a-z-]*")
-    documented = {name for line in section.splitlines() if line.startswith("| `-") for name in options.findall(line.split("|")[1])}
-    printed = {name for line in shown.splitlines() for name in options.findall(line[:60]) if line.lstrip().startswith("-")}
+    documented = {
+        name for line in section.splitlines() if line.startswith("| `-") for name in options.findall(line.split("|")[1])
+    }
+    printed = {
+        name for line in shown.splitlines() for name in options.findall(line[:60]) if line.lstrip().startswith("-")
+    }
     assert documented == printed - {"--help"}
 
 
@@ -53,7 +57,10 @@ def test_every_method_metric_and_family_is_listed(make_docs: ModuleType) -> None
         assert f"| `{name}` |" in page
     assert all(f"`{family}`" in page for family in FAMILIES)
     assert "`epsilon=0.3`" in page
-    assert all(f"`{name}`" in page for name in ("alpha_peak:repaired", "outlier_ratio:M", "block_loss:SPARSITY", "lamp_quantiles"))
+    assert all(
+        f"`{name}`" in page
+        for name in ("alpha_peak:repaired", "outlier_ratio:M", "block_loss:SPARSITY", "lamp_quantiles")
+    )
 
 
 def test_check_names_what_is_stale_and_writing_repairs_it(

@@ -68,7 +68,9 @@ def test_exact_is_the_stable_sort(score: torch.Tensor, sparsity: float, group: s
 
 @quick
 @given(scores(), st.floats(0, 1), st.sampled_from(GROUPS))
-def test_nothing_kept_scores_less_than_something_removed_in_its_group(score: torch.Tensor, sparsity: float, group: str) -> None:
+def test_nothing_kept_scores_less_than_something_removed_in_its_group(
+    score: torch.Tensor, sparsity: float, group: str
+) -> None:
     keep = exact(score, round(sparsity * score.numel()), group)
     groups = [(score.flatten(), keep.flatten())] if group == "layer" else list(zip(score, keep, strict=True))
     for values, kept in groups:
@@ -77,7 +79,13 @@ def test_nothing_kept_scores_less_than_something_removed_in_its_group(score: tor
 
 
 @quick
-@given(st.integers(1, 12), st.integers(1, 40), st.floats(0, 1), st.sampled_from(GROUPS), st.lists(st.integers(0, 40), max_size=6))
+@given(
+    st.integers(1, 12),
+    st.integers(1, 40),
+    st.floats(0, 1),
+    st.sampled_from(GROUPS),
+    st.lists(st.integers(0, 40), max_size=6),
+)
 def test_slices_of_columns_add_up(rows: int, columns: int, sparsity: float, group: str, cuts: list[int]) -> None:
     zeros = round(sparsity * rows * columns)
     score = torch.rand(rows, columns, generator=torch.Generator().manual_seed(columns))
@@ -98,8 +106,17 @@ def test_order_of_rows_does_not_matter(rows: int, columns: int, sparsity: float,
 
 
 @quick
-@given(st.integers(1, 8), st.integers(1, 30), st.floats(0, 1), st.floats(0, 1), st.sampled_from(GROUPS), st.integers(0, 1000))
-def test_more_sparsity_removes_more_of_the_same(rows: int, columns: int, a: float, b: float, group: str, seed: int) -> None:
+@given(
+    st.integers(1, 8),
+    st.integers(1, 30),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.sampled_from(GROUPS),
+    st.integers(0, 1000),
+)
+def test_more_sparsity_removes_more_of_the_same(
+    rows: int, columns: int, a: float, b: float, group: str, seed: int
+) -> None:
     score = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed)).view(rows, columns).float()
     less, more = (exact(score, round(s * rows * columns), group) for s in sorted((a, b)))
     assert not (more & ~less).any()
@@ -185,7 +202,9 @@ def test_scores_of_another_shape_are_refused(shape: tuple[int, int], start: int)
         Select((3, 8), 0.5, 12)(torch.rand(shape), start)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))])
+@pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+)
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_accelerator_selects_the_same(device: str, group: str) -> None:
     score = torch.randint(0, 100, (257, 512), generator=torch.Generator().manual_seed(0)).float()
@@ -217,7 +236,8 @@ def test_published_magnitude_masks_and_row_counts(shared: Path, model: str) -> N
 
 
 def asked(tag: str, layer: str, reference: dict[str, Any]) -> float | None:
-    """The sparsity that a published run asked of a layer; None where the files do not say (OWL) or counts are not comparable."""
+    """The sparsity that a published run asked of a layer; None where the files do not say (OWL) or counts are not
+    comparable."""
     criterion, _, allocation = tag.partition("_")
     name, _, target = allocation.rpartition("_")
     if criterion == "gblm" or not name or name.startswith("owl"):

@@ -1,4 +1,5 @@
-"""Metrics beyond the published exponents: FARMS, the soft rank, the distance to noise, activation metrics, names and columns."""
+"""Metrics beyond the published exponents: FARMS, the soft rank, the distance to noise, activation metrics, names and
+columns."""
 
 import pytest
 import tiny
@@ -63,7 +64,10 @@ def test_noise_is_recognized_and_structure_too() -> None:
     assert noise["randomized_distance"] < 0.35
     spiked = spectral_metrics(gaussian(200, 300) + 1.0, ["mp_softrank"])
     assert spiked["mp_softrank"] < 0.1
-    assert spectral_metrics(heavy(200, 300), ["randomized_distance"])["randomized_distance"] > noise["randomized_distance"] + 0.2
+    assert (
+        spectral_metrics(heavy(200, 300), ["randomized_distance"])["randomized_distance"]
+        > noise["randomized_distance"] + 0.2
+    )
 
 
 def test_randomized_distance_is_reproducible_and_needs_a_spectrum() -> None:
@@ -80,7 +84,13 @@ def test_randomized_distance_is_reproducible_and_needs_a_spectrum() -> None:
 
 def test_the_distance_of_each_fit_stands_beside_it() -> None:
     table = measure(tiny.llama(), ["alpha_peak:repaired", "alpha_ks", "stable_rank"])
-    assert table.columns() == ["alpha_peak:repaired", "alpha_peak_ks:repaired", "alpha_ks", "alpha_ks_ks", "stable_rank"]
+    assert table.columns() == [
+        "alpha_peak:repaired",
+        "alpha_peak_ks:repaired",
+        "alpha_ks",
+        "alpha_ks_ks",
+        "stable_rank",
+    ]
     W = heavy(50, 80)
     for cut in ("mid", "peak", "ks"):
         fit = fit_tail(eigenvalues(W), cut)  # type: ignore[arg-type]
@@ -102,11 +112,16 @@ def test_alpha_ks_agrees_with_the_powerlaw_package(seed: int) -> None:
 
 
 def test_block_scores_by_hand() -> None:
-    weights, norms = [gaussian(5, 6).float(), gaussian(7, 4, 1).float(), gaussian(3, 3, 2).float()], [torch.rand(6), torch.rand(4), None]
+    weights, norms = (
+        [gaussian(5, 6).float(), gaussian(7, 4, 1).float(), gaussian(3, 3, 2).float()],
+        [torch.rand(6), torch.rand(4), None],
+    )
     scores = torch.cat([(w.abs() * n).flatten() for w, n in zip(weights, norms, strict=True) if n is not None])
     assert wanda_mean(weights, norms) == pytest.approx(float(scores.mean()), rel=1e-6)
     assert wanda_median(weights, norms) == float(scores.median())
-    assert outlier_ratio(weights, norms, m=2.0) == pytest.approx(100 * float((scores > 2 * scores.mean()).double().mean()))
+    assert outlier_ratio(weights, norms, m=2.0) == pytest.approx(
+        100 * float((scores > 2 * scores.mean()).double().mean())
+    )
     with pytest.raises(BillhookError, match="No layer of a block received"):
         wanda_mean(weights, [None] * 3)
     assert wanda_median([torch.zeros(3, 3)], [torch.ones(3)]) == 0
@@ -121,7 +136,11 @@ def test_names_of_columns() -> None:
     assert (canonical("alpha_peak"), canonical("alpha_farms:7")) == ("alpha_peak", "alpha_farms:7")
     assert options_of("alpha_farms:7") == {"windows": 7}
     curve = "spectrum_quantiles"
-    assert (companions("alpha_mid"), companions("alpha_mid_ks"), companions("entropy")) == (["alpha_mid_ks", curve], [curve], [curve])
+    assert (companions("alpha_mid"), companions("alpha_mid_ks"), companions("entropy")) == (
+        ["alpha_mid_ks", curve],
+        [curve],
+        [curve],
+    )
     assert (companions("alpha_farms"), companions("outlier_ratio"), companions(curve)) == ([], [], [])
     assert [fact(name).needs_text for name in ("alpha_farms", "lamp_quantiles", "wanda_mean", "block_loss:0.5")] == [
         False,

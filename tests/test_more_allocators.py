@@ -1,4 +1,5 @@
-"""DLP, ER, LAMP, global, sensitivity, explicit and the mixed mapping against plain loops, and what they say to bad input."""
+"""DLP, ER, LAMP, global, sensitivity, explicit and the mixed mapping against plain loops, and what they say to bad
+input."""
 
 import json
 from pathlib import Path
@@ -93,7 +94,9 @@ def test_the_floor_protects_a_layer_of_small_weights() -> None:
     table = curve_table("magnitude_quantiles", [magnitude_quantiles(w) for w in weights()])
     assert shares(table, 0.5, "global", floor=0)[2] > 0.95
     assert shares(table, 0.5, "global", floor=0.2)[2] == pytest.approx(0.8)
-    assert max(shares(table, 0.9, "global", floor=0.5)) == pytest.approx(0.9)  # more than 1 - S cannot be kept everywhere
+    assert max(shares(table, 0.9, "global", floor=0.5)) == pytest.approx(
+        0.9
+    )  # more than 1 - S cannot be kept everywhere
     with pytest.raises(BillhookError, match=r"floor.*must be in \[0, 1\)"):
         shares(table, 0.5, "global", floor=1)
 
@@ -143,7 +146,9 @@ def test_block_loss_is_what_pruning_the_block_alone_costs_and_changes_nothing() 
     for layer in find_layers(model):
         if layer.block == 2:
             flat = layer.weight.abs().flatten()
-            layer.weight.copy_(torch.where(layer.weight.abs() > flat.kthvalue(round(0.5 * len(flat))).values, layer.weight, 0))
+            layer.weight.copy_(
+                torch.where(layer.weight.abs() > flat.kthvalue(round(0.5 * len(flat))).values, layer.weight, 0)
+            )
     expected = (evaluate(model, torch.cat(ids)).nll - dense) / dense
     assert table.blocks()[2][0].metrics["block_loss:0.5"] == pytest.approx(expected, rel=1e-5)
 

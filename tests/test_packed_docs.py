@@ -33,11 +33,21 @@ def test_a_benchmark_has_exactly_the_documented_fields(place: Path) -> None:
     done("pack", place / "pruned", "-o", place / "smaller", "--values", "int8")
     cells = ["--batch", "1,2", "--prompt", "4", "--new", "3", "--rounds", "2"]
     printed = done(
-        "bench", place / "small", place / "smaller", "--against", place / "pruned", *cells, "--picture", place / "x.svg", "--json"
+        "bench",
+        place / "small",
+        place / "smaller",
+        "--against",
+        place / "pruned",
+        *cells,
+        "--picture",
+        place / "x.svg",
+        "--json",
     ).json
     check_fields("bench --json", printed)
     assert [model["name"] for model in printed["models"]] == ["pruned", "small", "smaller"]
-    assert [[(c["batch"], c["prompt"]) for c in model["cells"]] for model in printed["models"]] == [[(1, 4), (2, 4)]] * 3
+    assert [[(c["batch"], c["prompt"]) for c in model["cells"]] for model in printed["models"]] == [
+        [(1, 4), (2, 4)]
+    ] * 3
     dense, small, smaller = printed["models"]
     assert smaller["file_bytes"] < small["file_bytes"] < dense["file_bytes"]
     assert dense["sparsity"] is None

@@ -1,4 +1,5 @@
-"""Reading packed files that a disk, a network or a stranger has changed: the same result, or a BillhookError, and nothing else."""
+"""Reading packed files that a disk, a network or a stranger has changed: the same result, or a BillhookError, and
+nothing else."""
 
 import json
 import shutil
@@ -23,11 +24,17 @@ SHARD = "model.packed.safetensors"
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed directory with all there is: values of 2 and 4 bytes, int8 apart; signs, turned layers, dense tensors, other files."""
+    """A packed directory with all there is: values of 2 and 4 bytes, int8 apart; signs, turned layers, dense tensors,
+    other files."""
     folder = tmp_path_factory.mktemp("packed")
     negative = sparse(12, 100, 0.7)
     negative[sparse(12, 100, 0.5, seed=3) == 0] *= -0.0
-    tensors = {"a": sparse(9, 70, 0.6), "h.0.mlp.c_fc.weight": sparse(33, 8, 0.8, torch.float32), "n": negative, "d": torch.ones(2, 3)}
+    tensors = {
+        "a": sparse(9, 70, 0.6),
+        "h.0.mlp.c_fc.weight": sparse(33, 8, 0.8, torch.float32),
+        "n": negative,
+        "d": torch.ones(2, 3),
+    }
     source = directory(folder / "model", tensors, model_type="gpt2")
     (source / "tokenizer.json").write_text("{}")
     pack(source, folder / "packed")
@@ -37,7 +44,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def edit(packed: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of the packed directory after `change(record)`, with a checksum that is right again: what a stranger would make."""
+    """A copy of the packed directory after `change(record)`, with a checksum that is right again: what a stranger would
+    make."""
 
     def edited(change: Callable[[dict[str, Any]], object]) -> Path:
         copy = tmp_path / "edited"
@@ -60,7 +68,10 @@ def refused(path: Path, match: str) -> None:
 
 
 def test_versions_sizes_and_checksums(packed: Path, tmp_path: Path, edit: Callable[..., Path]) -> None:
-    refused(edit(lambda record: record.update(version=2)), r"billhook_packed\.json has version 2; this Billhook reads version 1")
+    refused(
+        edit(lambda record: record.update(version=2)),
+        r"billhook_packed\.json has version 2; this Billhook reads version 1",
+    )
     shutil.rmtree(tmp_path / "edited")
     copy = shutil.copytree(packed / "packed", tmp_path / "copy")
     data = bytearray((copy / SHARD).read_bytes())
@@ -114,8 +125,14 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "absurd shape": (lambda r: r["layers"]["a"].update(shape=[2**40, 2**40]), "a is not the BF16 tensor"),
     "shape of nothing": (lambda r: r["layers"]["a"].update(shape=[0, 70]), "not a record of a packed model"),
     "shape of one": (lambda r: r["layers"]["a"].update(shape=[630]), "not a record of a packed model"),
-    "another shape": (lambda r: r["layers"]["a"].update(shape=[70, 9]), r"a is not the BF16 tensor \[9, 70\] of the dense file"),
-    "turned": (lambda r: r["layers"]["a"].update(transposed=True), r"a\.bitmask is U8 \[9, 16\], expected U8 \[70, 8\]"),
+    "another shape": (
+        lambda r: r["layers"]["a"].update(shape=[70, 9]),
+        r"a is not the BF16 tensor \[9, 70\] of the dense file",
+    ),
+    "turned": (
+        lambda r: r["layers"]["a"].update(transposed=True),
+        r"a\.bitmask is U8 \[9, 16\], expected U8 \[70, 8\]",
+    ),
     "turned maybe": (lambda r: r["layers"]["a"].update(transposed=1), "not a record of a packed model"),
     "another dtype": (lambda r: r["layers"]["a"].update(dtype="F16", values="F16"), "a is not the BF16 tensor"),
     "int8": (lambda r: r["layers"]["a"].update(values="I8"), "a.scales is not there"),
@@ -130,13 +147,18 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "other file outside": (lambda r: r["files"].update({"../../etc/passwd": "0"}), "not a record of a packed model"),
     "header": (lambda r: r["shards"]["model.safetensors"].update(header="{"), "damaged safetensors header"),
     "header with a hole": (
-        lambda r: r["shards"]["model.safetensors"].update(header='{"a":{"dtype":"U8","shape":[1],"data_offsets":[5,6]}}'),
+        lambda r: r["shards"]["model.safetensors"].update(
+            header='{"a":{"dtype":"U8","shape":[1],"data_offsets":[5,6]}}'
+        ),
         "damaged safetensors header at a",
     ),
     "no header": (lambda r: r["shards"]["model.safetensors"].pop("header"), "not a record of a packed model"),
     "no shards": (lambda r: r.update(shards={}), "is in no file"),
     "a list": (lambda r: r.update(layers=[1]), "not a record of a packed model"),
-    "another sha256": (lambda r: r["shards"]["model.safetensors"].update(sha256="0"), "does not give the file that was packed"),
+    "another sha256": (
+        lambda r: r["shards"]["model.safetensors"].update(sha256="0"),
+        "does not give the file that was packed",
+    ),
 }
 
 
@@ -153,9 +175,11 @@ def mutate(data: bytes, draw: Callable[..., Any]) -> bytes:
     if kind == "flip":
         return data[:at] + bytes([data[at] ^ 1 << draw(st.integers(0, 7))]) + data[at + 1 :]
     some = draw(st.binary(min_size=1, max_size=9))
-    return {"set": data[:at] + some + data[at + len(some) :], "cut": data[:at], "add": data[:at] + some + data[at:]}.get(
-        kind, data[:at] + data[at + len(some) :]
-    )
+    return {
+        "set": data[:at] + some + data[at + len(some) :],
+        "cut": data[:at],
+        "add": data[:at] + some + data[at:],
+    }.get(kind, data[:at] + data[at + len(some) :])
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -181,7 +205,8 @@ def test_any_change_of_any_byte(packed: Path, tmp_path: Path, data: st.DataObjec
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_change_of_the_record_by_a_stranger(packed: Path, tmp_path: Path, data: st.DataObject) -> None:
-    """One value anywhere in the record becomes another, and the checksum is made right: an error or some model, never a crash."""
+    """One value anywhere in the record becomes another, and the checksum is made right: an error or some model, never a
+    crash."""
     folder = tmp_path / "fuzzed"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(tmp_path / "dense", ignore_errors=True)
@@ -194,7 +219,9 @@ def test_any_change_of_the_record_by_a_stranger(packed: Path, tmp_path: Path, da
             break
         place = place[key]
     whole = st.integers(-(2**70), 2**70) | st.sampled_from([0, 1, 63, 64, 65, 2**31, 2**63])
-    place[key] = data.draw(whole | st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(max_size=5) | st.just([]) | st.just({}))
+    place[key] = data.draw(
+        whole | st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(max_size=5) | st.just([]) | st.just({})
+    )
     (folder / PACKED).write_text(json.dumps(record | {"digest": digest(record)}))
     try:
         unpack(folder, tmp_path / "dense")
@@ -204,7 +231,9 @@ def test_any_change_of_the_record_by_a_stranger(packed: Path, tmp_path: Path, da
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_loading_gives_the_same_model_or_an_error(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_loading_gives_the_same_model_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     folder, logits = model_of(tmp_path_factory)
     fuzzed = folder.with_name("fuzzed")
     shutil.rmtree(fuzzed, ignore_errors=True)

@@ -121,7 +121,12 @@ def test_what_is_not_smaller_stays_dense(tmp_path: Path) -> None:
 
 
 def test_tensors_are_aligned_and_masks_stand_first(tmp_path: Path) -> None:
-    tensors = {"b": torch.ones(3, dtype=torch.uint8), "w": sparse(9, 70, 0.6), "x": sparse(7, 65, 0.9, torch.float32), "n": torch.ones(5)}
+    tensors = {
+        "b": torch.ones(3, dtype=torch.uint8),
+        "w": sparse(9, 70, 0.6),
+        "x": sparse(7, 65, 0.9, torch.float32),
+        "n": torch.ones(5),
+    }
     source = directory(tmp_path / "model", tensors)
     pack(source, tmp_path / "packed")
     entries = list(read_shard(tmp_path / "packed" / "model.packed.safetensors").entries.values())
@@ -150,7 +155,9 @@ def test_any_shape_comes_back(
     special = torch.tensor([-0.0, float("nan"), float("inf"), -1e-40, 1e-45, 6e-8])
     for number in range(seed % 5):
         weight[number * 7 % rows, number * 31 % columns] = special[(seed + number) % len(special)]
-    source = directory(folder / "model", {"big": torch.zeros(64, 64), "w": weight.to(dtype), "t": torch.zeros(3, 2, columns)})
+    source = directory(
+        folder / "model", {"big": torch.zeros(64, 64), "w": weight.to(dtype), "t": torch.zeros(3, 2, columns)}
+    )
     pack(source, folder / "packed")
     assert listing(unpack(folder / "packed", folder / "dense")) == listing(source)
     shutil.rmtree(folder)
@@ -163,7 +170,9 @@ def test_int8_rounds_as_said(group: int | None, transposed: bool, tmp_path: Path
     weight[3] = 0
     weight[4, 7] = 50.0  # an outlier makes the rest of its row, or group, coarse
     stored = weight.T.contiguous() if transposed else weight
-    source = directory(tmp_path / "model", {"h.0.mlp.c_fc.weight": stored}, model_type="gpt2" if transposed else "llama")
+    source = directory(
+        tmp_path / "model", {"h.0.mlp.c_fc.weight": stored}, model_type="gpt2" if transposed else "llama"
+    )
     report = pack(source, tmp_path / "packed", values="int8", group=group)
     back = load_file(unpack(tmp_path / "packed", tmp_path / "dense") / "model.safetensors")["h.0.mlp.c_fc.weight"]
     back = back.T if transposed else back
@@ -221,7 +230,9 @@ def test_pruning_that_leaves_too_much_to_pack_is_not_in_vain(tmp_path: Path) -> 
     assert f"The pruned model is in {tmp_path / 'out.dense'}" in ran.err
     assert billhook.verify(tmp_path / "out.dense").ok
     before = listing(tmp_path / "out.dense")
-    with pytest.raises(BillhookError, match=r"out\.dense is in the way"):  # it may be somebody's model, whatever --overwrite says of out
+    with pytest.raises(
+        BillhookError, match=r"out\.dense is in the way"
+    ):  # it may be somebody's model, whatever --overwrite says of out
         billhook.prune(source, sparsity=0.5, criterion="magnitude", output=tmp_path / "out", pack=True, overwrite=True)
     assert listing(tmp_path / "out.dense") == before
     with pytest.raises(BillhookError, match="lie in each other"):
@@ -230,7 +241,8 @@ def test_pruning_that_leaves_too_much_to_pack_is_not_in_vain(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
-    """Packing and unpacking 256 MiB in one tensor takes hardly more memory of its own than 16 MiB; mapped pages of files apart."""
+    """Packing and unpacking 256 MiB in one tensor takes hardly more memory of its own than 16 MiB; mapped pages of
+    files apart."""
     code = (
         "import sys, threading, time, torch\n"
         "from billhook import pack, unpack\n"
@@ -251,7 +263,9 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
         source = directory(tmp_path / name, {"w": weight})
         del weight
         places = [str(tmp_path / f"{name}-{what}") for what in ("packed", "dense")]
-        ran = subprocess.run([sys.executable, "-c", code, str(source), *places], capture_output=True, text=True, check=True)
+        ran = subprocess.run(
+            [sys.executable, "-c", code, str(source), *places], capture_output=True, text=True, check=True
+        )
         peak[name] = int(ran.stdout)
     assert peak["large"] < peak["small"] + 200 * 2**20
 

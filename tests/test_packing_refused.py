@@ -17,7 +17,9 @@ from billhook.packed import packing
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "model")
-    with pytest.raises(BillhookError, match=r"model is a dense model \(the most zeros are in .*%\): packing would not make it smaller"):
+    with pytest.raises(
+        BillhookError, match=r"model is a dense model \(the most zeros are in .*%\): packing would not make it smaller"
+    ):
         pack(source, tmp_path / "packed")
     assert os.listdir(tmp_path) == ["model"]
 
@@ -27,7 +29,10 @@ def test_a_quantized_a_packed_and_an_empty_directory_are_refused(tmp_path: Path)
     with pytest.raises(BillhookError, match=r"q is a quantized checkpoint: pack the unquantized model"):
         pack(source, tmp_path / "out")
     pack(directory(tmp_path / "model", {"w": torch.zeros(64, 64)}), tmp_path / "packed")
-    with pytest.raises(BillhookError, match=r"packed is packed already. To pack it differently, unpack it first: billhook unpack .*packed"):
+    with pytest.raises(
+        BillhookError,
+        match=r"packed is packed already. To pack it differently, unpack it first: billhook unpack .*packed",
+    ):
         pack(tmp_path / "packed", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BillhookError, match=r"empty has no config\.json"):
@@ -72,7 +77,9 @@ def test_other_weights_are_left_out_and_named(tmp_path: Path) -> None:
     (source / "onnx").mkdir()
     (source / "onnx" / "model.onnx").write_bytes(b"graph")
     report = pack(source, tmp_path / "packed")
-    assert report.notes == [f"{n} holds weights outside the checkpoint and was left out." for n in ("onnx/model.onnx", "pytorch_model.bin")]
+    assert report.notes == [
+        f"{n} holds weights outside the checkpoint and was left out." for n in ("onnx/model.onnx", "pytorch_model.bin")
+    ]
     assert sorted(os.listdir(tmp_path / "packed")) == [PACKED, "config.json", "model.packed.safetensors"]
 
 
@@ -95,7 +102,9 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_an_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
     source = directory(tmp_path / "model", {"w": torch.zeros(64, 64)})
     pack(source, tmp_path / "packed")
-    with pytest.raises(BillhookError, match=r"packed exists and is not empty: choose another, or allow replacing it \(--overwrite\)"):
+    with pytest.raises(
+        BillhookError, match=r"packed exists and is not empty: choose another, or allow replacing it \(--overwrite\)"
+    ):
         pack(source, tmp_path / "packed")
     pack(source, tmp_path / "packed", overwrite=True)
     with pytest.raises(BillhookError, match="lie in each other"):

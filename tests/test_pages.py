@@ -1,8 +1,10 @@
-"""Every block of commands or Python in the documentation runs, page by page as a reader would: in one folder, in the order of the page.
+"""Every block of commands or Python in the documentation runs, page by page as a reader would: in one folder, in the
+order of the page.
 
-A comment before a block says what becomes of it: `<!-- run: sh -->`, `<!-- run: python -->`, or `<!-- not run: REASON -->`; blocks that
-other tests read have marks of their own. The folder holds the bundled model and what the pages call MODEL (a tiny model), `text.txt` and
-`other-text.txt`. The examples of docs/cli.md, which are alternatives to each other, are parsed by test_cli instead.
+A comment before a block says what becomes of it: `<!-- run: sh -->`, `<!-- run: python -->`, or `<!-- not run: REASON
+-->`; blocks that other tests read have marks of their own. The folder holds the bundled model and what the pages call
+MODEL (a tiny model), `text.txt` and `other-text.txt`. The examples of docs/cli.md, which are alternatives to each
+other, are parsed by test_cli instead.
 """
 
 import re
@@ -40,9 +42,14 @@ class Block(NamedTuple):
 def blocks(page: Path) -> list[Block]:
     """All fenced blocks of a page in order, without a common indentation."""
     found = re.findall(
-        r"^( *)(?:<!-- ([^\n]*) -->\n+ *)?```(\w*)\n(.*?)\n *```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        r"^( *)(?:<!-- ([^\n]*) -->\n+ *)?```(\w*)\n(.*?)\n *```$",
+        page.read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
     )
-    return [Block(mark, language, re.sub(rf"^{indent}", "", code, flags=re.MULTILINE)) for indent, mark, language, code in found]
+    return [
+        Block(mark, language, re.sub(rf"^{indent}", "", code, flags=re.MULTILINE))
+        for indent, mark, language, code in found
+    ]
 
 
 def of_commands(page: Path) -> list[Block]:

@@ -72,7 +72,9 @@ def test_progress_counts_windows(model, windows):
 
 def test_windows_beyond_the_context(model):
     assert context_length(model.config) == 128
-    with pytest.raises(BillhookError, match="Windows of 129 tokens exceed the model's context of 128: use --length 128 or less"):
+    with pytest.raises(
+        BillhookError, match="Windows of 129 tokens exceed the model's context of 128: use --length 128 or less"
+    ):
         evaluate(model, windows_of(torch.zeros(1, 129, dtype=torch.int64)))
     check_length(model.config, 128)
 

@@ -1,4 +1,5 @@
-"""Plans come back as they were written; patterns, checks and whole numbers of zeros; every malformed plan is one clear error."""
+"""Plans come back as they were written; patterns, checks and whole numbers of zeros; every malformed plan is one clear
+error."""
 
 import json
 import math
@@ -14,7 +15,13 @@ from billhook.plan import Pattern, SparsityPlan, load_plan
 
 relaxed = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SHAPES = {"a": (4, 8), "b": (6, 8)}
-FILE = {"version": 1, "target": 0.5, "pattern": "unstructured", "sparsity": {"a": 0.5, "b": 0.5}, "made_by": {"allocator": "uniform"}}
+FILE = {
+    "version": 1,
+    "target": 0.5,
+    "pattern": "unstructured",
+    "sparsity": {"a": 0.5, "b": 0.5},
+    "made_by": {"allocator": "uniform"},
+}
 
 
 def plan(pattern: str = "unstructured", target: float = 0.5, **sparsity: float) -> SparsityPlan:
@@ -49,7 +56,24 @@ def test_patterns(text, keep, of):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "2", "2:", ":4", "4:4", "0:4", "5:4", "2:4:8", "-1:4", "2.0:4", "two:four", "2 : 4", "٢:٤", "1:1025", "9" * 5000 + ":4"]
+    "text",
+    [
+        "",
+        "2",
+        "2:",
+        ":4",
+        "4:4",
+        "0:4",
+        "5:4",
+        "2:4:8",
+        "-1:4",
+        "2.0:4",
+        "two:four",
+        "2 : 4",
+        "٢:٤",
+        "1:1025",
+        "9" * 5000 + ":4",
+    ],
 )
 def test_what_is_no_pattern(text):
     with pytest.raises(BillhookError, match=r"neither 'unstructured' nor N:M") as caught:
@@ -58,7 +82,10 @@ def test_what_is_no_pattern(text):
 
 
 def test_a_plan_for_another_model_is_refused():
-    with pytest.raises(BillhookError, match=r"2 of its layers are not in the plan and 2 of the plan's are not in the model \(first: x1\)"):
+    with pytest.raises(
+        BillhookError,
+        match=r"2 of its layers are not in the plan and 2 of the plan's are not in the model \(first: x1\)",
+    ):
         plan().check({"x1": (4, 8), "x2": (4, 8)})
     with pytest.raises(BillhookError, match=r"1 of its layers are not in the plan and 0 .*first: c"):
         plan().check(SHAPES | {"c": (4, 8)})
@@ -78,7 +105,9 @@ def test_groups_that_do_not_fit_are_named():
     plan("2:4").check(SHAPES)
     plan("2:4", a=0.25, b=0.75).check(SHAPES)
     plan("2:4", a=0, b=1).check(SHAPES)
-    with pytest.raises(BillhookError, match=r"2:4 is impossible for b: its 9 columns do not divide by 4\. Leave it out with --ignore b"):
+    with pytest.raises(
+        BillhookError, match=r"2:4 is impossible for b: its 9 columns do not divide by 4\. Leave it out with --ignore b"
+    ):
         plan("2:4").check(SHAPES | {"b": (6, 9)})
     with pytest.raises(BillhookError, match=r"b: sparsity 0\.6 is not a multiple of 1/4, which pattern 2:4 needs"):
         plan("2:4", a=0.5, b=0.6).check(SHAPES)
@@ -124,7 +153,9 @@ def test_malformed_plans(change, message, tmp_path):
 
 
 def test_a_plan_edited_by_hand_needs_little(tmp_path):
-    (tmp_path / "plan.json").write_text(json.dumps({"version": 1, "target": 0, "pattern": "unstructured", "sparsity": {"a": 0, "b": 1}}))
+    (tmp_path / "plan.json").write_text(
+        json.dumps({"version": 1, "target": 0, "pattern": "unstructured", "sparsity": {"a": 0, "b": 1}})
+    )
     assert load_plan(tmp_path / "plan.json").sparsity == {"a": 0.0, "b": 1.0}
 
 

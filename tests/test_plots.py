@@ -1,4 +1,5 @@
-"""Pictures: every kind is written, says what it shows, and refuses what it cannot draw. Whether they are good, eyes must judge."""
+"""Pictures: every kind is written, says what it shows, and refuses what it cannot draw. Whether they are good, eyes
+must judge."""
 
 import json
 import re
@@ -33,7 +34,13 @@ def run(*arguments: object, code: int = 0) -> dict:
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     rows = [
-        Row(f"blocks.{b}.{kind}", b, kind, (8, 8), {"alpha_peak": 2.0 + b + i, "outlier_ratio:5": 1.0 + b, "alpha_peak_ks": 0.1})
+        Row(
+            f"blocks.{b}.{kind}",
+            b,
+            kind,
+            (8, 8),
+            {"alpha_peak": 2.0 + b + i, "outlier_ratio:5": 1.0 + b, "alpha_peak_ks": 0.1},
+        )
         for b in range(4)
         for i, kind in enumerate(("q", "down"))
     ]
@@ -57,7 +64,12 @@ def test_tables_and_plans(table: Path) -> None:
     written = run(table, "--metric", "alpha_peak", "--metric", "outlier_ratio:5", *given, "-o", folder)["pictures"]
     stems = {Path(path).stem for path in written}
     assert stems == {
-        *("alpha_peak-by-depth", "outlier_ratio_5-by-depth", "alpha_peak-against-sparsity", "outlier_ratio_5-against-sparsity"),
+        *(
+            "alpha_peak-by-depth",
+            "outlier_ratio_5-by-depth",
+            "alpha_peak-against-sparsity",
+            "outlier_ratio_5-against-sparsity",
+        ),
         "sparsity-by-depth",
     }
     assert all(Path(path).stat().st_size > 2000 for path in written)
@@ -79,7 +91,14 @@ def test_axes_say_what_they_show(table: Path, metric: str) -> None:
 def test_error_curves_with_and_without_a_plan(tmp_path: Path) -> None:
     curve = tuple(k**2 / 1600 for k in range(41))
     rows = [
-        Row(f"blocks.{b}.{kind}", b, kind, (8, 8), {"loss_share:admm": 1.0 + b}, {"error_curve:admm": curve, "lamp_quantiles": (0.0, 1.0)})
+        Row(
+            f"blocks.{b}.{kind}",
+            b,
+            kind,
+            (8, 8),
+            {"loss_share:admm": 1.0 + b},
+            {"error_curve:admm": curve, "lamp_quantiles": (0.0, 1.0)},
+        )
         for b in range(3)
         for kind in "abcde"
     ]
@@ -101,8 +120,22 @@ def test_error_curves_with_and_without_a_plan(tmp_path: Path) -> None:
 def test_spectra_and_masks(tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("two", 1)):
         tiny.llama(seed).save_pretrained(tmp_path / name)
-    written = run("--model", tmp_path / "one", "--layer", LAYER, "--mask", tmp_path / "one", "--mask", tmp_path / "two", "-o", tmp_path)
-    assert [Path(path).name for path in written["pictures"] if path.endswith("png")] == [f"spectrum-{LAYER}.png", f"mask-{LAYER}.png"]
+    written = run(
+        "--model",
+        tmp_path / "one",
+        "--layer",
+        LAYER,
+        "--mask",
+        tmp_path / "one",
+        "--mask",
+        tmp_path / "two",
+        "-o",
+        tmp_path,
+    )
+    assert [Path(path).name for path in written["pictures"] if path.endswith("png")] == [
+        f"spectrum-{LAYER}.png",
+        f"mask-{LAYER}.png",
+    ]
     assert LAYER in texts(tmp_path / f"mask-{LAYER}.svg")
 
 
@@ -143,7 +176,10 @@ def test_what_cannot_be_drawn_is_said(table: Path, tmp_path: Path) -> None:
         in run(tmp_path / "other.json", "--plan", table.parent / "owl.json", "-o", tmp_path / "none", code=2)["error"]
     )
     tiny.llama().save_pretrained(tmp_path / "model")
-    assert "Did you mean" in run("--model", tmp_path / "model", "--layer", LAYER[:-1], "-o", tmp_path / "none", code=2)["error"]
+    assert (
+        "Did you mean"
+        in run("--model", tmp_path / "model", "--layer", LAYER[:-1], "-o", tmp_path / "none", code=2)["error"]
+    )
     assert not (tmp_path / "none").exists()
     with pytest.raises(BillhookError, match="three positive"):
         plots.spectral_density("w", [1.0, 2.0], {})

@@ -26,8 +26,12 @@ def test_every_preset_is_a_legal_configuration(name: str, table: Path) -> None:
     found = preset(name)
     assert name.startswith(found.allocator)
     assert name.endswith(f"@{100 * found.sparsity:.0f}")
-    assert ALLOCATORS.configure(found.allocator, found.options) == ALLOCATORS.configure(found.allocator, {}) | dict(found.options)
-    assert allocate(Table.load(table), found.sparsity, allocator=found.allocator, **found.options).target == found.sparsity
+    assert ALLOCATORS.configure(found.allocator, found.options) == ALLOCATORS.configure(found.allocator, {}) | dict(
+        found.options
+    )
+    assert (
+        allocate(Table.load(table), found.sparsity, allocator=found.allocator, **found.options).target == found.sparsity
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +62,9 @@ def test_what_is_given_beside_a_preset_wins_and_contradictions_are_refused() -> 
     assert apply("owl/llama@70", "owl", 0.6, {"lam": "0.1"}) == ("owl", 0.6, {"m": 5.0, "lam": "0.1"})
     with pytest.raises(BillhookError, match="is for the allocator owl, not atp"):
         apply("owl/llama@70", "atp", None, {})
-    with pytest.raises(BillhookError, match=r"Unknown preset 'alphapruning/llama-2-7b'.*Did you mean 'alphapruning/llama-2-7b@70'"):
+    with pytest.raises(
+        BillhookError, match=r"Unknown preset 'alphapruning/llama-2-7b'.*Did you mean 'alphapruning/llama-2-7b@70'"
+    ):
         preset("alphapruning/llama-2-7b")
 
 

@@ -1,7 +1,7 @@
 """One run in several processes: the result of one process, and what happens when a process is lost.
 
-The processes are copies of this one, which has loaded torch already, with the variables that torchrun sets; the store is here, as it
-is in torchrun. One test runs torchrun itself.
+The processes are copies of this one, which has loaded torch already, with the variables that torchrun sets; the store
+is here, as it is in torchrun. One test runs torchrun itself.
 """
 
 import json
@@ -52,17 +52,31 @@ class Ran:
 
 
 def together(
-    place: Path, processes: int, *arguments: str, before: Callable[[], None] = lambda: None, ending: bool = False, others: float = 60
+    place: Path,
+    processes: int,
+    *arguments: str,
+    before: Callable[[], None] = lambda: None,
+    ending: bool = False,
+    others: float = 60,
 ) -> Ran:
-    """Run `billhook ARGUMENTS` in several processes, `before` in each of them first. When one ends, the others get `others` seconds, and
-    where `ending`, SIGTERM, as from torchrun."""
+    """Run `billhook ARGUMENTS` in several processes, `before` in each of them first. When one ends, the others get
+    `others` seconds, and where `ending`, SIGTERM, as from torchrun."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     files = [place / f"said.{rank}" for rank in range(processes)]
 
     def work(rank: int) -> None:
         try:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-            os.environ |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+            }
+            os.environ |= {
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_RUN_ID": "test",
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }
             os.chdir(place)
             sys.argv, sys.stderr = ["billhook", *arguments], open(files[rank], "w", buffering=1)  # noqa: SIM115
             before()
@@ -97,7 +111,9 @@ def together(
             os.kill(child, signal.SIGKILL)
             codes[rank] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert first is not None, "no process ended"
-    return Ran([codes[rank] for rank in range(processes)], [file.read_text() for file in files], time.monotonic() - first)
+    return Ran(
+        [codes[rank] for rank in range(processes)], [file.read_text() for file in files], time.monotonic() - first
+    )
 
 
 def done(place: Path, processes: int, *arguments: str) -> Ran:
@@ -113,7 +129,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("criterion", ["sparsegpt", "admm", "gblm"])
 def test_the_result_is_that_of_one_process(place, processes, criterion):
-    """Sums over processes differ in the last bits, so weights may differ by 1e-4 of their size, and near ties may fall the other way."""
+    """Sums over processes differ in the last bits, so weights may differ by 1e-4 of their size, and near ties may fall
+    the other way."""
     fields = (*PRUNE, "--criterion", criterion)
     if not (place / f"{criterion}1").exists():
         done(place, 1, *fields, "-o", f"{criterion}1")
@@ -297,7 +314,13 @@ def test_torchrun_names_the_lost_process(place):
     here = str(Path(__file__).parent)
     code = f"import sys; sys.path.insert(0, {here!r}); import test_ranks as t; t.in_block_one(1, t.die)(); t.main()"
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    ran = subprocess.run([*start, sys.executable, "-c", code, *PRUNE, "-o", "lost"], cwd=place, capture_output=True, text=True, timeout=200)
+    ran = subprocess.run(
+        [*start, sys.executable, "-c", code, *PRUNE, "-o", "lost"],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert ran.returncode != 0
     assert re.search(r"rank\s*:\s*1 .*\n.*exitcode\s*:\s*-9", ran.stderr)  # torchrun's own summary
     assert "billhook, process 0 of 2: Process 1 of 2 was lost: it ended without a word." in ran.stderr

@@ -1,4 +1,5 @@
-"""Tuning what is left of pruned blocks: never worse, zeros fixed, the same twice, and what it says where it cannot help."""
+"""Tuning what is left of pruned blocks: never worse, zeros fixed, the same twice, and what it says where it cannot
+help."""
 
 from itertools import pairwise
 
@@ -21,7 +22,9 @@ def text(windows: int = 16) -> list[torch.Tensor]:
     return list(torch.randint(0, 258, (windows, 24), generator=torch.Generator().manual_seed(0)).split(5))
 
 
-def pruned(refine: Refine | None, windows: int = 16, build=tiny.llama, **options) -> tuple[torch.nn.Module, list[LayerResult]]:
+def pruned(
+    refine: Refine | None, windows: int = 16, build=tiny.llama, **options
+) -> tuple[torch.nn.Module, list[LayerResult]]:
     model = build()
     return model, prune_(model, allocate(measure(model, []), 0.6), batches=text(windows), refine=refine, **options)
 
@@ -83,7 +86,9 @@ def outputs_of_blocks(model: torch.nn.Module, ids: torch.Tensor, given: dict[int
         found.append(given.get(index, output))
         return found[-1]
 
-    hooks = [block.register_forward_hook(lambda _, __, out, i=i: note(i, out)) for i, block in enumerate(model.model.layers)]
+    hooks = [
+        block.register_forward_hook(lambda _, __, out, i=i: note(i, out)) for i, block in enumerate(model.model.layers)
+    ]
     found.append(model(ids).logits)
     for hook in hooks:
         hook.remove()
@@ -154,7 +159,9 @@ def test_norms_are_tuned_only_if_asked() -> None:
     dense = tiny.llama().state_dict()
     for everything in (False, True):
         model, _ = pruned(Refine(epochs=2, everything=everything))
-        changed = [name for name, value in model.state_dict().items() if "norm" in name and not torch.equal(value, dense[name])]
+        changed = [
+            name for name, value in model.state_dict().items() if "norm" in name and not torch.equal(value, dense[name])
+        ]
         assert bool(changed) == everything
         assert "model.norm.weight" not in changed
 
@@ -174,7 +181,9 @@ def test_layers_and_blocks_left_out_stay_as_they_are() -> None:
 def test_experts_left_out_stay_as_they_are() -> None:
     model, dense = tiny.mixtral(), find_layers(tiny.mixtral())
     layers = [layer for layer in find_layers(model) if layer.expert in (0, 2)]
-    results = prune_(model, allocate(measure(model, [], layers=layers), 0.6), batches=text(), layers=layers, refine=Refine(epochs=2))
+    results = prune_(
+        model, allocate(measure(model, [], layers=layers), 0.6), batches=text(), layers=layers, refine=Refine(epochs=2)
+    )
     assert "loss" in results[0].notes[-1]
     for layer, before in zip(find_layers(model), dense, strict=True):
         assert torch.equal(layer.weight, before.weight) == (layer.expert not in (0, 2)), layer.name
@@ -185,7 +194,10 @@ def test_experts_and_few_windows() -> None:
     assert error(model, tiny.mixtral) < error(pruned(None, build=tiny.mixtral)[0], tiny.mixtral)
     few, results = pruned(Refine(epochs=1), windows=7)
     assert "7 calibration windows are fewer than 8" in results[0].notes[0]
-    assert all(torch.equal(a, b) for a, b in zip(few.state_dict().values(), pruned(None, windows=7)[0].state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(few.state_dict().values(), pruned(None, windows=7)[0].state_dict().values(), strict=True)
+    )
 
 
 def test_states_on_disk_give_the_same() -> None:

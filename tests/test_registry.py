@@ -14,7 +14,13 @@ from billhook.registry import Option, Registry, hint, method
 
 @method(paper="a paper", needs=lambda depth, **_: (f"column:{depth}",), group="row")
 def example(
-    table: object, *, rate: float = 0.5, depth: int = 3, fast: bool = True, kind: Literal["a", "b"] = "a", beta: float | None = None
+    table: object,
+    *,
+    rate: float = 0.5,
+    depth: int = 3,
+    fast: bool = True,
+    kind: Literal["a", "b"] = "a",
+    beta: float | None = None,
 ) -> None:
     """An example."""
 
@@ -28,7 +34,9 @@ def test_names_are_listed_without_importing_them():
 
 
 def test_unknown_names_get_the_nearest_and_the_list():
-    with pytest.raises(BillhookError, match=r"Unknown example 'exampel'\. Did you mean 'example'\? There are: example, sample\."):
+    with pytest.raises(
+        BillhookError, match=r"Unknown example 'exampel'\. Did you mean 'example'\? There are: example, sample\."
+    ):
         EXAMPLES.get("exampel")
     with pytest.raises(BillhookError, match=r"Unknown example 'zzz'\. There are"):
         EXAMPLES.get("zzz")
@@ -115,5 +123,7 @@ def test_every_metric_has_its_facts():
         assert sign(name) in (1, -1)
         assert sign(f"{name}:parameter") == sign(name)
         assert callable(METRICS.get(name))
-    with pytest.raises(BillhookError, match=r"Unknown metric 'alfa_peak'\. Did you mean 'alpha_peak'\? There are: alpha_peak"):
+    with pytest.raises(
+        BillhookError, match=r"Unknown metric 'alfa_peak'\. Did you mean 'alpha_peak'\? There are: alpha_peak"
+    ):
         fact("alfa_peak")

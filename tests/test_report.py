@@ -1,4 +1,5 @@
-"""The report of a pruned directory: report.json, model card, page. What a browser makes of the page is in test_report_in_a_browser.py."""
+"""The report of a pruned directory: report.json, model card, page. What a browser makes of the page is in
+test_report_in_a_browser.py."""
 
 import json
 import re
@@ -50,7 +51,11 @@ def test_the_report_counts_what_the_record_says(pruned):
     for block in report["blocks"]:
         rows = [layer for layer in report["layers"] if layer["block"] == block["block"]]
         assert block["sparsity"] == sum(r["zeros"] for r in rows) / sum(r["shape"][0] * r["shape"][1] for r in rows)
-    assert report["files"]["packed_bytes_estimate"] < report["files"]["weights_bytes"] == (pruned / "model.safetensors").stat().st_size
+    assert (
+        report["files"]["packed_bytes_estimate"]
+        < report["files"]["weights_bytes"]
+        == (pruned / "model.safetensors").stat().st_size
+    )
 
 
 def test_the_card_has_metadata_that_the_hub_reads(pruned):
@@ -59,7 +64,14 @@ def test_the_card_has_metadata_that_the_hub_reads(pruned):
     assert "license: apache-2.0\nlanguage: en\n" in head
     assert "library_name: transformers" in head
     assert '- "wanda"' in head
-    for words in ("50.00 %", "arXiv:2306.11695", "arXiv:2310.05175", "AutoModelForCausalLM", "4 windows of 32 tokens", "## Limits"):
+    for words in (
+        "50.00 %",
+        "arXiv:2306.11695",
+        "arXiv:2310.05175",
+        "AutoModelForCausalLM",
+        "4 windows of 32 tokens",
+        "## Limits",
+    ):
         assert words in text, words
     report = load_report(pruned)
     report["model"] = {**report["model"], "name": "owner/name"}
@@ -67,7 +79,15 @@ def test_the_card_has_metadata_that_the_hub_reads(pruned):
 
 
 def test_verify_is_not_disturbed_and_twice_gives_the_same_bytes(place, pruned):
-    prune(place / "model", sparsity=0.5, allocator="owl", calibration=str(place / "text.txt"), samples=4, length=32, output=place / "twin")
+    prune(
+        place / "model",
+        sparsity=0.5,
+        allocator="owl",
+        calibration=str(place / "text.txt"),
+        samples=4,
+        length=32,
+        output=place / "twin",
+    )
     for name in ("report.json", "report.html", "README.md", "billhook.json"):
         assert (place / "twin" / name).read_bytes() == (pruned / name).read_bytes(), name
     before = (pruned / "report.html").read_bytes()
@@ -111,7 +131,10 @@ def test_speed_is_added_from_a_benchmark(place, pruned):
     for _ in range(2):
         text = (pruned / "report.html").read_text()
         packed = next(model for model in found.json["models"] if model["packed"])
-        assert f"{packed['cells'][0]['decode']['median']:,.1f} ({packed['cells'][0]['decode_speedup']['median']:.2f} x)" in text
+        assert (
+            f"{packed['cells'][0]['decode']['median']:,.1f} ({packed['cells'][0]['decode_speedup']['median']:.2f} x)"
+            in text
+        )
         assert found.json["hardware"]["processor"] in text
         done("report", pruned)
 
@@ -184,7 +207,11 @@ def test_a_dense_model_takes_no_evaluation(place):
 def test_a_packed_directory_says_that_it_is_packed_and_takes_evaluations(pruned, tmp_path):
     packed = pack(pruned, tmp_path / "packed")
     report = load_report(packed.output)
-    assert report["files"] == {"packed": True, "weights_bytes": packed.packed_bytes, "packed_bytes_estimate": packed.packed_bytes}
+    assert report["files"] == {
+        "packed": True,
+        "weights_bytes": packed.packed_bytes,
+        "packed_bytes_estimate": packed.packed_bytes,
+    }
     assert "billhook.load" in (packed.output / "README.md").read_text()
     assert "zeros stored like other weights" not in (packed.output / "report.html").read_text()
     (packed.output / "report.json").write_text(json.dumps({**report, "speed": {"note": "added later"}}))

@@ -1,4 +1,5 @@
-"""The page in a real headless Chromium: silent, asking for nothing, usable, accessible, on a desktop, on a phone and on paper."""
+"""The page in a real headless Chromium: silent, asking for nothing, usable, accessible, on a desktop, on a phone and on
+paper."""
 
 import shutil
 from pathlib import Path
@@ -32,7 +33,15 @@ def report(tmp_path_factory) -> Path:
     tiny.save(folder / "model")
     tiny.text_file(folder / "text.txt", copies=60)
     text = str(folder / "text.txt")
-    prune(folder / "model", sparsity=0.5, allocator="alphapruning", calibration=text, samples=4, length=32, output=folder / "pruned")
+    prune(
+        folder / "model",
+        sparsity=0.5,
+        allocator="alphapruning",
+        calibration=text,
+        samples=4,
+        length=32,
+        output=folder / "pruned",
+    )
     questions = Questions(data=text, length=32, limit=4, against=str(folder / "model"))
     add_evaluation(folder / "pruned", assess(folder / "pruned", questions))
     return folder / "pruned" / "report.html"

@@ -44,7 +44,9 @@ def prune_at_random(model, sparsity: float = 0.5, pattern: str = "unstructured")
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+    return {
+        file.relative_to(directory).as_posix(): file.read_bytes() for file in directory.rglob("*") if file.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +135,35 @@ def test_everything_else_is_copied_except_weights_and_an_old_record(tmp_path):
     (source / "modeling_own.py").write_text("x = 1")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates/tool.jinja").write_text("{{ x }}")
-    for name in ("billhook.json", "pytorch_model.bin", "model.onnx", ".hidden", "tf_model.h5", "pytorch_model.bin.index.json"):
+    for name in (
+        "billhook.json",
+        "pytorch_model.bin",
+        "model.onnx",
+        ".hidden",
+        "tf_model.h5",
+        "pytorch_model.bin.index.json",
+    ):
         (source / name).write_text("{}")
     saved = save_pruned(load_model(source), source, tmp_path / "out", texts={"README.md": "# pruned\n"})
     out = contents(tmp_path / "out")
-    assert {"LICENSE", "modeling_own.py", "additional_chat_templates/tool.jinja", "tokenizer.json", "README.md"} <= out.keys()
-    assert not {"billhook.json", "pytorch_model.bin", "model.onnx", ".hidden", "tf_model.h5", "pytorch_model.bin.index.json"} & out.keys()
+    assert {
+        "LICENSE",
+        "modeling_own.py",
+        "additional_chat_templates/tool.jinja",
+        "tokenizer.json",
+        "README.md",
+    } <= out.keys()
+    assert (
+        not {
+            "billhook.json",
+            "pytorch_model.bin",
+            "model.onnx",
+            ".hidden",
+            "tf_model.h5",
+            "pytorch_model.bin.index.json",
+        }
+        & out.keys()
+    )
     assert saved.files.keys() == out.keys() - {"README.md"}  # the card changes when evaluations are added
     assert load_tokenizer(tmp_path / "out") is not None
 
@@ -213,7 +238,9 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         (save.os, "fsync", 1),
     ],
 )
-@pytest.mark.parametrize("error", [FULL, KeyboardInterrupt(), RuntimeError("a bug")], ids=["full disk", "ctrl-c", "bug"])
+@pytest.mark.parametrize(
+    "error", [FULL, KeyboardInterrupt(), RuntimeError("a bug")], ids=["full disk", "ctrl-c", "bug"]
+)
 def test_a_failure_anywhere_leaves_nothing(source, tmp_path, monkeypatch, where, error):
     model = load_model(source)
     record = prune_at_random(model)
@@ -246,10 +273,13 @@ def test_a_failed_replacement_leaves_the_old_output(source, tmp_path, monkeypatc
     assert os.listdir(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize(("room", "message"), [(-8192, "too full: .* needed"), (4096, "The disk is full: .* needs")], ids=["seen", "met"])
+@pytest.mark.parametrize(
+    ("room", "message"), [(-8192, "too full: .* needed"), (4096, "The disk is full: .* needs")], ids=["seen", "met"]
+)
 @pytest.mark.parametrize("kept", [True, False], ids=["layout kept", "layout of transformers"])
 def test_a_disk_that_is_really_full(source, tmp_path, room, message, kept):
-    """Room for less than the weights is seen before anything is written; room for little more is met while writing the rest."""
+    """Room for less than the weights is seen before anything is written; room for little more is met while writing the
+    rest."""
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(file.stat().st_size for file in source.glob("*.safetensors")) + room
@@ -293,7 +323,9 @@ def test_zeros_that_did_not_reach_the_disk_are_an_error(source, tmp_path):
     model = load_model(source)
     record = prune_at_random(model)
     record["layers"]["model.layers.0.mlp.up_proj"]["zeros"] += 1
-    with pytest.raises(JobError, match=r"model.layers.0.mlp.up_proj has 1024 zeros in the files written where the model has 1025"):
+    with pytest.raises(
+        JobError, match=r"model.layers.0.mlp.up_proj has 1024 zeros in the files written where the model has 1025"
+    ):
         save_pruned(model, source, tmp_path / "out", record=record)
     assert os.listdir(tmp_path) == []
 
@@ -305,5 +337,8 @@ def test_experts_are_found_on_disk_piece_by_piece(tmp_path):
     layers = json.loads((out / "billhook.json").read_text())["layers"]
     pieces = layers["model.layers.1.mlp.experts.gate_up_proj.3"]["pieces"]
     assert [piece["tensor"].rpartition("experts.")[2] for piece in pieces] == ["3.w1.weight", "3.w3.weight"]
-    assert layers["model.layers.1.mlp.experts.down_proj.2"]["tensor"] == "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    assert (
+        layers["model.layers.1.mlp.experts.down_proj.2"]["tensor"]
+        == "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    )
     assert verify(out).ok

@@ -1,4 +1,5 @@
-"""Search: schedules are legal and pure, trials agree with real masks, the split is disjoint, interruptions and reruns change nothing."""
+"""Search: schedules are legal and pure, trials agree with real masks, the split is disjoint, interruptions and reruns
+change nothing."""
 
 import json
 from pathlib import Path
@@ -64,7 +65,9 @@ def test_every_knob_is_an_option_with_a_legal_range():
             assert all((value > 0 or knob.falling) and value <= high * (1 + 1e-9) for value in knob.grid(5, target))
             for fraction in (0, 1 / 40, 1):
                 plan = allocate(table, target, allocator=name, **{knob.name: knob.value(fraction, 5, target)})
-                assert (max(plan.sparsity.values()) - min(plan.sparsity.values()) < 1e-9) == (fraction == 0 or name == "global")
+                assert (max(plan.sparsity.values()) - min(plan.sparsity.values()) < 1e-9) == (
+                    fraction == 0 or name == "global"
+                )
 
 
 def test_adaptive_schedule_closes_in_on_the_optimum():
@@ -101,7 +104,8 @@ def test_grid_is_the_published_one():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"), [({"beta": "0.1"}, "leave out --set beta"), ({"betta": "1"}, "betta"), ({"m": "many"}, "m='many'")]
+    ("given", "message"),
+    [({"beta": "0.1"}, "leave out --set beta"), ({"betta": "1"}, "betta"), ({"m": "many"}, "m='many'")],
 )
 def test_given_options_are_checked(given: dict[str, str], message: str, tokens: torch.Tensor):
     with pytest.raises(BillhookError, match=message):
@@ -127,7 +131,8 @@ def test_ladder_agrees_with_selection(group: Any, shape: tuple[int, int]):
 
 @pytest.mark.parametrize("criterion", ["wanda", "magnitude", "gblm", "gradient"])
 def test_a_trial_of_the_first_block_is_a_full_run_of_it(criterion: str, tokens: torch.Tensor):
-    """The first block's inputs are the same whether the others are pruned or not; masks may differ where a row loses one more."""
+    """The first block's inputs are the same whether the others are pruned or not; masks may differ where a row loses
+    one more."""
     task = Task(Request(llama(), 0.5, criterion=criterion, calibration=tokens), ("atp",), "kl", False)
     plan = task.plan(task.space.at("atp", 20))
     first = task.bench.layers[0]
@@ -145,12 +150,16 @@ def test_losses_of_the_dense_model(tokens: torch.Tensor):
     losses = task.bench.losses(0, 6)
     assert max(map(abs, losses.kl)) < 1e-5
     logits = task.bench.model(task.split.heldout[:1]).logits[0, :-1].detach()
-    assert losses.nll[0] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, task.split.heldout[0, 1:])), abs=1e-5)
+    assert losses.nll[0] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits, task.split.heldout[0, 1:])), abs=1e-5
+    )
     task.bench.trial(task.plan(UNIFORM))
     assert min(task.bench.losses(0, 6).kl) > 0
 
 
-def test_divergence_with_a_sum_for_unlikely_tokens_is_a_lower_bound(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
+def test_divergence_with_a_sum_for_unlikely_tokens_is_a_lower_bound(
+    tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+):
     found = {}
     for kept in (8, 258):
         monkeypatch.setattr("billhook.searching.predictions.KEPT", kept)
@@ -181,7 +190,9 @@ def test_several_allocators_and_finalists(tokens: torch.Tensor):
     assert not any(run.stopped for run in result.trials)
     assert 2 <= len(result.full) <= 1 + 2 * len(names)
     assert len(find(llama(), tokens, budget=len(ALL), allocator="all").trials) == 1 + len(ALL)
-    assert {run.candidate.allocator for run in find(llama(), tokens, allocator="global,sensitivity", budget=2).trials} >= {
+    assert {
+        run.candidate.allocator for run in find(llama(), tokens, allocator="global,sensitivity", budget=2).trials
+    } >= {
         "global",
         "sensitivity",
     }
@@ -209,7 +220,14 @@ def test_never_worse_than_uniform(seed: int, objective: str, tokens: torch.Tenso
 def test_the_model_written_is_the_one_scored(finalists: int, tmp_path: Path):
     """Also where a later full run came after the winner's, and after a search that had ended is asked for its model."""
     model, text, out = save(tmp_path / "model"), text_file(tmp_path / "text.txt"), tmp_path / "found"
-    fields: dict[str, Any] = {"allocator": "atp,owl", "calibration": text, "samples": 8, "length": 32, "budget": 4, "output": out}
+    fields: dict[str, Any] = {
+        "allocator": "atp,owl",
+        "calibration": text,
+        "samples": 8,
+        "length": 32,
+        "budget": 4,
+        "output": out,
+    }
     result = search(model, 0.5, finalists=finalists, **fields, save_model=False)
     assert result.model is None
     assert not (out / "model").exists()
@@ -238,7 +256,10 @@ def test_the_model_of_another_search_is_replaced_though_its_plan_is_the_same(tmp
 
 def test_gradients_are_computed_once_and_trials_use_them(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
     made = []
-    monkeypatch.setattr("billhook.searching.trials.compute_gradients", lambda *a, **k: made.append(compute_gradients(*a, **k)) or made[-1])
+    monkeypatch.setattr(
+        "billhook.searching.trials.compute_gradients",
+        lambda *a, **k: made.append(compute_gradients(*a, **k)) or made[-1],
+    )
     monkeypatch.setattr("billhook.pruning.compute_gradients", None)
     model = llama()
     result = find(model, tokens, criterion="gblm", budget=3, finalists=2)
@@ -353,7 +374,9 @@ def test_another_search_is_refused_with_the_reason(tokens: torch.Tensor, tmp_pat
         ({"criterion": "wonda"}, "Did you mean 'wanda'"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_written(changes: dict[str, Any], message: str, tokens: torch.Tensor, tmp_path: Path):
+def test_mistakes_are_found_before_anything_is_written(
+    changes: dict[str, Any], message: str, tokens: torch.Tensor, tmp_path: Path
+):
     with pytest.raises(BillhookError, match=message):
         find(llama(), tokens, output=tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
@@ -373,7 +396,10 @@ def test_minutes_end_the_trials_but_allow_one(tokens: torch.Tensor):
 
 
 def test_differences_are_paired():
-    a, b = Run(Candidate("atp", {}), [1.0, 2.0], [0.0, 0.0], True), Run(UNIFORM, [0.5, 1.0, 9.0], [1.0, 1.0, 1.0], False)
+    a, b = (
+        Run(Candidate("atp", {}), [1.0, 2.0], [0.0, 0.0], True),
+        Run(UNIFORM, [0.5, 1.0, 9.0], [1.0, 1.0, 1.0], False),
+    )
     assert loss_difference(a, b, "kl") == pytest.approx((0.75, 0.25))
     assert loss_difference(a, b, "nll") == pytest.approx((-1.0, 0.0))
 

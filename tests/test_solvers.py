@@ -1,4 +1,5 @@
-"""Reconstruction: optima against enumeration and plain solves, guarantees against the plain mask, and inputs that are no good."""
+"""Reconstruction: optima against enumeration and plain solves, guarantees against the plain mask, and inputs that are
+no good."""
 
 from itertools import combinations
 
@@ -20,7 +21,9 @@ def problem(rows: int, columns: int, seed: int = 0, tokens: int | None = None) -
     """Weights and the Gram matrix, float64, of inputs that share directions and differ in scale by up to 30 times."""
     generator = torch.Generator().manual_seed(seed)
     tokens = tokens or 3 * columns
-    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5 + 0.5 * torch.eye(columns)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5 + 0.5 * torch.eye(
+        columns
+    )
     x = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ mix
     x *= 10 ** (1.5 * torch.rand(columns, generator=generator, dtype=torch.float64))
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64), x.T @ x
@@ -69,7 +72,11 @@ def test_conjugate_gradients_never_lose_to_the_plain_mask(steps: int, monkeypatc
     keep = selection(W, 0.6)(W.abs())
     plain = loss(W, W * keep, H)
     generator = torch.Generator().manual_seed(2)
-    for start in (None, W, 100 * torch.randn(W.shape, generator=generator, dtype=W.dtype)):  # the last is no good at all
+    for start in (
+        None,
+        W,
+        100 * torch.randn(W.shape, generator=generator, dtype=W.dtype),
+    ):  # the last is no good at all
         solution = solve_support(W, H, keep, start, steps)
         assert solution is not None
         assert (loss(W, solution.weight, H) <= plain * (1 + 1e-12)).all()
@@ -93,7 +100,9 @@ def test_the_best_support_is_nearly_found() -> None:
 
 @pytest.mark.parametrize("group, keep_of", [("row", None), ("layer", None), ("row", (2, 4)), ("row", (3, 8))])
 @pytest.mark.parametrize("direct", [True, False])
-def test_the_update_beats_the_mask_alone(group: str, keep_of: tuple[int, int] | None, direct: bool, monkeypatch: Patch) -> None:
+def test_the_update_beats_the_mask_alone(
+    group: str, keep_of: tuple[int, int] | None, direct: bool, monkeypatch: Patch
+) -> None:
     monkeypatch.setattr("billhook.criteria.least_squares.DIRECT", 256 if direct else 0)
     W, gram = problem(24, 64)
     H = damped(gram)
@@ -105,7 +114,8 @@ def test_more_removed_costs_more() -> None:
     W, gram = problem(24, 64)
     H = damped(gram)
     losses = [
-        float(loss(W, admm(W, LayerStats(192, 1, gram=gram), selection(W, s)), H).sum()) for s in (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+        float(loss(W, admm(W, LayerStats(192, 1, gram=gram), selection(W, s)), H).sum())
+        for s in (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
     ]
     assert losses == sorted(losses)
 
@@ -119,7 +129,8 @@ def test_rows_do_not_see_each_other() -> None:
 
 
 def test_float32_against_float64(monkeypatch: Patch) -> None:
-    """Narrow layers are computed in float64 whatever comes in; where they are not, the loss differs in the fifth digit."""
+    """Narrow layers are computed in float64 whatever comes in; where they are not, the loss differs in the fifth
+    digit."""
     W, gram = problem(24, 64)
     H = damped(gram)
     stats = LayerStats(192, 1, gram=gram)
@@ -162,7 +173,9 @@ def test_inputs_that_are_no_good(trouble: str, damping: float) -> None:
         assert (few == 0).sum() == (few[:, 4:9] == 0).sum() == 24
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"rho": 0.0}, {"damping": -1.0}, {"rho": float("inf")}, {"aim": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{"steps": 0}, {"rho": 0.0}, {"damping": -1.0}, {"rho": float("inf")}, {"aim": 1.5}]
+)
 def test_options_out_of_range(options: dict[str, float]) -> None:
     W, gram = problem(2, 8)
     with pytest.raises(BillhookError, match="admm"):

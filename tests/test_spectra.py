@@ -1,4 +1,5 @@
-"""Eigenvalues and spectral metrics: closed forms, the published code's results on trained models, properties, degenerate weights."""
+"""Eigenvalues and spectral metrics: closed forms, the published code's results on trained models, properties,
+degenerate weights."""
 
 import json
 import math
@@ -30,7 +31,11 @@ def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 def heavy(rows: int, columns: int, seed: int = 0) -> Tensor:
     """Gaussian with rows and columns scaled by power laws: a heavy-tailed spectrum."""
-    return gaussian(rows, columns, seed) * torch.arange(1, rows + 1)[:, None] ** -0.7 * torch.arange(1, columns + 1) ** -0.4
+    return (
+        gaussian(rows, columns, seed)
+        * torch.arange(1, rows + 1)[:, None] ** -0.7
+        * torch.arange(1, columns + 1) ** -0.4
+    )
 
 
 # A known matrix
@@ -50,7 +55,9 @@ def test_known_matrix() -> None:
     assert values["alpha_hat"] == pytest.approx(7.66247 * math.log10(99.44276), rel=1e-5)
     assert values["log_norm"] == pytest.approx(math.log10(3075.4157), rel=1e-7)
     assert values["log_spectral_norm"] == pytest.approx(math.log10(99.44276), rel=1e-7)
-    assert values["log_alpha_norm"] == pytest.approx(math.log10(float((eigenvalues(W) ** values["alpha_ks"]).sum())), rel=1e-9)
+    assert values["log_alpha_norm"] == pytest.approx(
+        math.log10(float((eigenvalues(W) ** values["alpha_ks"]).sum())), rel=1e-9
+    )
 
 
 def test_alpha_of_noise_depends_on_the_aspect_ratio() -> None:
@@ -63,7 +70,8 @@ def test_alpha_of_noise_depends_on_the_aspect_ratio() -> None:
 
 @pytest.mark.parametrize("model", ["stories260k", "babyllama-105", "c4gut-llama-8x128", "c4gut-llama-12x128"])
 def test_golden(shared: Path, model: str) -> None:
-    """Alphas to 1e-5 relative; KS distances, differences of numbers near one in the reference's float32, to 1e-5 absolute."""
+    """Alphas to 1e-5 relative; KS distances, differences of numbers near one in the reference's float32, to 1e-5
+    absolute."""
     expected = json.loads((shared / "golden" / model / "reference.json").read_text())["spectra"]
     weights = load_file(shared / "models" / model / "model.safetensors")
     for layer in expected["alpha_mid"]:
@@ -78,7 +86,9 @@ def test_golden(shared: Path, model: str) -> None:
 
 def test_gpt2_alpha_over_depth(shared: Path) -> None:
     weights = load_file(shared / "models" / "gpt2-small-attn-c_proj.safetensors")
-    alphas = [spectral_metrics(weights[f"h.{block}.attn.c_proj.weight"], ["alpha_mid"])["alpha_mid"] for block in range(12)]
+    alphas = [
+        spectral_metrics(weights[f"h.{block}.attn.c_proj.weight"], ["alpha_mid"])["alpha_mid"] for block in range(12)
+    ]
     assert min(alphas) == alphas[0] == pytest.approx(1.33, abs=0.005)
     assert max(alphas) == alphas[10] == pytest.approx(2.22, abs=0.01)
 
@@ -87,7 +97,13 @@ def test_gpt2_alpha_over_depth(shared: Path) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(seeds, st.integers(1, 60), st.integers(1, 200), st.sampled_from([gaussian, heavy]), st.sampled_from([1e-12, 1.0, 1e9]))
+@given(
+    seeds,
+    st.integers(1, 60),
+    st.integers(1, 200),
+    st.sampled_from([gaussian, heavy]),
+    st.sampled_from([1e-12, 1.0, 1e9]),
+)
 def test_gram_is_within_its_bound_of_svd(seed: int, rows: int, columns: int, kind: object, scale: float) -> None:
     W = kind(rows, columns, seed) * scale + scale  # type: ignore[operator]  # a common offset: one dominant direction
     exact, fast = eigenvalues(W, "svd"), eigenvalues(W, "gram")
@@ -113,7 +129,10 @@ def with_singular_values(singular: Tensor) -> Tensor:
 def test_eigenvalues_lost_to_rounding_are_found_again(doubtful: int) -> None:
     """A few by inverse iteration, many by a singular value decomposition; the Gram matrix alone loses them."""
     singular = torch.cat(
-        [torch.logspace(-9, -7, doubtful, dtype=torch.float64), torch.logspace(-5, 0, 200 - doubtful, dtype=torch.float64)]
+        [
+            torch.logspace(-9, -7, doubtful, dtype=torch.float64),
+            torch.logspace(-5, 0, 200 - doubtful, dtype=torch.float64),
+        ]
     )
     W = with_singular_values(singular)
     assert int((eigenvalues(W, "gram") == 0).sum()) >= min(doubtful, 3)
@@ -131,7 +150,9 @@ def test_well_conditioned_weights_need_no_more_than_the_gram_matrix() -> None:
 
 @pytest.mark.parametrize("shape", [(400, 400), (300, 900), (900, 300)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_float32_is_enough_for_alpha(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_float32_is_enough_for_alpha(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     monkeypatch.setattr(eigen, "SINGLE", 300)
     W = heavy(*shape).to(dtype)
     exact, fast = eigenvalues(W.double(), "svd"), eigenvalues(W)
@@ -145,7 +166,9 @@ def test_float32_is_enough_for_alpha(monkeypatch: pytest.MonkeyPatch, shape: tup
 @pytest.mark.parametrize("smallest", [1e-8, 1e-6, 1e-4, 1e-2])
 def test_the_smallest_eigenvalues_beside_a_float32_spectrum(smallest: float) -> None:
     """Below 1e-4 of the largest singular value the float32 Gram matrix does not know them at all."""
-    singular = torch.cat([torch.logspace(math.log10(smallest), -3.2, 6, dtype=torch.float64), torch.linspace(1e-2, 1, 194).double()])
+    singular = torch.cat(
+        [torch.logspace(math.log10(smallest), -3.2, 6, dtype=torch.float64), torch.linspace(1e-2, 1, 194).double()]
+    )
     W = with_singular_values(singular.sort().values).float()
     found, exact = _single(W), eigenvalues(W.double(), "svd")
     assert found is not None
@@ -182,7 +205,9 @@ def test_alpha_ignores_transposition_scale_and_rotation(seed: int, rows: int, co
     names = ["alpha_mid", "alpha_ks", "alpha_peak:repaired", "entropy", "stable_rank"]
     W = heavy(rows, columns, seed)
     expected = spectral_metrics(W, names)
-    assert spectral_metrics(W.T, [*names, "alpha_peak"]) == pytest.approx(spectral_metrics(W, [*names, "alpha_peak"]), rel=1e-6)
+    assert spectral_metrics(W.T, [*names, "alpha_peak"]) == pytest.approx(
+        spectral_metrics(W, [*names, "alpha_peak"]), rel=1e-6
+    )
     assert spectral_metrics(W * 10**decades, names) == pytest.approx(expected, rel=1e-6)
     rotation = torch.linalg.qr(gaussian(rows, rows, seed + 1)).Q
     assert spectral_metrics(rotation @ W, names) == pytest.approx(expected, rel=1e-6)
@@ -224,7 +249,8 @@ WITHOUT_EXPONENT = [
 
 @pytest.mark.parametrize("W", WITHOUT_EXPONENT)
 def test_weights_without_an_exponent(W: Tensor) -> None:
-    """Scale and shape metrics are finite; an exponent that does not exist is a named error, never NaN, inf or the published 0."""
+    """Scale and shape metrics are finite; an exponent that does not exist is a named error, never NaN, inf or the
+    published 0."""
     values = spectral_metrics(W, ["entropy", "stable_rank", "spectral_norm", "frobenius_sq"])
     assert all(math.isfinite(v) for v in values.values())
     for name in ALPHAS:
@@ -258,7 +284,9 @@ def test_rank_deficient_equals_its_own_full_rank_part() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(seeds, st.integers(3, 30), st.integers(3, 30), st.floats(0, 0.9))
-def test_pruned_weights_give_finite_values_or_a_named_error(seed: int, rows: int, columns: int, sparsity: float) -> None:
+def test_pruned_weights_give_finite_values_or_a_named_error(
+    seed: int, rows: int, columns: int, sparsity: float
+) -> None:
     W = heavy(rows, columns, seed)
     W = torch.where(torch.rand(W.shape, generator=torch.Generator().manual_seed(seed)) < sparsity, 0, W)
     for name in SPECTRAL:

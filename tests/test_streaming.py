@@ -1,4 +1,5 @@
-"""One block in memory at a time: the same bytes as with the model in memory as a whole, for every family and every way to a result."""
+"""One block in memory at a time: the same bytes as with the model in memory as a whole, for every family and every way
+to a result."""
 
 import json
 from pathlib import Path
@@ -21,7 +22,9 @@ IDS = torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
+    }
 
 
 def in_memory(source: Path, output: Path, **fields) -> Path:
@@ -56,7 +59,9 @@ def source(request, tmp_path_factory) -> Path:
     return path
 
 
-ALSO = [pytest.param(name, marks=pytest.mark.slow) for name in ("magnitude", "sparsegpt")]  # with one family in the fast suite, below
+ALSO = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("magnitude", "sparsegpt")
+]  # with one family in the fast suite, below
 
 
 @pytest.mark.parametrize("criterion", ["wanda", *ALSO])
@@ -79,7 +84,10 @@ def test_every_family_has_the_same_weights_one_block_at_a_time_and_nothing_betwe
         with resident(streamed, index):
             here = {name: value for name, value in streamed.state_dict().items() if not value.is_meta}
             assert here.keys() == {*outside, *(name for name in expected if name.startswith(prefix))}
-            assert all(torch.equal(value, expected[name]) and value.dtype == expected[name].dtype for name, value in here.items())
+            assert all(
+                torch.equal(value, expected[name]) and value.dtype == expected[name].dtype
+                for name, value in here.items()
+            )
         assert all(value.is_meta for value in stream.state(index).values())
     assert streamed.config.to_dict() == whole.config.to_dict()
 
@@ -107,7 +115,9 @@ def test_other_ways_to_a_result(llama, fields, tmp_path):
 def test_masks_made_in_a_wider_type_are_the_same(llama, tmp_path):
     fields = {"sparsity": 0.5, "calibration": IDS, "dtype": "float32"}
     streamed = prune(llama, output=tmp_path / "streamed", **fields).output
-    same_weights = {k: v for k, v in contents(in_memory(llama, tmp_path / "memory", **fields)).items() if k.endswith(".safetensors")}
+    same_weights = {
+        k: v for k, v in contents(in_memory(llama, tmp_path / "memory", **fields)).items() if k.endswith(".safetensors")
+    }
     assert {k: v for k, v in contents(streamed).items() if k.endswith(".safetensors")} == same_weights
 
 
@@ -129,7 +139,9 @@ def test_a_layout_that_cannot_be_kept_is_pruned_in_memory(llama, tmp_path, monke
 @pytest.mark.parametrize("limit", [0.0, 3 * 400 / 2**30, 1.0])
 def test_hidden_states_on_disk_are_those_put_there(limit, tmp_path):
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(2, 5, 10, generator=generator).to(dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)]
+    values = [
+        torch.randn(2, 5, 10, generator=generator).to(dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)
+    ]
     states = States(limit, tmp_path)
     for value in values:
         states.append(value)
@@ -144,7 +156,9 @@ def test_hidden_states_on_disk_are_those_put_there(limit, tmp_path):
 @pytest.mark.parametrize("criterion", ["wanda", "gblm"])
 def test_results_do_not_depend_on_where_hidden_states_are(llama, criterion, tmp_path):
     fields = {"sparsity": 0.5, "calibration": IDS, "batch_size": 2, "criterion": criterion}
-    one, other = (run(prepare(Request(llama, output=tmp_path / f"{gib}", spill_gib=gib, **fields))).output for gib in (0.0, 8.0))
+    one, other = (
+        run(prepare(Request(llama, output=tmp_path / f"{gib}", spill_gib=gib, **fields))).output for gib in (0.0, 8.0)
+    )
     assert contents(one) == contents(other)
 
 

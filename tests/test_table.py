@@ -1,4 +1,5 @@
-"""Tables come back as they were written, and no malformed file gets past the reader or out of it as anything but one error."""
+"""Tables come back as they were written, and no malformed file gets past the reader or out of it as anything but one
+error."""
 
 import json
 import math
@@ -19,7 +20,12 @@ ANYTHING = st.recursive(
     max_leaves=6,
 )
 LINE = {"layer": "w", "block": 0, "kind": "w", "shape": [4, 8], "metrics": {"alpha_peak": 2.0}}
-FILE = {"version": 1, "model": {"name": "m"}, "made_by": {"metrics": ["alpha_peak"]}, "rows": [LINE, LINE | {"layer": "v", "block": 1}]}
+FILE = {
+    "version": 1,
+    "model": {"name": "m"},
+    "made_by": {"metrics": ["alpha_peak"]},
+    "rows": [LINE, LINE | {"layer": "v", "block": 1}],
+}
 
 
 def short(error: BillhookError) -> None:
@@ -43,14 +49,22 @@ def short(error: BillhookError) -> None:
     )
 )
 def test_a_table_comes_back_as_it_was(rows, tmp_path):
-    table = Table(tuple(Row(name, block, "kind", shape, metrics) for name, block, shape, metrics in rows), {"name": "é"}, {"by": 1})
+    table = Table(
+        tuple(Row(name, block, "kind", shape, metrics) for name, block, shape, metrics in rows),
+        {"name": "é"},
+        {"by": 1},
+    )
     table.save(tmp_path / "table.json")
     assert Table.load(tmp_path / "table.json") == table
 
 
 def test_what_a_table_knows():
     table = Table(
-        (Row("b", 1, "w", (2, 3), {"x": 1.0, "y": 2.0}), Row("a", 0, "w", (4, 5), {"x": 3.0}), Row("c", 1, "v", (1, 1), {"x": 0}))
+        (
+            Row("b", 1, "w", (2, 3), {"x": 1.0, "y": 2.0}),
+            Row("a", 0, "w", (4, 5), {"x": 3.0}),
+            Row("c", 1, "v", (1, 1), {"x": 0}),
+        )
     )
     assert table.total == 27
     assert table.shapes == {"b": (2, 3), "a": (4, 5), "c": (1, 1)}
@@ -81,7 +95,10 @@ def test_numbers_that_cannot_be_calculated_with_are_named(bad):
         ({"rows": [LINE | {"shape": [1.5, 8]}]}, "row 0"),
         ({"rows": [LINE | {"block": math.inf}]}, "must be whole positive"),
         ({"rows": [LINE | {"block": -1}]}, "must be whole positive"),
-        ({"rows": [LINE | {"metrics": {"alpha_peak": math.nan}}]}, r"row 0 \(w\): metric alpha_peak must be a finite number, got nan"),
+        (
+            {"rows": [LINE | {"metrics": {"alpha_peak": math.nan}}]},
+            r"row 0 \(w\): metric alpha_peak must be a finite number, got nan",
+        ),
         ({"rows": [LINE | {"metrics": {"alpha_peak": 10**400}}]}, "must be a finite number"),
         ({"rows": [LINE | {"metrics": [1, 2]}]}, "metrics an object"),
         ({"rows": [7]}, "row 0: needs layer"),
@@ -97,7 +114,9 @@ def test_malformed_tables(change, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", "3", '{"version": 1}', "[" * 100_000, '{"rows": ' + "9" * 5000 + "}"], ids=lambda t: t[:12]
+    "text",
+    ["", "{", "[]", "null", "3", '{"version": 1}', "[" * 100_000, '{"rows": ' + "9" * 5000 + "}"],
+    ids=lambda t: t[:12],
 )
 def test_files_that_are_no_table(text, tmp_path):
     (tmp_path / "table.json").write_text(text)
@@ -110,7 +129,11 @@ def test_files_that_are_no_table(text, tmp_path):
 
 
 @relaxed
-@given(key=st.sampled_from(["version", "model", "made_by", "rows", *LINE]), value=ANYTHING, allocator=st.sampled_from(ALLOCATORS.names()))
+@given(
+    key=st.sampled_from(["version", "model", "made_by", "rows", *LINE]),
+    value=ANYTHING,
+    allocator=st.sampled_from(ALLOCATORS.names()),
+)
 def test_whatever_is_in_a_table_it_is_read_or_refused(key, value, allocator, tmp_path):
     content = FILE | {key: value} if key in FILE else FILE | {"rows": [LINE | {key: value}, *FILE["rows"][1:]]}
     (tmp_path / "table.json").write_text(json.dumps(content))

@@ -18,7 +18,11 @@ def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 def heavy(rows: int, columns: int, seed: int = 0) -> Tensor:
     """Gaussian with rows and columns scaled by power laws: a heavy-tailed spectrum."""
-    return gaussian(rows, columns, seed) * torch.arange(1, rows + 1)[:, None] ** -0.7 * torch.arange(1, columns + 1) ** -0.4
+    return (
+        gaussian(rows, columns, seed)
+        * torch.arange(1, rows + 1)[:, None] ** -0.7
+        * torch.arange(1, columns + 1) ** -0.4
+    )
 
 
 def low_rank_plus_noise(size: int, rank: int, seed: int = 0) -> Tensor:
@@ -64,7 +68,9 @@ def test_geometric_spectrum() -> None:
     assert fit_tail(evals, "ks").alpha == pytest.approx(1.41220, abs=5e-6)
 
 
-@pytest.mark.parametrize(("a", "mid", "peak"), [(2, 2.001697, 2.000847), (3, 3.003393, 3.001695), (4, 4.005089, 4.002542)])
+@pytest.mark.parametrize(
+    ("a", "mid", "peak"), [(2, 2.001697, 2.000847), (3, 3.003393, 3.001695), (4, 4.005089, 4.002542)]
+)
 def test_pareto_quantiles(a: float, mid: float, peak: float) -> None:
     assert fit_tail(pareto(a), "mid").alpha == pytest.approx(mid, abs=1e-6)
     assert fit_tail(pareto(a), "peak").alpha == pytest.approx(peak, abs=1e-6)
@@ -109,7 +115,9 @@ def test_every_cut_equals_the_plain_loops_across_blocks_of_cuts() -> None:
         tail, n = values[i:], len(logs) - i
         assert float(alphas[i]) == pytest.approx(float(1 + n / (tail.log() - tail[0].log()).sum()), rel=1e-10)
         steps = torch.arange(n, dtype=torch.float64) / n
-        assert float(distances[i]) == pytest.approx(float((1 - (tail / tail[0]) ** (1 - alphas[i]) - steps).abs().max()), rel=1e-9)
+        assert float(distances[i]) == pytest.approx(
+            float((1 - (tail / tail[0]) ** (1 - alphas[i]) - steps).abs().max()), rel=1e-9
+        )
 
 
 def test_heavier_tail_has_smaller_alpha() -> None:

@@ -48,7 +48,10 @@ def copy_2_4(two_of_four, tmp_path) -> Path:
 
 
 def shard_of(directory: Path, layer: str = LAYER) -> Path:
-    return directory / json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"][f"{layer}.weight"]
+    return (
+        directory
+        / json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"][f"{layer}.weight"]
+    )
 
 
 def edit_weight(directory: Path, change) -> None:
@@ -202,7 +205,10 @@ def test_a_config_that_does_not_load(copy, content):
         (lambda r: r["plan"].update(version=9), "not a plan of version"),
         (lambda r: r["layers"][LAYER].update(tensor="nothing"), f"{LAYER}: its weights are not where"),
         (lambda r: r["layers"][LAYER].update(transposed=True), f"{LAYER}: its weights are not where"),
-        (lambda r: r["layers"][LAYER].update(pieces=[{"tensor": 3, "rows": "all"}]), f"{LAYER}: its weights are not where"),
+        (
+            lambda r: r["layers"][LAYER].update(pieces=[{"tensor": 3, "rows": "all"}]),
+            f"{LAYER}: its weights are not where",
+        ),
         (
             lambda r: r["layers"][LAYER].update(pieces=[{"tensor": f"{LAYER}.weight", "rows": [None]}]),
             f"{LAYER}: its weights are not where",

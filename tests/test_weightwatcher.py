@@ -48,7 +48,9 @@ def test_metrics_are_weightwatchers() -> None:
     weights = [heavy(*shape) for shape in SHAPES]
     for W, theirs in zip(weights, analyzed(weights), strict=True):
         ours = spectral_metrics(W, list(SAME))
-        assert {SAME[name]: value for name, value in ours.items()} == pytest.approx({key: theirs[key] for key in SAME.values()}, rel=1e-5)
+        assert {SAME[name]: value for name, value in ours.items()} == pytest.approx(
+            {key: theirs[key] for key in SAME.values()}, rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES)

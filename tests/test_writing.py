@@ -1,4 +1,5 @@
-"""Text that a model writes itself: drawn from its own distribution, in every family, the same twice, and what it refuses."""
+"""Text that a model writes itself: drawn from its own distribution, in every family, the same twice, and what it
+refuses."""
 
 import pytest
 import tiny
@@ -125,7 +126,17 @@ def test_a_file_of_both_texts_is_read_by_prune(tmp_path, monkeypatch) -> None:
     done("write", "model", *text, "--windows", 5, "-o", "both.safetensors")
     assert (tmp_path / "both.safetensors").read_bytes() == again
     pruned = done(
-        "prune", "model", "--criterion", "admm", "--sparsity", 0.5, "--calibration", "both.safetensors", "--output", "out", "--json"
+        "prune",
+        "model",
+        "--criterion",
+        "admm",
+        "--sparsity",
+        0.5,
+        "--calibration",
+        "both.safetensors",
+        "--output",
+        "out",
+        "--json",
     )
     assert pruned.code == 0
     many = done("write", "model", "--windows", 130, "--length", 4, "-o", "own.safetensors")

@@ -1,4 +1,5 @@
-"""Tiny random models and a byte-level tokenizer, built from configuration in a fraction of a second; nothing is downloaded.
+"""Tiny random models and a byte-level tokenizer, built from configuration in a fraction of a second; nothing is
+downloaded.
 
 Weights are random, so nothing here says whether a method is good; it says whether the plumbing is right.
 """
@@ -62,9 +63,14 @@ def tokenizer(context: int = 128) -> PreTrainedTokenizerFast:
 
 
 def save(
-    directory: Path, model: PreTrainedModel | None = None, dtype: torch.dtype = torch.float32, shard: str = "50GB", words: bool = True
+    directory: Path,
+    model: PreTrainedModel | None = None,
+    dtype: torch.dtype = torch.float32,
+    shard: str = "50GB",
+    words: bool = True,
 ) -> Path:
-    """Write a model directory as a user would have it: weights, config, generation config and (with `words`) the tokenizer."""
+    """Write a model directory as a user would have it: weights, config, generation config and (with `words`) the
+    tokenizer."""
     (llama() if model is None else model).to(dtype).save_pretrained(directory, max_shard_size=shard)
     if words:
         tokenizer().save_pretrained(directory)

@@ -1,9 +1,11 @@
-"""Write the generated pages: docs/cli.md from the declarations that --help prints, docs/methods_table.md from the registries.
+"""Write the generated pages: docs/cli.md from the declarations that --help prints, docs/methods_table.md from the
+registries.
 
     python tools/make_docs.py            write both
     python tools/make_docs.py --check    write nothing; exit 1 and name the pages that are not up to date
 
-Options are read off the commands' signatures and not off the printed help, whose layout changes from one version of typer to the next.
+Options are read off the commands' signatures and not off the printed help, whose layout changes from one version of
+typer to the next.
 """
 
 import inspect
@@ -58,13 +60,21 @@ def command_line() -> str:
     parts = [
         "# The command line",
         NOTE,
-        "Exit codes: 0 done, 1 the job failed, 2 wrong usage. With `--json` one JSON object goes to stdout and everything else to stderr; "
+        "Exit codes: 0 done, 1 the job failed, 2 wrong usage. With `--json` one JSON object goes to stdout and "
+        "everything else to stderr; "
         "its fields are in [formats.md](formats.md). `billhook --version` prints the version.",
-        table(["command", "what it does"], [[f"[`billhook {c.name}`](#billhook-{c.name})", _doc(c.callback)] for c in commands]),
+        table(
+            ["command", "what it does"],
+            [[f"[`billhook {c.name}`](#billhook-{c.name})", _doc(c.callback)] for c in commands],
+        ),
     ]
     for command in commands:
         assert command.callback is not None
-        parts += [f"## billhook {command.name}", _doc(command.callback), *_parameters(str(command.name), command.callback)]
+        parts += [
+            f"## billhook {command.name}",
+            _doc(command.callback),
+            *_parameters(str(command.name), command.callback),
+        ]
         parts += [f"```sh\n{_examples(command.epilog or '')}\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -78,14 +88,22 @@ def _parameters(name: str, command: Callable[..., Any]) -> Iterator[str]:
         if isinstance(info, ArgumentInfo):
             arguments.append((info.metavar or parameter.name.upper(), str(info.help)))
         else:
-            options.append([_flags(parameter.name, kind, info, value), _text(info.help, kind), _default(parameter.default)])
+            options.append(
+                [_flags(parameter.name, kind, info, value), _text(info.help, kind), _default(parameter.default)]
+            )
     yield f"`billhook {' '.join([name, *(name for name, _ in arguments)])} [OPTIONS]`"
-    yield table(["argument", "meaning"], [[f"`{name}`", meaning] for name, meaning in arguments]) if arguments else "No arguments."
+    yield (
+        table(["argument", "meaning"], [[f"`{name}`", meaning] for name, meaning in arguments])
+        if arguments
+        else "No arguments."
+    )
     yield table(["option", "meaning", "default"], options)
 
 
 def _flags(name: str, kind: Any, info: OptionInfo, value: str) -> str:
-    given = [flag for flag in (info.default, *(info.param_decls or ())) if isinstance(flag, str) and flag.startswith("-")]
+    given = [
+        flag for flag in (info.default, *(info.param_decls or ())) if isinstance(flag, str) and flag.startswith("-")
+    ]
     plain = f"--{name.replace('_', '-')}"
     if kind is bool:
         return ", ".join(f"`{flag}`" for flag in given or (plain, f"--no-{plain[2:]}"))
@@ -95,7 +113,9 @@ def _flags(name: str, kind: Any, info: OptionInfo, value: str) -> str:
 def _text(meaning: Any, kind: Any) -> str:
     """The help text; the values to choose from follow it."""
     inner = _without_none(kind)
-    chosen = ", ".join(f"`{choice}`" for choice in typing.get_args(inner)) if typing.get_origin(inner) is Literal else ""
+    chosen = (
+        ", ".join(f"`{choice}`" for choice in typing.get_args(inner)) if typing.get_origin(inner) is Literal else ""
+    )
     return str(meaning) + (f" One of {chosen}." if chosen else "")
 
 
@@ -125,7 +145,13 @@ def _examples(epilog: str) -> str:
 def methods() -> str:
     """The page of all allocators, criteria, metrics and families."""
     signs = {1: "larger", -1: "smaller"}
-    sources = {"spectrum": "weights", "weight": "weights", "activations": "activations", "loss": "loss on text", "trial": "a trial on text"}
+    sources = {
+        "spectrum": "weights",
+        "weight": "weights",
+        "activations": "activations",
+        "loss": "loss on text",
+        "trial": "a trial on text",
+    }
     metrics = [[f"`{m.name}`", m.summary, signs[m.sign], sources[m.reads], m.paper] for m in FACTS.values()]
     curves = [[f"`{m.name}`", m.summary, sources[m.reads], m.paper] for m in CURVES.values()]
     parts = [
@@ -151,11 +177,23 @@ def _registry(registry: Registry) -> str:
     rows = []
     for name in registry.names():
         options = registry.options(name)
-        listed = ", ".join(f"`{o.name}={'none' if o.default is None else o.default}`" for o in options.values()) or "none"
-        needs = ", ".join(f"`{n}`" for n in registry.needs(name, {o.name: o.default for o in options.values()})) or "nothing"
+        listed = (
+            ", ".join(f"`{o.name}={'none' if o.default is None else o.default}`" for o in options.values()) or "none"
+        )
+        needs = (
+            ", ".join(f"`{n}`" for n in registry.needs(name, {o.name: o.default for o in options.values()}))
+            or "nothing"
+        )
         compares = [registry.group(name)] if registry is CRITERIA else []
         rows.append([f"`{name}`", _doc(registry.get(name)), listed, needs, *compares, registry.paper(name)])
-    header = ["name", "what it does", "options and defaults", "reads", *(["compares within a"] if registry is CRITERIA else []), "source"]
+    header = [
+        "name",
+        "what it does",
+        "options and defaults",
+        "reads",
+        *(["compares within a"] if registry is CRITERIA else []),
+        "source",
+    ]
     return table(header, rows)
 
 

@@ -41,17 +41,27 @@ def numbers() -> tuple[float, dict[str, list[float]]]:
 
 def draw(dense: float, found: dict[str, list[float]], path: Path) -> None:
     """One line a criterion, the dense model as a dashed line, each named where it ends."""
-    plt.rcParams.update({"font.family": "sans-serif", "font.size": 11, "svg.hashsalt": "billhook", "svg.fonttype": "none"})
+    plt.rcParams.update(
+        {"font.family": "sans-serif", "font.size": 11, "svg.hashsalt": "billhook", "svg.fonttype": "none"}
+    )
     figure, axes = plt.subplots(figsize=(7.6, 4.2))
     axes.axhline(dense, color="#666666", linestyle="--", linewidth=1)
-    axes.annotate(f"unpruned model, {dense:.1f}", (SPARSITIES[0], dense), (0, -14), textcoords="offset points", color="#444444")
+    axes.annotate(
+        f"unpruned model, {dense:.1f}", (SPARSITIES[0], dense), (0, -14), textcoords="offset points", color="#444444"
+    )
     for name, values in found.items():
         color, marker = STYLE[name]
         axes.plot(SPARSITIES, values, color=color, marker=marker, linewidth=2, markersize=6)
-        axes.annotate(name, (SPARSITIES[-1], values[-1]), (9, -4), textcoords="offset points", color=color, fontweight="bold")
+        axes.annotate(
+            name, (SPARSITIES[-1], values[-1]), (9, -4), textcoords="offset points", color=color, fontweight="bold"
+        )
     axes.set_yscale("log")
     top = max(max(values) for values in found.values())
-    ticks = [t for t in (5, 7, 10, 12, 15, 20, 25, 30, 40, 50, 70, 100, 150, 200, 300, 500, 1000) if dense * 0.8 <= t <= top * 1.1]
+    ticks = [
+        t
+        for t in (5, 7, 10, 12, 15, 20, 25, 30, 40, 50, 70, 100, 150, 200, 300, 500, 1000)
+        if dense * 0.8 <= t <= top * 1.1
+    ]
     axes.set_yticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
     axes.set_ylim(dense * 0.85, top * 1.2)

@@ -3,13 +3,15 @@
     torchrun --nproc-per-node 2 tools/train_demo_model.py --minutes 95 --out demo --compile   # CPU, one process a core
     python tools/train_demo_model.py --minutes 60 --out demo --device cuda                    # GPU
 
-One visible loop: AdamW, a learning rate keyed on the wall-time budget, held-out bits per byte, checkpoints. `--out` always holds
-a complete Hugging Face directory (bf16), replaced atomically at each checkpoint; `<out>.run/` holds the loss log and the float32
-state that `--resume` continues from. Runs that differ in speed see different numbers of tokens: two runs agree in kind, not in bits.
+One visible loop: AdamW, a learning rate keyed on the wall-time budget, held-out bits per byte, checkpoints. `--out`
+always holds a complete Hugging Face directory (bf16), replaced atomically at each checkpoint; `<out>.run/` holds the
+loss log and the float32 state that `--resume` continues from. Runs that differ in speed see different numbers of
+tokens: two runs agree in kind, not in bits.
 
-Plain AdamW and a high learning rate on purpose: the model is a test bed for pruning, so it should grow the heavy-tailed spectra
-and the outlier features that ordinarily trained models have. On a CPU, two processes of one thread beat one process of two
-threads: they wait for each other once a step, not once an operation, which matters when others use the same cores.
+Plain AdamW and a high learning rate on purpose: the model is a test bed for pruning, so it should grow the heavy-tailed
+spectra and the outlier features that ordinarily trained models have. On a CPU, two processes of one thread beat one
+process of two threads: they wait for each other once a step, not once an operation, which matters when others use the
+same cores.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--device", default="cpu", choices=sorted(DEVICE_DEFAULTS))
     parser.add_argument("--batch", type=int, help="windows a step (8 on cpu, 64 on cuda)")
     parser.add_argument("--lr", type=float, help="peak learning rate (3e-3 on cpu, 4e-3 on cuda)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: a minute at the start, then a fifth faster")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile: a minute at the start, then a fifth faster"
+    )
     parser.add_argument("--resume", action="store_true", help="continue from <out>.run/state.safetensors")
     for name, (value, text) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help=f"{text} ({value})")
@@ -86,7 +90,9 @@ def train_tokenizer(texts: list[str], vocabulary: int, context: int) -> PreTrain
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[SEPARATOR], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=SEPARATOR, eos_token=SEPARATOR, model_max_length=context)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=SEPARATOR, eos_token=SEPARATOR, model_max_length=context
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[torch.Tensor]:
@@ -115,7 +121,9 @@ def build_model(arguments: Namespace, end: int) -> LlamaForCausalLM:
     """A Llama with grouped queries, tied embeddings and fresh weights."""
     torch.manual_seed(arguments.seed)
     shape = {name: getattr(arguments, name) for name in SHAPE}
-    config = LlamaConfig(**shape, bos_token_id=end, eos_token_id=end, head_dim=32, rms_norm_eps=1e-5, tie_word_embeddings=True)
+    config = LlamaConfig(
+        **shape, bos_token_id=end, eos_token_id=end, head_dim=32, rms_norm_eps=1e-5, tie_word_embeddings=True
+    )
     # Compiled plain attention is twice as fast as the fused kernel on a CPU, and slower on a GPU.
     attention = "eager" if arguments.device == "cpu" and arguments.compile else "sdpa"
     return LlamaForCausalLM._from_config(config, attn_implementation=attention).to(arguments.device)
@@ -235,7 +243,9 @@ def read_corpus(arguments: Namespace) -> Corpus:
     return Corpus(tokenizer, encoded, windows, held_out_bytes / len(stream), facts)
 
 
-def checkpoint(arguments: Namespace, corpus: Corpus, model: LlamaForCausalLM, optimizer: AdamW, progress: dict, row: dict) -> None:
+def checkpoint(
+    arguments: Namespace, corpus: Corpus, model: LlamaForCausalLM, optimizer: AdamW, progress: dict, row: dict
+) -> None:
     """Measure on held-out text, then write the model directory and the state to resume from."""
     # An eighth of the held-out text is enough for the curve; the last number is on all of it.
     windows = corpus.held_out if progress["seconds"] >= 60 * arguments.minutes else corpus.held_out[::8]
@@ -274,7 +284,12 @@ def train(arguments: Namespace, corpus: Corpus, rank: int, world: int) -> None:
 
         due = elapsed >= min(next_checkpoint, 60 * arguments.minutes)
         if due or step % 50 == 0:
-            row = {"step": step, "minutes": round(elapsed / 60, 2), "tokens": step * batch.numel(), "loss": round(recent.item(), 4)}
+            row = {
+                "step": step,
+                "minutes": round(elapsed / 60, 2),
+                "tokens": step * batch.numel(),
+                "loss": round(recent.item(), 4),
+            }
             with (arguments.run / f"log.{rank}.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(row) + "\n")
             next_checkpoint = elapsed + 60 * arguments.checkpoint_minutes if due else next_checkpoint

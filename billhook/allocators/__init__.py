@@ -1,4 +1,5 @@
-"""Allocators: functions `(table, target, *, options) -> {layer: sparsity}`. Arithmetic on a table; no model, no torch."""
+"""Allocators: functions `(table, target, *, options) -> {layer: sparsity}`. Arithmetic on a table; no model, no
+torch."""
 
 import math
 from collections.abc import Mapping
@@ -31,18 +32,25 @@ AUTO = "auto"  # no arithmetic: tries plans on the model (`billhook.searching.au
 
 
 def allocate(
-    table: Table, sparsity: float | None, *, allocator: str = "uniform", pattern: str | Pattern = "unstructured", **options: Any
+    table: Table,
+    sparsity: float | None,
+    *,
+    allocator: str = "uniform",
+    pattern: str | Pattern = "unstructured",
+    **options: Any,
 ) -> SparsityPlan:
     """Decide how much each layer of `table` loses.
 
-    `sparsity` is the parameter-weighted mean to reach, in [0, 1); with an N:M pattern it may be None and must otherwise be 1 - N/M.
-    `options` are the allocator's own (numbers, or strings as typed on a command line). An allocator that gives layers different
-    sparsities gives them, under N:M, different N with the same M, whose average is the pattern's N (largest remainder).
-    Raises BillhookError for an unknown allocator or option, an illegal value, or a column the table lacks.
+    `sparsity` is the parameter-weighted mean to reach, in [0, 1); with an N:M pattern it may be None and must otherwise
+    be 1 - N/M. `options` are the allocator's own (numbers, or strings as typed on a command line). An allocator that
+    gives layers different sparsities gives them, under N:M, different N with the same M, whose average is the pattern's
+    N (largest remainder). Raises BillhookError for an unknown allocator or option, an illegal value, or a column the
+    table lacks.
     """
     if allocator == AUTO:
         raise BillhookError(
-            "auto tries plans on a model: it is an allocator of billhook prune and compare. From a table alone, curves does its arithmetic."
+            "auto tries plans on a model: it is an allocator of billhook prune and compare. From a table alone, "
+            "curves does its arithmetic."
         )
     pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
     target = check_budget(sparsity, pattern)
@@ -50,7 +58,12 @@ def allocate(
     shares = ALLOCATORS.get(allocator)(table, target, **configured)
     if pattern.structured:
         shares = _whole_groups(table, shares, pattern)
-    made_by = {"allocator": allocator, "options": configured, "paper": ALLOCATORS.paper(allocator), "model": table.model}
+    made_by = {
+        "allocator": allocator,
+        "options": configured,
+        "paper": ALLOCATORS.paper(allocator),
+        "model": table.model,
+    }
     read = [name for name in ALLOCATORS.needs(allocator, configured) if name in table.columns()]
     made_by["metrics"] = {name: dict(zip(table.shapes, table.column(name), strict=True)) for name in read}
     if any(map(of_weights, read)) and (spectra := shown(table)):
@@ -63,14 +76,18 @@ def allocate(
 
 
 def check_budget(sparsity: float | None, pattern: Pattern) -> float:
-    """The global sparsity meant by `sparsity` and `pattern` together; raises BillhookError when they disagree or it is missing."""
+    """The global sparsity meant by `sparsity` and `pattern` together; raises BillhookError when they disagree or it is
+    missing."""
     if not pattern.structured:
         if sparsity is None:
             raise BillhookError("Say how much to remove: --sparsity 0.5 removes half of the weights.")
         return check_target(sparsity)
     implied = 1 - pattern.keep / pattern.of  # type: ignore[operator]
     if sparsity is not None and abs(check_target(sparsity) - implied) > 1e-6:
-        raise BillhookError(f"Pattern {pattern} keeps {pattern.keep} of every {pattern.of}: its sparsity is {implied:g}, not {sparsity:g}.")
+        raise BillhookError(
+            f"Pattern {pattern} keeps {pattern.keep} of every {pattern.of}: its sparsity is {implied:g}, not "
+            f"{sparsity:g}."
+        )
     return implied
 
 
@@ -78,5 +95,7 @@ def _whole_groups(table: Table, shares: Mapping[str, float], pattern: Pattern) -
     """Round each layer's sparsity to a multiple of 1/of, keeping the total as near the budget as layer sizes allow."""
     of = pattern.of
     assert of is not None
-    removed = whole_numbers([of * shares[row.layer] for row in table], [of] * len(table.rows), [row.n / of for row in table])
+    removed = whole_numbers(
+        [of * shares[row.layer] for row in table], [of] * len(table.rows), [row.n / of for row in table]
+    )
     return {row.layer: k / of for row, k in zip(table, removed, strict=True)}

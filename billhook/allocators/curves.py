@@ -1,15 +1,15 @@
 """curves: the sparsities of all layers that cost least together, by measured error curves of the criterion that prunes.
 
-The table's column `error_curve:CRITERION` (`billhook.measuring.error_curves`) says how far pruning moves each layer's output at every
-sparsity, and `loss_share:CRITERION` (`billhook.searching.loss_shares`) what that cost the model in a run in which all layers lost the same.
-The cost of layer l is
+The table's column `error_curve:CRITERION` (`billhook.measuring.error_curves`) says how far pruning moves each layer's
+output at every sparsity, and `loss_share:CRITERION` (`billhook.searching.loss_shares`) what that cost the model in a
+run in which all layers lost the same. The cost of layer l is
 
     loss_l(s) = loss_share_l * error_l(s) / error_l(MIDDLE)
 
-Losses are added, each is replaced by its lower convex hull, and the sum is minimized under the budget: weights are removed
-where the next one costs least, hull segment by hull segment, which is the exact optimum of the hulls (Lagrange). `strength` goes from
-uniform (0) to that optimum (1). It does not know how the shares change when the plan does: `billhook prune --allocator auto` measures
-them again under the plan, and tries the result on held-out text.
+Losses are added, each is replaced by its lower convex hull, and the sum is minimized under the budget: weights are
+removed where the next one costs least, hull segment by hull segment, which is the exact optimum of the hulls
+(Lagrange). `strength` goes from uniform (0) to that optimum (1). It does not know how the shares change when the plan
+does: `billhook prune --allocator auto` measures them again under the plan, and tries the result on held-out text.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,8 @@ def curves(table: Table, target: float, *, criterion: str = "admm", strength: fl
     shares = table.column(f"loss_share:{criterion}")
     whole = max(*shares, 1e-300)
     losses = [
-        [max(share, 0.0) / whole * e / max(at(curve, MIDDLE), LEAST) for e in curve] for curve, share in zip(errors, shares, strict=True)
+        [max(share, 0.0) / whole * e / max(at(curve, MIDDLE), LEAST) for e in curve]
+        for curve, share in zip(errors, shares, strict=True)
     ]
     best = cheapest(losses, [row.n for row in table], target, max(CEILING, target))
     return {row.layer: target + strength * (s - target) for row, s in zip(table, best, strict=True)}
@@ -50,13 +51,16 @@ def at(curve: Sequence[float], s: float) -> float:
 
 
 def cheapest(curves: Sequence[Sequence[float]], n: Sequence[int], target: float, ceiling: float = 1.0) -> list[float]:
-    """Minimize the sum of the curves' lower convex hulls at s_l <= `ceiling`, with the n-weighted mean of s_l equal to `target`."""
+    """Minimize the sum of the curves' lower convex hulls at s_l <= `ceiling`, with the n-weighted mean of s_l equal to
+    `target`."""
     segments = []
     for layer, curve in enumerate(curves):
         for (a, x), (b, y) in _hull(curve, ceiling):
             segments.append(((y - x) / ((b - a) * n[layer]), layer, a, b))
     shares, left = [0.0] * len(curves), target * sum(n)
-    for _, group in groupby(sorted(segments), key=itemgetter(0)):  # equal prices share what is left, so that equal layers lose the same
+    for _, group in groupby(
+        sorted(segments), key=itemgetter(0)
+    ):  # equal prices share what is left, so that equal layers lose the same
         tied = list(group)
         room = sum((b - a) * n[layer] for _, layer, a, b in tied)
         part = min(1.0, left / room)
@@ -75,7 +79,9 @@ def _hull(curve: Sequence[float], ceiling: float) -> list[tuple[tuple[float, flo
     points.append((ceiling, at(curve, ceiling)))
     hull: list[tuple[float, float]] = []
     for s, value in points:
-        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (s - hull[-1][0]) >= (value - hull[-1][1]) * (hull[-1][0] - hull[-2][0]):
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (s - hull[-1][0]) >= (value - hull[-1][1]) * (
+            hull[-1][0] - hull[-2][0]
+        ):
             hull.pop()
         hull.append((s, value))
     return list(pairwise(hull))

@@ -1,7 +1,8 @@
 """ER (Erdos-Renyi): layers that are small for their number of inputs and outputs stay denser.
 
-Mocanu et al. 2018 (SET, arXiv:1707.04780), as in Evci et al., "Rigging the Lottery" (RigL), ICML 2020, arXiv:1911.11134. It knows
-nothing but shapes: blocks of equal shapes get equal sparsities, and only kinds of layers differ.
+Mocanu et al. 2018 (SET, arXiv:1707.04780), as in Evci et al., "Rigging the Lottery" (RigL), ICML 2020,
+arXiv:1911.11134. It knows nothing but shapes: blocks of equal shapes get equal sparsities, and only kinds of layers
+differ.
 """
 
 from billhook.registry import method
@@ -10,7 +11,8 @@ from billhook.table import Table
 
 @method(paper="Mocanu et al. 2018, arXiv:1707.04780")
 def er(table: Table, target: float) -> dict[str, float]:
-    """density_l = c (in + out) / (in x out), c such that the mean density is 1 - S; layers that would exceed 1 stay dense."""
+    """density_l = c (in + out) / (in x out), c such that the mean density is 1 - S; layers that would exceed 1 stay
+    dense."""
     share = {row.layer: sum(row.shape) / row.n for row in table}
     n = {row.layer: row.n for row in table}
     dense: set[str] = set()

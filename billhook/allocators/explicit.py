@@ -19,9 +19,9 @@ from billhook.table import Table
 def explicit(table: Table, target: float, *, file: str | None = None) -> dict[str, float]:
     """The sparsities of a json `file`, scaled so that the mean is S.
 
-    `{"blocks": [0.5, 0.6, ...]}`: one sparsity per block, all multiplied by one factor (clipped at 1). `{"layers": {PATTERN: 0.5, ...}}`:
-    layers whose kind, exact name or `re:REGEX` is named lose exactly that (the last match counts), all others share what is left of the
-    budget. Without a file the plan is uniform.
+    `{"blocks": [0.5, 0.6, ...]}`: one sparsity per block, all multiplied by one factor (clipped at 1). `{"layers":
+    {PATTERN: 0.5, ...}}`: layers whose kind, exact name or `re:REGEX` is named lose exactly that (the last match
+    counts), all others share what is left of the budget. Without a file the plan is uniform.
     """
     if file is None:
         return dict.fromkeys(table.shapes, target)
@@ -30,7 +30,9 @@ def explicit(table: Table, target: float, *, file: str | None = None) -> dict[st
         return _by_block(table, target, given["blocks"], file)
     if set(given) == {"layers"} and isinstance(given["layers"], dict):
         return _by_pattern(table, target, given["layers"], file)
-    raise BillhookError(f'{file}: the file must hold {{"blocks": [0.5, ...]}} or {{"layers": {{"mlp.down_proj": 0.5, ...}}}}.')
+    raise BillhookError(
+        f'{file}: the file must hold {{"blocks": [0.5, ...]}} or {{"layers": {{"mlp.down_proj": 0.5, ...}}}}.'
+    )
 
 
 def _by_block(table: Table, target: float, given: Any, file: str) -> dict[str, float]:
@@ -51,7 +53,9 @@ def _by_pattern(table: Table, target: float, given: Mapping[str, Any], file: str
         matching = [row.layer for row in table if _matches(pattern, row.layer, row.kind)]
         if not matching:
             known = {row.kind for row in table} | set(table.shapes)
-            raise BillhookError(f"{file}: {pattern!r} matches no layer.{hint(pattern, known)} Name a kind, a layer, or re:REGEX.")
+            raise BillhookError(
+                f"{file}: {pattern!r} matches no layer.{hint(pattern, known)} Name a kind, a layer, or re:REGEX."
+            )
         fixed |= dict.fromkeys(matching, _fraction(s, file))
     sizes = {row.layer: row.n for row in table}
     rest = [name for name in sizes if name not in fixed]

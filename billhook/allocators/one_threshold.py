@@ -1,7 +1,8 @@
 """Global: the scores of all layers compete, and one threshold decides.
 
-The classical form of magnitude pruning (Han et al. 2015, arXiv:1506.02626; Morcos et al. 2019). Scores must be comparable between layers,
-which they are not by nature: a layer of small weights is removed whole, so a floor protects every layer.
+The classical form of magnitude pruning (Han et al. 2015, arXiv:1506.02626; Morcos et al. 2019). Scores must be
+comparable between layers, which they are not by nature: a layer of small weights is removed whole, so a floor protects
+every layer.
 """
 
 from typing import Literal
@@ -21,6 +22,8 @@ def one_threshold(
     At least a share `floor` of every layer is kept, or 1 - S if that is less.
     """
     if not 0 <= floor < 1:
-        raise BillhookError(f"The floor, the share of every layer that is kept at least, must be in [0, 1), got {floor:g}.")
+        raise BillhookError(
+            f"The floor, the share of every layer that is kept at least, must be in [0, 1), got {floor:g}."
+        )
     curves = table.curve(f"{score}_quantiles")
     return dict(zip(table.shapes, cut(curves, [row.n for row in table], target, max(1 - floor, target)), strict=True))

@@ -1,8 +1,9 @@
 """Settings that papers published, by name: `alphapruning/llama-2-7b@70`.
 
-A name is METHOD[/MODEL][/CRITERION]@PER_CENT; without a criterion it is Wanda's. Sources: AlphaPruning's published scripts (its epsilon
-by model and criterion at 70 %), FARMS' scripts (epsilon of its AlphaPruning baseline at 75, 80 and 85 %), OWL's README, DLP's paper.
-They were found for these models on WikiText-2's *test* text; on others they are a start, not an answer.
+A name is METHOD[/MODEL][/CRITERION]@PER_CENT; without a criterion it is Wanda's. Sources: AlphaPruning's published
+scripts (its epsilon by model and criterion at 70 %), FARMS' scripts (epsilon of its AlphaPruning baseline at 75, 80 and
+85 %), OWL's README, DLP's paper. They were found for these models on WikiText-2's *test* text; on others they are a
+start, not an answer.
 """
 
 from collections.abc import Mapping
@@ -48,7 +49,9 @@ def _alphapruning() -> dict[str, Preset]:
             settings += [(per_cent, criterion, epsilon) for per_cent, epsilon in zip((75, 80, 85), higher, strict=True)]
         for per_cent, criterion, epsilon in settings:
             name = f"alphapruning/{model}" + ("" if criterion == "wanda" else f"/{criterion}") + f"@{per_cent}"
-            source = "Lu et al. 2024, published scripts" if per_cent == 70 else "Hu et al. 2025 (FARMS), published scripts"
+            source = (
+                "Lu et al. 2024, published scripts" if per_cent == 70 else "Hu et al. 2025 (FARMS), published scripts"
+            )
             options = {"metric": "alpha_peak", "epsilon": epsilon, "mapping": "block"}
             found[name] = Preset("alphapruning", options, per_cent / 100, criterion, source)
     return found
@@ -58,7 +61,9 @@ PRESETS: dict[str, Preset] = {
     **_alphapruning(),
     "owl/llama@70": Preset("owl", {"m": 5.0, "lam": 0.08}, 0.7, "wanda", "Yin et al. 2024, README"),
     **{
-        f"dlp@{per_cent}": Preset("dlp", {"alpha": alpha, "statistic": "mean"}, per_cent / 100, "wanda", "Chen et al. 2025")
+        f"dlp@{per_cent}": Preset(
+            "dlp", {"alpha": alpha, "statistic": "mean"}, per_cent / 100, "wanda", "Chen et al. 2025"
+        )
         for per_cent, alpha in ((50, 0.04), (60, 0.1), (70, 0.15))
     },
 }
@@ -72,12 +77,16 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def apply(name: str, allocator: str | None, sparsity: float | None, options: Mapping[str, Any]) -> tuple[str, float, dict[str, Any]]:
+def apply(
+    name: str, allocator: str | None, sparsity: float | None, options: Mapping[str, Any]
+) -> tuple[str, float, dict[str, Any]]:
     """Allocator, sparsity and options of a preset, where `options` and `sparsity` given beside it win.
 
     Raises BillhookError when another allocator is asked for.
     """
     found = preset(name)
     if allocator is not None and allocator != found.allocator:
-        raise BillhookError(f"The preset {name} is for the allocator {found.allocator}, not {allocator}: leave out one of them.")
+        raise BillhookError(
+            f"The preset {name} is for the allocator {found.allocator}, not {allocator}: leave out one of them."
+        )
     return found.allocator, found.sparsity if sparsity is None else sparsity, {**found.options, **options}

@@ -1,8 +1,8 @@
 """Sensitivity: blocks that hurt more when they alone are pruned lose less.
 
-The map is AlphaPruning's, over the logarithm of the measured rise of the loss (column `block_loss:TRIAL`), because rises differ by orders
-of magnitude and one sensitive block would leave all others alike. The idea is old (Han et al. 2015 scanned layers one by one). It does
-not know how errors of blocks pruned together add up.
+The map is AlphaPruning's, over the logarithm of the measured rise of the loss (column `block_loss:TRIAL`), because
+rises differ by orders of magnitude and one sensitive block would leave all others alike. The idea is old (Han et al.
+2015 scanned layers one by one). It does not know how errors of blocks pruned together add up.
 """
 
 import math
@@ -17,7 +17,8 @@ NOISE = 1e-3  # a rise of the loss by less than a thousandth says nothing
 
 @method(paper="Han et al. 2015, arXiv:1506.02626", needs=lambda trial, **_: (f"block_loss:{trial:g}",))
 def sensitivity(table: Table, target: float, *, epsilon: float = 0.2, trial: float = 0.6) -> dict[str, float]:
-    """q_i = -ln max(rise_i, 0.001);  r_i = min-max of q to [1 - epsilon, 1 + epsilon];  s_i = min(1, c r_i) with mean S.
+    """q_i = -ln max(rise_i, 0.001);  r_i = min-max of q to [1 - epsilon, 1 + epsilon];  s_i = min(1, c r_i) with mean
+    S.
 
     `trial` is the sparsity at which each block was tried alone; near the target is best.
     """

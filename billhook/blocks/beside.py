@@ -1,18 +1,20 @@
 """The dense model beside the one that is being pruned: how far the same tokens have drifted apart, layer by layer.
 
-A second stream of hidden states passes through every block as it was before it was pruned. The layers of a block come group by group, in
-running order, those of one input together; each group is observed when the ones before it are pruned. Of each it is then known, besides
-the statistics of its inputs X, with X' those of the same tokens in the dense model,
+A second stream of hidden states passes through every block as it was before it was pruned. The layers of a block come
+group by group, in running order, those of one input together; each group is observed when the ones before it are
+pruned. Of each it is then known, besides the statistics of its inputs X, with X' those of the same tokens in the dense
+model,
 
     drift = (X' - X)^T X,    and where a layer's output is added to the residual stream,    stream_drift = (R' - R)^T X
 
-with R the stream that it is added to: what the layer would have to make up for so that the stream comes out as in the dense model.
-Which layers write into the stream is tried: shifting such a layer's output by a hundred times the size of the stream shifts what the block
-returns by as much, whatever norms and products come after it. R' - R is the difference of the block's inputs at the first that writes,
-and of its outputs at one of the last group (less what its own inputs' drift does); none is known between.
+with R the stream that it is added to: what the layer would have to make up for so that the stream comes out as in the
+dense model. Which layers write into the stream is tried: shifting such a layer's output by a hundred times the size of
+the stream shifts what the block returns by as much, whatever norms and products come after it. R' - R is the difference
+of the block's inputs at the first that writes, and of its outputs at one of the last group (less what its own inputs'
+drift does); none is known between.
 
-In memory: the block's prunable weights once more, and hidden states like those of the walk. A block is run twice a group, and mostly not
-to its end. Experts have no drift, because other tokens may be sent to them here and there.
+In memory: the block's prunable weights once more, and hidden states like those of the walk. A block is run twice a
+group, and mostly not to its end. Experts have no drift, because other tokens may be sent to them here and there.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,7 +37,8 @@ _LIKE = 0.1  # relative difference of two shifts that counts as none
 
 
 class Beside:
-    """The dense model's stream beside a walk that changes weights; `hidden` is what enters the next block that it has not passed."""
+    """The dense model's stream beside a walk that changes weights; `hidden` is what enters the next block that it has
+    not passed."""
 
     def __init__(self, hidden: States, spill_gib: float) -> None:
         """`hidden` is what enters the first block."""
@@ -52,7 +55,8 @@ class Beside:
     def stages(
         self, block: nn.Module, layers: list[Layer], statistics: Sequence[str], hidden: States, calls: Sequence[Call]
     ) -> Iterator[Stage]:
-        """The layers of a block in running order, with the statistics of their inputs; to be taken to the end, pruned meanwhile.
+        """The layers of a block in running order, with the statistics of their inputs; to be taken to the end, pruned
+        meanwhile.
 
         The block is dense at first, and this stream has passed through it, as it was, at the end.
         """
@@ -96,14 +100,17 @@ def _is_writer(block: nn.Module, layer: Layer, hidden: Tensor, call: Call) -> bo
 
 
 class _Pair:
-    """Statistics of one input of a block in both streams; `written` says at which end of the block the streams are compared."""
+    """Statistics of one input of a block in both streams; `written` says at which end of the block the streams are
+    compared."""
 
     def __init__(self, layer: Layer, statistics: Sequence[str], written: str | None) -> None:
         self._layer, self._written = layer, written
         self._collector = Collector(tuple(statistics), layer.shape[1], layer.weight.device)
         self._sum = torch.zeros(layer.shape, device=layer.weight.device) if written else None
 
-    def add(self, block: nn.Module, dense: Iterable[tuple[Tensor, Tensor]], streams: tuple[Tensor, Tensor], call: Call) -> None:
+    def add(
+        self, block: nn.Module, dense: Iterable[tuple[Tensor, Tensor]], streams: tuple[Tensor, Tensor], call: Call
+    ) -> None:
         """Take in a batch; `streams` are the inputs of the dense and of the pruned block."""
         whole, ends = self._written == "end", list(streams)
         with _values(dense), noting([self._layer], whole) as there:

@@ -1,7 +1,8 @@
-"""Hidden states of the calibration text between two blocks, one tensor a batch: in memory, or on disk where they are too large.
+"""Hidden states of the calibration text between two blocks, one tensor a batch: in memory, or on disk where they are
+too large.
 
-What does not fit the limit lies in one temporary file without a name (in TMPDIR or a given folder), which is gone with the process,
-however it ends.
+What does not fit the limit lies in one temporary file without a name (in TMPDIR or a given folder), which is gone with
+the process, however it ends.
 """
 
 import os
@@ -20,13 +21,16 @@ SPILL_GIB = 8.0
 
 
 class States:
-    """A list of tensors, of which those beyond `limit_gib` GiB are on disk; a tensor may be replaced by one of the same size."""
+    """A list of tensors, of which those beyond `limit_gib` GiB are on disk; a tensor may be replaced by one of the same
+    size."""
 
     def __init__(self, limit_gib: float = SPILL_GIB, folder: Path | None = None) -> None:
         self._limit = limit_gib * 2**30
         self._folder = folder
         self._kept: list[Tensor | None] = []
-        self._places: list[tuple[int, Tensor, torch.device]] = []  # where a tensor is in the file, one like it without values, its device
+        self._places: list[
+            tuple[int, Tensor, torch.device]
+        ] = []  # where a tensor is in the file, one like it without values, its device
         self._bytes = 0
         self._file: IO[bytes] | None = None
 
@@ -34,7 +38,9 @@ class States:
         """Add a tensor at the end."""
         place = self._bytes
         self._bytes += value.nbytes
-        self._places.append((place, torch.empty_like(value, device="meta", memory_format=torch.contiguous_format), value.device))
+        self._places.append(
+            (place, torch.empty_like(value, device="meta", memory_format=torch.contiguous_format), value.device)
+        )
         self._kept.append(None)
         self[len(self) - 1] = value
 

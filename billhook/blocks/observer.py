@@ -1,8 +1,8 @@
 """Watch what enters the layers of a block while the block runs, and feed it to their statistics.
 
-Linear modules are watched by hooks. Experts are slices of a 3-D parameter without a module of their own: their products are seen as they
-pass through torch, the slice being known by its place in memory. Layers that share one input tensor (query, key and value; gate and
-up) share one collector, so no statistic is computed twice.
+Linear modules are watched by hooks. Experts are slices of a 3-D parameter without a module of their own: their products
+are seen as they pass through torch, the slice being known by its place in memory. Layers that share one input tensor
+(query, key and value; gate and up) share one collector, so no statistic is computed twice.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -25,8 +25,9 @@ class _Seen(Exception):
 class Observer(TorchFunctionMode):
     """Feeds every layer's inputs to a collector while a block runs; entered once a batch.
 
-    Unless the block's output is `wanted`, a pass ends as soon as the last layer's input is known (the first pass finds out which that
-    is), which saves that layer's product. `drift` among the statistics is passed over: it is of two streams, and this sees one.
+    Unless the block's output is `wanted`, a pass ends as soon as the last layer's input is known (the first pass finds
+    out which that is), which saves that layer's product. `drift` among the statistics is passed over: it is of two
+    streams, and this sees one.
     """
 
     def __init__(self, layers: Sequence[Layer], statistics: Sequence[str], wanted: bool) -> None:
@@ -76,7 +77,10 @@ class Observer(TorchFunctionMode):
         key = (x.data_ptr(), x._version, *x.shape, *x.stride())
         leader, _ = self._seen.setdefault(key, (layer.name, x))  # holding x keeps its address from being reused
         if self._leaders.setdefault(layer.name, leader) != leader:
-            raise JobError(f"{layer.name} shares its input with other layers in some batches only: this architecture is not supported yet.")
+            raise JobError(
+                f"{layer.name} shares its input with other layers in some batches only: this architecture is not "
+                "supported yet."
+            )
         if leader == layer.name:
             self._collectors[leader].add(x.detach())
         if not self._complete:
@@ -85,14 +89,19 @@ class Observer(TorchFunctionMode):
             raise _Seen
 
     def groups(self) -> list[list[Layer]]:
-        """The layers in the order in which the first pass came to them: those of one input together, each kind of experts together, and
-        those that it did not come to at the end. Experts are in the order of the model: which ones tokens are sent to depends on the text,
-        and so on the process."""
+        """The layers in the order in which the first pass came to them: those of one input together, each kind of
+        experts together, and those that it did not come to at the end. Experts are in the order of the model: which
+        ones tokens are sent to depends on the text, and so on the process."""
         groups: dict[str, list[Layer]] = {}
         for layer in dict.fromkeys([*self._order, *self._layers]):
-            groups.setdefault(layer.kind if layer.expert is not None else self._leaders.get(layer.name, ""), []).append(layer)
+            groups.setdefault(layer.kind if layer.expert is not None else self._leaders.get(layer.name, ""), []).append(
+                layer
+            )
         place = {layer.name: number for number, layer in enumerate(self._layers)}
-        return [group if group[0].expert is None else sorted(group, key=lambda layer: place[layer.name]) for group in groups.values()]
+        return [
+            group if group[0].expert is None else sorted(group, key=lambda layer: place[layer.name])
+            for group in groups.values()
+        ]
 
     @property
     def linear(self) -> Collection[str]:
@@ -103,7 +112,10 @@ class Observer(TorchFunctionMode):
         """Layer name -> its statistics, over all processes of the run."""
         for name in dict.fromkeys(self._leaders.get(layer.name, layer.name) for layer in self._layers):
             self._collectors[name].merge()
-        return {layer.name: self._collectors[self._leaders.get(layer.name, layer.name)].named(layer.name) for layer in self._layers}
+        return {
+            layer.name: self._collectors[self._leaders.get(layer.name, layer.name)].named(layer.name)
+            for layer in self._layers
+        }
 
 
 _PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm})
@@ -111,7 +123,8 @@ _PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matm
 
 @contextmanager
 def noting(layers: Sequence[Layer], whole: bool) -> Iterator[dict[str, Tensor]]:
-    """Note, by name, what enters these linear layers while their block runs once; the run ends with the last of them unless `whole`."""
+    """Note, by name, what enters these linear layers while their block runs once; the run ends with the last of them
+    unless `whole`."""
     seen: dict[str, Tensor] = {}
 
     def hook(layer: Layer) -> Callable[..., None]:

@@ -17,8 +17,8 @@ class Call:
     def part(self, windows: Tensor, one: "Call", dtype: torch.dtype) -> "Call":
         """The arguments for some `windows`, int64, of the batch; floating-point ones in `dtype`.
 
-        `one` is the same call for a single window: where an argument is as large for it, it is the same for every window, and where not, it
-        holds a stretch as long as there for each.
+        `one` is the same call for a single window: where an argument is as large for it, it is the same for every
+        window, and where not, it holds a stretch as long as there for each.
         """
 
         def part(value: Any, single: Any) -> Any:
@@ -28,10 +28,16 @@ class Call:
                 return value
             for dim, length in enumerate(single.shape):
                 if value.shape[dim] != length:
-                    value = value.unflatten(dim, (-1, length)).index_select(dim, windows.to(value.device)).flatten(dim, dim + 1)
+                    value = (
+                        value.unflatten(dim, (-1, length))
+                        .index_select(dim, windows.to(value.device))
+                        .flatten(dim, dim + 1)
+                    )
             return value.to(dtype) if value.is_floating_point() else value
 
-        return Call(part(self.args, one.args), {key: part(value, one.kwargs[key]) for key, value in self.kwargs.items()})
+        return Call(
+            part(self.args, one.args), {key: part(value, one.kwargs[key]) for key, value in self.kwargs.items()}
+        )
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:

@@ -1,12 +1,14 @@
 """A model directory as a model of which one block at a time is in memory.
 
-Everything outside the blocks (embeddings, final norm, head) is loaded as usual. The parameters of the blocks stay on torch's meta device,
-which has shapes and no values; `resident(model, index)` brings those of one block into memory, through the same conversion by which
-`transformers` loads a whole model (it may rename, split, fuse or turn tensors), and takes them away again afterwards. A block that
-is called while it is not in memory is loaded for that call, so such a model can do whatever any other can, if slowly.
+Everything outside the blocks (embeddings, final norm, head) is loaded as usual. The parameters of the blocks stay on
+torch's meta device, which has shapes and no values; `resident(model, index)` brings those of one block into memory,
+through the same conversion by which `transformers` loads a whole model (it may rename, split, fuse or turn tensors),
+and takes them away again afterwards. A block that is called while it is not in memory is loaded for that call, so such
+a model can do whatever any other can, if slowly.
 
-Values are read, not mapped: a file that is cut off or a disk that fails is then an error and not a signal, what is in memory is
-what is counted, and a limit on memory may be set by any means. While a GPU computes, the next block is read in the background.
+Values are read, not mapped: a file that is cut off or a disk that fails is then an error and not a signal, what is in
+memory is what is counted, and a limit on memory may be set by any means. While a GPU computes, the next block is read
+in the background.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, convert_and_load_state_dict_in_model, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
 from billhook.arch import find_blocks
@@ -34,8 +41,8 @@ _KEY = "_billhook_stream"
 def resident(model: PreTrainedModel, index: int, ahead: int | None = None, source: bool = False) -> Iterator[None]:
     """Have the parameters of block `index` in memory; changes made to them last until the end only.
 
-    With `source` they are those of the model that was opened, also where the block has `moved`. On another device than the CPU, block
-    `ahead` (if there is one) is read meanwhile. Nothing to do for a model that is in memory as a whole.
+    With `source` they are those of the model that was opened, also where the block has `moved`. On another device than
+    the CPU, block `ahead` (if there is one) is read meanwhile. Nothing to do for a model that is in memory as a whole.
     """
     stream = stream_of(model)
     if stream is None:
@@ -51,11 +58,14 @@ def stream_of(model: nn.Module) -> "Stream | None":
 
 
 class Stored:
-    """A tensor in a file, given to `transformers` in place of the tensor itself: it asks for all of it, and for a device and a dtype."""
+    """A tensor in a file, given to `transformers` in place of the tensor itself: it asks for all of it, and for a
+    device and a dtype."""
 
     def __init__(self, path: Path, entry: Entry, elsewhere: bool) -> None:
         if entry.dtype not in DTYPES:
-            raise BillhookError(f"{path}: {entry.name} is {entry.dtype}, a type that cannot be computed with. Convert the model first.")
+            raise BillhookError(
+                f"{path}: {entry.name} is {entry.dtype}, a type that cannot be computed with. Convert the model first."
+            )
         self.path, self.entry, self.elsewhere = path, entry, elsewhere
         self.dtype = DTYPES[entry.dtype]
 
@@ -120,17 +130,23 @@ class Stream:
                 setattr(module, name, value)
 
     def load(self, index: int, stored: Mapping[str, Stored]) -> None:
-        """Bring the parameters of a block into memory (again); raises JobError when the files do not give all of them."""
+        """Bring the parameters of a block into memory (again); raises JobError when the files do not give all of
+        them."""
         waiting = self._ahead.pop(index, None) if stored is self.stored else None
         tensors = self._read(index, stored) if waiting is None else waiting.result()
         for module, name, value in self._elsewhere[index]:
             setattr(module, name, value)
         known: Any = self.model._weight_conversions
-        options = LoadStateDictConfig(dtype=self.model.dtype, weight_mapping=known, device_map={"": str(self.model.device)})
+        options = LoadStateDictConfig(
+            dtype=self.model.dtype, weight_mapping=known, device_map={"": str(self.model.device)}
+        )
         with quiet():
             convert_and_load_state_dict_in_model(self.model, tensors, options)
         if any(value.is_meta for value in self.blocks[index].state_dict(keep_vars=True).values()):
-            raise JobError(f"The weights of {self.prefix}.{index} cannot be read one block at a time: are they shared between blocks?")
+            raise JobError(
+                f"The weights of {self.prefix}.{index} cannot be read one block at a time: are they shared "
+                "between blocks?"
+            )
 
     def moved(self, index: int, folder: Path) -> None:
         """From now on read a block from the files of the same names in `folder`."""
@@ -155,7 +171,8 @@ def _meta(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def block_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, int | None]:
-    """The block that each tensor on disk belongs to, None for what lies outside the blocks; `model` may be on the meta device."""
+    """The block that each tensor on disk belongs to, None for what lies outside the blocks; `model` may be on the meta
+    device."""
     prefix, _ = find_blocks(model)
     transforms = get_model_conversion_mapping(model)
     renamings = [x for x in transforms if isinstance(x, WeightRenaming)]
@@ -225,4 +242,6 @@ def _attach(model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
 
 def stored_tensors(shards: Sequence[Shard], outside: Callable[[str], bool] = lambda name: False) -> dict[str, Stored]:
     """The tensors of files by name; those for which `outside` is true are read when asked for."""
-    return {name: Stored(shard.path, entry, not outside(name)) for shard in shards for name, entry in shard.entries.items()}
+    return {
+        name: Stored(shard.path, entry, not outside(name)) for shard in shards for name, entry in shard.entries.items()
+    }

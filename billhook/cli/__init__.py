@@ -1,6 +1,7 @@
 """The command line: one file a command, nothing heavy imported until a command runs.
 
-Exit codes: 0 done, 1 the job failed, 2 wrong usage. With --json exactly one JSON object goes to stdout, all else to stderr.
+Exit codes: 0 done, 1 the job failed, 2 wrong usage. With --json exactly one JSON object goes to stdout, all else to
+stderr.
 """
 
 import os
@@ -41,7 +42,8 @@ _SEVERAL = ("measure", "prune")  # commands that share their work under torchrun
 app = typer.Typer(
     name="billhook",
     help="Prune large language models layer by layer: measure, allocate, prune, evaluate, verify.",
-    epilog="First run: billhook demo.  Your own model: billhook prune MODEL --sparsity 0.5 --calibration text.txt --output pruned",
+    epilog="First run: billhook demo.  Your own model: "
+    "billhook prune MODEL --sparsity 0.5 --calibration text.txt --output pruned",
     invoke_without_command=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -61,11 +63,14 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     context: typer.Context,
-    version: bool = typer.Option(False, "--version", help="Print the version and stop.", callback=_version, is_eager=True),
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and stop.", callback=_version, is_eager=True
+    ),
 ) -> None:
     if started() and context.invoked_subcommand not in _SEVERAL:
         complain(
-            f"{context.invoked_subcommand} runs in one process: start it without torchrun ({' and '.join(_SEVERAL)} run in several).",
+            f"{context.invoked_subcommand} runs in one process: start it without torchrun "
+            f"({' and '.join(_SEVERAL)} run in several).",
             2,
             False,
         )
@@ -79,7 +84,9 @@ def main() -> None:
     """Run the command line; a mistake or failure is one message on stderr and an exit code, never a traceback."""
     # read when torch is loaded: threads that spin while they wait take the cores of those that compute
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a batch system sends ends a run as Ctrl-C does: tidily
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # what a batch system sends ends a run as Ctrl-C does: tidily
     try:
         code = app(standalone_mode=False)
     except Failure as failure:

@@ -39,7 +39,9 @@ def command(
     criterion: Annotated[str, typer.Option(help="Which weights go: see billhook ls criteria.")] = "wanda",
     settings: Settings = None,
     calibration: Calibration = None,
-    samples: Annotated[int, typer.Option(help="Windows to draw: one half calibrates, eight of the other are compared.", min=1)] = 16,
+    samples: Annotated[
+        int, typer.Option(help="Windows to draw: one half calibrates, eight of the other are compared.", min=1)
+    ] = 16,
     length: Length = None,
     work: Work,
     trust_remote_code: TrustRemoteCode = False,
@@ -55,7 +57,8 @@ def command(
     with estimated() as begin:
         found = analyze(
             model, {str(path): path for path in plan or []}, progress=lambda name: say(f"{name}: pruned"),
-            begin=lambda opened, setting, targets: begin(estimate_analysis(opened, setting, targets, work.device)), criterion=criterion,
+            begin=lambda opened, setting, targets: begin(estimate_analysis(opened, setting, targets, work.device)),
+            criterion=criterion,
             options=parse_settings(settings), calibration=calibration, samples=samples, length=length, **work.fields(),
             trust_remote_code=trust_remote_code,
         )  # fmt: skip

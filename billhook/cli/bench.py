@@ -28,7 +28,10 @@ def command(
     new: Annotated[int, typer.Option(help="Tokens to make after each prompt.", min=2)] = 64,
     rounds: Annotated[int, typer.Option(help="Counted rounds; one more warms up.", min=1)] = 3,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw speed-up against sparsity (SVG); two packed models at least, and --against.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            help="Draw speed-up against sparsity (SVG); two packed models at least, and --against.", metavar="FILE"
+        ),
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -47,22 +50,38 @@ def command(
     if picture is not None:
         check_writable(picture)
         if against is None or len(models) < 2:
-            raise BillhookError("A picture of speed-up against sparsity needs --against DENSE and at least two packed models.")
+            raise BillhookError(
+                "A picture of speed-up against sparsity needs --against DENSE and at least two packed models."
+            )
     batches, prompts = _numbers(batch, "--batch"), _numbers(prompt, "--prompt")
     options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     total = (rounds + 1) * len(batches) * len(prompts) * (len(models) + (against is not None))
     with progress("measuring", total=total) as advance:
         sides = benchmark.bench(
-            models, against=against, batches=batches, prompts=prompts, new=new, rounds=rounds, options=options, progress=advance
+            models,
+            against=against,
+            batches=batches,
+            prompts=prompts,
+            new=new,
+            rounds=rounds,
+            options=options,
+            progress=advance,
         )
     if picture is not None:
         drawn = benchmark.picture(sides)
         if drawn is None:
-            raise BillhookError("Fewer than two of the models are packed: there is no sparsity to draw the speed-up against.")
+            raise BillhookError(
+                "Fewer than two of the models are packed: there is no sparsity to draw the speed-up against."
+            )
         write_text(picture, drawn)
         say(f"{picture}: speed-up against sparsity.")
     if as_json:
-        found = {"against": None if against is None else sides[0].name, "new": new, "rounds": rounds, "models": [asdict(x) for x in sides]}
+        found = {
+            "against": None if against is None else sides[0].name,
+            "new": new,
+            "rounds": rounds,
+            "models": [asdict(x) for x in sides],
+        }
         emit({**found, "hardware": {**hardware(device), "kernels": str(path())}})
         return
     show(sides)
@@ -80,12 +99,26 @@ def _numbers(text: str, option: str) -> list[int]:
 def show(sides: "list[Side]") -> None:
     """Print one row a model, then one row a model, batch size and prompt length."""
     facts = [
-        [s.name, "-" if s.sparsity is None else f"{s.sparsity:.1%}", _mib(s.file_bytes), _mib(s.memory_bytes), f"{s.load_s:.1f}"]
+        [
+            s.name,
+            "-" if s.sparsity is None else f"{s.sparsity:.1%}",
+            _mib(s.file_bytes),
+            _mib(s.memory_bytes),
+            f"{s.load_s:.1f}",
+        ]
         for s in sides
     ]
     table("Models", ["model", "sparsity", "file MiB", "peak memory MiB", "load s"], facts)
     rows = [
-        [s.name, str(c.batch), str(c.prompt), _speed(c.prefill), _ratio(c.prefill_speedup), _speed(c.decode), _ratio(c.decode_speedup)]
+        [
+            s.name,
+            str(c.batch),
+            str(c.prompt),
+            _speed(c.prefill),
+            _ratio(c.prefill_speedup),
+            _speed(c.decode),
+            _ratio(c.decode_speedup),
+        ]
         for s in sides
         for c in s.cells
     ]

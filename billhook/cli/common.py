@@ -17,30 +17,46 @@ from billhook.parallel.torchrun import processes, rank, started
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
 Targets = Annotated[
-    list[str] | None, typer.Option(help="Only these layers: a class name, an exact name, or re:REGEX. Repeatable.", metavar="PATTERN")
+    list[str] | None,
+    typer.Option(help="Only these layers: a class name, an exact name, or re:REGEX. Repeatable.", metavar="PATTERN"),
 ]
-Ignore = Annotated[list[str] | None, typer.Option(help="Leave these layers alone; same patterns. Repeatable.", metavar="PATTERN")]
+Ignore = Annotated[
+    list[str] | None, typer.Option(help="Leave these layers alone; same patterns. Repeatable.", metavar="PATTERN")
+]
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="Text the model looks at: FILE.txt, FILE.jsonl (field text), TOKENS.safetensors, hub:NAME[:config][:split], stdlib:train.",
+        help="Text the model looks at: FILE.txt, FILE.jsonl (field text), TOKENS.safetensors, "
+        "hub:NAME[:config][:split], stdlib:train.",
         metavar="SOURCE",
     ),
 ]
 Samples = Annotated[int, typer.Option(help="Calibration windows.", min=1)]
-Length = Annotated[int | None, typer.Option(help="Tokens in a window; by default 2048 or the model's context if that is shorter.", min=2)]
+Length = Annotated[
+    int | None,
+    typer.Option(help="Tokens in a window; by default 2048 or the model's context if that is shorter.", min=2),
+]
 Sampling = Annotated[
     Literal["packed", "papers"],
-    typer.Option(help="How windows are drawn: packed (documents joined) or papers (one long document each, random start)."),
+    typer.Option(
+        help="How windows are drawn: packed (documents joined) or papers (one long document each, random start)."
+    ),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Windows a forward pass; by default chosen by size.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type to compute in; auto is the checkpoint's.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="An option of the method, such as epsilon=0.3. Repeatable.", metavar="KEY=VALUE")
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Type to compute in; auto is the checkpoint's."),
 ]
-Preset = Annotated[str | None, typer.Option(help="Allocator, options and sparsity as published: see billhook ls presets.", metavar="NAME")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="An option of the method, such as epsilon=0.3. Repeatable.", metavar="KEY=VALUE"),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Allocator, options and sparsity as published: see billhook ls presets.", metavar="NAME"),
+]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model. Read that code first.")]
 
 EVERY = 60.0  # seconds between lines of progress
@@ -160,7 +176,10 @@ def estimated() -> Iterator[Callable[[Mapping[str, float]], None]]:
     yield begin
     for cost, start in begun:
         took = time.perf_counter() - start
-        say(f"It took {took:.1f} s (estimated {_times(cost)}) and {peak_gib():.2f} GiB (estimated {cost['memory_gib']:.2f}).")
+        say(
+            f"It took {took:.1f} s (estimated {_times(cost)}) and {peak_gib():.2f} GiB (estimated "
+            f"{cost['memory_gib']:.2f})."
+        )
 
 
 def _times(cost: Mapping[str, float]) -> str:
@@ -173,18 +192,32 @@ def _times(cost: Mapping[str, float]) -> str:
 
 @contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
-    """Show a bar with time left on a terminal, a line a minute elsewhere; yields a function to call with the name of each finished unit.
+    """Show a bar with time left on a terminal, a line a minute elsewhere; yields a function to call with the name of
+    each finished unit.
 
     Elsewhere is a file, a pipe, a terminal that cannot move its cursor, and a notebook, where a bar would need widgets.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     if not console.is_terminal or console.is_jupyter or console.is_dumb_terminal or rank():
         yield _lines(what, total)
         return
-    counts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    counts = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*counts, TextColumn("{task.fields[item]}"), console=console, transient=True) as bar:
         task = bar.add_task(what, total=total, item="")
 
@@ -204,7 +237,9 @@ def _lines(what: str, total: int | None) -> Callable[[str], None]:
         done, now = done + 1, time.monotonic()
         if now - last >= EVERY:
             last = now
-            left = "" if total is None else f" of {total}, about {(now - start) / done * (total - done) / 60:.0f} min left"
+            left = (
+                "" if total is None else f" of {total}, about {(now - start) / done * (total - done) / 60:.0f} min left"
+            )
             say(f"{what}: {done}{left}, {item}")
 
     return advance

@@ -21,10 +21,10 @@ from billhook.cli.groups import Text, Work, grouped
 NAME = "compare"
 EXAMPLES = """\b
 Examples:
-  billhook compare ./model --sparsities 0.5,0.6,0.7 --allocators uniform,owl,atp --calibration c4.jsonl --data wiki.txt -o grid
-  billhook compare ./model --patterns 2:4,4:8 --criteria magnitude,wanda,sparsegpt --calibration c4.jsonl --data wiki.txt -o grid
-  billhook compare ./model --sparsities 0.6 --criteria wanda,sparsegpt --seeds 3 --calibration c4.jsonl --data wiki.txt -o grid
-  billhook compare --runs ./grid ./other-grid
+  billhook compare model --sparsities 0.5,0.6 --allocators uniform,owl,atp --calibration c4.txt --data wiki.txt -o grid
+  billhook compare model --patterns 2:4,4:8 --criteria wanda,sparsegpt --calibration c4.txt --data wiki.txt -o grid
+  billhook compare model --sparsities 0.6 --criteria wanda,sparsegpt --seeds 3 --calibration c4.txt --data wiki.txt -o grid
+  billhook compare --runs grid other-grid
 """
 
 
@@ -32,20 +32,36 @@ Examples:
 @grouped
 def command(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL|DIR...", help="Model directory, or a name on the hub; with --runs, finished runs.")
+        list[str],
+        typer.Argument(
+            metavar="MODEL|DIR...", help="Model directory, or a name on the hub; with --runs, finished runs."
+        ),
     ],
     *,
     sparsities: Annotated[str, typer.Option(help="Fractions to remove, with commas.", metavar="LIST")] = "",
-    allocators: Annotated[str, typer.Option(help="Allocators, with commas: see billhook ls allocators.", metavar="LIST")] = "uniform",
-    criteria: Annotated[str, typer.Option(help="Criteria, with commas: see billhook ls criteria.", metavar="LIST")] = "wanda",
+    allocators: Annotated[
+        str, typer.Option(help="Allocators, with commas: see billhook ls allocators.", metavar="LIST")
+    ] = "uniform",
+    criteria: Annotated[
+        str, typer.Option(help="Criteria, with commas: see billhook ls criteria.", metavar="LIST")
+    ] = "wanda",
     patterns: Annotated[str, typer.Option(help="unstructured and N:M, with commas.", metavar="LIST")] = "unstructured",
-    seeds: Annotated[int, typer.Option(help="Repeat with this many draws of calibration windows: mean and spread.", min=1)] = 1,
-    data: Annotated[str | None, typer.Option(help="Text that is scored, in the forms of billhook eval.", metavar="SOURCE")] = None,
+    seeds: Annotated[
+        int, typer.Option(help="Repeat with this many draws of calibration windows: mean and spread.", min=1)
+    ] = 1,
+    data: Annotated[
+        str | None, typer.Option(help="Text that is scored, in the forms of billhook eval.", metavar="SOURCE")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Score at most this many windows.", min=1)] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory for compare.json, tables and pictures; an unfinished one goes on.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Directory for compare.json, tables and pictures; an unfinished one goes on."
+        ),
     ] = None,
-    runs: Annotated[bool, typer.Option("--runs", help="Put finished runs, two or more directories, side by side.")] = False,
+    runs: Annotated[
+        bool, typer.Option("--runs", help="Put finished runs, two or more directories, side by side.")
+    ] = False,
     settings: Settings = None,
     text: Text,
     work: Work,
@@ -58,17 +74,23 @@ def command(
 
     if runs:
         if sparsities or data or output or text.calibration or settings or work.targets or work.ignore:
-            raise BillhookError("--runs compares runs that are finished: leave out what a new comparison would be asked for.")
+            raise BillhookError(
+                "--runs compares runs that are finished: leave out what a new comparison would be asked for."
+            )
         _side_by_side([Path(folder) for folder in models], as_json)
         return
     if len(models) != 1 or data is None or output is None:
-        raise BillhookError("A comparison needs one MODEL, --data SOURCE to score, and --output DIR; or --runs DIR1 DIR2.")
+        raise BillhookError(
+            "A comparison needs one MODEL, --data SOURCE to score, and --output DIR; or --runs DIR1 DIR2."
+        )
     from billhook.comparison.grid import Grid, compare
     from billhook.comparison.views import caption, header_and_rows, write_views
     from billhook.costs.estimate import estimate_comparison
 
     if sparsities and "unstructured" not in _names(patterns):
-        raise BillhookError("An N:M pattern has its own sparsity: leave out --sparsities, or add unstructured to --patterns.")
+        raise BillhookError(
+            "An N:M pattern has its own sparsity: leave out --sparsities, or add unstructured to --patterns."
+        )
     grid = Grid(
         sparsities=_numbers(sparsities),
         allocators=_names(allocators),
@@ -81,7 +103,8 @@ def command(
         with estimated() as begin:
             found = compare(
                 models[0], grid, data, limit=limit, output=output, overwrite=overwrite, progress=say,
-                begin=lambda opened, windows, cells: begin(estimate_comparison(opened, windows.ids, cells, grid, work.device)),
+                begin=lambda opened, windows, cells: begin(estimate_comparison(opened, windows.ids, cells, grid,
+                work.device)),
                 **vars(text), **work.fields(), trust_remote_code=trust_remote_code,
             )  # fmt: skip
     except KeyboardInterrupt:
@@ -108,7 +131,14 @@ def _side_by_side(runs: list[Path], as_json: bool) -> None:
         return
     header = ["run", "method", "pattern", "removed", "token perplexity", "against dense"]
     lines = [
-        [r["run"], r["method"], r["pattern"], f"{100 * r['sparsity']:.2f} %", _ppl(r["token_ppl"]), _ppl(r["dense_token_ppl"])]
+        [
+            r["run"],
+            r["method"],
+            r["pattern"],
+            f"{100 * r['sparsity']:.2f} %",
+            _ppl(r["token_ppl"]),
+            _ppl(r["dense_token_ppl"]),
+        ]
         for r in found["runs"]
     ]
     data = found["data"]

@@ -17,9 +17,9 @@ Examples:
 
 @guarded
 def command(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the pruned model goes; an earlier demo is replaced.")] = Path(
-        "demo-output"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where the pruned model goes; an earlier demo is replaced.")
+    ] = Path("demo-output"),
     *,
     sparsity: Annotated[float, typer.Option(help="Fraction of the weights to remove.")] = 0.6,
     as_json: Json = False,
@@ -35,11 +35,17 @@ def command(
     if as_json:
         emit(result.to_json())
         return
-    say(f"Token perplexity on {result.tokens:,} held-out tokens, windows of {result.length}; the dense model has {result.dense:.2f}.")
+    say(
+        f"Token perplexity on {result.tokens:,} held-out tokens, windows of {result.length}; the dense model has "
+        f"{result.dense:.2f}."
+    )
     table(f"Perplexity at sparsity {sparsity:g}", header, rows)
     best = result.best
     say("")
-    say(f"Asked: {sparsity:.2%} of {result.weights:,} weights. Achieved: from {result.lowest:.4%} to {result.highest:.4%}.")
+    say(
+        f"Asked: {sparsity:.2%} of {result.weights:,} weights. Achieved: from {result.lowest:.4%} to "
+        f"{result.highest:.4%}."
+    )
     say(f"The best, {best[1]} with {best[0]}, is in {output}: an ordinary Hugging Face directory,")
     say("reloaded in stock transformers with the same logits, and verified.")
     say("")

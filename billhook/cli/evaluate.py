@@ -25,29 +25,42 @@ def command(
     data: Annotated[
         str | None,
         typer.Option(
-            help="FILE.txt, FILE.jsonl, TOKENS.safetensors, hub:NAME[:config][:split] (hub:wikitext2, hub:c4, hub:ptb), stdlib:heldout.",
+            help="FILE.txt, FILE.jsonl, TOKENS.safetensors, hub:NAME[:config][:split] "
+            "(hub:wikitext2, hub:c4, hub:ptb), stdlib:heldout.",
             metavar="SOURCE",
         ),
     ] = None,
     length: Length = None,
-    limit: Annotated[int | None, typer.Option(help="Score at most this many windows (word protocol: documents).", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Score at most this many windows (word protocol: documents).", min=1)
+    ] = None,
     protocol: Annotated[
         Literal["token", "word", "both"],
-        typer.Option(help="token: the papers', over non-overlapping windows; word: lm-evaluation-harness's, over whole documents."),
+        typer.Option(
+            help="token: the papers', over non-overlapping windows; "
+            "word: lm-evaluation-harness's, over whole documents."
+        ),
     ] = "token",
     against: Annotated[
-        str | None, typer.Option(help="The dense model: KL divergence and top-1 agreement on the same windows.", metavar="MODEL")
+        str | None,
+        typer.Option(help="The dense model: KL divergence and top-1 agreement on the same windows.", metavar="MODEL"),
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Comma-separated: names known to lm-eval, paper7, task YAMLs, FILE.jsonl of items.", metavar="TASKS"),
+        typer.Option(
+            help="Comma-separated: names known to lm-eval, paper7, task YAMLs, FILE.jsonl of items.", metavar="TASKS"
+        ),
     ] = None,
-    few_shot: Annotated[int | None, typer.Option(help="Examples in a prompt of lm-eval; by default the task's own.", min=0)] = None,
+    few_shot: Annotated[
+        int | None, typer.Option(help="Examples in a prompt of lm-eval; by default the task's own.", min=0)
+    ] = None,
     task_limit: Annotated[int | None, typer.Option(help="Only this many items of each task.", min=1)] = None,
     batch_size: BatchSize = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
-    report: Annotated[bool, typer.Option("--report", help="Add the result to the report and model card of the directory.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Add the result to the report and model card of the directory.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -55,7 +68,20 @@ def command(
     from billhook.assessment import Questions, assess
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    questions = Questions(data, length, limit, protocol, against, names, few_shot, task_limit, batch_size, device, dtype, trust_remote_code)
+    questions = Questions(
+        data,
+        length,
+        limit,
+        protocol,
+        against,
+        names,
+        few_shot,
+        task_limit,
+        batch_size,
+        device,
+        dtype,
+        trust_remote_code,
+    )
     if report:
         _check_report(model)
     with progress("scoring") as advance:
@@ -90,17 +116,26 @@ def lines(record: dict[str, Any]) -> list[str]:
     if (dense := record.get("against")) is not None:
         error = "" if dense["kl_error"] is None else f" +- {dense['kl_error']:.2g}"
         found.append(
-            f"against {dense['model']} (token perplexity {_ppl(dense['token_ppl'])}): KL divergence {dense['kl']:.4f}{error} nats a token, "
+            f"against {dense['model']} (token perplexity {_ppl(dense['token_ppl'])}): KL divergence "
+            f"{dense['kl']:.4f}{error} nats a token, "
             f"top-1 agreement {100 * dense['top1_agreement']:.2f} %"
         )
     if (word := record.get("word")) is not None:
         size = f"{word['words']:,} words in {word['documents']} documents, windows of {word['length']}"
-        found.append(f"word perplexity {_ppl(word['word_ppl'])}, {word['bits_per_byte']:.4f} bits per byte ({size}; lm-eval's protocol)")
+        found.append(
+            f"word perplexity {_ppl(word['word_ppl'])}, {word['bits_per_byte']:.4f} bits per byte ({size}; "
+            "lm-eval's protocol)"
+        )
     for task in record.get("tasks", []):
-        norm = "" if task["acc_norm"] is None else f", acc_norm {100 * task['acc_norm']:.2f} +- {100 * (task['acc_norm_error'] or 0):.2f} %"
+        norm = (
+            ""
+            if task["acc_norm"] is None
+            else f", acc_norm {100 * task['acc_norm']:.2f} +- {100 * (task['acc_norm_error'] or 0):.2f} %"
+        )
         error = "" if task["acc_error"] is None else f" +- {100 * task['acc_error']:.2f}"
         found.append(
-            f"{task['task']}: acc {100 * task['acc']:.2f}{error} %{norm} ({task['items']} items, {task['few_shot']}, {task['scored_by']})"
+            f"{task['task']}: acc {100 * task['acc']:.2f}{error} %{norm} ({task['items']} items, "
+            f"{task['few_shot']}, {task['scored_by']})"
         )
     return found
 

@@ -1,7 +1,7 @@
 """What happens in a run, one json object a line (`--log-file`): start, layer, warning, end.
 
-Every line has `event` and `seconds` since the start, and is in the file as soon as it happened. Under torchrun each process but the first
-writes a file of its own: run.jsonl, run.rank1.jsonl, ...
+Every line has `event` and `seconds` since the start, and is in the file as soon as it happened. Under torchrun each
+process but the first writes a file of its own: run.jsonl, run.rank1.jsonl, ...
 """
 
 import json

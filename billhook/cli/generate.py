@@ -19,7 +19,9 @@ def command(
     model: Annotated[str, typer.Argument(help="Model directory, dense or packed, or a name on the hub.")],
     *,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens, or where the model ends.", min=1)] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Stop after this many tokens, or where the model ends.", min=1)
+    ] = 64,
     stream: Annotated[bool, typer.Option("--stream", help="Print each word as soon as it is there.")] = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -41,7 +43,9 @@ def command(
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64)
     if not ids.numel():
         raise BillhookError("The prompt is empty: give at least a word.")
-    loaded = load(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code, note=lambda text: say(f"note: {text}"))
+    loaded = load(
+        path, dtype=dtype, device=device, trust_remote_code=trust_remote_code, note=lambda text: say(f"note: {text}")
+    )
     made = generate(loaded, ids, max_new_tokens, token=Printer(tokenizer) if stream and not as_json else None)
     text = tokenizer.decode(made.ids[0, made.prompt :], skip_special_tokens=True)
     if not as_json:

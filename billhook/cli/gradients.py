@@ -24,9 +24,9 @@ from billhook.cli.groups import Text, grouped
 NAME = "gradients"
 EXAMPLES = """\b
 Examples:
-  billhook gradients ./model --calibration text.txt -o gradients.safetensors
-  billhook gradients ./model --norm l2 --calibration hub:c4 --dtype float32 -o gradients.safetensors
-  billhook prune ./model --criterion gblm --gradients gradients.safetensors --sparsity 0.5 --calibration text.txt --output ./pruned
+  billhook gradients model --calibration text.txt -o gradients.safetensors
+  billhook gradients model --norm l2 --calibration hub:c4 --dtype float32 -o gradients.safetensors
+  billhook prune model --sparsity 0.5 --criterion gblm --gradients gradients.safetensors --calibration t.txt -o pruned
 """
 
 
@@ -36,16 +36,20 @@ def command(
     model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="The gradients.safetensors to write.")],
-    norm: Annotated[Literal["l1", "l2"], typer.Option(help="Norm over the windows; the same as the criterion's.")] = "l1",
+    norm: Annotated[
+        Literal["l1", "l2"], typer.Option(help="Norm over the windows; the same as the criterion's.")
+    ] = "l1",
     mode: Annotated[
-        Literal["paper", "reference"], typer.Option(help="paper is float32; reference rounds to float16 as published. As the criterion's.")
+        Literal["paper", "reference"],
+        typer.Option(help="paper is float32; reference rounds to float16 as published. As the criterion's."),
     ] = "paper",
     text: Text,
     seed: Seed = 0,
     targets: Targets = None,
     ignore: Ignore = None,
     spill_gib: Annotated[
-        float, typer.Option(help="Stored activations beyond this many GiB go to temporary files beside the output.", min=0)
+        float,
+        typer.Option(help="Stored activations beyond this many GiB go to temporary files beside the output.", min=0),
     ] = 8.0,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -68,4 +72,6 @@ def command(
         made = make_gradients(request, gradient_name(norm, mode), output, advance, start)
     say(f"{output}: {made.statistic} of {len(made)} layers over {made.about['samples']} windows.")
     if as_json:
-        emit({"output": str(output), "statistic": made.statistic, "layers": len(made), "samples": made.about["samples"]})
+        emit(
+            {"output": str(output), "statistic": made.statistic, "layers": len(made), "samples": made.about["samples"]}
+        )

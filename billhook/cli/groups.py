@@ -1,4 +1,5 @@
-"""Options that several commands have in a row: one class each, and the decorator that gives them to typer one by one."""
+"""Options that several commands have in a row: one class each, and the decorator that gives them to typer one by
+one."""
 
 import functools
 import inspect
@@ -36,14 +37,19 @@ class Work:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Put the options of a group in the place of the parameter that is annotated with it; the command is called with the group."""
+    """Put the options of a group in the place of the parameter that is annotated with it; the command is called with
+    the group."""
     signature = inspect.signature(command)
-    groups: dict[str, Callable[..., Any]] = {x.name: x.annotation for x in signature.parameters.values() if x.annotation in (Text, Work)}
+    groups: dict[str, Callable[..., Any]] = {
+        x.name: x.annotation for x in signature.parameters.values() if x.annotation in (Text, Work)
+    }
     inside = {name: inspect.signature(group).parameters for name, group in groups.items()}
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
-        made = {name: group(**{option: options.pop(option) for option in inside[name]}) for name, group in groups.items()}
+        made = {
+            name: group(**{option: options.pop(option) for option in inside[name]}) for name, group in groups.items()
+        }
         command(**options, **made)
 
     listed = [x for own in signature.parameters.values() for x in inside.get(own.name, {own.name: own}).values()]

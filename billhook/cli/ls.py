@@ -50,19 +50,34 @@ def _rows(kind: str) -> list[dict[str, Any]]:
 
         signs = {name: "larger" if m.sign == 1 else "smaller" for name, m in FACTS.items()}
         return [
-            {"name": m.name, "more sparsity where": signs.get(m.name, "a curve"), "summary": m.summary, "paper": m.paper}
+            {
+                "name": m.name,
+                "more sparsity where": signs.get(m.name, "a curve"),
+                "summary": m.summary,
+                "paper": m.paper,
+            }
             for m in (*FACTS.values(), *CURVES.values())
         ]
     if kind == "presets":
         from billhook.allocators.presets import PRESETS
 
         return [
-            {"name": name, "sparsity": p.sparsity, "options": dict(p.options), "criterion": p.criterion, "paper": p.paper}
+            {
+                "name": name,
+                "sparsity": p.sparsity,
+                "options": dict(p.options),
+                "criterion": p.criterion,
+                "paper": p.paper,
+            }
             for name, p in PRESETS.items()
         ]
     registry = _registry(kind)
     return [
-        {"name": name, "options": {o.name: o.default for o in registry.options(name).values()}, "paper": registry.paper(name)}
+        {
+            "name": name,
+            "options": {o.name: o.default for o in registry.options(name).values()},
+            "paper": registry.paper(name),
+        }
         for name in registry.names()
     ]
 

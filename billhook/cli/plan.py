@@ -21,12 +21,16 @@ Examples:
 def command(
     table_file: Annotated[Path, typer.Argument(metavar="TABLE", help="A table.json from billhook measure.")],
     *,
-    allocator: Annotated[str | None, typer.Option(help="See billhook ls allocators; alphapruning unless a preset is given.")] = None,
+    allocator: Annotated[
+        str | None, typer.Option(help="See billhook ls allocators; alphapruning unless a preset is given.")
+    ] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction to remove over all layers, in [0, 1).")] = None,
     pattern: Annotated[str, typer.Option(help="unstructured, or N:M (keep N of every M on average).")] = "unstructured",
     settings: Settings = None,
     preset: Preset = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The plan.json to write; otherwise the plan is shown.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The plan.json to write; otherwise the plan is shown.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Decide how much each layer loses and write plan.json."""

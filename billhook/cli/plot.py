@@ -21,22 +21,37 @@ Examples:
 def command(
     subject: Annotated[
         str | None,
-        typer.Argument(metavar="[TABLE|LAYER]", help="A table.json from billhook measure; with --mask or --model, a layer's full name."),
+        typer.Argument(
+            metavar="[TABLE|LAYER]",
+            help="A table.json from billhook measure; with --mask or --model, a layer's full name.",
+        ),
     ] = None,
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the pictures, each as SVG and PNG.")] = Path("pictures"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory for the pictures, each as SVG and PNG.")
+    ] = Path("pictures"),
     metrics: Annotated[
         list[str] | None,
-        typer.Option("--metric", help="A column of the table; by default its first, and error curves. Repeatable.", metavar="NAME"),
+        typer.Option(
+            "--metric",
+            help="A column of the table; by default its first, and error curves. Repeatable.",
+            metavar="NAME",
+        ),
     ] = None,
     plans: Annotated[
-        list[Path] | None, typer.Option("--plan", help="A plan.json for the same layers, named by its file. Repeatable.", metavar="PLAN")
+        list[Path] | None,
+        typer.Option("--plan", help="A plan.json for the same layers, named by its file. Repeatable.", metavar="PLAN"),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Model directory, or a name on the hub: draw the spectrum of --layer.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model directory, or a name on the hub: draw the spectrum of --layer.")
+    ] = None,
     masks: Annotated[
-        list[Path] | None, typer.Option("--mask", help="A pruned directory: draw what is left of --layer. Repeatable.", metavar="DIR")
+        list[Path] | None,
+        typer.Option("--mask", help="A pruned directory: draw what is left of --layer. Repeatable.", metavar="DIR"),
     ] = None,
-    layers: Annotated[list[str] | None, typer.Option("--layer", help="Full name of a layer. Repeatable.", metavar="NAME")] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option("--layer", help="Full name of a layer. Repeatable.", metavar="NAME")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Draw tables, plans, spectra and masks; needs matplotlib: pip install 'billhook[plots]'."""
@@ -49,7 +64,9 @@ def command(
     if table_file is None and model is None and not masks:
         raise BillhookError("Say what to draw: a TABLE, --model MODEL LAYER, or --mask DIR LAYER.")
     if (model is not None or masks) and not layers:
-        raise BillhookError("Say which LAYER, such as model.layers.0.mlp.down_proj (billhook prune --dry-run lists them).")
+        raise BillhookError(
+            "Say which LAYER, such as model.layers.0.mlp.down_proj (billhook prune --dry-run lists them)."
+        )
     if table_file is not None:
         pictures |= _tables(table_file, metrics or [], plans or [])
     for name in layers:
@@ -86,10 +103,14 @@ def _tables(table_file: Path, metrics: list[str], plans: list[Path]) -> dict[str
     curves = [name for name in metrics or table.rows[0].curves if fact(name).name == "error_curve"]
     chosen = [name for name in metrics or table.columns()[:1] if name not in curves]
     if not chosen and not curves and not plans:
-        raise BillhookError(f"{table_file} has no columns to draw: measure one with billhook measure, or give a --plan.")
+        raise BillhookError(
+            f"{table_file} has no columns to draw: measure one with billhook measure, or give a --plan."
+        )
     named = {path.stem: load_plan(path) for path in plans}
     if len(named) < len(plans):
-        raise BillhookError("Two plans have the same file name, by which they are told apart in the picture: rename one.")
+        raise BillhookError(
+            "Two plans have the same file name, by which they are told apart in the picture: rename one."
+        )
     pictures = {f"{metric}-by-depth": metric_by_depth(table, metric) for metric in chosen}
     for curve in curves:
         pictures |= {f"{curve}-{name}": error_curves(table, curve, plan) for name, plan in named.items()} or {
@@ -120,7 +141,9 @@ def _spectrum(model: str, name: str) -> Any:
     from billhook.reports.plots import spectral_density
 
     spectrum = Spectrum(eigenvalues(_weight(model, name)))
-    return spectral_density(name, spectrum.positive.tolist(), {"alpha_peak": spectrum.fit("peak"), "alpha_mid": spectrum.fit("mid")})
+    return spectral_density(
+        name, spectrum.positive.tolist(), {"alpha_peak": spectrum.fit("peak"), "alpha_mid": spectrum.fit("mid")}
+    )
 
 
 def _masks(directories: list[Path], name: str) -> Any:
@@ -129,5 +152,7 @@ def _masks(directories: list[Path], name: str) -> Any:
 
     kept = {path.name or str(path): (_weight(path, name) != 0).numpy() for path in directories}
     if len(kept) < len(directories):
-        raise BillhookError("Two directories have the same name, by which they are told apart in the picture: rename one.")
+        raise BillhookError(
+            "Two directories have the same name, by which they are told apart in the picture: rename one."
+        )
     return kept_weights(name, kept)

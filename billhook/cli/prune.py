@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 NAME = "prune"
 EXAMPLES = """\b
 Examples:
-  billhook prune ./model --sparsity 0.5 --calibration text.txt --output ./pruned
-  billhook prune ./model --sparsity 0.7 --allocator alphapruning --set epsilon=0.2 --calibration hub:c4 --output ./pruned
-  billhook prune ./model --pattern 2:4 --criterion sparsegpt --calibration text.jsonl --output ./pruned
-  billhook prune ./model --plan plan.json --calibration text.txt --output ./pruned
-  billhook prune ./model --sparsity 0.7 --calibration text.txt --output ./packed --pack
-  billhook prune ./model --sparsity 0.5 --criterion magnitude --dry-run
+  billhook prune model --sparsity 0.5 --calibration text.txt -o pruned
+  billhook prune model --sparsity 0.7 --allocator alphapruning --set epsilon=0.2 --calibration hub:c4 -o pruned
+  billhook prune model --pattern 2:4 --criterion sparsegpt --calibration t.jsonl -o pruned
+  billhook prune model --plan plan.json --calibration text.txt -o pruned
+  billhook prune model --sparsity 0.7 --calibration text.txt -o packed --pack
+  billhook prune model --sparsity 0.5 --criterion magnitude --dry-run
 """
 
 
@@ -47,36 +47,55 @@ Examples:
 def command(
     model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
     *,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the pruned model goes; must be new or empty.")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Fraction of the prunable weights to remove, in [0, 1).")] = None,
-    pattern: Annotated[str, typer.Option(help="unstructured, or N:M (keep N of every M), such as 2:4.")] = "unstructured",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the pruned model goes; must be new or empty.")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of the prunable weights to remove, in [0, 1).")
+    ] = None,
+    pattern: Annotated[
+        str, typer.Option(help="unstructured, or N:M (keep N of every M), such as 2:4.")
+    ] = "unstructured",
     criterion: Annotated[str, typer.Option(help="Which weights go: see billhook ls criteria.")] = "wanda",
     allocator: Annotated[
         str | None,
-        typer.Option(help="How much each layer loses: billhook ls allocators, or auto; uniform unless a preset or plan is given."),
+        typer.Option(
+            help="How much each layer loses: billhook ls allocators, or auto; uniform unless a preset or plan is given."
+        ),
     ] = None,
     settings: Settings = None,
     preset: Preset = None,
     plan: Annotated[Path | None, typer.Option(help="A plan.json instead of sparsity and allocator.")] = None,
-    table_file: Annotated[Path | None, typer.Option("--table", help="A table.json, so that nothing is measured again.")] = None,
+    table_file: Annotated[
+        Path | None, typer.Option("--table", help="A table.json, so that nothing is measured again.")
+    ] = None,
     gradients: Annotated[
-        Path | None, typer.Option(help="A file of billhook gradients, for criteria that read them; else they are computed first.")
+        Path | None,
+        typer.Option(help="A file of billhook gradients, for criteria that read them; else they are computed first."),
     ] = None,
     group: Annotated[
-        Literal["row", "layer"] | None, typer.Option(help="Weights compete within a row or the layer; by default as in the paper.")
+        Literal["row", "layer"] | None,
+        typer.Option(help="Weights compete within a row or the layer; by default as in the paper."),
     ] = None,
     rounding: Annotated[
         Literal["exact", "floor"], typer.Option(help="exact meets the budget; floor counts as the published code does.")
     ] = "exact",
     refine: Annotated[
-        Literal["none", "blocks", "blocks+norms"], typer.Option(help="Tune what is left of each block (and its norms and biases).")
+        Literal["none", "blocks", "blocks+norms"],
+        typer.Option(help="Tune what is left of each block (and its norms and biases)."),
     ] = "none",
     text: Text,
     work: Work,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pruned, with time and memory; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be pruned, with time and memory; write nothing.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an output that exists, or an unfinished run.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run after its last finished block.")] = False,
-    spill_gib: Annotated[float, typer.Option(help="Hidden states beyond this many GiB go to disk (TMPDIR).", min=0)] = 8.0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an unfinished run after its last finished block.")
+    ] = False,
+    spill_gib: Annotated[
+        float, typer.Option(help="Hidden states beyond this many GiB go to disk (TMPDIR).", min=0)
+    ] = 8.0,
     pack: Annotated[bool, typer.Option("--pack", help="Write the result packed, as billhook pack does.")] = False,
     log_file: Annotated[Path | None, typer.Option(help="Write what happens here, one JSON object a line.")] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -92,16 +111,21 @@ def command(
     from billhook.parallel.ranks import joined
 
     if output is None and not dry_run:
-        raise BillhookError("Say where the pruned model goes: --output DIRECTORY (or --dry-run to see what would happen).")
+        raise BillhookError(
+            "Say where the pruned model goes: --output DIRECTORY (or --dry-run to see what would happen)."
+        )
     options = dict[str, Any](parse_settings(settings))
     if preset is not None:
         if plan is not None:
             raise BillhookError("A plan already says how much each layer loses: leave out --preset or --plan.")
         allocator, sparsity, options = presets.apply(preset, allocator, sparsity, options)
     request = Request(
-        model=model, sparsity=sparsity, output=output, criterion=criterion, allocator=allocator or "uniform", pattern=pattern,
-        options=options, plan=plan, table=table_file, gradients=gradients, group=group, rounding=rounding, refine=refine, **vars(text),
-        **work.fields(), overwrite=overwrite, resume=resume, spill_gib=spill_gib, pack=pack, trust_remote_code=trust_remote_code,
+        model=model, sparsity=sparsity, output=output, criterion=criterion, allocator=allocator or "uniform",
+        pattern=pattern,
+        options=options, plan=plan, table=table_file, gradients=gradients, group=group, rounding=rounding,
+        refine=refine, **vars(text),
+        **work.fields(), overwrite=overwrite, resume=resume, spill_gib=spill_gib, pack=pack,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     with joined(work.device), Log(log_file, resume) as log:
         draft = check(request)
@@ -113,7 +137,10 @@ def command(
         with estimated() as begin:
             begin(cost)
             report = _run(_decided(draft), cost, log)
-    say(f"{report.output}: {report.sparsity:.4%} of {sum(x.n for x in report.layers):,} weights removed in {report.seconds:.1f} s.")
+    say(
+        f"{report.output}: {report.sparsity:.4%} of {sum(x.n for x in report.layers):,} weights removed in "
+        f"{report.seconds:.1f} s."
+    )
     say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
     if as_json:
         emit(report.to_json())
@@ -133,11 +160,25 @@ def _run(job: "Job", cost: "Said", log: "Log") -> "Report":
     from billhook.job import run
 
     request = job.request
-    facts = {"model": job.opened.facts, "criterion": request.criterion, "pattern": str(job.plan.pattern), "target": job.plan.target}
-    log.event("start", billhook=__version__, **facts, layers=len(job.opened.layers), resume=request.resume, estimate=cost)
+    facts = {
+        "model": job.opened.facts,
+        "criterion": request.criterion,
+        "pattern": str(job.plan.pattern),
+        "target": job.plan.target,
+    }
+    log.event(
+        "start", billhook=__version__, **facts, layers=len(job.opened.layers), resume=request.resume, estimate=cost
+    )
 
     def note(x: "LayerResult") -> None:
-        log.event("layer", layer=x.layer, sparsity=x.sparsity, planned=x.planned, error=x.error, layer_seconds=round(x.seconds, 3))
+        log.event(
+            "layer",
+            layer=x.layer,
+            sparsity=x.sparsity,
+            planned=x.planned,
+            error=x.error,
+            layer_seconds=round(x.seconds, 3),
+        )
 
     with progress("pruning", total=job.steps) as advance, patient() as stopping:
         report = run(job, advance, stopping, note)

@@ -21,10 +21,14 @@ def command(
     directory: Annotated[Path, typer.Argument(help="A pruned directory.", metavar="DIR")],
     *,
     speed: Annotated[
-        Path | None, typer.Option(help="What a benchmark found, such as the output of billhook bench --json.", metavar="FILE")
+        Path | None,
+        typer.Option(help="What a benchmark found, such as the output of billhook bench --json.", metavar="FILE"),
     ] = None,
     table: Annotated[
-        Path | None, typer.Option(help="A table.json of the dense model: adds its exponents and spectra to the page.", metavar="TABLE")
+        Path | None,
+        typer.Option(
+            help="A table.json of the dense model: adds its exponents and spectra to the page.", metavar="TABLE"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

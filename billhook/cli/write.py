@@ -34,8 +34,8 @@ def command(
 ) -> None:
     """Let the model write calibration text, after the windows of --calibration if there is one.
 
-    It helps what is fitted to text (admm, --allocator auto, --refine) where there is little of it, and stands in for text
-    where there is none.
+    It helps what is fitted to text (admm, --allocator auto, --refine) where there is little of it, and stands in for
+    text where there is none.
     """
     from billhook.disk.files import check_writable
     from billhook.errors import BillhookError
@@ -45,7 +45,9 @@ def command(
     if output.suffix != ".safetensors":
         raise BillhookError(f"{output}: a file of tokens is read by its name, which must end in .safetensors.")
     check_writable(output)
-    request = Request(model=model, **vars(text), seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    request = Request(
+        model=model, **vars(text), seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     task = open_task(request, windows)
     with progress("positions", task.positions) as advance:
         made = make_text(task, output, advance)

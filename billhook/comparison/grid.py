@@ -1,8 +1,9 @@
-"""Running a grid: one model, pruned by every combination of allocator, criterion, pattern, sparsity and seed, and scored on one text.
+"""Running a grid: one model, pruned by every combination of allocator, criterion, pattern, sparsity and seed, and
+scored on one text.
 
-What cells share is computed once: the model is loaded once and its weights put back after each cell; spectra are measured once,
-statistics of activations and gradients once for each seed; the dense model is scored once. Every cell prunes block by block as
-`billhook prune` does. The text that is scored is never used to choose anything.
+What cells share is computed once: the model is loaded once and its weights put back after each cell; spectra are
+measured once, statistics of activations and gradients once for each seed; the dense model is scored once. Every cell
+prunes block by block as `billhook prune` does. The text that is scored is never used to choose anything.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,8 +56,13 @@ class Grid:
     options: Mapping[str, Any] | None = None
 
     def check(self) -> None:
-        """Raise BillhookError for an empty axis, an unknown name, an impossible number, and an option that no method has."""
-        for name, axis in (("sparsities", self.sparsities), ("allocators", self.allocators), ("criteria", self.criteria)):
+        """Raise BillhookError for an empty axis, an unknown name, an impossible number, and an option that no method
+        has."""
+        for name, axis in (
+            ("sparsities", self.sparsities),
+            ("allocators", self.allocators),
+            ("criteria", self.criteria),
+        ):
             if not axis and (name != "sparsities" or "unstructured" in self.patterns):
                 raise BillhookError(f"A comparison needs --{name}: give at least one.")
         known = [key for a in self.allocators if a != AUTO for key in ALLOCATORS.options(a)] + [
@@ -64,7 +70,10 @@ class Grid:
         ]
         for key in self.options or {}:
             if key not in known:
-                raise BillhookError(f"No method of this comparison has an option {key!r}.{hint(key, known)} Options: {', '.join(known)}.")
+                raise BillhookError(
+                    f"No method of this comparison has an option {key!r}.{hint(key, known)} Options: "
+                    f"{', '.join(known)}."
+                )
         list(self.budgets())
 
     def budgets(self) -> Iterator[tuple[str, float]]:
@@ -84,18 +93,26 @@ class Grid:
 
     def reads_text(self, allocator: str | None = None, criterion: str | None = None) -> bool:
         """Whether a cell, or any, looks at calibration text."""
-        of_criteria = [n for c in self.criteria if criterion in (None, c) for n in CRITERIA.needs(c, self.of(CRITERIA, c))]
+        of_criteria = [
+            n for c in self.criteria if criterion in (None, c) for n in CRITERIA.needs(c, self.of(CRITERIA, c))
+        ]
         return bool(of_criteria) or any(fact(n).needs_text for n in self.columns(allocator))
 
     def columns(self, allocator: str | None = None) -> list[str]:
         """The metrics that an allocator reads, or all of them."""
         chosen = [a for a in self.allocators if allocator in (None, a)]
         of_auto = [n for c in self.criteria for n in automatic.needs(c)] if AUTO in chosen else []
-        return list(dict.fromkeys([*of_auto, *(n for a in chosen if a != AUTO for n in ALLOCATORS.needs(a, self.of(ALLOCATORS, a)))]))
+        return list(
+            dict.fromkeys(
+                [*of_auto, *(n for a in chosen if a != AUTO for n in ALLOCATORS.needs(a, self.of(ALLOCATORS, a)))]
+            )
+        )
 
     def of(self, registry: Any, name: str) -> dict[str, Any]:
         """The options of one method, complete."""
-        found: dict[str, Any] = registry.configure(name, {k: v for k, v in (self.options or {}).items() if k in registry.options(name)})
+        found: dict[str, Any] = registry.configure(
+            name, {k: v for k, v in (self.options or {}).items() if k in registry.options(name)}
+        )
         return found
 
 
@@ -111,20 +128,25 @@ def compare(
     begin: Callable[[Opened, Windows, list[Cell]], None] = lambda opened, windows, cells: None,
     **fields: Any,
 ) -> Comparison:
-    """Run a grid and score every cell on windows of `data`, at most `limit`; the model's weights are as before afterwards.
+    """Run a grid and score every cell on windows of `data`, at most `limit`; the model's weights are as before
+    afterwards.
 
-    `output` is a directory for compare.json, which is written after every cell, so that an interrupted comparison goes on; `fields` are
-    those of `Request` (calibration, samples, length, targets, ...). `progress` is given a line for each cell, `begin` the model, the
-    windows and the cells to run before anything is measured. Raises BillhookError
-    for what cannot be done as asked, before anything is pruned, and where the directory holds another comparison.
+    `output` is a directory for compare.json, which is written after every cell, so that an interrupted comparison goes
+    on; `fields` are those of `Request` (calibration, samples, length, targets, ...). `progress` is given a line for
+    each cell, `begin` the model, the windows and the cells to run before anything is measured. Raises BillhookError for
+    what cannot be done as asked, before anything is pruned, and where the directory holds another comparison.
     """
     grid.check()
     if grid.seeds < 1 or (grid.seeds > 1 and str(fields.get("calibration", "")).endswith(".safetensors")):
-        raise BillhookError("Seeds draw calibration windows: at least one, and from a text, because a token file always gives the same.")
+        raise BillhookError(
+            "Seeds draw calibration windows: at least one, and from a text, because a token file always gives the same."
+        )
     request = Request(model, **fields)
     opened = open_request(request, grid.reads_text(), "This comparison")
     windows = _windows(opened, request, data, limit)
-    made = Comparison.open(None if output is None else Path(output), _identity(grid, request, opened, windows), overwrite)
+    made = Comparison.open(
+        None if output is None else Path(output), _identity(grid, request, opened, windows), overwrite
+    )
     cells = list(grid.cells(request.seed))
     begin(opened, windows, [cell for cell in cells if not made.has(cell)])
     with _Bench(grid, request, opened, windows) as bench:
@@ -154,7 +176,8 @@ def _windows(opened: Opened, request: Request, data: str, limit: int | None) -> 
 
 
 def _identity(grid: Grid, request: Request, opened: Opened, windows: Windows) -> dict[str, Any]:
-    """What a comparison must agree in to be continued, and what its numbers depend on; more cells may be asked for later."""
+    """What a comparison must agree in to be continued, and what its numbers depend on; more cells may be asked for
+    later."""
     count, length = windows.ids.shape
     return {
         "model": opened.facts,
@@ -205,9 +228,13 @@ class _Bench:
         batches = self._drawn(seed).batches if self.grid.reads_text() else []
         table, options = self._table(seed), self.grid.of(CRITERIA, criterion)
         if allocator == AUTO:
-            plan = automatic.choose(self._drawn(seed), table, sparsity, pattern, Setting(criterion, options, self.request.group), seed)
+            plan = automatic.choose(
+                self._drawn(seed), table, sparsity, pattern, Setting(criterion, options, self.request.group), seed
+            )
         else:
-            plan = allocate(table, sparsity, allocator=allocator, pattern=pattern, **self.grid.of(ALLOCATORS, allocator))
+            plan = allocate(
+                table, sparsity, allocator=allocator, pattern=pattern, **self.grid.of(ALLOCATORS, allocator)
+            )
         gradients = self._gradient(criterion, options, seed)
         results = prune_(
             self.model,
@@ -220,8 +247,14 @@ class _Bench:
             **options,
         )
         found = evaluate(self.model, self.windows)
-        errors = [relative_error(y, x) for y, x in zip(block_outputs(self.model, self.windows.ids[:WINDOWS]), self._dense, strict=True)]
-        blocks = [(sum(plan.sparsity[r.layer] * r.n for r in rows) / sum(r.n for r in rows)) for rows in table.blocks().values()]
+        errors = [
+            relative_error(y, x)
+            for y, x in zip(block_outputs(self.model, self.windows.ids[:WINDOWS]), self._dense, strict=True)
+        ]
+        blocks = [
+            (sum(plan.sparsity[r.layer] * r.n for r in rows) / sum(r.n for r in rows))
+            for rows in table.blocks().values()
+        ]
         return {
             "pattern": pattern,
             "sparsity": sparsity,
@@ -268,7 +301,9 @@ class _Bench:
         if (statistic, seed) not in self._gradients:
             self._restore()
             path = self._folder / f"{statistic}-{seed}.safetensors"
-            self._gradients[statistic, seed] = compute_gradients(self.model, self._drawn(seed).batches, statistic, path, layers=self.layers)
+            self._gradients[statistic, seed] = compute_gradients(
+                self.model, self._drawn(seed).batches, statistic, path, layers=self.layers
+            )
         return self._gradients[statistic, seed]
 
 

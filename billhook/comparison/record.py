@@ -1,6 +1,8 @@
-"""compare.json: a grid of allocators, criteria, patterns and sparsities, a cell a row, rewritten whole after every cell.
+"""compare.json: a grid of allocators, criteria, patterns and sparsities, a cell a row, rewritten whole after every
+cell.
 
-File format: docs/formats.md, `compare.json`. The same inputs and seeds give the same bytes, so there is no date and no duration in it.
+File format: docs/formats.md, `compare.json`. The same inputs and seeds give the same bytes, so there is no date and no
+duration in it.
 """
 
 import math
@@ -22,7 +24,8 @@ _KEYS = ("pattern", "sparsity", "allocator", "criterion", "seed")
 
 @dataclass
 class Comparison:
-    """What was asked (`identity`), the dense model's evaluation, and a row for each finished cell; `folder` None keeps no file."""
+    """What was asked (`identity`), the dense model's evaluation, and a row for each finished cell; `folder` None keeps
+    no file."""
 
     folder: Path | None
     identity: dict[str, Any]
@@ -33,7 +36,8 @@ class Comparison:
     def open(cls, folder: Path | None, identity: dict[str, Any], overwrite: bool) -> "Comparison":
         """Begin in `folder`, made if need be, or go on with the comparison that is there.
 
-        Raises BillhookError, unless `overwrite`, where the one there was made otherwise (saying what differs) or is damaged.
+        Raises BillhookError, unless `overwrite`, where the one there was made otherwise (saying what differs) or is
+        damaged.
         """
         if folder is None:
             return cls(None, identity)
@@ -44,7 +48,9 @@ class Comparison:
         for key, value in identity.items():
             if found.identity.get(key) != value:
                 was = f"{key} was {found.identity.get(key)!r:.60} and is now {value!r:.60}"
-                raise BillhookError(f"{folder / RECORD} was made otherwise: {was}. Choose another --output, or --overwrite.")
+                raise BillhookError(
+                    f"{folder / RECORD} was made otherwise: {was}. Choose another --output, or --overwrite."
+                )
         return found
 
     def has(self, cell: tuple[Any, ...]) -> bool:
@@ -72,10 +78,14 @@ def load_comparison(folder: Path) -> Comparison:
     """Read DIR/compare.json; raises BillhookError for one that is missing, of another version or damaged."""
     value = read_json(folder / RECORD, "comparison")
     if value.get("version") != VERSION:
-        raise BillhookError(f"{folder / RECORD} is not a comparison of version {VERSION}: make it again with billhook compare.")
+        raise BillhookError(
+            f"{folder / RECORD} is not a comparison of version {VERSION}: make it again with billhook compare."
+        )
     identity, dense, cells = value.get("identity"), value.get("dense"), value.get("cells")
     whole = isinstance(identity, dict) and isinstance(dense, dict) and isinstance(cells, list)
-    if not whole or not all(isinstance(row, dict) and {*_KEYS, "nll", "token_ppl"} <= row.keys() for row in cells or []):
+    if not whole or not all(
+        isinstance(row, dict) and {*_KEYS, "nll", "token_ppl"} <= row.keys() for row in cells or []
+    ):
         raise BillhookError(f"{folder / RECORD} is damaged: start again with --overwrite.")
     return Comparison(folder, identity or {}, dense or {}, cells or [])
 
@@ -113,10 +123,11 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def differences(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Pairs of methods at one pattern and sparsity: the difference of their mean losses, and whether it is larger than the spread.
+    """Pairs of methods at one pattern and sparsity: the difference of their mean losses, and whether it is larger than
+    the spread.
 
-    The spread is the larger of the two standard deviations over seeds, so nothing is said about methods that ran once unless they do
-    not depend on the seed. A difference within the spread is no reason to prefer either.
+    The spread is the larger of the two standard deviations over seeds, so nothing is said about methods that ran once
+    unless they do not depend on the seed. A difference within the spread is no reason to prefer either.
     """
     found = []
     several = summary(cells)
@@ -128,7 +139,10 @@ def differences(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         difference, spread = a["mean_nll"] - b["mean_nll"], max(a["spread_nll"] or 0.0, b["spread_nll"] or 0.0)
         better, worse = (b, a) if difference > 0 else (a, b)
         entry = {"pattern": a["pattern"], "sparsity": a["sparsity"], "better": method(better), "worse": method(worse)}
-        found.append(entry | {"difference_nll": abs(difference), "spread_nll": spread, "larger_than_spread": abs(difference) > spread})
+        found.append(
+            entry
+            | {"difference_nll": abs(difference), "spread_nll": spread, "larger_than_spread": abs(difference) > spread}
+        )
     return found
 
 

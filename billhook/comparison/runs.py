@@ -1,7 +1,7 @@
 """Finished runs side by side: pruned directories with evaluations in their report.json, and comparisons.
 
-Numbers are put beside each other only where they may be: the same windows (by digest), the same length, the same protocol, the same
-versions. What differs is named, and nothing is shown.
+Numbers are put beside each other only where they may be: the same windows (by digest), the same length, the same
+protocol, the same versions. What differs is named, and nothing is shown.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,12 @@ from billhook.errors import BillhookError
 from billhook.reports.report import load_report
 from billhook.verification import REPORT
 
-_SAME = {"protocol": "protocol", "digest": "windows (text)", "length": "length of a window", "windows": "number of windows"}
+_SAME = {
+    "protocol": "protocol",
+    "digest": "windows (text)",
+    "length": "length of a window",
+    "windows": "number of windows",
+}
 
 
 def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
@@ -22,7 +27,11 @@ def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
     Where a pruned directory was scored on several texts, the first of them that every run was scored on counts.
     """
     found = {str(folder): _evaluations(folder) for folder in folders}
-    common = [_key(e) for e in next(iter(found.values())) if all(any(_key(o) == _key(e) for o in others) for others in found.values())]
+    common = [
+        _key(e)
+        for e in next(iter(found.values()))
+        if all(any(_key(o) == _key(e) for o in others) for others in found.values())
+    ]
     if not common:
         raise BillhookError(_difference(found))
     rows = [row for evaluations in found.values() for row in evaluations if _key(row) == common[0]]
@@ -30,7 +39,12 @@ def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
     data = {key: first[key] for key in ("source", "digest", "windows", "length")}
     shown = ("run", "model", "method", "pattern", "sparsity", "token_ppl", "nll", "dense_token_ppl")
     ranked = sorted(rows, key=lambda row: row["nll"])
-    return {"protocol": first["protocol"], "data": data, "versions": first["versions"], "runs": [{k: r[k] for k in shown} for r in ranked]}
+    return {
+        "protocol": first["protocol"],
+        "data": data,
+        "versions": first["versions"],
+        "runs": [{k: r[k] for k in shown} for r in ranked],
+    }
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -45,10 +59,18 @@ def _difference(found: dict[str, list[dict[str, Any]]]) -> str:
     for key, words in _SAME.items():
         if left[key] != right[key]:
             was = f"{left['source']} and {right['source']}" if key == "digest" else f"{left[key]} and {right[key]}"
-            return f"{one} and {two} cannot be compared: their {words} differ ({was}). Score both alike with billhook eval."
-    name = next(n for n in {**left["versions"], **right["versions"]} if left["versions"].get(n) != right["versions"].get(n))
+            return (
+                f"{one} and {two} cannot be compared: their {words} differ ({was}). Score both alike with billhook "
+                "eval."
+            )
+    name = next(
+        n for n in {**left["versions"], **right["versions"]} if left["versions"].get(n) != right["versions"].get(n)
+    )
     was = f"{left['versions'].get(name)} and {right['versions'].get(name)}"
-    return f"{one} and {two} cannot be compared: they were scored with different versions of {name} ({was}). Score both again."
+    return (
+        f"{one} and {two} cannot be compared: they were scored with different versions of {name} ({was}). Score both "
+        "again."
+    )
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -57,7 +79,9 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
         return _of_comparison(folder)
     if (folder / REPORT).is_file():
         return _of_report(folder)
-    raise BillhookError(f"{folder} holds no finished run: neither {RECORD} (billhook compare) nor {REPORT} (billhook prune).")
+    raise BillhookError(
+        f"{folder} holds no finished run: neither {RECORD} (billhook compare) nor {REPORT} (billhook prune)."
+    )
 
 
 def _of_comparison(folder: Path) -> list[dict[str, Any]]:
@@ -77,11 +101,18 @@ def _of_report(folder: Path) -> list[dict[str, Any]]:
     report = load_report(folder)
     scored = [entry for entry in report["evaluations"] if "nll" in entry]
     if not scored:
-        raise BillhookError(f"{folder} has no evaluation in its report: score it with billhook eval {folder} --data SOURCE --report.")
+        raise BillhookError(
+            f"{folder} has no evaluation in its report: score it with billhook eval {folder} --data SOURCE --report."
+        )
     asked = report["asked"]
-    same = {"run": folder.name, "model": report["model"]["name"], "method": f"{asked['criterion']} + {asked['allocator']}"}
+    same = {
+        "run": folder.name,
+        "model": report["model"]["name"],
+        "method": f"{asked['criterion']} + {asked['allocator']}",
+    }
     same |= {"pattern": asked["pattern"], "sparsity": report["achieved"]["sparsity"]}
     keys = ("protocol", "source", "digest", "windows", "length", "versions", "token_ppl", "nll")
     return [
-        {**same, **{key: entry[key] for key in keys}, "dense_token_ppl": (entry.get("against") or {}).get("token_ppl")} for entry in scored
+        {**same, **{key: entry[key] for key in keys}, "dense_token_ppl": (entry.get("against") or {}).get("token_ppl")}
+        for entry in scored
     ]

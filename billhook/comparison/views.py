@@ -13,7 +13,8 @@ TABLE, MARKDOWN, CSV = "compare.txt", "compare.md", "compare.csv"
 
 
 def header_and_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """A row for each method, a column for each pattern and sparsity; means over seeds with their standard deviation, best marked *."""
+    """A row for each method, a column for each pattern and sparsity; means over seeds with their standard deviation,
+    best marked *."""
     found = summary(comparison.cells)
     places, methods = (list(dict.fromkeys(name(row) for row in found)) for name in (place, method))
     shown = {(method(row), place(row)): row for row in found}
@@ -40,7 +41,8 @@ def caption(comparison: Comparison) -> str:
     """What the numbers are, and of what."""
     data, model = comparison.identity["data"], comparison.identity["model"]["name"]
     return (
-        f"{model}: {comparison.identity['protocol']}, {data['windows']} windows of {data['length']} tokens of {data['source']}; "
+        f"{model}: {comparison.identity['protocol']}, {data['windows']} windows of {data['length']} tokens of "
+        f"{data['source']}; "
         "± is the standard deviation over calibration seeds, * the best of a column."
     )
 
@@ -53,10 +55,20 @@ def markdown(comparison: Comparison) -> str:
     found = comparison.to_json()["differences"]
     if found:
         lines += ["", "## Differences and the spread over seeds", "", "Losses in nats a token.", ""]
-        lines += ["| at | better | worse | difference | spread | larger than the spread |", "| --- | --- | --- | ---: | ---: | --- |"]
+        lines += [
+            "| at | better | worse | difference | spread | larger than the spread |",
+            "| --- | --- | --- | ---: | ---: | --- |",
+        ]
         for row in found:
             verdict = "yes" if row["larger_than_spread"] else "no"
-            cells = [place(row), row["better"], row["worse"], f"{row['difference_nll']:.4f}", f"{row['spread_nll']:.4f}", verdict]
+            cells = [
+                place(row),
+                row["better"],
+                row["worse"],
+                f"{row['difference_nll']:.4f}",
+                f"{row['spread_nll']:.4f}",
+                verdict,
+            ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -72,13 +84,16 @@ def spreadsheet(comparison: Comparison) -> str:
 
 
 def pictures(comparison: Comparison, standalone: bool = True) -> dict[str, str]:
-    """File stem -> SVG: perplexity against sparsity, sparsity by depth for each target, error by block for each target."""
+    """File stem -> SVG: perplexity against sparsity, sparsity by depth for each target, error by block for each
+    target."""
     found = {}
     rows = summary(comparison.cells)
     free = [row for row in rows if row["pattern"] == "unstructured"]
     title = f"Token perplexity of {comparison.identity['model']['name']} against sparsity"
     if len({row["sparsity"] for row in free}) > 1:
-        lines = [_by_sparsity(name, [r for r in free if method(r) == name]) for name in dict.fromkeys(map(method, free))]
+        lines = [
+            _by_sparsity(name, [r for r in free if method(r) == name]) for name in dict.fromkeys(map(method, free))
+        ]
         ends = [min(r["sparsity"] for r in free), max(r["sparsity"] for r in free)]
         dense = comparison.dense.get("token_ppl")
         lines.append(Series("dense", [100 * e for e in ends], [dense, dense], marks=False, dashed=True))
@@ -90,18 +105,31 @@ def pictures(comparison: Comparison, standalone: bool = True) -> dict[str, str]:
         cells = [row for row in comparison.cells if place(row) == target]
         first = [row for row in cells if row["seed"] == cells[0]["seed"]]
         name = target.replace(" %", "").replace(":", "of")
-        depth, blocks = Axis("block, from the input (0)", whole=True), [list(map(int, row["sparsity_by_block"])) for row in first]
+        depth, blocks = (
+            Axis("block, from the input (0)", whole=True),
+            [list(map(int, row["sparsity_by_block"])) for row in first],
+        )
         lines = [
             Series(row["allocator"], b, [100 * v for v in row["sparsity_by_block"].values()])
             for row, b in {r["allocator"]: (r, b) for r, b in zip(first, blocks, strict=True)}.values()
         ]
         found[f"sparsity-{name}"] = chart(
-            f"What each block loses at {target}", lines, depth, Axis("weights removed (%)"), summary="By allocator.", standalone=standalone
+            f"What each block loses at {target}",
+            lines,
+            depth,
+            Axis("weights removed (%)"),
+            summary="By allocator.",
+            standalone=standalone,
         )
         lines = [Series(method(row), range(len(row["error_by_block"])), row["error_by_block"]) for row in first]
         label = Axis("error of the block's output, share of its square", log=True)
         found[f"error-{name}"] = chart(
-            f"How errors grow with depth at {target}", lines, depth, label, summary="By method; lower is better.", standalone=standalone
+            f"How errors grow with depth at {target}",
+            lines,
+            depth,
+            label,
+            summary="By method; lower is better.",
+            standalone=standalone,
         )
     return found
 
@@ -111,7 +139,13 @@ def _by_sparsity(name: str, rows: Sequence[Mapping[str, Any]]) -> Series:
     if any(row["spread_token_ppl"] is None for row in rows):
         return Series(name, x, y)
     spread = [row["spread_token_ppl"] for row in rows]
-    return Series(name, x, y, low=[v - s for v, s in zip(y, spread, strict=True)], high=[v + s for v, s in zip(y, spread, strict=True)])
+    return Series(
+        name,
+        x,
+        y,
+        low=[v - s for v, s in zip(y, spread, strict=True)],
+        high=[v + s for v, s in zip(y, spread, strict=True)],
+    )
 
 
 def write_views(comparison: Comparison) -> list[str]:

@@ -1,9 +1,10 @@
 """What jobs do, counted from sizes alone: operations, numbers, bytes and calls by kind, by the formulas of the methods.
 
-A count is (kind, how processes share it, layer, amount): `windows`, `layers` of a block or `blocks` are shared out, `all` each does.
-The amount is operations for arithmetic (`product`, `attention`, `backward`, `train`, `gram`, `solve`, `rows`, `spectrum`), numbers for what
-passes over memory (`elements`, `watch`, `logits`, `select`, `handle`), bytes for `file` and `link`, a number for `call` (of a layer on a
-batch), `op` (one small operation of torch), `layer` and `run` (what records and files of them cost); `billhook.costs.prices` has prices.
+A count is (kind, how processes share it, layer, amount): `windows`, `layers` of a block or `blocks` are shared out,
+`all` each does. The amount is operations for arithmetic (`product`, `attention`, `backward`, `train`, `gram`, `solve`,
+`rows`, `spectrum`), numbers for what passes over memory (`elements`, `watch`, `logits`, `select`, `handle`), bytes for
+`file` and `link`, a number for `call` (of a layer on a batch), `op` (one small operation of torch), `layer` and `run`
+(what records and files of them cost); `billhook.costs.prices` has prices.
 """
 
 import math
@@ -11,24 +12,41 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 FACTOR = 3.0  # a factorization runs at about a third of the speed of a product
-EIGENVALUES = 4.0  # those of a matrix of side n take as long as so many times n^3 operations of the product that made it
+EIGENVALUES = (
+    4.0  # those of a matrix of side n take as long as so many times n^3 operations of the product that made it
+)
 GATHER = 40.0  # taking one number out of a matrix takes as long as so many operations on small matrices
-GRADIENT_PASSES = 4  # in forward passes: one that stores, one again with a graph, and a backward pass that costs as much as both
+GRADIENT_PASSES = (
+    4  # in forward passes: one that stores, one again with a graph, and a backward pass that costs as much as both
+)
 BACKWARD_PASSES = 3  # with everything in memory: one forward, and a backward pass that costs as much as two
 SUMS = 3  # times that a gradient is read or written to add its size to a sum
 ADAM = 12  # the same for a step of Adam
 READING = 1 / 3  # of what it takes to read, check and write a byte
-LAYER_OPS, STEP_OPS, COLUMN_OPS, FIT_OPS = 100, 30, 4, 800  # small operations a layer, a step of ADMM, a column of SparseGPT, a tail
-NARROW, FEW, LARGE = 512, 256, 2048  # where ADMM and spectra change their type, see billhook.criteria.admm and billhook.measuring.eigen
-CHECK, HELD, STEP = 12, 8, 4  # ADMM ends at this alternation at the earliest; billhook.refine holds out a window of 8 and steps after 4
+LAYER_OPS, STEP_OPS, COLUMN_OPS, FIT_OPS = (
+    100,
+    30,
+    4,
+    800,
+)  # small operations a layer, a step of ADMM, a column of SparseGPT, a tail
+NARROW, FEW, LARGE = (
+    512,
+    256,
+    2048,
+)  # where ADMM and spectra change their type, see billhook.criteria.admm and billhook.measuring.eigen
+CHECK, HELD, STEP = (
+    12,
+    8,
+    4,
+)  # ADMM ends at this alternation at the earliest; billhook.refine holds out a window of 8 and steps after 4
 
 Count = tuple[str, str, "Part | None", float]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One prunable layer [out, inputs], number so and so of its block; `share` is the part of the tokens that reach it (below 1 for an
-    expert), `leads` is false where a layer before it reads the same input."""
+    """One prunable layer [out, inputs], number so and so of its block; `share` is the part of the tokens that reach it
+    (below 1 for an expert), `leads` is false where a layer before it reads the same input."""
 
     out: int
     inputs: int
@@ -45,8 +63,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a cost depends on: the layers, blocks and width of a model, bytes a number takes, bytes outside the blocks and in all, and how
-    many tokens the model knows."""
+    """What a cost depends on: the layers, blocks and width of a model, bytes a number takes, bytes outside the blocks
+    and in all, and how many tokens the model knows."""
 
     parts: tuple[Part, ...]
     blocks: int
@@ -88,10 +106,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Method:
-    """What a criterion or a measurement asks for: statistics, gradients, how often a layer's weights are ranked, and the rest of the work
-    on it, where anything is done to layers (`touches`).
+    """What a criterion or a measurement asks for: statistics, gradients, how often a layer's weights are ranked, and
+    the rest of the work on it, where anything is done to layers (`touches`).
 
-    `dense` changes no weight, which saves the second pass; `beside` passes the dense model's block as well, whatever the statistics.
+    `dense` changes no weight, which saves the second pass; `beside` passes the dense model's block as well, whatever
+    the statistics.
     """
 
     statistics: tuple[str, ...] = ()
@@ -114,8 +133,9 @@ def sparsegpt(part: Part) -> dict[str, float]:
 
 
 def admm(part: Part, steps: int, sparsity: float, ramp: int) -> dict[str, float]:
-    """An inverse of the matrix, another at every third step after the ramp, a product of the layer with it a step, and the solution on
-    the support: by a factor of each row, where few weights are kept, or as many products again. Narrow layers take float64, at half speed.
+    """An inverse of the matrix, another at every third step after the ramp, a product of the layer with it a step, and
+    the solution on the support: by a factor of each row, where few weights are kept, or as many products again. Narrow
+    layers take float64, at half speed.
     """
     double, kept = (2 if part.inputs <= NARROW else 1), (1 - sparsity) * part.inputs
     inverses = 1 + sum(step % 3 == 0 for step in range(ramp, steps))
@@ -127,14 +147,16 @@ def admm(part: Part, steps: int, sparsity: float, ramp: int) -> dict[str, float]
 
 
 def spectrum(part: Part) -> dict[str, float]:
-    """The lower triangle of the Gram matrix of the smaller side and its eigenvalues, in float64 where that side is short; a tail's fit."""
+    """The lower triangle of the Gram matrix of the smaller side and its eigenvalues, in float64 where that side is
+    short; a tail's fit."""
     small, large = sorted((part.out, part.inputs))
     double = 2 if small < LARGE else 1
     return {"spectrum": double * (small**2 * large + EIGENVALUES * small**3), "op": float(FIT_OPS)}
 
 
 def walk(sizes: Sizes, method: Method, text: Text) -> Iterator[Count]:
-    """One pass of `billhook.walk` through the blocks, with what is done to their layers, and the gradients taken before it."""
+    """One pass of `billhook.walk` through the blocks, with what is done to their layers, and the gradients taken before
+    it."""
     drift = "drift" in method.statistics and not method.dense
     split = "blocks" if method.dense else "layers"
     for part, group in _grouped(sizes):
@@ -143,7 +165,9 @@ def walk(sizes: Sizes, method: Method, text: Text) -> Iterator[Count]:
         if drift:
             looks = _beside(sizes, part, group, text)
         elif method.statistics:
-            ends = group.number + 1 == group.all and not (group.experts or method.dense)  # with the last input, from the second batch on
+            ends = group.number + 1 == group.all and not (
+                group.experts or method.dense
+            )  # with the last input, from the second batch on
             looks = 1.0 / text.batches if ends else 1.0
         passes = looks + again * (bool(method.statistics) or method.beside) + (method.beside and not drift)
         if passes:
@@ -173,8 +197,9 @@ def walk(sizes: Sizes, method: Method, text: Text) -> Iterator[Count]:
 
 @dataclass(frozen=True)
 class _Group:
-    """The number of a layer's group (those of one input together, each kind of experts together), how many groups its block has, how many
-    of them, the last ones, are of experts, and of how many it is tried whether they write into the stream of the model."""
+    """The number of a layer's group (those of one input together, each kind of experts together), how many groups its
+    block has, how many of them, the last ones, are of experts, and of how many it is tried whether they write into the
+    stream of the model."""
 
     number: int
     all: int
@@ -198,12 +223,16 @@ def _grouped(sizes: Sizes) -> Iterator[tuple[Part, _Group]]:
             if part.share < 1:
                 experts.setdefault(key, number)
         tried = sum(part.leads and part.share == 1 and part.out == sizes.width for part in parts)
-        yield from ((part, _Group(number, max(numbers) + 1, len(experts), tried)) for part, number in zip(parts, numbers, strict=True))
+        yield from (
+            (part, _Group(number, max(numbers) + 1, len(experts), tried))
+            for part, number in zip(parts, numbers, strict=True)
+        )
 
 
 def _beside(sizes: Sizes, part: Part, group: _Group, text: Text) -> float:
-    """How often `billhook.blocks.beside` runs a layer: in both streams for each later group, for the last one as well where it writes into
-    the stream of the model; once for each kind of experts; in the dense stream to its end; on a batch to find groups and those that write.
+    """How often `billhook.blocks.beside` runs a layer: in both streams for each later group, for the last one as well
+    where it writes into the stream of the model; once for each kind of experts; in the dense stream to its end; on a
+    batch to find groups and those that write.
     """
     pairs = max(group.all - group.experts - 1 - group.number, 0)
     whole = group.number + 1 == group.all and not group.experts and part.out == sizes.width
@@ -220,7 +249,8 @@ def _forward(sizes: Sizes, part: Part, text: Text, passes: float, kind: str = "p
 
 
 def predict(sizes: Sizes, text: Text, *, logits: float = 1.0, backward: bool = False) -> Iterator[Count]:
-    """The whole model on a text, to its predictions, by every process; `logits` is how often these are read, `backward` goes back."""
+    """The whole model on a text, to its predictions, by every process; `logits` is how often these are read, `backward`
+    goes back."""
     passes, kind = (BACKWARD_PASSES, "backward") if backward else (1, "product")
     for part in sizes.parts:
         for name, _, _, amount in _forward(sizes, part, text, passes, kind):
@@ -230,11 +260,11 @@ def predict(sizes: Sizes, text: Text, *, logits: float = 1.0, backward: bool = F
 
 
 def refine(sizes: Sizes, text: Text, epochs: int) -> Iterator[Count]:
-    """Tuning every block, in float32: its targets, the held-out windows before, after and after each epoch, and `epochs` passes forward and
-    back of the other windows, with a step of Adam after every few.
+    """Tuning every block, in float32: its targets, the held-out windows before, after and after each epoch, and
+    `epochs` passes forward and back of the other windows, with a step of Adam after every few.
 
-    Each time the next block runs on the outputs and is gone back through; behind the last one the predictions are made of outputs and
-    targets, and once again on the way back.
+    Each time the next block runs on the outputs and is gone back through; behind the last one the predictions are made
+    of outputs and targets, and once again on the way back.
     """
     held = Text(text.windows // HELD, text.length)
     learned = Text(text.windows - held.windows, text.length, STEP)
@@ -269,10 +299,21 @@ def sent(sizes: Sizes, method: Method) -> Iterator[Count]:
     yield "link", "all", None, 0.0 if method.dense else float(sizes.itemsize * sizes.weights)
 
 
-def llama(width: int, inner: int, blocks: int, *, vocabulary: int = 32000, keys: int | None = None, itemsize: int = 2) -> Sizes:
-    """A model of the Llama family with a head of its own; `keys` is the width of keys and values where it is smaller."""
+def llama(
+    width: int, inner: int, blocks: int, *, vocabulary: int = 32000, keys: int | None = None, itemsize: int = 2
+) -> Sizes:
+    """A model of the Llama family with a head of its own; `keys` is the width of keys and values where it is
+    smaller."""
     keys = width if keys is None else keys
-    shapes = [(width, width), (keys, width), (keys, width), (width, width), (inner, width), (inner, width), (width, inner)]
+    shapes = [
+        (width, width),
+        (keys, width),
+        (keys, width),
+        (width, width),
+        (inner, width),
+        (inner, width),
+        (width, inner),
+    ]
     own = [(*shape, lead) for shape, lead in zip(shapes, (True, False, False, True, True, False, True), strict=True)]
     parts = [Part(out, size, block, n, 1.0, lead) for block in range(blocks) for n, (out, size, lead) in enumerate(own)]
     outside = 2 * vocabulary * width * itemsize

@@ -1,7 +1,8 @@
-"""What a job will cost, before it starts: seconds, memory and disk, by the cost model (`billhook.costs.prices`) and a moment of measuring.
+"""What a job will cost, before it starts: seconds, memory and disk, by the cost model (`billhook.costs.prices`) and a
+moment of measuring.
 
-Said is a range: what ends early may take the least of it. Where the machine is as busy then as now, a run that takes longer than a few
-seconds lies within it or less than a factor of 1.5 outside.
+Said is a range: what ends early may take the least of it. Where the machine is as busy then as now, a run that takes
+longer than a few seconds lies within it or less than a factor of 1.5 outside.
 """
 
 import resource
@@ -41,8 +42,8 @@ Said = dict[str, float]
 
 
 def estimate(draft: Draft) -> Said:
-    """`seconds` for measuring, trying plans, pruning and writing at most, `seconds_least` where what can end early does, peak
-    `memory_gib` and `disk_gib`."""
+    """`seconds` for measuring, trying plans, pruning and writing at most, `seconds_least` where what can end early
+    does, peak `memory_gib` and `disk_gib`."""
     request, opened, options = draft.request, draft.opened, draft.criterion_options
     given, written = draft.gradients is not None, opened.source is not None
 
@@ -50,12 +51,20 @@ def estimate(draft: Draft) -> Said:
         if draft.plan is None:
             yield from workload.decide(case, request.allocator, draft.needed, request.criterion, options)
         left = tuple(part for part in case.sizes.parts if part.block >= draft.done)
-        case = replace(case, streamed=written and not draft.in_memory, sizes=replace(case.sizes, parts=left or case.sizes.parts))
-        yield from workload.prune(case, request.criterion, options, given=given, refine=request.refine != "none", write=written)
+        case = replace(
+            case, streamed=written and not draft.in_memory, sizes=replace(case.sizes, parts=left or case.sizes.parts)
+        )
+        yield from workload.prune(
+            case, request.criterion, options, given=given, refine=request.refine != "none", write=written
+        )
         if draft.packed is not None:
             yield workload.pack(case)
 
-    made = 0 if given or not gradient_of(request, options) else 4 * sum(layer.shape[0] * layer.shape[1] for layer in opened.layers)
+    made = (
+        0
+        if given or not gradient_of(request, options)
+        else 4 * sum(layer.shape[0] * layer.shape[1] for layer in opened.layers)
+    )
     disk = _bytes(opened) + made
     return _said(opened, request.device, phases, disk, sparsity=draft.target, spill_gib=request.spill_gib)
 
@@ -143,11 +152,20 @@ def sizes_of(opened: Opened) -> Sizes:
     whole = _bytes(opened)
     outside = whole - sum(p.numel() * p.element_size() for p in find_blocks(opened.model)[1].parameters())
     itemsize = opened.model.dtype.itemsize
-    return Sizes(tuple(parts), config.num_hidden_layers, config.hidden_size, itemsize, outside, whole, vocabulary_size(opened.model))
+    return Sizes(
+        tuple(parts),
+        config.num_hidden_layers,
+        config.hidden_size,
+        itemsize,
+        outside,
+        whole,
+        vocabulary_size(opened.model),
+    )
 
 
 def shapes_of(opened: Opened) -> dict[str, Any]:
-    """What is timed for a model: a product [rows, in] x [in, out] and attention [windows, heads, length, head], its own or smaller."""
+    """What is timed for a model: a product [rows, in] x [in, out] and attention [windows, heads, length, head], its own
+    or smaller."""
     config = opened.model.config.get_text_config(decoder=True)
     text, heads = text_of(opened), config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -156,7 +174,10 @@ def shapes_of(opened: Opened) -> dict[str, Any]:
     windows = max(1, min(text.batch, 1024 // length))
     few = max(1, min(heads, int(MOMENT / (4 * windows * length**2 * head))))
     widest = max(layer.shape[0] for layer in opened.layers)
-    return {"product": (rows, min(config.hidden_size, 1024), min(widest, 1024)), "attention": (windows, few, length, head)}
+    return {
+        "product": (rows, min(config.hidden_size, 1024), min(widest, 1024)),
+        "attention": (windows, few, length, head),
+    }
 
 
 def speeds(
@@ -166,14 +187,16 @@ def speeds(
     product: Sequence[int] = (512, 1024, 1024),
     attention: Sequence[int] = (4, 4, 256, 64),
 ) -> dict[str, float]:
-    """What the machine does now: `product` in a type, `single` in float32 and `attention` (operations a second), `copy` (bytes a second),
-    and the seconds of a small operation, `op`."""
+    """What the machine does now: `product` in a type, `single` in float32 and `attention` (operations a second), `copy`
+    (bytes a second), and the seconds of a small operation, `op`."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
     def timed(work: Callable[[], Any]) -> float:
         rounds: list[float] = []
         times = 1
-        for _ in range(2 + ROUNDS):  # the first round warms up, the second tells how often one that lasts is to be repeated
+        for _ in range(
+            2 + ROUNDS
+        ):  # the first round warms up, the second tells how often one that lasts is to be repeated
             start = clock()
             for _ in range(times):
                 work()

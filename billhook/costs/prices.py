@@ -1,9 +1,10 @@
 """What counted work costs: seconds on a machine, and memory.
 
-`seconds` prices the counts of `billhook.costs.counts`. A price is how much of the machine's own speed a kind of work gets: the speed of a
-matrix product or of attention for arithmetic, that of copying memory for what passes over it, and the time of one small operation of torch
-for what is only called. The prices come from `benchmarks/scale.py`, which fits them to small models and tries them on sizes it did not fit.
-Several processes share windows and layers as `billhook.parallel.ranks` does, and what they send each other is counted.
+`seconds` prices the counts of `billhook.costs.counts`. A price is how much of the machine's own speed a kind of work
+gets: the speed of a matrix product or of attention for arithmetic, that of copying memory for what passes over it, and
+the time of one small operation of torch for what is only called. The prices come from `benchmarks/scale.py`, which fits
+them to small models and tries them on sizes it did not fit. Several processes share windows and layers as
+`billhook.parallel.ranks` does, and what they send each other is counted.
 """
 
 import math
@@ -46,8 +47,9 @@ SPEEDS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds of one process: products a second (FLOP/s) in the model's type and in float32, bytes a second copied in memory, attention
-    (FLOP/s), bytes a second in files and to another process, the seconds of a small operation; and how many processes there are."""
+    """Speeds of one process: products a second (FLOP/s) in the model's type and in float32, bytes a second copied in
+    memory, attention (FLOP/s), bytes a second in files and to another process, the seconds of a small operation; and
+    how many processes there are."""
 
     product: float
     single: float
@@ -94,7 +96,9 @@ def _price(kind: str, machine: Machine, prices: Mapping[str, float]) -> float:
     return 1 / (prices.get(kind, 1.0) * float(getattr(machine, SPEEDS[kind])))
 
 
-def memory(sizes: Sizes, method: Method, text: Text, *, streamed: bool = True, spill: float = math.inf, processes: int = 1) -> float:
+def memory(
+    sizes: Sizes, method: Method, text: Text, *, streamed: bool = True, spill: float = math.inf, processes: int = 1
+) -> float:
     """The most bytes that a process holds at once."""
     largest = max(part.weights for part in sizes.parts)
     widest = max(part.inputs for part in sizes.parts)
@@ -113,7 +117,9 @@ def memory(sizes: Sizes, method: Method, text: Text, *, streamed: bool = True, s
     return total
 
 
-def cost(sizes: Sizes, method: Method, text: Text, machine: Machine, *, streamed: bool = True, spill: float = math.inf) -> Cost:
+def cost(
+    sizes: Sizes, method: Method, text: Text, machine: Machine, *, streamed: bool = True, spill: float = math.inf
+) -> Cost:
     """Seconds and memory of a method on a machine, the model read and written once."""
     by_kind = seconds([*walk(sizes, method, text), *sent(sizes, method), *written(sizes)], machine)
     held = memory(sizes, method, text, streamed=streamed, spill=spill, processes=machine.processes)

@@ -1,7 +1,8 @@
 """What each command does, one thing after another, as counts (`billhook.costs.counts`) and bytes held.
 
-Where work may end early (ADMM when its support stands still, refining when the held-out windows get no better, trials of a search that are
-clearly behind) a case says whether it does: the truth lies between. Drawing pictures and reading text are not counted.
+Where work may end early (ADMM when its support stands still, refining when the held-out windows get no better, trials
+of a search that are clearly behind) a case says whether it does: the truth lies between. Drawing pictures and reading
+text are not counted.
 """
 
 import math
@@ -45,7 +46,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Case:
-    """What the parts of a job have in common; `early` lets all end early that can, `copies` are bytes held beside the model throughout."""
+    """What the parts of a job have in common; `early` lets all end early that can, `copies` are bytes held beside the
+    model throughout."""
 
     sizes: Sizes
     text: Text
@@ -70,7 +72,8 @@ class Case:
         return self.phase(LOOK, counts.predict(sizes, text, logits=reading, backward=backward), extra=once)
 
     def halved(self) -> tuple["Case", Text]:
-        """The case of what tries plans on a part of the text, with the model and a copy of its weights in memory; and the other part."""
+        """The case of what tries plans on a part of the text, with the model and a copy of its weights in memory; and
+        the other part."""
         text, sizes = self.text, self.sizes
         held = Text(text.windows - text.windows // 2, text.length, max(1, 4096 // text.length))
         kept = sizes.itemsize * sizes.weights + held.tokens * min(KEPT, sizes.vocabulary) * 8
@@ -78,7 +81,9 @@ class Case:
         return replace(self, text=half, streamed=False, copies=self.copies + kept), held
 
 
-def method_of(criterion: str, options: Options | None = None, *, given: bool = False, sparsity: float = 0.5, early: bool = False) -> Method:
+def method_of(
+    criterion: str, options: Options | None = None, *, given: bool = False, sparsity: float = 0.5, early: bool = False
+) -> Method:
     """What a criterion costs; `given` are gradients that need not be computed."""
     options = CRITERIA.configure(criterion, dict(options or {}))
     needs = CRITERIA.needs(criterion, options)
@@ -92,7 +97,12 @@ def method_of(criterion: str, options: Options | None = None, *, given: bool = F
         most = default_steps(part.inputs) if given_steps is None else given_steps
         return min(most, counts.CHECK) if early else most
 
-    return Method(statistics, gradients, lambda part: steps(part) + 1.0, lambda part: counts.admm(part, steps(part), sparsity, RAMP))
+    return Method(
+        statistics,
+        gradients,
+        lambda part: steps(part) + 1.0,
+        lambda part: counts.admm(part, steps(part), sparsity, RAMP),
+    )
 
 
 def measuring_of(metrics: Sequence[str]) -> Method:
@@ -123,8 +133,8 @@ def prune(
 
 
 def _tuning(case: Case) -> float:
-    """Bytes held while a block is refined: its weights six times and the next block's once in float32, what a step's way back needs of both
-    or of predictions, and states of the text twice more."""
+    """Bytes held while a block is refined: its weights six times and the next block's once in float32, what a step's
+    way back needs of both or of predictions, and states of the text twice more."""
     sizes, tokens = case.sizes, min(case.text.windows, counts.STEP) * case.text.length
     weights = sizes.block_bytes / sizes.itemsize
     kept = max(2 * OUTPUTS * weights / sizes.width * tokens, OUTPUTS * sizes.vocabulary * min(tokens, PREDICTED))
@@ -211,8 +221,11 @@ def gradients(case: Case) -> Phase:
     return case.phase(replace(LOOK, gradients=True))
 
 
-def search(case: Case, columns: Sequence[str], setting: Setting, budget: Budget, points: int, finalists: int) -> Iterator[Phase]:
-    """A search: the columns of its allocators, cheap trials, `points` at most, and full runs of uniform and the finalists."""
+def search(
+    case: Case, columns: Sequence[str], setting: Setting, budget: Budget, points: int, finalists: int
+) -> Iterator[Phase]:
+    """A search: the columns of its allocators, cheap trials, `points` at most, and full runs of uniform and the
+    finalists."""
     bench, held = case.halved()
     yield from measure(bench, columns)
     if setting.gradient:
@@ -227,7 +240,9 @@ def search(case: Case, columns: Sequence[str], setting: Setting, budget: Budget,
     else:
         once = bench.predictions(replace(held, windows=min(tried, FIRST) if case.early else tried), COMPARE)
         mask = counts.walk(case.sizes, Method(selections=lambda part: 0.0, dense=True), Text())
-        yield Phase([*once.counts, *mask] * min(points, points if budget.trials is None else budget.trials), once.memory)
+        yield Phase(
+            [*once.counts, *mask] * min(points, points if budget.trials is None else budget.trials), once.memory
+        )
     full = [*prune(bench, setting.criterion, setting.options, given=True), bench.predictions(held, COMPARE)]
     yield from full * (1 if case.early else 1 + finalists)
 

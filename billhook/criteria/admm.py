@@ -1,32 +1,36 @@
 """ADMM: choose the support gradually, by alternating directions on the layer's least squares, then solve exactly on it.
 
-Boza 2024, "Fast and Effective Weight Update for Pruned Large Language Models", arXiv:2401.02938, with the final solve of ALPS
-(Meng et al. 2024, arXiv:2406.07831): minimize sum over rows of (w - v) H (w - v)^T over V with the planned zeros, H = X^T X + damping
-* mean(diag) * I. In coordinates where H has a unit diagonal (columns of W times sqrt(H_jj)) the two steps of alternation k are
+Boza 2024, "Fast and Effective Weight Update for Pruned Large Language Models", arXiv:2401.02938, with the final solve
+of ALPS (Meng et al. 2024, arXiv:2406.07831): minimize sum over rows of (w - v) H (w - v)^T over V with the planned
+zeros, H = X^T X + damping
+* mean(diag) * I. In coordinates where H has a unit diagonal (columns of W times sqrt(H_jj)) the two steps of
+  alternation k are
 
     Z = (V + U) where |V + U| is among the largest, else 0;    U = U + V - Z
     V = argmin (w - v) H (w - v)^T + rho |v - (Z - U)|^2 = w + rho (Z - U - w) (H + rho I)^-1
 
-with the sparsity of Z rising to the plan's by the cubic schedule s (1 - (1 - k / n)^3) over the first n = `RAMP` steps; for N:M it is the
-plan's from the start. After that rho rises at every third step, as in ALPS: by 30 %, 20 % or 10 % where more than 10 %, more than
-0.5 % or less of the support has changed meanwhile; where none of it has, the alternation ends. U is divided by as much as rho rises.
-The support of the last Z is kept, and the weights on it are solved for by `billhook.criteria.least_squares`: exactly where few are kept in
-a row, else by conjugate gradients from Z.
+with the sparsity of Z rising to the plan's by the cubic schedule s (1 - (1 - k / n)^3) over the first n = `RAMP` steps;
+for N:M it is the plan's from the start. After that rho rises at every third step, as in ALPS: by 30 %, 20 % or 10 %
+where more than 10 %, more than 0.5 % or less of the support has changed meanwhile; where none of it has, the
+alternation ends. U is divided by as much as rho rises. The support of the last Z is kept, and the weights on it are
+solved for by `billhook.criteria.least_squares`: exactly where few are kept in a row, else by conjugate gradients from
+Z.
 
-Differences from the published code: V needs one product a step, not two; the exact solve at the end; the support comes from `select`,
-so the budget is exact and groups may be rows (the default) or layers. ALPS has the plan's sparsity from the start and an
-eigendecomposition of H in place of an inverse for each rho, which takes two products a step.
-`steps`, at most, falls with the width by default: 48 up to 192 inputs, 18 at 512, 3 at 1024, 2 from 1536 on, where rho never rises and
-begins at 0.6 instead of 0.3: for about three times the time of SparseGPT at 1024 to 2816 inputs and more at 4096; narrow layers
-take much longer than that. On two blocks of a small model most of the gain was there after three steps.
+Differences from the published code: V needs one product a step, not two; the exact solve at the end; the support comes
+from `select`, so the budget is exact and groups may be rows (the default) or layers. ALPS has the plan's sparsity from
+the start and an eigendecomposition of H in place of an inverse for each rho, which takes two products a step. `steps`,
+at most, falls with the width by default: 48 up to 192 inputs, 18 at 512, 3 at 1024, 2 from 1536 on, where rho never
+rises and begins at 0.6 instead of 0.3: for about three times the time of SparseGPT at 1024 to 2816 inputs and more at
+4096; narrow layers take much longer than that. On two blocks of a small model most of the gain was there after three
+steps.
 
-What the layer aims at is, by `aim` (half of the way), between the dense layer's outputs for the pruned model's inputs and the outputs in
-the dense model: `billhook.criteria.least_squares.aimed`; the layers of a block are then pruned one after the other
-(`billhook.blocks.beside`).
+What the layer aims at is, by `aim` (half of the way), between the dense layer's outputs for the pruned model's inputs
+and the outputs in the dense model: `billhook.criteria.least_squares.aimed`; the layers of a block are then pruned one
+after the other (`billhook.blocks.beside`).
 
-An input that is always zero ("dead") loses its weights first, the smallest first, as many as are asked for; what is kept there has its
-original value. Up to 512 inputs all arithmetic is float64, else in the dtype of W (float32 in a run); the system of a step is well
-conditioned (at most 1 + in / rho).
+An input that is always zero ("dead") loses its weights first, the smallest first, as many as are asked for; what is
+kept there has its original value. Up to 512 inputs all arithmetic is float64, else in the dtype of W (float32 in a
+run); the system of a step is well conditioned (at most 1 + in / rho).
 """
 
 from dataclasses import replace
@@ -44,10 +48,16 @@ LADDER = 4  # attempts, each with ten times the damping of the one before
 RAMP = 9  # steps until the sparsity is the plan's
 _WORK = 9216, 3072  # steps times inputs, up to `DOUBLE` inputs and beyond
 _RHO = 0.3, 0.6
-_RISES = (0.1, 1.3), (0.005, 1.2), (0.0, 1.1)  # where more of the support than the first has changed, rho rises by the second
+_RISES = (
+    (0.1, 1.3),
+    (0.005, 1.2),
+    (0.0, 1.1),
+)  # where more of the support than the first has changed, rho rises by the second
 
 
-@method(paper="Boza 2024, arXiv:2401.02938", needs=lambda aim, **_: ("gram", "drift") if aim else ("gram",), group="row")
+@method(
+    paper="Boza 2024, arXiv:2401.02938", needs=lambda aim, **_: ("gram", "drift") if aim else ("gram",), group="row"
+)
 def admm(
     W: Tensor,
     stats: LayerStats,
@@ -60,16 +70,19 @@ def admm(
 ) -> Tensor:
     """Return W [out, in] pruned and updated; reads stats.gram and stats.drift [in, in].
 
-    `steps` is the number of alternations at most, `rho` the weight of the constraint, relative to H's diagonal, at the beginning (none:
-    by the width), `damping` a fraction of the mean of H's diagonal, `aim` the share of the dense model's own outputs in what is aimed at
-    (0: the dense layer's outputs for the pruned model's inputs). Raises BillhookError for options out of range, JobError when H cannot be
-    factorized.
+    `steps` is the number of alternations at most, `rho` the weight of the constraint, relative to H's diagonal, at the
+    beginning (none: by the width), `damping` a fraction of the mean of H's diagonal, `aim` the share of the dense
+    model's own outputs in what is aimed at (0: the dense layer's outputs for the pruned model's inputs). Raises
+    BillhookError for options out of range, JobError when H cannot be factorized.
     """
     inputs = W.shape[1]
     steps = default_steps(inputs) if steps is None else steps
     rho = _RHO[inputs > DOUBLE] if rho is None else rho
     if steps < 1 or not 0 < rho < float("inf") or not 0 <= damping < float("inf") or not 0 <= aim <= 1:
-        values = f"steps={steps} must be at least 1, rho={rho} above 0, damping={damping} finite and not negative, aim={aim} in [0, 1]"
+        values = (
+            f"steps={steps} must be at least 1, rho={rho} above 0, damping={damping} finite and not negative, "
+            f"aim={aim} in [0, 1]"
+        )
         raise BillhookError(f"admm: {values}.")
     assert stats.gram is not None
     W = aimed(W, stats, aim, damping)
@@ -84,7 +97,10 @@ def admm(
             break
         used = max(10 * used, 1e-4)
     else:
-        raise JobError("ADMM: the input statistics cannot be factorized; use more calibration text, more damping or another criterion.")
+        raise JobError(
+            "ADMM: the input statistics cannot be factorized; use more calibration text, more damping or another "
+            "criterion."
+        )
     if used != damping:
         stats.note(f"damping raised from {damping:g} to {used:g}: the factorization failed below it")
     return torch.where(keep, solution.weight / scale, 0).to(W.dtype)
@@ -103,9 +119,13 @@ def _unit_diagonal(stats: LayerStats, damping: float, dtype: torch.dtype) -> tup
     dead = diagonal <= 0
     mean = diagonal.sum() / max(int((~dead).sum()), 1)
     if dead.any():
-        stats.note(f"{int(dead.sum())} of {len(dead)} inputs are zero on all calibration text; their weights are removed first")
+        stats.note(
+            f"{int(dead.sum())} of {len(dead)} inputs are zero on all calibration text; their weights are removed first"
+        )
     if 0 < stats.tokens < len(dead):
-        stats.note(f"{stats.tokens} calibration tokens for {len(dead)} inputs: the damping decides what they leave open")
+        stats.note(
+            f"{stats.tokens} calibration tokens for {len(dead)} inputs: the damping decides what they leave open"
+        )
     scale = torch.where(dead, 1e-12 * mean.clamp_min(1e-12), diagonal + damping * mean).sqrt()
     H = gram / scale / scale[:, None]
     H.diagonal().fill_(1.0)
@@ -113,7 +133,8 @@ def _unit_diagonal(stats: LayerStats, damping: float, dtype: torch.dtype) -> tup
 
 
 def _alternate(X: Tensor, H: Tensor, select: Select, steps: int, rho: float) -> tuple[Tensor, Tensor]:
-    """The support, bool [out, in], and the values that the alternation ends with; X and H in coordinates of unit diagonal."""
+    """The support, bool [out, in], and the values that the alternation ends with; X and H in coordinates of unit
+    diagonal."""
     ramp = 0 if select.keep_of is not None else min(steps, RAMP)
     inverse, before = _inverse(H, rho), None
     U, V = torch.zeros_like(X), X

@@ -1,13 +1,14 @@
 """DSnoT: exchange pruned and kept weights of Wanda's mask until the expected output is that of the dense layer.
 
-Zhang et al. 2024, "Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs", arXiv:2310.08915. With e_r the sum over
-removed weights of W_rj E[x_j], the error of row r's mean output, a cycle brings back the removed weight with the largest
-sign(e_r) W_rj E[x_j] / Var[x_j], and removes the kept weight of least |W_rj| ||X_j||_2 among those whose removal takes the error back
-towards zero. A row is done when |e_r| is at most `threshold` times what it was, or when an exchange would not lower it; after
-`cycles` cycles all are. Under N:M both weights are of one group. Kept weights are not updated.
+Zhang et al. 2024, "Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs", arXiv:2310.08915. With e_r
+the sum over removed weights of W_rj E[x_j], the error of row r's mean output, a cycle brings back the removed weight
+with the largest sign(e_r) W_rj E[x_j] / Var[x_j], and removes the kept weight of least |W_rj| ||X_j||_2 among those
+whose removal takes the error back towards zero. A row is done when |e_r| is at most `threshold` times what it was, or
+when an exchange would not lower it; after `cycles` cycles all are. Under N:M both weights are of one group. Kept
+weights are not updated.
 
-Differences from the published code: the threshold is relative to the row's first error, where it is 0.1 in units of the outputs there; and
-an exchange that raises the error is not made, so that no row's mean error ends above Wanda's.
+Differences from the published code: the threshold is relative to the row's first error, where it is 0.1 in units of the
+outputs there; and an exchange that raises the error is not made, so that no row's mean error ends above Wanda's.
 """
 
 import torch
@@ -48,8 +49,11 @@ def dsnot(W: Tensor, stats: LayerStats, select: Select, *, cycles: int = 50, thr
     return W.masked_fill(~keep, 0)
 
 
-def _exchange(keep: Tensor, effect: Tensor, gain: Tensor, score: Tensor, error: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every row [rows, in]: the column that comes back, the one that goes, and the error [rows] after it (infinite where none fits)."""
+def _exchange(
+    keep: Tensor, effect: Tensor, gain: Tensor, score: Tensor, error: Tensor, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row [rows, in]: the column that comes back, the one that goes, and the error [rows] after it (infinite
+    where none fits)."""
     sign = error.sign()[:, None]
     best, back = (sign * gain).masked_fill(keep, -torch.inf).max(1)
     rows = torch.arange(len(keep), device=keep.device)

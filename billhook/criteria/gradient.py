@@ -1,8 +1,9 @@
 """Gradient times magnitude: the second term of GBLM-Pruner's score alone.
 
-Das et al. 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", arXiv:2311.04902, an ablation: score
-|W_ij| * ||G_ij||_p, compared within each output row, G_ij being the gradients of the loss of each calibration sequence. It does not
-look at activations. Kept weights are not updated.
+Das et al. 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", arXiv:2311.04902, an
+ablation: score
+|W_ij| * ||G_ij||_p, compared within each output row, G_ij being the gradients of the loss of each calibration sequence.
+It does not look at activations. Kept weights are not updated.
 """
 
 from typing import Literal

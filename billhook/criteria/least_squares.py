@@ -1,20 +1,21 @@
 """Least squares on a given support: the best values of the weights that stay, row by row, all rows at once.
 
-For a layer W [out, in] and H = X^T X (+ damping), the loss of a pruned V is sum over rows of (w - v) H (w - v)^T. On a row's support S
-its minimum solves H_SS v_S = (H w)_S. Two ways, chosen by the width of the supports:
+For a layer W [out, in] and H = X^T X (+ damping), the loss of a pruned V is sum over rows of (w - v) H (w - v)^T. On a
+row's support S its minimum solves H_SS v_S = (H w)_S. Two ways, chosen by the width of the supports:
 
-* up to `DIRECT` kept weights in a row, batched Cholesky factorizations, rows of like support together, padded with the identity; in
-  float64, whatever the type of W: the matrices are small and the result is the optimum to about 1e-12.
-* beyond, conjugate gradients on all rows at once, one product with H a step, diagonal preconditioner, in the type of W. They start at the
-  plain mask (V = W on the support), take a start that is offered as their first direction, and lower the loss at every step: the result
-  is never worse than the plain mask. They end at a relative residual of `TOLERANCE` or after `steps` products.
+* up to `DIRECT` kept weights in a row, batched Cholesky factorizations, rows of like support together, padded with the
+  identity; in float64, whatever the type of W: the matrices are small and the result is the optimum to about 1e-12.
+* beyond, conjugate gradients on all rows at once, one product with H a step, diagonal preconditioner, in the type of W.
+  They start at the plain mask (V = W on the support), take a start that is offered as their first direction, and lower
+  the loss at every step: the result is never worse than the plain mask. They end at a relative residual of `TOLERANCE`
+  or after `steps` products.
 
 `DIRECT` is set by counting operations; which way is faster at which width was not timed.
 
-`aimed` moves the problem towards the dense model (as asymmetric calibration does for quantization: Li et al. 2025, GPTAQ,
-arXiv:2504.02692). With X' the inputs of the same tokens in the dense model, |X V^T - ((1 - aim) X W^T + aim X' W^T)|^2 is least where
-V = W + aim W D (X^T X)^-1 with D = (X' - X)^T X, and for any other V as much larger as its distance from there in the norm of X^T X: the
-same problem, with these weights in place of W.
+`aimed` moves the problem towards the dense model (as asymmetric calibration does for quantization: Li et al. 2025,
+GPTAQ, arXiv:2504.02692). With X' the inputs of the same tokens in the dense model, |X V^T - ((1 - aim) X W^T + aim X'
+W^T)|^2 is least where V = W + aim W D (X^T X)^-1 with D = (X' - X)^T X, and for any other V as much larger as its
+distance from there in the norm of X^T X: the same problem, with these weights in place of W.
 """
 
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ _BYTES = 1 << 26  # of small matrices factorized together
 class Solution:
     """`weight` [out, in], zero off the support; `exact` if factorized.
 
-    `residual` is |(H (w - v))_S|, largest over rows: relative to |(H w)_S| if factorized; else relative to that of the plain mask, both in
-    the norm of 1 / diag(H), as the recurrence of the conjugate gradients has it.
+    `residual` is |(H (w - v))_S|, largest over rows: relative to |(H w)_S| if factorized; else relative to that of the
+    plain mask, both in the norm of 1 / diag(H), as the recurrence of the conjugate gradients has it.
     """
 
     weight: Tensor
@@ -45,10 +46,11 @@ class Solution:
 
 
 def solve_support(W: Tensor, H: Tensor, keep: Tensor, start: Tensor | None = None, steps: int = 50) -> Solution | None:
-    """Minimize the loss on the support `keep`, bool [out, in]; H [in, in] is positive definite, in the type of W or wider.
+    """Minimize the loss on the support `keep`, bool [out, in]; H [in, in] is positive definite, in the type of W or
+    wider.
 
-    `start` [out, in] is a guess, read where it is kept. Returns None when H is not numerically positive definite on some support
-    (raise the damping); conjugate gradients always return a result.
+    `start` [out, in] is a guess, read where it is kept. Returns None when H is not numerically positive definite on
+    some support (raise the damping); conjugate gradients always return a result.
     """
     if int(keep.sum(1).max()) <= DIRECT:
         return _factorize(W, H, keep)
@@ -56,10 +58,11 @@ def solve_support(W: Tensor, H: Tensor, keep: Tensor, start: Tensor | None = Non
 
 
 def aimed(W: Tensor, stats: LayerStats, aim: float, damping: float) -> Tensor:
-    """W [out, in] moved by `aim` (0: not, 1: all the way) to where the outputs are nearest to the dense model's, in the type of W.
+    """W [out, in] moved by `aim` (0: not, 1: all the way) to where the outputs are nearest to the dense model's, in the
+    type of W.
 
-    Reads stats.gram and, where the inputs have drifted, stats.drift; `damping`, a fraction of the mean of gram's diagonal, holds back
-    towards W. Raises JobError when gram with its damping cannot be factorized.
+    Reads stats.gram and, where the inputs have drifted, stats.drift; `damping`, a fraction of the mean of gram's
+    diagonal, holds back towards W. Raises JobError when gram with its damping cannot be factorized.
     """
     if stats.drift is None or aim == 0 or not stats.tokens:
         return W
@@ -73,7 +76,9 @@ def aimed(W: Tensor, stats: LayerStats, aim: float, damping: float) -> Tensor:
     diagonal.add_(max(damping, 1e-4) * mean.clamp_min(torch.finfo(H.dtype).tiny))
     L, failed = torch.linalg.cholesky_ex(H)
     if failed:
-        raise JobError("The input statistics cannot be factorized to aim at the dense model: use --set aim=0, or more damping.")
+        raise JobError(
+            "The input statistics cannot be factorized to aim at the dense model: use --set aim=0, or more damping."
+        )
     return torch.add(W, torch.cholesky_solve(wanted.T, L).T.to(W.dtype), alpha=aim)
 
 
@@ -113,7 +118,8 @@ def _factorize(W: Tensor, H: Tensor, keep: Tensor) -> Solution | None:
 
 
 def _conjugate_gradients(W: Tensor, H: Tensor, keep: Tensor, start: Tensor | None, steps: int) -> Solution:
-    """Preconditioned conjugate gradients; `steps` products with H at most, the one that gives the first residual counted."""
+    """Preconditioned conjugate gradients; `steps` products with H at most, the one that gives the first residual
+    counted."""
     scale = keep / H.diagonal()
     tiny = torch.finfo(W.dtype).tiny
     V = W * keep

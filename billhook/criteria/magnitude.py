@@ -1,8 +1,8 @@
 """Magnitude pruning: remove the weights that are smallest in absolute value.
 
-The oldest criterion (Han et al. 2015, "Learning both Weights and Connections", arXiv:1506.02626): score |W_ij|, all weights of a
-layer compared with each other. It needs no calibration text and knows nothing about the inputs, which is why it falls behind
-at 50 % and more.
+The oldest criterion (Han et al. 2015, "Learning both Weights and Connections", arXiv:1506.02626): score |W_ij|, all
+weights of a layer compared with each other. It needs no calibration text and knows nothing about the inputs, which is
+why it falls behind at 50 % and more.
 """
 
 from torch import Tensor

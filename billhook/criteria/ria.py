@@ -1,8 +1,9 @@
 """RIA: a weight counts by its share of its row and of its column, so that no input or output is cut off.
 
 Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024:
-score (|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * ||X_j||_2 ^ power, all weights of a layer compete. Kept weights are not updated. The
-paper's permutation of channels for N:M patterns is not here: it would change the layers before this one.
+score (|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * ||X_j||_2 ^ power, all weights of a layer compete. Kept weights
+are not updated. The paper's permutation of channels for N:M patterns is not here: it would change the layers before
+this one.
 """
 
 import math
@@ -17,7 +18,8 @@ from billhook.stats import LayerStats
 
 @method(paper="Zhang et al., ICLR 2024", needs=("input_norm",), group="layer")
 def ria(W: Tensor, stats: LayerStats, select: Select, *, power: float = 0.5) -> Tensor:
-    """Return W [out, in] with zeros at the smallest relative importance times ||X_j||_2 ^ power; reads stats.input_norm [in]."""
+    """Return W [out, in] with zeros at the smallest relative importance times ||X_j||_2 ^ power; reads stats.input_norm
+    [in]."""
     if not 0 <= power < math.inf:
         raise BillhookError(f"ria: power must be 0 or more and finite, got {power:g}.")
     assert stats.input_norm is not None

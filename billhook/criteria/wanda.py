@@ -1,8 +1,8 @@
 """Wanda: remove the weights with the smallest product of magnitude and input norm.
 
 Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models", arXiv:2306.11695:
-score |W_ij| * ||X_j||_2, compared within each output row. As in the published code the squared norm is divided by the number of
-calibration sequences; a common factor does not change a ranking within a layer. Kept weights are not updated.
+score |W_ij| * ||X_j||_2, compared within each output row. As in the published code the squared norm is divided by the
+number of calibration sequences; a common factor does not change a ranking within a layer. Kept weights are not updated.
 """
 
 from torch import Tensor

@@ -1,8 +1,8 @@
 """Hugging Face model directories: find one, refuse what cannot be pruned and say why, load it, identify it.
 
-Only safetensors are read: a pickled checkpoint can run any code when it is opened, so it is refused with the way to convert it.
-A checkpoint that does not fill the model exactly is an error here, where stock `transformers` fills the gaps with random numbers
-and warns. Code that a checkpoint brings along runs only when asked for (`trust_remote_code`).
+Only safetensors are read: a pickled checkpoint can run any code when it is opened, so it is refused with the way to
+convert it. A checkpoint that does not fill the model exactly is an error here, where stock `transformers` fills the
+gaps with random numbers and warns. Code that a checkpoint brings along runs only when asked for (`trust_remote_code`).
 """
 
 import hashlib
@@ -43,7 +43,8 @@ class Checkpoint:
 
 
 def resolve(model: str | Path) -> Path:
-    """Return the directory of `model`: an existing directory as it is, a hub name (`owner/name`) downloaded to the hub's cache."""
+    """Return the directory of `model`: an existing directory as it is, a hub name (`owner/name`) downloaded to the
+    hub's cache."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -52,7 +53,9 @@ def resolve(model: str | Path) -> Path:
     name = str(model)
     looks_local = isinstance(model, Path) or not _HUB_NAME.fullmatch(name) or "/" not in name or path.parent.is_dir()
     if looks_local:
-        raise BillhookError(f"There is no model directory at {model}. Give an existing directory or a hub name such as owner/name.")
+        raise BillhookError(
+            f"There is no model directory at {model}. Give an existing directory or a hub name such as owner/name."
+        )
     return _download(name)
 
 
@@ -61,7 +64,11 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_DOWNLOADED), ignore_patterns=["*/*", "consolidated*"]))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=list(_DOWNLOADED), ignore_patterns=["*/*", "consolidated*"]
+            )
+        )
     except GatedRepoError:
         raise BillhookError(f"{name} is gated on the hub: accept its terms there, then run `hf auth login`.") from None
     except RepositoryNotFoundError:
@@ -69,14 +76,16 @@ def _download(name: str) -> Path:
             f"There is no directory {name} here and no model {name} on the hub (or it is private). Check the name."
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise BillhookError(f"Cannot download {name} from the hub ({_first_line(error)}). Check the network or give a directory.") from None
+        raise BillhookError(
+            f"Cannot download {name} from the hub ({_first_line(error)}). Check the network or give a directory."
+        ) from None
 
 
 def check_directory(path: Path) -> Checkpoint:
     """Check that `path` holds a causal language model in safetensors, without reading a weight.
 
-    Raises BillhookError for: no config.json, no or incomplete or damaged safetensors, pickled weights, quantized weights,
-    another kind of model.
+    Raises BillhookError for: no config.json, no or incomplete or damaged safetensors, pickled weights, quantized
+    weights, another kind of model.
     """
     config = _read_config(path)
     weights = weight_files(path)
@@ -100,18 +109,24 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise BillhookError(f"{path} has no config.json: give the directory of a Hugging Face model.")
     config = read_json(path / "config.json", "model configuration")
     if "quantization_config" in config or "compression_config" in config:
-        raise BillhookError(f"{path} is a quantized checkpoint: prune the unquantized model first, then quantize the result.")
+        raise BillhookError(
+            f"{path} is a quantized checkpoint: prune the unquantized model first, then quantize the result."
+        )
     return config
 
 
 def _no_weights(path: Path) -> str:
     if is_packed(path):
-        return f"{path} is packed, which only loading for inference understands: unpack it first, billhook unpack {path} -o DENSE."
+        return (
+            f"{path} is packed, which only loading for inference understands: unpack it first, billhook unpack "
+            f"{path} -o DENSE."
+        )
     pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
     if not pickled:
         return f"{path} has no model.safetensors and no model.safetensors.index.json: the weights are missing."
     return (
-        f"{path} holds pickled weights ({pickled[0]}), which can run any code when opened. Convert them where you trust them: "
+        f"{path} holds pickled weights ({pickled[0]}), which can run any code when opened. Convert them where "
+        "you trust them: "
         f"AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(NEW_DIRECTORY)"
     )
 
@@ -119,7 +134,11 @@ def _no_weights(path: Path) -> str:
 def _check_kind(path: Path, config: dict[str, Any]) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    known = {c for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for c in (value if isinstance(value, tuple) else (value,))}
+    known = {
+        c
+        for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        for c in (value if isinstance(value, tuple) else (value,))
+    }
     named = config.get("architectures") or []
     own_code = "AutoModelForCausalLM" in (config.get("auto_map") or {})
     wrong_class = named and not own_code and not known.intersection(named)
@@ -134,8 +153,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a model directory (or hub name) in evaluation mode, after checking it.
 
-    `dtype` "auto" keeps the checkpoint's own. Mixture-of-experts models get the plain (`eager`) product per expert, the one that
-    can be observed. Raises BillhookError where tensors are missing, left over or of another shape than the configuration says.
+    `dtype` "auto" keeps the checkpoint's own. Mixture-of-experts models get the plain (`eager`) product per expert, the
+    one that can be observed. Raises BillhookError where tensors are missing, left over or of another shape than the
+    configuration says.
     """
     from transformers import AutoModelForCausalLM
 
@@ -168,7 +188,10 @@ def check_code(path: Path, trust_remote_code: bool) -> Checkpoint:
 
 def _check_trusted(path: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
     if "auto_map" in config and not trust_remote_code and not _has_native_class(config):
-        raise BillhookError(f"{path} needs its own Python code to load. Read that code; if you trust it, allow it with trust_remote_code.")
+        raise BillhookError(
+            f"{path} needs its own Python code to load. Read that code; if you trust it, allow it with "
+            "trust_remote_code."
+        )
 
 
 @contextmanager
@@ -208,8 +231,13 @@ def known_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def check_complete(path: Path, info: dict[str, Any]) -> None:
-    """Raise BillhookError where tensors are missing, left over or of another shape; `info` is what `from_pretrained` has to say."""
-    faults = {"missing_keys": "is missing", "mismatched_keys": "has another shape", "unexpected_keys": "has no place in the model"}
+    """Raise BillhookError where tensors are missing, left over or of another shape; `info` is what `from_pretrained`
+    has to say."""
+    faults = {
+        "missing_keys": "is missing",
+        "mismatched_keys": "has another shape",
+        "unexpected_keys": "has no place in the model",
+    }
     for key, what in faults.items():
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info.get(key, ()))
         if names:
@@ -224,7 +252,8 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     from transformers import AutoTokenizer
 
     if not any(
-        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+        (path / name).is_file()
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
     ):
         return None
     try:

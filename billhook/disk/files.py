@@ -20,7 +20,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     try:
         replace_file(path, write)
     except OSError as error:
-        raise JobError(f"Cannot write {path}: {error.strerror or error}. Free some space or choose another place.") from None
+        raise JobError(
+            f"Cannot write {path}: {error.strerror or error}. Free some space or choose another place."
+        ) from None
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -52,7 +54,8 @@ def fsync(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise BillhookError unless a file at `path` could be written: its folder exists and is writable, and it is no directory."""
+    """Raise BillhookError unless a file at `path` could be written: its folder exists and is writable, and it is no
+    directory."""
     if not path.parent.is_dir():
         raise BillhookError(f"Cannot write {path}: the folder {path.parent} does not exist. Create it first.")
     if path.is_dir():
@@ -81,7 +84,8 @@ def json_text(value: Any) -> str:
 
 
 def copy_files(source: Path, folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
-    """Copy the `wanted` files below `source`, but those in hidden folders and `__pycache__`; files and result are paths relative to it."""
+    """Copy the `wanted` files below `source`, but those in hidden folders and `__pycache__`; files and result are paths
+    relative to it."""
     copied = []
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)

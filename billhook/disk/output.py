@@ -1,4 +1,5 @@
-"""A directory that appears whole: it is made under another name beside the output, forced to the disk, and renamed at the very end.
+"""A directory that appears whole: it is made under another name beside the output, forced to the disk, and renamed at
+the very end.
 
 After a failure of any kind there is no output, and an old one is as it was.
 """
@@ -20,12 +21,16 @@ from billhook.errors import BillhookError, JobError
 def check_output(output: Path, source: Path | None = None, *, overwrite: bool = False, needed: int = 0) -> Path:
     """Check, before any work, that `output` can be written; returns it resolved.
 
-    Raises BillhookError when it is a file, is not empty (unless `overwrite` and it is a model directory), lies in the source,
-    or its folder does not exist; JobError when fewer than `needed` bytes are free there.
+    Raises BillhookError when it is a file, is not empty (unless `overwrite` and it is a model directory), lies in the
+    source, or its folder does not exist; JobError when fewer than `needed` bytes are free there.
     """
     output = Path(output).expanduser().resolve()
-    if source is not None and (output == source.resolve() or source.resolve() in output.parents or output in source.resolve().parents):
-        raise BillhookError(f"The output {output} and the source model {source} lie in each other: choose another output.")
+    if source is not None and (
+        output == source.resolve() or source.resolve() in output.parents or output in source.resolve().parents
+    ):
+        raise BillhookError(
+            f"The output {output} and the source model {source} lie in each other: choose another output."
+        )
     if output.exists() and not output.is_dir():
         raise BillhookError(f"The output {output} is a file: choose a directory.")
     if not output.parent.is_dir():
@@ -34,9 +39,13 @@ def check_output(output: Path, source: Path | None = None, *, overwrite: bool = 
         raise BillhookError(f"Cannot write {output}: the folder {output.parent} is not writable.")
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
-            raise BillhookError(f"The output {output} exists and is not empty: choose another, or allow replacing it (--overwrite).")
+            raise BillhookError(
+                f"The output {output} exists and is not empty: choose another, or allow replacing it (--overwrite)."
+            )
         if not (output / "config.json").is_file():
-            raise BillhookError(f"The output {output} is not empty and not a model directory, so it is not replaced: choose another.")
+            raise BillhookError(
+                f"The output {output} is not empty and not a model directory, so it is not replaced: choose another."
+            )
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise JobError(f"The disk of {output.parent} is too full: {_size(needed)} needed, {_size(free)} free.")
@@ -45,7 +54,8 @@ def check_output(output: Path, source: Path | None = None, *, overwrite: bool = 
 
 @contextmanager
 def staging(output: Path, needed: int) -> Iterator[Path]:
-    """Give a hidden directory beside `output`; it becomes `output` when the body ends, and vanishes when the body fails.
+    """Give a hidden directory beside `output`; it becomes `output` when the body ends, and vanishes when the body
+    fails.
 
     Raises JobError for a failure of the disk; `needed` bytes are named in its message.
     """
@@ -85,7 +95,8 @@ def flush(folder: Path) -> None:
 
 
 def put_in_place(folder: Path, output: Path) -> None:
-    """Give `folder`, whose files are on the disk (`flush`), the name `output`; what was there is moved aside first, and removed last."""
+    """Give `folder`, whose files are on the disk (`flush`), the name `output`; what was there is moved aside first, and
+    removed last."""
     old = output.with_name(f".{output.name}.replaced")
     if output.is_dir() and any(output.iterdir()):
         shutil.rmtree(old, ignore_errors=True)

@@ -1,9 +1,10 @@
 """The packed format: what is in a packed directory, opened and checked. Imports no torch.
 
-In place of a sparse tensor NAME the safetensors files hold NAME.bitmask, NAME.values and, where needed, NAME.scales and NAME.signs;
-`billhook_packed.json` says what they stand for, with a checksum of every tensor and file (docs/formats.md has the whole description,
-with a reader of a few lines). Nothing in these files is believed: shapes, sizes and offsets are compared with each other before
-anything is read through them, so that a damaged or hostile file is a BillhookError and never a wild read.
+In place of a sparse tensor NAME the safetensors files hold NAME.bitmask, NAME.values and, where needed, NAME.scales and
+NAME.signs; `billhook_packed.json` says what they stand for, with a checksum of every tensor and file (docs/formats.md
+has the whole description, with a reader of a few lines). Nothing in these files is believed: shapes, sizes and offsets
+are compared with each other before anything is read through them, so that a damaged or hostile file is a BillhookError
+and never a wild read.
 """
 
 import hashlib
@@ -35,7 +36,8 @@ _CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class Matrix:
-    """A packed tensor, seen as a matrix [rows, columns]: [out, in] for a layer, all experts below each other for a 3-D tensor.
+    """A packed tensor, seen as a matrix [rows, columns]: [out, in] for a layer, all experts below each other for a 3-D
+    tensor.
 
     `shape` is that of the dense tensor on disk; `transposed` tells that it is [in, out] there. `nnz` values are kept.
     """
@@ -66,7 +68,10 @@ class Matrix:
         kind = "I8" if self.int8 else self.dtype
         found = {"bitmask": mask, "values": (kind, (self.nnz + PADDING // ITEM[kind],))}
         if self.int8:
-            found["scales"] = ("F32", (self.rows,) if self.group is None else (self.rows, -(-self.columns // self.group)))
+            found["scales"] = (
+                "F32",
+                (self.rows,) if self.group is None else (self.rows, -(-self.columns // self.group)),
+            )
         if self.negative_zeros:
             found["signs"] = mask
         return {f"{self.name}.{part}": facts for part, facts in found.items()}
@@ -74,7 +79,8 @@ class Matrix:
 
 @dataclass(frozen=True)
 class PackedShard:
-    """A packed file and the dense file it stands for: the dense one's name, header (length included), tensors and SHA-256."""
+    """A packed file and the dense file it stands for: the dense one's name, header (length included), tensors and
+    SHA-256."""
 
     name: str
     file: Shard
@@ -95,7 +101,8 @@ class PackedShard:
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed directory: its record (billhook_packed.json), packed tensors and files, in the order of the dense files."""
+    """A packed directory: its record (billhook_packed.json), packed tensors and files, in the order of the dense
+    files."""
 
     path: Path
     record: Mapping[str, Any]
@@ -127,7 +134,8 @@ class Packed:
             sums = pool.map(lambda place: crc32(place[1].raw(place[0])), places)
             for (name, shard), found in zip(places, sums, strict=True):
                 if found != self.record["tensors"][name]:
-                    yield f"{shard.file.path}: the bytes of {name} are not those that were written, its checksum differs. {_AGAIN}"
+                    problem = f"the bytes of {name} are not those that were written, its checksum differs"
+                    yield f"{shard.file.path}: {problem}. {_AGAIN}"
 
 
 def is_packed(directory: Path) -> bool:
@@ -157,12 +165,16 @@ def digest(record: Mapping[str, Any]) -> str:
 def open_packed(directory: Path) -> Packed:
     """Open a packed directory and check all but the bytes of its tensors and of the other files.
 
-    Raises BillhookError for a record of another version, one that was changed, and files that are missing, cut off or not as recorded.
+    Raises BillhookError for a record of another version, one that was changed, and files that are missing, cut off or
+    not as recorded.
     """
     path = directory / PACKED
     record = read_json(path, "record of a packed model")
     if record.get("version") != VERSION:
-        raise BillhookError(f"{path} has version {record.get('version')!r}; this Billhook reads version {VERSION}. Pack the model again.")
+        raise BillhookError(
+            f"{path} has version {record.get('version')!r}; this Billhook reads version {VERSION}. Pack the "
+            "model again."
+        )
     if record.get("digest") != digest(record):
         raise BillhookError(f"{path} was changed after it was written: its own checksum differs. {_AGAIN}")
     try:
@@ -172,7 +184,9 @@ def open_packed(directory: Path) -> Packed:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, BillhookError):
             raise
-        raise BillhookError(f"{path} is not a record of a packed model ({type(error).__name__}: {error}). {_AGAIN}") from None
+        raise BillhookError(
+            f"{path} is not a record of a packed model ({type(error).__name__}: {error}). {_AGAIN}"
+        ) from None
     packed = Packed(directory, record, matrices, shards)
     _check_tensors(packed)
     return packed
@@ -183,10 +197,23 @@ def _matrix(name: str, facts: Mapping[str, Any], group: int | None) -> Matrix:
     dtype, int8, transposed = facts["dtype"], facts["values"] == "I8", facts["transposed"]
     if len(shape) not in (2, 3) or dtype not in ("BF16", "F16", "F32") or facts["values"] not in (dtype, "I8"):
         raise ValueError(f"{name} is a {dtype} tensor {list(shape)} with values {facts['values']}")
-    if type(transposed) is not bool or (transposed and len(shape) == 3) or (group is not None and _whole(group, LEAST_GROUP) & (group - 1)):
+    if (
+        type(transposed) is not bool
+        or (transposed and len(shape) == 3)
+        or (group is not None and _whole(group, LEAST_GROUP) & (group - 1))
+    ):
         raise ValueError(f"{name}: transposed {transposed!r}, group {group!r}")
     most = math.prod(shape)
-    return Matrix(name, dtype, shape, transposed, _whole(facts["nnz"], 0, most), _whole(facts["negative_zeros"], 0, most), int8, group)
+    return Matrix(
+        name,
+        dtype,
+        shape,
+        transposed,
+        _whole(facts["nnz"], 0, most),
+        _whole(facts["negative_zeros"], 0, most),
+        int8,
+        group,
+    )
 
 
 def _whole(value: Any, least: int, most: int = 2**62) -> int:
@@ -203,7 +230,9 @@ def _shard(directory: Path, name: str, facts: Mapping[str, Any]) -> PackedShard:
     if not isinstance(facts["sha256"], str):
         raise ValueError("sha256")
     if (directory / file).is_file() and (directory / file).stat().st_size != facts["bytes"]:
-        raise BillhookError(f"{directory / file} is not {facts['bytes']} bytes long, as it was when it was packed. {_AGAIN}")
+        raise BillhookError(
+            f"{directory / file} is not {facts['bytes']} bytes long, as it was when it was packed. {_AGAIN}"
+        )
     header = len(text).to_bytes(8, "little") + text
     entries = parse_header(directory / PACKED, header)
     return PackedShard(name, read_shard(directory / file), header, entries, facts["sha256"])
@@ -230,16 +259,22 @@ def _check_tensors(packed: Packed) -> None:
                 expected |= matrix.parts
             else:
                 raise BillhookError(
-                    f"{packed.path / PACKED}: {name} is not the {entry.dtype} tensor {list(entry.shape)} of the dense file."
+                    f"{packed.path / PACKED}: {name} is not the {entry.dtype} tensor {list(entry.shape)} of the "
+                    "dense file."
                 )
         found = {name: (entry.dtype, entry.shape) for name, entry in shard.file.entries.items()}
         if found != expected:
             name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-            raise BillhookError(f"{shard.file.path}: {name} is {_words(found.get(name))}, expected {_words(expected.get(name))}. {_AGAIN}")
+            raise BillhookError(
+                f"{shard.file.path}: {name} is {_words(found.get(name))}, expected {_words(expected.get(name))}. "
+                f"{_AGAIN}"
+            )
         for name, entry in shard.file.entries.items():
             item = (entry.stop - entry.start) // max(1, math.prod(entry.shape))
             if entry.start % (8 if name not in shard.entries and entry.dtype == "U8" else max(1, item)):
-                raise BillhookError(f"{shard.file.path}: {name} does not begin at a multiple of its item size. {_AGAIN}")
+                raise BillhookError(
+                    f"{shard.file.path}: {name} does not begin at a multiple of its item size. {_AGAIN}"
+                )
             if type(packed.record["tensors"].get(name)) is not int:
                 raise BillhookError(f"{packed.path / PACKED} has no checksum of {name}. {_AGAIN}")
     if left:

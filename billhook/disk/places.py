@@ -1,8 +1,9 @@
-"""Where each pruned layer lies in the files: `transformers` may rename, split, fuse or transpose weights between disk and memory.
+"""Where each pruned layer lies in the files: `transformers` may rename, split, fuse or transpose weights between disk
+and memory.
 
-Found by experiment instead of by table: every row of every layer gets a number, the numbers go through the same reverse conversion
-as the weights do when they are saved, and where they come out is where the rows are. The numbered tensors keep the output dimension
-and have two columns only, so this costs next to nothing, whatever the size of the model.
+Found by experiment instead of by table: every row of every layer gets a number, the numbers go through the same reverse
+conversion as the weights do when they are saved, and where they come out is where the rows are. The numbered tensors
+keep the output dimension and have two columns only, so this costs next to nothing, whatever the size of the model.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -22,22 +23,24 @@ Layers = Mapping[str, Mapping[str, Any]]
 def to_disk(model: PreTrainedModel, state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
     """Tensors by their names in memory -> by their names on disk, converted back; `names` are those found there.
 
-    A checkpoint of the bare decoder lacks the prefix of its names (`h.0...` for `transformer.h.0...`), which `transformers` adds
-    while loading and, unlike its other conversions, does not take away again.
+    A checkpoint of the bare decoder lacks the prefix of its names (`h.0...` for `transformer.h.0...`), which
+    `transformers` adds while loading and, unlike its other conversions, does not take away again.
     """
     reverted: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
     prefix = f"{model.base_model_prefix}."
     return {
-        name if name in names or name.removeprefix(prefix) not in names else name.removeprefix(prefix): t for name, t in reverted.items()
+        name if name in names or name.removeprefix(prefix) not in names else name.removeprefix(prefix): t
+        for name, t in reverted.items()
     }
 
 
 def places(model: PreTrainedModel, layers: Layers, names: Collection[str]) -> dict[str, dict[str, Any]]:
-    """The place, among the tensors `names` on disk, of each layer whose `tensor`, `index` and `transposed` say where it is in memory.
+    """The place, among the tensors `names` on disk, of each layer whose `tensor`, `index` and `transposed` say where it
+    is in memory.
 
-    A place is {"tensor", "index", "transposed"}: the layer is that tensor (number `index` of its first dimension), [in, out] if
-    transposed; or {"pieces": [...]} of such places with "rows" [from, to], which make up the layer in some order of rows; or
-    {"tensor": None} where the way back to the disk cannot be followed.
+    A place is {"tensor", "index", "transposed"}: the layer is that tensor (number `index` of its first dimension), [in,
+    out] if transposed; or {"pieces": [...]} of such places with "rows" [from, to], which make up the layer in some
+    order of rows; or {"tensor": None} where the way back to the disk cannot be followed.
     """
     pieces: dict[str, list[dict[str, Any]]] = {name: [] for name in layers}
     try:
@@ -53,7 +56,8 @@ def places(model: PreTrainedModel, layers: Layers, names: Collection[str]) -> di
 
 
 def _numbered(model: PreTrainedModel, layers: Layers) -> dict[str, Tensor]:
-    """The parameters that hold layers, with numbered rows: row r of layer n (from 1) holds n * _STEP + r; 0 for no layer."""
+    """The parameters that hold layers, with numbered rows: row r of layer n (from 1) holds n * _STEP + r; 0 for no
+    layer."""
     rows: dict[str, dict[int | None, Tensor]] = {}
     for number, facts in enumerate(layers.values(), start=1):
         rows.setdefault(facts["tensor"], {})[facts["index"]] = number * _STEP + torch.arange(facts["shape"][0])
@@ -76,7 +80,9 @@ def _pieces(tensor: str, values: Tensor) -> Iterator[tuple[int, dict[str, Any]]]
         turned = matrix.shape[1] != _COLUMNS or not bool((matrix[:, 0] == matrix[:, 1]).all())
         rows = matrix[0] if turned else matrix[:, 0]
         start = 0
-        for number, count in zip(*(x.tolist() for x in torch.unique_consecutive(rows // _STEP, return_counts=True)), strict=True):
+        for number, count in zip(
+            *(x.tolist() for x in torch.unique_consecutive(rows // _STEP, return_counts=True)), strict=True
+        ):
             if number:
                 span = [start, start + count] if count < len(rows) else None
                 yield number, {"tensor": tensor, "index": index, "transposed": turned, "rows": span}

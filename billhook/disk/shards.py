@@ -1,8 +1,10 @@
-"""Safetensors files at the level of bytes: list, read, count zeros, and rewrite values while the layout stays as it was.
+"""Safetensors files at the level of bytes: list, read, count zeros, and rewrite values while the layout stays as it
+was.
 
-A safetensors file is 8 bytes of header length, a json header (name -> dtype, shape, byte range) and the values. Keeping the
-header byte for byte and writing new values behind it keeps names, order, dtypes and metadata of the input exactly, with one
-tensor in memory at a time and in any order. This module imports no torch, so a pruned model can be checked without it.
+A safetensors file is 8 bytes of header length, a json header (name -> dtype, shape, byte range) and the values. Keeping
+the header byte for byte and writing new values behind it keeps names, order, dtypes and metadata of the input exactly,
+with one tensor in memory at a time and in any order. This module imports no torch, so a pruned model can be checked
+without it.
 """
 
 import json
@@ -21,7 +23,20 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000
 _CHUNK = 1 << 24
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8}
+_BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U64": 64,
+    "U32": 32,
+    "U16": 16,
+    "U8": 8,
+}
 _BITS |= {"BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -46,9 +61,13 @@ class Shard:
     entries: dict[str, Entry]
 
     def zeros(self, entry: Entry, index: int | None = None) -> np.ndarray:
-        """Where a floating-point tensor, or number `index` of its first dimension, is exactly zero (either sign): bool, its shape."""
+        """Where a floating-point tensor, or number `index` of its first dimension, is exactly zero (either sign): bool,
+        its shape."""
         if entry.dtype not in _FLOATS:
-            raise BillhookError(f"{self.path}: {entry.name} is {entry.dtype}, not a floating-point tensor; zeros cannot be counted in it.")
+            raise BillhookError(
+                f"{self.path}: {entry.name} is {entry.dtype}, not a floating-point tensor; zeros cannot be "
+                "counted in it."
+            )
         bits = _BITS[entry.dtype]
         kind = np.dtype(f"<u{bits // 8}")
         shape = entry.shape if index is None else entry.shape[1:]
@@ -60,7 +79,8 @@ class Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """Read and check the header of a safetensors file; raises BillhookError when it is missing, damaged or truncated."""
+    """Read and check the header of a safetensors file; raises BillhookError when it is missing, damaged or
+    truncated."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -78,7 +98,8 @@ def read_shard(path: Path) -> Shard:
 
 
 def parse_header(path: Path, header: bytes) -> dict[str, Entry]:
-    """The tensors that a safetensors header (its 8 bytes of length included) lists, in the order of their bytes, which leave no gap.
+    """The tensors that a safetensors header (its 8 bytes of length included) lists, in the order of their bytes, which
+    leave no gap.
 
     Raises BillhookError for a damaged one, naming `path`.
     """
@@ -107,24 +128,32 @@ def _entry(name: str, item: dict[str, object], offset: int) -> Entry:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, by its index or the single file; raises BillhookError naming what is missing."""
+    """The safetensors files of a model directory, by its index or the single file; raises BillhookError naming what is
+    missing."""
     index = directory / INDEX
     if not index.is_file():
         return [directory / SINGLE] if (directory / SINGLE).is_file() else []
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise BillhookError(f"{index} is not a safetensors index: it needs a `weight_map` from tensor to file name.") from None
+        raise BillhookError(
+            f"{index} is not a safetensors index: it needs a `weight_map` from tensor to file name."
+        ) from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or name in ("", ".", ".."):
-            raise BillhookError(f"{index} names the file {name!r}: only plain file names in the same directory are allowed.")
+            raise BillhookError(
+                f"{index} names the file {name!r}: only plain file names in the same directory are allowed."
+            )
         if not (directory / name).is_file():
-            raise BillhookError(f"{index} names {name}, which is not in {directory}: copy or download the missing file.")
+            raise BillhookError(
+                f"{index} names {name}, which is not in {directory}: copy or download the missing file."
+            )
     return [directory / name for name in names]
 
 
 def layer_zeros(place: Mapping[str, Any], shape: Sequence[int], shards: Iterable[Shard]) -> list[np.ndarray] | None:
-    """The zeros of a layer of billhook.json at its `place` (see `billhook.disk.places`): bool [rows, in] for each of its pieces.
+    """The zeros of a layer of billhook.json at its `place` (see `billhook.disk.places`): bool [rows, in] for each of
+    its pieces.
 
     None when there is no such tensor or the pieces do not have `shape` [out, in].
     """
@@ -144,7 +173,8 @@ def layer_zeros(place: Mapping[str, Any], shape: Sequence[int], shards: Iterable
 
 
 def lay_out(shard: Shard, target: Path, copied: Callable[[str], bool]) -> None:
-    """Write `target` with the layout of `shard`: its header, the values of the tensors for which `copied` is true, and room for the others.
+    """Write `target` with the layout of `shard`: its header, the values of the tensors for which `copied` is true, and
+    room for the others.
 
     Raises OSError when the disk has no room for the whole file.
     """

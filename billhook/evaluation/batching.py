@@ -1,7 +1,8 @@
-"""Rows scored in batches whose size is found by itself: large enough to keep a matrix product busy, small enough for memory.
+"""Rows scored in batches whose size is found by itself: large enough to keep a matrix product busy, small enough for
+memory.
 
-The size follows from the shapes alone, so that the same inputs give the same bits; where there is less memory than expected the
-batch is halved and tried again. Nothing is timed.
+The size follows from the shapes alone, so that the same inputs give the same bits; where there is less memory than
+expected the batch is halved and tried again. Nothing is timed.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +22,8 @@ def batch_size(length: int, vocabulary: int, itemsize: int) -> int:
 
 
 def halving(count: int, size: int, work: Callable[[int, int], T]) -> Iterator[tuple[int, int, T]]:
-    """Yield (first, last, work(first, last)) over `count` rows, `size` at a time, halving the size where memory runs out.
+    """Yield (first, last, work(first, last)) over `count` rows, `size` at a time, halving the size where memory runs
+    out.
 
     Raises what `work` raises; that memory is short, only for a single row.
     """

@@ -1,8 +1,9 @@
 """How far a model's predictions are from those of the dense model it was made from: KL divergence and top-1 agreement.
 
-Both models see the same windows. The divergence is KL(dense || model) of the next-token distributions over the whole vocabulary, in
-nats a token; the agreement is the share of tokens for which both find the same next token likeliest. Unlike perplexity neither
-says anything about the text, so a text that the model knows badly serves as well. Both models are in memory at once.
+Both models see the same windows. The divergence is KL(dense || model) of the next-token distributions over the whole
+vocabulary, in nats a token; the agreement is the share of tokens for which both find the same next token likeliest.
+Unlike perplexity neither says anything about the text, so a text that the model knows badly serves as well. Both models
+are in memory at once.
 """
 
 import math
@@ -17,7 +18,8 @@ _ROW_BYTES = 1 << 26  # of float32 log-probabilities worked on at once
 
 @dataclass(frozen=True)
 class Against:
-    """What a comparison with the dense model found; `kl` in nats a token, `kl_error` its standard error over windows."""
+    """What a comparison with the dense model found; `kl` in nats a token, `kl_error` its standard error over
+    windows."""
 
     model: str
     kl: float
@@ -28,13 +30,15 @@ class Against:
 
     @classmethod
     def of(cls, model: str, kl: list[float], agreed: int, tokens: int, nll: float) -> "Against":
-        """`kl` is the mean of each window, `agreed` the number of `tokens` on which the likeliest next token is the same."""
+        """`kl` is the mean of each window, `agreed` the number of `tokens` on which the likeliest next token is the
+        same."""
         error = statistics.stdev(kl) / math.sqrt(len(kl)) if len(kl) > 1 else None
         return cls(model, statistics.fmean(kl), error, agreed / tokens, math.exp(nll) if nll < 709 else None, nll)
 
 
 def divergence(logits: Tensor, dense: Tensor) -> tuple[list[float], int]:
-    """The mean divergence of each window, and how many tokens agree: `logits` and `dense` are [windows, length, vocabulary].
+    """The mean divergence of each window, and how many tokens agree: `logits` and `dense` are [windows, length,
+    vocabulary].
 
     The last position predicts nothing that is scored and is left out.
     """

@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness on a model in memory. Needs the extra `eval`; the harness is imported only here.
 
-The harness brings prompts, few-shot examples and metrics, and fetches each task's data from the hub; everything is left as it is there.
+The harness brings prompts, few-shot examples and metrics, and fetches each task's data from the hub; everything is left
+as it is there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,21 +18,28 @@ from billhook.evaluation.items import TaskResult
 from billhook.registry import hint
 
 PAPER7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-LOCAL = 'a file of items works without network: --tasks FILE.jsonl, one {"requests": [[context, continuation], ...], "gold": 0} a line'
+LOCAL = (
+    "a file of items works without network: "
+    '--tasks FILE.jsonl, one {"requests": [[context, continuation], ...], "gold": 0} a line'
+)
 
 
 def check_tasks(names: Sequence[str]) -> Any:
-    """The harness's task manager, once every name is known to it; raises BillhookError for one that is not, with the nearest."""
+    """The harness's task manager, once every name is known to it; raises BillhookError for one that is not, with the
+    nearest."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise BillhookError(f"The tasks {', '.join(names)} need lm-eval: pip install 'billhook[eval]'; {LOCAL}.") from None
+        raise BillhookError(
+            f"The tasks {', '.join(names)} need lm-eval: pip install 'billhook[eval]'; {LOCAL}."
+        ) from None
     with _quietly():
         manager = TaskManager(include_defaults=not all(name.endswith(".yaml") for name in names))
     for name in names:
         if not name.endswith(".yaml") and name not in manager.all_tasks:
             raise BillhookError(
-                f"Unknown task {name!r}.{hint(name, [*PAPER7, *manager.all_tasks])} paper7 is the papers' seven; `lm-eval ls tasks` "
+                f"Unknown task {name!r}.{hint(name, [*PAPER7, *manager.all_tasks])} paper7 is the papers' seven; "
+                "`lm-eval ls tasks` "
                 f"lists all {len(manager.all_tasks)}; {LOCAL}."
             )
     return manager
@@ -48,8 +56,8 @@ def evaluate_tasks(
 ) -> list[TaskResult]:
     """Run tasks (names or lm-eval YAML files) and return one result for each, or for each of a group's parts.
 
-    `few_shot` None keeps each task's own number of examples, `limit` takes only the first items of each. Raises BillhookError for an
-    unknown task and for data that cannot be had.
+    `few_shot` None keeps each task's own number of examples, `limit` takes only the first items of each. Raises
+    BillhookError for an unknown task and for data that cannot be had.
     """
     manager = check_tasks(names)
     from lm_eval.evaluator import simple_evaluate
@@ -57,15 +65,27 @@ def evaluate_tasks(
 
     size = batch_size(longest, int(model.config.get_text_config(decoder=True).vocab_size), 4)
     with _quietly():
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, max_length=longest, batch_size=size, softmax_dtype="float32")
+        wrapped = HFLM(
+            pretrained=model, tokenizer=tokenizer, max_length=longest, batch_size=size, softmax_dtype="float32"
+        )
         try:
             found = simple_evaluate(
-                wrapped, tasks=list(names), num_fewshot=few_shot, limit=limit, task_manager=manager, bootstrap_iters=100, log_samples=False
+                wrapped,
+                tasks=list(names),
+                num_fewshot=few_shot,
+                limit=limit,
+                task_manager=manager,
+                bootstrap_iters=100,
+                log_samples=False,
             )
         except Exception as error:  # the harness, `datasets` and the hub raise dozens of unrelated kinds
             raise _explained(error, names) from None
     assert found is not None
-    return [_result(name, metrics, found) for name, metrics in found["results"].items() if "acc,none" in metrics or _other(metrics)]
+    return [
+        _result(name, metrics, found)
+        for name, metrics in found["results"].items()
+        if "acc,none" in metrics or _other(metrics)
+    ]
 
 
 def _result(name: str, metrics: dict[str, Any], found: dict[str, Any]) -> TaskResult:
@@ -78,7 +98,15 @@ def _result(name: str, metrics: dict[str, Any], found: dict[str, Any]) -> TaskRe
     norm, norm_error = metrics.get("acc_norm,none"), metrics.get("acc_norm_stderr,none")
     identity = f"task version {found['versions'].get(name)}" + ("" if count else ", group")
     return TaskResult(
-        label, acc, _number(error), norm, _number(norm_error), count, f"{shots}-shot", f"lm-eval {version('lm_eval')}", identity
+        label,
+        acc,
+        _number(error),
+        norm,
+        _number(norm_error),
+        count,
+        f"{shots}-shot",
+        f"lm-eval {version('lm_eval')}",
+        identity,
     )
 
 
@@ -89,7 +117,12 @@ def _number(value: Any) -> float | None:
 def _other(metrics: dict[str, Any]) -> str:
     """The first metric of a task that has no accuracy."""
     return next(
-        (k.removesuffix(",none") for k, v in metrics.items() if k.endswith(",none") and "stderr" not in k and isinstance(v, float)), ""
+        (
+            k.removesuffix(",none")
+            for k, v in metrics.items()
+            if k.endswith(",none") and "stderr" not in k and isinstance(v, float)
+        ),
+        "",
     )
 
 
@@ -97,9 +130,21 @@ def _explained(error: Exception, names: Sequence[str]) -> Exception:
     text = f"{type(error).__name__} {error}"
     line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     if any(
-        word in text for word in ("Connect", "offline", "Offline", "Max retries", "couldn't", "Couldn't", "resolve", "LocalEntryNotFound")
+        word in text
+        for word in (
+            "Connect",
+            "offline",
+            "Offline",
+            "Max retries",
+            "couldn't",
+            "Couldn't",
+            "resolve",
+            "LocalEntryNotFound",
+        )
     ):
-        return BillhookError(f"The data of {', '.join(names)} cannot be fetched from the hub ({line}). Check the network; {LOCAL}.")
+        return BillhookError(
+            f"The data of {', '.join(names)} cannot be fetched from the hub ({line}). Check the network; {LOCAL}."
+        )
     return JobError(f"lm-eval failed on {', '.join(names)}: {line}")
 
 

@@ -1,8 +1,9 @@
 """Zero-shot tasks from local files, scored as lm-evaluation-harness scores its multiple-choice tasks.
 
-A line of the file is one item: {"requests": [[context, continuation], ...], "gold": number of the right one}. The model's answer is the
-continuation of the largest log-likelihood; `acc_norm` divides by the characters of the continuation first. An item with a single
-request is right when the model would say the continuation token by token, as in LAMBADA. Prompts are used as they stand.
+A line of the file is one item: {"requests": [[context, continuation], ...], "gold": number of the right one}. The
+model's answer is the continuation of the largest log-likelihood; `acc_norm` divides by the characters of the
+continuation first. An item with a single request is right when the model would say the continuation token by token, as
+in LAMBADA. Prompts are used as they stand.
 """
 
 import json
@@ -33,7 +34,8 @@ class Item:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Accuracy with its standard error over items; `scored_by` says what did the scoring, `few_shot` how many examples a prompt has.
+    """Accuracy with its standard error over items; `scored_by` says what did the scoring, `few_shot` how many examples
+    a prompt has.
 
     `acc_norm` is None where the task has none; `identity` tells one version of a task from another.
     """
@@ -60,7 +62,9 @@ def load_items(source: str | Path, limit: int | None = None) -> list[Item]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise BillhookError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): a task is a file of json lines.") from None
+        raise BillhookError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): a task is a file of json lines."
+        ) from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
             items.append(_item(line, f"{path}, line {number}"))
@@ -93,7 +97,8 @@ def evaluate_items(
     identity: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> TaskResult:
-    """Score `items`; `longest` is the model's context in tokens. Raises what `encode_request` and `log_likelihoods` raise."""
+    """Score `items`; `longest` is the model's context in tokens. Raises what `encode_request` and `log_likelihoods`
+    raise."""
     import billhook
 
     requests = [encode_request(tokenizer, *pair) for item in items for pair in item.requests]
@@ -106,13 +111,23 @@ def evaluate_items(
             continue
         scores = [value for value, _ in found]
         # a leading space joins the answer to the question and is not counted as part of it
-        fair = [value / max(1, len(text.removeprefix(" "))) for value, (_, text) in zip(scores, item.requests, strict=True)]
+        fair = [
+            value / max(1, len(text.removeprefix(" "))) for value, (_, text) in zip(scores, item.requests, strict=True)
+        ]
         hits.append(scores.index(max(scores)) == item.gold)
         normed.append(fair.index(max(fair)) == item.gold)
     acc, error = _mean(hits)
     acc_norm, norm_error = _mean(normed) if len(normed) == len(items) else (None, None)
     return TaskResult(
-        name, acc, error, acc_norm, norm_error, len(items), "as written in the file", f"billhook {billhook.__version__}", identity
+        name,
+        acc,
+        error,
+        acc_norm,
+        norm_error,
+        len(items),
+        "as written in the file",
+        f"billhook {billhook.__version__}",
+        identity,
     )
 
 
@@ -126,8 +141,12 @@ def evaluate_file(
 ) -> TaskResult:
     """Score the items of a .jsonl file; the result names the file and carries its SHA-256."""
     items = load_items(source, limit)
-    identity = f"sha256:{sha256(Path(source).expanduser())}" + ("" if limit is None else f", the first {len(items)} items")
-    return evaluate_items(model, tokenizer, items, longest, name=Path(source).stem, identity=identity, progress=progress)
+    identity = f"sha256:{sha256(Path(source).expanduser())}" + (
+        "" if limit is None else f", the first {len(items)} items"
+    )
+    return evaluate_items(
+        model, tokenizer, items, longest, name=Path(source).stem, identity=identity, progress=progress
+    )
 
 
 def _mean(hits: Sequence[bool]) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """Log-likelihood of continuations after contexts: what zero-shot tasks and word perplexity are made of.
 
-The rules are those of lm-evaluation-harness, so that the numbers are too: spaces at the end of a context belong to the continuation;
-context and continuation are tokenised together and split after as many tokens as the context alone has; an empty context is the BOS
-(else EOS) token; what is longer than the model's context loses its beginning. Requests that read the same tokens are run once.
+The rules are those of lm-evaluation-harness, so that the numbers are too: spaces at the end of a context belong to the
+continuation; context and continuation are tokenised together and split after as many tokens as the context alone has;
+an empty context is the BOS (else EOS) token; what is longer than the model's context loses its beginning. Requests that
+read the same tokens are run once.
 """
 
 import inspect
@@ -71,20 +72,28 @@ def log_likelihoods(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[float, bool]]:
-    """For each request the log-likelihood (nats) of its continuation, and whether the model itself would say it, token by token.
+    """For each request the log-likelihood (nats) of its continuation, and whether the model itself would say it, token
+    by token.
 
     `longest` is the most tokens to read at once. Raises
-    BillhookError for ids outside the vocabulary and continuations longer than `longest`, JobError for a result that is no number.
+    BillhookError for ids outside the vocabulary and continuations longer than `longest`, JobError for a result that is
+    no number.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, request in enumerate(requests):
         if len(request.continuation) > longest:
-            raise BillhookError(f"A continuation of {len(request.continuation)} tokens exceeds the model's context of {longest}.")
+            raise BillhookError(
+                f"A continuation of {len(request.continuation)} tokens exceeds the model's context of {longest}."
+            )
         groups.setdefault(request.inputs(longest), []).append(index)
     rows = sorted(groups, key=lambda row: (-len(row), row))
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
-    check_ids(torch.tensor([sorted({t for r in requests for t in (*r.context, *r.continuation)})]), weight.shape[0], "the requests")
+    check_ids(
+        torch.tensor([sorted({t for r in requests for t in (*r.context, *r.continuation)})]),
+        weight.shape[0],
+        "the requests",
+    )
     found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
     start = 0
     with evaluating(model):
@@ -114,10 +123,13 @@ def _score(
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     for place, row in enumerate(rows):
         ids[place, : len(row)] = torch.tensor(row)
-    # Causal attention: what stands right of a row's end changes nothing in it. Only the positions that are asked for are predicted.
+    # Causal attention: what stands right of a row's end changes nothing in it. Only the positions that are asked for
+    # are predicted.
     first = min(len(row) - max(len(c) for _, c in asked) for row, asked in zip(rows, wanted, strict=True))
     few = "logits_to_keep" in inspect.signature(model.forward).parameters
-    logits = model(input_ids=ids.to(model.device), use_cache=False, **({"logits_to_keep": width - first} if few else {})).logits
+    logits = model(
+        input_ids=ids.to(model.device), use_cache=False, **({"logits_to_keep": width - first} if few else {})
+    ).logits
     offset = width - logits.shape[1]
     scored = []
     for place, (row, asked) in enumerate(zip(rows, wanted, strict=True)):

@@ -1,9 +1,10 @@
-"""Token perplexity over non-overlapping windows: the protocol of the pruning papers (Wanda, SparseGPT, AlphaPruning, ATP).
+"""Token perplexity over non-overlapping windows: the protocol of the pruning papers (Wanda, SparseGPT, AlphaPruning,
+ATP).
 
-Each window of L tokens gives the mean negative log-likelihood (NLL) of its L - 1 targets; the perplexity is the exponential of
-the mean over windows. Every window starts without context, and its first token is never scored. Numbers depend on the window
-length and on the tokenizer: compare only equal lengths and vocabularies, or use bits per byte across tokenizers. This is not
-lm-eval's word perplexity.
+Each window of L tokens gives the mean negative log-likelihood (NLL) of its L - 1 targets; the perplexity is the
+exponential of the mean over windows. Every window starts without context, and its first token is never scored. Numbers
+depend on the window length and on the tokenizer: compare only equal lengths and vocabularies, or use bits per byte
+across tokenizers. This is not lm-eval's word perplexity.
 """
 
 import math
@@ -48,7 +49,11 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """The protocol and all fields by name, for json; a perplexity too large to be a number is None."""
-        return {"protocol": PROTOCOL, **asdict(self), "token_ppl": self.token_ppl if math.isfinite(self.token_ppl) else None}
+        return {
+            "protocol": PROTOCOL,
+            **asdict(self),
+            "token_ppl": self.token_ppl if math.isfinite(self.token_ppl) else None,
+        }
 
 
 def context_length(config: Any) -> int | None:
@@ -72,7 +77,9 @@ def check_length(config: Any, length: int) -> None:
     """Raise BillhookError when windows of `length` tokens are longer than the model's context."""
     longest = context_length(config)
     if longest is not None and length > longest:
-        raise BillhookError(f"Windows of {length} tokens exceed the model's context of {longest}: use --length {longest} or less.")
+        raise BillhookError(
+            f"Windows of {length} tokens exceed the model's context of {longest}: use --length {longest} or less."
+        )
 
 
 @torch.inference_mode()
@@ -84,11 +91,13 @@ def evaluate(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Score `windows.ids` int64 [windows, length] (or such a tensor) with `model`, in the model's own dtype and a float32 loss.
+    """Score `windows.ids` int64 [windows, length] (or such a tensor) with `model`, in the model's own dtype and a
+    float32 loss.
 
-    `against` is the dense model to compare predictions with; `batch_size` None finds one by itself (`billhook.evaluation.batching`);
-    `progress(done, all)` is called after each batch. Raises BillhookError for windows longer than the context, ids outside the
-    vocabulary or a dense model of another vocabulary, JobError for a NaN or infinite loss.
+    `against` is the dense model to compare predictions with; `batch_size` None finds one by itself
+    (`billhook.evaluation.batching`); `progress(done, all)` is called after each batch. Raises BillhookError for windows
+    longer than the context, ids outside the vocabulary or a dense model of another vocabulary, JobError for a NaN or
+    infinite loss.
     """
     if isinstance(windows, Tensor):
         ids = whole_ids(windows, "windows")
@@ -126,7 +135,9 @@ def _check(models: Sequence[PreTrainedModel], windows: Windows) -> None:
     """Raise BillhookError unless every model can score these windows, with one vocabulary."""
     sizes = [vocabulary_size(model) for model in models]
     if len(set(sizes)) > 1:
-        raise BillhookError(f"The models have {sizes[0]} and {sizes[1]} token ids: only models of one vocabulary can be compared.")
+        raise BillhookError(
+            f"The models have {sizes[0]} and {sizes[1]} token ids: only models of one vocabulary can be compared."
+        )
     for model, size in zip(models, sizes, strict=True):
         check_length(model.config, windows.ids.shape[1])
         check_ids(windows.ids, size, windows.source)
@@ -138,7 +149,8 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def window_nll(logits: Tensor, ids: Tensor) -> Tensor:
-    """Summed negative log-likelihood of each window: logits [windows, L, vocabulary], ids [windows, L] -> float64 [windows]."""
+    """Summed negative log-likelihood of each window: logits [windows, L, vocabulary], ids [windows, L] -> float64
+    [windows]."""
     targets = ids[:, 1:].reshape(-1)
     rows = max(1, _LOSS_BYTES // (4 * logits.shape[-1]))
     scored = logits[:, :-1].flatten(0, 1)
@@ -155,7 +167,9 @@ def _summary(sums: Tensor, windows: Windows) -> Evaluation:
     tokens = count * (length - 1)
     if not math.isfinite(total):
         bad = int((~torch.isfinite(sums)).nonzero()[0])
-        raise JobError(f"The model's loss on window {bad} of {windows.source} is not a finite number: its weights are damaged.")
+        raise JobError(
+            f"The model's loss on window {bad} of {windows.source} is not a finite number: its weights are damaged."
+        )
     nll = total / tokens
     bits = total / math.log(2) / windows.text_bytes if windows.text_bytes else None
     # A model that knows nothing can have an NLL whose exponential overflows; infinity is then the truth.

@@ -1,8 +1,9 @@
-"""Word perplexity, the protocol of lm-evaluation-harness: every token of every document is scored, and the sum is shared out over words.
+"""Word perplexity, the protocol of lm-evaluation-harness: every token of every document is scored, and the sum is
+shared out over words.
 
-Each document begins with the BOS (else EOS) token and is cut into windows that begin with the last token of the window before; words
-are what stands between white space. Numbers depend on how the text was cut into documents and on the length of a window, but
-not on the tokenizer. They are not comparable with token perplexity.
+Each document begins with the BOS (else EOS) token and is cut into windows that begin with the last token of the window
+before; words are what stands between white space. Numbers depend on how the text was cut into documents and on the
+length of a window, but not on the tokenizer. They are not comparable with token perplexity.
 """
 
 import math

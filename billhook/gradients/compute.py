@@ -1,18 +1,22 @@
-"""Gradients of the dense model with one block in memory at a time, accumulated over the calibration sequences for GBLM-Pruner.
+"""Gradients of the dense model with one block in memory at a time, accumulated over the calibration sequences for
+GBLM-Pruner.
 
-Das et al. 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", arXiv:2311.04902: the statistic of a weight
-is a norm, over sequences, of the gradient of the model's own language-modelling loss (labels = inputs, mean over a sequence's tokens,
-evaluation mode). Each sequence is taken on its own. An auxiliary loss of routers is left out.
+Das et al. 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", arXiv:2311.04902: the
+statistic of a weight is a norm, over sequences, of the gradient of the model's own language-modelling loss (labels =
+inputs, mean over a sequence's tokens, evaluation mode). Each sequence is taken on its own. An auxiliary loss of routers
+is left out.
 
-The published code holds the model, all its gradients and two accumulators. Here (1) the sequences go forward once, without a graph,
-and each block's inputs are stored; (2) from the last block to the first, each block runs again from its stored inputs, with a graph, and
-the gradient of its outputs gives those of its weights and of its inputs. The last block runs inside the model's own forward, so final
-norm, head and loss are the model's, not a copy. In float32 the result is that of a backward pass through the whole model, bit for bit.
-It costs one more forward pass. Memory holds the model, the gradients and sums of one block, the gradients of one block's
-inputs, and the stored inputs, which go to disk beyond `spill_gib`.
+The published code holds the model, all its gradients and two accumulators. Here (1) the sequences go forward once,
+without a graph, and each block's inputs are stored; (2) from the last block to the first, each block runs again from
+its stored inputs, with a graph, and the gradient of its outputs gives those of its weights and of its inputs. The last
+block runs inside the model's own forward, so final norm, head and loss are the model's, not a copy. In float32 the
+result is that of a backward pass through the whole model, bit for bit. It costs one more forward pass. Memory holds the
+model, the gradients and sums of one block, the gradients of one block's inputs, and the stored inputs, which go to disk
+beyond `spill_gib`.
 
-float16 models: gradients below 6e-8 do not exist in float16, so each backward pass starts from gradients times a power of two that
-brings the largest near one (a smaller power where that overflows); the power is divided out, exactly, before the float32 sums.
+float16 models: gradients below 6e-8 do not exist in float16, so each backward pass starts from gradients times a power
+of two that brings the largest near one (a smaller power where that overflows); the power is divided out, exactly,
+before the float32 sums.
 """
 
 import math
@@ -39,7 +43,9 @@ from billhook.stats import GRADIENTS, REGIONAL, AbsoluteSum
 from billhook.walk import Progress, capture, check_outputs, evaluating, plain_experts, stubbed, without_routers
 
 _LOWER = (0, 6, 12, 18)  # powers of two to step down by while float16 gradients overflow
-_HEADROOM = 8  # the first backward pass of a float16 model starts from this power of two, times the tokens of the sequence
+_HEADROOM = (
+    8  # the first backward pass of a float16 model starts from this power of two, times the tokens of the sequence
+)
 
 
 def compute_gradients(
@@ -55,13 +61,16 @@ def compute_gradients(
 ) -> Gradients:
     """Accumulate a statistic of the gradients of `layers` (all prunable ones by default) and write it to `path`.
 
-    `batches` are token ids [batch, length] int64, at least 2 long; every sequence is taken on its own, whatever the batch size.
-    `facts` (of model and calibration) go into the file. Stored block inputs beyond `spill_gib` GiB go to temporary files beside
-    `path`. `progress` is called with the name of each finished layer. Raises BillhookError for an unknown statistic or no text,
-    JobError, with nothing written, for gradients that are not finite (naming the layer).
+    `batches` are token ids [batch, length] int64, at least 2 long; every sequence is taken on its own, whatever the
+    batch size. `facts` (of model and calibration) go into the file. Stored block inputs beyond `spill_gib` GiB go to
+    temporary files beside `path`. `progress` is called with the name of each finished layer. Raises BillhookError for
+    an unknown statistic or no text, JobError, with nothing written, for gradients that are not finite (naming the
+    layer).
     """
     if statistic not in GRADIENTS:
-        raise BillhookError(f"Unknown statistic {statistic!r}.{hint(statistic, GRADIENTS)} There are: {', '.join(GRADIENTS)}.")
+        raise BillhookError(
+            f"Unknown statistic {statistic!r}.{hint(statistic, GRADIENTS)} There are: {', '.join(GRADIENTS)}."
+        )
     if not batches:
         raise BillhookError("Gradients are taken on text: give it with --calibration SOURCE.")
     layers = find_layers(model) if layers is None else layers
@@ -77,7 +86,9 @@ def compute_gradients(
                 progress(name)
             return
         with plain_experts(model), evaluating(model):
-            for name, value in _Backward(model, mine(sequences), spill_gib, path.parent).run(GRADIENTS[statistic], layers):
+            for name, value in _Backward(model, mine(sequences), spill_gib, path.parent).run(
+                GRADIENTS[statistic], layers
+            ):
                 yield name, value
                 progress(name)
 
@@ -86,9 +97,11 @@ def compute_gradients(
 
 
 class _Backward:
-    """One pass forward and one back, block by block; `gradients` are those of the loss by the outputs of the block in turn.
+    """One pass forward and one back, block by block; `gradients` are those of the loss by the outputs of the block in
+    turn.
 
-    The inputs of the blocks, one tensor [1, length, width] a sequence, are in memory up to `spill_gib` GiB, and in `folder` beyond.
+    The inputs of the blocks, one tensor [1, length, width] a sequence, are in memory up to `spill_gib` GiB, and in
+    `folder` beyond.
     """
 
     def __init__(self, model: PreTrainedModel, sequences: Sequence[Tensor], spill_gib: float, folder: Path) -> None:
@@ -134,8 +147,11 @@ class _Backward:
                     hidden = [run_block(block, h, call[index]) for h, call in zip(hidden, self.calls, strict=True)]
                 check_outputs(hidden, f"{self.name}.{index}")
 
-    def _block(self, index: int, number: int, states: Tensor, weights: Sequence[Tensor], *, last: bool) -> Iterator[Tensor]:
-        """Take sequence `number` back through a block: note the gradient of its inputs, yield those of its weights, float32."""
+    def _block(
+        self, index: int, number: int, states: Tensor, weights: Sequence[Tensor], *, last: bool
+    ) -> Iterator[Tensor]:
+        """Take sequence `number` back through a block: note the gradient of its inputs, yield those of its weights,
+        float32."""
         states = states.to(self.model.device).requires_grad_()
         with torch.enable_grad():
             if index + 1 == len(self.blocks):
@@ -151,17 +167,24 @@ class _Backward:
         self.gradients[number] = None if last else _Scaled.of(found.pop(), power)
         for weight, gradient in zip(weights, found, strict=True):
             gradient = torch.zeros_like(weight) if gradient is None else gradient
-            yield gradient if power == 0 and gradient.dtype == torch.float32 else torch.ldexp(gradient.float(), torch.tensor(-power))
+            yield (
+                gradient
+                if power == 0 and gradient.dtype == torch.float32
+                else torch.ldexp(gradient.float(), torch.tensor(-power))
+            )
 
     def _loss(self, ids: Tensor, states: Tensor) -> Tensor:
-        """The model's own loss on `ids` [1, length], with `states` for the inputs of its last block and nothing before it."""
+        """The model's own loss on `ids` [1, length], with `states` for the inputs of its last block and nothing before
+        it."""
 
         def stub(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
             def passing(*args: Any, **kwargs: Any) -> Any:
                 return self.returned(args[0] if args else kwargs["hidden_states"])
 
             def real(*args: Any, **kwargs: Any) -> Any:
-                return forward(states, *args[1:], **{key: value for key, value in kwargs.items() if key != "hidden_states"})
+                return forward(
+                    states, *args[1:], **{key: value for key, value in kwargs.items() if key != "hidden_states"}
+                )
 
             return real if index + 1 == len(self.blocks) else passing
 
@@ -189,7 +212,8 @@ class _Scaled:
 
 
 def _gradients(output: Tensor, wanted: Sequence[Tensor], start: _Scaled) -> tuple[list[Any], int]:
-    """The gradients of `wanted`, times 2 ** power, and that power; in float16 from a smaller start where they would overflow."""
+    """The gradients of `wanted`, times 2 ** power, and that power; in float16 from a smaller start where they would
+    overflow."""
     half = wanted[-1].dtype == torch.float16
     found: list[Any] = []
     power = start.power
@@ -222,5 +246,8 @@ def _checked(layer: Layer, value: Tensor) -> Tensor:
     """The part of a parameter's statistic that belongs to `layer`, [out, in]; raises JobError when it is not finite."""
     value = value if layer.expert is None else value[layer.expert]
     if not bool(torch.isfinite(value.sum(dtype=torch.float64))):
-        raise JobError(f"The gradients of {layer.name} hold NaN or infinity. Run in a wider type (--dtype float32), or with mode=paper.")
+        raise JobError(
+            f"The gradients of {layer.name} hold NaN or infinity. Run in a wider type (--dtype float32), or with "
+            "mode=paper."
+        )
     return value.T if layer.transposed else value

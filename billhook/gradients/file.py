@@ -1,8 +1,9 @@
-"""gradients.safetensors: a statistic of the dense model's gradients, one tensor [out, in] a layer, tied to its model by digest.
+"""gradients.safetensors: a statistic of the dense model's gradients, one tensor [out, in] a layer, tied to its model by
+digest.
 
-The tensors are named like the layers. The metadata say what they are: `format`, `version`, and `about` (json: statistic, samples, and the
-facts of model and calibration). The file is written one tensor at a time, in any order, and read the same way, so it may be
-larger than memory.
+The tensors are named like the layers. The metadata say what they are: `format`, `version`, and `about` (json:
+statistic, samples, and the facts of model and calibration). The file is written one tensor at a time, in any order, and
+read the same way, so it may be larger than memory.
 """
 
 import json
@@ -51,7 +52,9 @@ class Gradients(Mapping[str, Tensor]):
         """What the numbers are, such as gradient_l1."""
         return str(self.about["statistic"])
 
-    def check(self, statistic: str, shapes: Mapping[str, tuple[int, int]], model: Mapping[str, Any] | None = None) -> None:
+    def check(
+        self, statistic: str, shapes: Mapping[str, tuple[int, int]], model: Mapping[str, Any] | None = None
+    ) -> None:
         """Raise BillhookError unless the file holds `statistic` for every layer of `shapes` and comes from `model`.
 
         `model` are the facts of a model (name, digest); a digest that is not known (a model in memory) is not compared.
@@ -66,7 +69,8 @@ class Gradients(Mapping[str, Tensor]):
             )
         if statistic != self.statistic:
             raise BillhookError(
-                f"{self.path} holds {self.statistic}, and the criterion reads {statistic}: give billhook gradients the same --norm and "
+                f"{self.path} holds {self.statistic}, and the criterion reads {statistic}: give billhook "
+                "gradients the same --norm and "
                 "--mode as the criterion."
             )
         for name, shape in shapes.items():
@@ -74,19 +78,25 @@ class Gradients(Mapping[str, Tensor]):
                 raise BillhookError(f"{self.path} has no gradients of {name}. {again}")
             if self.shard.entries[name].shape != tuple(shape):
                 found = " x ".join(map(str, self.shard.entries[name].shape))
-                raise BillhookError(f"{self.path} has {found} gradients for {name}, which is {shape[0]} x {shape[1]}. {again}")
+                raise BillhookError(
+                    f"{self.path} has {found} gradients for {name}, which is {shape[0]} x {shape[1]}. {again}"
+                )
 
 
 def open_gradients(path: Path) -> Gradients:
     """Open a gradients file; raises BillhookError when it is missing, damaged, cut off, or something else."""
     if not path.is_file():
-        raise BillhookError(f"There is no gradients file at {path}. Make one: billhook gradients MODEL --calibration SOURCE -o {path}")
+        raise BillhookError(
+            f"There is no gradients file at {path}. Make one: billhook gradients MODEL --calibration SOURCE -o {path}"
+        )
     shard = read_shard(path)
     metadata = json.loads(shard.header[8:]).get("__metadata__")
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise BillhookError(f"{path} is not a gradients file: it is a safetensors file of another kind.")
     if metadata.get("version") != VERSION:
-        raise BillhookError(f"{path} has version {metadata.get('version')!r}, and this Billhook reads version {VERSION}.")
+        raise BillhookError(
+            f"{path} has version {metadata.get('version')!r}, and this Billhook reads version {VERSION}."
+        )
     try:
         about = json.loads(metadata["about"])
         str(about["statistic"])
@@ -94,7 +104,9 @@ def open_gradients(path: Path) -> Gradients:
         raise BillhookError(f"{path} is a damaged gradients file: its metadata lack the statistic.") from None
     for entry in shard.entries.values():
         if entry.dtype not in _KINDS or len(entry.shape) != 2:
-            raise BillhookError(f"{path} is a damaged gradients file: {entry.name} is {entry.dtype} {list(entry.shape)}.")
+            raise BillhookError(
+                f"{path} is a damaged gradients file: {entry.name} is {entry.dtype} {list(entry.shape)}."
+            )
     return Gradients(path, about, shard)
 
 
@@ -105,8 +117,11 @@ def write_gradients(
     about: Mapping[str, Any],
     values: Callable[[], Iterator[tuple[str, Tensor]]],
 ) -> None:
-    """Write, atomically, the tensors that `values` yields with their names: each of `shapes` once, in any order, of `dtype`."""
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": VERSION, "about": json.dumps(about, sort_keys=True)}}
+    """Write, atomically, the tensors that `values` yields with their names: each of `shapes` once, in any order, of
+    `dtype`."""
+    header: dict[str, Any] = {
+        "__metadata__": {"format": FORMAT, "version": VERSION, "about": json.dumps(about, sort_keys=True)}
+    }
     position, kind = 0, _KINDS[_CODES[dtype]]
     for name, shape in shapes.items():
         size = math.prod(shape) * kind.itemsize

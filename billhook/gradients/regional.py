@@ -1,7 +1,9 @@
-"""Regional gradients: how the size of a block's own outputs depends on each of its weights; no gradient of the model's loss.
+"""Regional gradients: how the size of a block's own outputs depends on each of its weights; no gradient of the model's
+loss.
 
-Of each calibration sequence the gradient of ||block(X)||_2 by the block's weights, X being the inputs in the dense model, and of these
-the root mean square over sequences (Wanda++, arXiv:2503.04992). One block with its gradients is in memory at a time.
+Of each calibration sequence the gradient of ||block(X)||_2 by the block's weights, X being the inputs in the dense
+model, and of these the root mean square over sequences (Wanda++, arXiv:2503.04992). One block with its gradients is in
+memory at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,8 +18,11 @@ from billhook.parallel.ranks import sum_
 from billhook.walk import Block, walk
 
 
-def regional_gradients(model: PreTrainedModel, sequences: Sequence[Tensor], layers: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:
-    """Layer name and root mean square, float32 [out, in], block by block; `sequences` are token ids [1, length] int64."""
+def regional_gradients(
+    model: PreTrainedModel, sequences: Sequence[Tensor], layers: Sequence[Layer]
+) -> Iterator[tuple[str, Tensor]]:
+    """Layer name and root mean square, float32 [out, in], block by block; `sequences` are token ids [1, length]
+    int64."""
     wanted = {layer.name for layer in layers}
     for block in walk(model, sequences, (), dense=True):
         inside = [layer for layer in block.layers if layer.name in wanted]

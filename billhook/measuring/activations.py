@@ -1,8 +1,9 @@
 """Metrics of a block's Wanda scores |W_ij| ||X_j||_2, all its layers together, measured on the dense model.
 
-`outlier_ratio` is OWL's: Yin et al., ICML 2024, arXiv:2310.05175. `wanda_mean` and `wanda_median` are DLP's: Chen et al.,
-"DLP: Dynamic Layerwise Pruning in Large Language Models", ICML 2025, arXiv:2505.23807. Functions take the `weights` [out, in] of a
-block and the `norms` [in] float32 of their inputs; a layer that saw no tokens has None and is left out.
+`outlier_ratio` is OWL's: Yin et al., ICML 2024, arXiv:2310.05175. `wanda_mean` and `wanda_median` are DLP's: Chen et
+al., "DLP: Dynamic Layerwise Pruning in Large Language Models", ICML 2025, arXiv:2505.23807. Functions take the
+`weights` [out, in] of a block and the `norms` [in] float32 of their inputs; a layer that saw no tokens has None and is
+left out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,9 @@ BISECTIONS = 60  # more than a float32 mantissa has bits
 def outlier_ratio(weights: Weights, norms: Norms, *, m: float = 5.0) -> float:
     """D = 100 x share of the block's scores that exceed `m` times their mean, in per cent."""
     if not 0 < m < float("inf"):
-        raise BillhookError(f"outlier_ratio:{m:g}: M must be a positive number, such as outlier_ratio:5 (the paper uses 3 to 10).")
+        raise BillhookError(
+            f"outlier_ratio:{m:g}: M must be a positive number, such as outlier_ratio:5 (the paper uses 3 to 10)."
+        )
     total = sum(w.numel() for w, norm in zip(weights, norms, strict=True) if norm is not None)
     mean = wanda_mean(weights, norms)
     return 100 * sum(int((score > m * mean).sum()) for score in _scores(weights, norms)) / total
@@ -39,7 +42,8 @@ def wanda_mean(weights: Weights, norms: Norms) -> float:
 
 @method(paper=fact("wanda_median").paper)
 def wanda_median(weights: Weights, norms: Norms) -> float:
-    """The (lower) median score (what DLP's paper says), found by bisection so that no layer's scores are copied or sorted."""
+    """The (lower) median score (what DLP's paper says), found by bisection so that no layer's scores are copied or
+    sorted."""
     scores = list(_scores(weights, norms))
     half = (sum(score.numel() for score in scores) + 1) // 2
     low, high = -1.0, max(float(score.max()) for score in scores)
@@ -54,5 +58,7 @@ def wanda_median(weights: Weights, norms: Norms) -> float:
 def _scores(weights: Weights, norms: Norms) -> Iterator[Tensor]:
     """The scores of one layer after another, so that those of a block need not be in memory together."""
     if all(norm is None for norm in norms):
-        raise BillhookError("No layer of a block received a calibration token: its scores do not exist. Use more --samples.")
+        raise BillhookError(
+            "No layer of a block received a calibration token: its scores do not exist. Use more --samples."
+        )
     return (w.abs().float() * norm for w, norm in zip(weights, norms, strict=True) if norm is not None)

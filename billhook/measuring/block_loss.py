@@ -1,7 +1,8 @@
 """What the model loses when one block alone is pruned: a measurement instead of a theory.
 
-Each block in turn is pruned by magnitude (whole layers compete), the loss on the text is measured, and the weights are put back. It
-costs one evaluation of the text per block and one more. It does not know how blocks pruned together interact.
+Each block in turn is pruned by magnitude (whole layers compete), the loss on the text is measured, and the weights are
+put back. It costs one evaluation of the text per block and one more. It does not know how blocks pruned together
+interact.
 """
 
 from collections.abc import Sequence
@@ -22,11 +23,14 @@ from billhook.stats import LayerStats
 
 
 @method(paper=fact("block_loss").paper)
-def block_loss(model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor], *, sparsity: float = 0.6) -> dict[str, float]:
-    """(loss with only this block pruned to `sparsity` - loss of the dense model) / loss of the dense model, by layer name.
+def block_loss(
+    model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor], *, sparsity: float = 0.6
+) -> dict[str, float]:
+    """(loss with only this block pruned to `sparsity` - loss of the dense model) / loss of the dense model, by layer
+    name.
 
-    `batches` are token ids [batch, length] int64; the loss is the mean negative log-likelihood of their tokens. All `layers` of a
-    block get the block's number. Weights are changed and put back bit for bit.
+    `batches` are token ids [batch, length] int64; the loss is the mean negative log-likelihood of their tokens. All
+    `layers` of a block get the block's number. Weights are changed and put back bit for bit.
     """
     if not 0 < sparsity < 1:
         raise BillhookError(f"block_loss:{sparsity:g}: the sparsity must lie between 0 and 1, such as block_loss:0.6.")

@@ -1,11 +1,13 @@
 """Eigenvalues of W^T W, all of them, without eigenvectors: the squared singular values of a weight, in float64.
 
-The Gram matrix of the smaller side costs a fraction of a singular value decomposition but squares the condition number: what is
-small beside rounding errors of the largest eigenvalue is lost. Here that loss is bounded, and the few eigenvalues it concerns are
-found again from W itself, because the smallest sets the edge of the histogram from which AlphaPruning's `alpha_peak` is cut.
+The Gram matrix of the smaller side costs a fraction of a singular value decomposition but squares the condition number:
+what is small beside rounding errors of the largest eigenvalue is lost. Here that loss is bounded, and the few
+eigenvalues it concerns are found again from W itself, because the smallest sets the edge of the histogram from which
+AlphaPruning's `alpha_peak` is cut.
 
-Large weights are first tried in float32, at half the cost: rounding errors then do not conspire either, and what they did is measured
-on the smallest eigenvalues, which are computed accurately beside. What that measurement does not cover is computed in float64.
+Large weights are first tried in float32, at half the cost: rounding errors then do not conspire either, and what they
+did is measured on the smallest eigenvalues, which are computed accurately beside. What that measurement does not cover
+is computed in float64.
 """
 
 import math
@@ -31,20 +33,23 @@ NORMAL = (1e-20, 1e30)  # largest eigenvalues of which float32 holds the small o
 
 
 def eigenvalues(W: Tensor, method: Literal["auto", "svd", "gram"] = "auto") -> Tensor:
-    """Eigenvalues of W^T W: squared singular values of `W` [out, in] (any float dtype), ascending float64 [min(out, in)].
+    """Eigenvalues of W^T W: squared singular values of `W` [out, in] (any float dtype), ascending float64 [min(out,
+    in)].
 
     `gram` forms W W^T or W^T W, whichever is smaller, in float64 and takes its eigenvalues. Each is within
 
         |computed - exact| <= 4 sqrt(max(out, in)) eps64 l_max          (`error_bound`)
 
-    which is the normwise backward error of the product and of the symmetric solver when rounding errors do not conspire (Higham & Mary
-    2019; the largest seen is half of it); values within it of zero become 0. `svd` uses float64 singular values: relative accuracy
-    about eps64 sqrt(l_max / l), and those below (max(out, in) eps64)^2 l_max become 0. `auto` is `gram`; eigenvalues of which the bound
-    is more than a hundredth are computed again by inverse iteration on W's triangular factor (accurate as `svd`), and where those
-    are an eighth of all or W is singular to rounding, `auto` is `svd`. Of a weight held in float32 or less with both sides at least 2048
-    `auto` first takes float32 (`_single`): eigenvalues then lie within about 1e-8 l_max, the smallest one is accurate to about 1e-6.
+    which is the normwise backward error of the product and of the symmetric solver when rounding errors do not conspire
+    (Higham & Mary 2019; the largest seen is half of it); values within it of zero become 0. `svd` uses float64 singular
+    values: relative accuracy about eps64 sqrt(l_max / l), and those below (max(out, in) eps64)^2 l_max become 0. `auto`
+    is `gram`; eigenvalues of which the bound is more than a hundredth are computed again by inverse iteration on W's
+    triangular factor (accurate as `svd`), and where those are an eighth of all or W is singular to rounding, `auto` is
+    `svd`. Of a weight held in float32 or less with both sides at least 2048 `auto` first takes float32 (`_single`):
+    eigenvalues then lie within about 1e-8 l_max, the smallest one is accurate to about 1e-6.
 
-    Raises BillhookError for a weight that is not a matrix, is empty, or holds NaN, inf or values whose squares overflow.
+    Raises BillhookError for a weight that is not a matrix, is empty, or holds NaN, inf or values whose squares
+    overflow.
     """
     if W.ndim != 2 or 0 in W.shape:
         raise BillhookError(f"A spectrum needs a matrix with at least one row and column, got shape {tuple(W.shape)}.")
@@ -73,7 +78,8 @@ def eigenvalues(W: Tensor, method: Literal["auto", "svd", "gram"] = "auto") -> T
 
 
 def _single(W: Tensor) -> Tensor | None:
-    """The spectrum of `W` [n, m], n <= m, by a Gram matrix and solver in float32, its smallest values from W in float64.
+    """The spectrum of `W` [n, m], n <= m, by a Gram matrix and solver in float32, its smallest values from W in
+    float64.
 
     None where that is not accurate: beyond the range of float32, rank-deficient, or errors measured too large.
     """
@@ -92,16 +98,21 @@ def _single(W: Tensor) -> Tensor | None:
     if evals[0] > FIRM * largest:
         return evals
     probes = smallest(W, gram, largest, PROBES)
-    if probes is None or probes[0] <= 1e4 * _noise(W.shape) * largest or (evals[:PROBES] - probes).abs().max() > DRIFT * probes[-1]:
+    if (
+        probes is None
+        or probes[0] <= 1e4 * _noise(W.shape) * largest
+        or (evals[:PROBES] - probes).abs().max() > DRIFT * probes[-1]
+    ):
         return None
     return torch.cat([probes, evals[PROBES:]]).sort().values
 
 
 def _smallest(W: Tensor, count: int) -> Tensor | None:
-    """The `count` smallest squared singular values of `W` [n, m], n <= m, ascending; None where iteration cannot find them.
+    """The `count` smallest squared singular values of `W` [n, m], n <= m, ascending; None where iteration cannot find
+    them.
 
-    Subspace iteration on (R^T R)^-1 with W^T = Q R, so that W's condition enters once and not squared. The subspace is wider than
-    asked, which makes the last values converge too.
+    Subspace iteration on (R^T R)^-1 with W^T = Q R, so that W's condition enters once and not squared. The subspace is
+    wider than asked, which makes the last values converge too.
     """
     if count == 0:
         return W.new_empty(0, dtype=torch.float64)
@@ -128,12 +139,14 @@ def _noise(shape: Sequence[int]) -> float:
 
 
 def error_bound(shape: Sequence[int], largest: float) -> float:
-    """How far an eigenvalue from the Gram matrix of a [out, in] weight may lie from the exact one; see `eigenvalues`."""
+    """How far an eigenvalue from the Gram matrix of a [out, in] weight may lie from the exact one; see
+    `eigenvalues`."""
     return 4 * math.sqrt(max(shape)) * EPS * largest
 
 
 def _lower_gram(W: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """W W^T, its lower triangle only (what lies above is unspecified): half the work of a product, memory bounded by DEPTH."""
+    """W W^T, its lower triangle only (what lies above is unspecified): half the work of a product, memory bounded by
+    DEPTH."""
     size = W.shape[0]
     gram = torch.zeros(size, size, dtype=dtype, device=W.device)
     for column in range(0, W.shape[1], DEPTH):
@@ -147,5 +160,6 @@ def _lower_gram(W: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 def _check_finite(squares: Tensor) -> None:
     if not squares.isfinite().all():
         raise BillhookError(
-            "The weight holds NaN or inf (or values whose squares overflow): its spectrum does not exist. Repair the checkpoint."
+            "The weight holds NaN or inf (or values whose squares overflow): its spectrum does not exist. Repair "
+            "the checkpoint."
         )

@@ -1,13 +1,16 @@
-"""How far pruning moves each layer's output, at any sparsity, with the criterion that will do it: the curves behind `--allocator auto`.
+"""How far pruning moves each layer's output, at any sparsity, with the criterion that will do it: the curves behind
+`--allocator auto`.
 
-Of each layer, with the dense model's inputs, the criterion is run once on `ROWS` of its rows for each of the sparsities `TRIED`, all of
-them stacked, so that what it computes of the inputs (a factorization) serves for all. e(s) is the squared change of the layer's output
-relative to its square; ln e is linear in s between those sparsities and on to e(1) = 1. The curve is
+Of each layer, with the dense model's inputs, the criterion is run once on `ROWS` of its rows for each of the sparsities
+`TRIED`, all of them stacked, so that what it computes of the inputs (a factorization) serves for all. e(s) is the
+squared change of the layer's output relative to its square; ln e is linear in s between those sparsities and on to e(1)
+= 1. The curve is
 
     e(s)  at s = 0, 1 / STEPS, ..., 1,   e(0) = 0
 
-Cost: one pass of the text through the dense model with its statistics, and the criterion on 4 * ROWS rows a layer. Rows compete as in the
-criterion's own group, among those that are looked at. It says nothing about what the model makes of a layer's error: see `loss_share`.
+Cost: one pass of the text through the dense model with its statistics, and the criterion on 4 * ROWS rows a layer. Rows
+compete as in the criterion's own group, among those that are looked at. It says nothing about what the model makes of a
+layer's error: see `loss_share`.
 """
 
 import math
@@ -43,12 +46,16 @@ def error_curve(
 ) -> dict[str, list[float]]:
     """e(k / STEPS) for k = 0 to STEPS, by layer name.
 
-    `batches` are token ids [batch, length] int64. Raises BillhookError for a criterion that reads gradients, or an unknown one.
+    `batches` are token ids [batch, length] int64. Raises BillhookError for a criterion that reads gradients, or an
+    unknown one.
     """
     options = CRITERIA.configure(criterion, cheaper(criterion, layers))
     needs = CRITERIA.needs(criterion, options)
     if not set(needs) <= set(STATISTICS):
-        raise BillhookError(f"error_curve:{criterion}: this criterion reads gradients; curves are made with others, such as admm or wanda.")
+        raise BillhookError(
+            f"error_curve:{criterion}: this criterion reads gradients; curves are made with others, such as admm "
+            "or wanda."
+        )
     wanted, curves = {layer.name for layer in layers}, {}
     for block in walk(model, batches, tuple(dict.fromkeys((*needs, "input_norm"))), dense=True):
         for layer in block.layers:
@@ -58,14 +65,16 @@ def error_curve(
 
 
 def cheaper(criterion: str, layers: Sequence[Layer]) -> dict[str, object]:
-    """The options with which a trial costs less than a run: three steps of admm, unless wide layers take fewer anyway."""
+    """The options with which a trial costs less than a run: three steps of admm, unless wide layers take fewer
+    anyway."""
     few = criterion == "admm" and default_steps(max(layer.shape[1] for layer in layers)) > FEW
     return {"steps": FEW} if few else {}
 
 
 @dataclass(frozen=True)
 class _Stacked(Select):
-    """As many equal stacks of rows as `TRIED`, each with its own sparsity; `sparsity` and `zeros` are the share of it that is due."""
+    """As many equal stacks of rows as `TRIED`, each with its own sparsity; `sparsity` and `zeros` are the share of it
+    that is due."""
 
     def __call__(self, score: Tensor, start: int = 0) -> Tensor:
         """Select in each stack by itself."""
@@ -94,7 +103,9 @@ def _energy(W: Tensor, stats: LayerStats) -> float:
     """The summed squares of the layer's outputs, of uncorrelated inputs where only their norms are known."""
     if stats.gram is not None:
         return float(((W @ stats.gram) * W).sum(dtype=torch.float64))
-    norm = stats.input_norm if stats.input_norm is not None and stats.tokens else torch.ones(W.shape[1], device=W.device)
+    norm = (
+        stats.input_norm if stats.input_norm is not None and stats.tokens else torch.ones(W.shape[1], device=W.device)
+    )
     return float((W * norm).square().sum(dtype=torch.float64))
 
 

@@ -1,14 +1,14 @@
 """alpha_farms, alpha_farms_mid: the tail exponent without the bias of the matrix's shape.
 
-Hu et al., "Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias" (FARMS), ICML 2025, arXiv:2506.06280. The exponent of
-a random matrix depends on its aspect ratio, so exponents of layers of unlike shapes cannot be compared. Here the spectrum is that of
-square windows (aspect ratio 1) of side m = min(2000, out, in), moved over the matrix in equal steps, `windows` places along each side
-(one where there is no room to move); the squared singular values of all windows together are then fitted as for `alpha_peak` (or
-`alpha_mid`).
+Hu et al., "Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias" (FARMS), ICML 2025, arXiv:2506.06280.
+The exponent of a random matrix depends on its aspect ratio, so exponents of layers of unlike shapes cannot be compared.
+Here the spectrum is that of square windows (aspect ratio 1) of side m = min(2000, out, in), moved over the matrix in
+equal steps, `windows` places along each side (one where there is no room to move); the squared singular values of all
+windows together are then fitted as for `alpha_peak` (or `alpha_mid`).
 
-The published code uses 10 to 15 places along each side. The default here is 5, which covers a 4096 x 11008 weight; windows overlap.
-On matrices without a power law (noise) the cut of least KS distance wanders, in windows as in the whole; there `alpha_farms_mid` shows
-that the bias is gone.
+The published code uses 10 to 15 places along each side. The default here is 5, which covers a 4096 x 11008 weight;
+windows overlap. On matrices without a power law (noise) the cut of least KS distance wanders, in windows as in the
+whole; there `alpha_farms_mid` shows that the bias is gone.
 """
 
 from collections.abc import Iterator

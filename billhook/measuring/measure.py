@@ -1,6 +1,7 @@
 """Measuring: one pass over the layers that fills the table allocators read.
 
-What a metric looks at is known from its name (`billhook.metrics`): the weight alone, the inputs of the dense model's layers, or its loss.
+What a metric looks at is known from its name (`billhook.metrics`): the weight alone, the inputs of the dense model's
+layers, or its loss.
 """
 
 from collections.abc import Sequence
@@ -32,11 +33,13 @@ def measure(
     facts: dict[str, Any] | None = None,
     progress: Progress = lambda layer: None,
 ) -> Table:
-    """Measure `metrics` (and curves) of every layer of a model in memory; beside an exponent, the KS distance of its fit.
+    """Measure `metrics` (and curves) of every layer of a model in memory; beside an exponent, the KS distance of its
+    fit.
 
-    `batches` are token ids [batch, length] int64 (one tensor: one batch), needed by the metrics that look at activations or the loss;
-    `layers` restricts the table; `facts` describes the model (name, digest) and goes into the table. `progress` is called with the
-    name of each finished layer. Raises BillhookError for an unknown metric, or one that needs batches when there are none.
+    `batches` are token ids [batch, length] int64 (one tensor: one batch), needed by the metrics that look at
+    activations or the loss; `layers` restricts the table; `facts` describes the model (name, digest) and goes into the
+    table. `progress` is called with the name of each finished layer. Raises BillhookError for an unknown metric, or one
+    that needs batches when there are none.
     """
     layers = find_layers(model) if layers is None else layers
     asked = [canonical(name) for name in ([metrics] if isinstance(metrics, str) else metrics)]
@@ -100,7 +103,8 @@ def _row(layer: Layer, columns: Sequence[str], values: dict[str, Any]) -> Row:
 
 
 def _of_activations(block: Block, columns: Sequence[str], values: Values) -> None:
-    """Compute metrics of activations for the measured layers of a block, together or one by one, and note them on each."""
+    """Compute metrics of activations for the measured layers of a block, together or one by one, and note them on
+    each."""
     layers = [layer for layer in block.layers if layer.name in values]
     for name in columns if layers else ():
         for group in [layers] if fact(name).block else [[layer] for layer in layers]:

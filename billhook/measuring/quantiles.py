@@ -1,8 +1,9 @@
-"""Quantiles of the scores of each layer: what allocators need to find one threshold for the whole model, without the model.
+"""Quantiles of the scores of each layer: what allocators need to find one threshold for the whole model, without the
+model.
 
-The k-th of LEVELS + 1 numbers is the score below which a share k / LEVELS of the layer's weights lies; the first is the least and the
-last the largest score. Between two quantiles the share is interpolated linearly, which is exact at the quantiles and, for smooth
-distributions, good to about 1e-4 elsewhere but for the last step before the largest score.
+The k-th of LEVELS + 1 numbers is the score below which a share k / LEVELS of the layer's weights lies; the first is the
+least and the last the largest score. Between two quantiles the share is interpolated linearly, which is exact at the
+quantiles and, for smooth distributions, good to about 1e-4 elsewhere but for the last step before the largest score.
 """
 
 from collections.abc import Sequence
@@ -47,5 +48,8 @@ def wanda_quantiles(weights: Sequence[Tensor], norms: Sequence[Tensor | None]) -
     """Of |W_ij| ||X_j||_2 of one layer."""
     (W,), (norm,) = weights, norms
     if norm is None:
-        raise BillhookError("An expert received no calibration token: its scores do not exist. Use more --samples, or magnitude_quantiles.")
+        raise BillhookError(
+            "An expert received no calibration token: its scores do not exist. Use more --samples, or "
+            "magnitude_quantiles."
+        )
     return quantiles((W.abs().float() * norm).flatten().sort().values)

@@ -1,11 +1,11 @@
 """Spectra: the eigenvalues of W^T W of one weight, and the metrics that need nothing else.
 
-The eigenvalues are the squared singular values, as in AlphaPruning (arXiv:2410.10912, data free) and WeightWatcher, computed in
-`billhook.measuring.eigen`; exponents are in `billhook.measuring.tails`, names, signs and sources in `billhook.metrics`. Everything is
-float64.
+The eigenvalues are the squared singular values, as in AlphaPruning (arXiv:2410.10912, data free) and WeightWatcher,
+computed in `billhook.measuring.eigen`; exponents are in `billhook.measuring.tails`, names, signs and sources in
+`billhook.metrics`. Everything is float64.
 
-Many layers are measured side by side with one thread each: the eigensolver gains little from a second thread, and loses much where
-threads wait for each other on a busy machine.
+Many layers are measured side by side with one thread each: the eigensolver gains little from a second thread, and loses
+much where threads wait for each other on a busy machine.
 """
 
 import math
@@ -42,15 +42,20 @@ class Weighted(Protocol):
 
 
 def spectral_metrics(W: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """Compute the spectrum of `W` [out, in] once and from it the metrics called `names`, in their order; others that read only the
-    weight are computed beside.
+    """Compute the spectrum of `W` [out, in] once and from it the metrics called `names`, in their order; others that
+    read only the weight are computed beside.
 
-    A parameter may follow a name after a colon (`alpha_peak:repaired`). Every value is finite. Raises BillhookError for an unknown name
-    or one that needs text before anything is computed, for a weight without a spectrum, and for a metric that does not exist for it.
+    A parameter may follow a name after a colon (`alpha_peak:repaired`). Every value is finite. Raises BillhookError for
+    an unknown name or one that needs text before anything is computed, for a weight without a spectrum, and for a
+    metric that does not exist for it.
     """
     calls = {name: (function_of(name), _options(name)) for name in names}
-    spectrum = Spectrum(eigenvalues(W), (W.shape[0], W.shape[1])) if any(fact(name).spectral for name in names) else None
-    return {name: function(spectrum if fact(name).spectral else W, **options) for name, (function, options) in calls.items()}
+    spectrum = (
+        Spectrum(eigenvalues(W), (W.shape[0], W.shape[1])) if any(fact(name).spectral for name in names) else None
+    )
+    return {
+        name: function(spectrum if fact(name).spectral else W, **options) for name, (function, options) in calls.items()
+    }
 
 
 def measure_spectra(
@@ -58,8 +63,8 @@ def measure_spectra(
 ) -> dict[str, dict[str, Any]]:
     """`spectral_metrics` of many layers, by layer name; as many at once as torch may use threads and MEMORY allows.
 
-    `done` is called in the calling thread with the name of each layer as it ends, in order. Errors name the layer. While this runs,
-    torch's threads are divided among the layers, process-wide.
+    `done` is called in the calling thread with the name of each layer as it ends, in order. Errors name the layer.
+    While this runs, torch's threads are divided among the layers, process-wide.
     """
     for name in names:
         _options(name)
@@ -81,7 +86,8 @@ def measure_spectra(
 
 
 def _bytes(shape: tuple[int, int]) -> int:
-    """Memory for the spectrum of a [out, in] weight: the Gram matrix, the solver's copy, a part of the weight in float64."""
+    """Memory for the spectrum of a [out, in] weight: the Gram matrix, the solver's copy, a part of the weight in
+    float64."""
     small, large = sorted(shape)
     return 8 * small * (2 * small + min(DEPTH, large))
 
@@ -114,7 +120,8 @@ def alpha_mid(spectrum: Spectrum) -> float:
 
 @_metric
 def alpha_peak(spectrum: Spectrum, *, log_bound: LogBound = "published") -> float:
-    """Exponent at the best cut not above 1.5 times the modal eigenvalue; `log_bound="repaired"` also bounds it from below."""
+    """Exponent at the best cut not above 1.5 times the modal eigenvalue; `log_bound="repaired"` also bounds it from
+    below."""
     return spectrum.fit("peak", log_bound).alpha
 
 
@@ -144,13 +151,15 @@ def alpha_ks_ks(spectrum: Spectrum) -> float:
 
 @_metric
 def spectrum_quantiles(spectrum: Spectrum) -> list[float]:
-    """Quantiles of the positive eigenvalues, as `billhook.measuring.quantiles` has them: the spectral density in 129 numbers."""
+    """Quantiles of the positive eigenvalues, as `billhook.measuring.quantiles` has them: the spectral density in 129
+    numbers."""
     return quantiles(spectrum.positive if len(spectrum.positive) else spectrum.evals)
 
 
 @_metric
 def mp_softrank(spectrum: Spectrum) -> float:
-    """s^2 (sqrt(out) + sqrt(in))^2 / l_max, s^2 the mean square of the weights; about 1 for noise, small for a few strong directions.
+    """s^2 (sqrt(out) + sqrt(in))^2 / l_max, s^2 the mean square of the weights; about 1 for noise, small for a few
+    strong directions.
 
     s^2 comes from all weights and not from a fit of the bulk, so strong directions raise the edge; 0 for a zero weight.
     """
@@ -215,5 +224,8 @@ def log_alpha_norm(spectrum: Spectrum) -> float:
 
 def _log10(value: float) -> float:
     if value <= 0:
-        raise BillhookError("The logarithm of the norm of an all-zero weight does not exist. Leave the layer out, or use another metric.")
+        raise BillhookError(
+            "The logarithm of the norm of an all-zero weight does not exist. Leave the layer out, or use another "
+            "metric."
+        )
     return math.log10(value)

@@ -1,20 +1,23 @@
 """Power-law tails: the exponent alpha of a spectrum and where its tail begins.
 
-AlphaPruning (arXiv:2410.10912), as its published code computes it. For a cut i among N ascending eigenvalues, n = N - i:
+AlphaPruning (arXiv:2410.10912), as its published code computes it. For a cut i among N ascending eigenvalues, n = N -
+i:
 
     alpha_i = 1 + n / (sum_{j >= i} ln l_j - n ln l_i)                     (Hill; the zero term j = i is counted in n)
     D_i     = max_{j >= i} | 1 - (l_j / l_i)^(1 - alpha_i) - (j - i) / n |   (Kolmogorov-Smirnov distance)
 
-All alphas come from one cumulative sum and the distances from a few dense blocks of exponentials. The three ways to cut:
+All alphas come from one cumulative sum and the distances from a few dense blocks of exponentials. The three ways to
+cut:
 
     mid    i = int(N / 2)
     ks     least D over all N - 1 cuts, the first on ties
-    peak   least D over the cuts with log10(0.95 x) <= l_i <= 1.5 x, where x is the left edge of the fullest of 100 equal bins of
-           log10 l. The lower bound compares a value with a logarithm, as published, and so is all but inactive; it also makes the
-           result depend on the scale of W. `log_bound="repaired"` compares 0.95 x instead.
+    peak   least D over the cuts with log10(0.95 x) <= l_i <= 1.5 x, where x is the left edge of the fullest of 100
+    equal bins of
+           log10 l. The lower bound compares a value with a logarithm, as published, and so is all but inactive; it also
+           makes the result depend on the scale of W. `log_bound="repaired"` compares 0.95 x instead.
 
-Eigenvalues that are zero have no logarithm and take no part (the published code gives NaN); neither do cuts at which the tail is
-flat to rounding, where alpha is infinite.
+Eigenvalues that are zero have no logarithm and take no part (the published code gives NaN); neither do cuts at which
+the tail is flat to rounding, where alpha is infinite.
 """
 
 import math
@@ -37,7 +40,8 @@ ROWS = 128  # cuts per dense block: wide enough for fast kernels, narrow enough 
 
 @dataclass(frozen=True)
 class TailFit:
-    """One fitted tail: eigenvalues >= `xmin` (the `cut_index`-th of the ascending spectrum) decay as a power law with `alpha`."""
+    """One fitted tail: eigenvalues >= `xmin` (the `cut_index`-th of the ascending spectrum) decay as a power law with
+    `alpha`."""
 
     alpha: float
     ks_distance: float
@@ -48,8 +52,8 @@ class TailFit:
 class Spectrum:
     """Ascending eigenvalues [N] float64 >= 0 of W^T W, with what several metrics share computed at most once.
 
-    `shape` is that of W, square by default. Zeros are allowed and are left out of every fit. The fits raise BillhookError where no
-    exponent exists: fewer than three positive eigenvalues, or all of them equal.
+    `shape` is that of W, square by default. Zeros are allowed and are left out of every fit. The fits raise
+    BillhookError where no exponent exists: fewer than three positive eigenvalues, or all of them equal.
     """
 
     def __init__(self, evals: Tensor, shape: tuple[int, int] | None = None) -> None:
@@ -66,13 +70,16 @@ class Spectrum:
         """`(alpha, D)` [P - 1] at every cut of the P positive eigenvalues; inf and 1 at flat cuts."""
         if len(self.positive) < 3:
             raise BillhookError(
-                f"A power-law exponent needs at least 3 positive eigenvalues, there are {len(self.positive)} of {len(self.evals)} (a zero, "
+                f"A power-law exponent needs at least 3 positive eigenvalues, there are {len(self.positive)} of "
+                f"{len(self.evals)} (a zero, "
                 "rank-deficient or one-dimensional weight). Leave the layer out, or use another metric."
             )
         logs = self.positive.log()
         alphas = hill(logs)
         if not alphas.isfinite().any():
-            raise BillhookError("All eigenvalues are equal: there is no power-law exponent. Leave the layer out, or use another metric.")
+            raise BillhookError(
+                "All eigenvalues are equal: there is no power-law exponent. Leave the layer out, or use another metric."
+            )
         return alphas, ks_distances(logs, alphas)
 
     def fit(self, cut: Cut, log_bound: LogBound = "published") -> TailFit:
@@ -86,11 +93,17 @@ class Spectrum:
                 allowed &= self._near_peak(log_bound)
             best = int(torch.where(allowed, distances, math.inf).argmin())
             if not allowed[best]:
-                raise BillhookError("No cut near the mode of the spectrum has a power-law exponent. Use alpha_ks or alpha_mid.")
+                raise BillhookError(
+                    "No cut near the mode of the spectrum has a power-law exponent. Use alpha_ks or alpha_mid."
+                )
         alpha = float(alphas[best])
         if not math.isfinite(alpha):
-            raise BillhookError(f"All eigenvalues above the cut are equal: alpha_{cut} does not exist. Use another metric.")
-        return TailFit(alpha, float(distances[best]), float(self.positive[best]), best + len(self.evals) - len(self.positive))
+            raise BillhookError(
+                f"All eigenvalues above the cut are equal: alpha_{cut} does not exist. Use another metric."
+            )
+        return TailFit(
+            alpha, float(distances[best]), float(self.positive[best]), best + len(self.evals) - len(self.positive)
+        )
 
     def _near_peak(self, log_bound: LogBound) -> Tensor:
         """Which cuts [P - 1] lie around the fullest bin of log10 of the eigenvalues."""

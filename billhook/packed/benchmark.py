@@ -1,8 +1,9 @@
 """How fast models generate here, side by side: prompts read, tokens made, memory and file size.
 
-Each model lives in a process of its own. A round runs every model once at every batch size and prompt length, one after the other, so
-that what else happens on the machine meets all of them alike; the first round warms up and is not counted. Speed-ups are ratios
-within a round. It is the generation loop of `transformers` that is timed, as users run it, with random tokens.
+Each model lives in a process of its own. A round runs every model once at every batch size and prompt length, one after
+the other, so that what else happens on the machine meets all of them alike; the first round warms up and is not
+counted. Speed-ups are ratios within a round. It is the generation loop of `transformers` that is timed, as users run
+it, with random tokens.
 """
 
 import multiprocessing
@@ -46,7 +47,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Side:
-    """One model: `memory_bytes` is what it added to its process at the peak, `sparsity` is of its packed tensors, None if dense."""
+    """One model: `memory_bytes` is what it added to its process at the peak, `sparsity` is of its packed tensors, None
+    if dense."""
 
     name: str
     packed: bool
@@ -68,12 +70,16 @@ def bench(
     options: dict[str, Any] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Side]:
-    """Measure model directories side by side; `against` (the dense one) comes first, and the speed of the others is compared with its.
+    """Measure model directories side by side; `against` (the dense one) comes first, and the speed of the others is
+    compared with its.
 
-    `options` go to `billhook.load`. Raises BillhookError for what cannot be measured as asked, JobError when a model's process dies.
+    `options` go to `billhook.load`. Raises BillhookError for what cannot be measured as asked, JobError when a model's
+    process dies.
     """
     if min([*batches, *prompts, rounds]) < 1 or new < 2 or not (batches and prompts):
-        raise BillhookError("Batch sizes, prompt lengths and rounds start at 1, new tokens at 2: the first belongs to the prompt.")
+        raise BillhookError(
+            "Batch sizes, prompt lengths and rounds start at 1, new tokens at 2: the first belongs to the prompt."
+        )
     paths = [Path(path).expanduser() for path in ([] if against is None else [against]) + list(models)]
     if len(set(paths)) < len(paths):
         raise BillhookError("A model is given twice: each is measured once.")
@@ -125,7 +131,9 @@ def _answer(worker: Connection) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = worker.recv()
     except EOFError:
-        raise JobError("The process of a model died: most likely it ran out of memory. Measure fewer or smaller models at once.") from None
+        raise JobError(
+            "The process of a model died: most likely it ran out of memory. Measure fewer or smaller models at once."
+        ) from None
     if "error" in answer:
         raise BillhookError(answer["error"])
     return answer
@@ -143,7 +151,9 @@ def _side(
         runs = {kind: [run[kind] for run in seen[number]] for kind in KINDS}
         ratios: dict[str, Spread | None] = dict.fromkeys(KINDS)
         if base is not None and base is not seen:
-            ratios = {kind: _spread([a / b[kind] for a, b in zip(runs[kind], base[number], strict=True)]) for kind in KINDS}
+            ratios = {
+                kind: _spread([a / b[kind] for a, b in zip(runs[kind], base[number], strict=True)]) for kind in KINDS
+            }
         speeds = [_spread(runs[kind]) for kind in KINDS]
         found.append(Cell(cell["batch"], cell["prompt"], *speeds, *ratios.values()))
     memory = max(0, facts["peak_bytes"] - facts["idle_bytes"])
@@ -164,7 +174,8 @@ def file_bytes(path: Path) -> int:
 
 
 def picture(sides: Sequence[Side], kind: str = "decode") -> str | None:
-    """Speed-up against sparsity as SVG, a line for each batch size and prompt length; None where fewer than two models have both."""
+    """Speed-up against sparsity as SVG, a line for each batch size and prompt length; None where fewer than two models
+    have both."""
     packed = sorted((side for side in sides if side.sparsity is not None), key=lambda side: side.sparsity or 0.0)
     series = []
     for number, cell in enumerate(packed[0].cells if packed else []):
@@ -172,10 +183,19 @@ def picture(sides: Sequence[Side], kind: str = "decode") -> str | None:
         points = [(x, ratio) for x, ratio in found if ratio is not None]
         bands = ([r.median for _, r in points], [r.low for _, r in points], [r.high for _, r in points])
         labels = [f"{x:.1f} % removed: {r.median:.2f}x" for x, r in points]
-        series.append(Series(f"batch {cell.batch}, prompt {cell.prompt}", [x for x, _ in points], *bands, labels=labels))
+        series.append(
+            Series(f"batch {cell.batch}, prompt {cell.prompt}", [x for x, _ in points], *bands, labels=labels)
+        )
     if not series or len(series[0].x) < 2:
         return None
     dense = Series("dense", [series[0].x[0], series[0].x[-1]], [1.0, 1.0], marks=False, dashed=True)
     x, y = Axis("weights removed from packed layers (%)"), Axis("times as fast as the dense model", zero=True)
     title = {"decode": "Tokens made a second", "prefill": "Tokens of the prompt read a second"}[kind]
-    return chart(f"{title}, packed against dense", [*series, dense], x, y, summary="Bands: quartiles over the rounds.", standalone=True)
+    return chart(
+        f"{title}, packed against dense",
+        [*series, dense],
+        x,
+        y,
+        summary="Bands: quartiles over the rounds.",
+        standalone=True,
+    )

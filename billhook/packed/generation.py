@@ -64,17 +64,26 @@ def generate(
 ) -> Generated:
     """Continue prompts, int64 [batch, prompt], with the likeliest tokens; with `stop` False always by `new` tokens.
 
-    `token` is called with each new token of a batch of one. Raises BillhookError when that is longer than the model's context.
+    `token` is called with each new token of a batch of one. Raises BillhookError when that is longer than the model's
+    context.
     """
     context = context_length(model.config)
     if new < 1 or (context is not None and ids.shape[1] + new > context):
         raise BillhookError(
-            f"{ids.shape[1]} tokens of prompt and {new} new ones do not fit the model's context of {context}: ask for fewer."
+            f"{ids.shape[1]} tokens of prompt and {new} new ones do not fit the model's context of {context}: "
+            "ask for fewer."
             if new > 0
             else f"Generate at least one token, got {new}."
         )
     clock = Clock(token or (lambda ids: None))
-    options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    options: dict[str, Any] = {
+        "max_new_tokens": new,
+        "do_sample": False,
+        "num_beams": 1,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
     if not stop:
         options |= {"min_new_tokens": new, "eos_token_id": None}
     ids = ids.to(model.device)

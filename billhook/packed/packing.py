@@ -1,11 +1,13 @@
-"""Pack a model directory: each tensor with enough zeros becomes a bitmask and its other values, all else stays as it is.
+"""Pack a model directory: each tensor with enough zeros becomes a bitmask and its other values, all else stays as it
+is.
 
-A tensor is packed where that takes fewer bytes, whoever made the zeros and whatever the model is. The files are read twice, to count
-and to write, a few million weights at a time. Weights that are -0.0, as multiplying with a mask leaves them, go with the other zeros;
-their signs are kept beside the bitmask where that is smaller than keeping them as values.
+A tensor is packed where that takes fewer bytes, whoever made the zeros and whatever the model is. The files are read
+twice, to count and to write, a few million weights at a time. Weights that are -0.0, as multiplying with a mask leaves
+them, go with the other zeros; their signs are kept beside the bitmask where that is smaller than keeping them as
+values.
 
-With int8, each kept value w becomes round(w / s), s being the largest |w| of its row (or group of columns) over 127. It is not known
-here what that does to the model's answers: score the result.
+With int8, each kept value w becomes round(w / s), s being the largest |w| of its row (or group of columns) over 127. It
+is not known here what that does to the model's answers: score the result.
 """
 
 import math
@@ -27,15 +29,20 @@ from billhook.runtime.choosing import choose, packed_size
 from billhook.runtime.writing import Written, write_packed
 from billhook.verification import RECORD, REPORT, is_unfinished
 
-_CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc"), "openai-gpt": ("c_attn", "c_proj", "c_fc")}  # layers stored [in, out], by model_type
+_CONV1D = {
+    "gpt2": ("c_attn", "c_proj", "c_fc"),
+    "openai-gpt": ("c_attn", "c_proj", "c_fc"),
+}  # layers stored [in, out], by model_type
 _PAGES = (".md", ".html")  # they may be written anew, as report.json may
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was packed: bytes of the weight files before and after, and for each packed tensor what the record says of it.
+    """What was packed: bytes of the weight files before and after, and for each packed tensor what the record says of
+    it.
 
-    `dense` tensors stayed as they were; `error` is the relative error of all packed weights together, |W' - W| / |W|, 0 but for int8.
+    `dense` tensors stayed as they were; `error` is the relative error of all packed weights together, |W' - W| / |W|, 0
+    but for int8.
     """
 
     output: Path
@@ -49,15 +56,25 @@ class PackReport:
     @property
     def sparsity(self) -> float:
         """Fraction of the packed tensors' weights that is removed."""
-        return 1 - sum(facts["nnz"] for facts in self.layers.values()) / sum(math.prod(facts["shape"]) for facts in self.layers.values())
+        return 1 - sum(facts["nnz"] for facts in self.layers.values()) / sum(
+            math.prod(facts["shape"]) for facts in self.layers.values()
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The same, for machines."""
         sizes = {"dense_bytes": self.dense_bytes, "packed_bytes": self.packed_bytes, "sparsity": self.sparsity}
         layers = {
-            name: {"sparsity": 1 - facts["nnz"] / math.prod(facts["shape"]), "error": facts["error"]} for name, facts in self.layers.items()
+            name: {"sparsity": 1 - facts["nnz"] / math.prod(facts["shape"]), "error": facts["error"]}
+            for name, facts in self.layers.items()
         }
-        return {"output": str(self.output), **sizes, "dense": self.dense, "error": self.error, "notes": self.notes, "layers": layers}
+        return {
+            "output": str(self.output),
+            **sizes,
+            "dense": self.dense,
+            "error": self.error,
+            "notes": self.notes,
+            "layers": layers,
+        }
 
 
 def pack(
@@ -71,8 +88,9 @@ def pack(
 ) -> PackReport:
     """Pack a model directory (or hub name) into `output`; `progress` is told each tensor of the weight files, twice.
 
-    `values` "int8" rounds the kept values, with one scale a row or (`group` a power of two, 64 at least) a run of columns. Raises
-    BillhookError for a model without zeros, a quantized or packed one, and JobError when writing fails; nothing is left then.
+    `values` "int8" rounds the kept values, with one scale a row or (`group` a power of two, 64 at least) a run of
+    columns. Raises BillhookError for a model without zeros, a quantized or packed one, and JobError when writing fails;
+    nothing is left then.
     """
     _check_values(values, group)
     source = resolve(model)
@@ -99,7 +117,9 @@ def _weight_files(source: Path) -> set[str]:
     return {path.relative_to(source).as_posix() for path in source.rglob("*") if path.suffix in WEIGHTS}
 
 
-def _record(source: Path, written: Sequence[Written], matrices: Mapping[str, Matrix], group: int | None) -> dict[str, Any]:
+def _record(
+    source: Path, written: Sequence[Written], matrices: Mapping[str, Matrix], group: int | None
+) -> dict[str, Any]:
     """The content of billhook_packed.json but for its own digest and the files beside the weights."""
     errors = {name: _relative([squares]) for file in written for name, squares in file.squares.items()}
     return {
@@ -152,31 +172,43 @@ def _check_values(values: str, group: int | None) -> None:
         raise BillhookError(f"Unknown values {values!r}: use stored or int8.")
     if group is not None and (values != "int8" or group < LEAST_GROUP or group & (group - 1)):
         raise BillhookError(
-            f"group={group}: a group of int8 values that share a scale is 64, 128, 256, ... columns (with values int8 only)."
+            f"group={group}: a group of int8 values that share a scale is 64, 128, 256, ... columns (with values "
+            "int8 only)."
         )
 
 
 def _check_source(source: Path) -> dict[str, Any]:
     if is_packed(source):
-        raise BillhookError(f"{source} is packed already. To pack it differently, unpack it first: billhook unpack {source} -o DENSE.")
+        raise BillhookError(
+            f"{source} is packed already. To pack it differently, unpack it first: billhook unpack {source} -o DENSE."
+        )
     if is_unfinished(source):
-        raise BillhookError(f"{source} is not finished: continue it with the command that began it and --resume, then pack it.")
+        raise BillhookError(
+            f"{source} is not finished: continue it with the command that began it and --resume, then pack it."
+        )
     if not (source / "config.json").is_file():
         raise BillhookError(f"{source} has no config.json: give the directory of a Hugging Face model.")
     config = read_json(source / "config.json", "model configuration")
     if "quantization_config" in config or "compression_config" in config:
-        raise BillhookError(f"{source} is a quantized checkpoint: pack the unquantized model; --values int8 makes it smaller still.")
+        raise BillhookError(
+            f"{source} is a quantized checkpoint: pack the unquantized model; --values int8 makes it smaller still."
+        )
     if not weight_files(source):
         raise BillhookError(f"{source} has no model.safetensors and no {INDEX}: only safetensors can be packed.")
     return config
 
 
 def _transposed(source: Path, config: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Tells of a tensor by its name whether it is stored [in, out]: by billhook.json, else by what is known of the model type."""
+    """Tells of a tensor by its name whether it is stored [in, out]: by billhook.json, else by what is known of the
+    model type."""
     known = {}
     if (source / RECORD).is_file():
         layers = read_json(source / RECORD, "record of a pruned model").get("layers")
-        pieces = [p for facts in (layers or {}).values() for p in facts.get("pieces", [facts])] if isinstance(layers, dict) else []
+        pieces = (
+            [p for facts in (layers or {}).values() for p in facts.get("pieces", [facts])]
+            if isinstance(layers, dict)
+            else []
+        )
         known = {piece.get("tensor"): piece.get("transposed") is True for piece in pieces}
     kinds = _CONV1D.get(str(config.get("model_type")), ())
     return lambda name: known.get(name, name.removesuffix(".weight").rpartition(".")[2] in kinds)

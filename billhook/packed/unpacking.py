@@ -15,25 +15,36 @@ from billhook.verification import RECORD, REPORT
 
 
 def unpack(
-    directory: str | Path, output: str | Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda tensor: None
+    directory: str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda tensor: None,
 ) -> Path:
-    """Write the dense model that a packed `directory` stands for, and return its path; `progress` is told each finished file.
+    """Write the dense model that a packed `directory` stands for, and return its path; `progress` is told each finished
+    file.
 
-    The files are those that were packed, byte for byte; int8 values are multiplied out and rounded to the model's dtype. Raises
-    BillhookError, and leaves nothing, where anything in the directory is not as it was packed.
+    The files are those that were packed, byte for byte; int8 values are multiplied out and rounded to the model's
+    dtype. Raises BillhookError, and leaves nothing, where anything in the directory is not as it was packed.
     """
     directory = Path(directory).expanduser()
     if not is_packed(directory):
-        raise BillhookError(f"{directory} is not a packed model: it has no {PACKED}. Give a directory that billhook pack wrote.")
+        raise BillhookError(
+            f"{directory} is not a packed model: it has no {PACKED}. Give a directory that billhook pack wrote."
+        )
     packed = open_packed(directory)
     for problem in (*packed.checked_files(), *packed.checked_tensors()):
         raise BillhookError(f"{directory}: {problem}")
-    needed = sum(len(shard.header) + max((entry.stop for entry in shard.entries.values()), default=0) for shard in packed.shards)
+    needed = sum(
+        len(shard.header) + max((entry.stop for entry in shard.entries.values()), default=0) for shard in packed.shards
+    )
     output = check_output(Path(output), directory, overwrite=overwrite, needed=needed)
     with staging(output, needed) as folder:
         for shard in packed.shards:
             if _write(packed, shard, folder / shard.name) != shard.sha256:
-                raise BillhookError(f"{directory}: unpacking {shard.name} does not give the file that was packed. Pack the model again.")
+                raise BillhookError(
+                    f"{directory}: unpacking {shard.name} does not give the file that was packed. Pack the model again."
+                )
             progress(shard.name)
         if packed.record["index"] is not None:
             (folder / INDEX).write_text(packed.record["index"], encoding="utf-8", newline="")

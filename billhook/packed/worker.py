@@ -1,4 +1,5 @@
-"""One side of a benchmark: a process of its own that holds one model and runs what it is told, so that its memory can be counted."""
+"""One side of a benchmark: a process of its own that holds one model and runs what it is told, so that its memory can
+be counted."""
 
 import resource
 import signal
@@ -11,7 +12,8 @@ from typing import Any
 
 
 def serve(connection: Connection, path: str, options: Mapping[str, Any]) -> None:
-    """Load the model at `path`, then answer {batch, prompt, new} with seconds until None comes; a failure is answered in words."""
+    """Load the model at `path`, then answer {batch, prompt, new} with seconds until None comes; a failure is answered
+    in words."""
     from billhook.errors import BillhookError
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks, which ends this one

@@ -1,8 +1,9 @@
-"""Which of several processes was lost: each tells twice a second that it lives, in the store that torchrun keeps for them.
+"""Which of several processes was lost: each tells twice a second that it lives, in the store that torchrun keeps for
+them.
 
-A connection that breaks says that somebody is gone, not who. A process that ends because of an error of its own leaves that error in the
-store; one that was killed just falls silent. A machine that vanishes breaks no connection at all, and the others would wait for it for
-hours: a silence of a minute ends them.
+A connection that breaks says that somebody is gone, not who. A process that ends because of an error of its own leaves
+that error in the store; one that was killed just falls silent. A machine that vanishes breaks no connection at all, and
+the others would wait for it for hours: a silence of a minute ends them.
 """
 
 import os
@@ -23,7 +24,8 @@ _LEFT, _FAILED = "left", "failed "
 
 
 class Heartbeat:
-    """The signs of life of process `rank` of `world` and its view of the others; `prefix` keeps runs in one store apart."""
+    """The signs of life of process `rank` of `world` and its view of the others; `prefix` keeps runs in one store
+    apart."""
 
     def __init__(self, store: "Store", rank: int, world: int, prefix: str = "", patience: float = PATIENCE) -> None:
         self._store, self.rank, self.world, self._patience = store, rank, world, patience
@@ -44,7 +46,8 @@ class Heartbeat:
             self._store.set(self._keys[self.rank], _FAILED + failure if failure else _LEFT)
 
     def lost(self) -> str:
-        """Once something broke: which processes failed or fell silent, as a sentence; empty when all of the others live."""
+        """Once something broke: which processes failed or fell silent, as a sentence; empty when all of the others
+        live."""
         waiting = set(range(self.world)) - {self.rank}
         found: list[str] = []
         try:
@@ -60,7 +63,12 @@ class Heartbeat:
                     waiting.discard(number)
         except RuntimeError:
             return "The store of torchrun cannot be reached, on the machine of process 0 or of this one."
-        return " ".join([*found, *(f"Process {number} of {self.world} was lost: it ended without a word." for number in sorted(waiting))])
+        return " ".join(
+            [
+                *found,
+                *(f"Process {number} of {self.world} was lost: it ended without a word." for number in sorted(waiting)),
+            ]
+        )
 
     def _look(self) -> list[str]:
         with self._lock:

@@ -1,8 +1,9 @@
 """One run in several processes, as torchrun starts them; everything here does nothing in a run of one process.
 
-The calibration windows are shared out among the processes (`mine`), each statistic is summed over them (`sum_`), so that all of them know
-what one process would know, up to the order of floating-point sums; the layers of a block are then shared out, and what each made is
-given to all (`share_`). A process that is lost ends the others within seconds, with an error that names it (`billhook.parallel.heartbeat`).
+The calibration windows are shared out among the processes (`mine`), each statistic is summed over them (`sum_`), so
+that all of them know what one process would know, up to the order of floating-point sums; the layers of a block are
+then shared out, and what each made is given to all (`share_`). A process that is lost ends the others within seconds,
+with an error that names it (`billhook.parallel.heartbeat`).
 """
 
 import os
@@ -64,13 +65,18 @@ def _heartbeat() -> Heartbeat:
 
 
 def _end(heart: Heartbeat, error: BaseException) -> NoReturn:
-    """End a run that was stopped or broke: raise what happened, with the name of the process that is to blame if it is another one."""
+    """End a run that was stopped or broke: raise what happened, with the name of the process that is to blame if it is
+    another one."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when a process is lost; this one is ending already
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # torchrun sends it when a process is lost; this one is ending already
     lost = heart.lost()
     heart.leave("" if lost else _first_line(error))
     if lost:
-        raise Interrupted(" ".join([lost, *([said] if (said := str(error)) else []), *([] if "--resume" in said else [AGAIN])])) from None
+        raise Interrupted(
+            " ".join([lost, *([said] if (said := str(error)) else []), *([] if "--resume" in said else [AGAIN])])
+        ) from None
     if isinstance(error, KeyboardInterrupt) and dist.get_rank():
         raise Interrupted("Stopped; process 0 says what is kept.") from None
     raise error
@@ -89,11 +95,14 @@ def mine(items: Sequence[T]) -> list[T]:
 def check_share(windows: int) -> None:
     """Raise BillhookError unless every process gets a calibration window."""
     if windows < world():
-        raise BillhookError(f"{world()} processes cannot share {windows} calibration windows: give more --samples, or start fewer.")
+        raise BillhookError(
+            f"{world()} processes cannot share {windows} calibration windows: give more --samples, or start fewer."
+        )
 
 
 def in_batches(windows: Tensor, size: int) -> list[Tensor]:
-    """Windows [number, length] in batches of `size`, or of fewer so that every process gets one; BillhookError if they are too few."""
+    """Windows [number, length] in batches of `size`, or of fewer so that every process gets one; BillhookError if they
+    are too few."""
     check_share(len(windows))
     return list(windows.split(min(size, len(windows) // world())))
 

@@ -1,8 +1,9 @@
 """Pictures: lines, points and bands over two axes as SVG, drawn by hand so that they need no package and no network.
 
-One picture is one string. It takes its colours from the style sheet `STYLE`, light or dark as the reader's screen is; `standalone` puts
-that sheet inside for a file of its own. Colours are those of Okabe & Ito, which people with any kind of colour vision can tell apart,
-and series also differ in their markers. Every point carries its numbers as a tooltip. The same numbers give the same bytes.
+One picture is one string. It takes its colours from the style sheet `STYLE`, light or dark as the reader's screen is;
+`standalone` puts that sheet inside for a file of its own. Colours are those of Okabe & Ito, which people with any kind
+of colour vision can tell apart, and series also differ in their markers. Every point carries its numbers as a tooltip.
+The same numbers give the same bytes.
 """
 
 import math
@@ -20,7 +21,10 @@ _DARK = ("#5ab4f0", "#f5b041", "#3fd0a4", "#ff8a57", "#eba0cc", "#9ad8fa", "#f2f
 
 def _sheet(colours: Sequence[str], ink: str, grid: str) -> str:
     series = "".join(f".bh-s{i}{{color:{colour}}}" for i, colour in enumerate(colours))
-    return f".bh-chart{{color:{ink}}}.bh-chart text{{fill:{ink}}}.bh-grid{{stroke:{grid}}}.bh-chart .bh-hollow{{fill:none}}{series}"
+    return (
+        f".bh-chart{{color:{ink}}}.bh-chart text{{fill:{ink}}}.bh-grid{{stroke:{grid}}}.bh-chart "
+        f".bh-hollow{{fill:none}}{series}"
+    )
 
 
 STYLE = (
@@ -33,7 +37,8 @@ STYLE = (
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one kind, by x; a y of None is a gap. `low` and `high` are a band around them, `hollow` marks single points.
+    """Points of one kind, by x; a y of None is a gap. `low` and `high` are a band around them, `hollow` marks single
+    points.
 
     `line` False leaves the points unconnected, `marks` False leaves the points out, `dashed` breaks the line.
     """
@@ -52,7 +57,8 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """A label with its unit; `log` for a logarithmic scale, `whole` for ticks at whole numbers, `zero` to begin at zero."""
+    """A label with its unit; `log` for a logarithmic scale, `whole` for ticks at whole numbers, `zero` to begin at
+    zero."""
 
     label: str
     log: bool = False
@@ -74,7 +80,9 @@ class _Scale:
         return self.start + (v - a) / (b - a) * (self.stop - self.start)
 
 
-def chart(title: str, series: Sequence[Series], x: Axis, y: Axis, *, summary: str = "", standalone: bool = False) -> str:
+def chart(
+    title: str, series: Sequence[Series], x: Axis, y: Axis, *, summary: str = "", standalone: bool = False
+) -> str:
     """The picture as SVG; `title` and `summary` are what a screen reader says of it.
 
     Points whose value is not finite, or not positive on a logarithmic axis, are left out.
@@ -90,7 +98,9 @@ def chart(title: str, series: Sequence[Series], x: Axis, y: Axis, *, summary: st
     head = f'<svg{space} class="bh-chart" viewBox="0 0 {WIDTH} {HEIGHT + extra}" role="img" aria-label="{label}">'
     name = f'<text x="0" y="-8" font-weight="600">{escape(title)}</text>' if standalone else ""
     if standalone:
-        head = head.replace(f'viewBox="0 0 {WIDTH} {HEIGHT + extra}"', f'viewBox="-6 -26 {WIDTH + 12} {HEIGHT + extra + 32}"')
+        head = head.replace(
+            f'viewBox="0 0 {WIDTH} {HEIGHT + extra}"', f'viewBox="-6 -26 {WIDTH + 12} {HEIGHT + extra + 32}"'
+        )
     return f"{head}{style}{name}{''.join(body)}</svg>\n"
 
 
@@ -113,7 +123,9 @@ def _scale(values: Sequence[float], axis: Axis, start: float, stop: float) -> _S
         first = math.ceil(low / step)
     else:
         first, low, high = math.floor(low / step), math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step
-    return _Scale(low, high, start, stop, False, [(first + i) * step for i in range(int((high - first * step) / step + 1e-6) + 1)])
+    return _Scale(
+        low, high, start, stop, False, [(first + i) * step for i in range(int((high - first * step) / step + 1e-6) + 1)]
+    )
 
 
 def _step(rough: float, whole: bool) -> float:
@@ -125,7 +137,9 @@ def _step(rough: float, whole: bool) -> float:
 def _log_ticks(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for parts in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
-        ticks = [m * 10.0**d for d in decades for m in parts if low <= m * 10.0**d * 1.0001 and m * 10.0**d <= high * 1.0001]
+        ticks = [
+            m * 10.0**d for d in decades for m in parts if low <= m * 10.0**d * 1.0001 and m * 10.0**d <= high * 1.0001
+        ]
         if len(ticks) >= 3:
             break
     return ticks if len(ticks) >= 2 else [low, high]
@@ -141,9 +155,13 @@ def _axes(xs: _Scale, ys: _Scale, x: Axis, y: Axis) -> list[str]:
         at = xs(tick)
         parts.append(f'<line class="bh-grid" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{bottom}"/>')
         parts.append(f'<text x="{at:.1f}" y="{bottom + 15}" text-anchor="middle">{number(tick)}</text>')
-    parts.append(f'<text x="{(_LEFT + WIDTH - _RIGHT) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x.label)}</text>')
+    parts.append(
+        f'<text x="{(_LEFT + WIDTH - _RIGHT) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x.label)}</text>'
+    )
     middle = (_TOP + bottom) / 2
-    parts.append(f'<text transform="translate(11 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y.label)}</text>')
+    parts.append(
+        f'<text transform="translate(11 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y.label)}</text>'
+    )
     return parts
 
 
@@ -161,7 +179,9 @@ def _series(series: Series, index: int, xs: _Scale, ys: _Scale) -> list[str]:
         parts.append(f'<polyline points="{path}" fill="none" stroke="currentColor" stroke-width="1.6"{dash}/>')
     for k, a, b in shown if series.marks else []:
         kind = (
-            ' class="bh-hollow" stroke="currentColor" stroke-width="1.5"' if series.hollow and series.hollow[k] else ' fill="currentColor"'
+            ' class="bh-hollow" stroke="currentColor" stroke-width="1.5"'
+            if series.hollow and series.hollow[k]
+            else ' fill="currentColor"'
         )
         told = series.labels[k] if series.labels else f"{series.name}: {number(a)}, {number(b)}"
         parts.append(f'<path d="{shape(xs(a), ys(b))}"{kind}><title>{escape(told)}</title></path>')
@@ -183,7 +203,8 @@ def _legend(series: Sequence[Series]) -> tuple[list[str], int]:
             left, line = float(_LEFT), line + 1
         at = HEIGHT + 10 + 16 * line
         dash = ' stroke-dasharray="4 3"' if entry.dashed else ""
-        stroke = f'<line x1="{left:.0f}" x2="{left + 14:.0f}" y1="{at}" y2="{at}" stroke="currentColor" stroke-width="1.6"{dash}/>'
+        ends = f'x1="{left:.0f}" x2="{left + 14:.0f}" y1="{at}" y2="{at}"'
+        stroke = f'<line {ends} stroke="currentColor" stroke-width="1.6"{dash}/>'
         mark = f'<path d="{_MARKS[index % len(_MARKS)](left + 7, at)}" fill="currentColor"/>' if entry.marks else ""
         parts.append(f'<g class="bh-s{index % COLOURS}">{stroke if entry.line else ""}{mark}</g>')
         parts.append(f'<text x="{left + 18:.0f}" y="{at + 4}">{escape(entry.name)}</text>')
@@ -208,5 +229,7 @@ _MARKS: tuple[Callable[[float, float], str], ...] = (
     _polygon([(0, -3.8), (3.4, 2.4), (-3.4, 2.4)]),
     _polygon([(0, -3.8), (3.8, 0), (0, 3.8), (-3.8, 0)]),
     _polygon([(0, 3.8), (3.4, -2.4), (-3.4, -2.4)]),
-    _polygon([(-3, -1), (-1, -1), (-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1)]),
+    _polygon(
+        [(-3, -1), (-1, -1), (-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1)]
+    ),
 )

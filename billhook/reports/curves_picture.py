@@ -1,4 +1,5 @@
-"""The picture of error curves: what pruning does to each layer's output, and where a plan stands on it. Needs matplotlib."""
+"""The picture of error curves: what pruning does to each layer's output, and where a plan stands on it. Needs
+matplotlib."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ _LEAST = 1e-5  # of the output's square, where the axis begins
 
 
 def error_curves(table: Table, column: str, plan: SparsityPlan | None = None) -> "Figure":
-    """How far pruning moves each layer's output: a panel a kind of layer, a line a layer, and a dot at what `plan` takes from it."""
+    """How far pruning moves each layer's output: a panel a kind of layer, a line a layer, and a dot at what `plan`
+    takes from it."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -32,7 +34,12 @@ def error_curves(table: Table, column: str, plan: SparsityPlan | None = None) ->
     panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
     shades, depth = colormaps["viridis"], Normalize(min(table.blocks()), max(table.blocks()))
     for row, curve in zip(table, curves, strict=True):
-        _draw(panels[kinds.index(row.kind)], curve, shades(depth(row.block)), None if plan is None else plan.sparsity[row.layer])
+        _draw(
+            panels[kinds.index(row.kind)],
+            curve,
+            shades(depth(row.block)),
+            None if plan is None else plan.sparsity[row.layer],
+        )
     for place, axes in enumerate(panels):
         axes.set_visible(place < len(kinds))
         axes.tick_params(labelbottom=place + columns >= len(kinds))
@@ -43,10 +50,16 @@ def error_curves(table: Table, column: str, plan: SparsityPlan | None = None) ->
         if plan is not None:
             axes.axvline(100 * plan.target, color="black", linestyle="--", linewidth=1)
     whole = MaxNLocator(integer=True)
-    figure.colorbar(ScalarMappable(depth, shades), ax=panels, label="block, from the input (0)", shrink=0.8, ticks=whole)
+    figure.colorbar(
+        ScalarMappable(depth, shades), ax=panels, label="block, from the input (0)", shrink=0.8, ticks=whole
+    )
     figure.supxlabel("weights removed from the layer (%)", fontsize=10)
     figure.supylabel("squared change of the layer's output (% of its square)", fontsize=10)
-    chosen = "100 %: the output is lost." if plan is None else "Dot: what the plan takes from it; dashed: the mean over all weights."
+    chosen = (
+        "100 %: the output is lost."
+        if plan is None
+        else "Dot: what the plan takes from it; dashed: the mean over all weights."
+    )
     title = f"What pruning does to the output of each layer{of_model(table)} ({column})"
     figure.suptitle(f"{title}\nOne line is one layer, pruned alone. {chosen}", fontsize=10.5)
     return figure

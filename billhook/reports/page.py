@@ -19,7 +19,11 @@ def _template() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("billhook.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("billhook.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("report.html.j2")
 
@@ -49,7 +53,9 @@ def _headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     scored = next((entry for entry in report["evaluations"] if entry.get("token_ppl") is not None), None)
     if scored is not None:
         dense = (scored.get("against") or {}).get("token_ppl")
-        found.append(("token perplexity", f"{scored['token_ppl']:.2f}" + ("" if dense is None else f" (dense {dense:.2f})")))
+        found.append(
+            ("token perplexity", f"{scored['token_ppl']:.2f}" + ("" if dense is None else f" (dense {dense:.2f})"))
+        )
     if scored is not None and scored.get("against"):
         found.append(("same next token as dense", f"{100 * scored['against']['top1_agreement']:.1f} %"))
     task = next((task for entry in report["evaluations"] for task in entry.get("tasks", [])), None)
@@ -105,7 +111,8 @@ def _provenance(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _speed(speed: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of a benchmark: model, batch, prompt, tokens a second reading and making, each with how many times as fast as dense."""
+    """Rows of a benchmark: model, batch, prompt, tokens a second reading and making, each with how many times as fast
+    as dense."""
     try:
         return [_cell(model, cell) for model in speed.get("models", []) for cell in model["cells"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -115,7 +122,14 @@ def _speed(speed: Mapping[str, Any]) -> list[list[str]]:
 def _cell(model: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
     pairs = [(cell[key], cell.get(f"{key}_speedup")) for key in ("prefill", "decode")]
     shown = [f"{a['median']:,.1f}" + ("" if b is None else f" ({b['median']:.2f} x)") for a, b in pairs]
-    return [model["name"], str(cell["batch"]), str(cell["prompt"]), *shown, _size(model["file_bytes"]), _size(model["memory_bytes"])]
+    return [
+        model["name"],
+        str(cell["batch"]),
+        str(cell["prompt"]),
+        *shown,
+        _size(model["file_bytes"]),
+        _size(model["memory_bytes"]),
+    ]
 
 
 def figures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -125,12 +139,28 @@ def figures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name in layers[0]["metrics"]:
         what = fact(name).summary if _known(name) else name
         values = [row["metrics"].get(name) for row in layers]
-        found.append(_lines(f"{name} by depth", f"What the allocator read: {what.replace(chr(96), chr(39))}.", layers, values, Axis(name)))
+        found.append(
+            _lines(
+                f"{name} by depth",
+                f"What the allocator read: {what.replace(chr(96), chr(39))}.",
+                layers,
+                values,
+                Axis(name),
+            )
+        )
     found += _spectra(report.get("spectra") or {"metrics": {}, "quantiles": {}}, layers)
     if any(row["error"] for row in layers):
-        caption = "The squared change of each layer's output as a share of its square, by the sizes of its inputs alone."
+        caption = (
+            "The squared change of each layer's output as a share of its square, by the sizes of its inputs alone."
+        )
         found.append(
-            _lines("Error by block, layer by layer", caption, layers, [row["error"] for row in layers], Axis("share lost", log=True))
+            _lines(
+                "Error by block, layer by layer",
+                caption,
+                layers,
+                [row["error"] for row in layers],
+                Axis("share lost", log=True),
+            )
         )
     for entry in report["evaluations"]:
         errors = (entry.get("against") or {}).get("error_by_block")
@@ -146,7 +176,9 @@ def _spectra(spectra: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) ->
     for name, values in spectra["metrics"].items():
         if name not in layers[0]["metrics"]:
             caption = f"Measured in the dense model: {fact(name).summary if _known(name) else name}."
-            found.append(_lines(f"{name} by depth", caption, layers, [values.get(row["layer"]) for row in layers], Axis(name)))
+            found.append(
+                _lines(f"{name} by depth", caption, layers, [values.get(row["layer"]) for row in layers], Axis(name))
+            )
     quantiles = spectra["quantiles"]
     drawn = {layer: density(values) for layer, values in quantiles.items()}
     if any(middles for middles, _ in drawn.values()):
@@ -160,15 +192,20 @@ def _exponents(spectra: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) 
     for name, values in spectra["metrics"].items():
         for layer, value in values.items():
             known[layer] = {**known.get(layer, {}), name: value}
-    first = {layer: next(((n, v) for n, v in values.items() if n.startswith("alpha")), None) for layer, values in known.items()}
+    first = {
+        layer: next(((n, v) for n, v in values.items() if n.startswith("alpha")), None)
+        for layer, values in known.items()
+    }
     return {layer: f"{pair[0]} {pair[1]:.2f}" for layer, pair in first.items() if pair}
 
 
 def _densities(drawn: Mapping[str, tuple[list[float], list[float]]], exponents: Mapping[str, str]) -> dict[str, Any]:
     title = "Spectral density of a few layers"
     caption = (
-        "How the eigenvalues of WᵀW of the dense weights are spread: the share of them per unit. A tail that falls slowly (a small "
-        "exponent alpha) marks a well-trained layer. Shown are the layers with the smallest, middle and largest value of what was measured."
+        "How the eigenvalues of WᵀW of the dense weights are spread: the share of them per unit. A tail that "
+        "falls slowly (a small "
+        "exponent alpha) marks a well-trained layer. Shown are the layers with the smallest, middle and largest "
+        "value of what was measured."
     )
     names = {layer: f"{layer} ({exponents[layer]})" if layer in exponents else layer for layer in drawn}
     series = [Series(names[layer], middles, heights) for layer, (middles, heights) in drawn.items()]
@@ -188,11 +225,22 @@ def _known(name: str) -> bool:
 def _sparsity(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     x = [row["block"] for row in blocks]
     series = [
-        Series("achieved", x, [100 * r["sparsity"] for r in blocks], [100 * r["least"] for r in blocks], [100 * r["most"] for r in blocks]),
+        Series(
+            "achieved",
+            x,
+            [100 * r["sparsity"] for r in blocks],
+            [100 * r["least"] for r in blocks],
+            [100 * r["most"] for r in blocks],
+        ),
         Series("planned", x, [100 * r["planned"] for r in blocks], dashed=True, marks=False),
     ]
-    title, caption = "Sparsity by depth, plan against achieved", "Shaded: from the least to the most pruned layer of a block."
-    rows = [[str(r["block"]), *(f"{100 * r[key]:.2f}" for key in ("planned", "sparsity", "least", "most"))] for r in blocks]
+    title, caption = (
+        "Sparsity by depth, plan against achieved",
+        "Shaded: from the least to the most pruned layer of a block.",
+    )
+    rows = [
+        [str(r["block"]), *(f"{100 * r[key]:.2f}" for key in ("planned", "sparsity", "least", "most"))] for r in blocks
+    ]
     svg = chart(title, series, _DEPTH, Axis("weights removed (%)"), summary=caption)
     return {
         "title": title,
@@ -205,10 +253,18 @@ def _sparsity(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     caption = "One line for each kind of layer; where a block has several of a kind, their mean."
-    return _lines("Sparsity by kind of layer", caption, layers, [100 * row["sparsity"] for row in layers], Axis("weights removed (%)"))
+    return _lines(
+        "Sparsity by kind of layer",
+        caption,
+        layers,
+        [100 * row["sparsity"] for row in layers],
+        Axis("weights removed (%)"),
+    )
 
 
-def _lines(title: str, caption: str, layers: Sequence[Mapping[str, Any]], values: Sequence[float | None], axis: Axis) -> dict[str, Any]:
+def _lines(
+    title: str, caption: str, layers: Sequence[Mapping[str, Any]], values: Sequence[float | None], axis: Axis
+) -> dict[str, Any]:
     """A line for each kind of layer over depth, with its numbers."""
     kinds = list(dict.fromkeys(row["kind"] for row in layers))
     depths = sorted({row["block"] for row in layers})
@@ -218,7 +274,11 @@ def _lines(title: str, caption: str, layers: Sequence[Mapping[str, Any]], values
     means = {kind: [_mean(at.get((kind, block), [])) for block in depths] for kind in kinds}
     # lines on top of each other, as block by block allocators make them, would look like one of them
     alike = all(_same(means[kind], means[kinds[0]]) for kind in kinds)
-    series = [Series("every kind", depths, means[kinds[0]])] if alike else [Series(kind, depths, means[kind]) for kind in kinds]
+    series = (
+        [Series("every kind", depths, means[kinds[0]])]
+        if alike
+        else [Series(kind, depths, means[kind]) for kind in kinds]
+    )
     rows = [[str(block), *(_short(means[kind][i]) for kind in kinds)] for i, block in enumerate(depths)]
     return {
         "title": title,
@@ -231,9 +291,16 @@ def _lines(title: str, caption: str, layers: Sequence[Mapping[str, Any]], values
 
 def _measured(errors: Sequence[float], entry: Mapping[str, Any]) -> dict[str, Any]:
     title = "Error of each block's output against the dense model"
-    caption = f"Squared difference over the dense square, measured on windows of {entry['source']}: errors of early blocks are carried on."
+    caption = (
+        f"Squared difference over the dense square, measured on windows of {entry['source']}: errors of early blocks "
+        "are carried on."
+    )
     svg = chart(
-        title, [Series("this model", range(len(errors)), errors)], _DEPTH, Axis("relative squared error", log=True), summary=caption
+        title,
+        [Series("this model", range(len(errors)), errors)],
+        _DEPTH,
+        Axis("relative squared error", log=True),
+        summary=caption,
     )
     rows = [[str(block), _short(error)] for block, error in enumerate(errors)]
     return {"title": title, "caption": caption, "svg": svg, "header": ["block", "error"], "rows": rows}
@@ -245,9 +312,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _same(a: Sequence[float | None], b: Sequence[float | None]) -> bool:
-    """Whether two lines could not be told apart: within a thousandth, which leaves room for whole numbers of weights."""
+    """Whether two lines could not be told apart: within a thousandth, which leaves room for whole numbers of
+    weights."""
     pairs = zip(a, b, strict=True)
-    return all(x == y or (x is not None and y is not None and abs(x - y) <= 1e-3 * max(abs(x), abs(y))) for x, y in pairs)
+    return all(
+        x == y or (x is not None and y is not None and abs(x - y) <= 1e-3 * max(abs(x), abs(y))) for x, y in pairs
+    )
 
 
 def _short(value: float | None) -> str:

@@ -1,7 +1,8 @@
-"""Pictures of tables, plans, spectra and masks, made to be understood without the papers. Needs matplotlib, imported only here.
+"""Pictures of tables, plans, spectra and masks, made to be understood without the papers. Needs matplotlib, imported
+only here.
 
-Every function returns a matplotlib Figure; `save` writes it as SVG and PNG. Colours are those of Okabe & Ito, which people with any kind
-of colour vision can tell apart; lines also differ in their markers.
+Every function returns a matplotlib Figure; `save` writes it as SVG and PNG. Colours are those of Okabe & Ito, which
+people with any kind of colour vision can tell apart; lines also differ in their markers.
 """
 
 import math
@@ -51,7 +52,8 @@ def new_figure(width: float = 9.0, height: float = 4.8) -> "Figure":
 
 
 def save(figure: "Figure", folder: Path, stem: str) -> list[Path]:
-    """Write STEM.svg and STEM.png into a folder, which is made if need be; characters unfit for a file name become '_'."""
+    """Write STEM.svg and STEM.png into a folder, which is made if need be; characters unfit for a file name become
+    '_'."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in stem)
     paths = [folder / f"{stem}.svg", folder / f"{stem}.png"]
@@ -61,21 +63,32 @@ def save(figure: "Figure", folder: Path, stem: str) -> list[Path]:
 
 
 def metric_by_depth(table: Table, metric: str) -> "Figure":
-    """A metric over depth: a line for each kind of layer (the mean where a block has several), and the mean of each block."""
+    """A metric over depth: a line for each kind of layer (the mean where a block has several), and the mean of each
+    block."""
     table.column(metric)
     figure = new_figure()
     axes = figure.subplots()
     kinds = list(dict.fromkeys(row.kind for row in table))
     everywhere = fact(metric).block
     for number, kind in enumerate([] if everywhere else kinds):
-        points = {block: [row.metrics[metric] for row in rows if row.kind == kind] for block, rows in table.blocks().items()}
+        points = {
+            block: [row.metrics[metric] for row in rows if row.kind == kind] for block, rows in table.blocks().items()
+        }
         x = [block for block, values in points.items() if values]
         axes.plot(x, [_mean(points[block]) for block in x], linewidth=1.1, markersize=4.5, label=kind, **_style(number))
     means = {block: _mean([row.metrics[metric] for row in rows]) for block, rows in table.blocks().items()}
     if everywhere:
         axes.plot(list(means), list(means.values()), **_style(0))
     else:
-        axes.plot(list(means), list(means.values()), color="#555555", linewidth=3.5, alpha=0.7, label="mean of the block", zorder=0)
+        axes.plot(
+            list(means),
+            list(means.values()),
+            color="#555555",
+            linewidth=3.5,
+            alpha=0.7,
+            label="mean of the block",
+            zorder=0,
+        )
         _legend(figure)
     axes.set_ylabel(_with_unit(metric))
     _depth(axes, table)
@@ -84,7 +97,8 @@ def metric_by_depth(table: Table, metric: str) -> "Figure":
 
 
 def metric_against_sparsity(table: Table, metric: str, plans: Mapping[str, SparsityPlan]) -> "Figure":
-    """What each layer loses against its metric: one panel for each of `plans` (at least one), one point for each layer."""
+    """What each layer loses against its metric: one panel for each of `plans` (at least one), one point for each
+    layer."""
     values = table.column(metric)
     columns = min(len(plans), 3)
     rows = math.ceil(len(plans) / columns)
@@ -102,13 +116,17 @@ def metric_against_sparsity(table: Table, metric: str, plans: Mapping[str, Spars
     figure.colorbar(points, ax=panels, label="block, from the input (0)", shrink=0.8)
     figure.supxlabel(_with_unit(metric), fontsize=10)
     figure.supylabel("weights removed from the layer (%)", fontsize=10)
-    explained = f"One point is one layer; a row of points: a block pruned evenly; dashed: the mean over all weights.\n{_reading(metric)}"
+    explained = (
+        "One point is one layer; a row of points: a block pruned evenly; dashed: the mean over all "
+        f"weights.\n{_reading(metric)}"
+    )
     figure.suptitle(f"How much each layer{of_model(table)} loses, against its {metric}\n{explained}", fontsize=10.5)
     return figure
 
 
 def sparsity_by_depth(table: Table, plans: Mapping[str, SparsityPlan]) -> "Figure":
-    """What each block loses under each plan, with the range over its layers where they differ, and the target as a dashed line."""
+    """What each block loses under each plan, with the range over its layers where they differ, and the target as a
+    dashed line."""
     figure = new_figure()
     axes = figure.subplots()
     for number, (name, plan) in enumerate(plans.items()):
@@ -122,10 +140,17 @@ def sparsity_by_depth(table: Table, plans: Mapping[str, SparsityPlan]) -> "Figur
         (line,) = axes.plot(list(blocks), means, markersize=5, label=name, **_style(number))
         if any(max(values) - min(values) > 0.05 for values in inside):
             axes.fill_between(
-                list(blocks), [min(v) for v in inside], [max(v) for v in inside], color=line.get_color(), alpha=0.15, linewidth=0
+                list(blocks),
+                [min(v) for v in inside],
+                [max(v) for v in inside],
+                color=line.get_color(),
+                alpha=0.15,
+                linewidth=0,
             )
     for target in sorted({plan.target for plan in plans.values()}):
-        axes.axhline(100 * target, color="black", linestyle="--", linewidth=1, label=f"mean over all: {100 * target:g} %")
+        axes.axhline(
+            100 * target, color="black", linestyle="--", linewidth=1, label=f"mean over all: {100 * target:g} %"
+        )
     axes.set_ylabel("weights removed (%)")
     _depth(axes, table)
     _title(
@@ -148,27 +173,55 @@ def spectral_density(layer: str, evals: Sequence[float], fits: Mapping[str, Any]
     axes = figure.subplots()
     edges, density = _log_histogram(evals)
     shown = [d if d > 0 else math.nan for d in density]
-    axes.stairs(shown, edges, fill=True, color="#BBBBBB", baseline=min(d for d in density if d > 0) / 3, label=f"{len(evals)} eigenvalues")
+    axes.stairs(
+        shown,
+        edges,
+        fill=True,
+        color="#BBBBBB",
+        baseline=min(d for d in density if d > 0) / 3,
+        label=f"{len(evals)} eigenvalues",
+    )
     for number, (name, fit) in enumerate(fits.items()):
         colour, line = COLOURS[(0, 3, 2)[number % 3]], ("-", "--", ":")[number % 3]
         share = sum(e >= fit.xmin for e in evals) / len(evals)
         reach = evals[-1] / fit.xmin
         x = [fit.xmin * reach ** (i / 50) for i in range(51)]
         height = share * (fit.alpha - 1) / fit.xmin / (1 - reach ** (1 - fit.alpha))
-        label = f"{name} = {fit.alpha:.2f}: the tail falls as eigenvalue^-{fit.alpha:.2f} (misfit {fit.ks_distance:.3f}, 0 is perfect)"
-        axes.plot(x, [height * (e / fit.xmin) ** -fit.alpha for e in x], color=colour, linestyle=line, linewidth=2, label=label)
-        axes.axvline(fit.xmin, color=colour, linestyle=line, linewidth=1, label=f"its tail begins here: the largest {100 * share:.0f} %")
+        label = (
+            f"{name} = {fit.alpha:.2f}: the tail falls as eigenvalue^-{fit.alpha:.2f} (misfit {fit.ks_distance:.3f}, "
+            "0 is perfect)"
+        )
+        axes.plot(
+            x,
+            [height * (e / fit.xmin) ** -fit.alpha for e in x],
+            color=colour,
+            linestyle=line,
+            linewidth=2,
+            label=label,
+        )
+        axes.axvline(
+            fit.xmin,
+            color=colour,
+            linestyle=line,
+            linewidth=1,
+            label=f"its tail begins here: the largest {100 * share:.0f} %",
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("eigenvalue of WᵀW (square of a singular value)")
     axes.set_ylabel("density of eigenvalues")
-    _title(axes, f"How the eigenvalues of {layer} are spread", "A slowly falling tail (a small exponent) marks a well-trained layer.")
+    _title(
+        axes,
+        f"How the eigenvalues of {layer} are spread",
+        "A slowly falling tail (a small exponent) marks a well-trained layer.",
+    )
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     return figure
 
 
 def kept_weights(layer: str, masks: Mapping[str, Any]) -> "Figure":
-    """Kept weights by place, one panel for each of `masks` (name -> bool [out, in], numpy), with the share kept of each row and column."""
+    """Kept weights by place, one panel for each of `masks` (name -> bool [out, in], numpy), with the share kept of each
+    row and column."""
     figure = new_figure(0.8 + 4.4 * len(masks), 5.2)
     for panel, (name, keep) in zip(figure.subplots(1, len(masks), squeeze=False)[0], masks.items(), strict=True):
         place = (0, keep.shape[1], keep.shape[0], 0)
@@ -179,7 +232,8 @@ def kept_weights(layer: str, masks: Mapping[str, Any]) -> "Figure":
         _margin(panel.inset_axes((0, 1.1, 1, 0.12), sharex=panel), 100 * keep.mean(axis=0), across=True)
         _margin(panel.inset_axes((1.03, 0, 0.12, 1), sharey=panel), 100 * keep.mean(axis=1), across=False)
     figure.suptitle(
-        f"Weights that are left in {layer}: white is kept, black is removed\nAbove and beside: the share kept of each column and row. "
+        f"Weights that are left in {layer}: white is kept, black is removed\nAbove and beside: the share kept of "
+        "each column and row. "
         "A stripe is an input or output that the method treats as a whole.",
         fontsize=10.5,
     )
@@ -197,7 +251,8 @@ def _margin(axes: Any, share: Any, across: bool) -> None:
 
 
 def _shrunk(keep: Any, most: int = 1024) -> Any:
-    """Shares kept in equal tiles, so that a picture of a large mask shows grey where the screen has no room, and not a random sample."""
+    """Shares kept in equal tiles, so that a picture of a large mask shows grey where the screen has no room, and not a
+    random sample."""
     rows, columns = (math.ceil(size / most) for size in keep.shape)
     if rows == columns == 1:
         return keep.astype(float)

@@ -1,6 +1,7 @@
 """Writing what a pruned directory tells about itself: report.json, the model card README.md, and report.html.
 
-None of the three is among the checksums of billhook.json: evaluations are added to them later, and they can be made again at any time.
+None of the three is among the checksums of billhook.json: evaluations are added to them later, and they can be made
+again at any time.
 """
 
 from collections.abc import Mapping
@@ -18,8 +19,8 @@ from billhook.verification import CARD, PAGE, RECORD, REPORT
 def publish(folder: Path, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write report.json, card and page of a directory, and return the report.
 
-    What follows from billhook.json is made again where that is there; what was added later (evaluations, speed) is kept from
-    report.json; `changes` take its place. Raises BillhookError where there is neither file, or one is damaged.
+    What follows from billhook.json is made again where that is there; what was added later (evaluations, speed) is kept
+    from report.json; `changes` take its place. Raises BillhookError where there is neither file, or one is damaged.
     """
     report = known(folder) | dict(changes or {})
     texts = card(report), page(report)
@@ -32,7 +33,9 @@ def publish(folder: Path, changes: Mapping[str, Any] | None = None) -> dict[str,
 def known(folder: Path) -> dict[str, Any]:
     """The report of a directory as it would be written now, errors as in `publish`."""
     if not (folder / REPORT).is_file() and not (folder / RECORD).is_file():
-        raise BillhookError(f"{folder} has no results to report: neither {REPORT} nor {RECORD}. Make some with billhook prune.")
+        raise BillhookError(
+            f"{folder} has no results to report: neither {REPORT} nor {RECORD}. Make some with billhook prune."
+        )
     report = load_report(folder) if (folder / REPORT).is_file() else {}
     if (folder / RECORD).is_file():
         added = {key: report[key] for key in ("evaluations", "speed", "spectra", "metadata") if key in report}
@@ -51,4 +54,11 @@ def _question(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     """What was asked in an evaluation."""
     tasks = tuple((task["task"], task["identity"], task["few_shot"]) for task in entry.get("tasks", []))
     word = entry.get("word") or {}
-    return entry.get("protocol"), entry.get("digest"), entry.get("length"), word.get("source"), word.get("length"), tasks
+    return (
+        entry.get("protocol"),
+        entry.get("digest"),
+        entry.get("length"),
+        word.get("source"),
+        word.get("length"),
+        tasks,
+    )

@@ -25,8 +25,18 @@ def load_report(folder: Path) -> dict[str, Any]:
     path = folder / REPORT
     report = read_json(path, "report")
     if report.get("version") != VERSION:
-        raise BillhookError(f"{path} is not a report of version {VERSION}: make it again with billhook report {folder}.")
-    kinds = {"asked": dict, "achieved": dict, "model": dict, "layers": list, "blocks": list, "evaluations": list, "metadata": dict}
+        raise BillhookError(
+            f"{path} is not a report of version {VERSION}: make it again with billhook report {folder}."
+        )
+    kinds = {
+        "asked": dict,
+        "achieved": dict,
+        "model": dict,
+        "layers": list,
+        "blocks": list,
+        "evaluations": list,
+        "metadata": dict,
+    }
     for key, kind in kinds.items():
         if not isinstance(report.get(key), kind):
             raise BillhookError(f"{path} is damaged: it has no {key!r}. Delete it and run billhook report {folder}.")
@@ -57,7 +67,10 @@ def _from_record(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
             "pattern": plan["pattern"],
             "allocator": plan["made_by"].get("allocator") or "a plan by hand",
             "allocator_options": plan["made_by"].get("options", {}),
-            **{key: made_by[key] for key in ("criterion", "criterion_options", "group", "rounding", "seed", "dtype", "device")},
+            **{
+                key: made_by[key]
+                for key in ("criterion", "criterion_options", "group", "rounding", "seed", "dtype", "device")
+            },
             **{key: made_by[key] for key in ("targets", "ignore")},
         },
         "achieved": {"sparsity": zeros / weights, "zeros": zeros, "weights": weights, "layers": len(layers)},
@@ -79,7 +92,10 @@ def _from_record(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 def _spectra(quantiles: Mapping[str, Sequence[float]] | None) -> dict[str, Any] | None:
     if not quantiles:
         return None
-    return {"metrics": {}, "quantiles": {layer: [float(value) for value in values] for layer, values in quantiles.items()}}
+    return {
+        "metrics": {},
+        "quantiles": {layer: [float(value) for value in values] for layer, values in quantiles.items()},
+    }
 
 
 def _size(layer: Mapping[str, Any]) -> int:
@@ -105,7 +121,8 @@ def _layer(name: str, facts: Mapping[str, Any], columns: Mapping[str, Mapping[st
 
 
 def _blocks(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every block: its sparsity over all weights, the least and most pruned layer, and means over layers of the rest."""
+    """Every block: its sparsity over all weights, the least and most pruned layer, and means over layers of the
+    rest."""
     grouped: dict[int, list[Mapping[str, Any]]] = {}
     for layer in layers:
         grouped.setdefault(layer["block"], []).append(layer)
@@ -129,7 +146,8 @@ def _blocks(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _sizes(folder: Path, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Whether they are packed, bytes of the weight files, and what they (would) take with the pruned layers as bitmask and values."""
+    """Whether they are packed, bytes of the weight files, and what they (would) take with the pruned layers as bitmask
+    and values."""
     if is_packed(folder):
         size = sum(shard.file.path.stat().st_size for shard in open_packed(folder).shards)
         return {"packed": True, "weights_bytes": size, "packed_bytes_estimate": size}

@@ -35,12 +35,15 @@ class Job:
     @property
     def steps(self) -> int:
         """How often `run` reports progress: once a layer, and once before where its gradients are computed."""
-        return len(self.opened.layers) * (1 if self.gradients or not gradient_of(self.request, self.criterion_options) else 2)
+        return len(self.opened.layers) * (
+            1 if self.gradients or not gradient_of(self.request, self.criterion_options) else 2
+        )
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did. `output` is None when nothing was written (no output was asked for); `record` is billhook.json."""
+    """What a run did. `output` is None when nothing was written (no output was asked for); `record` is
+    billhook.json."""
 
     plan: SparsityPlan
     layers: list[LayerResult]
@@ -72,7 +75,8 @@ def gradient_of(request: Request, options: Mapping[str, Any]) -> str:
 
 
 def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
-    """The content of billhook.json: the same inputs and seed give the same bytes, so there is no date and no duration in it."""
+    """The content of billhook.json: the same inputs and seed give the same bytes, so there is no date and no duration
+    in it."""
     request, opened = job.request, job.opened
     places = {layer.name: layer for layer in opened.layers}
     model = opened.facts
@@ -97,7 +101,11 @@ def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
             "gradients": _gradients_record(job),
             "model": model,
             "papers": {"criterion": CRITERIA.paper(request.criterion), "allocator": job.plan.made_by.get("paper")},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
         },
     }
 

@@ -95,7 +95,8 @@ def open_request(request: Request, needs_text: bool, who: str, *, streamed: bool
     _check_words(request)
     if needs_text and request.calibration is None:
         raise BillhookError(
-            f"{who} looks at activations: give text like the model was trained on with --calibration FILE.txt, FILE.jsonl, "
+            f"{who} looks at activations: give text like the model was trained on with --calibration FILE.txt, "
+            "FILE.jsonl, "
             "TOKENS.safetensors or hub:c4 (the demo uses stdlib:train, Python source)."
         )
     source, model = _open_model(request, streamed)
@@ -112,7 +113,9 @@ def open_request(request: Request, needs_text: bool, who: str, *, streamed: bool
 
 def _check_words(request: Request) -> None:
     if request.group not in (None, "row", "layer") or request.rounding not in ("exact", "floor"):
-        raise BillhookError(f"group={request.group!r} must be row or layer, rounding={request.rounding!r} must be exact or floor.")
+        raise BillhookError(
+            f"group={request.group!r} must be row or layer, rounding={request.rounding!r} must be exact or floor."
+        )
     if request.refine not in get_args(Refining):
         raise BillhookError(f"refine={request.refine!r} must be one of {', '.join(get_args(Refining))}.")
     if request.batch_size is not None and request.batch_size < 1:
@@ -147,7 +150,11 @@ def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrain
     if output is not None:
         continued = check_place(output, resume=request.resume, overwrite=request.overwrite)
         check_output(output, source, overwrite=request.overwrite, needed=0 if continued else checkpoint.bytes)
-    options: dict[str, Any] = {"dtype": request.dtype, "device": request.device, "trust_remote_code": request.trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": request.dtype,
+        "device": request.device,
+        "trust_remote_code": request.trust_remote_code,
+    }
     if streamed:
         model = open_streamed(source, **options)
         if output is None or mismatch(model, [read_shard(file) for file in checkpoint.weights]) is None:
@@ -156,14 +163,16 @@ def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrain
 
 
 def window_length(request: Request, model: PreTrainedModel) -> int:
-    """Tokens in a window: those asked for, else 2048 or the context if that is shorter; raises BillhookError beyond the context."""
+    """Tokens in a window: those asked for, else 2048 or the context if that is shorter; raises BillhookError beyond the
+    context."""
     length = min(2048, context_length(model.config) or 2048) if request.length is None else request.length
     check_length(model.config, length)
     return length
 
 
 def calibration_windows(request: Request, source: Path | None, model: PreTrainedModel) -> Tokens:
-    """The calibration windows a request asks for, int64 [samples, length], checked against the model's vocabulary and context."""
+    """The calibration windows a request asks for, int64 [samples, length], checked against the model's vocabulary and
+    context."""
     vocabulary = vocabulary_size(model)
     if not isinstance(request.calibration, str | Path):
         ids = whole_ids(request.calibration, "calibration")
@@ -171,7 +180,9 @@ def calibration_windows(request: Request, source: Path | None, model: PreTrained
         check_length(model.config, ids.shape[1])
         return Tokens(ids, "given as a tensor", digest(ids), "given")
     length = window_length(request, model)
-    home = source or (Path(model.name_or_path) if model.name_or_path else None)  # a model in memory knows where it was loaded from
+    home = source or (
+        Path(model.name_or_path) if model.name_or_path else None
+    )  # a model in memory knows where it was loaded from
     tokenizer = None if home is None else load_tokenizer(home, trust_remote_code=request.trust_remote_code)
     return load_calibration(
         str(request.calibration),
@@ -195,11 +206,16 @@ def calibration_facts(opened: Opened) -> dict[str, Any]:
 
 def model_facts(source: Path | None, model: PreTrainedModel) -> dict[str, Any]:
     """What identifies a model in tables, plans and billhook.json."""
-    return {"name": _model_name(source, model), "type": model.config.model_type, "digest": None if source is None else model_digest(source)}
+    return {
+        "name": _model_name(source, model),
+        "type": model.config.model_type,
+        "digest": None if source is None else model_digest(source),
+    }
 
 
 def _model_name(source: Path | None, model: PreTrainedModel) -> str:
-    """The folder's name; for the hub's cache, whose folders are `models--OWNER--NAME/snapshots/COMMIT`, OWNER/NAME; else the class's."""
+    """The folder's name; for the hub's cache, whose folders are `models--OWNER--NAME/snapshots/COMMIT`, OWNER/NAME;
+    else the class's."""
     if source is None:
         return type(model).__name__
     if source.parent.name == "snapshots":
@@ -210,7 +226,8 @@ def _model_name(source: Path | None, model: PreTrainedModel) -> str:
 def identity(
     request: Request, opened: Opened, options: Mapping[str, Any], plan: SparsityPlan | None, table: Table | None
 ) -> dict[str, Any]:
-    """What an unfinished run must agree in to be continued: versions, model, data and everything that changes the result.
+    """What an unfinished run must agree in to be continued: versions, model, data and everything that changes the
+    result.
 
     `options` are all those of the methods, `plan` and `table` those that were given.
     """

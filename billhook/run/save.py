@@ -1,9 +1,10 @@
 """Write a changed model as a directory that stock `transformers` opens, with the layout of the directory it came from.
 
-Every weight file of the source is written again with the same tensors, names, order, dtypes and metadata, only with the values
-of the model in memory (in the dtype on disk); every other file (config, tokenizer, generation config, code, licence) is copied
-byte for byte. Where `transformers` renamed or fused tensors while loading, its own reverse conversion is used; where that
-does not lead back to the names on disk, `save_pretrained` chooses the layout and the result says so.
+Every weight file of the source is written again with the same tensors, names, order, dtypes and metadata, only with the
+values of the model in memory (in the dtype on disk); every other file (config, tokenizer, generation config, code,
+licence) is copied byte for byte. Where `transformers` renamed or fused tensors while loading, its own reverse
+conversion is used; where that does not lead back to the names on disk, `save_pretrained` chooses the layout and the
+result says so.
 
 All of it happens in a directory that takes the output's name at the very end (`billhook.disk.output`).
 """
@@ -31,13 +32,28 @@ from billhook.reports.publishing import publish
 from billhook.verification import CARD, GRADIENTS, PAGE, RECORD, REPORT, UNFINISHED
 
 WEIGHTS = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz", ".ot", ".pkl"}
+    {
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".h5",
+        ".msgpack",
+        ".gguf",
+        ".onnx",
+        ".onnx_data",
+        ".npz",
+        ".ot",
+        ".pkl",
+    }
 )
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What was written: SHA-256 by file name (billhook.json apart), and a note when the layout is not that of the source."""
+    """What was written: SHA-256 by file name (billhook.json apart), and a note when the layout is not that of the
+    source."""
 
     path: Path
     files: dict[str, str]
@@ -55,11 +71,16 @@ def save_pruned(
 ) -> Saved:
     """Write `model`, loaded from the directory `source` (None: built in memory) and changed since, to `output`.
 
-    `record` becomes billhook.json: `files` (checksums) is added, and each of its `layers`, which name a parameter in memory (`tensor`,
-    `index`, `transposed`), gets its place on disk instead (`billhook.disk.places`). `texts` are further files by name. Raises what
-    `check_output` raises, JobError when writing fails or a value does not fit the dtype on disk.
+    `record` becomes billhook.json: `files` (checksums) is added, and each of its `layers`, which name a parameter in
+    memory (`tensor`, `index`, `transposed`), gets its place on disk instead (`billhook.disk.places`). `texts` are
+    further files by name. Raises what `check_output` raises, JobError when writing fails or a value does not fit the
+    dtype on disk.
     """
-    needed = sum(file.stat().st_size for file in weight_files(source)) if source else sum(p.nbytes for p in model.parameters())
+    needed = (
+        sum(file.stat().st_size for file in weight_files(source))
+        if source
+        else sum(p.nbytes for p in model.parameters())
+    )
     output = check_output(output, source, overwrite=overwrite, needed=needed)
     with staging(output, needed) as folder:
         note = _write_weights(model, source, folder)
@@ -74,7 +95,8 @@ def complete(
     record: Mapping[str, Any] | None,
     texts: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Add to the weights in `folder` all other files of `source`, `texts`, billhook.json and the report; returns the checksums.
+    """Add to the weights in `folder` all other files of `source`, `texts`, billhook.json and the report; returns the
+    checksums.
 
     See `save_pruned`.
     """
@@ -91,8 +113,11 @@ def complete(
     return files
 
 
-def _found_on_disk(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
-    """The layers of billhook.json with their places on disk, their zeros counted there; raises JobError when some are lost."""
+def _found_on_disk(
+    model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]], folder: Path
+) -> dict[str, dict[str, Any]]:
+    """The layers of billhook.json with their places on disk, their zeros counted there; raises JobError when some are
+    lost."""
     shards = [read_shard(file) for file in weight_files(folder)]
     where = places(model, layers, {name for shard in shards for name in shard.entries})
     found = {}
@@ -103,15 +128,21 @@ def _found_on_disk(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
         if zeros < facts["zeros"]:
             raise JobError(f"{name} has {zeros} zeros in the files written where the model has {facts['zeros']}.")
         if zeros > facts["zeros"]:
-            kept["notes"] = [*facts.get("notes", ()), f"{zeros - facts['zeros']} weights became zero in the dtype on disk"]
+            kept["notes"] = [
+                *facts.get("notes", ()),
+                f"{zeros - facts['zeros']} weights became zero in the dtype on disk",
+            ]
         found[name] = {**kept, "zeros": zeros, **where[name]}
     return found
 
 
 def checksums(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file under `directory` except those about itself or an unfinished run, by path relative to it, in order of name."""
+    """SHA-256 of every file under `directory` except those about itself or an unfinished run, by path relative to it,
+    in order of name."""
     files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    files = [name for name in files if name not in (RECORD, UNFINISHED, REPORT, CARD, PAGE) and not name.endswith(GRADIENTS)]
+    files = [
+        name for name in files if name not in (RECORD, UNFINISHED, REPORT, CARD, PAGE) and not name.endswith(GRADIENTS)
+    ]
     return {name: sha256(directory / name) for name in files}
 
 
@@ -129,7 +160,10 @@ def _write_weights(model: PreTrainedModel, source: Path | None, folder: Path) ->
     reason = mismatch(model, shards)
     if reason:
         _write_stock(model, folder, shards)
-        return f"The weights do not lead back to the layout of {source} ({reason}); they were written in transformers' own."
+        return (
+            f"The weights do not lead back to the layout of {source} ({reason}); they were written in transformers' "
+            "own."
+        )
     tensors = on_disk(model, model.state_dict(), shards)
     lay_out_all(shards, source, folder, lambda name: name not in tensors)
     write_tensors(shards, folder, tensors)
@@ -137,7 +171,8 @@ def _write_weights(model: PreTrainedModel, source: Path | None, folder: Path) ->
 
 
 def lay_out_all(shards: Sequence[Shard], source: Path, folder: Path, copied: Callable[[str], bool]) -> None:
-    """Write all weight files of `source`, with the values of the `copied` tensors (see `billhook.disk.shards.lay_out`), and its index."""
+    """Write all weight files of `source`, with the values of the `copied` tensors (see `billhook.disk.shards.lay_out`),
+    and its index."""
     for shard in shards:
         lay_out(shard, folder / shard.path.name, copied)
     if (source / INDEX).is_file():
@@ -151,8 +186,8 @@ def on_disk(model: PreTrainedModel, state: Mapping[str, Tensor], shards: Sequenc
 
 
 def mismatch(model: PreTrainedModel, shards: Sequence[Shard]) -> str | None:
-    """Why the layout of `shards` cannot take the tensors of `model`, which may be without values, or None. A tied weight needs to be on
-    disk under one name only."""
+    """Why the layout of `shards` cannot take the tensors of `model`, which may be without values, or None. A tied
+    weight needs to be on disk under one name only."""
     entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
     tensors = to_disk(model, model.state_dict(), entries)
     written = {tensors[name].data_ptr() for name in entries if name in tensors and not tensors[name].is_meta}
@@ -165,8 +200,8 @@ def mismatch(model: PreTrainedModel, shards: Sequence[Shard]) -> str | None:
 
 
 def write_tensors(shards: Sequence[Shard], folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to their places in the files of `folder`, which are laid out like `shards`, in the dtypes there, and force them to
-    the disk. Raises JobError for a value that does not fit."""
+    """Write tensors to their places in the files of `folder`, which are laid out like `shards`, in the dtypes there,
+    and force them to the disk. Raises JobError for a value that does not fit."""
     for shard in shards:
         mine = [entry for entry in shard.entries.values() if entry.name in tensors]
         if mine:

@@ -1,4 +1,5 @@
-"""What an unfinished run knows of itself: the file billhook.unfinished.json in OUTPUT.partial (see `billhook.run.unfinished`)."""
+"""What an unfinished run knows of itself: the file billhook.unfinished.json in OUTPUT.partial (see
+`billhook.run.unfinished`)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,8 +19,8 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class State:
-    """What a run noted so far: `digests` has one SHA-256 a finished block, and first the one of all that lies outside the blocks; `files`
-    those of further files that the blocks were made with."""
+    """What a run noted so far: `digests` has one SHA-256 a finished block, and first the one of all that lies outside
+    the blocks; `files` those of further files that the blocks were made with."""
 
     identity: dict[str, Any]
     plan: dict[str, Any]
@@ -52,7 +53,8 @@ def check_place(output: Path, *, resume: bool, overwrite: bool) -> State | None:
     state = read_state(folder)
     if not resume:
         raise BillhookError(
-            f"{folder} holds an unfinished run ({state.done} of {state.blocks} blocks). Continue it with --resume, or start again "
+            f"{folder} holds an unfinished run ({state.done} of {state.blocks} blocks). Continue it with "
+            "--resume, or start again "
             "with --overwrite."
         )
     return state
@@ -67,7 +69,11 @@ def read_state(folder: Path) -> State:
         results = [[_result(entry) for entry in entries] for entries in value["results"]]
         digests = [str(digest) for digest in value["digests"]]
         state = State(value["identity"], value["plan"], int(value["blocks"]), digests, results, dict(value["files"]))
-        if len(state.digests) != 1 + state.done or not state.done <= state.blocks or not isinstance(state.identity, dict):
+        if (
+            len(state.digests) != 1 + state.done
+            or not state.done <= state.blocks
+            or not isinstance(state.identity, dict)
+        ):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise BillhookError(f"{folder / STATE} is damaged: start again with --overwrite.") from None
@@ -83,7 +89,8 @@ def compare(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -
     for key in dict.fromkeys([*found, *wanted]):
         if found.get(key) != wanted.get(key):
             raise BillhookError(
-                f"The unfinished run in {folder} cannot be continued: its {key} was {_short(found.get(key))}, now it is "
+                f"The unfinished run in {folder} cannot be continued: its {key} was {_short(found.get(key))}, "
+                "now it is "
                 f"{_short(wanted.get(key))}. Run it as before, or start again with --overwrite."
             )
 

@@ -1,13 +1,13 @@
 """A pruned directory in the making: OUTPUT.partial, which takes the name OUTPUT when all of it is written.
 
-The weight files are laid out as in the source at the start, with everything that lies outside the blocks; each pruned block is written to
-its place and forced to the disk, and only then noted in `billhook.unfinished.json`, which is replaced as a whole. A run that ends at
-any moment, by whatever means, can thus be continued after the last block noted. config.json comes after the last block and
-billhook.json last of all, so nothing takes such a directory for a model. While a run lives it holds a lock on the directory, which
-the system takes away when the process ends.
+The weight files are laid out as in the source at the start, with everything that lies outside the blocks; each pruned
+block is written to its place and forced to the disk, and only then noted in `billhook.unfinished.json`, which is
+replaced as a whole. A run that ends at any moment, by whatever means, can thus be continued after the last block noted.
+config.json comes after the last block and billhook.json last of all, so nothing takes such a directory for a model.
+While a run lives it holds a lock on the directory, which the system takes away when the process ends.
 
-The state says what the run was asked for (`identity`): it is continued by the same run only. Each block's bytes are checked when a
-run is continued; the first one that is not as it was written is pruned again.
+The state says what the run was asked for (`identity`): it is continued by the same run only. Each block's bytes are
+checked when a run is continued; the first one that is not as it was written is pruned again.
 """
 
 import fcntl
@@ -35,7 +35,9 @@ from billhook.run.state import STATE, VERSION, State, check_place, compare, part
 from billhook.verification import GRADIENTS
 from billhook.walk import Block
 
-_ADVICE = "This directory is not finished. Continue with the same command and --resume, or start again with --overwrite."
+_ADVICE = (
+    "This directory is not finished. Continue with the same command and --resume, or start again with --overwrite."
+)
 
 
 class Unfinished:
@@ -47,7 +49,11 @@ class Unfinished:
         self.shards = [read_shard(file) for file in weight_files(source)]
         inside = {name for names in stream.names for name in names}
         self.outside = [name for shard in self.shards for name in shard.entries if name not in inside]
-        self._exact = all(value.dtype == stream.stored[name].dtype for i in range(state.blocks) for name, value in self._on_disk(i).items())
+        self._exact = all(
+            value.dtype == stream.stored[name].dtype
+            for i in range(state.blocks)
+            for name, value in self._on_disk(i).items()
+        )
 
     def begin(self) -> None:
         """Lay the files out, or check those of a run that is continued."""
@@ -65,10 +71,15 @@ class Unfinished:
                 digests.pop()
                 break
             self.stream.moved(index, self.folder)
-        self._note(digests=digests, results=self.state.results[: len(digests) - 1], files={} if kept is None else self.state.files)
+        self._note(
+            digests=digests,
+            results=self.state.results[: len(digests) - 1],
+            files={} if kept is None else self.state.files,
+        )
 
     def finished(self, block: Block, results: Sequence[LayerResult]) -> None:
-        """Write a block and note it; from then on the model has it as it is on disk. Raises KeyboardInterrupt if it was to stop here."""
+        """Write a block and note it; from then on the model has it as it is on disk. Raises KeyboardInterrupt if it was
+        to stop here."""
         made = [*self.state.results, list(results)]
         if rank():
             self.state = replace(self.state, results=made)
@@ -124,7 +135,11 @@ class Unfinished:
         """SHA-256 over the values of tensors as they are in the files."""
         wanted, digest = set(names), hashlib.sha256()
         for shard in self.shards:
-            digest_ranges(digest, self.folder / shard.path.name, [(e.start, e.stop) for e in shard.entries.values() if e.name in wanted])
+            digest_ranges(
+                digest,
+                self.folder / shard.path.name,
+                [(e.start, e.stop) for e in shard.entries.values() if e.name in wanted],
+            )
         return digest.hexdigest()
 
     def _note(self, **changes: Any) -> None:
@@ -150,11 +165,12 @@ def unfinished(
     overwrite: bool,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[Unfinished]:
-    """Open, or continue, the directory in the making; what the body of the `with` leaves when it fails can be continued. It ends after a
-    block at which `stopping()` is true.
+    """Open, or continue, the directory in the making; what the body of the `with` leaves when it fails can be
+    continued. It ends after a block at which `stopping()` is true.
 
-    Raises BillhookError where another run is at work there, or the one to continue was asked for something else; Interrupted for a run
-    that was stopped, or that the disk or the memory stopped, after some blocks. Other errors would come again: they leave nothing.
+    Raises BillhookError where another run is at work there, or the one to continue was asked for something else;
+    Interrupted for a run that was stopped, or that the disk or the memory stopped, after some blocks. Other errors
+    would come again: they leave nothing.
     """
     folder = partial_folder(output)
     if rank():
@@ -169,7 +185,10 @@ def unfinished(
     made: Unfinished | None = None
     try:
         if strange:
-            raise BillhookError(f"{folder}, where {output} would be made, holds {strange}, which no run put there: move the folder away.")
+            raise BillhookError(
+                f"{folder}, where {output} would be made, holds {strange}, which no run put there: move the "
+                "folder away."
+            )
         state = check_place(output, resume=resume, overwrite=overwrite)
         check_output(output, source, overwrite=overwrite)
         if state is None:
@@ -213,12 +232,15 @@ def _interrupted(error: BaseException, source: Path, output: Path, kept: Unfinis
 
 
 def _lock(folder: Path) -> int:
-    """Make the folder and lock it for as long as the process lives; raises BillhookError when another process has it."""
+    """Make the folder and lock it for as long as the process lives; raises BillhookError when another process has
+    it."""
     while True:
         try:
             folder.mkdir(exist_ok=True)
         except FileExistsError:
-            raise BillhookError(f"{folder}, where the output would be made, is a file: move it away, or choose another output.") from None
+            raise BillhookError(
+                f"{folder}, where the output would be made, is a file: move it away, or choose another output."
+            ) from None
         handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -226,18 +248,24 @@ def _lock(folder: Path) -> int:
                 return handle
         except BlockingIOError:
             os.close(handle)
-            raise BillhookError(f"Another run is writing {folder} at this moment: wait for it, or choose another output.") from None
+            raise BillhookError(
+                f"Another run is writing {folder} at this moment: wait for it, or choose another output."
+            ) from None
         except FileNotFoundError:  # the other run has just finished and given the folder its final name
             pass
         os.close(handle)
 
 
 def _strange(folder: Path, source: Path) -> str | None:
-    """A file in `folder` that no unfinished run of ours can have left, so that nothing of somebody else's is deleted."""
+    """A file in `folder` that no unfinished run of ours can have left, so that nothing of somebody else's is
+    deleted."""
     if (folder / STATE).exists():
         return None
     own = {INDEX, *(file.name for file in weight_files(source))}
-    return min((path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith(f".{STATE}.")), default=None)
+    return min(
+        (path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith(f".{STATE}.")),
+        default=None,
+    )
 
 
 def _empty(folder: Path, but: Sequence[str] = ()) -> None:

@@ -1,7 +1,7 @@
 """Measurements of this machine kept between runs: small json files in the user's cache folder.
 
-`BILLHOOK_CACHE` names another folder, or `0` for none. A file that cannot be read is ignored with a line on stderr; one that cannot be
-written is not.
+`BILLHOOK_CACHE` names another folder, or `0` for none. A file that cannot be read is ignored with a line on stderr; one
+that cannot be written is not.
 """
 
 import hashlib
@@ -21,7 +21,8 @@ KERNELS = 4  # raised when a kernel is added or becomes faster, so that older me
 
 
 def place(name: str) -> Path | None:
-    """Where the measurements called `name` lie; they belong to a processor, an instruction set, versions and a number of threads."""
+    """Where the measurements called `name` lie; they belong to a processor, an instruction set, versions and a number
+    of threads."""
     folder = os.environ.get("BILLHOOK_CACHE", "")
     if folder == "0":
         return None
@@ -39,7 +40,11 @@ def load(name: str) -> dict[str, str]:
     try:
         stored = read_json(path, "cache of measurements")
         choices = stored.get("choices")
-        if stored.get("version") != 1 or not isinstance(choices, dict) or not all(isinstance(value, str) for value in choices.values()):
+        if (
+            stored.get("version") != 1
+            or not isinstance(choices, dict)
+            or not all(isinstance(value, str) for value in choices.values())
+        ):
             raise BillhookError(f"{path} is not a cache of measurements.")
     except BillhookError as error:
         print(f"billhook: {error} It is ignored; delete it to be rid of this line.", file=sys.stderr)

@@ -1,9 +1,10 @@
 """Which way to multiply is fastest here: a short measurement at load, kept per machine.
 
-A choice belongs to a shape, a tenth of sparsity, the dtypes (and columns a scale of int8) and a bucket of token counts (each bucket up to
-its number). It is measured on the layer's first rows, a few milliseconds a way; where ways come out close, on more rows, because few rows
-do not show what many tiles cost. It is kept where the least times could be repeated, so that a busy moment is not remembered for ever;
-what was not measured follows a rule that was right on the machines at hand.
+A choice belongs to a shape, a tenth of sparsity, the dtypes (and columns a scale of int8) and a bucket of token counts
+(each bucket up to its number). It is measured on the layer's first rows, a few milliseconds a way; where ways come out
+close, on more rows, because few rows do not show what many tiles cost. It is kept where the least times could be
+repeated, so that a busy moment is not remembered for ever; what was not measured follows a rule that was right on the
+machines at hand.
 """
 
 import functools
@@ -20,10 +21,17 @@ from billhook.runtime.products import WAYS, ways
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 FUSED_UP_TO = 16  # tokens, unless measured
-SAMPLE, LARGE_SAMPLE = 1 << 22, 1 << 24  # weights that a measurement multiplies at most, at first and where ways are close
+SAMPLE, LARGE_SAMPLE = (
+    1 << 22,
+    1 << 24,
+)  # weights that a measurement multiplies at most, at first and where ways are close
 LEAST_ROUNDS, MOST_ROUNDS = 3, 9
 AGREE = 1.1  # times the least, within which the second least time must lie
-CLOSE, NEAR, FAR = 1.2, 1.5, 2.5  # times the least time of all: timed again on more rows, timed well, given up after two rounds
+CLOSE, NEAR, FAR = (
+    1.2,
+    1.5,
+    2.5,
+)  # times the least time of all: timed again on more rows, timed well, given up after two rounds
 
 _measured: dict[str, str] = {}
 _doubtful: set[str] = set()  # of those, what was measured while something else disturbed, and is not kept
@@ -41,7 +49,9 @@ def key(weight: Weight, dtype: torch.dtype, tokens: int) -> str:
     kept = (values.numel() - 64 // values.element_size()) / max(1, weight.shape[0] * weight.shape[1])
     kind = "dense" if weight.tensors[1] is None else f"{round(1 - kept, 1) + 0.0:.1f}"
     group = f"/{64 * weight.matrix.group_words}" if weight.matrix.groups > 1 else ""
-    return f"{weight.shape[0]}x{weight.shape[1]} {str(values.dtype)[6:]}{group} {kind} {str(dtype)[6:]} x{bucket(tokens)}"
+    return (
+        f"{weight.shape[0]}x{weight.shape[1]} {str(values.dtype)[6:]}{group} {kind} {str(dtype)[6:]} x{bucket(tokens)}"
+    )
 
 
 def way(weight: Weight, dtype: torch.dtype, tokens: int) -> str:
@@ -72,7 +82,8 @@ def dense_way(weight: Weight, dtype: torch.dtype, tokens: int) -> str:
 
 
 def _remembered(weight: Weight, x: Tensor, choose: Callable[[Weight, torch.dtype, int], str]) -> str:
-    """The choice for x [..., in], looked up once per weight and token count: the product itself may take microseconds."""
+    """The choice for x [..., in], looked up once per weight and token count: the product itself may take
+    microseconds."""
     state = (len(_measured), library.path_number())
     if weight.chosen_for != state:
         weight.chosen_for = state
@@ -97,7 +108,8 @@ def measure_packed(weight: Weight, dtype: torch.dtype) -> None:
 
 
 def measure_dense(weight: Weight, dtype: torch.dtype) -> bool:
-    """Find for every bucket whether our kernel beats torch's on a dense weight; True where it does for a single token."""
+    """Find for every bucket whether our kernel beats torch's on a dense weight; True where it does for a single
+    token."""
     for tokens in BUCKETS:
         name = key(weight, dtype, tokens)
         if name not in _measured:
@@ -113,11 +125,14 @@ def _first_rows(weight: Weight, weights: int) -> Weight:
     values, bitmask, starts, scales = weight.tensors
     if bitmask is None or starts is None:
         return Weight(rows, weight.shape[1], values[:rows])
-    return Weight(rows, weight.shape[1], values, bitmask[:rows], starts[: rows + 1], None if scales is None else scales[:rows])
+    return Weight(
+        rows, weight.shape[1], values, bitmask[:rows], starts[: rows + 1], None if scales is None else scales[:rows]
+    )
 
 
 def _choose(name: str, candidates: dict[str, Callable[[], Tensor]]) -> list[str]:
-    """Note the candidate with the least time, tried in turns until the times can be trusted or there were enough rounds.
+    """Note the candidate with the least time, tried in turns until the times can be trusted or there were enough
+    rounds.
 
     Returns those that came close to it.
     """

@@ -1,4 +1,5 @@
-"""What a packed directory stands for, checked to the last byte: the dense files' checksums and zeros, with nothing written."""
+"""What a packed directory stands for, checked to the last byte: the dense files' checksums and zeros, with nothing
+written."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -29,7 +30,9 @@ class DenseShard(Shard):
         tensor = expandable(self.packed, self.of, entry.name)
         facts = tensor.facts
         rows = slice(0, facts.rows) if index is None else slice(index * entry.shape[1], (index + 1) * entry.shape[1])
-        found = ~unpack_bits(tensor.bitmask[rows], facts.columns) if facts.int8 else tensor.rows(rows.start, rows.stop) == 0
+        found = (
+            ~unpack_bits(tensor.bitmask[rows], facts.columns) if facts.int8 else tensor.rows(rows.start, rows.stop) == 0
+        )
         return (found.T if facts.transposed else found).numpy()
 
 
@@ -37,7 +40,8 @@ class DenseShard(Shard):
 class Examined:
     """What was found in a packed directory: every difference in words, and what the dense directory would hold.
 
-    `digests` has the SHA-256 of the dense weight files and their index; those of weight files are not the original's if `rounded`.
+    `digests` has the SHA-256 of the dense weight files and their index; those of weight files are not the original's if
+    `rounded`.
     """
 
     problems: list[str]
@@ -65,7 +69,9 @@ def examine(directory: Path) -> Examined:
     digests = {shard.name: shard.sha256 for shard in packed.shards}
     if packed.record["index"] is not None:
         digests[INDEX] = hashlib.sha256(packed.record["index"].encode()).hexdigest()
-    shards = [DenseShard(directory / shard.name, shard.header, dict(shard.entries), packed, shard) for shard in packed.shards]
+    shards = [
+        DenseShard(directory / shard.name, shard.header, dict(shard.entries), packed, shard) for shard in packed.shards
+    ]
     rounded = any(matrix.int8 for matrix in packed.matrices.values())
     kept = sum(matrix.nnz for matrix in packed.matrices.values())
     return Examined(problems, shards, digests, rounded, len(packed.matrices), packed.weights - kept, packed.weights)

@@ -1,4 +1,5 @@
-"""Which tensors of a checkpoint are packed: those of two or three dimensions that take fewer bytes packed than dense."""
+"""Which tensors of a checkpoint are packed: those of two or three dimensions that take fewer bytes packed than
+dense."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +22,11 @@ def choose(
     group: int | None,
     progress: Callable[[str], None] = lambda tensor: None,
 ) -> dict[str, Matrix]:
-    """The tensors to pack, by name, in the order of the files; `transposed` tells of a tensor's name whether it is stored [in, out].
+    """The tensors to pack, by name, in the order of the files; `transposed` tells of a tensor's name whether it is
+    stored [in, out].
 
-    Whether a tensor has zeros enough is decided by its size with values as they are, for int8 too: int8 alone is no reason to pack.
-    Raises BillhookError when there is none.
+    Whether a tensor has zeros enough is decided by its size with values as they are, for int8 too: int8 alone is no
+    reason to pack. Raises BillhookError when there is none.
     """
     names = {name for shard in shards for name in shard.entries}
     chosen: dict[str, Matrix] = {}
@@ -39,9 +41,15 @@ def choose(
                     chosen[entry.name] = replace(form, int8=int8, group=group)
             progress(entry.name)
     if not chosen:
-        found = f"the most zeros are in {most[1]}, {most[0]:.1%}" if most[1] else "no matrix of floating-point weights has a zero"
+        found = (
+            f"the most zeros are in {most[1]}, {most[0]:.1%}"
+            if most[1]
+            else "no matrix of floating-point weights has a zero"
+        )
         where = shards[0].path.parent
-        raise BillhookError(f"{where} is a dense model ({found}): packing would not make it smaller. Prune it first: billhook prune.")
+        raise BillhookError(
+            f"{where} is a dense model ({found}): packing would not make it smaller. Prune it first: billhook prune."
+        )
     return chosen
 
 

@@ -14,7 +14,12 @@ class DenseLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x."""
         weight = self.weight
-        if weight.dtype != torch.bfloat16 or input.dtype != weight.dtype or weight.device.type != "cpu" or not weight.is_contiguous():
+        if (
+            weight.dtype != torch.bfloat16
+            or input.dtype != weight.dtype
+            or weight.device.type != "cpu"
+            or not weight.is_contiguous()
+        ):
             return super().forward(input)
         if input.requires_grad and torch.is_grad_enabled():
             return super().forward(input)

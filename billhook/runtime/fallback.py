@@ -1,8 +1,9 @@
-"""Everything the compiled kernels do, in plain torch: the same bytes where bytes are made, the same product up to rounding order.
+"""Everything the compiled kernels do, in plain torch: the same bytes where bytes are made, the same product up to
+rounding order.
 
-A weight W [out, in] is a bitmask, uint8 [out, 8 * ceil(in / 64)] (bit j % 8 of byte j // 8 of a row is set where column j is kept,
-padding bits are zero), and its kept values in row-major order, 1-D, followed by 64 bytes of zeros. `row_starts`, int64 [out + 1],
-says where each row's values begin.
+A weight W [out, in] is a bitmask, uint8 [out, 8 * ceil(in / 64)] (bit j % 8 of byte j // 8 of a row is set where column
+j is kept, padding bits are zero), and its kept values in row-major order, 1-D, followed by 64 bytes of zeros.
+`row_starts`, int64 [out + 1], says where each row's values begin.
 """
 
 import torch
@@ -44,7 +45,8 @@ def expand(bitmask: Tensor, values: Tensor, starts: Tensor, in_features: int, ro
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Bitmask and padded values of a dense weight [out, in]; a weight counts as zero when all its bytes are zero (so -0.0 is kept)."""
+    """Bitmask and padded values of a dense weight [out, in]; a weight counts as zero when all its bytes are zero (so
+    -0.0 is kept)."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}[weight.element_size()]
     keep = weight.contiguous().view(integers) != 0
     padding = torch.zeros(64 // weight.element_size(), dtype=weight.dtype)

@@ -1,11 +1,13 @@
 """Packed layers on a CUDA device: the fastest way for each layer and number of tokens, timed once and remembered.
 
-One token, and up to 16, are multiplied straight from the packed form where that is faster, else through a dense weight that lives for
-one call (ways: `gpu_ops.py`). A layer whose mask is 2:4 may also be multiplied by the card's sparse tensor cores, in the form of
-`torch.sparse.to_sparse_semi_structured`, from the number of tokens on where that wins; the form is held beside the packed one and takes
-9/16 of the dense bytes. What was timed is kept for the card, the shape and the density, rounded to 5 %.
+One token, and up to 16, are multiplied straight from the packed form where that is faster, else through a dense weight
+that lives for one call (ways: `gpu_ops.py`). A layer whose mask is 2:4 may also be multiplied by the card's sparse
+tensor cores, in the form of `torch.sparse.to_sparse_semi_structured`, from the number of tokens on where that wins; the
+form is held beside the packed one and takes 9/16 of the dense bytes. What was timed is kept for the card, the shape and
+the density, rounded to 5 %.
 
-A call inside a CUDA graph's capture or under `torch.compile` times nothing: call `prepare` on the layers first, or run them once.
+A call inside a CUDA graph's capture or under `torch.compile` times nothing: call `prepare` on the layers first, or run
+them once.
 """
 
 import math
@@ -45,12 +47,15 @@ class Layer(Protocol):
 
 @dataclass
 class State:
-    """What belongs to one layer where it lies now; `row_starts` is the layer's own, and once it holds another this is out of date."""
+    """What belongs to one layer where it lies now; `row_starts` is the layer's own, and once it holds another this is
+    out of date."""
 
     row_starts: Tensor
     table: Tensor
     group: int
-    ways: dict[tuple[torch.dtype, torch.dtype], str] = field(default_factory=dict)  # by dtype of values and of activations
+    ways: dict[tuple[torch.dtype, torch.dtype], str] = field(
+        default_factory=dict
+    )  # by dtype of values and of activations
     semi_structured: Tensor | None = None
     semi_structured_from: int = 0
 
@@ -59,11 +64,17 @@ def forward(layer: Layer, x: Tensor) -> Tensor:
     """x [..., in] -> [..., out], in the dtype of x."""
     state = prepare(layer, x.dtype)
     flat = x.reshape(-1, layer.in_features)
-    if state.semi_structured is not None and x.dtype == state.semi_structured.dtype and len(flat) >= state.semi_structured_from:
+    if (
+        state.semi_structured is not None
+        and x.dtype == state.semi_structured.dtype
+        and len(flat) >= state.semi_structured_from
+    ):
         y = F.linear(flat, state.semi_structured, layer.bias)
     else:
         tensors = layer.bitmask, layer.values, state.table, layer.scales, layer.bias
-        y = torch.ops.billhook.gpu_linear(flat, *tensors, group=state.group, ways=state.ways[layer.values.dtype, x.dtype])
+        y = torch.ops.billhook.gpu_linear(
+            flat, *tensors, group=state.group, ways=state.ways[layer.values.dtype, x.dtype]
+        )
     return y.view(*x.shape[:-1], layer.out_features)
 
 
@@ -103,10 +114,11 @@ def _remember(layer: Layer, state: State, dtype: torch.dtype, time_now: bool) ->
 
 
 def choose(weight: Weight, columns: int, dtype: torch.dtype, timer: Timer | None = None) -> str:
-    """The fastest way for each of BUCKETS tokens, as one word each, and `2:4-N` where the 2:4 form wins from N tokens on.
+    """The fastest way for each of BUCKETS tokens, as one word each, and `2:4-N` where the 2:4 form wins from N tokens
+    on.
 
-    Read from the cache where this card has timed such a layer before; else timed, on random activations of `dtype`. Interpreted
-    kernels are not timed, unless by a `timer` of the caller's.
+    Read from the cache where this card has timed such a layer before; else timed, on random activations of `dtype`.
+    Interpreted kernels are not timed, unless by a `timer` of the caller's.
     """
     if kernels(weight.bitmask.device) is None:
         return " ".join([EXPAND] * len(BUCKETS))
@@ -143,7 +155,8 @@ def _is_two_of_four(weight: Weight, columns: int) -> bool:
 
 
 def _median(call: Callable[[], object]) -> float:
-    """Milliseconds, with the second-level cache emptied before each run, as it is when a model's other layers ran since."""
+    """Milliseconds, with the second-level cache emptied before each run, as it is when a model's other layers ran
+    since."""
     from triton.testing import do_bench
 
     return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
@@ -166,12 +179,18 @@ def _fastest(weight: Weight, columns: int, dtype: torch.dtype, tokens: int, time
 
 def _run(weight: Weight, x: Tensor, way: str) -> Tensor:
     ways = " ".join([way] * len(BUCKETS))
-    return torch.ops.billhook.gpu_linear(x, weight.bitmask, weight.values, weight.table, weight.scales, None, group=weight.group, ways=ways)
+    return torch.ops.billhook.gpu_linear(
+        x, weight.bitmask, weight.values, weight.table, weight.scales, None, group=weight.group, ways=ways
+    )
 
 
 def semi_structured(weight: Weight, columns: int, dtype: torch.dtype) -> Tensor | None:
     """The weight in torch's 2:4 form, or None where mask, card, shape or dtype do not allow it."""
-    if not weight.bitmask.is_cuda or dtype not in (torch.float16, torch.bfloat16) or not _is_two_of_four(weight, columns):
+    if (
+        not weight.bitmask.is_cuda
+        or dtype not in (torch.float16, torch.bfloat16)
+        or not _is_two_of_four(weight, columns)
+    ):
         return None
     try:
         return torch.sparse.to_sparse_semi_structured(expand(weight, columns, dtype))
@@ -196,4 +215,6 @@ def ways(layer: Layer, dtype: torch.dtype) -> dict[int, str]:
     """What was chosen for a layer: the way for up to so many tokens."""
     state = prepare(layer, dtype)
     more = {} if state.semi_structured is None else {MANY_TOKENS[-1]: f"2:4 from {state.semi_structured_from}"}
-    return dict(zip(BUCKETS, state.ways[layer.values.dtype, dtype].split(), strict=True)) | (more or {MANY_TOKENS[-1]: EXPAND})
+    return dict(zip(BUCKETS, state.ways[layer.values.dtype, dtype].split(), strict=True)) | (
+        more or {MANY_TOKENS[-1]: EXPAND}
+    )

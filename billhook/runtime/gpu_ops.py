@@ -1,9 +1,9 @@
 """A product with a packed weight on a CUDA device, in a named way.
 
-`matvec-4x4` multiplies one token straight from the packed form, `matmat-64x8` up to 16 (the numbers are rows and warps of a program),
-both by the kernels of `triton_kernels.py`; `expand` writes the dense weight, which lives for one call, and lets cuBLAS multiply. Where
-the kernels cannot run, every way expands in plain torch: right, and no faster than dense. Importing this module needs neither Triton nor
-a GPU.
+`matvec-4x4` multiplies one token straight from the packed form, `matmat-64x8` up to 16 (the numbers are rows and warps
+of a program), both by the kernels of `triton_kernels.py`; `expand` writes the dense weight, which lives for one call,
+and lets cuBLAS multiply. Where the kernels cannot run, every way expands in plain torch: right, and no faster than
+dense. Importing this module needs neither Triton nor a GPU.
 """
 
 import importlib
@@ -34,9 +34,15 @@ def missing(device: torch.device | str = "cuda") -> str | None:
     if device.type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device: packed layers run on the CPU."
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: packed layers are expanded on every call, no faster than dense ones. `pip install triton` helps."
+        return (
+            "Triton is not installed: packed layers are expanded on every call, no faster than dense ones. `pip "
+            "install triton` helps."
+        )
     if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
-        return "The card is no NVIDIA card of compute capability 8.0: packed layers are expanded on every call, no faster than dense ones."
+        return (
+            "The card is no NVIDIA card of compute capability 8.0: packed layers are expanded on every call, no "
+            "faster than dense ones."
+        )
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton needs a GPU (or TRITON_INTERPRET=1, to test)."
     return None
@@ -51,14 +57,18 @@ def kernels(device: torch.device) -> ModuleType | None:
 def chunk_table(bitmask: Tensor, row_starts: Tensor) -> Tensor:
     """Where the values of each 256 columns of each row begin, int32 [rows, ceil(bytes a row / 32)].
 
-    It takes 4 bytes for 256 weights: 1.4 % of the packed bytes at 50 % sparsity with 16-bit values, 3 % at 80 %. Raises BillhookError
-    for a weight with more values than 32 bits count.
+    It takes 4 bytes for 256 weights: 1.4 % of the packed bytes at 50 % sparsity with 16-bit values, 3 % at 80 %. Raises
+    BillhookError for a weight with more values than 32 bits count.
     """
     if int(row_starts[-1]) >= 2**31:
-        raise BillhookError(f"A layer with {int(row_starts[-1])} kept weights is too large for the GPU kernels: keep it dense.")
+        raise BillhookError(
+            f"A layer with {int(row_starts[-1])} kept weights is too large for the GPU kernels: keep it dense."
+        )
     ones = torch.tensor([value.bit_count() for value in range(256)], dtype=torch.uint8, device=bitmask.device)
     rows, width = bitmask.shape
-    counts = F.pad(ones[bitmask.int()], (0, -width % _CHUNK_BYTES)).view(rows, -1, _CHUNK_BYTES).sum(-1, dtype=torch.int64)
+    counts = (
+        F.pad(ones[bitmask.int()], (0, -width % _CHUNK_BYTES)).view(rows, -1, _CHUNK_BYTES).sum(-1, dtype=torch.int64)
+    )
     return (row_starts[:-1, None] + counts.cumsum(1) - counts).int()
 
 
@@ -95,7 +105,16 @@ def expand(weight: Weight, columns: int, dtype: torch.dtype) -> Tensor:
     rows, span = 4, 4
     sizes = weight.arguments(columns)
     module.expand[(-(-sizes[0] // rows), -(-sizes[3] // span))](
-        weight.bitmask, weight.values, weight.table, weight.scales, dense, *sizes, ROWS=rows, SPAN=span, GROUP=weight.group, num_warps=span
+        weight.bitmask,
+        weight.values,
+        weight.table,
+        weight.scales,
+        dense,
+        *sizes,
+        ROWS=rows,
+        SPAN=span,
+        GROUP=weight.group,
+        num_warps=span,
     )
     return dense
 
@@ -111,7 +130,8 @@ def _matvec(weight: Weight, x: Tensor, bias: Tensor | None, rows: int, span: int
 
 
 def _matmat(weight: Weight, x: Tensor, bias: Tensor | None, rows: int, warps: int) -> Tensor:
-    """x [tokens, columns] times the weight for up to 16 tokens; the columns are split so that every multiprocessor has work."""
+    """x [tokens, columns] times the weight for up to 16 tokens; the columns are split so that every multiprocessor has
+    work."""
     sizes = weight.arguments(x.shape[1])
     tokens, programs = x.shape[0], -(-sizes[0] // rows)
     share = max(1, sizes[3] * programs // (4 * _multiprocessors(x.device)))
@@ -143,7 +163,15 @@ def way_for(ways: str, tokens: int) -> str:
 
 @torch.library.custom_op("billhook::gpu_linear", mutates_args=())
 def gpu_linear(
-    x: Tensor, bitmask: Tensor, values: Tensor, table: Tensor, scales: Tensor | None, bias: Tensor | None, *, group: int, ways: str
+    x: Tensor,
+    bitmask: Tensor,
+    values: Tensor,
+    table: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    *,
+    group: int,
+    ways: str,
 ) -> Tensor:
     """x [tokens, columns] -> [tokens, rows] in the dtype of x, the way that `ways` names for this many tokens."""
     weight, x = Weight(bitmask, values, table, scales, group), x.contiguous()

@@ -1,7 +1,7 @@
 """The compiled kernels as a library: found, loaded, and told which instructions to use.
 
-`BILLHOOK_KERNELS` names the instruction set (avx512_bf16, avx512_vbmi2, avx512, avx2, neon, portable) or `torch`, which does without the
-library; by default the best that this processor runs is used.
+`BILLHOOK_KERNELS` names the instruction set (avx512_bf16, avx512_vbmi2, avx512, avx2, neon, portable) or `torch`, which
+does without the library; by default the best that this processor runs is used.
 """
 
 import ctypes
@@ -25,7 +25,8 @@ _forced: list[str] = []
 
 
 class Matrix(ctypes.Structure):
-    """A packed weight as the kernels see it; `starts` is null for a dense bfloat16 one. The tensors behind it must stay alive."""
+    """A packed weight as the kernels see it; `starts` is null for a dense bfloat16 one. The tensors behind it must stay
+    alive."""
 
     _fields_ = (
         ("bitmask", ctypes.c_void_p),
@@ -65,8 +66,15 @@ def _load() -> ctypes.CDLL | None:
         if not hasattr(library, "billhook_surface") or library.billhook_surface() != SURFACE:
             raise OSError("they were compiled from another version's sources; install it again")
     except OSError as error:
-        why = "they were not compiled when it was installed (a C++ compiler was missing)" if not FILE.exists() else str(error)
-        print(f"billhook: sparse layers run without their fast kernels: {why}. Decoding is about as fast as dense.", file=sys.stderr)
+        why = (
+            "they were not compiled when it was installed (a C++ compiler was missing)"
+            if not FILE.exists()
+            else str(error)
+        )
+        print(
+            f"billhook: sparse layers run without their fast kernels: {why}. Decoding is about as fast as dense.",
+            file=sys.stderr,
+        )
         return None
     for name, (arguments, result) in _SURFACE.items():
         function = getattr(library, f"billhook_{name}")
@@ -80,7 +88,11 @@ def _paths() -> dict[str, int]:
     library = _load()
     if library is None:
         return {}
-    return {library.billhook_path_name(path).decode(): path for path in range(library.billhook_paths()) if library.billhook_path_runs(path)}
+    return {
+        library.billhook_path_name(path).decode(): path
+        for path in range(library.billhook_paths())
+        if library.billhook_path_runs(path)
+    }
 
 
 def paths() -> list[str]:
@@ -130,10 +142,13 @@ def cpu() -> str:
     except OSError:
         lines = []
     known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
-    model = " ".join(known[key] for key in ("model name", "cpu family", "model", "CPU implementer", "CPU part") if key in known)
+    model = " ".join(
+        known[key] for key in ("model name", "cpu family", "model", "CPU implementer", "CPU part") if key in known
+    )
     return model or platform.processor() or platform.machine()
 
 
 def about() -> dict[str, object]:
-    """What multiplies here: `path` in use, the `paths` there are (best first), the `cpu` and the number of `threads`."""
+    """What multiplies here: `path` in use, the `paths` there are (best first), the `cpu` and the number of
+    `threads`."""
     return {"path": path(), "paths": paths(), "cpu": cpu(), "threads": torch.get_num_threads()}

@@ -14,8 +14,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class SparseLinear(nn.Module):
     """y = x Wᵀ + bias with W [out, in] held as bitmask and values; inference only.
 
-    Buffers: `bitmask` uint8 [out, 8 * ceil(in / 64)], `values` 1-D with 64 bytes of padding, `scales` float32 (int8 values only),
-    `bias`. `row_starts` is made from the bitmask.
+    Buffers: `bitmask` uint8 [out, 8 * ceil(in / 64)], `values` 1-D with 64 bytes of padding, `scales` float32 (int8
+    values only), `bias`. `row_starts` is made from the bitmask.
     """
 
     bitmask: Tensor
@@ -25,7 +25,9 @@ class SparseLinear(nn.Module):
     row_starts: Tensor
     gpu_state: Any = None  # what the GPU's kernels keep with a layer
 
-    def __init__(self, bitmask: Tensor, values: Tensor, row_starts: Tensor, in_features: int, out_features: int) -> None:
+    def __init__(
+        self, bitmask: Tensor, values: Tensor, row_starts: Tensor, in_features: int, out_features: int
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("bitmask", bitmask.contiguous())
@@ -61,7 +63,9 @@ class SparseLinear(nn.Module):
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
         """Pack a dense weight [out, in]."""
         bitmask, values = native.pack(weight)
-        return cls.from_packed(bitmask, values, native.row_starts(bitmask, weight.shape[1]), weight.shape[1], weight.shape[0], bias=bias)
+        return cls.from_packed(
+            bitmask, values, native.row_starts(bitmask, weight.shape[1]), weight.shape[1], weight.shape[0], bias=bias
+        )
 
     def dense(self) -> Tensor:
         """The weight [out, in] in the dtype of the values, float32 for int8."""
@@ -74,7 +78,8 @@ class SparseLinear(nn.Module):
         """
         if x.shape[-1] != self.in_features or x.dtype not in DTYPES:
             raise BillhookError(
-                f"A layer of {self.in_features} inputs in bfloat16, float16 or float32 was given {x.dtype} {list(x.shape)}."
+                f"A layer of {self.in_features} inputs in bfloat16, float16 or float32 was given {x.dtype} "
+                f"{list(x.shape)}."
             )
         if x.is_cuda:
             from billhook.runtime import gpu
@@ -83,7 +88,12 @@ class SparseLinear(nn.Module):
         bias = self._buffers["bias"]
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        if type(x) is not Tensor or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()) or x.is_meta:
+        if (
+            type(x) is not Tensor
+            or torch.compiler.is_compiling()
+            or (x.requires_grad and torch.is_grad_enabled())
+            or x.is_meta
+        ):
             return ops.sparse_linear(x, self.bitmask, self.values, self.row_starts, self.scales, bias)
         return calibrate.product(self.packed(), x, bias)
 
@@ -95,9 +105,15 @@ class SparseLinear(nn.Module):
         assert values is not None
         if weight is not None:
             seen = weight.matrix
-            if seen.values == values.data_ptr() and seen.bitmask == bitmask.data_ptr() and weight.tensors[3] is held["scales"]:
+            if (
+                seen.values == values.data_ptr()
+                and seen.bitmask == bitmask.data_ptr()
+                and weight.tensors[3] is held["scales"]
+            ):
                 return weight
-        self._weight = native.Weight(self.out_features, self.in_features, values, bitmask, self.row_starts, held["scales"])
+        self._weight = native.Weight(
+            self.out_features, self.in_features, values, bitmask, self.row_starts, held["scales"]
+        )
         return self._weight
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -115,14 +131,21 @@ class SparseLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shape and sparsity, as printed by torch."""
         kept = int(self.row_starts[-1]) / (self.in_features * self.out_features)
-        return f"in_features={self.in_features}, out_features={self.out_features}, sparsity={1 - kept:.3f}, values={self.values.dtype}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, sparsity={1 - kept:.3f}, "
+            f"values={self.values.dtype}"
+        )
 
 
 def _check(bitmask: Tensor, values: Tensor, row_starts: Tensor, out_features: int, scales: Tensor | None) -> None:
     nnz = int(row_starts[-1])
     if bitmask.shape[0] != out_features or row_starts.shape != (out_features + 1,):
-        raise BillhookError(f"The bitmask has {bitmask.shape[0]} rows, the layer {out_features}. The packed file is damaged.")
+        raise BillhookError(
+            f"The bitmask has {bitmask.shape[0]} rows, the layer {out_features}. The packed file is damaged."
+        )
     if values.ndim != 1 or values.numel() != nnz + 64 // values.element_size():
-        raise BillhookError(f"The bitmask keeps {nnz} weights, but there are {values.numel()} values with their padding.")
+        raise BillhookError(
+            f"The bitmask keeps {nnz} weights, but there are {values.numel()} values with their padding."
+        )
     if (values.dtype == torch.int8) != (scales is not None):
         raise BillhookError(f"Values of {values.dtype} {'need' if scales is None else 'have no'} scales.")

@@ -29,7 +29,8 @@ class Expandable:
 
     @cached_property
     def starts(self) -> Tensor:
-        """Where each row's values begin, int64 [rows + 1]; raises BillhookError where bitmask and number of values disagree."""
+        """Where each row's values begin, int64 [rows + 1]; raises BillhookError where bitmask and number of values
+        disagree."""
         try:
             starts = native.row_starts(self.bitmask, self.facts.columns)
         except BillhookError as error:

@@ -15,10 +15,12 @@ _ALL = slice(None)
 
 
 class Weight:
-    """A weight [out, in] as the kernels see it: packed, or dense bfloat16 when there is no bitmask. It holds on to its tensors."""
+    """A weight [out, in] as the kernels see it: packed, or dense bfloat16 when there is no bitmask. It holds on to its
+    tensors."""
 
     def __init__(self, out_features: int, in_features: int, values: Tensor, *packed: Tensor | None) -> None:
-        """`packed` is bitmask, row_starts and scales (or None), all contiguous and on the CPU; nothing for a dense weight."""
+        """`packed` is bitmask, row_starts and scales (or None), all contiguous and on the CPU; nothing for a dense
+        weight."""
         bitmask, starts, scales = packed or (None, None, None)
         self.tensors = (values, bitmask, starts, scales)
         groups = scales.numel() // out_features if scales is not None else 1
@@ -28,7 +30,9 @@ class Weight:
         self.matrix = Matrix(*pointers, out_features, in_features, words, groups, group_words, TYPES[values.dtype])
         self.address = ctypes.addressof(self.matrix)
         self.shape = (out_features, in_features)
-        self.chosen: dict[tuple[torch.dtype, int], str] = {}  # the best way by dtype and token count, as far as it was asked for
+        self.chosen: dict[
+            tuple[torch.dtype, int], str
+        ] = {}  # the best way by dtype and token count, as far as it was asked for
         self.chosen_for: tuple[int, int] | None = None
 
     def __reduce__(self) -> tuple[type["Weight"], tuple[object, ...]]:
@@ -44,12 +48,15 @@ class Weight:
         y = x.new_empty((*x.shape[:-1], out))
         added = None if bias is None else bias.data_ptr()
         tokens, threads = x.numel() // columns, torch.get_num_threads()
-        if kernels.billhook_multiply(self.address, x.data_ptr(), stride, tokens, added, y.data_ptr(), TYPES[x.dtype], path, threads):
+        if kernels.billhook_multiply(
+            self.address, x.data_ptr(), stride, tokens, added, y.data_ptr(), TYPES[x.dtype], path, threads
+        ):
             raise MemoryError(f"No memory for the activations of a product with {list(x.shape)}.")
         return y
 
     def multiply_many(self, x: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
-        """The same by the kernels for many tokens, in `room`, 1-D of `room_for` bytes; x and bias in float32, or bfloat16."""
+        """The same by the kernels for many tokens, in `room`, 1-D of `room_for` bytes; x and bias in float32, or
+        bfloat16."""
         kernels, path = library.active() or (None, -1)
         assert kernels is not None
         x, stride = _rows(x)
@@ -81,13 +88,14 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
 def row_starts(bitmask: Tensor, in_features: int) -> Tensor:
     """Where each row's values begin, int64 [out + 1], from the bitmask, uint8 [out, 8 * ceil(in_features / 64)].
 
-    The last entry is the number of kept weights. Raises BillhookError for a bitmask of another shape or dtype, or with a bit set
-    beyond the last column.
+    The last entry is the number of kept weights. Raises BillhookError for a bitmask of another shape or dtype, or with
+    a bit set beyond the last column.
     """
     width = fallback.mask_bytes(in_features)
     if bitmask.dtype != torch.uint8 or bitmask.ndim != 2 or in_features < 1 or bitmask.shape[1] != width:
         raise BillhookError(
-            f"A bitmask of {in_features} columns must be uint8 [rows, {width}], found {bitmask.dtype} {list(bitmask.shape)}. "
+            f"A bitmask of {in_features} columns must be uint8 [rows, {width}], found {bitmask.dtype} "
+            f"{list(bitmask.shape)}. "
             "The packed file is damaged; pack the model again."
         )
     bitmask = bitmask.contiguous()
@@ -99,14 +107,23 @@ def row_starts(bitmask: Tensor, in_features: int) -> Tensor:
         starts = torch.empty(bitmask.shape[0] + 1, dtype=torch.int64)
         wrong = found[0].billhook_row_starts(bitmask.data_ptr(), bitmask.shape[0], in_features, starts.data_ptr()) >= 0
     if wrong:
-        raise BillhookError(f"A bitmask of {in_features} columns keeps weights beyond the last column. The packed file is damaged.")
+        raise BillhookError(
+            f"A bitmask of {in_features} columns keeps weights beyond the last column. The packed file is damaged."
+        )
     return starts
 
 
 def expand(
-    bitmask: Tensor, values: Tensor, starts: Tensor, in_features: int, *, rows: slice = _ALL, scales: Tensor | None = None
+    bitmask: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    in_features: int,
+    *,
+    rows: slice = _ALL,
+    scales: Tensor | None = None,
 ) -> Tensor:
-    """The dense rows [rows, in_features] of a packed weight, in the dtype of `values`; int8 values need `scales` and give float32.
+    """The dense rows [rows, in_features] of a packed weight, in the dtype of `values`; int8 values need `scales` and
+    give float32.
 
     `scales` is float32 [out] (one a row) or [out, ceil(in_features / group)] (one a run of `group` columns).
     """
@@ -117,7 +134,8 @@ def expand(
 
 
 def expand_rows(weight: Weight, first: int, last: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
-    """Rows first to last - 1 of a packed weight, dense [rows, in] in `dtype`, scales applied; in `room`, 1-D and large enough."""
+    """Rows first to last - 1 of a packed weight, dense [rows, in] in `dtype`, scales applied; in `room`, 1-D and large
+    enough."""
     values, bitmask, starts, scales = weight.tensors
     assert bitmask is not None
     assert starts is not None
@@ -126,7 +144,9 @@ def expand_rows(weight: Weight, first: int, last: int, dtype: torch.dtype, room:
         dense = fallback.expand(bitmask, values, starts, weight.shape[1], slice(first, last))
     else:
         count = (last - first) * weight.shape[1]
-        dense = (torch.empty(count, dtype=values.dtype) if room is None else room[:count]).view(last - first, weight.shape[1])
+        dense = (torch.empty(count, dtype=values.dtype) if room is None else room[:count]).view(
+            last - first, weight.shape[1]
+        )
         width, threads = dense.element_size(), torch.get_num_threads()
         found[0].billhook_expand(weight.address, first, last, dense.data_ptr(), width, found[1], threads)
     if scales is None:
@@ -153,11 +173,14 @@ def group_size(scales: Tensor, in_features: int) -> int:
     for group in (2**power for power in range(6, 40)):
         if -(-in_features // group) == groups:
             return group
-    raise BillhookError(f"{groups} scales a row do not fit {in_features} columns: a group is 64, 128, 256, ... columns.")
+    raise BillhookError(
+        f"{groups} scales a row do not fit {in_features} columns: a group is 64, 128, 256, ... columns."
+    )
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Bitmask, uint8 [out, 8 * ceil(in / 64)], and values, 1-D with 64 bytes of zeros behind them, of a dense weight [out, in].
+    """Bitmask, uint8 [out, 8 * ceil(in / 64)], and values, 1-D with 64 bytes of zeros behind them, of a dense weight
+    [out, in].
 
     A weight is left out when all its bytes are zero, so -0.0 is kept and `expand` gives the same bytes back.
     """

@@ -1,4 +1,5 @@
-"""The product with a packed weight as an operator of torch, so that compiling and shape checks work; it has no derivative."""
+"""The product with a packed weight as an operator of torch, so that compiling and shape checks work; it has no
+derivative."""
 
 import torch
 from torch import Tensor
@@ -9,14 +10,18 @@ from billhook.runtime.native import Weight
 
 
 @torch.library.custom_op("billhook::sparse_linear", mutates_args=())
-def sparse_linear(x: Tensor, bitmask: Tensor, values: Tensor, row_starts: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor:
+def sparse_linear(
+    x: Tensor, bitmask: Tensor, values: Tensor, row_starts: Tensor, scales: Tensor | None, bias: Tensor | None
+) -> Tensor:
     """x [..., in] times a packed weight [out, in], plus bias -> [..., out] in the dtype of x, on the CPU."""
     weight = Weight(bitmask.shape[0], x.shape[-1], values, bitmask, row_starts, scales)
     return calibrate.product(weight, x, bias)
 
 
 @sparse_linear.register_fake
-def _(x: Tensor, bitmask: Tensor, values: Tensor, row_starts: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor:
+def _(
+    x: Tensor, bitmask: Tensor, values: Tensor, row_starts: Tensor, scales: Tensor | None, bias: Tensor | None
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], bitmask.shape[0])
 
 
@@ -32,7 +37,10 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _no_derivative(context: object, gradient: Tensor) -> None:
-    raise BillhookError("Packed layers are for inference and have no gradients: train the dense model (`billhook unpack` gives it back).")
+    raise BillhookError(
+        "Packed layers are for inference and have no gradients: train the dense model (`billhook unpack` gives "
+        "it back)."
+    )
 
 
 sparse_linear.register_autograd(_no_derivative)

@@ -1,14 +1,14 @@
 """The ways to multiply with a packed weight; which is fastest depends on shape, sparsity, token count and machine.
 
 * `fused`: expand in registers and multiply at once, up to 8 tokens a pass; reads the packed bytes once a pass.
-* `many`: expand some rows into a tile in each core's own cache and multiply it there by our own matrix product; activations in
-  bfloat16, values too or int8, where the processor has the dot product of bfloat16.
-* `kept`: multiply each kept weight with the activations of its column, those of many tokens side by side; in float32, and nothing is
-  expanded.
+* `many`: expand some rows into a tile in each core's own cache and multiply it there by our own matrix product;
+  activations in bfloat16, values too or int8, where the processor has the dot product of bfloat16.
+* `kept`: multiply each kept weight with the activations of its column, those of many tokens side by side; in float32,
+  and nothing is expanded.
 * `tiles`: expand some rows, as many as stay in the cache, into a dense tile and give that to torch's matrix product.
 * `wide`: the same with tiles four times as large, for machines with larger caches.
-* `widened`: the same in float32, for float16, and for bfloat16 without its dot product: torch's own product of halves can be several
-  times slower than that of float32.
+* `widened`: the same in float32, for float16, and for bfloat16 without its dot product: torch's own product of halves
+  can be several times slower than that of float32.
 """
 
 import threading
@@ -24,7 +24,9 @@ from billhook.runtime.native import Weight, expand_rows
 MANY_AT_ONCE = 1024  # tokens, whose activations are rearranged before they are multiplied
 TILE_BYTES = 2 << 20  # of dense weights; they are multiplied while they lie in the cache
 
-_scratch = threading.local()  # a tile is kept between calls: memory asked for anew costs a page fault every 4 KiB, more than the expansion
+_scratch = (
+    threading.local()
+)  # a tile is kept between calls: memory asked for anew costs a page fault every 4 KiB, more than the expansion
 
 
 def fused(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,7 +89,8 @@ def _room(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _common(values: torch.dtype, activations: torch.dtype) -> torch.dtype:
-    """The dtype in which tiles are multiplied: float32 where two kinds of floats meet; int8 is rounded to that of the activations."""
+    """The dtype in which tiles are multiplied: float32 where two kinds of floats meet; int8 is rounded to that of the
+    activations."""
     return activations if values in (activations, torch.int8) else torch.float32
 
 

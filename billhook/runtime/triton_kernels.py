@@ -1,14 +1,16 @@
 """Triton kernels that multiply with, or expand, a weight held as bitmask and values.
 
-One lane takes one byte of the bitmask: eight columns. A chunk is what a warp takes at once, 32 bytes, 256 columns. Where the values of
-a chunk begin is read from a table made at load; where a lane's begin follows from a running count of set bits over the warp, two rows
-in one word. Of its eight columns, each half reads the four values that may be its own at one address, without asking which bits are
-set; a staircase of selects moves each value to its column, and what stands in a column whose bit is clear is never used. That is about
-ten instructions for 32 columns of a warp, compiled for Hopper; a load with its own address and predicate for every column takes fifteen,
-and on such a card instructions, not bytes, are the limit.
+One lane takes one byte of the bitmask: eight columns. A chunk is what a warp takes at once, 32 bytes, 256 columns.
+Where the values of a chunk begin is read from a table made at load; where a lane's begin follows from a running count
+of set bits over the warp, two rows in one word. Of its eight columns, each half reads the four values that may be its
+own at one address, without asking which bits are set; a staircase of selects moves each value to its column, and what
+stands in a column whose bit is clear is never used. That is about ten instructions for 32 columns of a warp, compiled
+for Hopper; a load with its own address and predicate for every column takes fifteen, and on such a card instructions,
+not bytes, are the limit.
 
-At most three values beyond the last are read; the packed values end in 64 bytes of zeros for that. Offsets are 32 bits: a weight may
-have at most 2**31 - 1 kept values. Importing this module needs Triton. With TRITON_INTERPRET=1 the kernels run on the CPU.
+At most three values beyond the last are read; the packed values end in 64 bytes of zeros for that. Offsets are 32 bits:
+a weight may have at most 2**31 - 1 kept values. Importing this module needs Triton. With TRITON_INTERPRET=1 the kernels
+run on the CPU.
 """
 
 import triton
@@ -31,7 +33,8 @@ def _ones(bits):
 
 @triton.jit
 def _half(values, at, bits):
-    """The values of four columns, [..., 2, 2], and which of them are kept, by the low four `bits`; the first value is at `at`."""
+    """The values of four columns, [..., 2, 2], and which of them are kept, by the low four `bits`; the first value is
+    at `at`."""
     place = values + at
     a, b, c, d = tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
     keep0, keep1, keep2, keep3 = (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0
@@ -52,7 +55,8 @@ def _columns(low, high):
 
 @triton.jit
 def _running(count):
-    """Sums of count [R, S, 32] over the last axis, each with its own; a row's are below 2**16, so two rows share a scan."""
+    """Sums of count [R, S, 32] over the last axis, each with its own; a row's are below 2**16, so two rows share a
+    scan."""
     R: tl.constexpr = count.shape[0]
     S: tl.constexpr = count.shape[1]
     first, second = tl.split(tl.permute(tl.reshape(count, [R // 2, 2, S, 32]), (0, 2, 3, 1)))
@@ -65,8 +69,9 @@ def _fetch(mask, table, row, chunk, rows, stride, chunks):
     """For rows `row` [R] and chunks `chunk` [S]: bytes of bitmask [R, S, 32], and where the values begin [R, S]."""
     row = tl.minimum(row, rows - 1).to(tl.int64)
     byte = chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
-    # The contiguities given here and below only set the order of a warp's lanes, and it must be one for all loads, or the compiler
-    # exchanges tiles through shared memory. No load is widened: stride is unspecialized and `at` unknown, so no alignment is known.
+    # The contiguities given here and below only set the order of a warp's lanes, and it must be one for all loads, or
+    # the compiler exchanges tiles through shared memory. No load is widened: stride is unspecialized and `at` unknown,
+    # so no alignment is known.
     place = tl.max_contiguous(row[:, None, None] * stride + byte[None], [1, 2, 32])
     bits = tl.load(mask + place, mask=(byte < stride)[None], other=0)
     return bits, tl.load(table + row[:, None] * chunks + chunk[None], mask=(chunk < chunks)[None], other=0)
@@ -93,13 +98,16 @@ def matvec(
     mask, values, table, scales, bias, x, y, rows, columns, stride, chunks, groups,
     ROWS: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """y [rows] = W x (+ bias) for one x [columns]: a program takes ROWS rows, each of its warps every SPAN-th chunk of them."""
+    """y [rows] = W x (+ bias) for one x [columns]: a program takes ROWS rows, each of its warps every SPAN-th chunk of
+    them."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, SPAN * CHUNK], tl.float32)
     chunk = tl.arange(0, SPAN)
     bits, start = _fetch(mask, table, row, chunk, rows, stride, chunks)
     for first in range(0, chunks, SPAN):
-        next_bits, next_start = _fetch(mask, table, row, chunk + SPAN, rows, stride, chunks)  # under way while this one's values are
+        next_bits, next_start = _fetch(
+            mask, table, row, chunk + SPAN, rows, stride, chunks
+        )  # under way while this one's values are
         w, keep = _tile(bits, start, values, scales, row, chunk, rows, groups, GROUP)
         bits, start, chunk = next_bits, next_start, chunk + SPAN
         column = first * CHUNK + tl.arange(0, SPAN * CHUNK)
@@ -116,7 +124,8 @@ def matmat(
     mask, values, table, scales, x, parts, rows, columns, stride, chunks, groups, tokens, share,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """parts [splits, tokens, rows] = x Wᵀ over each split's `share` chunks, for x [tokens, columns] with up to TOKENS tokens."""
+    """parts [splits, tokens, rows] = x Wᵀ over each split's `share` chunks, for x [tokens, columns] with up to TOKENS
+    tokens."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
     total = tl.zeros([ROWS, TOKENS], tl.float32)
@@ -150,4 +159,8 @@ def expand(
     w, keep = _tile(bits, start, values, scales, row, chunk, rows, groups, GROUP)
     column = tl.program_id(1) * SPAN * CHUNK + tl.arange(0, SPAN * CHUNK)
     place = row[:, None].to(tl.int64) * columns + column[None]
-    tl.store(dense + place, tl.where(keep, w, 0).to(dense.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None])
+    tl.store(
+        dense + place,
+        tl.where(keep, w, 0).to(dense.dtype.element_ty),
+        mask=(row < rows)[:, None] & (column < columns)[None],
+    )

@@ -1,4 +1,5 @@
-"""Make a loaded model fast on this machine: measure or recall the best way of every layer, and let our dense kernel serve the rest."""
+"""Make a loaded model fast on this machine: measure or recall the best way of every layer, and let our dense kernel
+serve the rest."""
 
 from typing import Any
 
@@ -17,8 +18,9 @@ WORTH = 1 << 20  # weights from which a dense layer is worth a measurement
 def tune_(model: nn.Module) -> list[dict[str, Any]]:
     """Choose for every layer how it multiplies, and return `choices`.
 
-    Dense bfloat16 `nn.Linear` layers on the CPU for which our kernel is faster become `DenseLinear`, with the same parameters. What is
-    measured (some seconds for a new model on a new machine) is kept in the user's cache. Dense layers on other devices stay as they are.
+    Dense bfloat16 `nn.Linear` layers on the CPU for which our kernel is faster become `DenseLinear`, with the same
+    parameters. What is measured (some seconds for a new model on a new machine) is kept in the user's cache. Dense
+    layers on other devices stay as they are.
     """
     calibrate.recall()
     dtype = _activations(model)
@@ -34,7 +36,8 @@ def tune_(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def choices(model: nn.Module) -> list[dict[str, Any]]:
-    """Per layer that is packed or has our dense kernel: `layer`, `shape`, `sparsity`, `values` (dtype) and `ways`, {tokens: way}."""
+    """Per layer that is packed or has our dense kernel: `layer`, `shape`, `sparsity`, `values` (dtype) and `ways`,
+    {tokens: way}."""
     found, activations = [], _activations(model)
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
@@ -58,13 +61,19 @@ def _ways(layer: SparseLinear, activations: torch.dtype) -> dict[int, str]:
 
 
 def _activations(model: nn.Module) -> torch.dtype:
-    """The dtype that the inputs of layers will most likely have: that of the model's parameters, else of its packed values."""
+    """The dtype that the inputs of layers will most likely have: that of the model's parameters, else of its packed
+    values."""
     kept = (module.values for module in model.modules() if isinstance(module, SparseLinear))
     return next((tensor.dtype for tensor in (*model.parameters(), *kept) if tensor.is_floating_point()), torch.bfloat16)
 
 
 def _ours(layer: nn.Linear) -> bool:
     weight = layer.weight.detach()
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.numel() < WORTH or not weight.is_contiguous():
+    if (
+        weight.dtype != torch.bfloat16
+        or weight.device.type != "cpu"
+        or weight.numel() < WORTH
+        or not weight.is_contiguous()
+    ):
         return False
     return calibrate.measure_dense(Weight(*weight.shape, weight), torch.bfloat16)

@@ -26,10 +26,11 @@ _CHUNK = 1 << 24
 
 
 class TensorFile:
-    """A safetensors file whose tensors are filled piece by piece, side by side; bitmasks stand first, then by falling item size.
+    """A safetensors file whose tensors are filled piece by piece, side by side; bitmasks stand first, then by falling
+    item size.
 
-    So every bitmask begins at a multiple of 8 bytes and every other tensor at a multiple of its item size. `crc32` holds the
-    checksum of what was written, by tensor.
+    So every bitmask begins at a multiple of 8 bytes and every other tensor at a multiple of its item size. `crc32`
+    holds the checksum of what was written, by tensor.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], int]], masks: set[str]) -> None:
@@ -70,8 +71,8 @@ class TensorFile:
 
 @dataclass
 class Written:
-    """A packed file: its size, the SHA-256 of the dense file that it stands for, checksums of its tensors, and for each packed tensor
-    the squares of its int8 errors and of its weights, summed."""
+    """A packed file: its size, the SHA-256 of the dense file that it stands for, checksums of its tensors, and for each
+    packed tensor the squares of its int8 errors and of its weights, summed."""
 
     file: str
     shard: Shard
@@ -81,7 +82,9 @@ class Written:
     squares: dict[str, tuple[float, float]]
 
 
-def write_packed(shard: Shard, matrices: Mapping[str, Matrix], folder: Path, progress: Callable[[str], None]) -> Written:
+def write_packed(
+    shard: Shard, matrices: Mapping[str, Matrix], folder: Path, progress: Callable[[str], None]
+) -> Written:
     """Write the packed form of `shard` into `folder`; `progress` is told each tensor."""
     sha256, squares = hashlib.sha256(shard.header), {}
     target = folder / f"{shard.path.name.removesuffix('.safetensors')}.packed.safetensors"
@@ -99,7 +102,9 @@ def write_packed(shard: Shard, matrices: Mapping[str, Matrix], folder: Path, pro
     return Written(target.name, shard, file.bytes, sha256.hexdigest(), file.crc32, squares)
 
 
-def _tensors(shard: Shard, matrices: Mapping[str, Matrix]) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], set[str]]:
+def _tensors(
+    shard: Shard, matrices: Mapping[str, Matrix]
+) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], set[str]]:
     tensors, masks = {}, set()
     for entry in shard.entries.values():
         if entry.name not in matrices:
@@ -117,8 +122,11 @@ def _chunks(shard: Shard, entry: Entry) -> Iterator[np.ndarray]:
         yield data[start : min(start + _CHUNK, entry.stop)]
 
 
-def _add_matrix(file: TensorFile, shard: Shard, entry: Entry, matrix: Matrix, sha256: "hashlib._Hash") -> tuple[float, float]:
-    """Write a packed tensor; take the bytes that unpacking will give into `sha256`. Returns the squares of errors and of weights."""
+def _add_matrix(
+    file: TensorFile, shard: Shard, entry: Entry, matrix: Matrix, sha256: "hashlib._Hash"
+) -> tuple[float, float]:
+    """Write a packed tensor; take the bytes that unpacking will give into `sha256`. Returns the squares of errors and
+    of weights."""
     dense = stored(shard, entry)
     dense = dense.T if matrix.transposed else dense.reshape(matrix.rows, matrix.columns)
     step = matrix.rows if matrix.transposed else max(1, BLOCK_WEIGHTS // matrix.columns)
@@ -164,7 +172,8 @@ def _int8(weight: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
     values = weight.float()
     if not torch.isfinite(values).all():
         raise BillhookError(
-            f"{matrix.name} holds NaN or infinity, which int8 cannot hold: repair the model, or pack with values as stored."
+            f"{matrix.name} holds NaN or infinity, which int8 cannot hold: repair the model, or pack with values "
+            "as stored."
         )
     group = matrix.group or matrix.columns
     padded = torch.nn.functional.pad(values.abs(), (0, -matrix.columns % group))

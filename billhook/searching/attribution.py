@@ -4,14 +4,15 @@ D is the divergence on a text as a function of the weights, V_l a pruned layer a
 
     share_l = 1/2 <dD / dV_l, V_l - W_l>
 
-D is zero and least at the dense weights. Where it is quadratic between there and here the shares add up to D (Euler), each the cost of the
-layer's own error and half of what it costs together with those of the other layers; on small models at 50 to 60 % they add up to 1.1 to 1.3
-times D. The derivative of D by the size of the layer's error is exact at any distance, so small moves of the budget are ranked rightly.
-A share is a difference of small numbers and can come out too small or negative: none counts less than `FLOOR` of the mean share.
+D is zero and least at the dense weights. Where it is quadratic between there and here the shares add up to D (Euler),
+each the cost of the layer's own error and half of what it costs together with those of the other layers; on small
+models at 50 to 60 % they add up to 1.1 to 1.3 times D. The derivative of D by the size of the layer's error is exact at
+any distance, so small moves of the budget are ranked rightly. A share is a difference of small numbers and can come out
+too small or negative: none counts less than `FLOOR` of the mean share.
 
 Costs a forward and a backward pass of the text. Memory holds the gradient of one weight, and the logits of one batch
-(`billhook.evaluation.batching`, one window at least) with their gradients and its activations; where these are large, only what passes
-between its blocks, and each block runs again when its turn comes.
+(`billhook.evaluation.batching`, one window at least) with their gradients and its activations; where these are large,
+only what passes between its blocks, and each block runs again when its turn comes.
 """
 
 import math
@@ -42,10 +43,11 @@ def attribute(
     windows: Tensor,
     back: Callable[[int, Tensor], Tensor],
 ) -> dict[str, float]:
-    """Each layer's share, by name, in nats a token; `windows` are token ids [windows, length] int64, `dense` the dense weights by name.
+    """Each layer's share, by name, in nats a token; `windows` are token ids [windows, length] int64, `dense` the dense
+    weights by name.
 
-    `back(window, logits)` returns the gradient of the divergence, summed over tokens, by the logits [length - 1, vocabulary].
-    Raises JobError for a gradient that is not finite, naming the layer.
+    `back(window, logits)` returns the gradient of the divergence, summed over tokens, by the logits [length - 1,
+    vocabulary]. Raises JobError for a gradient that is not finite, naming the layer.
     """
     sums = {layer.name: 0.0 for layer in layers}
     parameters: dict[int, tuple[nn.Parameter, list[Layer]]] = {}
@@ -55,13 +57,23 @@ def attribute(
     size = batch_size(windows.shape[1], vocabulary_size(model), model.dtype.itemsize)
     outputs = size * windows.shape[1] * sum(layer.shape[0] for layer in layers) * model.dtype.itemsize
     memory = _recomputed(model) if outputs > _BYTES else nullcontext()
-    with _alone(model, [parameter for parameter, _ in parameters.values()]), plain_experts(model), evaluating(model), memory:
-        hooks = [parameter.register_post_accumulate_grad_hook(_adder(inside, dense, sums)) for parameter, inside in parameters.values()]
+    with (
+        _alone(model, [parameter for parameter, _ in parameters.values()]),
+        plain_experts(model),
+        evaluating(model),
+        memory,
+    ):
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(_adder(inside, dense, sums))
+            for parameter, inside in parameters.values()
+        ]
         try:
             for first, ids in zip(range(0, len(windows), size), windows.to(model.device).split(size), strict=True):
                 with torch.enable_grad():
                     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-                gradients = [back(window, one).to(logits.dtype) for window, one in enumerate(logits.detach(), start=first)]
+                gradients = [
+                    back(window, one).to(logits.dtype) for window, one in enumerate(logits.detach(), start=first)
+                ]
                 logits.backward(torch.stack(gradients))
         finally:
             for hook in hooks:

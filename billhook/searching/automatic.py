@@ -1,16 +1,17 @@
 """The allocation of `--allocator auto`: three are tried in full on held-out calibration windows, and the best is used.
 
-Tried, each pruned block by block with the run's own criterion on one part of the calibration windows (by admm in three steps, unless
-the run was given `steps`) and scored by the divergence from the dense model on the other:
+Tried, each pruned block by block with the run's own criterion on one part of the calibration windows (by admm in three
+steps, unless the run was given `steps`) and scored by the divergence from the dense model on the other:
 
 1. uniform. Of its divergence each layer's share is measured (`billhook.searching.attribution`).
-2. the optimum of the measured error curves with these shares (`billhook.allocators.curves`). Its shares are measured, too.
-3. what looks best then: the optimum with the geometric mean of both shares, for shares change with the plan (of a layer that 2 hardly
-   prunes, with its first share); or, where 2 was no better than uniform, half of its way; or the best of the published knobs of ATP,
-   OWL and DLP, where shares and curves foretell that it beats all that was tried.
+2. the optimum of the measured error curves with these shares (`billhook.allocators.curves`). Its shares are measured,
+   too.
+3. what looks best then: the optimum with the geometric mean of both shares, for shares change with the plan (of a layer
+   that 2 hardly prunes, with its first share); or, where 2 was no better than uniform, half of its way; or the best of
+   the published knobs of ATP, OWL and DLP, where shares and curves foretell that it beats all that was tried.
 
-Equal scores go to the first in this order. Uniform is among them, so the plan is never worse than uniform there. Where the text cannot be
-split the plan is uniform, and says why. Deterministic. The model's weights are as before afterwards.
+Equal scores go to the first in this order. Uniform is among them, so the plan is never worse than uniform there. Where
+the text cannot be split the plan is uniform, and says why. Deterministic. The model's weights are as before afterwards.
 """
 
 import math
@@ -37,7 +38,10 @@ PUBLISHED = ("atp", "owl", "dlp")
 def needs(criterion: str) -> tuple[str, ...]:
     """The columns that `choose` reads: the error curves, and what the published allocators read."""
     options = [candidate for name in PUBLISHED for candidate in Space((name,), {}, 2, 0.5, grid=True).candidates()]
-    return (f"error_curve:{criterion}", *dict.fromkeys(n for c in options for n in ALLOCATORS.needs(c.allocator, c.options)))
+    return (
+        f"error_curve:{criterion}",
+        *dict.fromkeys(n for c in options for n in ALLOCATORS.needs(c.allocator, c.options)),
+    )
 
 
 def choose(
@@ -97,25 +101,35 @@ class _Forecast:
         column = f"loss_share:{self.criterion}"
         rows = tuple(replace(row, metrics={**row.metrics, column: shares[row.layer]}) for row in self.table)
         options = {"criterion": self.criterion, "strength": strength}
-        return allocate(replace(self.table, rows=rows), self.target, allocator="curves", pattern=self.pattern, **options)
+        return allocate(
+            replace(self.table, rows=rows), self.target, allocator="curves", pattern=self.pattern, **options
+        )
 
     def published(self, shares: Shares, divergence: float) -> tuple[str, SparsityPlan, float]:
-        """The best of the published knobs: its name, its plan and the divergence that it is to have, where uniform's was `divergence`."""
+        """The best of the published knobs: its name, its plan and the divergence that it is to have, where uniform's
+        was `divergence`."""
         found = {}
         for one in Space(PUBLISHED, {}, len(self.table.blocks()), self.uniform.target, grid=True).candidates():
             plan = allocate(self.table, self.target, allocator=one.allocator, pattern=self.pattern, **one.options)
             options = ", ".join(f"{key}={value}" for key, value in one.options.items())
-            found[f"{one.allocator} ({options})"] = plan, divergence * self._loss(shares, plan) / self._loss(shares, self.uniform)
+            found[f"{one.allocator} ({options})"] = (
+                plan,
+                divergence * self._loss(shares, plan) / self._loss(shares, self.uniform),
+            )
         name = min(found, key=lambda name: found[name][1])
         return name, *found[name]
 
     def at_middle(self, shares: Shares, plan: SparsityPlan) -> dict[str, float]:
         """What shares measured under `plan` would be at `MIDDLE`."""
-        return {layer: share * self._error(layer, MIDDLE) / self._error(layer, plan.sparsity[layer]) for layer, share in shares.items()}
+        return {
+            layer: share * self._error(layer, MIDDLE) / self._error(layer, plan.sparsity[layer])
+            for layer, share in shares.items()
+        }
 
     def both(self, first: Shares, second: Shares, plan: SparsityPlan) -> dict[str, float]:
-        """The geometric mean of shares measured under uniform and under `plan`, both at `MIDDLE`; the first where `plan` spares a layer so
-        much that its share there is below what can be measured (`FLOOR`), for at `MIDDLE` that would count for anything."""
+        """The geometric mean of shares measured under uniform and under `plan`, both at `MIDDLE`; the first where
+        `plan` spares a layer so much that its share there is below what can be measured (`FLOOR`), for at `MIDDLE` that
+        would count for anything."""
 
         def spared(layer: str) -> bool:
             return self._error(layer, plan.sparsity[layer]) < FLOOR * self._error(layer, self.uniform.sparsity[layer])
@@ -123,7 +137,10 @@ class _Forecast:
         return {layer: one if spared(layer) else math.sqrt(one * second[layer]) for layer, one in first.items()}
 
     def _loss(self, shares: Shares, plan: SparsityPlan) -> float:
-        losses = (share * self._error(layer, plan.sparsity[layer]) / self._error(layer, MIDDLE) for layer, share in shares.items())
+        losses = (
+            share * self._error(layer, plan.sparsity[layer]) / self._error(layer, MIDDLE)
+            for layer, share in shares.items()
+        )
         return math.fsum(losses)
 
     def _error(self, layer: str, sparsity: float) -> float:

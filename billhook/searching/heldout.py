@@ -1,4 +1,5 @@
-"""Splitting calibration windows: one half gives statistics, the other the loss that plans are chosen by. No window is in both."""
+"""Splitting calibration windows: one half gives statistics, the other the loss that plans are chosen by. No window is
+in both."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,8 @@ class Split:
 
 
 def used_fields(given: Mapping[str, Any], used: Sequence[str], who: str) -> None:
-    """Raise BillhookError for a name in `given` that is neither of `OPENING` nor of `used`: nothing asked for is passed over."""
+    """Raise BillhookError for a name in `given` that is neither of `OPENING` nor of `used`: nothing asked for is passed
+    over."""
     known = [*OPENING, *used]
     for name in given:
         if name in known:
@@ -36,7 +38,9 @@ def used_fields(given: Mapping[str, Any], used: Sequence[str], who: str) -> None
         if name in ("table", "gradients"):
             raise BillhookError(f"{who} measures on its own half of the calibration windows: leave {name} out.")
         if name == "sampling":
-            raise BillhookError(f"{who} splits the windows, and those of --sampling papers can overlap: leave sampling out.")
+            raise BillhookError(
+                f"{who} splits the windows, and those of --sampling papers can overlap: leave sampling out."
+            )
         if name in Request.__dataclass_fields__:
             raise BillhookError(f"{who} has no use for {name}: leave it out.")
         raise BillhookError(f"{who} has no field {name!r}.{hint(name, known)} There are: {', '.join(known)}.")
@@ -45,8 +49,8 @@ def used_fields(given: Mapping[str, Any], used: Sequence[str], who: str) -> None
 def split_windows(opened: Opened, seed: int) -> Split:
     """Divide a request's windows in two at random with `seed`, windows of equal content counted once.
 
-    Raises BillhookError where fewer than four different windows are left. Packed windows never overlap; those drawn as in the papers
-    can, which is why `used_fields` refuses that sampling.
+    Raises BillhookError where fewer than four different windows are left. Packed windows never overlap; those drawn as
+    in the papers can, which is why `used_fields` refuses that sampling.
     """
     tokens = opened.calibration
     assert tokens is not None
@@ -54,7 +58,8 @@ def split_windows(opened: Opened, seed: int) -> Split:
     different = list({tuple(row): index for index, row in reversed(list(enumerate(rows)))}.values())
     if len(different) < LEAST:
         raise BillhookError(
-            f"{tokens.source}: {len(different)} different windows are too few to split into calibration and held-out ones; a search needs "
+            f"{tokens.source}: {len(different)} different windows are too few to split into calibration and "
+            "held-out ones; a search needs "
             f"{LEAST} or more. Give more text, more --samples or a smaller --length."
         )
     order = random.Random(seed).sample(sorted(different), len(different))

@@ -1,6 +1,7 @@
 """search.json: what a search did so far, rewritten whole after every run, so that it can go on after any interruption.
 
-File format: docs/formats.md, `search.json`. The same inputs and seed give the same bytes, so there is no date and no duration in it.
+File format: docs/formats.md, `search.json`. The same inputs and seed give the same bytes, so there is no date and no
+duration in it.
 """
 
 import math
@@ -22,7 +23,8 @@ RECORD, PLAN, PICTURE, MODEL = "search.json", "plan.json", "search.svg", "model"
 
 @dataclass(frozen=True)
 class Run:
-    """One candidate's losses per held-out window, in nats a token; `stopped` when it was given up before all windows of a trial."""
+    """One candidate's losses per held-out window, in nats a token; `stopped` when it was given up before all windows of
+    a trial."""
 
     candidate: Candidate
     kl: list[float]
@@ -36,7 +38,12 @@ class Run:
     def to_json(self) -> dict[str, Any]:
         """The entry in search.json."""
         c = self.candidate
-        entry: dict[str, Any] = {"allocator": c.allocator, "options": c.options, "tick": c.tick, "windows": len(self.kl)}
+        entry: dict[str, Any] = {
+            "allocator": c.allocator,
+            "options": c.options,
+            "tick": c.tick,
+            "windows": len(self.kl),
+        }
         entry |= {"stopped": self.stopped, "mean_kl": self.loss("kl"), "mean_nll": self.loss("nll")}
         return entry | {"kl": self.kl, "nll": self.nll}
 
@@ -69,7 +76,8 @@ class Journal:
     def open(cls, folder: Path | None, identity: dict[str, Any], overwrite: bool) -> "Journal":
         """Start a journal in `folder`, made if need be, or go on with the one there.
 
-        Raises BillhookError, unless `overwrite`, where the one there is of another search (saying what differs) or is damaged.
+        Raises BillhookError, unless `overwrite`, where the one there is of another search (saying what differs) or is
+        damaged.
         """
         if folder is None:
             return cls(None, identity)
@@ -80,12 +88,17 @@ class Journal:
         value = read_json(path, "search")
         found = value.get("identity")
         if value.get("version") != VERSION or not isinstance(found, dict):
-            raise BillhookError(f"{path} is not a search of version {VERSION}: choose another --output, or --overwrite.")
+            raise BillhookError(
+                f"{path} is not a search of version {VERSION}: choose another --output, or --overwrite."
+            )
         different = [key for key in identity if found.get(key) != identity[key]]
         if different:
             key = different[0]
             was, now = f"{found.get(key)!r:.60}", f"{identity[key]!r:.60}"
-            raise BillhookError(f"{path} is of another search: {key} was {was} and is now {now}. Choose another --output, or --overwrite.")
+            raise BillhookError(
+                f"{path} is of another search: {key} was {was} and is now {now}. Choose another --output, or "
+                "--overwrite."
+            )
         try:
             trials, full = ([Run.from_json(entry) for entry in value[key]] for key in ("trials", "full"))
         except (KeyError, TypeError, ValueError) as error:
@@ -105,7 +118,11 @@ class Journal:
     def finish(self, best: Run, plan: SparsityPlan) -> None:
         """Note the result and write the plan."""
         self.best = {"allocator": best.candidate.allocator, "options": best.candidate.options}
-        self.best |= {"mean_kl": best.loss("kl"), "mean_nll": best.loss("nll"), "token_ppl": math.exp(min(best.loss("nll"), 700))}
+        self.best |= {
+            "mean_kl": best.loss("kl"),
+            "mean_nll": best.loss("nll"),
+            "token_ppl": math.exp(min(best.loss("nll"), 700)),
+        }
         if self.folder is not None:
             plan.save(self.folder / PLAN)
         self._write()
@@ -113,7 +130,13 @@ class Journal:
     def to_json(self) -> dict[str, Any]:
         """The content of search.json."""
         runs = {"trials": [t.to_json() for t in self.trials], "full": [f.to_json() for f in self.full]}
-        return {"version": VERSION, "billhook": billhook.__version__, "best": self.best, "identity": self.identity, **runs}
+        return {
+            "version": VERSION,
+            "billhook": billhook.__version__,
+            "best": self.best,
+            "identity": self.identity,
+            **runs,
+        }
 
     def _write(self) -> None:
         if self.folder is not None:

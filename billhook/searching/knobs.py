@@ -1,9 +1,10 @@
 """The knob of each allocator, its range, and which value to try next: a pure function of what was tried before.
 
-The published defaults suit the models of the papers (AlphaPruning's epsilon, ATP's beta, OWL's lam and M); on others they can be worse
-than uniform. The default schedule tries five points of each range, then halves the distance around the best. `grid` gives the
-published values instead: ATP's beta in steps of 0.002 (arXiv:2502.14770), AlphaPruning's epsilon (arXiv:2410.10912), OWL's lam and M
-(arXiv:2310.05175, as searched by later work) and DLP's alpha (arXiv:2505.23807).
+The published defaults suit the models of the papers (AlphaPruning's epsilon, ATP's beta, OWL's lam and M); on others
+they can be worse than uniform. The default schedule tries five points of each range, then halves the distance around
+the best. `grid` gives the published values instead: ATP's beta in steps of 0.002 (arXiv:2502.14770), AlphaPruning's
+epsilon (arXiv:2410.10912), OWL's lam and M (arXiv:2310.05175, as searched by later work) and DLP's alpha
+(arXiv:2505.23807).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,10 +25,11 @@ ATP_STEP = 0.002
 
 @dataclass(frozen=True)
 class Knob:
-    """`name` is the option that is searched in (0, high]; `high` and `grid` are given the number of blocks and the target sparsity.
+    """`name` is the option that is searched in (0, high]; `high` and `grid` are given the number of blocks and the
+    target sparsity.
 
-    Zero is the uniform plan; where `falling`, `high` is, and the range is [0, high). `published` are further options, with the values
-    that `--grid` combines with the knob's own.
+    Zero is the uniform plan; where `falling`, `high` is, and the range is [0, high). `published` are further options,
+    with the values that `--grid` combines with the knob's own.
     """
 
     name: str
@@ -59,12 +61,18 @@ KNOBS: dict[str, Knob] = {
         falling=True,
     ),
 }
-ALL = ("alphapruning", "atp", "owl", "dlp")  # what "all" means: sensitivity costs an evaluation a block, global is rarely a rival
+ALL = (
+    "alphapruning",
+    "atp",
+    "owl",
+    "dlp",
+)  # what "all" means: sensitivity costs an evaluation a block, global is rarely a rival
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One thing to try: an allocator with all its options; `tick` is the knob's place in its range, in 40ths (None off the schedule)."""
+    """One thing to try: an allocator with all its options; `tick` is the knob's place in its range, in 40ths (None off
+    the schedule)."""
 
     allocator: str
     options: dict[str, Any]
@@ -73,7 +81,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a candidate did: `score` is its loss minus uniform's on the same windows; `stopped` if it is clearly behind."""
+    """How a candidate did: `score` is its loss minus uniform's on the same windows; `stopped` if it is clearly
+    behind."""
 
     candidate: Candidate
     score: float
@@ -82,7 +91,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched: allocators, their options that are given and not searched, the number of blocks, the target sparsity."""
+    """What is searched: allocators, their options that are given and not searched, the number of blocks, the target
+    sparsity."""
 
     allocators: tuple[str, ...]
     given: Mapping[str, Any]
@@ -99,8 +109,11 @@ class Space:
                 raise BillhookError(f"{knob.name} is what the search chooses for {name}: leave out --set {knob.name}.")
 
     def candidates(self) -> Iterator[Candidate]:
-        """Every candidate that is tried in any case, in order: the grid, or the coarse points; a single one without a knob."""
-        searched = [name for name in self.allocators if name in KNOBS and KNOBS[name].high(self.blocks, self.target) > 0]
+        """Every candidate that is tried in any case, in order: the grid, or the coarse points; a single one without a
+        knob."""
+        searched = [
+            name for name in self.allocators if name in KNOBS and KNOBS[name].high(self.blocks, self.target) > 0
+        ]
         for name in self.allocators:
             if name not in searched:
                 yield Candidate(name, ALLOCATORS.configure(name, self._given(name)))
@@ -130,14 +143,16 @@ class Space:
     @property
     def points(self) -> int:
         """How many trials the schedule takes unless told otherwise."""
-        return len(list(self.candidates())) + (0 if self.grid else (POINTS - len(COARSE)) * sum(a in KNOBS for a in self.allocators))
+        return len(list(self.candidates())) + (
+            0 if self.grid else (POINTS - len(COARSE)) * sum(a in KNOBS for a in self.allocators)
+        )
 
 
 def propose(space: Space, past: Sequence[Outcome]) -> Candidate | None:
     """What to try after `past` (in any order), or None when the schedule has nothing left.
 
-    Coarse points first. Then, for every allocator whose best point is not clearly behind, the points beside that best one at halving
-    distances: the widest distance first, the best allocator first.
+    Coarse points first. Then, for every allocator whose best point is not clearly behind, the points beside that best
+    one at halving distances: the widest distance first, the best allocator first.
     """
     tried = {(o.candidate.allocator, tuple(o.candidate.options.items())) for o in past}
     for candidate in space.candidates():

@@ -1,8 +1,9 @@
 """Masks of one layer at many sparsities, from scores sorted once.
 
-A search masks the same scores again and again. A ladder keeps, of each comparison group, the scores at evenly spaced ranks; masking
-at another sparsity is then one comparison with a stored threshold. What is lost is exactness: within a rung of the ladder nothing
-can be told apart, ties go together, and the total is met by giving neighbouring rungs to different rows. `Select` is exact.
+A search masks the same scores again and again. A ladder keeps, of each comparison group, the scores at evenly spaced
+ranks; masking at another sparsity is then one comparison with a stored threshold. What is lost is exactness: within a
+rung of the ladder nothing can be told apart, ties go together, and the total is met by giving neighbouring rungs to
+different rows. `Select` is exact.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 @dataclass(frozen=True)
 class Ladder:
-    """`rungs` [groups, steps + 1] float32 ascending: column k is the score at or below which k / steps of the group lies."""
+    """`rungs` [groups, steps + 1] float32 ascending: column k is the score at or below which k / steps of the group
+    lies."""
 
     rungs: Tensor
 
@@ -42,7 +44,8 @@ class Ladder:
         groups, steps = len(self.rungs), self.rungs.shape[1] - 1
         whole = round(sparsity * steps * groups)
         each, extra = divmod(whole, groups)
-        # The rows that lose a step more are spread evenly, by multiples of the golden ratio, and are the same in every trial.
+        # The rows that lose a step more are spread evenly, by multiples of the golden ratio, and are the same in every
+        # trial.
         spread = (torch.arange(groups, dtype=torch.float64) * _GOLDEN % 1).argsort().argsort()
         step = each + (spread < extra).long().to(self.rungs.device)
         return Rung(self.rungs.gather(1, step[:, None]))

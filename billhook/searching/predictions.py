@@ -1,4 +1,5 @@
-"""What the dense model predicts on held-out text, remembered in little memory, and how far another model's predictions are from it.
+"""What the dense model predicts on held-out text, remembered in little memory, and how far another model's predictions
+are from it.
 
 Of each next-token distribution the `KEPT` likeliest tokens are remembered and the rest as one sum, which bounds the
 Kullback-Leibler divergence from below and is exact for vocabularies up to that size.
@@ -41,7 +42,8 @@ def compare(logits: Tensor, targets: Tensor, dense: Remembered) -> tuple[float, 
 
 
 def slope(logits: Tensor, dense: Remembered) -> tuple[float, Tensor]:
-    """Mean divergence, and the gradient of its sum over tokens by the logits: float32 [tokens, vocabulary], entries up to one."""
+    """Mean divergence, and the gradient of its sum over tokens by the logits: float32 [tokens, vocabulary], entries up
+    to one."""
     kl = 0.0
     gradients: list[Tensor] = []
     rows = _rows(logits)

@@ -1,8 +1,8 @@
 """Search: choose allocator and knob on held-out calibration windows, never on the text that is reported.
 
-The windows drawn from the calibration source are split in two by a seed: one half gives the statistics, the other the loss. Cheap
-trials (`billhook.searching.trials`) and full runs are made as `billhook.searching.contest` says; the winner is written as a plan and as
-a pruned model.
+The windows drawn from the calibration source are split in two by a seed: one half gives the statistics, the other the
+loss. Cheap trials (`billhook.searching.trials`) and full runs are made as `billhook.searching.contest` says; the winner
+is written as a plan and as a pruned model.
 """
 
 import hashlib
@@ -75,21 +75,25 @@ def search(
     begin: Callable[["Task"], None] = lambda task: None,
     **fields: Any,
 ) -> Found:
-    """Find the allocator and the knob that lose least on held-out calibration windows; the model's weights are as before afterwards.
+    """Find the allocator and the knob that lose least on held-out calibration windows; the model's weights are as
+    before afterwards.
 
-    `allocator` is one name, several, or "all" (alphapruning, atp, owl, dlp); `budget` bounds the cheap trials, by number (9) or
-    time ("5m"); `objective` is "kl" (divergence from the dense model) or "ppl"; `grid` tries the published values;
-    `finalists` is how many of each allocator's best trials are pruned properly beside uniform; `output` is a directory for search.json,
-    plan.json, search.svg, and unless not `save_model` the pruned winner, model/; a search that was interrupted
-    goes on from there. `progress` is given a line for each trial, `begin` the checked task before anything is measured. Further keyword
-    arguments are fields of `Request` (calibration, samples, length, criterion, pattern, seed, ...); `options` are the criterion's and the
-    allocators'. Raises BillhookError for what cannot be done as asked, before anything is written.
+    `allocator` is one name, several, or "all" (alphapruning, atp, owl, dlp); `budget` bounds the cheap trials, by
+    number (9) or time ("5m"); `objective` is "kl" (divergence from the dense model) or "ppl"; `grid` tries the
+    published values; `finalists` is how many of each allocator's best trials are pruned properly beside uniform;
+    `output` is a directory for search.json, plan.json, search.svg, and unless not `save_model` the pruned winner,
+    model/; a search that was interrupted goes on from there. `progress` is given a line for each trial, `begin` the
+    checked task before anything is measured. Further keyword arguments are fields of `Request` (calibration, samples,
+    length, criterion, pattern, seed, ...); `options` are the criterion's and the allocators'. Raises BillhookError for
+    what cannot be done as asked, before anything is written.
     """
     limit = Budget.parse(budget)
     if finalists < 1:
         raise BillhookError("A search needs at least one finalist beside uniform.")
     if objective not in OBJECTIVES:
-        raise BillhookError(f"Unknown objective {objective!r}.{hint(objective, OBJECTIVES)} There are: {', '.join(OBJECTIVES)}.")
+        raise BillhookError(
+            f"Unknown objective {objective!r}.{hint(objective, OBJECTIVES)} There are: {', '.join(OBJECTIVES)}."
+        )
     used_fields(fields, USED, "A search")
     request = Request(model, sparsity, **({"samples": SAMPLES} | fields))
     task = Task(request, _names(allocator), OBJECTIVES[objective], grid)
@@ -151,15 +155,20 @@ class Task:
         """What the allocators read, measured when the first plan is made."""
         if self._table is None:
             opened = self.opened
-            self._table = measure(opened.model, self.columns, batches=self.split.batches, layers=opened.layers, facts=opened.facts)
+            self._table = measure(
+                opened.model, self.columns, batches=self.split.batches, layers=opened.layers, facts=opened.facts
+            )
         return self._table
 
     def plan(self, candidate: Candidate) -> SparsityPlan:
         """The candidate's plan."""
-        return allocate(self.table, self.target, allocator=candidate.allocator, pattern=self.request.pattern, **candidate.options)
+        return allocate(
+            self.table, self.target, allocator=candidate.allocator, pattern=self.request.pattern, **candidate.options
+        )
 
     def check_plans(self) -> None:
-        """Raise BillhookError for a value that an allocator refuses, or a layer that cannot be measured, before the first trial."""
+        """Raise BillhookError for a value that an allocator refuses, or a layer that cannot be measured, before the
+        first trial."""
         for candidate in (UNIFORM, *self.space.candidates()):
             self.plan(candidate)
 
@@ -170,7 +179,8 @@ class Task:
         check_output(place if place.parent.is_dir() else place.parent, source, overwrite=True, needed=needed)
 
     def save(self, plan: SparsityPlan, place: Path) -> None:
-        """Write the model pruned as `plan` says, on the calibration half, to `place`, unless that is what lies there."""
+        """Write the model pruned as `plan` says, on the calibration half, to `place`, unless that is what lies
+        there."""
         ids = torch.cat(self.split.batches)
         facts = self.split.facts
         half = Tokens(ids, facts["source"], facts["calibration"]["digest"], facts["sampling"])
@@ -186,7 +196,9 @@ class Task:
         save_pruned(opened.model, opened.source, place, record=made, overwrite=True)
 
 
-def _identity(request: Request, opened: Opened, split: Split, space: Space, setting: Setting, objective: str) -> dict[str, Any]:
+def _identity(
+    request: Request, opened: Opened, split: Split, space: Space, setting: Setting, objective: str
+) -> dict[str, Any]:
     """What a search.json must agree in to be continued."""
     model = dict(opened.facts)
     if opened.source is None:
@@ -221,5 +233,7 @@ def _weights_digest(opened: Opened) -> str:
 
 def summary(found: Found) -> Mapping[str, Any]:
     """The result in a few numbers, for machines."""
-    place = {key: None if path is None else str(path) for key, path in (("output", found.output), ("model", found.model))}
+    place = {
+        key: None if path is None else str(path) for key, path in (("output", found.output), ("model", found.model))
+    }
     return {"best": found.record["best"], "trials": len(found.trials), **place}

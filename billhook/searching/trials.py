@@ -1,12 +1,15 @@
-"""What a search measures: cheap trials that reuse the dense model's statistics, and full runs that prune block by block.
+"""What a search measures: cheap trials that reuse the dense model's statistics, and full runs that prune block by
+block.
 
-A trial masks every layer at once with the criterion's own scores, computed from the inputs of the dense model, through thresholds
-sorted once (`billhook.searching.ladder`), and scores the result on held-out windows. Gradients are those of the dense model in a full run
-too, so they are computed once for all. Criteria that need more (SparseGPT's reconstruction) are stood in for by Wanda's mask: cheap
-trials then rank plans, and only the full runs use the criterion.
+A trial masks every layer at once with the criterion's own scores, computed from the inputs of the dense model, through
+thresholds sorted once (`billhook.searching.ladder`), and scores the result on held-out windows. Gradients are those of
+the dense model in a full run too, so they are computed once for all. Criteria that need more (SparseGPT's
+reconstruction) are stood in for by Wanda's mask: cheap trials then rank plans, and only the full runs use the
+criterion.
 
-The loss is the Kullback-Leibler divergence from the dense model's next-token distribution, in nats a token, or the negative
-log-likelihood (`billhook.searching.predictions`). `Bench.attribute` says which layers the divergence comes from.
+The loss is the Kullback-Leibler divergence from the dense model's next-token distribution, in nats a token, or the
+negative log-likelihood (`billhook.searching.predictions`). `Bench.attribute` says which layers the divergence comes
+from.
 """
 
 import math
@@ -66,7 +69,8 @@ class Setting:
 
 
 class Bench:
-    """A model whose layers are pruned and restored again and again; holds a second copy of their weights. Leaving it restores them."""
+    """A model whose layers are pruned and restored again and again; holds a second copy of their weights. Leaving it
+    restores them."""
 
     def __init__(
         self,
@@ -82,7 +86,13 @@ class Bench:
 
         `gradients` are the dense model's on `batches`; without them they are computed when first needed.
         """
-        self.model, self.layers, self.batches, self.heldout, self.setting = model, list(layers), list(batches), heldout, setting
+        self.model, self.layers, self.batches, self.heldout, self.setting = (
+            model,
+            list(layers),
+            list(batches),
+            heldout,
+            setting,
+        )
         self.shapes = {layer.name: layer.shape for layer in layers}
         self._dense = {layer.name: layer.weight.clone() for layer in layers}
         self._stats: dict[str, LayerStats] = {}
@@ -90,7 +100,9 @@ class Bench:
         self._reference: list[Remembered] = []  # of each held-out window
         self._gradients = gradients
         self._files = ExitStack()
-        self._pruned: tuple[SparsityPlan, list[LayerResult]] | None = None  # what `prune` made of the model, as it still is
+        self._pruned: tuple[SparsityPlan, list[LayerResult]] | None = (
+            None  # what `prune` made of the model, as it still is
+        )
 
     def __enter__(self) -> "Bench":
         return self
@@ -101,14 +113,17 @@ class Bench:
 
     @torch.no_grad()
     def _open(self) -> None:
-        """Note the dense model's predictions and, if the criterion reads them, its gradients: once for all trials and full runs."""
+        """Note the dense model's predictions and, if the criterion reads them, its gradients: once for all trials and
+        full runs."""
         if self._reference:
             return
         self.restore_()
         name = self.setting.gradient
         if name is not None and self._gradients is None:
             folder = Path(self._files.enter_context(tempfile.TemporaryDirectory(prefix="billhook.")))
-            self._gradients = compute_gradients(self.model, self.batches, name, folder / "gradients.safetensors", layers=self.layers)
+            self._gradients = compute_gradients(
+                self.model, self.batches, name, folder / "gradients.safetensors", layers=self.layers
+            )
         self._reference = [remember(logits) for logits, _ in self._predictions(0, len(self.heldout))]
 
     @torch.no_grad()
@@ -141,7 +156,8 @@ class Bench:
             layer.weight.copy_(self._apply(layer, select))
 
     def prune(self, plan: SparsityPlan) -> list[LayerResult]:
-        """Prune in place as `billhook prune` does: block by block, each seeing what the pruned ones before it produce."""
+        """Prune in place as `billhook prune` does: block by block, each seeing what the pruned ones before it
+        produce."""
         if self._pruned is not None and self._pruned[0] == plan:
             return self._pruned[1]
         self._open()
@@ -168,7 +184,8 @@ class Bench:
 
     @torch.no_grad()
     def losses(self, first: int, last: int) -> Losses:
-        """Score the model as it now is on held-out windows `first` to `last` (exclusive); raises JobError for a loss that is not finite."""
+        """Score the model as it now is on held-out windows `first` to `last` (exclusive); raises JobError for a loss
+        that is not finite."""
         kl, nll = [], []
         for window, (logits, ids) in enumerate(self._predictions(first, last), start=first):
             divergence, likelihood = compare(logits, ids, self._reference[window])
@@ -242,4 +259,6 @@ class Bench:
 
 def _check_finite(window: int, *losses: float) -> None:
     if not all(map(math.isfinite, losses)):
-        raise JobError(f"The pruned model's loss on held-out window {window} is not a finite number. Try --dtype float32.")
+        raise JobError(
+            f"The pruned model's loss on held-out window {window} is not a finite number. Try --dtype float32."
+        )

@@ -3,8 +3,8 @@
 FILE.txt                        one document, the file as it stands (UTF-8)
 FILE.jsonl                      one document a line, its field `text`
 FILE.safetensors                token ids ready made, see `billhook.text.windows`
-hub:NAME[:config][:split]       a dataset of the Hugging Face hub or a local directory; hub:wikitext2, hub:c4 and hub:ptb are the papers'
-stdlib:train, stdlib:heldout    the sources of the running Python's standard library
+hub:NAME[:config][:split]       a dataset of the Hugging Face hub or a local directory; hub:wikitext2, hub:c4 and
+hub:ptb are the papers' stdlib:train, stdlib:heldout    the sources of the running Python's standard library
 """
 
 import json
@@ -20,10 +20,12 @@ FORMS = "FILE.txt, FILE.jsonl, FILE.safetensors, hub:NAME[:config][:split], stdl
 
 
 def documents(source: str, purpose: Purpose, stream: bool) -> Iterable[str]:
-    """The documents of a text source; a list (or another sequence) unless `stream` allows to read a hub dataset from its front only.
+    """The documents of a text source; a list (or another sequence) unless `stream` allows to read a hub dataset from
+    its front only.
 
-    `purpose` decides the split of a hub dataset where SOURCE names none: train for calibration, held-out text for evaluation.
-    Raises BillhookError for an unknown form, and for a file that is missing, empty, not UTF-8 or not what its name says.
+    `purpose` decides the split of a hub dataset where SOURCE names none: train for calibration, held-out text for
+    evaluation. Raises BillhookError for an unknown form, and for a file that is missing, empty, not UTF-8 or not what
+    its name says.
     """
     if source.startswith("hub:"):
         from billhook.text.hub import hub_documents
@@ -40,8 +42,11 @@ def documents(source: str, purpose: Purpose, stream: bool) -> Iterable[str]:
 
 
 def joint(source: str) -> str:
-    """What stands between two documents when a text is read as one: as published, a space for C4 and the Penn Treebank."""
-    return " " if source.removeprefix("hub:").partition(":")[0] in ("c4", "ptb") and source.startswith("hub:") else "\n\n"
+    """What stands between two documents when a text is read as one: as published, a space for C4 and the Penn
+    Treebank."""
+    return (
+        " " if source.removeprefix("hub:").partition(":")[0] in ("c4", "ptb") and source.startswith("hub:") else "\n\n"
+    )
 
 
 def existing_file(source: str) -> Path:
@@ -86,7 +91,9 @@ def _jsonl(path: Path) -> list[str]:
         except (ValueError, RecursionError) as error:
             raise BillhookError(f"{path}, line {number} is not valid json ({error}).") from None
         if not isinstance(item, dict) or not isinstance(item.get("text"), str):
-            raise BillhookError(f'{path}, line {number} has no field `text`: every line must be an object like {{"text": "..."}}.')
+            raise BillhookError(
+                f'{path}, line {number} has no field `text`: every line must be an object like {{"text": "..."}}.'
+            )
         # Half of a surrogate pair is legal json and no text; tokenizers refuse it.
         found.append(item["text"].encode("utf-8", "replace").decode("utf-8"))
     if not any(text.strip() for text in found):

@@ -1,8 +1,8 @@
 """Datasets of the Hugging Face hub, or a local directory in one of the forms `datasets` reads.
 
-The papers' corpora are spelled in today's form: C4 by its data files (`allenai/c4`; the configuration name of 2023 is gone),
-WikiText-2 as `Salesforce/wikitext`, `wikitext-2-raw-v1`, the Penn Treebank in the hub's own conversion (its loading script is refused
-today). `datasets` is imported only here, only when a source asks for it.
+The papers' corpora are spelled in today's form: C4 by its data files (`allenai/c4`; the configuration name of 2023 is
+gone), WikiText-2 as `Salesforce/wikitext`, `wikitext-2-raw-v1`, the Penn Treebank in the hub's own conversion (its
+loading script is refused today). `datasets` is imported only here, only when a source asks for it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +14,10 @@ from billhook.errors import BillhookError
 C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 PTB_FILES = {split: f"penn_treebank/{split}/*.parquet" for split in ("train", "validation", "test")}
 _CONVERTED = "refs/convert/parquet"  # the branch on which the hub keeps its own conversion of a data set
-_FILES = {"c4": ("allenai/c4", C4_FILES, None, "text"), "ptb": ("ptb-text-only/ptb_text_only", PTB_FILES, _CONVERTED, "sentence")}
+_FILES = {
+    "c4": ("allenai/c4", C4_FILES, None, "text"),
+    "ptb": ("ptb-text-only/ptb_text_only", PTB_FILES, _CONVERTED, "sentence"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Request:
 
 
 def parse(source: str, purpose: str) -> Request:
-    """Read `hub:NAME[:config][:split]`; a missing split is train for calibration, test (C4: validation) for evaluation."""
+    """Read `hub:NAME[:config][:split]`; a missing split is train for calibration, test (C4: validation) for
+    evaluation."""
     name, *rest = source.removeprefix("hub:").split(":")
     alias = name in ("wikitext2", *_FILES)
     if not name or len(rest) > (1 if alias else 2):
@@ -43,7 +47,9 @@ def parse(source: str, purpose: str) -> Request:
     if name in _FILES:
         place, files, revision, field = _FILES[name]
         if split not in files:
-            raise BillhookError(f"{name.upper()} has no split {split!r}: use hub:{name}:{f' or hub:{name}:'.join(files)}.")
+            raise BillhookError(
+                f"{name.upper()} has no split {split!r}: use hub:{name}:{f' or hub:{name}:'.join(files)}."
+            )
         return Request(place, None, split, {split: files[split]}, revision, field)
     return Request(name, (rest[0] if rest else "") or None, split)
 
@@ -69,13 +75,16 @@ class _Column(Sequence[str]):
 def hub_documents(source: str, purpose: str, stream: bool) -> Iterable[str]:
     """The documents of a hub dataset: with `stream` an iterable that downloads what is read, else a sequence on disk.
 
-    Raises BillhookError when `datasets` is not installed, the dataset or split cannot be had, or there is no field `text`.
+    Raises BillhookError when `datasets` is not installed, the dataset or split cannot be had, or there is no field
+    `text`.
     """
     request = parse(source, purpose)
     try:
         import datasets
     except ImportError:
-        raise BillhookError(f"The source {source} needs the package `datasets`: pip install 'billhook[data]', or give a file.") from None
+        raise BillhookError(
+            f"The source {source} needs the package `datasets`: pip install 'billhook[data]', or give a file."
+        ) from None
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -1,11 +1,11 @@
 """Text that every machine has: the sources of the running Python's standard library.
 
 The bundled demo model is trained, calibrated and evaluated on this text, so that every example and test of this project
-runs without a download. A fixed list of modules, `HELD_OUT`, is kept apart by name: neither their sources nor their tests
-are ever training or calibration text, which makes them honest evaluation text.
+runs without a download. A fixed list of modules, `HELD_OUT`, is kept apart by name: neither their sources nor their
+tests are ever training or calibration text, which makes them honest evaluation text.
 
-The text belongs to the interpreter that reads it: another Python release gives slightly different sources, hence slightly
-different numbers. Compare numbers only within one release. This module imports the standard library alone.
+The text belongs to the interpreter that reads it: another Python release gives slightly different sources, hence
+slightly different numbers. Compare numbers only within one release. This module imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ _LANDMARKS = ("os.py", "argparse.py", "json/__init__.py")
 def documents(split: Split, include_tests: bool = False, root: Path | None = None) -> list[tuple[str, str]]:
     """List `(relative path, text)` of one split, sorted by path.
 
-    `include_tests` adds the `test` package where the interpreter has it (training only: it is absent on many machines, so
-    calibration and evaluation never use it). `root` overrides the standard library's folder.
+    `include_tests` adds the `test` package where the interpreter has it (training only: it is absent on many machines,
+    so calibration and evaluation never use it). `root` overrides the standard library's folder.
     """
     if split not in ("train", "heldout"):
         raise BillhookError(f"unknown split {split!r}: use 'train' or 'heldout'")

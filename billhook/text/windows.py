@@ -2,14 +2,16 @@
 
 Calibration draws `samples` windows of `length` tokens with a seed, in one of two named ways:
 
-* "packed" (default): documents in random order, one after the other with a BOS (else EOS) token before each, cut into windows; the
-  windows are chosen without replacement. Works for documents of any length and for a single text file. A large corpus is read
-  until there are four times as many tokens as needed.
+* "packed" (default): documents in random order, one after the other with a BOS (else EOS) token before each, cut into
+  windows; the windows are chosen without replacement. Works for documents of any length and for a single text file. A
+  large corpus is read until there are four times as many tokens as needed.
 * "papers": the published sampling of Wanda, SparseGPT, GBLM, AlphaPruning and ATP: draw a document uniformly, draw
-  again until it is longer than the window, then a uniform start. Same draws as published for the same corpus, tokenizer and seed.
+  again until it is longer than the window, then a uniform start. Same draws as published for the same corpus, tokenizer
+  and seed.
 
-Evaluation tokenises the whole text once (documents joined by `corpus.joint`) and cuts it into non-overlapping windows. A .safetensors
-source holds `tokens` [samples, length], used as they are: at most `samples` rows, at most `length` columns, no sampling.
+Evaluation tokenises the whole text once (documents joined by `corpus.joint`) and cuts it into non-overlapping windows.
+A .safetensors source holds `tokens` [samples, length], used as they are: at most `samples` rows, at most `length`
+columns, no sampling.
 """
 
 import hashlib
@@ -49,8 +51,9 @@ class Tokens:
 class Windows:
     """Evaluation windows: `ids` int64 [windows, length].
 
-    `tokens` is the number of tokens the text had before it was cut. `text_bytes` is the UTF-8 length of the text that the scored
-    tokens (all but the first of each window) stand for, or None where it is not known (token files, tokenizers without offsets).
+    `tokens` is the number of tokens the text had before it was cut. `text_bytes` is the UTF-8 length of the text that
+    the scored tokens (all but the first of each window) stand for, or None where it is not known (token files,
+    tokenizers without offsets).
     """
 
     ids: Tensor
@@ -72,11 +75,13 @@ def load_calibration(
 ) -> Tokens:
     """Read calibration windows, int64 [samples, length]; the module says how they are chosen.
 
-    Raises BillhookError when the text is missing, empty or too short, no document is long enough, the token file is not one, or
-    an id is outside `vocab_size`.
+    Raises BillhookError when the text is missing, empty or too short, no document is long enough, the token file is not
+    one, or an id is outside `vocab_size`.
     """
     if samples < 1 or length < 2:
-        raise BillhookError(f"Calibration needs at least 1 sample of at least 2 tokens, got samples={samples}, length={length}.")
+        raise BillhookError(
+            f"Calibration needs at least 1 sample of at least 2 tokens, got samples={samples}, length={length}."
+        )
     if sampling not in ("packed", "papers"):
         raise BillhookError(f"Unknown sampling {sampling!r}: use packed or papers.")
     if source.endswith(".safetensors"):
@@ -87,21 +92,31 @@ def load_calibration(
             texts = cast(Sequence[str], documents(source, "calibration", stream=False))
             ids = _papers(texts, words, samples, length, random.Random(seed), source)
         else:
-            ids = _packed(documents(source, "calibration", stream=True), words, samples, length, random.Random(seed), source)
+            ids = _packed(
+                documents(source, "calibration", stream=True), words, samples, length, random.Random(seed), source
+            )
     check_ids(ids, vocab_size, source)
     return Tokens(ids, source, digest(ids), sampling)
 
 
 def load_windows(
-    source: str, tokenizer: PreTrainedTokenizerBase | None, *, length: int, limit: int | None = None, vocab_size: int | None = None
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    length: int,
+    limit: int | None = None,
+    vocab_size: int | None = None,
 ) -> Windows:
     """Read non-overlapping evaluation windows, int64 [floor(tokens / length), length], at most `limit` of them.
 
-    The text is tokenised once, so that special tokens stand at its very start only. Without `limit` a hub dataset gives at most 256
-    windows, any other source all. Raises BillhookError as `load_calibration` does.
+    The text is tokenised once, so that special tokens stand at its very start only. Without `limit` a hub dataset gives
+    at most 256 windows, any other source all. Raises BillhookError as `load_calibration` does.
     """
     if length < 2 or (limit is not None and limit < 1):
-        raise BillhookError(f"Evaluation needs windows of at least 2 tokens and at least one of them, got length={length}, limit={limit}.")
+        raise BillhookError(
+            f"Evaluation needs windows of at least 2 tokens and at least one of them, got length={length}, "
+            f"limit={limit}."
+        )
     if source.endswith(".safetensors"):
         ids = _token_file(source)[:limit, :length].contiguous()
         tokens, text_bytes = ids.numel(), None
@@ -111,7 +126,9 @@ def load_windows(
         flat, ends = _encode_joined(documents(source, "evaluation", stream=True), words, needed, joint(source))
         tokens, count = len(flat), min(len(flat) // length, limit or len(flat))
         if not count:
-            raise BillhookError(f"{source} has {tokens} tokens, fewer than one window of {length}: give more text or a smaller length.")
+            raise BillhookError(
+                f"{source} has {tokens} tokens, fewer than one window of {length}: give more text or a smaller length."
+            )
         ids = torch.tensor(flat[: count * length], dtype=torch.int64).view(count, length)
         text_bytes = None if ends is None else int((ends[length - 1 :: length][:count] - ends[::length][:count]).sum())
     check_ids(ids, vocab_size, source)
@@ -119,7 +136,8 @@ def load_windows(
 
 
 def as_batches(batches: Tensor | Iterable[Tensor], vocab_size: int | None) -> list[Tensor]:
-    """Token ids that a caller made, int64 [batch, length] each; a single tensor is one batch. Raises BillhookError for anything else."""
+    """Token ids that a caller made, int64 [batch, length] each; a single tensor is one batch. Raises BillhookError for
+    anything else."""
     found = [whole_ids(batch, "batches") for batch in ([batches] if isinstance(batches, Tensor) else batches)]
     for batch in found:
         check_ids(batch, vocab_size, "batches")
@@ -143,18 +161,24 @@ def digest(ids: Tensor) -> str:
 
 
 def check_ids(ids: Tensor, vocab_size: int | None, source: str) -> None:
-    """Raise BillhookError for the first of `ids` [rows, columns] below 0 or, where it is known, not below `vocab_size`."""
+    """Raise BillhookError for the first of `ids` [rows, columns] below 0 or, where it is known, not below
+    `vocab_size`."""
     outside = ids < 0 if vocab_size is None else (ids < 0) | (ids >= vocab_size)
     if outside.any():
         row, column = outside.nonzero()[0].tolist()
         known = "" if vocab_size is None else f" of {vocab_size} entries"
         found = f"token id {int(ids[row, column])} at row {row}, position {column}"
-        raise BillhookError(f"{source}: {found} is outside the vocabulary{known}. Is this text tokenised for another model?")
+        raise BillhookError(
+            f"{source}: {found} is outside the vocabulary{known}. Is this text tokenised for another model?"
+        )
 
 
 def _need(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        raise BillhookError(f"The model has no tokenizer to read {source} with: give a .safetensors file with `tokens` [samples, length].")
+        raise BillhookError(
+            f"The model has no tokenizer to read {source} with: give a .safetensors file with `tokens` [samples, "
+            "length]."
+        )
     return tokenizer
 
 
@@ -173,11 +197,15 @@ def _token_file(source: str) -> Tensor:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
     # verbose=False: a text longer than the model's context is no mistake here, it is cut into windows.
-    found: list[list[int]] = tokenizer(texts, verbose=False, return_attention_mask=False, **options)["input_ids"] if texts else []
+    found: list[list[int]] = (
+        tokenizer(texts, verbose=False, return_attention_mask=False, **options)["input_ids"] if texts else []
+    )
     return found
 
 
-def _papers(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, rng: random.Random, source: str) -> Tensor:
+def _papers(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, rng: random.Random, source: str
+) -> Tensor:
     """The published draws, on documents tokenised when first drawn."""
     cache: dict[int, list[int]] = {}
 
@@ -201,13 +229,16 @@ def _papers(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, samples: i
             if not exists:
                 longest = max(map(len, cache.values()))
                 raise BillhookError(
-                    f"No document of {source} is longer than {length} tokens ({len(texts)} documents, the longest has {longest}): "
+                    f"No document of {source} is longer than {length} tokens ({len(texts)} documents, the "
+                    f"longest has {longest}): "
                     "use a smaller --length or --sampling packed."
                 )
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def _packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, rng: random.Random, source: str) -> Tensor:
+def _packed(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, rng: random.Random, source: str
+) -> Tensor:
     if isinstance(texts, Sequence):
         texts = [texts[index] for index in rng.sample(range(len(texts)), len(texts))]
     start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)
@@ -244,7 +275,8 @@ def _encode_joined(
 ) -> tuple[list[int], np.ndarray | None]:
     """Tokenise the documents with `between` among them: ids, and for each token how many bytes of the text end with it.
 
-    With `needed` only as much text is read as gives that many tokens and some to spare: what follows changes none of them.
+    With `needed` only as much text is read as gives that many tokens and some to spare: what follows changes none of
+    them.
     """
     reader, parts, held = iter(texts), list[str](), 0
     wanted = sys.maxsize if needed is None else 8 * needed

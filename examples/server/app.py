@@ -2,7 +2,8 @@
 
     pip install fastapi uvicorn
     python examples/server/app.py PACKED --port 8000
-    curl -s localhost:8000/generate -H 'content-type: application/json' -d '{"prompt": "Once upon a time", "max_new_tokens": 20}'
+    curl -s localhost:8000/generate -H 'content-type: application/json' -d '{"prompt": "Once upon a time",
+    "max_new_tokens": 20}'
 
 The model is an ordinary transformers model, so any other server that takes one holds it the same way.
 """
@@ -40,7 +41,9 @@ def create_app(directory: Path) -> FastAPI:
     def generate(asked: Prompt) -> dict[str, str | int]:  # not async: the server runs it in a thread
         ids = tokenizer(asked.prompt, return_tensors="pt").input_ids
         with turn, torch.no_grad():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=asked.max_new_tokens, do_sample=False)
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=asked.max_new_tokens, do_sample=False
+            )
         new = out[0, ids.shape[1] :]
         return {"text": tokenizer.decode(new, skip_special_tokens=True), "tokens": len(new)}
 

@@ -13,7 +13,9 @@ from billhook import prune
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
     model = tiny.llama(num_hidden_layers=3, intermediate_size=48)
-    return tiny.save(tmp_path_factory.mktemp("source") / "model", model, dtype=torch.bfloat16, shard="30KB", words=False)
+    return tiny.save(
+        tmp_path_factory.mktemp("source") / "model", model, dtype=torch.bfloat16, shard="30KB", words=False
+    )
 
 
 @pytest.fixture(scope="session")
@@ -27,4 +29,7 @@ def expected(source, tmp_path_factory) -> dict[str, dict[str, bytes]]:
 def count():
     """Tell how many faults were tried; a fault that was not survived has failed its test."""
     yield
-    print(f"\nfaults tried and survived: {sum(survived.values())} ({', '.join(f'{n} {what}' for what, n in survived.items())})")
+    print(
+        f"\nfaults tried and survived: {sum(survived.values())} "
+        f"({', '.join(f'{n} {what}' for what, n in survived.items())})"
+    )

@@ -1,4 +1,5 @@
-"""Runs that were stopped after a block: they go on from there with the same result, and only where nothing has changed meanwhile."""
+"""Runs that were stopped after a block: they go on from there with the same result, and only where nothing has changed
+meanwhile."""
 
 import json
 import os
@@ -37,7 +38,10 @@ def test_a_run_that_is_stopped_goes_on_after_the_last_finished_block(source, exp
 
 def test_an_unfinished_run_is_neither_taken_over_nor_thrown_away_unasked(source, tmp_path):
     stop_after(source, tmp_path / "out", 1, **MAGNITUDE)
-    with pytest.raises(BillhookError, match=r"out.partial holds an unfinished run \(1 of 3 blocks\). Continue it with --resume, or start"):
+    with pytest.raises(
+        BillhookError,
+        match=r"out.partial holds an unfinished run \(1 of 3 blocks\). Continue it with --resume, or start",
+    ):
         prune(source, output=tmp_path / "out", **MAGNITUDE)
     changes = [
         ({"sparsity": 0.6}, "its sparsity was 0.5, now it is 0.6"),
@@ -72,7 +76,9 @@ def test_other_data_is_another_run(source, tmp_path):
         prune(source, output=tmp_path / "out", resume=True, **(SPARSEGPT | {"calibration": IDS + 1}))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": 1}', '{"version": 1, "results": [{}], "identity": {}, "plan": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"version": 1}', '{"version": 1, "results": [{}], "identity": {}, "plan": {}}']
+)
 def test_a_damaged_state_is_refused_by_name(source, tmp_path, text):
     stop_after(source, tmp_path / "out", 1, **MAGNITUDE)
     (partial_folder(tmp_path / "out") / STATE).write_text(text)
@@ -104,7 +110,9 @@ def test_a_folder_of_somebody_else_is_left_alone(source, tmp_path, more):
     mine = partial_folder(tmp_path / "out") / "notes.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
-    with pytest.raises(BillhookError, match=r"out\.partial, where .*out would be made, holds notes\.txt, which no run put there"):
+    with pytest.raises(
+        BillhookError, match=r"out\.partial, where .*out would be made, holds notes\.txt, which no run put there"
+    ):
         prune(source, output=tmp_path / "out", **MAGNITUDE, **more)
     assert mine.read_text() == "mine"
 

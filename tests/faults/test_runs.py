@@ -1,5 +1,6 @@
-"""Runs that end before they are done: killed at any moment and at every operation on a file, on full, broken and read-only disks, and
-beside another run. Each is continued, and the result must be the uninterrupted one, byte for byte, with nothing left beside it."""
+"""Runs that end before they are done: killed at any moment and at every operation on a file, on full, broken and
+read-only disks, and beside another run. Each is continued, and the result must be the uninterrupted one, byte for byte,
+with nothing left beside it."""
 
 import json
 import os
@@ -38,11 +39,15 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "fields", "seed"), [("magnitude", MAGNITUDE, 0), ("sparsegpt", SPARSEGPT, 1), ("gblm", GBLM, 2)])
+@pytest.mark.parametrize(
+    ("name", "fields", "seed"), [("magnitude", MAGNITUDE, 0), ("sparsegpt", SPARSEGPT, 1), ("gblm", GBLM, 2)]
+)
 def test_killed_at_random_moments(source, expected, tmp_path, name, fields, seed):
     moments = random.Random(seed)
     begun = time.monotonic()
-    assert wait(start(pruning(source, tmp_path / "whole", **fields), tmp_path / "said")) == 0, (tmp_path / "said").read_text()
+    assert wait(start(pruning(source, tmp_path / "whole", **fields), tmp_path / "said")) == 0, (
+        tmp_path / "said"
+    ).read_text()
     length = time.monotonic() - begun
     for trial in range(20):
         folder = tmp_path / str(trial)
@@ -86,7 +91,11 @@ def test_every_operation_on_a_file(source, expected, tmp_path, happen):
             pruning(source, folder / "out", **MAGNITUDE)()
 
         code = wait(start(work, tmp_path / "said"))
-        assert code in ((-signal.SIGKILL,) if happen in (kill, tear) else (0, 1)), (at, names[at - 1], (tmp_path / "said").read_text())
+        assert code in ((-signal.SIGKILL,) if happen in (kill, tear) else (0, 1)), (
+            at,
+            names[at - 1],
+            (tmp_path / "said").read_text(),
+        )
         never_mistaken(folder)
         continued(source, folder, MAGNITUDE, expected["magnitude"])
         survived[f"{happen.__name__} at an operation"] = survived.get(f"{happen.__name__} at an operation", 0) + 1
@@ -193,7 +202,9 @@ def test_a_disk_that_fills_and_is_given_room(source, expected, tmp_path):
     try:
         stop_after(source, disk / "out", 2, **MAGNITUDE)
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free))
-        with pytest.raises(Interrupted, match=r"The disk is full: .* Make room. 2 of 3 blocks are finished and kept in"):
+        with pytest.raises(
+            Interrupted, match=r"The disk is full: .* Make room. 2 of 3 blocks are finished and kept in"
+        ):
             prune(source, output=disk / "out", resume=True, **MAGNITUDE)
         (disk / "filler").unlink()
         continued(source, disk, MAGNITUDE, expected["magnitude"])

@@ -1,4 +1,5 @@
-"""Files from strangers: whatever is in them, a reader answers or refuses in a sentence, soon, and touches nothing outside its place."""
+"""Files from strangers: whatever is in them, a reader answers or refuses in a sentence, soon, and touches nothing
+outside its place."""
 
 import json
 import os
@@ -26,7 +27,9 @@ from billhook.text.windows import load_calibration
 from billhook.verification import RECORD, verify
 
 SOON = 2.0
-QUICK = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 VALUES = st.recursive(
     st.none()
     | st.booleans()
@@ -141,7 +144,14 @@ def test_headers_of_which_one_value_was_replaced(pruned, data, tmp_path_factory)
 
 @pytest.mark.parametrize("name", [name for name in READERS if name.endswith("json")])
 @pytest.mark.parametrize(
-    "bomb", [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 100_000, b'{"version": 1' + b"0" * 5000 + b"}", b'"' + b"a" * 1_000_000 + b'"']
+    "bomb",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"1" * 100_000,
+        b'{"version": 1' + b"0" * 5000 + b"}",
+        b'"' + b"a" * 1_000_000 + b'"',
+    ],
 )
 def test_json_bombs(name, bomb, tmp_path):
     refused_or_read(name, tmp_path, bomb)
@@ -154,7 +164,9 @@ def test_absurd_header_lengths(length, tmp_path):
         read_shard(tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("offsets", [[[0, 8], [4, 12]], [[0, 8], [0, 8]], [[0, 8], [16, 24]], [[8, 16], [0, 8]], [[0, 2**63], [8, 16]]])
+@pytest.mark.parametrize(
+    "offsets", [[[0, 8], [4, 12]], [[0, 8], [0, 8]], [[0, 8], [16, 24]], [[8, 16], [0, 8]], [[0, 2**63], [8, 16]]]
+)
 def test_overlapping_offsets_and_gaps(offsets, tmp_path):
     header = {f"t{i}": {"dtype": "F32", "shape": [2], "data_offsets": span} for i, span in enumerate(offsets)}
     text = json.dumps(header).encode()
@@ -166,7 +178,9 @@ def test_overlapping_offsets_and_gaps(offsets, tmp_path):
         read_shard(tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", "model\0.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", "model\0.safetensors"]
+)
 def test_an_index_that_points_elsewhere(name, tmp_path):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
     with pytest.raises(BillhookError, match="names"):
@@ -180,8 +194,12 @@ def test_an_index_of_tensors_that_are_not_there(pruned, tmp_path):
         kept = read_shard(model / file)
         if "model.layers.1.mlp.up_proj.weight" in kept.entries:
             data = (model / file).read_bytes()
-            (model / file).write_bytes(data.replace(b"model.layers.1.mlp.up_proj.weight", b"model.layers.1.mlp.up_projX.weigh"))
-    with pytest.raises(BillhookError, match=r"the tensor model\.layers\.1\.mlp\.up_proj\.weight is missing|has no place in the model"):
+            (model / file).write_bytes(
+                data.replace(b"model.layers.1.mlp.up_proj.weight", b"model.layers.1.mlp.up_projX.weigh")
+            )
+    with pytest.raises(
+        BillhookError, match=r"the tensor model\.layers\.1\.mlp\.up_proj\.weight is missing|has no place in the model"
+    ):
         prune(model, sparsity=0.5, criterion="magnitude", output=tmp_path / "out")
     assert os.listdir(tmp_path) == ["model"]
 
@@ -197,7 +215,8 @@ def test_a_plan_whose_names_are_paths(pruned, tmp_path):
 
 
 def test_links(pruned, tmp_path):
-    """Links are followed where they lead to files, as in the hub's cache; those that lead nowhere, in circles or to devices are not."""
+    """Links are followed where they lead to files, as in the hub's cache; those that lead nowhere, in circles or to
+    devices are not."""
     model = shutil.copytree(pruned, tmp_path / "model")
     (model / "there").symlink_to(model / "config.json")
     (model / "nowhere").symlink_to(tmp_path / "missing")
@@ -215,7 +234,9 @@ def test_links(pruned, tmp_path):
         prune(model, sparsity=0.5, criterion="magnitude", output=tmp_path / "again")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": "1.0"}', "[" * 100_000, '{"model": {"type": "BPE", "vocab": 3}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"version": "1.0"}', "[" * 100_000, '{"model": {"type": "BPE", "vocab": 3}}']
+)
 def test_tokenizers_that_are_not(text, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer.json").write_text(text)
@@ -247,7 +268,9 @@ def test_fuzzing_guided_by_coverage(name, pruned, tmp_path):
     (corpus / "json").write_text(
         '{"version": 1, "weight_map": {"a": "b.safetensors"}, "target": 0.5, "pattern": "2:4", "layers": {"x": 0.5}}'
     )
-    (corpus / "shard").write_bytes(bytes([51]) + bytes(7) + b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' + bytes(4))
+    (corpus / "shard").write_bytes(
+        bytes([51]) + bytes(7) + b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' + bytes(4)
+    )
     here = Path(__file__).parent
     code = FUZZ.format(paths=[str(here), str(here.parent)], name=name, folder=str(folder), corpus=str(corpus))
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)

@@ -1,4 +1,5 @@
-"""Runs in copies of this process, which are killed, or whose file operations fail; what they leave is continued and compared."""
+"""Runs in copies of this process, which are killed, or whose file operations fail; what they leave is continued and
+compared."""
 
 import errno
 import json
@@ -30,11 +31,14 @@ survived: dict[str, int] = {}
 
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file below a directory."""
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
+    }
 
 
 def start(work: Callable[[], Any], said: Path) -> int:
-    """Do `work` in a copy of this process; returns its number. It ends with 0, 1 for a failed job, 2 for a mistake, 3 for a bug."""
+    """Do `work` in a copy of this process; returns its number. It ends with 0, 1 for a failed job, 2 for a mistake, 3
+    for a bug."""
     child = os.fork()
     if child:
         return child
@@ -145,7 +149,9 @@ def never_mistaken(folder: Path) -> None:
             assert verify(path).ok
         elif unfinished:
             assert "--resume" in json.loads((path / STATE).read_text())["unfinished"]
-            with pytest.raises(BillhookError, match="not finished: continue it with the command that began it and --resume"):
+            with pytest.raises(
+                BillhookError, match="not finished: continue it with the command that began it and --resume"
+            ):
                 verify(path)
 
 
@@ -154,5 +160,7 @@ def stop_after(source: Path, output: Path, blocks: int, **fields) -> None:
     from billhook.job import Request, prepare, run
 
     done = iter(range(100))
-    with pytest.raises(Interrupted, match=f"Stopped. {blocks} of 3 blocks are finished and kept in .*continue with the same command"):
+    with pytest.raises(
+        Interrupted, match=f"Stopped. {blocks} of 3 blocks are finished and kept in .*continue with the same command"
+    ):
         run(prepare(Request(source, output=output, **fields)), stopping=lambda: next(done) + 1 == blocks)
