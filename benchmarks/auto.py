@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from billhook import load_model
 from billhook.evaluation.perplexity import evaluate
-from billhook.job import prepare, run
-from billhook.run.request import Request, open_request
+from billhook.steps.prune import prepare, run
+from billhook.steps.request import Request, open_request
 
 
 def main() -> None:

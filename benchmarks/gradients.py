@@ -25,7 +25,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from billhook import find_layers
-from billhook.gradients.compute import compute_gradients
+from billhook.engine.gradients import compute_gradients
 
 WIDTH, LENGTH, TARGET = 1024, 512, 1.4
 

@@ -23,7 +23,7 @@ from calm import median, rounds, spread
 from torch import Tensor
 from torch.nn.functional import linear
 
-from billhook.runtime import calibrate, library, native
+from billhook.runtime import autotune, library, native
 from billhook.runtime.native import Weight
 
 Run = Callable[[int], object]
@@ -69,7 +69,7 @@ def sparse_variants(weight: Tensor, x: Tensor, args: argparse.Namespace) -> dict
     nnz = int((weight != 0).sum())
     mask_bytes, value_bytes = weight.numel() // 8, weight.element_size() * nnz
     ours = copies(lambda: packed(weight), value_bytes + mask_bytes, args.mib)
-    found: dict[str, Run] = {"packed": lambda i: calibrate.product(ours[i % len(ours)], x, None)}
+    found: dict[str, Run] = {"packed": lambda i: autotune.product(ours[i % len(ours)], x, None)}
     kernels, threads = library.active()[0], torch.get_num_threads()  # type: ignore[index]
     buffers = copies(
         lambda: torch.ones(value_bytes + mask_bytes, dtype=torch.uint8), value_bytes + mask_bytes, args.mib
@@ -77,7 +77,7 @@ def sparse_variants(weight: Tensor, x: Tensor, args: argparse.Namespace) -> dict
     found["read"] = lambda i: kernels.billhook_read(buffers[i % len(buffers)].data_ptr(), buffers[0].numel(), threads)
     if weight.dtype == torch.bfloat16:
         small = copies(lambda: packed(weight, int8=True), nnz + mask_bytes, args.mib)
-        found["packed int8"] = lambda i: calibrate.product(small[i % len(small)], x, None)
+        found["packed int8"] = lambda i: autotune.product(small[i % len(small)], x, None)
     if not args.short:
         csr, x32 = copies(lambda: weight.float().to_sparse_csr(), 12 * nnz, args.mib), x.float().T.contiguous()
         found["torch CSR fp32"] = lambda i: csr[i % len(csr)] @ x32
@@ -104,7 +104,7 @@ def one(shape: tuple[int, int], percent: int, tokens: int, args: argparse.Namesp
         pruned, x, args
     )
     for int8 in (False, True)[: 1 + (dtype == torch.bfloat16)]:
-        calibrate.measure_packed(packed(pruned, int8), dtype)
+        autotune.measure_packed(packed(pruned, int8), dtype)
     for run in variants.values():
         run(0)
     times, lost = rounds(variants, args.rounds, args.seconds)
@@ -114,7 +114,7 @@ def one(shape: tuple[int, int], percent: int, tokens: int, args: argparse.Namesp
         "shape": list(shape),
         "sparsity": percent,
         "tokens": tokens,
-        "way": calibrate.way(packed(pruned), dtype, tokens),
+        "way": autotune.way(packed(pruned), dtype, tokens),
         "speed": {name: middle["dense"] / seconds for name, seconds in middle.items()},
         "against our dense": middle["our dense"] / middle["packed"] if "our dense" in middle else None,
         "bandwidth": middle["read"] / middle["packed"],

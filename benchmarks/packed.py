@@ -20,10 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import billhook
 from billhook.cli.bench import show
-from billhook.disk.files import write_text
 from billhook.packed import benchmark
 from billhook.packed.benchmark import Side
 from billhook.reports.charts import Axis, Series, chart
+from billhook.store.files import write_text
 
 LEVELS = (50, 60, 70, 80)
 NAMES = {"demo": "bundled model", "1b": "1B-class model"}

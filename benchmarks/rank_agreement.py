@@ -17,13 +17,13 @@ from collections.abc import Sequence
 import torch
 
 from billhook import evaluate, load_windows, search
-from billhook.allocators import ALLOCATORS
-from billhook.disk.checkpoint import load_tokenizer, resolve
-from billhook.plan import SparsityPlan
-from billhook.run.request import Request
-from billhook.searching.contest import UNIFORM, trial_windows
-from billhook.searching.knobs import TICKS, Candidate
-from billhook.searching.search import Task
+from billhook.plan.allocators import ALLOCATORS
+from billhook.plan.plan import SparsityPlan
+from billhook.racing.contest import UNIFORM, trial_windows
+from billhook.racing.knobs import TICKS, Candidate
+from billhook.steps.request import Request
+from billhook.steps.search import Task
+from billhook.store.checkpoint import load_tokenizer, resolve
 
 
 def ranks(values: Sequence[float]) -> torch.Tensor:

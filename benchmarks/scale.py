@@ -26,24 +26,28 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from billhook.allocators import allocate
 from billhook.costs import counts, prices, workload
 from billhook.costs.counts import Count, Sizes, Text
 from billhook.costs.estimate import shapes_of, sizes_of, speeds, text_of
 from billhook.costs.prices import Machine
 from billhook.costs.workload import Case, Phase
 from billhook.demo import MODEL
-from billhook.job import measure_opened, open_to_measure, prepare
-from billhook.job import run as apply
-from billhook.pruning import prune_
-from billhook.refine import Refine
-from billhook.run.request import Opened, Request, open_request
-from billhook.table import Row, Table
+from billhook.engine.loop import prune_
+from billhook.plan.allocators import allocate
+from billhook.plan.table import Row, Table
+from billhook.recover.blockwise import Refine
+from billhook.steps.prune import measure_opened, open_to_measure, prepare
+from billhook.steps.prune import run as apply
+from billhook.steps.request import Opened, Request, open_request
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 PAGE = Path(__file__).parents[1] / "docs" / "SCALE.md"
 JOBS = ("magnitude", "wanda", "sparsegpt", "admm", "aimed", "gblm", "alpha_peak", "shares", "refined")
-OPTIONS = {"sparsegpt": {"aim": 0.0}, "admm": {"aim": 0.0, "steps": 4}, "aimed": {"aim": 0.5, "steps": 4}}
+OPTIONS = {
+    "sparsegpt": {"dense_target": 0.0},
+    "admm": {"dense_target": 0.0, "steps": 4},
+    "aimed": {"dense_target": 0.5, "steps": 4},
+}
 CRITERION = {"aimed": "admm", "refined": "wanda"}
 BESIDE = counts.Method(dense=True, beside=True, touches=False)  # the dense model's pass that refining takes besides
 LARGE_JOBS = ("magnitude", "wanda", "sparsegpt", "admm", "gblm", "alpha_peak")

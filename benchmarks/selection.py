@@ -18,9 +18,9 @@ import torch
 from published import published_groups, published_layer, published_rows, published_sparsegpt
 from torch import Tensor
 
-from billhook.criteria.sparsegpt import sparsegpt
-from billhook.masks import Select
-from billhook.stats import LayerStats
+from billhook.methods.masks import Select
+from billhook.methods.sparse.sparsegpt import sparsegpt
+from billhook.methods.statistics import LayerStats
 
 LLAMA_1024 = ["1024x1024", "2816x1024", "1024x2816"]
 SPARSITY = 0.6

@@ -18,11 +18,11 @@ import torch
 from published import published_sparsegpt
 from torch import Tensor
 
-from billhook.criteria.admm import admm
-from billhook.criteria.least_squares import loss
-from billhook.criteria.sparsegpt import sparsegpt
-from billhook.masks import Select
-from billhook.stats import LayerStats
+from billhook.methods.least_squares import loss
+from billhook.methods.masks import Select
+from billhook.methods.sparse.admm import admm
+from billhook.methods.sparse.sparsegpt import sparsegpt
+from billhook.methods.statistics import LayerStats
 
 SPARSITY = 0.6
 

@@ -26,17 +26,17 @@ from typing import Any
 import torch
 
 from billhook import allocate, evaluate, load_windows, measure
-from billhook.allocators import ALLOCATORS
-from billhook.criteria import CRITERIA
-from billhook.disk.checkpoint import load_tokenizer
-from billhook.gradients.compute import compute_gradients
-from billhook.plan import SparsityPlan
-from billhook.run.request import Request, open_request
-from billhook.searching.contest import UNIFORM, Budget, Contest
-from billhook.searching.heldout import split_windows
-from billhook.searching.journal import Journal, Run
-from billhook.searching.knobs import KNOBS, Candidate, Space
-from billhook.searching.trials import Bench, Setting
+from billhook.engine.gradients import compute_gradients
+from billhook.methods.sparse import CRITERIA
+from billhook.plan.allocators import ALLOCATORS
+from billhook.plan.plan import SparsityPlan
+from billhook.racing.contest import UNIFORM, Budget, Contest
+from billhook.racing.journal import Journal, Run
+from billhook.racing.knobs import KNOBS, Candidate, Space
+from billhook.steps.request import Request, open_request
+from billhook.store.checkpoint import load_tokenizer
+from billhook.trials.heldout import split_windows
+from billhook.trials.trials import Bench, Setting
 
 DEMO = Path(__file__).parents[1] / "billhook" / "demo_model"
 STORIES = ("tinystories_train1000.jsonl", "tinystories_heldout.jsonl")

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.arch import find_blocks
-from billhook.disk.files import write_text
+from billhook.architectures.layers import find_blocks
+from billhook.engine.walk import evaluating
 from billhook.errors import BillhookError
-from billhook.options import split_options
-from billhook.plan import SparsityPlan, load_plan
+from billhook.plan.plan import SparsityPlan, load_plan
 from billhook.reports.charts import Axis, Series, chart
-from billhook.run.request import Opened, Request, open_request
-from billhook.searching.heldout import split_windows, used_fields
-from billhook.searching.trials import Bench, Setting
-from billhook.walk import evaluating
+from billhook.steps.options import split_options
+from billhook.steps.request import Opened, Request, open_request
+from billhook.store.files import write_text
+from billhook.trials.heldout import split_windows, used_fields
+from billhook.trials.trials import Bench, Setting
 
 VERSION = 1
 WINDOWS = 8  # held-out windows compared: their hidden states after every block are in memory at once

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from billhook.allocators import allocate
-from billhook.criteria import CRITERIA
-from billhook.disk.checkpoint import load_tokenizer, quiet
-from billhook.disk.files import read_json
-from billhook.disk.output import check_output
+from billhook.engine.loop import prune_
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.perplexity import evaluate
-from billhook.job import Job, run
-from billhook.measuring.measure import measure
-from billhook.plan import SparsityPlan
-from billhook.pruning import prune_
-from billhook.run.request import Opened, Request, open_request
+from billhook.measurement.measure import measure
+from billhook.methods.sparse import CRITERIA
+from billhook.plan.allocators import allocate
+from billhook.plan.plan import SparsityPlan
+from billhook.steps.prune import Job, run
+from billhook.steps.request import Opened, Request, open_request
+from billhook.steps.verify import RECORD, verify
+from billhook.store.checkpoint import load_tokenizer, quiet
+from billhook.store.files import read_json
+from billhook.store.output import check_output
 from billhook.text.windows import load_windows
-from billhook.verification import RECORD, verify
 
 MODEL = Path(__file__).parent / "demo_model"
 SAMPLES, LENGTH, EVALUATION_WINDOWS = 32, 256, 64

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoTokenizer
 
 import billhook
-from billhook.masks import Select
-from billhook.stats import LayerStats
-from billhook.walk import walk
+from billhook.engine.walk import walk
+from billhook.methods.masks import Select
+from billhook.methods.statistics import LayerStats
 
 MODEL = Path(billhook.__file__).parent / "demo_model"
 

@@ -7,8 +7,8 @@ import pytest
 
 from billhook import prune
 from billhook.errors import Interrupted
-from billhook.job import prepare, run
-from billhook.run.request import Request
+from billhook.steps.prune import prepare, run
+from billhook.steps.request import Request
 
 
 def whole_and_in_parts(source: Path, folder: Path, stop: int, **fields: Any) -> tuple[bytes, bytes]:

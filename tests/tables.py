@@ -6,9 +6,9 @@ from random import Random
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from billhook.allocators import ALLOCATORS
-from billhook.metrics import CURVES
-from billhook.table import Row, Table
+from billhook.plan.allocators import ALLOCATORS
+from billhook.plan.metrics import CURVES
+from billhook.plan.table import Row, Table
 
 relaxed = settings(
     deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tables import NAMES, PATTERNS, TARGETS, VALUES, columns, make_table, relaxed, tables, total
 
-from billhook.allocators import ALLOCATORS, allocate
 from billhook.errors import BillhookError
-from billhook.plan import Pattern
-from billhook.table import Row, Table
+from billhook.plan.allocators import ALLOCATORS, allocate
+from billhook.plan.plan import Pattern
+from billhook.plan.table import Row, Table
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tables import make_table, relaxed, tables, total
 
-from billhook.allocators import allocate
 from billhook.errors import BillhookError
-from billhook.metrics import FACTS, canonical, sign
-from billhook.table import Row, Table
+from billhook.plan.allocators import allocate
+from billhook.plan.metrics import FACTS, canonical, sign
+from billhook.plan.table import Row, Table
 
 
 def alphapruning_by_hand(

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tables import make_table, relaxed
 
-from billhook.allocators import allocate
-from billhook.allocators.atp import largest_beta
 from billhook.errors import BillhookError
-from billhook.table import Row, Table
+from billhook.plan.allocators import allocate
+from billhook.plan.allocators.atp import largest_beta
+from billhook.plan.table import Row, Table
 
 # ATP
 

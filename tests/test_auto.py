@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from billhook import BillhookError, allocate, load_model, measure, prune
-from billhook.allocators.curves import cheapest
-from billhook.arch import find_layers
+from billhook.architectures.layers import find_layers
 from billhook.comparison.grid import Grid, compare
-from billhook.criteria import CRITERIA
-from billhook.job import prepare
-from billhook.measuring.error_curves import STEPS, TRIED, _curve, cheaper
-from billhook.plan import SparsityPlan
-from billhook.pruning import prune_
-from billhook.run.request import Request
-from billhook.searching.attribution import FLOOR
-from billhook.searching.automatic import _Forecast
-from billhook.searching.trials import Bench, Setting
-from billhook.table import Row, Table
+from billhook.engine.loop import prune_
+from billhook.measurement.error_curves import STEPS, TRIED, _curve, cheaper
+from billhook.methods.sparse import CRITERIA
+from billhook.plan.allocators.curves import cheapest
+from billhook.plan.plan import SparsityPlan
+from billhook.plan.table import Row, Table
+from billhook.racing.automatic import _Forecast
+from billhook.steps.prune import prepare
+from billhook.steps.request import Request
+from billhook.trials.attribution import FLOOR
+from billhook.trials.trials import Bench, Setting
 
 
 def text(windows: int = 16) -> torch.Tensor:
@@ -65,7 +65,7 @@ def test_curves_are_the_errors_of_plain_runs(criterion: str, rel: float, monkeyp
     input norms only."""
     model, ids = tiny.llama(), text(8)
     layer = find_layers(model)[0]
-    monkeypatch.setattr("billhook.measuring.error_curves.ROWS", layer.shape[0])
+    monkeypatch.setattr("billhook.measurement.error_curves.ROWS", layer.shape[0])
     table = measure(model, [f"error_curve:{criterion}"], batches=ids)
     assert all(len(row.curves[f"error_curve:{criterion}"]) == STEPS + 1 for row in table)
     seen: list[torch.Tensor] = []
@@ -94,7 +94,7 @@ def test_curves_are_the_errors_of_plain_runs(criterion: str, rel: float, monkeyp
 def test_curves_of_some_rows_are_near_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for rows in (8, 1000):
-        monkeypatch.setattr("billhook.measuring.error_curves.ROWS", rows)
+        monkeypatch.setattr("billhook.measurement.error_curves.ROWS", rows)
         found.append(measure(tiny.llama(), ["error_curve:admm"], batches=text(8)).curve("error_curve:admm"))
     assert found[0] != found[1]
     for some, every in zip(*found, strict=True):
@@ -141,7 +141,7 @@ def test_shares_are_the_slopes_of_the_divergence_and_add_up_to_it() -> None:
 def test_shares_are_the_same_when_blocks_run_again_and_none_is_negligible(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = pruned_bench(1.0)
     first = bench.attribute()
-    monkeypatch.setattr("billhook.searching.attribution._BYTES", 0)
+    monkeypatch.setattr("billhook.trials.attribution._BYTES", 0)
     again = bench.attribute()
     assert first[0] == again[0]
     assert first[1] == pytest.approx(again[1], rel=1e-4)
@@ -173,8 +173,8 @@ def test_shares_of_experts() -> None:
 
 def divergence(plan: SparsityPlan, request: Request) -> float:
     """On the held-out windows that the plan says it was tried on."""
-    from billhook.run.request import open_request
-    from billhook.searching.heldout import split_windows
+    from billhook.steps.request import open_request
+    from billhook.trials.heldout import split_windows
 
     opened = open_request(request, True, "x")
     split = split_windows(opened, request.seed)

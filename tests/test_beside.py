@@ -10,11 +10,11 @@ from families import CONFIGS, VOCABULARY, build
 from resuming import whole_and_in_parts
 
 from billhook import allocate, measure, prune, prune_
-from billhook.arch import find_layers
-from billhook.criteria.least_squares import aimed, loss
+from billhook.architectures.layers import find_layers
+from billhook.engine.walk import walk
 from billhook.errors import BillhookError
-from billhook.stats import LayerStats
-from billhook.walk import walk
+from billhook.methods.least_squares import aimed, loss
+from billhook.methods.statistics import LayerStats
 
 Tensor = torch.Tensor
 IDS = torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
@@ -90,15 +90,15 @@ def test_who_writes_into_the_stream(family: str) -> None:
     assert found == WRITERS[family]
 
 
-@pytest.mark.parametrize("aim", [0.0, 0.3, 1.0])
-def test_aimed_weights_are_the_optimum(aim: float) -> None:
+@pytest.mark.parametrize("dense_target", [0.0, 0.3, 1.0])
+def test_aimed_weights_are_the_optimum(dense_target: float) -> None:
     generator = torch.Generator().manual_seed(0)
     x, other = (torch.randn(200, 12, generator=generator, dtype=torch.float64) for _ in range(2))
     other = x + 0.3 * other
     W, stream = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5, 12), (200, 5)))
     gram, drift = x.T @ x, (other - x).T @ x
-    found = aimed(W, LayerStats(200, 1, gram=gram, drift=drift, stream_drift=stream.T @ x), aim, 1e-4)
-    target = x @ W.T + aim * ((other - x) @ W.T + stream)
+    found = aimed(W, LayerStats(200, 1, gram=gram, drift=drift, stream_drift=stream.T @ x), dense_target, 1e-4)
+    target = x @ W.T + dense_target * ((other - x) @ W.T + stream)
     best = torch.linalg.lstsq(x, target).solution.T
     torch.testing.assert_close(found, best, rtol=1e-3, atol=1e-3)
     V = W * (W.abs() > 0.5)
@@ -118,9 +118,9 @@ def test_nothing_to_aim_at() -> None:
 def test_aiming_brings_the_logits_nearer(criterion: str) -> None:
     dense, errors = tiny.llama(), []
     ids = torch.randint(0, 258, (32, 64), generator=torch.Generator().manual_seed(3))
-    for aim in (0.0, 0.5):
+    for dense_target in (0.0, 0.5):
         model = tiny.llama()
-        prune(model, sparsity=0.6, criterion=criterion, calibration=ids[:24], aim=aim)
+        prune(model, sparsity=0.6, criterion=criterion, calibration=ids[:24], dense_target=dense_target)
         with torch.no_grad():
             errors.append(float((model(ids[24:]).logits - dense(ids[24:]).logits).square().mean()))
     assert errors[1] < 0.9 * errors[0]
@@ -142,7 +142,7 @@ def test_a_model_in_memory_cannot_go_on_in_the_middle() -> None:
     model = build("llama")
     before = copy.deepcopy(model.state_dict())
     plan = allocate(measure(model, []), 0.5)
-    with pytest.raises(BillhookError, match="aim=0"):
+    with pytest.raises(BillhookError, match="dense_target=0"):
         prune_(model, plan, criterion="admm", batches=[IDS], start=1)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    prune_(model, plan, criterion="admm", batches=[IDS], start=1, aim=0)
+    prune_(model, plan, criterion="admm", batches=[IDS], start=1, dense_target=0)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from billhook.budget import mean, min_max, scale_to, shift_to, whole_numbers
+from billhook.plan.budget import mean, min_max, scale_to, shift_to, whole_numbers
 
 relaxed = settings(deadline=None, max_examples=60)
 SIZES = st.integers(1, 10**9)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from billhook.runtime import cache, calibrate, library, products
+from billhook.runtime import autotune, cache, library, products
 from billhook.runtime.dense import DenseLinear
 from billhook.runtime.linear import SparseLinear
 from billhook.runtime.tuning import choices, tune_
@@ -17,9 +17,9 @@ from billhook.runtime.tuning import choices, tune_
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache of the test's own."""
     monkeypatch.setenv("BILLHOOK_CACHE", str(tmp_path / "cache"))
-    calibrate.forget()
+    autotune.forget()
     yield tmp_path / "cache"
-    calibrate.forget()
+    autotune.forget()
 
 
 def model() -> torch.nn.Sequential:
@@ -52,26 +52,26 @@ def lasting(clock: Clock, *seconds: float) -> Callable[[], torch.Tensor]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(calibrate, "time", made)
+    monkeypatch.setattr(autotune, "time", made)
     return made
 
 
 def test_the_least_time_that_was_repeated_decides(clock: Clock, folder: Path):
-    calibrate._choose(
+    autotune._choose(
         "calm", {"slow": lasting(clock, 9, 2, 2, 2), "fast": lasting(clock, 9, 5, 1, 1)}
     )  # the first call warms up
-    calibrate._choose(
+    autotune._choose(
         "late", {"slow": lasting(clock, 2), "fast": lasting(clock, 9, 2.4, 2.8, 3.2, 1, 1)}
     )  # rounds go on
-    calibrate._choose(
+    autotune._choose(
         "far", {"wild": lasting(clock, 9, 7, 8, 9, 5, 6), "fast": lasting(clock, 1)}
     )  # never near the fastest
     falling = [1.2**n for n in range(20, 0, -1)]
-    calibrate._choose(
+    autotune._choose(
         "busy", {"slow": lasting(clock, *(2 * seconds for seconds in falling)), "fast": lasting(clock, *falling)}
     )
-    calibrate.keep()
-    assert calibrate._measured == {"calm": "fast", "late": "fast", "far": "fast", "busy": "fast"}
+    autotune.keep()
+    assert autotune._measured == {"calm": "fast", "late": "fast", "far": "fast", "busy": "fast"}
     assert cache.load("kernels") == {"calm": "fast", "late": "fast", "far": "fast"}
 
 
@@ -81,14 +81,14 @@ def test_what_is_far_behind_is_given_up_and_what_is_close_returned(clock: Clock)
         name: lasting(clock, seconds) for name, seconds in {"fast": 1.0, "close": 1.1, "slow": 2.0, "far": 3.0}.items()
     }
     counted = {name: lambda name=name, run=run: (calls.append(name), run())[1] for name, run in runs.items()}
-    assert calibrate._choose("ways", counted) == ["fast", "close"]
+    assert autotune._choose("ways", counted) == ["fast", "close"]
     assert calls.count("far") == 3  # a warm-up and two rounds
-    assert calls.count("slow") == calibrate.LEAST_ROUNDS + 1
+    assert calls.count("slow") == autotune.LEAST_ROUNDS + 1
 
 
 def test_ways_that_are_close_are_timed_on_more_rows(clock: Clock, monkeypatch: pytest.MonkeyPatch):
     def timed(few: float, more: float, seen: list[int]) -> Callable[..., torch.Tensor]:
-        def run(weight: calibrate.Weight, x: torch.Tensor, bias: None) -> torch.Tensor:
+        def run(weight: autotune.Weight, x: torch.Tensor, bias: None) -> torch.Tensor:
             seen.append(weight.shape[0])
             clock.now += few if weight.shape[0] < 100 else more
             return x
@@ -97,12 +97,12 @@ def test_ways_that_are_close_are_timed_on_more_rows(clock: Clock, monkeypatch: p
 
     rows: dict[str, list[int]] = {"fused": [], "tiles": [], "wide": []}
     seconds = {"fused": (2, 1), "tiles": (1.1, 1), "wide": (1, 1.2)}
-    monkeypatch.setattr(calibrate, "WAYS", {way: timed(*seconds[way], rows[way]) for way in rows})
-    monkeypatch.setattr(calibrate, "ways", lambda weight, dtype: list(rows))
-    monkeypatch.setattr(calibrate, "SAMPLE", 40 * 256)
+    monkeypatch.setattr(autotune, "WAYS", {way: timed(*seconds[way], rows[way]) for way in rows})
+    monkeypatch.setattr(autotune, "ways", lambda weight, dtype: list(rows))
+    monkeypatch.setattr(autotune, "SAMPLE", 40 * 256)
     packed = model()[0].packed()
-    calibrate.measure_packed(packed, torch.bfloat16)
-    assert {calibrate._measured[calibrate.key(packed, torch.bfloat16, tokens)] for tokens in calibrate.BUCKETS} == {
+    autotune.measure_packed(packed, torch.bfloat16)
+    assert {autotune._measured[autotune.key(packed, torch.bfloat16, tokens)] for tokens in autotune.BUCKETS} == {
         "tiles"
     }
     assert {way: set(seen) for way, seen in rows.items()} == {"fused": {40}, "tiles": {40, 128}, "wide": {40, 128}}
@@ -114,7 +114,7 @@ def test_scales_of_groups_have_choices_of_their_own():
     names = set()
     for scales in (torch.ones(128), torch.ones(128, 2), torch.ones(128, 4)):
         packed.scales = scales
-        names.add(calibrate.key(packed.packed(), torch.bfloat16, 16))
+        names.add(autotune.key(packed.packed(), torch.bfloat16, 16))
     assert len(names) == 3
 
 
@@ -126,10 +126,10 @@ def test_choices_are_for_the_dtype_that_the_model_computes_in(dtype: torch.dtype
         packed.values = packed.values.to(values)
         packed.scales = torch.ones(128) if name == "int8" else None
         tune_(tuned)
-        assert {key for key in calibrate._measured if f"128x256 {name} 0.7 {str(dtype)[6:]} " in key} == {
-            calibrate.key(packed.packed(), dtype, tokens) for tokens in calibrate.BUCKETS
+        assert {key for key in autotune._measured if f"128x256 {name} 0.7 {str(dtype)[6:]} " in key} == {
+            autotune.key(packed.packed(), dtype, tokens) for tokens in autotune.BUCKETS
         }
-        calibrate.forget()
+        autotune.forget()
 
 
 def test_choices_are_measured_reported_and_kept(folder: Path, clock: Clock):
@@ -138,21 +138,21 @@ def test_choices_are_measured_reported_and_kept(folder: Path, clock: Clock):
     assert [choice["layer"] for choice in found][:1] == ["0"]
     assert found[0]["shape"] == [128, 256]
     assert found[0]["sparsity"] == pytest.approx(0.7, abs=0.02)
-    assert found[0]["ways"].keys() == set(calibrate.BUCKETS)
+    assert found[0]["ways"].keys() == set(autotune.BUCKETS)
     assert set(found[0]["ways"].values()) <= set(products.ways(tuned[0].packed(), torch.bfloat16))
     (file,) = folder.iterdir()
     stored = json.loads(file.read_text(encoding="utf-8"))["choices"]
-    assert len(stored) == len(calibrate.BUCKETS)
+    assert len(stored) == len(autotune.BUCKETS)
     assert choices(model())[0]["ways"] == found[0]["ways"]
 
 
 def test_a_stored_choice_is_followed(folder: Path):
     tuned = model()
-    name = calibrate.key(tuned[0].packed(), torch.bfloat16, 3)
+    name = autotune.key(tuned[0].packed(), torch.bfloat16, 3)
     cache.store("kernels", {name: "wide"})
     found = tune_(tuned)
     assert found[0]["ways"][4] == "wide"
-    assert calibrate.way(tuned[0].packed(), torch.bfloat16, 3) == "wide"
+    assert autotune.way(tuned[0].packed(), torch.bfloat16, 3) == "wide"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_damaged_cache_is_ignored_with_one_line(text: str, folder: Path, capsy
 def test_an_unknown_way_in_the_cache_is_not_followed(folder: Path):
     tuned = model()
     cache.store(
-        "kernels", {calibrate.key(tuned[0].packed(), torch.bfloat16, tokens): "magic" for tokens in calibrate.BUCKETS}
+        "kernels", {autotune.key(tuned[0].packed(), torch.bfloat16, tokens): "magic" for tokens in autotune.BUCKETS}
     )
     tune_(tuned)
     x = torch.randn(2, 256).bfloat16()
@@ -189,7 +189,7 @@ def test_the_cache_can_be_switched_off_or_unwritable(folder: Path, monkeypatch: 
     blocked = folder.parent / "file"
     blocked.write_text("")
     monkeypatch.setenv("BILLHOOK_CACHE", str(blocked / "below"))
-    calibrate.forget()
+    autotune.forget()
     assert tune_(model())
 
 
@@ -210,11 +210,11 @@ def test_a_large_dense_layer_is_adopted_only_where_ours_is_faster(folder: Path):
         pytest.skip("needs compiled kernels")
     large = torch.nn.Sequential(torch.nn.Linear(1024, 1024).bfloat16(), torch.nn.Linear(1024, 1024))
     found = tune_(large)
-    name = calibrate.key(DenseWeight(large[0]), torch.bfloat16, 1)
-    assert isinstance(large[0], DenseLinear) == (calibrate._measured[name] == "ours")
+    name = autotune.key(DenseWeight(large[0]), torch.bfloat16, 1)
+    assert isinstance(large[0], DenseLinear) == (autotune._measured[name] == "ours")
     assert type(large[1]) is torch.nn.Linear  # float32
     assert len(found) == isinstance(large[0], DenseLinear)
 
 
-def DenseWeight(layer: torch.nn.Linear) -> calibrate.Weight:
-    return calibrate.Weight(*layer.weight.shape, layer.weight.detach())
+def DenseWeight(layer: torch.nn.Linear) -> autotune.Weight:
+    return autotune.Weight(*layer.weight.shape, layer.weight.detach())

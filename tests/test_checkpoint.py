@@ -9,8 +9,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from billhook.disk.checkpoint import check_directory, load_model, load_tokenizer, model_digest, resolve
 from billhook.errors import BillhookError
+from billhook.store.checkpoint import check_directory, load_model, load_tokenizer, model_digest, resolve
 
 
 @pytest.fixture(scope="module")

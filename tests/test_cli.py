@@ -12,12 +12,12 @@ from command import billhook, done, listing
 from safetensors.torch import save_file
 
 from billhook import __version__
-from billhook.allocators import ALLOCATORS
 from billhook.cli import app
-from billhook.criteria import CRITERIA
 from billhook.demo import run_demo
 from billhook.errors import BillhookError
-from billhook.metrics import FACTS
+from billhook.methods.sparse import CRITERIA
+from billhook.plan.allocators import ALLOCATORS
+from billhook.plan.metrics import FACTS
 
 COMMANDS = [command.name for command in app.registered_commands]
 

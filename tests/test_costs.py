@@ -16,13 +16,13 @@ from billhook.costs.counts import Method, Text
 from billhook.costs.estimate import sizes_of
 from billhook.costs.prices import Machine
 from billhook.costs.workload import Case, measuring_of, method_of
-from billhook.criteria import admm
-from billhook.plan import Pattern, SparsityPlan
-from billhook.pruning import prune_
-from billhook.refine import Refine
-from billhook.run.request import Opened, Request, open_request
-from billhook.searching.loss_shares import loss_share
-from billhook.walk import walk
+from billhook.engine.loop import prune_
+from billhook.engine.walk import walk
+from billhook.measurement.loss_shares import loss_share
+from billhook.methods.sparse import admm
+from billhook.plan.plan import Pattern, SparsityPlan
+from billhook.recover.blockwise import Refine
+from billhook.steps.request import Opened, Request, open_request
 
 MACHINE = Machine(1e11, 1e11, 1e10)
 WANDA, SPARSEGPT = method_of("wanda"), method_of("sparsegpt")
@@ -112,7 +112,7 @@ def test_inverses_of_admm_are_those_that_it_makes(steps, monkeypatch):
     plan = replace(
         half(opened), sparsity={layer.name: 0.5 * (layer is opened.layers[0]) for layer in opened.layers}, target=0.0
     )
-    prune_(opened.model, plan, criterion="admm", batches=opened.batches, steps=steps, aim=0.0)
+    prune_(opened.model, plan, criterion="admm", batches=opened.batches, steps=steps, dense_target=0.0)
     part = sizes_of(opened).parts[0]
     one, more = (counts.admm(part, k, 0.5, admm.RAMP)["solve"] for k in (1, steps))
     products = 2 * 2.0 * (steps - 1) * part.out * part.inputs**2

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from billhook.criteria import CRITERIA
-from billhook.criteria.sparsegpt import invert_lower_, sparsegpt
 from billhook.errors import BillhookError, JobError
-from billhook.masks import Select
-from billhook.stats import GRADIENTS, STATISTICS, Collector, LayerStats
+from billhook.methods.masks import Select
+from billhook.methods.sparse import CRITERIA
+from billhook.methods.sparse.sparsegpt import invert_lower_, sparsegpt
+from billhook.methods.statistics import GRADIENTS, STATISTICS, Collector, LayerStats
 
 UPDATING = {"sparsegpt", "admm"}  # criteria that change kept weights
 Tensor = torch.Tensor

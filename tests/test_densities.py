@@ -9,9 +9,9 @@ import pytest
 import tiny
 from command import done, refused
 
-from billhook.allocators import allocate
-from billhook.densities import BINS, density, shown
-from billhook.table import Row, Table
+from billhook.plan.allocators import allocate
+from billhook.plan.densities import BINS, density, shown
+from billhook.plan.table import Row, Table
 
 
 def test_the_density_is_that_of_a_histogram():

@@ -17,13 +17,13 @@ import pytest
 from typer.testing import CliRunner
 
 import billhook
-import billhook.gradients.file
+import billhook.engine.gradient_file
 from billhook import SparsityPlan, Table, load_plan
-from billhook.allocators import ALLOCATORS, allocate
 from billhook.cli import app
-from billhook.plan import Pattern
-from billhook.table import Row
-from billhook.verification import verify
+from billhook.plan.allocators import ALLOCATORS, allocate
+from billhook.plan.plan import Pattern
+from billhook.plan.table import Row
+from billhook.steps.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "billhook" / "demo_model"
@@ -65,7 +65,7 @@ def test_a_sweep_loads_no_torch() -> None:
     code = (
         "import sys, tempfile, pathlib, runpy\n"
         "names = runpy.run_path(sys.argv[1])\n"
-        "from billhook.table import Row, Table\n"
+        "from billhook.plan.table import Row, Table\n"
         "table = Table(tuple(Row(f'l{i}', i, 'q', (8, 8), {'alpha_peak': 2.0 + i}) for i in range(3)))\n"
         "assert len(names['sweep'](table, 0.5, pathlib.Path(tempfile.mkdtemp()))) == 5\n"
         "assert 'torch' not in sys.modules\n"
@@ -90,8 +90,8 @@ def test_the_allocator_of_the_guide_keeps_its_budget() -> None:
 def test_the_criterion_of_the_guide_removes_what_is_asked() -> None:
     import torch
 
-    from billhook.masks import Select
-    from billhook.stats import LayerStats
+    from billhook.methods.masks import Select
+    from billhook.methods.statistics import LayerStats
 
     (code,) = blocks(ROOT / "docs" / "add_a_method.md", "run: criterion")
     names: dict[str, Any] = {"__name__": "squares"}
@@ -181,7 +181,7 @@ def test_files_and_outputs_have_exactly_the_documented_fields(playground: Path) 
     )
     check_fields("table.json", json.loads(Path("table.json").read_text(encoding="utf-8")))
     check_fields("gradients --json", run("gradients", model, *TEXT, "-o", "g.safetensors"))
-    check_fields("gradients.safetensors", billhook.gradients.file.open_gradients(Path("g.safetensors")).about)
+    check_fields("gradients.safetensors", billhook.engine.gradient_file.open_gradients(Path("g.safetensors")).about)
     run(
         "prune",
         model,

@@ -13,10 +13,10 @@ from command import billhook, done, listing
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from billhook.allocators import ALLOCATORS
-from billhook.arch import find_layers
-from billhook.criteria import CRITERIA
-from billhook.disk.checkpoint import load_model
+from billhook.architectures.layers import find_layers
+from billhook.methods.sparse import CRITERIA
+from billhook.plan.allocators import ALLOCATORS
+from billhook.store.checkpoint import load_model
 
 TEXT = ("--samples", "5", "--length", "32")
 REPORT = {"report.json", "README.md", "report.html"}

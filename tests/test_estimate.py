@@ -10,11 +10,11 @@ from command import done
 
 from billhook.costs import estimate as module
 from billhook.costs.estimate import estimate, speeds
-from billhook.draft import check
 from billhook.errors import Interrupted
-from billhook.job import decide, run
-from billhook.plan import load_plan
-from billhook.run.request import Request
+from billhook.plan.plan import load_plan
+from billhook.steps.prune import decide, run
+from billhook.steps.request import Request
+from billhook.steps.resolve import check
 
 IDS = torch.randint(0, 256, (16, 64), generator=torch.Generator().manual_seed(0))
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}

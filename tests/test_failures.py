@@ -17,8 +17,8 @@ import pytest
 import torch
 from command import billhook, done, listing, refused
 
-import billhook.pruning as pruning
-import billhook.run.save as save
+import billhook.engine.loop as pruning
+import billhook.store.sinks as save
 from billhook.errors import out_of_memory
 
 TEXT = ("--calibration", "text.txt", "--samples", "4", "--length", "32")
@@ -65,10 +65,18 @@ def test_a_disk_that_fills_up_at_the_start(place, monkeypatch):
     assert size > 0.1
 
 
-@pytest.mark.parametrize("where", ["save.copy_files", "unfinished.flush", "unfinished.put_in_place", "save.write_json"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "store.sinks.copy_files",
+        "steps.partial_output.flush",
+        "steps.partial_output.put_in_place",
+        "store.sinks.write_json",
+    ],
+)
 def test_a_disk_that_fills_up_after_the_last_block(place, monkeypatch, where):
     with monkeypatch.context() as now:
-        now.setattr(f"billhook.run.{where}", full)
+        now.setattr(f"billhook.{where}", full)
         ran = billhook(*PRUNE)
     assert ran.code == 1
     match = (
@@ -154,7 +162,7 @@ def test_a_stdout_that_cannot_be_written(place):
 
 # Interruptions
 
-MOMENTS = {"loading": "billhook.run.request.open_streamed", "pruning": "billhook.pruning._prune_layer"}
+MOMENTS = {"loading": "billhook.steps.request.open_streamed", "pruning": "billhook.engine.loop._prune_layer"}
 _STOPPED = "billhook: Stopped. Nothing was written.\n"
 _PATIENT = "Stopping when this block is finished. Ctrl-C again stops at once; what is finished is kept either way.\n"
 
@@ -202,13 +210,16 @@ def test_interruptions(place, moment, number):
     child = forked(moment)
     wait_for_sign()
     os.kill(child, number)
-    patient = moment == "pruning" and number == signal.SIGINT
-    if patient:
+    graceful = moment == "pruning" and number == signal.SIGINT
+    if graceful:
         time.sleep(0.2)
         os.kill(child, number)
     os.waitpid(child, 0)
     code, out, err = json.loads(Path("../ran").read_text())
-    about, said = err[: err.find("\n") + 1] if err.startswith("About ") else "", _PATIENT * patient + _STOPPED
+    about, said = (
+        err[: err.find("\n") + 1] if err.startswith("About ") else "",
+        _PATIENT * graceful + _STOPPED,
+    )
     assert (code, err) == (1, about + said)
     assert json.loads(out) == {"error": _STOPPED[10:-1], "exit_code": 1}
     assert listing(place) == before

@@ -7,11 +7,11 @@ import torch
 from families import CONFIGS, VOCABULARY, build
 
 from billhook import SparsityPlan, find_layers, prune_
-from billhook.arch import FAMILIES, find_blocks
-from billhook.blocks.replay import run_block
-from billhook.plan import Pattern
-from billhook.refine import Refine
-from billhook.walk import walk
+from billhook.architectures.layers import FAMILIES, find_blocks
+from billhook.engine.replay import run_block
+from billhook.engine.walk import walk
+from billhook.plan.plan import Pattern
+from billhook.recover.blockwise import Refine
 
 
 def batches(count: int = 3, size: int = 2) -> list[torch.Tensor]:
@@ -38,7 +38,7 @@ def test_replaying_blocks_is_bit_exact(family: str) -> None:
             model(batch)
     expected = [list(seen) for seen in inputs]
     visited = 0
-    for block in walk(model, ids, ("input_norm",), dense=True):
+    for block in walk(model, ids, ("input_norm",), read_only=True):
         assert all(torch.equal(a, b) for a, b in zip(block.inputs, expected[block.index], strict=True)), (
             f"block {block.index} differs"
         )
@@ -66,7 +66,9 @@ def test_statistics_are_those_of_the_inputs(family: str) -> None:
     for hook in hooks:
         hook.remove()
     seen = {
-        name: stats for block in walk(model, ids, ("input_norm",), dense=True) for name, stats in block.stats.items()
+        name: stats
+        for block in walk(model, ids, ("input_norm",), read_only=True)
+        for name, stats in block.stats.items()
     }
     for name, expected in squares.items():
         torch.testing.assert_close(
@@ -99,7 +101,7 @@ def test_experts_are_calibrated_on_the_tokens_they_receive(family: str) -> None:
     same."""
     model, ids = build(family), batches()
     tokens = sum(batch.numel() for batch in ids)
-    for block in walk(model, ids, ("input_norm",), dense=True):
+    for block in walk(model, ids, ("input_norm",), read_only=True):
         seen = {name: stats.tokens for name, stats in block.stats.items() if ".experts." in name}
         up = {name.rpartition(".")[2]: n for name, n in seen.items() if "gate_up" in name}
         down = {name.rpartition(".")[2]: n for name, n in seen.items() if "down" in name}
@@ -112,7 +114,7 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_reported() -> None:
     ids = [torch.randint(VOCABULARY, (1, 2), generator=torch.Generator().manual_seed(3))]
     starved = {
         name
-        for block in walk(model, ids, ("input_norm",), dense=True)
+        for block in walk(model, ids, ("input_norm",), read_only=True)
         for name, stats in block.stats.items()
         if not stats.tokens
     }
@@ -137,7 +139,7 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_reported() -> None:
 def test_experts_are_observed_whatever_implementation_the_model_runs(family: str) -> None:
     model, ids = build(family), batches()
     model.set_experts_implementation("batched_mm")
-    for block in walk(model, ids, ("input_norm",), dense=True):
+    for block in walk(model, ids, ("input_norm",), read_only=True):
         assert any(stats.tokens for name, stats in block.stats.items() if ".experts." in name)
     assert model.config._experts_implementation == "batched_mm"
 
@@ -153,7 +155,7 @@ def test_tied_weights_stay_tied() -> None:
 def test_norm_and_head_alone_predict_what_the_model_does(family: str) -> None:
     model, ids = build(family).eval(), batches(1)[0]
     with torch.no_grad():
-        for block in walk(model, [ids], dense=True):
+        for block in walk(model, [ids], read_only=True):
             outputs = run_block(block.module, block.inputs[0], block.calls[0])
             if block.after.module is not None:
                 outputs = run_block(block.after.module, outputs, block.after.calls[0])

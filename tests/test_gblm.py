@@ -9,10 +9,10 @@ from families import VOCABULARY, build
 from tiny import llama
 
 from billhook import CRITERIA, BillhookError, SparsityPlan, find_layers, prune_
-from billhook.masks import Select
-from billhook.plan import Pattern
-from billhook.stats import LayerStats
-from billhook.walk import walk
+from billhook.engine.walk import walk
+from billhook.methods.masks import Select
+from billhook.methods.statistics import LayerStats
+from billhook.plan.plan import Pattern
 
 Tensor = torch.Tensor
 ROWS, COLUMNS, SEQUENCES = 5, 24, 9
@@ -118,7 +118,7 @@ def test_an_expert_that_no_token_reaches_is_pruned_by_magnitude(criterion: str, 
     ids = [torch.randint(VOCABULARY, (1, 2), generator=torch.Generator().manual_seed(3))]
     starved = {
         name
-        for block in walk(model, ids, ("input_norm",), dense=True)
+        for block in walk(model, ids, ("input_norm",), read_only=True)
         for name, stats in block.stats.items()
         if not stats.tokens
     }

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from billhook import BillhookError, JobError, SparsityPlan, find_layers, prune, prune_
-from billhook.arch import Layer
+from billhook.architectures.layers import Layer
 from billhook.cli import app
-from billhook.gradients.compute import compute_gradients
-from billhook.gradients.file import open_gradients
-from billhook.plan import Pattern
-from billhook.stats import GRADIENTS, REGIONAL
+from billhook.engine.gradient_file import open_gradients
+from billhook.engine.gradients import compute_gradients
+from billhook.methods.statistics import GRADIENTS, REGIONAL
+from billhook.plan.plan import Pattern
 
 Tensor = torch.Tensor
 

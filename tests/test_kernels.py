@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from billhook.errors import BillhookError
-from billhook.runtime import calibrate, fallback, library, native, ops, products
+from billhook.runtime import autotune, fallback, library, native, ops, products
 from billhook.runtime.dense import DenseLinear, adopt_
 from billhook.runtime.linear import SparseLinear
 from billhook.runtime.native import Weight
@@ -39,9 +39,9 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _no_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("BILLHOOK_CACHE", "0")
-    calibrate.forget()
+    autotune.forget()
     yield
-    calibrate.forget()
+    autotune.forget()
 
 
 def random_weight(shape: tuple[int, int], share: float, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -334,7 +334,7 @@ def test_an_adopted_layer_is_still_linear():
     before = linear(x)
     names = dict(linear.state_dict())
     adopt_(linear)
-    calibrate._measured[calibrate.key(linear._weight, torch.bfloat16, 2)] = "ours"
+    autotune._measured[autotune.key(linear._weight, torch.bfloat16, 2)] = "ours"
     assert isinstance(linear, DenseLinear)
     assert linear.state_dict().keys() == names.keys()
     with torch.no_grad():

@@ -8,11 +8,11 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner
 
-from billhook.allocators import ALLOCATORS
-from billhook.arch import FAMILIES
+from billhook.architectures.layers import FAMILIES
 from billhook.cli import app
-from billhook.criteria import CRITERIA
-from billhook.metrics import FACTS
+from billhook.methods.sparse import CRITERIA
+from billhook.plan.allocators import ALLOCATORS
+from billhook.plan.metrics import FACTS
 
 ROOT = Path(__file__).resolve().parents[1]
 

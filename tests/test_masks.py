@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from billhook.errors import BillhookError
-from billhook.masks import Select, remove_smallest
+from billhook.methods.masks import Select, remove_smallest
 
 GROUPS = ("row", "layer")
 quick = settings(max_examples=60, deadline=None)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from billhook import measure
 from billhook.errors import BillhookError
-from billhook.measuring.activations import outlier_ratio, wanda_mean, wanda_median
-from billhook.measuring.farms import squares
-from billhook.measuring.spectra import eigenvalues, fit_tail, spectral_metrics
-from billhook.metrics import canonical, companions, fact, options_of
+from billhook.measurement.activations import outlier_ratio, wanda_mean, wanda_median
+from billhook.measurement.farms import squares
+from billhook.measurement.spectra import eigenvalues, fit_tail, spectral_metrics
+from billhook.plan.metrics import canonical, companions, fact, options_of
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -48,7 +48,7 @@ def test_farms_pools_windows_from_edge_to_edge(monkeypatch: pytest.MonkeyPatch) 
     assert parts[2].equal(W[:, 70:])
     pooled = torch.cat([eigenvalues(part) for part in parts]).sort().values
     assert spectral_metrics(W, ["alpha_farms:3"])["alpha_farms:3"] == pytest.approx(fit_tail(pooled).alpha, rel=1e-12)
-    monkeypatch.setattr("billhook.measuring.farms.SIDE", 20)
+    monkeypatch.setattr("billhook.measurement.farms.SIDE", 20)
     assert len(list(squares(W, 3))) == 9
     assert len(list(squares(W[:21], 5))) == 2 * 5
     with pytest.raises(BillhookError, match="at least 1"):

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from billhook import find_layers, measure
-from billhook.allocators import allocate
 from billhook.errors import BillhookError
-from billhook.measuring.quantiles import LEVELS, lamp_quantiles, magnitude_quantiles
-from billhook.table import Row, Table
+from billhook.measurement.quantiles import LEVELS, lamp_quantiles, magnitude_quantiles
+from billhook.plan.allocators import allocate
+from billhook.plan.table import Row, Table
 
 relaxed = settings(deadline=None, max_examples=30)
 

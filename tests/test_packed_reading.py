@@ -17,7 +17,7 @@ from sparse_models import directory, prune_at_random, sparse
 from tiny import llama, save
 
 from billhook import BillhookError, load, pack, unpack, verify
-from billhook.disk.packed_format import PACKED, digest
+from billhook.packed.format import PACKED, digest
 
 SHARD = "model.packed.safetensors"
 
@@ -169,7 +169,7 @@ def test_a_record_made_by_a_stranger(name: str, edit: Callable[..., Path]) -> No
 
 
 def mutate(data: bytes, draw: Callable[..., Any]) -> bytes:
-    """Flip a bit, overwrite, cut, add or remove bytes anywhere."""
+    """Flip a bit, overwrite, cut, add or remove bytes any_rank."""
     kind = draw(st.sampled_from(["flip", "flip", "set", "cut", "add", "remove"]))
     at = draw(st.integers(0, len(data) - 1))
     if kind == "flip":
@@ -205,7 +205,7 @@ def test_any_change_of_any_byte(packed: Path, tmp_path: Path, data: st.DataObjec
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_change_of_the_record_by_a_stranger(packed: Path, tmp_path: Path, data: st.DataObject) -> None:
-    """One value anywhere in the record becomes another, and the checksum is made right: an error or some model, never a
+    """One value any_rank in the record becomes another, and the checksum is made right: an error or some model, never a
     crash."""
     folder = tmp_path / "fuzzed"
     shutil.rmtree(folder, ignore_errors=True)

@@ -23,8 +23,8 @@ from sparse_models import directory, prune_at_random, sparse
 
 import billhook
 from billhook import BillhookError, pack, unpack
-from billhook.disk.packed_format import PACKED, digest, open_packed
-from billhook.disk.shards import read_shard
+from billhook.packed.format import PACKED, digest, open_packed
+from billhook.store.shards import read_shard
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss", "qwen2"])

@@ -11,8 +11,8 @@ from command import listing
 from sparse_models import directory, prune_at_random, sparse
 
 from billhook import BillhookError, JobError, pack, unpack
-from billhook.disk.packed_format import PACKED
 from billhook.packed import packing
+from billhook.packed.format import PACKED
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from test_table import ANYTHING, short
 
 import billhook
 from billhook.errors import BillhookError
-from billhook.plan import Pattern, SparsityPlan, load_plan
+from billhook.plan.plan import Pattern, SparsityPlan, load_plan
 
 relaxed = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SHAPES = {"a": (4, 8), "b": (6, 8)}

@@ -10,11 +10,11 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from billhook.allocators import allocate
 from billhook.cli import app
 from billhook.errors import BillhookError
-from billhook.plan import load_plan
-from billhook.table import Row, Table
+from billhook.plan.allocators import allocate
+from billhook.plan.plan import load_plan
+from billhook.plan.table import Row, Table
 
 pytest.importorskip("matplotlib", reason="needs matplotlib")
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from billhook.allocators import ALLOCATORS, allocate
-from billhook.allocators.presets import OWL_GRID, PRESETS, apply, preset
 from billhook.cli import app
 from billhook.errors import BillhookError
-from billhook.plan import load_plan
-from billhook.table import Row, Table
+from billhook.plan.allocators import ALLOCATORS, allocate
+from billhook.plan.allocators.presets import OWL_GRID, PRESETS, apply, preset
+from billhook.plan.plan import load_plan
+from billhook.plan.table import Row, Table
 
 
 @pytest.fixture

@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from billhook.blocks import streaming
 from billhook.cli import main
-from billhook.parallel import heartbeat
-from billhook.run import unfinished
-from billhook.verification import verify
+from billhook.distributed import heartbeat
+from billhook.engine import streaming
+from billhook.steps import partial_output as unfinished
+from billhook.steps.verify import verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 TEXT = ("--calibration", "text.txt", "--samples", "8", "--length", "32", "--batch-size", "2")
@@ -189,14 +189,14 @@ def in_block_one(rank: int, happen: Callable[[], None]) -> Callable[[], None]:
     """Let something happen to a process when it has pruned its second block."""
 
     def install() -> None:
-        real = unfinished.Unfinished.finished
+        real = unfinished.PartialOutput.finished
 
         def finished(self, block, results):
             if block.index == 1 and os.environ["RANK"] == str(rank):
                 happen()
             real(self, block, results)
 
-        unfinished.Unfinished.finished = finished
+        unfinished.PartialOutput.finished = finished
 
     return install
 
@@ -263,7 +263,7 @@ def test_the_directory_keeps_its_name_while_a_slower_process_reads_it(place):
         raise OSError(5, "Input/output error")
 
     def failing() -> None:
-        unfinished.Unfinished.complete = fail
+        unfinished.PartialOutput.complete = fail
 
     def slow() -> None:
         real = streaming.Stream.load

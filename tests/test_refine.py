@@ -9,13 +9,13 @@ import torch
 from resuming import whole_and_in_parts
 
 from billhook import allocate, measure
-from billhook.arch import find_layers
-from billhook.blocks.replay import run_block
+from billhook.architectures.layers import find_layers
+from billhook.engine.gradients import compute_gradients
+from billhook.engine.loop import LayerResult, prune_
+from billhook.engine.replay import run_block
+from billhook.engine.walk import calls_of_one, walk
 from billhook.errors import BillhookError
-from billhook.gradients.compute import compute_gradients
-from billhook.pruning import LayerResult, prune_
-from billhook.refine import Data, Refine, refine_block_, tunable
-from billhook.walk import calls_of_one, walk
+from billhook.recover.blockwise import Data, Refine, refine_block_, tunable
 
 
 def text(windows: int = 16) -> list[torch.Tensor]:
@@ -36,10 +36,10 @@ def error(model: torch.nn.Module, build=tiny.llama) -> float:
         return float((model(ids).logits - build()(ids).logits).square().mean())
 
 
-@pytest.mark.parametrize("aim", [0.0, 0.5, 1.0])
-def test_outputs_come_nearer_and_zeros_stay(aim: float) -> None:
+@pytest.mark.parametrize("dense_target", [0.0, 0.5, 1.0])
+def test_outputs_come_nearer_and_zeros_stay(dense_target: float) -> None:
     plain, before = pruned(None, windows=48)
-    model, after = pruned(Refine(epochs=4, aim=aim, rate=0.01), windows=48)
+    model, after = pruned(Refine(epochs=4, dense_target=dense_target, rate=0.01), windows=48)
     assert error(model) < error(plain)
     assert [r.zeros for r in before] == [r.zeros for r in after]
     for one, other in zip(find_layers(plain), find_layers(model), strict=True):
@@ -60,7 +60,7 @@ def test_the_same_twice_and_not_with_another_seed() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_is_only_replaced_by_a_better_one(dtype: torch.dtype) -> None:
     model = tiny.llama().to(dtype)
-    for block in walk(model, text(), dense=True):
+    for block in walk(model, text(), read_only=True):
         targets = [torch.randn(h.shape, generator=torch.Generator().manual_seed(i)) for i, h in enumerate(block.inputs)]
         before = {name: value.clone() for name, value in block.module.state_dict().items()}
         parameters = tunable(block.module, block.layers, True)
@@ -97,9 +97,9 @@ def outputs_of_blocks(model: torch.nn.Module, ids: torch.Tensor, given: dict[int
 
 @pytest.mark.parametrize("build", [tiny.llama, tiny.mixtral])
 def test_the_loss_is_taken_behind_what_follows_the_block(build, monkeypatch) -> None:
-    monkeypatch.setattr("billhook.refine.PREDICTED", 7)
+    monkeypatch.setattr("billhook.recover.blockwise.PREDICTED", 7)
     model, ids = build(), torch.cat(text(3))[:3]
-    for block in walk(model, [ids], dense=True):
+    for block in walk(model, [ids], read_only=True):
         one = {24: calls_of_one(model, [ids])[24][block.index : block.index + 2]}
         targets = torch.randn(3, 24, 32, generator=torch.Generator().manual_seed(block.index))
         loss = Data(block.inputs, [targets], block.calls, one, block.after).loss(block.module, (0, [2, 0]))
@@ -157,12 +157,12 @@ def test_only_the_block_itself_is_tuned() -> None:
 
 def test_norms_are_tuned_only_if_asked() -> None:
     dense = tiny.llama().state_dict()
-    for everything in (False, True):
-        model, _ = pruned(Refine(epochs=2, everything=everything))
+    for tune_norms_and_biases in (False, True):
+        model, _ = pruned(Refine(epochs=2, tune_norms_and_biases=tune_norms_and_biases))
         changed = [
             name for name, value in model.state_dict().items() if "norm" in name and not torch.equal(value, dense[name])
         ]
-        assert bool(changed) == everything
+        assert bool(changed) == tune_norms_and_biases
         assert "model.norm.weight" not in changed
 
 
@@ -170,7 +170,7 @@ def test_layers_and_blocks_left_out_stay_as_they_are() -> None:
     model, dense = tiny.llama(), tiny.llama().state_dict()
     layers = [layer for layer in find_layers(model) if layer.block != 1 and "down_proj" not in layer.name]
     plan = allocate(measure(model, [], layers=layers), 0.6)
-    results = prune_(model, plan, batches=text(), layers=layers, refine=Refine(epochs=2, everything=True))
+    results = prune_(model, plan, batches=text(), layers=layers, refine=Refine(epochs=2, tune_norms_and_biases=True))
     chosen = {f"{layer.name}.weight" for layer in layers}
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, dense[name])}
     assert changed >= chosen
@@ -216,13 +216,13 @@ def test_a_run_that_goes_on_gives_the_same(criterion: str, tmp_path) -> None:
 def test_a_model_in_memory_goes_on_only_without_the_dense_model() -> None:
     model = tiny.llama()
     plan = allocate(measure(model, []), 0.5)
-    with pytest.raises(BillhookError, match="aim=0"):
+    with pytest.raises(BillhookError, match="dense_target=0"):
         prune_(model, plan, batches=text(), start=2, refine=Refine(epochs=1))
-    done = prune_(model, plan, batches=text(), start=2, refine=Refine(epochs=1, aim=0))
+    done = prune_(model, plan, batches=text(), start=2, refine=Refine(epochs=1, dense_target=0))
     assert {result.layer.split(".")[2] for result in done} == {"2", "3"}
 
 
-@pytest.mark.parametrize("options", [{"epochs": 0}, {"rate": 0.0}, {"aim": 1.5}])
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"rate": 0.0}, {"dense_target": 1.5}])
 def test_options_out_of_range(options: dict[str, float]) -> None:
     with pytest.raises(BillhookError, match="refine"):
         Refine(**options)
@@ -239,7 +239,7 @@ def test_regional_gradients_are_those_of_the_block_outputs(build, tmp_path) -> N
     model, ids = build(), torch.cat(text(3))
     found = compute_gradients(model, [ids], "gradient_regional", tmp_path / "g.safetensors")
     layers = find_layers(model)
-    for block in walk(model, list(ids.split(1)), dense=True):
+    for block in walk(model, list(ids.split(1)), read_only=True):
         if block.index:
             continue
         layer = block.layers[-1]

@@ -5,10 +5,10 @@ from typing import Literal
 
 import pytest
 
-from billhook.allocators import ALLOCATORS
-from billhook.criteria import CRITERIA
 from billhook.errors import BillhookError
-from billhook.metrics import FACTS, METRICS, fact, sign
+from billhook.methods.sparse import CRITERIA
+from billhook.plan.allocators import ALLOCATORS
+from billhook.plan.metrics import FACTS, METRICS, fact, sign
 from billhook.registry import Option, Registry, hint, method
 
 

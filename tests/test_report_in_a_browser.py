@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from billhook import prune
-from billhook.assessment import Questions, assess
 from billhook.reports.publishing import add_evaluation
+from billhook.steps.evaluate import EvalConfig, evaluate_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -42,8 +42,8 @@ def report(tmp_path_factory) -> Path:
         length=32,
         output=folder / "pruned",
     )
-    questions = Questions(data=text, length=32, limit=4, against=str(folder / "model"))
-    add_evaluation(folder / "pruned", assess(folder / "pruned", questions))
+    questions = EvalConfig(data=text, length=32, limit=4, against=str(folder / "model"))
+    add_evaluation(folder / "pruned", evaluate_model(folder / "pruned", questions))
     return folder / "pruned" / "report.html"
 
 

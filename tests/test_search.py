@@ -12,18 +12,18 @@ from tiny import llama, mixtral, save, text_file
 from typer.testing import CliRunner
 
 from billhook import BillhookError, Table, allocate, find_layers, load_plan, prune_, search
-from billhook.allocators import ALLOCATORS
-from billhook.allocators.atp import largest_beta
 from billhook.cli import app
-from billhook.gradients.compute import compute_gradients
-from billhook.masks import Select
-from billhook.run.request import Request
-from billhook.searching.journal import Journal, Run, loss_difference
-from billhook.searching.knobs import ALL, KNOBS, POINTS, Candidate, Outcome, Space, propose
-from billhook.searching.ladder import ROW_RUNGS, Ladder
-from billhook.searching.search import UNIFORM, Task
-from billhook.table import Row
+from billhook.engine.gradients import compute_gradients
+from billhook.methods.masks import Select
+from billhook.plan.allocators import ALLOCATORS
+from billhook.plan.allocators.atp import largest_beta
+from billhook.plan.table import Row
+from billhook.racing.journal import Journal, Run, loss_difference
+from billhook.racing.knobs import ALL, KNOBS, POINTS, Candidate, Outcome, Space, propose
+from billhook.steps.request import Request
+from billhook.steps.search import UNIFORM, Task
 from billhook.text.windows import digest
+from billhook.trials.ladder import ROW_RUNGS, Ladder
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def tokens() -> torch.Tensor:
 def pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw only where the picture is looked at: drawing takes longer than everything else here."""
     if "same_bytes" not in request.node.name:
-        monkeypatch.setattr("billhook.searching.search.draw", lambda *arguments: False)
+        monkeypatch.setattr("billhook.steps.search.draw", lambda *arguments: False)
 
 
 def find(model: Any, tokens: torch.Tensor, **changes: Any) -> Any:
@@ -162,7 +162,7 @@ def test_divergence_with_a_sum_for_unlikely_tokens_is_a_lower_bound(
 ):
     found = {}
     for kept in (8, 258):
-        monkeypatch.setattr("billhook.searching.predictions.KEPT", kept)
+        monkeypatch.setattr("billhook.trials.predictions.KEPT", kept)
         task = Task(Request(llama(), 0.5, calibration=tokens), ("atp",), "kl", False)
         task.bench.trial(task.plan(UNIFORM))
         found[kept] = task.bench.losses(0, 6).kl
@@ -257,10 +257,10 @@ def test_the_model_of_another_search_is_replaced_though_its_plan_is_the_same(tmp
 def test_gradients_are_computed_once_and_trials_use_them(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
     made = []
     monkeypatch.setattr(
-        "billhook.searching.trials.compute_gradients",
+        "billhook.trials.trials.compute_gradients",
         lambda *a, **k: made.append(compute_gradients(*a, **k)) or made[-1],
     )
-    monkeypatch.setattr("billhook.pruning.compute_gradients", None)
+    monkeypatch.setattr("billhook.engine.loop.compute_gradients", None)
     model = llama()
     result = find(model, tokens, criterion="gblm", budget=3, finalists=2)
     assert len(made) == 1

@@ -6,12 +6,12 @@ from itertools import combinations
 import pytest
 import torch
 
-from billhook.criteria.admm import admm
-from billhook.criteria.least_squares import loss, solve_support
-from billhook.criteria.sparsegpt import sparsegpt
 from billhook.errors import BillhookError
-from billhook.masks import Select
-from billhook.stats import LayerStats
+from billhook.methods.least_squares import loss, solve_support
+from billhook.methods.masks import Select
+from billhook.methods.sparse.admm import admm
+from billhook.methods.sparse.sparsegpt import sparsegpt
+from billhook.methods.statistics import LayerStats
 
 Tensor = torch.Tensor
 Patch = pytest.MonkeyPatch
@@ -47,8 +47,8 @@ def slow_solution(w: Tensor, H: Tensor, support: list[int]) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("direct", [True, False])
 def test_the_optimum_on_a_support(direct: bool, dtype: torch.dtype, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("billhook.criteria.least_squares.DIRECT", 256 if direct else 0)
-    monkeypatch.setattr("billhook.criteria.least_squares.TOLERANCE", 1e-10)
+    monkeypatch.setattr("billhook.methods.least_squares.DIRECT", 256 if direct else 0)
+    monkeypatch.setattr("billhook.methods.least_squares.TOLERANCE", 1e-10)
     W, gram = problem(12, 40)
     H = damped(gram)
     keep = torch.rand(12, 40, generator=torch.Generator().manual_seed(1)) < 0.4
@@ -66,7 +66,7 @@ def test_the_optimum_on_a_support(direct: bool, dtype: torch.dtype, monkeypatch:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_conjugate_gradients_never_lose_to_the_plain_mask(steps: int, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("billhook.criteria.least_squares.DIRECT", 0)
+    monkeypatch.setattr("billhook.methods.least_squares.DIRECT", 0)
     W, gram = problem(20, 64)
     H = damped(gram)
     keep = selection(W, 0.6)(W.abs())
@@ -103,7 +103,7 @@ def test_the_best_support_is_nearly_found() -> None:
 def test_the_update_beats_the_mask_alone(
     group: str, keep_of: tuple[int, int] | None, direct: bool, monkeypatch: Patch
 ) -> None:
-    monkeypatch.setattr("billhook.criteria.least_squares.DIRECT", 256 if direct else 0)
+    monkeypatch.setattr("billhook.methods.least_squares.DIRECT", 256 if direct else 0)
     W, gram = problem(24, 64)
     H = damped(gram)
     result = admm(W, LayerStats(192, 1, gram=gram), selection(W, 0.5, group, keep_of))
@@ -135,8 +135,8 @@ def test_float32_against_float64(monkeypatch: Patch) -> None:
     H = damped(gram)
     stats = LayerStats(192, 1, gram=gram)
     double = float(loss(W, admm(W, stats, selection(W, 0.6)), H).sum())
-    monkeypatch.setattr("billhook.criteria.admm.DOUBLE", 0)
-    monkeypatch.setattr("billhook.criteria.least_squares.DIRECT", 0)
+    monkeypatch.setattr("billhook.methods.sparse.admm.DOUBLE", 0)
+    monkeypatch.setattr("billhook.methods.least_squares.DIRECT", 0)
     single = admm(W.float(), LayerStats(192, 1, gram=gram.float()), selection(W, 0.6), steps=48, rho=0.3)
     assert float(loss(W, single.double(), H).sum()) == pytest.approx(double, rel=1e-3)
 
@@ -174,7 +174,7 @@ def test_inputs_that_are_no_good(trouble: str, damping: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"steps": 0}, {"rho": 0.0}, {"damping": -1.0}, {"rho": float("inf")}, {"aim": 1.5}]
+    "options", [{"steps": 0}, {"rho": 0.0}, {"damping": -1.0}, {"rho": float("inf")}, {"dense_target": 1.5}]
 )
 def test_options_out_of_range(options: dict[str, float]) -> None:
     W, gram = problem(2, 8)

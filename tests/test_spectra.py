@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from billhook.errors import BillhookError
-from billhook.measuring import eigen
-from billhook.measuring.eigen import _single, _smallest
-from billhook.measuring.spectra import Spectrum, eigenvalues, error_bound, fit_tail, measure_spectra, spectral_metrics
-from billhook.metrics import FACTS, METRICS, SIGNS, fact, sign
+from billhook.measurement import eigen
+from billhook.measurement.eigen import _single, _smallest
+from billhook.measurement.spectra import Spectrum, eigenvalues, error_bound, fit_tail, measure_spectra, spectral_metrics
+from billhook.plan.metrics import FACTS, METRICS, SIGNS, fact, sign
 
 SPECTRAL = [name for name, known in FACTS.items() if known.spectral]
 ALPHAS = ["alpha_mid", "alpha_peak", "alpha_ks"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from billhook.errors import BillhookError, JobError
-from billhook.stats import STATISTICS, Collector
+from billhook.methods.statistics import STATISTICS, Collector
 
 ALL = tuple(STATISTICS)
 

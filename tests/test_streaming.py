@@ -10,13 +10,13 @@ import torch
 from families import CONFIGS, VOCABULARY, build
 
 from billhook import find_layers, measure, prune, prune_
-from billhook.blocks.hidden import States
-from billhook.blocks.streaming import open_streamed, resident, stream_of
-from billhook.disk.checkpoint import load_model, quiet
-from billhook.job import Request, measure_model, prepare, run
-from billhook.job import record as record_of
-from billhook.run.save import save_pruned
-from billhook.verification import verify
+from billhook.engine.activation_store import ActivationStore
+from billhook.engine.streaming import open_streamed, resident, stream_of
+from billhook.steps.prune import Request, measure_model, prepare, run
+from billhook.steps.prune import record as record_of
+from billhook.steps.verify import verify
+from billhook.store.checkpoint import load_model, quiet
+from billhook.store.sinks import save_pruned
 
 IDS = torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
 
@@ -129,8 +129,8 @@ def test_tables_are_the_same(llama):
 
 
 def test_a_layout_that_cannot_be_kept_is_pruned_in_memory(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("billhook.run.request.mismatch", lambda model, shards: "made up")
-    monkeypatch.setattr("billhook.run.save.mismatch", lambda model, shards: "made up")
+    monkeypatch.setattr("billhook.steps.request.mismatch", lambda model, shards: "made up")
+    monkeypatch.setattr("billhook.store.sinks.mismatch", lambda model, shards: "made up")
     report = prune(llama, sparsity=0.5, criterion="magnitude", output=tmp_path / "out")
     assert "made up" in report.warnings[-1]
     assert verify(report.output).ok
@@ -142,7 +142,7 @@ def test_hidden_states_on_disk_are_those_put_there(limit, tmp_path):
     values = [
         torch.randn(2, 5, 10, generator=generator).to(dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)
     ]
-    states = States(limit, tmp_path)
+    states = ActivationStore(limit, tmp_path)
     for value in values:
         states.append(value)
     states[1] = values[1] = torch.randn(5, 2, 10, generator=generator).transpose(0, 1)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from billhook.allocators import ALLOCATORS, allocate
 from billhook.errors import BillhookError
-from billhook.table import Row, Table
+from billhook.plan.allocators import ALLOCATORS, allocate
+from billhook.plan.table import Row, Table
 
 relaxed = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([10**400, 1e308, -1, 0, True, "nan"]))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from billhook.measuring.spectra import eigenvalues, spectral_metrics
-from billhook.measuring.tails import fit_tail, hill, ks_distances
+from billhook.measurement.spectra import eigenvalues, spectral_metrics
+from billhook.measurement.tails import fit_tail, hill, ks_distances
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_save import prune_at_random
 
-from billhook.disk.checkpoint import load_model
-from billhook.disk.files import sha256
-from billhook.disk.shards import read_shard
 from billhook.errors import BillhookError
-from billhook.run.save import save_pruned
-from billhook.verification import verify
+from billhook.steps.verify import verify
+from billhook.store.checkpoint import load_model
+from billhook.store.files import sha256
+from billhook.store.shards import read_shard
+from billhook.store.sinks import save_pruned
 
 LAYER = "model.layers.1.mlp.up_proj"
 

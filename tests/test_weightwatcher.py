@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from billhook.measuring.spectra import eigenvalues, spectral_metrics
+from billhook.measurement.spectra import eigenvalues, spectral_metrics
 
 weightwatcher = pytest.importorskip("weightwatcher", reason="needs weightwatcher: pip install weightwatcher")
 

@@ -9,7 +9,7 @@ from families import CONFIGS, build
 from safetensors.torch import load_file, safe_open
 
 from billhook import BillhookError, JobError, allocate, load_calibration, load_model, measure, prune_, write_windows
-from billhook.disk.checkpoint import load_tokenizer
+from billhook.store.checkpoint import load_tokenizer
 
 
 @torch.no_grad()

@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 from typer.models import ArgumentInfo, OptionInfo
 
-from billhook.allocators import ALLOCATORS
-from billhook.arch import FAMILIES
+from billhook.architectures.layers import FAMILIES
 from billhook.cli import app
-from billhook.criteria import CRITERIA
-from billhook.metrics import CURVES, FACTS, METRICS
+from billhook.methods.sparse import CRITERIA
+from billhook.plan.allocators import ALLOCATORS
+from billhook.plan.metrics import CURVES, FACTS, METRICS
 from billhook.registry import Registry
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -16,8 +16,8 @@ import matplotlib.pyplot as plt
 
 from billhook import CRITERIA, allocate, evaluate, load_windows, measure, prune_
 from billhook.demo import EVALUATION_WINDOWS, LENGTH, MODEL, SAMPLES
-from billhook.disk.checkpoint import load_tokenizer
-from billhook.run.request import Request, open_request
+from billhook.steps.request import Request, open_request
+from billhook.store.checkpoint import load_tokenizer
 
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7)
 STYLE = {"magnitude": ("#b5532d", "o"), "wanda": ("#2f6db3", "s"), "sparsegpt": ("#1d7a4f", "D")}

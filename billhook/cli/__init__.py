@@ -32,8 +32,8 @@ from billhook.cli import (
     verify,
     write,
 )
-from billhook.cli.common import Failure, complain
-from billhook.parallel.torchrun import started
+from billhook.cli.common import Failure, print_error
+from billhook.distributed.torchrun import started
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's own, of which typer has a copy inside since 0.27
 
@@ -68,7 +68,7 @@ def _root(
     ),
 ) -> None:
     if started() and context.invoked_subcommand not in _SEVERAL:
-        complain(
+        print_error(
             f"{context.invoked_subcommand} runs in one process: start it without torchrun "
             f"({' and '.join(_SEVERAL)} run in several).",
             2,
@@ -96,5 +96,5 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx else "billhook"
         message = error.format_message()
         stop = "" if message.endswith((".", "?")) else "."
-        complain(f"{message}{stop} See: {command} --help", code, "--json" in sys.argv)
+        print_error(f"{message}{stop} See: {command} --help", code, "--json" in sys.argv)
     sys.exit(code or 0)

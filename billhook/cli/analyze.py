@@ -13,7 +13,7 @@ from billhook.cli.common import (
     TrustRemoteCode,
     emit,
     estimated,
-    guarded,
+    handle_errors,
     parse_settings,
     say,
     table,
@@ -27,7 +27,7 @@ Examples:
 """
 
 
-@guarded
+@handle_errors
 @grouped
 def command(
     model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
@@ -50,7 +50,7 @@ def command(
     """Show the relative error of each block's output after pruning by each plan."""
     from billhook.analysis import analyze, draw
     from billhook.costs.estimate import estimate_analysis
-    from billhook.disk.files import check_writable, write_json
+    from billhook.store.files import check_writable, write_json
 
     if output is not None:
         check_writable(output)

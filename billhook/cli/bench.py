@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from billhook.cli.common import Device, Dtype, Json, TrustRemoteCode, emit, guarded, progress, say, table
+from billhook.cli.common import Device, Dtype, Json, TrustRemoteCode, emit, handle_errors, progress, say, table
 
 if TYPE_CHECKING:
     from billhook.packed.benchmark import Side, Spread
@@ -18,7 +18,7 @@ Examples:
 """
 
 
-@guarded
+@handle_errors
 def command(
     models: Annotated[list[str], typer.Argument(help="Model directories, dense or packed.", metavar="MODEL...")],
     *,
@@ -41,11 +41,11 @@ def command(
     """Measure models in turns, each in its own process; medians and quartiles."""
     from dataclasses import asdict
 
-    from billhook.disk.files import check_writable, write_text
     from billhook.errors import BillhookError
     from billhook.packed import benchmark
     from billhook.packed.machine import hardware
     from billhook.runtime.library import path
+    from billhook.store.files import check_writable, write_text
 
     if picture is not None:
         check_writable(picture)

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from billhook.distributed.torchrun import processes, rank, started
 from billhook.errors import BillhookError, out_of_memory
-from billhook.parallel.torchrun import processes, rank, started
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
 Targets = Annotated[
@@ -85,7 +85,7 @@ def emit(value: dict[str, Any]) -> None:
     print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
 
 
-def complain(message: str, code: int, as_json: bool) -> None:
+def print_error(message: str, code: int, as_json: bool) -> None:
     """Show an error to a person (stderr) and, with --json, to a machine (stdout)."""
     who = f"billhook, process {rank()} of {processes()}" if started() else "billhook"
     print(f"{who}: {message}", file=sys.stderr, flush=True)
@@ -94,7 +94,7 @@ def complain(message: str, code: int, as_json: bool) -> None:
             emit({"error": message, "exit_code": code})
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
+def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Turn errors into a message and an exit code; with --json the message is also the JSON object."""
 
     @functools.wraps(command)
@@ -113,14 +113,14 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             if not out_of_memory(error):
                 raise
             message, code = "Out of memory. Use fewer --samples, a shorter --length or a smaller --batch-size.", 1
-        complain(message, code, bool(kwargs.get("as_json")))
+        print_error(message, code, bool(kwargs.get("as_json")))
         raise Failure(code)
 
     return run
 
 
 @contextmanager
-def patient() -> Iterator[Callable[[], bool]]:
+def graceful_interrupt() -> Iterator[Callable[[], bool]]:
     """Note the first Ctrl-C instead of stopping: yields what tells whether there was one. The second stops at once."""
     asked: list[int] = []
 

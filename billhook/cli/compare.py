@@ -11,7 +11,7 @@ from billhook.cli.common import (
     TrustRemoteCode,
     emit,
     estimated,
-    guarded,
+    handle_errors,
     parse_settings,
     say,
     table,
@@ -23,12 +23,12 @@ EXAMPLES = """\b
 Examples:
   billhook compare model --sparsities 0.5,0.6 --allocators uniform,owl,atp --calibration c4.txt --data wiki.txt -o grid
   billhook compare model --patterns 2:4,4:8 --criteria wanda,sparsegpt --calibration c4.txt --data wiki.txt -o grid
-  billhook compare model --sparsities 0.6 --criteria wanda,sparsegpt --seeds 3 --calibration c4.txt --data wiki.txt -o grid
+  billhook compare model --sparsities 0.6 --criteria wanda,admm --seeds 3 --calibration c4.txt --data wiki.txt -o grid
   billhook compare --runs grid other-grid
 """
 
 
-@guarded
+@handle_errors
 @grouped
 def command(
     models: Annotated[

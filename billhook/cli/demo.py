@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from billhook.cli.common import Json, emit, guarded, say, table
+from billhook.cli.common import Json, emit, handle_errors, say, table
 
 NAME = "demo"
 EXAMPLES = """\b
@@ -15,7 +15,7 @@ Examples:
 """
 
 
-@guarded
+@handle_errors
 def command(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where the pruned model goes; an earlier demo is replaced.")
@@ -26,7 +26,7 @@ def command(
 ) -> None:
     """Measure, allocate, prune, evaluate, save, reload and verify the bundled model."""
     from billhook.demo import run_demo
-    from billhook.plan import check_target
+    from billhook.plan.plan import check_target
 
     check_target(sparsity)
     result = run_demo(output, sparsity, say)

@@ -5,7 +5,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from billhook.cli.common import BatchSize, Device, Dtype, Json, Length, TrustRemoteCode, emit, guarded, progress, say
+from billhook.cli.common import (
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Length,
+    TrustRemoteCode,
+    emit,
+    handle_errors,
+    progress,
+    say,
+)
 
 NAME = "eval"
 EXAMPLES = """\b
@@ -18,7 +29,7 @@ Examples:
 """
 
 
-@guarded
+@handle_errors
 def command(
     model: Annotated[str, typer.Argument(help="Model directory, dense or packed, or a name on the hub.")],
     *,
@@ -65,10 +76,10 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Perplexity, KL divergence and agreement with the dense model, and zero-shot accuracy."""
-    from billhook.assessment import Questions, assess
+    from billhook.steps.evaluate import EvalConfig, evaluate_model
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    questions = Questions(
+    questions = EvalConfig(
         data,
         length,
         limit,
@@ -85,7 +96,7 @@ def command(
     if report:
         _check_report(model)
     with progress("scoring") as advance:
-        record = assess(model, questions, advance)
+        record = evaluate_model(model, questions, advance)
     for line in lines(record):
         say(line)
     if report:
@@ -100,7 +111,7 @@ def command(
 def _check_report(model: str) -> None:
     """Raise BillhookError, before any work, unless the directory has a report or can be given one."""
     from billhook.errors import BillhookError
-    from billhook.verification import RECORD, REPORT
+    from billhook.steps.verify import RECORD, REPORT
 
     if not any((Path(model) / name).is_file() for name in (RECORD, REPORT)):
         raise BillhookError(f"--report: {model} is no pruned directory, it has neither {REPORT} nor {RECORD}.")

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from billhook.disk.files import check_writable
-from billhook.parallel.torchrun import rank
+from billhook.distributed.torchrun import rank
+from billhook.store.files import check_writable
 
 
 class Log:

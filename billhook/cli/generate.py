@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from billhook.cli.common import Device, Dtype, Json, TrustRemoteCode, emit, guarded, say
+from billhook.cli.common import Device, Dtype, Json, TrustRemoteCode, emit, handle_errors, say
 
 NAME = "generate"
 EXAMPLES = """\b
@@ -14,7 +14,7 @@ Examples:
 """
 
 
-@guarded
+@handle_errors
 def command(
     model: Annotated[str, typer.Argument(help="Model directory, dense or packed, or a name on the hub.")],
     *,
@@ -31,10 +31,10 @@ def command(
     """Print the likeliest continuation of a prompt, and tokens a second."""
     import torch
 
-    from billhook.disk.checkpoint import load_tokenizer, resolve
     from billhook.errors import BillhookError
     from billhook.packed.generation import Printer, generate
     from billhook.packed.loading import load
+    from billhook.store.checkpoint import load_tokenizer, resolve
 
     path = resolve(model)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)

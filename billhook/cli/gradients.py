@@ -15,7 +15,7 @@ from billhook.cli.common import (
     TrustRemoteCode,
     emit,
     estimated,
-    guarded,
+    handle_errors,
     progress,
     say,
 )
@@ -30,7 +30,7 @@ Examples:
 """
 
 
-@guarded
+@handle_errors
 @grouped
 def command(
     model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
@@ -58,9 +58,9 @@ def command(
 ) -> None:
     """Accumulate the gradients of a model's loss on calibration text, one block in memory at a time."""
     from billhook.costs.estimate import estimate_gradients
-    from billhook.disk.files import check_writable
-    from billhook.job import Request, make_gradients
-    from billhook.stats import gradient_name
+    from billhook.methods.statistics import gradient_name
+    from billhook.steps.prune import Request, make_gradients
+    from billhook.store.files import check_writable
 
     check_writable(output)
     request = Request(

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from billhook.cli.common import Json, emit, guarded, table
+from billhook.cli.common import Json, emit, handle_errors, table
 from billhook.errors import BillhookError
 from billhook.registry import Registry, hint
 
@@ -17,7 +17,7 @@ Examples:
 KINDS = ("allocators", "criteria", "metrics", "presets", "families")
 
 
-@guarded
+@handle_errors
 def command(
     kind: Annotated[str, typer.Argument(help="allocators, criteria, metrics, presets or families.")],
     *,
@@ -42,11 +42,11 @@ def _text(value: Any) -> str:
 
 def _rows(kind: str) -> list[dict[str, Any]]:
     if kind == "families":
-        from billhook.arch import FAMILIES
+        from billhook.architectures.layers import FAMILIES
 
         return [{"model_type": name} for name in FAMILIES]
     if kind == "metrics":
-        from billhook.metrics import CURVES, FACTS
+        from billhook.plan.metrics import CURVES, FACTS
 
         signs = {name: "larger" if m.sign == 1 else "smaller" for name, m in FACTS.items()}
         return [
@@ -59,7 +59,7 @@ def _rows(kind: str) -> list[dict[str, Any]]:
             for m in (*FACTS.values(), *CURVES.values())
         ]
     if kind == "presets":
-        from billhook.allocators.presets import PRESETS
+        from billhook.plan.allocators.presets import PRESETS
 
         return [
             {
@@ -84,9 +84,9 @@ def _rows(kind: str) -> list[dict[str, Any]]:
 
 def _registry(kind: str) -> Registry:
     if kind == "allocators":
-        from billhook.allocators import ALLOCATORS
+        from billhook.plan.allocators import ALLOCATORS
 
         return ALLOCATORS
-    from billhook.criteria import CRITERIA
+    from billhook.methods.sparse import CRITERIA
 
     return CRITERIA

@@ -10,7 +10,7 @@ from billhook.cli.common import (
     TrustRemoteCode,
     emit,
     estimated,
-    guarded,
+    handle_errors,
     progress,
     say,
 )
@@ -25,7 +25,7 @@ Examples:
 """
 
 
-@guarded
+@handle_errors
 @grouped
 def command(
     model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
@@ -39,16 +39,16 @@ def command(
 ) -> None:
     """Measure every prunable layer and write table.json."""
     from billhook.costs.estimate import estimate_table
-    from billhook.disk.files import check_writable
-    from billhook.job import Request, measure_opened, open_to_measure
-    from billhook.measuring.measure import metric_names, steps
-    from billhook.parallel.ranks import joined
-    from billhook.parallel.torchrun import rank
+    from billhook.distributed.collectives import distributed
+    from billhook.distributed.torchrun import rank
+    from billhook.measurement.measure import metric_names, steps
+    from billhook.steps.prune import Request, measure_opened, open_to_measure
+    from billhook.store.files import check_writable
 
     names = metric_names(metrics)
     check_writable(output)
     request = Request(model=model, **vars(text), **work.fields(), trust_remote_code=trust_remote_code)
-    with joined(work.device), estimated() as begin:
+    with distributed(work.device), estimated() as begin:
         opened = open_to_measure(request, names)
         begin(estimate_table(opened, names, work.device))
         with progress("measuring", total=steps(names, len(opened.layers))) as advance:

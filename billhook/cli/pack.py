@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from billhook.cli.common import Json, emit, guarded, progress, say, table
+from billhook.cli.common import Json, emit, handle_errors, progress, say, table
 
 NAME = "pack"
 EXAMPLES = """\b
@@ -17,7 +17,7 @@ Examples:
 """
 
 
-@guarded
+@handle_errors
 def command(
     model: Annotated[str, typer.Argument(help="Model directory with zeros, whoever made them, or a name on the hub.")],
     *,

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from billhook.cli.common import Json, Preset, Settings, emit, guarded, parse_settings, say, table
+from billhook.cli.common import Json, Preset, Settings, emit, handle_errors, parse_settings, say, table
 
 NAME = "plan"
 EXAMPLES = """\b
@@ -17,7 +17,7 @@ Examples:
 """
 
 
-@guarded
+@handle_errors
 def command(
     table_file: Annotated[Path, typer.Argument(metavar="TABLE", help="A table.json from billhook measure.")],
     *,
@@ -34,8 +34,8 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Decide how much each layer loses and write plan.json."""
-    from billhook.allocators import allocate, presets
-    from billhook.table import Table
+    from billhook.plan.allocators import allocate, presets
+    from billhook.plan.table import Table
 
     chosen, given = allocator or "alphapruning", dict[str, Any](parse_settings(settings))
     if preset is not None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from billhook.cli.common import Json, emit, guarded, say
+from billhook.cli.common import Json, emit, handle_errors, say
 
 NAME = "plot"
 EXAMPLES = """\b
@@ -17,7 +17,7 @@ Examples:
 """
 
 
-@guarded
+@handle_errors
 def command(
     subject: Annotated[
         str | None,
@@ -93,11 +93,11 @@ def _subject(subject: str | None, layers: list[str], drawn: bool) -> tuple[Path 
 
 def _tables(table_file: Path, metrics: list[str], plans: list[Path]) -> dict[str, Any]:
     from billhook.errors import BillhookError
-    from billhook.metrics import fact
-    from billhook.plan import load_plan
+    from billhook.plan.metrics import fact
+    from billhook.plan.plan import load_plan
+    from billhook.plan.table import Table
     from billhook.reports.curves_picture import error_curves
     from billhook.reports.plots import metric_against_sparsity, metric_by_depth, sparsity_by_depth
-    from billhook.table import Table
 
     table = Table.load(table_file)
     curves = [name for name in metrics or table.rows[0].curves if fact(name).name == "error_curve"]
@@ -124,10 +124,10 @@ def _tables(table_file: Path, metrics: list[str], plans: list[Path]) -> dict[str
 
 def _weight(directory: str | Path, name: str) -> Any:
     """The weight [out, in] of one layer of a model on disk or on the hub."""
-    from billhook.arch import find_layers
-    from billhook.disk.checkpoint import load_model, resolve
+    from billhook.architectures.layers import find_layers
     from billhook.errors import BillhookError
     from billhook.registry import hint
+    from billhook.store.checkpoint import load_model, resolve
 
     weights = {layer.name: layer for layer in find_layers(load_model(resolve(directory)))}
     if name not in weights:
@@ -136,8 +136,8 @@ def _weight(directory: str | Path, name: str) -> Any:
 
 
 def _spectrum(model: str, name: str) -> Any:
-    from billhook.measuring.spectra import eigenvalues
-    from billhook.measuring.tails import Spectrum
+    from billhook.measurement.spectra import eigenvalues
+    from billhook.measurement.tails import Spectrum
     from billhook.reports.plots import spectral_density
 
     spectrum = Spectrum(eigenvalues(_weight(model, name)))

@@ -14,9 +14,9 @@ from billhook.cli.common import (
     announce,
     emit,
     estimated,
-    guarded,
+    graceful_interrupt,
+    handle_errors,
     parse_settings,
-    patient,
     progress,
     say,
     table,
@@ -25,10 +25,10 @@ from billhook.cli.groups import Text, Work, grouped
 
 if TYPE_CHECKING:
     from billhook.cli.events import Log
-    from billhook.costs.estimate import Said
-    from billhook.draft import Draft
-    from billhook.job import Job, Report
-    from billhook.pruning import LayerResult
+    from billhook.costs.estimate import Estimate
+    from billhook.engine.loop import LayerResult
+    from billhook.steps.prune import Job, Report
+    from billhook.steps.resolve import ResolvedRequest
 
 NAME = "prune"
 EXAMPLES = """\b
@@ -42,7 +42,7 @@ Examples:
 """
 
 
-@guarded
+@handle_errors
 @grouped
 def command(
     model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
@@ -102,13 +102,13 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Prune a model and write it as an ordinary Hugging Face directory."""
-    from billhook.allocators import presets
     from billhook.cli.events import Log
     from billhook.costs.estimate import estimate
-    from billhook.draft import check
+    from billhook.distributed.collectives import distributed
     from billhook.errors import BillhookError
-    from billhook.job import Request
-    from billhook.parallel.ranks import joined
+    from billhook.plan.allocators import presets
+    from billhook.steps.prune import Request
+    from billhook.steps.resolve import check
 
     if output is None and not dry_run:
         raise BillhookError(
@@ -127,7 +127,7 @@ def command(
         **work.fields(), overwrite=overwrite, resume=resume, spill_gib=spill_gib, pack=pack,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    with joined(work.device), Log(log_file, resume) as log:
+    with distributed(work.device), Log(log_file, resume) as log:
         draft = check(request)
         cost = estimate(draft)
         if dry_run:
@@ -146,18 +146,18 @@ def command(
         emit(report.to_json())
 
 
-def _decided(draft: "Draft") -> "Job":
+def _decided(draft: "ResolvedRequest") -> "Job":
     """The job with its plan."""
-    from billhook.job import decide
+    from billhook.steps.prune import decide
 
     with progress("measuring") as advance:
         return decide(draft, advance)
 
 
-def _run(job: "Job", cost: "Said", log: "Log") -> "Report":
+def _run(job: "Job", cost: "Estimate", log: "Log") -> "Report":
     """Prune, with every step in the log."""
     from billhook.costs.estimate import peak_gib
-    from billhook.job import run
+    from billhook.steps.prune import run
 
     request = job.request
     facts = {
@@ -180,7 +180,7 @@ def _run(job: "Job", cost: "Said", log: "Log") -> "Report":
             layer_seconds=round(x.seconds, 3),
         )
 
-    with progress("pruning", total=job.steps) as advance, patient() as stopping:
+    with progress("pruning", total=job.steps) as advance, graceful_interrupt() as stopping:
         report = run(job, advance, stopping, note)
     for warning in report.warnings:
         say(f"note: {warning}")
@@ -189,7 +189,7 @@ def _run(job: "Job", cost: "Said", log: "Log") -> "Report":
     return report
 
 
-def _show(job: "Job", cost: "Said", as_json: bool) -> None:
+def _show(job: "Job", cost: "Estimate", as_json: bool) -> None:
     """Print the dry run: one row a layer."""
     layers = job.opened.layers
     if as_json:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from billhook.cli.common import Json, emit, guarded, say
+from billhook.cli.common import Json, emit, handle_errors, say
 
 NAME = "report"
 EXAMPLES = """\b
@@ -16,7 +16,7 @@ Examples:
 """
 
 
-@guarded
+@handle_errors
 def command(
     directory: Annotated[Path, typer.Argument(help="A pruned directory.", metavar="DIR")],
     *,
@@ -33,11 +33,11 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Make report.json, the model card README.md and report.html of a pruned directory again."""
-    from billhook.densities import spectra_of
-    from billhook.disk.files import read_json
     from billhook.errors import BillhookError
+    from billhook.plan.densities import spectra_of
+    from billhook.plan.table import Table
     from billhook.reports.publishing import known, publish
-    from billhook.table import Table
+    from billhook.store.files import read_json
 
     if not directory.is_dir():
         raise BillhookError(f"There is no directory {directory}.")

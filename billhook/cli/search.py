@@ -14,7 +14,7 @@ from billhook.cli.common import (
     TrustRemoteCode,
     emit,
     estimated,
-    guarded,
+    handle_errors,
     parse_settings,
     say,
 )
@@ -25,13 +25,13 @@ EXAMPLES = """\b
 Examples:
   billhook search model --sparsity 0.6 --calibration text.txt -o found
   billhook search model --sparsity 0.7 --allocator atp --grid --calibration hub:c4 -o found
-  billhook search model --sparsity 0.5 --allocator atp,owl --criterion sparsegpt --budget 12 --calibration t.jsonl -o found
+  billhook search model --sparsity 0.5 --allocator atp,owl --criterion admm --budget 12 --calibration t.jsonl -o found
   billhook search model --sparsity 0.6 --budget 5m --no-model --calibration text.txt -o found
   billhook prune model --plan found/plan.json --calibration text.txt -o pruned
 """
 
 
-@guarded
+@handle_errors
 @grouped
 def command(
     model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
@@ -87,8 +87,8 @@ def command(
     """Find the allocator and knob that lose least, and prune with them."""
     from billhook.costs.estimate import estimate_search
     from billhook.errors import JobError
-    from billhook.searching.contest import Budget
-    from billhook.searching.search import search, summary
+    from billhook.racing.contest import Budget
+    from billhook.steps.search import search, summary
 
     try:
         with estimated() as begin:

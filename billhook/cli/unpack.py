@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from billhook.cli.common import Json, emit, guarded, progress, say
+from billhook.cli.common import Json, emit, handle_errors, progress, say
 
 NAME = "unpack"
 EXAMPLES = """\b
@@ -14,7 +14,7 @@ Examples:
 """
 
 
-@guarded
+@handle_errors
 def command(
     directory: Annotated[Path, typer.Argument(help="A directory that billhook pack wrote.")],
     *,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from billhook.cli.common import Failure, Json, emit, guarded, say
+from billhook.cli.common import Failure, Json, emit, handle_errors, say
 
 NAME = "verify"
 EXAMPLES = """\b
@@ -15,14 +15,14 @@ Examples:
 """
 
 
-@guarded
+@handle_errors
 def command(
     directory: Annotated[Path, typer.Argument(help="A directory that billhook prune wrote.")],
     *,
     as_json: Json = False,
 ) -> None:
     """Compare zeros, N:M groups and checksums on disk with billhook.json; fails on any difference."""
-    from billhook.verification import verify
+    from billhook.steps.verify import verify
 
     result = verify(directory)
     for problem in result.problems:

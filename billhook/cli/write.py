@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from billhook.cli.common import Device, Dtype, Json, Seed, TrustRemoteCode, emit, guarded, progress, say
+from billhook.cli.common import Device, Dtype, Json, Seed, TrustRemoteCode, emit, handle_errors, progress, say
 from billhook.cli.groups import Text, grouped
 
 NAME = "write"
@@ -18,7 +18,7 @@ Examples:
 """
 
 
-@guarded
+@handle_errors
 @grouped
 def command(
     model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
@@ -37,10 +37,10 @@ def command(
     It helps what is fitted to text (admm, --allocator auto, --refine) where there is little of it, and stands in for
     text where there is none.
     """
-    from billhook.disk.files import check_writable
     from billhook.errors import BillhookError
-    from billhook.run.request import Request
-    from billhook.writing import make_text, open_task
+    from billhook.steps.request import Request
+    from billhook.store.files import check_writable
+    from billhook.tasks.self_text import make_text, open_task
 
     if output.suffix != ".safetensors":
         raise BillhookError(f"{output}: a file of tokens is read by its name, which must end in .safetensors.")

@@ -18,27 +18,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.allocators import ALLOCATORS, AUTO, allocate, check_budget
 from billhook.analysis import WINDOWS, block_outputs, relative_error
-from billhook.assessment import versions
 from billhook.comparison.record import Comparison, finite
-from billhook.criteria import CRITERIA
-from billhook.disk.checkpoint import load_tokenizer
+from billhook.engine.gradient_file import Gradients
+from billhook.engine.gradients import compute_gradients
+from billhook.engine.loop import prune_
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import PROTOCOL, check_length, context_length, evaluate, vocabulary_size
-from billhook.gradients.compute import compute_gradients
-from billhook.gradients.file import Gradients
-from billhook.measuring.measure import measure
-from billhook.metrics import fact
-from billhook.plan import Pattern
-from billhook.pruning import prune_
+from billhook.measurement.measure import measure
+from billhook.methods.sparse import CRITERIA
+from billhook.methods.statistics import GRADIENTS
+from billhook.plan.allocators import ALLOCATORS, AUTO, allocate, check_budget
+from billhook.plan.metrics import fact
+from billhook.plan.plan import Pattern
+from billhook.plan.table import Row, Table
+from billhook.racing import automatic
 from billhook.registry import hint
-from billhook.run.request import Opened, Request, calibration_facts, listed, open_request
-from billhook.searching import automatic
-from billhook.searching.trials import Setting
-from billhook.stats import GRADIENTS
-from billhook.table import Row, Table
+from billhook.steps.evaluate import versions
+from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
+from billhook.store.checkpoint import load_tokenizer
 from billhook.text.windows import Windows, load_windows
+from billhook.trials.trials import Setting
 
 Progress = Callable[[str], None]
 Cell = tuple[str, float, str, str, int]  # pattern, sparsity, allocator, criterion, seed

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import billhook
-from billhook.disk.files import read_json, write_json
 from billhook.errors import BillhookError
+from billhook.store.files import read_json, write_json
 
 VERSION = 1
 RECORD = "compare.json"

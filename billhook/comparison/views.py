@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from billhook.comparison.record import Comparison, method, place, summary
-from billhook.disk.files import write_text
 from billhook.reports.charts import Axis, Series, chart
+from billhook.store.files import write_text
 
 TABLE, MARKDOWN, CSV = "compare.txt", "compare.md", "compare.csv"
 

@@ -33,12 +33,12 @@ NARROW, FEW, LARGE = (
     512,
     256,
     2048,
-)  # where ADMM and spectra change their type, see billhook.criteria.admm and billhook.measuring.eigen
+)  # where ADMM and spectra change their type, see billhook.methods.sparse.admm and billhook.measurement.eigen
 CHECK, HELD, STEP = (
     12,
     8,
     4,
-)  # ADMM ends at this alternation at the earliest; billhook.refine holds out a window of 8 and steps after 4
+)  # ADMM ends at this alternation at the earliest; billhook.recover.blockwise holds out a window of 8 and steps after 4
 
 Count = tuple[str, str, "Part | None", float]
 
@@ -155,8 +155,8 @@ def spectrum(part: Part) -> dict[str, float]:
 
 
 def walk(sizes: Sizes, method: Method, text: Text) -> Iterator[Count]:
-    """One pass of `billhook.walk` through the blocks, with what is done to their layers, and the gradients taken before
-    it."""
+    """One pass of `billhook.engine.walk` through the blocks, with what is done to their layers, and the gradients taken
+    before it."""
     drift = "drift" in method.statistics and not method.dense
     split = "blocks" if method.dense else "layers"
     for part, group in _grouped(sizes):
@@ -230,9 +230,9 @@ def _grouped(sizes: Sizes) -> Iterator[tuple[Part, _Group]]:
 
 
 def _beside(sizes: Sizes, part: Part, group: _Group, text: Text) -> float:
-    """How often `billhook.blocks.beside` runs a layer: in both streams for each later group, for the last one as well
-    where it writes into the stream of the model; once for each kind of experts; in the dense stream to its end; on a
-    batch to find groups and those that write.
+    """How often `billhook.engine.dense_stream` runs a layer: in both streams for each later group, for the last one as
+    well where it writes into the stream of the model; once for each kind of experts; in the dense stream to its end; on
+    a batch to find groups and those that write.
     """
     pairs = max(group.all - group.experts - 1 - group.number, 0)
     whole = group.number + 1 == group.all and not group.experts and part.out == sizes.width

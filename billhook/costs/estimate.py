@@ -1,8 +1,8 @@
 """What a job will cost, before it starts: seconds, memory and disk, by the cost model (`billhook.costs.prices`) and a
 moment of measuring.
 
-Said is a range: what ends early may take the least of it. Where the machine is as busy then as now, a run that takes
-longer than a few seconds lies within it or less than a factor of 1.5 outside.
+Estimate is a range: what ends early may take the least of it. Where the machine is as busy then as now, a run that
+takes longer than a few seconds lies within it or less than a factor of 1.5 outside.
 """
 
 import resource
@@ -18,30 +18,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from billhook.arch import SIBLINGS, expert_share, find_blocks
-from billhook.blocks.hidden import SPILL_GIB
-from billhook.blocks.streaming import stream_of
+from billhook.architectures.layers import SIBLINGS, expert_share, find_blocks
 from billhook.comparison.grid import Cell, Grid
 from billhook.costs import prices, workload
 from billhook.costs.counts import Part, Sizes, Text
 from billhook.costs.prices import Machine
 from billhook.costs.workload import Case, Phase
-from billhook.draft import Draft
+from billhook.distributed.collectives import world
+from billhook.engine.activation_store import SPILL_GIB
+from billhook.engine.streaming import stream_of
 from billhook.evaluation.batching import batch_size
 from billhook.evaluation.perplexity import vocabulary_size
-from billhook.parallel.ranks import world
-from billhook.run.record import gradient_of
-from billhook.run.request import Opened
-from billhook.searching.contest import Budget
-from billhook.searching.search import Task
-from billhook.searching.trials import Setting
+from billhook.racing.contest import Budget
+from billhook.steps.record import gradient_of
+from billhook.steps.request import Opened
+from billhook.steps.resolve import ResolvedRequest
+from billhook.steps.search import Task
+from billhook.trials.trials import Setting
 
 MOMENT = 3e8  # operations of attention that are timed at once, at most
 ROUND, ROUNDS = 2e-3, 5  # seconds that something is repeated for at least, and how often, of which the median counts
-Said = dict[str, float]
+Estimate = dict[str, float]
 
 
-def estimate(draft: Draft) -> Said:
+def estimate(draft: ResolvedRequest) -> Estimate:
     """`seconds` for measuring, trying plans, pruning and writing at most, `seconds_least` where what can end early
     does, peak `memory_gib` and `disk_gib`."""
     request, opened, options = draft.request, draft.opened, draft.criterion_options
@@ -69,18 +69,18 @@ def estimate(draft: Draft) -> Said:
     return _said(opened, request.device, phases, disk, sparsity=draft.target, spill_gib=request.spill_gib)
 
 
-def estimate_table(opened: Opened, metrics: Sequence[str], device: str) -> Said:
+def estimate_table(opened: Opened, metrics: Sequence[str], device: str) -> Estimate:
     """The same for measuring, which writes next to nothing."""
     return _said(opened, device, lambda case: workload.measure(case, metrics))
 
 
-def estimate_gradients(opened: Opened, device: str, spill_gib: float) -> Said:
+def estimate_gradients(opened: Opened, device: str, spill_gib: float) -> Estimate:
     """The same for gradients; what is spilled is not counted."""
     disk = 4 * sum(layer.shape[0] * layer.shape[1] for layer in opened.layers)
     return _said(opened, device, lambda case: [workload.gradients(case)], disk, spill_gib=spill_gib)
 
 
-def estimate_search(task: Task, budget: Budget, finalists: int, save: bool) -> Said:
+def estimate_search(task: Task, budget: Budget, finalists: int, save: bool) -> Estimate:
     """The same for a search."""
     space, setting, opened = task.space, task.bench.setting, task.opened
     rivals = finalists * len(set(space.allocators))
@@ -93,14 +93,14 @@ def estimate_search(task: Task, budget: Budget, finalists: int, save: bool) -> S
     return _said(opened, task.request.device, phases, save * _bytes(opened), sparsity=task.target)
 
 
-def estimate_comparison(opened: Opened, windows: Tensor, cells: Sequence[Cell], grid: Grid, device: str) -> Said:
+def estimate_comparison(opened: Opened, windows: Tensor, cells: Sequence[Cell], grid: Grid, device: str) -> Estimate:
     """The same for the cells of a comparison that are to be run; `windows` [windows, length] are scored."""
     count, length = windows.shape
     text = Text(count, length, batch_size(length, vocabulary_size(opened.model), opened.model.dtype.itemsize))
     return _said(opened, device, lambda case: workload.compare(case, grid, cells, text))
 
 
-def estimate_analysis(opened: Opened, setting: Setting, targets: Sequence[float], device: str) -> Said:
+def estimate_analysis(opened: Opened, setting: Setting, targets: Sequence[float], device: str) -> Estimate:
     """The same for an analysis of plans, given by their sparsities."""
     return _said(opened, device, lambda case: workload.analyze(case, setting, targets))
 
@@ -113,7 +113,7 @@ def _said(
     *,
     sparsity: float = 0.5,
     spill_gib: float = SPILL_GIB,
-) -> Said:
+) -> Estimate:
     """What phases cost, as the case ends early or not, on this machine as it is now."""
     streamed = stream_of(opened.model) is not None
     case = Case(sizes_of(opened), text_of(opened), sparsity, streamed, spill_gib * 2**30, world())

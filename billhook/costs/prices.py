@@ -4,7 +4,7 @@
 gets: the speed of a matrix product or of attention for arithmetic, that of copying memory for what passes over it, and
 the time of one small operation of torch for what is only called. The prices come from `benchmarks/scale.py`, which fits
 them to small models and tries them on sizes it did not fit. Several processes share windows and layers as
-`billhook.parallel.ranks` does, and what they send each other is counted.
+`billhook.distributed.collectives` does, and what they send each other is counted.
 """
 
 import math

@@ -10,22 +10,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from billhook.allocators import AUTO
 from billhook.analysis import WINDOWS as COMPARED
 from billhook.comparison.grid import Cell, Grid
 from billhook.costs import counts
 from billhook.costs.counts import Count, Method, Part, Sizes, Text
 from billhook.costs.prices import memory
-from billhook.criteria import CRITERIA
-from billhook.criteria.admm import RAMP, default_steps
-from billhook.measuring.error_curves import FEW, ROWS, TRIED
-from billhook.metrics import CURVES, fact, options_of
-from billhook.refine import LEAST, PATIENCE, PREDICTED, Refine
-from billhook.searching.contest import FIRST, Budget, trial_windows
-from billhook.searching.loss_shares import WINDOWS as SHARED
-from billhook.searching.predictions import KEPT
-from billhook.searching.trials import Setting
-from billhook.stats import GRADIENTS, STATISTICS
+from billhook.measurement.error_curves import FEW, ROWS, TRIED
+from billhook.measurement.loss_shares import WINDOWS as SHARED
+from billhook.methods.sparse import CRITERIA
+from billhook.methods.sparse.admm import RAMP, default_steps
+from billhook.methods.statistics import GRADIENTS, STATISTICS
+from billhook.plan.allocators import AUTO
+from billhook.plan.metrics import CURVES, fact, options_of
+from billhook.racing.contest import FIRST, Budget, trial_windows
+from billhook.recover.blockwise import LEAST, PATIENCE, PREDICTED, Refine
+from billhook.trials.predictions import KEPT
+from billhook.trials.trials import Setting
 
 REMEMBER, COMPARE, SLOPE, SCORE = 6.0, 1.0, 3.0, 2.0  # what is done with predictions, in readings of them
 READ, BISECT, SORT = 3.0, 60.0, 5.0  # readings of all weights for a metric and for a median; rankings for a full sort
@@ -196,7 +196,7 @@ def _shares(case: Case, criterion: str) -> Iterator[Phase]:
 
 
 def choose(case: Case, criterion: str, options: Options) -> Iterator[Phase]:
-    """What `billhook.searching.automatic` does once its columns are measured."""
+    """What `billhook.racing.automatic` does once its columns are measured."""
     bench, held = case.halved()
     short = replace(held, batch=max(1, 2048 // held.length))
     if any(name in GRADIENTS for name in CRITERIA.needs(criterion, CRITERIA.configure(criterion, dict(options)))):

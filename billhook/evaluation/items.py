@@ -16,9 +16,9 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from billhook.disk.files import sha256
 from billhook.errors import BillhookError
 from billhook.evaluation.likelihood import encode_request, log_likelihoods
+from billhook.store.files import sha256
 from billhook.text.corpus import existing_file
 
 FORM = '{"requests": [["context", " continuation"], ...], "gold": 0}'

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_utils import PreTrainedModel
 
+from billhook.engine.walk import evaluating
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.batching import batch_size as found_size
 from billhook.evaluation.batching import halving
 from billhook.evaluation.divergence import Against, divergence
 from billhook.text.windows import Windows, check_ids, digest, whole_ids
-from billhook.walk import evaluating
 
 PROTOCOL = "token perplexity over non-overlapping windows"
 _LOSS_BYTES = 1 << 26  # of float32 logits that the loss works on at once

@@ -15,11 +15,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from billhook.disk.packed_format import PACKED, is_packed, open_packed
-from billhook.disk.shards import weight_files
 from billhook.errors import BillhookError, JobError
+from billhook.packed.format import PACKED, is_packed, open_packed
 from billhook.packed.worker import serve
 from billhook.reports.charts import Axis, Series, chart
+from billhook.store.shards import weight_files
 
 KINDS = ("prefill", "decode")
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from billhook.disk.checkpoint import quiet
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import context_length
+from billhook.store.checkpoint import quiet
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import billhook
-from billhook.disk.checkpoint import resolve
-from billhook.disk.files import copy_files, read_json, sha256, write_json
-from billhook.disk.output import check_output, staging
-from billhook.disk.packed_format import LEAST_GROUP, PACKED, VERSION, Matrix, digest, is_packed
-from billhook.disk.shards import INDEX, read_shard, weight_files
 from billhook.errors import BillhookError
+from billhook.packed.format import LEAST_GROUP, PACKED, VERSION, Matrix, digest, is_packed
+from billhook.packed.select_tensors import choose, packed_size
+from billhook.packed.write_file import Written, write_packed
 from billhook.reports.publishing import publish
-from billhook.run.save import WEIGHTS
-from billhook.runtime.choosing import choose, packed_size
-from billhook.runtime.writing import Written, write_packed
-from billhook.verification import RECORD, REPORT, is_unfinished
+from billhook.steps.verify import RECORD, REPORT, is_unfinished
+from billhook.store.checkpoint import resolve
+from billhook.store.files import copy_files, read_json, sha256, write_json
+from billhook.store.output import check_output, staging
+from billhook.store.shards import INDEX, read_shard, weight_files
+from billhook.store.sinks import WEIGHTS
 
 _CONV1D = {
     "gpt2": ("c_attn", "c_proj", "c_fc"),

@@ -4,14 +4,14 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from billhook.disk.files import copy_files
-from billhook.disk.output import check_output, staging
-from billhook.disk.packed_format import PACKED, Packed, PackedShard, is_packed, open_packed
-from billhook.disk.shards import INDEX
 from billhook.errors import BillhookError
+from billhook.packed.format import PACKED, Packed, PackedShard, is_packed, open_packed
+from billhook.packed.matrices import dense_bytes
 from billhook.reports.publishing import publish
-from billhook.runtime.matrices import dense_bytes
-from billhook.verification import RECORD, REPORT
+from billhook.steps.verify import RECORD, REPORT
+from billhook.store.files import copy_files
+from billhook.store.output import check_output, staging
+from billhook.store.shards import INDEX
 
 
 def unpack(

@@ -5,10 +5,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from billhook.allocators.curves import at
-from billhook.plan import SparsityPlan
+from billhook.plan.allocators.curves import at
+from billhook.plan.plan import SparsityPlan
+from billhook.plan.table import Table
 from billhook.reports.plots import new_figure, of_model, planned_rows
-from billhook.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

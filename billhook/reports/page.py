@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from billhook.densities import density
 from billhook.errors import BillhookError
-from billhook.metrics import fact
+from billhook.plan.densities import density
+from billhook.plan.metrics import fact
 from billhook.reports.card import evaluation_rows
 from billhook.reports.charts import STYLE, Axis, Series, chart
 from billhook.reports.report import pattern_in_words

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from billhook.errors import BillhookError
-from billhook.metrics import fact
-from billhook.plan import SparsityPlan
-from billhook.table import Row, Table
+from billhook.plan.metrics import fact
+from billhook.plan.plan import SparsityPlan
+from billhook.plan.table import Row, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -165,7 +165,7 @@ def sparsity_by_depth(table: Table, plans: Mapping[str, SparsityPlan]) -> "Figur
 def spectral_density(layer: str, evals: Sequence[float], fits: Mapping[str, Any]) -> "Figure":
     """The density of the eigenvalues of W^T W on log-log axes with fitted tails.
 
-    `evals` > 0 ascending; `fits` names billhook.measuring.tails.TailFit objects, e.g. {"alpha_peak": fit}.
+    `evals` > 0 ascending; `fits` names billhook.measurement.tails.TailFit objects, e.g. {"alpha_peak": fit}.
     """
     if len(evals) < 3 or evals[0] <= 0:
         raise BillhookError(f"{layer}: a spectral density needs at least three positive eigenvalues.")

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from billhook.disk.files import write_json, write_text
 from billhook.errors import BillhookError
 from billhook.reports.card import card
 from billhook.reports.page import page
 from billhook.reports.report import build, load_report
-from billhook.verification import CARD, PAGE, RECORD, REPORT
+from billhook.steps.verify import CARD, PAGE, RECORD, REPORT
+from billhook.store.files import write_json, write_text
 
 
 def publish(folder: Path, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import billhook
-from billhook.disk.files import read_json
-from billhook.disk.packed_format import is_packed, open_packed
-from billhook.disk.shards import read_shard, weight_files
 from billhook.errors import BillhookError
-from billhook.plan import Pattern
-from billhook.verification import CARD, RECORD, REPORT
+from billhook.packed.format import is_packed, open_packed
+from billhook.plan.plan import Pattern
+from billhook.steps.verify import CARD, RECORD, REPORT
+from billhook.store.files import read_json
+from billhook.store.shards import read_shard, weight_files
 
 VERSION = 1
 _KEPT = ("license", "license_name", "license_link", "language")  # of the metadata of the card that came with the model

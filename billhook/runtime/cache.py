@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 import billhook
-from billhook.disk.files import read_json, write_json
 from billhook.errors import BillhookError
 from billhook.runtime import library
+from billhook.store.files import read_json, write_json
 
 KERNELS = 4  # raised when a kernel is added or becomes faster, so that older measurements are not followed
 

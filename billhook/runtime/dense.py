@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from billhook.runtime import calibrate, native, ops
+from billhook.runtime import autotune, native, ops
 
 
 class DenseLinear(nn.Linear):
@@ -27,7 +27,7 @@ class DenseLinear(nn.Linear):
             return ops.dense_linear(input, weight, self.bias)
         if self._weight.matrix.values != weight.data_ptr():
             self._weight = native.Weight(*weight.shape, weight.detach())
-        return calibrate.dense_product(self._weight, input, self.bias)
+        return autotune.dense_product(self._weight, input, self.bias)
 
 
 def adopt_(layer: nn.Linear) -> None:

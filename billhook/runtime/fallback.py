@@ -9,7 +9,7 @@ j is kept, padding bits are zero), and its kept values in row-major order, 1-D, 
 import torch
 from torch import Tensor
 
-from billhook.disk.packed_format import mask_bytes
+from billhook.packed.format import mask_bytes
 
 TILE_WEIGHTS = 1 << 20  # expanded at a time: 2 MiB of bfloat16, which stays in a core's cache while it is multiplied
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.errors import BillhookError
-from billhook.runtime import calibrate, native, ops
+from billhook.runtime import autotune, native, ops
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -95,7 +95,7 @@ class SparseLinear(nn.Module):
             or x.is_meta
         ):
             return ops.sparse_linear(x, self.bitmask, self.values, self.row_starts, self.scales, bias)
-        return calibrate.product(self.packed(), x, bias)
+        return autotune.product(self.packed(), x, bias)
 
     def packed(self) -> native.Weight:
         """What the kernels read, made anew when a buffer was replaced or has moved."""

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError
-from billhook.runtime import calibrate
+from billhook.runtime import autotune
 from billhook.runtime.native import Weight
 
 
@@ -15,7 +15,7 @@ def sparse_linear(
 ) -> Tensor:
     """x [..., in] times a packed weight [out, in], plus bias -> [..., out] in the dtype of x, on the CPU."""
     weight = Weight(bitmask.shape[0], x.shape[-1], values, bitmask, row_starts, scales)
-    return calibrate.product(weight, x, bias)
+    return autotune.product(weight, x, bias)
 
 
 @sparse_linear.register_fake
@@ -28,7 +28,7 @@ def _(
 @torch.library.custom_op("billhook::dense_linear", mutates_args=())
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in] times a dense bfloat16 weight [out, in], plus bias, in the dtype of x, on the CPU."""
-    return calibrate.dense_product(Weight(*weight.shape, weight), x, bias)
+    return autotune.dense_product(Weight(*weight.shape, weight), x, bias)
 
 
 @dense_linear.register_fake

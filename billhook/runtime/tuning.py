@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from billhook.runtime import calibrate, gpu, library
+from billhook.runtime import autotune, gpu, library
 from billhook.runtime.dense import DenseLinear, adopt_
 from billhook.runtime.linear import SparseLinear
 from billhook.runtime.native import Weight
@@ -22,16 +22,16 @@ def tune_(model: nn.Module) -> list[dict[str, Any]]:
     parameters. What is measured (some seconds for a new model on a new machine) is kept in the user's cache. Dense
     layers on other devices stay as they are.
     """
-    calibrate.recall()
+    autotune.recall()
     dtype = _activations(model)
     for module in model.modules():
         if isinstance(module, SparseLinear) and module.bitmask.device.type == "cpu":
-            calibrate.measure_packed(module.packed(), dtype)
+            autotune.measure_packed(module.packed(), dtype)
         elif isinstance(module, SparseLinear) and module.bitmask.is_cuda:
             gpu.prepare(module, dtype)
         elif type(module) is nn.Linear and library.active() and _ours(module):
             adopt_(module)
-    calibrate.keep()
+    autotune.keep()
     return choices(model)
 
 
@@ -46,7 +46,7 @@ def choices(model: nn.Module) -> list[dict[str, Any]]:
         elif isinstance(module, DenseLinear) and not module.weight.is_cuda:
             values, sparsity = module.weight.detach(), 0.0
             weight = Weight(*values.shape, values)
-            ways = {tokens: calibrate.dense_way(weight, values.dtype, tokens) for tokens in calibrate.BUCKETS}
+            ways = {tokens: autotune.dense_way(weight, values.dtype, tokens) for tokens in autotune.BUCKETS}
         else:
             continue
         shape, dtype = [module.out_features, module.in_features], str(values.dtype).removeprefix("torch.")
@@ -57,7 +57,7 @@ def choices(model: nn.Module) -> list[dict[str, Any]]:
 def _ways(layer: SparseLinear, activations: torch.dtype) -> dict[int, str]:
     if layer.bitmask.is_cuda:
         return gpu.ways(layer, activations)
-    return {tokens: calibrate.way(layer.packed(), activations, tokens) for tokens in calibrate.BUCKETS}
+    return {tokens: autotune.way(layer.packed(), activations, tokens) for tokens in autotune.BUCKETS}
 
 
 def _activations(model: nn.Module) -> torch.dtype:
@@ -76,4 +76,4 @@ def _ours(layer: nn.Linear) -> bool:
         or not weight.is_contiguous()
     ):
         return False
-    return calibrate.measure_dense(Weight(*weight.shape, weight), torch.bfloat16)
+    return autotune.measure_dense(Weight(*weight.shape, weight), torch.bfloat16)

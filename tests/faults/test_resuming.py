@@ -20,7 +20,7 @@ from trial import (
 
 from billhook import prune
 from billhook.errors import BillhookError
-from billhook.run.state import STATE, partial_folder
+from billhook.steps.state import STATE, partial_folder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -119,8 +119,8 @@ def test_a_folder_of_somebody_else_is_left_alone(source, tmp_path, more):
 
 def test_gradients_are_kept_until_the_directory_is_whole(source, expected, tmp_path, monkeypatch):
     """A run that fails while the last files are written goes on from its last block, and computes nothing again."""
-    from billhook import job
-    from billhook.run import unfinished
+    from billhook.steps import partial_output as unfinished
+    from billhook.steps import prune as job
 
     def full(*args) -> None:
         raise OSError(28, "No space left on device")

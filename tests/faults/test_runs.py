@@ -33,7 +33,7 @@ from trial import (
 
 from billhook import prune
 from billhook.errors import BillhookError, Interrupted
-from billhook.run.state import STATE
+from billhook.steps.state import STATE
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -155,7 +155,7 @@ def test_two_runs_into_one_directory(source, expected, tmp_path):
                 time.sleep(0.01)
             return False
 
-        from billhook.job import Request, prepare, run
+        from billhook.steps.prune import Request, prepare, run
 
         run(prepare(Request(source, output=tmp_path / "out", **MAGNITUDE)), stopping=stopping)
 
@@ -175,7 +175,7 @@ def test_the_lock_of_a_dead_process_does_not_hold(source, expected, tmp_path):
     ready = tmp_path / "ready"
 
     def hang() -> None:
-        from billhook.job import Request, prepare, run
+        from billhook.steps.prune import Request, prepare, run
 
         def stopping() -> bool:
             ready.touch()

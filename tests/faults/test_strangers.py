@@ -17,14 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from billhook import SparsityPlan, Table, prune
-from billhook.disk.checkpoint import check_directory, load_tokenizer
-from billhook.disk.shards import INDEX, read_shard, weight_files
+from billhook.engine.gradient_file import open_gradients
 from billhook.errors import BillhookError
-from billhook.gradients.file import open_gradients
-from billhook.plan import load_plan
-from billhook.run.state import STATE, read_state
+from billhook.plan.plan import load_plan
+from billhook.steps.state import STATE, read_state
+from billhook.steps.verify import RECORD, verify
+from billhook.store.checkpoint import check_directory, load_tokenizer
+from billhook.store.shards import INDEX, read_shard, weight_files
 from billhook.text.windows import load_calibration
-from billhook.verification import RECORD, verify
 
 SOON = 2.0
 QUICK = settings(

@@ -17,8 +17,8 @@ import torch
 
 from billhook import prune
 from billhook.errors import BillhookError, Interrupted
-from billhook.run.state import STATE, partial_folder
-from billhook.verification import verify
+from billhook.steps.state import STATE, partial_folder
+from billhook.steps.verify import verify
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.copyfile", "shutil.rmtree"}
@@ -157,7 +157,7 @@ def never_mistaken(folder: Path) -> None:
 
 def stop_after(source: Path, output: Path, blocks: int, **fields) -> None:
     """Leave a run that was stopped after some blocks."""
-    from billhook.job import Request, prepare, run
+    from billhook.steps.prune import Request, prepare, run
 
     done = iter(range(100))
     with pytest.raises(

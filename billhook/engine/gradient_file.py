@@ -1,0 +1,142 @@
+"""gradients.safetensors: a statistic of the dense model's gradients, one tensor [out, in] a layer, tied to its model by
+digest.
+
+The tensors are named like the layers. The metadata say what they are: `format`, `version`, and `about` (json:
+statistic, samples, and the facts of model and calibration). The file is written one tensor at a time, in any order, and
+read the same way, so it may be larger than memory.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from billhook.errors import BillhookError
+from billhook.store.files import write_atomic
+from billhook.store.shards import Shard, read_shard
+
+FORMAT = "billhook gradients"
+VERSION = "1"
+_KINDS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
+_CODES = {torch.float32: "F32", torch.float16: "F16"}
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients(Mapping[str, Tensor]):
+    """Layer name -> float32 [out, in], read from the file when asked for. `about` is what the file says of itself."""
+
+    path: Path
+    about: dict[str, Any]
+    shard: Shard
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.shard.entries[name]
+        values = np.fromfile(self.path, _KINDS[entry.dtype], math.prod(entry.shape), offset=entry.start)
+        return torch.from_numpy(values).view(entry.shape).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shard.entries)
+
+    def __len__(self) -> int:
+        return len(self.shard.entries)
+
+    @property
+    def statistic(self) -> str:
+        """What the numbers are, such as gradient_l1."""
+        return str(self.about["statistic"])
+
+    def check(
+        self, statistic: str, shapes: Mapping[str, tuple[int, int]], model: Mapping[str, Any] | None = None
+    ) -> None:
+        """Raise BillhookError unless the file holds `statistic` for every layer of `shapes` and comes from `model`.
+
+        `model` are the facts of a model (name, digest); a digest that is not known (a model in memory) is not compared.
+        """
+        made = self.about.get("model")
+        made = made if isinstance(made, dict) else {}
+        again = "Make the file again: billhook gradients MODEL --calibration SOURCE -o FILE."
+        if model and model.get("digest") and made.get("digest") and model["digest"] != made["digest"]:
+            raise BillhookError(
+                f"{self.path} holds gradients of {made.get('name', 'another model')}, whose weights are not those of "
+                f"{model.get('name', 'this model')}. {again}"
+            )
+        if statistic != self.statistic:
+            raise BillhookError(
+                f"{self.path} holds {self.statistic}, and the criterion reads {statistic}: give billhook "
+                "gradients the same --norm and "
+                "--mode as the criterion."
+            )
+        for name, shape in shapes.items():
+            if name not in self:
+                raise BillhookError(f"{self.path} has no gradients of {name}. {again}")
+            if self.shard.entries[name].shape != tuple(shape):
+                found = " x ".join(map(str, self.shard.entries[name].shape))
+                raise BillhookError(
+                    f"{self.path} has {found} gradients for {name}, which is {shape[0]} x {shape[1]}. {again}"
+                )
+
+
+def open_gradients(path: Path) -> Gradients:
+    """Open a gradients file; raises BillhookError when it is missing, damaged, cut off, or something else."""
+    if not path.is_file():
+        raise BillhookError(
+            f"There is no gradients file at {path}. Make one: billhook gradients MODEL --calibration SOURCE -o {path}"
+        )
+    shard = read_shard(path)
+    metadata = json.loads(shard.header[8:]).get("__metadata__")
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise BillhookError(f"{path} is not a gradients file: it is a safetensors file of another kind.")
+    if metadata.get("version") != VERSION:
+        raise BillhookError(
+            f"{path} has version {metadata.get('version')!r}, and this Billhook reads version {VERSION}."
+        )
+    try:
+        about = json.loads(metadata["about"])
+        str(about["statistic"])
+    except (KeyError, TypeError, ValueError):
+        raise BillhookError(f"{path} is a damaged gradients file: its metadata lack the statistic.") from None
+    for entry in shard.entries.values():
+        if entry.dtype not in _KINDS or len(entry.shape) != 2:
+            raise BillhookError(
+                f"{path} is a damaged gradients file: {entry.name} is {entry.dtype} {list(entry.shape)}."
+            )
+    return Gradients(path, about, shard)
+
+
+def write_gradients(
+    path: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    dtype: torch.dtype,
+    about: Mapping[str, Any],
+    values: Callable[[], Iterator[tuple[str, Tensor]]],
+) -> None:
+    """Write, atomically, the tensors that `values` yields with their names: each of `shapes` once, in any order, of
+    `dtype`."""
+    header: dict[str, Any] = {
+        "__metadata__": {"format": FORMAT, "version": VERSION, "about": json.dumps(about, sort_keys=True)}
+    }
+    position, kind = 0, _KINDS[_CODES[dtype]]
+    for name, shape in shapes.items():
+        size = math.prod(shape) * kind.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, value in values():
+                assert (tuple(value.shape), value.dtype) == (tuple(shapes[name]), dtype), name
+                file.seek(8 + len(text) + header[name]["data_offsets"][0])
+                file.write(value.contiguous().cpu().numpy().astype(kind, copy=False).data)
+            assert os.fstat(file.fileno()).st_size <= 8 + len(text) + position
+
+    write_atomic(path, write)

@@ -1,0 +1,64 @@
+"""Metrics of a block's Wanda scores |W_ij| ||X_j||_2, all its layers together, measured on the dense model.
+
+`outlier_ratio` is OWL's: Yin et al., ICML 2024, arXiv:2310.05175. `wanda_mean` and `wanda_median` are DLP's: Chen et
+al., "DLP: Dynamic Layerwise Pruning in Large Language Models", ICML 2025, arXiv:2505.23807. Functions take the
+`weights` [out, in] of a block and the `norms` [in] float32 of their inputs; a layer that saw no tokens has None and is
+left out.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from billhook.errors import BillhookError
+from billhook.plan.metrics import fact
+from billhook.registry import method
+
+Weights = Sequence[Tensor]
+Norms = Sequence[Tensor | None]
+
+BISECTIONS = 60  # more than a float32 mantissa has bits
+
+
+@method(paper=fact("outlier_ratio").paper)
+def outlier_ratio(weights: Weights, norms: Norms, *, m: float = 5.0) -> float:
+    """D = 100 x share of the block's scores that exceed `m` times their mean, in per cent."""
+    if not 0 < m < float("inf"):
+        raise BillhookError(
+            f"outlier_ratio:{m:g}: M must be a positive number, such as outlier_ratio:5 (the paper uses 3 to 10)."
+        )
+    total = sum(w.numel() for w, norm in zip(weights, norms, strict=True) if norm is not None)
+    mean = wanda_mean(weights, norms)
+    return 100 * sum(int((score > m * mean).sum()) for score in _scores(weights, norms)) / total
+
+
+@method(paper=fact("wanda_mean").paper)
+def wanda_mean(weights: Weights, norms: Norms) -> float:
+    """The mean score (what DLP's published code takes)."""
+    sums = [(float(score.sum(dtype=torch.float64)), score.numel()) for score in _scores(weights, norms)]
+    return sum(total for total, _ in sums) / sum(n for _, n in sums)
+
+
+@method(paper=fact("wanda_median").paper)
+def wanda_median(weights: Weights, norms: Norms) -> float:
+    """The (lower) median score (what DLP's paper says), found by bisection so that no layer's scores are copied or
+    sorted."""
+    scores = list(_scores(weights, norms))
+    half = (sum(score.numel() for score in scores) + 1) // 2
+    low, high = -1.0, max(float(score.max()) for score in scores)
+    for _ in range(BISECTIONS):
+        middle = (max(low, 0.0) + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (low, middle) if sum(int((score <= middle).sum()) for score in scores) >= half else (middle, high)
+    return max(float(score[score <= high].max()) for score in scores if bool((score <= high).any()))
+
+
+def _scores(weights: Weights, norms: Norms) -> Iterator[Tensor]:
+    """The scores of one layer after another, so that those of a block need not be in memory together."""
+    if all(norm is None for norm in norms):
+        raise BillhookError(
+            "No layer of a block received a calibration token: its scores do not exist. Use more --samples."
+        )
+    return (w.abs().float() * norm for w, norm in zip(weights, norms, strict=True) if norm is not None)

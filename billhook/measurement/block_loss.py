@@ -1,0 +1,57 @@
+"""What the model loses when one block alone is pruned: a measurement instead of a theory.
+
+Each block in turn is pruned by magnitude (whole layers compete), the loss on the text is measured, and the weights are
+put back. It costs one evaluation of the text per block and one more. It does not know how blocks pruned together
+interact.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.architectures.layers import Layer
+from billhook.engine.streaming import resident
+from billhook.errors import BillhookError
+from billhook.evaluation.perplexity import evaluate
+from billhook.methods.masks import Select
+from billhook.methods.sparse.magnitude import magnitude
+from billhook.methods.statistics import LayerStats
+from billhook.plan.metrics import fact
+from billhook.registry import method
+
+
+@method(paper=fact("block_loss").paper)
+def block_loss(
+    model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor], *, sparsity: float = 0.6
+) -> dict[str, float]:
+    """(loss with only this block pruned to `sparsity` - loss of the dense model) / loss of the dense model, by layer
+    name.
+
+    `batches` are token ids [batch, length] int64; the loss is the mean negative log-likelihood of their tokens. All
+    `layers` of a block get the block's number. Weights are changed and put back bit for bit.
+    """
+    if not 0 < sparsity < 1:
+        raise BillhookError(f"block_loss:{sparsity:g}: the sparsity must lie between 0 and 1, such as block_loss:0.6.")
+    ids = torch.cat(list(batches))
+    dense = evaluate(model, ids).nll
+    losses: dict[str, float] = {}
+    for block in sorted({layer.block for layer in layers}):
+        inside = [layer for layer in layers if layer.block == block]
+        with resident(model, block):
+            loss = _pruned_loss(model, inside, ids, sparsity)
+        losses |= {layer.name: (loss - dense) / dense for layer in inside}
+    return losses
+
+
+def _pruned_loss(model: PreTrainedModel, layers: Sequence[Layer], ids: Tensor, sparsity: float) -> float:
+    before = [layer.weight.clone() for layer in layers]
+    try:
+        for layer in layers:
+            select = Select(layer.shape, sparsity, round(sparsity * layer.weight.numel()), None, "layer", "exact")
+            layer.weight.copy_(magnitude(layer.weight.float(), LayerStats(0, 0), select))
+        return evaluate(model, ids).nll
+    finally:
+        for layer, weight in zip(layers, before, strict=True):
+            layer.weight.copy_(weight)

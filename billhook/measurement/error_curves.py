@@ -1,0 +1,121 @@
+"""How far pruning moves each layer's output, at any sparsity, with the criterion that will do it: the curves behind
+`--allocator auto`.
+
+Of each layer, with the dense model's inputs, the criterion is run once on `ROWS` of its rows for each of the sparsities
+`TRIED`, all of them stacked, so that what it computes of the inputs (a factorization) serves for all. e(s) is the
+squared change of the layer's output relative to its square; ln e is linear in s between those sparsities and on to e(1)
+= 1. The curve is
+
+    e(s)  at s = 0, 1 / STEPS, ..., 1,   e(0) = 0
+
+Cost: one pass of the text through the dense model with its statistics, and the criterion on 4 * ROWS rows a layer. Rows
+compete as in the criterion's own group, among those that are looked at. It says nothing about what the model makes of a
+layer's error: see `loss_share`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.architectures.layers import Layer
+from billhook.engine.walk import walk
+from billhook.errors import BillhookError
+from billhook.methods.masks import Select
+from billhook.methods.sparse import CRITERIA
+from billhook.methods.sparse.admm import default_steps
+from billhook.methods.sparse.magnitude import magnitude
+from billhook.methods.statistics import STATISTICS, LayerStats
+from billhook.plan.metrics import fact
+from billhook.registry import method
+
+TRIED = (0.3, 0.5, 0.7, 0.9)
+ROWS = 16
+STEPS = 40
+FEW = 3  # alternations of admm
+_LEAST = 1e-9
+
+
+@method(paper=fact("error_curve").paper)
+@torch.no_grad()
+def error_curve(
+    model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor], *, criterion: str = "admm"
+) -> dict[str, list[float]]:
+    """e(k / STEPS) for k = 0 to STEPS, by layer name.
+
+    `batches` are token ids [batch, length] int64. Raises BillhookError for a criterion that reads gradients, or an
+    unknown one.
+    """
+    options = CRITERIA.configure(criterion, cheaper(criterion, layers))
+    needs = CRITERIA.needs(criterion, options)
+    if not set(needs) <= set(STATISTICS):
+        raise BillhookError(
+            f"error_curve:{criterion}: this criterion reads gradients; curves are made with others, such as admm "
+            "or wanda."
+        )
+    wanted, curves = {layer.name for layer in layers}, {}
+    for block in walk(model, batches, tuple(dict.fromkeys((*needs, "input_norm"))), read_only=True):
+        for layer in block.layers:
+            if layer.name in wanted:
+                curves[layer.name] = _curve(_errors(layer, block.stats[layer.name], criterion, options))
+    return curves
+
+
+def cheaper(criterion: str, layers: Sequence[Layer]) -> dict[str, object]:
+    """The options with which a trial costs less than a run: three steps of admm, unless wide layers take fewer
+    anyway."""
+    few = criterion == "admm" and default_steps(max(layer.shape[1] for layer in layers)) > FEW
+    return {"steps": FEW} if few else {}
+
+
+@dataclass(frozen=True)
+class _Stacked(Select):
+    """As many equal stacks of rows as `TRIED`, each with its own sparsity; `sparsity` and `zeros` are the share of it
+    that is due."""
+
+    def __call__(self, score: Tensor, start: int = 0) -> Tensor:
+        """Select in each stack by itself."""
+        rows = self.shape[0] // len(TRIED)
+        part = (rows, self.shape[1])
+        shares = [s * self.sparsity for s in TRIED]
+        selects = [Select(part, s, round(s * rows * self.shape[1]), None, self.group) for s in shares]
+        return torch.cat([select(stack, start) for select, stack in zip(selects, score.split(rows), strict=True)])
+
+
+def _errors(layer: Layer, stats: LayerStats, criterion: str, options: dict[str, object]) -> list[float]:
+    """The relative squared error of the layer's output at the sparsities tried."""
+    W = layer.weight
+    rows = torch.linspace(0, len(W) - 1, min(ROWS, len(W)), dtype=torch.float64).round().long()  # spread evenly
+    W = W[rows.to(W.device)].float()
+    stacked = W.repeat(len(TRIED), 1)
+    unseen = stats.tokens == 0
+    function = magnitude if unseen else CRITERIA.get(criterion)
+    select = _Stacked(tuple(stacked.shape), 1.0, stacked.numel(), None, CRITERIA.group(criterion))  # type: ignore[arg-type]
+    V = function(stacked, replace(stats, notes=[]), select, **({} if unseen else options))
+    whole = max(_energy(W, stats), 1e-30)
+    return [min(max(_energy(W - part, stats) / whole, _LEAST), 1.0) for part in V.split(len(W))]
+
+
+def _energy(W: Tensor, stats: LayerStats) -> float:
+    """The summed squares of the layer's outputs, of uncorrelated inputs where only their norms are known."""
+    if stats.gram is not None:
+        return float(((W @ stats.gram) * W).sum(dtype=torch.float64))
+    norm = (
+        stats.input_norm if stats.input_norm is not None and stats.tokens else torch.ones(W.shape[1], device=W.device)
+    )
+    return float((W * norm).square().sum(dtype=torch.float64))
+
+
+def _curve(errors: Sequence[float]) -> list[float]:
+    """The error at even steps from those at `TRIED`, never falling."""
+    points = [*zip(TRIED, map(math.log, errors), strict=True), (1.0, 0.0)]
+    curve = [0.0]
+    for k in range(1, STEPS + 1):
+        s = k / STEPS
+        i = min(max(sum(s > tried for tried, _ in points) - 1, 0), len(points) - 2)
+        (a, x), (b, y) = points[i], points[i + 1]
+        curve.append(max(curve[-1], math.exp(x + (y - x) * (s - a) / (b - a))))
+    return curve

@@ -1,0 +1,91 @@
+"""What a packed directory stands for, checked to the last byte: the dense files' checksums and zeros, with nothing
+written."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from billhook.errors import BillhookError
+from billhook.packed.format import Packed, PackedShard, open_packed
+from billhook.packed.matrices import dense_bytes, expandable
+from billhook.runtime.fallback import unpack_bits
+from billhook.store.shards import INDEX, Entry, Shard
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class DenseShard(Shard):
+    """The dense file that a packed one stands for; its tensors lie nowhere, but their zeros can be counted."""
+
+    packed: Packed
+    of: PackedShard
+
+    def zeros(self, entry: Entry, index: int | None = None) -> np.ndarray:
+        """As of a dense file; weights that int8 rounded to zero do not count."""
+        if entry.name not in self.packed.matrices:
+            return self.of.file.zeros(self.of.file.entries[entry.name], index)
+        tensor = expandable(self.packed, self.of, entry.name)
+        facts = tensor.facts
+        rows = slice(0, facts.rows) if index is None else slice(index * entry.shape[1], (index + 1) * entry.shape[1])
+        found = (
+            ~unpack_bits(tensor.bitmask[rows], facts.columns) if facts.int8 else tensor.rows(rows.start, rows.stop) == 0
+        )
+        return (found.T if facts.transposed else found).numpy()
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was found in a packed directory: every difference in words, and what the dense directory would hold.
+
+    `digests` has the SHA-256 of the dense weight files and their index; those of weight files are not the original's if
+    `rounded`.
+    """
+
+    problems: list[str]
+    shards: list[DenseShard] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+    rounded: bool = False
+    layers: int = 0
+    zeros: int = 0
+    weights: int = 0
+
+
+def examine(directory: Path) -> Examined:
+    """Check all of a packed directory, expanding it piece by piece."""
+    try:
+        packed = open_packed(directory)
+        problems = [*packed.checked_files(), *packed.checked_tensors(), *_unlisted(packed)]
+        if not problems:
+            problems = [
+                f"{shard.file.path.name} does not expand to the {shard.name} that was packed: its SHA-256 differs."
+                for shard in packed.shards
+                if _digest(packed, shard) != shard.sha256
+            ]
+    except BillhookError as error:
+        return Examined([str(error)])
+    digests = {shard.name: shard.sha256 for shard in packed.shards}
+    if packed.record["index"] is not None:
+        digests[INDEX] = hashlib.sha256(packed.record["index"].encode()).hexdigest()
+    shards = [
+        DenseShard(directory / shard.name, shard.header, dict(shard.entries), packed, shard) for shard in packed.shards
+    ]
+    rounded = any(matrix.int8 for matrix in packed.matrices.values())
+    kept = sum(matrix.nnz for matrix in packed.matrices.values())
+    return Examined(problems, shards, digests, rounded, len(packed.matrices), packed.weights - kept, packed.weights)
+
+
+def _digest(packed: Packed, shard: PackedShard) -> str:
+    digest = hashlib.sha256()
+    for piece in dense_bytes(packed, shard):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _unlisted(packed: Packed) -> list[str]:
+    """Weight files beside the packed ones, which other programs would read in their place."""
+    known = {shard.file.path.name for shard in packed.shards}
+    names = sorted(path.name for path in packed.path.iterdir() if path.suffix in _WEIGHTS and path.name not in known)
+    return [f"{name} holds weights and does not belong to the packed model." for name in names]

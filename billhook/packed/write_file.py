@@ -1,0 +1,183 @@
+"""Write one packed file from one dense file, a few million weights at a time."""
+
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from billhook.errors import BillhookError
+from billhook.packed.format import ITEM, PADDING, Matrix
+from billhook.packed.matrices import FLOATS
+from billhook.packed.select_tensors import BLOCK_WEIGHTS, stored
+from billhook.runtime import native
+from billhook.runtime.fallback import pack_bits, unpack_bits
+from billhook.store.shards import Entry, Shard
+from billhook.store.tensor_bytes import tensor_bytes
+
+_CHUNK = 1 << 24
+
+
+class TensorFile:
+    """A safetensors file whose tensors are filled piece by piece, side by side; bitmasks stand first, then by falling
+    item size.
+
+    So every bitmask begins at a multiple of 8 bytes and every other tensor at a multiple of its item size. `crc32`
+    holds the checksum of what was written, by tensor.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], int]], masks: set[str]) -> None:
+        """`tensors` maps names to dtype, shape and bytes."""
+        items = {name: size // max(1, math.prod(shape)) for name, (_, shape, size) in tensors.items()}
+        order = sorted(tensors, key=lambda name: (name not in masks, -items[name]))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        self.position = {}
+        for name in order:
+            dtype, shape, size = tensors[name]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+            self.position[name] = position
+            position += size
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-(8 + len(text)) % 64)
+        self.start = 8 + len(text)
+        self.bytes = self.start + position
+        self.crc32 = dict.fromkeys(order, 0)
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self.bytes)
+
+    def add(self, name: str, data: Tensor | np.ndarray) -> None:
+        """Write the next bytes of a tensor."""
+        raw = tensor_bytes(data) if isinstance(data, Tensor) else data.reshape(-1).view(np.uint8).data
+        self._file.seek(self.start + self.position[name])
+        self._file.write(raw)
+        self.position[name] += len(raw)
+        self.crc32[name] = zlib.crc32(raw, self.crc32[name])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+@dataclass
+class Written:
+    """A packed file: its size, the SHA-256 of the dense file that it stands for, checksums of its tensors, and for each
+    packed tensor the squares of its int8 errors and of its weights, summed."""
+
+    file: str
+    shard: Shard
+    bytes: int
+    sha256: str
+    crc32: dict[str, int]
+    squares: dict[str, tuple[float, float]]
+
+
+def write_packed(
+    shard: Shard, matrices: Mapping[str, Matrix], folder: Path, progress: Callable[[str], None]
+) -> Written:
+    """Write the packed form of `shard` into `folder`; `progress` is told each tensor."""
+    sha256, squares = hashlib.sha256(shard.header), {}
+    target = folder / f"{shard.path.name.removesuffix('.safetensors')}.packed.safetensors"
+    tensors, masks = _tensors(shard, matrices)
+    with TensorFile(target, tensors, masks) as file:
+        for entry in shard.entries.values():
+            matrix = matrices.get(entry.name)
+            if matrix is not None:
+                squares[entry.name] = _add_matrix(file, shard, entry, matrix, sha256)
+            else:
+                for chunk in _chunks(shard, entry):
+                    file.add(entry.name, chunk)
+                    sha256.update(chunk.data)
+            progress(entry.name)
+    return Written(target.name, shard, file.bytes, sha256.hexdigest(), file.crc32, squares)
+
+
+def _tensors(
+    shard: Shard, matrices: Mapping[str, Matrix]
+) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], set[str]]:
+    tensors, masks = {}, set()
+    for entry in shard.entries.values():
+        if entry.name not in matrices:
+            tensors[entry.name] = (entry.dtype, entry.shape, entry.stop - entry.start)
+            continue
+        for name, (dtype, shape) in matrices[entry.name].parts.items():
+            tensors[name] = (dtype, shape, math.prod(shape) * ITEM[dtype])
+            masks |= {name} if dtype == "U8" else set()
+    return tensors, masks
+
+
+def _chunks(shard: Shard, entry: Entry) -> Iterator[np.ndarray]:
+    data = np.memmap(shard.path, np.uint8, "r")
+    for start in range(entry.start, entry.stop, _CHUNK):
+        yield data[start : min(start + _CHUNK, entry.stop)]
+
+
+def _add_matrix(
+    file: TensorFile, shard: Shard, entry: Entry, matrix: Matrix, sha256: "hashlib._Hash"
+) -> tuple[float, float]:
+    """Write a packed tensor; take the bytes that unpacking will give into `sha256`. Returns the squares of errors and
+    of weights."""
+    dense = stored(shard, entry)
+    dense = dense.T if matrix.transposed else dense.reshape(matrix.rows, matrix.columns)
+    step = matrix.rows if matrix.transposed else max(1, BLOCK_WEIGHTS // matrix.columns)
+    errors = weights = 0.0
+    for first in range(0, matrix.rows, step):
+        integers = torch.from_numpy(np.array(dense[first : first + step], order="C").view(f"<i{dense.itemsize}"))
+        parts, back = _pack(integers, matrix)
+        for part, data in parts.items():
+            file.add(f"{entry.name}.{part}", data)
+        before, after = integers.view(FLOATS[matrix.dtype]), back
+        if matrix.int8:
+            errors += float((after - before.double()).square().sum())
+            weights += float(before.double().square().sum())
+            back = after.to(FLOATS[matrix.dtype])
+        back = back.T.contiguous() if matrix.transposed else back
+        sha256.update(tensor_bytes(back))
+    file.add(f"{entry.name}.values", np.zeros(PADDING, np.uint8))
+    return errors, weights
+
+
+def _pack(integers: Tensor, matrix: Matrix) -> tuple[dict[str, Tensor], Tensor]:
+    """The parts of some rows, given as integers, and what they expand to: the rows themselves, for int8 in float32."""
+    weight = integers.view(FLOATS[matrix.dtype])
+    parts: dict[str, Tensor] = {}
+    if matrix.negative_zeros:
+        negative = integers == torch.iinfo(integers.dtype).min
+        parts["signs"] = pack_bits(negative)
+        integers = integers.masked_fill(negative, 0)
+    bitmask, values = native.pack(integers.view(weight.dtype))
+    values = values[: len(values) - PADDING // values.element_size()]
+    parts |= {"bitmask": bitmask, "values": values}
+    if not matrix.int8:
+        return parts, weight
+    scales, rounded = _int8(weight, matrix)
+    keep = unpack_bits(bitmask, matrix.columns)
+    parts |= {"values": rounded[keep], "scales": scales}
+    back = torch.where(keep, rounded, 0).float() * native.spread_scales(scales, matrix.columns)
+    return parts, torch.where(negative, -0.0, back) if matrix.negative_zeros else back
+
+
+def _int8(weight: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
+    """Scales, float32 [rows] or [rows, groups], and the rounded weights, int8 [rows, columns]."""
+    values = weight.float()
+    if not torch.isfinite(values).all():
+        raise BillhookError(
+            f"{matrix.name} holds NaN or infinity, which int8 cannot hold: repair the model, or pack with values "
+            "as stored."
+        )
+    group = matrix.group or matrix.columns
+    padded = torch.nn.functional.pad(values.abs(), (0, -matrix.columns % group))
+    largest = padded.view(len(values), -1, group).amax(-1)
+    scales = torch.where(largest > 0, largest / 127, 1.0)
+    scales = scales.squeeze(1) if matrix.group is None else scales
+    return scales, (values / native.spread_scales(scales, matrix.columns)).round().clamp(-127, 127).to(torch.int8)

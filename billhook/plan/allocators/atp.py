@@ -1,0 +1,36 @@
+"""ATP: sparsity grows with depth as an arithmetic progression, so that early errors are not amplified by later blocks.
+
+Huang et al., "Determining Layer-wise Sparsity for Large Language Models Through a Theoretical Perspective" (ATP), ICML
+2025, arXiv:2502.14770: s_i = S - beta (L - 1) / 2 + beta (i - 1). It does not know the model: nothing protects the last
+block.
+"""
+
+from billhook.errors import BillhookError
+from billhook.plan.budget import shift_to
+from billhook.plan.table import Table
+from billhook.registry import method
+
+
+def largest_beta(blocks: int, target: float) -> float:
+    """The largest common difference that keeps every block's sparsity in [0, 1]: 2 min(S, 1 - S) / (L - 1)."""
+    return 2 * min(target, 1 - target) / (blocks - 1) if blocks > 1 else 0.0
+
+
+@method(paper="Huang et al. 2025, arXiv:2502.14770")
+def atp(table: Table, target: float, *, beta: float | None = None) -> dict[str, float]:
+    """s_i = S - beta (L - 1) / 2 + beta (i - 1) for block i of L, the same for every layer of a block.
+
+    `beta` must be in [0, 2 min(S, 1 - S) / (L - 1)] (0 is uniform); without it a quarter of the largest legal value is
+    used. Where blocks differ in size a constant is added so that the parameter-weighted mean is S exactly.
+    """
+    blocks = table.blocks()
+    largest = largest_beta(len(blocks), target)
+    step = largest / 4 if beta is None else beta
+    if beta is not None and not 0 <= step <= largest * (1 + 1e-12):
+        raise BillhookError(
+            f"ATP's beta must be in [0, {largest:.6g}] for {len(blocks)} blocks at sparsity {target:g}, got {beta:g}."
+        )
+    first = target - step * (len(blocks) - 1) / 2
+    depth = {row.layer: position for position, rows in enumerate(blocks.values()) for row in rows}
+    raw = [first + step * depth[row.layer] for row in table]
+    return dict(zip(table.shapes, shift_to(raw, [row.n for row in table], target), strict=True))

@@ -1,0 +1,87 @@
+"""curves: the sparsities of all layers that cost least together, by measured error curves of the criterion that prunes.
+
+The table's column `error_curve:CRITERION` (`billhook.measurement.error_curves`) says how far pruning moves each layer's
+output at every sparsity, and `loss_share:CRITERION` (`billhook.measurement.loss_shares`) what that cost the model in a
+run in which all layers lost the same. The cost of layer l is
+
+    loss_l(s) = loss_share_l * error_l(s) / error_l(MIDDLE)
+
+Losses are added, each is replaced by its lower convex hull, and the sum is minimized under the budget: weights are
+removed where the next one costs least, hull segment by hull segment, which is the exact optimum of the hulls
+(Lagrange). `strength` goes from uniform (0) to that optimum (1). It does not know how the shares change when the plan
+does: `billhook prune --allocator auto` measures them again under the plan, and tries the result on held-out text.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from operator import itemgetter
+
+from billhook.errors import BillhookError
+from billhook.methods.sparse import CRITERIA
+from billhook.plan.table import Table
+from billhook.registry import method
+
+CEILING = 0.95  # no layer loses more, unless the target itself is above
+LEAST = 1e-12  # relative error
+MIDDLE = 0.6  # what every layer loses where `loss_share` is measured
+
+
+@method(paper="Billhook", needs=lambda criterion, **_: (f"error_curve:{criterion}", f"loss_share:{criterion}"))
+def curves(table: Table, target: float, *, criterion: str = "admm", strength: float = 1.0) -> dict[str, float]:
+    """s = target + strength * (optimum - target); reads the error curves and shares of `criterion`."""
+    if not 0 <= strength <= 1:
+        raise BillhookError(f"strength must be in [0, 1], got {strength:g} (0 is uniform).")
+    CRITERIA.check(criterion)
+    errors = [[min(max(e, 0.0), 1.0) for e in curve] for curve in table.curve(f"error_curve:{criterion}")]
+    shares = table.column(f"loss_share:{criterion}")
+    whole = max(*shares, 1e-300)
+    losses = [
+        [max(share, 0.0) / whole * e / max(at(curve, MIDDLE), LEAST) for e in curve]
+        for curve, share in zip(errors, shares, strict=True)
+    ]
+    best = cheapest(losses, [row.n for row in table], target, max(CEILING, target))
+    return {row.layer: target + strength * (s - target) for row, s in zip(table, best, strict=True)}
+
+
+def at(curve: Sequence[float], s: float) -> float:
+    """The value at sparsity `s` of a curve given at even steps from 0 to 1, straight between them."""
+    steps = len(curve) - 1
+    k = min(int(s * steps), steps - 1)
+    return curve[k] + (curve[k + 1] - curve[k]) * (s * steps - k)
+
+
+def cheapest(curves: Sequence[Sequence[float]], n: Sequence[int], target: float, ceiling: float = 1.0) -> list[float]:
+    """Minimize the sum of the curves' lower convex hulls at s_l <= `ceiling`, with the n-weighted mean of s_l equal to
+    `target`."""
+    segments = []
+    for layer, curve in enumerate(curves):
+        for (a, x), (b, y) in _hull(curve, ceiling):
+            segments.append(((y - x) / ((b - a) * n[layer]), layer, a, b))
+    shares, left = [0.0] * len(curves), target * sum(n)
+    for _, group in groupby(
+        sorted(segments), key=itemgetter(0)
+    ):  # equal prices share what is left, so that equal layers lose the same
+        tied = list(group)
+        room = sum((b - a) * n[layer] for _, layer, a, b in tied)
+        part = min(1.0, left / room)
+        for _, layer, a, b in tied:
+            shares[layer] += part * (b - a)
+        left -= part * room
+        if left <= 0:
+            break
+    return shares
+
+
+def _hull(curve: Sequence[float], ceiling: float) -> list[tuple[tuple[float, float], tuple[float, float]]]:
+    """The segments of a curve's lower convex hull on [0, ceiling], from the left."""
+    steps = len(curve) - 1
+    points = [(k / steps, value) for k, value in enumerate(curve) if k / steps < ceiling]
+    points.append((ceiling, at(curve, ceiling)))
+    hull: list[tuple[float, float]] = []
+    for s, value in points:
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (s - hull[-1][0]) >= (value - hull[-1][1]) * (
+            hull[-1][0] - hull[-2][0]
+        ):
+            hull.pop()
+        hull.append((s, value))
+    return list(pairwise(hull))

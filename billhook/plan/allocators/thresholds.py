@@ -1,0 +1,50 @@
+"""One threshold for all layers: each layer loses the weights whose score is below it, found from the quantiles of the
+scores."""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+
+from billhook.plan.budget import mean
+
+Curve = Sequence[float]
+
+
+def cut(curves: Sequence[Curve], n: Sequence[int], target: float, ceiling: float) -> list[float]:
+    """The share below the common threshold of each layer, at most `ceiling`, with the weighted mean `target` <=
+    ceiling.
+
+    `curves` are ascending quantiles of each layer's scores at equal steps, interpolated linearly. Where the threshold
+    falls on a score that several layers hold many times, all of them lose the same part of what it stands for.
+    """
+    knots = sorted({value for curve in curves for value in curve})
+
+    def shares(step: int) -> list[float]:
+        """Even steps: the shares strictly below a knot; odd steps: at or below it."""
+        return [min(ceiling, _share(curve, knots[step // 2], step % 2 == 1)) for curve in curves]
+
+    low, high = 0, 2 * len(knots) - 1  # nothing lies below the first knot, everything at or below the last
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if mean(shares(middle), n) < target else (low, middle)
+    before, after = shares(low), shares(high)
+    from_, to = mean(before, n), mean(after, n)
+    part = min(1.0, max(0.0, (target - from_) / (to - from_))) if to > from_ else 0.0
+    return [b + part * (a - b) for b, a in zip(before, after, strict=True)]
+
+
+def _share(curve: Curve, value: float, inclusive: bool) -> float:
+    """The share of scores below `value` (or equal to it, if `inclusive`)."""
+    steps = len(curve) - 1
+    left, right = bisect_left(curve, value), bisect_right(curve, value)
+    if right > left:  # `value` is itself a quantile, perhaps repeated
+        return (right - 1 if inclusive else left) / steps
+    if left == 0:
+        return 0.0
+    if left > steps:
+        return 1.0
+    below, above = curve[left - 1], curve[left]
+    inside = (value / 2 - below / 2) / (
+        above / 2 - below / 2
+    )  # halves, because the difference of two floats can overflow
+    return (left - 1 + (inside if math.isfinite(inside) else 0.5)) / steps

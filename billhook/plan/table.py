@@ -1,0 +1,187 @@
+"""The measured table: one row of facts per prunable layer. Allocation reads nothing else, so it needs no model and no
+torch.
+
+File format: docs/formats.md, `table.json`.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from billhook.errors import BillhookError
+from billhook.plan.metrics import CURVES, FACTS
+from billhook.registry import hint
+from billhook.store.files import read_json, write_json
+
+VERSION = 1
+_MAKE = "Make one with billhook measure."
+_LARGEST = 1 << 31  # of a layer's dimensions: products of two are still exact as floats
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prunable layer: its full name, block number, kind (name inside the block), shape (out, in), metrics, and
+    curves.
+
+    A curve is a list of numbers that do not fall, such as the quantiles of the layer's scores.
+    """
+
+    layer: str
+    block: int
+    kind: str
+    shape: tuple[int, int]
+    metrics: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows in model order; `model` and `made_by` say which model was measured and how."""
+
+    rows: tuple[Row, ...]
+    model: dict[str, Any] = field(default_factory=dict)
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    @property
+    def total(self) -> int:
+        """Number of prunable weights."""
+        return sum(row.n for row in self.rows)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Layer name -> (out, in)."""
+        return {row.layer: row.shape for row in self.rows}
+
+    def blocks(self) -> dict[int, list[Row]]:
+        """Block number -> its rows, in depth order."""
+        grouped: dict[int, list[Row]] = {}
+        for row in sorted(self.rows, key=lambda row: row.block):
+            grouped.setdefault(row.block, []).append(row)
+        return grouped
+
+    def columns(self) -> list[str]:
+        """Names of the metrics that every row has."""
+        names = list(self.rows[0].metrics) if self.rows else []
+        return [name for name in names if all(name in row.metrics for row in self.rows)]
+
+    def column(self, name: str) -> list[float]:
+        """The metric `name` of every row, in row order; raises BillhookError when it was not measured or is not
+        finite."""
+        if name not in self.columns():
+            there = ", ".join(self.columns()) or "no metrics at all"
+            raise BillhookError(
+                f"The table has no column {name!r} (it has {there}).{hint(name, self.columns())} Make it with: "
+                f"{_command(name)}"
+            )
+        for row in self.rows:
+            _check_number(row.layer, name, row.metrics[name])
+        return [row.metrics[name] for row in self.rows]
+
+    def curve(self, name: str) -> list[tuple[float, ...]]:
+        """The curve `name` of every row, in row order; raises BillhookError when it was not measured."""
+        if not self.rows or not all(name in row.curves for row in self.rows):
+            there = ", ".join(self.rows[0].curves if self.rows else ()) or "no curves"
+            raise BillhookError(
+                f"The table has no column {name!r} (it has "
+                f"{there}).{hint(name, self.rows[0].curves if self.rows else ())} "
+                f"Make it with: {_command(name)}"
+            )
+        return [row.curves[name] for row in self.rows]
+
+    def only(self, chosen: Collection[str], shapes: Mapping[str, tuple[int, int]]) -> "Table":
+        """The rows of the layers `chosen` of the model whose layers have `shapes`; raises BillhookError for a table of
+        another model."""
+        for row in self.rows:
+            if shapes.get(row.layer) != row.shape:
+                there = (
+                    "is not in the model"
+                    if row.layer not in shapes
+                    else "is {} x {} in the model".format(*shapes[row.layer])
+                )
+                raise BillhookError(
+                    f"The table is not of this model: {row.layer}, {row.shape[0]} x {row.shape[1]}, {there}. {_MAKE}"
+                )
+        missing = [name for name in chosen if name not in self.shapes]
+        if missing:
+            raise BillhookError(
+                f"The table is not of this model, or only of a part: it has no row for {missing[0]}. {_MAKE}"
+            )
+        return Table(tuple(row for row in self.rows if row.layer in chosen), self.model, self.made_by)
+
+    def save(self, path: str | Path) -> None:
+        """Write table.json atomically."""
+        rows = [
+            {"layer": r.layer, "block": r.block, "kind": r.kind, "shape": list(r.shape), "metrics": r.metrics}
+            | ({"curves": {name: list(curve) for name, curve in r.curves.items()}} if r.curves else {})
+            for r in self.rows
+        ]
+        write_json(Path(path), {"version": VERSION, "model": self.model, "made_by": self.made_by, "rows": rows})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Table":
+        """Read table.json; raises BillhookError naming the first entry that is not as documented."""
+        value = read_json(Path(path), "table")
+        if value.get("version") != VERSION or not isinstance(value.get("rows"), list) or not value["rows"]:
+            raise BillhookError(f"{path} is not a table of version {VERSION}: make one with billhook measure.")
+        rows = tuple(_row(entry, f"{path}, row {number}") for number, entry in enumerate(value["rows"]))
+        if len({row.layer for row in rows}) != len(rows):
+            raise BillhookError(f"{path} names a layer twice.")
+        for key in ("model", "made_by"):
+            if not isinstance(value.get(key, {}), dict):
+                raise BillhookError(f"{path}: {key!r} must be an object.")
+        return cls(rows, value.get("model", {}), value.get("made_by", {}))
+
+
+def _command(column: str) -> str:
+    """The command that measures a column."""
+    known = (FACTS | CURVES).get(column.partition(":")[0])
+    text = " --calibration SOURCE" if known and known.needs_text else ""
+    return f"billhook measure MODEL --metrics {column}{text} -o table.json"
+
+
+def _row(entry: Any, where: str) -> Row:
+    try:
+        layer, block, kind, shape, metrics = (entry[key] for key in ("layer", "block", "kind", "shape", "metrics"))
+        out, columns = shape
+    except (KeyError, TypeError, ValueError) as error:
+        raise BillhookError(f"{where}: needs layer, block, kind, shape [out, in] and metrics ({error!r}).") from None
+    if not (isinstance(layer, str) and isinstance(kind, str) and isinstance(metrics, dict)):
+        raise BillhookError(f"{where}: layer and kind must be strings, metrics an object.")
+    if not all(type(x) is int and low <= x < _LARGEST for x, low in ((block, 0), (out, 1), (columns, 1))):
+        raise BillhookError(
+            f"{where} ({layer}): block and shape must be whole positive numbers, got {block!r:.20} and {shape!r:.40}."
+        )
+    row = Row(layer, block, kind, (out, columns), metrics, _curves(entry.get("curves", {}), f"{where} ({layer})"))
+    for name, number in row.metrics.items():
+        _check_number(f"{where} ({row.layer})", name, number)
+    return row
+
+
+def _curves(value: Any, where: str) -> dict[str, tuple[float, ...]]:
+    """The curves of a row; raises BillhookError unless each is a list of at least two finite numbers that do not
+    fall."""
+    if not isinstance(value, dict) or not all(isinstance(curve, list) and len(curve) > 1 for curve in value.values()):
+        raise BillhookError(f"{where}: curves must be an object of lists of at least two numbers.")
+    for name, curve in value.items():
+        for number in curve:
+            _check_number(where, name, number)
+        if any(low > high for low, high in pairwise(curve)):
+            raise BillhookError(f"{where}: the numbers of curve {name} must not fall.")
+    return {name: tuple(map(float, curve)) for name, curve in value.items()}
+
+
+def _check_number(where: str, name: str, number: Any) -> None:
+    """Raise BillhookError for a metric that is no number to calculate with: sums and differences of such must be finite
+    too."""
+    if not isinstance(number, int | float) or isinstance(number, bool) or not abs(number) < 1e300:
+        raise BillhookError(f"{where}: metric {name} must be a finite number, got {number!r:.40}. Use another metric.")

@@ -1,0 +1,328 @@
+"""Tune what is left of a pruned block, the zeros fixed, so that its outputs come near those of the dense block.
+
+Block and dense block are compared by what follows them: the mean squared difference, relative to the mean square of the
+target, of what the next block, still dense, makes of their outputs; of the last block the divergence of the model's
+predictions. So an error counts by what it does. The inputs are those that the pruned blocks before it produce. Targets
+lie, by `dense_target` (half of the way), between the outputs of the dense block for the same inputs (0) and those for
+the dense model's own inputs (1, which also makes up for what went wrong before). Adam on minibatches of windows; its
+step falls as a cosine, from `rate` times the root mean square of each parameter to zero. One window in eight is held
+out, the weights of the epoch with the least loss there are kept, and `PATIENCE` epochs without a new least end it. A
+block whose held-out loss did not fall, in the model's own type, gets back the weights it had.
+
+Wanda++ (arXiv:2503.04992) and EBFT (arXiv:2402.12419) tune blocks on their own outputs. In memory: one block six times
+in float32, the next one once, what a pass of four windows through both leaves for the way back, the inputs, the targets
+and, unless `dense_target` is 0, the dense model's outputs. It does not look past the next block, and it needs a few
+thousand tokens: with less it fits the text rather than the block.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from billhook.architectures.layers import Layer
+from billhook.distributed.collectives import world
+from billhook.engine.activation_store import SPILL_GIB, ActivationStore
+from billhook.engine.replay import Call, run_block
+from billhook.engine.walk import After, Block
+from billhook.errors import BillhookError, JobError
+
+Refining = Literal["none", "blocks", "blocks+norms"]
+HELD_OUT = 8  # one window of so many
+LEAST = 8  # windows
+PATIENCE = 4
+_WINDOWS = 4  # in a step
+PREDICTED = 512  # tokens whose predictions are in memory at once
+
+
+@dataclass(frozen=True)
+class Refine:
+    """How blocks are tuned. `tune_norms_and_biases` also tunes the parameters of one dimension: norms and biases.
+
+    Raises BillhookError for values out of range.
+    """
+
+    epochs: int = 20
+    rate: float = 0.05
+    dense_target: float = 0.5
+    tune_norms_and_biases: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or not 0 < self.rate < math.inf or not 0 <= self.dense_target <= 1:
+            raise BillhookError(
+                f"refine: epochs={self.epochs} must be at least 1, rate={self.rate:g} above 0 and "
+                f"dense_target={self.dense_target:g} in [0, 1]."
+            )
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The relative loss on the held-out windows before and after (equal where the block got its weights back), and the
+    epochs made."""
+
+    before: float
+    after: float
+    epochs: int
+
+
+class BlockTuner:
+    """Tunes the blocks of one walk in order: `note(block)` while a block is still dense, `refine_(block)` once it is
+    pruned."""
+
+    def __init__(self, options: Refine, one: Mapping[int, Sequence[Call]], spill_gib: float = SPILL_GIB) -> None:
+        """`one` are the calls of all blocks for a single window, by its length. BillhookError for several processes:
+        each has some text."""
+        if world() > 1:
+            raise BillhookError(
+                "Blocks cannot be refined by several processes yet: run without torchrun, or leave --refine out."
+            )
+        self.options = options
+        self._one = one
+        self._spill = spill_gib
+        self._targets = ActivationStore(0)
+
+    @torch.no_grad()
+    def note(self, block: Block) -> None:
+        """Keep the outputs that the block, still dense, gives for the inputs that it has now."""
+        self._targets = ActivationStore(self._spill)
+        for inputs, call in zip(block.inputs, block.calls, strict=True):
+            self._targets.append(run_block(block.module, inputs, call))
+
+    @torch.no_grad()
+    def refine_(self, block: Block) -> str:
+        """Tune the block in place and say what came of it; with fewer than `LEAST` windows it stays as it was."""
+        if self.options.dense_target > 0:
+            for index, whole in enumerate(block.dense):
+                self._targets[index] = torch.lerp(self._targets[index], whole, self.options.dense_target)
+        if block.after.module is not None:
+            for index, call in enumerate(block.after.calls):
+                self._targets[index] = run_block(block.after.module, self._targets[index], call)
+        windows = sum(len(h) for h in self._targets)
+        if windows < LEAST:
+            return f"block {block.index} is not refined: {windows} calibration windows are fewer than {LEAST}"
+        one = {length: calls[block.index : block.index + 2] for length, calls in self._one.items()}
+        data = Data(block.inputs, self._targets, block.calls, one, block.after)
+        done = refine_block_(
+            block.module,
+            data,
+            tunable(block.module, block.layers, self.options.tune_norms_and_biases),
+            self.options,
+            block.index,
+        )
+        return (
+            f"block {block.index} refined: loss {done.before:.4g} -> {done.after:.4g} on held-out windows after "
+            f"{done.epochs} epochs"
+        )
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs of a block, [windows, tokens, width] a batch, and the arguments of each batch's call; what follows the
+    block, and what that should make of its outputs (after the last block: the outputs themselves), [windows, tokens,
+    width].
+
+    `one` are, by the length of a window, the call of the block for a single one, and, if there is one, that of the next
+    block.
+    """
+
+    inputs: Sequence[Tensor] | ActivationStore
+    targets: Sequence[Tensor] | ActivationStore
+    calls: Sequence[Call]
+    one: Mapping[int, Sequence[Call]]
+    after: After
+
+    def sizes(self) -> list[int]:
+        """Windows in each batch."""
+        return [len(h) for h in self.targets]
+
+    def loss(self, module: nn.Module, piece: "Piece") -> Tensor:
+        """How far some windows of one batch are from their targets behind what follows the block, in float32."""
+        batch, rows = piece
+        index = torch.tensor(rows)
+        inputs, targets = (h[batch][index].to(next(module.parameters()).dtype) for h in (self.inputs, self.targets))
+        one = self.one[inputs.shape[1]]
+        outputs = run_block(module, inputs, self.calls[batch].part(index, one[0], inputs.dtype))
+        if self.after.module is None:
+            return _divergence(outputs, targets, self.after.predict)
+        outputs = run_block(self.after.module, outputs, self.after.calls[batch].part(index, one[1], inputs.dtype))
+        outputs, targets = outputs.float(), targets.float()
+        return (outputs - targets).square().sum() / targets.square().sum().clamp_min(1e-30)
+
+
+def _divergence(outputs: Tensor, targets: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
+    """The divergence of predictions from those of the targets, a token; both [windows, tokens, width], some tokens at a
+    time, since vocabularies are large."""
+
+    def part(ours: Tensor, theirs: Tensor) -> Tensor:
+        log_q, log_p = predict(ours).float().log_softmax(-1), predict(theirs).float().log_softmax(-1)
+        return functional.kl_div(log_q, log_p.detach(), reduction="sum", log_target=True)
+
+    tokens = max(1, PREDICTED // len(outputs))
+    parts = [
+        checkpoint(part, *both, use_reentrant=False)
+        for both in zip(outputs.split(tokens, 1), targets.split(tokens, 1), strict=True)
+    ]
+    return torch.stack(parts).sum() / outputs[..., 0].numel()
+
+
+Piece = tuple[int, list[int]]  # a batch, and windows in it
+
+
+def tunable(
+    module: nn.Module, layers: Sequence[Layer], tune_norms_and_biases: bool
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters of a block that are tuned and, True where they may move, masks: the kept weights of `layers` (of
+    experts in one parameter only those), and with `tune_norms_and_biases` all parameters of one dimension."""
+    found: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    for layer in layers:
+        if isinstance(p := getattr(layer.module, layer.parameter), nn.Parameter):
+            mask = found.setdefault(id(p), (p, torch.zeros_like(p, dtype=torch.bool)))[1]
+            part = slice(None) if layer.expert is None else layer.expert
+            mask[part] = p.detach()[part] != 0
+    found |= {
+        id(p): (p, torch.ones_like(p, dtype=torch.bool))
+        for p in module.parameters()
+        if tune_norms_and_biases and p.ndim == 1
+    }
+    return list(found.values())
+
+
+def refine_block_(
+    module: nn.Module, data: Data, tuned: Sequence[tuple[nn.Parameter, Tensor]], options: Refine, index: int = 0
+) -> Refined:
+    """Tune parameters of the block in place where their masks are True; raises JobError when the loss is not finite at
+    the start.
+
+    Same data and seed, same bytes. The whole block is float32 meanwhile; the last comparison is made in its own type.
+    """
+    train, held = _split(data.sizes())
+    before = _mean_loss(module, data, held)
+    if not math.isfinite(before):
+        raise JobError(
+            "The outputs of a block to be refined are not finite. Use another --dtype, or leave --refine out."
+        )
+    parameters = [p for p, _ in tuned]
+    old = [p.detach().clone() for p in parameters]
+    following = data.after.module or nn.Identity()
+    with _in_float32(module), _in_float32(following), _requiring(following, []):
+        best, epochs = _descend(module, data, tuned, (train, held), options, index)
+    for p, value in zip(parameters, best, strict=True):
+        p.data.copy_(value)
+    after = _mean_loss(module, data, held)
+    if after < before:
+        return Refined(before, after, epochs)
+    for p, value in zip(parameters, old, strict=True):
+        p.data.copy_(value)
+    return Refined(before, before, epochs)
+
+
+def _descend(
+    module: nn.Module,
+    data: Data,
+    tuned: Sequence[tuple[nn.Parameter, Tensor]],
+    split: tuple[list[Piece], list[Piece]],
+    options: Refine,
+    index: int,
+) -> tuple[list[Tensor], int]:
+    """Adam with early stopping; the values of least held-out loss and the number of epochs."""
+    train, held = split
+    random = torch.Generator().manual_seed(1000 * options.seed + index)
+    parameters = [p for p, _ in tuned]
+    best, least, bad = [p.detach().clone() for p in parameters], _mean_loss(module, data, held), 0
+    rates = [options.rate * float(p.detach().square().mean().sqrt()) for p in parameters]
+    adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
+    scale = 2.0 ** math.ceil(
+        math.log2(_WINDOWS * max(data.one))
+    )  # a token's share of the loss is lost in a float16 head
+    steps, step = options.epochs * len(_minibatches(train, torch.Generator())), 0
+    for epoch in range(1, options.epochs + 1):  # noqa: B007
+        for pieces in _minibatches(train, random):
+            for group, rate in zip(adam.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+            step += 1
+            adam.zero_grad()
+            windows = sum(len(rows) for _, rows in pieces)
+            with torch.enable_grad(), _requiring(module, parameters):
+                losses = [data.loss(module, piece) * (len(piece[1]) / windows) for piece in pieces]
+                gradients = torch.autograd.grad(torch.stack(losses).sum() * scale, parameters, allow_unused=True)
+            for (p, mask), gradient in zip(tuned, gradients, strict=True):
+                p.grad = (
+                    None if gradient is None else gradient.mul_(mask).div_(scale)
+                )  # Adam never moves what never had a gradient
+            del gradients
+            adam.step()
+        loss = _mean_loss(module, data, held)
+        bad = 0 if loss < least else bad + 1
+        if loss < least:
+            best, least = [p.detach().clone() for p in parameters], loss
+        if bad == PATIENCE:
+            break
+    adam.zero_grad()
+    return best, epoch
+
+
+def _split(sizes: Sequence[int]) -> tuple[list[Piece], list[Piece]]:
+    """Windows to learn from and windows held out, every eighth."""
+    numbers = [(b, r) for b, size in enumerate(sizes) for r in range(size)]
+    parts: tuple[dict[int, list[int]], dict[int, list[int]]] = ({}, {})
+    for number, (b, r) in enumerate(numbers):
+        parts[number % HELD_OUT == HELD_OUT // 2].setdefault(b, []).append(r)
+    train, held = (list(part.items()) for part in parts)
+    return train, held
+
+
+def _minibatches(train: Sequence[Piece], random: torch.Generator) -> list[list[Piece]]:
+    """Every window once, in random order, in steps of `_WINDOWS` or a few more; a piece is of one batch."""
+    pieces = []
+    for number in torch.randperm(len(train), generator=random).tolist():
+        batch, rows = train[number]
+        order = [rows[i] for i in torch.randperm(len(rows), generator=random).tolist()]
+        pieces += [(batch, order[i : i + _WINDOWS]) for i in range(0, len(order), _WINDOWS)]
+    steps: list[list[Piece]] = [[]]
+    for piece in pieces:
+        if sum(len(rows) for _, rows in steps[-1]) >= _WINDOWS:
+            steps.append([])
+        steps[-1].append(piece)
+    return steps
+
+
+@torch.no_grad()
+def _mean_loss(module: nn.Module, data: Data, pieces: Sequence[Piece]) -> float:
+    """The mean loss over windows, one at a time."""
+    losses = [float(data.loss(module, (batch, [row]))) for batch, rows in pieces for row in rows]
+    return math.fsum(losses) / len(losses)
+
+
+@contextmanager
+def _in_float32(module: nn.Module) -> Iterator[None]:
+    """Let a block be float32, and put its parameters' own values, type and memory back afterwards."""
+    own = [(p, p.data) for p in module.parameters() if p.is_floating_point() and p.dtype != torch.float32]
+    for p, value in own:
+        p.data = value.float()
+    try:
+        yield
+    finally:
+        for p, value in own:
+            p.data = value
+
+
+@contextmanager
+def _requiring(module: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let gradients reach `parameters` alone."""
+    before = [(p, p.requires_grad) for p in module.parameters()]
+    for p, _ in before:
+        p.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, flag in before:
+            p.requires_grad_(flag)

@@ -1,0 +1,1 @@
+"""Each step turns a model directory into another one: request, checked job, directory."""

@@ -1,0 +1,183 @@
+"""Everything that `billhook eval` says of a model, as one record: perplexity by either protocol, distance from the
+dense model, tasks.
+
+The record names protocol, windows, length and versions, so that two records can be compared only where they may be.
+"""
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+import billhook
+from billhook.analysis import WINDOWS, block_outputs, relative_error
+from billhook.errors import BillhookError
+from billhook.evaluation.harness import PAPER7, check_tasks, evaluate_tasks
+from billhook.evaluation.items import TaskResult, evaluate_file, load_items
+from billhook.evaluation.perplexity import check_length, context_length, evaluate, vocabulary_size
+from billhook.evaluation.word_perplexity import evaluate_words
+from billhook.packed.loading import load
+from billhook.steps.request import model_facts
+from billhook.store.checkpoint import load_tokenizer, resolve
+from billhook.text.corpus import documents
+from billhook.text.windows import load_windows
+
+PROTOCOLS = ("token", "word", "both")
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is to be found out about a model; `tasks` are names of lm-eval, `paper7`, or .jsonl files of items."""
+
+    data: str | None = None
+    length: int | None = None
+    limit: int | None = None
+    protocol: str = "token"
+    against: str | None = None
+    tasks: Sequence[str] = ()
+    few_shot: int | None = None
+    task_limit: int | None = None
+    batch_size: int | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+
+def evaluate_model(model: str | Path, questions: EvalConfig, progress: Progress = lambda what: None) -> dict[str, Any]:
+    """Load a dense or packed model and answer the questions; the fields are in docs/formats.md, `eval --json`.
+
+    Raises BillhookError, before any model is loaded where that can be told, for what cannot be done as asked.
+    """
+    names, files = _tasks(questions)
+    source = resolve(model)
+    loaded = _open(source, questions)
+    window = questions.length or min(2048, context_length(loaded.config) or 2048)
+    check_length(loaded.config, window)
+    tokenizer = load_tokenizer(source, trust_remote_code=questions.trust_remote_code)
+    record: dict[str, Any] = {"model": model_facts(source, loaded), "dtype": str(loaded.dtype).removeprefix("torch.")}
+    record["versions"] = versions()
+    if questions.data is not None and questions.protocol != "word":
+        record |= _token(loaded, tokenizer, questions, window, progress)
+    if questions.data is not None and questions.protocol != "token":
+        words = _need(tokenizer, "Word perplexity")
+        texts = list(documents(questions.data, "evaluation", stream=True))[: questions.limit]
+        record["word"] = evaluate_words(
+            loaded, words, texts, window, questions.data, lambda a, b: progress(f"{a}/{b} windows")
+        ).to_dict()
+    if names or files:
+        done = _run_tasks(loaded, _need(tokenizer, "A task"), (names, files), window, questions, progress)
+        record["tasks"] = [task.to_dict() for task in done]
+    return record
+
+
+def versions() -> dict[str, str]:
+    """Versions on which a result can depend."""
+    found = {"billhook": billhook.__version__, "python": platform.python_version()}
+    return found | {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _tasks(questions: EvalConfig) -> tuple[list[str], list[str]]:
+    """Names for lm-eval and files of items, checked; raises BillhookError where nothing is asked or one of them is not
+    known."""
+    if questions.data is None and not questions.tasks:
+        raise BillhookError(
+            "Say what to score: --data FILE.txt, FILE.jsonl, TOKENS.safetensors or hub:wikitext2 (stdlib:heldout "
+            "for the demo), or --tasks."
+        )
+    if questions.protocol not in PROTOCOLS:
+        raise BillhookError(f"Unknown protocol {questions.protocol!r}: use {', '.join(PROTOCOLS)}.")
+    if questions.protocol != "token" and (questions.data or "").endswith(".safetensors"):
+        raise BillhookError("Word perplexity is of words, and a token file has none: give a text.")
+    if questions.against is not None and (questions.data is None or questions.protocol == "word"):
+        raise BillhookError(
+            "--against compares predictions on the windows of a text: give --data and the token protocol."
+        )
+    _check_used(questions)
+    named = [name for task in questions.tasks for name in (PAPER7 if task == "paper7" else [task])]
+    files = [name for name in named if name.endswith(".jsonl")]
+    names = [name for name in named if not name.endswith(".jsonl")]
+    if questions.few_shot is not None and not names:
+        raise BillhookError(
+            "--few-shot is for tasks of lm-eval; the prompts of a file are used as they stand: leave it out."
+        )
+    for file in files:
+        load_items(file)
+    if names:
+        check_tasks(names)
+    return names, files
+
+
+def _check_used(questions: EvalConfig) -> None:
+    """Raise BillhookError for an option that nothing asked for would look at."""
+    if questions.data is None and (questions.protocol != "token" or questions.limit is not None):
+        raise BillhookError(
+            "--protocol and --limit are for the text of --data: leave them out (for tasks there is --task-limit)."
+        )
+    if questions.batch_size is not None and (questions.data is None or questions.protocol == "word"):
+        raise BillhookError(
+            "--batch-size is for token perplexity: tasks and word perplexity find theirs by themselves."
+        )
+    if questions.task_limit is not None and not questions.tasks:
+        raise BillhookError("--task-limit is for --tasks: leave it out (for windows there is --limit).")
+
+
+def _open(source: Path, questions: EvalConfig) -> PreTrainedModel:
+    """Dense or packed; untuned, so that the same questions have the same answers to the last bit."""
+    return load(
+        source,
+        dtype=questions.dtype,
+        device=questions.device,
+        trust_remote_code=questions.trust_remote_code,
+        tune=False,
+    )
+
+
+def _token(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    questions: EvalConfig,
+    window: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    assert questions.data is not None
+    windows = load_windows(
+        questions.data, tokenizer, length=window, limit=questions.limit, vocab_size=vocabulary_size(model)
+    )
+    dense = None if questions.against is None else _open(resolve(questions.against), questions)
+    told: Callable[[int, int], None] = lambda done, total: progress(f"{done}/{total} windows")  # noqa: E731
+    record = evaluate(model, windows, against=dense, batch_size=questions.batch_size, progress=told).to_dict()
+    if dense is not None:
+        outputs = (block_outputs(each, windows.ids[:WINDOWS]) for each in (model, dense))
+        record["against"]["error_by_block"] = [relative_error(y, x) for y, x in zip(*outputs, strict=True)]
+    return record
+
+
+def _need(tokenizer: PreTrainedTokenizerBase | None, who: str) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise BillhookError(f"{who} needs text, and the model has no tokenizer to read it with.")
+    return tokenizer
+
+
+def _run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: tuple[list[str], list[str]],
+    longest: int,
+    questions: EvalConfig,
+    progress: Progress,
+) -> list[TaskResult]:
+    """Score the `tasks`: names for lm-eval, and files of items."""
+    (names, files), limit = tasks, questions.task_limit
+    found = [
+        evaluate_file(model, tokenizer, file, longest, limit, lambda a, b: progress(f"items {a}/{b}")) for file in files
+    ]
+    if names:
+        found += evaluate_tasks(model, tokenizer, names, longest, few_shot=questions.few_shot, limit=limit)
+    return found

@@ -1,0 +1,100 @@
+"""What an unfinished run knows of itself: the file billhook.unfinished.json in OUTPUT.partial (see
+`billhook.steps.partial_output`)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from billhook.engine.loop import LayerResult
+from billhook.errors import BillhookError
+from billhook.steps.verify import PARTIAL
+from billhook.steps.verify import UNFINISHED as STATE
+from billhook.store.files import read_json
+
+__all__ = ["STATE", "VERSION", "State", "check_place", "compare", "partial_folder", "read_state"]
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run noted so far: `digests` has one SHA-256 a finished block, and first the one of all that lies outside
+    the blocks; `files` those of further files that the blocks were made with."""
+
+    identity: dict[str, Any]
+    plan: dict[str, Any]
+    blocks: int
+    digests: list[str]
+    results: list[list[LayerResult]]
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def done(self) -> int:
+        """Finished blocks."""
+        return len(self.results)
+
+
+def partial_folder(output: Path) -> Path:
+    """Where the directory `output` is made."""
+    return output.with_name(f"{output.name}{PARTIAL}")
+
+
+def check_place(output: Path, *, resume: bool, overwrite: bool) -> State | None:
+    """The state of an unfinished run to continue, None where a run starts from the beginning; `output` is resolved.
+
+    Raises BillhookError where there is one that the caller did not ask to continue or to replace.
+    """
+    if output.is_dir():
+        (output / STATE).unlink(missing_ok=True)  # of a run that ended between its last two steps
+    folder = partial_folder(output)
+    if not (folder / STATE).exists() or (overwrite and not resume):
+        return None
+    state = read_state(folder)
+    if not resume:
+        raise BillhookError(
+            f"{folder} holds an unfinished run ({state.done} of {state.blocks} blocks). Continue it with "
+            "--resume, or start again "
+            "with --overwrite."
+        )
+    return state
+
+
+def read_state(folder: Path) -> State:
+    """The state of an unfinished run; raises BillhookError for a damaged one."""
+    value = read_json(folder / STATE, "state of a run")
+    try:
+        if value["version"] != VERSION:
+            raise ValueError
+        results = [[_result(entry) for entry in entries] for entries in value["results"]]
+        digests = [str(digest) for digest in value["digests"]]
+        state = State(value["identity"], value["plan"], int(value["blocks"]), digests, results, dict(value["files"]))
+        if (
+            len(state.digests) != 1 + state.done
+            or not state.done <= state.blocks
+            or not isinstance(state.identity, dict)
+        ):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BillhookError(f"{folder / STATE} is damaged: start again with --overwrite.") from None
+    return state
+
+
+def _result(entry: Mapping[str, Any]) -> LayerResult:
+    return LayerResult(**{**entry, "shape": tuple(entry["shape"]), "notes": tuple(entry["notes"])})
+
+
+def compare(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Raise BillhookError naming what differs between the run in `folder` and the one that would continue it."""
+    for key in dict.fromkeys([*found, *wanted]):
+        if found.get(key) != wanted.get(key):
+            raise BillhookError(
+                f"The unfinished run in {folder} cannot be continued: its {key} was {_short(found.get(key))}, "
+                "now it is "
+                f"{_short(wanted.get(key))}. Run it as before, or start again with --overwrite."
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,298 @@
+"""Hugging Face model directories: find one, refuse what cannot be pruned and say why, load it, identify it.
+
+Only safetensors are read: a pickled checkpoint can run any code when it is opened, so it is refused with the way to
+convert it. A checkpoint that does not fill the model exactly is an error here, where stock `transformers` fills the
+gaps with random numbers and warns. Code that a checkpoint brings along runs only when asked for (`trust_remote_code`).
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from billhook.errors import BillhookError
+from billhook.packed.format import PACKED, is_packed
+from billhook.store.files import read_json, sha256
+from billhook.store.shards import read_shard, weight_files
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory that was looked at and found usable: its config.json and its safetensors files."""
+
+    path: Path
+    config: dict[str, Any]
+    weights: tuple[Path, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(file.stat().st_size for file in self.weights)
+
+
+def resolve(model: str | Path) -> Path:
+    """Return the directory of `model`: an existing directory as it is, a hub name (`owner/name`) downloaded to the
+    hub's cache."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise BillhookError(f"{model} is a file: give the model directory that holds config.json.")
+    name = str(model)
+    looks_local = isinstance(model, Path) or not _HUB_NAME.fullmatch(name) or "/" not in name or path.parent.is_dir()
+    if looks_local:
+        raise BillhookError(
+            f"There is no model directory at {model}. Give an existing directory or a hub name such as owner/name."
+        )
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=list(_DOWNLOADED), ignore_patterns=["*/*", "consolidated*"]
+            )
+        )
+    except GatedRepoError:
+        raise BillhookError(f"{name} is gated on the hub: accept its terms there, then run `hf auth login`.") from None
+    except RepositoryNotFoundError:
+        raise BillhookError(
+            f"There is no directory {name} here and no model {name} on the hub (or it is private). Check the name."
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise BillhookError(
+            f"Cannot download {name} from the hub ({_first_line(error)}). Check the network or give a directory."
+        ) from None
+
+
+def check_directory(path: Path) -> Checkpoint:
+    """Check that `path` holds a causal language model in safetensors, without reading a weight.
+
+    Raises BillhookError for: no config.json, no or incomplete or damaged safetensors, pickled weights, quantized
+    weights, another kind of model.
+    """
+    config = _read_config(path)
+    weights = weight_files(path)
+    if not weights:
+        raise BillhookError(_no_weights(path))
+    for file in weights:
+        read_shard(file)
+    _check_kind(path, config)
+    return Checkpoint(path, config, tuple(weights))
+
+
+def check_config(path: Path, trust_remote_code: bool) -> None:
+    """All that `check_code` checks but the weights."""
+    config = _read_config(path)
+    _check_kind(path, config)
+    _check_trusted(path, config, trust_remote_code)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not (path / "config.json").is_file():
+        raise BillhookError(f"{path} has no config.json: give the directory of a Hugging Face model.")
+    config = read_json(path / "config.json", "model configuration")
+    if "quantization_config" in config or "compression_config" in config:
+        raise BillhookError(
+            f"{path} is a quantized checkpoint: prune the unquantized model first, then quantize the result."
+        )
+    return config
+
+
+def _no_weights(path: Path) -> str:
+    if is_packed(path):
+        return (
+            f"{path} is packed, which only loading for inference understands: unpack it first, billhook unpack "
+            f"{path} -o DENSE."
+        )
+    pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
+    if not pickled:
+        return f"{path} has no model.safetensors and no model.safetensors.index.json: the weights are missing."
+    return (
+        f"{path} holds pickled weights ({pickled[0]}), which can run any code when opened. Convert them where "
+        "you trust them: "
+        f"AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(NEW_DIRECTORY)"
+    )
+
+
+def _check_kind(path: Path, config: dict[str, Any]) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = {
+        c
+        for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        for c in (value if isinstance(value, tuple) else (value,))
+    }
+    named = config.get("architectures") or []
+    own_code = "AutoModelForCausalLM" in (config.get("auto_map") or {})
+    wrong_class = named and not own_code and not known.intersection(named)
+    wrong_type = not named and not own_code and config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if wrong_class or wrong_type or config.get("is_encoder_decoder"):
+        kind = ", ".join(named) or config.get("model_type", "a model without a type")
+        raise BillhookError(f"{path} is {kind}: only causal language models (AutoModelForCausalLM) can be pruned.")
+
+
+def load_model(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a model directory (or hub name) in evaluation mode, after checking it.
+
+    `dtype` "auto" keeps the checkpoint's own. Mixture-of-experts models get the plain (`eager`) product per expert, the
+    one that can be observed. Raises BillhookError where tensors are missing, left over or of another shape than the
+    configuration says.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = resolve(path)
+    check_code(path, trust_remote_code)
+    auto: Any = AutoModelForCausalLM  # its stubs do not know output_loading_info
+    with loading(path):
+        model, info = auto.from_pretrained(
+            path,
+            dtype=known_dtype(dtype),
+            experts_implementation="eager",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported in `info`, by name, instead of as a riddle
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    check_complete(path, info)
+    with on_device(device):
+        loaded: PreTrainedModel = model.eval().to(device)
+    return loaded
+
+
+def check_code(path: Path, trust_remote_code: bool) -> Checkpoint:
+    """`check_directory`, and refuse code that comes with the model unless it is trusted."""
+    checkpoint = check_directory(path)
+    _check_trusted(path, checkpoint.config, trust_remote_code)
+    return checkpoint
+
+
+def _check_trusted(path: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    if "auto_map" in config and not trust_remote_code and not _has_native_class(config):
+        raise BillhookError(
+            f"{path} needs its own Python code to load. Read that code; if you trust it, allow it with "
+            "trust_remote_code."
+        )
+
+
+@contextmanager
+def loading(path: Path) -> Iterator[None]:
+    """Load without noise; what `transformers` raises for files that it cannot load becomes a BillhookError."""
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError, TypeError) as error:
+        if isinstance(error, BillhookError):
+            raise
+        raise BillhookError(f"transformers cannot load {path}: {_first_line(error)}") from None
+
+
+@contextmanager
+def on_device(device: str) -> Iterator[None]:
+    """Make a device that does not exist, or is full, a BillhookError."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        raise BillhookError(f"Cannot put the model on device {device!r}: {_first_line(error)}") from None
+
+
+def _has_native_class(config: dict[str, Any]) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def known_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """A dtype by its name, or "auto"; raises BillhookError for another name."""
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise BillhookError(f"Unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def check_complete(path: Path, info: dict[str, Any]) -> None:
+    """Raise BillhookError where tensors are missing, left over or of another shape; `info` is what `from_pretrained`
+    has to say."""
+    faults = {
+        "missing_keys": "is missing",
+        "mismatched_keys": "has another shape",
+        "unexpected_keys": "has no place in the model",
+    }
+    for key, what in faults.items():
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info.get(key, ()))
+        if names:
+            more = f", and so for {len(names) - 1} more" if len(names) > 1 else ""
+            raise BillhookError(f"{path} does not fit its config.json: the tensor {names[0]} {what}{more}.")
+    if info.get("error_msgs"):
+        raise BillhookError(f"{path} cannot be loaded: {_first_line(info['error_msgs'][0])}")
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model directory, or None where it has none; raises BillhookError for a damaged one."""
+    from transformers import AutoTokenizer
+
+    if not any(
+        (path / name).is_file()
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    ):
+        return None
+    try:
+        with quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        raise BillhookError(f"transformers cannot load the tokenizer of {path}: {_first_line(error)}") from None
+    return tokenizer
+
+
+def model_digest(path: Path) -> str:
+    """Identify a model: SHA-256 over config.json and every weight file (name and SHA-256 of each, in order of name).
+
+    For a packed model its record stands for the weight files, whose checksums it holds.
+    """
+    digest = hashlib.sha256()
+    for file in sorted([path / "config.json", *([path / PACKED] if is_packed(path) else weight_files(path))]):
+        digest.update(f"{file.name} {sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from printing warnings and progress bars: what matters in them is checked here."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: object) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

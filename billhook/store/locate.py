@@ -1,0 +1,95 @@
+"""Where each pruned layer lies in the files: `transformers` may rename, split, fuse or transpose weights between disk
+and memory.
+
+Found by experiment instead of by table: every row of every layer gets a number, the numbers go through the same reverse
+conversion as the weights do when they are saved, and where they come out is where the rows are. The numbered tensors
+keep the output dimension and have two columns only, so this costs next to nothing, whatever the size of the model.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import PreTrainedModel
+
+_STEP = 1 << 32  # numbers of one layer to the next: more than any layer has rows, or any integer buffer holds
+_COLUMNS = 2  # the least that still shows which way a tensor is turned
+
+Layers = Mapping[str, Mapping[str, Any]]
+
+
+def to_disk(model: PreTrainedModel, state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Tensors by their names in memory -> by their names on disk, converted back; `names` are those found there.
+
+    A checkpoint of the bare decoder lacks the prefix of its names (`h.0...` for `transformer.h.0...`), which
+    `transformers` adds while loading and, unlike its other conversions, does not take away again.
+    """
+    reverted: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    prefix = f"{model.base_model_prefix}."
+    return {
+        name if name in names or name.removeprefix(prefix) not in names else name.removeprefix(prefix): t
+        for name, t in reverted.items()
+    }
+
+
+def locate_on_disk(model: PreTrainedModel, layers: Layers, names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The place, among the tensors `names` on disk, of each layer whose `tensor`, `index` and `transposed` say where it
+    is in memory.
+
+    A place is {"tensor", "index", "transposed"}: the layer is that tensor (number `index` of its first dimension), [in,
+    out] if transposed; or {"pieces": [...]} of such places with "rows" [from, to], which make up the layer in some
+    order of rows; or {"tensor": None} where the way back to the disk cannot be followed.
+    """
+    pieces: dict[str, list[dict[str, Any]]] = {name: [] for name in layers}
+    try:
+        numbered = to_disk(model, {**model.state_dict(), **_numbered(model, layers)}, names)
+    except (RuntimeError, ValueError, IndexError):  # a conversion that counts on the real number of columns
+        return {name: {"tensor": None} for name in layers}
+    order = list(layers)
+    for tensor, values in numbered.items():
+        if values.dtype == torch.int64 and values.numel() and int(values.max()) >= _STEP:
+            for number, piece in _pieces(tensor, values):
+                pieces[order[number - 1]].append(piece)
+    return {name: _place(found) for name, found in pieces.items()}
+
+
+def _numbered(model: PreTrainedModel, layers: Layers) -> dict[str, Tensor]:
+    """The parameters that hold layers, with numbered rows: row r of layer n (from 1) holds n * _STEP + r; 0 for no
+    layer."""
+    rows: dict[str, dict[int | None, Tensor]] = {}
+    for number, facts in enumerate(layers.values(), start=1):
+        rows.setdefault(facts["tensor"], {})[facts["index"]] = number * _STEP + torch.arange(facts["shape"][0])
+    transposed = {facts["tensor"]: facts["transposed"] for facts in layers.values()}
+    numbered = {}
+    for name, found in rows.items():
+        if None in found:
+            values = found[None]
+        else:
+            nobody = torch.zeros_like(next(iter(found.values())))
+            values = torch.stack([found.get(expert, nobody) for expert in range(model.get_parameter(name).shape[0])])
+        wide = values.unsqueeze(-1).expand(*values.shape, _COLUMNS)
+        numbered[name] = wide.transpose(-1, -2) if transposed[name] else wide
+    return numbered
+
+
+def _pieces(tensor: str, values: Tensor) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The runs of rows of one layer in a tensor on disk, with the layer's number."""
+    for index, matrix in enumerate(values) if values.ndim == 3 else [(None, values)]:
+        turned = matrix.shape[1] != _COLUMNS or not bool((matrix[:, 0] == matrix[:, 1]).all())
+        rows = matrix[0] if turned else matrix[:, 0]
+        start = 0
+        for number, count in zip(
+            *(x.tolist() for x in torch.unique_consecutive(rows // _STEP, return_counts=True)), strict=True
+        ):
+            if number:
+                span = [start, start + count] if count < len(rows) else None
+                yield number, {"tensor": tensor, "index": index, "transposed": turned, "rows": span}
+            start += count
+
+
+def _place(pieces: list[dict[str, Any]]) -> dict[str, Any]:
+    if len(pieces) == 1 and pieces[0]["rows"] is None:
+        return {key: pieces[0][key] for key in ("tensor", "index", "transposed")}
+    return {"pieces": pieces} if pieces else {"tensor": None}

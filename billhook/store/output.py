@@ -1,0 +1,111 @@
+"""A directory that appears whole: it is made under another name beside the output, forced to the disk, and renamed at
+the very end.
+
+After a failure of any kind there is no output, and an old one is as it was.
+"""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from billhook.errors import BillhookError, JobError
+from billhook.store.files import fsync
+
+
+def check_output(output: Path, source: Path | None = None, *, overwrite: bool = False, needed: int = 0) -> Path:
+    """Check, before any work, that `output` can be written; returns it resolved.
+
+    Raises BillhookError when it is a file, is not empty (unless `overwrite` and it is a model directory), lies in the
+    source, or its folder does not exist; JobError when fewer than `needed` bytes are free there.
+    """
+    output = Path(output).expanduser().resolve()
+    if source is not None and (
+        output == source.resolve() or source.resolve() in output.parents or output in source.resolve().parents
+    ):
+        raise BillhookError(
+            f"The output {output} and the source model {source} lie in each other: choose another output."
+        )
+    if output.exists() and not output.is_dir():
+        raise BillhookError(f"The output {output} is a file: choose a directory.")
+    if not output.parent.is_dir():
+        raise BillhookError(f"Cannot write {output}: the folder {output.parent} does not exist. Create it first.")
+    if not os.access(output.parent, os.W_OK):
+        raise BillhookError(f"Cannot write {output}: the folder {output.parent} is not writable.")
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise BillhookError(
+                f"The output {output} exists and is not empty: choose another, or allow replacing it (--overwrite)."
+            )
+        if not (output / "config.json").is_file():
+            raise BillhookError(
+                f"The output {output} is not empty and not a model directory, so it is not replaced: choose another."
+            )
+    free = shutil.disk_usage(output.parent).free
+    if free < needed:
+        raise JobError(f"The disk of {output.parent} is too full: {_size(needed)} needed, {_size(free)} free.")
+    return output
+
+
+@contextmanager
+def staging(output: Path, needed: int) -> Iterator[Path]:
+    """Give a hidden directory beside `output`; it becomes `output` when the body ends, and vanishes when the body
+    fails.
+
+    Raises JobError for a failure of the disk; `needed` bytes are named in its message.
+    """
+    folder: Path | None = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        yield folder
+        flush(folder)
+        put_in_place(folder, output)
+    except (OSError, SafetensorError) as error:
+        raise JobError(f"{failure(error, output, needed)} Nothing was left behind.") from None
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def failure(error: OSError | SafetensorError, output: Path, needed: int) -> str:
+    """What went wrong while writing `output`, which takes `needed` bytes, in a sentence."""
+    # safetensors reports a full disk in words only
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        free = shutil.disk_usage(output.parent).free
+        return f"The disk is full: writing {output} needs {_size(needed)}, {_size(free)} are free. Make room."
+    return f"Cannot write {output}: {getattr(error, 'strerror', None) or error}."
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+
+
+def flush(folder: Path) -> None:
+    """Force everything to the disk, and give the directory the permissions a plain mkdir would have given."""
+    for path in [*folder.rglob("*"), folder]:
+        fsync(path)
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+
+
+def put_in_place(folder: Path, output: Path) -> None:
+    """Give `folder`, whose files are on the disk (`flush`), the name `output`; what was there is moved aside first, and
+    removed last."""
+    old = output.with_name(f".{output.name}.replaced")
+    if output.is_dir() and any(output.iterdir()):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(output, old)
+    try:
+        os.rename(folder, output)
+        fsync(output.parent)
+    except BaseException:
+        if old.exists() and not output.exists():
+            os.rename(old, output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

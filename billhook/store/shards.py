@@ -1,0 +1,199 @@
+"""Safetensors files at the level of bytes: list, read, count zeros, and rewrite values while the layout stays as it
+was.
+
+A safetensors file is 8 bytes of header length, a json header (name -> dtype, shape, byte range) and the values. Keeping
+the header byte for byte and writing new values behind it keeps names, order, dtypes and metadata of the input exactly,
+with one tensor in memory at a time and in any order. This module imports no torch, so a pruned model can be checked
+without it.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from billhook.errors import BillhookError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100_000_000
+_CHUNK = 1 << 24
+_BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U64": 64,
+    "U32": 32,
+    "U16": 16,
+    "U8": 8,
+}
+_BITS |= {"BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: `start` and `stop` are byte positions in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its header (length included) as it stands, and its tensors in the order of their bytes."""
+
+    path: Path
+    header: bytes
+    entries: dict[str, Entry]
+
+    def zeros(self, entry: Entry, index: int | None = None) -> np.ndarray:
+        """Where a floating-point tensor, or number `index` of its first dimension, is exactly zero (either sign): bool,
+        its shape."""
+        if entry.dtype not in _FLOATS:
+            raise BillhookError(
+                f"{self.path}: {entry.name} is {entry.dtype}, not a floating-point tensor; zeros cannot be "
+                "counted in it."
+            )
+        bits = _BITS[entry.dtype]
+        kind = np.dtype(f"<u{bits // 8}")
+        shape = entry.shape if index is None else entry.shape[1:]
+        start = entry.start + (index or 0) * math.prod(shape) * kind.itemsize
+        values = np.fromfile(self.path, dtype=kind, count=math.prod(shape), offset=start)
+        magnitude = kind.type((1 << (bits - 1)) - 1)  # every bit but the sign
+        found: np.ndarray = (values & magnitude == 0).reshape(shape)
+        return found
+
+
+def read_shard(path: Path) -> Shard:
+    """Read and check the header of a safetensors file; raises BillhookError when it is missing, damaged or
+    truncated."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(_MAX_HEADER, size - 8):
+                raise BillhookError(f"{path} is not a safetensors file, or it is cut off: copy or download it again.")
+            header = file.read(length)
+    except OSError as error:
+        raise BillhookError(f"Cannot read the weights {path}: {error.strerror or error}.") from None
+    entries = parse_header(path, start + header)
+    if (stop := max((entry.stop for entry in entries.values()), default=8 + length)) != size:
+        raise BillhookError(f"{path} holds {size} bytes where its header promises {stop}: copy or download it again.")
+    return Shard(path, start + header, entries)
+
+
+def parse_header(path: Path, header: bytes) -> dict[str, Entry]:
+    """The tensors that a safetensors header (its 8 bytes of length included) lists, in the order of their bytes, which
+    leave no gap.
+
+    Raises BillhookError for a damaged one, naming `path`.
+    """
+    try:
+        listed = json.loads(header[8:])
+        listed.pop("__metadata__", None)
+        entries = [_entry(name, item, len(header)) for name, item in listed.items()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+        raise BillhookError(f"{path} has a damaged safetensors header: copy or download it again.") from None
+    entries.sort(key=lambda entry: (entry.start, entry.stop))
+    position = len(header)
+    for entry in entries:
+        if entry.start != position:
+            raise BillhookError(f"{path} has a damaged safetensors header at {entry.name}: copy or download it again.")
+        position = entry.stop
+    return {entry.name: entry for entry in entries}
+
+
+def _entry(name: str, item: dict[str, object], offset: int) -> Entry:
+    start, stop = (int(x) for x in item["data_offsets"])  # type: ignore[attr-defined]
+    shape = tuple(int(x) for x in item["shape"])  # type: ignore[attr-defined]
+    entry = Entry(name, str(item["dtype"]), shape, offset + start, offset + stop)
+    if (stop - start) * 8 != math.prod(shape) * _BITS[entry.dtype] or min(shape, default=0) < 0:
+        raise ValueError(name)
+    return entry
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, by its index or the single file; raises BillhookError naming what is
+    missing."""
+    index = directory / INDEX
+    if not index.is_file():
+        return [directory / SINGLE] if (directory / SINGLE).is_file() else []
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise BillhookError(
+            f"{index} is not a safetensors index: it needs a `weight_map` from tensor to file name."
+        ) from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+            raise BillhookError(
+                f"{index} names the file {name!r}: only plain file names in the same directory are allowed."
+            )
+        if not (directory / name).is_file():
+            raise BillhookError(
+                f"{index} names {name}, which is not in {directory}: copy or download the missing file."
+            )
+    return [directory / name for name in names]
+
+
+def layer_zeros(place: Mapping[str, Any], shape: Sequence[int], shards: Iterable[Shard]) -> list[np.ndarray] | None:
+    """The zeros of a layer of billhook.json at its `place` (see `billhook.store.locate`): bool [rows, in] for each of
+    its pieces.
+
+    None when there is no such tensor or the pieces do not have `shape` [out, in].
+    """
+    found = []
+    for piece in place.get("pieces", [place]):
+        shard = next((shard for shard in shards if piece.get("tensor") in shard.entries), None)
+        if shard is None:
+            return None
+        entry, index, rows = shard.entries[piece["tensor"]], piece.get("index"), piece.get("rows")
+        if len(entry.shape) != (2 if index is None else 3) or (index is not None and not 0 <= index < entry.shape[0]):
+            return None
+        matrix = shard.zeros(entry, index)
+        matrix = matrix.T if piece.get("transposed") else matrix
+        found.append(matrix if rows is None else matrix[rows[0] : rows[1]])
+    fits = sum(len(matrix) for matrix in found) == shape[0] and all(matrix.shape[1] == shape[1] for matrix in found)
+    return found if fits else None
+
+
+def lay_out(shard: Shard, target: Path, copied: Callable[[str], bool]) -> None:
+    """Write `target` with the layout of `shard`: its header, the values of the tensors for which `copied` is true, and
+    room for the others.
+
+    Raises OSError when the disk has no room for the whole file.
+    """
+    with open(shard.path, "rb") as source, open(target, "wb", buffering=0) as file:
+        put(file.fileno(), 0, shard.header)
+        size = max((entry.stop for entry in shard.entries.values()), default=len(shard.header))
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        os.ftruncate(file.fileno(), size)
+        for entry in shard.entries.values():
+            if copied(entry.name):
+                source.seek(entry.start)
+                for position in range(entry.start, entry.stop, _CHUNK):
+                    put(file.fileno(), position, source.read(min(_CHUNK, entry.stop - position)))
+
+
+def put(file: int, position: int, data: bytes | memoryview) -> None:
+    """Write all of `data` at `position` of an open file."""
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(file, rest, position)
+        rest, position = rest[count:], position + count

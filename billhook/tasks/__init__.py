@@ -1,0 +1,1 @@
+"""What goes into a model and what good means, named as Hugging Face pipelines are."""

@@ -1,0 +1,1 @@
+"""Trying plans on a model and scoring them on held-out calibration windows."""
