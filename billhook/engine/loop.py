@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.architectures.config import vocabulary_size
 from billhook.architectures.layers import Layer, find_layers
 from billhook.distributed.collectives import broadcast_, check_share, gather, shard, world
 from billhook.engine.activation_store import SPILL_GIB
@@ -26,7 +27,6 @@ from billhook.engine.gradients import compute_gradients
 from billhook.engine.streaming import resident
 from billhook.engine.walk import Block, Progress, calls_of_one, walk
 from billhook.errors import BillhookError, JobError
-from billhook.evaluation.perplexity import vocabulary_size
 from billhook.methods.masks import Select
 from billhook.methods.sparse import CRITERIA
 from billhook.methods.sparse.magnitude import magnitude

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook import __version__
+from billhook.architectures.config import check_length
 from billhook.engine.walk import evaluating
 from billhook.errors import BillhookError, JobError
-from billhook.evaluation.perplexity import check_length
 from billhook.steps.request import Request, calibration_windows, window_length
 from billhook.store.checkpoint import check_directory, load_model, quiet, resolve
 from billhook.store.files import write_atomic
