@@ -24,13 +24,13 @@ from billhook.engine.streaming import stream_of
 from billhook.engine.walk import Block
 from billhook.errors import BillhookError, Interrupted
 from billhook.measurement.measure import measure
-from billhook.packed.packing import pack
 from billhook.plan.allocators import AUTO, allocate
 from billhook.plan.metrics import fact
 from billhook.plan.plan import SparsityPlan
 from billhook.plan.table import Table
 from billhook.racing import automatic
 from billhook.recover.blockwise import Refine
+from billhook.steps.pack import pack
 from billhook.steps.partial_output import PartialOutput, unfinished
 from billhook.steps.record import Job, Report, gradient_of, record
 from billhook.steps.request import Opened, Request, calibration_facts, open_request
