@@ -1,12 +1,12 @@
-"""What packing gives: file size, memory and tokens a second of packed models against the dense one, at 50 to 80 %.
+"""File size, memory and tokens per second of packed models against the dense one, at 50 to 80 % sparsity.
 
     python benchmarks/packed.py --model demo --folder packed
     python benchmarks/packed.py --model 1b,demo --folder packed --picture docs/images/packed.svg
 
-`demo` is the bundled model, pruned by magnitude; `1b` a random Llama of the 1B class (16 blocks x 2048, MLP 5632,
-vocabulary 32000) in bfloat16 with random masks, which says nothing of quality and all of speed. The directories are
-made in `--folder` once and then measured as `billhook bench` does: each in its own process, in turns, medians and
-quartiles. The picture is of the first batch size and prompt length.
+`demo` is the bundled model, pruned by magnitude; `1b` is a random Llama of the 1B class (16 blocks x 2048, MLP 5632,
+vocabulary 32000) in bfloat16 with random masks, which shows speed and not quality. The directories are made in
+`--folder` once and then measured as `billhook bench` does: each in its own process, in turns, medians and quartiles.
+The picture shows the first batch size and prompt length.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def make_large(folder: Path) -> Path:
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder / "1b-dense")
     scores = {name: torch.rand(w.shape) for name, w in model.named_parameters() if "layers" in name and w.ndim == 2}
-    for percent in LEVELS:  # the masks are nested: the same random scores, cut at rising levels
+    for percent in LEVELS:  # the masks are nested: the same random scores with increasing thresholds
         with torch.no_grad():
             for name, score in scores.items():
                 model.get_parameter(name).masked_fill_(score < percent / 100, 0)
@@ -60,7 +60,7 @@ def make_large(folder: Path) -> Path:
 
 
 def measured(model: str, args: argparse.Namespace) -> list[Side]:
-    """The dense model and its packed forms, made if they are not there yet, side by side; nothing with --make-only."""
+    """Measure the dense model and its packed forms, after making those that are missing; nothing with --make-only."""
     dense = args.folder / f"{model}-dense"
     if not dense.exists():
         (make_demo if model == "demo" else make_large)(args.folder)
@@ -72,26 +72,26 @@ def measured(model: str, args: argparse.Namespace) -> list[Side]:
 
 
 def picture(found: dict[str, list[Side]]) -> str:
-    """How many times as fast and as small each model is as its dense form, against the weights removed, as SVG."""
+    """Speed-up and size ratio of each model against its dense form, by sparsity, as SVG."""
     series = []
     for model, (dense, *packed) in found.items():
         x = [100 * (side.sparsity or 0.0) for side in packed]
         speed = [ratio for side in packed if (ratio := side.cells[0].decode_speedup) is not None]
         bands = ([ratio.median for ratio in speed], [ratio.low for ratio in speed], [ratio.high for ratio in speed])
-        series.append(Series(f"{NAMES[model]}: tokens a second", x, *bands))
+        series.append(Series(f"{NAMES[model]}: tokens per second", x, *bands))
         series.append(
             Series(
                 f"{NAMES[model]}: file size", x, [dense.file_bytes / side.file_bytes for side in packed], dashed=True
             )
         )
-    axes = Axis("weights removed (%)"), Axis("times as fast, times as small", zero=True)
+    axes = Axis("sparsity (%)"), Axis("speed-up, size ratio", zero=True)
     return chart(
         "Packed models against dense ones", series, *axes, summary="Bands: quartiles over the rounds.", standalone=True
     )
 
 
 def main() -> None:
-    """Make what is not there yet, measure, print."""
+    """Make the missing models, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="demo", help="demo, 1b or both: 1b,demo")
     parser.add_argument("--folder", type=Path, required=True)

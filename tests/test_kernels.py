@@ -69,7 +69,7 @@ def spread(scales: Tensor, group: int | None, columns: int) -> Tensor:
 def layer(W: Tensor, scales: Tensor | None = None, bias: Tensor | None = None) -> SparseLinear:
     bitmask, values = native.pack(W)
     starts = native.row_starts(bitmask, W.shape[1])
-    return SparseLinear.from_packed(bitmask, values, starts, W.shape[1], W.shape[0], bias=bias, scales=scales)
+    return SparseLinear(bitmask, values, starts, W.shape[1], bias=bias, scales=scales)
 
 
 def assert_product(y: Tensor, x: Tensor, W: Tensor, bias: Tensor | None = None, rounded: bool = False) -> None:
@@ -368,11 +368,11 @@ def test_disagreeing_tensors_are_named():
     bitmask, values = native.pack(random_weight((9, 130), 0.3, torch.bfloat16))
     starts = native.row_starts(bitmask, 130)
     with pytest.raises(BillhookError, match="values"):
-        SparseLinear.from_packed(bitmask, values[:-1], starts, 130, 9)
+        SparseLinear(bitmask, values[:-1], starts, 130)
     with pytest.raises(BillhookError, match="rows"):
-        SparseLinear.from_packed(bitmask, values, starts, 130, 8)
+        SparseLinear(bitmask, values, starts[1:], 130)
     with pytest.raises(BillhookError, match="scales"):
-        SparseLinear.from_packed(bitmask, values, starts, 130, 9, scales=torch.ones(9))
+        SparseLinear(bitmask, values, starts, 130, scales=torch.ones(9))
     with pytest.raises(BillhookError, match=r"uint8 \[rows, 24\]"):
         native.row_starts(bitmask[:, :16], 130)
     bitmask[4, -1] = 1

@@ -32,7 +32,6 @@ ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "U8": 1}
 PARTS = ("bitmask", "values", "scales", "signs")
 BLOCK_WEIGHTS = 1 << 22  # weights that are counted, packed or expanded at a time, so that memory stays bounded
 _ADVICE = "Copy the directory again, or pack the model again."
-_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Packed:
                 yield f"{name} is not the file that was packed: its SHA-256 differs."
         places = [(name, shard) for shard in self.shards for name in shard.file.entries]
         with ThreadPoolExecutor() as pool:
-            sums = pool.map(lambda place: crc32(place[1].raw(place[0])), places)
+            sums = pool.map(lambda place: zlib.crc32(place[1].raw(place[0])), places)
             for (name, shard), found in zip(places, sums, strict=True):
                 if found != self.record["tensors"][name]:
                     problem = f"the bytes of {name} are not those that were written, its checksum differs"
@@ -142,14 +141,6 @@ class Packed:
         """Raise BillhookError for the first of `problems`."""
         for problem in self.problems(checked):
             raise BillhookError(f"{self.path}: {problem}")
-
-
-def crc32(data: np.ndarray) -> int:
-    """The CRC-32 (zlib's) of bytes, uint8 [n]."""
-    value = 0
-    for start in range(0, len(data), _CHUNK):
-        value = zlib.crc32(data[start : start + _CHUNK].data, value)
-    return value
 
 
 def digest(record: Mapping[str, Any]) -> str:

@@ -159,6 +159,4 @@ def _sparse(tensor: PackedTensor, module: nn.Module, dtype: torch.dtype) -> Spar
     if tensor.scales is None and dtype != torch.float32 and values.dtype != dtype:
         values = values.to(dtype)
     bias = getattr(module, "bias", None)
-    return SparseLinear.from_packed(
-        tensor.bitmask, values, tensor.starts, tensor.facts.columns, tensor.facts.rows, bias=bias, scales=tensor.scales
-    )
+    return SparseLinear(tensor.bitmask, values, tensor.starts, tensor.facts.columns, bias=bias, scales=tensor.scales)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -27,8 +27,6 @@ from billhook.store.files import write_json
 from billhook.store.layout import PACKED
 from billhook.store.shards import Entry, Shard
 from billhook.store.tensor_bytes import DTYPES, tensor_bytes
-
-_CHUNK = 1 << 24
 
 
 class TensorFile:
@@ -101,9 +99,9 @@ def write_file(shard: Shard, matrices: Mapping[str, Matrix], folder: Path, progr
             if matrix is not None:
                 squares[entry.name] = _add_matrix(file, shard, entry, matrix, sha256)
             else:
-                for chunk in _chunks(shard, entry):
-                    file.add(entry.name, chunk)
-                    sha256.update(chunk.data)
+                raw = np.memmap(shard.path, np.uint8, "r")[entry.start : entry.stop]
+                file.add(entry.name, raw)
+                sha256.update(raw.data)
             progress(entry.name)
     return Written(target.name, shard, file.bytes, sha256.hexdigest(), file.crc32, squares)
 
@@ -120,12 +118,6 @@ def _tensors(
             tensors[name] = (dtype, shape, math.prod(shape) * ITEM_BYTES[dtype])
             masks |= {name} if dtype == "U8" else set()
     return tensors, masks
-
-
-def _chunks(shard: Shard, entry: Entry) -> Iterator[np.ndarray]:
-    data = np.memmap(shard.path, np.uint8, "r")
-    for start in range(entry.start, entry.stop, _CHUNK):
-        yield data[start : min(start + _CHUNK, entry.stop)]
 
 
 def _add_matrix(

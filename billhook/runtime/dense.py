@@ -14,20 +14,19 @@ class DenseLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x."""
-        weight = self.weight
-        if (
-            weight.dtype != torch.bfloat16
-            or input.dtype != weight.dtype
-            or weight.device.type != "cpu"
-            or not weight.is_contiguous()
-            or (input.requires_grad and torch.is_grad_enabled())
-        ):
+        weight, trained = self.weight, input.requires_grad and torch.is_grad_enabled()
+        if trained or input.dtype != torch.bfloat16 or not is_supported(weight):
             return super().forward(input)
         if torch.compiler.is_compiling() or type(input) is not Tensor:
             return ops.dense_linear(input, weight, self.bias)
         if self._weight.matrix.values != weight.data_ptr():
             self._weight = native.Weight(*weight.shape, weight.detach())
         return autotune.dense_product(self._weight, input, self.bias)
+
+
+def is_supported(weight: Tensor) -> bool:
+    """Whether our dense kernel can multiply with this weight [out, in]."""
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
 
 
 def adopt_(layer: nn.Linear) -> None:

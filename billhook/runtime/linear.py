@@ -27,46 +27,31 @@ class SparseLinear(nn.Module):
     gpu_state: Any = None  # what `gpu.py` keeps with a layer
 
     def __init__(
-        self, bitmask: Tensor, values: Tensor, row_starts: Tensor, in_features: int, out_features: int
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("bitmask", bitmask.contiguous())
-        self.register_buffer("values", values.contiguous())
-        self.register_buffer("row_starts", row_starts.contiguous(), persistent=False)
-        self.register_buffer("scales", None)
-        self.register_buffer("bias", None)
-        self._weight: native.Weight | None = None
-
-    @classmethod
-    def from_packed(
-        cls,
+        self,
         bitmask: Tensor,
         values: Tensor,
         row_starts: Tensor,
         in_features: int,
-        out_features: int,
         *,
         bias: Tensor | None = None,
         scales: Tensor | None = None,
-    ) -> Self:
-        """Wrap packed tensors without copying them.
-
-        Raises BillhookError when their shapes disagree.
-        """
-        _check(bitmask, values, row_starts, out_features, scales)
-        layer = cls(bitmask, values, row_starts, in_features, out_features)
-        layer.scales = None if scales is None else scales.contiguous()
-        layer.bias = None if bias is None else bias.detach()
-        return layer
+    ) -> None:
+        """Wrap packed tensors without copying them; raises BillhookError when their shapes disagree."""
+        super().__init__()
+        self.in_features, self.out_features = in_features, bitmask.shape[0]
+        _check(bitmask, values, row_starts, self.out_features, scales)
+        self.register_buffer("bitmask", bitmask.contiguous())
+        self.register_buffer("values", values.contiguous())
+        self.register_buffer("row_starts", row_starts.contiguous(), persistent=False)
+        self.register_buffer("scales", None if scales is None else scales.contiguous())
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self._weight: native.Weight | None = None
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
         """Pack a dense weight [out, in]."""
         bitmask, values = native.pack(weight)
-        return cls.from_packed(
-            bitmask, values, native.row_starts(bitmask, weight.shape[1]), weight.shape[1], weight.shape[0], bias=bias
-        )
+        return cls(bitmask, values, native.row_starts(bitmask, weight.shape[1]), weight.shape[1], bias=bias)
 
     def dense(self) -> Tensor:
         """The weight [out, in] in the dtype of the values, float32 for int8."""
@@ -142,7 +127,8 @@ def _check(bitmask: Tensor, values: Tensor, row_starts: Tensor, out_features: in
     nnz = int(row_starts[-1])
     if bitmask.shape[0] != out_features or row_starts.shape != (out_features + 1,):
         raise BillhookError(
-            f"The bitmask has {bitmask.shape[0]} rows, the layer {out_features}. The packed file is damaged."
+            f"A layer of {out_features} rows was given a bitmask of {bitmask.shape[0]} rows and positions of "
+            f"{row_starts.shape[0] - 1} rows. The packed file is damaged."
         )
     if values.ndim != 1 or values.numel() != nnz + PADDING // values.element_size():
         raise BillhookError(

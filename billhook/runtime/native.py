@@ -40,32 +40,24 @@ class Weight:
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., in] Wᵀ + bias -> [..., out] by the fused kernels; bias in the dtype of x."""
-        kernels, path = library.active() or (None, -1)
-        assert kernels is not None
-        out, columns = self.shape
-        x, stride = _rows(x)
-        y = x.new_empty((*x.shape[:-1], out))
-        added = None if bias is None else bias.data_ptr()
-        tokens, threads = x.numel() // columns, torch.get_num_threads()
-        if kernels.billhook_multiply(
-            self.address, x.data_ptr(), stride, tokens, added, y.data_ptr(), TYPES[x.dtype], path, threads
-        ):
-            raise MemoryError(f"No memory for the activations of a product with {list(x.shape)}.")
-        return y
+        return self._call("billhook_multiply", x, bias)
 
     def gemm(self, x: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
         """The same by the kernels for many tokens; x and bias both in float32 or both in bfloat16.
 
         `room` is scratch memory of at least `gemm_bytes` bytes, 1-D uint8.
         """
+        return self._call("billhook_gemm", x, bias, room.data_ptr())
+
+    def _call(self, function: str, x: Tensor, bias: Tensor | None, *room: int) -> Tensor:
         kernels, path = library.active() or (None, -1)
-        assert kernels is not None
+        out, columns = self.shape
         x, stride = _rows(x)
-        y = x.new_empty((*x.shape[:-1], self.shape[0]))
+        y = x.new_empty((*x.shape[:-1], out))
         added = None if bias is None else bias.data_ptr()
-        tokens, threads = x.numel() // self.shape[1], torch.get_num_threads()
-        places = (x.data_ptr(), stride, tokens, added, y.data_ptr(), room.data_ptr())
-        kernels.billhook_gemm(self.address, *places, TYPES[x.dtype], path, threads)
+        places = (x.data_ptr(), stride, x.numel() // columns, added, y.data_ptr(), *room)
+        if getattr(kernels, function)(self.address, *places, TYPES[x.dtype], path, torch.get_num_threads()):
+            raise MemoryError(f"No memory for the activations of a product with {list(x.shape)}.")
         return y
 
     def gemm_bytes(self, tokens: int, dtype: torch.dtype) -> int:

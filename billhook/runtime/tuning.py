@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from billhook.runtime import autotune, gpu, library
-from billhook.runtime.dense import DenseLinear, adopt_
+from billhook.runtime.dense import DenseLinear, adopt_, is_supported
 from billhook.runtime.linear import SparseLinear
 from billhook.runtime.native import Weight
 
@@ -69,11 +69,6 @@ def _activations(model: nn.Module) -> torch.dtype:
 def _ours(layer: nn.Linear) -> bool:
     """Whether our kernel can serve a dense layer and is faster than torch's."""
     weight = layer.weight.detach()
-    if (
-        weight.dtype != torch.bfloat16
-        or weight.device.type != "cpu"
-        or weight.numel() < MIN_DENSE_WEIGHTS
-        or not weight.is_contiguous()
-    ):
+    if weight.numel() < MIN_DENSE_WEIGHTS or not is_supported(weight):
         return False
     return autotune.measure_dense(Weight(*weight.shape, weight), torch.bfloat16)
