@@ -115,26 +115,15 @@ def draw(sides: "Sequence[Side]") -> str | None:
 
 def show(sides: "Sequence[Side]") -> None:
     """Print one row per model, then one row per model, batch size and prompt length."""
-    facts = [
-        [
-            s.name,
-            "-" if s.sparsity is None else f"{s.sparsity:.1%}",
-            _mib(s.file_bytes),
-            _mib(s.memory_bytes),
-            f"{s.load_s:.1f}",
-        ]
-        for s in sides
-    ]
+    facts = [[s.name, _sparsity(s), _mib(s.file_bytes), _mib(s.memory_bytes), f"{s.load_s:.1f}"] for s in sides]
     table("Models", ["model", "sparsity", "file MiB", "peak memory MiB", "load s"], facts)
     rows = [
         [
             s.name,
             str(c.batch),
             str(c.prompt),
-            _speed(c.prefill),
-            _ratio(c.prefill_speedup),
-            _speed(c.decode),
-            _ratio(c.decode_speedup),
+            *_speed(c.prefill, c.prefill_speedup),
+            *_speed(c.decode, c.decode_speedup),
         ]
         for s in sides
         for c in s.cells
@@ -143,13 +132,14 @@ def show(sides: "Sequence[Side]") -> None:
     table("Speed: median (quartiles)", header, rows)
 
 
+def _sparsity(side: "Side") -> str:
+    return "-" if side.sparsity is None else f"{side.sparsity:.1%}"
+
+
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f}"
 
 
-def _speed(spread: "Spread") -> str:
-    return f"{spread.median:,.1f} ({spread.low:,.1f}-{spread.high:,.1f})"
-
-
-def _ratio(spread: "Spread | None") -> str:
-    return "-" if spread is None else f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})"
+def _speed(speed: "Spread", ratio: "Spread | None") -> tuple[str, str]:
+    times = "-" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
+    return f"{speed.median:,.1f} ({speed.low:,.1f}-{speed.high:,.1f})", times
