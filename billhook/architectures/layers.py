@@ -14,15 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from billhook.architectures.stacks import blocks_of
 from billhook.errors import BillhookError
 from billhook.registry import hint
 
 # Last name components of linear layers that route tokens to experts: a few rows that decide everything.
 ROUTERS = frozenset({"gate", "router", "wg", "shared_expert_gate", "classifier"})
-
-# Last name components of layers that read the input of a layer before them; where it matters what is computed, this is
-# observed.
-SIBLINGS = frozenset({"k_proj", "v_proj", "up_proj"})
 
 # Families tested in every release (tests/test_families.py): `config.model_type`.
 FAMILIES = (
@@ -88,44 +85,14 @@ class Layer:
         return out, columns
 
 
-def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the name and the ModuleList of the transformer blocks; raises BillhookError when there is no single
-    candidate."""
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    candidates = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and len({type(m) for m in module}) == 1
-    ]
-    outermost = [(n, m) for n, m in candidates if not any(n.startswith(other + ".") for other, _ in candidates)]
-    if len(outermost) != 1:
-        found = ", ".join(name for name, _ in outermost) or "none"
-        raise BillhookError(
-            f"Cannot tell the blocks of {type(model).__name__} (model_type {model.config.model_type!r}): "
-            f"expected one list of {depth} "
-            f"modules of one class, found {found}. Only decoders made of equal blocks can be pruned."
-        )
-    return outermost[0]
-
-
-def expert_share(model: PreTrainedModel) -> float:
-    """The part of all tokens that reaches an expert on average, 1 where there are none."""
-    config = model.config.get_text_config(decoder=True)
-    experts = next((n for name in ("num_local_experts", "num_experts") if (n := getattr(config, name, None))), 1)
-    return min(1.0, (getattr(config, "num_experts_per_tok", None) or experts) / experts)
-
-
 def find_layers(model: PreTrainedModel) -> list[Layer]:
     """Every prunable layer in model order; raises BillhookError for a weight of unknown layout, by name."""
-    prefix, blocks = find_blocks(model)
     layers = []
-    for index, block in enumerate(blocks):
+    for index, (prefix, block) in enumerate(blocks_of(model).items()):
         for name, module in block.named_modules():
-            layers += _layers_of(module, f"{prefix}.{index}.{name}", index, name)
+            layers += _layers_of(module, f"{prefix}.{name}", index, name)
     if not layers:
-        raise BillhookError(
-            f"{type(model).__name__} has no linear layer inside its blocks ({prefix}): there is nothing to prune."
-        )
+        raise BillhookError(f"{type(model).__name__} has no linear layer inside its blocks: there is nothing to prune.")
     return layers
 
 

@@ -1,0 +1,60 @@
+"""text-generation: decoder-only language models, scored by the next token."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.architectures.config import call_options
+from billhook.engine.batch import Batch, model_inputs
+from billhook.tasks.base import Drawing, Progress, Samples
+from billhook.tasks.self_text import is_self, self_windows
+from billhook.tasks.token_windows import as_tensor, drawn_windows, given_windows, tokenizer_of
+
+
+@dataclass(frozen=True)
+class TextGeneration:
+    """A batch is {"input_ids": int64 [windows, length]}; every token but the first of a window is a label."""
+
+    name: str = "text-generation"
+    auto_class: str = "AutoModelForCausalLM"
+
+    def samples(
+        self,
+        source: Any,
+        model: PreTrainedModel,
+        home: Path | None,
+        drawing: Drawing,
+        *,
+        trust_remote_code: bool = False,
+        progress: Progress = lambda step: None,
+    ) -> Samples:
+        """Token windows of a SOURCE (`billhook.text.windows`), also of text that the model writes itself ("self:")."""
+        if as_tensor(source) is not None:
+            tokens = given_windows(source, model)
+        else:
+            tokenizer = tokenizer_of(model, home, trust_remote_code=trust_remote_code)
+            if is_self(str(source)):
+                tokens = self_windows(str(source), tokenizer, model, drawing, progress)
+            else:
+                tokens = drawn_windows(str(source), tokenizer, model, drawing)
+        return Samples(self.batch(tokens.ids), tokens.source, tokens.digest, tokens.sampling)
+
+    def batch(self, ids: Tensor) -> Batch:
+        """The model's inputs for token ids int64 [windows, length]."""
+        return {"input_ids": ids}
+
+    def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [windows, length - 1, vocabulary] and the tokens that they predict."""
+        return logits[:, :-1], batch["input_ids"][:, 1:]
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """The mean negative log-likelihood of a window's tokens, by the model's own loss function."""
+        inputs = model_inputs(model, batch)
+        loss: Tensor = model(**inputs, labels=inputs["input_ids"], **call_options(model)).loss
+        return loss
+
+
+TASK = TextGeneration()
