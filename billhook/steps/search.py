@@ -25,11 +25,12 @@ from billhook.racing.journal import MODEL, PICTURE, Journal, Run
 from billhook.racing.knobs import ALL, Candidate, Space
 from billhook.racing.picture import draw
 from billhook.registry import hint
+from billhook.reports.publishing import publish
 from billhook.steps.options import split_options
 from billhook.steps.record import Job, record
 from billhook.steps.request import Opened, Request, listed, open_request
-from billhook.steps.verify import RECORD
 from billhook.store.files import read_json
+from billhook.store.layout import RECORD
 from billhook.store.output import check_output
 from billhook.store.shards import weight_files
 from billhook.store.sinks import save_pruned
@@ -193,7 +194,7 @@ class Task:
         if {key: there.get(key) for key in asked} == json.loads(json.dumps(asked)):
             return
         made = {**record(job, self.bench.prune(plan)), **asked}
-        save_pruned(opened.model, opened.source, place, record=made, overwrite=True)
+        save_pruned(opened.model, opened.source, place, record=made, overwrite=True, publish=publish)
 
 
 def _identity(
