@@ -8,8 +8,9 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
+from billhook.architectures.config import check_length, context_length, vocabulary_size
 from billhook.errors import BillhookError, JobError
-from billhook.evaluation.perplexity import check_length, context_length, evaluate, vocabulary_size
+from billhook.evaluation.perplexity import evaluate
 from billhook.text.windows import Windows, digest, load_windows
 
 

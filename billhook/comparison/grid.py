@@ -19,12 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.analysis import WINDOWS, block_outputs, relative_error
+from billhook.architectures.config import check_length, context_length, vocabulary_size
 from billhook.comparison.record import Comparison, finite
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.gradients import compute_gradients
 from billhook.engine.loop import prune_
 from billhook.errors import BillhookError
-from billhook.evaluation.perplexity import PROTOCOL, check_length, context_length, evaluate, vocabulary_size
+from billhook.evaluation.perplexity import PROTOCOL, evaluate
 from billhook.measurement.measure import measure
 from billhook.methods.sparse import CRITERIA
 from billhook.methods.statistics import GRADIENTS

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from billhook.architectures.config import vocabulary_size
 from billhook.architectures.layers import SIBLINGS, expert_share, find_blocks
 from billhook.comparison.grid import Cell, Grid
 from billhook.costs import prices, workload
@@ -28,7 +29,6 @@ from billhook.distributed.collectives import world
 from billhook.engine.activation_store import SPILL_GIB
 from billhook.engine.streaming import stream_of
 from billhook.evaluation.batching import batch_size
-from billhook.evaluation.perplexity import vocabulary_size
 from billhook.racing.contest import Budget
 from billhook.steps.record import gradient_of
 from billhook.steps.request import Opened

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_utils import PreTrainedModel
 
+from billhook.architectures.config import check_length, vocabulary_size
 from billhook.engine.walk import evaluating
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.batching import batch_size as found_size
@@ -54,32 +55,6 @@ class Evaluation:
             **asdict(self),
             "token_ppl": self.token_ppl if math.isfinite(self.token_ppl) else None,
         }
-
-
-def context_length(config: Any) -> int | None:
-    """The longest window the model was built for, or None where its configuration names no limit."""
-    text = config.get_text_config(decoder=True)
-    for name in ("max_position_embeddings", "max_seq_len"):
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """How many token ids the model has embeddings for."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0]
-
-
-def check_length(config: Any, length: int) -> None:
-    """Raise BillhookError when windows of `length` tokens are longer than the model's context."""
-    longest = context_length(config)
-    if longest is not None and length > longest:
-        raise BillhookError(
-            f"Windows of {length} tokens exceed the model's context of {longest}: use --length {longest} or less."
-        )
 
 
 @torch.inference_mode()

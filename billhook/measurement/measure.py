@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.architectures.config import vocabulary_size
 from billhook.architectures.layers import Layer, find_layers
 from billhook.distributed.collectives import gather, shard
 from billhook.engine.streaming import resident, stream_of
 from billhook.engine.walk import Block, Progress, walk
 from billhook.errors import BillhookError
-from billhook.evaluation.perplexity import vocabulary_size
 from billhook.measurement.spectra import measure_spectra
 from billhook.plan.metrics import CURVES, canonical, companions, fact, function_of, options_of
 from billhook.plan.table import Row, Table

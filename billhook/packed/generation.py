@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from billhook.architectures.config import context_length
 from billhook.errors import BillhookError
-from billhook.evaluation.perplexity import context_length
 from billhook.store.checkpoint import quiet
 
 

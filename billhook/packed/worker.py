@@ -50,7 +50,7 @@ def _run(model: Any, batch: int, prompt: int, new: int) -> dict[str, float | Non
     """Seconds for a batch of random prompts, the same each time."""
     import torch
 
-    from billhook.evaluation.perplexity import vocabulary_size
+    from billhook.architectures.config import vocabulary_size
     from billhook.packed.generation import generate
 
     random = torch.Generator().manual_seed(0)

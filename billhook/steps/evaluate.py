@@ -17,10 +17,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import billhook
 from billhook.analysis import WINDOWS, block_outputs, relative_error
+from billhook.architectures.config import check_length, context_length, vocabulary_size
 from billhook.errors import BillhookError
 from billhook.evaluation.harness import PAPER7, check_tasks, evaluate_tasks
 from billhook.evaluation.items import TaskResult, evaluate_file, load_items
-from billhook.evaluation.perplexity import check_length, context_length, evaluate, vocabulary_size
+from billhook.evaluation.perplexity import evaluate
 from billhook.evaluation.word_perplexity import evaluate_words
 from billhook.packed.loading import load
 from billhook.steps.request import model_facts

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook import __version__ as VERSION
+from billhook.architectures.config import check_length, context_length, vocabulary_size
 from billhook.architectures.layers import Layer, check_finite, find_layers, select_layers
 from billhook.distributed.collectives import in_batches, world
 from billhook.engine.activation_store import SPILL_GIB
@@ -21,7 +22,6 @@ from billhook.engine.gradient_file import Gradients
 from billhook.engine.loop import Group, Rounding
 from billhook.engine.streaming import open_streamed, resident
 from billhook.errors import BillhookError
-from billhook.evaluation.perplexity import check_length, context_length, vocabulary_size
 from billhook.plan.plan import SparsityPlan
 from billhook.plan.table import Table
 from billhook.recover.blockwise import Refining

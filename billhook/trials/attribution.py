@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from billhook.architectures.config import vocabulary_size
 from billhook.architectures.layers import Layer, find_blocks
 from billhook.engine.walk import evaluating, plain_experts, stubbed
 from billhook.errors import JobError
 from billhook.evaluation.batching import batch_size
-from billhook.evaluation.perplexity import vocabulary_size
 
 FLOOR = 0.05
 _BYTES = 1 << 29  # of outputs of the pruned layers for one batch, beyond which blocks run again
