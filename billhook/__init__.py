@@ -32,7 +32,7 @@ _PUBLIC = {
     "pack": "billhook.packed.packing",
     "prune": "billhook.steps.prune",
     "prune_": "billhook.engine.loop",
-    "save_pruned": "billhook.store.sinks",
+    "save_pruned": "billhook.store.directory",
     "search": "billhook.steps.search",
     "unpack": "billhook.packed.unpacking",
     "verify": "billhook.steps.verify",

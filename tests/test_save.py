@@ -14,14 +14,14 @@ from families import CONFIGS, build
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import billhook.store.sinks as save
+import billhook.store.directory as save
 from billhook.architectures.layers import find_layers
 from billhook.errors import BillhookError, JobError
 from billhook.plan.plan import Pattern, SparsityPlan
 from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_model, load_tokenizer, quiet
 from billhook.store.output import check_output
-from billhook.store.sinks import save_pruned
+from billhook.store.directory import save_pruned
 
 
 def prune_at_random(model, sparsity: float = 0.5, pattern: str = "unstructured") -> dict:

@@ -17,7 +17,7 @@ from billhook.steps.prune import Request, measure_model, prepare, run
 from billhook.steps.prune import record as record_of
 from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_model, quiet
-from billhook.store.sinks import save_pruned
+from billhook.store.directory import save_pruned
 
 IDS = torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
 

@@ -16,7 +16,7 @@ from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_model
 from billhook.store.files import sha256
 from billhook.store.shards import read_shard
-from billhook.store.sinks import save_pruned
+from billhook.store.directory import save_pruned
 
 LAYER = "model.layers.1.mlp.up_proj"
 

@@ -23,11 +23,11 @@ from billhook.packed.select_tensors import choose, packed_size
 from billhook.packed.write_file import Written, write_packed
 from billhook.reports.publishing import publish
 from billhook.store.checkpoint import resolve
+from billhook.store.directory import WEIGHTS
 from billhook.store.files import copy_files, read_json, sha256, write_json
 from billhook.store.layout import PACKED, RECORD, REPORT, is_packed, is_unfinished
 from billhook.store.output import check_output, staging
 from billhook.store.shards import INDEX, read_shard, weight_files
-from billhook.store.sinks import WEIGHTS
 
 _CONV1D = {
     "gpt2": ("c_attn", "c_proj", "c_fc"),

@@ -29,11 +29,11 @@ from billhook.reports.publishing import publish
 from billhook.steps.options import split_options
 from billhook.steps.record import Job, record
 from billhook.steps.request import Opened, Request, listed, open_request
+from billhook.store.directory import save_pruned
 from billhook.store.files import read_json
 from billhook.store.layout import RECORD
 from billhook.store.output import check_output
 from billhook.store.shards import weight_files
-from billhook.store.sinks import save_pruned
 from billhook.store.tensor_bytes import tensor_bytes
 from billhook.text.windows import Tokens
 from billhook.trials.heldout import Split, split_windows, used_fields

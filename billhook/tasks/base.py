@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.engine.batch import Batch, rows_of
+from billhook.evaluation.scoring import Scoring
 
 Progress = Callable[[str], None]
 
@@ -37,7 +38,7 @@ class Samples:
         return rows_of(self.batch)
 
 
-class Task(Protocol):
+class Task(Scoring, Protocol):
     """One kind of model, named as the pipeline of transformers is.
 
     `auto_class` is the Auto class of transformers that opens the model.
@@ -57,14 +58,6 @@ class Task(Protocol):
         progress: Progress = lambda step: None,
     ) -> Samples:
         """Draw calibration samples from a SOURCE; `home` is the model's directory, which holds its processor."""
-        ...
-
-    def batch(self, ids: Tensor) -> Batch:
-        """The model's inputs (and labels, where these are not the inputs) for token ids int64 [rows, length]."""
-        ...
-
-    def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits [rows, n, classes] that are scored, and their labels int64 [rows, n], -100 where none is scored."""
         ...
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:

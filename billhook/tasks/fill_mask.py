@@ -18,11 +18,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from billhook.architectures.config import call_options
 from billhook.engine.batch import LABELS, Batch, model_inputs
 from billhook.errors import BillhookError
+from billhook.evaluation.scoring import IGNORED
 from billhook.tasks.base import Drawing, Progress, Samples
 from billhook.tasks.token_windows import as_tensor, drawn_windows, given_windows, tokenizer_of
 
 MASKED = 0.15
-IGNORED = -100
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from transformers import PreTrainedModel
 
 from billhook.architectures.config import call_options
 from billhook.engine.batch import Batch, model_inputs
+from billhook.evaluation.scoring import NextToken
 from billhook.tasks.base import Drawing, Progress, Samples
 from billhook.tasks.self_text import is_self, self_windows
 from billhook.tasks.token_windows import as_tensor, drawn_windows, given_windows, tokenizer_of
 
 
 @dataclass(frozen=True)
-class TextGeneration:
+class TextGeneration(NextToken):
     """A batch is {"input_ids": int64 [windows, length]}; every token but the first of a window is a label."""
 
     name: str = "text-generation"
@@ -41,14 +42,6 @@ class TextGeneration:
             else:
                 tokens = drawn_windows(str(source), tokenizer, model, drawing)
         return Samples(self.batch(tokens.ids), tokens.source, tokens.digest, tokens.sampling)
-
-    def batch(self, ids: Tensor) -> Batch:
-        """The model's inputs for token ids int64 [windows, length]."""
-        return {"input_ids": ids}
-
-    def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits [windows, length - 1, vocabulary] and the tokens that they predict."""
-        return logits[:, :-1], batch["input_ids"][:, 1:]
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """The mean negative log-likelihood of a window's tokens, by the model's own loss function."""
