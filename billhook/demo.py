@@ -22,9 +22,10 @@ from billhook.plan.allocators import allocate
 from billhook.plan.plan import SparsityPlan
 from billhook.steps.prune import Job, run
 from billhook.steps.request import Opened, Request, open_request
-from billhook.steps.verify import RECORD, verify
+from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_tokenizer, quiet
 from billhook.store.files import read_json
+from billhook.store.layout import RECORD
 from billhook.store.output import check_output
 from billhook.text.windows import load_windows
 

@@ -17,7 +17,8 @@ from sparse_models import directory, prune_at_random, sparse
 from tiny import llama, save
 
 from billhook import BillhookError, load, pack, unpack, verify
-from billhook.packed.format import PACKED, digest
+from billhook.packed.format import digest
+from billhook.store.layout import PACKED
 
 SHARD = "model.packed.safetensors"
 

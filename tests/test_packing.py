@@ -23,7 +23,8 @@ from sparse_models import directory, prune_at_random, sparse
 
 import billhook
 from billhook import BillhookError, pack, unpack
-from billhook.packed.format import PACKED, digest, open_packed
+from billhook.packed.format import digest, open_packed
+from billhook.store.layout import PACKED
 from billhook.store.shards import read_shard
 
 

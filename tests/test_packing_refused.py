@@ -12,7 +12,7 @@ from sparse_models import directory, prune_at_random, sparse
 
 from billhook import BillhookError, JobError, pack, unpack
 from billhook.packed import packing
-from billhook.packed.format import PACKED
+from billhook.store.layout import PACKED
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:

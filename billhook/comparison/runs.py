@@ -11,7 +11,7 @@ from typing import Any
 from billhook.comparison.record import RECORD, load_comparison, method
 from billhook.errors import BillhookError
 from billhook.reports.report import load_report
-from billhook.steps.verify import REPORT
+from billhook.store.layout import REPORT
 
 _SAME = {
     "protocol": "protocol",

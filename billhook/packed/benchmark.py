@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from billhook.errors import BillhookError, JobError
-from billhook.packed.format import PACKED, is_packed, open_packed
+from billhook.packed.format import open_packed
 from billhook.packed.worker import serve
 from billhook.reports.charts import Axis, Series, chart
+from billhook.store.layout import PACKED, is_packed
 from billhook.store.shards import weight_files
 
 KINDS = ("prefill", "decode")

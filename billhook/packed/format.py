@@ -22,9 +22,9 @@ import numpy as np
 
 from billhook.errors import BillhookError
 from billhook.store.files import read_json, sha256
+from billhook.store.layout import PACKED
 from billhook.store.shards import Entry, Shard, parse_header, read_shard
 
-PACKED = "billhook_packed.json"
 VERSION = 1
 LEAST_GROUP = 64  # columns that share a scale: this many times a power of two
 PADDING = 64  # bytes of zeros behind the values, so that a wide load at the last value stays inside
@@ -136,11 +136,6 @@ class Packed:
                 if found != self.record["tensors"][name]:
                     problem = f"the bytes of {name} are not those that were written, its checksum differs"
                     yield f"{shard.file.path}: {problem}. {_AGAIN}"
-
-
-def is_packed(directory: Path) -> bool:
-    """Whether a directory was written by `billhook pack`."""
-    return (directory / PACKED).is_file()
 
 
 def mask_bytes(columns: int) -> int:

@@ -17,11 +17,12 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.errors import BillhookError
-from billhook.packed.format import Packed, is_packed, open_packed
+from billhook.packed.format import Packed, open_packed
 from billhook.packed.matrices import FLOATS, Expandable, expandable, mapped
 from billhook.runtime.linear import SparseLinear
 from billhook.runtime.tuning import tune_
 from billhook.store.checkpoint import check_complete, check_config, known_dtype, load_model, loading, on_device, resolve
+from billhook.store.layout import is_packed
 
 _LINEAR = frozenset({"Linear", "FalconLinear"})  # classes that do nothing but x Wᵀ + bias
 _READ = ("config.json", "generation_config.json")

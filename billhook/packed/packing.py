@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 import billhook
 from billhook.errors import BillhookError
-from billhook.packed.format import LEAST_GROUP, PACKED, VERSION, Matrix, digest, is_packed
+from billhook.packed.format import LEAST_GROUP, VERSION, Matrix, digest
 from billhook.packed.select_tensors import choose, packed_size
 from billhook.packed.write_file import Written, write_packed
 from billhook.reports.publishing import publish
-from billhook.steps.verify import RECORD, REPORT, is_unfinished
 from billhook.store.checkpoint import resolve
 from billhook.store.files import copy_files, read_json, sha256, write_json
+from billhook.store.layout import PACKED, RECORD, REPORT, is_packed, is_unfinished
 from billhook.store.output import check_output, staging
 from billhook.store.shards import INDEX, read_shard, weight_files
 from billhook.store.sinks import WEIGHTS

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from billhook.errors import BillhookError
-from billhook.packed.format import PACKED, Packed, PackedShard, is_packed, open_packed
+from billhook.packed.format import Packed, PackedShard, open_packed
 from billhook.packed.matrices import dense_bytes
 from billhook.reports.publishing import publish
-from billhook.steps.verify import RECORD, REPORT
 from billhook.store.files import copy_files
+from billhook.store.layout import PACKED, RECORD, REPORT, is_packed
 from billhook.store.output import check_output, staging
 from billhook.store.shards import INDEX
 

@@ -33,9 +33,10 @@ def serve(connection: Connection, path: str, options: Mapping[str, Any]) -> None
 
 
 def _load(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    from billhook.packed.format import is_packed, open_packed
+    from billhook.packed.format import open_packed
     from billhook.packed.loading import load
     from billhook.store.checkpoint import load_tokenizer  # noqa: F401 - so that its imports count as idle memory
+    from billhook.store.layout import is_packed
 
     idle = peak_memory()
     start = time.perf_counter()

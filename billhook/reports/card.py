@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from billhook.steps.verify import PAGE
+from billhook.store.layout import PAGE
 
 _DENSE = (
     "An ordinary model directory: nothing but `transformers` is needed.",

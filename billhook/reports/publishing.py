@@ -12,8 +12,8 @@ from billhook.errors import BillhookError
 from billhook.reports.card import card
 from billhook.reports.page import page
 from billhook.reports.report import build, load_report
-from billhook.steps.verify import CARD, PAGE, RECORD, REPORT
 from billhook.store.files import write_json, write_text
+from billhook.store.layout import CARD, PAGE, RECORD, REPORT
 
 
 def publish(folder: Path, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:

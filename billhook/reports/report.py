@@ -10,10 +10,10 @@ from typing import Any
 
 import billhook
 from billhook.errors import BillhookError
-from billhook.packed.format import is_packed, open_packed
+from billhook.packed.format import open_packed
 from billhook.plan.plan import Pattern
-from billhook.steps.verify import CARD, RECORD, REPORT
 from billhook.store.files import read_json
+from billhook.store.layout import CARD, RECORD, REPORT, is_packed
 from billhook.store.shards import read_shard, weight_files
 
 VERSION = 1

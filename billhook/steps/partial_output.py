@@ -29,8 +29,8 @@ from billhook.engine.streaming import Stream
 from billhook.engine.walk import Block
 from billhook.errors import BillhookError, Interrupted, JobError, out_of_memory
 from billhook.steps.state import STATE, VERSION, State, check_place, compare, partial_folder
-from billhook.steps.verify import GRADIENTS
 from billhook.store.files import digest_ranges, fsync, json_text, replace_file, sha256
+from billhook.store.layout import GRADIENTS
 from billhook.store.output import check_output, failure, flush, put_in_place
 from billhook.store.shards import INDEX, read_shard, weight_files
 from billhook.store.sinks import complete, lay_out_all, on_disk, write_tensors

@@ -31,10 +31,11 @@ from billhook.plan.plan import SparsityPlan
 from billhook.plan.table import Table
 from billhook.racing import automatic
 from billhook.recover.blockwise import Refine
-from billhook.steps.partial_output import GRADIENTS, PartialOutput, unfinished
+from billhook.steps.partial_output import PartialOutput, unfinished
 from billhook.steps.record import Job, Report, gradient_of, record
 from billhook.steps.request import Opened, Request, calibration_facts, open_request
 from billhook.steps.resolve import ResolvedRequest, check
+from billhook.store.layout import GRADIENTS
 from billhook.store.sinks import save_pruned
 from billhook.trials.trials import Setting
 

@@ -28,8 +28,8 @@ from billhook.registry import hint
 from billhook.steps.options import split_options
 from billhook.steps.record import Job, record
 from billhook.steps.request import Opened, Request, listed, open_request
-from billhook.steps.verify import RECORD
 from billhook.store.files import read_json
+from billhook.store.layout import RECORD
 from billhook.store.output import check_output
 from billhook.store.shards import weight_files
 from billhook.store.sinks import save_pruned

@@ -8,9 +8,9 @@ from typing import Any
 
 from billhook.engine.loop import LayerResult
 from billhook.errors import BillhookError
-from billhook.steps.verify import PARTIAL
-from billhook.steps.verify import UNFINISHED as STATE
 from billhook.store.files import read_json
+from billhook.store.layout import PARTIAL
+from billhook.store.layout import UNFINISHED as STATE
 
 __all__ = ["STATE", "VERSION", "State", "check_place", "compare", "partial_folder", "read_state"]
 

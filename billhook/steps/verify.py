@@ -15,20 +15,11 @@ from typing import Any
 import numpy as np
 
 from billhook.errors import BillhookError
-from billhook.packed.format import is_packed
 from billhook.plan.plan import SparsityPlan
 from billhook.store.files import read_json, sha256
+from billhook.store.layout import RECORD, is_packed, is_unfinished
 from billhook.store.shards import Shard, layer_zeros, read_shard, weight_files
 
-RECORD = "billhook.json"
-REPORT, CARD, PAGE = (
-    "report.json",
-    "README.md",
-    "report.html",
-)  # what is told about the model; none is among the checksums
-UNFINISHED = "billhook.unfinished.json"  # the state of a run that is to be continued
-PARTIAL = ".partial"  # ends the name of a directory until it is done
-GRADIENTS = "gradients.safetensors"  # what such a run keeps beside it, with the number of a process in front
 VERSION = 1
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -51,13 +42,6 @@ class Verification:
     def to_dict(self) -> dict[str, Any]:
         """All fields and `ok`, for json."""
         return {"ok": self.ok, **asdict(self)}
-
-
-def is_unfinished(directory: Path) -> bool:
-    """Whether a run is still to give the directory its name: the state is the last file to go, the record among the
-    last to come."""
-    named = not directory.resolve().name.endswith(PARTIAL)
-    return (directory / UNFINISHED).is_file() and not (named and (directory / RECORD).is_file())
 
 
 def verify(directory: str | Path, progress: Callable[[int, int], None] | None = None) -> Verification:

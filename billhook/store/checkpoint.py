@@ -18,8 +18,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from billhook.errors import BillhookError
-from billhook.packed.format import PACKED, is_packed
 from billhook.store.files import read_json, sha256
+from billhook.store.layout import PACKED, is_packed
 from billhook.store.shards import read_shard, weight_files
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

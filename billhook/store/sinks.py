@@ -23,9 +23,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from billhook.errors import JobError
 from billhook.reports.publishing import publish
-from billhook.steps.verify import CARD, GRADIENTS, PAGE, RECORD, REPORT, UNFINISHED
 from billhook.store.checkpoint import quiet
 from billhook.store.files import copy_files, sha256, write_json
+from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, UNFINISHED
 from billhook.store.locate import locate_on_disk, to_disk
 from billhook.store.output import check_output, staging
 from billhook.store.shards import INDEX, Entry, Shard, lay_out, layer_zeros, put, read_shard, weight_files

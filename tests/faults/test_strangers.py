@@ -21,8 +21,9 @@ from billhook.engine.gradient_file import open_gradients
 from billhook.errors import BillhookError
 from billhook.plan.plan import load_plan
 from billhook.steps.state import STATE, read_state
-from billhook.steps.verify import RECORD, verify
+from billhook.steps.verify import verify
 from billhook.store.checkpoint import check_directory, load_tokenizer
+from billhook.store.layout import RECORD
 from billhook.store.shards import INDEX, read_shard, weight_files
 from billhook.text.windows import load_calibration
 
