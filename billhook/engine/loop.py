@@ -31,7 +31,7 @@ from billhook.methods.masks import Select
 from billhook.methods.sparse import CRITERIA
 from billhook.methods.sparse.magnitude import magnitude
 from billhook.methods.statistics import GRADIENTS, STATISTICS, LayerStats
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.recover.blockwise import BlockTuner, Refine
 from billhook.text.windows import as_batches
 
@@ -72,7 +72,7 @@ class LayerResult:
 
 def prune_(
     model: PreTrainedModel,
-    plan: SparsityPlan,
+    plan: Plan,
     *,
     criterion: str = "wanda",
     batches: Tensor | Sequence[Tensor] = (),
@@ -103,6 +103,7 @@ def prune_(
     needs = CRITERIA.needs(criterion, configured)
     observed = tuple(name for name in needs if name in STATISTICS)
     gradient = next((name for name in needs if name in GRADIENTS), None)
+    plan.check_sparsities("prune_")
     plan.check(shapes)
     reads_text = observed or (gradient and gradients is None) or refine
     batches = _checked(model, batches, "--refine" if refine else f"The criterion {criterion}") if reads_text else []
@@ -209,12 +210,9 @@ def _open_gradients(
         yield compute_gradients(model, batches, statistic, path, layers=layers, progress=progress)
 
 
-def _select(plan: SparsityPlan, layer: Layer, zeros: int, group: Group, rounding: Rounding) -> Select:
-    sparsity = plan.sparsity[layer.name]
-    keep_of = None
-    if plan.pattern.of is not None:
-        keep_of = (plan.pattern.kept(sparsity), plan.pattern.of)
-    return Select(layer.shape, sparsity, zeros, keep_of, group, rounding)
+def _select(plan: Plan, layer: Layer, zeros: int, group: Group, rounding: Rounding) -> Select:
+    spec = plan.weights[layer.name]
+    return Select(layer.shape, spec.sparsity, zeros, spec.keep_of, group, rounding)
 
 
 def _prune_layer(

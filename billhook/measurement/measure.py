@@ -16,8 +16,9 @@ from billhook.engine.streaming import resident, stream_of
 from billhook.engine.walk import Block, Progress, walk
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import vocabulary_size
-from billhook.measurement.spectra import measure_spectra
-from billhook.plan.metrics import CURVES, canonical, companions, fact, function_of, options_of
+from billhook.measurement import canonical, function_of, options_of
+from billhook.measurement.weights import measure_spectra
+from billhook.plan.metrics import CURVES, companions, fact
 from billhook.plan.table import Row, Table
 from billhook.text.windows import as_batches
 

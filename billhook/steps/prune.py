@@ -27,7 +27,7 @@ from billhook.measurement.measure import measure
 from billhook.packed.packing import pack
 from billhook.plan.allocators import AUTO, allocate
 from billhook.plan.metrics import fact
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.racing import automatic
 from billhook.recover.blockwise import Refine
@@ -85,7 +85,7 @@ def _allocate(
     options: Mapping[str, Any],
     criterion_options: Mapping[str, Any],
     progress: Callable[[str], None],
-) -> SparsityPlan:
+) -> Plan:
     """The request's plan; of `auto`, the best of several on held-out windows."""
     if request.allocator != AUTO:
         return allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **options)

@@ -22,7 +22,7 @@ from billhook.engine.loop import Group, Rounding
 from billhook.engine.streaming import open_streamed, resident
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import check_length, context_length, vocabulary_size
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.recover.blockwise import Refining
 from billhook.steps.state import check_place
@@ -48,7 +48,7 @@ class Request:
     allocator: str = "uniform"
     pattern: str = "unstructured"
     options: Mapping[str, Any] = field(default_factory=dict)
-    plan: str | Path | SparsityPlan | None = None
+    plan: str | Path | Plan | None = None
     table: str | Path | Table | None = None
     gradients: str | Path | Gradients | None = None
     calibration: str | Path | Tensor | None = None
@@ -224,7 +224,7 @@ def _model_name(source: Path | None, model: PreTrainedModel) -> str:
 
 
 def identity(
-    request: Request, opened: Opened, options: Mapping[str, Any], plan: SparsityPlan | None, table: Table | None
+    request: Request, opened: Opened, options: Mapping[str, Any], plan: Plan | None, table: Table | None
 ) -> dict[str, Any]:
     """What an unfinished run must agree in to be continued: versions, model, data and everything that changes the
     result.
