@@ -13,10 +13,11 @@ _PUBLIC = {
     "BillhookError": "billhook.errors",
     "CRITERIA": "billhook.methods.sparse",
     "JobError": "billhook.errors",
-    "METRICS": "billhook.plan.metrics",
-    "Pattern": "billhook.plan.plan",
+    "METRICS": "billhook.measurement",
+    "Pattern": "billhook.plan.spec",
+    "Plan": "billhook.plan.plan",
     "Report": "billhook.steps.prune",
-    "SparsityPlan": "billhook.plan.plan",
+    "Spec": "billhook.plan.spec",
     "Table": "billhook.plan.table",
     "allocate": "billhook.plan.allocators",
     "analyze": "billhook.analysis",
@@ -39,10 +40,14 @@ _PUBLIC = {
     "write_windows": "billhook.tasks.self_text",
 }
 
+_RENAMED = {"SparsityPlan": "Plan"}
+
 __all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        raise AttributeError(f"billhook.{name} is now billhook.{_RENAMED[name]}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'billhook' has no attribute {name!r}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)

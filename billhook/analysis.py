@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from billhook.architectures.layers import find_blocks
 from billhook.engine.walk import evaluating
 from billhook.errors import BillhookError
-from billhook.plan.plan import SparsityPlan, load_plan
+from billhook.plan.plan import Plan, load_plan
 from billhook.reports.charts import Axis, Series, chart
 from billhook.steps.options import split_options
 from billhook.steps.request import Opened, Request, open_request
@@ -31,7 +31,7 @@ WINDOWS = 8  # held-out windows compared: their hidden states after every block 
 
 def analyze(
     model: str | Path | PreTrainedModel,
-    plans: Mapping[str, str | Path | SparsityPlan],
+    plans: Mapping[str, str | Path | Plan],
     *,
     progress: Callable[[str], None] = lambda plan: None,
     begin: Callable[[Opened, Setting, list[float]], None] = lambda opened, setting, targets: None,
@@ -47,7 +47,7 @@ def analyze(
     if not plans:
         raise BillhookError("Say which plans to compare: --plan plan.json, several times if you like.")
     used_fields(fields, ("criterion", "options", "group"), "An analysis")
-    loaded = {name: plan if isinstance(plan, SparsityPlan) else load_plan(plan) for name, plan in plans.items()}
+    loaded = {name: plan if isinstance(plan, Plan) else load_plan(plan) for name, plan in plans.items()}
     request = Request(model, **({"samples": 2 * WINDOWS} | fields))
     options, _ = split_options(request.options, request.criterion, ())
     opened = open_request(request, True, "An analysis")
@@ -112,7 +112,7 @@ def relative_error(y: Tensor, dense: Tensor) -> float:
     return float((y - dense).square().sum(dtype=torch.float64) / dense.square().sum(dtype=torch.float64))
 
 
-def _by_block(plan: SparsityPlan, layers: Any) -> list[float]:
+def _by_block(plan: Plan, layers: Any) -> list[float]:
     """The parameter-weighted mean sparsity of every block that has layers to prune, in depth order."""
     sums: dict[int, list[float]] = {}
     for layer in layers:

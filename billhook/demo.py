@@ -19,7 +19,7 @@ from billhook.evaluation.perplexity import evaluate
 from billhook.measurement.measure import measure
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import allocate
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.steps.prune import Job, run
 from billhook.steps.request import Opened, Request, open_request
 from billhook.steps.verify import verify
@@ -137,7 +137,7 @@ def _is_demo(output: Path) -> bool:
     raise BillhookError(f"The output {output} is not empty and holds no earlier demo: choose another with --output.")
 
 
-def _save_best(demo: Demo, plans: dict[str, SparsityPlan], opened: Opened, request: Request) -> None:
+def _save_best(demo: Demo, plans: dict[str, Plan], opened: Opened, request: Request) -> None:
     """Run the best pair once more as an ordinary job, with its record, and write it."""
     allocator, criterion = demo.best
     fields = {**request.__dict__, "criterion": criterion, "allocator": allocator}

@@ -121,5 +121,5 @@ def test_another_models_table_or_one_without_spectra_is_refused(place, pruned):
         str(pruned),
         "--table",
         str(pruned.parent / "empty.json"),
-        match="says nothing about spectra",
+        match="has no spectra",
     )

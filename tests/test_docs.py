@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 import billhook
 import billhook.engine.gradient_file
-from billhook import SparsityPlan, Table, load_plan
+from billhook import Plan, Table, load_plan
 from billhook.cli import app
 from billhook.plan.allocators import ALLOCATORS, allocate
-from billhook.plan.plan import Pattern
+from billhook.plan.spec import Pattern
 from billhook.plan.table import Row
 from billhook.steps.verify import verify
 
@@ -125,7 +125,7 @@ def test_json_examples_are_read_by_the_tool(tmp_path: Path) -> None:
 def test_a_minimal_plan_by_hand_is_enough(tmp_path: Path) -> None:
     plan = {"version": 1, "target": 0.5, "pattern": "2:4", "sparsity": {"a": 0.5}}
     (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-    assert load_plan(tmp_path / "plan.json") == SparsityPlan(0.5, Pattern(2, 4), {"a": 0.5})
+    assert load_plan(tmp_path / "plan.json") == Plan.of_sparsities(0.5, Pattern(2, 4), {"a": 0.5})
 
 
 def fields(name: str) -> dict[tuple[str, ...], bool]:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from families import CONFIGS, VOCABULARY, build
 
-from billhook import SparsityPlan, find_layers, prune_
+from billhook import Plan, find_layers, prune_
 from billhook.architectures.layers import FAMILIES, find_blocks
 from billhook.engine.replay import run_block
 from billhook.engine.walk import walk
-from billhook.plan.plan import Pattern
+from billhook.plan.spec import Pattern
 from billhook.recover.blockwise import Refine
 
 
@@ -83,7 +83,7 @@ def test_plans_are_met_exactly_and_nothing_else_changes(family: str, criterion: 
     layers = find_layers(model)
     shapes = {layer.name: layer.shape for layer in layers}
     generator = torch.Generator().manual_seed(2)
-    plan = SparsityPlan(0.5, Pattern(), {name: float(torch.rand((), generator=generator)) for name in shapes})
+    plan = Plan.of_sparsities(0.5, Pattern(), {name: float(torch.rand((), generator=generator)) for name in shapes})
     prunable = {(id(layer.module), layer.parameter) for layer in layers}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     prune_(model, plan, criterion=criterion, batches=batches())
@@ -120,7 +120,7 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_reported() -> None:
     }
     assert starved
     layers = find_layers(model)
-    plan = SparsityPlan(0.5, Pattern(), {layer.name: 0.5 for layer in layers})
+    plan = Plan.of_sparsities(0.5, Pattern(), {layer.name: 0.5 for layer in layers})
     reported = {
         result.layer
         for result in prune_(model, plan, criterion="wanda", batches=ids)
@@ -146,7 +146,7 @@ def test_experts_are_observed_whatever_implementation_the_model_runs(family: str
 
 def test_tied_weights_stay_tied() -> None:
     model = build("gemma")
-    plan = SparsityPlan(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
+    plan = Plan.of_sparsities(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
     prune_(model, plan, criterion="magnitude")
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -167,7 +167,7 @@ def test_norm_and_head_alone_predict_what_the_model_does(family: str) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_blocks_of_every_family_are_refined(family: str) -> None:
     model, refine = build(family), Refine(epochs=2, rate=0.01, everything=True)
-    plan = SparsityPlan(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
+    plan = Plan.of_sparsities(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
     results = prune_(model, plan, criterion="magnitude", batches=batches(12, 4), refine=refine)
     said = [note for result in results for note in result.notes if "refined" in note]
     assert len(said) == len(find_blocks(model)[1])

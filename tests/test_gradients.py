@@ -15,13 +15,13 @@ from tiny import llama, save
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from billhook import BillhookError, JobError, SparsityPlan, find_layers, prune, prune_
+from billhook import BillhookError, JobError, Plan, find_layers, prune, prune_
 from billhook.architectures.layers import Layer
 from billhook.cli import app
 from billhook.engine.gradient_file import open_gradients
 from billhook.engine.gradients import compute_gradients
 from billhook.methods.statistics import GRADIENTS, REGIONAL
-from billhook.plan.plan import Pattern
+from billhook.plan.spec import Pattern
 
 Tensor = torch.Tensor
 
@@ -330,7 +330,7 @@ def test_stale_and_unfitting_gradients_are_refused(folder: Path, tmp_path: Path)
 def test_in_python_the_statistic_is_checked_too(folder: Path) -> None:
     model = llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    plan = SparsityPlan(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
+    plan = Plan.of_sparsities(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
     with pytest.raises(BillhookError, match="reads gradient_l2"):
         prune_(model, plan, criterion="gradient", norm="l2", gradients=open_gradients(folder / "g.safetensors"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

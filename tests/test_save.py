@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 import billhook.store.directory as save
 from billhook.architectures.layers import find_layers
 from billhook.errors import BillhookError, JobError
-from billhook.plan.plan import Pattern, SparsityPlan
+from billhook.plan.plan import Plan
+from billhook.plan.spec import Pattern
 from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_model, load_tokenizer, quiet
 from billhook.store.output import check_output
@@ -27,7 +28,9 @@ from billhook.store.directory import save_pruned
 def prune_at_random(model, sparsity: float = 0.5, pattern: str = "unstructured") -> dict:
     """Zero weights of every layer, and return what billhook.json would say."""
     layers = find_layers(model)
-    plan = SparsityPlan(sparsity, Pattern.parse(pattern), dict.fromkeys((layer.name for layer in layers), sparsity))
+    plan = Plan.of_sparsities(
+        sparsity, Pattern.parse(pattern), dict.fromkeys((layer.name for layer in layers), sparsity)
+    )
     facts = {}
     for layer, zeros in zip(layers, plan.zeros({layer.name: layer.shape for layer in layers}).values(), strict=True):
         weight = layer.weight

@@ -20,9 +20,10 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from billhook.architectures.layers import FAMILIES
 from billhook.cli import app
+from billhook.measurement import METRICS
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
-from billhook.plan.metrics import CURVES, FACTS, METRICS
+from billhook.plan.metrics import CURVES, FACTS
 from billhook.registry import Registry
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

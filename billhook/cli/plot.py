@@ -136,7 +136,7 @@ def _weight(directory: str | Path, name: str) -> Any:
 
 
 def _spectrum(model: str, name: str) -> Any:
-    from billhook.measurement.spectra import eigenvalues
+    from billhook.measurement.eigen import eigenvalues
     from billhook.measurement.tails import Spectrum
     from billhook.reports.plots import spectral_density
 

@@ -31,7 +31,7 @@ from billhook.methods.sparse import CRITERIA
 from billhook.methods.statistics import GRADIENTS
 from billhook.plan.allocators import ALLOCATORS, AUTO, allocate, check_budget
 from billhook.plan.metrics import fact
-from billhook.plan.plan import Pattern
+from billhook.plan.spec import Pattern
 from billhook.plan.table import Row, Table
 from billhook.racing import automatic
 from billhook.registry import hint

@@ -15,13 +15,14 @@ from billhook.comparison.grid import Cell, Grid
 from billhook.costs import counts
 from billhook.costs.counts import Count, Method, Part, Sizes, Text
 from billhook.costs.prices import memory
+from billhook.measurement import options_of
 from billhook.measurement.error_curves import FEW, ROWS, TRIED
 from billhook.measurement.loss_shares import WINDOWS as SHARED
 from billhook.methods.sparse import CRITERIA
 from billhook.methods.sparse.admm import RAMP, default_steps
 from billhook.methods.statistics import GRADIENTS, STATISTICS
 from billhook.plan.allocators import AUTO
-from billhook.plan.metrics import CURVES, fact, options_of
+from billhook.plan.metrics import CURVES, fact
 from billhook.racing.contest import FIRST, Budget, trial_windows
 from billhook.recover.blockwise import LEAST, PATIENCE, PREDICTED, Refine
 from billhook.trials.predictions import KEPT

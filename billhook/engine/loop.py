@@ -26,7 +26,7 @@ from billhook.methods.masks import Select
 from billhook.methods.sparse import CRITERIA
 from billhook.methods.sparse.magnitude import magnitude
 from billhook.methods.statistics import GRADIENTS, STATISTICS, LayerStats
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 
 Group = Literal["row", "layer"]
 Rounding = Literal["exact", "floor"]
@@ -104,7 +104,7 @@ class Tuner(Protocol):
 @torch.no_grad()
 def apply_plan_(
     model: PreTrainedModel,
-    plan: SparsityPlan,
+    plan: Plan,
     method: Method,
     batches: Sequence[Batch] = (),
     *,
@@ -126,6 +126,7 @@ def apply_plan_(
     """
     layers = find_layers(model) if layers is None else layers
     shapes = {layer.name: layer.shape for layer in layers}
+    plan.check_sparsities()
     plan.check(shapes)
     if method.gradient and gradients is None:
         raise BillhookError(
@@ -159,7 +160,7 @@ def apply_plan_(
 class _Pruning:
     """What all layers of a run have in common."""
 
-    plan: SparsityPlan
+    plan: Plan
     zeros: Mapping[str, int]
     method: Method
     gradients: Mapping[str, Tensor] | None
@@ -203,10 +204,10 @@ class _Pruning:
         return LayerResult(layer.name, layer.shape, select.sparsity, count_zeros(weight), before, noted, error, took)
 
     def _select(self, layer: Layer) -> Select:
-        sparsity, pattern = self.plan.sparsity[layer.name], self.plan.pattern
-        keep_of = None if pattern.of is None else (pattern.kept(sparsity), pattern.of)
+        spec = self.plan.weights[layer.name]
         group = self.method.group or CRITERIA.group(self.method.criterion)
-        return Select(layer.shape, sparsity, self.zeros[layer.name], keep_of, group, self.method.rounding)
+        zeros = self.zeros[layer.name]
+        return Select(layer.shape, spec.sparsity, zeros, spec.keep_of, group, self.method.rounding)
 
     def _unseen(self, stats: LayerStats) -> str | None:
         """Why the samples say nothing about a layer (an expert that received no token), or None."""

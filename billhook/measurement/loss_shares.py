@@ -19,7 +19,8 @@ from billhook.measurement.error_curves import cheaper
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators.curves import MIDDLE
 from billhook.plan.metrics import fact
-from billhook.plan.plan import Pattern, SparsityPlan
+from billhook.plan.plan import Plan
+from billhook.plan.spec import Pattern
 from billhook.registry import method
 from billhook.trials.trials import Bench, Setting
 
@@ -40,7 +41,7 @@ def loss_share(
             "The metric loss_share needs two windows of text or more: give more --samples, or a smaller --length."
         )
     last = min(WINDOWS, len(ids) // 2)
-    plan = SparsityPlan(MIDDLE, Pattern.parse("unstructured"), {layer.name: MIDDLE for layer in layers}, {})
+    plan = Plan.of_sparsities(MIDDLE, Pattern.parse("unstructured"), {layer.name: MIDDLE for layer in layers}, {})
     setting = Setting(criterion, CRITERIA.configure(criterion, cheaper(criterion, layers)))
     with Bench(model, layers, in_batches(ids[:-last], len(batches[0])), ids[-last:], setting) as bench:
         bench.prune(plan)

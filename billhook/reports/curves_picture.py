@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from billhook.plan.allocators.curves import at
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.reports.plots import new_figure, of_model, planned_rows
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _LEAST = 1e-5  # of the output's square, where the axis begins
 
 
-def error_curves(table: Table, column: str, plan: SparsityPlan | None = None) -> "Figure":
+def error_curves(table: Table, column: str, plan: Plan | None = None) -> "Figure":
     """How far pruning moves each layer's output: a panel a kind of layer, a line a layer, and a dot at what `plan`
     takes from it."""
     from matplotlib import colormaps

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from billhook.errors import BillhookError
 from billhook.plan.metrics import fact
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.plan.table import Row, Table
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def metric_by_depth(table: Table, metric: str) -> "Figure":
     return figure
 
 
-def metric_against_sparsity(table: Table, metric: str, plans: Mapping[str, SparsityPlan]) -> "Figure":
+def metric_against_sparsity(table: Table, metric: str, plans: Mapping[str, Plan]) -> "Figure":
     """What each layer loses against its metric: one panel for each of `plans` (at least one), one point for each
     layer."""
     values = table.column(metric)
@@ -124,7 +124,7 @@ def metric_against_sparsity(table: Table, metric: str, plans: Mapping[str, Spars
     return figure
 
 
-def sparsity_by_depth(table: Table, plans: Mapping[str, SparsityPlan]) -> "Figure":
+def sparsity_by_depth(table: Table, plans: Mapping[str, Plan]) -> "Figure":
     """What each block loses under each plan, with the range over its layers where they differ, and the target as a
     dashed line."""
     figure = new_figure()
@@ -272,7 +272,7 @@ def _log_histogram(evals: Sequence[float]) -> tuple[list[float], list[float]]:
     return edges, [c / len(evals) / (edges[i + 1] - edges[i]) for i, c in enumerate(counts)]
 
 
-def planned_rows(table: Table, plan: SparsityPlan, name: str) -> Sequence[Row]:
+def planned_rows(table: Table, plan: Plan, name: str) -> Sequence[Row]:
     """The rows of the table; raises BillhookError where the plan is not for its layers."""
     try:
         plan.check(table.shapes)

@@ -11,7 +11,8 @@ from typing import Any
 import billhook
 from billhook.errors import BillhookError
 from billhook.packed.format import open_packed
-from billhook.plan.plan import Pattern
+from billhook.plan.plan import Plan
+from billhook.plan.spec import Pattern
 from billhook.store.files import read_json
 from billhook.store.layout import CARD, RECORD, REPORT, is_packed
 from billhook.store.shards import read_shard, weight_files
@@ -53,8 +54,8 @@ def build(folder: Path) -> dict[str, Any]:
 
 
 def _from_record(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    plan, made_by = record["plan"], record["made_by"]
-    columns = plan["made_by"].get("metrics", {})
+    plan, made_by = Plan.from_json(record["plan"], RECORD), record["made_by"]
+    columns = plan.made_by.get("metrics", {})
     layers = [_layer(name, facts, columns) for name, facts in record["layers"].items()]
     weights, zeros = sum(_size(layer) for layer in layers), sum(layer["zeros"] for layer in layers)
     return {
@@ -63,10 +64,10 @@ def _from_record(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "made_with": record["billhook"],
         "model": made_by["model"],
         "asked": {
-            "sparsity": plan["target"],
-            "pattern": plan["pattern"],
-            "allocator": plan["made_by"].get("allocator") or "a plan by hand",
-            "allocator_options": plan["made_by"].get("options", {}),
+            "sparsity": plan.target,
+            "pattern": str(plan.pattern),
+            "allocator": plan.made_by.get("allocator") or "a plan by hand",
+            "allocator_options": plan.made_by.get("options", {}),
             **{
                 key: made_by[key]
                 for key in ("criterion", "criterion_options", "group", "rounding", "seed", "dtype", "device")
@@ -84,7 +85,7 @@ def _from_record(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "warnings": record["warnings"],
         "evaluations": [],
         "speed": None,
-        "spectra": _spectra(plan["made_by"].get("spectra")),
+        "spectra": _spectra(plan.made_by.get("spectra")),
         "metadata": _metadata(folder),
     }
 

@@ -30,7 +30,7 @@ from billhook.errors import BillhookError, Interrupted
 from billhook.methods.sparse import CRITERIA
 from billhook.packed.packing import pack
 from billhook.plan.allocators import AUTO, allocate
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.racing import automatic
 from billhook.recover.blockwise import BlockTuner, Refine
@@ -96,7 +96,7 @@ def _allocate(
     options: Mapping[str, Any],
     method: Method,
     progress: Callable[[str], None],
-) -> SparsityPlan:
+) -> Plan:
     """The request's plan; of `auto`, the best of several on held-out windows."""
     if request.allocator != AUTO:
         return allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **options)
@@ -241,7 +241,7 @@ def _open_gradients(
 
 def prune_with(
     opened: Opened,
-    plan: SparsityPlan,
+    plan: Plan,
     method: Method,
     *,
     gradients: Gradients | None = None,
@@ -278,7 +278,7 @@ def prune_with(
 
 def prune_(
     model: PreTrainedModel,
-    plan: SparsityPlan,
+    plan: Plan,
     *,
     criterion: str = "wanda",
     batches: Tensor | Batch | Sequence[Tensor | Batch] = (),

@@ -14,7 +14,7 @@ from billhook.architectures.layers import Layer
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.loop import LayerResult, Method
 from billhook.methods.sparse import CRITERIA
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.steps.verify import VERSION
 
@@ -25,7 +25,7 @@ class Job:
 
     request: Request
     opened: Opened
-    plan: SparsityPlan
+    plan: Plan
     method: Method
     gradients: Gradients | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Report:
     """What a run did. `output` is None when nothing was written (no output was asked for); `record` is
     billhook.json."""
 
-    plan: SparsityPlan
+    plan: Plan
     layers: list[LayerResult]
     output: Path | None
     seconds: float
@@ -111,7 +111,7 @@ def _gradients_record(job: Job) -> dict[str, Any] | None:
     return {"statistic": statistic, "calibration": made}
 
 
-def _other_weights(plan: SparsityPlan, model: Mapping[str, Any]) -> list[str]:
+def _other_weights(plan: Plan, model: Mapping[str, Any]) -> list[str]:
     """A note where the plan comes from a table of other weights than those of `model` (a fine-tuned relative, say)."""
     measured = plan.made_by.get("model")
     if not isinstance(measured, dict) or model["digest"] is None or measured.get("digest") in (None, model["digest"]):

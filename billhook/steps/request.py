@@ -23,7 +23,7 @@ from billhook.engine.loop import Group, Rounding
 from billhook.engine.resources import Resources
 from billhook.engine.streaming import open_streamed
 from billhook.errors import BillhookError
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.recover.blockwise import Refining
 from billhook.steps.state import check_place, partial_folder
@@ -31,8 +31,7 @@ from billhook.store.checkpoint import check_directory, load, model_digest, resol
 from billhook.store.files import sha256
 from billhook.store.layout import WRITTEN
 from billhook.store.output import check_output
-from billhook.store.shards import read_shard
-from billhook.store.sinks import mismatch
+from billhook.store.sinks import SameLayout
 from billhook.tasks.base import Drawing, Progress, Samples, Task
 from billhook.tasks.opening import task_of, task_of_config
 from billhook.tasks.self_text import is_self, saved_windows
@@ -56,7 +55,7 @@ class Request:
     allocator: str = "uniform"
     pattern: str = "unstructured"
     options: Mapping[str, Any] = field(default_factory=dict)
-    plan: str | Path | SparsityPlan | None = None
+    plan: str | Path | Plan | None = None
     table: str | Path | Table | None = None
     gradients: str | Path | Gradients | None = None
     calibration: str | Path | Tensor | None = None
@@ -184,7 +183,7 @@ def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrain
     }
     if streamed:
         stream = open_streamed(source, task.auto_class, **options)
-        if output is None or mismatch(stream.model, [read_shard(file) for file in checkpoint.weights]) is None:
+        if output is None or SameLayout(stream.model, source).mismatch() is None:
             return source, stream.model, replace(resources, stream=stream)
     return source, load(source, task.auto_class, **options), resources
 
@@ -229,7 +228,7 @@ def _model_name(source: Path | None, model: PreTrainedModel) -> str:
 
 
 def identity(
-    request: Request, opened: Opened, options: Mapping[str, Any], plan: SparsityPlan | None, table: Table | None
+    request: Request, opened: Opened, options: Mapping[str, Any], plan: Plan | None, table: Table | None
 ) -> dict[str, Any]:
     """What an unfinished run must agree in to be continued: versions, model, data and everything that changes the
     result.

@@ -11,7 +11,8 @@ from billhook.errors import BillhookError
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS, AUTO, check_budget
 from billhook.plan.metrics import fact
-from billhook.plan.plan import Pattern, SparsityPlan, load_plan
+from billhook.plan.plan import Plan, load_plan
+from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
 from billhook.racing import automatic
 from billhook.steps.options import split_options
@@ -34,7 +35,7 @@ class ResolvedRequest:
     opened: Opened
     method: Method
     allocator_options: dict[str, Any]
-    plan: SparsityPlan | None
+    plan: Plan | None
     table: Table | None
     needed: tuple[str, ...]
     gradients: Gradients | None
@@ -66,7 +67,7 @@ def check(request: Request, progress: Progress = lambda step: None) -> ResolvedR
     )
     method = Method(request.criterion, criterion_options, request.group, request.rounding)
     allocator_options = ALLOCATORS.configure(request.allocator, given) if arithmetic else {}
-    plan = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
+    plan = _given_plan(request)
     table = Table.load(request.table) if isinstance(request.table, str | Path) else request.table
     if plan is None:
         check_budget(request.sparsity, Pattern.parse(request.pattern))
@@ -115,6 +116,14 @@ def _published(request: Request) -> dict[str, Any]:
     return options
 
 
+def _given_plan(request: Request) -> Plan | None:
+    """The plan of a request, None where one is to be made; raises BillhookError for one that is not of sparsities."""
+    plan = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
+    if plan is not None:
+        plan.check_sparsities()
+    return plan
+
+
 def _in_memory(request: Request, needed: Sequence[str]) -> bool:
     return request.allocator == AUTO or any(fact(name).reads == "trial" for name in needed)
 
@@ -143,7 +152,7 @@ def _dense_place(request: Request) -> tuple[Request, Path | None]:
     return replace(request, output=dense), output
 
 
-def _partial_plan(request: Request, opened: Opened, asked: Mapping[str, Any]) -> tuple[SparsityPlan | None, int]:
+def _partial_plan(request: Request, opened: Opened, asked: Mapping[str, Any]) -> tuple[Plan | None, int]:
     """The plan of the run that `request` is to continue, so that nothing is measured again, and its finished blocks;
     None, 0 for a new one.
 
@@ -156,7 +165,7 @@ def _partial_plan(request: Request, opened: Opened, asked: Mapping[str, Any]) ->
     if state is None:
         return None, 0
     check_same_run(state.identity, asked, partial_folder(output))
-    return SparsityPlan.from_json(state.plan, str(partial_folder(output))), state.done
+    return Plan.from_json(state.plan, str(partial_folder(output))), state.done
 
 
 def _given_gradients(request: Request, method: Method) -> Gradients | None:

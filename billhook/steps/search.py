@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from billhook.errors import BillhookError
 from billhook.measurement.measure import measure
 from billhook.plan.allocators import ALLOCATORS, allocate, check_budget
-from billhook.plan.plan import Pattern, SparsityPlan
+from billhook.plan.plan import Plan
+from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
 from billhook.racing.contest import UNIFORM, Budget, Contest
 from billhook.racing.journal import MODEL, PICTURE, Journal, Run
@@ -51,7 +52,7 @@ class Found:
     `output` holds the files, if any were asked for, and `model` in it the pruned winner.
     """
 
-    plan: SparsityPlan
+    plan: Plan
     best: Run
     trials: list[Run]
     full: list[Run]
@@ -161,7 +162,7 @@ class Task:
             )
         return self._table
 
-    def plan(self, candidate: Candidate) -> SparsityPlan:
+    def plan(self, candidate: Candidate) -> Plan:
         """The candidate's plan."""
         return allocate(
             self.table, self.target, allocator=candidate.allocator, pattern=self.request.pattern, **candidate.options
@@ -179,7 +180,7 @@ class Task:
         needed = sum(file.stat().st_size for file in weight_files(source)) if source else 0
         check_output(place if place.parent.is_dir() else place.parent, source, overwrite=True, needed=needed)
 
-    def save(self, plan: SparsityPlan, place: Path) -> None:
+    def save(self, plan: Plan, place: Path) -> None:
         """Write the model pruned as `plan` says, on the calibration half, to `place`, unless that is what lies
         there."""
         ids = torch.cat(self.split.batches)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from billhook.errors import BillhookError
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.store.files import read_json, sha256
 from billhook.store.layout import RECORD, is_packed, is_unfinished
 from billhook.store.shards import Shard, layer_zeros, read_shard, weight_files
@@ -136,7 +136,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _expectations(record: Mapping[str, Any]) -> list[_Expected]:
-    plan = SparsityPlan.from_json(record["plan"], RECORD)
+    plan = Plan.from_json(record["plan"], RECORD)
     shapes = {name: (facts["shape"][0], facts["shape"][1]) for name, facts in record["layers"].items()}
     plan.check(shapes)
     planned = plan.zeros(shapes)
