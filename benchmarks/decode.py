@@ -1,13 +1,13 @@
-"""Tokens a second of a random Llama of the 1B class, dense bfloat16 in transformers against packed at several
+"""Tokens per second of a random Llama of the 1B class: dense bfloat16 in transformers against packed at several
 sparsities.
 
-    python benchmarks/decode.py                       one token after another, context 64: a decode step of each model
-    in turn python benchmarks/decode.py --generate 16         whole calls of `generate` instead, so many new tokens each
+    python benchmarks/decode.py                       decode steps, one token each after a context of 64
+    python benchmarks/decode.py --generate 16         whole calls of `generate` instead, with this number of new tokens
     python benchmarks/decode.py --prefill 16,128,512  the prompt instead
 
-16 blocks x 2048, MLP 5632, vocabulary 32000, built from its config; masks are random. Models take turns, medians of
-calm rounds (see calm.py), speed relative to the dense model in the same run. `own kernel` is the dense model with our
-dense kernel in all its layers: what of the gain is not sparsity.
+16 blocks x 2048, MLP 5632, vocabulary 32000, built from its config; masks are random. Models take turns; medians of
+quiet rounds (see quiet_timing.py), speed relative to the dense model in the same run. `own kernel` is the dense model
+with our dense kernel in all its layers: the part of the gain that is not due to sparsity.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from calm import median, rounds, spread
+from quiet_timing import median, rounds, spread
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -62,7 +62,7 @@ def pack(model: LlamaForCausalLM, percent: int) -> LlamaForCausalLM:
 
 
 def step(model: LlamaForCausalLM) -> Callable[[int], object]:
-    """One decode step behind a context of 64 tokens, which stays that long."""
+    """One decode step after a context of 64 tokens, whose length stays the same."""
     cache = DynamicCache(config=model.config)
     model(torch.arange(CONTEXT)[None], past_key_values=cache)
     token = torch.tensor([[7]])
@@ -75,7 +75,7 @@ def step(model: LlamaForCausalLM) -> Callable[[int], object]:
 
 
 def prompt(model: LlamaForCausalLM, tokens: int) -> Callable[[int], object]:
-    """The forward pass of a prompt, logits of its last token."""
+    """The forward pass of a prompt, with the logits of its last token."""
     ids = torch.arange(tokens)[None]
     return lambda turn: model(ids, logits_to_keep=1)
 
@@ -119,17 +119,17 @@ def main() -> None:
         results = []
         for job, make in jobs.items():
             variants = {name: make(model) for name, model in models.items()}
-            times, lost = rounds(variants, args.rounds, args.seconds)
+            times, discarded = rounds(variants, args.rounds, args.seconds)
             middle = {name: median(values) for name, values in times.items()}
             speed = {name: middle["dense"] / seconds for name, seconds in middle.items()}
-            results.append({"job": job, "speed": speed, "dense_ms": 1e3 * middle["dense"], "thrown_away": lost})
+            results.append({"job": job, "speed": speed, "dense_ms": 1e3 * middle["dense"], "discarded": discarded})
             if not args.json:
                 print(
                     f"{job}: dense {1e3 * middle['dense']:.1f} ms; speed "
                     + ", ".join(f"{name} {s:.2f}" for name, s in speed.items())
                 )
                 worst = max(spread(values) for values in times.values())
-                print(f"  spread {worst:.0%}, {len(times['dense'])} calm rounds, {lost} thrown away", flush=True)
+                print(f"  spread {worst:.0%}, {len(times['dense'])} quiet rounds, {discarded} discarded", flush=True)
     about = library.about() | {"tuning_s": tuned_s, "parameters": sum(p.numel() for p in dense.parameters())}
     if args.json:
         print(

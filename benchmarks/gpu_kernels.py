@@ -1,17 +1,16 @@
 """Time packed weights on a CUDA device against cuBLAS in bfloat16: single products, and a whole LLaMA-7B.
 
-    python benchmarks/gpu_kernels.py                          products at LLaMA-7B's shapes, 50 to 80 %, 1, 4 and 16
-    tokens python benchmarks/gpu_kernels.py --decode                 a random LLaMA-7B: tokens a second, and its
-    products alone
+    python benchmarks/gpu_kernels.py            products at LLaMA-7B's shapes, 50 to 80 %, 1, 4 and 16 tokens
+    python benchmarks/gpu_kernels.py --decode   a random LLaMA-7B: tokens per second, and its products alone
 
-`python benchmarks/kernels.py --device cuda` is the first of these. Without a GPU, or without Triton, it says so and
-ends.
+`python benchmarks/kernels.py --device cuda` is the same as the first. Without a GPU, or without Triton, a message says
+so.
 
-Every figure is a ratio in one run. A variant runs over as many copies of its weight as fill --mib, captured in one CUDA
-graph, so that neither launches nor the second-level cache are what is timed; variants take turns, medians of rounds.
-`bound` is what the bytes allow: 16 bits a dense weight, against 16 a kept one, 1 of bitmask and 1/8 of table. `copy` is
-the bandwidth of a copy within the device, both directions counted, and `of copy` how much of it the packed product
-reaches by the bytes it reads.
+Every figure is a ratio within one run. A variant runs over as many copies of its weight as fill --mib, captured in one
+CUDA graph, so that neither launches nor the second-level cache affect the time; variants take turns, medians of
+rounds. `bound` is the limit of memory traffic: 16 bits per dense weight, against 16 per kept one, 1 of bitmask and 1/8
+of table. `copy` is the bandwidth of a copy within the device, both directions counted, and `of copy` is the fraction
+of it that the packed product reaches with the bytes it reads.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from calm import median, spread
+from quiet_timing import median, spread
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -67,7 +66,7 @@ def captured(run: Run, copies: int) -> Callable[[], float]:
 
 
 def take_turns(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every variant in every round, after one that does not count."""
+    """Seconds of every variant in every round, after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name, timed in variants.items():
@@ -85,7 +84,7 @@ def copy_bandwidth(mib: int = 2048) -> float:
 
 
 def one(shape: tuple[int, int], percent: int, tokens: int, mib: int, rounds: int) -> dict[str, Any]:
-    """One shape, sparsity and number of tokens: the chosen way, its speed against cuBLAS, and its error against
+    """One shape, sparsity and number of tokens: the chosen way, its speed against cuBLAS and its error against
     float64."""
     base = torch.randn(shape, device="cuda").bfloat16() / shape[1] ** 0.5
     x = torch.randn(tokens, shape[1], device="cuda").bfloat16()
@@ -123,7 +122,7 @@ def one(shape: tuple[int, int], percent: int, tokens: int, mib: int, rounds: int
 
 
 def products(shapes: str, sparsity: str, tokens: str, mib: int, rounds: int) -> dict[str, Any]:
-    """All combinations, printed as they come."""
+    """All combinations, each printed when it is measured."""
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copy {copy / 1e9:.0f} GB/s", flush=True)
     results = []
@@ -150,7 +149,7 @@ def products(shapes: str, sparsity: str, tokens: str, mib: int, rounds: int) -> 
 
 
 def llama(blocks: int) -> nn.Module:
-    """A random LLaMA-7B of so many blocks, bfloat16, on the device."""
+    """A random LLaMA-7B with this number of blocks, bfloat16, on the device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -176,7 +175,7 @@ def pack_(model: nn.Module, percent: int) -> None:
 
 
 def speeds(model: Any, new: int, rounds: int) -> dict[str, float]:
-    """Tokens a second of `generate`, of all linear layers alone (one CUDA graph), and GiB held."""
+    """Tokens per second of `generate` and of all linear layers alone (one CUDA graph), and GiB of memory."""
     prompt = torch.randint(0, 32000, (1, 64), device="cuda")
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | SparseLinear)]
     inputs = {
@@ -200,7 +199,7 @@ def speeds(model: Any, new: int, rounds: int) -> dict[str, float]:
 
 
 def decode(blocks: int, sparsity: str, new: int, rounds: int) -> dict[str, Any]:
-    """A dense model, then the same packed at each sparsity, one after another."""
+    """A dense model, then the same model packed at each sparsity, one after another."""
     results: dict[str, Any] = {}
     for percent in ("0", *sparsity.split(",")):
         model = llama(blocks)
@@ -232,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="the results as json at the end")
     args = parser.parse_args(arguments)
     if line := gpu.missing("cuda"):
-        print(f"Nothing is timed. {line}")
+        print(f"Nothing was measured. {line}")
         return
     with torch.inference_mode():
         if args.decode:

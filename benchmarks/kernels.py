@@ -1,15 +1,16 @@
-"""Time products with a packed weight against what else there is: torch dense (bf16, fp32, prepacked, int8), torch CSR,
-our dense kernel.
+"""Time products with a packed weight against the alternatives: torch dense (bf16, fp32, prepacked, int8), torch CSR,
+and our dense kernel.
 
-    python benchmarks/kernels.py                             matrix-vector products, 4096 x 4096 and 11008 x 4096, 50 to
-    80 % python benchmarks/kernels.py --tokens 16,128,512         prefill python benchmarks/kernels.py --dtype float32
-    ...         weights and activations in another dtype; the baseline is torch's in that dtype python
-    benchmarks/kernels.py --paths                     every instruction set this machine runs python
-    benchmarks/kernels.py --device cuda               on a GPU: gpu_kernels.py
+    python benchmarks/kernels.py                         matrix-vector products, 4096 x 4096 and 11008 x 4096
+    python benchmarks/kernels.py --tokens 16,128,512     prefill
+    python benchmarks/kernels.py --dtype float32 ...     weights, activations and the torch baseline in another dtype
+    python benchmarks/kernels.py --paths                 every instruction set that this machine supports
+    python benchmarks/kernels.py --device cuda           on a GPU: gpu_kernels.py
 
-Every figure is a ratio in one run: variants take turns, each on another copy of its weight, so that more than --mib of
-memory lies between two uses; medians of calm rounds (see calm.py). `dense` is `torch.nn.functional.linear` in --dtype.
-`read` is how fast the packed bytes could be read at all, so `bandwidth` = packed kernel / read.
+Every figure is a ratio within one run: variants take turns, each on another copy of its weight, so that more than
+--mib of memory lies between two uses; medians of quiet rounds (see quiet_timing.py). `dense` is
+`torch.nn.functional.linear` in --dtype. `read` is the speed at which the packed bytes can be read at all, and
+`bandwidth` = packed kernel / read.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 
 import gpu_kernels
 import torch
-from calm import median, rounds, spread
+from quiet_timing import median, rounds, spread
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -30,12 +31,12 @@ Run = Callable[[int], object]
 
 
 def copies(make: Callable[[], Any], size: int, mib: int) -> list[Any]:
-    """As many copies as it takes to exceed the caches."""
+    """Enough copies to exceed the caches."""
     return [make() for _ in range(max(2, (mib << 20) // size + 1))]
 
 
 def packed(weight: Tensor, int8: bool = False) -> Weight:
-    """A copy of `weight` as the kernels see it, int8 with one scale a row if wanted."""
+    """A copy of `weight` as the kernels read it, with `int8` in int8 with one scale per row."""
     scales = weight.abs().amax(1).float().clamp(min=1e-8) / 127 if int8 else None
     values = (weight.float() / scales[:, None]).round().to(torch.int8) if scales is not None else weight
     bitmask, packed_values = native.pack(values)
@@ -43,7 +44,7 @@ def packed(weight: Tensor, int8: bool = False) -> Weight:
 
 
 def dense_variants(base: Tensor, x: Tensor, mib: int, everything: bool) -> dict[str, Run]:
-    """What a user could use instead for a dense weight."""
+    """The alternatives for a dense weight."""
     out, columns = base.shape
     plain = copies(base.clone, base.numel() * base.element_size(), mib)
     found: dict[str, Run] = {"dense": lambda i: linear(x, plain[i % len(plain)])}
@@ -93,8 +94,7 @@ def sparse_variants(weight: Tensor, x: Tensor, args: argparse.Namespace) -> dict
 
 
 def one(shape: tuple[int, int], percent: int, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
-    """All variants of one shape, sparsity and token count: speed relative to torch's dense product, and what
-    follows."""
+    """All variants for one shape, sparsity and token count: speeds relative to torch's dense product, and bandwidth."""
     generator, dtype = torch.Generator().manual_seed(0), getattr(torch, args.dtype)
     base = torch.randn(shape, generator=generator).to(dtype)
     x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
@@ -107,7 +107,7 @@ def one(shape: tuple[int, int], percent: int, tokens: int, args: argparse.Namesp
         autotune.measure_packed(packed(pruned, int8), dtype)
     for run in variants.values():
         run(0)
-    times, lost = rounds(variants, args.rounds, args.seconds)
+    times, discarded = rounds(variants, args.rounds, args.seconds)
     middle = {name: median(values) for name, values in times.items()}
     bytes_read = pruned.element_size() * int((pruned != 0).sum()) + keep.numel() / 8
     return {
@@ -122,7 +122,7 @@ def one(shape: tuple[int, int], percent: int, tokens: int, args: argparse.Namesp
         "dense ms": 1e3 * middle["dense"],
         "spread": max(spread(times["dense"]), spread(times["packed"])),
         "rounds": len(times["dense"]),
-        "thrown away": lost,
+        "discarded": discarded,
     }
 
 
@@ -137,7 +137,7 @@ def show(result: dict[str, Any]) -> None:
     ours = f"against our dense {result['against our dense']:.2f}, " if result["against our dense"] else ""
     line = f"  {ours}{result['bandwidth']:.0%} of {result['read GB/s']:.1f} GB/s"
     print(
-        f"{line}; spread {result['spread']:.0%}, {result['rounds']} calm rounds, {result['thrown away']} thrown away",
+        f"{line}; spread {result['spread']:.0%}, {result['rounds']} quiet rounds, {result['discarded']} discarded",
         flush=True,
     )
 
@@ -146,7 +146,7 @@ def main() -> None:
     """Read the options, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: what gpu_kernels.py times, with its defaults"
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: run gpu_kernels.py with its defaults"
     )
     parser.add_argument("--shapes", default="4096x4096,11008x4096")
     parser.add_argument("--sparsity", default="50,60,70,80")
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=30, help="time limit of one line")
     parser.add_argument("--mib", type=int, default=1024, help="copies of each weight fill this much")
-    parser.add_argument("--paths", action="store_true", help="all instruction sets this machine runs")
+    parser.add_argument("--paths", action="store_true", help="all instruction sets that this machine supports")
     parser.add_argument("--short", action="store_true", help="only the variants of the targets")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

@@ -39,9 +39,9 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _no_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("BILLHOOK_CACHE", "0")
-    autotune.forget()
+    autotune.clear_choices()
     yield
-    autotune.forget()
+    autotune.clear_choices()
 
 
 def random_weight(shape: tuple[int, int], share: float, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -113,7 +113,7 @@ def test_all_batch_sizes_and_ways(path: str, tokens: int, dtype: torch.dtype):
         assert_product(products.WAYS[way](packed.packed(), x, bias), x, W.double(), bias)
 
 
-@pytest.mark.parametrize("way", ["many", "kept"])
+@pytest.mark.parametrize("way", ["tiled_gemm", "sparse_gemm"])
 @pytest.mark.parametrize(
     ("values", "group"),
     [
@@ -129,7 +129,7 @@ def test_all_batch_sizes_and_ways(path: str, tokens: int, dtype: torch.dtype):
 def test_many_tokens_agree_with_float64(
     path: str, way: str, values: torch.dtype, group: int | None, monkeypatch: pytest.MonkeyPatch
 ):
-    dtype = torch.bfloat16 if way == "many" or values == torch.int8 else values
+    dtype = torch.bfloat16 if way == "tiled_gemm" or values == torch.int8 else values
     multiply = products.WAYS[way]
     for shape in (*SHAPES, (101, 200), (6, 30000)):
         W = random_weight(shape, 0.5, values)
@@ -145,9 +145,13 @@ def test_many_tokens_agree_with_float64(
             y = multiply(packed, x, bias)
             assert y.shape == (1, tokens, shape[0])
             assert_product(
-                y[0], x[0], exact, bias, rounded=way == "many" and scales is not None and scales.numel() > shape[0]
+                y[0],
+                x[0],
+                exact,
+                bias,
+                rounded=way == "tiled_gemm" and scales is not None and scales.numel() > shape[0],
             )
-            monkeypatch.setattr(products, "MANY_AT_ONCE", 64)  # in parts: the same sums
+            monkeypatch.setattr(products, "GEMM_TOKENS", 64)  # in parts: the same sums
             assert torch.equal(multiply(packed, x[0], bias), y[0])
             monkeypatch.undo()
 
@@ -239,7 +243,7 @@ def test_threads_do_not_change_a_bit(path: str, threads: int):
     W = random_weight((600, 2048), 0.6, torch.bfloat16)
     packed, few, lot = layer(W), torch.randn(3, 2048).bfloat16(), torch.randn(70, 2048).bfloat16()
     one = packed(few)
-    ways = [way for way in ("many", "kept") if way in products.ways(packed.packed(), lot.dtype)]
+    ways = [way for way in ("tiled_gemm", "sparse_gemm") if way in products.ways(packed.packed(), lot.dtype)]
     alone = {way: products.WAYS[way](packed.packed(), lot, None) for way in ways}
     torch.set_num_threads(threads)
     try:

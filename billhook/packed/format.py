@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 
 from billhook.errors import BillhookError
+from billhook.runtime.layout import MIN_GROUP, PADDING, mask_bytes
 from billhook.store.files import read_json, sha256
 from billhook.store.layout import PACKED
 from billhook.store.shards import Entry, Shard, parse_header, read_shard
 
 VERSION = 1
-LEAST_GROUP = 64  # columns that share a scale: this many times a power of two
-PADDING = 64  # bytes of zeros behind the values, so that a wide load at the last value stays inside
 ITEM = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "U8": 1}
 PARTS = ("bitmask", "values", "scales", "signs")
 _AGAIN = "Copy the directory again, or pack the model again."
@@ -138,11 +137,6 @@ class Packed:
                     yield f"{shard.file.path}: {problem}. {_AGAIN}"
 
 
-def mask_bytes(columns: int) -> int:
-    """Bytes of bitmask a row takes: whole 64-bit words."""
-    return 8 * -(-columns // 64)
-
-
 def crc32(data: np.ndarray) -> int:
     """The CRC-32 (zlib's) of bytes, uint8 [n]."""
     value = 0
@@ -195,7 +189,7 @@ def _matrix(name: str, facts: Mapping[str, Any], group: int | None) -> Matrix:
     if (
         type(transposed) is not bool
         or (transposed and len(shape) == 3)
-        or (group is not None and _whole(group, LEAST_GROUP) & (group - 1))
+        or (group is not None and _whole(group, MIN_GROUP) & (group - 1))
     ):
         raise ValueError(f"{name}: transposed {transposed!r}, group {group!r}")
     most = math.prod(shape)

@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 import billhook
 from billhook.errors import BillhookError
-from billhook.packed.format import LEAST_GROUP, VERSION, Matrix, digest
+from billhook.packed.format import VERSION, Matrix, digest
 from billhook.packed.select_tensors import choose, packed_size
 from billhook.packed.write_file import Written, write_packed
 from billhook.reports.publishing import publish
+from billhook.runtime.layout import MIN_GROUP
 from billhook.store.checkpoint import resolve
 from billhook.store.directory import WEIGHTS
 from billhook.store.files import copy_files, read_json, sha256, write_json
@@ -170,7 +171,7 @@ def _report(output: Path, written: Sequence[Written], record: Mapping[str, Any],
 def _check_values(values: str, group: int | None) -> None:
     if values not in ("stored", "int8"):
         raise BillhookError(f"Unknown values {values!r}: use stored or int8.")
-    if group is not None and (values != "int8" or group < LEAST_GROUP or group & (group - 1)):
+    if group is not None and (values != "int8" or group < MIN_GROUP or group & (group - 1)):
         raise BillhookError(
             f"group={group}: a group of int8 values that share a scale is 64, 128, 256, ... columns (with values "
             "int8 only)."

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError
-from billhook.packed.format import ITEM, PADDING, Matrix
+from billhook.packed.format import ITEM, Matrix
 from billhook.packed.matrices import FLOATS
 from billhook.packed.select_tensors import BLOCK_WEIGHTS, stored
 from billhook.runtime import native
 from billhook.runtime.fallback import pack_bits, unpack_bits
+from billhook.runtime.layout import PADDING
 from billhook.store.shards import Entry, Shard
 from billhook.store.tensor_bytes import tensor_bytes
 

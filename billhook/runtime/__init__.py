@@ -1,4 +1,4 @@
-"""The engine: tensors packed as bitmask and values, and the kernels that multiply with them.
+"""Kernels for packed weights (a bitmask and the kept values), and the layers that multiply with them.
 
-Imports nothing of Billhook but `errors` and `disk`.
+Knows nothing about files: `packed` reads and writes those.
 """

@@ -1,7 +1,7 @@
-"""Measurements of this machine kept between runs: small json files in the user's cache folder.
+"""Measurements of this machine, kept between runs as small json files in the user's cache folder.
 
-`BILLHOOK_CACHE` names another folder, or `0` for none. A file that cannot be read is ignored with a line on stderr; one
-that cannot be written is not.
+`BILLHOOK_CACHE` names another folder, or `0` for none. A file that cannot be read is ignored with a line on stderr; a
+failure to write one is ignored silently.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from billhook.errors import BillhookError
 from billhook.runtime import library
 from billhook.store.files import read_json, write_json
 
-KERNELS = 4  # raised when a kernel is added or becomes faster, so that older measurements are not followed
+KERNELS = 5  # raised when a kernel is added, renamed or made faster, so that older measurements are not used
 
 
-def place(name: str) -> Path | None:
-    """Where the measurements called `name` lie; they belong to a processor, an instruction set, versions and a number
-    of threads."""
+def cache_file(name: str) -> Path | None:
+    """The file of the measurements called `name`, for this processor, instruction set, versions and number of
+    threads."""
     folder = os.environ.get("BILLHOOK_CACHE", "")
     if folder == "0":
         return None
@@ -34,7 +34,7 @@ def place(name: str) -> Path | None:
 
 def load(name: str) -> dict[str, str]:
     """The stored measurements, empty where there are none."""
-    path = place(name)
+    path = cache_file(name)
     if path is None or not path.exists():
         return {}
     try:
@@ -47,18 +47,18 @@ def load(name: str) -> dict[str, str]:
         ):
             raise BillhookError(f"{path} is not a cache of measurements.")
     except BillhookError as error:
-        print(f"billhook: {error} It is ignored; delete it to be rid of this line.", file=sys.stderr)
+        print(f"billhook: {error} It is ignored; delete it to stop this message.", file=sys.stderr)
         return {}
     return choices
 
 
 def store(name: str, choices: dict[str, str]) -> None:
-    """Keep measurements, beside those that another process stored meanwhile."""
-    path = place(name)
+    """Store measurements, merged with those that another process stored meanwhile."""
+    path = cache_file(name)
     if path is None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"version": 1, "choices": load(name) | choices})
     except (BillhookError, OSError):
-        return  # a cache that cannot be written costs a second at the next load
+        return  # without a cache the next load only measures again, which takes about a second

@@ -1,4 +1,5 @@
-"""A dense bfloat16 linear layer that uses our matrix-vector kernel where it was measured to be faster than torch's."""
+"""A dense bfloat16 linear layer that uses our matrix-vector kernel where that was measured to be faster than
+torch's."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +8,7 @@ from billhook.runtime import autotune, native, ops
 
 
 class DenseLinear(nn.Linear):
-    """An `nn.Linear` in bfloat16 on the CPU; other dtypes, devices and training go to torch as before."""
+    """An `nn.Linear` in bfloat16 on the CPU; other dtypes and devices, and training, use torch as before."""
 
     _weight: native.Weight
 
@@ -19,9 +20,8 @@ class DenseLinear(nn.Linear):
             or input.dtype != weight.dtype
             or weight.device.type != "cpu"
             or not weight.is_contiguous()
+            or (input.requires_grad and torch.is_grad_enabled())
         ):
-            return super().forward(input)
-        if input.requires_grad and torch.is_grad_enabled():
             return super().forward(input)
         if torch.compiler.is_compiling() or type(input) is not Tensor:
             return ops.dense_linear(input, weight, self.bias)
@@ -31,6 +31,6 @@ class DenseLinear(nn.Linear):
 
 
 def adopt_(layer: nn.Linear) -> None:
-    """Turn a plain `nn.Linear` into a DenseLinear where it stands; its parameters, hooks and names stay."""
+    """Turn a plain `nn.Linear` into a DenseLinear in place; its parameters, hooks and names stay."""
     layer.__class__ = DenseLinear
     layer._weight = native.Weight(*layer.weight.shape, layer.weight.detach())  # type: ignore[assignment]

@@ -1,12 +1,12 @@
-"""Packed layers on a CUDA device: the fastest way for each layer and number of tokens, timed once and remembered.
+"""Packed layers on a CUDA device: the fastest way for each layer and number of tokens, measured once and cached.
 
-One token, and up to 16, are multiplied straight from the packed form where that is faster, else through a dense weight
-that lives for one call (ways: `gpu_ops.py`). A layer whose mask is 2:4 may also be multiplied by the card's sparse
-tensor cores, in the form of `torch.sparse.to_sparse_semi_structured`, from the number of tokens on where that wins; the
-form is held beside the packed one and takes 9/16 of the dense bytes. What was timed is kept for the card, the shape and
-the density, rounded to 5 %.
+Up to 16 tokens are multiplied directly from the packed form where that is faster, else through a dense weight that
+lives for one call (`gpu_ops.py` describes the ways). A layer with a 2:4 mask may also use the card's sparse tensor
+cores, in the form of `torch.sparse.to_sparse_semi_structured`, from the number of tokens on at which that is faster;
+the form is kept beside the packed one and takes 9/16 of the dense bytes. Measurements are cached by card, shape and
+density (rounded to 5 %).
 
-A call inside a CUDA graph's capture or under `torch.compile` times nothing: call `prepare` on the layers first, or run
+Nothing is measured while a CUDA graph is captured or under `torch.compile`: call `prepare` on the layers first, or run
 them once.
 """
 
@@ -26,15 +26,15 @@ from billhook.runtime.gpu_ops import BUCKETS, EXPAND, Weight, chunk_table, expan
 
 __all__ = ["choose", "forward", "missing", "prepare", "ways"]
 
-Timer = Callable[[Callable[[], object]], float]  # how long a call takes, in any unit
+Timer = Callable[[Callable[[], object]], float]  # the time that a call takes, in any unit
 _FEW = ("matmat-64x8", "matmat-64x4")
 CANDIDATES = {1: ("matvec-2x4", "matvec-4x4", "matvec-8x4", "matvec-4x8"), 4: _FEW, 16: _FEW}
 UNTIMED = "matvec-4x4 matmat-64x8 matmat-64x8"
-MANY_TOKENS = (32, 128, 512)  # for which 2:4 is timed against expanding
+MANY_TOKENS = (32, 128, 512)  # for which 2:4 is measured against expanding
 
 
 class Layer(Protocol):
-    """What is read of a `SparseLinear`."""
+    """The attributes of a `SparseLinear` that are read here."""
 
     in_features: int
     out_features: int
@@ -47,15 +47,15 @@ class Layer(Protocol):
 
 @dataclass
 class State:
-    """What belongs to one layer where it lies now; `row_starts` is the layer's own, and once it holds another this is
-    out of date."""
+    """What belongs to one layer on its current device; out of date once the layer's `row_starts` is another tensor.
+
+    `ways` is keyed by the dtypes of values and activations.
+    """
 
     row_starts: Tensor
     table: Tensor
     group: int
-    ways: dict[tuple[torch.dtype, torch.dtype], str] = field(
-        default_factory=dict
-    )  # by dtype of values and of activations
+    ways: dict[tuple[torch.dtype, torch.dtype], str] = field(default_factory=dict)
     semi_structured: Tensor | None = None
     semi_structured_from: int = 0
 
@@ -79,18 +79,18 @@ def forward(layer: Layer, x: Tensor) -> Tensor:
 
 
 def prepare(layer: Layer, dtype: torch.dtype) -> State:
-    """Make a layer's table and choose its ways for activations of `dtype`, unless that is done."""
+    """Make a layer's table and choose its ways for activations of `dtype`, unless that was done before."""
     state = layer.__dict__.get("gpu_state")
     if state is None or state.row_starts is not layer.row_starts:
         state = _attach(layer)
     if (layer.values.dtype, dtype) not in state.ways:
-        _remember(layer, state, dtype, time_now=not torch.compiler.is_compiling())
+        _choose_ways(layer, state, dtype, measure=not torch.compiler.is_compiling())
     return state
 
 
 @torch.compiler.disable
 def _attach(layer: Layer) -> State:
-    """Make the table of chunks on the layer's device; scales of a whole row become one group that holds it."""
+    """Make the table of chunks on the layer's device; a scale of a whole row becomes one group as wide as the row."""
     group = 0
     if layer.scales is not None:
         group = 1 << (native.group_size(layer.scales, layer.in_features) - 1).bit_length()
@@ -100,9 +100,9 @@ def _attach(layer: Layer) -> State:
 
 
 @torch.compiler.disable
-def _remember(layer: Layer, state: State, dtype: torch.dtype, time_now: bool) -> None:
+def _choose_ways(layer: Layer, state: State, dtype: torch.dtype, measure: bool) -> None:
     """Choose the ways for a dtype of activations, and make the 2:4 form where it is among them."""
-    if time_now and not (layer.bitmask.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if measure and not (layer.bitmask.is_cuda and torch.cuda.is_current_stream_capturing()):
         weight = Weight(layer.bitmask, layer.values, state.table, layer.scales, state.group)
         words = choose(weight, layer.in_features, dtype).split()
         if len(words) > len(BUCKETS):
@@ -114,11 +114,11 @@ def _remember(layer: Layer, state: State, dtype: torch.dtype, time_now: bool) ->
 
 
 def choose(weight: Weight, columns: int, dtype: torch.dtype, timer: Timer | None = None) -> str:
-    """The fastest way for each of BUCKETS tokens, as one word each, and `2:4-N` where the 2:4 form wins from N tokens
-    on.
+    """The fastest way for each of BUCKETS tokens, as one word each, and `2:4-N` where the 2:4 form is faster from N
+    tokens on.
 
-    Read from the cache where this card has timed such a layer before; else timed, on random activations of `dtype`.
-    Interpreted kernels are not timed, unless by a `timer` of the caller's.
+    Read from the cache where this card has measured such a layer before; else measured with random activations of
+    `dtype`. Interpreted kernels are measured only when the caller gives a `timer`.
     """
     if kernels(weight.bitmask.device) is None:
         return " ".join([EXPAND] * len(BUCKETS))
@@ -147,7 +147,7 @@ def _key(weight: Weight, columns: int, dtype: torch.dtype) -> str:
 
 
 def _is_two_of_four(weight: Weight, columns: int) -> bool:
-    """Whether no four columns in a row keep more than two, in a shape that the card's sparse tensor cores take."""
+    """Whether no aligned four columns keep more than two, in a shape that the card's sparse tensor cores support."""
     rows = weight.bitmask.shape[0]
     if rows % 64 or columns % 64 or weight.values.numel() > 0.6 * rows * columns:
         return False
@@ -155,8 +155,7 @@ def _is_two_of_four(weight: Weight, columns: int) -> bool:
 
 
 def _median(call: Callable[[], object]) -> float:
-    """Milliseconds, with the second-level cache emptied before each run, as it is when a model's other layers ran
-    since."""
+    """Milliseconds, with the second-level cache emptied before each run, as other layers of a model leave it."""
     from triton.testing import do_bench
 
     return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
@@ -185,7 +184,7 @@ def _run(weight: Weight, x: Tensor, way: str) -> Tensor:
 
 
 def semi_structured(weight: Weight, columns: int, dtype: torch.dtype) -> Tensor | None:
-    """The weight in torch's 2:4 form, or None where mask, card, shape or dtype do not allow it."""
+    """The weight in torch's 2:4 form, or None where mask, card, shape or dtype do not support it."""
     if (
         not weight.bitmask.is_cuda
         or dtype not in (torch.float16, torch.bfloat16)
@@ -212,9 +211,8 @@ def _semi_structured_word(weight: Weight, columns: int, dtype: torch.dtype, time
 
 
 def ways(layer: Layer, dtype: torch.dtype) -> dict[int, str]:
-    """What was chosen for a layer: the way for up to so many tokens."""
+    """The ways chosen for a layer, by the largest number of tokens that each is for."""
     state = prepare(layer, dtype)
-    more = {} if state.semi_structured is None else {MANY_TOKENS[-1]: f"2:4 from {state.semi_structured_from}"}
-    return dict(zip(BUCKETS, state.ways[layer.values.dtype, dtype].split(), strict=True)) | (
-        more or {MANY_TOKENS[-1]: EXPAND}
-    )
+    many = EXPAND if state.semi_structured is None else f"2:4 from {state.semi_structured_from}"
+    found = zip(BUCKETS, state.ways[layer.values.dtype, dtype].split(), strict=True)
+    return {**dict(found), MANY_TOKENS[-1]: many}

@@ -1,9 +1,9 @@
 """A product with a packed weight on a CUDA device, in a named way.
 
-`matvec-4x4` multiplies one token straight from the packed form, `matmat-64x8` up to 16 (the numbers are rows and warps
+`matvec-4x4` multiplies one token directly from the packed form, `matmat-64x8` up to 16 (the numbers are rows and warps
 of a program), both by the kernels of `triton_kernels.py`; `expand` writes the dense weight, which lives for one call,
-and lets cuBLAS multiply. Where the kernels cannot run, every way expands in plain torch: right, and no faster than
-dense. Importing this module needs neither Triton nor a GPU.
+and lets cuBLAS multiply. Where the kernels cannot run, every way expands in plain torch, which is correct but no faster
+than dense. Importing this module needs neither Triton nor a GPU.
 """
 
 import importlib
@@ -21,15 +21,15 @@ from torch.nn import functional as F
 
 from billhook.errors import BillhookError
 from billhook.runtime import native
-from billhook.runtime.fallback import unpack_bits
+from billhook.runtime.fallback import count_bits, unpack_bits
 
-BUCKETS = (1, 4, 16)  # up to how many tokens each word of `ways` is meant for; beyond the last, a weight is expanded
+BUCKETS = (1, 4, 16)  # each word of `ways` is for up to this many tokens; beyond the last, a weight is expanded
 EXPAND = "expand"
-_CHUNK_BYTES = 32  # of bitmask: what a warp takes at once
+_CHUNK_BYTES = 32  # of bitmask, which a warp reads at once
 
 
 def missing(device: torch.device | str = "cuda") -> str | None:
-    """What keeps the kernels from running on `device`, in one line, or None where nothing does."""
+    """Why the kernels cannot run on `device`, in one line, or None where they can."""
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device: packed layers run on the CPU."
@@ -55,20 +55,18 @@ def kernels(device: torch.device) -> ModuleType | None:
 
 
 def chunk_table(bitmask: Tensor, row_starts: Tensor) -> Tensor:
-    """Where the values of each 256 columns of each row begin, int32 [rows, ceil(bytes a row / 32)].
+    """The position of the first value of each 256 columns of each row, int32 [rows, ceil(bytes per row / 32)].
 
-    It takes 4 bytes for 256 weights: 1.4 % of the packed bytes at 50 % sparsity with 16-bit values, 3 % at 80 %. Raises
-    BillhookError for a weight with more values than 32 bits count.
+    It takes 4 bytes per 256 weights: 1.4 % of the packed bytes at 50 % sparsity with 16-bit values, 3 % at 80 %. Raises
+    BillhookError for a weight with more values than int32 can count.
     """
     if int(row_starts[-1]) >= 2**31:
         raise BillhookError(
             f"A layer with {int(row_starts[-1])} kept weights is too large for the GPU kernels: keep it dense."
         )
-    ones = torch.tensor([value.bit_count() for value in range(256)], dtype=torch.uint8, device=bitmask.device)
     rows, width = bitmask.shape
-    counts = (
-        F.pad(ones[bitmask.int()], (0, -width % _CHUNK_BYTES)).view(rows, -1, _CHUNK_BYTES).sum(-1, dtype=torch.int64)
-    )
+    padded = F.pad(count_bits(bitmask), (0, -width % _CHUNK_BYTES))
+    counts = padded.view(rows, -1, _CHUNK_BYTES).sum(-1, dtype=torch.int64)
     return (row_starts[:-1, None] + counts.cumsum(1) - counts).int()
 
 
@@ -83,12 +81,12 @@ class Weight:
     group: int
 
     def arguments(self, columns: int) -> tuple[int, ...]:
-        """rows, columns, bytes and chunks of a row, scales of a row."""
+        """rows, columns, bytes per row, chunks per row, scales per row."""
         groups = -(-columns // self.group) if self.group else 0
         return self.bitmask.shape[0], columns, self.bitmask.shape[1], self.table.shape[1], groups
 
     def dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype in which this weight and `x` meet."""
+        """The dtype in which this weight and `x` are multiplied."""
         return x.dtype if self.values.dtype == torch.int8 else torch.promote_types(x.dtype, self.values.dtype)
 
 
@@ -130,7 +128,7 @@ def _matvec(weight: Weight, x: Tensor, bias: Tensor | None, rows: int, span: int
 
 
 def _matmat(weight: Weight, x: Tensor, bias: Tensor | None, rows: int, warps: int) -> Tensor:
-    """x [tokens, columns] times the weight for up to 16 tokens; the columns are split so that every multiprocessor has
+    """x [tokens, columns] times the weight for up to 16 tokens; columns are split so that all multiprocessors have
     work."""
     sizes = weight.arguments(x.shape[1])
     tokens, programs = x.shape[0], -(-sizes[0] // rows)
@@ -157,7 +155,7 @@ def _module(x: Tensor) -> Any:
 
 
 def way_for(ways: str, tokens: int) -> str:
-    """The word of `ways`, one for each of BUCKETS, that is meant for so many tokens."""
+    """The word of `ways`, which has one for each of BUCKETS, that is for this number of tokens."""
     return next((way for way, most in zip(ways.split(), BUCKETS, strict=True) if 0 < tokens <= most), EXPAND)
 
 
@@ -173,7 +171,8 @@ def gpu_linear(
     group: int,
     ways: str,
 ) -> Tensor:
-    """x [tokens, columns] -> [tokens, rows] in the dtype of x, the way that `ways` names for this many tokens."""
+    """x [tokens, columns] -> [tokens, rows] in the dtype of x, in the way that `ways` names for this number of
+    tokens."""
     weight, x = Weight(bitmask, values, table, scales, group), x.contiguous()
     name, _, shape = way_for(ways, x.shape[0]).partition("-")
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():

@@ -1,7 +1,7 @@
-"""The compiled kernels as a library: found, loaded, and told which instructions to use.
+"""Load the library of compiled kernels and select the instruction set.
 
-`BILLHOOK_KERNELS` names the instruction set (avx512_bf16, avx512_vbmi2, avx512, avx2, neon, portable) or `torch`, which
-does without the library; by default the best that this processor runs is used.
+`BILLHOOK_KERNELS` names an instruction set (avx512_bf16, avx512_vbmi2, avx512, avx2, neon, portable), or `torch` for
+plain torch without the library; by default the best one that this processor supports is used.
 """
 
 import ctypes
@@ -18,14 +18,14 @@ import torch
 from billhook.errors import BillhookError
 
 FILE = Path(__file__).with_name("_kernels.so")
-SURFACE = 2  # raised, here and in driver.cpp, when a function changes its arguments
+SURFACE = 3  # raised, here and in driver.cpp, when a function changes its name or arguments
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 
 _forced: list[str] = []
 
 
 class Matrix(ctypes.Structure):
-    """A packed weight as the kernels see it; `starts` is null for a dense bfloat16 one. The tensors behind it must stay
+    """A packed weight as the kernels read it; `starts` is null for a dense bfloat16 one. Its tensors must stay
     alive."""
 
     _fields_ = (
@@ -48,8 +48,8 @@ _SURFACE: dict[str, tuple[list[type], type | None]] = {
     "path_name": ([_INT], ctypes.c_char_p),
     "path_runs": ([_INT], _INT),
     "multiply": ([_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT], _INT),
-    "multiply_many": ([_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT], None),
-    "many_bytes": ([_POINTER, _LONG, _INT, _INT, _INT], _LONG),
+    "gemm": ([_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT], None),
+    "gemm_bytes": ([_POINTER, _LONG, _INT, _INT, _INT], _LONG),
     "expand": ([_POINTER, _LONG, _LONG, _POINTER, _INT, _INT, _INT], None),
     "row_starts": ([_POINTER, _LONG, _LONG, _POINTER], _LONG),
     "bitmask": ([_POINTER, _INT, _LONG, _LONG, _POINTER, _INT], None),
@@ -60,11 +60,11 @@ _SURFACE: dict[str, tuple[list[type], type | None]] = {
 
 @functools.cache
 def _load() -> ctypes.CDLL | None:
-    """The library, or None where it was not built; says so once, on stderr."""
+    """The library, or None where it was not built, with one message on stderr."""
     try:
         library = ctypes.CDLL(str(FILE))  # torch, imported above, has loaded the OpenMP runtime that both share
         if not hasattr(library, "billhook_surface") or library.billhook_surface() != SURFACE:
-            raise OSError("they were compiled from another version's sources; install it again")
+            raise OSError("they were compiled from the sources of another version; install Billhook again")
     except OSError as error:
         why = (
             "they were not compiled when it was installed (a C++ compiler was missing)"
@@ -84,7 +84,7 @@ def _load() -> ctypes.CDLL | None:
 
 @functools.cache
 def _paths() -> dict[str, int]:
-    """The instruction sets that this processor runs, best first, and their numbers."""
+    """The instruction sets that this processor supports, best first, and their numbers."""
     library = _load()
     if library is None:
         return {}
@@ -96,21 +96,21 @@ def _paths() -> dict[str, int]:
 
 
 def paths() -> list[str]:
-    """The ways to multiply on this machine, best first; `torch` is always the last."""
+    """The instruction sets that can be used on this machine, best first; `torch` is always the last."""
     return [*_paths(), "torch"]
 
 
 def path() -> str:
-    """The way in use. Raises BillhookError when the one asked for is not to be had here."""
+    """The instruction set in use. Raises BillhookError when the requested one does not run here."""
     name = _forced[-1] if _forced else os.environ.get("BILLHOOK_KERNELS") or paths()[0]
     if name not in paths():
-        raise BillhookError(f"The kernels {name!r} do not run on this machine. There are: {', '.join(paths())}.")
+        raise BillhookError(f"The kernels {name!r} do not run on this machine. Available: {', '.join(paths())}.")
     return name
 
 
 @contextmanager
 def forced(name: str) -> Iterator[None]:
-    """Use one instruction set, or `torch`, for a while; raises BillhookError when it does not run here."""
+    """Use one instruction set, or `torch`, inside the `with`; raises BillhookError when it does not run here."""
     _forced.append(name)
     try:
         path()
@@ -123,7 +123,7 @@ def forced(name: str) -> Iterator[None]:
 
 @functools.cache
 def active() -> tuple[ctypes.CDLL, int] | None:
-    """The library and the number of the instruction set in use; None when plain torch is."""
+    """The library and the number of the instruction set in use; None for plain torch."""
     name = path()
     library = None if name == "torch" else _load()
     return None if library is None else (library, _paths()[name])
@@ -149,6 +149,5 @@ def cpu() -> str:
 
 
 def about() -> dict[str, object]:
-    """What multiplies here: `path` in use, the `paths` there are (best first), the `cpu` and the number of
-    `threads`."""
+    """The `path` (instruction set) in use, all `paths` (best first), the `cpu` and the number of `threads`."""
     return {"path": path(), "paths": paths(), "cpu": cpu(), "threads": torch.get_num_threads()}

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from billhook.errors import BillhookError
 from billhook.runtime import autotune, native, ops
+from billhook.runtime.layout import PADDING
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -14,8 +15,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class SparseLinear(nn.Module):
     """y = x Wᵀ + bias with W [out, in] held as bitmask and values; inference only.
 
-    Buffers: `bitmask` uint8 [out, 8 * ceil(in / 64)], `values` 1-D with 64 bytes of padding, `scales` float32 (int8
-    values only), `bias`. `row_starts` is made from the bitmask.
+    Buffers: `bitmask`, `values` with their padding, `scales` (int8 values only) as in `layout.py`, and `bias` [out].
+    `row_starts`, int64 [out + 1], follows from the bitmask.
     """
 
     bitmask: Tensor
@@ -23,7 +24,7 @@ class SparseLinear(nn.Module):
     scales: Tensor | None
     bias: Tensor | None
     row_starts: Tensor
-    gpu_state: Any = None  # what the GPU's kernels keep with a layer
+    gpu_state: Any = None  # what `gpu.py` keeps with a layer
 
     def __init__(
         self, bitmask: Tensor, values: Tensor, row_starts: Tensor, in_features: int, out_features: int
@@ -98,7 +99,7 @@ class SparseLinear(nn.Module):
         return autotune.product(self.packed(), x, bias)
 
     def packed(self) -> native.Weight:
-        """What the kernels read, made anew when a buffer was replaced or has moved."""
+        """The weight as the kernels read it; made again when a buffer was replaced or has moved."""
         held, weight = self._buffers, self._weight
         bitmask, values = held["bitmask"], held["values"]
         assert bitmask is not None
@@ -117,7 +118,7 @@ class SparseLinear(nn.Module):
         return self._weight
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Take packed tensors of any count of values, after checking that they agree."""
+        """Accept packed tensors with any number of values, after checking that they agree."""
         names = [name for name in ("bitmask", "values", "scales", "bias") if f"{prefix}{name}" in state_dict]
         given = {name: state_dict[f"{prefix}{name}"] for name in names}
         if "bitmask" in given and "values" in given:
@@ -143,7 +144,7 @@ def _check(bitmask: Tensor, values: Tensor, row_starts: Tensor, out_features: in
         raise BillhookError(
             f"The bitmask has {bitmask.shape[0]} rows, the layer {out_features}. The packed file is damaged."
         )
-    if values.ndim != 1 or values.numel() != nnz + 64 // values.element_size():
+    if values.ndim != 1 or values.numel() != nnz + PADDING // values.element_size():
         raise BillhookError(
             f"The bitmask keeps {nnz} weights, but there are {values.numel()} values with their padding."
         )

@@ -1,4 +1,5 @@
-"""Packed weights by the compiled kernels where there are any, by plain torch otherwise; both make the same bytes."""
+"""Pack, expand and multiply weights by the compiled kernels where there are any, else in plain torch
+(`fallback.py`)."""
 
 import ctypes
 
@@ -7,40 +8,38 @@ from torch import Tensor
 
 from billhook.errors import BillhookError
 from billhook.runtime import fallback, library
-from billhook.runtime.library import TYPES, Matrix, about
-
-__all__ = ["Weight", "about", "expand", "group_size", "pack", "row_starts"]
+from billhook.runtime.layout import MIN_GROUP, PADDING, mask_bytes
+from billhook.runtime.library import TYPES, Matrix
 
 _ALL = slice(None)
 
 
 class Weight:
-    """A weight [out, in] as the kernels see it: packed, or dense bfloat16 when there is no bitmask. It holds on to its
-    tensors."""
+    """A weight [out, in] as the kernels read it: packed, or dense bfloat16 without a bitmask. Keeps its tensors
+    alive."""
 
     def __init__(self, out_features: int, in_features: int, values: Tensor, *packed: Tensor | None) -> None:
-        """`packed` is bitmask, row_starts and scales (or None), all contiguous and on the CPU; nothing for a dense
+        """`packed` is bitmask, row_starts and scales (or None), contiguous and on the CPU; absent for a dense
         weight."""
         bitmask, starts, scales = packed or (None, None, None)
         self.tensors = (values, bitmask, starts, scales)
         groups = scales.numel() // out_features if scales is not None else 1
-        words = -(-in_features // 64)
+        words = mask_bytes(in_features) // 8
         group_words = words if scales is None else -(-group_size(scales, in_features) // 64)
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in (bitmask, values, starts, scales)]
         self.matrix = Matrix(*pointers, out_features, in_features, words, groups, group_words, TYPES[values.dtype])
         self.address = ctypes.addressof(self.matrix)
         self.shape = (out_features, in_features)
-        self.chosen: dict[
-            tuple[torch.dtype, int], str
-        ] = {}  # the best way by dtype and token count, as far as it was asked for
+        # What autotune chose for dtypes and token counts that were asked for, and the state this was chosen in.
+        self.chosen: dict[tuple[torch.dtype, int], str] = {}
         self.chosen_for: tuple[int, int] | None = None
 
     def __reduce__(self) -> tuple[type["Weight"], tuple[object, ...]]:
-        """Copied and pickled by its tensors: addresses hold for these tensors in this process only."""
+        """Copy and pickle the tensors only: addresses are valid for these tensors in this process."""
         return Weight, (*self.shape, *self.tensors)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., in] Wᵀ + bias -> [..., out], by the kernels; bias in the dtype of x."""
+        """x [..., in] Wᵀ + bias -> [..., out] by the fused kernels; bias in the dtype of x."""
         kernels, path = library.active() or (None, -1)
         assert kernels is not None
         out, columns = self.shape
@@ -54,9 +53,11 @@ class Weight:
             raise MemoryError(f"No memory for the activations of a product with {list(x.shape)}.")
         return y
 
-    def multiply_many(self, x: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
-        """The same by the kernels for many tokens, in `room`, 1-D of `room_for` bytes; x and bias in float32, or
-        bfloat16."""
+    def gemm(self, x: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
+        """The same by the kernels for many tokens; x and bias both in float32 or both in bfloat16.
+
+        `room` is scratch memory of at least `gemm_bytes` bytes, 1-D uint8.
+        """
         kernels, path = library.active() or (None, -1)
         assert kernels is not None
         x, stride = _rows(x)
@@ -64,20 +65,20 @@ class Weight:
         added = None if bias is None else bias.data_ptr()
         tokens, threads = x.numel() // self.shape[1], torch.get_num_threads()
         places = (x.data_ptr(), stride, tokens, added, y.data_ptr(), room.data_ptr())
-        kernels.billhook_multiply_many(self.address, *places, TYPES[x.dtype], path, threads)
+        kernels.billhook_gemm(self.address, *places, TYPES[x.dtype], path, threads)
         return y
 
-    def room_for(self, tokens: int, dtype: torch.dtype) -> int:
-        """Bytes that `multiply_many` needs; 0 where it has no kernel for these instructions and dtypes."""
+    def gemm_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of scratch memory that `gemm` needs; 0 where there is no kernel for these instructions and dtypes."""
         kernels, path = library.active() or (None, -1)
         if kernels is None or self.tensors[1] is None:
             return 0
-        needed: int = kernels.billhook_many_bytes(self.address, tokens, TYPES[dtype], path, torch.get_num_threads())
+        needed: int = kernels.billhook_gemm_bytes(self.address, tokens, TYPES[dtype], path, torch.get_num_threads())
         return needed
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """x [..., in] as something whose rows are whole, and how far they lie apart."""
+    """x [..., in] with contiguous rows, and the distance between rows in elements."""
     if x.is_contiguous():
         return x, x.shape[-1]
     if x.ndim == 2 and x.stride(1) == 1:
@@ -86,12 +87,12 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
 
 
 def row_starts(bitmask: Tensor, in_features: int) -> Tensor:
-    """Where each row's values begin, int64 [out + 1], from the bitmask, uint8 [out, 8 * ceil(in_features / 64)].
+    """The position of each row's first value, int64 [out + 1], from the bitmask, uint8 [out, 8 * ceil(in / 64)].
 
     The last entry is the number of kept weights. Raises BillhookError for a bitmask of another shape or dtype, or with
     a bit set beyond the last column.
     """
-    width = fallback.mask_bytes(in_features)
+    width = mask_bytes(in_features)
     if bitmask.dtype != torch.uint8 or bitmask.ndim != 2 or in_features < 1 or bitmask.shape[1] != width:
         raise BillhookError(
             f"A bitmask of {in_features} columns must be uint8 [rows, {width}], found {bitmask.dtype} "
@@ -134,8 +135,10 @@ def expand(
 
 
 def expand_rows(weight: Weight, first: int, last: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
-    """Rows first to last - 1 of a packed weight, dense [rows, in] in `dtype`, scales applied; in `room`, 1-D and large
-    enough."""
+    """Rows [first, last) of a packed weight, dense [rows, in] in `dtype`, scales applied.
+
+    `room` is scratch memory in the dtype of the values, 1-D, for at least that many of them.
+    """
     values, bitmask, starts, scales = weight.tensors
     assert bitmask is not None
     assert starts is not None
@@ -155,7 +158,7 @@ def expand_rows(weight: Weight, first: int, last: int, dtype: torch.dtype, room:
 
 
 def spread_scales(scales: Tensor, in_features: int) -> Tensor:
-    """Scales as something that multiplies rows [rows, in_features]."""
+    """Scales in a shape that multiplies rows [rows, in_features] elementwise."""
     if scales.ndim == 1:
         return scales[:, None]
     group = group_size(scales, in_features)
@@ -163,14 +166,14 @@ def spread_scales(scales: Tensor, in_features: int) -> Tensor:
 
 
 def group_size(scales: Tensor, in_features: int) -> int:
-    """Columns that share a scale: all of a row's, or the one power of two (64 at least) that gives this many groups.
+    """Columns that share a scale: a whole row, or the power of two (at least 64) that gives this number of groups.
 
-    Raises BillhookError when no group size does.
+    Raises BillhookError when there is no such power.
     """
     if scales.ndim == 1:
         return in_features
     groups = scales.shape[1]
-    for group in (2**power for power in range(6, 40)):
+    for group in (MIN_GROUP << power for power in range(34)):
         if -(-in_features // group) == groups:
             return group
     raise BillhookError(
@@ -179,20 +182,19 @@ def group_size(scales: Tensor, in_features: int) -> int:
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Bitmask, uint8 [out, 8 * ceil(in / 64)], and values, 1-D with 64 bytes of zeros behind them, of a dense weight
-    [out, in].
+    """Bitmask and padded values (`layout.py`) of a dense weight [out, in].
 
-    A weight is left out when all its bytes are zero, so -0.0 is kept and `expand` gives the same bytes back.
+    A weight is removed when all its bytes are zero, so -0.0 is kept and `expand` restores every byte.
     """
     weight = weight.detach().contiguous()
     found = library.active()
     if found is None:
         return fallback.pack(weight)
     (rows, columns), width, threads = weight.shape, weight.element_size(), torch.get_num_threads()
-    bitmask = torch.zeros(rows, fallback.mask_bytes(columns), dtype=torch.uint8)
+    bitmask = torch.zeros(rows, mask_bytes(columns), dtype=torch.uint8)
     found[0].billhook_bitmask(weight.data_ptr(), width, rows, columns, bitmask.data_ptr(), threads)
     starts = row_starts(bitmask, columns)
-    values = torch.zeros(int(starts[-1]) + 64 // width, dtype=weight.dtype)
+    values = torch.zeros(int(starts[-1]) + PADDING // width, dtype=weight.dtype)
     packed = Weight(rows, columns, values, bitmask, starts, None)
     found[0].billhook_gather(weight.data_ptr(), width, packed.address, values.data_ptr(), threads)
     return bitmask, values

@@ -1,4 +1,4 @@
-"""The product with a packed weight as an operator of torch, so that compiling and shape checks work; it has no
+"""The product with a packed weight as a torch operator, so that compilation and shape checks work; it has no
 derivative."""
 
 import torch
@@ -38,8 +38,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _no_derivative(context: object, gradient: Tensor) -> None:
     raise BillhookError(
-        "Packed layers are for inference and have no gradients: train the dense model (`billhook unpack` gives "
-        "it back)."
+        "Packed layers are for inference and have no gradients: train the dense model (`billhook unpack`)."
     )
 
 

@@ -1,14 +1,14 @@
 """The ways to multiply with a packed weight; which is fastest depends on shape, sparsity, token count and machine.
 
-* `fused`: expand in registers and multiply at once, up to 8 tokens a pass; reads the packed bytes once a pass.
-* `many`: expand some rows into a tile in each core's own cache and multiply it there by our own matrix product;
-  activations in bfloat16, values too or int8, where the processor has the dot product of bfloat16.
-* `kept`: multiply each kept weight with the activations of its column, those of many tokens side by side; in float32,
-  and nothing is expanded.
-* `tiles`: expand some rows, as many as stay in the cache, into a dense tile and give that to torch's matrix product.
-* `wide`: the same with tiles four times as large, for machines with larger caches.
-* `widened`: the same in float32, for float16, and for bfloat16 without its dot product: torch's own product of halves
-  can be several times slower than that of float32.
+* `fused`: expand in registers and multiply at once, up to 8 tokens per pass; reads the packed bytes once per pass.
+* `tiled_gemm`: expand some rows into a tile in each core's own cache and multiply it there by our own matrix product;
+  activations in bfloat16, values in bfloat16 or int8, on processors with the bfloat16 dot-product instruction.
+* `sparse_gemm`: multiply each kept weight with the activations of its column for many tokens at once, in float32;
+  nothing is expanded.
+* `tiles`: expand as many rows as fit the cache into a dense tile and let torch multiply it.
+* `large_tiles`: the same with tiles four times as large, for machines with larger caches.
+* `fp32_tiles`: large tiles in float32, for float16, and for bfloat16 without its dot-product instruction: torch's own
+  product in those types can be several times slower than in float32.
 """
 
 import threading
@@ -21,47 +21,51 @@ from torch import Tensor
 from billhook.runtime import library
 from billhook.runtime.native import Weight, expand_rows
 
-MANY_AT_ONCE = 1024  # tokens, whose activations are rearranged before they are multiplied
-TILE_BYTES = 2 << 20  # of dense weights; they are multiplied while they lie in the cache
+GEMM_TOKENS = 1024  # tokens whose activations are rearranged at a time
+TILE_BYTES = 2 << 20  # of a dense tile, which stays in the cache while it is multiplied
 
-_scratch = (
-    threading.local()
-)  # a tile is kept between calls: memory asked for anew costs a page fault every 4 KiB, more than the expansion
+# Scratch memory is kept between calls: memory that is newly allocated costs a page fault every 4 KiB, more than the
+# expansion itself.
+_scratch = threading.local()
 
 
 def fused(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., in] -> [..., out], straight from the packed bytes."""
+    """x [..., in] times the weight, plus bias -> [..., out], directly from the packed bytes."""
     return weight.multiply(x, bias)
 
 
-def kept(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """The same in float32, without the zeros."""
-    return many(weight, x.float(), None if bias is None else bias.float()).to(x.dtype)
+def sparse_gemm(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The same in float32, without multiplying zeros."""
+    return _gemm(weight, x.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
-def many(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """The same through tiles of a few rows and our own matrix product for bfloat16; what `kept` does for float32."""
-    tokens = x.reshape(-1, weight.shape[1])
-    parts = []
-    for part in tokens.split(MANY_AT_ONCE):
-        room = _room(weight.room_for(part.shape[0], x.dtype), torch.uint8)
-        parts.append(weight.multiply_many(part, bias, room))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], weight.shape[0])
+def tiled_gemm(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The same through small tiles and our own matrix product in bfloat16."""
+    return _gemm(weight, x, bias)
 
 
 def tiles(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """The same through dense tiles."""
+    """The same through dense tiles and torch's matrix product."""
     return _by_tiles(weight, x, bias, TILE_BYTES)
 
 
-def wide(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
+def large_tiles(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
     """The same through larger tiles."""
     return _by_tiles(weight, x, bias, 4 * TILE_BYTES)
 
 
-def widened(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """The same in float32."""
-    return wide(weight, x.float(), bias).to(x.dtype)
+def fp32_tiles(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The same through larger tiles in float32."""
+    return large_tiles(weight, x.float(), bias).to(x.dtype)
+
+
+def _gemm(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The product by the kernel for many tokens that the dtype of x selects: sparse in float32, tiled in bfloat16."""
+    parts = []
+    for part in x.reshape(-1, weight.shape[1]).split(GEMM_TOKENS):
+        room = _room(weight.gemm_bytes(part.shape[0], x.dtype), torch.uint8)
+        parts.append(weight.gemm(part, bias, room))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], weight.shape[0])
 
 
 def _by_tiles(weight: Weight, x: Tensor, bias: Tensor | None, tile_bytes: int) -> Tensor:
@@ -89,27 +93,22 @@ def _room(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _common(values: torch.dtype, activations: torch.dtype) -> torch.dtype:
-    """The dtype in which tiles are multiplied: float32 where two kinds of floats meet; int8 is rounded to that of the
+    """The dtype in which tiles are multiplied: float32 for two different float dtypes; int8 is rounded to that of the
     activations."""
     return activations if values in (activations, torch.int8) else torch.float32
 
 
 WAYS: dict[str, Callable[[Weight, Tensor, Tensor | None], Tensor]] = {
-    "fused": fused,
-    "many": many,
-    "kept": kept,
-    "tiles": tiles,
-    "wide": wide,
-    "widened": widened,
+    function.__name__: function for function in (fused, tiled_gemm, sparse_gemm, tiles, large_tiles, fp32_tiles)
 }
 
 
 def ways(weight: Weight, dtype: torch.dtype) -> list[str]:
-    """The ways there are for activations of `dtype`: without compiled kernels nothing is fused."""
+    """The ways available for activations of `dtype`: only tiles without compiled kernels."""
     found = ["fused"] if library.active() else []
-    if dtype != torch.float32 and weight.room_for(1, dtype):
-        found.append("many")
-    if weight.room_for(1, torch.float32):
-        found.append("kept")
-    found += ["tiles", "wide"]
-    return found if dtype == torch.float32 or "many" in found else [*found, "widened"]
+    if dtype != torch.float32 and weight.gemm_bytes(1, dtype):
+        found.append("tiled_gemm")
+    if weight.gemm_bytes(1, torch.float32):
+        found.append("sparse_gemm")
+    found += ["tiles", "large_tiles"]
+    return found if dtype == torch.float32 or "tiled_gemm" in found else [*found, "fp32_tiles"]

@@ -1,16 +1,16 @@
 """Triton kernels that multiply with, or expand, a weight held as bitmask and values.
 
-One lane takes one byte of the bitmask: eight columns. A chunk is what a warp takes at once, 32 bytes, 256 columns.
-Where the values of a chunk begin is read from a table made at load; where a lane's begin follows from a running count
-of set bits over the warp, two rows in one word. Of its eight columns, each half reads the four values that may be its
-own at one address, without asking which bits are set; a staircase of selects moves each value to its column, and what
-stands in a column whose bit is clear is never used. That is about ten instructions for 32 columns of a warp, compiled
-for Hopper; a load with its own address and predicate for every column takes fifteen, and on such a card instructions,
-not bytes, are the limit.
+One lane handles one byte of the bitmask, which is eight columns; a warp handles a chunk of 32 bytes, 256 columns. The
+position of a chunk's first value is read from a table made at load; that of a lane's first value follows from a
+running count of set bits over the warp, two rows in one word. For each half of its eight columns a lane reads four
+consecutive values without looking at the bits; a staircase of selects moves each value to its column, and what stands
+in a column whose bit is clear is never used. That is about ten instructions per 32 columns of a warp, compiled for
+Hopper; a load with its own address and predicate for every column takes fifteen, and on such a card instructions, not
+bytes, are the limit.
 
-At most three values beyond the last are read; the packed values end in 64 bytes of zeros for that. Offsets are 32 bits:
-a weight may have at most 2**31 - 1 kept values. Importing this module needs Triton. With TRITON_INTERPRET=1 the kernels
-run on the CPU.
+At most three values beyond the last are read, which is why the packed values end in 64 bytes of zeros. Offsets have 32
+bits: a weight may have at most 2**31 - 1 kept values. Importing this module needs Triton. With TRITON_INTERPRET=1 the
+kernels run on the CPU.
 """
 
 import triton
@@ -24,7 +24,7 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 @triton.jit
 def _ones(bits):
     """Set bits among the low eight."""
-    if _INTERPRETED:  # which has no libdevice
+    if _INTERPRETED:  # the interpreter has no libdevice
         pairs = bits - ((bits >> 1) & 0x55)
         halves = (pairs & 0x33) + ((pairs >> 2) & 0x33)
         return (halves + (halves >> 4)) & 0xF
@@ -33,8 +33,8 @@ def _ones(bits):
 
 @triton.jit
 def _half(values, at, bits):
-    """The values of four columns, [..., 2, 2], and which of them are kept, by the low four `bits`; the first value is
-    at `at`."""
+    """The values of four columns, [..., 2, 2], and which of them the low four `bits` keep; the first value is at
+    `at`."""
     place = values + at
     a, b, c, d = tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
     keep0, keep1, keep2, keep3 = (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0
@@ -55,7 +55,7 @@ def _columns(low, high):
 
 @triton.jit
 def _running(count):
-    """Sums of count [R, S, 32] over the last axis, each with its own; a row's are below 2**16, so two rows share a
+    """Inclusive prefix sums of count [R, S, 32] over the last axis; those of a row are below 2**16, so two rows share a
     scan."""
     R: tl.constexpr = count.shape[0]
     S: tl.constexpr = count.shape[1]
@@ -66,7 +66,8 @@ def _running(count):
 
 @triton.jit
 def _fetch(mask, table, row, chunk, rows, stride, chunks):
-    """For rows `row` [R] and chunks `chunk` [S]: bytes of bitmask [R, S, 32], and where the values begin [R, S]."""
+    """For rows `row` [R] and chunks `chunk` [S]: bytes of bitmask [R, S, 32], and the positions of first values [R,
+    S]."""
     row = tl.minimum(row, rows - 1).to(tl.int64)
     byte = chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
     # The contiguities given here and below only set the order of a warp's lanes, and it must be one for all loads, or
@@ -79,7 +80,8 @@ def _fetch(mask, table, row, chunk, rows, stride, chunks):
 
 @triton.jit
 def _tile(bits, start, values, scales, row, chunk, rows, groups, GROUP: tl.constexpr):
-    """What `_fetch` found as [R, S * 256]: values, float32 where they have scales, and which of them are kept."""
+    """The chunks that `_fetch` read as [R, S * 256]: values, float32 where they have scales, and which of them are
+    kept."""
     bits = bits.to(tl.int32)
     count = _ones(bits)
     at = start[:, :, None] + _running(count) - count
@@ -98,16 +100,15 @@ def matvec(
     mask, values, table, scales, bias, x, y, rows, columns, stride, chunks, groups,
     ROWS: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """y [rows] = W x (+ bias) for one x [columns]: a program takes ROWS rows, each of its warps every SPAN-th chunk of
-    them."""
+    """y [rows] = W x (+ bias) for one x [columns]: a program handles ROWS rows, each of its warps every SPAN-th
+    chunk."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, SPAN * CHUNK], tl.float32)
     chunk = tl.arange(0, SPAN)
     bits, start = _fetch(mask, table, row, chunk, rows, stride, chunks)
     for first in range(0, chunks, SPAN):
-        next_bits, next_start = _fetch(
-            mask, table, row, chunk + SPAN, rows, stride, chunks
-        )  # under way while this one's values are
+        # the next chunk's loads are issued before this one's values are used
+        next_bits, next_start = _fetch(mask, table, row, chunk + SPAN, rows, stride, chunks)
         w, keep = _tile(bits, start, values, scales, row, chunk, rows, groups, GROUP)
         bits, start, chunk = next_bits, next_start, chunk + SPAN
         column = first * CHUNK + tl.arange(0, SPAN * CHUNK)
@@ -140,7 +141,7 @@ def matmat(
         inside = (column < columns)[:, None] & (token < tokens)[None]
         v = tl.load(x + token[None] * columns + column[:, None], mask=inside, other=0)
         w = tl.where(keep, w, 0).to(v.dtype)
-        if _INTERPRETED:  # which takes bfloat16 for integers here
+        if _INTERPRETED:  # the interpreter would multiply bfloat16 as integers here
             w, v = w.to(tl.float32), v.to(tl.float32)
         total = tl.dot(w, v, total, input_precision="ieee")
     place = (tl.program_id(1) * tokens + token[None]).to(tl.int64) * rows + row[:, None]

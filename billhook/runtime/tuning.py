@@ -1,5 +1,4 @@
-"""Make a loaded model fast on this machine: measure or recall the best way of every layer, and let our dense kernel
-serve the rest."""
+"""Prepare a loaded model for fast inference on this machine: choose how every layer multiplies."""
 
 from typing import Any
 
@@ -11,7 +10,7 @@ from billhook.runtime.dense import DenseLinear, adopt_
 from billhook.runtime.linear import SparseLinear
 from billhook.runtime.native import Weight
 
-WORTH = 1 << 20  # weights from which a dense layer is worth a measurement
+MIN_DENSE_WEIGHTS = 1 << 20  # a smaller dense layer is not worth a measurement
 
 
 @torch.no_grad()
@@ -19,10 +18,10 @@ def tune_(model: nn.Module) -> list[dict[str, Any]]:
     """Choose for every layer how it multiplies, and return `choices`.
 
     Dense bfloat16 `nn.Linear` layers on the CPU for which our kernel is faster become `DenseLinear`, with the same
-    parameters. What is measured (some seconds for a new model on a new machine) is kept in the user's cache. Dense
-    layers on other devices stay as they are.
+    parameters; dense layers on other devices stay as they are. Measurements, which take some seconds for a new model on
+    a new machine, are stored in the user's cache.
     """
-    autotune.recall()
+    autotune.load_choices()
     dtype = _activations(model)
     for module in model.modules():
         if isinstance(module, SparseLinear) and module.bitmask.device.type == "cpu":
@@ -31,13 +30,13 @@ def tune_(model: nn.Module) -> list[dict[str, Any]]:
             gpu.prepare(module, dtype)
         elif type(module) is nn.Linear and library.active() and _ours(module):
             adopt_(module)
-    autotune.keep()
+    autotune.store_choices()
     return choices(model)
 
 
 def choices(model: nn.Module) -> list[dict[str, Any]]:
-    """Per layer that is packed or has our dense kernel: `layer`, `shape`, `sparsity`, `values` (dtype) and `ways`,
-    {tokens: way}."""
+    """For each layer that is packed or uses our dense kernel: `layer`, `shape`, `sparsity`, `values` (dtype) and
+    `ways`, {tokens: way}."""
     found, activations = [], _activations(model)
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
@@ -61,18 +60,19 @@ def _ways(layer: SparseLinear, activations: torch.dtype) -> dict[int, str]:
 
 
 def _activations(model: nn.Module) -> torch.dtype:
-    """The dtype that the inputs of layers will most likely have: that of the model's parameters, else of its packed
+    """The dtype that the inputs of layers most likely have: that of the model's parameters, else of its packed
     values."""
     kept = (module.values for module in model.modules() if isinstance(module, SparseLinear))
     return next((tensor.dtype for tensor in (*model.parameters(), *kept) if tensor.is_floating_point()), torch.bfloat16)
 
 
 def _ours(layer: nn.Linear) -> bool:
+    """Whether our kernel can serve a dense layer and is faster than torch's."""
     weight = layer.weight.detach()
     if (
         weight.dtype != torch.bfloat16
         or weight.device.type != "cpu"
-        or weight.numel() < WORTH
+        or weight.numel() < MIN_DENSE_WEIGHTS
         or not weight.is_contiguous()
     ):
         return False

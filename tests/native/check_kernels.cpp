@@ -16,8 +16,8 @@ int billhook_paths();
 const char* billhook_path_name(int path);
 int billhook_path_runs(int path);
 int billhook_multiply(const Matrix*, const void*, int64_t, int64_t, const void*, void*, int, int, int);
-void billhook_multiply_many(const Matrix*, const void*, int64_t, int64_t, const void*, void*, char*, int, int, int);
-int64_t billhook_many_bytes(const Matrix*, int64_t, int, int, int);
+void billhook_gemm(const Matrix*, const void*, int64_t, int64_t, const void*, void*, char*, int, int, int);
+int64_t billhook_gemm_bytes(const Matrix*, int64_t, int, int, int);
 void billhook_expand(const Matrix*, int64_t, int64_t, void*, int, int, int);
 int64_t billhook_row_starts(const uint8_t*, int64_t, int64_t, int64_t*);
 void billhook_bitmask(const void*, int, int64_t, int64_t, uint8_t*, int);
@@ -101,11 +101,11 @@ static void multiply_all(const Case& c, const Matrix& m) {
     const int threads = 1 + (int)below(2);
     if (billhook_multiply(&m, x.at(), stride, tokens, biased ? bias.at() : nullptr, y.at(), x_type, path, threads)) exit(2);
     check("a product", path);
-    const int64_t needed = m.starts ? billhook_many_bytes(&m, tokens, x_type, path, threads) : 0;
+    const int64_t needed = m.starts ? billhook_gemm_bytes(&m, tokens, x_type, path, threads) : 0;
     if (!needed) continue;
     Bytes room(needed, (size_t)below(64));
     memset(y.at(), 0xff, y.room.size());
-    billhook_multiply_many(&m, x.at(), stride, tokens, biased ? bias.at() : nullptr, y.at(), (char*)room.at(), x_type, path, threads);
+    billhook_gemm(&m, x.at(), stride, tokens, biased ? bias.at() : nullptr, y.at(), (char*)room.at(), x_type, path, threads);
     check("a product with many tokens", path, x_type == TYPE_BF16 && m.groups > 1 ? 0x1p-8 : 0);
   }
 }

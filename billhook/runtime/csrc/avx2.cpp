@@ -92,7 +92,7 @@ struct Expand4 {
   }
 };
 
-#include "kept.h"
+#include "sparse_gemm.h"
 }  // namespace
 TARGET_END
 

@@ -48,7 +48,7 @@ struct Expand2 {
   }
 };
 
-#include "kept.h"
+#include "sparse_gemm.h"
 }  // namespace
 TARGET_END
 

@@ -82,8 +82,8 @@ struct DenseDot : Dots {
   INLINE Vec piece(int i) const { return _mm512_loadu_si512(values + 32 * i); }
 };
 
-#include "batches.h"
-#include "kept.h"
+#include "sparse_gemm.h"
+#include "tiled_gemm.h"
 }  // namespace
 TARGET_END
 
@@ -97,6 +97,6 @@ const Kernels kernels_bf16 = {
     {PLAIN_BF16, PLAIN_BF16, PLAIN_BF16, SPLIT_BF16},
     TOKENS_1_TO_8(dense_rows, DenseDot),
     arrange_tokens,
-    many_tokens,
+    tiled_gemm_rows,
 };
 #endif

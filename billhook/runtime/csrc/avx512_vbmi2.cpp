@@ -12,7 +12,7 @@ namespace {
 // (after the loops: these are their instances)
 #include "avx512_floats.h"
 #include "vbmi2.h"
-#include "kept.h"
+#include "sparse_gemm.h"
 }  // namespace
 TARGET_END
 

@@ -37,7 +37,7 @@ struct Job {
   float* y;        // [tokens, out]
 };
 
-// Many tokens; x, bias and y are all bfloat16 or all float, and rows of x lie x_stride apart.
+// The arguments of a product with many tokens: x, bias and y are all bfloat16 or all float, and rows of x lie x_stride apart.
 struct Batch {
   const Matrix* matrix;
   const void* x;
@@ -47,16 +47,17 @@ struct Batch {
   int64_t tokens;
 };
 
-enum { TOKENS = 8 };      // tokens a fused kernel takes at most
-enum { BATCH = 64 };      // tokens that share a pass over a tile
-enum { TILE_ROWS = 48 };  // rows a tile of expanded weights has at most
-enum { KEPT_ROWS = 64 };  // rows whose kept weights share a pass over the activations, at most
+enum { TOKENS = 8 };        // tokens a fused kernel takes at most
+enum { BATCH = 64 };        // tokens that share a pass over a tile
+enum { TILE_ROWS = 48 };    // rows a tile of expanded weights has at most
+enum { SPARSE_ROWS = 64 };  // rows of the sparse product that share a pass over the activations, at most
 
 typedef void (*RowsKernel)(const Job& job, int64_t first, int64_t last);
 typedef void (*ArrangeKernel)(const Batch& batch, int64_t first, int64_t last, uint32_t* to);
-typedef void (*BatchKernel)(const Batch& batch, const uint32_t* arranged, int64_t first, int64_t last, char* room);
+typedef void (*TiledGemmKernel)(const Batch& batch, const uint32_t* arranged, int64_t first, int64_t last, char* room);
 // Sums [last - first][tokens] of `tokens` (16, 32, 48 or 64) whose activations lie column by column from `x` on; `after` is read next.
-typedef void (*KeptKernel)(const Matrix& matrix, int64_t first, int64_t last, const float* x, int64_t tokens, const float* after, float* sums);
+typedef void (*SparseGemmKernel)(const Matrix& matrix, int64_t first, int64_t last, const float* x, int64_t tokens, const float* after,
+                                 float* sums);
 typedef void (*ExpandKernel)(const Matrix& matrix, int64_t first, int64_t last, void* out);
 
 struct Kernels {
@@ -64,15 +65,15 @@ struct Kernels {
   bool (*runs)();              // whether this processor has the instructions
   RowsKernel rows[4][TOKENS];  // by type and tokens, activations in float
   Layout layout[4];
-  ExpandKernel expand[3];    // by bytes of a value: 1, 2, 4 -> [0], [1], [2]
-  RowsKernel dense[TOKENS];  // a dense bfloat16 matrix in `values`, activations in float
-  KeptKernel kept[4];        // many tokens, by type; null where there is none
+  ExpandKernel expand[3];           // by bytes of a value: 1, 2, 4 -> [0], [1], [2]
+  RowsKernel dense[TOKENS];         // a dense bfloat16 matrix in `values`, activations in float
+  SparseGemmKernel sparse_gemm[4];  // by type; null where there is none
   // With bfloat16 activations and the dot-product instruction; null where there is none:
   RowsKernel dot[4][TOKENS];
   Layout dot_layout[4];
   RowsKernel dense_dot[TOKENS];
-  ArrangeKernel arrange;  // of some sixteens of tokens, as `batch` takes them
-  BatchKernel batch;      // some rows of the product
+  ArrangeKernel arrange;       // of some sixteens of tokens, as `tiled_gemm` reads them
+  TiledGemmKernel tiled_gemm;  // some rows of the product
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_vbmi2, kernels_bf16, kernels_neon;

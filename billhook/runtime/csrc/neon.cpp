@@ -90,7 +90,7 @@ struct Expand4 {
   }
 };
 
-#include "kept.h"
+#include "sparse_gemm.h"
 
 bool runs() { return true; }
 

@@ -1,8 +1,8 @@
-"""Time variants in turns, keeping only rounds during which no other process used the machine.
+"""Time variants in turns, and keep only the rounds in which no other process used the machine.
 
-Two threads that meet at a barrier lose milliseconds when a third process takes one of two cores, so a round is thrown
-away when other processes had more than a tenth of a core during it. Where the system does not tell (`/proc/stat`),
-every round counts.
+Two threads that meet at a barrier lose milliseconds when a third process takes one of two cores, so a round is
+discarded when other processes used more than a tenth of a core during it. Where the system does not report that
+(`/proc/stat`), every round counts.
 """
 
 import os
@@ -27,15 +27,15 @@ def _others_s() -> float:
 def rounds(
     variants: dict[str, Callable[[int], object]], wanted: int, limit_s: float
 ) -> tuple[dict[str, list[float]], int]:
-    """Seconds of every variant in every calm round, and how many rounds were thrown away.
+    """Seconds of every variant in every quiet round, and the number of rounds that were discarded.
 
-    A variant is called with a number that counts up, to pick one of several copies of its data. When the time limit
-    comes first, what was calm by then is returned; if nothing was, all rounds are.
+    A variant is called with a number that counts up, to choose one of several copies of its data. When the time limit
+    is reached first, the quiet rounds so far are returned; if there were none, all rounds are.
     """
-    calm: dict[str, list[float]] = {name: [] for name in variants}
+    undisturbed: dict[str, list[float]] = {name: [] for name in variants}
     disturbed: dict[str, list[float]] = {name: [] for name in variants}
-    lost, turn, end = 0, 0, time.perf_counter() + limit_s
-    while len(next(iter(calm.values()))) < wanted and time.perf_counter() < end:
+    discarded, turn, end = 0, 0, time.perf_counter() + limit_s
+    while len(next(iter(undisturbed.values()))) < wanted and time.perf_counter() < end:
         taken, others, start = {}, _others_s(), time.perf_counter()
         for name, run in variants.items():
             turn += 1
@@ -43,10 +43,10 @@ def rounds(
             run(turn)
             taken[name] = time.perf_counter() - before
         quiet = _others_s() - others <= BUSY * (time.perf_counter() - start) + 2 * TICK_S
-        lost += not quiet
+        discarded += not quiet
         for name, seconds in taken.items():
-            (calm if quiet else disturbed)[name].append(seconds)
-    return (calm if any(calm.values()) else disturbed), lost
+            (undisturbed if quiet else disturbed)[name].append(seconds)
+    return (undisturbed if any(undisturbed.values()) else disturbed), discarded
 
 
 def median(values: list[float]) -> float:
@@ -55,6 +55,6 @@ def median(values: list[float]) -> float:
 
 
 def spread(values: list[float]) -> float:
-    """Half the distance of the quartiles, relative to the median."""
+    """Half the interquartile range, relative to the median."""
     ordered = sorted(values)
     return (ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4]) / 2 / median(values)

@@ -5,7 +5,7 @@
 
 namespace {
 
-// What the product in float32 without the zeros and that of bfloat16 through expanded tiles ask for.
+// The scratch memory of a product: in float32 without the zeros, or in bfloat16 through expanded tiles.
 struct Room {
   int64_t tile_rows, activation_bytes, tile_bytes;
 };
@@ -13,7 +13,7 @@ struct Room {
 int64_t sixteens(int64_t tokens) { return (tokens + 15) / 16; }
 
 Room room_for(const Matrix& m, int64_t tokens, int type) {
-  if (type == TYPE_F32) return {KEPT_ROWS, sixteens(tokens) * 16 * 256 * m.words, 4 * BATCH * KEPT_ROWS};
+  if (type == TYPE_F32) return {SPARSE_ROWS, sixteens(tokens) * 16 * 256 * m.words, 4 * BATCH * SPARSE_ROWS};
   const int64_t fitting = (400 << 10) / (128 * m.words) / 6 * 6;  // bytes of a tile; whole groups of SIDE rows
   const int64_t rows = fitting < 6 ? 6 : fitting < TILE_ROWS ? fitting : (int64_t)TILE_ROWS;
   return {rows, sixteens(tokens) * 16 * 128 * m.words, rows * (4 * BATCH + 128 * m.words + 64)};
@@ -39,8 +39,8 @@ void arrange_floats(const Batch& b, int64_t first, int64_t last, float* to) {
   }
 }
 
-// Rows [first, last) of the product in float32.
-void multiply_kept(KeptKernel kernel, const Batch& b, const float* arranged, int64_t first, int64_t last, float* sums) {
+// Rows [first, last) of the sparse product in float32.
+void multiply_sparse(SparseGemmKernel kernel, const Batch& b, const float* arranged, int64_t first, int64_t last, float* sums) {
   const int64_t out = b.matrix->out, columns = 64 * b.matrix->words;
   for (int64_t block = 0; block < b.tokens; block += BATCH) {
     const int64_t width = tokens_beside(b, block / 16);
@@ -54,17 +54,18 @@ void multiply_kept(KeptKernel kernel, const Batch& b, const float* arranged, int
 
 }  // namespace
 
-// The scratch memory that billhook_multiply_many needs; 0 where there is no such kernel for these values and this type of activations.
-PUBLIC int64_t billhook_many_bytes(const Matrix* m, int64_t tokens, int type, int path, int threads) {
+// The scratch memory that billhook_gemm needs; 0 where there is no such kernel for these values and this type of activations.
+PUBLIC int64_t billhook_gemm_bytes(const Matrix* m, int64_t tokens, int type, int path, int threads) {
   const Kernels& k = *PATHS[path];
-  if (type == TYPE_F32 ? !k.kept[m->type] : type != TYPE_BF16 || !k.batch || (m->type != TYPE_BF16 && m->type != TYPE_I8)) return 0;
+  const bool tiled = type == TYPE_BF16 && k.tiled_gemm && (m->type == TYPE_BF16 || m->type == TYPE_I8);
+  if (type == TYPE_F32 ? !k.sparse_gemm[m->type] : !tiled) return 0;
   const Room room = room_for(*m, tokens, type);
   return 64 + room.activation_bytes + threads * (64 + room.tile_bytes);
 }
 
 // x, y and bias are all float32, or all bfloat16.
-PUBLIC void billhook_multiply_many(const Matrix* matrix, const void* x, int64_t x_stride, int64_t tokens, const void* bias, void* y,
-                                   char* room, int type, int path, int threads) {
+PUBLIC void billhook_gemm(const Matrix* matrix, const void* x, int64_t x_stride, int64_t tokens, const void* bias, void* y,
+                          char* room, int type, int path, int threads) {
   const Matrix& m = *matrix;
   const Kernels& k = *PATHS[path];
   const Batch batch = {matrix, x, x_stride, bias, y, tokens};
@@ -78,7 +79,7 @@ PUBLIC void billhook_multiply_many(const Matrix* matrix, const void* x, int64_t 
   share(sixteens(tokens), tokens * m.in * 2, threads, arrange, 4);
   share_tiles(m.out, sizes.tile_rows, threads, (int64_t*)room, [&](int64_t slot, int64_t first, int64_t last) {
     char* tile = arranged + sizes.activation_bytes + slot * sizes.tile_bytes;
-    type == TYPE_F32 ? multiply_kept(k.kept[m.type], batch, (const float*)arranged, first, last, (float*)tile)
-                     : k.batch(batch, (const uint32_t*)arranged, first, last, tile);
+    type == TYPE_F32 ? multiply_sparse(k.sparse_gemm[m.type], batch, (const float*)arranged, first, last, (float*)tile)
+                     : k.tiled_gemm(batch, (const uint32_t*)arranged, first, last, tile);
   });
 }

@@ -44,10 +44,10 @@ INLINE void add_kept(uint64_t bits, int count, const float* values, const float*
 
 // Rows [first, last) times V vectors of tokens: sums [rows][tokens].
 template <class K, int V>
-void kept_block(const Matrix& m, int64_t first, int64_t last, const float* x, const float* after, float* sums) {
+void sparse_gemm_block(const Matrix& m, int64_t first, int64_t last, const float* x, const float* after, float* sums) {
   constexpr int64_t word_floats = 64 * V * K::lanes, lines = word_floats / 16;
   const int64_t rows = last - first, share = (lines + rows - 1) / rows;
-  const typename K::Value* values[KEPT_ROWS];
+  const typename K::Value* values[SPARSE_ROWS];
   for (int64_t r = 0; r < rows; r++) values[r] = (const typename K::Value*)m.values + m.starts[first + r];
   for (int64_t w = 0; w < m.words; w++, x += word_floats) {
     const float* next = w + 1 < m.words ? x + word_floats : after;
@@ -67,10 +67,10 @@ void kept_block(const Matrix& m, int64_t first, int64_t last, const float* x, co
 }
 
 template <class K>
-void kept_rows(const Matrix& m, int64_t first, int64_t last, const float* x, int64_t tokens, const float* after, float* sums) {
+void sparse_gemm_rows(const Matrix& m, int64_t first, int64_t last, const float* x, int64_t tokens, const float* after, float* sums) {
   constexpr int V = 16 / K::lanes;
-  (tokens == 16   ? kept_block<K, V>
-   : tokens == 32 ? kept_block<K, 2 * V>
-   : tokens == 48 ? kept_block<K, 3 * V>
-                  : kept_block<K, 4 * V>)(m, first, last, x, after, sums);
+  (tokens == 16   ? sparse_gemm_block<K, V>
+   : tokens == 32 ? sparse_gemm_block<K, 2 * V>
+   : tokens == 48 ? sparse_gemm_block<K, 3 * V>
+                  : sparse_gemm_block<K, 4 * V>)(m, first, last, x, after, sums);
 }

@@ -1,4 +1,4 @@
-"""Which way a layer multiplies: measured once, kept per machine, harmless when the cache is damaged."""
+"""Which way a layer multiplies: measured once, cached per machine, and a damaged cache is ignored."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,9 +17,9 @@ from billhook.runtime.tuning import choices, tune_
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache of the test's own."""
     monkeypatch.setenv("BILLHOOK_CACHE", str(tmp_path / "cache"))
-    autotune.forget()
+    autotune.clear_choices()
     yield tmp_path / "cache"
-    autotune.forget()
+    autotune.clear_choices()
 
 
 def model() -> torch.nn.Sequential:
@@ -30,7 +30,7 @@ def model() -> torch.nn.Sequential:
 
 
 class Clock:
-    """A clock that only moves when told to."""
+    """A clock that moves only when it is advanced."""
 
     now = 0.0
 
@@ -38,8 +38,8 @@ class Clock:
         return self.now
 
 
-def lasting(clock: Clock, *seconds: float) -> Callable[[], torch.Tensor]:
-    """Something that takes so long, call by call; the last time again and again."""
+def taking(clock: Clock, *seconds: float) -> Callable[[], torch.Tensor]:
+    """A function whose calls take these `seconds`, the last of them repeatedly."""
     left = list(seconds)
 
     def run() -> torch.Tensor:
@@ -56,34 +56,32 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def test_the_least_time_that_was_repeated_decides(clock: Clock, folder: Path):
-    autotune._choose(
-        "calm", {"slow": lasting(clock, 9, 2, 2, 2), "fast": lasting(clock, 9, 5, 1, 1)}
+def test_the_best_reproduced_time_decides(clock: Clock, folder: Path):
+    autotune._measure(
+        "steady", {"slow": taking(clock, 9, 2, 2, 2), "fast": taking(clock, 9, 5, 1, 1)}
     )  # the first call warms up
-    autotune._choose(
-        "late", {"slow": lasting(clock, 2), "fast": lasting(clock, 9, 2.4, 2.8, 3.2, 1, 1)}
-    )  # rounds go on
-    autotune._choose(
-        "far", {"wild": lasting(clock, 9, 7, 8, 9, 5, 6), "fast": lasting(clock, 1)}
+    autotune._measure("late", {"slow": taking(clock, 2), "fast": taking(clock, 9, 2.4, 2.8, 3.2, 1, 1)})  # rounds go on
+    autotune._measure(
+        "far", {"wild": taking(clock, 9, 7, 8, 9, 5, 6), "fast": taking(clock, 1)}
     )  # never near the fastest
     falling = [1.2**n for n in range(20, 0, -1)]
-    autotune._choose(
-        "busy", {"slow": lasting(clock, *(2 * seconds for seconds in falling)), "fast": lasting(clock, *falling)}
+    autotune._measure(
+        "busy", {"slow": taking(clock, *(2 * seconds for seconds in falling)), "fast": taking(clock, *falling)}
     )
-    autotune.keep()
-    assert autotune._measured == {"calm": "fast", "late": "fast", "far": "fast", "busy": "fast"}
-    assert cache.load("kernels") == {"calm": "fast", "late": "fast", "far": "fast"}
+    autotune.store_choices()
+    assert autotune._measured == {"steady": "fast", "late": "fast", "far": "fast", "busy": "fast"}
+    assert cache.load("kernels") == {"steady": "fast", "late": "fast", "far": "fast"}
 
 
-def test_what_is_far_behind_is_given_up_and_what_is_close_returned(clock: Clock):
+def test_slow_ways_are_dropped_and_close_ones_returned(clock: Clock):
     calls: list[str] = []
     runs = {
-        name: lasting(clock, seconds) for name, seconds in {"fast": 1.0, "close": 1.1, "slow": 2.0, "far": 3.0}.items()
+        name: taking(clock, seconds) for name, seconds in {"fast": 1.0, "close": 1.1, "slow": 2.0, "far": 3.0}.items()
     }
     counted = {name: lambda name=name, run=run: (calls.append(name), run())[1] for name, run in runs.items()}
-    assert autotune._choose("ways", counted) == ["fast", "close"]
+    assert autotune._measure("ways", counted) == ["fast", "close"]
     assert calls.count("far") == 3  # a warm-up and two rounds
-    assert calls.count("slow") == autotune.LEAST_ROUNDS + 1
+    assert calls.count("slow") == autotune.MIN_ROUNDS + 1
 
 
 def test_ways_that_are_close_are_timed_on_more_rows(clock: Clock, monkeypatch: pytest.MonkeyPatch):
@@ -95,8 +93,8 @@ def test_ways_that_are_close_are_timed_on_more_rows(clock: Clock, monkeypatch: p
 
         return run
 
-    rows: dict[str, list[int]] = {"fused": [], "tiles": [], "wide": []}
-    seconds = {"fused": (2, 1), "tiles": (1.1, 1), "wide": (1, 1.2)}
+    rows: dict[str, list[int]] = {"fused": [], "tiles": [], "large_tiles": []}
+    seconds = {"fused": (2, 1), "tiles": (1.1, 1), "large_tiles": (1, 1.2)}
     monkeypatch.setattr(autotune, "WAYS", {way: timed(*seconds[way], rows[way]) for way in rows})
     monkeypatch.setattr(autotune, "ways", lambda weight, dtype: list(rows))
     monkeypatch.setattr(autotune, "SAMPLE", 40 * 256)
@@ -105,7 +103,11 @@ def test_ways_that_are_close_are_timed_on_more_rows(clock: Clock, monkeypatch: p
     assert {autotune._measured[autotune.key(packed, torch.bfloat16, tokens)] for tokens in autotune.BUCKETS} == {
         "tiles"
     }
-    assert {way: set(seen) for way, seen in rows.items()} == {"fused": {40}, "tiles": {40, 128}, "wide": {40, 128}}
+    assert {way: set(seen) for way, seen in rows.items()} == {
+        "fused": {40},
+        "tiles": {40, 128},
+        "large_tiles": {40, 128},
+    }
 
 
 def test_scales_of_groups_have_choices_of_their_own():
@@ -129,10 +131,10 @@ def test_choices_are_for_the_dtype_that_the_model_computes_in(dtype: torch.dtype
         assert {key for key in autotune._measured if f"128x256 {name} 0.7 {str(dtype)[6:]} " in key} == {
             autotune.key(packed.packed(), dtype, tokens) for tokens in autotune.BUCKETS
         }
-        autotune.forget()
+        autotune.clear_choices()
 
 
-def test_choices_are_measured_reported_and_kept(folder: Path, clock: Clock):
+def test_choices_are_measured_reported_and_stored(folder: Path, clock: Clock):
     tuned = model()
     found = tune_(tuned)
     assert [choice["layer"] for choice in found][:1] == ["0"]
@@ -146,20 +148,20 @@ def test_choices_are_measured_reported_and_kept(folder: Path, clock: Clock):
     assert choices(model())[0]["ways"] == found[0]["ways"]
 
 
-def test_a_stored_choice_is_followed(folder: Path):
+def test_a_stored_choice_is_used(folder: Path):
     tuned = model()
     name = autotune.key(tuned[0].packed(), torch.bfloat16, 3)
-    cache.store("kernels", {name: "wide"})
+    cache.store("kernels", {name: "large_tiles"})
     found = tune_(tuned)
-    assert found[0]["ways"][4] == "wide"
-    assert autotune.way(tuned[0].packed(), torch.bfloat16, 3) == "wide"
+    assert found[0]["ways"][4] == "large_tiles"
+    assert autotune.way(tuned[0].packed(), torch.bfloat16, 3) == "large_tiles"
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"version": 2, "choices": {}}', '{"version": 1, "choices": {"a": 1}}', "\x00\xff"]
 )
 def test_a_damaged_cache_is_ignored_with_one_line(text: str, folder: Path, capsys: pytest.CaptureFixture[str]):
-    path = cache.place("kernels")
+    path = cache.cache_file("kernels")
     assert path is not None
     path.parent.mkdir(parents=True)
     path.write_text(text, encoding="utf-8")
@@ -171,7 +173,7 @@ def test_a_damaged_cache_is_ignored_with_one_line(text: str, folder: Path, capsy
     assert cache.load("kernels") == {"a": "tiles"}
 
 
-def test_an_unknown_way_in_the_cache_is_not_followed(folder: Path):
+def test_an_unknown_way_in_the_cache_is_not_used(folder: Path):
     tuned = model()
     cache.store(
         "kernels", {autotune.key(tuned[0].packed(), torch.bfloat16, tokens): "magic" for tokens in autotune.BUCKETS}
@@ -189,18 +191,18 @@ def test_the_cache_can_be_switched_off_or_unwritable(folder: Path, monkeypatch: 
     blocked = folder.parent / "file"
     blocked.write_text("")
     monkeypatch.setenv("BILLHOOK_CACHE", str(blocked / "below"))
-    autotune.forget()
+    autotune.clear_choices()
     assert tune_(model())
 
 
 def test_the_cache_belongs_to_threads_and_instructions(folder: Path):
-    before = cache.place("kernels")
+    before = cache.cache_file("kernels")
     with library.forced("torch"):
         assert library.active() is None
-        assert cache.place("kernels") != before or library.paths() == ["torch"]
+        assert cache.cache_file("kernels") != before or library.paths() == ["torch"]
     torch.set_num_threads(2)
     try:
-        assert cache.place("kernels") != before
+        assert cache.cache_file("kernels") != before
     finally:
         torch.set_num_threads(1)
 

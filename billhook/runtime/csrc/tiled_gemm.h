@@ -142,7 +142,7 @@ void fill_tile(const Matrix& m, int64_t first, int64_t last, uint16_t* tile, int
   }
 }
 
-void many_tokens(const Batch& b, const uint32_t* arranged, int64_t first, int64_t last, char* room) {
+void tiled_gemm_rows(const Batch& b, const uint32_t* arranged, int64_t first, int64_t last, char* room) {
   const Matrix& m = *b.matrix;
   const int64_t rows = last - first, stride = 64 * m.words + TILE_PADDING, pairs = 32 * m.words;
   float* sums = (float*)room;
