@@ -28,6 +28,7 @@ ALLOCATORS = Registry(
         "curves": "billhook.plan.allocators.curves:curves",
         "explicit": "billhook.plan.allocators.explicit:explicit",
     },
+    plugins=True,
 )
 AUTO = "auto"  # no arithmetic: tries plans on the model (`billhook.racing.automatic`)
 
