@@ -26,18 +26,17 @@ _PUBLIC = {
     "find_layers": "billhook.architectures.layers",
     "load": "billhook.packed.loading",
     "load_calibration": "billhook.text.windows",
-    "load_model": "billhook.store.checkpoint",
+    "load_model": "billhook.tasks.opening",
     "load_plan": "billhook.plan.plan",
     "load_windows": "billhook.text.windows",
     "measure": "billhook.measurement.measure",
     "pack": "billhook.packed.packing",
     "prune": "billhook.steps.prune",
-    "prune_": "billhook.engine.loop",
+    "prune_": "billhook.steps.prune",
     "save_pruned": "billhook.store.directory",
     "search": "billhook.steps.search",
     "unpack": "billhook.packed.unpacking",
     "verify": "billhook.steps.verify",
-    "write_windows": "billhook.tasks.self_text",
 }
 
 _RENAMED = {"SparsityPlan": "Plan"}

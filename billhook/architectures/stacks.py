@@ -26,7 +26,7 @@ class Stack:
 
 def find_stacks(model: PreTrainedModel) -> list[Stack]:
     """All stacks of a model, in the order in which the model defines them; an empty list where no rule applies."""
-    found = _marked_lists(model) or _equal_lists(model)
+    found: Mapping[str, nn.ModuleList | nn.Sequential] = _marked_lists(model) or _equal_lists(model)
     return [Stack(name, {f"{name}.{i}": block for i, block in enumerate(blocks)}) for name, blocks in found.items()]
 
 
@@ -52,7 +52,7 @@ def blocks_of(model: PreTrainedModel) -> Mapping[str, nn.Module]:
     return decoder_stack(model).blocks
 
 
-def _marked_lists(model: PreTrainedModel) -> dict[str, nn.Module]:
+def _marked_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList | nn.Sequential]:
     """Rule A: lists of modules that transformers itself treats as blocks, without those that contain another."""
     whole = set(getattr(model, "_no_split_modules", None) or ())
 
@@ -67,7 +67,7 @@ def _marked_lists(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: m for name, m in found.items() if not any(other.startswith(f"{name}.") for other in found)}
 
 
-def _equal_lists(model: PreTrainedModel) -> dict[str, nn.Module]:
+def _equal_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     """Structural rule: outermost lists of `num_hidden_layers` modules of one class."""
     depth = getattr(text_config(model.config), "num_hidden_layers", 0)
     found = {

@@ -30,7 +30,6 @@ from billhook.cli import (
     search,
     unpack,
     verify,
-    write,
 )
 from billhook.cli.common import Failure, print_error
 from billhook.distributed.torchrun import started
@@ -49,7 +48,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-_FIRST = (prune, search, analyze, measure, gradients, write, plan, evaluate, compare, report, verify)
+_FIRST = (prune, search, analyze, measure, gradients, plan, evaluate, compare, report, verify)
 for module in (*_FIRST, pack, unpack, generate, bench, ls, demo, plot):
     app.command(module.NAME, epilog=module.EXAMPLES)(module.command)
 

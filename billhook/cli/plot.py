@@ -127,7 +127,8 @@ def _weight(directory: str | Path, name: str) -> Any:
     from billhook.architectures.layers import find_layers
     from billhook.errors import BillhookError
     from billhook.registry import hint
-    from billhook.store.checkpoint import load_model, resolve
+    from billhook.store.checkpoint import resolve
+    from billhook.tasks.opening import load_model
 
     weights = {layer.name: layer for layer in find_layers(load_model(resolve(directory)))}
     if name not in weights:

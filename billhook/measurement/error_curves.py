@@ -22,6 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.architectures.layers import Layer
+from billhook.engine.batch import Batch
+from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import walk
 from billhook.errors import BillhookError
 from billhook.methods.masks import Select
@@ -42,11 +44,16 @@ _LEAST = 1e-9
 @method(paper=fact("error_curve").paper)
 @torch.no_grad()
 def error_curve(
-    model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor], *, criterion: str = "admm"
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    batches: Sequence[Batch],
+    resources: Resources = IN_MEMORY,
+    *,
+    criterion: str = "admm",
 ) -> dict[str, list[float]]:
     """e(k / STEPS) for k = 0 to STEPS, by layer name.
 
-    `batches` are token ids [batch, length] int64. Raises BillhookError for a criterion that reads gradients, or an
+    Raises BillhookError for a criterion that reads gradients, or an
     unknown one.
     """
     options = CRITERIA.configure(criterion, cheaper(criterion, layers))
@@ -57,7 +64,9 @@ def error_curve(
             "or wanda."
         )
     wanted, curves = {layer.name for layer in layers}, {}
-    for block in walk(model, batches, tuple(dict.fromkeys((*needs, "input_norm"))), read_only=True):
+    for block in walk(
+        model, batches, tuple(dict.fromkeys((*needs, "input_norm"))), read_only=True, resources=resources
+    ):
         for layer in block.layers:
             if layer.name in wanted:
                 curves[layer.name] = _curve(_errors(layer, block.stats[layer.name], criterion, options))

@@ -50,7 +50,9 @@ def measure(
         looks = "activations" if fact(on_samples[0]).reads == "activations" else "the loss"
         raise BillhookError(f"The metric {on_samples[0]} looks at {looks}: give text with --calibration SOURCE.")
     values: Values = {layer.name: {} for layer in layers}
-    _measure_activations(model, checked, [n for n in on_samples if fact(n).reads == "activations"], values, resources, progress)
+    _measure_activations(
+        model, checked, [n for n in on_samples if fact(n).reads == "activations"], values, resources, progress
+    )
     for name in on_samples:
         if fact(name).reads in ("loss", "trial"):
             for layer, loss in function_of(name)(model, layers, checked, resources, **options_of(name)).items():

@@ -131,7 +131,7 @@ def open_request(
             check_finite(layer for layer in layers if layer.block == index)
     if not needs_samples:
         return Opened(source, model, task, resources, layers, None, [])
-    samples = _draw(request, source, model, task, progress)
+    samples = _draw(request, source, model, task, resources.streamed, progress)
     length = main_input(model, samples.batch).shape[1]
     size = rows_per_batch(len(samples), request.batch_size or batch_size(layers, length))
     return Opened(source, model, task, resources, layers, samples, split_rows(samples.batch, size))
@@ -188,7 +188,9 @@ def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrain
     return source, load(source, task.auto_class, **options), resources
 
 
-def _draw(request: Request, source: Path | None, model: PreTrainedModel, task: Task, progress: Progress) -> Samples:
+def _draw(
+    request: Request, source: Path | None, model: PreTrainedModel, task: Task, streamed: bool, progress: Progress
+) -> Samples:
     """The calibration samples of a request; of a run that is resumed, those that the model wrote for it before."""
     given: Any = request.calibration
     kept = None if request.output is None else partial_folder(Path(request.output).expanduser().resolve()) / WRITTEN
@@ -196,6 +198,9 @@ def _draw(request: Request, source: Path | None, model: PreTrainedModel, task: T
         tokens = saved_windows(kept)
         return Samples(task.batch(tokens.ids), tokens.source, tokens.digest, tokens.sampling)
     options: dict[str, Any] = {"trust_remote_code": request.trust_remote_code, "progress": progress}
+    if streamed and source is not None and is_self(str(given)):  # one block in memory would be read for every token
+        trusted = {"trust_remote_code": request.trust_remote_code}
+        model = load(source, task.auto_class, dtype=request.dtype, device=request.device, **trusted)
     return task.samples(given, model, source, request.drawing, **options)
 
 

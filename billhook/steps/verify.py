@@ -231,6 +231,6 @@ def _check_layer(layer: _Expected, parts: list[np.ndarray]) -> Iterator[str]:
 def _zeros_in_memory(directory: Path) -> dict[str, list[np.ndarray]]:
     """For a model whose layers have no place on disk of their own: load it, and count there."""
     from billhook.architectures.layers import find_layers
-    from billhook.store.checkpoint import load_model
+    from billhook.tasks.opening import load_model
 
     return {layer.name: [(layer.weight == 0).numpy()] for layer in find_layers(load_model(directory))}

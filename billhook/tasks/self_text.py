@@ -26,7 +26,7 @@ from billhook.architectures.config import cache_bytes, check_length, special_tok
 from billhook.engine.capture import evaluating
 from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import quiet
-from billhook.tasks.base import Drawing
+from billhook.tasks.base import Drawing, Samples
 from billhook.tasks.token_windows import drawn_windows, window_length
 from billhook.text.windows import Tokens, digest
 
@@ -64,10 +64,10 @@ def self_windows(
     return Tokens(ids, source, digest(ids), f"{drawing.sampling}, {missing} written by the model")
 
 
-def save_windows(path: Path, tokens: Tokens) -> None:
+def save_windows(path: Path, samples: Samples) -> None:
     """Keep windows in a safetensors file (`tokens` int32), with their source, for a run that is resumed."""
-    about = json.dumps({"source": tokens.source, "digest": tokens.digest, "sampling": tokens.sampling})
-    save_file({"tokens": tokens.ids.int()}, path, {"about": about})
+    about = json.dumps({"source": samples.source, "digest": samples.digest, "sampling": samples.sampling})
+    save_file({"tokens": samples.batch["input_ids"].int()}, path, {"about": about})
 
 
 def saved_windows(path: Path) -> Tokens:
