@@ -29,7 +29,7 @@ from billhook.evaluation.divergence import Against, divergence
 from billhook.evaluation.scoring import NEXT_TOKEN, Scoring, count_scored, scored_rows
 from billhook.text.windows import Windows, check_ids, digest, whole_ids
 
-PROTOCOL = "token perplexity over non-overlapping windows"
+PROTOCOL = NEXT_TOKEN.protocol
 _LOSS_BYTES = 1 << 26  # of float32 logits that the loss works on at once
 
 
@@ -49,14 +49,11 @@ class Evaluation:
     source: str
     digest: str
     against: Against | None = None
+    protocol: str = PROTOCOL
 
     def to_dict(self) -> dict[str, Any]:
         """The protocol and all fields by name, for json; a perplexity too large to be a number is None."""
-        return {
-            "protocol": PROTOCOL,
-            **asdict(self),
-            "token_ppl": self.token_ppl if math.isfinite(self.token_ppl) else None,
-        }
+        return {**asdict(self), "token_ppl": self.token_ppl if math.isfinite(self.token_ppl) else None}
 
 
 @torch.inference_mode()
@@ -103,7 +100,7 @@ def evaluate(
             kl, agreed, tokens = kl + parted, agreed + same, tokens + scored
             if progress is not None:
                 progress(stop, count)
-    found = _summary(sums[0], tokens, windows)
+    found = replace(_summary(sums[0], tokens, windows), protocol=scoring.protocol)
     if against is None:
         return found
     name = Path(against.name_or_path or "").name or type(against).__name__

@@ -1,7 +1,7 @@
 """Which predictions are scored: every next token of a language model, or what a task says instead."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,12 @@ IGNORED = -100  # the label of a position that is not scored, as in torch and tr
 
 
 class Scoring(Protocol):
-    """How token ids become a batch, and logits become scored predictions with labels."""
+    """How token ids become a batch, and logits become scored predictions with labels; `protocol` names it in reports."""
+
+    @property
+    def protocol(self) -> str:
+        """The name of the protocol."""
+        ...
 
     def batch(self, ids: Tensor) -> Batch:
         """The model's inputs (and labels) for token ids int64 [windows, length]."""
@@ -26,6 +31,8 @@ class Scoring(Protocol):
 @dataclass(frozen=True)
 class NextToken:
     """Every token but the first of a window is predicted from those before it."""
+
+    protocol: ClassVar[str] = "token perplexity over non-overlapping windows"
 
     def batch(self, ids: Tensor) -> Batch:
         """The model's inputs for token ids int64 [windows, length]."""

@@ -7,9 +7,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from billhook.engine.batch import Batch, rows_of
 from billhook.evaluation.scoring import Scoring
+from billhook.text.windows import Windows
 
 Progress = Callable[[str], None]
 
@@ -58,6 +60,17 @@ class Task(Scoring, Protocol):
         progress: Progress = lambda step: None,
     ) -> Samples:
         """Draw calibration samples from a SOURCE; `home` is the model's directory, which holds its processor."""
+        ...
+
+    def evaluation(
+        self,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        model: PreTrainedModel,
+        length: int,
+        limit: int | None = None,
+    ) -> tuple[Windows, Scoring]:
+        """Windows of `length` tokens of a SOURCE, at most `limit` of them, and how they are scored."""
         ...
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:

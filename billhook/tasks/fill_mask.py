@@ -8,19 +8,20 @@ criteria that only look at activations.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from billhook.architectures.config import call_options
+from billhook.architectures.config import call_options, vocabulary_size
 from billhook.engine.batch import LABELS, Batch, model_inputs
 from billhook.errors import BillhookError
-from billhook.evaluation.scoring import IGNORED
+from billhook.evaluation.scoring import IGNORED, Scoring
 from billhook.tasks.base import Drawing, Progress, Samples
 from billhook.tasks.token_windows import as_tensor, drawn_windows, given_windows, tokenizer_of
+from billhook.text.windows import Windows, load_windows
 
 MASKED = 0.15
 
@@ -29,6 +30,7 @@ MASKED = 0.15
 class FillMask:
     """A batch is {"input_ids": ids with mask tokens, "labels": the tokens at masked positions, -100 elsewhere}."""
 
+    protocol: ClassVar[str] = "perplexity of masked tokens (15 %, fixed seed) over non-overlapping windows"
     name: str = "fill-mask"
     auto_class: str = "AutoModelForMaskedLM"
     mask_token: int | None = None
@@ -71,6 +73,26 @@ class FillMask:
     def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """All logits [windows, length, vocabulary] and the labels."""
         return logits, self._labels(batch)
+
+    def evaluation(
+        self,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        model: PreTrainedModel,
+        length: int,
+        limit: int | None = None,
+    ) -> tuple[Windows, Scoring]:
+        """Non-overlapping windows of a SOURCE between [CLS] and [SEP], and how their masked tokens are scored.
+
+        Raises BillhookError for a tokenizer without a mask token: nothing could be scored.
+        """
+        task = self.with_tokenizer(tokenizer)
+        if tokenizer is None or task.mask_token is None:
+            raise BillhookError("Masked tokens cannot be scored: the model has no tokenizer with a mask token.")
+        vocabulary = vocabulary_size(model)
+        windows = load_windows(source, tokenizer, length=length - 2, limit=limit, vocab_size=vocabulary)
+        ids = _framed(windows.ids, tokenizer)
+        return replace(windows, ids=ids, text_bytes=None), task
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """The mean negative log-likelihood of the masked tokens, by the model's own loss function."""

@@ -6,13 +6,15 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from billhook.architectures.config import call_options
+from billhook.architectures.config import call_options, vocabulary_size
 from billhook.engine.batch import Batch, model_inputs
-from billhook.evaluation.scoring import NextToken
+from billhook.evaluation.scoring import NextToken, Scoring
 from billhook.tasks.base import Drawing, Progress, Samples
 from billhook.tasks.self_text import is_self, self_windows
 from billhook.tasks.token_windows import as_tensor, drawn_windows, given_windows, tokenizer_of
+from billhook.text.windows import Windows, load_windows
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,17 @@ class TextGeneration(NextToken):
             else:
                 tokens = drawn_windows(str(source), tokenizer, model, drawing)
         return Samples(self.batch(tokens.ids), tokens.source, tokens.digest, tokens.sampling)
+
+    def evaluation(
+        self,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        model: PreTrainedModel,
+        length: int,
+        limit: int | None = None,
+    ) -> tuple[Windows, Scoring]:
+        """Non-overlapping windows of a SOURCE, and how they are scored."""
+        return load_windows(source, tokenizer, length=length, limit=limit, vocab_size=vocabulary_size(model)), self
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """The mean negative log-likelihood of a window's tokens, by the model's own loss function."""
