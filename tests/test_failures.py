@@ -162,7 +162,7 @@ def test_a_stdout_that_cannot_be_written(place):
 
 # Interruptions
 
-MOMENTS = {"loading": "billhook.steps.request.open_streamed", "pruning": "billhook.engine.loop._prune_layer"}
+MOMENTS = {"loading": "billhook.steps.request.open_streamed", "pruning": "billhook.methods.sparse.wanda.wanda"}
 _STOPPED = "billhook: Stopped. Nothing was written.\n"
 _PATIENT = "Stopping when this block is finished. Ctrl-C again stops at once; what is finished is kept either way.\n"
 

@@ -21,8 +21,8 @@ from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern
 from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_model, load_tokenizer, quiet
-from billhook.store.output import check_output
 from billhook.store.directory import save_pruned
+from billhook.store.output import check_output
 
 
 def prune_at_random(model, sparsity: float = 0.5, pattern: str = "unstructured") -> dict:
@@ -112,7 +112,7 @@ def test_a_layout_that_cannot_be_kept_is_replaced_and_said(tmp_path, monkeypatch
     source = tiny.save(tmp_path / "model", dtype=torch.bfloat16, shard="60KB")
     model = load_model(source, dtype="float32")
     record = prune_at_random(model)
-    monkeypatch.setattr(save, "mismatch", lambda model, shards: "made up")
+    monkeypatch.setattr("billhook.store.sinks.SameLayout.mismatch", lambda sink: "made up")
     saved = save_pruned(model, source, tmp_path / "out", record=record)
     assert "made up" in saved.note
     assert verify(tmp_path / "out").ok
