@@ -19,7 +19,6 @@ _PUBLIC = {
     "SparsityPlan": "billhook.plan.plan",
     "Table": "billhook.plan.table",
     "allocate": "billhook.plan.allocators",
-    "analyze": "billhook.analysis",
     "compare": "billhook.comparison.grid",
     "evaluate": "billhook.evaluation.perplexity",
     "find_layers": "billhook.architectures.layers",
@@ -39,10 +38,14 @@ _PUBLIC = {
     "write_windows": "billhook.tasks.self_text",
 }
 
+_REMOVED = {"analyze": "billhook.compare, whose cells have the error of each block's output"}
+
 __all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _REMOVED:
+        raise AttributeError(f"billhook.{name} was removed: use {_REMOVED[name]}.")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'billhook' has no attribute {name!r}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)

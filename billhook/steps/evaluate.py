@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import billhook
-from billhook.analysis import WINDOWS, block_outputs, relative_error
 from billhook.errors import BillhookError
+from billhook.evaluation.block_errors import block_errors, block_outputs
 from billhook.evaluation.harness import PAPER7, check_tasks, evaluate_tasks
 from billhook.evaluation.items import TaskResult, evaluate_file, load_items
 from billhook.evaluation.perplexity import check_length, context_length, evaluate, vocabulary_size
@@ -154,8 +154,7 @@ def _token(
     told: Callable[[int, int], None] = lambda done, total: progress(f"{done}/{total} windows")  # noqa: E731
     record = evaluate(model, windows, against=dense, batch_size=questions.batch_size, progress=told).to_dict()
     if dense is not None:
-        outputs = (block_outputs(each, windows.ids[:WINDOWS]) for each in (model, dense))
-        record["against"]["error_by_block"] = [relative_error(y, x) for y, x in zip(*outputs, strict=True)]
+        record["against"]["error_by_block"] = block_errors(model, windows.ids, block_outputs(dense, windows.ids))
     return record
 
 
