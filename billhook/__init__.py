@@ -20,7 +20,6 @@ _PUBLIC = {
     "Spec": "billhook.plan.spec",
     "Table": "billhook.plan.table",
     "allocate": "billhook.plan.allocators",
-    "analyze": "billhook.analysis",
     "compare": "billhook.comparison.grid",
     "evaluate": "billhook.evaluation.perplexity",
     "find_layers": "billhook.architectures.layers",
@@ -39,14 +38,18 @@ _PUBLIC = {
     "verify": "billhook.steps.verify",
 }
 
-_RENAMED = {"SparsityPlan": "Plan"}
+_REMOVED = {
+    "SparsityPlan": "billhook.Plan",
+    "analyze": "billhook.compare, whose cells have the error of each block's output",
+    "write_windows": 'calibration="self:"',
+}
 
 __all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _RENAMED:
-        raise AttributeError(f"billhook.{name} is now billhook.{_RENAMED[name]}")
+    if name in _REMOVED:
+        raise AttributeError(f"billhook.{name} was removed: use {_REMOVED[name]}.")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'billhook' has no attribute {name!r}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)

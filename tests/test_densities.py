@@ -77,7 +77,7 @@ def test_a_table_adds_exponents_and_spectra_that_stay(pruned):
     ]
     page = (pruned / "report.html").read_bytes()
     for words in (
-        "alpha_mid by depth",
+        "alpha_mid by layer",
         "Spectral density of a few layers",
         f"alpha_mid {min(table.column('alpha_mid')):.2f}",
     ):

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import billhook
-from billhook.analysis import WINDOWS, block_outputs, relative_error
 from billhook.errors import BillhookError
+from billhook.evaluation.block_errors import block_errors, block_outputs
 from billhook.evaluation.harness import PAPER7, check_tasks, evaluate_tasks
 from billhook.evaluation.items import TaskResult, evaluate_file, load_items
 from billhook.evaluation.perplexity import evaluate
@@ -154,8 +154,8 @@ def _token(
         model, windows, scoring=scoring, against=dense, batch_size=config.batch_size, progress=told
     ).to_dict()
     if dense is not None:
-        outputs = (block_outputs(each, windows.ids[:WINDOWS]) for each in (model, dense))
-        record["against"]["error_by_block"] = [relative_error(y, x) for y, x in zip(*outputs, strict=True)]
+        batch = scoring.batch(windows.ids)
+        record["against"]["error_by_block"] = block_errors(model, batch, block_outputs(dense, batch))
     return record
 
 
