@@ -29,12 +29,12 @@ _PUBLIC = {
     "load_plan": "billhook.plan.plan",
     "load_windows": "billhook.text.windows",
     "measure": "billhook.measurement.measure",
-    "pack": "billhook.packed.packing",
+    "pack": "billhook.steps.pack",
     "prune": "billhook.steps.prune",
     "prune_": "billhook.steps.prune",
     "save_pruned": "billhook.store.directory",
     "search": "billhook.steps.search",
-    "unpack": "billhook.packed.unpacking",
+    "unpack": "billhook.steps.pack",
     "verify": "billhook.steps.verify",
 }
 

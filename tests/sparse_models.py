@@ -12,8 +12,7 @@ CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
 def prune_at_random(model: Any, sparsity: float = 0.6, negative: bool = False) -> Any:
-    """Set weights of the linear layers (and experts) to 0, or multiply them with 0, which leaves -0.0 of half of
-    them."""
+    """Set weights of the linear layers (and experts) to 0, or multiply them by 0, which makes half of them -0.0."""
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -24,7 +23,7 @@ def prune_at_random(model: Any, sparsity: float = 0.6, negative: bool = False) -
 
 
 def directory(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
-    """A directory that has weights and a configuration, and no more."""
+    """A directory with weights and a configuration only."""
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(CONFIG | config))

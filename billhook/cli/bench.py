@@ -1,5 +1,6 @@
 """`billhook bench`: decode and prefill speed, memory and file size of models, side by side."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,14 +24,14 @@ def command(
     models: Annotated[list[str], typer.Argument(help="Model directories, dense or packed.", metavar="MODEL...")],
     *,
     against: Annotated[str | None, typer.Option(help="The dense model to compare with.", metavar="DENSE")] = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8",
-    prompt: Annotated[str, typer.Option(help="Prompt lengths in tokens, with commas.")] = "16,128,512",
-    new: Annotated[int, typer.Option(help="Tokens to make after each prompt.", min=2)] = 64,
-    rounds: Annotated[int, typer.Option(help="Counted rounds; one more warms up.", min=1)] = 3,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
+    prompt: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas.")] = "16,128,512",
+    new: Annotated[int, typer.Option(help="Tokens to generate after each prompt.", min=2)] = 64,
+    rounds: Annotated[int, typer.Option(help="Counted rounds, after one warm-up round.", min=1)] = 3,
     picture: Annotated[
         Path | None,
         typer.Option(
-            help="Draw speed-up against sparsity (SVG); two packed models at least, and --against.", metavar="FILE"
+            help="Draw speed-up against sparsity (SVG); needs at least two packed models and --against.", metavar="FILE"
         ),
     ] = None,
     device: Device = "cpu",
@@ -43,16 +44,12 @@ def command(
 
     from billhook.errors import BillhookError
     from billhook.packed import benchmark
-    from billhook.packed.machine import hardware
-    from billhook.runtime.library import path
     from billhook.store.files import check_writable, write_text
 
     if picture is not None:
         check_writable(picture)
         if against is None or len(models) < 2:
-            raise BillhookError(
-                "A picture of speed-up against sparsity needs --against DENSE and at least two packed models."
-            )
+            raise BillhookError("--picture needs --against DENSE and at least two packed models.")
     batches, prompts = _numbers(batch, "--batch"), _numbers(prompt, "--prompt")
     options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     total = (rounds + 1) * len(batches) * len(prompts) * (len(models) + (against is not None))
@@ -68,21 +65,14 @@ def command(
             progress=advance,
         )
     if picture is not None:
-        drawn = benchmark.picture(sides)
+        drawn = draw(sides)
         if drawn is None:
-            raise BillhookError(
-                "Fewer than two of the models are packed: there is no sparsity to draw the speed-up against."
-            )
+            raise BillhookError("--picture needs at least two packed models: a dense one has no sparsity to draw.")
         write_text(picture, drawn)
         say(f"{picture}: speed-up against sparsity.")
     if as_json:
-        found = {
-            "against": None if against is None else sides[0].name,
-            "new": new,
-            "rounds": rounds,
-            "models": [asdict(x) for x in sides],
-        }
-        emit({**found, "hardware": {**hardware(device), "kernels": str(path())}})
+        facts = {"against": None if against is None else sides[0].name, "new": new, "rounds": rounds}
+        emit({**facts, "models": [asdict(x) for x in sides], "hardware": benchmark.hardware(device)})
         return
     show(sides)
 
@@ -96,8 +86,35 @@ def _numbers(text: str, option: str) -> list[int]:
         raise BillhookError(f"{option} {text}: write whole numbers with commas, such as 1,8.") from None
 
 
-def show(sides: "list[Side]") -> None:
-    """Print one row a model, then one row a model, batch size and prompt length."""
+def draw(sides: "Sequence[Side]") -> str | None:
+    """Decode speed-up against sparsity as SVG, a line for each batch size and prompt length; None for fewer than two
+    models that have both."""
+    from billhook.reports.charts import Axis, Series, chart
+
+    packed = sorted((side for side in sides if side.sparsity is not None), key=lambda side: side.sparsity or 0.0)
+    series = []
+    for number, cell in enumerate(packed[0].cells if packed else []):
+        found = [(100 * (side.sparsity or 0.0), side.cells[number].decode_speedup) for side in packed]
+        points = [(x, ratio) for x, ratio in found if ratio is not None]
+        bands = ([r.median for _, r in points], [r.low for _, r in points], [r.high for _, r in points])
+        labels = [f"{x:.1f} % sparsity: {r.median:.2f}x" for x, r in points]
+        name = f"batch {cell.batch}, prompt {cell.prompt}"
+        series.append(Series(name, [x for x, _ in points], *bands, labels=labels))
+    if not series or len(series[0].x) < 2:
+        return None
+    dense = Series("dense", [series[0].x[0], series[0].x[-1]], [1.0, 1.0], marks=False, dashed=True)
+    return chart(
+        "Tokens generated per second, packed against dense",
+        [*series, dense],
+        Axis("sparsity of packed layers (%)"),
+        Axis("speed-up over the dense model", zero=True),
+        summary="Bands: quartiles over the rounds.",
+        standalone=True,
+    )
+
+
+def show(sides: "Sequence[Side]") -> None:
+    """Print one row per model, then one row per model, batch size and prompt length."""
     facts = [
         [
             s.name,
@@ -122,7 +139,7 @@ def show(sides: "list[Side]") -> None:
         for s in sides
         for c in s.cells
     ]
-    header = ["model", "batch", "prompt", "prefill tokens/s", "times dense", "decode tokens/s", "times dense"]
+    header = ["model", "batch", "prompt", "prefill tokens/s", "speed-up", "decode tokens/s", "speed-up"]
     table("Speed: median (quartiles)", header, rows)
 
 

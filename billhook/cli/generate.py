@@ -1,10 +1,14 @@
-"""`billhook generate`: continue a text with a dense or a packed model, and say how fast that went."""
+"""`billhook generate`: continue a text with a dense or a packed model, and report the speed."""
 
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from billhook.cli.common import Device, Dtype, Json, TrustRemoteCode, emit, handle_errors, say
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "generate"
 EXAMPLES = """\b
@@ -20,19 +24,19 @@ def command(
     *,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[
-        int, typer.Option(help="Stop after this many tokens, or where the model ends.", min=1)
+        int, typer.Option(help="Stop after this many tokens, or at the model's end token.", min=1)
     ] = 64,
-    stream: Annotated[bool, typer.Option("--stream", help="Print each word as soon as it is there.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print each word as soon as it is complete.")] = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Print the likeliest continuation of a prompt, and tokens a second."""
+    """Print the greedy continuation of a prompt, and tokens per second."""
     import torch
 
     from billhook.errors import BillhookError
-    from billhook.packed.generation import Printer, generate
+    from billhook.packed.generation import generate
     from billhook.packed.loading import load
     from billhook.store.checkpoint import load_tokenizer, resolve
 
@@ -56,3 +60,21 @@ def command(
         counts = {"prompt_tokens": made.prompt, "new_tokens": made.new}
         times = {"prefill_s": made.prefill_s, "decode_s": made.decode_s, "tokens_per_s": made.tokens_per_s}
         emit({"text": text, **counts, **times})
+
+
+class Printer:
+    """Prints the words of a growing text as soon as they are complete."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def __call__(self, ids: "Tensor") -> None:
+        """Add the next token, int64 [1]."""
+        self._ids += ids.tolist()
+        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else inside a character of several tokens
+            sys.stdout.write(text[self._shown :])
+            sys.stdout.flush()
+            self._shown = len(text)

@@ -1,4 +1,4 @@
-"""`billhook pack`: a smaller directory from one with zeros, for `billhook.load`, `billhook generate` and `billhook
+"""`billhook pack`: make a smaller directory from a sparse one, for `billhook.load`, `billhook generate` and `billhook
 bench`."""
 
 from pathlib import Path
@@ -19,12 +19,12 @@ Examples:
 
 @handle_errors
 def command(
-    model: Annotated[str, typer.Argument(help="Model directory with zeros, whoever made them, or a name on the hub.")],
+    model: Annotated[str, typer.Argument(help="Model directory with zeros, from any tool, or a name on the hub.")],
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the packed model goes; must be new or empty.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the packed model; new or empty.")],
     values: Annotated[
         Literal["stored", "int8"],
-        typer.Option(help="stored keeps every byte; int8 rounds the weights left over, and says how much."),
+        typer.Option(help="stored keeps every byte; int8 rounds the kept weights and reports the error."),
     ] = "stored",
     group: Annotated[
         int | None,
@@ -34,7 +34,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Store each sparse weight as a bitmask and its non-zero values."""
-    from billhook.packed.packing import pack
+    from billhook.steps.pack import pack
 
     with progress("counting and packing tensors") as advance:
         report = pack(model, output, values=values, group=group, overwrite=overwrite, progress=advance)
@@ -42,24 +42,16 @@ def command(
         say(f"note: {note}")
     if values == "int8" and not as_json:
         table(
-            "What int8 changes, |W' - W| / |W|",
+            "Error of int8, |W' - W| / |W|",
             ["tensor", "error"],
             [[x, f"{facts['error']:.3%}"] for x, facts in report.layers.items()],
         )
-    size, share = report.packed_bytes / 2**20, report.packed_bytes / report.dense_bytes
-    say(f"{report.output}: {size:,.1f} MiB of weights, {share:.1%} of the dense {report.dense_bytes / 2**20:,.1f} MiB.")
-    lossless = (
-        "every byte can be had back"
-        if values == "stored"
-        else f"int8 changes the packed weights by {report.error:.3%} in all"
-    )
-    say(
-        f"{len(report.layers)} tensors packed, {report.sparsity:.2%} of their weights removed; {report.dense} "
-        f"left dense; {lossless}."
-    )
-    say(
-        f'Run it: billhook generate {report.output} "Once upon a time"   '
-        f"Undo it: billhook unpack {report.output} -o DENSE"
-    )
+    packed, dense = report.packed_bytes, report.dense_bytes
+    sizes = f"{packed / 2**20:,.1f} MiB of weights, {packed / dense:.1%} of the dense {dense / 2**20:,.1f} MiB"
+    say(f"{report.output}: {sizes}.")
+    error = "lossless" if values == "stored" else f"int8 changes the packed weights by {report.error:.3%} in total"
+    say(f"{len(report.layers)} tensors packed at {report.sparsity:.2%} sparsity; {report.dense} left dense; {error}.")
+    say(f'Run it: billhook generate {report.output} "Once upon a time"')
+    say(f"Undo it: billhook unpack {report.output} -o DENSE")
     if as_json:
         emit(report.to_json())

@@ -1,4 +1,4 @@
-"""`billhook unpack`: the dense directory that a packed one was made from, byte for byte."""
+"""`billhook unpack`: restore the dense directory that a packed one was made from, byte for byte."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,12 +18,12 @@ Examples:
 def command(
     directory: Annotated[Path, typer.Argument(help="A directory that billhook pack wrote.")],
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the dense model goes; must be new or empty.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the dense model; new or empty.")],
     overwrite: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write an ordinary Hugging Face directory that any program opens."""
-    from billhook.packed.unpacking import unpack
+    """Write an ordinary Hugging Face directory that any program can open."""
+    from billhook.steps.pack import unpack
 
     with progress("unpacking files") as advance:
         path = unpack(directory, output, overwrite=overwrite, progress=advance)

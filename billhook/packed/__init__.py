@@ -1,5 +1,4 @@
-"""Packed models from end to end: made, turned back, loaded, generating text, and timed side by side.
+"""The packed format: read, written, checked, unpacked, loaded as a model, and timed.
 
-Imports `runtime`, which multiplies, and `run`, which writes directories; knows nothing of searches and of the command
-line.
+Knows nothing about reports and steps: `steps/pack.py` makes and unpacks whole directories.
 """

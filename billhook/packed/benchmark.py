@@ -1,14 +1,19 @@
-"""How fast models generate here, side by side: prompts read, tokens made, memory and file size.
+"""Measure how fast models generate on this machine, side by side: prefill and decode speed, memory and file size.
 
-Each model lives in a process of its own. A round runs every model once at every batch size and prompt length, one after
-the other, so that what else happens on the machine meets all of them alike; the first round warms up and is not
-counted. Speed-ups are ratios within a round. It is the generation loop of `transformers` that is timed, as users run
-it, with random tokens.
+Each model runs in a process of its own, so that its memory can be counted. A round runs every model once at every batch
+size and prompt length, one after the other, so that other load on the machine affects all models alike; the first round
+warms up and is not counted. Speed-ups are ratios within a round. What is timed is the generation loop of
+`transformers`, as users run it, with random tokens.
 """
 
 import multiprocessing
+import os
+import resource
+import signal
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -17,8 +22,6 @@ from typing import Any
 
 from billhook.errors import BillhookError, JobError
 from billhook.packed.format import open_packed
-from billhook.packed.worker import serve
-from billhook.reports.charts import Axis, Series, chart
 from billhook.store.layout import PACKED, is_packed
 from billhook.store.shards import weight_files
 
@@ -36,7 +39,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Cell:
-    """Tokens a second at one batch size and prompt length, and how many times the dense model's; None without one."""
+    """Tokens per second at one batch size and prompt length, and their ratios to the dense model's (None without
+    one)."""
 
     batch: int
     prompt: int
@@ -48,8 +52,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Side:
-    """One model: `memory_bytes` is what it added to its process at the peak, `sparsity` is of its packed tensors, None
-    if dense."""
+    """One model: `memory_bytes` is what it added to the peak memory of its process; `sparsity` is that of its packed
+    tensors, None for a dense model."""
 
     name: str
     packed: bool
@@ -71,16 +75,14 @@ def bench(
     options: dict[str, Any] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Side]:
-    """Measure model directories side by side; `against` (the dense one) comes first, and the speed of the others is
-    compared with its.
+    """Measure model directories side by side. `against`, the dense one, comes first; speed-ups of the others are
+    relative to it.
 
-    `options` go to `billhook.load`. Raises BillhookError for what cannot be measured as asked, JobError when a model's
-    process dies.
+    `options` are passed to `billhook.load`. Raises BillhookError for what cannot be measured as asked, JobError when
+    the process of a model dies.
     """
     if min([*batches, *prompts, rounds]) < 1 or new < 2 or not (batches and prompts):
-        raise BillhookError(
-            "Batch sizes, prompt lengths and rounds start at 1, new tokens at 2: the first belongs to the prompt."
-        )
+        raise BillhookError("Batch sizes, prompt lengths and rounds must be at least 1, and new tokens at least 2.")
     paths = [Path(path).expanduser() for path in ([] if against is None else [against]) + list(models)]
     if len(set(paths)) < len(paths):
         raise BillhookError("A model is given twice: each is measured once.")
@@ -90,10 +92,10 @@ def bench(
     cells = [{"batch": batch, "prompt": prompt, "new": new} for batch in batches for prompt in prompts]
     with _workers(paths, options or {}) as workers:
         facts = [_answer(worker) for worker in workers]
-        seen: list[list[list[dict[str, float]]]] = [[[] for _ in cells] for _ in paths]
+        times: list[list[list[dict[str, float]]]] = [[[] for _ in cells] for _ in paths]
         for turn in range(rounds + 1):
             for number, cell in enumerate(cells):
-                for path, worker, found in zip(paths, workers, seen, strict=True):
+                for path, worker, found in zip(paths, workers, times, strict=True):
                     progress(f"{path.name}, batch {cell['batch']}, prompt {cell['prompt']}, round {turn}/{rounds}")
                     worker.send(cell)
                     answer = _answer(worker)
@@ -102,27 +104,27 @@ def bench(
         for fact, worker in zip(facts, workers, strict=True):
             worker.send(None)
             fact |= _answer(worker)
-    base = None if against is None else seen[0]
-    return [_side(*of, cells, base) for of in zip(paths, facts, seen, strict=True)]
+    base = None if against is None else times[0]
+    return [_side(*of, cells, base) for of in zip(paths, facts, times, strict=True)]
 
 
 @contextmanager
 def _workers(paths: Sequence[Path], options: dict[str, Any]) -> Iterator[list[Connection]]:
-    """A process for each model, and the line to it; all are gone at the end."""
+    """A process for each model, and the connection to it; all processes end with the block."""
     context = multiprocessing.get_context("spawn")
-    lines, processes = [], []
+    connections, processes = [], []
     try:
         for path in paths:
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, str(path), options), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, path, options), daemon=True)
             process.start()
             theirs.close()
-            lines.append(ours)
+            connections.append(ours)
             processes.append(process)
-        yield lines
+        yield connections
     finally:
-        for line in lines:
-            line.close()
+        for connection in connections:
+            connection.close()
         for process in processes:
             process.terminate()
             process.join()
@@ -140,18 +142,75 @@ def _answer(worker: Connection) -> dict[str, Any]:
     return answer
 
 
+def _serve(connection: Connection, path: Path, options: Mapping[str, Any]) -> None:
+    """In a worker: load the model, then answer {batch, prompt, new} with its speeds until None arrives.
+
+    An error is answered as a message.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which ends this process
+    try:
+        facts = _load(path, options)
+        model = facts.pop("model")
+        connection.send(facts)
+        while (cell := connection.recv()) is not None:
+            connection.send(_run(model, **cell))
+        connection.send({"peak_bytes": peak_memory()})
+    except (EOFError, BrokenPipeError):
+        return  # the parent has gone
+    except BillhookError as error:
+        connection.send({"error": str(error)})
+    except (MemoryError, RuntimeError) as error:
+        connection.send({"error": f"{path}: {type(error).__name__}: {error}"})
+
+
+def _load(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    from billhook.packed.loading import load
+    from billhook.store.checkpoint import load_tokenizer  # noqa: F401 - so that its imports count as idle memory
+
+    idle = peak_memory()
+    start = time.perf_counter()
+    model = load(path, **options)
+    seconds = time.perf_counter() - start
+    sparsity = open_packed(path).sparsity if is_packed(path) else None
+    return {"model": model, "load_s": seconds, "idle_bytes": idle, "sparsity": sparsity}
+
+
+def _run(model: Any, batch: int, prompt: int, new: int) -> dict[str, float | None]:
+    """Tokens per second for a batch of random prompts, the same each time."""
+    import torch
+
+    from billhook.architectures.config import vocabulary_size
+    from billhook.packed.generation import generate
+
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary_size(model), (batch, prompt), generator=random)
+    made = generate(model, ids, new, stop=False)
+    return {"prefill": made.prefill_tokens_per_s, "decode": made.tokens_per_s}
+
+
+def peak_memory() -> int:
+    """The peak resident memory of this process in bytes, including the parts of mapped files that were read."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def _side(
     path: Path,
     facts: dict[str, Any],
-    seen: list[list[dict[str, float]]],
+    times: list[list[dict[str, float]]],
     cells: list[dict[str, int]],
     base: list[list[dict[str, float]]] | None,
 ) -> Side:
     found = []
     for number, cell in enumerate(cells):
-        runs = {kind: [run[kind] for run in seen[number]] for kind in KINDS}
+        runs = {kind: [run[kind] for run in times[number]] for kind in KINDS}
         ratios: dict[str, Spread | None] = dict.fromkeys(KINDS)
-        if base is not None and base is not seen:
+        if base is not None and base is not times:
             ratios = {
                 kind: _spread([a / b[kind] for a, b in zip(runs[kind], base[number], strict=True)]) for kind in KINDS
             }
@@ -169,34 +228,22 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def file_bytes(path: Path) -> int:
-    """Bytes of a model's weights on disk, and of the record that a packed one needs."""
+    """Bytes of a model's weight files, with the record that a packed model needs."""
     files = [*(s.file.path for s in open_packed(path).shards), path / PACKED] if is_packed(path) else weight_files(path)
     return sum(file.stat().st_size for file in files)
 
 
-def picture(sides: Sequence[Side], kind: str = "decode") -> str | None:
-    """Speed-up against sparsity as SVG, a line for each batch size and prompt length; None where fewer than two models
-    have both."""
-    packed = sorted((side for side in sides if side.sparsity is not None), key=lambda side: side.sparsity or 0.0)
-    series = []
-    for number, cell in enumerate(packed[0].cells if packed else []):
-        found = [(100 * (s.sparsity or 0.0), getattr(s.cells[number], f"{kind}_speedup")) for s in packed]
-        points = [(x, ratio) for x, ratio in found if ratio is not None]
-        bands = ([r.median for _, r in points], [r.low for _, r in points], [r.high for _, r in points])
-        labels = [f"{x:.1f} % removed: {r.median:.2f}x" for x, r in points]
-        series.append(
-            Series(f"batch {cell.batch}, prompt {cell.prompt}", [x for x, _ in points], *bands, labels=labels)
-        )
-    if not series or len(series[0].x) < 2:
-        return None
-    dense = Series("dense", [series[0].x[0], series[0].x[-1]], [1.0, 1.0], marks=False, dashed=True)
-    x, y = Axis("weights removed from packed layers (%)"), Axis("times as fast as the dense model", zero=True)
-    title = {"decode": "Tokens made a second", "prefill": "Tokens of the prompt read a second"}[kind]
-    return chart(
-        f"{title}, packed against dense",
-        [*series, dense],
-        x,
-        y,
-        summary="Bands: quartiles over the rounds.",
-        standalone=True,
-    )
+def hardware(device: str = "cpu") -> dict[str, Any]:
+    """What a measurement ran on: processor, kernels, threads, usable cores, memory in GiB, and the GPU of `device`."""
+    import torch
+
+    from billhook.runtime import library
+
+    about = library.about()
+    found = {"processor": about["cpu"], "kernels": about["path"], "threads": about["threads"]}
+    found["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    if device.startswith("cuda") and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found

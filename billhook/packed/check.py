@@ -1,15 +1,18 @@
-"""What a packed directory stands for, checked to the last byte: the dense files' checksums and zeros, with nothing
-written."""
+"""Check a packed directory completely: the checksums of the dense files it expands to, without writing them.
+
+Its dense files can then be verified like any others: their checksums are known, and their zeros can be counted.
+"""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from billhook.errors import BillhookError
+from billhook.packed.expand import expand_file, packed_tensor
 from billhook.packed.format import Packed, PackedShard, open_packed
-from billhook.packed.matrices import dense_bytes, expandable
 from billhook.runtime.fallback import unpack_bits
 from billhook.store.shards import INDEX, Entry, Shard
 
@@ -18,30 +21,31 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class DenseShard(Shard):
-    """The dense file that a packed one stands for; its tensors lie nowhere, but their zeros can be counted."""
+    """The dense file that a packed one replaces; it does not exist, but the zeros in its tensors can be counted."""
 
     packed: Packed
     of: PackedShard
 
     def zeros(self, entry: Entry, index: int | None = None) -> np.ndarray:
-        """As of a dense file; weights that int8 rounded to zero do not count."""
+        """As for a dense file; weights that int8 rounded to zero do not count."""
         if entry.name not in self.packed.matrices:
             return self.of.file.zeros(self.of.file.entries[entry.name], index)
-        tensor = expandable(self.packed, self.of, entry.name)
+        tensor = packed_tensor(self.packed, self.of, entry.name)
         facts = tensor.facts
         rows = slice(0, facts.rows) if index is None else slice(index * entry.shape[1], (index + 1) * entry.shape[1])
-        found = (
-            ~unpack_bits(tensor.bitmask[rows], facts.columns) if facts.int8 else tensor.rows(rows.start, rows.stop) == 0
-        )
+        if facts.int8:
+            found = ~unpack_bits(tensor.bitmask[rows], facts.columns)
+        else:
+            found = tensor.rows(rows.start, rows.stop) == 0
         return (found.T if facts.transposed else found).numpy()
 
 
 @dataclass(frozen=True)
 class Examined:
-    """What was found in a packed directory: every difference in words, and what the dense directory would hold.
+    """The result of checking a packed directory: every difference in words, and a description of the dense directory.
 
-    `digests` has the SHA-256 of the dense weight files and their index; those of weight files are not the original's if
-    `rounded`.
+    `digests` has the SHA-256 of the dense weight files and their index. With `rounded` (int8) those of weight files
+    differ from the original's. `zeros` of `weights` are removed in the packed `layers`.
     """
 
     problems: list[str]
@@ -54,15 +58,15 @@ class Examined:
 
 
 def examine(directory: Path) -> Examined:
-    """Check all of a packed directory, expanding it piece by piece."""
+    """Check a whole packed directory, expanding it piece by piece."""
     try:
         packed = open_packed(directory)
-        problems = [*packed.checked_files(), *packed.checked_tensors(), *_unlisted(packed)]
+        problems = [*packed.problems(), *_unlisted(packed)]
         if not problems:
             problems = [
                 f"{shard.file.path.name} does not expand to the {shard.name} that was packed: its SHA-256 differs."
                 for shard in packed.shards
-                if _digest(packed, shard) != shard.sha256
+                if expand_file(packed, shard) != shard.sha256
             ]
     except BillhookError as error:
         return Examined([str(error)])
@@ -77,15 +81,9 @@ def examine(directory: Path) -> Examined:
     return Examined(problems, shards, digests, rounded, len(packed.matrices), packed.weights - kept, packed.weights)
 
 
-def _digest(packed: Packed, shard: PackedShard) -> str:
-    digest = hashlib.sha256()
-    for piece in dense_bytes(packed, shard):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def _unlisted(packed: Packed) -> list[str]:
-    """Weight files beside the packed ones, which other programs would read in their place."""
+def _unlisted(packed: Packed) -> Iterator[str]:
+    """Weight files beside the packed ones, which other programs would read instead."""
     known = {shard.file.path.name for shard in packed.shards}
-    names = sorted(path.name for path in packed.path.iterdir() if path.suffix in _WEIGHTS and path.name not in known)
-    return [f"{name} holds weights and does not belong to the packed model." for name in names]
+    for path in sorted(packed.path.iterdir()):
+        if path.suffix in _WEIGHTS and path.name not in known:
+            yield f"{path.name} holds weights and does not belong to the packed model."

@@ -1,10 +1,10 @@
-"""The packed format: what is in a packed directory, opened and checked. Imports no torch.
+"""The packed format: open a packed directory and check it. Imports no torch.
 
 In place of a sparse tensor NAME the safetensors files hold NAME.bitmask, NAME.values and, where needed, NAME.scales and
-NAME.signs; `billhook_packed.json` says what they stand for, with a checksum of every tensor and file (docs/formats.md
-has the whole description, with a reader of a few lines). Nothing in these files is believed: shapes, sizes and offsets
-are compared with each other before anything is read through them, so that a damaged or hostile file is a BillhookError
-and never a wild read.
+NAME.signs; `billhook_packed.json` describes them, with a checksum of every tensor and file. docs/formats.md specifies
+the format and has a short reader. Nothing in these files is trusted: shapes, sizes and offsets are compared with each
+other before anything is read through them, so that a damaged or hostile file causes a BillhookError and never an
+out-of-bounds read.
 """
 
 import hashlib
@@ -27,18 +27,20 @@ from billhook.store.layout import PACKED
 from billhook.store.shards import Entry, Shard, parse_header, read_shard
 
 VERSION = 1
-ITEM = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "U8": 1}
+FLOATS = ("BF16", "F16", "F32")  # dtypes of tensors that can be packed
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "U8": 1}
 PARTS = ("bitmask", "values", "scales", "signs")
-_AGAIN = "Copy the directory again, or pack the model again."
+BLOCK_WEIGHTS = 1 << 22  # weights that are counted, packed or expanded at a time, so that memory stays bounded
+_ADVICE = "Copy the directory again, or pack the model again."
 _CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A packed tensor, seen as a matrix [rows, columns]: [out, in] for a layer, all experts below each other for a 3-D
-    tensor.
+    """A packed tensor as a matrix [rows, columns]: [out, in] for a layer, all experts stacked for a 3-D tensor.
 
-    `shape` is that of the dense tensor on disk; `transposed` tells that it is [in, out] there. `nnz` values are kept.
+    `shape` is that of the dense tensor on disk; `transposed` says that this is [in, out]. `nnz` values are kept, and
+    `negative_zeros` of the others are -0.0. `group` columns share an int8 scale, None for whole rows.
     """
 
     name: str
@@ -62,23 +64,26 @@ class Matrix:
 
     @property
     def parts(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Dtype and shape of each tensor that makes up this one, by its name in the file."""
+        """Dtype and shape of each tensor in the file that makes up this one, by name."""
         mask = ("U8", (self.rows, mask_bytes(self.columns)))
         kind = "I8" if self.int8 else self.dtype
-        found = {"bitmask": mask, "values": (kind, (self.nnz + PADDING // ITEM[kind],))}
+        found = {"bitmask": mask, "values": (kind, (self.nnz + PADDING // ITEM_BYTES[kind],))}
         if self.int8:
-            found["scales"] = (
-                "F32",
-                (self.rows,) if self.group is None else (self.rows, -(-self.columns // self.group)),
-            )
+            groups = () if self.group is None else (-(-self.columns // self.group),)
+            found["scales"] = ("F32", (self.rows, *groups))
         if self.negative_zeros:
             found["signs"] = mask
         return {f"{self.name}.{part}": facts for part, facts in found.items()}
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of all parts together."""
+        return sum(math.prod(shape) * ITEM_BYTES[dtype] for dtype, shape in self.parts.values())
+
 
 @dataclass(frozen=True)
 class PackedShard:
-    """A packed file and the dense file it stands for: the dense one's name, header (length included), tensors and
+    """A packed file and the dense file it replaces: the dense one's name, header (length included), tensors and
     SHA-256."""
 
     name: str
@@ -89,19 +94,19 @@ class PackedShard:
 
     @cached_property
     def bytes(self) -> np.ndarray:
-        """The packed file, uint8, mapped into memory; writing changes the memory of this process only."""
+        """The packed file, uint8 [n], memory-mapped; writing changes the memory of this process only."""
         return np.memmap(self.file.path, np.uint8, "c")
 
     def raw(self, name: str) -> np.ndarray:
-        """The bytes of one tensor of the packed file, uint8 [n], mapped."""
+        """The bytes of one tensor of the packed file, uint8 [n], memory-mapped."""
         entry = self.file.entries[name]
         return self.bytes[entry.start : entry.stop]
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed directory: its record (billhook_packed.json), packed tensors and files, in the order of the dense
-    files."""
+    """A packed directory: its record (billhook_packed.json), packed tensors, and files in the order of the dense
+    ones."""
 
     path: Path
     record: Mapping[str, Any]
@@ -118,23 +123,25 @@ class Packed:
         """Fraction of the packed tensors' weights that is removed."""
         return 1 - sum(matrix.nnz for matrix in self.matrices.values()) / self.weights
 
-    def checked_files(self, names: Callable[[str], bool] = lambda name: True) -> Iterator[str]:
-        """What is wrong with the files beside the weights that `names` chooses, in words."""
+    def problems(self, checked: Callable[[str], bool] = lambda name: True) -> Iterator[str]:
+        """Every tensor, and every other file whose name is `checked`, that differs from the record; reads all bytes."""
         for name, digest in self.record["files"].items():
-            if names(name) and not (self.path / name).is_file():
+            if checked(name) and not (self.path / name).is_file():
                 yield f"{name} is missing."
-            elif names(name) and sha256(self.path / name) != digest:
+            elif checked(name) and sha256(self.path / name) != digest:
                 yield f"{name} is not the file that was packed: its SHA-256 differs."
-
-    def checked_tensors(self) -> Iterator[str]:
-        """What is wrong with the bytes of the tensors, in words; reads all of them."""
         places = [(name, shard) for shard in self.shards for name in shard.file.entries]
         with ThreadPoolExecutor() as pool:
             sums = pool.map(lambda place: crc32(place[1].raw(place[0])), places)
             for (name, shard), found in zip(places, sums, strict=True):
                 if found != self.record["tensors"][name]:
                     problem = f"the bytes of {name} are not those that were written, its checksum differs"
-                    yield f"{shard.file.path}: {problem}. {_AGAIN}"
+                    yield f"{shard.file.path}: {problem}. {_ADVICE}"
+
+    def check(self, checked: Callable[[str], bool] = lambda name: True) -> None:
+        """Raise BillhookError for the first of `problems`."""
+        for problem in self.problems(checked):
+            raise BillhookError(f"{self.path}: {problem}")
 
 
 def crc32(data: np.ndarray) -> int:
@@ -146,26 +153,24 @@ def crc32(data: np.ndarray) -> int:
 
 
 def digest(record: Mapping[str, Any]) -> str:
-    """The SHA-256 that a record carries of itself: of its json without `digest`, keys sorted, no spaces."""
+    """The SHA-256 that a record holds of itself: of its json without `digest`, with sorted keys and no spaces."""
     rest = {key: value for key, value in record.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def open_packed(directory: Path) -> Packed:
-    """Open a packed directory and check all but the bytes of its tensors and of the other files.
+    """Open a packed directory and check everything except the bytes of its tensors and of the other files.
 
-    Raises BillhookError for a record of another version, one that was changed, and files that are missing, cut off or
-    not as recorded.
+    Raises BillhookError for a record of another version, a record that was changed, and files that are missing,
+    truncated or not as recorded.
     """
     path = directory / PACKED
     record = read_json(path, "record of a packed model")
     if record.get("version") != VERSION:
-        raise BillhookError(
-            f"{path} has version {record.get('version')!r}; this Billhook reads version {VERSION}. Pack the "
-            "model again."
-        )
+        found = f"has version {record.get('version')!r}; this Billhook reads version {VERSION}"
+        raise BillhookError(f"{path} {found}. Pack the model again.")
     if record.get("digest") != digest(record):
-        raise BillhookError(f"{path} was changed after it was written: its own checksum differs. {_AGAIN}")
+        raise BillhookError(f"{path} was changed after it was written: its own checksum differs. {_ADVICE}")
     try:
         matrices = {name: _matrix(name, facts, record["group"]) for name, facts in record["layers"].items()}
         shards = tuple(_shard(directory, name, facts) for name, facts in record["shards"].items())
@@ -174,7 +179,7 @@ def open_packed(directory: Path) -> Packed:
         if isinstance(error, BillhookError):
             raise
         raise BillhookError(
-            f"{path} is not a record of a packed model ({type(error).__name__}: {error}). {_AGAIN}"
+            f"{path} is not a record of a packed model ({type(error).__name__}: {error}). {_ADVICE}"
         ) from None
     packed = Packed(directory, record, matrices, shards)
     _check_tensors(packed)
@@ -184,25 +189,13 @@ def open_packed(directory: Path) -> Packed:
 def _matrix(name: str, facts: Mapping[str, Any], group: int | None) -> Matrix:
     shape = tuple(_whole(size, 1) for size in facts["shape"])
     dtype, int8, transposed = facts["dtype"], facts["values"] == "I8", facts["transposed"]
-    if len(shape) not in (2, 3) or dtype not in ("BF16", "F16", "F32") or facts["values"] not in (dtype, "I8"):
+    if len(shape) not in (2, 3) or dtype not in FLOATS or facts["values"] not in (dtype, "I8"):
         raise ValueError(f"{name} is a {dtype} tensor {list(shape)} with values {facts['values']}")
-    if (
-        type(transposed) is not bool
-        or (transposed and len(shape) == 3)
-        or (group is not None and _whole(group, MIN_GROUP) & (group - 1))
-    ):
+    power_of_two = group is None or not _whole(group, MIN_GROUP) & (group - 1)
+    if type(transposed) is not bool or (transposed and len(shape) == 3) or not power_of_two:
         raise ValueError(f"{name}: transposed {transposed!r}, group {group!r}")
-    most = math.prod(shape)
-    return Matrix(
-        name,
-        dtype,
-        shape,
-        transposed,
-        _whole(facts["nnz"], 0, most),
-        _whole(facts["negative_zeros"], 0, most),
-        int8,
-        group,
-    )
+    nnz, negative_zeros = (_whole(facts[key], 0, math.prod(shape)) for key in ("nnz", "negative_zeros"))
+    return Matrix(name, dtype, shape, transposed, nnz=nnz, negative_zeros=negative_zeros, int8=int8, group=group)
 
 
 def _whole(value: Any, least: int, most: int = 2**62) -> int:
@@ -218,13 +211,11 @@ def _shard(directory: Path, name: str, facts: Mapping[str, Any]) -> PackedShard:
             raise ValueError(f"{plain!r} is not a plain file name")
     if not isinstance(facts["sha256"], str):
         raise ValueError("sha256")
-    if (directory / file).is_file() and (directory / file).stat().st_size != facts["bytes"]:
-        raise BillhookError(
-            f"{directory / file} is not {facts['bytes']} bytes long, as it was when it was packed. {_AGAIN}"
-        )
+    path = directory / file
+    if path.is_file() and path.stat().st_size != facts["bytes"]:
+        raise BillhookError(f"{path} is not {facts['bytes']} bytes long, as it was when it was packed. {_ADVICE}")
     header = len(text).to_bytes(8, "little") + text
-    entries = parse_header(directory / PACKED, header)
-    return PackedShard(name, read_shard(directory / file), header, entries, facts["sha256"])
+    return PackedShard(name, read_shard(path), header, parse_header(directory / PACKED, header), facts["sha256"])
 
 
 def _check_record(record: Mapping[str, Any]) -> None:
@@ -236,7 +227,7 @@ def _check_record(record: Mapping[str, Any]) -> None:
 
 
 def _check_tensors(packed: Packed) -> None:
-    """Compare the tensors of the packed files with those they should hold, by name, dtype, shape and alignment."""
+    """Compare the tensors of the packed files with the expected ones by name, dtype, shape and alignment."""
     left = dict(packed.matrices)
     for shard in packed.shards:
         expected: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -247,27 +238,24 @@ def _check_tensors(packed: Packed) -> None:
             elif (matrix.dtype, matrix.shape) == (entry.dtype, entry.shape):
                 expected |= matrix.parts
             else:
-                raise BillhookError(
-                    f"{packed.path / PACKED}: {name} is not the {entry.dtype} tensor {list(entry.shape)} of the "
-                    "dense file."
-                )
+                where = f"the {entry.dtype} tensor {list(entry.shape)} of the dense file"
+                raise BillhookError(f"{packed.path / PACKED}: {name} is not {where}.")
         found = {name: (entry.dtype, entry.shape) for name, entry in shard.file.entries.items()}
         if found != expected:
             name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-            raise BillhookError(
-                f"{shard.file.path}: {name} is {_words(found.get(name))}, expected {_words(expected.get(name))}. "
-                f"{_AGAIN}"
-            )
+            difference = f"{_words(found.get(name))}, expected {_words(expected.get(name))}"
+            raise BillhookError(f"{shard.file.path}: {name} is {difference}. {_ADVICE}")
         for name, entry in shard.file.entries.items():
             item = (entry.stop - entry.start) // max(1, math.prod(entry.shape))
-            if entry.start % (8 if name not in shard.entries and entry.dtype == "U8" else max(1, item)):
+            is_mask = name not in shard.entries and entry.dtype == "U8"
+            if entry.start % (8 if is_mask else max(1, item)):
                 raise BillhookError(
-                    f"{shard.file.path}: {name} does not begin at a multiple of its item size. {_AGAIN}"
+                    f"{shard.file.path}: {name} does not begin at a multiple of its item size. {_ADVICE}"
                 )
             if type(packed.record["tensors"].get(name)) is not int:
-                raise BillhookError(f"{packed.path / PACKED} has no checksum of {name}. {_AGAIN}")
+                raise BillhookError(f"{packed.path / PACKED} has no checksum of {name}. {_ADVICE}")
     if left:
-        raise BillhookError(f"{packed.path / PACKED}: {next(iter(left))} is in no file. {_AGAIN}")
+        raise BillhookError(f"{packed.path / PACKED}: {next(iter(left))} is in no file. {_ADVICE}")
 
 
 def _words(facts: tuple[str, tuple[int, ...]] | None) -> str:

@@ -1,6 +1,5 @@
-"""Generate text with a clock beside it: how long the prompt takes, and how long each further token."""
+"""Generate text greedily, and measure the time for the prompt and for each further token."""
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from billhook.architectures.config import context_length
 from billhook.errors import BillhookError
@@ -28,22 +26,22 @@ class Generated:
 
     @property
     def new(self) -> int:
-        """New tokens in a row of the batch."""
+        """New tokens per row of the batch."""
         return self.ids.shape[1] - self.prompt
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Tokens of the prompts read in a second."""
+        """Tokens of the prompts read per second."""
         return self.ids.shape[0] * self.prompt / self.prefill_s
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens made in a second, the first of each row apart; None where there was no second."""
+        """Tokens generated per second, without the first of each row; None where there was no second one."""
         return self.ids.shape[0] * (self.new - 1) / self.decode_s if self.new > 1 else None
 
 
 class Clock(BaseStreamer):
-    """Notes the time of each token, and hands it on."""
+    """Notes the time of each token, and passes the token on."""
 
     def __init__(self, token: Callable[[Tensor], None] = lambda ids: None) -> None:
         self.times: list[float] = []
@@ -62,28 +60,22 @@ class Clock(BaseStreamer):
 def generate(
     model: PreTrainedModel, ids: Tensor, new: int, *, stop: bool = True, token: Callable[[Tensor], None] | None = None
 ) -> Generated:
-    """Continue prompts, int64 [batch, prompt], with the likeliest tokens; with `stop` False always by `new` tokens.
+    """Continue prompts, int64 [batch, prompt], greedily by at most `new` tokens; with `stop` False by exactly `new`.
 
-    `token` is called with each new token of a batch of one. Raises BillhookError when that is longer than the model's
-    context.
+    `token` is called with each new token of a batch of one. Raises BillhookError when the result would be longer than
+    the model's context.
     """
+    if new < 1:
+        raise BillhookError(f"Generate at least one token, got {new}.")
     context = context_length(model.config)
-    if new < 1 or (context is not None and ids.shape[1] + new > context):
+    if context is not None and ids.shape[1] + new > context:
         raise BillhookError(
             f"{ids.shape[1]} tokens of prompt and {new} new ones do not fit the model's context of {context}: "
             "ask for fewer."
-            if new > 0
-            else f"Generate at least one token, got {new}."
         )
     clock = Clock(token or (lambda ids: None))
-    options: dict[str, Any] = {
-        "max_new_tokens": new,
-        "do_sample": False,
-        "num_beams": 1,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-    }
+    options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "num_beams": 1}
+    options |= {"temperature": None, "top_p": None, "top_k": None}
     if not stop:
         options |= {"min_new_tokens": new, "eos_token_id": None}
     ids = ids.to(model.device)
@@ -92,21 +84,3 @@ def generate(
         out = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, use_cache=True, **options)  # type: ignore[operator]
     assert isinstance(out, Tensor)
     return Generated(out.cpu(), ids.shape[1], clock.times[1] - start, clock.times[-1] - clock.times[1])
-
-
-class Printer:
-    """Prints the words of a growing text as soon as they are whole."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0
-
-    def __call__(self, ids: Tensor) -> None:
-        """Take the next token."""
-        self._ids += ids.tolist()
-        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the middle of a character of several tokens
-            sys.stdout.write(text[self._shown :])
-            sys.stdout.flush()
-            self._shown = len(text)

@@ -1,9 +1,9 @@
-"""A packed directory as a transformers model whose sparse linear layers stay packed, mapped from the file.
+"""Load a packed directory as a transformers model whose sparse linear layers stay packed, memory-mapped from the file.
 
-`transformers` renames, fuses and ties weights while it loads. So it is given stand-ins for the packed tensors, a single
-number seen as a matrix of their shape, and where a stand-in comes out as the weight of a linear layer, that layer
-becomes a SparseLinear with the packed tensors. Packed tensors that do not come out whole in one linear layer (experts
-that are fused, embeddings) are expanded.
+`transformers` renames, fuses and ties weights while it loads. Placeholders, each a single zero expanded to the shape of
+a packed tensor, show where every tensor arrives: a placeholder that becomes the weight of a linear layer identifies the
+layer that is replaced by a SparseLinear. Packed tensors that arrive in another way (fused experts, embeddings) are
+expanded, and the model is loaded again with their values.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,11 +15,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from billhook.architectures.linear import is_plain_linear, is_transposed
 from billhook.errors import BillhookError
+from billhook.packed.expand import PackedTensor, packed_tensor, stored_tensor
 from billhook.packed.format import Packed, open_packed
-from billhook.packed.matrices import FLOATS, Expandable, expandable, mapped
 from billhook.runtime.linear import SparseLinear
 from billhook.runtime.tuning import tune_
 from billhook.store.checkpoint import (
@@ -32,9 +32,9 @@ from billhook.store.checkpoint import (
     resolve,
 )
 from billhook.store.layout import is_packed
+from billhook.store.tensor_bytes import DTYPES
 from billhook.tasks.opening import load_model, task_of_config
 
-_LINEAR = frozenset({"Linear", "FalconLinear"})  # classes that do nothing but x Wᵀ + bias
 _READ = ("config.json", "generation_config.json")
 
 
@@ -47,13 +47,14 @@ def load(
     tune: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> PreTrainedModel:
-    """Load a packed or an ordinary model directory (or hub name) in evaluation mode, after checking all of it.
+    """Load a packed or an ordinary model directory (or hub name) in evaluation mode, after checking it completely.
 
     `dtype` "auto" is the checkpoint's own; packed values keep theirs where no precision would be lost. Unless `tune` is
-    False, the fastest way to multiply is measured for each layer, or recalled from an earlier measurement
-    (`billhook.runtime.tuning`); ways differ in the last bits of their results. `note` is told what was expanded.
+    False, the fastest way to multiply is measured for each layer, or read from the cache of earlier measurements
+    (`billhook.runtime.tuning`); ways differ in the last bits of their results. `note` is called with a message about
+    tensors that were expanded.
 
-    A packed model is for inference, and cannot be written with save_pretrained. Raises BillhookError where anything in
+    A packed model is for inference and cannot be written with save_pretrained. Raises BillhookError where anything in
     the directory is not as it was packed, and what `load_model` raises.
     """
     path = resolve(model)
@@ -63,8 +64,7 @@ def load(
     task = task_of_config(path, config)
     check_trusted(path, config, task.auto_class, trust_remote_code)
     packed = open_packed(path)
-    for problem in (*packed.checked_files(lambda name: name in _READ), *packed.checked_tensors()):
-        raise BillhookError(f"{path}: {problem}")
+    packed.check(_READ.__contains__)
     loaded = _build(packed, task.auto_class, known_dtype(dtype), trust_remote_code, note)
     loaded.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
     with on_device(device):
@@ -90,36 +90,30 @@ def _build(
         chosen = _dtype(packed, config, dtype)
         with torch.device("meta"):
             kind = type(getattr(transformers, auto_class).from_config(config, trust_remote_code=trust_remote_code))
-    tensors = {
-        name: expandable(packed, shard, name)
-        for shard in packed.shards
-        for name in shard.entries
-        if name in packed.matrices
-    }
-    for tensor in tensors.values():
-        _ = tensor.starts  # counts the bits, which proves that bitmask and values agree
-    dense = {
-        name: mapped(shard, name) for shard in packed.shards for name in shard.entries if name not in packed.matrices
-    }
-    stand_ins = {
-        name: torch.zeros(1, dtype=chosen).expand(tensor.facts.shape)
-        for name, tensor in tensors.items()
-        if len(tensor.facts.shape) == 2 and ".experts." not in name
-    }
+    tensors: dict[str, PackedTensor] = {}
+    dense: dict[str, Tensor] = {}
+    for shard in packed.shards:
+        for name in shard.entries:
+            if name in packed.matrices:
+                tensors[name] = packed_tensor(packed, shard, name)
+                _ = tensors[name].starts  # counts the bits, which proves that bitmask and values agree
+            else:
+                dense[name] = stored_tensor(shard, name)
+    layers = {name for name, tensor in tensors.items() if len(tensor.facts.shape) == 2}
     while True:
-        expanded = {name: tensor.dense() for name, tensor in tensors.items() if name not in stand_ins}
-        model = _instantiate(packed.path, kind, config, chosen, {**dense, **expanded, **stand_ins})
-        found = _places(model, tensors, stand_ins)
-        if len(found) == len(stand_ins):
+        placeholders = {name: torch.zeros(1, dtype=chosen).expand(tensors[name].facts.shape) for name in layers}
+        expanded = {name: tensor.dense() for name, tensor in tensors.items() if name not in layers}
+        model = _instantiate(packed.path, kind, config, chosen, {**dense, **expanded, **placeholders})
+        found = _find_layers(model, tensors, placeholders)
+        if len(found) == len(layers):
             break
-        stand_ins = {
-            name: stand_ins[name] for name in found
-        }  # the others went somewhere else: load again with their values
+        layers = set(found)
+        del model
     for name, module in found.items():
         model.set_submodule(module, _sparse(tensors[name], model.get_submodule(module), chosen))
     if expanded:
         note(
-            f"{len(expanded)} packed tensors are no linear layer of their own in memory and were expanded "
+            f"{len(expanded)} packed tensors are not the weight of a linear layer in memory and were expanded "
             f"({min(expanded)}, ...)."
         )
     return model
@@ -130,7 +124,7 @@ def _dtype(packed: Packed, config: Any, asked: str | torch.dtype) -> torch.dtype
     if isinstance(asked, torch.dtype):
         return asked
     configured = getattr(config, "dtype", None)
-    return configured if isinstance(configured, torch.dtype) else FLOATS[next(iter(packed.matrices.values())).dtype]
+    return configured if isinstance(configured, torch.dtype) else DTYPES[next(iter(packed.matrices.values())).dtype]
 
 
 def _instantiate(
@@ -153,31 +147,26 @@ def _instantiate(
     return model
 
 
-def _places(
-    model: PreTrainedModel, tensors: Mapping[str, Expandable], stand_ins: Mapping[str, Tensor]
+def _find_layers(
+    model: PreTrainedModel, tensors: Mapping[str, PackedTensor], placeholders: Mapping[str, Tensor]
 ) -> dict[str, str]:
-    """The linear module that holds each stand-in as its weight, by name; those that are used in another way are left
+    """The name of the linear module whose weight is each placeholder; placeholders that are used otherwise are left
     out."""
-    names = {tensor.data_ptr(): name for name, tensor in stand_ins.items()}
+    names = {tensor.data_ptr(): name for name, tensor in placeholders.items()}
     found: dict[str, list[str]] = {}
     for module_name, module in model.named_modules():
         for parameter, value in module.named_parameters(recurse=False):
             name = names.get(value.data_ptr())
             if name is not None:
                 facts = tensors[name].facts
-                turned = isinstance(module, Conv1D)
-                whole = (
-                    parameter == "weight"
-                    and (turned or type(module).__name__ in _LINEAR)
-                    and turned == facts.transposed
-                )
-                found.setdefault(name, []).append(module_name if whole and value.shape == facts.shape else "")
+                whole = parameter == "weight" and is_plain_linear(module) and value.shape == facts.shape
+                fits = whole and is_transposed(module) == facts.transposed
+                found.setdefault(name, []).append(module_name if fits else "")
     return {name: places[0] for name, places in found.items() if len(places) == 1 and places[0]}
 
 
-def _sparse(tensor: Expandable, module: nn.Module, dtype: torch.dtype) -> SparseLinear:
-    """The layer that takes the place of `module`; values in a wider or the same dtype as computed in stay as they are
-    on disk."""
+def _sparse(tensor: PackedTensor, module: nn.Module, dtype: torch.dtype) -> SparseLinear:
+    """The layer that replaces `module`; values stay in the dtype on disk where that is at least as wide as `dtype`."""
     values = tensor.values
     if tensor.scales is None and dtype != torch.float32 and values.dtype != dtype:
         values = values.to(dtype)

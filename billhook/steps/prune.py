@@ -28,7 +28,6 @@ from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Block, Progress
 from billhook.errors import BillhookError, Interrupted
 from billhook.methods.sparse import CRITERIA
-from billhook.packed.packing import pack
 from billhook.plan.allocators import AUTO, allocate
 from billhook.plan.plan import Plan
 from billhook.plan.table import Table
@@ -36,6 +35,7 @@ from billhook.racing import automatic
 from billhook.recover.blockwise import BlockTuner, Refine
 from billhook.reports.publishing import publish
 from billhook.steps.measure import measure_opened, rows_of_table
+from billhook.steps.pack import pack
 from billhook.steps.partial_output import PartialOutput, partial_output
 from billhook.steps.record import Job, Report, record
 from billhook.steps.request import Opened, Request

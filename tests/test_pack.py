@@ -1,4 +1,4 @@
-"""Packing and unpacking: every byte comes back, and the size is what the format promises."""
+"""Pack and unpack: every byte is restored, and the size is what the format promises."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from billhook.store.shards import read_shard
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("negative", [False, True], ids=["zeros", "signed zeros"])
-def test_every_byte_comes_back(family: str, dtype: torch.dtype, negative: bool, tmp_path: Path) -> None:
+def test_every_byte_is_restored(family: str, dtype: torch.dtype, negative: bool, tmp_path: Path) -> None:
     source = tmp_path / "model"
     prune_at_random(build(family), negative=negative).to(dtype).save_pretrained(source, max_shard_size="60KB")
     (source / "notes").mkdir()
@@ -45,7 +45,7 @@ def test_every_byte_comes_back(family: str, dtype: torch.dtype, negative: bool, 
 
 
 def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
-    """Bit by bit, in plain loops."""
+    """Compared bit by bit in plain loops."""
     weight = sparse(5, 70, 0.7)
     source = directory(tmp_path / "model", {"a.weight": weight, "norm": torch.ones(3)})
     pack(source, tmp_path / "packed")
@@ -63,8 +63,8 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
     assert stored["a.weight.values"].tolist() == [*torch.stack(values).tolist(), *[0.0] * 32]
 
 
-def test_layers_stored_the_other_way_round_are_turned(tmp_path: Path) -> None:
-    """GPT-2's, by what is known of the type; others by billhook.json."""
+def test_transposed_layers(tmp_path: Path) -> None:
+    """GPT-2's are known by the model type, others by billhook.json."""
     weight = sparse(40, 96, 0.7)
     pack(directory(tmp_path / "gpt2", {"h.0.attn.c_attn.weight": weight}, model_type="gpt2"), tmp_path / "a")
     facts = open_packed(tmp_path / "a").matrices["h.0.attn.c_attn.weight"]
@@ -147,7 +147,7 @@ def test_tensors_are_aligned_and_masks_stand_first(tmp_path: Path) -> None:
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     seed=st.integers(0, 99),
 )
-def test_any_shape_comes_back(
+def test_any_shape_is_restored(
     tmp_path_factory: pytest.TempPathFactory, rows: int, columns: int, sparsity: float, dtype: Any, seed: int
 ) -> None:
     """Special values too: NaN, infinity, the smallest numbers, zeros of either sign."""
@@ -166,7 +166,7 @@ def test_any_shape_comes_back(
 
 @pytest.mark.parametrize("group", [None, 64, 128])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_int8_rounds_as_said(group: int | None, transposed: bool, tmp_path: Path) -> None:
+def test_int8_rounding_and_its_reported_error(group: int | None, transposed: bool, tmp_path: Path) -> None:
     weight = sparse(20, 200, 0.5, torch.float32)
     weight[3] = 0
     weight[4, 7] = 50.0  # an outlier makes the rest of its row, or group, coarse
@@ -223,7 +223,7 @@ def test_pruning_straight_into_a_packed_directory(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["direct", "model", "packed", "pruned"]
 
 
-def test_pruning_that_leaves_too_much_to_pack_is_not_in_vain(tmp_path: Path) -> None:
+def test_a_pruned_model_that_cannot_be_packed_is_kept(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "model")
     ran = command("prune", source, "--sparsity", 0.001, "--criterion", "magnitude", "-o", tmp_path / "out", "--pack")
     assert ran.code == 2

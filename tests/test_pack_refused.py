@@ -1,4 +1,4 @@
-"""What cannot be packed or unpacked is said, and nothing is left behind."""
+"""Models that cannot be packed or unpacked: the error says why, and nothing is left behind."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from command import listing
 from sparse_models import directory, prune_at_random, sparse
 
 from billhook import BillhookError, JobError, pack, unpack
-from billhook.packed import packing
+from billhook.steps import pack as step
 from billhook.store.layout import PACKED
 
 
@@ -91,9 +91,9 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("write_packed", "copy_files", "write_json"):
+    for name in ("write_file", "copy_files", "write_record"):
         with monkeypatch.context() as patch:
-            patch.setattr(packing, name, full)
+            patch.setattr(step, name, full)
             with pytest.raises(JobError, match="The disk is full"):
                 pack(source, tmp_path / "packed", overwrite=True)
         assert listing(tmp_path) == before

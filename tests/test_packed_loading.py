@@ -1,4 +1,4 @@
-"""Packed models in use: the answers of the dense ones, through everything that takes a transformers model."""
+"""Loaded packed models give the results of the dense ones, through everything that accepts a transformers model."""
 
 import copy
 import http.client
@@ -40,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_every_family_answers_as_the_dense_model(family: str, tmp_path: Path) -> None:
+def test_every_family_gives_the_logits_of_the_dense_model(family: str, tmp_path: Path) -> None:
     model = prune_at_random(build(family))
     model.save_pretrained(tmp_path / "dense")
     report = pack(tmp_path / "dense", tmp_path / "packed")
@@ -84,7 +84,7 @@ def test_other_dtypes(place: Path, tmp_path: Path, dtype: str, values: Any) -> N
 
 
 def test_nothing_is_copied_or_converted(place: Path) -> None:
-    """The tensors of the layers lie in the mapping of the file."""
+    """The tensors of the layers are in the memory mapping of the file."""
     model = load(place / "packed", tune=False)
     mapping = np.memmap(place / "packed" / "model.packed.safetensors", np.uint8, "r")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
@@ -107,7 +107,7 @@ def test_the_file_is_never_written(place: Path) -> None:
     assert (place / "packed" / "model.packed.safetensors").read_bytes() == before
 
 
-def test_state_dict_goes_round(place: Path, tmp_path: Path) -> None:
+def test_state_dict_round_trip(place: Path, tmp_path: Path) -> None:
     model, ids = load(place / "packed", tune=False), torch.arange(20)[None]
     other = tiny.save(tmp_path / "other", prune_at_random(tiny.llama(seed=5), 0.5), dtype=torch.bfloat16)
     pack(other, tmp_path / "packed")
@@ -234,7 +234,7 @@ def test_generate_prints_what_the_model_says(place: Path, stream: bool) -> None:
         (("bench", "packed", "--against", "packed"), "given twice"),
         (("bench", "packed", "nothing"), "There is no model directory at nothing"),
         (("bench", "packed", "--batch", "one"), "--batch one: write whole numbers with commas"),
-        (("bench", "packed", "--prompt", "0"), "start at 1"),
+        (("bench", "packed", "--prompt", "0"), "must be at least 1"),
         (("bench", "packed", "--picture", "x.svg"), "needs --against"),
         pytest.param(
             ("bench", "packed", "--prompt", "500"), "do not fit the model's context", marks=pytest.mark.slow

@@ -1,10 +1,13 @@
-"""Write one packed file from one dense file, a few million weights at a time."""
+"""Write the packed form of weight files, a few million weights at a time, and the record that describes them.
+
+With int8, each kept value w becomes round(w / s), where s is the largest |w| of its row (or group of columns) over 127.
+"""
 
 import hashlib
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,25 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import billhook
 from billhook.errors import BillhookError
-from billhook.packed.format import ITEM, Matrix
-from billhook.packed.matrices import FLOATS
-from billhook.packed.select_tensors import BLOCK_WEIGHTS, stored
+from billhook.packed.format import BLOCK_WEIGHTS, ITEM_BYTES, VERSION, Matrix, digest
+from billhook.packed.select_tensors import stored_integers
 from billhook.runtime import native
 from billhook.runtime.fallback import pack_bits, unpack_bits
 from billhook.runtime.layout import PADDING
+from billhook.store.files import write_json
+from billhook.store.layout import PACKED
 from billhook.store.shards import Entry, Shard
-from billhook.store.tensor_bytes import tensor_bytes
+from billhook.store.tensor_bytes import DTYPES, tensor_bytes
 
 _CHUNK = 1 << 24
 
 
 class TensorFile:
-    """A safetensors file whose tensors are filled piece by piece, side by side; bitmasks stand first, then by falling
-    item size.
+    """A safetensors file whose tensors are filled piece by piece, in any order; bitmasks come first, then the other
+    tensors by decreasing item size.
 
     So every bitmask begins at a multiple of 8 bytes and every other tensor at a multiple of its item size. `crc32`
-    holds the checksum of what was written, by tensor.
+    holds the checksums of what was written, by tensor.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], int]], masks: set[str]) -> None:
@@ -72,8 +77,10 @@ class TensorFile:
 
 @dataclass
 class Written:
-    """A packed file: its size, the SHA-256 of the dense file that it stands for, checksums of its tensors, and for each
-    packed tensor the squares of its int8 errors and of its weights, summed."""
+    """A packed file: its name and size, the SHA-256 of the dense file it replaces, and checksums of its tensors.
+
+    `squares` has for each packed tensor the sums of squared int8 errors and of squared weights.
+    """
 
     file: str
     shard: Shard
@@ -83,10 +90,8 @@ class Written:
     squares: dict[str, tuple[float, float]]
 
 
-def write_packed(
-    shard: Shard, matrices: Mapping[str, Matrix], folder: Path, progress: Callable[[str], None]
-) -> Written:
-    """Write the packed form of `shard` into `folder`; `progress` is told each tensor."""
+def write_file(shard: Shard, matrices: Mapping[str, Matrix], folder: Path, progress: Callable[[str], None]) -> Written:
+    """Write the packed form of `shard` into `folder`; `progress` is called with the name of each tensor."""
     sha256, squares = hashlib.sha256(shard.header), {}
     target = folder / f"{shard.path.name.removesuffix('.safetensors')}.packed.safetensors"
     tensors, masks = _tensors(shard, matrices)
@@ -112,7 +117,7 @@ def _tensors(
             tensors[entry.name] = (entry.dtype, entry.shape, entry.stop - entry.start)
             continue
         for name, (dtype, shape) in matrices[entry.name].parts.items():
-            tensors[name] = (dtype, shape, math.prod(shape) * ITEM[dtype])
+            tensors[name] = (dtype, shape, math.prod(shape) * ITEM_BYTES[dtype])
             masks |= {name} if dtype == "U8" else set()
     return tensors, masks
 
@@ -126,9 +131,11 @@ def _chunks(shard: Shard, entry: Entry) -> Iterator[np.ndarray]:
 def _add_matrix(
     file: TensorFile, shard: Shard, entry: Entry, matrix: Matrix, sha256: "hashlib._Hash"
 ) -> tuple[float, float]:
-    """Write a packed tensor; take the bytes that unpacking will give into `sha256`. Returns the squares of errors and
-    of weights."""
-    dense = stored(shard, entry)
+    """Write a packed tensor, and add the bytes that unpacking will give to `sha256`.
+
+    Returns the sums of squared errors and of squared weights.
+    """
+    dense = stored_integers(shard, entry)
     dense = dense.T if matrix.transposed else dense.reshape(matrix.rows, matrix.columns)
     step = matrix.rows if matrix.transposed else max(1, BLOCK_WEIGHTS // matrix.columns)
     errors = weights = 0.0
@@ -137,11 +144,11 @@ def _add_matrix(
         parts, back = _pack(integers, matrix)
         for part, data in parts.items():
             file.add(f"{entry.name}.{part}", data)
-        before, after = integers.view(FLOATS[matrix.dtype]), back
+        before, after = integers.view(DTYPES[matrix.dtype]), back
         if matrix.int8:
             errors += float((after - before.double()).square().sum())
             weights += float(before.double().square().sum())
-            back = after.to(FLOATS[matrix.dtype])
+            back = after.to(DTYPES[matrix.dtype])
         back = back.T.contiguous() if matrix.transposed else back
         sha256.update(tensor_bytes(back))
     file.add(f"{entry.name}.values", np.zeros(PADDING, np.uint8))
@@ -150,7 +157,7 @@ def _add_matrix(
 
 def _pack(integers: Tensor, matrix: Matrix) -> tuple[dict[str, Tensor], Tensor]:
     """The parts of some rows, given as integers, and what they expand to: the rows themselves, for int8 in float32."""
-    weight = integers.view(FLOATS[matrix.dtype])
+    weight = integers.view(DTYPES[matrix.dtype])
     parts: dict[str, Tensor] = {}
     if matrix.negative_zeros:
         negative = integers == torch.iinfo(integers.dtype).min
@@ -161,14 +168,14 @@ def _pack(integers: Tensor, matrix: Matrix) -> tuple[dict[str, Tensor], Tensor]:
     parts |= {"bitmask": bitmask, "values": values}
     if not matrix.int8:
         return parts, weight
-    scales, rounded = _int8(weight, matrix)
+    scales, rounded = _round_to_int8(weight, matrix)
     keep = unpack_bits(bitmask, matrix.columns)
     parts |= {"values": rounded[keep], "scales": scales}
     back = torch.where(keep, rounded, 0).float() * native.spread_scales(scales, matrix.columns)
     return parts, torch.where(negative, -0.0, back) if matrix.negative_zeros else back
 
 
-def _int8(weight: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
+def _round_to_int8(weight: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
     """Scales, float32 [rows] or [rows, groups], and the rounded weights, int8 [rows, columns]."""
     values = weight.float()
     if not torch.isfinite(values).all():
@@ -182,3 +189,56 @@ def _int8(weight: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
     scales = torch.where(largest > 0, largest / 127, 1.0)
     scales = scales.squeeze(1) if matrix.group is None else scales
     return scales, (values / native.spread_scales(scales, matrix.columns)).round().clamp(-127, 127).to(torch.int8)
+
+
+def relative_error(squares: Sequence[tuple[float, float]]) -> float:
+    """|W' - W| / |W| from the sums of squared errors and squared weights of all pieces; 0 where all weights are 0."""
+    errors, weights = (sum(column) for column in zip(*squares, strict=True))
+    return math.sqrt(errors / weights) if weights else 0.0
+
+
+def write_record(
+    folder: Path,
+    written: Sequence[Written],
+    matrices: Mapping[str, Matrix],
+    index: str | None,
+    files: Mapping[str, str],
+) -> dict[str, Any]:
+    """Write billhook_packed.json for the packed files in `folder` and return its content.
+
+    `index` is the text of the dense files' index; `files` maps the other files to their SHA-256.
+    """
+    errors = {name: relative_error([squares]) for file in written for name, squares in file.squares.items()}
+    record = {
+        "version": VERSION,
+        "billhook": billhook.__version__,
+        "group": next(iter(matrices.values())).group,
+        "shards": {
+            file.shard.path.name: {
+                "file": file.file,
+                "bytes": file.bytes,
+                "sha256": file.sha256,
+                "header": file.shard.header[8:].decode(),
+            }
+            for file in written
+        },
+        "index": index,
+        "layers": {name: _layer(matrix, errors[name]) for name, matrix in matrices.items()},
+        "tensors": {name: value for file in written for name, value in file.crc32.items()},
+        "files": dict(files),
+    }
+    record["digest"] = digest(record)
+    write_json(folder / PACKED, record)
+    return record
+
+
+def _layer(matrix: Matrix, error: float) -> dict[str, Any]:
+    return {
+        "dtype": matrix.dtype,
+        "shape": list(matrix.shape),
+        "values": "I8" if matrix.int8 else matrix.dtype,
+        "transposed": matrix.transposed,
+        "nnz": matrix.nnz,
+        "negative_zeros": matrix.negative_zeros,
+        "error": error,
+    }

@@ -1,6 +1,7 @@
-"""Reading packed files that a disk, a network or a stranger has changed: the same result, or a BillhookError, and
-nothing else."""
+"""Read packed files: those of earlier versions, and damaged or hostile ones, which give the same result or a
+BillhookError."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -18,15 +19,41 @@ from tiny import llama, save
 
 from billhook import BillhookError, load, pack, unpack, verify
 from billhook.packed.format import digest
+from billhook.packed.generation import generate
 from billhook.store.layout import PACKED
 
 SHARD = "model.packed.safetensors"
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.mark.parametrize(
+    ("name", "sha256", "tokens"),
+    [
+        (
+            "packed_v1_stored",
+            "1a52a775e420f61e5fe51814738eae7749fec5c28793144fe65a21fe8020e849",
+            [9, 53, 62, 15, 31, 41, 37, 13, 47, 29, 44, 29],
+        ),
+        (
+            "packed_v1_int8",
+            "cb084b25a6ae528fe759b58bcdeb57cfb3b95bd734e8b82df7b2c1b81b77338e",
+            [55, 62, 27, 51, 11, 50, 8, 61, 0, 11, 50, 8],
+        ),
+    ],
+)
+def test_files_written_by_version_0_1_0(name: str, sha256: str, tokens: list[int], tmp_path: Path) -> None:
+    """They verify, load, generate and unpack: bfloat16 with a billhook.json; int8 with groups of columns and signs."""
+    assert verify(DATA / name).ok
+    dense = unpack(DATA / name, tmp_path / "dense")
+    assert hashlib.sha256((dense / "model.safetensors").read_bytes()).hexdigest() == sha256
+    prompt = torch.arange(8, 16)[None]
+    assert generate(load(DATA / name, tune=False), prompt, len(tokens)).ids.tolist() == [[*range(8, 16), *tokens]]
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed directory with all there is: values of 2 and 4 bytes, int8 apart; signs, turned layers, dense tensors,
-    other files."""
+    """Packed directories that use the whole format: values of 2 and 4 bytes, int8, signs, transposed layers, dense
+    tensors, other files."""
     folder = tmp_path_factory.mktemp("packed")
     negative = sparse(12, 100, 0.7)
     negative[sparse(12, 100, 0.5, seed=3) == 0] *= -0.0
@@ -45,8 +72,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def edit(packed: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of the packed directory after `change(record)`, with a checksum that is right again: what a stranger would
-    make."""
+    """A copy of the packed directory after `change(record)`, with a valid checksum, as an attacker would make it."""
 
     def edited(change: Callable[[dict[str, Any]], object]) -> Path:
         copy = tmp_path / "edited"
@@ -60,7 +86,7 @@ def edit(packed: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def refused(path: Path, match: str) -> None:
-    """Refused by every reader, and by verify in words."""
+    """Every reader raises the error, and verify reports it."""
     with pytest.raises(BillhookError, match=match):
         unpack(path, path.with_name("out"))
     assert not path.with_name("out").exists()
@@ -97,7 +123,7 @@ def test_versions_sizes_and_checksums(packed: Path, tmp_path: Path, edit: Callab
 
 
 def test_a_bitmask_that_disagrees_with_the_values(packed: Path, tmp_path: Path, edit: Callable[..., Path]) -> None:
-    """With checksums made right again, so that the disagreement itself is what is found."""
+    """With valid checksums, so that the disagreement itself is found."""
 
     def flip(bit: int) -> Path:
         def change(record: dict[str, Any]) -> None:
@@ -164,13 +190,13 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_record_made_by_a_stranger(name: str, edit: Callable[..., Path]) -> None:
+def test_a_hostile_record(name: str, edit: Callable[..., Path]) -> None:
     change, match = CHANGES[name]
     refused(edit(change), match)
 
 
 def mutate(data: bytes, draw: Callable[..., Any]) -> bytes:
-    """Flip a bit, overwrite, cut, add or remove bytes any_rank."""
+    """Flip a bit, overwrite, cut, add or remove bytes anywhere."""
     kind = draw(st.sampled_from(["flip", "flip", "set", "cut", "add", "remove"]))
     at = draw(st.integers(0, len(data) - 1))
     if kind == "flip":
@@ -205,9 +231,8 @@ def test_any_change_of_any_byte(packed: Path, tmp_path: Path, data: st.DataObjec
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_change_of_the_record_by_a_stranger(packed: Path, tmp_path: Path, data: st.DataObject) -> None:
-    """One value any_rank in the record becomes another, and the checksum is made right: an error or some model, never a
-    crash."""
+def test_any_hostile_change_of_the_record(packed: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """One value anywhere in the record changes, with a valid checksum: an error or some model, never a crash."""
     folder = tmp_path / "fuzzed"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(tmp_path / "dense", ignore_errors=True)
@@ -253,7 +278,7 @@ _MODEL: list[Any] = []
 
 
 def model_of(factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """A packed model of two blocks and its answer, made once."""
+    """A packed model of two blocks and its logits, made once."""
     if not _MODEL:
         folder = factory.mktemp("model")
         pack(save(folder / "dense", prune_at_random(llama(num_hidden_layers=2)), words=False), folder / "packed")
