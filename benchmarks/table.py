@@ -2,7 +2,7 @@
 one.
 
     python benchmarks/table.py                                    the bundled model, on the standard library of Python
-    python benchmarks/table.py --folder FOLDER --journal table.jsonl --write docs/METHODS.md
+    python benchmarks/table.py --folder FOLDER --journal table.jsonl --write docs/allocator_comparison.md
 
 FOLDER holds `models/NAME` and `text/FILE` as named in `MODELS`; a model that is not there is skipped by name. The
 calibration windows are split by `billhook search`'s own rule: one half gives statistics, gradients and table (once a

@@ -1,4 +1,4 @@
-"""Methods of other distributions: found by their entry points, loaded on use, and blamed by name when they are broken."""
+"""Methods of other distributions: found by entry point, loaded on use, named in errors when they are broken."""
 
 import json
 import sys

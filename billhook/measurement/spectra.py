@@ -1,8 +1,30 @@
-"""Spectra: the eigenvalues of W^T W of one weight, and the metrics that need nothing else.
+"""Spectral metrics: numbers computed from the eigenvalues of WᵀW alone.
 
-The eigenvalues are the squared singular values, as in AlphaPruning (arXiv:2410.10912, data free) and WeightWatcher,
-computed in `billhook.measurement.eigen`; exponents are in `billhook.measurement.tails`, names, signs and sources in
-`billhook.plan.metrics`. Everything is float64.
+The eigenvalues λ are the squared singular values of a weight W [out, in], ascending, N = min(out, in), in float64. No
+calibration text is needed. Sources: AlphaPruning (Lu et al. 2024, arXiv:2410.10912) for the exponents; Martin, Peng &
+Mahoney, "Predicting trends in the quality of state-of-the-art neural networks without access to training or testing
+data", Nature Communications 12:4122, 2021 (WeightWatcher) for entropy and norms; Martin & Mahoney, JMLR 22:165, 2021
+for `mp_softrank`.
+
+    entropy            −Σ p ln p / ln rank,   p = λ / Σ λ        stable_rank   Σ λ / λ_max
+    spectral_norm      λ_max                                     frobenius_sq  Σ λ
+    log_spectral_norm  log10 λ_max                               log_norm      log10 Σ λ
+    alpha_hat          alpha_ks · log10 λ_max                    log_alpha_norm  log10 Σ λ ^ alpha_ks
+    mp_softrank        s² (√out + √in)² / λ_max,   s² the mean square of all weights
+
+The exponents `alpha_mid`, `alpha_peak` and `alpha_ks` differ in where the tail begins, see below. `alpha_mid_ks`,
+`alpha_peak_ks` and `alpha_ks_ks` are the KS distances of their fits and are measured with them. The curve
+`spectrum_quantiles`, 129 quantiles of the positive eigenvalues, is measured with every spectral metric; reports draw
+spectral densities from it.
+
+Signs: for the shape of a spectrum (alpha, entropy, stable rank) larger values mean more sparsity, for norms smaller
+values do.
+
+Measured agreement: alphas within 6.1e-6 relative of AlphaPruning's published code. WeightWatcher 0.7.7 agrees to 1e-5
+in every metric that both define in the same way. Its soft rank fits the variance to the bulk; here it is the mean
+square of all weights, so that strong directions raise the edge. Both rank matrices from weak to strong structure alike.
+
+Limits: a small alpha is a sign of training, not a proof of it. Alpha also depends on the shape of the matrix.
 """
 
 import math
