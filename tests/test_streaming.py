@@ -12,6 +12,7 @@ from families import CONFIGS, VOCABULARY, build
 from billhook import find_layers, measure, prune, prune_
 from billhook.engine.activation_store import ActivationStore
 from billhook.engine.streaming import open_streamed, resident, stream_of
+from billhook.reports.publishing import publish
 from billhook.steps.prune import Request, measure_model, prepare, run
 from billhook.steps.prune import record as record_of
 from billhook.steps.verify import verify
@@ -32,7 +33,7 @@ def in_memory(source: Path, output: Path, **fields) -> Path:
     job = prepare(Request(load_model(source, dtype=fields.pop("dtype", "auto")), **fields))
     options = {"criterion": job.request.criterion, "batches": job.opened.batches, "layers": job.opened.layers}
     results = prune_(job.opened.model, job.plan, **options, **job.criterion_options)
-    return save_pruned(job.opened.model, source, output, record=record_of(job, results)).path
+    return save_pruned(job.opened.model, source, output, record=record_of(job, results), publish=publish).path
 
 
 def same(streamed: Path, reference: Path) -> None:

@@ -28,7 +28,8 @@ from billhook.engine.loop import LayerResult
 from billhook.engine.streaming import Stream
 from billhook.engine.walk import Block
 from billhook.errors import BillhookError, Interrupted, JobError, out_of_memory
-from billhook.steps.state import STATE, VERSION, State, check_place, compare, partial_folder
+from billhook.reports.publishing import publish
+from billhook.steps.state import STATE, VERSION, State, check_place, check_same_run, partial_folder
 from billhook.store.files import digest_ranges, fsync, json_text, replace_file, sha256
 from billhook.store.layout import GRADIENTS
 from billhook.store.output import check_output, failure, flush, put_in_place
@@ -106,7 +107,7 @@ class PartialOutput:
         """Write all that is left and give the directory its name, once no process reads from it any more."""
         barrier()
         if not rank():
-            complete(self.stream.model, self.source, self.folder, record)
+            complete(self.stream.model, self.source, self.folder, record, publish=publish)
             flush(self.folder)
             for path in self.folder.glob(f"*{GRADIENTS}"):  # last, because a run without them cannot be continued
                 path.unlink()
@@ -195,7 +196,7 @@ def unfinished(
             keep = False
             _empty(folder)
             state = State(dict(identity), dict(plan), len(stream.blocks), [], [])
-        compare(state.identity, identity, folder)
+        check_same_run(state.identity, identity, folder)
         made = PartialOutput(stream, source, output, state, stopping)
         made.begin()
         gather(made.state)

@@ -31,6 +31,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.racing import automatic
 from billhook.recover.blockwise import Refine
+from billhook.reports.publishing import publish
 from billhook.steps.partial_output import PartialOutput, unfinished
 from billhook.steps.record import Job, Report, gradient_of, record
 from billhook.steps.request import Opened, Request, calibration_facts, open_request
@@ -114,7 +115,12 @@ def run(
         made = record(job, results)
         if request.output is not None and not rank():
             saved = save_pruned(
-                opened.model, opened.source, Path(request.output), record=made, overwrite=request.overwrite
+                opened.model,
+                opened.source,
+                Path(request.output),
+                record=made,
+                overwrite=request.overwrite,
+                publish=publish,
             )
             output, notes = saved.path, [saved.note] if saved.note else []
     else:

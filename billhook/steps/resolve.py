@@ -18,7 +18,7 @@ from billhook.racing import automatic
 from billhook.steps.options import split_options
 from billhook.steps.record import gradient_of
 from billhook.steps.request import Opened, Request, identity, open_request
-from billhook.steps.state import check_place, compare, partial_folder
+from billhook.steps.state import check_place, check_same_run, partial_folder
 from billhook.store.output import check_output
 
 
@@ -159,7 +159,7 @@ def _partial_plan(request: Request, opened: Opened, asked: Mapping[str, Any]) ->
     state = check_place(output, resume=True, overwrite=request.overwrite)
     if state is None:
         return None, 0
-    compare(state.identity, asked, partial_folder(output))
+    check_same_run(state.identity, asked, partial_folder(output))
     return Plan.from_json(state.plan, str(partial_folder(output))), state.done
 
 

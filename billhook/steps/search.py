@@ -26,6 +26,7 @@ from billhook.racing.journal import MODEL, PICTURE, Journal, Run
 from billhook.racing.knobs import ALL, Candidate, Space
 from billhook.racing.picture import draw
 from billhook.registry import hint
+from billhook.reports.publishing import publish
 from billhook.steps.options import split_options
 from billhook.steps.record import Job, record
 from billhook.steps.request import Opened, Request, listed, open_request
@@ -194,7 +195,7 @@ class Task:
         if {key: there.get(key) for key in asked} == json.loads(json.dumps(asked)):
             return
         made = {**record(job, self.bench.prune(plan)), **asked}
-        save_pruned(opened.model, opened.source, place, record=made, overwrite=True)
+        save_pruned(opened.model, opened.source, place, record=made, overwrite=True, publish=publish)
 
 
 def _identity(

@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from billhook.errors import JobError
-from billhook.reports.publishing import publish
 from billhook.store.checkpoint import quiet
 from billhook.store.files import copy_files, sha256, write_json
 from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, UNFINISHED
@@ -68,13 +67,15 @@ def save_pruned(
     record: Mapping[str, Any] | None = None,
     texts: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    publish: Callable[[Path], object] = lambda folder: None,
 ) -> Saved:
     """Write `model`, loaded from the directory `source` (None: built in memory) and changed since, to `output`.
 
     `record` becomes billhook.json: `files` (checksums) is added, and each of its `layers`, which name a parameter in
     memory (`tensor`, `index`, `transposed`), gets its place on disk instead (`billhook.store.locate`). `texts` are
-    further files by name. Raises what `check_output` raises, JobError when writing fails or a value does not fit the
-    dtype on disk.
+    further files by name. `publish` is called with the directory once the record is in it, to add files made from the
+    record (`billhook.reports.publishing.publish`). Raises what `check_output` raises, JobError when writing fails or a
+    value does not fit the dtype on disk.
     """
     needed = (
         sum(file.stat().st_size for file in weight_files(source))
@@ -84,7 +85,7 @@ def save_pruned(
     output = check_output(output, source, overwrite=overwrite, needed=needed)
     with staging(output, needed) as folder:
         note = _write_weights(model, source, folder)
-        files = complete(model, source, folder, record, texts)
+        files = complete(model, source, folder, record, texts, publish=publish)
     return Saved(output, files, note)
 
 
@@ -94,9 +95,11 @@ def complete(
     folder: Path,
     record: Mapping[str, Any] | None,
     texts: Mapping[str, str] | None = None,
+    *,
+    publish: Callable[[Path], object] = lambda folder: None,
 ) -> dict[str, str]:
-    """Add to the weights in `folder` all other files of `source`, `texts`, billhook.json and the report; returns the
-    checksums.
+    """Add to the weights in `folder` all other files of `source`, `texts`, billhook.json and what `publish` writes;
+    returns the checksums.
 
     See `save_pruned`.
     """
@@ -108,8 +111,7 @@ def complete(
     if record is not None:
         layers = _found_on_disk(model, record.get("layers", {}), folder)
         write_json(folder / RECORD, {**record, "layers": layers, "files": files})
-        if "model" in record.get("made_by", {}):  # a record of one's own may say less than a report needs
-            publish(folder)
+        publish(folder)
     return files
 
 
