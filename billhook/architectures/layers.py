@@ -1,8 +1,7 @@
-"""All that Billhook knows about architectures: where the blocks are, and which weights in them can be pruned.
+"""The prunable layers of a model: views of uniform shape [out, in] over the weights inside its blocks.
 
-Mostly inferred. The blocks are the only ModuleList of `num_hidden_layers` modules of one class; prunable weights are
-seen as views of uniform shape [out, in] over linear layers, GPT-2's Conv1D (stored transposed) and 3-D expert
-parameters. Embeddings, norms, biases, routers and the head are never prunable. What cannot be named is refused by name.
+Prunable are linear layers, GPT-2's Conv1D (stored transposed) and 3-D expert parameters. Embeddings, norms, biases,
+routers and the head never are. A weight whose layout is not known is refused by name.
 """
 
 import re
@@ -22,44 +21,19 @@ from billhook.registry import hint
 ROUTERS = frozenset({"gate", "router", "wg", "shared_expert_gate", "classifier"})
 
 # Families tested in every release (tests/test_families.py): `config.model_type`.
-FAMILIES = (
-    *(
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "phi",
-        "phi3",
-        "olmo2",
-        "stablelm",
-        "starcoder2",
-    ),
-    *(
-        "cohere",
-        "granite",
-        "falcon",
-        "gpt_neox",
-        "gptj",
-        "gpt2",
-        "bloom",
-        "mpt",
-        "opt",
-        "mixtral",
-        "qwen3_moe",
-        "gpt_oss",
-    ),
+FAMILIES = tuple(
+    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo2 stablelm starcoder2 cohere granite falcon gpt_neox "
+    "gptj gpt2 bloom mpt opt mixtral qwen3_moe gpt_oss bert".split()
 )
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One prunable weight. `name` is the module's name in `model.named_modules()`, with the parameter and number for an
-    expert.
+    """One prunable weight.
 
-    `expert` is the index into a 3-D parameter, or None; `transposed` tells that the weight is stored [in, out].
+    `name` is the module's name in `model.named_modules()`, followed by parameter and number for an expert; `block` is the
+    index of its block in running order; `kind` is its name inside the block. `expert` is the index into a 3-D parameter,
+    or None; `transposed` says that the weight is stored [in, out].
     """
 
     name: str
@@ -131,7 +105,7 @@ def _stored_transposed(module: nn.Module, where: str) -> bool:
 
 
 def select_layers(layers: Sequence[Layer], targets: Iterable[str] = (), ignore: Iterable[str] = ()) -> list[Layer]:
-    """Keep the layers that match any of `targets` (all, if none are given) and none of `ignore`.
+    """The layers that match any of `targets` (all, if none are given) and none of `ignore`.
 
     A pattern is a class name (`Linear`), the exact name of a layer or of a module that holds layers (`model.layers.0`),
     or `re:` and a regular expression matched from the start of the name. A pattern that matches nothing is an error,
@@ -174,12 +148,9 @@ def _matching(layers: Sequence[Layer], pattern: str, option: str) -> set[str]:
 def check_finite(layers: Iterable[Layer]) -> None:
     """Raise BillhookError naming the first layer whose weights hold NaN or infinity."""
     for layer in layers:
-        # One pass and nothing in memory: any NaN or infinity is one in the sum, too. (So is an overflow, which is
-        # looked at closely.)
-        if not torch.isfinite(layer.weight.sum(dtype=torch.float32)) and (
-            bad := int((~torch.isfinite(layer.weight)).sum())
-        ):
+        if torch.isfinite(layer.weight.sum(dtype=torch.float32)):  # a fast test: NaN and infinity remain in the sum
+            continue
+        if bad := int((~torch.isfinite(layer.weight)).sum()):
             raise BillhookError(
-                f"{layer.name} holds {bad} weights that are NaN or infinite: the checkpoint is damaged. Repair "
-                "it first."
+                f"{layer.name} holds {bad} weights that are NaN or infinite: the checkpoint is damaged. Repair it first."
             )
