@@ -18,7 +18,7 @@ import torch
 
 from billhook import evaluate, load_windows, search
 from billhook.plan.allocators import ALLOCATORS
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.racing.contest import UNIFORM, trial_windows
 from billhook.racing.knobs import TICKS, Candidate
 from billhook.steps.request import Request
@@ -59,7 +59,7 @@ def cells(options: argparse.Namespace, sparsity: float) -> None:
         bench.trial(task.plan(candidate))
         return sum(bench.losses(0, trial_windows(count)).kl)
 
-    def full(plan: SparsityPlan) -> tuple[float, float]:
+    def full(plan: Plan) -> tuple[float, float]:
         bench.prune(plan)
         return sum(bench.losses(0, count).kl), evaluate(bench.model, windows).token_ppl
 

@@ -24,7 +24,7 @@ import torch
 from published import published_alpha_peak
 from torch import Tensor
 
-from billhook.measurement.spectra import measure_spectra
+from billhook.measurement.weights import measure_spectra
 
 T = TypeVar("T")
 BLOCKS = {

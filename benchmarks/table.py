@@ -2,7 +2,7 @@
 one.
 
     python benchmarks/table.py                                    the bundled model, on the standard library of Python
-    python benchmarks/table.py --folder FOLDER --journal table.jsonl --write docs/METHODS.md
+    python benchmarks/table.py --folder FOLDER --journal table.jsonl --write docs/allocator_comparison.md
 
 FOLDER holds `models/NAME` and `text/FILE` as named in `MODELS`; a model that is not there is skipped by name. The
 calibration windows are split by `billhook search`'s own rule: one half gives statistics, gradients and table (once a
@@ -29,7 +29,7 @@ from billhook import allocate, evaluate, load_windows, measure
 from billhook.engine.gradients import compute_gradients
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.racing.contest import UNIFORM, Budget, Contest
 from billhook.racing.journal import Journal, Run
 from billhook.racing.knobs import KNOBS, Candidate, Space
@@ -124,7 +124,7 @@ class Subject:
         columns = list(dict.fromkeys(column for names in needs for column in names))
         return measure(self.opened.model, columns, batches=self.split.batches, layers=self.opened.layers)
 
-    def plan(self, candidate: Candidate, sparsity: float) -> SparsityPlan:
+    def plan(self, candidate: Candidate, sparsity: float) -> Plan:
         """A candidate's plan."""
         return allocate(self.table, sparsity, allocator=candidate.allocator, **candidate.options)
 

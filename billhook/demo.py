@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from billhook.engine.loop import prune_
+from billhook.engine.loop import Method
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.perplexity import evaluate
 from billhook.measurement.measure import measure
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import allocate
-from billhook.plan.plan import SparsityPlan
-from billhook.steps.prune import Job, run
+from billhook.plan.plan import Plan
+from billhook.steps.prune import Job, prune_, run
 from billhook.steps.request import Opened, Request, open_request
 from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_tokenizer, quiet
@@ -137,11 +137,12 @@ def _is_demo(output: Path) -> bool:
     raise BillhookError(f"The output {output} is not empty and holds no earlier demo: choose another with --output.")
 
 
-def _save_best(demo: Demo, plans: dict[str, SparsityPlan], opened: Opened, request: Request) -> None:
+def _save_best(demo: Demo, plans: dict[str, Plan], opened: Opened, request: Request) -> None:
     """Run the best pair once more as an ordinary job, with its record, and write it."""
     allocator, criterion = demo.best
     fields = {**request.__dict__, "criterion": criterion, "allocator": allocator}
-    run(Job(Request(**fields), opened, plans[allocator], CRITERIA.configure(criterion, {})))
+    method = Method(criterion, CRITERIA.configure(criterion, {}))
+    run(Job(Request(**fields), opened, plans[allocator], method))
 
 
 @torch.no_grad()

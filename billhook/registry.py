@@ -1,20 +1,32 @@
 """Names to functions: how allocators, criteria and metrics are found, described and configured.
 
-A registry maps a name to a place (`"package.module:function"`) and imports it only when asked, so names can be listed
-without torch. A method is a plain function marked with `@method`; its keyword-only parameters are its options, and the
-command line, the docs and the validation are all read off its signature.
+A registry maps a name to a place (`"package.module:function"`) and imports the module on first use, so names can be
+listed without importing torch. A method is a plain function marked with `@method`; its keyword-only parameters are its
+options, and the command line, the documentation and the validation are all derived from its signature.
+
+Methods of other installed packages are found through entry points of the group `billhook.methods`, named `KIND:NAME`:
+
+    [project.entry-points."billhook.methods"]
+    "allocator:depth" = "depth_plugin:depth"
+
+Entry points are read only when a name is not built in or when names are listed; a plugin never replaces a built-in
+method. A plugin's module is imported when its method is used.
 """
 
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from billhook.errors import BillhookError
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+GROUP = "billhook.methods"  # of the entry points that other packages declare
 Needs = Callable[..., tuple[str, ...]]
 
 
@@ -24,7 +36,7 @@ def method(
     """Mark a function as a method: `paper` is its source, `needs` the table columns or statistics it reads.
 
     `needs` may be a function of the method's options, e.g. `lambda metric: (metric,)`, called with the options by name.
-    `group` is the comparison group a criterion uses unless told otherwise.
+    `group` is the comparison group of a criterion unless the user chooses another.
     """
 
     def mark(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,28 +94,60 @@ def hint(word: str, names: Iterable[str]) -> str:
 
 
 class Registry:
-    """A named family of methods (`kind` is the word used in messages)."""
+    """A named family of methods. `kind` is the word used in messages and in the names of entry points."""
 
-    def __init__(self, kind: str, places: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, places: Mapping[str, str], *, plugins: bool = False) -> None:
         self.kind = kind
         self._places = dict(places)
+        self._accepts_plugins = plugins
 
     def names(self) -> list[str]:
-        """All names, in the order they are shown to people."""
-        return list(self._places)
+        """All names in display order: the built-in ones, then those of plugins, sorted."""
+        return [*self._places, *sorted(self._plugins().keys() - self._places.keys())]
 
     def check(self, name: str) -> None:
-        """Raise BillhookError with the nearest name for an unknown one; imports nothing."""
-        if name not in self._places:
-            raise BillhookError(
-                f"Unknown {self.kind} {name!r}.{hint(name, self._places)} There are: {', '.join(self._places)}."
-            )
+        """Raise BillhookError with the nearest name for an unknown one; imports no method."""
+        if name not in self._places and name not in self._plugins():
+            names = self.names()
+            raise BillhookError(f"Unknown {self.kind} {name!r}.{hint(name, names)} There are: {', '.join(names)}.")
 
     def get(self, name: str) -> Callable[..., Any]:
-        """Import and return the method called `name`; raises BillhookError as `check` does."""
+        """Import and return the method called `name`.
+
+        Raises BillhookError for an unknown name, and for a plugin that cannot be loaded.
+        """
         self.check(name)
+        if name not in self._places:
+            return self._load(name, self._plugins()[name])
         module, _, attribute = self._places[name].partition(":")
         function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+        return function
+
+    def _plugins(self) -> dict[str, list["EntryPoint"]]:
+        """Name -> the entry points that installed packages declare for it."""
+        if not self._accepts_plugins:
+            return {}
+        from importlib.metadata import entry_points  # 20 ms that `--help` does not need
+
+        found: dict[str, list[EntryPoint]] = {}
+        for point in entry_points(group=GROUP):
+            kind, _, name = point.name.partition(":")
+            if kind == self.kind and name:
+                found.setdefault(name, []).append(point)
+        return found
+
+    def _load(self, name: str, points: Sequence["EntryPoint"]) -> Callable[..., Any]:
+        """Import a plugin's method; raises BillhookError that names the distribution it comes from."""
+        owners = [f"{p.dist.name} {p.dist.version}" if p.dist else "an unnamed distribution" for p in points]
+        if len(points) > 1:
+            raise BillhookError(f"{self.kind} {name!r} is declared by {' and '.join(owners)}: uninstall all but one.")
+        where = f"The {self.kind} {name!r} of {owners[0]} ({points[0].value})"
+        try:
+            function: Callable[..., Any] = points[0].load()
+        except Exception as error:  # whatever the plugin's module raises while it is imported
+            raise BillhookError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
+        if not hasattr(function, "paper"):
+            raise BillhookError(f"{where} is not a method: mark it with @billhook.registry.method.")
         return function
 
     def options(self, name: str) -> dict[str, Option]:
@@ -129,7 +173,7 @@ class Registry:
         return declared(**options) if callable(declared) else declared
 
     def group(self, name: str) -> Literal["row", "layer"]:
-        """The comparison group a criterion uses unless told otherwise."""
+        """The comparison group of a criterion unless the user chooses another."""
         group: Literal["row", "layer"] = self.get(name).group  # type: ignore[attr-defined]
         return group
 

@@ -1,7 +1,7 @@
 """Prune a model directory and get a model directory back: the main job, in Python.
 
-Put your own directory for MODEL, and text like that it was trained on for the calibration. Here it is the small bundled
-model, which was trained on the sources of Python's standard library.
+MODEL may be any model directory; calibrate with text similar to its training text. Here it is the small bundled model,
+which was trained on the sources of Python's standard library.
 """
 
 import tempfile
@@ -13,7 +13,7 @@ MODEL = Path(billhook.__file__).parent / "demo_model"
 
 
 def main() -> None:
-    """Prune, verify what was written, and open it as any other model."""
+    """Prune, verify what was written, and open it like any other model."""
     output = Path(tempfile.mkdtemp()) / "pruned"
     report = billhook.prune(
         MODEL,
@@ -26,10 +26,7 @@ def main() -> None:
         length=128,
         output=output,
     )
-    print(
-        f"{report.sparsity:.2%} of {sum(layer.n for layer in report.layers):,} weights are zero now, in "
-        f"{report.seconds:.1f} s."
-    )
+    print(f"{report.sparsity:.2%} of the weights are zero now, after {report.seconds:.1f} s.")
     checked = billhook.verify(output)
     print(f"On disk: {checked.zeros:,} zeros, {'as recorded' if checked.ok else checked.problems}.")
 

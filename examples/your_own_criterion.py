@@ -1,8 +1,7 @@
 """Try a criterion of your own: the whole pruning algorithm is one loop, so write the loop.
 
 `walk` yields the blocks in depth order, with the statistics of each layer's inputs; what the loop does to a block
-changes the inputs of the next. `Select` turns scores into a mask that removes exactly what is asked. CONTRIBUTING.md
-says how to make it a part of Billhook.
+changes the inputs of the next. `Select` turns scores into a mask with the exact count. See also docs/add_a_method.md.
 """
 
 from pathlib import Path

@@ -9,7 +9,7 @@ from tables import NAMES, PATTERNS, TARGETS, VALUES, columns, make_table, relaxe
 
 from billhook.errors import BillhookError
 from billhook.plan.allocators import ALLOCATORS, allocate
-from billhook.plan.plan import Pattern
+from billhook.plan.spec import Pattern
 from billhook.plan.table import Row, Table
 
 

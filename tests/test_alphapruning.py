@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from tables import make_table, relaxed, tables, total
 
 from billhook.errors import BillhookError
+from billhook.measurement import canonical
 from billhook.plan.allocators import allocate
-from billhook.plan.metrics import FACTS, canonical, sign
+from billhook.plan.metrics import FACTS, sign
 from billhook.plan.table import Row, Table
 
 

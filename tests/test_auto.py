@@ -18,7 +18,7 @@ from billhook.engine.loop import prune_
 from billhook.measurement.error_curves import STEPS, TRIED, _curve, cheaper
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators.curves import cheapest
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.plan.table import Row, Table
 from billhook.racing.automatic import _Forecast
 from billhook.steps.prune import prepare
@@ -101,7 +101,7 @@ def test_curves_of_some_rows_are_near_those_of_all(monkeypatch: pytest.MonkeyPat
         assert 0.5 < some[20] / every[20] < 2
 
 
-def _only(layer, sparsity: float) -> SparsityPlan:
+def _only(layer, sparsity: float) -> Plan:
     table = measure(tiny.llama(), [], layers=[layer])
     return allocate(table, sparsity)
 
@@ -171,7 +171,7 @@ def test_shares_of_experts() -> None:
     assert len(set(shares)) > len(shares) / 2
 
 
-def divergence(plan: SparsityPlan, request: Request) -> float:
+def divergence(plan: Plan, request: Request) -> float:
     """On the held-out windows that the plan says it was tried on."""
     from billhook.steps.request import open_request
     from billhook.trials.heldout import split_windows

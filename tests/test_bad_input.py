@@ -258,8 +258,8 @@ def test_patterns_that_match_nothing(place, arguments, match):
 
 def planned(**sparsity: object) -> tuple[str, ...]:
     """Change layers of plan.json (None takes one out) and prune with it."""
-    layers = json.loads(Path("plan.json").read_text())["sparsity"]
-    edit("plan.json", sparsity={name: s for name, s in (layers | sparsity).items() if s is not None})
+    layers = json.loads(Path("plan.json").read_text())["weights"]
+    edit("plan.json", weights={name: s for name, s in (layers | sparsity).items() if s is not None})
     return (*MAGNITUDE, "--plan", "plan.json")
 
 
@@ -285,20 +285,25 @@ def test_a_plan_with_an_extra_layer(place):
     "bad", [float("nan"), float("inf"), 1.5, -0.5, "0.5", None, True, 10**400], ids=lambda value: repr(value)[:8]
 )
 def test_a_plan_with_impossible_entries(place, bad):
-    layers = json.loads(Path("plan.json").read_text())["sparsity"]
-    edit("plan.json", sparsity=layers | {UP: bad})
+    layers = json.loads(Path("plan.json").read_text())["weights"]
+    edit("plan.json", weights=layers | {UP: bad})
     refused(
         place,
         *MAGNITUDE,
         "--plan",
         "plan.json",
-        match=rf"plan\.json: the sparsity of {UP} must be a number in \[0, 1\], got ",
+        match=rf"plan\.json: {UP}: (A sparsity must be a number in \[0, 1\], got |Unknown storage type '0\.5')",
     )
 
 
 def test_a_plan_whose_groups_do_not_fit(place):
-    edit("plan.json", pattern="2:4")
-    refused(place, *planned(**{UP: 0.6}), match=rf"{UP}: sparsity 0\.6 is not a multiple of 1/4")
+    refused(place, *planned(**{UP: "2:5"}), match=rf"2:5 is impossible for {UP}: its 32 columns do not divide by 5")
+
+
+def test_a_plan_that_pruning_cannot_apply(place):
+    refused(
+        place, *planned(**{UP: "q4_0"}), match=r"This plan stores layers as q4_0: billhook prune applies sparsities"
+    )
 
 
 def test_files_that_are_no_plan(place):

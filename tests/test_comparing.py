@@ -1,5 +1,5 @@
-"""A grid of methods: every cell is what pruning and scoring by hand gives; it goes on after an interruption; tables and
-pictures."""
+"""`billhook compare`: every cell is what pruning and scoring by hand gives; it continues after an interruption; tables
+and pictures."""
 
 import csv
 import io
@@ -12,13 +12,12 @@ import pytest
 import tiny
 from command import billhook, done
 
-from billhook import prune
+from billhook import allocate, measure, prune
 from billhook.comparison.grid import Grid, compare
 from billhook.comparison.record import differences, load_comparison, summary
-from billhook.comparison.views import markdown, pictures, spreadsheet
+from billhook.comparison.views import error_tables, markdown, pictures, spreadsheet
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import evaluate
-from billhook.reports.charts import Axis, Series, chart
 from billhook.text.windows import load_windows
 
 
@@ -61,7 +60,7 @@ def test_every_cell_is_a_run_of_its_own(place, made):
     assert all(len(row["error_by_block"]) == 4 and min(row["error_by_block"]) > 0 for row in made.cells)
 
 
-def test_an_interrupted_comparison_goes_on(place, made, tmp_path):
+def test_an_interrupted_comparison_continues(place, made, tmp_path):
     class Enough(Exception):
         pass
 
@@ -78,11 +77,40 @@ def test_an_interrupted_comparison_goes_on(place, made, tmp_path):
     compare(place / "model", GRID, str(place / "scored.txt"), progress=lambda line: seen.append(line), **fields)
     assert len(seen) == len(made.cells)
     assert (tmp_path / "grid" / "compare.json").read_bytes() == (place / "grid" / "compare.json").read_bytes()
-    with pytest.raises(BillhookError, match="made otherwise: data was"):
+    with pytest.raises(BillhookError, match="another comparison: its data was"):
         compare(place / "model", GRID, str(place / "scored.txt"), limit=2, **fields)
 
 
-def test_means_spreads_and_what_is_larger_than_them():
+def test_plans_are_compared_beside_allocators(place, tmp_path):
+    model = tiny.llama()
+    plans = {name: allocate(measure(model, []), s) for name, s in (("plan a", 0.2), ("plan b", 0.6))}
+    fields = {"calibration": str(place / "text.txt"), "output": tmp_path / "grid", **TEXT}
+    grid = Grid((0.6,), plans=plans)
+    found = compare(place / "model", grid, str(place / "scored.txt"), **fields)
+    rows = {row["allocator"]: row for row in found.cells}
+    assert [row["sparsity"] for row in found.cells] == [0.6, 0.2, 0.6]
+    assert rows["plan b"]["nll"] == rows["uniform"]["nll"] > rows["plan a"]["nll"]
+    assert all(x < y for x, y in zip(rows["plan a"]["error_by_block"], rows["plan b"]["error_by_block"], strict=True))
+    assert list(error_tables(found)) == [f"Relative squared error of each block's output at {s} %" for s in (60, 20)]
+    with pytest.raises(BillhookError, match="used another plan a"):
+        compare(place / "model", Grid(plans={"plan a": plans["plan b"]}), str(place / "scored.txt"), **fields)
+    other = allocate(measure(tiny.llama(num_hidden_layers=3), []), 0.5)
+    with pytest.raises(BillhookError, match="not for this model"):
+        compare(place / "model", Grid(plans={"other": other}), str(place / "scored.txt"), **fields)
+
+
+def test_the_command_shows_errors_by_depth_for_plans(place, tmp_path):
+    for name, sparsity in (("a", 0.3), ("b", 0.5)):
+        allocate(measure(tiny.llama(), []), sparsity).save(tmp_path / f"{name}.json")
+    plans = f"{tmp_path / 'a.json'},{tmp_path / 'b.json'}"
+    words = ["--criteria", "magnitude", "--data", place / "scored.txt", "--length", 32, "-o", tmp_path / "grid"]
+    ran = done("compare", place / "model", "--plans", plans, "--errors", *words)
+    for words in ("magnitude + plan a", "Relative squared error of each block's output at 30 %", "at 50 %"):
+        assert words in ran.out
+    assert {"error-30.svg", "error-50.svg", "sparsity-30.svg"} <= {p.name for p in (tmp_path / "grid").iterdir()}
+
+
+def test_means_and_spreads_over_seeds():
     def cell(criterion, seed, nll):
         where = {
             "pattern": "unstructured",
@@ -105,7 +133,7 @@ def test_means_spreads_and_what_is_larger_than_them():
     assert differences(cells[:1] + cells[3:4]) == []  # one seed says nothing of spread
 
 
-def test_tables_say_the_same(made):
+def test_the_tables_agree_with_the_cells(made):
     rows = list(csv.DictReader(io.StringIO(spreadsheet(made))))
     assert [float(row["nll"]) for row in rows] == [cell["nll"] for cell in made.cells]
     text = markdown(made)
@@ -115,7 +143,7 @@ def test_tables_say_the_same(made):
     assert text.count(" *") >= 3  # the best of each column
 
 
-def test_pictures_hold_their_numbers(made):
+def test_pictures_contain_their_numbers(made):
     drawn = pictures(made)
     assert set(drawn) == {
         "perplexity",
@@ -136,19 +164,7 @@ def test_pictures_hold_their_numbers(made):
     assert titles[0] == f"magnitude + uniform: 30, {summary(made.cells)[0]['mean_token_ppl']:.4g}"
 
 
-def test_charts_of_nothing_much():
-    for series in (
-        [],
-        [Series("a", [0], [1.0])],
-        [Series("a", [0, 1], [None, math.inf])],
-        [Series("a", [1, 2], [5.0, 5.0])],
-    ):
-        for axis in (Axis("y"), Axis("y", log=True), Axis("y", zero=True)):
-            assert "nan" not in chart("t", series, Axis("x", whole=True), axis).lower()
-    assert "&lt;b&gt;" in chart("<b>", [Series("<b>", [0, 1], [1, 2])], Axis("<b>"), Axis("y"))
-
-
-def test_the_command_writes_it_all_and_puts_runs_side_by_side(place, tmp_path, monkeypatch):
+def test_the_command_writes_all_files_and_compares_runs(place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     words = ["--criteria", "magnitude", "--data", "scored.txt", "--length", 32]
     ran = done("compare", "model", "--sparsities", "0.4", *words, "-o", tmp_path / "one")
@@ -210,8 +226,8 @@ def test_runs_that_differ_are_refused(place, tmp_path, made):
             ["--sparsities", "0.5", "--set", "epsilno=1", "--data", "scored.txt", "-o", "g"],
             "No method of this comparison has",
         ),
-        (["--runs"], "two directories or more"),
-        (["--runs", "--data", "scored.txt"], "leave out what a new comparison would be asked for"),
+        (["--runs"], "two or more directories"),
+        (["--runs", "--data", "scored.txt"], "leave out the options of a new comparison"),
         (
             ["--sparsities", "0.5", "--patterns", "2:4", "--data", "scored.txt", "-o", "g"],
             "An N:M pattern has its own sparsity",

@@ -20,7 +20,8 @@ from billhook.engine.loop import prune_
 from billhook.engine.walk import walk
 from billhook.measurement.loss_shares import loss_share
 from billhook.methods.sparse import admm
-from billhook.plan.plan import Pattern, SparsityPlan
+from billhook.plan.plan import Plan
+from billhook.plan.spec import Pattern
 from billhook.recover.blockwise import Refine
 from billhook.steps.request import Opened, Request, open_request
 
@@ -45,8 +46,8 @@ def opened_of(family: str) -> Opened:
     )
 
 
-def half(opened: Opened) -> SparsityPlan:
-    return SparsityPlan(0.5, Pattern.parse("unstructured"), {layer.name: 0.5 for layer in opened.layers}, {})
+def half(opened: Opened) -> Plan:
+    return Plan.of_sparsities(0.5, Pattern.parse("unstructured"), {layer.name: 0.5 for layer in opened.layers}, {})
 
 
 def case_of(opened: Opened) -> Case:

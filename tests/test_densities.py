@@ -77,7 +77,7 @@ def test_a_table_adds_exponents_and_spectra_that_stay(pruned):
     ]
     page = (pruned / "report.html").read_bytes()
     for words in (
-        "alpha_mid by depth",
+        "alpha_mid by layer",
         "Spectral density of a few layers",
         f"alpha_mid {min(table.column('alpha_mid')):.2f}",
     ):
@@ -121,5 +121,5 @@ def test_another_models_table_or_one_without_spectra_is_refused(place, pruned):
         str(pruned),
         "--table",
         str(pruned.parent / "empty.json"),
-        match="says nothing about spectra",
+        match="has no spectra",
     )

@@ -1,15 +1,17 @@
-"""The documentation is true: formats are those of real files, examples run, links lead somewhere. Blocks of the pages:
-test_pages.
+"""The documentation is correct: formats are those of real files, examples run, links resolve. See also test_pages.
 
-A json block after `<!-- format: NAME -->` is read by the tool. A table after `<!-- fields: NAME -->` lists exactly the
+A JSON block after `<!-- format: NAME -->` is read by the tool. A table after `<!-- fields: NAME -->` lists exactly the
 fields of a real NAME.
 """
 
 import json
+import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,18 @@ from typer.testing import CliRunner
 
 import billhook
 import billhook.engine.gradient_file
-from billhook import SparsityPlan, Table, load_plan
+from billhook import Plan, Table, load_plan
 from billhook.cli import app
 from billhook.plan.allocators import ALLOCATORS, allocate
-from billhook.plan.plan import Pattern
+from billhook.plan.spec import Pattern
 from billhook.plan.table import Row
 from billhook.steps.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "billhook" / "demo_model"
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-FORMATS = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+FORMATS = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "formats").glob("*.md"))}
 
 
 def blocks(page: Path, mark: str) -> list[str]:
@@ -75,6 +77,39 @@ def test_a_sweep_loads_no_torch() -> None:
     )
 
 
+def test_the_methods_of_the_guide_are_short_pages(tmp_path: Path) -> None:
+    for mark in ("allocator", "criterion"):
+        (code,) = blocks(ROOT / "docs" / "add_a_method.md", f"run: {mark}")
+        assert re.match(r'"""[A-Z]\w+: .*\.\n', code)
+
+
+def test_the_plugin_of_the_guide_is_found_once_it_is_installed(playground: Path) -> None:
+    guide = ROOT / "docs" / "add_a_method.md"
+    (module,), (project,), (commands,) = (
+        blocks(guide, mark) for mark in ("run: allocator", "run: plugin", "run: with the plugin")
+    )
+    facts = tomllib.loads(project)
+    (declared,) = facts["project"]["entry-points"].items()
+    installed = playground / "billhook_depth-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {facts['project']['name']}\nVersion: 1.0\n")
+    points = [f"{name} = {place}" for name, place in declared[1].items()]
+    (installed / "entry_points.txt").write_text("\n".join([f"[{declared[0]}]", *points]) + "\n")
+    (playground / f"{facts['tool']['setuptools']['py-modules'][0]}.py").write_text(module, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(playground), str(ROOT)])}
+    for line in commands.splitlines():
+        command = [sys.executable, "-m", *shlex.split(line)]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+    assert load_plan_of("pruned")["made_by"]["options"] == {"power": 0.3}
+
+
+def load_plan_of(directory: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((Path(directory) / "billhook.json").read_text(encoding="utf-8"))
+    plan: dict[str, Any] = record["plan"]
+    return plan
+
+
 def test_the_allocator_of_the_guide_keeps_its_budget() -> None:
     (code,) = blocks(ROOT / "docs" / "add_a_method.md", "run: allocator")
     names: dict[str, Any] = {"__name__": "depth"}
@@ -102,7 +137,7 @@ def test_the_criterion_of_the_guide_removes_what_is_asked() -> None:
 
 
 def example_of(name: str, path: Path) -> Path:
-    (code,) = blocks(ROOT / "docs" / "formats.md", f"format: {name}")
+    (code,) = [code for page in FORMATS for code in blocks(page, f"format: {name}")]
     path.write_text(code, encoding="utf-8")
     return path
 
@@ -125,13 +160,13 @@ def test_json_examples_are_read_by_the_tool(tmp_path: Path) -> None:
 def test_a_minimal_plan_by_hand_is_enough(tmp_path: Path) -> None:
     plan = {"version": 1, "target": 0.5, "pattern": "2:4", "sparsity": {"a": 0.5}}
     (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-    assert load_plan(tmp_path / "plan.json") == SparsityPlan(0.5, Pattern(2, 4), {"a": 0.5})
+    assert load_plan(tmp_path / "plan.json") == Plan.of_sparsities(0.5, Pattern(2, 4), {"a": 0.5})
 
 
 def fields(name: str) -> dict[tuple[str, ...], bool]:
     """The documented fields of a file or output: path -> whether it is optional."""
-    found = re.search(rf"<!-- fields: {re.escape(name)} -->\n((?:\|.*\n?)+)", FORMATS)
-    assert found, f"formats.md has no fields of {name}"
+    found = re.search(rf"<!-- fields: {re.escape(name)} -->\n((?:\|.*\n?)+)", "\n".join(FORMATS.values()))
+    assert found, f"docs/formats has no fields of {name}"
     rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in found.group(1).splitlines()[2:]]
     return {tuple(row[0].strip("`").replace("[]", ".[]").split(".")): "optional" in row[1] for row in rows}
 
@@ -260,7 +295,7 @@ def test_an_undocumented_or_missing_field_is_noticed() -> None:
         check_fields("measure --json", {"output": "t", "layers": 1})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_inside_the_repository_resolve(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text):
@@ -278,26 +313,3 @@ def anchors(page: Path) -> set[str]:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", heading).lower()).replace(" ", "-") for heading in headings}
-
-
-def test_every_module_is_on_the_map() -> None:
-    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    folder = ROOT / "billhook"
-    modules = {path.relative_to(folder).as_posix() for path in folder.rglob("*.py") if not path.name.startswith("_")}
-    modules = {
-        name for name in modules if name.partition("/")[0] not in ("allocators", "criteria", "cli")
-    }  # one file a method or command
-    packages = {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
-    listed = re.findall(r"^\| `([\w/.]+)` \|", text, re.MULTILINE)
-    assert sorted(listed) == sorted(modules | packages)
-
-
-@pytest.mark.parametrize("name", ["ALLOCATORS", "CRITERIA"])
-def test_every_method_has_a_chapter(name: str) -> None:
-    chapters = {
-        heading.lower()
-        for heading in re.findall(
-            r"^### (.*)$", (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8"), re.MULTILINE
-        )
-    }
-    assert {method.lower() for method in getattr(billhook, name).names()} <= chapters

@@ -133,7 +133,6 @@ def test_every_long_command_says_what_it_will_take_and_what_it_took(tmp_path):
         ("prune", model, "--sparsity", 0.5, *words, "-o", tmp_path / "pruned"),
         ("search", model, "--sparsity", 0.5, "--allocator", "atp", "--budget", 1, *words, "-o", tmp_path / "found"),
         ("compare", model, "--sparsities", 0.5, "--data", text, *words, "-o", tmp_path / "grid"),
-        ("analyze", model, "--plan", tmp_path / "plan.json", *words),
     ):
         said = done(*command).err
         assert said.count("About ") == said.count("It took ") == said.count("(estimated ") / 2 == 1, said

@@ -18,7 +18,7 @@ import torch
 from command import billhook, done, listing, refused
 
 import billhook.engine.loop as pruning
-import billhook.store.sinks as save
+import billhook.store.directory as save
 from billhook.errors import out_of_memory
 
 TEXT = ("--calibration", "text.txt", "--samples", "4", "--length", "32")
@@ -68,10 +68,10 @@ def test_a_disk_that_fills_up_at_the_start(place, monkeypatch):
 @pytest.mark.parametrize(
     "where",
     [
-        "store.sinks.copy_files",
+        "store.directory.copy_files",
         "steps.partial_output.flush",
         "steps.partial_output.put_in_place",
-        "store.sinks.write_json",
+        "store.directory.write_json",
     ],
 )
 def test_a_disk_that_fills_up_after_the_last_block(place, monkeypatch, where):
@@ -162,7 +162,7 @@ def test_a_stdout_that_cannot_be_written(place):
 
 # Interruptions
 
-MOMENTS = {"loading": "billhook.steps.request.open_streamed", "pruning": "billhook.engine.loop._prune_layer"}
+MOMENTS = {"loading": "billhook.steps.request.open_streamed", "pruning": "billhook.methods.sparse.wanda.wanda"}
 _STOPPED = "billhook: Stopped. Nothing was written.\n"
 _PATIENT = "Stopping when this block is finished. Ctrl-C again stops at once; what is finished is kept either way.\n"
 

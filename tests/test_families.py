@@ -6,11 +6,12 @@ import pytest
 import torch
 from families import CONFIGS, VOCABULARY, build
 
-from billhook import SparsityPlan, find_layers, prune_
-from billhook.architectures.layers import FAMILIES, find_blocks
+from billhook import Plan, find_layers, prune_
+from billhook.architectures.layers import FAMILIES
+from billhook.architectures.stacks import blocks_of
 from billhook.engine.replay import run_block
 from billhook.engine.walk import walk
-from billhook.plan.plan import Pattern
+from billhook.plan.spec import Pattern
 from billhook.recover.blockwise import Refine
 
 
@@ -26,7 +27,7 @@ def test_the_matrix_covers_what_is_promised() -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_replaying_blocks_is_bit_exact(family: str) -> None:
     model, ids = build(family), batches()
-    _, blocks = find_blocks(model)
+    blocks = list(blocks_of(model).values())
     inputs: list[list[torch.Tensor]] = [[] for _ in blocks]
     for number, block in enumerate(blocks):
         block.register_forward_pre_hook(
@@ -83,7 +84,7 @@ def test_plans_are_met_exactly_and_nothing_else_changes(family: str, criterion: 
     layers = find_layers(model)
     shapes = {layer.name: layer.shape for layer in layers}
     generator = torch.Generator().manual_seed(2)
-    plan = SparsityPlan(0.5, Pattern(), {name: float(torch.rand((), generator=generator)) for name in shapes})
+    plan = Plan.of_sparsities(0.5, Pattern(), {name: float(torch.rand((), generator=generator)) for name in shapes})
     prunable = {(id(layer.module), layer.parameter) for layer in layers}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     prune_(model, plan, criterion=criterion, batches=batches())
@@ -120,7 +121,7 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_reported() -> None:
     }
     assert starved
     layers = find_layers(model)
-    plan = SparsityPlan(0.5, Pattern(), {layer.name: 0.5 for layer in layers})
+    plan = Plan.of_sparsities(0.5, Pattern(), {layer.name: 0.5 for layer in layers})
     reported = {
         result.layer
         for result in prune_(model, plan, criterion="wanda", batches=ids)
@@ -146,7 +147,7 @@ def test_experts_are_observed_whatever_implementation_the_model_runs(family: str
 
 def test_tied_weights_stay_tied() -> None:
     model = build("gemma")
-    plan = SparsityPlan(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
+    plan = Plan.of_sparsities(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
     prune_(model, plan, criterion="magnitude")
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -157,20 +158,20 @@ def test_norm_and_head_alone_predict_what_the_model_does(family: str) -> None:
     with torch.no_grad():
         for block in walk(model, [ids], read_only=True):
             outputs = run_block(block.module, block.inputs[0], block.calls[0])
-            if block.after.module is not None:
-                outputs = run_block(block.after.module, outputs, block.after.calls[0])
-            if block.index + 2 >= len(find_blocks(model)[1]):
-                assert torch.equal(block.after.predict(outputs), model(ids).logits)
+            if block.following.module is not None:
+                outputs = run_block(block.following.module, outputs, block.following.calls[0])
+            if block.index + 2 >= len(blocks_of(model)):
+                assert torch.equal(block.following.predict(outputs), model(ids).logits)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", CONFIGS)
 def test_blocks_of_every_family_are_refined(family: str) -> None:
-    model, refine = build(family), Refine(epochs=2, rate=0.01, everything=True)
-    plan = SparsityPlan(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
+    model, refine = build(family), Refine(epochs=2, rate=0.01, tune_norms_and_biases=True)
+    plan = Plan.of_sparsities(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
     results = prune_(model, plan, criterion="magnitude", batches=batches(12, 4), refine=refine)
     said = [note for result in results for note in result.notes if "refined" in note]
-    assert len(said) == len(find_blocks(model)[1])
+    assert len(said) == len(blocks_of(model))
     losses = [note.split("loss ")[1].split(" on ")[0].split(" -> ") for note in said]
     assert all(float(after) <= float(before) for before, after in losses)
     assert any(float(after) < float(before) for before, after in losses)

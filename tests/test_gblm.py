@@ -8,11 +8,11 @@ import torch
 from families import VOCABULARY, build
 from tiny import llama
 
-from billhook import CRITERIA, BillhookError, SparsityPlan, find_layers, prune_
+from billhook import CRITERIA, BillhookError, Plan, find_layers, prune_
 from billhook.engine.walk import walk
 from billhook.methods.masks import Select
 from billhook.methods.statistics import LayerStats
-from billhook.plan.plan import Pattern
+from billhook.plan.spec import Pattern
 
 Tensor = torch.Tensor
 ROWS, COLUMNS, SEQUENCES = 5, 24, 9
@@ -106,8 +106,8 @@ def test_plans_are_met_exactly(family: str, criterion: str, pattern: str) -> Non
     assert all(result.zeros == result.n // 2 for result in results)
 
 
-def plan(model: Any, pattern: Pattern | None = None) -> SparsityPlan:
-    return SparsityPlan(0.5, pattern or Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
+def plan(model: Any, pattern: Pattern | None = None) -> Plan:
+    return Plan.of_sparsities(0.5, pattern or Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
 
 
 @pytest.mark.parametrize(

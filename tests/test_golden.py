@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from billhook import SparsityPlan, Table, allocate, evaluate, find_layers, load_model, load_windows, measure, prune_
+from billhook import Plan, Table, allocate, evaluate, find_layers, load_model, load_windows, measure, prune_
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +40,7 @@ class Golden:
     def model(self) -> Any:
         return load_model(self.directory, dtype="float32")
 
-    def plan(self, tag: str) -> SparsityPlan:
+    def plan(self, tag: str) -> Plan:
         """The plan of a run named by its tag, such as wanda_alpha0.3_0.5."""
         _, *kind, last = tag.split("_")
         if ":" in last:

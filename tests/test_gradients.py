@@ -1,6 +1,7 @@
 """Gradients block by block are those of a backward pass through the whole model, bit for bit; their file says what it
 is."""
 
+import functools
 import json
 import math
 import shutil
@@ -15,13 +16,17 @@ from tiny import llama, save
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from billhook import BillhookError, JobError, SparsityPlan, find_layers, prune, prune_
+from billhook import BillhookError, JobError, Plan, find_layers, prune, prune_
 from billhook.architectures.layers import Layer
 from billhook.cli import app
+from billhook.engine import gradients as engine_gradients
 from billhook.engine.gradient_file import open_gradients
-from billhook.engine.gradients import compute_gradients
+from billhook.engine.resources import Resources
 from billhook.methods.statistics import GRADIENTS, REGIONAL
-from billhook.plan.plan import Pattern
+from billhook.plan.spec import Pattern
+from billhook.tasks.text_generation import TASK
+
+compute_gradients = functools.partial(engine_gradients.compute_gradients, loss=TASK.loss)
 
 Tensor = torch.Tensor
 
@@ -83,7 +88,9 @@ def test_equal_to_a_whole_backward_pass(family: str, tmp_path: Path) -> None:
 def test_every_statistic_wherever_the_inputs_are_kept(statistic: str, spill_gib: float, tmp_path: Path) -> None:
     model, ids = llama(), batches(3, 2)
     plain = each_gradient(model, ids)
-    found = compute_gradients(model, ids, statistic, tmp_path / "g.safetensors", spill_gib=spill_gib)
+    found = compute_gradients(
+        model, ids, statistic, tmp_path / "g.safetensors", resources=Resources(spill_gib=spill_gib)
+    )
     for name, value in found.items():
         assert torch.equal(value, slow(statistic, [g[name] for g in plain])), name
     assert [path.name for path in tmp_path.iterdir()] == ["g.safetensors"]
@@ -166,7 +173,7 @@ def test_gradients_that_are_not_finite_name_their_layer(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0] = math.nan
     with pytest.raises(JobError, match=r"output of model\.layers\.1 holds NaN"):
-        compute_gradients(model, ids, "gradient_l1", tmp_path / "g.safetensors", spill_gib=0)
+        compute_gradients(model, ids, "gradient_l1", tmp_path / "g.safetensors", resources=Resources(spill_gib=0))
     assert not list(tmp_path.iterdir())
 
 
@@ -330,7 +337,7 @@ def test_stale_and_unfitting_gradients_are_refused(folder: Path, tmp_path: Path)
 def test_in_python_the_statistic_is_checked_too(folder: Path) -> None:
     model = llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    plan = SparsityPlan(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
+    plan = Plan.of_sparsities(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})
     with pytest.raises(BillhookError, match="reads gradient_l2"):
         prune_(model, plan, criterion="gradient", norm="l2", gradients=open_gradients(folder / "g.safetensors"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -133,9 +133,10 @@ def test_packages_say_what_they_hold():
     plain = [name for name in PACKAGES if len(TREES[name].body) == 1]
     assert sorted(set(PACKAGES) - set(plain)) == [
         "billhook",
-        "billhook.plan.allocators",
         "billhook.cli",
+        "billhook.measurement",
         "billhook.methods.sparse",
+        "billhook.plan.allocators",
     ]
     for name in plain:
         assert 1 <= len([line for line in (ast.get_docstring(TREES[name]) or "").splitlines() if line]) <= 3, name
@@ -154,7 +155,8 @@ def test_light_public_names_load_nothing_heavy():
         "JobError",
         "METRICS",
         "Pattern",
-        "SparsityPlan",
+        "Plan",
+        "Spec",
         "Table",
         "allocate",
         "load_plan",
@@ -171,6 +173,8 @@ def test_every_public_name_is_there():
         assert getattr(billhook, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
         _ = billhook.nothing
+    with pytest.raises(AttributeError, match=r"billhook\.SparsityPlan is now billhook\.Plan"):
+        _ = billhook.SparsityPlan
 
 
 def test_help_is_light_and_fast():

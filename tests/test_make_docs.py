@@ -1,10 +1,14 @@
-"""The generator of docs/cli.md and docs/methods_table.md: complete, in step with --help, and it notices stale pages."""
+"""The generated pages are complete, in step with --help and the registries, and up to date in the repository."""
 
-import importlib.util
+import ast
+import inspect
 import re
 from pathlib import Path
-from types import ModuleType
 
+import command_page
+import make_docs
+import method_pages
+import page_parts
 import pytest
 from typer.testing import CliRunner
 
@@ -12,29 +16,20 @@ from billhook.architectures.layers import FAMILIES
 from billhook.cli import app
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
-from billhook.plan.metrics import FACTS
+from billhook.plan.metrics import CURVES, FACTS
+from billhook.registry import Registry
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def make_docs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "tools" / "make_docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+METHODS = [(registry, name) for registry in (ALLOCATORS, CRITERIA) for name in registry.names()]
 
 
-def test_pages_in_the_repository_are_up_to_date(make_docs: ModuleType) -> None:
+def test_pages_in_the_repository_are_up_to_date() -> None:
     assert make_docs.main(["--check"]) == 0, "run make docs"
 
 
 @pytest.mark.parametrize("command", [command.name for command in app.registered_commands])
-def test_every_option_of_the_help_is_documented_and_no_other(make_docs: ModuleType, command: str) -> None:
+def test_every_option_of_the_help_is_documented_and_no_other(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
-    section = make_docs.command_line().split(f"## billhook {command}\n")[1].split("\n## ")[0]
+    section = command_page.page().split(f"## billhook {command}\n")[1].split("\n## ")[0]
     options = re.compile(r"--[a-z][a-z-]*")
     documented = {
         name for line in section.splitlines() if line.startswith("| `-") for name in options.findall(line.split("|")[1])
@@ -45,27 +40,42 @@ def test_every_option_of_the_help_is_documented_and_no_other(make_docs: ModuleTy
     assert documented == printed - {"--help"}
 
 
-def test_every_command_has_examples_that_name_it(make_docs: ModuleType) -> None:
+def test_every_command_has_examples_that_name_it() -> None:
     for command in app.registered_commands:
-        section = make_docs.command_line().split(f"## billhook {command.name}\n")[1].split("\n## ")[0]
+        section = command_page.page().split(f"## billhook {command.name}\n")[1].split("\n## ")[0]
         assert f"\nbillhook {command.name}" in section.split("```sh")[1]
 
 
-def test_every_method_metric_and_family_is_listed(make_docs: ModuleType) -> None:
-    page = make_docs.methods()
-    for name in [*ALLOCATORS.names(), *CRITERIA.names(), *FACTS]:
-        assert f"| `{name}` |" in page
+def test_every_method_metric_and_family_is_in_the_index() -> None:
+    page = method_pages.pages()["index.md"]
+    for name in [*ALLOCATORS.names(), *CRITERIA.names(), *FACTS, *CURVES]:
+        assert f"| [`{name}`](" in page
     assert all(f"`{family}`" in page for family in FAMILIES)
     assert "`epsilon=0.3`" in page
-    assert all(
-        f"`{name}`" in page
-        for name in ("alpha_peak:repaired", "outlier_ratio:M", "block_loss:SPARSITY", "lamp_quantiles")
-    )
+    assert all(f"`{name}`" in page for name in ("alpha_peak:repaired", "outlier_ratio:M", "block_loss:SPARSITY"))
 
 
-def test_check_names_what_is_stale_and_writing_repairs_it(
-    make_docs: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("registry, name", METHODS, ids=lambda part: part if isinstance(part, str) else part.kind)
+def test_the_docstring_of_a_method_is_a_short_page_with_a_formula(registry: Registry, name: str) -> None:
+    module = inspect.getmodule(registry.get(name))
+    assert module is not None
+    text = ast.get_docstring(ast.parse(inspect.getsource(module))) or ""
+    assert re.match(r"[A-Z][^:\n]{2,30}: \w.*\.\n", text), "begins with 'Title: summary.' on one line"
+    assert len(text.splitlines()) <= 40
+    assert re.search(r"^    \S", text, re.MULTILINE), "has no formula, indented by four spaces"
+    page = method_pages.pages()[f"{name}.md"]
+    assert all(f"| `{option}` |" in page for option in registry.options(name))
+
+
+def test_pages_link_to_papers_and_to_each_other_but_not_to_themselves() -> None:
+    pages = method_pages.pages()
+    assert "[arXiv:2310.05175](https://arxiv.org/abs/2310.05175)" in pages["owl.md"]
+    assert "[`alpha_farms`](farms.md)" in pages["alphapruning.md"]
+    assert "(alphapruning.md)" not in pages["alphapruning.md"]
+    assert "**Differences from the published code:**" in pages["owl.md"]
+
+
+def test_check_names_what_is_stale_and_writing_repairs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert make_docs.main(["--check"], docs=tmp_path) == 1
     assert make_docs.main([], docs=tmp_path) == 0
     assert make_docs.main(["--check"], docs=tmp_path) == 0
@@ -73,14 +83,25 @@ def test_check_names_what_is_stale_and_writing_repairs_it(
     capsys.readouterr()
     assert make_docs.main(["--check"], docs=tmp_path) == 1
     assert "cli.md" in (told := capsys.readouterr().err)
-    assert "methods_table.md" not in told
+    assert "index.md" not in told
     assert (tmp_path / "cli.md").read_text(encoding="utf-8") == "old"
 
 
-def test_other_arguments_are_refused(make_docs: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pages_of_methods_that_are_gone_are_stale_and_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert make_docs.main([], docs=tmp_path) == 0
+    (gone := tmp_path / "methods" / "gone.md").write_text("old", encoding="utf-8")
+    assert make_docs.main(["--check"], docs=tmp_path) == 1
+    assert "gone.md" in capsys.readouterr().err
+    assert make_docs.main([], docs=tmp_path) == 0
+    assert not gone.exists()
+
+
+def test_other_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert make_docs.main(["--chek"]) == 2
     assert "--check" in capsys.readouterr().err
 
 
-def test_bars_in_cells_do_not_break_a_table(make_docs: ModuleType) -> None:
-    assert make_docs.table(["a"], [["|W|"]]) == "| a |\n| --- |\n| \\|W\\| |"
+def test_bars_in_cells_do_not_break_a_table() -> None:
+    assert page_parts.table(["a"], [["|W|"]]) == "| a |\n| --- |\n| \\|W\\| |"

@@ -8,10 +8,13 @@ from torch import Tensor
 
 from billhook import measure
 from billhook.errors import BillhookError
+from billhook.measurement import canonical, options_of
 from billhook.measurement.activations import outlier_ratio, wanda_mean, wanda_median
+from billhook.measurement.eigen import eigenvalues
 from billhook.measurement.farms import squares
-from billhook.measurement.spectra import eigenvalues, fit_tail, spectral_metrics
-from billhook.plan.metrics import canonical, companions, fact, options_of
+from billhook.measurement.tails import fit_tail
+from billhook.measurement.weights import spectral_metrics
+from billhook.plan.metrics import companions, fact
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:

@@ -19,7 +19,7 @@ from test_docs import PAGES, ROOT
 
 MODEL = ROOT / "billhook" / "demo_model"
 GENERATED = {"cli.md"}
-ELSEWHERE = {"allocator", "criterion"}  # `run:` marks of blocks that test_docs imports and calls
+ELSEWHERE = {"allocator", "criterion", "with the plugin"}  # `run:` marks of blocks that test_docs runs
 NOT_RUN = {
     ("README.md", "installs and tests the package"),
     ("README.md", "starts processes; tests/test_ranks.py does"),
@@ -27,6 +27,7 @@ NOT_RUN = {
     ("first_run.md", "takes a minute; the demo is a target of its own, make demo"),
     ("own_model.md", "reads corpora from the network"),
     ("add_a_method.md", "a line of another file"),
+    ("add_a_method.md", "installs a package"),
     ("serving.md", "installs packages and serves until it is stopped"),
     ("RUNTIME.md", "needs a GPU"),
     ("demo_model.md", "takes hours"),

@@ -1,8 +1,9 @@
-"""Plans come back as they were written; patterns, checks and whole numbers of zeros; every malformed plan is one clear
-error."""
+"""Plans come back as they were written, those of version 1 too; checks and whole numbers of zeros; every malformed plan
+is one clear error."""
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,74 +12,78 @@ from test_table import ANYTHING, short
 
 import billhook
 from billhook.errors import BillhookError
-from billhook.plan.plan import Pattern, SparsityPlan, load_plan
+from billhook.plan.plan import Budget, Plan, load_plan
+from billhook.plan.spec import Pattern, Spec
 
 relaxed = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+VERSION_1 = Path(__file__).parent / "version_1"
 SHAPES = {"a": (4, 8), "b": (6, 8)}
 FILE = {
+    "version": 2,
+    "budget": {"sparsity": 0.5},
+    "weights": {"a": 0.5, "b": 0.5},
+    "made_by": {"allocator": "uniform"},
+}
+FILE_1 = {
     "version": 1,
     "target": 0.5,
     "pattern": "unstructured",
     "sparsity": {"a": 0.5, "b": 0.5},
     "made_by": {"allocator": "uniform"},
 }
+NAMES = st.text(st.characters(exclude_categories=["Cs"]))
+SPECS = st.one_of(st.floats(0, 1), st.sampled_from(["2:4", "1:1024", "q4_k", "int4/64"])).map(Spec.parse)
 
 
-def plan(pattern: str = "unstructured", target: float = 0.5, **sparsity: float) -> SparsityPlan:
-    return SparsityPlan(target, Pattern.parse(pattern), sparsity or {"a": 0.5, "b": 0.5})
+def plan(pattern: str = "unstructured", target: float = 0.5, **sparsity: float) -> Plan:
+    return Plan.of_sparsities(target, Pattern.parse(pattern), sparsity or {"a": 0.5, "b": 0.5})
 
 
 @relaxed
 @given(
-    target=st.floats(0, 1, exclude_max=True),
-    pattern=st.sampled_from(["unstructured", "2:4", "1:1024"]),
-    sparsity=st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), st.floats(0, 1), min_size=1),
+    budget=st.one_of(
+        st.floats(0, 1, exclude_max=True).map(lambda s: Budget("sparsity", s)),
+        st.integers(1, 10**15).map(lambda n: Budget("bytes", n)),
+        st.integers(1, 10**15).map(lambda n: Budget("parameters", n)),
+    ),
+    weights=st.dictionaries(NAMES, SPECS, min_size=1),
+    units=st.dictionaries(NAMES, st.integers(0, 10**6)),
 )
-def test_a_plan_comes_back_as_it_was(target, pattern, sparsity, tmp_path):
-    made = SparsityPlan(target, Pattern.parse(pattern), sparsity, {"allocator": "x", "options": {"beta": None}})
+def test_a_plan_comes_back_as_it_was(budget, weights, units, tmp_path):
+    made = Plan(budget, weights, units, {"allocator": "x", "options": {"beta": None}})
     made.save(tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == made
 
 
 def test_a_plan_is_written_for_people(tmp_path):
-    plan().save(tmp_path / "plan.json")
-    text = (tmp_path / "plan.json").read_text()
-    assert '\n  "a": 0.5,\n' in text
+    Plan(Budget("bytes", 10), {"a": Spec(0.5), "b": Spec.parse("2:4"), "c": Spec(type="q4_k")}).save(tmp_path / "p")
+    text = (tmp_path / "p").read_text()
+    assert '\n  "a": 0.5,\n  "b": "2:4",\n  "c": "q4_k"\n' in text
+    assert "units" not in text
     assert text.endswith("}\n")
 
 
-@pytest.mark.parametrize("text, keep, of", [("2:4", 2, 4), ("1:2", 1, 2), ("5:8", 5, 8), ("1023:1024", 1023, 1024)])
-def test_patterns(text, keep, of):
-    pattern = Pattern.parse(text)
-    assert (pattern.keep, pattern.of, pattern.structured, str(pattern)) == (keep, of, True, text)
-    assert not Pattern.parse("unstructured").structured
-    assert Pattern.parse(str(Pattern())) == Pattern()
+def test_plans_of_version_1_are_read():
+    """As the program that wrote version 1 wrote them."""
+    old = json.loads((VERSION_1 / "plan.json").read_text())
+    made = load_plan(VERSION_1 / "plan.json")
+    assert (made.budget, made.target, made.pattern) == (Budget("sparsity", 0.6), 0.6, Pattern())
+    assert made.sparsity == old["sparsity"]
+    assert made.made_by == old["made_by"]
+    old = json.loads((VERSION_1 / "plan_2_4.json").read_text())
+    made = load_plan(VERSION_1 / "plan_2_4.json")
+    assert (made.target, made.pattern) == (0.5, Pattern(2, 4))
+    assert made.sparsity == old["sparsity"]
+    assert [spec.to_json() for spec in made.weights.values()] == ["3:4"] * 3 + ["1:4"] * 3
+    assert Plan.from_json(made.to_json(), "again") == made
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "2",
-        "2:",
-        ":4",
-        "4:4",
-        "0:4",
-        "5:4",
-        "2:4:8",
-        "-1:4",
-        "2.0:4",
-        "two:four",
-        "2 : 4",
-        "٢:٤",
-        "1:1025",
-        "9" * 5000 + ":4",
-    ],
-)
-def test_what_is_no_pattern(text):
-    with pytest.raises(BillhookError, match=r"neither 'unstructured' nor N:M") as caught:
-        Pattern.parse(text)
-    assert len(str(caught.value)) < 300
+def test_the_pattern_is_that_of_the_average_layer():
+    assert plan("2:4", a=0.25, b=0.75).pattern == plan("2:4", a=0, b=0.5).pattern == Pattern(2, 4)
+    assert plan("2:4", a=0, b=1).pattern == Pattern()
+    mixed = Plan(Budget("sparsity", 0.5), {"a": Spec.parse("2:4"), "b": Spec(0.5)})
+    assert mixed.pattern == Pattern()
+    assert mixed.zeros(SHAPES) == {"a": 16, "b": 24}
 
 
 def test_a_plan_for_another_model_is_refused():
@@ -98,7 +103,7 @@ def test_a_plan_for_another_model_is_refused():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -0.01, 1.01])
 def test_sparsities_out_of_range_are_named(bad):
     with pytest.raises(BillhookError, match=r"in b: it must be in \[0, 1\]"):
-        plan(a=0.5, b=bad).check(SHAPES)
+        plan(a=0.5, b=bad)
 
 
 def test_groups_that_do_not_fit_are_named():
@@ -110,13 +115,43 @@ def test_groups_that_do_not_fit_are_named():
     ):
         plan("2:4").check(SHAPES | {"b": (6, 9)})
     with pytest.raises(BillhookError, match=r"b: sparsity 0\.6 is not a multiple of 1/4, which pattern 2:4 needs"):
-        plan("2:4", a=0.5, b=0.6).check(SHAPES)
+        plan("2:4", a=0.5, b=0.6)
+
+
+def test_types_that_do_not_fit_are_named():
+    typed = Plan(Budget("bytes", 10**6), {"a": Spec(type="q4_k"), "b": Spec(type="q8_0")})
+    assert typed.bytes({"a": (4, 512), "b": (6, 32)}) == 4 * 2 * 144 + 6 * 34
+    with pytest.raises(BillhookError, match=r"Type q4_k is impossible for a: its 576 columns do not divide by 256"):
+        typed.check({"a": (4, 576), "b": (6, 32)})
+    with pytest.raises(BillhookError, match=r"a has a sparsity and no storage type"):
+        plan().bytes(SHAPES)
+
+
+@pytest.mark.parametrize(
+    "made, message",
+    [
+        (
+            Plan(Budget("bytes", 1), {"a": Spec(type="q4_k"), "b": Spec(0.5)}),
+            r"This plan stores layers as q4_k: billhook prune applies sparsities\.",
+        ),
+        (Plan(Budget("sparsity", 0.5), {"a": Spec(0.5)}, {"layers.3.mlp:channels": 2}), r"layers\.3\.mlp:channels"),
+        (Plan(Budget("parameters", 9), {"a": Spec(0.5)}), "has a budget in parameters"),
+    ],
+)
+def test_what_pruning_cannot_apply_is_named(made, message):
+    with pytest.raises(BillhookError, match=message):
+        made.check_sparsities()
+    with pytest.raises(BillhookError, match=message):
+        billhook.prune("no such model", plan=made, criterion="magnitude")
+    if made.budget.kind != "sparsity":
+        with pytest.raises(BillhookError, match=f"budget in {made.budget.kind}"):
+            _ = made.target
 
 
 @relaxed
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300), st.floats(0, 1)), min_size=1, max_size=20))
 def test_zeros_are_whole_and_add_up(layers):
-    made = SparsityPlan(0.5, Pattern(), {str(i): s for i, (_, _, s) in enumerate(layers)})
+    made = Plan.of_sparsities(0.5, Pattern(), {str(i): s for i, (_, _, s) in enumerate(layers)})
     shapes = {str(i): (out, columns) for i, (out, columns, _) in enumerate(layers)}
     zeros = made.zeros(shapes)
     assert abs(sum(zeros.values()) - math.fsum(out * columns * s for out, columns, s in layers)) <= 0.5 + 1e-6
@@ -128,12 +163,42 @@ def test_zeros_are_whole_and_add_up(layers):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"version": 2}, r"not a plan of version 1 \(found 2\)"),
+        ({"version": 3}, r"not a plan of version 1 or 2 \(found 3\)"),
+        ({"version": [2]}, r"not a plan of version 1 or 2"),
+        ({"version": True}, r"not a plan of version 1 or 2"),
+        ({"budget": None}, "'budget' must be an object with one of sparsity, bytes, parameters"),
+        ({"budget": {"sparsity": 0.5, "bytes": 3}}, "'budget' must be an object with one of"),
+        ({"budget": {"sparsity": 1}}, r"[Ss]parsity must be a number in \[0, 1\)"),
+        ({"budget": {"sparsity": math.nan}}, r"[Ss]parsity must be a number in \[0, 1\)"),
+        ({"budget": {"bits": 3}}, "Unknown budget 'bits'"),
+        ({"budget": {"bytes": 1.5}}, "in bytes must be a positive integer"),
+        ({"budget": {"bytes": 0}}, "in bytes must be a positive integer"),
+        ({"weights": {}}, "'weights' must be an object"),
+        ({"weights": [0.5]}, "'weights' must be an object"),
+        ({"units": [1]}, "'weights' must be an object of .* 'units' one of counts"),
+        ({"units": {"layers.0:heads": -1}}, r"unit layers\.0:heads: .* whole number, got -1"),
+        ({"weights": {"a": 0.5, "b": math.nan}}, r"b: A sparsity must be a number in \[0, 1\], got nan"),
+        ({"weights": {"a": 0.5, "b": "q4k"}}, r"b: Unknown storage type 'q4k'\. Did you mean 'q4_k'\?"),
+        ({"weights": {"a": 0.5, "b": "4:2"}}, r"b: Pattern '4:2' is neither"),
+    ],
+    ids=str,
+)
+def test_malformed_plans(change, message, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps(FILE | change))
+    with pytest.raises(BillhookError, match=message) as caught:
+        load_plan(tmp_path / "plan.json")
+    assert "plan.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
         ({"target": 1}, r"[Ss]parsity must be a number in \[0, 1\)"),
         ({"target": None}, r"[Ss]parsity must be a number"),
         ({"target": math.nan}, r"[Ss]parsity must be a number"),
         ({"pattern": "2:2"}, "neither 'unstructured' nor N:M"),
         ({"pattern": None}, "neither 'unstructured' nor N:M"),
+        ({"pattern": "2:5"}, r"a: sparsity 0\.5 is not a multiple of 1/5"),
         ({"sparsity": {}}, "'sparsity' must be an object"),
         ({"sparsity": [0.5]}, "'sparsity' must be an object"),
         ({"sparsity": {"a": 0.5, "b": math.nan}}, r"the sparsity of b must be a number in \[0, 1\], got nan"),
@@ -145,24 +210,27 @@ def test_zeros_are_whole_and_add_up(layers):
     ],
     ids=str,
 )
-def test_malformed_plans(change, message, tmp_path):
-    (tmp_path / "plan.json").write_text(json.dumps(FILE | change))
-    with pytest.raises(BillhookError, match=message) as caught:
-        load_plan(tmp_path / "plan.json")
-    assert "plan.json" in str(caught.value)
+def test_malformed_plans_of_version_1(change, message, tmp_path):
+    test_malformed_plans(FILE_1 | change, message, tmp_path)
 
 
-def test_a_plan_edited_by_hand_needs_little(tmp_path):
-    (tmp_path / "plan.json").write_text(
-        json.dumps({"version": 1, "target": 0, "pattern": "unstructured", "sparsity": {"a": 0, "b": 1}})
-    )
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"version": 1, "target": 0, "pattern": "unstructured", "sparsity": {"a": 0, "b": 1}},
+        {"version": 2, "budget": {"sparsity": 0}, "weights": {"a": 0, "b": 1}},
+    ],
+)
+def test_a_plan_edited_by_hand_needs_little(content, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps(content))
     assert load_plan(tmp_path / "plan.json").sparsity == {"a": 0.0, "b": 1.0}
 
 
 @relaxed
-@given(key=st.sampled_from([*FILE, "a", "b"]), value=ANYTHING)
-def test_whatever_is_in_a_plan_it_is_read_or_refused(key, value, tmp_path):
-    content = FILE | {key: value} if key in FILE else FILE | {"sparsity": {"a": 0.5, "b": 0.5, key: value}}
+@given(file=st.sampled_from([FILE, FILE_1]), key=st.sampled_from([*FILE, *FILE_1, "units", "a", "b"]), value=ANYTHING)
+def test_whatever_is_in_a_plan_it_is_read_or_refused(file, key, value, tmp_path):
+    layers = "weights" if file is FILE else "sparsity"
+    content = file | {layers: file[layers] | {key: value}} if key in ("a", "b") else file | {key: value}
     (tmp_path / "plan.json").write_text(json.dumps(content))
     try:
         made = billhook.load_plan(tmp_path / "plan.json")

@@ -1,9 +1,13 @@
-"""Pictures: every kind is written, says what it shows, and refuses what it cannot draw. Whether they are good, eyes
-must judge."""
+"""Pictures: charts, heat maps and masks contain their numbers; `billhook plot` writes every kind of them, and refuses
+what it cannot draw."""
 
+import base64
 import json
+import math
 import re
-import sys
+import xml.etree.ElementTree as ET
+import zlib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,15 +17,13 @@ from typer.testing import CliRunner
 from billhook.cli import app
 from billhook.errors import BillhookError
 from billhook.plan.allocators import allocate
-from billhook.plan.plan import load_plan
 from billhook.plan.table import Row, Table
-
-pytest.importorskip("matplotlib", reason="needs matplotlib")
-
-from billhook.reports import plots
-from billhook.reports.curves_picture import error_curves
+from billhook.reports.charts import Axis, Series, chart, scale
+from billhook.reports.heat_maps import by_kind, heat_map, mask
+from billhook.reports.pictures import error_by_sparsity, spectrum
 
 LAYER = "model.layers.1.mlp.down_proj"
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def run(*arguments: object, code: int = 0) -> dict:
@@ -31,16 +33,15 @@ def run(*arguments: object, code: int = 0) -> dict:
     return value
 
 
+def texts(svg: str, tag: str = "text") -> list[str]:
+    """The words of a picture, or its tooltips."""
+    return [element.text or "" for element in ET.fromstring(svg).iter(SVG + tag)]
+
+
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     rows = [
-        Row(
-            f"blocks.{b}.{kind}",
-            b,
-            kind,
-            (8, 8),
-            {"alpha_peak": 2.0 + b + i, "outlier_ratio:5": 1.0 + b, "alpha_peak_ks": 0.1},
-        )
+        Row(f"blocks.{b}.{kind}", b, kind, (8, 8), {"alpha_peak": 2.0 + b + i, "outlier_ratio:5": 1.0 + b})
         for b in range(4)
         for i, kind in enumerate(("q", "down"))
     ]
@@ -48,117 +49,136 @@ def table(tmp_path: Path) -> Path:
     measured.save(tmp_path / "table.json")
     for name in ("uniform", "alphapruning", "owl"):
         allocate(measured, 0.5, allocator=name).save(tmp_path / f"{name}.json")
-    allocate(measured, 0.5, allocator="alphapruning", mapping="layer").save(tmp_path / "by-layer.json")
     return tmp_path / "table.json"
 
 
-def texts(picture: Path) -> str:
-    """Comments of matplotlib's SVG, which hold the text that is drawn."""
-    return picture.read_text(encoding="utf-8")
+def test_charts_without_points_or_with_a_single_value():
+    for series in (
+        [],
+        [Series("a", [0], [1.0])],
+        [Series("a", [0, 1], [None, math.inf])],
+        [Series("a", [1, 2], [5, 5])],
+    ):
+        for axis in (Axis("y"), Axis("y", log=True), Axis("y", zero=True)):
+            assert "nan" not in chart("t", series, Axis("x", whole=True), axis).lower()
+    assert "&lt;b&gt;" in chart("<b>", [Series("<b>", [0, 1], [1, 2])], Axis("<b>"), Axis("y"))
 
 
-def test_tables_and_plans(table: Path) -> None:
+@pytest.mark.parametrize(
+    ("values", "axis"),
+    [
+        ([60.0001, 60.0002], Axis("y")),
+        ([59.9, 60.1], Axis("y", span=10)),
+        ([0.0, 0.0], Axis("y")),
+        ([1e-7, 3e4], Axis("y", log=True)),
+        ([5.1, 5.6], Axis("y", log=True)),
+        ([20.0, 90.0], Axis("y", log=True)),
+    ],
+)
+def test_axes_have_some_different_ticks(values, axis):
+    svg = chart("t", [Series("", [0, 1], values)], Axis("x"), axis, standalone=True)
+    ticks = scale(values, axis, 0, 1).ticks
+    shown = [text for text in texts(svg) if re.fullmatch(r"-?[\d.]+(e-?\d+)?", text)]
+    assert 2 <= len(ticks) <= 8
+    assert len(set(shown[: len(ticks)])) == len(ticks)
+    assert ticks[-1] - ticks[0] >= 0.8 * axis.span
+
+
+def test_names_stand_apart_at_the_ends_of_lines_or_below():
+    series = [Series(f"line {k}", [0, 1], [k, 5 + 0.01 * k]) for k in range(6)]
+    svg = chart("t", series, Axis("x"), Axis("y"), standalone=True)
+    heights = sorted(
+        float(e.get("y")) for e in ET.fromstring(svg).iter(SVG + "text") if (e.text or "").startswith("line")
+    )
+    assert all(b - a > 12 for a, b in pairwise(heights))
+    ended = [*series, Series("short", [0, 0.5], [1, 2])]
+    assert "short" in texts(chart("t", ended, Axis("x"), Axis("y"), standalone=True))
+
+
+def test_heat_maps_show_every_number():
+    rows, columns, values = by_kind(["q", "q", "down", "q"], [0, 0, 1, 1], [1.0, 3.0, 5.0, None])
+    assert (rows, columns, values) == (["q", "down"], [0, 1], [[2.0, None], [None, 5.0]])
+    svg = heat_map("<t>", rows, columns, values, Axis("v"), x="block", standalone=True)
+    assert texts(svg, "title") == ["q, 0: 2", "down, 1: 5"]
+    assert {"q", "down", "2", "5", "block", "v", "<t>"} <= set(texts(svg))
+    large = [[0.0 if i == j else 10.0**-j for j in range(100)] for i in range(70)]
+    svg = heat_map("t", list(map(str, range(70))), range(100), large, Axis("v", log=True), x="block", standalone=True)
+    assert len(texts(svg, "title")) == 7000
+    assert len(texts(svg)) < 100
+
+
+def test_a_mask_is_an_image_of_its_tiles():
+    svg = mask("t", [b"\x00\xff\x80", b"\xff\x00\x01"], (4, 6), standalone=True)
+    data = base64.b64decode(re.search(r"base64,([^\"]+)", svg)[1])
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    start = data.index(b"IDAT") + 4
+    assert zlib.decompress(data[start:-16]) == b"\x00\x00\xff\x80\x00\xff\x00\x01"
+
+
+def test_tables_and_plans(table: Path):
     folder = table.parent / "pictures"
-    plans = {name: table.parent / f"{name}.json" for name in ("uniform", "alphapruning", "owl", "by-layer")}
-    given = [f"--plan={path}" for path in plans.values()]
+    given = [f"--plan={table.parent / name}.json" for name in ("uniform", "alphapruning", "owl")]
     written = run(table, "--metric", "alpha_peak", "--metric", "outlier_ratio:5", *given, "-o", folder)["pictures"]
-    stems = {Path(path).stem for path in written}
-    assert stems == {
-        *(
-            "alpha_peak-by-depth",
-            "outlier_ratio_5-by-depth",
-            "alpha_peak-against-sparsity",
-            "outlier_ratio_5-against-sparsity",
-        ),
-        "sparsity-by-depth",
-    }
-    assert all(Path(path).stat().st_size > 2000 for path in written)
-    assert "Tail exponent of the weight spectrum" in texts(folder / "alpha_peak-by-depth.svg")
-    assert "of tiny" in texts(folder / "sparsity-by-depth.svg")
-    again = plots.sparsity_by_depth(Table.load(table), {name: load_plan(path) for name, path in plans.items()})
-    plots.save(again, folder / "again", "sparsity-by-depth")
-    assert (folder / "again/sparsity-by-depth.png").read_bytes() == (folder / "sparsity-by-depth.png").read_bytes()
+    assert [Path(path).name for path in written] == [
+        "alpha_peak-by-layer.svg",
+        "outlier_ratio_5-by-layer.svg",
+        "sparsity-uniform.svg",
+        "sparsity-alphapruning.svg",
+        "sparsity-owl.svg",
+        "sparsity-by-depth.svg",
+    ]
+    first, *_, last = (Path(path).read_text(encoding="utf-8") for path in written)
+    assert texts(first, "title")[-1] == "down, 3: 6"
+    assert "alpha_peak (larger: can lose more)" in texts(first)
+    assert "alpha_peak by layer, tiny" in texts(first)
+    assert {"uniform", "alphapruning", "owl", "sparsity (%)"} <= set(texts(last))
+    before = Path(written[-1]).read_bytes()
+    run(table, *given, "-o", folder)
+    assert Path(written[-1]).read_bytes() == before
 
 
-@pytest.mark.parametrize("metric", ["alpha_peak", "alpha_peak_ks", "outlier_ratio:5"])
-def test_axes_say_what_they_show(table: Path, metric: str) -> None:
-    axes = plots.metric_by_depth(Table.load(table), metric).axes[0]
-    assert metric in axes.get_title(loc="left")
-    assert axes.get_ylabel().startswith(metric)
-    assert "block" in axes.get_xlabel()
-
-
-def test_error_curves_with_and_without_a_plan(tmp_path: Path) -> None:
+def test_error_curves_with_and_without_a_plan(tmp_path: Path):
     curve = tuple(k**2 / 1600 for k in range(41))
     rows = [
         Row(
-            f"blocks.{b}.{kind}",
+            f"blocks.{b}.experts.{kind}",
             b,
-            kind,
+            f"experts.{kind}.w",
             (8, 8),
             {"loss_share:admm": 1.0 + b},
             {"error_curve:admm": curve, "lamp_quantiles": (0.0, 1.0)},
         )
         for b in range(3)
-        for kind in "abcde"
+        for kind in range(3)
     ]
     table = Table(tuple(rows), {"name": "tiny"})
     table.save(tmp_path / "table.json")
-    allocate(table, 0.5, allocator="curves").save(tmp_path / "half.json")
+    allocate(table, 0.5).save(tmp_path / "half.json")
     written = run(tmp_path / "table.json", "-o", tmp_path)["pictures"]
-    assert {Path(path).stem for path in written} == {"loss_share_admm-by-depth", "error_curve_admm"}
+    names = ["loss_share_admm-by-layer", "error_curve_admm", "error_curve_admm-at-50__"]
+    assert [Path(path).stem for path in written] == names
     run(tmp_path / "table.json", "--metric", "error_curve:admm", "--plan", tmp_path / "half.json", "-o", tmp_path)
-    text = texts(tmp_path / "error_curve_admm-half.svg")
-    assert "What pruning does to the output of each layer of tiny" in text
-    assert "what the plan takes" in text
-    figure = error_curves(table, "error_curve:admm", allocate(table, 0.5))
-    dots = [line for axes in figure.axes[:5] for line in axes.lines if line.get_marker() == "o"]
-    assert [(dot.get_xdata()[0], dot.get_ydata()[0]) for dot in dots] == [(50, 25)] * 15
+    text = (tmp_path / "error_curve_admm-at-half.svg").read_text(encoding="utf-8")
+    assert texts(text, "title") == [f"experts.w, {block}: 0.25" for block in range(3)]
+    assert texts(error_by_sparsity(table, "error_curve:admm"), "title")[9] == "experts.w: 50, 0.25"
     assert "lamp_quantiles" in run(tmp_path / "table.json", "--metric", "lamp_quantiles", code=2)["error"]
 
 
-def test_spectra_and_masks(tmp_path: Path) -> None:
+def test_spectra_and_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name, seed in (("one", 0), ("two", 1)):
         tiny.llama(seed).save_pretrained(tmp_path / name)
-    written = run(
-        "--model",
-        tmp_path / "one",
-        "--layer",
-        LAYER,
-        "--mask",
-        tmp_path / "one",
-        "--mask",
-        tmp_path / "two",
-        "-o",
-        tmp_path,
-    )
-    assert [Path(path).name for path in written["pictures"] if path.endswith("png")] == [
-        f"spectrum-{LAYER}.png",
-        f"mask-{LAYER}.png",
-    ]
-    assert LAYER in texts(tmp_path / f"mask-{LAYER}.svg")
-
-
-def test_the_layer_of_masks_and_spectra_may_stand_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.llama().save_pretrained(tmp_path / "one")
     monkeypatch.chdir(tmp_path)
-    assert len(run("--mask", "one", LAYER)["pictures"]) == 2
-    assert (tmp_path / "pictures" / f"mask-{LAYER}.svg").exists()
-    assert len(run("--model", "one", LAYER, "--layer", LAYER, "-o", "other")["pictures"]) == 2
+    written = run("--model", "one", "--mask", "one", "--mask", "two", LAYER, "--layer", LAYER)["pictures"]
+    assert written == [
+        f"pictures/{name}.svg" for name in (f"spectrum-{LAYER}", f"mask-{LAYER}-one", f"mask-{LAYER}-two")
+    ]
+    assert any("alpha_peak = " in text for text in texts(Path(written[0]).read_text(encoding="utf-8")))
+    assert f"Mask of {LAYER} in two: 100.0 % kept (white)" in Path(written[2]).read_text(encoding="utf-8")
     assert "has no prunable layer 'table.json'" in run("--model", "one", "table.json", code=2)["error"]
+    assert "same name" in run("--mask", "one", "--mask", "../" + tmp_path.name + "/one", LAYER, code=2)["error"]
 
 
-def test_large_masks_are_averaged_not_sampled() -> None:
-    import numpy
-
-    keep = numpy.zeros((2100, 5), dtype=bool)
-    keep[::3] = True
-    shrunk = plots._shrunk(keep)
-    assert shrunk.shape == (700, 5)
-    assert shrunk == pytest.approx(1 / 3)
-
-
-def test_what_cannot_be_drawn_is_said(table: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_drawn_is_named(table: Path, tmp_path: Path):
     cases = {
         (): "Say what to draw",
         ("--model", "x"): "Say which LAYER",
@@ -171,20 +191,11 @@ def test_what_cannot_be_drawn_is_said(table: Path, tmp_path: Path) -> None:
         assert re.search(message, error), error
     other = Table((Row("elsewhere", 0, "w", (8, 8), {"alpha_peak": 2.0}),))
     other.save(tmp_path / "other.json")
-    assert (
-        "do not belong together"
-        in run(tmp_path / "other.json", "--plan", table.parent / "owl.json", "-o", tmp_path / "none", code=2)["error"]
-    )
+    plan = ("--plan", table.parent / "owl.json")
+    assert "is not a plan for" in run(tmp_path / "other.json", *plan, "-o", tmp_path / "none", code=2)["error"]
     tiny.llama().save_pretrained(tmp_path / "model")
-    assert (
-        "Did you mean"
-        in run("--model", tmp_path / "model", "--layer", LAYER[:-1], "-o", tmp_path / "none", code=2)["error"]
-    )
+    wrong = ("--model", tmp_path / "model", "--layer", LAYER[:-1])
+    assert "Did you mean" in run(*wrong, "-o", tmp_path / "none", code=2)["error"]
     assert not (tmp_path / "none").exists()
     with pytest.raises(BillhookError, match="three positive"):
-        plots.spectral_density("w", [1.0, 2.0], {})
-
-
-def test_without_matplotlib_it_says_what_to_install(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install 'billhook[plots]'" in run(table, "-o", table.parent / "none", code=2)["error"]
+        spectrum("w", [1.0], {})

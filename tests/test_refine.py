@@ -1,6 +1,7 @@
 """Tuning what is left of pruned blocks: never worse, zeros fixed, the same twice, and what it says where it cannot
 help."""
 
+import functools
 from itertools import pairwise
 
 import pytest
@@ -8,14 +9,20 @@ import tiny
 import torch
 from resuming import whole_and_in_parts
 
-from billhook import allocate, measure
+from billhook import allocate, measure, prune_
 from billhook.architectures.layers import find_layers
-from billhook.engine.gradients import compute_gradients
-from billhook.engine.loop import LayerResult, prune_
+from billhook.engine import gradients as engine_gradients
+from billhook.engine.batch import as_batches
+from billhook.engine.capture import single_row_calls
+from billhook.engine.loop import LayerResult
 from billhook.engine.replay import run_block
-from billhook.engine.walk import calls_of_one, walk
+from billhook.engine.resources import Resources
+from billhook.engine.walk import walk
 from billhook.errors import BillhookError
 from billhook.recover.blockwise import Data, Refine, refine_block_, tunable
+from billhook.tasks.text_generation import TASK
+
+compute_gradients = functools.partial(engine_gradients.compute_gradients, loss=TASK.loss)
 
 
 def text(windows: int = 16) -> list[torch.Tensor]:
@@ -67,7 +74,9 @@ def test_a_block_is_only_replaced_by_a_better_one(dtype: torch.dtype) -> None:
         # noise has nothing to be learnt, and a rate of 1 spoils any block
         result = refine_block_(
             block.module,
-            Data(block.inputs, targets, block.calls, calls_of_one(model, text()), block.after),
+            Data(
+                block.inputs, targets, block.calls, single_row_calls(model, as_batches(model, text())), block.following
+            ),
             parameters,
             Refine(epochs=2, rate=30.0),
         )
@@ -100,9 +109,9 @@ def test_the_loss_is_taken_behind_what_follows_the_block(build, monkeypatch) -> 
     monkeypatch.setattr("billhook.recover.blockwise.PREDICTED", 7)
     model, ids = build(), torch.cat(text(3))[:3]
     for block in walk(model, [ids], read_only=True):
-        one = {24: calls_of_one(model, [ids])[24][block.index : block.index + 2]}
+        one = {24: single_row_calls(model, as_batches(model, ids))[24][block.index : block.index + 2]}
         targets = torch.randn(3, 24, 32, generator=torch.Generator().manual_seed(block.index))
-        loss = Data(block.inputs, [targets], block.calls, one, block.after).loss(block.module, (0, [2, 0]))
+        loss = Data(block.inputs, [targets], block.calls, one, block.following).loss(block.module, (0, [2, 0]))
         here = outputs_of_blocks(model, ids, {})[block.index + 1][[2, 0]]
         if block.index + 1 < len(model.model.layers):
             there = targets[[2, 0]]
@@ -201,7 +210,9 @@ def test_experts_and_few_windows() -> None:
 
 
 def test_states_on_disk_give_the_same() -> None:
-    one, other = (pruned(Refine(epochs=1), spill_gib=limit)[0].state_dict() for limit in (8.0, 0.0))
+    one, other = (
+        pruned(Refine(epochs=1), resources=Resources(spill_gib=limit))[0].state_dict() for limit in (8.0, 0.0)
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -6,9 +6,10 @@ from typing import Literal
 import pytest
 
 from billhook.errors import BillhookError
+from billhook.measurement import METRICS
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
-from billhook.plan.metrics import FACTS, METRICS, fact, sign
+from billhook.plan.metrics import CURVES, FACTS, fact, sign
 from billhook.registry import Option, Registry, hint, method
 
 
@@ -118,7 +119,7 @@ def test_every_method_is_complete(registry: Registry):
 
 
 def test_every_metric_has_its_facts():
-    assert METRICS.names() == list(FACTS)
+    assert METRICS.names() == [*FACTS, *CURVES]
     for name in METRICS.names():
         assert sign(name) in (1, -1)
         assert sign(f"{name}:parameter") == sign(name)

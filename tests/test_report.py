@@ -70,7 +70,7 @@ def test_the_card_has_metadata_that_the_hub_reads(pruned):
         "arXiv:2310.05175",
         "AutoModelForCausalLM",
         "4 windows of 32 tokens",
-        "## Limits",
+        "## Limitations",
     ):
         assert words in text, words
     report = load_report(pruned)

@@ -82,10 +82,10 @@ def test_the_page_in_chromium(report, browser, device, scheme, tmp_path):
     tab.get_by_role("button", name="layer", exact=True).click()
     assert tab.locator(names).all_text_contents() == sorted(first)
 
-    tab.get_by_label("Only layers whose name contains").fill("DOWN_proj")
+    tab.get_by_label("Show layers whose name contains").fill("DOWN_proj")
     assert set(tab.locator(names).all_text_contents()) == {name for name in first if "down_proj" in name}
     assert tab.locator("#shown").text_content() == "4 of 28 layers"
-    tab.get_by_label("Only layers whose name contains").fill("")
+    tab.get_by_label("Show layers whose name contains").fill("")
     tab.locator("summary").first.click()
     assert tab.locator("details[open] table").is_visible()
 
@@ -105,5 +105,5 @@ def test_the_page_prints(report, browser, tmp_path):
     tab.pdf(path=tmp_path / "report.pdf", format="A4")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
     tab.emulate_media(media="print")
-    assert not tab.get_by_label("Only layers whose name contains").is_visible()
+    assert not tab.get_by_label("Show layers whose name contains").is_visible()
     tab.close()

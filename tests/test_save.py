@@ -14,20 +14,23 @@ from families import CONFIGS, build
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import billhook.store.sinks as save
+import billhook.store.directory as save
 from billhook.architectures.layers import find_layers
 from billhook.errors import BillhookError, JobError
-from billhook.plan.plan import Pattern, SparsityPlan
+from billhook.plan.plan import Plan
+from billhook.plan.spec import Pattern
 from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_model, load_tokenizer, quiet
+from billhook.store.directory import save_pruned
 from billhook.store.output import check_output
-from billhook.store.sinks import save_pruned
 
 
 def prune_at_random(model, sparsity: float = 0.5, pattern: str = "unstructured") -> dict:
     """Zero weights of every layer, and return what billhook.json would say."""
     layers = find_layers(model)
-    plan = SparsityPlan(sparsity, Pattern.parse(pattern), dict.fromkeys((layer.name for layer in layers), sparsity))
+    plan = Plan.of_sparsities(
+        sparsity, Pattern.parse(pattern), dict.fromkeys((layer.name for layer in layers), sparsity)
+    )
     facts = {}
     for layer, zeros in zip(layers, plan.zeros({layer.name: layer.shape for layer in layers}).values(), strict=True):
         weight = layer.weight
@@ -109,7 +112,7 @@ def test_a_layout_that_cannot_be_kept_is_replaced_and_said(tmp_path, monkeypatch
     source = tiny.save(tmp_path / "model", dtype=torch.bfloat16, shard="60KB")
     model = load_model(source, dtype="float32")
     record = prune_at_random(model)
-    monkeypatch.setattr(save, "mismatch", lambda model, shards: "made up")
+    monkeypatch.setattr("billhook.store.sinks.SameLayout.mismatch", lambda sink: "made up")
     saved = save_pruned(model, source, tmp_path / "out", record=record)
     assert "made up" in saved.note
     assert verify(tmp_path / "out").ok

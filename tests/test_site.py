@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import site_hooks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,9 +18,11 @@ def test_the_site_builds_without_a_warning_and_stands_alone(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    pages = {page.name for page in (tmp_path / "site").glob("*.html")}
-    assert {"index.html", "first_run.html", "faq.html", "METHODS.html", "cli.html"} <= pages
-    for page in (tmp_path / "site").glob("*.html"):
+    site = tmp_path / "site"
+    pages = {page.relative_to(site).as_posix() for page in site.rglob("*.html")}
+    assert {"index.html", "faq.html", "cli.html", "formats/files.html", "methods/wanda.html"} <= pages
+    assert "methods/wanda.html" in (site / "index.html").read_text(encoding="utf-8")
+    for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         loaded = re.findall(r'<(?:script|img|iframe)[^>]+src="(https?:[^"]+)"', text)
         loaded += re.findall(r'<link[^>]+(?:stylesheet|preload|icon)[^>]+href="(https?:[^"]+)"', text)
@@ -28,7 +31,16 @@ def test_the_site_builds_without_a_warning_and_stands_alone(tmp_path):
 
 def test_every_page_is_in_the_navigation():
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
-    assert {page.name for page in (ROOT / "docs").glob("*.md")} == set(re.findall(r"(\w+\.md)$", nav, re.MULTILINE))
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    generated = {page for page in pages if page.startswith("methods/")} - {"methods/index.md"}
+    assert pages - generated == set(re.findall(r"([\w/]+\.md)\b", nav))
+
+
+def test_links_out_of_the_documentation_become_names():
+    text = "[cli.py](../../billhook/cli.py), [the code](../../billhook/x.py), [Concepts](../concepts.md#words)"
+    expected = "`billhook/cli.py`, the code (`billhook/x.py`), [Concepts](../concepts.md#words)"
+    assert site_hooks.without_outer_links(text, "methods") == expected
+    assert site_hooks.without_outer_links("[x](../examples/x.py)", "") == "x (`examples/x.py`)"
 
 
 def test_the_questions_are_ten_and_answered():

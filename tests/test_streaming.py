@@ -11,12 +11,14 @@ from families import CONFIGS, VOCABULARY, build
 
 from billhook import find_layers, measure, prune, prune_
 from billhook.engine.activation_store import ActivationStore
-from billhook.engine.streaming import open_streamed, resident, stream_of
-from billhook.steps.prune import Request, measure_model, prepare, run
+from billhook.engine.streaming import open_streamed
+from billhook.reports.publishing import publish
+from billhook.steps.measure import measure_model
+from billhook.steps.prune import Request, prepare, run
 from billhook.steps.prune import record as record_of
 from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_model, quiet
-from billhook.store.sinks import save_pruned
+from billhook.store.directory import save_pruned
 
 IDS = torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
 
@@ -32,7 +34,7 @@ def in_memory(source: Path, output: Path, **fields) -> Path:
     job = prepare(Request(load_model(source, dtype=fields.pop("dtype", "auto")), **fields))
     options = {"criterion": job.request.criterion, "batches": job.opened.batches, "layers": job.opened.layers}
     results = prune_(job.opened.model, job.plan, **options, **job.criterion_options)
-    return save_pruned(job.opened.model, source, output, record=record_of(job, results)).path
+    return save_pruned(job.opened.model, source, output, record=record_of(job, results), publish=publish).path
 
 
 def same(streamed: Path, reference: Path) -> None:
@@ -68,20 +70,18 @@ ALSO = [
 def test_every_family_gives_the_bytes_of_the_model_in_memory(source, criterion, tmp_path):
     fields = {"sparsity": 0.5, "criterion": criterion, "calibration": IDS, "batch_size": 2}
     report = prune(source, output=tmp_path / "streamed", **fields)
-    assert stream_of(prepare(Request(source, output=tmp_path / "other", **fields)).opened.model) is not None
+    assert prepare(Request(source, output=tmp_path / "other", **fields)).opened.resources.streamed
     same(report.output, in_memory(source, tmp_path / "memory", **fields))
 
 
 def test_every_family_has_the_same_weights_one_block_at_a_time_and_nothing_between(source):
-    whole, streamed = load_model(source), open_streamed(source)
-    expected = whole.state_dict()
-    stream = stream_of(streamed)
-    assert stream is not None
-    prefixes = [f"{stream.prefix}.{index}." for index in range(len(stream.blocks))]
+    whole, stream = load_model(source), open_streamed(source)
+    streamed, expected = stream.model, whole.state_dict()
+    prefixes = [f"{prefix}." for prefix in stream.prefixes]
     outside = [name for name in expected if not name.startswith(tuple(prefixes))]
     assert all(torch.equal(streamed.state_dict()[name], expected[name]) for name in outside)
     for index, prefix in enumerate(prefixes):
-        with resident(streamed, index):
+        with stream.block(index):
             here = {name: value for name, value in streamed.state_dict().items() if not value.is_meta}
             assert here.keys() == {*outside, *(name for name in expected if name.startswith(prefix))}
             assert all(
@@ -94,7 +94,7 @@ def test_every_family_has_the_same_weights_one_block_at_a_time_and_nothing_betwe
 
 def test_every_family_computes_the_same_logits(source):
     with torch.no_grad():
-        assert torch.equal(load_model(source)(IDS).logits, open_streamed(source)(IDS).logits)
+        assert torch.equal(load_model(source)(IDS).logits, open_streamed(source).model(IDS).logits)
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +129,7 @@ def test_tables_are_the_same(llama):
 
 
 def test_a_layout_that_cannot_be_kept_is_pruned_in_memory(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("billhook.steps.request.mismatch", lambda model, shards: "made up")
-    monkeypatch.setattr("billhook.store.sinks.mismatch", lambda model, shards: "made up")
+    monkeypatch.setattr("billhook.store.sinks.SameLayout.mismatch", lambda sink: "made up")
     report = prune(llama, sparsity=0.5, criterion="magnitude", output=tmp_path / "out")
     assert "made up" in report.warnings[-1]
     assert verify(report.output).ok
@@ -163,14 +162,12 @@ def test_results_do_not_depend_on_where_hidden_states_are(llama, criterion, tmp_
 
 
 def test_a_file_that_is_cut_off_meanwhile_is_named(llama, tmp_path):
-    model = open_streamed(llama)
-    stream = stream_of(model)
-    assert stream is not None
+    stream = open_streamed(llama)
     copy = tmp_path / "copy"
     copy.mkdir()
     stream.moved(1, copy)
     for name in {stream.stored[name].path.name for name in stream.names[1]}:
         (copy / name).write_bytes((llama / name).read_bytes()[:3000])
-    with pytest.raises(ValueError, match="was cut off while it was being read"), resident(model, 1):
+    with pytest.raises(ValueError, match="was cut off while it was being read"), stream.block(1):
         pass
-    assert find_layers(model)[0].weight.is_meta
+    assert find_layers(stream.model)[0].weight.is_meta

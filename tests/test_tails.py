@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from billhook.measurement.spectra import eigenvalues, spectral_metrics
+from billhook.measurement.eigen import eigenvalues
 from billhook.measurement.tails import fit_tail, hill, ks_distances
+from billhook.measurement.weights import spectral_metrics
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from billhook.measurement.spectra import eigenvalues, spectral_metrics
+from billhook.measurement.eigen import eigenvalues
+from billhook.measurement.weights import spectral_metrics
 
 weightwatcher = pytest.importorskip("weightwatcher", reason="needs weightwatcher: pip install weightwatcher")
 

@@ -1,1 +1,4 @@
-"""All that Billhook knows about model architectures: blocks, prunable layers, conventions of configs."""
+"""All that Billhook knows about model architectures.
+
+Stacks of blocks, prunable layers as [out, in] views, experts and routers, and the conventions of configurations.
+"""

@@ -1,5 +1,6 @@
-"""What a model's configuration and embeddings say about the texts it takes: context length and vocabulary size."""
+"""What configurations and models say about themselves: context, vocabulary, special tokens, and how to call them."""
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -8,21 +9,19 @@ from transformers import PreTrainedModel
 from billhook.errors import BillhookError
 
 
+def text_config(config: Any) -> Any:
+    """The configuration of the text decoder, which is the configuration itself for a language model."""
+    return config.get_text_config(decoder=True)
+
+
 def context_length(config: Any) -> int | None:
-    """The longest window in tokens the model was built for, or None where its configuration names no limit."""
-    text = config.get_text_config(decoder=True)
+    """The longest window the model was built for, in tokens, or None where its configuration names no limit."""
+    text = text_config(config)
     for name in ("max_position_embeddings", "max_seq_len"):
         value = getattr(text, name, None)
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """How many token ids the model has embeddings for."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0]
 
 
 def check_length(config: Any, length: int) -> None:
@@ -32,3 +31,46 @@ def check_length(config: Any, length: int) -> None:
         raise BillhookError(
             f"Windows of {length} tokens exceed the model's context of {longest}: use --length {longest} or less."
         )
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """The number of token ids that the model has embeddings for."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
+
+
+def special_tokens(model: PreTrainedModel) -> tuple[int, set[int]]:
+    """The token that begins a document (an end token where no start token is named), and the tokens that end one.
+
+    Raises BillhookError for a model that names neither.
+    """
+    configs = [config for config in (text_config(model.config), model.generation_config) if config is not None]
+    starts = [config.bos_token_id for config in configs if getattr(config, "bos_token_id", None) is not None]
+    ends = [config.eos_token_id for config in configs if getattr(config, "eos_token_id", None) is not None]
+    known = [token for end in ends for token in (end if isinstance(end, list) else [end])]
+    if not starts + known:
+        raise BillhookError("The model names neither bos_token_id nor eos_token_id: add one to config.json.")
+    return (starts + known)[0], set(known)
+
+
+def cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """The size of the keys and values that the model caches for `tokens` tokens, in its own dtype."""
+    config = text_config(model.config)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * tokens)
+
+
+def call_options(model: PreTrainedModel, *, base: bool = False) -> dict[str, Any]:
+    """Keyword arguments for a call of the model (or of its base model) that only computes predictions.
+
+    No key-value cache, and no auxiliary loss of routers.
+    """
+    target = model.base_model if base else model
+    options: dict[str, Any] = (
+        {"use_cache": False} if "use_cache" in inspect.signature(target.forward).parameters else {}
+    )
+    if not base and getattr(model.config, "output_router_logits", False):
+        options["output_router_logits"] = False
+    return options

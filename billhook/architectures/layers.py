@@ -1,8 +1,7 @@
-"""All that Billhook knows about architectures: where the blocks are, and which weights in them can be pruned.
+"""The prunable layers of a model: views of uniform shape [out, in] over the weights inside its blocks.
 
-Mostly inferred. The blocks are the only ModuleList of `num_hidden_layers` modules of one class; prunable weights are
-seen as views of uniform shape [out, in] over linear layers, GPT-2's Conv1D (stored transposed) and 3-D expert
-parameters. Embeddings, norms, biases, routers and the head are never prunable. What cannot be named is refused by name.
+Prunable are linear layers, GPT-2's Conv1D (stored transposed) and 3-D expert parameters. Embeddings, norms, biases,
+routers and the head never are. A weight whose layout is not known is refused by name.
 """
 
 import re
@@ -14,55 +13,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from billhook.architectures.stacks import blocks_of
 from billhook.errors import BillhookError
 from billhook.registry import hint
 
 # Last name components of linear layers that route tokens to experts: a few rows that decide everything.
 ROUTERS = frozenset({"gate", "router", "wg", "shared_expert_gate", "classifier"})
 
-# Last name components of layers that read the input of a layer before them; where it matters what is computed, this is
-# observed.
-SIBLINGS = frozenset({"k_proj", "v_proj", "up_proj"})
-
 # Families tested in every release (tests/test_families.py): `config.model_type`.
-FAMILIES = (
-    *(
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "phi",
-        "phi3",
-        "olmo2",
-        "stablelm",
-        "starcoder2",
-    ),
-    *(
-        "cohere",
-        "granite",
-        "falcon",
-        "gpt_neox",
-        "gptj",
-        "gpt2",
-        "bloom",
-        "mpt",
-        "opt",
-        "mixtral",
-        "qwen3_moe",
-        "gpt_oss",
-    ),
+FAMILIES = tuple(
+    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo2 stablelm starcoder2 cohere granite falcon gpt_neox "
+    "gptj gpt2 bloom mpt opt mixtral qwen3_moe gpt_oss bert".split()
 )
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One prunable weight. `name` is the module's name in `model.named_modules()`, with the parameter and number for an
-    expert.
+    """One prunable weight.
 
-    `expert` is the index into a 3-D parameter, or None; `transposed` tells that the weight is stored [in, out].
+    `name` is the module's name in `model.named_modules()`, followed by parameter and number for an expert; `block` is the
+    index of its block in running order; `kind` is its name inside the block. `expert` is the index into a 3-D parameter,
+    or None; `transposed` says that the weight is stored [in, out].
     """
 
     name: str
@@ -88,44 +59,14 @@ class Layer:
         return out, columns
 
 
-def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the name and the ModuleList of the transformer blocks; raises BillhookError when there is no single
-    candidate."""
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    candidates = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and len({type(m) for m in module}) == 1
-    ]
-    outermost = [(n, m) for n, m in candidates if not any(n.startswith(other + ".") for other, _ in candidates)]
-    if len(outermost) != 1:
-        found = ", ".join(name for name, _ in outermost) or "none"
-        raise BillhookError(
-            f"Cannot tell the blocks of {type(model).__name__} (model_type {model.config.model_type!r}): "
-            f"expected one list of {depth} "
-            f"modules of one class, found {found}. Only decoders made of equal blocks can be pruned."
-        )
-    return outermost[0]
-
-
-def expert_share(model: PreTrainedModel) -> float:
-    """The part of all tokens that reaches an expert on average, 1 where there are none."""
-    config = model.config.get_text_config(decoder=True)
-    experts = next((n for name in ("num_local_experts", "num_experts") if (n := getattr(config, name, None))), 1)
-    return min(1.0, (getattr(config, "num_experts_per_tok", None) or experts) / experts)
-
-
 def find_layers(model: PreTrainedModel) -> list[Layer]:
     """Every prunable layer in model order; raises BillhookError for a weight of unknown layout, by name."""
-    prefix, blocks = find_blocks(model)
     layers = []
-    for index, block in enumerate(blocks):
+    for index, (prefix, block) in enumerate(blocks_of(model).items()):
         for name, module in block.named_modules():
-            layers += _layers_of(module, f"{prefix}.{index}.{name}", index, name)
+            layers += _layers_of(module, f"{prefix}.{name}", index, name)
     if not layers:
-        raise BillhookError(
-            f"{type(model).__name__} has no linear layer inside its blocks ({prefix}): there is nothing to prune."
-        )
+        raise BillhookError(f"{type(model).__name__} has no linear layer inside its blocks: there is nothing to prune.")
     return layers
 
 
@@ -164,7 +105,7 @@ def _stored_transposed(module: nn.Module, where: str) -> bool:
 
 
 def select_layers(layers: Sequence[Layer], targets: Iterable[str] = (), ignore: Iterable[str] = ()) -> list[Layer]:
-    """Keep the layers that match any of `targets` (all, if none are given) and none of `ignore`.
+    """The layers that match any of `targets` (all, if none are given) and none of `ignore`.
 
     A pattern is a class name (`Linear`), the exact name of a layer or of a module that holds layers (`model.layers.0`),
     or `re:` and a regular expression matched from the start of the name. A pattern that matches nothing is an error,
@@ -207,12 +148,9 @@ def _matching(layers: Sequence[Layer], pattern: str, option: str) -> set[str]:
 def check_finite(layers: Iterable[Layer]) -> None:
     """Raise BillhookError naming the first layer whose weights hold NaN or infinity."""
     for layer in layers:
-        # One pass and nothing in memory: any NaN or infinity is one in the sum, too. (So is an overflow, which is
-        # looked at closely.)
-        if not torch.isfinite(layer.weight.sum(dtype=torch.float32)) and (
-            bad := int((~torch.isfinite(layer.weight)).sum())
-        ):
+        if torch.isfinite(layer.weight.sum(dtype=torch.float32)):  # a fast test: NaN and infinity remain in the sum
+            continue
+        if bad := int((~torch.isfinite(layer.weight)).sum()):
             raise BillhookError(
-                f"{layer.name} holds {bad} weights that are NaN or infinite: the checkpoint is damaged. Repair "
-                "it first."
+                f"{layer.name} holds {bad} weights that are NaN or infinite: the checkpoint is damaged. Repair it first."
             )

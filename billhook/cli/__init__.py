@@ -5,6 +5,7 @@ stderr.
 """
 
 import os
+import re
 import signal
 import sys
 from typing import Any
@@ -13,7 +14,6 @@ import typer
 
 from billhook import __version__
 from billhook.cli import (
-    analyze,
     bench,
     compare,
     demo,
@@ -30,7 +30,6 @@ from billhook.cli import (
     search,
     unpack,
     verify,
-    write,
 )
 from billhook.cli.common import Failure, print_error
 from billhook.distributed.torchrun import started
@@ -38,6 +37,11 @@ from billhook.distributed.torchrun import started
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's own, of which typer has a copy inside since 0.27
 
 _SEVERAL = ("measure", "prune")  # commands that share their work under torchrun
+# Commands and options that are no more, with what to use instead.
+REMOVED = {
+    "analyze": "billhook compare MODEL --plans PLAN,PLAN --errors --data SOURCE --output DIR",
+    "write": "a calibration SOURCE that begins with self: (--calibration self:)",
+}
 
 app = typer.Typer(
     name="billhook",
@@ -49,7 +53,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-_FIRST = (prune, search, analyze, measure, gradients, write, plan, evaluate, compare, report, verify)
+_FIRST = (prune, search, measure, gradients, plan, evaluate, compare, report, verify)
 for module in (*_FIRST, pack, unpack, generate, bench, ls, demo, plot):
     app.command(module.NAME, epilog=module.EXAMPLES)(module.command)
 
@@ -80,6 +84,15 @@ def _root(
         raise typer.Exit(2)
 
 
+def _explained(message: str, command: str) -> str:
+    """What is wrong with the usage of a command, and what to do."""
+    unknown = re.match(r"No such (?:command|option):? '?([\w-]+)", message)
+    if unknown and unknown[1] in REMOVED:
+        return f"{unknown[1]} was removed. Use {REMOVED[unknown[1]]}."
+    stop = "" if message.endswith((".", "?")) else "."
+    return f"{message}{stop} See: {command} --help"
+
+
 def main() -> None:
     """Run the command line; a mistake or failure is one message on stderr and an exit code, never a traceback."""
     # read when torch is loaded: threads that spin while they wait take the cores of those that compute
@@ -94,7 +107,5 @@ def main() -> None:
     except _UsageError as error:
         code = 2
         command = error.ctx.command_path if error.ctx else "billhook"
-        message = error.format_message()
-        stop = "" if message.endswith((".", "?")) else "."
-        print_error(f"{message}{stop} See: {command} --help", code, "--json" in sys.argv)
+        print_error(_explained(error.format_message(), command), code, "--json" in sys.argv)
     sys.exit(code or 0)

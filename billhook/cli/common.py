@@ -36,10 +36,11 @@ Length = Annotated[
     int | None,
     typer.Option(help="Tokens in a window; by default 2048 or the model's context if that is shorter.", min=2),
 ]
-Sampling = Annotated[
-    Literal["packed", "papers"],
+Published = Annotated[
+    bool,
     typer.Option(
-        help="How windows are drawn: packed (documents joined) or papers (one long document each, random start)."
+        "--published",
+        help="Draw windows, count zeros and accumulate gradients as the released code of the papers does.",
     ),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Windows a forward pass; by default chosen by size.", min=1)]

@@ -1,7 +1,7 @@
-"""`billhook compare`: a grid of methods on one model, or finished runs side by side."""
+"""`billhook compare`: allocators, criteria, plans and sparsities on one model, or finished runs side by side."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,12 +18,16 @@ from billhook.cli.common import (
 )
 from billhook.cli.groups import Text, Work, grouped
 
+if TYPE_CHECKING:
+    from billhook.plan.plan import Plan
+
 NAME = "compare"
 EXAMPLES = """\b
 Examples:
   billhook compare model --sparsities 0.5,0.6 --allocators uniform,owl,atp --calibration c4.txt --data wiki.txt -o grid
   billhook compare model --patterns 2:4,4:8 --criteria wanda,sparsegpt --calibration c4.txt --data wiki.txt -o grid
   billhook compare model --sparsities 0.6 --criteria wanda,admm --seeds 3 --calibration c4.txt --data wiki.txt -o grid
+  billhook compare model --plans a.json,b.json --errors --calibration c4.txt --data wiki.txt -o grid
   billhook compare --runs grid other-grid
 """
 
@@ -46,37 +50,51 @@ def command(
         str, typer.Option(help="Criteria, with commas: see billhook ls criteria.", metavar="LIST")
     ] = "wanda",
     patterns: Annotated[str, typer.Option(help="unstructured and N:M, with commas.", metavar="LIST")] = "unstructured",
+    plans: Annotated[
+        str, typer.Option(help="Files plan.json, with commas: compared beside the allocators.", metavar="LIST")
+    ] = "",
     seeds: Annotated[
         int, typer.Option(help="Repeat with this many draws of calibration windows: mean and spread.", min=1)
     ] = 1,
     data: Annotated[
-        str | None, typer.Option(help="Text that is scored, in the forms of billhook eval.", metavar="SOURCE")
+        str | None, typer.Option(help="Text to score, in the forms of billhook eval.", metavar="SOURCE")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Score at most this many windows.", min=1)] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Directory for compare.json, tables and pictures; an unfinished one goes on."
+            "--output", "-o", help="Directory for compare.json, tables and pictures; an unfinished one is continued."
         ),
     ] = None,
+    errors: Annotated[
+        bool, typer.Option("--errors", help="Also show the error of each block's output, by depth.")
+    ] = False,
     runs: Annotated[
-        bool, typer.Option("--runs", help="Put finished runs, two or more directories, side by side.")
+        bool, typer.Option("--runs", help="Compare finished runs, given as two or more directories.")
     ] = False,
     settings: Settings = None,
     text: Text,
     work: Work,
-    overwrite: Annotated[bool, typer.Option(help="Start again where the output holds another comparison.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Start again if the output holds another comparison.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Compare allocators, criteria, patterns and sparsities on one model; or finished runs."""
+    """Compare allocators, criteria, plans, patterns and sparsities on one model; or finished runs."""
     from billhook.errors import BillhookError, JobError
 
     if runs:
-        if sparsities or data or output or text.calibration or settings or work.targets or work.ignore:
-            raise BillhookError(
-                "--runs compares runs that are finished: leave out what a new comparison would be asked for."
-            )
+        if (
+            sparsities
+            or plans
+            or data
+            or output
+            or errors
+            or text.calibration
+            or settings
+            or work.targets
+            or work.ignore
+        ):
+            raise BillhookError("--runs compares finished runs: leave out the options of a new comparison.")
         _side_by_side([Path(folder) for folder in models], as_json)
         return
     if len(models) != 1 or data is None or output is None:
@@ -84,7 +102,7 @@ def command(
             "A comparison needs one MODEL, --data SOURCE to score, and --output DIR; or --runs DIR1 DIR2."
         )
     from billhook.comparison.grid import Grid, compare
-    from billhook.comparison.views import caption, header_and_rows, write_views
+    from billhook.comparison.views import caption, error_tables, perplexity_table, write_views
     from billhook.costs.estimate import estimate_comparison
 
     if sparsities and "unstructured" not in _names(patterns):
@@ -98,6 +116,7 @@ def command(
         patterns=_names(patterns),
         seeds=seeds,
         options=parse_settings(settings),
+        plans=_plans(plans),
     )
     try:
         with estimated() as begin:
@@ -108,14 +127,16 @@ def command(
                 **vars(text), **work.fields(), trust_remote_code=trust_remote_code,
             )  # fmt: skip
     except KeyboardInterrupt:
-        raise JobError(f"Stopped. What was done so far is in {output}: the same command goes on from there.") from None
+        raise JobError(f"Stopped. Finished cells are in {output}: the same command continues from there.") from None
     files = write_views(found)
     if as_json:
         emit(found.to_json())
     else:
-        header, rows = header_and_rows(found)
-        table("", header, rows)
+        table("", *perplexity_table(found))
         print(caption(found))
+        for title, (header, rows) in error_tables(found).items() if errors else ():
+            print(f"\n{title}")
+            table("", header, rows)
     say(f"{output}: compare.json, {', '.join(files)}.")
 
 
@@ -124,12 +145,12 @@ def _side_by_side(runs: list[Path], as_json: bool) -> None:
     from billhook.errors import BillhookError
 
     if len(runs) < 2:
-        raise BillhookError("--runs puts finished runs side by side: give two directories or more.")
+        raise BillhookError("--runs compares finished runs: give two or more directories.")
     found = compare_runs(runs)
     if as_json:
         emit(found)
         return
-    header = ["run", "method", "pattern", "removed", "token perplexity", "against dense"]
+    header = ["run", "method", "pattern", "sparsity", "token perplexity", "dense"]
     lines = [
         [
             r["run"],
@@ -152,6 +173,17 @@ def _ppl(value: float | None) -> str:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _plans(text: str) -> dict[str, "Plan"]:
+    from billhook.errors import BillhookError
+    from billhook.plan.plan import load_plan
+
+    paths = [Path(name) for name in _names(text)]
+    found = {f"plan {path.stem}": load_plan(path) for path in paths}
+    if len(found) < len(paths):
+        raise BillhookError("Two plans have the same file name, which names the plan in the tables: rename one.")
+    return found
 
 
 def _numbers(text: str) -> list[float]:

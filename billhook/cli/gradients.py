@@ -39,10 +39,6 @@ def command(
     norm: Annotated[
         Literal["l1", "l2"], typer.Option(help="Norm over the windows; the same as the criterion's.")
     ] = "l1",
-    mode: Annotated[
-        Literal["paper", "reference"],
-        typer.Option(help="paper is float32; reference rounds to float16 as published. As the criterion's."),
-    ] = "paper",
     text: Text,
     seed: Seed = 0,
     targets: Targets = None,
@@ -59,7 +55,8 @@ def command(
     """Accumulate the gradients of a model's loss on calibration text, one block in memory at a time."""
     from billhook.costs.estimate import estimate_gradients
     from billhook.methods.statistics import gradient_name
-    from billhook.steps.prune import Request, make_gradients
+    from billhook.steps.gradients import make_gradients
+    from billhook.steps.request import Request
     from billhook.store.files import check_writable
 
     check_writable(output)
@@ -69,7 +66,9 @@ def command(
     )  # fmt: skip
     with estimated() as begin, progress("gradients") as advance:
         start = lambda opened: begin(estimate_gradients(opened, device, spill_gib))  # noqa: E731
-        made = make_gradients(request, gradient_name(norm, mode), output, advance, start)
+        made = make_gradients(
+            request, gradient_name(norm, "reference" if text.published else "paper"), output, advance, start
+        )
     say(f"{output}: {made.statistic} of {len(made)} layers over {made.about['samples']} windows.")
     if as_json:
         emit(

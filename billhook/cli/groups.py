@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from billhook.cli.common import BatchSize, Calibration, Device, Dtype, Ignore, Length, Samples, Sampling, Seed, Targets
+from billhook.cli.common import BatchSize, Calibration, Device, Dtype, Ignore, Length, Published, Samples, Seed, Targets
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Text:
     calibration: Calibration = None
     samples: Samples = 128
     length: Length = None
-    sampling: Sampling = "packed"
+    published: Published = False
 
 
 @dataclass(frozen=True)

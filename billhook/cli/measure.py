@@ -42,7 +42,8 @@ def command(
     from billhook.distributed.collectives import distributed
     from billhook.distributed.torchrun import rank
     from billhook.measurement.measure import metric_names, steps
-    from billhook.steps.prune import Request, measure_opened, open_to_measure
+    from billhook.steps.measure import measure_opened, open_to_measure
+    from billhook.steps.request import Request
     from billhook.store.files import check_writable
 
     names = metric_names(metrics)

@@ -1,4 +1,4 @@
-"""`billhook plan`: from a table to a plan. Arithmetic only; no torch is imported, so a sweep costs nothing."""
+"""`billhook plan`: from a table to a plan. Arithmetic only, without torch: a sweep over options takes seconds."""
 
 from pathlib import Path
 from typing import Annotated, Any

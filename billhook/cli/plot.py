@@ -1,5 +1,6 @@
 """`billhook plot`: pictures of a table, plans, a layer's spectrum, and masks."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ Examples:
   billhook plot --model ./model model.layers.0.mlp.down_proj -o pictures
   billhook plot --mask ./wanda --mask ./magnitude model.layers.0.self_attn.q_proj -o pictures
 """
+TILES = 512  # of a mask in each direction, at most: more would not be seen on a screen
 
 
 @handle_errors
@@ -23,13 +25,13 @@ def command(
         str | None,
         typer.Argument(
             metavar="[TABLE|LAYER]",
-            help="A table.json from billhook measure; with --mask or --model, a layer's full name.",
+            help="A table.json from billhook measure; with --mask or --model, the full name of a layer.",
         ),
     ] = None,
     *,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Directory for the pictures, each as SVG and PNG.")
-    ] = Path("pictures"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the pictures (SVG).")] = Path(
+        "pictures"
+    ),
     metrics: Annotated[
         list[str] | None,
         typer.Option(
@@ -47,20 +49,21 @@ def command(
     ] = None,
     masks: Annotated[
         list[Path] | None,
-        typer.Option("--mask", help="A pruned directory: draw what is left of --layer. Repeatable.", metavar="DIR"),
+        typer.Option("--mask", help="A pruned directory: draw the mask of --layer. Repeatable.", metavar="DIR"),
     ] = None,
     layers: Annotated[
         list[str] | None, typer.Option("--layer", help="Full name of a layer. Repeatable.", metavar="NAME")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw tables, plans, spectra and masks; needs matplotlib: pip install 'billhook[plots]'."""
+    """Draw the metrics of a table and the sparsities of plans by layer, the spectrum of a layer, and masks."""
     from billhook.errors import BillhookError
+    from billhook.store.files import write_text
 
-    pictures: dict[str, Any] = {}
+    pictures: dict[str, str] = {}
     table_file, layers = _subject(subject, layers or [], drawn=model is not None or bool(masks))
     if plans and table_file is None:
-        raise BillhookError("Plans are drawn over depth: give the TABLE that they were made from, too.")
+        raise BillhookError("A plan is drawn by depth and kind of layer: give the TABLE that it was made from, too.")
     if table_file is None and model is None and not masks:
         raise BillhookError("Say what to draw: a TABLE, --model MODEL LAYER, or --mask DIR LAYER.")
     if (model is not None or masks) and not layers:
@@ -72,14 +75,17 @@ def command(
     for name in layers:
         if model is not None:
             pictures[f"spectrum-{name}"] = _spectrum(model, name)
-        if masks:
-            pictures[f"mask-{name}"] = _masks(masks, name)
-    from billhook.reports.plots import save
-
-    written = [path for stem, figure in pictures.items() for path in save(figure, output, stem)]
-    say(f"{output}: " + ", ".join(path.name for path in written if path.suffix == ".png") + " (and as SVG).")
+        for directory in masks or []:
+            pictures[f"mask-{name}-{directory.resolve().name}"] = _mask(directory, name)
+    if len(pictures) < len(layers) * (len(masks or []) + (model is not None)):
+        raise BillhookError("Two directories have the same name, which names the picture of the mask: rename one.")
+    output.mkdir(parents=True, exist_ok=True)
+    paths = [output / f"{re.sub(r'[^-.0-9A-Za-z_]', '_', stem)}.svg" for stem in pictures]
+    for path, picture in zip(paths, pictures.values(), strict=True):
+        write_text(path, picture)
+    say(f"{output}: {', '.join(path.name for path in paths)}.")
     if as_json:
-        emit({"output": str(output), "pictures": [str(path) for path in written]})
+        emit({"output": str(output), "pictures": [str(path) for path in paths]})
 
 
 def _subject(subject: str | None, layers: list[str], drawn: bool) -> tuple[Path | None, list[str]]:
@@ -91,13 +97,13 @@ def _subject(subject: str | None, layers: list[str], drawn: bool) -> tuple[Path 
     return Path(subject), layers
 
 
-def _tables(table_file: Path, metrics: list[str], plans: list[Path]) -> dict[str, Any]:
+def _tables(table_file: Path, metrics: list[str], plans: list[Path]) -> dict[str, str]:
+    """The pictures of a table and of plans for its layers, by file stem."""
     from billhook.errors import BillhookError
     from billhook.plan.metrics import fact
     from billhook.plan.plan import load_plan
     from billhook.plan.table import Table
-    from billhook.reports.curves_picture import error_curves
-    from billhook.reports.plots import metric_against_sparsity, metric_by_depth, sparsity_by_depth
+    from billhook.reports import pictures
 
     table = Table.load(table_file)
     curves = [name for name in metrics or table.rows[0].curves if fact(name).name == "error_curve"]
@@ -108,18 +114,17 @@ def _tables(table_file: Path, metrics: list[str], plans: list[Path]) -> dict[str
         )
     named = {path.stem: load_plan(path) for path in plans}
     if len(named) < len(plans):
-        raise BillhookError(
-            "Two plans have the same file name, by which they are told apart in the picture: rename one."
-        )
-    pictures = {f"{metric}-by-depth": metric_by_depth(table, metric) for metric in chosen}
-    for curve in curves:
-        pictures |= {f"{curve}-{name}": error_curves(table, curve, plan) for name, plan in named.items()} or {
-            curve: error_curves(table, curve)
-        }
-    if named:
-        pictures |= {f"{metric}-against-sparsity": metric_against_sparsity(table, metric, named) for metric in chosen}
-        pictures["sparsity-by-depth"] = sparsity_by_depth(table, named)
-    return pictures
+        raise BillhookError("Two plans have the same file name, which names the plan in the picture: rename one.")
+    found = {f"{metric}-by-layer": pictures.metric_by_layer(table, metric) for metric in chosen}
+    found |= {f"sparsity-{name}": pictures.plan_by_layer(table, name, plan) for name, plan in named.items()}
+    if len(named) > 1:
+        found["sparsity-by-depth"] = pictures.plans_by_depth(table, named)
+    sparsities = {name: plan.sparsity for name, plan in named.items()} or {"50 %": dict.fromkeys(table.shapes, 0.5)}
+    for column in curves:
+        found[column] = pictures.error_by_sparsity(table, column)
+        for name, sparsity in sparsities.items():
+            found[f"{column}-at-{name}"] = pictures.error_by_layer(table, column, name, sparsity)
+    return found
 
 
 def _weight(directory: str | Path, name: str) -> Any:
@@ -127,7 +132,8 @@ def _weight(directory: str | Path, name: str) -> Any:
     from billhook.architectures.layers import find_layers
     from billhook.errors import BillhookError
     from billhook.registry import hint
-    from billhook.store.checkpoint import load_model, resolve
+    from billhook.store.checkpoint import resolve
+    from billhook.tasks.opening import load_model
 
     weights = {layer.name: layer for layer in find_layers(load_model(resolve(directory)))}
     if name not in weights:
@@ -135,24 +141,23 @@ def _weight(directory: str | Path, name: str) -> Any:
     return weights[name].weight
 
 
-def _spectrum(model: str, name: str) -> Any:
-    from billhook.measurement.spectra import eigenvalues
+def _spectrum(model: str, name: str) -> str:
+    from billhook.measurement.eigen import eigenvalues
     from billhook.measurement.tails import Spectrum
-    from billhook.reports.plots import spectral_density
+    from billhook.reports.pictures import spectrum
 
-    spectrum = Spectrum(eigenvalues(_weight(model, name)))
-    return spectral_density(
-        name, spectrum.positive.tolist(), {"alpha_peak": spectrum.fit("peak"), "alpha_mid": spectrum.fit("mid")}
-    )
+    evals = Spectrum(eigenvalues(_weight(model, name)))
+    tails = {f"alpha_{cut}": (fit.alpha, fit.xmin) for cut in ("peak", "mid") for fit in [evals.fit(cut)]}
+    return spectrum(name, evals.positive.tolist(), tails)
 
 
-def _masks(directories: list[Path], name: str) -> Any:
-    from billhook.errors import BillhookError
-    from billhook.reports.plots import kept_weights
+def _mask(directory: Path, name: str) -> str:
+    from torch.nn.functional import avg_pool2d
 
-    kept = {path.name or str(path): (_weight(path, name) != 0).numpy() for path in directories}
-    if len(kept) < len(directories):
-        raise BillhookError(
-            "Two directories have the same name, by which they are told apart in the picture: rename one."
-        )
-    return kept_weights(name, kept)
+    from billhook.reports.heat_maps import mask
+
+    keep = (_weight(directory, name) != 0).float()
+    tile = [-(-size // TILES) for size in keep.shape]
+    tiles = (255 * avg_pool2d(keep[None], tile)[0]).round().byte()
+    title = f"Mask of {name} in {directory.resolve().name}: {100 * keep.mean():.1f} % kept (white)"
+    return mask(title, [bytes(row) for row in tiles.tolist()], keep.shape, standalone=True)

@@ -77,9 +77,6 @@ def command(
         Literal["row", "layer"] | None,
         typer.Option(help="Weights compete within a row or the layer; by default as in the paper."),
     ] = None,
-    rounding: Annotated[
-        Literal["exact", "floor"], typer.Option(help="exact meets the budget; floor counts as the published code does.")
-    ] = "exact",
     refine: Annotated[
         Literal["none", "blocks", "blocks+norms"],
         typer.Option(help="Tune what is left of each block (and its norms and biases)."),
@@ -122,8 +119,7 @@ def command(
     request = Request(
         model=model, sparsity=sparsity, output=output, criterion=criterion, allocator=allocator or "uniform",
         pattern=pattern,
-        options=options, plan=plan, table=table_file, gradients=gradients, group=group, rounding=rounding,
-        refine=refine, **vars(text),
+        options=options, plan=plan, table=table_file, gradients=gradients, group=group, refine=refine, **vars(text),
         **work.fields(), overwrite=overwrite, resume=resume, spill_gib=spill_gib, pack=pack,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`billhook report`: make a directory's report, model card and page again."""
+"""`billhook report`: write the report, model card and page of a pruned directory again."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,17 +22,15 @@ def command(
     *,
     speed: Annotated[
         Path | None,
-        typer.Option(help="What a benchmark found, such as the output of billhook bench --json.", metavar="FILE"),
+        typer.Option(help="The result of a benchmark, such as the output of billhook bench --json.", metavar="FILE"),
     ] = None,
     table: Annotated[
         Path | None,
-        typer.Option(
-            help="A table.json of the dense model: adds its exponents and spectra to the page.", metavar="TABLE"
-        ),
+        typer.Option(help="A table.json of the dense model: adds its spectral metrics to the page.", metavar="TABLE"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make report.json, the model card README.md and report.html of a pruned directory again."""
+    """Write report.json, the model card README.md and report.html of a pruned directory again."""
     from billhook.errors import BillhookError
     from billhook.plan.densities import spectra_of
     from billhook.plan.table import Table

@@ -1,4 +1,1 @@
-"""A grid of methods on one model, and finished runs side by side: run, kept in compare.json, shown.
-
-May import everything but `demo` and `cli`.
-"""
+"""`billhook compare`: many ways to prune one model, kept in compare.json, and finished runs side by side."""

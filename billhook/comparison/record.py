@@ -1,8 +1,7 @@
-"""compare.json: a grid of allocators, criteria, patterns and sparsities, a cell a row, rewritten whole after every
-cell.
+"""compare.json: one model pruned in many ways, a row for each cell of the grid, rewritten after every cell.
 
-File format: docs/formats.md, `compare.json`. The same inputs and seeds give the same bytes, so there is no date and no
-duration in it.
+File format: docs/formats.md, `compare.json`. The same inputs and seeds give the same bytes, so it has no dates and no
+durations.
 """
 
 import math
@@ -11,7 +10,7 @@ import statistics
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import billhook
 from billhook.errors import BillhookError
@@ -19,13 +18,24 @@ from billhook.store.files import read_json, write_json
 
 VERSION = 1
 RECORD = "compare.json"
-_KEYS = ("pattern", "sparsity", "allocator", "criterion", "seed")
+
+
+class Cell(NamedTuple):
+    """One way to prune the model; `allocator` may be the name of a plan."""
+
+    pattern: str
+    sparsity: float
+    allocator: str
+    criterion: str
+    seed: int
 
 
 @dataclass
 class Comparison:
-    """What was asked (`identity`), the dense model's evaluation, and a row for each finished cell; `folder` None keeps
-    no file."""
+    """What the numbers depend on (`identity`), the evaluation of the dense model, and a row for each finished cell.
+
+    Kept in `folder`, or only in memory where that is None.
+    """
 
     folder: Path | None
     identity: dict[str, Any]
@@ -34,9 +44,9 @@ class Comparison:
 
     @classmethod
     def open(cls, folder: Path | None, identity: dict[str, Any], overwrite: bool) -> "Comparison":
-        """Begin in `folder`, made if need be, or go on with the comparison that is there.
+        """Begin in `folder`, which is created, or continue the comparison that is there.
 
-        Raises BillhookError, unless `overwrite`, where the one there was made otherwise (saying what differs) or is
+        Unless `overwrite`, raises BillhookError where the one there depends on something else, which is named, or is
         damaged.
         """
         if folder is None:
@@ -47,18 +57,18 @@ class Comparison:
         found = load_comparison(folder)
         for key, value in identity.items():
             if found.identity.get(key) != value:
-                was = f"{key} was {found.identity.get(key)!r:.60} and is now {value!r:.60}"
                 raise BillhookError(
-                    f"{folder / RECORD} was made otherwise: {was}. Choose another --output, or --overwrite."
+                    f"{folder / RECORD} is another comparison: its {key} was {found.identity.get(key)!r:.60} and is "
+                    f"now {value!r:.60}. Choose another --output, or --overwrite."
                 )
         return found
 
-    def has(self, cell: tuple[Any, ...]) -> bool:
-        """Whether a cell (pattern, sparsity, allocator, criterion, seed) is finished."""
-        return any(tuple(row[key] for key in _KEYS) == cell for row in self.cells)
+    def has(self, cell: Cell) -> bool:
+        """Whether a cell is finished."""
+        return any(_cell(row) == cell for row in self.cells)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Note a finished cell on disk."""
+        """Add the row of a finished cell, on disk too."""
         self.cells.append(row)
         self.write()
 
@@ -74,88 +84,95 @@ class Comparison:
         return {**head, "summary": summary(self.cells), "differences": differences(self.cells), "cells": self.cells}
 
 
+def _cell(row: dict[str, Any]) -> Cell:
+    return Cell(*(row[key] for key in Cell._fields))
+
+
 def load_comparison(folder: Path) -> Comparison:
-    """Read DIR/compare.json; raises BillhookError for one that is missing, of another version or damaged."""
+    """Read DIR/compare.json; raises BillhookError where it is missing, of another version or damaged."""
     value = read_json(folder / RECORD, "comparison")
     if value.get("version") != VERSION:
         raise BillhookError(
             f"{folder / RECORD} is not a comparison of version {VERSION}: make it again with billhook compare."
         )
     identity, dense, cells = value.get("identity"), value.get("dense"), value.get("cells")
+    known = {*Cell._fields, "nll", "token_ppl"}
     whole = isinstance(identity, dict) and isinstance(dense, dict) and isinstance(cells, list)
-    if not whole or not all(
-        isinstance(row, dict) and {*_KEYS, "nll", "token_ppl"} <= row.keys() for row in cells or []
-    ):
+    if not whole or not all(isinstance(row, dict) and known <= row.keys() for row in cells or []):
         raise BillhookError(f"{folder / RECORD} is damaged: start again with --overwrite.")
     return Comparison(folder, identity or {}, dense or {}, cells or [])
 
 
 def check_folder(folder: Path) -> None:
-    """Raise BillhookError unless a comparison can be written to `folder`: new, empty, or holding one already."""
+    """Raise BillhookError unless a comparison can be written to `folder`: new, empty, or with one in it already."""
     if folder.exists() and not folder.is_dir():
         raise BillhookError(f"The output {folder} is a file: choose a directory.")
-    home = folder.absolute().parent
-    if not folder.exists() and not home.is_dir():
-        raise BillhookError(f"Cannot make {folder}: the folder it would be in does not exist. Create it first.")
-    if not os.access(folder if folder.exists() else home, os.W_OK):
+    parent = folder.absolute().parent
+    if not folder.exists() and not parent.is_dir():
+        raise BillhookError(f"Cannot create {folder}: its parent directory does not exist. Create it first.")
+    if not os.access(folder if folder.exists() else parent, os.W_OK):
         raise BillhookError(f"Cannot write to {folder}: the folder is not writable.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists():
         raise BillhookError(f"The output {folder} is not empty and holds no comparison: choose another.")
 
 
 def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each method at each pattern and sparsity the mean over seeds and, with several, the standard deviation."""
+    """The mean of each method at each pattern and sparsity over the seeds, and its standard deviation."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in cells:
-        groups.setdefault(tuple(row[key] for key in _KEYS[:-1]), []).append(row)
+        groups.setdefault(_cell(row)[:-1], []).append(row)
     found = []
     for key, rows in groups.items():
-        nll = [row["nll"] for row in rows]
-        mean = statistics.fmean(nll)
-        spread = statistics.stdev(nll) if len(nll) > 1 else None
-        ppl = [row["token_ppl"] for row in rows]
-        measured = None not in ppl
-        entry = dict(zip(_KEYS[:-1], key, strict=True)) | {"seeds": len(rows), "mean_nll": mean, "spread_nll": spread}
-        entry["mean_token_ppl"] = statistics.fmean(ppl) if measured else None
-        entry["spread_token_ppl"] = statistics.stdev(ppl) if measured and len(ppl) > 1 else None
+        entry = dict(zip(Cell._fields[:-1], key, strict=True)) | {"seeds": len(rows)}
+        for name in ("nll", "token_ppl"):
+            values = [row[name] for row in rows]
+            measured = None not in values
+            entry[f"mean_{name}"] = statistics.fmean(values) if measured else None
+            entry[f"spread_{name}"] = statistics.stdev(values) if measured and len(values) > 1 else None
         found.append(entry)
     return found
 
 
 def differences(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Pairs of methods at one pattern and sparsity: the difference of their mean losses, and whether it is larger than
-    the spread.
+    """Pairs of methods at the same pattern and sparsity: the difference of their mean losses, and whether it is larger
+    than the spread.
 
-    The spread is the larger of the two standard deviations over seeds, so nothing is said about methods that ran once
-    unless they do not depend on the seed. A difference within the spread is no reason to prefer either.
+    The spread is the larger of the two standard deviations over seeds. A difference within the spread is no reason to
+    prefer either method. Empty where no method was run with several seeds.
     """
     found = []
-    several = summary(cells)
-    if not any(row["seeds"] > 1 for row in several):
+    rows = summary(cells)
+    if not any(row["seeds"] > 1 for row in rows):
         return []
-    for a, b in combinations(several, 2):
+    for a, b in combinations(rows, 2):
         if (a["pattern"], a["sparsity"]) != (b["pattern"], b["sparsity"]):
             continue
         difference, spread = a["mean_nll"] - b["mean_nll"], max(a["spread_nll"] or 0.0, b["spread_nll"] or 0.0)
         better, worse = (b, a) if difference > 0 else (a, b)
-        entry = {"pattern": a["pattern"], "sparsity": a["sparsity"], "better": method(better), "worse": method(worse)}
         found.append(
-            entry
-            | {"difference_nll": abs(difference), "spread_nll": spread, "larger_than_spread": abs(difference) > spread}
+            {
+                "pattern": a["pattern"],
+                "sparsity": a["sparsity"],
+                "better": method(better),
+                "worse": method(worse),
+                "difference_nll": abs(difference),
+                "spread_nll": spread,
+                "larger_than_spread": abs(difference) > spread,
+            }
         )
     return found
 
 
 def method(row: dict[str, Any]) -> str:
-    """How a method is called in tables and pictures."""
+    """The name of a method in tables and pictures."""
     return f"{row['criterion']} + {row['allocator']}"
 
 
-def place(row: dict[str, Any]) -> str:
-    """How a pattern and sparsity are called."""
+def budget(row: dict[str, Any]) -> str:
+    """A pattern and sparsity in tables and pictures."""
     return row["pattern"] if row["pattern"] != "unstructured" else f"{100 * row['sparsity']:g} %"
 
 
 def finite(value: float) -> float | None:
-    """The value, or None where it is too large to be a number."""
+    """The value, or None where it is infinite."""
     return value if math.isfinite(value) else None

@@ -1,7 +1,7 @@
 """Finished runs side by side: pruned directories with evaluations in their report.json, and comparisons.
 
-Numbers are put beside each other only where they may be: the same windows (by digest), the same length, the same
-protocol, the same versions. What differs is named, and nothing is shown.
+Numbers are compared only where that is fair: scored on the same windows (by digest), with the same length, protocol and
+versions. Otherwise the error names what differs.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ _SAME = {
 
 
 def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
-    """Rows of all runs, best first, with what they have in common; raises BillhookError for what cannot be compared.
+    """Rows of all runs, best first, with what they have in common; raises BillhookError where nothing is comparable.
 
-    Where a pruned directory was scored on several texts, the first of them that every run was scored on counts.
+    Where a pruned directory was scored on several texts, the first one that every run was scored on is used.
     """
     found = {str(folder): _evaluations(folder) for folder in folders}
     common = [
@@ -52,7 +52,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _difference(found: dict[str, list[dict[str, Any]]]) -> str:
-    """What keeps the runs apart, in words."""
+    """Why the runs cannot be compared, in words."""
     (one, a), *others = found.items()
     two, b = next((name, rows) for name, rows in others if not {*map(_key, a)} & {*map(_key, rows)})
     left, right = a[0], b[0]
@@ -60,8 +60,8 @@ def _difference(found: dict[str, list[dict[str, Any]]]) -> str:
         if left[key] != right[key]:
             was = f"{left['source']} and {right['source']}" if key == "digest" else f"{left[key]} and {right[key]}"
             return (
-                f"{one} and {two} cannot be compared: their {words} differ ({was}). Score both alike with billhook "
-                "eval."
+                f"{one} and {two} cannot be compared: their {words} differ ({was}). Score both in the same way "
+                "with billhook eval."
             )
     name = next(
         n for n in {**left["versions"], **right["versions"]} if left["versions"].get(n) != right["versions"].get(n)
@@ -74,7 +74,7 @@ def _difference(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    """Every scored model of a run, with what its number depends on."""
+    """Every score of a run, with what it depends on."""
     if (folder / RECORD).is_file():
         return _of_comparison(folder)
     if (folder / REPORT).is_file():
@@ -87,7 +87,7 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
 def _of_comparison(folder: Path) -> list[dict[str, Any]]:
     found = load_comparison(folder)
     if not found.cells:
-        raise BillhookError(f"{folder} is a comparison without a finished cell: let billhook compare finish one.")
+        raise BillhookError(f"{folder} is a comparison without a finished cell: run billhook compare again.")
     same = {"protocol": found.identity["protocol"], **found.identity["data"], "versions": found.identity["versions"]}
     same |= {"model": found.identity["model"]["name"], "dense_token_ppl": found.dense.get("token_ppl")}
     keys = ("pattern", "sparsity", "token_ppl", "nll")

@@ -1,32 +1,34 @@
-"""A comparison to look at: a table for the terminal, Markdown and CSV, and pictures (`billhook.reports.charts`)."""
+"""A comparison as tables for the terminal, Markdown and CSV, and as pictures (`billhook.reports.charts`)."""
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from billhook.comparison.record import Comparison, method, place, summary
+from billhook.comparison.record import Cell, Comparison, budget, method, summary
 from billhook.reports.charts import Axis, Series, chart
+from billhook.reports.pictures import BLOCK, ERROR, SPARSITY
 from billhook.store.files import write_text
 
-TABLE, MARKDOWN, CSV = "compare.txt", "compare.md", "compare.csv"
+MARKDOWN, CSV = "compare.md", "compare.csv"
+Rows = list[list[str]]
 
 
-def header_and_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """A row for each method, a column for each pattern and sparsity; means over seeds with their standard deviation,
-    best marked *."""
+def perplexity_table(comparison: Comparison) -> tuple[list[str], Rows]:
+    """Header and rows: a row for each method, a column for each pattern and sparsity; means over seeds with their
+    standard deviation, the best of a column marked *."""
     found = summary(comparison.cells)
-    places, methods = (list(dict.fromkeys(name(row) for row in found)) for name in (place, method))
-    shown = {(method(row), place(row)): row for row in found}
-    best = {p: min((row["mean_nll"] for row in found if place(row) == p), default=None) for p in places}
-    rows = [["dense", *[_ppl(comparison.dense.get("token_ppl"))] * len(places)]]
+    budgets, methods = (list(dict.fromkeys(name(row) for row in found)) for name in (budget, method))
+    shown = {(method(row), budget(row)): row for row in found}
+    best = {b: min((row["mean_nll"] for row in found if budget(row) == b), default=None) for b in budgets}
+    rows = [["dense", *[_ppl(comparison.dense.get("token_ppl"))] * len(budgets)]]
     for name in methods:
-        cells = [shown.get((name, p)) for p in places]
-        rows.append([name, *(_cell(row, row is not None and row["mean_nll"] == best[place(row)]) for row in cells)])
-    return ["token perplexity", *places], rows
+        cells = [shown.get((name, b)) for b in budgets]
+        rows.append([name, *(_score(row, row is not None and row["mean_nll"] == best[budget(row)]) for row in cells)])
+    return ["token perplexity", *budgets], rows
 
 
-def _cell(row: Mapping[str, Any] | None, best: bool) -> str:
+def _score(row: Mapping[str, Any] | None, best: bool) -> str:
     if row is None:
         return "-"
     spread = "" if row["spread_token_ppl"] is None else f" ± {row['spread_token_ppl']:.2f}"
@@ -34,118 +36,129 @@ def _cell(row: Mapping[str, Any] | None, best: bool) -> str:
 
 
 def _ppl(value: float | None) -> str:
-    return "beyond measure" if value is None else f"{value:.2f}"
+    return "infinite" if value is None else f"{value:.2f}"
+
+
+def error_tables(comparison: Comparison) -> dict[str, tuple[list[str], Rows]]:
+    """Title -> header and rows, for each pattern and sparsity: the error of each block's output by method."""
+    found = {}
+    for name, cells in _first_seeds(comparison).items():
+        rows = [[str(block)] for block in range(len(cells[0]["error_by_block"]))]
+        for cell in cells:
+            for row, error in zip(rows, cell["error_by_block"], strict=True):
+                row.append(f"{error:.4g}")
+        found[f"Relative squared error of each block's output at {name}"] = (["block", *map(method, cells)], rows)
+    return found
 
 
 def caption(comparison: Comparison) -> str:
     """What the numbers are, and of what."""
     data, model = comparison.identity["data"], comparison.identity["model"]["name"]
-    return (
-        f"{model}: {comparison.identity['protocol']}, {data['windows']} windows of {data['length']} tokens of "
-        f"{data['source']}; "
-        "± is the standard deviation over calibration seeds, * the best of a column."
-    )
+    text = f"{data['windows']} windows of {data['length']} tokens of {data['source']}"
+    marks = "± is the standard deviation over calibration seeds, * the best of a column."
+    return f"{model}: {comparison.identity['protocol']}, {text}; {marks}"
 
 
 def markdown(comparison: Comparison) -> str:
-    """The table, the differences that count and those that do not, as Markdown."""
-    header, rows = header_and_rows(comparison)
+    """The table of perplexities, and the differences between methods where there are several seeds, as Markdown."""
+    header, rows = perplexity_table(comparison)
     lines = [f"# Comparison of {comparison.identity['model']['name']}", "", caption(comparison), ""]
-    lines += ["| " + " | ".join(row) + " |" for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows)]
-    found = comparison.to_json()["differences"]
-    if found:
-        lines += ["", "## Differences and the spread over seeds", "", "Losses in nats a token.", ""]
-        lines += [
-            "| at | better | worse | difference | spread | larger than the spread |",
-            "| --- | --- | --- | ---: | ---: | --- |",
-        ]
-        for row in found:
-            verdict = "yes" if row["larger_than_spread"] else "no"
-            cells = [
-                place(row),
+    lines += _markdown([header, ["---", *["---:"] * (len(header) - 1)], *rows])
+    if found := comparison.to_json()["differences"]:
+        lines += ["", "## Differences and the spread over seeds", "", "Losses in nats per token.", ""]
+        header = ["at", "better", "worse", "difference", "spread", "larger than the spread"]
+        cells = [
+            [
+                budget(row),
                 row["better"],
                 row["worse"],
                 f"{row['difference_nll']:.4f}",
                 f"{row['spread_nll']:.4f}",
-                verdict,
+                "yes" if row["larger_than_spread"] else "no",
             ]
-            lines.append("| " + " | ".join(cells) + " |")
+            for row in found
+        ]
+        lines += _markdown([header, ["---"] * 3 + ["---:"] * 2 + ["---"], *cells])
     return "\n".join(lines) + "\n"
 
 
+def _markdown(rows: Rows) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
 def spreadsheet(comparison: Comparison) -> str:
-    """Every cell, a line each, as CSV."""
+    """A line for each cell, as CSV."""
     out = io.StringIO()
-    columns = ["pattern", "sparsity", "allocator", "criterion", "seed", "token_ppl", "nll", "achieved"]
+    columns = [*Cell._fields, "token_ppl", "nll", "achieved"]
     writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(comparison.cells)
     return out.getvalue()
 
 
-def pictures(comparison: Comparison, standalone: bool = True) -> dict[str, str]:
-    """File stem -> SVG: perplexity against sparsity, sparsity by depth for each target, error by block for each
-    target."""
+def pictures(comparison: Comparison) -> dict[str, str]:
+    """File stem -> SVG: perplexity by sparsity, and for each pattern and sparsity the sparsity and the error of each
+    block."""
     found = {}
-    rows = summary(comparison.cells)
-    free = [row for row in rows if row["pattern"] == "unstructured"]
-    title = f"Token perplexity of {comparison.identity['model']['name']} against sparsity"
-    if len({row["sparsity"] for row in free}) > 1:
-        lines = [
-            _by_sparsity(name, [r for r in free if method(r) == name]) for name in dict.fromkeys(map(method, free))
-        ]
-        ends = [min(r["sparsity"] for r in free), max(r["sparsity"] for r in free)]
-        dense = comparison.dense.get("token_ppl")
-        lines.append(Series("dense", [100 * e for e in ends], [dense, dense], marks=False, dashed=True))
-        axes = Axis("weights removed (%)"), Axis("token perplexity (lower is better)", log=True)
-        found["perplexity"] = chart(
-            title, lines, *axes, summary="One line for each method; the table has the numbers.", standalone=standalone
-        )
-    for target in dict.fromkeys(map(place, rows)):
-        cells = [row for row in comparison.cells if place(row) == target]
-        first = [row for row in cells if row["seed"] == cells[0]["seed"]]
-        name = target.replace(" %", "").replace(":", "of")
-        depth, blocks = (
-            Axis("block, from the input (0)", whole=True),
-            [list(map(int, row["sparsity_by_block"])) for row in first],
-        )
-        lines = [
-            Series(row["allocator"], b, [100 * v for v in row["sparsity_by_block"].values()])
-            for row, b in {r["allocator"]: (r, b) for r, b in zip(first, blocks, strict=True)}.values()
-        ]
-        found[f"sparsity-{name}"] = chart(
-            f"What each block loses at {target}",
+    if (by_sparsity := _perplexity_by_sparsity(comparison)) is not None:
+        found["perplexity"] = by_sparsity
+    depth = Axis(BLOCK, whole=True)
+    for name, cells in _first_seeds(comparison).items():
+        stem = name.replace(" %", "").replace(":", "of")
+        plans = {row["allocator"]: row["sparsity_by_block"] for row in cells}
+        lines = [Series(a, list(map(int, s)), [100 * v for v in s.values()]) for a, s in plans.items()]
+        found[f"sparsity-{stem}"] = chart(
+            f"Sparsity by block at {name}",
             lines,
             depth,
-            Axis("weights removed (%)"),
-            summary="By allocator.",
-            standalone=standalone,
+            SPARSITY,
+            summary="A line for each allocation.",
+            standalone=True,
         )
-        lines = [Series(method(row), range(len(row["error_by_block"])), row["error_by_block"]) for row in first]
-        label = Axis("error of the block's output, share of its square", log=True)
-        found[f"error-{name}"] = chart(
-            f"How errors grow with depth at {target}",
+        lines = [Series(method(row), range(len(row["error_by_block"])), row["error_by_block"]) for row in cells]
+        found[f"error-{stem}"] = chart(
+            f"Error of each block's output at {name}",
             lines,
             depth,
-            label,
-            summary="By method; lower is better.",
-            standalone=standalone,
+            ERROR,
+            summary="A line for each method.",
+            standalone=True,
         )
     return found
 
 
-def _by_sparsity(name: str, rows: Sequence[Mapping[str, Any]]) -> Series:
-    x, y = [100 * row["sparsity"] for row in rows], [row["mean_token_ppl"] for row in rows]
-    if any(row["spread_token_ppl"] is None for row in rows):
+def _perplexity_by_sparsity(comparison: Comparison) -> str | None:
+    """A line for each method, None where there is a single sparsity."""
+    rows = [row for row in summary(comparison.cells) if row["pattern"] == "unstructured"]
+    sparsities = sorted({100 * row["sparsity"] for row in rows})
+    if len(sparsities) < 2:
+        return None
+    methods = dict.fromkeys(map(method, rows))
+    lines = [_line(name, [row for row in rows if method(row) == name]) for name in methods]
+    dense = comparison.dense.get("token_ppl")
+    lines.append(Series("dense", sparsities, [dense] * len(sparsities), marks=False, dashed=True))
+    title = f"Token perplexity of {comparison.identity['model']['name']} by sparsity"
+    axes = Axis("sparsity (%)"), Axis("token perplexity (lower is better)", log=True)
+    return chart(title, lines, *axes, summary="A line for each method.", standalone=True)
+
+
+def _line(name: str, rows: Sequence[Mapping[str, Any]]) -> Series:
+    x, y, spread = ([row[key] for row in rows] for key in ("sparsity", "mean_token_ppl", "spread_token_ppl"))
+    x = [100 * sparsity for sparsity in x]
+    if None in spread:
         return Series(name, x, y)
-    spread = [row["spread_token_ppl"] for row in rows]
-    return Series(
-        name,
-        x,
-        y,
-        low=[v - s for v, s in zip(y, spread, strict=True)],
-        high=[v + s for v, s in zip(y, spread, strict=True)],
-    )
+    low, high = ([v + sign * s for v, s in zip(y, spread, strict=True)] for sign in (-1, 1))
+    return Series(name, x, y, low, high)
+
+
+def _first_seeds(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the first seed, by pattern and sparsity."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in comparison.cells:
+        rows = found.setdefault(budget(row), [])
+        if not rows or row["seed"] == rows[0]["seed"]:
+            rows.append(row)
+    return found
 
 
 def write_views(comparison: Comparison) -> list[str]:

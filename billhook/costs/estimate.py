@@ -34,7 +34,6 @@ from billhook.steps.record import gradient_of
 from billhook.steps.request import Opened
 from billhook.steps.resolve import ResolvedRequest
 from billhook.steps.search import Task
-from billhook.trials.trials import Setting
 
 MOMENT = 3e8  # operations of attention that are timed at once, at most
 ROUND, ROUNDS = 2e-3, 5  # seconds that something is repeated for at least, and how often, of which the median counts
@@ -98,11 +97,6 @@ def estimate_comparison(opened: Opened, windows: Tensor, cells: Sequence[Cell], 
     count, length = windows.shape
     text = Text(count, length, batch_size(length, vocabulary_size(opened.model), opened.model.dtype.itemsize))
     return _said(opened, device, lambda case: workload.compare(case, grid, cells, text))
-
-
-def estimate_analysis(opened: Opened, setting: Setting, targets: Sequence[float], device: str) -> Estimate:
-    """The same for an analysis of plans, given by their sparsities."""
-    return _said(opened, device, lambda case: workload.analyze(case, setting, targets))
 
 
 def _said(

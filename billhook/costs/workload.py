@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from billhook.analysis import WINDOWS as COMPARED
 from billhook.comparison.grid import Cell, Grid
 from billhook.costs import counts
 from billhook.costs.counts import Count, Method, Part, Sizes, Text
 from billhook.costs.prices import memory
+from billhook.evaluation.block_errors import WINDOWS as COMPARED
 from billhook.measurement.error_curves import FEW, ROWS, TRIED
 from billhook.measurement.loss_shares import WINDOWS as SHARED
 from billhook.methods.sparse import CRITERIA
@@ -268,16 +268,3 @@ def compare(case: Case, grid: Grid, cells: Sequence[Cell], scored: Text) -> Iter
             yield from choose(case, criterion, options)
         yield from prune(case, criterion, options, given=True)
         yield from score
-
-
-def analyze(case: Case, setting: Setting, plans: Sequence[float]) -> Iterator[Phase]:
-    """An analysis of plans, given by their sparsities."""
-    bench, held = case.halved()
-    held = replace(held, windows=min(COMPARED, held.windows))
-    if setting.gradient:
-        yield gradients(bench)
-    yield bench.predictions(held, REMEMBER)
-    yield bench.predictions(replace(held, batch=1), 0.0)
-    for sparsity in plans:
-        yield from prune(replace(bench, sparsity=sparsity), setting.criterion, setting.options, given=True)
-        yield bench.predictions(replace(held, batch=1), 0.0)

@@ -100,11 +100,10 @@ def check_share(windows: int) -> None:
         )
 
 
-def in_batches(windows: Tensor, size: int) -> list[Tensor]:
-    """Windows [number, length] in batches of `size`, or of fewer so that every process gets one; BillhookError if they
-    are too few."""
-    check_share(len(windows))
-    return list(windows.split(min(size, len(windows) // world())))
+def rows_per_batch(rows: int, size: int) -> int:
+    """Rows in a batch: `size`, or fewer so that every process gets a batch; BillhookError if there are too few rows."""
+    check_share(rows)
+    return min(size, rows // world())
 
 
 def all_reduce_(value: Tensor) -> Tensor:

@@ -1,20 +1,19 @@
-"""The dense model beside the one that is being pruned: how far the same tokens have drifted apart, layer by layer.
+"""The dense model's hidden states beside those of the model that is being pruned, and how far the two have drifted.
 
-A second stream of hidden states passes through every block as it was before it was pruned. The layers of a block come
-group by group, in running order, those of one input together; each group is observed when the ones before it are
-pruned. Of each it is then known, besides the statistics of its inputs X, with X' those of the same tokens in the dense
-model,
+A second stream of hidden states passes through every block as it was before it was pruned. The layers of a block are
+visited group by group in running order, layers with the same input together; a group is observed after the groups before
+it are pruned. Besides the statistics of its inputs X, with X' the inputs of the same tokens in the dense model, a layer
+then has
 
-    drift = (X' - X)^T X,    and where a layer's output is added to the residual stream,    stream_drift = (R' - R)^T X
+    drift = (X' - X)^T X,   and, if its output is added to the residual stream R,   stream_drift = (R' - R)^T X
 
-with R the stream that it is added to: what the layer would have to make up for so that the stream comes out as in the
-dense model. Which layers write into the stream is tried: shifting such a layer's output by a hundred times the size of
-the stream shifts what the block returns by as much, whatever norms and products come after it. R' - R is the difference
-of the block's inputs at the first that writes, and of its outputs at one of the last group (less what its own inputs'
-drift does); none is known between.
+which is what the layer would have to correct for the stream to be that of the dense model. Whether a layer writes into
+the stream is found by experiment: shift its output by a hundred times the size of the stream; if it writes, the block's
+output shifts by the same amount. R' - R is the difference of the block's inputs for the first layer that writes, and of
+its outputs for a layer of the last group (less the effect of that layer's own input drift); in between it is not known.
 
-In memory: the block's prunable weights once more, and hidden states like those of the walk. A block is run twice a
-group, and mostly not to its end. Experts have no drift, because other tokens may be sent to them here and there.
+Memory: a copy of the block's prunable weights, and hidden states as large as the walk's. A block runs twice per group,
+usually not to its end. Experts have no drift, because the two models may route other tokens to them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,25 +28,25 @@ from billhook.distributed.collectives import all_reduce_, gather
 from billhook.engine.activation_store import ActivationStore
 from billhook.engine.observer import Observer, noting
 from billhook.engine.replay import Call, run_block
+from billhook.engine.resources import Resources
 from billhook.methods.statistics import Collector, LayerStats
 
-Stage = tuple[list[Layer], dict[str, LayerStats]]  # some layers of a block, and by name what is known of their inputs
-_SHIFT = 100.0  # times the size of the stream
-_LIKE = 0.1  # relative difference of two shifts that counts as none
+Stage = tuple[list[Layer], dict[str, LayerStats]]  # some layers of a block, and their statistics by layer name
+_SHIFT = 100.0  # of a trial, relative to the size of the stream
+_TOLERANCE = 0.1  # relative difference of two shifts that are taken as equal
 
 
 class DenseStream:
-    """The dense model's stream beside a walk that changes weights; `hidden` is what enters the next block that it has
-    not passed."""
+    """The dense model's stream beside a walk that changes weights; `hidden` are the inputs of the next dense block."""
 
-    def __init__(self, hidden: ActivationStore, spill_gib: float) -> None:
-        """`hidden` is what enters the first block."""
-        self.hidden = ActivationStore(spill_gib)
-        for h in hidden:
-            self.hidden.append(h)
+    def __init__(self, hidden: ActivationStore, resources: Resources) -> None:
+        """Start from the hidden states that enter the first block."""
+        self.hidden = resources.activations()
+        for states in hidden:
+            self.hidden.append(states)
 
     def advance(self, block: nn.Module, calls: Sequence[Call]) -> None:
-        """Pass through a block, which is dense."""
+        """Pass the stream through a block that is still dense."""
         for i, call in enumerate(calls):
             self.hidden[i] = run_block(block, self.hidden[i], call)
 
@@ -60,10 +59,9 @@ class DenseStream:
         hidden: ActivationStore,
         calls: Sequence[Call],
     ) -> Iterator[Stage]:
-        """The layers of a block in running order, with the statistics of their inputs; to be taken to the end, pruned
-        meanwhile.
+        """Yield groups of layers in running order with the statistics of their inputs; the caller prunes each group.
 
-        The block is dense at first, and this stream has passed through it, as it was, at the end.
+        Iterate to the end: the stream then has passed through the block with the weights it had at first.
         """
         dense = {id(p): (p, p.detach().clone()) for p in (getattr(layer.module, layer.parameter) for layer in layers)}
         finder = Observer(layers, (), wanted=True)
@@ -90,7 +88,7 @@ class DenseStream:
 
 
 def _is_writer(block: nn.Module, layer: Layer, hidden: Tensor, call: Call) -> bool:
-    """Whether a layer's output is added, as it is, to what the block returns; process 0 decides for all."""
+    """Whether a layer's output is added unchanged to the block's output; process 0 decides for all processes."""
     if layer.shape[0] != hidden.shape[-1]:
         return False
     plain = run_block(block, hidden, call).float()
@@ -101,12 +99,11 @@ def _is_writer(block: nn.Module, layer: Layer, hidden: Tensor, call: Call) -> bo
         shifted = run_block(block, hidden, call).float() - plain
     finally:
         handle.remove()
-    return gather(bool((shifted - shift).norm() < _LIKE * shift.float().expand_as(shifted).norm()))[0]
+    return gather(bool((shifted - shift).norm() < _TOLERANCE * shift.float().expand_as(shifted).norm()))[0]
 
 
 class _Pair:
-    """Statistics of one input of a block in both streams; `written` says at which end of the block the streams are
-    compared."""
+    """Statistics of one layer input in both streams; `written`: at which end of the block the streams are compared."""
 
     def __init__(self, layer: Layer, statistics: Sequence[str], written: str | None) -> None:
         self._layer, self._written = layer, written
@@ -116,7 +113,7 @@ class _Pair:
     def add(
         self, block: nn.Module, dense: Iterable[tuple[Tensor, Tensor]], streams: tuple[Tensor, Tensor], call: Call
     ) -> None:
-        """Take in a batch; `streams` are the inputs of the dense and of the pruned block."""
+        """Add a batch; `streams` are the inputs of the dense and of the pruned block."""
         whole, ends = self._written == "end", list(streams)
         with _values(dense), noting([self._layer], whole) as there:
             ends[0] = run_block(block, streams[0], call)
@@ -129,13 +126,13 @@ class _Pair:
             self._sum.addmm_(error.T, x.flatten(0, -2).float())
 
     def stats(self, group: Sequence[Layer]) -> dict[str, LayerStats]:
-        """Layer name -> its statistics, over all processes of the run."""
+        """The statistics by layer name, over all processes."""
         self._collector.merge()
         found = {layer.name: self._collector.named(layer.name) for layer in group}
         if self._sum is not None:
             name, drift = self._layer.name, all_reduce_(self._sum)
             own = found[name].drift
-            if self._written == "end" and own is not None:  # the outputs differ by what this layer's own inputs do, too
+            if self._written == "end" and own is not None:  # remove the effect of this layer's own input drift
                 drift -= self._layer.weight.float() @ own
             found[name] = replace(found[name], stream_drift=drift)
         return found
@@ -143,7 +140,7 @@ class _Pair:
 
 @contextmanager
 def _values(values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Let parameters have other values meanwhile."""
+    """Give parameters other values, and restore theirs afterwards."""
     values = list(values)
     own = [p.data for p, _ in values]
     for p, value in values:

@@ -22,7 +22,7 @@ before the float32 sums.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,65 +30,68 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.architectures.layers import Layer, find_blocks, find_layers
+from billhook.architectures.experts import observable_experts
+from billhook.architectures.layers import Layer, find_layers
+from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import check_share, shard
-from billhook.engine.activation_store import SPILL_GIB, ActivationStore
+from billhook.engine.activation_store import ActivationStore
+from billhook.engine.batch import Batch, as_batches, split_rows
+from billhook.engine.capture import Segment, capture, evaluating, stubbed
 from billhook.engine.gradient_file import Gradients, open_gradients, write_gradients
 from billhook.engine.regional_gradients import regional_gradients
-from billhook.engine.replay import Call, run_block
-from billhook.engine.streaming import resident
-from billhook.engine.walk import Progress, capture, check_outputs, evaluating, plain_experts, stubbed, without_routers
+from billhook.engine.replay import run_block
+from billhook.engine.resources import IN_MEMORY, Resources
+from billhook.engine.walk import Progress, check_finite_states
 from billhook.errors import BillhookError, JobError
 from billhook.methods.statistics import GRADIENTS, REGIONAL, AbsoluteSum
 from billhook.registry import hint
 
-_LOWER = (0, 6, 12, 18)  # powers of two to step down by while float16 gradients overflow
-_HEADROOM = (
-    8  # the first backward pass of a float16 model starts from this power of two, times the tokens of the sequence
-)
+_LOWER = (0, 6, 12, 18)  # powers of two by which to lower the start while float16 gradients overflow
+_HEADROOM = 8  # a float16 backward pass starts from this power of two times the tokens of the sequence
+
+Loss = Callable[[PreTrainedModel, Batch], Tensor]  # the model's own loss on a batch, a scalar
 
 
 def compute_gradients(
     model: PreTrainedModel,
-    batches: Sequence[Tensor],
+    batches: Tensor | Batch | Sequence[Tensor | Batch],
     statistic: str,
     path: Path,
     *,
+    loss: Loss,
     layers: Sequence[Layer] | None = None,
     facts: Mapping[str, Any] | None = None,
-    spill_gib: float = SPILL_GIB,
+    resources: Resources = IN_MEMORY,
     progress: Progress = lambda layer: None,
 ) -> Gradients:
     """Accumulate a statistic of the gradients of `layers` (all prunable ones by default) and write it to `path`.
 
-    `batches` are token ids [batch, length] int64, at least 2 long; every sequence is taken on its own, whatever the
-    batch size. `facts` (of model and calibration) go into the file. Stored block inputs beyond `spill_gib` GiB go to
-    temporary files beside `path`. `progress` is called with the name of each finished layer. Raises BillhookError for
-    an unknown statistic or no text, JobError, with nothing written, for gradients that are not finite (naming the
-    layer).
+    Every row of `batches` (token ids int64 [windows, length], or mappings) is treated separately, whatever the batch
+    size. `loss` is the model's loss on a batch (of its task). `facts` (of model and calibration) go into the file.
+    Stored block inputs beyond the spill limit go to temporary files beside `path`. `progress` is called with the name of
+    each finished layer. Raises BillhookError for an unknown statistic or no samples, JobError, with nothing written, for
+    gradients that are not finite (naming the layer).
     """
     if statistic not in GRADIENTS:
         raise BillhookError(
             f"Unknown statistic {statistic!r}.{hint(statistic, GRADIENTS)} There are: {', '.join(GRADIENTS)}."
         )
-    if not batches:
-        raise BillhookError("Gradients are taken on text: give it with --calibration SOURCE.")
+    sequences = [row for batch in as_batches(model, batches) for row in split_rows(batch, 1)]
+    if not sequences:
+        raise BillhookError("Gradients need calibration text: give it with --calibration SOURCE.")
     layers = find_layers(model) if layers is None else layers
-    sequences = [sequence for batch in batches for sequence in batch.split(1)]
     about = {"statistic": statistic, "samples": len(sequences), **(facts or {})}
     check_share(len(sequences))
     dtype = GRADIENTS[statistic](torch.zeros(1)).value().dtype
+    resources = replace(resources, folder=path.parent)
 
     def values() -> Iterator[tuple[str, Tensor]]:
         if statistic == REGIONAL:
-            for name, value in regional_gradients(model, shard(sequences), layers):
-                yield name, value
-                progress(name)
-            return
-        with plain_experts(model), evaluating(model):
-            for name, value in _Backward(model, shard(sequences), spill_gib, path.parent).run(
-                GRADIENTS[statistic], layers
-            ):
+            found = regional_gradients(model, sequences, layers, resources)
+        else:
+            found = _Backward(model, shard(sequences), loss, resources).run(GRADIENTS[statistic], layers)
+        with observable_experts(model), evaluating(model):
+            for name, value in found:
                 yield name, value
                 progress(name)
 
@@ -97,19 +100,17 @@ def compute_gradients(
 
 
 class _Backward:
-    """One pass forward and one back, block by block; `gradients` are those of the loss by the outputs of the block in
-    turn.
+    """One pass forward and one back, block by block; `gradients` are those of the loss with respect to a block's outputs.
 
-    The inputs of the blocks, one tensor [1, length, width] a sequence, are in memory up to `spill_gib` GiB, and in
-    `folder` beyond.
+    The inputs of the blocks, one tensor [1, length, width] a sequence, are stored up to the spill limit in memory.
     """
 
-    def __init__(self, model: PreTrainedModel, sequences: Sequence[Tensor], spill_gib: float, folder: Path) -> None:
-        self.model, self.sequences, self.spill_gib, self.folder = model, sequences, spill_gib, folder
+    def __init__(self, model: PreTrainedModel, sequences: Sequence[Batch], loss: Loss, resources: Resources) -> None:
+        self.model, self.sequences, self.loss, self.resources = model, sequences, loss, resources
         self.inputs: dict[int, ActivationStore] = {}
-        self.name, self.blocks = find_blocks(model)
-        self.calls: list[list[Call]] = []
-        self.returned: Callable[[Tensor], Any] = lambda states: states
+        self.blocks = blocks_of(model)
+        self.modules = list(self.blocks.values())
+        self.segment = Segment([], lambda states: states)
         self.gradients: list[_Scaled | None] = [None] * len(sequences)
 
     def run(self, accumulator: type[AbsoluteSum], layers: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:
@@ -118,7 +119,7 @@ class _Backward:
         self._forward(first)
         for index in reversed(range(first, len(self.blocks))):
             chosen = [layer for layer in layers if layer.block == index]
-            with resident(self.model, index, ahead=index - 1):
+            with self.resources.block(index, ahead=index - 1):
                 weights = list({id(weight): weight for weight in map(_parameter, chosen)}.values())
                 sums = {id(weight): accumulator(weight) for weight in weights}
                 with _differentiable(weights):
@@ -135,17 +136,19 @@ class _Backward:
     def _forward(self, first: int) -> None:
         """Store the inputs of every block from `first` on."""
         hidden: list[Tensor] = []
-        self.calls, self.returned = capture(self.model, self.blocks, self.sequences, hidden)
-        for index, block in enumerate(self.blocks):
+        self.segment = capture(self.model, self.blocks, self.sequences, hidden)
+        for index, (name, block) in enumerate(self.blocks.items()):
             if index >= first:
-                room = self.spill_gib - sum(states.nbytes for states in self.inputs.values()) / 2**30
-                self.inputs[index] = ActivationStore(room, self.folder)
+                room = self.resources.spill_gib - sum(states.nbytes for states in self.inputs.values()) / 2**30
+                self.inputs[index] = ActivationStore(room, self.resources.folder)
                 for states in hidden:
                     self.inputs[index].append(states.cpu())
             if index + 1 < len(self.blocks):
-                with resident(self.model, index, ahead=index + 1):
-                    hidden = [run_block(block, h, call[index]) for h, call in zip(hidden, self.calls, strict=True)]
-                check_outputs(hidden, f"{self.name}.{index}")
+                with self.resources.block(index, ahead=index + 1):
+                    hidden = [
+                        run_block(block, h, call[index]) for h, call in zip(hidden, self.segment.calls, strict=True)
+                    ]
+                check_finite_states(hidden, name)
 
     def _block(
         self, index: int, number: int, states: Tensor, weights: Sequence[Tensor], *, last: bool
@@ -155,11 +158,11 @@ class _Backward:
         states = states.to(self.model.device).requires_grad_()
         with torch.enable_grad():
             if index + 1 == len(self.blocks):
-                output = self._loss(self.sequences[number], states)
+                output = self._last_block_loss(self.sequences[number], states)
                 power = math.ceil(math.log2(states.shape[1])) + _HEADROOM if states.dtype == torch.float16 else 0
                 start = _Scaled(torch.full_like(output, 2.0**power), power)
             else:
-                output = run_block(self.blocks[index], states, self.calls[number][index])
+                output = run_block(self.modules[index], states, self.segment.calls[number][index])
                 given = self.gradients[number]
                 assert given is not None
                 start = given
@@ -173,25 +176,20 @@ class _Backward:
                 else torch.ldexp(gradient.float(), torch.tensor(-power))
             )
 
-    def _loss(self, ids: Tensor, states: Tensor) -> Tensor:
-        """The model's own loss on `ids` [1, length], with `states` for the inputs of its last block and nothing before
-        it."""
+    def _last_block_loss(self, sequence: Batch, states: Tensor) -> Tensor:
+        """The model's own loss on a sequence, with `states` as the inputs of its last block and no block before it."""
 
         def stub(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
             def passing(*args: Any, **kwargs: Any) -> Any:
-                return self.returned(args[0] if args else kwargs["hidden_states"])
+                return self.segment.returned(args[0] if args else kwargs["hidden_states"])
 
             def real(*args: Any, **kwargs: Any) -> Any:
-                return forward(
-                    states, *args[1:], **{key: value for key, value in kwargs.items() if key != "hidden_states"}
-                )
+                return forward(states, *args[1:], **{key: x for key, x in kwargs.items() if key != "hidden_states"})
 
             return real if index + 1 == len(self.blocks) else passing
 
-        ids = ids.to(self.model.device)
         with stubbed(self.blocks, stub):
-            loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False, **without_routers(self.model)).loss
-        return loss
+            return self.loss(self.model, sequence)
 
 
 @dataclass(frozen=True)

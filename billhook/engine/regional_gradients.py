@@ -14,17 +14,18 @@ from transformers import PreTrainedModel
 
 from billhook.architectures.layers import Layer
 from billhook.distributed.collectives import all_reduce_
+from billhook.engine.batch import Batch
 from billhook.engine.replay import run_block
+from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Block, walk
 
 
 def regional_gradients(
-    model: PreTrainedModel, sequences: Sequence[Tensor], layers: Sequence[Layer]
+    model: PreTrainedModel, sequences: Sequence[Batch], layers: Sequence[Layer], resources: Resources = IN_MEMORY
 ) -> Iterator[tuple[str, Tensor]]:
-    """Layer name and root mean square, float32 [out, in], block by block; `sequences` are token ids [1, length]
-    int64."""
+    """Yield layer names and root mean squares, float32 [out, in], block by block; a sequence is a batch of one row."""
     wanted = {layer.name for layer in layers}
-    for block in walk(model, sequences, (), read_only=True):
+    for block in walk(model, sequences, (), read_only=True, resources=resources):
         inside = [layer for layer in block.layers if layer.name in wanted]
         if inside:
             yield from _of_block(block, inside)

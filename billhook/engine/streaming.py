@@ -1,14 +1,13 @@
-"""A model directory as a model of which one block at a time is in memory.
+"""Open a model directory with one block at a time in memory.
 
 Everything outside the blocks (embeddings, final norm, head) is loaded as usual. The parameters of the blocks stay on
-torch's meta device, which has shapes and no values; `resident(model, index)` brings those of one block into memory,
-through the same conversion by which `transformers` loads a whole model (it may rename, split, fuse or turn tensors),
-and takes them away again afterwards. A block that is called while it is not in memory is loaded for that call, so such
-a model can do whatever any other can, if slowly.
+torch's meta device, which has shapes and no values. `Stream.block(index)` loads those of one block, by the same
+conversion with which `transformers` loads a whole model (it may rename, split, fuse or transpose tensors), and drops them
+afterwards. A block that is called while it is not in memory is loaded for that call, so that a streamed model can do
+whatever any other model can, only more slowly.
 
-Values are read, not mapped: a file that is cut off or a disk that fails is then an error and not a signal, what is in
-memory is what is counted, and a limit on memory may be set by any means. While a GPU computes, the next block is read
-in the background.
+Values are read, not memory-mapped: a truncated file or a failing disk is then an error and not a signal, memory use is
+what is counted, and any kind of memory limit works. While a GPU computes, the next block is read in the background.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -28,33 +28,12 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
-from billhook.architectures.layers import find_blocks
+from billhook.architectures.config import text_config
+from billhook.architectures.stacks import blocks_of
 from billhook.errors import BillhookError, Interrupted, JobError
 from billhook.store.checkpoint import check_code, check_complete, known_dtype, loading, on_device, quiet, resolve
 from billhook.store.shards import Entry, Shard, read_shard
 from billhook.store.tensor_bytes import DTYPES, tensor_bytes
-
-_KEY = "_billhook_stream"
-
-
-@contextmanager
-def resident(model: PreTrainedModel, index: int, ahead: int | None = None, source: bool = False) -> Iterator[None]:
-    """Have the parameters of block `index` in memory; changes made to them last until the end only.
-
-    With `source` they are those of the model that was opened, also where the block has `moved`. On another device than
-    the CPU, block `ahead` (if there is one) is read meanwhile. Nothing to do for a model that is in memory as a whole.
-    """
-    stream = stream_of(model)
-    if stream is None:
-        yield
-        return
-    with stream.block(index, ahead, source):
-        yield
-
-
-def stream_of(model: nn.Module) -> "Stream | None":
-    """What brings the blocks of `model` into memory; None for a model that is there as a whole."""
-    return model.__dict__.get(_KEY)
 
 
 class Stored:
@@ -97,12 +76,13 @@ class Stored:
 
 
 class Stream:
-    """Brings the blocks of a model into memory, from the files that hold them now."""
+    """Loads the blocks of a model one at a time, from the files that hold them now."""
 
     def __init__(self, model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
         self.model, self.stored, self.source = model, dict(stored), dict(stored)
-        self.prefix, self.blocks = find_blocks(model)
-        self.names: list[list[str]] = [[] for _ in self.blocks]  # on disk
+        blocks = blocks_of(model)
+        self.prefixes, self.blocks = list(blocks), list(blocks.values())
+        self.names: list[list[str]] = [[] for _ in self.blocks]  # of the tensors on disk
         for name, index in block_of(model, stored).items():
             if index is not None:
                 self.names[index].append(name)
@@ -113,7 +93,7 @@ class Stream:
 
     @contextmanager
     def block(self, index: int, ahead: int | None = None, source: bool = False) -> Iterator[None]:
-        """See `resident`."""
+        """Keep a block in memory; see `billhook.engine.resources.Resources.block`."""
         if index in self._here:
             yield
             return
@@ -144,7 +124,7 @@ class Stream:
             convert_and_load_state_dict_in_model(self.model, tensors, options)
         if any(value.is_meta for value in self.blocks[index].state_dict(keep_vars=True).values()):
             raise JobError(
-                f"The weights of {self.prefix}.{index} cannot be read one block at a time: are they shared "
+                f"The weights of {self.prefixes[index]} cannot be read one block at a time: are they shared "
                 "between blocks?"
             )
 
@@ -156,7 +136,7 @@ class Stream:
 
     def state(self, index: int) -> dict[str, Tensor]:
         """The tensors of a block by their full names in the model."""
-        return {f"{self.prefix}.{index}.{name}": value for name, value in self.blocks[index].state_dict().items()}
+        return {f"{self.prefixes[index]}.{name}": value for name, value in self.blocks[index].state_dict().items()}
 
     def _read(self, index: int, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
         return {name: stored[name].read() for name in self.names[index]}
@@ -171,9 +151,9 @@ def _meta(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def block_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, int | None]:
-    """The block that each tensor on disk belongs to, None for what lies outside the blocks; `model` may be on the meta
+    """The index of the block that each tensor on disk belongs to, None outside the blocks; `model` may be on the meta
     device."""
-    prefix, _ = find_blocks(model)
+    prefixes = {f"{name}.": index for index, name in enumerate(blocks_of(model))}
     transforms = get_model_conversion_mapping(model)
     renamings = [x for x in transforms if isinstance(x, WeightRenaming)]
     converters = [x for x in transforms if isinstance(x, WeightConverter)]
@@ -183,29 +163,34 @@ def block_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, int | No
         target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if target not in state and name in state:
             target, _ = rename_source_key(name, [], [], model.base_model_prefix, state)
-        inside = target in state and target.startswith(f"{prefix}.")
-        return int(target.removeprefix(f"{prefix}.").partition(".")[0]) if inside else None
+        inside = (index for prefix, index in prefixes.items() if target.startswith(prefix))
+        return next(inside, None) if target in state else None
 
     return {name: owner(name) for name in names}
 
 
 def open_streamed(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """`billhook.store.checkpoint.load_model` with one block in memory at a time; the same model, the same errors."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    path: str | Path,
+    auto_class: str = "AutoModelForCausalLM",
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Stream:
+    """`billhook.store.checkpoint.load_model` with one block at a time in memory: the same model (`Stream.model`), the
+    same errors."""
     path = resolve(path)
-    checkpoint = check_code(path, trust_remote_code)
+    checkpoint = check_code(path, auto_class, trust_remote_code)
     shards = [read_shard(file) for file in checkpoint.weights]
-    auto: Any = AutoModelForCausalLM
     with loading(path):
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         with torch.device("meta"):
-            empty = auto.from_config(config, trust_remote_code=trust_remote_code)
+            empty = getattr(transformers, auto_class).from_config(config, trust_remote_code=trust_remote_code)
         outside = {name for name, block in block_of(empty, stored_tensors(shards)).items() if block is None}
         if type(config) is not type(empty.config):
-            config = config.get_text_config(decoder=True)
+            config = text_config(config)
         stored = stored_tensors(shards, outside.__contains__)
         model, info = type(empty).from_pretrained(
             None,
@@ -220,28 +205,24 @@ def open_streamed(
     model.config.name_or_path = str(path)
     with on_device(device):
         model.eval()._apply(lambda value: value if value.is_meta else value.to(device))
-    _attach(model, stored)
-    return model
-
-
-def _attach(model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
-    """Let the blocks of `model`, whose parameters are on the meta device, come into memory when they are called."""
     stream = Stream(model, stored)
-    model.__dict__[_KEY] = stream
-
-    def calling(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def loaded(*args: Any, **kwargs: Any) -> Any:
-            with stream.block(index):
-                return forward(*args, **kwargs)
-
-        return loaded
-
     for index, block in enumerate(stream.blocks):
-        block.forward = calling(index, block.forward)
+        block.forward = _loading_forward(stream, index, block.forward)
+    return stream
+
+
+def _loading_forward(stream: Stream, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's forward that loads the block for the call, unless it is in memory already."""
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        with stream.block(index):
+            return forward(*args, **kwargs)
+
+    return loaded
 
 
 def stored_tensors(shards: Sequence[Shard], outside: Callable[[str], bool] = lambda name: False) -> dict[str, Stored]:
-    """The tensors of files by name; those for which `outside` is true are read when asked for."""
+    """The tensors of files by name; those for which `outside` is true are read as soon as they are asked for."""
     return {
         name: Stored(shard.path, entry, not outside(name)) for shard in shards for name, entry in shard.entries.items()
     }

@@ -1,27 +1,30 @@
-"""Walk a model block by block, each block seeing what the blocks before it, as they now are, really produce.
+"""Walk a model block by block; each block sees what the blocks before it, as they are now, really produce.
 
-`for block in walk(model, batches, statistics): ...` is the whole protocol: when the loop body runs, `block.stats` holds
-the statistics of each layer's inputs, and whatever the body does to the block's weights changes what the next block
-sees. Each block is replayed with its own captured call arguments (masks and rotary tables differ between blocks in
-Gemma 2/3 and GPT-OSS).
+    for block in walk(model, batches, statistics): ...
+
+When the loop body runs, `block.stats` holds the statistics of each layer's inputs. Whatever the body does to the block's
+weights changes what the next block sees. Blocks are replayed on stored hidden states with the call arguments that the
+model gave them (`billhook.engine.capture`): masks and rotary tables differ between blocks in Gemma 2/3 and GPT-OSS.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.architectures.layers import Layer, find_blocks, find_layers
+from billhook.architectures.experts import observable_experts
+from billhook.architectures.layers import Layer, find_layers
+from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import shard
-from billhook.engine.activation_store import SPILL_GIB, ActivationStore
+from billhook.engine.activation_store import ActivationStore
+from billhook.engine.batch import Batch, as_batches
+from billhook.engine.capture import Segment, capture, evaluating, predictor
 from billhook.engine.dense_stream import DenseStream, Stage
 from billhook.engine.observer import Observer
 from billhook.engine.replay import Call, run_block
-from billhook.engine.streaming import resident, stream_of
+from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.errors import BillhookError, JobError
 from billhook.methods.statistics import LayerStats
 
@@ -29,11 +32,10 @@ Progress = Callable[[str], None]  # called with the name of each finished layer
 
 
 @dataclass(frozen=True)
-class After:
-    """What follows a block: the next one, with the arguments of its calls, or, with `module` None, the final norm and
-    the head.
+class Following:
+    """What follows a block: the next block with its calls, or, where `module` is None, the final norm and the head.
 
-    `predict` makes logits [windows, tokens, vocabulary] of what the last block returns [windows, tokens, width].
+    `predict` returns logits [rows, length, classes] for outputs of the last block [rows, length, width].
     """
 
     module: nn.Module | None
@@ -43,14 +45,14 @@ class After:
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block, its prunable layers, its inputs and its layers' statistics.
+    """One block of the walk, with its layers, its inputs and the statistics of its layers' inputs.
 
-    `inputs` is one tensor [batch, length, width] a batch, there until the loop goes on; `calls` are the other arguments
-    of each call. `stages` are the layers as they are to be pruned, with their statistics: all at once, or, where
-    `drift` is among the statistics, group by group (see `billhook.engine.dense_stream`), to be taken once and to the
-    end; `stats` are the statistics of a block of one stage. `dense` is what the dense model's block returns for the
-    same tokens, where that was asked for; it is known once the stages are taken. `after` is what follows the block in
-    the model, in memory only while `resident(model, index + 1)` is entered.
+    `inputs` are hidden states [rows, length, width], one tensor a batch, valid until the loop goes on; `calls` are the
+    other arguments of each call. `stages` are the layers in the order in which they should be pruned, with their
+    statistics: all at once, or, where `drift` is among the statistics, group by group (`billhook.engine.dense_stream`);
+    iterate over them once and to the end. `stats` are the statistics of a block with a single stage. `dense` are the
+    outputs of the dense model's block for the same rows, where they were asked for, known once the stages are done.
+    `following` is in memory only while `resources.block(index + 1)` is entered.
     """
 
     index: int
@@ -62,251 +64,122 @@ class Block:
     stages: Iterable[Stage]
     calls: Sequence[Call]
     dense: Sequence[Tensor] | ActivationStore
-    after: After
+    following: Following
 
 
 @torch.no_grad()
 def walk(
     model: PreTrainedModel,
-    batches: Sequence[Tensor],
+    batches: Tensor | Batch | Sequence[Tensor | Batch],
     statistics: Sequence[str] = (),
     *,
     read_only: bool = False,
     dense_outputs: bool = False,
     start: int = 0,
-    spill_gib: float = SPILL_GIB,
+    resources: Resources = IN_MEMORY,
 ) -> Iterator[Block]:
-    """Yield every block in depth order, or those from block `start` on.
+    """Yield every block in running order, or those from block `start` on.
 
-    `batches` are token ids [batch, length] int64, in the order in which statistics accumulate; empty if no statistics
-    are asked. `read_only=True` promises that the loop body changes no weight, which saves the second pass through each
-    block; `dense_outputs` asks for what the blocks of the dense model return. Of a model that is streamed, a block is
-    in memory while the loop body runs; inputs beyond `spill_gib` GiB are kept on disk. Raises JobError when activations
-    are not finite (naming the block or the layer), BillhookError when `drift` or `dense_outputs` is asked for in the
-    middle of a model that is in memory as a whole.
+    `batches` are mappings of keyword arguments (or token ids int64 [windows, length]) in the order in which statistics
+    accumulate; empty if no statistics are asked for. `read_only=True` promises that the loop body changes no weight,
+    which saves the second pass through each block. `dense_outputs` asks for the outputs of the dense model's blocks.
+    Raises JobError when activations are not finite (naming the block or the layer), BillhookError when `drift` or
+    `dense_outputs` is asked for from the middle of a model that is entirely in memory.
     """
-    with plain_experts(model), evaluating(model):
-        yield from _walk(
-            model,
-            batches,
-            statistics,
-            read_only=read_only,
-            dense_outputs=dense_outputs,
-            start=start,
-            spill_gib=spill_gib,
-        )
+    checked = shard(as_batches(model, batches))
+    with observable_experts(model), evaluating(model):
+        yield from _Walk(model, checked, resources).run(statistics, read_only, dense_outputs, start)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Let the model run without dropout, and put every module's own mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+class _Walk:
+    """The state of one walk: hidden states that enter the current block, and the calls of all blocks."""
+
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], resources: Resources) -> None:
+        self.resources = resources
+        self.blocks = blocks_of(model)
+        self.modules = list(self.blocks.values())
+        self.hidden = resources.activations()
+        empty = Segment([], lambda states: states)
+        self.segment = capture(model, self.blocks, batches, self.hidden) if batches else empty
+        self.predict = predictor(model, self.blocks, self.segment.returned)
+        self.layers: dict[int, list[Layer]] = {}
+        for layer in find_layers(model):
+            self.layers.setdefault(layer.block, []).append(layer)
+
+    def run(self, statistics: Sequence[str], read_only: bool, dense_outputs: bool, start: int) -> Iterator[Block]:
+        """See `walk`."""
+        drift = "drift" in statistics and not read_only
+        dense = DenseStream(self.hidden, self.resources) if drift or dense_outputs else None
+        if dense is not None and start and not self.resources.streamed:
+            raise BillhookError(
+                "This model is partly pruned and its dense weights are gone: use dense_target=0, or start from a model "
+                "directory."
+            )
+        for index, (name, module) in enumerate(self.blocks.items()):
+            if index < start and not self.segment.calls:
+                continue
+            if dense is not None and index < start:
+                with self.resources.block(index, source=True):
+                    dense.advance(module, self._calls(index))
+            with self.resources.block(index, ahead=index + 1):
+                outputs = self.hidden
+                if index >= start:
+                    observer = (
+                        None if drift or not (statistics or read_only) else self._observer(index, statistics, read_only)
+                    )
+                    outputs = self.hidden if observer is None else self._observe(index, observer, read_only)
+                    yield self._block(index, statistics, dense, drift, observer)
+                if index + 1 < len(self.blocks):
+                    self._advance(index, outputs)
+                    check_finite_states(self.hidden, name)
+
+    def _block(
+        self, index: int, statistics: Sequence[str], dense: DenseStream | None, drift: bool, observer: Observer | None
+    ) -> Block:
+        name, module = list(self.blocks)[index], self.modules[index]
+        calls, layers = self._calls(index), self.layers.get(index, [])
+        stats = {} if observer is None else observer.stats()
+        stages: Iterable[Stage] = [(layers, stats)]
+        if dense is not None and drift:
+            stages = dense.stages(module, layers, statistics, self.hidden, calls)
+        elif dense is not None:
+            dense.advance(module, calls)
+        outputs = () if dense is None else dense.hidden
+        return Block(index, name, module, layers, self.hidden, stats, stages, calls, outputs, self._following(index))
+
+    def _calls(self, index: int) -> list[Call]:
+        return [calls[index] for calls in self.segment.calls]
+
+    def _following(self, index: int) -> Following:
+        if index + 1 == len(self.blocks):
+            return Following(None, (), self.predict)
+        return Following(self.modules[index + 1], self._calls(index + 1), self.predict)
+
+    def _observer(self, index: int, statistics: Sequence[str], read_only: bool) -> Observer:
+        return Observer(self.layers.get(index, []) if statistics else [], statistics, wanted=read_only)
+
+    def _observe(self, index: int, observer: Observer, read_only: bool) -> ActivationStore:
+        """Run a block on its inputs under the observer; return its outputs if the walk is read-only, else the inputs."""
+        outputs = self.resources.activations() if read_only else self.hidden
+        for states, call in zip(self.hidden, self._calls(index), strict=True):
+            with observer:
+                output = run_block(self.modules[index], states, call)
+                if read_only:
+                    outputs.append(output)
+        return outputs
+
+    def _advance(self, index: int, outputs: ActivationStore) -> None:
+        """Replace the hidden states by what the block makes of them: `outputs`, where these are known already."""
+        if outputs is not self.hidden:
+            self.hidden = outputs
+            return
+        for i, call in enumerate(self._calls(index)):  # in place: inputs and outputs are not all in memory at once
+            self.hidden[i] = run_block(self.modules[index], self.hidden[i], call)
 
 
-@contextmanager
-def plain_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Let experts run as one product each, the form that can be observed, and put the model's own implementation back
-    afterwards."""
-    before = model.config._experts_implementation
-    if before == "eager" or not any(layer.expert is not None for layer in find_layers(model)):
-        yield
-        return
-    model.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)
-
-
-def _walk(
-    model: PreTrainedModel,
-    batches: Sequence[Tensor],
-    statistics: Sequence[str],
-    *,
-    read_only: bool,
-    dense_outputs: bool,
-    start: int,
-    spill_gib: float,
-) -> Iterator[Block]:
-    name, blocks = find_blocks(model)
-    by_block: dict[int, list[Layer]] = {}
-    for layer in find_layers(model):
-        by_block.setdefault(layer.block, []).append(layer)
-    hidden, batches = ActivationStore(spill_gib), shard(batches)
-    calls, returned = capture(model, blocks, batches, hidden) if batches else ([], lambda states: states)
-    predict = predictor(model, blocks, returned)
-    drift = "drift" in statistics and not read_only
-    stream = DenseStream(hidden, spill_gib) if drift or dense_outputs else None
-    if stream is not None and start and stream_of(model) is None:
-        raise BillhookError(
-            "This model was pruned in part and lost what it was: go on with dense_target=0, "
-            "or start with a model directory."
-        )
-    for index, block in enumerate(blocks):
-        if index < start and not calls:
-            continue
-        outputs, own = hidden, [call[index] for call in calls]
-        if stream is not None and index < start:
-            with resident(model, index, source=True):
-                stream.advance(block, own)
-        with resident(model, index, ahead=index + 1):
-            if index >= start:
-                layers, stats = by_block.get(index, []), dict[str, LayerStats]()
-                stages: Iterable[Stage] = [(layers, stats)]
-                if stream is not None and drift:
-                    stages = stream.stages(block, layers, statistics, hidden, own)
-                elif statistics or read_only:
-                    observer = Observer(layers if statistics else [], statistics, wanted=read_only)
-                    outputs = _observe(block, hidden, own, observer, read_only, spill_gib)
-                    stats.update(observer.stats())
-                if stream is not None and not drift:
-                    stream.advance(block, own)
-                there, after = () if stream is None else stream.hidden, _after(blocks, index, calls, predict)
-                yield Block(index, f"{name}.{index}", block, layers, hidden, stats, stages, own, there, after)
-            if index + 1 < len(blocks):
-                if outputs is hidden:
-                    for i, call in enumerate(
-                        own
-                    ):  # in place, so that inputs and outputs of a block are not all held at once
-                        hidden[i] = run_block(block, hidden[i], call)
-                hidden = outputs
-                check_outputs(hidden, f"{name}.{index}")
-
-
-def _after(
-    blocks: nn.ModuleList, index: int, calls: Sequence[Sequence[Call]], predict: Callable[[Tensor], Tensor]
-) -> After:
-    """What follows block `index`."""
-    if index + 1 == len(blocks):
-        return After(None, (), predict)
-    return After(blocks[index + 1], [call[index + 1] for call in calls], predict)
-
-
-def _observe(
-    block: nn.Module,
-    hidden: ActivationStore,
-    calls: Sequence[Call],
-    observer: Observer,
-    read_only: bool,
-    spill_gib: float,
-) -> ActivationStore:
-    """Run a block on its inputs under the observer's eyes; returns its outputs if they are wanted, else the inputs."""
-    outputs = ActivationStore(spill_gib) if read_only else hidden
-    for h, call in zip(hidden, calls, strict=True):
-        with observer:
-            output = run_block(block, h, call)
-            if read_only:
-                outputs.append(output)
-    return outputs
-
-
-def check_outputs(hidden: Iterable[Tensor], name: str) -> None:
+def check_finite_states(hidden: Iterable[Tensor], name: str) -> None:
     """Raise JobError naming the block when its outputs are not finite."""
-    if not all(bool(torch.isfinite(h.sum(dtype=torch.float64))) for h in hidden):
+    if not all(bool(torch.isfinite(states.sum(dtype=torch.float64))) for states in hidden):
         raise JobError(
             f"The output of {name} holds NaN or infinity. Run in a wider type (--dtype float32) or check the weights."
         )
-
-
-@contextmanager
-def stubbed(blocks: nn.ModuleList, stub: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Let `stub(index, forward)` stand in for each block's own `forward`."""
-
-    def put_back(block: nn.Module, own: Any) -> None:
-        if own is None:
-            del block.forward
-        else:
-            block.forward = own
-
-    with ExitStack() as stack:
-        for index, block in enumerate(blocks):
-            stack.callback(put_back, block, block.__dict__.get("forward"))
-            block.forward = stub(index, block.forward)
-        yield
-
-
-def capture(
-    model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Tensor], hidden: list[Tensor] | ActivationStore
-) -> tuple[list[list[Call]], Callable[[Tensor], Any]]:
-    """Run the model with its blocks replaced by stubs that only note their arguments.
-
-    Appends the hidden states that enter the first block to `hidden`, and returns per batch the calls of all blocks, and
-    a function that puts hidden states in the form in which a block returns them. Costs an embedding a batch and one
-    real block.
-    """
-    calls: list[list[Call]] = []
-    extra: list[tuple[Any, ...] | None] = []  # what a block returns after the hidden states; None for a bare tensor
-
-    def returned(states: Tensor) -> Any:
-        return states if extra[0] is None else (states, *extra[0])
-
-    def stub(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            kwargs = dict(kwargs)
-            states, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            if index == 0:
-                hidden.append(states)
-                calls.append([])
-            if not extra:
-                result = forward(states, *rest, **kwargs)
-                extra.append(result[1:] if isinstance(result, tuple) else None)
-            shared = calls[-2][index] if len(calls) > 1 else None
-            calls[-1].append(_share(Call(rest, kwargs), shared))
-            return returned(states)
-
-        return noting
-
-    with stubbed(blocks, stub):
-        for batch in batches:
-            model.base_model(input_ids=batch.to(model.device), use_cache=False)
-    return calls, returned
-
-
-def predictor(
-    model: PreTrainedModel, blocks: nn.ModuleList, returned: Callable[[Tensor], Any]
-) -> Callable[[Tensor], Tensor]:
-    """The model's own norm and head alone: logits of what the last block returns; `returned` as `capture` gives it."""
-
-    def predict(states: Tensor) -> Tensor:
-        ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
-        with stubbed(blocks, lambda index, forward: lambda *args, **kwargs: returned(states.to(model.dtype))):
-            logits: Tensor = model(input_ids=ids, use_cache=False, **without_routers(model)).logits
-        return logits
-
-    return predict
-
-
-def without_routers(model: PreTrainedModel) -> dict[str, bool]:
-    """The argument with which a model leaves out what only its routers' auxiliary loss needs."""
-    return {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
-
-
-@torch.no_grad()
-def calls_of_one(model: PreTrainedModel, batches: Sequence[Tensor]) -> dict[int, list[Call]]:
-    """By length, the calls of all blocks for a single window of that many tokens; `batches` are token ids [windows,
-    length]."""
-    blocks, lengths = find_blocks(model)[1], {ids.shape[1]: ids[:1] for ids in batches}
-    with plain_experts(model), evaluating(model):
-        return {length: capture(model, blocks, [ids], [])[0][0] for length, ids in lengths.items()}
-
-
-def _share(call: Call, previous: Call | None) -> Call:
-    """Replace arguments that equal the previous batch's by those, so that masks and rotary tables are held once."""
-    if previous is None or len(previous.args) != len(call.args):
-        return call
-    args = tuple(_same(new, old) for new, old in zip(call.args, previous.args, strict=True))
-    return Call(args, {key: _same(value, previous.kwargs.get(key)) for key, value in call.kwargs.items()})
-
-
-def _same(new: Any, old: Any) -> Any:
-    if isinstance(new, Tensor):
-        return old if isinstance(old, Tensor) and new.dtype == old.dtype and torch.equal(new, old) else new
-    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
-        return tuple(_same(n, o) for n, o in zip(new, old, strict=True))
-    return new

@@ -36,19 +36,12 @@ class Against:
         return cls(model, statistics.fmean(kl), error, agreed / tokens, math.exp(nll) if nll < 709 else None, nll)
 
 
-def divergence(logits: Tensor, dense: Tensor) -> tuple[list[float], int]:
-    """The mean divergence of each window, and how many tokens agree: `logits` and `dense` are [windows, length,
-    vocabulary].
-
-    The last position predicts nothing that is scored and is left out.
-    """
-    found, agreed = [], 0
-    rows = max(1, _ROW_BYTES // (4 * logits.shape[-1]))
-    for ours, theirs in zip(logits[:, :-1], dense[:, :-1], strict=True):
-        total = 0.0
-        for q, p in zip(ours.split(rows), theirs.split(rows), strict=True):
-            agreed += int((q.argmax(-1) == p.argmax(-1)).sum())
-            log_q, log_p = torch.log_softmax(q.float(), -1), torch.log_softmax(p.float(), -1)
-            total += float((log_p.exp() * (log_p - log_q)).sum(-1).sum(dtype=torch.float64))
-        found.append(total / len(ours))
-    return found, agreed
+def divergence(logits: Tensor, dense: Tensor) -> tuple[float, int]:
+    """The mean divergence of the predictions `logits` [tokens, vocabulary] from `dense`, and the number of equal top-1
+    predictions."""
+    agreed, total, rows = 0, 0.0, max(1, _ROW_BYTES // (4 * logits.shape[-1]))
+    for q, p in zip(logits.split(rows), dense.split(rows), strict=True):
+        agreed += int((q.argmax(-1) == p.argmax(-1)).sum())
+        log_q, log_p = torch.log_softmax(q.float(), -1), torch.log_softmax(p.float(), -1)
+        total += float((log_p.exp() * (log_p - log_q)).sum(-1).sum(dtype=torch.float64))
+    return total / len(logits), agreed

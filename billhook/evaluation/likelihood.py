@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from billhook.engine.walk import evaluating
+from billhook.engine.capture import evaluating
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.batching import batch_size, halving
 from billhook.text.windows import check_ids

@@ -19,15 +19,17 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_utils import PreTrainedModel
 
-from billhook.architectures.config import check_length, vocabulary_size
-from billhook.engine.walk import evaluating
+from billhook.architectures.config import call_options, check_length, vocabulary_size
+from billhook.engine.batch import Batch, model_inputs, select_rows
+from billhook.engine.capture import evaluating
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.batching import batch_size as found_size
 from billhook.evaluation.batching import halving
 from billhook.evaluation.divergence import Against, divergence
+from billhook.evaluation.scoring import NEXT_TOKEN, Scoring, count_scored, scored_rows
 from billhook.text.windows import Windows, check_ids, digest, whole_ids
 
-PROTOCOL = "token perplexity over non-overlapping windows"
+PROTOCOL = NEXT_TOKEN.protocol
 _LOSS_BYTES = 1 << 26  # of float32 logits that the loss works on at once
 
 
@@ -47,14 +49,11 @@ class Evaluation:
     source: str
     digest: str
     against: Against | None = None
+    protocol: str = PROTOCOL
 
     def to_dict(self) -> dict[str, Any]:
         """The protocol and all fields by name, for json; a perplexity too large to be a number is None."""
-        return {
-            "protocol": PROTOCOL,
-            **asdict(self),
-            "token_ppl": self.token_ppl if math.isfinite(self.token_ppl) else None,
-        }
+        return {**asdict(self), "token_ppl": self.token_ppl if math.isfinite(self.token_ppl) else None}
 
 
 @torch.inference_mode()
@@ -62,48 +61,57 @@ def evaluate(
     model: PreTrainedModel,
     windows: Windows | Tensor,
     *,
+    scoring: Scoring = NEXT_TOKEN,
     against: PreTrainedModel | None = None,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Score `windows.ids` int64 [windows, length] (or such a tensor) with `model`, in the model's own dtype and a
-    float32 loss.
+    """Score `windows.ids` int64 [windows, length] (or such a tensor), in the model's own dtype and a float32 loss.
 
-    `against` is the dense model to compare predictions with; `batch_size` None finds one by itself
-    (`billhook.evaluation.batching`); `progress(done, all)` is called after each batch. Raises BillhookError for windows
-    longer than the context, ids outside the vocabulary or a dense model of another vocabulary, JobError for a NaN or
-    infinite loss.
+    `scoring` says which tokens are predicted (every next one by default); `against` is the dense model to compare
+    predictions with; `batch_size` None chooses one (`billhook.evaluation.batching`); `progress(done, all)` is called
+    after each batch. Raises BillhookError for windows longer than the context, ids outside the vocabulary or a dense
+    model of another vocabulary, JobError for a NaN or infinite loss.
     """
     if isinstance(windows, Tensor):
         ids = whole_ids(windows, "windows")
         windows = Windows(ids, "given as a tensor", digest(ids), ids.numel(), None)
     models = [model] if against is None else [model, against]
     _check(models, windows)
-    ids = windows.ids
-    count, length = ids.shape
+    count, length = windows.ids.shape
+    batch = scoring.batch(windows.ids)
     sums = torch.zeros(2, count, dtype=torch.float64)
     kl: list[float] = []
-    agreed = 0
+    agreed = tokens = 0
 
-    def score(start: int, stop: int) -> tuple[list[Tensor], list[float], int]:
-        logits = [_logits(each, ids[start:stop]) for each in models]
-        nll = [window_nll(found, ids[start:stop].to(found.device)).cpu() for found in logits]
-        return (nll, [], 0) if against is None else (nll, *divergence(logits[0], logits[1].to(logits[0].device)))
+    def score(start: int, stop: int) -> tuple[list[Tensor], list[float], int, int]:
+        part = select_rows(batch, slice(start, stop))
+        found = [scoring.scored(_logits(each, part), part) for each in models]
+        nll = [window_nll(logits, labels).cpu() for logits, labels in found]
+        scored = count_scored(found[0][1])
+        return (nll, [], 0, scored) if against is None else (nll, *_divergence(found), scored)
 
     size = batch_size or found_size(length, sum(map(vocabulary_size, models)), model.dtype.itemsize)
     with ExitStack() as modes:
         for each in models:
             modes.enter_context(evaluating(each))
-        for start, stop, (nll, parted, same) in halving(count, size, score):
+        for start, stop, (nll, parted, same, scored) in halving(count, size, score):
             sums[: len(models), start:stop] = torch.stack(nll)
-            kl, agreed = kl + parted, agreed + same
+            kl, agreed, tokens = kl + parted, agreed + same, tokens + scored
             if progress is not None:
                 progress(stop, count)
-    found = _summary(sums[0], windows)
+    found = replace(_summary(sums[0], tokens, windows), protocol=scoring.protocol)
     if against is None:
         return found
     name = Path(against.name_or_path or "").name or type(against).__name__
-    return replace(found, against=Against.of(name, kl, agreed, found.tokens, _summary(sums[1], windows).nll))
+    return replace(found, against=Against.of(name, kl, agreed, tokens, _summary(sums[1], tokens, windows).nll))
+
+
+def _divergence(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[float], int]:
+    """The mean KL divergence of each window's scored predictions, and the number of equal top-1 predictions."""
+    ours, theirs = (scored_rows(logits, labels) for logits, labels in found)
+    windows = [divergence(q, p.to(q.device)) for (q, _), (p, _) in zip(ours, theirs, strict=True)]
+    return [kl for kl, _ in windows], sum(same for _, same in windows)
 
 
 def _check(models: Sequence[PreTrainedModel], windows: Windows) -> None:
@@ -118,28 +126,29 @@ def _check(models: Sequence[PreTrainedModel], windows: Windows) -> None:
         check_ids(windows.ids, size, windows.source)
 
 
-def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    logits: Tensor = model(**model_inputs(model, batch), **call_options(model)).logits
     return logits
 
 
-def window_nll(logits: Tensor, ids: Tensor) -> Tensor:
-    """Summed negative log-likelihood of each window: logits [windows, L, vocabulary], ids [windows, L] -> float64
-    [windows]."""
-    targets = ids[:, 1:].reshape(-1)
+def window_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed negative log-likelihood of each window, float64 [windows]: logits [windows, n, classes], labels [windows, n].
+
+    A label of -100 counts nothing.
+    """
+    targets = labels.reshape(-1).to(logits.device)
     rows = max(1, _LOSS_BYTES // (4 * logits.shape[-1]))
-    scored = logits[:, :-1].flatten(0, 1)
+    scored = logits.flatten(0, 1)
     losses = [
         functional.cross_entropy(scored[i : i + rows].float(), targets[i : i + rows], reduction="none")
         for i in range(0, len(targets), rows)
     ]
-    return torch.cat(losses).double().view(ids.shape[0], -1).sum(1)
+    return torch.cat(losses).double().view(labels.shape[0], -1).sum(1)
 
 
-def _summary(sums: Tensor, windows: Windows) -> Evaluation:
+def _summary(sums: Tensor, tokens: int, windows: Windows) -> Evaluation:
     count, length = windows.ids.shape
     total = float(sums.sum())
-    tokens = count * (length - 1)
     if not math.isfinite(total):
         bad = int((~torch.isfinite(sums)).nonzero()[0])
         raise JobError(

@@ -1,9 +1,14 @@
-"""Metrics of a block's Wanda scores |W_ij| ||X_j||_2, all its layers together, measured on the dense model.
+"""Activation metrics: statistics of a block's Wanda scores |W_ij| · ‖X_j‖₂, all its layers together.
 
-`outlier_ratio` is OWL's: Yin et al., ICML 2024, arXiv:2310.05175. `wanda_mean` and `wanda_median` are DLP's: Chen et
-al., "DLP: Dynamic Layerwise Pruning in Large Language Models", ICML 2025, arXiv:2505.23807. Functions take the
-`weights` [out, in] of a block and the `norms` [in] float32 of their inputs; a layer that saw no tokens has None and is
-left out.
+`outlier_ratio` is from OWL (Yin et al., ICML 2024, arXiv:2310.05175), `wanda_mean` and `wanda_median` are from DLP
+(Chen et al., ICML 2025, arXiv:2505.23807).
+
+    outlier_ratio:M   100 · fraction of the scores that exceed M times their mean
+    wanda_mean        mean of the scores (DLP's published code)
+    wanda_median      lower median of the scores (DLP's paper)
+
+They are measured on the dense model with calibration text. Functions take the `weights` [out, in] of a block and the
+`norms` [in], float32, of their inputs; a layer that received no tokens has None and is left out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +28,7 @@ BISECTIONS = 60  # more than a float32 mantissa has bits
 
 @method(paper=fact("outlier_ratio").paper)
 def outlier_ratio(weights: Weights, norms: Norms, *, m: float = 5.0) -> float:
-    """D = 100 x share of the block's scores that exceed `m` times their mean, in per cent."""
+    """Return the percentage of the block's scores that exceed `m` times their mean."""
     if not 0 < m < float("inf"):
         raise BillhookError(
             f"outlier_ratio:{m:g}: M must be a positive number, such as outlier_ratio:5 (the paper uses 3 to 10)."
@@ -35,15 +40,14 @@ def outlier_ratio(weights: Weights, norms: Norms, *, m: float = 5.0) -> float:
 
 @method(paper=fact("wanda_mean").paper)
 def wanda_mean(weights: Weights, norms: Norms) -> float:
-    """The mean score (what DLP's published code takes)."""
+    """Return the mean score."""
     sums = [(float(score.sum(dtype=torch.float64)), score.numel()) for score in _scores(weights, norms)]
     return sum(total for total, _ in sums) / sum(n for _, n in sums)
 
 
 @method(paper=fact("wanda_median").paper)
 def wanda_median(weights: Weights, norms: Norms) -> float:
-    """The (lower) median score (what DLP's paper says), found by bisection so that no layer's scores are copied or
-    sorted."""
+    """Return the lower median score, found by bisection so that no layer's scores are copied or sorted."""
     scores = list(_scores(weights, norms))
     half = (sum(score.numel() for score in scores) + 1) // 2
     low, high = -1.0, max(float(score.max()) for score in scores)

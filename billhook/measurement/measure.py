@@ -1,7 +1,7 @@
-"""Measuring: one pass over the layers that fills the table allocators read.
+"""Fill the table that allocators read: one pass over the layers of a model.
 
-What a metric looks at is known from its name (`billhook.plan.metrics`): the weight alone, the inputs of the dense
-model's layers, or its loss.
+What a metric looks at is known from its name (`billhook.plan.metrics`): the weight alone, the inputs of the dense model's
+layers, or its loss.
 """
 
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.architectures.config import vocabulary_size
 from billhook.architectures.layers import Layer, find_layers
 from billhook.distributed.collectives import gather, shard
-from billhook.engine.streaming import resident, stream_of
+from billhook.engine.batch import Batch, as_batches
+from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Block, Progress, walk
 from billhook.errors import BillhookError
-from billhook.measurement.spectra import measure_spectra
-from billhook.plan.metrics import CURVES, canonical, companions, fact, function_of, options_of
+from billhook.measurement import canonical, function_of, options_of
+from billhook.measurement.weights import measure_spectra
+from billhook.plan.metrics import CURVES, companions, fact
 from billhook.plan.table import Row, Table
-from billhook.text.windows import as_batches
 
 Values = dict[str, dict[str, Any]]
 
@@ -28,15 +28,15 @@ def measure(
     model: PreTrainedModel,
     metrics: str | Sequence[str] = ("alpha_peak",),
     *,
-    batches: Tensor | Sequence[Tensor] = (),
+    batches: Tensor | Batch | Sequence[Tensor | Batch] = (),
     layers: Sequence[Layer] | None = None,
     facts: dict[str, Any] | None = None,
+    resources: Resources = IN_MEMORY,
     progress: Progress = lambda layer: None,
 ) -> Table:
-    """Measure `metrics` (and curves) of every layer of a model in memory; beside an exponent, the KS distance of its
-    fit.
+    """Measure `metrics` (and curves) of every layer; beside an exponent, the KS distance of its fit.
 
-    `batches` are token ids [batch, length] int64 (one tensor: one batch), needed by the metrics that look at
+    `batches` are token ids int64 [windows, length] or mappings of keyword arguments, needed by the metrics that look at
     activations or the loss; `layers` restricts the table; `facts` describes the model (name, digest) and goes into the
     table. `progress` is called with the name of each finished layer. Raises BillhookError for an unknown metric, or one
     that needs batches when there are none.
@@ -44,40 +44,58 @@ def measure(
     layers = find_layers(model) if layers is None else layers
     asked = [canonical(name) for name in ([metrics] if isinstance(metrics, str) else metrics)]
     columns = list(dict.fromkeys(column for name in asked for column in (name, *companions(name))))
-    with_text = [name for name in columns if fact(name).needs_text]
-    batches = as_batches(batches, vocabulary_size(model)) if with_text else []
-    if with_text and not batches:
-        looks = "activations" if fact(with_text[0]).reads == "activations" else "the loss"
-        raise BillhookError(f"The metric {with_text[0]} looks at {looks}: give text with --calibration SOURCE.")
+    on_samples = [name for name in columns if fact(name).needs_text]
+    checked = as_batches(model, batches) if on_samples else []
+    if on_samples and not checked:
+        looks = "activations" if fact(on_samples[0]).reads == "activations" else "the loss"
+        raise BillhookError(f"The metric {on_samples[0]} looks at {looks}: give text with --calibration SOURCE.")
     values: Values = {layer.name: {} for layer in layers}
-    of_activations = [name for name in with_text if fact(name).reads == "activations"]
-    if of_activations:
-        for block in walk(model, batches, ("input_norm",), read_only=True):
-            _of_activations(block, of_activations, values)
-            for seen in block.layers:
-                if seen.name in values:
-                    progress(seen.name)
-    for name in with_text:
+    _measure_activations(
+        model, checked, [n for n in on_samples if fact(n).reads == "activations"], values, resources, progress
+    )
+    for name in on_samples:
         if fact(name).reads in ("loss", "trial"):
-            for layer, loss in function_of(name)(model, layers, batches, **options_of(name)).items():
+            for layer, loss in function_of(name)(model, layers, checked, resources, **options_of(name)).items():
                 values[layer][name] = loss
-    of_weights = [name for name in columns if not fact(name).needs_text]
-    if of_weights:
-        measured: Values = {}
-        for group in shard(_together(model, layers)):
-            with resident(model, group[0].block, ahead=group[0].block + 1):
-                measured |= measure_spectra(group, of_weights, progress)
-        for part in gather(measured):
-            for layer, found in part.items():
-                values[layer].update(found)
+    _measure_weights(model, layers, [name for name in columns if name not in on_samples], values, resources, progress)
     return Table(tuple(_row(layer, columns, values[layer.name]) for layer in layers), facts or {}, {"metrics": asked})
 
 
-def _together(model: PreTrainedModel, layers: Sequence[Layer]) -> list[list[Layer]]:
-    """The layers that are in memory at the same time: those of a block if the model is streamed, all if it is not."""
-    if stream_of(model) is None:
-        return [list(layers)]
-    return [[layer for layer in layers if layer.block == index] for index in sorted({layer.block for layer in layers})]
+def _measure_activations(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    columns: Sequence[str],
+    values: Values,
+    resources: Resources,
+    progress: Progress,
+) -> None:
+    for block in walk(model, batches, ("input_norm",), read_only=True, resources=resources) if columns else ():
+        _of_activations(block, columns, values)
+        for layer in block.layers:
+            if layer.name in values:
+                progress(layer.name)
+
+
+def _measure_weights(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    columns: Sequence[str],
+    values: Values,
+    resources: Resources,
+    progress: Progress,
+) -> None:
+    """Metrics of the weights alone; the processes of a run share the layers."""
+    groups = [list(layers)]  # layers that are in memory at the same time
+    if resources.streamed:
+        blocks = sorted({layer.block for layer in layers})
+        groups = [[layer for layer in layers if layer.block == index] for index in blocks]
+    measured: Values = {}
+    for group in shard(groups) if columns else ():
+        with resources.block(group[0].block, ahead=group[0].block + 1):
+            measured |= measure_spectra(group, columns, progress)
+    for part in gather(measured):
+        for layer, found in part.items():
+            values[layer].update(found)
 
 
 def metric_names(text: str) -> list[str]:

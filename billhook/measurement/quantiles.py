@@ -1,9 +1,11 @@
-"""Quantiles of the scores of each layer: what allocators need to find one threshold for the whole model, without the
+"""Quantiles: curves of each layer's scores, from which one threshold for the whole model can be found without the
 model.
 
-The k-th of LEVELS + 1 numbers is the score below which a share k / LEVELS of the layer's weights lies; the first is the
-least and the last the largest score. Between two quantiles the share is interpolated linearly, which is exact at the
-quantiles and, for smooth distributions, good to about 1e-4 elsewhere but for the last step before the largest score.
+    q_k = the score below which the fraction k / 128 of the layer's weights lies,   k = 0 … 128
+
+The first is the smallest and the last the largest score. Between two quantiles the fraction is interpolated linearly.
+That is exact at the quantiles and, for smooth distributions, good to about 1e-4 elsewhere, except for the last step
+before the largest score. `magnitude_quantiles` and `wanda_quantiles` are read by `global`, `lamp_quantiles` by `lamp`.
 """
 
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ LEVELS = 128
 
 
 def quantiles(ascending: Tensor) -> list[float]:
-    """The LEVELS + 1 quantiles of sorted scores [n]."""
+    """Return the LEVELS + 1 quantiles of sorted scores [n]."""
     n = len(ascending)
     places = [min(n - 1, round(k * n / LEVELS)) for k in range(LEVELS + 1)]
     values: list[float] = ascending[torch.tensor(places, device=ascending.device)].double().tolist()
@@ -28,15 +30,16 @@ def quantiles(ascending: Tensor) -> list[float]:
 
 @method(paper=fact("magnitude_quantiles").paper)
 def magnitude_quantiles(W: Tensor) -> list[float]:
-    """Of |W|."""
+    """Return the quantiles of |W|."""
     return quantiles(W.float().abs().flatten().sort().values)
 
 
 @method(paper=fact("lamp_quantiles").paper)
 def lamp_quantiles(W: Tensor) -> list[float]:
-    """Of the square roots of the LAMP scores w_u^2 / sum of w_v^2 over the weights v of the layer that are not smaller.
+    """Return the quantiles of the square roots of the LAMP scores w_u^2 / sum of w_v^2 over the weights v not smaller
+    than u.
 
-    The largest weight has score 1. The root changes no order, and is what can be interpolated near zero.
+    The largest weight has score 1. The root does not change the order and makes interpolation near zero possible.
     """
     squares = W.double().flatten().square().sort().values
     rest = squares.flip(0).cumsum(0).flip(0)
@@ -45,7 +48,7 @@ def lamp_quantiles(W: Tensor) -> list[float]:
 
 @method(paper=fact("wanda_quantiles").paper)
 def wanda_quantiles(weights: Sequence[Tensor], norms: Sequence[Tensor | None]) -> list[float]:
-    """Of |W_ij| ||X_j||_2 of one layer."""
+    """Return the quantiles of |W_ij| ||X_j||_2 of one layer."""
     (W,), (norm,) = weights, norms
     if norm is None:
         raise BillhookError(

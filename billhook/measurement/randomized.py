@@ -1,8 +1,14 @@
-"""The distance of a weight's spectrum to that of the same numbers in random places: how much of the spectrum is
-structure.
+"""Randomized distance: how far the spectrum is from that of the same weights in random places.
 
-Martin, Peng & Mahoney 2021 (WeightWatcher's `rand_distance`). Shuffling keeps every weight and destroys all
-correlation.
+Martin, Peng & Mahoney 2021, Nature Communications 12:4122 (WeightWatcher's `rand_distance`). Shuffling keeps every
+weight and destroys all correlation.
+
+    JS(p, q)   Jensen-Shannon distance, base 2, of the densities of log10 λ of W and of W shuffled
+
+Densities are histograms of 100 equal bins over both spectra together, and one more bin for zeros.
+
+Differences from WeightWatcher: it compares the eigenvalues themselves as if they were densities. The numbers differ;
+the order of layers mostly does not.
 """
 
 import torch
@@ -18,12 +24,7 @@ BINS = 100
 
 @method(paper=fact("randomized_distance").paper)
 def randomized_distance(W: Tensor, *, seed: int = 0) -> float:
-    """Jensen-Shannon distance, in [0, 1], between the densities of log10 of the eigenvalues of `W` [out, in] and of `W`
-    shuffled.
-
-    Densities are histograms of 100 equal bins over both spectra together, and one more bin for zeros. WeightWatcher
-    compares the eigenvalues themselves, as if they were densities; numbers differ, the order of layers mostly does not.
-    """
+    """Return the distance, in [0, 1], between the spectra of `W` [out, in] and of `W` shuffled with `seed`."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = W.flatten()[torch.randperm(W.numel(), generator=generator).to(W.device)].view(W.shape)
     real, noise = eigenvalues(W).cpu(), eigenvalues(shuffled).cpu()

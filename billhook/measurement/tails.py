@@ -1,23 +1,24 @@
-"""Power-law tails: the exponent alpha of a spectrum and where its tail begins.
+"""Power-law exponents: alpha of a spectrum, and where its tail begins.
 
-AlphaPruning (arXiv:2410.10912), as its published code computes it. For a cut i among N ascending eigenvalues, n = N -
-i:
+As AlphaPruning's published code computes them (Lu et al. 2024, arXiv:2410.10912). For a tail that begins at the i-th of
+N ascending eigenvalues λ, counted from 0, with n = N − i:
 
-    alpha_i = 1 + n / (sum_{j >= i} ln l_j - n ln l_i)                     (Hill; the zero term j = i is counted in n)
-    D_i     = max_{j >= i} | 1 - (l_j / l_i)^(1 - alpha_i) - (j - i) / n |   (Kolmogorov-Smirnov distance)
+    alpha_i = 1 + n / (Σ_{j ≥ i} ln λ_j − n ln λ_i)                    (Hill estimator)
+    D_i     = max_{j ≥ i} | 1 − (λ_j / λ_i)^(1 − alpha_i) − (j − i) / n |    (Kolmogorov-Smirnov distance)
 
-All alphas come from one cumulative sum and the distances from a few dense blocks of exponentials. The three ways to
-cut:
+    alpha_mid   i = ⌊N/2⌋
+    alpha_ks    the i with the smallest D, the first if several have it
+    alpha_peak  the i with the smallest D among those with log10(0.95 x) ≤ λ_i ≤ 1.5 x,
+                x the left edge of the fullest of 100 equal bins of log10 λ
 
-    mid    i = int(N / 2)
-    ks     least D over all N - 1 cuts, the first on ties
-    peak   least D over the cuts with log10(0.95 x) <= l_i <= 1.5 x, where x is the left edge of the fullest of 100
-    equal bins of
-           log10 l. The lower bound compares a value with a logarithm, as published, and so is all but inactive; it also
-           makes the result depend on the scale of W. `log_bound="repaired"` compares 0.95 x instead.
-
-Eigenvalues that are zero have no logarithm and take no part (the published code gives NaN); neither do cuts at which
-the tail is flat to rounding, where alpha is infinite.
+* The sum includes j = i, a term of zero that n counts. The textbook estimator has n − 1 terms; alpha − 1 differs by the
+  factor n / (n − 1). We follow the published code.
+* The lower bound of `alpha_peak` compares an eigenvalue with a logarithm. So it hardly ever applies, and it makes the
+  result depend on the scale of W. Published numbers depend on it, so it is the default; `alpha_peak:repaired` compares
+  with 0.95 x.
+* Eigenvalues of zero are left out (the published code returns NaN), and so are cuts at which all remaining eigenvalues
+  are equal to rounding. A weight with fewer than three positive eigenvalues has no exponent, which is an error that
+  names the layer.
 """
 
 import math

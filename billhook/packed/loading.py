@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from billhook.architectures.linear import is_plain_linear, is_transposed
@@ -21,9 +22,18 @@ from billhook.packed.expand import PackedTensor, packed_tensor, stored_tensor
 from billhook.packed.format import Packed, open_packed
 from billhook.runtime.linear import SparseLinear
 from billhook.runtime.tuning import tune_
-from billhook.store.checkpoint import check_complete, check_config, known_dtype, load_model, loading, on_device, resolve
+from billhook.store.checkpoint import (
+    check_complete,
+    check_trusted,
+    known_dtype,
+    loading,
+    on_device,
+    read_config,
+    resolve,
+)
 from billhook.store.layout import is_packed
 from billhook.store.tensor_bytes import DTYPES
+from billhook.tasks.opening import load_model, task_of_config
 
 _READ = ("config.json", "generation_config.json")
 
@@ -50,10 +60,12 @@ def load(
     path = resolve(model)
     if not is_packed(path):
         return load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    check_config(path, trust_remote_code)
+    config = read_config(path)
+    task = task_of_config(path, config)
+    check_trusted(path, config, task.auto_class, trust_remote_code)
     packed = open_packed(path)
     packed.check(_READ.__contains__)
-    loaded = _build(packed, known_dtype(dtype), trust_remote_code, note)
+    loaded = _build(packed, task.auto_class, known_dtype(dtype), trust_remote_code, note)
     loaded.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
     with on_device(device):
         loaded = loaded.eval().to(device)
@@ -70,14 +82,14 @@ def _refuse_to_save(*arguments: Any, **options: Any) -> NoReturn:
 
 
 def _build(
-    packed: Packed, dtype: str | torch.dtype, trust_remote_code: bool, note: Callable[[str], None]
+    packed: Packed, auto_class: str, dtype: str | torch.dtype, trust_remote_code: bool, note: Callable[[str], None]
 ) -> PreTrainedModel:
     """The model with SparseLinear layers on the CPU."""
     with loading(packed.path):
         config = AutoConfig.from_pretrained(packed.path, local_files_only=True, trust_remote_code=trust_remote_code)
         chosen = _dtype(packed, config, dtype)
         with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+            kind = type(getattr(transformers, auto_class).from_config(config, trust_remote_code=trust_remote_code))
     tensors: dict[str, PackedTensor] = {}
     dense: dict[str, Tensor] = {}
     for shard in packed.shards:

@@ -1,9 +1,8 @@
-"""Spectral densities from the quantiles of spectra: which layers are shown, and how their eigenvalues are spread. No
-torch.
+"""Spectral densities of a few layers, from quantiles of their spectra. No torch.
 
 The quantiles are the curve `spectrum_quantiles` of a table. Between two of them the share of eigenvalues is
-interpolated linearly in the logarithm, so the density is that of a histogram whose counts are good to one part in the
-number of quantiles.
+interpolated linearly in the logarithm, so the density is that of a histogram whose counts are accurate to one part in
+the number of quantiles.
 """
 
 import math
@@ -21,9 +20,9 @@ BINS = 24
 
 
 def shown(table: Table) -> dict[str, list[float]]:
-    """Layer -> quantiles of its spectrum for up to three layers: of the smallest, the middle and the largest exponent,
-    by the table's first spectral column, or the first, the middle and the last layer where it has none. Empty where the
-    curve was not measured."""
+    """Layer -> quantiles of its spectrum, for up to three layers: those with the smallest, the median and the largest
+    value of the table's first spectral column; the first, middle and last layer where there is no such column. Empty
+    where the curve was not measured."""
     rows = [row for row in table if CURVE in row.curves]
     columns = [name for name in table.columns() if of_weights(name)]
     ordered = sorted(rows, key=lambda row: row.metrics[columns[0]]) if columns else rows
@@ -32,14 +31,14 @@ def shown(table: Table) -> dict[str, list[float]]:
 
 
 def of_weights(name: str) -> bool:
-    """Whether a column says something about the weights alone, and is not merely the misfit of an exponent."""
+    """Whether a column describes the weights alone, other than the KS distance of an exponent's fit."""
     base = name.partition(":")[0]
     return base in FACTS and not FACTS[base].needs_text and not (base.endswith("_ks") and base != "alpha_ks")
 
 
 def spectra_of(table: Table, report: Mapping[str, Any]) -> dict[str, Any]:
-    """What report.json keeps of a table of the dense model (`spectra`); raises BillhookError unless it is of the model
-    that was pruned."""
+    """The `spectra` of report.json, from a table of the dense model; raises BillhookError for a table of another model
+    than the one that was pruned."""
     digest = report["model"].get("digest")
     if digest is None or table.model.get("digest") != digest:
         raise BillhookError(
@@ -50,9 +49,7 @@ def spectra_of(table: Table, report: Mapping[str, Any]) -> dict[str, Any]:
     part = table.only([row["layer"] for row in report["layers"]], table.shapes)
     columns = [name for name in part.columns() if of_weights(name)]
     if not columns and not shown(part):
-        raise BillhookError(
-            "The table says nothing about spectra: make one with billhook measure MODEL --metrics alpha_peak."
-        )
+        raise BillhookError("The table has no spectra: make one with billhook measure MODEL --metrics alpha_peak.")
     return {
         "metrics": {name: dict(zip(part.shapes, part.column(name), strict=True)) for name in columns},
         "quantiles": shown(part),
@@ -60,8 +57,8 @@ def spectra_of(table: Table, report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def density(quantiles: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Middles (geometric) and heights of BINS bins that are equally wide in the logarithm; empty for a spectrum without
-    two different positive values. A height is the share of eigenvalues per unit."""
+    """Geometric middles and heights of BINS bins of equal width in the logarithm; empty for a spectrum without two
+    different positive values. A height is the share of eigenvalues per unit."""
     logs = [math.log(value) for value in quantiles if value > 0]
     if len(logs) < 2 or logs[-1] <= logs[0]:
         return [], []
@@ -73,7 +70,7 @@ def density(quantiles: Sequence[float]) -> tuple[list[float], list[float]]:
 
 
 def _share(logs: Sequence[float], at: float) -> float:
-    """The share of values below `at`, or at it."""
+    """The share of values at or below `at`."""
     place = bisect_right(logs, at)
     if place in (0, len(logs)):
         return float(place > 0)

@@ -1,60 +1,24 @@
-"""The sparsity plan: how much each layer loses, and in which pattern. A person can read, edit and diff it.
+"""The plan: what becomes of each weight, for one budget. A person can read, edit and diff it.
 
-File format: docs/formats.md, `plan.json`. Everything that can be wrong with a plan is found by `check`, before any
-weight changes.
+`check` finds everything that is wrong with a plan for a model before any weight changes.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from billhook.errors import BillhookError
 from billhook.plan.budget import whole_numbers
+from billhook.plan.spec import Pattern, Spec
+from billhook.plan.storage import stored_bytes
 from billhook.registry import hint
 from billhook.store.files import read_json, write_json
 
-VERSION = 1
+VERSION = 2
 Shapes = Mapping[str, tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Unstructured (`keep` and `of` are None), or keep `keep` of every `of` consecutive weights along the input
-    dimension."""
-
-    keep: int | None = None
-    of: int | None = None
-
-    @property
-    def structured(self) -> bool:
-        """Whether this is an N:M pattern."""
-        return self.of is not None
-
-    def __str__(self) -> str:
-        return f"{self.keep}:{self.of}" if self.structured else "unstructured"
-
-    @classmethod
-    def parse(cls, text: str) -> "Pattern":
-        """Read "unstructured" or "N:M" (keep N of every M, 0 < N < M)."""
-        if text == "unstructured":
-            return cls()
-        keep, colon, of = text.partition(":")
-        whole = colon and len(text) < 10 and text.isascii() and keep.isdigit() and of.isdigit()
-        if whole and 0 < int(keep) < int(of) <= 1024:
-            return cls(int(keep), int(of))
-        raise BillhookError(
-            f"Pattern {text!r:.40} is neither 'unstructured' nor N:M with 0 < N < M (keep N of every M, such as 2:4)."
-        )
-
-    def kept(self, sparsity: float) -> int:
-        """How many of every `of` a layer of this sparsity keeps; raises BillhookError when that is not a whole
-        number."""
-        assert self.of is not None
-        exact = self.of * (1 - sparsity)
-        if abs(exact - round(exact)) > 1e-6:
-            raise BillhookError(f"sparsity {sparsity} is not a multiple of 1/{self.of}, which pattern {self} needs")
-        return round(exact)
+Kind = Literal["sparsity", "bytes", "parameters"]
 
 
 def check_target(sparsity: Any) -> float:
@@ -67,19 +31,102 @@ def check_target(sparsity: Any) -> float:
 
 
 @dataclass(frozen=True)
-class SparsityPlan:
-    """Layer name -> fraction removed; `target` is the parameter-weighted mean, `made_by` says which allocator with
-    which options."""
+class Budget:
+    """What a plan has to meet, `{kind: value}` in json.
 
-    target: float
-    pattern: Pattern
-    sparsity: dict[str, float]
+    * `sparsity`: the parameter-weighted mean of the sparsities, in [0, 1);
+    * `bytes`: bytes of all weights as stored, a positive integer;
+    * `parameters`: parameters that remain, a positive integer.
+    """
+
+    kind: Kind
+    value: float
+
+    def __post_init__(self) -> None:
+        if self.kind == "sparsity":
+            check_target(self.value)
+        elif self.kind not in get_args(Kind):
+            raise BillhookError(f"Unknown budget {self.kind!r:.40}: use one of {', '.join(get_args(Kind))}.")
+        elif type(self.value) is not int or self.value < 1:
+            raise BillhookError(f"A budget in {self.kind} must be a positive integer, got {self.value!r:.40}.")
+
+    @classmethod
+    def parse(cls, value: Any) -> "Budget":
+        """Read the json form; raises BillhookError for anything else."""
+        if not isinstance(value, dict) or len(value) != 1:
+            raise BillhookError(f"'budget' must be an object with one of {', '.join(get_args(Kind))}.")
+        ((kind, amount),) = value.items()
+        return cls(kind, check_target(amount) if kind == "sparsity" else amount)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of each weight. The fields are those of plan.json, which has `version` (2) besides.
+
+    * `budget`: what the plan was made for, such as `{"sparsity": 0.5}` (see `Budget`). The weights decide what is
+      done; whoever edits them should edit the budget too.
+    * `weights`: layer name -> `Spec`, every layer that the plan is for and no other: a sparsity such as 0.5, an N:M
+      pattern such as "2:4", or a storage type such as "q4_k".
+    * `units`: unit name -> how many of its parts are kept, such as `{"layers.3.mlp:channels": 256}`; left out in json
+      where there are none.
+    * `made_by`: how the plan was made; may be empty. `allocator` is the allocator's name, `options` its options with
+      defaults filled in, `paper` its source, `model` the measured model (name, type, digest), `metrics` the values it
+      read (column, layer, value), `spectra` the spectra of up to three layers (`spectrum_quantiles` of the table).
+
+    A layer of n weights and sparsity s loses a whole number of weights that is less than 1 away from s n, and the
+    total is the budget rounded once (see `zeros`). Version 1 of plan.json, with `target`, `pattern` and `sparsity`, is
+    read too.
+    """
+
+    budget: Budget
+    weights: dict[str, Spec]
+    units: dict[str, int] = field(default_factory=dict)
     made_by: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of_sparsities(
+        cls, target: float, pattern: Pattern, sparsity: Mapping[str, float], made_by: Mapping[str, Any] | None = None
+    ) -> "Plan":
+        """A plan of sparsities alone, whose parameter-weighted mean is `target`; under N:M each layer gets its own N.
+
+        Raises BillhookError for a sparsity outside [0, 1], or one that is not a multiple of 1/M under N:M.
+        """
+        weights = {}
+        for name, s in sparsity.items():
+            if not 0 <= s <= 1:
+                raise BillhookError(f"The plan asks for sparsity {s} in {name}: it must be in [0, 1].")
+            try:
+                weights[name] = Spec.of_sparsity(s, pattern)
+            except BillhookError as error:
+                raise BillhookError(f"{name}: {error}") from None
+        return cls(Budget("sparsity", target), weights, made_by=dict(made_by or {}))
+
+    @property
+    def target(self) -> float:
+        """The sparsity asked for; raises BillhookError for another budget."""
+        if self.budget.kind != "sparsity":
+            raise BillhookError(f"This plan has a budget in {self.budget.kind}, not a sparsity.")
+        return self.budget.value
+
+    @cached_property
+    def pattern(self) -> Pattern:
+        """The pattern that the layers have on average; unstructured where they do not all have the same M."""
+        of = {spec.pattern.of for spec in self.weights.values() if 0 < spec.sparsity < 1}
+        if self.budget.kind != "sparsity" or len(of) != 1 or None in of:
+            return Pattern()
+        (m,) = of
+        assert m is not None
+        return Pattern(min(m - 1, max(1, round(m * (1 - self.target)))), m)
+
+    @cached_property
+    def sparsity(self) -> dict[str, float]:
+        """Layer name -> fraction removed; 0 for a layer with a storage type."""
+        return {name: spec.sparsity for name, spec in self.weights.items()}
+
     def check(self, shapes: Shapes) -> None:
-        """Raise BillhookError unless the plan names exactly the layers of `shapes`, each with a possible sparsity."""
-        missing = [name for name in shapes if name not in self.sparsity]
-        extra = [name for name in self.sparsity if name not in shapes]
+        """Raise BillhookError unless the plan names exactly the layers of `shapes` and each Spec fits its layer."""
+        missing = [name for name in shapes if name not in self.weights]
+        extra = [name for name in self.weights if name not in shapes]
         if missing or extra:
             first = missing[0] if missing else extra[0]
             raise BillhookError(
@@ -88,69 +135,107 @@ class SparsityPlan:
                 f"are not in the model (first: {first}).{hint(first, extra if missing else shapes)} Make one "
                 "with billhook plan."
             )
-        for name, s in self.sparsity.items():
-            if not 0 <= s <= 1:
-                raise BillhookError(f"The plan asks for sparsity {s} in {name}: it must be in [0, 1].")
-            if self.pattern.structured:
-                self._check_groups(name, s, shapes[name][1])
+        for name, spec in self.weights.items():
+            columns = shapes[name][1]
+            if columns % spec.block:
+                what = f"Pattern {spec.pattern}" if spec.type is None else f"Type {spec.type}"
+                another = "pattern" if spec.type is None else "type"
+                raise BillhookError(
+                    f"{what} is impossible for {name}: its {columns} columns do not divide by {spec.block}. "
+                    f"Leave it out with --ignore {name}, or use another {another}."
+                )
 
-    def _check_groups(self, name: str, s: float, columns: int) -> None:
-        assert self.pattern.of is not None
-        if columns % self.pattern.of:
-            raise BillhookError(
-                f"Pattern {self.pattern} is impossible for {name}: its {columns} columns do not divide by "
-                f"{self.pattern.of}. "
-                f"Leave it out with --ignore {name}, or use another pattern."
-            )
-        try:
-            self.pattern.kept(s)
-        except BillhookError as error:
-            raise BillhookError(f"{name}: {error}.") from None
+    def check_sparsities(self, user: str = "billhook prune") -> None:
+        """Raise BillhookError unless the plan has sparsities alone, which is all that `user` applies."""
+        types = list(dict.fromkeys(spec.type for spec in self.weights.values() if spec.type))
+        if types:
+            what = f"stores layers as {', '.join(types[:3])}{' ...' if len(types) > 3 else ''}"
+        elif self.units:
+            what = f"keeps parts of units ({next(iter(self.units))}{' ...' if len(self.units) > 1 else ''})"
+        elif self.budget.kind != "sparsity":
+            what = f"has a budget in {self.budget.kind}"
+        else:
+            return
+        raise BillhookError(f"This plan {what}: {user} applies sparsities.")
 
     def zeros(self, shapes: Shapes) -> dict[str, int]:
         """Whole numbers of zeros per layer whose sum is the budget rounded once (largest remainder)."""
-        sizes = {name: shapes[name][0] * shapes[name][1] for name in self.sparsity}
+        sizes = {name: shapes[name][0] * shapes[name][1] for name in self.weights}
         counts = whole_numbers([s * sizes[name] for name, s in self.sparsity.items()], list(sizes.values()))
-        return dict(zip(self.sparsity, counts, strict=True))
+        return dict(zip(self.weights, counts, strict=True))
+
+    def bytes(self, shapes: Shapes) -> int:
+        """Bytes of all weights as stored; raises BillhookError for a layer without a storage type, or as `check`."""
+        self.check(shapes)
+        total = 0
+        for name, spec in self.weights.items():
+            if spec.type is None:
+                raise BillhookError(
+                    f"{name} has a sparsity and no storage type: its bytes depend on how it is written."
+                )
+            total += stored_bytes(spec.type, shapes[name])
+        return total
 
     def to_json(self) -> dict[str, Any]:
         """The content of plan.json."""
         return {
             "version": VERSION,
-            "target": self.target,
-            "pattern": str(self.pattern),
-            "sparsity": self.sparsity,
+            "budget": {self.budget.kind: self.budget.value},
+            "weights": {name: spec.to_json() for name, spec in self.weights.items()},
+            **({"units": self.units} if self.units else {}),
             "made_by": self.made_by,
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], where: str) -> "SparsityPlan":
-        """Read the content of plan.json; raises BillhookError naming what is not as documented."""
-        if value.get("version") != VERSION:
-            raise BillhookError(f"{where} is not a plan of version {VERSION} (found {value.get('version')!r:.40}).")
-        sparsity = value.get("sparsity")
-        if not isinstance(sparsity, dict) or not sparsity:
-            raise BillhookError(f"{where}: 'sparsity' must be an object of layer names and fractions.")
-        for name, s in sparsity.items():
-            if isinstance(s, bool) or not isinstance(s, int | float) or not 0 <= s <= 1:
-                raise BillhookError(f"{where}: the sparsity of {name} must be a number in [0, 1], got {s!r:.40}.")
+    def from_json(cls, value: Mapping[str, Any], where: str) -> "Plan":
+        """Read the content of plan.json, version 1 or 2; raises BillhookError naming what is not as documented."""
+        version = value.get("version")
+        if type(version) is not int or version not in (1, VERSION):
+            raise BillhookError(f"{where} is not a plan of version 1 or {VERSION} (found {version!r:.40}).")
         try:
-            pattern, target = Pattern.parse(str(value.get("pattern"))), check_target(value.get("target"))
+            return _version_1(value) if version == 1 else _version_2(value)
         except BillhookError as error:
             raise BillhookError(f"{where}: {error}") from None
-        made_by = value.get("made_by")
-        return cls(
-            target,
-            pattern,
-            {k: float(s) for k, s in sparsity.items()},
-            dict(made_by) if isinstance(made_by, dict) else {},
-        )
 
     def save(self, path: str | Path) -> None:
         """Write plan.json atomically."""
         write_json(Path(path), self.to_json())
 
 
-def load_plan(path: str | Path) -> SparsityPlan:
+def load_plan(path: str | Path) -> Plan:
     """Read plan.json."""
-    return SparsityPlan.from_json(read_json(Path(path), "plan"), str(path))
+    return Plan.from_json(read_json(Path(path), "plan"), str(path))
+
+
+def _version_2(value: Mapping[str, Any]) -> Plan:
+    weights, units = value.get("weights", {}), value.get("units", {})
+    if not isinstance(weights, dict) or not isinstance(units, dict) or not (weights or units):
+        raise BillhookError(
+            "'weights' must be an object of layer names and what becomes of each, 'units' one of counts."
+        )
+    specs = {}
+    for name, spec in weights.items():
+        try:
+            specs[name] = Spec.parse(spec)
+        except BillhookError as error:
+            raise BillhookError(f"{name}: {error}") from None
+    for name, kept in units.items():
+        if type(kept) is not int or kept < 0:
+            raise BillhookError(f"unit {name}: how many parts are kept must be a whole number, got {kept!r:.40}.")
+    return Plan(Budget.parse(value.get("budget")), specs, units, _made_by(value))
+
+
+def _version_1(value: Mapping[str, Any]) -> Plan:
+    sparsity = value.get("sparsity")
+    if not isinstance(sparsity, dict) or not sparsity:
+        raise BillhookError("'sparsity' must be an object of layer names and fractions.")
+    for name, s in sparsity.items():
+        if isinstance(s, bool) or not isinstance(s, int | float) or not 0 <= s <= 1:
+            raise BillhookError(f"the sparsity of {name} must be a number in [0, 1], got {s!r:.40}.")
+    target, pattern = check_target(value.get("target")), Pattern.parse(str(value.get("pattern")))
+    return Plan.of_sparsities(target, pattern, {name: float(s) for name, s in sparsity.items()}, _made_by(value))
+
+
+def _made_by(value: Mapping[str, Any]) -> dict[str, Any]:
+    made_by = value.get("made_by")
+    return dict(made_by) if isinstance(made_by, dict) else {}

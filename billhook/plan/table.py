@@ -1,8 +1,5 @@
-"""The measured table: one row of facts per prunable layer. Allocation reads nothing else, so it needs no model and no
-torch.
-
-File format: docs/formats.md, `table.json`.
-"""
+"""The measured table: one row of facts per prunable layer. Allocators read nothing else, so they need no model and no
+torch."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +22,7 @@ class Row:
     """One prunable layer: its full name, block number, kind (name inside the block), shape (out, in), metrics, and
     curves.
 
-    A curve is a list of numbers that do not fall, such as the quantiles of the layer's scores.
+    A curve is a non-decreasing list of numbers, such as the quantiles of the layer's scores.
     """
 
     layer: str
@@ -99,7 +96,7 @@ class Table:
         return [row.curves[name] for row in self.rows]
 
     def only(self, chosen: Collection[str], shapes: Mapping[str, tuple[int, int]]) -> "Table":
-        """The rows of the layers `chosen` of the model whose layers have `shapes`; raises BillhookError for a table of
+        """The rows of the layers `chosen`, for a model whose layers have `shapes`; raises BillhookError for a table of
         another model."""
         for row in self.rows:
             if shapes.get(row.layer) != row.shape:
@@ -168,20 +165,19 @@ def _row(entry: Any, where: str) -> Row:
 
 
 def _curves(value: Any, where: str) -> dict[str, tuple[float, ...]]:
-    """The curves of a row; raises BillhookError unless each is a list of at least two finite numbers that do not
-    fall."""
+    """The curves of a row; raises BillhookError unless each is a non-decreasing list of at least two finite
+    numbers."""
     if not isinstance(value, dict) or not all(isinstance(curve, list) and len(curve) > 1 for curve in value.values()):
         raise BillhookError(f"{where}: curves must be an object of lists of at least two numbers.")
     for name, curve in value.items():
         for number in curve:
             _check_number(where, name, number)
         if any(low > high for low, high in pairwise(curve)):
-            raise BillhookError(f"{where}: the numbers of curve {name} must not fall.")
+            raise BillhookError(f"{where}: the numbers of curve {name} must not decrease.")
     return {name: tuple(map(float, curve)) for name, curve in value.items()}
 
 
 def _check_number(where: str, name: str, number: Any) -> None:
-    """Raise BillhookError for a metric that is no number to calculate with: sums and differences of such must be finite
-    too."""
+    """Raise BillhookError for a metric that is not a finite number, or so large that a sum of two could overflow."""
     if not isinstance(number, int | float) or isinstance(number, bool) or not abs(number) < 1e300:
         raise BillhookError(f"{where}: metric {name} must be a finite number, got {number!r:.40}. Use another metric.")

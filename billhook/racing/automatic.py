@@ -23,7 +23,7 @@ from billhook.errors import BillhookError
 from billhook.measurement.error_curves import cheaper
 from billhook.plan.allocators import ALLOCATORS, AUTO, allocate
 from billhook.plan.allocators.curves import LEAST, MIDDLE, at
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.racing.knobs import Space
 from billhook.steps.request import Opened
@@ -53,7 +53,7 @@ def choose(
     seed: int,
     *,
     progress: Callable[[str], None] = lambda line: None,
-) -> SparsityPlan:
+) -> Plan:
     """The best plan; `table` has the columns of `needs`."""
     forecast = _Forecast(table, setting.criterion, target, pattern)
     try:
@@ -63,10 +63,10 @@ def choose(
     told = {name: value for name, value in setting.options.items() if value is not None}
     setting = replace(setting, options={**cheaper(setting.criterion, opened.layers), **told})
     scores: dict[str, float] = {}
-    plans: dict[str, SparsityPlan] = {}
+    plans: dict[str, Plan] = {}
     with Bench(opened.model, opened.layers, split.batches, split.heldout, setting) as bench:
 
-        def score(name: str, plan: SparsityPlan, measured: bool = False) -> Shares:
+        def score(name: str, plan: Plan, measured: bool = False) -> Shares:
             """Prune and score; the shares, as if all layers lost `MIDDLE`, if they are to be measured."""
             bench.prune(plan)
             kl, shares = bench.attribute() if measured else (bench.losses(0, len(split.heldout)).kl, {})
@@ -96,7 +96,7 @@ class _Forecast:
         self.uniform = allocate(table, target, allocator="uniform", pattern=pattern)
         self._curves = dict(zip(table.shapes, table.curve(f"error_curve:{criterion}"), strict=True))
 
-    def optimum(self, shares: Shares, strength: float = 1.0) -> SparsityPlan:
+    def optimum(self, shares: Shares, strength: float = 1.0) -> Plan:
         """The plan of `curves`, or part of the way to it."""
         column = f"loss_share:{self.criterion}"
         rows = tuple(replace(row, metrics={**row.metrics, column: shares[row.layer]}) for row in self.table)
@@ -105,7 +105,7 @@ class _Forecast:
             replace(self.table, rows=rows), self.target, allocator="curves", pattern=self.pattern, **options
         )
 
-    def published(self, shares: Shares, divergence: float) -> tuple[str, SparsityPlan, float]:
+    def published(self, shares: Shares, divergence: float) -> tuple[str, Plan, float]:
         """The best of the published knobs: its name, its plan and the divergence that it is to have, where uniform's
         was `divergence`."""
         found = {}
@@ -119,14 +119,14 @@ class _Forecast:
         name = min(found, key=lambda name: found[name][1])
         return name, *found[name]
 
-    def at_middle(self, shares: Shares, plan: SparsityPlan) -> dict[str, float]:
+    def at_middle(self, shares: Shares, plan: Plan) -> dict[str, float]:
         """What shares measured under `plan` would be at `MIDDLE`."""
         return {
             layer: share * self._error(layer, MIDDLE) / self._error(layer, plan.sparsity[layer])
             for layer, share in shares.items()
         }
 
-    def both(self, first: Shares, second: Shares, plan: SparsityPlan) -> dict[str, float]:
+    def both(self, first: Shares, second: Shares, plan: Plan) -> dict[str, float]:
         """The geometric mean of shares measured under uniform and under `plan`, both at `MIDDLE`; the first where
         `plan` spares a layer so much that its share there is below what can be measured (`FLOOR`), for at `MIDDLE` that
         would count for anything."""
@@ -136,7 +136,7 @@ class _Forecast:
 
         return {layer: one if spared(layer) else math.sqrt(one * second[layer]) for layer, one in first.items()}
 
-    def _loss(self, shares: Shares, plan: SparsityPlan) -> float:
+    def _loss(self, shares: Shares, plan: Plan) -> float:
         losses = (
             share * self._error(layer, plan.sparsity[layer]) / self._error(layer, MIDDLE)
             for layer, share in shares.items()
@@ -147,6 +147,6 @@ class _Forecast:
         return max(at(self._curves[layer], sparsity), LEAST)
 
 
-def _because(plan: SparsityPlan, facts: Mapping[str, Any]) -> SparsityPlan:
+def _because(plan: Plan, facts: Mapping[str, Any]) -> Plan:
     """The plan with what `auto` found out in its provenance."""
     return replace(plan, made_by={**plan.made_by, AUTO: dict(facts)})

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from billhook.errors import BillhookError
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.racing.journal import Journal, Run, loss_difference
 from billhook.racing.knobs import Candidate, Outcome, Space, propose
 from billhook.trials.trials import Bench
@@ -64,7 +64,7 @@ class Contest:
     bench: Bench
     journal: Journal
     objective: str
-    plan: Callable[[Candidate], SparsityPlan]
+    plan: Callable[[Candidate], Plan]
     progress: Callable[[str], None] = lambda line: None
 
     def try_(self, budget: Budget) -> None:

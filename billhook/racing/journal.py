@@ -13,7 +13,7 @@ from typing import Any
 
 import billhook
 from billhook.errors import BillhookError
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.racing.knobs import Candidate
 from billhook.store.files import read_json, write_json
 
@@ -115,7 +115,7 @@ class Journal:
         self.full.append(run)
         self._write()
 
-    def finish(self, best: Run, plan: SparsityPlan) -> None:
+    def finish(self, best: Run, plan: Plan) -> None:
         """Note the result and write the plan."""
         self.best = {"allocator": best.candidate.allocator, "options": best.candidate.options}
         self.best |= {

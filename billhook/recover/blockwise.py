@@ -25,12 +25,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from billhook.architectures.layers import Layer
 from billhook.distributed.collectives import world
-from billhook.engine.activation_store import SPILL_GIB, ActivationStore
+from billhook.engine.activation_store import ActivationStore
+from billhook.engine.batch import Batch
+from billhook.engine.capture import single_row_calls
 from billhook.engine.replay import Call, run_block
-from billhook.engine.walk import After, Block
+from billhook.engine.resources import IN_MEMORY, Resources
+from billhook.engine.walk import Block, Following
 from billhook.errors import BillhookError, JobError
 
 Refining = Literal["none", "blocks", "blocks+norms"]
@@ -73,49 +77,44 @@ class Refined:
 
 
 class BlockTuner:
-    """Tunes the blocks of one walk in order: `note(block)` while a block is still dense, `refine_(block)` once it is
-    pruned."""
+    """Tunes the blocks of one walk in order: `note(block)` while a block is still dense, `tune_(block)` once it is pruned."""
 
-    def __init__(self, options: Refine, one: Mapping[int, Sequence[Call]], spill_gib: float = SPILL_GIB) -> None:
-        """`one` are the calls of all blocks for a single window, by its length. BillhookError for several processes:
-        each has some text."""
+    def __init__(
+        self, options: Refine, model: PreTrainedModel, batches: Sequence[Batch], resources: Resources = IN_MEMORY
+    ) -> None:
+        """`batches` are those of the walk. Raises BillhookError in a run of several processes."""
         if world() > 1:
             raise BillhookError(
                 "Blocks cannot be refined by several processes yet: run without torchrun, or leave --refine out."
             )
-        self.options = options
-        self._one = one
-        self._spill = spill_gib
-        self._targets = ActivationStore(0)
+        self.options, self.resources = options, resources
+        self.wants_dense_outputs = options.dense_target > 0
+        self._single = single_row_calls(model, batches)
+        self._targets = resources.activations()
 
     @torch.no_grad()
     def note(self, block: Block) -> None:
-        """Keep the outputs that the block, still dense, gives for the inputs that it has now."""
-        self._targets = ActivationStore(self._spill)
+        """Keep the outputs of the block, which is still dense, for its current inputs."""
+        self._targets = self.resources.activations()
         for inputs, call in zip(block.inputs, block.calls, strict=True):
             self._targets.append(run_block(block.module, inputs, call))
 
     @torch.no_grad()
-    def refine_(self, block: Block) -> str:
-        """Tune the block in place and say what came of it; with fewer than `LEAST` windows it stays as it was."""
+    def tune_(self, block: Block) -> str:
+        """Tune the block in place and return a note; with fewer than `LEAST` windows it stays as it was."""
         if self.options.dense_target > 0:
             for index, whole in enumerate(block.dense):
                 self._targets[index] = torch.lerp(self._targets[index], whole, self.options.dense_target)
-        if block.after.module is not None:
-            for index, call in enumerate(block.after.calls):
-                self._targets[index] = run_block(block.after.module, self._targets[index], call)
+        if block.following.module is not None:
+            for index, call in enumerate(block.following.calls):
+                self._targets[index] = run_block(block.following.module, self._targets[index], call)
         windows = sum(len(h) for h in self._targets)
         if windows < LEAST:
             return f"block {block.index} is not refined: {windows} calibration windows are fewer than {LEAST}"
-        one = {length: calls[block.index : block.index + 2] for length, calls in self._one.items()}
-        data = Data(block.inputs, self._targets, block.calls, one, block.after)
-        done = refine_block_(
-            block.module,
-            data,
-            tunable(block.module, block.layers, self.options.tune_norms_and_biases),
-            self.options,
-            block.index,
-        )
+        single = {length: calls[block.index : block.index + 2] for length, calls in self._single.items()}
+        data = Data(block.inputs, self._targets, block.calls, single, block.following)
+        tuned = tunable(block.module, block.layers, self.options.tune_norms_and_biases)
+        done = refine_block_(block.module, data, tuned, self.options, block.index)
         return (
             f"block {block.index} refined: loss {done.before:.4g} -> {done.after:.4g} on held-out windows after "
             f"{done.epochs} epochs"
@@ -128,15 +127,15 @@ class Data:
     block, and what that should make of its outputs (after the last block: the outputs themselves), [windows, tokens,
     width].
 
-    `one` are, by the length of a window, the call of the block for a single one, and, if there is one, that of the next
+    `single` are, by the length of a window, the call of the block for a single one, and, if there is one, that of the next
     block.
     """
 
     inputs: Sequence[Tensor] | ActivationStore
     targets: Sequence[Tensor] | ActivationStore
     calls: Sequence[Call]
-    one: Mapping[int, Sequence[Call]]
-    after: After
+    single: Mapping[int, Sequence[Call]]
+    following: Following
 
     def sizes(self) -> list[int]:
         """Windows in each batch."""
@@ -147,11 +146,13 @@ class Data:
         batch, rows = piece
         index = torch.tensor(rows)
         inputs, targets = (h[batch][index].to(next(module.parameters()).dtype) for h in (self.inputs, self.targets))
-        one = self.one[inputs.shape[1]]
-        outputs = run_block(module, inputs, self.calls[batch].part(index, one[0], inputs.dtype))
-        if self.after.module is None:
-            return _divergence(outputs, targets, self.after.predict)
-        outputs = run_block(self.after.module, outputs, self.after.calls[batch].part(index, one[1], inputs.dtype))
+        single = self.single[inputs.shape[1]]
+        outputs = run_block(module, inputs, self.calls[batch].part(index, single[0], inputs.dtype))
+        if self.following.module is None:
+            return _divergence(outputs, targets, self.following.predict)
+        outputs = run_block(
+            self.following.module, outputs, self.following.calls[batch].part(index, single[1], inputs.dtype)
+        )
         outputs, targets = outputs.float(), targets.float()
         return (outputs - targets).square().sum() / targets.square().sum().clamp_min(1e-30)
 
@@ -210,7 +211,7 @@ def refine_block_(
         )
     parameters = [p for p, _ in tuned]
     old = [p.detach().clone() for p in parameters]
-    following = data.after.module or nn.Identity()
+    following = data.following.module or nn.Identity()
     with _in_float32(module), _in_float32(following), _requiring(following, []):
         best, epochs = _descend(module, data, tuned, (train, held), options, index)
     for p, value in zip(parameters, best, strict=True):
@@ -239,7 +240,7 @@ def _descend(
     rates = [options.rate * float(p.detach().square().mean().sqrt()) for p in parameters]
     adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
     scale = 2.0 ** math.ceil(
-        math.log2(_WINDOWS * max(data.one))
+        math.log2(_WINDOWS * max(data.single))
     )  # a token's share of the loss is lost in a float16 head
     steps, step = options.epochs * len(_minibatches(train, torch.Generator())), 0
     for epoch in range(1, options.epochs + 1):  # noqa: B007

@@ -1,4 +1,1 @@
-"""What is shown to people: report.json, the model card, report.html, and pictures.
-
-Imports tables, plans and `verification`; no model is opened.
-"""
+"""Output for people: report.json, the model card, report.html, and pictures. Opens no model."""

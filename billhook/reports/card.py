@@ -7,18 +7,17 @@ from typing import Any
 from billhook.store.layout import PAGE
 
 _DENSE = (
-    "An ordinary model directory: nothing but `transformers` is needed.",
+    "The model needs nothing but `transformers`.",
     "```python\nfrom transformers import AutoModelForCausalLM\n\nmodel = "
     "AutoModelForCausalLM.from_pretrained(FOLDER)\n```",
-    "The zeros are stored like other weights, so this directory is as large and as fast as the dense model's. "
-    "`billhook pack FOLDER` "
-    "writes a smaller one that Billhook runs with sparse kernels.",
+    "Zeros are stored like other weights, so the files are as large and the model is as fast as the dense one. "
+    "`billhook pack FOLDER` writes smaller files, which Billhook runs with sparse kernels.",
 )
 _PACKED = (
-    "Packed: sparse weights are stored as a bitmask and the weights that are left. Billhook is needed to open it.",
+    "Packed: sparse weights are stored as a bitmask and the values that are not zero. Loading it needs Billhook.",
     "```python\nimport billhook\n\nmodel = billhook.load(FOLDER)\n```",
-    "The model is one of `transformers`, for inference. `billhook unpack FOLDER -o DENSE` gives an ordinary "
-    "model directory.",
+    "This gives a `transformers` model, for inference only. `billhook unpack FOLDER -o DENSE` gives a model directory "
+    "that needs nothing but `transformers`.",
 )
 
 
@@ -28,16 +27,16 @@ def card(report: Mapping[str, Any]) -> str:
     parts = [
         _metadata(report),
         f"# {model['name']}, {100 * achieved['sparsity']:.3g} % sparse",
-        f"{_sentence(report)} Everything about the run, with pictures, is in [{PAGE}]({PAGE}).",
-        "## How to load it",
+        f"{_sentence(report)} The full report, with pictures, is in [{PAGE}]({PAGE}).",
+        "## Loading",
         *(_PACKED if report["files"]["packed"] else _DENSE),
-        "## Numbers",
+        "## Results",
         _numbers(report),
-        "## How it was made",
-        "\n".join(_made(report)),
-        "## Limits",
-        "\n".join(_limits(report)),
-        f"Pruned with Billhook {report['made_with']}; `billhook verify FOLDER` recounts every zero from the files.",
+        "## Method",
+        "\n".join(_method(report)),
+        "## Limitations",
+        "\n".join(_limitations(report)),
+        f"Pruned with Billhook {report['made_with']}. `billhook verify FOLDER` checks the files and counts the zeros.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -46,10 +45,8 @@ def _sentence(report: Mapping[str, Any]) -> str:
     asked, achieved = report["asked"], report["achieved"]
     return (
         f"This is {report['model']['name']} ({report['model']['type']}) with {achieved['zeros']:,} of "
-        f"{achieved['weights']:,} prunable "
-        f"weights ({100 * achieved['sparsity']:.2f} %) set to zero: which ones by {asked['criterion']}, how many "
-        "in each layer by "
-        f"{asked['allocator']}, pattern {asked['pattern']}."
+        f"{achieved['weights']:,} prunable weights ({100 * achieved['sparsity']:.2f} %) set to zero. Criterion: "
+        f"{asked['criterion']}; allocation: {asked['allocator']}; pattern: {asked['pattern']}."
     )
 
 
@@ -60,88 +57,51 @@ def _metadata(report: Mapping[str, Any]) -> str:
         lines.append(f"base_model: {json.dumps(name)}\nbase_model_relation: finetune")
     tags = ["billhook", "pruned", "sparse", asked["criterion"], asked["allocator"].replace(" ", "-")]
     library = "billhook" if report["files"]["packed"] else "transformers"
-    lines += [
-        f"library_name: {library}",
-        "pipeline_tag: text-generation",
-        "tags:",
-        *(f"- {json.dumps(tag)}" for tag in tags),
-    ]
-    return "---\n" + "\n".join([*lines, *_results(report)]) + "\n---"
+    lines += [f"library_name: {library}", "pipeline_tag: text-generation", "tags:"]
+    lines += [f"- {json.dumps(tag)}" for tag in tags]
+    return "---\n" + "\n".join([*lines, *_model_index(report)]) + "\n---"
 
 
-def _results(report: Mapping[str, Any]) -> list[str]:
-    """The evaluations in the hub's `model-index`."""
+def _model_index(report: Mapping[str, Any]) -> list[str]:
+    """The evaluations as the hub's `model-index`."""
     entries = []
     for record in report["evaluations"]:
+        word = record.get("word") or {}
         if record.get("token_ppl") is not None:
-            entries.append(
-                (record["source"], "Token perplexity (non-overlapping windows)", "perplexity", record["token_ppl"])
-            )
-        if (record.get("word") or {}).get("word_ppl") is not None:
-            entries.append(
-                (
-                    record["word"]["source"],
-                    "Word perplexity (lm-evaluation-harness)",
-                    "perplexity",
-                    record["word"]["word_ppl"],
-                )
-            )
+            label = "Token perplexity (non-overlapping windows)"
+            entries.append((record["source"], label, "perplexity", record["token_ppl"]))
+        if word.get("word_ppl") is not None:
+            label = "Word perplexity (lm-evaluation-harness)"
+            entries.append((word["source"], label, "perplexity", word["word_ppl"]))
         entries += [(task["task"], "Accuracy", "accuracy", task["acc"]) for task in record.get("tasks", [])]
     if not entries:
         return []
     found = ["model-index:", f"- name: {json.dumps(report['model']['name'] + '-pruned')}", "  results:"]
     for data, label, kind, value in entries:
-        found += [
-            "  - task:",
-            "      type: text-generation",
-            "    dataset:",
-            f"      name: {json.dumps(data)}",
-            f"      type: {json.dumps(data)}",
-        ]
-        found += [
-            "    metrics:",
-            f"    - name: {json.dumps(label)}",
-            f"      type: {kind}",
-            f"      value: {value:.6g}",
-        ]
+        found += ["  - task:", "      type: text-generation", "    dataset:"]
+        found += [f"      name: {json.dumps(data)}", f"      type: {json.dumps(data)}"]
+        found += ["    metrics:", f"    - name: {json.dumps(label)}", f"      type: {kind}"]
+        found += [f"      value: {value:.6g}"]
     return found
 
 
 def evaluation_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """What was measured: measure, data, this model, dense model; each number with its protocol."""
+    """The evaluations: measure with its protocol, data, this model, dense model."""
     rows = []
     for record in report["evaluations"]:
         dense = record.get("against") or {}
-        if "nll" in record:
-            where = f"{record['source']}, {record['windows']} windows of {record['length']}"
-            rows.append(
-                [
-                    "token perplexity, non-overlapping windows (lower is better)",
-                    where,
-                    _ppl(record["token_ppl"]),
-                    _ppl(dense.get("token_ppl")),
-                ]
-            )
+        where = f"{record['source']}, {record['windows']} windows of {record['length']}" if "nll" in record else ""
+        if where:
+            label = "token perplexity, non-overlapping windows (lower is better)"
+            rows.append([label, where, _ppl(record["token_ppl"]), _ppl(dense.get("token_ppl"))])
         if dense:
-            rows.append(["KL divergence from the dense model, nats a token", where, f"{dense['kl']:.4f}", "0"])
-            rows.append(
-                [
-                    "same likeliest next token as the dense model",
-                    where,
-                    f"{100 * dense['top1_agreement']:.2f} %",
-                    "100 %",
-                ]
-            )
+            top1 = f"{100 * dense['top1_agreement']:.2f} %"
+            rows.append(["KL divergence from the dense model, nats per token", where, f"{dense['kl']:.4f}", "0"])
+            rows.append(["top-1 agreement with the dense model", where, top1, "100 %"])
         if word := record.get("word"):
             where = f"{word['source']}, {word['documents']} documents, windows of {word['length']}"
-            rows.append(
-                [
-                    "word perplexity, lm-evaluation-harness's protocol (lower is better)",
-                    where,
-                    _ppl(word["word_ppl"]),
-                    "-",
-                ]
-            )
+            label = "word perplexity, protocol of lm-evaluation-harness (lower is better)"
+            rows.append([label, where, _ppl(word["word_ppl"]), "-"])
         for task in record.get("tasks", []):
             error = "" if task["acc_error"] is None else f" ± {100 * task['acc_error']:.2f}"
             where = f"{task['task']}, {task['items']} items, {task['few_shot']}, {task['scored_by']}"
@@ -154,25 +114,13 @@ def _ppl(value: float | None) -> str:
 
 
 def _numbers(report: Mapping[str, Any]) -> str:
-    computed = [
-        "the same, packed as bitmask and values, MiB",
-        "computed",
-        _mib(report["files"]["packed_bytes_estimate"]),
-        "-",
-    ]
-    rows = [
-        [
-            "prunable weights that are zero",
-            "counted in the files",
-            f"{100 * report['achieved']['sparsity']:.4f} %",
-            "-",
-        ],
-        ["weight files, MiB", "this directory", _mib(report["files"]["weights_bytes"]), "-"],
-        *([] if report["files"]["packed"] else [computed]),
-        *evaluation_rows(report),
-    ]
-    text = table(["what", "on what", "this model", "dense model"], rows)
-    note = "No evaluation has been added yet: `billhook eval FOLDER --data SOURCE --against DENSE --report`."
+    achieved, files = report["achieved"], report["files"]
+    rows = [["sparsity of the prunable weights", "counted in the files", f"{100 * achieved['sparsity']:.4f} %", "-"]]
+    rows.append(["weight files, MiB", "this directory", _mib(files["weights_bytes"]), "-"])
+    if not files["packed"]:
+        rows.append(["weight files when packed, MiB", "estimate", _mib(files["packed_bytes_estimate"]), "-"])
+    text = table(["measure", "on", "this model", "dense model"], [*rows, *evaluation_rows(report)])
+    note = "No evaluation yet: add one with `billhook eval FOLDER --data SOURCE --against DENSE --report`."
     return text if report["evaluations"] else f"{text}\n\n{note}"
 
 
@@ -188,43 +136,40 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _made(report: Mapping[str, Any]) -> list[str]:
+def _method(report: Mapping[str, Any]) -> list[str]:
     asked, papers, text = report["asked"], report["papers"], report["calibration"]
-    lines = [f"* Which weights: `{asked['criterion']}`{_options(asked['criterion_options'])}. {papers['criterion']}."]
+    lines = []
+    for key, paper in (("criterion", papers["criterion"]), ("allocator", papers["allocator"] or "Given by the user")):
+        options = options_text(asked[f"{key}_options"])
+        name = "Criterion" if key == "criterion" else "Allocation"
+        lines.append(f"* {name}: `{asked[key]}`{f' ({options})' if options else ''}. {paper}.")
     lines.append(
-        f"* How many in each layer: `{asked['allocator']}`{_options(asked['allocator_options'])}. "
-        f"{papers['allocator'] or 'Own plan'}."
-    )
-    lines.append(
-        f"* Weights compete within a {asked['group']}; pattern {asked['pattern']}; target "
-        f"{100 * asked['sparsity']:g} %."
+        f"* Target sparsity: {100 * asked['sparsity']:g} %; pattern: {asked['pattern']}; comparison group: "
+        f"{asked['group']}."
     )
     if text:
         lines.append(
             f"* Calibration: {text['samples']} windows of {text['length']} tokens of {text['source']} "
-            f"({text['sampling']}), "
-            f"seed {asked['seed']}."
+            f"({text['sampling']} sampling, seed {asked['seed']})."
         )
     else:
-        lines.append("* Calibration: none was needed.")
-    lines.append("* Versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + ".")
-    return lines
+        lines.append("* Calibration: not needed.")
+    return [*lines, "* Versions: " + ", ".join(f"{name} {n}" for name, n in report["versions"].items()) + "."]
 
 
-def _options(options: Mapping[str, Any]) -> str:
-    return f" ({', '.join(f'{key}={value}' for key, value in options.items())})" if options else ""
+def options_text(options: Mapping[str, Any]) -> str:
+    """Options as `key=value, key=value`."""
+    return ", ".join(f"{key}={value}" for key, value in options.items())
 
 
-def _limits(report: Mapping[str, Any]) -> list[str]:
+def _limitations(report: Mapping[str, Any]) -> list[str]:
     lines = [
-        "* Pruned without training afterwards: expect it to be worse than the dense model, most of all on rare "
+        "* The model was not trained after pruning. Expect it to be worse than the dense model, most of all in rare "
         "knowledge and long answers."
     ]
     if report["calibration"]:
-        lines.append(
-            "* The choice of weights rests on the calibration text; other languages and subjects may have lost more."
-        )
-    lines.append("* Fine-tuning it as it is fills the zeros again.")
+        lines.append("* Weights were chosen on the calibration text: other languages and subjects may have lost more.")
+    lines.append("* Ordinary fine-tuning makes the zeros nonzero again.")
     lines += [f"* {warning}" for warning in report["warnings"][:20]]
     rest = len(report["warnings"]) - 20
-    return [*lines, f"* {rest} more notes are in {PAGE}."] if rest > 0 else lines
+    return [*lines, f"* {rest} more warnings are in {PAGE}."] if rest > 0 else lines

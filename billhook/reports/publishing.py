@@ -1,7 +1,7 @@
-"""Writing what a pruned directory tells about itself: report.json, the model card README.md, and report.html.
+"""Writing the report of a pruned directory: report.json, the model card README.md, and report.html.
 
-None of the three is among the checksums of billhook.json: evaluations are added to them later, and they can be made
-again at any time.
+The checksums of billhook.json leave them out, because evaluations are added later and the files can be made again at
+any time.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ from billhook.store.layout import CARD, PAGE, RECORD, REPORT
 def publish(folder: Path, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write report.json, card and page of a directory, and return the report.
 
-    What follows from billhook.json is made again where that is there; what was added later (evaluations, speed) is kept
-    from report.json; `changes` take its place. Raises BillhookError where there is neither file, or one is damaged.
+    What follows from billhook.json is computed again; what was added later (evaluations, speed, spectra) is kept from
+    report.json, or replaced by `changes`. Raises BillhookError where both files are missing or one is damaged.
     """
     report = known(folder) | dict(changes or {})
     texts = card(report), page(report)
@@ -31,7 +31,7 @@ def publish(folder: Path, changes: Mapping[str, Any] | None = None) -> dict[str,
 
 
 def known(folder: Path) -> dict[str, Any]:
-    """The report of a directory as it would be written now, errors as in `publish`."""
+    """The report of a directory as it would be written now; raises what `publish` raises."""
     if not (folder / REPORT).is_file() and not (folder / RECORD).is_file():
         raise BillhookError(
             f"{folder} has no results to report: neither {REPORT} nor {RECORD}. Make some with billhook prune."
@@ -44,14 +44,14 @@ def known(folder: Path) -> dict[str, Any]:
 
 
 def add_evaluation(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Add an evaluation to a directory's report, in place of one of the same questions; returns the report."""
+    """Add an evaluation to a directory's report, replacing one of the same data and tasks; returns the report."""
     report = load_report(folder) if (folder / REPORT).is_file() else publish(folder)
     kept = [entry for entry in report["evaluations"] if _question(entry) != _question(record)]
     return publish(folder, {"evaluations": [*kept, dict(record)]})
 
 
 def _question(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What was asked in an evaluation."""
+    """What an evaluation measured, on what."""
     tasks = tuple((task["task"], task["identity"], task["few_shot"]) for task in entry.get("tasks", []))
     word = entry.get("word") or {}
     return (

@@ -1,8 +1,9 @@
-"""report.json: what a pruned directory tells about itself, made from billhook.json and the sizes of the weight files.
+"""report.json: the facts about a pruned directory, made from billhook.json and the sizes of the weight files.
 
-File format: docs/formats.md, `report.json`. The same run gives the same bytes: there is no date and no duration in it.
+File format: docs/formats.md, `report.json`. The same run gives the same bytes: it has no dates and no durations.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,17 +12,18 @@ from typing import Any
 import billhook
 from billhook.errors import BillhookError
 from billhook.packed.format import open_packed
-from billhook.plan.plan import Pattern
+from billhook.plan.plan import Plan
+from billhook.plan.spec import Pattern
 from billhook.store.files import read_json
 from billhook.store.layout import CARD, RECORD, REPORT, is_packed
 from billhook.store.shards import read_shard, weight_files
 
 VERSION = 1
-_KEPT = ("license", "license_name", "license_link", "language")  # of the metadata of the card that came with the model
+_KEPT = ("license", "license_name", "license_link", "language")  # of the metadata of the source model's card
 
 
 def load_report(folder: Path) -> dict[str, Any]:
-    """Read DIR/report.json; raises BillhookError for one that is missing, of another version or damaged."""
+    """Read DIR/report.json; raises BillhookError where it is missing, of another version or damaged."""
     path = folder / REPORT
     report = read_json(path, "report")
     if report.get("version") != VERSION:
@@ -44,7 +46,7 @@ def load_report(folder: Path) -> dict[str, Any]:
 
 
 def build(folder: Path) -> dict[str, Any]:
-    """The content of report.json that follows from the directory itself."""
+    """The content of report.json that follows from the directory; raises BillhookError for a damaged record."""
     record = read_json(folder / RECORD, "record of a pruned model")
     try:
         return _from_record(folder, record)
@@ -53,8 +55,8 @@ def build(folder: Path) -> dict[str, Any]:
 
 
 def _from_record(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    plan, made_by = record["plan"], record["made_by"]
-    columns = plan["made_by"].get("metrics", {})
+    plan, made_by = Plan.from_json(record["plan"], RECORD), record["made_by"]
+    columns = plan.made_by.get("metrics", {})
     layers = [_layer(name, facts, columns) for name, facts in record["layers"].items()]
     weights, zeros = sum(_size(layer) for layer in layers), sum(layer["zeros"] for layer in layers)
     return {
@@ -62,40 +64,37 @@ def _from_record(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "billhook": billhook.__version__,
         "made_with": record["billhook"],
         "model": made_by["model"],
-        "asked": {
-            "sparsity": plan["target"],
-            "pattern": plan["pattern"],
-            "allocator": plan["made_by"].get("allocator") or "a plan by hand",
-            "allocator_options": plan["made_by"].get("options", {}),
-            **{
-                key: made_by[key]
-                for key in ("criterion", "criterion_options", "group", "rounding", "seed", "dtype", "device")
-            },
-            **{key: made_by[key] for key in ("targets", "ignore")},
-        },
+        "asked": _asked(plan, made_by),
         "achieved": {"sparsity": zeros / weights, "zeros": zeros, "weights": weights, "layers": len(layers)},
         "files": _sizes(folder, layers),
         "layers": layers,
         "blocks": _blocks(layers),
-        "calibration": made_by["calibration"],
-        "gradients": made_by["gradients"],
-        "papers": made_by["papers"],
-        "versions": made_by["versions"],
+        **{key: made_by[key] for key in ("calibration", "gradients", "papers", "versions")},
         "warnings": record["warnings"],
         "evaluations": [],
         "speed": None,
-        "spectra": _spectra(plan["made_by"].get("spectra")),
+        "spectra": _spectra(plan.made_by.get("spectra")),
         "metadata": _metadata(folder),
+    }
+
+
+def _asked(plan: Plan, made_by: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run was asked for: how much by the plan, how by `made_by` of billhook.json."""
+    keys = ("criterion", "criterion_options", "group", "seed", "dtype", "device", "targets", "ignore")
+    return {
+        "sparsity": plan.target,
+        "pattern": str(plan.pattern),
+        "allocator": plan.made_by.get("allocator") or "explicit plan",
+        "allocator_options": plan.made_by.get("options", {}),
+        "published": made_by.get("published", made_by.get("rounding") == "floor"),
+        **{key: made_by[key] for key in keys},
     }
 
 
 def _spectra(quantiles: Mapping[str, Sequence[float]] | None) -> dict[str, Any] | None:
     if not quantiles:
         return None
-    return {
-        "metrics": {},
-        "quantiles": {layer: [float(value) for value in values] for layer, values in quantiles.items()},
-    }
+    return {"metrics": {}, "quantiles": {layer: [float(v) for v in values] for layer, values in quantiles.items()}}
 
 
 def _size(layer: Mapping[str, Any]) -> int:
@@ -121,8 +120,8 @@ def _layer(name: str, facts: Mapping[str, Any], columns: Mapping[str, Mapping[st
 
 
 def _blocks(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every block: its sparsity over all weights, the least and most pruned layer, and means over layers of the
-    rest."""
+    """Facts about each block: its sparsity over all weights, the lowest and highest of its layers, and means over the
+    layers of the rest."""
     grouped: dict[int, list[Mapping[str, Any]]] = {}
     for layer in layers:
         grouped.setdefault(layer["block"], []).append(layer)
@@ -146,32 +145,24 @@ def _blocks(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _sizes(folder: Path, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Whether they are packed, bytes of the weight files, and what they (would) take with the pruned layers as bitmask
-    and values."""
+    """Bytes of the weight files as they are, and packed, where each pruned layer is a bitmask and its values."""
     if is_packed(folder):
         size = sum(shard.file.path.stat().st_size for shard in open_packed(folder).shards)
         return {"packed": True, "weights_bytes": size, "packed_bytes_estimate": size}
-    shards = [read_shard(file) for file in weight_files(folder)]
-    dense = sum(file.stat().st_size for file in weight_files(folder))
-    entries = [entry for shard in shards for entry in shard.entries.values()]
-    items = sum((e.stop - e.start) for e in entries) / max(1, sum(_count(e.shape) for e in entries))
+    files = weight_files(folder)
+    dense = sum(file.stat().st_size for file in files)
+    entries = [entry for file in files for entry in read_shard(file).entries.values()]
+    item = sum(e.stop - e.start for e in entries) / max(1, sum(math.prod(e.shape) for e in entries))  # mean bytes
     saved = 0.0
     for layer in layers:
         out, columns = layer["shape"]
         kept = out * columns - layer["zeros"]
-        saved += max(0.0, items * out * columns - (items * kept + 64 + 8 * out * -(-columns // 64)))
+        saved += max(0.0, item * out * columns - (item * kept + 64 + 8 * out * -(-columns // 64)))
     return {"packed": False, "weights_bytes": dense, "packed_bytes_estimate": round(dense - saved)}
 
 
-def _count(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
 def _metadata(folder: Path) -> dict[str, Any]:
-    """Licence and language from the metadata of the card that came with the model: simple `key: value` lines only."""
+    """Licence and language from the metadata of the source model's card: plain `key: value` lines only."""
     path = folder / CARD
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
@@ -180,6 +171,6 @@ def _metadata(folder: Path) -> dict[str, Any]:
 
 
 def pattern_in_words(text: str) -> str:
-    """A pattern as a person says it."""
+    """A pattern in words."""
     pattern = Pattern.parse(text)
     return f"{pattern.keep} of every {pattern.of} weights kept" if pattern.structured else "unstructured"

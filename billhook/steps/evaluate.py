@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import billhook
-from billhook.analysis import WINDOWS, block_outputs, relative_error
-from billhook.architectures.config import check_length, context_length, vocabulary_size
 from billhook.errors import BillhookError
+from billhook.evaluation.block_errors import block_errors, block_outputs
 from billhook.evaluation.harness import PAPER7, check_tasks, evaluate_tasks
 from billhook.evaluation.items import TaskResult, evaluate_file, load_items
 from billhook.evaluation.perplexity import evaluate
@@ -26,8 +25,9 @@ from billhook.evaluation.word_perplexity import evaluate_words
 from billhook.packed.loading import load
 from billhook.steps.request import model_facts
 from billhook.store.checkpoint import load_tokenizer, resolve
+from billhook.tasks.opening import task_of
+from billhook.tasks.token_windows import window_length
 from billhook.text.corpus import documents
-from billhook.text.windows import load_windows
 
 PROTOCOLS = ("token", "word", "both")
 Progress = Callable[[str], None]
@@ -51,29 +51,28 @@ class EvalConfig:
     trust_remote_code: bool = False
 
 
-def evaluate_model(model: str | Path, questions: EvalConfig, progress: Progress = lambda what: None) -> dict[str, Any]:
-    """Load a dense or packed model and answer the questions; the fields are in docs/formats.md, `eval --json`.
+def evaluate_model(model: str | Path, config: EvalConfig, progress: Progress = lambda what: None) -> dict[str, Any]:
+    """Load a dense or packed model and score it as asked; the fields are in docs/formats.md, `eval --json`.
 
     Raises BillhookError, before any model is loaded where that can be told, for what cannot be done as asked.
     """
-    names, files = _tasks(questions)
+    names, files = _tasks(config)
     source = resolve(model)
-    loaded = _open(source, questions)
-    window = questions.length or min(2048, context_length(loaded.config) or 2048)
-    check_length(loaded.config, window)
-    tokenizer = load_tokenizer(source, trust_remote_code=questions.trust_remote_code)
+    loaded = _open(source, config)
+    window = window_length(loaded, config.length)
+    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     record: dict[str, Any] = {"model": model_facts(source, loaded), "dtype": str(loaded.dtype).removeprefix("torch.")}
     record["versions"] = versions()
-    if questions.data is not None and questions.protocol != "word":
-        record |= _token(loaded, tokenizer, questions, window, progress)
-    if questions.data is not None and questions.protocol != "token":
+    if config.data is not None and config.protocol != "word":
+        record |= _token(loaded, tokenizer, config, window, progress)
+    if config.data is not None and config.protocol != "token":
         words = _need(tokenizer, "Word perplexity")
-        texts = list(documents(questions.data, "evaluation", stream=True))[: questions.limit]
+        texts = list(documents(config.data, "evaluation", stream=True))[: config.limit]
         record["word"] = evaluate_words(
-            loaded, words, texts, window, questions.data, lambda a, b: progress(f"{a}/{b} windows")
+            loaded, words, texts, window, config.data, lambda a, b: progress(f"{a}/{b} windows")
         ).to_dict()
     if names or files:
-        done = _run_tasks(loaded, _need(tokenizer, "A task"), (names, files), window, questions, progress)
+        done = _run_tasks(loaded, _need(tokenizer, "A task"), (names, files), window, config, progress)
         record["tasks"] = [task.to_dict() for task in done]
     return record
 
@@ -84,27 +83,27 @@ def versions() -> dict[str, str]:
     return found | {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _tasks(questions: EvalConfig) -> tuple[list[str], list[str]]:
+def _tasks(config: EvalConfig) -> tuple[list[str], list[str]]:
     """Names for lm-eval and files of items, checked; raises BillhookError where nothing is asked or one of them is not
     known."""
-    if questions.data is None and not questions.tasks:
+    if config.data is None and not config.tasks:
         raise BillhookError(
             "Say what to score: --data FILE.txt, FILE.jsonl, TOKENS.safetensors or hub:wikitext2 (stdlib:heldout "
             "for the demo), or --tasks."
         )
-    if questions.protocol not in PROTOCOLS:
-        raise BillhookError(f"Unknown protocol {questions.protocol!r}: use {', '.join(PROTOCOLS)}.")
-    if questions.protocol != "token" and (questions.data or "").endswith(".safetensors"):
+    if config.protocol not in PROTOCOLS:
+        raise BillhookError(f"Unknown protocol {config.protocol!r}: use {', '.join(PROTOCOLS)}.")
+    if config.protocol != "token" and (config.data or "").endswith(".safetensors"):
         raise BillhookError("Word perplexity is of words, and a token file has none: give a text.")
-    if questions.against is not None and (questions.data is None or questions.protocol == "word"):
+    if config.against is not None and (config.data is None or config.protocol == "word"):
         raise BillhookError(
             "--against compares predictions on the windows of a text: give --data and the token protocol."
         )
-    _check_used(questions)
-    named = [name for task in questions.tasks for name in (PAPER7 if task == "paper7" else [task])]
+    _check_used(config)
+    named = [name for task in config.tasks for name in (PAPER7 if task == "paper7" else [task])]
     files = [name for name in named if name.endswith(".jsonl")]
     names = [name for name in named if not name.endswith(".jsonl")]
-    if questions.few_shot is not None and not names:
+    if config.few_shot is not None and not names:
         raise BillhookError(
             "--few-shot is for tasks of lm-eval; the prompts of a file are used as they stand: leave it out."
         )
@@ -115,27 +114,27 @@ def _tasks(questions: EvalConfig) -> tuple[list[str], list[str]]:
     return names, files
 
 
-def _check_used(questions: EvalConfig) -> None:
+def _check_used(config: EvalConfig) -> None:
     """Raise BillhookError for an option that nothing asked for would look at."""
-    if questions.data is None and (questions.protocol != "token" or questions.limit is not None):
+    if config.data is None and (config.protocol != "token" or config.limit is not None):
         raise BillhookError(
             "--protocol and --limit are for the text of --data: leave them out (for tasks there is --task-limit)."
         )
-    if questions.batch_size is not None and (questions.data is None or questions.protocol == "word"):
+    if config.batch_size is not None and (config.data is None or config.protocol == "word"):
         raise BillhookError(
             "--batch-size is for token perplexity: tasks and word perplexity find theirs by themselves."
         )
-    if questions.task_limit is not None and not questions.tasks:
+    if config.task_limit is not None and not config.tasks:
         raise BillhookError("--task-limit is for --tasks: leave it out (for windows there is --limit).")
 
 
-def _open(source: Path, questions: EvalConfig) -> PreTrainedModel:
+def _open(source: Path, config: EvalConfig) -> PreTrainedModel:
     """Dense or packed; untuned, so that the same questions have the same answers to the last bit."""
     return load(
         source,
-        dtype=questions.dtype,
-        device=questions.device,
-        trust_remote_code=questions.trust_remote_code,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
         tune=False,
     )
 
@@ -143,20 +142,20 @@ def _open(source: Path, questions: EvalConfig) -> PreTrainedModel:
 def _token(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    questions: EvalConfig,
+    config: EvalConfig,
     window: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    assert questions.data is not None
-    windows = load_windows(
-        questions.data, tokenizer, length=window, limit=questions.limit, vocab_size=vocabulary_size(model)
-    )
-    dense = None if questions.against is None else _open(resolve(questions.against), questions)
+    assert config.data is not None
+    windows, scoring = task_of(model).evaluation(config.data, tokenizer, model, window, config.limit)
+    dense = None if config.against is None else _open(resolve(config.against), config)
     told: Callable[[int, int], None] = lambda done, total: progress(f"{done}/{total} windows")  # noqa: E731
-    record = evaluate(model, windows, against=dense, batch_size=questions.batch_size, progress=told).to_dict()
+    record = evaluate(
+        model, windows, scoring=scoring, against=dense, batch_size=config.batch_size, progress=told
+    ).to_dict()
     if dense is not None:
-        outputs = (block_outputs(each, windows.ids[:WINDOWS]) for each in (model, dense))
-        record["against"]["error_by_block"] = [relative_error(y, x) for y, x in zip(*outputs, strict=True)]
+        batch = scoring.batch(windows.ids)
+        record["against"]["error_by_block"] = block_errors(model, batch, block_outputs(dense, batch))
     return record
 
 
@@ -171,14 +170,14 @@ def _run_tasks(
     tokenizer: PreTrainedTokenizerBase,
     tasks: tuple[list[str], list[str]],
     longest: int,
-    questions: EvalConfig,
+    config: EvalConfig,
     progress: Progress,
 ) -> list[TaskResult]:
     """Score the `tasks`: names for lm-eval, and files of items."""
-    (names, files), limit = tasks, questions.task_limit
+    (names, files), limit = tasks, config.task_limit
     found = [
         evaluate_file(model, tokenizer, file, longest, limit, lambda a, b: progress(f"items {a}/{b}")) for file in files
     ]
     if names:
-        found += evaluate_tasks(model, tokenizer, names, longest, few_shot=questions.few_shot, limit=limit)
+        found += evaluate_tasks(model, tokenizer, names, longest, few_shot=config.few_shot, limit=limit)
     return found

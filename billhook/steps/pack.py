@@ -22,11 +22,11 @@ from billhook.packed.write import Written, relative_error, write_file, write_rec
 from billhook.reports.publishing import publish
 from billhook.runtime.layout import MIN_GROUP
 from billhook.store.checkpoint import resolve
+from billhook.store.directory import WEIGHTS
 from billhook.store.files import copy_files, read_json, sha256
 from billhook.store.layout import PACKED, RECORD, REPORT, is_packed, is_unfinished
 from billhook.store.output import check_output, staging
 from billhook.store.shards import INDEX, read_shard, weight_files
-from billhook.store.sinks import WEIGHTS
 
 _PAGES = (".md", ".html")  # like report.json they may be rewritten, so they have no checksum
 

@@ -1,20 +1,19 @@
-"""A pruned directory in the making: OUTPUT.partial, which takes the name OUTPUT when all of it is written.
+"""An output directory while it is being written: OUTPUT.partial, renamed to OUTPUT when it is complete.
 
-The weight files are laid out as in the source at the start, with everything that lies outside the blocks; each pruned
-block is written to its place and forced to the disk, and only then noted in `billhook.unfinished.json`, which is
-replaced as a whole. A run that ends at any moment, by whatever means, can thus be continued after the last block noted.
-config.json comes after the last block and billhook.json last of all, so nothing takes such a directory for a model.
-While a run lives it holds a lock on the directory, which the system takes away when the process ends.
+The weight files are laid out at the start, with everything that lies outside the blocks. Each finished block is written
+to its place and forced to the disk, and only then noted in `billhook.unfinished.json`, which is replaced as a whole. A
+run that ends at any moment, by whatever cause, can thus be resumed after the last block noted. config.json comes after
+the last block and billhook.json last of all, so nothing takes such a directory for a model. A run holds a lock on the
+directory, which the system releases when the process ends.
 
-The state says what the run was asked for (`identity`): it is continued by the same run only. Each block's bytes are
-checked when a run is continued; the first one that is not as it was written is pruned again.
+The state says what the run was asked for (`identity`): only the same run can be resumed. The bytes of every block are
+checked when a run is resumed; pruning starts again at the first block that is not as it was written.
 """
 
 import fcntl
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,12 +27,14 @@ from billhook.engine.loop import LayerResult
 from billhook.engine.streaming import Stream
 from billhook.engine.walk import Block
 from billhook.errors import BillhookError, Interrupted, JobError, out_of_memory
-from billhook.steps.state import STATE, VERSION, State, check_place, compare, partial_folder
-from billhook.store.files import digest_ranges, fsync, json_text, replace_file, sha256
-from billhook.store.layout import GRADIENTS
+from billhook.reports.publishing import publish
+from billhook.steps.state import STATE, VERSION, State, check_place, check_same_run, partial_folder
+from billhook.store.directory import complete
+from billhook.store.files import json_text, replace_file, sha256
+from billhook.store.layout import GRADIENTS, WRITTEN
 from billhook.store.output import check_output, failure, flush, put_in_place
-from billhook.store.shards import INDEX, read_shard, weight_files
-from billhook.store.sinks import complete, lay_out_all, on_disk, write_tensors
+from billhook.store.shards import INDEX, weight_files
+from billhook.store.sinks import SameLayout
 
 _ADVICE = (
     "This directory is not finished. Continue with the same command and --resume, or start again with --overwrite."
@@ -41,61 +42,55 @@ _ADVICE = (
 
 
 class PartialOutput:
-    """A locked directory in the making; `finished` notes a block, `complete` ends it."""
+    """A locked directory that is being written; `finished` notes a block, `complete` ends it."""
 
     def __init__(self, stream: Stream, source: Path, output: Path, state: State, stopping: Callable[[], bool]) -> None:
         self.stream, self.source, self.output, self.state, self.stopping = stream, source, output, state, stopping
         self.folder = partial_folder(output)
-        self.shards = [read_shard(file) for file in weight_files(source)]
+        self.sink = SameLayout(stream.model, source)
         inside = {name for names in stream.names for name in names}
-        self.outside = [name for shard in self.shards for name in shard.entries if name not in inside]
-        self._exact = all(
-            value.dtype == stream.stored[name].dtype
-            for i in range(state.blocks)
-            for name, value in self._on_disk(i).items()
-        )
+        self.outside = [name for name in self.sink.entries if name not in inside]
+        tensors = (item for i in range(state.blocks) for item in self.sink.on_disk(stream.state(i)).items())
+        self._same_dtype = all(value.dtype == stream.stored[name].dtype for name, value in tensors)
 
     def begin(self) -> None:
-        """Lay the files out, or check those of a run that is continued."""
-        kept = self.state.done if self._laid_out() else None
+        """Lay the files out, or check those of a run that is resumed."""
+        kept = self.state.done if self._begun() else None
         if kept is not None:
-            _empty(self.folder, [*(shard.path.name for shard in self.shards), INDEX, STATE, *self.state.files])
+            _empty(self.folder, [*self.sink.files, STATE, *self.state.files])
         else:
-            lay_out_all(self.shards, self.source, self.folder, set(self.outside).__contains__)
-            for shard in self.shards:
-                fsync(self.folder / shard.path.name)
-        digests = [self._digest(self.outside)]
+            self.sink.begin(self.folder, self.outside)
+        digests = [self.sink.digest(self.folder, self.outside)]
         for index in range(kept or 0):
-            digests.append(self._digest(self.stream.names[index]))
+            digests.append(self.sink.digest(self.folder, self.stream.names[index]))
             if digests[-1] != self.state.digests[len(digests) - 1]:
                 digests.pop()
                 break
             self.stream.moved(index, self.folder)
-        self._note(
-            digests=digests,
-            results=self.state.results[: len(digests) - 1],
-            files={} if kept is None else self.state.files,
-        )
+        files = {} if kept is None else self.state.files
+        self._note(digests=digests, results=self.state.results[: len(digests) - 1], files=files)
 
     def finished(self, block: Block, results: Sequence[LayerResult]) -> None:
-        """Write a block and note it; from then on the model has it as it is on disk. Raises KeyboardInterrupt if it was
-        to stop here."""
+        """Write a block and note it; from then on the model has the block as it is on disk.
+
+        Raises KeyboardInterrupt if the run is to stop here.
+        """
         made = [*self.state.results, list(results)]
         if rank():
             self.state = replace(self.state, results=made)
         else:
-            write_tensors(self.shards, self.folder, self._on_disk(block.index))
-            digest = self._digest(self.stream.names[block.index])
+            self.sink.write(self.folder, self.stream.state(block.index))
+            digest = self.sink.digest(self.folder, self.stream.names[block.index])
             self._note(digests=[*self.state.digests, digest], results=made)
         barrier()
         self.stream.moved(block.index, self.folder)
-        if not self._exact:
+        if not self._same_dtype:
             self.stream.load(block.index, self.stream.stored)
         if any_rank(self.stopping()) and self.state.done < self.state.blocks:
             raise KeyboardInterrupt
 
     def keep(self, name: str) -> None:
-        """Note a file of the folder that the blocks are made with."""
+        """Note a file of the folder that the blocks depend on."""
         self._note(files={**self.state.files, name: sha256(self.folder / name)})
 
     def has(self, name: str) -> bool:
@@ -106,55 +101,36 @@ class PartialOutput:
         """Write all that is left and give the directory its name, once no process reads from it any more."""
         barrier()
         if not rank():
-            complete(self.stream.model, self.source, self.folder, record)
+            complete(self.stream.model, self.source, self.folder, record, publish=publish)
             flush(self.folder)
-            for path in self.folder.glob(f"*{GRADIENTS}"):  # last, because a run without them cannot be continued
-                path.unlink()
+            for path in [*self.folder.glob(f"*{GRADIENTS}"), *self.folder.glob(WRITTEN)]:
+                path.unlink()  # last, because a run without them cannot be resumed
             put_in_place(self.folder, self.output)
             (self.output / STATE).unlink(missing_ok=True)
         barrier()
 
-    def _on_disk(self, index: int) -> Mapping[str, Any]:
-        return on_disk(self.stream.model, self.stream.state(index), self.shards)
-
-    def _laid_out(self) -> bool:
-        """Whether all files are there, with the layout of the source and the values outside the blocks."""
-        for shard in self.shards:
-            try:
-                there = read_shard(self.folder / shard.path.name)
-            except BillhookError:
-                return False
-            if there.header != shard.header:
-                return False
+    def _begun(self) -> bool:
+        """Whether all files are there, with the layout of the source and its values outside the blocks."""
         for name, digest in self.state.files.items():
             if not (self.folder / name).is_file() or sha256(self.folder / name) != digest:
                 return False
-        return bool(self.state.digests) and self._digest(self.outside) == self.state.digests[0]
-
-    def _digest(self, names: Iterable[str]) -> str:
-        """SHA-256 over the values of tensors as they are in the files."""
-        wanted, digest = set(names), hashlib.sha256()
-        for shard in self.shards:
-            digest_ranges(
-                digest,
-                self.folder / shard.path.name,
-                [(e.start, e.stop) for e in shard.entries.values() if e.name in wanted],
-            )
-        return digest.hexdigest()
+        digests = self.state.digests
+        begun = self.sink.begun(self.folder)
+        return begun and bool(digests) and self.sink.digest(self.folder, self.outside) == digests[0]
 
     def _note(self, **changes: Any) -> None:
         state = replace(self.state, **changes)
         text = json_text({"unfinished": _ADVICE, "version": VERSION, **asdict(state)})
-
-        def write(temporary: Path) -> None:
-            temporary.write_text(text, encoding="utf-8")
-
-        replace_file(self.folder / STATE, write)
+        replace_file(self.folder / STATE, lambda temporary: _write(temporary, text))
         self.state = state
 
 
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
 @contextmanager
-def unfinished(
+def partial_output(
     stream: Stream,
     source: Path,
     output: Path,
@@ -165,12 +141,11 @@ def unfinished(
     overwrite: bool,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[PartialOutput]:
-    """Open, or continue, the directory in the making; what the body of the `with` leaves when it fails can be
-    continued. It ends after a block at which `stopping()` is true.
+    """Create, or open again, the directory that is being written; what a failing body leaves can be resumed.
 
-    Raises BillhookError where another run is at work there, or the one to continue was asked for something else;
-    Interrupted for a run that was stopped, or that the disk or the memory stopped, after some blocks. Other errors
-    would come again: they leave nothing.
+    The run ends after a block at which `stopping()` is true. Raises BillhookError where another run works there, or the
+    one to resume was asked for something else; Interrupted for a run that was stopped, or that the disk or the memory
+    stopped, after some blocks. Other errors would occur again: nothing is kept then.
     """
     folder = partial_folder(output)
     if rank():
@@ -180,13 +155,13 @@ def unfinished(
         yield PartialOutput(stream, source, output, begun, stopping)
         return
     lock = _lock(folder)
-    strange = _foreign_file(folder, source)
-    keep = (folder / STATE).exists() or bool(strange)
+    foreign = _foreign_file(folder, source)
+    keep = (folder / STATE).exists() or bool(foreign)
     made: PartialOutput | None = None
     try:
-        if strange:
+        if foreign:
             raise BillhookError(
-                f"{folder}, where {output} would be made, holds {strange}, which no run put there: move the "
+                f"{folder}, where {output} would be written, holds {foreign}, which no run put there: move the "
                 "folder away."
             )
         state = check_place(output, resume=resume, overwrite=overwrite)
@@ -195,7 +170,7 @@ def unfinished(
             keep = False
             _empty(folder)
             state = State(dict(identity), dict(plan), len(stream.blocks), [], [])
-        compare(state.identity, identity, folder)
+        check_same_run(state.identity, identity, folder)
         made = PartialOutput(stream, source, output, state, stopping)
         made.begin()
         gather(made.state)
@@ -215,7 +190,7 @@ def unfinished(
 
 
 def _interrupted(error: BaseException, source: Path, output: Path, kept: PartialOutput | None) -> BaseException:
-    """What to tell about a run that ended early: how to continue it, if anything is left of it."""
+    """The error for a run that ended early: how to resume it, if anything is left of it."""
     if kept is None and not isinstance(error, OSError):
         return error
     what = "Stopped"
@@ -232,14 +207,13 @@ def _interrupted(error: BaseException, source: Path, output: Path, kept: Partial
 
 
 def _lock(folder: Path) -> int:
-    """Make the folder and lock it for as long as the process lives; raises BillhookError when another process has
-    it."""
+    """Create the folder and lock it until the process ends; raises BillhookError when another process has locked it."""
     while True:
         try:
             folder.mkdir(exist_ok=True)
         except FileExistsError:
             raise BillhookError(
-                f"{folder}, where the output would be made, is a file: move it away, or choose another output."
+                f"{folder}, where the output would be written, is a file: move it away, or choose another output."
             ) from None
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -257,8 +231,7 @@ def _lock(folder: Path) -> int:
 
 
 def _foreign_file(folder: Path, source: Path) -> str | None:
-    """A file in `folder` that no unfinished run of ours can have left, so that nothing of somebody else's is
-    deleted."""
+    """A file in `folder` that no unfinished run can have left there, so that no file of somebody else is deleted."""
     if (folder / STATE).exists():
         return None
     own = {INDEX, *(file.name for file in weight_files(source))}

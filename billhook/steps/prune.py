@@ -1,43 +1,52 @@
 """The main job: a model directory in, a pruned model directory out, in three steps: check, decide, run.
 
-`check` does everything that can fail because of what was asked (names, options, plan, data, output place), `decide`
-makes the plan where none was given; both change nothing and are together `prepare`. `run` applies the plan and writes
-the result. `prune` is all of it.
+`check` (`billhook.steps.resolve`) finds everything that can be wrong with what was asked (names, options, plan, data,
+output place), `decide` makes the plan where none was given; neither changes anything. `run` applies the plan and writes
+the result. `prune` does all of it; `prune_` applies a plan to a model in memory.
 """
 
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.architectures.layers import find_layers
-from billhook.distributed.collectives import barrier, gather
+from billhook.architectures.layers import Layer, find_layers
+from billhook.distributed.collectives import barrier, check_share, gather
 from billhook.distributed.torchrun import rank
+from billhook.engine.batch import Batch, as_batches
 from billhook.engine.gradient_file import Gradients, open_gradients
 from billhook.engine.gradients import compute_gradients
-from billhook.engine.loop import LayerResult, prune_
-from billhook.engine.streaming import stream_of
-from billhook.engine.walk import Block
+from billhook.engine.loop import Group, LayerResult, Method, Rounding, Tuner, apply_plan_
+from billhook.engine.resources import IN_MEMORY, Resources
+from billhook.engine.walk import Block, Progress
 from billhook.errors import BillhookError, Interrupted
-from billhook.measurement.measure import measure
+from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import AUTO, allocate
-from billhook.plan.metrics import fact
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.racing import automatic
-from billhook.recover.blockwise import Refine
+from billhook.recover.blockwise import BlockTuner, Refine
+from billhook.reports.publishing import publish
+from billhook.steps.measure import measure_opened, rows_of_table
 from billhook.steps.pack import pack
-from billhook.steps.partial_output import PartialOutput, unfinished
-from billhook.steps.record import Job, Report, gradient_of, record
-from billhook.steps.request import Opened, Request, calibration_facts, open_request
+from billhook.steps.partial_output import PartialOutput, partial_output
+from billhook.steps.record import Job, Report, record
+from billhook.steps.request import Opened, Request
 from billhook.steps.resolve import ResolvedRequest, check
-from billhook.store.layout import GRADIENTS
-from billhook.store.sinks import save_pruned
+from billhook.store.directory import save_pruned
+from billhook.store.layout import GRADIENTS, WRITTEN
+from billhook.tasks.opening import task_of
+from billhook.tasks.self_text import is_self, save_windows
 from billhook.trials.trials import Setting
+
+REMOVED_FIELDS = {"rounding": "published=True", "sampling": "published=True"}
 
 
 def prune(
@@ -51,6 +60,8 @@ def prune(
     done as asked and JobError for a run that failed (nothing written).
     """
     known = Request.__dataclass_fields__
+    for name in REMOVED_FIELDS.keys() & fields.keys():
+        raise BillhookError(f"{name} is no longer a field of a request: use {REMOVED_FIELDS[name]}.")
     options = {**(fields.get("options") or {}), **{key: value for key, value in fields.items() if key not in known}}
     request = Request(model, **{**{key: value for key, value in fields.items() if key in known}, "options": options})
     return run(prepare(request), progress)
@@ -58,15 +69,15 @@ def prune(
 
 def prepare(request: Request, progress: Callable[[str], None] = lambda layer: None) -> Job:
     """Check everything about a request, cheapest first; measure and allocate if the request asks for it."""
-    return decide(check(request), progress)
+    return decide(check(request, progress), progress)
 
 
 def decide(draft: ResolvedRequest, progress: Callable[[str], None] = lambda layer: None) -> Job:
     """Measure and allocate, where there is no plan yet; check the plan."""
     request, opened, plan, table = draft.request, draft.opened, draft.plan, draft.table
     if plan is None:
-        table = measure_opened(opened, draft.needed, progress) if table is None else _rows(table, opened)
-        made = _allocate(request, opened, table, draft.allocator_options, draft.criterion_options, progress)
+        table = measure_opened(opened, draft.needed, progress) if table is None else rows_of_table(table, opened)
+        made = _allocate(request, opened, table, draft.allocator_options, draft.method, progress)
         plan = gather(made)[0]  # sums differ in last bits
     try:
         plan.check({layer.name: layer.shape for layer in opened.layers})
@@ -75,7 +86,7 @@ def decide(draft: ResolvedRequest, progress: Callable[[str], None] = lambda laye
         raise BillhookError(
             f"{error} --targets and --ignore must choose exactly the plan's layers." if chosen else str(error)
         ) from None
-    return Job(request, opened, plan, draft.criterion_options, draft.gradients, draft.identity, draft.packed)
+    return Job(request, opened, plan, draft.method, draft.gradients, draft.identity, draft.packed)
 
 
 def _allocate(
@@ -83,59 +94,70 @@ def _allocate(
     opened: Opened,
     table: Table,
     options: Mapping[str, Any],
-    criterion_options: Mapping[str, Any],
+    method: Method,
     progress: Callable[[str], None],
-) -> SparsityPlan:
+) -> Plan:
     """The request's plan; of `auto`, the best of several on held-out windows."""
     if request.allocator != AUTO:
         return allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **options)
-    setting = Setting(request.criterion, dict(criterion_options), request.group)
+    setting = Setting(request.criterion, dict(method.options), request.group)
     return automatic.choose(opened, table, request.sparsity, request.pattern, setting, request.seed, progress=progress)
 
 
 def run(
     job: Job,
-    progress: Callable[[str], None] = lambda layer: None,
+    progress: Progress = lambda layer: None,
     stopping: Callable[[], bool] = lambda: False,
     note: Callable[[LayerResult], None] = lambda result: None,
 ) -> Report:
     """Apply a prepared job: prune, check, write.
 
     A model directory is pruned block by block into the output (`billhook.steps.partial_output`), a model in memory in
-    place. The run ends after a block at which `stopping()` is true; `note` is given the results of a block's layers
-    when they are made. Raises JobError, and Interrupted where the run can be continued.
+    place. The run ends after a block at which `stopping()` is true; `note` is given the results of a block's layers as
+    soon as they exist. Raises JobError, and Interrupted where the run can be resumed.
     """
     barrier()  # until all processes have looked at the output place
     start = time.perf_counter()
     request, opened = job.request, job.opened
-    stream, output, notes = stream_of(opened.model), None, []
-    if request.output is None or stream is None or opened.source is None:
+    output, notes = None, []
+    if request.output is None or opened.source is None or not opened.resources.streamed:
         results = _prune(job, progress, note)
         made = record(job, results)
         if request.output is not None and not rank():
-            saved = save_pruned(
-                opened.model, opened.source, Path(request.output), record=made, overwrite=request.overwrite
-            )
+            options: dict[str, Any] = {"record": made, "overwrite": request.overwrite, "publish": publish}
+            saved = save_pruned(opened.model, opened.source, Path(request.output), **options)
             output, notes = saved.path, [saved.note] if saved.note else []
     else:
         output = Path(request.output).expanduser().resolve()
-        may = {"resume": request.resume, "overwrite": request.overwrite}
-        with unfinished(
-            stream, opened.source, output, job.identity, job.plan.to_json(), **may, stopping=stopping
-        ) as place:
-            before = [result for results in place.state.results for result in results]
-            for result in before:
-                progress(result.layer)
-            results = [
-                *before,
-                *_prune(replace(job, gradients=_gradients_of(job, place, progress)), progress, note, place),
-            ]
-            made = record(job, results)
-            place.complete(made)
+        results, made = _prune_streamed(job, opened.source, output, progress, stopping, note)
     if job.packed is not None and output is not None and not rank():
         output, more = _pack(output, job.packed, request.overwrite)
         notes = [*notes, *more]
     return Report(job.plan, results, output, time.perf_counter() - start, [*made["warnings"], *notes], made)
+
+
+def _prune_streamed(
+    job: Job,
+    source: Path,
+    output: Path,
+    progress: Progress,
+    stopping: Callable[[], bool],
+    note: Callable[[LayerResult], None],
+) -> tuple[list[LayerResult], dict[str, Any]]:
+    """Prune block by block into the output, or go on with what a run has left there; the results and the record."""
+    stream, request = job.opened.resources.stream, job.request
+    assert stream is not None
+    may = {"resume": request.resume, "overwrite": request.overwrite}
+    with partial_output(stream, source, output, job.identity, job.plan.to_json(), **may, stopping=stopping) as place:
+        _keep_written(job, place)
+        before = [result for results in place.state.results for result in results]
+        for result in before:
+            progress(result.layer)
+        job = replace(job, gradients=_kept_gradients(job, place, progress))
+        results = [*before, *_prune(job, progress, note, place)]
+        made = record(job, results)
+        place.complete(made)
+    return results, made
 
 
 def _pack(dense: Path, output: Path, overwrite: bool) -> tuple[Path, list[str]]:
@@ -153,7 +175,7 @@ def _pack(dense: Path, output: Path, overwrite: bool) -> tuple[Path, list[str]]:
 
 
 def _prune(
-    job: Job, progress: Callable[[str], None], note: Callable[[LayerResult], None], place: PartialOutput | None = None
+    job: Job, progress: Progress, note: Callable[[LayerResult], None], place: PartialOutput | None = None
 ) -> list[LayerResult]:
     request, opened = job.request, job.opened
 
@@ -163,101 +185,126 @@ def _prune(
         if place is not None:
             place.finished(block, results)
 
-    return prune_(
-        opened.model,
+    tune_all = request.refine == "blocks+norms"
+    return prune_with(
+        opened,
         job.plan,
-        criterion=request.criterion,
-        batches=opened.batches,
-        layers=opened.layers,
-        group=request.group,
-        rounding=request.rounding,
+        job.method,
         gradients=job.gradients,
-        progress=progress,
-        spill_gib=request.spill_gib,
-        refine=None
-        if request.refine == "none"
-        else Refine(tune_norms_and_biases=request.refine == "blocks+norms", seed=request.seed),
+        refine=None if request.refine == "none" else Refine(tune_norms_and_biases=tune_all, seed=request.seed),
         start=0 if place is None else place.state.done,
+        progress=progress,
         finished=finished,
-        **job.criterion_options,
     )
 
 
-def _gradients_of(job: Job, place: PartialOutput, progress: Callable[[str], None]) -> Gradients | None:
-    """The gradients the criterion reads: those given, those of the run that is continued, or new ones, kept until the
-    run is done."""
-    statistic = gradient_of(job.request, job.criterion_options)
-    if not statistic or job.gradients is not None:
+def _keep_written(job: Job, place: PartialOutput) -> None:
+    """Keep calibration text that the model wrote until the run is done, so that resuming it does not repeat the work."""
+    samples = job.opened.samples
+    if samples is not None and is_self(samples.source) and not rank() and not place.has(WRITTEN):
+        save_windows(place.folder / WRITTEN, samples)
+        place.keep(WRITTEN)
+
+
+def _kept_gradients(job: Job, place: PartialOutput, progress: Progress) -> Gradients | None:
+    """The gradients the criterion reads: given, kept by the run that is resumed, or new ones, kept until it is done."""
+    if not job.method.gradient or job.gradients is not None:
         return job.gradients
-    path = place.folder / (f"{rank()}.{GRADIENTS}" if rank() else GRADIENTS)
     if place.has(GRADIENTS):
         return open_gradients(place.folder / GRADIENTS)
-    layers, batches = job.opened.layers, job.opened.batches
-    found = compute_gradients(
-        job.opened.model, batches, statistic, path, layers=layers, spill_gib=job.request.spill_gib, progress=progress
-    )
+    path = place.folder / (f"{rank()}.{GRADIENTS}" if rank() else GRADIENTS)
+    found = _compute_gradients(job.opened, job.method.gradient, path, progress)
     if not rank():
         place.keep(GRADIENTS)
     return found
 
 
-def measure_model(
-    request: Request, metrics: Sequence[str], progress: Callable[[str], None] = lambda layer: None
-) -> Table:
-    """Measure the layers of a request's model; text is read only if a metric looks at activations."""
-    return measure_opened(open_to_measure(request, metrics), metrics, progress)
+def _compute_gradients(opened: Opened, statistic: str, path: Path, progress: Progress) -> Gradients:
+    options: dict[str, Any] = {"layers": opened.layers, "resources": opened.resources, "progress": progress}
+    return compute_gradients(opened.model, opened.batches, statistic, path, loss=opened.task.loss, **options)
 
 
-def open_to_measure(request: Request, metrics: Sequence[str]) -> Opened:
-    """Open what `measure_model` measures."""
-    activations = [name for name in metrics if fact(name).needs_text]
-    streamed = not any(fact(name).reads == "trial" for name in metrics)
-    return open_request(request, bool(activations), f"The metric {' and '.join(activations)}", streamed=streamed)
+@contextmanager
+def _open_gradients(
+    opened: Opened, statistic: str, given: Gradients | None, progress: Progress
+) -> Iterator[Gradients | None]:
+    """The gradients a criterion reads: those given, once checked, or new ones in a temporary file; None if none."""
+    if not statistic:
+        yield None
+    elif given is not None:
+        given.check(statistic, {layer.name: layer.shape for layer in opened.layers})
+        yield given
+    else:
+        with tempfile.TemporaryDirectory(prefix="billhook.") as folder:
+            yield _compute_gradients(opened, statistic, Path(folder) / GRADIENTS, progress)
 
 
-def make_gradients(
-    request: Request,
-    statistic: str,
-    path: Path,
-    progress: Callable[[str], None] = lambda layer: None,
-    begin: Callable[[Opened], None] = lambda opened: None,
-) -> Gradients:
-    """Accumulate the gradients of a request's model on its calibration text and write them to `path`; see
-    `compute_gradients`.
-
-    `begin` is called with what was opened before the work starts.
-    """
-    opened = open_request(request, True, "A gradient", streamed=True)
-    begin(opened)
-    facts = {"model": opened.facts, "calibration": calibration_facts(opened)}
-    layers, batches = opened.layers, opened.batches
-    more: dict[str, Any] = {"facts": facts, "spill_gib": request.spill_gib, "progress": progress}
-    return compute_gradients(opened.model, batches, statistic, path, layers=layers, **more)
-
-
-def _rows(table: Table, opened: Opened) -> Table:
-    """The rows of a given table for the layers to prune; a table of the whole model serves for any part of it.
-
-    Raises BillhookError for a table of other weights: the digest of a model in memory is not known, and not compared.
-    """
-    here, there = opened.facts, table.model
-    if here["digest"] and there.get("digest") not in (None, here["digest"]):
-        raise BillhookError(
-            f"The table is of {there.get('name', 'another model')}, whose weights are not those of {here['name']}. "
-            f"Make one with billhook measure {opened.source}, or carry the decision over as a plan: billhook "
-            "plan TABLE, then --plan."
+def prune_with(
+    opened: Opened,
+    plan: Plan,
+    method: Method,
+    *,
+    gradients: Gradients | None = None,
+    refine: Refine | None = None,
+    start: int = 0,
+    progress: Progress = lambda layer: None,
+    finished: Callable[[Block, list[LayerResult]], None] = lambda block, results: None,
+) -> list[LayerResult]:
+    """Change the weights of an opened model in place as `plan` says; see `prune_` and `billhook.engine.loop`."""
+    plan.check({layer.name: layer.shape for layer in opened.layers})
+    if method.observed or (method.gradient and gradients is None) or refine:
+        if not opened.batches:
+            who = "--refine" if refine else f"The criterion {method.criterion}"
+            raise BillhookError(f"{who} looks at activations: give text with --calibration SOURCE.")
+        check_share(len(opened.batches))
+    tuner: Tuner | None = None
+    if refine is not None:
+        tuner = BlockTuner(refine, opened.model, opened.batches, opened.resources)
+    with _open_gradients(opened, method.gradient, gradients, progress) as found:
+        return apply_plan_(
+            opened.model,
+            plan,
+            method,
+            opened.batches,
+            layers=opened.layers,
+            gradients=found,
+            tuner=tuner,
+            resources=opened.resources,
+            start=start,
+            progress=progress,
+            finished=finished,
         )
-    return table.only(
-        {layer.name for layer in opened.layers}, {layer.name: layer.shape for layer in find_layers(opened.model)}
-    )
 
 
-def measure_opened(
-    opened: Opened, metrics: Sequence[str], progress: Callable[[str], None] = lambda layer: None
-) -> Table:
-    """Measure the layers of a model that was opened."""
-    facts = opened.facts
-    table = measure(opened.model, metrics, batches=opened.batches, layers=opened.layers, facts=facts, progress=progress)
-    if opened.calibration is not None:
-        table.made_by["calibration"] = calibration_facts(opened)
-    return table
+def prune_(
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    criterion: str = "wanda",
+    batches: Tensor | Batch | Sequence[Tensor | Batch] = (),
+    layers: Sequence[Layer] | None = None,
+    group: Group | None = None,
+    rounding: Rounding = "exact",
+    gradients: Gradients | None = None,
+    refine: Refine | None = None,
+    resources: Resources = IN_MEMORY,
+    start: int = 0,
+    progress: Progress = lambda layer: None,
+    finished: Callable[[Block, list[LayerResult]], None] = lambda block, results: None,
+    **options: Any,
+) -> list[LayerResult]:
+    """Remove weights of a model in memory, in place, as `plan` says.
+
+    `batches` are token ids int64 [windows, length] or mappings of keyword arguments (a single one is one batch), needed
+    by every criterion but magnitude; `layers` are the layers the plan is for (all prunable ones by default); `group`
+    overrides the criterion's comparison group; `gradients` are those of the dense model for a criterion that reads them
+    (computed first if not given); `refine` tunes what is left of each block once it is pruned; `start` is the first block
+    to prune, those before it being pruned already; `finished` is called after each block; `options` are the criterion's
+    own. Raises BillhookError before anything changes if plan, criterion, gradients or options do not fit, JobError if the
+    zeros made are not the zeros planned or activations are not finite.
+    """
+    method = Method(criterion, CRITERIA.configure(criterion, options), group, rounding)
+    chosen = find_layers(model) if layers is None else list(layers)
+    opened = Opened(None, model, task_of(model), resources, chosen, None, as_batches(model, batches))
+    run_options: dict[str, Any] = {"gradients": gradients, "refine": refine, "start": start}
+    return prune_with(opened, plan, method, **run_options, progress=progress, finished=finished)

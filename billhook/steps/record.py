@@ -12,10 +12,9 @@ import transformers
 import billhook
 from billhook.architectures.layers import Layer
 from billhook.engine.gradient_file import Gradients
-from billhook.engine.loop import LayerResult
+from billhook.engine.loop import LayerResult, Method
 from billhook.methods.sparse import CRITERIA
-from billhook.methods.statistics import GRADIENTS
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.steps.verify import VERSION
 
@@ -26,8 +25,8 @@ class Job:
 
     request: Request
     opened: Opened
-    plan: SparsityPlan
-    criterion_options: dict[str, Any]
+    plan: Plan
+    method: Method
     gradients: Gradients | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     packed: Path | None = None  # where the result goes packed; `request.output` is then a place beside it
@@ -35,9 +34,7 @@ class Job:
     @property
     def steps(self) -> int:
         """How often `run` reports progress: once a layer, and once before where its gradients are computed."""
-        return len(self.opened.layers) * (
-            1 if self.gradients or not gradient_of(self.request, self.criterion_options) else 2
-        )
+        return len(self.opened.layers) * (1 if self.gradients or not self.method.gradient else 2)
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Report:
     """What a run did. `output` is None when nothing was written (no output was asked for); `record` is
     billhook.json."""
 
-    plan: SparsityPlan
+    plan: Plan
     layers: list[LayerResult]
     output: Path | None
     seconds: float
@@ -69,11 +66,6 @@ class Report:
         }
 
 
-def gradient_of(request: Request, options: Mapping[str, Any]) -> str:
-    """The statistic of gradients that the criterion reads, or an empty string."""
-    return next((name for name in CRITERIA.needs(request.criterion, options) if name in GRADIENTS), "")
-
-
 def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
     """The content of billhook.json: the same inputs and seed give the same bytes, so there is no date and no duration
     in it."""
@@ -88,16 +80,16 @@ def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
         "warnings": [*(f"{r.layer}: {note}" for r in results for note in r.notes), *_other_weights(job.plan, model)],
         "made_by": {
             "criterion": request.criterion,
-            "criterion_options": job.criterion_options,
+            "criterion_options": dict(job.method.options),
             "group": request.group or CRITERIA.group(request.criterion),
-            "rounding": request.rounding,
+            "published": request.published,
             "refine": request.refine,
             "seed": request.seed,
             "dtype": request.dtype,
             "device": request.device,
             "targets": listed(request.targets),
             "ignore": listed(request.ignore),
-            "calibration": None if opened.calibration is None else calibration_facts(opened),
+            "calibration": None if opened.samples is None else calibration_facts(opened),
             "gradients": _gradients_record(job),
             "model": model,
             "papers": {"criterion": CRITERIA.paper(request.criterion), "allocator": job.plan.made_by.get("paper")},
@@ -112,14 +104,14 @@ def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
 
 def _gradients_record(job: Job) -> dict[str, Any] | None:
     """Which gradients the criterion read and the text they come from; None if it reads none."""
-    statistic = gradient_of(job.request, job.criterion_options)
+    statistic = job.method.gradient
     if not statistic:
         return None
     made = calibration_facts(job.opened) if job.gradients is None else job.gradients.about.get("calibration")
     return {"statistic": statistic, "calibration": made}
 
 
-def _other_weights(plan: SparsityPlan, model: Mapping[str, Any]) -> list[str]:
+def _other_weights(plan: Plan, model: Mapping[str, Any]) -> list[str]:
     """A note where the plan comes from a table of other weights than those of `model` (a fine-tuned relative, say)."""
     measured = plan.made_by.get("model")
     if not isinstance(measured, dict) or model["digest"] is None or measured.get("digest") in (None, model["digest"]):

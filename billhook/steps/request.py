@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -14,24 +14,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook import __version__ as VERSION
-from billhook.architectures.config import check_length, context_length, vocabulary_size
 from billhook.architectures.layers import Layer, check_finite, find_layers, select_layers
-from billhook.distributed.collectives import in_batches, world
+from billhook.distributed.collectives import rows_per_batch, world
 from billhook.engine.activation_store import SPILL_GIB
+from billhook.engine.batch import Batch, main_input, rows_of, split_rows
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.loop import Group, Rounding
-from billhook.engine.streaming import open_streamed, resident
+from billhook.engine.resources import Resources
+from billhook.engine.streaming import open_streamed
 from billhook.errors import BillhookError
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.recover.blockwise import Refining
-from billhook.steps.state import check_place
-from billhook.store.checkpoint import check_directory, load_model, load_tokenizer, model_digest, resolve
+from billhook.steps.state import check_place, partial_folder
+from billhook.store.checkpoint import check_directory, load, model_digest, resolve
 from billhook.store.files import sha256
+from billhook.store.layout import WRITTEN
 from billhook.store.output import check_output
-from billhook.store.shards import read_shard
-from billhook.store.sinks import mismatch
-from billhook.text.windows import Tokens, check_ids, digest, load_calibration, whole_ids
+from billhook.store.sinks import SameLayout
+from billhook.tasks.base import Drawing, Progress, Samples, Task
+from billhook.tasks.opening import task_of, task_of_config
+from billhook.tasks.self_text import is_self, saved_windows
 
 TOKENS_A_BATCH = 4096  # enough rows to keep a matrix product busy
 ACTIVATION_BYTES = 16 << 20  # of the widest layer of a block; more would not be faster on a CPU, and counts in the peak
@@ -39,7 +42,11 @@ ACTIVATION_BYTES = 16 << 20  # of the widest layer of a block; more would not be
 
 @dataclass(frozen=True)
 class Request:
-    """Everything a pruning run can be asked for; the field names are those of the command line."""
+    """Everything a pruning run can be asked for; the field names are those of the command line.
+
+    `published` counts zeros, draws samples and accumulates gradients as the released code of the papers does, where that
+    differs from what Billhook does otherwise.
+    """
 
     model: str | Path | PreTrainedModel
     sparsity: float | None = None
@@ -48,19 +55,18 @@ class Request:
     allocator: str = "uniform"
     pattern: str = "unstructured"
     options: Mapping[str, Any] = field(default_factory=dict)
-    plan: str | Path | SparsityPlan | None = None
+    plan: str | Path | Plan | None = None
     table: str | Path | Table | None = None
     gradients: str | Path | Gradients | None = None
     calibration: str | Path | Tensor | None = None
     samples: int = 128
     length: int | None = None
-    sampling: str = "packed"
     batch_size: int | None = None
     seed: int = 0
     targets: str | Sequence[str] = ()
     ignore: str | Sequence[str] = ()
     group: Group | None = None
-    rounding: Rounding = "exact"
+    published: bool = False
     refine: Refining = "none"
     device: str = "cpu"
     dtype: str = "auto"
@@ -70,52 +76,70 @@ class Request:
     pack: bool = False
     trust_remote_code: bool = False
 
+    @property
+    def rounding(self) -> Rounding:
+        """How zeros are counted (`billhook.methods.masks`)."""
+        return "floor" if self.published else "exact"
+
+    @property
+    def drawing(self) -> Drawing:
+        """How calibration samples are drawn."""
+        return Drawing(self.samples, self.length, self.seed, "papers" if self.published else "packed")
+
 
 @dataclass(frozen=True)
 class Opened:
-    """What a request names, loaded and checked; `calibration` is None and `batches` empty where no text is needed."""
+    """What a request names, loaded and checked; `samples` is None and `batches` empty where no samples are needed."""
 
     source: Path | None
     model: PreTrainedModel
+    task: Task
+    resources: Resources
     layers: list[Layer]
-    calibration: Tokens | None
-    batches: list[Tensor]
+    samples: Samples | None
+    batches: list[Batch]
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """`model_facts` of what was opened; reading the files for the digest takes time, so it is done once."""
+        """`model_facts` of what was opened, cached because the digest of the files takes time."""
         return model_facts(self.source, self.model)
 
 
-def open_request(request: Request, needs_text: bool, who: str, *, streamed: bool = False) -> Opened:
-    """Load the model, choose its layers, and draw the calibration windows if `who` needs text; cheapest checks first.
+def open_request(
+    request: Request,
+    needs_samples: bool,
+    who: str,
+    *,
+    streamed: bool = False,
+    progress: Progress = lambda step: None,
+) -> Opened:
+    """Load the model, choose its layers, and draw the calibration samples if `who` needs any; cheapest checks first.
 
-    `streamed` asks for a model directory with one block in memory at a time.
+    `streamed` asks for a model directory with one block at a time in memory.
     """
     _check_words(request)
-    if needs_text and request.calibration is None:
+    if needs_samples and request.calibration is None:
         raise BillhookError(
             f"{who} looks at activations: give text like the model was trained on with --calibration FILE.txt, "
-            "FILE.jsonl, "
-            "TOKENS.safetensors or hub:c4 (the demo uses stdlib:train, Python source)."
+            "FILE.jsonl, TOKENS.safetensors or hub:c4, or let the model write it itself with --calibration self:"
         )
-    source, model = _open_model(request, streamed)
+    source, model, resources = _open_model(request, streamed)
+    task = task_of(model)
     layers = select_layers(find_layers(model), listed(request.targets), listed(request.ignore))
     for index in sorted({layer.block for layer in layers}):
-        with resident(model, index, ahead=index + 1):
+        with resources.block(index, ahead=index + 1):
             check_finite(layer for layer in layers if layer.block == index)
-    if not needs_text:
-        return Opened(source, model, layers, None, [])
-    windows = calibration_windows(request, source, model)
-    batches = in_batches(windows.ids, request.batch_size or batch_size(layers, windows.ids.shape[1]))
-    return Opened(source, model, layers, windows, batches)
+    if not needs_samples:
+        return Opened(source, model, task, resources, layers, None, [])
+    samples = _draw(request, source, model, task, resources.streamed, progress)
+    length = main_input(model, samples.batch).shape[1]
+    size = rows_per_batch(len(samples), request.batch_size or batch_size(layers, length))
+    return Opened(source, model, task, resources, layers, samples, split_rows(samples.batch, size))
 
 
 def _check_words(request: Request) -> None:
-    if request.group not in (None, "row", "layer") or request.rounding not in ("exact", "floor"):
-        raise BillhookError(
-            f"group={request.group!r} must be row or layer, rounding={request.rounding!r} must be exact or floor."
-        )
+    if request.group not in (None, "row", "layer"):
+        raise BillhookError(f"group={request.group!r} must be row or layer.")
     if request.refine not in get_args(Refining):
         raise BillhookError(f"refine={request.refine!r} must be one of {', '.join(get_args(Refining))}.")
     if request.batch_size is not None and request.batch_size < 1:
@@ -123,30 +147,32 @@ def _check_words(request: Request) -> None:
 
 
 def listed(patterns: str | Sequence[str]) -> list[str]:
-    """Patterns as a list, where one alone was given as a string."""
+    """Patterns as a list, where a single one was given as a string."""
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 def batch_size(layers: Sequence[Layer], length: int) -> int:
-    """Windows a batch: about 4096 tokens, or fewer where layers are wide."""
+    """Rows in a batch: about 4096 tokens, or fewer where layers are wide."""
     widest = max(max(layer.shape) for layer in layers)
     return max(1, min(TOKENS_A_BATCH, ACTIVATION_BYTES // (4 * widest)) // length)
 
 
-def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrainedModel]:
-    """Check the output place, then load the model (or take the one in memory, with its experts made observable)."""
+def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrainedModel, Resources]:
+    """Check the output place, then load the model (or take the one in memory), and decide where its weights are kept."""
     output = None if request.output is None else Path(request.output).expanduser().resolve()
+    resources = Resources(spill_gib=request.spill_gib)
     if isinstance(request.model, PreTrainedModel):
         if request.resume:
             raise BillhookError("Only a run on a model directory can be resumed, and this model is in memory.")
         if output is not None:
             check_output(output, overwrite=request.overwrite)
-        return None, request.model
+        return None, request.model, resources
     if not isinstance(request.model, str | Path):
         kind = type(request.model).__name__
         raise BillhookError(f"The model must be a directory, a hub name or a transformers PreTrainedModel, got {kind}.")
     source = resolve(request.model)
     checkpoint = check_directory(source)
+    task = task_of_config(source, checkpoint.config)
     if output is not None:
         continued = check_place(output, resume=request.resume, overwrite=request.overwrite)
         check_output(output, source, overwrite=request.overwrite, needed=0 if continued else checkpoint.bytes)
@@ -156,52 +182,35 @@ def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrain
         "trust_remote_code": request.trust_remote_code,
     }
     if streamed:
-        model = open_streamed(source, **options)
-        if output is None or mismatch(model, [read_shard(file) for file in checkpoint.weights]) is None:
-            return source, model
-    return source, load_model(source, **options)
+        stream = open_streamed(source, task.auto_class, **options)
+        if output is None or SameLayout(stream.model, source).mismatch() is None:
+            return source, stream.model, replace(resources, stream=stream)
+    return source, load(source, task.auto_class, **options), resources
 
 
-def window_length(request: Request, model: PreTrainedModel) -> int:
-    """Tokens in a window: those asked for, else 2048 or the context if that is shorter; raises BillhookError beyond the
-    context."""
-    length = min(2048, context_length(model.config) or 2048) if request.length is None else request.length
-    check_length(model.config, length)
-    return length
-
-
-def calibration_windows(request: Request, source: Path | None, model: PreTrainedModel) -> Tokens:
-    """The calibration windows a request asks for, int64 [samples, length], checked against the model's vocabulary and
-    context."""
-    vocabulary = vocabulary_size(model)
-    if not isinstance(request.calibration, str | Path):
-        ids = whole_ids(request.calibration, "calibration")
-        check_ids(ids, vocabulary, "calibration")
-        check_length(model.config, ids.shape[1])
-        return Tokens(ids, "given as a tensor", digest(ids), "given")
-    length = window_length(request, model)
-    home = source or (
-        Path(model.name_or_path) if model.name_or_path else None
-    )  # a model in memory knows where it was loaded from
-    tokenizer = None if home is None else load_tokenizer(home, trust_remote_code=request.trust_remote_code)
-    return load_calibration(
-        str(request.calibration),
-        tokenizer,
-        samples=request.samples,
-        length=length,
-        seed=request.seed,
-        sampling=request.sampling,
-        vocab_size=vocabulary,
-    )
+def _draw(
+    request: Request, source: Path | None, model: PreTrainedModel, task: Task, streamed: bool, progress: Progress
+) -> Samples:
+    """The calibration samples of a request; of a run that is resumed, those that the model wrote for it before."""
+    given: Any = request.calibration
+    kept = None if request.output is None else partial_folder(Path(request.output).expanduser().resolve()) / WRITTEN
+    if request.resume and kept is not None and kept.is_file() and is_self(str(given)):
+        tokens = saved_windows(kept)
+        return Samples(task.batch(tokens.ids), tokens.source, tokens.digest, tokens.sampling)
+    options: dict[str, Any] = {"trust_remote_code": request.trust_remote_code, "progress": progress}
+    if streamed and source is not None and is_self(str(given)):  # one block in memory would be read for every token
+        trusted = {"trust_remote_code": request.trust_remote_code}
+        model = load(source, task.auto_class, dtype=request.dtype, device=request.device, **trusted)
+    return task.samples(given, model, source, request.drawing, **options)
 
 
 def calibration_facts(opened: Opened) -> dict[str, Any]:
-    """What identifies calibration windows in a table or billhook.json."""
-    tokens = opened.calibration
-    assert tokens is not None
-    samples, length = tokens.ids.shape
-    identity = {"source": tokens.source, "digest": tokens.digest, "sampling": tokens.sampling}
-    return identity | {"samples": samples, "length": length, "batch_size": len(opened.batches[0])}
+    """What identifies calibration samples in a table or billhook.json."""
+    samples = opened.samples
+    assert samples is not None
+    rows, length = main_input(opened.model, samples.batch).shape[:2]
+    identity = {"source": samples.source, "digest": samples.digest, "sampling": samples.sampling}
+    return identity | {"samples": rows, "length": length, "batch_size": rows_of(opened.batches[0])}
 
 
 def model_facts(source: Path | None, model: PreTrainedModel) -> dict[str, Any]:
@@ -224,7 +233,7 @@ def _model_name(source: Path | None, model: PreTrainedModel) -> str:
 
 
 def identity(
-    request: Request, opened: Opened, options: Mapping[str, Any], plan: SparsityPlan | None, table: Table | None
+    request: Request, opened: Opened, options: Mapping[str, Any], plan: Plan | None, table: Table | None
 ) -> dict[str, Any]:
     """What an unfinished run must agree in to be continued: versions, model, data and everything that changes the
     result.
@@ -232,7 +241,7 @@ def identity(
     `options` are all those of the methods, `plan` and `table` those that were given.
     """
     given = {"plan": None if plan is None else plan.to_json(), "table": None if table is None else asdict(table)}
-    same = ("sparsity", "pattern", "allocator", "criterion", "group", "rounding", "refine", "seed", "dtype", "device")
+    same = ("sparsity", "pattern", "allocator", "criterion", "group", "published", "refine", "seed", "dtype", "device")
     return {
         "version": f"{VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
         "processes": world(),
@@ -243,7 +252,7 @@ def identity(
         "options": dict(options),
         **{key: None if value is None else _json_digest(value) for key, value in given.items()},
         "gradients": None if request.gradients is None else _gradients_digest(request.gradients),
-        "calibration": None if opened.calibration is None else calibration_facts(opened),
+        "calibration": None if opened.samples is None else calibration_facts(opened),
     }
 
 

@@ -6,32 +6,36 @@ from pathlib import Path
 from typing import Any
 
 from billhook.engine.gradient_file import Gradients, open_gradients
+from billhook.engine.loop import Method
 from billhook.errors import BillhookError
 from billhook.methods.sparse import CRITERIA
-from billhook.methods.statistics import GRADIENTS
 from billhook.plan.allocators import ALLOCATORS, AUTO, check_budget
 from billhook.plan.metrics import fact
-from billhook.plan.plan import Pattern, SparsityPlan, load_plan
+from billhook.plan.plan import Plan, load_plan
+from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
 from billhook.racing import automatic
 from billhook.steps.options import split_options
-from billhook.steps.record import gradient_of
 from billhook.steps.request import Opened, Request, identity, open_request
-from billhook.steps.state import check_place, compare, partial_folder
+from billhook.steps.state import check_place, check_same_run, partial_folder
 from billhook.store.output import check_output
+from billhook.tasks.base import Progress
 
 
 @dataclass(frozen=True)
 class ResolvedRequest:
-    """What was checked. `plan` is the one given, or that of a run that goes on, `done` of whose blocks are finished;
-    where there is none, `needed` are the columns to measure first, unless `table` was given; the result goes to
-    `packed` in the end, if it is to be packed."""
+    """What was checked.
+
+    `plan` is the plan that was given, or that of a run that is resumed, of which `done` blocks are finished. Where there
+    is none, `needed` are the columns to measure first, unless a `table` was given. `packed` is where the packed result
+    goes, if it is to be packed.
+    """
 
     request: Request
     opened: Opened
-    criterion_options: dict[str, Any]
+    method: Method
     allocator_options: dict[str, Any]
-    plan: SparsityPlan | None
+    plan: Plan | None
     table: Table | None
     needed: tuple[str, ...]
     gradients: Gradients | None
@@ -54,15 +58,16 @@ class ResolvedRequest:
         )
 
 
-def check(request: Request) -> ResolvedRequest:
+def check(request: Request, progress: Progress = lambda step: None) -> ResolvedRequest:
     """Open what a request names and check everything about it, cheapest first; nothing is measured yet."""
     arithmetic = request.plan is None and request.allocator != AUTO
     allocators = [request.allocator] if arithmetic else []
     criterion_options, given = split_options(
-        request.options, request.criterion, allocators, Request.__dataclass_fields__
+        _published(request), request.criterion, allocators, Request.__dataclass_fields__
     )
+    method = Method(request.criterion, criterion_options, request.group, request.rounding)
     allocator_options = ALLOCATORS.configure(request.allocator, given) if arithmetic else {}
-    plan = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
+    plan = _given_plan(request)
     table = Table.load(request.table) if isinstance(request.table, str | Path) else request.table
     if plan is None:
         check_budget(request.sparsity, Pattern.parse(request.pattern))
@@ -76,28 +81,22 @@ def check(request: Request) -> ResolvedRequest:
             "A plan already says how much each layer loses: leave out sparsity, pattern, allocator and table."
         )
     needed = () if plan or table else _columns(request, allocator_options)
-    needs, gradients = (
-        CRITERIA.needs(request.criterion, criterion_options),
-        _given_gradients(request, criterion_options),
-    )
-    needs_text = any(gradients is None or name not in GRADIENTS for name in needs) or any(
-        fact(name).needs_text for name in needed
-    )
-    needs_text = needs_text or request.refine != "none"
-    request, packed = _beside(request)
+    gradients = _given_gradients(request, method)
+    computed = method.gradient and gradients is None
+    needs_samples = method.observed or computed or any(fact(name).needs_text for name in needed)
+    needs_samples = bool(needs_samples) or request.refine != "none"
+    request, packed = _dense_place(request)
     who = f"Pruning with {request.criterion} and {request.allocator}"
     streamed = request.output is not None and not _in_memory(request, needed)
-    opened = open_request(request, needs_text, who, streamed=streamed)
+    opened = open_request(request, needs_samples, who, streamed=streamed, progress=progress)
     asked = identity(request, opened, {**allocator_options, **criterion_options}, plan, table)
     if gradients is not None:
-        gradients.check(
-            gradient_of(request, criterion_options), {layer.name: layer.shape for layer in opened.layers}, opened.facts
-        )
+        gradients.check(method.gradient, {layer.name: layer.shape for layer in opened.layers}, opened.facts)
     continued, done = _partial_plan(request, opened, asked)
     return ResolvedRequest(
         request,
         opened,
-        criterion_options,
+        method,
         allocator_options,
         continued or plan,
         table,
@@ -107,6 +106,22 @@ def check(request: Request) -> ResolvedRequest:
         packed,
         done,
     )
+
+
+def _published(request: Request) -> dict[str, Any]:
+    """The options of a request; with `published`, gradients are accumulated as the released code does it."""
+    options = dict(request.options)
+    if request.published and "mode" in CRITERIA.options(request.criterion):
+        options.setdefault("mode", "reference")
+    return options
+
+
+def _given_plan(request: Request) -> Plan | None:
+    """The plan of a request, None where one is to be made; raises BillhookError for one that is not of sparsities."""
+    plan = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
+    if plan is not None:
+        plan.check_sparsities()
+    return plan
 
 
 def _in_memory(request: Request, needed: Sequence[str]) -> bool:
@@ -122,9 +137,8 @@ def _columns(request: Request, options: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _beside(request: Request) -> tuple[Request, Path | None]:
-    """For a run whose result is packed: the request with a place beside the output instead, and the output; else as it
-    is."""
+def _dense_place(request: Request) -> tuple[Request, Path | None]:
+    """For a run whose result is packed: the request with a place beside the output instead, and the output."""
     if not request.pack or request.output is None:
         return request, None
     source = Path(request.model) if isinstance(request.model, str | Path) and Path(request.model).is_dir() else None
@@ -138,7 +152,7 @@ def _beside(request: Request) -> tuple[Request, Path | None]:
     return replace(request, output=dense), output
 
 
-def _partial_plan(request: Request, opened: Opened, asked: Mapping[str, Any]) -> tuple[SparsityPlan | None, int]:
+def _partial_plan(request: Request, opened: Opened, asked: Mapping[str, Any]) -> tuple[Plan | None, int]:
     """The plan of the run that `request` is to continue, so that nothing is measured again, and its finished blocks;
     None, 0 for a new one.
 
@@ -150,14 +164,14 @@ def _partial_plan(request: Request, opened: Opened, asked: Mapping[str, Any]) ->
     state = check_place(output, resume=True, overwrite=request.overwrite)
     if state is None:
         return None, 0
-    compare(state.identity, asked, partial_folder(output))
-    return SparsityPlan.from_json(state.plan, str(partial_folder(output))), state.done
+    check_same_run(state.identity, asked, partial_folder(output))
+    return Plan.from_json(state.plan, str(partial_folder(output))), state.done
 
 
-def _given_gradients(request: Request, options: Mapping[str, Any]) -> Gradients | None:
+def _given_gradients(request: Request, method: Method) -> Gradients | None:
     if request.gradients is None:
         return None
-    if not gradient_of(request, options):
+    if not method.gradient:
         raise BillhookError(
             f"The criterion {request.criterion} reads no gradients: leave --gradients out, or take criterion gblm."
         )

@@ -18,21 +18,23 @@ from transformers import PreTrainedModel
 from billhook.errors import BillhookError
 from billhook.measurement.measure import measure
 from billhook.plan.allocators import ALLOCATORS, allocate, check_budget
-from billhook.plan.plan import Pattern, SparsityPlan
+from billhook.plan.plan import Plan
+from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
 from billhook.racing.contest import UNIFORM, Budget, Contest
 from billhook.racing.journal import MODEL, PICTURE, Journal, Run
 from billhook.racing.knobs import ALL, Candidate, Space
 from billhook.racing.picture import draw
 from billhook.registry import hint
+from billhook.reports.publishing import publish
 from billhook.steps.options import split_options
 from billhook.steps.record import Job, record
 from billhook.steps.request import Opened, Request, listed, open_request
+from billhook.store.directory import save_pruned
 from billhook.store.files import read_json
 from billhook.store.layout import RECORD
 from billhook.store.output import check_output
 from billhook.store.shards import weight_files
-from billhook.store.sinks import save_pruned
 from billhook.store.tensor_bytes import tensor_bytes
 from billhook.text.windows import Tokens
 from billhook.trials.heldout import Split, split_windows, used_fields
@@ -50,7 +52,7 @@ class Found:
     `output` holds the files, if any were asked for, and `model` in it the pruned winner.
     """
 
-    plan: SparsityPlan
+    plan: Plan
     best: Run
     trials: list[Run]
     full: list[Run]
@@ -160,7 +162,7 @@ class Task:
             )
         return self._table
 
-    def plan(self, candidate: Candidate) -> SparsityPlan:
+    def plan(self, candidate: Candidate) -> Plan:
         """The candidate's plan."""
         return allocate(
             self.table, self.target, allocator=candidate.allocator, pattern=self.request.pattern, **candidate.options
@@ -178,7 +180,7 @@ class Task:
         needed = sum(file.stat().st_size for file in weight_files(source)) if source else 0
         check_output(place if place.parent.is_dir() else place.parent, source, overwrite=True, needed=needed)
 
-    def save(self, plan: SparsityPlan, place: Path) -> None:
+    def save(self, plan: Plan, place: Path) -> None:
         """Write the model pruned as `plan` says, on the calibration half, to `place`, unless that is what lies
         there."""
         ids = torch.cat(self.split.batches)
@@ -193,7 +195,7 @@ class Task:
         if {key: there.get(key) for key in asked} == json.loads(json.dumps(asked)):
             return
         made = {**record(job, self.bench.prune(plan)), **asked}
-        save_pruned(opened.model, opened.source, place, record=made, overwrite=True)
+        save_pruned(opened.model, opened.source, place, record=made, overwrite=True, publish=publish)
 
 
 def _identity(

@@ -12,7 +12,7 @@ from billhook.store.files import read_json
 from billhook.store.layout import PARTIAL
 from billhook.store.layout import UNFINISHED as STATE
 
-__all__ = ["STATE", "VERSION", "State", "check_place", "compare", "partial_folder", "read_state"]
+__all__ = ["STATE", "VERSION", "State", "check_place", "check_same_run", "partial_folder", "read_state"]
 
 VERSION = 1
 
@@ -84,7 +84,7 @@ def _result(entry: Mapping[str, Any]) -> LayerResult:
     return LayerResult(**{**entry, "shape": tuple(entry["shape"]), "notes": tuple(entry["notes"])})
 
 
-def compare(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+def check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Raise BillhookError naming what differs between the run in `folder` and the one that would continue it."""
     for key in dict.fromkeys([*found, *wanted]):
         if found.get(key) != wanted.get(key):

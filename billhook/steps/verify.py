@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from billhook.errors import BillhookError
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.store.files import read_json, sha256
 from billhook.store.layout import RECORD, is_packed, is_unfinished
 from billhook.store.shards import Shard, layer_zeros, read_shard, weight_files
@@ -136,7 +136,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _expectations(record: Mapping[str, Any]) -> list[_Expected]:
-    plan = SparsityPlan.from_json(record["plan"], RECORD)
+    plan = Plan.from_json(record["plan"], RECORD)
     shapes = {name: (facts["shape"][0], facts["shape"][1]) for name, facts in record["layers"].items()}
     plan.check(shapes)
     planned = plan.zeros(shapes)
@@ -231,6 +231,6 @@ def _check_layer(layer: _Expected, parts: list[np.ndarray]) -> Iterator[str]:
 def _zeros_in_memory(directory: Path) -> dict[str, list[np.ndarray]]:
     """For a model whose layers have no place on disk of their own: load it, and count there."""
     from billhook.architectures.layers import find_layers
-    from billhook.store.checkpoint import load_model
+    from billhook.tasks.opening import load_model
 
     return {layer.name: [(layer.weight == 0).numpy()] for layer in find_layers(load_model(directory))}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -82,29 +83,21 @@ def _download(name: str) -> Path:
 
 
 def check_directory(path: Path) -> Checkpoint:
-    """Check that `path` holds a causal language model in safetensors, without reading a weight.
+    """Check that `path` holds a model in safetensors, without reading a weight.
 
-    Raises BillhookError for: no config.json, no or incomplete or damaged safetensors, pickled weights, quantized
-    weights, another kind of model.
+    Raises BillhookError for: no config.json, missing, incomplete or damaged safetensors, pickled or quantized weights.
     """
-    config = _read_config(path)
+    config = read_config(path)
     weights = weight_files(path)
     if not weights:
         raise BillhookError(_no_weights(path))
     for file in weights:
         read_shard(file)
-    _check_kind(path, config)
     return Checkpoint(path, config, tuple(weights))
 
 
-def check_config(path: Path, trust_remote_code: bool) -> None:
-    """All that `check_code` checks but the weights."""
-    config = _read_config(path)
-    _check_kind(path, config)
-    _check_trusted(path, config, trust_remote_code)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model directory; raises BillhookError where it is missing, or says that the model is quantized."""
     if not (path / "config.json").is_file():
         raise BillhookError(f"{path} has no config.json: give the directory of a Hugging Face model.")
     config = read_json(path / "config.json", "model configuration")
@@ -131,44 +124,28 @@ def _no_weights(path: Path) -> str:
     )
 
 
-def _check_kind(path: Path, config: dict[str, Any]) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    known = {
-        c
-        for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        for c in (value if isinstance(value, tuple) else (value,))
-    }
-    named = config.get("architectures") or []
-    own_code = "AutoModelForCausalLM" in (config.get("auto_map") or {})
-    wrong_class = named and not own_code and not known.intersection(named)
-    wrong_type = not named and not own_code and config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if wrong_class or wrong_type or config.get("is_encoder_decoder"):
-        kind = ", ".join(named) or config.get("model_type", "a model without a type")
-        raise BillhookError(f"{path} is {kind}: only causal language models (AutoModelForCausalLM) can be pruned.")
-
-
-def load_model(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", trust_remote_code: bool = False
+def load(
+    path: Path,
+    auto_class: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a model directory (or hub name) in evaluation mode, after checking it.
+    """Load a model directory in evaluation mode by one of transformers' Auto classes, after checking it.
 
-    `dtype` "auto" keeps the checkpoint's own. Mixture-of-experts models get the plain (`eager`) product per expert, the
-    one that can be observed. Raises BillhookError where tensors are missing, left over or of another shape than the
+    `dtype` "auto" keeps the checkpoint's own. Mixture-of-experts models get the plain (`eager`) implementation, which
+    can be observed. Raises BillhookError where tensors are missing, left over, or of another shape than the
     configuration says.
     """
-    from transformers import AutoModelForCausalLM
-
-    path = resolve(path)
-    check_code(path, trust_remote_code)
-    auto: Any = AutoModelForCausalLM  # its stubs do not know output_loading_info
+    check_code(path, auto_class, trust_remote_code)
     with loading(path):
-        model, info = auto.from_pretrained(
+        model, info = getattr(transformers, auto_class).from_pretrained(
             path,
             dtype=known_dtype(dtype),
             experts_implementation="eager",
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported in `info`, by name, instead of as a riddle
+            ignore_mismatched_sizes=True,  # reported by name in `info` instead of by an obscure error
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             use_safetensors=True,
@@ -179,19 +156,27 @@ def load_model(
     return loaded
 
 
-def check_code(path: Path, trust_remote_code: bool) -> Checkpoint:
+def check_code(path: Path, auto_class: str, trust_remote_code: bool) -> Checkpoint:
     """`check_directory`, and refuse code that comes with the model unless it is trusted."""
     checkpoint = check_directory(path)
-    _check_trusted(path, checkpoint.config, trust_remote_code)
+    check_trusted(path, checkpoint.config, auto_class, trust_remote_code)
     return checkpoint
 
 
-def _check_trusted(path: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
-    if "auto_map" in config and not trust_remote_code and not _has_native_class(config):
+def check_trusted(path: Path, config: dict[str, Any], auto_class: str, trust_remote_code: bool) -> None:
+    """Raise BillhookError for a model that needs its own Python code, unless that code is trusted."""
+    native = config.get("model_type") in class_names(auto_class)
+    if "auto_map" in config and not trust_remote_code and not native:
         raise BillhookError(
             f"{path} needs its own Python code to load. Read that code; if you trust it, allow it with "
             "trust_remote_code."
         )
+
+
+def class_names(auto_class: str) -> dict[str, tuple[str, ...]]:
+    """The model classes that one of transformers' Auto classes opens, by `model_type`."""
+    names = getattr(transformers, auto_class)._model_mapping._model_mapping
+    return {kind: value if isinstance(value, tuple) else (value,) for kind, value in names.items()}
 
 
 @contextmanager
@@ -213,12 +198,6 @@ def on_device(device: str) -> Iterator[None]:
         yield
     except (RuntimeError, AssertionError) as error:
         raise BillhookError(f"Cannot put the model on device {device!r}: {_first_line(error)}") from None
-
-
-def _has_native_class(config: dict[str, Any]) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def known_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -7,6 +7,7 @@ REPORT, CARD, PAGE = "report.json", "README.md", "report.html"  # made from the 
 PACKED = "billhook_packed.json"  # the record of the packed format
 UNFINISHED = "billhook.unfinished.json"  # the state of a run that can be resumed
 GRADIENTS = "gradients.safetensors"  # gradients that such a run keeps, behind the rank of a process
+WRITTEN = "written.safetensors"  # calibration text that the model wrote for such a run
 PARTIAL = ".partial"  # suffix of a directory's name until the directory is complete
 
 

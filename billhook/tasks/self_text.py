@@ -1,110 +1,103 @@
-"""Calibration text that the model writes itself.
+"""Calibration text that the model writes itself: the SOURCE `self:`, or `self:FILE` for windows of a text first.
 
-Where little text is at hand, what is fitted to it (updated weights, a tuned block, an allocation) fits that text more
-than the model. The model's own text is like what it was trained on, needs no data, and there is as much of it as
-wanted: self-calibration (Williams et al. 2024, arXiv:2410.17170; Ji et al. 2024, arXiv:2410.17711). Every document
-begins with the model's start token and is drawn at temperature 1 from the whole distribution, until it is as long as a
-window or the model ends it; documents are put one after the other and cut into windows, as the text of a file is. It
-knows nothing of what else the model will be asked: text of the real use, where there is some, belongs beside it.
+Where little text is available, what is fitted to it (updated weights, a tuned block, an allocation) fits that text better
+than the model's real use. The model's own text resembles its training data, needs no data, and is unlimited:
+self-calibration (Williams et al. 2024, arXiv:2410.17170; Ji et al. 2024, arXiv:2410.17711). Every document begins with
+the model's start token and is sampled at temperature 1 from the full distribution until it fills a window or the model
+ends it. Documents are concatenated and cut into windows like the text of a file. The model's own text says nothing about
+what else the model will be used for: text of the real use, where there is some, should come first.
 
-The model is in memory as a whole. A batch of documents takes a forward pass for every position; there are up to
-`_BATCH` in one, as many as have keys and values no larger than the model itself.
+The whole model has to be in memory. A batch of documents costs one forward pass per position; up to `_BATCH` documents
+form a batch, as many as have a key-value cache no larger than the model.
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from billhook import __version__
-from billhook.architectures.config import check_length
-from billhook.engine.walk import evaluating
+from billhook.architectures.config import cache_bytes, check_length, special_tokens
+from billhook.engine.capture import evaluating
 from billhook.errors import BillhookError, JobError
-from billhook.steps.request import Request, calibration_windows, window_length
-from billhook.store.checkpoint import check_directory, load_model, quiet, resolve
-from billhook.store.files import write_atomic
+from billhook.store.checkpoint import quiet
+from billhook.tasks.base import Drawing, Samples
+from billhook.tasks.token_windows import drawn_windows, window_length
 from billhook.text.windows import Tokens, digest
 
 Progress = Callable[[str], None]  # called for every position of a batch of documents
+PREFIX = "self:"
 _BATCH = 64  # documents at once, at most
-_EMPTY = 256  # documents in a row with nothing in them, after which there will be none
-_CACHE_BYTES = 1 << 30  # of keys and values, or those of the model if it is larger
+_EMPTY = 256  # empty documents in a row after which the model is taken to write none
+_CACHE_BYTES = 1 << 30  # of keys and values, or the size of the model if that is larger
 
 
-@dataclass(frozen=True)
-class Task:
-    """A model, the calibration windows that come first (None: no text), and how many windows of `length` tokens it is
-    to write."""
-
-    model: PreTrainedModel
-    given: Tokens | None
-    windows: int
-    length: int
-    seed: int
-
-    @property
-    def positions(self) -> int:
-        """Forward passes that it takes, or more where documents end before a window does."""
-        return -(-self.windows // _documents_at_once(self.model, self.length)) * (self.length - 1)
+def is_self(source: str) -> bool:
+    """Whether a SOURCE asks for text that the model writes itself."""
+    return source.startswith(PREFIX)
 
 
-@dataclass(frozen=True)
-class Written:
-    """What a file of calibration text holds: windows of a SOURCE (None without one), those the model wrote after them,
-    tokens in each."""
+def self_windows(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    drawing: Drawing,
+    progress: Progress = lambda position: None,
+) -> Tokens:
+    """Windows of `self:` or `self:FILE`: those of the file first, as many as it has, then the model's own.
 
-    source: str | None
-    samples: int
-    windows: int
-    length: int
-    digest: str
-
-
-def open_task(request: Request, windows: int) -> Task:
-    """Load the model of a request and draw its calibration windows, if it asks for any; raises BillhookError as both
-    do."""
-    source = resolve(request.model)  # type: ignore[arg-type]
-    check_directory(source)
-    model = load_model(source, dtype=request.dtype, device=request.device, trust_remote_code=request.trust_remote_code)
-    given = None if request.calibration is None else calibration_windows(request, source, model)
-    return Task(
-        model, given, windows, window_length(request, model) if given is None else given.ids.shape[1], request.seed
-    )
+    Raises what `billhook.text.windows` and `write_windows` raise.
+    """
+    length = window_length(model, drawing.length)
+    parts = []
+    if given := source.removeprefix(PREFIX):
+        parts.append(drawn_windows(given, tokenizer, model, drawing, fewer=True).ids)
+    missing = drawing.samples - sum(map(len, parts))
+    if missing:
+        parts.append(write_windows(model, missing, length, seed=drawing.seed, progress=progress))
+    ids = torch.cat(parts)
+    return Tokens(ids, source, digest(ids), f"{drawing.sampling}, {missing} written by the model")
 
 
-def make_text(task: Task, path: Path, progress: Progress = lambda position: None) -> Written:
-    """Write the windows of a task to `path`, a file of tokens, atomically; raises as `write_windows` does."""
-    given, ids = task.given, write_windows(task.model, task.windows, task.length, seed=task.seed, progress=progress)
-    ids = ids if given is None else torch.cat([given.ids, ids])
-    source, samples = (None, 0) if given is None else (given.source, len(given.ids))
-    made = Written(source, samples, task.windows, task.length, digest(ids))
-    about = json.dumps({"made_by": f"billhook {__version__}", "seed": task.seed, **asdict(made)})
-    write_atomic(
-        path, lambda temporary: save_file({"tokens": ids.int()}, temporary, {"about": about})
-    )  # the order of several keys varies
-    return made
+def save_windows(path: Path, samples: Samples) -> None:
+    """Keep windows in a safetensors file (`tokens` int32), with their source, for a run that is resumed."""
+    about = json.dumps({"source": samples.source, "digest": samples.digest, "sampling": samples.sampling})
+    save_file({"tokens": samples.batch["input_ids"].int()}, path, {"about": about})
+
+
+def saved_windows(path: Path) -> Tokens:
+    """The windows that `save_windows` kept; raises BillhookError for another file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+            ids = file.get_tensor("tokens").long()
+        return Tokens(ids, about["source"], about["digest"], about["sampling"])
+    except Exception as error:
+        raise BillhookError(
+            f"{path} does not hold calibration windows ({error}): start again with --overwrite."
+        ) from None
 
 
 @torch.no_grad()
 def write_windows(
     model: PreTrainedModel, windows: int, length: int, *, seed: int = 0, progress: Progress = lambda position: None
 ) -> Tensor:
-    """Let the model write text: token ids int64 [windows, length] on the CPU. Same model, seed and machine, same ids.
+    """Text that the model writes: token ids int64 [windows, length] on the CPU; equal for equal model, seed, machine.
 
     Raises BillhookError for a model that names neither a start token nor an end token and for windows longer than its
-    context, JobError where its predictions are not finite or end every document before it begins.
+    context, JobError where its predictions are not finite or end every document at once.
     """
     if windows < 1 or length < 2:
         raise BillhookError(
             f"The model must write at least 1 window of at least 2 tokens, got windows={windows}, length={length}."
         )
     check_length(model.config, length)
-    start, ends = _marks(model)
+    start, ends = special_tokens(model)
     random = torch.Generator(model.device).manual_seed(seed)
     flat, empty = list[int](), 0
     with evaluating(model), quiet():
@@ -117,50 +110,27 @@ def write_windows(
             ]
             empty = empty + len(found) if max(map(len, found)) == 1 else 0
             if empty >= _EMPTY:
-                raise JobError(
-                    "The model ends its text before it begins, so it cannot write any: give it real text with "
-                    "--calibration."
-                )
+                raise JobError("The model ends every document at once, so it cannot write text: give real text.")
             flat += [token for document in found for token in document]
     return torch.tensor(flat[: windows * length]).view(windows, length)
 
 
 def _documents_at_once(model: PreTrainedModel, length: int) -> int:
-    """So many that their keys and values are within `_CACHE_BYTES` or the model's own size."""
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """As many documents as have a key-value cache within `_CACHE_BYTES` or the model's own size."""
     room = max(_CACHE_BYTES, sum(p.numel() * p.element_size() for p in model.parameters()))
-    return max(1, min(_BATCH, room // (2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * length)))
-
-
-def _marks(model: PreTrainedModel) -> tuple[int, set[int]]:
-    """The token that begins a document (where none is named, one that ends it), and those that end one."""
-    configs = [
-        config for config in (model.config.get_text_config(decoder=True), model.generation_config) if config is not None
-    ]
-    starts = [config.bos_token_id for config in configs if getattr(config, "bos_token_id", None) is not None]
-    ends = [config.eos_token_id for config in configs if getattr(config, "eos_token_id", None) is not None]
-    known = [token for end in ends for token in (end if isinstance(end, list) else [end])]
-    if not starts + known:
-        raise BillhookError(
-            "The model names neither bos_token_id nor eos_token_id, so nothing can begin its text: add one to "
-            "config.json."
-        )
-    return (starts + known)[0], set(known)
+    return max(1, min(_BATCH, room // cache_bytes(model, length)))
 
 
 def _documents(
     model: PreTrainedModel,
-    marks: tuple[int, set[int]],
+    special: tuple[int, set[int]],
     shape: tuple[int, int],
     random: torch.Generator,
     progress: Progress,
 ) -> Tensor:
-    """Documents [count, length], drawn token by token, or shorter where all of them have ended; what follows an end
-    means nothing."""
-    token = torch.full((shape[0], 1), marks[0], device=model.device)
-    ends = torch.tensor(sorted(marks[1]), dtype=torch.int64, device=model.device)
+    """Documents [count, length], sampled token by token; shorter where all have ended. Ignore what follows an end."""
+    token = torch.full((shape[0], 1), special[0], device=model.device)
+    ends = torch.tensor(sorted(special[1]), dtype=torch.int64, device=model.device)
     ids, past, ended = [token], None, torch.zeros_like(token, dtype=torch.bool)
     for position in range(1, shape[1]):
         step = model(input_ids=token, past_key_values=past, use_cache=True)

@@ -17,7 +17,7 @@ columns, no sampling.
 import hashlib
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -29,11 +29,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from billhook.errors import BillhookError
 from billhook.text.corpus import documents, existing_file, joint
+from billhook.text.sampling import packed, papers
 
 Sampling = Literal["packed", "papers"]
-_POOL = 4  # packed: tokens to choose from, as a multiple of those needed
-_MISSES = 256  # papers: draws in a row without a long enough document before looking whether there is one
-_BATCH = 64  # documents tokenised at once
 _STREAM_WINDOWS = 256  # evaluation on a streamed dataset, as the papers do on C4
 
 
@@ -72,8 +70,11 @@ def load_calibration(
     seed: int = 0,
     sampling: str = "packed",
     vocab_size: int | None = None,
+    fewer: bool = False,
 ) -> Tokens:
     """Read calibration windows, int64 [samples, length]; the module says how they are chosen.
+
+    With `fewer`, a text that is too short for `samples` windows gives as many as it holds.
 
     Raises BillhookError when the text is missing, empty or too short, no document is long enough, the token file is not
     one, or an id is outside `vocab_size`.
@@ -89,12 +90,11 @@ def load_calibration(
     else:
         words = _need(tokenizer, source)
         if sampling == "papers":
-            texts = cast(Sequence[str], documents(source, "calibration", stream=False))
-            ids = _papers(texts, words, samples, length, random.Random(seed), source)
+            several = cast(Sequence[str], documents(source, "calibration", stream=False))
+            ids = papers(several, words, (samples, length), random.Random(seed), source)
         else:
-            ids = _packed(
-                documents(source, "calibration", stream=True), words, samples, length, random.Random(seed), source
-            )
+            texts = documents(source, "calibration", stream=True)
+            ids = packed(texts, words, (samples, length), random.Random(seed), source, fewer=fewer)
     check_ids(ids, vocab_size, source)
     return Tokens(ids, source, digest(ids), sampling)
 
@@ -133,15 +133,6 @@ def load_windows(
         text_bytes = None if ends is None else int((ends[length - 1 :: length][:count] - ends[::length][:count]).sum())
     check_ids(ids, vocab_size, source)
     return Windows(ids, source, digest(ids), tokens, text_bytes)
-
-
-def as_batches(batches: Tensor | Iterable[Tensor], vocab_size: int | None) -> list[Tensor]:
-    """Token ids that a caller made, int64 [batch, length] each; a single tensor is one batch. Raises BillhookError for
-    anything else."""
-    found = [whole_ids(batch, "batches") for batch in ([batches] if isinstance(batches, Tensor) else batches)]
-    for batch in found:
-        check_ids(batch, vocab_size, "batches")
-    return found
 
 
 def whole_ids(tokens: Any, source: str) -> Tensor:
@@ -193,81 +184,6 @@ def _token_file(source: str) -> Tensor:
     except (SafetensorError, OSError) as error:
         raise BillhookError(f"{source} is not a safetensors file: {error}") from None
     return whole_ids(tokens, source)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
-    # verbose=False: a text longer than the model's context is no mistake here, it is cut into windows.
-    found: list[list[int]] = (
-        tokenizer(texts, verbose=False, return_attention_mask=False, **options)["input_ids"] if texts else []
-    )
-    return found
-
-
-def _papers(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, rng: random.Random, source: str
-) -> Tensor:
-    """The published draws, on documents tokenised when first drawn."""
-    cache: dict[int, list[int]] = {}
-
-    def encoded(index: int) -> list[int]:
-        if index not in cache:
-            cache[index] = _encode(tokenizer, [texts[index]])[0]
-        return cache[index]
-
-    rows: list[list[int]] = []
-    misses, exists = 0, False
-    while len(rows) < samples:
-        ids = encoded(rng.randint(0, len(texts) - 1))
-        if len(ids) > length:
-            start = rng.randint(0, len(ids) - length - 1)
-            rows.append(ids[start : start + length])
-            misses = 0
-            continue
-        misses += 1
-        if misses >= _MISSES and not exists:
-            exists = any(len(encoded(index)) > length for index in range(len(texts)))
-            if not exists:
-                longest = max(map(len, cache.values()))
-                raise BillhookError(
-                    f"No document of {source} is longer than {length} tokens ({len(texts)} documents, the "
-                    f"longest has {longest}): "
-                    "use a smaller --length or --sampling packed."
-                )
-    return torch.tensor(rows, dtype=torch.int64)
-
-
-def _packed(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, rng: random.Random, source: str
-) -> Tensor:
-    if isinstance(texts, Sequence):
-        texts = [texts[index] for index in rng.sample(range(len(texts)), len(texts))]
-    start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)
-    pool: list[int] = []
-    count = 0
-    for batch in _batches(texts):
-        for ids in _encode(tokenizer, batch, add_special_tokens=False):
-            pool += ids if start is None else [start, *ids]
-            count += 1
-        if len(pool) >= _POOL * samples * length:
-            break
-    if len(pool) < samples * length:
-        raise BillhookError(
-            f"{source} is too short: {samples} windows of {length} need {samples * length} tokens, it has {len(pool)} "
-            f"in {count} document{'s' if count != 1 else ''}. Give more text, or smaller --samples or --length."
-        )
-    chosen = rng.sample(range(len(pool) // length), samples)
-    return torch.tensor([pool[i * length : (i + 1) * length] for i in chosen], dtype=torch.int64)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _encode_joined(

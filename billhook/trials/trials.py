@@ -33,7 +33,7 @@ from billhook.errors import JobError
 from billhook.methods.masks import Select
 from billhook.methods.sparse import CRITERIA
 from billhook.methods.statistics import GRADIENTS, STATISTICS, LayerStats
-from billhook.plan.plan import SparsityPlan
+from billhook.plan.plan import Plan
 from billhook.steps.request import TOKENS_A_BATCH
 from billhook.trials.attribution import attribute
 from billhook.trials.ladder import Ladder
@@ -100,9 +100,7 @@ class Bench:
         self._reference: list[TopKTeacher] = []  # of each held-out window
         self._gradients = gradients
         self._files = ExitStack()
-        self._pruned: tuple[SparsityPlan, list[LayerResult]] | None = (
-            None  # what `prune` made of the model, as it still is
-        )
+        self._pruned: tuple[Plan, list[LayerResult]] | None = None  # what `prune` made of the model, as it still is
 
     def __enter__(self) -> "Bench":
         return self
@@ -142,20 +140,19 @@ class Bench:
                     self._ladders[layer.name] = Ladder.of(self._score(layer), self._group(layer))
 
     @torch.no_grad()
-    def trial(self, plan: SparsityPlan) -> None:
+    def trial(self, plan: Plan) -> None:
         """Mask every layer in place as `plan` says, with the dense model's statistics."""
         self._prepare()
         self._pruned = None
-        zeros = plan.zeros(self.shapes) if plan.pattern.structured else {}
+        zeros = plan.zeros(self.shapes)
         for layer in self.layers:
-            sparsity = plan.sparsity[layer.name]
-            select: Callable[..., Tensor] = self._ladders[layer.name].at(sparsity)
-            if plan.pattern.of is not None:
-                keep_of = (plan.pattern.kept(sparsity), plan.pattern.of)
-                select = Select(layer.shape, sparsity, zeros[layer.name], keep_of, self._group(layer))
+            spec = plan.weights[layer.name]
+            select: Callable[..., Tensor] = self._ladders[layer.name].at(spec.sparsity)
+            if spec.keep_of is not None:
+                select = Select(layer.shape, spec.sparsity, zeros[layer.name], spec.keep_of, self._group(layer))
             layer.weight.copy_(self._apply(layer, select))
 
-    def prune(self, plan: SparsityPlan) -> list[LayerResult]:
+    def prune(self, plan: Plan) -> list[LayerResult]:
         """Prune in place as `billhook prune` does: block by block, each seeing what the pruned ones before it
         produce."""
         if self._pruned is not None and self._pruned[0] == plan:

@@ -23,4 +23,5 @@ CRITERIA = Registry(
         "sparsegpt": "billhook.methods.sparse.sparsegpt:sparsegpt",
         "admm": "billhook.methods.sparse.admm:admm",
     },
+    plugins=True,
 )

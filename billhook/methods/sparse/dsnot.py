@@ -1,14 +1,23 @@
-"""DSnoT: exchange pruned and kept weights of Wanda's mask until the expected output is that of the dense layer.
+"""DSnoT: exchange pruned and kept weights of Wanda's mask until the mean output is close to that of the dense layer.
 
-Zhang et al. 2024, "Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs", arXiv:2310.08915. With e_r
-the sum over removed weights of W_rj E[x_j], the error of row r's mean output, a cycle brings back the removed weight
-with the largest sign(e_r) W_rj E[x_j] / Var[x_j], and removes the kept weight of least |W_rj| ||X_j||_2 among those
-whose removal takes the error back towards zero. A row is done when |e_r| is at most `threshold` times what it was, or
-when an exchange would not lower it; after `cycles` cycles all are. Under N:M both weights are of one group. Kept
-weights are not updated.
+Zhang et al., "Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs", ICLR 2024, arXiv:2310.08915.
 
-Differences from the published code: the threshold is relative to the row's first error, where it is 0.1 in units of the
-outputs there; and an exchange that raises the error is not made, so that no row's mean error ends above Wanda's.
+    e_r = Σ W_rj · E[x_j]   over the removed weights j of row r
+
+A cycle restores the removed weight with the largest sign(e_r) · W_rj · E[x_j] / Var[x_j]. It removes the kept weight
+with the smallest |W_rj| · ‖X_j‖₂ among those whose removal moves e_r towards zero. Under N:M, both weights are of the
+same group. A row is finished when |e_r| is at most `threshold` times its first value, when an exchange would not lower
+|e_r|, or after `cycles` cycles. Kept weights are not updated.
+
+Differences from the published code:
+
+* The threshold is relative to the row's first error; there it is 0.1 in units of the outputs.
+* An exchange that would raise |e_r| ends the row, so that no row's mean error ends above Wanda's. The published code
+  makes such exchanges.
+
+Measured agreement: not compared with published code.
+
+Limits: it corrects the mean of the outputs, not their variance.
 """
 
 import torch
@@ -22,7 +31,9 @@ from billhook.registry import method
 
 @method(paper="Zhang et al. 2024, arXiv:2310.08915", needs=("input_norm", "input_mean"), group="row")
 def dsnot(W: Tensor, stats: LayerStats, select: Select, *, cycles: int = 50, threshold: float = 0.1) -> Tensor:
-    """Return W [out, in] masked; reads stats.input_norm and stats.input_mean, both [in]."""
+    """Return W [out, in] with zeros where the exchanged mask removes; reads stats.input_norm and stats.input_mean, both
+    [in].
+    """
     if cycles < 0 or not 0 <= threshold <= 1:
         raise BillhookError(f"dsnot: cycles={cycles} must be 0 or more and threshold={threshold:g} in [0, 1].")
     assert stats.input_norm is not None

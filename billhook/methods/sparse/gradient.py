@@ -1,9 +1,14 @@
-"""Gradient times magnitude: the second term of GBLM-Pruner's score alone.
+"""Gradient: the second term of GBLM's score alone.
 
-Das et al. 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", arXiv:2311.04902, an
-ablation: score
-|W_ij| * ||G_ij||_p, compared within each output row, G_ij being the gradients of the loss of each calibration sequence.
-It does not look at activations. Kept weights are not updated.
+An ablation of Das et al., "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", 2023,
+arXiv:2311.04902. The weights of one output row are compared with each other.
+
+    score_ij = |W_ij| · ‖G_ij‖_p
+
+G_ij are the gradients of `gblm`. With a file of gradients (`--gradients`) it needs no calibration text. Kept weights
+are not updated. An expert whose gradients are all zero is pruned by magnitude, which is noted in the record.
+
+Limits: it does not look at activations.
 """
 
 from typing import Literal
@@ -17,6 +22,6 @@ from billhook.registry import method
 
 @method(paper="Das et al. 2023, arXiv:2311.04902", needs=lambda norm: (gradient_name(norm, "paper"),), group="row")
 def gradient(W: Tensor, stats: LayerStats, select: Select, *, norm: Literal["l1", "l2"] = "l1") -> Tensor:
-    """Return W [out, in] with zeros at the smallest |W_ij| * ||G_ij||_p; reads stats.gradient [out, in]."""
+    """Return W [out, in] with zeros at the smallest scores; reads stats.gradient [out, in]."""
     assert stats.gradient is not None
     return W.masked_fill(~select(W.abs() * stats.gradient), 0)

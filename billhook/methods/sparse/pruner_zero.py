@@ -1,9 +1,15 @@
-"""Pruner-Zero: the score that a search over formulas found, the squared weight times the gradient's rank of size.
+"""Pruner-Zero: a score found by evolutionary search over formulas, squared weight times scaled gradient.
 
-Dong et al. 2024, "Pruner-Zero: Evolving Symbolic Pruning Metric from Scratch for Large Language Models",
-arXiv:2406.02924: score W_ij^2 * mms(|G_ij|), where mms maps linearly to [0, 1] over the layer and G is the gradient of
-the dense model's loss; its l2 norm over the calibration sequences here. The weights of one row compete. Kept weights
-are not updated.
+Dong et al., "Pruner-Zero: Evolving Symbolic Pruning Metric from Scratch for Large Language Models", ICML 2024,
+arXiv:2406.02924. The weights of one output row are compared with each other.
+
+    score_ij = W_ij² · mms(‖G_ij‖₂),   mms(x) = (x − min x) / (max x − min x) over the layer
+
+G_ij are the gradients of `gblm`, their l2 norm over calibration windows. Kept weights are not updated.
+
+Measured agreement: not compared with published code.
+
+Limits: it does not look at activations.
 """
 
 from torch import Tensor
@@ -15,8 +21,10 @@ from billhook.registry import method
 
 @method(paper="Dong et al. 2024, arXiv:2406.02924", needs=("gradient_l2",), group="row")
 def pruner_zero(W: Tensor, stats: LayerStats, select: Select) -> Tensor:
-    """Return W [out, in] with zeros at the smallest W^2 * mms(|G|); reads stats.gradient [out, in]. Equal gradients
-    count as one."""
+    """Return W [out, in] with zeros at the smallest scores; reads stats.gradient [out, in].
+
+    If all gradients are equal, the score is the squared weight.
+    """
     assert stats.gradient is not None
     low, high = stats.gradient.aminmax()
     share = (stats.gradient - low) / (high - low) if high > low else stats.gradient.new_ones(())

@@ -8,7 +8,8 @@ from typing import Any
 from billhook.errors import BillhookError
 from billhook.plan.budget import whole_numbers
 from billhook.plan.densities import of_weights, shown
-from billhook.plan.plan import Pattern, SparsityPlan, check_target
+from billhook.plan.plan import Plan, check_target
+from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
 from billhook.registry import Registry
 
@@ -27,6 +28,7 @@ ALLOCATORS = Registry(
         "curves": "billhook.plan.allocators.curves:curves",
         "explicit": "billhook.plan.allocators.explicit:explicit",
     },
+    plugins=True,
 )
 AUTO = "auto"  # no arithmetic: tries plans on the model (`billhook.racing.automatic`)
 
@@ -38,7 +40,7 @@ def allocate(
     allocator: str = "uniform",
     pattern: str | Pattern = "unstructured",
     **options: Any,
-) -> SparsityPlan:
+) -> Plan:
     """Decide how much each layer of `table` loses.
 
     `sparsity` is the parameter-weighted mean to reach, in [0, 1); with an N:M pattern it may be None and must otherwise
@@ -68,7 +70,7 @@ def allocate(
     made_by["metrics"] = {name: dict(zip(table.shapes, table.column(name), strict=True)) for name in read}
     if any(map(of_weights, read)) and (spectra := shown(table)):
         made_by["spectra"] = spectra
-    plan = SparsityPlan(target, pattern, shares, made_by)
+    plan = Plan.of_sparsities(target, pattern, shares, made_by)
     plan.check(table.shapes)
     achieved = math.fsum(shares[row.layer] * row.n for row in table) / table.total
     assert abs(achieved - target) < 1e-9 or pattern.structured, (achieved, target)

@@ -1,10 +1,33 @@
-"""AlphaPruning: layers with a heavier spectral tail (smaller alpha) are better trained and lose less.
+"""AlphaPruning: layers whose weight spectrum has a heavier tail are better trained and lose less.
 
 Lu et al., "AlphaPruning: Using Heavy-Tailed Self Regularization Theory for Improved Layer-wise Pruning of Large
-Language Models", NeurIPS 2024, arXiv:2410.10912. The metric is mapped linearly to relative sparsities in [1 - epsilon,
-1 + epsilon] and scaled to the target (epsilon is what their code calls it). It does not know whether the differences in
-alpha are signal or noise: on models with few, similar blocks the min-max map turns noise into a wide range of
-sparsities.
+Language Models", NeurIPS 2024, arXiv:2410.10912, section 3.2.
+
+    q_l = mean of alpha over the layers of l's block                    (mapping=block)
+    r_l = (q_l − min q) / (max q − min q) · 2ε + (1 − ε)
+    s_l = min(1, c · r_l),   c such that the mean is S
+
+The eigenvalues of WᵀW of a trained layer often have a power-law tail with exponent alpha. A small alpha means a heavy
+tail, the mark of a well-trained layer, so sparsity grows with alpha. (The opposite is sometimes stated; it is wrong.) ε
+is the option `epsilon`, called τ in the paper: the most pruned block loses (1 + ε) / (1 − ε) times as much as the least
+pruned one. Any other metric can take the place of alpha.
+
+Differences from the published code:
+
+* Sparsities above 1, which occur at high S and ε, are clipped and the others scaled so that the mean is S. The
+  published code fails with an index error or silently removes a whole layer.
+* Alphas and layers are paired by name, not by position in two lists, and the table records the model's digest.
+* Under N:M, layers get different N with the same M. The published code ignores the allocation there.
+* Every metric has a sign; for a norm, small values mean more sparsity. The published code assumes for every metric that
+  large values mean more sparsity. To reproduce that, negate the column in `table.json`.
+
+Measured agreement: all layer sparsities within 5.4e-7 of the published code, alphas within 6.1e-6 relative.
+
+Limits: the min-max map always uses its whole range, whether the alphas differ by 2 or by 0.02. On models with few,
+similar blocks it turns noise into a wide range of sparsities: with the default ε it was worse than uniform in 56 of 60
+cells of our comparison. The papers use ε from 0.1 to 0.5, smaller for higher S. Alpha also depends on the shape of a
+matrix: of two random Gaussian matrices, the one further from square has the larger alpha. Averaging over blocks hides
+this only if all blocks have the same shapes; the metric `alpha_farms` does not have this bias.
 """
 
 from typing import Literal
@@ -27,12 +50,11 @@ def alphapruning(
     epsilon: float = 0.3,
     mapping: Literal["block", "layer", "mixed"] = "block",
 ) -> dict[str, float]:
-    """r_l = (q_l - min q) / (max q - min q) * 2 epsilon + (1 - epsilon);  s_l = min(1, c * r_l) with mean S.
+    """Return s_l = min(1, c * r_l) for every layer, r_l being the metric mapped linearly to [1 - epsilon, 1 + epsilon].
 
-    `mapping="block"` first replaces the metric by its plain mean over the block's layers (the published default).
-    `mixed` takes the mean of the layer's own metric and its block's. The paper names a mixed scheme without a formula
-    that could be found: this one is ours. The published formula lets s_l exceed 1; here it is clipped and the budget
-    restored. Equal metrics give the uniform plan.
+    `mapping="block"`, the published default, first replaces the metric by its plain mean over the block's layers;
+    `layer` uses the layer's own metric; `mixed` averages the two. (The paper mentions a mixed scheme, but we found no
+    formula for it; this one is ours.) If all metrics are equal, the plan is uniform.
     """
     if not 0 <= epsilon <= 1:
         raise BillhookError(

@@ -1,8 +1,14 @@
-"""ER (Erdos-Renyi): layers that are small for their number of inputs and outputs stay denser.
+"""ER (Erdős–Rényi): layers with few weights relative to their inputs and outputs stay denser.
 
-Mocanu et al. 2018 (SET, arXiv:1707.04780), as in Evci et al., "Rigging the Lottery" (RigL), ICML 2020,
-arXiv:1911.11134. It knows nothing but shapes: blocks of equal shapes get equal sparsities, and only kinds of layers
-differ.
+Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network
+science" (SET), 2018, arXiv:1707.04780, as used in Evci et al., "Rigging the Lottery" (RigL), ICML 2020,
+arXiv:1911.11134.
+
+    density_l = c · (in + out) / (in · out),   c such that the mean density is 1 − S
+
+Layers whose density would exceed 1 stay dense, and c is computed again for the others.
+
+Limits: it knows only shapes. Blocks of equal shapes get equal sparsities; only the kinds of layers differ.
 """
 
 from billhook.plan.table import Table
@@ -11,8 +17,7 @@ from billhook.registry import method
 
 @method(paper="Mocanu et al. 2018, arXiv:1707.04780")
 def er(table: Table, target: float) -> dict[str, float]:
-    """density_l = c (in + out) / (in x out), c such that the mean density is 1 - S; layers that would exceed 1 stay
-    dense."""
+    """Return s_l = 1 - density_l."""
     share = {row.layer: sum(row.shape) / row.n for row in table}
     n = {row.layer: row.n for row in table}
     dense: set[str] = set()

@@ -1,6 +1,15 @@
-"""Explicit: the sparsities are yours; only the budget is checked.
+"""Explicit: sparsities that you give in a file.
 
-For schedules that come from elsewhere: a paper's list of block sparsities, another tool's search, a hunch.
+For allocations from elsewhere: the block sparsities of a paper, or the result of another tool's search.
+
+    {"blocks": [0.5, 0.6, ...]}              one sparsity per block, all scaled by one factor so that the mean is S
+    {"layers": {"mlp.down_proj": 0.5, ...}}  exactly these; all other layers share the rest of the budget equally
+
+The keys of `layers` are kinds of layers, exact names, or `re:REGEX`; if several match a layer, the last one counts.
+Scaled sparsities are clipped at 1.
+
+Limits: nothing is checked but the budget. If it cannot be met with the given sparsities, the plan is refused and the
+nearest possible mean is named.
 """
 
 import re
@@ -17,11 +26,9 @@ from billhook.store.files import read_json
 
 @method(paper="given by hand")
 def explicit(table: Table, target: float, *, file: str | None = None) -> dict[str, float]:
-    """The sparsities of a json `file`, scaled so that the mean is S.
+    """Return the sparsities of the JSON `file`; without a file, the uniform plan.
 
-    `{"blocks": [0.5, 0.6, ...]}`: one sparsity per block, all multiplied by one factor (clipped at 1). `{"layers":
-    {PATTERN: 0.5, ...}}`: layers whose kind, exact name or `re:REGEX` is named lose exactly that (the last match
-    counts), all others share what is left of the budget. Without a file the plan is uniform.
+    Raises BillhookError for a file of another form, a pattern that matches no layer, and a mean that cannot be S.
     """
     if file is None:
         return dict.fromkeys(table.shapes, target)

@@ -1,8 +1,15 @@
-"""Global: the scores of all layers compete, and one threshold decides.
+"""Global: the scores of all layers are compared with one threshold.
 
-The classical form of magnitude pruning (Han et al. 2015, arXiv:1506.02626; Morcos et al. 2019). Scores must be
-comparable between layers, which they are not by nature: a layer of small weights is removed whole, so a floor protects
-every layer.
+The classical form of magnitude pruning: Han et al., "Learning both Weights and Connections for Efficient Neural
+Networks", 2015, arXiv:1506.02626.
+
+    s_l = min(1 − floor, fraction of layer l's scores below t),   t such that the mean is S
+
+Scores are magnitudes or Wanda scores, read as quantiles from the columns `magnitude_quantiles` and `wanda_quantiles`.
+At least the fraction `floor` of every layer is kept, or 1 − S if that is less.
+
+Limits: scores are not naturally comparable between layers. Without the floor, a layer of small weights would be removed
+whole. With the default floor it was up to 50 times worse than uniform in perplexity.
 """
 
 from typing import Literal
@@ -17,9 +24,9 @@ from billhook.registry import method
 def one_threshold(
     table: Table, target: float, *, score: Literal["magnitude", "wanda"] = "magnitude", floor: float = 0.1
 ) -> dict[str, float]:
-    """s_l = min(1 - floor, share of layer l's scores below t),  t such that the mean is S.
+    """Return the fraction of each layer's scores that lies below the common threshold, at most 1 - floor.
 
-    At least a share `floor` of every layer is kept, or 1 - S if that is less.
+    `score` chooses what is compared; `floor` is the fraction of every layer that is kept at least.
     """
     if not 0 <= floor < 1:
         raise BillhookError(

@@ -1,8 +1,19 @@
-"""Sensitivity: blocks that hurt more when they alone are pruned lose less.
+"""Sensitivity: blocks whose pruning raises the loss more lose less.
 
-The map is AlphaPruning's, over the logarithm of the measured rise of the loss (column `block_loss:TRIAL`), because
-rises differ by orders of magnitude and one sensitive block would leave all others alike. The idea is old (Han et al.
-2015 scanned layers one by one). It does not know how errors of blocks pruned together add up.
+The idea is that of Han et al. 2015, arXiv:1506.02626, who scanned layers one by one; the map is AlphaPruning's.
+
+    rise_i = (loss with only block i pruned by magnitude to `trial` − dense loss) / dense loss
+    q_i    = −ln max(rise_i, 0.001)
+    r_i    = (q_i − min q) / (max q − min q) · 2ε + (1 − ε)
+    s_i    = min(1, c · r_i),   c such that the mean is S
+
+The rises are the column `block_loss:TRIAL`: one evaluation of the calibration text per block and one of the dense
+model. The logarithm is ours: rises differ by orders of magnitude, and without it one sensitive block would make all
+others look alike.
+
+Measured: the best default in 46 of 60 combinations of model, criterion and sparsity, better than uniform in 57.
+
+Limits: it does not know how the errors of blocks that are pruned together interact.
 """
 
 import math
@@ -17,10 +28,10 @@ NOISE = 1e-3  # a rise of the loss by less than a thousandth says nothing
 
 @method(paper="Han et al. 2015, arXiv:1506.02626", needs=lambda trial, **_: (f"block_loss:{trial:g}",))
 def sensitivity(table: Table, target: float, *, epsilon: float = 0.2, trial: float = 0.6) -> dict[str, float]:
-    """q_i = -ln max(rise_i, 0.001);  r_i = min-max of q to [1 - epsilon, 1 + epsilon];  s_i = min(1, c r_i) with mean
-    S.
+    """Return s_i = min(1, c * r_i) for the layers of block i.
 
-    `trial` is the sparsity at which each block was tried alone; near the target is best.
+    `trial` is the sparsity at which each block was tried alone (best near the target); `epsilon` is AlphaPruning's, in
+    [0, 1].
     """
     if not 0 <= epsilon <= 1:
         raise BillhookError(f"epsilon must be in [0, 1], got {epsilon:g} (0 is uniform).")

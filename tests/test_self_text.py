@@ -1,15 +1,19 @@
-"""Text that a model writes itself: drawn from its own distribution, in every family, the same twice, and what it
-refuses."""
+"""Calibration text that a model writes itself: sampled from its own distribution, deterministic, and what is refused."""
+
+import json
 
 import pytest
 import tiny
 import torch
-from command import done, listing, refused, workplace
+from command import done, refused, workplace
 from families import CONFIGS, build
-from safetensors.torch import load_file, safe_open
+from resuming import whole_and_in_parts
 
-from billhook import BillhookError, JobError, allocate, load_calibration, load_model, measure, prune_, write_windows
+from billhook import BillhookError, JobError, allocate, load_calibration, load_model, measure, prune, prune_
 from billhook.store.checkpoint import load_tokenizer
+from billhook.tasks.base import Drawing, Samples
+from billhook.tasks.self_text import save_windows, saved_windows, write_windows
+from billhook.tasks.text_generation import TASK
 
 
 @torch.no_grad()
@@ -89,7 +93,7 @@ def test_documents_that_end_early_cost_no_more_passes() -> None:
     write_windows(model, 4, 100)
     assert len(passes) < 600  # and not 99 for every four documents
     model.config.eos_token_id = list(range(258))
-    with pytest.raises(JobError, match="before it begins"):
+    with pytest.raises(JobError, match="ends every document at once"):
         write_windows(model, 4, 100)
 
 
@@ -110,52 +114,56 @@ def test_what_is_refused() -> None:
         write_windows(model, 1, 8)
 
 
-def test_a_file_of_both_texts_is_read_by_prune(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(workplace(tmp_path))
-    text = ("--calibration", "text.txt", "--samples", 3, "--length", 16)
-    ran = done("write", "model", *text, "--windows", 5, "-o", "both.safetensors", "--json")
-    assert ran.json.items() >= {"samples": 3, "windows": 5, "length": 16, "source": "text.txt"}.items()
-    assert "3 windows of text.txt and 5 windows of 16 tokens that the model wrote" in ran.err
-    tokens = load_file("both.safetensors")["tokens"].long()
-    read = load_calibration("text.txt", load_tokenizer(tmp_path / "model"), samples=3, length=16)
-    assert torch.equal(tokens, torch.cat([read.ids, write_windows(load_model(tmp_path / "model"), 5, 16)]))
-    assert ran.json["digest"] == load_calibration("both.safetensors", None, length=16).digest
-    with safe_open("both.safetensors", "pt") as file:
-        assert '"windows": 5' in file.metadata()["about"]
-    again = (tmp_path / "both.safetensors").read_bytes()
-    done("write", "model", *text, "--windows", 5, "-o", "both.safetensors")
-    assert (tmp_path / "both.safetensors").read_bytes() == again
-    pruned = done(
-        "prune",
-        "model",
-        "--criterion",
-        "admm",
-        "--sparsity",
-        0.5,
-        "--calibration",
-        "both.safetensors",
-        "--output",
-        "out",
-        "--json",
+def samples(model, source: str, **drawing) -> Samples:
+    return TASK.samples(source, model, None, Drawing(**({"samples": 8, "length": 16} | drawing)))
+
+
+def test_windows_of_a_text_come_first_and_the_model_writes_the_rest(tmp_path) -> None:
+    model = load_model(tiny.save(tmp_path / "model"))
+    file = tiny.text_file(tmp_path / "text.txt", 1)  # 79 tokens with its start token: four windows of 16
+    found = samples(model, f"self:{file}", samples=6)
+    given = load_calibration(str(file), load_tokenizer(tmp_path / "model"), samples=4, length=16)
+    ids = torch.cat([given.ids, write_windows(model, 2, 16)])
+    assert torch.equal(found.batch["input_ids"], ids)
+    assert (found.source, found.sampling) == (f"self:{file}", "packed, 2 written by the model")
+    assert torch.equal(samples(model, "self:").batch["input_ids"], write_windows(model, 8, 16))
+    assert torch.equal(
+        samples(model, f"self:{file}", samples=3).batch["input_ids"],
+        samples(model, str(file), samples=3).batch["input_ids"],
     )
-    assert pruned.code == 0
-    many = done("write", "model", "--windows", 130, "--length", 4, "-o", "own.safetensors")
-    assert "--samples 130" in many.err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        (("model", "-o", "own.txt"), "must end in .safetensors"),
-        (("model", "--length", "999", "-o", "own.safetensors"), "context of"),
-        (("model", "-o", "nowhere/own.safetensors"), "does not exist"),
-        (("nowhere", "-o", "own.safetensors"), "no model directory"),
-        (("model", "--calibration", "none.txt", "-o", "own.safetensors"), "no file none.txt"),
-    ],
-)
-def test_mistakes_on_the_command_line(tmp_path, monkeypatch, arguments, match) -> None:
-    place = workplace(tmp_path)
-    monkeypatch.chdir(place)
-    before = listing(place)
-    refused(place, "write", *arguments, match=match)
-    assert listing(place) == before
+def test_windows_that_were_kept_are_read_again(tmp_path) -> None:
+    found = samples(tiny.llama(), "self:")
+    save_windows(tmp_path / "written.safetensors", found)
+    kept = saved_windows(tmp_path / "written.safetensors")
+    assert torch.equal(kept.ids, found.batch["input_ids"])
+    assert (kept.source, kept.digest, kept.sampling) == (found.source, found.digest, found.sampling)
+    tiny.save(tmp_path / "model")
+    with pytest.raises(BillhookError, match="does not hold calibration windows"):
+        saved_windows(tmp_path / "model" / "model.safetensors")
+
+
+def test_a_resumed_run_does_not_write_its_text_again(tmp_path, monkeypatch) -> None:
+    source, calls = tiny.save(tmp_path / "model"), []
+    fields = {"sparsity": 0.5, "calibration": "self:", "samples": 8, "length": 16}
+    whole = prune(source, output=tmp_path / "whole", **fields)
+    assert not list(whole.output.glob("*written*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "billhook.tasks.self_text.write_windows", lambda *a, **k: calls.append(a) or write_windows(*a, **k)
+        )
+        one, other = whole_and_in_parts(source, tmp_path, 2, **fields)
+    assert one == other
+    assert len(calls) == 2  # the whole run and the first part of the other
+
+
+def test_the_source_is_offered_and_used_by_the_command(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(workplace(tmp_path))
+    refused(tmp_path, "prune", "model", "--sparsity", 0.5, "-o", "out", match="--calibration self:")
+    ran = done(
+        "prune", "model", "--sparsity", 0.5, "--calibration", "self:", "--samples", 4, "--length", 16, "-o", "out"
+    )
+    assert ran.code == 0
+    record = json.loads((tmp_path / "out" / "billhook.json").read_text())
+    assert '"self:"' in json.dumps(record)

@@ -1,0 +1,78 @@
+"""Stacks of blocks: the lists of repeated modules that make up a model, such as the decoder layers of a Llama.
+
+Two rules, in this order. Rule A: the innermost ModuleList or Sequential whose items are transformers'
+`GradientCheckpointingLayer` or are named in the model's `_no_split_modules`. Structural rule, for models with code of
+their own: the outermost ModuleList of `num_hidden_layers` modules of one class. What neither rule finds is refused.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from billhook.architectures.config import text_config
+from billhook.errors import BillhookError
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One list of blocks: its name in `model.named_modules()`, and the blocks by their full names, in running order."""
+
+    name: str
+    blocks: Mapping[str, nn.Module]
+
+
+def find_stacks(model: PreTrainedModel) -> list[Stack]:
+    """All stacks of a model, in the order in which the model defines them; an empty list where no rule applies."""
+    found: Mapping[str, nn.ModuleList | nn.Sequential] = _marked_lists(model) or _equal_lists(model)
+    return [Stack(name, {f"{name}.{i}": block for i, block in enumerate(blocks)}) for name, blocks in found.items()]
+
+
+def decoder_stack(model: PreTrainedModel) -> Stack:
+    """The only stack, or among several the one that has the depth of the text decoder.
+
+    Raises BillhookError, naming what was found, where there is no such stack or more than one.
+    """
+    stacks = find_stacks(model)
+    depth = getattr(text_config(model.config), "num_hidden_layers", None)
+    chosen = stacks if len(stacks) == 1 else [stack for stack in stacks if len(stack.blocks) == depth]
+    if len(chosen) != 1:
+        found = ", ".join(f"{stack.name} ({len(stack.blocks)})" for stack in stacks) or "none"
+        raise BillhookError(
+            f"Cannot tell the blocks of {type(model).__name__} (model_type {model.config.model_type!r}): expected one "
+            f"list of {depth} blocks, found {found}. Only models made of one stack of blocks can be pruned."
+        )
+    return chosen[0]
+
+
+def blocks_of(model: PreTrainedModel) -> Mapping[str, nn.Module]:
+    """The blocks that are pruned, by name, in running order; raises BillhookError as `decoder_stack` does."""
+    return decoder_stack(model).blocks
+
+
+def _marked_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList | nn.Sequential]:
+    """Rule A: lists of modules that transformers itself treats as blocks, without those that contain another."""
+    whole = set(getattr(model, "_no_split_modules", None) or ())
+
+    def is_block(module: nn.Module) -> bool:
+        return isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in whole
+
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) and all(map(is_block, module))
+    }
+    return {name: m for name, m in found.items() if not any(other.startswith(f"{name}.") for other in found)}
+
+
+def _equal_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """Structural rule: outermost lists of `num_hidden_layers` modules of one class."""
+    depth = getattr(text_config(model.config), "num_hidden_layers", 0)
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and len({type(m) for m in module}) == 1
+    }
+    return {name: m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)}

@@ -1,0 +1,72 @@
+"""Batches: mappings of keyword arguments, so that a model is called as `model(**batch)`.
+
+Every tensor of a batch has the same number of rows (windows, images), its first dimension. `labels`, where present, are
+what the model should predict: only losses and scores read them, and they are not passed to the model otherwise.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.architectures.config import vocabulary_size
+from billhook.errors import BillhookError
+from billhook.text.windows import check_ids, whole_ids
+
+Batch = Mapping[str, Tensor]
+LABELS = "labels"
+
+
+def as_batches(model: PreTrainedModel, given: Tensor | Batch | Iterable[Tensor | Batch]) -> list[Batch]:
+    """Batches that a caller made, checked; a bare tensor is the model's main input (token ids int64 [windows, length]).
+
+    Raises BillhookError for token ids of a wrong shape or type or outside the model's vocabulary.
+    """
+    several = [given] if isinstance(given, Tensor | Mapping) else list(given)
+    return [_as_batch(model, one) for one in several]
+
+
+def _as_batch(model: PreTrainedModel, one: Tensor | Batch) -> Batch:
+    name = model.main_input_name
+    batch = {name: one} if isinstance(one, Tensor) else dict(one)
+    if name not in batch:
+        raise BillhookError(
+            f"A batch for {type(model).__name__} needs {name!r}; it has {', '.join(batch) or 'nothing'}."
+        )
+    if name == "input_ids":
+        batch[name] = whole_ids(batch[name], "batches")
+        check_ids(batch[name], vocabulary_size(model), "batches")
+    return batch
+
+
+def rows_of(batch: Batch) -> int:
+    """The number of rows of a batch."""
+    return len(next(iter(batch.values())))
+
+
+def select_rows(batch: Batch, index: Tensor | slice) -> Batch:
+    """Some rows of a batch, as a batch."""
+    return {name: value[index] for name, value in batch.items()}
+
+
+def split_rows(batch: Batch, size: int) -> list[Batch]:
+    """A batch in parts of `size` rows (the last one may be smaller)."""
+    return [select_rows(batch, slice(start, start + size)) for start in range(0, rows_of(batch), size)]
+
+
+def join_rows(batches: Iterable[Batch]) -> Batch:
+    """The rows of several batches of the same form, as one batch."""
+    several = list(batches)
+    return {name: torch.cat([batch[name] for batch in several]) for name in several[0]}
+
+
+def main_input(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The tensor that gives a batch its rows and length, [rows, length, ...]."""
+    return batch[model.main_input_name]
+
+
+def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """What to call the model with: the batch without its labels, on the model's device."""
+    return {name: value.to(model.device) for name, value in batch.items() if name != LABELS}

@@ -1,0 +1,53 @@
+"""How far the output of each block is from the dense model's: ||Y - Y_dense||^2 / ||Y_dense||^2.
+
+Errors of early blocks are passed on and amplified by later ones ("error explosion" in ATP, Huang et al. 2025,
+arXiv:2502.14770), so the growth with depth shows what an allocation does. It does not show what an error does to the
+prediction.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.architectures.config import call_options
+from billhook.architectures.stacks import blocks_of
+from billhook.engine.batch import Batch, model_inputs, rows_of, select_rows
+from billhook.engine.capture import evaluating
+
+WINDOWS = 8  # windows compared: their hidden states after every block are in memory at once
+
+
+@torch.no_grad()
+def block_outputs(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
+    """The hidden states after every block, float32 [windows, length, width], for the first `WINDOWS` rows
+    of `batch`."""
+    blocks = blocks_of(model).values()
+    outputs: list[list[Tensor]] = [[] for _ in blocks]
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(module: Any, arguments: Any, result: Any) -> None:
+            outputs[index].append((result[0] if isinstance(result, tuple) else result).float())
+
+        return hook
+
+    handles = [block.register_forward_hook(keep(index)) for index, block in enumerate(blocks)]
+    try:
+        with evaluating(model):
+            for row in range(min(WINDOWS, rows_of(batch))):
+                inputs = model_inputs(model, select_rows(batch, slice(row, row + 1)))
+                model.base_model(**inputs, **call_options(model, base=True))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [torch.cat(parts) for parts in outputs]
+
+
+def block_errors(model: PreTrainedModel, batch: Batch, dense: Sequence[Tensor]) -> list[float]:
+    """The relative squared error of each block's output; `dense` is what `block_outputs` gave for the dense model."""
+    return [
+        float((y - x).square().sum(dtype=torch.float64) / x.square().sum(dtype=torch.float64))
+        for y, x in zip(block_outputs(model, batch), dense, strict=True)
+    ]

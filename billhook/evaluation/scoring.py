@@ -1,0 +1,57 @@
+"""Which predictions are scored: every next token of a language model, or what a task says instead."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from billhook.engine.batch import Batch
+
+IGNORED = -100  # the label of a position that is not scored, as in torch and transformers
+
+
+class Scoring(Protocol):
+    """How token ids become a batch, and logits become scored predictions with labels; `protocol` names it in reports."""
+
+    @property
+    def protocol(self) -> str:
+        """The name of the protocol."""
+        ...
+
+    def batch(self, ids: Tensor) -> Batch:
+        """The model's inputs (and labels) for token ids int64 [windows, length]."""
+        ...
+
+    def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [windows, n, classes] and their labels int64 [windows, n], `IGNORED` where none is scored."""
+        ...
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Every token but the first of a window is predicted from those before it."""
+
+    protocol: ClassVar[str] = "token perplexity over non-overlapping windows"
+
+    def batch(self, ids: Tensor) -> Batch:
+        """The model's inputs for token ids int64 [windows, length]."""
+        return {"input_ids": ids}
+
+    def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [windows, length - 1, vocabulary] and the tokens that they predict."""
+        return logits[:, :-1], batch["input_ids"][:, 1:].to(logits.device)
+
+
+NEXT_TOKEN = NextToken()
+
+
+def scored_rows(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of each window the logits [m, classes] and labels [m] that are scored."""
+    pairs = zip(logits, labels, strict=True)
+    return [(q, y) if bool((kept := y != IGNORED).all()) else (q[kept], y[kept]) for q, y in pairs]
+
+
+def count_scored(labels: Tensor) -> int:
+    """The number of scored predictions."""
+    return int(torch.count_nonzero(labels != IGNORED))

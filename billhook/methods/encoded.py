@@ -1,0 +1,63 @@
+"""What a method returns for a weight: values that can be decoded, and that know whether they are what was planned."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from billhook.errors import JobError
+from billhook.methods.masks import Select
+
+
+class Encoded(Protocol):
+    """A weight as a method leaves it."""
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """The values [out, in] in a dtype: what the next block sees, and what a dense file holds."""
+        ...
+
+    def check(self, stored: Tensor) -> list[str]:
+        """Compare `stored`, the decoded weight [out, in] as it is in the model, with the plan.
+
+        Returns notes for the report; raises JobError where the plan is not met.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """A weight with removed entries set to zero: `values` float32 [out, in], as `select` asked for.
+
+    `zeros_before` counts the zeros that the weight had before. Raises JobError for values that are not finite.
+    """
+
+    values: Tensor
+    select: Select
+    zeros_before: int
+
+    def __post_init__(self) -> None:
+        if not torch.isfinite(self.values.sum()) and not torch.isfinite(self.values).all():  # the sum is a fast test
+            raise JobError(
+                "the new weights are not finite. Use another criterion, or leave the layer out with --ignore."
+            )
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """The values in `dtype`."""
+        return self.values.to(dtype)
+
+    def check(self, stored: Tensor) -> list[str]:
+        """More zeros than planned are possible where weights were zero before, or become zero in float16."""
+        if self.select.rounding == "floor" and self.select.keep_of is None:
+            return []  # the published counts differ from the plan's
+        zeros, planned = count_zeros(stored), self.select.zeros
+        if zeros < planned:
+            raise JobError(f"{zeros} weights are zero where the plan asks for {planned}. The result is not saved.")
+        if zeros == planned:
+            return []
+        return [f"{zeros - planned} more zeros than planned ({self.zeros_before} weights were zero before)"]
+
+
+def count_zeros(weight: Tensor) -> int:
+    """The number of entries that are exactly zero."""
+    return weight.numel() - int(torch.count_nonzero(weight))

@@ -1,0 +1,131 @@
+"""Write a changed model as a directory that stock `transformers` opens.
+
+The weights are written by a sink (`billhook.store.sinks`); every other file of the source (config, tokenizer, generation
+config, code, licence) is copied byte for byte. All of it happens in a temporary directory that takes the output's name at
+the very end (`billhook.store.output`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.modeling_utils import PreTrainedModel
+
+from billhook.errors import JobError
+from billhook.store.files import copy_files, sha256, write_json
+from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, UNFINISHED
+from billhook.store.locate import locate_on_disk
+from billhook.store.output import check_output, staging
+from billhook.store.shards import layer_zeros, read_shard, weight_files
+from billhook.store.sinks import choose_sink
+
+WEIGHTS = frozenset(
+    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .onnx .onnx_data .npz .ot .pkl".split()
+)  # suffixes of files that hold weights
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written: SHA-256 by file name (billhook.json apart), and a note when the layout is not that of the
+    source."""
+
+    path: Path
+    files: dict[str, str]
+    note: str | None
+
+
+def save_pruned(
+    model: PreTrainedModel,
+    source: Path | None,
+    output: Path,
+    *,
+    record: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    publish: Callable[[Path], object] = lambda folder: None,
+) -> Saved:
+    """Write `model`, loaded from the directory `source` (None: built in memory) and changed since, to `output`.
+
+    `record` becomes billhook.json: `files` (checksums) is added, and each of its `layers`, which name a parameter in
+    memory (`tensor`, `index`, `transposed`), gets its place on disk instead (`billhook.store.locate`). `texts` are
+    further files by name. `publish` is called with the directory once the record is in it, to add files made from the
+    record (`billhook.reports.publishing.publish`). Raises what `check_output` raises, JobError when writing fails or a
+    value does not fit the dtype on disk.
+    """
+    needed = (
+        sum(file.stat().st_size for file in weight_files(source))
+        if source
+        else sum(p.nbytes for p in model.parameters())
+    )
+    output = check_output(output, source, overwrite=overwrite, needed=needed)
+    with staging(output, needed) as folder:
+        sink, note = choose_sink(model, source)
+        sink.write_all(folder)
+        files = complete(model, source, folder, record, texts, publish=publish)
+    return Saved(output, files, note)
+
+
+def complete(
+    model: PreTrainedModel,
+    source: Path | None,
+    folder: Path,
+    record: Mapping[str, Any] | None,
+    texts: Mapping[str, str] | None = None,
+    *,
+    publish: Callable[[Path], object] = lambda folder: None,
+) -> dict[str, str]:
+    """Add to the weights in `folder` all other files of `source`, `texts`, billhook.json and what `publish` writes;
+    returns the checksums.
+
+    See `save_pruned`.
+    """
+    if source is not None:
+        copy_files(source, folder, _is_kept)  # in place of what `save_pretrained` may have written under the same names
+    for name, text in (texts or {}).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    files = checksums(folder)
+    if record is not None:
+        layers = _found_on_disk(model, record.get("layers", {}), folder)
+        write_json(folder / RECORD, {**record, "layers": layers, "files": files})
+        publish(folder)
+    return files
+
+
+def _found_on_disk(
+    model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]], folder: Path
+) -> dict[str, dict[str, Any]]:
+    """The layers of billhook.json with their places on disk, their zeros counted there; raises JobError when some are
+    lost."""
+    shards = [read_shard(file) for file in weight_files(folder)]
+    where = locate_on_disk(model, layers, {name for shard in shards for name in shard.entries})
+    found = {}
+    for name, facts in layers.items():
+        kept = {key: value for key, value in facts.items() if key not in ("tensor", "index", "transposed")}
+        parts = layer_zeros(where[name], facts["shape"], shards)
+        zeros = facts["zeros"] if parts is None else sum(int(part.sum()) for part in parts)
+        if zeros < facts["zeros"]:
+            raise JobError(f"{name} has {zeros} zeros in the files written where the model has {facts['zeros']}.")
+        if zeros > facts["zeros"]:
+            kept["notes"] = [
+                *facts.get("notes", ()),
+                f"{zeros - facts['zeros']} weights became zero in the dtype on disk",
+            ]
+        found[name] = {**kept, "zeros": zeros, **where[name]}
+    return found
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file under `directory` except those about itself or an unfinished run, by path relative to it,
+    in order of name."""
+    files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    files = [
+        name for name in files if name not in (RECORD, UNFINISHED, REPORT, CARD, PAGE) and not name.endswith(GRADIENTS)
+    ]
+    return {name: sha256(directory / name) for name in files}
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether a file of the source holds no weights and tells of no earlier run; `path` is relative to the source."""
+    weights = path.suffix in WEIGHTS or path.name.endswith(".index.json")
+    return not (weights or path.name.startswith(".") or path.name in (RECORD, UNFINISHED, REPORT, PAGE))

@@ -1,0 +1,78 @@
+"""What a task is: which class opens a model, what its inputs are, and what its predictions are scored against."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from billhook.engine.batch import Batch, rows_of
+from billhook.evaluation.scoring import Scoring
+from billhook.text.windows import Windows
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How calibration samples are drawn: `samples` windows of `length` tokens (None: by the model's context), with a
+    seed. `sampling` is "packed" or "papers" (`billhook.text.windows`)."""
+
+    samples: int = 128
+    length: int | None = None
+    seed: int = 0
+    sampling: str = "packed"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs drawn from a SOURCE, one row each, and what identifies them; `digest` is a SHA-256 of the values."""
+
+    batch: Batch
+    source: str
+    digest: str
+    sampling: str
+
+    def __len__(self) -> int:
+        return rows_of(self.batch)
+
+
+class Task(Scoring, Protocol):
+    """One kind of model, named as the pipeline of transformers is.
+
+    `auto_class` is the Auto class of transformers that opens the model.
+    """
+
+    name: str
+    auto_class: str
+
+    def samples(
+        self,
+        source: Any,
+        model: PreTrainedModel,
+        home: Path | None,
+        drawing: Drawing,
+        *,
+        trust_remote_code: bool = False,
+        progress: Progress = lambda step: None,
+    ) -> Samples:
+        """Draw calibration samples from a SOURCE; `home` is the model's directory, which holds its processor."""
+        ...
+
+    def evaluation(
+        self,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        model: PreTrainedModel,
+        length: int,
+        limit: int | None = None,
+    ) -> tuple[Windows, Scoring]:
+        """Windows of `length` tokens of a SOURCE, at most `limit` of them, and how they are scored."""
+        ...
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """The model's own training loss on a batch, a scalar, in evaluation mode."""
+        ...

@@ -1,0 +1,120 @@
+"""fill-mask: encoders such as BERT, scored by the tokens at masked positions.
+
+A window is [CLS], tokens of the text, [SEP]. Of its tokens 15 % (BERT, Devlin et al. 2019, arXiv:1810.04805), chosen with
+a fixed seed, are replaced by the mask token and are what the model should predict; all other positions have the label
+-100. Without a tokenizer (token ids given as a tensor for a model in memory) nothing is masked, which is enough for
+criteria that only look at activations.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from billhook.architectures.config import call_options, vocabulary_size
+from billhook.engine.batch import LABELS, Batch, model_inputs
+from billhook.errors import BillhookError
+from billhook.evaluation.scoring import IGNORED, Scoring
+from billhook.tasks.base import Drawing, Progress, Samples
+from billhook.tasks.token_windows import as_tensor, drawn_windows, given_windows, tokenizer_of
+from billhook.text.windows import Windows, load_windows
+
+MASKED = 0.15
+
+
+@dataclass(frozen=True)
+class FillMask:
+    """A batch is {"input_ids": ids with mask tokens, "labels": the tokens at masked positions, -100 elsewhere}."""
+
+    protocol: ClassVar[str] = "perplexity of masked tokens (15 %, fixed seed) over non-overlapping windows"
+    name: str = "fill-mask"
+    auto_class: str = "AutoModelForMaskedLM"
+    mask_token: int | None = None
+    special: frozenset[int] = frozenset()
+
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> "FillMask":
+        """The task with the special tokens of a tokenizer."""
+        if tokenizer is None or tokenizer.mask_token_id is None:
+            return self
+        return replace(self, mask_token=tokenizer.mask_token_id, special=frozenset(tokenizer.all_special_ids))
+
+    def samples(
+        self,
+        source: Any,
+        model: PreTrainedModel,
+        home: Path | None,
+        drawing: Drawing,
+        *,
+        trust_remote_code: bool = False,
+        progress: Progress = lambda step: None,
+    ) -> Samples:
+        """Masked token windows of a SOURCE (`billhook.text.windows`)."""
+        tokenizer = tokenizer_of(model, home, trust_remote_code=trust_remote_code)
+        task = self.with_tokenizer(tokenizer)
+        if as_tensor(source) is not None:
+            tokens = given_windows(source, model)
+            return Samples(task.batch(tokens.ids), tokens.source, tokens.digest, tokens.sampling)
+        tokens = drawn_windows(str(source), tokenizer, model, drawing, reserved=2)
+        return Samples(task.batch(_framed(tokens.ids, tokenizer)), tokens.source, tokens.digest, tokens.sampling)
+
+    def batch(self, ids: Tensor) -> Batch:
+        """Inputs and labels for token ids int64 [windows, length]; the ids alone where there is no mask token."""
+        if self.mask_token is None:
+            return {"input_ids": ids}
+        allowed = ~torch.isin(ids, torch.tensor(sorted(self.special), dtype=ids.dtype))
+        chosen = (torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < MASKED) & allowed
+        labels = torch.where(chosen, ids, IGNORED)
+        return {"input_ids": torch.where(chosen, self.mask_token, ids), LABELS: labels}
+
+    def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """All logits [windows, length, vocabulary] and the labels."""
+        return logits, self._labels(batch)
+
+    def evaluation(
+        self,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        model: PreTrainedModel,
+        length: int,
+        limit: int | None = None,
+    ) -> tuple[Windows, Scoring]:
+        """Non-overlapping windows of a SOURCE between [CLS] and [SEP], and how their masked tokens are scored.
+
+        Raises BillhookError for a tokenizer without a mask token: nothing could be scored.
+        """
+        task = self.with_tokenizer(tokenizer)
+        if tokenizer is None or task.mask_token is None:
+            raise BillhookError("Masked tokens cannot be scored: the model has no tokenizer with a mask token.")
+        vocabulary = vocabulary_size(model)
+        windows = load_windows(source, tokenizer, length=length - 2, limit=limit, vocab_size=vocabulary)
+        ids = _framed(windows.ids, tokenizer)
+        return replace(windows, ids=ids, text_bytes=None), task
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """The mean negative log-likelihood of the masked tokens, by the model's own loss function."""
+        labels = self._labels(batch).to(model.device)
+        loss: Tensor = model(**model_inputs(model, batch), labels=labels, **call_options(model)).loss
+        return loss
+
+    def _labels(self, batch: Batch) -> Tensor:
+        if LABELS not in batch:
+            raise BillhookError(
+                "Nothing is masked in this text, so a loss does not exist: the model needs a tokenizer."
+            )
+        return batch[LABELS]
+
+
+def _framed(ids: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """Windows between the tokens that begin and end a text for this tokenizer, as far as it has such tokens."""
+    assert tokenizer is not None
+    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    if first is None or last is None:
+        return ids
+    return torch.cat([torch.full((len(ids), 1), first), ids, torch.full((len(ids), 1), last)], 1)
+
+
+TASK = FillMask()

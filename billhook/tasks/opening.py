@@ -1,0 +1,52 @@
+"""Open a model directory by the task that its configuration names."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from billhook.errors import BillhookError
+from billhook.store.checkpoint import class_names, load, read_config, resolve
+from billhook.tasks import TASKS
+from billhook.tasks.base import Task
+
+
+def tasks() -> list[Task]:
+    """All tasks."""
+    return [TASKS.get(name) for name in TASKS.names()]  # type: ignore[misc]
+
+
+def task_of(model: PreTrainedModel) -> Task:
+    """The task of a model in memory, from its class; raises BillhookError for a class of no task."""
+    return _named(type(model).__name__, [type(model).__name__], model.config.to_dict())
+
+
+def task_of_config(path: Path, config: dict[str, Any]) -> Task:
+    """The task of a model directory, from its config.json; raises BillhookError, naming the directory, for no task."""
+    return _named(str(path), config.get("architectures") or [], config)
+
+
+def _named(who: str, classes: list[str], config: dict[str, Any]) -> Task:
+    own_code = config.get("auto_map") or {}
+    for task in tasks():
+        known = class_names(task.auto_class)
+        by_class = {name for names in known.values() for name in names}.intersection(classes)
+        by_type = not classes and config.get("model_type") in known
+        if (by_class or by_type or task.auto_class in own_code) and not config.get("is_encoder_decoder"):
+            return task
+    kind = ", ".join(classes) or config.get("model_type", "a model without a type")
+    raise BillhookError(f"{who} is {kind}: only models for {' and '.join(TASKS.names())} can be pruned.")
+
+
+def load_model(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a model directory (or hub name) in evaluation mode, by the class that its configuration names.
+
+    `dtype` "auto" keeps the checkpoint's own. Raises BillhookError for a model of no task, and where tensors are
+    missing, left over, or of another shape than the configuration says.
+    """
+    path = resolve(path)
+    task = task_of_config(path, read_config(path))
+    return load(path, task.auto_class, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -1,0 +1,107 @@
+"""How calibration windows are drawn from documents: packed, or as in the published code."""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from billhook.errors import BillhookError
+
+POOL = 4  # packed: tokens to choose from, as a multiple of those needed
+_MISSES = 256  # papers: draws in a row without a long enough document before checking whether there is one
+_BATCH = 64  # documents tokenised at once
+
+
+def papers(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, shape: tuple[int, int], rng: random.Random, source: str
+) -> Tensor:
+    """Windows int64 [samples, length] drawn as in the published code of Wanda, SparseGPT, GBLM, AlphaPruning and ATP.
+
+    Raises BillhookError where no document is longer than a window.
+    """
+    samples, length = shape
+    cache: dict[int, list[int]] = {}
+
+    def encoded(index: int) -> list[int]:
+        if index not in cache:
+            cache[index] = _encode(tokenizer, [texts[index]])[0]
+        return cache[index]
+
+    rows: list[list[int]] = []
+    misses, exists = 0, False
+    while len(rows) < samples:
+        ids = encoded(rng.randint(0, len(texts) - 1))
+        if len(ids) > length:
+            start = rng.randint(0, len(ids) - length - 1)
+            rows.append(ids[start : start + length])
+            misses = 0
+            continue
+        misses += 1
+        if misses >= _MISSES and not exists:
+            exists = any(len(encoded(index)) > length for index in range(len(texts)))
+            if not exists:
+                longest = max(map(len, cache.values()))
+                raise BillhookError(
+                    f"No document of {source} is longer than {length} tokens ({len(texts)} documents, the "
+                    f"longest has {longest}): "
+                    "use a smaller --length or --sampling packed."
+                )
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def packed(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    shape: tuple[int, int],
+    rng: random.Random,
+    source: str,
+    *,
+    fewer: bool = False,
+) -> Tensor:
+    """Windows int64 [samples, length] of documents in random order, each after a BOS (else EOS) token, without overlap.
+
+    `shape` is (samples, length). With `fewer`, a text that is too short gives as many windows as it holds. Raises
+    BillhookError for a text that is too short.
+    """
+    samples, length = shape
+    if isinstance(texts, Sequence):
+        texts = [texts[index] for index in rng.sample(range(len(texts)), len(texts))]
+    start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)
+    pool: list[int] = []
+    count = 0
+    for batch in _batches(texts):
+        for ids in _encode(tokenizer, batch, add_special_tokens=False):
+            pool += ids if start is None else [start, *ids]
+            count += 1
+        if len(pool) >= POOL * samples * length:
+            break
+    samples = min(samples, max(len(pool) // length, 1)) if fewer else samples
+    if len(pool) < samples * length:
+        raise BillhookError(
+            f"{source} is too short: {samples} windows of {length} need {samples * length} tokens, it has {len(pool)} "
+            f"in {count} document{'s' if count != 1 else ''}. Give more text, or smaller --samples or --length."
+        )
+    chosen = rng.sample(range(len(pool) // length), samples)
+    return torch.tensor([pool[i * length : (i + 1) * length] for i in chosen], dtype=torch.int64)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
+    # verbose=False: a text longer than the model's context is no mistake here, it is cut into windows.
+    found: list[list[int]] = (
+        tokenizer(texts, verbose=False, return_attention_mask=False, **options)["input_ids"] if texts else []
+    )
+    return found
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
