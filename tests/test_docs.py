@@ -83,6 +83,7 @@ def test_the_methods_of_the_guide_are_short_pages(tmp_path: Path) -> None:
         assert re.match(r'"""[A-Z]\w+: .*\.\n', code)
 
 
+@pytest.mark.slow
 def test_the_plugin_of_the_guide_is_found_once_it_is_installed(playground: Path) -> None:
     guide = ROOT / "docs" / "add_a_method.md"
     (module,), (project,), (commands,) = (

@@ -3,9 +3,11 @@
 import ast
 import inspect
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import command_page
+import field_tables
 import make_docs
 import method_pages
 import page_parts
@@ -105,3 +107,60 @@ def test_other_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_bars_in_cells_do_not_break_a_table() -> None:
     assert page_parts.table(["a"], [["|W|"]]) == "| a |\n| --- |\n| \\|W\\| |"
+
+
+@dataclass
+class Inner:
+    """An entry.
+
+    * `size`: bytes.
+    """
+
+    size: int
+
+
+@dataclass
+class Outer:
+    """An example.
+
+    * `version` (integer): 3.
+    * `name`: what it is called;
+      on two lines.
+    * `score`: may be missing.
+    * `entries`: replaced by the rows of their own class.
+    * `extra.*` (any, optional): a path.
+    """
+
+    name: str
+    score: float | None = None
+    entries: list[Inner] = field(default_factory=list)
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+def test_field_tables_come_from_the_bullets_of_dataclasses() -> None:
+    parts = [("", f"{__name__}:Outer"), ("entries[].", f"{__name__}:Inner")]
+    assert field_tables.rows(parts) == [
+        ["`version`", "integer", "3."],
+        ["`name`", "string", "what it is called; on two lines."],
+        ["`score`", "number or null", "may be missing."],
+        ["`extra.*`", "any, optional", "a path."],
+        ["`entries[].size`", "integer", "bytes."],
+    ]
+    page = "text\n\n<!-- fields: x -->\n| old |\n\nmore\n"
+    made = field_tables.filled(page, {"x": parts[1:]})
+    assert made == (
+        "text\n\n<!-- fields: x -->\n| field | type | meaning |\n| --- | --- | --- |\n"
+        "| `entries[].size` | integer | bytes. |\n\nmore\n"
+    )
+
+
+def test_a_field_without_a_bullet_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Inner, "__doc__", "Nothing.")
+    with pytest.raises(AssertionError, match="does not document size"):
+        field_tables.fields(f"{__name__}:Inner")
+
+
+def test_every_documented_table_has_a_place_in_the_pages() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in (make_docs.DOCS / "formats").glob("*.md"))
+    for name in field_tables.DOCUMENTED:
+        assert text.count(f"<!-- fields: {name} -->") == 1, name

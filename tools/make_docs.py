@@ -1,4 +1,4 @@
-"""Write the generated pages of docs/: cli.md from the commands, methods/ from the registries.
+"""Write the generated pages of docs/: cli.md from the commands, methods/ from the registries, tables in formats/.
 
 python tools/make_docs.py            write them
 python tools/make_docs.py --check    write nothing; exit 1 and name the pages that are not up to date
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import command_page
+import field_tables
 import method_pages
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -43,7 +44,9 @@ def _holds(path: Path, text: str) -> bool:
 
 def pages() -> dict[str, str]:
     """File name below docs/ -> content of each generated page."""
-    return {"cli.md": command_page.page()} | {f"methods/{name}": text for name, text in method_pages.pages().items()}
+    found = {"cli.md": command_page.page()}
+    found |= {f"methods/{name}": text for name, text in method_pages.pages().items()}
+    return found | {f"formats/{name}": text for name, text in field_tables.pages(DOCS / "formats").items()}
 
 
 if __name__ == "__main__":
