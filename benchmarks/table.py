@@ -7,8 +7,8 @@ FOLDER holds `models/NAME` and `text/FILE` as named in `MODELS`; missing models 
 split as in `billhook search`: one half gives statistics, gradients and table (once for each model), the other the loss
 by which hyperparameters are chosen; perplexity is measured on windows spread over another text. A searched
 hyperparameter is the best of nine cheap trials, confirmed against uniform by full runs: where uniform wins, the cell is
-uniform's. Trials with Wanda are used for SparseGPT too. Every cell is written to the journal (build/table.jsonl) when it
-is finished: an interrupted run continues from there, and one with nothing left to do only writes the Markdown tables.
+uniform's. Trials with Wanda are used for SparseGPT too. Every cell is written to the journal (build/table.jsonl) when
+it is finished: an interrupted run continues from there, and one with nothing left to do only writes the tables.
 """
 
 import argparse
