@@ -1,16 +1,14 @@
-"""Perplexity after pruning with every allocator x criterion x sparsity, with the default knob and with the searched
-one.
+"""Perplexity after pruning with every allocator x criterion x sparsity, with default and with searched hyperparameters.
 
-    python benchmarks/table.py                                    the bundled model, on the standard library of Python
-    python benchmarks/table.py --folder FOLDER --journal table.jsonl --write docs/allocator_comparison.md
+    python benchmarks/table.py                               the bundled model, on the standard library of Python
+    python benchmarks/table.py --folder FOLDER --write docs/allocator_comparison.md
 
-FOLDER holds `models/NAME` and `text/FILE` as named in `MODELS`; a model that is not there is skipped by name. The
-calibration windows are split by `billhook search`'s own rule: one half gives statistics, gradients and table (once a
-model), the other the loss that knobs are chosen by; perplexity is that of windows spread over another text. A searched
-knob is what `billhook search --allocator NAME` finds in nine cheap trials, confirmed against uniform by full runs:
-where uniform wins, the cell is uniform's. Trials of Wanda stand in for those of SparseGPT, as in a search. Every cell
-is noted in the journal at once: a run that was stopped goes on there, and one with nothing left to do only writes the
-Markdown tables.
+FOLDER holds `models/NAME` and `text/FILE` as named in `MODELS`; missing models are skipped. The calibration windows are
+split as in `billhook search`: one half gives statistics, gradients and table (once for each model), the other the loss
+by which hyperparameters are chosen; perplexity is measured on windows spread over another text. A searched
+hyperparameter is the best of nine cheap trials, confirmed against uniform by full runs: where uniform wins, the cell is
+uniform's. Trials with Wanda are used for SparseGPT too. Every cell is written to the journal (build/table.jsonl) when
+it is finished: an interrupted run continues from there, and one with nothing left to do only writes the tables.
 """
 
 import argparse

@@ -165,7 +165,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
         ticks = [m * 10.0**d for d in decades for m in parts if low <= m * 10.0**d * 1.0001 <= high * 1.0002]
         if len(ticks) >= 3:
             return ticks[:: math.ceil(len(ticks) / 8)]
-    return _ticks(low, high, _step((high - low) / 4, False))
+    return _ticks(low, high, _step((high - low) / 6, False))
 
 
 def axes(xs: Scale, ys: Scale, x: Axis, y: Axis) -> list[str]:
