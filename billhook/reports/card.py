@@ -190,7 +190,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _made(report: Mapping[str, Any]) -> list[str]:
     asked, papers, text = report["asked"], report["papers"], report["calibration"]
-    lines = [f"* Which weights: `{asked['criterion']}`{_options(asked['criterion_options'])}. {papers['criterion']}."]
+    lines = [f"* Step {number}: {line}." for number, line in enumerate(report.get("steps", ()), start=1)]
+    lines += [f"* Which weights: `{asked['criterion']}`{_options(asked['criterion_options'])}. {papers['criterion']}."]
     lines.append(
         f"* How many in each layer: `{asked['allocator']}`{_options(asked['allocator_options'])}. "
         f"{papers['allocator'] or 'Own plan'}."

@@ -98,6 +98,7 @@ def _options(options: Mapping[str, Any]) -> str:
 def _provenance(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     model, asked = report["model"], report["asked"]
     rows = [("model", f"{model['name']} ({model['type']})"), ("its digest", model["digest"] or "in memory, unknown")]
+    rows += [(f"step {number}", line) for number, line in enumerate(report.get("steps", ()), start=1)]
     text = report["calibration"]
     if text:
         rows += [(f"calibration {key}", str(value)) for key, value in text.items()]

@@ -29,8 +29,10 @@ from billhook.steps.state import check_place
 from billhook.store.checkpoint import check_directory, load_model, load_tokenizer, model_digest, resolve
 from billhook.store.files import sha256
 from billhook.store.output import check_output
+from billhook.store.record import Record, history
 from billhook.store.shards import read_shard
 from billhook.store.sinks import mismatch
+from billhook.text.corpus import source_name
 from billhook.text.windows import Tokens, check_ids, digest, load_calibration, whole_ids
 
 TOKENS_A_BATCH = 4096  # enough rows to keep a matrix product busy
@@ -85,6 +87,11 @@ class Opened:
     def facts(self) -> dict[str, Any]:
         """`model_facts` of what was opened; reading the files for the digest takes time, so it is done once."""
         return model_facts(self.source, self.model)
+
+    @cached_property
+    def history(self) -> Record | None:
+        """The record of what was done to the model before, None where there is none."""
+        return None if self.source is None else history(self.source)
 
 
 def open_request(request: Request, needs_text: bool, who: str, *, streamed: bool = False) -> Opened:
@@ -200,7 +207,7 @@ def calibration_facts(opened: Opened) -> dict[str, Any]:
     tokens = opened.calibration
     assert tokens is not None
     samples, length = tokens.ids.shape
-    identity = {"source": tokens.source, "digest": tokens.digest, "sampling": tokens.sampling}
+    identity = {"source": source_name(tokens.source), "digest": tokens.digest, "sampling": tokens.sampling}
     return identity | {"samples": samples, "length": length, "batch_size": len(opened.batches[0])}
 
 
@@ -237,6 +244,7 @@ def identity(
         "version": f"{VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
         "processes": world(),
         "model": opened.facts["digest"],
+        "history": None if opened.history is None else _json_digest(opened.history.to_json()),
         **{key: getattr(request, key) for key in same},
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
