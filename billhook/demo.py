@@ -24,9 +24,8 @@ from billhook.steps.prune import Job, prune_, run
 from billhook.steps.request import Opened, Request, open_request
 from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_tokenizer, quiet
-from billhook.store.files import read_json
-from billhook.store.layout import RECORD
 from billhook.store.output import check_output
+from billhook.store.record import history
 from billhook.text.windows import load_windows
 
 MODEL = Path(__file__).parent / "demo_model"
@@ -127,12 +126,8 @@ def _is_demo(output: Path) -> bool:
     else."""
     if not output.is_dir() or not any(output.iterdir()):
         return False
-    made_by = read_json(output / RECORD, "record").get("made_by") if (output / RECORD).is_file() else None
-    if (
-        isinstance(made_by, dict)
-        and isinstance(made_by.get("model"), dict)
-        and made_by["model"].get("name") == MODEL.name
-    ):
+    record = history(output)
+    if record is not None and record.steps[0].model.get("name") == MODEL.name:
         return True
     raise BillhookError(f"The output {output} is not empty and holds no earlier demo: choose another with --output.")
 

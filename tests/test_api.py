@@ -29,7 +29,7 @@ def test_one_call_prunes_in_place(model):
     assert report.output is None
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
     assert report.to_json()["layers"][Q]["zeros"] == 512
-    assert report.record["made_by"]["calibration"]["source"] == "given as a tensor"
+    assert report.record["steps"][0]["made_by"]["calibration"]["source"] == "given as a tensor"
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -50,7 +50,7 @@ def test_a_model_that_was_loaded_finds_its_tokenizer(tmp_path):
     by_path = billhook.prune(
         tmp_path / "model", sparsity=0.5, calibration=str(tmp_path / "text.txt"), samples=4, length=32
     )
-    digests = {report.record["made_by"]["calibration"]["digest"] for report in (by_object, by_path)}
+    digests = {report.record["steps"][0]["made_by"]["calibration"]["digest"] for report in (by_object, by_path)}
     assert len(digests) == 1
 
 
@@ -104,11 +104,13 @@ def test_options_of_methods_are_keywords(model):
 def test_a_target_alone_may_be_a_string(model):
     report = billhook.prune(model, sparsity=0.5, criterion="magnitude", targets="re:.*q_proj", ignore="model.layers.1")
     assert [layer.layer for layer in report.layers] == [Q]
-    assert report.record["made_by"]["targets"] == ["re:.*q_proj"]
+    assert report.record["steps"][0]["made_by"]["targets"] == ["re:.*q_proj"]
 
 
 def test_magnitude_needs_no_text(model):
-    assert billhook.prune(model, sparsity=0.5, criterion="magnitude").record["made_by"]["calibration"] is None
+    assert (
+        billhook.prune(model, sparsity=0.5, criterion="magnitude").record["steps"][0]["made_by"]["calibration"] is None
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -154,7 +154,7 @@ def test_verify_fails_on_a_difference(place, tmp_path):
     done("prune", place / "model", "-o", tmp_path / "pruned", "--sparsity", "0.5", "--criterion", "magnitude")
     good = done("verify", tmp_path / "pruned", "--json")
     assert good.json["ok"]
-    assert "verified, 14 layers, 9,216 zeros of 18,432 weights" in good.err
+    assert "verified, 1 step, 14 layers, 9,216 zeros of 18,432 weights" in good.err
     (tmp_path / "pruned" / "config.json").write_text("{}")
     bad = billhook("verify", tmp_path / "pruned", "--json")
     assert bad.code == 1

@@ -237,7 +237,7 @@ def test_files_and_outputs_have_exactly_the_documented_fields(playground: Path) 
     check_fields("prune --json", run("prune", model, "--plan", "plan.json", *TEXT, "-o", "pruned"))
     record = json.loads(Path("pruned/billhook.json").read_text(encoding="utf-8"))
     check_fields("billhook.json", record)
-    check_fields("plan.json", record["plan"])
+    check_fields("plan.json", record["steps"][0]["plan"])
     run("prune", model, "--sparsity", "0.5", "--criterion", "magnitude", "-o", "by-magnitude")
     check_fields("billhook.json", json.loads(Path("by-magnitude/billhook.json").read_text(encoding="utf-8")))
     check_fields(

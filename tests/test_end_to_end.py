@@ -62,7 +62,7 @@ def test_the_whole_chain(place, tmp_path):
     assert made == json.loads(plan.read_text())
     report = prune(place, output, "--plan", str(plan), "--criterion", "wanda")
     assert report["sparsity"] == pytest.approx(0.6, abs=1e-4)
-    assert {name: layer["planned"] for name, layer in report["layers"].items()} == made["sparsity"]
+    assert {name: layer["planned"] for name, layer in report["layers"].items()} == made["weights"]
     assert report["warnings"] == []
     verified = done("verify", output, "--json").json
     assert verified["ok"]
@@ -74,8 +74,9 @@ def test_the_whole_chain(place, tmp_path):
     assert before["token_ppl"] != after["token_ppl"]
     assert after["bits_per_byte"] > 0
     record = json.loads((output / "billhook.json").read_text())
-    assert record["plan"] == made
-    assert record["made_by"]["papers"] == {"criterion": CRITERIA.paper("wanda"), "allocator": ALLOCATORS.paper("owl")}
+    (step,) = record["steps"]
+    assert step["plan"] == made
+    assert step["made_by"]["papers"] == {"criterion": CRITERIA.paper("wanda"), "allocator": ALLOCATORS.paper("owl")}
 
 
 def test_a_plan_in_one_step_is_the_plan_in_two(place, tmp_path):
@@ -230,7 +231,9 @@ def test_floor_counts_as_published(place, tmp_path):
 def test_an_output_is_replaced_when_told(place, tmp_path):
     prune(place, tmp_path / "pruned", "--criterion", "magnitude", "--sparsity", "0.2")
     prune(place, tmp_path / "pruned", "--criterion", "magnitude", "--sparsity", "0.4", "--overwrite")
-    assert json.loads((tmp_path / "pruned" / "billhook.json").read_text())["plan"]["target"] == 0.4
+    assert json.loads((tmp_path / "pruned" / "billhook.json").read_text())["steps"][0]["plan"]["budget"] == {
+        "sparsity": 0.4
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 
 
@@ -256,8 +259,8 @@ def test_a_plan_for_other_weights_is_used_and_noted_but_a_table_refused(place, t
     assert not (tmp_path / "pruned").exists()
     done("plan", table, "--allocator", "alphapruning", "--sparsity", "0.5", "-o", plan)
     done("prune", place / "model", "--plan", plan, "--criterion", "magnitude", "-o", tmp_path / "pruned")
-    report = json.loads((tmp_path / "pruned" / "billhook.json").read_text())
-    assert report["warnings"] == ["The plan was made for the weights of cousin, which are not those of model."]
+    (step,) = json.loads((tmp_path / "pruned" / "billhook.json").read_text())["steps"]
+    assert step["warnings"] == ["The plan was made for the weights of cousin, which are not those of model."]
 
 
 def test_a_table_of_the_whole_model_serves_for_a_part(place, tmp_path):
@@ -305,7 +308,7 @@ def test_tokens_of_a_file_are_used_as_they_are(place, tmp_path):
 
     save_file({"tokens": IDS.int()}, tmp_path / "tokens.safetensors")
     prune(place, tmp_path / "pruned", "--calibration", str(tmp_path / "tokens.safetensors"))
-    facts = json.loads((tmp_path / "pruned" / "billhook.json").read_text())["made_by"]["calibration"]
+    facts = json.loads((tmp_path / "pruned" / "billhook.json").read_text())["steps"][0]["made_by"]["calibration"]
     assert (facts["samples"], facts["length"], facts["sampling"]) == (2, 24, "as given")
 
 

@@ -235,7 +235,8 @@ def test_given_gradients_prune_like_computed_ones(folder: Path, tmp_path: Path) 
         assert result.exit_code == 0, result.output
     computed, given = (load_file(tmp_path / name / "model.safetensors") for name in ("computed", "given"))
     assert all(torch.equal(computed[name], given[name]) for name in computed)
-    record = json.loads((tmp_path / "given" / "billhook.json").read_text(encoding="utf-8"))["made_by"]["gradients"]
+    record = json.loads((tmp_path / "given" / "billhook.json").read_text(encoding="utf-8"))
+    record = record["steps"][0]["made_by"]["gradients"]
     assert record["statistic"] == "gradient_l1"
     assert record["calibration"]["samples"] == 4
 

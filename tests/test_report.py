@@ -185,7 +185,7 @@ def test_names_cannot_break_out_of_the_page(pruned):
         (lambda d: (d / "report.json").write_text("{"), "not valid json"),
         (lambda d: (d / "report.json").write_text('{"version": 9}'), "not a report of version 1"),
         (lambda d: (d / "report.json").write_text('{"version": 1, "asked": []}'), "is damaged"),
-        (lambda d: ((d / "report.json").unlink(), (d / "billhook.json").write_text('{"plan": {}}')), "is damaged"),
+        (lambda d: ((d / "report.json").unlink(), (d / "billhook.json").write_text('{"plan": {}}')), "not a record"),
         (lambda d: shutil.rmtree(d), "There is no directory"),
     ],
 )

@@ -23,6 +23,7 @@ from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_model, load_tokenizer, quiet
 from billhook.store.directory import save_pruned
 from billhook.store.output import check_output
+from billhook.store.record import Step, append_step
 
 
 def prune_at_random(model, sparsity: float = 0.5, pattern: str = "unstructured") -> dict:
@@ -43,7 +44,7 @@ def prune_at_random(model, sparsity: float = 0.5, pattern: str = "unstructured")
         parameter = f"{layer.name}.weight" if layer.expert is None else layer.name.rpartition(".")[0]
         facts[layer.name] = {"shape": list(layer.shape), "sparsity": sparsity, "zeros": int((weight == 0).sum())}
         facts[layer.name] |= {"tensor": parameter, "index": layer.expert, "transposed": layer.transposed}
-    return {"version": 1, "billhook": "test", "plan": plan.to_json(), "layers": facts, "made_by": {}}
+    return append_step(None, Step("prune", plan.to_json(), {}, {}), facts).to_json()
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -234,10 +234,11 @@ def test_the_model_written_is_the_one_scored(finalists: int, tmp_path: Path):
     result = search(model, 0.5, finalists=finalists, **fields)
     assert result.model == out / "model"
     record = json.loads((out / "model" / "billhook.json").read_text())
-    assert record["plan"] == json.loads((out / "plan.json").read_text())
+    (step,) = record["steps"]
+    assert step["plan"] == json.loads((out / "plan.json").read_text())
     halves = result.record["identity"]["calibration"]
-    assert record["made_by"]["calibration"]["digest"] == halves["calibration"]["digest"]
-    assert record["made_by"]["search"]["heldout"] == halves["heldout"]
+    assert step["made_by"]["calibration"]["digest"] == halves["calibration"]["digest"]
+    assert step["made_by"]["search"]["heldout"] == halves["heldout"]
     task = Task(Request(out / "model", 0.5, calibration=text, samples=8, length=32), ("atp",), "kl", False)
     task.bench.trial(allocate(task.table, 0.0))
     assert task.bench.losses(0, 4).nll == pytest.approx(result.best.nll, abs=1e-5)
@@ -251,7 +252,9 @@ def test_the_model_of_another_search_is_replaced_though_its_plan_is_the_same(tmp
     for criterion in ("magnitude", "wanda"):
         fields: dict[str, Any] = {"criterion": criterion, "calibration": text, "samples": 8, "length": 32}
         search(model, 0.5, allocator="uniform", output=out, overwrite=True, **fields)
-        assert json.loads((out / "model" / "billhook.json").read_text())["made_by"]["criterion"] == criterion
+        assert (
+            json.loads((out / "model" / "billhook.json").read_text())["steps"][0]["made_by"]["criterion"] == criterion
+        )
 
 
 def test_gradients_are_computed_once_and_trials_use_them(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch):

@@ -16,6 +16,7 @@ from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_model
 from billhook.store.directory import save_pruned
 from billhook.store.files import sha256
+from billhook.store.record import weights_digest
 from billhook.store.shards import read_shard
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -55,18 +56,28 @@ def shard_of(directory: Path, layer: str = LAYER) -> Path:
 
 
 def edit_weight(directory: Path, change) -> None:
-    """Change one layer's weight on disk, and its checksum in the record, so that only the counts can tell."""
+    """Change one layer's weight on disk, and what the record says of the file, so that only the counts can tell."""
     shard = shard_of(directory)
     weights = load_file(shard)
     change(weights[f"{LAYER}.weight"])
     save_file(weights, shard, metadata={"format": "pt"})
-    edit_record(directory, lambda record: record["files"].update({shard.name: sha256(shard)}))
+
+    def note(record: dict) -> None:
+        record["files"][shard.name] = sha256(shard)
+        record["steps"][-1]["result"] = weights_digest(record["files"])
+
+    edit_record(directory, note)
 
 
 def edit_record(directory: Path, change) -> None:
     record = json.loads((directory / "billhook.json").read_text())
     change(record)
     (directory / "billhook.json").write_text(json.dumps(record))
+
+
+def weights(record: dict) -> dict:
+    """What the plan of the last step says of each layer."""
+    return record["steps"][-1]["plan"]["weights"]
 
 
 def test_a_pruned_directory_is_as_recorded(unstructured):
@@ -103,7 +114,13 @@ def test_no_directory_and_no_record(tmp_path, copy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(version=2), "not a record of version 1"),
+        (lambda r: r.update(version=3), r"not a record of version 1 or 2 \(found 3\)"),
+        (lambda r: r.update(version=1), "has no 'plan'"),
+        (lambda r: r.update(steps=[]), "has no 'steps'"),
+        (lambda r: r.update(steps=[7]), r"step 1: 'step' is missing or not as documented"),
+        (lambda r: r["steps"][0].update(plan=7), r"step 1: 'plan' is missing or not as documented"),
+        (lambda r: r["steps"][0].update(model=None), r"step 1: 'model' is missing"),
+        (lambda r: r["layers"][LAYER].update(notes="x"), "notes of .* must be a list of strings"),
         (lambda r: r.pop("layers"), "has no 'layers'"),
         (lambda r: r.update(files=[]), "has no 'files'"),
         (lambda r: r["layers"][LAYER].update(shape=[3]), "needs `shape`"),
@@ -190,19 +207,20 @@ def test_a_config_that_does_not_load(copy, content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r["plan"]["sparsity"].update({LAYER: 0.6}), "one was edited"),
+        (lambda r: weights(r).update({LAYER: 0.6}), "one was edited"),
         (
-            lambda r: (r["plan"]["sparsity"].update({LAYER: 0.6}), r["layers"][LAYER].update(sparsity=0.6)),
+            lambda r: (weights(r).update({LAYER: 0.6}), r["layers"][LAYER].update(sparsity=0.6)),
             "1024 zeros on disk, 1229 planned",
         ),
         (
-            lambda r: (r["plan"]["sparsity"].update({LAYER: 0.4}), r["layers"][LAYER].update(sparsity=0.4)),
+            lambda r: (weights(r).update({LAYER: 0.4}), r["layers"][LAYER].update(sparsity=0.4)),
             "1024 zeros on disk, 819 planned",
         ),
-        (lambda r: r["plan"]["sparsity"].pop(LAYER), "not for this model"),
-        (lambda r: r["plan"].update(pattern="2:4"), "groups of 4 have fewer than 2 zeros"),
-        (lambda r: r["plan"].update(pattern="2:5"), "divide by 5"),
-        (lambda r: r["plan"].update(version=9), "not a plan of version"),
+        (lambda r: weights(r).pop(LAYER), "not for this model"),
+        (lambda r: weights(r).update({LAYER: "2:4"}), "groups of 4 have fewer than 2 zeros"),
+        (lambda r: weights(r).update({LAYER: "2:5"}), "divide by 5"),
+        (lambda r: weights(r).update({LAYER: "q4"}), "Unknown storage type"),
+        (lambda r: r["steps"][0]["plan"].update(version=9), "not a plan of version"),
         (lambda r: r["layers"][LAYER].update(tensor="nothing"), f"{LAYER}: its weights are not where"),
         (lambda r: r["layers"][LAYER].update(transposed=True), f"{LAYER}: its weights are not where"),
         (
@@ -226,7 +244,7 @@ def test_an_edited_record(copy, change, message):
 
 def test_more_zeros_than_planned_need_a_reason(copy):
     def less(record: dict) -> None:
-        record["plan"]["sparsity"][LAYER] = record["layers"][LAYER]["sparsity"] = 0.4
+        weights(record)[LAYER] = record["layers"][LAYER]["sparsity"] = 0.4
         record["layers"][LAYER]["notes"] = ["205 more zeros than planned (1000 weights were zero before)"]
 
     edit_record(copy, less)

@@ -1,4 +1,4 @@
-"""`billhook verify`: recount a pruned directory from the files on disk."""
+"""`billhook verify`: check a directory that billhook wrote, from the files on disk."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,14 +21,16 @@ def command(
     *,
     as_json: Json = False,
 ) -> None:
-    """Compare zeros, N:M groups and checksums on disk with billhook.json; fails on any difference."""
+    """Compare zeros, N:M groups, checksums and the chain of steps with billhook.json; fails on any difference."""
     from billhook.steps.verify import verify
 
     result = verify(directory)
     for problem in result.problems:
         say(f"problem: {problem}")
     verdict = "verified" if result.ok else "NOT as recorded"
-    say(f"{directory}: {verdict}, {result.layers} layers, {result.zeros:,} zeros of {result.weights:,} weights.")
+    steps = "1 step" if result.steps == 1 else f"{result.steps} steps"
+    counted = f"{result.layers} layers, {result.zeros:,} zeros of {result.weights:,} weights"
+    say(f"{directory}: {verdict}, {steps}, {counted}.")
     if as_json:
         emit(result.to_dict())
     if not result.ok:

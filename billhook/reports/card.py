@@ -138,7 +138,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _method(report: Mapping[str, Any]) -> list[str]:
     asked, papers, text = report["asked"], report["papers"], report["calibration"]
-    lines = []
+    lines = [f"* Step {number}: {line}." for number, line in enumerate(report.get("steps", ()), start=1)]
     for key, paper in (("criterion", papers["criterion"]), ("allocator", papers["allocator"] or "Given by the user")):
         options = options_text(asked[f"{key}_options"])
         name = "Criterion" if key == "criterion" else "Allocation"

@@ -100,6 +100,7 @@ def _asked(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def _provenance(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     model, asked = report["model"], report["asked"]
     rows = [("model", f"{model['name']} ({model['type']})"), ("digest", model["digest"] or "in memory, unknown")]
+    rows += [(f"step {number}", line) for number, line in enumerate(report.get("steps", ()), start=1)]
     if text := report["calibration"]:
         rows += [(f"calibration {key}", str(value)) for key, value in text.items()]
     else:

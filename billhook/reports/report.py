@@ -16,6 +16,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern
 from billhook.store.files import read_json
 from billhook.store.layout import CARD, RECORD, REPORT, is_packed
+from billhook.store.record import Record, Step, read_record
 from billhook.store.shards import read_shard, weight_files
 
 VERSION = 1
@@ -47,30 +48,32 @@ def load_report(folder: Path) -> dict[str, Any]:
 
 def build(folder: Path) -> dict[str, Any]:
     """The content of report.json that follows from the directory; raises BillhookError for a damaged record."""
-    record = read_json(folder / RECORD, "record of a pruned model")
+    record = read_record(folder / RECORD)
     try:
         return _from_record(folder, record)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise BillhookError(f"{folder / RECORD} is damaged ({error!r}): prune again.") from None
 
 
-def _from_record(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    plan, made_by = Plan.from_json(record["plan"], RECORD), record["made_by"]
+def _from_record(folder: Path, record: Record) -> dict[str, Any]:
+    last = [step for step in record.steps if step.step == "prune"][-1]
+    plan, made_by = Plan.from_json(last.plan or {}, RECORD), last.made_by
     columns = plan.made_by.get("metrics", {})
-    layers = [_layer(name, facts, columns) for name, facts in record["layers"].items()]
+    layers = [_layer(name, facts, columns) for name, facts in record.layers.items()]
     weights, zeros = sum(_size(layer) for layer in layers), sum(layer["zeros"] for layer in layers)
     return {
         "version": VERSION,
         "billhook": billhook.__version__,
-        "made_with": record["billhook"],
-        "model": made_by["model"],
+        "made_with": record.billhook,
+        "model": {key: record.steps[0].model[key] for key in ("name", "type", "digest")},
+        "steps": [_line(step) for step in record.steps],
         "asked": _asked(plan, made_by),
         "achieved": {"sparsity": zeros / weights, "zeros": zeros, "weights": weights, "layers": len(layers)},
         "files": _sizes(folder, layers),
         "layers": layers,
         "blocks": _blocks(layers),
         **{key: made_by[key] for key in ("calibration", "gradients", "papers", "versions")},
-        "warnings": record["warnings"],
+        "warnings": [warning for step in record.steps for warning in step.warnings],
         "evaluations": [],
         "speed": None,
         "spectra": _spectra(plan.made_by.get("spectra")),
@@ -89,6 +92,18 @@ def _asked(plan: Plan, made_by: Mapping[str, Any]) -> dict[str, Any]:
         "published": made_by.get("published", made_by.get("rounding") == "floor"),
         **{key: made_by[key] for key in keys},
     }
+
+
+def _line(step: Step) -> str:
+    """A step in one line: what, how much, by which criterion and allocation."""
+    if step.plan is None:
+        return step.step
+    plan = Plan.from_json(step.plan, RECORD)
+    kind, value = plan.budget.kind, plan.budget.value
+    much = f"{100 * value:g} % of the weights" if kind == "sparsity" else f"to {value:,} {kind}"
+    parts = [f"{step.step}: {much}, {len(plan.weights)} layers", str(plan.pattern)]
+    parts += [f"criterion {step.made_by['criterion']}"] if "criterion" in step.made_by else []
+    return ", ".join([*parts, f"allocation {plan.made_by.get('allocator') or 'explicit plan'}"])
 
 
 def _spectra(quantiles: Mapping[str, Sequence[float]] | None) -> dict[str, Any] | None:
@@ -129,7 +144,8 @@ def _blocks(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for block, rows in sorted(grouped.items()):
         total = sum(map(_size, rows))
         errors = [row["error"] for row in rows if row["error"] is not None]
-        names = rows[0]["metrics"]
+        names = dict.fromkeys(name for row in rows for name in row["metrics"])
+        values = {name: [row["metrics"][name] for row in rows if name in row["metrics"]] for name in names}
         found.append(
             {
                 "block": block,
@@ -138,7 +154,7 @@ def _blocks(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "least": min(row["sparsity"] for row in rows),
                 "most": max(row["sparsity"] for row in rows),
                 "error": sum(errors) / len(errors) if errors else None,
-                "metrics": {name: sum(row["metrics"][name] for row in rows) / len(rows) for name in names},
+                "metrics": {name: sum(numbers) / len(numbers) for name, numbers in values.items()},
             }
         )
     return found

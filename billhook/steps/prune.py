@@ -133,7 +133,8 @@ def run(
     if job.packed is not None and output is not None and not rank():
         output, more = _pack(output, job.packed, request.overwrite)
         notes = [*notes, *more]
-    return Report(job.plan, results, output, time.perf_counter() - start, [*made["warnings"], *notes], made)
+    warnings = [*made["steps"][-1]["warnings"], *notes]
+    return Report(job.plan, results, output, time.perf_counter() - start, warnings, made)
 
 
 def _prune_streamed(

@@ -1,4 +1,4 @@
-"""A checked job, what it did, and what of that is written to billhook.json."""
+"""A checked job, what it did, and the step that this adds to billhook.json."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,13 @@ from typing import Any
 import torch
 import transformers
 
-import billhook
-from billhook.architectures.layers import Layer
+from billhook.architectures.layers import Layer, find_layers
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.loop import LayerResult, Method
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.plan import Plan
 from billhook.steps.request import Opened, Request, calibration_facts, listed
-from billhook.steps.verify import VERSION
+from billhook.store.record import REFILLED, Step, append_step
 
 
 @dataclass(frozen=True)
@@ -66,40 +65,55 @@ class Report:
         }
 
 
-def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
-    """The content of billhook.json: the same inputs and seed give the same bytes, so there is no date and no duration
-    in it."""
+def record(job: Job, results: Sequence[LayerResult], **made_by: Any) -> dict[str, Any]:
+    """The content of billhook.json after the job: the steps of the model that was pruned, if it has a record, and this
+    one, of which `made_by` are further facts."""
+    before = job.opened.history
+    known = {} if before is None else before.layers
+    present = {layer.name: layer for layer in find_layers(job.opened.model)}
+    notes = {result.layer: [*result.notes, *_refilled(result, known.get(result.layer))] for result in results}
+    layers = {name: {**facts, **_place(present[name])} for name, facts in known.items() if name in present}
+    layers |= {r.layer: _layer_record(r, notes[r.layer]) | _place(present[r.layer]) for r in results}
+    return append_step(before, prune_step(job, notes, **made_by), layers).to_json()
+
+
+def prune_step(job: Job, notes: Mapping[str, Sequence[str]], **made_by: Any) -> Step:
+    """What the job does, as a step of a record; `notes` are those of its layers."""
     request, opened = job.request, job.opened
-    places = {layer.name: layer for layer in opened.layers}
-    model = opened.facts
-    return {
-        "version": VERSION,
-        "billhook": billhook.__version__,
-        "plan": job.plan.to_json(),
-        "layers": {result.layer: _layer_record(result, places[result.layer]) for result in results},
-        "warnings": [*(f"{r.layer}: {note}" for r in results for note in r.notes), *_other_weights(job.plan, model)],
-        "made_by": {
+    plan = job.plan.to_json()
+    if isinstance(plan["made_by"].get("options"), dict):
+        plan["made_by"] = {**plan["made_by"], "options": _without_folders(plan["made_by"]["options"])}
+    papers = {"criterion": CRITERIA.paper(request.criterion), "allocator": job.plan.made_by.get("paper")}
+    packages = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return Step(
+        "prune",
+        plan,
+        {
             "criterion": request.criterion,
-            "criterion_options": dict(job.method.options),
+            "criterion_options": _without_folders(job.method.options),
             "group": request.group or CRITERIA.group(request.criterion),
-            "published": request.published,
-            "refine": request.refine,
-            "seed": request.seed,
-            "dtype": request.dtype,
-            "device": request.device,
+            **{key: getattr(request, key) for key in ("published", "refine", "seed", "dtype", "device")},
             "targets": listed(request.targets),
             "ignore": listed(request.ignore),
             "calibration": None if opened.samples is None else calibration_facts(opened),
             "gradients": _gradients_record(job),
-            "model": model,
-            "papers": {"criterion": CRITERIA.paper(request.criterion), "allocator": job.plan.made_by.get("paper")},
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "papers": papers,
+            "versions": {"python": platform.python_version(), **packages},
+            **made_by,
         },
-    }
+        opened.facts,
+        [
+            *(f"{layer}: {note}" for layer, said in notes.items() for note in said),
+            *_other_weights(job.plan, opened.facts),
+        ],
+    )
+
+
+def _without_folders(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they may be published: of a file its name alone."""
+    text = {key: value for key, value in options.items() if isinstance(value, str)}
+    paths = [key for key, value in text.items() if key == "file" or value.startswith(("/", "~"))]
+    return {key: Path(value).name if key in paths else value for key, value in options.items()}
 
 
 def _gradients_record(job: Job) -> dict[str, Any] | None:
@@ -119,15 +133,29 @@ def _other_weights(plan: Plan, model: Mapping[str, Any]) -> list[str]:
     return [f"The plan was made for the weights of {measured.get('name')}, which are not those of {model['name']}."]
 
 
-def _layer_record(result: LayerResult, layer: Layer) -> dict[str, Any]:
-    tensor = f"{layer.name}.weight" if layer.expert is None else layer.name.rpartition(".")[0]
+def _refilled(result: LayerResult, before: Mapping[str, Any] | None) -> list[str]:
+    """A note where a layer has fewer zeros than before, and such notes of earlier steps.
+
+    A criterion that updates the weights it keeps fills zeros where it is asked for less than was removed before.
+    """
+    if before is None:
+        return []
+    lost = before["zeros"] - result.zeros
+    earlier = [note for note in before.get("notes", ()) if note.endswith(REFILLED)]
+    return [*earlier, *([f"{lost} {REFILLED}"] if lost > 0 else [])]
+
+
+def _layer_record(result: LayerResult, notes: Sequence[str]) -> dict[str, Any]:
     return {
         "shape": list(result.shape),
         "sparsity": result.planned,
         "zeros": result.zeros,
-        "tensor": tensor,
-        "index": layer.expert,
-        "transposed": layer.transposed,
-        "notes": list(result.notes),
+        "notes": list(notes),
         "error": result.error,
     }
+
+
+def _place(layer: Layer) -> dict[str, Any]:
+    """Where a layer lies in memory, from which `billhook.store.sinks` finds its place on disk."""
+    tensor = f"{layer.name}.weight" if layer.expert is None else layer.name.rpartition(".")[0]
+    return {"tensor": tensor, "index": layer.expert, "transposed": layer.transposed}

@@ -31,10 +31,12 @@ from billhook.store.checkpoint import check_directory, load, model_digest, resol
 from billhook.store.files import sha256
 from billhook.store.layout import WRITTEN
 from billhook.store.output import check_output
+from billhook.store.record import Record, history
 from billhook.store.sinks import SameLayout
 from billhook.tasks.base import Drawing, Progress, Samples, Task
 from billhook.tasks.opening import task_of, task_of_config
 from billhook.tasks.self_text import is_self, saved_windows
+from billhook.text.corpus import source_name
 
 TOKENS_A_BATCH = 4096  # enough rows to keep a matrix product busy
 ACTIVATION_BYTES = 16 << 20  # of the widest layer of a block; more would not be faster on a CPU, and counts in the peak
@@ -103,6 +105,11 @@ class Opened:
     def facts(self) -> dict[str, Any]:
         """`model_facts` of what was opened, cached because the digest of the files takes time."""
         return model_facts(self.source, self.model)
+
+    @cached_property
+    def history(self) -> Record | None:
+        """The record of what was done to the model before, None where there is none."""
+        return None if self.source is None else history(self.source)
 
 
 def open_request(
@@ -209,7 +216,7 @@ def calibration_facts(opened: Opened) -> dict[str, Any]:
     samples = opened.samples
     assert samples is not None
     rows, length = main_input(opened.model, samples.batch).shape[:2]
-    identity = {"source": samples.source, "digest": samples.digest, "sampling": samples.sampling}
+    identity = {"source": source_name(samples.source), "digest": samples.digest, "sampling": samples.sampling}
     return identity | {"samples": rows, "length": length, "batch_size": rows_of(opened.batches[0])}
 
 
@@ -246,6 +253,7 @@ def identity(
         "version": f"{VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
         "processes": world(),
         "model": opened.facts["digest"],
+        "history": None if opened.history is None else _json_digest(opened.history.to_json()),
         **{key: getattr(request, key) for key in same},
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),

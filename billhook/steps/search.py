@@ -28,12 +28,10 @@ from billhook.racing.picture import draw
 from billhook.registry import hint
 from billhook.reports.publishing import publish
 from billhook.steps.options import split_options
-from billhook.steps.record import Job, record
+from billhook.steps.record import Job, prune_step, record
 from billhook.steps.request import Opened, Request, listed, open_request
-from billhook.store.directory import save_pruned
-from billhook.store.files import read_json
-from billhook.store.layout import RECORD
 from billhook.store.output import check_output
+from billhook.store.record import history
 from billhook.store.shards import weight_files
 from billhook.store.tensor_bytes import tensor_bytes
 from billhook.text.windows import Tokens
@@ -189,12 +187,13 @@ class Task:
         opened = replace(self.opened, calibration=half, batches=self.split.batches)
         job = Job(self.request, opened, plan, self.bench.setting.options)
         search = {"objective": self.objective, "heldout": facts["heldout"]}
-        asked = {"plan": plan.to_json(), "made_by": {**record(job, [])["made_by"], "search": search}}
-        path = place / RECORD
-        there = read_json(path, "record") if path.is_file() else {}
-        if {key: there.get(key) for key in asked} == json.loads(json.dumps(asked)):
+        asked, there = prune_step(job, {}, search=search), history(place)
+        if there is not None and all(
+            getattr(there.steps[-1], key) == json.loads(json.dumps(getattr(asked, key)))
+            for key in ("plan", "made_by", "model")
+        ):
             return
-        made = {**record(job, self.bench.prune(plan)), **asked}
+        made = record(job, self.bench.prune(plan), search=search)
         save_pruned(opened.model, opened.source, place, record=made, overwrite=True, publish=publish)
 
 

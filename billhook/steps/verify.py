@@ -1,14 +1,15 @@
-"""Check a pruned directory against its billhook.json, from the files on disk alone.
+"""Check a directory against its billhook.json, from the files on disk alone.
 
-Counted are the zeros of every tensor as it is stored, one tensor in memory at a time and no model built: this is what
-another program will load, whatever was in memory when it was written. Checked are: zeros against what was achieved and
-what was planned, N:M groups along the input dimension, the SHA-256 of every file, weight files that nobody listed, and
-that the configuration loads. It does not know whether the model is any good; that is what
-`billhook.evaluation.perplexity` is for.
+The zeros of every tensor are counted as it is stored, one tensor in memory at a time and no model built: this is what
+another program loads, whatever was in memory when it was written. Checked are, for every step, the zeros that its plan
+asked for and that it started from what the step before it wrote; for the last plan of each layer its N:M groups; and
+for the directory the zeros recorded, the SHA-256 of every file, weight files that are not listed, and that the
+configuration loads. Whether the model is any good is for `billhook.evaluation` to say.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,21 @@ import numpy as np
 
 from billhook.errors import BillhookError
 from billhook.plan.plan import Plan
-from billhook.store.files import read_json, sha256
+from billhook.store.files import sha256
 from billhook.store.layout import RECORD, is_packed, is_unfinished
+from billhook.store.record import REFILLED, Record, Step, read_record, weights_digest
 from billhook.store.shards import Shard, layer_zeros, read_shard, weight_files
 
-VERSION = 1
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found: `layers` counted, `zeros` of `weights` in them, and every difference in words."""
+    """What was found: `steps` recorded, `layers` counted, `zeros` of `weights` in them, and every difference in
+    words."""
 
     directory: str
+    steps: int
     layers: int
     zeros: int
     weights: int
@@ -56,39 +59,39 @@ def verify(directory: str | Path, progress: Callable[[int, int], None] | None = 
     if is_unfinished(directory):
         raise BillhookError(f"{directory} is not finished: continue it with the command that began it and --resume.")
     if not is_packed(directory):
-        record = _read(directory / RECORD)
+        record = read_record(directory / RECORD)
         problems = [
-            *_check_files(directory, record["files"]),
-            *_unlisted(directory, record["files"]),
+            *_check_files(directory, record.files),
+            *_unlisted(directory, record.files),
             *_check_config(directory),
         ]
-        return _count_layers(directory, record, problems, *_open(directory), progress)
+        return _check_record(directory, record, problems, *_open(directory), progress)
     from billhook.packed.check import examine
 
     seen = examine(directory)
     problems = [*seen.problems, *_check_config(directory)]
     if seen.problems or not (directory / RECORD).is_file():
-        return Verification(str(directory), seen.layers, seen.zeros, seen.weights, problems)
-    record = _read(directory / RECORD)
-    files = {name: digest for name, digest in record["files"].items() if not (seen.rounded and name in seen.digests)}
+        return Verification(str(directory), 0, seen.layers, seen.zeros, seen.weights, problems)
+    record = read_record(directory / RECORD)
+    files = {name: digest for name, digest in record.files.items() if not (seen.rounded and name in seen.digests)}
     problems += _check_files(directory, files, seen.digests)
-    return _count_layers(directory, record, problems, seen.shards, [], progress)
+    return _check_record(directory, record, problems, seen.shards, [], progress)
 
 
-def _count_layers(
+def _check_record(
     directory: Path,
-    record: Mapping[str, Any],
+    record: Record,
     problems: list[str],
     shards: Sequence[Shard],
     damaged: list[str],
     progress: Callable[[int, int], None] | None,
 ) -> Verification:
-    """Count the zeros of every layer of billhook.json; `problems` found before come first."""
-    problems = problems + damaged
+    """Check the chain of steps and count the zeros of every layer; `problems` found before come first."""
+    problems = [*problems, *damaged, *_check_chain(record)]
     try:
         expected = _expectations(record)
     except BillhookError as error:
-        return Verification(str(directory), 0, 0, 0, [*problems, str(error)])
+        return Verification(str(directory), len(record.steps), 0, 0, 0, [*problems, str(error)])
     unplaced = {} if damaged or all(_placed(e.facts) for e in expected) else _zeros_in_memory(directory)
     found, weights, counted = 0, 0, 0
     for done, layer in enumerate(expected, start=1):
@@ -100,62 +103,82 @@ def _count_layers(
             problems.append(f"{layer.name}: its weights are not where {RECORD} says.")
         if progress is not None:
             progress(done, len(expected))
-    return Verification(str(directory), counted, found, weights, problems)
+    return Verification(str(directory), len(record.steps), counted, found, weights, problems)
+
+
+def _check_chain(record: Record) -> Iterator[str]:
+    """Whether each step started from what the one before it wrote, and the files are what the last one wrote. Digests
+    that are not known (null) are not compared."""
+    names = [_name(number, step) for number, step in enumerate(record.steps)]
+    for (before, step), (first, second) in zip(pairwise(record.steps), pairwise(names), strict=True):
+        if None not in (before.result, step.model.get("digest")) and before.result != step.model["digest"]:
+            yield f"{second} did not start from the weights that {first} wrote: the model was changed in between."
+    if record.steps[-1].result not in (None, weights_digest(record.files)):
+        yield f"The files in {RECORD} are not those that {names[-1]} wrote."
+
+
+def _name(number: int, step: Step) -> str:
+    return f"step {number + 1} ({step.step})"
 
 
 @dataclass(frozen=True)
-class _Expected:
-    """What billhook.json says of one layer; `groups` is (zeros, of) for N:M, `slack` the weights by which a count may
-    miss the plan."""
+class _Planned:
+    """What one step's plan asked of a layer: `zeros`, `slack` weights by which a count may miss them, and `groups`,
+    (zeros, of) of N:M."""
 
-    name: str
-    shape: tuple[int, int]
-    facts: Mapping[str, Any]
-    planned: int
+    step: str
+    zeros: int
     slack: float
     groups: tuple[int, int] | None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Read billhook.json and check its form, as far as this module relies on it."""
-    record = read_json(path, "record of a pruned model")
-    if record.get("version") != VERSION:
-        raise BillhookError(f"{path} is not a record of version {VERSION} (found {record.get('version')!r}).")
-    for key in ("plan", "layers", "files"):
-        if not isinstance(record.get(key), dict) or not record[key]:
-            raise BillhookError(f"{path} has no {key!r}: it is not a record of a pruned model.")
-    for name, facts in record["layers"].items():
-        shape = facts.get("shape") if isinstance(facts, dict) else None
-        whole = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
-        if not whole or type(facts.get("zeros")) is not int:
-            raise BillhookError(f"{path}: the layer {name} needs `shape` [out, in] and `zeros`.")
-    for name in record["files"]:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise BillhookError(f"{path} lists the file {name!r}, which lies elsewhere.")
-    return record
+@dataclass(frozen=True)
+class _Expected:
+    """What billhook.json says of one layer; the plans that named it are in the order of their steps."""
+
+    name: str
+    shape: tuple[int, int]
+    facts: Mapping[str, Any]
+    planned: list[_Planned] = field(default_factory=list)
 
 
-def _expectations(record: Mapping[str, Any]) -> list[_Expected]:
-    plan = Plan.from_json(record["plan"], RECORD)
-    shapes = {name: (facts["shape"][0], facts["shape"][1]) for name, facts in record["layers"].items()}
-    plan.check(shapes)
-    planned = plan.zeros(shapes)
-    made_by = record.get("made_by")
-    floor = isinstance(made_by, dict) and made_by.get("rounding") == "floor"
-    expected = []
-    for name, facts in record["layers"].items():
-        out, columns = shapes[name]
-        # The published counts are rounded down in each row, and a published threshold takes ties along.
-        slack = out + 0.01 * out * columns if floor else 1
-        of = plan.pattern.of
-        groups = None if of is None else (of - plan.pattern.kept(plan.sparsity[name]), of)
-        if facts.get("sparsity") != plan.sparsity[name]:
-            raise BillhookError(
-                f"{name}: the plan says sparsity {plan.sparsity[name]}, the layer {facts.get('sparsity')}; one "
-                "was edited."
-            )
-        expected.append(_Expected(name, (out, columns), facts, planned[name], slack, groups))
-    return expected
+def _expectations(record: Record) -> list[_Expected]:
+    """What each layer has to be; raises BillhookError where plans and layers contradict each other."""
+    expected = {
+        name: _Expected(name, (facts["shape"][0], facts["shape"][1]), facts) for name, facts in record.layers.items()
+    }
+    asked: dict[str, float] = {}
+    for number, step in enumerate(record.steps):
+        if step.plan is None:
+            continue
+        plan = Plan.from_json(step.plan, f"{RECORD}, {_name(number, step)}")
+        last = number == len(record.steps) - 1
+        named = [name for name in expected if name in plan.weights or (last and name not in asked)]
+        shapes = {name: expected[name].shape for name in named}
+        plan.check(shapes)
+        for name, zeros in plan.zeros(shapes).items():
+            if plan.weights[name].type is None:
+                expected[name].planned.append(_planned(plan, name, zeros, shapes[name], number, step))
+                asked[name] = plan.sparsity[name]
+    for name, layer in expected.items():
+        if (said := layer.facts.get("sparsity")) != asked.get(name) and not _close(said, asked.get(name)):
+            raise BillhookError(f"{name}: the plan says sparsity {asked.get(name)}, the layer {said}; one was edited.")
+    return list(expected.values())
+
+
+def _close(a: Any, b: Any) -> bool:
+    """Whether two sparsities are equal to the precision with which a pattern was checked."""
+    return isinstance(a, int | float) and isinstance(b, int | float) and abs(a - b) <= 1e-6
+
+
+def _planned(plan: Plan, name: str, zeros: int, shape: tuple[int, int], number: int, step: Step) -> _Planned:
+    out, columns = shape
+    floor = step.made_by.get("rounding") == "floor"
+    # The published counts are rounded down in each row, and weights equal to a published threshold go too.
+    slack = out + 0.01 * out * columns if floor else 1
+    keep_of = plan.weights[name].keep_of
+    groups = None if keep_of is None else (keep_of[1] - keep_of[0], keep_of[1])
+    return _Planned(_name(number, step), zeros, slack, groups)
 
 
 def _check_files(directory: Path, files: Mapping[str, str], known: Mapping[str, str] | None = None) -> Iterator[str]:
@@ -206,7 +229,7 @@ def _placed(facts: Mapping[str, Any]) -> bool:
 def _zeros_on_disk(layer: _Expected, shards: Sequence[Shard]) -> list[np.ndarray] | None:
     try:
         return layer_zeros(layer.facts, layer.shape, shards)
-    except (TypeError, KeyError, IndexError, AttributeError):  # a place that a person wrote
+    except (TypeError, KeyError, IndexError, AttributeError):  # a place that was edited by hand
         return None
 
 
@@ -215,14 +238,24 @@ def _count(parts: list[np.ndarray]) -> int:
 
 
 def _check_layer(layer: _Expected, parts: list[np.ndarray]) -> Iterator[str]:
-    count, recorded = _count(parts), layer.facts["zeros"]
+    """Compare a layer's zeros with those recorded, with its last plan, and with the counts of earlier plans.
+
+    More zeros than planned are right where weights were zero before, and fewer than an earlier step planned where a
+    later one filled them; the layer's notes then say so.
+    """
+    count, recorded, notes = _count(parts), layer.facts["zeros"], layer.facts.get("notes", [])
     if count != recorded:
         yield f"{layer.name}: {count} zeros on disk, {recorded} recorded."
-    # More than planned is right where weights were zero before; then the layer's notes say so.
-    if count < layer.planned - layer.slack or (count > layer.planned + layer.slack and not layer.facts.get("notes")):
-        yield f"{layer.name}: {count} zeros on disk, {layer.planned} planned."
-    if layer.groups is not None:
-        least, of = layer.groups
+    if not layer.planned:
+        return
+    *earlier, plan = layer.planned
+    for planned in earlier:
+        if count < planned.zeros - planned.slack and not any(note.endswith(REFILLED) for note in notes):
+            yield f"{layer.name}: {count} zeros on disk, {planned.zeros} planned in {planned.step}."
+    if count < plan.zeros - plan.slack or (count > plan.zeros + plan.slack and not notes):
+        yield f"{layer.name}: {count} zeros on disk, {plan.zeros} planned."
+    if plan.groups is not None:
+        least, of = plan.groups
         short = sum(int((part.reshape(len(part), -1, of).sum(2) < least).sum()) for part in parts)
         if short:
             yield f"{layer.name}: {short} groups of {of} have fewer than {least} zeros."

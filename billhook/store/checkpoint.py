@@ -5,7 +5,6 @@ convert it. A checkpoint that does not fill the model exactly is an error here, 
 gaps with random numbers and warns. Code that a checkpoint brings along runs only when asked for (`trust_remote_code`).
 """
 
-import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from billhook.errors import BillhookError
-from billhook.store.files import read_json, sha256
+from billhook.store.files import digest_of, read_json, sha256
 from billhook.store.layout import PACKED, is_packed
 from billhook.store.shards import read_shard, weight_files
 
@@ -250,10 +249,8 @@ def model_digest(path: Path) -> str:
 
     For a packed model its record stands for the weight files, whose checksums it holds.
     """
-    digest = hashlib.sha256()
-    for file in sorted([path / "config.json", *([path / PACKED] if is_packed(path) else weight_files(path))]):
-        digest.update(f"{file.name} {sha256(file)}\n".encode())
-    return digest.hexdigest()
+    files = [path / "config.json", *([path / PACKED] if is_packed(path) else weight_files(path))]
+    return digest_of({file.name: sha256(file) for file in files})
 
 
 @contextmanager

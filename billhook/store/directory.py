@@ -17,6 +17,7 @@ from billhook.store.files import copy_files, sha256, write_json
 from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, UNFINISHED
 from billhook.store.locate import locate_on_disk
 from billhook.store.output import check_output, staging
+from billhook.store.record import completed
 from billhook.store.shards import layer_zeros, read_shard, weight_files
 from billhook.store.sinks import choose_sink
 
@@ -47,11 +48,11 @@ def save_pruned(
 ) -> Saved:
     """Write `model`, loaded from the directory `source` (None: built in memory) and changed since, to `output`.
 
-    `record` becomes billhook.json: `files` (checksums) is added, and each of its `layers`, which name a parameter in
-    memory (`tensor`, `index`, `transposed`), gets its place on disk instead (`billhook.store.locate`). `texts` are
-    further files by name. `publish` is called with the directory once the record is in it, to add files made from the
-    record (`billhook.reports.publishing.publish`). Raises what `check_output` raises, JobError when writing fails or a
-    value does not fit the dtype on disk.
+    `record` becomes billhook.json: `files` (checksums) and the digest of the last step's result are added, and each of
+    its `layers`, which name a parameter in memory (`tensor`, `index`, `transposed`), gets its place on disk instead
+    (`billhook.store.locate`). `texts` are further files by name. `publish` is called with the directory once the record
+    is in it, to add files made from the record (`billhook.reports.publishing.publish`). Raises what `check_output`
+    raises, JobError when writing fails or a value does not fit the dtype on disk.
     """
     needed = (
         sum(file.stat().st_size for file in weight_files(source))
@@ -87,7 +88,7 @@ def complete(
     files = checksums(folder)
     if record is not None:
         layers = _found_on_disk(model, record.get("layers", {}), folder)
-        write_json(folder / RECORD, {**record, "layers": layers, "files": files})
+        write_json(folder / RECORD, completed(record, layers, files))
         publish(folder)
     return files
 
@@ -101,7 +102,7 @@ def _found_on_disk(
     where = locate_on_disk(model, layers, {name for shard in shards for name in shard.entries})
     found = {}
     for name, facts in layers.items():
-        kept = {key: value for key, value in facts.items() if key not in ("tensor", "index", "transposed")}
+        kept = {key: value for key, value in facts.items() if key not in ("tensor", "index", "transposed", "pieces")}
         parts = layer_zeros(where[name], facts["shape"], shards)
         zeros = facts["zeros"] if parts is None else sum(int(part.sum()) for part in parts)
         if zeros < facts["zeros"]:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,12 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, as lower-case hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """One SHA-256 for several files, given the SHA-256 of each by name: over name and checksum, in order of name."""
+    lines = "".join(f"{name} {files[name]}\n" for name in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def digest_ranges(digest: "hashlib._Hash", path: Path, ranges: Iterable[tuple[int, int]]) -> None:

@@ -49,6 +49,14 @@ def joint(source: str) -> str:
     )
 
 
+def source_name(source: str) -> str:
+    """A SOURCE as it may be published: of a file or a local directory its name alone."""
+    kind = next((kind for kind in ("hub:", "self:") if source.startswith(kind)), "")
+    rest = source.removeprefix(kind)
+    local = kind != "hub:" or rest.startswith(("/", "~", "."))
+    return kind + (Path(rest).name if local else rest)
+
+
 def existing_file(source: str) -> Path:
     """The file that `source` names; raises BillhookError when there is none, listing the forms a source can take."""
     path = Path(source).expanduser()

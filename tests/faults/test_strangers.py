@@ -100,7 +100,7 @@ def test_any_json(name, value, tmp_path):
 
 
 SEEDS = {
-    "plan.json": lambda out: Plan.from_json(json.loads((out / RECORD).read_text())["plan"], "x").to_json(),
+    "plan.json": lambda out: Plan.from_json(json.loads((out / RECORD).read_text())["steps"][0]["plan"], "x").to_json(),
     RECORD: lambda out: json.loads((out / RECORD).read_text()),
     INDEX: lambda out: json.loads((out / INDEX).read_text()),
     "config.json": lambda out: json.loads((out / "config.json").read_text()),
@@ -206,7 +206,7 @@ def test_an_index_of_tensors_that_are_not_there(pruned, tmp_path):
 
 
 def test_a_plan_whose_names_are_paths(pruned, tmp_path):
-    plan = Plan.from_json(json.loads((pruned / RECORD).read_text())["plan"], "x").to_json()
+    plan = Plan.from_json(json.loads((pruned / RECORD).read_text())["steps"][0]["plan"], "x").to_json()
     key = next(key for key, value in plan.items() if isinstance(value, dict) and "model.layers.0.mlp.up_proj" in value)
     plan[key] = {f"../../{name}": value for name, value in plan[key].items()}
     (tmp_path / "plan.json").write_text(json.dumps(plan))

@@ -1,0 +1,152 @@
+"""billhook.json: what was done to a model, step by step, and where its layers lie now.
+
+The functions here are pure but for `read_record`: a record is read, a step appended, and what is known only once the
+files are written is filled in by `completed`. The same inputs give the same bytes: there is no date, no duration and no
+local path in a record.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from billhook import __version__
+from billhook.errors import BillhookError
+from billhook.store.files import digest_of, read_json
+from billhook.store.layout import RECORD
+
+VERSION = 2
+REFILLED = "weights that an earlier step had removed have values again"  # ends a note of a layer
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a model's history: an entry of `steps` in billhook.json.
+
+    * `step`: what was done, named like the command: `prune`.
+    * `plan`: the plan that was applied, as in plan.json; null for a step without one.
+    * `made_by`: the method and all that the result depends on besides model and plan. Of `prune`: `criterion`,
+      `criterion_options` (defaults filled in), `group` (which weights compete: `row` or `layer`), `rounding` (`exact`
+      or `floor`), `refine` (`none`, `blocks` or `blocks+norms`), `seed`, `dtype` and `device` as asked, `targets` and
+      `ignore` as asked, `calibration` (source, digest, sampling, samples, length, batch_size; null where no text was
+      needed), `gradients` (statistic and calibration; null where none were read), `papers` (of criterion and allocator)
+      and `versions` (python, torch, transformers).
+    * `model`: the step's input: `name`, `type` (`model_type` of config.json) and `digest` (SHA-256 over configuration
+      and weights; null for a model in memory).
+    * `warnings`: all notes of the layers, each with its layer's name, and what concerns the whole model.
+    * `result`: the digest of the step's output, which the next step has as `model.digest`; null until it is written.
+    """
+
+    step: str
+    plan: dict[str, Any] | None
+    made_by: dict[str, Any]
+    model: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+    result: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """The content of billhook.json, which has `version` (2) besides.
+
+    * `billhook`: version of the program that wrote the record.
+    * `steps`: all that was done to the model, first to last (see `Step`).
+    * `layers`: layer name -> its present state: `shape` [out, in]; `sparsity`, what the last plan for it asked for;
+      `zeros`, counted in the files; `error`, the squared change of the layer's output relative to its square, for
+      uncorrelated inputs (null where that is not a number); `notes`, what was done differently and why; and its place
+      on disk (`tensor`, `index`, `transposed`, or `pieces`, see `billhook.store.locate`).
+    * `files`: path -> SHA-256 of every file in the directory, except billhook.json and the report's three.
+
+    Version 1, the record of a single pruning run, is read too.
+    """
+
+    billhook: str
+    steps: list[Step]
+    layers: dict[str, dict[str, Any]]
+    files: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of billhook.json."""
+        return {"version": VERSION, **asdict(self)}
+
+
+def append_step(before: Record | None, step: Step, layers: Mapping[str, Mapping[str, Any]]) -> Record:
+    """The record after one more step; `layers` are those whose state it changed. The checksums are to be made anew."""
+    steps, known = ([], {}) if before is None else (before.steps, before.layers)
+    changed = {name: dict(facts) for name, facts in layers.items()}
+    return Record(__version__, [*steps, step], {**known, **changed})
+
+
+def completed(
+    record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], files: Mapping[str, str]
+) -> dict[str, Any]:
+    """The json of a record once its model is written: with the layers' places on disk, the checksums of all files, and
+    the digest of what the last step made."""
+    steps = [dict(step) for step in record.get("steps", ())]
+    if steps:
+        steps[-1]["result"] = weights_digest(files)
+    return {**record, **({"steps": steps} if steps else {}), "layers": dict(layers), "files": dict(files)}
+
+
+def weights_digest(files: Mapping[str, str]) -> str:
+    """The digest of a model (as `billhook.store.checkpoint.model_digest`) from the checksums of all its files."""
+    own = {name for name in files if name == "config.json" or (name.endswith(".safetensors") and "/" not in name)}
+    return digest_of({name: files[name] for name in own})
+
+
+def history(folder: Path) -> Record | None:
+    """The record of a model directory, None where it has none."""
+    return read_record(folder / RECORD) if (folder / RECORD).is_file() else None
+
+
+def read_record(path: Path) -> Record:
+    """Read billhook.json; raises BillhookError for one that is missing or not as documented."""
+    value = read_json(path, "record of a pruned model")
+    version = value.get("version")
+    if type(version) is not int or version not in (1, VERSION):
+        raise BillhookError(f"{path} is not a record of version 1 or {VERSION} (found {version!r:.40}).")
+    for key in ("plan" if version == 1 else "steps", "layers", "files"):
+        if not isinstance(value.get(key), list if key == "steps" else dict) or not value[key]:
+            raise BillhookError(f"{path} has no {key!r}: it is not a record of a pruned model.")
+    _check_layers(path, value["layers"])
+    _check_files(path, value["files"])
+    entries = value["steps"] if version == VERSION else [_step_of_version_1(value)]
+    steps = [_step(entry, f"{path}, step {number}") for number, entry in enumerate(entries, start=1)]
+    return Record(str(value.get("billhook")), steps, value["layers"], value["files"])
+
+
+def _check_layers(path: Path, layers: Mapping[str, Any]) -> None:
+    for name, facts in layers.items():
+        shape = facts.get("shape") if isinstance(facts, dict) else None
+        whole = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+        if not whole or type(facts.get("zeros")) is not int:
+            raise BillhookError(f"{path}: the layer {name} needs `shape` [out, in] and `zeros`.")
+        notes = facts.get("notes", [])
+        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+            raise BillhookError(f"{path}: the notes of {name} must be a list of strings.")
+
+
+def _check_files(path: Path, files: Mapping[str, Any]) -> None:
+    for name, digest in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise BillhookError(f"{path} lists the file {name!r}, which lies elsewhere.")
+        if not isinstance(digest, str):
+            raise BillhookError(f"{path}: the checksum of {name!r} must be a string.")
+
+
+def _step(entry: Any, where: str) -> Step:
+    kinds = {"step": str, "plan": dict | None, "made_by": dict, "model": dict, "warnings": list, "result": str | None}
+    fields: dict[str, Any] = {"plan": None, "warnings": [], "result": None}
+    fields |= entry if isinstance(entry, dict) else {}
+    for key, kind in kinds.items():
+        if not isinstance(fields.get(key, ...), kind):
+            raise BillhookError(f"{where}: {key!r} is missing or not as documented.")
+    return Step(**{key: fields[key] for key in kinds})
+
+
+def _step_of_version_1(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The one step of a record of version 1, which knew the model in `made_by` and no result."""
+    made_by = value.get("made_by")
+    made_by = dict(made_by) if isinstance(made_by, dict) else {}
+    known = {"plan": value["plan"], "model": made_by.pop("model", {}), "warnings": value.get("warnings", [])}
+    return {"step": "prune", **known, "made_by": made_by, "result": weights_digest(value["files"])}
