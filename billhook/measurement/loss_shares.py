@@ -1,9 +1,9 @@
-"""What each layer's errors cost the model when all layers are pruned alike: the column `loss_share`.
+"""How much of the model's KL divergence is due to each layer when all layers lose the same: the column `loss_share`.
 
-The model is pruned to `MIDDLE`, every layer alike, block by block as `billhook prune` does; of the divergence of its
-predictions from the dense model's, one backward pass tells each layer's share (`billhook.trials.attribution`),
-interactions included. The criterion sees all windows but the last `WINDOWS` (at most half of them), which are scored.
-Holds a second copy of the weights while it works.
+The model is pruned to `MIDDLE` everywhere, block by block as `billhook prune` does, and one backward pass of the
+divergence from the dense model's predictions gives each layer's share (`billhook.trials.attribution`). The criterion
+sees all windows but the last `WINDOWS` (at most half of them), on which the divergence is measured. A copy of the
+weights is in memory meanwhile.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from billhook.plan.allocators.curves import MIDDLE
 from billhook.plan.metrics import fact
 from billhook.plan.plan import Pattern, SparsityPlan
 from billhook.registry import method
-from billhook.trials.trials import Bench, Setting
+from billhook.trials.trials import Setting, TrialRunner
 
 WINDOWS = 16
 
@@ -30,7 +30,7 @@ WINDOWS = 16
 def loss_share(
     model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor], *, criterion: str = "admm"
 ) -> dict[str, float]:
-    """Nats a token by layer name; the model's weights are as before afterwards.
+    """The shares by layer name, in nats a token; the model's weights are restored.
 
     `batches` are token ids [batch, length] int64. Raises BillhookError for fewer than two windows.
     """
@@ -42,6 +42,6 @@ def loss_share(
     last = min(WINDOWS, len(ids) // 2)
     plan = SparsityPlan(MIDDLE, Pattern.parse("unstructured"), {layer.name: MIDDLE for layer in layers}, {})
     setting = Setting(criterion, CRITERIA.configure(criterion, cheaper(criterion, layers)))
-    with Bench(model, layers, in_batches(ids[:-last], len(batches[0])), ids[-last:], setting) as bench:
-        bench.prune(plan)
-        return bench.attribute()[1]
+    with TrialRunner(model, layers, in_batches(ids[:-last], len(batches[0])), ids[-last:], setting) as runner:
+        runner.prune(plan)
+        return runner.attribute()
