@@ -14,13 +14,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from billhook.comparison.record import Cell, Comparison, finite
+from billhook.engine.batch import rows_of
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.gradients import compute_gradients
 from billhook.engine.loop import Method
+from billhook.engine.restore import restore_
 from billhook.errors import BillhookError
 from billhook.evaluation.block_errors import block_errors, block_outputs
 from billhook.evaluation.perplexity import evaluate
@@ -33,6 +34,8 @@ from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
 from billhook.racing import automatic
+from billhook.racing.automatic import choose
+from billhook.racing.race import Problem
 from billhook.registry import hint
 from billhook.steps.evaluate import versions
 from billhook.steps.prune import prune_with
@@ -40,7 +43,6 @@ from billhook.steps.request import Opened, Request, calibration_facts, listed, o
 from billhook.store.files import json_text
 from billhook.tasks.token_windows import tokenizer_of, window_length
 from billhook.text.windows import Windows
-from billhook.trials.trials import Setting
 
 
 @dataclass(frozen=True)
@@ -211,17 +213,15 @@ class _Runner:
         self.grid, self.request, self.opened, self.scratch = grid, request, opened, scratch
         self.windows, self.scoring = scored
         self._batch = self.scoring.batch(self.windows.ids)
-        self._weights = [layer.weight.clone() for layer in opened.layers]
+        self._weights = {layer.name: layer.weight.clone() for layer in opened.layers}
         self._dense = block_outputs(opened.model, self._batch)
         self._drawn = {request.seed: opened}
         self._tables: dict[int | None, Table] = {}
         self._gradients: dict[tuple[str, int], Gradients] = {}
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Give the model its dense weights."""
-        for layer, weight in zip(self.opened.layers, self._weights, strict=True):
-            layer.weight.copy_(weight)
+        restore_(self.opened.layers, self._weights)
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Prune by one cell, score the model, and return the cell's row of compare.json."""
@@ -248,8 +248,18 @@ class _Runner:
             return self.grid.plans[cell.allocator]
         table = self._table(cell.seed)
         if cell.allocator == AUTO:
-            setting = Setting(cell.criterion, options, self.request.group)
-            return automatic.choose(opened, table, cell.sparsity, cell.pattern, setting, cell.seed)
+            assert opened.samples is not None
+            method = Method(cell.criterion, options, self.request.group)
+            return choose(
+                opened.model,
+                opened.task,
+                opened.layers,
+                opened.samples,
+                Problem(table, cell.sparsity, cell.pattern),
+                method,
+                batch_size=rows_of(opened.batches[0]),
+                seed=cell.seed,
+            )
         named = self.grid.of(ALLOCATORS, cell.allocator)
         return allocate(table, cell.sparsity, allocator=cell.allocator, pattern=cell.pattern, **named)
 

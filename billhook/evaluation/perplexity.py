@@ -8,7 +8,7 @@ across tokenizers. This is not lm-eval's word perplexity.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,12 +20,12 @@ from torch.nn import functional
 from transformers.modeling_utils import PreTrainedModel
 
 from billhook.architectures.config import call_options, check_length, vocabulary_size
-from billhook.engine.batch import Batch, model_inputs, select_rows
+from billhook.engine.batch import Batch, main_input, model_inputs, select_rows
 from billhook.engine.capture import evaluating
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.batching import batch_size as found_size
 from billhook.evaluation.batching import halving
-from billhook.evaluation.divergence import Against, divergence
+from billhook.evaluation.kl import Against, window_kl
 from billhook.evaluation.scoring import NEXT_TOKEN, Scoring, count_scored, scored_rows
 from billhook.text.windows import Windows, check_ids, digest, whole_ids
 
@@ -59,27 +59,28 @@ class Evaluation:
 @torch.inference_mode()
 def evaluate(
     model: PreTrainedModel,
-    windows: Windows | Tensor,
+    windows: Windows | Tensor | Batch,
     *,
     scoring: Scoring = NEXT_TOKEN,
     against: PreTrainedModel | None = None,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Score `windows.ids` int64 [windows, length] (or such a tensor), in the model's own dtype and a float32 loss.
+    """Score `windows.ids` int64 [windows, length] (or such a tensor, or a batch), in the model's dtype and a float32 loss.
 
     `scoring` says which tokens are predicted (every next one by default); `against` is the dense model to compare
     predictions with; `batch_size` None chooses one (`billhook.evaluation.batching`); `progress(done, all)` is called
     after each batch. Raises BillhookError for windows longer than the context, ids outside the vocabulary or a dense
     model of another vocabulary, JobError for a NaN or infinite loss.
     """
-    if isinstance(windows, Tensor):
-        ids = whole_ids(windows, "windows")
+    batch = windows if isinstance(windows, Mapping) else None
+    if not isinstance(windows, Windows):
+        ids = whole_ids(windows if batch is None else main_input(model, batch), "windows")
         windows = Windows(ids, "given as a tensor", digest(ids), ids.numel(), None)
     models = [model] if against is None else [model, against]
     _check(models, windows)
     count, length = windows.ids.shape
-    batch = scoring.batch(windows.ids)
+    batch = scoring.batch(windows.ids) if batch is None else batch
     sums = torch.zeros(2, count, dtype=torch.float64)
     kl: list[float] = []
     agreed = tokens = 0
@@ -110,7 +111,7 @@ def evaluate(
 def _divergence(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[float], int]:
     """The mean KL divergence of each window's scored predictions, and the number of equal top-1 predictions."""
     ours, theirs = (scored_rows(logits, labels) for logits, labels in found)
-    windows = [divergence(q, p.to(q.device)) for (q, _), (p, _) in zip(ours, theirs, strict=True)]
+    windows = [window_kl(q, p.to(q.device)) for (q, _), (p, _) in zip(ours, theirs, strict=True)]
     return [kl for kl, _ in windows], sum(same for _, same in windows)
 
 

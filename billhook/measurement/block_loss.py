@@ -1,22 +1,18 @@
-"""Block loss: how much the loss rises when one block alone is pruned.
+"""How much the model's loss rises when one block alone is pruned: the column `block_loss`.
 
-    block_loss:S = (loss with only this block pruned by magnitude to S − dense loss) / dense loss
-
-Each block in turn is pruned (whole layers are compared), the loss on the calibration text is measured, and the weights
-are restored bit for bit. It costs one evaluation of the text per block and one of the dense model. It is read by
-`sensitivity`.
-
-Limits: it does not know how blocks that are pruned together interact.
+Each block in turn is pruned by magnitude (comparison group: the layer), the loss on the text is measured, and the
+weights are restored. It costs one evaluation of the text for each block and one more, and says nothing about how blocks
+that are pruned together interact.
 """
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.architectures.layers import Layer
-from billhook.engine.streaming import resident
+from billhook.engine.batch import Batch, join_rows
+from billhook.engine.resources import IN_MEMORY, Resources
+from billhook.engine.restore import restored
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import evaluate
 from billhook.methods.masks import Select
@@ -24,36 +20,34 @@ from billhook.methods.sparse.magnitude import magnitude
 from billhook.methods.statistics import LayerStats
 from billhook.plan.metrics import fact
 from billhook.registry import method
+from billhook.tasks.opening import task_of
 
 
 @method(paper=fact("block_loss").paper)
 def block_loss(
-    model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor], *, sparsity: float = 0.6
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    batches: Sequence[Batch],
+    resources: Resources = IN_MEMORY,
+    *,
+    sparsity: float = 0.6,
 ) -> dict[str, float]:
-    """Return the relative rise of the loss by layer name; all layers of a block have the block's value.
+    """(loss with only this block pruned to `sparsity` - dense loss) / dense loss, by layer name.
 
-    `batches` are token ids [batch, length] int64; the loss is the mean negative log-likelihood of their tokens.
+    The loss is the mean negative log-likelihood of the samples. All `layers` of a block get the block's number. The
+    weights are restored bit for bit.
     """
     if not 0 < sparsity < 1:
         raise BillhookError(f"block_loss:{sparsity:g}: the sparsity must lie between 0 and 1, such as block_loss:0.6.")
-    ids = torch.cat(list(batches))
-    dense = evaluate(model, ids).nll
+    samples, scoring = join_rows(batches), task_of(model)
+    dense = evaluate(model, samples, scoring=scoring).nll
     losses: dict[str, float] = {}
     for block in sorted({layer.block for layer in layers}):
         inside = [layer for layer in layers if layer.block == block]
-        with resident(model, block):
-            loss = _pruned_loss(model, inside, ids, sparsity)
+        with resources.block(block), restored(inside):
+            for layer in inside:
+                select = Select(layer.shape, sparsity, round(sparsity * layer.weight.numel()), None, "layer", "exact")
+                layer.weight.copy_(magnitude(layer.weight.float(), LayerStats(0, 0), select))
+            loss = evaluate(model, samples, scoring=scoring).nll
         losses |= {layer.name: (loss - dense) / dense for layer in inside}
     return losses
-
-
-def _pruned_loss(model: PreTrainedModel, layers: Sequence[Layer], ids: Tensor, sparsity: float) -> float:
-    before = [layer.weight.clone() for layer in layers]
-    try:
-        for layer in layers:
-            select = Select(layer.shape, sparsity, round(sparsity * layer.weight.numel()), None, "layer", "exact")
-            layer.weight.copy_(magnitude(layer.weight.float(), LayerStats(0, 0), select))
-        return evaluate(model, ids).nll
-    finally:
-        for layer, weight in zip(layers, before, strict=True):
-            layer.weight.copy_(weight)

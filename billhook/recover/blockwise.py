@@ -23,7 +23,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -36,6 +35,7 @@ from billhook.engine.replay import Call, run_block
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Block, Following
 from billhook.errors import BillhookError, JobError
+from billhook.evaluation.kl import token_kl
 
 Refining = Literal["none", "blocks", "blocks+norms"]
 HELD_OUT = 8  # one window of so many
@@ -149,7 +149,7 @@ class Data:
         single = self.single[inputs.shape[1]]
         outputs = run_block(module, inputs, self.calls[batch].part(index, single[0], inputs.dtype))
         if self.following.module is None:
-            return _divergence(outputs, targets, self.following.predict)
+            return _mean_kl(outputs, targets, self.following.predict)
         outputs = run_block(
             self.following.module, outputs, self.following.calls[batch].part(index, single[1], inputs.dtype)
         )
@@ -157,13 +157,15 @@ class Data:
         return (outputs - targets).square().sum() / targets.square().sum().clamp_min(1e-30)
 
 
-def _divergence(outputs: Tensor, targets: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
-    """The divergence of predictions from those of the targets, a token; both [windows, tokens, width], some tokens at a
-    time, since vocabularies are large."""
+def _mean_kl(outputs: Tensor, targets: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
+    """The KL divergence of the predictions from those of the targets, in nats a token, float32.
+
+    Both are [windows, tokens, width]. Vocabularies are large, so the logits of `PREDICTED` tokens at a time are in
+    memory.
+    """
 
     def part(ours: Tensor, theirs: Tensor) -> Tensor:
-        log_q, log_p = predict(ours).float().log_softmax(-1), predict(theirs).float().log_softmax(-1)
-        return functional.kl_div(log_q, log_p.detach(), reduction="sum", log_target=True)
+        return token_kl(predict(ours), predict(theirs)).sum()
 
     tokens = max(1, PREDICTED // len(outputs))
     parts = [

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from billhook.architectures.layers import Layer, find_layers
 from billhook.distributed.collectives import barrier, check_share, gather
 from billhook.distributed.torchrun import rank
-from billhook.engine.batch import Batch, as_batches
+from billhook.engine.batch import Batch, as_batches, rows_of
 from billhook.engine.gradient_file import Gradients, open_gradients
 from billhook.engine.gradients import compute_gradients
 from billhook.engine.loop import Group, LayerResult, Method, Rounding, Tuner, apply_plan_
@@ -28,10 +28,12 @@ from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Block, Progress
 from billhook.errors import BillhookError, Interrupted
 from billhook.methods.sparse import CRITERIA
-from billhook.plan.allocators import AUTO, allocate
+from billhook.plan.allocators import allocate
 from billhook.plan.plan import Plan
 from billhook.plan.table import Table
-from billhook.racing import automatic
+from billhook.racing.automatic import choose
+from billhook.racing.hyperparameters import is_raced
+from billhook.racing.race import Problem
 from billhook.recover.blockwise import BlockTuner, Refine
 from billhook.reports.publishing import publish
 from billhook.steps.measure import measure_opened, rows_of_table
@@ -44,7 +46,6 @@ from billhook.store.directory import save_pruned
 from billhook.store.layout import GRADIENTS, WRITTEN
 from billhook.tasks.opening import task_of
 from billhook.tasks.self_text import is_self, save_windows
-from billhook.trials.trials import Setting
 
 REMOVED_FIELDS = {"rounding": "published=True", "sampling": "published=True"}
 
@@ -97,11 +98,23 @@ def _allocate(
     method: Method,
     progress: Callable[[str], None],
 ) -> Plan:
-    """The request's plan; of `auto`, the best of several on held-out windows."""
-    if request.allocator != AUTO:
+    """The request's plan, from a race where the allocator or its hyperparameter is `auto`."""
+    if not is_raced(request.allocator, options):
         return allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **options)
-    setting = Setting(request.criterion, dict(method.options), request.group)
-    return automatic.choose(opened, table, request.sparsity, request.pattern, setting, request.seed, progress=progress)
+    assert opened.samples is not None
+    return choose(
+        opened.model,
+        opened.task,
+        opened.layers,
+        opened.samples,
+        Problem(table, request.sparsity, request.pattern),
+        method,
+        allocator=request.allocator,
+        options=options,
+        batch_size=rows_of(opened.batches[0]),
+        seed=request.seed,
+        progress=progress,
+    )
 
 
 def run(

@@ -15,6 +15,7 @@ from billhook.plan.plan import Plan, load_plan
 from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
 from billhook.racing import automatic
+from billhook.racing.hyperparameters import configure, is_raced
 from billhook.steps.options import split_options
 from billhook.steps.request import Opened, Request, identity, open_request
 from billhook.steps.state import check_place, check_same_run, partial_folder
@@ -46,7 +47,8 @@ class ResolvedRequest:
     @property
     def in_memory(self) -> bool:
         """Whether the plan needs the whole model in memory."""
-        return _in_memory(self.request, self.needed if self.plan is None else ())
+        raced = self.plan is None and is_raced(self.request.allocator, self.allocator_options)
+        return _in_memory(raced, self.needed if self.plan is None else ())
 
     @property
     def target(self) -> float:
@@ -66,7 +68,8 @@ def check(request: Request, progress: Progress = lambda step: None) -> ResolvedR
         _published(request), request.criterion, allocators, Request.__dataclass_fields__
     )
     method = Method(request.criterion, criterion_options, request.group, request.rounding)
-    allocator_options = ALLOCATORS.configure(request.allocator, given) if arithmetic else {}
+    allocator_options = configure(request.allocator, given) if arithmetic else {}
+    raced = request.plan is None and is_raced(request.allocator, allocator_options)
     plan = _given_plan(request)
     table = Table.load(request.table) if isinstance(request.table, str | Path) else request.table
     if plan is None:
@@ -84,10 +87,10 @@ def check(request: Request, progress: Progress = lambda step: None) -> ResolvedR
     gradients = _given_gradients(request, method)
     computed = method.gradient and gradients is None
     needs_samples = method.observed or computed or any(fact(name).needs_text for name in needed)
-    needs_samples = bool(needs_samples) or request.refine != "none"
+    needs_samples = bool(needs_samples) or raced or request.refine != "none"
     request, packed = _dense_place(request)
     who = f"Pruning with {request.criterion} and {request.allocator}"
-    streamed = request.output is not None and not _in_memory(request, needed)
+    streamed = request.output is not None and not _in_memory(raced, needed)
     opened = open_request(request, needs_samples, who, streamed=streamed, progress=progress)
     asked = identity(request, opened, {**allocator_options, **criterion_options}, plan, table)
     if gradients is not None:
@@ -124,8 +127,8 @@ def _given_plan(request: Request) -> Plan | None:
     return plan
 
 
-def _in_memory(request: Request, needed: Sequence[str]) -> bool:
-    return request.allocator == AUTO or any(fact(name).reads == "trial" for name in needed)
+def _in_memory(raced: bool, needed: Sequence[str]) -> bool:
+    return raced or any(fact(name).reads == "trial" for name in needed)
 
 
 def _columns(request: Request, options: Mapping[str, Any]) -> tuple[str, ...]:
