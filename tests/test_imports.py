@@ -35,8 +35,6 @@ LIGHT = [
     *(
         f"billhook.{name}"
         for name in (
-            "costs.counts",
-            "costs.prices",
             "disk.files",
             "parallel.torchrun",
             "reports.charts",

@@ -12,7 +12,6 @@ from billhook.cli.common import (
     Settings,
     TrustRemoteCode,
     emit,
-    estimated,
     handle_errors,
     parse_settings,
     say,
@@ -49,19 +48,15 @@ def command(
 ) -> None:
     """Show the relative error of each block's output after pruning by each plan."""
     from billhook.analysis import analyze, draw
-    from billhook.costs.estimate import estimate_analysis
     from billhook.store.files import check_writable, write_json
 
     if output is not None:
         check_writable(output)
-    with estimated() as begin:
-        found = analyze(
-            model, {str(path): path for path in plan or []}, progress=lambda name: say(f"{name}: pruned"),
-            begin=lambda opened, setting, targets: begin(estimate_analysis(opened, setting, targets, work.device)),
-            criterion=criterion,
-            options=parse_settings(settings), calibration=calibration, samples=samples, length=length, **work.fields(),
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+    found = analyze(
+        model, {str(path): path for path in plan or []}, progress=lambda name: say(f"{name}: pruned"),
+        criterion=criterion, options=parse_settings(settings), calibration=calibration, samples=samples, length=length,
+        **work.fields(), trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     if output is not None:
         write_json(output, found)
         picture = output.with_suffix(".svg")

@@ -10,7 +10,6 @@ from billhook.cli.common import (
     Settings,
     TrustRemoteCode,
     emit,
-    estimated,
     handle_errors,
     parse_settings,
     say,
@@ -85,7 +84,6 @@ def command(
         )
     from billhook.comparison.grid import Grid, compare
     from billhook.comparison.views import caption, header_and_rows, write_views
-    from billhook.costs.estimate import estimate_comparison
 
     if sparsities and "unstructured" not in _names(patterns):
         raise BillhookError(
@@ -100,13 +98,10 @@ def command(
         options=parse_settings(settings),
     )
     try:
-        with estimated() as begin:
-            found = compare(
-                models[0], grid, data, limit=limit, output=output, overwrite=overwrite, progress=say,
-                begin=lambda opened, windows, cells: begin(estimate_comparison(opened, windows.ids, cells, grid,
-                work.device)),
-                **vars(text), **work.fields(), trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+        found = compare(
+            models[0], grid, data, limit=limit, output=output, overwrite=overwrite, progress=say, **vars(text),
+            **work.fields(), trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     except KeyboardInterrupt:
         raise JobError(f"Stopped. What was done so far is in {output}: the same command goes on from there.") from None
     files = write_views(found)

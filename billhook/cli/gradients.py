@@ -14,8 +14,8 @@ from billhook.cli.common import (
     Targets,
     TrustRemoteCode,
     emit,
-    estimated,
     handle_errors,
+    layers_a_block,
     progress,
     say,
 )
@@ -57,9 +57,9 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Accumulate the gradients of a model's loss on calibration text, one block in memory at a time."""
-    from billhook.costs.estimate import estimate_gradients
     from billhook.methods.statistics import gradient_name
     from billhook.steps.prune import Request, make_gradients
+    from billhook.steps.request import open_request
     from billhook.store.files import check_writable
 
     check_writable(output)
@@ -67,9 +67,9 @@ def command(
         model=model, **vars(text), seed=seed, targets=targets or (), ignore=ignore or (), device=device, dtype=dtype,
         spill_gib=spill_gib, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    with estimated() as begin, progress("gradients") as advance:
-        start = lambda opened: begin(estimate_gradients(opened, device, spill_gib))  # noqa: E731
-        made = make_gradients(request, gradient_name(norm, mode), output, advance, start)
+    opened = open_request(request, True, "A gradient", streamed=True)
+    with progress("gradients", len(opened.layers), unit=layers_a_block(opened.layers)) as advance:
+        made = make_gradients(opened, gradient_name(norm, mode), output, advance, spill_gib=spill_gib)
     say(f"{output}: {made.statistic} of {len(made)} layers over {made.about['samples']} windows.")
     if as_json:
         emit(

@@ -13,7 +13,6 @@ from billhook.cli.common import (
     Settings,
     TrustRemoteCode,
     emit,
-    estimated,
     handle_errors,
     parse_settings,
     say,
@@ -85,23 +84,16 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Find the allocator and knob that lose least, and prune with them."""
-    from billhook.costs.estimate import estimate_search
     from billhook.errors import JobError
-    from billhook.racing.contest import Budget
     from billhook.steps.search import search, summary
 
     try:
-        with estimated() as begin:
-            found = search(
-                model, sparsity, allocator=allocator, budget=budget, objective=objective, grid=grid,
-                finalists=finalists,
-                output=output, save_model=not no_model, overwrite=overwrite, progress=say,
-                begin=lambda task: begin(estimate_search(task, Budget.parse(budget), finalists, not no_model)),
-                pattern=pattern,
-                criterion=criterion, options=parse_settings(settings), calibration=calibration, samples=samples,
-                length=length,
-                **work.fields(), trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+        found = search(
+            model, sparsity, allocator=allocator, budget=budget, objective=objective, grid=grid, finalists=finalists,
+            output=output, save_model=not no_model, overwrite=overwrite, progress=say, pattern=pattern,
+            criterion=criterion, options=parse_settings(settings), calibration=calibration, samples=samples,
+            length=length, **work.fields(), trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     except KeyboardInterrupt:
         raise JobError(f"Stopped. What was found so far is in {output}: the same command goes on from there.") from None
     best = found.record["best"]

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from billhook.architectures.layers import find_layers
 from billhook.distributed.collectives import barrier, gather
 from billhook.distributed.torchrun import rank
+from billhook.engine.activation_store import SPILL_GIB
 from billhook.engine.gradient_file import Gradients, open_gradients
 from billhook.engine.gradients import compute_gradients
 from billhook.engine.loop import LayerResult, prune_
@@ -215,23 +216,18 @@ def open_to_measure(request: Request, metrics: Sequence[str]) -> Opened:
 
 
 def make_gradients(
-    request: Request,
+    opened: Opened,
     statistic: str,
     path: Path,
     progress: Callable[[str], None] = lambda layer: None,
-    begin: Callable[[Opened], None] = lambda opened: None,
+    *,
+    spill_gib: float = SPILL_GIB,
 ) -> Gradients:
-    """Accumulate the gradients of a request's model on its calibration text and write them to `path`; see
-    `compute_gradients`.
-
-    `begin` is called with what was opened before the work starts.
-    """
-    opened = open_request(request, True, "A gradient", streamed=True)
-    begin(opened)
+    """Accumulate the gradients of an opened model on its calibration text and write them to `path`; see
+    `compute_gradients`."""
     facts = {"model": opened.facts, "calibration": calibration_facts(opened)}
-    layers, batches = opened.layers, opened.batches
-    more: dict[str, Any] = {"facts": facts, "spill_gib": request.spill_gib, "progress": progress}
-    return compute_gradients(opened.model, batches, statistic, path, layers=layers, **more)
+    more: dict[str, Any] = {"facts": facts, "spill_gib": spill_gib, "progress": progress}
+    return compute_gradients(opened.model, opened.batches, statistic, path, layers=opened.layers, **more)
 
 
 def _rows(table: Table, opened: Opened) -> Table:

@@ -54,8 +54,11 @@ class ResolvedRequest:
         )
 
 
-def check(request: Request) -> ResolvedRequest:
-    """Open what a request names and check everything about it, cheapest first; nothing is measured yet."""
+def check(request: Request, *, dry_run: bool = False) -> ResolvedRequest:
+    """Open what a request names and check everything about it, cheapest first; nothing is measured yet.
+
+    A model directory is opened one block at a time where an output is asked for, and for a dry run.
+    """
     arithmetic = request.plan is None and request.allocator != AUTO
     allocators = [request.allocator] if arithmetic else []
     criterion_options, given = split_options(
@@ -86,7 +89,7 @@ def check(request: Request) -> ResolvedRequest:
     needs_text = needs_text or request.refine != "none"
     request, packed = _beside(request)
     who = f"Pruning with {request.criterion} and {request.allocator}"
-    streamed = request.output is not None and not _in_memory(request, needed)
+    streamed = (dry_run or request.output is not None) and not _in_memory(request, needed)
     opened = open_request(request, needs_text, who, streamed=streamed)
     asked = identity(request, opened, {**allocator_options, **criterion_options}, plan, table)
     if gradients is not None:
