@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from command import done
-
 from billhook.costs import estimate as module
 from billhook.costs.estimate import estimate, speeds
+from command import done
+
 from billhook.errors import Interrupted
 from billhook.plan.plan import load_plan
 from billhook.steps.prune import decide, run

@@ -20,10 +20,38 @@ from billhook.registry import hint
 # Last name components of linear layers that route tokens to experts: a few rows that decide everything.
 ROUTERS = frozenset({"gate", "router", "wg", "shared_expert_gate", "classifier"})
 
+# Last name components of layers that read the same input as a layer before them, whose statistics are shared.
+SHARED_INPUTS = frozenset({"k_proj", "v_proj", "up_proj"})
+
 # Families tested in every release (tests/test_families.py): `config.model_type`.
 FAMILIES = tuple(
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo2 stablelm starcoder2 cohere granite falcon gpt_neox "
-    "gptj gpt2 bloom mpt opt mixtral qwen3_moe gpt_oss bert".split()
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi",
+        "phi3",
+        "olmo2",
+        "stablelm",
+        "starcoder2",
+        "cohere",
+        "granite",
+        "falcon",
+        "gpt_neox",
+        "gptj",
+        "gpt2",
+        "bloom",
+        "mpt",
+        "opt",
+        "mixtral",
+        "qwen3_moe",
+        "gpt_oss",
+        "bert",
+    ]
 )
 
 

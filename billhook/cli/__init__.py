@@ -41,6 +41,10 @@ _SEVERAL = ("measure", "prune")  # commands that share their work under torchrun
 REMOVED = {
     "analyze": "billhook compare MODEL --plans PLAN,PLAN --errors --data SOURCE --output DIR",
     "write": "a calibration SOURCE that begins with self: (--calibration self:)",
+    "--rounding": "--published",
+    "--sampling": "--published",
+    "--mode": "--published",
+    "--finalists": "--budget, which says how many plans are tried: each of them is pruned in full now",
 }
 
 app = typer.Typer(

@@ -6,14 +6,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from billhook.distributed.torchrun import processes, rank, started
 from billhook.errors import BillhookError, out_of_memory
+
+if TYPE_CHECKING:
+    from billhook.architectures.layers import Layer
+    from billhook.steps.estimate import Estimate
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
 Targets = Annotated[
@@ -61,7 +65,7 @@ Preset = Annotated[
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model. Read that code first.")]
 
 EVERY = 60.0  # seconds between lines of progress
-SPREAD = 1.25  # a range is told where its ends are further apart
+Advance = Callable[[str], None]  # called with the name of each finished item
 
 
 class Failure(Exception):
@@ -154,94 +158,103 @@ def parse_settings(pairs: list[str] | None) -> dict[str, str]:
     return settings
 
 
-def announce(cost: Mapping[str, float]) -> None:
-    """Tell what a job will cost, before it starts, and where less is free than it takes."""
-    from billhook.costs.estimate import too_little
+def announce(estimate: "Estimate", device: str) -> None:
+    """Say what a job needs before it starts, and where less memory is free than that."""
+    from billhook.steps.estimate import free_gib
 
-    say(f"About {_times(cost)}, {cost['memory_gib']:.2f} GiB of memory, {cost['disk_gib']:.2f} GiB of disk.")
-    if lacking := too_little(cost):
-        say(f"note: {lacking}")
+    say(f"About {estimate.memory_gib:.2f} GiB of memory and {estimate.disk_gib:.2f} GiB of disk.")
+    if estimate.seconds is not None:
+        say(f"About {duration(estimate.seconds)} to prune and write, measured on {estimate.measured}.")
+    free = free_gib(device)
+    if free is not None and free < estimate.memory_gib:
+        advice = "use fewer --samples, a shorter --length, a smaller --batch-size or a smaller --spill-gib."
+        say(f"note: only {free:.2f} GiB of memory are free: {advice}")
+
+
+def layers_a_block(layers: "Sequence[Layer]") -> int:
+    """How many layers of a block take part, on average: after so many, progress is one block further."""
+    return max(1, len(layers) // len({layer.block for layer in layers}))
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, in two digits or three."""
+    for unit, length in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.{1 if seconds < 10 * length else 0}f} {unit}"
+    return f"{seconds:.{1 if seconds < 10 else 0}f} s"
+
+
+class TimeLeft:
+    """The time left of a job of equal units of work, corrected whenever one is finished; as a string, what to show.
+
+    `total` counts items, of which `unit` make a unit (the layers of a block: most of the time passes before the first
+    of them); the first `skipped` are of an earlier run and took no time. Between two units the time runs down, never
+    below zero.
+    """
+
+    def __init__(self, total: int | None, unit: int = 1, skipped: int = 0) -> None:
+        self._total, self._unit, self._skipped = total, unit, skipped
+        self._start = self._last = time.monotonic()
+        self.done = self._counted = 0
+
+    def advance(self) -> None:
+        """Note a finished item."""
+        self.done += 1
+        if self.done <= self._skipped:
+            self._start = time.monotonic()
+        elif self.done % self._unit == 0 or self.done == self._total:
+            self._counted, self._last = self.done - self._skipped, time.monotonic()
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds left; None where the total is not known, or no unit is finished yet."""
+        if self._total is None or self._counted <= 0:
+            return None
+        rate = (self._last - self._start) / self._counted
+        left = rate * (self._total - self._skipped - self._counted)
+        return max(0.0, left - (time.monotonic() - self._last))
+
+    def __str__(self) -> str:
+        return "" if self.seconds is None else f"about {duration(self.seconds)} left"
 
 
 @contextmanager
-def estimated() -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """Yields what to call with the estimate when work begins; at the end, tell what it did cost."""
-    from billhook.costs.estimate import peak_gib
-
-    begun: list[tuple[Mapping[str, float], float]] = []
-
-    def begin(cost: Mapping[str, float]) -> None:
-        announce(cost)
-        begun.append((cost, time.perf_counter()))
-
-    yield begin
-    for cost, start in begun:
-        took = time.perf_counter() - start
-        say(
-            f"It took {took:.1f} s (estimated {_times(cost)}) and {peak_gib():.2f} GiB (estimated "
-            f"{cost['memory_gib']:.2f})."
-        )
-
-
-def _times(cost: Mapping[str, float]) -> str:
-    """The estimated time: a range where part of the work may end early; minutes or hours where it is long."""
-    least, most = cost["seconds_least"], cost["seconds"]
-    unit, length = next(((name, size) for name, size in (("h", 3600.0), ("min", 60.0)) if most >= 3 * size), ("s", 1.0))
-    shown = [f"{value / length:.{1 if value < 10 * length else 0}f}" for value in (least, most)]
-    return f"{shown[0]} to {shown[1]} {unit}" if most > SPREAD * least else f"{shown[1]} {unit}"
-
-
-@contextmanager
-def progress(what: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
+def progress(what: str, total: int | None = None, *, unit: int = 1, skipped: int = 0) -> Iterator[Advance]:
     """Show a bar with time left on a terminal, a line a minute elsewhere; yields a function to call with the name of
-    each finished unit.
+    each finished item. `unit` and `skipped` are those of `TimeLeft`.
 
     Elsewhere is a file, a pipe, a terminal that cannot move its cursor, and a notebook, where a bar would need widgets.
     """
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
+    console, left = Console(stderr=True), TimeLeft(total, unit, skipped)
     if not console.is_terminal or console.is_jupyter or console.is_dumb_terminal or rank():
-        yield _lines(what, total)
+        yield _lines(what, total, left)
         return
-    counts = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*counts, TextColumn("{task.fields[item]}"), console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total, item="")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    fields = TextColumn("{task.fields[left]} {task.fields[item]}")  # the time left is computed whenever it is shown
+    with Progress(*columns, fields, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total, item="", left=left)
 
         def advance(item: str) -> None:
+            left.advance()
             bar.update(task, advance=1, item=item)
 
         yield advance
 
 
-def _lines(what: str, total: int | None) -> Callable[[str], None]:
+def _lines(what: str, total: int | None, left: TimeLeft) -> Advance:
     """The progress of long jobs in plain lines."""
-    start = last = time.monotonic()
-    done = 0
+    last = time.monotonic()
 
     def advance(item: str) -> None:
-        nonlocal done, last
-        done, now = done + 1, time.monotonic()
-        if now - last >= EVERY:
-            last = now
-            left = (
-                "" if total is None else f" of {total}, about {(now - start) / done * (total - done) / 60:.0f} min left"
-            )
-            say(f"{what}: {done}{left}, {item}")
+        nonlocal last
+        left.advance()
+        if time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            of = "" if total is None else f" of {total}"
+            say(", ".join(part for part in (f"{what}: {left.done}{of}", str(left), item) if part))
 
     return advance
 

@@ -10,7 +10,6 @@ from billhook.cli.common import (
     Settings,
     TrustRemoteCode,
     emit,
-    estimated,
     handle_errors,
     parse_settings,
     say,
@@ -103,7 +102,6 @@ def command(
         )
     from billhook.comparison.grid import Grid, compare
     from billhook.comparison.views import caption, error_tables, perplexity_table, write_views
-    from billhook.costs.estimate import estimate_comparison
 
     if sparsities and "unstructured" not in _names(patterns):
         raise BillhookError(
@@ -119,13 +117,10 @@ def command(
         plans=_plans(plans),
     )
     try:
-        with estimated() as begin:
-            found = compare(
-                models[0], grid, data, limit=limit, output=output, overwrite=overwrite, progress=say,
-                begin=lambda opened, windows, cells: begin(estimate_comparison(opened, windows.ids, cells, grid,
-                work.device)),
-                **vars(text), **work.fields(), trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+        found = compare(
+            models[0], grid, data, limit=limit, output=output, overwrite=overwrite, progress=say, **vars(text),
+            **work.fields(), trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     except KeyboardInterrupt:
         raise JobError(f"Stopped. Finished cells are in {output}: the same command continues from there.") from None
     files = write_views(found)

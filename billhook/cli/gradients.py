@@ -14,8 +14,8 @@ from billhook.cli.common import (
     Targets,
     TrustRemoteCode,
     emit,
-    estimated,
     handle_errors,
+    layers_a_block,
     progress,
     say,
 )
@@ -53,9 +53,8 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Accumulate the gradients of a model's loss on calibration text, one block in memory at a time."""
-    from billhook.costs.estimate import estimate_gradients
     from billhook.methods.statistics import gradient_name
-    from billhook.steps.gradients import make_gradients
+    from billhook.steps.gradients import make_gradients, open_for_gradients
     from billhook.steps.request import Request
     from billhook.store.files import check_writable
 
@@ -64,11 +63,11 @@ def command(
         model=model, **vars(text), seed=seed, targets=targets or (), ignore=ignore or (), device=device, dtype=dtype,
         spill_gib=spill_gib, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    with estimated() as begin, progress("gradients") as advance:
-        start = lambda opened: begin(estimate_gradients(opened, device, spill_gib))  # noqa: E731
-        made = make_gradients(
-            request, gradient_name(norm, "reference" if text.published else "paper"), output, advance, start
-        )
+    statistic = gradient_name(norm, "reference" if text.published else "paper")
+    opened = open_for_gradients(request)
+    total, unit = len(opened.layers), layers_a_block(opened.layers)
+    with progress("gradients", total, unit=unit) as advance:
+        made = make_gradients(opened, statistic, output, advance)
     say(f"{output}: {made.statistic} of {len(made)} layers over {made.about['samples']} windows.")
     if as_json:
         emit(

@@ -9,8 +9,8 @@ from billhook.cli.common import (
     Json,
     TrustRemoteCode,
     emit,
-    estimated,
     handle_errors,
+    layers_a_block,
     progress,
     say,
 )
@@ -38,7 +38,6 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Measure every prunable layer and write table.json."""
-    from billhook.costs.estimate import estimate_table
     from billhook.distributed.collectives import distributed
     from billhook.distributed.torchrun import rank
     from billhook.measurement.measure import metric_names, steps
@@ -49,10 +48,10 @@ def command(
     names = metric_names(metrics)
     check_writable(output)
     request = Request(model=model, **vars(text), **work.fields(), trust_remote_code=trust_remote_code)
-    with distributed(work.device), estimated() as begin:
+    with distributed(work.device):
         opened = open_to_measure(request, names)
-        begin(estimate_table(opened, names, work.device))
-        with progress("measuring", total=steps(names, len(opened.layers))) as advance:
+        total, unit = steps(names, len(opened.layers)), layers_a_block(opened.layers)
+        with progress("measuring", total, unit=unit) as advance:
             table = measure_opened(opened, names, advance)
         if not rank():
             table.save(output)

@@ -1,5 +1,6 @@
 """`billhook prune`: a model directory in, a pruned model directory out."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,10 +13,11 @@ from billhook.cli.common import (
     Settings,
     TrustRemoteCode,
     announce,
+    duration,
     emit,
-    estimated,
     graceful_interrupt,
     handle_errors,
+    layers_a_block,
     parse_settings,
     progress,
     say,
@@ -25,8 +27,8 @@ from billhook.cli.groups import Text, Work, grouped
 
 if TYPE_CHECKING:
     from billhook.cli.events import Log
-    from billhook.costs.estimate import Estimate
     from billhook.engine.loop import LayerResult
+    from billhook.steps.estimate import Estimate
     from billhook.steps.prune import Job, Report
     from billhook.steps.resolve import ResolvedRequest
 
@@ -84,7 +86,11 @@ def command(
     text: Text,
     work: Work,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be pruned, with time and memory; write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show what would be pruned, the memory it needs, and its time, measured on a part; write nothing.",
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an output that exists, or an unfinished run.")] = False,
     resume: Annotated[
@@ -100,12 +106,13 @@ def command(
 ) -> None:
     """Prune a model and write it as an ordinary Hugging Face directory."""
     from billhook.cli.events import Log
-    from billhook.costs.estimate import estimate
     from billhook.distributed.collectives import distributed
     from billhook.errors import BillhookError
     from billhook.plan.allocators import presets
+    from billhook.steps.estimate import estimate
     from billhook.steps.prune import Request
     from billhook.steps.resolve import check
+    from billhook.steps.sample_run import estimate_time
 
     if output is None and not dry_run:
         raise BillhookError(
@@ -124,15 +131,16 @@ def command(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     with distributed(work.device), Log(log_file, resume) as log:
-        draft = check(request)
-        cost = estimate(draft)
+        draft = check(request, dry_run=dry_run)
+        needed = estimate_time(draft) if dry_run else estimate(draft)
+        announce(needed, work.device)
+        begun = time.perf_counter()
+        job = _decided(draft)
         if dry_run:
-            announce(cost)
-            _show(_decided(draft), cost, as_json)
+            _show(job, needed, time.perf_counter() - begun, as_json)
             return
-        with estimated() as begin:
-            begin(cost)
-            report = _run(_decided(draft), cost, log)
+        finished = sum(layer.block < draft.done for layer in job.opened.layers)
+        report = _run(job, needed, finished, log)
     say(
         f"{report.output}: {report.sparsity:.4%} of {sum(x.n for x in report.layers):,} weights removed in "
         f"{report.seconds:.1f} s."
@@ -150,9 +158,9 @@ def _decided(draft: "ResolvedRequest") -> "Job":
         return decide(draft, advance)
 
 
-def _run(job: "Job", cost: "Estimate", log: "Log") -> "Report":
-    """Prune, with every step in the log."""
-    from billhook.costs.estimate import peak_gib
+def _run(job: "Job", needed: "Estimate", finished: int, log: "Log") -> "Report":
+    """Prune, with every step in the log; the first `finished` layers were pruned by the run that is continued."""
+    from billhook.steps.estimate import peak_gib
     from billhook.steps.prune import run
 
     request = job.request
@@ -163,7 +171,12 @@ def _run(job: "Job", cost: "Estimate", log: "Log") -> "Report":
         "target": job.plan.target,
     }
     log.event(
-        "start", billhook=__version__, **facts, layers=len(job.opened.layers), resume=request.resume, estimate=cost
+        "start",
+        billhook=__version__,
+        **facts,
+        layers=len(job.opened.layers),
+        resume=request.resume,
+        estimate=needed.to_json(),
     )
 
     def note(x: "LayerResult") -> None:
@@ -176,25 +189,29 @@ def _run(job: "Job", cost: "Estimate", log: "Log") -> "Report":
             layer_seconds=round(x.seconds, 3),
         )
 
-    with progress("pruning", total=job.steps) as advance, graceful_interrupt() as stopping:
+    unit = layers_a_block(job.opened.layers)
+    with progress("pruning", job.steps, unit=unit, skipped=finished) as advance, graceful_interrupt() as stopping:
         report = run(job, advance, stopping, note)
     for warning in report.warnings:
         say(f"note: {warning}")
         log.event("warning", text=warning)
-    log.event("end", output=str(report.output), sparsity=report.sparsity, took=report.seconds, peak_gib=peak_gib())
+    peak = peak_gib()
+    say(f"Peak memory: {peak:.2f} GiB (estimated {needed.memory_gib:.2f}).")
+    log.event("end", output=str(report.output), sparsity=report.sparsity, took=report.seconds, peak_gib=peak)
     return report
 
 
-def _show(job: "Job", cost: "Estimate", as_json: bool) -> None:
-    """Print the dry run: one row a layer."""
+def _show(job: "Job", needed: "Estimate", planning: float, as_json: bool) -> None:
+    """Print the dry run, in which making the plan took `planning` seconds: one row a layer."""
     layers = job.opened.layers
     if as_json:
         listed = {x.name: {"shape": list(x.shape), "sparsity": job.plan.sparsity[x.name]} for x in layers}
-        emit({"layers": listed, "target": job.plan.target, "pattern": str(job.plan.pattern), "estimate": cost})
+        estimate = {**needed.to_json(), "plan_seconds": round(planning, 1)}
+        emit({"layers": listed, "target": job.plan.target, "pattern": str(job.plan.pattern), "estimate": estimate})
         return
     rows = [[x.name, f"{x.shape[0]} x {x.shape[1]}", f"{job.plan.sparsity[x.name]:.4f}"] for x in layers]
     table("What would be pruned", ["layer", "out x in", "sparsity"], rows)
     say(
         f"{len(rows)} layers, {sum(x.shape[0] * x.shape[1] for x in layers):,} weights, sparsity {job.plan.target:g}, "
-        f"pattern {job.plan.pattern}. Nothing was written."
+        f"pattern {job.plan.pattern}. The plan took {duration(planning)} to make. Nothing was written."
     )

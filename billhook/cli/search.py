@@ -71,7 +71,6 @@ def command(
     grid: Annotated[
         bool, typer.Option("--grid", help="Try the published values (ATP: beta in steps of 0.002) instead.")
     ] = False,
-    finalists: Annotated[int | None, typer.Option(hidden=True)] = None,
     calibration: Calibration = None,
     samples: Annotated[
         int, typer.Option(help="Windows to draw: trials are pruned on one half and scored on the other.", min=1)
@@ -84,13 +83,9 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Find the allocator and hyperparameter that lose least, and prune with them."""
-    from billhook.errors import BillhookError, JobError
+    from billhook.errors import JobError
     from billhook.steps.search import search
 
-    if finalists is not None:
-        raise BillhookError(
-            "--finalists is gone: every trial is a full prune now, and --budget says how many there are."
-        )
     try:
         found = search(
             model, sparsity, allocator=allocator, budget=budget, objective=objective, grid=grid,

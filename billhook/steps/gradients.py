@@ -1,26 +1,20 @@
 """Write the gradients of a model that a request names to a file."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.gradients import compute_gradients
+from billhook.engine.walk import Progress
 from billhook.steps.request import Opened, Request, calibration_facts, open_request
 
 
-def make_gradients(
-    request: Request,
-    statistic: str,
-    path: Path,
-    progress: Callable[[str], None] = lambda layer: None,
-    begin: Callable[[Opened], None] = lambda opened: None,
-) -> Gradients:
-    """Accumulate the gradients of a request's model on its calibration samples and write them to `path`.
+def open_for_gradients(request: Request, progress: Progress = lambda step: None) -> Opened:
+    """Open model and calibration samples; raises BillhookError for what cannot be done as asked."""
+    return open_request(request, True, "A gradient", streamed=True, progress=progress)
 
-    See `compute_gradients`. `begin` is called with what was opened before the work starts.
-    """
-    opened = open_request(request, True, "A gradient", streamed=True, progress=progress)
-    begin(opened)
+
+def make_gradients(opened: Opened, statistic: str, path: Path, progress: Progress = lambda layer: None) -> Gradients:
+    """Accumulate the gradients of an opened model on its samples and write them to `path`; see `compute_gradients`."""
     return compute_gradients(
         opened.model,
         opened.batches,

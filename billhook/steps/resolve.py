@@ -60,8 +60,11 @@ class ResolvedRequest:
         )
 
 
-def check(request: Request, progress: Progress = lambda step: None) -> ResolvedRequest:
-    """Open what a request names and check everything about it, cheapest first; nothing is measured yet."""
+def check(request: Request, progress: Progress = lambda step: None, *, dry_run: bool = False) -> ResolvedRequest:
+    """Open what a request names and check everything about it, cheapest first; nothing is measured yet.
+
+    A model directory is opened one block at a time where an output is asked for, and for a dry run.
+    """
     arithmetic = request.plan is None and request.allocator != AUTO
     allocators = [request.allocator] if arithmetic else []
     criterion_options, given = split_options(
@@ -90,7 +93,7 @@ def check(request: Request, progress: Progress = lambda step: None) -> ResolvedR
     needs_samples = bool(needs_samples) or raced or request.refine != "none"
     request, packed = _dense_place(request)
     who = f"Pruning with {request.criterion} and {request.allocator}"
-    streamed = request.output is not None and not _in_memory(raced, needed)
+    streamed = (dry_run or request.output is not None) and not _in_memory(raced, needed)
     opened = open_request(request, needs_samples, who, streamed=streamed, progress=progress)
     asked = identity(request, opened, {**allocator_options, **criterion_options}, plan, table)
     if gradients is not None:

@@ -22,7 +22,21 @@ from billhook.store.shards import layer_zeros, read_shard, weight_files
 from billhook.store.sinks import choose_sink
 
 WEIGHTS = frozenset(
-    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .onnx .onnx_data .npz .ot .pkl".split()
+    [
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".h5",
+        ".msgpack",
+        ".gguf",
+        ".onnx",
+        ".onnx_data",
+        ".npz",
+        ".ot",
+        ".pkl",
+    ]
 )  # suffixes of files that hold weights
 
 

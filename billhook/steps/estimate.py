@@ -1,0 +1,138 @@
+"""What a pruning job needs: peak memory and disk, by a formula from the shapes of the model.
+
+The time it takes is measured on a part of the job: `billhook.steps.sample_run`.
+"""
+
+import math
+import resource
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from billhook.architectures.config import text_config, vocabulary_size
+from billhook.architectures.layers import SHARED_INPUTS, Layer
+from billhook.architectures.stacks import blocks_of
+from billhook.distributed.collectives import world
+from billhook.engine.batch import main_input
+from billhook.engine.resources import IN_MEMORY, Resources
+from billhook.evaluation.batching import TOKENS
+from billhook.evaluation.kl import K
+from billhook.methods.statistics import GRADIENTS, REGIONAL
+from billhook.racing.hyperparameters import is_raced
+from billhook.steps.request import TOKENS_A_BATCH
+from billhook.steps.resolve import ResolvedRequest
+
+PROCESS = 0.5 * 2**30  # bytes of Python and its libraries
+BACKWARD = 2**29  # bytes of layer outputs kept for a backward pass, at most: see billhook.trials.attribution
+ROWS = 2**28  # bytes of the systems of rows that ADMM solves together
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak memory of one process and disk, in GiB; `seconds` of pruning and writing, where they were `measured`, and in
+    words on what."""
+
+    memory_gib: float
+    disk_gib: float
+    seconds: float | None = None
+    measured: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that are known."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def peak_bytes(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    criterion: str,
+    needs: Collection[str],
+    *,
+    tokens: int = 0,
+    batch_tokens: int = 0,
+    resources: Resources = IN_MEMORY,
+    racing: bool = False,
+    refine: bool = False,
+) -> float:
+    """The most memory, in bytes, that pruning `layers` needs beyond Python itself; `model` may be on the meta device.
+
+    `needs` are the statistics and gradients to compute for the criterion; `tokens` and `batch_tokens` are those of the
+    calibration samples of one process, in total and in a batch. Of a streamed model one block is in memory. A `racing`
+    allocator holds the weights twice, and the dense model's predictions for half of the samples.
+    """
+    size, width = model.dtype.itemsize, text_config(model.config).hidden_size
+    each, counts = [n_bytes(block) for block in blocks_of(model).values()], [math.prod(x.shape) for x in layers]
+    hidden, limit, columns = tokens * width * size, resources.spill_gib * 2**30, max(x.shape[1] for x in layers)
+    kept = min(hidden, limit)  # of one store of hidden states
+    total = n_bytes(model) - (sum(each) - max(each) if resources.streamed else 0)
+    total += (12 if criterion == "admm" else 5) * 4 * max(counts)  # float32 copies of a layer
+    total += ROWS if criterion == "admm" else 0
+    if needs or refine:  # hidden states, and the widest activations of a batch, in the model's dtype and in float32
+        total += kept + (6 * size + 2 * 4) * batch_tokens * max(max(x.shape) for x in layers)
+    if "drift" in needs:  # the dense block and its hidden states; drift, Gram matrix, factor and inverse of one input
+        total += max(each) + kept + 5 * 4 * columns**2
+    elif "gram" in needs:  # of every distinct input of a block; a factor and an inverse
+        inputs = [x for x in layers if x.kind.rpartition(".")[2] not in SHARED_INPUTS]
+        grams = [sum(4 * x.shape[1] ** 2 for x in inputs if x.block == index) for index in {x.block for x in layers}]
+        total += max(grams) + 3 * 4 * columns**2
+    if set(needs) & set(GRADIENTS):  # stored inputs, two lists that are not spilled, gradients and their float32 sums
+        total += min((1 if REGIONAL in needs else len(each)) * hidden, limit) + 2 * hidden + max(each) * (1 + 4 / size)
+    if refine:  # a block six times and the next one once, in float32; the targets and the dense model's outputs
+        total += 7 * 4 * max(each) / size + 2 * kept
+    if racing:  # weights and predictions of the dense model, logits of a batch, activations of its backward pass
+        heldout, vocabulary = tokens // 2, vocabulary_size(model)
+        total += size * sum(counts) + heldout * 8 * min(K, vocabulary) + TOKENS_A_BATCH * vocabulary * (size + 8)
+        total += 3 * min(size * min(heldout, TOKENS) * sum(x.shape[0] for x in layers), BACKWARD)
+    return total
+
+
+def estimate(draft: ResolvedRequest) -> Estimate:
+    """Memory and disk of a checked request."""
+    request, opened, method = draft.request, draft.opened, draft.method
+    model, refine = opened.model, request.refine != "none"
+    needs = set(method.needs) - (set() if draft.gradients is None else set(GRADIENTS))
+    sizes = [main_input(model, batch).numel() for batch in opened.batches]
+    tokens = sum(sizes) // world()
+    memory = peak_bytes(
+        model,
+        opened.layers,
+        request.criterion,
+        needs,
+        tokens=tokens,
+        batch_tokens=max(sizes, default=0),
+        resources=opened.resources,
+        racing=draft.plan is None and is_raced(request.allocator, draft.allocator_options),
+        refine=refine,
+    )
+    hidden = tokens * text_config(model.config).hidden_size * model.dtype.itemsize
+    stores = (1 + ("drift" in needs) + 2 * refine) * bool(needs or refine)
+    disk = n_bytes(model) * (2 if draft.packed else 1) + stores * max(0.0, hidden - request.spill_gib * 2**30)
+    disk += 4 * sum(math.prod(x.shape) for x in opened.layers) * bool(needs & set(GRADIENTS))
+    return Estimate(round((PROCESS + memory) / 2**30, 3), round(disk / 2**30, 3))
+
+
+def free_gib(device: str) -> float | None:
+    """Memory that the device, or the system for a CPU, could still give, in GiB; None where that is not known."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0] / 2**30
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def peak_gib() -> float:
+    """The most memory that this process has had so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def n_bytes(module: nn.Module) -> int:
+    """The bytes of all parameters of a module."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
