@@ -1,4 +1,5 @@
-"""Calibration text that a model writes itself: sampled from its own distribution, deterministic, and what is refused."""
+"""Calibration text that a model writes itself: sampled from its own distribution, deterministic, and what is
+refused."""
 
 import json
 

@@ -24,34 +24,10 @@ ROUTERS = frozenset({"gate", "router", "wg", "shared_expert_gate", "classifier"}
 SHARED_INPUTS = frozenset({"k_proj", "v_proj", "up_proj"})
 
 # Families tested in every release (tests/test_families.py): `config.model_type`.
-FAMILIES = tuple(
-    [
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "phi",
-        "phi3",
-        "olmo2",
-        "stablelm",
-        "starcoder2",
-        "cohere",
-        "granite",
-        "falcon",
-        "gpt_neox",
-        "gptj",
-        "gpt2",
-        "bloom",
-        "mpt",
-        "opt",
-        "mixtral",
-        "qwen3_moe",
-        "gpt_oss",
-        "bert",
-    ]
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "stablelm"),
+    *("starcoder2", "cohere", "granite", "falcon", "gpt_neox", "gptj", "gpt2", "bloom", "mpt", "opt", "mixtral"),
+    *("qwen3_moe", "gpt_oss", "bert"),
 )
 
 
@@ -59,9 +35,9 @@ FAMILIES = tuple(
 class Layer:
     """One prunable weight.
 
-    `name` is the module's name in `model.named_modules()`, followed by parameter and number for an expert; `block` is the
-    index of its block in running order; `kind` is its name inside the block. `expert` is the index into a 3-D parameter,
-    or None; `transposed` says that the weight is stored [in, out].
+    `name` is the module's name in `model.named_modules()`, followed by parameter and number for an expert; `block` is
+    the index of its block in running order; `kind` is its name inside the block. `expert` is the index into a 3-D
+    parameter, or None; `transposed` says that the weight is stored [in, out].
     """
 
     name: str
@@ -180,5 +156,5 @@ def check_finite(layers: Iterable[Layer]) -> None:
             continue
         if bad := int((~torch.isfinite(layer.weight)).sum()):
             raise BillhookError(
-                f"{layer.name} holds {bad} weights that are NaN or infinite: the checkpoint is damaged. Repair it first."
+                f"{layer.name} holds {bad} weights that are NaN or infinite: repair the checkpoint first."
             )

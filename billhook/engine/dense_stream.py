@@ -1,9 +1,9 @@
 """The dense model's hidden states beside those of the model that is being pruned, and how far the two have drifted.
 
 A second stream of hidden states passes through every block as it was before it was pruned. The layers of a block are
-visited group by group in running order, layers with the same input together; a group is observed after the groups before
-it are pruned. Besides the statistics of its inputs X, with X' the inputs of the same tokens in the dense model, a layer
-then has
+visited group by group in running order, layers with the same input together; a group is observed after the groups
+before it are pruned. Besides the statistics of its inputs X, with X' the inputs of the same tokens in the dense model,
+a layer then has
 
     drift = (X' - X)^T X,   and, if its output is added to the residual stream R,   stream_drift = (R' - R)^T X
 

@@ -68,9 +68,9 @@ def compute_gradients(
 
     Every row of `batches` (token ids int64 [windows, length], or mappings) is treated separately, whatever the batch
     size. `loss` is the model's loss on a batch (of its task). `facts` (of model and calibration) go into the file.
-    Stored block inputs beyond the spill limit go to temporary files beside `path`. `progress` is called with the name of
-    each finished layer. Raises BillhookError for an unknown statistic or no samples, JobError, with nothing written, for
-    gradients that are not finite (naming the layer).
+    Stored block inputs beyond the spill limit go to temporary files beside `path`. `progress` is called with the name
+    of each finished layer. Raises BillhookError for an unknown statistic or no samples, JobError, with nothing written,
+    for gradients that are not finite (naming the layer).
     """
     if statistic not in GRADIENTS:
         raise BillhookError(
@@ -100,7 +100,8 @@ def compute_gradients(
 
 
 class _Backward:
-    """One pass forward and one back, block by block; `gradients` are those of the loss with respect to a block's outputs.
+    """One pass forward and one back, block by block; `gradients` are those of the loss with respect to a block's
+    outputs.
 
     The inputs of the blocks, one tensor [1, length, width] a sequence, are stored up to the spill limit in memory.
     """

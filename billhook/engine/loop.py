@@ -35,7 +35,8 @@ _ROWS = 256  # of a weight whose error is computed at once
 
 @dataclass(frozen=True)
 class Method:
-    """The criterion with its options, complete; `group` overrides its comparison group, `rounding` how zeros are counted."""
+    """The criterion with its options, complete; `group` overrides its comparison group, `rounding` how zeros are
+    counted."""
 
     criterion: str
     options: Mapping[str, Any]
@@ -63,8 +64,8 @@ class LayerResult:
     """What was done to one layer: planned sparsity, zeros before and after, notes of the method, and the error.
 
     `error` is the squared change of the layer's output relative to its square, for uncorrelated inputs of the size that
-    they have on the calibration samples (all of size one without samples); None where that is not a number. `seconds` is
-    the time it took.
+    they have on the calibration samples (all of size one without samples); None where that is not a number. `seconds`
+    is the time it took.
     """
 
     layer: str

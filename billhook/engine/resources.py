@@ -1,4 +1,5 @@
-"""Where a job keeps what it works on: weights in memory or streamed from disk, activations in memory or spilled to disk.
+"""Where a job keeps what it works on: weights in memory or streamed from disk, activations in memory or spilled to
+disk.
 
 Decided once, where a job opens its model (`billhook.steps.request`), and passed on explicitly.
 """

@@ -2,9 +2,9 @@
 
 Everything outside the blocks (embeddings, final norm, head) is loaded as usual. The parameters of the blocks stay on
 torch's meta device, which has shapes and no values. `Stream.block(index)` loads those of one block, by the same
-conversion with which `transformers` loads a whole model (it may rename, split, fuse or transpose tensors), and drops them
-afterwards. A block that is called while it is not in memory is loaded for that call, so that a streamed model can do
-whatever any other model can, only more slowly.
+conversion with which `transformers` loads a whole model (it may rename, split, fuse or transpose tensors), and drops
+them afterwards. A block that is called while it is not in memory is loaded for that call, so that a streamed model can
+do whatever any other model can, only more slowly.
 
 Values are read, not memory-mapped: a truncated file or a failing disk is then an error and not a signal, memory use is
 what is counted, and any kind of memory limit works. While a GPU computes, the next block is read in the background.

@@ -2,9 +2,10 @@
 
     for block in walk(model, batches, statistics): ...
 
-When the loop body runs, `block.stats` holds the statistics of each layer's inputs. Whatever the body does to the block's
-weights changes what the next block sees. Blocks are replayed on stored hidden states with the call arguments that the
-model gave them (`billhook.engine.capture`): masks and rotary tables differ between blocks in Gemma 2/3 and GPT-OSS.
+When the loop body runs, `block.stats` holds the statistics of each layer's inputs. Whatever the body does to the
+block's weights changes what the next block sees. Blocks are replayed on stored hidden states with the call arguments
+that the model gave them (`billhook.engine.capture`): masks and rotary tables differ between blocks in Gemma 2/3 and
+GPT-OSS.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -159,7 +160,8 @@ class _Walk:
         return Observer(self.layers.get(index, []) if statistics else [], statistics, wanted=read_only)
 
     def _observe(self, index: int, observer: Observer, read_only: bool) -> ActivationStore:
-        """Run a block on its inputs under the observer; return its outputs if the walk is read-only, else the inputs."""
+        """Run a block on its inputs under the observer; return its outputs if the walk is read-only, else the
+        inputs."""
         outputs = self.resources.activations() if read_only else self.hidden
         for states, call in zip(self.hidden, self._calls(index), strict=True):
             with observer:

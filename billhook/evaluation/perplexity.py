@@ -66,7 +66,8 @@ def evaluate(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Score `windows.ids` int64 [windows, length] (or such a tensor, or a batch), in the model's dtype and a float32 loss.
+    """Score `windows.ids` int64 [windows, length] (or such a tensor, or a batch), in the model's dtype and a float32
+    loss.
 
     `scoring` says which tokens are predicted (every next one by default); `against` is the dense model to compare
     predictions with; `batch_size` None chooses one (`billhook.evaluation.batching`); `progress(done, all)` is called
@@ -133,7 +134,8 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def window_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed negative log-likelihood of each window, float64 [windows]: logits [windows, n, classes], labels [windows, n].
+    """Summed negative log-likelihood of each window, float64 [windows]: logits [windows, n, classes], labels [windows,
+    n].
 
     A label of -100 counts nothing.
     """

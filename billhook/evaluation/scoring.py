@@ -12,7 +12,8 @@ IGNORED = -100  # the label of a position that is not scored, as in torch and tr
 
 
 class Scoring(Protocol):
-    """How token ids become a batch, and logits become scored predictions with labels; `protocol` names it in reports."""
+    """How token ids become a batch, and logits become scored predictions with labels; `protocol` names it in
+    reports."""
 
     @property
     def protocol(self) -> str:

@@ -1,7 +1,7 @@
 """Fill the table that allocators read: one pass over the layers of a model.
 
-What a metric looks at is known from its name (`billhook.plan.metrics`): the weight alone, the inputs of the dense model's
-layers, or its loss.
+What a metric looks at is known from its name (`billhook.plan.metrics`): the weight alone, the inputs of the dense
+model's layers, or its loss.
 """
 
 from collections.abc import Sequence

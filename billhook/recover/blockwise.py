@@ -77,7 +77,8 @@ class Refined:
 
 
 class BlockTuner:
-    """Tunes the blocks of one walk in order: `note(block)` while a block is still dense, `tune_(block)` once it is pruned."""
+    """Tunes the blocks of one walk in order: `note(block)` while a block is still dense, `tune_(block)` once it is
+    pruned."""
 
     def __init__(
         self, options: Refine, model: PreTrainedModel, batches: Sequence[Batch], resources: Resources = IN_MEMORY
@@ -127,8 +128,8 @@ class Data:
     block, and what that should make of its outputs (after the last block: the outputs themselves), [windows, tokens,
     width].
 
-    `single` are, by the length of a window, the call of the block for a single one, and, if there is one, that of the next
-    block.
+    `single` are, by the length of a window, the call of the block for a single one, and, if there is one, that of the
+    next block.
     """
 
     inputs: Sequence[Tensor] | ActivationStore

@@ -213,7 +213,8 @@ def _prune(
 
 
 def _keep_written(job: Job, place: PartialOutput) -> None:
-    """Keep calibration text that the model wrote until the run is done, so that resuming it does not repeat the work."""
+    """Keep calibration text that the model wrote until the run is done, so that resuming it does not repeat the
+    work."""
     samples = job.opened.samples
     if samples is not None and is_self(samples.source) and not rank() and not place.has(WRITTEN):
         save_windows(place.folder / WRITTEN, samples)
@@ -312,10 +313,10 @@ def prune_(
     `batches` are token ids int64 [windows, length] or mappings of keyword arguments (a single one is one batch), needed
     by every criterion but magnitude; `layers` are the layers the plan is for (all prunable ones by default); `group`
     overrides the criterion's comparison group; `gradients` are those of the dense model for a criterion that reads them
-    (computed first if not given); `refine` tunes what is left of each block once it is pruned; `start` is the first block
-    to prune, those before it being pruned already; `finished` is called after each block; `options` are the criterion's
-    own. Raises BillhookError before anything changes if plan, criterion, gradients or options do not fit, JobError if the
-    zeros made are not the zeros planned or activations are not finite.
+    (computed first if not given); `refine` tunes what is left of each block once it is pruned; `start` is the first
+    block to prune, those before it being pruned already; `finished` is called after each block; `options` are the
+    criterion's own. Raises BillhookError before anything changes if plan, criterion, gradients or options do not fit,
+    JobError if the zeros made are not the zeros planned or activations are not finite.
     """
     method = Method(criterion, CRITERIA.configure(criterion, options), group, rounding)
     chosen = find_layers(model) if layers is None else list(layers)

@@ -46,8 +46,8 @@ ACTIVATION_BYTES = 16 << 20  # of the widest layer of a block; more would not be
 class Request:
     """Everything a pruning run can be asked for; the field names are those of the command line.
 
-    `published` counts zeros, draws samples and accumulates gradients as the released code of the papers does, where that
-    differs from what Billhook does otherwise.
+    `published` counts zeros, draws samples and accumulates gradients as the released code of the papers does, where
+    that differs from what Billhook does otherwise.
     """
 
     model: str | Path | PreTrainedModel
@@ -165,7 +165,8 @@ def batch_size(layers: Sequence[Layer], length: int) -> int:
 
 
 def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrainedModel, Resources]:
-    """Check the output place, then load the model (or take the one in memory), and decide where its weights are kept."""
+    """Check the output place, then load the model (or take the one in memory), and decide where its weights are
+    kept."""
     output = None if request.output is None else Path(request.output).expanduser().resolve()
     resources = Resources(spill_gib=request.spill_gib)
     if isinstance(request.model, PreTrainedModel):

@@ -27,9 +27,9 @@ from billhook.tasks.base import Progress
 class ResolvedRequest:
     """What was checked.
 
-    `plan` is the plan that was given, or that of a run that is resumed, of which `done` blocks are finished. Where there
-    is none, `needed` are the columns to measure first, unless a `table` was given. `packed` is where the packed result
-    goes, if it is to be packed.
+    `plan` is the plan that was given, or that of a run that is resumed, of which `done` blocks are finished. Where
+    there is none, `needed` are the columns to measure first, unless a `table` was given. `packed` is where the packed
+    result goes, if it is to be packed.
     """
 
     request: Request

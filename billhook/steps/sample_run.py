@@ -77,7 +77,8 @@ def _sample(draft: ResolvedRequest) -> tuple[list[Batch], tuple[float, dict[Shap
 def _timed(
     draft: ResolvedRequest, batches: Sequence[Batch], depth: int, refine: Refine | None = None
 ) -> tuple[float, dict[Shape, float]]:
-    """Seconds of pruning the first `depth` blocks without the criterion, and of the criterion by the shape of a layer."""
+    """Seconds of pruning the first `depth` blocks without the criterion, and of the criterion by the shape of a
+    layer."""
     request, opened = draft.request, draft.opened
     method = draft.method if refine is None else Method("magnitude", {})
     pattern = request.pattern if draft.plan is None else str(draft.plan.pattern)

@@ -96,7 +96,8 @@ def check_directory(path: Path) -> Checkpoint:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory; raises BillhookError where it is missing, or says that the model is quantized."""
+    """config.json of a model directory; raises BillhookError where it is missing, or says that the model is
+    quantized."""
     if not (path / "config.json").is_file():
         raise BillhookError(f"{path} has no config.json: give the directory of a Hugging Face model.")
     config = read_json(path / "config.json", "model configuration")

@@ -1,8 +1,8 @@
 """Write a changed model as a directory that stock `transformers` opens.
 
-The weights are written by a sink (`billhook.store.sinks`); every other file of the source (config, tokenizer, generation
-config, code, licence) is copied byte for byte. All of it happens in a temporary directory that takes the output's name at
-the very end (`billhook.store.output`).
+The weights are written by a sink (`billhook.store.sinks`); every other file of the source (config, tokenizer,
+generation config, code, licence) is copied byte for byte. All of it happens in a temporary directory that takes the
+output's name at the very end (`billhook.store.output`).
 """
 
 from collections.abc import Callable, Mapping
@@ -21,23 +21,9 @@ from billhook.store.record import completed
 from billhook.store.shards import layer_zeros, read_shard, weight_files
 from billhook.store.sinks import choose_sink
 
-WEIGHTS = frozenset(
-    [
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".h5",
-        ".msgpack",
-        ".gguf",
-        ".onnx",
-        ".onnx_data",
-        ".npz",
-        ".ot",
-        ".pkl",
-    ]
-)  # suffixes of files that hold weights
+# suffixes of files that hold weights
+WEIGHTS = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data"))
+WEIGHTS |= {".npz", ".ot", ".pkl"}
 
 
 @dataclass(frozen=True)

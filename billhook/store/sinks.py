@@ -1,8 +1,8 @@
 """Sinks: what writes the tensors of a model to files, in one layout.
 
 `SameLayout` writes the files of the source again: same tensors, names, order, dtypes and metadata, only with other
-values. Where `transformers` renamed or fused tensors while loading, its own reverse conversion leads back to the names on
-disk. Where it does not, `StockLayout` leaves the layout to `save_pretrained`.
+values. Where `transformers` renamed or fused tensors while loading, its own reverse conversion leads back to the names
+on disk. Where it does not, `StockLayout` leaves the layout to `save_pretrained`.
 """
 
 import os
@@ -88,7 +88,8 @@ class SameLayout:
             return False
 
     def write(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Write tensors, by their names in memory, to their places, in the dtypes on disk, and force them to the disk."""
+        """Write tensors, by their names in memory, to their places, in the dtypes on disk, and force them to the
+        disk."""
         tensors = self.on_disk(state)
         for shard in self.shards:
             written = [entry for entry in shard.entries.values() if entry.name in tensors]
@@ -128,7 +129,8 @@ class SameLayout:
 
 
 class StockLayout:
-    """What `save_pretrained` writes, in the dtype and the shard size of `shards`, the source's files, if there are any."""
+    """What `save_pretrained` writes, in the dtype and the shard size of `shards`, the source's files, if there are
+    any."""
 
     def __init__(self, model: PreTrainedModel, shards: list[Shard]) -> None:
         self.model, self.shards = model, shards
@@ -148,13 +150,14 @@ class StockLayout:
 
 
 def choose_sink(model: PreTrainedModel, source: Path | None) -> tuple[Sink, str | None]:
-    """The sink for a model that was loaded from `source` (None: built in memory), and a note if it is not SameLayout."""
+    """The sink for a model that was loaded from `source` (None: built in memory), and a note if it is not
+    SameLayout."""
     if source is None or not weight_files(source):
         return StockLayout(model, []), None
     same = SameLayout(model, source)
     if reason := same.mismatch():
-        note = f"The weights do not lead back to the layout of {source} ({reason}); they were written in transformers' own."
-        return StockLayout(model, same.shards), note
+        note = f"The weights do not lead back to the layout of {source} ({reason})"
+        return StockLayout(model, same.shards), f"{note}; they were written in transformers' own."
     return same, None
 
 

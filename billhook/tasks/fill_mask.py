@@ -1,9 +1,9 @@
 """fill-mask: encoders such as BERT, scored by the tokens at masked positions.
 
-A window is [CLS], tokens of the text, [SEP]. Of its tokens 15 % (BERT, Devlin et al. 2019, arXiv:1810.04805), chosen with
-a fixed seed, are replaced by the mask token and are what the model should predict; all other positions have the label
--100. Without a tokenizer (token ids given as a tensor for a model in memory) nothing is masked, which is enough for
-criteria that only look at activations.
+A window is [CLS], tokens of the text, [SEP]. Of its tokens 15 % (BERT, Devlin et al. 2019, arXiv:1810.04805), chosen
+with a fixed seed, are replaced by the mask token and are what the model should predict; all other positions have the
+label -100. Without a tokenizer (token ids given as a tensor for a model in memory) nothing is masked, which is enough
+for criteria that only look at activations.
 """
 
 from dataclasses import dataclass, replace

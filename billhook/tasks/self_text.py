@@ -1,11 +1,11 @@
 """Calibration text that the model writes itself: the SOURCE `self:`, or `self:FILE` for windows of a text first.
 
-Where little text is available, what is fitted to it (updated weights, a tuned block, an allocation) fits that text better
-than the model's real use. The model's own text resembles its training data, needs no data, and is unlimited:
+Where little text is available, what is fitted to it (updated weights, a tuned block, an allocation) fits that text
+better than the model's real use. The model's own text resembles its training data, needs no data, and is unlimited:
 self-calibration (Williams et al. 2024, arXiv:2410.17170; Ji et al. 2024, arXiv:2410.17711). Every document begins with
 the model's start token and is sampled at temperature 1 from the full distribution until it fills a window or the model
-ends it. Documents are concatenated and cut into windows like the text of a file. The model's own text says nothing about
-what else the model will be used for: text of the real use, where there is some, should come first.
+ends it. Documents are concatenated and cut into windows like the text of a file. The model's own text says nothing
+about what else the model will be used for: text of the real use, where there is some, should come first.
 
 The whole model has to be in memory. A batch of documents costs one forward pass per position; up to `_BATCH` documents
 form a batch, as many as have a key-value cache no larger than the model.

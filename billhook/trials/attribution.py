@@ -52,7 +52,8 @@ def attribute(
 
     `dense` are the dense weights [out, in] by layer name; `scored` gives the scored logits of a batch and their labels
     (of a task); `gradients[row](logits)` returns the gradient of the divergence of one row, summed over tokens, with
-    respect to its scored logits [tokens, vocabulary]. Raises JobError for a gradient that is not finite, naming the layer.
+    respect to its scored logits [tokens, vocabulary]. Raises JobError for a gradient that is not finite, naming the
+    layer.
     """
     sums = {layer.name: 0.0 for layer in layers}
     parameters: dict[int, tuple[nn.Parameter, list[Layer]]] = {}
