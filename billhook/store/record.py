@@ -26,8 +26,8 @@ class Step:
     * `step`: what was done, named like the command: `prune`.
     * `plan`: the plan that was applied, as in plan.json; null for a step without one.
     * `made_by`: the method and all that the result depends on besides model and plan. Of `prune`: `criterion`,
-      `criterion_options` (defaults filled in), `group` (which weights compete: `row` or `layer`), `rounding` (`exact`
-      or `floor`), `refine` (`none`, `blocks` or `blocks+norms`), `seed`, `dtype` and `device` as asked, `targets` and
+      `criterion_options` (defaults filled in), `group` (which weights compete: `row` or `layer`), `published`
+      (whether zeros were counted as in the released code), `refine` (`none`, `blocks` or `blocks+norms`), `seed`, `dtype` and `device` as asked, `targets` and
       `ignore` as asked, `calibration` (source, digest, sampling, samples, length, batch_size; null where no text was
       needed), `gradients` (statistic and calibration; null where none were read), `papers` (of criterion and allocator)
       and `versions` (python, torch, transformers).
