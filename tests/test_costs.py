@@ -110,8 +110,8 @@ def test_inverses_of_admm_are_those_that_it_makes(steps, monkeypatch):
     inverse = admm._inverse
     monkeypatch.setattr(admm, "_inverse", lambda H, rho: made.append(rho) or inverse(H, rho))
     opened = opened_of("llama")
-    plan = replace(
-        half(opened), sparsity={layer.name: 0.5 * (layer is opened.layers[0]) for layer in opened.layers}, target=0.0
+    plan = Plan.of_sparsities(
+        0.0, Pattern(), {layer.name: 0.5 * (layer is opened.layers[0]) for layer in opened.layers}
     )
     prune_(opened.model, plan, criterion="admm", batches=opened.batches, steps=steps, dense_target=0.0)
     part = sizes_of(opened).parts[0]
