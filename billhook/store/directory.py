@@ -103,15 +103,12 @@ def _found_on_disk(
     found = {}
     for name, facts in layers.items():
         kept = {key: value for key, value in facts.items() if key not in ("tensor", "index", "transposed", "pieces")}
-        parts = layer_zeros(where[name], facts["shape"], shards)
-        zeros = facts["zeros"] if parts is None else sum(int(part.sum()) for part in parts)
-        if zeros < facts["zeros"]:
-            raise JobError(f"{name} has {zeros} zeros in the files written where the model has {facts['zeros']}.")
-        if zeros > facts["zeros"]:
-            kept["notes"] = [
-                *facts.get("notes", ()),
-                f"{zeros - facts['zeros']} weights became zero in the dtype on disk",
-            ]
+        parts, known = layer_zeros(where[name], facts["shape"], shards), facts.get("zeros")
+        zeros = (known or 0) if parts is None else sum(int(part.sum()) for part in parts)
+        if known is not None and zeros < known:
+            raise JobError(f"{name} has {zeros} zeros in the files written where the model has {known}.")
+        if known is not None and zeros > known:
+            kept["notes"] = [*facts.get("notes", ()), f"{zeros - known} weights became zero in the dtype on disk"]
         found[name] = {**kept, "zeros": zeros, **where[name]}
     return found
 

@@ -27,9 +27,10 @@ class Step:
     * `plan`: the plan that was applied, as in plan.json; null for a step without one.
     * `made_by`: the method and all that the result depends on besides model and plan. Of `prune`: `criterion`,
       `criterion_options` (defaults filled in), `group` (which weights compete: `row` or `layer`), `published`
-      (whether zeros were counted as in the released code), `refine` (`none`, `blocks` or `blocks+norms`), `seed`, `dtype` and `device` as asked, `targets` and
-      `ignore` as asked, `calibration` (source, digest, sampling, samples, length, batch_size; null where no text was
-      needed), `gradients` (statistic and calibration; null where none were read), `papers` (of criterion and allocator)
+      (whether zeros were counted as in the released code), `refine` (`none`, `blocks` or `blocks+norms`), `seed`,
+      `dtype` and `device` as asked, `targets` and `ignore` as asked, `calibration` (source, digest, sampling,
+      samples, length, batch_size; null where no text was needed), `gradients` (statistic and calibration; null where
+      none were read), `papers` (of criterion and allocator)
       and `versions` (python, torch, transformers).
     * `model`: the step's input: `name`, `type` (`model_type` of config.json) and `digest` (SHA-256 over configuration
       and weights; null for a model in memory).
@@ -92,6 +93,11 @@ def weights_digest(files: Mapping[str, str]) -> str:
     """The digest of a model (as `billhook.store.checkpoint.model_digest`) from the checksums of all its files."""
     own = {name for name in files if name == "config.json" or (name.endswith(".safetensors") and "/" not in name)}
     return digest_of({name: files[name] for name in own})
+
+
+def located(layer: Mapping[str, Any]) -> bool:
+    """Whether the place of a layer on disk is known, from its entry in `layers`."""
+    return "pieces" in layer or layer.get("tensor") is not None
 
 
 def history(folder: Path) -> Record | None:
