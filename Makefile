@@ -47,8 +47,8 @@ site: docs
 
 check: lint type test
 
-# Every benchmark that runs without being told about models and texts; a few hours on two cores. One alone: make bench BENCH=benchmarks/search.py
-BENCH ?= $(filter-out $(addprefix benchmarks/,published.py calm.py rank_agreement.py),$(wildcard benchmarks/*.py))
+# Every benchmark that runs without being told about models and texts; a few hours on two cores. One alone: make bench BENCH=benchmarks/auto.py
+BENCH ?= $(filter-out $(addprefix benchmarks/,published.py calm.py),$(wildcard benchmarks/*.py))
 
 bench: $(BIN)/.installed-dev
 	@for file in $(BENCH); do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -1,16 +1,16 @@
-"""What `--allocator auto` costs and gains: its time in prunes with the same criterion, and the loss on held-out text.
+"""What a race costs and gains (`--allocator auto`, `--allocator atp --set beta=auto`): its time in prunes with the same
+criterion, and the loss on held-out text.
 
     python benchmarks/auto.py [--model ../shared/models/babyllama-105 --tokens ../shared/golden/babyllama-105]
-    [--sparsity 0.6]
+    [--sparsity 0.6] [--criterion admm]
 
 Without --model the bundled model and Python source. `cost` is the processor time of measuring and choosing over that of
-one prune; gain is excess log-perplexity over the dense model's, uniform and auto.
+one prune; `excess` is log-perplexity above the dense model's.
 """
 
 import argparse
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,9 +21,11 @@ from billhook.evaluation.perplexity import evaluate
 from billhook.steps.prune import prepare, run
 from billhook.steps.request import Request, open_request
 
+RACES = {"uniform": {}, "atp": {"beta": "auto"}, "owl": {"lam": "auto"}, "auto": {}}
+
 
 def main() -> None:
-    """Print the figures and what each trial scored."""
+    """Print the trials, the cost and the gain of each race."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "billhook" / "demo_model")
     parser.add_argument("--tokens", type=Path, help="A folder with calibration.safetensors and evaluation.safetensors.")
@@ -43,32 +45,24 @@ def main() -> None:
             for part in ("train", "heldout")
         )
     dense = evaluate(load_model(options.model, dtype="float32"), text).nll
-    times, losses = {}, {}
-    for allocator in ("uniform", "auto"):
-        request = Request(
-            load_model(options.model, dtype="float32"),
-            options.sparsity,
-            criterion=options.criterion,
-            calibration=calibration,
-        )
+    prune_s = 0.0
+    for allocator, given in RACES.items():
+        model = load_model(options.model, dtype="float32")
+        asked = {"criterion": options.criterion, "calibration": calibration, "allocator": allocator, "options": given}
         start = time.process_time()
-        job = prepare(replace(request, allocator=allocator))
-        middle = time.process_time()
+        job = prepare(Request(model, options.sparsity, **asked))
+        chosen = time.process_time()
         run(job)
-        times[allocator] = (middle - start, time.process_time() - middle)
-        losses[allocator] = evaluate(job.opened.model, text).nll - dense
-    found = job.plan.made_by["auto"]
-    for name, kl in found["tried"].items():
-        print(f"  {name:<14} kl {kl:.4f} on held-out windows")
-    for name, kl in found["foretold"].items():
-        print(f"  {name}: kl {kl:.4f} foretold, the best of the published knobs")
-    one = times["uniform"][1]
-    print(f"cost: {times['auto'][0]:.1f} s = {times['auto'][0] / one:.2f} prunes of {one:.1f} s")
-    gain = 1 - losses["auto"] / losses["uniform"]
-    print(
-        f"excess: uniform {losses['uniform']:.4f} ({math.exp(dense + losses['uniform']):.3f}), auto "
-        f"{losses['auto']:.4f}: {gain:.0%} less"
-    )
+        prune_s = prune_s or time.process_time() - chosen
+        racing = job.plan.made_by.get("racing", {"tried": {}, "dropped": [], "best": "uniform"})
+        for name, kl in racing["tried"].items():
+            print(f"  {name:<20} kl {kl:.4f} on held-out windows{', dropped' * (name in racing['dropped'])}")
+        nll = evaluate(model, text).nll
+        print(
+            f"{allocator}: {racing['best']}, cost {(chosen - start) / prune_s:.2f} prunes of {prune_s:.1f} s, excess "
+            f"{nll - dense:.4f} (perplexity {math.exp(nll):.3f})",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

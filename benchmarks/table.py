@@ -1,22 +1,20 @@
-"""Perplexity after pruning with every allocator x criterion x sparsity, with the default knob and with the searched
-one.
+"""Perplexity after pruning with every allocator x criterion x sparsity, with the default hyperparameter and with the
+searched one.
 
     python benchmarks/table.py                                    the bundled model, on the standard library of Python
     python benchmarks/table.py --folder FOLDER --journal table.jsonl --write docs/METHODS.md
 
 FOLDER holds `models/NAME` and `text/FILE` as named in `MODELS`; a model that is not there is skipped by name. The
 calibration windows are split by `billhook search`'s own rule: one half gives statistics, gradients and table (once a
-model), the other the loss that knobs are chosen by; perplexity is that of windows spread over another text. A searched
-knob is what `billhook search --allocator NAME` finds in nine cheap trials, confirmed against uniform by full runs:
-where uniform wins, the cell is uniform's. Trials of Wanda stand in for those of SparseGPT, as in a search. Every cell
-is noted in the journal at once: a run that was stopped goes on there, and one with nothing left to do only writes the
-Markdown tables.
+model), the other the loss that hyperparameters are chosen by; perplexity is that of windows spread over another text. A
+searched hyperparameter is what `billhook search --allocator NAME` finds; where uniform wins, the cell is uniform's.
+Every cell is noted in the journal at once: a run that was stopped goes on there, and one with nothing left to do only
+writes the Markdown tables.
 """
 
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,18 +23,15 @@ from typing import Any
 
 import torch
 
-from billhook import allocate, evaluate, load_windows, measure
-from billhook.engine.gradients import compute_gradients
+from billhook import evaluate, load_windows, measure
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
-from billhook.plan.plan import SparsityPlan
-from billhook.racing.contest import UNIFORM, Budget, Contest
-from billhook.racing.journal import Journal, Run
-from billhook.racing.knobs import KNOBS, Candidate, Space
+from billhook.racing.hyperparameters import HYPERPARAMETERS, Space
+from billhook.racing.race import Problem, Race, Trial
 from billhook.steps.request import Request, open_request
 from billhook.store.checkpoint import load_tokenizer
 from billhook.trials.heldout import split_windows
-from billhook.trials.trials import Bench, Setting
+from billhook.trials.trials import Setting, TrialRunner
 
 DEMO = Path(__file__).parents[1] / "billhook" / "demo_model"
 STORIES = ("tinystories_train1000.jsonl", "tinystories_heldout.jsonl")
@@ -60,21 +55,20 @@ NAMES = [
     "sensitivity",
 ]  # explicit has no sparsities of its own
 COLUMNS = ["magnitude", "wanda", "gblm", "sparsegpt"]
-ORDER = ["magnitude", "wanda", "sparsegpt", "gblm"]  # SparseGPT takes over the trials of Wanda
 SPARSITIES = [0.5, 0.6, 0.7]
-SAMPLES, WINDOWS, TRIALS, BATCH = 64, 128, 9, 16
+SAMPLES, WINDOWS, BATCH = 64, 128, 16
 BEGIN, END = "<!-- benchmarks/table.py: begin -->", "<!-- benchmarks/table.py: end -->"
 
 
 @dataclass(frozen=True)
 class Key:
-    """One number: `knob` is default or searched."""
+    """One number: `hyperparameter` is default or searched."""
 
     model: str
     criterion: str
     sparsity: float
     allocator: str
-    knob: str
+    hyperparameter: str
 
 
 class Cells:
@@ -96,7 +90,7 @@ class Cells:
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         options = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in value["options"].items())
-        where = f"{key.model} {key.criterion} {key.sparsity:g} {key.allocator} {key.knob}"
+        where = f"{key.model} {key.criterion} {key.sparsity:g} {key.allocator} {key.hyperparameter}"
         print(f"{where}: {value['ppl']:.2f} ({value['allocator_found']} {options})", file=sys.stderr, flush=True)
 
 
@@ -112,7 +106,7 @@ class Subject:
             home, calibration=place(calibration), samples=SAMPLES, length=length, dtype="float32", batch_size=BATCH
         )
         self.opened = open_request(request, True, "The table")
-        self.split = split_windows(self.opened, 0)
+        self.split = split_windows(self.opened.calibration, BATCH, 0)
         windows = load_windows(place(evaluation), load_tokenizer(home), length=length).ids
         self.windows = windows[:: max(1, len(windows) // WINDOWS)][:WINDOWS]
         self.blocks = len({layer.block for layer in self.opened.layers})
@@ -124,29 +118,18 @@ class Subject:
         columns = list(dict.fromkeys(column for names in needs for column in names))
         return measure(self.opened.model, columns, batches=self.split.batches, layers=self.opened.layers)
 
-    def plan(self, candidate: Candidate, sparsity: float) -> SparsityPlan:
-        """A candidate's plan."""
-        return allocate(self.table, sparsity, allocator=candidate.allocator, **candidate.options)
-
     def ppl(self) -> float:
         """Token perplexity of the model as it is."""
         return evaluate(self.opened.model, self.windows, batch_size=BATCH).token_ppl
 
-    def bench(self, criterion: str, folder: Path) -> Bench:
-        """The bench of a criterion; gradients are computed here, once."""
+    def runner(self, criterion: str) -> TrialRunner:
+        """What runs the trials of a criterion."""
         setting = Setting(criterion, CRITERIA.configure(criterion, {}))
-        opened, gradients = self.opened, None
-        if setting.gradient is not None:
-            path = folder / "gradients.safetensors"
-            gradients = compute_gradients(
-                opened.model, self.split.batches, setting.gradient, path, layers=opened.layers
-            )
-        return Bench(opened.model, opened.layers, self.split.batches, self.split.heldout, setting, gradients=gradients)
+        return TrialRunner(self.opened.model, self.opened.layers, self.split.batches, self.split.heldout, setting)
 
 
 def fill(subject: Subject, cells: Cells, criteria: list[str]) -> None:
     """Measure every number of a model that is missing."""
-    trials: dict[tuple[float, str], list[Run]] = {}
     dense = Key(subject.name, "-", 0.0, "dense", "default")
     if dense not in cells.found:
         cells.add(dense, ppl=subject.ppl(), options={}, allocator_found="-")
@@ -155,46 +138,36 @@ def fill(subject: Subject, cells: Cells, criteria: list[str]) -> None:
         if not todo:
             continue
         _ = subject.table  # measured on the dense model
-        with tempfile.TemporaryDirectory() as folder, subject.bench(criterion, Path(folder)) as bench:
+        with subject.runner(criterion) as runner:
             for sparsity in SPARSITIES:
-                _fill(subject, cells, bench, [key for key in todo if key.sparsity == sparsity], trials)
+                _fill(subject, cells, runner, [key for key in todo if key.sparsity == sparsity])
 
 
-def _fill(
-    subject: Subject, cells: Cells, bench: Bench, todo: list[Key], trials: dict[tuple[float, str], list[Run]]
-) -> None:
-    """One criterion at one sparsity: the default knobs, then, from the uniform runs, the search for each allocator."""
-    full: list[Run] = []
+def _fill(subject: Subject, cells: Cells, runner: TrialRunner, todo: list[Key]) -> None:
+    """One criterion at one sparsity: the default hyperparameters, then a search for each allocator, with one trial of
+    uniform for all."""
+    known: dict[str, Trial] = {}
     for key in todo:
-        candidate = Candidate(key.allocator, ALLOCATORS.configure(key.allocator, {}))
-        if key.knob == "default":
-            bench.prune(subject.plan(candidate, key.sparsity))
-            cells.add(key, ppl=subject.ppl(), options=candidate.options, allocator_found=key.allocator)
+        problem = Problem(subject.table, key.sparsity)
+        if key.hyperparameter == "default":
+            options = ALLOCATORS.configure(key.allocator, {})
+            runner.prune(problem.allocate(key.allocator, options))
+            cells.add(key, ppl=subject.ppl(), options=options, allocator_found=key.allocator)
             continue
         space = Space((key.allocator,), {}, subject.blocks, key.sparsity)
-        known = trials.get((key.sparsity, key.allocator), []) if bench.setting.proxy[0] == "wanda" else []
-        journal = Journal(None, {}, list(known), list(full))
-        contest = Contest(space, bench, journal, "kl", lambda c, s=key.sparsity: subject.plan(c, s))  # type: ignore[misc]
-        contest.try_(Budget(TRIALS))
-        best = contest.confirm(1)
-        full = journal.full[:1]
-        if bench.setting.proxy[0] == "wanda":
-            trials[key.sparsity, key.allocator] = journal.trials
-        uniform = cells.found.get(Key(key.model, key.criterion, key.sparsity, "uniform", "default"))
-        if best.candidate != UNIFORM or uniform is None:
-            bench.prune(subject.plan(best.candidate, key.sparsity))
-        ppl = uniform["ppl"] if best.candidate == UNIFORM and uniform else subject.ppl()
-        options = best.candidate.options
-        cells.add(
-            key, ppl=ppl, options=options, allocator_found=best.candidate.allocator, trials=len(journal.trials) - 1
-        )
+        race = Race(runner, known=known)
+        race.run(lambda race, space=space, problem=problem: space.schedule(problem, race))  # type: ignore[misc]
+        known, best = {"uniform": race.trials["uniform"]}, race.best
+        runner.prune(race.plans[best.name])
+        found = {"options": best.options, "allocator_found": best.allocator, "trials": len(race.trials) - 1}
+        cells.add(key, ppl=subject.ppl(), **found)
 
 
 def keys(model: str, criterion: str) -> Iterator[Key]:
     """All numbers of a model and criterion, uniform first."""
     for sparsity in SPARSITIES:
         yield from (Key(model, criterion, sparsity, name, "default") for name in NAMES)
-        yield from (Key(model, criterion, sparsity, name, "searched") for name in NAMES if name in KNOBS)
+        yield from (Key(model, criterion, sparsity, name, "searched") for name in NAMES if name in HYPERPARAMETERS)
 
 
 def markdown(cells: Cells) -> str:
@@ -219,11 +192,11 @@ def markdown(cells: Cells) -> str:
 
 
 def cell(cells: Cells, *place: Any) -> str:
-    """Default knob / searched knob."""
-    default, searched = (cells.found.get(Key(*place, knob)) for knob in ("default", "searched"))
+    """Default hyperparameter / searched hyperparameter."""
+    default, searched = (cells.found.get(Key(*place, which)) for which in ("default", "searched"))
     if default is None:
         return "…"
-    if place[-1] not in KNOBS:
+    if place[-1] not in HYPERPARAMETERS:
         return number(default["ppl"])
     if searched is None:
         return f"{number(default['ppl'])} / …"
@@ -256,13 +229,13 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="a document with markers; the tables go between them")
     options = parser.parse_args()
     options.journal.parent.mkdir(parents=True, exist_ok=True)
-    cells = Cells(options.journal, f"{SAMPLES} windows, {WINDOWS} scored, {TRIALS} trials")
+    cells = Cells(options.journal, f"{SAMPLES} windows, {WINDOWS} scored, raced")
     for name in options.model or MODELS:
         if name != "bundled" and not (options.folder / "models" / name / "config.json").exists():
             print(f"{name} is not in {options.folder / 'models'}: skipped.", file=sys.stderr)
             continue
         with torch.no_grad():
-            fill(Subject(name, options.folder), cells, options.criterion or ORDER)
+            fill(Subject(name, options.folder), cells, options.criterion or COLUMNS)
     text = markdown(cells)
     if options.write:
         write(options.write, text)

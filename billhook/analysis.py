@@ -22,8 +22,8 @@ from billhook.reports.charts import Axis, Series, chart
 from billhook.steps.options import split_options
 from billhook.steps.request import Opened, Request, open_request
 from billhook.store.files import write_text
-from billhook.trials.heldout import split_windows, used_fields
-from billhook.trials.trials import Bench, Setting
+from billhook.trials.heldout import split_windows
+from billhook.trials.trials import Setting, TrialRunner
 
 VERSION = 1
 WINDOWS = 8  # held-out windows compared: their hidden states after every block are in memory at once
@@ -46,7 +46,6 @@ def analyze(
     """
     if not plans:
         raise BillhookError("Say which plans to compare: --plan plan.json, several times if you like.")
-    used_fields(fields, ("criterion", "options", "group"), "An analysis")
     loaded = {name: plan if isinstance(plan, SparsityPlan) else load_plan(plan) for name, plan in plans.items()}
     request = Request(model, **({"samples": 2 * WINDOWS} | fields))
     options, _ = split_options(request.options, request.criterion, ())
@@ -54,15 +53,16 @@ def analyze(
     shapes = {layer.name: layer.shape for layer in opened.layers}
     for plan in loaded.values():
         plan.check(shapes)
-    split = split_windows(opened, request.seed)
+    assert opened.calibration is not None
+    split = split_windows(opened.calibration, len(opened.batches[0]), request.seed)
     setting = Setting(request.criterion, options, request.group)
     begin(opened, setting, [plan.target for plan in loaded.values()])
     ids = split.heldout[:WINDOWS]
     found = {}
-    with Bench(opened.model, opened.layers, split.batches, ids, setting) as bench:
+    with TrialRunner(opened.model, opened.layers, split.batches, ids, setting) as runner:
         dense = block_outputs(opened.model, ids)
         for name, plan in loaded.items():
-            bench.prune(plan)
+            runner.prune(plan)
             errors = [relative_error(y, x) for y, x in zip(block_outputs(opened.model, ids), dense, strict=True)]
             found[name] = {"target": plan.target, "relative_error": errors, "sparsity": _by_block(plan, opened.layers)}
             progress(name)

@@ -1,6 +1,8 @@
-"""The allocation that knows the solver: exact optimum and budget, curves against plain runs, never worse than uniform,
-and its refusals."""
+"""`--allocator auto` and hyperparameters given as `auto`: exact optimum and budget, curves against plain runs, shares
+against differences, never worse than uniform, and its refusals."""
 
+import statistics
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -20,11 +22,14 @@ from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators.curves import cheapest
 from billhook.plan.plan import SparsityPlan
 from billhook.plan.table import Row, Table
-from billhook.racing.automatic import _Forecast
+from billhook.racing.automatic import ErrorCurves, needs
+from billhook.racing.hyperparameters import COARSE, MIDPOINTS
+from billhook.racing.race import Problem
 from billhook.steps.prune import prepare
-from billhook.steps.request import Request
+from billhook.steps.request import Request, open_request
 from billhook.trials.attribution import FLOOR
-from billhook.trials.trials import Bench, Setting
+from billhook.trials.heldout import split_windows
+from billhook.trials.trials import Setting, TrialRunner
 
 
 def text(windows: int = 16) -> torch.Tensor:
@@ -106,59 +111,56 @@ def _only(layer, sparsity: float) -> SparsityPlan:
     return allocate(table, sparsity)
 
 
-def pruned_bench(amount: float) -> Bench:
-    """A model whose layers are nearly those of the dense one: `amount` of the way to Wanda's at half."""
+@pytest.fixture
+def runner() -> Iterator[TrialRunner]:
+    """A model pruned to half by Wanda."""
     model = tiny.llama()
-    bench = Bench(model, find_layers(model), [text(8)], text(16)[8:], Setting("wanda", {}))
-    bench.prune(allocate(measure(model, []), 0.5))
-    with torch.no_grad():
-        for layer in bench.layers:
-            layer.weight.lerp_(bench._dense[layer.name], 1 - amount)
-    return bench
+    with TrialRunner(model, find_layers(model), [text(8)], text(16)[8:], Setting("wanda")) as runner:
+        runner.prune(allocate(measure(model, []), 0.5))
+        yield runner
 
 
-def test_shares_are_the_slopes_of_the_divergence_and_add_up_to_it() -> None:
+def mean_kl(runner: TrialRunner) -> float:
+    return statistics.fmean(runner.losses(0, 8).kl)
+
+
+def test_shares_are_the_slopes_of_the_divergence_and_add_up_to_it(runner: TrialRunner) -> None:
     """Each against a central difference along the layer's change; near the dense model the divergence is quadratic:
     Euler's sum."""
-    bench = pruned_bench(0.05)
-    windows, shares = bench.attribute()
-    kl = sum(windows) / len(windows)
-    assert windows == pytest.approx(bench.losses(0, 8).kl, rel=1e-3, abs=1e-9)
-    assert sum(shares.values()) == pytest.approx(kl, rel=0.05)
-    assert not any(p.requires_grad and p.grad is not None for p in bench.model.parameters())
-    largest = sorted(bench.layers, key=lambda layer: -shares[layer.name])[:4]
+    with torch.no_grad():
+        for layer in runner.layers:  # 5 % of the way from the dense weights to the pruned ones
+            layer.weight.lerp_(runner._dense[layer.name], 0.95)
+    shares = runner.attribute()
+    assert sum(shares.values()) == pytest.approx(mean_kl(runner), rel=0.05)
+    assert not any(p.requires_grad and p.grad is not None for p in runner.model.parameters())
+    largest = sorted(runner.layers, key=lambda layer: -shares[layer.name])[:4]
     for layer in largest:
         here, found = layer.weight.clone(), []
         for step in (0.05, -0.05):
             with torch.no_grad():
-                layer.weight.copy_(here + step * (here - bench._dense[layer.name]))
-            loss = bench.losses(0, 8).kl
-            found.append(sum(loss) / len(loss))
+                layer.weight.copy_(here + step * (here - runner._dense[layer.name]))
+            found.append(mean_kl(runner))
             layer.weight.copy_(here)
         assert shares[layer.name] == pytest.approx((found[0] - found[1]) / 0.1 / 2, rel=0.05)
 
 
-def test_shares_are_the_same_when_blocks_run_again_and_none_is_negligible(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = pruned_bench(1.0)
-    first = bench.attribute()
+def test_shares_are_the_same_when_activations_are_recomputed_and_none_is_negligible(
+    runner: TrialRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = runner.attribute()
     monkeypatch.setattr("billhook.trials.attribution._BYTES", 0)
-    again = bench.attribute()
-    assert first[0] == again[0]
-    assert first[1] == pytest.approx(again[1], rel=1e-4)
-    assert min(first[1].values()) >= 0.02 * sum(first[1].values()) / len(first[1])
+    assert first == pytest.approx(runner.attribute(), rel=1e-4)
+    assert min(first.values()) >= 0.02 * statistics.fmean(first.values())
 
 
-def test_the_logits_of_a_batch_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, sizes = pruned_bench(1.0), list[int]()
-    whole = bench.attribute()
-    bench.model.register_forward_pre_hook(
+def test_the_logits_of_a_batch_are_bounded(runner: TrialRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, whole = list[int](), runner.attribute()
+    runner.model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     monkeypatch.setattr("billhook.evaluation.batching.LOGIT_BYTES", 3 * 24 * 258 * 4)
-    parts = bench.attribute()
+    assert whole == pytest.approx(runner.attribute(), rel=1e-3)
     assert sizes == [3, 3, 2]
-    assert parts[0] == pytest.approx(whole[0], rel=1e-4)
-    assert parts[1] == pytest.approx(whole[1], rel=1e-3)
 
 
 def test_shares_of_experts() -> None:
@@ -173,17 +175,14 @@ def test_shares_of_experts() -> None:
 
 def divergence(plan: SparsityPlan, request: Request) -> float:
     """On the held-out windows that the plan says it was tried on."""
-    from billhook.steps.request import open_request
-    from billhook.trials.heldout import split_windows
-
     opened = open_request(request, True, "x")
-    split = split_windows(opened, request.seed)
-    options = {**cheaper(request.criterion, opened.layers), **request.options}
+    split = split_windows(opened.calibration, len(opened.batches[0]), request.seed)
+    assert plan.made_by["racing"]["heldout"] == split.facts["heldout"]
+    options = {**cheaper(request.criterion, opened.layers), **{k: v for k, v in request.options.items() if v != "auto"}}
     setting = Setting(request.criterion, CRITERIA.configure(request.criterion, options))
-    with Bench(opened.model, opened.layers, split.batches, split.heldout, setting) as bench:
-        bench.prune(plan)
-        kl = bench.losses(0, len(split.heldout)).kl
-    return sum(kl) / len(kl)
+    with TrialRunner(opened.model, opened.layers, split.batches, split.heldout, setting) as runner:
+        runner.prune(plan)
+        return statistics.fmean(runner.losses(0, len(split.heldout)).kl)
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "admm"])
@@ -196,18 +195,43 @@ def test_auto_is_exact_deterministic_and_not_worse_than_uniform(criterion: str) 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     shapes = {layer.name: layer.shape for layer in job.opened.layers}
     assert sum(job.plan.zeros(shapes).values()) == round(0.6 * sum(a * b for a, b in shapes.values()))
-    tried = job.plan.made_by["auto"]["tried"]
-    assert {"uniform", "curves"} < set(tried)
-    assert len(tried) == 3
-    assert next(iter(job.plan.made_by["auto"]["foretold"])).startswith(("atp", "owl", "dlp"))
-    assert tried[job.plan.made_by["auto"]["best"]] == min(tried.values()) <= tried["uniform"]
-    assert divergence(job.plan, request) == pytest.approx(min(tried.values()), rel=1e-6)
+    racing = job.plan.made_by["racing"]
+    names = list(racing["tried"])
+    assert names[:2] == ["uniform", "curves"]
+    assert names[2] in ("curves again", "curves, half")
+    assert len(names) == {"wanda": 6, "admm": 3}[criterion]  # with OWL where no weights are updated
+    assert needs(criterion) == (f"error_curve:{criterion}", *(["outlier_ratio:5"] if criterion == "wanda" else []))
+    complete = {name: loss for name, loss in racing["tried"].items() if name not in racing["dropped"]}
+    assert complete[racing["best"]] == min(complete.values()) <= complete["uniform"]
+    assert divergence(job.plan, request) == pytest.approx(min(complete.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "magnitude"])
+def test_beta_is_chosen_in_a_few_trials_and_recorded(criterion: str) -> None:
+    options = {"beta": "auto"}
+    request = Request(tiny.llama(), 0.6, criterion=criterion, allocator="atp", options=options, calibration=text())
+    plan = prepare(request).plan
+    racing = plan.made_by["racing"]
+    assert 1 + len(COARSE) <= len(racing["tried"]) <= 1 + len(COARSE) + MIDPOINTS
+    assert racing["tried"][racing["best"]] <= racing["tried"]["uniform"]
+    assert divergence(plan, request) == pytest.approx(racing["tried"][racing["best"]], rel=1e-5)
+    if racing["best"] != "uniform":
+        beta = plan.made_by["options"]["beta"]
+        assert plan.sparsity == allocate(measure(tiny.llama(), []), 0.6, allocator="atp", beta=beta).sparsity
+
+
+def test_other_options_of_a_raced_allocator_are_kept(tmp_path: Path) -> None:
+    save_file({"tokens": text()}, tmp_path / "text.safetensors")
+    fields = {"allocator": "owl", "lam": "auto", "m": 3, "calibration": str(tmp_path / "text.safetensors")}
+    report = prune(tiny.save(tmp_path / "model"), sparsity=0.6, length=24, output=tmp_path / "out", **fields)
+    tried = report.plan.made_by["racing"]["tried"]
+    assert all(name == "uniform" or name.endswith(" m=3") for name in tried)
 
 
 def test_trials_have_the_options_that_are_given() -> None:
     request = Request(tiny.llama(), 0.6, criterion="admm", allocator="auto", calibration=text(), options={"steps": 1})
-    plan = prepare(request).plan
-    assert divergence(plan, request) == pytest.approx(min(plan.made_by["auto"]["tried"].values()), rel=1e-6)
+    racing = prepare(request).plan.made_by["racing"]
+    assert divergence(prepare(request).plan, request) == pytest.approx(racing["tried"][racing["best"]], rel=1e-5)
 
 
 @pytest.mark.parametrize("target", [0.1, 0.2, 0.3, 0.5])
@@ -216,12 +240,8 @@ def test_a_layer_that_the_second_plan_spares_keeps_what_it_counts(target: float)
     floor."""
     truth = {f"layers.{block}": 3.0 if block == 0 else 0.1 for block in range(8)}
     curve = {"error_curve:wanda": tuple(_curve([0.002, 0.02, 0.15, 0.6]))}
-    forecast = _Forecast(
-        Table(tuple(Row(n, i, "a", (64, 64), {}, curve) for i, n in enumerate(truth)), {}),
-        "wanda",
-        target,
-        "unstructured",
-    )
+    table = Table(tuple(Row(n, i, "a", (64, 64), {}, curve) for i, n in enumerate(truth)), {})
+    forecast = ErrorCurves(Problem(table, target), "wanda")
     plan = forecast.optimum(truth)
     under = {
         name: share * (plan.sparsity[name] > 0) / forecast.at_middle({name: 1.0}, plan)[name]
@@ -241,8 +261,9 @@ def test_options_that_auto_would_not_read_are_refused(tmp_path: Path) -> None:
 
 def test_auto_is_no_arithmetic_on_a_table() -> None:
     table = measure(tiny.llama(), ["error_curve:wanda", "loss_share:wanda"], batches=text(8))
-    with pytest.raises(BillhookError, match=r"auto tries plans on a model.*curves does its arithmetic"):
-        allocate(table, 0.5, allocator="auto")
+    for options in ({"allocator": "auto"}, {"allocator": "atp", "beta": "auto"}):
+        with pytest.raises(BillhookError, match=r"auto tries plans on a model.*allocate with curves"):
+            allocate(table, 0.5, **options)
     plan = allocate(table, 0.5, allocator="curves", criterion="wanda")
     assert sum(plan.zeros(table.shapes).values()) == round(0.5 * table.total)
     assert len(set(plan.sparsity.values())) > 3
@@ -269,7 +290,7 @@ def _rows(model: Path) -> dict:
 def test_auto_is_uniform_with_a_reason_where_text_is_short() -> None:
     plan = prepare(Request(tiny.llama(), 0.6, criterion="wanda", allocator="auto", calibration=text(3))).plan
     assert set(plan.sparsity.values()) == {0.6}
-    assert "too few to split" in plan.made_by["auto"]["reason"]
+    assert "too few to split" in plan.made_by["racing"]["reason"]
 
 
 def test_patterns_keep_their_groups() -> None:

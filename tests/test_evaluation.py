@@ -11,7 +11,6 @@ from command import billhook, done
 
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.batching import batch_size, halving
-from billhook.evaluation.divergence import divergence
 from billhook.evaluation.items import Item, evaluate_items, load_items
 from billhook.evaluation.likelihood import TokenRequest, encode_request, log_likelihoods
 from billhook.evaluation.perplexity import evaluate
@@ -62,20 +61,6 @@ def item_file(tmp_path):
     path = tmp_path / "items.jsonl"
     path.write_text("".join(json.dumps(item) + "\n" for item in questions()), encoding="utf-8")
     return path
-
-
-def test_divergence_is_that_of_the_definition():
-    ours, dense = torch.randn(2, 3, 7, 11, generator=torch.Generator().manual_seed(0))
-    found, agreed = divergence(ours, dense)
-    for window in range(3):
-        kl = same = 0.0
-        for position in range(6):
-            p, q = (torch.softmax(x[window, position].double(), -1).tolist() for x in (dense, ours))
-            kl += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-            same += p.index(max(p)) == q.index(max(q))
-        assert found[window] == pytest.approx(kl / 6, rel=1e-5)
-        agreed -= same
-    assert agreed == 0
 
 
 def test_a_model_agrees_with_itself_and_not_with_another(model):

@@ -1,4 +1,4 @@
-"""`billhook search`: choose allocator and knob on held-out windows of the calibration text."""
+"""`billhook search`: choose allocator and hyperparameter on held-out windows of the calibration text."""
 
 import shlex
 from pathlib import Path
@@ -13,7 +13,6 @@ from billhook.cli.common import (
     Settings,
     TrustRemoteCode,
     emit,
-    estimated,
     handle_errors,
     parse_settings,
     say,
@@ -42,7 +41,7 @@ def command(
             "--output",
             "-o",
             help="Directory for search.json, plan.json, search.svg and the pruned model/; "
-            "an unfinished search goes on.",
+            "an unfinished search is continued.",
         ),
     ],
     sparsity: Annotated[
@@ -52,7 +51,8 @@ def command(
     allocator: Annotated[
         str,
         typer.Option(
-            help="One name, several with commas, or all (alphapruning, atp, owl, dlp); uniform always takes part."
+            help="One name, several with commas, or all (alphapruning, atp, owl, dlp); auto adds the candidates of "
+            "--allocator auto; uniform always takes part."
         ),
     ] = "all",
     criterion: Annotated[str, typer.Option(help="Which weights go: see billhook ls criteria.")] = "wanda",
@@ -61,21 +61,20 @@ def command(
         str | None,
         typer.Option(
             metavar="TRIALS|MINUTES",
-            help="Cheap trials to make (9) or minutes for them (5m); by default nine for each knob.",
+            help="Trials to make beside uniform's (9), or minutes for them (5m); by default at most eight for each "
+            "allocator.",
         ),
     ] = None,
     objective: Annotated[
-        Literal["kl", "ppl"], typer.Option(help="Loss: divergence from the dense model, or perplexity.")
+        Literal["kl", "ppl"], typer.Option(help="Loss: KL divergence from the dense model, or perplexity.")
     ] = "kl",
     grid: Annotated[
-        bool, typer.Option("--grid", help="Try the published values (ATP: beta in steps of 0.002), giving up none.")
+        bool, typer.Option("--grid", help="Try the published values (ATP: beta in steps of 0.002) instead.")
     ] = False,
-    finalists: Annotated[
-        int, typer.Option(help="Best trials of each allocator that are pruned properly, beside uniform.")
-    ] = 1,
+    finalists: Annotated[int | None, typer.Option(hidden=True)] = None,
     calibration: Calibration = None,
     samples: Annotated[
-        int, typer.Option(help="Windows to draw: one half calibrates, the other is held out.", min=1)
+        int, typer.Option(help="Windows to draw: trials are pruned on one half and scored on the other.", min=1)
     ] = 64,
     length: Length = None,
     work: Work,
@@ -84,45 +83,44 @@ def command(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Find the allocator and knob that lose least, and prune with them."""
-    from billhook.costs.estimate import estimate_search
-    from billhook.errors import JobError
-    from billhook.racing.contest import Budget
-    from billhook.steps.search import search, summary
+    """Find the allocator and hyperparameter that lose least, and prune with them."""
+    from billhook.errors import BillhookError, JobError
+    from billhook.steps.search import search
 
+    if finalists is not None:
+        raise BillhookError(
+            "--finalists is gone: every trial is a full prune now, and --budget says how many there are."
+        )
     try:
-        with estimated() as begin:
-            found = search(
-                model, sparsity, allocator=allocator, budget=budget, objective=objective, grid=grid,
-                finalists=finalists,
-                output=output, save_model=not no_model, overwrite=overwrite, progress=say,
-                begin=lambda task: begin(estimate_search(task, Budget.parse(budget), finalists, not no_model)),
-                pattern=pattern,
-                criterion=criterion, options=parse_settings(settings), calibration=calibration, samples=samples,
-                length=length,
-                **work.fields(), trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+        found = search(
+            model, sparsity, allocator=allocator, budget=budget, objective=objective, grid=grid,
+            output=output, save_model=not no_model, overwrite=overwrite, progress=say, begin=_announce,
+            pattern=pattern, criterion=criterion, options=parse_settings(settings), calibration=calibration,
+            samples=samples, length=length, **work.fields(), trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     except KeyboardInterrupt:
-        raise JobError(f"Stopped. What was found so far is in {output}: the same command goes on from there.") from None
+        raise JobError(f"Stopped. The trials made so far are in {output}: the same command continues.") from None
     best = found.record["best"]
-    options = " ".join(f"{key}={value}" for key, value in best["options"].items())
     verdict = "nothing beat it" if best["allocator"] == "uniform" else "better than uniform"
-    say(
-        f"Best on the held-out windows: {best['allocator']} {options} (token perplexity {best['token_ppl']:.2f}; "
-        f"{verdict})."
-    )
+    say(f"Best on the held-out windows: {best['name']} (token perplexity {best['token_ppl']:.2f}; {verdict}).")
     if found.model is not None:
         say(
             f"{found.model}: pruned with it. Check it: billhook verify {found.model}   Score it: billhook eval "
             f"{found.model} --data SOURCE"
         )
-    chosen = [
-        ("--targets", work.targets),
-        ("--ignore", work.ignore),
-        ("--set", [f"{k}={v}" for k, v in found.record["identity"]["criterion_options"].items()]),
-    ]
-    words = ["--plan", output / "plan.json", "--criterion", criterion, "--calibration", calibration]
-    words += [word for option, values in chosen for value in values or () for word in (option, value)]
-    say(f"Prune again, with all windows: billhook prune {model} {shlex.join(map(str, words))} --output pruned")
+    else:
+        chosen = [
+            ("--targets", work.targets),
+            ("--ignore", work.ignore),
+            ("--set", [f"{k}={v}" for k, v in found.record["identity"]["criterion_options"].items()]),
+        ]
+        words = ["--plan", output / "plan.json", "--criterion", criterion, "--calibration", calibration]
+        words += [word for option, values in chosen for value in values or () for word in (option, value)]
+        say(f"Prune with it: billhook prune {model} {shlex.join(map(str, words))} --output pruned")
     if as_json:
-        emit(dict(summary(found)))
+        places = {"output": str(found.output), "model": None if found.model is None else str(found.model)}
+        emit({"best": best, "trials": len(found.trials), **places})
+
+
+def _announce(trials: int) -> None:
+    say(f"At most {trials} trials beside uniform's. Each prunes the model, so the time of the first tells that of all.")

@@ -14,7 +14,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +22,7 @@ from billhook.comparison.record import Comparison, finite
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.gradients import compute_gradients
 from billhook.engine.loop import prune_
+from billhook.engine.restore import restore_, restored
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import PROTOCOL, check_length, context_length, evaluate, vocabulary_size
 from billhook.measurement.measure import measure
@@ -33,6 +33,7 @@ from billhook.plan.metrics import fact
 from billhook.plan.plan import Pattern
 from billhook.plan.table import Row, Table
 from billhook.racing import automatic
+from billhook.racing.race import Problem
 from billhook.registry import hint
 from billhook.steps.evaluate import versions
 from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
@@ -199,7 +200,6 @@ class _Bench:
     def __init__(self, grid: Grid, request: Request, opened: Opened, windows: Windows) -> None:
         self.grid, self.request, self.opened, self.windows = grid, request, opened, windows
         self.model, self.layers = opened.model, opened.layers
-        self._weights = [layer.weight.clone() for layer in opened.layers]
         self._dense: list[Tensor] = []
         self._opened = {request.seed: opened}
         self._tables: dict[int, Table] = {}
@@ -209,17 +209,15 @@ class _Bench:
 
     def __enter__(self) -> "_Bench":
         self._folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="billhook.")))
+        self._weights = self._stack.enter_context(restored(self.layers))
         self._dense = block_outputs(self.model, self.windows.ids[:WINDOWS])
         return self
 
     def __exit__(self, *reason: object) -> None:
-        self._restore()
         self._stack.close()
 
-    @torch.no_grad()
     def _restore(self) -> None:
-        for layer, weight in zip(self.layers, self._weights, strict=True):
-            layer.weight.copy_(weight)
+        restore_(self.layers, self._weights)
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Prune by one cell, score, and return its row of compare.json."""
@@ -228,8 +226,16 @@ class _Bench:
         batches = self._drawn(seed).batches if self.grid.reads_text() else []
         table, options = self._table(seed), self.grid.of(CRITERIA, criterion)
         if allocator == AUTO:
+            drawn = self._drawn(seed)
+            assert drawn.calibration is not None
             plan = automatic.choose(
-                self._drawn(seed), table, sparsity, pattern, Setting(criterion, options, self.request.group), seed
+                self.model,
+                self.layers,
+                drawn.calibration,
+                Problem(table, sparsity, pattern),
+                Setting(criterion, options, self.request.group),
+                batch_size=len(drawn.batches[0]),
+                seed=seed,
             )
         else:
             plan = allocate(

@@ -29,11 +29,9 @@ from billhook.engine.activation_store import SPILL_GIB
 from billhook.engine.streaming import stream_of
 from billhook.evaluation.batching import batch_size
 from billhook.evaluation.perplexity import vocabulary_size
-from billhook.racing.contest import Budget
 from billhook.steps.record import gradient_of
 from billhook.steps.request import Opened
 from billhook.steps.resolve import ResolvedRequest
-from billhook.steps.search import Task
 from billhook.trials.trials import Setting
 
 MOMENT = 3e8  # operations of attention that are timed at once, at most
@@ -78,19 +76,6 @@ def estimate_gradients(opened: Opened, device: str, spill_gib: float) -> Estimat
     """The same for gradients; what is spilled is not counted."""
     disk = 4 * sum(layer.shape[0] * layer.shape[1] for layer in opened.layers)
     return _said(opened, device, lambda case: [workload.gradients(case)], disk, spill_gib=spill_gib)
-
-
-def estimate_search(task: Task, budget: Budget, finalists: int, save: bool) -> Estimate:
-    """The same for a search."""
-    space, setting, opened = task.space, task.bench.setting, task.opened
-    rivals = finalists * len(set(space.allocators))
-
-    def phases(case: Case) -> Iterator[Phase]:
-        yield from workload.search(case, task.columns, setting, budget, space.points, rivals)
-        if save:
-            yield workload.write(case)
-
-    return _said(opened, task.request.device, phases, save * _bytes(opened), sparsity=task.target)
 
 
 def estimate_comparison(opened: Opened, windows: Tensor, cells: Sequence[Cell], grid: Grid, device: str) -> Estimate:

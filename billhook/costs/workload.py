@@ -15,6 +15,7 @@ from billhook.comparison.grid import Cell, Grid
 from billhook.costs import counts
 from billhook.costs.counts import Count, Method, Part, Sizes, Text
 from billhook.costs.prices import memory
+from billhook.evaluation.kl import K as KEPT
 from billhook.measurement.error_curves import FEW, ROWS, TRIED
 from billhook.measurement.loss_shares import WINDOWS as SHARED
 from billhook.methods.sparse import CRITERIA
@@ -22,9 +23,7 @@ from billhook.methods.sparse.admm import RAMP, default_steps
 from billhook.methods.statistics import GRADIENTS, STATISTICS
 from billhook.plan.allocators import AUTO
 from billhook.plan.metrics import CURVES, fact, options_of
-from billhook.racing.contest import FIRST, Budget, trial_windows
 from billhook.recover.blockwise import LEAST, PATIENCE, PREDICTED, Refine
-from billhook.trials.predictions import KEPT
 from billhook.trials.trials import Setting
 
 REMEMBER, COMPARE, SLOPE, SCORE = 6.0, 1.0, 3.0, 2.0  # what is done with predictions, in readings of them
@@ -219,32 +218,6 @@ def decide(case: Case, allocator: str, columns: Sequence[str], criterion: str, o
 def gradients(case: Case) -> Phase:
     """Gradients of the dense model."""
     return case.phase(replace(LOOK, gradients=True))
-
-
-def search(
-    case: Case, columns: Sequence[str], setting: Setting, budget: Budget, points: int, finalists: int
-) -> Iterator[Phase]:
-    """A search: the columns of its allocators, cheap trials, `points` at most, and full runs of uniform and the
-    finalists."""
-    bench, held = case.halved()
-    yield from measure(bench, columns)
-    if setting.gradient:
-        yield gradients(bench)
-    yield bench.predictions(held, REMEMBER)
-    proxy, options = setting.proxy
-    dense = method_of(proxy, options, given=True)
-    yield bench.phase(replace(dense, selections=lambda part: SORT, dense=True))
-    tried = trial_windows(held.windows)
-    if budget.seconds is not None:
-        yield Phase([("second", "all", None, 0.0 if case.early else budget.seconds)], 0.0)
-    else:
-        once = bench.predictions(replace(held, windows=min(tried, FIRST) if case.early else tried), COMPARE)
-        mask = counts.walk(case.sizes, Method(selections=lambda part: 0.0, dense=True), Text())
-        yield Phase(
-            [*once.counts, *mask] * min(points, points if budget.trials is None else budget.trials), once.memory
-        )
-    full = [*prune(bench, setting.criterion, setting.options, given=True), bench.predictions(held, COMPARE)]
-    yield from full * (1 if case.early else 1 + finalists)
 
 
 def compare(case: Case, grid: Grid, cells: Sequence[Cell], scored: Text) -> Iterator[Phase]:

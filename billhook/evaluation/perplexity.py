@@ -23,7 +23,7 @@ from billhook.engine.walk import evaluating
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.batching import batch_size as found_size
 from billhook.evaluation.batching import halving
-from billhook.evaluation.divergence import Against, divergence
+from billhook.evaluation.kl import Against, window_kl
 from billhook.text.windows import Windows, check_ids, digest, whole_ids
 
 PROTOCOL = "token perplexity over non-overlapping windows"
@@ -113,7 +113,10 @@ def evaluate(
     def score(start: int, stop: int) -> tuple[list[Tensor], list[float], int]:
         logits = [_logits(each, ids[start:stop]) for each in models]
         nll = [window_nll(found, ids[start:stop].to(found.device)).cpu() for found in logits]
-        return (nll, [], 0) if against is None else (nll, *divergence(logits[0], logits[1].to(logits[0].device)))
+        if against is None:
+            return nll, [], 0
+        found = [window_kl(q[:-1], p[:-1].to(q.device)) for q, p in zip(*logits, strict=True)]
+        return nll, [each for each, _ in found], sum(same for _, same in found)
 
     size = batch_size or found_size(length, sum(map(vocabulary_size, models)), model.dtype.itemsize)
     with ExitStack() as modes:

@@ -1,8 +1,12 @@
-"""What the model loses when one block alone is pruned: a measurement instead of a theory.
+"""Block loss: how much the loss rises when one block alone is pruned.
 
-Each block in turn is pruned by magnitude (whole layers compete), the loss on the text is measured, and the weights are
-put back. It costs one evaluation of the text per block and one more. It does not know how blocks pruned together
-interact.
+    block_loss:S = (loss with only this block pruned by magnitude to S − dense loss) / dense loss
+
+Each block in turn is pruned (whole layers are compared), the loss on the calibration text is measured, and the weights
+are restored bit for bit. It costs one evaluation of the text per block and one of the dense model. It is read by
+`sensitivity`.
+
+Limits: it does not know how blocks that are pruned together interact.
 """
 
 from collections.abc import Sequence
@@ -12,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.architectures.layers import Layer
+from billhook.engine.restore import restored
 from billhook.engine.streaming import resident
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import evaluate
@@ -26,11 +31,9 @@ from billhook.registry import method
 def block_loss(
     model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor], *, sparsity: float = 0.6
 ) -> dict[str, float]:
-    """(loss with only this block pruned to `sparsity` - loss of the dense model) / loss of the dense model, by layer
-    name.
+    """Return the relative rise of the loss by layer name; all layers of a block have the block's value.
 
-    `batches` are token ids [batch, length] int64; the loss is the mean negative log-likelihood of their tokens. All
-    `layers` of a block get the block's number. Weights are changed and put back bit for bit.
+    `batches` are token ids [batch, length] int64; the loss is the mean negative log-likelihood of their tokens.
     """
     if not 0 < sparsity < 1:
         raise BillhookError(f"block_loss:{sparsity:g}: the sparsity must lie between 0 and 1, such as block_loss:0.6.")
@@ -39,19 +42,10 @@ def block_loss(
     losses: dict[str, float] = {}
     for block in sorted({layer.block for layer in layers}):
         inside = [layer for layer in layers if layer.block == block]
-        with resident(model, block):
-            loss = _pruned_loss(model, inside, ids, sparsity)
+        with resident(model, block), restored(inside):
+            for layer in inside:
+                select = Select(layer.shape, sparsity, round(sparsity * layer.weight.numel()), None, "layer", "exact")
+                layer.weight.copy_(magnitude(layer.weight.float(), LayerStats(0, 0), select))
+            loss = evaluate(model, ids).nll
         losses |= {layer.name: (loss - dense) / dense for layer in inside}
     return losses
-
-
-def _pruned_loss(model: PreTrainedModel, layers: Sequence[Layer], ids: Tensor, sparsity: float) -> float:
-    before = [layer.weight.clone() for layer in layers]
-    try:
-        for layer in layers:
-            select = Select(layer.shape, sparsity, round(sparsity * layer.weight.numel()), None, "layer", "exact")
-            layer.weight.copy_(magnitude(layer.weight.float(), LayerStats(0, 0), select))
-        return evaluate(model, ids).nll
-    finally:
-        for layer, weight in zip(layers, before, strict=True):
-            layer.weight.copy_(weight)

@@ -1,4 +1,4 @@
-"""Plans tried on held-out calibration windows: the search for allocator and knob, and `--allocator auto`.
+"""Racing: candidate plans are tried in full on held-out calibration windows, and the best is used.
 
-Imports `run`, `pruning` and `measuring`; `job` imports it for `auto`.
+Serves `--allocator auto`, hyperparameters given as `auto` (`--allocator atp --set beta=auto`) and `billhook search`.
 """

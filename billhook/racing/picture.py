@@ -1,53 +1,38 @@
-"""The picture of a search: held-out loss against the knob, uniform as a line."""
+"""The picture of a search: held-out loss against each hyperparameter, with uniform as a line."""
 
 from pathlib import Path
 
-from billhook.racing.journal import Journal, loss_difference
-from billhook.racing.knobs import KNOBS
+from billhook.racing.hyperparameters import HYPERPARAMETERS, Space
+from billhook.racing.race import Race
 from billhook.reports.charts import Axis, Series, chart
 from billhook.store.files import write_text
 
 LABELS = {"kl": "KL divergence from dense (nats a token)", "nll": "negative log-likelihood (nats a token)"}
 
 
-def draw(journal: Journal, objective: str, path: Path) -> bool:
-    """Write the picture as SVG; False, and nothing written, where no allocator has a knob."""
-    uniform = journal.trials[0]
-    level = uniform.loss(objective)
-    lines: dict[str, list[tuple[float, float, bool]]] = {}
-    for run in journal.trials:
-        if (knob := KNOBS.get(run.candidate.allocator)) is not None:
-            options = dict(run.candidate.options)
-            place = float(options.pop(knob.name) or 0)
-            place = (
-                knob.high(journal.identity["blocks"], journal.identity["sparsity"]) - place if knob.falling else place
-            )
-            name = " ".join(
-                [f"{run.candidate.allocator} {knob.name}", *(f"{key}={value}" for key, value in options.items())]
-            )
-            lines.setdefault(name, []).append((place, level + loss_difference(run, uniform, objective)[0], run.stopped))
+def draw(race: Race, space: Space, title: str, path: Path) -> None:
+    """Write the picture as SVG; nothing where no allocator has a hyperparameter.
+
+    A trial that was dropped is placed by its difference from uniform on the same windows.
+    """
+    uniform = next(iter(race.trials.values()))
+    level = uniform.loss(race.objective)
+    lines: dict[str, list[tuple[float, float, bool, str]]] = {}
+    for trial in race.trials.values():
+        if trial.allocator in space.allocators and (known := HYPERPARAMETERS.get(trial.allocator)) is not None:
+            others = [f"{k}={v:g}" for k, v in trial.options.items() if isinstance(v, float) and k != known.name]
+            loss = level + race.against_uniform(trial)[0]
+            point = (space.fraction(trial), loss, trial.dropped, f"{trial.name}: {loss:.4f}")
+            lines.setdefault(" ".join([trial.allocator, known.name, *others]), []).append(point)
     if not lines:
-        return False
-    series = [_series(name, sorted(points)) for name, points in lines.items()]
-    heights = [level, *(p[1] for points in lines.values() for p in points)]
+        return
+    series = []
+    for name, points in lines.items():
+        places, losses, hollow, labels = zip(*sorted(points), strict=True)
+        series.append(Series(name, places, losses, hollow=hollow, labels=labels))
     series.append(Series(f"uniform ({level:.4f})", [0, 1], [level, level], marks=False, dashed=True))
-    title = (
-        f"Cheap trials at sparsity {journal.identity['sparsity']:g} with {journal.identity['criterion']}: lower is "
-        "better"
-    )
-    x = Axis("knob, as a share of the largest tried (0 is uniform); hollow: given up early")
-    y = Axis(LABELS[objective], log=min(heights) > 0 and max(heights) > 10 * min(heights))
-    write_text(
-        path,
-        chart(title, series, x, y, summary="One line for each allocator, the dashed one is uniform.", standalone=True),
-    )
-    return True
-
-
-def _series(name: str, points: list[tuple[float, float, bool]]) -> Series:
-    """A line over (knob, loss, given up), its knob as a share of the largest."""
-    largest = points[-1][0] or 1.0
-    shares, labels = [p[0] / largest for p in points], [f"{name} {p[0]:.4g}: {p[1]:.4f}" for p in points]
-    return Series(
-        f"{name} (to {largest:.3g})", shares, [p[1] for p in points], hollow=[p[2] for p in points], labels=labels
-    )
+    heights = [level, *(point[1] for points in lines.values() for point in points)]
+    x = Axis("hyperparameter, as a fraction of its range (0 is uniform); hollow: dropped early")
+    y = Axis(LABELS[race.objective], log=min(heights) > 0 and max(heights) > 10 * min(heights))
+    words = "One line for each allocator, the dashed one is uniform."
+    write_text(path, chart(title, series, x, y, summary=words, standalone=True))

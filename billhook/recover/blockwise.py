@@ -23,7 +23,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from billhook.architectures.layers import Layer
@@ -32,6 +31,7 @@ from billhook.engine.activation_store import SPILL_GIB, ActivationStore
 from billhook.engine.replay import Call, run_block
 from billhook.engine.walk import After, Block
 from billhook.errors import BillhookError, JobError
+from billhook.evaluation.kl import token_kl
 
 Refining = Literal["none", "blocks", "blocks+norms"]
 HELD_OUT = 8  # one window of so many
@@ -150,19 +150,18 @@ class Data:
         one = self.one[inputs.shape[1]]
         outputs = run_block(module, inputs, self.calls[batch].part(index, one[0], inputs.dtype))
         if self.after.module is None:
-            return _divergence(outputs, targets, self.after.predict)
+            return _mean_kl(outputs, targets, self.after.predict)
         outputs = run_block(self.after.module, outputs, self.after.calls[batch].part(index, one[1], inputs.dtype))
         outputs, targets = outputs.float(), targets.float()
         return (outputs - targets).square().sum() / targets.square().sum().clamp_min(1e-30)
 
 
-def _divergence(outputs: Tensor, targets: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
-    """The divergence of predictions from those of the targets, a token; both [windows, tokens, width], some tokens at a
-    time, since vocabularies are large."""
+def _mean_kl(outputs: Tensor, targets: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
+    """The KL divergence of the predictions from those of the targets, in nats a token, float32; both [windows, tokens,
+    width]. Vocabularies are large, so the logits of `PREDICTED` tokens at a time are in memory."""
 
     def part(ours: Tensor, theirs: Tensor) -> Tensor:
-        log_q, log_p = predict(ours).float().log_softmax(-1), predict(theirs).float().log_softmax(-1)
-        return functional.kl_div(log_q, log_p.detach(), reduction="sum", log_target=True)
+        return token_kl(predict(ours), predict(theirs)).sum()
 
     tokens = max(1, PREDICTED // len(outputs))
     parts = [

@@ -25,11 +25,13 @@ from billhook.engine.walk import Block
 from billhook.errors import BillhookError, Interrupted
 from billhook.measurement.measure import measure
 from billhook.packed.packing import pack
-from billhook.plan.allocators import AUTO, allocate
+from billhook.plan.allocators import allocate
 from billhook.plan.metrics import fact
 from billhook.plan.plan import SparsityPlan
 from billhook.plan.table import Table
-from billhook.racing import automatic
+from billhook.racing.automatic import choose
+from billhook.racing.hyperparameters import is_raced
+from billhook.racing.race import Problem
 from billhook.recover.blockwise import Refine
 from billhook.steps.partial_output import GRADIENTS, PartialOutput, unfinished
 from billhook.steps.record import Job, Report, gradient_of, record
@@ -85,11 +87,22 @@ def _allocate(
     criterion_options: Mapping[str, Any],
     progress: Callable[[str], None],
 ) -> SparsityPlan:
-    """The request's plan; of `auto`, the best of several on held-out windows."""
-    if request.allocator != AUTO:
+    """The request's plan, from a race where the allocator or its hyperparameter is `auto`."""
+    if not is_raced(request.allocator, options):
         return allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **options)
-    setting = Setting(request.criterion, dict(criterion_options), request.group)
-    return automatic.choose(opened, table, request.sparsity, request.pattern, setting, request.seed, progress=progress)
+    assert opened.calibration is not None
+    return choose(
+        opened.model,
+        opened.layers,
+        opened.calibration,
+        Problem(table, request.sparsity, request.pattern),
+        Setting(request.criterion, dict(criterion_options), request.group),
+        allocator=request.allocator,
+        options=options,
+        batch_size=len(opened.batches[0]),
+        seed=request.seed,
+        progress=progress,
+    )
 
 
 def run(

@@ -14,6 +14,7 @@ from billhook.plan.metrics import fact
 from billhook.plan.plan import Pattern, SparsityPlan, load_plan
 from billhook.plan.table import Table
 from billhook.racing import automatic
+from billhook.racing.hyperparameters import configure, is_raced
 from billhook.steps.options import split_options
 from billhook.steps.record import gradient_of
 from billhook.steps.request import Opened, Request, identity, open_request
@@ -42,7 +43,8 @@ class ResolvedRequest:
     @property
     def in_memory(self) -> bool:
         """Whether the plan needs the whole model in memory."""
-        return _in_memory(self.request, self.needed if self.plan is None else ())
+        raced = self.plan is None and is_raced(self.request.allocator, self.allocator_options)
+        return _in_memory(raced, self.needed if self.plan is None else ())
 
     @property
     def target(self) -> float:
@@ -61,7 +63,8 @@ def check(request: Request) -> ResolvedRequest:
     criterion_options, given = split_options(
         request.options, request.criterion, allocators, Request.__dataclass_fields__
     )
-    allocator_options = ALLOCATORS.configure(request.allocator, given) if arithmetic else {}
+    allocator_options = configure(request.allocator, given) if arithmetic else {}
+    raced = request.plan is None and is_raced(request.allocator, allocator_options)
     plan = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
     table = Table.load(request.table) if isinstance(request.table, str | Path) else request.table
     if plan is None:
@@ -83,10 +86,10 @@ def check(request: Request) -> ResolvedRequest:
     needs_text = any(gradients is None or name not in GRADIENTS for name in needs) or any(
         fact(name).needs_text for name in needed
     )
-    needs_text = needs_text or request.refine != "none"
+    needs_text = needs_text or raced or request.refine != "none"
     request, packed = _beside(request)
     who = f"Pruning with {request.criterion} and {request.allocator}"
-    streamed = request.output is not None and not _in_memory(request, needed)
+    streamed = request.output is not None and not _in_memory(raced, needed)
     opened = open_request(request, needs_text, who, streamed=streamed)
     asked = identity(request, opened, {**allocator_options, **criterion_options}, plan, table)
     if gradients is not None:
@@ -109,8 +112,8 @@ def check(request: Request) -> ResolvedRequest:
     )
 
 
-def _in_memory(request: Request, needed: Sequence[str]) -> bool:
-    return request.allocator == AUTO or any(fact(name).reads == "trial" for name in needed)
+def _in_memory(raced: bool, needed: Sequence[str]) -> bool:
+    return raced or any(fact(name).reads == "trial" for name in needed)
 
 
 def _columns(request: Request, options: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,59 +1,53 @@
-"""Search: choose allocator and knob on held-out calibration windows, never on the text that is reported.
+"""Search: race allocators and their hyperparameters on held-out calibration windows, then prune with the winner.
 
-The windows drawn from the calibration source are split in two by a seed: one half gives the statistics, the other the
-loss. Cheap trials (`billhook.trials.trials`) and full runs are made as `billhook.racing.contest` says; the winner
-is written as a plan and as a pruned model.
+The windows drawn from the calibration source are split in two by a seed: on one half the trials are pruned, on the
+other they are scored (`billhook.racing`); the winner is pruned with all of them. Text that is evaluated later is never
+read.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
+from billhook.engine.restore import restored
 from billhook.errors import BillhookError
 from billhook.measurement.measure import measure
-from billhook.plan.allocators import ALLOCATORS, allocate, check_budget
+from billhook.plan.allocators import ALLOCATORS, AUTO, check_budget
 from billhook.plan.plan import Pattern, SparsityPlan
-from billhook.plan.table import Table
-from billhook.racing.contest import UNIFORM, Budget, Contest
-from billhook.racing.journal import MODEL, PICTURE, Journal, Run
-from billhook.racing.knobs import ALL, Candidate, Space
+from billhook.racing.automatic import needs, schedule, trial_setting
+from billhook.racing.hyperparameters import ALL, Space
 from billhook.racing.picture import draw
+from billhook.racing.race import Budget, Objective, Problem, Race, Trial
+from billhook.racing.record import MODEL, PICTURE, PLAN, SearchRecord
 from billhook.registry import hint
 from billhook.steps.options import split_options
-from billhook.steps.record import Job, record
+from billhook.steps.prune import run
+from billhook.steps.record import Job
 from billhook.steps.request import Opened, Request, listed, open_request
-from billhook.steps.verify import RECORD
-from billhook.store.files import read_json
 from billhook.store.output import check_output
 from billhook.store.shards import weight_files
-from billhook.store.sinks import save_pruned
 from billhook.store.tensor_bytes import tensor_bytes
-from billhook.text.windows import Tokens
-from billhook.trials.heldout import Split, split_windows, used_fields
-from billhook.trials.trials import Bench, Setting
+from billhook.trials.heldout import split_windows
+from billhook.trials.trials import Setting, TrialRunner
 
-OBJECTIVES = {"kl": "kl", "ppl": "nll"}
-USED = ("sparsity", "pattern", "criterion", "options", "group")
-SAMPLES = 64  # half for statistics, half held out; Wanda's ranking hardly changes beyond a few windows
+OBJECTIVES: dict[str, Objective] = {"kl": "kl", "ppl": "nll"}
+USED = {"model", "sparsity", "pattern", "criterion", "options", "group", "calibration", "samples", "length", "seed"}
+USED |= {"batch_size", "targets", "ignore", "device", "dtype", "trust_remote_code"}
+SAMPLES = 64  # half of them for pruning, half held out
 
 
 @dataclass(frozen=True)
 class Found:
-    """The result: the plan to prune with, what made it, every trial, and the full runs (uniform first).
-
-    `output` holds the files, if any were asked for, and `model` in it the pruned winner.
-    """
+    """The result: the plan, the winner's trial, all trials (uniform first), the content of search.json, and where the
+    files and the pruned model are, if they were asked for."""
 
     plan: SparsityPlan
-    best: Run
-    trials: list[Run]
-    full: list[Run]
+    best: Trial
+    trials: list[Trial]
     record: dict[str, Any]
     output: Path | None
     model: Path | None
@@ -67,142 +61,103 @@ def search(
     budget: str | int | None = None,
     objective: str = "kl",
     grid: bool = False,
-    finalists: int = 1,
     output: str | Path | None = None,
     save_model: bool = True,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda line: None,
-    begin: Callable[["Task"], None] = lambda task: None,
+    begin: Callable[[int], None] = lambda trials: None,
     **fields: Any,
 ) -> Found:
-    """Find the allocator and the knob that lose least on held-out calibration windows; the model's weights are as
-    before afterwards.
+    """Find the allocator and the hyperparameter that lose least on held-out calibration windows.
 
-    `allocator` is one name, several, or "all" (alphapruning, atp, owl, dlp); `budget` bounds the cheap trials, by
-    number (9) or time ("5m"); `objective` is "kl" (divergence from the dense model) or "ppl"; `grid` tries the
-    published values; `finalists` is how many of each allocator's best trials are pruned properly beside uniform;
-    `output` is a directory for search.json, plan.json, search.svg, and unless not `save_model` the pruned winner,
-    model/; a search that was interrupted goes on from there. `progress` is given a line for each trial, `begin` the
-    checked task before anything is measured. Further keyword arguments are fields of `Request` (calibration, samples,
-    length, criterion, pattern, seed, ...); `options` are the criterion's and the allocators'. Raises BillhookError for
-    what cannot be done as asked, before anything is written.
+    `allocator` is one name, several, or "all" (alphapruning, atp, owl, dlp); "auto" adds the candidates of `--allocator
+    auto`. `budget` limits the trials beside uniform's, by number (9) or time ("5m"); `objective` is "kl" (divergence
+    from the dense model) or "ppl"; `grid` tries the published values. `output` is a directory for search.json,
+    plan.json, search.svg and, unless not `save_model`, the pruned winner, model/; an interrupted search is continued
+    there. `progress` is called with a line for each trial, `begin` with how many there are at most, apart from those of
+    `auto`, before the first. Further keyword arguments are fields of `Request` (`USED`). The model's weights are
+    restored. Raises BillhookError for what cannot be done as asked, before anything is written.
     """
     limit = Budget.parse(budget)
-    if finalists < 1:
-        raise BillhookError("A search needs at least one finalist beside uniform.")
+    _check(objective, fields)
+    request = Request(model, sparsity, **({"samples": SAMPLES} | fields))
+    names, target = _names(allocator), check_budget(sparsity, Pattern.parse(request.pattern))
+    options, given = split_options(request.options, request.criterion, [name for name in names if name != AUTO])
+    setting = Setting(request.criterion, options, request.group)
+    opened = open_request(request, True, "A search")
+    assert opened.calibration is not None
+    split = split_windows(opened.calibration, len(opened.batches[0]), request.seed)
+    space = Space(names, given, len({layer.block for layer in opened.layers}), target, grid)
+    folder, place = _places(opened, output, save_model)
+    identity = _identity(request, opened, space, setting) | {"objective": objective, "calibration": split.facts}
+    record = SearchRecord.open(folder, identity, overwrite)
+    problem = _problem(request, opened, space, split.batches)
+    begin(int(min(limit.trials, space.most())))
+    trials = trial_setting(setting, opened.layers)
+    with TrialRunner(opened.model, opened.layers, split.batches, split.heldout, trials) as runner:
+        race = Race(runner, OBJECTIVES[objective], record.known, record.write, progress)
+        race.run(lambda race: schedule(space, problem, request.criterion, race), limit)
+    plan = race.result({"heldout": split.facts["heldout"]})
+    pruned = record.pruned and race.trials.keys() == record.known.keys()
+    found = record.write(race, ended=True, pruned=pruned)
+    if folder is not None:
+        plan.save(folder / PLAN)
+        draw(race, space, f"Trials at sparsity {target:g} with {request.criterion}", folder / PICTURE)
+    if place is not None and not pruned:
+        with restored(opened.layers):
+            run(Job(replace(request, output=place, overwrite=True), opened, plan, options))
+        found = record.write(race, ended=True, pruned=True)
+    return Found(plan, race.best, list(race.trials.values()), found, folder, place)
+
+
+def _check(objective: str, fields: Mapping[str, Any]) -> None:
+    """Raise BillhookError for an unknown objective, or a field that a search does not use."""
     if objective not in OBJECTIVES:
         raise BillhookError(
             f"Unknown objective {objective!r}.{hint(objective, OBJECTIVES)} There are: {', '.join(OBJECTIVES)}."
         )
-    used_fields(fields, USED, "A search")
-    request = Request(model, sparsity, **({"samples": SAMPLES} | fields))
-    task = Task(request, _names(allocator), OBJECTIVES[objective], grid)
-    folder = None if output is None else Path(output)
-    journal = Journal.open(folder, task.identity, overwrite)
-    place = folder / MODEL if folder is not None and save_model else None
-    if place is not None:
-        task.check_place(place)
-    begin(task)
-    task.check_plans()
-    contest = Contest(task.space, task.bench, journal, task.objective, task.plan, progress)
-    with task.bench:
-        contest.try_(limit)
-        best = contest.confirm(finalists)
-        plan = task.plan(best.candidate)
-        journal.finish(best, plan)
-        if place is not None:
-            task.save(plan, place)
-    if folder is not None:
-        draw(journal, task.objective, folder / PICTURE)
-    return Found(plan, best, journal.trials, journal.full, journal.to_json(), folder, place)
+    for name in fields.keys() - USED:
+        raise BillhookError(f"A search has no use for {name!r}: leave it out.{hint(name, USED)}")
 
 
 def _names(allocator: str | Sequence[str]) -> tuple[str, ...]:
-    """Allocators to search, each once."""
+    """The allocators to race against uniform, each once."""
     given = allocator.split(",") if isinstance(allocator, str) else list(allocator)
     names = [n for name in given for n in (ALL if name.strip() == "all" else [name.strip()])]
     for name in names:
-        ALLOCATORS.get(name)
-    return tuple(name for name in dict.fromkeys(names) if name != UNIFORM.allocator)
+        if name != AUTO:
+            ALLOCATORS.check(name)
+    return tuple(name for name in dict.fromkeys(names) if name != "uniform")
 
 
-class Task:
-    """Everything about a search that is settled before the first trial: names checked, model loaded, windows split."""
-
-    def __init__(self, request: Request, names: tuple[str, ...], objective: str, grid: bool) -> None:
-        self.objective = objective
-        self.target = check_budget(request.sparsity, Pattern.parse(request.pattern))
-        self.request = request
-        criterion_options, given = split_options(request.options, request.criterion, names)
-        setting = Setting(request.criterion, criterion_options, request.group)
-        self.opened = opened = open_request(request, True, "A search")
-        self.split = split_windows(opened, request.seed)
-        blocks = len({layer.block for layer in opened.layers})
-        self.space = Space(names, given, blocks, self.target, grid)
-        self.space.check()
-        self.bench = Bench(opened.model, opened.layers, self.split.batches, self.split.heldout, setting)
-        self.identity = _identity(request, opened, self.split, self.space, setting, objective)
-        self._table: Table | None = None
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns that the allocators read."""
-        needs = (ALLOCATORS.needs(c.allocator, c.options) for c in self.space.candidates())
-        return list(dict.fromkeys(name for names in needs for name in names))
-
-    @property
-    def table(self) -> Table:
-        """What the allocators read, measured when the first plan is made."""
-        if self._table is None:
-            opened = self.opened
-            self._table = measure(
-                opened.model, self.columns, batches=self.split.batches, layers=opened.layers, facts=opened.facts
-            )
-        return self._table
-
-    def plan(self, candidate: Candidate) -> SparsityPlan:
-        """The candidate's plan."""
-        return allocate(
-            self.table, self.target, allocator=candidate.allocator, pattern=self.request.pattern, **candidate.options
-        )
-
-    def check_plans(self) -> None:
-        """Raise BillhookError for a value that an allocator refuses, or a layer that cannot be measured, before the
-        first trial."""
-        for candidate in (UNIFORM, *self.space.candidates()):
-            self.plan(candidate)
-
-    def check_place(self, place: Path) -> None:
-        """Raise BillhookError or JobError if a model could not be written to `place`, whose folder may be made yet."""
-        source = self.opened.source
-        needed = sum(file.stat().st_size for file in weight_files(source)) if source else 0
-        check_output(place if place.parent.is_dir() else place.parent, source, overwrite=True, needed=needed)
-
-    def save(self, plan: SparsityPlan, place: Path) -> None:
-        """Write the model pruned as `plan` says, on the calibration half, to `place`, unless that is what lies
-        there."""
-        ids = torch.cat(self.split.batches)
-        facts = self.split.facts
-        half = Tokens(ids, facts["source"], facts["calibration"]["digest"], facts["sampling"])
-        opened = replace(self.opened, calibration=half, batches=self.split.batches)
-        job = Job(self.request, opened, plan, self.bench.setting.options)
-        search = {"objective": self.objective, "heldout": facts["heldout"]}
-        asked = {"plan": plan.to_json(), "made_by": {**record(job, [])["made_by"], "search": search}}
-        path = place / RECORD
-        there = read_json(path, "record") if path.is_file() else {}
-        if {key: there.get(key) for key in asked} == json.loads(json.dumps(asked)):
-            return
-        made = {**record(job, self.bench.prune(plan)), **asked}
-        save_pruned(opened.model, opened.source, place, record=made, overwrite=True)
+def _places(opened: Opened, output: str | Path | None, save_model: bool) -> tuple[Path | None, Path | None]:
+    """Where the search and the pruned model go; raises BillhookError or JobError if no model could be written there."""
+    folder, source = None if output is None else Path(output), opened.source
+    if folder is None or not save_model:
+        return folder, None
+    needed = sum(file.stat().st_size for file in weight_files(source)) if source else 0
+    check_output(folder / MODEL if folder.is_dir() else folder, source, overwrite=True, needed=needed)
+    return folder, folder / MODEL
 
 
-def _identity(
-    request: Request, opened: Opened, split: Split, space: Space, setting: Setting, objective: str
-) -> dict[str, Any]:
-    """What a search.json must agree in to be continued."""
+def _problem(request: Request, opened: Opened, space: Space, batches: Sequence[Any]) -> Problem:
+    """Measure what the allocators read; raises BillhookError for a value that an allocator refuses."""
+    columns = [*(needs(request.criterion) if AUTO in space.allocators else ()), *space.columns()]
+    table = measure(opened.model, columns, batches=batches, layers=opened.layers, facts=opened.facts)
+    problem = Problem(table, request.sparsity, request.pattern)
+    for name, options in space.first():
+        problem.allocate(name, options)
+    return problem
+
+
+def _identity(request: Request, opened: Opened, space: Space, setting: Setting) -> dict[str, Any]:
+    """What a search.json must agree in to be continued; a model in memory is identified by its prunable weights."""
     model = dict(opened.facts)
     if opened.source is None:
-        model["digest"] = _weights_digest(opened)
+        weights = hashlib.sha256()
+        for layer in opened.layers:
+            weights.update(tensor_bytes(layer.weight.contiguous().cpu()))
+        model["digest"] = weights.hexdigest()
     return {
         "model": model,
         "targets": listed(request.targets),
@@ -211,29 +166,9 @@ def _identity(
         "pattern": request.pattern,
         "criterion": setting.criterion,
         "criterion_options": setting.options,
-        "proxy": setting.proxy[0],
         "group": setting.group,
         "allocators": list(space.allocators),
         "options": dict(space.given),
-        "objective": objective,
         "grid": space.grid,
-        "blocks": space.blocks,
-        "calibration": split.facts,
         "dtype": str(opened.model.dtype).removeprefix("torch."),
     }
-
-
-def _weights_digest(opened: Opened) -> str:
-    """What identifies a model in memory: SHA-256 over its prunable weights."""
-    total = hashlib.sha256()
-    for layer in opened.layers:
-        total.update(tensor_bytes(layer.weight.contiguous().cpu()))
-    return total.hexdigest()
-
-
-def summary(found: Found) -> Mapping[str, Any]:
-    """The result in a few numbers, for machines."""
-    place = {
-        key: None if path is None else str(path) for key, path in (("output", found.output), ("model", found.model))
-    }
-    return {"best": found.record["best"], "trials": len(found.trials), **place}

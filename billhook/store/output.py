@@ -52,6 +52,20 @@ def check_output(output: Path, source: Path | None = None, *, overwrite: bool = 
     return output
 
 
+def check_record_place(folder: Path, record: str) -> None:
+    """Raise BillhookError unless `folder` can hold the file `record`: it is new (its parent exists), empty, or holds
+    one."""
+    if folder.exists() and not folder.is_dir():
+        raise BillhookError(f"The output {folder} is a file: choose a directory.")
+    parent = folder.absolute().parent
+    if not folder.exists() and not parent.is_dir():
+        raise BillhookError(f"Cannot create {folder}: its parent directory does not exist. Create it first.")
+    if not os.access(folder if folder.exists() else parent, os.W_OK):
+        raise BillhookError(f"Cannot write to {folder}: the directory is not writable.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / record).exists():
+        raise BillhookError(f"The output {folder} is not empty and holds no {record}: choose another.")
+
+
 @contextmanager
 def staging(output: Path, needed: int) -> Iterator[Path]:
     """Give a hidden directory beside `output`; it becomes `output` when the body ends, and vanishes when the body

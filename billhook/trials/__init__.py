@@ -1,1 +1,1 @@
-"""Trying plans on a model and scoring them on held-out calibration windows."""
+"""Plans tried on a model: pruned in full, scored on held-out calibration windows, the weights restored."""

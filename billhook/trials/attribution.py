@@ -1,18 +1,18 @@
-"""Which layers a pruned model's divergence from the dense one comes from: one backward pass, interactions included.
+"""How much of a pruned model's KL divergence from the dense model is due to each layer, by one backward pass.
 
-D is the divergence on a text as a function of the weights, V_l a pruned layer and W_l what it was:
+D is the divergence on a text as a function of the weights, W_l a layer's dense weight and V_l its pruned one:
 
     share_l = 1/2 <dD / dV_l, V_l - W_l>
 
-D is zero and least at the dense weights. Where it is quadratic between there and here the shares add up to D (Euler),
-each the cost of the layer's own error and half of what it costs together with those of the other layers; on small
-models at 50 to 60 % they add up to 1.1 to 1.3 times D. The derivative of D by the size of the layer's error is exact at
-any distance, so small moves of the budget are ranked rightly. A share is a difference of small numbers and can come out
-too small or negative: none counts less than `FLOOR` of the mean share.
+D is zero, its minimum, at the dense weights. Where it is quadratic in between, the shares add up to D (Euler's theorem
+for homogeneous functions), and each is the cost of the layer's own error plus half of its interactions with the other
+layers; on small models at 50 to 60 % sparsity they add up to 1.1 to 1.3 times D. The derivative of D by the size of the
+layer's error is exact at any distance, so small changes of the budget are ranked correctly. A share is a difference of
+small numbers and can come out too small or negative: none is set below `FLOOR` times the mean share.
 
-Costs a forward and a backward pass of the text. Memory holds the gradient of one weight, and the logits of one batch
-(`billhook.evaluation.batching`, one window at least) with their gradients and its activations; where these are large,
-only what passes between its blocks, and each block runs again when its turn comes.
+Cost: a forward and a backward pass of the text. In memory: the gradient of one weight, and of one batch
+(`billhook.evaluation.batching`) the logits, their gradient and the activations. Where the activations are large, only
+the blocks' inputs are kept, and each block's forward pass is repeated in the backward pass.
 """
 
 import math
@@ -33,7 +33,7 @@ from billhook.evaluation.batching import batch_size
 from billhook.evaluation.perplexity import vocabulary_size
 
 FLOOR = 0.05
-_BYTES = 1 << 29  # of outputs of the pruned layers for one batch, beyond which blocks run again
+_BYTES = 1 << 29  # of outputs of the pruned layers for one batch, beyond which activations are recomputed
 
 
 def attribute(
@@ -41,12 +41,12 @@ def attribute(
     layers: Sequence[Layer],
     dense: Mapping[str, Tensor],
     windows: Tensor,
-    back: Callable[[int, Tensor], Tensor],
+    gradient: Callable[[int, Tensor], Tensor],
 ) -> dict[str, float]:
-    """Each layer's share, by name, in nats a token; `windows` are token ids [windows, length] int64, `dense` the dense
-    weights by name.
+    """Each layer's share by name, in nats a token.
 
-    `back(window, logits)` returns the gradient of the divergence, summed over tokens, by the logits [length - 1,
+    `dense` are the dense weights [out, in] by layer name, `windows` token ids [windows, length] int64;
+    `gradient(window, logits)` returns the gradient of the divergence, summed over tokens, by the logits [length - 1,
     vocabulary]. Raises JobError for a gradient that is not finite, naming the layer.
     """
     sums = {layer.name: 0.0 for layer in layers}
@@ -56,9 +56,9 @@ def attribute(
         parameters.setdefault(id(parameter), (parameter, []))[1].append(layer)
     size = batch_size(windows.shape[1], vocabulary_size(model), model.dtype.itemsize)
     outputs = size * windows.shape[1] * sum(layer.shape[0] for layer in layers) * model.dtype.itemsize
-    memory = _recomputed(model) if outputs > _BYTES else nullcontext()
+    memory = _checkpointed(model) if outputs > _BYTES else nullcontext()
     with (
-        _alone(model, [parameter for parameter, _ in parameters.values()]),
+        _only(model, [parameter for parameter, _ in parameters.values()]),
         plain_experts(model),
         evaluating(model),
         memory,
@@ -72,7 +72,7 @@ def attribute(
                 with torch.enable_grad():
                     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
                 gradients = [
-                    back(window, one).to(logits.dtype) for window, one in enumerate(logits.detach(), start=first)
+                    gradient(window, one).to(logits.dtype) for window, one in enumerate(logits.detach(), start=first)
                 ]
                 logits.backward(torch.stack(gradients))
         finally:
@@ -87,12 +87,11 @@ def attribute(
 
 
 def _adder(layers: Sequence[Layer], dense: Mapping[str, Tensor], sums: dict[str, float]) -> Callable[[Tensor], None]:
-    """A hook that adds each layer's product of gradient and change, and lets the gradient go."""
+    """A hook that adds each layer's <gradient, change of the weight> to `sums`, and frees the gradient."""
 
     @torch.no_grad()
     def add(parameter: Tensor) -> None:
-        gradient = parameter.grad
-        parameter.grad = None
+        gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         for layer in layers:
             own = gradient if layer.expert is None else gradient[layer.expert]
@@ -103,8 +102,8 @@ def _adder(layers: Sequence[Layer], dense: Mapping[str, Tensor], sums: dict[str,
 
 
 @contextmanager
-def _alone(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let gradients be computed for these parameters only, and put every parameter's own setting back afterwards."""
+def _only(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Require gradients of these parameters only, and restore `requires_grad` of all afterwards."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     chosen = set(map(id, parameters))
     for parameter, _ in before:
@@ -117,8 +116,8 @@ def _alone(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[Non
 
 
 @contextmanager
-def _recomputed(model: PreTrainedModel) -> Iterator[None]:
-    """Let each block forget its activations until the backward pass runs it again."""
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Keep only each block's inputs, and recompute its activations in the backward pass."""
 
     def stub(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)

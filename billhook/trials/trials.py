@@ -1,22 +1,14 @@
-"""What a search measures: cheap trials that reuse the dense model's statistics, and full runs that prune block by
-block.
+"""Trials: a model is pruned in full by one plan after another, and scored on held-out windows.
 
-A trial masks every layer at once with the criterion's own scores, computed from the inputs of the dense model, through
-thresholds sorted once (`billhook.trials.ladder`), and scores the result on held-out windows. Gradients are those of
-the dense model in a full run too, so they are computed once for all. Criteria that need more (SparseGPT's
-reconstruction) are stood in for by Wanda's mask: cheap trials then rank plans, and only the full runs use the
-criterion.
-
-The loss is the Kullback-Leibler divergence from the dense model's next-token distribution, in nats a token, or the
-negative log-likelihood (`billhook.trials.predictions`). `Bench.attribute` says which layers the divergence comes
-from.
+The scores are the KL divergence from the dense model's predictions (`billhook.evaluation.kl`, with a `TopKTeacher`) and
+the negative log-likelihood of the text, each in nats a token.
 """
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +17,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.architectures.layers import Layer
+from billhook.distributed.collectives import gather
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.gradients import compute_gradients
 from billhook.engine.loop import Group, LayerResult, prune_
-from billhook.engine.walk import evaluating, walk
+from billhook.engine.restore import restore_, restored
+from billhook.engine.walk import evaluating
 from billhook.errors import JobError
-from billhook.methods.masks import Select
+from billhook.evaluation.batching import batch_size
+from billhook.evaluation.kl import TopKTeacher, kl_grad, window_kl
+from billhook.evaluation.perplexity import vocabulary_size, window_nll
 from billhook.methods.sparse import CRITERIA
-from billhook.methods.statistics import GRADIENTS, STATISTICS, LayerStats
+from billhook.methods.statistics import GRADIENTS
 from billhook.plan.plan import SparsityPlan
-from billhook.steps.request import TOKENS_A_BATCH
 from billhook.trials.attribution import attribute
-from billhook.trials.ladder import Ladder
-from billhook.trials.predictions import TopKTeacher, compare, kl_grad, remember
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Per window, in nats a token: `kl` from the dense model, and `nll` of the text."""
+    """Of each window, in nats a token: `kl` from the dense model, and `nll` of the text."""
 
     kl: list[float]
     nll: list[float]
@@ -50,17 +43,11 @@ class Losses:
 
 @dataclass(frozen=True)
 class Setting:
-    """How layers are pruned in every trial and full run of one search."""
+    """How every trial prunes; `group` None is the criterion's own comparison group."""
 
     criterion: str
-    options: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
     group: Group | None = None
-
-    @property
-    def proxy(self) -> tuple[str, dict[str, Any]]:
-        """The criterion, with its options, that a cheap trial uses."""
-        cheap = set(CRITERIA.needs(self.criterion, self.options)) <= {"input_norm", *GRADIENTS}
-        return (self.criterion, self.options) if cheap else ("wanda", {})
 
     @property
     def gradient(self) -> str | None:
@@ -68,9 +55,12 @@ class Setting:
         return next((name for name in CRITERIA.needs(self.criterion, self.options) if name in GRADIENTS), None)
 
 
-class Bench:
-    """A model whose layers are pruned and restored again and again; holds a second copy of their weights. Leaving it
-    restores them."""
+class TrialRunner:
+    """A context: entering it records the dense model's predictions of the held-out windows and, for a criterion that
+    reads them, its gradients; leaving it restores the dense weights, of which a copy is in memory meanwhile.
+
+    Of several processes, the plan and the scores of the first one count: sums differ in their last bits.
+    """
 
     def __init__(
         self,
@@ -82,90 +72,39 @@ class Bench:
         *,
         gradients: Gradients | None = None,
     ) -> None:
-        """`batches` are calibration ids [batch, length], `heldout` ids [windows, length], both int64.
+        """`batches` are calibration ids [batch, length], `heldout` ids [windows, length], both int64; `gradients` are
+        the dense model's on `batches`, computed when the context is entered unless given."""
+        self.model, self.layers, self.batches, self.heldout = model, list(layers), list(batches), heldout
+        self.setting, self._gradients = setting, gradients
+        self._teachers: list[TopKTeacher] = []  # of each held-out window
+        self._stack = ExitStack()
 
-        `gradients` are the dense model's on `batches`; without them they are computed when first needed.
-        """
-        self.model, self.layers, self.batches, self.heldout, self.setting = (
-            model,
-            list(layers),
-            list(batches),
-            heldout,
-            setting,
-        )
-        self.shapes = {layer.name: layer.shape for layer in layers}
-        self._dense = {layer.name: layer.weight.clone() for layer in layers}
-        self._stats: dict[str, LayerStats] = {}
-        self._ladders: dict[str, Ladder] = {}
-        self._reference: list[TopKTeacher] = []  # of each held-out window
-        self._gradients = gradients
-        self._files = ExitStack()
-        self._pruned: tuple[SparsityPlan, list[LayerResult]] | None = (
-            None  # what `prune` made of the model, as it still is
-        )
-
-    def __enter__(self) -> "Bench":
+    @torch.no_grad()
+    def __enter__(self) -> "TrialRunner":
+        statistic = self.setting.gradient
+        with ExitStack() as stack:
+            if statistic is not None and self._gradients is None:
+                path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="billhook."))) / "g.safetensors"
+                self._gradients = compute_gradients(self.model, self.batches, statistic, path, layers=self.layers)
+            self._teachers = [TopKTeacher.of(logits[:-1]) for logits, _ in self._predictions(0, len(self.heldout))]
+            self._dense = stack.enter_context(restored(self.layers))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.restore_()
-        self._files.close()
+        self._stack.close()
 
-    @torch.no_grad()
-    def _open(self) -> None:
-        """Note the dense model's predictions and, if the criterion reads them, its gradients: once for all trials and
-        full runs."""
-        if self._reference:
-            return
-        self.restore_()
-        name = self.setting.gradient
-        if name is not None and self._gradients is None:
-            folder = Path(self._files.enter_context(tempfile.TemporaryDirectory(prefix="billhook.")))
-            self._gradients = compute_gradients(
-                self.model, self.batches, name, folder / "gradients.safetensors", layers=self.layers
-            )
-        self._reference = [remember(logits) for logits, _ in self._predictions(0, len(self.heldout))]
-
-    @torch.no_grad()
-    def _prepare(self) -> None:
-        """Collect the dense model's statistics and sort its scores: once for all trials."""
-        self._open()
-        if self._ladders:
-            return
-        self.restore_()
-        observed = tuple(name for name in CRITERIA.needs(*self.setting.proxy) if name in STATISTICS)
-        chosen = {layer.name for layer in self.layers}
-        for block in walk(self.model, self.batches if observed else (), observed, read_only=True):
-            for layer in block.layers:
-                if layer.name in chosen:
-                    self._stats[layer.name] = block.stats.get(layer.name, LayerStats(0, 0))
-                    self._ladders[layer.name] = Ladder.of(self._score(layer), self._group(layer))
-
-    @torch.no_grad()
-    def trial(self, plan: SparsityPlan) -> None:
-        """Mask every layer in place as `plan` says, with the dense model's statistics."""
-        self._prepare()
-        self._pruned = None
-        zeros = plan.zeros(self.shapes) if plan.pattern.structured else {}
-        for layer in self.layers:
-            sparsity = plan.sparsity[layer.name]
-            select: Callable[..., Tensor] = self._ladders[layer.name].at(sparsity)
-            if plan.pattern.of is not None:
-                keep_of = (plan.pattern.kept(sparsity), plan.pattern.of)
-                select = Select(layer.shape, sparsity, zeros[layer.name], keep_of, self._group(layer))
-            layer.weight.copy_(self._apply(layer, select))
+    def restore_(self) -> None:
+        """Put the dense weights back."""
+        restore_(self.layers, self._dense)
 
     def prune(self, plan: SparsityPlan) -> list[LayerResult]:
-        """Prune in place as `billhook prune` does: block by block, each seeing what the pruned ones before it
-        produce."""
-        if self._pruned is not None and self._pruned[0] == plan:
-            return self._pruned[1]
-        self._open()
+        """Prune the dense model in place as `billhook prune` does."""
         self.restore_()
         setting = self.setting
-        results = prune_(
+        return prune_(
             self.model,
-            plan,
+            gather(plan)[0],
             criterion=setting.criterion,
             batches=self.batches,
             layers=self.layers,
@@ -173,92 +112,36 @@ class Bench:
             gradients=self._gradients,
             **setting.options,
         )
-        self._pruned = (plan, results)
-        return results
-
-    def restore_(self) -> None:
-        """Put the dense weights back."""
-        self._pruned = None
-        for layer in self.layers:
-            layer.weight.copy_(self._dense[layer.name])
 
     @torch.no_grad()
     def losses(self, first: int, last: int) -> Losses:
-        """Score the model as it now is on held-out windows `first` to `last` (exclusive); raises JobError for a loss
-        that is not finite."""
+        """Score the model as it now is on held-out windows `first` to `last` (exclusive).
+
+        Raises JobError for a loss that is not finite.
+        """
         kl, nll = [], []
         for window, (logits, ids) in enumerate(self._predictions(first, last), start=first):
-            divergence, likelihood = compare(logits, ids, self._reference[window])
-            _check_finite(window, divergence, likelihood)
-            kl.append(divergence)
-            nll.append(likelihood)
-        return Losses(kl, nll)
+            kl.append(window_kl(logits[:-1], self._teachers[window])[0])
+            nll.append(float(window_nll(logits[None], ids[None])) / (len(ids) - 1))
+            if not math.isfinite(kl[-1] + nll[-1]):
+                raise JobError(
+                    f"The pruned model's loss on held-out window {window} is not finite. Try --dtype float32."
+                )
+        return gather(Losses(kl, nll))[0]
 
-    def attribute(self) -> tuple[list[float], dict[str, float]]:
-        """The divergence on each held-out window of the model as it now is, and each layer's share of their mean."""
-        found: list[float] = []
+    def attribute(self) -> dict[str, float]:
+        """Each layer's share of the divergence of the model as it now is (`billhook.trials.attribution`)."""
 
-        def back(window: int, logits: Tensor) -> Tensor:
-            divergence, gradient = kl_grad(logits, self._reference[window])
-            _check_finite(window, divergence)
-            found.append(divergence)
-            return gradient
+        def gradient(window: int, logits: Tensor) -> Tensor:
+            return kl_grad(logits, self._teachers[window])
 
-        return found, attribute(self.model, self.layers, self._dense, self.heldout, back)
+        return gather(attribute(self.model, self.layers, self._dense, self.heldout, gradient))[0]
 
     def _predictions(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each window the logits [length - 1, vocabulary] and the tokens int64 [length - 1] they are to predict."""
-        size = max(1, TOKENS_A_BATCH // self.heldout.shape[1])
+        """Of each window the logits [length, vocabulary] and the ids [length]."""
+        size = batch_size(self.heldout.shape[1], vocabulary_size(self.model), self.model.dtype.itemsize)
         for ids in self.heldout[first:last].split(size):
             ids = ids.to(self.model.device)
             with evaluating(self.model):
-                predicted = self.model(input_ids=ids, use_cache=False).logits
-            for row, logits in zip(ids, predicted, strict=True):
-                yield logits[:-1], row[1:]
-
-    def _group(self, layer: Layer) -> Group:
-        """The comparison group of this layer in a trial: magnitude's own where a layer saw no token."""
-        return self.setting.group or CRITERIA.group(self._criterion(layer)[0])
-
-    def _criterion(self, layer: Layer) -> tuple[str, dict[str, Any]]:
-        """The proxy, or magnitude for an expert that received no token, as when pruning."""
-        name, options = self.setting.proxy
-        return ("magnitude", {}) if self._unseen(layer) else (name, options)
-
-    def _unseen(self, layer: Layer) -> bool:
-        """Whether the calibration text says nothing about a layer."""
-        needs = CRITERIA.needs(*self.setting.proxy)
-        if any(name in STATISTICS for name in needs):
-            return self._stats[layer.name].tokens == 0
-        gradient = self._stats_of(layer).gradient if needs else None
-        return gradient is not None and not gradient.any()
-
-    def _stats_of(self, layer: Layer) -> LayerStats:
-        """What the proxy may read; gradients come from their file each time, so that they are not all in memory."""
-        stats = self._stats[layer.name]
-        if self._gradients is None or not set(CRITERIA.needs(*self.setting.proxy)) & set(GRADIENTS):
-            return stats
-        return replace(stats, gradient=self._gradients[layer.name].to(layer.weight.device))
-
-    def _apply(self, layer: Layer, select: Callable[..., Tensor]) -> Tensor:
-        name, options = self._criterion(layer)
-        new: Tensor = CRITERIA.get(name)(self._dense[layer.name].float(), self._stats_of(layer), select, **options)
-        return new
-
-    def _score(self, layer: Layer) -> Tensor:
-        """The criterion's scores [out, in], read as they pass to the selection."""
-        seen: list[Tensor] = []
-
-        def select(score: Tensor, start: int = 0) -> Tensor:
-            seen.append(score)
-            return torch.ones_like(score, dtype=torch.bool)
-
-        self._apply(layer, select)
-        return seen[0]
-
-
-def _check_finite(window: int, *losses: float) -> None:
-    if not all(map(math.isfinite, losses)):
-        raise JobError(
-            f"The pruned model's loss on held-out window {window} is not a finite number. Try --dtype float32."
-        )
+                logits = self.model(input_ids=ids, use_cache=False).logits
+            yield from zip(logits, ids, strict=True)

@@ -28,7 +28,7 @@ ALLOCATORS = Registry(
         "explicit": "billhook.plan.allocators.explicit:explicit",
     },
 )
-AUTO = "auto"  # no arithmetic: tries plans on the model (`billhook.racing.automatic`)
+AUTO = "auto"  # as an allocator or a hyperparameter: chosen by trials on the model (`billhook.racing`)
 
 
 def allocate(
@@ -47,10 +47,10 @@ def allocate(
     N (largest remainder). Raises BillhookError for an unknown allocator or option, an illegal value, or a column the
     table lacks.
     """
-    if allocator == AUTO:
+    if allocator == AUTO or AUTO in options.values():
         raise BillhookError(
-            "auto tries plans on a model: it is an allocator of billhook prune and compare. From a table alone, "
-            "curves does its arithmetic."
+            "auto tries plans on a model: use it with billhook prune, search or compare. From a table alone, allocate "
+            "with curves, or give the option's value."
         )
     pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
     target = check_budget(sparsity, pattern)

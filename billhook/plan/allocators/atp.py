@@ -2,7 +2,8 @@
 
 Huang et al., "Determining Layer-wise Sparsity for Large Language Models Through a Theoretical Perspective" (ATP), ICML
 2025, arXiv:2502.14770: s_i = S - beta (L - 1) / 2 + beta (i - 1). It does not know the model: nothing protects the last
-block.
+block. The paper chooses beta on a grid by the perplexity of the text that is then reported; `--set beta=auto` chooses
+it on held-out calibration windows (`billhook.racing`).
 """
 
 from billhook.errors import BillhookError
@@ -10,10 +11,17 @@ from billhook.plan.budget import shift_to
 from billhook.plan.table import Table
 from billhook.registry import method
 
+BETA_STEP = 0.002
+
 
 def largest_beta(blocks: int, target: float) -> float:
     """The largest common difference that keeps every block's sparsity in [0, 1]: 2 min(S, 1 - S) / (L - 1)."""
     return 2 * min(target, 1 - target) / (blocks - 1) if blocks > 1 else 0.0
+
+
+def beta_grid(blocks: int, target: float) -> list[float]:
+    """The paper's candidates: 0.002, 0.004, ... up to `largest_beta`."""
+    return [round(i * BETA_STEP, 3) for i in range(1, int(largest_beta(blocks, target) / BETA_STEP + 1e-9) + 1)]
 
 
 @method(paper="Huang et al. 2025, arXiv:2502.14770")

@@ -1,15 +1,15 @@
-"""curves: the sparsities of all layers that cost least together, by measured error curves of the criterion that prunes.
+"""curves: the sparsities that together cost least, by measured error curves of the criterion that prunes.
 
-The table's column `error_curve:CRITERION` (`billhook.measurement.error_curves`) says how far pruning moves each layer's
-output at every sparsity, and `loss_share:CRITERION` (`billhook.measurement.loss_shares`) what that cost the model in a
-run in which all layers lost the same. The cost of layer l is
+The table's column `error_curve:CRITERION` (`billhook.measurement.error_curves`) says how much pruning changes each
+layer's output at every sparsity, and `loss_share:CRITERION` (`billhook.measurement.loss_shares`) what that cost the
+model in a run in which all layers lost the same. The cost of layer l at sparsity s is
 
     loss_l(s) = loss_share_l * error_l(s) / error_l(MIDDLE)
 
-Losses are added, each is replaced by its lower convex hull, and the sum is minimized under the budget: weights are
-removed where the next one costs least, hull segment by hull segment, which is the exact optimum of the hulls
-(Lagrange). `strength` goes from uniform (0) to that optimum (1). It does not know how the shares change when the plan
-does: `billhook prune --allocator auto` measures them again under the plan, and tries the result on held-out text.
+Each loss is replaced by its lower convex hull, and their sum is minimized under the budget: hull segments are taken in
+the order of their slope per weight until the budget is spent, which is the exact optimum of the hulls (Lagrange).
+`strength` interpolates between uniform (0) and that optimum (1). The allocator does not know how the shares change when
+the plan does: `--allocator auto` measures them again under the plan, and scores the result on held-out text.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,12 @@ from itertools import groupby, pairwise
 from operator import itemgetter
 
 from billhook.errors import BillhookError
-from billhook.methods.sparse import CRITERIA
 from billhook.plan.table import Table
 from billhook.registry import method
 
-CEILING = 0.95  # no layer loses more, unless the target itself is above
+CEILING = 0.95  # the largest sparsity of a layer, unless the target is above it
 LEAST = 1e-12  # relative error
-MIDDLE = 0.6  # what every layer loses where `loss_share` is measured
+MIDDLE = 0.6  # the sparsity of every layer where `loss_share` is measured
 
 
 @method(paper="Billhook", needs=lambda criterion, **_: (f"error_curve:{criterion}", f"loss_share:{criterion}"))
@@ -31,7 +30,6 @@ def curves(table: Table, target: float, *, criterion: str = "admm", strength: fl
     """s = target + strength * (optimum - target); reads the error curves and shares of `criterion`."""
     if not 0 <= strength <= 1:
         raise BillhookError(f"strength must be in [0, 1], got {strength:g} (0 is uniform).")
-    CRITERIA.check(criterion)
     errors = [[min(max(e, 0.0), 1.0) for e in curve] for curve in table.curve(f"error_curve:{criterion}")]
     shares = table.column(f"loss_share:{criterion}")
     whole = max(*shares, 1e-300)
@@ -44,7 +42,7 @@ def curves(table: Table, target: float, *, criterion: str = "admm", strength: fl
 
 
 def at(curve: Sequence[float], s: float) -> float:
-    """The value at sparsity `s` of a curve given at even steps from 0 to 1, straight between them."""
+    """The value at sparsity `s`, interpolated linearly, of a curve given at even steps from 0 to 1."""
     steps = len(curve) - 1
     k = min(int(s * steps), steps - 1)
     return curve[k] + (curve[k + 1] - curve[k]) * (s * steps - k)
@@ -58,10 +56,8 @@ def cheapest(curves: Sequence[Sequence[float]], n: Sequence[int], target: float,
         for (a, x), (b, y) in _hull(curve, ceiling):
             segments.append(((y - x) / ((b - a) * n[layer]), layer, a, b))
     shares, left = [0.0] * len(curves), target * sum(n)
-    for _, group in groupby(
-        sorted(segments), key=itemgetter(0)
-    ):  # equal prices share what is left, so that equal layers lose the same
-        tied = list(group)
+    for _, group in groupby(sorted(segments), key=itemgetter(0)):
+        tied = list(group)  # segments of equal slope share what is left, so that equal layers get equal sparsities
         room = sum((b - a) * n[layer] for _, layer, a, b in tied)
         part = min(1.0, left / room)
         for _, layer, a, b in tied:

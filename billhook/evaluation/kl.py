@@ -1,0 +1,100 @@
+"""KL divergence of a model's next-token distributions from those of its teacher, the dense model, and top-1 agreement.
+
+    KL(p || q) = sum over tokens v of p(v) (ln p(v) - ln q(v)),   p of the teacher, q of the model
+
+in nats a token. The teacher is given as its logits over the whole vocabulary, or as a `TopKTeacher`: the K most likely
+tokens of each distribution, with all others as one bucket. That takes K / vocabulary of the memory, bounds the
+divergence from below (log-sum inequality), and is exact for vocabularies of up to K tokens. Unlike perplexity, neither
+number depends on what the text says next, so text that the model predicts badly serves as well.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+K = 256
+_ROW_BYTES = 1 << 26  # of float32 log-probabilities in memory at once
+
+
+class TopKTeacher(NamedTuple):
+    """The log-probabilities of the most likely tokens, descending, float32 [tokens, K], and the tokens, int32
+    [tokens, K]."""
+
+    log_p: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "TopKTeacher":
+        """Keep the top K of the teacher's `logits` [tokens, vocabulary]."""
+        k = min(K, logits.shape[-1])
+        parts = [part.float().log_softmax(-1).topk(k) for part in logits.split(_rows(logits))]
+        return cls(torch.cat([p.values for p in parts]), torch.cat([p.indices.int() for p in parts]))
+
+    def split(self, rows: int) -> "list[TopKTeacher]":
+        """In parts of `rows` tokens, as `Tensor.split`."""
+        return [TopKTeacher(*part) for part in zip(self.log_p.split(rows), self.tokens.split(rows), strict=True)]
+
+
+Teacher = Tensor | TopKTeacher
+
+
+@dataclass(frozen=True)
+class Against:
+    """A comparison with the dense model: `kl` in nats a token, and `kl_error`, its standard error over windows."""
+
+    model: str
+    kl: float
+    kl_error: float | None
+    top1_agreement: float
+    token_ppl: float | None
+    nll: float
+
+    @classmethod
+    def of(cls, model: str, kl: list[float], agreed: int, tokens: int, nll: float) -> "Against":
+        """`kl` is the mean of each window, `agreed` the number of `tokens` whose top-1 prediction is the same."""
+        error = statistics.stdev(kl) / math.sqrt(len(kl)) if len(kl) > 1 else None
+        return cls(model, statistics.fmean(kl), error, agreed / tokens, math.exp(nll) if nll < 709 else None, nll)
+
+
+def token_kl(logits: Tensor, teacher: Teacher) -> Tensor:
+    """The divergence of each token, float32 or float64 [..., tokens], differentiable by `logits` [..., tokens,
+    vocabulary]."""
+    log_q = logits.float().log_softmax(-1)
+    if isinstance(teacher, Tensor):
+        log_p = teacher.detach().float().log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    kept = log_q.gather(-1, teacher.tokens.long())
+    kl = (teacher.log_p.exp() * (teacher.log_p - kept)).sum(-1)
+    if kept.shape[-1] == log_q.shape[-1]:
+        return kl
+    rest_p, rest_q = ((1 - x.exp().sum(-1, dtype=torch.float64)).clamp_min(1e-9) for x in (teacher.log_p, kept))
+    return kl + rest_p * (rest_p / rest_q).log()
+
+
+def window_kl(logits: Tensor, teacher: Teacher) -> tuple[float, int]:
+    """The mean divergence over the tokens of `logits` [tokens, vocabulary], and how many top-1 predictions agree."""
+    total, agreed, rows = 0.0, 0, _rows(logits)
+    for q, p in zip(logits.split(rows), teacher.split(rows), strict=True):
+        top1 = p.argmax(-1) if isinstance(p, Tensor) else p.tokens[:, 0]
+        agreed += int((q.argmax(-1) == top1).sum())
+        total += float(token_kl(q, p).sum(dtype=torch.float64))
+    return total / len(logits), agreed
+
+
+def kl_grad(logits: Tensor, teacher: Teacher) -> Tensor:
+    """The gradient of the divergence, summed over tokens, by `logits` [tokens, vocabulary]; float32, of the same
+    shape."""
+    gradients, rows = list[Tensor](), _rows(logits)
+    for q, p in zip(logits.split(rows), teacher.split(rows), strict=True):
+        leaf = q.detach().float().requires_grad_()
+        with torch.enable_grad():
+            gradients += torch.autograd.grad(token_kl(leaf, p).sum(dtype=torch.float64), leaf)
+    return torch.cat(gradients)
+
+
+def _rows(logits: Tensor) -> int:
+    return max(1, _ROW_BYTES // (4 * logits.shape[-1]))
