@@ -1,9 +1,9 @@
-"""Settings that papers published, by name: `alphapruning/llama-2-7b@70`.
+"""Presets: published settings by name, such as `alphapruning/llama-2-7b@70`.
 
 A name is METHOD[/MODEL][/CRITERION]@PER_CENT; without a criterion it is Wanda's. Sources: AlphaPruning's published
 scripts (its epsilon by model and criterion at 70 %), FARMS' scripts (epsilon of its AlphaPruning baseline at 75, 80 and
-85 %), OWL's README, DLP's paper. They were found for these models on WikiText-2's *test* text; on others they are a
-start, not an answer.
+85 %), OWL's README, DLP's paper. They were chosen for these models on WikiText-2's *test* text; for other models they
+are a first guess.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from billhook.registry import hint
 
 @dataclass(frozen=True)
 class Preset:
-    """An allocator with its options and the sparsity they are for; `criterion` is the one it was published with."""
+    """An allocator with its options, and the sparsity and criterion they were published for."""
 
     allocator: str
     options: Mapping[str, Any]
@@ -80,7 +80,7 @@ def preset(name: str) -> Preset:
 def apply(
     name: str, allocator: str | None, sparsity: float | None, options: Mapping[str, Any]
 ) -> tuple[str, float, dict[str, Any]]:
-    """Allocator, sparsity and options of a preset, where `options` and `sparsity` given beside it win.
+    """Allocator, sparsity and options of a preset; a given `sparsity` or option replaces the preset's.
 
     Raises BillhookError when another allocator is asked for.
     """
