@@ -166,9 +166,11 @@ def test_a_minimal_plan_by_hand_is_enough(tmp_path: Path) -> None:
 
 def fields(name: str) -> dict[tuple[str, ...], bool]:
     """The documented fields of a file or output: path -> whether it is optional."""
-    found = re.search(rf"<!-- fields: {re.escape(name)} -->\n((?:\|.*\n?)+)", "\n".join(FORMATS.values()))
+    mark = rf"<!-- fields: {re.escape(name)}(?: = [^\n]*)? -->\n((?:\|.*\n?)+)"
+    found = re.findall(mark, "\n".join(FORMATS.values()))
     assert found, f"docs/formats has no fields of {name}"
-    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in found.group(1).splitlines()[2:]]
+    lines = [line for text in found for line in text.splitlines()[2:]]
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in lines]
     return {tuple(row[0].strip("`").replace("[]", ".[]").split(".")): "optional" in row[1] for row in rows}
 
 
