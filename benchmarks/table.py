@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from billhook.racing.contest import UNIFORM, Budget, Contest
+from billhook.racing.journal import Journal, Run
+from billhook.racing.knobs import KNOBS, Candidate, Space
 
 from billhook import allocate, evaluate, load_windows, measure
 from billhook.engine.gradients import compute_gradients
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
 from billhook.plan.plan import Plan
-from billhook.racing.contest import UNIFORM, Budget, Contest
-from billhook.racing.journal import Journal, Run
-from billhook.racing.knobs import KNOBS, Candidate, Space
 from billhook.steps.request import Request, open_request
 from billhook.store.checkpoint import load_tokenizer
 from billhook.trials.heldout import split_windows

@@ -18,6 +18,7 @@ from billhook.cli.common import (
 from billhook.cli.groups import Text, Work, grouped
 
 if TYPE_CHECKING:
+    from billhook.comparison.record import Comparison
     from billhook.plan.plan import Plan
 
 NAME = "compare"
@@ -82,40 +83,23 @@ def command(
     from billhook.errors import BillhookError, JobError
 
     if runs:
-        if (
-            sparsities
-            or plans
-            or data
-            or output
-            or errors
-            or text.calibration
-            or settings
-            or work.targets
-            or work.ignore
-        ):
+        new = (sparsities, plans, data, output, errors, text.calibration, settings, work.targets, work.ignore)
+        if any(new):
             raise BillhookError("--runs compares finished runs: leave out the options of a new comparison.")
-        _side_by_side([Path(folder) for folder in models], as_json)
+        _show_runs([Path(folder) for folder in models], as_json)
         return
     if len(models) != 1 or data is None or output is None:
         raise BillhookError(
             "A comparison needs one MODEL, --data SOURCE to score, and --output DIR; or --runs DIR1 DIR2."
         )
-    from billhook.comparison.grid import Grid, compare
-    from billhook.comparison.views import caption, error_tables, perplexity_table, write_views
-
     if sparsities and "unstructured" not in _names(patterns):
         raise BillhookError(
             "An N:M pattern has its own sparsity: leave out --sparsities, or add unstructured to --patterns."
         )
-    grid = Grid(
-        sparsities=_numbers(sparsities),
-        allocators=_names(allocators),
-        criteria=_names(criteria),
-        patterns=_names(patterns),
-        seeds=seeds,
-        options=parse_settings(settings),
-        plans=_plans(plans),
-    )
+    from billhook.comparison.grid import Grid, compare
+
+    axes = (_numbers(sparsities), _names(allocators), _names(criteria), _names(patterns))
+    grid = Grid(*axes, seeds, parse_settings(settings), _plans(plans))
     try:
         found = compare(
             models[0], grid, data, limit=limit, output=output, overwrite=overwrite, progress=say, **vars(text),
@@ -123,6 +107,13 @@ def command(
         )  # fmt: skip
     except KeyboardInterrupt:
         raise JobError(f"Stopped. Finished cells are in {output}: the same command continues from there.") from None
+    _show(found, errors, as_json)
+
+
+def _show(found: "Comparison", errors: bool, as_json: bool) -> None:
+    """Write tables and pictures beside compare.json, and print the tables or the JSON object."""
+    from billhook.comparison.views import caption, error_tables, perplexity_table, write_views
+
     files = write_views(found)
     if as_json:
         emit(found.to_json())
@@ -132,33 +123,25 @@ def command(
         for title, (header, rows) in error_tables(found).items() if errors else ():
             print(f"\n{title}")
             table("", header, rows)
-    say(f"{output}: compare.json, {', '.join(files)}.")
+    say(f"{found.folder}: compare.json, {', '.join(files)}.")
 
 
-def _side_by_side(runs: list[Path], as_json: bool) -> None:
+def _show_runs(folders: list[Path], as_json: bool) -> None:
     from billhook.comparison.runs import compare_runs
     from billhook.errors import BillhookError
 
-    if len(runs) < 2:
+    if len(folders) < 2:
         raise BillhookError("--runs compares finished runs: give two or more directories.")
-    found = compare_runs(runs)
+    found = compare_runs(folders)
     if as_json:
         emit(found)
         return
-    header = ["run", "method", "pattern", "sparsity", "token perplexity", "dense"]
-    lines = [
-        [
-            r["run"],
-            r["method"],
-            r["pattern"],
-            f"{100 * r['sparsity']:.2f} %",
-            _ppl(r["token_ppl"]),
-            _ppl(r["dense_token_ppl"]),
-        ]
-        for r in found["runs"]
-    ]
+    rows = []
+    for row in found["runs"]:
+        scores = [_ppl(row["token_ppl"]), _ppl(row["dense_token_ppl"])]
+        rows.append([row["run"], row["method"], row["pattern"], f"{100 * row['sparsity']:.2f} %", *scores])
+    table("", ["run", "method", "pattern", "sparsity", "token perplexity", "dense"], rows, 3)
     data = found["data"]
-    table("", header, lines, 3)
     print(f"{found['protocol']}, {data['windows']} windows of {data['length']} tokens of {data['source']}")
 
 

@@ -32,7 +32,7 @@ def heat_map(
     bottom = TOP + height * len(rows)
     drawn = [v for line in values for v in line if v is not None and drawable(v, axis.log)]
     colours = scale(drawn, axis, left, right)
-    room = height >= 13 and width >= LETTER * max((len(f"{v:.3g}") for v in drawn), default=0) + 4
+    numbers = height >= 13 and width >= LETTER * max((len(f"{v:.3g}") for v in drawn), default=0) + 4
     parts = []
     for i, (row, line) in enumerate(zip(rows, values, strict=True)):
         y = TOP + i * height
@@ -42,8 +42,8 @@ def heat_map(
             )
         for j, value in enumerate(line):
             if value is not None:
-                told = f"{row}, {columns[j]}: {number(value)}"
-                parts += _cell((left + j * width, y, width, height), value, colours, told, room)
+                tooltip = f"{row}, {columns[j]}: {number(value)}"
+                parts += _cell((left + j * width, y, width, height), value, colours, tooltip, numbers)
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 1000) if n * width >= 24)
     for j, column in enumerate(columns):
         if j % every == 0:
@@ -68,13 +68,15 @@ def by_kind(
     return rows, columns, [[means.get((kind, block)) for block in columns] for kind in rows]
 
 
-def _cell(box: tuple[float, float, float, float], value: float, colours: Scale, told: str, room: bool) -> list[str]:
+def _cell(
+    box: tuple[float, float, float, float], value: float, colours: Scale, tooltip: str, numbers: bool
+) -> list[str]:
     x, y, width, height = box
     at = colours(max(value, colours.low)) if colours.log else colours(value)
     red, green, blue = _colour((at - colours.start) / (colours.stop - colours.start))
     place = f'x="{x:.1f}" y="{y:.1f}" width="{width + 0.2:.1f}" height="{height + 0.2:.1f}"'
-    cell = f'<rect {place} fill="rgb({red},{green},{blue})"><title>{escape(told)}</title></rect>'
-    if not room:
+    cell = f'<rect {place} fill="rgb({red},{green},{blue})"><title>{escape(tooltip)}</title></rect>'
+    if not numbers:
         return [cell]
     ink = "#000" if 0.3 * red + 0.59 * green + 0.11 * blue > 110 else "#fff"
     place = f'x="{x + width / 2:.1f}" y="{y + height / 2 + 4:.1f}" text-anchor="middle" style="fill:{ink}"'

@@ -93,7 +93,7 @@ def _asked(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("ignored layers", ", ".join(asked["ignore"]) or "none", "embeddings, norms and the head are never pruned"),
         ("criterion", asked["criterion"], options_text(asked["criterion_options"]) or "no options"),
         ("allocation", asked["allocator"], options_text(asked["allocator_options"]) or "no options"),
-        ("comparison group", asked["group"], f"rounding {asked['rounding']}"),
+        ("comparison group", asked["group"], "counts as published" if asked["published"] else "exact counts"),
     ]
 
 

@@ -181,7 +181,7 @@ def _close(a: Any, b: Any) -> bool:
 
 def _planned(plan: Plan, name: str, zeros: int, shape: tuple[int, int], number: int, step: Step) -> _Planned:
     out, columns = shape
-    floor = step.made_by.get("rounding") == "floor"
+    floor = step.made_by.get("published") or step.made_by.get("rounding") == "floor"  # until version 1
     # The published counts are rounded down in each row, and weights equal to a published threshold go too.
     slack = out + 0.01 * out * columns if floor else 1
     keep_of = plan.weights[name].keep_of
