@@ -102,13 +102,8 @@ def test_the_plugin_of_the_guide_is_found_once_it_is_installed(playground: Path)
         command = [sys.executable, "-m", *shlex.split(line)]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stderr
-    assert load_plan_of("pruned")["made_by"]["options"] == {"power": 0.3}
-
-
-def load_plan_of(directory: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((Path(directory) / "billhook.json").read_text(encoding="utf-8"))
-    plan: dict[str, Any] = record["plan"]
-    return plan
+    record = json.loads((playground / "pruned" / "billhook.json").read_text(encoding="utf-8"))
+    assert record["steps"][0]["plan"]["made_by"]["options"] == {"power": 0.3}
 
 
 def test_the_allocator_of_the_guide_keeps_its_budget() -> None:
