@@ -158,10 +158,22 @@ def test_a_model_that_was_changed_between_two_steps(dense: Path, tmp_path: Path)
     tensors = load_file(once / index["model.norm.weight"])
     tensors["model.norm.weight"] += 1
     save_file(tensors, once / index["model.norm.weight"], metadata={"format": "pt"})
-    twice = pruned(once, tmp_path / "twice", 0.6)
-    assert verify(twice).problems == [
+    warning = "once was changed after the last step of its billhook.json: its earlier steps may not hold."
+    report = prune(once, sparsity=0.6, criterion="magnitude", output=tmp_path / "twice")
+    assert report.warnings == [warning]
+    assert verify(tmp_path / "twice").problems == [
         "step 2 (prune) did not start from the weights that step 1 (prune) wrote: the model was changed in between."
     ]
+
+
+def test_layers_that_were_filled_between_two_steps(dense: Path, tmp_path: Path) -> None:
+    """As by training in place: of layers that the second step leaves alone the zeros that are left are recorded."""
+    once = pruned(dense, tmp_path / "once", 0.3)
+    set_weights(once, Q, 5)
+    edit(once, lambda record: record["layers"][Q].update(zeros=307))
+    twice = pruned(once, tmp_path / "twice", 0.6, targets=MLP)
+    assert read_record(twice / RECORD).layers[Q]["zeros"] == 5
+    assert verify(twice).problems == [f"{Q}: 5 zeros on disk, 307 planned."]
 
 
 def test_files_that_the_last_step_did_not_write(twice: Path) -> None:

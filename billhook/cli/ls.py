@@ -1,4 +1,4 @@
-"""`billhook ls`: what there is to choose from, read off the registries."""
+"""`billhook ls`: the methods there are, from the registries."""
 
 from typing import Annotated, Any
 

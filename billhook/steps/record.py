@@ -15,7 +15,7 @@ from billhook.engine.loop import LayerResult, Method
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.plan import Plan
 from billhook.steps.request import Opened, Request, calibration_facts, listed
-from billhook.store.record import REFILLED, Step, append_step
+from billhook.store.record import REFILLED, Record, Step, append_step, located
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def record(job: Job, results: Sequence[LayerResult], **made_by: Any) -> dict[str
     known = {} if before is None else before.layers
     present = {layer.name: layer for layer in find_layers(job.opened.model)}
     notes = {result.layer: [*result.notes, *_refilled(result, known.get(result.layer))] for result in results}
-    layers = {name: {**facts, **_place(present[name])} for name, facts in known.items() if name in present}
+    layers = {name: _left_alone(facts) | _place(present[name]) for name, facts in known.items() if name in present}
     layers |= {r.layer: _layer_record(r, notes[r.layer]) | _place(present[r.layer]) for r in results}
     return append_step(before, prune_step(job, notes, **made_by), layers).to_json()
 
@@ -105,6 +105,7 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]], **made_by: Any) -> 
         [
             *(f"{layer}: {note}" for layer, said in notes.items() for note in said),
             *_other_weights(job.plan, opened.facts),
+            *_changed_since(opened.history, opened.facts),
         ],
     )
 
@@ -131,6 +132,18 @@ def _other_weights(plan: Plan, model: Mapping[str, Any]) -> list[str]:
     if not isinstance(measured, dict) or model["digest"] is None or measured.get("digest") in (None, model["digest"]):
         return []
     return [f"The plan was made for the weights of {measured.get('name')}, which are not those of {model['name']}."]
+
+
+def _changed_since(before: Record | None, model: Mapping[str, Any]) -> list[str]:
+    """A note where the record of a model is not of the weights that it has."""
+    if before is None or before.steps[-1].result in (None, model["digest"]):
+        return []
+    return [f"{model['name']} was changed after the last step of its billhook.json: its earlier steps may not hold."]
+
+
+def _left_alone(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a layer that the step does not change; its zeros are counted when it is written."""
+    return {key: value for key, value in facts.items() if key != "zeros" or not located(facts)}
 
 
 def _refilled(result: LayerResult, before: Mapping[str, Any] | None) -> list[str]:

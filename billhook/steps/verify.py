@@ -19,7 +19,7 @@ from billhook.errors import BillhookError
 from billhook.plan.plan import Plan
 from billhook.store.files import sha256
 from billhook.store.layout import RECORD, is_packed, is_unfinished
-from billhook.store.record import REFILLED, Record, Step, read_record, weights_digest
+from billhook.store.record import REFILLED, Record, Step, located, read_record, weights_digest
 from billhook.store.shards import Shard, layer_zeros, read_shard, weight_files
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -100,10 +100,10 @@ def _check_record(
         expected = _expectations(record)
     except BillhookError as error:
         return Verification(str(directory), len(record.steps), 0, 0, 0, [*problems, str(error)])
-    unplaced = {} if damaged or all(_placed(e.facts) for e in expected) else _zeros_in_memory(directory)
+    unplaced = {} if damaged or all(located(e.facts) for e in expected) else _zeros_in_memory(directory)
     found, weights, counted = 0, 0, 0
     for done, layer in enumerate(expected, start=1):
-        parts = _zeros_on_disk(layer, shards) if _placed(layer.facts) else unplaced.get(layer.name)
+        parts = _zeros_on_disk(layer, shards) if located(layer.facts) else unplaced.get(layer.name)
         if parts is not None:
             problems += _check_layer(layer, parts)
             counted, found, weights = counted + 1, found + _count(parts), weights + layer.shape[0] * layer.shape[1]
@@ -228,10 +228,6 @@ def _open(directory: Path) -> tuple[list[Shard], list[str]]:
         except BillhookError as error:
             problems.append(str(error))
     return shards, problems
-
-
-def _placed(facts: Mapping[str, Any]) -> bool:
-    return "pieces" in facts or facts.get("tensor") is not None
 
 
 def _zeros_on_disk(layer: _Expected, shards: Sequence[Shard]) -> list[np.ndarray] | None:

@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from billhook.errors import JobError
 from billhook.store.files import copy_files, sha256, write_json
-from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, UNFINISHED
+from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, UNFINISHED, WRITTEN
 from billhook.store.locate import locate_on_disk
 from billhook.store.output import check_output, staging
 from billhook.store.record import completed
@@ -103,15 +103,12 @@ def _found_on_disk(
     found = {}
     for name, facts in layers.items():
         kept = {key: value for key, value in facts.items() if key not in ("tensor", "index", "transposed", "pieces")}
-        parts = layer_zeros(where[name], facts["shape"], shards)
-        zeros = facts["zeros"] if parts is None else sum(int(part.sum()) for part in parts)
-        if zeros < facts["zeros"]:
-            raise JobError(f"{name} has {zeros} zeros in the files written where the model has {facts['zeros']}.")
-        if zeros > facts["zeros"]:
-            kept["notes"] = [
-                *facts.get("notes", ()),
-                f"{zeros - facts['zeros']} weights became zero in the dtype on disk",
-            ]
+        parts, known = layer_zeros(where[name], facts["shape"], shards), facts.get("zeros")
+        zeros = (known or 0) if parts is None else sum(int(part.sum()) for part in parts)
+        if known is not None and zeros < known:
+            raise JobError(f"{name} has {zeros} zeros in the files written where the model has {known}.")
+        if known is not None and zeros > known:
+            kept["notes"] = [*facts.get("notes", ()), f"{zeros - known} weights became zero in the dtype on disk"]
         found[name] = {**kept, "zeros": zeros, **where[name]}
     return found
 
@@ -120,10 +117,8 @@ def checksums(directory: Path) -> dict[str, str]:
     """SHA-256 of every file under `directory` except those about itself or an unfinished run, by path relative to it,
     in order of name."""
     files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    files = [
-        name for name in files if name not in (RECORD, UNFINISHED, REPORT, CARD, PAGE) and not name.endswith(GRADIENTS)
-    ]
-    return {name: sha256(directory / name) for name in files}
+    about = (RECORD, UNFINISHED, REPORT, CARD, PAGE, WRITTEN)
+    return {name: sha256(directory / name) for name in files if name not in about and not name.endswith(GRADIENTS)}
 
 
 def _is_kept(path: Path) -> bool:

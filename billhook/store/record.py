@@ -110,6 +110,11 @@ def weights_digest(files: Mapping[str, str]) -> str:
     return digest_of({name: files[name] for name in own})
 
 
+def located(layer: Mapping[str, Any]) -> bool:
+    """Whether the place of a layer on disk is known, from its entry in `layers`."""
+    return "pieces" in layer or layer.get("tensor") is not None
+
+
 def history(folder: Path) -> Record | None:
     """The record of a model directory, None where it has none."""
     return read_record(folder / RECORD) if (folder / RECORD).is_file() else None

@@ -122,7 +122,7 @@ def test_gradients_are_kept_until_the_directory_is_whole(source, expected, tmp_p
     from billhook.steps import partial_output as unfinished
     from billhook.steps import prune as job
 
-    def full(*args) -> None:
+    def full(*args, **kwargs) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
