@@ -1,9 +1,13 @@
-"""Presets: published settings by name, such as `alphapruning/llama-2-7b@70`.
+"""Presets: published settings of an allocator, by name.
 
-A name is METHOD[/MODEL][/CRITERION]@PER_CENT; without a criterion it is Wanda's. Sources: AlphaPruning's published
-scripts (its epsilon by model and criterion at 70 %), FARMS' scripts (epsilon of its AlphaPruning baseline at 75, 80 and
-85 %), OWL's README, DLP's paper. They were chosen for these models on WikiText-2's *test* text; for other models they
-are a first guess.
+A name is METHOD[/MODEL][/CRITERION]@PERCENT, such as `alphapruning/llama-2-7b@70`; without a criterion the setting is
+for Wanda. `--preset NAME` sets allocator, options and sparsity; `--set` and `--sparsity` override them.
+
+Sources: AlphaPruning's published scripts (epsilon by model and criterion at 70 %), FARMS' scripts (epsilon of its
+AlphaPruning baseline at 75, 80 and 85 %), OWL's README, DLP's paper.
+
+Limits: the settings were chosen on the test text of WikiText-2, for these models. For other models they are a starting
+point.
 """
 
 from collections.abc import Mapping
@@ -16,7 +20,7 @@ from billhook.registry import hint
 
 @dataclass(frozen=True)
 class Preset:
-    """An allocator with its options, and the sparsity and criterion they were published for."""
+    """An allocator with its options and the sparsity they are for; `criterion` is the one it was published with."""
 
     allocator: str
     options: Mapping[str, Any]
@@ -80,7 +84,7 @@ def preset(name: str) -> Preset:
 def apply(
     name: str, allocator: str | None, sparsity: float | None, options: Mapping[str, Any]
 ) -> tuple[str, float, dict[str, Any]]:
-    """Allocator, sparsity and options of a preset; a given `sparsity` or option replaces the preset's.
+    """Allocator, sparsity and options of a preset, where `options` and `sparsity` given beside it win.
 
     Raises BillhookError when another allocator is asked for.
     """
