@@ -13,10 +13,11 @@ from typing import Any, Literal
 from page_parts import NOTE, prose, summary, table, title_and_text
 
 from billhook.architectures.layers import FAMILIES
+from billhook.measurement import METRICS
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
 from billhook.plan.allocators.presets import PRESETS
-from billhook.plan.metrics import CURVES, FACTS, METRICS, Metric
+from billhook.plan.metrics import CURVES, FACTS, Metric
 from billhook.registry import Registry
 
 OTHERS = {  # pages of modules that are not registered methods
