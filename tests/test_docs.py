@@ -102,13 +102,8 @@ def test_the_plugin_of_the_guide_is_found_once_it_is_installed(playground: Path)
         command = [sys.executable, "-m", *shlex.split(line)]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stderr
-    assert load_plan_of("pruned")["made_by"]["options"] == {"power": 0.3}
-
-
-def load_plan_of(directory: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((Path(directory) / "billhook.json").read_text(encoding="utf-8"))
-    plan: dict[str, Any] = record["plan"]
-    return plan
+    record = json.loads((playground / "pruned" / "billhook.json").read_text(encoding="utf-8"))
+    assert record["steps"][0]["plan"]["made_by"]["options"] == {"power": 0.3}
 
 
 def test_the_allocator_of_the_guide_keeps_its_budget() -> None:
@@ -166,9 +161,11 @@ def test_a_minimal_plan_by_hand_is_enough(tmp_path: Path) -> None:
 
 def fields(name: str) -> dict[tuple[str, ...], bool]:
     """The documented fields of a file or output: path -> whether it is optional."""
-    found = re.search(rf"<!-- fields: {re.escape(name)} -->\n((?:\|.*\n?)+)", "\n".join(FORMATS.values()))
+    mark = rf"<!-- fields: {re.escape(name)}(?: = [^\n]*)? -->\n((?:\|.*\n?)+)"
+    found = re.findall(mark, "\n".join(FORMATS.values()))
     assert found, f"docs/formats has no fields of {name}"
-    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in found.group(1).splitlines()[2:]]
+    lines = [line for text in found for line in text.splitlines()[2:]]
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in lines]
     return {tuple(row[0].strip("`").replace("[]", ".[]").split(".")): "optional" in row[1] for row in rows}
 
 

@@ -58,7 +58,7 @@ def _links() -> dict[str, str]:
 
 
 def _family(metric: Metric) -> str:
-    return metric.place.partition(":")[0].rpartition(".")[2]
+    return METRICS.get(metric.name).__module__.rpartition(".")[2]
 
 
 def _head(module: ModuleType, name: str, links: dict[str, str]) -> list[str]:
@@ -104,7 +104,7 @@ def _values(kind: Any) -> str:
 def _metrics(family: str, links: dict[str, str]) -> str:
     """The page of the metrics that one module computes."""
     members = [metric for metric in COLUMNS.values() if _family(metric) == family]
-    place = members[0].place.partition(":")[0]
+    place = METRICS.get(members[0].name).__module__
     parts = _head(importlib.import_module(place), family, links)
     for more in MORE.get(family, ()):
         title, text = title_and_text(importlib.import_module(f"{place.rpartition('.')[0]}.{more}"))
