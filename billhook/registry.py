@@ -26,7 +26,7 @@ from billhook.errors import BillhookError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-GROUP = "billhook.methods"  # of the entry points that other packages declare
+GROUP = f"{__package__}.methods"  # of the entry points that other packages declare
 Needs = Callable[..., tuple[str, ...]]
 
 

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,23 +14,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from billhook import BillhookError, allocate, load_model, measure, prune
+from billhook import BillhookError, allocate, load_model, measure, prune, prune_
 from billhook.architectures.layers import find_layers
 from billhook.comparison.grid import Grid, compare
-from billhook.engine.loop import prune_
+from billhook.engine.batch import rows_of
+from billhook.engine.loop import Method
 from billhook.measurement.error_curves import STEPS, TRIED, _curve, cheaper
 from billhook.methods.sparse import CRITERIA
-from billhook.plan.allocators.curves import cheapest
+from billhook.plan.allocators.curves import MIDDLE, cheapest
 from billhook.plan.plan import Plan
 from billhook.plan.table import Row, Table
-from billhook.racing.automatic import ErrorCurves, needs
+from billhook.racing.automatic import ROUNDS, ErrorCurves, needs
 from billhook.racing.hyperparameters import COARSE, MIDPOINTS
 from billhook.racing.race import Problem
 from billhook.steps.prune import prepare
 from billhook.steps.request import Request, open_request
+from billhook.tasks.text_generation import TASK
 from billhook.trials.attribution import FLOOR
-from billhook.trials.heldout import split_windows
-from billhook.trials.trials import Setting, TrialRunner
+from billhook.trials.heldout import split_samples
+from billhook.trials.trials import TrialRunner
 
 
 def text(windows: int = 16) -> torch.Tensor:
@@ -114,8 +117,10 @@ def _only(layer, sparsity: float) -> Plan:
 @pytest.fixture
 def runner() -> Iterator[TrialRunner]:
     """A model pruned to half by Wanda."""
-    model = tiny.llama()
-    with TrialRunner(model, find_layers(model), [text(8)], text(16)[8:], Setting("wanda")) as runner:
+    model, method = tiny.llama(), Method("wanda", {})
+    with TrialRunner(
+        model, TASK, find_layers(model), [{"input_ids": text(8)}], {"input_ids": text(16)[8:]}, method
+    ) as runner:
         runner.prune(allocate(measure(model, []), 0.5))
         yield runner
 
@@ -176,13 +181,14 @@ def test_shares_of_experts() -> None:
 def divergence(plan: Plan, request: Request) -> float:
     """On the held-out windows that the plan says it was tried on."""
     opened = open_request(request, True, "x")
-    split = split_windows(opened.calibration, len(opened.batches[0]), request.seed)
+    split = split_samples(opened.model, opened.samples, rows_of(opened.batches[0]), request.seed)
     assert plan.made_by["racing"]["heldout"] == split.facts["heldout"]
     options = {**cheaper(request.criterion, opened.layers), **{k: v for k, v in request.options.items() if v != "auto"}}
-    setting = Setting(request.criterion, CRITERIA.configure(request.criterion, options))
-    with TrialRunner(opened.model, opened.layers, split.batches, split.heldout, setting) as runner:
+    method = Method(request.criterion, CRITERIA.configure(request.criterion, options))
+    args = opened.model, opened.task, opened.layers, split.batches, split.heldout, method
+    with TrialRunner(*args) as runner:
         runner.prune(plan)
-        return statistics.fmean(runner.losses(0, len(split.heldout)).kl)
+        return statistics.fmean(runner.losses(0, rows_of(split.heldout)).kl)
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "admm"])
@@ -198,8 +204,10 @@ def test_auto_is_exact_deterministic_and_not_worse_than_uniform(criterion: str) 
     racing = job.plan.made_by["racing"]
     names = list(racing["tried"])
     assert names[:2] == ["uniform", "curves"]
-    assert names[2] in ("curves again", "curves, half")
-    assert len(names) == {"wanda": 6, "admm": 3}[criterion]  # with OWL where no weights are updated
+    rounds = [name for name in names if name.startswith("curves, round")]
+    assert rounds == [f"curves, round {number}" for number in range(2, len(rounds) + 2)]
+    assert 1 <= len(rounds) < ROUNDS
+    assert len(names) == 2 + len(rounds) + {"wanda": 3, "admm": 0}[criterion]  # OWL where no weights are updated
     assert needs(criterion) == (f"error_curve:{criterion}", *(["outlier_ratio:5"] if criterion == "wanda" else []))
     complete = {name: loss for name, loss in racing["tried"].items() if name not in racing["dropped"]}
     assert complete[racing["best"]] == min(complete.values()) <= complete["uniform"]
@@ -235,22 +243,21 @@ def test_trials_have_the_options_that_are_given() -> None:
 
 
 @pytest.mark.parametrize("target", [0.1, 0.2, 0.3, 0.5])
-def test_a_layer_that_the_second_plan_spares_keeps_what_it_counts(target: float) -> None:
-    """One layer counts thirty times as much as each other; what is measured of it under the plan is no more than the
-    floor."""
+def test_the_share_of_a_layer_that_a_later_plan_hardly_prunes_is_the_one_measured_before(target: float) -> None:
+    """One layer has thirty times the share of each other; what is measured of it under the plan is the floor."""
     truth = {f"layers.{block}": 3.0 if block == 0 else 0.1 for block in range(8)}
     curve = {"error_curve:wanda": tuple(_curve([0.002, 0.02, 0.15, 0.6]))}
     table = Table(tuple(Row(n, i, "a", (64, 64), {}, curve) for i, n in enumerate(truth)), {})
-    forecast = ErrorCurves(Problem(table, target), "wanda")
-    plan = forecast.optimum(truth)
-    under = {
-        name: share * (plan.sparsity[name] > 0) / forecast.at_middle({name: 1.0}, plan)[name]
-        for name, share in truth.items()
-    }
-    floor = FLOOR * sum(under.values()) / len(under)
-    second = forecast.at_middle({name: max(share, floor) for name, share in under.items()}, plan)
-    both = forecast.both(truth, second, plan)
-    assert all(both[name] == pytest.approx(share, rel=0.5) for name, share in truth.items()), (plan.sparsity, second)
+    curves = ErrorCurves(Problem(table, target), "wanda")
+    race = SimpleNamespace(plans={"uniform": curves.uniform, "curves": curves.optimum(truth)}, trials={})
+    for name, plan in race.plans.items():
+        relative = {layer: curves._error(layer, s) / curves._error(layer, MIDDLE) for layer, s in plan.sparsity.items()}
+        under = {layer: share * relative[layer] * (plan.sparsity[layer] > 0) for layer, share in truth.items()}
+        floor = FLOOR * statistics.fmean(under.values())
+        race.trials[name] = SimpleNamespace(shares={layer: max(share, floor) for layer, share in under.items()})
+    found = [curves.shares(race, name) for name in race.plans]
+    assert found[0] == pytest.approx(truth)
+    assert curves.mean(found) == pytest.approx(truth, rel=0.5)
 
 
 def test_options_that_auto_would_not_read_are_refused(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from billhook.errors import BillhookError
-from billhook.store.checkpoint import check_directory, load_model, load_tokenizer, model_digest, resolve
+from billhook.store.checkpoint import check_directory, load_tokenizer, model_digest, resolve
+from billhook.tasks.opening import load_model
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,32 @@ def test_a_sweep_loads_no_torch() -> None:
     )
 
 
+def test_the_task_of_the_guide_scores_one_token_of_a_window() -> None:
+    import tiny
+    import torch
+
+    (code,) = blocks(ROOT / "docs" / "add_a_method.md", "run: task")
+    names: dict[str, Any] = {"__name__": "last_token"}
+    exec(compile(code, "last_token.py", "exec"), names)
+    ids = torch.randint(0, 50, (3, 8), generator=torch.Generator().manual_seed(0))
+    found = billhook.evaluate(tiny.llama(), ids, scoring=names["TASK"])
+    assert (found.tokens, found.protocol) == (3, "perplexity of the last token of each window")
+
+
+def test_the_sink_of_the_guide_writes_all_weights(tmp_path: Path) -> None:
+    import tiny
+    from safetensors.torch import load_file
+
+    (code,) = blocks(ROOT / "docs" / "add_a_method.md", "run: sink")
+    names: dict[str, Any] = {"__name__": "one_file"}
+    exec(compile(code, "one_file.py", "exec"), names)
+    model = tiny.llama()
+    names["OneFile"](model).write_all(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    assert all(written[name].equal(model.state_dict()[name]) for name in written)
+    assert len(written) >= len(list(model.parameters())) - 1
+
+
 def test_the_methods_of_the_guide_are_short_pages(tmp_path: Path) -> None:
     for mark in ("allocator", "criterion"):
         (code,) = blocks(ROOT / "docs" / "add_a_method.md", f"run: {mark}")
@@ -102,13 +128,8 @@ def test_the_plugin_of_the_guide_is_found_once_it_is_installed(playground: Path)
         command = [sys.executable, "-m", *shlex.split(line)]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stderr
-    assert load_plan_of("pruned")["made_by"]["options"] == {"power": 0.3}
-
-
-def load_plan_of(directory: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((Path(directory) / "billhook.json").read_text(encoding="utf-8"))
-    plan: dict[str, Any] = record["plan"]
-    return plan
+    record = json.loads((playground / "pruned" / "billhook.json").read_text(encoding="utf-8"))
+    assert record["steps"][0]["plan"]["made_by"]["options"] == {"power": 0.3}
 
 
 def test_the_allocator_of_the_guide_keeps_its_budget() -> None:
@@ -166,9 +187,11 @@ def test_a_minimal_plan_by_hand_is_enough(tmp_path: Path) -> None:
 
 def fields(name: str) -> dict[tuple[str, ...], bool]:
     """The documented fields of a file or output: path -> whether it is optional."""
-    found = re.search(rf"<!-- fields: {re.escape(name)} -->\n((?:\|.*\n?)+)", "\n".join(FORMATS.values()))
+    mark = rf"<!-- fields: {re.escape(name)}(?: = [^\n]*)? -->\n((?:\|.*\n?)+)"
+    found = re.findall(mark, "\n".join(FORMATS.values()))
     assert found, f"docs/formats has no fields of {name}"
-    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in found.group(1).splitlines()[2:]]
+    lines = [line for text in found for line in text.splitlines()[2:]]
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in lines]
     return {tuple(row[0].strip("`").replace("[]", ".[]").split(".")): "optional" in row[1] for row in rows}
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from billhook.architectures.layers import find_layers
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
-from billhook.store.checkpoint import load_model
+from billhook.tasks.opening import load_model
 
 TEXT = ("--samples", "5", "--length", "32")
 REPORT = {"report.json", "README.md", "report.html"}

@@ -138,7 +138,7 @@ class Outer:
 
 
 def test_field_tables_come_from_the_bullets_of_dataclasses() -> None:
-    parts = [("", f"{__name__}:Outer"), ("entries[].", f"{__name__}:Inner")]
+    parts = [field_tables.Part("", f"{__name__}:Outer"), field_tables.Part("entries[].", f"{__name__}:Inner")]
     assert field_tables.rows(parts) == [
         ["`version`", "integer", "3."],
         ["`name`", "string", "what it is called; on two lines."],
@@ -146,21 +146,17 @@ def test_field_tables_come_from_the_bullets_of_dataclasses() -> None:
         ["`extra.*`", "any, optional", "a path."],
         ["`entries[].size`", "integer", "bytes."],
     ]
-    page = "text\n\n<!-- fields: x -->\n| old |\n\nmore\n"
-    made = field_tables.filled(page, {"x": parts[1:]})
+    mark = f"<!-- fields: x = entries[]. {__name__}:Inner? -->"
+    made = field_tables.filled(f"text\n\n{mark}\n| old |\n\nmore\n")
     assert made == (
-        "text\n\n<!-- fields: x -->\n| field | type | meaning |\n| --- | --- | --- |\n"
-        "| `entries[].size` | integer | bytes. |\n\nmore\n"
+        f"text\n\n{mark}\n| field | type | meaning |\n| --- | --- | --- |\n"
+        "| `entries[].size` | integer, optional | bytes. |\n\nmore\n"
     )
+    by_hand = "<!-- fields: y -->\n| by hand |\n"
+    assert field_tables.filled(by_hand) == by_hand
 
 
 def test_a_field_without_a_bullet_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Inner, "__doc__", "Nothing.")
     with pytest.raises(AssertionError, match="does not document size"):
         field_tables.fields(f"{__name__}:Inner")
-
-
-def test_every_documented_table_has_a_place_in_the_pages() -> None:
-    text = "".join(path.read_text(encoding="utf-8") for path in (make_docs.DOCS / "formats").glob("*.md"))
-    for name in field_tables.DOCUMENTED:
-        assert text.count(f"<!-- fields: {name} -->") == 1, name

@@ -20,10 +20,11 @@ from billhook.errors import BillhookError, JobError
 from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern
 from billhook.steps.verify import verify
-from billhook.store.checkpoint import load_model, load_tokenizer, quiet
+from billhook.store.checkpoint import load_tokenizer, quiet
 from billhook.store.directory import save_pruned
 from billhook.store.output import check_output
 from billhook.store.record import Step, append_step
+from billhook.tasks.opening import load_model
 
 
 def prune_at_random(model, sparsity: float = 0.5, pattern: str = "unstructured") -> dict:

@@ -121,12 +121,12 @@ def samples(model, source: str, **drawing) -> Samples:
 
 def test_windows_of_a_text_come_first_and_the_model_writes_the_rest(tmp_path) -> None:
     model = load_model(tiny.save(tmp_path / "model"))
-    file = tiny.text_file(tmp_path / "text.txt", 1)  # 79 tokens with its start token: four windows of 16
+    file = tiny.text_file(tmp_path / "text.txt", 1)  # five windows of 16 tokens
     found = samples(model, f"self:{file}", samples=6)
-    given = load_calibration(str(file), load_tokenizer(tmp_path / "model"), samples=4, length=16)
-    ids = torch.cat([given.ids, write_windows(model, 2, 16)])
+    given = load_calibration(str(file), load_tokenizer(tmp_path / "model"), samples=5, length=16)
+    ids = torch.cat([given.ids, write_windows(model, 1, 16)])
     assert torch.equal(found.batch["input_ids"], ids)
-    assert (found.source, found.sampling) == (f"self:{file}", "packed, 2 written by the model")
+    assert (found.source, found.sampling) == (f"self:{file}", "packed, 1 written by the model")
     assert torch.equal(samples(model, "self:").batch["input_ids"], write_windows(model, 8, 16))
     assert torch.equal(
         samples(model, f"self:{file}", samples=3).batch["input_ids"],
@@ -148,8 +148,8 @@ def test_windows_that_were_kept_are_read_again(tmp_path) -> None:
 def test_a_resumed_run_does_not_write_its_text_again(tmp_path, monkeypatch) -> None:
     source, calls = tiny.save(tmp_path / "model"), []
     fields = {"sparsity": 0.5, "calibration": "self:", "samples": 8, "length": 16}
-    whole = prune(source, output=tmp_path / "whole", **fields)
-    assert not list(whole.output.glob("*written*"))
+    done_at_once = prune(source, output=tmp_path / "pruned", **fields)
+    assert not list(done_at_once.output.glob("*written*"))
     with monkeypatch.context() as patch:
         patch.setattr(
             "billhook.tasks.self_text.write_windows", lambda *a, **k: calls.append(a) or write_windows(*a, **k)

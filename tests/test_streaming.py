@@ -17,8 +17,9 @@ from billhook.steps.measure import measure_model
 from billhook.steps.prune import Request, prepare, run
 from billhook.steps.prune import record as record_of
 from billhook.steps.verify import verify
-from billhook.store.checkpoint import load_model, quiet
+from billhook.store.checkpoint import quiet
 from billhook.store.directory import save_pruned
+from billhook.tasks.opening import load_model
 
 IDS = torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
 

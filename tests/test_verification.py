@@ -13,11 +13,11 @@ from test_save import prune_at_random
 
 from billhook.errors import BillhookError
 from billhook.steps.verify import verify
-from billhook.store.checkpoint import load_model
 from billhook.store.directory import save_pruned
 from billhook.store.files import sha256
 from billhook.store.record import weights_digest
 from billhook.store.shards import read_shard
+from billhook.tasks.opening import load_model
 
 LAYER = "model.layers.1.mlp.up_proj"
 

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 NOTE = "<!-- Made by tools/make_docs.py (`make docs`). Do not edit by hand. -->"
-_LABEL = re.compile(r"^(Differences from [^:\n]+|Measured agreement|Measured|Limits|Cost):", re.MULTILINE)
+_LABEL = re.compile(r"^(Differences from [^:\n]+|Measured(?: agreement)?[^:\n]*|Limits|Cost):", re.MULTILINE)
 _ARXIV = re.compile(r"\barXiv:(\d{4}\.\d{5})")
 
 

@@ -34,10 +34,17 @@ class Item:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Accuracy with its standard error over items; `scored_by` says what did the scoring, `few_shot` how many examples
-    a prompt has.
+    """The accuracy of a model on one task.
 
-    `acc_norm` is None where the task has none; `identity` tells one version of a task from another.
+    * `task`: name of the task or file; a metric other than accuracy follows in brackets.
+    * `acc`: fraction of right answers.
+    * `acc_error`: its standard error over items.
+    * `acc_norm`: the same with log-likelihoods divided by the characters of the answer; null if the task has none.
+    * `acc_norm_error`: its standard error.
+    * `items`: answered items.
+    * `few_shot`: examples in a prompt, such as `0-shot`, or `as written in the file`.
+    * `scored_by`: program and version that scored it.
+    * `identity`: version of the task, or SHA-256 of the file.
     """
 
     task: str

@@ -44,7 +44,16 @@ Teacher = Tensor | TopKTeacher
 
 @dataclass(frozen=True)
 class Against:
-    """A comparison with the dense model: `kl` in nats a token, and `kl_error`, its standard error over windows."""
+    """A comparison with the dense model.
+
+    * `model`: name of the dense model.
+    * `kl`: KL divergence of the model's next-token distribution from the dense model's, mean over scored tokens, in
+      nats.
+    * `kl_error`: its standard error over windows; null for a single window.
+    * `top1_agreement`: fraction of scored tokens for which both have the same top-1 prediction.
+    * `token_ppl`: the dense model's token perplexity on the same windows; null if it is too large to be a number.
+    * `nll`: its logarithm.
+    """
 
     model: str
     kl: float

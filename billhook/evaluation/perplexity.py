@@ -35,9 +35,18 @@ _LOSS_BYTES = 1 << 26  # of float32 logits that the loss works on at once
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`nll` in nats per token; `tokens` counts the scored ones; `bits_per_byte` is None where the text is not known.
+    """The token perplexity of a model on windows of text.
 
-    `against` says how far the model is from the dense one, where that was given.
+    * `token_ppl` (number or null): exp of `nll`; null in JSON if it is too large to be a number.
+    * `nll`: mean negative log-likelihood of the scored tokens, in nats.
+    * `tokens`: scored tokens: by the usual protocol, all of every window but its first.
+    * `windows`: non-overlapping windows.
+    * `length`: tokens in a window.
+    * `bits_per_byte`: bits per byte of text, comparable across tokenizers; null for token files.
+    * `source`: the text, as it was named.
+    * `digest`: SHA-256 of the windows.
+    * `against`: the comparison with the dense model; null without one.
+    * `protocol`: how tokens are scored.
     """
 
     token_ppl: float

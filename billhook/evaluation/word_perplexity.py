@@ -23,7 +23,18 @@ PROTOCOL = "word perplexity over rolling windows of documents (lm-evaluation-har
 
 @dataclass(frozen=True)
 class WordEvaluation:
-    """`word_ppl` and `byte_ppl` are exp of the negative log-likelihood over words and over UTF-8 bytes."""
+    """Word perplexity, as lm-evaluation-harness counts it.
+
+    * `protocol` (string): `word perplexity over rolling windows of documents (lm-evaluation-harness)`.
+    * `word_ppl`: exp of the negative log-likelihood per word; null if it is too large to be a number.
+    * `byte_ppl`: the same per UTF-8 byte.
+    * `bits_per_byte`: its logarithm to base 2.
+    * `words`: parts between white space.
+    * `tokens`: scored tokens: all of every document.
+    * `documents`: scored documents.
+    * `length`: the largest number of tokens read at once.
+    * `source`: the text, as it was named.
+    """
 
     word_ppl: float | None
     byte_ppl: float

@@ -1,8 +1,12 @@
-"""How much the model's loss rises when one block alone is pruned: the column `block_loss`.
+"""Block loss: how much the loss rises when one block alone is pruned.
 
-Each block in turn is pruned by magnitude (comparison group: the layer), the loss on the text is measured, and the
-weights are restored. It costs one evaluation of the text for each block and one more, and says nothing about how blocks
-that are pruned together interact.
+    block_loss:S = (loss with only this block pruned by magnitude to S − dense loss) / dense loss
+
+Each block in turn is pruned (whole layers are compared), the loss on the calibration text is measured, and the weights
+are restored bit for bit. It costs one evaluation of the text per block and one of the dense model. It is read by
+`sensitivity`.
+
+Limits: it does not know how blocks that are pruned together interact.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,15 @@
-"""How much of the model's KL divergence is due to each layer when all layers lose the same: the column `loss_share`.
+"""Loss shares: how much of the model's divergence is due to each layer when all layers are pruned alike.
 
-The model is pruned to `MIDDLE` everywhere, block by block as `billhook prune` does, and one backward pass of the
-divergence from the dense model's predictions gives each layer's share (`billhook.trials.attribution`). The criterion
-sees all windows but the last `WINDOWS` (at most half of them), on which the divergence is measured. A copy of the
-weights is in memory meanwhile.
+    loss_share:CRITERION = ½ ⟨∂D/∂V_l, V_l − W_l⟩
+
+D is the divergence of the model's predictions from the dense model's after every layer was pruned to 60 % with the
+criterion, block by block as in `billhook prune`; V_l and W_l are the pruned and dense weights of layer l. One backward
+pass gives all shares. D is zero and smallest at the dense weights; where it is quadratic, the shares add up to it
+(Euler's theorem), and each contains half of what the layer's error costs together with those of other layers. On our
+models they add up to 1.1 to 1.3 times D. It is read by `curves`.
+
+Cost: one pruning of the model in memory and a second copy of its weights. The criterion sees all calibration windows
+but the last 16 (at most half), which are scored.
 """
 
 from collections.abc import Sequence

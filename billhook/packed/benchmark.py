@@ -30,7 +30,7 @@ KINDS = ("prefill", "decode")
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of some measurements, and their quartiles."""
+    """The median of several measurements, with quartiles `low` and `high`."""
 
     median: float
     low: float
@@ -39,8 +39,16 @@ class Spread:
 
 @dataclass(frozen=True)
 class Cell:
-    """Tokens per second at one batch size and prompt length, and their ratios to the dense model's (None without
-    one)."""
+    """Speed at one batch size and prompt length.
+
+    * `batch`: prompts at once.
+    * `prompt`: tokens of each.
+    * `prefill.*` (number): `median`, `low` and `high` (quartiles) of prompt tokens read per second.
+    * `decode.*` (number): the same of tokens made per second, without the first of each prompt.
+    * `prefill_speedup.*` (number, optional): the same of the ratio to the dense model in the same round; null without
+      one.
+    * `decode_speedup.*` (number, optional): the same.
+    """
 
     batch: int
     prompt: int
@@ -52,8 +60,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Side:
-    """One model: `memory_bytes` is what it added to the peak memory of its process; `sparsity` is that of its packed
-    tensors, None for a dense model."""
+    """One model of a benchmark.
+
+    * `name`: name of its directory.
+    * `packed`: whether it is packed.
+    * `sparsity`: fraction removed of the weights of all packed tensors; null for a dense model.
+    * `file_bytes`: size of the weight files and of billhook_packed.json.
+    * `memory_bytes`: what loading and running added to the peak memory of its process.
+    * `load_s`: seconds to load and check it and, the first time on a machine, to autotune.
+    * `cells`: speeds (see `Cell`).
+    """
 
     name: str
     packed: bool

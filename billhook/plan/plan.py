@@ -61,21 +61,27 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of each weight. The fields are those of plan.json, which has `version` (2) besides.
+    """What becomes of each weight. The fields are those of plan.json.
 
-    * `budget`: what the plan was made for, such as `{"sparsity": 0.5}` (see `Budget`). The weights decide what is
-      done; whoever edits them should edit the budget too.
-    * `weights`: layer name -> `Spec`, every layer that the plan is for and no other: a sparsity such as 0.5, an N:M
-      pattern such as "2:4", or a storage type such as "q4_k".
-    * `units`: unit name -> how many of its parts are kept, such as `{"layers.3.mlp:channels": 256}`; left out in json
-      where there are none.
-    * `made_by`: how the plan was made; may be empty. `allocator` is the allocator's name, `options` its options with
-      defaults filled in, `paper` its source, `model` the measured model (name, type, digest), `metrics` the values it
-      read (column, layer, value), `spectra` the spectra of up to three layers (`spectrum_quantiles` of the table).
+    * `version` (integer): 2.
+    * `budget.*` (number): what the plan was made for: `sparsity` in [0, 1), `bytes`, or `parameters` (see `Budget`).
+      The weights decide what is done; whoever edits them should edit the budget too.
+    * `weights.*` (number or string): every layer that the plan is for and no other: a sparsity such as 0.5, an N:M
+      pattern such as "2:4" (keep 2 of every 4), or a storage type such as "q4_k" (see `Spec`).
+    * `units.*` (integer, optional): how many parts of a unit are kept, such as `{"layers.3.mlp:channels": 256}`.
+    * `made_by.allocator` (string): name of the allocator; `made_by` may be empty.
+    * `made_by.options.*` (any): its options, defaults filled in.
+    * `made_by.paper` (string): where the allocator comes from.
+    * `made_by.model.*` (any): the `model` of the table it was made from.
+    * `made_by.metrics.*.*` (number): what the allocator read: column, layer, value.
+    * `made_by.spectra.*` (list of numbers, optional): if it read spectra, those of up to three layers
+      (`spectrum_quantiles` of the table).
+    * `made_by.racing.*` (any, optional): if a race chose the plan, the `objective`, the `best` candidate, the mean loss
+      of those `tried`, those `dropped`, and the `heldout` windows; or the `reason` why there was none.
 
-    A layer of n weights and sparsity s loses a whole number of weights that is less than 1 away from s n, and the
-    total is the budget rounded once (see `zeros`). Version 1 of plan.json, with `target`, `pattern` and `sparsity`, is
-    read too.
+    A layer of n weights and sparsity s loses a whole number of weights that is less than 1 away from s n, and the total
+    is the budget rounded once (see `zeros`). Version 1 of plan.json, with `target`, `pattern` and `sparsity`, is read
+    too.
     """
 
     budget: Budget

@@ -1,5 +1,6 @@
-"""The measured table: one row of facts per prunable layer. Allocators read nothing else, so they need no model and no
-torch."""
+"""The measured table: one row of values per prunable layer. Allocators read nothing else, so they need no model and no
+torch.
+"""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,10 +20,16 @@ _LARGEST = 1 << 31  # of a layer's dimensions: products of two are still exact a
 
 @dataclass(frozen=True)
 class Row:
-    """One prunable layer: its full name, block number, kind (name inside the block), shape (out, in), metrics, and
-    curves.
+    """One prunable layer: an entry of `rows` in table.json.
 
-    A curve is a non-decreasing list of numbers, such as the quantiles of the layer's scores.
+    * `layer`: full name; no name twice.
+    * `block`: number of its block, from 0.
+    * `kind`: name inside the block, without an expert's number, so that layers of one kind can be compared over depth.
+    * `shape` (two integers): [out, in].
+    * `metrics.*` (number): measured values by column; a parameter follows a colon, as in `outlier_ratio:5`. All are
+      finite.
+    * `curves.*` (list of numbers, optional): non-decreasing numbers by name: quantiles of scores or eigenvalues at
+      equal steps, or the error curve at 0, 1/40, ..., 1.
     """
 
     layer: str
@@ -40,7 +47,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows in model order; `model` and `made_by` say which model was measured and how."""
+    """Rows in model order. `model` and `made_by` may be empty. The fields are those of table.json.
+
+    * `version` (integer): 1.
+    * `rows`: the layers (see `Row`).
+    * `model.name` (string): name of the model's directory, or of its class if it was measured in memory.
+    * `model.type` (string): `model_type` of config.json.
+    * `model.digest` (string or null): SHA-256 over configuration and weights; null for a model in memory.
+    * `made_by.metrics` (list of strings): the columns that were asked for.
+    * `made_by.calibration.*` (any, optional): the text, if a metric reads it: `source`, `digest` (SHA-256 of the
+      windows), `sampling` (`packed`, `papers`, `as given` for a token file, `given` for a tensor), `samples`, `length`
+      and `batch_size`.
+    """
 
     rows: tuple[Row, ...]
     model: dict[str, Any] = field(default_factory=dict)

@@ -1,17 +1,25 @@
-"""The plan of `--allocator auto`, or of an allocator whose hyperparameter is `auto`, chosen by a race.
+"""Auto: several allocations are tried in full on held-out calibration windows, and the best is used.
 
-`auto` races, each plan pruned in full with the run's own criterion (admm in three steps, unless `steps` is given):
+`billhook prune --allocator auto` races candidates, each pruned with the run's own criterion (admm in three steps,
+unless `steps` is given) on half of the calibration windows, and scored by KL divergence from the dense model on the
+other half:
 
-1. uniform. Each layer's share of its divergence is measured (`billhook.trials.attribution`).
-2. `curves`: the optimum of the measured error curves with these shares (`billhook.plan.allocators.curves`). Its shares
-   are measured, too.
-3. `curves, round 2` and further rounds: the optimum with the geometric mean of all shares so far, because shares change
-   with the plan. Rounds go on while they reduce the held-out loss, up to `ROUNDS`.
-4. OWL at three values of lam, for criteria that choose a mask and update no weights: with them a trial costs little,
+1. uniform. Each layer's share of its divergence is measured by one backward pass (`billhook.trials.attribution`).
+2. `curves`: the optimum of the measured error curves with these shares, which are measured again under this plan.
+3. Further rounds: the optimum with the geometric mean of all shares so far, because shares change with the plan. A
+   layer that a plan hardly prunes does not contribute to that plan's shares. Rounds go on while they reduce the
+   held-out loss, up to four.
+4. OWL at three values of lam, for criteria that choose a mask and do not update weights: with them a trial is cheap,
    and OWL sometimes wins. With weight updates it never did.
 
-Half of the calibration samples are for pruning, the other half for scoring. Where there are too few to be split, the
-plan is uniform and its record says why.
+The same race chooses a hyperparameter that is given as `auto`, such as `--allocator atp --set beta=auto`. Uniform is
+always among the candidates, so the plan is never worse than uniform on the held-out windows. If the text is too short
+to be split, the plan is uniform and its record says why.
+
+Cost: on small models 2.3 to 2.5 prunes with admm for uniform and two rounds. The model and a copy of its prunable
+weights must fit in memory. AlphaPruning is left out, because its spectra cost more than all the rest.
+
+Limits: `billhook plan` has no model to try plans on; it offers `curves` instead.
 """
 
 import math

@@ -127,7 +127,9 @@ class Space:
             return [ALLOCATORS.configure(allocator, given)]
         known = HYPERPARAMETERS[allocator]
         if known.name in given:
-            raise BillhookError(f"{known.name} is what is searched for {allocator}: leave out --set {known.name}.")
+            raise BillhookError(
+                f"{known.name} is what the search chooses for {allocator}: leave out --set {known.name}."
+            )
         if not self.grid:
             return [self._at(allocator, fraction) for fraction in COARSE]
         combined = [given | {known.name: value} for value in known.published(self.blocks, self.target)]

@@ -57,9 +57,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate's loss on each held-out window, in nats a token; on the first ones only where it was `dropped`.
+    """A candidate that was pruned and scored on held-out windows: an entry of `trials` in search.json.
 
-    `shares` are the layers' shares of the divergence, where they were asked for.
+    * `name`: its name in the race.
+    * `allocator`: name of its allocator.
+    * `options.*` (any): the allocator's options.
+    * `kl`: KL divergence from the dense model on each window, in nats per token; the first windows only if `dropped`.
+    * `nll`: negative log-likelihood on each, in nats per token.
+    * `dropped`: whether it was given up before all windows.
+    * `shares.*` (number): the layers' shares of the divergence, if they were asked for.
     """
 
     name: str

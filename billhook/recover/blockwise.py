@@ -1,18 +1,30 @@
-"""Tune what is left of a pruned block, the zeros fixed, so that its outputs come near those of the dense block.
+"""Block tuning: adjust the kept weights of a pruned block so that the model's later outputs come closer to the dense
+ones.
 
-Block and dense block are compared by what follows them: the mean squared difference, relative to the mean square of the
-target, of what the next block, still dense, makes of their outputs; of the last block the divergence of the model's
-predictions. So an error counts by what it does. The inputs are those that the pruned blocks before it produce. Targets
-lie, by `dense_target` (half of the way), between the outputs of the dense block for the same inputs (0) and those for
-the dense model's own inputs (1, which also makes up for what went wrong before). Adam on minibatches of windows; its
-step falls as a cosine, from `rate` times the root mean square of each parameter to zero. One window in eight is held
-out, the weights of the epoch with the least loss there are kept, and `PATIENCE` epochs without a new least end it. A
-block whose held-out loss did not fall, in the model's own type, gets back the weights it had.
+`--refine blocks` tunes the kept weights, `blocks+norms` also norms and biases, after any criterion. Yang et al.,
+"Wanda++", 2025, arXiv:2503.04992, and Guo et al., "EBFT", 2024, arXiv:2402.12419, tune blocks by the error of their own
+outputs. Here an error counts by what the next block makes of it:
 
-Wanda++ (arXiv:2503.04992) and EBFT (arXiv:2402.12419) tune blocks on their own outputs. In memory: one block six times
-in float32, the next one once, what a pass of four windows through both leaves for the way back, the inputs, the targets
-and, unless `dense_target` is 0, the dense model's outputs. It does not look past the next block, and it needs a few
-thousand tokens: with less it fits the text rather than the block.
+    minimize  |G(F_θ(X)) − G(Y)|² / |G(Y)|²   over θ, zeros fixed,   Y = (1 − t) · F(X) + t · F(X')
+    last block:  KL(P(Y) ‖ P(F_θ(X)))
+
+F is the dense block, F_θ the pruned one, G the next block, dense, and P the final norm, head and softmax. X are the
+block's inputs in the pruned model, X' those of the same tokens in the dense model, and t is `dense_target` (0.5).
+
+Adam for 20 epochs of minibatches of 4 windows; the step is 0.05 times the root mean square of each parameter and falls
+to zero as a cosine. Every eighth window is held out: the weights of the epoch with the smallest loss there are kept,
+and four epochs without improvement end the tuning. If that loss, in the model's own dtype, is not below the first, the
+block gets back the weights it had. With fewer than 8 windows nothing is tuned, which is noted.
+
+Differences from the papers: the loss is that of the next block, targets are between the dense block's and the dense
+model's outputs, and held-out windows decide. An interrupted run continues with the same bytes, because the dense
+model's states are computed again from the blocks of the source.
+
+Cost: in memory one block six times in float32, the next one once, what a pass of four windows through both leaves for
+the backward pass, inputs and targets, and, unless `dense_target` is 0, the dense model's outputs.
+
+Limits: it does not look past the next block, and it needs a few thousand tokens; with fewer it fits the text rather
+than the block.
 """
 
 import math

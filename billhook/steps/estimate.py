@@ -35,8 +35,13 @@ ROWS = 2**28  # bytes of the systems of rows that ADMM solves together
 
 @dataclass(frozen=True)
 class Estimate:
-    """Peak memory of one process and disk, in GiB; `seconds` of pruning and writing, where they were `measured`, and in
-    words on what."""
+    """What a pruning run needs; JSON has the fields that are known.
+
+    * `memory_gib`: peak memory of one process, GiB.
+    * `disk_gib`: size of the output, GiB.
+    * `seconds` (number, optional): time of pruning and writing, where it was measured.
+    * `measured` (string, optional): on what it was measured, in words.
+    """
 
     memory_gib: float
     disk_gib: float

@@ -1,5 +1,6 @@
 """What an unfinished run knows of itself: the file billhook.unfinished.json in OUTPUT.partial (see
-`billhook.steps.partial_output`)."""
+`billhook.steps.partial_output`).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,8 +20,19 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class State:
-    """What a run noted so far: `digests` has one SHA-256 a finished block, and first the one of all that lies outside
-    the blocks; `files` those of further files that the blocks were made with."""
+    """The state of a run. The fields are those of billhook.unfinished.json.
+
+    * `unfinished` (string): how to continue.
+    * `version` (integer): 1.
+    * `identity`: what was asked for: versions, digests of model, data and given files, all options, number of
+      processes. A run that differs in any of these is refused.
+    * `plan`: the plan, so that nothing is measured again.
+    * `blocks`: number of blocks.
+    * `digests`: SHA-256 of the values outside the blocks, then of each finished block; they are checked when the run is
+      resumed, and what was damaged is made again.
+    * `results` (list of lists): what was done to each layer of each finished block.
+    * `files`: SHA-256 of other files that the blocks are made with (gradients).
+    """
 
     identity: dict[str, Any]
     plan: dict[str, Any]

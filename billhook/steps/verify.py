@@ -27,8 +27,16 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found: `steps` recorded, `layers` counted, `zeros` of `weights` in them, and every difference in
-    words."""
+    """What `billhook verify` found.
+
+    * `ok` (boolean): whether everything is as recorded (the exit code is 1 if not).
+    * `directory`: what was checked.
+    * `steps`: steps recorded.
+    * `layers`: layers counted.
+    * `zeros`: zeros found in them.
+    * `weights`: weights in them.
+    * `problems`: every difference, in words.
+    """
 
     directory: str
     steps: int

@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from billhook.errors import JobError
 from billhook.store.files import copy_files, sha256, write_json
-from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, UNFINISHED
+from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, UNFINISHED, WRITTEN
 from billhook.store.locate import locate_on_disk
 from billhook.store.output import check_output, staging
 from billhook.store.record import completed
@@ -117,10 +117,8 @@ def checksums(directory: Path) -> dict[str, str]:
     """SHA-256 of every file under `directory` except those about itself or an unfinished run, by path relative to it,
     in order of name."""
     files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    files = [
-        name for name in files if name not in (RECORD, UNFINISHED, REPORT, CARD, PAGE) and not name.endswith(GRADIENTS)
-    ]
-    return {name: sha256(directory / name) for name in files}
+    about = (RECORD, UNFINISHED, REPORT, CARD, PAGE, WRITTEN)
+    return {name: sha256(directory / name) for name in files if name not in about and not name.endswith(GRADIENTS)}
 
 
 def _is_kept(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""billhook.json: what was done to a model, step by step, and where its layers lie now.
+"""billhook.json: what was done to a model, step by step, and the present state of its layers.
 
 The functions here are pure but for `read_record`: a record is read, a step appended, and what is known only once the
 files are written is filled in by `completed`. The same inputs give the same bytes: there is no date, no duration and no
@@ -21,21 +21,30 @@ REFILLED = "weights that an earlier step had removed have values again"  # ends 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a model's history: an entry of `steps` in billhook.json.
+    """One step of a model's history: an entry of `steps` in billhook.json. `made_by` is that of `prune`.
 
     * `step`: what was done, named like the command: `prune`.
-    * `plan`: the plan that was applied, as in plan.json; null for a step without one.
-    * `made_by`: the method and all that the result depends on besides model and plan. Of `prune`: `criterion`,
-      `criterion_options` (defaults filled in), `group` (which weights compete: `row` or `layer`), `published`
-      (whether zeros were counted as in the released code), `refine` (`none`, `blocks` or `blocks+norms`), `seed`,
-      `dtype` and `device` as asked, `targets` and `ignore` as asked, `calibration` (source, digest, sampling,
-      samples, length, batch_size; null where no text was needed), `gradients` (statistic and calibration; null where
-      none were read), `papers` (of criterion and allocator)
-      and `versions` (python, torch, transformers).
-    * `model`: the step's input: `name`, `type` (`model_type` of config.json) and `digest` (SHA-256 over configuration
-      and weights; null for a model in memory).
+    * `plan` (object or null): the plan that was applied, as in plan.json; null for a step without one.
+    * `made_by.criterion` (string): name of the criterion.
+    * `made_by.criterion_options.*` (any): its options, defaults filled in.
+    * `made_by.group` (string): which weights were compared with each other: `row` or `layer`.
+    * `made_by.published` (boolean): whether zeros were counted, windows drawn and gradients accumulated as published.
+    * `made_by.refine` (string): `none`, `blocks` or `blocks+norms`.
+    * `made_by.seed` (integer): seed of every random choice.
+    * `made_by.dtype` (string): as asked; `auto` is the checkpoint's own.
+    * `made_by.device` (string): as asked.
+    * `made_by.targets` (list of strings): as asked.
+    * `made_by.ignore` (list of strings): as asked.
+    * `made_by.calibration.*` (any, optional): the text, as in table.json; `made_by.calibration` is null if none was
+      needed.
+    * `made_by.gradients.*` (any, optional): `statistic` and `calibration` of the gradients that the criterion read;
+      null if none.
+    * `made_by.papers.*` (string or null): sources of `criterion` and `allocator`.
+    * `made_by.versions.*` (string): python, torch and transformers.
+    * `made_by.search.*` (any, optional): if a search chose the plan, the `objective` and the `heldout` windows.
+    * `model.*` (string or null): `name`, `type` and `digest` of the step's input, as in table.json.
     * `warnings`: all notes of the layers, each with its layer's name, and what concerns the whole model.
-    * `result`: the digest of the step's output, which the next step has as `model.digest`; null until it is written.
+    * `result`: digest of the step's output, which the next step has as `model.digest`; null until it is written.
     """
 
     step: str
@@ -48,17 +57,23 @@ class Step:
 
 @dataclass(frozen=True)
 class Record:
-    """The content of billhook.json, which has `version` (2) besides.
+    """The content of billhook.json. Version 1, the record of a single pruning run, is read too.
 
+    * `version` (integer): 2.
     * `billhook`: version of the program that wrote the record.
     * `steps`: all that was done to the model, first to last (see `Step`).
-    * `layers`: layer name -> its present state: `shape` [out, in]; `sparsity`, what the last plan for it asked for;
-      `zeros`, counted in the files; `error`, the squared change of the layer's output relative to its square, for
-      uncorrelated inputs (null where that is not a number); `notes`, what was done differently and why; and its place
-      on disk (`tensor`, `index`, `transposed`, or `pieces`, see `billhook.store.locate`).
-    * `files`: path -> SHA-256 of every file in the directory, except billhook.json and the report's three.
-
-    Version 1, the record of a single pruning run, is read too.
+    * `layers.*.shape` (two integers): [out, in].
+    * `layers.*.sparsity` (number): what the last plan for the layer asked for.
+    * `layers.*.zeros` (integer): zeros, counted in the files.
+    * `layers.*.error` (number or null): squared change of the layer's output relative to its square, for uncorrelated
+      inputs; null if it is not a number.
+    * `layers.*.notes` (list of strings): what was done differently, and why.
+    * `layers.*.tensor` (string or null, optional): the tensor on disk, see `billhook.store.locate`.
+    * `layers.*.index` (integer or null, optional): index into a 3-D tensor, for an expert; null for a matrix.
+    * `layers.*.transposed` (boolean, optional): whether the tensor is stored [in, out].
+    * `layers.*.pieces[].*` (any, optional): for a layer in several tensors, `tensor`, `index`, `transposed` and `rows`
+      [from, to) of each, null for all.
+    * `files.*` (string): SHA-256 of every file by path, except billhook.json and the report's three.
     """
 
     billhook: str

@@ -37,7 +37,7 @@ def split_samples(model: PreTrainedModel, samples: Samples, batch_size: int, see
     if len(different) < LEAST:
         raise BillhookError(
             f"{samples.source}: {len(different)} different windows are too few to split into calibration and held-out "
-            f"windows; at least {LEAST} are needed. Give more text, more --samples or a smaller --length."
+            f"ones; at least {LEAST} are needed. Give more text, more --samples or a smaller --length."
         )
     order = random.Random(seed).sample(sorted(different), len(different))
     half = len(order) // 2

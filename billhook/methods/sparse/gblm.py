@@ -10,7 +10,7 @@ itself. For p = 1 (`norm=l1`) their absolute values are summed over windows, for
 of their squares. Gradients are those of the dense model, computed block by block and equal to those of one backward
 pass bit for bit in float32; input norms are those of the pruned prefix. Kept weights are not updated.
 
-Differences from the published code, which `mode=reference` reproduces:
+Differences from the published code, which `--published` (`mode=reference`) reproduces:
 
 * Both norms are sums over all windows. The published code divides ‖X_j‖₂ by √N for N windows but not the gradients, so
   that `scale` has √N times the weight (1131 instead of 100 for 128 windows).

@@ -1,15 +1,21 @@
-"""curves: the sparsities that together cost least, by measured error curves of the criterion that prunes.
+"""Curves: the sparsities with the smallest sum of measured losses, for the criterion that prunes.
 
-The table's column `error_curve:CRITERION` (`billhook.measurement.error_curves`) says how much pruning changes each
-layer's output at every sparsity, and `loss_share:CRITERION` (`billhook.measurement.loss_shares`) what that cost the
-model in a run in which all layers lost the same. The cost of layer l at sparsity s is
+    loss_l(s) = share_l · e_l(s) / e_l(0.6)
+    optimum   = argmin Σ_l loss_l(s_l),   Σ n_l s_l = S Σ n_l,   s_l ≤ 0.95
+    s_l       = S + strength · (optimum_l − S)
 
-    loss_l(s) = loss_share_l * error_l(s) / error_l(MIDDLE)
+e_l(s) is the relative error of layer l's output, pruned alone to s: the column `error_curve:CRITERION`. share_l is what
+the layer's error cost the model when all layers were pruned to 0.6: the column `loss_share:CRITERION`. Both can be
+measured and used separately: `billhook measure MODEL --metrics error_curve:admm,loss_share:admm --calibration SOURCE`.
 
-Each loss is replaced by its lower convex hull, and their sum is minimized under the budget: hull segments are taken in
-the order of their slope per weight until the budget is spent, which is the exact optimum of the hulls (Lagrange).
-`strength` interpolates between uniform (0) and that optimum (1). The allocator does not know how the shares change when
-the plan does: `--allocator auto` measures them again under the plan, and scores the result on held-out text.
+Each loss is replaced by its lower convex hull. Hull segments are taken in the order of their slope per weight until the
+budget is spent, which is the exact optimum of the hulls (Lagrange). A negative share counts as zero.
+
+Cost: the pruning of one small part of each layer at four sparsities, one pruning of the model in memory, and one
+backward pass.
+
+Limits: it does not know how the shares change when the plan does. `auto` measures them again under the plan, and scores
+the result on held-out text.
 """
 
 from collections.abc import Sequence
@@ -27,7 +33,10 @@ MIDDLE = 0.6  # the sparsity of every layer where `loss_share` is measured
 
 @method(paper="Billhook", needs=lambda criterion, **_: (f"error_curve:{criterion}", f"loss_share:{criterion}"))
 def curves(table: Table, target: float, *, criterion: str = "admm", strength: float = 1.0) -> dict[str, float]:
-    """s = target + strength * (optimum - target); reads the error curves and shares of `criterion`."""
+    """Return S + strength * (optimum - S) for every layer; reads the error curves and shares of `criterion`.
+
+    `strength` interpolates between the uniform plan (0) and the optimum (1).
+    """
     if not 0 <= strength <= 1:
         raise BillhookError(f"strength must be in [0, 1], got {strength:g} (0 is uniform).")
     errors = [[min(max(e, 0.0), 1.0) for e in curve] for curve in table.curve(f"error_curve:{criterion}")]
@@ -49,8 +58,9 @@ def at(curve: Sequence[float], s: float) -> float:
 
 
 def cheapest(curves: Sequence[Sequence[float]], n: Sequence[int], target: float, ceiling: float = 1.0) -> list[float]:
-    """Minimize the sum of the curves' lower convex hulls at s_l <= `ceiling`, with the n-weighted mean of s_l equal to
-    `target`."""
+    """Return the s_l that minimize the sum of the curves' lower convex hulls, with s_l <= `ceiling` and n-weighted mean
+    `target`.
+    """
     segments = []
     for layer, curve in enumerate(curves):
         for (a, x), (b, y) in _hull(curve, ceiling):

@@ -1,9 +1,13 @@
-"""Settings that papers published, by name: `alphapruning/llama-2-7b@70`.
+"""Presets: published settings of an allocator, by name.
 
-A name is METHOD[/MODEL][/CRITERION]@PER_CENT; without a criterion it is Wanda's. Sources: AlphaPruning's published
-scripts (its epsilon by model and criterion at 70 %), FARMS' scripts (epsilon of its AlphaPruning baseline at 75, 80 and
-85 %), OWL's README, DLP's paper. They were found for these models on WikiText-2's *test* text; on others they are a
-start, not an answer.
+A name is METHOD[/MODEL][/CRITERION]@PERCENT, such as `alphapruning/llama-2-7b@70`; without a criterion the setting is
+for Wanda. `--preset NAME` sets allocator, options and sparsity; `--set` and `--sparsity` override them.
+
+Sources: AlphaPruning's published scripts (epsilon by model and criterion at 70 %), FARMS' scripts (epsilon of its
+AlphaPruning baseline at 75, 80 and 85 %), OWL's README, DLP's paper.
+
+Limits: the settings were chosen on the test text of WikiText-2, for these models. For other models they are a starting
+point.
 """
 
 from collections.abc import Mapping
