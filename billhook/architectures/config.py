@@ -40,6 +40,15 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return weight.shape[0]
 
 
+def expert_counts(config: Any) -> set[int]:
+    """The numbers of experts that a configuration names (more than one; several where its layers differ)."""
+    text = text_config(config)
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    found = [value for name in names if (value := getattr(text, name, None)) is not None]
+    counts = [count for value in found for count in (value if isinstance(value, list | tuple) else [value])]
+    return {count for count in counts if isinstance(count, int) and count > 1}
+
+
 def special_tokens(model: PreTrainedModel) -> tuple[int, set[int]]:
     """The token that begins a document (an end token where no start token is named), and the tokens that end one.
 

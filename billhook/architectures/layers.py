@@ -5,7 +5,7 @@ routers and the head never are. A weight whose layout is not known is refused by
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from billhook.architectures.config import expert_counts
 from billhook.architectures.stacks import blocks_of
 from billhook.errors import BillhookError
 from billhook.registry import hint
 
-# Last name components of linear layers that route tokens to experts: a few rows that decide everything.
-ROUTERS = frozenset({"gate", "router", "wg", "shared_expert_gate", "classifier"})
+# Name components of modules that route tokens to experts: a few rows that decide everything.
+ROUTERS = frozenset({"gate", "wg", "shared_expert_gate", "classifier"})
+_TOO_SMALL = 8  # rows or columns: the coefficients of a few numbers save nothing when removed
 
 # Last name components of layers that read the same input as a layer before them, whose statistics are shared.
 SHARED_INPUTS = frozenset({"k_proj", "v_proj", "up_proj"})
@@ -66,17 +68,27 @@ class Layer:
 def find_layers(model: PreTrainedModel) -> list[Layer]:
     """Every prunable layer in model order; raises BillhookError for a weight of unknown layout, by name."""
     layers = []
+    experts = expert_counts(model.config)
     for index, (prefix, block) in enumerate(blocks_of(model).items()):
         for name, module in block.named_modules():
-            layers += _layers_of(module, f"{prefix}.{name}", index, name)
+            if not _routes(name, module, experts):
+                layers += _layers_of(module, f"{prefix}.{name}", index, name)
     if not layers:
         raise BillhookError(f"{type(model).__name__} has no linear layer inside its blocks: there is nothing to prune.")
     return layers
 
 
+def _routes(kind: str, module: nn.Module, experts: Collection[int]) -> bool:
+    """Whether a module inside a block is (part of) a router: by its path, or a linear layer with an output per expert."""
+    parts = kind.split(".")
+    if any(part in ROUTERS or "router" in part for part in parts):
+        return True
+    return "experts" not in parts and isinstance(module, nn.Linear) and module.out_features in experts
+
+
 def _layers_of(module: nn.Module, full: str, block: int, kind: str) -> list[Layer]:
     if isinstance(module, nn.Linear):
-        return [] if kind.rpartition(".")[2] in ROUTERS else [Layer(full, block, kind, module, "weight", None, False)]
+        return [Layer(full, block, kind, module, "weight", None, False)] if min(module.weight.shape) >= _TOO_SMALL else []
     if isinstance(module, Conv1D):
         return [Layer(full, block, kind, module, "weight", None, True)]
     layers = []
@@ -149,12 +161,12 @@ def _matching(layers: Sequence[Layer], pattern: str, option: str) -> set[str]:
     return names
 
 
-def check_finite(layers: Iterable[Layer]) -> None:
-    """Raise BillhookError naming the first layer whose weights hold NaN or infinity."""
-    for layer in layers:
-        if torch.isfinite(layer.weight.sum(dtype=torch.float32)):  # a fast test: NaN and infinity remain in the sum
+def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise BillhookError naming the first of these tensors that holds NaN or infinity; those on `meta` are passed over."""
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.is_meta:
             continue
-        if bad := int((~torch.isfinite(layer.weight)).sum()):
-            raise BillhookError(
-                f"{layer.name} holds {bad} weights that are NaN or infinite: repair the checkpoint first."
-            )
+        if torch.isfinite(tensor.sum(dtype=torch.float32)):  # a fast test: NaN and infinity remain in the sum
+            continue
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise BillhookError(f"{name} holds {bad} weights that are NaN or infinite: repair the checkpoint first.")

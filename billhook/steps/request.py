@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from billhook import __version__ as VERSION
 from billhook.architectures.layers import Layer, check_finite, find_layers, select_layers
+from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import rows_per_batch, world
 from billhook.engine.activation_store import SPILL_GIB
 from billhook.engine.batch import Batch, main_input, rows_of, split_rows
@@ -133,9 +134,7 @@ def open_request(
     source, model, resources = _open_model(request, streamed)
     task = task_of(model)
     layers = select_layers(find_layers(model), listed(request.targets), listed(request.ignore))
-    for index in sorted({layer.block for layer in layers}):
-        with resources.block(index, ahead=index + 1):
-            check_finite(layer for layer in layers if layer.block == index)
+    _check_weights(model, resources)
     if not needs_samples:
         return Opened(source, model, task, resources, layers, None, [])
     samples = _draw(request, source, model, task, resources.streamed, progress)
@@ -194,6 +193,15 @@ def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrain
         if output is None or SameLayout(stream.model, source).mismatch() is None:
             return source, stream.model, replace(resources, stream=stream)
     return source, load(source, task.auto_class, **options), resources
+
+
+def _check_weights(model: PreTrainedModel, resources: Resources) -> None:
+    """Raise BillhookError naming a parameter of the model that is not finite."""
+    check_finite(model.named_parameters())
+    if resources.streamed:  # until then only what lies outside the blocks is in memory
+        for index, (name, block) in enumerate(blocks_of(model).items()):
+            with resources.block(index, ahead=index + 1):
+                check_finite((f"{name}.{key}", value) for key, value in block.named_parameters())
 
 
 def _draw(

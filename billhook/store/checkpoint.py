@@ -101,7 +101,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not (path / "config.json").is_file():
         raise BillhookError(f"{path} has no config.json: give the directory of a Hugging Face model.")
     config = read_json(path / "config.json", "model configuration")
-    if "quantization_config" in config or "compression_config" in config:
+    if config.get("quantization_config") or config.get("compression_config"):
         raise BillhookError(
             f"{path} is a quantized checkpoint: prune the unquantized model first, then quantize the result."
         )
