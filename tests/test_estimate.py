@@ -1,139 +1,215 @@
-"""Estimates before a run: they grow with what they depend on, and are within reach of what a run then takes."""
+"""Memory by the formula is near what runs need, and time measured on two blocks near what runs take."""
 
+import json
+import os
+import re
+import subprocess
+import sys
 import time
-from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from billhook.costs import estimate as module
-from billhook.costs.estimate import estimate, speeds
 from command import done
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from billhook.errors import Interrupted
-from billhook.plan.plan import load_plan
+from billhook.architectures.layers import find_layers
+from billhook.demo import MODEL
+from billhook.errors import Interrupted, JobError
+from billhook.methods.sparse import CRITERIA
+from billhook.steps.estimate import PROCESS, estimate, peak_bytes
+from billhook.steps.prune import decide, run
+from billhook.steps.request import Request
+from billhook.steps.resolve import ResolvedRequest, check
+from billhook.steps.sample_run import estimate_time
+
+PAGE = Path(__file__).parents[1] / "docs" / "SCALE.md"
+IDS = torch.randint(0, 256, (16, 64), generator=torch.Generator().manual_seed(0))
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+JOBS = [{"criterion": "wanda"}, {"criterion": "sparsegpt"}, {"criterion": "wanda", "allocator": "auto"}]
+MEASURE = """
+import json, re, sys
+from pathlib import Path
+import torch
+from billhook.demo import MODEL
+from billhook.steps.estimate import PROCESS, estimate
 from billhook.steps.prune import decide, run
 from billhook.steps.request import Request
 from billhook.steps.resolve import check
 
-IDS = torch.randint(0, 256, (16, 64), generator=torch.Generator().manual_seed(0))
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+def status(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+torch.set_num_threads(1)
+model, output, fields = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+ids = torch.randint(0, 1000, (32, 256), generator=torch.Generator().manual_seed(0))
+run(decide(check(Request(MODEL, sparsity=0.5, calibration=ids[:2, :16]))))  # what is loaded once
+job = check(Request(model, sparsity=0.5, calibration=ids, output=output, **fields))
+held = sum(p.nbytes for p in job.opened.model.parameters() if not p.is_meta)
+before = status("VmRSS") - held
+Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+run(decide(job))
+print(estimate(job).memory_gib * 2**30 - PROCESS, status("VmHWM") - before)
+"""
 
 
-def cost(model=None, **fields) -> dict[str, float]:
-    fields = {"sparsity": 0.5, "calibration": IDS} | fields
-    return estimate(check(Request(tiny.llama() if model is None else model, **fields)))
+def checked(model, **fields) -> ResolvedRequest:
+    return check(Request(model, **({"sparsity": 0.5, "calibration": IDS} | fields)))
 
 
-@pytest.fixture
-def steady(monkeypatch):
-    """A machine whose speeds do not change between two estimates."""
-    found = speeds(torch.float32, "cpu", time.process_time)
-    monkeypatch.setattr(module, "speeds", lambda *args, **kwargs: found)
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("fields", JOBS, ids=lambda fields: " ".join(fields.values()))
+def test_the_formula_is_near_the_measured_peak(fields, tmp_path):
+    """Within a factor of 2, Python itself apart, for a model of 72 MB; most ratios are between 0.8 and 1.3."""
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8}
+    tiny.llama(**shape, vocab_size=1000, max_position_embeddings=256).save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-c", MEASURE, tmp_path / "model", tmp_path / "out", json.dumps(fields)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    formula, measured = map(float, ran.stdout.split())
+    assert measured / 2 < formula < 2 * measured
 
 
-def test_magnitude_costs_least_and_sparsegpt_most_memory():
-    wide = tiny.llama(**WIDE)
-    magnitude, wanda, sparsegpt = (cost(wide, criterion=name) for name in ("magnitude", "wanda", "sparsegpt"))
-    assert magnitude["memory_gib"] <= wanda["memory_gib"] < sparsegpt["memory_gib"]
-    assert set(magnitude) == {"seconds_least", "seconds", "memory_gib", "disk_gib"}
-    assert (
-        magnitude["disk_gib"]
-        == wanda["disk_gib"]
-        == pytest.approx(sum(p.numel() * 4 for p in wide.parameters()) / 2**30, abs=1e-3)
-    )
+def test_memory_grows_with_what_is_held():
+    wide, deep = tiny.llama(**WIDE), tiny.llama(**WIDE | {"num_hidden_layers": 4})
+    options = {"tokens": 10**6, "batch_tokens": 1024}
+
+    def needed(criterion: str, model=wide, **changes) -> float:
+        needs = CRITERIA.needs(criterion, CRITERIA.configure(criterion, {}))
+        return peak_bytes(model, find_layers(model), criterion, needs, **(options | changes))
+
+    assert needed("magnitude") < needed("wanda") < needed("sparsegpt") < needed("admm")
+    assert needed("wanda") < needed("gblm")
+    assert needed("wanda", deep) == needed("wanda")
+    blocks = sum(p.nbytes for p in deep.parameters()) - sum(p.nbytes for p in wide.parameters())
+    assert needed("wanda", deep, streamed=False) - needed("wanda", streamed=False) == blocks
+    assert needed("wanda", spill_gib=0.1) < needed("wanda") < needed("wanda", refine=True)
+    assert needed("wanda", streamed=False) < needed("wanda", streamed=False, racing=True)
 
 
-def test_half_precision_takes_half_the_disk():
-    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2}
-    full, half = (
-        cost(tiny.llama(**shape).to(dtype), criterion="magnitude")["disk_gib"]
-        for dtype in (torch.float32, torch.bfloat16)
-    )
-    assert half == pytest.approx(full / 2, abs=1e-3)
+def test_the_disk_holds_the_output_gradients_and_hidden_states_beyond_the_limit():
+    full, half = (tiny.llama(**WIDE).to(dtype) for dtype in (torch.float32, torch.bfloat16))
+    size = sum(p.nbytes for p in full.parameters()) / 2**30
+    assert estimate(checked(full, criterion="magnitude")).disk_gib == pytest.approx(size, abs=1e-3)
+    assert estimate(checked(half, criterion="magnitude")).disk_gib == pytest.approx(size / 2, abs=1e-3)
+    weights = sum(layer.weight.nbytes for layer in find_layers(full)) / 2**30
+    assert estimate(checked(full, criterion="gblm")).disk_gib == pytest.approx(size + weights, abs=1e-3)
+    text = torch.zeros(64, 128, dtype=torch.int64)
+    spilled = text.numel() * 256 * 4 / 2**30
+    found = estimate(checked(full, calibration=text, spill_gib=0)).disk_gib
+    assert found == pytest.approx(size + spilled, abs=1e-3)
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"criterion": "wanda"},
-        {"criterion": "gblm"},
-        {"criterion": "sparsegpt"},
+        {"criterion": "magnitude"},
         {"criterion": "admm"},
-        {"criterion": "wanda", "refine": "blocks"},
-        {"criterion": "wanda", "allocator": "auto"},
-        {"criterion": "admm", "allocator": "auto"},
+        {"criterion": "gblm", "pattern": "2:4", "sparsity": None},
+        {"refine": "blocks+norms"},
+        {"targets": "re:.*2.mlp"},
     ],
-    ids=lambda fields: " ".join(fields.values()),
+    ids=str,
 )
-def test_a_run_takes_what_was_said(fields, monkeypatch):
-    """Within a factor of three, in processor time, which other work on the machine changes less than the clock."""
-    monkeypatch.setattr(module, "speeds", partial(speeds, clock=time.process_time))
-    draft = check(Request(tiny.llama(**WIDE), sparsity=0.5, calibration=IDS, **fields))
-    said = estimate(draft)
-    start = time.process_time()
-    run(decide(draft))
-    took = time.process_time() - start
-    assert said["seconds_least"] / 3 < took < 3 * said["seconds"]
+def test_measuring_time_changes_nothing_and_says_what_was_measured(fields):
+    model = tiny.llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = estimate_time(checked(model, **fields))
+    text = "" if fields.get("criterion") == "magnitude" else r" with \d+ of 16 windows"
+    assert re.fullmatch(rf"2 of 4 blocks{text} in \d+\.\d s", found.measured)
+    assert 0 <= found.seconds < 60
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.config.num_hidden_layers == 4
 
 
-def test_auto_costs_three_prunes_on_half_the_text_and_more(steady):
-    """With Wanda: two passes to prune; to choose, two for the columns, three of half a prune, and three and a half to
-    score and go back. With ADMM the three prunes take three steps, the last one all."""
-    wide, text = tiny.llama(**WIDE), torch.randint(0, 256, (256, 128))
-    for criterion, least, most in (("wanda", 4.0, 7.5), ("admm", 2.0, 4.0)):
-        uniform, auto = (
-            cost(wide, calibration=text, criterion=criterion, allocator=allocator) for allocator in ("uniform", "auto")
-        )
-        assert least < auto["seconds"] / uniform["seconds"] < most
-        assert auto["memory_gib"] > uniform["memory_gib"]
+def test_a_model_is_whole_again_when_measuring_fails():
+    model = tiny.llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:] = torch.nan
+    with pytest.raises(JobError):
+        estimate_time(checked(model))
+    assert len(model.model.layers) == model.config.num_hidden_layers == 4
 
 
-def test_refining_costs_its_epochs(steady):
-    """Twenty at most and four at least, each three passes in float32 where pruning takes two in all."""
-    wide, text = tiny.llama(**WIDE), torch.randint(0, 256, (256, 128))
-    plain, refined = (cost(wide, calibration=text, refine=refine) for refine in ("none", "blocks"))
-    most, least = refined["seconds"] - plain["seconds"], refined["seconds_least"] - plain["seconds_least"]
-    assert 3.5 * least < most < 5 * least
-    assert most > 10 * plain["seconds"]
-
-
-def test_a_given_plan_or_table_saves_what_it_says(steady, tmp_path):
-    model = tiny.save(tmp_path / "model", tiny.llama(**WIDE))
-    words = ("--calibration", tiny.text_file(tmp_path / "text.txt", 40), "--samples", 8)
-    done("measure", model, "--metrics", "outlier_ratio:5", *words, "-o", tmp_path / "t.json")
-    done("plan", tmp_path / "t.json", "--allocator", "owl", "--sparsity", "0.5", "-o", tmp_path / "plan.json")
-    measured = cost(model, allocator="owl")["seconds"]
-    assert cost(model, allocator="owl", table=tmp_path / "t.json")["seconds"] < measured
-    assert cost(model, sparsity=None, plan=load_plan(tmp_path / "plan.json"))["seconds"] < measured
-
-
-def test_a_run_that_goes_on_costs_what_is_left(steady, tmp_path):
-    fields = {"sparsity": 0.5, "criterion": "admm", "calibration": IDS, "output": tmp_path / "out"}
-    model = tiny.save(tmp_path / "model", tiny.llama(**WIDE | {"num_hidden_layers": 4}))
-    whole = estimate(check(Request(model, **fields)))["seconds"]
+def test_a_run_that_goes_on_takes_what_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
+    source = tiny.save(tmp_path / "model", tiny.llama(**WIDE | {"num_hidden_layers": 8}))
+    fields = {"criterion": "sparsegpt", "output": tmp_path / "out"}
+    whole = estimate_time(checked(source, **fields)).seconds
+    blocks = iter([False] * 5 + [True])
     with pytest.raises(Interrupted):
-        run(decide(check(Request(model, **fields))), stopping=lambda: True)
-    left = estimate(check(Request(model, resume=True, **fields)))["seconds"]
-    assert 0.5 * whole < left < 0.9 * whole
+        run(decide(checked(source, **fields)), stopping=lambda: next(blocks))
+    assert estimate_time(checked(source, resume=True, **fields)).seconds < 0.7 * whole
 
 
-def test_every_long_command_says_what_it_will_take_and_what_it_took(tmp_path):
-    """In the same words."""
-    model, text = (
-        tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=2)),
-        tiny.text_file(tmp_path / "text.txt", 80),
-    )
-    words = ("--calibration", text, "--samples", 8, "--length", 32)
-    done("measure", model, "-o", tmp_path / "table.json")
-    done("plan", tmp_path / "table.json", "--allocator", "uniform", "--sparsity", "0.5", "-o", tmp_path / "plan.json")
-    for command in (
-        ("measure", model, "-o", tmp_path / "again.json"),
-        ("gradients", model, *words, "-o", tmp_path / "gradients.safetensors"),
-        ("prune", model, "--sparsity", 0.5, *words, "-o", tmp_path / "pruned"),
-        ("search", model, "--sparsity", 0.5, "--allocator", "atp", "--budget", 1, *words, "-o", tmp_path / "found"),
-        ("compare", model, "--sparsities", 0.5, "--data", text, *words, "-o", tmp_path / "grid"),
-        ("analyze", model, "--plan", tmp_path / "plan.json", *words),
-    ):
-        said = done(*command).err
-        assert said.count("About ") == said.count("It took ") == said.count("(estimated ") / 2 == 1, said
+@pytest.mark.slow
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt", "admm", "gblm"])
+def test_a_run_takes_the_measured_time(criterion, tmp_path, monkeypatch):
+    """Within a factor of 3, in processor time, which other work on the machine changes less than the clock."""
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
+    text = {} if criterion == "magnitude" else {"calibration": "stdlib:train", "samples": 32, "length": 256}
+    job = check(Request(MODEL, sparsity=0.5, criterion=criterion, output=tmp_path / "out", **text))
+    found = estimate_time(job).seconds
+    begun = time.process_time()
+    run(decide(job))
+    took = time.process_time() - begun
+    assert took / 3 < found + 0.1
+    assert found < 3 * took
+
+
+def test_a_dry_run_reads_the_model_one_block_at_a_time(tmp_path):
+    """A model larger than the memory can be tried."""
+    source = tiny.save(tmp_path / "model", tiny.llama())
+    job = check(Request(source, sparsity=0.5, criterion="magnitude"), dry_run=True)
+    assert all(layer.module.weight.is_meta for layer in job.opened.layers)
+
+
+def test_a_run_says_what_it_needs_and_what_it_needed(tmp_path):
+    source = tiny.save(tmp_path / "model", tiny.llama())
+    said = done("prune", source, "--sparsity", 0.5, "--criterion", "magnitude", "-o", tmp_path / "out").err
+    assert re.search(r"^About \d+\.\d\d GiB of memory and 0\.00 GiB of disk\.$", said, re.MULTILINE)
+    assert re.search(r"^Peak memory: \d+\.\d\d GiB \(estimated \d+\.\d\d\)\.$", said, re.MULTILINE)
+
+
+def test_the_page_has_the_numbers_of_the_formula():
+    rows = [
+        "| model | criterion | 1 process | 8 processes | `--allocator auto` |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {name} | {criterion} | {' | '.join(f'{value:.1f}' for value in cells)} |"
+            for name, shape in LARGE.items()
+            for criterion, cells in large(shape).items()
+        ),
+    ]
+    assert "\n".join(rows) in PAGE.read_text(encoding="utf-8"), "\n".join(rows)
+
+
+LARGE = {
+    "7B": {},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_key_value_heads": 8},
+    "405B": {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_key_value_heads": 16,
+        "vocab_size": 128256,
+    },
+}
+
+
+def large(shape: dict[str, int]) -> dict[str, list[float]]:
+    """GiB by criterion: with one process, with eight, and with the whole model in memory for `--allocator auto`."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=shape.get("hidden_size", 4096) // 128))
+    model, found = model.to(torch.bfloat16), {}
+    for criterion in ("magnitude", "wanda", "sparsegpt", "admm", "gblm"):
+        needs = CRITERIA.needs(criterion, CRITERIA.configure(criterion, {}))
+        text = {"tokens": 128 * 2048, "batch_tokens": 2048}
+        cases = [text, text | {"tokens": 16 * 2048}, text | {"streamed": False, "racing": True}]
+        found[criterion] = [
+            (PROCESS + peak_bytes(model, find_layers(model), criterion, needs, **case)) / 2**30 for case in cases
+        ]
+    return found

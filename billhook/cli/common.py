@@ -1,4 +1,4 @@
-"""What the commands share: options, progress, output and the way errors end a command."""
+"""What the commands share: options, output, progress with the time left, and error handling."""
 
 import functools
 import json
@@ -68,7 +68,7 @@ Advance = Callable[[str], None]  # called with the name of each finished item
 
 
 class Failure(Exception):
-    """Ends a command whose error was already shown."""
+    """Ends a command whose error has been printed."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
@@ -76,21 +76,21 @@ class Failure(Exception):
 
 
 def say(text: str) -> None:
-    """Tell a person something (stderr); of several processes, the first one does."""
+    """Print a message to stderr, in the first process only."""
     if rank():
         return
     print(text, file=sys.stderr, flush=True)
 
 
 def emit(value: dict[str, Any]) -> None:
-    """Print the one JSON object of --json; of several processes, the first one does."""
+    """Print the JSON object of --json to stdout, in the first process only."""
     if rank():
         return
     print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
 
 
 def print_error(message: str, code: int, as_json: bool) -> None:
-    """Show an error to a person (stderr) and, with --json, to a machine (stdout)."""
+    """Print an error to stderr and, with --json, as a JSON object to stdout."""
     who = f"billhook, process {rank()} of {processes()}" if started() else "billhook"
     print(f"{who}: {message}", file=sys.stderr, flush=True)
     if as_json:
@@ -99,7 +99,7 @@ def print_error(message: str, code: int, as_json: bool) -> None:
 
 
 def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors into a message and an exit code; with --json the message is also the JSON object."""
+    """Turn the errors of a command into a message and an exit code, printed by `print_error`."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -125,7 +125,7 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def graceful_interrupt() -> Iterator[Callable[[], bool]]:
-    """Note the first Ctrl-C instead of stopping: yields what tells whether there was one. The second stops at once."""
+    """Yield a function that says whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
     asked: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -158,7 +158,7 @@ def parse_settings(pairs: list[str] | None) -> dict[str, str]:
 
 
 def announce(estimate: "Estimate", device: str) -> None:
-    """Say what a job needs before it starts, and where less memory is free than that."""
+    """Print what a job needs, and a note if less memory is free."""
     from billhook.steps.estimate import free_gib
 
     say(f"About {estimate.memory_gib:.2f} GiB of memory and {estimate.disk_gib:.2f} GiB of disk.")
@@ -171,12 +171,12 @@ def announce(estimate: "Estimate", device: str) -> None:
 
 
 def layers_a_block(layers: "Sequence[Layer]") -> int:
-    """How many layers of a block take part, on average: after so many, progress is one block further."""
+    """The average number of these layers in a block."""
     return max(1, len(layers) // len({layer.block for layer in layers}))
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, in two digits or three."""
+    """A duration for people, in seconds, minutes or hours."""
     for unit, length in (("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * length:
             return f"{seconds / length:.{1 if seconds < 10 * length else 0}f} {unit}"
@@ -184,11 +184,10 @@ def duration(seconds: float) -> str:
 
 
 class TimeLeft:
-    """The time left of a job of equal units of work, corrected whenever one is finished; as a string, what to show.
+    """The time left in a job of `total` items, updated whenever `unit` of them are finished; str() is what to show.
 
-    `total` counts items, of which `unit` make a unit (the layers of a block: most of the time passes before the first
-    of them); the first `skipped` are of an earlier run and took no time. Between two units the time runs down, never
-    below zero.
+    The unit of pruning is the layers of a block: most of a block's time passes before its first layer is finished. The
+    first `skipped` items were finished by an earlier run. Between updates the time left counts down to zero.
     """
 
     def __init__(self, total: int | None, unit: int = 1, skipped: int = 0) -> None:
@@ -197,7 +196,7 @@ class TimeLeft:
         self.done = self._counted = 0
 
     def advance(self) -> None:
-        """Note a finished item."""
+        """Count a finished item."""
         self.done += 1
         if self.done <= self._skipped:
             self._start = time.monotonic()
@@ -206,7 +205,7 @@ class TimeLeft:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds left; None where the total is not known, or no unit is finished yet."""
+        """Seconds left; None if the total is unknown or no unit is finished yet."""
         if self._total is None or self._counted <= 0:
             return None
         rate = (self._last - self._start) / self._counted
@@ -219,10 +218,10 @@ class TimeLeft:
 
 @contextmanager
 def progress(what: str, total: int | None = None, *, unit: int = 1, skipped: int = 0) -> Iterator[Advance]:
-    """Show a bar with time left on a terminal, a line a minute elsewhere; yields a function to call with the name of
-    each finished item. `unit` and `skipped` are those of `TimeLeft`.
+    """Show a progress bar on a terminal and a line a minute elsewhere, both with the time left (see `TimeLeft`).
 
-    Elsewhere is a file, a pipe, a terminal that cannot move its cursor, and a notebook, where a bar would need widgets.
+    Yields a function to call with the name of each finished item. Elsewhere means a file, a pipe, a terminal without
+    cursor control, and a notebook, where the bar would need widgets.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -244,7 +243,7 @@ def progress(what: str, total: int | None = None, *, unit: int = 1, skipped: int
 
 
 def _lines(what: str, total: int | None, left: TimeLeft) -> Advance:
-    """The progress of long jobs in plain lines."""
+    """Progress as plain lines, at most one every `EVERY` seconds."""
     last = time.monotonic()
 
     def advance(item: str) -> None:
@@ -259,7 +258,9 @@ def _lines(what: str, total: int | None, left: TimeLeft) -> Advance:
 
 
 def table(title: str, header: list[str], rows: list[list[str]], numeric_from: int = 1) -> None:
-    """Print a table on stdout; columns from `numeric_from` on are right-aligned."""
+    """Print a table to stdout, in the first process only; columns from `numeric_from` on are right-aligned."""
+    if rank():
+        return
     from rich.console import Console
     from rich.table import Table
 

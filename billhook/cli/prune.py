@@ -28,7 +28,6 @@ from billhook.cli.groups import Text, Work, grouped
 if TYPE_CHECKING:
     from billhook.cli.events import Log
     from billhook.engine.loop import LayerResult
-    from billhook.steps.estimate import Estimate
     from billhook.steps.prune import Job, Report
     from billhook.steps.resolve import ResolvedRequest
 
@@ -112,10 +111,8 @@ def command(
     from billhook.distributed.collectives import distributed
     from billhook.errors import BillhookError
     from billhook.plan.allocators import presets
-    from billhook.steps.estimate import estimate
     from billhook.steps.prune import Request
     from billhook.steps.resolve import check
-    from billhook.steps.sample_run import estimate_time
 
     if output is None and not dry_run:
         raise BillhookError(
@@ -128,23 +125,16 @@ def command(
         allocator, sparsity, options = presets.apply(preset, allocator, sparsity, options)
     request = Request(
         model=model, sparsity=sparsity, output=output, criterion=criterion, allocator=allocator or "uniform",
-        pattern=pattern,
-        options=options, plan=plan, table=table_file, gradients=gradients, group=group, rounding=rounding,
-        refine=refine, **vars(text),
-        **work.fields(), overwrite=overwrite, resume=resume, spill_gib=spill_gib, pack=pack,
-        trust_remote_code=trust_remote_code,
+        pattern=pattern, options=options, plan=plan, table=table_file, gradients=gradients, group=group,
+        rounding=rounding, refine=refine, **vars(text), **work.fields(), overwrite=overwrite, resume=resume,
+        spill_gib=spill_gib, pack=pack, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     with distributed(work.device), Log(log_file, resume) as log:
-        draft = check(request, dry_run=dry_run)
-        needed = estimate_time(draft) if dry_run else estimate(draft)
-        announce(needed, work.device)
-        begun = time.perf_counter()
-        job = _decided(draft)
+        resolved = check(request, dry_run=dry_run)
         if dry_run:
-            _show(job, needed, time.perf_counter() - begun, as_json)
+            _show(resolved, as_json)
             return
-        finished = sum(layer.block < draft.done for layer in job.opened.layers)
-        report = _run(job, needed, finished, log)
+        report = _run(resolved, log)
     say(
         f"{report.output}: {report.sparsity:.4%} of {sum(x.n for x in report.layers):,} weights removed in "
         f"{report.seconds:.1f} s."
@@ -154,47 +144,33 @@ def command(
         emit(report.to_json())
 
 
-def _decided(draft: "ResolvedRequest") -> "Job":
+def _decided(resolved: "ResolvedRequest") -> "Job":
     """The job with its plan."""
     from billhook.steps.prune import decide
 
     with progress("measuring") as advance:
-        return decide(draft, advance)
+        return decide(resolved, advance)
 
 
-def _run(job: "Job", needed: "Estimate", finished: int, log: "Log") -> "Report":
-    """Prune, with every step in the log; the first `finished` layers were pruned by the run that is continued."""
-    from billhook.steps.estimate import peak_gib
+def _run(resolved: "ResolvedRequest", log: "Log") -> "Report":
+    """Prune, with every step in the log."""
+    from billhook.steps.estimate import estimate, peak_gib
     from billhook.steps.prune import run
 
-    request = job.request
-    facts = {
-        "model": job.opened.facts,
-        "criterion": request.criterion,
-        "pattern": str(job.plan.pattern),
-        "target": job.plan.target,
-    }
-    log.event(
-        "start",
-        billhook=__version__,
-        **facts,
-        layers=len(job.opened.layers),
-        resume=request.resume,
-        estimate=needed.to_json(),
-    )
+    needed = estimate(resolved)
+    announce(needed, resolved.request.device)
+    job = _decided(resolved)
+    request, opened = job.request, job.opened
+    method = {"criterion": request.criterion, "pattern": str(job.plan.pattern), "target": job.plan.target}
+    facts = {"model": opened.facts, **method, "layers": len(opened.layers), "resume": request.resume}
+    log.event("start", billhook=__version__, **facts, estimate=needed.to_json())
 
     def note(x: "LayerResult") -> None:
-        log.event(
-            "layer",
-            layer=x.layer,
-            sparsity=x.sparsity,
-            planned=x.planned,
-            error=x.error,
-            layer_seconds=round(x.seconds, 3),
-        )
+        result = {"layer": x.layer, "sparsity": x.sparsity, "planned": x.planned, "error": x.error}
+        log.event("layer", **result, layer_seconds=round(x.seconds, 3))
 
-    unit = layers_a_block(job.opened.layers)
-    with progress("pruning", job.steps, unit=unit, skipped=finished) as advance, graceful_interrupt() as stopping:
+    unit, before = layers_a_block(opened.layers), sum(layer.block < resolved.done for layer in opened.layers)
+    with progress("pruning", job.steps, unit=unit, skipped=before) as advance, graceful_interrupt() as stopping:
         report = run(job, advance, stopping, note)
     for warning in report.warnings:
         say(f"note: {warning}")
@@ -205,8 +181,15 @@ def _run(job: "Job", needed: "Estimate", finished: int, log: "Log") -> "Report":
     return report
 
 
-def _show(job: "Job", needed: "Estimate", planning: float, as_json: bool) -> None:
-    """Print the dry run, in which making the plan took `planning` seconds: one row a layer."""
+def _show(resolved: "ResolvedRequest", as_json: bool) -> None:
+    """Print the dry run: one row a layer."""
+    from billhook.steps.sample_run import estimate_time
+
+    needed = estimate_time(resolved)
+    announce(needed, resolved.request.device)
+    begun = time.perf_counter()
+    job = _decided(resolved)
+    planning = time.perf_counter() - begun
     layers = job.opened.layers
     if as_json:
         listed = {x.name: {"shape": list(x.shape), "sparsity": job.plan.sparsity[x.name]} for x in layers}

@@ -72,9 +72,8 @@ def peak_bytes(
     hidden, limit, columns = tokens * width * size, spill_gib * 2**30, max(x.shape[1] for x in layers)
     kept = min(hidden, limit)  # of one list of hidden states
     total = n_bytes(model) - (sum(each) - max(each) if streamed else 0)
-    total += (12 if criterion == "admm" else 5) * 4 * max(counts) + (
-        criterion == "admm"
-    ) * ROWS  # float32 copies of a layer
+    copies, systems = (12, ROWS) if criterion == "admm" else (5, 0)
+    total += copies * 4 * max(counts) + systems  # the largest layer in float32: weight, scores, result, ...
     if needs or refine:  # hidden states, and the widest activations of a batch, in the model's type and in float32
         total += kept + (6 * size + 2 * 4) * batch_tokens * max(max(x.shape) for x in layers)
     if "drift" in needs:  # the dense block and its hidden states; drift, Gram matrix, factor and inverse of one input
@@ -94,21 +93,21 @@ def peak_bytes(
     return total
 
 
-def estimate(draft: ResolvedRequest) -> Estimate:
+def estimate(resolved: ResolvedRequest) -> Estimate:
     """Memory and disk of a checked request."""
-    request, opened = draft.request, draft.opened
+    request, opened = resolved.request, resolved.opened
     model, refine, sizes = opened.model, request.refine != "none", [ids.numel() for ids in opened.batches]
-    needs = set(CRITERIA.needs(request.criterion, draft.criterion_options))
-    needs -= set() if draft.gradients is None else set(GRADIENTS)
+    needs = set(CRITERIA.needs(request.criterion, resolved.criterion_options))
+    needs -= set() if resolved.gradients is None else set(GRADIENTS)
     tokens = sum(sizes) // world()
     memory = peak_bytes(
         model, opened.layers, request.criterion, needs, tokens=tokens, batch_tokens=max(sizes, default=0),
-        streamed=stream_of(model) is not None, racing=draft.plan is None and request.allocator == AUTO,
+        streamed=stream_of(model) is not None, racing=resolved.plan is None and request.allocator == AUTO,
         refine=refine, spill_gib=request.spill_gib,
     )  # fmt: skip
     hidden = tokens * model.config.get_text_config(decoder=True).hidden_size * model.dtype.itemsize
     lists = (1 + ("drift" in needs) + 2 * refine) * bool(needs or refine)
-    disk = n_bytes(model) * (2 if draft.packed else 1) + lists * max(0.0, hidden - request.spill_gib * 2**30)
+    disk = n_bytes(model) * (2 if resolved.packed else 1) + lists * max(0.0, hidden - request.spill_gib * 2**30)
     disk += 4 * sum(math.prod(x.shape) for x in opened.layers) * bool(needs & set(GRADIENTS))
     return Estimate(round((PROCESS + memory) / 2**30, 3), round(disk / 2**30, 3))
 
