@@ -161,7 +161,7 @@ def test_every_public_name_is_there():
         assert getattr(billhook, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
         _ = billhook.nothing
-    with pytest.raises(AttributeError, match=r"billhook\.SparsityPlan is now billhook\.Plan"):
+    with pytest.raises(AttributeError, match=r"billhook\.SparsityPlan was removed: use billhook\.Plan"):
         _ = billhook.SparsityPlan
 
 
