@@ -13,10 +13,11 @@ from typing import Any, Literal
 from page_parts import NOTE, prose, summary, table, title_and_text
 
 from billhook.architectures.layers import FAMILIES
+from billhook.measurement import METRICS
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
 from billhook.plan.allocators.presets import PRESETS
-from billhook.plan.metrics import CURVES, FACTS, METRICS, Metric
+from billhook.plan.metrics import CURVES, FACTS, Metric
 from billhook.registry import Registry
 
 OTHERS = {  # pages of modules that are not registered methods
@@ -57,7 +58,7 @@ def _links() -> dict[str, str]:
 
 
 def _family(metric: Metric) -> str:
-    return metric.place.partition(":")[0].rpartition(".")[2]
+    return METRICS.get(metric.name).__module__.rpartition(".")[2]
 
 
 def _head(module: ModuleType, name: str, links: dict[str, str]) -> list[str]:
@@ -103,7 +104,7 @@ def _values(kind: Any) -> str:
 def _metrics(family: str, links: dict[str, str]) -> str:
     """The page of the metrics that one module computes."""
     members = [metric for metric in COLUMNS.values() if _family(metric) == family]
-    place = members[0].place.partition(":")[0]
+    place = METRICS.get(members[0].name).__module__
     parts = _head(importlib.import_module(place), family, links)
     for more in MORE.get(family, ()):
         title, text = title_and_text(importlib.import_module(f"{place.rpartition('.')[0]}.{more}"))

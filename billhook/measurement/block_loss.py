@@ -1,7 +1,7 @@
-"""How much the model's loss rises when one block alone is pruned: the column `block_loss`.
+"""The column `block_loss`: how much the model's loss rises when one block alone is pruned.
 
 Each block in turn is pruned by magnitude (comparison group: the layer), the loss on the text is measured, and the
-weights are restored. It costs one evaluation of the text for each block and one more, and says nothing about how blocks
+weights are restored. Cost: one evaluation of the text per block and one of the dense model. It does not show how blocks
 that are pruned together interact.
 """
 

@@ -1,9 +1,9 @@
-"""How much of the model's KL divergence is due to each layer when all layers lose the same: the column `loss_share`.
+"""The column `loss_share`: each layer's part of the KL divergence when all layers are pruned to the same sparsity.
 
 The model is pruned to `MIDDLE` everywhere, block by block as `billhook prune` does, and one backward pass of the
-divergence from the dense model's predictions gives each layer's share (`billhook.trials.attribution`). The criterion
-sees all windows but the last `WINDOWS` (at most half of them), on which the divergence is measured. A copy of the
-weights is in memory meanwhile.
+divergence from the dense model's predictions gives each layer's share (`billhook.trials.attribution`). The divergence
+is measured on the last `WINDOWS` windows (at most half of them); the criterion is calibrated on the others. Memory: a
+second copy of the weights.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def loss_share(
     *,
     criterion: str = "admm",
 ) -> dict[str, float]:
-    """The shares by layer name, in nats a token; the model, which is entirely in memory, has its weights restored.
+    """Shares by layer name, in nats per token; the weights, which must all be in memory, are restored.
 
     Raises BillhookError for fewer than two rows of samples.
     """
@@ -47,7 +47,7 @@ def loss_share(
     rows = rows_of(samples)
     if rows < 2:
         raise BillhookError(
-            "The metric loss_share needs two windows of text or more: give more --samples, or a smaller --length."
+            "The metric loss_share needs two windows of text: use more --samples or a smaller --length."
         )
     last = min(WINDOWS, rows // 2)
     plan = Plan.of_sparsities(MIDDLE, Pattern(), {layer.name: MIDDLE for layer in layers})

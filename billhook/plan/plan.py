@@ -1,7 +1,4 @@
-"""The plan: what becomes of each weight, for one budget. A person can read, edit and diff it.
-
-`check` finds everything that is wrong with a plan for a model before any weight changes.
-"""
+"""The plan: the spec of each weight, for one budget, in a file that people can read, edit and compare."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,15 +21,13 @@ Kind = Literal["sparsity", "bytes", "parameters"]
 def check_target(sparsity: Any) -> float:
     """Return a global sparsity, or raise BillhookError unless it is a number in [0, 1)."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise BillhookError(
-            f"Sparsity must be a number in [0, 1), the fraction removed; got {sparsity!r:.40}. Use 0.5 for half."
-        )
+        raise BillhookError(f"Sparsity must be a number in [0, 1), the fraction removed; got {sparsity!r:.40}.")
     return float(sparsity)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a plan has to meet, `{kind: value}` in json.
+    """The target of a plan, `{kind: value}` in JSON.
 
     * `sparsity`: the parameter-weighted mean of the sparsities, in [0, 1);
     * `bytes`: bytes of all weights as stored, a positive integer;
@@ -61,19 +56,18 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of each weight. The fields are those of plan.json, which has `version` (2) besides.
+    """The spec of each weight. The fields are those of plan.json, which also has `version` (2).
 
-    * `budget`: what the plan was made for, such as `{"sparsity": 0.5}` (see `Budget`). The weights decide what is
-      done; whoever edits them should edit the budget too.
-    * `weights`: layer name -> `Spec`, every layer that the plan is for and no other: a sparsity such as 0.5, an N:M
-      pattern such as "2:4", or a storage type such as "q4_k".
-    * `units`: unit name -> how many of its parts are kept, such as `{"layers.3.mlp:channels": 256}`; left out in json
-      where there are none.
+    * `budget`: the target, such as `{"sparsity": 0.5}` (see `Budget`). The weights are what is applied; whoever edits
+      them should edit the budget too.
+    * `weights`: layer name -> `Spec` for exactly the layers of the plan: a sparsity such as 0.5, an N:M pattern such as
+      "2:4", or a storage type such as "q4_k".
+    * `units`: unit name -> number of kept parts, such as `{"layers.3.mlp:channels": 256}`; omitted in JSON if empty.
     * `made_by`: how the plan was made; may be empty. `allocator` is the allocator's name, `options` its options with
       defaults filled in, `paper` its source, `model` the measured model (name, type, digest), `metrics` the values it
       read (column, layer, value), `spectra` the spectra of up to three layers (`spectrum_quantiles` of the table).
 
-    A layer of n weights and sparsity s loses a whole number of weights that is less than 1 away from s n, and the
+    A layer of n weights and sparsity s loses a whole number of weights that differs from s n by less than 1, and the
     total is the budget rounded once (see `zeros`). Version 1 of plan.json, with `target`, `pattern` and `sparsity`, is
     read too.
     """
@@ -94,7 +88,7 @@ class Plan:
         weights = {}
         for name, s in sparsity.items():
             if not 0 <= s <= 1:
-                raise BillhookError(f"The plan asks for sparsity {s} in {name}: it must be in [0, 1].")
+                raise BillhookError(f"The plan has sparsity {s} in {name}: it must be in [0, 1].")
             try:
                 weights[name] = Spec.of_sparsity(s, pattern)
             except BillhookError as error:
@@ -103,7 +97,7 @@ class Plan:
 
     @property
     def target(self) -> float:
-        """The sparsity asked for; raises BillhookError for another budget."""
+        """The requested sparsity; raises BillhookError for another kind of budget."""
         if self.budget.kind != "sparsity":
             raise BillhookError(f"This plan has a budget in {self.budget.kind}, not a sparsity.")
         return self.budget.value
@@ -128,25 +122,22 @@ class Plan:
         missing = [name for name in shapes if name not in self.weights]
         extra = [name for name in self.weights if name not in shapes]
         if missing or extra:
-            first = missing[0] if missing else extra[0]
+            first = [*missing, *extra][0]
             raise BillhookError(
-                f"The plan is not for this model: {len(missing)} of its layers are not in the plan and "
-                f"{len(extra)} of the plan's "
-                f"are not in the model (first: {first}).{hint(first, extra if missing else shapes)} Make one "
-                "with billhook plan."
+                f"The plan is not for this model: {len(missing)} of its layers are not in the plan and {len(extra)} of "
+                f"the plan's are not in the model (first: {first}).{hint(first, extra if missing else shapes)}"
             )
         for name, spec in self.weights.items():
             columns = shapes[name][1]
             if columns % spec.block:
                 what = f"Pattern {spec.pattern}" if spec.type is None else f"Type {spec.type}"
-                another = "pattern" if spec.type is None else "type"
                 raise BillhookError(
-                    f"{what} is impossible for {name}: its {columns} columns do not divide by {spec.block}. "
-                    f"Leave it out with --ignore {name}, or use another {another}."
+                    f"{what} is impossible for {name}: its {columns} columns do not divide by {spec.block}. Leave "
+                    f"it out with --ignore {name}, or use another {what.split()[0].lower()}."
                 )
 
     def check_sparsities(self, user: str = "billhook prune") -> None:
-        """Raise BillhookError unless the plan has sparsities alone, which is all that `user` applies."""
+        """Raise BillhookError unless the plan has only sparsities, which the command `user` applies."""
         types = list(dict.fromkeys(spec.type for spec in self.weights.values() if spec.type))
         if types:
             what = f"stores layers as {', '.join(types[:3])}{' ...' if len(types) > 3 else ''}"
@@ -170,9 +161,7 @@ class Plan:
         total = 0
         for name, spec in self.weights.items():
             if spec.type is None:
-                raise BillhookError(
-                    f"{name} has a sparsity and no storage type: its bytes depend on how it is written."
-                )
+                raise BillhookError(f"{name} has a sparsity and no storage type, so its bytes are not known.")
             total += stored_bytes(spec.type, shapes[name])
         return total
 
@@ -210,9 +199,7 @@ def load_plan(path: str | Path) -> Plan:
 def _version_2(value: Mapping[str, Any]) -> Plan:
     weights, units = value.get("weights", {}), value.get("units", {})
     if not isinstance(weights, dict) or not isinstance(units, dict) or not (weights or units):
-        raise BillhookError(
-            "'weights' must be an object of layer names and what becomes of each, 'units' one of counts."
-        )
+        raise BillhookError("'weights' must be an object of layer names and specs, 'units' one of counts.")
     specs = {}
     for name, spec in weights.items():
         try:
@@ -221,7 +208,7 @@ def _version_2(value: Mapping[str, Any]) -> Plan:
             raise BillhookError(f"{name}: {error}") from None
     for name, kept in units.items():
         if type(kept) is not int or kept < 0:
-            raise BillhookError(f"unit {name}: how many parts are kept must be a whole number, got {kept!r:.40}.")
+            raise BillhookError(f"unit {name}: the number of kept parts must be a whole number, got {kept!r:.40}.")
     return Plan(Budget.parse(value.get("budget")), specs, units, _made_by(value))
 
 

@@ -49,8 +49,7 @@ def at(curve: Sequence[float], s: float) -> float:
 
 
 def cheapest(curves: Sequence[Sequence[float]], n: Sequence[int], target: float, ceiling: float = 1.0) -> list[float]:
-    """Minimize the sum of the curves' lower convex hulls at s_l <= `ceiling`, with the n-weighted mean of s_l equal to
-    `target`."""
+    """Minimize the sum of the curves' lower convex hulls at s_l <= `ceiling`, with n-weighted mean `target`."""
     segments = []
     for layer, curve in enumerate(curves):
         for (a, x), (b, y) in _hull(curve, ceiling):
@@ -75,9 +74,10 @@ def _hull(curve: Sequence[float], ceiling: float) -> list[tuple[tuple[float, flo
     points.append((ceiling, at(curve, ceiling)))
     hull: list[tuple[float, float]] = []
     for s, value in points:
-        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (s - hull[-1][0]) >= (value - hull[-1][1]) * (
-            hull[-1][0] - hull[-2][0]
-        ):
+        while len(hull) > 1:
+            (a, x), (b, y) = hull[-2:]
+            if (y - x) * (s - b) < (value - y) * (b - a):
+                break
             hull.pop()
         hull.append((s, value))
     return list(pairwise(hull))
