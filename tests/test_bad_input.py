@@ -75,15 +75,24 @@ def test_weights_that_are_not_finite(place, bad):
     weights = load_file("model/model.safetensors")
     weights[f"{UP}.weight"][3, 5] = bad
     save_file(weights, "model/model.safetensors", metadata={"format": "pt"})
-    refused(place, *PRUNE, match=rf"{UP} holds 1 weights that are NaN or infinite: repair the checkpoint")
-    refused(place, "measure", "model", "-o", "other.json", match=f"{UP} holds 1 weights")
+    refused(place, *PRUNE, match=rf"{UP}\.weight holds 1 NaN or infinite weights: repair the checkpoint")
+    refused(place, "measure", "model", "-o", "other.json", match=rf"{UP}\.weight holds 1 NaN")
 
 
-def test_embeddings_that_are_not_finite(place):
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"]
+)
+def test_weights_outside_the_layers_that_are_not_finite(place, name):
     weights = load_file("model/model.safetensors")
-    weights["model.embed_tokens.weight"][:] = float("nan")
+    weights[name][..., 2] = float("nan")
     save_file(weights, "model/model.safetensors", metadata={"format": "pt"})
-    refused(place, *PRUNE, match="NaN", code=1)
+    refused(place, *PRUNE, match=rf"{name} holds \d+ NaN or infinite weights")
+    refused(place, "generate", "model", "a", match="predictions are NaN", code=1)
+
+
+def test_a_quantization_config_of_null_is_none(place):
+    edit("model/config.json", quantization_config=None)
+    done(*PRUNE, "--dry-run")
 
 
 def test_another_kind_of_model(place):

@@ -87,7 +87,7 @@ def find_layers(model: PreTrainedModel) -> list[Layer]:
 
 
 def _routes(kind: str, module: nn.Module, experts: Collection[int]) -> bool:
-    """Whether a module inside a block is (part of) a router: by its path, or a linear layer with an output per expert."""
+    """Whether a module inside a block routes tokens: by its path, or as a linear layer with one output per expert."""
     parts = kind.split(".")
     if any(part in ROUTERS or "router" in part for part in parts):
         return True

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from billhook.architectures.config import context_length
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import quiet
 
 
@@ -57,6 +58,13 @@ class Clock(BaseStreamer):
         """Called by `generate` after the last token."""
 
 
+def _refuse_nan(ids: Tensor, logits: Tensor) -> Tensor:
+    """A logits processor that raises JobError for NaN, of which greedy decoding would make token 0."""
+    if logits.isnan().any():
+        raise JobError("The model's predictions are NaN: check its weights, or try another --dtype.")
+    return logits
+
+
 def generate(
     model: PreTrainedModel, ids: Tensor, new: int, *, stop: bool = True, token: Callable[[Tensor], None] | None = None
 ) -> Generated:
@@ -72,13 +80,14 @@ def generate(
         tokens = f"{ids.shape[1]} tokens of prompt and {new} new ones"
         raise BillhookError(f"{tokens} do not fit the model's context of {context}.")
     clock = Clock(token or (lambda ids: None))
-    options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "num_beams": 1}
+    options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "num_beams": 1, "use_cache": True}
+    options |= {"streamer": clock, "logits_processor": LogitsProcessorList([_refuse_nan])}
     options |= {"temperature": None, "top_p": None, "top_k": None}
     if not stop:
         options |= {"min_new_tokens": new, "eos_token_id": None}
     ids = ids.to(model.device)
     with torch.no_grad(), quiet():
         start = time.perf_counter()
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, use_cache=True, **options)  # type: ignore[operator]
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
     assert isinstance(out, Tensor)
     return Generated(out.cpu(), ids.shape[1], clock.times[1] - start, clock.times[-1] - clock.times[1])

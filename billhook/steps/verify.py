@@ -73,7 +73,8 @@ def verify(directory: str | Path, progress: Callable[[int, int], None] | None = 
             *_unlisted(directory, record.files),
             *_check_config(directory),
         ]
-        return _check_record(directory, record, problems, *_open(directory), progress)
+        shards, damaged = _open(directory)
+        return _check_record(directory, record, [*problems, *_check_finite(shards)], shards, damaged, progress)
     from billhook.packed.check import examine
 
     seen = examine(directory)
@@ -112,6 +113,12 @@ def _check_record(
         if progress is not None:
             progress(done, len(expected))
     return Verification(str(directory), len(record.steps), counted, found, weights, problems)
+
+
+def _check_finite(shards: Sequence[Shard]) -> list[str]:
+    """The tensors with NaN or infinite values."""
+    found = [entry.name for shard in shards for entry in shard.entries.values() if not shard.finite(entry)]
+    return [f"{name} holds NaN or infinite values." for name in found]
 
 
 def _check_chain(record: Record) -> Iterator[str]:

@@ -38,7 +38,8 @@ _BITS = {
     "U8": 8,
 }
 _BITS |= {"BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4}
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}  # all set: NaN or infinity
+_FLOATS = tuple(_EXPONENTS)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,20 @@ class Shard:
         magnitude = kind.type((1 << (bits - 1)) - 1)  # every bit but the sign
         found: np.ndarray = (values & magnitude == 0).reshape(shape)
         return found
+
+    def finite(self, entry: Entry) -> bool:
+        """Whether a tensor holds neither NaN nor infinity; True for one that is not of floating-point numbers."""
+        if entry.dtype not in _FLOATS:
+            return True
+        bits = _BITS[entry.dtype]
+        kind = np.dtype(f"<u{bits // 8}")
+        exponent = kind.type(_EXPONENTS[entry.dtype])
+        for start in range(entry.start, entry.stop, _CHUNK):
+            count = (min(entry.stop, start + _CHUNK) - start) // kind.itemsize
+            values = np.fromfile(self.path, dtype=kind, count=count, offset=start)
+            if (values & exponent == exponent).any():
+                return False
+        return True
 
 
 def read_shard(path: Path) -> Shard:
