@@ -48,7 +48,7 @@ def test_papers_sampling_is_the_published_one(tokenizer, tmp_path, seed):
 
 def test_papers_sampling_with_one_long_document_among_many_short_ones(tokenizer, tmp_path, monkeypatch):
     """The search for a document that is long enough happens once and does not disturb the draws."""
-    monkeypatch.setattr(sampling, "_MISSES", 3)
+    monkeypatch.setattr(text_sampling, "_MISSES", 3)
     documents = ["short"] * 40 + ["x" * 100]
     found = load_calibration(jsonl(tmp_path / "a.jsonl", documents), tokenizer, samples=4, length=64, sampling="papers")
     assert torch.equal(found.ids, published(documents, tokenizer, 4, 64, 0))
