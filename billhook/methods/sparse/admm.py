@@ -145,20 +145,20 @@ def _alternate(X: Tensor, H: Tensor, select: Select, steps: int, rho: float) -> 
     inverse, before = _inverse(H, rho), None
     U, V = torch.zeros_like(X), X
     for step in range(1, steps + 1):
-        all_reduce_ = V + U
+        total = V + U
         share = 1 - (1 - step / ramp) ** 3 if step < ramp else 1.0
-        keep = replace(select, sparsity=select.sparsity * share, zeros=round(select.zeros * share))(all_reduce_.abs())
-        Z = all_reduce_ * keep
-        U = all_reduce_ - Z
+        keep = replace(select, sparsity=select.sparsity * share, zeros=round(select.zeros * share))(total.abs())
+        Z = total * keep
+        U = total - Z
         if ramp <= step < steps and step % 3 == 0:
             changed = 1.0 if before is None else float((keep ^ before).sum()) / 2 / max(int(keep.sum()), 1)
             if changed == 0:
-                return keep, all_reduce_
+                return keep, total
             rise, before = next(rise for least, rise in _RISES if changed > least), keep
             rho, U, inverse = rho * rise, U / rise, _inverse(H, rho * rise)
         V = torch.addmm(X, Z - U - X, inverse, alpha=rho)
-    all_reduce_ = V + U
-    return select(all_reduce_.abs()), all_reduce_
+    total = V + U
+    return select(total.abs()), total
 
 
 def _inverse(H: Tensor, rho: float) -> Tensor:
