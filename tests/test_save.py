@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import billhook.store.directory as save
+import billhook.store.sinks as sinks
 from billhook.architectures.layers import find_layers
 from billhook.errors import BillhookError, JobError
 from billhook.plan.plan import Plan
@@ -235,12 +236,12 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 @pytest.mark.parametrize(
     "where",
     [
-        (save, "put", 1),
-        (save, "lay_out", 1),
-        (save.shutil, "copyfile", 2),
+        (sinks, "put", 1),
+        (sinks, "lay_out", 1),
+        (shutil, "copyfile", 2),
         (save, "write_json", 0),
-        (save.os, "rename", 0),
-        (save.os, "fsync", 1),
+        (os, "rename", 0),
+        (os, "fsync", 1),
     ],
 )
 @pytest.mark.parametrize(
@@ -271,7 +272,7 @@ def test_a_failed_replacement_leaves_the_old_output(source, tmp_path, monkeypatc
             raise error
         real(*args)
 
-    monkeypatch.setattr(save.os, "rename", rename)
+    monkeypatch.setattr(os, "rename", rename)
     with pytest.raises((JobError, KeyboardInterrupt)):
         save_pruned(model, source, out, overwrite=True)
     assert contents(out) == before

@@ -14,8 +14,8 @@ The same race chooses a hyperparameter that is given as `auto`, such as `--alloc
 always among the candidates, so the plan is never worse than uniform on the held-out windows. If the text is too short
 to be split, the plan is uniform and its record says why.
 
-Cost: a prune and a backward pass for each of three to five candidates. The model and a copy of its prunable weights must
-fit in memory. AlphaPruning, ATP, OWL and DLP are left out: with any hyperparameter they lost to the fourth round.
+Cost: a prune and a backward pass for each of three to five candidates. The model and a copy of its prunable weights
+must fit in memory. AlphaPruning, ATP, OWL and DLP are left out: with any hyperparameter they lost to the fourth round.
 
 Limits: `billhook plan` has no model to try plans on; it offers `curves` instead.
 """

@@ -97,11 +97,11 @@ def peak_bytes(
     return total
 
 
-def estimate(draft: ResolvedRequest) -> Estimate:
+def estimate(resolved: ResolvedRequest) -> Estimate:
     """Memory and disk of a checked request."""
-    request, opened, method = draft.request, draft.opened, draft.method
+    request, opened, method = resolved.request, resolved.opened, resolved.method
     model, refine = opened.model, request.refine != "none"
-    needs = set(method.needs) - (set() if draft.gradients is None else set(GRADIENTS))
+    needs = set(method.needs) - (set() if resolved.gradients is None else set(GRADIENTS))
     sizes = [main_input(model, batch).numel() for batch in opened.batches]
     tokens = sum(sizes) // world()
     memory = peak_bytes(
@@ -112,12 +112,12 @@ def estimate(draft: ResolvedRequest) -> Estimate:
         tokens=tokens,
         batch_tokens=max(sizes, default=0),
         resources=opened.resources,
-        racing=draft.plan is None and is_raced(request.allocator, draft.allocator_options),
+        racing=resolved.plan is None and is_raced(request.allocator, resolved.allocator_options),
         refine=refine,
     )
     hidden = tokens * text_config(model.config).hidden_size * model.dtype.itemsize
     stores = (1 + ("drift" in needs) + 2 * refine) * bool(needs or refine)
-    disk = n_bytes(model) * (2 if draft.packed else 1) + stores * max(0.0, hidden - request.spill_gib * 2**30)
+    disk = n_bytes(model) * (2 if resolved.packed else 1) + stores * max(0.0, hidden - request.spill_gib * 2**30)
     disk += 4 * sum(math.prod(x.shape) for x in opened.layers) * bool(needs & set(GRADIENTS))
     return Estimate(round((PROCESS + memory) / 2**30, 3), round(disk / 2**30, 3))
 
