@@ -11,7 +11,7 @@ from documents import jsonl, texts
 from safetensors.torch import save_file
 
 from billhook.errors import BillhookError
-from billhook.text import corpus, sampling
+from billhook.text import corpus, sampling, windows
 from billhook.text.windows import check_ids, digest, load_calibration, load_windows
 
 

@@ -77,6 +77,32 @@ def test_a_sweep_loads_no_torch() -> None:
     )
 
 
+def test_the_task_of_the_guide_scores_one_token_of_a_window() -> None:
+    import tiny
+    import torch
+
+    (code,) = blocks(ROOT / "docs" / "add_a_method.md", "run: task")
+    names: dict[str, Any] = {"__name__": "last_token"}
+    exec(compile(code, "last_token.py", "exec"), names)
+    ids = torch.randint(0, 50, (3, 8), generator=torch.Generator().manual_seed(0))
+    found = billhook.evaluate(tiny.llama(), ids, scoring=names["TASK"])
+    assert (found.tokens, found.protocol) == (3, "perplexity of the last token of each window")
+
+
+def test_the_sink_of_the_guide_writes_all_weights(tmp_path: Path) -> None:
+    import tiny
+    from safetensors.torch import load_file
+
+    (code,) = blocks(ROOT / "docs" / "add_a_method.md", "run: sink")
+    names: dict[str, Any] = {"__name__": "one_file"}
+    exec(compile(code, "one_file.py", "exec"), names)
+    model = tiny.llama()
+    names["OneFile"](model).write_all(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    assert all(written[name].equal(model.state_dict()[name]) for name in written)
+    assert len(written) >= len(list(model.parameters())) - 1
+
+
 def test_the_methods_of_the_guide_are_short_pages(tmp_path: Path) -> None:
     for mark in ("allocator", "criterion"):
         (code,) = blocks(ROOT / "docs" / "add_a_method.md", f"run: {mark}")

@@ -19,7 +19,7 @@ from test_docs import PAGES, ROOT
 
 MODEL = ROOT / "billhook" / "demo_model"
 GENERATED = {"cli.md"}
-ELSEWHERE = {"allocator", "criterion", "with the plugin"}  # `run:` marks of blocks that test_docs runs
+ELSEWHERE = {"allocator", "criterion", "task", "sink", "with the plugin"}  # `run:` marks of blocks that test_docs runs
 NOT_RUN = {
     ("README.md", "installs and tests the package"),
     ("README.md", "starts processes; tests/test_ranks.py does"),

@@ -1,4 +1,4 @@
-"""The command line: one file a command, nothing heavy imported until a command runs.
+"""The command line: one module per command, which imports nothing heavy before its command runs.
 
 Exit codes: 0 done, 1 the job failed, 2 wrong usage. With --json exactly one JSON object goes to stdout, all else to
 stderr.
@@ -31,20 +31,20 @@ from billhook.cli import (
     unpack,
     verify,
 )
-from billhook.cli.common import Failure, print_error
+from billhook.cli.common import Failure, handle_errors, print_error
+from billhook.cli.options import grouped
 from billhook.distributed.torchrun import started
 
-_UsageError: Any = typer.BadParameter.__bases__[0]  # click's own, of which typer has a copy inside since 0.27
+_UsageError: Any = typer.BadParameter.__bases__[0]  # click's class; typer bundles a copy of click since 0.27
 
-_SEVERAL = ("measure", "prune")  # commands that share their work under torchrun
-# Commands and options that are no more, with what to use instead.
-REMOVED = {
+_DISTRIBUTED = ("measure", "prune")  # commands that run in several processes under torchrun
+REMOVED = {  # removed commands and options, and what to use instead
     "analyze": "billhook compare MODEL --plans PLAN,PLAN --errors --data SOURCE --output DIR",
     "write": "a calibration SOURCE that begins with self: (--calibration self:)",
     "--rounding": "--published",
     "--sampling": "--published",
     "--mode": "--published",
-    "--finalists": "--budget, which says how many plans are tried: each of them is pruned in full now",
+    "--finalists": "--budget, the number of plans to try, each of which is now pruned in full",
 }
 
 app = typer.Typer(
@@ -56,10 +56,11 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 _FIRST = (prune, search, measure, gradients, plan, evaluate, compare, report, verify)
 for module in (*_FIRST, pack, unpack, generate, bench, ls, demo, plot):
-    app.command(module.NAME, epilog=module.EXAMPLES)(module.command)
+    app.command(module.NAME, epilog=module.EXAMPLES)(handle_errors(grouped(module.command)))
 
 
 def _version(wanted: bool) -> None:
@@ -68,28 +69,23 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+_VERSION = typer.Option(False, "--version", help="Print the version and stop.", callback=_version, is_eager=True)
+
+
 @app.callback()
-def _root(
-    context: typer.Context,
-    version: bool = typer.Option(
-        False, "--version", help="Print the version and stop.", callback=_version, is_eager=True
-    ),
-) -> None:
-    if started() and context.invoked_subcommand not in _SEVERAL:
-        print_error(
-            f"{context.invoked_subcommand} runs in one process: start it without torchrun "
-            f"({' and '.join(_SEVERAL)} run in several).",
-            2,
-            False,
-        )
+def _root(context: typer.Context, version: bool = _VERSION) -> None:
+    command = context.invoked_subcommand
+    if started() and command not in _DISTRIBUTED:
+        commands = " and ".join(_DISTRIBUTED)
+        print_error(f"{command} runs in one process: start it without torchrun ({commands} run in several).", 2, False)
         raise typer.Exit(2)
-    if context.invoked_subcommand is None:
+    if command is None:
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(2)
 
 
 def _explained(message: str, command: str) -> str:
-    """What is wrong with the usage of a command, and what to do."""
+    """A message about wrong usage, and what to do."""
     unknown = re.match(r"No such (?:command|option):? '?([\w-]+)", message)
     if unknown and unknown[1] in REMOVED:
         return f"{unknown[1]} was removed. Use {REMOVED[unknown[1]]}."
@@ -99,11 +95,10 @@ def _explained(message: str, command: str) -> str:
 
 def main() -> None:
     """Run the command line; a mistake or failure is one message on stderr and an exit code, never a traceback."""
-    # read when torch is loaded: threads that spin while they wait take the cores of those that compute
+    # set before torch is loaded: threads that spin while they wait would slow down those that compute
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # what a batch system sends ends a run as Ctrl-C does: tidily
+    # batch systems send SIGTERM, which then ends a run as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(standalone_mode=False)
     except Failure as failure:

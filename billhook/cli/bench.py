@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from billhook.cli.common import Device, Dtype, Json, TrustRemoteCode, emit, handle_errors, progress, say, table
+from billhook.cli.common import emit, numbers, progress, say, table
+from billhook.cli.options import Json, Loading
 
 if TYPE_CHECKING:
     from billhook.packed.benchmark import Side, Spread
@@ -17,9 +18,9 @@ Examples:
   billhook bench ./packed --against ./pruned
   billhook bench ./packed-50 ./packed-60 ./packed-70 --against ./dense --batch 1 --prompt 128 --picture speed.svg
 """
+PictureHelp = "Draw speed-up against sparsity (SVG); needs at least two packed models and --against."
 
 
-@handle_errors
 def command(
     models: Annotated[list[str], typer.Argument(help="Model directories, dense or packed.", metavar="MODEL...")],
     *,
@@ -28,18 +29,11 @@ def command(
     prompt: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas.")] = "16,128,512",
     new: Annotated[int, typer.Option(help="Tokens to generate after each prompt.", min=2)] = 64,
     rounds: Annotated[int, typer.Option(help="Counted rounds, after one warm-up round.", min=1)] = 3,
-    picture: Annotated[
-        Path | None,
-        typer.Option(
-            help="Draw speed-up against sparsity (SVG); needs at least two packed models and --against.", metavar="FILE"
-        ),
-    ] = None,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    picture: Annotated[Path | None, typer.Option(help=PictureHelp, metavar="FILE")] = None,
+    loading: Loading,
     as_json: Json = False,
 ) -> None:
-    """Measure models in turns, each in its own process; medians and quartiles."""
+    """Measure models in turn, each in its own process; medians and quartiles."""
     from dataclasses import asdict
 
     from billhook.errors import BillhookError
@@ -50,19 +44,11 @@ def command(
         check_writable(picture)
         if against is None or len(models) < 2:
             raise BillhookError("--picture needs --against DENSE and at least two packed models.")
-    batches, prompts = _numbers(batch, "--batch"), _numbers(prompt, "--prompt")
-    options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    total = (rounds + 1) * len(batches) * len(prompts) * (len(models) + (against is not None))
+    axes = {"batches": numbers(batch, int, "--batch", "1,8"), "prompts": numbers(prompt, int, "--prompt", "16,128")}
+    total = (rounds + 1) * len(axes["batches"]) * len(axes["prompts"]) * (len(models) + (against is not None))
     with progress("measuring", total=total) as advance:
         sides = benchmark.bench(
-            models,
-            against=against,
-            batches=batches,
-            prompts=prompts,
-            new=new,
-            rounds=rounds,
-            options=options,
-            progress=advance,
+            models, against=against, **axes, new=new, rounds=rounds, options=vars(loading), progress=advance
         )
     if picture is not None:
         drawn = draw(sides)
@@ -70,24 +56,14 @@ def command(
             raise BillhookError("--picture needs at least two packed models: a dense one has no sparsity to draw.")
         write_text(picture, drawn)
         say(f"{picture}: speed-up against sparsity.")
-    if as_json:
-        facts = {"against": None if against is None else sides[0].name, "new": new, "rounds": rounds}
-        emit({**facts, "models": [asdict(x) for x in sides], "hardware": benchmark.hardware(device)})
-        return
-    show(sides)
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    from billhook.errors import BillhookError
-
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise BillhookError(f"{option} {text}: write whole numbers with commas, such as 1,8.") from None
+    if not as_json:
+        return show(sides)
+    facts = {"against": None if against is None else sides[0].name, "new": new, "rounds": rounds}
+    emit({**facts, "models": [asdict(x) for x in sides], "hardware": benchmark.hardware(loading.device)})
 
 
 def draw(sides: "Sequence[Side]") -> str | None:
-    """Decode speed-up against sparsity as SVG, a line for each batch size and prompt length; None for fewer than two
+    """Decode speed-up against sparsity as SVG, one line per batch size and prompt length; None for fewer than two
     models that have both."""
     from billhook.reports.charts import Axis, Series, chart
 
@@ -98,30 +74,29 @@ def draw(sides: "Sequence[Side]") -> str | None:
         points = [(x, ratio) for x, ratio in found if ratio is not None]
         bands = ([r.median for _, r in points], [r.low for _, r in points], [r.high for _, r in points])
         labels = [f"{x:.1f} % sparsity: {r.median:.2f}x" for x, r in points]
-        name = f"batch {cell.batch}, prompt {cell.prompt}"
-        series.append(Series(name, [x for x, _ in points], *bands, labels=labels))
+        series.append(
+            Series(f"batch {cell.batch}, prompt {cell.prompt}", [x for x, _ in points], *bands, labels=labels)
+        )
     if not series or len(series[0].x) < 2:
         return None
-    dense = Series("dense", [series[0].x[0], series[0].x[-1]], [1.0, 1.0], marks=False, dashed=True)
-    return chart(
-        "Tokens generated per second, packed against dense",
-        [*series, dense],
-        Axis("sparsity of packed layers (%)"),
-        Axis("speed-up over the dense model", zero=True),
-        summary="Bands: quartiles over the rounds.",
-        standalone=True,
-    )
+    series.append(Series("dense", [series[0].x[0], series[0].x[-1]], [1.0, 1.0], marks=False, dashed=True))
+    title = "Tokens generated per second, packed against dense"
+    axes = Axis("sparsity of packed layers (%)"), Axis("speed-up over the dense model", zero=True)
+    return chart(title, series, *axes, summary="Bands: quartiles over the rounds.", standalone=True)
 
 
 def show(sides: "Sequence[Side]") -> None:
     """Print one row per model, then one row per model, batch size and prompt length."""
-    facts = [[s.name, _sparsity(s), _mib(s.file_bytes), _mib(s.memory_bytes), f"{s.load_s:.1f}"] for s in sides]
+    facts = []
+    for s in sides:
+        sparsity = "-" if s.sparsity is None else f"{s.sparsity:.1%}"
+        facts.append([s.name, sparsity, _mib(s.file_bytes), _mib(s.memory_bytes), f"{s.load_s:.1f}"])
     table("Models", ["model", "sparsity", "file MiB", "peak memory MiB", "load s"], facts)
     rows = [
         [
             s.name,
-            str(c.batch),
-            str(c.prompt),
+            f"{c.batch}",
+            f"{c.prompt}",
             *_speed(c.prefill, c.prefill_speedup),
             *_speed(c.decode, c.decode_speedup),
         ]
@@ -130,10 +105,6 @@ def show(sides: "Sequence[Side]") -> None:
     ]
     header = ["model", "batch", "prompt", "prefill tokens/s", "speed-up", "decode tokens/s", "speed-up"]
     table("Speed: median (quartiles)", header, rows)
-
-
-def _sparsity(side: "Side") -> str:
-    return "-" if side.sparsity is None else f"{side.sparsity:.1%}"
 
 
 def _mib(size: int) -> str:

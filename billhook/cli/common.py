@@ -1,4 +1,4 @@
-"""What the commands share: options, progress, output and the way errors end a command."""
+"""What the commands share: progress, output, and turning errors into messages and exit codes."""
 
 import functools
 import json
@@ -8,9 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import typer
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from billhook.distributed.torchrun import processes, rank, started
 from billhook.errors import BillhookError, out_of_memory
@@ -19,57 +17,13 @@ if TYPE_CHECKING:
     from billhook.architectures.layers import Layer
     from billhook.steps.estimate import Estimate
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
-Targets = Annotated[
-    list[str] | None,
-    typer.Option(help="Only these layers: a class name, an exact name, or re:REGEX. Repeatable.", metavar="PATTERN"),
-]
-Ignore = Annotated[
-    list[str] | None, typer.Option(help="Leave these layers alone; same patterns. Repeatable.", metavar="PATTERN")
-]
-Calibration = Annotated[
-    str | None,
-    typer.Option(
-        help="Text the model looks at: FILE.txt, FILE.jsonl (field text), TOKENS.safetensors, "
-        "hub:NAME[:config][:split], stdlib:train.",
-        metavar="SOURCE",
-    ),
-]
-Samples = Annotated[int, typer.Option(help="Calibration windows.", min=1)]
-Length = Annotated[
-    int | None,
-    typer.Option(help="Tokens in a window; by default 2048 or the model's context if that is shorter.", min=2),
-]
-Published = Annotated[
-    bool,
-    typer.Option(
-        "--published",
-        help="Draw windows, count zeros and accumulate gradients as the released code of the papers does.",
-    ),
-]
-BatchSize = Annotated[int | None, typer.Option(help="Windows a forward pass; by default chosen by size.", min=1)]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Type to compute in; auto is the checkpoint's."),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="An option of the method, such as epsilon=0.3. Repeatable.", metavar="KEY=VALUE"),
-]
-Preset = Annotated[
-    str | None,
-    typer.Option(help="Allocator, options and sparsity as published: see billhook ls presets.", metavar="NAME"),
-]
-TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model. Read that code first.")]
-
 EVERY = 60.0  # seconds between lines of progress
+Number = TypeVar("Number", int, float)
 Advance = Callable[[str], None]  # called with the name of each finished item
 
 
 class Failure(Exception):
-    """Ends a command whose error was already shown."""
+    """Ends a command whose error has been printed."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
@@ -77,21 +31,19 @@ class Failure(Exception):
 
 
 def say(text: str) -> None:
-    """Tell a person something (stderr); of several processes, the first one does."""
-    if rank():
-        return
-    print(text, file=sys.stderr, flush=True)
+    """Print a message on stderr, from the first process only."""
+    if not rank():
+        print(text, file=sys.stderr, flush=True)
 
 
 def emit(value: dict[str, Any]) -> None:
-    """Print the one JSON object of --json; of several processes, the first one does."""
-    if rank():
-        return
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+    """Print the JSON object of --json on stdout, from the first process only."""
+    if not rank():
+        print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
 
 
 def print_error(message: str, code: int, as_json: bool) -> None:
-    """Show an error to a person (stderr) and, with --json, to a machine (stdout)."""
+    """Print an error on stderr and, with --json, as a JSON object on stdout."""
     who = f"billhook, process {rank()} of {processes()}" if started() else "billhook"
     print(f"{who}: {message}", file=sys.stderr, flush=True)
     if as_json:
@@ -100,13 +52,12 @@ def print_error(message: str, code: int, as_json: bool) -> None:
 
 
 def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors into a message and an exit code; with --json the message is also the JSON object."""
+    """Make a command that prints its errors and raises `Failure` with their exit code."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
-            return
+            return command(*args, **kwargs)
         except BillhookError as error:
             message, code = str(error), error.exit_code
         except KeyboardInterrupt:
@@ -126,21 +77,21 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def graceful_interrupt() -> Iterator[Callable[[], bool]]:
-    """Note the first Ctrl-C instead of stopping: yields what tells whether there was one. The second stops at once."""
-    asked: list[int] = []
+    """Record the first Ctrl-C, and raise KeyboardInterrupt at the second; yields a function: was Ctrl-C pressed?"""
+    signals: list[int] = []
 
-    def note(number: int, frame: Any) -> None:
-        if asked:
+    def record(number: int, frame: Any) -> None:
+        if signals:
             raise KeyboardInterrupt
-        asked.append(number)
-        say("Stopping when this block is finished. Ctrl-C again stops at once; what is finished is kept either way.")
+        signals.append(number)
+        say("Stopping after this block. Press Ctrl-C again to stop at once; finished blocks are kept either way.")
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, record)
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(signals)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -158,8 +109,21 @@ def parse_settings(pairs: list[str] | None) -> dict[str, str]:
     return settings
 
 
+def split_list(text: str | None) -> list[str]:
+    """The names in a list separated by commas."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def numbers(text: str, kind: type[Number], option: str, example: str) -> list[Number]:
+    """The numbers in a list separated by commas; raises BillhookError for anything else."""
+    try:
+        return [kind(part) for part in split_list(text)]
+    except ValueError:
+        raise BillhookError(f"{option} {text}: write numbers separated by commas, such as {example}.") from None
+
+
 def announce(estimate: "Estimate", device: str) -> None:
-    """Say what a job needs before it starts, and where less memory is free than that."""
+    """Print what a job needs before it starts, with a note where less memory is free than it needs."""
     from billhook.steps.estimate import free_gib
 
     say(f"About {estimate.memory_gib:.2f} GiB of memory and {estimate.disk_gib:.2f} GiB of disk.")
@@ -171,13 +135,13 @@ def announce(estimate: "Estimate", device: str) -> None:
         say(f"note: only {free:.2f} GiB of memory are free: {advice}")
 
 
-def layers_a_block(layers: "Sequence[Layer]") -> int:
-    """How many layers of a block take part, on average: after so many, progress is one block further."""
+def layers_per_block(layers: "Sequence[Layer]") -> int:
+    """The average number of layers to work on in a block."""
     return max(1, len(layers) // len({layer.block for layer in layers}))
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, in two digits or three."""
+    """A duration with two or three digits, in seconds, minutes or hours."""
     for unit, length in (("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * length:
             return f"{seconds / length:.{1 if seconds < 10 * length else 0}f} {unit}"
@@ -185,11 +149,10 @@ def duration(seconds: float) -> str:
 
 
 class TimeLeft:
-    """The time left of a job of equal units of work, corrected whenever one is finished; as a string, what to show.
+    """The time left of a job of `total` items, estimated again after every `unit` items; `str` is the text to show.
 
-    `total` counts items, of which `unit` make a unit (the layers of a block: most of the time passes before the first
-    of them); the first `skipped` are of an earlier run and took no time. Between two units the time runs down, never
-    below zero.
+    A unit is the layers of a block, because most of a block's time passes before its first layer is finished. The first
+    `skipped` items were finished by an earlier run. Between two units the time counts down to zero.
     """
 
     def __init__(self, total: int | None, unit: int = 1, skipped: int = 0) -> None:
@@ -198,7 +161,7 @@ class TimeLeft:
         self.done = self._counted = 0
 
     def advance(self) -> None:
-        """Note a finished item."""
+        """Count a finished item."""
         self.done += 1
         if self.done <= self._skipped:
             self._start = time.monotonic()
@@ -220,10 +183,9 @@ class TimeLeft:
 
 @contextmanager
 def progress(what: str, total: int | None = None, *, unit: int = 1, skipped: int = 0) -> Iterator[Advance]:
-    """Show a bar with time left on a terminal, a line a minute elsewhere; yields a function to call with the name of
-    each finished item. `unit` and `skipped` are those of `TimeLeft`.
+    """Show progress; yields a function to call with the name of each finished item. See `TimeLeft` for the arguments.
 
-    Elsewhere is a file, a pipe, a terminal that cannot move its cursor, and a notebook, where a bar would need widgets.
+    A terminal gets a bar; a file, a pipe, a dumb terminal or a notebook (where a bar needs widgets) a line per minute.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -245,7 +207,7 @@ def progress(what: str, total: int | None = None, *, unit: int = 1, skipped: int
 
 
 def _lines(what: str, total: int | None, left: TimeLeft) -> Advance:
-    """The progress of long jobs in plain lines."""
+    """Progress in plain lines, at most one per `EVERY` seconds."""
     last = time.monotonic()
 
     def advance(item: str) -> None:
@@ -253,8 +215,8 @@ def _lines(what: str, total: int | None, left: TimeLeft) -> Advance:
         left.advance()
         if time.monotonic() - last >= EVERY:
             last = time.monotonic()
-            of = "" if total is None else f" of {total}"
-            say(", ".join(part for part in (f"{what}: {left.done}{of}", str(left), item) if part))
+            count = f"{left.done}" if total is None else f"{left.done} of {total}"
+            say(", ".join(part for part in (f"{what}: {count}", str(left), item) if part))
 
     return advance
 

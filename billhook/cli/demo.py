@@ -1,11 +1,12 @@
-"""`billhook demo`: the whole pipeline on the bundled model, in about a minute, with nothing downloaded."""
+"""`billhook demo`: all steps on the bundled model, in about a minute, with nothing downloaded."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from billhook.cli.common import Json, emit, handle_errors, say, table
+from billhook.cli.common import emit, say, table
+from billhook.cli.options import Json, output_option
 
 NAME = "demo"
 EXAMPLES = """\b
@@ -15,11 +16,10 @@ Examples:
 """
 
 
-@handle_errors
 def command(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where the pruned model goes; an earlier demo is replaced.")
-    ] = Path("demo-output"),
+    output: Annotated[Path, output_option("Directory of the pruned model; an earlier demo is replaced.")] = Path(
+        "demo-output"
+    ),
     *,
     sparsity: Annotated[float, typer.Option(help="Fraction of the weights to remove.")] = 0.6,
     as_json: Json = False,
@@ -30,26 +30,17 @@ def command(
 
     check_target(sparsity)
     result = run_demo(output, sparsity, say)
-    header = ["allocator", *result.criteria]
-    rows = [[name, *(f"{result.perplexity[name, c]:.2f}" for c in result.criteria)] for name in result.allocators]
     if as_json:
-        emit(result.to_json())
-        return
-    say(
-        f"Token perplexity on {result.tokens:,} held-out tokens, windows of {result.length}; the dense model has "
-        f"{result.dense:.2f}."
-    )
-    table(f"Perplexity at sparsity {sparsity:g}", header, rows)
-    best = result.best
-    say("")
-    say(
-        f"Asked: {sparsity:.2%} of {result.weights:,} weights. Achieved: from {result.lowest:.4%} to "
-        f"{result.highest:.4%}."
-    )
-    say(f"The best, {best[1]} with {best[0]}, is in {output}: an ordinary Hugging Face directory,")
-    say("reloaded in stock transformers with the same logits, and verified.")
-    say("")
-    say("Next, on a model of your own (a directory with config.json and safetensors, and text like it was trained on):")
+        return emit(result.to_json())
+    windows = f"{result.tokens:,} held-out tokens, windows of {result.length}"
+    say(f"Token perplexity on {windows}; the dense model has {result.dense:.2f}.")
+    rows = [[name, *(f"{result.perplexity[name, c]:.2f}" for c in result.criteria)] for name in result.allocators]
+    table(f"Perplexity at sparsity {sparsity:g}", ["allocator", *result.criteria], rows)
+    achieved, (allocator, criterion) = result.achieved.values(), result.best
+    say(f"\nTarget: {sparsity:.2%} of {result.weights:,} weights. Removed: {min(achieved):.4%} to {max(achieved):.4%}.")
+    say(f"The best, {criterion} with {allocator}, is in {output}: an ordinary Hugging Face directory,")
+    say("reloaded in stock transformers with the same logits, and verified.\n")
+    say("Next, on a model of your own (a directory with config.json and safetensors, and text like its training text):")
     say("  billhook prune MODEL --sparsity 0.5 --calibration text.txt --output pruned")
     say("  billhook eval pruned --data other-text.txt")
     say("  billhook verify pruned")

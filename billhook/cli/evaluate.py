@@ -5,18 +5,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from billhook.cli.common import (
-    BatchSize,
-    Device,
-    Dtype,
-    Json,
-    Length,
-    TrustRemoteCode,
-    emit,
-    handle_errors,
-    progress,
-    say,
-)
+from billhook.cli.common import emit, progress, say, split_list
+from billhook.cli.options import AnyModel, Json, Length, Limit, Loading
 
 NAME = "eval"
 EXAMPLES = """\b
@@ -27,76 +17,44 @@ Examples:
   billhook eval ./pruned --tasks paper7
   billhook eval ./pruned --tasks items.jsonl,arc_easy --report
 """
+DataHelp = (
+    "FILE.txt, FILE.jsonl, TOKENS.safetensors, hub:NAME[:config][:split] (hub:wikitext2, hub:c4, hub:ptb), "
+    "stdlib:heldout."
+)
+ProtocolHelp = "token: the papers', over non-overlapping windows; word: lm-evaluation-harness's, over whole documents."
+AgainstHelp = "The dense model: KL divergence and top-1 agreement on the same windows."
+TasksHelp = "Separated by commas: names of lm-eval tasks, paper7, task YAMLs, FILE.jsonl of items."
 
 
-@handle_errors
 def command(
-    model: Annotated[str, typer.Argument(help="Model directory, dense or packed, or a name on the hub.")],
+    model: AnyModel,
     *,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="FILE.txt, FILE.jsonl, TOKENS.safetensors, hub:NAME[:config][:split] "
-            "(hub:wikitext2, hub:c4, hub:ptb), stdlib:heldout.",
-            metavar="SOURCE",
-        ),
-    ] = None,
+    data: Annotated[str | None, typer.Option(help=DataHelp, metavar="SOURCE")] = None,
     length: Length = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Score at most this many windows (word protocol: documents).", min=1)
-    ] = None,
-    protocol: Annotated[
-        Literal["token", "word", "both"],
-        typer.Option(
-            help="token: the papers', over non-overlapping windows; "
-            "word: lm-evaluation-harness's, over whole documents."
-        ),
-    ] = "token",
-    against: Annotated[
-        str | None,
-        typer.Option(help="The dense model: KL divergence and top-1 agreement on the same windows.", metavar="MODEL"),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="Comma-separated: names known to lm-eval, paper7, task YAMLs, FILE.jsonl of items.", metavar="TASKS"
-        ),
-    ] = None,
+    limit: Limit = None,
+    protocol: Annotated[Literal["token", "word", "both"], typer.Option(help=ProtocolHelp)] = "token",
+    against: Annotated[str | None, typer.Option(help=AgainstHelp, metavar="MODEL")] = None,
+    tasks: Annotated[str | None, typer.Option(help=TasksHelp, metavar="TASKS")] = None,
     few_shot: Annotated[
         int | None, typer.Option(help="Examples in a prompt of lm-eval; by default the task's own.", min=0)
     ] = None,
     task_limit: Annotated[int | None, typer.Option(help="Only this many items of each task.", min=1)] = None,
-    batch_size: BatchSize = None,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
+    batch_size: Annotated[int | None, typer.Option(help="Windows per forward pass; by default by size.", min=1)] = None,
+    loading: Loading,
     report: Annotated[
         bool, typer.Option("--report", help="Add the result to the report and model card of the directory.")
     ] = False,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Perplexity, KL divergence and agreement with the dense model, and zero-shot accuracy."""
     from billhook.steps.evaluate import EvalConfig, evaluate_model
 
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    questions = EvalConfig(
-        data,
-        length,
-        limit,
-        protocol,
-        against,
-        names,
-        few_shot,
-        task_limit,
-        batch_size,
-        device,
-        dtype,
-        trust_remote_code,
-    )
+    scored = (data, length, limit, protocol, against, split_list(tasks), few_shot, task_limit, batch_size)
+    config = EvalConfig(*scored, **vars(loading))
     if report:
         _check_report(model)
     with progress("scoring") as advance:
-        record = evaluate_model(model, questions, advance)
+        record = evaluate_model(model, config, advance)
     for line in lines(record):
         say(line)
     if report:
@@ -114,11 +72,11 @@ def _check_report(model: str) -> None:
     from billhook.store.layout import RECORD, REPORT
 
     if not any((Path(model) / name).is_file() for name in (RECORD, REPORT)):
-        raise BillhookError(f"--report: {model} is no pruned directory, it has neither {REPORT} nor {RECORD}.")
+        raise BillhookError(f"--report: {model} is not a pruned directory: it has neither {REPORT} nor {RECORD}.")
 
 
 def lines(record: dict[str, Any]) -> list[str]:
-    """The record in words, each number with its protocol."""
+    """The record as text, each number with its protocol."""
     found = []
     if "nll" in record:
         bits = "" if record["bits_per_byte"] is None else f", {record['bits_per_byte']:.4f} bits per byte"
@@ -126,30 +84,24 @@ def lines(record: dict[str, Any]) -> list[str]:
         found.append(f"token perplexity {_ppl(record['token_ppl'])} ({size})")
     if (dense := record.get("against")) is not None:
         error = "" if dense["kl_error"] is None else f" +- {dense['kl_error']:.2g}"
-        found.append(
-            f"against {dense['model']} (token perplexity {_ppl(dense['token_ppl'])}): KL divergence "
-            f"{dense['kl']:.4f}{error} nats a token, "
-            f"top-1 agreement {100 * dense['top1_agreement']:.2f} %"
-        )
+        kl = f"KL divergence {dense['kl']:.4f}{error} nats per token"
+        agreement = f"top-1 agreement {100 * dense['top1_agreement']:.2f} %"
+        found.append(f"against {dense['model']} (token perplexity {_ppl(dense['token_ppl'])}): {kl}, {agreement}")
     if (word := record.get("word")) is not None:
         size = f"{word['words']:,} words in {word['documents']} documents, windows of {word['length']}"
-        found.append(
-            f"word perplexity {_ppl(word['word_ppl'])}, {word['bits_per_byte']:.4f} bits per byte ({size}; "
-            "lm-eval's protocol)"
-        )
-    for task in record.get("tasks", []):
-        norm = (
-            ""
-            if task["acc_norm"] is None
-            else f", acc_norm {100 * task['acc_norm']:.2f} +- {100 * (task['acc_norm_error'] or 0):.2f} %"
-        )
-        error = "" if task["acc_error"] is None else f" +- {100 * task['acc_error']:.2f}"
-        found.append(
-            f"{task['task']}: acc {100 * task['acc']:.2f}{error} %{norm} ({task['items']} items, "
-            f"{task['few_shot']}, {task['scored_by']})"
-        )
-    return found
+        bits = f"{word['bits_per_byte']:.4f} bits per byte"
+        found.append(f"word perplexity {_ppl(word['word_ppl'])}, {bits} ({size}; lm-eval's protocol)")
+    return found + [_task_line(task) for task in record.get("tasks", [])]
+
+
+def _task_line(task: dict[str, Any]) -> str:
+    norm = ""
+    if task["acc_norm"] is not None:
+        norm = f", acc_norm {100 * task['acc_norm']:.2f} +- {100 * (task['acc_norm_error'] or 0):.2f} %"
+    error = "" if task["acc_error"] is None else f" +- {100 * task['acc_error']:.2f}"
+    protocol = f"{task['items']} items, {task['few_shot']}, {task['scored_by']}"
+    return f"{task['task']}: acc {100 * task['acc']:.2f}{error} %{norm} ({protocol})"
 
 
 def _ppl(value: float | None) -> str:
-    return "beyond measure" if value is None else f"{value:.4f}"
+    return "infinite" if value is None else f"{value:.4f}"

@@ -1,7 +1,7 @@
-"""What happens in a run, one json object a line (`--log-file`): start, layer, warning, end.
+"""The log of a run (`--log-file`), one JSON object per line: start, layer, warning, end.
 
-Every line has `event` and `seconds` since the start, and is in the file as soon as it happened. Under torchrun each
-process but the first writes a file of its own: run.jsonl, run.rank1.jsonl, ...
+Every line has `event` and `seconds` since the start, and is written to the file at once. Under torchrun every process
+except the first writes to a file of its own: run.jsonl, run.rank1.jsonl, ...
 """
 
 import json
@@ -14,7 +14,7 @@ from billhook.store.files import check_writable
 
 
 class Log:
-    """Appends events to a file, which is begun anew unless `resume`, or nowhere where there is none."""
+    """Writes events to a file, appending if `resume`; without a path it does nothing."""
 
     def __init__(self, path: Path | None, resume: bool = False) -> None:
         if path is not None and rank():

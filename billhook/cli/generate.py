@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from billhook.cli.common import Device, Dtype, Json, TrustRemoteCode, emit, handle_errors, say
+from billhook.cli.common import emit, say
+from billhook.cli.options import AnyModel, Json, Loading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,18 +19,15 @@ Examples:
 """
 
 
-@handle_errors
 def command(
-    model: Annotated[str, typer.Argument(help="Model directory, dense or packed, or a name on the hub.")],
+    model: AnyModel,
     *,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[
         int, typer.Option(help="Stop after this many tokens, or at the model's end token.", min=1)
     ] = 64,
     stream: Annotated[bool, typer.Option("--stream", help="Print each word as soon as it is complete.")] = False,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading,
     as_json: Json = False,
 ) -> None:
     """Print the greedy continuation of a prompt, and tokens per second."""
@@ -41,24 +39,22 @@ def command(
     from billhook.store.checkpoint import load_tokenizer, resolve
 
     path = resolve(model)
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=loading.trust_remote_code)
     if tokenizer is None:
         raise BillhookError(f"{path} has no tokenizer, so it cannot read a prompt: copy the tokenizer files into it.")
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64)
     if not ids.numel():
         raise BillhookError("The prompt is empty: give at least a word.")
-    loaded = load(
-        path, dtype=dtype, device=device, trust_remote_code=trust_remote_code, note=lambda text: say(f"note: {text}")
-    )
-    made = generate(loaded, ids, max_new_tokens, token=Printer(tokenizer) if stream and not as_json else None)
-    text = tokenizer.decode(made.ids[0, made.prompt :], skip_special_tokens=True)
+    loaded = load(path, **vars(loading), note=lambda text: say(f"note: {text}"))
+    result = generate(loaded, ids, max_new_tokens, token=Printer(tokenizer) if stream and not as_json else None)
+    text = tokenizer.decode(result.ids[0, result.prompt :], skip_special_tokens=True)
     if not as_json:
         print("" if stream else text, flush=True)
-    speed = "" if made.tokens_per_s is None else f", then {made.tokens_per_s:.1f} tokens/s"
-    say(f"{made.new} tokens: the first after {made.prefill_s:.2f} s ({made.prompt} tokens of prompt){speed}.")
+    speed = "" if result.tokens_per_s is None else f", then {result.tokens_per_s:.1f} tokens/s"
+    say(f"{result.new} tokens: the first after {result.prefill_s:.2f} s ({result.prompt} tokens of prompt){speed}.")
     if as_json:
-        counts = {"prompt_tokens": made.prompt, "new_tokens": made.new}
-        times = {"prefill_s": made.prefill_s, "decode_s": made.decode_s, "tokens_per_s": made.tokens_per_s}
+        counts = {"prompt_tokens": result.prompt, "new_tokens": result.new}
+        times = {key: getattr(result, key) for key in ("prefill_s", "decode_s", "tokens_per_s")}
         emit({"text": text, **counts, **times})
 
 
@@ -74,7 +70,7 @@ class Printer:
         """Add the next token, int64 [1]."""
         self._ids += ids.tolist()
         text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else inside a character of several tokens
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the last character needs more tokens
             sys.stdout.write(text[self._shown :])
             sys.stdout.flush()
             self._shown = len(text)

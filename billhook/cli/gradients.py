@@ -5,21 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from billhook.cli.common import (
-    Device,
-    Dtype,
-    Ignore,
-    Json,
-    Seed,
-    Targets,
-    TrustRemoteCode,
-    emit,
-    handle_errors,
-    layers_a_block,
-    progress,
-    say,
-)
-from billhook.cli.groups import Text, grouped
+from billhook.cli.common import emit, layers_per_block, progress, say
+from billhook.cli.options import Json, Model, SpillGib, Text, Work, output_option
 
 NAME = "gradients"
 EXAMPLES = """\b
@@ -28,28 +15,17 @@ Examples:
   billhook gradients model --norm l2 --calibration hub:c4 --dtype float32 -o gradients.safetensors
   billhook prune model --sparsity 0.5 --criterion gblm --gradients gradients.safetensors --calibration t.txt -o pruned
 """
+NormHelp = "Norm over the windows; the same as the criterion's."
 
 
-@handle_errors
-@grouped
 def command(
-    model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
+    model: Model,
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The gradients.safetensors to write.")],
-    norm: Annotated[
-        Literal["l1", "l2"], typer.Option(help="Norm over the windows; the same as the criterion's.")
-    ] = "l1",
+    output: Annotated[Path, output_option("The gradients.safetensors to write.")],
+    norm: Annotated[Literal["l1", "l2"], typer.Option(help=NormHelp)] = "l1",
     text: Text,
-    seed: Seed = 0,
-    targets: Targets = None,
-    ignore: Ignore = None,
-    spill_gib: Annotated[
-        float,
-        typer.Option(help="Stored activations beyond this many GiB go to temporary files beside the output.", min=0),
-    ] = 8.0,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    work: Work,
+    spill_gib: SpillGib = 8.0,
     as_json: Json = False,
 ) -> None:
     """Accumulate the gradients of a model's loss on calibration text, one block in memory at a time."""
@@ -59,17 +35,11 @@ def command(
     from billhook.store.files import check_writable
 
     check_writable(output)
-    request = Request(
-        model=model, **vars(text), seed=seed, targets=targets or (), ignore=ignore or (), device=device, dtype=dtype,
-        spill_gib=spill_gib, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
     statistic = gradient_name(norm, "reference" if text.published else "paper")
-    opened = open_for_gradients(request)
-    total, unit = len(opened.layers), layers_a_block(opened.layers)
-    with progress("gradients", total, unit=unit) as advance:
+    opened = open_for_gradients(Request(model=model, **vars(text), **work.fields(), spill_gib=spill_gib))
+    with progress("gradients", len(opened.layers), unit=layers_per_block(opened.layers)) as advance:
         made = make_gradients(opened, statistic, output, advance)
+    facts = {"statistic": made.statistic, "layers": len(made), "samples": made.about["samples"]}
     say(f"{output}: {made.statistic} of {len(made)} layers over {made.about['samples']} windows.")
     if as_json:
-        emit(
-            {"output": str(output), "statistic": made.statistic, "layers": len(made), "samples": made.about["samples"]}
-        )
+        emit({"output": str(output), **facts})

@@ -4,7 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from billhook.cli.common import Json, emit, handle_errors, table
+from billhook.cli.common import emit, table
+from billhook.cli.options import Json
 from billhook.errors import BillhookError
 from billhook.registry import Registry, hint
 
@@ -17,7 +18,6 @@ Examples:
 KINDS = ("allocators", "criteria", "metrics", "presets", "families")
 
 
-@handle_errors
 def command(
     kind: Annotated[str, typer.Argument(help="allocators, criteria, metrics, presets or families.")],
     *,
@@ -28,8 +28,7 @@ def command(
         raise BillhookError(f"Unknown kind {kind!r}.{hint(kind, KINDS)} There are: {', '.join(KINDS)}.")
     rows = _rows(kind)
     if as_json:
-        emit({kind: rows})
-        return
+        return emit({kind: rows})
     header = list(rows[0])
     table(kind, header, [[_text(row[name]) for name in header] for row in rows], numeric_from=len(header))
 
@@ -49,37 +48,17 @@ def _rows(kind: str) -> list[dict[str, Any]]:
         from billhook.plan.metrics import CURVES, FACTS
 
         signs = {name: "larger" if m.sign == 1 else "smaller" for name, m in FACTS.items()}
-        return [
-            {
-                "name": m.name,
-                "more sparsity where": signs.get(m.name, "a curve"),
-                "summary": m.summary,
-                "paper": m.paper,
-            }
-            for m in (*FACTS.values(), *CURVES.values())
-        ]
+        metrics = (*FACTS.values(), *CURVES.values())
+        signed = [({"name": m.name, "more sparsity where": signs.get(m.name, "a curve")}, m) for m in metrics]
+        return [{**row, "summary": m.summary, "paper": m.paper} for row, m in signed]
     if kind == "presets":
         from billhook.plan.allocators.presets import PRESETS
 
-        return [
-            {
-                "name": name,
-                "sparsity": p.sparsity,
-                "options": dict(p.options),
-                "criterion": p.criterion,
-                "paper": p.paper,
-            }
-            for name, p in PRESETS.items()
-        ]
+        fields = ("sparsity", "options", "criterion", "paper")
+        return [{"name": name, **{key: getattr(p, key) for key in fields}} for name, p in PRESETS.items()]
     registry = _registry(kind)
-    return [
-        {
-            "name": name,
-            "options": {o.name: o.default for o in registry.options(name).values()},
-            "paper": registry.paper(name),
-        }
-        for name in registry.names()
-    ]
+    options = {name: {o.name: o.default for o in registry.options(name).values()} for name in registry.names()}
+    return [{"name": name, "options": found, "paper": registry.paper(name)} for name, found in options.items()]
 
 
 def _registry(kind: str) -> Registry:

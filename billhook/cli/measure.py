@@ -5,16 +5,8 @@ from typing import Annotated
 
 import typer
 
-from billhook.cli.common import (
-    Json,
-    TrustRemoteCode,
-    emit,
-    handle_errors,
-    layers_a_block,
-    progress,
-    say,
-)
-from billhook.cli.groups import Text, Work, grouped
+from billhook.cli.common import emit, layers_per_block, progress, say
+from billhook.cli.options import Json, Model, Text, Work, output_option
 
 NAME = "measure"
 EXAMPLES = """\b
@@ -25,16 +17,13 @@ Examples:
 """
 
 
-@handle_errors
-@grouped
 def command(
-    model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
+    model: Model,
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The table.json to write.")],
-    metrics: Annotated[str, typer.Option(help="Comma-separated; see billhook ls metrics.")] = "alpha_peak",
+    output: Annotated[Path, output_option("The table.json to write.")],
+    metrics: Annotated[str, typer.Option(help="Separated by commas; see billhook ls metrics.")] = "alpha_peak",
     text: Text,
     work: Work,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Measure every prunable layer and write table.json."""
@@ -47,10 +36,9 @@ def command(
 
     names = metric_names(metrics)
     check_writable(output)
-    request = Request(model=model, **vars(text), **work.fields(), trust_remote_code=trust_remote_code)
     with distributed(work.device):
-        opened = open_to_measure(request, names)
-        total, unit = steps(names, len(opened.layers)), layers_a_block(opened.layers)
+        opened = open_to_measure(Request(model=model, **vars(text), **work.fields()), names)
+        total, unit = steps(names, len(opened.layers)), layers_per_block(opened.layers)
         with progress("measuring", total, unit=unit) as advance:
             table = measure_opened(opened, names, advance)
         if not rank():

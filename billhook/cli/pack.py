@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from billhook.cli.common import Json, emit, handle_errors, progress, say, table
+from billhook.cli.common import emit, progress, say, table
+from billhook.cli.options import Json, output_option
 
 NAME = "pack"
 EXAMPLES = """\b
@@ -15,21 +16,16 @@ Examples:
   billhook pack ./pruned -o ./packed --values int8 --group 128
   billhook generate ./packed "Once upon a time"
 """
+ValuesHelp = "stored keeps every byte; int8 rounds the kept weights and reports the error."
+GroupHelp = "Columns that share an int8 scale: 64, 128, 256, ...; by default a whole row."
 
 
-@handle_errors
 def command(
     model: Annotated[str, typer.Argument(help="Model directory with zeros, from any tool, or a name on the hub.")],
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the packed model; new or empty.")],
-    values: Annotated[
-        Literal["stored", "int8"],
-        typer.Option(help="stored keeps every byte; int8 rounds the kept weights and reports the error."),
-    ] = "stored",
-    group: Annotated[
-        int | None,
-        typer.Option(help="Columns that share an int8 scale: 64, 128, 256, ...; by default a whole row.", metavar="N"),
-    ] = None,
+    output: Annotated[Path, output_option("Directory of the packed model; new or empty.")],
+    values: Annotated[Literal["stored", "int8"], typer.Option(help=ValuesHelp)] = "stored",
+    group: Annotated[int | None, typer.Option(help=GroupHelp, metavar="N")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -41,11 +37,8 @@ def command(
     for note in report.notes:
         say(f"note: {note}")
     if values == "int8" and not as_json:
-        table(
-            "Error of int8, |W' - W| / |W|",
-            ["tensor", "error"],
-            [[x, f"{facts['error']:.3%}"] for x, facts in report.layers.items()],
-        )
+        rows = [[name, f"{facts['error']:.3%}"] for name, facts in report.layers.items()]
+        table("Error of int8, |W' - W| / |W|", ["tensor", "error"], rows)
     packed, dense = report.packed_bytes, report.dense_bytes
     sizes = f"{packed / 2**20:,.1f} MiB of weights, {packed / dense:.1%} of the dense {dense / 2**20:,.1f} MiB"
     say(f"{report.output}: {sizes}.")

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from billhook.cli.common import Json, Preset, Settings, emit, handle_errors, parse_settings, say, table
+from billhook.cli.common import emit, parse_settings, say, table
+from billhook.cli.options import Json, Pattern, Preset, Settings, Sparsity, output_option
 
 NAME = "plan"
 EXAMPLES = """\b
@@ -15,25 +16,21 @@ Examples:
   billhook plan table.json --allocator owl --pattern 4:8
   billhook plan table.json --preset alphapruning/llama-2-7b@70 -o plan.json
 """
+AllocatorHelp = "See billhook ls allocators; alphapruning unless a preset is given."
 
 
-@handle_errors
 def command(
     table_file: Annotated[Path, typer.Argument(metavar="TABLE", help="A table.json from billhook measure.")],
     *,
-    allocator: Annotated[
-        str | None, typer.Option(help="See billhook ls allocators; alphapruning unless a preset is given.")
-    ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Fraction to remove over all layers, in [0, 1).")] = None,
-    pattern: Annotated[str, typer.Option(help="unstructured, or N:M (keep N of every M on average).")] = "unstructured",
+    allocator: Annotated[str | None, typer.Option(help=AllocatorHelp)] = None,
+    sparsity: Sparsity = None,
+    pattern: Pattern = "unstructured",
     settings: Settings = None,
     preset: Preset = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The plan.json to write; otherwise the plan is shown.")
-    ] = None,
+    output: Annotated[Path | None, output_option("The plan.json to write; otherwise the plan is shown.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Decide how much each layer loses and write plan.json."""
+    """Decide the sparsity of each layer and write plan.json."""
     from billhook.plan.allocators import allocate, presets
     from billhook.plan.table import Table
 

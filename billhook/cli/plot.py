@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from billhook.cli.common import Json, emit, handle_errors, say
+from billhook.cli.common import emit, say
+from billhook.cli.options import Json, output_option
 
 NAME = "plot"
 EXAMPLES = """\b
@@ -16,37 +17,19 @@ Examples:
   billhook plot --model ./model model.layers.0.mlp.down_proj -o pictures
   billhook plot --mask ./wanda --mask ./magnitude model.layers.0.self_attn.q_proj -o pictures
 """
-TILES = 512  # of a mask in each direction, at most: more would not be seen on a screen
+TILES = 512  # the largest number of tiles in each direction of a mask; more cannot be seen on a screen
+SubjectHelp = "A table.json from billhook measure; with --mask or --model, the full name of a layer."
+MetricHelp = "A column of the table; by default its first column and its error curves. Repeatable."
+PlanHelp = "A plan.json for the same layers, named by its file. Repeatable."
 
 
-@handle_errors
 def command(
-    subject: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[TABLE|LAYER]",
-            help="A table.json from billhook measure; with --mask or --model, the full name of a layer.",
-        ),
-    ] = None,
+    subject: Annotated[str | None, typer.Argument(metavar="[TABLE|LAYER]", help=SubjectHelp)] = None,
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the pictures (SVG).")] = Path(
-        "pictures"
-    ),
-    metrics: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--metric",
-            help="A column of the table; by default its first, and error curves. Repeatable.",
-            metavar="NAME",
-        ),
-    ] = None,
-    plans: Annotated[
-        list[Path] | None,
-        typer.Option("--plan", help="A plan.json for the same layers, named by its file. Repeatable.", metavar="PLAN"),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Model directory, or a name on the hub: draw the spectrum of --layer.")
-    ] = None,
+    output: Annotated[Path, output_option("Directory for the pictures (SVG).")] = Path("pictures"),
+    metrics: Annotated[list[str] | None, typer.Option("--metric", help=MetricHelp, metavar="NAME")] = None,
+    plans: Annotated[list[Path] | None, typer.Option("--plan", help=PlanHelp, metavar="PLAN")] = None,
+    model: Annotated[str | None, typer.Option(help="Draw the spectrum of --layer of this model.")] = None,
     masks: Annotated[
         list[Path] | None,
         typer.Option("--mask", help="A pruned directory: draw the mask of --layer. Repeatable.", metavar="DIR"),
@@ -60,25 +43,16 @@ def command(
     from billhook.errors import BillhookError
     from billhook.store.files import write_text
 
-    pictures: dict[str, str] = {}
     table_file, layers = _subject(subject, layers or [], drawn=model is not None or bool(masks))
     if plans and table_file is None:
-        raise BillhookError("A plan is drawn by depth and kind of layer: give the TABLE that it was made from, too.")
+        raise BillhookError("A plan is drawn by depth and kind of layer: give the TABLE from which it was made, too.")
     if table_file is None and model is None and not masks:
         raise BillhookError("Say what to draw: a TABLE, --model MODEL LAYER, or --mask DIR LAYER.")
     if (model is not None or masks) and not layers:
-        raise BillhookError(
-            "Say which LAYER, such as model.layers.0.mlp.down_proj (billhook prune --dry-run lists them)."
-        )
-    if table_file is not None:
-        pictures |= _tables(table_file, metrics or [], plans or [])
-    for name in layers:
-        if model is not None:
-            pictures[f"spectrum-{name}"] = _spectrum(model, name)
-        for directory in masks or []:
-            pictures[f"mask-{name}-{directory.resolve().name}"] = _mask(directory, name)
-    if len(pictures) < len(layers) * (len(masks or []) + (model is not None)):
-        raise BillhookError("Two directories have the same name, which names the picture of the mask: rename one.")
+        example = "such as model.layers.0.mlp.down_proj (billhook prune --dry-run lists them)"
+        raise BillhookError(f"Say which LAYER, {example}.")
+    pictures = {} if table_file is None else _tables(table_file, metrics or [], plans or [])
+    pictures |= _of_layers(layers, model, masks or [])
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / f"{re.sub(r'[^-.0-9A-Za-z_]', '_', stem)}.svg" for stem in pictures]
     for path, picture in zip(paths, pictures.values(), strict=True):
@@ -88,13 +62,22 @@ def command(
         emit({"output": str(output), "pictures": [str(path) for path in paths]})
 
 
+def _of_layers(layers: list[str], model: str | None, masks: list[Path]) -> dict[str, str]:
+    """The spectra of layers of `model`, and their masks in directories, by file stem."""
+    from billhook.errors import BillhookError
+
+    found = {f"spectrum-{name}": _spectrum(model, name) for name in layers if model is not None}
+    found |= {f"mask-{name}-{d.resolve().name}": _mask(d, name) for name in layers for d in masks}
+    if len(found) < len(layers) * (len(masks) + (model is not None)):
+        raise BillhookError("Two directories have the same name, which names the picture of the mask: rename one.")
+    return found
+
+
 def _subject(subject: str | None, layers: list[str], drawn: bool) -> tuple[Path | None, list[str]]:
-    """The table and the layers to draw: where layers are `drawn`, a subject that is no file is one of them."""
-    if subject is None:
-        return None, layers
-    if drawn and not Path(subject).exists():
+    """The table and the layers to draw; where layers are `drawn`, a subject that is not a file is a layer."""
+    if subject is not None and drawn and not Path(subject).exists():
         return None, list(dict.fromkeys([subject, *layers]))
-    return Path(subject), layers
+    return None if subject is None else Path(subject), layers
 
 
 def _tables(table_file: Path, metrics: list[str], plans: list[Path]) -> dict[str, str]:

@@ -1,36 +1,32 @@
 """`billhook prune`: a model directory in, a pruned model directory out."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from billhook import __version__
+from billhook.cli import options as shared
 from billhook.cli.common import (
-    Json,
-    Preset,
-    Settings,
-    TrustRemoteCode,
     announce,
     duration,
     emit,
     graceful_interrupt,
-    handle_errors,
-    layers_a_block,
+    layers_per_block,
     parse_settings,
     progress,
     say,
     table,
 )
-from billhook.cli.groups import Text, Work, grouped
 
 if TYPE_CHECKING:
     from billhook.cli.events import Log
     from billhook.engine.loop import LayerResult
     from billhook.steps.estimate import Estimate
     from billhook.steps.prune import Job, Report
-    from billhook.steps.resolve import ResolvedRequest
+    from billhook.steps.request import Request
 
 NAME = "prune"
 EXAMPLES = """\b
@@ -42,155 +38,127 @@ Examples:
   billhook prune model --sparsity 0.7 --calibration text.txt -o packed --pack
   billhook prune model --sparsity 0.5 --criterion magnitude --dry-run
 """
+AllocatorHelp = "Sparsity of each layer: see billhook ls allocators, or auto; uniform unless a preset or plan is given."
+GradientsHelp = "A file of billhook gradients, for criteria that read them; otherwise they are computed first."
+GroupHelp = "Compare weights within a row or the layer; by default as in the paper."
+DryRunHelp = "Show what would be pruned, the memory it needs, and its time, measured on a part; write nothing."
 
 
-@handle_errors
-@grouped
-def command(
-    model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
-    *,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where the pruned model goes; must be new or empty.")
-    ] = None,
-    sparsity: Annotated[
-        float | None, typer.Option(help="Fraction of the prunable weights to remove, in [0, 1).")
-    ] = None,
-    pattern: Annotated[
-        str, typer.Option(help="unstructured, or N:M (keep N of every M), such as 2:4.")
-    ] = "unstructured",
-    criterion: Annotated[str, typer.Option(help="Which weights go: see billhook ls criteria.")] = "wanda",
-    allocator: Annotated[
-        str | None,
-        typer.Option(
-            help="How much each layer loses: billhook ls allocators, or auto; uniform unless a preset or plan is given."
-        ),
-    ] = None,
-    settings: Settings = None,
-    preset: Preset = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan.json instead of sparsity and allocator.")] = None,
-    table_file: Annotated[
-        Path | None, typer.Option("--table", help="A table.json, so that nothing is measured again.")
-    ] = None,
-    gradients: Annotated[
-        Path | None,
-        typer.Option(help="A file of billhook gradients, for criteria that read them; else they are computed first."),
-    ] = None,
-    group: Annotated[
-        Literal["row", "layer"] | None,
-        typer.Option(help="Weights compete within a row or the layer; by default as in the paper."),
-    ] = None,
+@dataclass(frozen=True)
+class Method:
+    """Which weights are removed."""
+
+    sparsity: shared.Sparsity = None
+    pattern: shared.Pattern = "unstructured"
+    criterion: shared.Criterion = "wanda"
+    allocator: Annotated[str | None, typer.Option(help=AllocatorHelp)] = None
+    settings: shared.Settings = None
+    preset: shared.Preset = None
+    plan: Annotated[Path | None, typer.Option(help="A plan.json instead of sparsity and allocator.")] = None
+    table: Annotated[Path | None, typer.Option(help="A table.json, so that nothing is measured again.")] = None
+    gradients: Annotated[Path | None, typer.Option(help=GradientsHelp)] = None
+    group: Annotated[Literal["row", "layer"] | None, typer.Option(help=GroupHelp)] = None
     refine: Annotated[
         Literal["none", "blocks", "blocks+norms"],
-        typer.Option(help="Tune what is left of each block (and its norms and biases)."),
-    ] = "none",
-    text: Text,
-    work: Work,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Show what would be pruned, the memory it needs, and its time, measured on a part; write nothing.",
-        ),
-    ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an output that exists, or an unfinished run.")] = False,
+        typer.Option(help="Tune the remaining weights of each block (and its norms and biases)."),
+    ] = "none"
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a `Request`; raises BillhookError for a preset that another option contradicts."""
+        from billhook.errors import BillhookError
+        from billhook.plan.allocators import presets
+
+        fields = {**vars(self), "options": dict[str, Any](parse_settings(self.settings))}
+        if self.preset is not None:
+            if self.plan is not None:
+                raise BillhookError("A plan already gives the sparsity of each layer: leave out --preset or --plan.")
+            applied = presets.apply(self.preset, self.allocator, self.sparsity, fields["options"])
+            fields |= zip(("allocator", "sparsity", "options"), applied, strict=True)
+        del fields["settings"], fields["preset"]
+        return {**fields, "allocator": fields["allocator"] or "uniform"}
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What is written, and where."""
+
+    overwrite: Annotated[bool, typer.Option(help="Replace an output that exists, or an unfinished run.")] = False
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an unfinished run after its last finished block.")
-    ] = False,
-    spill_gib: Annotated[
-        float, typer.Option(help="Hidden states beyond this many GiB go to disk (TMPDIR).", min=0)
-    ] = 8.0,
-    pack: Annotated[bool, typer.Option("--pack", help="Write the result packed, as billhook pack does.")] = False,
-    log_file: Annotated[Path | None, typer.Option(help="Write what happens here, one JSON object a line.")] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
+    ] = False
+    spill_gib: shared.SpillGib = 8.0
+    pack: Annotated[bool, typer.Option("--pack", help="Write the result packed, as billhook pack does.")] = False
+
+
+def command(
+    model: shared.Model,
+    *,
+    output: Annotated[Path | None, shared.output_option("Directory of the pruned model; must be new or empty.")] = None,
+    method: Method,
+    text: shared.Text,
+    work: shared.Work,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=DryRunHelp)] = False,
+    writing: Writing,
+    log_file: Annotated[Path | None, typer.Option(help="Log events to this file, one JSON object per line.")] = None,
+    as_json: shared.Json = False,
 ) -> None:
     """Prune a model and write it as an ordinary Hugging Face directory."""
-    from billhook.cli.events import Log
-    from billhook.distributed.collectives import distributed
     from billhook.errors import BillhookError
-    from billhook.plan.allocators import presets
-    from billhook.steps.estimate import estimate
-    from billhook.steps.prune import Request
-    from billhook.steps.resolve import check
-    from billhook.steps.sample_run import estimate_time
+    from billhook.steps.request import Request
 
     if output is None and not dry_run:
         raise BillhookError(
             "Say where the pruned model goes: --output DIRECTORY (or --dry-run to see what would happen)."
         )
-    options = dict[str, Any](parse_settings(settings))
-    if preset is not None:
-        if plan is not None:
-            raise BillhookError("A plan already says how much each layer loses: leave out --preset or --plan.")
-        allocator, sparsity, options = presets.apply(preset, allocator, sparsity, options)
-    request = Request(
-        model=model, sparsity=sparsity, output=output, criterion=criterion, allocator=allocator or "uniform",
-        pattern=pattern,
-        options=options, plan=plan, table=table_file, gradients=gradients, group=group, refine=refine, **vars(text),
-        **work.fields(), overwrite=overwrite, resume=resume, spill_gib=spill_gib, pack=pack,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    with distributed(work.device), Log(log_file, resume) as log:
-        draft = check(request, dry_run=dry_run)
-        needed = estimate_time(draft) if dry_run else estimate(draft)
-        announce(needed, work.device)
-        begun = time.perf_counter()
-        job = _decided(draft)
-        if dry_run:
-            _show(job, needed, time.perf_counter() - begun, as_json)
-            return
-        finished = sum(layer.block < draft.done for layer in job.opened.layers)
-        report = _run(job, needed, finished, log)
-    say(
-        f"{report.output}: {report.sparsity:.4%} of {sum(x.n for x in report.layers):,} weights removed in "
-        f"{report.seconds:.1f} s."
-    )
+    groups = {**method.fields(), **vars(text), **work.fields(), **vars(writing)}
+    report = _prune(Request(model=model, output=output, **groups), log_file, dry_run, as_json)
+    if report is None:
+        return
+    weights = sum(x.n for x in report.layers)
+    say(f"{report.output}: {report.sparsity:.4%} of {weights:,} weights removed in {report.seconds:.1f} s.")
     say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
     if as_json:
         emit(report.to_json())
 
 
-def _decided(draft: "ResolvedRequest") -> "Job":
-    """The job with its plan."""
+def _prune(request: "Request", log_file: Path | None, dry_run: bool, as_json: bool) -> "Report | None":
+    """Check the request, announce what it needs, and run it, or print what it would do."""
+    from billhook.cli.events import Log
+    from billhook.distributed.collectives import distributed
+    from billhook.steps.estimate import estimate
     from billhook.steps.prune import decide
+    from billhook.steps.resolve import check
+    from billhook.steps.sample_run import estimate_time
 
-    with progress("measuring") as advance:
-        return decide(draft, advance)
+    with distributed(request.device), Log(log_file, request.resume) as log:
+        resolved = check(request, dry_run=dry_run)
+        needed = estimate_time(resolved) if dry_run else estimate(resolved)
+        announce(needed, request.device)
+        start = time.perf_counter()
+        with progress("measuring") as advance:
+            job = decide(resolved, advance)
+        if dry_run:
+            _show(job, needed, time.perf_counter() - start, as_json)
+            return None
+        return _run(job, needed, sum(layer.block < resolved.done for layer in job.opened.layers), log)
 
 
 def _run(job: "Job", needed: "Estimate", finished: int, log: "Log") -> "Report":
-    """Prune, with every step in the log; the first `finished` layers were pruned by the run that is continued."""
+    """Prune, and log every layer; the first `finished` layers were pruned by the run that is resumed."""
     from billhook.steps.estimate import peak_gib
     from billhook.steps.prune import run
 
-    request = job.request
-    facts = {
-        "model": job.opened.facts,
-        "criterion": request.criterion,
-        "pattern": str(job.plan.pattern),
-        "target": job.plan.target,
-    }
-    log.event(
-        "start",
-        billhook=__version__,
-        **facts,
-        layers=len(job.opened.layers),
-        resume=request.resume,
-        estimate=needed.to_json(),
-    )
+    request, layers = job.request, job.opened.layers
+    plan = {"pattern": str(job.plan.pattern), "target": job.plan.target}
+    facts = {"model": job.opened.facts, "criterion": request.criterion, **plan, "layers": len(layers)}
+    log.event("start", billhook=__version__, **facts, resume=request.resume, estimate=needed.to_json())
 
     def note(x: "LayerResult") -> None:
-        log.event(
-            "layer",
-            layer=x.layer,
-            sparsity=x.sparsity,
-            planned=x.planned,
-            error=x.error,
-            layer_seconds=round(x.seconds, 3),
-        )
+        numbers = {"sparsity": x.sparsity, "planned": x.planned, "error": x.error}
+        log.event("layer", layer=x.layer, **numbers, layer_seconds=round(x.seconds, 3))
 
-    unit = layers_a_block(job.opened.layers)
-    with progress("pruning", job.steps, unit=unit, skipped=finished) as advance, graceful_interrupt() as stopping:
+    bar = progress("pruning", job.steps, unit=layers_per_block(layers), skipped=finished)
+    with bar as advance, graceful_interrupt() as stopping:
         report = run(job, advance, stopping, note)
     for warning in report.warnings:
         say(f"note: {warning}")
@@ -202,16 +170,14 @@ def _run(job: "Job", needed: "Estimate", finished: int, log: "Log") -> "Report":
 
 
 def _show(job: "Job", needed: "Estimate", planning: float, as_json: bool) -> None:
-    """Print the dry run, in which making the plan took `planning` seconds: one row a layer."""
-    layers = job.opened.layers
+    """Print what a dry run would prune, one row per layer; making its plan took `planning` seconds."""
+    layers, plan = job.opened.layers, job.plan
     if as_json:
-        listed = {x.name: {"shape": list(x.shape), "sparsity": job.plan.sparsity[x.name]} for x in layers}
+        listed = {x.name: {"shape": list(x.shape), "sparsity": plan.sparsity[x.name]} for x in layers}
         estimate = {**needed.to_json(), "plan_seconds": round(planning, 1)}
-        emit({"layers": listed, "target": job.plan.target, "pattern": str(job.plan.pattern), "estimate": estimate})
-        return
-    rows = [[x.name, f"{x.shape[0]} x {x.shape[1]}", f"{job.plan.sparsity[x.name]:.4f}"] for x in layers]
+        return emit({"layers": listed, "target": plan.target, "pattern": str(plan.pattern), "estimate": estimate})
+    rows = [[x.name, f"{x.shape[0]} x {x.shape[1]}", f"{plan.sparsity[x.name]:.4f}"] for x in layers]
     table("What would be pruned", ["layer", "out x in", "sparsity"], rows)
-    say(
-        f"{len(rows)} layers, {sum(x.shape[0] * x.shape[1] for x in layers):,} weights, sparsity {job.plan.target:g}, "
-        f"pattern {job.plan.pattern}. The plan took {duration(planning)} to make. Nothing was written."
-    )
+    size = f"{len(rows)} layers, {sum(x.shape[0] * x.shape[1] for x in layers):,} weights"
+    say(f"{size}, sparsity {plan.target:g}, pattern {plan.pattern}.")
+    say(f"The plan took {duration(planning)} to make. Nothing was written.")

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from billhook.cli.common import Json, emit, handle_errors, say
+from billhook.cli.common import emit, say
+from billhook.cli.options import Json
 
 NAME = "report"
 EXAMPLES = """\b
@@ -14,20 +15,15 @@ Examples:
   billhook report ./pruned --speed bench.json
   billhook report ./pruned --table table.json
 """
+SpeedHelp = "The result of a benchmark, such as the output of billhook bench --json."
+TableHelp = "A table.json of the dense model: adds its spectral metrics to the page."
 
 
-@handle_errors
 def command(
     directory: Annotated[Path, typer.Argument(help="A pruned directory.", metavar="DIR")],
     *,
-    speed: Annotated[
-        Path | None,
-        typer.Option(help="The result of a benchmark, such as the output of billhook bench --json.", metavar="FILE"),
-    ] = None,
-    table: Annotated[
-        Path | None,
-        typer.Option(help="A table.json of the dense model: adds its spectral metrics to the page.", metavar="TABLE"),
-    ] = None,
+    speed: Annotated[Path | None, typer.Option(help=SpeedHelp, metavar="FILE")] = None,
+    table: Annotated[Path | None, typer.Option(help=TableHelp, metavar="TABLE")] = None,
     as_json: Json = False,
 ) -> None:
     """Write report.json, the model card README.md and report.html of a pruned directory again."""

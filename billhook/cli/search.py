@@ -2,22 +2,12 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from billhook.cli.common import (
-    Calibration,
-    Json,
-    Length,
-    Settings,
-    TrustRemoteCode,
-    emit,
-    handle_errors,
-    parse_settings,
-    say,
-)
-from billhook.cli.groups import Work, grouped
+from billhook.cli import options as shared
+from billhook.cli.common import emit, parse_settings, say
 
 NAME = "search"
 EXAMPLES = """\b
@@ -28,94 +18,71 @@ Examples:
   billhook search model --sparsity 0.6 --budget 5m --no-model --calibration text.txt -o found
   billhook prune model --plan found/plan.json --calibration text.txt -o pruned
 """
+OutputHelp = (
+    "Directory for search.json, plan.json, search.svg and the pruned model/; an unfinished search is continued."
+)
+AllocatorHelp = (
+    "One name, several with commas, or all (alphapruning, atp, owl, dlp); auto adds the candidates of "
+    "--allocator auto; uniform always takes part."
+)
+BudgetHelp = (
+    "Number of trials in addition to uniform (9), or minutes for them (5m); by default at most eight per allocator."
+)
+SamplesHelp = "Windows to draw: trials are pruned on one half and scored on the other."
 
 
-@handle_errors
-@grouped
 def command(
-    model: Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")],
+    model: shared.Model,
     *,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Directory for search.json, plan.json, search.svg and the pruned model/; "
-            "an unfinished search is continued.",
-        ),
-    ],
-    sparsity: Annotated[
-        float | None, typer.Option(help="Fraction of the prunable weights to remove, in [0, 1).")
-    ] = None,
-    pattern: Annotated[str, typer.Option(help="unstructured, or N:M (keep N of every M on average).")] = "unstructured",
-    allocator: Annotated[
-        str,
-        typer.Option(
-            help="One name, several with commas, or all (alphapruning, atp, owl, dlp); auto adds the candidates of "
-            "--allocator auto; uniform always takes part."
-        ),
-    ] = "all",
-    criterion: Annotated[str, typer.Option(help="Which weights go: see billhook ls criteria.")] = "wanda",
-    settings: Settings = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TRIALS|MINUTES",
-            help="Trials to make beside uniform's (9), or minutes for them (5m); by default at most eight for each "
-            "allocator.",
-        ),
-    ] = None,
+    output: Annotated[Path, shared.output_option(OutputHelp)],
+    sparsity: shared.Sparsity = None,
+    pattern: shared.Pattern = "unstructured",
+    allocator: Annotated[str, typer.Option(help=AllocatorHelp)] = "all",
+    criterion: shared.Criterion = "wanda",
+    settings: shared.Settings = None,
+    budget: Annotated[str | None, typer.Option(metavar="TRIALS|MINUTES", help=BudgetHelp)] = None,
     objective: Annotated[
         Literal["kl", "ppl"], typer.Option(help="Loss: KL divergence from the dense model, or perplexity.")
     ] = "kl",
     grid: Annotated[
         bool, typer.Option("--grid", help="Try the published values (ATP: beta in steps of 0.002) instead.")
     ] = False,
-    calibration: Calibration = None,
-    samples: Annotated[
-        int, typer.Option(help="Windows to draw: trials are pruned on one half and scored on the other.", min=1)
-    ] = 64,
-    length: Length = None,
-    work: Work,
+    calibration: shared.Calibration = None,
+    samples: Annotated[int, typer.Option(help=SamplesHelp, min=1)] = 64,
+    length: shared.Length = None,
+    work: shared.Work,
     no_model: Annotated[bool, typer.Option("--no-model", help="Write no pruned model.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Start again where the output holds another search.")] = False,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
+    as_json: shared.Json = False,
 ) -> None:
     """Find the allocator and hyperparameter that lose least, and prune with them."""
     from billhook.errors import JobError
     from billhook.steps.search import search
 
+    race: dict[str, Any] = {"allocator": allocator, "budget": budget, "objective": objective, "grid": grid}
+    race |= {"output": output, "save_model": not no_model, "overwrite": overwrite, "progress": say, "begin": _announce}
+    method: dict[str, Any] = {"pattern": pattern, "criterion": criterion, "options": parse_settings(settings)}
+    text: dict[str, Any] = {"calibration": calibration, "samples": samples, "length": length}
     try:
-        found = search(
-            model, sparsity, allocator=allocator, budget=budget, objective=objective, grid=grid,
-            output=output, save_model=not no_model, overwrite=overwrite, progress=say, begin=_announce,
-            pattern=pattern, criterion=criterion, options=parse_settings(settings), calibration=calibration,
-            samples=samples, length=length, **work.fields(), trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        found = search(model, sparsity, **race, **method, **text, **work.fields())
     except KeyboardInterrupt:
-        raise JobError(f"Stopped. The trials made so far are in {output}: the same command continues.") from None
-    best = found.record["best"]
-    verdict = "nothing beat it" if best["allocator"] == "uniform" else "better than uniform"
+        raise JobError(f"Stopped. The finished trials are in {output}: the same command continues.") from None
+    best, place = found.record["best"], found.model
+    verdict = "no allocator is better" if best["allocator"] == "uniform" else "better than uniform"
     say(f"Best on the held-out windows: {best['name']} (token perplexity {best['token_ppl']:.2f}; {verdict}).")
-    if found.model is not None:
-        say(
-            f"{found.model}: pruned with it. Check it: billhook verify {found.model}   Score it: billhook eval "
-            f"{found.model} --data SOURCE"
-        )
+    if place is not None:
+        say(f"{place}: the model, pruned with it.")
+        say(f"Check it: billhook verify {place}   Score it: billhook eval {place} --data SOURCE")
     else:
-        chosen = [
-            ("--targets", work.targets),
-            ("--ignore", work.ignore),
-            ("--set", [f"{k}={v}" for k, v in found.record["identity"]["criterion_options"].items()]),
-        ]
+        settings = [f"{k}={v}" for k, v in found.record["identity"]["criterion_options"].items()]
+        options = {"--targets": work.targets, "--ignore": work.ignore, "--set": settings}
         words = ["--plan", output / "plan.json", "--criterion", criterion, "--calibration", calibration]
-        words += [word for option, values in chosen for value in values or () for word in (option, value)]
+        words += [word for option, values in options.items() for value in values or () for word in (option, value)]
         say(f"Prune with it: billhook prune {model} {shlex.join(map(str, words))} --output pruned")
     if as_json:
-        places = {"output": str(found.output), "model": None if found.model is None else str(found.model)}
+        places = {"output": str(found.output), "model": None if place is None else str(place)}
         emit({"best": best, "trials": len(found.trials), **places})
 
 
 def _announce(trials: int) -> None:
-    say(f"At most {trials} trials beside uniform's. Each prunes the model, so the time of the first tells that of all.")
+    say(f"At most {trials} trials in addition to uniform. Each prunes the model, so all take about equally long.")

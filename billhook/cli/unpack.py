@@ -1,11 +1,12 @@
-"""`billhook unpack`: restore the dense directory that a packed one was made from, byte for byte."""
+"""`billhook unpack`: restore the dense directory from which a packed one was made, byte for byte."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from billhook.cli.common import Json, emit, handle_errors, progress, say
+from billhook.cli.common import emit, progress, say
+from billhook.cli.options import Json, output_option
 
 NAME = "unpack"
 EXAMPLES = """\b
@@ -14,11 +15,10 @@ Examples:
 """
 
 
-@handle_errors
 def command(
     directory: Annotated[Path, typer.Argument(help="A directory that billhook pack wrote.")],
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the dense model; new or empty.")],
+    output: Annotated[Path, output_option("Directory of the dense model; new or empty.")],
     overwrite: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
     as_json: Json = False,
 ) -> None:

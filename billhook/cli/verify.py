@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from billhook.cli.common import Failure, Json, emit, handle_errors, say
+from billhook.cli.common import Failure, emit, say
+from billhook.cli.options import Json
 
 NAME = "verify"
 EXAMPLES = """\b
@@ -15,11 +16,8 @@ Examples:
 """
 
 
-@handle_errors
 def command(
-    directory: Annotated[Path, typer.Argument(help="A directory that billhook prune wrote.")],
-    *,
-    as_json: Json = False,
+    directory: Annotated[Path, typer.Argument(help="A directory that billhook prune wrote.")], *, as_json: Json = False
 ) -> None:
     """Compare zeros, N:M groups, checksums and the chain of steps with billhook.json; fails on any difference."""
     from billhook.steps.verify import verify
@@ -29,8 +27,8 @@ def command(
         say(f"problem: {problem}")
     verdict = "verified" if result.ok else "NOT as recorded"
     steps = "1 step" if result.steps == 1 else f"{result.steps} steps"
-    counted = f"{result.layers} layers, {result.zeros:,} zeros of {result.weights:,} weights"
-    say(f"{directory}: {verdict}, {steps}, {counted}.")
+    zeros = f"{result.layers} layers, {result.zeros:,} zeros of {result.weights:,} weights"
+    say(f"{directory}: {verdict}, {steps}, {zeros}.")
     if as_json:
         emit(result.to_dict())
     if not result.ok:

@@ -1,7 +1,6 @@
 """compare.json: one model pruned in many ways, a row for each cell of the grid, rewritten after every cell.
 
-File format: docs/formats.md, `compare.json`. The same inputs and seeds give the same bytes, so it has no dates and no
-durations.
+File format: docs/formats/files.md. The same inputs and seeds give the same bytes, so it has no dates and no durations.
 """
 
 import math

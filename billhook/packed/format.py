@@ -1,10 +1,10 @@
 """The packed format: open a packed directory and check it. Imports no torch.
 
 In place of a sparse tensor NAME the safetensors files hold NAME.bitmask, NAME.values and, where needed, NAME.scales and
-NAME.signs; `billhook_packed.json` describes them, with a checksum of every tensor and file. docs/formats.md specifies
-the format and has a short reader. Nothing in these files is trusted: shapes, sizes and offsets are compared with each
-other before anything is read through them, so that a damaged or hostile file causes a BillhookError and never an
-out-of-bounds read.
+NAME.signs; `billhook_packed.json` describes them, with a checksum of every tensor and file. docs/formats/packed.md
+specifies the format and has a short reader. Nothing in these files is trusted: shapes, sizes and offsets are compared
+with each other before anything is read through them, so that a damaged or hostile file causes a BillhookError and never
+an out-of-bounds read.
 """
 
 import hashlib

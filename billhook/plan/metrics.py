@@ -85,10 +85,7 @@ FACTS = _by_name(
         "edge of the spectrum of a random matrix of the same size and mean square, over the largest",
     ),
     Metric(
-        "alpha_peak_ks",
-        1,
-        _ALPHA_PRUNING,
-        "KS distance of the fit of alpha_peak: how far the tail is from a power law",
+        "alpha_peak_ks", 1, _ALPHA_PRUNING, "KS distance of the fit of alpha_peak: how far the tail is from a power law"
     ),
     Metric("alpha_mid_ks", 1, _ALPHA_PRUNING, "KS distance of the fit of alpha_mid"),
     Metric("alpha_ks_ks", 1, _ALPHA_PRUNING, "KS distance of the fit of alpha_ks"),

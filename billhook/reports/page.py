@@ -159,10 +159,7 @@ def _by_block(blocks: Rows) -> Figure:
     title, caption = "Sparsity by block", "Planned and achieved; shaded: the range over the layers of a block."
     keys, x = ("planned", "sparsity", "least", "most"), [row["block"] for row in blocks]
     planned, achieved, least, most = ([100 * row[key] for row in blocks] for key in keys)
-    series = [
-        Series("achieved", x, achieved, least, most),
-        Series("planned", x, planned, dashed=True, marks=False),
-    ]
+    series = [Series("achieved", x, achieved, least, most), Series("planned", x, planned, dashed=True, marks=False)]
     rows = [[str(row["block"]), *(f"{100 * row[key]:.2f}" for key in keys)] for row in blocks]
     svg = chart(title, series, _DEPTH, SPARSITY, summary=caption)
     return Figure(title, caption, svg, ["block", "planned %", "achieved %", "lowest %", "highest %"], rows)

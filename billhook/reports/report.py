@@ -1,6 +1,6 @@
 """report.json: the facts about a pruned directory, made from billhook.json and the sizes of the weight files.
 
-File format: docs/formats.md, `report.json`. The same run gives the same bytes: it has no dates and no durations.
+File format: docs/formats/files.md. The same run gives the same bytes: it has no dates and no durations.
 """
 
 import math

@@ -1,0 +1,113 @@
+"""Options that several commands share: aliases, and groups of options that a command receives as one object."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from typing import Annotated, Any, Literal
+
+import typer
+
+
+def output_option(meaning: str) -> Any:
+    """The option --output, with its help text."""
+    return typer.Option("--output", "-o", help=meaning)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
+Model = Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")]
+AnyModel = Annotated[str, typer.Argument(help="Model directory, dense or packed, or a name on the hub.")]
+Sparsity = Annotated[float | None, typer.Option(help="Fraction of the prunable weights to remove, in [0, 1).")]
+Pattern = Annotated[str, typer.Option(help="unstructured, or N:M (keep N of every M), such as 2:4.")]
+Criterion = Annotated[str, typer.Option(help="How weights are scored: see billhook ls criteria.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="Calibration text: FILE.txt, FILE.jsonl (field text), TOKENS.safetensors, "
+        "hub:NAME[:config][:split], stdlib:train.",
+        metavar="SOURCE",
+    ),
+]
+LengthHelp = "Tokens in a window; by default 2048, or the model's context length if that is shorter."
+Length = Annotated[int | None, typer.Option(help=LengthHelp, min=2)]
+Limit = Annotated[int | None, typer.Option(help="Score at most this many windows (word protocol: documents).", min=1)]
+SpillGib = Annotated[
+    float, typer.Option(help="GiB of activations to keep in memory; more go to temporary files (TMPDIR).", min=0)
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="An option of the method, such as epsilon=0.3. Repeatable.", metavar="KEY=VALUE"),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Allocator, options and sparsity as published: see billhook ls presets.", metavar="NAME"),
+]
+
+
+@dataclass(frozen=True)
+class Text:
+    """The calibration windows."""
+
+    calibration: Calibration = None
+    samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128
+    length: Length = None
+    published: Annotated[
+        bool,
+        typer.Option(
+            "--published",
+            help="Draw windows, count zeros and accumulate gradients as the released code of the papers does.",
+        ),
+    ] = False
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How to load a model."""
+
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Type to compute in; auto is the checkpoint's."),
+    ] = "auto"
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run Python code that comes with the model. Read that code first.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Work(Loading):
+    """How to load a model, how to compute, and which layers to work on."""
+
+    batch_size: Annotated[int | None, typer.Option(help="Windows per forward pass; by default by size.", min=1)] = None
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only these layers: a class name, an exact name, or re:REGEX. Repeatable.", metavar="PATTERN"
+        ),
+    ] = None
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Skip these layers; same patterns. Repeatable.", metavar="PATTERN")
+    ] = None
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a `Request`."""
+        return {**vars(self), "targets": self.targets or (), "ignore": self.ignore or ()}
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace each parameter whose annotation is a dataclass by that class's options, which `command` receives as one
+    object."""
+    signature = inspect.signature(command)
+    groups: dict[str, Any] = {x.name: x.annotation for x in signature.parameters.values() if is_dataclass(x.annotation)}
+    fields = {name: inspect.signature(group).parameters for name, group in groups.items()}
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        objects = {name: group(**{key: options.pop(key) for key in fields[name]}) for name, group in groups.items()}
+        command(**options, **objects)
+
+    flat = [x for own in signature.parameters.values() for x in fields.get(own.name, {own.name: own}).values()]
+    parameters = [x.replace(kind=inspect.Parameter.KEYWORD_ONLY) for x in flat]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
