@@ -167,8 +167,8 @@ def _prune_streamed(
         before = [result for results in place.state.results for result in results]
         for result in before:
             progress(result.layer)
-        job = replace(job, gradients=_kept_gradients(job, place, progress))
-        results = [*before, *_prune(job, progress, note, place)]
+        prepared = replace(job, gradients=_kept_gradients(job, place, progress))
+        results = [*before, *_prune(prepared, progress, note, place)]
         made = record(job, results)
         place.complete(made)
     return results, made
