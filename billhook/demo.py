@@ -20,7 +20,8 @@ from billhook.measurement.measure import measure
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import allocate
 from billhook.plan.plan import Plan
-from billhook.steps.prune import Job, prune_, run
+from billhook.steps.apply import prune_
+from billhook.steps.prune import Job, run
 from billhook.steps.request import Opened, Request, open_request
 from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_tokenizer, quiet

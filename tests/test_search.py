@@ -186,7 +186,7 @@ def test_gradients_are_computed_once_for_all_trials(tokens: torch.Tensor, monkey
         "billhook.trials.trials.compute_gradients",
         lambda *a, **k: made.append(compute_gradients(*a, **k)) or made[-1],
     )
-    monkeypatch.setattr("billhook.steps.prune.compute_gradients", None)
+    monkeypatch.setattr("billhook.steps.gradients.compute_gradients", None)
     model = llama()
     assert len(find(model, tokens, criterion="gblm", budget=3).trials) == 4
     assert len(made) == 1

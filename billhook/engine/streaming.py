@@ -31,7 +31,7 @@ from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 from billhook.architectures.config import text_config
 from billhook.architectures.stacks import blocks_of
 from billhook.errors import BillhookError, Interrupted, JobError
-from billhook.store.checkpoint import check_code, check_complete, known_dtype, loading, on_device, quiet, resolve
+from billhook.store.checkpoint import check_code, from_pretrained, loading, on_device, quiet, resolve
 from billhook.store.shards import Entry, Shard, read_shard
 from billhook.store.tensor_bytes import DTYPES, tensor_bytes
 
@@ -192,16 +192,7 @@ def open_streamed(
         if type(config) is not type(empty.config):
             config = text_config(config)
         stored = stored_tensors(shards, outside.__contains__)
-        model, info = type(empty).from_pretrained(
-            None,
-            config=config,
-            state_dict=stored,
-            dtype=known_dtype(dtype),
-            experts_implementation="eager",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    check_complete(path, info)
+        model = from_pretrained(type(empty), path, None, dtype=dtype, config=config, state_dict=stored)
     model.config.name_or_path = str(path)
     with on_device(device):
         model.eval()._apply(lambda value: value if value.is_meta else value.to(device))

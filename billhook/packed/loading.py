@@ -23,8 +23,8 @@ from billhook.packed.format import Packed, open_packed
 from billhook.runtime.linear import SparseLinear
 from billhook.runtime.tuning import tune_
 from billhook.store.checkpoint import (
-    check_complete,
     check_trusted,
+    from_pretrained,
     known_dtype,
     loading,
     on_device,
@@ -131,18 +131,9 @@ def _instantiate(
     path: Path, kind: Any, config: Any, dtype: torch.dtype, state: Mapping[str, Tensor]
 ) -> PreTrainedModel:
     with loading(path):
-        model, info = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=dict(state),
-            dtype=dtype,
-            experts_implementation="eager",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported in `info`, by name
-        )
+        model = from_pretrained(kind, path, None, dtype=dtype, config=config, state_dict=dict(state))
         if (path / "generation_config.json").is_file() and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    check_complete(path, info)
     model.name_or_path = model.config.name_or_path = str(path)
     return model
 

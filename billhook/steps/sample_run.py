@@ -20,8 +20,8 @@ from billhook.engine.loop import Method
 from billhook.plan.allocators import allocate
 from billhook.plan.table import Row, Table
 from billhook.recover.blockwise import LEAST, Refine
+from billhook.steps.apply import prune_with
 from billhook.steps.estimate import Estimate, estimate, n_bytes
-from billhook.steps.prune import prune_with
 from billhook.steps.resolve import ResolvedRequest
 from billhook.store.tensor_bytes import tensor_bytes
 

@@ -87,7 +87,7 @@ class Record:
 
 
 def append_step(before: Record | None, step: Step, layers: Mapping[str, Mapping[str, Any]]) -> Record:
-    """The record after one more step; `layers` are those whose state it changed. The checksums are to be made anew."""
+    """The record after one more step, which changed the state of `layers`; it has no checksums yet."""
     steps, known = ([], {}) if before is None else (before.steps, before.layers)
     changed = {name: dict(facts) for name, facts in layers.items()}
     return Record(__version__, [*steps, step], {**known, **changed})
@@ -96,8 +96,8 @@ def append_step(before: Record | None, step: Step, layers: Mapping[str, Mapping[
 def completed(
     record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], files: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The json of a record once its model is written: with the layers' places on disk, the checksums of all files, and
-    the digest of what the last step made."""
+    """The json of a record whose model is written: with `layers` (and their places on disk), the checksums `files`, and
+    the digest of the last step's result."""
     steps = [dict(step) for step in record.get("steps", ())]
     if steps:
         steps[-1]["result"] = weights_digest(files)
@@ -105,23 +105,23 @@ def completed(
 
 
 def weights_digest(files: Mapping[str, str]) -> str:
-    """The digest of a model (as `billhook.store.checkpoint.model_digest`) from the checksums of all its files."""
+    """The digest of a model, as by `billhook.store.checkpoint.model_digest`, from the checksums of its files."""
     own = {name for name in files if name == "config.json" or (name.endswith(".safetensors") and "/" not in name)}
     return digest_of({name: files[name] for name in own})
 
 
 def located(layer: Mapping[str, Any]) -> bool:
-    """Whether the place of a layer on disk is known, from its entry in `layers`."""
+    """Whether a layer's place on disk is known."""
     return "pieces" in layer or layer.get("tensor") is not None
 
 
 def history(folder: Path) -> Record | None:
-    """The record of a model directory, None where it has none."""
+    """The record of a model directory, or None."""
     return read_record(folder / RECORD) if (folder / RECORD).is_file() else None
 
 
 def read_record(path: Path) -> Record:
-    """Read billhook.json; raises BillhookError for one that is missing or not as documented."""
+    """Read billhook.json; raises BillhookError where it is missing or not as documented."""
     value = read_json(path, "record of a pruned model")
     version = value.get("version")
     if type(version) is not int or version not in (1, VERSION):
@@ -150,7 +150,7 @@ def _check_layers(path: Path, layers: Mapping[str, Any]) -> None:
 def _check_files(path: Path, files: Mapping[str, Any]) -> None:
     for name, digest in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise BillhookError(f"{path} lists the file {name!r}, which lies elsewhere.")
+            raise BillhookError(f"{path} lists the file {name!r}, which is outside the directory.")
         if not isinstance(digest, str):
             raise BillhookError(f"{path}: the checksum of {name!r} must be a string.")
 
@@ -166,7 +166,7 @@ def _step(entry: Any, where: str) -> Step:
 
 
 def _step_of_version_1(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The one step of a record of version 1, which knew the model in `made_by` and no result."""
+    """The step of a record of version 1, which had the model in `made_by` and no result."""
     made_by = value.get("made_by")
     made_by = dict(made_by) if isinstance(made_by, dict) else {}
     known = {"plan": value["plan"], "model": made_by.pop("model", {}), "warnings": value.get("warnings", [])}
