@@ -1,18 +1,15 @@
-"""Prune and measure a model of 7B shape under a hard limit of 6 GiB of address space, and a deeper model in the memory
-of a shallower one.
+"""Prune and measure a model of 7B shape under a hard limit of 6 GiB of address space, and compare two depths.
 
-    python benchmarks/memory.py                       32 blocks of 4096 x 11008 in bfloat16: 13 GB, written by this
-    program python benchmarks/memory.py --blocks 4            the same width, shallower: seconds to minutes python
-    benchmarks/memory.py --depth               peaks of 8 and 16 blocks of 1024 x 2816
+    python benchmarks/memory.py               32 blocks of 4096 x 11008 in bfloat16: 13 GB, written by this program
+    python benchmarks/memory.py --blocks 4    the same width with fewer blocks: seconds to minutes
+    python benchmarks/memory.py --depth       peaks of 8 and of 16 blocks of 1024 x 2816, which should be equal
 
-Each command is a process of its own with `RLIMIT_AS` set, which is what `ulimit -v` sets: all address space counts,
-libraries and thread stacks too, so it is stricter than a limit on resident memory, and it can be had without rights. (A
-cgroup would also count the page cache, which the kernel drops before a process dies; nothing is learned from that.)
-That works because weights are read and not mapped. `peak` is the largest resident set (VmHWM), `space` the largest
-address space (VmPeak). `bound` is embeddings + head + 3 blocks + hidden states + 500 MB. The weights are slices of one
-random tensor at random places: what is measured does not depend on them. A full spectrum of every layer takes hours on
-two cores, so `alpha` measures one layer of the first and of the last block, and `outliers` a metric of activations of
-all.
+Each command runs in its own process with `RLIMIT_AS` set, as `ulimit -v` does. This limits all address space, libraries
+and thread stacks included, so it is stricter than a limit on resident memory, and it needs no privileges. `peak` is the
+largest resident set (VmHWM), `space` the largest address space (VmPeak). `bound` is embeddings + head + 3 blocks +
+hidden states + 500 MB. The weights are slices of one random tensor; the memory does not depend on their values. A full
+spectrum of every layer takes hours on two cores, so `alpha` is measured on one layer of the first and of the last
+block, and `outliers`, a metric of activations, on all layers.
 """
 
 import argparse

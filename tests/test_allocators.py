@@ -90,7 +90,7 @@ def test_options_are_checked_and_listed(name: str):
     with pytest.raises(BillhookError, match=rf"allocator '{name}' has no option 'nonsense'.*Its options: "):
         allocate(table, 0.5, allocator=name, nonsense=1)
     for option in ALLOCATORS.options(name).values():
-        with pytest.raises(BillhookError, match=option.name):
+        with pytest.raises(BillhookError, match=rf"{option.name}|never a value"):
             allocate(table, 0.5, allocator=name, **{option.name: "never a value"})
 
 

@@ -13,7 +13,7 @@ from billhook import allocate, measure, prune, prune_
 from billhook.architectures.layers import find_layers
 from billhook.engine.walk import walk
 from billhook.errors import BillhookError
-from billhook.methods.least_squares import aimed, loss
+from billhook.methods.least_squares import loss, shift_to_dense
 from billhook.methods.statistics import LayerStats
 
 Tensor = torch.Tensor
@@ -97,7 +97,7 @@ def test_aimed_weights_are_the_optimum(dense_target: float) -> None:
     other = x + 0.3 * other
     W, stream = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5, 12), (200, 5)))
     gram, drift = x.T @ x, (other - x).T @ x
-    found = aimed(W, LayerStats(200, 1, gram=gram, drift=drift, stream_drift=stream.T @ x), dense_target, 1e-4)
+    found = shift_to_dense(W, LayerStats(200, 1, gram=gram, drift=drift, stream_drift=stream.T @ x), dense_target, 1e-4)
     target = x @ W.T + dense_target * ((other - x) @ W.T + stream)
     best = torch.linalg.lstsq(x, target).solution.T
     torch.testing.assert_close(found, best, rtol=1e-3, atol=1e-3)
@@ -108,10 +108,10 @@ def test_aimed_weights_are_the_optimum(dense_target: float) -> None:
 
 def test_nothing_to_aim_at() -> None:
     W, gram = torch.randn(3, 4), torch.eye(4)
-    assert aimed(W, LayerStats(8, 1, gram=gram), 0.5, 0.01) is W
-    assert torch.equal(aimed(W, LayerStats(8, 1, gram=gram, drift=torch.zeros(4, 4)), 0.5, 0.01), W)
-    assert aimed(W, LayerStats(0, 0, gram=0 * gram, drift=torch.ones(4, 4)), 0.5, 0.0) is W
-    assert aimed(W, LayerStats(8, 1, gram=0 * gram, drift=0 * gram), 0.5, 0.0).isfinite().all()
+    assert shift_to_dense(W, LayerStats(8, 1, gram=gram), 0.5, 0.01) is W
+    assert torch.equal(shift_to_dense(W, LayerStats(8, 1, gram=gram, drift=torch.zeros(4, 4)), 0.5, 0.01), W)
+    assert shift_to_dense(W, LayerStats(0, 0, gram=0 * gram, drift=torch.ones(4, 4)), 0.5, 0.0) is W
+    assert shift_to_dense(W, LayerStats(8, 1, gram=0 * gram, drift=0 * gram), 0.5, 0.0).isfinite().all()
 
 
 @pytest.mark.parametrize("criterion", ["admm", "sparsegpt"])

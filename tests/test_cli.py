@@ -138,8 +138,9 @@ def test_a_dry_run_writes_nothing(place, text, monkeypatch, output):
     rows = re.findall(r"^(model\.layers\S+) +(\d+) x (\d+) +(0\.\d+)", ran.out, flags=re.MULTILINE)
     assert len(rows) == 14
     assert re.search(
-        r"About .* s, .*GiB of memory, .*GiB of disk\.\n"
-        r"14 layers, 18,432 weights, sparsity 0\.5, .*Nothing was written\.",
+        r"About .* GiB of memory and .* GiB of disk\.\n"
+        r"About .* s to prune and write, measured on 2 of 2 blocks with .* windows in .* s\.\n"
+        r"14 layers, 18,432 weights, sparsity 0\.5, .*The plan took .* s to make\. Nothing was written\.",
         ran.err,
     )
     machine = done(*command, "--json").json

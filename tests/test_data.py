@@ -11,7 +11,7 @@ from documents import jsonl, texts
 from safetensors.torch import save_file
 
 from billhook.errors import BillhookError
-from billhook.text import corpus, windows
+from billhook.text import corpus, sampling
 from billhook.text.windows import check_ids, digest, load_calibration, load_windows
 
 
@@ -47,7 +47,7 @@ def test_papers_sampling_is_the_published_one(tokenizer, tmp_path, seed):
 
 def test_papers_sampling_with_one_long_document_among_many_short_ones(tokenizer, tmp_path, monkeypatch):
     """The search for a document that is long enough happens once and does not disturb the draws."""
-    monkeypatch.setattr(windows, "_MISSES", 3)
+    monkeypatch.setattr(sampling, "_MISSES", 3)
     documents = ["short"] * 40 + ["x" * 100]
     found = load_calibration(jsonl(tmp_path / "a.jsonl", documents), tokenizer, samples=4, length=64, sampling="papers")
     assert torch.equal(found.ids, published(documents, tokenizer, 4, 64, 0))
@@ -57,7 +57,7 @@ def test_papers_sampling_without_a_long_document_ends_in_an_error(tokenizer, tmp
     source = jsonl(tmp_path / "a.jsonl", ["ab", "abcde", ""])
     with pytest.raises(
         BillhookError,
-        match=r"No document of .* longer than 64 tokens \(3 documents, the longest has 6\).*--sampling packed",
+        match=r"No document of .* longer than 64 tokens \(3 documents, the longest has 6\)",
     ):
         load_calibration(source, tokenizer, samples=1, length=64, sampling="papers")
 
@@ -65,9 +65,9 @@ def test_papers_sampling_without_a_long_document_ends_in_an_error(tokenizer, tmp
 def test_papers_sampling_reads_only_the_documents_it_draws(tokenizer, tmp_path, monkeypatch):
     source = jsonl(tmp_path / "a.jsonl", ["y" * 100] * 5000)
     seen = []
-    real = windows._encode
+    real = sampling._encode
     monkeypatch.setattr(
-        windows, "_encode", lambda tokenizer, batch, **options: seen.extend(batch) or real(tokenizer, batch, **options)
+        sampling, "_encode", lambda tokenizer, batch, **options: seen.extend(batch) or real(tokenizer, batch, **options)
     )
     load_calibration(source, tokenizer, samples=8, length=64, sampling="papers")
     assert len(seen) <= 8

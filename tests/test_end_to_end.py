@@ -222,7 +222,7 @@ def test_a_sparse_model_is_pruned_further_and_never_filled(place, pruned, tmp_pa
 
 
 def test_floor_counts_as_published(place, tmp_path):
-    report = prune(place, tmp_path / "floor", "--rounding", "floor", "--sparsity", "0.33", model="experts")
+    report = prune(place, tmp_path / "floor", "--published", "--sparsity", "0.33", model="experts")
     assert all(layer["zeros"] == 0 or layer["sparsity"] <= 0.33 for layer in report["layers"].values())
     assert report["layers"]["model.layers.0.self_attn.q_proj"]["zeros"] == 32 * int(32 * 0.33)
     assert done("verify", tmp_path / "floor", "--json").json["ok"]

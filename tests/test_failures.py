@@ -2,6 +2,7 @@
 left behind."""
 
 import errno
+import functools
 import importlib
 import json
 import os
@@ -17,8 +18,8 @@ import pytest
 import torch
 from command import billhook, done, listing, refused
 
-import billhook.engine.loop as pruning
-import billhook.store.directory as save
+import billhook.store.sinks as sinks
+from billhook.engine.loop import _Pruning
 from billhook.errors import out_of_memory
 
 TEXT = ("--calibration", "text.txt", "--samples", "4", "--length", "32")
@@ -40,7 +41,7 @@ def test_an_output_that_is_not_empty(place):
 def test_outputs_that_cannot_be(place):
     refused(place, *PRUNE, "--output", "text.txt", match=r"text\.txt is a file: choose a directory")
     refused(place, *PRUNE, "--output", "no/folder", match=r"the folder .*no does not exist\. Create it first")
-    refused(place, *PRUNE, "--output", "model", "--overwrite", match="lie in each other")
+    refused(place, *PRUNE, "--output", "model", "--overwrite", match="or is inside it")
     refused(place, "measure", "model", "-o", "no/table.json", match="the folder no does not exist")
     refused(place, "measure", "model", "-o", "model", match="it is a directory")
     refused(
@@ -53,7 +54,7 @@ def test_outputs_that_cannot_be(place):
 
 
 def test_a_disk_that_fills_up_at_the_start(place, monkeypatch):
-    monkeypatch.setattr(save, "lay_out", full)
+    monkeypatch.setattr(sinks, "lay_out", full)
     size = sum(path.stat().st_size for path in (place / "model").glob("*.safetensors")) / 2**20
     needs = re.escape(f"pruned needs {size:.1f} MiB, ")
     refused(
@@ -121,7 +122,7 @@ def test_out_of_memory(place, monkeypatch):
             "allocate 9 bytes"
         )
 
-    monkeypatch.setattr(pruning, "_prune_layer", hungry)
+    monkeypatch.setattr(_Pruning, "layer", hungry)
     refused(place, *PRUNE, match="Out of memory. Use fewer --samples", code=1)
 
 
@@ -143,7 +144,7 @@ def test_only_what_means_it_is_taken_for_out_of_memory():
 
 def test_a_file_where_the_output_would_be_made(place):
     (place / "pruned.partial").write_text("mine")
-    refused(place, *PRUNE, match=r"pruned\.partial, where the output would be made, is a file: move it away")
+    refused(place, *PRUNE, match=r"pruned\.partial, where the output would be written, is a file: move it away")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -164,7 +165,7 @@ def test_a_stdout_that_cannot_be_written(place):
 
 MOMENTS = {"loading": "billhook.steps.request.open_streamed", "pruning": "billhook.methods.sparse.wanda.wanda"}
 _STOPPED = "billhook: Stopped. Nothing was written.\n"
-_PATIENT = "Stopping when this block is finished. Ctrl-C again stops at once; what is finished is kept either way.\n"
+_STOPPING = "Stopping after this block. Press Ctrl-C again to stop at once; finished blocks are kept either way.\n"
 
 
 def stop_after(moment: str) -> None:
@@ -172,6 +173,7 @@ def stop_after(moment: str) -> None:
     module, _, name = MOMENTS[moment].rpartition(".")
     original = getattr(importlib.import_module(module), name)
 
+    @functools.wraps(original)
     def stop(*arguments, **options):
         result = original(*arguments, **options)
         Path("../here").touch()
@@ -218,7 +220,7 @@ def test_interruptions(place, moment, number):
     code, out, err = json.loads(Path("../ran").read_text())
     about, said = (
         err[: err.find("\n") + 1] if err.startswith("About ") else "",
-        _PATIENT * graceful + _STOPPED,
+        _STOPPING * graceful + _STOPPED,
     )
     assert (code, err) == (1, about + said)
     assert json.loads(out) == {"error": _STOPPED[10:-1], "exit_code": 1}
@@ -236,7 +238,7 @@ def test_one_ctrl_c_finishes_the_block_and_says_how_to_go_on(place):
     if not child:
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            real = pruning._prune_layer
+            real = _Pruning.layer
 
             def slow(*args: object) -> object:
                 Path("../here").touch()
@@ -244,7 +246,7 @@ def test_one_ctrl_c_finishes_the_block_and_says_how_to_go_on(place):
                     time.sleep(0.01)
                 return real(*args)
 
-            pruning._prune_layer = slow
+            _Pruning.layer = slow
             ran = billhook(*PRUNE)
             Path("../ran").write_text(json.dumps([ran.code, ran.out, ran.err]))
         finally:
@@ -257,7 +259,7 @@ def test_one_ctrl_c_finishes_the_block_and_says_how_to_go_on(place):
     code, _, err = json.loads(Path("../ran").read_text())
     kept = r"1 of 2 blocks are finished and kept in .*pruned\.partial: continue with the same command and --resume\.\n"
     assert code == 1
-    assert re.fullmatch(rf"About .*\n{re.escape(_PATIENT)}billhook: Stopped\. {kept}", err), err
+    assert re.fullmatch(rf"About .*\n{re.escape(_STOPPING)}billhook: Stopped\. {kept}", err), err
     assert not (place / "pruned").exists()
     done(*PRUNE, "--resume")
     assert {name: data for name, data in listing(place / "pruned").items() if name in whole} == whole
@@ -276,6 +278,6 @@ def test_ctrl_c_from_a_shell(place):
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (out, err.partition("\n")[2]) == ("", _PATIENT + _STOPPED)
+    assert (out, err.partition("\n")[2]) == ("", _STOPPING + _STOPPED)
     assert process.returncode == 1
     assert listing(place) == before

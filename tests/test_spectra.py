@@ -19,7 +19,7 @@ from billhook.measurement import METRICS, eigen
 from billhook.measurement.eigen import _single, _smallest, eigenvalues, error_bound
 from billhook.measurement.tails import Spectrum, fit_tail
 from billhook.measurement.weights import measure_spectra, spectral_metrics
-from billhook.plan.metrics import CURVES, FACTS, SIGNS, fact, sign
+from billhook.plan.metrics import CURVES, FACTS, fact, sign
 
 SPECTRAL = [name for name, known in FACTS.items() if known.spectral]
 ALPHAS = ["alpha_mid", "alpha_peak", "alpha_ks"]
@@ -300,7 +300,6 @@ def test_pruned_weights_give_finite_values_or_a_named_error(
 
 def test_facts_and_functions_agree() -> None:
     assert METRICS.names() == [*FACTS, *CURVES]
-    assert list(FACTS) == list(SIGNS)
     for name in SPECTRAL:
         assert METRICS.paper(name) == FACTS[name].paper
         assert METRICS.get(name).__doc__

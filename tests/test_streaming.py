@@ -34,7 +34,7 @@ def in_memory(source: Path, output: Path, **fields) -> Path:
     """What `prune` writes, made with the whole model in memory."""
     job = prepare(Request(load_model(source, dtype=fields.pop("dtype", "auto")), **fields))
     options = {"criterion": job.request.criterion, "batches": job.opened.batches, "layers": job.opened.layers}
-    results = prune_(job.opened.model, job.plan, **options, **job.criterion_options)
+    results = prune_(job.opened.model, job.plan, **options, **job.method.options)
     return save_pruned(job.opened.model, source, output, record=record_of(job, results), publish=publish).path
 
 

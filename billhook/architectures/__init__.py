@@ -1,4 +1,1 @@
-"""All that Billhook knows about model architectures.
-
-Stacks of blocks, prunable layers as [out, in] views, experts and routers, and the conventions of configurations.
-"""
+"""All knowledge of model architectures: stacks of blocks, layers, experts and routers, configurations."""

@@ -1,4 +1,4 @@
-"""What configurations and models say about themselves: context, vocabulary, special tokens, and how to call them."""
+"""Facts from configurations: context length, vocabulary, special tokens, and the options of a call."""
 
 import inspect
 from typing import Any
@@ -15,7 +15,7 @@ def text_config(config: Any) -> Any:
 
 
 def context_length(config: Any) -> int | None:
-    """The longest window the model was built for, in tokens, or None where its configuration names no limit."""
+    """The model's context in tokens, or None where its configuration names no limit."""
     text = text_config(config)
     for name in ("max_position_embeddings", "max_seq_len"):
         value = getattr(text, name, None)
@@ -28,23 +28,19 @@ def check_length(config: Any, length: int) -> None:
     """Raise BillhookError when windows of `length` tokens are longer than the model's context."""
     longest = context_length(config)
     if longest is not None and length > longest:
-        raise BillhookError(
-            f"Windows of {length} tokens exceed the model's context of {longest}: use --length {longest} or less."
-        )
+        context = f"the model's context of {longest}"
+        raise BillhookError(f"Windows of {length} tokens exceed {context}: use --length {longest} or less.")
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """The number of token ids that the model has embeddings for."""
+    """The number of token embeddings of the model."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     return weight.shape[0]
 
 
 def special_tokens(model: PreTrainedModel) -> tuple[int, set[int]]:
-    """The token that begins a document (an end token where no start token is named), and the tokens that end one.
-
-    Raises BillhookError for a model that names neither.
-    """
+    """The token that starts a document (BOS, else EOS), and the tokens that end one; BillhookError without either."""
     configs = [config for config in (text_config(model.config), model.generation_config) if config is not None]
     starts = [config.bos_token_id for config in configs if getattr(config, "bos_token_id", None) is not None]
     ends = [config.eos_token_id for config in configs if getattr(config, "eos_token_id", None) is not None]
@@ -63,14 +59,9 @@ def cache_bytes(model: PreTrainedModel, tokens: int) -> int:
 
 
 def call_options(model: PreTrainedModel, *, base: bool = False) -> dict[str, Any]:
-    """Keyword arguments for a call of the model (or of its base model) that only computes predictions.
-
-    No key-value cache, and no auxiliary loss of routers.
-    """
-    target = model.base_model if base else model
-    options: dict[str, Any] = (
-        {"use_cache": False} if "use_cache" in inspect.signature(target.forward).parameters else {}
-    )
+    """Options of a call of the model (or of its base model): no key-value cache, no auxiliary loss of routers."""
+    known = inspect.signature((model.base_model if base else model).forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
     if not base and getattr(model.config, "output_router_logits", False):
         options["output_router_logits"] = False
     return options

@@ -10,8 +10,7 @@ from billhook.architectures.layers import find_layers
 
 @contextmanager
 def observable_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Let every expert compute its own product, which can be observed; restore the model's implementation
-    afterwards."""
+    """Make every expert compute its own product, so that it can be observed; restore the implementation afterwards."""
     before = model.config._experts_implementation
     if before == "eager" or not any(layer.expert is not None for layer in find_layers(model)):
         yield

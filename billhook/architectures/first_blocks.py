@@ -1,4 +1,4 @@
-"""A model cut off after its first blocks for a while, to run a small part of a job on it."""
+"""A model truncated to its first blocks for a `with` block, to run a small part of a job on it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ from billhook.architectures.stacks import decoder_stack
 
 @contextmanager
 def first_blocks(model: PreTrainedModel, depth: int) -> Iterator[None]:
-    """Keep only the first `depth` blocks; afterwards restore the others, and the parameters of those that were kept.
+    """Keep only the first `depth` blocks; afterwards restore the others, and the parameters of the first ones.
 
-    A copy of the kept blocks' parameters is in memory, except of a streamed model, whose changes do not last anyway.
+    A copy of these parameters is in memory, except for a streamed model, whose changes do not last anyway.
     """
     blocks, config = model.get_submodule(decoder_stack(model).name), text_config(model.config)
     assert isinstance(blocks, nn.ModuleList)

@@ -1,7 +1,7 @@
 """The prunable layers of a model: views of uniform shape [out, in] over the weights inside its blocks.
 
-Prunable are linear layers, GPT-2's Conv1D (stored transposed) and 3-D expert parameters. Embeddings, norms, biases,
-routers and the head never are. A weight whose layout is not known is refused by name.
+Linear layers, GPT-2's Conv1D (stored transposed) and 3-D expert parameters are prunable; embeddings, norms, biases,
+routers and the head are not. A weight of unknown layout is refused by name.
 """
 
 import re
@@ -17,10 +17,10 @@ from billhook.architectures.stacks import blocks_of
 from billhook.errors import BillhookError
 from billhook.registry import hint
 
-# Last name components of linear layers that route tokens to experts: a few rows that decide everything.
+# Last name components of linear layers that route tokens to experts.
 ROUTERS = frozenset({"gate", "router", "wg", "shared_expert_gate", "classifier"})
 
-# Last name components of layers that read the same input as a layer before them, whose statistics are shared.
+# Last name components of layers that share the input, and so its statistics, with an earlier layer.
 SHARED_INPUTS = frozenset({"k_proj", "v_proj", "up_proj"})
 
 # Families tested in every release (tests/test_families.py): `config.model_type`.
@@ -36,8 +36,8 @@ class Layer:
     """One prunable weight.
 
     `name` is the module's name in `model.named_modules()`, followed by parameter and number for an expert; `block` is
-    the index of its block in running order; `kind` is its name inside the block. `expert` is the index into a 3-D
-    parameter, or None; `transposed` says that the weight is stored [in, out].
+    the index of its block; `kind` is its name inside the block. `expert` is the index into a 3-D parameter, or None;
+    `transposed` means that the weight is stored as [in, out].
     """
 
     name: str
@@ -49,12 +49,20 @@ class Layer:
     transposed: bool
 
     @property
+    def stored(self) -> Tensor:
+        """The parameter that holds the weight."""
+        stored: Tensor = getattr(self.module, self.parameter)
+        return stored
+
+    @property
     def weight(self) -> Tensor:
         """A view [out, in] of the stored weight, detached; writing into it changes the model."""
-        stored: Tensor = getattr(self.module, self.parameter).detach()
-        if self.expert is not None:
-            stored = stored[self.expert]
-        return stored.T if self.transposed else stored
+        return self.view(self.stored.detach())
+
+    def view(self, stored: Tensor) -> Tensor:
+        """A view [out, in] of the part of a tensor like `self.stored` that belongs to this layer."""
+        part = stored if self.expert is None else stored[self.expert]
+        return part.T if self.transposed else part
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -84,45 +92,29 @@ def _layers_of(module: nn.Module, full: str, block: int, kind: str) -> list[Laye
         if value.ndim == 3 and not isinstance(module, nn.Conv1d):
             transposed = _stored_transposed(module, f"{full}.{parameter}")
             for expert in range(value.shape[0]):
-                layers.append(
-                    Layer(
-                        f"{full}.{parameter}.{expert}",
-                        block,
-                        f"{kind}.{parameter}",
-                        module,
-                        parameter,
-                        expert,
-                        transposed,
-                    )
-                )
+                name, inner = f"{full}.{parameter}.{expert}", f"{kind}.{parameter}"
+                layers.append(Layer(name, block, inner, module, parameter, expert, transposed))
     return layers
 
 
 def _stored_transposed(module: nn.Module, where: str) -> bool:
     """Whether 3-D expert weights are [expert, in, out]; transformers records it on every experts class."""
     if not hasattr(module, "is_transposed"):
-        raise BillhookError(
-            f"{where} ({type(module).__name__}) is a 3-D weight of unknown layout: this architecture is not "
-            "supported yet."
-        )
+        what = f"{where} ({type(module).__name__}) is a 3-D weight of unknown layout"
+        raise BillhookError(f"{what}: this architecture is not supported.")
     return bool(module.is_transposed)
 
 
 def select_layers(layers: Sequence[Layer], targets: Iterable[str] = (), ignore: Iterable[str] = ()) -> list[Layer]:
-    """The layers that match any of `targets` (all, if none are given) and none of `ignore`.
+    """The layers that match any of `targets` (all by default) and none of `ignore`.
 
-    A pattern is a class name (`Linear`), the exact name of a layer or of a module that holds layers (`model.layers.0`),
-    or `re:` and a regular expression matched from the start of the name. A pattern that matches nothing is an error,
-    and so is an empty result.
+    A pattern is a class name (`Linear`), the name of a layer or of a module that contains layers (`model.layers.0`), or
+    `re:` and a regular expression matched from the start of the name. Raises BillhookError for a pattern that matches
+    nothing and for an empty result.
     """
-    wanted = [_matching(layers, pattern, "--targets") for pattern in targets]
-    unwanted = [_matching(layers, pattern, "--ignore") for pattern in ignore]
-    chosen = [
-        layer
-        for layer in layers
-        if (not wanted or any(layer.name in names for names in wanted))
-        and not any(layer.name in names for names in unwanted)
-    ]
+    wanted = set[str]().union(*(_matching(layers, pattern, "--targets") for pattern in targets))
+    unwanted = set[str]().union(*(_matching(layers, pattern, "--ignore") for pattern in ignore))
+    chosen = [x for x in layers if (not wanted or x.name in wanted) and x.name not in unwanted]
     if not chosen:
         raise BillhookError("--targets and --ignore leave no layer to prune: loosen one of them.")
     return chosen
@@ -136,25 +128,19 @@ def _matching(layers: Sequence[Layer], pattern: str, option: str) -> set[str]:
             raise BillhookError(f"{option} {pattern}: not a regular expression ({error}).") from None
         names = {layer.name for layer in layers if expression.match(layer.name)}
     else:
-        names = {
-            layer.name
-            for layer in layers
-            if pattern in (layer.name, type(layer.module).__name__) or layer.name.startswith(pattern + ".")
-        }
+        named = {x.name for x in layers if x.name == pattern or x.name.startswith(pattern + ".")}
+        names = named | {x.name for x in layers if type(x.module).__name__ == pattern}
     if not names:
-        close = hint(pattern, [layer.name for layer in layers] + [type(layer.module).__name__ for layer in layers])
-        raise BillhookError(
-            f"{option} {pattern} matches no prunable layer.{close} List them with billhook prune MODEL --dry-run."
-        )
+        close = hint(pattern, [x.name for x in layers] + [type(x.module).__name__ for x in layers])
+        known = f"{close} List them with billhook prune MODEL --dry-run."
+        raise BillhookError(f"{option} {pattern} matches no prunable layer.{known}")
     return names
 
 
 def check_finite(layers: Iterable[Layer]) -> None:
-    """Raise BillhookError naming the first layer whose weights hold NaN or infinity."""
+    """Raise BillhookError naming the first layer with NaN or infinite weights."""
     for layer in layers:
         if torch.isfinite(layer.weight.sum(dtype=torch.float32)):  # a fast test: NaN and infinity remain in the sum
             continue
         if bad := int((~torch.isfinite(layer.weight)).sum()):
-            raise BillhookError(
-                f"{layer.name} holds {bad} weights that are NaN or infinite: repair the checkpoint first."
-            )
+            raise BillhookError(f"{layer.name} holds {bad} NaN or infinite weights: repair the checkpoint first.")

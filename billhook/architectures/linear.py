@@ -1,13 +1,10 @@
-"""Linear layers: the modules that compute x Wᵀ + b and nothing else, and the weights that are stored transposed."""
+"""Linear layers: which modules only compute x Wᵀ + b, and which weights are stored transposed."""
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 _PLAIN = frozenset({"Linear", "FalconLinear", "Conv1D"})  # class names: a subclass may compute something else
-_CONV1D = {
-    "gpt2": ("c_attn", "c_proj", "c_fc"),
-    "openai-gpt": ("c_attn", "c_proj", "c_fc"),
-}  # last name components of Conv1D layers, by model_type
+_CONV1D = dict.fromkeys(("gpt2", "openai-gpt"), ("c_attn", "c_proj", "c_fc"))  # last name components, by model_type
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -1,8 +1,8 @@
-"""Stacks of blocks: the lists of repeated modules that make up a model, such as the decoder layers of a Llama.
+"""Stacks of blocks: the lists of repeated modules of a model, such as the decoder layers of a Llama.
 
-Two rules, in this order. Rule A: the innermost ModuleList or Sequential whose items are transformers'
-`GradientCheckpointingLayer` or are named in the model's `_no_split_modules`. Structural rule, for models with code of
-their own: the outermost ModuleList of `num_hidden_layers` modules of one class. What neither rule finds is refused.
+Two rules, in this order: (A) the innermost ModuleList or Sequential whose items are transformers'
+`GradientCheckpointingLayer` or named in the model's `_no_split_modules`; (B) for models with code of their own, the
+outermost ModuleList of `num_hidden_layers` modules of one class. A model without such a list is refused.
 """
 
 from collections.abc import Mapping
@@ -18,22 +18,22 @@ from billhook.errors import BillhookError
 
 @dataclass(frozen=True)
 class Stack:
-    """One list of blocks: its name in `model.named_modules()`, and the blocks by their full names, in running order."""
+    """A list of blocks: its name in `model.named_modules()`, and the blocks by full name in running order."""
 
     name: str
     blocks: Mapping[str, nn.Module]
 
 
 def find_stacks(model: PreTrainedModel) -> list[Stack]:
-    """All stacks of a model, in the order in which the model defines them; an empty list where no rule applies."""
+    """All stacks of a model in the order of its definition; an empty list where no rule applies."""
     found: Mapping[str, nn.ModuleList | nn.Sequential] = _marked_lists(model) or _equal_lists(model)
     return [Stack(name, {f"{name}.{i}": block for i, block in enumerate(blocks)}) for name, blocks in found.items()]
 
 
 def decoder_stack(model: PreTrainedModel) -> Stack:
-    """The only stack, or among several the one that has the depth of the text decoder.
+    """The only stack, or among several the one with the depth of the text decoder.
 
-    Raises BillhookError, naming what was found, where there is no such stack or more than one.
+    Raises BillhookError, naming all stacks, if there is no such stack or more than one.
     """
     stacks = find_stacks(model)
     depth = getattr(text_config(model.config), "num_hidden_layers", None)
@@ -41,8 +41,8 @@ def decoder_stack(model: PreTrainedModel) -> Stack:
     if len(chosen) != 1:
         found = ", ".join(f"{stack.name} ({len(stack.blocks)})" for stack in stacks) or "none"
         raise BillhookError(
-            f"Cannot tell the blocks of {type(model).__name__} (model_type {model.config.model_type!r}): expected one "
-            f"list of {depth} blocks, found {found}. Only models made of one stack of blocks can be pruned."
+            f"Cannot find the blocks of {type(model).__name__} (model_type {model.config.model_type!r}): expected one "
+            f"list of {depth} blocks, found {found}. Only models with one stack of blocks can be pruned."
         )
     return chosen[0]
 
@@ -53,7 +53,7 @@ def blocks_of(model: PreTrainedModel) -> Mapping[str, nn.Module]:
 
 
 def _marked_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList | nn.Sequential]:
-    """Rule A: lists of modules that transformers itself treats as blocks, without those that contain another."""
+    """Rule A: lists of modules that transformers itself treats as blocks and that contain no such list."""
     whole = set(getattr(model, "_no_split_modules", None) or ())
 
     def is_block(module: nn.Module) -> bool:
@@ -68,7 +68,7 @@ def _marked_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList | nn.Sequen
 
 
 def _equal_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """Structural rule: outermost lists of `num_hidden_layers` modules of one class."""
+    """Rule B: outermost lists of `num_hidden_layers` modules of one class."""
     depth = getattr(text_config(model.config), "num_hidden_layers", 0)
     found = {
         name: module

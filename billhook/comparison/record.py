@@ -1,6 +1,6 @@
 """compare.json: one model pruned in many ways, one row per cell of the grid, rewritten after every cell.
 
-The same inputs and seeds give the same bytes, so the file contains no dates and no durations.
+File format: docs/formats/files.md. The same inputs and seeds give the same bytes: there are no dates or durations.
 """
 
 import statistics

@@ -1,1 +1,1 @@
-"""The walk through a model block by block, what is observed on the way, and the loop that applies a plan."""
+"""The walk through a model block by block, the statistics it collects, and the loop that applies a plan."""

@@ -1,7 +1,7 @@
 """Batches: mappings of keyword arguments, so that a model is called as `model(**batch)`.
 
-Every tensor of a batch has the same number of rows (windows, images), its first dimension. `labels`, where present, are
-what the model should predict: only losses and scores read them, and they are not passed to the model otherwise.
+The first dimension of every tensor of a batch is its rows (windows, images). `labels`, where present, are the correct
+predictions; they are read by losses and scores and not passed to the model otherwise.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,9 +20,9 @@ LABELS = "labels"
 
 
 def as_batches(model: PreTrainedModel, given: Tensor | Batch | Iterable[Tensor | Batch]) -> list[Batch]:
-    """Batches that a caller made, checked; a bare tensor is the model's main input (token ids int64 [windows, length]).
+    """Check batches given by a caller; a bare tensor is the model's main input (token ids int64 [windows, length]).
 
-    Raises BillhookError for token ids of a wrong shape or type or outside the model's vocabulary.
+    Raises BillhookError for token ids of a wrong shape or type, or outside the model's vocabulary.
     """
     several = [given] if isinstance(given, Tensor | Mapping) else list(given)
     return [_as_batch(model, one) for one in several]
@@ -32,9 +32,8 @@ def _as_batch(model: PreTrainedModel, one: Tensor | Batch) -> Batch:
     name = model.main_input_name
     batch = {name: one} if isinstance(one, Tensor) else dict(one)
     if name not in batch:
-        raise BillhookError(
-            f"A batch for {type(model).__name__} needs {name!r}; it has {', '.join(batch) or 'nothing'}."
-        )
+        found = ", ".join(batch) or "nothing"
+        raise BillhookError(f"A batch for {type(model).__name__} needs {name!r}; it has {found}.")
     if name == "input_ids":
         batch[name] = whole_ids(batch[name], "batches")
         check_ids(batch[name], vocabulary_size(model), "batches")
@@ -47,26 +46,26 @@ def rows_of(batch: Batch) -> int:
 
 
 def select_rows(batch: Batch, index: Tensor | slice) -> Batch:
-    """Some rows of a batch, as a batch."""
+    """The batch of some rows of a batch."""
     return {name: value[index] for name, value in batch.items()}
 
 
 def split_rows(batch: Batch, size: int) -> list[Batch]:
-    """A batch in parts of `size` rows (the last one may be smaller)."""
+    """Split a batch into batches of `size` rows (the last one may be smaller)."""
     return [select_rows(batch, slice(start, start + size)) for start in range(0, rows_of(batch), size)]
 
 
 def join_rows(batches: Iterable[Batch]) -> Batch:
-    """The rows of several batches of the same form, as one batch."""
+    """One batch with the rows of several batches that have the same keys."""
     several = list(batches)
     return {name: torch.cat([batch[name] for batch in several]) for name in several[0]}
 
 
 def main_input(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The tensor that gives a batch its rows and length, [rows, length, ...]."""
+    """The model's main input in a batch, [rows, length, ...]."""
     return batch[model.main_input_name]
 
 
 def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """What to call the model with: the batch without its labels, on the model's device."""
+    """The keyword arguments of the model: the batch without its labels, on the model's device."""
     return {name: value.to(model.device) for name, value in batch.items() if name != LABELS}

@@ -1,9 +1,9 @@
-"""The calls that a model makes of its blocks, captured without running the blocks.
+"""The arguments with which a model calls its blocks, captured without running the blocks.
 
-The model runs with its blocks replaced by stubs that note their arguments and pass the hidden states on unchanged. That
-is right for blocks that hand their hidden states straight to the next one: one *segment*. A model that changes hidden
-states between two blocks, or feeds a block with another output of an earlier one, ends the segment there. Every
-architecture that can be pruned today is one segment; what is not is refused by name (`capture`).
+The model runs with stubs in place of its blocks, which record their arguments and return the hidden states unchanged.
+This is correct where each block passes its hidden states directly to the next one: such blocks form a *segment*. A
+segment ends where the model changes the hidden states between two blocks, or gives a block another output of an earlier
+one. Every architecture that can be pruned is one segment; others are refused by name (`capture`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,9 +28,9 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Segment:
-    """Blocks that pass hidden states straight on: their calls, `calls[batch][block]`, without the hidden states.
+    """The calls of blocks that pass their hidden states directly on: `calls[batch][block]`, without the hidden states.
 
-    `returned` puts hidden states [rows, length, width] in the form in which the blocks return them.
+    `returned` gives hidden states [rows, length, width] the form in which the blocks return them.
     """
 
     calls: list[list[Call]]
@@ -39,7 +39,7 @@ class Segment:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the model without dropout, and restore every module's mode afterwards."""
+    """Put the model in evaluation mode (no dropout), and restore the mode of every module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -72,13 +72,13 @@ def capture(
     batches: Sequence[Batch],
     hidden: list[Tensor] | ActivationStore,
 ) -> Segment:
-    """Capture the calls of all blocks for every batch; append the hidden states that enter the first one to `hidden`.
+    """Capture the calls of all blocks for every batch, and append the inputs of the first block to `hidden`.
 
-    Costs the embedding of each batch, and one run of one block. Raises BillhookError for a model that changes hidden
-    states between two blocks.
+    The cost is the embedding of each batch, and one run of one block. Raises BillhookError for a model that changes the
+    hidden states between two blocks.
     """
     calls: list[list[Call]] = []
-    extra: list[tuple[Any, ...] | None] = []  # what a block returns after the hidden states; None for a bare tensor
+    extra: list[tuple[Any, ...] | None] = []  # outputs of a block after the hidden states; None for a bare tensor
     passed: list[Tensor] = []  # the hidden states that the last stub returned
     names = list(blocks)
 
@@ -93,10 +93,8 @@ def capture(
                 hidden.append(states)
                 calls.append([])
             elif states is not passed[-1] or len(calls[-1]) != index:
-                raise BillhookError(
-                    f"{type(model).__name__} changes the hidden states between {names[index - 1]} and {names[index]}: "
-                    "models that do more between their blocks than pass on what one returns cannot be pruned yet."
-                )
+                between = f"between {names[index - 1]} and {names[index]}"
+                raise BillhookError(f"{type(model).__name__} cannot be pruned: it changes the hidden states {between}.")
             if not extra:
                 result = forward(states, *rest, **kwargs)
                 extra.append(result[1:] if isinstance(result, tuple) else None)
@@ -117,9 +115,9 @@ def capture(
 def predictor(
     model: PreTrainedModel, blocks: Mapping[str, nn.Module], returned: Callable[[Tensor], Any]
 ) -> Callable[[Tensor], Tensor]:
-    """The model's own final norm and head: logits [rows, length, classes] of the last block's output.
+    """The model's own final norm and head: a function from the last block's output to logits [rows, length, classes].
 
-    Needs a model with token inputs, whose head treats every position by itself.
+    For models with token inputs and a head that treats every position separately.
     """
 
     def predict(states: Tensor) -> Tensor:
@@ -133,14 +131,14 @@ def predictor(
 
 @torch.no_grad()
 def single_row_calls(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, list[Call]]:
-    """The calls of all blocks for the first row of a batch, by the length of its rows."""
+    """The calls of all blocks for a batch of one row, by the length of the row."""
     lengths = {main_input(model, batch).shape[1]: select_rows(batch, slice(0, 1)) for batch in batches}
     with observable_experts(model), evaluating(model):
         return {length: capture(model, blocks_of(model), [row], []).calls[0] for length, row in lengths.items()}
 
 
 def _share(call: Call, previous: Call | None) -> Call:
-    """Replace arguments that equal those of the previous batch, so that masks and rotary tables are held once."""
+    """Reuse arguments that equal those of the previous batch, so that masks and rotary tables are in memory once."""
     if previous is None or len(previous.args) != len(call.args):
         return call
     args = tuple(_same(new, old) for new, old in zip(call.args, previous.args, strict=True))

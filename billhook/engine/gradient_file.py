@@ -1,9 +1,7 @@
-"""gradients.safetensors: a statistic of the dense model's gradients, one tensor [out, in] a layer, tied to its model by
-digest.
+"""gradients.safetensors: a statistic of the dense model's gradients, a tensor [out, in] for each layer, by its name.
 
-The tensors are named like the layers. The metadata say what they are: `format`, `version`, and `about` (json:
-statistic, samples, and the facts of model and calibration). The file is written one tensor at a time, in any order, and
-read the same way, so it may be larger than memory.
+The metadata are `format`, `version`, and `about` (json: statistic, samples, and the facts of model, with its digest,
+and calibration). The file is written and read one tensor at a time, so it may be larger than memory.
 """
 
 import json
@@ -24,13 +22,14 @@ from billhook.store.shards import Shard, read_shard
 
 FORMAT = "billhook gradients"
 VERSION = "1"
+Shape = tuple[int, int]
 _KINDS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 _CODES = {torch.float32: "F32", torch.float16: "F16"}
 
 
 @dataclass(frozen=True, eq=False)
 class Gradients(Mapping[str, Tensor]):
-    """Layer name -> float32 [out, in], read from the file when asked for. `about` is what the file says of itself."""
+    """Layer name -> float32 [out, in], read from the file on access; `about` is its metadata."""
 
     path: Path
     about: dict[str, Any]
@@ -49,54 +48,43 @@ class Gradients(Mapping[str, Tensor]):
 
     @property
     def statistic(self) -> str:
-        """What the numbers are, such as gradient_l1."""
+        """The name of the statistic, such as gradient_l1."""
         return str(self.about["statistic"])
 
-    def check(
-        self, statistic: str, shapes: Mapping[str, tuple[int, int]], model: Mapping[str, Any] | None = None
-    ) -> None:
+    def check(self, statistic: str, shapes: Mapping[str, Shape], model: Mapping[str, Any] | None = None) -> None:
         """Raise BillhookError unless the file holds `statistic` for every layer of `shapes` and comes from `model`.
 
-        `model` are the facts of a model (name, digest); a digest that is not known (a model in memory) is not compared.
+        `model` are the facts of a model (name, digest); an unknown digest (a model in memory) is not compared.
         """
         made = self.about.get("model")
         made = made if isinstance(made, dict) else {}
         again = "Make the file again: billhook gradients MODEL --calibration SOURCE -o FILE."
         if model and model.get("digest") and made.get("digest") and model["digest"] != made["digest"]:
-            raise BillhookError(
-                f"{self.path} holds gradients of {made.get('name', 'another model')}, whose weights are not those of "
-                f"{model.get('name', 'this model')}. {again}"
-            )
+            other = f"{made.get('name', 'another model')}, whose weights are not those of"
+            raise BillhookError(f"{self.path} holds gradients of {other} {model.get('name', 'this model')}. {again}")
         if statistic != self.statistic:
-            raise BillhookError(
-                f"{self.path} holds {self.statistic}, and the criterion reads {statistic}: give billhook "
-                "gradients the same --norm and "
-                "--mode as the criterion."
-            )
+            both = f"{self.path} holds {self.statistic}, and the criterion reads {statistic}"
+            raise BillhookError(f"{both}: give billhook gradients the same --norm and --mode as the criterion.")
         for name, shape in shapes.items():
             if name not in self:
                 raise BillhookError(f"{self.path} has no gradients of {name}. {again}")
-            if self.shard.entries[name].shape != tuple(shape):
-                found = " x ".join(map(str, self.shard.entries[name].shape))
-                raise BillhookError(
-                    f"{self.path} has {found} gradients for {name}, which is {shape[0]} x {shape[1]}. {again}"
-                )
+            found = self.shard.entries[name].shape
+            if found != tuple(shape):
+                sizes = f"{' x '.join(map(str, found))} gradients for {name}, which is {shape[0]} x {shape[1]}"
+                raise BillhookError(f"{self.path} has {sizes}. {again}")
 
 
 def open_gradients(path: Path) -> Gradients:
-    """Open a gradients file; raises BillhookError when it is missing, damaged, cut off, or something else."""
+    """Open a gradients file; raises BillhookError if it is missing, damaged, truncated or of another kind."""
     if not path.is_file():
-        raise BillhookError(
-            f"There is no gradients file at {path}. Make one: billhook gradients MODEL --calibration SOURCE -o {path}"
-        )
+        make = f"billhook gradients MODEL --calibration SOURCE -o {path}"
+        raise BillhookError(f"There is no gradients file at {path}. Make one: {make}")
     shard = read_shard(path)
     metadata = json.loads(shard.header[8:]).get("__metadata__")
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise BillhookError(f"{path} is not a gradients file: it is a safetensors file of another kind.")
     if metadata.get("version") != VERSION:
-        raise BillhookError(
-            f"{path} has version {metadata.get('version')!r}, and this Billhook reads version {VERSION}."
-        )
+        raise BillhookError(f"{path} has version {metadata.get('version')!r}; this Billhook reads version {VERSION}.")
     try:
         about = json.loads(metadata["about"])
         str(about["statistic"])
@@ -104,24 +92,21 @@ def open_gradients(path: Path) -> Gradients:
         raise BillhookError(f"{path} is a damaged gradients file: its metadata lack the statistic.") from None
     for entry in shard.entries.values():
         if entry.dtype not in _KINDS or len(entry.shape) != 2:
-            raise BillhookError(
-                f"{path} is a damaged gradients file: {entry.name} is {entry.dtype} {list(entry.shape)}."
-            )
+            what = f"{entry.name} is {entry.dtype} {list(entry.shape)}"
+            raise BillhookError(f"{path} is a damaged gradients file: {what}.")
     return Gradients(path, about, shard)
 
 
 def write_gradients(
     path: Path,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, Shape],
     dtype: torch.dtype,
     about: Mapping[str, Any],
     values: Callable[[], Iterator[tuple[str, Tensor]]],
 ) -> None:
-    """Write, atomically, the tensors that `values` yields with their names: each of `shapes` once, in any order, of
-    `dtype`."""
-    header: dict[str, Any] = {
-        "__metadata__": {"format": FORMAT, "version": VERSION, "about": json.dumps(about, sort_keys=True)}
-    }
+    """Write, atomically, the tensors of `dtype` that `values` yields by name: each of `shapes` once, in any order."""
+    metadata = {"format": FORMAT, "version": VERSION, "about": json.dumps(about, sort_keys=True)}
+    header: dict[str, Any] = {"__metadata__": metadata}
     position, kind = 0, _KINDS[_CODES[dtype]]
     for name, shape in shapes.items():
         size = math.prod(shape) * kind.itemsize

@@ -1,33 +1,29 @@
-"""Gradients of the dense model with one block in memory at a time, accumulated over the calibration sequences for
-GBLM-Pruner.
+"""Gradients of the dense model, one block in memory at a time, accumulated over calibration sequences (GBLM-Pruner).
 
 Das et al. 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", arXiv:2311.04902: the
 statistic of a weight is a norm, over sequences, of the gradient of the model's own language-modelling loss (labels =
-inputs, mean over a sequence's tokens, evaluation mode). Each sequence is taken on its own. An auxiliary loss of routers
-is left out.
+inputs, mean over the tokens of a sequence, evaluation mode), without an auxiliary loss of routers.
 
 The published code holds the model, all its gradients and two accumulators. Here (1) the sequences go forward once,
-without a graph, and each block's inputs are stored; (2) from the last block to the first, each block runs again from
+without a graph, and the inputs of each block are stored; (2) from the last block to the first, each block runs again on
 its stored inputs, with a graph, and the gradient of its outputs gives those of its weights and of its inputs. The last
-block runs inside the model's own forward, so final norm, head and loss are the model's, not a copy. In float32 the
-result is that of a backward pass through the whole model, bit for bit. It costs one more forward pass. Memory holds the
-model, the gradients and sums of one block, the gradients of one block's inputs, and the stored inputs, which go to disk
-beyond `spill_gib`.
+block runs inside the model's own forward, so the final norm, head and loss are the model's own. In float32 the result
+equals that of a backward pass through the whole model bit for bit. The cost is one more forward pass. Memory: the
+model, the gradients and sums of one block, the gradients of one block's inputs, and the stored inputs, which are
+spilled to disk beyond `spill_gib`.
 
-float16 models: gradients below 6e-8 do not exist in float16, so each backward pass starts from gradients times a power
-of two that brings the largest near one (a smaller power where that overflows); the power is divided out, exactly,
-before the float32 sums.
+float16 models: gradients below 6e-8 underflow. Each backward pass therefore starts from gradients times a power of two
+that brings the largest near one (a smaller power where that overflows), which is divided out before the float32 sums.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.architectures.experts import observable_experts
@@ -41,13 +37,14 @@ from billhook.engine.gradient_file import Gradients, open_gradients, write_gradi
 from billhook.engine.regional_gradients import regional_gradients
 from billhook.engine.replay import run_block
 from billhook.engine.resources import IN_MEMORY, Resources
+from billhook.engine.restore import differentiable
 from billhook.engine.walk import Progress, check_finite_states
 from billhook.errors import BillhookError, JobError
-from billhook.methods.statistics import GRADIENTS, REGIONAL, AbsoluteSum
+from billhook.methods.statistics import GRADIENTS, REGIONAL, GradientNorm
 from billhook.registry import hint
 
-_LOWER = (0, 6, 12, 18)  # powers of two by which to lower the start while float16 gradients overflow
-_HEADROOM = 8  # a float16 backward pass starts from this power of two times the tokens of the sequence
+_LOWER = (0, 6, 12, 18)  # powers of two by which the start is lowered while float16 gradients overflow
+_HEADROOM = 8  # a float16 backward pass starts from 2 ** _HEADROOM times the tokens of the sequence
 
 Loss = Callable[[PreTrainedModel, Batch], Tensor]  # the model's own loss on a batch, a scalar
 
@@ -66,16 +63,14 @@ def compute_gradients(
 ) -> Gradients:
     """Accumulate a statistic of the gradients of `layers` (all prunable ones by default) and write it to `path`.
 
-    Every row of `batches` (token ids int64 [windows, length], or mappings) is treated separately, whatever the batch
-    size. `loss` is the model's loss on a batch (of its task). `facts` (of model and calibration) go into the file.
-    Stored block inputs beyond the spill limit go to temporary files beside `path`. `progress` is called with the name
-    of each finished layer. Raises BillhookError for an unknown statistic or no samples, JobError, with nothing written,
-    for gradients that are not finite (naming the layer).
+    Every row of `batches` (token ids int64 [windows, length], or mappings) is a sequence, for any batch size. `loss` is
+    the model's loss on a batch. `facts` (of model and calibration) are written to the file. Stored block inputs beyond
+    the spill limit go to temporary files next to `path`. Raises BillhookError for an unknown statistic or no samples;
+    JobError, naming the layer and with nothing written, for gradients that are not finite.
     """
     if statistic not in GRADIENTS:
-        raise BillhookError(
-            f"Unknown statistic {statistic!r}.{hint(statistic, GRADIENTS)} There are: {', '.join(GRADIENTS)}."
-        )
+        known = f"{hint(statistic, GRADIENTS)} There are: {', '.join(GRADIENTS)}."
+        raise BillhookError(f"Unknown statistic {statistic!r}.{known}")
     sequences = [row for batch in as_batches(model, batches) for row in split_rows(batch, 1)]
     if not sequences:
         raise BillhookError("Gradients need calibration text: give it with --calibration SOURCE.")
@@ -100,10 +95,9 @@ def compute_gradients(
 
 
 class _Backward:
-    """One pass forward and one back, block by block; `gradients` are those of the loss with respect to a block's
-    outputs.
+    """One forward and one backward pass, block by block; `gradients` are those of a block's outputs, by sequence.
 
-    The inputs of the blocks, one tensor [1, length, width] a sequence, are stored up to the spill limit in memory.
+    `inputs` are those of the blocks, one tensor [1, length, width] a sequence.
     """
 
     def __init__(self, model: PreTrainedModel, sequences: Sequence[Batch], loss: Loss, resources: Resources) -> None:
@@ -114,16 +108,18 @@ class _Backward:
         self.segment = Segment([], lambda states: states)
         self.gradients: list[_Scaled | None] = [None] * len(sequences)
 
-    def run(self, accumulator: type[AbsoluteSum], layers: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:
+    def run(
+        self, accumulator: Callable[[Tensor], GradientNorm], layers: Sequence[Layer]
+    ) -> Iterator[tuple[str, Tensor]]:
         """Yield each layer's name and statistic [out, in], from the last block to the first."""
         first = min(layer.block for layer in layers)
         self._forward(first)
         for index in reversed(range(first, len(self.blocks))):
             chosen = [layer for layer in layers if layer.block == index]
             with self.resources.block(index, ahead=index - 1):
-                weights = list({id(weight): weight for weight in map(_parameter, chosen)}.values())
+                weights = list({id(layer.stored): layer.stored for layer in chosen}.values())
                 sums = {id(weight): accumulator(weight) for weight in weights}
-                with _differentiable(weights):
+                with differentiable(weights):
                     for number, states in enumerate(self.inputs.pop(index).take()):
                         found = self._block(index, number, states, weights, last=index == first)
                         for weight, gradient in zip(weights, found, strict=True):
@@ -131,7 +127,7 @@ class _Backward:
                 for total in sums.values():
                     total.merge()
                 for layer in chosen:
-                    yield layer.name, _checked(layer, sums[id(_parameter(layer))].value())
+                    yield layer.name, _checked(layer, sums[id(layer.stored)].value())
 
     @torch.no_grad()
     def _forward(self, first: int) -> None:
@@ -146,16 +142,14 @@ class _Backward:
                     self.inputs[index].append(states.cpu())
             if index + 1 < len(self.blocks):
                 with self.resources.block(index, ahead=index + 1):
-                    hidden = [
-                        run_block(block, h, call[index]) for h, call in zip(hidden, self.segment.calls, strict=True)
-                    ]
+                    calls = [calls[index] for calls in self.segment.calls]
+                    hidden = [run_block(block, h, call) for h, call in zip(hidden, calls, strict=True)]
                 check_finite_states(hidden, name)
 
     def _block(
         self, index: int, number: int, states: Tensor, weights: Sequence[Tensor], *, last: bool
     ) -> Iterator[Tensor]:
-        """Take sequence `number` back through a block: note the gradient of its inputs, yield those of its weights,
-        float32."""
+        """Backward pass of one sequence through a block: store the gradient of its inputs, yield those of `weights`."""
         states = states.to(self.model.device).requires_grad_()
         with torch.enable_grad():
             if index + 1 == len(self.blocks):
@@ -171,14 +165,11 @@ class _Backward:
         self.gradients[number] = None if last else _Scaled.of(found.pop(), power)
         for weight, gradient in zip(weights, found, strict=True):
             gradient = torch.zeros_like(weight) if gradient is None else gradient
-            yield (
-                gradient
-                if power == 0 and gradient.dtype == torch.float32
-                else torch.ldexp(gradient.float(), torch.tensor(-power))
-            )
+            exact = power == 0 and gradient.dtype == torch.float32
+            yield gradient if exact else torch.ldexp(gradient.float(), torch.tensor(-power))
 
     def _last_block_loss(self, sequence: Batch, states: Tensor) -> Tensor:
-        """The model's own loss on a sequence, with `states` as the inputs of its last block and no block before it."""
+        """The model's own loss on a sequence, with `states` as the inputs of its last block, and no other block run."""
 
         def stub(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
             def passing(*args: Any, **kwargs: Any) -> Any:
@@ -202,7 +193,7 @@ class _Scaled:
 
     @classmethod
     def of(cls, value: Tensor, power: int) -> "_Scaled":
-        """The gradient value * 2 ** -power; in float16 brought near one."""
+        """The gradient value * 2 ** -power; in float16 scaled so that the largest is near one."""
         largest = float(value.abs().max()) if value.dtype == torch.float16 else 0.0
         if largest == 0 or not math.isfinite(largest):
             return cls(value, power)
@@ -211,8 +202,7 @@ class _Scaled:
 
 
 def _gradients(output: Tensor, wanted: Sequence[Tensor], start: _Scaled) -> tuple[list[Any], int]:
-    """The gradients of `wanted`, times 2 ** power, and that power; in float16 from a smaller start where they would
-    overflow."""
+    """The gradients of `wanted` times 2 ** power, and that power; in float16 lowered where they would overflow."""
     half = wanted[-1].dtype == torch.float16
     found: list[Any] = []
     power = start.power
@@ -224,29 +214,9 @@ def _gradients(output: Tensor, wanted: Sequence[Tensor], start: _Scaled) -> tupl
     return found, power
 
 
-def _parameter(layer: Layer) -> nn.Parameter:
-    parameter: nn.Parameter = getattr(layer.module, layer.parameter)
-    return parameter
-
-
-@contextmanager
-def _differentiable(parameters: Sequence[Tensor]) -> Iterator[None]:
-    before = [parameter.requires_grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_()
-    try:
-        yield
-    finally:
-        for parameter, wanted in zip(parameters, before, strict=True):
-            parameter.requires_grad_(wanted)
-
-
 def _checked(layer: Layer, value: Tensor) -> Tensor:
-    """The part of a parameter's statistic that belongs to `layer`, [out, in]; raises JobError when it is not finite."""
-    value = value if layer.expert is None else value[layer.expert]
+    """A layer's part of the statistic of its parameter, [out, in]; raises JobError when it is not finite."""
+    value = layer.view(value)
     if not bool(torch.isfinite(value.sum(dtype=torch.float64))):
-        raise JobError(
-            f"The gradients of {layer.name} hold NaN or infinity. Run in a wider type (--dtype float32), or with "
-            "mode=paper."
-        )
-    return value.T if layer.transposed else value
+        raise JobError(f"The gradients of {layer.name} hold NaN or infinity: use --dtype float32, or mode=paper.")
+    return value

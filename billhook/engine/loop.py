@@ -1,8 +1,8 @@
-"""The one loop: visit a model block by block and change every layer as the plan says.
+"""The loop that applies a plan: visit a model block by block and change every layer as planned.
 
-Blocks are visited in running order. Each layer's method sees the inputs that the blocks before it, already changed, now
-produce, as in the published code of Wanda and SparseGPT; a criterion that asks for `drift` sees those that the changed
-layers before it in the same block produce.
+Blocks are visited in running order. The inputs of a layer are those that the earlier blocks, already changed, produce,
+as in the published code of Wanda and SparseGPT. For a criterion that reads `drift`, the earlier layers of the same
+block are changed as well.
 """
 
 import math
@@ -30,13 +30,12 @@ from billhook.plan.plan import Plan
 
 Group = Literal["row", "layer"]
 Rounding = Literal["exact", "floor"]
-_ROWS = 256  # of a weight whose error is computed at once
+_ROWS = 256  # rows of a weight whose error is computed at once
 
 
 @dataclass(frozen=True)
 class Method:
-    """The criterion with its options, complete; `group` overrides its comparison group, `rounding` how zeros are
-    counted."""
+    """A criterion with all its options; `group` overrides its comparison group, `rounding` the counting of zeros."""
 
     criterion: str
     options: Mapping[str, Any]
@@ -50,7 +49,7 @@ class Method:
 
     @property
     def observed(self) -> tuple[str, ...]:
-        """Those that are statistics of a layer's inputs."""
+        """The statistics of a layer's inputs that the criterion reads."""
         return tuple(name for name in self.needs if name in STATISTICS)
 
     @property
@@ -61,11 +60,10 @@ class Method:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What was done to one layer: planned sparsity, zeros before and after, notes of the method, and the error.
+    """The result for one layer: planned sparsity, zeros now and before, notes, and the error.
 
-    `error` is the squared change of the layer's output relative to its square, for uncorrelated inputs of the size that
-    they have on the calibration samples (all of size one without samples); None where that is not a number. `seconds`
-    is the time it took.
+    `error` is the squared change of the layer's output relative to its square, for uncorrelated inputs with the norms
+    of the calibration samples (norm 1 without samples); None where that is not a number.
     """
 
     layer: str
@@ -79,26 +77,25 @@ class LayerResult:
 
     @property
     def n(self) -> int:
-        """Number of weights."""
+        """The number of weights."""
         return self.shape[0] * self.shape[1]
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the weights that are zero now."""
+        """The fraction of the weights that are zero now."""
         return self.zeros / self.n
 
 
 class Tuner(Protocol):
-    """Tunes what is left of a block (`billhook.recover.blockwise`)."""
+    """Tunes the remaining weights of a block (`billhook.recover.blockwise`)."""
 
     wants_dense_outputs: bool
 
     def note(self, block: Block) -> None:
         """Called while the block is still dense."""
-        ...
 
     def tune_(self, block: Block) -> str:
-        """Called once the block is pruned; returns a note for the report."""
+        """Called when the block is pruned; returns a note for the report."""
         ...
 
 
@@ -117,34 +114,24 @@ def apply_plan_(
     progress: Progress = lambda layer: None,
     finished: Callable[[Block, list[LayerResult]], None] = lambda block, results: None,
 ) -> list[LayerResult]:
-    """Change the layers of a model in place as `plan` says.
+    """Change the layers of a model in place as planned.
 
-    `batches` are the calibration samples, needed where the method observes inputs or a tuner works; `layers` are the
-    layers the plan is for (all prunable ones by default); `gradients` [out, in] by layer name are those the criterion
-    reads; `start` is the first block to change, those before it being done already; `finished` is called after each
-    block. Raises BillhookError before anything changes if the plan does not fit, JobError if the result is not what was
-    planned or activations are not finite.
+    `batches` are the calibration samples, needed for statistics of inputs and for a tuner. `layers` are those of the
+    plan (all prunable ones by default). `gradients` [out, in] by layer name are read by the criterion. Blocks before
+    `start` are done already. `finished` is called after each block. Raises BillhookError, with nothing changed, if the
+    plan does not fit; JobError if the result is not as planned or activations are not finite.
     """
     layers = find_layers(model) if layers is None else layers
     shapes = {layer.name: layer.shape for layer in layers}
     plan.check_sparsities()
     plan.check(shapes)
     if method.gradient and gradients is None:
-        raise BillhookError(
-            f"The criterion {method.criterion} reads gradients ({method.gradient}), and none are given."
-        )
+        raise BillhookError(f"The criterion {method.criterion} reads gradients ({method.gradient}); none are given.")
     pruning = _Pruning(plan, plan.zeros(shapes), method, gradients, progress)
     results: list[LayerResult] = []
-    observes = method.observed or tuner
-    blocks = walk(
-        model,
-        batches if observes else (),
-        method.observed,
-        dense_outputs=tuner is not None and tuner.wants_dense_outputs,
-        start=start,
-        resources=resources,
-    )
-    for block in blocks:
+    samples = batches if method.observed or tuner else ()
+    dense = tuner is not None and tuner.wants_dense_outputs
+    for block in walk(model, samples, method.observed, dense_outputs=dense, start=start, resources=resources):
         block = replace(block, layers=[layer for layer in block.layers if layer.name in shapes])
         if tuner is not None and block.layers:
             tuner.note(block)
@@ -159,7 +146,7 @@ def apply_plan_(
 
 @dataclass(frozen=True)
 class _Pruning:
-    """What all layers of a run have in common."""
+    """What is common to all layers of a run."""
 
     plan: Plan
     zeros: Mapping[str, int]
@@ -168,7 +155,7 @@ class _Pruning:
     progress: Progress
 
     def stage(self, stage: tuple[Sequence[Layer], Mapping[str, LayerStats]]) -> list[LayerResult]:
-        """Prune the layers of one stage of a block, those of the plan; the processes of a run share them."""
+        """Prune the planned layers of one stage of a block, sharded over the processes of a run."""
         chosen = [layer for layer in stage[0] if layer.name in self.zeros]
         made = []
         for layer in shard(chosen):
@@ -180,7 +167,7 @@ class _Pruning:
         return [results[layer.name] for layer in chosen]
 
     def layer(self, layer: Layer, stats: LayerStats) -> LayerResult:
-        """Prune one layer in place, and check that what was planned is what was done."""
+        """Prune one layer in place, and check the result against the plan."""
         begun, weight, select = time.perf_counter(), layer.weight, self._select(layer)
         before = count_zeros(weight)
         if self.gradients is not None:
@@ -211,28 +198,28 @@ class _Pruning:
         return Select(layer.shape, spec.sparsity, zeros, spec.keep_of, group, self.method.rounding)
 
     def _unseen(self, stats: LayerStats) -> str | None:
-        """Why the samples say nothing about a layer (an expert that received no token), or None."""
+        """Why there are no statistics of a layer (an expert that received no token), or None."""
         if self.method.observed:
             return "received no calibration token" if stats.tokens == 0 else None
         return "has no gradient" if stats.gradient is not None and not stats.gradient.any() else None
 
 
 def _tuned(note: str, block: Block, done: Sequence[LayerResult]) -> list[LayerResult]:
-    """The results of a tuned block, with zeros counted again and, at its first layer, the tuner's note."""
+    """The results of a tuned block, with zeros counted again and the tuner's note at the first layer."""
     weights = {layer.name: layer.weight for layer in block.layers}
     results = []
     for result in done:
         zeros = count_zeros(weights[result.layer])
         if zeros < result.zeros:
-            raise JobError(
-                f"{result.layer}: tuning brought {result.zeros - zeros} removed weights back. The result is not saved."
-            )
-        results.append(replace(result, zeros=zeros, notes=(*result.notes, *([note] if result is done[0] else []))))
+            back = f"tuning made {result.zeros - zeros} removed weights nonzero"
+            raise JobError(f"{result.layer}: {back}. The result is not saved.")
+        notes = (*result.notes, note) if result is done[0] else result.notes
+        results.append(replace(result, zeros=zeros, notes=notes))
     return results
 
 
 def _relative_error(old: Tensor, new: Tensor, squares: Tensor) -> float | None:
-    """The error of a `LayerResult`, some rows at a time, so that it needs no memory."""
+    """The error of a `LayerResult`, `_ROWS` rows at a time to save memory."""
     change = total = 0.0
     for before, after in zip(old.split(_ROWS), new.split(_ROWS), strict=True):
         change += float(((after - before).square() @ squares).sum(dtype=torch.float64))

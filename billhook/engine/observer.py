@@ -1,8 +1,8 @@
-"""Watch what enters the layers of a block while the block runs, and feed it to their statistics.
+"""Observe the inputs of the layers of a block while it runs, and feed them to the collectors of statistics.
 
-Linear modules are watched by hooks. Experts are slices of a 3-D parameter without a module of their own: their products
-are seen as they pass through torch, the slice being known by its place in memory. Layers that share one input tensor
-(query, key and value; gate and up) share one collector, so no statistic is computed twice.
+Linear modules are observed by hooks. Experts are slices of a 3-D parameter without a module of their own: their matrix
+products are intercepted in torch, and the slice is recognized by its address. Layers that share an input tensor (query,
+key and value; gate and up) share a collector, so that no statistic is computed twice.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -19,28 +19,26 @@ from billhook.methods.statistics import Collector, LayerStats
 
 
 class _Seen(Exception):
-    """Ends a block's pass when nothing after this point is wanted."""
+    """Ends a block's pass early."""
 
 
 class Observer(TorchFunctionMode):
-    """Feeds every layer's inputs to a collector while a block runs; entered once a batch.
+    """Feeds the inputs of every layer to a collector while a block runs; entered once for each batch.
 
-    Unless the block's output is `wanted`, a pass ends as soon as the last layer's input is known (the first pass finds
-    out which that is), which saves that layer's product. `drift` among the statistics is passed over: it is of two
-    streams, and this sees one.
+    Unless the block's output is `wanted`, a pass ends at the last layer's input (the first pass determines which layer
+    that is), without that layer's product. `drift` is ignored, because it needs two streams.
     """
 
     def __init__(self, layers: Sequence[Layer], statistics: Sequence[str], wanted: bool) -> None:
         super().__init__()
-        self._wanted = wanted
-        self._layers = layers
+        self._layers, self._wanted = layers, wanted
         names = tuple(name for name in statistics if name != "drift")
         self._collectors = {layer.name: Collector(names, layer.shape[1], layer.weight.device) for layer in layers}
         self._leaders: dict[str, str] = {}
         self._seen: dict[tuple[int, ...], tuple[str, Tensor]] = {}
         self._experts = {layer.weight.data_ptr(): layer for layer in layers if layer.expert is not None}
         self._handles: list[Any] = []
-        self._order: list[Layer] = []  # in the first pass
+        self._order: list[Layer] = []  # of the first pass
         self._complete = False
 
     def __enter__(self) -> "Observer":
@@ -75,12 +73,10 @@ class Observer(TorchFunctionMode):
 
     def _note(self, layer: Layer, x: Tensor) -> None:
         key = (x.data_ptr(), x._version, *x.shape, *x.stride())
-        leader, _ = self._seen.setdefault(key, (layer.name, x))  # holding x keeps its address from being reused
+        leader, _ = self._seen.setdefault(key, (layer.name, x))  # keeping x prevents the reuse of its address
         if self._leaders.setdefault(layer.name, leader) != leader:
-            raise JobError(
-                f"{layer.name} shares its input with other layers in some batches only: this architecture is not "
-                "supported yet."
-            )
+            shares = f"{layer.name} shares its input with other layers in some batches only"
+            raise JobError(f"{shares}: this architecture is not supported.")
         if leader == layer.name:
             self._collectors[leader].add(x.detach())
         if not self._complete:
@@ -89,33 +85,32 @@ class Observer(TorchFunctionMode):
             raise _Seen
 
     def groups(self) -> list[list[Layer]]:
-        """The layers in the order in which the first pass came to them: those of one input together, each kind of
-        experts together, and those that it did not come to at the end. Experts are in the order of the model: which
-        ones tokens are sent to depends on the text, and so on the process."""
+        """The layers in the order of the first pass, in groups: layers with one input, one kind of experts.
+
+        Layers that the pass did not reach are the last group. Experts are in model order, because the order in which
+        they receive tokens depends on the text, and so on the process.
+        """
         groups: dict[str, list[Layer]] = {}
         for layer in dict.fromkeys([*self._order, *self._layers]):
-            groups.setdefault(layer.kind if layer.expert is not None else self._leaders.get(layer.name, ""), []).append(
-                layer
-            )
-        place = {layer.name: number for number, layer in enumerate(self._layers)}
-        return [
-            group if group[0].expert is None else sorted(group, key=lambda layer: place[layer.name])
-            for group in groups.values()
-        ]
+            key = layer.kind if layer.expert is not None else self._leaders.get(layer.name, "")
+            groups.setdefault(key, []).append(layer)
+        numbers = {layer.name: number for number, layer in enumerate(self._layers)}
+        for name, group in groups.items():
+            if group[0].expert is not None:
+                groups[name] = sorted(group, key=lambda layer: numbers[layer.name])
+        return list(groups.values())
 
     @property
     def linear(self) -> Collection[str]:
-        """The names of the linear layers that the first pass came to."""
+        """The names of the linear layers that the first pass reached."""
         return self._leaders
 
     def stats(self) -> dict[str, LayerStats]:
         """Layer name -> its statistics, over all processes of the run."""
-        for name in dict.fromkeys(self._leaders.get(layer.name, layer.name) for layer in self._layers):
-            self._collectors[name].merge()
-        return {
-            layer.name: self._collectors[self._leaders.get(layer.name, layer.name)].named(layer.name)
-            for layer in self._layers
-        }
+        leaders = {layer.name: self._leaders.get(layer.name, layer.name) for layer in self._layers}
+        for leader in dict.fromkeys(leaders.values()):
+            self._collectors[leader].merge()
+        return {name: self._collectors[leader].stats(name) for name, leader in leaders.items()}
 
 
 _PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm})
@@ -123,8 +118,10 @@ _PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matm
 
 @contextmanager
 def noting(layers: Sequence[Layer], whole: bool) -> Iterator[dict[str, Tensor]]:
-    """Note, by name, what enters these linear layers while their block runs once; the run ends with the last of them
-    unless `whole`."""
+    """Yield a mapping that a run of the block fills with the inputs of linear layers, by name.
+
+    Unless `whole`, the run ends at the last of these layers.
+    """
     seen: dict[str, Tensor] = {}
 
     def hook(layer: Layer) -> Callable[..., None]:

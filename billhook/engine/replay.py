@@ -1,4 +1,4 @@
-"""Run one block on hidden states with the arguments that its model once gave it."""
+"""Run one block on hidden states with captured arguments."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,10 @@ class Call:
     kwargs: dict[str, Any]
 
     def part(self, windows: Tensor, one: "Call", dtype: torch.dtype) -> "Call":
-        """The arguments for some `windows`, int64, of the batch; floating-point ones in `dtype`.
+        """The arguments for some `windows` (indices, int64) of the batch, floating-point tensors in `dtype`.
 
-        `one` is the same call for a single window: where an argument is as large for it, it is the same for every
-        window, and where not, it holds a stretch as long as there for each.
+        `one` is the same call for a single window. An argument of the same shape in both applies to every window; in
+        others, the dimension that differs is the concatenation of all windows.
         """
 
         def part(value: Any, single: Any) -> Any:
@@ -28,20 +28,16 @@ class Call:
                 return value
             for dim, length in enumerate(single.shape):
                 if value.shape[dim] != length:
-                    value = (
-                        value.unflatten(dim, (-1, length))
-                        .index_select(dim, windows.to(value.device))
-                        .flatten(dim, dim + 1)
-                    )
+                    chosen = value.unflatten(dim, (-1, length)).index_select(dim, windows.to(value.device))
+                    value = chosen.flatten(dim, dim + 1)
             return value.to(dtype) if value.is_floating_point() else value
 
-        return Call(
-            part(self.args, one.args), {key: part(value, one.kwargs[key]) for key, value in self.kwargs.items()}
-        )
+        kwargs = {key: part(value, one.kwargs[key]) for key, value in self.kwargs.items()}
+        return Call(part(self.args, one.args), kwargs)
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    """The hidden states that a block makes of `hidden`."""
+    """The hidden states that a block returns for `hidden`."""
     result = block(hidden, *call.args, **call.kwargs)
     output: Tensor = result[0] if isinstance(result, tuple) else result
     return output

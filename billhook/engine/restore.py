@@ -1,6 +1,6 @@
-"""Weights that are put back after something was tried on them."""
+"""Changes to weights and to their gradient flags that last for a `with` block."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ from billhook.architectures.layers import Layer
 
 @contextmanager
 def restored(layers: Sequence[Layer]) -> Iterator[dict[str, Tensor]]:
-    """Yield copies of the weights [out, in] by layer name, and put the weights back at the end, bit for bit."""
+    """Yield copies of the weights [out, in] by layer name, and restore the weights at the end, bit for bit."""
     weights = {layer.name: layer.weight.clone() for layer in layers}
     try:
         yield weights
@@ -24,3 +24,33 @@ def restore_(layers: Sequence[Layer], weights: Mapping[str, Tensor]) -> None:
     """Copy `weights` [out, in], by layer name, into the model."""
     for layer in layers:
         layer.weight.copy_(weights[layer.name])
+
+
+@contextmanager
+def exchanged(values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Give parameters other values, (parameter, value), and restore their own afterwards, without a copy."""
+    values = list(values)
+    own = [(p, p.data) for p, _ in values]
+    for p, value in values:
+        p.data = value
+    try:
+        yield
+    finally:
+        for p, value in own:
+            p.data = value
+
+
+@contextmanager
+def differentiable(wanted: Iterable[Tensor], unwanted: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Require gradients for `wanted` and for no other tensor of `unwanted`, and restore the flags afterwards."""
+    wanted, unwanted = list(wanted), list(unwanted)
+    flags = [(p, p.requires_grad) for p in [*unwanted, *wanted]]
+    for p in unwanted:
+        p.requires_grad_(False)
+    for p in wanted:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)

@@ -1,10 +1,10 @@
-"""Walk a model block by block; each block sees what the blocks before it, as they are now, really produce.
+"""Walk a model block by block; the inputs of each block are what the current weights of the earlier blocks produce.
 
     for block in walk(model, batches, statistics): ...
 
-When the loop body runs, `block.stats` holds the statistics of each layer's inputs. Whatever the body does to the
-block's weights changes what the next block sees. Blocks are replayed on stored hidden states with the call arguments
-that the model gave them (`billhook.engine.capture`): masks and rotary tables differ between blocks in Gemma 2/3 and
+In the loop body, `block.stats` holds the statistics of the inputs of each layer. Changes that the body makes to the
+block's weights change the inputs of the next block. Blocks are replayed on stored hidden states with the arguments with
+which the model calls them (`billhook.engine.capture`): masks and rotary tables differ between blocks in Gemma 2/3 and
 GPT-OSS.
 """
 
@@ -34,9 +34,9 @@ Progress = Callable[[str], None]  # called with the name of each finished layer
 
 @dataclass(frozen=True)
 class Following:
-    """What follows a block: the next block with its calls, or, where `module` is None, the final norm and the head.
+    """What follows a block: the next block with its calls, or, if `module` is None, the final norm and the head.
 
-    `predict` returns logits [rows, length, classes] for outputs of the last block [rows, length, width].
+    `predict` returns the logits [rows, length, classes] for outputs of the last block [rows, length, width].
     """
 
     module: nn.Module | None
@@ -48,12 +48,12 @@ class Following:
 class Block:
     """One block of the walk, with its layers, its inputs and the statistics of its layers' inputs.
 
-    `inputs` are hidden states [rows, length, width], one tensor a batch, valid until the loop goes on; `calls` are the
-    other arguments of each call. `stages` are the layers in the order in which they should be pruned, with their
-    statistics: all at once, or, where `drift` is among the statistics, group by group (`billhook.engine.dense_stream`);
-    iterate over them once and to the end. `stats` are the statistics of a block with a single stage. `dense` are the
-    outputs of the dense model's block for the same rows, where they were asked for, known once the stages are done.
-    `following` is in memory only while `resources.block(index + 1)` is entered.
+    `inputs` are hidden states [rows, length, width], one tensor a batch, valid until the next block is yielded; `calls`
+    are the other arguments of each call. `stages` are the layers in the order in which they should be pruned, with
+    their statistics: all at once or, if `drift` is a statistic, group by group (`billhook.engine.dense_stream`);
+    iterate over them exactly once. `stats` are the statistics of a block with a single stage. `dense` are the outputs
+    of the dense model's block if requested, valid after the stages. `following` is in memory only while
+    `resources.block(index + 1)` is entered.
     """
 
     index: int
@@ -79,13 +79,13 @@ def walk(
     start: int = 0,
     resources: Resources = IN_MEMORY,
 ) -> Iterator[Block]:
-    """Yield every block in running order, or those from block `start` on.
+    """Yield every block in running order, from block `start` on.
 
     `batches` are mappings of keyword arguments (or token ids int64 [windows, length]) in the order in which statistics
-    accumulate; empty if no statistics are asked for. `read_only=True` promises that the loop body changes no weight,
-    which saves the second pass through each block. `dense_outputs` asks for the outputs of the dense model's blocks.
-    Raises JobError when activations are not finite (naming the block or the layer), BillhookError when `drift` or
-    `dense_outputs` is asked for from the middle of a model that is entirely in memory.
+    accumulate; they may be empty without statistics. `read_only` promises that the loop body changes no weight, which
+    saves the second pass through each block. `dense_outputs` requests the outputs of the dense model's blocks. Raises
+    JobError, naming the block or layer, when activations are not finite; BillhookError for `drift` or `dense_outputs`
+    with `start` inside a model that is entirely in memory.
     """
     checked = shard(as_batches(model, batches))
     with observable_experts(model), evaluating(model):
@@ -93,7 +93,7 @@ def walk(
 
 
 class _Walk:
-    """The state of one walk: hidden states that enter the current block, and the calls of all blocks."""
+    """The state of a walk: the inputs of the current block, and the calls of all blocks."""
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], resources: Resources) -> None:
         self.resources = resources
@@ -112,10 +112,8 @@ class _Walk:
         drift = "drift" in statistics and not read_only
         dense = DenseStream(self.hidden, self.resources) if drift or dense_outputs else None
         if dense is not None and start and not self.resources.streamed:
-            raise BillhookError(
-                "This model is partly pruned and its dense weights are gone: use dense_target=0, or start from a model "
-                "directory."
-            )
+            gone = "This model is partly pruned and its dense weights are not in memory"
+            raise BillhookError(f"{gone}: use dense_target=0, or start from a model directory.")
         for index, (name, module) in enumerate(self.blocks.items()):
             if index < start and not self.segment.calls:
                 continue
@@ -125,63 +123,57 @@ class _Walk:
             with self.resources.block(index, ahead=index + 1):
                 outputs = self.hidden
                 if index >= start:
-                    observer = (
-                        None if drift or not (statistics or read_only) else self._observer(index, statistics, read_only)
-                    )
-                    outputs = self.hidden if observer is None else self._observe(index, observer, read_only)
-                    yield self._block(index, statistics, dense, drift, observer)
+                    stats: dict[str, LayerStats] = {}
+                    if not drift and (statistics or read_only):
+                        outputs, stats = self._observe(index, statistics, read_only)
+                    yield self._block(index, stats, dense, statistics if drift else ())
                 if index + 1 < len(self.blocks):
                     self._advance(index, outputs)
                     check_finite_states(self.hidden, name)
 
     def _block(
-        self, index: int, statistics: Sequence[str], dense: DenseStream | None, drift: bool, observer: Observer | None
+        self, index: int, stats: dict[str, LayerStats], dense: DenseStream | None, staged: Sequence[str]
     ) -> Block:
+        """The block to yield; `staged` are the statistics that are collected stage by stage."""
         name, module = list(self.blocks)[index], self.modules[index]
         calls, layers = self._calls(index), self.layers.get(index, [])
-        stats = {} if observer is None else observer.stats()
         stages: Iterable[Stage] = [(layers, stats)]
-        if dense is not None and drift:
-            stages = dense.stages(module, layers, statistics, self.hidden, calls)
+        if dense is not None and staged:
+            stages = dense.stages(module, layers, staged, self.hidden, calls)
         elif dense is not None:
             dense.advance(module, calls)
         outputs = () if dense is None else dense.hidden
-        return Block(index, name, module, layers, self.hidden, stats, stages, calls, outputs, self._following(index))
+        following = Following(None, (), self.predict)
+        if index + 1 < len(self.blocks):
+            following = Following(self.modules[index + 1], self._calls(index + 1), self.predict)
+        return Block(index, name, module, layers, self.hidden, stats, stages, calls, outputs, following)
 
     def _calls(self, index: int) -> list[Call]:
         return [calls[index] for calls in self.segment.calls]
 
-    def _following(self, index: int) -> Following:
-        if index + 1 == len(self.blocks):
-            return Following(None, (), self.predict)
-        return Following(self.modules[index + 1], self._calls(index + 1), self.predict)
-
-    def _observer(self, index: int, statistics: Sequence[str], read_only: bool) -> Observer:
-        return Observer(self.layers.get(index, []) if statistics else [], statistics, wanted=read_only)
-
-    def _observe(self, index: int, observer: Observer, read_only: bool) -> ActivationStore:
-        """Run a block on its inputs under the observer; return its outputs if the walk is read-only, else the
-        inputs."""
+    def _observe(
+        self, index: int, statistics: Sequence[str], read_only: bool
+    ) -> tuple[ActivationStore, dict[str, LayerStats]]:
+        """Run a block on its inputs; return its outputs (read-only walk) or inputs, and the statistics."""
+        observer = Observer(self.layers.get(index, []) if statistics else [], statistics, wanted=read_only)
         outputs = self.resources.activations() if read_only else self.hidden
         for states, call in zip(self.hidden, self._calls(index), strict=True):
             with observer:
                 output = run_block(self.modules[index], states, call)
                 if read_only:
                     outputs.append(output)
-        return outputs
+        return outputs, observer.stats()
 
     def _advance(self, index: int, outputs: ActivationStore) -> None:
-        """Replace the hidden states by what the block makes of them: `outputs`, where these are known already."""
+        """Replace the hidden states by the outputs of the block, which are `outputs` if these are not its inputs."""
         if outputs is not self.hidden:
             self.hidden = outputs
             return
-        for i, call in enumerate(self._calls(index)):  # in place: inputs and outputs are not all in memory at once
+        for i, call in enumerate(self._calls(index)):  # in place: not all inputs and outputs are in memory at once
             self.hidden[i] = run_block(self.modules[index], self.hidden[i], call)
 
 
 def check_finite_states(hidden: Iterable[Tensor], name: str) -> None:
     """Raise JobError naming the block when its outputs are not finite."""
     if not all(bool(torch.isfinite(states.sum(dtype=torch.float64))) for states in hidden):
-        raise JobError(
-            f"The output of {name} holds NaN or infinity. Run in a wider type (--dtype float32) or check the weights."
-        )
+        raise JobError(f"The output of {name} holds NaN or infinity: use --dtype float32, or check the weights.")

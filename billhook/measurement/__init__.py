@@ -1,8 +1,4 @@
-"""What the table is filled with: spectra, statistics of scores, losses and error curves of every layer.
-
-This module finds the function of each metric and curve by name, with its options. Facts about them are in
-`billhook.plan.metrics`. Light: the functions, which need torch, are imported when they are asked for.
-"""
+"""The functions that measure metrics and curves, by name; facts about them are in `billhook.plan.metrics`. No torch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +43,7 @@ METRICS = Registry(
 
 
 def function_of(name: str) -> Callable[..., Any]:
-    """The function that computes a metric or curve, named with or without a parameter (imports what it needs)."""
+    """The function that computes a metric or curve, named with or without a parameter; this may import torch."""
     return METRICS.get(fact(name).name)
 
 
@@ -63,8 +59,7 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def canonical(name: str) -> str:
-    """The name of the column: a number after the colon in its shortest form, and the default number where none was
-    given."""
+    """The name of the column, with the (default) number after the colon in its shortest form."""
     base = fact(name).name
     for key, option in METRICS.options(base).items():
         value = options_of(name).get(key, option.default)

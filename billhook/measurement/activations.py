@@ -30,9 +30,7 @@ BISECTIONS = 60  # more than a float32 mantissa has bits
 def outlier_ratio(weights: Weights, norms: Norms, *, m: float = 5.0) -> float:
     """Return the percentage of the block's scores that exceed `m` times their mean."""
     if not 0 < m < float("inf"):
-        raise BillhookError(
-            f"outlier_ratio:{m:g}: M must be a positive number, such as outlier_ratio:5 (the paper uses 3 to 10)."
-        )
+        raise BillhookError(f"outlier_ratio:{m:g}: M must be a positive number (the paper uses 3 to 10).")
     total = sum(w.numel() for w, norm in zip(weights, norms, strict=True) if norm is not None)
     mean = wanda_mean(weights, norms)
     return 100 * sum(int((score > m * mean).sum()) for score in _scores(weights, norms)) / total
@@ -60,9 +58,9 @@ def wanda_median(weights: Weights, norms: Norms) -> float:
 
 
 def _scores(weights: Weights, norms: Norms) -> Iterator[Tensor]:
-    """The scores of one layer after another, so that those of a block need not be in memory together."""
+    """The scores, one layer at a time, so that those of a block are not in memory together."""
     if all(norm is None for norm in norms):
         raise BillhookError(
-            "No layer of a block received a calibration token: its scores do not exist. Use more --samples."
+            "No layer of a block received a calibration token, so it has no scores. Use more --samples."
         )
     return (w.abs().float() * norm for w, norm in zip(weights, norms, strict=True) if norm is not None)

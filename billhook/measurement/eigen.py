@@ -27,30 +27,28 @@ PANEL = 256  # rows of the Gram matrix per product
 DEPTH = 2048  # columns of W converted to float64 at a time
 ITERATIONS = 40
 SINGLE = 2048  # smaller sides are cheap in float64
-PROBES = 8  # smallest eigenvalues computed accurately beside a float32 spectrum
+PROBES = 8  # smallest eigenvalues that are computed again in float64 for a float32 spectrum
 FIRM = 3e-5  # smallest eigenvalues above this share of the largest need no probes
 DRIFT = 0.25  # a float32 error above this share of the largest probe sends a weight to float64
-NORMAL = (1e-20, 1e30)  # largest eigenvalues of which float32 holds the small ones, too
+NORMAL = (1e-20, 1e30)  # range of the largest eigenvalue in which float32 can represent the small ones too
 
 
 def eigenvalues(W: Tensor, method: Literal["auto", "svd", "gram"] = "auto") -> Tensor:
-    """Eigenvalues of W^T W: squared singular values of `W` [out, in] (any float dtype), ascending float64 [min(out,
-    in)].
+    """Eigenvalues of W^T W for `W` [out, in] (any float dtype), ascending float64 [min(out, in)].
 
     `gram` forms W W^T or W^T W, whichever is smaller, in float64 and takes its eigenvalues. Each is within
 
         |computed - exact| <= 4 sqrt(max(out, in)) eps64 l_max          (`error_bound`)
 
-    which is the normwise backward error of the product and of the symmetric solver when rounding errors do not conspire
-    (Higham & Mary 2019; the largest seen is half of it); values within it of zero become 0. `svd` uses float64 singular
-    values: relative accuracy about eps64 sqrt(l_max / l), and those below (max(out, in) eps64)^2 l_max become 0. `auto`
-    is `gram`; eigenvalues of which the bound is more than a hundredth are computed again by inverse iteration on W's
-    triangular factor (accurate as `svd`), and where those are an eighth of all or W is singular to rounding, `auto` is
-    `svd`. Of a weight held in float32 or less with both sides at least 2048 `auto` first takes float32 (`_single`):
-    eigenvalues then lie within about 1e-8 l_max, the smallest one is accurate to about 1e-6.
+    which is the probabilistic normwise backward error of the product and the symmetric solver (Higham & Mary 2019; the
+    largest error seen is half of it); values below the bound become 0. `svd` uses float64 singular values: relative
+    accuracy about eps64 sqrt(l_max / l), and values below (max(out, in) eps64)^2 l_max become 0. `auto` is `gram`, but
+    computes eigenvalues for which the bound exceeds 1 % again by inverse iteration on W's triangular factor (as
+    accurate as `svd`); if they are more than an eighth of all or W is singular to rounding, it is `svd`. For weights in
+    float32 or less with both sides at least 2048, `auto` first tries float32 (`_single`), within about 1e-8 l_max, and
+    1e-6 relative for the smallest eigenvalue.
 
-    Raises BillhookError for a weight that is not a matrix, is empty, or holds NaN, inf or values whose squares
-    overflow.
+    Raises BillhookError for a weight that is no matrix, is empty, or holds NaN, inf or values whose squares overflow.
     """
     if W.ndim != 2 or 0 in W.shape:
         raise BillhookError(f"A spectrum needs a matrix with at least one row and column, got shape {tuple(W.shape)}.")
@@ -79,10 +77,9 @@ def eigenvalues(W: Tensor, method: Literal["auto", "svd", "gram"] = "auto") -> T
 
 
 def _single(W: Tensor) -> Tensor | None:
-    """The spectrum of `W` [n, m], n <= m, by a Gram matrix and solver in float32, its smallest values from W in
-    float64.
+    """The spectrum of `W` [n, m], n <= m, from a float32 Gram matrix, with its smallest values from W in float64.
 
-    None where that is not accurate: beyond the range of float32, rank-deficient, or errors measured too large.
+    None where that is not accurate: outside the range of float32, rank-deficient, or with too large measured errors.
     """
     gram = _lower_gram(W, torch.float32)
     if not gram.diagonal().isfinite().all():
@@ -109,11 +106,10 @@ def _single(W: Tensor) -> Tensor | None:
 
 
 def _smallest(W: Tensor, count: int) -> Tensor | None:
-    """The `count` smallest squared singular values of `W` [n, m], n <= m, ascending; None where iteration cannot find
-    them.
+    """The `count` smallest squared singular values of `W` [n, m], n <= m, ascending; None if they do not converge.
 
-    Subspace iteration on (R^T R)^-1 with W^T = Q R, so that W's condition enters once and not squared. The subspace is
-    wider than asked, which makes the last values converge too.
+    Subspace iteration on (R^T R)^-1 with W^T = Q R, so that the condition number of W is not squared. The subspace is
+    larger than `count`, so that the last values converge too.
     """
     if count == 0:
         return W.new_empty(0, dtype=torch.float64)
@@ -135,19 +131,17 @@ def _smallest(W: Tensor, count: int) -> Tensor | None:
 
 
 def _noise(shape: Sequence[int]) -> float:
-    """Squared singular values below this share of the largest cannot be told from 0 in float64."""
+    """Squared singular values below this share of the largest are indistinguishable from 0 in float64."""
     return (max(shape) * EPS) ** 2
 
 
 def error_bound(shape: Sequence[int], largest: float) -> float:
-    """How far an eigenvalue from the Gram matrix of a [out, in] weight may lie from the exact one; see
-    `eigenvalues`."""
+    """The largest error of an eigenvalue from the Gram matrix of a [out, in] weight; see `eigenvalues`."""
     return 4 * math.sqrt(max(shape)) * EPS * largest
 
 
 def _lower_gram(W: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """W W^T, its lower triangle only (what lies above is unspecified): half the work of a product, memory bounded by
-    DEPTH."""
+    """The lower triangle of W W^T (the rest is unspecified), with half the work of a product."""
     size = W.shape[0]
     gram = torch.zeros(size, size, dtype=dtype, device=W.device)
     for column in range(0, W.shape[1], DEPTH):
@@ -160,7 +154,4 @@ def _lower_gram(W: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def _check_finite(squares: Tensor) -> None:
     if not squares.isfinite().all():
-        raise BillhookError(
-            "The weight holds NaN or inf (or values whose squares overflow): its spectrum does not exist. Repair "
-            "the checkpoint."
-        )
+        raise BillhookError("The weight holds NaN or inf, or its squares overflow. Repair the checkpoint.")

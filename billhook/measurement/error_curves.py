@@ -50,16 +50,12 @@ def error_curve(
     *,
     criterion: str = "admm",
 ) -> dict[str, list[float]]:
-    """Return e at 0, 1/40, ..., 1 by layer name.
-
-    Raises BillhookError for an unknown criterion and for one that reads gradients.
-    """
+    """Return e at 0, 1/40, ..., 1 by layer name; raises BillhookError for an unknown criterion or one of gradients."""
     options = CRITERIA.configure(criterion, cheaper(criterion, layers))
     needs = CRITERIA.needs(criterion, options)
     if not set(needs) <= set(STATISTICS):
         raise BillhookError(
-            f"error_curve:{criterion}: this criterion reads gradients; curves are made with others, such as admm "
-            "or wanda."
+            f"error_curve:{criterion} would need gradients: use another criterion, such as admm or wanda."
         )
     wanted, curves = {layer.name for layer in layers}, {}
     for block in walk(
@@ -72,18 +68,17 @@ def error_curve(
 
 
 def cheaper(criterion: str, layers: Sequence[Layer]) -> dict[str, object]:
-    """Return the options with which a trial costs less than a run: three steps of admm, or fewer for wide layers."""
+    """Return options that make a trial cheaper than a run: at most three steps of admm."""
     few = criterion == "admm" and default_steps(max(layer.shape[1] for layer in layers)) > FEW
     return {"steps": FEW} if few else {}
 
 
 @dataclass(frozen=True)
 class _Stacked(Select):
-    """As many equal stacks of rows as `TRIED`, each with its own sparsity; `sparsity` and `zeros` are the share of it
-    that is due."""
+    """One stack of rows for each of `TRIED`, selected separately; `sparsity` scales that of every stack."""
 
     def __call__(self, score: Tensor, start: int = 0) -> Tensor:
-        """Select in each stack by itself."""
+        """Select in each stack."""
         rows = self.shape[0] // len(TRIED)
         part = (rows, self.shape[1])
         shares = [s * self.sparsity for s in TRIED]
@@ -106,17 +101,16 @@ def _errors(layer: Layer, stats: LayerStats, criterion: str, options: dict[str, 
 
 
 def _energy(W: Tensor, stats: LayerStats) -> float:
-    """The summed squares of the layer's outputs, of uncorrelated inputs where only their norms are known."""
+    """The summed squares of the layer's outputs; inputs are taken as uncorrelated where only their norms are known."""
     if stats.gram is not None:
         return float(((W @ stats.gram) * W).sum(dtype=torch.float64))
-    norm = (
-        stats.input_norm if stats.input_norm is not None and stats.tokens else torch.ones(W.shape[1], device=W.device)
-    )
-    return float((W * norm).square().sum(dtype=torch.float64))
+    if stats.input_norm is not None and stats.tokens:
+        W = W * stats.input_norm
+    return float(W.square().sum(dtype=torch.float64))
 
 
 def _curve(errors: Sequence[float]) -> list[float]:
-    """The error at even steps from those at `TRIED`, never falling."""
+    """The non-decreasing error at even steps, interpolated from the errors at `TRIED`."""
     points = [*zip(TRIED, map(math.log, errors), strict=True), (1.0, 0.0)]
     curve = [0.0]
     for k in range(1, STEPS + 1):

@@ -56,5 +56,5 @@ def squares(W: Tensor, windows: int) -> Iterator[Tensor]:
 
 
 def _starts(room: int, windows: int) -> list[int]:
-    """Where windows begin: `windows` places over `room` positions to move by, without repetition."""
+    """The distinct first positions of `windows` windows, evenly spaced from 0 to `room`."""
     return sorted({round(i * room / max(windows - 1, 1)) for i in range(windows)})

@@ -44,7 +44,7 @@ def loss_share(
     *,
     criterion: str = "admm",
 ) -> dict[str, float]:
-    """The shares by layer name, in nats a token; the model, which is entirely in memory, has its weights restored.
+    """Shares by layer name, in nats per token; the weights, which must all be in memory, are restored.
 
     Raises BillhookError for fewer than two rows of samples.
     """
@@ -53,7 +53,7 @@ def loss_share(
     rows = rows_of(samples)
     if rows < 2:
         raise BillhookError(
-            "The metric loss_share needs two windows of text or more: give more --samples, or a smaller --length."
+            "The metric loss_share needs two windows of text: use more --samples or a smaller --length."
         )
     last = min(WINDOWS, rows // 2)
     plan = Plan.of_sparsities(MIDDLE, Pattern(), {layer.name: MIDDLE for layer in layers})

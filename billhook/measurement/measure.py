@@ -1,8 +1,4 @@
-"""Fill the table that allocators read: one pass over the layers of a model.
-
-What a metric looks at is known from its name (`billhook.plan.metrics`): the weight alone, the inputs of the dense
-model's layers, or its loss.
-"""
+"""Fill the table that allocators read: metrics of the weights, of the dense model's activations, or of its loss."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,57 +30,40 @@ def measure(
     resources: Resources = IN_MEMORY,
     progress: Progress = lambda layer: None,
 ) -> Table:
-    """Measure `metrics` (and curves) of every layer; beside an exponent, the KS distance of its fit.
+    """Measure `metrics` (and curves) of every layer, with the KS distance of the fit for each exponent.
 
-    `batches` are token ids int64 [windows, length] or mappings of keyword arguments, needed by the metrics that look at
-    activations or the loss; `layers` restricts the table; `facts` describes the model (name, digest) and goes into the
-    table. `progress` is called with the name of each finished layer. Raises BillhookError for an unknown metric, or one
-    that needs batches when there are none.
+    `batches` are token ids int64 [windows, length] or mappings of keyword arguments, for metrics that read activations
+    or the loss; `layers` restricts the table; `facts` describes the model (name, digest) in the table. `progress` is
+    called with the name of each finished layer. Raises BillhookError for an unknown metric, or missing batches.
     """
     layers = find_layers(model) if layers is None else layers
-    asked = [canonical(name) for name in ([metrics] if isinstance(metrics, str) else metrics)]
-    columns = list(dict.fromkeys(column for name in asked for column in (name, *companions(name))))
+    requested = [canonical(name) for name in ([metrics] if isinstance(metrics, str) else metrics)]
+    columns = list(dict.fromkeys(column for name in requested for column in (name, *companions(name))))
+    reads = {name: fact(name).reads for name in columns}
     on_samples = [name for name in columns if fact(name).needs_text]
     checked = as_batches(model, batches) if on_samples else []
     if on_samples and not checked:
-        looks = "activations" if fact(on_samples[0]).reads == "activations" else "the loss"
-        raise BillhookError(f"The metric {on_samples[0]} looks at {looks}: give text with --calibration SOURCE.")
+        kind = "activations" if reads[on_samples[0]] == "activations" else "the loss"
+        raise BillhookError(f"The metric {on_samples[0]} looks at {kind}: give text with --calibration SOURCE.")
     values: Values = {layer.name: {} for layer in layers}
-    _measure_activations(
-        model, checked, [n for n in on_samples if fact(n).reads == "activations"], values, resources, progress
-    )
+    on_inputs = [name for name in columns if reads[name] == "activations"]
+    for block in walk(model, checked, ("input_norm",), read_only=True, resources=resources) if on_inputs else ():
+        for name in _measure_inputs(block, on_inputs, values):
+            progress(name)
     for name in on_samples:
-        if fact(name).reads in ("loss", "trial"):
+        if name not in on_inputs:
             for layer, loss in function_of(name)(model, layers, checked, resources, **options_of(name)).items():
                 values[layer][name] = loss
-    _measure_weights(model, layers, [name for name in columns if name not in on_samples], values, resources, progress)
-    return Table(tuple(_row(layer, columns, values[layer.name]) for layer in layers), facts or {}, {"metrics": asked})
-
-
-def _measure_activations(
-    model: PreTrainedModel,
-    batches: Sequence[Batch],
-    columns: Sequence[str],
-    values: Values,
-    resources: Resources,
-    progress: Progress,
-) -> None:
-    for block in walk(model, batches, ("input_norm",), read_only=True, resources=resources) if columns else ():
-        _of_activations(block, columns, values)
-        for layer in block.layers:
-            if layer.name in values:
-                progress(layer.name)
+    for layer, found in _measure_weights(layers, [n for n in columns if n not in on_samples], resources, progress):
+        values[layer].update(found)
+    rows = tuple(_row(layer, columns, values[layer.name]) for layer in layers)
+    return Table(rows, facts or {}, {"metrics": requested})
 
 
 def _measure_weights(
-    model: PreTrainedModel,
-    layers: Sequence[Layer],
-    columns: Sequence[str],
-    values: Values,
-    resources: Resources,
-    progress: Progress,
-) -> None:
-    """Metrics of the weights alone; the processes of a run share the layers."""
+    layers: Sequence[Layer], columns: Sequence[str], resources: Resources, progress: Progress
+) -> list[tuple[str, dict[str, Any]]]:
+    """Layer names with their metrics of the weights alone; the layers are divided among the processes of a run."""
     groups = [list(layers)]  # layers that are in memory at the same time
     if resources.streamed:
         blocks = sorted({layer.block for layer in layers})
@@ -93,23 +72,21 @@ def _measure_weights(
     for group in shard(groups) if columns else ():
         with resources.block(group[0].block, ahead=group[0].block + 1):
             measured |= measure_spectra(group, columns, progress)
-    for part in gather(measured):
-        for layer, found in part.items():
-            values[layer].update(found)
+    return [item for part in gather(measured) for item in part.items()]
 
 
 def metric_names(text: str) -> list[str]:
-    """The metrics of a comma-separated list, each once; raises BillhookError for an unknown one or none at all."""
+    """The distinct metrics of a comma-separated list; raises BillhookError for an unknown one or an empty list."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
-        raise BillhookError("--metrics names none: give one, such as alpha_peak (billhook ls metrics lists them).")
+        raise BillhookError("--metrics is empty: give one, such as alpha_peak (billhook ls metrics lists them).")
     for name in names:
         canonical(name)
     return names
 
 
 def steps(metrics: Sequence[str], layers: int) -> int:
-    """How often `measure` reports progress: a layer once for its weight and once for its inputs."""
+    """How often `measure` reports progress: once per layer for its weight and once for its inputs."""
     reads = {fact(name).reads for name in metrics}
     return layers * (("activations" in reads) + any(not fact(name).needs_text for name in metrics))
 
@@ -120,9 +97,8 @@ def _row(layer: Layer, columns: Sequence[str], values: dict[str, Any]) -> Row:
     return Row(layer.name, layer.block, layer.kind, layer.shape, numbers, curves)
 
 
-def _of_activations(block: Block, columns: Sequence[str], values: Values) -> None:
-    """Compute metrics of activations for the measured layers of a block, together or one by one, and note them on
-    each."""
+def _measure_inputs(block: Block, columns: Sequence[str], values: Values) -> list[str]:
+    """Add the metrics of activations of a block's layers, computed together or one by one; returns their names."""
     layers = [layer for layer in block.layers if layer.name in values]
     for name in columns if layers else ():
         for group in [layers] if fact(name).block else [[layer] for layer in layers]:
@@ -130,3 +106,4 @@ def _of_activations(block: Block, columns: Sequence[str], values: Values) -> Non
             value = function_of(name)([layer.weight for layer in group], norms, **options_of(name))
             for layer in group:
                 values[layer.name][name] = value
+    return [layer.name for layer in layers]

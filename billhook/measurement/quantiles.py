@@ -51,8 +51,5 @@ def wanda_quantiles(weights: Sequence[Tensor], norms: Sequence[Tensor | None]) -
     """Return the quantiles of |W_ij| ||X_j||_2 of one layer."""
     (W,), (norm,) = weights, norms
     if norm is None:
-        raise BillhookError(
-            "An expert received no calibration token: its scores do not exist. Use more --samples, or "
-            "magnitude_quantiles."
-        )
+        raise BillhookError("An expert received no calibration token, so it has no scores. Use more --samples.")
     return quantiles((W.abs().float() * norm).flatten().sort().values)

@@ -30,9 +30,7 @@ def randomized_distance(W: Tensor, *, seed: int = 0) -> float:
     real, noise = eigenvalues(W).cpu(), eigenvalues(shuffled).cpu()
     positive = torch.cat([real[real > 0], noise[noise > 0]]).log10()
     if not len(positive):
-        raise BillhookError(
-            "An all-zero weight has no spectrum to compare. Leave the layer out, or use another metric."
-        )
+        raise BillhookError("An all-zero weight has no spectrum to compare. Ignore the layer, or use another metric.")
     p, q = (_density(x, float(positive.min()), float(positive.max())) for x in (real, noise))
     middle = (p + q) / 2
     divergence = (_entropy(middle) - (_entropy(p) + _entropy(q)) / 2).clamp(0, 1)
@@ -42,12 +40,11 @@ def randomized_distance(W: Tensor, *, seed: int = 0) -> float:
 def _density(evals: Tensor, low: float, high: float) -> Tensor:
     """Shares [BINS + 1] of the eigenvalues in each bin of log10, the last for zeros."""
     positive = evals[evals > 0].log10()
-    counts = (
-        torch.histc(positive, BINS, low, high)
-        if high > low
-        else torch.tensor([float(len(positive))] + [0.0] * (BINS - 1))
-    )
-    return torch.cat([counts.double(), torch.tensor([len(evals) - len(positive)], dtype=torch.float64)]) / len(evals)
+    counts = torch.zeros(BINS + 1, dtype=torch.float64)
+    counts[0], counts[-1] = len(positive), len(evals) - len(positive)
+    if high > low:
+        counts[:-1] = torch.histc(positive, BINS, low, high)
+    return counts / len(evals)
 
 
 def _entropy(p: Tensor) -> Tensor:

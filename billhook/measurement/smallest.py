@@ -1,20 +1,17 @@
 """The few smallest singular values of a weight, accurately, when its Gram matrix is known in float32 only.
 
 LOBPCG (Knyazev 2001, SIAM J. Sci. Comput. 23:517) with a float32 Cholesky factor of the shifted Gram matrix as
-preconditioner. Products with W and Rayleigh-Ritz are in float64 and go through W itself, so that its condition enters
-once and not squared.
+preconditioner. Products with W and Rayleigh-Ritz are in float64 and use W itself, so that its condition number is not
+squared.
 """
 
 import torch
 from torch import Tensor
 
-EXTRA = 4  # vectors iterated beside those asked for: the last values converge too
+EXTRA = 4  # additional vectors, so that the last values converge too
 STEPS = 20
 ROUGH = 6  # steps in float32 before the first in float64
-SHIFTS = (
-    3e-9,
-    3e-8,
-)  # of the largest eigenvalue: what keeps a float32 Gram matrix positive definite; the smaller, the better it helps
+SHIFTS = (3e-9, 3e-8)  # times the largest eigenvalue: keeps a float32 Gram matrix positive definite; smallest first
 TOLERANCE = 1e-5  # relative, of the smallest
 LOOSE = 1e-2  # relative, of the others
 BLOCK = 512
@@ -22,11 +19,10 @@ COLUMNS = 1024
 
 
 def smallest(W: Tensor, gram: Tensor, largest: float, count: int) -> Tensor | None:
-    """The `count` smallest squared singular values of `W` [n, m], n <= m, ascending float64; None where they do not
-    converge.
+    """The `count` smallest squared singular values of `W` [n, m], n <= m, ascending float64; None without convergence.
 
-    The very smallest to about 1e-6 (a change of 1e-5 in the last step, and the error is quadratic), the others to 1e-2
-    or better. `gram` is W W^T float32, its lower triangle; `largest` its largest eigenvalue.
+    Relative accuracy: about 1e-6 for the smallest, 1e-2 or better for the others. `gram` is the lower triangle of
+    W W^T in float32, `largest` its largest eigenvalue.
     """
     factors = (_cholesky_(gram.clone(), shift * largest) for shift in SHIFTS)
     L = next((factor for factor in factors if factor is not None), None)
@@ -61,8 +57,7 @@ def smallest(W: Tensor, gram: Tensor, largest: float, count: int) -> Tensor | No
 
 
 def _ritz(images: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Combinations [k, count] of an orthonormal basis whose images under W^T [m, k] are shortest, and their squared
-    lengths."""
+    """Combinations [k, count] of an orthonormal basis with the shortest images [m, k], and their squared lengths."""
     found = torch.linalg.svd(torch.linalg.qr(images, mode="r").R)
     return found.Vh[-count:].T.flip(1), found.S[-count:].square().flip(0)
 

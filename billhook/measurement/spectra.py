@@ -51,8 +51,7 @@ def alpha_mid(spectrum: Spectrum) -> float:
 
 @_metric
 def alpha_peak(spectrum: Spectrum, *, log_bound: LogBound = "published") -> float:
-    """Exponent at the best cut not above 1.5 times the modal eigenvalue; `log_bound="repaired"` also bounds it from
-    below."""
+    """Exponent at the best cut up to 1.5 times the modal eigenvalue; "repaired" bounds the cut from below, too."""
     return spectrum.fit("peak", log_bound).alpha
 
 
@@ -82,18 +81,13 @@ def alpha_ks_ks(spectrum: Spectrum) -> float:
 
 @_metric
 def spectrum_quantiles(spectrum: Spectrum) -> list[float]:
-    """Quantiles of the positive eigenvalues, as `billhook.measurement.quantiles` has them: the spectral density in 129
-    numbers."""
+    """The 129 quantiles (see `billhook.measurement.quantiles`) of the positive eigenvalues."""
     return quantiles(spectrum.positive if len(spectrum.positive) else spectrum.evals)
 
 
 @_metric
 def mp_softrank(spectrum: Spectrum) -> float:
-    """s^2 (sqrt(out) + sqrt(in))^2 / l_max, s^2 the mean square of the weights; about 1 for noise, small for a few
-    strong directions.
-
-    s^2 comes from all weights and not from a fit of the bulk, so strong directions raise the edge; 0 for a zero weight.
-    """
+    """s^2 (sqrt(out) + sqrt(in))^2 / l_max, s^2 the mean square of all weights: 1 for noise, 0 for a zero weight."""
     out, columns = spectrum.shape
     largest = spectral_norm(spectrum)
     edge = frobenius_sq(spectrum) / (out * columns) * (math.sqrt(out) + math.sqrt(columns)) ** 2
@@ -119,7 +113,7 @@ def stable_rank(spectrum: Spectrum) -> float:
 
 @_metric
 def spectral_norm(spectrum: Spectrum) -> float:
-    """Largest eigenvalue l_max of W^T W (the square of the largest singular value, as the published code has it)."""
+    """Largest eigenvalue l_max of W^T W (the square of the largest singular value, as in the published code)."""
     return float(spectrum.evals[-1])
 
 
@@ -155,8 +149,5 @@ def log_alpha_norm(spectrum: Spectrum) -> float:
 
 def _log10(value: float) -> float:
     if value <= 0:
-        raise BillhookError(
-            "The logarithm of the norm of an all-zero weight does not exist. Leave the layer out, or use another "
-            "metric."
-        )
+        raise BillhookError("The norm of an all-zero weight has no logarithm. Ignore the layer, or use another metric.")
     return math.log10(value)

@@ -41,8 +41,7 @@ ROWS = 128  # cuts per dense block: wide enough for fast kernels, narrow enough 
 
 @dataclass(frozen=True)
 class TailFit:
-    """One fitted tail: eigenvalues >= `xmin` (the `cut_index`-th of the ascending spectrum) decay as a power law with
-    `alpha`."""
+    """A power law with exponent `alpha` for eigenvalues from `xmin`, the `cut_index`-th in ascending order."""
 
     alpha: float
     ks_distance: float
@@ -51,10 +50,10 @@ class TailFit:
 
 
 class Spectrum:
-    """Ascending eigenvalues [N] float64 >= 0 of W^T W, with what several metrics share computed at most once.
+    """Ascending eigenvalues [N] float64 >= 0 of W^T W; results that several metrics need are cached.
 
-    `shape` is that of W, square by default. Zeros are allowed and are left out of every fit. The fits raise
-    BillhookError where no exponent exists: fewer than three positive eigenvalues, or all of them equal.
+    `shape` is that of W, square by default. Zeros are left out of every fit. The fits raise BillhookError where no
+    exponent exists: fewer than three positive eigenvalues, or all of them equal.
     """
 
     def __init__(self, evals: Tensor, shape: tuple[int, int] | None = None) -> None:
@@ -70,21 +69,16 @@ class Spectrum:
     def curve(self) -> tuple[Tensor, Tensor]:
         """`(alpha, D)` [P - 1] at every cut of the P positive eigenvalues; inf and 1 at flat cuts."""
         if len(self.positive) < 3:
-            raise BillhookError(
-                f"A power-law exponent needs at least 3 positive eigenvalues, there are {len(self.positive)} of "
-                f"{len(self.evals)} (a zero, "
-                "rank-deficient or one-dimensional weight). Leave the layer out, or use another metric."
-            )
+            found = f"{len(self.positive)} of {len(self.evals)} are positive"
+            raise BillhookError(f"A power-law exponent needs 3 positive eigenvalues; {found}. Ignore the layer.")
         logs = self.positive.log()
         alphas = hill(logs)
         if not alphas.isfinite().any():
-            raise BillhookError(
-                "All eigenvalues are equal: there is no power-law exponent. Leave the layer out, or use another metric."
-            )
+            raise BillhookError("All eigenvalues are equal: there is no power-law exponent. Use another metric.")
         return alphas, ks_distances(logs, alphas)
 
     def fit(self, cut: Cut, log_bound: LogBound = "published") -> TailFit:
-        """Fit the tail; see the module's text for the three cuts. Raises BillhookError where no cut has an exponent."""
+        """Fit the tail; the module's docstring defines the cuts. Raises BillhookError where no cut has an exponent."""
         alphas, distances = self.curve
         if cut == "mid":
             best = len(self.positive) // 2
@@ -94,20 +88,17 @@ class Spectrum:
                 allowed &= self._near_peak(log_bound)
             best = int(torch.where(allowed, distances, math.inf).argmin())
             if not allowed[best]:
-                raise BillhookError(
-                    "No cut near the mode of the spectrum has a power-law exponent. Use alpha_ks or alpha_mid."
-                )
+                raise BillhookError("No cut near the mode of the spectrum has an exponent. Use alpha_ks or alpha_mid.")
         alpha = float(alphas[best])
         if not math.isfinite(alpha):
             raise BillhookError(
-                f"All eigenvalues above the cut are equal: alpha_{cut} does not exist. Use another metric."
+                f"All eigenvalues above the cut are equal: there is no alpha_{cut}. Use another metric."
             )
-        return TailFit(
-            alpha, float(distances[best]), float(self.positive[best]), best + len(self.evals) - len(self.positive)
-        )
+        cut_index = best + len(self.evals) - len(self.positive)
+        return TailFit(alpha, float(distances[best]), float(self.positive[best]), cut_index)
 
     def _near_peak(self, log_bound: LogBound) -> Tensor:
-        """Which cuts [P - 1] lie around the fullest bin of log10 of the eigenvalues."""
+        """Which cuts [P - 1] lie near the fullest bin of log10 of the eigenvalues."""
         logs = self.positive.log10()
         low, high = float(logs[0]), float(logs[-1])
         fullest = int(torch.histc(logs.cpu(), bins=BINS, min=low, max=high).argmax())
@@ -124,7 +115,7 @@ def fit_tail(evals: Tensor, cut: Cut = "peak", log_bound: LogBound = "published"
 
 def hill(logs: Tensor) -> Tensor:
     """The exponent at each of the N - 1 cuts of ascending logarithms [N]; inf where the tail is flat to rounding."""
-    logs = logs - logs[-1]  # so that the short tails, where little is left after cancellation, are summed exactly
+    logs = logs - logs[-1]  # so that short tails, where cancellation is strongest, are summed exactly
     counts = torch.arange(len(logs), 1, -1, dtype=logs.dtype, device=logs.device)
     sums = logs.flip(0).cumsum(0).flip(0)[:-1]
     alphas = 1 + counts / (sums - counts * logs[:-1])

@@ -1,62 +1,45 @@
-"""Metrics of the weights alone: one spectrum a layer, many layers at a time.
+"""Metrics of the weights alone: one spectrum per layer, several layers in parallel.
 
-Layers are measured side by side with one thread each: the eigensolver gains little from a second thread, and loses much
-where threads wait for each other on a busy machine.
+Each layer uses one thread: the eigensolver gains little from a second one, and loses much on a busy machine.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from billhook.architectures.layers import Layer
 from billhook.errors import BillhookError
 from billhook.measurement import function_of, options_of
 from billhook.measurement.eigen import DEPTH, eigenvalues
 from billhook.measurement.tails import Spectrum
 from billhook.plan.metrics import fact
 
-MEMORY = 2 * 2**30  # bytes that layers measured side by side may use together
-
-
-class _Weighted(Protocol):
-    """What is asked of a layer: its name, shape [out, in] and weight."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    @property
-    def weight(self) -> Tensor: ...
+MEMORY = 2 * 2**30  # bytes that the layers measured in parallel may use together
 
 
 def spectral_metrics(W: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """Compute the spectrum of `W` [out, in] once and from it the metrics called `names`, in their order; others that
-    read only the weight are computed beside.
+    """The metrics `names` of `W` [out, in], by name: those of the spectrum, which is computed once, or of the weight.
 
     A parameter may follow a name after a colon (`alpha_peak:repaired`). Every value is finite. Raises BillhookError for
     an unknown name or one that needs text before anything is computed, for a weight without a spectrum, and for a
     metric that does not exist for it.
     """
     calls = {name: (function_of(name), _options(name)) for name in names}
-    spectrum = (
-        Spectrum(eigenvalues(W), (W.shape[0], W.shape[1])) if any(fact(name).spectral for name in names) else None
-    )
-    return {
-        name: function(spectrum if fact(name).spectral else W, **options) for name, (function, options) in calls.items()
-    }
+    spectral = any(fact(name).spectral for name in names)
+    spectrum = Spectrum(eigenvalues(W), (W.shape[0], W.shape[1])) if spectral else None
+    return {name: call(spectrum if fact(name).spectral else W, **options) for name, (call, options) in calls.items()}
 
 
 def measure_spectra(
-    layers: Sequence[_Weighted], names: Sequence[str], done: Callable[[str], None] = lambda layer: None
+    layers: Sequence[Layer], names: Sequence[str], done: Callable[[str], None] = lambda layer: None
 ) -> dict[str, dict[str, Any]]:
-    """`spectral_metrics` of many layers, by layer name; as many at once as torch may use threads and MEMORY allows.
+    """`spectral_metrics` by layer name, of as many layers at a time as torch's threads and MEMORY allow.
 
-    `done` is called in the calling thread with the name of each layer as it ends, in order. Errors name the layer.
-    While this runs, torch's threads are divided among the layers, process-wide.
+    `done` is called in the calling thread with the name of each finished layer, in order. Errors name the layer.
+    Meanwhile torch's number of threads is lower for the whole process.
     """
     for name in names:
         _options(name)
@@ -78,8 +61,7 @@ def measure_spectra(
 
 
 def _bytes(shape: tuple[int, int]) -> int:
-    """Memory for the spectrum of a [out, in] weight: the Gram matrix, the solver's copy, a part of the weight in
-    float64."""
+    """Memory for the spectrum of a weight: the Gram matrix, the solver's copy, and a part of the weight in float64."""
     small, large = sorted(shape)
     return 8 * small * (2 * small + min(DEPTH, large))
 
@@ -94,7 +76,7 @@ def _result(layer: str, job: Future[dict[str, Any]], done: Callable[[str], None]
 
 
 def _options(name: str) -> dict[str, Any]:
-    """The parameter after the colon of a metric's name as its one option."""
+    """The parameter after the colon; raises BillhookError for a metric that needs text."""
     if fact(name).needs_text:
         raise BillhookError(f"Metric {fact(name).name!r} is not read off a spectrum: it needs calibration data.")
     return options_of(name)

@@ -1,1 +1,1 @@
-"""Methods that change a weight, what they are told about it, and the arithmetic that they share."""
+"""Methods that change a weight, the statistics that they read, and the numerics that they share."""

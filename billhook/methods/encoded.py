@@ -1,4 +1,4 @@
-"""What a method returns for a weight: values that can be decoded, and that know whether they are what was planned."""
+"""What a method returns for a weight: values that can be decoded and checked against the plan."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,25 +11,25 @@ from billhook.methods.masks import Select
 
 
 class Encoded(Protocol):
-    """A weight as a method leaves it."""
+    """A weight as encoded by a method."""
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """The values [out, in] in a dtype: what the next block sees, and what a dense file holds."""
+        """The values [out, in] in a dtype, as the next block sees them and a dense file stores them."""
         ...
 
     def check(self, stored: Tensor) -> list[str]:
-        """Compare `stored`, the decoded weight [out, in] as it is in the model, with the plan.
+        """Compare the decoded weight in the model, `stored` [out, in], with the plan, and return notes for the report.
 
-        Returns notes for the report; raises JobError where the plan is not met.
+        Raises JobError if it does not meet the plan.
         """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Masked:
-    """A weight with removed entries set to zero: `values` float32 [out, in], as `select` asked for.
+    """A weight with removed entries set to zero: `values` float32 [out, in], removed as `select` specifies.
 
-    `zeros_before` counts the zeros that the weight had before. Raises JobError for values that are not finite.
+    `zeros_before` is the number of zeros before pruning. Raises JobError for values that are not finite.
     """
 
     values: Tensor
@@ -38,9 +38,7 @@ class Masked:
 
     def __post_init__(self) -> None:
         if not torch.isfinite(self.values.sum()) and not torch.isfinite(self.values).all():  # the sum is a fast test
-            raise JobError(
-                "the new weights are not finite. Use another criterion, or leave the layer out with --ignore."
-            )
+            raise JobError("the new weights are not finite: use another criterion, or exclude the layer with --ignore.")
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The values in `dtype`."""

@@ -1,21 +1,21 @@
-"""Least squares on a given support: the best values of the weights that stay, row by row, all rows at once.
+"""Least squares on a given support: the optimal values of the kept weights of all rows.
 
-For a layer W [out, in] and H = X^T X (+ damping), the loss of a pruned V is sum over rows of (w - v) H (w - v)^T. On a
-row's support S its minimum solves H_SS v_S = (H w)_S. Two ways, chosen by the width of the supports:
+For a layer W [out, in] and H = X^T X (+ damping), the loss of a pruned V is the sum over rows of (w - v) H (w - v)^T.
+On a row's support S the minimum solves H_SS v_S = (H w)_S. The width of the supports decides between two solvers:
 
-* up to `DIRECT` kept weights in a row, batched Cholesky factorizations, rows of like support together, padded with the
-  identity; in float64, whatever the type of W: the matrices are small and the result is the optimum to about 1e-12.
-* beyond, conjugate gradients on all rows at once, one product with H a step, diagonal preconditioner, in the type of W.
-  They start at the plain mask (V = W on the support), take a start that is offered as their first direction, and lower
-  the loss at every step: the result is never worse than the plain mask. They end at a relative residual of `TOLERANCE`
-  or after `steps` products.
+* Up to `DIRECT` kept weights in a row: batched Cholesky factorizations of rows with supports of similar size, padded
+  with the identity, in float64. The result is the optimum to about 1e-12.
+* More: preconditioned (diagonal) conjugate gradients on all rows at once in the dtype of W, with one product with H a
+  step. They start from the plain mask (V = W on the support), use the direction to a given initial guess first, and
+  lower the loss at every step, so the result is never worse than the plain mask. They stop at a relative residual of
+  `TOLERANCE` or after `steps` products.
 
-`DIRECT` is set by counting operations; which way is faster at which width was not timed.
+`DIRECT` was chosen by counting operations, not by timing.
 
-`aimed` moves the problem towards the dense model (as asymmetric calibration does for quantization: Li et al. 2025,
-GPTAQ, arXiv:2504.02692). With X' the inputs of the same tokens in the dense model, |X V^T - ((1 - dense_target) X W^T +
-dense_target X' W^T)|^2 is least where V = W + dense_target W D (X^T X)^-1 with D = (X' - X)^T X, and for any other V as
-much larger as its distance from there in the norm of X^T X: the same problem, with these weights in place of W.
+`shift_to_dense` moves the optimum towards the dense model (asymmetric calibration: Li et al. 2025, GPTAQ,
+arXiv:2504.02692). With X' the inputs of the same tokens in the dense model, |X V^T - ((1 - dense_target) X W^T +
+dense_target X' W^T)|^2 is minimal at V = W + dense_target W D (X^T X)^-1 with D = (X' - X)^T X, and grows with the
+distance from there in the norm of X^T X: the same problem with these weights in place of W.
 """
 
 from dataclasses import dataclass
@@ -26,18 +26,18 @@ from torch import Tensor
 from billhook.errors import JobError
 from billhook.methods.statistics import LayerStats
 
-DOUBLE = 512  # inputs up to which float64 costs nothing that matters
-DIRECT = 256  # kept weights in a row up to which each row's system is factorized
+DOUBLE = 512  # inputs up to which the cost of float64 is negligible
+DIRECT = 256  # kept weights in a row up to which its system is factorized
 TOLERANCE = 1e-5
-_BYTES = 1 << 26  # of small matrices factorized together
+_BYTES = 1 << 26  # of the matrices factorized in one batch
 
 
 @dataclass(frozen=True)
 class Solution:
     """`weight` [out, in], zero off the support; `exact` if factorized.
 
-    `residual` is |(H (w - v))_S|, largest over rows: relative to |(H w)_S| if factorized; else relative to that of the
-    plain mask, both in the norm of 1 / diag(H), as the recurrence of the conjugate gradients has it.
+    `residual` is the largest |(H (w - v))_S| of a row. If factorized it is relative to |(H w)_S|; else relative to that
+    of the plain mask, both in the norm of 1 / diag(H), as computed by the recurrence of the conjugate gradients.
     """
 
     weight: Tensor
@@ -46,23 +46,21 @@ class Solution:
 
 
 def solve_support(W: Tensor, H: Tensor, keep: Tensor, start: Tensor | None = None, steps: int = 50) -> Solution | None:
-    """Minimize the loss on the support `keep`, bool [out, in]; H [in, in] is positive definite, in the type of W or
-    wider.
+    """Minimize the loss on the support `keep`, bool [out, in]; H [in, in] is at least as precise as W.
 
-    `start` [out, in] is a guess, read where it is kept. Returns None when H is not numerically positive definite on
-    some support (raise the damping); conjugate gradients always return a result.
+    `start` [out, in] is an initial guess, read on the support. Returns None if H is not numerically positive definite
+    on the support of some row: raise the damping. Conjugate gradients always return a result.
     """
     if int(keep.sum(1).max()) <= DIRECT:
         return _factorize(W, H, keep)
     return _conjugate_gradients(W, H.to(W.dtype), keep, start, steps)
 
 
-def aimed(W: Tensor, stats: LayerStats, dense_target: float, damping: float) -> Tensor:
-    """W [out, in] moved by `dense_target` (0: not, 1: all the way) to where the outputs are nearest to the dense
-    model's, in the type of W.
+def shift_to_dense(W: Tensor, stats: LayerStats, dense_target: float, damping: float) -> Tensor:
+    """W [out, in] shifted by the fraction `dense_target` towards the weights that best give the dense model's outputs.
 
-    Reads stats.gram and, where the inputs have drifted, stats.drift; `damping`, a fraction of the mean of gram's
-    diagonal, holds back towards W. Raises JobError when gram with its damping cannot be factorized.
+    Reads stats.gram and, where the inputs have drifted, stats.drift; `damping` is a fraction of the mean of gram's
+    diagonal. Raises JobError when the damped gram cannot be factorized.
     """
     if stats.drift is None or dense_target == 0 or not stats.tokens:
         return W
@@ -76,28 +74,26 @@ def aimed(W: Tensor, stats: LayerStats, dense_target: float, damping: float) -> 
     diagonal.add_(max(damping, 1e-4) * mean.clamp_min(torch.finfo(H.dtype).tiny))
     L, failed = torch.linalg.cholesky_ex(H)
     if failed:
-        raise JobError(
-            "The input statistics cannot be factorized for a dense target: use --set dense_target=0, or more damping."
-        )
+        raise JobError("The input statistics cannot be factorized: use --set dense_target=0, or more damping.")
     return torch.add(W, torch.cholesky_solve(wanted.T, L).T.to(W.dtype), alpha=dense_target)
 
 
 def loss(W: Tensor, V: Tensor, H: Tensor) -> Tensor:
-    """(w - v) H (w - v)^T of every row [out], in the wider of the types."""
+    """(w - v) H (w - v)^T of every row, [out], in the more precise of the dtypes."""
     D = (W - V).to(H.dtype)
     return ((D @ H) * D).sum(1)
 
 
 def _factorize(W: Tensor, H: Tensor, keep: Tensor) -> Solution | None:
-    """Batched Cholesky factorizations, the rows sorted by the size of their supports."""
+    """Batched Cholesky factorizations; rows are sorted by the size of their supports."""
     H, W64 = H.double(), W.double()
     wanted = W64 @ H
     V, counts = torch.zeros_like(W64), keep.sum(1)
     rows = counts.argsort(stable=True)
-    columns = (~keep).to(torch.int8).argsort(dim=1, stable=True)  # the kept ones first, in order
+    columns = (~keep).to(torch.int8).argsort(dim=1, stable=True)  # kept columns first, in order
     at = 0
     while at < len(rows):
-        # memory for matrices as wide as the widest that can follow
+        # rows whose matrices fit into memory even if they are as wide as the widest
         size = max(1, _BYTES // (8 * max(int(counts[rows[-1]]), 1) ** 2))
         part = rows[at : at + size]
         at += size
@@ -118,8 +114,7 @@ def _factorize(W: Tensor, H: Tensor, keep: Tensor) -> Solution | None:
 
 
 def _conjugate_gradients(W: Tensor, H: Tensor, keep: Tensor, start: Tensor | None, steps: int) -> Solution:
-    """Preconditioned conjugate gradients; `steps` products with H at most, the one that gives the first residual
-    counted."""
+    """Preconditioned conjugate gradients with at most `steps` products with H, that for the first residual included."""
     scale = keep / H.diagonal()
     tiny = torch.finfo(W.dtype).tiny
     V = W * keep
@@ -136,7 +131,7 @@ def _conjugate_gradients(W: Tensor, H: Tensor, keep: Tensor, start: Tensor | Non
         new = (residual * residual * scale).sum(1)
         if bool((new <= TOLERANCE**2 * first).all()):
             break
-        # after the jump along the offered start the search begins anew, by steepest descent
+        # after the step towards the initial guess, restart with steepest descent
         direction = torch.addcmul(residual * scale, (new / norm.clamp_min(tiny) * (not jump))[:, None], direction)
         norm, jump = new, False
     return Solution(V, float((((residual * residual * scale).sum(1)) / first.clamp_min(tiny)).max().sqrt()), False)

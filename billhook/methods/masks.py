@@ -1,21 +1,18 @@
-"""From scores to a keep mask: the only place that sorts, and it does not sort either.
+"""From scores to a mask.
 
-A criterion scores every weight; `Select` turns the scores into a boolean mask (True = kept) that removes exactly what
-the plan asks for. The result is the one a stable full sort in ascending order would give, removing from the front:
-among equal scores the leftmost column (for whole-layer groups: the earliest weight in row-major order) goes first. It
-is found by partial selection (introselect, vectorised in numpy) of one threshold per comparison group, and ties are
-looked at only where they exist.
+A criterion scores every weight; `Select` turns the scores into a boolean mask (True = kept) that removes exactly the
+planned number. The mask equals that of a stable sort in ascending order which removes from the front: among equal
+scores the leftmost column (for whole-layer groups: the first weight in row-major order) is removed first. It is found
+by partial selection (numpy's introselect) of one threshold per comparison group; ties are resolved only where they
+exist.
 
 Two ways to count:
 
-* `exact` (default): the plan's whole number of zeros, whatever the shape.
-* `floor`: the counts of the published code. Row groups lose `int(columns * sparsity)` weights per row (Wanda's code);
-  layer groups lose every weight whose score is at or below the one at sorted position `int(numel * sparsity)`, counted
-  from zero, so at least one more than asked and all ties of the threshold (the magnitude and SparseGPT code). A
-  sparsity of exactly 0 removes nothing and one of exactly 1 removes everything, where the published code removes one
-  weight and fails.
-
-This module knows nothing about models, plans or criteria.
+* `exact` (default): the plan's whole number of zeros, for any shape.
+* `floor`: the counts of the published code. Row groups lose `int(columns * sparsity)` weights per row (Wanda). Layer
+  groups lose every weight whose score is at or below that at sorted position `int(numel * sparsity)`, counted from
+  zero, and so at least one more than planned, with all ties of the threshold (magnitude and SparseGPT). A sparsity of 0
+  removes nothing and one of 1 removes everything; there the published code removes one weight and fails.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -28,18 +25,18 @@ from torch import Tensor
 
 from billhook.errors import BillhookError
 
-PARALLEL_FROM = 1 << 20  # elements; below this, starting threads costs more than it saves
-NETWORK_UP_TO = 4  # entries of a group; above this, introselect is faster than exchanging neighbours
+PARALLEL_FROM = 1 << 20  # elements; with fewer, starting threads costs more than it saves
+NETWORK_UP_TO = 4  # entries of a group; with more, introselect is faster than exchanging neighbours
 
 
 @dataclass(frozen=True)
 class Select:
-    """How much one layer loses and which weights compete with each other; call it with scores to get the mask.
+    """How many weights a layer loses and which are compared with each other; call it with scores to get the mask.
 
-    `shape` is the layer's [out, in]; `sparsity` its fraction removed (read by `floor`); `zeros` its whole number of
-    removed weights (read by `exact`). `keep_of=(keep, of)` asks for N:M instead: in every run of `of` consecutive
-    columns of a row the `keep` largest scores stay, and `sparsity`, `zeros`, `group` and `rounding` play no part.
-    Raises BillhookError for counts outside the layer and for N:M that does not divide its columns.
+    `shape` is the layer's [out, in], `sparsity` the fraction (used by `floor`) and `zeros` the number (used by `exact`)
+    of removed weights. `keep_of=(N, M)` keeps the N largest scores of every M consecutive columns of a row; the other
+    fields are then not used. Raises BillhookError for counts outside the layer and an M that does not divide the
+    columns.
     """
 
     shape: tuple[int, int]
@@ -54,37 +51,30 @@ class Select:
         if not 0 <= self.sparsity <= 1:
             raise BillhookError(f"A layer's sparsity must be between 0 and 1, got {self.sparsity}.")
         if not 0 <= self.zeros <= rows * columns:
-            raise BillhookError(
-                f"Cannot remove {self.zeros} of the {rows * columns} weights of a {rows} x {columns} layer."
-            )
+            size = f"the {rows * columns} weights of a {rows} x {columns} layer"
+            raise BillhookError(f"Cannot remove {self.zeros} of {size}.")
         if self.group not in ("row", "layer") or self.rounding not in ("exact", "floor"):
-            raise BillhookError(
-                f"group={self.group!r} must be row or layer, rounding={self.rounding!r} must be exact or floor."
-            )
+            wrong = f"group={self.group!r} must be row or layer, rounding={self.rounding!r} must be exact or floor"
+            raise BillhookError(f"{wrong}.")
         if self.keep_of is not None:
             keep, of = self.keep_of
             if not 0 <= keep <= of or of < 1:
                 raise BillhookError(f"{keep}:{of} is no N:M pattern: N of every M weights are kept, 0 <= N <= M.")
             if columns % of:
-                raise BillhookError(
-                    f"{keep}:{of} needs a multiple of {of} columns, and a {rows} x {columns} layer has {columns}."
-                )
+                raise BillhookError(f"{keep}:{of} needs a multiple of {of} columns; the layer is {rows} x {columns}.")
 
     def __call__(self, score: Tensor, start: int = 0) -> Tensor:
-        """Return keep, bool [out, c], for scores [out, c] (any float dtype) of the `c` columns beginning at column
-        `start`.
+        """The mask, bool [out, c], for scores [out, c] of any float dtype, of the `c` columns from `start` on.
 
-        Slices of the columns add up: removed counts of slices that cover the layer sum to the layer's (`exact`). Row
-        groups differ by at most one weight between rows of a slice, and the odd ones go to the rows whose next
-        candidate has the smallest score. Raises BillhookError when a score is NaN.
+        With `exact`, the counts of slices that cover the layer add up to the layer's. The rows of a slice lose equal
+        numbers or, where these cannot be equal, one more in the rows whose next candidate has the smallest score.
+        Raises BillhookError when a score is NaN.
         """
         rows, columns = score.shape
         if rows != self.shape[0] or not 0 <= start <= start + columns <= self.shape[1]:
             raise ValueError(f"scores {tuple(score.shape)} at column {start} do not fit a layer of shape {self.shape}")
         if score.amax().isnan():
-            raise BillhookError(
-                "Scores contain NaN, so weights cannot be ranked; look for NaN or inf in the weights and activations."
-            )
+            raise BillhookError("Scores contain NaN: check the weights and the activations for NaN and infinity.")
         if self.keep_of is not None:
             keep, of = self.keep_of
             return ~remove_smallest(score.reshape(-1, of), rows * columns // of * (of - keep)).view(rows, columns)
@@ -96,7 +86,7 @@ class Select:
         return ~removed.view(rows, columns)
 
     def _count(self, start: int, columns: int) -> int:
-        """Weights to remove from `columns` columns beginning at `start`."""
+        """The number of weights to remove from `columns` columns, beginning at `start`."""
         rows, width = self.shape
         if self.rounding == "floor":
             return rows * int(columns * self.sparsity)
@@ -105,10 +95,9 @@ class Select:
 
 
 def remove_smallest(score: Tensor, total: int) -> Tensor:
-    """Return a bool tensor like `score` [groups, n], True at exactly `total` smallest entries, spread evenly over the
-    groups.
+    """A bool tensor like `score` [groups, n], True at the smallest entries, `total` in all.
 
-    Every group loses `total // groups`; the remainder goes to the groups whose next candidate has the smallest score.
+    Every group has `total // groups` of them or, where its next candidate is among the smallest, one more.
     """
     each, extra = divmod(total, len(score))
     most = each + bool(extra)
@@ -116,7 +105,7 @@ def remove_smallest(score: Tensor, total: int) -> Tensor:
         return torch.zeros_like(score, dtype=torch.bool)
     threshold = _kth_smallest(score, most)
     removed = score <= threshold[:, None]
-    if _count(removed) != total:  # ties, or groups that lose one less than the others
+    if _count(removed) != total:  # ties, or groups that lose one weight less than others
         counts = _count_rows(removed)
         wanted = each + remove_smallest(threshold[None], extra)[0].long() if extra else torch.full_like(counts, each)
         _put_back(removed, score == threshold[:, None], counts - wanted)
@@ -133,8 +122,7 @@ def _put_back(removed: Tensor, ties: Tensor, excess: Tensor) -> None:
 
 
 def _at_or_below(score: Tensor, sparsity: float) -> Tensor:
-    """The published whole-matrix rule on `score` [1, n]: True where it is <= the value at sorted position int(n *
-    sparsity)."""
+    """The published rule for `score` [1, n]: True where it is <= the value at sorted position int(n * sparsity)."""
     if sparsity == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     position = min(int(score.numel() * sparsity), score.numel() - 1)
@@ -147,7 +135,7 @@ def _kth_smallest(score: Tensor, k: int) -> Tensor:
         return _kth_by_exchanges(score, k)
     if score.device.type != "cpu":
         return torch.kthvalue(score, k, dim=1).values
-    if score.dtype in (torch.float16, torch.bfloat16):  # numpy knows no bfloat16; the conversion is exact
+    if score.dtype in (torch.float16, torch.bfloat16):  # numpy has no bfloat16; the conversion is exact
         return _kth_smallest(score.float(), k).to(score.dtype)
 
     def partition(part: np.ndarray) -> np.ndarray:
@@ -157,12 +145,12 @@ def _kth_smallest(score: Tensor, k: int) -> Tensor:
     if score.numel() < PARALLEL_FROM or len(values) == 1:
         return torch.from_numpy(partition(values))
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads) as pool:  # numpy lets go of the interpreter lock while it selects
+    with ThreadPoolExecutor(threads) as pool:  # numpy releases the interpreter lock while it selects
         return torch.from_numpy(np.concatenate(list(pool.map(partition, np.array_split(values, threads)))))
 
 
 def _kth_by_exchanges(score: Tensor, k: int) -> Tensor:
-    """`_kth_smallest` for the short rows of N:M groups: k rounds of bubble sort, all rows at once."""
+    """`_kth_smallest` for the short rows of N:M groups: k rounds of bubble sort on all rows at once."""
     lanes = list(score.t().contiguous())
     for done in range(k):
         for i in range(len(lanes) - 1, done, -1):
@@ -171,12 +159,12 @@ def _kth_by_exchanges(score: Tensor, k: int) -> Tensor:
 
 
 def _count(mask: Tensor) -> int:
-    """True entries of a bool tensor; numpy counts ten times as fast as torch on a CPU, here and below."""
+    """The number of True entries; numpy counts ten times as fast as torch on a CPU, here and below."""
     return int(np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else mask.sum())
 
 
 def _count_rows(mask: Tensor) -> Tensor:
-    """True entries of each row of a bool [rows, n], int64 [rows]."""
+    """The number of True entries in each row of a mask [rows, n], int64 [rows]."""
     if mask.device.type != "cpu":
         return mask.sum(1)
     return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))

@@ -1,21 +1,20 @@
-"""What the calibration text says about the inputs and the gradients of one layer, accumulated sequence by sequence.
+"""Statistics of the inputs and gradients of one layer on the calibration text, accumulated sequence by sequence.
 
-For inputs X [tokens, in]: `input_norm` [in] is ||X_j||_2 / sqrt(sequences) of every input feature, the root mean over
-sequences of the summed squares, `input_mean` [in] is the mean over all tokens, and `gram` [in, in] is X^T X. `drift`
-[in, in] is (X' - X)^T X where X' are the inputs of the same tokens in the dense model (see
+For inputs X [tokens, in]: `input_norm` [in] is ||X_j||_2 / sqrt(sequences), the square root of the mean over sequences
+of the summed squares of each input feature; `input_mean` [in] is the mean over all tokens; `gram` [in, in] is X^T X;
+`drift` [in, in] is (X' - X)^T X, X' being the inputs of the same tokens in the dense model (see
 `billhook.engine.dense_stream`).
 
-Inputs of any float dtype are converted to float32 before they are squared, so half-precision activations cannot
-overflow. `input_norm` is a running mean in float32, one sequence at a time, which is the arithmetic of Wanda's
-published code: scores that nearly tie are then ranked as there, bit for bit, whatever the batch size. (An exact sum
-would rank such ties otherwise, and the activations of all later blocks with them.) The Gram matrix is one float32
-product per batch added to a float32 total: its relative error grows like 1e-7 times the square root of the number of
-batches, far below SparseGPT's damping of 1e-2, while a float64 total would double the largest allocation of a run (1.6
-GB instead of 0.8 GB for 14336 inputs).
+Inputs are converted to float32 before they are squared, so that half-precision activations do not overflow.
+`input_norm` is a running mean in float32, one sequence at a time, as in Wanda's published code: near ties are then
+ranked in the same way, bit for bit, for any batch size. The Gram matrix is the float32 sum of one float32 product per
+batch. Its relative error is about 1e-7 times the square root of the number of batches, far below SparseGPT's damping of
+1e-2; a float64 sum would double the largest allocation of a run (1.6 GB instead of 0.8 GB for 14336 inputs).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,12 +26,12 @@ from billhook.registry import hint
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What a criterion gets to know about a layer's inputs; a statistic that was not collected is None.
+    """The statistics of one layer that a criterion reads; those that were not collected are None.
 
-    `tokens` and `sequences` count the calibration text that reached the layer. `gradient` [out, in] is the one of
-    `GRADIENTS` that the criterion named. `drift` is None where the inputs are the dense model's own, `stream_drift`
-    [out, in] is there for layers that write into the residual stream only. `notes` collects what a criterion had to do
-    differently (damping raised, dead inputs), for the report.
+    `tokens` and `sequences` count the calibration text that reached the layer. `gradient` [out, in] is the statistic of
+    `GRADIENTS` that the criterion named. `drift` is None where the inputs are the dense model's own. `stream_drift`
+    [out, in] exists only for layers that write into the residual stream. `notes` are for the report: damping that was
+    raised, inputs that are always zero.
     """
 
     tokens: int
@@ -46,141 +45,133 @@ class LayerStats:
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
-        """Remember, once, something that the report must say about this layer."""
+        """Add a note for the report, once."""
         if text not in self.notes:
             self.notes.append(text)
 
 
-class InputNorm:
-    """||X_j||_2 / sqrt(sequences) of each input feature, float32 [in]."""
+class _Sum:
+    """An accumulator in float32, [in] or [in, in]."""
+
+    _square = False
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
-        self._mean = torch.zeros(in_features, device=device)
-        self._sequences = 0
+        self._sum = torch.zeros((in_features, in_features) if self._square else in_features, device=device)
 
-    def add(self, x: Tensor) -> None:
-        """Take in float32 inputs [sequences, tokens, in]."""
-        for sequence in x:
-            self._mean *= self._sequences / (self._sequences + 1)
-            self._sequences += 1
-            self._mean += sequence.norm(dim=0).square() / self._sequences
+    def add(self, x: Tensor, dense: Tensor) -> None:
+        """Add float32 inputs [sequences, tokens, in]; `dense` are those of these tokens in the dense model."""
+        raise NotImplementedError
 
     def merge(self) -> None:
-        """Take in what the other processes of the run have added (see `billhook.distributed.collectives`)."""
+        """Sum over all processes of the run."""
+        all_reduce_(self._sum)
+
+    def value(self) -> Tensor:
+        """The statistic of everything added so far; it may be the accumulator itself."""
+        return self._sum
+
+
+class _InputNorm(_Sum):
+    """||X_j||_2 / sqrt(sequences) of each input feature, float32 [in]; accumulates the mean of the squares."""
+
+    _sequences = 0
+
+    def add(self, x: Tensor, dense: Tensor) -> None:
+        for sequence in x:
+            self._sum *= self._sequences / (self._sequences + 1)
+            self._sequences += 1
+            self._sum += sequence.norm(dim=0).square() / self._sequences
+
+    def merge(self) -> None:
         if world() > 1:
             sequences = int(all_reduce_(torch.tensor(self._sequences)))
-            self._mean = all_reduce_(self._mean * self._sequences) / max(sequences, 1)
+            self._sum = all_reduce_(self._sum * self._sequences) / max(sequences, 1)
             self._sequences = sequences
 
     def value(self) -> Tensor:
-        """The norms over everything added so far."""
-        return self._mean.sqrt()
+        return self._sum.sqrt()
 
 
-class InputMean:
+class _InputMean(_Sum):
     """Mean over tokens of each input feature, float32 [in]."""
 
-    def __init__(self, in_features: int, device: torch.device | str) -> None:
-        self._sum = torch.zeros(in_features, device=device)
-        self._tokens = 0
+    _tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Take in float32 inputs [sequences, tokens, in]."""
+    def add(self, x: Tensor, dense: Tensor) -> None:
         for sequence in x:
             self._sum += sequence.sum(0)
             self._tokens += len(sequence)
 
     def merge(self) -> None:
-        """Take in what the other processes of the run have added (see `billhook.distributed.collectives`)."""
-        if world() > 1:
-            all_reduce_(self._sum)
-            self._tokens = int(all_reduce_(torch.tensor(self._tokens)))
+        super().merge()
+        self._tokens = int(all_reduce_(torch.tensor(self._tokens)))
 
     def value(self) -> Tensor:
-        """The mean over everything added so far."""
         return self._sum / max(self._tokens, 1)
 
 
-class Gram:
-    """X^T X, float32 [in, in]."""
+class _Gram(_Sum):
+    """X^T X, float32 [in, in]; only its upper triangle is accumulated."""
 
-    def __init__(self, in_features: int, device: torch.device | str) -> None:
-        self._sum = torch.zeros(in_features, in_features, device=device)
+    _square = True
 
     def _panels(self) -> Iterator[tuple[slice, slice]]:
-        """Columns in quarters, each with all columns from its own first on: the upper triangle in 10 of 16 parts."""
+        """Rows in quarters, each with the columns from its own first one on: 10 of 16 parts of the matrix."""
         n = len(self._sum)
         step = max(n // 4, 64)
         for start in range(0, n, step):
             yield slice(start, min(start + step, n)), slice(start, n)
 
-    def add(self, x: Tensor) -> None:
-        """Take in float32 inputs [sequences, tokens, in]."""
+    def add(self, x: Tensor, dense: Tensor) -> None:
         x = x.flatten(0, 1)
         for rows, columns in self._panels():
             self._sum[rows, columns].addmm_(x[:, rows].T, x[:, columns])
 
-    def merge(self) -> None:
-        """Take in what the other processes of the run have added (see `billhook.distributed.collectives`)."""
-        all_reduce_(self._sum)
-
     def value(self) -> Tensor:
-        """The sum over everything added so far (the accumulator itself, not a copy)."""
         for rows, columns in self._panels():
             self._sum[columns, rows] = self._sum[rows, columns].T.clone()
         return self._sum
 
 
-class Drift:
+class _Drift(_Sum):
     """(X' - X)^T X, float32 [in, in], for inputs X and those of the same tokens in the dense model, X'."""
 
-    def __init__(self, in_features: int, device: torch.device | str) -> None:
-        self._sum = torch.zeros(in_features, in_features, device=device)
+    _square = True
 
     def add(self, x: Tensor, dense: Tensor) -> None:
-        """Take in float32 inputs, both [sequences, tokens, in]."""
         self._sum.addmm_((dense - x).flatten(0, 1).T, x.flatten(0, 1))
 
-    def merge(self) -> None:
-        """Take in what the other processes of the run have added (see `billhook.distributed.collectives`)."""
-        all_reduce_(self._sum)
 
-    def value(self) -> Tensor:
-        """The sum over everything added so far."""
-        return self._sum
-
-
-STATISTICS: dict[str, type[InputNorm] | type[InputMean] | type[Gram] | type[Drift]] = {
-    "input_norm": InputNorm,
-    "input_mean": InputMean,
-    "gram": Gram,
-    "drift": Drift,
+STATISTICS: dict[str, type[_InputNorm] | type[_InputMean] | type[_Gram] | type[_Drift]] = {
+    "input_norm": _InputNorm,
+    "input_mean": _InputMean,
+    "gram": _Gram,
+    "drift": _Drift,
 }
 
 
 class Collector:
-    """Feeds one layer's inputs to the accumulators of the statistics in `names`, each computed once.
+    """Feeds the inputs of one layer to the accumulators of the statistics in `names`.
 
-    When `gram` is asked for, `input_norm` is read off its diagonal. Raises BillhookError for an unknown name.
+    If `gram` is among them, `input_norm` is read from its diagonal. Raises BillhookError for an unknown name.
     """
 
     def __init__(self, names: tuple[str, ...], in_features: int, device: torch.device | str = "cpu") -> None:
         for name in names:
             if name not in STATISTICS:
-                raise BillhookError(
-                    f"Unknown statistic {name!r}.{hint(name, STATISTICS)} There are: {', '.join(STATISTICS)}."
-                )
-        self.names = names
-        self.in_features = in_features
-        self.tokens = 0
-        self.sequences = 0
+                known = f"{hint(name, STATISTICS)} There are: {', '.join(STATISTICS)}."
+                raise BillhookError(f"Unknown statistic {name!r}.{known}")
+        self.names, self.in_features = names, in_features
+        self.tokens = self.sequences = 0
         derived = {"input_norm"} if "gram" in names else set()
         self._accumulators = {name: STATISTICS[name](in_features, device) for name in names if name not in derived}
 
     @torch.no_grad()
     def add(self, x: Tensor, dense: Tensor | None = None) -> None:
-        """Take in inputs [sequences, tokens, in], or [tokens, in] as one sequence, of any float dtype, and those of the
-        same tokens in the dense model, by default no others."""
+        """Add inputs [sequences, tokens, in] (or [tokens, in], one sequence) of any float dtype.
+
+        `dense` are the inputs of the same tokens in the dense model, the same inputs by default.
+        """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"inputs {tuple(x.shape)} for a layer with {self.in_features} input features")
         x, other = ((v[None] if v.dim() == 2 else v.flatten(1, -2)).float() for v in (x, x if dense is None else dense))
@@ -188,101 +179,63 @@ class Collector:
             self.sequences += len(x)
             self.tokens += x.shape[0] * x.shape[1]
             for accumulator in self._accumulators.values():
-                if isinstance(accumulator, Drift):
-                    accumulator.add(x, other)
-                else:
-                    accumulator.add(x)
+                accumulator.add(x, other)
 
     def merge(self) -> None:
-        """Take in what the other processes of the run have seen; all of them call this once, at the end."""
-        if world() > 1:
-            self.tokens, self.sequences = all_reduce_(torch.tensor([self.tokens, self.sequences])).tolist()
-            for accumulator in self._accumulators.values():
-                accumulator.merge()
+        """Sum over all processes of the run; every process calls this once, at the end."""
+        self.tokens, self.sequences = all_reduce_(torch.tensor([self.tokens, self.sequences])).tolist()
+        for accumulator in self._accumulators.values():
+            accumulator.merge()
 
-    def stats(self) -> LayerStats:
-        """Return the statistics so far; raises JobError, without the layer's name, when an input was NaN or
-        infinite."""
+    def stats(self, layer: str = "") -> LayerStats:
+        """The statistics so far; raises JobError, naming the layer, when an input was NaN or infinite."""
         values = {name: accumulator.value() for name, accumulator in self._accumulators.items()}
         if "gram" in values and "input_norm" in self.names:
             values["input_norm"] = (values["gram"].diagonal() / max(self.sequences, 1)).sqrt()
         for name, value in values.items():
             if not (value.diagonal() if name in ("gram", "drift") else value).isfinite().all():
+                where = f"{layer}: the" if layer else "The"
                 raise JobError(
-                    "The calibration activations contain NaN or infinity; try --dtype float32, or check the weights."
+                    f"{where} calibration activations contain NaN or infinity: try --dtype float32, check the weights."
                 )
         norm, gram = values.get("input_norm"), values.get("gram")
         return LayerStats(self.tokens, self.sequences, norm, gram, values.get("input_mean"), values.get("drift"))
 
-    def named(self, layer: str) -> LayerStats:
-        """`stats`, with the layer's name in the error."""
-        try:
-            return self.stats()
-        except JobError as error:
-            raise JobError(f"{layer}: {error}") from None
 
+class GradientNorm:
+    """The l1 (`power=1`) or l2 (`power=2`) norm over sequences of each entry of the gradient, float32.
 
-class AbsoluteSum:
-    """Sum over sequences of |g|: the l1 norm, float32."""
+    `published`: as in GBLM-Pruner's code, of 100 times the gradient. For l1 every term and every partial sum is rounded
+    to float16, for l2 the root of the sum.
+    """
 
-    def __init__(self, like: Tensor) -> None:
-        self._sum = torch.zeros_like(like, dtype=torch.float32)
+    def __init__(self, like: Tensor, power: int = 1, published: bool = False) -> None:
+        self._power, self._published = power, published
+        self._sum = torch.zeros_like(like, dtype=torch.float16 if published and power == 1 else torch.float32)
 
     def add(self, g: Tensor) -> None:
-        """Take in one sequence's gradient, float32, which is overwritten."""
-        self._sum += g.abs_()
+        """Add the gradient of one sequence, float32, which is overwritten."""
+        g = g.mul_(100) if self._published else g
+        self._sum += (g.abs_() if self._power == 1 else g.square_()).to(self._sum.dtype)
 
     def merge(self) -> None:
-        """Take in what the other processes of the run have added (see `billhook.distributed.collectives`)."""
+        """Sum over all processes of the run."""
         all_reduce_(self._sum)
 
     def value(self) -> Tensor:
         """The norm over everything added so far."""
-        return self._sum
-
-
-class RootOfSquares(AbsoluteSum):
-    """Square root of the sum over sequences of g^2: the l2 norm, float32."""
-
-    def add(self, g: Tensor) -> None:
-        """Take in one sequence's gradient, float32, which is overwritten."""
-        self._sum += g.square_()
-
-    def value(self) -> Tensor:
-        """The norm over everything added so far."""
-        return self._sum.sqrt()
-
-
-class PublishedAbsoluteSum(AbsoluteSum):
-    """Sum of |100 g| as GBLM-Pruner's code takes it: every term and every partial sum rounded to float16."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._sum = torch.zeros_like(like, dtype=torch.float16)
-
-    def add(self, g: Tensor) -> None:
-        """Take in one sequence's gradient, float32, which is overwritten."""
-        self._sum += g.mul_(100).abs_().half()
-
-
-class PublishedRootOfSquares(RootOfSquares):
-    """Root of the sum of (100 g)^2 as GBLM-Pruner's code takes it: summed in float32, the root rounded to float16."""
-
-    def add(self, g: Tensor) -> None:
-        """Take in one sequence's gradient, float32, which is overwritten."""
-        super().add(g.mul_(100))
-
-    def value(self) -> Tensor:
-        """The norm over everything added so far."""
-        return super().value().half()
+        if self._power == 1:
+            return self._sum
+        return self._sum.sqrt().half() if self._published else self._sum.sqrt()
 
 
 REGIONAL = "gradient_regional"  # of a block's own outputs, see billhook.engine.regional_gradients
-GRADIENTS: dict[str, type[AbsoluteSum]] = {
-    "gradient_l1": AbsoluteSum,
-    "gradient_l2": RootOfSquares,
-    "gradient_l1_reference": PublishedAbsoluteSum,
-    "gradient_l2_reference": PublishedRootOfSquares,
-    REGIONAL: RootOfSquares,
+GRADIENTS: dict[str, Callable[[Tensor], GradientNorm]] = {
+    "gradient_l1": GradientNorm,
+    "gradient_l2": partial(GradientNorm, power=2),
+    "gradient_l1_reference": partial(GradientNorm, published=True),
+    "gradient_l2_reference": partial(GradientNorm, power=2, published=True),
+    REGIONAL: partial(GradientNorm, power=2),
 }
 
 

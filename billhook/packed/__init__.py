@@ -1,4 +1,1 @@
-"""The packed format: read, written, checked, unpacked, loaded as a model, and timed.
-
-Knows nothing about reports and steps: `steps/pack.py` makes and unpacks whole directories.
-"""
+"""The packed format: read, write, check, unpack, load as a model, and benchmark (`steps/pack.py` packs directories)."""

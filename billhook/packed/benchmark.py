@@ -1,9 +1,9 @@
-"""Measure how fast models generate on this machine, side by side: prefill and decode speed, memory and file size.
+"""Compare how models generate on this machine: prefill and decode speed, memory and file size.
 
-Each model runs in a process of its own, so that its memory can be counted. A round runs every model once at every batch
-size and prompt length, one after the other, so that other load on the machine affects all models alike; the first round
-warms up and is not counted. Speed-ups are ratios within a round. What is timed is the generation loop of
-`transformers`, as users run it, with random tokens.
+Each model runs in its own process, so that its memory can be measured. A round runs every model once at every batch
+size and prompt length, in turn, so that other load on the machine affects all models alike; the first round is a
+warm-up and does not count. Speedups are ratios within a round. The generation loop is that of `transformers`, with
+random tokens.
 """
 
 import multiprocessing
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from billhook.store.layout import PACKED, is_packed
 from billhook.store.shards import weight_files
 
 KINDS = ("prefill", "decode")
+Times = list[list[dict[str, float]]]  # for each cell, and each round, the speeds by kind
 
 
 @dataclass(frozen=True)
@@ -91,42 +93,40 @@ def bench(
     options: dict[str, Any] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Side]:
-    """Measure model directories side by side. `against`, the dense one, comes first; speed-ups of the others are
-    relative to it.
+    """Measure model directories in turn; the result for `against`, the dense one for speedups, comes first.
 
-    `options` are passed to `billhook.load`. Raises BillhookError for what cannot be measured as asked, JobError when
-    the process of a model dies.
+    `options` are passed to `billhook.load`. Raises BillhookError for invalid arguments and models, JobError when the
+    process of a model dies.
     """
     if min([*batches, *prompts, rounds]) < 1 or new < 2 or not (batches and prompts):
         raise BillhookError("Batch sizes, prompt lengths and rounds must be at least 1, and new tokens at least 2.")
     paths = [Path(path).expanduser() for path in ([] if against is None else [against]) + list(models)]
     if len(set(paths)) < len(paths):
-        raise BillhookError("A model is given twice: each is measured once.")
+        raise BillhookError("A model is given twice.")
     for path in paths:
         if not path.is_dir():
             raise BillhookError(f"There is no model directory at {path}.")
     cells = [{"batch": batch, "prompt": prompt, "new": new} for batch in batches for prompt in prompts]
     with _workers(paths, options or {}) as workers:
         facts = [_answer(worker) for worker in workers]
-        times: list[list[list[dict[str, float]]]] = [[[] for _ in cells] for _ in paths]
-        for turn in range(rounds + 1):
-            for number, cell in enumerate(cells):
-                for path, worker, found in zip(paths, workers, times, strict=True):
-                    progress(f"{path.name}, batch {cell['batch']}, prompt {cell['prompt']}, round {turn}/{rounds}")
-                    worker.send(cell)
-                    answer = _answer(worker)
-                    if turn:
-                        found[number].append(answer)
+        times: list[Times] = [[[] for _ in cells] for _ in paths]
+        for turn, number, side in product(range(rounds + 1), range(len(cells)), range(len(paths))):
+            batch, prompt = cells[number]["batch"], cells[number]["prompt"]
+            progress(f"{paths[side].name}, batch {batch}, prompt {prompt}, round {turn}/{rounds}")
+            workers[side].send(cells[number])
+            answer = _answer(workers[side])
+            if turn:
+                times[side][number].append(answer)
         for fact, worker in zip(facts, workers, strict=True):
             worker.send(None)
             fact |= _answer(worker)
     base = None if against is None else times[0]
-    return [_side(*of, cells, base) for of in zip(paths, facts, times, strict=True)]
+    return [_side(*model, cells, base) for model in zip(paths, facts, times, strict=True)]
 
 
 @contextmanager
 def _workers(paths: Sequence[Path], options: dict[str, Any]) -> Iterator[list[Connection]]:
-    """A process for each model, and the connection to it; all processes end with the block."""
+    """Connections to one process for each model; the processes end with the block."""
     context = multiprocessing.get_context("spawn")
     connections, processes = [], []
     try:
@@ -150,19 +150,14 @@ def _answer(worker: Connection) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = worker.recv()
     except EOFError:
-        raise JobError(
-            "The process of a model died: most likely it ran out of memory. Measure fewer or smaller models at once."
-        ) from None
+        raise JobError("The process of a model died, perhaps out of memory: measure fewer at once.") from None
     if "error" in answer:
         raise BillhookError(answer["error"])
     return answer
 
 
 def _serve(connection: Connection, path: Path, options: Mapping[str, Any]) -> None:
-    """In a worker: load the model, then answer {batch, prompt, new} with its speeds until None arrives.
-
-    An error is answered as a message.
-    """
+    """In a worker: load the model, then answer {batch, prompt, new} with speeds, or an error, until None arrives."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which ends this process
     try:
         facts = _load(path, options)
@@ -172,7 +167,7 @@ def _serve(connection: Connection, path: Path, options: Mapping[str, Any]) -> No
             connection.send(_run(model, **cell))
         connection.send({"peak_bytes": peak_memory()})
     except (EOFError, BrokenPipeError):
-        return  # the parent has gone
+        return  # the parent process has ended
     except BillhookError as error:
         connection.send({"error": str(error)})
     except (MemoryError, RuntimeError) as error:
@@ -181,7 +176,7 @@ def _serve(connection: Connection, path: Path, options: Mapping[str, Any]) -> No
 
 def _load(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     from billhook.packed.loading import load
-    from billhook.store.checkpoint import load_tokenizer  # noqa: F401 - so that its imports count as idle memory
+    from billhook.store.checkpoint import load_tokenizer  # noqa: F401 - its imports count as idle memory
 
     idle = peak_memory()
     start = time.perf_counter()
@@ -205,7 +200,7 @@ def _run(model: Any, batch: int, prompt: int, new: int) -> dict[str, float | Non
 
 
 def peak_memory() -> int:
-    """The peak resident memory of this process in bytes, including the parts of mapped files that were read."""
+    """The peak resident memory of this process in bytes, including pages of mapped files."""
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():
@@ -215,23 +210,16 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _side(
-    path: Path,
-    facts: dict[str, Any],
-    times: list[list[dict[str, float]]],
-    cells: list[dict[str, int]],
-    base: list[list[dict[str, float]]] | None,
-) -> Side:
+def _side(path: Path, facts: dict[str, Any], times: Times, cells: list[dict[str, int]], base: Times | None) -> Side:
     found = []
     for number, cell in enumerate(cells):
-        runs = {kind: [run[kind] for run in times[number]] for kind in KINDS}
-        ratios: dict[str, Spread | None] = dict.fromkeys(KINDS)
+        runs = times[number]
+        speeds = [_spread([run[kind] for run in runs]) for kind in KINDS]
+        ratios: list[Spread | None] = [None, None]
         if base is not None and base is not times:
-            ratios = {
-                kind: _spread([a / b[kind] for a, b in zip(runs[kind], base[number], strict=True)]) for kind in KINDS
-            }
-        speeds = [_spread(runs[kind]) for kind in KINDS]
-        found.append(Cell(cell["batch"], cell["prompt"], *speeds, *ratios.values()))
+            pairs = list(zip(runs, base[number], strict=True))
+            ratios = [_spread([run[kind] / dense[kind] for run, dense in pairs]) for kind in KINDS]
+        found.append(Cell(cell["batch"], cell["prompt"], *speeds, *ratios))
     memory = max(0, facts["peak_bytes"] - facts["idle_bytes"])
     return Side(path.name, is_packed(path), facts["sparsity"], file_bytes(path), memory, facts["load_s"], found)
 
@@ -244,13 +232,13 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def file_bytes(path: Path) -> int:
-    """Bytes of a model's weight files, with the record that a packed model needs."""
+    """Bytes of a model's weight files, including the record of a packed model."""
     files = [*(s.file.path for s in open_packed(path).shards), path / PACKED] if is_packed(path) else weight_files(path)
     return sum(file.stat().st_size for file in files)
 
 
 def hardware(device: str = "cpu") -> dict[str, Any]:
-    """What a measurement ran on: processor, kernels, threads, usable cores, memory in GiB, and the GPU of `device`."""
+    """This machine: processor, kernels, threads, usable cores, memory in GiB, and the GPU of `device`."""
     import torch
 
     from billhook.runtime import library

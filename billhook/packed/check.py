@@ -1,7 +1,4 @@
-"""Check a packed directory completely: the checksums of the dense files it expands to, without writing them.
-
-Its dense files can then be verified like any others: their checksums are known, and their zeros can be counted.
-"""
+"""Check a packed directory completely, including the checksums of the dense files that it expands to in memory."""
 
 import hashlib
 from collections.abc import Iterator
@@ -21,13 +18,13 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class DenseShard(Shard):
-    """The dense file that a packed one replaces; it does not exist, but the zeros in its tensors can be counted."""
+    """The dense file, not on disk, that a packed one replaces; the zeros of its tensors can be counted."""
 
     packed: Packed
     of: PackedShard
 
     def zeros(self, entry: Entry, index: int | None = None) -> np.ndarray:
-        """As for a dense file; weights that int8 rounded to zero do not count."""
+        """As for a dense file; weights that int8 rounds to zero do not count."""
         if entry.name not in self.packed.matrices:
             return self.of.file.zeros(self.of.file.entries[entry.name], index)
         tensor = packed_tensor(self.packed, self.of, entry.name)
@@ -42,10 +39,10 @@ class DenseShard(Shard):
 
 @dataclass(frozen=True)
 class Examined:
-    """The result of checking a packed directory: every difference in words, and a description of the dense directory.
+    """The problems of a packed directory, and its dense form.
 
-    `digests` has the SHA-256 of the dense weight files and their index. With `rounded` (int8) those of weight files
-    differ from the original's. `zeros` of `weights` are removed in the packed `layers`.
+    `digests` has the SHA-256 of the dense weight files and their index; if `rounded` (int8), the files differ from the
+    original ones. `zeros` of `weights` are removed in the packed `layers`.
     """
 
     problems: list[str]
@@ -73,16 +70,14 @@ def examine(directory: Path) -> Examined:
     digests = {shard.name: shard.sha256 for shard in packed.shards}
     if packed.record["index"] is not None:
         digests[INDEX] = hashlib.sha256(packed.record["index"].encode()).hexdigest()
-    shards = [
-        DenseShard(directory / shard.name, shard.header, dict(shard.entries), packed, shard) for shard in packed.shards
-    ]
+    shards = [DenseShard(directory / s.name, s.header, dict(s.entries), packed, s) for s in packed.shards]
     rounded = any(matrix.int8 for matrix in packed.matrices.values())
     kept = sum(matrix.nnz for matrix in packed.matrices.values())
     return Examined(problems, shards, digests, rounded, len(packed.matrices), packed.weights - kept, packed.weights)
 
 
 def _unlisted(packed: Packed) -> Iterator[str]:
-    """Weight files beside the packed ones, which other programs would read instead."""
+    """Other weight files in the directory, which other programs would read instead."""
     known = {shard.file.path.name for shard in packed.shards}
     for path in sorted(packed.path.iterdir()):
         if path.suffix in _WEIGHTS and path.name not in known:

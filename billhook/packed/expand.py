@@ -1,4 +1,4 @@
-"""Packed tensors as torch tensors: memory-mapped without a copy, and expanded to the bytes of the dense files."""
+"""Packed tensors as torch tensors: memory-mapped, and expanded to the bytes of the dense files."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -38,10 +38,8 @@ class PackedTensor:
         except BillhookError as error:
             raise BillhookError(f"{self.facts.name}: {error}") from None
         if int(starts[-1]) != self.facts.nnz:
-            raise BillhookError(
-                f"{self.facts.name}: the bitmask keeps {int(starts[-1])} weights, there are {self.facts.nnz} values. "
-                "The packed file is damaged; pack the model again."
-            )
+            found = f"the bitmask keeps {int(starts[-1])} weights, there are {self.facts.nnz} values"
+            raise BillhookError(f"{self.facts.name}: {found}. The packed file is damaged; pack the model again.")
         return starts
 
     def rows(self, first: int, last: int) -> Tensor:
@@ -54,7 +52,7 @@ class PackedTensor:
         return dense
 
     def blocks(self) -> Iterator[Tensor]:
-        """The dense tensor in its order on disk, in matrices of bounded size (in one piece where it is transposed)."""
+        """The dense tensor in its order on disk, in parts of bounded size (one part if it is transposed)."""
         rows = self.facts.rows
         if self.facts.transposed:
             yield self.rows(0, rows).T.contiguous()
@@ -100,14 +98,13 @@ def _dense_bytes(packed: Packed, shard: PackedShard) -> Iterator[memoryview | by
     yield shard.header
     for name in shard.entries:
         if name in packed.matrices:
-            for block in packed_tensor(packed, shard, name).blocks():
-                yield tensor_bytes(block)
+            yield from map(tensor_bytes, packed_tensor(packed, shard, name).blocks())
         else:
             yield shard.raw(name).data
 
 
 def dense_bytes(packed: Packed) -> int:
-    """Bytes of the dense weight files together."""
+    """Total bytes of the dense weight files."""
     return sum(max((e.stop for e in shard.entries.values()), default=len(shard.header)) for shard in packed.shards)
 
 
@@ -120,9 +117,7 @@ def unpack_files(packed: Packed, folder: Path, progress: Callable[[str], None]) 
         with open(folder / shard.name, "wb") as file:
             found = expand_file(packed, shard, file.write)
         if found != shard.sha256:
-            raise BillhookError(
-                f"{packed.path}: unpacking {shard.name} does not give the file that was packed. Pack the model again."
-            )
+            raise BillhookError(f"{packed.path}: unpacking {shard.name} does not give the file that was packed.")
         progress(shard.name)
     if packed.record["index"] is not None:
         (folder / INDEX).write_text(packed.record["index"], encoding="utf-8", newline="")

@@ -1,10 +1,9 @@
-"""The packed format: open a packed directory and check it. Imports no torch.
+"""The packed format (docs/formats/packed.md): open a packed directory and check it. No torch.
 
 In place of a sparse tensor NAME the safetensors files hold NAME.bitmask, NAME.values and, where needed, NAME.scales and
-NAME.signs; `billhook_packed.json` describes them, with a checksum of every tensor and file. docs/formats.md specifies
-the format and has a short reader. Nothing in these files is trusted: shapes, sizes and offsets are compared with each
-other before anything is read through them, so that a damaged or hostile file causes a BillhookError and never an
-out-of-bounds read.
+NAME.signs; `billhook_packed.json` describes them, with a checksum of every tensor and file. The files are not trusted:
+shapes, sizes and offsets are compared before they are used, so that a damaged or hostile file causes a BillhookError
+and never an out-of-bounds read.
 """
 
 import hashlib
@@ -30,7 +29,7 @@ VERSION = 1
 FLOATS = ("BF16", "F16", "F32")  # dtypes of tensors that can be packed
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "U8": 1}
 PARTS = ("bitmask", "values", "scales", "signs")
-BLOCK_WEIGHTS = 1 << 22  # weights that are counted, packed or expanded at a time, so that memory stays bounded
+BLOCK_WEIGHTS = 1 << 22  # weights that are counted, packed or expanded at a time, to bound memory
 _ADVICE = "Copy the directory again, or pack the model again."
 
 
@@ -38,8 +37,8 @@ _ADVICE = "Copy the directory again, or pack the model again."
 class Matrix:
     """A packed tensor as a matrix [rows, columns]: [out, in] for a layer, all experts stacked for a 3-D tensor.
 
-    `shape` is that of the dense tensor on disk; `transposed` says that this is [in, out]. `nnz` values are kept, and
-    `negative_zeros` of the others are -0.0. `group` columns share an int8 scale, None for whole rows.
+    `shape` is that of the dense tensor on disk, [in, out] if `transposed`. `nnz` values are kept, `negative_zeros` of
+    the others are -0.0. `group` columns share an int8 scale, None for whole rows.
     """
 
     name: str
@@ -82,8 +81,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class PackedShard:
-    """A packed file and the dense file it replaces: the dense one's name, header (length included), tensors and
-    SHA-256."""
+    """A packed file, with name, header (including its length), tensors and SHA-256 of the dense file it replaces."""
 
     name: str
     file: Shard
@@ -104,8 +102,7 @@ class PackedShard:
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed directory: its record (billhook_packed.json), packed tensors, and files in the order of the dense
-    ones."""
+    """A packed directory: its record (billhook_packed.json), packed tensors, and files in the order of dense files."""
 
     path: Path
     record: Mapping[str, Any]
@@ -123,7 +120,7 @@ class Packed:
         return 1 - sum(matrix.nnz for matrix in self.matrices.values()) / self.weights
 
     def problems(self, checked: Callable[[str], bool] = lambda name: True) -> Iterator[str]:
-        """Every tensor, and every other file whose name is `checked`, that differs from the record; reads all bytes."""
+        """The differences of tensors, and of other files whose name is `checked`, from the record; reads all bytes."""
         for name, digest in self.record["files"].items():
             if checked(name) and not (self.path / name).is_file():
                 yield f"{name} is missing."
@@ -134,8 +131,7 @@ class Packed:
             sums = pool.map(lambda place: zlib.crc32(place[1].raw(place[0])), places)
             for (name, shard), found in zip(places, sums, strict=True):
                 if found != self.record["tensors"][name]:
-                    problem = f"the bytes of {name} are not those that were written, its checksum differs"
-                    yield f"{shard.file.path}: {problem}. {_ADVICE}"
+                    yield f"{shard.file.path}: the checksum of {name} is not that of the bytes written. {_ADVICE}"
 
     def check(self, checked: Callable[[str], bool] = lambda name: True) -> None:
         """Raise BillhookError for the first of `problems`."""
@@ -152,8 +148,7 @@ def digest(record: Mapping[str, Any]) -> str:
 def open_packed(directory: Path) -> Packed:
     """Open a packed directory and check everything except the bytes of its tensors and of the other files.
 
-    Raises BillhookError for a record of another version, a record that was changed, and files that are missing,
-    truncated or not as recorded.
+    Raises BillhookError for a record that was changed or has another version, and for missing or changed files.
     """
     path = directory / PACKED
     record = read_json(path, "record of a packed model")
@@ -169,9 +164,8 @@ def open_packed(directory: Path) -> Packed:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, BillhookError):
             raise
-        raise BillhookError(
-            f"{path} is not a record of a packed model ({type(error).__name__}: {error}). {_ADVICE}"
-        ) from None
+        found = f"{type(error).__name__}: {error}"
+        raise BillhookError(f"{path} is not a record of a packed model ({found}). {_ADVICE}") from None
     packed = Packed(directory, record, matrices, shards)
     _check_tensors(packed)
     return packed
@@ -240,9 +234,7 @@ def _check_tensors(packed: Packed) -> None:
             item = (entry.stop - entry.start) // max(1, math.prod(entry.shape))
             is_mask = name not in shard.entries and entry.dtype == "U8"
             if entry.start % (8 if is_mask else max(1, item)):
-                raise BillhookError(
-                    f"{shard.file.path}: {name} does not begin at a multiple of its item size. {_ADVICE}"
-                )
+                raise BillhookError(f"{shard.file.path}: {name} is not aligned to its item size. {_ADVICE}")
             if type(packed.record["tensors"].get(name)) is not int:
                 raise BillhookError(f"{packed.path / PACKED} has no checksum of {name}. {_ADVICE}")
     if left:
@@ -250,4 +242,4 @@ def _check_tensors(packed: Packed) -> None:
 
 
 def _words(facts: tuple[str, tuple[int, ...]] | None) -> str:
-    return "not there" if facts is None else f"{facts[0]} {list(facts[1])}"
+    return "missing" if facts is None else f"{facts[0]} {list(facts[1])}"

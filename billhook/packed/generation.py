@@ -1,4 +1,4 @@
-"""Generate text greedily, and measure the time for the prompt and for each further token."""
+"""Generate text greedily, and measure the time of the prompt and of each new token."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from billhook.store.checkpoint import quiet
 
 @dataclass(frozen=True)
 class Generated:
-    """`ids` int64 [batch, prompt + new]; seconds to the first new token (the prompt), and from there to the last."""
+    """`ids` int64 [batch, prompt + new]; seconds to the first new token, and from there to the last."""
 
     ids: Tensor
     prompt: int
@@ -36,12 +36,12 @@ class Generated:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens generated per second, without the first of each row; None where there was no second one."""
+        """Tokens generated per second, not counting the first of each row; None if there is no second one."""
         return self.ids.shape[0] * (self.new - 1) / self.decode_s if self.new > 1 else None
 
 
 class Clock(BaseStreamer):
-    """Notes the time of each token, and passes the token on."""
+    """Records the time of each token, and passes the token on."""
 
     def __init__(self, token: Callable[[Tensor], None] = lambda ids: None) -> None:
         self.times: list[float] = []
@@ -69,10 +69,8 @@ def generate(
         raise BillhookError(f"Generate at least one token, got {new}.")
     context = context_length(model.config)
     if context is not None and ids.shape[1] + new > context:
-        raise BillhookError(
-            f"{ids.shape[1]} tokens of prompt and {new} new ones do not fit the model's context of {context}: "
-            "ask for fewer."
-        )
+        tokens = f"{ids.shape[1]} tokens of prompt and {new} new ones"
+        raise BillhookError(f"{tokens} do not fit the model's context of {context}.")
     clock = Clock(token or (lambda ids: None))
     options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "num_beams": 1}
     options |= {"temperature": None, "top_p": None, "top_k": None}

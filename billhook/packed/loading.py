@@ -1,9 +1,8 @@
 """Load a packed directory as a transformers model whose sparse linear layers stay packed, memory-mapped from the file.
 
-`transformers` renames, fuses and ties weights while it loads. Placeholders, each a single zero expanded to the shape of
-a packed tensor, show where every tensor arrives: a placeholder that becomes the weight of a linear layer identifies the
-layer that is replaced by a SparseLinear. Packed tensors that arrive in another way (fused experts, embeddings) are
-expanded, and the model is loaded again with their values.
+`transformers` renames, fuses and ties weights while it loads. So it is given placeholders, a single zero expanded to
+the shape of each packed tensor: the linear layer whose weight is a placeholder is replaced by a SparseLinear. Packed
+tensors that are used in another way (fused experts, embeddings) are expanded, and the model is loaded again.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,15 +21,8 @@ from billhook.packed.expand import PackedTensor, packed_tensor, stored_tensor
 from billhook.packed.format import Packed, open_packed
 from billhook.runtime.linear import SparseLinear
 from billhook.runtime.tuning import tune_
-from billhook.store.checkpoint import (
-    check_trusted,
-    from_pretrained,
-    known_dtype,
-    loading,
-    on_device,
-    read_config,
-    resolve,
-)
+from billhook.store import checkpoint
+from billhook.store.checkpoint import loading
 from billhook.store.layout import is_packed
 from billhook.store.tensor_bytes import DTYPES
 from billhook.tasks.opening import load_model, task_of_config
@@ -49,25 +41,24 @@ def load(
 ) -> PreTrainedModel:
     """Load a packed or an ordinary model directory (or hub name) in evaluation mode, after checking it completely.
 
-    `dtype` "auto" is the checkpoint's own; packed values keep theirs where no precision would be lost. Unless `tune` is
-    False, the fastest way to multiply is measured for each layer, or read from the cache of earlier measurements
-    (`billhook.runtime.tuning`); ways differ in the last bits of their results. `note` is called with a message about
-    tensors that were expanded.
+    `dtype` "auto" is the checkpoint's; packed values keep theirs where no precision would be lost. With `tune`, the
+    fastest kernel for each layer is measured or read from a cache (`billhook.runtime.tuning`); kernels differ in the
+    last bits of their results. `note` is called with a message about tensors that were expanded. A packed model is for
+    inference and cannot be written with save_pretrained.
 
-    A packed model is for inference and cannot be written with save_pretrained. Raises BillhookError where anything in
-    the directory is not as it was packed, and what `load_model` raises.
+    Raises BillhookError for a directory that differs from what was packed, and what `load_model` raises.
     """
-    path = resolve(model)
+    path = checkpoint.resolve(model)
     if not is_packed(path):
         return load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    config = read_config(path)
+    config = checkpoint.read_config(path)
     task = task_of_config(path, config)
-    check_trusted(path, config, task.auto_class, trust_remote_code)
+    checkpoint.check_trusted(path, config, task.auto_class, trust_remote_code)
     packed = open_packed(path)
     packed.check(_READ.__contains__)
-    loaded = _build(packed, task.auto_class, known_dtype(dtype), trust_remote_code, note)
+    loaded = _build(packed, task.auto_class, checkpoint.known_dtype(dtype), trust_remote_code, note)
     loaded.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
-    with on_device(device):
+    with checkpoint.on_device(device):
         loaded = loaded.eval().to(device)
     if tune:
         tune_(loaded)
@@ -75,10 +66,7 @@ def load(
 
 
 def _refuse_to_save(*arguments: Any, **options: Any) -> NoReturn:
-    raise BillhookError(
-        "A packed model cannot be written with save_pretrained: copy its directory, or make a dense one by "
-        "billhook unpack."
-    )
+    raise BillhookError("A packed model has no save_pretrained: copy its directory, or use billhook unpack.")
 
 
 def _build(
@@ -96,7 +84,7 @@ def _build(
         for name in shard.entries:
             if name in packed.matrices:
                 tensors[name] = packed_tensor(packed, shard, name)
-                _ = tensors[name].starts  # counts the bits, which proves that bitmask and values agree
+                _ = tensors[name].starts  # raises an error unless bitmask and values agree
             else:
                 dense[name] = stored_tensor(shard, name)
     layers = {name for name, tensor in tensors.items() if len(tensor.facts.shape) == 2}
@@ -112,17 +100,15 @@ def _build(
     for name, module in found.items():
         model.set_submodule(module, _sparse(tensors[name], model.get_submodule(module), chosen))
     if expanded:
-        note(
-            f"{len(expanded)} packed tensors are not the weight of a linear layer in memory and were expanded "
-            f"({min(expanded)}, ...)."
-        )
+        which = f"{len(expanded)} packed tensors ({min(expanded)}, ...)"
+        note(f"{which} are not the weight of a linear layer in memory and were expanded.")
     return model
 
 
-def _dtype(packed: Packed, config: Any, asked: str | torch.dtype) -> torch.dtype:
-    """The dtype to compute in: as asked, as the configuration says, or that of the packed tensors."""
-    if isinstance(asked, torch.dtype):
-        return asked
+def _dtype(packed: Packed, config: Any, requested: str | torch.dtype) -> torch.dtype:
+    """The dtype to compute in: as requested, as configured, or that of the packed tensors."""
+    if isinstance(requested, torch.dtype):
+        return requested
     configured = getattr(config, "dtype", None)
     return configured if isinstance(configured, torch.dtype) else DTYPES[next(iter(packed.matrices.values())).dtype]
 
@@ -131,7 +117,7 @@ def _instantiate(
     path: Path, kind: Any, config: Any, dtype: torch.dtype, state: Mapping[str, Tensor]
 ) -> PreTrainedModel:
     with loading(path):
-        model = from_pretrained(kind, path, None, dtype=dtype, config=config, state_dict=dict(state))
+        model = checkpoint.from_pretrained(kind, path, None, dtype=dtype, config=config, state_dict=dict(state))
         if (path / "generation_config.json").is_file() and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     model.name_or_path = model.config.name_or_path = str(path)
@@ -141,8 +127,7 @@ def _instantiate(
 def _find_layers(
     model: PreTrainedModel, tensors: Mapping[str, PackedTensor], placeholders: Mapping[str, Tensor]
 ) -> dict[str, str]:
-    """The name of the linear module whose weight is each placeholder; placeholders that are used otherwise are left
-    out."""
+    """The linear module whose weight is each placeholder, without placeholders that are used in another way."""
     names = {tensor.data_ptr(): name for name, tensor in placeholders.items()}
     found: dict[str, list[str]] = {}
     for module_name, module in model.named_modules():
@@ -157,7 +142,7 @@ def _find_layers(
 
 
 def _sparse(tensor: PackedTensor, module: nn.Module, dtype: torch.dtype) -> SparseLinear:
-    """The layer that replaces `module`; values stay in the dtype on disk where that is at least as wide as `dtype`."""
+    """The layer that replaces `module`; values are converted to `dtype` unless that is float32."""
     values = tensor.values
     if tensor.scales is None and dtype != torch.float32 and values.dtype != dtype:
         values = values.to(dtype)

@@ -18,10 +18,10 @@ def select_tensors(
     group: int | None,
     progress: Callable[[str], None] = lambda tensor: None,
 ) -> dict[str, Matrix]:
-    """The tensors to pack, by name, in the order of the files; `transposed(name)` says whether one is stored [in, out].
+    """The tensors to pack, by name, in the order of the files; `transposed(name)` is whether one is stored [in, out].
 
-    Whether a tensor has enough zeros is decided by its size with unchanged values, for int8 too: int8 alone is no
-    reason to pack. Raises BillhookError when there is none.
+    A tensor is selected if its packed form with unchanged values is smaller, for int8 too. Raises BillhookError when
+    there is none.
     """
     names = {name for shard in shards for name in shard.entries}
     selected: dict[str, Matrix] = {}
@@ -36,21 +36,15 @@ def select_tensors(
                     selected[entry.name] = replace(form, int8=int8, group=group)
             progress(entry.name)
     if not selected:
-        where, (fraction, name) = shards[0].path.parent, most
-        found = (
-            f"the most zeros are in {name}, {fraction:.1%}"
-            if name
-            else "no matrix of floating-point weights has a zero"
-        )
-        raise BillhookError(
-            f"{where} is a dense model ({found}): packing would not make it smaller. Prune it first: billhook prune."
-        )
+        found = f"the most zeros are in {most[1]}, {most[0]:.1%}" if most[1] else "no weight is zero"
+        dense = f"{shards[0].path.parent} is a dense model ({found})"
+        raise BillhookError(f"{dense}: packing would not make it smaller. Prune it first: billhook prune.")
     return selected
 
 
 def _suitable(entry: Entry, names: set[str]) -> bool:
-    taken = any(f"{entry.name}.{part}" in names for part in PARTS)
-    return entry.dtype in FLOATS and len(entry.shape) in (2, 3) and math.prod(entry.shape) > 0 and not taken
+    clash = any(f"{entry.name}.{part}" in names for part in PARTS)
+    return entry.dtype in FLOATS and len(entry.shape) in (2, 3) and math.prod(entry.shape) > 0 and not clash
 
 
 def _count_zeros(shard: Shard, entry: Entry) -> tuple[int, int]:
@@ -66,7 +60,7 @@ def _count_zeros(shard: Shard, entry: Entry) -> tuple[int, int]:
 
 
 def _smaller(entry: Entry, zeros: int, negative: int, transposed: bool) -> Matrix | None:
-    """The smaller packed form, with -0.0 as kept values or as signs; None where the dense form is not larger."""
+    """The smaller packed form, with -0.0 as kept values or as signs; None if it is not smaller than the dense form."""
     size = math.prod(entry.shape)
     kept = Matrix(entry.name, entry.dtype, entry.shape, transposed, size - zeros, 0, int8=False, group=None)
     forms = [kept, replace(kept, nnz=kept.nnz - negative, negative_zeros=negative)] if negative else [kept]

@@ -1,4 +1,4 @@
-"""Write the packed form of weight files, a few million weights at a time, and the record that describes them.
+"""Write the packed form of weight files, in parts of bounded size, and the record that describes them.
 
 With int8, each kept value w becomes round(w / s), where s is the largest |w| of its row (or group of columns) over 127.
 """
@@ -30,11 +30,10 @@ from billhook.store.tensor_bytes import DTYPES, tensor_bytes
 
 
 class TensorFile:
-    """A safetensors file whose tensors are filled piece by piece, in any order; bitmasks come first, then the other
-    tensors by decreasing item size.
+    """A safetensors file whose tensors are written in parts, in any order.
 
-    So every bitmask begins at a multiple of 8 bytes and every other tensor at a multiple of its item size. `crc32`
-    holds the checksums of what was written, by tensor.
+    Bitmasks come first, then the other tensors by decreasing item size, so that every bitmask is aligned to 8 bytes and
+    every other tensor to its item size. `crc32` has the checksums of the tensors.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], int]], masks: set[str]) -> None:
@@ -42,8 +41,7 @@ class TensorFile:
         items = {name: size // max(1, math.prod(shape)) for name, (_, shape, size) in tensors.items()}
         order = sorted(tensors, key=lambda name: (name not in masks, -items[name]))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        self.position = {}
+        position, self.position = 0, {}
         for name in order:
             dtype, shape, size = tensors[name]
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
@@ -123,7 +121,7 @@ def _tensors(
 def _add_matrix(
     file: TensorFile, shard: Shard, entry: Entry, matrix: Matrix, sha256: "hashlib._Hash"
 ) -> tuple[float, float]:
-    """Write a packed tensor, and add the bytes that unpacking will give to `sha256`.
+    """Write a packed tensor, and update `sha256` with the bytes that unpacking will give.
 
     Returns the sums of squared errors and of squared weights.
     """
@@ -136,13 +134,12 @@ def _add_matrix(
         parts, back = _pack(integers, matrix)
         for part, data in parts.items():
             file.add(f"{entry.name}.{part}", data)
-        before, after = integers.view(DTYPES[matrix.dtype]), back
         if matrix.int8:
-            errors += float((after - before.double()).square().sum())
-            weights += float(before.double().square().sum())
-            back = after.to(DTYPES[matrix.dtype])
-        back = back.T.contiguous() if matrix.transposed else back
-        sha256.update(tensor_bytes(back))
+            before = integers.view(DTYPES[matrix.dtype]).double()
+            errors += float((back - before).square().sum())
+            weights += float(before.square().sum())
+            back = back.to(DTYPES[matrix.dtype])
+        sha256.update(tensor_bytes(back.T.contiguous() if matrix.transposed else back))
     file.add(f"{entry.name}.values", np.zeros(PADDING, np.uint8))
     return errors, weights
 
@@ -171,10 +168,7 @@ def _round_to_int8(weight: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
     """Scales, float32 [rows] or [rows, groups], and the rounded weights, int8 [rows, columns]."""
     values = weight.float()
     if not torch.isfinite(values).all():
-        raise BillhookError(
-            f"{matrix.name} holds NaN or infinity, which int8 cannot hold: repair the model, or pack with values "
-            "as stored."
-        )
+        raise BillhookError(f"{matrix.name} holds NaN or infinity, which int8 cannot hold: repair the model.")
     group = matrix.group or matrix.columns
     padded = torch.nn.functional.pad(values.abs(), (0, -matrix.columns % group))
     largest = padded.view(len(values), -1, group).amax(-1)
@@ -184,7 +178,7 @@ def _round_to_int8(weight: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
 
 
 def relative_error(squares: Sequence[tuple[float, float]]) -> float:
-    """|W' - W| / |W| from the sums of squared errors and squared weights of all pieces; 0 where all weights are 0."""
+    """|W' - W| / |W| from sums of squared errors and squared weights; 0 if all weights are 0."""
     errors, weights = (sum(column) for column in zip(*squares, strict=True))
     return math.sqrt(errors / weights) if weights else 0.0
 
@@ -201,19 +195,15 @@ def write_record(
     `index` is the text of the dense files' index; `files` maps the other files to their SHA-256.
     """
     errors = {name: relative_error([squares]) for file in written for name, squares in file.squares.items()}
+    shards = {}
+    for file in written:
+        facts = {"file": file.file, "bytes": file.bytes, "sha256": file.sha256}
+        shards[file.shard.path.name] = facts | {"header": file.shard.header[8:].decode()}
     record = {
         "version": VERSION,
         "billhook": billhook.__version__,
         "group": next(iter(matrices.values())).group,
-        "shards": {
-            file.shard.path.name: {
-                "file": file.file,
-                "bytes": file.bytes,
-                "sha256": file.sha256,
-                "header": file.shard.header[8:].decode(),
-            }
-            for file in written
-        },
+        "shards": shards,
         "index": index,
         "layers": {name: _layer(matrix, errors[name]) for name, matrix in matrices.items()},
         "tensors": {name: value for file in written for name, value in file.crc32.items()},

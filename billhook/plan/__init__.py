@@ -1,2 +1,1 @@
-"""What becomes of each layer: specs, plans, budgets, and the table of metrics from which allocators decide. No
-torch."""
+"""Specs, plans, budgets, and the table of metrics from which allocators make plans. No torch."""

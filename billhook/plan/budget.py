@@ -1,7 +1,7 @@
 """Meeting a sparsity budget exactly: clip, restore the parameter-weighted mean, round to whole weights.
 
-The published formulas can leave [0, 1] or miss the target when blocks differ in size; these three functions repair that
-without changing anything where the formula was already legal (which the golden layer sparsities check).
+The published formulas can leave [0, 1] or miss the target when blocks differ in size; these functions repair that and
+change nothing where the formula gave a legal result.
 """
 
 import math
@@ -16,8 +16,7 @@ def mean(values: Numbers, n: Sequence[int]) -> float:
 
 
 def min_max(values: Numbers) -> list[float]:
-    """Map linearly to [0, 1], the least value to 0 and the largest to 1; values equal to rounding are all in the
-    middle."""
+    """Map linearly from [min, max] to [0, 1]; values that are equal up to rounding all become 0.5."""
     low, high = min(values), max(values)
     equal = high - low <= 1e-14 * max(abs(low), abs(high))
     return [0.5 if equal else (v - low) / (high - low) for v in values]
@@ -31,9 +30,7 @@ def scale_to(raw: Numbers, n: Sequence[int], target: float) -> list[float]:
     factor = target / mean(raw, n)
     if factor * max(raw) <= 1:
         return [factor * r for r in raw]
-    if (
-        mean([1.0 if r > 0 else 0.0 for r in raw], n) <= target
-    ):  # even full removal of every positive layer is not enough
+    if mean([float(r > 0) for r in raw], n) <= target:  # removing all layers with r > 0 would not be enough
         raw = [max(r, 1e-9 * max(raw)) for r in raw]
     return _solve(lambda c: [min(1.0, c * r) for r in raw], n, target, 0.0, 1.0 / min(r for r in raw if r > 0))
 
@@ -41,12 +38,12 @@ def scale_to(raw: Numbers, n: Sequence[int], target: float) -> list[float]:
 def shift_to(raw: Numbers, n: Sequence[int], target: float) -> list[float]:
     """Return clip(raw + c, 0, 1) with c such that the weighted mean is `target`.
 
-    The additive repair keeps the differences between layers, as ATP's progression and OWL's window ask.
+    The differences between layers are kept, as ATP's progression and OWL's window require.
     """
-    if target == 0:  # where the sum of rounding errors would be all that is removed
+    if target == 0:  # exactly, without rounding errors
         return [0.0] * len(raw)
     shift = target - mean(raw, n)
-    if abs(shift) < 1e-12:  # a published value must keep its last bit: counts are rounded down from it
+    if abs(shift) < 1e-12:  # published values stay exact, because counts are rounded down from them
         shift = 0.0
     if min(raw) + shift >= 0 and max(raw) + shift <= 1:
         return [r + shift for r in raw]
@@ -63,11 +60,10 @@ def _solve(
 
 
 def whole_numbers(exact: Numbers, ceilings: Sequence[int], units: Sequence[float] | None = None) -> list[int]:
-    """Round `exact` to whole numbers, each up or down, keeping the total (largest remainder first; earlier entries win
-    ties).
+    """Round `exact` to whole numbers with the same total (largest remainder first; earlier entries win ties).
 
-    `units` is what one step of each entry weighs in the total (default 1 each: the result then sums to sum(exact), a
-    half rounded up). No entry exceeds its ceiling.
+    `units` are the weights of the entries in the total (default 1: the result then sums to sum(exact), a half rounded
+    up). No entry exceeds its ceiling.
     """
     units = units or [1.0] * len(exact)
     low = [min(math.floor(x + 1e-9), top) for x, top in zip(exact, ceilings, strict=True)]
@@ -85,8 +81,7 @@ def whole_numbers(exact: Numbers, ceilings: Sequence[int], units: Sequence[float
 def _nearer(
     whole: list[int], low: Sequence[int], high: Sequence[int], units: Numbers, missing: float, order: Sequence[int]
 ) -> list[int]:
-    """Where steps differ in weight the last one can overshoot: round entries the other way while that brings the total
-    nearer."""
+    """Round entries the other way while that brings the total nearer: steps of different weights can overshoot it."""
     changed = True
     while changed:
         changed = False

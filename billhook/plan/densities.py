@@ -37,28 +37,24 @@ def of_weights(name: str) -> bool:
 
 
 def spectra_of(table: Table, report: Mapping[str, Any]) -> dict[str, Any]:
-    """The `spectra` of report.json, from a table of the dense model; raises BillhookError for a table of another model
-    than the one that was pruned."""
+    """The `spectra` of report.json, from a table of the dense model; raises BillhookError for another model's table."""
     digest = report["model"].get("digest")
     if digest is None or table.model.get("digest") != digest:
-        raise BillhookError(
-            f"The table is not of the model that was pruned here ({report['model'].get('name')}): their digests "
-            "differ. "
-            "Measure the dense model with billhook measure."
-        )
+        name = report["model"].get("name")
+        raise BillhookError(f"The table is not of the model that was pruned ({name}): use billhook measure on that.")
     part = table.only([row["layer"] for row in report["layers"]], table.shapes)
     columns = [name for name in part.columns() if of_weights(name)]
     if not columns and not shown(part):
         raise BillhookError("The table has no spectra: make one with billhook measure MODEL --metrics alpha_peak.")
-    return {
-        "metrics": {name: dict(zip(part.shapes, part.column(name), strict=True)) for name in columns},
-        "quantiles": shown(part),
-    }
+    metrics = {name: dict(zip(part.shapes, part.column(name), strict=True)) for name in columns}
+    return {"metrics": metrics, "quantiles": shown(part)}
 
 
 def density(quantiles: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Geometric middles and heights of BINS bins of equal width in the logarithm; empty for a spectrum without two
-    different positive values. A height is the share of eigenvalues per unit."""
+    """Geometric middles and heights (fractions per unit) of BINS bins of equal logarithmic width.
+
+    Both are empty for a spectrum without two different positive values.
+    """
     logs = [math.log(value) for value in quantiles if value > 0]
     if len(logs) < 2 or logs[-1] <= logs[0]:
         return [], []

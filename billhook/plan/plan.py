@@ -1,7 +1,4 @@
-"""The plan: what becomes of each weight, for one budget. A person can read, edit and diff it.
-
-`check` finds everything that is wrong with a plan for a model before any weight changes.
-"""
+"""The plan: the spec of each weight, for one budget, in a file that people can read, edit and compare."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,15 +21,13 @@ Kind = Literal["sparsity", "bytes", "parameters"]
 def check_target(sparsity: Any) -> float:
     """Return a global sparsity, or raise BillhookError unless it is a number in [0, 1)."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise BillhookError(
-            f"Sparsity must be a number in [0, 1), the fraction removed; got {sparsity!r:.40}. Use 0.5 for half."
-        )
+        raise BillhookError(f"Sparsity must be a number in [0, 1), the fraction removed; got {sparsity!r:.40}.")
     return float(sparsity)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a plan has to meet, `{kind: value}` in json.
+    """The target of a plan, `{kind: value}` in JSON.
 
     * `sparsity`: the parameter-weighted mean of the sparsities, in [0, 1);
     * `bytes`: bytes of all weights as stored, a positive integer;
@@ -100,7 +95,7 @@ class Plan:
         weights = {}
         for name, s in sparsity.items():
             if not 0 <= s <= 1:
-                raise BillhookError(f"The plan asks for sparsity {s} in {name}: it must be in [0, 1].")
+                raise BillhookError(f"The plan has sparsity {s} in {name}: it must be in [0, 1].")
             try:
                 weights[name] = Spec.of_sparsity(s, pattern)
             except BillhookError as error:
@@ -109,7 +104,7 @@ class Plan:
 
     @property
     def target(self) -> float:
-        """The sparsity asked for; raises BillhookError for another budget."""
+        """The requested sparsity; raises BillhookError for another kind of budget."""
         if self.budget.kind != "sparsity":
             raise BillhookError(f"This plan has a budget in {self.budget.kind}, not a sparsity.")
         return self.budget.value
@@ -134,25 +129,22 @@ class Plan:
         missing = [name for name in shapes if name not in self.weights]
         extra = [name for name in self.weights if name not in shapes]
         if missing or extra:
-            first = missing[0] if missing else extra[0]
+            first = [*missing, *extra][0]
             raise BillhookError(
-                f"The plan is not for this model: {len(missing)} of its layers are not in the plan and "
-                f"{len(extra)} of the plan's "
-                f"are not in the model (first: {first}).{hint(first, extra if missing else shapes)} Make one "
-                "with billhook plan."
+                f"The plan is not for this model: {len(missing)} of its layers are not in the plan and {len(extra)} of "
+                f"the plan's are not in the model (first: {first}).{hint(first, extra if missing else shapes)}"
             )
         for name, spec in self.weights.items():
             columns = shapes[name][1]
             if columns % spec.block:
                 what = f"Pattern {spec.pattern}" if spec.type is None else f"Type {spec.type}"
-                another = "pattern" if spec.type is None else "type"
                 raise BillhookError(
-                    f"{what} is impossible for {name}: its {columns} columns do not divide by {spec.block}. "
-                    f"Leave it out with --ignore {name}, or use another {another}."
+                    f"{what} is impossible for {name}: its {columns} columns do not divide by {spec.block}. Leave "
+                    f"it out with --ignore {name}, or use another {what.split()[0].lower()}."
                 )
 
     def check_sparsities(self, user: str = "billhook prune") -> None:
-        """Raise BillhookError unless the plan has sparsities alone, which is all that `user` applies."""
+        """Raise BillhookError unless the plan has only sparsities, which the command `user` applies."""
         types = list(dict.fromkeys(spec.type for spec in self.weights.values() if spec.type))
         if types:
             what = f"stores layers as {', '.join(types[:3])}{' ...' if len(types) > 3 else ''}"
@@ -176,9 +168,7 @@ class Plan:
         total = 0
         for name, spec in self.weights.items():
             if spec.type is None:
-                raise BillhookError(
-                    f"{name} has a sparsity and no storage type: its bytes depend on how it is written."
-                )
+                raise BillhookError(f"{name} has a sparsity and no storage type, so its bytes are not known.")
             total += stored_bytes(spec.type, shapes[name])
         return total
 
@@ -216,9 +206,7 @@ def load_plan(path: str | Path) -> Plan:
 def _version_2(value: Mapping[str, Any]) -> Plan:
     weights, units = value.get("weights", {}), value.get("units", {})
     if not isinstance(weights, dict) or not isinstance(units, dict) or not (weights or units):
-        raise BillhookError(
-            "'weights' must be an object of layer names and what becomes of each, 'units' one of counts."
-        )
+        raise BillhookError("'weights' must be an object of layer names and specs, 'units' one of counts.")
     specs = {}
     for name, spec in weights.items():
         try:
@@ -227,7 +215,7 @@ def _version_2(value: Mapping[str, Any]) -> Plan:
             raise BillhookError(f"{name}: {error}") from None
     for name, kept in units.items():
         if type(kept) is not int or kept < 0:
-            raise BillhookError(f"unit {name}: how many parts are kept must be a whole number, got {kept!r:.40}.")
+            raise BillhookError(f"unit {name}: the number of kept parts must be a whole number, got {kept!r:.40}.")
     return Plan(Budget.parse(value.get("budget")), specs, units, _made_by(value))
 
 

@@ -1,4 +1,4 @@
-"""What becomes of one weight: a sparsity with a pattern, or a storage type. No torch."""
+"""The spec of one weight: a sparsity with a pattern, or a storage type. No torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +9,7 @@ from billhook.plan import storage
 
 @dataclass(frozen=True)
 class Pattern:
-    """Unstructured (`keep` and `of` are None), or keep `keep` of every `of` consecutive weights along the input
-    dimension."""
+    """Unstructured (`keep` and `of` are None), or N:M: keep `keep` of every `of` consecutive weights of a row."""
 
     keep: int | None = None
     of: int | None = None
@@ -32,13 +31,10 @@ class Pattern:
         whole = colon and len(text) < 10 and text.isascii() and keep.isdigit() and of.isdigit()
         if whole and 0 < int(keep) < int(of) <= 1024:
             return cls(int(keep), int(of))
-        raise BillhookError(
-            f"Pattern {text!r:.40} is neither 'unstructured' nor N:M with 0 < N < M (keep N of every M, such as 2:4)."
-        )
+        raise BillhookError(f"Pattern {text!r:.40} is neither 'unstructured' nor N:M with 0 < N < M (such as 2:4).")
 
     def kept(self, sparsity: float) -> int:
-        """How many of every `of` a layer of this sparsity keeps; raises BillhookError when that is not a whole
-        number."""
+        """How many of every `of` a layer of this sparsity keeps; raises BillhookError for a fraction."""
         assert self.of is not None
         exact = self.of * (1 - sparsity)
         if abs(exact - round(exact)) > 1e-6:
@@ -48,9 +44,9 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Spec:
-    """What becomes of one weight: `sparsity`, the fraction removed, with a `pattern`, or a storage `type`.
+    """The treatment of one weight: `sparsity`, the fraction removed, with a `pattern`, or a storage `type`.
 
-    In json, and in `parse`, a Spec is one value:
+    In JSON, and in `parse`, a Spec is one value:
 
     * a number in [0, 1]: an unstructured sparsity;
     * a string "N:M" with 0 < N < M: keep N of every M consecutive weights of a row; the sparsity is (M - N) / M;
@@ -76,8 +72,7 @@ class Spec:
 
     @property
     def bits(self) -> float | None:
-        """Average stored bits per weight of the type, everything counted. None for a sparsity: that depends on how
-        the weight is written."""
+        """Average stored bits per weight of the type, everything counted; None for a sparsity."""
         return None if self.type is None else storage.bits(self.type)
 
     @property
@@ -88,12 +83,12 @@ class Spec:
 
     @property
     def block(self) -> int:
-        """The number by which a layer's columns must divide: M of N:M, or the block of the type."""
+        """The number of which a layer's columns must be a multiple: M of N:M, or the block of the type."""
         return self.pattern.of or (1 if self.type is None else storage.block(self.type))
 
     @classmethod
     def of_sparsity(cls, sparsity: float, pattern: Pattern) -> "Spec":
-        """A layer of this sparsity in a plan with this pattern on average: 0.75 under 2:4 is 1:4.
+        """The spec of a layer in a plan whose mean pattern is `pattern`: 0.75 under 2:4 is 1:4.
 
         Raises BillhookError unless the sparsity is in [0, 1] and, under N:M, a multiple of 1/M.
         """

@@ -1,4 +1,4 @@
-"""Storage types: what one weight can be stored as, and how many bits that takes. No torch.
+"""Storage types of a weight, and their bits. No torch.
 
 A type stores runs of consecutive columns of a row as blocks of a fixed size, scales and minima included, so that its
 bits per weight follow from its name. Sizes of GGUF types: `GGML_QUANT_SIZES` of the `gguf` package. `intB/GROUP` is
@@ -10,30 +10,13 @@ import re
 from billhook.errors import BillhookError
 from billhook.registry import hint
 
-BLOCKS: dict[str, tuple[int, int]] = {  # name -> (columns, bytes) of a block
-    "f32": (1, 4),
-    "f16": (1, 2),
-    "bf16": (1, 2),
-    "q8_0": (32, 34),
-    "q6_k": (256, 210),
-    "q5_k": (256, 176),
-    "q5_1": (32, 24),
-    "q5_0": (32, 22),
-    "q4_k": (256, 144),
-    "q4_1": (32, 20),
-    "q4_0": (32, 18),
-    "q3_k": (256, 110),
-    "q2_k": (256, 84),
-    "iq4_nl": (32, 18),
-    "iq4_xs": (256, 136),
-    "iq3_s": (256, 110),
-    "iq3_xxs": (256, 98),
-    "iq2_s": (256, 82),
-    "iq2_xs": (256, 74),
-    "iq2_xxs": (256, 66),
-    "iq1_m": (256, 56),
-    "iq1_s": (256, 50),
+_SIZES = {  # columns of a block -> its bytes, by type
+    1: {"f32": 4, "f16": 2, "bf16": 2},
+    32: {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_nl": 18},
+    256: {"q6_k": 210, "q5_k": 176, "q4_k": 144, "q3_k": 110, "q2_k": 84, "iq4_xs": 136, "iq3_s": 110}
+    | {"iq3_xxs": 98, "iq2_s": 82, "iq2_xs": 74, "iq2_xxs": 66, "iq1_m": 56, "iq1_s": 50},
 }
+BLOCKS = {name: (columns, size) for columns, sizes in _SIZES.items() for name, size in sizes.items()}
 _SCALAR = re.compile(r"int([2-8])/([1-9][0-9]{0,4})", re.ASCII)
 
 
@@ -44,7 +27,7 @@ def bits(name: str) -> float:
 
 
 def block(name: str) -> int:
-    """The number of columns in a block of a type, by which a layer's columns must divide; errors as in `bits`."""
+    """Columns in a block of a type, of which a layer's columns must be a multiple; errors as in `bits`."""
     return _block(name)[0]
 
 
@@ -62,9 +45,6 @@ def _block(name: str) -> tuple[int, int]:
     if scalar := _SCALAR.fullmatch(name):
         code, columns = int(scalar[1]), int(scalar[2])
         return columns, columns * code + 16 + code
-    candidates = [f"{name[:4]}/64"] if re.match("int[2-8]", name) else BLOCKS
-    near = hint(name.lower()[:40], candidates)
-    raise BillhookError(
-        f"Unknown storage type {name!r:.40}.{near} There are: {', '.join(BLOCKS)}, and intB/GROUP with B from 2 to 8, "
-        "such as int4/64."
-    )
+    near = hint(name.lower()[:40], [f"{name[:4]}/64"] if re.match("int[2-8]", name) else BLOCKS)
+    known = f"{', '.join(BLOCKS)}, and intB/GROUP with B from 2 to 8, such as int4/64"
+    raise BillhookError(f"Unknown storage type {name!r:.40}.{near} There are: {known}.")

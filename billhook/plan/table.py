@@ -90,47 +90,29 @@ class Table:
         return [name for name in names if all(name in row.metrics for row in self.rows)]
 
     def column(self, name: str) -> list[float]:
-        """The metric `name` of every row, in row order; raises BillhookError when it was not measured or is not
-        finite."""
+        """The metric `name` of every row; raises BillhookError when it was not measured or is not finite."""
         if name not in self.columns():
-            there = ", ".join(self.columns()) or "no metrics at all"
-            raise BillhookError(
-                f"The table has no column {name!r} (it has {there}).{hint(name, self.columns())} Make it with: "
-                f"{_command(name)}"
-            )
+            raise _missing(name, self.columns())
         for row in self.rows:
             _check_number(row.layer, name, row.metrics[name])
         return [row.metrics[name] for row in self.rows]
 
     def curve(self, name: str) -> list[tuple[float, ...]]:
-        """The curve `name` of every row, in row order; raises BillhookError when it was not measured."""
+        """The curve `name` of every row; raises BillhookError when it was not measured."""
         if not self.rows or not all(name in row.curves for row in self.rows):
-            there = ", ".join(self.rows[0].curves if self.rows else ()) or "no curves"
-            raise BillhookError(
-                f"The table has no column {name!r} (it has "
-                f"{there}).{hint(name, self.rows[0].curves if self.rows else ())} "
-                f"Make it with: {_command(name)}"
-            )
+            raise _missing(name, list(self.rows[0].curves) if self.rows else [])
         return [row.curves[name] for row in self.rows]
 
     def only(self, chosen: Collection[str], shapes: Mapping[str, tuple[int, int]]) -> "Table":
-        """The rows of the layers `chosen`, for a model whose layers have `shapes`; raises BillhookError for a table of
-        another model."""
+        """The rows of the layers `chosen` of a model with these `shapes`; raises BillhookError for another model."""
         for row in self.rows:
             if shapes.get(row.layer) != row.shape:
-                there = (
-                    "is not in the model"
-                    if row.layer not in shapes
-                    else "is {} x {} in the model".format(*shapes[row.layer])
-                )
-                raise BillhookError(
-                    f"The table is not of this model: {row.layer}, {row.shape[0]} x {row.shape[1]}, {there}. {_MAKE}"
-                )
+                found = "{} x {}".format(*shapes[row.layer]) if row.layer in shapes else "missing"
+                shape = f"{row.shape[0]} x {row.shape[1]} in the table and {found} in the model"
+                raise BillhookError(f"The table is not of this model: {row.layer} is {shape}. {_MAKE}")
         missing = [name for name in chosen if name not in self.shapes]
         if missing:
-            raise BillhookError(
-                f"The table is not of this model, or only of a part: it has no row for {missing[0]}. {_MAKE}"
-            )
+            raise BillhookError(f"The table is not of this model: it has no row for {missing[0]}. {_MAKE}")
         return Table(tuple(row for row in self.rows if row.layer in chosen), self.model, self.made_by)
 
     def save(self, path: str | Path) -> None:
@@ -144,7 +126,7 @@ class Table:
 
     @classmethod
     def load(cls, path: str | Path) -> "Table":
-        """Read table.json; raises BillhookError naming the first entry that is not as documented."""
+        """Read table.json; raises BillhookError naming the first invalid entry."""
         value = read_json(Path(path), "table")
         if value.get("version") != VERSION or not isinstance(value.get("rows"), list) or not value["rows"]:
             raise BillhookError(f"{path} is not a table of version {VERSION}: make one with billhook measure.")
@@ -157,11 +139,13 @@ class Table:
         return cls(rows, value.get("model", {}), value.get("made_by", {}))
 
 
-def _command(column: str) -> str:
-    """The command that measures a column."""
+def _missing(column: str, there: list[str]) -> BillhookError:
+    """The error for a column that is not among those that are there, with the command that measures it."""
     known = (FACTS | CURVES).get(column.partition(":")[0])
     text = " --calibration SOURCE" if known and known.needs_text else ""
-    return f"billhook measure MODEL --metrics {column}{text} -o table.json"
+    command = f"billhook measure MODEL --metrics {column}{text} -o table.json"
+    found = f"The table has no column {column!r} (it has {', '.join(there) or 'none'}).{hint(column, there)}"
+    return BillhookError(f"{found} Make it with: {command}")
 
 
 def _row(entry: Any, where: str) -> Row:
@@ -173,9 +157,8 @@ def _row(entry: Any, where: str) -> Row:
     if not (isinstance(layer, str) and isinstance(kind, str) and isinstance(metrics, dict)):
         raise BillhookError(f"{where}: layer and kind must be strings, metrics an object.")
     if not all(type(x) is int and low <= x < _LARGEST for x, low in ((block, 0), (out, 1), (columns, 1))):
-        raise BillhookError(
-            f"{where} ({layer}): block and shape must be whole positive numbers, got {block!r:.20} and {shape!r:.40}."
-        )
+        found = f"got {block!r:.20} and {shape!r:.40}"
+        raise BillhookError(f"{where} ({layer}): block and shape must be whole positive numbers, {found}.")
     row = Row(layer, block, kind, (out, columns), metrics, _curves(entry.get("curves", {}), f"{where} ({layer})"))
     for name, number in row.metrics.items():
         _check_number(f"{where} ({row.layer})", name, number)
@@ -183,8 +166,7 @@ def _row(entry: Any, where: str) -> Row:
 
 
 def _curves(value: Any, where: str) -> dict[str, tuple[float, ...]]:
-    """The curves of a row; raises BillhookError unless each is a non-decreasing list of at least two finite
-    numbers."""
+    """The curves of a row; raises BillhookError unless each is a non-decreasing list of two or more finite numbers."""
     if not isinstance(value, dict) or not all(isinstance(curve, list) and len(curve) > 1 for curve in value.values()):
         raise BillhookError(f"{where}: curves must be an object of lists of at least two numbers.")
     for name, curve in value.items():

@@ -9,15 +9,13 @@ other half:
 3. Further rounds: the optimum with the geometric mean of all shares so far, because shares change with the plan. A
    layer that a plan hardly prunes does not contribute to that plan's shares. Rounds go on while they reduce the
    held-out loss, up to four.
-4. OWL at three values of lam, for criteria that choose a mask and do not update weights: with them a trial is cheap,
-   and OWL sometimes wins. With weight updates it never did.
 
 The same race chooses a hyperparameter that is given as `auto`, such as `--allocator atp --set beta=auto`. Uniform is
 always among the candidates, so the plan is never worse than uniform on the held-out windows. If the text is too short
 to be split, the plan is uniform and its record says why.
 
-Cost: on small models 2.3 to 2.5 prunes with admm for uniform and two rounds. The model and a copy of its prunable
-weights must fit in memory. AlphaPruning is left out, because its spectra cost more than all the rest.
+Cost: a prune and a backward pass for each of three to five candidates. The model and a copy of its prunable weights
+must fit in memory. AlphaPruning, ATP, OWL and DLP are left out: with any hyperparameter they lost to the fourth round.
 
 Limits: `billhook plan` has no model to try plans on; it offers `curves` instead.
 """
@@ -33,8 +31,7 @@ from billhook.architectures.layers import Layer
 from billhook.engine.loop import Method
 from billhook.errors import BillhookError
 from billhook.measurement.error_curves import cheaper
-from billhook.methods.sparse import CRITERIA
-from billhook.plan.allocators import ALLOCATORS, AUTO
+from billhook.plan.allocators import AUTO
 from billhook.plan.allocators.curves import LEAST, MIDDLE, at
 from billhook.plan.plan import Plan
 from billhook.racing.hyperparameters import Space
@@ -50,14 +47,7 @@ ROUNDS = 4  # of curves
 
 def needs(criterion: str) -> tuple[str, ...]:
     """The columns that `auto` reads."""
-    columns = [name for options in _owl(criterion) for name in ALLOCATORS.needs("owl", options)]
-    return f"error_curve:{criterion}", *dict.fromkeys(columns)
-
-
-def _owl(criterion: str) -> list[dict[str, Any]]:
-    """The options of OWL that `auto` tries."""
-    updates = "gram" in CRITERIA.needs(criterion, CRITERIA.configure(criterion, {}))
-    return [ALLOCATORS.configure("owl", {"lam": lam}) for lam in (() if updates else (0.05, 0.1, 0.2))]
+    return (f"error_curve:{criterion}",)
 
 
 def trial_method(method: Method, layers: Sequence[Layer]) -> Method:
@@ -117,8 +107,6 @@ def _auto(problem: Problem, criterion: str, race: Race) -> Iterator[Candidate]:
             break
         if race.trials[name].shares:
             shares.append(curves.shares(race, name))
-    for options in _owl(criterion):
-        yield problem.candidate("owl", options)
 
 
 class ErrorCurves:

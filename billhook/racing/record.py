@@ -1,7 +1,6 @@
 """search.json: the trials of a search, rewritten after each of them, so that an interrupted search can be continued.
 
-File format: docs/formats.md, `search.json`. The same inputs and seed give the same bytes, so there is no date and no
-duration in it.
+File format: docs/formats/files.md. The same inputs and seed give the same bytes: it has no dates and no durations.
 """
 
 import math

@@ -1,1 +1,1 @@
-"""Output for people: report.json, the model card, report.html, and pictures. Opens no model."""
+"""Output for people: report.json, the model card, report.html, and pictures, without loading a model."""

@@ -8,8 +8,7 @@ from billhook.store.layout import PAGE
 
 _DENSE = (
     "The model needs nothing but `transformers`.",
-    "```python\nfrom transformers import AutoModelForCausalLM\n\nmodel = "
-    "AutoModelForCausalLM.from_pretrained(FOLDER)\n```",
+    "```python\nimport transformers\n\nmodel = transformers.AutoModelForCausalLM.from_pretrained(FOLDER)\n```",
     "Zeros are stored like other weights, so the files are as large and the model is as fast as the dense one. "
     "`billhook pack FOLDER` writes smaller files, which Billhook runs with sparse kernels.",
 )
@@ -90,10 +89,11 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for record in report["evaluations"]:
         dense = record.get("against") or {}
+        dense_ppl = "-" if dense.get("token_ppl") is None else f"{dense['token_ppl']:.4f}"
         where = f"{record['source']}, {record['windows']} windows of {record['length']}" if "nll" in record else ""
         if where:
             label = "token perplexity, non-overlapping windows (lower is better)"
-            rows.append([label, where, _ppl(record["token_ppl"]), _ppl(dense.get("token_ppl"))])
+            rows.append([label, where, f"{record['token_ppl']:.4f}", dense_ppl])
         if dense:
             top1 = f"{100 * dense['top1_agreement']:.2f} %"
             rows.append(["KL divergence from the dense model, nats per token", where, f"{dense['kl']:.4f}", "0"])
@@ -101,16 +101,12 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[list[str]]:
         if word := record.get("word"):
             where = f"{word['source']}, {word['documents']} documents, windows of {word['length']}"
             label = "word perplexity, protocol of lm-evaluation-harness (lower is better)"
-            rows.append([label, where, _ppl(word["word_ppl"]), "-"])
+            rows.append([label, where, f"{word['word_ppl']:.4f}", "-"])
         for task in record.get("tasks", []):
             error = "" if task["acc_error"] is None else f" ± {100 * task['acc_error']:.2f}"
             where = f"{task['task']}, {task['items']} items, {task['few_shot']}, {task['scored_by']}"
             rows.append(["accuracy", where, f"{100 * task['acc']:.2f}{error} %", "-"])
     return rows
-
-
-def _ppl(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _numbers(report: Mapping[str, Any]) -> str:
@@ -130,10 +126,8 @@ def _mib(size: int) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-        for row in (header, ["---"] * len(header), *rows)
-    )
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _method(report: Mapping[str, Any]) -> list[str]:
@@ -143,17 +137,13 @@ def _method(report: Mapping[str, Any]) -> list[str]:
         options = options_text(asked[f"{key}_options"])
         name = "Criterion" if key == "criterion" else "Allocation"
         lines.append(f"* {name}: `{asked[key]}`{f' ({options})' if options else ''}. {paper}.")
-    lines.append(
-        f"* Target sparsity: {100 * asked['sparsity']:g} %; pattern: {asked['pattern']}; comparison group: "
-        f"{asked['group']}."
-    )
+    target = f"{100 * asked['sparsity']:g} %; pattern: {asked['pattern']}; comparison group: {asked['group']}"
+    calibration = "not needed"
     if text:
-        lines.append(
-            f"* Calibration: {text['samples']} windows of {text['length']} tokens of {text['source']} "
-            f"({text['sampling']} sampling, seed {asked['seed']})."
-        )
-    else:
-        lines.append("* Calibration: not needed.")
+        sampling = f"{text['sampling']} sampling, seed {asked['seed']}"
+        windows = f"{text['samples']} windows of {text['length']} tokens"
+        calibration = f"{windows} of {text['source']} ({sampling})"
+    lines += [f"* Target sparsity: {target}.", f"* Calibration: {calibration}."]
     return [*lines, "* Versions: " + ", ".join(f"{name} {n}" for name, n in report["versions"].items()) + "."]
 
 
@@ -163,10 +153,7 @@ def options_text(options: Mapping[str, Any]) -> str:
 
 
 def _limitations(report: Mapping[str, Any]) -> list[str]:
-    lines = [
-        "* The model was not trained after pruning. Expect it to be worse than the dense model, most of all in rare "
-        "knowledge and long answers."
-    ]
+    lines = ["* The model was not trained after pruning and is worse than the dense one, above all in rare knowledge."]
     if report["calibration"]:
         lines.append("* Weights were chosen on the calibration text: other languages and subjects may have lost more.")
     lines.append("* Ordinary fine-tuning makes the zeros nonzero again.")

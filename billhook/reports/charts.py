@@ -1,9 +1,8 @@
-"""Pictures as SVG: lines and points over two axes, heat maps, and masks. Needs no package and no network.
+"""Charts as SVG: lines and points over two axes. Needs no other package.
 
-A picture is one string. Its colours come from the style sheet `STYLE`, which follows the reader's light or dark screen;
-`standalone` puts the sheet into the picture, for a file of its own. Lines have the colours of Okabe & Ito, which people
-with any kind of colour vision can tell apart, and different markers; heat maps have those of viridis. Points and cells
-show their numbers as tooltips. The same numbers give the same bytes.
+A chart is one string. Its colours come from the style sheet `STYLE`, which follows the reader's light or dark mode;
+`standalone` includes the sheet in the SVG. Lines have different markers, and the colours of Okabe & Ito for all kinds
+of colour vision. Points show their numbers as tooltips. The same numbers give the same bytes.
 """
 
 import math
@@ -14,7 +13,7 @@ from html import escape
 WIDTH, HEIGHT = 480, 300
 RIGHT, TOP, _BOTTOM = 12, 12, 40
 LETTER = 6.3  # mean width of a letter
-_LABEL = 24  # letters of the longest name that is written beside its line
+_LABEL = 24  # letters of the longest name that is written next to its line
 _LINE = 13  # height of a line of text
 COLOURS = 8
 _LIGHT = ("#0072b2", "#b35c00", "#00795a", "#c23b00", "#a34d86", "#3a7ca5", "#1b1b1b", "#766800")
@@ -23,10 +22,8 @@ _DARK = ("#5ab4f0", "#f5b041", "#3fd0a4", "#ff8a57", "#eba0cc", "#9ad8fa", "#f2f
 
 def _sheet(colours: Sequence[str], ink: str, grid: str) -> str:
     series = "".join(f".bh-s{i}{{color:{colour}}}" for i, colour in enumerate(colours))
-    return (
-        f".bh-chart{{color:{ink}}}.bh-chart text{{fill:{ink}}}.bh-grid{{stroke:{grid}}}.bh-chart "
-        f".bh-hollow{{fill:none}}{series}"
-    )
+    chart = f".bh-chart{{color:{ink}}}.bh-chart text{{fill:{ink}}}.bh-grid{{stroke:{grid}}}"
+    return f"{chart}.bh-chart .bh-hollow{{fill:none}}{series}"
 
 
 STYLE = (
@@ -39,11 +36,10 @@ STYLE = (
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one kind, by x; a y of None is a gap. `low` and `high` bound a band around them, `hollow` marks single
-    points.
+    """Points by x; a y of None is a gap, `low` and `high` bound a band, and `labels` are tooltips.
 
-    `line` False leaves the points unconnected, `marks` False leaves the points out, `dashed` breaks the line. A series
-    without a name is not in the legend.
+    `hollow` points are drawn as outlines. Without `line` they are not connected, without `marks` only the line is
+    drawn. A series without a name is not in the legend.
     """
 
     name: str
@@ -62,7 +58,7 @@ class Series:
 class Axis:
     """A label with its unit; `log` for a logarithmic scale, `whole` for whole numbers only, `zero` to begin at zero.
 
-    A linear axis spans at least `span`, and 2 % of the largest value, so that rounding errors do not fill the picture.
+    A linear axis spans at least `span`, or 2 % of the largest value, so that rounding errors do not fill the chart.
     """
 
     label: str
@@ -92,10 +88,10 @@ class Scale:
 def chart(
     title: str, series: Sequence[Series], x: Axis, y: Axis, *, summary: str = "", standalone: bool = False
 ) -> str:
-    """Lines and points as SVG; `title` and `summary` are what a screen reader says about it.
+    """Lines and points as SVG; `title` and `summary` are the description for screen readers.
 
-    Points whose value is not finite, or not positive on a logarithmic axis, are left out. Lines that end at the same x
-    are labelled there if the names are short, others in a legend below.
+    Points that are not finite, or not positive on a logarithmic axis, are left out. Lines that end at the same x are
+    labelled there if the names are short, otherwise in a legend below.
     """
     values = [v for s in series for v in (*s.y, *s.low, *s.high) if v is not None and drawable(v, y.log)]
     ys = scale(values, y, HEIGHT - _BOTTOM, TOP)
@@ -109,7 +105,7 @@ def chart(
 
 
 def svg(title: str, body: Sequence[str], height: float, *, summary: str = "", standalone: bool = False) -> str:
-    """A picture of elements as SVG; a standalone one has its title above."""
+    """An SVG of elements; a standalone one shows its title."""
     label = escape(f"{title}. {summary}".strip(), quote=True)
     head = f'class="bh-chart" role="img" aria-label="{label}"'
     if not standalone:
@@ -132,7 +128,7 @@ def margin(ticks: Sequence[float]) -> float:
 
 
 def scale(values: Sequence[float], axis: Axis, start: float, stop: float) -> Scale:
-    """The scale of an axis over `values`, its ends at ticks except on logarithmic axes and those of whole numbers."""
+    """The scale of an axis over `values`; a linear axis of fractional numbers ends at ticks."""
     low, high = (min(values), max(values)) if values else (1.0, 2.0)
     if axis.log:
         low, high = (low, high) if high > low * 1.05 else (low / 1.5, high * 1.5)
@@ -159,7 +155,7 @@ def _ticks(low: float, high: float, step: float) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, with their multiples where there are few, or even steps on an axis that is shorter than that."""
+    """Powers of ten, with multiples if there are few, or even steps on a shorter axis."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for parts in ((1,), (1, 3), (1, 2, 5)):
         ticks = [m * 10.0**d for d in decades for m in parts if low <= m * 10.0**d * 1.0001 <= high * 1.0002]
@@ -216,7 +212,7 @@ def drawable(value: float, log: bool) -> bool:
 
 
 def _ends(series: Sequence[Series], ys: Scale) -> list[float]:
-    """The heights of names written beside the ends of lines, at least a line of text apart; empty for a legend."""
+    """The heights of names next to the ends of lines, at least a line of text apart; empty for a legend."""
     last = [shown[-1] for s in series if (shown := _shown(s, False, ys.log))]
     fits = all(len(s.name) <= _LABEL for s in series) and _LINE * len(series) <= HEIGHT - TOP - _BOTTOM
     if len(series) < 2 or len(last) < len(series) or len({x for _, x, _ in last}) > 1 or not fits:
@@ -233,7 +229,7 @@ def _ends(series: Sequence[Series], ys: Scale) -> list[float]:
 
 
 def _legend(named: Sequence[tuple[int, Series]], ends: Sequence[float], xs: Scale) -> tuple[list[str], int]:
-    """The names of the series: at the `ends` of the lines, or below the picture, and the height they need there."""
+    """The names of the series, at the `ends` of the lines or below the chart, and the additional height."""
     if ends:
         return [part for (i, s), at in zip(named, ends, strict=True) for part in _entry(s, i, xs.stop + 6, at)], 0
     if len(named) < 2:

@@ -1,4 +1,4 @@
-"""Pictures of matrices as SVG: heat maps with a cell for every number, and the mask of a layer as an image."""
+"""Matrices as SVG: heat maps with a cell for every number, and the mask of a layer as an image."""
 
 import base64
 import math
@@ -23,9 +23,9 @@ def heat_map(
     summary: str = "",
     standalone: bool = False,
 ) -> str:
-    """`values` [rows, columns] as coloured cells, with their numbers where there is room; None is an empty cell.
+    """`values` [rows, columns] as coloured cells, with numbers where there is room; None is an empty cell.
 
-    `axis` is that of the colours, shown below the cells, `x` the label of the columns.
+    `axis` is that of the colours, `x` the label of the columns.
     """
     left, right = 14 + LETTER * max(map(len, rows)), WIDTH - RIGHT
     width, height = (right - left) / len(columns), min(24.0, max(3.0, 220 / len(rows)))
@@ -37,9 +37,8 @@ def heat_map(
     for i, (row, line) in enumerate(zip(rows, values, strict=True)):
         y = TOP + i * height
         if i % math.ceil(11 / height) == 0:
-            parts.append(
-                f'<text x="{left - 6:.1f}" y="{y + height / 2 + 4:.1f}" text-anchor="end">{escape(row)}</text>'
-            )
+            place = f'x="{left - 6:.1f}" y="{y + height / 2 + 4:.1f}"'
+            parts.append(f'<text {place} text-anchor="end">{escape(row)}</text>')
         for j, value in enumerate(line):
             if value is not None:
                 tooltip = f"{row}, {columns[j]}: {number(value)}"
@@ -57,8 +56,7 @@ def heat_map(
 def by_kind(
     kinds: Sequence[str], blocks: Sequence[int], values: Sequence[float | None]
 ) -> tuple[list[str], list[int], list[list[float | None]]]:
-    """The rows, columns and values of a heat map of layers, given by their kinds and blocks: means where a block has
-    several layers of a kind."""
+    """Rows, columns and values of a heat map by kind and block: means over the layers of each pair."""
     rows, columns = list(dict.fromkeys(kinds)), sorted(set(blocks))
     found: dict[tuple[str, int], list[float]] = {}
     for kind, block, value in zip(kinds, blocks, values, strict=True):
@@ -91,7 +89,7 @@ def _colour(share: float) -> tuple[int, int, int]:
 
 
 def _colour_bar(colours: Scale, axis: Axis, top: float) -> list[str]:
-    """The colours with the numbers that they stand for."""
+    """The colour scale with its numbers."""
     width, parts = (colours.stop - colours.start) / 64, []
     for k in range(64):
         red, green, blue = _colour((k + 0.5) / 64)
@@ -108,7 +106,7 @@ def mask(
 ) -> str:
     """The mask of a weight of `shape` [out, in] as an image, white where weights are kept.
 
-    `tiles` are rows of equal tiles of the weight, a byte a tile: from 0, all removed, to 255, all kept.
+    `tiles` are rows of equal tiles of the weight, one byte each: from 0, all removed, to 255, all kept.
     """
     y = scale([0, shape[0]], Axis("", whole=True), TOP, 300)
     x = scale([0, shape[1]], Axis("", whole=True), margin(y.ticks), WIDTH - RIGHT)
@@ -120,7 +118,7 @@ def mask(
 
 
 def _png(lines: Sequence[bytes]) -> str:
-    """A grey image, a byte a pixel, in base64."""
+    """A grey image of one byte per pixel, as PNG in base64."""
     head = struct.pack(">2I5B", len(lines[0]), len(lines), 8, 0, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + line for line in lines), 9)
     chunks = ((b"IHDR", head), (b"IDAT", data), (b"IEND", b""))

@@ -1,4 +1,4 @@
-"""report.html: one file with everything in it, made from report.json and the template beside this module."""
+"""report.html: one self-contained file, made from report.json and the template templates/report.html.j2."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,14 +33,8 @@ class Figure:
 def _template() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
-        loader=PackageLoader("billhook.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2")
+    options: Any = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    return Environment(loader=PackageLoader("billhook.reports"), **options).get_template("report.html.j2")
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -61,7 +55,7 @@ def page(report: Mapping[str, Any]) -> str:
 
 
 def _headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The numbers that people look for first."""
+    """The most important numbers."""
     files = report["files"]
     found = [("sparsity", f"{100 * report['achieved']['sparsity']:.2f} %")]
     scored = next((entry for entry in report["evaluations"] if entry.get("token_ppl") is not None), None)
@@ -113,8 +107,7 @@ def _provenance(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _speed(speed: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of a benchmark: model, batch, prompt, tokens per second of prefill and decode with the speedup over dense,
-    bytes."""
+    """Rows of a benchmark: model, batch, prompt, prefill and decode speed (with speedup), bytes."""
     try:
         return [_speed_row(model, cell) for model in speed.get("models", []) for cell in model["cells"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -146,9 +139,7 @@ def figures(report: Mapping[str, Any]) -> list[Figure]:
     if any(middles for middles, _ in drawn.values()):
         found.append(_densities(drawn, _exponents(spectra, layers)))
     if any(row["error"] for row in layers):
-        caption = (
-            "Squared change of the layer's output over its square, estimated while pruning from input norms alone."
-        )
+        caption = "Relative squared change of the layer's output, estimated while pruning from input norms alone."
         errors = [row["error"] for row in layers]
         found.append(_by_layer("Output error by layer", caption, layers, errors, ERROR))
     measured = [entry for entry in report["evaluations"] if (entry.get("against") or {}).get("error_by_block")]
@@ -159,10 +150,7 @@ def _by_block(blocks: Rows) -> Figure:
     title, caption = "Sparsity by block", "Planned and achieved; shaded: the range over the layers of a block."
     keys, x = ("planned", "sparsity", "least", "most"), [row["block"] for row in blocks]
     planned, achieved, least, most = ([100 * row[key] for row in blocks] for key in keys)
-    series = [
-        Series("achieved", x, achieved, least, most),
-        Series("planned", x, planned, dashed=True, marks=False),
-    ]
+    series = [Series("achieved", x, achieved, least, most), Series("planned", x, planned, dashed=True, marks=False)]
     rows = [[str(row["block"]), *(f"{100 * row[key]:.2f}" for key in keys)] for row in blocks]
     svg = chart(title, series, _DEPTH, SPARSITY, summary=caption)
     return Figure(title, caption, svg, ["block", "planned %", "achieved %", "lowest %", "highest %"], rows)
@@ -179,8 +167,8 @@ def _by_layer(title: str, caption: str, layers: Rows, values: Sequence[float | N
 def _densities(drawn: Mapping[str, tuple[list[float], list[float]]], exponents: Mapping[str, str]) -> Figure:
     title = "Spectral density of a few layers"
     caption = (
-        "Density of the eigenvalues of WᵀW of the dense weights. A slowly falling tail (a small exponent alpha) is the "
-        "mark of a well-trained layer. Shown are the layers with the smallest, median and largest exponent."
+        "Density of the eigenvalues of WᵀW of the dense weights. A heavy tail (a small exponent alpha) marks a "
+        "well-trained layer. Shown are the layers with the smallest, median and largest exponent."
     )
     names = {layer: f"{layer} ({exponents[layer]})" if layer in exponents else layer for layer in drawn}
     series = [Series(names[layer], middles, heights) for layer, (middles, heights) in drawn.items()]
@@ -190,7 +178,7 @@ def _densities(drawn: Mapping[str, tuple[list[float], list[float]]], exponents: 
 
 
 def _exponents(spectra: Mapping[str, Any], layers: Rows) -> dict[str, str]:
-    """Layer -> its first known exponent, with the name."""
+    """Layer -> name and value of its first exponent."""
     found: dict[str, str] = {}
     for row in layers:
         measured = {name: values[row["layer"]] for name, values in spectra["metrics"].items() if row["layer"] in values}
@@ -203,8 +191,8 @@ def _exponents(spectra: Mapping[str, Any], layers: Rows) -> dict[str, str]:
 def _measured(entry: Mapping[str, Any]) -> Figure:
     errors, title = entry["against"]["error_by_block"], "Error of each block's output"
     caption = (
-        f"Squared difference from the dense model's output over its square, on windows of {entry['source']}. It "
-        "contains the errors of earlier blocks."
+        f"Relative squared difference from the dense model's output on windows of {entry['source']}, which includes "
+        "the errors of earlier blocks."
     )
     svg = chart(title, [Series("this model", range(len(errors)), errors)], _DEPTH, ERROR, summary=caption)
     rows = [[str(block), _short(error)] for block, error in enumerate(errors)]
@@ -212,7 +200,7 @@ def _measured(entry: Mapping[str, Any]) -> Figure:
 
 
 def _meaning(metric: str) -> str:
-    """The summary of a metric, or its name where it is one of another version."""
+    """The summary of a metric, or its name where this version does not know it."""
     try:
         return fact(metric).summary.replace("`", "'")
     except BillhookError:

@@ -1,4 +1,4 @@
-"""The pictures of `billhook plot`, as SVG: a table and plans by layer, error curves, a spectrum with its tails."""
+"""The pictures of `billhook plot` as SVG: a table and plans by layer, error curves, a spectrum with its tails."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from statistics import median
 
 from billhook.errors import BillhookError
 from billhook.plan.allocators.curves import at
+from billhook.plan.budget import mean
 from billhook.plan.densities import density
 from billhook.plan.metrics import fact
 from billhook.plan.plan import Plan
@@ -26,7 +27,7 @@ def metric_by_layer(table: Table, metric: str) -> str:
 
 
 def plan_by_layer(table: Table, name: str, plan: Plan) -> str:
-    """A heat map of the sparsities of a plan; raises BillhookError where it is not for the layers of the table."""
+    """A heat map of the sparsities of a plan; raises BillhookError for a plan of other layers than the table's."""
     try:
         plan.check(table.shapes)
     except BillhookError as error:
@@ -40,10 +41,8 @@ def plans_by_depth(table: Table, plans: Mapping[str, Plan]) -> str:
     blocks, series = table.blocks(), []
     for name, plan in plans.items():
         layers = [[100 * plan.sparsity[row.layer] for row in rows] for rows in blocks.values()]
-        means = [
-            sum(s * row.n for s, row in zip(values, rows, strict=True)) / sum(row.n for row in rows)
-            for values, rows in zip(layers, blocks.values(), strict=True)
-        ]
+        sizes = [[row.n for row in rows] for rows in blocks.values()]
+        means = [mean(values, n) for values, n in zip(layers, sizes, strict=True)]
         series.append(Series(name, list(blocks), means, list(map(min, layers)), list(map(max, layers))))
     title = "Sparsity by block (shaded: range over its layers)"
     return chart(title, series, Axis(BLOCK, whole=True), SPARSITY, standalone=True)
@@ -90,7 +89,7 @@ def _by_layer(table: Table, title: str, values: Sequence[float], axis: Axis, sum
 
 
 def _kind(kind: str) -> str:
-    """Without the numbers of experts, over which the mean is drawn."""
+    """The kind without the numbers of experts, whose mean is drawn."""
     return re.sub(r"\.\d+(?=\.|$)", "", kind)
 
 

@@ -1,7 +1,6 @@
-"""Writing the report of a pruned directory: report.json, the model card README.md, and report.html.
+"""Write the report of a pruned directory: report.json, the model card README.md, and report.html.
 
-The checksums of billhook.json leave them out, because evaluations are added later and the files can be made again at
-any time.
+billhook.json has no checksums of them, because evaluations are added later and the files can always be made again.
 """
 
 from collections.abc import Mapping
@@ -33,9 +32,7 @@ def publish(folder: Path, changes: Mapping[str, Any] | None = None) -> dict[str,
 def known(folder: Path) -> dict[str, Any]:
     """The report of a directory as it would be written now; raises what `publish` raises."""
     if not (folder / REPORT).is_file() and not (folder / RECORD).is_file():
-        raise BillhookError(
-            f"{folder} has no results to report: neither {REPORT} nor {RECORD}. Make some with billhook prune."
-        )
+        raise BillhookError(f"{folder} has no results to report: neither {REPORT} nor {RECORD}.")
     report = load_report(folder) if (folder / REPORT).is_file() else {}
     if (folder / RECORD).is_file():
         added = {key: report[key] for key in ("evaluations", "speed", "spectra", "metadata") if key in report}
@@ -46,19 +43,12 @@ def known(folder: Path) -> dict[str, Any]:
 def add_evaluation(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Add an evaluation to a directory's report, replacing one of the same data and tasks; returns the report."""
     report = load_report(folder) if (folder / REPORT).is_file() else publish(folder)
-    kept = [entry for entry in report["evaluations"] if _question(entry) != _question(record)]
+    kept = [entry for entry in report["evaluations"] if _identity(entry) != _identity(record)]
     return publish(folder, {"evaluations": [*kept, dict(record)]})
 
 
-def _question(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What an evaluation measured, on what."""
-    tasks = tuple((task["task"], task["identity"], task["few_shot"]) for task in entry.get("tasks", []))
+def _identity(entry: Mapping[str, Any]) -> list[Any]:
+    """The protocol, data and tasks of an evaluation."""
+    tasks = [(task["task"], task["identity"], task["few_shot"]) for task in entry.get("tasks", [])]
     word = entry.get("word") or {}
-    return (
-        entry.get("protocol"),
-        entry.get("digest"),
-        entry.get("length"),
-        word.get("source"),
-        word.get("length"),
-        tasks,
-    )
+    return [*map(entry.get, ("protocol", "digest", "length")), word.get("source"), word.get("length"), tasks]

@@ -1,6 +1,6 @@
-"""report.json: the facts about a pruned directory, made from billhook.json and the sizes of the weight files.
+"""report.json (docs/formats): the facts about a pruned directory, from billhook.json and the sizes of its weight files.
 
-File format: docs/formats.md, `report.json`. The same run gives the same bytes: it has no dates and no durations.
+The same run gives the same bytes: there are no dates and no durations.
 """
 
 import math
@@ -28,26 +28,17 @@ def load_report(folder: Path) -> dict[str, Any]:
     path = folder / REPORT
     report = read_json(path, "report")
     if report.get("version") != VERSION:
-        raise BillhookError(
-            f"{path} is not a report of version {VERSION}: make it again with billhook report {folder}."
-        )
-    kinds = {
-        "asked": dict,
-        "achieved": dict,
-        "model": dict,
-        "layers": list,
-        "blocks": list,
-        "evaluations": list,
-        "metadata": dict,
-    }
-    for key, kind in kinds.items():
-        if not isinstance(report.get(key), kind):
-            raise BillhookError(f"{path} is damaged: it has no {key!r}. Delete it and run billhook report {folder}.")
+        raise BillhookError(f"{path} is not a report of version {VERSION}: run billhook report {folder}.")
+    kinds = {dict: ("asked", "achieved", "model", "metadata"), list: ("layers", "blocks", "evaluations")}
+    for kind, keys in kinds.items():
+        for key in keys:
+            if not isinstance(report.get(key), kind):
+                raise BillhookError(f"{path} is damaged (no {key!r}): delete it and run billhook report {folder}.")
     return report
 
 
 def build(folder: Path) -> dict[str, Any]:
-    """The content of report.json that follows from the directory; raises BillhookError for a damaged record."""
+    """The content of report.json without evaluations; raises BillhookError for a damaged record."""
     record = read_record(folder / RECORD)
     try:
         return _from_record(folder, record)
@@ -58,7 +49,8 @@ def build(folder: Path) -> dict[str, Any]:
 def _from_record(folder: Path, record: Record) -> dict[str, Any]:
     last = [step for step in record.steps if step.step == "prune"][-1]
     plan, made_by = Plan.from_json(last.plan or {}, RECORD), last.made_by
-    columns = plan.made_by.get("metrics", {})
+    columns, quantiles = plan.made_by.get("metrics", {}), plan.made_by.get("spectra") or {}
+    spectra = {layer: list(map(float, values)) for layer, values in quantiles.items()}
     layers = [_layer(name, facts, columns) for name, facts in record.layers.items()]
     weights, zeros = sum(_size(layer) for layer in layers), sum(layer["zeros"] for layer in layers)
     return {
@@ -76,13 +68,13 @@ def _from_record(folder: Path, record: Record) -> dict[str, Any]:
         "warnings": [warning for step in record.steps for warning in step.warnings],
         "evaluations": [],
         "speed": None,
-        "spectra": _spectra(plan.made_by.get("spectra")),
+        "spectra": {"metrics": {}, "quantiles": spectra} if spectra else None,
         "metadata": _metadata(folder),
     }
 
 
 def _asked(plan: Plan, made_by: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run was asked for: how much by the plan, how by `made_by` of billhook.json."""
+    """The request of the run, from its plan and `made_by` of billhook.json."""
     keys = ("criterion", "criterion_options", "group", "seed", "dtype", "device", "targets", "ignore")
     return {
         "sparsity": plan.target,
@@ -95,7 +87,7 @@ def _asked(plan: Plan, made_by: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _line(step: Step) -> str:
-    """A step in one line: what, how much, by which criterion and allocation."""
+    """A step in one line: its name, budget, criterion and allocation."""
     if step.plan is None:
         return step.step
     plan = Plan.from_json(step.plan, RECORD)
@@ -104,12 +96,6 @@ def _line(step: Step) -> str:
     parts = [f"{step.step}: {much}, {len(plan.weights)} layers", str(plan.pattern)]
     parts += [f"criterion {step.made_by['criterion']}"] if "criterion" in step.made_by else []
     return ", ".join([*parts, f"allocation {plan.made_by.get('allocator') or 'explicit plan'}"])
-
-
-def _spectra(quantiles: Mapping[str, Sequence[float]] | None) -> dict[str, Any] | None:
-    if not quantiles:
-        return None
-    return {"metrics": {}, "quantiles": {layer: [float(v) for v in values] for layer, values in quantiles.items()}}
 
 
 def _size(layer: Mapping[str, Any]) -> int:
@@ -135,8 +121,7 @@ def _layer(name: str, facts: Mapping[str, Any], columns: Mapping[str, Mapping[st
 
 
 def _blocks(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Facts about each block: its sparsity over all weights, the lowest and highest of its layers, and means over the
-    layers of the rest."""
+    """For each block: sparsity over all weights, lowest and highest sparsity of a layer, and means of other numbers."""
     grouped: dict[int, list[Mapping[str, Any]]] = {}
     for layer in layers:
         grouped.setdefault(layer["block"], []).append(layer)
@@ -161,7 +146,7 @@ def _blocks(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _sizes(folder: Path, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Bytes of the weight files as they are, and packed, where each pruned layer is a bitmask and its values."""
+    """Bytes of the weight files, and an estimate of them when packed."""
     if is_packed(folder):
         size = sum(shard.file.path.stat().st_size for shard in open_packed(folder).shards)
         return {"packed": True, "weights_bytes": size, "packed_bytes_estimate": size}
@@ -187,6 +172,6 @@ def _metadata(folder: Path) -> dict[str, Any]:
 
 
 def pattern_in_words(text: str) -> str:
-    """A pattern in words."""
+    """A description of a pattern."""
     pattern = Pattern.parse(text)
     return f"{pattern.keep} of every {pattern.of} weights kept" if pattern.structured else "unstructured"

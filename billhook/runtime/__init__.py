@@ -1,4 +1,1 @@
-"""Kernels for packed weights (a bitmask and the kept values), and the layers that multiply with them.
-
-Knows nothing about files: `packed` reads and writes those.
-"""
+"""Kernels for packed weights (a bitmask and the kept values) in memory, and the layers that multiply with them."""

@@ -1,10 +1,9 @@
 """Choose the fastest way to multiply on this machine, by a short measurement when a model is loaded.
 
-A choice holds for a shape, a sparsity rounded to tenths, the dtypes of values and activations (and the group size of
-int8 scales), and a bucket of token counts. It is measured on the first rows of a layer, which takes a few milliseconds
-per way; ways whose times are close are timed again on more rows, because a few rows do not show the cost of many
-tiles. A choice is stored on disk only when its best time was reproduced, so that a moment of load on the machine does
-not decide for all later runs. A choice that was not measured follows a fixed rule.
+A choice is valid for a shape, a sparsity rounded to tenths, the dtypes of values and activations (and the group size of
+int8 scales), and a bucket of token counts. It is measured on the first rows of a layer, a few milliseconds per way;
+ways with similar times are measured again on more rows. Only choices whose best time was reproduced are stored on disk,
+so that temporary load on the machine does not affect later runs. Without a measurement, a fixed rule decides.
 """
 
 import functools
@@ -20,23 +19,23 @@ from billhook.runtime.layout import MIN_GROUP, PADDING
 from billhook.runtime.native import Weight
 from billhook.runtime.products import WAYS, ways
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 512)  # each stands for token counts up to this one
-FUSED_UP_TO = 16  # tokens, where nothing was measured
-SAMPLE = 1 << 22  # weights in the rows that are measured at first
-LARGE_SAMPLE = 1 << 24  # and where ways are close
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 512)  # upper limits of token counts
+FUSED_UP_TO = 16  # tokens, without a measurement
+SAMPLE = 1 << 22  # weights in the rows of the first measurement
+LARGE_SAMPLE = 1 << 24  # weights in the rows of the second measurement
 MIN_ROUNDS, MAX_ROUNDS = 3, 9
 REPRODUCED = 1.1  # the second best time lies within this factor of the best
 CLOSE = 1.2  # factor of the fastest way's time within which a way is timed again on more rows
-CONTENDER = 1.5  # within which a way must reproduce its best time
-DROPPED = 2.5  # beyond which a way is dropped after two rounds
+CONTENDER = 1.5  # factor within which a way must reproduce its best time
+DROPPED = 2.5  # factor beyond which a way is dropped after two rounds
 
 _measured: dict[str, str] = {}
 _unstable: set[str] = set()  # keys in _measured whose best time was not reproduced
-_stored: dict[str, str] = {}  # the part of _measured that the cache on disk has
+_stored: dict[str, str] = {}  # the part of _measured that is in the cache on disk
 
 
 def bucket(tokens: int) -> int:
-    """The bucket that `tokens` belongs to."""
+    """The bucket of a token count."""
     return next((limit for limit in BUCKETS if tokens <= limit), BUCKETS[-1])
 
 
@@ -78,20 +77,20 @@ def dense_product(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _choice(weight: Weight, x: Tensor, choose: Callable[[Weight, torch.dtype, int], str]) -> str:
-    """The choice for x [..., in], kept on the weight: a small product takes only microseconds."""
+    """The choice for x [..., in], cached on the weight, because a small product takes only microseconds."""
     state = (len(_measured), library.path_number())
     if weight.chosen_for != state:
         weight.chosen_for = state
         weight.chosen.clear()
-    asked = (x.dtype, x.numel() // weight.shape[1])
-    chosen = weight.chosen.get(asked)
+    case = (x.dtype, x.numel() // weight.shape[1])
+    chosen = weight.chosen.get(case)
     if chosen is None:
-        chosen = weight.chosen[asked] = choose(weight, *asked)
+        chosen = weight.chosen[case] = choose(weight, *case)
     return chosen
 
 
 def measure_packed(weight: Weight, dtype: torch.dtype) -> None:
-    """Measure the fastest way for every bucket that has no choice yet."""
+    """Measure the fastest way for every bucket without a choice."""
     few, more = _first_rows(weight, SAMPLE), _first_rows(weight, LARGE_SAMPLE)
     for tokens in BUCKETS:
         name = key(weight, dtype, tokens)
@@ -103,8 +102,7 @@ def measure_packed(weight: Weight, dtype: torch.dtype) -> None:
 
 
 def measure_dense(weight: Weight, dtype: torch.dtype) -> bool:
-    """Measure for every bucket whether our kernel is faster than torch's on a dense weight; returns whether it is for
-    one token."""
+    """Choose our kernel or torch's for a dense weight in every bucket; returns whether ours is faster for one token."""
     for tokens in BUCKETS:
         name = key(weight, dtype, tokens)
         if name not in _measured:
@@ -124,9 +122,9 @@ def _first_rows(weight: Weight, weights: int) -> Weight:
 
 
 def _measure(name: str, candidates: dict[str, Callable[[], Tensor]]) -> list[str]:
-    """Note the candidate with the best time under `name`; returns the candidates whose times are close to it.
+    """Record the fastest candidate under `name`; returns the candidates with similar times.
 
-    Candidates take turns, until the best times are reproduced or the rounds are used up.
+    Candidates are timed in turn until the best times are reproduced or MAX_ROUNDS is reached.
     """
     times: dict[str, list[float]] = {candidate: [] for candidate in candidates}
     _unstable.discard(name)
@@ -166,7 +164,7 @@ def load_choices() -> None:
 
 
 def store_choices() -> None:
-    """Store what was measured since, without the choices whose best time was not reproduced."""
+    """Store new choices whose best time was reproduced."""
     known = {name: way for name, way in _measured.items() if name not in _unstable}
     if known.items() - _stored.items():
         cache.store("kernels", known)

@@ -1,7 +1,7 @@
-"""Measurements of this machine, kept between runs as small json files in the user's cache folder.
+"""Measurements of this machine, cached as JSON files in the user's cache folder.
 
-`BILLHOOK_CACHE` names another folder, or `0` for none. A file that cannot be read is ignored with a line on stderr; a
-failure to write one is ignored silently.
+`BILLHOOK_CACHE` names another folder, or `0` for none. A file that cannot be read is ignored with a message on stderr;
+a failure to write one is ignored silently.
 """
 
 import hashlib
@@ -21,8 +21,7 @@ KERNELS = 5  # raised when a kernel is added, renamed or made faster, so that ol
 
 
 def cache_file(name: str) -> Path | None:
-    """The file of the measurements called `name`, for this processor, instruction set, versions and number of
-    threads."""
+    """The file of the measurements `name` for this processor, instruction set, versions and number of threads."""
     folder = os.environ.get("BILLHOOK_CACHE", "")
     if folder == "0":
         return None
@@ -39,12 +38,8 @@ def load(name: str) -> dict[str, str]:
         return {}
     try:
         stored = read_json(path, "cache of measurements")
-        choices = stored.get("choices")
-        if (
-            stored.get("version") != 1
-            or not isinstance(choices, dict)
-            or not all(isinstance(value, str) for value in choices.values())
-        ):
+        choices = stored.get("choices") if stored.get("version") == 1 else None
+        if not isinstance(choices, dict) or not all(isinstance(value, str) for value in choices.values()):
             raise BillhookError(f"{path} is not a cache of measurements.")
     except BillhookError as error:
         print(f"billhook: {error} It is ignored; delete it to stop this message.", file=sys.stderr)
@@ -53,7 +48,7 @@ def load(name: str) -> dict[str, str]:
 
 
 def store(name: str, choices: dict[str, str]) -> None:
-    """Store measurements, merged with those that another process stored meanwhile."""
+    """Add measurements to the stored ones."""
     path = cache_file(name)
     if path is None:
         return
@@ -61,4 +56,4 @@ def store(name: str, choices: dict[str, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"version": 1, "choices": load(name) | choices})
     except (BillhookError, OSError):
-        return  # without a cache the next load only measures again, which takes about a second
+        return  # the next load measures again, in about a second

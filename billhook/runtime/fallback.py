@@ -1,8 +1,6 @@
-"""What the compiled kernels do, in plain torch: packing gives the same bytes, products differ only in the order of
-sums.
+"""The compiled kernels in plain torch: packing gives the same bytes, products differ only in the order of sums.
 
-The layout of a packed weight is described in `layout.py`. `row_starts`, int64 [out + 1], holds the position of each
-row's first value.
+`layout.py` describes a packed weight. `row_starts`, int64 [out + 1], is the position of each row's first value.
 """
 
 import torch
@@ -47,8 +45,7 @@ def expand(bitmask: Tensor, values: Tensor, starts: Tensor, in_features: int, ro
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Bitmask and padded values of a dense weight [out, in]; a weight is removed when all its bytes are zero, so -0.0
-    is kept."""
+    """Bitmask and padded values of a dense weight [out, in]; weights with all bytes zero are removed (-0.0 is kept)."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}[weight.element_size()]
     keep = weight.contiguous().view(integers) != 0
     padding = torch.zeros(PADDING // weight.element_size(), dtype=weight.dtype)

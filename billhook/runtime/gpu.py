@@ -1,12 +1,11 @@
 """Packed layers on a CUDA device: the fastest way for each layer and number of tokens, measured once and cached.
 
-Up to 16 tokens are multiplied directly from the packed form where that is faster, else through a dense weight that
-lives for one call (`gpu_ops.py` describes the ways). A layer with a 2:4 mask may also use the card's sparse tensor
-cores, in the form of `torch.sparse.to_sparse_semi_structured`, from the number of tokens on at which that is faster;
-the form is kept beside the packed one and takes 9/16 of the dense bytes. Measurements are cached by card, shape and
-density (rounded to 5 %).
+Up to 16 tokens are multiplied directly from the packed form where that is faster, otherwise through a temporary dense
+weight (see `gpu_ops.py`). A layer with a 2:4 mask may also use the sparse tensor cores, in the form of
+`torch.sparse.to_sparse_semi_structured`, for token counts for which that is faster; this form needs another 9/16 of the
+dense bytes. Measurements are cached by card, shape and density (rounded to 5 %).
 
-Nothing is measured while a CUDA graph is captured or under `torch.compile`: call `prepare` on the layers first, or run
+Nothing is measured while a CUDA graph is captured or under `torch.compile`: call `prepare` on the layers before, or run
 them once.
 """
 
@@ -26,7 +25,7 @@ from billhook.runtime.gpu_ops import BUCKETS, EXPAND, Weight, chunk_table, expan
 
 __all__ = ["choose", "forward", "missing", "prepare", "ways"]
 
-Timer = Callable[[Callable[[], object]], float]  # the time that a call takes, in any unit
+Timer = Callable[[Callable[[], object]], float]  # the time of a call, in any unit
 _FEW = ("matmat-64x8", "matmat-64x4")
 CANDIDATES = {1: ("matvec-2x4", "matvec-4x4", "matvec-8x4", "matvec-4x8"), 4: _FEW, 16: _FEW}
 UNTIMED = "matvec-4x4 matmat-64x8 matmat-64x8"
@@ -47,7 +46,7 @@ class Layer(Protocol):
 
 @dataclass
 class State:
-    """What belongs to one layer on its current device; out of date once the layer's `row_starts` is another tensor.
+    """The state of a layer on its device, invalid when the layer's `row_starts` is another tensor.
 
     `ways` is keyed by the dtypes of values and activations.
     """
@@ -64,22 +63,17 @@ def forward(layer: Layer, x: Tensor) -> Tensor:
     """x [..., in] -> [..., out], in the dtype of x."""
     state = prepare(layer, x.dtype)
     flat = x.reshape(-1, layer.in_features)
-    if (
-        state.semi_structured is not None
-        and x.dtype == state.semi_structured.dtype
-        and len(flat) >= state.semi_structured_from
-    ):
-        y = F.linear(flat, state.semi_structured, layer.bias)
+    form = state.semi_structured
+    if form is not None and x.dtype == form.dtype and len(flat) >= state.semi_structured_from:
+        y = F.linear(flat, form, layer.bias)
     else:
-        tensors = layer.bitmask, layer.values, state.table, layer.scales, layer.bias
-        y = torch.ops.billhook.gpu_linear(
-            flat, *tensors, group=state.group, ways=state.ways[layer.values.dtype, x.dtype]
-        )
+        tensors, ways = (layer.bitmask, layer.values, state.table, layer.scales, layer.bias), state.ways
+        y = torch.ops.billhook.gpu_linear(flat, *tensors, group=state.group, ways=ways[layer.values.dtype, x.dtype])
     return y.view(*x.shape[:-1], layer.out_features)
 
 
 def prepare(layer: Layer, dtype: torch.dtype) -> State:
-    """Make a layer's table and choose its ways for activations of `dtype`, unless that was done before."""
+    """Make a layer's table and choose its ways for activations of `dtype`, if not done before."""
     state = layer.__dict__.get("gpu_state")
     if state is None or state.row_starts is not layer.row_starts:
         state = _attach(layer)
@@ -101,7 +95,7 @@ def _attach(layer: Layer) -> State:
 
 @torch.compiler.disable
 def _choose_ways(layer: Layer, state: State, dtype: torch.dtype, measure: bool) -> None:
-    """Choose the ways for a dtype of activations, and make the 2:4 form where it is among them."""
+    """Choose the ways for a dtype of activations, and make the 2:4 form if it is chosen."""
     if measure and not (layer.bitmask.is_cuda and torch.cuda.is_current_stream_capturing()):
         weight = Weight(layer.bitmask, layer.values, state.table, layer.scales, state.group)
         words = choose(weight, layer.in_features, dtype).split()
@@ -114,11 +108,10 @@ def _choose_ways(layer: Layer, state: State, dtype: torch.dtype, measure: bool) 
 
 
 def choose(weight: Weight, columns: int, dtype: torch.dtype, timer: Timer | None = None) -> str:
-    """The fastest way for each of BUCKETS tokens, as one word each, and `2:4-N` where the 2:4 form is faster from N
-    tokens on.
+    """The fastest way for each of BUCKETS tokens, one word each, and `2:4-N` if the 2:4 form is faster from N tokens.
 
-    Read from the cache where this card has measured such a layer before; else measured with random activations of
-    `dtype`. Interpreted kernels are measured only when the caller gives a `timer`.
+    Read from the cache, or measured with random activations of `dtype`. Interpreted kernels are measured only if a
+    `timer` is given.
     """
     if kernels(weight.bitmask.device) is None:
         return " ".join([EXPAND] * len(BUCKETS))
@@ -147,7 +140,7 @@ def _key(weight: Weight, columns: int, dtype: torch.dtype) -> str:
 
 
 def _is_two_of_four(weight: Weight, columns: int) -> bool:
-    """Whether no aligned four columns keep more than two, in a shape that the card's sparse tensor cores support."""
+    """Whether the mask is 2:4, in a shape that the sparse tensor cores support."""
     rows = weight.bitmask.shape[0]
     if rows % 64 or columns % 64 or weight.values.numel() > 0.6 * rows * columns:
         return False
@@ -155,7 +148,7 @@ def _is_two_of_four(weight: Weight, columns: int) -> bool:
 
 
 def _median(call: Callable[[], object]) -> float:
-    """Milliseconds, with the second-level cache emptied before each run, as other layers of a model leave it."""
+    """Median time in milliseconds, with the L2 cache cleared before each run, as between the layers of a model."""
     from triton.testing import do_bench
 
     return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
@@ -177,19 +170,14 @@ def _fastest(weight: Weight, columns: int, dtype: torch.dtype, tokens: int, time
 
 
 def _run(weight: Weight, x: Tensor, way: str) -> Tensor:
-    ways = " ".join([way] * len(BUCKETS))
-    return torch.ops.billhook.gpu_linear(
-        x, weight.bitmask, weight.values, weight.table, weight.scales, None, group=weight.group, ways=ways
-    )
+    tensors, ways = (weight.bitmask, weight.values, weight.table, weight.scales), " ".join([way] * len(BUCKETS))
+    return torch.ops.billhook.gpu_linear(x, *tensors, None, group=weight.group, ways=ways)
 
 
 def semi_structured(weight: Weight, columns: int, dtype: torch.dtype) -> Tensor | None:
     """The weight in torch's 2:4 form, or None where mask, card, shape or dtype do not support it."""
-    if (
-        not weight.bitmask.is_cuda
-        or dtype not in (torch.float16, torch.bfloat16)
-        or not _is_two_of_four(weight, columns)
-    ):
+    half = dtype in (torch.float16, torch.bfloat16)
+    if not (weight.bitmask.is_cuda and half and _is_two_of_four(weight, columns)):
         return None
     try:
         return torch.sparse.to_sparse_semi_structured(expand(weight, columns, dtype))
@@ -211,7 +199,7 @@ def _semi_structured_word(weight: Weight, columns: int, dtype: torch.dtype, time
 
 
 def ways(layer: Layer, dtype: torch.dtype) -> dict[int, str]:
-    """The ways chosen for a layer, by the largest number of tokens that each is for."""
+    """The ways chosen for a layer, by the largest number of tokens."""
     state = prepare(layer, dtype)
     many = EXPAND if state.semi_structured is None else f"2:4 from {state.semi_structured_from}"
     found = zip(BUCKETS, state.ways[layer.values.dtype, dtype].split(), strict=True)

@@ -1,9 +1,8 @@
-"""A product with a packed weight on a CUDA device, in a named way.
+"""Products with a packed weight on a CUDA device, in a named way.
 
 `matvec-4x4` multiplies one token directly from the packed form, `matmat-64x8` up to 16 (the numbers are rows and warps
-of a program), both by the kernels of `triton_kernels.py`; `expand` writes the dense weight, which lives for one call,
-and lets cuBLAS multiply. Where the kernels cannot run, every way expands in plain torch, which is correct but no faster
-than dense. Importing this module needs neither Triton nor a GPU.
+of a program), by the kernels of `triton_kernels.py`; `expand` writes a temporary dense weight for cuBLAS. Where the
+kernels cannot run, every way expands in plain torch, no faster than dense. Needs neither Triton nor a GPU to import.
 """
 
 import importlib
@@ -23,9 +22,9 @@ from billhook.errors import BillhookError
 from billhook.runtime import native
 from billhook.runtime.fallback import count_bits, unpack_bits
 
-BUCKETS = (1, 4, 16)  # each word of `ways` is for up to this many tokens; beyond the last, a weight is expanded
+BUCKETS = (1, 4, 16)  # each word of `ways` is for up to this many tokens; for more, a weight is expanded
 EXPAND = "expand"
-_CHUNK_BYTES = 32  # of bitmask, which a warp reads at once
+_CHUNK_BYTES = 32  # bytes of bitmask that a warp reads at once
 
 
 def missing(device: torch.device | str = "cuda") -> str | None:
@@ -34,15 +33,9 @@ def missing(device: torch.device | str = "cuda") -> str | None:
     if device.type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device: packed layers run on the CPU."
     if importlib.util.find_spec("triton") is None:
-        return (
-            "Triton is not installed: packed layers are expanded on every call, no faster than dense ones. `pip "
-            "install triton` helps."
-        )
+        return "Triton is not installed: packed layers are no faster than dense ones. Run: pip install triton."
     if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
-        return (
-            "The card is no NVIDIA card of compute capability 8.0: packed layers are expanded on every call, no "
-            "faster than dense ones."
-        )
+        return "The GPU has no CUDA compute capability 8.0: packed layers are no faster than dense ones."
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton needs a GPU (or TRITON_INTERPRET=1, to test)."
     return None
@@ -57,13 +50,10 @@ def kernels(device: torch.device) -> ModuleType | None:
 def chunk_table(bitmask: Tensor, row_starts: Tensor) -> Tensor:
     """The position of the first value of each 256 columns of each row, int32 [rows, ceil(bytes per row / 32)].
 
-    It takes 4 bytes per 256 weights: 1.4 % of the packed bytes at 50 % sparsity with 16-bit values, 3 % at 80 %. Raises
-    BillhookError for a weight with more values than int32 can count.
+    Raises BillhookError for a weight with more values than int32 can count.
     """
     if int(row_starts[-1]) >= 2**31:
-        raise BillhookError(
-            f"A layer with {int(row_starts[-1])} kept weights is too large for the GPU kernels: keep it dense."
-        )
+        raise BillhookError(f"A layer with {int(row_starts[-1])} kept weights is too large for the GPU kernels.")
     rows, width = bitmask.shape
     padded = F.pad(count_bits(bitmask), (0, -width % _CHUNK_BYTES))
     counts = padded.view(rows, -1, _CHUNK_BYTES).sum(-1, dtype=torch.int64)
@@ -102,18 +92,9 @@ def expand(weight: Weight, columns: int, dtype: torch.dtype) -> Tensor:
     dense = torch.empty(weight.bitmask.shape[0], columns, dtype=dtype, device=weight.bitmask.device)
     rows, span = 4, 4
     sizes = weight.arguments(columns)
-    module.expand[(-(-sizes[0] // rows), -(-sizes[3] // span))](
-        weight.bitmask,
-        weight.values,
-        weight.table,
-        weight.scales,
-        dense,
-        *sizes,
-        ROWS=rows,
-        SPAN=span,
-        GROUP=weight.group,
-        num_warps=span,
-    )
+    tensors = weight.bitmask, weight.values, weight.table, weight.scales, dense
+    options = {"ROWS": rows, "SPAN": span, "GROUP": weight.group, "num_warps": span}
+    module.expand[(-(-sizes[0] // rows), -(-sizes[3] // span))](*tensors, *sizes, **options)
     return dense
 
 
@@ -128,8 +109,7 @@ def _matvec(weight: Weight, x: Tensor, bias: Tensor | None, rows: int, span: int
 
 
 def _matmat(weight: Weight, x: Tensor, bias: Tensor | None, rows: int, warps: int) -> Tensor:
-    """x [tokens, columns] times the weight for up to 16 tokens; columns are split so that all multiprocessors have
-    work."""
+    """x [tokens, columns] times the weight for up to 16 tokens, with columns split over the multiprocessors."""
     sizes = weight.arguments(x.shape[1])
     tokens, programs = x.shape[0], -(-sizes[0] // rows)
     share = max(1, sizes[3] * programs // (4 * _multiprocessors(x.device)))
@@ -155,7 +135,7 @@ def _module(x: Tensor) -> Any:
 
 
 def way_for(ways: str, tokens: int) -> str:
-    """The word of `ways`, which has one for each of BUCKETS, that is for this number of tokens."""
+    """The word of `ways` (one for each of BUCKETS) for this number of tokens."""
     return next((way for way, most in zip(ways.split(), BUCKETS, strict=True) if 0 < tokens <= most), EXPAND)
 
 
@@ -171,8 +151,7 @@ def gpu_linear(
     group: int,
     ways: str,
 ) -> Tensor:
-    """x [tokens, columns] -> [tokens, rows] in the dtype of x, in the way that `ways` names for this number of
-    tokens."""
+    """x [tokens, columns] -> [tokens, rows] in the dtype of x, by the way in `ways` for this number of tokens."""
     weight, x = Weight(bitmask, values, table, scales, group), x.contiguous()
     name, _, shape = way_for(ways, x.shape[0]).partition("-")
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():

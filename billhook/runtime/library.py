@@ -25,19 +25,11 @@ _forced: list[str] = []
 
 
 class Matrix(ctypes.Structure):
-    """A packed weight as the kernels read it; `starts` is null for a dense bfloat16 one. Its tensors must stay
-    alive."""
+    """A packed weight as the kernels read it, with null `starts` for a dense bfloat16 one; keep its tensors alive."""
 
     _fields_ = (
-        ("bitmask", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("starts", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("out", ctypes.c_int64),
-        ("in_", ctypes.c_int64),
-        ("words", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("group_words", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("bitmask", "values", "starts", "scales")),
+        *((name, ctypes.c_int64) for name in ("out", "in_", "words", "groups", "group_words")),
         ("type", ctypes.c_int32),
     )
 
@@ -66,15 +58,9 @@ def _load() -> ctypes.CDLL | None:
         if not hasattr(library, "billhook_surface") or library.billhook_surface() != SURFACE:
             raise OSError("they were compiled from the sources of another version; install Billhook again")
     except OSError as error:
-        why = (
-            "they were not compiled when it was installed (a C++ compiler was missing)"
-            if not FILE.exists()
-            else str(error)
-        )
-        print(
-            f"billhook: sparse layers run without their fast kernels: {why}. Decoding is about as fast as dense.",
-            file=sys.stderr,
-        )
+        why = str(error) if FILE.exists() else "they were not compiled (a C++ compiler was missing)"
+        text = f"sparse layers run without their fast kernels: {why}. Decoding is about as fast as dense."
+        print(f"billhook: {text}", file=sys.stderr)
         return None
     for name, (arguments, result) in _SURFACE.items():
         function = getattr(library, f"billhook_{name}")
@@ -88,11 +74,8 @@ def _paths() -> dict[str, int]:
     library = _load()
     if library is None:
         return {}
-    return {
-        library.billhook_path_name(path).decode(): path
-        for path in range(library.billhook_paths())
-        if library.billhook_path_runs(path)
-    }
+    supported = filter(library.billhook_path_runs, range(library.billhook_paths()))
+    return {library.billhook_path_name(path).decode(): path for path in supported}
 
 
 def paths() -> list[str]:
@@ -142,9 +125,8 @@ def cpu() -> str:
     except OSError:
         lines = []
     known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
-    model = " ".join(
-        known[key] for key in ("model name", "cpu family", "model", "CPU implementer", "CPU part") if key in known
-    )
+    keys = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
+    model = " ".join(known[key] for key in keys if key in known)
     return model or platform.processor() or platform.machine()
 
 

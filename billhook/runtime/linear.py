@@ -24,7 +24,7 @@ class SparseLinear(nn.Module):
     scales: Tensor | None
     bias: Tensor | None
     row_starts: Tensor
-    gpu_state: Any = None  # what `gpu.py` keeps with a layer
+    gpu_state: Any = None  # `gpu.State`
 
     def __init__(
         self,
@@ -63,10 +63,8 @@ class SparseLinear(nn.Module):
         Raises BillhookError for x of another width or dtype than bfloat16, float16 and float32, and in a backward pass.
         """
         if x.shape[-1] != self.in_features or x.dtype not in DTYPES:
-            raise BillhookError(
-                f"A layer of {self.in_features} inputs in bfloat16, float16 or float32 was given {x.dtype} "
-                f"{list(x.shape)}."
-            )
+            expected = f"{self.in_features} inputs in bfloat16, float16 or float32"
+            raise BillhookError(f"A layer of {expected} was given {x.dtype} {list(x.shape)}.")
         if x.is_cuda:
             from billhook.runtime import gpu
 
@@ -74,36 +72,27 @@ class SparseLinear(nn.Module):
         bias = self._buffers["bias"]
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        if (
-            type(x) is not Tensor
-            or torch.compiler.is_compiling()
-            or (x.requires_grad and torch.is_grad_enabled())
-            or x.is_meta
-        ):
+        traced = type(x) is not Tensor or torch.compiler.is_compiling() or x.is_meta
+        if traced or (x.requires_grad and torch.is_grad_enabled()):
             return ops.sparse_linear(x, self.bitmask, self.values, self.row_starts, self.scales, bias)
         return autotune.product(self.packed(), x, bias)
 
     def packed(self) -> native.Weight:
-        """The weight as the kernels read it; made again when a buffer was replaced or has moved."""
+        """The weight as the kernels read it, made again after a buffer was replaced or moved."""
         held, weight = self._buffers, self._weight
-        bitmask, values = held["bitmask"], held["values"]
+        bitmask, values, scales = held["bitmask"], held["values"], held["scales"]
         assert bitmask is not None
         assert values is not None
-        if weight is not None:
+        if weight is not None and weight.tensors[3] is scales:
             seen = weight.matrix
-            if (
-                seen.values == values.data_ptr()
-                and seen.bitmask == bitmask.data_ptr()
-                and weight.tensors[3] is held["scales"]
-            ):
+            if seen.values == values.data_ptr() and seen.bitmask == bitmask.data_ptr():
                 return weight
-        self._weight = native.Weight(
-            self.out_features, self.in_features, values, bitmask, self.row_starts, held["scales"]
-        )
+        shape = self.out_features, self.in_features
+        self._weight = native.Weight(*shape, values, bitmask, self.row_starts, scales)
         return self._weight
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Accept packed tensors with any number of values, after checking that they agree."""
+        """Accept packed tensors with any number of values that agree."""
         names = [name for name in ("bitmask", "values", "scales", "bias") if f"{prefix}{name}" in state_dict]
         given = {name: state_dict[f"{prefix}{name}"] for name in names}
         if "bitmask" in given and "values" in given:
@@ -116,23 +105,17 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape and sparsity, as printed by torch."""
-        kept = int(self.row_starts[-1]) / (self.in_features * self.out_features)
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, sparsity={1 - kept:.3f}, "
-            f"values={self.values.dtype}"
-        )
+        sparsity = 1 - int(self.row_starts[-1]) / (self.in_features * self.out_features)
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, sparsity={sparsity:.3f}, values={self.values.dtype}"
 
 
 def _check(bitmask: Tensor, values: Tensor, row_starts: Tensor, out_features: int, scales: Tensor | None) -> None:
     nnz = int(row_starts[-1])
     if bitmask.shape[0] != out_features or row_starts.shape != (out_features + 1,):
-        raise BillhookError(
-            f"A layer of {out_features} rows was given a bitmask of {bitmask.shape[0]} rows and positions of "
-            f"{row_starts.shape[0] - 1} rows. The packed file is damaged."
-        )
+        found = f"a bitmask of {bitmask.shape[0]} rows and positions of {row_starts.shape[0] - 1} rows"
+        raise BillhookError(f"A layer of {out_features} rows was given {found}. The packed file is damaged.")
     if values.ndim != 1 or values.numel() != nnz + PADDING // values.element_size():
-        raise BillhookError(
-            f"The bitmask keeps {nnz} weights, but there are {values.numel()} values with their padding."
-        )
+        raise BillhookError(f"The bitmask keeps {nnz} weights, but there are {values.numel()} values with padding.")
     if (values.dtype == torch.int8) != (scales is not None):
         raise BillhookError(f"Values of {values.dtype} {'need' if scales is None else 'have no'} scales.")

@@ -1,5 +1,4 @@
-"""Pack, expand and multiply weights by the compiled kernels where there are any, else in plain torch
-(`fallback.py`)."""
+"""Pack, expand and multiply weights by the compiled kernels, or without them in plain torch (`fallback.py`)."""
 
 import ctypes
 
@@ -15,12 +14,10 @@ _ALL = slice(None)
 
 
 class Weight:
-    """A weight [out, in] as the kernels read it: packed, or dense bfloat16 without a bitmask. Keeps its tensors
-    alive."""
+    """A weight [out, in] as the kernels read it, with its tensors: packed, or dense bfloat16 without a bitmask."""
 
     def __init__(self, out_features: int, in_features: int, values: Tensor, *packed: Tensor | None) -> None:
-        """`packed` is bitmask, row_starts and scales (or None), contiguous and on the CPU; absent for a dense
-        weight."""
+        """`packed` is bitmask, row_starts and scales (or None), contiguous on the CPU; empty for a dense weight."""
         bitmask, starts, scales = packed or (None, None, None)
         self.tensors = (values, bitmask, starts, scales)
         groups = scales.numel() // out_features if scales is not None else 1
@@ -30,7 +27,7 @@ class Weight:
         self.matrix = Matrix(*pointers, out_features, in_features, words, groups, group_words, TYPES[values.dtype])
         self.address = ctypes.addressof(self.matrix)
         self.shape = (out_features, in_features)
-        # What autotune chose for dtypes and token counts that were asked for, and the state this was chosen in.
+        # The choices of autotune by dtype and token count, and the state in which they were made.
         self.chosen: dict[tuple[torch.dtype, int], str] = {}
         self.chosen_for: tuple[int, int] | None = None
 
@@ -61,7 +58,7 @@ class Weight:
         return y
 
     def gemm_bytes(self, tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of scratch memory that `gemm` needs; 0 where there is no kernel for these instructions and dtypes."""
+        """Bytes of scratch memory that `gemm` needs; 0 without a kernel for this instruction set and these dtypes."""
         kernels, path = library.active() or (None, -1)
         if kernels is None or self.tensors[1] is None:
             return 0
@@ -86,11 +83,8 @@ def row_starts(bitmask: Tensor, in_features: int) -> Tensor:
     """
     width = mask_bytes(in_features)
     if bitmask.dtype != torch.uint8 or bitmask.ndim != 2 or in_features < 1 or bitmask.shape[1] != width:
-        raise BillhookError(
-            f"A bitmask of {in_features} columns must be uint8 [rows, {width}], found {bitmask.dtype} "
-            f"{list(bitmask.shape)}. "
-            "The packed file is damaged; pack the model again."
-        )
+        other = f"found {bitmask.dtype} {list(bitmask.shape)}. The packed file is damaged; pack the model again."
+        raise BillhookError(f"A bitmask of {in_features} columns must be uint8 [rows, {width}], {other}")
     bitmask = bitmask.contiguous()
     found = library.active()
     if found is None:
@@ -100,29 +94,20 @@ def row_starts(bitmask: Tensor, in_features: int) -> Tensor:
         starts = torch.empty(bitmask.shape[0] + 1, dtype=torch.int64)
         wrong = found[0].billhook_row_starts(bitmask.data_ptr(), bitmask.shape[0], in_features, starts.data_ptr()) >= 0
     if wrong:
-        raise BillhookError(
-            f"A bitmask of {in_features} columns keeps weights beyond the last column. The packed file is damaged."
-        )
+        raise BillhookError(f"A bitmask of {in_features} columns keeps weights beyond the last. The file is damaged.")
     return starts
 
 
 def expand(
-    bitmask: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    in_features: int,
-    *,
-    rows: slice = _ALL,
-    scales: Tensor | None = None,
+    bitmask: Tensor, values: Tensor, starts: Tensor, columns: int, *, rows: slice = _ALL, scales: Tensor | None = None
 ) -> Tensor:
-    """The dense rows [rows, in_features] of a packed weight, in the dtype of `values`; int8 values need `scales` and
-    give float32.
+    """The dense rows [rows, columns] of a packed weight, in the dtype of `values`, or float32 for int8 values.
 
-    `scales` is float32 [out] (one a row) or [out, ceil(in_features / group)] (one a run of `group` columns).
+    `scales`, for int8, is float32 [out] (one per row) or [out, ceil(columns / group)] (one per `group` columns).
     """
     first, last, _ = rows.indices(bitmask.shape[0])
     packed = (bitmask.contiguous(), starts.contiguous(), None if scales is None else scales.contiguous())
-    weight = Weight(bitmask.shape[0], in_features, values.contiguous(), *packed)
+    weight = Weight(bitmask.shape[0], columns, values.contiguous(), *packed)
     return expand_rows(weight, first, max(first, last), values.dtype if scales is None else torch.float32)
 
 
@@ -139,9 +124,8 @@ def expand_rows(weight: Weight, first: int, last: int, dtype: torch.dtype, room:
         dense = fallback.expand(bitmask, values, starts, weight.shape[1], slice(first, last))
     else:
         count = (last - first) * weight.shape[1]
-        dense = (torch.empty(count, dtype=values.dtype) if room is None else room[:count]).view(
-            last - first, weight.shape[1]
-        )
+        flat = torch.empty(count, dtype=values.dtype) if room is None else room[:count]
+        dense = flat.view(last - first, weight.shape[1])
         width, threads = dense.element_size(), torch.get_num_threads()
         found[0].billhook_expand(weight.address, first, last, dense.data_ptr(), width, found[1], threads)
     if scales is None:
@@ -153,8 +137,7 @@ def spread_scales(scales: Tensor, in_features: int) -> Tensor:
     """Scales in a shape that multiplies rows [rows, in_features] elementwise."""
     if scales.ndim == 1:
         return scales[:, None]
-    group = group_size(scales, in_features)
-    return scales.repeat_interleave(group, dim=1)[:, :in_features]
+    return scales.repeat_interleave(group_size(scales, in_features), dim=1)[:, :in_features]
 
 
 def group_size(scales: Tensor, in_features: int) -> int:
@@ -168,9 +151,7 @@ def group_size(scales: Tensor, in_features: int) -> int:
     for group in (MIN_GROUP << power for power in range(34)):
         if -(-in_features // group) == groups:
             return group
-    raise BillhookError(
-        f"{groups} scales a row do not fit {in_features} columns: a group is 64, 128, 256, ... columns."
-    )
+    raise BillhookError(f"{groups} scales per row do not fit {in_features} columns in groups of 64, 128, 256, ...")
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:

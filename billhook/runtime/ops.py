@@ -1,5 +1,4 @@
-"""The product with a packed weight as a torch operator, so that compilation and shape checks work; it has no
-derivative."""
+"""Products with packed weights as torch operators without derivatives, for torch.compile and fake tensors."""
 
 import torch
 from torch import Tensor
@@ -37,9 +36,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _no_derivative(context: object, gradient: Tensor) -> None:
-    raise BillhookError(
-        "Packed layers are for inference and have no gradients: train the dense model (`billhook unpack`)."
-    )
+    raise BillhookError("Packed layers have no gradients: train the dense model (billhook unpack).")
 
 
 sparse_linear.register_autograd(_no_derivative)

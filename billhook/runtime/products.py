@@ -24,8 +24,7 @@ from billhook.runtime.native import Weight, expand_rows
 GEMM_TOKENS = 1024  # tokens whose activations are rearranged at a time
 TILE_BYTES = 2 << 20  # of a dense tile, which stays in the cache while it is multiplied
 
-# Scratch memory is kept between calls: memory that is newly allocated costs a page fault every 4 KiB, more than the
-# expansion itself.
+# Scratch memory is reused: page faults in newly allocated memory cost more than the expansion itself.
 _scratch = threading.local()
 
 
@@ -93,14 +92,12 @@ def _room(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _common(values: torch.dtype, activations: torch.dtype) -> torch.dtype:
-    """The dtype in which tiles are multiplied: float32 for two different float dtypes; int8 is rounded to that of the
-    activations."""
+    """The dtype in which tiles are multiplied: that of the activations for equal dtypes and int8, otherwise float32."""
     return activations if values in (activations, torch.int8) else torch.float32
 
 
-WAYS: dict[str, Callable[[Weight, Tensor, Tensor | None], Tensor]] = {
-    function.__name__: function for function in (fused, tiled_gemm, sparse_gemm, tiles, large_tiles, fp32_tiles)
-}
+_FUNCTIONS = (fused, tiled_gemm, sparse_gemm, tiles, large_tiles, fp32_tiles)
+WAYS: dict[str, Callable[[Weight, Tensor, Tensor | None], Tensor]] = {f.__name__: f for f in _FUNCTIONS}
 
 
 def ways(weight: Weight, dtype: torch.dtype) -> list[str]:

@@ -33,8 +33,7 @@ def _ones(bits):
 
 @triton.jit
 def _half(values, at, bits):
-    """The values of four columns, [..., 2, 2], and which of them the low four `bits` keep; the first value is at
-    `at`."""
+    """The values from position `at` for four columns, [..., 2, 2], and which of them the low four `bits` keep."""
     place = values + at
     a, b, c, d = tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
     keep0, keep1, keep2, keep3 = (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0
@@ -55,8 +54,7 @@ def _columns(low, high):
 
 @triton.jit
 def _running(count):
-    """Inclusive prefix sums of count [R, S, 32] over the last axis; those of a row are below 2**16, so two rows share a
-    scan."""
+    """Inclusive prefix sums of count [R, S, 32] over the last axis; two rows, below 2**16 each, share a scan."""
     R: tl.constexpr = count.shape[0]
     S: tl.constexpr = count.shape[1]
     first, second = tl.split(tl.permute(tl.reshape(count, [R // 2, 2, S, 32]), (0, 2, 3, 1)))
@@ -66,8 +64,7 @@ def _running(count):
 
 @triton.jit
 def _fetch(mask, table, row, chunk, rows, stride, chunks):
-    """For rows `row` [R] and chunks `chunk` [S]: bytes of bitmask [R, S, 32], and the positions of first values [R,
-    S]."""
+    """Bytes of bitmask [R, S, 32] and positions of first values [R, S] for rows `row` [R] and chunks `chunk` [S]."""
     row = tl.minimum(row, rows - 1).to(tl.int64)
     byte = chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
     # The contiguities given here and below only set the order of a warp's lanes, and it must be one for all loads, or
@@ -80,8 +77,7 @@ def _fetch(mask, table, row, chunk, rows, stride, chunks):
 
 @triton.jit
 def _tile(bits, start, values, scales, row, chunk, rows, groups, GROUP: tl.constexpr):
-    """The chunks that `_fetch` read as [R, S * 256]: values, float32 where they have scales, and which of them are
-    kept."""
+    """The chunks that `_fetch` read, [R, S * 256]: values (float32 with scales), and which of them are kept."""
     bits = bits.to(tl.int32)
     count = _ones(bits)
     at = start[:, :, None] + _running(count) - count
@@ -100,8 +96,7 @@ def matvec(
     mask, values, table, scales, bias, x, y, rows, columns, stride, chunks, groups,
     ROWS: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """y [rows] = W x (+ bias) for one x [columns]: a program handles ROWS rows, each of its warps every SPAN-th
-    chunk."""
+    """y [rows] = W x (+ bias) for x [columns]: a program handles ROWS rows, each warp every SPAN-th chunk."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, SPAN * CHUNK], tl.float32)
     chunk = tl.arange(0, SPAN)
@@ -125,8 +120,7 @@ def matmat(
     mask, values, table, scales, x, parts, rows, columns, stride, chunks, groups, tokens, share,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """parts [splits, tokens, rows] = x Wᵀ over each split's `share` chunks, for x [tokens, columns] with up to TOKENS
-    tokens."""
+    """parts [splits, tokens, rows] = x Wᵀ over each split's `share` chunks, for x [tokens <= TOKENS, columns]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
     total = tl.zeros([ROWS, TOKENS], tl.float32)

@@ -1,4 +1,4 @@
-"""Prepare a loaded model for fast inference on this machine: choose how every layer multiplies."""
+"""Prepare a loaded model for fast inference on this machine: choose a kernel for every layer."""
 
 from typing import Any
 
@@ -10,16 +10,15 @@ from billhook.runtime.dense import DenseLinear, adopt_, is_supported
 from billhook.runtime.linear import SparseLinear
 from billhook.runtime.native import Weight
 
-MIN_DENSE_WEIGHTS = 1 << 20  # a smaller dense layer is not worth a measurement
+MIN_DENSE_WEIGHTS = 1 << 20  # smaller dense layers are not measured
 
 
 @torch.no_grad()
 def tune_(model: nn.Module) -> list[dict[str, Any]]:
     """Choose for every layer how it multiplies, and return `choices`.
 
-    Dense bfloat16 `nn.Linear` layers on the CPU for which our kernel is faster become `DenseLinear`, with the same
-    parameters; dense layers on other devices stay as they are. Measurements, which take some seconds for a new model on
-    a new machine, are stored in the user's cache.
+    Dense bfloat16 `nn.Linear` layers on the CPU for which our kernel is faster become `DenseLinear` with the same
+    parameters. Measurements, some seconds for a new model on a new machine, are cached.
     """
     autotune.load_choices()
     dtype = _activations(model)
@@ -35,8 +34,7 @@ def tune_(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def choices(model: nn.Module) -> list[dict[str, Any]]:
-    """For each layer that is packed or uses our dense kernel: `layer`, `shape`, `sparsity`, `values` (dtype) and
-    `ways`, {tokens: way}."""
+    """`layer`, `shape`, `sparsity`, `values` (dtype) and `ways` by tokens, for each packed layer and DenseLinear."""
     found, activations = [], _activations(model)
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
@@ -60,14 +58,13 @@ def _ways(layer: SparseLinear, activations: torch.dtype) -> dict[int, str]:
 
 
 def _activations(model: nn.Module) -> torch.dtype:
-    """The dtype that the inputs of layers most likely have: that of the model's parameters, else of its packed
-    values."""
+    """The assumed dtype of the inputs of layers: that of the model's parameters, or of its packed values."""
     kept = (module.values for module in model.modules() if isinstance(module, SparseLinear))
     return next((tensor.dtype for tensor in (*model.parameters(), *kept) if tensor.is_floating_point()), torch.bfloat16)
 
 
 def _ours(layer: nn.Linear) -> bool:
-    """Whether our kernel can serve a dense layer and is faster than torch's."""
+    """Whether our kernel supports a dense layer and is faster than torch's."""
     weight = layer.weight.detach()
     if weight.numel() < MIN_DENSE_WEIGHTS or not is_supported(weight):
         return False

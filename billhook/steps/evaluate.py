@@ -51,7 +51,7 @@ class EvalConfig:
 
 
 def evaluate_model(model: str | Path, config: EvalConfig, progress: Progress = lambda what: None) -> dict[str, Any]:
-    """Load a dense or packed model and score it as asked; the fields are in docs/formats.md, `eval --json`.
+    """Load a dense or packed model and score it as asked; docs/formats/json_output.md lists the fields.
 
     Raises BillhookError, before any model is loaded where that can be told, for what cannot be done as asked.
     """

@@ -64,19 +64,18 @@ class Report:
         }
 
 
-def record(job: Job, results: Sequence[LayerResult], **made_by: Any) -> dict[str, Any]:
-    """The content of billhook.json after the job: the earlier steps of the model and this one, with the facts
-    `made_by`."""
+def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
+    """The content of billhook.json after the job: the earlier steps of the model and this one."""
     before = job.opened.history
     known = {} if before is None else before.layers
     present = {layer.name: layer for layer in find_layers(job.opened.model)}
     notes = {result.layer: [*result.notes, *_refilled(result, known.get(result.layer))] for result in results}
     layers = {name: _left_alone(facts) | _place(present[name]) for name, facts in known.items() if name in present}
     layers |= {r.layer: _layer_record(r, notes[r.layer]) | _place(present[r.layer]) for r in results}
-    return append_step(before, prune_step(job, notes, **made_by), layers).to_json()
+    return append_step(before, prune_step(job, notes), layers).to_json()
 
 
-def prune_step(job: Job, notes: Mapping[str, Sequence[str]], **made_by: Any) -> Step:
+def prune_step(job: Job, notes: Mapping[str, Sequence[str]]) -> Step:
     """The job as a step of a record, with the `notes` of its layers."""
     request, opened = job.request, job.opened
     plan, fields = job.plan.to_json(), ("published", "refine", "seed", "dtype", "device")
@@ -98,7 +97,6 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]], **made_by: Any) -> 
             "gradients": _gradients_record(job),
             "papers": papers,
             "versions": {"python": platform.python_version(), **packages},
-            **made_by,
         },
         opened.facts,
         [

@@ -174,7 +174,7 @@ def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrain
         kind = type(request.model).__name__
         raise BillhookError(f"The model must be a directory, a hub name or a transformers PreTrainedModel, got {kind}.")
     source = resolve(request.model)
-    task = task_of_config(source, check_directory(source).config)
+    task = task_of_config(source, check_directory(source))
     if output is not None:
         unfinished = unfinished_run(output, resume=request.resume, overwrite=request.overwrite)
         check_output(output, source, overwrite=request.overwrite, needed=0 if unfinished else weight_bytes(source))

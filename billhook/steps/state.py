@@ -92,13 +92,8 @@ def check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: 
     """Raise BillhookError naming what differs between the run in `folder` and the one that would continue it."""
     for key in dict.fromkeys([*found, *wanted]):
         if found.get(key) != wanted.get(key):
-            change = f"its {key} was {_short(found.get(key))}, now it is {_short(wanted.get(key))}"
+            change = f"its {key} was {found.get(key)!r:.100}, now it is {wanted.get(key)!r:.100}"
             raise BillhookError(
                 f"The unfinished run in {folder} cannot be continued: {change}. Run it as before, or start again with "
                 "--overwrite."
             )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."

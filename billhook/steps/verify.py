@@ -22,6 +22,7 @@ from billhook.store.record import REFILLED, Record, Step, located, read_record, 
 from billhook.store.shards import Shard, layer_zeros, read_shard, weight_files
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Verification:
         return {"ok": self.ok, **asdict(self)}
 
 
-def verify(directory: str | Path, progress: Callable[[int, int], None] | None = None) -> Verification:
+def verify(directory: str | Path, progress: Progress = lambda done, all: None) -> Verification:
     """Compare a directory with its billhook.json, and a packed one with the record of packing too.
 
     `progress(done, all)` is called after each layer. Raises BillhookError for a missing or damaged record; every other
@@ -84,12 +85,7 @@ def verify(directory: str | Path, progress: Callable[[int, int], None] | None = 
 
 
 def _check_record(
-    directory: Path,
-    record: Record,
-    problems: list[str],
-    shards: Sequence[Shard],
-    damaged: list[str],
-    progress: Callable[[int, int], None] | None,
+    directory: Path, record: Record, problems: list[str], shards: Sequence[Shard], damaged: list[str], progress: Progress
 ) -> Verification:
     """Check the chain of steps and count the zeros of every layer; `problems` found before come first."""
     problems = [*problems, *damaged, *_check_chain(record)]
@@ -106,8 +102,7 @@ def _check_record(
             counted, found, weights = counted + 1, found + _count(parts), weights + layer.shape[0] * layer.shape[1]
         elif not damaged:
             problems.append(f"{layer.name}: its weights are not where {RECORD} says.")
-        if progress is not None:
-            progress(done, len(expected))
+        progress(done, len(expected))
     return Verification(str(directory), len(record.steps), counted, found, weights, problems)
 
 
@@ -151,9 +146,8 @@ class _Expected:
 
 def _expectations(record: Record) -> list[_Expected]:
     """The layers with their plans; raises BillhookError where plans and layers contradict each other."""
-    expected = {
-        name: _Expected(name, (facts["shape"][0], facts["shape"][1]), facts) for name, facts in record.layers.items()
-    }
+    layers = record.layers.items()
+    expected = {name: _Expected(name, (facts["shape"][0], facts["shape"][1]), facts) for name, facts in layers}
     targets: dict[str, float] = {}
     for number, step in enumerate(record.steps):
         if step.plan is None:

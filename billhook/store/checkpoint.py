@@ -8,7 +8,6 @@ with random numbers and warns. Code that comes with a checkpoint runs only with 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,6 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checked model directory: its config.json and its safetensors files."""
-
-    path: Path
-    config: dict[str, Any]
-    weights: tuple[Path, ...]
 
 
 def resolve(model: str | Path) -> Path:
@@ -75,18 +65,17 @@ def _download(name: str) -> Path:
         ) from None
 
 
-def check_directory(path: Path) -> Checkpoint:
-    """Check that `path` holds a model in safetensors, without reading a weight.
+def check_directory(path: Path) -> dict[str, Any]:
+    """Check that `path` holds a model in safetensors, without reading a weight; returns its configuration.
 
     Raises BillhookError for: no config.json, missing, incomplete or damaged safetensors, pickled or quantized weights.
     """
     config = read_config(path)
-    weights = weight_files(path)
-    if not weights:
+    if not (files := weight_files(path)):
         raise BillhookError(_no_weights(path))
-    for file in weights:
+    for file in files:
         read_shard(file)
-    return Checkpoint(path, config, tuple(weights))
+    return config
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -128,7 +117,7 @@ def load(
     `dtype` "auto" is the checkpoint's own. Raises BillhookError where tensors are missing, left over, or of another
     shape than the configuration says.
     """
-    check_code(path, auto_class, trust_remote_code)
+    check_trusted(path, check_directory(path), auto_class, trust_remote_code)
     with loading(path):
         kind, local = getattr(transformers, auto_class), {"local_files_only": True, "use_safetensors": True}
         model = from_pretrained(kind, path, path, dtype=dtype, trust_remote_code=trust_remote_code, **local)
@@ -156,13 +145,6 @@ def from_pretrained(
     _check_complete(path, info)
     loaded: PreTrainedModel = model
     return loaded
-
-
-def check_code(path: Path, auto_class: str, trust_remote_code: bool) -> Checkpoint:
-    """`check_directory`, and refuse code that comes with the model unless it is trusted."""
-    checkpoint = check_directory(path)
-    check_trusted(path, checkpoint.config, auto_class, trust_remote_code)
-    return checkpoint
 
 
 def check_trusted(path: Path, config: dict[str, Any], auto_class: str, trust_remote_code: bool) -> None:

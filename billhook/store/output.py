@@ -28,12 +28,7 @@ def check_output(output: Path, source: Path | None = None, *, overwrite: bool = 
         raise BillhookError(
             f"The output {output} contains the source model {source} or is inside it: choose another output."
         )
-    if output.exists() and not output.is_dir():
-        raise BillhookError(f"The output {output} is a file: choose a directory.")
-    if not output.parent.is_dir():
-        raise BillhookError(f"Cannot write {output}: the folder {output.parent} does not exist. Create it first.")
-    if not os.access(output.parent, os.W_OK):
-        raise BillhookError(f"Cannot write {output}: the folder {output.parent} is not writable.")
+    _check_folder(output, output.parent)
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise BillhookError(
@@ -52,15 +47,19 @@ def check_output(output: Path, source: Path | None = None, *, overwrite: bool = 
 def check_record_place(folder: Path, record: str) -> None:
     """Raise BillhookError unless `folder` can hold the file `record`: it is new in an existing parent, empty, or holds
     that file already."""
-    if folder.exists() and not folder.is_dir():
-        raise BillhookError(f"The output {folder} is a file: choose a directory.")
-    parent = folder.absolute().parent
-    if not folder.exists() and not parent.is_dir():
-        raise BillhookError(f"Cannot create {folder}: its parent directory does not exist. Create it first.")
-    if not os.access(folder if folder.exists() else parent, os.W_OK):
-        raise BillhookError(f"Cannot write to {folder}: the directory is not writable.")
+    _check_folder(folder, folder if folder.exists() else folder.absolute().parent)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / record).exists():
         raise BillhookError(f"The output {folder} is not empty and holds no {record}: choose another.")
+
+
+def _check_folder(output: Path, parent: Path) -> None:
+    """Raise BillhookError unless `output` is a directory or can be one, and `parent` exists and is writable."""
+    if output.exists() and not output.is_dir():
+        raise BillhookError(f"The output {output} is a file: choose a directory.")
+    if not parent.is_dir():
+        raise BillhookError(f"Cannot write {output}: the folder {parent} does not exist. Create it first.")
+    if not os.access(parent, os.W_OK):
+        raise BillhookError(f"Cannot write {output}: the folder {parent} is not writable.")
 
 
 @contextmanager

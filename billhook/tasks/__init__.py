@@ -6,9 +6,5 @@ A task says which class opens a model, how a SOURCE becomes batches, and how los
 from billhook.registry import Registry
 
 TASKS = Registry(
-    "task",
-    {
-        "text-generation": "billhook.tasks.text_generation:TASK",
-        "fill-mask": "billhook.tasks.fill_mask:TASK",
-    },
+    "task", {"text-generation": "billhook.tasks.text_generation:TASK", "fill-mask": "billhook.tasks.fill_mask:TASK"}
 )

@@ -18,8 +18,10 @@ def tasks() -> list[Task]:
 
 
 def task_of(model: PreTrainedModel) -> Task:
-    """The task of a model in memory, from its class; raises BillhookError for a class of no task."""
-    return _named(type(model).__name__, [type(model).__name__], model.config.to_dict())
+    """The task of a model in memory, from its class, or from its type where it has no head; raises BillhookError for a
+    class of no task."""
+    name = type(model).__name__
+    return _named(name, [] if model.base_model is model else [name], model.config.to_dict())
 
 
 def task_of_config(path: Path, config: dict[str, Any]) -> Task:

@@ -47,7 +47,7 @@ def papers(
                 raise BillhookError(
                     f"No document of {source} is longer than {length} tokens ({len(texts)} documents, the "
                     f"longest has {longest}): "
-                    "use a smaller --length or --sampling packed."
+                    "use a smaller --length, or leave out --published."
                 )
     return torch.tensor(rows, dtype=torch.int64)
 

@@ -40,20 +40,17 @@ import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError, JobError
-from billhook.methods.least_squares import DOUBLE, aimed, solve_support
+from billhook.methods.least_squares import DOUBLE, shift_to_dense, solve_support
 from billhook.methods.masks import Select
 from billhook.methods.statistics import LayerStats
 from billhook.registry import method
 
-LADDER = 4  # attempts, each with ten times the damping of the one before
+ATTEMPTS = 4  # attempts, each with ten times the damping of the one before
 RAMP = 9  # steps until the sparsity is the plan's
 _WORK = 9216, 3072  # steps times inputs, up to `DOUBLE` inputs and beyond
 _RHO = 0.3, 0.6
-_RISES = (
-    (0.1, 1.3),
-    (0.005, 1.2),
-    (0.0, 1.1),
-)  # where more of the support than the first has changed, rho rises by the second
+# (fraction, factor): rho rises by the first factor for which more than this fraction of the mask has changed
+_RISES = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
 
 @method(
@@ -82,16 +79,15 @@ def admm(
     steps = default_steps(inputs) if steps is None else steps
     rho = _RHO[inputs > DOUBLE] if rho is None else rho
     if steps < 1 or not 0 < rho < float("inf") or not 0 <= damping < float("inf") or not 0 <= dense_target <= 1:
-        values = (
-            f"steps={steps} must be at least 1, rho={rho} above 0, damping={damping} finite and not negative, "
-            f"dense_target={dense_target} in [0, 1]"
+        raise BillhookError(
+            f"admm: steps={steps} must be at least 1, rho={rho} above 0, damping={damping} finite and not negative, "
+            f"dense_target={dense_target} in [0, 1]."
         )
-        raise BillhookError(f"admm: {values}.")
     assert stats.gram is not None
-    W = aimed(W, stats, dense_target, damping)
+    W = shift_to_dense(W, stats, dense_target, damping)
     dtype = torch.float64 if inputs <= DOUBLE else W.dtype
     used = damping
-    for _ in range(LADDER):
+    for _ in range(ATTEMPTS):
         H, scale = _unit_diagonal(stats, used, dtype)
         X = W.to(dtype) * scale
         keep, start = _alternate(X, H, select, steps, rho)
@@ -100,10 +96,7 @@ def admm(
             break
         used = max(10 * used, 1e-4)
     else:
-        raise JobError(
-            "ADMM: the input statistics cannot be factorized; use more calibration text, more damping or another "
-            "criterion."
-        )
+        raise JobError("ADMM: the input statistics cannot be factorized; use more calibration text or damping.")
     if used != damping:
         stats.note(f"damping raised from {damping:g} to {used:g}: the factorization failed below it")
     return torch.where(keep, solution.weight / scale, 0).to(W.dtype)
@@ -115,9 +108,7 @@ def default_steps(inputs: int) -> int:
 
 
 def _unit_diagonal(stats: LayerStats, damping: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return H [in, in] with a unit diagonal and the scale [in] of the weights that goes with it; zero inputs come
-    first.
-    """
+    """Return H [in, in] with a unit diagonal and the scale [in] of the weights; inputs that are zero come first."""
     assert stats.gram is not None
     gram = stats.gram.to(dtype)
     diagonal = gram.diagonal()
@@ -138,27 +129,25 @@ def _unit_diagonal(stats: LayerStats, damping: float, dtype: torch.dtype) -> tup
 
 
 def _alternate(X: Tensor, H: Tensor, select: Select, steps: int, rho: float) -> tuple[Tensor, Tensor]:
-    """Return the mask, bool [out, in], and the values at the end of the alternation, in coordinates with a unit
-    diagonal.
-    """
+    """Return the mask, bool [out, in], and the values at the end of the alternation, both for H's unit diagonal."""
     ramp = 0 if select.keep_of is not None else min(steps, RAMP)
     inverse, before = _inverse(H, rho), None
     U, V = torch.zeros_like(X), X
     for step in range(1, steps + 1):
-        all_reduce_ = V + U
-        share = 1 - (1 - step / ramp) ** 3 if step < ramp else 1.0
-        keep = replace(select, sparsity=select.sparsity * share, zeros=round(select.zeros * share))(all_reduce_.abs())
-        Z = all_reduce_ * keep
-        U = all_reduce_ - Z
+        total = V + U
+        part = 1 - (1 - step / ramp) ** 3 if step < ramp else 1.0
+        keep = replace(select, sparsity=select.sparsity * part, zeros=round(select.zeros * part))(total.abs())
+        Z = total * keep
+        U = total - Z
         if ramp <= step < steps and step % 3 == 0:
             changed = 1.0 if before is None else float((keep ^ before).sum()) / 2 / max(int(keep.sum()), 1)
             if changed == 0:
-                return keep, all_reduce_
+                return keep, total
             rise, before = next(rise for least, rise in _RISES if changed > least), keep
             rho, U, inverse = rho * rise, U / rise, _inverse(H, rho * rise)
         V = torch.addmm(X, Z - U - X, inverse, alpha=rho)
-    all_reduce_ = V + U
-    return select(all_reduce_.abs()), all_reduce_
+    total = V + U
+    return select(total.abs()), total
 
 
 def _inverse(H: Tensor, rho: float) -> Tensor:

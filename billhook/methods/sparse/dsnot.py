@@ -40,7 +40,7 @@ def dsnot(W: Tensor, stats: LayerStats, select: Select, *, cycles: int = 50, thr
     assert stats.input_mean is not None
     score = W.abs() * stats.input_norm
     keep = select(score)
-    effect = W * stats.input_mean  # what each weight gives to the row's mean output
+    effect = W * stats.input_mean  # contribution of each weight to the row's mean output
     variance = stats.input_norm**2 * (stats.sequences / max(stats.tokens, 1)) - stats.input_mean**2
     gain = effect / variance.clamp_min(1e-12)
     group = W.shape[1] if select.keep_of is None else select.keep_of[1]
@@ -63,8 +63,7 @@ def dsnot(W: Tensor, stats: LayerStats, select: Select, *, cycles: int = 50, thr
 def _exchange(
     keep: Tensor, effect: Tensor, gain: Tensor, score: Tensor, error: Tensor, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every row [rows, in]: the column that comes back, the one that goes, and the error [rows] after it (infinite
-    where none fits)."""
+    """For every row: the column to restore, the column to remove, and the error after that (infinite if none fits)."""
     sign = error.sign()[:, None]
     best, back = (sign * gain).masked_fill(keep, -torch.inf).max(1)
     rows = torch.arange(len(keep), device=keep.device)

@@ -66,7 +66,6 @@ def gblm(
     if mode == "paper":
         score = size * (stats.input_norm * math.sqrt(stats.sequences) + scale * stats.gradient)
     else:
-        score = size * stats.input_norm + size * stats.gradient * (
-            scale / 100
-        )  # this statistic has the published factor 100 inside
+        # this statistic includes the published factor of 100
+        score = size * stats.input_norm + size * stats.gradient * (scale / 100)
     return W.masked_fill(~select(score), 0)

@@ -36,13 +36,13 @@ import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError, JobError
-from billhook.methods.least_squares import aimed
+from billhook.methods.least_squares import shift_to_dense
 from billhook.methods.masks import Select
 from billhook.methods.statistics import LayerStats
 from billhook.registry import method
 
 PANEL = 32  # columns that are brought up to date together, by one matrix product, inside a block
-LADDER = 4  # attempts, each with ten times the damping of the one before
+ATTEMPTS = 4  # attempts, each with ten times the damping of the one before
 
 
 @method(
@@ -66,13 +66,12 @@ def sparsegpt(
     if H cannot be factorized, BillhookError for options out of range.
     """
     if block_size < 1 or not 0 <= damping < float("inf") or not 0 <= dense_target <= 1:
-        values = (
-            f"block_size={block_size} must be at least 1, damping={damping} finite and not negative, "
-            f"dense_target={dense_target} in [0, 1]"
+        raise BillhookError(
+            f"sparsegpt: block_size={block_size} must be at least 1, damping={damping} finite and not negative, "
+            f"dense_target={dense_target} in [0, 1]."
         )
-        raise BillhookError(f"sparsegpt: {values}.")
     assert stats.gram is not None
-    W = aimed(W, stats, dense_target, damping)
+    W = shift_to_dense(W, stats, dense_target, damping)
     gram = stats.gram.to(W.dtype)
     dead = gram.diagonal() <= 0
     if dead.any():
@@ -82,7 +81,7 @@ def sparsegpt(
     U = inverse_factor(gram, dead, damping, stats)
     group = 1 if select.keep_of is None else select.keep_of[1]
     width = max(block_size // group, 1) * group
-    columns = W.t().clone(memory_format=torch.contiguous_format)  # of one row, contiguous() would be W itself
+    columns = W.t().clone(memory_format=torch.contiguous_format)  # contiguous() of a single row would return W itself
     for start in range(0, len(columns), width):
         stop = min(start + width, len(columns))
         errors = _prune_block(columns[start:stop], U[start:stop, start:stop], dead[start:stop], select, start)
@@ -91,10 +90,10 @@ def sparsegpt(
 
 
 def inverse_factor(gram: Tensor, dead: Tensor, damping: float, stats: LayerStats) -> Tensor:
-    """Return U [in, in], upper triangular with UᵀU = (gram + damping * mean(diag))^-1; zero inputs are decoupled, with
-    1 on the diagonal.
+    """Return U [in, in], upper triangular with UᵀU = (gram + damping * mean(diag))^-1.
 
-    Raises the damping tenfold, with a note, while the factorization fails; raises JobError if it still does.
+    Inputs that are zero are decoupled, with 1 on the diagonal. While the factorization fails, the damping is raised
+    tenfold, with a note; raises JobError if it still fails.
     """
     H = gram.flip(0, 1)
     diagonal = H.diagonal()
@@ -102,7 +101,7 @@ def inverse_factor(gram: Tensor, dead: Tensor, damping: float, stats: LayerStats
     mean = diagonal.sum() / max(int((~dead).sum()), 1)
     original = torch.where(dead, 1.0, diagonal)
     used = damping
-    for _ in range(LADDER):
+    for _ in range(ATTEMPTS):
         diagonal.copy_(original + used * mean)
         L, failed = torch.linalg.cholesky_ex(H)
         if not failed:

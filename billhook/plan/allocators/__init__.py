@@ -1,5 +1,4 @@
-"""Allocators: functions `(table, target, *, options) -> {layer: sparsity}`. Arithmetic on a table; no model, no
-torch."""
+"""Allocators: functions `(table, target, *, options) -> {layer: sparsity}`, without model and torch."""
 
 import math
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ ALLOCATORS = Registry(
     },
     plugins=True,
 )
-AUTO = "auto"  # as an allocator or a hyperparameter: chosen by trials on the model (`billhook.racing`)
+AUTO = "auto"  # an allocator, or a value of an option, that is chosen by trials on the model (`billhook.racing`)
 
 
 def allocate(
@@ -41,18 +40,16 @@ def allocate(
     pattern: str | Pattern = "unstructured",
     **options: Any,
 ) -> Plan:
-    """Decide how much each layer of `table` loses.
+    """The plan that an allocator makes from `table`.
 
-    `sparsity` is the parameter-weighted mean to reach, in [0, 1); with an N:M pattern it may be None and must otherwise
-    be 1 - N/M. `options` are the allocator's own (numbers, or strings as typed on a command line). An allocator that
-    gives layers different sparsities gives them, under N:M, different N with the same M, whose average is the pattern's
-    N (largest remainder). Raises BillhookError for an unknown allocator or option, an illegal value, or a column the
-    table lacks.
+    `sparsity` is the parameter-weighted mean, in [0, 1); with an N:M pattern, None or 1 - N/M. `options` are the
+    allocator's (numbers, or strings as on the command line). Under N:M, layers get different N with the same M, whose
+    mean is the pattern's N (largest remainder). Raises BillhookError for an unknown allocator or option, an illegal
+    value, or a missing column.
     """
     if allocator == AUTO or AUTO in options.values():
         raise BillhookError(
-            "auto tries plans on a model: use it with billhook prune, search or compare. From a table alone, allocate "
-            "with curves, or give the option's value."
+            "auto tries plans on a model (billhook prune or search). From a table, allocate with curves."
         )
     pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
     target = check_budget(sparsity, pattern)
@@ -78,26 +75,23 @@ def allocate(
 
 
 def check_budget(sparsity: float | None, pattern: Pattern) -> float:
-    """The global sparsity meant by `sparsity` and `pattern` together; raises BillhookError when they disagree or it is
-    missing."""
+    """The global sparsity by `sparsity` and `pattern`; raises BillhookError if they disagree or both leave it open."""
     if not pattern.structured:
         if sparsity is None:
-            raise BillhookError("Say how much to remove: --sparsity 0.5 removes half of the weights.")
+            raise BillhookError("Give the fraction to remove: --sparsity 0.5 removes half of the weights.")
         return check_target(sparsity)
     implied = 1 - pattern.keep / pattern.of  # type: ignore[operator]
     if sparsity is not None and abs(check_target(sparsity) - implied) > 1e-6:
         raise BillhookError(
-            f"Pattern {pattern} keeps {pattern.keep} of every {pattern.of}: its sparsity is {implied:g}, not "
-            f"{sparsity:g}."
+            f"{pattern} keeps {pattern.keep} of every {pattern.of}: its sparsity is {implied:g}, not {sparsity:g}."
         )
     return implied
 
 
 def _whole_groups(table: Table, shares: Mapping[str, float], pattern: Pattern) -> dict[str, float]:
-    """Round each layer's sparsity to a multiple of 1/of, keeping the total as near the budget as layer sizes allow."""
+    """Round each layer's sparsity to a multiple of 1/M, with the total as near the budget as layer sizes allow."""
     of = pattern.of
     assert of is not None
-    removed = whole_numbers(
-        [of * shares[row.layer] for row in table], [of] * len(table.rows), [row.n / of for row in table]
-    )
+    exact, weights = [of * shares[row.layer] for row in table], [row.n / of for row in table]
+    removed = whole_numbers(exact, [of] * len(exact), weights)
     return {row.layer: k / of for row, k in zip(table, removed, strict=True)}

@@ -38,7 +38,7 @@ from billhook.plan.metrics import sign
 from billhook.plan.table import Table
 from billhook.registry import method
 
-OWN_SHARE = 0.5  # of a layer's deviation from its block's mean, in the mixed mapping
+OWN_SHARE = 0.5  # part of a layer's deviation from its block's mean in the mixed mapping
 
 
 @method(paper="Lu et al. 2024, arXiv:2410.10912", needs=lambda metric, **_: (metric,))
@@ -57,9 +57,7 @@ def alphapruning(
     formula for it; this one is ours.) If all metrics are equal, the plan is uniform.
     """
     if not 0 <= epsilon <= 1:
-        raise BillhookError(
-            f"AlphaPruning's epsilon must be in [0, 1], got {epsilon} (0 is uniform; the papers use 0.1 to 0.5)."
-        )
+        raise BillhookError(f"AlphaPruning's epsilon must be in [0, 1], got {epsilon} (the papers use 0.1 to 0.5).")
     q = {row.layer: sign(metric) * value for row, value in zip(table, table.column(metric), strict=True)}
     if mapping != "layer":
         own = OWN_SHARE if mapping == "mixed" else 0.0

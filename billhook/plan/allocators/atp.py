@@ -51,9 +51,8 @@ def atp(table: Table, target: float, *, beta: float | None = None) -> dict[str, 
     largest = largest_beta(len(blocks), target)
     step = largest / 4 if beta is None else beta
     if beta is not None and not 0 <= step <= largest * (1 + 1e-12):
-        raise BillhookError(
-            f"ATP's beta must be in [0, {largest:.6g}] for {len(blocks)} blocks at sparsity {target:g}, got {beta:g}."
-        )
+        limits = f"[0, {largest:.6g}] for {len(blocks)} blocks at sparsity {target:g}"
+        raise BillhookError(f"ATP's beta must be in {limits}, got {beta:g}.")
     first = target - step * (len(blocks) - 1) / 2
     depth = {row.layer: position for position, rows in enumerate(blocks.values()) for row in rows}
     raw = [first + step * depth[row.layer] for row in table]

@@ -85,9 +85,10 @@ def _hull(curve: Sequence[float], ceiling: float) -> list[tuple[tuple[float, flo
     points.append((ceiling, at(curve, ceiling)))
     hull: list[tuple[float, float]] = []
     for s, value in points:
-        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (s - hull[-1][0]) >= (value - hull[-1][1]) * (
-            hull[-1][0] - hull[-2][0]
-        ):
+        while len(hull) > 1:
+            (a, x), (b, y) = hull[-2:]
+            if (y - x) * (s - b) < (value - y) * (b - a):
+                break
             hull.pop()
         hull.append((s, value))
     return list(pairwise(hull))

@@ -37,8 +37,6 @@ def dlp(
     restores the parameter-weighted mean. If all scores are equal, the plan is uniform.
     """
     if not 0 <= alpha <= 0.5:
-        raise BillhookError(
-            f"DLP's alpha must be in [0, 0.5], got {alpha:g} (the paper uses 0.15 at 70 %, 0.1 at 60 %, 0.04 at 50 %)."
-        )
-    raw = [x * 2 * alpha for x in min_max(table.column(f"wanda_{statistic}"))]  # 1 - score / sum, turned round twice
+        raise BillhookError(f"DLP's alpha must be in [0, 0.5], got {alpha:g} (the paper uses 0.04 to 0.15).")
+    raw = [x * 2 * alpha for x in min_max(table.column(f"wanda_{statistic}"))]  # min-max of -u, up to a constant
     return dict(zip(table.shapes, shift_to(raw, [row.n for row in table], target), strict=True))

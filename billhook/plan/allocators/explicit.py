@@ -59,10 +59,8 @@ def _by_pattern(table: Table, target: float, given: Mapping[str, Any], file: str
     for pattern, s in given.items():
         matching = [row.layer for row in table if _matches(pattern, row.layer, row.kind)]
         if not matching:
-            known = {row.kind for row in table} | set(table.shapes)
-            raise BillhookError(
-                f"{file}: {pattern!r} matches no layer.{hint(pattern, known)} Name a kind, a layer, or re:REGEX."
-            )
+            near = hint(pattern, {row.kind for row in table} | set(table.shapes))
+            raise BillhookError(f"{file}: {pattern!r} matches no layer.{near} Give a kind, a layer, or re:REGEX.")
         fixed |= dict.fromkeys(matching, _fraction(s, file))
     sizes = {row.layer: row.n for row in table}
     rest = [name for name in sizes if name not in fixed]

@@ -21,6 +21,5 @@ from billhook.registry import method
 @method(paper="Lee et al. 2021, arXiv:2010.07611", needs=("lamp_quantiles",))
 def lamp(table: Table, target: float) -> dict[str, float]:
     """Return the fraction of each layer's LAMP scores that lies below the common threshold."""
-    return dict(
-        zip(table.shapes, cut(table.curve("lamp_quantiles"), [row.n for row in table], target, 1.0), strict=True)
-    )
+    shares = cut(table.curve("lamp_quantiles"), [row.n for row in table], target, 1.0)
+    return dict(zip(table.shapes, shares, strict=True))

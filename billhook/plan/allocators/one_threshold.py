@@ -29,8 +29,6 @@ def one_threshold(
     `score` chooses what is compared; `floor` is the fraction of every layer that is kept at least.
     """
     if not 0 <= floor < 1:
-        raise BillhookError(
-            f"The floor, the share of every layer that is kept at least, must be in [0, 1), got {floor:g}."
-        )
+        raise BillhookError(f"floor, the least fraction kept of every layer, must be in [0, 1), got {floor:g}.")
     curves = table.curve(f"{score}_quantiles")
     return dict(zip(table.shapes, cut(curves, [row.n for row in table], target, max(1 - floor, target)), strict=True))

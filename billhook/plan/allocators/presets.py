@@ -53,9 +53,7 @@ def _alphapruning() -> dict[str, Preset]:
             settings += [(per_cent, criterion, epsilon) for per_cent, epsilon in zip((75, 80, 85), higher, strict=True)]
         for per_cent, criterion, epsilon in settings:
             name = f"alphapruning/{model}" + ("" if criterion == "wanda" else f"/{criterion}") + f"@{per_cent}"
-            source = (
-                "Lu et al. 2024, published scripts" if per_cent == 70 else "Hu et al. 2025 (FARMS), published scripts"
-            )
+            source = ("Lu et al. 2024" if per_cent == 70 else "Hu et al. 2025 (FARMS)") + ", published scripts"
             options = {"metric": "alpha_peak", "epsilon": epsilon, "mapping": "block"}
             found[name] = Preset("alphapruning", options, per_cent / 100, criterion, source)
     return found
@@ -64,18 +62,15 @@ def _alphapruning() -> dict[str, Preset]:
 PRESETS: dict[str, Preset] = {
     **_alphapruning(),
     "owl/llama@70": Preset("owl", {"m": 5.0, "lam": 0.08}, 0.7, "wanda", "Yin et al. 2024, README"),
-    **{
-        f"dlp@{per_cent}": Preset(
-            "dlp", {"alpha": alpha, "statistic": "mean"}, per_cent / 100, "wanda", "Chen et al. 2025"
-        )
-        for per_cent, alpha in ((50, 0.04), (60, 0.1), (70, 0.15))
-    },
 }
+for _per_cent, _alpha in ((50, 0.04), (60, 0.1), (70, 0.15)):
+    _options = {"alpha": _alpha, "statistic": "mean"}
+    PRESETS[f"dlp@{_per_cent}"] = Preset("dlp", _options, _per_cent / 100, "wanda", "Chen et al. 2025")
 OWL_GRID = {"lam": (0.02, 0.05, 0.08, 0.1, 0.2), "m": (3.0, 5.0, 7.0, 10.0)}  # EvoPress' code, arXiv:2410.14649
 
 
 def preset(name: str) -> Preset:
-    """The preset called `name`; raises BillhookError with the nearest name for an unknown one."""
+    """The preset `name`; raises BillhookError with the nearest name for an unknown one."""
     if name not in PRESETS:
         raise BillhookError(f"Unknown preset {name!r}.{hint(name, PRESETS)} See: billhook ls presets.")
     return PRESETS[name]
@@ -84,13 +79,8 @@ def preset(name: str) -> Preset:
 def apply(
     name: str, allocator: str | None, sparsity: float | None, options: Mapping[str, Any]
 ) -> tuple[str, float, dict[str, Any]]:
-    """Allocator, sparsity and options of a preset, where `options` and `sparsity` given beside it win.
-
-    Raises BillhookError when another allocator is asked for.
-    """
+    """Allocator, sparsity and options: those of a preset unless given; raises BillhookError for another allocator."""
     found = preset(name)
     if allocator is not None and allocator != found.allocator:
-        raise BillhookError(
-            f"The preset {name} is for the allocator {found.allocator}, not {allocator}: leave out one of them."
-        )
+        raise BillhookError(f"The preset {name} is for the allocator {found.allocator}, not {allocator}.")
     return found.allocator, found.sparsity if sparsity is None else sparsity, {**found.options, **options}

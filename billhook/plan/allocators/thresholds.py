@@ -1,5 +1,4 @@
-"""One threshold for all layers: each layer loses the weights whose score is below it, found from the quantiles of the
-scores."""
+"""The common threshold of all layers' scores that meets the budget, from the quantiles of the scores."""
 
 import math
 from bisect import bisect_left, bisect_right
@@ -11,11 +10,10 @@ Curve = Sequence[float]
 
 
 def cut(curves: Sequence[Curve], n: Sequence[int], target: float, ceiling: float) -> list[float]:
-    """The share below the common threshold of each layer, at most `ceiling`, with the weighted mean `target` <=
-    ceiling.
+    """The fraction of each layer below the common threshold, at most `ceiling`, with weighted mean `target` <= ceiling.
 
-    `curves` are ascending quantiles of each layer's scores at equal steps, interpolated linearly. Where the threshold
-    falls on a score that several layers hold many times, all of them lose the same part of what it stands for.
+    `curves` are ascending quantiles of each layer's scores at equal steps, interpolated linearly. If the threshold is
+    a score that occurs many times, every layer loses the same part of its occurrences.
     """
     knots = sorted({value for curve in curves for value in curve})
 
@@ -44,7 +42,6 @@ def _share(curve: Curve, value: float, inclusive: bool) -> float:
     if left > steps:
         return 1.0
     below, above = curve[left - 1], curve[left]
-    inside = (value / 2 - below / 2) / (
-        above / 2 - below / 2
-    )  # halves, because the difference of two floats can overflow
+    # halves, because the difference of two floats can overflow
+    inside = (value / 2 - below / 2) / (above / 2 - below / 2)
     return (left - 1 + (inside if math.isfinite(inside) else 0.5)) / steps
