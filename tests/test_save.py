@@ -157,7 +157,6 @@ def test_everything_else_is_copied_except_weights_and_an_old_record(tmp_path):
         "modeling_own.py",
         "additional_chat_templates/tool.jinja",
         "tokenizer.json",
-        "README.md",
     } <= out.keys()
     assert (
         not {

@@ -42,7 +42,6 @@ from billhook.tasks.token_windows import tokenizer_of, window_length
 from billhook.text.corpus import source_name
 from billhook.text.windows import Windows
 
-__all__ = ["Grid", "compare"]
 _WHO = "This comparison"
 
 

@@ -93,8 +93,13 @@ def _of_report(folder: Path) -> list[dict[str, Any]]:
         raise BillhookError(
             f"{folder} has no evaluation in its report: score it with billhook eval {folder} --data SOURCE --report."
         )
-    asked = report["asked"]
-    same = {"run": folder.name, "model": report["model"]["name"], "method": method(asked), "pattern": asked["pattern"]}
+    target = report["asked"]
+    same = {
+        "run": folder.name,
+        "model": report["model"]["name"],
+        "method": method(target),
+        "pattern": target["pattern"],
+    }
     same["sparsity"] = report["achieved"]["sparsity"]
     keys = ("protocol", "source", "digest", "windows", "length", "versions", "token_ppl", "nll")
     return [

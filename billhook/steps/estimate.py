@@ -29,7 +29,7 @@ from billhook.steps.request import TOKENS_A_BATCH
 from billhook.steps.resolve import ResolvedRequest
 
 PROCESS = 0.5 * 2**30  # bytes of Python and its libraries
-BACKWARD = 2**29  # bytes of layer outputs kept for a backward pass, at most: see billhook.trials.attribution
+BACKWARD = 2**29  # most bytes of layer outputs in a backward pass, see billhook.trials.attribution
 ROWS = 2**28  # bytes of the systems of rows that ADMM solves together
 
 
@@ -40,7 +40,7 @@ class Estimate:
     * `memory_gib`: peak memory of one process, GiB.
     * `disk_gib`: size of the output, GiB.
     * `seconds` (number, optional): time of pruning and writing, where it was measured.
-    * `measured` (string, optional): on what it was measured, in words.
+    * `measured` (string, optional): the part on which it was measured.
     """
 
     memory_gib: float

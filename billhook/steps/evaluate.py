@@ -51,9 +51,9 @@ class EvalConfig:
 
 
 def evaluate_model(model: str | Path, config: EvalConfig, progress: Progress = lambda what: None) -> dict[str, Any]:
-    """Load a dense or packed model and score it as asked; docs/formats/json_output.md lists the fields.
+    """Load a dense or packed model and score it; docs/formats/json_output.md lists the fields.
 
-    Raises BillhookError, before any model is loaded where that can be told, for what cannot be done as asked.
+    Raises BillhookError for an impossible configuration, before a model is loaded where possible.
     """
     names, files = _tasks(config)
     source = resolve(model)
@@ -96,9 +96,7 @@ def _tasks(config: EvalConfig) -> tuple[list[str], list[str]]:
     if config.protocol != "token" and (config.data or "").endswith(".safetensors"):
         raise BillhookError("Word perplexity needs words, and a token file has none: give a text.")
     if config.against is not None and (config.data is None or config.protocol == "word"):
-        raise BillhookError(
-            "--against compares predictions on the windows of a text: give --data and the token protocol."
-        )
+        raise BillhookError("--against needs the windows of a text: give --data and the token protocol.")
     _check_used(config)
     named = [name for task in config.tasks for name in (PAPER7 if task == "paper7" else [task])]
     files = [name for name in named if name.endswith(".jsonl")]
@@ -115,9 +113,7 @@ def _tasks(config: EvalConfig) -> tuple[list[str], list[str]]:
 def _check_used(config: EvalConfig) -> None:
     """Raise BillhookError for an option that would have no effect."""
     if config.data is None and (config.protocol != "token" or config.limit is not None):
-        raise BillhookError(
-            "--protocol and --limit are for the text of --data: leave them out (for tasks there is --task-limit)."
-        )
+        raise BillhookError("--protocol and --limit are for --data: leave them out (for tasks there is --task-limit).")
     if config.batch_size is not None and (config.data is None or config.protocol == "word"):
         raise BillhookError("--batch-size is for token perplexity: tasks and word perplexity choose their own.")
     if config.task_limit is not None and not config.tasks:

@@ -11,11 +11,6 @@ from billhook.plan.table import Table
 from billhook.steps.request import Opened, Request, calibration_facts, open_request
 
 
-def measure_model(request: Request, metrics: Sequence[str], progress: Progress = lambda layer: None) -> Table:
-    """Measure the layers of a request's model; samples are drawn only if a metric needs them."""
-    return measure_opened(open_to_measure(request, metrics), metrics, progress)
-
-
 def open_to_measure(request: Request, metrics: Sequence[str]) -> Opened:
     """Open the model and the samples that `metrics` need."""
     activations = [name for name in metrics if fact(name).needs_text]

@@ -111,12 +111,10 @@ class PartialOutput:
 
     def _begun(self) -> bool:
         """Whether all files exist, with the layout of the source and its values outside the blocks."""
-        for name, digest in self.state.files.items():
-            if not (self.folder / name).is_file() or sha256(self.folder / name) != digest:
-                return False
-        digests = self.state.digests
-        begun = self.sink.begun(self.folder)
-        return begun and bool(digests) and self.sink.digest(self.folder, self.outside) == digests[0]
+        files, digests = self.state.files.items(), self.state.digests
+        whole = all((self.folder / name).is_file() and sha256(self.folder / name) == digest for name, digest in files)
+        begun = whole and bool(digests) and self.sink.begun(self.folder)
+        return begun and self.sink.digest(self.folder, self.outside) == digests[0]
 
     def _update(self, **changes: Any) -> None:
         state = replace(self.state, **changes)

@@ -94,7 +94,7 @@ def search(
     assert opened.samples is not None
     split = split_samples(opened.model, opened.samples, rows_of(opened.batches[0]), request.seed)
     space = Space(names, given, len({layer.block for layer in opened.layers}), target, grid)
-    folder, place = _places(opened, output, save_model)
+    folder, model_folder = _places(opened, output, save_model)
     identity = _identity(request, opened, space, method) | {"objective": objective, "calibration": split.facts}
     record = SearchRecord.open(folder, identity, overwrite)
     problem = _problem(request, opened, space, split.batches)
@@ -109,11 +109,11 @@ def search(
     if folder is not None:
         plan.save(folder / PLAN)
         draw(race, space, f"Trials at sparsity {target:g} with {request.criterion}", folder / PICTURE)
-    if place is not None and not pruned:
+    if model_folder is not None and not pruned:
         with restored(opened.layers):
-            run(Job(replace(request, output=place, overwrite=True), opened, plan, method))
+            run(Job(replace(request, output=model_folder, overwrite=True), opened, plan, method))
         found = record.write(race, ended=True, pruned=True)
-    return Found(plan, race.best, list(race.trials.values()), found, folder, place)
+    return Found(plan, race.best, list(race.trials.values()), found, folder, model_folder)
 
 
 def _check(objective: str, fields: Mapping[str, Any]) -> None:

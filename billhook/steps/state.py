@@ -11,8 +11,6 @@ from billhook.store.files import read_json
 from billhook.store.layout import PARTIAL
 from billhook.store.layout import UNFINISHED as STATE
 
-__all__ = ["STATE", "VERSION", "State", "check_same_run", "partial_folder", "read_state", "unfinished_run"]
-
 VERSION = 1
 
 
@@ -22,12 +20,12 @@ class State:
 
     * `unfinished` (string): how to continue.
     * `version` (integer): 1.
-    * `identity`: what was asked for: versions, digests of model, data and given files, all options, number of
+    * `identity`: what the result depends on: versions, digests of model, data and given files, all options, number of
       processes. A run that differs in any of these is refused.
     * `plan`: the plan, so that nothing is measured again.
     * `blocks`: number of blocks.
     * `digests`: SHA-256 of the values outside the blocks, then of each finished block; they are checked when the run is
-      resumed, and what was damaged is made again.
+      resumed, and pruning starts at the first changed block.
     * `results` (list of lists): what was done to each layer of each finished block.
     * `files`: SHA-256 of other files that the blocks are made with (gradients).
     """

@@ -35,7 +35,7 @@ class Verification:
     * `layers`: layers counted.
     * `zeros`: zeros found in them.
     * `weights`: weights in them.
-    * `problems`: every difference, in words.
+    * `problems`: every difference, as a sentence.
     """
 
     directory: str
@@ -85,7 +85,12 @@ def verify(directory: str | Path, progress: Progress = lambda done, all: None) -
 
 
 def _check_record(
-    directory: Path, record: Record, problems: list[str], shards: Sequence[Shard], damaged: list[str], progress: Progress
+    directory: Path,
+    record: Record,
+    problems: list[str],
+    shards: Sequence[Shard],
+    damaged: list[str],
+    progress: Progress,
 ) -> Verification:
     """Check the chain of steps and count the zeros of every layer; `problems` found before come first."""
     problems = [*problems, *damaged, *_check_chain(record)]

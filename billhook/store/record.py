@@ -1,8 +1,7 @@
 """billhook.json: what was done to a model, step by step, and the present state of its layers.
 
-The functions here are pure but for `read_record`: a record is read, a step appended, and what is known only once the
-files are written is filled in by `completed`. The same inputs give the same bytes: there is no date, no duration and no
-local path in a record.
+A record is read, a step is appended, and `completed` adds what is known only when the files are written. The same
+inputs give the same bytes: a record contains no date, no duration and no local path.
 """
 
 from collections.abc import Mapping
@@ -31,10 +30,10 @@ class Step:
     * `made_by.published` (boolean): whether zeros were counted, windows drawn and gradients accumulated as published.
     * `made_by.refine` (string): `none`, `blocks` or `blocks+norms`.
     * `made_by.seed` (integer): seed of every random choice.
-    * `made_by.dtype` (string): as asked; `auto` is the checkpoint's own.
-    * `made_by.device` (string): as asked.
-    * `made_by.targets` (list of strings): as asked.
-    * `made_by.ignore` (list of strings): as asked.
+    * `made_by.dtype` (string): as requested; `auto` is the checkpoint's own.
+    * `made_by.device` (string): as requested.
+    * `made_by.targets` (list of strings): as requested.
+    * `made_by.ignore` (list of strings): as requested.
     * `made_by.calibration.*` (any, optional): the text, as in table.json; `made_by.calibration` is null if none was
       needed.
     * `made_by.gradients.*` (any, optional): `statistic` and `calibration` of the gradients that the criterion read;
@@ -63,7 +62,7 @@ class Record:
     * `billhook`: version of the program that wrote the record.
     * `steps`: all that was done to the model, first to last (see `Step`).
     * `layers.*.shape` (two integers): [out, in].
-    * `layers.*.sparsity` (number): what the last plan for the layer asked for.
+    * `layers.*.sparsity` (number): the target of the last plan for the layer.
     * `layers.*.zeros` (integer): zeros, counted in the files.
     * `layers.*.error` (number or null): squared change of the layer's output relative to its square, for uncorrelated
       inputs; null if it is not a number.
