@@ -11,8 +11,9 @@ from documents import jsonl, texts
 from safetensors.torch import save_file
 
 from billhook.errors import BillhookError
-from billhook.text import corpus, sampling
-from billhook.text.windows import check_ids, digest, load_calibration, load_windows
+from billhook.text import corpus
+from billhook.text import sampling as text_sampling
+from billhook.text.windows import _byte_ends, check_ids, digest, load_calibration, load_windows
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_papers_sampling_is_the_published_one(tokenizer, tmp_path, seed):
 
 def test_papers_sampling_with_one_long_document_among_many_short_ones(tokenizer, tmp_path, monkeypatch):
     """The search for a document that is long enough happens once and does not disturb the draws."""
-    monkeypatch.setattr(sampling, "_MISSES", 3)
+    monkeypatch.setattr(text_sampling, "_MISSES", 3)
     documents = ["short"] * 40 + ["x" * 100]
     found = load_calibration(jsonl(tmp_path / "a.jsonl", documents), tokenizer, samples=4, length=64, sampling="papers")
     assert torch.equal(found.ids, published(documents, tokenizer, 4, 64, 0))
@@ -65,9 +66,11 @@ def test_papers_sampling_without_a_long_document_ends_in_an_error(tokenizer, tmp
 def test_papers_sampling_reads_only_the_documents_it_draws(tokenizer, tmp_path, monkeypatch):
     source = jsonl(tmp_path / "a.jsonl", ["y" * 100] * 5000)
     seen = []
-    real = sampling._encode
+    real = text_sampling._encode
     monkeypatch.setattr(
-        sampling, "_encode", lambda tokenizer, batch, **options: seen.extend(batch) or real(tokenizer, batch, **options)
+        text_sampling,
+        "_encode",
+        lambda tokenizer, batch, **options: seen.extend(batch) or real(tokenizer, batch, **options),
     )
     load_calibration(source, tokenizer, samples=8, length=64, sampling="papers")
     assert len(seen) <= 8
@@ -264,5 +267,5 @@ def test_digest_depends_on_shape_and_values():
 
 def test_byte_ends_by_hand():
     text = "aé€😀"  # 1, 2, 3 and 4 bytes
-    ends = windows._byte_ends(text, [(0, 0), (0, 1), (1, 2), (2, 3), (2, 3), (3, 4), (0, 0)])
+    ends = _byte_ends(text, [(0, 0), (0, 1), (1, 2), (2, 3), (2, 3), (3, 4), (0, 0)])
     np.testing.assert_array_equal(ends, [0, 1, 3, 6, 6, 10, 10])
