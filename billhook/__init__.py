@@ -31,7 +31,7 @@ _PUBLIC = {
     "measure": "billhook.measurement.measure",
     "pack": "billhook.steps.pack",
     "prune": "billhook.steps.prune",
-    "prune_": "billhook.steps.prune",
+    "prune_": "billhook.steps.apply",
     "save_pruned": "billhook.store.directory",
     "search": "billhook.steps.search",
     "unpack": "billhook.steps.pack",

@@ -1,12 +1,11 @@
-"""The demonstration: the main allocators with the main criteria on the bundled model, on text that every Python has.
+"""The demo: the main allocators with the main criteria on the bundled model, on text of Python's standard library.
 
-Calibration text is the standard library's training modules, evaluation text the held-out ones, which the model has
-never seen.
+The calibration text is the modules on which the model was trained, the evaluation text held-out ones.
 """
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from billhook.measurement.measure import measure
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import allocate
 from billhook.plan.plan import Plan
-from billhook.steps.prune import Job, prune_, run
+from billhook.steps.apply import prune_
+from billhook.steps.prune import Job, run
 from billhook.steps.request import Opened, Request, open_request
 from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_tokenizer, quiet
@@ -37,7 +37,7 @@ SHOWN_CRITERIA = ("magnitude", "wanda", "sparsegpt")
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demonstration found; `perplexity` is keyed by (allocator, criterion)."""
+    """The results; `perplexity` and `achieved` sparsity are keyed by (allocator, criterion)."""
 
     dense: float
     perplexity: dict[tuple[str, str], float]
@@ -49,58 +49,35 @@ class Demo:
 
     @property
     def allocators(self) -> list[str]:
-        """Names, in the order shown."""
+        """The allocators that were run."""
         return list(dict.fromkeys(name for name, _ in self.perplexity))
 
     @property
     def criteria(self) -> list[str]:
-        """Names, in the order shown."""
+        """The criteria that were run."""
         return list(dict.fromkeys(name for _, name in self.perplexity))
 
     @property
-    def lowest(self) -> float:
-        """The least achieved sparsity."""
-        return min(self.achieved.values())
-
-    @property
-    def highest(self) -> float:
-        """The largest achieved sparsity."""
-        return max(self.achieved.values())
-
-    @property
     def best(self) -> tuple[str, str]:
-        """The (allocator, criterion) of least perplexity."""
+        """The (allocator, criterion) with the lowest perplexity."""
         return min(self.perplexity, key=lambda pair: self.perplexity[pair])
 
     def to_json(self) -> dict[str, Any]:
-        """The same, for machines."""
+        """The content of `demo --json`."""
         cells = [
             {"allocator": a, "criterion": c, "token_ppl": ppl, "sparsity": self.achieved[a, c]}
             for (a, c), ppl in self.perplexity.items()
         ]
-        return {
-            "dense_token_ppl": self.dense,
-            "tokens": self.tokens,
-            "length": self.length,
-            "cells": cells,
-            "output": str(self.output),
-        }
+        text = {"dense_token_ppl": self.dense, "tokens": self.tokens, "length": self.length}
+        return {**text, "cells": cells, "output": str(self.output)}
 
 
 def run_demo(output: Path, sparsity: float, say: Callable[[str], None] = print) -> Demo:
-    """Prune the bundled model in twelve ways, save the best to `output` (replacing an earlier demonstration), reload
-    and verify it."""
+    """Prune the bundled model in twelve ways, save the best to `output` (replacing an earlier demo), and verify it."""
     check_output(output, MODEL, overwrite=_is_demo(output))
     say(f"The bundled model: {MODEL.name}, a small llama trained on Python's standard library.")
-    request = Request(
-        MODEL,
-        calibration="stdlib:train",
-        samples=SAMPLES,
-        length=LENGTH,
-        dtype="float32",
-        output=output,
-        overwrite=True,
-    )
+    text: dict[str, Any] = {"calibration": "stdlib:train", "samples": SAMPLES, "length": LENGTH}
+    request = Request(MODEL, **text, dtype="float32", output=output, overwrite=True)
     opened = open_request(request, True, "The demo")
     windows = load_windows("stdlib:heldout", load_tokenizer(MODEL), length=LENGTH, limit=EVALUATION_WINDOWS)
     dense = evaluate(opened.model, windows)
@@ -122,8 +99,7 @@ def run_demo(output: Path, sparsity: float, say: Callable[[str], None] = print) 
 
 
 def _is_demo(output: Path) -> bool:
-    """Whether `output` is an earlier demonstration, which may be replaced; raises BillhookError where it holds anything
-    else."""
+    """Whether `output` is an earlier demo, which may be replaced; raises BillhookError where it holds anything else."""
     if not output.is_dir() or not any(output.iterdir()):
         return False
     record = history(output)
@@ -133,17 +109,16 @@ def _is_demo(output: Path) -> bool:
 
 
 def _save_best(demo: Demo, plans: dict[str, Plan], opened: Opened, request: Request) -> None:
-    """Run the best pair once more as an ordinary job, with its record, and write it."""
+    """Run the best pair once more as an ordinary job, which writes model and record."""
     allocator, criterion = demo.best
-    fields = {**request.__dict__, "criterion": criterion, "allocator": allocator}
     method = Method(criterion, CRITERIA.configure(criterion, {}))
-    run(Job(Request(**fields), opened, plans[allocator], method))
+    run(Job(replace(request, criterion=criterion, allocator=allocator), opened, plans[allocator], method))
 
 
 @torch.no_grad()
 def _check(opened: Opened, output: Path) -> None:
-    """Recount zeros from disk, and compare the logits of stock transformers with those of the model in memory, rounded
-    as on disk."""
+    """Verify the directory, and compare the logits of stock transformers with those of the model in memory, rounded to
+    the dtype on disk; raises JobError for a difference."""
     result = verify(output)
     if not result.ok:
         raise JobError(f"The saved model does not verify: {result.problems[0]}")

@@ -1,16 +1,15 @@
-"""Names to functions: how allocators, criteria and metrics are found, described and configured.
+"""Registries of allocators, criteria and metrics: how methods are found by name, described and configured.
 
-A registry maps a name to a place (`"package.module:function"`) and imports the module on first use, so names can be
-listed without importing torch. A method is a plain function marked with `@method`; its keyword-only parameters are its
-options, and the command line, the documentation and the validation are all derived from its signature.
+A registry maps a name to `"package.module:function"` and imports the module on first use, so names can be listed
+without importing torch. A method is a function marked with `@method`; its keyword-only parameters are its options, from
+which the command line, the documentation and the validation are derived.
 
 Methods of other installed packages are found through entry points of the group `billhook.methods`, named `KIND:NAME`:
 
     [project.entry-points."billhook.methods"]
     "allocator:depth" = "depth_plugin:depth"
 
-Entry points are read only when a name is not built in or when names are listed; a plugin never replaces a built-in
-method. A plugin's module is imported when its method is used.
+Entry points are read when a name is not built in and when names are listed; a plugin never replaces a built-in method.
 """
 
 import difflib
@@ -35,8 +34,8 @@ def method(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Mark a function as a method: `paper` is its source, `needs` the table columns or statistics it reads.
 
-    `needs` may be a function of the method's options, e.g. `lambda metric: (metric,)`, called with the options by name.
-    `group` is the comparison group of a criterion unless the user chooses another.
+    `needs` may be a function of the method's options by name, e.g. `lambda metric: (metric,)`. `group` is the default
+    comparison group of a criterion.
     """
 
     def mark(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,16 +56,14 @@ class Option:
     default: Any
 
     def parse(self, value: Any, where: str) -> Any:
-        """Return `value` (a string from the command line, or a Python value) in this option's type, or raise."""
+        """`value` (a string or a Python value) in this option's type; raises BillhookError where that is impossible."""
         if get_origin(self.annotation) is Literal:
             choices = get_args(self.annotation)
             if value not in choices:
-                listed = ", ".join(map(str, choices))
-                raise BillhookError(
-                    f"{where}: {self.name}={value!r} is not one of {listed}.{hint(str(value), choices)}"
-                )
+                listed = f"{', '.join(map(str, choices))}.{hint(str(value), choices)}"
+                raise BillhookError(f"{where}: {self.name}={value!r} is not one of {listed}")
             return value
-        if get_origin(self.annotation) in (Union, UnionType):  # `float | None`: None means "choose for me"
+        if get_origin(self.annotation) in (Union, UnionType):  # `float | None`, where None means automatic
             if value is None or value == "none":
                 return None
             kind = next(a for a in get_args(self.annotation) if a is not type(None))
@@ -88,46 +85,43 @@ class Option:
 
 
 def hint(word: str, names: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?`, or an empty string when nothing is close."""
+    """` Did you mean 'x'?` with the nearest of `names`, or an empty string when none is similar."""
     close = difflib.get_close_matches(word, [str(n) for n in names], n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 class Registry:
-    """A named family of methods. `kind` is the word used in messages and in the names of entry points."""
+    """The methods of one `kind`, the word in messages and in the names of entry points."""
 
-    def __init__(self, kind: str, places: Mapping[str, str], *, plugins: bool = False) -> None:
+    def __init__(self, kind: str, built_in: Mapping[str, str], *, plugins: bool = False) -> None:
         self.kind = kind
-        self._places = dict(places)
+        self._built_in = dict(built_in)
         self._accepts_plugins = plugins
 
     def names(self) -> list[str]:
-        """All names in display order: the built-in ones, then those of plugins, sorted."""
-        return [*self._places, *sorted(self._plugins().keys() - self._places.keys())]
+        """All names: the built-in ones in display order, then those of plugins, sorted."""
+        return [*self._built_in, *sorted(self._plugins().keys() - self._built_in.keys())]
 
     def check(self, name: str) -> None:
         """Raise BillhookError with the nearest name for an unknown one; imports no method."""
-        if name not in self._places and name not in self._plugins():
+        if name not in self._built_in and name not in self._plugins():
             names = self.names()
             raise BillhookError(f"Unknown {self.kind} {name!r}.{hint(name, names)} There are: {', '.join(names)}.")
 
     def get(self, name: str) -> Callable[..., Any]:
-        """Import and return the method called `name`.
-
-        Raises BillhookError for an unknown name, and for a plugin that cannot be loaded.
-        """
+        """Import a method; raises BillhookError for an unknown name, and for a plugin that cannot be loaded."""
         self.check(name)
-        if name not in self._places:
+        if name not in self._built_in:
             return self._load(name, self._plugins()[name])
-        module, _, attribute = self._places[name].partition(":")
+        module, _, attribute = self._built_in[name].partition(":")
         function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
         return function
 
     def _plugins(self) -> dict[str, list["EntryPoint"]]:
-        """Name -> the entry points that installed packages declare for it."""
+        """Name -> the entry points of installed packages."""
         if not self._accepts_plugins:
             return {}
-        from importlib.metadata import entry_points  # 20 ms that `--help` does not need
+        from importlib.metadata import entry_points  # takes 20 ms, which `--help` does not need
 
         found: dict[str, list[EntryPoint]] = {}
         for point in entry_points(group=GROUP):
@@ -137,7 +131,7 @@ class Registry:
         return found
 
     def _load(self, name: str, points: Sequence["EntryPoint"]) -> Callable[..., Any]:
-        """Import a plugin's method; raises BillhookError that names the distribution it comes from."""
+        """Import a plugin's method; raises BillhookError, naming the distribution, where that fails."""
         owners = [f"{p.dist.name} {p.dist.version}" if p.dist else "an unnamed distribution" for p in points]
         if len(points) > 1:
             raise BillhookError(f"{self.kind} {name!r} is declared by {' and '.join(owners)}: uninstall all but one.")
@@ -156,16 +150,14 @@ class Registry:
         return {p.name: Option(p.name, p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     def configure(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return every option of `name` with the given values parsed and the rest at their defaults."""
+        """All options of a method, those `given` parsed and the others at their defaults."""
         known = self.options(name)
         where = f"{self.kind} {name!r}"
         for key in given:
             if key not in known:
                 listed = ", ".join(f"{o.name}={o.default}" for o in known.values()) or "none"
                 raise BillhookError(f"{where} has no option {key!r}.{hint(key, known)} Its options: {listed}.")
-        return {
-            key: option.parse(given[key], where) if key in given else option.default for key, option in known.items()
-        }
+        return {key: o.parse(given[key], where) if key in given else o.default for key, o in known.items()}
 
     def needs(self, name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
         """The table columns or statistics the method reads with these (configured) options."""
@@ -173,10 +165,10 @@ class Registry:
         return declared(**options) if callable(declared) else declared
 
     def group(self, name: str) -> Literal["row", "layer"]:
-        """The comparison group of a criterion unless the user chooses another."""
+        """The default comparison group of a criterion."""
         group: Literal["row", "layer"] = self.get(name).group  # type: ignore[attr-defined]
         return group
 
     def paper(self, name: str) -> str:
-        """Where the method comes from."""
+        """The source of a method."""
         return str(self.get(name).paper)  # type: ignore[attr-defined]

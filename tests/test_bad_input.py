@@ -173,7 +173,7 @@ def test_weights_that_do_not_fit_the_configuration(place):
         ((*SEARCH, "--samples", "3"), r"3 different windows are too few to split into calibration and held-out ones"),
         (
             (*SEARCH[:5], "model/found", *SEARCH[6:]),
-            r"The output .*found and the source model .*model lie in each other",
+            r"The output .*found and the source model .*model or is inside it",
         ),
         (
             (*PRUNE, "--allocator", "atp", "--set", "beta=3"),
@@ -191,7 +191,7 @@ def test_weights_that_do_not_fit_the_configuration(place):
         ((*PRUNE, "--samples", "0"), r"--samples"),
         (
             (*PRUNE[:3], "pruned", "--sparsity", "0.5"),
-            r"looks at activations: give text .* with --calibration FILE\.txt",
+            r"needs activations: give text .* with --calibration FILE\.txt",
         ),
         (("prune", "model", "--sparsity", "0.5", *TEXT), r"--output DIRECTORY \(or --dry-run"),
         (("eval", "model"), r"Say what to score: --data FILE\.txt"),
@@ -329,7 +329,7 @@ def test_a_plan_and_what_it_already_says(place):
         "plan.json",
         "--sparsity",
         "0.5",
-        match="A plan already says how much each layer loses: leave out",
+        match="A plan already gives the sparsity of each layer: leave out",
     )
     message = r"--targets and --ignore must choose exactly the plan's layers"
     refused(place, *MAGNITUDE, "--plan", "plan.json", "--ignore", UP, match=message)

@@ -193,8 +193,8 @@ def test_runs_that_differ_are_refused(place, tmp_path, made):
     same = changed("same")
     for other, words in (
         (changed("text", data={"digest": "0" * 64, "source": "else.txt"}), "else.txt"),
-        (changed("length", data={"length": 16}), "their length of a window differ (32 and 16)"),
-        (changed("count", data={"windows": 3}), "number of windows"),
+        (changed("length", data={"length": 16}), "their window lengths differ (32 and 16)"),
+        (changed("count", data={"windows": 3}), "numbers of windows"),
         (changed("protocol", protocol="word perplexity"), "their protocol differ"),
         (changed("versions", versions={"torch": "1.0"}), "different versions of torch"),
     ):
@@ -212,15 +212,15 @@ def test_runs_that_differ_are_refused(place, tmp_path, made):
     ("options", "message"),
     [
         (["--sparsities", "0.5"], "A comparison needs one MODEL"),
-        (["--sparsities", "0.5,x", "--data", "scored.txt", "-o", "g"], "write fractions with commas"),
+        (["--sparsities", "0.5,x", "--data", "scored.txt", "-o", "g"], "write numbers separated by commas"),
         (["--sparsities", "1.5", "--data", "scored.txt", "-o", "g"], "in [0, 1)"),
         (["--data", "scored.txt", "-o", "g"], "needs --sparsities"),
         (["--sparsities", "0.5", "--allocators", "olw", "--data", "scored.txt", "-o", "g"], "Did you mean 'owl'?"),
-        (["--sparsities", "0.5", "--data", "scored.txt", "-o", "g"], "looks at activations"),
+        (["--sparsities", "0.5", "--data", "scored.txt", "-o", "g"], "needs activations"),
         (["--sparsities", "0.5", "--criteria", "magnitude", "--data", "no.txt", "-o", "g"], "no file no.txt"),
         (
             ["--sparsities", "0.5", "--criteria", "magnitude", "--data", "scored.txt", "-o", "model"],
-            "holds no comparison",
+            "holds no compare.json",
         ),
         (
             ["--sparsities", "0.5", "--set", "epsilno=1", "--data", "scored.txt", "-o", "g"],

@@ -11,9 +11,8 @@ from documents import jsonl, texts
 from safetensors.torch import save_file
 
 from billhook.errors import BillhookError
-from billhook.text import corpus
-from billhook.text import sampling as text_sampling
-from billhook.text.windows import _byte_ends, check_ids, digest, load_calibration, load_windows
+from billhook.text import corpus, sampling, windows
+from billhook.text.windows import check_ids, digest, load_calibration, load_windows
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def test_papers_sampling_is_the_published_one(tokenizer, tmp_path, seed):
 
 def test_papers_sampling_with_one_long_document_among_many_short_ones(tokenizer, tmp_path, monkeypatch):
     """The search for a document that is long enough happens once and does not disturb the draws."""
-    monkeypatch.setattr(sampling, "_MISSES", 3)
+    monkeypatch.setattr(text_sampling, "_MISSES", 3)
     documents = ["short"] * 40 + ["x" * 100]
     found = load_calibration(jsonl(tmp_path / "a.jsonl", documents), tokenizer, samples=4, length=64, sampling="papers")
     assert torch.equal(found.ids, published(documents, tokenizer, 4, 64, 0))

@@ -41,7 +41,7 @@ def test_an_output_that_is_not_empty(place):
 def test_outputs_that_cannot_be(place):
     refused(place, *PRUNE, "--output", "text.txt", match=r"text\.txt is a file: choose a directory")
     refused(place, *PRUNE, "--output", "no/folder", match=r"the folder .*no does not exist\. Create it first")
-    refused(place, *PRUNE, "--output", "model", "--overwrite", match="lie in each other")
+    refused(place, *PRUNE, "--output", "model", "--overwrite", match="or is inside it")
     refused(place, "measure", "model", "-o", "no/table.json", match="the folder no does not exist")
     refused(place, "measure", "model", "-o", "model", match="it is a directory")
     refused(
@@ -165,7 +165,7 @@ def test_a_stdout_that_cannot_be_written(place):
 
 MOMENTS = {"loading": "billhook.steps.request.open_streamed", "pruning": "billhook.methods.sparse.wanda.wanda"}
 _STOPPED = "billhook: Stopped. Nothing was written.\n"
-_PATIENT = "Stopping when this block is finished. Ctrl-C again stops at once; what is finished is kept either way.\n"
+_STOPPING = "Stopping after this block. Press Ctrl-C again to stop at once; finished blocks are kept either way.\n"
 
 
 def stop_after(moment: str) -> None:
@@ -220,7 +220,7 @@ def test_interruptions(place, moment, number):
     code, out, err = json.loads(Path("../ran").read_text())
     about, said = (
         err[: err.find("\n") + 1] if err.startswith("About ") else "",
-        _PATIENT * graceful + _STOPPED,
+        _STOPPING * graceful + _STOPPED,
     )
     assert (code, err) == (1, about + said)
     assert json.loads(out) == {"error": _STOPPED[10:-1], "exit_code": 1}
@@ -259,7 +259,7 @@ def test_one_ctrl_c_finishes_the_block_and_says_how_to_go_on(place):
     code, _, err = json.loads(Path("../ran").read_text())
     kept = r"1 of 2 blocks are finished and kept in .*pruned\.partial: continue with the same command and --resume\.\n"
     assert code == 1
-    assert re.fullmatch(rf"About .*\n{re.escape(_PATIENT)}billhook: Stopped\. {kept}", err), err
+    assert re.fullmatch(rf"About .*\n{re.escape(_STOPPING)}billhook: Stopped\. {kept}", err), err
     assert not (place / "pruned").exists()
     done(*PRUNE, "--resume")
     assert {name: data for name, data in listing(place / "pruned").items() if name in whole} == whole
@@ -278,6 +278,6 @@ def test_ctrl_c_from_a_shell(place):
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (out, err.partition("\n")[2]) == ("", _PATIENT + _STOPPED)
+    assert (out, err.partition("\n")[2]) == ("", _STOPPING + _STOPPED)
     assert process.returncode == 1
     assert listing(place) == before

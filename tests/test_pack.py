@@ -232,11 +232,11 @@ def test_a_pruned_model_that_cannot_be_packed_is_kept(tmp_path: Path) -> None:
     assert billhook.verify(tmp_path / "out.dense").ok
     before = listing(tmp_path / "out.dense")
     with pytest.raises(
-        BillhookError, match=r"out\.dense is in the way"
+        BillhookError, match=r"out\.dense exists"
     ):  # it may be somebody's model, whatever --overwrite says of out
         billhook.prune(source, sparsity=0.5, criterion="magnitude", output=tmp_path / "out", pack=True, overwrite=True)
     assert listing(tmp_path / "out.dense") == before
-    with pytest.raises(BillhookError, match="lie in each other"):
+    with pytest.raises(BillhookError, match="or is inside it"):
         billhook.prune(source, sparsity=0.5, criterion="magnitude", output=source, pack=True, overwrite=True)
 
 

@@ -26,7 +26,7 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_quantized_a_packed_and_an_empty_directory_are_refused(tmp_path: Path) -> None:
     source = directory(tmp_path / "q", {"w": torch.zeros(64, 64)}, quantization_config={"bits": 4})
-    with pytest.raises(BillhookError, match=r"q is a quantized checkpoint: pack the unquantized model"):
+    with pytest.raises(BillhookError, match=r"q is a quantized checkpoint: prune or pack the unquantized model"):
         pack(source, tmp_path / "out")
     pack(directory(tmp_path / "model", {"w": torch.zeros(64, 64)}), tmp_path / "packed")
     with pytest.raises(
@@ -41,7 +41,7 @@ def test_a_quantized_a_packed_and_an_empty_directory_are_refused(tmp_path: Path)
     with pytest.raises(BillhookError, match=r"empty has no model\.safetensors"):
         pack(tmp_path / "empty", tmp_path / "out")
     (tmp_path / "empty" / "billhook.unfinished.json").write_text("{}")
-    with pytest.raises(BillhookError, match="empty is not finished: continue it"):
+    with pytest.raises(BillhookError, match="empty is not finished: resume it"):
         pack(tmp_path / "empty", tmp_path / "out")
     with pytest.raises(BillhookError, match=r"model is not a packed model: it has no billhook_packed\.json"):
         unpack(tmp_path / "model", tmp_path / "out")
@@ -107,5 +107,5 @@ def test_an_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
     ):
         pack(source, tmp_path / "packed")
     pack(source, tmp_path / "packed", overwrite=True)
-    with pytest.raises(BillhookError, match="lie in each other"):
+    with pytest.raises(BillhookError, match="or is inside it"):
         unpack(tmp_path / "packed", tmp_path / "packed", overwrite=True)

@@ -233,7 +233,7 @@ def test_generate_prints_what_the_model_says(place: Path, stream: bool) -> None:
         (("generate", "nothing", "x"), "There is no model directory"),
         (("bench", "packed", "--against", "packed"), "given twice"),
         (("bench", "packed", "nothing"), "There is no model directory at nothing"),
-        (("bench", "packed", "--batch", "one"), "--batch one: write whole numbers with commas"),
+        (("bench", "packed", "--batch", "one"), "--batch one: write numbers separated by commas"),
         (("bench", "packed", "--prompt", "0"), "must be at least 1"),
         (("bench", "packed", "--picture", "x.svg"), "needs --against"),
         pytest.param(

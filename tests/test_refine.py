@@ -241,7 +241,7 @@ def test_options_out_of_range(options: dict[str, float]) -> None:
 
 def test_text_is_needed() -> None:
     model = tiny.llama()
-    with pytest.raises(BillhookError, match="--refine looks at activations"):
+    with pytest.raises(BillhookError, match="--refine needs activations"):
         prune_(model, allocate(measure(model, []), 0.6), criterion="magnitude", refine=Refine())
 
 

@@ -201,7 +201,7 @@ def test_directories_without_results_are_named(pruned, spoil, message):
 def test_a_dense_model_takes_no_evaluation(place):
     ran = billhook("eval", place / "model", "--data", place / "text.txt", "--length", 32, "--report")
     assert ran.code == 2
-    assert "is no pruned directory" in ran.err
+    assert "is not a pruned directory" in ran.err
 
 
 def test_a_packed_directory_says_that_it_is_packed_and_takes_evaluations(pruned, tmp_path):

@@ -186,7 +186,7 @@ def test_gradients_are_computed_once_for_all_trials(tokens: torch.Tensor, monkey
         "billhook.trials.trials.compute_gradients",
         lambda *a, **k: made.append(compute_gradients(*a, **k)) or made[-1],
     )
-    monkeypatch.setattr("billhook.steps.prune.compute_gradients", None)
+    monkeypatch.setattr("billhook.steps.gradients.compute_gradients", None)
     model = llama()
     assert len(find(model, tokens, criterion="gblm", budget=3).trials) == 4
     assert len(made) == 1
@@ -351,8 +351,8 @@ def test_another_search_is_refused_with_the_reason(tokens: torch.Tensor, tmp_pat
         ({"budget": "5 minutes"}, "such as 5m"),
         ({"allocator": "owl", "options": {"m": "-1"}}, "outlier_ratio"),
         ({"allocator": "sensitivity", "options": {"trial": "2"}}, "between 0 and 1"),
-        ({"finalists": 2}, "no use for 'finalists'"),
-        ({"table": "table.json"}, "no use for 'table'"),
+        ({"finalists": 2}, "does not use 'finalists'"),
+        ({"table": "table.json"}, "does not use 'table'"),
         ({"sampels": 3}, "Did you mean 'samples'"),
         ({"allocator": "alphaprunning"}, "Did you mean 'alphapruning'"),
         ({"objective": "loss"}, "kl, ppl"),

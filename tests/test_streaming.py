@@ -13,7 +13,7 @@ from billhook import find_layers, measure, prune, prune_
 from billhook.engine.activation_store import ActivationStore
 from billhook.engine.streaming import open_streamed
 from billhook.reports.publishing import publish
-from billhook.steps.measure import measure_model
+from billhook.steps.measure import measure_opened, open_to_measure
 from billhook.steps.prune import Request, prepare, run
 from billhook.steps.prune import record as record_of
 from billhook.steps.verify import verify
@@ -124,7 +124,7 @@ def test_masks_made_in_a_wider_type_are_the_same(llama, tmp_path):
 
 def test_tables_are_the_same(llama):
     metrics = ["alpha_peak", "stable_rank", "outlier_ratio:5", "block_loss:0.6"]
-    table = measure_model(Request(llama, calibration=IDS), metrics)
+    table = measure_opened(open_to_measure(Request(llama, calibration=IDS), metrics), metrics)
     expected = measure(load_model(llama), metrics, batches=list(IDS.split(6)))
     assert table.rows == expected.rows
 

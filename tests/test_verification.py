@@ -126,8 +126,8 @@ def test_no_directory_and_no_record(tmp_path, copy):
         (lambda r: r["layers"][LAYER].update(shape=[3]), "needs `shape`"),
         (lambda r: r["layers"][LAYER].update(zeros=None), "needs `shape`"),
         (lambda r: r["layers"].update({LAYER: 3}), "needs `shape`"),
-        (lambda r: r["files"].update({"../../etc/passwd": "0"}), "lies elsewhere"),
-        (lambda r: r["files"].update({"/etc/passwd": "0"}), "lies elsewhere"),
+        (lambda r: r["files"].update({"../../etc/passwd": "0"}), "outside the directory"),
+        (lambda r: r["files"].update({"/etc/passwd": "0"}), "outside the directory"),
     ],
 )
 def test_a_record_that_is_none(copy, change, message):

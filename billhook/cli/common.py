@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from billhook.distributed.torchrun import processes, rank, started
@@ -15,6 +16,7 @@ from billhook.errors import BillhookError, out_of_memory
 
 if TYPE_CHECKING:
     from billhook.architectures.layers import Layer
+    from billhook.plan.plan import Plan
     from billhook.steps.estimate import Estimate
 
 EVERY = 60.0  # seconds between lines of progress
@@ -120,6 +122,16 @@ def numbers(text: str, kind: type[Number], option: str, example: str) -> list[Nu
         return [kind(part) for part in split_list(text)]
     except ValueError:
         raise BillhookError(f"{option} {text}: write numbers separated by commas, such as {example}.") from None
+
+
+def load_plans(paths: Sequence[Path]) -> dict[str, "Plan"]:
+    """Plans by the stems of their file names; raises BillhookError where two are the same."""
+    from billhook.plan.plan import load_plan
+
+    plans = {path.stem: load_plan(path) for path in paths}
+    if len(plans) < len(paths):
+        raise BillhookError("Two plans have the same file name, which is the plan's name in the output: rename one.")
+    return plans
 
 
 def announce(estimate: "Estimate", device: str) -> None:

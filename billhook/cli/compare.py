@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from billhook.cli.common import emit, numbers, parse_settings, say, split_list, table
+from billhook.cli.common import emit, load_plans, numbers, parse_settings, say, split_list, table
 from billhook.cli.options import Json, Limit, Settings, Text, Work, output_option
 
 if TYPE_CHECKING:
     from billhook.comparison.record import Comparison
-    from billhook.plan.plan import Plan
 
 NAME = "compare"
 EXAMPLES = """\b
@@ -74,7 +73,8 @@ def command(
 
     names = (split_list(allocators), split_list(criteria), split_list(patterns))
     fractions = numbers(sparsities, float, "--sparsities", "0.5,0.6,0.7")
-    grid = Grid(fractions, *names, seeds, parse_settings(settings), _plans(plans))
+    given = {f"plan {name}": plan for name, plan in load_plans([Path(path) for path in split_list(plans)]).items()}
+    grid = Grid(fractions, *names, seeds, parse_settings(settings), given)
     options = {"limit": limit, "output": output, "overwrite": overwrite, **vars(text), **work.fields()}
     try:
         found = compare(models[0], grid, data, progress=say, **options)
@@ -115,14 +115,3 @@ def _show_runs(folders: list[Path], as_json: bool) -> None:
     table("", ["run", "method", "pattern", "sparsity", "token perplexity", "dense"], rows, 3)
     data = found["data"]
     print(f"{found['protocol']}, {data['windows']} windows of {data['length']} tokens of {data['source']}")
-
-
-def _plans(text: str) -> dict[str, "Plan"]:
-    from billhook.errors import BillhookError
-    from billhook.plan.plan import load_plan
-
-    paths = [Path(name) for name in split_list(text)]
-    found = {f"plan {path.stem}": load_plan(path) for path in paths}
-    if len(found) < len(paths):
-        raise BillhookError("Two plans have the same file name, which names the plan in the tables: rename one.")
-    return found

@@ -1,15 +1,11 @@
 """`billhook generate`: continue a text with a dense or a packed model, and report the speed."""
 
-import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from billhook.cli.common import emit, say
 from billhook.cli.options import AnyModel, Json, Loading
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 NAME = "generate"
 EXAMPLES = """\b
@@ -32,6 +28,7 @@ def command(
 ) -> None:
     """Print the greedy continuation of a prompt, and tokens per second."""
     import torch
+    from transformers import TextStreamer
 
     from billhook.errors import BillhookError
     from billhook.packed.generation import generate
@@ -46,31 +43,16 @@ def command(
     if not ids.numel():
         raise BillhookError("The prompt is empty: give at least a word.")
     loaded = load(path, **vars(loading), note=lambda text: say(f"note: {text}"))
-    result = generate(loaded, ids, max_new_tokens, token=Printer(tokenizer) if stream and not as_json else None)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream and not as_json else None
+    result = generate(loaded, ids, max_new_tokens, token=streamer.put if streamer else None)
     text = tokenizer.decode(result.ids[0, result.prompt :], skip_special_tokens=True)
-    if not as_json:
-        print("" if stream else text, flush=True)
+    if streamer is not None:
+        streamer.end()
+    elif not as_json:
+        print(text, flush=True)
     speed = "" if result.tokens_per_s is None else f", then {result.tokens_per_s:.1f} tokens/s"
     say(f"{result.new} tokens: the first after {result.prefill_s:.2f} s ({result.prompt} tokens of prompt){speed}.")
     if as_json:
         counts = {"prompt_tokens": result.prompt, "new_tokens": result.new}
         times = {key: getattr(result, key) for key in ("prefill_s", "decode_s", "tokens_per_s")}
         emit({"text": text, **counts, **times})
-
-
-class Printer:
-    """Prints the words of a growing text as soon as they are complete."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0
-
-    def __call__(self, ids: "Tensor") -> None:
-        """Add the next token, int64 [1]."""
-        self._ids += ids.tolist()
-        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the last character needs more tokens
-            sys.stdout.write(text[self._shown :])
-            sys.stdout.flush()
-            self._shown = len(text)

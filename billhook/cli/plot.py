@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from billhook.cli.common import emit, say
+from billhook.cli.common import emit, load_plans, say
 from billhook.cli.options import Json, output_option
 
 NAME = "plot"
@@ -84,7 +84,6 @@ def _tables(table_file: Path, metrics: list[str], plans: list[Path]) -> dict[str
     """The pictures of a table and of plans for its layers, by file stem."""
     from billhook.errors import BillhookError
     from billhook.plan.metrics import fact
-    from billhook.plan.plan import load_plan
     from billhook.plan.table import Table
     from billhook.reports import pictures
 
@@ -92,12 +91,8 @@ def _tables(table_file: Path, metrics: list[str], plans: list[Path]) -> dict[str
     curves = [name for name in metrics or table.rows[0].curves if fact(name).name == "error_curve"]
     chosen = [name for name in metrics or table.columns()[:1] if name not in curves]
     if not chosen and not curves and not plans:
-        raise BillhookError(
-            f"{table_file} has no columns to draw: measure one with billhook measure, or give a --plan."
-        )
-    named = {path.stem: load_plan(path) for path in plans}
-    if len(named) < len(plans):
-        raise BillhookError("Two plans have the same file name, which names the plan in the picture: rename one.")
+        raise BillhookError(f"{table_file} has no columns: add one with billhook measure, or give a --plan.")
+    named = load_plans(plans)
     found = {f"{metric}-by-layer": pictures.metric_by_layer(table, metric) for metric in chosen}
     found |= {f"sparsity-{name}": pictures.plan_by_layer(table, name, plan) for name, plan in named.items()}
     if len(named) > 1:

@@ -1,1 +1,1 @@
-"""`billhook compare`: many ways to prune one model, kept in compare.json, and finished runs side by side."""
+"""`billhook compare`: many ways to prune one model, stored in compare.json; and finished runs side by side."""

@@ -1,10 +1,8 @@
-"""compare.json: one model pruned in many ways, a row for each cell of the grid, rewritten after every cell.
+"""compare.json: one model pruned in many ways, one row per cell of the grid, rewritten after every cell.
 
-File format: docs/formats/files.md. The same inputs and seeds give the same bytes, so it has no dates and no durations.
+File format: docs/formats/files.md. The same inputs and seeds give the same bytes: there are no dates or durations.
 """
 
-import math
-import os
 import statistics
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -14,6 +12,7 @@ from typing import Any, NamedTuple
 import billhook
 from billhook.errors import BillhookError
 from billhook.store.files import read_json, write_json
+from billhook.store.output import check_record_place
 
 VERSION = 1
 RECORD = "compare.json"
@@ -33,7 +32,7 @@ class Cell(NamedTuple):
 class Comparison:
     """What the numbers depend on (`identity`), the evaluation of the dense model, and a row for each finished cell.
 
-    Kept in `folder`, or only in memory where that is None.
+    It is stored in `folder`, or only in memory where that is None.
     """
 
     folder: Path | None
@@ -43,22 +42,22 @@ class Comparison:
 
     @classmethod
     def open(cls, folder: Path | None, identity: dict[str, Any], overwrite: bool) -> "Comparison":
-        """Begin in `folder`, which is created, or continue the comparison that is there.
+        """A new comparison in `folder`, or the one that is there unless `overwrite`.
 
-        Unless `overwrite`, raises BillhookError where the one there depends on something else, which is named, or is
-        damaged.
+        Raises BillhookError for a folder that cannot be used, and for a comparison that is damaged or whose identity
+        differs, naming the first difference.
         """
         if folder is None:
             return cls(None, identity)
-        check_folder(folder)
+        check_record_place(folder, RECORD)
         if overwrite or not (folder / RECORD).exists():
             return cls(folder, identity)
         found = load_comparison(folder)
         for key, value in identity.items():
             if found.identity.get(key) != value:
+                change = f"its {key} was {found.identity.get(key)!r:.60} and is now {value!r:.60}"
                 raise BillhookError(
-                    f"{folder / RECORD} is another comparison: its {key} was {found.identity.get(key)!r:.60} and is "
-                    f"now {value!r:.60}. Choose another --output, or --overwrite."
+                    f"{folder / RECORD} is another comparison: {change}. Choose another --output, or --overwrite."
                 )
         return found
 
@@ -67,7 +66,7 @@ class Comparison:
         return any(_cell(row) == cell for row in self.cells)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Add the row of a finished cell, on disk too."""
+        """Add the row of a finished cell, and write compare.json."""
         self.cells.append(row)
         self.write()
 
@@ -102,21 +101,8 @@ def load_comparison(folder: Path) -> Comparison:
     return Comparison(folder, identity or {}, dense or {}, cells or [])
 
 
-def check_folder(folder: Path) -> None:
-    """Raise BillhookError unless a comparison can be written to `folder`: new, empty, or with one in it already."""
-    if folder.exists() and not folder.is_dir():
-        raise BillhookError(f"The output {folder} is a file: choose a directory.")
-    parent = folder.absolute().parent
-    if not folder.exists() and not parent.is_dir():
-        raise BillhookError(f"Cannot create {folder}: its parent directory does not exist. Create it first.")
-    if not os.access(folder if folder.exists() else parent, os.W_OK):
-        raise BillhookError(f"Cannot write to {folder}: the folder is not writable.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists():
-        raise BillhookError(f"The output {folder} is not empty and holds no comparison: choose another.")
-
-
 def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The mean of each method at each pattern and sparsity over the seeds, and its standard deviation."""
+    """The mean and standard deviation over the seeds, for each method, pattern and sparsity."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in cells:
         groups.setdefault(_cell(row)[:-1], []).append(row)
@@ -133,32 +119,27 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def differences(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Pairs of methods at the same pattern and sparsity: the difference of their mean losses, and whether it is larger
-    than the spread.
+    """For each pair of methods at the same pattern and sparsity, the difference of their mean losses and its spread.
 
     The spread is the larger of the two standard deviations over seeds. A difference within the spread is no reason to
     prefer either method. Empty where no method was run with several seeds.
     """
-    found = []
     rows = summary(cells)
     if not any(row["seeds"] > 1 for row in rows):
         return []
+    found = []
     for a, b in combinations(rows, 2):
-        if (a["pattern"], a["sparsity"]) != (b["pattern"], b["sparsity"]):
+        budget = {"pattern": a["pattern"], "sparsity": a["sparsity"]}
+        if not budget.items() <= b.items():
             continue
         difference, spread = a["mean_nll"] - b["mean_nll"], max(a["spread_nll"] or 0.0, b["spread_nll"] or 0.0)
         better, worse = (b, a) if difference > 0 else (a, b)
-        found.append(
-            {
-                "pattern": a["pattern"],
-                "sparsity": a["sparsity"],
-                "better": method(better),
-                "worse": method(worse),
-                "difference_nll": abs(difference),
-                "spread_nll": spread,
-                "larger_than_spread": abs(difference) > spread,
-            }
-        )
+        larger = {
+            "difference_nll": abs(difference),
+            "spread_nll": spread,
+            "larger_than_spread": abs(difference) > spread,
+        }
+        found.append({**budget, "better": method(better), "worse": method(worse), **larger})
     return found
 
 
@@ -170,8 +151,3 @@ def method(row: dict[str, Any]) -> str:
 def budget(row: dict[str, Any]) -> str:
     """A pattern and sparsity in tables and pictures."""
     return row["pattern"] if row["pattern"] != "unstructured" else f"{100 * row['sparsity']:g} %"
-
-
-def finite(value: float) -> float | None:
-    """The value, or None where it is infinite."""
-    return value if math.isfinite(value) else None

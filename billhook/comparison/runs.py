@@ -1,7 +1,7 @@
 """Finished runs side by side: pruned directories with evaluations in their report.json, and comparisons.
 
-Numbers are compared only where that is fair: scored on the same windows (by digest), with the same length, protocol and
-versions. Otherwise the error names what differs.
+Only comparable numbers are compared: of the same windows (by digest), length, protocol and versions. Otherwise the
+error names what differs.
 """
 
 from collections.abc import Sequence
@@ -16,35 +16,27 @@ from billhook.store.layout import REPORT
 _SAME = {
     "protocol": "protocol",
     "digest": "windows (text)",
-    "length": "length of a window",
-    "windows": "number of windows",
+    "length": "window lengths",
+    "windows": "numbers of windows",
 }
 
 
 def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
-    """Rows of all runs, best first, with what they have in common; raises BillhookError where nothing is comparable.
+    """Rows of all runs, best first, and what they have in common.
 
-    Where a pruned directory was scored on several texts, the first one that every run was scored on is used.
+    Of several texts on which a pruned directory was scored, the first one that all runs share is used. Raises
+    BillhookError where there is none.
     """
     found = {str(folder): _evaluations(folder) for folder in folders}
-    common = [
-        _key(e)
-        for e in next(iter(found.values()))
-        if all(any(_key(o) == _key(e) for o in others) for others in found.values())
-    ]
-    if not common:
+    shared = set.intersection(*({_key(row) for row in rows} for rows in found.values()))
+    common = next((key for key in map(_key, next(iter(found.values()))) if key in shared), None)
+    if common is None:
         raise BillhookError(_difference(found))
-    rows = [row for evaluations in found.values() for row in evaluations if _key(row) == common[0]]
-    first = rows[0]
-    data = {key: first[key] for key in ("source", "digest", "windows", "length")}
+    rows = [row for evaluations in found.values() for row in evaluations if _key(row) == common]
+    data = {key: rows[0][key] for key in ("source", "digest", "windows", "length")}
     shown = ("run", "model", "method", "pattern", "sparsity", "token_ppl", "nll", "dense_token_ppl")
-    ranked = sorted(rows, key=lambda row: row["nll"])
-    return {
-        "protocol": first["protocol"],
-        "data": data,
-        "versions": first["versions"],
-        "runs": [{k: r[k] for k in shown} for r in ranked],
-    }
+    ranked = [{key: row[key] for key in shown} for row in sorted(rows, key=lambda row: row["nll"])]
+    return {"protocol": rows[0]["protocol"], "data": data, "versions": rows[0]["versions"], "runs": ranked}
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -52,29 +44,26 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _difference(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Why the runs cannot be compared, in words."""
+    """A message about why the runs cannot be compared."""
     (one, a), *others = found.items()
-    two, b = next((name, rows) for name, rows in others if not {*map(_key, a)} & {*map(_key, rows)})
+    two, b = next(((name, rows) for name, rows in others if not {*map(_key, a)} & {*map(_key, rows)}), others[0])
     left, right = a[0], b[0]
+    start = f"{one} and {two} cannot be compared:"
     for key, words in _SAME.items():
         if left[key] != right[key]:
-            was = f"{left['source']} and {right['source']}" if key == "digest" else f"{left[key]} and {right[key]}"
-            return (
-                f"{one} and {two} cannot be compared: their {words} differ ({was}). Score both in the same way "
-                "with billhook eval."
-            )
-    name = next(
-        n for n in {**left["versions"], **right["versions"]} if left["versions"].get(n) != right["versions"].get(n)
-    )
-    was = f"{left['versions'].get(name)} and {right['versions'].get(name)}"
+            shown = "source" if key == "digest" else key
+            values = f"{left[shown]} and {right[shown]}"
+            return f"{start} their {words} differ ({values}). Score both in the same way with billhook eval."
+    names, old, new = {**left["versions"], **right["versions"]}, left["versions"], right["versions"]
+    name = next((n for n in names if old.get(n) != new.get(n)), "billhook")
     return (
-        f"{one} and {two} cannot be compared: they were scored with different versions of {name} ({was}). Score both "
+        f"{start} they were scored with different versions of {name} ({old.get(name)} and {new.get(name)}). Score both "
         "again."
     )
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    """Every score of a run, with what it depends on."""
+    """Every score of a run, with everything it depends on."""
     if (folder / RECORD).is_file():
         return _of_comparison(folder)
     if (folder / REPORT).is_file():
@@ -104,13 +93,14 @@ def _of_report(folder: Path) -> list[dict[str, Any]]:
         raise BillhookError(
             f"{folder} has no evaluation in its report: score it with billhook eval {folder} --data SOURCE --report."
         )
-    asked = report["asked"]
+    target = report["asked"]
     same = {
         "run": folder.name,
         "model": report["model"]["name"],
-        "method": f"{asked['criterion']} + {asked['allocator']}",
+        "method": method(target),
+        "pattern": target["pattern"],
     }
-    same |= {"pattern": asked["pattern"], "sparsity": report["achieved"]["sparsity"]}
+    same["sparsity"] = report["achieved"]["sparsity"]
     keys = ("protocol", "source", "digest", "windows", "length", "versions", "token_ppl", "nll")
     return [
         {**same, **{key: entry[key] for key in keys}, "dense_token_ppl": (entry.get("against") or {}).get("token_ppl")}

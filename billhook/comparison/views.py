@@ -15,8 +15,8 @@ Rows = list[list[str]]
 
 
 def perplexity_table(comparison: Comparison) -> tuple[list[str], Rows]:
-    """Header and rows: a row for each method, a column for each pattern and sparsity; means over seeds with their
-    standard deviation, the best of a column marked *."""
+    """Header and rows, one row per method, one column per pattern and sparsity: means over seeds with their standard
+    deviation, the best of a column marked *."""
     found = summary(comparison.cells)
     budgets, methods = (list(dict.fromkeys(name(row) for row in found)) for name in (budget, method))
     shown = {(method(row), budget(row)): row for row in found}
@@ -40,7 +40,8 @@ def _ppl(value: float | None) -> str:
 
 
 def error_tables(comparison: Comparison) -> dict[str, tuple[list[str], Rows]]:
-    """Title -> header and rows, for each pattern and sparsity: the error of each block's output by method."""
+    """Title -> header and rows, for each pattern and sparsity: the error of each block's output, one column per
+    method."""
     found = {}
     for name, cells in _first_seeds(comparison).items():
         rows = [[str(block)] for block in range(len(cells[0]["error_by_block"]))]
@@ -52,7 +53,7 @@ def error_tables(comparison: Comparison) -> dict[str, tuple[list[str], Rows]]:
 
 
 def caption(comparison: Comparison) -> str:
-    """What the numbers are, and of what."""
+    """Which model, protocol and text the numbers are from."""
     data, model = comparison.identity["data"], comparison.identity["model"]["name"]
     text = f"{data['windows']} windows of {data['length']} tokens of {data['source']}"
     marks = "± is the standard deviation over calibration seeds, * the best of a column."
@@ -67,18 +68,12 @@ def markdown(comparison: Comparison) -> str:
     if found := comparison.to_json()["differences"]:
         lines += ["", "## Differences and the spread over seeds", "", "Losses in nats per token.", ""]
         header = ["at", "better", "worse", "difference", "spread", "larger than the spread"]
-        cells = [
-            [
-                budget(row),
-                row["better"],
-                row["worse"],
-                f"{row['difference_nll']:.4f}",
-                f"{row['spread_nll']:.4f}",
-                "yes" if row["larger_than_spread"] else "no",
-            ]
-            for row in found
-        ]
-        lines += _markdown([header, ["---"] * 3 + ["---:"] * 2 + ["---"], *cells])
+        rows = []
+        for row in found:
+            numbers = [f"{row[key]:.4f}" for key in ("difference_nll", "spread_nll")]
+            larger = "yes" if row["larger_than_spread"] else "no"
+            rows.append([budget(row), row["better"], row["worse"], *numbers, larger])
+        lines += _markdown([header, ["---"] * 3 + ["---:"] * 2 + ["---"], *rows])
     return "\n".join(lines) + "\n"
 
 
@@ -87,7 +82,7 @@ def _markdown(rows: Rows) -> list[str]:
 
 
 def spreadsheet(comparison: Comparison) -> str:
-    """A line for each cell, as CSV."""
+    """One line per cell, as CSV."""
     out = io.StringIO()
     columns = [*Cell._fields, "token_ppl", "nll", "achieved"]
     writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
@@ -97,7 +92,7 @@ def spreadsheet(comparison: Comparison) -> str:
 
 
 def pictures(comparison: Comparison) -> dict[str, str]:
-    """File stem -> SVG: perplexity by sparsity, and for each pattern and sparsity the sparsity and the error of each
+    """File stem -> SVG: perplexity by sparsity, and for each pattern and sparsity the sparsity and the output error by
     block."""
     found = {}
     if (by_sparsity := _perplexity_by_sparsity(comparison)) is not None:
@@ -107,28 +102,16 @@ def pictures(comparison: Comparison) -> dict[str, str]:
         stem = name.replace(" %", "").replace(":", "of")
         plans = {row["allocator"]: row["sparsity_by_block"] for row in cells}
         lines = [Series(a, list(map(int, s)), [100 * v for v in s.values()]) for a, s in plans.items()]
-        found[f"sparsity-{stem}"] = chart(
-            f"Sparsity by block at {name}",
-            lines,
-            depth,
-            SPARSITY,
-            summary="A line for each allocation.",
-            standalone=True,
-        )
+        about: dict[str, Any] = {"summary": "A line for each allocation.", "standalone": True}
+        found[f"sparsity-{stem}"] = chart(f"Sparsity by block at {name}", lines, depth, SPARSITY, **about)
         lines = [Series(method(row), range(len(row["error_by_block"])), row["error_by_block"]) for row in cells]
-        found[f"error-{stem}"] = chart(
-            f"Error of each block's output at {name}",
-            lines,
-            depth,
-            ERROR,
-            summary="A line for each method.",
-            standalone=True,
-        )
+        about["summary"] = "A line for each method."
+        found[f"error-{stem}"] = chart(f"Error of each block's output at {name}", lines, depth, ERROR, **about)
     return found
 
 
 def _perplexity_by_sparsity(comparison: Comparison) -> str | None:
-    """A line for each method, None where there is a single sparsity."""
+    """One line per method; None where there is a single sparsity."""
     rows = [row for row in summary(comparison.cells) if row["pattern"] == "unstructured"]
     sparsities = sorted({100 * row["sparsity"] for row in rows})
     if len(sparsities) < 2:
@@ -162,7 +145,7 @@ def _first_seeds(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
 
 
 def write_views(comparison: Comparison) -> list[str]:
-    """Write Markdown, CSV and pictures beside compare.json; returns the names of the files."""
+    """Write Markdown, CSV and pictures next to compare.json; returns the names of the files."""
     assert comparison.folder is not None
     texts = {MARKDOWN: markdown(comparison), CSV: spreadsheet(comparison)}
     texts |= {f"{stem}.svg": picture for stem, picture in pictures(comparison).items()}

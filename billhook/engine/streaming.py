@@ -31,8 +31,16 @@ from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 from billhook.architectures.config import text_config
 from billhook.architectures.stacks import blocks_of
 from billhook.errors import BillhookError, Interrupted, JobError
-from billhook.store.checkpoint import check_code, check_complete, known_dtype, loading, on_device, quiet, resolve
-from billhook.store.shards import Entry, Shard, read_shard
+from billhook.store.checkpoint import (
+    check_directory,
+    check_trusted,
+    from_pretrained,
+    loading,
+    on_device,
+    quiet,
+    resolve,
+)
+from billhook.store.shards import Entry, Shard, read_shard, weight_files
 from billhook.store.tensor_bytes import DTYPES, tensor_bytes
 
 
@@ -173,8 +181,8 @@ def open_streamed(
 ) -> Stream:
     """Like `billhook.store.checkpoint.load`, with one block at a time in memory; the model is `Stream.model`."""
     path = resolve(path)
-    checkpoint = check_code(path, auto_class, trust_remote_code)
-    shards = [read_shard(file) for file in checkpoint.weights]
+    check_trusted(path, check_directory(path), auto_class, trust_remote_code)
+    shards = [read_shard(file) for file in weight_files(path)]
     with loading(path):
         trust = {"trust_remote_code": trust_remote_code}
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **trust)
@@ -184,16 +192,7 @@ def open_streamed(
         if type(config) is not type(empty.config):
             config = text_config(config)
         stored = stored_tensors(shards, outside)
-        model, info = type(empty).from_pretrained(
-            None,
-            config=config,
-            state_dict=stored,
-            dtype=known_dtype(dtype),
-            experts_implementation="eager",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    check_complete(path, info)
+        model = from_pretrained(type(empty), path, None, dtype=dtype, config=config, state_dict=stored)
     model.config.name_or_path = str(path)
     with on_device(device):
         model.eval()._apply(lambda value: value if value.is_meta else value.to(device))

@@ -1,1 +1,1 @@
-"""Each step turns a model directory into another one: request, checked job, directory."""
+"""Steps turn a model directory into another one: request, checked job, directory."""

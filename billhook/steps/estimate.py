@@ -1,6 +1,6 @@
-"""What a pruning job needs: peak memory and disk, by a formula from the shapes of the model.
+"""Estimate peak memory and disk of a pruning job by a formula from the shapes of the model.
 
-The time it takes is measured on a part of the job: `billhook.steps.sample_run`.
+`billhook.steps.sample_run` measures the time on a part of the job.
 """
 
 import math
@@ -29,7 +29,7 @@ from billhook.steps.request import TOKENS_A_BATCH
 from billhook.steps.resolve import ResolvedRequest
 
 PROCESS = 0.5 * 2**30  # bytes of Python and its libraries
-BACKWARD = 2**29  # bytes of layer outputs kept for a backward pass, at most: see billhook.trials.attribution
+BACKWARD = 2**29  # most bytes of layer outputs in a backward pass, see billhook.trials.attribution
 ROWS = 2**28  # bytes of the systems of rows that ADMM solves together
 
 
@@ -40,7 +40,7 @@ class Estimate:
     * `memory_gib`: peak memory of one process, GiB.
     * `disk_gib`: size of the output, GiB.
     * `seconds` (number, optional): time of pruning and writing, where it was measured.
-    * `measured` (string, optional): on what it was measured, in words.
+    * `measured` (string, optional): the part on which it was measured.
     """
 
     memory_gib: float
@@ -65,11 +65,11 @@ def peak_bytes(
     racing: bool = False,
     refine: bool = False,
 ) -> float:
-    """The most memory, in bytes, that pruning `layers` needs beyond Python itself; `model` may be on the meta device.
+    """The peak memory of pruning `layers`, in bytes, without that of Python; `model` may be on the meta device.
 
-    `needs` are the statistics and gradients to compute for the criterion; `tokens` and `batch_tokens` are those of the
-    calibration samples of one process, in total and in a batch. Of a streamed model one block is in memory. A `racing`
-    allocator holds the weights twice, and the dense model's predictions for half of the samples.
+    `needs` are the statistics and gradients to compute for the criterion; `tokens` and `batch_tokens` count the
+    calibration tokens of one process, in total and in a batch. A `racing` allocator also stores the dense weights, and
+    the dense model's predictions for half of the samples.
     """
     size, width = model.dtype.itemsize, text_config(model.config).hidden_size
     each, counts = [n_bytes(block) for block in blocks_of(model).values()], [math.prod(x.shape) for x in layers]
@@ -104,17 +104,9 @@ def estimate(resolved: ResolvedRequest) -> Estimate:
     needs = set(method.needs) - (set() if resolved.gradients is None else set(GRADIENTS))
     sizes = [main_input(model, batch).numel() for batch in opened.batches]
     tokens = sum(sizes) // world()
-    memory = peak_bytes(
-        model,
-        opened.layers,
-        request.criterion,
-        needs,
-        tokens=tokens,
-        batch_tokens=max(sizes, default=0),
-        resources=opened.resources,
-        racing=resolved.plan is None and is_raced(request.allocator, resolved.allocator_options),
-        refine=refine,
-    )
+    racing = resolved.plan is None and is_raced(request.allocator, resolved.allocator_options)
+    text: dict[str, Any] = {"tokens": tokens, "batch_tokens": max(sizes, default=0), "resources": opened.resources}
+    memory = peak_bytes(model, opened.layers, request.criterion, needs, **text, racing=racing, refine=refine)
     hidden = tokens * text_config(model.config).hidden_size * model.dtype.itemsize
     stores = (1 + ("drift" in needs) + 2 * refine) * bool(needs or refine)
     disk = n_bytes(model) * (2 if resolved.packed else 1) + stores * max(0.0, hidden - request.spill_gib * 2**30)
@@ -123,7 +115,7 @@ def estimate(resolved: ResolvedRequest) -> Estimate:
 
 
 def free_gib(device: str) -> float | None:
-    """Memory that the device, or the system for a CPU, could still give, in GiB; None where that is not known."""
+    """Free memory of the device, or of the system for a CPU, in GiB; None where that is unknown."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0] / 2**30
     try:
@@ -134,7 +126,7 @@ def free_gib(device: str) -> float | None:
 
 
 def peak_gib() -> float:
-    """The most memory that this process has had so far, in GiB."""
+    """The peak memory of this process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 

@@ -1,7 +1,6 @@
-"""Everything that `billhook eval` says of a model, as one record: perplexity by either protocol, distance from the
-dense model, tasks.
+"""The record of `billhook eval`: perplexity by either protocol, distance from the dense model, tasks.
 
-The record names protocol, windows, length and versions, so that two records can be compared only where they may be.
+The record contains protocol, windows, length and versions, so that only comparable records are compared.
 """
 
 import platform
@@ -27,7 +26,7 @@ from billhook.steps.request import model_facts
 from billhook.store.checkpoint import load_tokenizer, resolve
 from billhook.tasks.opening import task_of
 from billhook.tasks.token_windows import window_length
-from billhook.text.corpus import documents
+from billhook.text.corpus import documents, source_name
 
 PROTOCOLS = ("token", "word", "both")
 Progress = Callable[[str], None]
@@ -35,7 +34,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is to be found out about a model; `tasks` are names of lm-eval, `paper7`, or .jsonl files of items."""
+    """How to evaluate a model; `tasks` are names of lm-eval, `paper7`, or .jsonl files of items."""
 
     data: str | None = None
     length: int | None = None
@@ -52,9 +51,9 @@ class EvalConfig:
 
 
 def evaluate_model(model: str | Path, config: EvalConfig, progress: Progress = lambda what: None) -> dict[str, Any]:
-    """Load a dense or packed model and score it as asked; docs/formats/json_output.md lists the fields.
+    """Load a dense or packed model and score it; docs/formats/json_output.md lists the fields.
 
-    Raises BillhookError, before any model is loaded where that can be told, for what cannot be done as asked.
+    Raises BillhookError for an impossible configuration, before a model is loaded where possible.
     """
     names, files = _tasks(config)
     source = resolve(model)
@@ -66,15 +65,17 @@ def evaluate_model(model: str | Path, config: EvalConfig, progress: Progress = l
     if config.data is not None and config.protocol != "word":
         record |= _token(loaded, tokenizer, config, window, progress)
     if config.data is not None and config.protocol != "token":
-        words = _need(tokenizer, "Word perplexity")
+        reader, count = _need(tokenizer, "Word perplexity"), _counter(progress, "windows")
         texts = list(documents(config.data, "evaluation", stream=True))[: config.limit]
-        record["word"] = evaluate_words(
-            loaded, words, texts, window, config.data, lambda a, b: progress(f"{a}/{b} windows")
-        ).to_dict()
+        record["word"] = evaluate_words(loaded, reader, texts, window, source_name(config.data), count).to_dict()
     if names or files:
-        done = _run_tasks(loaded, _need(tokenizer, "A task"), (names, files), window, config, progress)
-        record["tasks"] = [task.to_dict() for task in done]
+        results = _run_tasks(loaded, _need(tokenizer, "A task"), (names, files), window, config, progress)
+        record["tasks"] = [task.to_dict() for task in results]
     return record
+
+
+def _counter(progress: Progress, unit: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(f"{done}/{total} {unit}")
 
 
 def versions() -> dict[str, str]:
@@ -84,29 +85,24 @@ def versions() -> dict[str, str]:
 
 
 def _tasks(config: EvalConfig) -> tuple[list[str], list[str]]:
-    """Names for lm-eval and files of items, checked; raises BillhookError where nothing is asked or one of them is not
-    known."""
+    """Names of lm-eval tasks and files of items; raises BillhookError for an impossible configuration."""
     if config.data is None and not config.tasks:
         raise BillhookError(
-            "Say what to score: --data FILE.txt, FILE.jsonl, TOKENS.safetensors or hub:wikitext2 (stdlib:heldout "
-            "for the demo), or --tasks."
+            "Say what to score: --data FILE.txt, FILE.jsonl, TOKENS.safetensors or hub:wikitext2 (stdlib:heldout for "
+            "the demo), or --tasks."
         )
     if config.protocol not in PROTOCOLS:
         raise BillhookError(f"Unknown protocol {config.protocol!r}: use {', '.join(PROTOCOLS)}.")
     if config.protocol != "token" and (config.data or "").endswith(".safetensors"):
-        raise BillhookError("Word perplexity is of words, and a token file has none: give a text.")
+        raise BillhookError("Word perplexity needs words, and a token file has none: give a text.")
     if config.against is not None and (config.data is None or config.protocol == "word"):
-        raise BillhookError(
-            "--against compares predictions on the windows of a text: give --data and the token protocol."
-        )
+        raise BillhookError("--against needs the windows of a text: give --data and the token protocol.")
     _check_used(config)
     named = [name for task in config.tasks for name in (PAPER7 if task == "paper7" else [task])]
     files = [name for name in named if name.endswith(".jsonl")]
     names = [name for name in named if not name.endswith(".jsonl")]
     if config.few_shot is not None and not names:
-        raise BillhookError(
-            "--few-shot is for tasks of lm-eval; the prompts of a file are used as they stand: leave it out."
-        )
+        raise BillhookError("--few-shot is for tasks of lm-eval; the prompts of a file are not changed: leave it out.")
     for file in files:
         load_items(file)
     if names:
@@ -115,28 +111,19 @@ def _tasks(config: EvalConfig) -> tuple[list[str], list[str]]:
 
 
 def _check_used(config: EvalConfig) -> None:
-    """Raise BillhookError for an option that nothing asked for would look at."""
+    """Raise BillhookError for an option that would have no effect."""
     if config.data is None and (config.protocol != "token" or config.limit is not None):
-        raise BillhookError(
-            "--protocol and --limit are for the text of --data: leave them out (for tasks there is --task-limit)."
-        )
+        raise BillhookError("--protocol and --limit are for --data: leave them out (for tasks there is --task-limit).")
     if config.batch_size is not None and (config.data is None or config.protocol == "word"):
-        raise BillhookError(
-            "--batch-size is for token perplexity: tasks and word perplexity find theirs by themselves."
-        )
+        raise BillhookError("--batch-size is for token perplexity: tasks and word perplexity choose their own.")
     if config.task_limit is not None and not config.tasks:
         raise BillhookError("--task-limit is for --tasks: leave it out (for windows there is --limit).")
 
 
 def _open(source: Path, config: EvalConfig) -> PreTrainedModel:
-    """Dense or packed; untuned, so that the same questions have the same answers to the last bit."""
-    return load(
-        source,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-        tune=False,
-    )
+    """Load a dense or packed model, without autotuning, so that results are reproducible to the last bit."""
+    options: dict[str, Any] = {"device": config.device, "trust_remote_code": config.trust_remote_code}
+    return load(source, dtype=config.dtype, **options, tune=False)
 
 
 def _token(
@@ -146,13 +133,13 @@ def _token(
     window: int,
     progress: Progress,
 ) -> dict[str, Any]:
+    """The fields of token perplexity, and of the comparison with the dense model."""
     assert config.data is not None
     windows, scoring = task_of(model).evaluation(config.data, tokenizer, model, window, config.limit)
     dense = None if config.against is None else _open(resolve(config.against), config)
-    told: Callable[[int, int], None] = lambda done, total: progress(f"{done}/{total} windows")  # noqa: E731
-    record = evaluate(
-        model, windows, scoring=scoring, against=dense, batch_size=config.batch_size, progress=told
-    ).to_dict()
+    options: dict[str, Any] = {"batch_size": config.batch_size, "progress": _counter(progress, "windows")}
+    record = evaluate(model, windows, scoring=scoring, against=dense, **options).to_dict()
+    record["source"] = source_name(record["source"])
     if dense is not None:
         batch = scoring.batch(windows.ids)
         record["against"]["error_by_block"] = block_errors(model, batch, block_outputs(dense, batch))
@@ -173,11 +160,9 @@ def _run_tasks(
     config: EvalConfig,
     progress: Progress,
 ) -> list[TaskResult]:
-    """Score the `tasks`: names for lm-eval, and files of items."""
+    """Score the `tasks`: names of lm-eval tasks, and files of items."""
     (names, files), limit = tasks, config.task_limit
-    found = [
-        evaluate_file(model, tokenizer, file, longest, limit, lambda a, b: progress(f"items {a}/{b}")) for file in files
-    ]
+    found = [evaluate_file(model, tokenizer, file, longest, limit, _counter(progress, "items")) for file in files]
     if names:
         found += evaluate_tasks(model, tokenizer, names, longest, few_shot=config.few_shot, limit=limit)
     return found

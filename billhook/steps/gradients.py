@@ -1,4 +1,4 @@
-"""Write the gradients of a model that a request names to a file."""
+"""Write the gradients of the model that a request names to a file."""
 
 from pathlib import Path
 
@@ -9,20 +9,14 @@ from billhook.steps.request import Opened, Request, calibration_facts, open_requ
 
 
 def open_for_gradients(request: Request, progress: Progress = lambda step: None) -> Opened:
-    """Open model and calibration samples; raises BillhookError for what cannot be done as asked."""
+    """Open model and calibration samples; raises BillhookError for an impossible request."""
     return open_request(request, True, "A gradient", streamed=True, progress=progress)
 
 
 def make_gradients(opened: Opened, statistic: str, path: Path, progress: Progress = lambda layer: None) -> Gradients:
     """Accumulate the gradients of an opened model on its samples and write them to `path`; see `compute_gradients`."""
+    facts = {"model": opened.facts} | ({} if opened.samples is None else {"calibration": calibration_facts(opened)})
     return compute_gradients(
-        opened.model,
-        opened.batches,
-        statistic,
-        path,
-        loss=opened.task.loss,
-        layers=opened.layers,
-        facts={"model": opened.facts, "calibration": calibration_facts(opened)},
-        resources=opened.resources,
-        progress=progress,
-    )
+        opened.model, opened.batches, statistic, path, loss=opened.task.loss, layers=opened.layers, facts=facts,
+        resources=opened.resources, progress=progress,
+    )  # fmt: skip

@@ -1,10 +1,10 @@
-"""Pack a model directory and unpack it again: each tensor with enough zeros becomes a bitmask and its non-zero values.
+"""Pack a model directory, and unpack it: each tensor with enough zeros becomes a bitmask and its non-zero values.
 
-A tensor is packed where that takes fewer bytes, whatever made the zeros and whatever the model is. The files are read
-twice, to count and to write, a few million weights at a time. Weights that are -0.0, as multiplying by a mask leaves
-them, count as zeros; their signs are stored beside the bitmask where that is smaller than keeping them as values.
+A tensor is packed if that needs fewer bytes, for any kind of model and any source of the zeros. The files are read
+twice, to count and to write, a few million weights at a time. Weights that are -0.0, which a multiplication by a mask
+makes, count as zeros; their signs are stored with the bitmask where that is smaller than storing them as values.
 
-What int8 rounding does to the quality of the model is not known here: evaluate the result.
+The effect of int8 rounding on quality is not measured here: evaluate the result.
 """
 
 import math
@@ -21,14 +21,14 @@ from billhook.packed.select_tensors import packed_size, select_tensors
 from billhook.packed.write import Written, relative_error, write_file, write_record
 from billhook.reports.publishing import publish
 from billhook.runtime.layout import MIN_GROUP
-from billhook.store.checkpoint import resolve
+from billhook.store.checkpoint import read_config, resolve
 from billhook.store.directory import WEIGHTS
 from billhook.store.files import copy_files, read_json, sha256
 from billhook.store.layout import PACKED, RECORD, REPORT, is_packed, is_unfinished
 from billhook.store.output import check_output, staging
 from billhook.store.shards import INDEX, read_shard, weight_files
 
-_PAGES = (".md", ".html")  # like report.json they may be rewritten, so they have no checksum
+_PAGES = (".md", ".html")  # they may be rewritten, as report.json, so they have no checksum
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,12 @@ class PackReport:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `pack --json`."""
-        return {
-            "output": str(self.output),
-            "dense_bytes": self.dense_bytes,
-            "packed_bytes": self.packed_bytes,
-            "sparsity": self.sparsity,
-            "dense": self.dense,
-            "error": self.error,
-            "notes": self.notes,
-            "layers": {
-                name: {"sparsity": 1 - facts["nnz"] / math.prod(facts["shape"]), "error": facts["error"]}
-                for name, facts in self.layers.items()
-            },
+        fields = ("dense_bytes", "packed_bytes", "sparsity", "dense", "error", "notes")
+        layers = {
+            name: {"sparsity": 1 - facts["nnz"] / math.prod(facts["shape"]), "error": facts["error"]}
+            for name, facts in self.layers.items()
         }
+        return {"output": str(self.output), **{key: getattr(self, key) for key in fields}, "layers": layers}
 
 
 def pack(
@@ -79,12 +72,11 @@ def pack(
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda tensor: None,
 ) -> PackReport:
-    """Pack a model directory (or hub name) into `output`; `progress` is called twice for each tensor of the weight
-    files.
+    """Pack a model directory (or hub name) into `output`; `progress` is called twice for each tensor.
 
-    `values` "int8" rounds the kept values, with one scale per row or per `group` of columns (a power of two, at least
-    64). Raises BillhookError for a model without zeros and for a quantized or packed one, and JobError when writing
-    fails; nothing is left behind then.
+    `values` "int8" rounds the non-zero values, with one scale per row or per `group` of columns (a power of two, at
+    least 64). Raises BillhookError for a model without zeros and for a quantized or packed one, and JobError when
+    writing fails; nothing is left behind then.
     """
     _check_values(values, group)
     source = resolve(model)
@@ -101,7 +93,7 @@ def pack(
         index = (source / INDEX).read_bytes().decode() if (source / INDEX).is_file() else None
         files = {path.as_posix(): sha256(folder / path) for path in checked}
         record = write_record(folder, written, matrices, index, files)
-        # evaluations of the model before rounding do not hold for the rounded one
+        # evaluations before rounding are not valid for the rounded model
         _publish(folder, {"evaluations": []} if values == "int8" else None)
     return _report(output, written, record, sorted(weights - {shard.path.name for shard in shards}))
 
@@ -115,9 +107,8 @@ def unpack(
 ) -> Path:
     """Write the dense model of a packed `directory` and return its path; `progress` is called for each finished file.
 
-    The files are those that were packed, byte for byte; int8 values are multiplied by their scales and rounded to the
-    model's dtype. Raises BillhookError, and leaves nothing behind, where anything in the directory is not as it was
-    packed.
+    The files are the same as before packing, byte for byte; int8 values are multiplied by their scales and rounded to
+    the model's dtype. Raises BillhookError, and leaves nothing behind, for a directory that was changed after packing.
     """
     directory = Path(directory).expanduser()
     if not is_packed(directory):
@@ -168,22 +159,16 @@ def _check_source(source: Path) -> dict[str, Any]:
         )
     if is_unfinished(source):
         raise BillhookError(
-            f"{source} is not finished: continue it with the command that began it and --resume, then pack it."
+            f"{source} is not finished: resume it with the command that started it and --resume, then pack it."
         )
-    if not (source / "config.json").is_file():
-        raise BillhookError(f"{source} has no config.json: give the directory of a Hugging Face model.")
-    config = read_json(source / "config.json", "model configuration")
-    if "quantization_config" in config or "compression_config" in config:
-        raise BillhookError(
-            f"{source} is a quantized checkpoint: pack the unquantized model; --values int8 makes it smaller still."
-        )
+    config = read_config(source)
     if not weight_files(source):
         raise BillhookError(f"{source} has no model.safetensors and no {INDEX}: only safetensors can be packed.")
     return config
 
 
 def _transposed(source: Path, config: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Whether the tensor of a name is stored [in, out]: by billhook.json, else by what is known of the model type."""
+    """Whether the tensor of a name is stored [in, out], from billhook.json or the model type."""
     layers = read_json(source / RECORD, "record of a pruned model").get("layers") if (source / RECORD).is_file() else {}
     facts = layers.values() if isinstance(layers, dict) else ()
     pieces = [piece for layer in facts for piece in layer.get("pieces", [layer])]

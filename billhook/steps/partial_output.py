@@ -1,13 +1,13 @@
 """An output directory while it is being written: OUTPUT.partial, renamed to OUTPUT when it is complete.
 
-The weight files are laid out at the start, with everything that lies outside the blocks. Each finished block is written
-to its place and forced to the disk, and only then noted in `billhook.unfinished.json`, which is replaced as a whole. A
-run that ends at any moment, by whatever cause, can thus be resumed after the last block noted. config.json comes after
-the last block and billhook.json last of all, so nothing takes such a directory for a model. A run holds a lock on the
-directory, which the system releases when the process ends.
+The weight files are created at the start, with everything outside the blocks. Each finished block is written to its
+place and flushed to the disk, and only then recorded in `billhook.unfinished.json`, which is replaced atomically. A run
+that ends at any moment, for any reason, can thus be resumed after the last recorded block. config.json is written after
+the last block, so no program mistakes such a directory for a model. A run holds a lock on the directory, which the
+system releases when the process ends.
 
-The state says what the run was asked for (`identity`): only the same run can be resumed. The bytes of every block are
-checked when a run is resumed; pruning starts again at the first block that is not as it was written.
+Only a run with the same `identity` can be resumed. The bytes of every block are checked then; pruning starts again at
+the first block whose bytes have changed.
 """
 
 import fcntl
@@ -28,12 +28,12 @@ from billhook.engine.streaming import Stream
 from billhook.engine.walk import Block
 from billhook.errors import BillhookError, Interrupted, JobError, out_of_memory
 from billhook.reports.publishing import publish
-from billhook.steps.state import STATE, VERSION, State, check_place, check_same_run, partial_folder
+from billhook.steps.state import STATE, VERSION, State, check_same_run, partial_folder, unfinished_run
 from billhook.store.directory import complete
 from billhook.store.files import json_text, replace_file, sha256
 from billhook.store.layout import GRADIENTS, WRITTEN
 from billhook.store.output import check_output, failure, flush, put_in_place
-from billhook.store.shards import INDEX, weight_files
+from billhook.store.shards import INDEX, weight_bytes, weight_files
 from billhook.store.sinks import SameLayout
 
 _ADVICE = (
@@ -42,7 +42,7 @@ _ADVICE = (
 
 
 class PartialOutput:
-    """A locked directory that is being written; `finished` notes a block, `complete` ends it."""
+    """A locked directory that is being written block by block."""
 
     def __init__(self, stream: Stream, source: Path, output: Path, state: State, stopping: Callable[[], bool]) -> None:
         self.stream, self.source, self.output, self.state, self.stopping = stream, source, output, state, stopping
@@ -54,24 +54,24 @@ class PartialOutput:
         self._same_dtype = all(value.dtype == stream.stored[name].dtype for name, value in tensors)
 
     def begin(self) -> None:
-        """Lay the files out, or check those of a run that is resumed."""
-        kept = self.state.done if self._begun() else None
-        if kept is not None:
+        """Create the files, or check those of the run that is resumed."""
+        done = self.state.done if self._begun() else None
+        if done is not None:
             _empty(self.folder, [*self.sink.files, STATE, *self.state.files])
         else:
             self.sink.begin(self.folder, self.outside)
         digests = [self.sink.digest(self.folder, self.outside)]
-        for index in range(kept or 0):
+        for index in range(done or 0):
             digests.append(self.sink.digest(self.folder, self.stream.names[index]))
             if digests[-1] != self.state.digests[len(digests) - 1]:
                 digests.pop()
                 break
             self.stream.moved(index, self.folder)
-        files = {} if kept is None else self.state.files
-        self._note(digests=digests, results=self.state.results[: len(digests) - 1], files=files)
+        files = {} if done is None else self.state.files
+        self._update(digests=digests, results=self.state.results[: len(digests) - 1], files=files)
 
     def finished(self, block: Block, results: Sequence[LayerResult]) -> None:
-        """Write a block and note it; from then on the model has the block as it is on disk.
+        """Write and record a block; from then on the model reads it from the output.
 
         Raises KeyboardInterrupt if the run is to stop here.
         """
@@ -81,7 +81,7 @@ class PartialOutput:
         else:
             self.sink.write(self.folder, self.stream.state(block.index))
             digest = self.sink.digest(self.folder, self.stream.names[block.index])
-            self._note(digests=[*self.state.digests, digest], results=made)
+            self._update(digests=[*self.state.digests, digest], results=made)
         barrier()
         self.stream.moved(block.index, self.folder)
         if not self._same_dtype:
@@ -89,19 +89,19 @@ class PartialOutput:
         if any_rank(self.stopping()) and self.state.done < self.state.blocks:
             raise KeyboardInterrupt
 
-    def keep(self, name: str) -> None:
-        """Note a file of the folder that the blocks depend on."""
-        self._note(files={**self.state.files, name: sha256(self.folder / name)})
+    def add_file(self, name: str) -> None:
+        """Record a file of the folder that the blocks depend on."""
+        self._update(files={**self.state.files, name: sha256(self.folder / name)})
 
-    def has(self, name: str) -> bool:
-        """Whether that file is there as it was noted."""
+    def has_file(self, name: str) -> bool:
+        """Whether a file that the blocks depend on is recorded."""
         return name in self.state.files
 
     def complete(self, record: Mapping[str, Any]) -> None:
-        """Write all that is left and give the directory its name, once no process reads from it any more."""
+        """Write the other files and rename the directory, once no process reads from it any more."""
         barrier()
         if not rank():
-            complete(self.stream.model, self.source, self.folder, record, publish=publish)
+            complete(self.stream.model, self.source, self.folder, record, publish)
             flush(self.folder)
             for path in [*self.folder.glob(f"*{GRADIENTS}"), *self.folder.glob(WRITTEN)]:
                 path.unlink()  # last, because a run without them cannot be resumed
@@ -110,23 +110,17 @@ class PartialOutput:
         barrier()
 
     def _begun(self) -> bool:
-        """Whether all files are there, with the layout of the source and its values outside the blocks."""
-        for name, digest in self.state.files.items():
-            if not (self.folder / name).is_file() or sha256(self.folder / name) != digest:
-                return False
-        digests = self.state.digests
-        begun = self.sink.begun(self.folder)
-        return begun and bool(digests) and self.sink.digest(self.folder, self.outside) == digests[0]
+        """Whether all files exist, with the layout of the source and its values outside the blocks."""
+        files, digests = self.state.files.items(), self.state.digests
+        whole = all((self.folder / name).is_file() and sha256(self.folder / name) == digest for name, digest in files)
+        begun = whole and bool(digests) and self.sink.begun(self.folder)
+        return begun and self.sink.digest(self.folder, self.outside) == digests[0]
 
-    def _note(self, **changes: Any) -> None:
+    def _update(self, **changes: Any) -> None:
         state = replace(self.state, **changes)
         text = json_text({"unfinished": _ADVICE, "version": VERSION, **asdict(state)})
-        replace_file(self.folder / STATE, lambda temporary: _write(temporary, text))
+        replace_file(self.folder / STATE, lambda temporary: temporary.write_bytes(text.encode()))
         self.state = state
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -141,11 +135,11 @@ def partial_output(
     overwrite: bool,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[PartialOutput]:
-    """Create, or open again, the directory that is being written; what a failing body leaves can be resumed.
+    """Create the directory, or open it again to resume a run.
 
-    The run ends after a block at which `stopping()` is true. Raises BillhookError where another run works there, or the
-    one to resume was asked for something else; Interrupted for a run that was stopped, or that the disk or the memory
-    stopped, after some blocks. Other errors would occur again: nothing is kept then.
+    The run ends after a block at which `stopping()` is true. Raises BillhookError where another run uses the directory,
+    or the run to resume has another identity; Interrupted for a run that was stopped, or ran out of disk or memory,
+    after some blocks. After other errors, which would occur again, the directory is deleted.
     """
     folder = partial_folder(output)
     if rank():
@@ -157,31 +151,31 @@ def partial_output(
     lock = _lock(folder)
     foreign = _foreign_file(folder, source)
     keep = (folder / STATE).exists() or bool(foreign)
-    made: PartialOutput | None = None
+    partial: PartialOutput | None = None
     try:
         if foreign:
             raise BillhookError(
-                f"{folder}, where {output} would be written, holds {foreign}, which no run put there: move the "
-                "folder away."
+                f"{folder}, where {output} would be written, holds {foreign}, which is not from a run: move the folder "
+                "away."
             )
-        state = check_place(output, resume=resume, overwrite=overwrite)
+        state = unfinished_run(output, resume=resume, overwrite=overwrite)
         check_output(output, source, overwrite=overwrite)
         if state is None:
             keep = False
             _empty(folder)
             state = State(dict(identity), dict(plan), len(stream.blocks), [], [])
         check_same_run(state.identity, identity, folder)
-        made = PartialOutput(stream, source, output, state, stopping)
-        made.begin()
-        gather(made.state)
-        yield made
+        partial = PartialOutput(stream, source, output, state, stopping)
+        partial.begin()
+        gather(partial.state)
+        yield partial
     except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Interrupted) as error:
-        keep = keep or (made is not None and bool(made.state.done or made.state.files))
+        keep = keep or (partial is not None and bool(partial.state.done or partial.state.files))
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
-        raise _interrupted(error, source, output, made if keep else None) from None
+        raise _interrupted(error, source, output, partial if keep else None) from None
     except BillhookError:
-        keep = keep and made is None
+        keep = keep and partial is None
         raise
     finally:
         if not keep:
@@ -190,12 +184,12 @@ def partial_output(
 
 
 def _interrupted(error: BaseException, source: Path, output: Path, kept: PartialOutput | None) -> BaseException:
-    """The error for a run that ended early: how to resume it, if anything is left of it."""
+    """The error for a run that ended early; it says how to resume the run if its directory is `kept`."""
     if kept is None and not isinstance(error, OSError):
         return error
     what = "Stopped"
     if isinstance(error, OSError | SafetensorError):
-        what = failure(error, output, sum(file.stat().st_size for file in weight_files(source))).rstrip(".")
+        what = failure(error, output, weight_bytes(source)).rstrip(".")
     elif isinstance(error, MemoryError | RuntimeError):
         what = "Out of memory"
     elif isinstance(error, Interrupted):
@@ -212,9 +206,8 @@ def _lock(folder: Path) -> int:
         try:
             folder.mkdir(exist_ok=True)
         except FileExistsError:
-            raise BillhookError(
-                f"{folder}, where the output would be written, is a file: move it away, or choose another output."
-            ) from None
+            place = f"{folder}, where the output would be written,"
+            raise BillhookError(f"{place} is a file: move it away, or choose another output.") from None
         handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -222,28 +215,24 @@ def _lock(folder: Path) -> int:
                 return handle
         except BlockingIOError:
             os.close(handle)
-            raise BillhookError(
-                f"Another run is writing {folder} at this moment: wait for it, or choose another output."
-            ) from None
-        except FileNotFoundError:  # the other run has just finished and given the folder its final name
+            raise BillhookError(f"Another run is writing {folder}: wait for it, or choose another output.") from None
+        except FileNotFoundError:  # the other run has just renamed the folder
             pass
         os.close(handle)
 
 
 def _foreign_file(folder: Path, source: Path) -> str | None:
-    """A file in `folder` that no unfinished run can have left there, so that no file of somebody else is deleted."""
+    """The name of a file in `folder` that cannot be from an unfinished run and must not be deleted."""
     if (folder / STATE).exists():
         return None
     own = {INDEX, *(file.name for file in weight_files(source))}
-    return min(
-        (path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith(f".{STATE}.")),
-        default=None,
-    )
+    names = (path.name for path in folder.iterdir())
+    return min((name for name in names if name not in own and not name.startswith(f".{STATE}.")), default=None)
 
 
-def _empty(folder: Path, but: Sequence[str] = ()) -> None:
+def _empty(folder: Path, except_for: Sequence[str] = ()) -> None:
     for path in folder.iterdir():
-        if path.name in but:
+        if path.name in except_for:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""A checked job, what it did, and the step that this adds to billhook.json."""
+"""A checked job, its report, and the step that it adds to billhook.json."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from billhook.store.record import REFILLED, Record, Step, append_step, located
 
 @dataclass(frozen=True)
 class Job:
-    """A checked request: nothing left to go wrong but the work itself."""
+    """A checked request with its plan, ready to run."""
 
     request: Request
     opened: Opened
@@ -28,18 +28,17 @@ class Job:
     method: Method
     gradients: Gradients | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
-    packed: Path | None = None  # where the result goes packed; `request.output` is then a place beside it
+    packed: Path | None = None  # the final, packed output; `request.output` is then the dense model
 
     @property
     def steps(self) -> int:
-        """How often `run` reports progress: once a layer, and once before where its gradients are computed."""
+        """The number of progress calls of `run`: one per layer, two where its gradients are computed first."""
         return len(self.opened.layers) * (1 if self.gradients or not self.method.gradient else 2)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did. `output` is None when nothing was written (no output was asked for); `record` is
-    billhook.json."""
+    """What a run did; `output` is None when nothing was written, `record` is the content of billhook.json."""
 
     plan: Plan
     layers: list[LayerResult]
@@ -54,7 +53,7 @@ class Report:
         return sum(layer.zeros for layer in self.layers) / sum(layer.n for layer in self.layers)
 
     def to_json(self) -> dict[str, Any]:
-        """The same, for machines."""
+        """The content of `prune --json`."""
         return {
             "output": None if self.output is None else str(self.output),
             "sparsity": self.sparsity,
@@ -65,22 +64,21 @@ class Report:
         }
 
 
-def record(job: Job, results: Sequence[LayerResult], **made_by: Any) -> dict[str, Any]:
-    """The content of billhook.json after the job: the steps of the model that was pruned, if it has a record, and this
-    one, of which `made_by` are further facts."""
+def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
+    """The content of billhook.json after the job: the earlier steps of the model and this one."""
     before = job.opened.history
     known = {} if before is None else before.layers
     present = {layer.name: layer for layer in find_layers(job.opened.model)}
     notes = {result.layer: [*result.notes, *_refilled(result, known.get(result.layer))] for result in results}
     layers = {name: _left_alone(facts) | _place(present[name]) for name, facts in known.items() if name in present}
     layers |= {r.layer: _layer_record(r, notes[r.layer]) | _place(present[r.layer]) for r in results}
-    return append_step(before, prune_step(job, notes, **made_by), layers).to_json()
+    return append_step(before, prune_step(job, notes), layers).to_json()
 
 
-def prune_step(job: Job, notes: Mapping[str, Sequence[str]], **made_by: Any) -> Step:
-    """What the job does, as a step of a record; `notes` are those of its layers."""
+def prune_step(job: Job, notes: Mapping[str, Sequence[str]]) -> Step:
+    """The job as a step of a record, with the `notes` of its layers."""
     request, opened = job.request, job.opened
-    plan = job.plan.to_json()
+    plan, fields = job.plan.to_json(), ("published", "refine", "seed", "dtype", "device")
     if isinstance(plan["made_by"].get("options"), dict):
         plan["made_by"] = {**plan["made_by"], "options": _without_folders(plan["made_by"]["options"])}
     papers = {"criterion": CRITERIA.paper(request.criterion), "allocator": job.plan.made_by.get("paper")}
@@ -92,18 +90,17 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]], **made_by: Any) -> 
             "criterion": request.criterion,
             "criterion_options": _without_folders(job.method.options),
             "group": request.group or CRITERIA.group(request.criterion),
-            **{key: getattr(request, key) for key in ("published", "refine", "seed", "dtype", "device")},
+            **{key: getattr(request, key) for key in fields},
             "targets": listed(request.targets),
             "ignore": listed(request.ignore),
             "calibration": None if opened.samples is None else calibration_facts(opened),
             "gradients": _gradients_record(job),
             "papers": papers,
             "versions": {"python": platform.python_version(), **packages},
-            **made_by,
         },
         opened.facts,
         [
-            *(f"{layer}: {note}" for layer, said in notes.items() for note in said),
+            *(f"{layer}: {note}" for layer, texts in notes.items() for note in texts),
             *_other_weights(job.plan, opened.facts),
             *_changed_since(opened.history, opened.facts),
         ],
@@ -111,14 +108,14 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]], **made_by: Any) -> 
 
 
 def _without_folders(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as they may be published: of a file its name alone."""
+    """Options that can be published: of a path, only the file's name."""
     text = {key: value for key, value in options.items() if isinstance(value, str)}
     paths = [key for key, value in text.items() if key == "file" or value.startswith(("/", "~"))]
     return {key: Path(value).name if key in paths else value for key, value in options.items()}
 
 
 def _gradients_record(job: Job) -> dict[str, Any] | None:
-    """Which gradients the criterion read and the text they come from; None if it reads none."""
+    """The gradients that the criterion read, and their calibration text; None if it reads none."""
     statistic = job.method.gradient
     if not statistic:
         return None
@@ -127,7 +124,7 @@ def _gradients_record(job: Job) -> dict[str, Any] | None:
 
 
 def _other_weights(plan: Plan, model: Mapping[str, Any]) -> list[str]:
-    """A note where the plan comes from a table of other weights than those of `model` (a fine-tuned relative, say)."""
+    """A note where the plan was made for other weights than those of `model`, such as before a fine-tuning."""
     measured = plan.made_by.get("model")
     if not isinstance(measured, dict) or model["digest"] is None or measured.get("digest") in (None, model["digest"]):
         return []
@@ -135,21 +132,21 @@ def _other_weights(plan: Plan, model: Mapping[str, Any]) -> list[str]:
 
 
 def _changed_since(before: Record | None, model: Mapping[str, Any]) -> list[str]:
-    """A note where the record of a model is not of the weights that it has."""
+    """A note where the record of a model does not fit its weights."""
     if before is None or before.steps[-1].result in (None, model["digest"]):
         return []
     return [f"{model['name']} was changed after the last step of its billhook.json: its earlier steps may not hold."]
 
 
 def _left_alone(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a layer that the step does not change; its zeros are counted when it is written."""
+    """The state of a layer that the step does not change; its zeros are counted again when it is written."""
     return {key: value for key, value in facts.items() if key != "zeros" or not located(facts)}
 
 
 def _refilled(result: LayerResult, before: Mapping[str, Any] | None) -> list[str]:
     """A note where a layer has fewer zeros than before, and such notes of earlier steps.
 
-    A criterion that updates the weights it keeps fills zeros where it is asked for less than was removed before.
+    This happens where a criterion that updates the remaining weights has a lower sparsity than an earlier step.
     """
     if before is None:
         return []
@@ -159,16 +156,11 @@ def _refilled(result: LayerResult, before: Mapping[str, Any] | None) -> list[str
 
 
 def _layer_record(result: LayerResult, notes: Sequence[str]) -> dict[str, Any]:
-    return {
-        "shape": list(result.shape),
-        "sparsity": result.planned,
-        "zeros": result.zeros,
-        "notes": list(notes),
-        "error": result.error,
-    }
+    facts = {"shape": list(result.shape), "sparsity": result.planned, "zeros": result.zeros}
+    return {**facts, "notes": list(notes), "error": result.error}
 
 
 def _place(layer: Layer) -> dict[str, Any]:
-    """Where a layer lies in memory, from which `billhook.store.sinks` finds its place on disk."""
+    """Where a layer is in memory, from which `billhook.store.locate` finds its place on disk."""
     tensor = f"{layer.name}.weight" if layer.expert is None else layer.name.rpartition(".")[0]
     return {"tensor": tensor, "index": layer.expert, "transposed": layer.transposed}

@@ -1,4 +1,4 @@
-"""What a run is asked for, and opening what it names: the model and the calibration text."""
+"""A request for a pruning run, and opening the model and the calibration text that it names."""
 
 import hashlib
 import json
@@ -27,12 +27,13 @@ from billhook.errors import BillhookError
 from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.recover.blockwise import Refining
-from billhook.steps.state import check_place, partial_folder
+from billhook.steps.state import partial_folder, unfinished_run
 from billhook.store.checkpoint import check_directory, load, model_digest, resolve
 from billhook.store.files import sha256
 from billhook.store.layout import WRITTEN
 from billhook.store.output import check_output
 from billhook.store.record import Record, history
+from billhook.store.shards import weight_bytes
 from billhook.store.sinks import SameLayout
 from billhook.tasks.base import Drawing, Progress, Samples, Task
 from billhook.tasks.opening import task_of, task_of_config
@@ -40,15 +41,14 @@ from billhook.tasks.self_text import is_self, saved_windows
 from billhook.text.corpus import source_name
 
 TOKENS_A_BATCH = 4096  # enough rows to keep a matrix product busy
-ACTIVATION_BYTES = 16 << 20  # of the widest layer of a block; more would not be faster on a CPU, and counts in the peak
+ACTIVATION_BYTES = 16 << 20  # activations of the widest layer of a block; more needs memory and is not faster on a CPU
 
 
 @dataclass(frozen=True)
 class Request:
-    """Everything a pruning run can be asked for; the field names are those of the command line.
+    """The parameters of a pruning run; the field names are those of the command line.
 
-    `published` counts zeros, draws samples and accumulates gradients as the released code of the papers does, where
-    that differs from what Billhook does otherwise.
+    With `published`, zeros are counted, samples drawn and gradients accumulated as in the released code of the papers.
     """
 
     model: str | Path | PreTrainedModel
@@ -92,7 +92,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Opened:
-    """What a request names, loaded and checked; `samples` is None and `batches` empty where no samples are needed."""
+    """The loaded and checked model and samples of a request; `samples` is None and `batches` empty if not needed."""
 
     source: Path | None
     model: PreTrainedModel
@@ -104,31 +104,27 @@ class Opened:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """`model_facts` of what was opened, cached because the digest of the files takes time."""
+        """`model_facts` of the model, cached because the digest of the files takes time."""
         return model_facts(self.source, self.model)
 
     @cached_property
     def history(self) -> Record | None:
-        """The record of what was done to the model before, None where there is none."""
+        """The record of the model, or None."""
         return None if self.source is None else history(self.source)
 
 
 def open_request(
-    request: Request,
-    needs_samples: bool,
-    who: str,
-    *,
-    streamed: bool = False,
-    progress: Progress = lambda step: None,
+    request: Request, needs_samples: bool, who: str, *, streamed: bool = False, progress: Progress = lambda step: None
 ) -> Opened:
-    """Load the model, choose its layers, and draw the calibration samples if `who` needs any; cheapest checks first.
+    """Load the model, select its layers, and draw the calibration samples if `needs_samples`; cheapest checks first.
 
-    `streamed` asks for a model directory with one block at a time in memory.
+    With `streamed`, a model directory is opened with one block at a time in memory. Raises BillhookError for an
+    impossible request; `who` needs the samples in its message.
     """
-    _check_words(request)
+    _check_choices(request)
     if needs_samples and request.calibration is None:
         raise BillhookError(
-            f"{who} looks at activations: give text like the model was trained on with --calibration FILE.txt, "
+            f"{who} needs activations: give text like the model's training text with --calibration FILE.txt, "
             "FILE.jsonl, TOKENS.safetensors or hub:c4, or let the model write it itself with --calibration self:"
         )
     source, model, resources = _open_model(request, streamed)
@@ -143,7 +139,7 @@ def open_request(
     return Opened(source, model, task, resources, layers, samples, split_rows(samples.batch, size))
 
 
-def _check_words(request: Request) -> None:
+def _check_choices(request: Request) -> None:
     if request.group not in (None, "row", "layer"):
         raise BillhookError(f"group={request.group!r} must be row or layer.")
     if request.refine not in get_args(Refining):
@@ -153,7 +149,7 @@ def _check_words(request: Request) -> None:
 
 
 def listed(patterns: str | Sequence[str]) -> list[str]:
-    """Patterns as a list, where a single one was given as a string."""
+    """Patterns as a list; a string is a single pattern."""
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
@@ -164,8 +160,7 @@ def batch_size(layers: Sequence[Layer], length: int) -> int:
 
 
 def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrainedModel, Resources]:
-    """Check the output place, then load the model (or take the one in memory), and decide where its weights are
-    kept."""
+    """Check the output, then load the model (unless it is in memory), one block at a time if `streamed`."""
     output = None if request.output is None else Path(request.output).expanduser().resolve()
     resources = Resources(spill_gib=request.spill_gib)
     if isinstance(request.model, PreTrainedModel):
@@ -178,16 +173,11 @@ def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrain
         kind = type(request.model).__name__
         raise BillhookError(f"The model must be a directory, a hub name or a transformers PreTrainedModel, got {kind}.")
     source = resolve(request.model)
-    checkpoint = check_directory(source)
-    task = task_of_config(source, checkpoint.config)
+    task = task_of_config(source, check_directory(source))
     if output is not None:
-        continued = check_place(output, resume=request.resume, overwrite=request.overwrite)
-        check_output(output, source, overwrite=request.overwrite, needed=0 if continued else checkpoint.bytes)
-    options: dict[str, Any] = {
-        "dtype": request.dtype,
-        "device": request.device,
-        "trust_remote_code": request.trust_remote_code,
-    }
+        unfinished = unfinished_run(output, resume=request.resume, overwrite=request.overwrite)
+        check_output(output, source, overwrite=request.overwrite, needed=0 if unfinished else weight_bytes(source))
+    options = _loading(request)
     if streamed:
         stream = open_streamed(source, task.auto_class, **options)
         if output is None or SameLayout(stream.model, source).mismatch() is None:
@@ -195,6 +185,7 @@ def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrain
     return source, load(source, task.auto_class, **options), resources
 
 
+<<<<<<< HEAD
 def _check_weights(model: PreTrainedModel, resources: Resources) -> None:
     """Raise BillhookError naming a parameter of the model that is not finite."""
     check_finite(model.named_parameters())
@@ -202,26 +193,31 @@ def _check_weights(model: PreTrainedModel, resources: Resources) -> None:
         for index, (name, block) in enumerate(blocks_of(model).items()):
             with resources.block(index, ahead=index + 1):
                 check_finite((f"{name}.{key}", value) for key, value in block.named_parameters())
+=======
+def _loading(request: Request) -> dict[str, Any]:
+    return {key: getattr(request, key) for key in ("dtype", "device", "trust_remote_code")}
+>>>>>>> main
 
 
 def _draw(
     request: Request, source: Path | None, model: PreTrainedModel, task: Task, streamed: bool, progress: Progress
 ) -> Samples:
-    """The calibration samples of a request; of a run that is resumed, those that the model wrote for it before."""
+    """The calibration samples of a request; for a resumed run, the stored text that the model generated."""
     given: Any = request.calibration
-    kept = None if request.output is None else partial_folder(Path(request.output).expanduser().resolve()) / WRITTEN
-    if request.resume and kept is not None and kept.is_file() and is_self(str(given)):
-        tokens = saved_windows(kept)
+    stored = None if request.output is None else partial_folder(Path(request.output).expanduser().resolve()) / WRITTEN
+    if request.resume and stored is not None and stored.is_file() and is_self(str(given)):
+        tokens = saved_windows(stored)
         return Samples(task.batch(tokens.ids), tokens.source, tokens.digest, tokens.sampling)
     options: dict[str, Any] = {"trust_remote_code": request.trust_remote_code, "progress": progress}
-    if streamed and source is not None and is_self(str(given)):  # one block in memory would be read for every token
-        trusted = {"trust_remote_code": request.trust_remote_code}
-        model = load(source, task.auto_class, dtype=request.dtype, device=request.device, **trusted)
+    if (
+        streamed and source is not None and is_self(str(given))
+    ):  # a streamed model would read every block for every token
+        model = load(source, task.auto_class, **_loading(request))
     return task.samples(given, model, source, request.drawing, **options)
 
 
 def calibration_facts(opened: Opened) -> dict[str, Any]:
-    """What identifies calibration samples in a table or billhook.json."""
+    """What identifies the calibration samples, in tables and billhook.json."""
     samples = opened.samples
     assert samples is not None
     rows, length = main_input(opened.model, samples.batch).shape[:2]
@@ -231,16 +227,13 @@ def calibration_facts(opened: Opened) -> dict[str, Any]:
 
 def model_facts(source: Path | None, model: PreTrainedModel) -> dict[str, Any]:
     """What identifies a model in tables, plans and billhook.json."""
-    return {
-        "name": _model_name(source, model),
-        "type": model.config.model_type,
-        "digest": None if source is None else model_digest(source),
-    }
+    digest = None if source is None else model_digest(source)
+    return {"name": _model_name(source, model), "type": model.config.model_type, "digest": digest}
 
 
 def _model_name(source: Path | None, model: PreTrainedModel) -> str:
-    """The folder's name; for the hub's cache, whose folders are `models--OWNER--NAME/snapshots/COMMIT`, OWNER/NAME;
-    else the class's."""
+    """OWNER/NAME for a folder `models--OWNER--NAME/snapshots/COMMIT` of the hub's cache, else the folder's name; for a
+    model in memory, its class."""
     if source is None:
         return type(model).__name__
     if source.parent.name == "snapshots":
@@ -251,12 +244,12 @@ def _model_name(source: Path | None, model: PreTrainedModel) -> str:
 def identity(
     request: Request, opened: Opened, options: Mapping[str, Any], plan: Plan | None, table: Table | None
 ) -> dict[str, Any]:
-    """What an unfinished run must agree in to be continued: versions, model, data and everything that changes the
-    result.
+    """What must be the same for a run to be resumed: versions, model, data and everything that changes the result.
 
-    `options` are all those of the methods, `plan` and `table` those that were given.
+    `options` are those of all methods, `plan` and `table` the given ones.
     """
     given = {"plan": None if plan is None else plan.to_json(), "table": None if table is None else asdict(table)}
+    gradients = request.gradients.path if isinstance(request.gradients, Gradients) else request.gradients
     same = ("sparsity", "pattern", "allocator", "criterion", "group", "published", "refine", "seed", "dtype", "device")
     return {
         "version": f"{VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
@@ -268,14 +261,10 @@ def identity(
         "ignore": listed(request.ignore),
         "options": dict(options),
         **{key: None if value is None else _json_digest(value) for key, value in given.items()},
-        "gradients": None if request.gradients is None else _gradients_digest(request.gradients),
+        "gradients": None if gradients is None else sha256(Path(gradients)),
         "calibration": None if opened.samples is None else calibration_facts(opened),
     }
 
 
 def _json_digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _gradients_digest(given: str | Path | Gradients) -> str:
-    return sha256(given.path if isinstance(given, Gradients) else Path(given))

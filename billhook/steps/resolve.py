@@ -1,6 +1,6 @@
-"""A request that is opened and checked, before anything is measured for its plan or changed."""
+"""Open and check a request, before anything is measured for its plan or changed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,18 @@ from billhook.racing import automatic
 from billhook.racing.hyperparameters import configure, is_raced
 from billhook.steps.options import split_options
 from billhook.steps.request import Opened, Request, identity, open_request
-from billhook.steps.state import check_place, check_same_run, partial_folder
+from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.store.output import check_output
 from billhook.tasks.base import Progress
 
 
 @dataclass(frozen=True)
 class ResolvedRequest:
-    """What was checked.
+    """A checked request.
 
-    `plan` is the plan that was given, or that of a run that is resumed, of which `done` blocks are finished. Where
-    there is none, `needed` are the columns to measure first, unless a `table` was given. `packed` is where the packed
-    result goes, if it is to be packed.
+    * `plan`: the given plan, or that of a resumed run, whose first `done` blocks are finished.
+    * `needed`: the metrics to measure, where there is neither a plan nor a `table`.
+    * `packed`: the final output of a run whose result is packed.
     """
 
     request: Request
@@ -45,106 +45,77 @@ class ResolvedRequest:
     done: int = 0
 
     @property
-    def in_memory(self) -> bool:
-        """Whether the plan needs the whole model in memory."""
-        raced = self.plan is None and is_raced(self.request.allocator, self.allocator_options)
-        return _in_memory(raced, self.needed if self.plan is None else ())
-
-    @property
     def target(self) -> float:
-        """The sparsity that is asked for."""
-        return (
-            check_budget(self.request.sparsity, Pattern.parse(self.request.pattern))
-            if self.plan is None
-            else self.plan.target
-        )
+        """The requested sparsity."""
+        if self.plan is not None:
+            return self.plan.target
+        return check_budget(self.request.sparsity, Pattern.parse(self.request.pattern))
 
 
 def check(request: Request, progress: Progress = lambda step: None, *, dry_run: bool = False) -> ResolvedRequest:
     """Open what a request names and check everything about it, cheapest first; nothing is measured yet.
 
-    A model directory is opened one block at a time where an output is asked for, and for a dry run.
+    Raises BillhookError for an impossible request. A model directory is opened one block at a time where there is an
+    output, and for a dry run.
     """
-    arithmetic = request.plan is None and request.allocator != AUTO
-    allocators = [request.allocator] if arithmetic else []
-    criterion_options, given = split_options(
-        _published(request), request.criterion, allocators, Request.__dataclass_fields__
-    )
-    method = Method(request.criterion, criterion_options, request.group, request.rounding)
-    allocator_options = configure(request.allocator, given) if arithmetic else {}
+    method, allocator_options = _methods(request)
     raced = request.plan is None and is_raced(request.allocator, allocator_options)
-    plan = _given_plan(request)
     table = Table.load(request.table) if isinstance(request.table, str | Path) else request.table
-    if plan is None:
-        check_budget(request.sparsity, Pattern.parse(request.pattern))
-    elif (
-        table is not None
-        or request.allocator != "uniform"
-        or request.sparsity is not None
-        or request.pattern != "unstructured"
-    ):
-        raise BillhookError(
-            "A plan already says how much each layer loses: leave out sparsity, pattern, allocator and table."
-        )
-    needed = () if plan or table else _columns(request, allocator_options)
+    plan = _given_plan(request, table)
+    needed = () if plan or table else _metrics(request, allocator_options)
     gradients = _given_gradients(request, method)
-    computed = method.gradient and gradients is None
-    needs_samples = method.observed or computed or any(fact(name).needs_text for name in needed)
-    needs_samples = bool(needs_samples) or raced or request.refine != "none"
-    request, packed = _dense_place(request)
+    reads_text = method.observed or (method.gradient and gradients is None) or any(fact(x).needs_text for x in needed)
+    needs_samples = bool(reads_text) or raced or request.refine != "none"
+    request, packed = _dense_output(request)
+    in_memory = raced or any(fact(name).reads == "trial" for name in needed)
+    streamed = (dry_run or request.output is not None) and not in_memory
     who = f"Pruning with {request.criterion} and {request.allocator}"
-    streamed = (dry_run or request.output is not None) and not _in_memory(raced, needed)
     opened = open_request(request, needs_samples, who, streamed=streamed, progress=progress)
-    asked = identity(request, opened, {**allocator_options, **criterion_options}, plan, table)
+    run = identity(request, opened, {**allocator_options, **method.options}, plan, table)
     if gradients is not None:
         gradients.check(method.gradient, {layer.name: layer.shape for layer in opened.layers}, opened.facts)
-    continued, done = _partial_plan(request, opened, asked)
+    resumed, done = _partial_plan(request, opened, run)
+    plan = resumed or plan
     return ResolvedRequest(
-        request,
-        opened,
-        method,
-        allocator_options,
-        continued or plan,
-        table,
-        needed,
-        gradients,
-        asked,
-        packed,
-        done,
-    )
+        request, opened, method, allocator_options, plan, table, needed, gradients, run, packed, done
+    )  # fmt: skip
 
 
-def _published(request: Request) -> dict[str, Any]:
-    """The options of a request; with `published`, gradients are accumulated as the released code does it."""
+def _methods(request: Request) -> tuple[Method, dict[str, Any]]:
+    """The criterion and the allocator's options, parsed; with `published`, gradients are accumulated as published."""
+    arithmetic = request.plan is None and request.allocator != AUTO
     options = dict(request.options)
     if request.published and "mode" in CRITERIA.options(request.criterion):
         options.setdefault("mode", "reference")
-    return options
+    allocators = [request.allocator] if arithmetic else []
+    of_criterion, given = split_options(options, request.criterion, allocators, Request.__dataclass_fields__)
+    method = Method(request.criterion, of_criterion, request.group, request.rounding)
+    return method, configure(request.allocator, given) if arithmetic else {}
 
 
-def _given_plan(request: Request) -> Plan | None:
-    """The plan of a request, None where one is to be made; raises BillhookError for one that is not of sparsities."""
+def _given_plan(request: Request, table: Table | None) -> Plan | None:
+    """The plan of a request, or None and a valid budget."""
+    if request.plan is None:
+        check_budget(request.sparsity, Pattern.parse(request.pattern))
+        return None
     plan = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
-    if plan is not None:
-        plan.check_sparsities()
+    plan.check_sparsities()
+    if (table, request.allocator, request.sparsity, request.pattern) != (None, "uniform", None, "unstructured"):
+        raise BillhookError(
+            "A plan already gives the sparsity of each layer: leave out sparsity, pattern, allocator and table."
+        )
     return plan
 
 
-def _in_memory(raced: bool, needed: Sequence[str]) -> bool:
-    return raced or any(fact(name).reads == "trial" for name in needed)
+def _metrics(request: Request, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The metrics that the request's allocator reads."""
+    if request.allocator == AUTO:
+        return automatic.needs(request.criterion)
+    return ALLOCATORS.needs(request.allocator, options)
 
 
-def _columns(request: Request, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The columns of the table that the request's allocator reads."""
-    return (
-        automatic.needs(request.criterion)
-        if request.allocator == AUTO
-        else ALLOCATORS.needs(request.allocator, options)
-    )
-
-
-def _dense_place(request: Request) -> tuple[Request, Path | None]:
-    """For a run whose result is packed: the request with a place beside the output instead, and the output."""
+def _dense_output(request: Request) -> tuple[Request, Path | None]:
+    """For a run whose result is packed: the request with OUTPUT.dense as its output, and the final output."""
     if not request.pack or request.output is None:
         return request, None
     source = Path(request.model) if isinstance(request.model, str | Path) and Path(request.model).is_dir() else None
@@ -152,25 +123,25 @@ def _dense_place(request: Request) -> tuple[Request, Path | None]:
     dense = output.with_name(f"{output.name}.dense")
     if dense.exists():
         raise BillhookError(
-            f"{dense} is in the way: the pruned model is written there before it is packed. Move it or delete it; "
-            f"if it is what a stopped run left, billhook pack {dense} -o {output} does the rest."
+            f"{dense} exists, where the pruned model is written before it is packed: move it or delete it. If a "
+            f"stopped run left it, billhook pack {dense} -o {output} completes that run."
         )
     return replace(request, output=dense), output
 
 
-def _partial_plan(request: Request, opened: Opened, asked: Mapping[str, Any]) -> tuple[Plan | None, int]:
-    """The plan of the run that `request` is to continue, so that nothing is measured again, and its finished blocks;
-    None, 0 for a new one.
+def _partial_plan(request: Request, opened: Opened, run: Mapping[str, Any]) -> tuple[Plan | None, int]:
+    """The plan of the run to resume, so that nothing is measured again, and its number of finished blocks; None, 0 for
+    a new run.
 
-    Raises BillhookError when that run was asked for something else than `asked`.
+    Raises BillhookError when the identity of that run is not `run`.
     """
     if not request.resume or request.output is None or opened.source is None:
         return None, 0
     output = Path(request.output).expanduser().resolve()
-    state = check_place(output, resume=True, overwrite=request.overwrite)
+    state = unfinished_run(output, resume=True, overwrite=request.overwrite)
     if state is None:
         return None, 0
-    check_same_run(state.identity, asked, partial_folder(output))
+    check_same_run(state.identity, run, partial_folder(output))
     return Plan.from_json(state.plan, str(partial_folder(output))), state.done
 
 
@@ -179,6 +150,6 @@ def _given_gradients(request: Request, method: Method) -> Gradients | None:
         return None
     if not method.gradient:
         raise BillhookError(
-            f"The criterion {request.criterion} reads no gradients: leave --gradients out, or take criterion gblm."
+            f"The criterion {request.criterion} reads no gradients: leave out --gradients, or use criterion gblm."
         )
     return request.gradients if isinstance(request.gradients, Gradients) else open_gradients(Path(request.gradients))

@@ -1,8 +1,8 @@
-"""How long a pruning job takes, measured by running a part of it: the first blocks, with a few calibration windows.
+"""Estimate the time of a pruning job by running a part of it: the first blocks, with a few calibration windows.
 
-The job's own loop runs on the first block with one layer of each shape, and on the first two; the difference is the
-time of one more block. What grows with the text is multiplied by the windows, the criterion by the layers, and a block
-by the blocks. No output is written, and the weights are as before afterwards.
+The job's own loop runs on the first block with one layer of each shape, and on the first two blocks; the difference is
+the time of one more block. These times are scaled by the numbers of windows, layers and blocks. No output is written,
+and the weights are restored.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from billhook.engine.loop import Method
 from billhook.plan.allocators import allocate
 from billhook.plan.table import Row, Table
 from billhook.recover.blockwise import LEAST, Refine
+from billhook.steps.apply import prune_with
 from billhook.steps.estimate import Estimate, estimate, n_bytes
-from billhook.steps.prune import prune_with
 from billhook.steps.resolve import ResolvedRequest
 from billhook.store.tensor_bytes import tensor_bytes
 
-SAMPLE = 1.0  # seconds of passing text through a block that are enough to measure
+SAMPLE = 1.0  # seconds of forward passes through a block that are enough for a measurement
 FILES = 3  # times that a block is read, written or hashed in a run, each counted as one checksum
 Shape = tuple[int, int]
 
@@ -61,7 +61,7 @@ def estimate_time(resolved: ResolvedRequest) -> Estimate:
 def _sample(resolved: ResolvedRequest) -> tuple[list[Batch], tuple[float, dict[Shape, float]]]:
     """The calibration batches to measure with, and the times of the first block with them.
 
-    A window for each process (`LEAST` of them where blocks are refined), or whole batches if those are quick.
+    One window per process (`LEAST` where blocks are refined), or whole batches if they take less than `SAMPLE`.
     """
     batches, count = resolved.opened.batches, LEAST if resolved.request.refine != "none" else 1
     enough = max(world(), math.ceil(count / rows_of(batches[0]))) if batches else 0
@@ -77,15 +77,14 @@ def _sample(resolved: ResolvedRequest) -> tuple[list[Batch], tuple[float, dict[S
 def _timed(
     resolved: ResolvedRequest, batches: Sequence[Batch], depth: int, refine: Refine | None = None
 ) -> tuple[float, dict[Shape, float]]:
-    """Seconds of pruning the first `depth` blocks without the criterion, and of the criterion by the shape of a
-    layer."""
+    """Seconds of pruning the first `depth` blocks without the criterion, and of the criterion by layer shape."""
     request, opened = resolved.request, resolved.opened
     method = resolved.method if refine is None else Method("magnitude", {})
     pattern = request.pattern if resolved.plan is None else str(resolved.plan.pattern)
     with first_blocks(opened.model, depth):
         kinds = {layer.kind for layer in opened.layers}
         layers = [x for x in find_layers(opened.model) if x.kind in kinds] or find_layers(opened.model)
-        if refine is None:  # one of each shape in the first block; later the smallest, for the rest of a block is timed
+        if refine is None:  # one layer of each shape in the first block; of two blocks only the smallest
             layers = sorted({x.shape: x for x in layers if x.block == layers[-1].block}.values(), key=_size)
             layers = layers[:1] if depth > 1 else layers
         rows = Table(tuple(Row(x.name, x.block, x.kind, x.shape) for x in layers))
@@ -93,10 +92,10 @@ def _timed(
         gradients = resolved.gradients
         if gradients is not None and any(x.name not in gradients for x in layers):
             gradients = None  # a file of later blocks only
-        begun, part = time.perf_counter(), replace(opened, layers=layers, batches=list(batches))
+        start, part = time.perf_counter(), replace(opened, layers=layers, batches=list(batches))
         results = prune_with(part, plan, method, gradients=gradients, refine=refine)
-        took = time.perf_counter() - begun
-    return took - sum(x.seconds for x in results) / world(), {x.shape: x.seconds for x in results}
+        elapsed = time.perf_counter() - start
+    return elapsed - sum(x.seconds for x in results) / world(), {x.shape: x.seconds for x in results}
 
 
 def _size(layer: Layer) -> int:

@@ -1,8 +1,7 @@
-"""Search: race allocators and their hyperparameters on held-out calibration windows, then prune with the winner.
+"""Race allocators and their hyperparameters on held-out calibration windows, then prune with the winner.
 
-The windows drawn from the calibration source are split in two by a seed: on one half the trials are pruned, on the
-other they are scored (`billhook.racing`); the winner is pruned with all of them. Text that is evaluated later is never
-read.
+The calibration windows are split in two halves by a seed: trials are pruned with one half and scored on the other
+(`billhook.racing`); the winner is pruned with all windows. Evaluation text is never read.
 """
 
 import hashlib
@@ -32,21 +31,21 @@ from billhook.steps.prune import run
 from billhook.steps.record import Job
 from billhook.steps.request import Opened, Request, listed, open_request
 from billhook.store.output import check_output
-from billhook.store.shards import weight_files
+from billhook.store.shards import weight_bytes
 from billhook.store.tensor_bytes import tensor_bytes
 from billhook.trials.heldout import split_samples
 from billhook.trials.trials import TrialRunner
 
 OBJECTIVES: dict[str, Objective] = {"kl": "kl", "ppl": "nll"}
-USED = {"model", "sparsity", "pattern", "criterion", "options", "group", "calibration", "samples", "length", "seed"}
-USED |= {"batch_size", "targets", "ignore", "device", "dtype", "trust_remote_code"}
+_FIELDS = {"model", "sparsity", "pattern", "criterion", "options", "group", "calibration", "samples", "length", "seed"}
+_FIELDS |= {"batch_size", "targets", "ignore", "device", "dtype", "trust_remote_code"}
 SAMPLES = 64  # half of them for pruning, half held out
 
 
 @dataclass(frozen=True)
 class Found:
-    """The result: the plan, the winner's trial, all trials (uniform first), the content of search.json, and where the
-    files and the pruned model are, if they were asked for."""
+    """The plan, the winner's trial, all trials (uniform first), the content of search.json, and the directories of the
+    search and of the pruned model, if written."""
 
     plan: Plan
     best: Trial
@@ -71,15 +70,19 @@ def search(
     begin: Callable[[int], None] = lambda trials: None,
     **fields: Any,
 ) -> Found:
-    """Find the allocator and the hyperparameter that lose least on held-out calibration windows.
+    """Find the allocator and the hyperparameter with the lowest loss on held-out calibration windows.
 
-    `allocator` is one name, several, or "all" (alphapruning, atp, owl, dlp); "auto" adds the candidates of `--allocator
-    auto`. `budget` limits the trials beside uniform's, by number (9) or time ("5m"); `objective` is "kl" (divergence
-    from the dense model) or "ppl"; `grid` tries the published values. `output` is a directory for search.json,
-    plan.json, search.svg and, unless not `save_model`, the pruned winner, model/; an interrupted search is continued
-    there. `progress` is called with a line for each trial, `begin` with how many there are at most, apart from those of
-    `auto`, before the first. Further keyword arguments are fields of `Request` (`USED`). The model's weights are
-    restored. Raises BillhookError for what cannot be done as asked, before anything is written.
+    * `allocator`: one name, several, or "all" (alphapruning, atp, owl, dlp); "auto" adds the candidates of
+      `--allocator auto`.
+    * `budget`: the number of trials in addition to uniform (9), or their time ("5m").
+    * `objective`: "kl" (divergence from the dense model) or "ppl". `grid` tries the published values.
+    * `output`: a directory for search.json, plan.json, search.svg and, if `save_model`, the pruned model/; an
+      interrupted search is continued there.
+    * `progress`: called with a line for each trial; `begin`: called first, with the largest number of trials (without
+      those of `auto`).
+    * `fields`: of `Request`, those in `_FIELDS`.
+
+    The model's weights are restored. Raises BillhookError for an impossible request, before anything is written.
     """
     limit = Budget.parse(budget)
     _check(objective, fields)
@@ -91,7 +94,7 @@ def search(
     assert opened.samples is not None
     split = split_samples(opened.model, opened.samples, rows_of(opened.batches[0]), request.seed)
     space = Space(names, given, len({layer.block for layer in opened.layers}), target, grid)
-    folder, place = _places(opened, output, save_model)
+    folder, model_folder = _places(opened, output, save_model)
     identity = _identity(request, opened, space, method) | {"objective": objective, "calibration": split.facts}
     record = SearchRecord.open(folder, identity, overwrite)
     problem = _problem(request, opened, space, split.batches)
@@ -106,11 +109,11 @@ def search(
     if folder is not None:
         plan.save(folder / PLAN)
         draw(race, space, f"Trials at sparsity {target:g} with {request.criterion}", folder / PICTURE)
-    if place is not None and not pruned:
+    if model_folder is not None and not pruned:
         with restored(opened.layers):
-            run(Job(replace(request, output=place, overwrite=True), opened, plan, method))
+            run(Job(replace(request, output=model_folder, overwrite=True), opened, plan, method))
         found = record.write(race, ended=True, pruned=True)
-    return Found(plan, race.best, list(race.trials.values()), found, folder, place)
+    return Found(plan, race.best, list(race.trials.values()), found, folder, model_folder)
 
 
 def _check(objective: str, fields: Mapping[str, Any]) -> None:
@@ -119,8 +122,8 @@ def _check(objective: str, fields: Mapping[str, Any]) -> None:
         raise BillhookError(
             f"Unknown objective {objective!r}.{hint(objective, OBJECTIVES)} There are: {', '.join(OBJECTIVES)}."
         )
-    for name in fields.keys() - USED:
-        raise BillhookError(f"A search has no use for {name!r}: leave it out.{hint(name, USED)}")
+    for name in fields.keys() - _FIELDS:
+        raise BillhookError(f"A search does not use {name!r}: leave it out.{hint(name, _FIELDS)}")
 
 
 def _names(allocator: str | Sequence[str]) -> tuple[str, ...]:
@@ -134,17 +137,18 @@ def _names(allocator: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _places(opened: Opened, output: str | Path | None, save_model: bool) -> tuple[Path | None, Path | None]:
-    """Where the search and the pruned model go; raises BillhookError or JobError if no model could be written there."""
+    """The directories of the search and of the pruned model; raises BillhookError or JobError if they cannot be
+    written."""
     folder, source = None if output is None else Path(output), opened.source
     if folder is None or not save_model:
         return folder, None
-    needed = sum(file.stat().st_size for file in weight_files(source)) if source else 0
+    needed = weight_bytes(source) if source else 0
     check_output(folder / MODEL if folder.is_dir() else folder, source, overwrite=True, needed=needed)
     return folder, folder / MODEL
 
 
 def _problem(request: Request, opened: Opened, space: Space, batches: Sequence[Any]) -> Problem:
-    """Measure what the allocators read; raises BillhookError for a value that an allocator refuses."""
+    """Measure the metrics of the allocators; raises BillhookError for a value that an allocator refuses."""
     columns = [*(needs(request.criterion) if AUTO in space.allocators else ()), *space.columns()]
     table = measure(opened.model, columns, batches=batches, layers=opened.layers, facts=opened.facts)
     problem = Problem(table, request.sparsity, request.pattern)
@@ -154,7 +158,7 @@ def _problem(request: Request, opened: Opened, space: Space, batches: Sequence[A
 
 
 def _identity(request: Request, opened: Opened, space: Space, method: Method) -> dict[str, Any]:
-    """What a search.json must agree in to be continued; a model in memory is identified by its prunable weights."""
+    """What must be the same for a search to be continued; a model in memory is identified by its prunable weights."""
     model = dict(opened.facts)
     if opened.source is None:
         weights = hashlib.sha256()

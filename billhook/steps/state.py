@@ -1,6 +1,4 @@
-"""What an unfinished run knows of itself: the file billhook.unfinished.json in OUTPUT.partial (see
-`billhook.steps.partial_output`).
-"""
+"""The state of an unfinished run: billhook.unfinished.json in OUTPUT.partial (`billhook.steps.partial_output`)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,8 +11,6 @@ from billhook.store.files import read_json
 from billhook.store.layout import PARTIAL
 from billhook.store.layout import UNFINISHED as STATE
 
-__all__ = ["STATE", "VERSION", "State", "check_place", "check_same_run", "partial_folder", "read_state"]
-
 VERSION = 1
 
 
@@ -24,12 +20,12 @@ class State:
 
     * `unfinished` (string): how to continue.
     * `version` (integer): 1.
-    * `identity`: what was asked for: versions, digests of model, data and given files, all options, number of
+    * `identity`: what the result depends on: versions, digests of model, data and given files, all options, number of
       processes. A run that differs in any of these is refused.
     * `plan`: the plan, so that nothing is measured again.
     * `blocks`: number of blocks.
     * `digests`: SHA-256 of the values outside the blocks, then of each finished block; they are checked when the run is
-      resumed, and what was damaged is made again.
+      resumed, and pruning starts at the first changed block.
     * `results` (list of lists): what was done to each layer of each finished block.
     * `files`: SHA-256 of other files that the blocks are made with (gradients).
     """
@@ -48,14 +44,14 @@ class State:
 
 
 def partial_folder(output: Path) -> Path:
-    """Where the directory `output` is made."""
+    """The folder in which the directory `output` is written."""
     return output.with_name(f"{output.name}{PARTIAL}")
 
 
-def check_place(output: Path, *, resume: bool, overwrite: bool) -> State | None:
-    """The state of an unfinished run to continue, None where a run starts from the beginning; `output` is resolved.
+def unfinished_run(output: Path, *, resume: bool, overwrite: bool) -> State | None:
+    """The state of the unfinished run to continue, None to start from the beginning; `output` is resolved.
 
-    Raises BillhookError where there is one that the caller did not ask to continue or to replace.
+    Raises BillhookError for an unfinished run where neither `resume` nor `overwrite` is true.
     """
     if output.is_dir():
         (output / STATE).unlink(missing_ok=True)  # of a run that ended between its last two steps
@@ -64,11 +60,8 @@ def check_place(output: Path, *, resume: bool, overwrite: bool) -> State | None:
         return None
     state = read_state(folder)
     if not resume:
-        raise BillhookError(
-            f"{folder} holds an unfinished run ({state.done} of {state.blocks} blocks). Continue it with "
-            "--resume, or start again "
-            "with --overwrite."
-        )
+        done = f"{folder} holds an unfinished run ({state.done} of {state.blocks} blocks)"
+        raise BillhookError(f"{done}. Continue it with --resume, or start again with --overwrite.")
     return state
 
 
@@ -81,11 +74,8 @@ def read_state(folder: Path) -> State:
         results = [[_result(entry) for entry in entries] for entries in value["results"]]
         digests = [str(digest) for digest in value["digests"]]
         state = State(value["identity"], value["plan"], int(value["blocks"]), digests, results, dict(value["files"]))
-        if (
-            len(state.digests) != 1 + state.done
-            or not state.done <= state.blocks
-            or not isinstance(state.identity, dict)
-        ):
+        whole = len(state.digests) == 1 + state.done and state.done <= state.blocks
+        if not whole or not isinstance(state.identity, dict):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise BillhookError(f"{folder / STATE} is damaged: start again with --overwrite.") from None
@@ -100,13 +90,8 @@ def check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: 
     """Raise BillhookError naming what differs between the run in `folder` and the one that would continue it."""
     for key in dict.fromkeys([*found, *wanted]):
         if found.get(key) != wanted.get(key):
+            change = f"its {key} was {found.get(key)!r:.100}, now it is {wanted.get(key)!r:.100}"
             raise BillhookError(
-                f"The unfinished run in {folder} cannot be continued: its {key} was {_short(found.get(key))}, "
-                "now it is "
-                f"{_short(wanted.get(key))}. Run it as before, or start again with --overwrite."
+                f"The unfinished run in {folder} cannot be continued: {change}. Run it as before, or start again with "
+                "--overwrite."
             )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."

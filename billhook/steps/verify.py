@@ -1,10 +1,9 @@
-"""Check a directory against its billhook.json, from the files on disk alone.
+"""Check a directory against its billhook.json, using only the files on disk.
 
-The zeros of every tensor are counted as it is stored, one tensor in memory at a time and no model built: this is what
-another program loads, whatever was in memory when it was written. Checked are, for every step, the zeros that its plan
-asked for and that it started from what the step before it wrote; for the last plan of each layer its N:M groups; and
-for the directory the zeros recorded, the SHA-256 of every file, weight files that are not listed, and that the
-configuration loads. Whether the model is any good is for `billhook.evaluation` to say.
+The zeros of every stored tensor are counted, one tensor in memory at a time, without building a model. For every step,
+the zeros of its plan are checked, and that its input was the output of the step before; for the last plan of each
+layer, its N:M groups; for the directory, the recorded zeros, the SHA-256 of every file, weight files that are not
+listed, and that the configuration loads. The quality of the model is not checked.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from billhook.store.record import REFILLED, Record, Step, located, read_record, 
 from billhook.store.shards import Shard, layer_zeros, read_shard, weight_files
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Verification:
     * `layers`: layers counted.
     * `zeros`: zeros found in them.
     * `weights`: weights in them.
-    * `problems`: every difference, in words.
+    * `problems`: every difference, as a sentence.
     """
 
     directory: str
@@ -55,19 +55,20 @@ class Verification:
         return {"ok": self.ok, **asdict(self)}
 
 
-def verify(directory: str | Path, progress: Callable[[int, int], None] | None = None) -> Verification:
-    """Compare a directory with its billhook.json, and a packed one with its own record; `progress(done, all)` is called
-    after each layer.
+def verify(directory: str | Path, progress: Progress = lambda done, all: None) -> Verification:
+    """Compare a directory with its billhook.json, and a packed one with the record of packing too.
 
-    Raises BillhookError when there is no such record or it is not one; every other difference is a line in `problems`.
+    `progress(done, all)` is called after each layer. Raises BillhookError for a missing or damaged record; every other
+    difference is a line in `problems`.
     """
     directory = Path(directory).expanduser()
     if not directory.is_dir():
         raise BillhookError(f"There is no directory {directory}.")
     if is_unfinished(directory):
-        raise BillhookError(f"{directory} is not finished: continue it with the command that began it and --resume.")
+        raise BillhookError(f"{directory} is not finished: resume it with the command that started it and --resume.")
     if not is_packed(directory):
         record = read_record(directory / RECORD)
+<<<<<<< HEAD
         problems = [
             *_check_files(directory, record.files),
             *_unlisted(directory, record.files),
@@ -75,6 +76,12 @@ def verify(directory: str | Path, progress: Callable[[int, int], None] | None = 
         ]
         shards, damaged = _open(directory)
         return _check_record(directory, record, [*problems, *_check_finite(shards)], shards, damaged, progress)
+=======
+        problems = [*_check_files(directory, record.files), *_unlisted(directory, record.files)]
+        problems += _check_config(directory)
+        shards, damaged = _open(directory)
+        return _check_record(directory, record, problems, shards, damaged, progress)
+>>>>>>> main
     from billhook.packed.check import examine
 
     seen = examine(directory)
@@ -93,7 +100,7 @@ def _check_record(
     problems: list[str],
     shards: Sequence[Shard],
     damaged: list[str],
-    progress: Callable[[int, int], None] | None,
+    progress: Progress,
 ) -> Verification:
     """Check the chain of steps and count the zeros of every layer; `problems` found before come first."""
     problems = [*problems, *damaged, *_check_chain(record)]
@@ -110,8 +117,7 @@ def _check_record(
             counted, found, weights = counted + 1, found + _count(parts), weights + layer.shape[0] * layer.shape[1]
         elif not damaged:
             problems.append(f"{layer.name}: its weights are not where {RECORD} says.")
-        if progress is not None:
-            progress(done, len(expected))
+        progress(done, len(expected))
     return Verification(str(directory), len(record.steps), counted, found, weights, problems)
 
 
@@ -122,8 +128,10 @@ def _check_finite(shards: Sequence[Shard]) -> list[str]:
 
 
 def _check_chain(record: Record) -> Iterator[str]:
-    """Whether each step started from what the one before it wrote, and the files are what the last one wrote. Digests
-    that are not known (null) are not compared."""
+    """Whether the input of each step is the output of the step before, and the files are the output of the last step.
+
+    Unknown digests (null) are not compared.
+    """
     names = [_name(number, step) for number, step in enumerate(record.steps)]
     for (before, step), (first, second) in zip(pairwise(record.steps), pairwise(names), strict=True):
         if None not in (before.result, step.model.get("digest")) and before.result != step.model["digest"]:
@@ -138,8 +146,8 @@ def _name(number: int, step: Step) -> str:
 
 @dataclass(frozen=True)
 class _Planned:
-    """What one step's plan asked of a layer: `zeros`, `slack` weights by which a count may miss them, and `groups`,
-    (zeros, of) of N:M."""
+    """The plan of one step for a layer: `zeros`, the `slack` by which a count may differ, and `groups`, (zeros, of) of
+    N:M."""
 
     step: str
     zeros: int
@@ -149,7 +157,7 @@ class _Planned:
 
 @dataclass(frozen=True)
 class _Expected:
-    """What billhook.json says of one layer; the plans that named it are in the order of their steps."""
+    """The entry of one layer in billhook.json, and its plans in the order of the steps."""
 
     name: str
     shape: tuple[int, int]
@@ -158,38 +166,38 @@ class _Expected:
 
 
 def _expectations(record: Record) -> list[_Expected]:
-    """What each layer has to be; raises BillhookError where plans and layers contradict each other."""
-    expected = {
-        name: _Expected(name, (facts["shape"][0], facts["shape"][1]), facts) for name, facts in record.layers.items()
-    }
-    asked: dict[str, float] = {}
+    """The layers with their plans; raises BillhookError where plans and layers contradict each other."""
+    layers = record.layers.items()
+    expected = {name: _Expected(name, (facts["shape"][0], facts["shape"][1]), facts) for name, facts in layers}
+    targets: dict[str, float] = {}
     for number, step in enumerate(record.steps):
         if step.plan is None:
             continue
         plan = Plan.from_json(step.plan, f"{RECORD}, {_name(number, step)}")
         last = number == len(record.steps) - 1
-        named = [name for name in expected if name in plan.weights or (last and name not in asked)]
+        named = [name for name in expected if name in plan.weights or (last and name not in targets)]
         shapes = {name: expected[name].shape for name in named}
         plan.check(shapes)
         for name, zeros in plan.zeros(shapes).items():
             if plan.weights[name].type is None:
                 expected[name].planned.append(_planned(plan, name, zeros, shapes[name], number, step))
-                asked[name] = plan.sparsity[name]
+                targets[name] = plan.sparsity[name]
     for name, layer in expected.items():
-        if (said := layer.facts.get("sparsity")) != asked.get(name) and not _close(said, asked.get(name)):
-            raise BillhookError(f"{name}: the plan says sparsity {asked.get(name)}, the layer {said}; one was edited.")
+        planned, noted = targets.get(name), layer.facts.get("sparsity")
+        if noted != planned and not _close(noted, planned):
+            raise BillhookError(f"{name}: the plan says sparsity {planned}, the layer {noted}; one was edited.")
     return list(expected.values())
 
 
 def _close(a: Any, b: Any) -> bool:
-    """Whether two sparsities are equal to the precision with which a pattern was checked."""
+    """Whether two sparsities are equal within the tolerance of plans."""
     return isinstance(a, int | float) and isinstance(b, int | float) and abs(a - b) <= 1e-6
 
 
 def _planned(plan: Plan, name: str, zeros: int, shape: tuple[int, int], number: int, step: Step) -> _Planned:
     out, columns = shape
     floor = step.made_by.get("published") or step.made_by.get("rounding") == "floor"  # until version 1
-    # The published counts are rounded down in each row, and weights equal to a published threshold go too.
+    # published counts are rounded down in each row, and weights equal to a published threshold are removed too
     slack = out + 0.01 * out * columns if floor else 1
     keep_of = plan.weights[name].keep_of
     groups = None if keep_of is None else (keep_of[1] - keep_of[0], keep_of[1])
@@ -197,7 +205,7 @@ def _planned(plan: Plan, name: str, zeros: int, shape: tuple[int, int], number: 
 
 
 def _check_files(directory: Path, files: Mapping[str, str], known: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Compare the SHA-256 of files; of some it is `known` without reading them."""
+    """Compare the SHA-256 of files, some of which are `known`."""
     found = dict(known or {})
     for name, digest in files.items():
         if name not in found and not (directory / name).is_file():
@@ -208,7 +216,7 @@ def _check_files(directory: Path, files: Mapping[str, str], known: Mapping[str, 
 
 def _unlisted(directory: Path, files: Mapping[str, str]) -> Iterator[str]:
     for path in sorted(directory.iterdir()):
-        # transformers would read a model.safetensors that someone put beside the shards, and never the shards.
+        # transformers would read a model.safetensors that was added, and ignore the shards
         if path.suffix in _WEIGHTS and path.name not in files:
             yield f"{path.name} holds weights and is not listed in {RECORD}."
 
@@ -223,7 +231,7 @@ def _check_config(directory: Path) -> Iterator[str]:
 
 
 def _open(directory: Path) -> tuple[list[Shard], list[str]]:
-    """The weight files that can be read, and what is wrong with the others."""
+    """The weight files that can be read, and the faults of the others."""
     try:
         paths = weight_files(directory)
     except BillhookError as error:
@@ -249,10 +257,10 @@ def _count(parts: list[np.ndarray]) -> int:
 
 
 def _check_layer(layer: _Expected, parts: list[np.ndarray]) -> Iterator[str]:
-    """Compare a layer's zeros with those recorded, with its last plan, and with the counts of earlier plans.
+    """Compare a layer's zeros with the recorded ones, with its last plan, and with earlier plans.
 
-    More zeros than planned are right where weights were zero before, and fewer than an earlier step planned where a
-    later one filled them; the layer's notes then say so.
+    More zeros than planned are valid where weights were zero before, and fewer than an earlier step planned where a
+    later one changed them; the layer's notes say so.
     """
     count, recorded, notes = _count(parts), layer.facts["zeros"], layer.facts.get("notes", [])
     if count != recorded:
@@ -273,7 +281,7 @@ def _check_layer(layer: _Expected, parts: list[np.ndarray]) -> Iterator[str]:
 
 
 def _zeros_in_memory(directory: Path) -> dict[str, list[np.ndarray]]:
-    """For a model whose layers have no place on disk of their own: load it, and count there."""
+    """The zeros of a model whose layers have no known place on disk, counted in the loaded model."""
     from billhook.architectures.layers import find_layers
     from billhook.tasks.opening import load_model
 

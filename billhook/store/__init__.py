@@ -1,5 +1,4 @@
-"""What lies on disk: files that appear whole or not at all, safetensors byte by byte, model directories dense and
-packed.
+"""Files on disk: atomic writes, safetensors at byte level, model directories dense and packed.
 
-Imports nothing of Billhook but `errors`.
+Imports nothing of Billhook except `errors`.
 """

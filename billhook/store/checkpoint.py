@@ -1,14 +1,13 @@
-"""Hugging Face model directories: find one, refuse what cannot be pruned and say why, load it, identify it.
+"""Hugging Face model directories: find, check, load and identify one.
 
-Only safetensors are read: a pickled checkpoint can run any code when it is opened, so it is refused with the way to
-convert it. A checkpoint that does not fill the model exactly is an error here, where stock `transformers` fills the
-gaps with random numbers and warns. Code that a checkpoint brings along runs only when asked for (`trust_remote_code`).
+Only safetensors are read: a pickled checkpoint can run any code when it is opened, so it is refused, with advice on how
+to convert it. A checkpoint that does not fill the model exactly is an error here; stock `transformers` fills the gaps
+with random numbers and warns. Code that comes with a checkpoint runs only with `trust_remote_code`.
 """
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +27,19 @@ _DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja",
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model directory that was looked at and found usable: its config.json and its safetensors files."""
-
-    path: Path
-    config: dict[str, Any]
-    weights: tuple[Path, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Size of the weight files."""
-        return sum(file.stat().st_size for file in self.weights)
-
-
 def resolve(model: str | Path) -> Path:
-    """Return the directory of `model`: an existing directory as it is, a hub name (`owner/name`) downloaded to the
-    hub's cache."""
+    """The directory of `model`: an existing directory, or the hub's cache, to which a hub name (`owner/name`) is
+    downloaded.
+
+    Raises BillhookError where there is no such model.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise BillhookError(f"{model} is a file: give the model directory that holds config.json.")
     name = str(model)
-    looks_local = isinstance(model, Path) or not _HUB_NAME.fullmatch(name) or "/" not in name or path.parent.is_dir()
-    if looks_local:
+    if isinstance(model, Path) or not _HUB_NAME.fullmatch(name) or "/" not in name or path.parent.is_dir():
         raise BillhookError(
             f"There is no model directory at {model}. Give an existing directory or a hub name such as owner/name."
         )
@@ -64,11 +51,8 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, allow_patterns=list(_DOWNLOADED), ignore_patterns=["*/*", "consolidated*"]
-            )
-        )
+        wanted, ignored = list(_DOWNLOADED), ["*/*", "consolidated*"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignored))
     except GatedRepoError:
         raise BillhookError(f"{name} is gated on the hub: accept its terms there, then run `hf auth login`.") from None
     except RepositoryNotFoundError:
@@ -81,29 +65,27 @@ def _download(name: str) -> Path:
         ) from None
 
 
-def check_directory(path: Path) -> Checkpoint:
-    """Check that `path` holds a model in safetensors, without reading a weight.
+def check_directory(path: Path) -> dict[str, Any]:
+    """Check that `path` holds a model in safetensors, without reading a weight; returns its configuration.
 
     Raises BillhookError for: no config.json, missing, incomplete or damaged safetensors, pickled or quantized weights.
     """
     config = read_config(path)
-    weights = weight_files(path)
-    if not weights:
+    if not (files := weight_files(path)):
         raise BillhookError(_no_weights(path))
-    for file in weights:
+    for file in files:
         read_shard(file)
-    return Checkpoint(path, config, tuple(weights))
+    return config
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory; raises BillhookError where it is missing, or says that the model is
-    quantized."""
+    """config.json of a model directory; raises BillhookError where it is missing or of a quantized model."""
     if not (path / "config.json").is_file():
         raise BillhookError(f"{path} has no config.json: give the directory of a Hugging Face model.")
     config = read_json(path / "config.json", "model configuration")
     if config.get("quantization_config") or config.get("compression_config"):
         raise BillhookError(
-            f"{path} is a quantized checkpoint: prune the unquantized model first, then quantize the result."
+            f"{path} is a quantized checkpoint: prune or pack the unquantized model; quantize the result if you like."
         )
     return config
 
@@ -111,17 +93,15 @@ def read_config(path: Path) -> dict[str, Any]:
 def _no_weights(path: Path) -> str:
     if is_packed(path):
         return (
-            f"{path} is packed, which only loading for inference understands: unpack it first, billhook unpack "
-            f"{path} -o DENSE."
+            f"{path} is packed, which can only be loaded for inference: unpack it first, billhook unpack {path} "
+            "-o DENSE."
         )
     pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
     if not pickled:
         return f"{path} has no model.safetensors and no model.safetensors.index.json: the weights are missing."
-    return (
-        f"{path} holds pickled weights ({pickled[0]}), which can run any code when opened. Convert them where "
-        "you trust them: "
-        f"AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(NEW_DIRECTORY)"
-    )
+    convert = f"AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(NEW_DIRECTORY)"
+    danger = f"pickled weights ({pickled[0]}), which can run any code when opened"
+    return f"{path} holds {danger}. Convert them where you trust them: {convert}"
 
 
 def load(
@@ -132,35 +112,39 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a model directory in evaluation mode by one of transformers' Auto classes, after checking it.
+    """Check a model directory and load it in evaluation mode by one of transformers' Auto classes.
 
-    `dtype` "auto" keeps the checkpoint's own. Mixture-of-experts models get the plain (`eager`) implementation, which
-    can be observed. Raises BillhookError where tensors are missing, left over, or of another shape than the
-    configuration says.
+    `dtype` "auto" is the checkpoint's own. Raises BillhookError where tensors are missing, left over, or of another
+    shape than the configuration says.
     """
-    check_code(path, auto_class, trust_remote_code)
+    check_trusted(path, check_directory(path), auto_class, trust_remote_code)
     with loading(path):
-        model, info = getattr(transformers, auto_class).from_pretrained(
-            path,
-            dtype=known_dtype(dtype),
-            experts_implementation="eager",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported by name in `info` instead of by an obscure error
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            use_safetensors=True,
-        )
-    check_complete(path, info)
+        kind, local = getattr(transformers, auto_class), {"local_files_only": True, "use_safetensors": True}
+        model = from_pretrained(kind, path, path, dtype=dtype, trust_remote_code=trust_remote_code, **local)
     with on_device(device):
         loaded: PreTrainedModel = model.eval().to(device)
     return loaded
 
 
-def check_code(path: Path, auto_class: str, trust_remote_code: bool) -> Checkpoint:
-    """`check_directory`, and refuse code that comes with the model unless it is trusted."""
-    checkpoint = check_directory(path)
-    check_trusted(path, checkpoint.config, auto_class, trust_remote_code)
-    return checkpoint
+def from_pretrained(
+    kind: Any, path: Path, source: Path | None, *, dtype: str | torch.dtype, **options: Any
+) -> PreTrainedModel:
+    """`kind.from_pretrained(source, ...)` for the directory `path`, checked for missing, left over and misshapen
+    tensors.
+
+    Mixture-of-experts models get the `eager` implementation, whose experts are called one by one.
+    """
+    model, info = kind.from_pretrained(
+        source,
+        dtype=known_dtype(dtype),
+        experts_implementation="eager",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported by name in `info` instead of by an obscure error
+        **options,
+    )
+    _check_complete(path, info)
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def check_trusted(path: Path, config: dict[str, Any], auto_class: str, trust_remote_code: bool) -> None:
@@ -168,8 +152,7 @@ def check_trusted(path: Path, config: dict[str, Any], auto_class: str, trust_rem
     native = config.get("model_type") in class_names(auto_class)
     if "auto_map" in config and not trust_remote_code and not native:
         raise BillhookError(
-            f"{path} needs its own Python code to load. Read that code; if you trust it, allow it with "
-            "trust_remote_code."
+            f"{path} needs its own Python code to load. Read it; if you trust it, allow it with trust_remote_code."
         )
 
 
@@ -181,7 +164,7 @@ def class_names(auto_class: str) -> dict[str, tuple[str, ...]]:
 
 @contextmanager
 def loading(path: Path) -> Iterator[None]:
-    """Load without noise; what `transformers` raises for files that it cannot load becomes a BillhookError."""
+    """Suppress output of transformers, and turn its errors for files that it cannot load into BillhookError."""
     try:
         with quiet():
             yield
@@ -193,7 +176,7 @@ def loading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def on_device(device: str) -> Iterator[None]:
-    """Make a device that does not exist, or is full, a BillhookError."""
+    """Turn errors of a device that does not exist, or is full, into BillhookError."""
     try:
         yield
     except (RuntimeError, AssertionError) as error:
@@ -209,18 +192,14 @@ def known_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return DTYPES[dtype]
 
 
-def check_complete(path: Path, info: dict[str, Any]) -> None:
-    """Raise BillhookError where tensors are missing, left over or of another shape; `info` is what `from_pretrained`
-    has to say."""
-    faults = {
-        "missing_keys": "is missing",
-        "mismatched_keys": "has another shape",
-        "unexpected_keys": "has no place in the model",
-    }
+def _check_complete(path: Path, info: dict[str, Any]) -> None:
+    """Raise BillhookError for the faults in `info`, the loading info of `from_pretrained`."""
+    faults = {"missing_keys": "is missing", "mismatched_keys": "has another shape"}
+    faults["unexpected_keys"] = "has no place in the model"
     for key, what in faults.items():
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info.get(key, ()))
         if names:
-            more = f", and so for {len(names) - 1} more" if len(names) > 1 else ""
+            more = f" ({len(names) - 1} more like it)" if len(names) > 1 else ""
             raise BillhookError(f"{path} does not fit its config.json: the tensor {names[0]} {what}{more}.")
     if info.get("error_msgs"):
         raise BillhookError(f"{path} cannot be loaded: {_first_line(info['error_msgs'][0])}")
@@ -230,10 +209,8 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     """The tokenizer of a model directory, or None where it has none; raises BillhookError for a damaged one."""
     from transformers import AutoTokenizer
 
-    if not any(
-        (path / name).is_file()
-        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-    ):
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    if not any((path / name).is_file() for name in names):
         return None
     try:
         with quiet():
@@ -246,9 +223,9 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
 
 
 def model_digest(path: Path) -> str:
-    """Identify a model: SHA-256 over config.json and every weight file (name and SHA-256 of each, in order of name).
+    """Identify a model: SHA-256 over name and SHA-256 of config.json and every weight file, in order of name.
 
-    For a packed model its record stands for the weight files, whose checksums it holds.
+    Of a packed model, its record is used instead of the weight files, whose checksums it contains.
     """
     files = [path / "config.json", *([path / PACKED] if is_packed(path) else weight_files(path))]
     return digest_of({file.name: sha256(file) for file in files})
@@ -256,7 +233,7 @@ def model_digest(path: Path) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from printing warnings and progress bars: what matters in them is checked here."""
+    """Suppress the warnings and progress bars of transformers; what they could report is checked here."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,8 +1,8 @@
 """Write a changed model as a directory that stock `transformers` opens.
 
-The weights are written by a sink (`billhook.store.sinks`); every other file of the source (config, tokenizer,
-generation config, code, licence) is copied byte for byte. All of it happens in a temporary directory that takes the
-output's name at the very end (`billhook.store.output`).
+The weights are written by a sink (`billhook.store.sinks`); every other file of the source (configuration, tokenizer,
+code, licence) is copied byte for byte. Everything is written to a temporary directory, which is renamed to the output
+at the end (`billhook.store.output`).
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, UNFINIS
 from billhook.store.locate import locate_on_disk
 from billhook.store.output import check_output, staging
 from billhook.store.record import completed
-from billhook.store.shards import layer_zeros, read_shard, weight_files
+from billhook.store.shards import layer_zeros, read_shard, weight_bytes, weight_files
 from billhook.store.sinks import choose_sink
 
 # suffixes of files that hold weights
@@ -28,8 +28,8 @@ WEIGHTS |= {".npz", ".ot", ".pkl"}
 
 @dataclass(frozen=True)
 class Saved:
-    """What was written: SHA-256 by file name (billhook.json apart), and a note when the layout is not that of the
-    source."""
+    """What was written: SHA-256 by file name (without billhook.json), and a note when the layout is not the
+    source's."""
 
     path: Path
     files: dict[str, str]
@@ -42,28 +42,22 @@ def save_pruned(
     output: Path,
     *,
     record: Mapping[str, Any] | None = None,
-    texts: Mapping[str, str] | None = None,
     overwrite: bool = False,
     publish: Callable[[Path], object] = lambda folder: None,
 ) -> Saved:
-    """Write `model`, loaded from the directory `source` (None: built in memory) and changed since, to `output`.
+    """Write `model`, which was loaded from the directory `source` (None: built in memory) and changed, to `output`.
 
-    `record` becomes billhook.json: `files` (checksums) and the digest of the last step's result are added, and each of
-    its `layers`, which name a parameter in memory (`tensor`, `index`, `transposed`), gets its place on disk instead
-    (`billhook.store.locate`). `texts` are further files by name. `publish` is called with the directory once the record
-    is in it, to add files made from the record (`billhook.reports.publishing.publish`). Raises what `check_output`
-    raises, JobError when writing fails or a value does not fit the dtype on disk.
+    `record` becomes billhook.json, with checksums, the digest of the last step's result, and the place on disk of each
+    layer (`billhook.store.locate`) instead of its place in memory (`tensor`, `index`, `transposed`). `publish` is then
+    called with the directory, to add files made from the record. Raises what `check_output` raises, and JobError when
+    writing fails or a value does not fit the dtype on disk.
     """
-    needed = (
-        sum(file.stat().st_size for file in weight_files(source))
-        if source
-        else sum(p.nbytes for p in model.parameters())
-    )
+    needed = sum(p.nbytes for p in model.parameters()) if source is None else weight_bytes(source)
     output = check_output(output, source, overwrite=overwrite, needed=needed)
     with staging(output, needed) as folder:
         sink, note = choose_sink(model, source)
         sink.write_all(folder)
-        files = complete(model, source, folder, record, texts, publish=publish)
+        files = complete(model, source, folder, record, publish)
     return Saved(output, files, note)
 
 
@@ -72,19 +66,12 @@ def complete(
     source: Path | None,
     folder: Path,
     record: Mapping[str, Any] | None,
-    texts: Mapping[str, str] | None = None,
-    *,
-    publish: Callable[[Path], object] = lambda folder: None,
+    publish: Callable[[Path], object],
 ) -> dict[str, str]:
-    """Add to the weights in `folder` all other files of `source`, `texts`, billhook.json and what `publish` writes;
-    returns the checksums.
-
-    See `save_pruned`.
-    """
+    """Add all other files of `source`, billhook.json and what `publish` writes to the weights in `folder`; returns the
+    checksums. See `save_pruned`."""
     if source is not None:
-        copy_files(source, folder, _is_kept)  # in place of what `save_pretrained` may have written under the same names
-    for name, text in (texts or {}).items():
-        (folder / name).write_text(text, encoding="utf-8")
+        copy_files(source, folder, _is_copied)  # they replace files of the same names that `save_pretrained` wrote
     files = checksums(folder)
     if record is not None:
         layers = _found_on_disk(model, record.get("layers", {}), folder)
@@ -96,8 +83,8 @@ def complete(
 def _found_on_disk(
     model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]], folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """The layers of billhook.json with their places on disk, their zeros counted there; raises JobError when some are
-    lost."""
+    """The layers of billhook.json with their places on disk and the zeros counted there; raises JobError for fewer
+    zeros than in memory."""
     shards = [read_shard(file) for file in weight_files(folder)]
     where = locate_on_disk(model, layers, {name for shard in shards for name in shard.entries})
     found = {}
@@ -121,7 +108,7 @@ def checksums(directory: Path) -> dict[str, str]:
     return {name: sha256(directory / name) for name in files if name not in about and not name.endswith(GRADIENTS)}
 
 
-def _is_kept(path: Path) -> bool:
-    """Whether a file of the source holds no weights and tells of no earlier run; `path` is relative to the source."""
+def _is_copied(path: Path) -> bool:
+    """Whether a file of the source is neither weights nor a record of an earlier run; `path` is relative."""
     weights = path.suffix in WEIGHTS or path.name.endswith(".index.json")
     return not (weights or path.name.startswith(".") or path.name in (RECORD, UNFINISHED, REPORT, PAGE))

@@ -1,4 +1,4 @@
-"""Writing files so that nothing is ever half written, and reading json that came from a stranger."""
+"""Atomic writes, checksums, and reading untrusted json."""
 
 import hashlib
 import json
@@ -14,8 +14,9 @@ from billhook.errors import BillhookError, JobError
 _CHUNK = 1 << 24
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """As `replace_file`; raises JobError when the disk is full, BillhookError when the folder cannot be written."""
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """`replace_file` with errors for users: BillhookError for a folder that cannot be written, JobError for a full
+    disk."""
     check_writable(path)
     try:
         replace_file(path, write)
@@ -25,10 +26,10 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         ) from None
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it into place.
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file in the same folder, flush it to disk, and rename it to `path`.
 
-    Raises OSError as it comes; the temporary file is removed.
+    Raises OSError; the temporary file is removed then.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -45,7 +46,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -54,8 +55,7 @@ def fsync(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise BillhookError unless a file at `path` could be written: its folder exists and is writable, and it is no
-    directory."""
+    """Raise BillhookError unless a file can be written at `path`."""
     if not path.parent.is_dir():
         raise BillhookError(f"Cannot write {path}: the folder {path.parent} does not exist. Create it first.")
     if path.is_dir():
@@ -65,12 +65,8 @@ def check_writable(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, line ends as they are, atomically."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8", newline="")
-
-    write_atomic(path, write)
+    """Write `text` as UTF-8, with its own line ends, atomically."""
+    write_atomic(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -84,8 +80,7 @@ def json_text(value: Any) -> str:
 
 
 def copy_files(source: Path, folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
-    """Copy the `wanted` files below `source`, but those in hidden folders and `__pycache__`; files and result are paths
-    relative to it."""
+    """Copy the `wanted` files below `source`, except those in hidden folders and `__pycache__`; paths are relative."""
     copied = []
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
@@ -99,7 +94,7 @@ def copy_files(source: Path, folder: Path, wanted: Callable[[Path], bool]) -> li
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a json object; `what` names the kind of file in messages."""
+    """Read a json object; raises BillhookError where that fails, naming the kind of file by `what`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -126,7 +121,7 @@ def digest_of(files: Mapping[str, str]) -> str:
 
 
 def digest_ranges(digest: "hashlib._Hash", path: Path, ranges: Iterable[tuple[int, int]]) -> None:
-    """Take the bytes [start, stop) of a file into `digest`; missing ones change it too."""
+    """Update `digest` with the bytes [start, stop) of a file, as far as they exist."""
     with open(path, "rb") as file:
         for start, stop in ranges:
             file.seek(start)

@@ -1,13 +1,13 @@
-"""Names of the files in a model directory that are Billhook's own, and what their presence says about the directory."""
+"""Names of Billhook's own files in a model directory, and what their presence means."""
 
 from pathlib import Path
 
-RECORD = "billhook.json"  # what was done to the model, with a checksum of every file but those below
+RECORD = "billhook.json"  # what was done to the model, with a checksum of every file except those below
 REPORT, CARD, PAGE = "report.json", "README.md", "report.html"  # made from the record; rewritten at any time
 PACKED = "billhook_packed.json"  # the record of the packed format
 UNFINISHED = "billhook.unfinished.json"  # the state of a run that can be resumed
-GRADIENTS = "gradients.safetensors"  # gradients that such a run keeps, behind the rank of a process
-WRITTEN = "written.safetensors"  # calibration text that the model wrote for such a run
+GRADIENTS = "gradients.safetensors"  # gradients of such a run; other ranks than 0 prefix their number
+WRITTEN = "written.safetensors"  # calibration text that the model generated for such a run
 PARTIAL = ".partial"  # suffix of a directory's name until the directory is complete
 
 
@@ -19,8 +19,8 @@ def is_packed(directory: Path) -> bool:
 def is_unfinished(directory: Path) -> bool:
     """Whether the run that writes a directory has not completed it.
 
-    At the end of a run the record is among the last files to be written, then the directory gets its final name, and
-    the state is deleted last: a state file in a directory that has both is only left over.
+    A run ends by writing the record, renaming the directory and deleting the state, in this order: a state file in a
+    renamed directory with a record is only left over.
     """
     renamed = not directory.resolve().name.endswith(PARTIAL)
     return (directory / UNFINISHED).is_file() and not (renamed and (directory / RECORD).is_file())

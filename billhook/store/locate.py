@@ -1,9 +1,8 @@
-"""Where each pruned layer lies in the files: `transformers` may rename, split, fuse or transpose weights between disk
-and memory.
+"""Locate each layer in the files: `transformers` may rename, split, fuse or transpose weights between disk and memory.
 
-Found by experiment instead of by table: every row of every layer gets a number, the numbers go through the same reverse
-conversion as the weights do when they are saved, and where they come out is where the rows are. The numbered tensors
-keep the output dimension and have two columns only, so this costs next to nothing, whatever the size of the model.
+The location is found by experiment: every row of every layer gets a number, and the numbers go through the same reverse
+conversion as weights that are saved; the rows are where their numbers come out. The numbered tensors have only two
+columns, so this is cheap for models of any size.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -14,17 +13,17 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import PreTrainedModel
 
-_STEP = 1 << 32  # numbers of one layer to the next: more than any layer has rows, or any integer buffer holds
-_COLUMNS = 2  # the least that still shows which way a tensor is turned
+_STEP = 1 << 32  # distance of the numbers of two layers: larger than any number of rows or value of an integer buffer
+_COLUMNS = 2  # the fewest that show whether a tensor is transposed
 
 Layers = Mapping[str, Mapping[str, Any]]
 
 
 def to_disk(model: PreTrainedModel, state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """Tensors by their names in memory -> by their names on disk, converted back; `names` are those found there.
+    """Tensors by their names in memory, converted back to those on disk; `names` are the names found there.
 
-    A checkpoint of the bare decoder lacks the prefix of its names (`h.0...` for `transformer.h.0...`), which
-    `transformers` adds while loading and, unlike its other conversions, does not take away again.
+    A checkpoint of the bare decoder lacks the prefix of its names (`h.0...` for `transformer.h.0...`): `transformers`
+    adds it while loading and, unlike its other conversions, does not reverse this.
     """
     reverted: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
     prefix = f"{model.base_model_prefix}."
@@ -35,17 +34,17 @@ def to_disk(model: PreTrainedModel, state: Mapping[str, Tensor], names: Collecti
 
 
 def locate_on_disk(model: PreTrainedModel, layers: Layers, names: Collection[str]) -> dict[str, dict[str, Any]]:
-    """The place, among the tensors `names` on disk, of each layer whose `tensor`, `index` and `transposed` say where it
-    is in memory.
+    """The place of each layer among the tensors `names` on disk, given its place in memory (`tensor`, `index`,
+    `transposed`).
 
-    A place is {"tensor", "index", "transposed"}: the layer is that tensor (number `index` of its first dimension), [in,
-    out] if transposed; or {"pieces": [...]} of such places with "rows" [from, to], which make up the layer in some
-    order of rows; or {"tensor": None} where the way back to the disk cannot be followed.
+    A place is {"tensor", "index", "transposed"}: the layer is that tensor (entry `index` of its first dimension), [in,
+    out] if transposed; or {"pieces": [...]}, such places with "rows" [from, to] that make up the layer in some order of
+    rows; or {"tensor": None} where the conversion cannot be reversed.
     """
     pieces: dict[str, list[dict[str, Any]]] = {name: [] for name in layers}
     try:
         numbered = to_disk(model, {**model.state_dict(), **_numbered(model, layers)}, names)
-    except (RuntimeError, ValueError, IndexError):  # a conversion that counts on the real number of columns
+    except (RuntimeError, ValueError, IndexError):  # a conversion that depends on the real number of columns
         return {name: {"tensor": None} for name in layers}
     order = list(layers)
     for tensor, values in numbered.items():
@@ -56,7 +55,7 @@ def locate_on_disk(model: PreTrainedModel, layers: Layers, names: Collection[str
 
 
 def _numbered(model: PreTrainedModel, layers: Layers) -> dict[str, Tensor]:
-    """The parameters that hold layers, with numbered rows: row r of layer n (from 1) holds n * _STEP + r; 0 for no
+    """The parameters of layers with numbered rows: int64 n * _STEP + r for row r of layer n (from 1), 0 for no
     layer."""
     rows: dict[str, dict[int | None, Tensor]] = {}
     for number, facts in enumerate(layers.values(), start=1):
@@ -67,25 +66,24 @@ def _numbered(model: PreTrainedModel, layers: Layers) -> dict[str, Tensor]:
         if None in found:
             values = found[None]
         else:
-            nobody = torch.zeros_like(next(iter(found.values())))
-            values = torch.stack([found.get(expert, nobody) for expert in range(model.get_parameter(name).shape[0])])
+            empty = torch.zeros_like(next(iter(found.values())))
+            values = torch.stack([found.get(expert, empty) for expert in range(model.get_parameter(name).shape[0])])
         wide = values.unsqueeze(-1).expand(*values.shape, _COLUMNS)
         numbered[name] = wide.transpose(-1, -2) if transposed[name] else wide
     return numbered
 
 
 def _pieces(tensor: str, values: Tensor) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The runs of rows of one layer in a tensor on disk, with the layer's number."""
+    """The layer's number and place of each run of rows of one layer in a tensor on disk."""
     for index, matrix in enumerate(values) if values.ndim == 3 else [(None, values)]:
-        turned = matrix.shape[1] != _COLUMNS or not bool((matrix[:, 0] == matrix[:, 1]).all())
-        rows = matrix[0] if turned else matrix[:, 0]
+        transposed = matrix.shape[1] != _COLUMNS or not bool((matrix[:, 0] == matrix[:, 1]).all())
+        rows = matrix[0] if transposed else matrix[:, 0]
         start = 0
-        for number, count in zip(
-            *(x.tolist() for x in torch.unique_consecutive(rows // _STEP, return_counts=True)), strict=True
-        ):
+        runs = torch.unique_consecutive(rows // _STEP, return_counts=True)
+        for number, count in zip(*(x.tolist() for x in runs), strict=True):
             if number:
                 span = [start, start + count] if count < len(rows) else None
-                yield number, {"tensor": tensor, "index": index, "transposed": turned, "rows": span}
+                yield number, {"tensor": tensor, "index": index, "transposed": transposed, "rows": span}
             start += count
 
 

@@ -1,7 +1,6 @@
-"""A directory that appears whole: it is made under another name beside the output, forced to the disk, and renamed at
-the very end.
+"""Atomic directories: written under another name in the same folder, flushed to the disk, and renamed at the end.
 
-After a failure of any kind there is no output, and an old one is as it was.
+After a failure of any kind there is no new output, and an old one is unchanged.
 """
 
 import errno
@@ -21,22 +20,15 @@ from billhook.store.files import fsync
 def check_output(output: Path, source: Path | None = None, *, overwrite: bool = False, needed: int = 0) -> Path:
     """Check, before any work, that `output` can be written; returns it resolved.
 
-    Raises BillhookError when it is a file, is not empty (unless `overwrite` and it is a model directory), lies in the
-    source, or its folder does not exist; JobError when fewer than `needed` bytes are free there.
+    Raises BillhookError when it is a file, is not empty (unless `overwrite` and it is a model directory), is inside the
+    source or contains it, or its folder does not exist; JobError when fewer than `needed` bytes are free.
     """
     output = Path(output).expanduser().resolve()
-    if source is not None and (
-        output == source.resolve() or source.resolve() in output.parents or output in source.resolve().parents
-    ):
+    if source is not None and (output.is_relative_to(source.resolve()) or source.resolve().is_relative_to(output)):
         raise BillhookError(
-            f"The output {output} and the source model {source} lie in each other: choose another output."
+            f"The output {output} contains the source model {source} or is inside it: choose another output."
         )
-    if output.exists() and not output.is_dir():
-        raise BillhookError(f"The output {output} is a file: choose a directory.")
-    if not output.parent.is_dir():
-        raise BillhookError(f"Cannot write {output}: the folder {output.parent} does not exist. Create it first.")
-    if not os.access(output.parent, os.W_OK):
-        raise BillhookError(f"Cannot write {output}: the folder {output.parent} is not writable.")
+    _check_folder(output, output.parent)
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise BillhookError(
@@ -53,25 +45,29 @@ def check_output(output: Path, source: Path | None = None, *, overwrite: bool = 
 
 
 def check_record_place(folder: Path, record: str) -> None:
-    """Raise BillhookError unless `folder` can hold the file `record`: it is new (its parent exists), empty, or holds
-    one."""
-    if folder.exists() and not folder.is_dir():
-        raise BillhookError(f"The output {folder} is a file: choose a directory.")
-    parent = folder.absolute().parent
-    if not folder.exists() and not parent.is_dir():
-        raise BillhookError(f"Cannot create {folder}: its parent directory does not exist. Create it first.")
-    if not os.access(folder if folder.exists() else parent, os.W_OK):
-        raise BillhookError(f"Cannot write to {folder}: the directory is not writable.")
+    """Raise BillhookError unless `folder` can hold the file `record`: it is new in an existing parent, empty, or holds
+    that file already."""
+    _check_folder(folder, folder if folder.exists() else folder.absolute().parent)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / record).exists():
         raise BillhookError(f"The output {folder} is not empty and holds no {record}: choose another.")
 
 
+def _check_folder(output: Path, parent: Path) -> None:
+    """Raise BillhookError unless `output` is a directory or can be one, and `parent` exists and is writable."""
+    if output.exists() and not output.is_dir():
+        raise BillhookError(f"The output {output} is a file: choose a directory.")
+    if not parent.is_dir():
+        raise BillhookError(f"Cannot write {output}: the folder {parent} does not exist. Create it first.")
+    if not os.access(parent, os.W_OK):
+        raise BillhookError(f"Cannot write {output}: the folder {parent} is not writable.")
+
+
 @contextmanager
 def staging(output: Path, needed: int) -> Iterator[Path]:
-    """Give a hidden directory beside `output`; it becomes `output` when the body ends, and vanishes when the body
+    """Yield a hidden directory in the same folder; it becomes `output` when the body ends, and is deleted when it
     fails.
 
-    Raises JobError for a failure of the disk; `needed` bytes are named in its message.
+    Raises JobError for a failure of the disk; its message names the `needed` bytes.
     """
     folder: Path | None = None
     try:
@@ -87,8 +83,8 @@ def staging(output: Path, needed: int) -> Iterator[Path]:
 
 
 def failure(error: OSError | SafetensorError, output: Path, needed: int) -> str:
-    """What went wrong while writing `output`, which takes `needed` bytes, in a sentence."""
-    # safetensors reports a full disk in words only
+    """A sentence about an error while writing `output`, which needs `needed` bytes."""
+    # safetensors reports a full disk only in its message
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
         free = shutil.disk_usage(output.parent).free
         return f"The disk is full: writing {output} needs {_size(needed)}, {_size(free)} are free. Make room."
@@ -100,7 +96,7 @@ def _size(number: int) -> str:
 
 
 def flush(folder: Path) -> None:
-    """Force everything to the disk, and give the directory the permissions a plain mkdir would have given."""
+    """Flush everything to the disk, and give the directory the permissions of a plain mkdir."""
     for path in [*folder.rglob("*"), folder]:
         fsync(path)
     mask = os.umask(0)
@@ -109,8 +105,7 @@ def flush(folder: Path) -> None:
 
 
 def put_in_place(folder: Path, output: Path) -> None:
-    """Give `folder`, whose files are on the disk (`flush`), the name `output`; what was there is moved aside first, and
-    removed last."""
+    """Rename `folder`, which is flushed, to `output`; an old output is moved aside first and removed last."""
     old = output.with_name(f".{output.name}.replaced")
     if output.is_dir() and any(output.iterdir()):
         shutil.rmtree(old, ignore_errors=True)

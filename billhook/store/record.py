@@ -1,8 +1,7 @@
 """billhook.json: what was done to a model, step by step, and the present state of its layers.
 
-The functions here are pure but for `read_record`: a record is read, a step appended, and what is known only once the
-files are written is filled in by `completed`. The same inputs give the same bytes: there is no date, no duration and no
-local path in a record.
+A record is read, a step is appended, and `completed` adds what is known only when the files are written. The same
+inputs give the same bytes: a record contains no date, no duration and no local path.
 """
 
 from collections.abc import Mapping
@@ -31,10 +30,10 @@ class Step:
     * `made_by.published` (boolean): whether zeros were counted, windows drawn and gradients accumulated as published.
     * `made_by.refine` (string): `none`, `blocks` or `blocks+norms`.
     * `made_by.seed` (integer): seed of every random choice.
-    * `made_by.dtype` (string): as asked; `auto` is the checkpoint's own.
-    * `made_by.device` (string): as asked.
-    * `made_by.targets` (list of strings): as asked.
-    * `made_by.ignore` (list of strings): as asked.
+    * `made_by.dtype` (string): as requested; `auto` is the checkpoint's own.
+    * `made_by.device` (string): as requested.
+    * `made_by.targets` (list of strings): as requested.
+    * `made_by.ignore` (list of strings): as requested.
     * `made_by.calibration.*` (any, optional): the text, as in table.json; `made_by.calibration` is null if none was
       needed.
     * `made_by.gradients.*` (any, optional): `statistic` and `calibration` of the gradients that the criterion read;
@@ -63,7 +62,7 @@ class Record:
     * `billhook`: version of the program that wrote the record.
     * `steps`: all that was done to the model, first to last (see `Step`).
     * `layers.*.shape` (two integers): [out, in].
-    * `layers.*.sparsity` (number): what the last plan for the layer asked for.
+    * `layers.*.sparsity` (number): the target of the last plan for the layer.
     * `layers.*.zeros` (integer): zeros, counted in the files.
     * `layers.*.error` (number or null): squared change of the layer's output relative to its square, for uncorrelated
       inputs; null if it is not a number.
@@ -87,7 +86,7 @@ class Record:
 
 
 def append_step(before: Record | None, step: Step, layers: Mapping[str, Mapping[str, Any]]) -> Record:
-    """The record after one more step; `layers` are those whose state it changed. The checksums are to be made anew."""
+    """The record after one more step, which changed the state of `layers`; it has no checksums yet."""
     steps, known = ([], {}) if before is None else (before.steps, before.layers)
     changed = {name: dict(facts) for name, facts in layers.items()}
     return Record(__version__, [*steps, step], {**known, **changed})
@@ -96,8 +95,8 @@ def append_step(before: Record | None, step: Step, layers: Mapping[str, Mapping[
 def completed(
     record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], files: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The json of a record once its model is written: with the layers' places on disk, the checksums of all files, and
-    the digest of what the last step made."""
+    """The json of a record whose model is written: with `layers` (and their places on disk), the checksums `files`, and
+    the digest of the last step's result."""
     steps = [dict(step) for step in record.get("steps", ())]
     if steps:
         steps[-1]["result"] = weights_digest(files)
@@ -105,23 +104,23 @@ def completed(
 
 
 def weights_digest(files: Mapping[str, str]) -> str:
-    """The digest of a model (as `billhook.store.checkpoint.model_digest`) from the checksums of all its files."""
+    """The digest of a model, as by `billhook.store.checkpoint.model_digest`, from the checksums of its files."""
     own = {name for name in files if name == "config.json" or (name.endswith(".safetensors") and "/" not in name)}
     return digest_of({name: files[name] for name in own})
 
 
 def located(layer: Mapping[str, Any]) -> bool:
-    """Whether the place of a layer on disk is known, from its entry in `layers`."""
+    """Whether a layer's place on disk is known."""
     return "pieces" in layer or layer.get("tensor") is not None
 
 
 def history(folder: Path) -> Record | None:
-    """The record of a model directory, None where it has none."""
+    """The record of a model directory, or None."""
     return read_record(folder / RECORD) if (folder / RECORD).is_file() else None
 
 
 def read_record(path: Path) -> Record:
-    """Read billhook.json; raises BillhookError for one that is missing or not as documented."""
+    """Read billhook.json; raises BillhookError where it is missing or not as documented."""
     value = read_json(path, "record of a pruned model")
     version = value.get("version")
     if type(version) is not int or version not in (1, VERSION):
@@ -150,7 +149,7 @@ def _check_layers(path: Path, layers: Mapping[str, Any]) -> None:
 def _check_files(path: Path, files: Mapping[str, Any]) -> None:
     for name, digest in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise BillhookError(f"{path} lists the file {name!r}, which lies elsewhere.")
+            raise BillhookError(f"{path} lists the file {name!r}, which is outside the directory.")
         if not isinstance(digest, str):
             raise BillhookError(f"{path}: the checksum of {name!r} must be a string.")
 
@@ -166,7 +165,7 @@ def _step(entry: Any, where: str) -> Step:
 
 
 def _step_of_version_1(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The one step of a record of version 1, which knew the model in `made_by` and no result."""
+    """The step of a record of version 1, which had the model in `made_by` and no result."""
     made_by = value.get("made_by")
     made_by = dict(made_by) if isinstance(made_by, dict) else {}
     known = {"plan": value["plan"], "model": made_by.pop("model", {}), "warnings": value.get("warnings", [])}

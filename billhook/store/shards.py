@@ -1,10 +1,8 @@
-"""Safetensors files at the level of bytes: list, read, count zeros, and rewrite values while the layout stays as it
-was.
+"""Safetensors files at byte level: read the header, count zeros, and rewrite values in the same layout.
 
-A safetensors file is 8 bytes of header length, a json header (name -> dtype, shape, byte range) and the values. Keeping
-the header byte for byte and writing new values behind it keeps names, order, dtypes and metadata of the input exactly,
-with one tensor in memory at a time and in any order. This module imports no torch, so a pruned model can be checked
-without it.
+A safetensors file is 8 bytes of header length, a json header (name -> dtype, shape, byte range) and the values. New
+values behind the same header keep the names, order, dtypes and metadata of the input, and can be written in any order,
+one tensor in memory at a time. This module does not import torch.
 """
 
 import json
@@ -23,21 +21,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000
 _CHUNK = 1 << 24
-_BITS = {
-    "F64": 64,
-    "F32": 32,
-    "F16": 16,
-    "BF16": 16,
-    "I64": 64,
-    "I32": 32,
-    "I16": 16,
-    "I8": 8,
-    "U64": 64,
-    "U32": 32,
-    "U16": 16,
-    "U8": 8,
-}
-_BITS |= {"BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4}
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "BOOL": 8, "C64": 64}
+_BITS |= {"U64": 64, "U32": 32, "U16": 16, "U8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
+_BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 _EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}  # all set: NaN or infinity
 _FLOATS = tuple(_EXPONENTS)
 
@@ -55,20 +41,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its header (length included) as it stands, and its tensors in the order of their bytes."""
+    """One safetensors file: the bytes of its header, with the length, and its tensors in the order of their bytes."""
 
     path: Path
     header: bytes
     entries: dict[str, Entry]
 
     def zeros(self, entry: Entry, index: int | None = None) -> np.ndarray:
-        """Where a floating-point tensor, or number `index` of its first dimension, is exactly zero (either sign): bool,
-        its shape."""
+        """Whether each value of a tensor, or of entry `index` of its first dimension, is 0.0 or -0.0: bool, same shape.
+
+        Raises BillhookError for a tensor that is not of a floating-point dtype.
+        """
         if entry.dtype not in _FLOATS:
-            raise BillhookError(
-                f"{self.path}: {entry.name} is {entry.dtype}, not a floating-point tensor; zeros cannot be "
-                "counted in it."
-            )
+            fault = f"is {entry.dtype}, not a floating-point dtype: its zeros cannot be counted."
+            raise BillhookError(f"{self.path}: {entry.name} {fault}")
         bits = _BITS[entry.dtype]
         kind = np.dtype(f"<u{bits // 8}")
         shape = entry.shape if index is None else entry.shape[1:]
@@ -94,8 +80,7 @@ class Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """Read and check the header of a safetensors file; raises BillhookError when it is missing, damaged or
-    truncated."""
+    """Read and check the header of a safetensors file; raises BillhookError when the file is missing or damaged."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -113,10 +98,9 @@ def read_shard(path: Path) -> Shard:
 
 
 def parse_header(path: Path, header: bytes) -> dict[str, Entry]:
-    """The tensors that a safetensors header (its 8 bytes of length included) lists, in the order of their bytes, which
-    leave no gap.
+    """The tensors in a safetensors header (with its 8 bytes of length), in the order of their bytes.
 
-    Raises BillhookError for a damaged one, naming `path`.
+    Raises BillhookError for a header that is damaged or leaves gaps, naming `path`.
     """
     try:
         listed = json.loads(header[8:])
@@ -143,8 +127,10 @@ def _entry(name: str, item: dict[str, object], offset: int) -> Entry:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, by its index or the single file; raises BillhookError naming what is
-    missing."""
+    """The safetensors files of a model directory, from its index or the single file.
+
+    Raises BillhookError for a damaged index, and for a file that is missing.
+    """
     index = directory / INDEX
     if not index.is_file():
         return [directory / SINGLE] if (directory / SINGLE).is_file() else []
@@ -166,11 +152,15 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def layer_zeros(place: Mapping[str, Any], shape: Sequence[int], shards: Iterable[Shard]) -> list[np.ndarray] | None:
-    """The zeros of a layer of billhook.json at its `place` (see `billhook.store.locate`): bool [rows, in] for each of
-    its pieces.
+def weight_bytes(directory: Path) -> int:
+    """The size of all safetensors files of a model directory."""
+    return sum(file.stat().st_size for file in weight_files(directory))
 
-    None when there is no such tensor or the pieces do not have `shape` [out, in].
+
+def layer_zeros(place: Mapping[str, Any], shape: Sequence[int], shards: Iterable[Shard]) -> list[np.ndarray] | None:
+    """Whether each weight of a layer at its `place` (`billhook.store.locate`) is zero: bool [rows, in] for each piece.
+
+    None when there is no such tensor, or the pieces together do not have `shape` [out, in].
     """
     found = []
     for piece in place.get("pieces", [place]):
@@ -188,10 +178,10 @@ def layer_zeros(place: Mapping[str, Any], shape: Sequence[int], shards: Iterable
 
 
 def lay_out(shard: Shard, target: Path, copied: Callable[[str], bool]) -> None:
-    """Write `target` with the layout of `shard`: its header, the values of the tensors for which `copied` is true, and
-    room for the others.
+    """Write `target` with the header of `shard`, the values of tensors for which `copied` is true, and space for the
+    others.
 
-    Raises OSError when the disk has no room for the whole file.
+    Raises OSError when the disk has no space for the whole file.
     """
     with open(shard.path, "rb") as source, open(target, "wb", buffering=0) as file:
         put(file.fileno(), 0, shard.header)

@@ -1,8 +1,8 @@
-"""Sinks: what writes the tensors of a model to files, in one layout.
+"""Sinks write the tensors of a model to files.
 
-`SameLayout` writes the files of the source again: same tensors, names, order, dtypes and metadata, only with other
-values. Where `transformers` renamed or fused tensors while loading, its own reverse conversion leads back to the names
-on disk. Where it does not, `StockLayout` leaves the layout to `save_pretrained`.
+`SameLayout` writes files like the source's: same tensors, names, order, dtypes and metadata, with other values. Tensors
+that `transformers` renamed or fused while loading are converted back; where that is impossible, `StockLayout` lets
+`save_pretrained` choose the layout.
 """
 
 import os
@@ -33,30 +33,9 @@ class Sink(Protocol):
         ...
 
 
-class BlockSink(Sink, Protocol):
-    """A sink that can be filled block by block, and continued after an interruption."""
-
-    files: list[str]  # names of the files it writes
-
-    def begin(self, folder: Path, copied: Collection[str]) -> None:
-        """Lay all files out, with the source's values for the `copied` tensors and room for the others."""
-        ...
-
-    def begun(self, folder: Path) -> bool:
-        """Whether `folder` holds all files, laid out as `begin` does."""
-        ...
-
-    def write(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Write tensors, by their names in memory, to their places, and force them to the disk."""
-        ...
-
-    def digest(self, folder: Path, names: Iterable[str]) -> str:
-        """SHA-256 over the values of tensors, by their names on disk, as they are in the files."""
-        ...
-
-
 class SameLayout:
-    """The files of the source directory once more, with other values."""
+    """Files in the layout of the source directory. They can be written block by block, and continued after an
+    interruption."""
 
     def __init__(self, model: PreTrainedModel, source: Path) -> None:
         self.model, self.source = model, source
@@ -72,7 +51,7 @@ class SameLayout:
         self.write(folder, state)
 
     def begin(self, folder: Path, copied: Collection[str]) -> None:
-        """Lay all files out, with the source's values for the `copied` tensors and room for the others."""
+        """Create all files, with the source's values for the `copied` tensors and space for the others."""
         known = set(copied)
         for shard in self.shards:
             lay_out(shard, folder / shard.path.name, known.__contains__)
@@ -81,15 +60,14 @@ class SameLayout:
             shutil.copyfile(self.source / INDEX, folder / INDEX)
 
     def begun(self, folder: Path) -> bool:
-        """Whether `folder` holds all files, laid out as `begin` does."""
+        """Whether `folder` holds all files with the headers that `begin` writes."""
         try:
             return all(read_shard(folder / shard.path.name).header == shard.header for shard in self.shards)
         except BillhookError:
             return False
 
     def write(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Write tensors, by their names in memory, to their places, in the dtypes on disk, and force them to the
-        disk."""
+        """Write tensors, given by their names in memory, in the dtypes of the files, and flush them to the disk."""
         tensors = self.on_disk(state)
         for shard in self.shards:
             written = [entry for entry in shard.entries.values() if entry.name in tensors]
@@ -100,7 +78,7 @@ class SameLayout:
                     os.fsync(file.fileno())
 
     def digest(self, folder: Path, names: Iterable[str]) -> str:
-        """SHA-256 over the values of tensors, by their names on disk, as they are in the files."""
+        """SHA-256 over the values of tensors in the files, given their names there."""
         wanted, digest = set(names), sha256()
         for shard in self.shards:
             ranges = [(entry.start, entry.stop) for entry in shard.entries.values() if entry.name in wanted]
@@ -108,14 +86,14 @@ class SameLayout:
         return digest.hexdigest()
 
     def on_disk(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors by their names in memory -> those that are in the files, by their names there."""
+        """Tensors by their names in memory, converted to those in the files."""
         converted = to_disk(self.model, state, self.entries)
         return {name: tensor for name, tensor in converted.items() if name in self.entries}
 
     def mismatch(self) -> str | None:
         """Why this layout cannot hold the tensors of the model (which may be on the meta device), or None.
 
-        A tied weight needs to be on disk under one name only.
+        A tied weight may be on disk under only one of its names.
         """
         tensors = to_disk(self.model, self.model.state_dict(), self.entries)
         written = {tensors[name].data_ptr() for name in self.entries if name in tensors and not tensors[name].is_meta}
@@ -129,8 +107,7 @@ class SameLayout:
 
 
 class StockLayout:
-    """What `save_pretrained` writes, in the dtype and the shard size of `shards`, the source's files, if there are
-    any."""
+    """What `save_pretrained` writes, in the most frequent dtype and the largest size of the source's `shards`."""
 
     def __init__(self, model: PreTrainedModel, shards: list[Shard]) -> None:
         self.model, self.shards = model, shards
@@ -140,9 +117,8 @@ class StockLayout:
         options: dict[str, Any] = {}
         entries = [entry for shard in self.shards for entry in shard.entries.values()]
         if entries:
-            options["max_shard_size"] = max(
-                sum(entry.stop - entry.start for entry in shard.entries.values()) for shard in self.shards
-            )
+            sizes = (sum(entry.stop - entry.start for entry in shard.entries.values()) for shard in self.shards)
+            options["max_shard_size"] = max(sizes)
             most = Counter(entry.dtype for entry in entries).most_common(1)[0][0]
             options["state_dict"] = _cast(self.model.state_dict(), DTYPES.get(most, self.model.dtype))
         with quiet():
@@ -150,14 +126,13 @@ class StockLayout:
 
 
 def choose_sink(model: PreTrainedModel, source: Path | None) -> tuple[Sink, str | None]:
-    """The sink for a model that was loaded from `source` (None: built in memory), and a note if it is not
-    SameLayout."""
+    """The sink for a model loaded from `source` (None: built in memory), and a note where its layout differs."""
     if source is None or not weight_files(source):
         return StockLayout(model, []), None
     same = SameLayout(model, source)
     if reason := same.mismatch():
-        note = f"The weights do not lead back to the layout of {source} ({reason})"
-        return StockLayout(model, same.shards), f"{note}; they were written in transformers' own."
+        note = f"The weights cannot be converted back to the layout of {source} ({reason})"
+        return StockLayout(model, same.shards), f"{note}; they were written in the layout of transformers."
     return same, None
 
 

@@ -1,18 +1,11 @@
-"""Tensors as safetensors files hold them: the names of the dtypes there, and the bytes of a tensor."""
+"""The dtypes of safetensors files by name, and the bytes of a tensor."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-}
-DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool}
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -111,7 +111,7 @@ def test_a_folder_of_somebody_else_is_left_alone(source, tmp_path, more):
     mine.parent.mkdir()
     mine.write_text("mine")
     with pytest.raises(
-        BillhookError, match=r"out\.partial, where .*out would be written, holds notes\.txt, which no run put there"
+        BillhookError, match=r"out\.partial, where .*out would be written, holds notes\.txt, which is not from a run"
     ):
         prune(source, output=tmp_path / "out", **MAGNITUDE, **more)
     assert mine.read_text() == "mine"
