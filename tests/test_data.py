@@ -11,8 +11,9 @@ from documents import jsonl, texts
 from safetensors.torch import save_file
 
 from billhook.errors import BillhookError
-from billhook.text import corpus, sampling, windows
-from billhook.text.windows import check_ids, digest, load_calibration, load_windows
+from billhook.text import corpus
+from billhook.text import sampling as text_sampling
+from billhook.text.windows import _byte_ends, check_ids, digest, load_calibration, load_windows
 
 
 @pytest.fixture(scope="module")
