@@ -185,7 +185,6 @@ def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrain
     return source, load(source, task.auto_class, **options), resources
 
 
-<<<<<<< HEAD
 def _check_weights(model: PreTrainedModel, resources: Resources) -> None:
     """Raise BillhookError naming a parameter of the model that is not finite."""
     check_finite(model.named_parameters())
@@ -193,10 +192,10 @@ def _check_weights(model: PreTrainedModel, resources: Resources) -> None:
         for index, (name, block) in enumerate(blocks_of(model).items()):
             with resources.block(index, ahead=index + 1):
                 check_finite((f"{name}.{key}", value) for key, value in block.named_parameters())
-=======
+
+
 def _loading(request: Request) -> dict[str, Any]:
     return {key: getattr(request, key) for key in ("dtype", "device", "trust_remote_code")}
->>>>>>> main
 
 
 def _draw(

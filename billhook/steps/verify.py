@@ -68,20 +68,10 @@ def verify(directory: str | Path, progress: Progress = lambda done, all: None) -
         raise BillhookError(f"{directory} is not finished: resume it with the command that started it and --resume.")
     if not is_packed(directory):
         record = read_record(directory / RECORD)
-<<<<<<< HEAD
-        problems = [
-            *_check_files(directory, record.files),
-            *_unlisted(directory, record.files),
-            *_check_config(directory),
-        ]
-        shards, damaged = _open(directory)
-        return _check_record(directory, record, [*problems, *_check_finite(shards)], shards, damaged, progress)
-=======
         problems = [*_check_files(directory, record.files), *_unlisted(directory, record.files)]
         problems += _check_config(directory)
         shards, damaged = _open(directory)
-        return _check_record(directory, record, problems, shards, damaged, progress)
->>>>>>> main
+        return _check_record(directory, record, [*problems, *_check_finite(shards)], shards, damaged, progress)
     from billhook.packed.check import examine
 
     seen = examine(directory)
