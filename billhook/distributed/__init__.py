@@ -1,4 +1,1 @@
-"""One run in several processes, as torchrun starts them: who takes part, what is shared out and summed, who was lost.
-
-Imports nothing of Billhook but `errors`.
-"""
+"""One run in several processes, started by torchrun: collectives, and the detection of lost processes."""

@@ -1,9 +1,9 @@
-"""One run in several processes, as torchrun starts them; everything here does nothing in a run of one process.
+"""Collectives for one run in several processes, started by torchrun; they do nothing in a single process.
 
-The calibration windows are shared out among the processes (`mine`), each statistic is summed over them (`all_reduce_`),
-so that all of them know what one process would know, up to the order of floating-point sums; the layers of a block are
-then shared out, and what each made is given to all (`broadcast_`). A process that is lost ends the others within
-seconds, with an error that names it (`billhook.distributed.heartbeat`).
+Each process reads a shard of the calibration windows (`shard`), and each statistic is summed over all processes
+(`all_reduce_`), so that all of them have the statistics of a single process up to the order of floating-point sums.
+The layers of a block are then sharded, and the results broadcast (`broadcast_`). When a process is lost, the others end
+within seconds with an error that names it (`billhook.distributed.heartbeat`).
 """
 
 import os
@@ -24,24 +24,24 @@ from billhook.distributed.torchrun import started
 from billhook.errors import BillhookError, Interrupted
 
 T = TypeVar("T")
-TIMEOUT = timedelta(hours=2)  # a process may wait for the others as long as the largest layer takes
-PATIENCE = timedelta(seconds=30)  # with the store
+TIMEOUT = timedelta(hours=2)  # for the others to prune the largest layer
+STORE_TIMEOUT = timedelta(seconds=30)
 
 
 def world() -> int:
-    """How many processes take part."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @contextmanager
 def distributed(device: str) -> Iterator[None]:
-    """Take part in the run that torchrun started, if it did."""
+    """Join the process group of torchrun, if it started this process."""
     if not started():
         yield
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # numbers and records are exchanged from the CPU on a GPU too
+    # counters and records are on the CPU on a GPU too
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
     heart = _heartbeat()
     try:
@@ -52,12 +52,14 @@ def distributed(device: str) -> Iterator[None]:
         heart.leave(_first_line(error))
         raise
     heart.leave()
-    dist.destroy_process_group()  # not after an error: it would wait for processes that may be lost
+    dist.destroy_process_group()  # not after an error: it would wait for lost processes
 
 
 def _heartbeat() -> Heartbeat:
-    """Start this process's signs of life, which go a way of their own to the store."""
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
+    """Start the heartbeat of this process, with its own connection to the store."""
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=STORE_TIMEOUT
+    )
     heart = Heartbeat(store, dist.get_rank(), world(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     dist.barrier()
     heart.start()
@@ -65,43 +67,38 @@ def _heartbeat() -> Heartbeat:
 
 
 def _end(heart: Heartbeat, error: BaseException) -> NoReturn:
-    """End a run that was stopped or broke: raise what happened, with the name of the process that is to blame if it is
-    another one."""
+    """End an interrupted run: raise the error, with the name of the lost process if there is one."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # torchrun sends it when a process is lost; this one is ending already
-    lost = heart.lost()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun when a process is lost; this one ends already
+    lost, message = heart.lost(), str(error)
     heart.leave("" if lost else _first_line(error))
     if lost:
-        raise Interrupted(
-            " ".join([lost, *([said] if (said := str(error)) else []), *([] if "--resume" in said else [AGAIN])])
-        ) from None
+        parts = [lost, message, "" if "--resume" in message else AGAIN]
+        raise Interrupted(" ".join(part for part in parts if part)) from None
     if isinstance(error, KeyboardInterrupt) and dist.get_rank():
         raise Interrupted("Stopped; process 0 says what is kept.") from None
     raise error
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error says, in a line, without the place in the source of a library that some begin with."""
+    """The first line of an error's message, without the source position with which some begin."""
     return re.sub(r"^\[\S*\] ", "", (str(error).strip() or type(error).__name__).splitlines()[0])[:300]
 
 
 def shard(items: Sequence[T]) -> list[T]:
-    """The items that this process takes."""
+    """The items of this process."""
     return list(items[dist.get_rank() :: world()]) if world() > 1 else list(items)
 
 
 def check_share(windows: int) -> None:
-    """Raise BillhookError unless every process gets a calibration window."""
+    """Raise BillhookError if there are fewer calibration windows than processes."""
     if windows < world():
-        raise BillhookError(
-            f"{world()} processes cannot share {windows} calibration windows: give more --samples, or start fewer."
-        )
+        both = f"{world()} processes cannot share {windows} calibration windows"
+        raise BillhookError(f"{both}: give more --samples, or start fewer processes.")
 
 
 def rows_per_batch(rows: int, size: int) -> int:
-    """Rows in a batch: `size`, or fewer so that every process gets a batch; BillhookError if there are too few rows."""
+    """Rows in a batch: `size`, or fewer so that every process has a batch; BillhookError for too few rows."""
     check_share(rows)
     return min(size, rows // world())
 
@@ -119,7 +116,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def gather(value: T) -> list[T]:
-    """What each process has, in the order of the processes."""
+    """The values of all processes, by rank."""
     if world() == 1:
         return [value]
     found: list[Any] = [None] * world()
@@ -128,7 +125,7 @@ def gather(value: T) -> list[T]:
 
 
 def broadcast_(value: Tensor, owner: int) -> None:
-    """Give every process what process `owner` has in a tensor, which may be a view, in place."""
+    """Copy a tensor of process `owner`, which may be a view, to all processes, in place."""
     if world() > 1:
         copy = value.contiguous()
         _together(lambda: dist.broadcast(copy, owner))

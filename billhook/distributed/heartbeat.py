@@ -1,9 +1,8 @@
-"""Which of several processes was lost: each tells twice a second that it lives, in the store that torchrun keeps for
-them.
+"""Heartbeats that show which process of a run was lost: each writes twice a second to torchrun's store.
 
-A connection that breaks says that somebody is gone, not who. A process that ends because of an error of its own leaves
-that error in the store; one that was killed just falls silent. A machine that vanishes breaks no connection at all, and
-the others would wait for it for hours: a silence of a minute ends them.
+A broken connection does not say which process is gone. A process that fails leaves its error in the store; a killed one
+stops its heartbeat. A machine that disappears breaks no connection, and the others would wait for hours: they end after
+a minute without its heartbeat.
 """
 
 import os
@@ -16,38 +15,36 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-BEAT = 0.5  # seconds
-SILENCE = 4.0  # of a process that is lost, once something broke
-PATIENCE = 60.0  # with a process that is silent while nothing broke
-AGAIN = "Start the same command again; billhook prune goes on after the last finished block with --resume."
+BEAT = 0.5  # seconds between heartbeats
+SILENCE = 4.0  # seconds without a heartbeat after which a process is lost, once a connection broke
+TIMEOUT = 60.0  # the same while no connection broke
+AGAIN = "Start the same command again; with --resume, billhook prune continues after the last finished block."
 _LEFT, _FAILED = "left", "failed "
 
 
 class Heartbeat:
-    """The signs of life of process `rank` of `world` and its view of the others; `prefix` keeps runs in one store
-    apart."""
+    """The heartbeat of process `rank` of `world`, and its view of the others; `prefix` separates runs in one store."""
 
-    def __init__(self, store: "Store", rank: int, world: int, prefix: str = "", patience: float = PATIENCE) -> None:
-        self._store, self.rank, self.world, self._patience = store, rank, world, patience
+    def __init__(self, store: "Store", rank: int, world: int, prefix: str = "", timeout: float = TIMEOUT) -> None:
+        self._store, self.rank, self.world, self._timeout = store, rank, world, timeout
         self._keys = [f"billhook/{prefix}/{number}" for number in range(world)]
         self._store.set(self._keys[rank], "0")
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def start(self) -> None:
-        """Begin, once every process has one of these."""
+        """Start, once every process has created its heartbeat."""
         self._thread.start()
 
     def leave(self, failure: str = "") -> None:
-        """End: done, or with an error of this process's own, which the others are told."""
+        """End: done, or with an error of this process, which the others can read."""
         self._stop.set()
         self._thread.join(SILENCE)
-        with suppress(RuntimeError):  # where nobody is left to tell
+        with suppress(RuntimeError):  # the store may be gone
             self._store.set(self._keys[self.rank], _FAILED + failure if failure else _LEFT)
 
     def lost(self) -> str:
-        """Once something broke: which processes failed or fell silent, as a sentence; empty when all of the others
-        live."""
+        """After a broken connection: which processes failed or were lost, as a sentence; empty if all others live."""
         waiting = set(range(self.world)) - {self.rank}
         found: list[str] = []
         try:
@@ -63,12 +60,8 @@ class Heartbeat:
                     waiting.discard(number)
         except RuntimeError:
             return "The store of torchrun cannot be reached, on the machine of process 0 or of this one."
-        return " ".join(
-            [
-                *found,
-                *(f"Process {number} of {self.world} was lost: it ended without a word." for number in sorted(waiting)),
-            ]
-        )
+        found += [f"Process {number} of {self.world} was lost: it ended without a word." for number in sorted(waiting)]
+        return " ".join(found)
 
     def _look(self) -> list[str]:
         with self._lock:
@@ -76,7 +69,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         seen, since = [""] * self.world, [time.monotonic()] * self.world
-        count, reached = 0, time.monotonic()
+        count, reached, silent = 0, time.monotonic(), f" (nothing heard for {self._timeout:.0f} s)."
         while not self._stop.wait(BEAT):
             count += 1
             try:
@@ -84,23 +77,20 @@ class Heartbeat:
                     self._store.set(self._keys[self.rank], str(count))
                 now = self._look()
             except RuntimeError:
-                if time.monotonic() - reached > self._patience:
-                    self._end(f"torchrun was lost{self._unheard()}")
+                if time.monotonic() - reached > self._timeout:
+                    self._end(f"torchrun was lost{silent}")
                 continue
             reached = time.monotonic()
             for number, value in enumerate(now):
                 if value != seen[number]:
                     seen[number], since[number] = value, reached
-                elif value != _LEFT and reached - since[number] > self._patience:
+                elif value != _LEFT and reached - since[number] > self._timeout:
                     who = f"process {number} of {self.world}"
                     if value.startswith(_FAILED):
                         self._end(f"{who} failed: {value.removeprefix(_FAILED).rstrip('.')}.")
-                    self._end(f"{who} was lost{self._unheard()}")
-
-    def _unheard(self) -> str:
-        return f" (nothing heard for {self._patience:.0f} s)."
+                    self._end(f"{who} was lost{silent}")
 
     def _end(self, why: str) -> None:
-        """End this process, whose main thread may wait for ever; what a run leaves can be continued at any moment."""
+        """End this process, whose main thread may wait forever; the run can be resumed."""
         print(f"billhook, process {self.rank} of {self.world}: {why} {AGAIN}", file=sys.stderr, flush=True)
         os._exit(1)

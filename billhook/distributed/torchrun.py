@@ -1,4 +1,4 @@
-"""Whether torchrun started this process, and as which of several; known without loading torch."""
+"""Whether torchrun started this process, and its rank, from the environment (without torch)."""
 
 import os
 
@@ -9,10 +9,10 @@ def started() -> bool:
 
 
 def processes() -> int:
-    """How many processes torchrun started, 1 without it."""
+    """The number of processes that torchrun started, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def rank() -> int:
-    """The number of this process; the first one, 0, talks and writes."""
+    """The rank of this process; process 0 prints and writes."""
     return int(os.environ.get("RANK", "0")) if started() else 0

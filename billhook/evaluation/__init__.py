@@ -1,4 +1,1 @@
-"""How good a model is: perplexity, likelihood of answers, zero-shot tasks, distance from the dense model.
-
-Imports `walk`, `text` and `disk`; knows nothing of plans and pruning.
-"""
+"""Evaluation: perplexity, likelihood of continuations, zero-shot tasks, comparison with the dense model."""

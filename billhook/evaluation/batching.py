@@ -1,8 +1,7 @@
-"""Rows scored in batches whose size is found by itself: large enough to keep a matrix product busy, small enough for
-memory.
+"""Automatic batch size: large enough for efficient matrix products, small enough for memory.
 
-The size follows from the shapes alone, so that the same inputs give the same bits; where there is less memory than
-expected the batch is halved and tried again. Nothing is timed.
+The size depends on the shapes alone, so equal inputs give equal bits. When memory runs out, the batch is halved and
+tried again.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,21 +10,22 @@ from typing import TypeVar
 from billhook.errors import out_of_memory
 
 TOKENS = 2048  # in a batch: enough rows for a matrix product, few enough for the caches of a CPU
-LOGIT_BYTES = 1 << 28  # how much memory the logits of one batch may take
+LOGIT_BYTES = 1 << 28  # the largest size of the logits of one batch
+
+Progress = Callable[[int, int], None]  # called with the rows done and all rows
 
 T = TypeVar("T")
 
 
 def batch_size(length: int, vocabulary: int, itemsize: int) -> int:
-    """How many rows of `length` tokens to score at once, for a vocabulary and the bytes that one logit takes."""
+    """Rows of `length` tokens to score at once, for the size of the vocabulary and the bytes of a logit."""
     return max(1, min(TOKENS // length, LOGIT_BYTES // (length * vocabulary * itemsize)))
 
 
 def halving(count: int, size: int, work: Callable[[int, int], T]) -> Iterator[tuple[int, int, T]]:
-    """Yield (first, last, work(first, last)) over `count` rows, `size` at a time, halving the size where memory runs
-    out.
+    """Yield (start, stop, work(start, stop)) over `count` rows, `size` at a time, halved when memory runs out.
 
-    Raises what `work` raises; that memory is short, only for a single row.
+    Raises what `work` raises; out of memory only for a single row.
     """
     start = 0
     while start < count:

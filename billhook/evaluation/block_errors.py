@@ -1,8 +1,7 @@
-"""How far the output of each block is from the dense model's: ||Y - Y_dense||^2 / ||Y_dense||^2.
+"""The relative error of each block's output, ||Y - Y_dense||^2 / ||Y_dense||^2.
 
-Errors of early blocks are passed on and amplified by later ones ("error explosion" in ATP, Huang et al. 2025,
-arXiv:2502.14770), so the growth with depth shows what an allocation does. It does not show what an error does to the
-prediction.
+Later blocks pass on and amplify the errors of earlier ones ("error explosion" in ATP, Huang et al. 2025,
+arXiv:2502.14770); the growth with depth shows the effect of an allocation, but not that on the predictions.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +16,12 @@ from billhook.architectures.stacks import blocks_of
 from billhook.engine.batch import Batch, model_inputs, rows_of, select_rows
 from billhook.engine.capture import evaluating
 
-WINDOWS = 8  # windows compared: their hidden states after every block are in memory at once
+WINDOWS = 8  # windows compared; their hidden states after every block are in memory at once
 
 
 @torch.no_grad()
 def block_outputs(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
-    """The hidden states after every block, float32 [windows, length, width], for the first `WINDOWS` rows
-    of `batch`."""
+    """The outputs of every block, float32 [windows, length, width], for the first `WINDOWS` rows of a batch."""
     blocks = blocks_of(model).values()
     outputs: list[list[Tensor]] = [[] for _ in blocks]
 

@@ -1,16 +1,18 @@
 """Tasks of lm-evaluation-harness on a model in memory. Needs the extra `eval`; the harness is imported only here.
 
-The harness brings prompts, few-shot examples and metrics, and fetches each task's data from the hub; everything is left
-as it is there.
+Prompts, few-shot examples, metrics and data (from the hub) are those of the harness.
 """
 
+import logging
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.batching import batch_size
@@ -25,39 +27,34 @@ LOCAL = (
 
 
 def check_tasks(names: Sequence[str]) -> Any:
-    """The harness's task manager, once every name is known to it; raises BillhookError for one that is not, with the
-    nearest."""
+    """The harness's task manager; raises BillhookError for an unknown name, with the nearest one."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise BillhookError(
-            f"The tasks {', '.join(names)} need lm-eval: pip install 'billhook[eval]'; {LOCAL}."
-        ) from None
+        need = f"The tasks {', '.join(names)} need lm-eval: pip install 'billhook[eval]'"
+        raise BillhookError(f"{need}; {LOCAL}.") from None
     with _quietly():
         manager = TaskManager(include_defaults=not all(name.endswith(".yaml") for name in names))
     for name in names:
         if not name.endswith(".yaml") and name not in manager.all_tasks:
-            raise BillhookError(
-                f"Unknown task {name!r}.{hint(name, [*PAPER7, *manager.all_tasks])} paper7 is the papers' seven; "
-                "`lm-eval ls tasks` "
-                f"lists all {len(manager.all_tasks)}; {LOCAL}."
-            )
+            known = f"paper7 is the papers' seven; `lm-eval ls tasks` lists all {len(manager.all_tasks)}; {LOCAL}"
+            raise BillhookError(f"Unknown task {name!r}.{hint(name, [*PAPER7, *manager.all_tasks])} {known}.")
     return manager
 
 
 def evaluate_tasks(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     names: Sequence[str],
     longest: int,
     *,
     few_shot: int | None = None,
     limit: int | None = None,
 ) -> list[TaskResult]:
-    """Run tasks (names or lm-eval YAML files) and return one result for each, or for each of a group's parts.
+    """Run tasks (names or lm-eval YAML files); one result for each task, or for each member of a group.
 
-    `few_shot` None keeps each task's own number of examples, `limit` takes only the first items of each. Raises
-    BillhookError for an unknown task and for data that cannot be had.
+    `few_shot` None means each task's own number of examples; `limit` is the number of items of each task. Raises
+    BillhookError for an unknown task and for data that cannot be fetched.
     """
     manager = check_tasks(names)
     from lm_eval.evaluator import simple_evaluate
@@ -81,79 +78,42 @@ def evaluate_tasks(
         except Exception as error:  # the harness, `datasets` and the hub raise dozens of unrelated kinds
             raise _explained(error, names) from None
     assert found is not None
-    return [
-        _result(name, metrics, found)
-        for name, metrics in found["results"].items()
-        if "acc,none" in metrics or _other(metrics)
-    ]
+    results = found["results"].items()
+    return [_result(name, metrics, found) for name, metrics in results if _main_metric(metrics)]
 
 
 def _result(name: str, metrics: dict[str, Any], found: dict[str, Any]) -> TaskResult:
     config = found["configs"].get(name, {})
     shots = found.get("n-shot", {}).get(name, config.get("num_fewshot", 0)) or 0
     count = found["n-samples"].get(name, {}).get("effective") or 0
-    key = "acc" if "acc,none" in metrics else _other(metrics)
-    acc, error = metrics[f"{key},none"], metrics.get(f"{key}_stderr,none")
+    key = _main_metric(metrics)
+    keys = (f"{key}_stderr,none", "acc_norm,none", "acc_norm_stderr,none")
+    error, norm, norm_error = (x if isinstance(x := metrics.get(k), float) else None for k in keys)
     label = name if key == "acc" else f"{name} ({key})"
-    norm, norm_error = metrics.get("acc_norm,none"), metrics.get("acc_norm_stderr,none")
+    scored_by = f"lm-eval {version('lm_eval')}"
     identity = f"task version {found['versions'].get(name)}" + ("" if count else ", group")
-    return TaskResult(
-        label,
-        acc,
-        _number(error),
-        norm,
-        _number(norm_error),
-        count,
-        f"{shots}-shot",
-        f"lm-eval {version('lm_eval')}",
-        identity,
-    )
+    acc = metrics[f"{key},none"]
+    return TaskResult(label, acc, error, norm, norm_error, count, f"{shots}-shot", scored_by, identity)
 
 
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, float) else None
-
-
-def _other(metrics: dict[str, Any]) -> str:
-    """The first metric of a task that has no accuracy."""
-    return next(
-        (
-            k.removesuffix(",none")
-            for k, v in metrics.items()
-            if k.endswith(",none") and "stderr" not in k and isinstance(v, float)
-        ),
-        "",
-    )
+def _main_metric(metrics: dict[str, Any]) -> str:
+    """The accuracy, or the first metric of a task without one; empty for no metric."""
+    names = [k.removesuffix(",none") for k, v in metrics.items() if k.endswith(",none") and isinstance(v, float)]
+    return "acc" if "acc,none" in metrics else next((name for name in names if "stderr" not in name), "")
 
 
 def _explained(error: Exception, names: Sequence[str]) -> Exception:
     text = f"{type(error).__name__} {error}"
     line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    if any(
-        word in text
-        for word in (
-            "Connect",
-            "offline",
-            "Offline",
-            "Max retries",
-            "couldn't",
-            "Couldn't",
-            "resolve",
-            "LocalEntryNotFound",
-        )
-    ):
-        return BillhookError(
-            f"The data of {', '.join(names)} cannot be fetched from the hub ({line}). Check the network; {LOCAL}."
-        )
+    if re.search("Connect|[oO]ffline|Max retries|[cC]ouldn't|resolve|LocalEntryNotFound", text):
+        failed = f"The data of {', '.join(names)} cannot be fetched from the hub ({line})"
+        return BillhookError(f"{failed}. Check the network; {LOCAL}.")
     return JobError(f"lm-eval failed on {', '.join(names)}: {line}")
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep the harness from talking: its progress bars and log lines go nowhere."""
-    import logging
-    import os
-
+    """Suppress the progress bars and log lines of the harness."""
     before, level = os.environ.get("TQDM_DISABLE"), logging.root.manager.disable
     os.environ["TQDM_DISABLE"] = "1"
     logging.disable(logging.WARNING)

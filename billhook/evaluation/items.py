@@ -1,22 +1,23 @@
 """Zero-shot tasks from local files, scored as lm-evaluation-harness scores its multiple-choice tasks.
 
-A line of the file is one item: {"requests": [[context, continuation], ...], "gold": number of the right one}. The
-model's answer is the continuation of the largest log-likelihood; `acc_norm` divides by the characters of the
-continuation first. An item with a single request is right when the model would say the continuation token by token, as
-in LAMBADA. Prompts are used as they stand.
+Each line of the file is an item: {"requests": [[context, continuation], ...], "gold": index of the correct one}. The
+model's answer is the continuation with the largest log-likelihood, for `acc_norm` divided by its number of characters.
+An item with a single request is correct if every token of the continuation is the top-1 prediction, as in LAMBADA.
+Prompts are used unchanged.
 """
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
 from billhook.errors import BillhookError
+from billhook.evaluation.batching import Progress
 from billhook.evaluation.likelihood import encode_request, log_likelihoods
 from billhook.store.files import sha256
 from billhook.text.corpus import existing_file
@@ -26,7 +27,7 @@ FORM = '{"requests": [["context", " continuation"], ...], "gold": 0}'
 
 @dataclass(frozen=True)
 class Item:
-    """One question: (context, continuation) pairs, and which of them is right."""
+    """One question: (context, continuation) pairs, and the index of the correct one."""
 
     requests: tuple[tuple[str, str], ...]
     gold: int
@@ -69,9 +70,8 @@ def load_items(source: str | Path, limit: int | None = None) -> list[Item]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise BillhookError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): a task is a file of json lines."
-        ) from None
+        wrong = f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
+        raise BillhookError(f"{wrong}: a task is a file of json lines.") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
             items.append(_item(line, f"{path}, line {number}"))
@@ -96,67 +96,54 @@ def _item(line: str, where: str) -> Item:
 
 def evaluate_items(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     items: Sequence[Item],
     longest: int,
     *,
     name: str,
     identity: str = "",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> TaskResult:
-    """Score `items`; `longest` is the model's context in tokens. Raises what `encode_request` and `log_likelihoods`
-    raise."""
+    """Score items; `longest` is the model's context in tokens. Raises as `encode_request` and `log_likelihoods` do."""
     import billhook
 
     requests = [encode_request(tokenizer, *pair) for item in items for pair in item.requests]
     values = iter(log_likelihoods(model, requests, longest, progress=progress))
-    hits, normed = [], []
+    hits, normalized = [], []
     for item in items:
         found = [next(values) for _ in item.requests]
         if len(found) == 1:
             hits.append(found[0][1])
             continue
         scores = [value for value, _ in found]
-        # a leading space joins the answer to the question and is not counted as part of it
-        fair = [
-            value / max(1, len(text.removeprefix(" "))) for value, (_, text) in zip(scores, item.requests, strict=True)
-        ]
+        # the leading space that joins answer and question is not counted
+        lengths = [max(1, len(text.removeprefix(" "))) for _, text in item.requests]
+        norms = [value / length for value, length in zip(scores, lengths, strict=True)]
         hits.append(scores.index(max(scores)) == item.gold)
-        normed.append(fair.index(max(fair)) == item.gold)
-    acc, error = _mean(hits)
-    acc_norm, norm_error = _mean(normed) if len(normed) == len(items) else (None, None)
-    return TaskResult(
-        name,
-        acc,
-        error,
-        acc_norm,
-        norm_error,
-        len(items),
-        "as written in the file",
-        f"billhook {billhook.__version__}",
-        identity,
-    )
+        normalized.append(norms.index(max(norms)) == item.gold)
+    acc = _mean(hits)
+    norm, norm_error = _mean(normalized) if len(normalized) == len(items) else (None, None)
+    scored_by = f"billhook {billhook.__version__}"
+    return TaskResult(name, *acc, norm, norm_error, len(items), "as written in the file", scored_by, identity)
 
 
 def evaluate_file(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     source: str,
     longest: int,
     limit: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> TaskResult:
     """Score the items of a .jsonl file; the result names the file and carries its SHA-256."""
     items = load_items(source, limit)
-    identity = f"sha256:{sha256(Path(source).expanduser())}" + (
-        "" if limit is None else f", the first {len(items)} items"
-    )
-    return evaluate_items(
-        model, tokenizer, items, longest, name=Path(source).stem, identity=identity, progress=progress
-    )
+    part = "" if limit is None else f", the first {len(items)} items"
+    identity = f"sha256:{sha256(Path(source).expanduser())}{part}"
+    name = Path(source).stem
+    return evaluate_items(model, tokenizer, items, longest, name=name, identity=identity, progress=progress)
 
 
 def _mean(hits: Sequence[bool]) -> tuple[float, float]:
-    """The share of hits and its standard error."""
+    """The fraction of hits and its standard error."""
     share = sum(hits) / len(hits)
     return share, math.sqrt(share * (1 - share) / max(1, len(hits) - 1))

@@ -2,10 +2,10 @@
 
     KL(p || q) = sum over tokens v of p(v) (ln p(v) - ln q(v)),   p of the teacher, q of the model
 
-in nats a token. The teacher is given as its logits over the whole vocabulary, or as a `TopKTeacher`: the K most likely
-tokens of each distribution, with all others as one bucket. That takes K / vocabulary of the memory, bounds the
-divergence from below (log-sum inequality), and is exact for vocabularies of up to K tokens. Unlike perplexity, neither
-number depends on what the text says next, so text that the model predicts badly serves as well.
+in nats a token. The teacher is given as logits over the whole vocabulary, or as a `TopKTeacher`: the K most likely
+tokens of each distribution, with all others as one bucket. This needs K / vocabulary of the memory, is a lower bound of
+the divergence (log-sum inequality), and is exact for vocabularies of up to K tokens. Unlike perplexity, neither number
+depends on the next token of the text, so text that the model predicts badly is equally suitable.
 """
 
 import math
@@ -17,25 +17,24 @@ import torch
 from torch import Tensor
 
 K = 256
-_ROW_BYTES = 1 << 26  # of float32 log-probabilities in memory at once
+_ROW_BYTES = 1 << 26  # float32 log-probabilities in memory at once
 
 
 class TopKTeacher(NamedTuple):
-    """The log-probabilities of the most likely tokens, descending, float32 [tokens, K], and the tokens, int32
-    [tokens, K]."""
+    """The K largest log-probabilities, descending, float32 [tokens, K], and their tokens, int32 [tokens, K]."""
 
     log_p: Tensor
     tokens: Tensor
 
     @classmethod
     def of(cls, logits: Tensor) -> "TopKTeacher":
-        """Keep the top K of the teacher's `logits` [tokens, vocabulary]."""
+        """The top K of the teacher's `logits` [tokens, vocabulary]."""
         k = min(K, logits.shape[-1])
         parts = [part.float().log_softmax(-1).topk(k) for part in logits.split(_rows(logits))]
         return cls(torch.cat([p.values for p in parts]), torch.cat([p.indices.int() for p in parts]))
 
     def split(self, rows: int) -> "list[TopKTeacher]":
-        """In parts of `rows` tokens, as `Tensor.split`."""
+        """Split into parts of `rows` tokens, as `Tensor.split` does."""
         return [TopKTeacher(*part) for part in zip(self.log_p.split(rows), self.tokens.split(rows), strict=True)]
 
 
@@ -64,14 +63,13 @@ class Against:
 
     @classmethod
     def of(cls, model: str, kl: list[float], agreed: int, tokens: int, nll: float) -> "Against":
-        """`kl` is the mean of each window, `agreed` the number of `tokens` whose top-1 prediction is the same."""
+        """`kl` is the mean of each window, `agreed` the number of `tokens` with equal top-1 predictions."""
         error = statistics.stdev(kl) / math.sqrt(len(kl)) if len(kl) > 1 else None
         return cls(model, statistics.fmean(kl), error, agreed / tokens, math.exp(nll) if nll < 709 else None, nll)
 
 
 def token_kl(logits: Tensor, teacher: Teacher) -> Tensor:
-    """The divergence of each token, float32 or float64 [..., tokens], differentiable by `logits` [..., tokens,
-    vocabulary]."""
+    """The divergence of each token, float32 or float64 [..., tokens], for `logits` [..., tokens, vocabulary]."""
     log_q = logits.float().log_softmax(-1)
     if isinstance(teacher, Tensor):
         log_p = teacher.detach().float().log_softmax(-1)
@@ -85,7 +83,7 @@ def token_kl(logits: Tensor, teacher: Teacher) -> Tensor:
 
 
 def window_kl(logits: Tensor, teacher: Teacher) -> tuple[float, int]:
-    """The mean divergence over the tokens of `logits` [tokens, vocabulary], and how many top-1 predictions agree."""
+    """The mean divergence over `logits` [tokens, vocabulary], and the number of equal top-1 predictions."""
     total, agreed, rows = 0.0, 0, _rows(logits)
     for q, p in zip(logits.split(rows), teacher.split(rows), strict=True):
         top1 = p.argmax(-1) if isinstance(p, Tensor) else p.tokens[:, 0]
@@ -95,8 +93,7 @@ def window_kl(logits: Tensor, teacher: Teacher) -> tuple[float, int]:
 
 
 def kl_grad(logits: Tensor, teacher: Teacher) -> Tensor:
-    """The gradient of the divergence, summed over tokens, by `logits` [tokens, vocabulary]; float32, of the same
-    shape."""
+    """The gradient of the divergence, summed over tokens, by `logits`; float32 [tokens, vocabulary]."""
     gradients, rows = list[Tensor](), _rows(logits)
     for q, p in zip(logits.split(rows), teacher.split(rows), strict=True):
         leaf = q.detach().float().requires_grad_()

@@ -1,40 +1,40 @@
-"""Log-likelihood of continuations after contexts: what zero-shot tasks and word perplexity are made of.
+"""Log-likelihood of continuations after contexts, for zero-shot tasks and word perplexity.
 
-The rules are those of lm-evaluation-harness, so that the numbers are too: spaces at the end of a context belong to the
-continuation; context and continuation are tokenised together and split after as many tokens as the context alone has;
-an empty context is the BOS (else EOS) token; what is longer than the model's context loses its beginning. Requests that
-read the same tokens are run once.
+The rules, and so the numbers, are those of lm-evaluation-harness: spaces at the end of a context belong to the
+continuation; context and continuation are tokenized together and split at the length of the tokenized context; an empty
+context is the BOS (else EOS) token; inputs longer than the model's context are truncated from the left. Requests with
+equal inputs run once.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
+from billhook.architectures.config import vocabulary_size
 from billhook.engine.capture import evaluating
 from billhook.errors import BillhookError, JobError
-from billhook.evaluation.batching import batch_size, halving
+from billhook.evaluation.batching import Progress, batch_size, halving
 from billhook.text.windows import check_ids
 
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """Token ids: score `continuation` (at least one) after `context` (at least one)."""
+    """Score the token ids `continuation` after those of `context`; both have at least one."""
 
     context: list[int]
     continuation: list[int]
 
     def inputs(self, longest: int) -> tuple[int, ...]:
-        """What the model reads: everything but the last token, cut from the left to `longest`."""
+        """The model's input: all but the last token, truncated from the left to `longest`."""
         return tuple((self.context + self.continuation)[-(longest + 1) :][:-1])
 
 
-def encode_request(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> TokenRequest:
-    """Tokenise one request; raises BillhookError where the continuation has no token of its own."""
+def encode_request(tokenizer: Tokenizer, context: str, continuation: str) -> TokenRequest:
+    """Tokenize a request; raises BillhookError if the continuation has no token of its own."""
     bare = context.rstrip()
     context, continuation = bare, context[len(bare) :] + continuation
     if not context:
@@ -48,16 +48,16 @@ def encode_request(tokenizer: PreTrainedTokenizerBase, context: str, continuatio
     return TokenRequest(before, after)
 
 
-def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that stands before a text that has nothing before it: BOS, else EOS."""
+def prefix_token(tokenizer: Tokenizer) -> int:
+    """The token before the beginning of a text: BOS, else EOS; BillhookError without either."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if isinstance(token, int):
             return token
     raise BillhookError("The tokenizer has neither a BOS nor an EOS token, which an empty context needs.")
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool | None = None) -> list[int]:
-    # a text that begins with the BOS token gets no second one
+def _ids(tokenizer: Tokenizer, text: str, special: bool | None = None) -> list[int]:
+    # do not add a second BOS token
     begun = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
     options = {"add_special_tokens": False} if begun or special is False else {}
     found: list[int] = tokenizer(text, verbose=False, return_attention_mask=False, **options)["input_ids"]
@@ -66,39 +66,28 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool | None = N
 
 @torch.inference_mode()
 def log_likelihoods(
-    model: PreTrainedModel,
-    requests: Sequence[TokenRequest],
-    longest: int,
-    *,
-    progress: Callable[[int, int], None] | None = None,
+    model: PreTrainedModel, requests: Sequence[TokenRequest], longest: int, *, progress: Progress | None = None
 ) -> list[tuple[float, bool]]:
-    """For each request the log-likelihood (nats) of its continuation, and whether the model itself would say it, token
-    by token.
+    """The log-likelihood (nats) of each continuation, and whether all its tokens are top-1 predictions.
 
-    `longest` is the most tokens to read at once. Raises
-    BillhookError for ids outside the vocabulary and continuations longer than `longest`, JobError for a result that is
-    no number.
+    `longest` is the model's context in tokens. Raises BillhookError for ids outside the vocabulary and continuations
+    longer than `longest`, JobError for a result that is NaN.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, request in enumerate(requests):
         if len(request.continuation) > longest:
-            raise BillhookError(
-                f"A continuation of {len(request.continuation)} tokens exceeds the model's context of {longest}."
-            )
+            count = len(request.continuation)
+            raise BillhookError(f"A continuation of {count} tokens exceeds the model's context of {longest}.")
         groups.setdefault(request.inputs(longest), []).append(index)
     rows = sorted(groups, key=lambda row: (-len(row), row))
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    check_ids(
-        torch.tensor([sorted({t for r in requests for t in (*r.context, *r.continuation)})]),
-        weight.shape[0],
-        "the requests",
-    )
+    vocabulary = vocabulary_size(model)
+    ids = {token for r in requests for token in (*r.context, *r.continuation)}
+    check_ids(torch.tensor([sorted(ids)]), vocabulary, "the requests")
     found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
     start = 0
     with evaluating(model):
         while start < len(rows):
-            part = rows[start : start + batch_size(len(rows[start]), weight.shape[0], model.dtype.itemsize)]
+            part = rows[start : start + batch_size(len(rows[start]), vocabulary, model.dtype.itemsize)]
 
             def work(first: int, last: int, part: list[tuple[int, ...]] = part) -> list[tuple[int, tuple[float, bool]]]:
                 chosen = part[first:last]
@@ -118,18 +107,16 @@ def log_likelihoods(
 def _score(
     model: PreTrainedModel, rows: Sequence[tuple[int, ...]], wanted: Sequence[Sequence[tuple[int, list[int]]]]
 ) -> list[tuple[int, tuple[float, bool]]]:
-    """Run rows of token ids, padded on the right, and read off what is wanted at the end of each."""
+    """Run rows of token ids, padded on the right, and score the continuations `wanted` at the end of each."""
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     for place, row in enumerate(rows):
         ids[place, : len(row)] = torch.tensor(row)
-    # Causal attention: what stands right of a row's end changes nothing in it. Only the positions that are asked for
-    # are predicted.
+    # Attention is causal, so padding on the right has no effect. Logits are computed from the first needed position on.
     first = min(len(row) - max(len(c) for _, c in asked) for row, asked in zip(rows, wanted, strict=True))
     few = "logits_to_keep" in inspect.signature(model.forward).parameters
-    logits = model(
-        input_ids=ids.to(model.device), use_cache=False, **({"logits_to_keep": width - first} if few else {})
-    ).logits
+    options = {"logits_to_keep": width - first} if few else {}
+    logits = model(input_ids=ids.to(model.device), use_cache=False, **options).logits
     offset = width - logits.shape[1]
     scored = []
     for place, (row, asked) in enumerate(zip(rows, wanted, strict=True)):

@@ -1,14 +1,13 @@
-"""Token perplexity over non-overlapping windows: the protocol of the pruning papers (Wanda, SparseGPT, AlphaPruning,
-ATP).
+"""Token perplexity over non-overlapping windows: the protocol of Wanda, SparseGPT, AlphaPruning and ATP.
 
 Each window of L tokens gives the mean negative log-likelihood (NLL) of its L - 1 targets; the perplexity is the
-exponential of the mean over windows. Every window starts without context, and its first token is never scored. Numbers
-depend on the window length and on the tokenizer: compare only equal lengths and vocabularies, or use bits per byte
-across tokenizers. This is not lm-eval's word perplexity.
+exponential of the mean over windows. Every window starts without context; its first token is not scored. Perplexities
+are comparable only for equal window lengths and tokenizers (bits per byte across tokenizers), and not with lm-eval's
+word perplexity.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,14 +22,14 @@ from billhook.architectures.config import call_options, check_length, vocabulary
 from billhook.engine.batch import Batch, main_input, model_inputs, select_rows
 from billhook.engine.capture import evaluating
 from billhook.errors import BillhookError, JobError
+from billhook.evaluation.batching import Progress, halving
 from billhook.evaluation.batching import batch_size as found_size
-from billhook.evaluation.batching import halving
 from billhook.evaluation.kl import Against, window_kl
 from billhook.evaluation.scoring import NEXT_TOKEN, Scoring, count_scored, scored_rows
 from billhook.text.windows import Windows, check_ids, digest, whole_ids
 
 PROTOCOL = NEXT_TOKEN.protocol
-_LOSS_BYTES = 1 << 26  # of float32 logits that the loss works on at once
+_LOSS_BYTES = 1 << 26  # float32 logits whose loss is computed at once
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Evaluation:
     protocol: str = PROTOCOL
 
     def to_dict(self) -> dict[str, Any]:
-        """The protocol and all fields by name, for json; a perplexity too large to be a number is None."""
+        """All fields by name, for json; an infinite perplexity is None."""
         return {**asdict(self), "token_ppl": self.token_ppl if math.isfinite(self.token_ppl) else None}
 
 
@@ -73,15 +72,14 @@ def evaluate(
     scoring: Scoring = NEXT_TOKEN,
     against: PreTrainedModel | None = None,
     batch_size: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
-    """Score `windows.ids` int64 [windows, length] (or such a tensor, or a batch), in the model's dtype and a float32
-    loss.
+    """Score `windows.ids` int64 [windows, length] (or such a tensor, or a batch) in the model's dtype, float32 loss.
 
-    `scoring` says which tokens are predicted (every next one by default); `against` is the dense model to compare
-    predictions with; `batch_size` None chooses one (`billhook.evaluation.batching`); `progress(done, all)` is called
-    after each batch. Raises BillhookError for windows longer than the context, ids outside the vocabulary or a dense
-    model of another vocabulary, JobError for a NaN or infinite loss.
+    `scoring` selects the predictions that are scored; `against` is the dense model to compare predictions with;
+    `batch_size` is automatic by default (`billhook.evaluation.batching`). Raises BillhookError for windows longer than
+    the context, ids outside the vocabulary or a dense model with another vocabulary, JobError for a loss that is not
+    finite.
     """
     batch = windows if isinstance(windows, Mapping) else None
     if not isinstance(windows, Windows):
@@ -129,9 +127,8 @@ def _check(models: Sequence[PreTrainedModel], windows: Windows) -> None:
     """Raise BillhookError unless every model can score these windows, with one vocabulary."""
     sizes = [vocabulary_size(model) for model in models]
     if len(set(sizes)) > 1:
-        raise BillhookError(
-            f"The models have {sizes[0]} and {sizes[1]} token ids: only models of one vocabulary can be compared."
-        )
+        both = f"The models have {sizes[0]} and {sizes[1]} token ids"
+        raise BillhookError(f"{both}: only models with the same vocabulary can be compared.")
     for model, size in zip(models, sizes, strict=True):
         check_length(model.config, windows.ids.shape[1])
         check_ids(windows.ids, size, windows.source)
@@ -143,10 +140,9 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def window_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed negative log-likelihood of each window, float64 [windows]: logits [windows, n, classes], labels [windows,
-    n].
+    """The summed NLL of each window, float64 [windows], for logits [windows, n, classes] and labels [windows, n].
 
-    A label of -100 counts nothing.
+    Positions with the label -100 are not scored.
     """
     targets = labels.reshape(-1).to(logits.device)
     rows = max(1, _LOSS_BYTES // (4 * logits.shape[-1]))
@@ -163,11 +159,9 @@ def _summary(sums: Tensor, tokens: int, windows: Windows) -> Evaluation:
     total = float(sums.sum())
     if not math.isfinite(total):
         bad = int((~torch.isfinite(sums)).nonzero()[0])
-        raise JobError(
-            f"The model's loss on window {bad} of {windows.source} is not a finite number: its weights are damaged."
-        )
+        where = f"window {bad} of {windows.source}"
+        raise JobError(f"The model's loss on {where} is not a finite number: its weights are damaged.")
     nll = total / tokens
     bits = total / math.log(2) / windows.text_bytes if windows.text_bytes else None
-    # A model that knows nothing can have an NLL whose exponential overflows; infinity is then the truth.
-    ppl = math.exp(nll) if nll < 709 else math.inf
+    ppl = math.exp(nll) if nll < 709 else math.inf  # the exponential would overflow
     return Evaluation(ppl, nll, tokens, count, length, bits, windows.source, windows.digest)

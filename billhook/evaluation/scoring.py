@@ -1,4 +1,4 @@
-"""Which predictions are scored: every next token of a language model, or what a task says instead."""
+"""Which predictions are scored: every next token of a language model, or those that a task defines."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -12,12 +12,11 @@ IGNORED = -100  # the label of a position that is not scored, as in torch and tr
 
 
 class Scoring(Protocol):
-    """How token ids become a batch, and logits become scored predictions with labels; `protocol` names it in
-    reports."""
+    """How token ids become a batch, and logits become scored predictions with labels."""
 
     @property
     def protocol(self) -> str:
-        """The name of the protocol."""
+        """The name of the protocol in reports."""
         ...
 
     def batch(self, ids: Tensor) -> Batch:
@@ -25,13 +24,13 @@ class Scoring(Protocol):
         ...
 
     def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits [windows, n, classes] and their labels int64 [windows, n], `IGNORED` where none is scored."""
+        """Logits [windows, n, classes] and their labels int64 [windows, n], `IGNORED` where not scored."""
         ...
 
 
 @dataclass(frozen=True)
 class NextToken:
-    """Every token but the first of a window is predicted from those before it."""
+    """Every token of a window but the first is predicted from the earlier ones."""
 
     protocol: ClassVar[str] = "token perplexity over non-overlapping windows"
 
@@ -48,7 +47,7 @@ NEXT_TOKEN = NextToken()
 
 
 def scored_rows(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Of each window the logits [m, classes] and labels [m] that are scored."""
+    """The scored logits [m, classes] and labels [m] of each window."""
     pairs = zip(logits, labels, strict=True)
     return [(q, y) if bool((kept := y != IGNORED).all()) else (q[kept], y[kept]) for q, y in pairs]
 

@@ -1,21 +1,21 @@
-"""Word perplexity, the protocol of lm-evaluation-harness: every token of every document is scored, and the sum is
-shared out over words.
+"""Word perplexity, the protocol of lm-evaluation-harness: exp(NLL of all tokens of all documents / number of words).
 
-Each document begins with the BOS (else EOS) token and is cut into windows that begin with the last token of the window
-before; words are what stands between white space. Numbers depend on how the text was cut into documents and on the
-length of a window, but not on the tokenizer. They are not comparable with token perplexity.
+Each document begins with the BOS (else EOS) token and is cut into windows that begin with the last token of the
+previous one; words are separated by white space. The numbers depend on the division into documents and on the window
+length, but not on the tokenizer. They are not comparable with token perplexity.
 """
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
 from billhook.errors import BillhookError
+from billhook.evaluation.batching import Progress
 from billhook.evaluation.likelihood import TokenRequest, log_likelihoods, prefix_token
 
 PROTOCOL = "word perplexity over rolling windows of documents (lm-evaluation-harness)"
@@ -52,13 +52,13 @@ class WordEvaluation:
 
 def evaluate_words(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     texts: Sequence[str],
     length: int,
     source: str,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> WordEvaluation:
-    """Score whole documents in windows of `length` tokens; raises BillhookError where there is no word."""
+    """Score whole documents in windows of `length` tokens; raises BillhookError for an empty text."""
     words = sum(len(re.split(r"\s+", text)) for text in texts)
     octets = sum(len(text.encode()) for text in texts)
     encoded = [tokenizer(text, verbose=False, return_attention_mask=False)["input_ids"] for text in texts]
@@ -84,7 +84,7 @@ def rolling(ids: Sequence[int], prefix: int, length: int) -> list[TokenRequest]:
     found = []
     for start in range(0, len(ids), length):
         stop = min(start + length, len(ids))
-        # The last window is filled up from the left, so that it too reads `length` tokens where the document has them.
+        # the last window is extended to the left, so that it has `length` tokens too
         before = [prefix] if start == 0 else list(ids[max(0, stop - length - 1) : start])
         found.append(TokenRequest(before, list(ids[start:stop])))
     return found

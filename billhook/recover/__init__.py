@@ -1,1 +1,1 @@
-"""Making up for what was lost: tuning what is left of a model."""
+"""Recovery: tuning the remaining weights of a pruned model."""

@@ -45,21 +45,24 @@ from billhook.engine.batch import Batch
 from billhook.engine.capture import single_row_calls
 from billhook.engine.replay import Call, run_block
 from billhook.engine.resources import IN_MEMORY, Resources
+from billhook.engine.restore import differentiable, exchanged
 from billhook.engine.walk import Block, Following
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.kl import token_kl
 
 Refining = Literal["none", "blocks", "blocks+norms"]
-HELD_OUT = 8  # one window of so many
+Piece = tuple[int, list[int]]  # a batch, and windows of it
+Tuned = Sequence[tuple[nn.Parameter, Tensor]]  # parameters and masks, True where they are tuned
+HELD_OUT = 8  # one window in eight
 LEAST = 8  # windows
-PATIENCE = 4
-_WINDOWS = 4  # in a step
-PREDICTED = 512  # tokens whose predictions are in memory at once
+PATIENCE = 4  # epochs
+_WINDOWS = 4  # windows in a step
+PREDICTED = 512  # tokens whose logits are in memory at once
 
 
 @dataclass(frozen=True)
 class Refine:
-    """How blocks are tuned. `tune_norms_and_biases` also tunes the parameters of one dimension: norms and biases.
+    """Options of the tuning; `tune_norms_and_biases` also tunes the parameters of one dimension.
 
     Raises BillhookError for values out of range.
     """
@@ -80,8 +83,7 @@ class Refine:
 
 @dataclass(frozen=True)
 class Refined:
-    """The relative loss on the held-out windows before and after (equal where the block got its weights back), and the
-    epochs made."""
+    """The held-out loss before and after (equal if the block got its old weights back), and the number of epochs."""
 
     before: float
     after: float
@@ -89,17 +91,16 @@ class Refined:
 
 
 class BlockTuner:
-    """Tunes the blocks of one walk in order: `note(block)` while a block is still dense, `tune_(block)` once it is
-    pruned."""
+    """Tunes the blocks of a walk in order: `note(block)` while a block is still dense, `tune_(block)` once pruned.
+
+    `batches` are those of the walk. Raises BillhookError in a run of several processes.
+    """
 
     def __init__(
         self, options: Refine, model: PreTrainedModel, batches: Sequence[Batch], resources: Resources = IN_MEMORY
     ) -> None:
-        """`batches` are those of the walk. Raises BillhookError in a run of several processes."""
         if world() > 1:
-            raise BillhookError(
-                "Blocks cannot be refined by several processes yet: run without torchrun, or leave --refine out."
-            )
+            raise BillhookError("--refine works in one process only: run without torchrun, or leave --refine out.")
         self.options, self.resources = options, resources
         self.wants_dense_outputs = options.dense_target > 0
         self._single = single_row_calls(model, batches)
@@ -107,14 +108,14 @@ class BlockTuner:
 
     @torch.no_grad()
     def note(self, block: Block) -> None:
-        """Keep the outputs of the block, which is still dense, for its current inputs."""
+        """Store the outputs of the block, which is still dense, for its current inputs."""
         self._targets = self.resources.activations()
         for inputs, call in zip(block.inputs, block.calls, strict=True):
             self._targets.append(run_block(block.module, inputs, call))
 
     @torch.no_grad()
     def tune_(self, block: Block) -> str:
-        """Tune the block in place and return a note; with fewer than `LEAST` windows it stays as it was."""
+        """Tune the block in place and return a note; with fewer than `LEAST` windows it is not changed."""
         if self.options.dense_target > 0:
             for index, whole in enumerate(block.dense):
                 self._targets[index] = torch.lerp(self._targets[index], whole, self.options.dense_target)
@@ -136,12 +137,10 @@ class BlockTuner:
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs of a block, [windows, tokens, width] a batch, and the arguments of each batch's call; what follows the
-    block, and what that should make of its outputs (after the last block: the outputs themselves), [windows, tokens,
-    width].
+    """Inputs and targets of a block, each [windows, tokens, width] a batch, with the call of each batch.
 
-    `single` are, by the length of a window, the call of the block for a single one, and, if there is one, that of the
-    next block.
+    Targets are outputs of the next block or, for the last block, of the block itself. `single` are, by the length of a
+    window, the calls of the block and of the next one (if any) for a single window.
     """
 
     inputs: Sequence[Tensor] | ActivationStore
@@ -150,12 +149,8 @@ class Data:
     single: Mapping[int, Sequence[Call]]
     following: Following
 
-    def sizes(self) -> list[int]:
-        """Windows in each batch."""
-        return [len(h) for h in self.targets]
-
-    def loss(self, module: nn.Module, piece: "Piece") -> Tensor:
-        """How far some windows of one batch are from their targets behind what follows the block, in float32."""
+    def loss(self, module: nn.Module, piece: Piece) -> Tensor:
+        """The loss of some windows of a batch after what follows the block, float32."""
         batch, rows = piece
         index = torch.tensor(rows)
         inputs, targets = (h[batch][index].to(next(module.parameters()).dtype) for h in (self.inputs, self.targets))
@@ -163,71 +158,53 @@ class Data:
         outputs = run_block(module, inputs, self.calls[batch].part(index, single[0], inputs.dtype))
         if self.following.module is None:
             return _mean_kl(outputs, targets, self.following.predict)
-        outputs = run_block(
-            self.following.module, outputs, self.following.calls[batch].part(index, single[1], inputs.dtype)
-        )
+        call = self.following.calls[batch].part(index, single[1], inputs.dtype)
+        outputs = run_block(self.following.module, outputs, call)
         outputs, targets = outputs.float(), targets.float()
         return (outputs - targets).square().sum() / targets.square().sum().clamp_min(1e-30)
 
 
 def _mean_kl(outputs: Tensor, targets: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
-    """The KL divergence of the predictions from those of the targets, in nats a token, float32.
+    """The KL divergence of the predictions for `outputs` from those for `targets`, nats a token, float32.
 
-    Both are [windows, tokens, width]. Vocabularies are large, so the logits of `PREDICTED` tokens at a time are in
-    memory.
+    Both are [windows, tokens, width]. The logits of only `PREDICTED` tokens are in memory at a time.
     """
 
     def part(ours: Tensor, theirs: Tensor) -> Tensor:
         return token_kl(predict(ours), predict(theirs)).sum()
 
     tokens = max(1, PREDICTED // len(outputs))
-    parts = [
-        checkpoint(part, *both, use_reentrant=False)
-        for both in zip(outputs.split(tokens, 1), targets.split(tokens, 1), strict=True)
-    ]
+    pairs = zip(outputs.split(tokens, 1), targets.split(tokens, 1), strict=True)
+    parts = [checkpoint(part, *pair, use_reentrant=False) for pair in pairs]
     return torch.stack(parts).sum() / outputs[..., 0].numel()
 
 
-Piece = tuple[int, list[int]]  # a batch, and windows in it
-
-
-def tunable(
-    module: nn.Module, layers: Sequence[Layer], tune_norms_and_biases: bool
-) -> list[tuple[nn.Parameter, Tensor]]:
-    """The parameters of a block that are tuned and, True where they may move, masks: the kept weights of `layers` (of
-    experts in one parameter only those), and with `tune_norms_and_biases` all parameters of one dimension."""
+def tunable(module: nn.Module, layers: Sequence[Layer], tune_norms_and_biases: bool) -> Tuned:
+    """The kept weights of `layers` and, with `tune_norms_and_biases`, all parameters of one dimension of a block."""
     found: dict[int, tuple[nn.Parameter, Tensor]] = {}
     for layer in layers:
-        if isinstance(p := getattr(layer.module, layer.parameter), nn.Parameter):
+        if isinstance(p := layer.stored, nn.Parameter):
             mask = found.setdefault(id(p), (p, torch.zeros_like(p, dtype=torch.bool)))[1]
-            part = slice(None) if layer.expert is None else layer.expert
-            mask[part] = p.detach()[part] != 0
-    found |= {
-        id(p): (p, torch.ones_like(p, dtype=torch.bool))
-        for p in module.parameters()
-        if tune_norms_and_biases and p.ndim == 1
-    }
+            layer.view(mask).copy_(layer.weight != 0)
+    vectors = [p for p in module.parameters() if tune_norms_and_biases and p.ndim == 1]
+    found |= {id(p): (p, torch.ones_like(p, dtype=torch.bool)) for p in vectors}
     return list(found.values())
 
 
-def refine_block_(
-    module: nn.Module, data: Data, tuned: Sequence[tuple[nn.Parameter, Tensor]], options: Refine, index: int = 0
-) -> Refined:
-    """Tune parameters of the block in place where their masks are True; raises JobError when the loss is not finite at
-    the start.
+def refine_block_(module: nn.Module, data: Data, tuned: Tuned, options: Refine, index: int = 0) -> Refined:
+    """Tune parameters of the block in place; raises JobError when the initial loss is not finite.
 
-    Same data and seed, same bytes. The whole block is float32 meanwhile; the last comparison is made in its own type.
+    Deterministic for equal data and seed. The block is float32 during the tuning; the final comparison is made in its
+    own dtype.
     """
-    train, held = _split(data.sizes())
+    train, held = _split([len(h) for h in data.targets])
     before = _mean_loss(module, data, held)
     if not math.isfinite(before):
-        raise JobError(
-            "The outputs of a block to be refined are not finite. Use another --dtype, or leave --refine out."
-        )
+        raise JobError("The outputs of a block are not finite: use another --dtype, or leave --refine out.")
     parameters = [p for p, _ in tuned]
     old = [p.detach().clone() for p in parameters]
     following = data.following.module or nn.Identity()
-    with _in_float32(module), _in_float32(following), _requiring(following, []):
+    with _in_float32(module), _in_float32(following), differentiable([], following.parameters()):
         best, epochs = _descend(module, data, tuned, (train, held), options, index)
     for p, value in zip(parameters, best, strict=True):
         p.data.copy_(value)
@@ -240,23 +217,17 @@ def refine_block_(
 
 
 def _descend(
-    module: nn.Module,
-    data: Data,
-    tuned: Sequence[tuple[nn.Parameter, Tensor]],
-    split: tuple[list[Piece], list[Piece]],
-    options: Refine,
-    index: int,
+    module: nn.Module, data: Data, tuned: Tuned, split: tuple[list[Piece], list[Piece]], options: Refine, index: int
 ) -> tuple[list[Tensor], int]:
-    """Adam with early stopping; the values of least held-out loss and the number of epochs."""
+    """Adam with early stopping; the values with the lowest held-out loss, and the number of epochs."""
     train, held = split
     random = torch.Generator().manual_seed(1000 * options.seed + index)
     parameters = [p for p, _ in tuned]
     best, least, bad = [p.detach().clone() for p in parameters], _mean_loss(module, data, held), 0
     rates = [options.rate * float(p.detach().square().mean().sqrt()) for p in parameters]
     adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
-    scale = 2.0 ** math.ceil(
-        math.log2(_WINDOWS * max(data.single))
-    )  # a token's share of the loss is lost in a float16 head
+    # without a scale, the gradient of a single token underflows in a float16 head
+    scale = 2.0 ** math.ceil(math.log2(_WINDOWS * max(data.single)))
     steps, step = options.epochs * len(_minibatches(train, torch.Generator())), 0
     for epoch in range(1, options.epochs + 1):  # noqa: B007
         for pieces in _minibatches(train, random):
@@ -265,13 +236,11 @@ def _descend(
             step += 1
             adam.zero_grad()
             windows = sum(len(rows) for _, rows in pieces)
-            with torch.enable_grad(), _requiring(module, parameters):
+            with torch.enable_grad(), differentiable(parameters, module.parameters()):
                 losses = [data.loss(module, piece) * (len(piece[1]) / windows) for piece in pieces]
                 gradients = torch.autograd.grad(torch.stack(losses).sum() * scale, parameters, allow_unused=True)
             for (p, mask), gradient in zip(tuned, gradients, strict=True):
-                p.grad = (
-                    None if gradient is None else gradient.mul_(mask).div_(scale)
-                )  # Adam never moves what never had a gradient
+                p.grad = None if gradient is None else gradient.mul_(mask).div_(scale)
             del gradients
             adam.step()
         loss = _mean_loss(module, data, held)
@@ -285,7 +254,7 @@ def _descend(
 
 
 def _split(sizes: Sequence[int]) -> tuple[list[Piece], list[Piece]]:
-    """Windows to learn from and windows held out, every eighth."""
+    """The windows for training and the held-out windows, every eighth."""
     numbers = [(b, r) for b, size in enumerate(sizes) for r in range(size)]
     parts: tuple[dict[int, list[int]], dict[int, list[int]]] = ({}, {})
     for number, (b, r) in enumerate(numbers):
@@ -295,7 +264,7 @@ def _split(sizes: Sequence[int]) -> tuple[list[Piece], list[Piece]]:
 
 
 def _minibatches(train: Sequence[Piece], random: torch.Generator) -> list[list[Piece]]:
-    """Every window once, in random order, in steps of `_WINDOWS` or a few more; a piece is of one batch."""
+    """All windows in random order, in steps of `_WINDOWS` or a few more."""
     pieces = []
     for number in torch.randperm(len(train), generator=random).tolist():
         batch, rows = train[number]
@@ -311,34 +280,14 @@ def _minibatches(train: Sequence[Piece], random: torch.Generator) -> list[list[P
 
 @torch.no_grad()
 def _mean_loss(module: nn.Module, data: Data, pieces: Sequence[Piece]) -> float:
-    """The mean loss over windows, one at a time."""
+    """The mean loss over windows, computed one at a time."""
     losses = [float(data.loss(module, (batch, [row]))) for batch, rows in pieces for row in rows]
     return math.fsum(losses) / len(losses)
 
 
 @contextmanager
 def _in_float32(module: nn.Module) -> Iterator[None]:
-    """Let a block be float32, and put its parameters' own values, type and memory back afterwards."""
-    own = [(p, p.data) for p in module.parameters() if p.is_floating_point() and p.dtype != torch.float32]
-    for p, value in own:
-        p.data = value.float()
-    try:
+    """Convert the parameters of a module to float32, and restore their own values and dtype afterwards."""
+    narrow = [p for p in module.parameters() if p.is_floating_point() and p.dtype != torch.float32]
+    with exchanged([(p, p.data.float()) for p in narrow]):
         yield
-    finally:
-        for p, value in own:
-            p.data = value
-
-
-@contextmanager
-def _requiring(module: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let gradients reach `parameters` alone."""
-    before = [(p, p.requires_grad) for p in module.parameters()]
-    for p, _ in before:
-        p.requires_grad_(False)
-    for p in parameters:
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for p, flag in before:
-            p.requires_grad_(flag)

@@ -1,6 +1,6 @@
-"""What goes into a model and what good means, a file a task, named as the pipelines of transformers are.
+"""Tasks, one file each, named as the pipelines of transformers.
 
-A task says which class opens a model, how a SOURCE becomes batches, and how loss and scores come from the outputs.
+A task defines which class opens a model, how a SOURCE becomes batches, and how outputs give loss and scores.
 """
 
 from billhook.registry import Registry

@@ -1,4 +1,4 @@
-"""What a task is: which class opens a model, what its inputs are, and what its predictions are scored against."""
+"""The interface of a task: the class that opens a model, its inputs, and the scoring of its predictions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
 from billhook.engine.batch import Batch, rows_of
 from billhook.evaluation.scoring import Scoring
@@ -18,8 +18,10 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Drawing:
-    """How calibration samples are drawn: `samples` windows of `length` tokens (None: by the model's context), with a
-    seed. `sampling` is "packed" or "papers" (`billhook.text.windows`)."""
+    """How calibration samples are drawn: `samples` windows of `length` tokens (None: from the model's context).
+
+    `sampling` is "packed" or "papers" (`billhook.text.windows`).
+    """
 
     samples: int = 128
     length: int | None = None
@@ -29,7 +31,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs drawn from a SOURCE, one row each, and what identifies them; `digest` is a SHA-256 of the values."""
+    """Inputs drawn from a SOURCE, one a row; `digest` is the SHA-256 of their values."""
 
     batch: Batch
     source: str
@@ -41,10 +43,7 @@ class Samples:
 
 
 class Task(Scoring, Protocol):
-    """One kind of model, named as the pipeline of transformers is.
-
-    `auto_class` is the Auto class of transformers that opens the model.
-    """
+    """A kind of model, named as the pipeline of transformers; `auto_class` is the Auto class that opens the model."""
 
     name: str
     auto_class: str
@@ -59,16 +58,11 @@ class Task(Scoring, Protocol):
         trust_remote_code: bool = False,
         progress: Progress = lambda step: None,
     ) -> Samples:
-        """Draw calibration samples from a SOURCE; `home` is the model's directory, which holds its processor."""
+        """Draw calibration samples from a SOURCE; `home` is the model's directory, with its tokenizer or processor."""
         ...
 
     def evaluation(
-        self,
-        source: str,
-        tokenizer: PreTrainedTokenizerBase | None,
-        model: PreTrainedModel,
-        length: int,
-        limit: int | None = None,
+        self, source: str, tokenizer: Tokenizer | None, model: PreTrainedModel, length: int, limit: int | None = None
     ) -> tuple[Windows, Scoring]:
         """Windows of `length` tokens of a SOURCE, at most `limit` of them, and how they are scored."""
         ...

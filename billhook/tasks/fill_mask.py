@@ -1,9 +1,9 @@
 """fill-mask: encoders such as BERT, scored by the tokens at masked positions.
 
-A window is [CLS], tokens of the text, [SEP]. Of its tokens 15 % (BERT, Devlin et al. 2019, arXiv:1810.04805), chosen
-with a fixed seed, are replaced by the mask token and are what the model should predict; all other positions have the
-label -100. Without a tokenizer (token ids given as a tensor for a model in memory) nothing is masked, which is enough
-for criteria that only look at activations.
+A window is [CLS], tokens of the text, [SEP]. A fraction of 15 % of its tokens (BERT, Devlin et al. 2019,
+arXiv:1810.04805), chosen with a fixed seed, is replaced by the mask token and is to be predicted; all other positions
+have the label -100. Without a tokenizer (token ids for a model in memory) nothing is masked, which is sufficient for
+criteria that only read activations.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
 from billhook.architectures.config import call_options, vocabulary_size
 from billhook.engine.batch import LABELS, Batch, model_inputs
@@ -36,7 +36,7 @@ class FillMask:
     mask_token: int | None = None
     special: frozenset[int] = frozenset()
 
-    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> "FillMask":
+    def with_tokenizer(self, tokenizer: Tokenizer | None) -> "FillMask":
         """The task with the special tokens of a tokenizer."""
         if tokenizer is None or tokenizer.mask_token_id is None:
             return self
@@ -62,7 +62,7 @@ class FillMask:
         return Samples(task.batch(_framed(tokens.ids, tokenizer)), tokens.source, tokens.digest, tokens.sampling)
 
     def batch(self, ids: Tensor) -> Batch:
-        """Inputs and labels for token ids int64 [windows, length]; the ids alone where there is no mask token."""
+        """Inputs and labels for token ids int64 [windows, length]; the ids alone without a mask token."""
         if self.mask_token is None:
             return {"input_ids": ids}
         allowed = ~torch.isin(ids, torch.tensor(sorted(self.special), dtype=ids.dtype))
@@ -75,24 +75,18 @@ class FillMask:
         return logits, self._labels(batch)
 
     def evaluation(
-        self,
-        source: str,
-        tokenizer: PreTrainedTokenizerBase | None,
-        model: PreTrainedModel,
-        length: int,
-        limit: int | None = None,
+        self, source: str, tokenizer: Tokenizer | None, model: PreTrainedModel, length: int, limit: int | None = None
     ) -> tuple[Windows, Scoring]:
-        """Non-overlapping windows of a SOURCE between [CLS] and [SEP], and how their masked tokens are scored.
+        """Non-overlapping windows of a SOURCE between [CLS] and [SEP], and the scoring of their masked tokens.
 
-        Raises BillhookError for a tokenizer without a mask token: nothing could be scored.
+        Raises BillhookError for a tokenizer without a mask token.
         """
         task = self.with_tokenizer(tokenizer)
         if tokenizer is None or task.mask_token is None:
             raise BillhookError("Masked tokens cannot be scored: the model has no tokenizer with a mask token.")
         vocabulary = vocabulary_size(model)
         windows = load_windows(source, tokenizer, length=length - 2, limit=limit, vocab_size=vocabulary)
-        ids = _framed(windows.ids, tokenizer)
-        return replace(windows, ids=ids, text_bytes=None), task
+        return replace(windows, ids=_framed(windows.ids, tokenizer), text_bytes=None), task
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """The mean negative log-likelihood of the masked tokens, by the model's own loss function."""
@@ -102,14 +96,12 @@ class FillMask:
 
     def _labels(self, batch: Batch) -> Tensor:
         if LABELS not in batch:
-            raise BillhookError(
-                "Nothing is masked in this text, so a loss does not exist: the model needs a tokenizer."
-            )
+            raise BillhookError("Nothing is masked, so there is no loss: the model needs a tokenizer.")
         return batch[LABELS]
 
 
-def _framed(ids: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """Windows between the tokens that begin and end a text for this tokenizer, as far as it has such tokens."""
+def _framed(ids: Tensor, tokenizer: Tokenizer | None) -> Tensor:
+    """Windows between [CLS] and [SEP], if the tokenizer has these tokens."""
     assert tokenizer is not None
     first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
     if first is None or last is None:

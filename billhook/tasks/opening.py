@@ -1,4 +1,4 @@
-"""Open a model directory by the task that its configuration names."""
+"""Find the task of a model, and open a model directory with the class of its task."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def task_of(model: PreTrainedModel) -> Task:
 
 
 def task_of_config(path: Path, config: dict[str, Any]) -> Task:
-    """The task of a model directory, from its config.json; raises BillhookError, naming the directory, for no task."""
+    """The task of a model directory, from its config.json; raises BillhookError if there is none."""
     return _named(str(path), config.get("architectures") or [], config)
 
 
@@ -44,10 +44,10 @@ def _named(who: str, classes: list[str], config: dict[str, Any]) -> Task:
 def load_model(
     path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a model directory (or hub name) in evaluation mode, by the class that its configuration names.
+    """Load a model directory (or hub name) in evaluation mode.
 
-    `dtype` "auto" keeps the checkpoint's own. Raises BillhookError for a model of no task, and where tensors are
-    missing, left over, or of another shape than the configuration says.
+    `dtype` "auto" means that of the checkpoint. Raises BillhookError for a model without a task, and if tensors are
+    missing, unexpected, or do not have the shape of the configuration.
     """
     path = resolve(path)
     task = task_of_config(path, read_config(path))

@@ -1,31 +1,29 @@
-"""Token windows from a SOURCE, for every task whose inputs are tokens."""
+"""Token windows from a SOURCE, for tasks whose inputs are tokens."""
 
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
 from billhook.architectures.config import check_length, context_length, vocabulary_size
 from billhook.store.checkpoint import load_tokenizer
 from billhook.tasks.base import Drawing
 from billhook.text.windows import Tokens, check_ids, digest, load_calibration, whole_ids
 
-LONGEST = 2048  # tokens in a window, unless another length is asked for
+LONGEST = 2048  # tokens in a window by default
 
 
 def window_length(model: PreTrainedModel, length: int | None) -> int:
-    """Tokens in a window: `length`, else 2048 or the model's context if that is shorter; BillhookError beyond it."""
+    """`length`, by default the model's context or 2048 if that is less; BillhookError beyond the context."""
     length = min(LONGEST, context_length(model.config) or LONGEST) if length is None else length
     check_length(model.config, length)
     return length
 
 
-def tokenizer_of(
-    model: PreTrainedModel, home: Path | None, *, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model directory; a model in memory knows where it was loaded from."""
+def tokenizer_of(model: PreTrainedModel, home: Path | None, *, trust_remote_code: bool = False) -> Tokenizer | None:
+    """The tokenizer of a model directory, or of that from which a model in memory was loaded."""
     home = home or (Path(model.name_or_path) if model.name_or_path else None)
     return None if home is None else load_tokenizer(home, trust_remote_code=trust_remote_code)
 
@@ -40,7 +38,7 @@ def given_windows(ids: Any, model: PreTrainedModel) -> Tokens:
 
 def drawn_windows(
     source: str,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer | None,
     model: PreTrainedModel,
     drawing: Drawing,
     *,
@@ -49,7 +47,8 @@ def drawn_windows(
 ) -> Tokens:
     """Windows int64 [samples, length - reserved] from a SOURCE; `reserved` positions are left for special tokens.
 
-    With `fewer`, a text that holds fewer windows than asked for gives those that it holds."""
+    With `fewer`, a shorter text gives fewer windows.
+    """
     return load_calibration(
         source,
         tokenizer,
@@ -63,5 +62,5 @@ def drawn_windows(
 
 
 def as_tensor(source: Any) -> Tensor | None:
-    """The source itself where it is not a name of one."""
+    """A source that is not a name."""
     return None if isinstance(source, str | Path) else source

@@ -1,10 +1,11 @@
-"""Text by SOURCE: what a user names on the command line becomes a list of documents. No torch here.
+"""From a SOURCE to a list of documents, without torch.
 
-FILE.txt                        one document, the file as it stands (UTF-8)
+FILE.txt                        one document, the whole file (UTF-8)
 FILE.jsonl                      one document a line, its field `text`
-FILE.safetensors                token ids ready made, see `billhook.text.windows`
+FILE.safetensors                token ids, see `billhook.text.windows`
 hub:NAME[:config][:split]       a dataset of the Hugging Face hub or a local directory; hub:wikitext2, hub:c4 and
-hub:ptb are the papers' stdlib:train, stdlib:heldout    the sources of the running Python's standard library
+                                hub:ptb are those of the papers
+stdlib:train, stdlib:heldout    the sources of the running Python's standard library
 """
 
 import json
@@ -20,12 +21,10 @@ FORMS = "FILE.txt, FILE.jsonl, FILE.safetensors, hub:NAME[:config][:split], stdl
 
 
 def documents(source: str, purpose: Purpose, stream: bool) -> Iterable[str]:
-    """The documents of a text source; a list (or another sequence) unless `stream` allows to read a hub dataset from
-    its front only.
+    """The documents of a text source, a sequence; with `stream`, an iterable for a hub dataset.
 
-    `purpose` decides the split of a hub dataset where SOURCE names none: train for calibration, held-out text for
-    evaluation. Raises BillhookError for an unknown form, and for a file that is missing, empty, not UTF-8 or not what
-    its name says.
+    `purpose` decides the default split of a hub dataset: train for calibration, held-out text for evaluation. Raises
+    BillhookError for an unknown form, and for a file that is missing, empty, not UTF-8 or not of its suffix's type.
     """
     if source.startswith("hub:"):
         from billhook.text.hub import hub_documents
@@ -42,15 +41,12 @@ def documents(source: str, purpose: Purpose, stream: bool) -> Iterable[str]:
 
 
 def joint(source: str) -> str:
-    """What stands between two documents when a text is read as one: as published, a space for C4 and the Penn
-    Treebank."""
-    return (
-        " " if source.removeprefix("hub:").partition(":")[0] in ("c4", "ptb") and source.startswith("hub:") else "\n\n"
-    )
+    """The separator of documents that are read as one text: as published, a space for C4 and the Penn Treebank."""
+    return " " if source.split(":")[:2] in (["hub", "c4"], ["hub", "ptb"]) else "\n\n"
 
 
 def source_name(source: str) -> str:
-    """A SOURCE as it may be published: of a file or a local directory its name alone."""
+    """A SOURCE as it may be published: files and local directories without their folder."""
     kind = next((kind for kind in ("hub:", "self:") if source.startswith(kind)), "")
     rest = source.removeprefix(kind)
     local = kind != "hub:" or rest.startswith(("/", "~", "."))
@@ -58,7 +54,7 @@ def source_name(source: str) -> str:
 
 
 def existing_file(source: str) -> Path:
-    """The file that `source` names; raises BillhookError when there is none, listing the forms a source can take."""
+    """The file that `source` names; raises BillhookError, listing the forms of a source, if there is none."""
     path = Path(source).expanduser()
     if path.is_dir():
         raise BillhookError(f"{source} is a directory, a text source is a file: {FORMS}.")
@@ -78,7 +74,7 @@ def _stdlib(source: str) -> list[str]:
 
 def _read(path: Path) -> str:
     try:
-        # Bytes decoded by hand: reading as text would change line ends, and with them the tokens.
+        # reading as text would change line ends, and with them the tokens
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise BillhookError(f"Cannot read {path}: {error.strerror or error}.") from None
@@ -99,10 +95,9 @@ def _jsonl(path: Path) -> list[str]:
         except (ValueError, RecursionError) as error:
             raise BillhookError(f"{path}, line {number} is not valid json ({error}).") from None
         if not isinstance(item, dict) or not isinstance(item.get("text"), str):
-            raise BillhookError(
-                f'{path}, line {number} has no field `text`: every line must be an object like {{"text": "..."}}.'
-            )
-        # Half of a surrogate pair is legal json and no text; tokenizers refuse it.
+            form = 'every line must be an object like {"text": "..."}'
+            raise BillhookError(f"{path}, line {number} has no field `text`: {form}.")
+        # half of a surrogate pair is legal json, but tokenizers refuse it
         found.append(item["text"].encode("utf-8", "replace").decode("utf-8"))
     if not any(text.strip() for text in found):
         raise BillhookError(f"{path} is empty: give a text with something in it.")

@@ -1,11 +1,11 @@
-"""Datasets of the Hugging Face hub, or a local directory in one of the forms `datasets` reads.
+"""Datasets of the Hugging Face hub, or a local directory in a form that `datasets` reads.
 
-The papers' corpora are spelled in today's form: C4 by its data files (`allenai/c4`; the configuration name of 2023 is
-gone), WikiText-2 as `Salesforce/wikitext`, `wikitext-2-raw-v1`, the Penn Treebank in the hub's own conversion (its
-loading script is refused today). `datasets` is imported only here, only when a source asks for it.
+The papers' corpora by their current names: C4 by its data files (`allenai/c4`; the configuration of 2023 no longer
+exists), WikiText-2 as `Salesforce/wikitext`, `wikitext-2-raw-v1`, the Penn Treebank in the hub's own conversion (its
+loading script is no longer supported). `datasets` is imported only here, when it is needed.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -13,7 +13,7 @@ from billhook.errors import BillhookError
 
 C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 PTB_FILES = {split: f"penn_treebank/{split}/*.parquet" for split in ("train", "validation", "test")}
-_CONVERTED = "refs/convert/parquet"  # the branch on which the hub keeps its own conversion of a data set
+_CONVERTED = "refs/convert/parquet"  # the branch of the hub's own conversion of a dataset
 _FILES = {
     "c4": ("allenai/c4", C4_FILES, None, "text"),
     "ptb": ("ptb-text-only/ptb_text_only", PTB_FILES, _CONVERTED, "sentence"),
@@ -22,7 +22,7 @@ _FILES = {
 
 @dataclass(frozen=True)
 class Request:
-    """What to ask `datasets.load_dataset` for."""
+    """Arguments of `datasets.load_dataset`, and the field of the text."""
 
     name: str
     config: str | None
@@ -33,8 +33,7 @@ class Request:
 
 
 def parse(source: str, purpose: str) -> Request:
-    """Read `hub:NAME[:config][:split]`; a missing split is train for calibration, test (C4: validation) for
-    evaluation."""
+    """Parse `hub:NAME[:config][:split]`; the default split is train for calibration, else test (C4: validation)."""
     name, *rest = source.removeprefix("hub:").split(":")
     alias = name in ("wikitext2", *_FILES)
     if not name or len(rest) > (1 if alias else 2):
@@ -45,17 +44,16 @@ def parse(source: str, purpose: str) -> Request:
     if name == "wikitext2":
         return Request("Salesforce/wikitext", "wikitext-2-raw-v1", split)
     if name in _FILES:
-        place, files, revision, field = _FILES[name]
+        dataset, files, revision, field = _FILES[name]
         if split not in files:
-            raise BillhookError(
-                f"{name.upper()} has no split {split!r}: use hub:{name}:{f' or hub:{name}:'.join(files)}."
-            )
-        return Request(place, None, split, {split: files[split]}, revision, field)
+            known = " or ".join(f"hub:{name}:{each}" for each in files)
+            raise BillhookError(f"{name.upper()} has no split {split!r}: use {known}.")
+        return Request(dataset, None, split, {split: files[split]}, revision, field)
     return Request(name, (rest[0] if rest else "") or None, split)
 
 
 class _Column(Sequence[str]):
-    """The text of a dataset on disk, read document by document."""
+    """The texts of a dataset on disk, read one at a time."""
 
     def __init__(self, dataset: Any, field: str) -> None:
         self._dataset, self._field = dataset, field
@@ -73,25 +71,23 @@ class _Column(Sequence[str]):
 
 
 def hub_documents(source: str, purpose: str, stream: bool) -> Iterable[str]:
-    """The documents of a hub dataset: with `stream` an iterable that downloads what is read, else a sequence on disk.
+    """The documents of a hub dataset: with `stream` an iterable that downloads while it is read, else a sequence.
 
-    Raises BillhookError when `datasets` is not installed, the dataset or split cannot be had, or there is no field
-    `text`.
+    Raises BillhookError if `datasets` is not installed, the dataset cannot be loaded, or it has no field `text`.
     """
     request = parse(source, purpose)
     try:
         import datasets
     except ImportError:
-        raise BillhookError(
-            f"The source {source} needs the package `datasets`: pip install 'billhook[data]', or give a file."
-        ) from None
+        need = f"The source {source} needs the package `datasets`"
+        raise BillhookError(f"{need}: pip install 'billhook[data]', or give a file.") from None
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        place = {"split": request.split, "data_files": request.files, "revision": request.revision}
-        loaded = datasets.load_dataset(request.name, request.config, streaming=stream, **place)
+        where = {"split": request.split, "data_files": request.files, "revision": request.revision}
+        loaded = datasets.load_dataset(request.name, request.config, streaming=stream, **where)
         columns = loaded.column_names or list(next(iter(loaded), {}))
-    except Exception as error:  # datasets raises a dozen unrelated kinds, some of them from its own dependencies
+    except Exception as error:  # `datasets` and its dependencies raise a dozen unrelated kinds
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise BillhookError(f"Cannot load {source} (split {request.split}): {line}") from None
     finally:
@@ -99,8 +95,4 @@ def hub_documents(source: str, purpose: str, stream: bool) -> Iterable[str]:
             datasets.enable_progress_bars()
     if request.field not in columns:
         raise BillhookError(f"{source} has no field `{request.field}`; it has {', '.join(columns) or 'nothing'}.")
-    return _texts(loaded, request.field) if stream else _Column(loaded, request.field)
-
-
-def _texts(loaded: Any, field: str) -> Iterator[str]:
-    return (item[field] for item in loaded)
+    return (item[request.field] for item in loaded) if stream else _Column(loaded, request.field)

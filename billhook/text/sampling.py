@@ -1,26 +1,27 @@
-"""How calibration windows are drawn from documents: packed, or as in the published code."""
+"""Two ways to draw calibration windows from documents: packed, or as in the published code."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
 from billhook.errors import BillhookError
 
-POOL = 4  # packed: tokens to choose from, as a multiple of those needed
-_MISSES = 256  # papers: draws in a row without a long enough document before checking whether there is one
-_BATCH = 64  # documents tokenised at once
+POOL = 4  # packed: tokens to draw from, as a multiple of those needed
+_MISSES = 256  # papers: consecutive draws of too short documents before checking whether there is a long one
+_BATCH = 64  # documents tokenized at once
 
 
 def papers(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, shape: tuple[int, int], rng: random.Random, source: str
+    texts: Sequence[str], tokenizer: Tokenizer, shape: tuple[int, int], rng: random.Random, source: str
 ) -> Tensor:
     """Windows int64 [samples, length] drawn as in the published code of Wanda, SparseGPT, GBLM, AlphaPruning and ATP.
 
-    Raises BillhookError where no document is longer than a window.
+    Raises BillhookError if no document is longer than a window.
     """
     samples, length = shape
     cache: dict[int, list[int]] = {}
@@ -43,18 +44,15 @@ def papers(
         if misses >= _MISSES and not exists:
             exists = any(len(encoded(index)) > length for index in range(len(texts)))
             if not exists:
-                longest = max(map(len, cache.values()))
-                raise BillhookError(
-                    f"No document of {source} is longer than {length} tokens ({len(texts)} documents, the "
-                    f"longest has {longest}): "
-                    "use a smaller --length, or leave out --published."
-                )
+                found = f"{len(texts)} documents, the longest has {max(map(len, cache.values()))}"
+                wrong = f"No document of {source} is longer than {length} tokens ({found})"
+                raise BillhookError(f"{wrong}: use a smaller --length, or leave out --published.")
     return torch.tensor(rows, dtype=torch.int64)
 
 
 def packed(
     texts: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     shape: tuple[int, int],
     rng: random.Random,
     source: str,
@@ -63,8 +61,7 @@ def packed(
 ) -> Tensor:
     """Windows int64 [samples, length] of documents in random order, each after a BOS (else EOS) token, without overlap.
 
-    `shape` is (samples, length). With `fewer`, a text that is too short gives as many windows as it holds. Raises
-    BillhookError for a text that is too short.
+    Raises BillhookError for a text that is too short; with `fewer`, it gives fewer windows.
     """
     samples, length = shape
     if isinstance(texts, Sequence):
@@ -72,7 +69,8 @@ def packed(
     start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)
     pool: list[int] = []
     count = 0
-    for batch in _batches(texts):
+    reader = iter(texts)
+    while batch := list(islice(reader, _BATCH)):
         for ids in _encode(tokenizer, batch, add_special_tokens=False):
             pool += ids if start is None else [start, *ids]
             count += 1
@@ -88,20 +86,7 @@ def packed(
     return torch.tensor([pool[i * length : (i + 1) * length] for i in chosen], dtype=torch.int64)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
-    # verbose=False: a text longer than the model's context is no mistake here, it is cut into windows.
-    found: list[list[int]] = (
-        tokenizer(texts, verbose=False, return_attention_mask=False, **options)["input_ids"] if texts else []
-    )
+def _encode(tokenizer: Tokenizer, texts: list[str], **options: Any) -> list[list[int]]:
+    # verbose=False: no warning of a text longer than the model's context, which is cut into windows
+    found: list[list[int]] = tokenizer(texts, verbose=False, return_attention_mask=False, **options)["input_ids"]
     return found
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

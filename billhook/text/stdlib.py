@@ -1,11 +1,8 @@
-"""Text that every machine has: the sources of the running Python's standard library.
+"""The sources of the running Python's standard library as text, which every machine has.
 
-The bundled demo model is trained, calibrated and evaluated on this text, so that every example and test of this project
-runs without a download. A fixed list of modules, `HELD_OUT`, is kept apart by name: neither their sources nor their
-tests are ever training or calibration text, which makes them honest evaluation text.
-
-The text belongs to the interpreter that reads it: another Python release gives slightly different sources, hence
-slightly different numbers. Compare numbers only within one release. This module imports the standard library alone.
+The bundled demo model is trained, calibrated and evaluated on this text, so that examples and tests run without a
+download. The modules of a fixed list, `HELD_OUT`, and their tests are never training or calibration text, and so are
+held-out text for evaluation. Another Python release has slightly different sources, and so gives different numbers.
 """
 
 from __future__ import annotations
@@ -17,49 +14,33 @@ from typing import Literal
 
 from billhook.errors import BillhookError
 
+# Top-level modules and packages that are never training text; all exist, in plain Python, from 3.11 to 3.14.
 HELD_OUT: tuple[str, ...] = (
-    "argparse",
-    "bisect",
-    "calendar",
-    "colorsys",
-    "csv",
-    "fractions",
-    "heapq",
-    "json",
-    "logging",
-    "plistlib",
-    "sched",
-    "shutil",
-    "statistics",
-    "tarfile",
-    "textwrap",
-    "uuid",
-    "wsgiref",
-    "zoneinfo",
+    *("argparse", "bisect", "calendar", "colorsys", "csv", "fractions", "heapq", "json", "logging", "plistlib"),
+    *("sched", "shutil", "statistics", "tarfile", "textwrap", "uuid", "wsgiref", "zoneinfo"),
 )
-"""Top-level modules and packages that are never training text; all exist, in plain Python, from 3.11 to 3.14."""
 
 Split = Literal["train", "heldout"]
 
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "lib-dynload"})
-# Generated tables: machine-written, one line after another alike, and some of them (pydoc_data) one giant string.
+# generated tables of similar lines, or (pydoc_data) one giant string
 _SKIPPED_NAMES = frozenset({"pydoc_data", "encodings"})
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
-# A folder without these is a zipped, frozen or stripped standard library.
+# missing in a zipped, frozen or stripped standard library
 _LANDMARKS = ("os.py", "argparse.py", "json/__init__.py")
 
 
 def documents(split: Split, include_tests: bool = False, root: Path | None = None) -> list[tuple[str, str]]:
-    """List `(relative path, text)` of one split, sorted by path.
+    """List (relative path, text) of one split, sorted by path.
 
-    `include_tests` adds the `test` package where the interpreter has it (training only: it is absent on many machines,
-    so calibration and evaluation never use it). `root` overrides the standard library's folder.
+    `include_tests` adds the `test` package if the interpreter has it, for training only. `root` overrides the standard
+    library's folder.
     """
     if split not in ("train", "heldout"):
         raise BillhookError(f"unknown split {split!r}: use 'train' or 'heldout'")
     if include_tests and split == "heldout":
         raise BillhookError("held-out text never includes tests: leave include_tests off")
-    root = _source_root() if root is None else root
+    root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     if not all((root / landmark).is_file() for landmark in _LANDMARKS):
         raise BillhookError(
             f"no standard library sources in {root}: this Python ships them zipped, frozen or stripped. "
@@ -73,12 +54,8 @@ def documents(split: Split, include_tests: bool = False, root: Path | None = Non
     return found
 
 
-def _source_root() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
 def _split_of(parts: tuple[str, ...], include_tests: bool) -> Split | None:
-    """Say which split the file at these path parts belongs to; None for neither."""
+    """The split of the file at these path parts; None for neither."""
     top = parts[0].removesuffix(".py")
     if _SKIPPED_FOLDERS.intersection(parts) or top in _SKIPPED_NAMES or top.startswith("_sysconfigdata"):
         return None
@@ -86,7 +63,7 @@ def _split_of(parts: tuple[str, ...], include_tests: bool) -> Split | None:
     if top in HELD_OUT:
         return None if is_test else "heldout"
     if not is_test:
-        # `_pydecimal`-style twins of a held-out module (`_heapq.py`, say) would leak its text.
+        # a twin of a held-out module, such as `_heapq.py`, would leak its text
         return None if top.removeprefix("_") in HELD_OUT else "train"
     return "train" if include_tests and not _tests_held_out(parts) else None
 
@@ -101,7 +78,7 @@ def _tests_held_out(parts: tuple[str, ...]) -> bool:
 
 
 def _read(path: Path) -> str:
-    """Read a source file as its own encoding line says; empty if it cannot be decoded (some are broken on purpose)."""
+    """The text of a source file, by its encoding line; empty if it cannot be decoded (some are broken on purpose)."""
     try:
         with tokenize.open(path) as file:
             return file.read()

@@ -2,16 +2,16 @@
 
 Calibration draws `samples` windows of `length` tokens with a seed, in one of two named ways:
 
-* "packed" (default): documents in random order, one after the other with a BOS (else EOS) token before each, cut into
-  windows; the windows are chosen without replacement. Works for documents of any length and for a single text file. A
-  large corpus is read until there are four times as many tokens as needed.
-* "papers": the published sampling of Wanda, SparseGPT, GBLM, AlphaPruning and ATP: draw a document uniformly, draw
-  again until it is longer than the window, then a uniform start. Same draws as published for the same corpus, tokenizer
-  and seed.
+* "packed" (default): documents in random order, each after a BOS (else EOS) token, are concatenated and cut into
+  windows, which are drawn without replacement. Works for documents of any length and for a single text file. A large
+  corpus is read until there are four times as many tokens as needed.
+* "papers": the published sampling of Wanda, SparseGPT, GBLM, AlphaPruning and ATP: draw documents uniformly until one
+  is longer than the window, then a uniform start. The draws equal the published ones for the same corpus, tokenizer and
+  seed.
 
-Evaluation tokenises the whole text once (documents joined by `corpus.joint`) and cuts it into non-overlapping windows.
-A .safetensors source holds `tokens` [samples, length], used as they are: at most `samples` rows, at most `length`
-columns, no sampling.
+For evaluation the whole text is tokenized once (documents joined by `corpus.joint`) and cut into non-overlapping
+windows. The `tokens` [samples, length] of a .safetensors source are used without sampling: at most `samples` rows and
+`length` columns.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
 from billhook.errors import BillhookError
 from billhook.text.corpus import documents, existing_file, joint
@@ -37,7 +37,7 @@ _STREAM_WINDOWS = 256  # evaluation on a streamed dataset, as the papers do on C
 
 @dataclass(frozen=True)
 class Tokens:
-    """Calibration windows: `ids` int64 [samples, length]; `digest` identifies them (`digest`)."""
+    """Calibration windows: `ids` int64 [samples, length], and their `digest`."""
 
     ids: Tensor
     source: str
@@ -49,9 +49,8 @@ class Tokens:
 class Windows:
     """Evaluation windows: `ids` int64 [windows, length].
 
-    `tokens` is the number of tokens the text had before it was cut. `text_bytes` is the UTF-8 length of the text that
-    the scored tokens (all but the first of each window) stand for, or None where it is not known (token files,
-    tokenizers without offsets).
+    `tokens` is the number of tokens of the text. `text_bytes` is the UTF-8 length of the text of the scored tokens (all
+    but the first of each window), or None if unknown (token files, tokenizers without offsets).
     """
 
     ids: Tensor
@@ -63,7 +62,7 @@ class Windows:
 
 def load_calibration(
     source: str,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer | None,
     *,
     samples: int = 128,
     length: int = 2048,
@@ -72,17 +71,14 @@ def load_calibration(
     vocab_size: int | None = None,
     fewer: bool = False,
 ) -> Tokens:
-    """Read calibration windows, int64 [samples, length]; the module says how they are chosen.
+    """Draw calibration windows, int64 [samples, length]; with `fewer`, a short text gives fewer windows.
 
-    With `fewer`, a text that is too short for `samples` windows gives as many as it holds.
-
-    Raises BillhookError when the text is missing, empty or too short, no document is long enough, the token file is not
-    one, or an id is outside `vocab_size`.
+    Raises BillhookError if the text is missing, empty or too short, no document is long enough, a token file is
+    damaged, or an id is outside `vocab_size`.
     """
     if samples < 1 or length < 2:
-        raise BillhookError(
-            f"Calibration needs at least 1 sample of at least 2 tokens, got samples={samples}, length={length}."
-        )
+        given = f"got samples={samples}, length={length}"
+        raise BillhookError(f"Calibration needs at least 1 sample of at least 2 tokens, {given}.")
     if sampling not in ("packed", "papers"):
         raise BillhookError(f"Unknown sampling {sampling!r}: use packed or papers.")
     if source.endswith(".safetensors"):
@@ -100,23 +96,16 @@ def load_calibration(
 
 
 def load_windows(
-    source: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    length: int,
-    limit: int | None = None,
-    vocab_size: int | None = None,
+    source: str, tokenizer: Tokenizer | None, *, length: int, limit: int | None = None, vocab_size: int | None = None
 ) -> Windows:
     """Read non-overlapping evaluation windows, int64 [floor(tokens / length), length], at most `limit` of them.
 
-    The text is tokenised once, so that special tokens stand at its very start only. Without `limit` a hub dataset gives
-    at most 256 windows, any other source all. Raises BillhookError as `load_calibration` does.
+    The text is tokenized once, so that special tokens are at its start only. The default `limit` is 256 for a hub
+    dataset, none for other sources. Raises BillhookError as `load_calibration` does.
     """
     if length < 2 or (limit is not None and limit < 1):
-        raise BillhookError(
-            f"Evaluation needs windows of at least 2 tokens and at least one of them, got length={length}, "
-            f"limit={limit}."
-        )
+        given = f"got length={length}, limit={limit}"
+        raise BillhookError(f"Evaluation needs at least one window of at least 2 tokens, {given}.")
     if source.endswith(".safetensors"):
         ids = _token_file(source)[:limit, :length].contiguous()
         tokens, text_bytes = ids.numel(), None
@@ -126,9 +115,8 @@ def load_windows(
         flat, ends = _encode_joined(documents(source, "evaluation", stream=True), words, needed, joint(source))
         tokens, count = len(flat), min(len(flat) // length, limit or len(flat))
         if not count:
-            raise BillhookError(
-                f"{source} has {tokens} tokens, fewer than one window of {length}: give more text or a smaller length."
-            )
+            few = f"{source} has {tokens} tokens, fewer than one window of {length}"
+            raise BillhookError(f"{few}: give more text or a smaller length.")
         ids = torch.tensor(flat[: count * length], dtype=torch.int64).view(count, length)
         text_bytes = None if ends is None else int((ends[length - 1 :: length][:count] - ends[::length][:count]).sum())
     check_ids(ids, vocab_size, source)
@@ -136,7 +124,7 @@ def load_windows(
 
 
 def whole_ids(tokens: Any, source: str) -> Tensor:
-    """Return token ids as int64 [samples, length]; raises BillhookError for another shape or type, or nothing in it."""
+    """Token ids as int64 [samples, length]; raises BillhookError for another shape or type, or an empty tensor."""
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         found = str(list(tokens.shape)) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise BillhookError(f"{source}: `tokens` must be [samples, length] with length 2 or more, found {found}.")
@@ -152,24 +140,20 @@ def digest(ids: Tensor) -> str:
 
 
 def check_ids(ids: Tensor, vocab_size: int | None, source: str) -> None:
-    """Raise BillhookError for the first of `ids` [rows, columns] below 0 or, where it is known, not below
-    `vocab_size`."""
+    """Raise BillhookError for the first of `ids` [rows, columns] outside [0, `vocab_size`) (None: no upper limit)."""
     outside = ids < 0 if vocab_size is None else (ids < 0) | (ids >= vocab_size)
     if outside.any():
         row, column = outside.nonzero()[0].tolist()
         known = "" if vocab_size is None else f" of {vocab_size} entries"
         found = f"token id {int(ids[row, column])} at row {row}, position {column}"
-        raise BillhookError(
-            f"{source}: {found} is outside the vocabulary{known}. Is this text tokenised for another model?"
-        )
+        hint = "Is this text tokenized for another model?"
+        raise BillhookError(f"{source}: {found} is outside the vocabulary{known}. {hint}")
 
 
-def _need(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:
+def _need(tokenizer: Tokenizer | None, source: str) -> Tokenizer:
     if tokenizer is None:
-        raise BillhookError(
-            f"The model has no tokenizer to read {source} with: give a .safetensors file with `tokens` [samples, "
-            "length]."
-        )
+        instead = "give a .safetensors file with `tokens` [samples, length]"
+        raise BillhookError(f"The model has no tokenizer to read {source} with: {instead}.")
     return tokenizer
 
 
@@ -187,12 +171,11 @@ def _token_file(source: str) -> Tensor:
 
 
 def _encode_joined(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, needed: int | None, between: str
+    texts: Iterable[str], tokenizer: Tokenizer, needed: int | None, between: str
 ) -> tuple[list[int], np.ndarray | None]:
-    """Tokenise the documents with `between` among them: ids, and for each token how many bytes of the text end with it.
+    """Tokenize documents joined by `between`: the ids, and the number of bytes of the text up to the end of each token.
 
-    With `needed` only as much text is read as gives that many tokens and some to spare: what follows changes none of
-    them.
+    With `needed`, only as much text is read as gives that many tokens and some more, which cannot change them.
     """
     reader, parts, held = iter(texts), list[str](), 0
     wanted = sys.maxsize if needed is None else 8 * needed
@@ -209,9 +192,9 @@ def _encode_joined(
 
 
 def _byte_ends(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
-    """How many bytes of `text` end with each token, from its (start, end) characters.
+    """The number of bytes of `text` up to the end of each token, from the tokens' (start, end) characters.
 
-    A character that is split over tokens counts with the first of them, what a tokenizer drops with the token after it.
+    A character that is split over tokens counts for the first of them; text that a tokenizer drops, for the next token.
     """
     letters = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     widths = 1 + (letters >= 0x80) + (letters >= 0x800) + (letters >= 0x10000).astype(np.int64)
