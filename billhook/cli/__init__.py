@@ -100,7 +100,7 @@ def main() -> None:
     # batch systems send SIGTERM, which then ends a run as Ctrl-C does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="billhook")
     except Failure as failure:
         code = failure.exit_code
     except _UsageError as error:
