@@ -140,7 +140,8 @@ def test_a_dry_run_writes_nothing(place, text, monkeypatch, output):
     assert re.search(
         r"About .* GiB of memory and .* GiB of disk\.\n"
         r"About .* s to prune and write, measured on 2 of 2 blocks with .* windows in .* s\.\n"
-        r"14 layers, 18,432 weights, sparsity 0\.5, pattern unstructured\.\nThe plan took .* s to make\. Nothing was written\.",
+        r"14 layers, 18,432 weights, sparsity 0\.5, pattern unstructured\.\n"
+        r"The plan took .* s to make\. Nothing was written\.",
         ran.err,
     )
     machine = done(*command, "--json").json

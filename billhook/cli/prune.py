@@ -179,5 +179,5 @@ def _show(job: "Job", needed: "Estimate", planning: float, as_json: bool) -> Non
     rows = [[x.name, f"{x.shape[0]} x {x.shape[1]}", f"{plan.sparsity[x.name]:.4f}"] for x in layers]
     table("What would be pruned", ["layer", "out x in", "sparsity"], rows)
     size = f"{len(rows)} layers, {sum(x.shape[0] * x.shape[1] for x in layers):,} weights"
-    took = f"The plan took {duration(planning)} to make. Nothing was written."
-    say(f"{size}, sparsity {plan.target:g}, pattern {plan.pattern}. {took}")
+    say(f"{size}, sparsity {plan.target:g}, pattern {plan.pattern}.")
+    say(f"The plan took {duration(planning)} to make. Nothing was written.")
