@@ -18,7 +18,7 @@ Examples:
   billhook bench ./packed --against ./pruned
   billhook bench ./packed-50 ./packed-60 ./packed-70 --against ./dense --batch 1 --prompt 128 --picture speed.svg
 """
-PictureHelp = "Draw speed-up against sparsity (SVG); needs at least two packed models and --against."
+PICTURE_HELP = "Draw speed-up against sparsity (SVG); needs at least two packed models and --against."
 
 
 def command(
@@ -29,7 +29,7 @@ def command(
     prompt: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas.")] = "16,128,512",
     new: Annotated[int, typer.Option(help="Tokens to generate after each prompt.", min=2)] = 64,
     rounds: Annotated[int, typer.Option(help="Counted rounds, after one warm-up round.", min=1)] = 3,
-    picture: Annotated[Path | None, typer.Option(help=PictureHelp, metavar="FILE")] = None,
+    picture: Annotated[Path | None, typer.Option(help=PICTURE_HELP, metavar="FILE")] = None,
     loading: Loading,
     as_json: Json = False,
 ) -> None:

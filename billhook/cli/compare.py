@@ -20,8 +20,8 @@ Examples:
   billhook compare model --plans a.json,b.json --errors --calibration c4.txt --data wiki.txt -o grid
   billhook compare --runs grid other-grid
 """
-ModelsHelp = "Model directory, or a name on the hub; with --runs, finished runs."
-OutputHelp = "Directory for compare.json, tables and pictures; an unfinished comparison is continued."
+MODELS_HELP = "Model directory, or a name on the hub; with --runs, finished runs."
+OUTPUT_HELP = "Directory for compare.json, tables and pictures; an unfinished comparison is continued."
 
 
 def _list(meaning: str) -> typer.models.OptionInfo:
@@ -30,7 +30,7 @@ def _list(meaning: str) -> typer.models.OptionInfo:
 
 
 def command(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL|DIR...", help=ModelsHelp)],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL|DIR...", help=MODELS_HELP)],
     *,
     sparsities: Annotated[str, _list("Fractions to remove")] = "",
     allocators: Annotated[str, _list("Allocators (billhook ls allocators)")] = "uniform",
@@ -45,7 +45,7 @@ def command(
         str | None, typer.Option(help="Text to score, in the forms of billhook eval.", metavar="SOURCE")
     ] = None,
     limit: Limit = None,
-    output: Annotated[Path | None, output_option(OutputHelp)] = None,
+    output: Annotated[Path | None, output_option(OUTPUT_HELP)] = None,
     errors: Annotated[bool, typer.Option("--errors", help="Show the error of each block's output, by depth.")] = False,
     runs: Annotated[bool, typer.Option("--runs", help="Compare two or more directories of finished runs.")] = False,
     settings: Settings = None,

@@ -17,24 +17,24 @@ Examples:
   billhook eval ./pruned --tasks paper7
   billhook eval ./pruned --tasks items.jsonl,arc_easy --report
 """
-DataHelp = (
+DATA_HELP = (
     "FILE.txt, FILE.jsonl, TOKENS.safetensors, hub:NAME[:config][:split] (hub:wikitext2, hub:c4, hub:ptb), "
     "stdlib:heldout."
 )
-ProtocolHelp = "token: the papers', over non-overlapping windows; word: lm-evaluation-harness's, over whole documents."
-AgainstHelp = "The dense model: KL divergence and top-1 agreement on the same windows."
-TasksHelp = "Separated by commas: names of lm-eval tasks, paper7, task YAMLs, FILE.jsonl of items."
+PROTOCOL_HELP = "token: the papers', over non-overlapping windows; word: lm-evaluation-harness's, over whole documents."
+AGAINST_HELP = "The dense model: KL divergence and top-1 agreement on the same windows."
+TASKS_HELP = "Separated by commas: names of lm-eval tasks, paper7, task YAMLs, FILE.jsonl of items."
 
 
 def command(
     model: AnyModel,
     *,
-    data: Annotated[str | None, typer.Option(help=DataHelp, metavar="SOURCE")] = None,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP, metavar="SOURCE")] = None,
     length: Length = None,
     limit: Limit = None,
-    protocol: Annotated[Literal["token", "word", "both"], typer.Option(help=ProtocolHelp)] = "token",
-    against: Annotated[str | None, typer.Option(help=AgainstHelp, metavar="MODEL")] = None,
-    tasks: Annotated[str | None, typer.Option(help=TasksHelp, metavar="TASKS")] = None,
+    protocol: Annotated[Literal["token", "word", "both"], typer.Option(help=PROTOCOL_HELP)] = "token",
+    against: Annotated[str | None, typer.Option(help=AGAINST_HELP, metavar="MODEL")] = None,
+    tasks: Annotated[str | None, typer.Option(help=TASKS_HELP, metavar="TASKS")] = None,
     few_shot: Annotated[
         int | None, typer.Option(help="Examples in a prompt of lm-eval; by default the task's own.", min=0)
     ] = None,

@@ -15,14 +15,14 @@ Examples:
   billhook gradients model --norm l2 --calibration hub:c4 --dtype float32 -o gradients.safetensors
   billhook prune model --sparsity 0.5 --criterion gblm --gradients gradients.safetensors --calibration t.txt -o pruned
 """
-NormHelp = "Norm over the windows; the same as the criterion's."
+NORM_HELP = "Norm over the windows; the same as the criterion's."
 
 
 def command(
     model: Model,
     *,
     output: Annotated[Path, output_option("The gradients.safetensors to write.")],
-    norm: Annotated[Literal["l1", "l2"], typer.Option(help=NormHelp)] = "l1",
+    norm: Annotated[Literal["l1", "l2"], typer.Option(help=NORM_HELP)] = "l1",
     text: Text,
     work: Work,
     spill_gib: SpillGib = 8.0,

@@ -28,8 +28,8 @@ Calibration = Annotated[
         metavar="SOURCE",
     ),
 ]
-LengthHelp = "Tokens in a window; by default 2048, or the model's context length if that is shorter."
-Length = Annotated[int | None, typer.Option(help=LengthHelp, min=2)]
+LENGTH_HELP = "Tokens in a window; by default 2048, or the model's context length if that is shorter."
+Length = Annotated[int | None, typer.Option(help=LENGTH_HELP, min=2)]
 Limit = Annotated[int | None, typer.Option(help="Score at most this many windows (word protocol: documents).", min=1)]
 SpillGib = Annotated[
     float, typer.Option(help="GiB of activations to keep in memory; more go to temporary files (TMPDIR).", min=0)

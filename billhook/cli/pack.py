@@ -16,16 +16,16 @@ Examples:
   billhook pack ./pruned -o ./packed --values int8 --group 128
   billhook generate ./packed "Once upon a time"
 """
-ValuesHelp = "stored keeps every byte; int8 rounds the kept weights and reports the error."
-GroupHelp = "Columns that share an int8 scale: 64, 128, 256, ...; by default a whole row."
+VALUES_HELP = "stored keeps every byte; int8 rounds the kept weights and reports the error."
+GROUP_HELP = "Columns that share an int8 scale: 64, 128, 256, ...; by default a whole row."
 
 
 def command(
     model: Annotated[str, typer.Argument(help="Model directory with zeros, from any tool, or a name on the hub.")],
     *,
     output: Annotated[Path, output_option("Directory of the packed model; new or empty.")],
-    values: Annotated[Literal["stored", "int8"], typer.Option(help=ValuesHelp)] = "stored",
-    group: Annotated[int | None, typer.Option(help=GroupHelp, metavar="N")] = None,
+    values: Annotated[Literal["stored", "int8"], typer.Option(help=VALUES_HELP)] = "stored",
+    group: Annotated[int | None, typer.Option(help=GROUP_HELP, metavar="N")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
     as_json: Json = False,
 ) -> None:

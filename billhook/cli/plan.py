@@ -16,13 +16,13 @@ Examples:
   billhook plan table.json --allocator owl --pattern 4:8
   billhook plan table.json --preset alphapruning/llama-2-7b@70 -o plan.json
 """
-AllocatorHelp = "See billhook ls allocators; alphapruning unless a preset is given."
+ALLOCATOR_HELP = "See billhook ls allocators; alphapruning unless a preset is given."
 
 
 def command(
     table_file: Annotated[Path, typer.Argument(metavar="TABLE", help="A table.json from billhook measure.")],
     *,
-    allocator: Annotated[str | None, typer.Option(help=AllocatorHelp)] = None,
+    allocator: Annotated[str | None, typer.Option(help=ALLOCATOR_HELP)] = None,
     sparsity: Sparsity = None,
     pattern: Pattern = "unstructured",
     settings: Settings = None,

@@ -18,17 +18,17 @@ Examples:
   billhook plot --mask ./wanda --mask ./magnitude model.layers.0.self_attn.q_proj -o pictures
 """
 TILES = 512  # the largest number of tiles in each direction of a mask; more cannot be seen on a screen
-SubjectHelp = "A table.json from billhook measure; with --mask or --model, the full name of a layer."
-MetricHelp = "A column of the table; by default its first column and its error curves. Repeatable."
-PlanHelp = "A plan.json for the same layers, named by its file. Repeatable."
+SUBJECT_HELP = "A table.json from billhook measure; with --mask or --model, the full name of a layer."
+METRIC_HELP = "A column of the table; by default its first column and its error curves. Repeatable."
+PLAN_HELP = "A plan.json for the same layers, named by its file. Repeatable."
 
 
 def command(
-    subject: Annotated[str | None, typer.Argument(metavar="[TABLE|LAYER]", help=SubjectHelp)] = None,
+    subject: Annotated[str | None, typer.Argument(metavar="[TABLE|LAYER]", help=SUBJECT_HELP)] = None,
     *,
     output: Annotated[Path, output_option("Directory for the pictures (SVG).")] = Path("pictures"),
-    metrics: Annotated[list[str] | None, typer.Option("--metric", help=MetricHelp, metavar="NAME")] = None,
-    plans: Annotated[list[Path] | None, typer.Option("--plan", help=PlanHelp, metavar="PLAN")] = None,
+    metrics: Annotated[list[str] | None, typer.Option("--metric", help=METRIC_HELP, metavar="NAME")] = None,
+    plans: Annotated[list[Path] | None, typer.Option("--plan", help=PLAN_HELP, metavar="PLAN")] = None,
     model: Annotated[str | None, typer.Option(help="Draw the spectrum of --layer of this model.")] = None,
     masks: Annotated[
         list[Path] | None,

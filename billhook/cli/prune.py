@@ -38,10 +38,12 @@ Examples:
   billhook prune model --sparsity 0.7 --calibration text.txt -o packed --pack
   billhook prune model --sparsity 0.5 --criterion magnitude --dry-run
 """
-AllocatorHelp = "Sparsity of each layer: see billhook ls allocators, or auto; uniform unless a preset or plan is given."
-GradientsHelp = "A file of billhook gradients, for criteria that read them; otherwise they are computed first."
-GroupHelp = "Compare weights within a row or the layer; by default as in the paper."
-DryRunHelp = "Show what would be pruned, the memory it needs, and its time, measured on a part; write nothing."
+ALLOCATOR_HELP = (
+    "Sparsity of each layer: see billhook ls allocators, or auto; uniform unless a preset or plan is given."
+)
+GRADIENTS_HELP = "A file of billhook gradients, for criteria that read them; otherwise they are computed first."
+GROUP_HELP = "Compare weights within a row or the layer; by default as in the paper."
+DRY_RUN_HELP = "Show what would be pruned, the memory it needs, and its time, measured on a part; write nothing."
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,13 @@ class Method:
     sparsity: shared.Sparsity = None
     pattern: shared.Pattern = "unstructured"
     criterion: shared.Criterion = "wanda"
-    allocator: Annotated[str | None, typer.Option(help=AllocatorHelp)] = None
+    allocator: Annotated[str | None, typer.Option(help=ALLOCATOR_HELP)] = None
     settings: shared.Settings = None
     preset: shared.Preset = None
     plan: Annotated[Path | None, typer.Option(help="A plan.json instead of sparsity and allocator.")] = None
     table: Annotated[Path | None, typer.Option(help="A table.json, so that nothing is measured again.")] = None
-    gradients: Annotated[Path | None, typer.Option(help=GradientsHelp)] = None
-    group: Annotated[Literal["row", "layer"] | None, typer.Option(help=GroupHelp)] = None
+    gradients: Annotated[Path | None, typer.Option(help=GRADIENTS_HELP)] = None
+    group: Annotated[Literal["row", "layer"] | None, typer.Option(help=GROUP_HELP)] = None
     refine: Annotated[
         Literal["none", "blocks", "blocks+norms"],
         typer.Option(help="Tune the remaining weights of each block (and its norms and biases)."),
@@ -97,7 +99,7 @@ def command(
     method: Method,
     text: shared.Text,
     work: shared.Work,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help=DryRunHelp)] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
     writing: Writing,
     log_file: Annotated[Path | None, typer.Option(help="Log events to this file, one JSON object per line.")] = None,
     as_json: shared.Json = False,
@@ -179,5 +181,5 @@ def _show(job: "Job", needed: "Estimate", planning: float, as_json: bool) -> Non
     rows = [[x.name, f"{x.shape[0]} x {x.shape[1]}", f"{plan.sparsity[x.name]:.4f}"] for x in layers]
     table("What would be pruned", ["layer", "out x in", "sparsity"], rows)
     size = f"{len(rows)} layers, {sum(x.shape[0] * x.shape[1] for x in layers):,} weights"
-    took = f"The plan took {duration(planning)} to make. Nothing was written."
-    say(f"{size}, sparsity {plan.target:g}, pattern {plan.pattern}. {took}")
+    say(f"{size}, sparsity {plan.target:g}, pattern {plan.pattern}.")
+    say(f"The plan took {duration(planning)} to make. Nothing was written.")

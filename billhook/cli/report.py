@@ -15,15 +15,15 @@ Examples:
   billhook report ./pruned --speed bench.json
   billhook report ./pruned --table table.json
 """
-SpeedHelp = "The result of a benchmark, such as the output of billhook bench --json."
-TableHelp = "A table.json of the dense model: adds its spectral metrics to the page."
+SPEED_HELP = "The result of a benchmark, such as the output of billhook bench --json."
+TABLE_HELP = "A table.json of the dense model: adds its spectral metrics to the page."
 
 
 def command(
     directory: Annotated[Path, typer.Argument(help="A pruned directory.", metavar="DIR")],
     *,
-    speed: Annotated[Path | None, typer.Option(help=SpeedHelp, metavar="FILE")] = None,
-    table: Annotated[Path | None, typer.Option(help=TableHelp, metavar="TABLE")] = None,
+    speed: Annotated[Path | None, typer.Option(help=SPEED_HELP, metavar="FILE")] = None,
+    table: Annotated[Path | None, typer.Option(help=TABLE_HELP, metavar="TABLE")] = None,
     as_json: Json = False,
 ) -> None:
     """Write report.json, the model card README.md and report.html of a pruned directory again."""

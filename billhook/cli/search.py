@@ -18,29 +18,29 @@ Examples:
   billhook search model --sparsity 0.6 --budget 5m --no-model --calibration text.txt -o found
   billhook prune model --plan found/plan.json --calibration text.txt -o pruned
 """
-OutputHelp = (
+OUTPUT_HELP = (
     "Directory for search.json, plan.json, search.svg and the pruned model/; an unfinished search is continued."
 )
-AllocatorHelp = (
+ALLOCATOR_HELP = (
     "One name, several with commas, or all (alphapruning, atp, owl, dlp); auto adds the candidates of "
     "--allocator auto; uniform always takes part."
 )
-BudgetHelp = (
+BUDGET_HELP = (
     "Number of trials in addition to uniform (9), or minutes for them (5m); by default at most eight per allocator."
 )
-SamplesHelp = "Windows to draw: trials are pruned on one half and scored on the other."
+SAMPLES_HELP = "Windows to draw: trials are pruned on one half and scored on the other."
 
 
 def command(
     model: shared.Model,
     *,
-    output: Annotated[Path, shared.output_option(OutputHelp)],
+    output: Annotated[Path, shared.output_option(OUTPUT_HELP)],
     sparsity: shared.Sparsity = None,
     pattern: shared.Pattern = "unstructured",
-    allocator: Annotated[str, typer.Option(help=AllocatorHelp)] = "all",
+    allocator: Annotated[str, typer.Option(help=ALLOCATOR_HELP)] = "all",
     criterion: shared.Criterion = "wanda",
     settings: shared.Settings = None,
-    budget: Annotated[str | None, typer.Option(metavar="TRIALS|MINUTES", help=BudgetHelp)] = None,
+    budget: Annotated[str | None, typer.Option(metavar="TRIALS|MINUTES", help=BUDGET_HELP)] = None,
     objective: Annotated[
         Literal["kl", "ppl"], typer.Option(help="Loss: KL divergence from the dense model, or perplexity.")
     ] = "kl",
@@ -48,7 +48,7 @@ def command(
         bool, typer.Option("--grid", help="Try the published values (ATP: beta in steps of 0.002) instead.")
     ] = False,
     calibration: shared.Calibration = None,
-    samples: Annotated[int, typer.Option(help=SamplesHelp, min=1)] = 64,
+    samples: Annotated[int, typer.Option(help=SAMPLES_HELP, min=1)] = 64,
     length: shared.Length = None,
     work: shared.Work,
     no_model: Annotated[bool, typer.Option("--no-model", help="Write no pruned model.")] = False,

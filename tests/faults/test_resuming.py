@@ -120,7 +120,6 @@ def test_a_folder_of_somebody_else_is_left_alone(source, tmp_path, more):
 def test_gradients_are_kept_until_the_directory_is_whole(source, expected, tmp_path, monkeypatch):
     """A run that fails while the last files are written goes on from its last block, and computes nothing again."""
     from billhook.steps import partial_output as unfinished
-    from billhook.steps import prune as job
 
     def full(*args, **kwargs) -> None:
         raise OSError(28, "No space left on device")
@@ -129,5 +128,5 @@ def test_gradients_are_kept_until_the_directory_is_whole(source, expected, tmp_p
         patch.setattr(unfinished, "complete", full)
         with pytest.raises(BillhookError, match="3 of 3 blocks are finished"):
             prune(source, output=tmp_path / "out", **GBLM)
-    monkeypatch.delattr(job, "compute_gradients")
+    monkeypatch.delattr("billhook.steps.gradients.compute_gradients")
     continued(source, tmp_path, GBLM, expected["gblm"])
