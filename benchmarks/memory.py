@@ -1,9 +1,9 @@
 """Prune and measure a model of 7B shape under a hard limit of 6 GiB of address space, and a deeper model in the memory
 of a shallower one.
 
-    python benchmarks/memory.py                       32 blocks of 4096 x 11008 in bfloat16: 13 GB, written by this
-    program python benchmarks/memory.py --blocks 4            the same width, shallower: seconds to minutes python
-    benchmarks/memory.py --depth               peaks of 8 and 16 blocks of 1024 x 2816
+    python benchmarks/memory.py               32 blocks of 4096 x 11008 in bfloat16: 13 GB, written by this program
+    python benchmarks/memory.py --blocks 4    the same width, shallower: seconds to minutes
+    python benchmarks/memory.py --depth       peaks of 8 and 16 blocks of 1024 x 2816
 
 Each command is a process of its own with `RLIMIT_AS` set, which is what `ulimit -v` sets: all address space counts,
 libraries and thread stacks too, so it is stricter than a limit on resident memory, and it can be had without rights. (A

@@ -1,8 +1,7 @@
 """The column `block_loss`: how much the model's loss rises when one block alone is pruned.
 
 Each block in turn is pruned by magnitude (comparison group: the layer), the loss on the text is measured, and the
-weights are restored. Cost: one evaluation of the text per block and one of the dense model. It does not show how blocks
-that are pruned together interact.
+weights are restored, at the cost of one evaluation per block and one more. Interactions of blocks are not measured.
 """
 
 from collections.abc import Sequence
@@ -34,8 +33,7 @@ def block_loss(
 ) -> dict[str, float]:
     """(loss with only this block pruned to `sparsity` - dense loss) / dense loss, by layer name.
 
-    The loss is the mean negative log-likelihood of the samples. All `layers` of a block get the block's number. The
-    weights are restored bit for bit.
+    The loss is the mean negative log-likelihood. All `layers` of a block get its number. All weights are restored.
     """
     if not 0 < sparsity < 1:
         raise BillhookError(f"block_loss:{sparsity:g}: the sparsity must lie between 0 and 1, such as block_loss:0.6.")

@@ -2,8 +2,7 @@
 
 The model is pruned to `MIDDLE` everywhere, block by block as `billhook prune` does, and one backward pass of the
 divergence from the dense model's predictions gives each layer's share (`billhook.trials.attribution`). The divergence
-is measured on the last `WINDOWS` windows (at most half of them); the criterion is calibrated on the others. Memory: a
-second copy of the weights.
+is measured on the last `WINDOWS` windows (at most half); the others calibrate. Memory: a second copy of the weights.
 """
 
 from collections.abc import Sequence

@@ -66,7 +66,8 @@ def load(
 
 
 def _refuse_to_save(*arguments: Any, **options: Any) -> NoReturn:
-    raise BillhookError("A packed model has no save_pretrained: copy its directory, or use billhook unpack.")
+    advice = "copy its directory, or make a dense one with billhook unpack"
+    raise BillhookError(f"A packed model cannot be written with save_pretrained: {advice}.")
 
 
 def _build(

@@ -78,7 +78,7 @@ def check_budget(sparsity: float | None, pattern: Pattern) -> float:
     """The global sparsity by `sparsity` and `pattern`; raises BillhookError if they disagree or both leave it open."""
     if not pattern.structured:
         if sparsity is None:
-            raise BillhookError("Give the fraction to remove: --sparsity 0.5 removes half of the weights.")
+            raise BillhookError("Say how much to remove: --sparsity 0.5 removes half of the weights.")
         return check_target(sparsity)
     implied = 1 - pattern.keep / pattern.of  # type: ignore[operator]
     if sparsity is not None and abs(check_target(sparsity) - implied) > 1e-6:
