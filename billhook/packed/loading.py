@@ -118,15 +118,9 @@ def _instantiate(
     path: Path, kind: Any, config: Any, dtype: torch.dtype, state: Mapping[str, Tensor]
 ) -> PreTrainedModel:
     with loading(path):
-        model, info = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=dict(state),
-            dtype=dtype,
-            experts_implementation="eager",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported in `info`, by name
-        )
+        options = {"config": config, "state_dict": dict(state), "dtype": dtype, "experts_implementation": "eager"}
+        # mismatched sizes are reported in `info`, by name
+        model, info = kind.from_pretrained(None, **options, output_loading_info=True, ignore_mismatched_sizes=True)
         if (path / "generation_config.json").is_file() and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     checkpoint.check_complete(path, info)

@@ -57,12 +57,8 @@ def allocate(
     shares = ALLOCATORS.get(allocator)(table, target, **configured)
     if pattern.structured:
         shares = _whole_groups(table, shares, pattern)
-    made_by = {
-        "allocator": allocator,
-        "options": configured,
-        "paper": ALLOCATORS.paper(allocator),
-        "model": table.model,
-    }
+    paper = ALLOCATORS.paper(allocator)
+    made_by = {"allocator": allocator, "options": configured, "paper": paper, "model": table.model}
     read = [name for name in ALLOCATORS.needs(allocator, configured) if name in table.columns()]
     made_by["metrics"] = {name: dict(zip(table.shapes, table.column(name), strict=True)) for name in read}
     if any(map(of_weights, read)) and (spectra := shown(table)):
