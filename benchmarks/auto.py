@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from billhook import load_model
+from billhook import load_calibration, load_model, load_windows
 from billhook.evaluation.perplexity import evaluate
 from billhook.steps.prune import prepare, run
-from billhook.steps.request import Request, open_request
+from billhook.steps.request import Request
+from billhook.store.checkpoint import load_tokenizer
 
 RACES = {"uniform": {}, "atp": {"beta": "auto"}, "owl": {"lam": "auto"}, "auto": {}}
 
@@ -39,18 +40,16 @@ def main() -> None:
             load_file(options.tokens / f"{part}.safetensors")["tokens"].long() for part in ("calibration", "evaluation")
         )
     else:
-        asked = {"samples": 32, "length": 256}
-        calibration, text = (
-            open_request(Request(options.model, 0.5, calibration=f"stdlib:{part}", **asked), True, "x").calibration.ids
-            for part in ("train", "heldout")
-        )
+        tokenizer = load_tokenizer(options.model)
+        calibration = load_calibration("stdlib:train", tokenizer, samples=32, length=256).ids
+        text = load_windows("stdlib:heldout", tokenizer, length=256, limit=32).ids
     dense = evaluate(load_model(options.model, dtype="float32"), text).nll
     prune_s = 0.0
     for allocator, given in RACES.items():
         model = load_model(options.model, dtype="float32")
-        asked = {"criterion": options.criterion, "calibration": calibration, "allocator": allocator, "options": given}
+        method = {"criterion": options.criterion, "allocator": allocator, "options": given}
         start = time.process_time()
-        job = prepare(Request(model, options.sparsity, **asked))
+        job = prepare(Request(model, options.sparsity, calibration=calibration, **method))
         chosen = time.process_time()
         run(job)
         prune_s = prune_s or time.process_time() - chosen

@@ -22,7 +22,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from billhook.demo import MODEL
 from billhook.evaluation.perplexity import evaluate
-from billhook.store.checkpoint import load_model, load_tokenizer
+from billhook.store.checkpoint import load_tokenizer
+from billhook.tasks.opening import load_model
 from billhook.text.windows import load_windows
 
 REPEATS, LENGTH, WINDOWS = 3, 256, 64

@@ -6,8 +6,8 @@ published run.
 
 Excess is ln(perplexity / dense) on `golden/*/evaluation`, calibrated on `golden/*/calibration` only; the ratio is to
 the best published run of that sparsity in the same `reference.json`, at 70 % to Billhook's own uniform SparseGPT. `2:4`
-and `4:8` are compared with Wanda's published run. With `--written` so many windows that the model writes itself come
-after the golden ones. One line a run, and a markdown table at the end.
+and `4:8` are compared with Wanda's published run. `--written` adds windows that the model writes itself to the golden
+ones. One line per run, and a Markdown table at the end.
 """
 
 import argparse
@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from billhook import load_model, prune, write_windows
+from billhook import load_model, prune
 from billhook.evaluation.perplexity import evaluate
+from billhook.tasks.self_text import write_windows
 
 MODELS = ("stories260k", "babyllama-105", "c4gut-llama-12x128", "c4gut-llama-8x128")
 WAYS = {
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=MODELS)
     parser.add_argument("--sparsity", action="append", help="such as 0.6 or 2:4")
     parser.add_argument("--way", action="append", choices=list(WAYS))
-    parser.add_argument("--written", type=int, default=0, help="windows more, which the model writes itself")
+    parser.add_argument("--written", type=int, default=0, help="additional windows that the model writes itself")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,7 +1,7 @@
 """Time gradients block by block against one backward pass through the whole model, with the peak memory of each.
 
-    python benchmarks/gradients.py                 a random llama 1024 wide (MLP 2816) of 8 and of 16 blocks, 16 x 512
-    tokens python benchmarks/gradients.py --samples 32 --repeats 3
+    python benchmarks/gradients.py              random Llamas of width 1024 (MLP 2816), 8 and 16 blocks, 16 x 512 tokens
+    python benchmarks/gradients.py --samples 32 --repeats 3
 
 The plain way keeps all gradients and the two accumulators of the published code (the l1 and the l2 norm) in float32.
 Each measurement is a process of its own; the two ways alternate, and the best of the repeats counts. `ratio` is
@@ -26,6 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from billhook import find_layers
 from billhook.engine.gradients import compute_gradients
+from billhook.engine.resources import Resources
+from billhook.tasks.opening import task_of
 
 WIDTH, LENGTH, TARGET = 1024, 512, 1.4
 
@@ -64,9 +66,9 @@ def once(blocks: int, samples: int, who: str, threads: int, spill_gib: float) ->
         plain(model, tokens)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            compute_gradients(
-                model, tokens.split(1), "gradient_l1", Path(folder) / "g.safetensors", spill_gib=spill_gib
-            )
+            place, resources = Path(folder) / "g.safetensors", Resources(spill_gib=spill_gib)
+            loss = task_of(model).loss
+            compute_gradients(model, tokens.split(1), "gradient_l1", place, loss=loss, resources=resources)
     seconds, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
     extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - loaded) / 1024
     print(json.dumps({"seconds": seconds, "cpu_s": cpu_s, "extra_mib": extra}))
@@ -74,17 +76,9 @@ def once(blocks: int, samples: int, who: str, threads: int, spill_gib: float) ->
 
 def spawn(blocks: int, who: str, options: argparse.Namespace) -> dict[str, float]:
     """One measurement."""
-    arguments = [
-        str(blocks),
-        who,
-        "--samples",
-        str(options.samples),
-        "--threads",
-        str(options.threads),
-        "--spill-gib",
-        str(options.spill_gib),
-    ]
-    command = [sys.executable, __file__, "--once", *arguments]
+    numbers = {"--samples": options.samples, "--threads": options.threads, "--spill-gib": options.spill_gib}
+    arguments = [str(part) for pair in numbers.items() for part in pair]
+    command = [sys.executable, __file__, "--once", str(blocks), who, *arguments]
     result: dict[str, float] = json.loads(
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
     )

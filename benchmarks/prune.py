@@ -1,7 +1,7 @@
 """Time whole runs: Billhook against the published procedure, in one run, with the peak memory of each.
 
-    python benchmarks/prune.py                        a random llama of 8 blocks x 1024 (MLP 2816), 32 x 512 tokens, and
-    the bundled model python benchmarks/prune.py --model demo --only wanda
+    python benchmarks/prune.py      a random Llama of 8 blocks x 1024 (MLP 2816), 32 x 512 tokens, and the bundled model
+    python benchmarks/prune.py --model demo --only wanda
 
 Each measurement is a process of its own, so that peak memory is its own; the two procedures alternate, and the best of
 the repeats counts. `ratio` is published / Billhook: above 1 Billhook is faster. Loading and evaluation are not counted.
@@ -36,13 +36,8 @@ def build(name: str) -> tuple[PreTrainedModel, torch.Tensor]:
         model = load_model(Path(__file__).parents[1] / "billhook" / "demo_model", dtype="float32")
         return model, torch.randint(model.config.vocab_size, (32, 512), generator=generator)
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-    }
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
+    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, **heads}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, max_position_embeddings=512, **shape)).eval()
     return model, torch.randint(4096, (32, 512), generator=generator)
 

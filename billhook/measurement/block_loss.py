@@ -1,5 +1,6 @@
 """Block loss: how much the loss rises when one block alone is pruned.
 
+<<<<<<< HEAD
     block_loss:S = (loss with only this block pruned by magnitude to S − dense loss) / dense loss
 
 Each block in turn is pruned (whole layers are compared), the loss on the calibration text is measured, and the weights
@@ -7,6 +8,10 @@ are restored bit for bit. It costs one evaluation of the text per block and one 
 `sensitivity`.
 
 Limits: it does not know how blocks that are pruned together interact.
+=======
+Each block in turn is pruned by magnitude (comparison group: the layer), the loss on the text is measured, and the
+weights are restored, at the cost of one evaluation per block and one more. Interactions of blocks are not measured.
+>>>>>>> w/lang3
 """
 
 from collections.abc import Sequence
@@ -38,8 +43,7 @@ def block_loss(
 ) -> dict[str, float]:
     """(loss with only this block pruned to `sparsity` - dense loss) / dense loss, by layer name.
 
-    The loss is the mean negative log-likelihood of the samples. All `layers` of a block get the block's number. The
-    weights are restored bit for bit.
+    The loss is the mean negative log-likelihood. All `layers` of a block get its number. All weights are restored.
     """
     if not 0 < sparsity < 1:
         raise BillhookError(f"block_loss:{sparsity:g}: the sparsity must lie between 0 and 1, such as block_loss:0.6.")

@@ -79,7 +79,7 @@ def metric_names(text: str) -> list[str]:
     """The distinct metrics of a comma-separated list; raises BillhookError for an unknown one or an empty list."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
-        raise BillhookError("--metrics is empty: give one, such as alpha_peak (billhook ls metrics lists them).")
+        raise BillhookError("--metrics names none: give one, such as alpha_peak (billhook ls metrics lists them).")
     for name in names:
         canonical(name)
     return names

@@ -1,5 +1,4 @@
-"""Quantiles: curves of each layer's scores, from which one threshold for the whole model can be found without the
-model.
+"""Quantiles: curves of each layer's scores, from which a common threshold is found without the model.
 
     q_k = the score below which the fraction k / 128 of the layer's weights lies,   k = 0 … 128
 
@@ -36,10 +35,9 @@ def magnitude_quantiles(W: Tensor) -> list[float]:
 
 @method(paper=fact("lamp_quantiles").paper)
 def lamp_quantiles(W: Tensor) -> list[float]:
-    """Return the quantiles of the square roots of the LAMP scores w_u^2 / sum of w_v^2 over the weights v not smaller
-    than u.
+    """Return the quantiles of the roots of the LAMP scores w_u^2 / sum of w_v^2 over the weights v not smaller than u.
 
-    The largest weight has score 1. The root does not change the order and makes interpolation near zero possible.
+    The largest weight has score 1. The root keeps the order and makes interpolation near zero possible.
     """
     squares = W.double().flatten().square().sort().values
     rest = squares.flip(0).cumsum(0).flip(0)

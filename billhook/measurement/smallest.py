@@ -1,8 +1,7 @@
 """The few smallest singular values of a weight, accurately, when its Gram matrix is known in float32 only.
 
 LOBPCG (Knyazev 2001, SIAM J. Sci. Comput. 23:517) with a float32 Cholesky factor of the shifted Gram matrix as
-preconditioner. Products with W and Rayleigh-Ritz are in float64 and use W itself, so that its condition number is not
-squared.
+preconditioner. Rayleigh-Ritz in float64 uses W itself, so that its condition number is not squared.
 """
 
 import torch

@@ -24,8 +24,7 @@ def spectral_metrics(W: Tensor, names: Sequence[str]) -> dict[str, Any]:
     """The metrics `names` of `W` [out, in], by name: those of the spectrum, which is computed once, or of the weight.
 
     A parameter may follow a name after a colon (`alpha_peak:repaired`). Every value is finite. Raises BillhookError for
-    an unknown name or one that needs text before anything is computed, for a weight without a spectrum, and for a
-    metric that does not exist for it.
+    an unknown name or one that needs text, and for a weight without a spectrum or this metric.
     """
     calls = {name: (function_of(name), _options(name)) for name in names}
     spectral = any(fact(name).spectral for name in names)

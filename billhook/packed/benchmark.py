@@ -2,8 +2,7 @@
 
 Each model runs in its own process, so that its memory can be measured. A round runs every model once at every batch
 size and prompt length, in turn, so that other load on the machine affects all models alike; the first round is a
-warm-up and does not count. Speedups are ratios within a round. The generation loop is that of `transformers`, with
-random tokens.
+warm-up. Speedups are ratios within a round. The generation loop is that of `transformers`, with random tokens.
 """
 
 import multiprocessing

@@ -131,7 +131,8 @@ class Packed:
             sums = pool.map(lambda place: zlib.crc32(place[1].raw(place[0])), places)
             for (name, shard), found in zip(places, sums, strict=True):
                 if found != self.record["tensors"][name]:
-                    yield f"{shard.file.path}: the checksum of {name} is not that of the bytes written. {_ADVICE}"
+                    problem = f"the bytes of {name} are not those that were written, its checksum differs"
+                    yield f"{shard.file.path}: {problem}. {_ADVICE}"
 
     def check(self, checked: Callable[[str], bool] = lambda name: True) -> None:
         """Raise BillhookError for the first of `problems`."""
@@ -242,4 +243,4 @@ def _check_tensors(packed: Packed) -> None:
 
 
 def _words(facts: tuple[str, tuple[int, ...]] | None) -> str:
-    return "missing" if facts is None else f"{facts[0]} {list(facts[1])}"
+    return "not there" if facts is None else f"{facts[0]} {list(facts[1])}"

@@ -70,8 +70,7 @@ def generate(
 ) -> Generated:
     """Continue prompts, int64 [batch, prompt], greedily by at most `new` tokens; with `stop` False by exactly `new`.
 
-    `token` is called with each new token of a batch of one. Raises BillhookError when the result would be longer than
-    the model's context.
+    `token` is called with each new token of a batch of one. Raises BillhookError beyond the model's context.
     """
     if new < 1:
         raise BillhookError(f"Generate at least one token, got {new}.")

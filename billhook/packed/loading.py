@@ -66,7 +66,8 @@ def load(
 
 
 def _refuse_to_save(*arguments: Any, **options: Any) -> NoReturn:
-    raise BillhookError("A packed model has no save_pretrained: copy its directory, or use billhook unpack.")
+    advice = "copy its directory, or make a dense one with billhook unpack"
+    raise BillhookError(f"A packed model cannot be written with save_pretrained: {advice}.")
 
 
 def _build(
@@ -117,7 +118,13 @@ def _instantiate(
     path: Path, kind: Any, config: Any, dtype: torch.dtype, state: Mapping[str, Tensor]
 ) -> PreTrainedModel:
     with loading(path):
+<<<<<<< HEAD
         model = checkpoint.from_pretrained(kind, path, None, dtype=dtype, config=config, state_dict=dict(state))
+=======
+        options = {"config": config, "state_dict": dict(state), "dtype": dtype, "experts_implementation": "eager"}
+        # mismatched sizes are reported in `info`, by name
+        model, info = kind.from_pretrained(None, **options, output_loading_info=True, ignore_mismatched_sizes=True)
+>>>>>>> w/lang3
         if (path / "generation_config.json").is_file() and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     model.name_or_path = model.config.name_or_path = str(path)

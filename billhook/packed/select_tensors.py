@@ -20,8 +20,7 @@ def select_tensors(
 ) -> dict[str, Matrix]:
     """The tensors to pack, by name, in the order of the files; `transposed(name)` is whether one is stored [in, out].
 
-    A tensor is selected if its packed form with unchanged values is smaller, for int8 too. Raises BillhookError when
-    there is none.
+    A tensor is selected if its packed form with unchanged values is smaller. Raises BillhookError if there is none.
     """
     names = {name for shard in shards for name in shard.entries}
     selected: dict[str, Matrix] = {}

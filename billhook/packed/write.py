@@ -215,12 +215,6 @@ def write_record(
 
 
 def _layer(matrix: Matrix, error: float) -> dict[str, Any]:
-    return {
-        "dtype": matrix.dtype,
-        "shape": list(matrix.shape),
-        "values": "I8" if matrix.int8 else matrix.dtype,
-        "transposed": matrix.transposed,
-        "nnz": matrix.nnz,
-        "negative_zeros": matrix.negative_zeros,
-        "error": error,
-    }
+    values = "I8" if matrix.int8 else matrix.dtype
+    form = {"dtype": matrix.dtype, "shape": list(matrix.shape), "values": values, "transposed": matrix.transposed}
+    return form | {"nnz": matrix.nnz, "negative_zeros": matrix.negative_zeros, "error": error}

@@ -1,8 +1,7 @@
 """Spectral densities of a few layers, from quantiles of their spectra. No torch.
 
 The quantiles are the curve `spectrum_quantiles` of a table. Between two of them the share of eigenvalues is
-interpolated linearly in the logarithm, so the density is that of a histogram whose counts are accurate to one part in
-the number of quantiles.
+interpolated linearly in the logarithm.
 """
 
 import math
@@ -20,9 +19,8 @@ BINS = 24
 
 
 def shown(table: Table) -> dict[str, list[float]]:
-    """Layer -> quantiles of its spectrum, for up to three layers: those with the smallest, the median and the largest
-    value of the table's first spectral column; the first, middle and last layer where there is no such column. Empty
-    where the curve was not measured."""
+    """Layer -> quantiles of its spectrum, for up to three layers with this curve: those with the smallest, median and
+    largest value of the table's first spectral column, or the first, middle and last one."""
     rows = [row for row in table if CURVE in row.curves]
     columns = [name for name in table.columns() if of_weights(name)]
     ordered = sorted(rows, key=lambda row: row.metrics[columns[0]]) if columns else rows

@@ -9,8 +9,7 @@ the norms are -1. The published AlphaPruning code uses +1 for every metric it ca
 
 A parameter follows the name after a colon: `outlier_ratio:5`, `alpha_peak:repaired`. `reads` are the arguments of the
 metric's function: `spectrum` (Spectrum), `weight` (W), `activations` (weights and input norms of a block), `loss` and
-`trial` (model, layers, batches; for a `trial` the whole model must be in memory). The functions are in
-`billhook.measurement`.
+`trial` (model, layers, batches; a `trial` needs the whole model in memory). `billhook.measurement` has the functions.
 
 A *curve* is a list of numbers per layer: the quantiles of its scores, from which `global` and `lamp` find the one
 threshold that meets the budget, or those of its spectrum, which reports draw. Curves are measured by name like metrics.

@@ -19,6 +19,11 @@ class Pattern:
         """Whether this is an N:M pattern."""
         return self.of is not None
 
+    @property
+    def sparsity(self) -> float:
+        """(M - N) / M of N:M, 0 if unstructured."""
+        return 0.0 if self.keep is None or self.of is None else (self.of - self.keep) / self.of
+
     def __str__(self) -> str:
         return f"{self.keep}:{self.of}" if self.structured else "unstructured"
 
@@ -63,8 +68,8 @@ class Spec:
         number = isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool)
         if not number or not 0 <= self.sparsity <= 1:
             raise BillhookError(f"A sparsity must be a number in [0, 1], got {self.sparsity!r:.40}.")
-        if self.pattern.of is not None and self.sparsity != _removed(self.pattern):
-            raise BillhookError(f"Pattern {self.pattern} removes {_removed(self.pattern):g}, not {self.sparsity:g}.")
+        if self.pattern.structured and self.sparsity != self.pattern.sparsity:
+            raise BillhookError(f"Pattern {self.pattern} removes {self.pattern.sparsity:g}, not {self.sparsity:g}.")
         if self.type is not None:
             storage.bits(self.type)
             if self.sparsity or self.pattern.structured:
@@ -102,7 +107,7 @@ class Spec:
         """Read the json form of a Spec (see above)."""
         if isinstance(value, str) and ":" in value:
             pattern = Pattern.parse(value)
-            return cls(_removed(pattern), pattern)
+            return cls(pattern.sparsity, pattern)
         if isinstance(value, str):
             return cls(type=value)
         return cls(float(cls(value).sparsity))
@@ -110,10 +115,3 @@ class Spec:
     def to_json(self) -> float | str:
         """The json form of a Spec, which `parse` reads."""
         return self.type or (str(self.pattern) if self.pattern.structured else self.sparsity)
-
-
-def _removed(pattern: Pattern) -> float:
-    keep, of = pattern.keep, pattern.of
-    assert keep is not None
-    assert of is not None
-    return (of - keep) / of

@@ -107,9 +107,9 @@ class Table:
         """The rows of the layers `chosen` of a model with these `shapes`; raises BillhookError for another model."""
         for row in self.rows:
             if shapes.get(row.layer) != row.shape:
-                found = "{} x {}".format(*shapes[row.layer]) if row.layer in shapes else "missing"
-                shape = f"{row.shape[0]} x {row.shape[1]} in the table and {found} in the model"
-                raise BillhookError(f"The table is not of this model: {row.layer} is {shape}. {_MAKE}")
+                found = "is {} x {}".format(*shapes[row.layer]) if row.layer in shapes else "is not"
+                layer = f"{row.layer}, {row.shape[0]} x {row.shape[1]}, {found} in the model"
+                raise BillhookError(f"The table is not of this model: {layer}. {_MAKE}")
         missing = [name for name in chosen if name not in self.shapes]
         if missing:
             raise BillhookError(f"The table is not of this model: it has no row for {missing[0]}. {_MAKE}")

@@ -5,8 +5,7 @@ weight (see `gpu_ops.py`). A layer with a 2:4 mask may also use the sparse tenso
 `torch.sparse.to_sparse_semi_structured`, for token counts for which that is faster; this form needs another 9/16 of the
 dense bytes. Measurements are cached by card, shape and density (rounded to 5 %).
 
-Nothing is measured while a CUDA graph is captured or under `torch.compile`: call `prepare` on the layers before, or run
-them once.
+Nothing is measured while a CUDA graph is captured or under `torch.compile`: call `prepare` on the layers before.
 """
 
 import math
@@ -110,8 +109,7 @@ def _choose_ways(layer: Layer, state: State, dtype: torch.dtype, measure: bool) 
 def choose(weight: Weight, columns: int, dtype: torch.dtype, timer: Timer | None = None) -> str:
     """The fastest way for each of BUCKETS tokens, one word each, and `2:4-N` if the 2:4 form is faster from N tokens.
 
-    Read from the cache, or measured with random activations of `dtype`. Interpreted kernels are measured only if a
-    `timer` is given.
+    Read from the cache, or measured with random activations of `dtype`; interpreted kernels only with a `timer`.
     """
     if kernels(weight.bitmask.device) is None:
         return " ".join([EXPAND] * len(BUCKETS))

@@ -94,7 +94,7 @@ def row_starts(bitmask: Tensor, in_features: int) -> Tensor:
         starts = torch.empty(bitmask.shape[0] + 1, dtype=torch.int64)
         wrong = found[0].billhook_row_starts(bitmask.data_ptr(), bitmask.shape[0], in_features, starts.data_ptr()) >= 0
     if wrong:
-        raise BillhookError(f"A bitmask of {in_features} columns keeps weights beyond the last. The file is damaged.")
+        raise BillhookError(f"A bitmask of {in_features} columns keeps weights beyond the last column: it is damaged.")
     return starts
 
 

@@ -36,7 +36,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _no_derivative(context: object, gradient: Tensor) -> None:
-    raise BillhookError("Packed layers have no gradients: train the dense model (billhook unpack).")
+    raise BillhookError("Packed layers are for inference and have no gradients: train the dense model.")
 
 
 sparse_linear.register_autograd(_no_derivative)

@@ -9,8 +9,7 @@ Hopper; a load with its own address and predicate for every column takes fifteen
 bytes, are the limit.
 
 At most three values beyond the last are read, which is why the packed values end in 64 bytes of zeros. Offsets have 32
-bits: a weight may have at most 2**31 - 1 kept values. Importing this module needs Triton. With TRITON_INTERPRET=1 the
-kernels run on the CPU.
+bits: a weight may have at most 2**31 - 1 kept values. With TRITON_INTERPRET=1 the kernels run on the CPU.
 """
 
 import triton
@@ -154,8 +153,5 @@ def expand(
     w, keep = _tile(bits, start, values, scales, row, chunk, rows, groups, GROUP)
     column = tl.program_id(1) * SPAN * CHUNK + tl.arange(0, SPAN * CHUNK)
     place = row[:, None].to(tl.int64) * columns + column[None]
-    tl.store(
-        dense + place,
-        tl.where(keep, w, 0).to(dense.dtype.element_ty),
-        mask=(row < rows)[:, None] & (column < columns)[None],
-    )
+    inside = (row < rows)[:, None] & (column < columns)[None]
+    tl.store(dense + place, tl.where(keep, w, 0).to(dense.dtype.element_ty), mask=inside)

@@ -57,12 +57,8 @@ def allocate(
     shares = ALLOCATORS.get(allocator)(table, target, **configured)
     if pattern.structured:
         shares = _whole_groups(table, shares, pattern)
-    made_by = {
-        "allocator": allocator,
-        "options": configured,
-        "paper": ALLOCATORS.paper(allocator),
-        "model": table.model,
-    }
+    paper = ALLOCATORS.paper(allocator)
+    made_by = {"allocator": allocator, "options": configured, "paper": paper, "model": table.model}
     read = [name for name in ALLOCATORS.needs(allocator, configured) if name in table.columns()]
     made_by["metrics"] = {name: dict(zip(table.shapes, table.column(name), strict=True)) for name in read}
     if any(map(of_weights, read)) and (spectra := shown(table)):
@@ -78,7 +74,7 @@ def check_budget(sparsity: float | None, pattern: Pattern) -> float:
     """The global sparsity by `sparsity` and `pattern`; raises BillhookError if they disagree or both leave it open."""
     if not pattern.structured:
         if sparsity is None:
-            raise BillhookError("Give the fraction to remove: --sparsity 0.5 removes half of the weights.")
+            raise BillhookError("Say how much to remove: --sparsity 0.5 removes half of the weights.")
         return check_target(sparsity)
     implied = 1 - pattern.keep / pattern.of  # type: ignore[operator]
     if sparsity is not None and abs(check_target(sparsity) - implied) > 1e-6:
