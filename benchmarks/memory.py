@@ -1,13 +1,8 @@
 """Prune and measure a model of 7B shape under a hard limit of 6 GiB of address space, and compare two depths.
 
     python benchmarks/memory.py               32 blocks of 4096 x 11008 in bfloat16: 13 GB, written by this program
-<<<<<<< HEAD
-    python benchmarks/memory.py --blocks 4    the same width with fewer blocks: seconds to minutes
-    python benchmarks/memory.py --depth       peaks of 8 and of 16 blocks of 1024 x 2816, which should be equal
-=======
     python benchmarks/memory.py --blocks 4    the same width, shallower: seconds to minutes
     python benchmarks/memory.py --depth       peaks of 8 and 16 blocks of 1024 x 2816
->>>>>>> w/lang3
 
 Each command runs in its own process with `RLIMIT_AS` set, as `ulimit -v` does. This limits all address space, libraries
 and thread stacks included, so it is stricter than a limit on resident memory, and it needs no privileges. `peak` is the

@@ -1,6 +1,5 @@
 """Block loss: how much the loss rises when one block alone is pruned.
 
-<<<<<<< HEAD
     block_loss:S = (loss with only this block pruned by magnitude to S − dense loss) / dense loss
 
 Each block in turn is pruned (whole layers are compared), the loss on the calibration text is measured, and the weights
@@ -8,10 +7,6 @@ are restored bit for bit. It costs one evaluation of the text per block and one 
 `sensitivity`.
 
 Limits: it does not know how blocks that are pruned together interact.
-=======
-Each block in turn is pruned by magnitude (comparison group: the layer), the loss on the text is measured, and the
-weights are restored, at the cost of one evaluation per block and one more. Interactions of blocks are not measured.
->>>>>>> w/lang3
 """
 
 from collections.abc import Sequence

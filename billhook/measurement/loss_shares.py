@@ -1,6 +1,5 @@
 """Loss shares: how much of the model's divergence is due to each layer when all layers are pruned alike.
 
-<<<<<<< HEAD
     loss_share:CRITERION = ½ ⟨∂D/∂V_l, V_l − W_l⟩
 
 D is the divergence of the model's predictions from the dense model's after every layer was pruned to 60 % with the
@@ -11,11 +10,6 @@ models they add up to 1.1 to 1.3 times D. It is read by `curves`.
 
 Cost: one pruning of the model in memory and a second copy of its weights. The criterion sees all calibration windows
 but the last 16 (at most half), which are scored.
-=======
-The model is pruned to `MIDDLE` everywhere, block by block as `billhook prune` does, and one backward pass of the
-divergence from the dense model's predictions gives each layer's share (`billhook.trials.attribution`). The divergence
-is measured on the last `WINDOWS` windows (at most half); the others calibrate. Memory: a second copy of the weights.
->>>>>>> w/lang3
 """
 
 from collections.abc import Sequence

@@ -118,13 +118,7 @@ def _instantiate(
     path: Path, kind: Any, config: Any, dtype: torch.dtype, state: Mapping[str, Tensor]
 ) -> PreTrainedModel:
     with loading(path):
-<<<<<<< HEAD
         model = checkpoint.from_pretrained(kind, path, None, dtype=dtype, config=config, state_dict=dict(state))
-=======
-        options = {"config": config, "state_dict": dict(state), "dtype": dtype, "experts_implementation": "eager"}
-        # mismatched sizes are reported in `info`, by name
-        model, info = kind.from_pretrained(None, **options, output_loading_info=True, ignore_mismatched_sizes=True)
->>>>>>> w/lang3
         if (path / "generation_config.json").is_file() and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     model.name_or_path = model.config.name_or_path = str(path)

@@ -21,14 +21,8 @@ Kind = Literal["sparsity", "bytes", "parameters"]
 def check_target(sparsity: Any) -> float:
     """Return a global sparsity, or raise BillhookError unless it is a number in [0, 1)."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-<<<<<<< HEAD
-        raise BillhookError(
-            f"Sparsity must be a number in [0, 1), the fraction removed; got {sparsity!r:.40}. Use 0.5 for half."
-        )
-=======
         found = f"got {sparsity!r:.40}. Use 0.5 for half"
         raise BillhookError(f"Sparsity must be a number in [0, 1), the fraction removed; {found}.")
->>>>>>> w/lang3
     return float(sparsity)
 
 
