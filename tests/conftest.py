@@ -4,19 +4,17 @@ import os
 import shutil
 from pathlib import Path
 
-# The golden results were made with these instructions; wider ones round sums in another order, and near ties then rank
-# otherwise.
+# Golden masks are compared bit for bit, and near ties are decided by the last bits of sums, so by the order in which a
+# processor's widest instructions add. The reference was made without AVX-512; these let every x86-64 processor add so.
 os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
-# With the line above alone, torch's bfloat16 attention fails on processors that have AMX: oneDNN has to know it, too.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")  # also needed by bfloat16 attention on processors with AMX
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import pytest
 import torch
 
 torch.set_num_threads(1)  # models here are tiny, and tests run in parallel
-if hasattr(
-    os, "fork"
-):  # in a copy torch renews its pool of threads at the first use, and fails where two threads are the first at once
+if hasattr(os, "fork"):  # a copy renews torch's threads at the first use, and fails where two threads are first at once
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
