@@ -49,6 +49,13 @@ class LayerStats:
         if text not in self.notes:
             self.notes.append(text)
 
+    def note_zero_inputs(self, zero: Tensor) -> None:
+        """Note how many inputs are always zero, `zero` bool [in], if any."""
+        if count := int(zero.sum()):
+            self.note(
+                f"{count} of {len(zero)} inputs are zero on all calibration text; their weights are removed first"
+            )
+
 
 class _Sum:
     """An accumulator in float32, [in] or [in, in]."""
@@ -195,9 +202,8 @@ class Collector:
         for name, value in values.items():
             if not (value.diagonal() if name in ("gram", "drift") else value).isfinite().all():
                 where = f"{layer}: the" if layer else "The"
-                raise JobError(
-                    f"{where} calibration activations contain NaN or infinity: try --dtype float32, check the weights."
-                )
+                found = f"{where} calibration activations contain NaN or infinity"
+                raise JobError(f"{found}: use --dtype float32, or check the weights.")
         norm, gram = values.get("input_norm"), values.get("gram")
         return LayerStats(self.tokens, self.sequences, norm, gram, values.get("input_mean"), values.get("drift"))
 
