@@ -20,7 +20,7 @@ from billhook.architectures.layers import Layer, find_layers
 from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import shard
 from billhook.engine.activation_store import ActivationStore
-from billhook.engine.batch import Batch, as_batches
+from billhook.engine.batch import Batch, as_batches, rows_of
 from billhook.engine.capture import Segment, capture, evaluating, predictor
 from billhook.engine.dense_stream import DenseStream, Stage
 from billhook.engine.observer import Observer
@@ -101,6 +101,7 @@ class _Walk:
         self.blocks = blocks_of(model)
         self.modules = list(self.blocks.values())
         self.hidden = resources.activations()
+        self.rows = sum(map(rows_of, batches))
         empty = Segment([], lambda states: states)
         self.segment = capture(model, self.blocks, batches, self.hidden) if batches else empty
         self.predict = predictor(model, self.blocks, self.segment.returned)
@@ -152,7 +153,7 @@ class _Walk:
 
     def _observe(self, index: int, statistics: Sequence[str], read_only: bool) -> tuple[ActivationStore, Stats]:
         """Run a block on its inputs; return its outputs (read-only walk) or inputs, and the statistics."""
-        observer = Observer(self.layers.get(index, []) if statistics else [], statistics, wanted=read_only)
+        observer = Observer(self.layers.get(index, []) if statistics else [], statistics, read_only, self.rows)
         outputs = self.resources.activations() if read_only else self.hidden
         for states, call in zip(self.hidden, self._calls(index), strict=True):
             with observer:
