@@ -223,7 +223,7 @@ def test_auto_can_take_part(tokens: torch.Tensor):
     found = find(llama(), tokens, allocator="auto,atp", budget=9)
     names = [trial.name for trial in found.trials]
     assert names[:2] == ["uniform", "curves"]
-    assert len(found.trials) == 10
+    assert len(found.trials) <= 10
     assert {trial.allocator for trial in found.trials} == {"uniform", "curves", "owl", "atp"}
 
 
