@@ -57,9 +57,8 @@ def distributed(device: str) -> Iterator[None]:
 
 def _heartbeat() -> Heartbeat:
     """Start the heartbeat of this process, with its own connection to the store."""
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=STORE_TIMEOUT
-    )
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)
     heart = Heartbeat(store, dist.get_rank(), world(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     dist.barrier()
     heart.start()

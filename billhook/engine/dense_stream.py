@@ -64,14 +64,14 @@ class DenseStream:
         At the end of the iteration the stream has passed through the block with its original weights.
         """
         dense = {id(p): (p, p.detach().clone()) for p in (layer.stored for layer in layers)}
-        finder = Observer(layers, (), wanted=True)
+        finder, rows = Observer(layers, (), wanted=True), sum(map(len, hidden))
         with finder:
             run_block(block, hidden[0], calls[0])
         groups, first = finder.groups(), True
         for number, group in enumerate(groups):
             last = number + 1 == len(groups)
             if group[0].name not in finder.linear:
-                observer = Observer(group, names, wanted=False)
+                observer = Observer(group, names, False, rows)
                 for h, call in zip(hidden, calls, strict=True):
                     with observer:
                         run_block(block, h, call)
@@ -82,7 +82,7 @@ class DenseStream:
             first = first and not writes
             for i, call in enumerate(calls):
                 pair.add(block, dense.values(), (self.hidden[i], hidden[i]), call)
-            yield group, pair.stats(group)
+            yield group, pair.stats(group, rows)
         with exchanged(dense.values()):
             self.advance(block, calls)
 
@@ -123,10 +123,11 @@ class _Pair:
             error = (ends[0] - ends[1]).flatten(0, -2).float()
             self._sum.addmm_(error.T, x.flatten(0, -2).float())
 
-    def stats(self, group: Sequence[Layer]) -> dict[str, LayerStats]:
-        """The statistics by layer name, over all processes."""
+    def stats(self, group: Sequence[Layer], rows: int) -> dict[str, LayerStats]:
+        """The statistics by layer name, over all processes; `rows` are the sequences of this one."""
         self._collector.merge()
-        found = {layer.name: self._collector.stats(layer.name) for layer in group}
+        everywhere = int(all_reduce_(torch.tensor(rows)))
+        found = {layer.name: self._collector.stats(layer.name, everywhere) for layer in group}
         if self._sum is not None:
             name, drift = self._layer.name, all_reduce_(self._sum)
             own = found[name].drift

@@ -108,9 +108,7 @@ class _Backward:
         self.segment = Segment([], lambda states: states)
         self.gradients: list[_Scaled | None] = [None] * len(sequences)
 
-    def run(
-        self, accumulator: Callable[[Tensor], GradientNorm], layers: Sequence[Layer]
-    ) -> Iterator[tuple[str, Tensor]]:
+    def run(self, norm: Callable[[Tensor], GradientNorm], layers: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:
         """Yield each layer's name and statistic [out, in], from the last block to the first."""
         first = min(layer.block for layer in layers)
         self._forward(first)
@@ -118,7 +116,7 @@ class _Backward:
             chosen = [layer for layer in layers if layer.block == index]
             with self.resources.block(index, ahead=index - 1):
                 weights = list({id(layer.stored): layer.stored for layer in chosen}.values())
-                sums = {id(weight): accumulator(weight) for weight in weights}
+                sums = {id(weight): norm(weight) for weight in weights}
                 with differentiable(weights):
                     for number, states in enumerate(self.inputs.pop(index).take()):
                         found = self._block(index, number, states, weights, last=index == first)
@@ -146,9 +144,7 @@ class _Backward:
                     hidden = [run_block(block, h, call) for h, call in zip(hidden, calls, strict=True)]
                 check_finite_states(hidden, name)
 
-    def _block(
-        self, index: int, number: int, states: Tensor, weights: Sequence[Tensor], *, last: bool
-    ) -> Iterator[Tensor]:
+    def _block(self, index: int, number: int, states: Tensor, weights: list[Tensor], *, last: bool) -> Iterator[Tensor]:
         """Backward pass of one sequence through a block: store the gradient of its inputs, yield those of `weights`."""
         states = states.to(self.model.device).requires_grad_()
         with torch.enable_grad():

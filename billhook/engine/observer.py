@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from billhook.architectures.layers import Layer
+from billhook.distributed.collectives import all_reduce_
 from billhook.errors import JobError
 from billhook.methods.statistics import Collector, LayerStats
 
@@ -26,12 +27,13 @@ class Observer(TorchFunctionMode):
     """Feeds the inputs of every layer to a collector while a block runs; entered once for each batch.
 
     Unless the block's output is `wanted`, a pass ends at the last layer's input (the first pass determines which layer
-    that is), without that layer's product. `drift` is ignored, because it needs two streams.
+    that is), without that layer's product. `drift` is ignored, because it needs two streams. `rows` counts the
+    sequences of all batches.
     """
 
-    def __init__(self, layers: Sequence[Layer], statistics: Sequence[str], wanted: bool) -> None:
+    def __init__(self, layers: Sequence[Layer], statistics: Sequence[str], wanted: bool, rows: int = 0) -> None:
         super().__init__()
-        self._layers, self._wanted = layers, wanted
+        self._layers, self._wanted, self._rows = layers, wanted, rows
         names = tuple(name for name in statistics if name != "drift")
         self._collectors = {layer.name: Collector(names, layer.shape[1], layer.weight.device) for layer in layers}
         self._leaders: dict[str, str] = {}
@@ -110,7 +112,8 @@ class Observer(TorchFunctionMode):
         leaders = {layer.name: self._leaders.get(layer.name, layer.name) for layer in self._layers}
         for leader in dict.fromkeys(leaders.values()):
             self._collectors[leader].merge()
-        return {name: self._collectors[leader].stats(name) for name, leader in leaders.items()}
+        rows = int(all_reduce_(torch.tensor(self._rows)))
+        return {name: self._collectors[leader].stats(name, rows) for name, leader in leaders.items()}
 
 
 _PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm})

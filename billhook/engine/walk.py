@@ -20,7 +20,7 @@ from billhook.architectures.layers import Layer, find_layers
 from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import shard
 from billhook.engine.activation_store import ActivationStore
-from billhook.engine.batch import Batch, as_batches
+from billhook.engine.batch import Batch, as_batches, rows_of
 from billhook.engine.capture import Segment, capture, evaluating, predictor
 from billhook.engine.dense_stream import DenseStream, Stage
 from billhook.engine.observer import Observer
@@ -29,6 +29,7 @@ from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.errors import BillhookError, JobError
 from billhook.methods.statistics import LayerStats
 
+Stats = dict[str, LayerStats]  # by layer name
 Progress = Callable[[str], None]  # called with the name of each finished layer
 
 
@@ -61,7 +62,7 @@ class Block:
     module: nn.Module
     layers: list[Layer]
     inputs: Sequence[Tensor] | ActivationStore
-    stats: dict[str, LayerStats]
+    stats: Stats
     stages: Iterable[Stage]
     calls: Sequence[Call]
     dense: Sequence[Tensor] | ActivationStore
@@ -100,6 +101,7 @@ class _Walk:
         self.blocks = blocks_of(model)
         self.modules = list(self.blocks.values())
         self.hidden = resources.activations()
+        self.rows = sum(map(rows_of, batches))
         empty = Segment([], lambda states: states)
         self.segment = capture(model, self.blocks, batches, self.hidden) if batches else empty
         self.predict = predictor(model, self.blocks, self.segment.returned)
@@ -123,7 +125,7 @@ class _Walk:
             with self.resources.block(index, ahead=index + 1):
                 outputs = self.hidden
                 if index >= start:
-                    stats: dict[str, LayerStats] = {}
+                    stats: Stats = {}
                     if not drift and (statistics or read_only):
                         outputs, stats = self._observe(index, statistics, read_only)
                     yield self._block(index, stats, dense, statistics if drift else ())
@@ -131,9 +133,7 @@ class _Walk:
                     self._advance(index, outputs)
                     check_finite_states(self.hidden, name)
 
-    def _block(
-        self, index: int, stats: dict[str, LayerStats], dense: DenseStream | None, staged: Sequence[str]
-    ) -> Block:
+    def _block(self, index: int, stats: Stats, dense: DenseStream | None, staged: Sequence[str]) -> Block:
         """The block to yield; `staged` are the statistics that are collected stage by stage."""
         name, module = list(self.blocks)[index], self.modules[index]
         calls, layers = self._calls(index), self.layers.get(index, [])
@@ -151,11 +151,9 @@ class _Walk:
     def _calls(self, index: int) -> list[Call]:
         return [calls[index] for calls in self.segment.calls]
 
-    def _observe(
-        self, index: int, statistics: Sequence[str], read_only: bool
-    ) -> tuple[ActivationStore, dict[str, LayerStats]]:
+    def _observe(self, index: int, statistics: Sequence[str], read_only: bool) -> tuple[ActivationStore, Stats]:
         """Run a block on its inputs; return its outputs (read-only walk) or inputs, and the statistics."""
-        observer = Observer(self.layers.get(index, []) if statistics else [], statistics, wanted=read_only)
+        observer = Observer(self.layers.get(index, []) if statistics else [], statistics, read_only, self.rows)
         outputs = self.resources.activations() if read_only else self.hidden
         for states, call in zip(self.hidden, self._calls(index), strict=True):
             with observer:

@@ -62,9 +62,8 @@ def evaluate_tasks(
 
     size = batch_size(longest, int(model.config.get_text_config(decoder=True).vocab_size), 4)
     with _quietly():
-        wrapped = HFLM(
-            pretrained=model, tokenizer=tokenizer, max_length=longest, batch_size=size, softmax_dtype="float32"
-        )
+        options = {"max_length": longest, "batch_size": size, "softmax_dtype": "float32"}
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, **options)
         try:
             found = simple_evaluate(
                 wrapped,

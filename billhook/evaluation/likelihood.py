@@ -110,19 +110,19 @@ def _score(
     """Run rows of token ids, padded on the right, and score the continuations `wanted` at the end of each."""
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    for place, row in enumerate(rows):
-        ids[place, : len(row)] = torch.tensor(row)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
     # Attention is causal, so padding on the right has no effect. Logits are computed from the first needed position on.
-    first = min(len(row) - max(len(c) for _, c in asked) for row, asked in zip(rows, wanted, strict=True))
+    first = min(len(row) - max(len(c) for _, c in scores) for row, scores in zip(rows, wanted, strict=True))
     few = "logits_to_keep" in inspect.signature(model.forward).parameters
     options = {"logits_to_keep": width - first} if few else {}
     logits = model(input_ids=ids.to(model.device), use_cache=False, **options).logits
     offset = width - logits.shape[1]
     scored = []
-    for place, (row, asked) in enumerate(zip(rows, wanted, strict=True)):
-        for index, continuation in asked:
+    for number, (row, continuations) in enumerate(zip(rows, wanted, strict=True)):
+        for index, continuation in continuations:
             end = len(row) - offset
-            predicted = torch.log_softmax(logits[place, end - len(continuation) : end].float(), -1)
+            predicted = torch.log_softmax(logits[number, end - len(continuation) : end].float(), -1)
             targets = torch.tensor(continuation, device=predicted.device)
             value = predicted.gather(1, targets[:, None]).sum(dtype=torch.float64)
             scored.append((index, (float(value), bool((predicted.argmax(-1) == targets).all()))))

@@ -1,9 +1,9 @@
 """Statistics of the inputs and gradients of one layer on the calibration text, accumulated sequence by sequence.
 
 For inputs X [tokens, in]: `input_norm` [in] is ||X_j||_2 / sqrt(sequences), the square root of the mean over sequences
-of the summed squares of each input feature; `input_mean` [in] is the mean over all tokens; `gram` [in, in] is X^T X;
-`drift` [in, in] is (X' - X)^T X, X' being the inputs of the same tokens in the dense model (see
-`billhook.engine.dense_stream`).
+of the summed squares of each input feature (for an expert over all sequences, whether they reach it or not);
+`input_mean` [in] is the mean over all tokens; `gram` [in, in] is X^T X; `drift` [in, in] is (X' - X)^T X, X' being the
+inputs of the same tokens in the dense model (see `billhook.engine.dense_stream`).
 
 Inputs are converted to float32 before they are squared, so that half-precision activations do not overflow.
 `input_norm` is a running mean in float32, one sequence at a time, as in Wanda's published code: near ties are then
@@ -48,6 +48,13 @@ class LayerStats:
         """Add a note for the report, once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def note_zero_inputs(self, zero: Tensor) -> None:
+        """Note how many inputs are always zero, `zero` bool [in], if any."""
+        if count := int(zero.sum()):
+            self.note(
+                f"{count} of {len(zero)} inputs are zero on all calibration text; their weights are removed first"
+            )
 
 
 class _Sum:
@@ -163,17 +170,19 @@ class Collector:
                 raise BillhookError(f"Unknown statistic {name!r}.{known}")
         self.names, self.in_features = names, in_features
         self.tokens = self.sequences = 0
+        self._flat = False  # experts see the tokens of a batch without knowing which sequence each belongs to
         derived = {"input_norm"} if "gram" in names else set()
         self._accumulators = {name: STATISTICS[name](in_features, device) for name in names if name not in derived}
 
     @torch.no_grad()
     def add(self, x: Tensor, dense: Tensor | None = None) -> None:
-        """Add inputs [sequences, tokens, in] (or [tokens, in], one sequence) of any float dtype.
+        """Add inputs [sequences, tokens, in], or [tokens, in] of a whole batch, of any float dtype.
 
         `dense` are the inputs of the same tokens in the dense model, the same inputs by default.
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"inputs {tuple(x.shape)} for a layer with {self.in_features} input features")
+        self._flat = self._flat or x.dim() == 2
         x, other = ((v[None] if v.dim() == 2 else v.flatten(1, -2)).float() for v in (x, x if dense is None else dense))
         if x.numel():
             self.sequences += len(x)
@@ -183,23 +192,30 @@ class Collector:
 
     def merge(self) -> None:
         """Sum over all processes of the run; every process calls this once, at the end."""
-        self.tokens, self.sequences = all_reduce_(torch.tensor([self.tokens, self.sequences])).tolist()
+        counts = all_reduce_(torch.tensor([self.tokens, self.sequences, int(self._flat)]))
+        self.tokens, self.sequences, self._flat = (*counts[:2].tolist(), bool(counts[2]))
         for accumulator in self._accumulators.values():
             accumulator.merge()
 
-    def stats(self, layer: str = "") -> LayerStats:
-        """The statistics so far; raises JobError, naming the layer, when an input was NaN or infinite."""
+    def stats(self, layer: str = "", rows: int | None = None) -> LayerStats:
+        """The statistics so far; raises JobError, naming the layer, when an input was NaN or infinite.
+
+        `rows` counts the sequences of all batches. It replaces the number of calls where inputs were [tokens, in], so
+        that the statistics do not depend on the batch size.
+        """
         values = {name: accumulator.value() for name, accumulator in self._accumulators.items()}
+        sequences = self.sequences if rows is None or not self._flat else rows
         if "gram" in values and "input_norm" in self.names:
-            values["input_norm"] = (values["gram"].diagonal() / max(self.sequences, 1)).sqrt()
+            values["input_norm"] = (values["gram"].diagonal() / max(sequences, 1)).sqrt()
+        elif "input_norm" in values and sequences != self.sequences:
+            values["input_norm"] = values["input_norm"] * (self.sequences / sequences) ** 0.5
         for name, value in values.items():
             if not (value.diagonal() if name in ("gram", "drift") else value).isfinite().all():
                 where = f"{layer}: the" if layer else "The"
-                raise JobError(
-                    f"{where} calibration activations contain NaN or infinity: try --dtype float32, check the weights."
-                )
+                found = f"{where} calibration activations contain NaN or infinity"
+                raise JobError(f"{found}: use --dtype float32, or check the weights.")
         norm, gram = values.get("input_norm"), values.get("gram")
-        return LayerStats(self.tokens, self.sequences, norm, gram, values.get("input_mean"), values.get("drift"))
+        return LayerStats(self.tokens, sequences, norm, gram, values.get("input_mean"), values.get("drift"))
 
 
 class GradientNorm:

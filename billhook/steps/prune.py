@@ -142,8 +142,8 @@ def _run_streamed(
         before = [result for results in partial.state.results for result in results]
         for result in before:
             progress(result.layer)
-        prepared = replace(job, gradients=_stored_gradients(job, partial, progress))
-        results = [*before, *_apply(prepared, progress, note, partial)]
+        job = replace(job, gradients=_stored_gradients(job, partial, progress))
+        results = [*before, *_apply(job, progress, note, partial)]
         made = record(job, results)
         partial.complete(made)
     return results, made

@@ -224,7 +224,7 @@ def test_auto_can_take_part(tokens: torch.Tensor):
     names = [trial.name for trial in found.trials]
     assert names[:2] == ["uniform", "curves"]
     assert len(found.trials) <= 10
-    assert {trial.allocator for trial in found.trials} == {"uniform", "curves", "owl", "atp"}
+    assert {trial.allocator for trial in found.trials} == {"uniform", "curves", "atp"}
 
 
 def test_patterns_and_experts(tokens: torch.Tensor):

@@ -114,14 +114,10 @@ def _unit_diagonal(stats: LayerStats, damping: float, dtype: torch.dtype) -> tup
     diagonal = gram.diagonal()
     dead = diagonal <= 0
     mean = diagonal.sum() / max(int((~dead).sum()), 1)
-    if dead.any():
-        stats.note(
-            f"{int(dead.sum())} of {len(dead)} inputs are zero on all calibration text; their weights are removed first"
-        )
+    stats.note_zero_inputs(dead)
     if 0 < stats.tokens < len(dead):
-        stats.note(
-            f"{stats.tokens} calibration tokens for {len(dead)} inputs: the damping decides what they leave open"
-        )
+        few = f"{stats.tokens} calibration tokens for {len(dead)} inputs"
+        stats.note(f"{few}: the damping decides what they leave open")
     scale = torch.where(dead, 1e-12 * mean.clamp_min(1e-12), diagonal + damping * mean).sqrt()
     H = gram / scale / scale[:, None]
     H.diagonal().fill_(1.0)

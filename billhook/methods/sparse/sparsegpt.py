@@ -74,10 +74,7 @@ def sparsegpt(
     W = shift_to_dense(W, stats, dense_target, damping)
     gram = stats.gram.to(W.dtype)
     dead = gram.diagonal() <= 0
-    if dead.any():
-        stats.note(
-            f"{int(dead.sum())} of {len(dead)} inputs are zero on all calibration text; their weights are removed first"
-        )
+    stats.note_zero_inputs(dead)
     U = inverse_factor(gram, dead, damping, stats)
     group = 1 if select.keep_of is None else select.keep_of[1]
     width = max(block_size // group, 1) * group
