@@ -1,4 +1,4 @@
-"""Models with zeros for the tests of packed directories."""
+"""Models with zeros, made without a criterion."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from billhook import Plan, find_layers
+from billhook.plan.spec import Pattern
+from billhook.store.record import Step, append_step
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
@@ -20,6 +24,27 @@ def prune_at_random(model: Any, sparsity: float = 0.6, negative: bool = False) -
                 gone = torch.rand(weight.shape, generator=random) < sparsity
                 weight.mul_(~gone) if negative else weight.masked_fill_(gone, 0)
     return model
+
+
+def prune_with_record(model, sparsity: float = 0.5, pattern: str = "unstructured") -> dict:
+    """Zero weights of every layer, and return what billhook.json would say."""
+    layers = find_layers(model)
+    plan = Plan.of_sparsities(
+        sparsity, Pattern.parse(pattern), dict.fromkeys((layer.name for layer in layers), sparsity)
+    )
+    facts = {}
+    for layer, zeros in zip(layers, plan.zeros({layer.name: layer.shape for layer in layers}).values(), strict=True):
+        weight = layer.weight
+        order = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(len(facts)))
+        if plan.pattern.of:
+            order = order.view(weight.shape).view(weight.shape[0], -1, plan.pattern.of).argsort(-1).view(weight.shape)
+            weight[order >= plan.pattern.kept(sparsity)] = 0
+        else:
+            weight[(order < zeros).view(weight.shape)] = 0
+        parameter = f"{layer.name}.weight" if layer.expert is None else layer.name.rpartition(".")[0]
+        facts[layer.name] = {"shape": list(layer.shape), "sparsity": sparsity, "zeros": int((weight == 0).sum())}
+        facts[layer.name] |= {"tensor": parameter, "index": layer.expert, "transposed": layer.transposed}
+    return append_step(None, Step("prune", plan.to_json(), {}, {}), facts).to_json()
 
 
 def directory(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:

@@ -1,4 +1,4 @@
-"""Tables for the tests of allocators: every column that one of them reads, with any values."""
+"""Tables for the tests of allocators: every column that one of them reads, with any values; and any json."""
 
 import math
 from random import Random
@@ -6,16 +6,22 @@ from random import Random
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from billhook.errors import BillhookError
 from billhook.plan.allocators import ALLOCATORS
 from billhook.plan.metrics import CURVES
 from billhook.plan.table import Row, Table
 
-relaxed = settings(
-    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
-)  # no time limits: machines are shared
+# no time limits: machines are shared
+relaxed = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 NAMES = ALLOCATORS.names()
 PATTERNS = ("2:4", "1:4", "4:8", "3:8", "5:8")
 TARGETS = st.one_of(st.sampled_from([0.0, 0.01, 0.5, 0.7, 0.99, 1 - 1e-12]), st.floats(0, 1, exclude_max=True))
+NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([10**400, 1e308, -1, 0, True, "nan"]))
+ANYTHING = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=6,
+)
 VALUES = st.one_of(st.floats(1.2, 8.0), st.sampled_from([0.0, 2.0]), st.floats(-1e299, 1e299))
 
 
@@ -38,6 +44,12 @@ def make_table(shapes: list[list[tuple[int, int]]], value) -> Table:
             curves = {column: tuple(sorted(value(column, b, i) for _ in range(5))) for column in of_curves}
             rows.append(Row(f"blocks.{b}.w{i}", b, f"w{i}", shape, metrics, curves))
     return Table(tuple(rows))
+
+
+def short(error: BillhookError) -> None:
+    """One line, no longer than a person reads."""
+    assert "\n" not in str(error)
+    assert len(str(error)) < 400
 
 
 @st.composite

@@ -5,12 +5,11 @@ import ast
 import graphlib
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from interpreter import HEAVY, in_new_interpreter
 
 import billhook
 from billhook.plan.allocators import ALLOCATORS
@@ -23,7 +22,6 @@ FILES = {
     for path in ROOT.rglob("*.py")
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
-HEAVY = {"torch", "transformers", "numpy", "safetensors", "datasets", "tokenizers", "huggingface_hub"}
 PACKAGES = [name for name, path in FILES.items() if path.name == "__init__.py"]
 LIGHT = [
     *PACKAGES,
@@ -38,13 +36,6 @@ COMMANDS = ("prune", "measure", "plan", "eval", "verify", "pack", "unpack", "gen
 HELP_S = 0.75
 LINES_A_FILE, LINES_A_FUNCTION, POSITIONAL = 300, 40, 6
 
-_REPORT = """
-import json, resource, sys
-def report(code):
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    loaded = sorted({name.partition(".")[0] for name in sys.modules})
-    print("REPORT", json.dumps({"loaded": loaded, "code": code, "seconds": usage.ru_utime + usage.ru_stime}))
-"""
 _COMMAND = """
 from billhook.cli import main
 sys.argv[0] = "billhook"
@@ -65,14 +56,6 @@ for command in json.loads(sys.argv[1]):
         assert stop.code == 0, command
 report(0)
 """
-
-
-def in_new_interpreter(code: str, *arguments: str) -> dict:
-    """Run `code` elsewhere: the top-level packages it loaded, its exit code, its CPU seconds and what it printed."""
-    ran = subprocess.run([sys.executable, "-c", _REPORT + code, *arguments], capture_output=True, text=True, timeout=60)
-    text, found, report = ran.stdout.rpartition("REPORT ")
-    assert found, ran.stderr
-    return json.loads(report) | {"text": text, "errors": ran.stderr}
 
 
 def imported(module: str) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_imports import HEAVY, in_new_interpreter
+from interpreter import HEAVY, in_new_interpreter
 from typer.testing import CliRunner
 
 from billhook.cli import app

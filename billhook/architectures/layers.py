@@ -25,7 +25,7 @@ _TOO_SMALL = 8  # rows or columns: the coefficients of a few numbers save nothin
 # Last name components of layers that share the input, and so its statistics, with an earlier layer.
 SHARED_INPUTS = frozenset({"k_proj", "v_proj", "up_proj"})
 
-# Families tested in every release (tests/test_families.py): `config.model_type`.
+# Families tested in every release (tests/architectures/test_families.py): `config.model_type`.
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "stablelm"),
     *("starcoder2", "cohere", "granite", "falcon", "gpt_neox", "gptj", "gpt2", "bloom", "mpt", "opt", "mixtral"),

@@ -131,7 +131,7 @@ def test_weights_that_do_not_fit_the_configuration(place):
             ("measure", "model", "-o", "t.json", "--metrics", "alpha_peek"),
             r"Unknown metric 'alpha_peek'\. Did you mean 'alpha_peak'\? There",
         ),
-        (("measure", "model", "-o", "t.json", "--metrics", ","), "--metrics is empty"),
+        (("measure", "model", "-o", "t.json", "--metrics", ","), "--metrics names none: give one, such as alpha_peak"),
         (("measure", "model", "-o", "t.json", "--metrics", "outlier_ratio:zero", *TEXT), r"outlier_ratio.*zero"),
         (
             (*PRUNE, "--allocator", "alphapruning", "--set", "metric=alpha_pack"),
@@ -216,7 +216,7 @@ def test_sparsity_that_is_no_number(place, sparsity):
 
 
 def test_no_sparsity(place):
-    refused(place, *MAGNITUDE, match=r"Give the fraction to remove: --sparsity 0\.5 removes half")
+    refused(place, *MAGNITUDE, match=r"--sparsity 0\.5 removes half")
 
 
 # Patterns and targets
@@ -345,7 +345,7 @@ def test_a_table_of_another_model(place):
         "wider",
         *MAGNITUDE[2:],
         *command,
-        match=r"not of this model: .*gate_proj is 64 x 32 in the table and 96 x 32 in the model",
+        match=r"not of this model: .*gate_proj.* 64 x 32.* 96 x 32 in the model",
     )
     tiny.save(place / "shallower", tiny.llama(num_hidden_layers=1))
     refused(
@@ -354,10 +354,10 @@ def test_a_table_of_another_model(place):
         "shallower",
         *MAGNITUDE[2:],
         *command,
-        match=r"not of this model: model\.layers\.1.* missing in the model",
+        match=r"not of this model: model\.layers\.1.* is not in the model",
     )
     tiny.save(place / "deeper", tiny.llama(num_hidden_layers=3))
-    refused(place, "prune", "deeper", *MAGNITUDE[2:], *command, match=r"it has no row for model\.layers\.2")
+    refused(place, "prune", "deeper", *MAGNITUDE[2:], *command, match=r"model\.layers\.2")
 
 
 def test_a_table_without_the_column(place):

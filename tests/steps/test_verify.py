@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_save import prune_at_random
+from sparse_models import prune_with_record
 
 from billhook.errors import BillhookError
 from billhook.steps.verify import verify
@@ -25,7 +25,7 @@ LAYER = "model.layers.1.mlp.up_proj"
 def pruned(folder: Path, pattern: str = "unstructured") -> Path:
     source = tiny.save(folder / "source", dtype=torch.bfloat16, shard="60KB")
     model = load_model(source)
-    return save_pruned(model, source, folder / "pruned", record=prune_at_random(model, pattern=pattern)).path
+    return save_pruned(model, source, folder / "pruned", record=prune_with_record(model, pattern=pattern)).path
 
 
 @pytest.fixture(scope="module")

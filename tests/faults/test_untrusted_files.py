@@ -15,6 +15,7 @@ import pytest
 import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paths import TESTS
 
 from billhook import Plan, Table, prune
 from billhook.engine.gradient_file import open_gradients
@@ -250,10 +251,10 @@ import sys
 sys.path[:0] = {paths!r}
 import atheris
 with atheris.instrument_imports(include=["billhook"]):
-    import test_strangers
+    import test_untrusted_files
 from pathlib import Path
 def one(data):
-    test_strangers.refused_or_read({name!r}, Path({folder!r}), data)
+    test_untrusted_files.refused_or_read({name!r}, Path({folder!r}), data)
 atheris.Setup([sys.argv[0], "-runs=2000", "-max_len=400", "-seed=1", {corpus!r}], one)
 atheris.Fuzz()
 """
@@ -272,8 +273,7 @@ def test_fuzzing_guided_by_coverage(name, pruned, tmp_path):
     (corpus / "shard").write_bytes(
         bytes([51]) + bytes(7) + b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' + bytes(4)
     )
-    here = Path(__file__).parent
-    code = FUZZ.format(paths=[str(here), str(here.parent)], name=name, folder=str(folder), corpus=str(corpus))
+    code = FUZZ.format(paths=[str(TESTS), str(TESTS / "faults")], name=name, folder=str(folder), corpus=str(corpus))
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "Done 2000 runs" in ran.stderr

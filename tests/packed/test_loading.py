@@ -19,6 +19,7 @@ import torch
 from command import billhook as command
 from command import done
 from families import CONFIGS, build
+from paths import ROOT
 from sparse_models import prune_at_random
 from torch import nn
 
@@ -26,7 +27,6 @@ import billhook
 from billhook import BillhookError, load, load_model, pack
 from billhook.runtime.linear import SparseLinear
 
-ROOT = Path(__file__).resolve().parents[1]
 DENSE = {"mixtral": 16, "qwen3_moe": 16, "gpt_oss": 16}  # layers that stay packed where experts are expanded
 
 

@@ -12,43 +12,19 @@ import tiny
 import torch
 from families import CONFIGS, build
 from safetensors.torch import load_file, save_file
+from sparse_models import prune_with_record
 from transformers import AutoModelForCausalLM
 
 import billhook
 import billhook.store.directory as save
 import billhook.store.sinks as sinks
-from billhook.architectures.layers import find_layers
 from billhook.errors import BillhookError, JobError
-from billhook.plan.plan import Plan
-from billhook.plan.spec import Pattern
 from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_tokenizer, quiet
 from billhook.store.directory import save_pruned
 from billhook.store.output import check_output
-from billhook.store.record import Step, append_step
 from billhook.store.shards import INDEX
 from billhook.tasks.opening import load_model
-
-
-def prune_at_random(model, sparsity: float = 0.5, pattern: str = "unstructured") -> dict:
-    """Zero weights of every layer, and return what billhook.json would say."""
-    layers = find_layers(model)
-    plan = Plan.of_sparsities(
-        sparsity, Pattern.parse(pattern), dict.fromkeys((layer.name for layer in layers), sparsity)
-    )
-    facts = {}
-    for layer, zeros in zip(layers, plan.zeros({layer.name: layer.shape for layer in layers}).values(), strict=True):
-        weight = layer.weight
-        order = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(len(facts)))
-        if plan.pattern.of:
-            order = order.view(weight.shape).view(weight.shape[0], -1, plan.pattern.of).argsort(-1).view(weight.shape)
-            weight[order >= plan.pattern.kept(sparsity)] = 0
-        else:
-            weight[(order < zeros).view(weight.shape)] = 0
-        parameter = f"{layer.name}.weight" if layer.expert is None else layer.name.rpartition(".")[0]
-        facts[layer.name] = {"shape": list(layer.shape), "sparsity": sparsity, "zeros": int((weight == 0).sum())}
-        facts[layer.name] |= {"tensor": parameter, "index": layer.expert, "transposed": layer.transposed}
-    return append_step(None, Step("prune", plan.to_json(), {}, {}), facts).to_json()
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -70,7 +46,7 @@ def test_every_family_comes_back_byte_for_byte_and_pruned_with_the_same_logits(f
     saved = save_pruned(model, tmp_path / "model", tmp_path / "same")
     assert saved.note is None
     assert contents(tmp_path / "same") == contents(tmp_path / "model")
-    record = prune_at_random(model)
+    record = prune_with_record(model)
     saved = save_pruned(model, tmp_path / "model", tmp_path / "pruned", record=record)
     assert saved.note is None
     assert not verify(tmp_path / "pruned").problems
@@ -98,7 +74,7 @@ def test_names_without_the_prefix_of_the_model_stay_without_it(family, tmp_path)
     weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
     model = load_model(tmp_path / "model")
-    record = prune_at_random(model)
+    record = prune_with_record(model)
     assert save_pruned(model, tmp_path / "model", tmp_path / "out", record=record).note is None
     assert load_file(tmp_path / "out/model.safetensors").keys() == weights.keys()
     assert verify(tmp_path / "out").ok
@@ -116,7 +92,7 @@ def test_tensors_that_the_model_does_not_have_are_kept(tmp_path):
 def test_a_layout_that_cannot_be_kept_is_replaced_and_said(tmp_path, monkeypatch):
     source = tiny.save(tmp_path / "model", dtype=torch.bfloat16, shard="60KB")
     model = load_model(source, dtype="float32")
-    record = prune_at_random(model)
+    record = prune_with_record(model)
     monkeypatch.setattr("billhook.store.sinks.SameLayout.mismatch", lambda sink: "made up")
     saved = save_pruned(model, source, tmp_path / "out", record=record)
     assert "made up" in saved.note
@@ -131,7 +107,7 @@ def test_a_layout_that_cannot_be_kept_is_replaced_and_said(tmp_path, monkeypatch
 
 def test_a_model_built_in_memory_has_no_source(tmp_path):
     model = tiny.mixtral()
-    record = prune_at_random(model)
+    record = prune_with_record(model)
     saved = save_pruned(model, None, tmp_path / "out", record=record)
     assert saved.note is None
     assert verify(tmp_path / "out").ok
@@ -250,7 +226,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 )
 def test_a_failure_anywhere_leaves_nothing(source, tmp_path, monkeypatch, where, error):
     model = load_model(source)
-    record = prune_at_random(model)
+    record = prune_with_record(model)
     module, name, after = where
     fail_at(monkeypatch, module, name, error, after)
     expected = JobError if error is FULL else type(error)
@@ -314,7 +290,7 @@ def test_values_beyond_the_dtype_on_disk_are_an_error(tmp_path):
 def test_weights_that_become_zero_on_disk_are_counted_and_noted(tmp_path):
     source = tiny.save(tmp_path / "model", dtype=torch.float16)
     model = load_model(source, dtype="float32")
-    record = prune_at_random(model)
+    record = prune_with_record(model)
     name = "model.layers.1.mlp.up_proj"
     weight = model.get_submodule(name).weight.detach()
     row, column = weight.nonzero()[0].tolist()
@@ -328,7 +304,7 @@ def test_weights_that_become_zero_on_disk_are_counted_and_noted(tmp_path):
 
 def test_zeros_that_did_not_reach_the_disk_are_an_error(source, tmp_path):
     model = load_model(source)
-    record = prune_at_random(model)
+    record = prune_with_record(model)
     record["layers"]["model.layers.0.mlp.up_proj"]["zeros"] += 1
     with pytest.raises(
         JobError, match=r"model.layers.0.mlp.up_proj has 1024 zeros in the files written where the model has 1025"
@@ -340,7 +316,7 @@ def test_zeros_that_did_not_reach_the_disk_are_an_error(source, tmp_path):
 def test_experts_are_found_on_disk_piece_by_piece(tmp_path):
     source = tiny.save(tmp_path / "model", tiny.mixtral())
     model = load_model(source)
-    out = save_pruned(model, source, tmp_path / "out", record=prune_at_random(model, pattern="2:4")).path
+    out = save_pruned(model, source, tmp_path / "out", record=prune_with_record(model, pattern="2:4")).path
     layers = json.loads((out / "billhook.json").read_text())["layers"]
     pieces = layers["model.layers.1.mlp.experts.gate_up_proj.3"]["pieces"]
     assert [piece["tensor"].rpartition("experts.")[2] for piece in pieces] == ["3.w1.weight", "3.w3.weight"]

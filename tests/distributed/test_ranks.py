@@ -21,6 +21,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
+from paths import TESTS
 from safetensors.torch import load_file
 
 from billhook.cli import main
@@ -311,8 +312,8 @@ def test_a_process_that_fails_ends_those_that_wait_for_something_else_with_its_r
 
 
 def test_torchrun_names_the_lost_process(place):
-    here = str(Path(__file__).parent)
-    code = f"import sys; sys.path.insert(0, {here!r}); import test_ranks as t; t.in_block_one(1, t.die)(); t.main()"
+    paths = [str(TESTS), str(TESTS / "distributed")]
+    code = f"import sys; sys.path[:0] = {paths}; import test_ranks as t; t.in_block_one(1, t.die)(); t.main()"
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     ran = subprocess.run(
         [*start, sys.executable, "-c", code, *PRUNE, "-o", "lost"],

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from families import build
+from paths import DATA
 from safetensors.torch import load_file, save_file
 
 from billhook import pack, prune, unpack, verify
@@ -19,7 +20,7 @@ from billhook.store.files import sha256, write_json
 from billhook.store.layout import CARD, PAGE, RECORD
 from billhook.store.record import REFILLED, Step, append_step, history, read_record, weights_digest
 
-VERSION_1 = Path(__file__).parent / "version_1"
+VERSION_1 = DATA / "version_1"
 MLP = ["re:.*mlp.*"]
 UP, Q = "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"
 

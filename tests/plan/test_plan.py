@@ -3,12 +3,12 @@ is one clear error."""
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_table import ANYTHING, short
+from paths import DATA
+from tables import ANYTHING, short
 
 import billhook
 from billhook.errors import BillhookError
@@ -16,7 +16,7 @@ from billhook.plan.plan import Budget, Plan, load_plan
 from billhook.plan.spec import Pattern, Spec
 
 relaxed = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-VERSION_1 = Path(__file__).parent / "version_1"
+VERSION_1 = DATA / "version_1"
 SHAPES = {"a": (4, 8), "b": (6, 8)}
 FILE = {
     "version": 2,

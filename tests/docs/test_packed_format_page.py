@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from command import done
-from test_docs import MODEL, check_fields
+from documentation import check_fields
+from paths import DEMO
 
 pytestmark = pytest.mark.slow
 
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    done("prune", MODEL, "--sparsity", 0.6, "--criterion", "magnitude", "-o", folder / "pruned")
+    done("prune", DEMO, "--sparsity", 0.6, "--criterion", "magnitude", "-o", folder / "pruned")
     return folder
 
 

@@ -7,18 +7,13 @@ import math
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tables import ANYTHING, short
 
 from billhook.errors import BillhookError
 from billhook.plan.allocators import ALLOCATORS, allocate
 from billhook.plan.table import Row, Table
 
 relaxed = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([10**400, 1e308, -1, 0, True, "nan"]))
-ANYTHING = st.recursive(
-    st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=5)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
-    max_leaves=6,
-)
 LINE = {"layer": "w", "block": 0, "kind": "w", "shape": [4, 8], "metrics": {"alpha_peak": 2.0}}
 FILE = {
     "version": 1,
@@ -26,12 +21,6 @@ FILE = {
     "made_by": {"metrics": ["alpha_peak"]},
     "rows": [LINE, LINE | {"layer": "v", "block": 1}],
 }
-
-
-def short(error: BillhookError) -> None:
-    """One line, no longer than a person reads."""
-    assert "\n" not in str(error)
-    assert len(str(error)) < 400
 
 
 @relaxed

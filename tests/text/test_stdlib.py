@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import DEMO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from billhook.errors import BillhookError
 from billhook.text.stdlib import HELD_OUT, documents
 
-DEMO = Path(__file__).resolve().parents[1] / "billhook" / "demo_model"
 LIMIT_BYTES = 12_000_000
 
 

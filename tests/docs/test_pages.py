@@ -4,7 +4,7 @@ order of the page.
 A comment before a block says what becomes of it: `<!-- run: sh -->`, `<!-- run: python -->`, or `<!-- not run: REASON
 -->`; blocks that other tests read have marks of their own. The folder holds the bundled model and what the pages call
 MODEL (a tiny model), `text.txt` and `other-text.txt`. The examples of docs/cli.md, which are alternatives to each
-other, are parsed by test_cli instead.
+other, are parsed by cli/test_commands.py instead.
 """
 
 import re
@@ -15,14 +15,20 @@ from typing import NamedTuple
 import pytest
 import tiny
 from command import done
-from test_docs import PAGES, ROOT
+from documentation import PAGES
+from paths import ROOT
 
-MODEL = ROOT / "billhook" / "demo_model"
 GENERATED = {"cli.md"}
-ELSEWHERE = {"allocator", "criterion", "task", "sink", "with the plugin"}  # `run:` marks of blocks that test_docs runs
+ELSEWHERE = {
+    "allocator",
+    "criterion",
+    "task",
+    "sink",
+    "with the plugin",
+}  # `run:` marks of blocks that test_examples runs
 NOT_RUN = {
     ("README.md", "installs and tests the package"),
-    ("README.md", "starts processes; tests/test_ranks.py does"),
+    ("README.md", "starts processes; tests/distributed/test_ranks.py does"),
     ("CONTRIBUTING.md", "installs and tests the package"),
     ("first_run.md", "takes a minute; the demo is a target of its own, make demo"),
     ("own_model.md", "reads corpora from the network"),
@@ -62,14 +68,11 @@ def with_runs() -> list[Path]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "billhook").mkdir()
-    (tmp_path / "billhook" / "demo_model").symlink_to(MODEL)
-    tiny.save(tmp_path / "MODEL", tiny.llama(num_hidden_layers=2))
-    tiny.text_file(tmp_path / "text.txt", 300)
-    tiny.text_file(tmp_path / "other-text.txt", 40)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def folder(playground: Path) -> Path:
+    tiny.save(playground / "MODEL", tiny.llama(num_hidden_layers=2))
+    tiny.text_file(playground / "text.txt", 300)
+    tiny.text_file(playground / "other-text.txt", 40)
+    return playground
 
 
 def run_commands(code: str) -> None:
@@ -106,3 +109,23 @@ def test_every_block_runs_or_says_why_not() -> None:
             else:
                 assert what == language or what in ELSEWHERE, f"{page.name}: {what} is not the language of\n{code}"
     assert reasons == NOT_RUN
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_inside_the_repository_resolve(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{page.name}: {target} leads nowhere"
+        if anchor:
+            assert anchor in anchors(path), f"{page.name}: {target} has no such heading"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors GitHub gives to the headings of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", heading).lower()).replace(" ", "-") for heading in headings}

@@ -13,6 +13,7 @@ import torch
 from command import listing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paths import DATA
 from safetensors.torch import save_file
 from sparse_models import directory, prune_at_random, sparse
 from tiny import llama, save
@@ -23,7 +24,6 @@ from billhook.packed.generation import generate
 from billhook.store.layout import PACKED
 
 SHARD = "model.packed.safetensors"
-DATA = Path(__file__).parent / "data"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import billhook, done, listing, refused
+from paths import TESTS
 
 import billhook.store.sinks as sinks
 from billhook.engine.loop import _Pruning
@@ -268,8 +269,9 @@ def test_one_ctrl_c_finishes_the_block_and_says_how_to_go_on(place):
 @pytest.mark.slow
 def test_ctrl_c_from_a_shell(place):
     before = listing(place)
-    paths = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
-    code = f"{paths}\nimport test_failures\nfrom billhook.cli import main\ntest_failures.stop_after('pruning')\nmain()"
+    paths = [str(TESTS), str(TESTS / "cli")]
+    code = f"import sys; sys.path[:0] = {paths}\nimport test_failures\nfrom billhook.cli import main\n"
+    code += "test_failures.stop_after('pruning')\nmain()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *PRUNE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

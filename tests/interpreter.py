@@ -1,0 +1,22 @@
+"""Code in a new interpreter, to see what it loads."""
+
+import json
+import subprocess
+import sys
+
+HEAVY = {"torch", "transformers", "numpy", "safetensors", "datasets", "tokenizers", "huggingface_hub"}
+_REPORT = """
+import json, resource, sys
+def report(code):
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    loaded = sorted({name.partition(".")[0] for name in sys.modules})
+    print("REPORT", json.dumps({"loaded": loaded, "code": code, "seconds": usage.ru_utime + usage.ru_stime}))
+"""
+
+
+def in_new_interpreter(code: str, *arguments: str) -> dict:
+    """Run `code` elsewhere: the top-level packages it loaded, its exit code, its CPU seconds and what it printed."""
+    ran = subprocess.run([sys.executable, "-c", _REPORT + code, *arguments], capture_output=True, text=True, timeout=60)
+    text, found, report = ran.stdout.rpartition("REPORT ")
+    assert found, ran.stderr
+    return json.loads(report) | {"text": text, "errors": ran.stderr}
