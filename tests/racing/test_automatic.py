@@ -29,7 +29,6 @@ from billhook.racing.hyperparameters import COARSE, MIDPOINTS
 from billhook.racing.race import Problem
 from billhook.steps.prune import prepare
 from billhook.steps.request import Request, open_request
-from billhook.tasks.text_generation import TASK
 from billhook.trials.attribution import FLOOR
 from billhook.trials.heldout import split_samples
 from billhook.trials.trials import TrialRunner
@@ -119,7 +118,7 @@ def runner() -> Iterator[TrialRunner]:
     """A model pruned to half by Wanda."""
     model, method = tiny.llama(), Method("wanda", {})
     with TrialRunner(
-        model, TASK, find_layers(model), [{"input_ids": text(8)}], {"input_ids": text(16)[8:]}, method
+        model, find_layers(model), [{"input_ids": text(8)}], {"input_ids": text(16)[8:]}, method
     ) as runner:
         runner.prune(allocate(measure(model, []), 0.5))
         yield runner
@@ -185,7 +184,7 @@ def divergence(plan: Plan, request: Request) -> float:
     assert plan.made_by["racing"]["heldout"] == split.facts["heldout"]
     options = {**cheaper(request.criterion, opened.layers), **{k: v for k, v in request.options.items() if v != "auto"}}
     method = Method(request.criterion, CRITERIA.configure(request.criterion, options))
-    args = opened.model, opened.task, opened.layers, split.batches, split.heldout, method
+    args = opened.model, opened.layers, split.batches, split.heldout, method
     with TrialRunner(*args) as runner:
         runner.prune(plan)
         return statistics.fmean(runner.losses(0, rows_of(split.heldout)).kl)

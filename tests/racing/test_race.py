@@ -25,7 +25,6 @@ from billhook.racing.hyperparameters import ALL, COARSE, HYPERPARAMETERS, MIDPOI
 from billhook.racing.race import Budget, Problem, Race, Trial, paired_difference
 from billhook.racing.record import SearchRecord
 from billhook.tasks.base import Samples
-from billhook.tasks.text_generation import TASK
 from billhook.text.windows import digest
 from billhook.trials.heldout import split_samples
 from billhook.trials.trials import Losses, TrialRunner
@@ -154,7 +153,7 @@ def test_differences_are_paired():
 
 def test_losses_of_the_dense_model_and_of_a_pruned_one(tokens: torch.Tensor):
     model, split = llama(), split_of(tokens)
-    with TrialRunner(model, TASK, find_layers(model), split.batches, split.heldout, Method("wanda", {})) as runner:
+    with TrialRunner(model, find_layers(model), split.batches, split.heldout, Method("wanda", {})) as runner:
         losses = runner.losses(0, 6)
         assert max(map(abs, losses.kl)) < 1e-5
         logits = model(split.heldout["input_ids"][:1]).logits[0, :-1].detach()
@@ -244,7 +243,7 @@ def test_never_worse_than_uniform_and_a_trial_is_a_plain_run(objective: str, tok
         assert complete[0].name == "uniform"
         assert found.best.loss(name) == min(trial.loss(name) for trial in complete)
     split, model = split_of(tokens, seed), llama(seed)
-    with TrialRunner(model, TASK, find_layers(model), split.batches, split.heldout, Method("wanda", {})) as runner:
+    with TrialRunner(model, find_layers(model), split.batches, split.heldout, Method("wanda", {})) as runner:
         prune_(model, found.plan, batches=split.batches)
         assert runner.losses(0, 6).kl == pytest.approx(found.best.kl, rel=1e-5)
 
