@@ -149,7 +149,7 @@ assert not any(name.startswith("billhook") for name in sys.modules)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_output_loads_where_billhook_is_not(place, pruned, tmp_path):
     prune(place, tmp_path / "experts", model="experts")
     folders = [str(pruned), str(tmp_path / "experts")]
@@ -176,7 +176,7 @@ def test_the_logits_on_disk_are_those_in_memory(place, tmp_path):
 
 def fast_for(chosen: tuple[str, ...], *more: str) -> list:
     """Every criterion, with `more` arguments; the fast suite runs the `chosen` ones."""
-    return [pytest.param(x, *more, marks=[] if x in chosen else [pytest.mark.slow]) for x in CRITERIA.names()]
+    return [pytest.param(x, *more, marks=[] if x in chosen else [pytest.mark.nightly]) for x in CRITERIA.names()]
 
 
 @pytest.mark.parametrize(

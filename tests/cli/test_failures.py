@@ -266,7 +266,7 @@ def test_one_ctrl_c_finishes_the_block_and_says_how_to_go_on(place):
     assert {name: data for name, data in listing(place / "pruned").items() if name in whole} == whole
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ctrl_c_from_a_shell(place):
     before = listing(place)
     paths = [str(TESTS), str(TESTS / "cli")]

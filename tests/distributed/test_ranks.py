@@ -30,7 +30,7 @@ from billhook.engine import streaming
 from billhook.steps import partial_output as unfinished
 from billhook.steps.verify import verify
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+pytestmark = [pytest.mark.nightly, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 TEXT = ("--calibration", "text.txt", "--samples", "8", "--length", "32", "--batch-size", "2")
 PRUNE = ("prune", "model", "--sparsity", "0.5", *TEXT)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CONFIGS, VOCABULARY, build
+from families import FAMILIES, VOCABULARY, build
 from safetensors.torch import load_file, save_file
 from tiny import llama, save
 from transformers import PreTrainedModel
@@ -67,7 +67,7 @@ def slow(statistic: str, gradients: list[Tensor]) -> Tensor:
     return total.sqrt().to(half).float()
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_equal_to_a_whole_backward_pass(family: str, tmp_path: Path) -> None:
     model, ids = build(family), batches()
     plain = each_gradient(model, ids)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from families import CONFIGS, VOCABULARY, build
+from families import FAMILIES, VOCABULARY, build
 
 from billhook import find_layers, measure, prune, prune_
 from billhook.engine.activation_store import ActivationStore
@@ -54,7 +54,7 @@ def same(streamed: Path, reference: Path) -> None:
     assert verify(streamed).ok
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def source(request, tmp_path_factory) -> Path:
     with quiet():
         path = tmp_path_factory.mktemp(request.param) / "model"
@@ -63,7 +63,7 @@ def source(request, tmp_path_factory) -> Path:
 
 
 ALSO = [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("magnitude", "sparsegpt")
+    pytest.param(name, marks=pytest.mark.nightly) for name in ("magnitude", "sparsegpt")
 ]  # with one family in the fast suite, below
 
 

@@ -238,7 +238,7 @@ def lm_eval_task(folder, file) -> str:
     return str(folder / "mine.yaml")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_items_give_the_same_accuracy_through_lm_eval(tmp_path, item_file, monkeypatch):
     pytest.importorskip("lm_eval")
     datasets = pytest.importorskip("datasets")
@@ -252,7 +252,7 @@ def test_items_give_the_same_accuracy_through_lm_eval(tmp_path, item_file, monke
     assert theirs["few_shot"] == "0-shot"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_real_items_give_the_same_accuracy_through_lm_eval(tmp_path, shared, monkeypatch):
     pytest.importorskip("lm_eval")
     datasets = pytest.importorskip("datasets")
@@ -322,7 +322,7 @@ def test_bad_questions_are_answered_in_a_line(options, message, tmp_path, item_f
     assert message in ran.err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_unknown_tasks_and_tasks_without_network(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     directory = tiny.save(tmp_path / "model")

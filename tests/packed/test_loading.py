@@ -18,7 +18,7 @@ import tiny
 import torch
 from command import billhook as command
 from command import done
-from families import CONFIGS, build
+from families import FAMILIES, build
 from paths import ROOT
 from sparse_models import prune_at_random
 from torch import nn
@@ -39,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gives_the_logits_of_the_dense_model(family: str, tmp_path: Path) -> None:
     model = prune_at_random(build(family))
     model.save_pretrained(tmp_path / "dense")
@@ -237,7 +237,7 @@ def test_generate_prints_what_the_model_says(place: Path, stream: bool) -> None:
         (("bench", "packed", "--prompt", "0"), "must be at least 1"),
         (("bench", "packed", "--picture", "x.svg"), "needs --against"),
         pytest.param(
-            ("bench", "packed", "--prompt", "500"), "do not fit the model's context", marks=pytest.mark.slow
+            ("bench", "packed", "--prompt", "500"), "do not fit the model's context", marks=pytest.mark.nightly
         ),  # starts a process
         (("unpack", "dense", "-o", "out"), "dense is not a packed model"),
         (("pack", "dense", "-o", "packed"), "exists and is not empty"),
@@ -281,7 +281,7 @@ def test_lm_eval(place: Path) -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_server_of_the_examples_answers(place: Path) -> None:
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")

@@ -96,7 +96,7 @@ def check_product(W: Tensor, dtype: torch.dtype) -> None:
 def one_of_each(dtype: torch.dtype, shape: tuple[int, int]) -> object:
     """A case of the fast suite where all shapes have one dtype, or all dtypes one shape; the others are slow."""
     slow = dtype != torch.bfloat16 and shape != (9, 300)
-    return pytest.param(dtype, shape, id=f"{dtype}-{shape}", marks=[pytest.mark.slow] if slow else [])
+    return pytest.param(dtype, shape, id=f"{dtype}-{shape}", marks=[pytest.mark.nightly] if slow else [])
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [one_of_each(d, s) for d in FLOATS for s in ((5, 7), (9, 300), (6, 513))])
@@ -109,7 +109,7 @@ def test_kernels_agree_on_dense_thin_and_empty_layers(triton: None, sparsity: fl
     check_product(pruned(7, 290, sparsity, torch.float16), torch.float16)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_kernels_agree_on_a_layer_of_several_programs(triton: None):
     check_product(pruned(66, 800, 0.7, torch.bfloat16), torch.bfloat16)
 
@@ -247,7 +247,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch):
         assert "no CUDA device" in str(gpu.missing("cuda"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_engine_imports_without_triton():
     code = WITHOUT_TRITON + "import torch; from billhook.runtime import gpu; print(gpu.missing('cpu'))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -255,7 +255,7 @@ def test_the_engine_imports_without_triton():
     assert ran.stdout.startswith("Triton is not installed")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_op_behaves_under_compile():
     W = pruned(6, 270, 0.5, torch.float32)
     layer, x = layer_of(W), torch.randn(1, 270, device=DEVICE)
@@ -311,7 +311,7 @@ for capability in (80, 90):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_kernels_compile_for_cards_without_one():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton")

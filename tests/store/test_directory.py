@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from families import CONFIGS, build
+from families import FAMILIES, build
 from safetensors.torch import load_file, save_file
 from sparse_models import prune_with_record
 from transformers import AutoModelForCausalLM
@@ -36,7 +36,7 @@ def source(tmp_path_factory) -> Path:
     return tiny.save(tmp_path_factory.mktemp("source") / "model", dtype=torch.bfloat16, shard="60KB")
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_comes_back_byte_for_byte_and_pruned_with_the_same_logits(family, tmp_path):
     with quiet():
         build(family).to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="60KB")
