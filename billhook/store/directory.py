@@ -109,6 +109,9 @@ def checksums(directory: Path) -> dict[str, str]:
 
 
 def _is_copied(path: Path) -> bool:
-    """Whether a file of the source is neither weights nor a record of an earlier run; `path` is relative."""
-    weights = path.suffix in WEIGHTS or path.name.endswith(".index.json")
+    """Whether a file of the source is copied: neither weights nor a record of an earlier run; `path` is relative.
+
+    Nor is adapter_config.json, with which `transformers` would look for adapter weights.
+    """
+    weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name == "adapter_config.json"
     return not (weights or path.name.startswith(".") or path.name in (RECORD, UNFINISHED, REPORT, PAGE))

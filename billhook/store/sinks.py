@@ -19,7 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import quiet
-from billhook.store.files import digest_ranges, fsync
+from billhook.store.files import digest_ranges, fsync, read_json, write_json
 from billhook.store.locate import to_disk
 from billhook.store.shards import INDEX, Entry, Shard, lay_out, put, read_shard, weight_files
 from billhook.store.tensor_bytes import DTYPES, tensor_bytes
@@ -58,6 +58,10 @@ class SameLayout:
             fsync(folder / shard.path.name)
         if (self.source / INDEX).is_file():
             shutil.copyfile(self.source / INDEX, folder / INDEX)
+            index = read_json(folder / INDEX, "safetensors index")
+            if "metadata" not in index:  # `transformers` cannot open a directory without it
+                size = sum(entry.stop - entry.start for entry in self.entries.values())
+                write_json(folder / INDEX, {"metadata": {"total_size": size}, **index})
 
     def begun(self, folder: Path) -> bool:
         """Whether `folder` holds all files with the headers that `begin` writes."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from billhook.errors import BillhookError
+from billhook.text.rows import checked, warn_of_nulls
 from billhook.text.stdlib import documents as stdlib_documents
 
 Purpose = Literal["calibration", "evaluation"]
@@ -86,7 +87,8 @@ def _read(path: Path) -> str:
 
 
 def _jsonl(path: Path) -> list[str]:
-    found = []
+    """The documents of a file of json lines; a null `text` is skipped."""
+    found, nulls = [], 0
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -94,11 +96,16 @@ def _jsonl(path: Path) -> list[str]:
             item = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise BillhookError(f"{path}, line {number} is not valid json ({error}).") from None
-        if not isinstance(item, dict) or not isinstance(item.get("text"), str):
+        if not isinstance(item, dict) or "text" not in item:
             form = 'every line must be an object like {"text": "..."}'
             raise BillhookError(f"{path}, line {number} has no field `text`: {form}.")
+        if item["text"] is None:
+            nulls += 1
+            continue
         # half of a surrogate pair is legal json, but tokenizers refuse it
-        found.append(item["text"].encode("utf-8", "replace").decode("utf-8"))
+        text = checked(item["text"], f"{path}, line {number}")
+        found.append(text.encode("utf-8", "replace").decode("utf-8"))
+    warn_of_nulls(nulls, str(path))
     if not any(text.strip() for text in found):
         raise BillhookError(f"{path} is empty: give a text with something in it.")
     return found

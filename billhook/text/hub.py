@@ -5,11 +5,12 @@ exists), WikiText-2 as `Salesforce/wikitext`, `wikitext-2-raw-v1`, the Penn Tree
 loading script is no longer supported). `datasets` is imported only here, when it is needed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
 from billhook.errors import BillhookError
+from billhook.text.rows import checked, warn_of_nulls
 
 C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 PTB_FILES = {split: f"penn_treebank/{split}/*.parquet" for split in ("train", "validation", "test")}
@@ -95,4 +96,27 @@ def hub_documents(source: str, purpose: str, stream: bool) -> Iterable[str]:
             datasets.enable_progress_bars()
     if request.field not in columns:
         raise BillhookError(f"{source} has no field `{request.field}`; it has {', '.join(columns) or 'nothing'}.")
-    return (item[request.field] for item in loaded) if stream else _Column(loaded, request.field)
+    return _streamed(loaded, request.field, source) if stream else _column(loaded, request.field, source)
+
+
+def _streamed(loaded: Iterable[dict[str, Any]], field: str, source: str) -> Iterator[str]:
+    """The documents of a streamed dataset; null is skipped, and the skipped rows are counted at the end."""
+    nulls = 0
+    try:
+        for number, row in enumerate(loaded, start=1):
+            if row[field] is None:
+                nulls += 1
+            else:
+                yield checked(row[field], f"{source}, row {number}")
+    finally:
+        warn_of_nulls(nulls, source)
+
+
+def _column(loaded: Any, field: str, source: str) -> "_Column":
+    """The documents of a dataset on disk, without the rows whose text is null."""
+    if nulls := loaded.data.column(field).null_count:
+        warn_of_nulls(nulls, source)
+        loaded = loaded.select([number for number, text in enumerate(loaded[field]) if text is not None])
+    if len(loaded):
+        checked(loaded[0][field], f"{source}, row 1")  # all rows of a column are of one type
+    return _Column(loaded, field)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sparse_models import prune_with_record
 from transformers import AutoModelForCausalLM
 
+import billhook
 import billhook.store.directory as save
 import billhook.store.sinks as sinks
 from billhook.errors import BillhookError, JobError
@@ -22,6 +23,7 @@ from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_tokenizer, quiet
 from billhook.store.directory import save_pruned
 from billhook.store.output import check_output
+from billhook.store.shards import INDEX
 from billhook.tasks.opening import load_model
 
 
@@ -323,3 +325,16 @@ def test_experts_are_found_on_disk_piece_by_piece(tmp_path):
         == "model.layers.1.block_sparse_moe.experts.2.w2.weight"
     )
     assert verify(out).ok
+
+
+def test_side_files_that_would_keep_the_output_from_opening(tmp_path: Path):
+    source, output = tmp_path / "source", tmp_path / "output"
+    tiny.llama().save_pretrained(source, max_shard_size="50kB")
+    index = json.loads((source / INDEX).read_text())
+    del index["metadata"]
+    (source / INDEX).write_text(json.dumps(index))
+    (source / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}')
+    billhook.prune(source, sparsity=0.5, criterion="magnitude", output=output)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert sum(int((p == 0).sum()) for p in model.parameters()) > 0
+    assert not (output / "adapter_config.json").exists()
