@@ -16,16 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import billhook, done, listing, refused
+from command import PRUNE, billhook, done, listing, refused
 from paths import TESTS
 
 import billhook.store.sinks as sinks
 from billhook.engine.loop import _Pruning
 from billhook.errors import out_of_memory
-
-TEXT = ("--calibration", "text.txt", "--samples", "4", "--length", "32")
-PRUNE = ("prune", "model", "--output", "pruned", "--sparsity", "0.5", *TEXT)
-
 
 # Output
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from command import contents
 from families import FAMILIES, VOCABULARY, build
 
 from billhook import find_layers, measure, prune, prune_
@@ -22,12 +23,6 @@ from billhook.store.directory import save_pruned
 from billhook.tasks.opening import load_model
 
 IDS = torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
-    }
 
 
 def in_memory(source: Path, output: Path, **fields) -> Path:

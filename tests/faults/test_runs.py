@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from command import contents
 from trial import (
     GBLM,
     MAGNITUDE,
     SPARSEGPT,
     Operations,
     broken,
-    contents,
     continued,
     full,
     kill,
