@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from billhook import Plan, Table, allocate, evaluate, find_layers, load_model, load_windows, measure, prune_
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 MODELS = ["stories260k", "babyllama-105", "c4gut-llama-12x128", "c4gut-llama-8x128"]
 TIES_A_MILLION = 20

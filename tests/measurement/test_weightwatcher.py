@@ -44,7 +44,7 @@ def analyzed(weights: list[Tensor]) -> list[dict[str, float]]:
     return found.to_dict("records")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_metrics_are_weightwatchers() -> None:
     weights = [heavy(*shape) for shape in SHAPES]
     for W, theirs in zip(weights, analyzed(weights), strict=True):
@@ -64,7 +64,7 @@ def test_soft_rank_is_weightwatchers_at_the_variance_of_all_weights(shape: tuple
     assert spectral_metrics(W, ["mp_softrank"])["mp_softrank"] == pytest.approx(float(theirs), rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_soft_rank_and_distance_to_noise_put_matrices_in_the_same_order() -> None:
     weights = [heavy(64, 64, strength) for strength in (0.3, 0.6, 0.9)]
     ours = [spectral_metrics(W, ["mp_softrank", "randomized_distance"]) for W in weights]
