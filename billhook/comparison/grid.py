@@ -173,7 +173,7 @@ class _Runner:
             assert opened.samples is not None
             problem = Problem(table, cell.sparsity, cell.pattern)
             drawn: dict[str, Any] = {"batch_size": rows_of(opened.batches[0]), "seed": cell.seed}
-            return choose(opened.model, opened.task, opened.layers, opened.samples, problem, method, **drawn)
+            return choose(opened.model, opened.layers, opened.samples, problem, method, **drawn)
         options = self.grid.configure(ALLOCATORS, cell.allocator)
         return allocate(table, cell.sparsity, allocator=cell.allocator, pattern=cell.pattern, **options)
 

@@ -29,7 +29,6 @@ from billhook.plan.metrics import fact
 from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern
 from billhook.registry import method
-from billhook.tasks.opening import task_of
 from billhook.trials.trials import TrialRunner
 
 WINDOWS = 16
@@ -60,6 +59,6 @@ def loss_share(
     method = Method(criterion, CRITERIA.configure(criterion, cheaper(criterion, layers)))
     size = rows_per_batch(rows - last, rows_of(batches[0]))
     given, heldout = select_rows(samples, slice(0, rows - last)), select_rows(samples, slice(rows - last, rows))
-    with TrialRunner(model, task_of(model), layers, split_rows(given, size), heldout, method) as runner:
+    with TrialRunner(model, layers, split_rows(given, size), heldout, method) as runner:
         runner.prune(plan)
         return runner.attribute()

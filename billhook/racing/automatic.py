@@ -36,7 +36,7 @@ from billhook.plan.allocators.curves import LEAST, MIDDLE, at
 from billhook.plan.plan import Plan
 from billhook.racing.hyperparameters import Space
 from billhook.racing.race import Candidate, Problem, Race
-from billhook.tasks.base import Samples, Task
+from billhook.tasks.base import Samples
 from billhook.trials.attribution import FLOOR
 from billhook.trials.heldout import split_samples
 from billhook.trials.trials import TrialRunner
@@ -58,7 +58,6 @@ def trial_method(method: Method, layers: Sequence[Layer]) -> Method:
 
 def choose(
     model: PreTrainedModel,
-    task: Task,
     layers: Sequence[Layer],
     samples: Samples,
     problem: Problem,
@@ -82,7 +81,7 @@ def choose(
         return replace(uniform, made_by={**uniform.made_by, "racing": {"reason": f"uniform without a race: {error}"}})
     given = {key: value for key, value in (options or {}).items() if value != AUTO}
     space = Space((allocator,), given, len(problem.table.blocks()), uniform.target)
-    with TrialRunner(model, task, layers, split.batches, split.heldout, trial_method(method, layers)) as runner:
+    with TrialRunner(model, layers, split.batches, split.heldout, trial_method(method, layers)) as runner:
         race = Race(runner, progress=progress)
         race.run(lambda race: schedule(space, problem, method.criterion, race))
     return race.result({"heldout": split.facts["heldout"]})

@@ -87,7 +87,7 @@ def _allocate(resolved: ResolvedRequest, table: Table, progress: Progress) -> Pl
     assert opened.samples is not None
     problem = Problem(table, request.sparsity, request.pattern)
     return choose(
-        opened.model, opened.task, opened.layers, opened.samples, problem, resolved.method, allocator=request.allocator,
+        opened.model, opened.layers, opened.samples, problem, resolved.method, allocator=request.allocator,
         options=options, batch_size=rows_of(opened.batches[0]), seed=request.seed, progress=progress,
     )  # fmt: skip
 

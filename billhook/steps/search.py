@@ -100,7 +100,7 @@ def search(
     problem = _problem(request, opened, space, split.batches)
     begin(int(min(limit.trials, space.most())))
     trials = trial_method(method, opened.layers)
-    with TrialRunner(opened.model, opened.task, opened.layers, split.batches, split.heldout, trials) as runner:
+    with TrialRunner(opened.model, opened.layers, split.batches, split.heldout, trials) as runner:
         race = Race(runner, OBJECTIVES[objective], record.known, record.write, progress)
         race.run(lambda race: schedule(space, problem, request.criterion, race), limit)
     plan = race.result({"heldout": split.facts["heldout"]})

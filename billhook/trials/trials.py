@@ -32,7 +32,7 @@ from billhook.evaluation.kl import TopKTeacher, kl_grad, window_kl
 from billhook.evaluation.perplexity import window_nll
 from billhook.evaluation.scoring import scored_rows
 from billhook.plan.plan import Plan
-from billhook.tasks.base import Task
+from billhook.tasks.opening import task_of
 from billhook.trials.attribution import attribute
 
 
@@ -55,14 +55,13 @@ class TrialRunner:
     def __init__(
         self,
         model: PreTrainedModel,
-        task: Task,
         layers: Sequence[Layer],
         batches: Sequence[Batch],
         heldout: Batch,
         method: Method,
     ) -> None:
         """`batches` are what trials are pruned with, `heldout` the rows on which they are scored."""
-        self.model, self.task, self.layers, self.method = model, task, list(layers), method
+        self.model, self.task, self.layers, self.method = model, task_of(model), list(layers), method
         self.batches, self.heldout = list(batches), heldout
         self._gradients: Gradients | None = None
         self._teachers: list[TopKTeacher] = []  # of each held-out row

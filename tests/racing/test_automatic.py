@@ -39,7 +39,7 @@ def divergence(plan: Plan, request: Request) -> float:
     assert plan.made_by["racing"]["heldout"] == split.facts["heldout"]
     options = {**cheaper(request.criterion, opened.layers), **{k: v for k, v in request.options.items() if v != "auto"}}
     method = Method(request.criterion, CRITERIA.configure(request.criterion, options))
-    args = opened.model, opened.task, opened.layers, split.batches, split.heldout, method
+    args = opened.model, opened.layers, split.batches, split.heldout, method
     with TrialRunner(*args) as runner:
         runner.prune(plan)
         return statistics.fmean(runner.losses(0, rows_of(split.heldout)).kl)

@@ -18,7 +18,6 @@ from billhook.racing.hyperparameters import ALL, Space
 from billhook.racing.race import Race
 from billhook.racing.record import SearchRecord
 from billhook.tasks.base import Samples
-from billhook.tasks.text_generation import TASK
 from billhook.text.windows import digest
 from billhook.trials.heldout import split_samples
 from billhook.trials.trials import TrialRunner
@@ -83,7 +82,7 @@ def test_never_worse_than_uniform_and_a_trial_is_a_plain_run(objective: str, tok
         assert complete[0].name == "uniform"
         assert found.best.loss(name) == min(trial.loss(name) for trial in complete)
     split, model = split_of(tokens, seed), llama(seed)
-    with TrialRunner(model, TASK, find_layers(model), split.batches, split.heldout, Method("wanda", {})) as runner:
+    with TrialRunner(model, find_layers(model), split.batches, split.heldout, Method("wanda", {})) as runner:
         prune_(model, found.plan, batches=split.batches)
         assert runner.losses(0, 6).kl == pytest.approx(found.best.kl, rel=1e-5)
 

@@ -1,6 +1,7 @@
 """Sources, sampling and windows: the published draws, the documented cuts, and clear errors instead of endless
 loops."""
 
+import json
 import random
 
 import numpy as np
@@ -126,7 +127,7 @@ def test_too_short_a_text_says_how_short(tokenizer, tmp_path):
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3 is not valid json"),
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2 has no field `text`"),
         ("a.jsonl", b'"text"\n', "line 1 has no field `text`"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1 has no field `text`"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: the text is of type int, not a string"),
         ("a.safetensors", b"nothing", "is not a safetensors file"),
     ],
 )
@@ -269,3 +270,28 @@ def test_byte_ends_by_hand():
     text = "aé€😀"  # 1, 2, 3 and 4 bytes
     ends = _byte_ends(text, [(0, 0), (0, 1), (1, 2), (2, 3), (2, 3), (3, 4), (0, 0)])
     np.testing.assert_array_equal(ends, [0, 1, 3, 6, 6, 10, 10])
+
+
+@pytest.mark.parametrize("form", ["file", "dataset"])
+@pytest.mark.parametrize("purpose", ["evaluation", "packed", "papers"])
+def test_rows_without_text_are_skipped_and_counted(tokenizer, tmp_path, caplog, form, purpose):
+    """What follows a null is read as if the null were not there."""
+    found = []
+    for name, rows in (("with", [*texts()[:2], None, *texts()[2:], None]), ("without", texts())):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        source = str(folder / "a.jsonl") if form == "file" else f"hub:{folder}::train"
+        if purpose == "evaluation":
+            found.append(load_windows(source, tokenizer, length=32).ids)
+        else:
+            found.append(load_calibration(source, tokenizer, samples=4, length=32, sampling=purpose).ids)
+    assert torch.equal(*found)
+    assert "null: 2." in caplog.text or purpose == "packed"  # a calibration may have enough before the end
+
+
+def test_a_column_that_is_not_text_is_refused_by_its_row(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": 3}\n')
+    for read in (load_windows, load_calibration):
+        with pytest.raises(BillhookError, match=r"row 1: the text is of type int, not a string"):
+            read(f"hub:{tmp_path}::train", tokenizer, length=32)

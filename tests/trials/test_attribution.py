@@ -10,7 +10,6 @@ import torch
 from billhook import allocate, measure
 from billhook.architectures.layers import find_layers
 from billhook.engine.loop import Method
-from billhook.tasks.text_generation import TASK
 from billhook.trials.trials import TrialRunner
 
 
@@ -23,7 +22,7 @@ def runner() -> Iterator[TrialRunner]:
     """A model pruned to half by Wanda."""
     model, method = tiny.llama(), Method("wanda", {})
     with TrialRunner(
-        model, TASK, find_layers(model), [{"input_ids": text(8)}], {"input_ids": text(16)[8:]}, method
+        model, find_layers(model), [{"input_ids": text(8)}], {"input_ids": text(16)[8:]}, method
     ) as runner:
         runner.prune(allocate(measure(model, []), 0.5))
         yield runner

@@ -11,7 +11,6 @@ from billhook.engine.gradients import compute_gradients
 from billhook.engine.loop import Method
 from billhook.engine.restore import restored
 from billhook.tasks.base import Samples
-from billhook.tasks.text_generation import TASK
 from billhook.text.windows import digest
 from billhook.trials.heldout import split_samples
 from billhook.trials.trials import TrialRunner
@@ -32,7 +31,7 @@ def find(model: Any, tokens: torch.Tensor, **changes: Any) -> Any:
 
 def test_losses_of_the_dense_model_and_of_a_pruned_one(tokens: torch.Tensor):
     model, split = llama(), split_of(tokens)
-    with TrialRunner(model, TASK, find_layers(model), split.batches, split.heldout, Method("wanda", {})) as runner:
+    with TrialRunner(model, find_layers(model), split.batches, split.heldout, Method("wanda", {})) as runner:
         losses = runner.losses(0, 6)
         assert max(map(abs, losses.kl)) < 1e-5
         logits = model(split.heldout["input_ids"][:1]).logits[0, :-1].detach()
