@@ -34,7 +34,7 @@ test: $(BIN)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 fast: $(BIN)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not nightly and not golden"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not nightly and not gate"
 
 # Everything: all model families, faults, sanitizers, several processes, every example and page. About an hour on two cores.
 nightly: $(BIN)/.installed-dev-slow

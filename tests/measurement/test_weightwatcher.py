@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from billhook.measurement.eigen import eigenvalues
 from billhook.measurement.weights import spectral_metrics
 
-weightwatcher = pytest.importorskip("weightwatcher", reason="needs weightwatcher: pip install weightwatcher")
+pytestmark = pytest.mark.nightly
 
 SAME = {
     "alpha_ks": "alpha",
@@ -35,6 +35,7 @@ def heavy(rows: int, columns: int, strength: float = 0.6) -> Tensor:
 
 def analyzed(weights: list[Tensor]) -> list[dict[str, float]]:
     """WeightWatcher's own analysis of a model made of these weights."""
+    weightwatcher = pytest.importorskip("weightwatcher", reason="needs weightwatcher: pip install weightwatcher")
     model = nn.Sequential(*(nn.Linear(W.shape[1], W.shape[0], bias=False) for W in weights))
     for layer, W in zip(model, weights, strict=True):
         layer.weight.data = W
@@ -44,7 +45,6 @@ def analyzed(weights: list[Tensor]) -> list[dict[str, float]]:
     return found.to_dict("records")
 
 
-@pytest.mark.nightly
 def test_metrics_are_weightwatchers() -> None:
     weights = [heavy(*shape) for shape in SHAPES]
     for W, theirs in zip(weights, analyzed(weights), strict=True):
@@ -64,7 +64,6 @@ def test_soft_rank_is_weightwatchers_at_the_variance_of_all_weights(shape: tuple
     assert spectral_metrics(W, ["mp_softrank"])["mp_softrank"] == pytest.approx(float(theirs), rel=1e-5)
 
 
-@pytest.mark.nightly
 def test_soft_rank_and_distance_to_noise_put_matrices_in_the_same_order() -> None:
     weights = [heavy(64, 64, strength) for strength in (0.3, 0.6, 0.9)]
     ours = [spectral_metrics(W, ["mp_softrank", "randomized_distance"]) for W in weights]
