@@ -20,6 +20,8 @@ from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import evaluate
 from billhook.text.windows import load_windows
 
+pytestmark = pytest.mark.gate
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

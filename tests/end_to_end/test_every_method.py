@@ -9,6 +9,8 @@ from billhook.architectures.layers import find_layers
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
 
+pytestmark = pytest.mark.gate
+
 
 def fast_for(chosen: tuple[str, ...], *more: str) -> list:
     """Every criterion, with `more` arguments; the fast suite runs the `chosen` ones."""

@@ -8,6 +8,8 @@ import billhook
 from billhook.architectures.layers import find_layers
 from billhook.engine.walk import walk
 
+pytestmark = pytest.mark.gate
+
 MOE = ("mixtral", "qwen3_moe", "gpt_oss")
 
 

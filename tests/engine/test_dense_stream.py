@@ -114,6 +114,7 @@ def test_nothing_to_aim_at() -> None:
     assert shift_to_dense(W, LayerStats(8, 1, gram=0 * gram, drift=0 * gram), 0.5, 0.0).isfinite().all()
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("criterion", ["admm", "sparsegpt"])
 def test_aiming_brings_the_logits_nearer(criterion: str) -> None:
     dense, errors = tiny.llama(), []
@@ -126,6 +127,7 @@ def test_aiming_brings_the_logits_nearer(criterion: str) -> None:
     assert errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("done", [1, 3])
 def test_a_run_that_goes_on_knows_the_dense_model(done: int, tmp_path) -> None:
     source = tiny.save(tmp_path / "model", dtype=torch.bfloat16)

@@ -62,6 +62,7 @@ ALSO = [
 ]  # with one family in the fast suite, below
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("criterion", ["wanda", *ALSO])
 def test_every_family_gives_the_bytes_of_the_model_in_memory(source, criterion, tmp_path):
     fields = {"sparsity": 0.5, "criterion": criterion, "calibration": IDS, "batch_size": 2}

@@ -22,7 +22,7 @@ from billhook import prune
 from billhook.errors import BillhookError
 from billhook.steps.state import STATE, partial_folder
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = [pytest.mark.gate, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 
 @pytest.mark.parametrize(("name", "fields"), [("sparsegpt", SPARSEGPT), ("gblm", GBLM)])

@@ -28,6 +28,8 @@ from billhook.store.layout import RECORD
 from billhook.store.shards import INDEX, read_shard, weight_files
 from billhook.text.windows import load_calibration
 
+pytestmark = pytest.mark.gate
+
 SOON = 2.0
 QUICK = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

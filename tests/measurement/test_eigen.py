@@ -35,6 +35,7 @@ def test_gram_is_within_its_bound_of_svd(seed: int, rows: int, columns: int, kin
         assert torch.cat([evals.new_zeros(1), evals]).diff().min() >= 0
 
 
+@pytest.mark.gate
 def test_gram_in_parts_equals_svd() -> None:
     """More rows than a panel, more columns than are converted at a time."""
     W = heavy(600, 2100).float()

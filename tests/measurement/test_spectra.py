@@ -70,6 +70,7 @@ def test_golden(shared: Path, model: str) -> None:
             assert METRICS.get(name)(spectrum) == pytest.approx(expected[name][layer], rel=2e-6), (layer, name)
 
 
+@pytest.mark.gate
 def test_gpt2_alpha_over_depth(shared: Path) -> None:
     weights = load_file(shared / "models" / "gpt2-small-attn-c_proj.safetensors")
     alphas = [

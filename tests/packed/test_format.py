@@ -209,6 +209,7 @@ def mutate(data: bytes, draw: Callable[..., Any]) -> bytes:
     }.get(kind, data[:at] + data[at + len(some) :])
 
 
+@pytest.mark.gate
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), form=st.sampled_from(["packed", "int8"]))
 def test_any_change_of_any_byte(packed: Path, tmp_path: Path, data: st.DataObject, form: str) -> None:

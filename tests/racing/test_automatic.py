@@ -27,6 +27,8 @@ from billhook.trials.attribution import FLOOR
 from billhook.trials.heldout import split_samples
 from billhook.trials.trials import Losses, TrialRunner
 
+pytestmark = pytest.mark.gate
+
 
 def text(windows: int = 16) -> torch.Tensor:
     return torch.randint(0, 258, (windows, 24), generator=torch.Generator().manual_seed(0))

@@ -22,6 +22,8 @@ from billhook.errors import BillhookError
 from billhook.recover.blockwise import Data, Refine, refine_block_, tunable
 from billhook.tasks.text_generation import TASK
 
+pytestmark = pytest.mark.gate
+
 compute_gradients = functools.partial(engine_gradients.compute_gradients, loss=TASK.loss)
 
 

@@ -77,6 +77,7 @@ def test_all_batch_sizes_and_ways(path: str, tokens: int, dtype: torch.dtype):
         assert_product(products.WAYS[way](packed.packed(), x, bias), x, W.double(), bias)
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("way", ["tiled_gemm", "sparse_gemm"])
 @pytest.mark.parametrize(
     ("values", "group"),

@@ -10,6 +10,8 @@ import pytest
 from billhook.errors import BillhookError
 from billhook.runtime import autotune, library
 
+pytestmark = pytest.mark.gate
+
 
 @pytest.fixture(autouse=True)
 def _no_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -20,6 +20,7 @@ def _no_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     autotune.clear_choices()
 
 
+@pytest.mark.gate
 def test_the_operator_is_a_good_citizen():
     W = random_weight((96, 130), 0.4, torch.bfloat16)
     packed, x = layer(W, bias=torch.randn(96).bfloat16()), torch.randn(2, 3, 130).bfloat16()

@@ -138,6 +138,7 @@ def test_a_model_is_whole_again_when_measuring_fails(monkeypatch):
     assert len(model.model.layers) == model.config.num_hidden_layers == 4
 
 
+@pytest.mark.gate
 def test_a_run_that_goes_on_takes_what_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", time.process_time)
     source = tiny.save(tmp_path / "model", tiny.llama(**WIDE | {"num_hidden_layers": 8}))

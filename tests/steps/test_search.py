@@ -22,6 +22,8 @@ from billhook.text.windows import digest
 from billhook.trials.heldout import split_samples
 from billhook.trials.trials import TrialRunner
 
+pytestmark = pytest.mark.gate
+
 
 @pytest.fixture(scope="module")
 def tokens() -> torch.Tensor:

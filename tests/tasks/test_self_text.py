@@ -87,6 +87,7 @@ def test_an_end_token_begins_where_there_is_no_other() -> None:
         write_windows(model, 1, 4)
 
 
+@pytest.mark.gate
 def test_documents_that_end_early_cost_no_more_passes() -> None:
     model, passes = tiny.llama(), []
     model.config.eos_token_id, model.generation_config = list(range(200)), None

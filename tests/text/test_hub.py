@@ -42,6 +42,7 @@ def local_dataset(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.gate
 def test_hub_datasets_give_the_same_tokens_as_their_files(tokenizer, local_dataset):
     from_hub = load_calibration(f"hub:{local_dataset}", tokenizer, samples=6, length=64, sampling="papers")
     from_file = load_calibration(str(local_dataset / "train.jsonl"), tokenizer, samples=6, length=64, sampling="papers")

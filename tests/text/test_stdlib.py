@@ -39,6 +39,7 @@ def test_every_held_out_module_exists(held_out):
     assert {_module(path) for path, _ in held_out} == set(HELD_OUT)
 
 
+@pytest.mark.gate
 def test_no_text_is_in_both_splits(train, held_out):
     everything = documents("train", include_tests=True)
     assert not {_module(path).removeprefix("_") for path, _ in everything} & set(HELD_OUT)
@@ -115,6 +116,7 @@ def test_demo_model_is_small_and_complete():
     }
 
 
+@pytest.mark.gate
 def test_demo_model_knows_more_than_word_frequencies(tokenizer, held_out):
     model, report = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"]
