@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test fast lint type docs site check bench wheel clean
+.PHONY: setup demo test fast nightly lint type docs site check bench wheel clean
 
 # torch is installed first, so that TORCH can name another version. The default build for Linux brings gigabytes of CUDA libraries; without a GPU,
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu chooses the build without them.
@@ -21,6 +21,10 @@ $(BIN)/.installed-dev: $(BIN)/.installed
 	$(BIN)/pip install -q -e ".[dev]"
 	touch $@
 
+$(BIN)/.installed-dev-slow: $(BIN)/.installed-dev
+	$(BIN)/pip install -q -e ".[dev-slow]"
+	touch $@
+
 setup: $(BIN)/.installed-dev
 
 demo: $(BIN)/.installed
@@ -30,7 +34,11 @@ test: $(BIN)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 fast: $(BIN)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not nightly and not gate"
+
+# Everything: all model families, faults, sanitizers, several processes, every example and page. About an hour on two cores.
+nightly: $(BIN)/.installed-dev-slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "nightly or not nightly"
 
 lint: $(BIN)/.installed-dev
 	$(BIN)/ruff check .
@@ -42,7 +50,7 @@ type: $(BIN)/.installed-dev
 docs: $(BIN)/.installed-dev
 	$(BIN)/python tools/make_docs.py
 
-site: docs
+site: docs $(BIN)/.installed-dev-slow
 	$(BIN)/mkdocs build --strict
 
 check: lint type test

@@ -14,6 +14,11 @@ import tiny
 
 from billhook.cli import main
 
+TEXT = ("--calibration", "text.txt", "--samples", "4", "--length", "32")
+PRUNE = ("prune", "model", "--output", "pruned", "--sparsity", "0.5", *TEXT)
+MAGNITUDE = ("prune", "model", "--output", "pruned", "--criterion", "magnitude")
+Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+
 
 @dataclass(frozen=True)
 class Ran:
@@ -59,6 +64,19 @@ def listing(folder: Path) -> dict[str, bytes | None]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
+    }
+
+
+def edit(path: str, **changes: object) -> None:
+    """Change entries of a json file."""
+    content = json.loads(Path(path).read_text())
+    Path(path).write_text(json.dumps(content | changes))
 
 
 def workplace(folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """Tiny random models of every supported family, built from their configs: four blocks, 32 wide, a vocabulary of 96."""
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -55,6 +56,9 @@ CONFIGS: dict[str, dict] = {
     "qwen3_moe": _COMMON | {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2, "head_dim": 8},
     "gpt_oss": _COMMON | _MOE | {"head_dim": 8, "sliding_window": 8},
 }
+
+ARCHETYPES = ("llama", "gpt2", "mixtral", "gemma2", "falcon")  # what differs between families differs among these
+FAMILIES = [pytest.param(name, marks=() if name in ARCHETYPES else pytest.mark.nightly) for name in CONFIGS]
 
 
 def build(family: str, seed: int = 0) -> PreTrainedModel:

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from billhook import Plan, Table, allocate, evaluate, find_layers, load_model, load_windows, measure, prune_
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.gate
 
-MODELS = ["stories260k", "babyllama-105", "c4gut-llama-12x128", "c4gut-llama-8x128"]
+LARGER = [pytest.param(name, marks=pytest.mark.nightly) for name in ("c4gut-llama-12x128", "c4gut-llama-8x128")]
+MODELS = ["stories260k", "babyllama-105", *LARGER]
 TIES_A_MILLION = 20
 GBLM_TIES = {("babyllama-105", "gblm_l1_2:4"): 66, ("c4gut-llama-12x128", "gblm_l2_0.6"): 18}
 ALPHAS = ("alpha_mid", "alpha_peak", "alpha_ks")
@@ -108,6 +109,7 @@ def test_masks_and_perplexity_agree(golden: Golden, tag: str) -> None:
     assert evaluate(model, golden.windows).token_ppl == pytest.approx(golden.reference["runs"][tag]["ppl"], rel=1e-3)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("tag", [f"gblm_{norm}_{s}" for norm in ("l1", "l2") for s in ("0.5", "0.6", "2:4")])
 def test_gblm_masks_and_perplexity_agree(golden: Golden, tag: str) -> None:
     """The l1 sums are rounded to float16 at every step, and the l2 norms once: one last bit of one gradient can decide

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import contents
 
 from billhook import prune
 from billhook.errors import BillhookError, Interrupted
@@ -27,13 +28,6 @@ MAGNITUDE = {"sparsity": 0.5, "criterion": "magnitude"}
 SPARSEGPT = {"sparsity": 0.5, "criterion": "sparsegpt", "calibration": IDS, "dtype": "float32", "batch_size": 2}
 GBLM = {"sparsity": 0.5, "criterion": "gblm", "calibration": IDS}
 survived: dict[str, int] = {}
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory."""
-    return {
-        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
-    }
 
 
 def start(work: Callable[[], Any], said: Path) -> int:

@@ -16,16 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import billhook, done, listing, refused
+from command import PRUNE, billhook, done, listing, refused
 from paths import TESTS
 
 import billhook.store.sinks as sinks
 from billhook.engine.loop import _Pruning
 from billhook.errors import out_of_memory
-
-TEXT = ("--calibration", "text.txt", "--samples", "4", "--length", "32")
-PRUNE = ("prune", "model", "--output", "pruned", "--sparsity", "0.5", *TEXT)
-
 
 # Output
 
@@ -266,7 +262,7 @@ def test_one_ctrl_c_finishes_the_block_and_says_how_to_go_on(place):
     assert {name: data for name, data in listing(place / "pruned").items() if name in whole} == whole
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ctrl_c_from_a_shell(place):
     before = listing(place)
     paths = [str(TESTS), str(TESTS / "cli")]

@@ -27,7 +27,7 @@ from billhook.plan.table import Row
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(example: Path, playground: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(example), run_name="__main__")
@@ -81,7 +81,7 @@ def test_the_methods_of_the_guide_are_short_pages(tmp_path: Path) -> None:
         assert re.match(r'"""[A-Z]\w+: .*\.\n', code)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_plugin_of_the_guide_is_found_once_it_is_installed(playground: Path) -> None:
     (module,), (project,), (commands,) = (
         blocks(GUIDE, mark) for mark in ("run: allocator", "run: plugin", "run: with the plugin")

@@ -55,7 +55,7 @@ def run(*arguments: str) -> dict[str, Any]:
     return value
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_files_and_outputs_have_exactly_the_documented_fields(playground: Path) -> None:
     model = "billhook/demo_model"
     check_fields(
@@ -115,7 +115,7 @@ def test_files_and_outputs_have_exactly_the_documented_fields(playground: Path) 
     assert run("ls", "criteria")["criteria"][0].keys() == run("ls", "allocators")["allocators"][0].keys()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_layers_in_pieces_have_the_documented_fields(tmp_path: Path) -> None:
     build("mixtral").save_pretrained(tmp_path / "model")
     billhook.prune(tmp_path / "model", sparsity=0.5, criterion="magnitude", output=tmp_path / "pruned")

@@ -8,7 +8,7 @@ from command import done
 from documentation import check_fields
 from paths import DEMO
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")

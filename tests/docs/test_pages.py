@@ -88,7 +88,7 @@ def run_commands(code: str) -> None:
             Path(words[out + 1]).write_text(printed, encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("page", with_runs(), ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run_one_after_the_other(page: Path, folder: Path) -> None:
     for block in of_commands(page):

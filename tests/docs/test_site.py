@@ -9,7 +9,7 @@ import site_hooks
 from paths import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_site_builds_without_a_warning_and_stands_alone(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("material")

@@ -6,7 +6,7 @@ import copy
 import pytest
 import tiny
 import torch
-from families import CONFIGS, VOCABULARY, build
+from families import FAMILIES, VOCABULARY, build
 from resuming import whole_and_in_parts
 
 from billhook import allocate, measure, prune, prune_
@@ -72,7 +72,7 @@ def test_drift_is_the_difference_of_whole_models(batch: int) -> None:
     assert order == 4 * [qkv, ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_of_every_family_comes_once(family: str) -> None:
     model = build(family)
     plan = allocate(measure(model, []), 0.5)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from families import CONFIGS, VOCABULARY, build
+from command import contents
+from families import FAMILIES, VOCABULARY, build
 
 from billhook import find_layers, measure, prune, prune_
 from billhook.engine.activation_store import ActivationStore
@@ -22,12 +23,6 @@ from billhook.store.directory import save_pruned
 from billhook.tasks.opening import load_model
 
 IDS = torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
-    }
 
 
 def in_memory(source: Path, output: Path, **fields) -> Path:
@@ -54,7 +49,7 @@ def same(streamed: Path, reference: Path) -> None:
     assert verify(streamed).ok
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def source(request, tmp_path_factory) -> Path:
     with quiet():
         path = tmp_path_factory.mktemp(request.param) / "model"
@@ -63,7 +58,7 @@ def source(request, tmp_path_factory) -> Path:
 
 
 ALSO = [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("magnitude", "sparsegpt")
+    pytest.param(name, marks=pytest.mark.nightly) for name in ("magnitude", "sparsegpt")
 ]  # with one family in the fast suite, below
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from trial import GBLM, MAGNITUDE, SPARSEGPT, contents, survived
+from command import contents
+from trial import GBLM, MAGNITUDE, SPARSEGPT, survived
 
 from billhook import prune
 

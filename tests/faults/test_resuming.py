@@ -6,12 +6,12 @@ import os
 import shutil
 
 import pytest
+from command import contents
 from trial import (
     GBLM,
     IDS,
     MAGNITUDE,
     SPARSEGPT,
-    contents,
     continued,
     never_mistaken,
     stop_after,

@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from command import contents
 from trial import (
     GBLM,
     MAGNITUDE,
     SPARSEGPT,
     Operations,
     broken,
-    contents,
     continued,
     full,
     kill,
@@ -38,7 +38,7 @@ from billhook.steps.state import STATE
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "fields", "seed"), [("magnitude", MAGNITUDE, 0), ("sparsegpt", SPARSEGPT, 1), ("gblm", GBLM, 2)]
 )
@@ -74,7 +74,7 @@ def operations(source: Path, folder: Path, **fields) -> list[str]:
     return json.loads((folder / "names").read_text())[:-1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("happen", [kill, tear, full, broken], ids=lambda f: f.__name__)
 def test_every_operation_on_a_file(source, expected, tmp_path, happen):
     names = operations(source, tmp_path, **MAGNITUDE)
@@ -102,7 +102,7 @@ def test_every_operation_on_a_file(source, expected, tmp_path, happen):
         shutil.rmtree(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_at_the_end_of_a_run_that_keeps_gradients(source, expected, tmp_path):
     """From when the record is written on, until the gradients beside it are gone and the directory has its name."""
     names = operations(source, tmp_path, **GBLM)
@@ -120,7 +120,7 @@ def test_killed_at_the_end_of_a_run_that_keeps_gradients(source, expected, tmp_p
         survived["kills beside gradients"] = survived.get("kills beside gradients", 0) + 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_while_an_old_output_is_replaced(source, expected, tmp_path):
     fields = MAGNITUDE | {"overwrite": True}
     old = contents(prune(source, output=tmp_path / "old", sparsity=0.3, criterion="magnitude").output)

@@ -260,7 +260,7 @@ atheris.Fuzz()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["plan.json", "model.safetensors"])
 def test_fuzzing_guided_by_coverage(name, pruned, tmp_path):
     pytest.importorskip("atheris")

@@ -4,7 +4,7 @@ columns."""
 import pytest
 import tiny
 import torch
-from torch import Tensor
+from random_weights import gaussian, heavy
 
 from billhook import measure
 from billhook.errors import BillhookError
@@ -15,15 +15,6 @@ from billhook.measurement.farms import squares
 from billhook.measurement.tails import fit_tail
 from billhook.measurement.weights import spectral_metrics
 from billhook.plan.metrics import companions, fact
-
-
-def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def heavy(rows: int, columns: int) -> Tensor:
-    return gaussian(rows, columns) * torch.arange(1, rows + 1)[:, None] ** -0.7 * torch.arange(1, columns + 1) ** -0.4
-
 
 # FARMS
 

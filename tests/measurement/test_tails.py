@@ -6,24 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_weights import gaussian, heavy
 from torch import Tensor
 
 from billhook.measurement.eigen import eigenvalues
 from billhook.measurement.tails import fit_tail, hill, ks_distances
 from billhook.measurement.weights import spectral_metrics
-
-
-def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def heavy(rows: int, columns: int, seed: int = 0) -> Tensor:
-    """Gaussian with rows and columns scaled by power laws: a heavy-tailed spectrum."""
-    return (
-        gaussian(rows, columns, seed)
-        * torch.arange(1, rows + 1)[:, None] ** -0.7
-        * torch.arange(1, columns + 1) ** -0.4
-    )
 
 
 def low_rank_plus_noise(size: int, rank: int, seed: int = 0) -> Tensor:

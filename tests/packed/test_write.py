@@ -240,7 +240,7 @@ def test_a_pruned_model_that_cannot_be_packed_is_kept(tmp_path: Path) -> None:
         billhook.prune(source, sparsity=0.5, criterion="magnitude", output=source, pack=True, overwrite=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     """Packing and unpacking 256 MiB in one tensor takes hardly more memory of its own than 16 MiB; mapped pages of
     files apart."""

@@ -121,7 +121,7 @@ def test_evaluations_are_added_once_and_kept(place, pruned):
     assert again["runs"][0]["nll"] == report["evaluations"][0]["nll"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_speed_is_added_from_a_benchmark(place, pruned):
     done("pack", pruned, "-o", pruned.parent / "packed")
     words = ["--batch", 1, "--prompt", 4, "--new", 2, "--rounds", 1, "--json"]

@@ -7,25 +7,22 @@ scales a row, also the rounding of every weight to that dtype.
 
 import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse_layers import assert_product, layer, random_weight
 from torch import Tensor
 
-from billhook.errors import BillhookError
-from billhook.runtime import autotune, fallback, library, native, ops, products
-from billhook.runtime.dense import DenseLinear, adopt_
+from billhook.runtime import autotune, fallback, library, native, products
 from billhook.runtime.linear import SparseLinear
 from billhook.runtime.native import Weight
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2**-22}
+
+
 SHAPES = ((1, 1), (5, 1), (1, 64), (7, 130), (64, 300), (3, 1000), (70, 2048))
 
 
@@ -44,19 +41,6 @@ def _no_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     autotune.clear_choices()
 
 
-def random_weight(shape: tuple[int, int], share: float, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Random values of which `share` are kept; the first row is empty, the last one full."""
-    generator = torch.Generator().manual_seed(seed)
-    W = torch.randn(shape, generator=generator)
-    W[torch.rand(shape, generator=generator) >= share] = 0
-    W[0] = 0
-    W[-1] = torch.randn(shape[1], generator=generator)
-    if dtype == torch.int8:
-        W = (40 * W).round().clamp(-127, 127)
-        W[-1, 0] = -128
-    return W.to(dtype)
-
-
 def random_scales(shape: tuple[int, int], group: int | None) -> Tensor:
     size = (shape[0],) if group is None else (shape[0], -(-shape[1] // group))
     return torch.rand(size, generator=torch.Generator().manual_seed(1)) + 0.5
@@ -64,26 +48,6 @@ def random_scales(shape: tuple[int, int], group: int | None) -> Tensor:
 
 def spread(scales: Tensor, group: int | None, columns: int) -> Tensor:
     return scales[:, None] if group is None else scales.repeat_interleave(group, 1)[:, :columns]
-
-
-def layer(W: Tensor, scales: Tensor | None = None, bias: Tensor | None = None) -> SparseLinear:
-    bitmask, values = native.pack(W)
-    starts = native.row_starts(bitmask, W.shape[1])
-    return SparseLinear(bitmask, values, starts, W.shape[1], bias=bias, scales=scales)
-
-
-def assert_product(y: Tensor, x: Tensor, W: Tensor, bias: Tensor | None = None, rounded: bool = False) -> None:
-    """y is x Wᵀ + bias up to the stated tolerance; W in float64, `rounded` where its entries are rounded first."""
-    product = x.double() @ W.T
-    exact = product + (0 if bias is None else bias.double())
-    terms = x.double().abs() @ W.abs().T
-    allowed = (
-        terms * (2**-20 + rounded * ROUNDING[x.dtype]) + (exact.abs() + product.abs()) * ROUNDING[x.dtype] + 2**-24
-    )
-    assert y.dtype == x.dtype
-    assert y.shape == exact.shape
-    worst = ((y.double() - exact).abs() / allowed).max()
-    assert worst <= 1, f"{float(worst)} times the tolerance"
 
 
 @pytest.mark.parametrize("values", [*FLOATS, torch.int8], ids=str)
@@ -278,148 +242,3 @@ def test_forked_workers_finish():
         assert queue.get() == parent.flatten().tolist()
     finally:
         torch.set_num_threads(1)
-
-
-_RUNTIMES = """
-import torch
-from billhook.runtime.linear import SparseLinear
-layer = SparseLinear.from_dense(torch.eye(600, 2048).bfloat16(), None)
-layer(torch.randn(1, 2048).bfloat16())
-for line in open("/proc/self/maps"):
-    print(line.split()[-1])
-"""
-
-
-def test_one_openmp_runtime():
-    if library.active() is None or not Path("/proc/self/maps").exists():
-        pytest.skip("needs compiled kernels and /proc")
-    run = subprocess.run([sys.executable, "-c", _RUNTIMES], capture_output=True, text=True, check=True)
-    runtimes = {
-        line for line in run.stdout.splitlines() if any(name in line for name in ("libgomp", "libomp", "libiomp"))
-    }
-    assert len(runtimes) == 1, runtimes
-
-
-def test_the_operator_is_a_good_citizen():
-    W = random_weight((96, 130), 0.4, torch.bfloat16)
-    packed, x = layer(W, bias=torch.randn(96).bfloat16()), torch.randn(2, 3, 130).bfloat16()
-    arguments = (x, packed.bitmask, packed.values, packed.row_starts, None, packed.bias)
-    torch.library.opcheck(ops.sparse_linear, arguments)
-    torch.library.opcheck(ops.dense_linear, (x, torch.randn(96, 130).bfloat16(), None))
-    assert ops.sparse_linear(*[tensor if tensor is None else tensor.to("meta") for tensor in arguments]).shape == (
-        2,
-        3,
-        96,
-    )
-    assert torch.equal(ops.sparse_linear(*arguments), packed(x))
-
-
-def test_compiled_without_a_graph_break():
-    model = torch.nn.Sequential(
-        layer(random_weight((96, 130), 0.4, torch.bfloat16)), torch.nn.ReLU(), torch.nn.Linear(96, 40).bfloat16()
-    )
-    adopt_(model[2])
-    x = torch.randn(3, 130).bfloat16()
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(x), model(x))
-
-
-def test_no_derivative():
-    packed = layer(random_weight((8, 70), 0.4, torch.float32))
-    y = packed(torch.randn(2, 70, requires_grad=True))
-    with pytest.raises(BillhookError, match="inference"):
-        y.sum().backward()
-
-
-def test_an_adopted_layer_is_still_linear():
-    linear = torch.nn.Linear(300, 50).bfloat16()
-    x = torch.randn(2, 300).bfloat16()
-    before = linear(x)
-    names = dict(linear.state_dict())
-    adopt_(linear)
-    autotune._measured[autotune.key(linear._weight, torch.bfloat16, 2)] = "ours"
-    assert isinstance(linear, DenseLinear)
-    assert linear.state_dict().keys() == names.keys()
-    with torch.no_grad():
-        assert_product(linear(x), x, linear.weight.double(), linear.bias)
-        linear.weight.data = linear.weight.data.clone() * 2  # moved: the kernel must see the new one
-        assert_product(linear(x), x, linear.weight.double(), linear.bias)
-        assert linear.float()(x.float()).dtype == torch.float32
-    linear.bfloat16()(x.requires_grad_()).sum().backward()
-    assert x.grad is not None
-    assert torch.isfinite(before).all()
-
-
-def test_state_dict_round_trip_with_other_counts():
-    one, two = (
-        layer(random_weight((9, 130), 0.3, torch.bfloat16, 1)),
-        layer(random_weight((9, 130), 0.8, torch.bfloat16, 2)),
-    )
-    starts = one.row_starts
-    one.load_state_dict(two.state_dict())
-    assert torch.equal(one.dense(), two.dense())
-    assert one.row_starts is not starts
-    x = torch.randn(2, 130).bfloat16()
-    assert torch.equal(one(x), two(x))
-
-
-def test_disagreeing_tensors_are_named():
-    bitmask, values = native.pack(random_weight((9, 130), 0.3, torch.bfloat16))
-    starts = native.row_starts(bitmask, 130)
-    with pytest.raises(BillhookError, match="values"):
-        SparseLinear(bitmask, values[:-1], starts, 130)
-    with pytest.raises(BillhookError, match="rows"):
-        SparseLinear(bitmask, values, starts[1:], 130)
-    with pytest.raises(BillhookError, match="scales"):
-        SparseLinear(bitmask, values, starts, 130, scales=torch.ones(9))
-    with pytest.raises(BillhookError, match=r"uint8 \[rows, 24\]"):
-        native.row_starts(bitmask[:, :16], 130)
-    bitmask[4, -1] = 1
-    with pytest.raises(BillhookError, match="beyond the last column"):
-        native.row_starts(bitmask, 130)
-    with pytest.raises(BillhookError, match="group"):
-        native.group_size(torch.ones(9, 4), 130)
-    packed = layer(random_weight((9, 130), 0.3, torch.bfloat16))
-    damaged = packed.state_dict() | {"values": values[:-3]}
-    with pytest.raises(BillhookError, match="values"):
-        packed.load_state_dict(damaged)
-    with pytest.raises(BillhookError, match="130"):
-        packed(torch.randn(2, 131).bfloat16())
-    with pytest.raises(BillhookError, match="float64"):
-        packed(torch.randn(2, 130).double())
-
-
-def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(BillhookError, match="sse9"), library.forced("sse9"):
-        pass
-    monkeypatch.setenv("BILLHOOK_KERNELS", "mmx")
-    with pytest.raises(BillhookError, match="mmx"):
-        library.path()
-
-
-def test_a_library_of_another_version_is_not_used():
-    if library.active() is None:
-        pytest.skip("needs compiled kernels")
-    code = "from billhook.runtime import library\nlibrary.SURFACE += 1\nassert library.paths() == ['torch']\n"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    assert "another version" in ran.stderr
-
-
-def test_without_the_library_one_line_says_what_is_missed(tmp_path: Path):
-    code = (
-        "import sys, pathlib, torch\n"
-        "from billhook.runtime import library\n"
-        f"library.FILE = pathlib.Path({str(tmp_path / '_kernels.so')!r})\n"
-        "from billhook.runtime.linear import SparseLinear\n"
-        "W = torch.eye(70).bfloat16()\n"
-        "layer = SparseLinear.from_dense(W)\n"
-        "x = torch.randn(3, 70).bfloat16()\n"
-        "assert torch.equal(layer(x), x) and torch.equal(layer.dense(), W)\n"
-        "assert library.paths() == ['torch'] and library.about()['path'] == 'torch'\n"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    assert len(ran.stderr.splitlines()) == 1
-    assert "compiler" in ran.stderr

@@ -17,7 +17,7 @@ SOURCES = Path(billhook.__file__).parent / "runtime" / "csrc"
 CHECK = Path(__file__).parent / "native" / "check_kernels.cpp"
 CASES = 60
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 
 
 def built(compiler: str, tmp_path: Path, *flags: str) -> Path:

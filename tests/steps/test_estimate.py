@@ -59,7 +59,7 @@ def checked(model, **fields) -> ResolvedRequest:
     return check(Request(model, **({"sparsity": 0.5, "calibration": IDS} | fields)))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("fields", JOBS, ids=lambda fields: " ".join(fields.values()))
 def test_the_formula_is_near_the_measured_peak(fields, tmp_path):
@@ -149,7 +149,7 @@ def test_a_run_that_goes_on_takes_what_is_left(tmp_path, monkeypatch):
     assert estimate_time(checked(source, resume=True, **fields)).seconds < 0.7 * whole
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt", "admm", "gblm"])
 def test_a_run_takes_the_measured_time(criterion, tmp_path, monkeypatch):
     """Within a factor of 3, in processor time, which other work on the machine changes less than the clock."""

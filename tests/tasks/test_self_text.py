@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from command import done, refused, workplace
-from families import CONFIGS, build
+from families import FAMILIES, build
 from resuming import whole_and_in_parts
 
 from billhook import BillhookError, JobError, allocate, load_calibration, load_model, measure, prune, prune_
@@ -27,7 +27,7 @@ def one_document(model: torch.nn.Module, start: int, length: int, seed: int = 0)
     return ids[0].tolist()
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_drawn_from_the_whole_distribution(family: str) -> None:
     model = build(family).eval()
     model.config.bos_token_id, model.config.eos_token_id, model.generation_config = 5, None, None

@@ -10,40 +10,18 @@ import pytest
 import tiny
 import torch
 from command import billhook, done, listing
+from pruning import TEXT, prune
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from billhook.architectures.layers import find_layers
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
 from billhook.tasks.opening import load_model
 
-TEXT = ("--samples", "5", "--length", "32")
 REPORT = {"report.json", "README.md", "report.html"}
+
+
 IDS = torch.arange(2 * 24).reshape(2, 24)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder with a sharded bfloat16 model of two blocks, one of experts, and a text."""
-    folder = tmp_path_factory.mktemp("place")
-    tiny.save(folder / "model", tiny.llama(num_hidden_layers=2), dtype=torch.bfloat16, shard="20KB")
-    tiny.save(folder / "experts", tiny.mixtral())
-    tiny.text_file(folder / "text.txt", 60)
-    return folder
-
-
-def prune(place: Path, output: Path, *arguments: str, model: str = "model") -> dict:
-    """Prune with a text (and sparsity 0.5 unless the arguments say otherwise); the JSON object that is printed."""
-    sparsity = [] if {"--sparsity", "--pattern", "--plan"} & set(arguments) else ["--sparsity", "0.5"]
-    text = ["--calibration", str(place / "text.txt"), *TEXT]
-    return done("prune", place / model, "--output", output, *text, *sparsity, *arguments, "--json").json
-
-
-@pytest.fixture(scope="module")
-def pruned(place) -> Path:
-    prune(place, place / "pruned", "--criterion", "sparsegpt")
-    return place / "pruned"
 
 
 def test_the_whole_chain(place, tmp_path):
@@ -149,7 +127,7 @@ assert not any(name.startswith("billhook") for name in sys.modules)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_output_loads_where_billhook_is_not(place, pruned, tmp_path):
     prune(place, tmp_path / "experts", model="experts")
     folders = [str(pruned), str(tmp_path / "experts")]
@@ -172,60 +150,6 @@ def test_the_logits_on_disk_are_those_in_memory(place, tmp_path):
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, load_model(tmp_path / "pruned")(IDS).logits)
     assert report.output is None
-
-
-def fast_for(chosen: tuple[str, ...], *more: str) -> list:
-    """Every criterion, with `more` arguments; the fast suite runs the `chosen` ones."""
-    return [pytest.param(x, *more, marks=[] if x in chosen else [pytest.mark.slow]) for x in CRITERIA.names()]
-
-
-@pytest.mark.parametrize(
-    ("criterion", "pattern"),
-    [
-        *fast_for(tuple(CRITERIA.names()), "unstructured"),
-        *fast_for(("wanda", "gblm"), "2:4"),
-        *fast_for(("sparsegpt", "dsnot"), "3:8"),
-    ],
-)
-def test_every_criterion_with_every_kind_of_pattern(place, tmp_path, criterion, pattern):
-    sparsity = {"unstructured": 0.7, "2:4": 0.5, "3:8": 0.625}[pattern]
-    arguments = ["--sparsity", "0.7"] if pattern == "unstructured" else ["--pattern", pattern]
-    report = prune(place, tmp_path / "pruned", "--criterion", criterion, *arguments, model="experts")
-    assert report["sparsity"] == pytest.approx(sparsity, abs=1 / 4000)
-    assert done("verify", tmp_path / "pruned", "--json").json["ok"]
-
-
-@pytest.mark.parametrize("allocator", ALLOCATORS.names())
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_every_allocator_with_every_kind_of_pattern(place, tmp_path, allocator, pattern):
-    arguments = ["--sparsity", "0.5"] if pattern == "unstructured" else ["--pattern", pattern]
-    report = prune(place, tmp_path / "pruned", "--allocator", allocator, "--criterion", "magnitude", *arguments)
-    assert report["sparsity"] == pytest.approx(0.5, abs=0.02 if arguments[0] == "--pattern" else 1e-3)
-    assert done("verify", tmp_path / "pruned", "--json").json["ok"]
-
-
-def test_nothing_to_remove_removes_nothing(place, tmp_path):
-    for criterion in CRITERIA.names():
-        report = prune(place, tmp_path / criterion, "--criterion", criterion, "--sparsity", "0")
-        assert report["sparsity"] == 0
-        for file in (place / "model").glob("*.safetensors"):
-            assert (tmp_path / criterion / file.name).read_bytes() == file.read_bytes()
-
-
-def test_a_sparse_model_is_pruned_further_and_never_filled(place, pruned, tmp_path):
-    report = prune(place, tmp_path / "more", "--sparsity", "0.8", model="pruned")
-    assert report["sparsity"] == pytest.approx(0.8, abs=1e-4)
-    report = prune(place, tmp_path / "less", "--sparsity", "0.2", "--criterion", "sparsegpt", model="pruned")
-    assert report["sparsity"] == pytest.approx(0.5, abs=1e-4)
-    assert "more zeros than planned" in report["warnings"][0]
-    assert done("verify", tmp_path / "less", "--json").json["ok"]
-
-
-def test_floor_counts_as_published(place, tmp_path):
-    report = prune(place, tmp_path / "floor", "--published", "--sparsity", "0.33", model="experts")
-    assert all(layer["zeros"] == 0 or layer["sparsity"] <= 0.33 for layer in report["layers"].values())
-    assert report["layers"]["model.layers.0.self_attn.q_proj"]["zeros"] == 32 * int(32 * 0.33)
-    assert done("verify", tmp_path / "floor", "--json").json["ok"]
 
 
 def test_an_output_is_replaced_when_told(place, tmp_path):
@@ -278,29 +202,6 @@ def test_a_table_of_the_whole_model_serves_for_a_part(place, tmp_path):
     report = prune(place, tmp_path / "pruned", *options)
     assert len(report["layers"]) == 6
     assert report["sparsity"] == pytest.approx(0.5, abs=1e-3)
-
-
-@pytest.fixture(scope="module")
-def odd(place) -> int:
-    """A model of odd shapes beside the others; the number of its prunable weights."""
-    model = tiny.llama(
-        hidden_size=36, num_attention_heads=3, num_key_value_heads=1, intermediate_size=53, num_hidden_layers=2
-    )
-    tiny.save(place / "odd", model)
-    return sum(out * columns for out, columns in (layer.shape for layer in find_layers(model)))
-
-
-@pytest.mark.parametrize("criterion", fast_for(("magnitude", "sparsegpt", "wandapp")))
-def test_odd_shapes(place, odd, criterion, tmp_path):
-    report = prune(place, tmp_path / "pruned", "--criterion", criterion, "--sparsity", "0.37", model="odd")
-    assert sum(layer["zeros"] for layer in report["layers"].values()) == round(0.37 * odd)
-
-
-def test_patterns_that_do_not_fit_odd_shapes(place, odd, tmp_path):
-    message = billhook(
-        "prune", place / "odd", "--output", tmp_path / "x", "--criterion", "magnitude", "--pattern", "2:4"
-    ).err
-    assert "2:4 is impossible for model.layers.0.mlp.down_proj: its 53 columns do not divide by 4" in message
 
 
 def test_tokens_of_a_file_are_used_as_they_are(place, tmp_path):

@@ -1,0 +1,14 @@
+"""Prune by the command line, and verify the result."""
+
+from pathlib import Path
+
+from command import done
+
+TEXT = ("--samples", "5", "--length", "32")
+
+
+def prune(place: Path, output: Path, *arguments: str, model: str = "model") -> dict:
+    """Prune with a text (and sparsity 0.5 unless the arguments say otherwise); the JSON object that is printed."""
+    sparsity = [] if {"--sparsity", "--pattern", "--plan"} & set(arguments) else ["--sparsity", "0.5"]
+    text = ["--calibration", str(place / "text.txt"), *TEXT]
+    return done("prune", place / model, "--output", output, *text, *sparsity, *arguments, "--json").json

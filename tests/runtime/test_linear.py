@@ -1,0 +1,110 @@
+"""A sparse layer behaves as a torch module: operator, compilation, adoption of a linear layer, state dictionaries."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from sparse_layers import assert_product, layer, random_weight
+
+from billhook.errors import BillhookError
+from billhook.runtime import autotune, native, ops
+from billhook.runtime.dense import DenseLinear, adopt_
+from billhook.runtime.linear import SparseLinear
+
+
+@pytest.fixture(autouse=True)
+def _no_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("BILLHOOK_CACHE", "0")
+    autotune.clear_choices()
+    yield
+    autotune.clear_choices()
+
+
+def test_the_operator_is_a_good_citizen():
+    W = random_weight((96, 130), 0.4, torch.bfloat16)
+    packed, x = layer(W, bias=torch.randn(96).bfloat16()), torch.randn(2, 3, 130).bfloat16()
+    arguments = (x, packed.bitmask, packed.values, packed.row_starts, None, packed.bias)
+    torch.library.opcheck(ops.sparse_linear, arguments)
+    torch.library.opcheck(ops.dense_linear, (x, torch.randn(96, 130).bfloat16(), None))
+    assert ops.sparse_linear(*[tensor if tensor is None else tensor.to("meta") for tensor in arguments]).shape == (
+        2,
+        3,
+        96,
+    )
+    assert torch.equal(ops.sparse_linear(*arguments), packed(x))
+
+
+def test_compiled_without_a_graph_break():
+    model = torch.nn.Sequential(
+        layer(random_weight((96, 130), 0.4, torch.bfloat16)), torch.nn.ReLU(), torch.nn.Linear(96, 40).bfloat16()
+    )
+    adopt_(model[2])
+    x = torch.randn(3, 130).bfloat16()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), model(x))
+
+
+def test_no_derivative():
+    packed = layer(random_weight((8, 70), 0.4, torch.float32))
+    y = packed(torch.randn(2, 70, requires_grad=True))
+    with pytest.raises(BillhookError, match="inference"):
+        y.sum().backward()
+
+
+def test_an_adopted_layer_is_still_linear():
+    linear = torch.nn.Linear(300, 50).bfloat16()
+    x = torch.randn(2, 300).bfloat16()
+    before = linear(x)
+    names = dict(linear.state_dict())
+    adopt_(linear)
+    autotune._measured[autotune.key(linear._weight, torch.bfloat16, 2)] = "ours"
+    assert isinstance(linear, DenseLinear)
+    assert linear.state_dict().keys() == names.keys()
+    with torch.no_grad():
+        assert_product(linear(x), x, linear.weight.double(), linear.bias)
+        linear.weight.data = linear.weight.data.clone() * 2  # moved: the kernel must see the new one
+        assert_product(linear(x), x, linear.weight.double(), linear.bias)
+        assert linear.float()(x.float()).dtype == torch.float32
+    linear.bfloat16()(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+    assert torch.isfinite(before).all()
+
+
+def test_state_dict_round_trip_with_other_counts():
+    one, two = (
+        layer(random_weight((9, 130), 0.3, torch.bfloat16, 1)),
+        layer(random_weight((9, 130), 0.8, torch.bfloat16, 2)),
+    )
+    starts = one.row_starts
+    one.load_state_dict(two.state_dict())
+    assert torch.equal(one.dense(), two.dense())
+    assert one.row_starts is not starts
+    x = torch.randn(2, 130).bfloat16()
+    assert torch.equal(one(x), two(x))
+
+
+def test_disagreeing_tensors_are_named():
+    bitmask, values = native.pack(random_weight((9, 130), 0.3, torch.bfloat16))
+    starts = native.row_starts(bitmask, 130)
+    with pytest.raises(BillhookError, match="values"):
+        SparseLinear(bitmask, values[:-1], starts, 130)
+    with pytest.raises(BillhookError, match="rows"):
+        SparseLinear(bitmask, values, starts[1:], 130)
+    with pytest.raises(BillhookError, match="scales"):
+        SparseLinear(bitmask, values, starts, 130, scales=torch.ones(9))
+    with pytest.raises(BillhookError, match=r"uint8 \[rows, 24\]"):
+        native.row_starts(bitmask[:, :16], 130)
+    bitmask[4, -1] = 1
+    with pytest.raises(BillhookError, match="beyond the last column"):
+        native.row_starts(bitmask, 130)
+    with pytest.raises(BillhookError, match="group"):
+        native.group_size(torch.ones(9, 4), 130)
+    packed = layer(random_weight((9, 130), 0.3, torch.bfloat16))
+    damaged = packed.state_dict() | {"values": values[:-3]}
+    with pytest.raises(BillhookError, match="values"):
+        packed.load_state_dict(damaged)
+    with pytest.raises(BillhookError, match="130"):
+        packed(torch.randn(2, 131).bfloat16())
+    with pytest.raises(BillhookError, match="float64"):
+        packed(torch.randn(2, 130).double())
