@@ -16,10 +16,10 @@ to be split, the plan is uniform and its record says why.
 
 Measured: KL divergence from the dense model on text that was used for nothing else, relative to uniform's, three small
 models at 60 and 70 %, 32 calibration windows of 256 tokens: 0.32 to 0.89 with Wanda (17 runs, three seeds), 0.18 to
-0.98 with admm (6 runs). The best of AlphaPruning, ATP, OWL and DLP, found by a search, had a larger divergence in every
-run that both made; with admm it was uniform.
+0.98 with admm (6 runs). A search over AlphaPruning, ATP, OWL and DLP ended at a larger divergence in every run that
+both made.
 
-Cost: a prune and a backward pass for each of three to five candidates: 3.5 to 4.4 prunes with admm, 4.4 to 10.5 with
+Cost: a prune and a backward pass for each of three to five candidates: 2.9 to 4.4 prunes with admm, 4.4 to 10.5 with
 Wanda, whose prunes are short. The model and a copy of its prunable weights must fit in memory.
 
 Limits: `billhook plan` has no model to try plans on; it offers `curves` instead.
