@@ -8,7 +8,7 @@ from pathlib import Path
 # processor's widest instructions add. The reference was made without AVX-512; these let every x86-64 processor add so.
 os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")  # also needed by bfloat16 attention on processors with AMX
-os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+os.environ.setdefault("MKL_CBWR", "AVX2")
 
 import pytest
 import torch
