@@ -14,8 +14,13 @@ The same race chooses a hyperparameter that is given as `auto`, such as `--alloc
 always among the candidates, so the plan is never worse than uniform on the held-out windows. If the text is too short
 to be split, the plan is uniform and its record says why.
 
-Cost: a prune and a backward pass for each of three to five candidates. The model and a copy of its prunable weights
-must fit in memory. AlphaPruning, ATP, OWL and DLP are left out: with any hyperparameter they lost to the fourth round.
+Measured: KL divergence from the dense model on text that was used for nothing else, relative to uniform's, three small
+models at 60 and 70 %, 32 calibration windows of 256 tokens: 0.32 to 0.89 with Wanda (17 runs, three seeds), 0.18 to
+0.98 with admm (6 runs). The best of AlphaPruning, ATP, OWL and DLP, found by a search, had a larger divergence in every
+run that both made; with admm it was uniform.
+
+Cost: a prune and a backward pass for each of three to five candidates: 3.5 to 4.4 prunes with admm, 4.4 to 10.5 with
+Wanda, whose prunes are short. The model and a copy of its prunable weights must fit in memory.
 
 Limits: `billhook plan` has no model to try plans on; it offers `curves` instead.
 """
@@ -100,12 +105,11 @@ def _auto(problem: Problem, criterion: str, race: Race) -> Iterator[Candidate]:
     shares = [curves.shares(race, "uniform")]
     for number in range(1, ROUNDS + 1):
         name = "curves" if number == 1 else f"curves, round {number}"
-        before = race.best.loss(race.objective)
-        yield Candidate(name, curves.optimum(curves.mean(shares)), attribute=True)
-        if number > 1 and race.trials[name].loss(race.objective) >= before:
+        yield Candidate(name, curves.optimum(curves.mean(shares)), attribute=number < ROUNDS)
+        trial = race.trials[name]
+        if trial.dropped or (number > 1 and race.best is not trial):
             break
-        if race.trials[name].shares:
-            shares.append(curves.shares(race, name))
+        shares.append(curves.shares(race, name))
 
 
 class ErrorCurves:

@@ -18,14 +18,14 @@ from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators.curves import MIDDLE
 from billhook.plan.plan import Plan
 from billhook.plan.table import Row, Table
-from billhook.racing.automatic import ROUNDS, ErrorCurves, needs
-from billhook.racing.hyperparameters import COARSE, MIDPOINTS
-from billhook.racing.race import Problem
+from billhook.racing.automatic import ROUNDS, ErrorCurves, needs, schedule
+from billhook.racing.hyperparameters import COARSE, MIDPOINTS, Space
+from billhook.racing.race import Problem, Race
 from billhook.steps.prune import prepare
 from billhook.steps.request import Request, open_request
 from billhook.trials.attribution import FLOOR
 from billhook.trials.heldout import split_samples
-from billhook.trials.trials import TrialRunner
+from billhook.trials.trials import Losses, TrialRunner
 
 pytestmark = pytest.mark.gate
 
@@ -114,6 +114,44 @@ def test_the_share_of_a_layer_that_a_later_plan_hardly_prunes_is_the_one_measure
     found = [curves.shares(race, name) for name in race.plans]
     assert found[0] == pytest.approx(truth)
     assert curves.mean(found) == pytest.approx(truth, rel=0.5)
+
+
+class MadeUpRunner:
+    """Its losses are those of `losses`, one a trial; the windows differ by little."""
+
+    def __init__(self, losses: list[float]) -> None:
+        self.heldout, self.left, self.attributed = {"input_ids": torch.zeros(16, 1)}, list(losses), 0
+
+    def prune(self, plan: Plan) -> None:
+        self.loss = self.left.pop(0)
+
+    def losses(self, first: int, last: int) -> Losses:
+        found = [self.loss + 1e-3 * (window % 2) * self.loss for window in range(first, last)]
+        return Losses(found, found)
+
+    def attribute(self) -> dict[str, float]:
+        self.attributed += 1
+        return dict.fromkeys((f"layers.{block}" for block in range(4)), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("losses", "rounds", "attributed"),
+    [
+        ([4.0, 3.0, 2.0, 1.0, 0.5], 4, 4),  # the last round needs no shares
+        ([4.0, 3.0, 2.0, 2.0], 3, 4),  # no better: the first of equals is the best
+        ([4.0, 4.0, 3.0, 5.0], 3, 3),  # equal to uniform at first; dropped at the end
+        ([4.0, 5.0], 1, 1),  # clearly behind uniform: the next plan would be the same
+    ],
+)
+def test_rounds_end_where_they_do_not_help(losses: list[float], rounds: int, attributed: int) -> None:
+    curve = {"error_curve:wanda": tuple(_curve([0.002, 0.02, 0.15, 0.6]))}
+    table = Table(tuple(Row(f"layers.{i}", i, "a", (64, 64), {}, curve) for i in range(4)), {})
+    runner, problem = MadeUpRunner(losses), Problem(table, 0.5)
+    race = Race(runner)  # type: ignore[arg-type]
+    race.run(lambda race: schedule(Space(("auto",), {}, 4, 0.5), problem, "wanda", race))
+    assert len(race.trials) == 1 + rounds
+    assert runner.attributed == attributed
+    assert not runner.left
 
 
 def test_options_that_auto_would_not_read_are_refused(tmp_path: Path) -> None:
