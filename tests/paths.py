@@ -1,4 +1,4 @@
-"""Folders of the repository that tests read."""
+"""Where tests are: folders of the repository, and the processor."""
 
 from pathlib import Path
 
@@ -6,3 +6,9 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 DATA = TESTS / "data"  # files of earlier versions
 DEMO = ROOT / "billhook" / "demo_model"
+
+
+def is_intel() -> bool:
+    """Whether MKL uses its code for Intel's processors here."""
+    facts = Path("/proc/cpuinfo")
+    return facts.exists() and "GenuineIntel" in facts.read_text(encoding="utf-8")

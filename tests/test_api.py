@@ -21,7 +21,7 @@ def model():
     return tiny.llama(num_hidden_layers=2)
 
 
-def test_one_call_prunes_in_place(model):
+def test_prune_changes_a_model_in_place(model):
     assert not model.name_or_path
     before = model.model.layers[0].mlp.up_proj.weight.clone()
     report = billhook.prune(model, sparsity=0.5, calibration=IDS)
@@ -42,7 +42,7 @@ def test_a_model_built_in_memory_is_saved_and_loads(model, tmp_path):
         assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
-def test_a_model_that_was_loaded_finds_its_tokenizer(tmp_path):
+def test_a_loaded_model_finds_its_tokenizer(tmp_path):
     tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=2))
     tiny.text_file(tmp_path / "text.txt")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -54,7 +54,7 @@ def test_a_model_that_was_loaded_finds_its_tokenizer(tmp_path):
     assert len(digests) == 1
 
 
-def test_the_pieces(model):
+def test_measure_allocate_prune_and_evaluate_work_one_by_one(model):
     table = billhook.measure(model, ["alpha_peak", "outlier_ratio:5"], batches=IDS.split(2))
     assert {"alpha_peak", "outlier_ratio:5"} <= set(table.columns())
     plan = billhook.allocate(table, 0.6, allocator="alphapruning", epsilon=0.2)
@@ -76,7 +76,7 @@ def test_one_tensor_is_one_batch(model):
     assert {result.sparsity for result in results} == {0.5}
 
 
-def test_plans_and_tables_as_objects_and_files(model, tmp_path):
+def test_plans_and_tables_may_be_objects_or_files(model, tmp_path):
     table = billhook.measure(model)
     plan = billhook.allocate(table, 0.5, allocator="alphapruning")
     table.save(tmp_path / "table.json")
@@ -101,7 +101,7 @@ def test_options_of_methods_are_keywords(model):
         billhook.prune(model, sparsty=0.5)
 
 
-def test_a_target_alone_may_be_a_string(model):
+def test_one_target_may_be_given_as_a_string(model):
     report = billhook.prune(model, sparsity=0.5, criterion="magnitude", targets="re:.*q_proj", ignore="model.layers.1")
     assert [layer.layer for layer in report.layers] == [Q]
     assert report.record["steps"][0]["made_by"]["targets"] == ["re:.*q_proj"]
@@ -115,7 +115,7 @@ def test_magnitude_needs_no_text(model):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
-def test_half_precision(model, dtype, criterion):
+def test_half_precision_models_keep_their_dtype(model, dtype, criterion):
     assert billhook.prune(
         model.to(dtype), sparsity=0.5, criterion=criterion, calibration=IDS
     ).sparsity == pytest.approx(0.5, abs=1e-3)
@@ -139,7 +139,7 @@ def test_dropout_takes_no_part(model, criterion):
     assert all(module.training for module in twin.modules())
 
 
-def test_a_decoder_without_a_head(model):
+def test_a_decoder_without_a_head_is_pruned(model):
     assert billhook.prune(model.model, sparsity=0.5, calibration=IDS).sparsity == 0.5
 
 
@@ -164,14 +164,14 @@ def test_progress_is_reported(model):
     ],
     ids=lambda value: "" if not isinstance(value, str) else value[:20],
 )
-def test_calibration_that_is_none(model, ids, message):
+def test_calibration_that_cannot_be_used_is_refused(model, ids, message):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(BillhookError, match=message):
         billhook.prune(model, sparsity=0.5, calibration=ids)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_batches_that_are_none(model):
+def test_batches_that_cannot_be_used_are_refused(model):
     plan = billhook.allocate(billhook.measure(model), 0.5)
     for batches in (IDS[0], [IDS.float()], [IDS + 1000], list(IDS)):
         with pytest.raises(BillhookError, match="batches: "):
@@ -201,13 +201,13 @@ def test_batches_that_are_none(model):
     ],
     ids=str,
 )
-def test_fields_that_cannot_be(model, fields, message):
+def test_impossible_fields_of_a_request_are_refused(model, fields, message):
     with pytest.raises(BillhookError, match=message):
         billhook.prune(model, **({"calibration": IDS} | fields))
 
 
 @pytest.mark.parametrize("thing", [3, None, torch.nn.Linear(2, 2), {}])
-def test_things_that_are_no_model(thing):
+def test_things_that_are_no_model_are_refused(thing):
     with pytest.raises(BillhookError, match="must be a directory, a hub name or a transformers PreTrainedModel, got"):
         billhook.prune(thing, sparsity=0.5, criterion="magnitude")
 

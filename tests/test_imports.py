@@ -98,7 +98,7 @@ def test_packages_import_only_from_those_above_them_in_the_table_of_the_architec
             assert here == there or height[there] < height[here], f"{module} imports {other}"
 
 
-def test_packages_say_what_they_hold():
+def test_packages_without_code_have_a_short_docstring():
     """Those whose `__init__.py` is a docstring alone, three lines of text at most; importing a module of theirs loads
     nothing else."""
     plain = [name for name in PACKAGES if len(TREES[name].body) == 1]
@@ -114,12 +114,12 @@ def test_packages_say_what_they_hold():
         assert 1 <= len([line for line in (ast.get_docstring(TREES[name]) or "").splitlines() if line]) <= 3, name
 
 
-def test_light_modules_load_nothing_heavy():
+def test_light_modules_load_no_torch():
     report = in_new_interpreter(f"import importlib\nfor name in {LIGHT}: importlib.import_module(name)\nreport(0)")
     assert not HEAVY & set(report["loaded"])
 
 
-def test_light_public_names_load_nothing_heavy():
+def test_light_public_names_load_no_torch():
     names = [
         "ALLOCATORS",
         "BillhookError",

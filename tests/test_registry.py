@@ -34,7 +34,7 @@ def test_names_are_listed_without_importing_them():
     assert EXAMPLES.get("example").__doc__ == "An example."
 
 
-def test_unknown_names_get_the_nearest_and_the_list():
+def test_unknown_names_are_refused_with_the_nearest_one():
     with pytest.raises(
         BillhookError, match=r"Unknown example 'exampel'\. Did you mean 'example'\? There are: example, sample\."
     ):
@@ -100,7 +100,7 @@ def test_values_are_read_as_the_type_of_the_option(given, expected):
     ],
     ids=str,
 )
-def test_values_that_do_not_fit(given, message):
+def test_values_that_do_not_fit_are_refused(given, message):
     with pytest.raises(BillhookError, match=message):
         EXAMPLES.configure("example", given)
 

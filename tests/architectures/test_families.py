@@ -20,7 +20,7 @@ def batches(count: int = 3, size: int = 2) -> list[torch.Tensor]:
     return [torch.randint(VOCABULARY, (size, 24), generator=generator) for _ in range(count)]
 
 
-def test_the_matrix_covers_what_is_promised() -> None:
+def test_the_matrix_covers_every_family() -> None:
     assert {*CONFIGS, "bert"} == set(architectures.FAMILIES)
 
 

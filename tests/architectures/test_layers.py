@@ -12,7 +12,7 @@ def kinds(model) -> set[str]:
 
 
 @pytest.mark.parametrize("path", ["router.proj", "altup.modality_router", "gate", "mlp.gate.inner", "wg"])
-def test_what_is_named_a_router_is_left_alone(path):
+def test_routers_are_left_alone(path):
     model = tiny.llama(num_hidden_layers=1)
     before, module = kinds(model), model.model.layers[0]
     *parents, last = path.split(".")
@@ -34,7 +34,7 @@ def test_a_linear_layer_with_an_output_per_expert_is_left_alone():
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (32, 4), (4, 32)])
-def test_matrices_of_a_few_coefficients_are_left_alone(shape):
+def test_small_matrices_are_not_pruned(shape):
     model = tiny.llama(num_hidden_layers=1)
     before = kinds(model)
     model.model.layers[0].add_module("coefficients", nn.Linear(*shape))

@@ -58,7 +58,7 @@ def test_every_command_has_json(command):
     assert ran.err == f"billhook: {ran.json['error']}\n"
 
 
-def test_no_command_shows_help_and_is_wrong_usage():
+def test_no_command_prints_help_and_exits_with_2():
     ran = billhook()
     assert ran.code == 2
     assert ran.out == ""
@@ -66,11 +66,11 @@ def test_no_command_shows_help_and_is_wrong_usage():
     assert done("--help").out.strip() == ran.err.strip()
 
 
-def test_version():
+def test_the_version_is_printed():
     assert done("--version").out == f"billhook {__version__}\n"
 
 
-def test_python_m_billhook_is_the_same():
+def test_python_m_billhook_is_the_command():
     from billhook import __main__, cli
 
     assert __main__.main is cli.main
@@ -79,7 +79,7 @@ def test_python_m_billhook_is_the_same():
 # measure, plan
 
 
-def test_measure(place, text, tmp_path):
+def test_the_measure_command_writes_a_table(place, text, tmp_path):
     ran = done(
         "measure",
         place / "model",
@@ -119,7 +119,7 @@ def test_plan_prints_a_table_for_people_and_json_for_machines(place, tmp_path):
 # prune, verify, eval
 
 
-def test_prune(place, text, tmp_path):
+def test_the_prune_command_reports_what_it_did(place, text, tmp_path):
     ran = done("prune", place / "model", "-o", tmp_path / "pruned", "--sparsity", "0.5", *text, "--json")
     assert ran.json["output"] == str(tmp_path / "pruned")
     assert ran.json["sparsity"] == ran.json["target"] == 0.5
@@ -164,7 +164,7 @@ def test_verify_fails_on_a_difference(place, tmp_path):
     assert "problem: config.json is not the file that was written" in bad.err
 
 
-def test_eval(place, tmp_path):
+def test_the_eval_command_prints_and_writes_its_numbers(place, tmp_path):
     ran = done("eval", place / "model", "--data", place / "text.txt", "--length", "64", "--limit", "5", "--json")
     assert {"token_ppl", "tokens", "windows", "length"} <= set(ran.json)
     assert (ran.json["windows"], ran.json["length"], ran.json["tokens"]) == (5, 64, 5 * 63)
@@ -192,7 +192,7 @@ def test_an_infinite_perplexity_is_still_json(tmp_path):
 @pytest.mark.parametrize(
     "kind, names", [("allocators", ALLOCATORS.names()), ("criteria", CRITERIA.names()), ("metrics", list(FACTS))]
 )
-def test_ls(kind, names):
+def test_ls_lists_every_registry(kind, names):
     rows = done("ls", kind, "--json").json[kind]
     assert {row["name"] for row in rows} >= set(names)
     assert all(row["paper"] for row in rows)
@@ -201,7 +201,7 @@ def test_ls(kind, names):
     assert all(name in shown.out for name in names)
 
 
-def test_ls_families():
+def test_ls_families_lists_every_tested_family():
     assert {"model_type": "gpt_oss"} in done("ls", "families", "--json").json["families"]
     assert "llama" in done("ls", "families").out
 

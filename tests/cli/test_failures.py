@@ -26,7 +26,7 @@ from billhook.errors import out_of_memory
 # Output
 
 
-def test_an_output_that_is_not_empty(place):
+def test_an_output_that_is_not_empty_is_refused(place):
     (place / "pruned").mkdir()
     (place / "pruned" / "notes.txt").write_text("mine")
     refused(
@@ -35,7 +35,7 @@ def test_an_output_that_is_not_empty(place):
     refused(place, *PRUNE, "--overwrite", match="not a model directory, so it is not replaced")
 
 
-def test_outputs_that_cannot_be(place):
+def test_unusable_outputs_are_refused(place):
     refused(place, *PRUNE, "--output", "text.txt", match=r"text\.txt is a file: choose a directory")
     refused(place, *PRUNE, "--output", "no/folder", match=r"the folder .*no does not exist\. Create it first")
     refused(place, *PRUNE, "--output", "model", "--overwrite", match="or is inside it")
@@ -50,7 +50,7 @@ def test_outputs_that_cannot_be(place):
 # Failures of the machine
 
 
-def test_a_disk_that_fills_up_at_the_start(place, monkeypatch):
+def test_a_disk_that_fills_up_at_the_start_is_one_message(place, monkeypatch):
     monkeypatch.setattr(sinks, "lay_out", full)
     size = sum(path.stat().st_size for path in (place / "model").glob("*.safetensors")) / 2**20
     needs = re.escape(f"pruned needs {size:.1f} MiB, ")
@@ -72,7 +72,7 @@ def test_a_disk_that_fills_up_at_the_start(place, monkeypatch):
         "store.directory.write_json",
     ],
 )
-def test_a_disk_that_fills_up_after_the_last_block(place, monkeypatch, where):
+def test_a_disk_that_fills_up_after_the_last_block_costs_no_finished_block(place, monkeypatch, where):
     with monkeypatch.context() as now:
         now.setattr(f"billhook.{where}", full)
         ran = billhook(*PRUNE)
@@ -91,7 +91,7 @@ def full(*_: object) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to mount a small disk")
-def test_a_disk_that_is_full(place, tmp_path):
+def test_a_full_disk_is_noticed_before_anything_is_written(place, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
@@ -112,7 +112,7 @@ def test_a_disk_that_is_full(place, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_out_of_memory(place, monkeypatch):
+def test_out_of_memory_is_one_message_with_advice(place, monkeypatch):
     def hungry(*_: object) -> None:
         raise RuntimeError(
             "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to "
@@ -123,7 +123,7 @@ def test_out_of_memory(place, monkeypatch):
     refused(place, *PRUNE, match="Out of memory. Use fewer --samples", code=1)
 
 
-def test_only_what_means_it_is_taken_for_out_of_memory():
+def test_only_errors_of_memory_are_reported_as_such():
     with pytest.raises((RuntimeError, MemoryError)) as real:
         torch.empty(1 << 60)
     assert out_of_memory(real.value)
@@ -139,13 +139,13 @@ def test_only_what_means_it_is_taken_for_out_of_memory():
         assert not out_of_memory(RuntimeError(text))
 
 
-def test_a_file_where_the_output_would_be_made(place):
+def test_a_file_in_the_place_of_the_output_is_refused(place):
     (place / "pruned.partial").write_text("mine")
     refused(place, *PRUNE, match=r"pruned\.partial, where the output would be written, is a file: move it away")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_stdout_that_cannot_be_written(place):
+def test_a_full_standard_output_is_one_message(place):
     with open("/dev/full", "w") as full:
         ran = subprocess.run(
             [sys.executable, "-m", "billhook", "plan", "table.json", "--sparsity=0.5", "--json"],
@@ -204,7 +204,7 @@ def wait_for_sign() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_interruptions(place, moment, number):
+def test_an_interrupted_run_is_one_message_and_leaves_nothing(place, moment, number):
     before = listing(place)
     child = forked(moment)
     wait_for_sign()
@@ -225,7 +225,7 @@ def test_interruptions(place, moment, number):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_one_ctrl_c_finishes_the_block_and_says_how_to_go_on(place):
+def test_one_ctrl_c_finishes_the_block_and_says_how_to_resume(place):
     """The block in work when it comes is finished and kept; the run goes on from there to what an uninterrupted one
     writes."""
     done(*PRUNE)
@@ -263,7 +263,7 @@ def test_one_ctrl_c_finishes_the_block_and_says_how_to_go_on(place):
 
 
 @pytest.mark.nightly
-def test_ctrl_c_from_a_shell(place):
+def test_ctrl_c_in_a_shell_stops_without_a_traceback(place):
     before = listing(place)
     paths = [str(TESTS), str(TESTS / "cli")]
     code = f"import sys; sys.path[:0] = {paths}\nimport test_failures\nfrom billhook.cli import main\n"

@@ -101,7 +101,7 @@ def test_the_time_left_is_that_of_the_blocks_left_and_runs_down(monkeypatch):
     assert left.seconds == 0
 
 
-def test_what_an_earlier_run_finished_does_not_count_as_fast(monkeypatch):
+def test_blocks_of_an_earlier_run_do_not_count_for_the_time_left(monkeypatch):
     clock = Clock(monkeypatch)
     left = common.TimeLeft(8, unit=2, skipped=4)
     for _ in range(4):
@@ -114,7 +114,7 @@ def test_what_an_earlier_run_finished_does_not_count_as_fast(monkeypatch):
     assert left.seconds == pytest.approx(10)
 
 
-def test_without_a_total_no_time_is_told(monkeypatch):
+def test_without_a_total_no_time_left_is_shown(monkeypatch):
     left = common.TimeLeft(None)
     left.advance()
     assert left.seconds is None

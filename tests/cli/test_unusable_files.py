@@ -23,11 +23,11 @@ def test_a_plan_for_another_model(place):
     refused(place, "prune", "deeper", *MAGNITUDE[2:], "--plan", "plan.json", match=message)
 
 
-def test_a_plan_with_a_missing_layer(place):
+def test_a_plan_with_a_missing_layer_is_refused(place):
     refused(place, *planned(**{UP: None}), match=rf"1 of its layers are not in the plan .*first: {UP}")
 
 
-def test_a_plan_with_an_extra_layer(place):
+def test_a_plan_with_an_extra_layer_is_refused(place):
     refused(
         place,
         *planned(**{f"{UP}x": 0.5}),
@@ -38,7 +38,7 @@ def test_a_plan_with_an_extra_layer(place):
 @pytest.mark.parametrize(
     "bad", [float("nan"), float("inf"), 1.5, -0.5, "0.5", None, True, 10**400], ids=lambda value: repr(value)[:8]
 )
-def test_a_plan_with_impossible_entries(place, bad):
+def test_a_plan_with_impossible_entries_is_refused(place, bad):
     layers = json.loads(Path("plan.json").read_text())["weights"]
     edit("plan.json", weights=layers | {UP: bad})
     refused(
@@ -50,23 +50,23 @@ def test_a_plan_with_impossible_entries(place, bad):
     )
 
 
-def test_a_plan_whose_groups_do_not_fit(place):
+def test_a_plan_whose_groups_do_not_fit_is_refused(place):
     refused(place, *planned(**{UP: "2:5"}), match=rf"2:5 is impossible for {UP}: its 32 columns do not divide by 5")
 
 
-def test_a_plan_that_pruning_cannot_apply(place):
+def test_a_plan_that_pruning_cannot_apply_is_refused(place):
     refused(
         place, *planned(**{UP: "q4_0"}), match=r"This plan stores layers as q4_0: billhook prune applies sparsities"
     )
 
 
-def test_files_that_are_no_plan(place):
+def test_files_that_are_no_plan_are_refused(place):
     refused(place, *MAGNITUDE, "--plan", "nowhere.json", match=r"There is no plan at nowhere\.json")
     refused(place, *MAGNITUDE, "--plan", "text.txt", match=r"text\.txt is not a plan: it is not valid json")
     refused(place, *MAGNITUDE, "--plan", "table.json", match=r"table\.json: 'sparsity' must be an object")
 
 
-def test_a_plan_and_what_it_already_says(place):
+def test_options_that_a_plan_already_decides_are_refused(place):
     refused(
         place,
         *MAGNITUDE,
@@ -80,7 +80,7 @@ def test_a_plan_and_what_it_already_says(place):
     refused(place, *MAGNITUDE, "--plan", "plan.json", "--ignore", UP, match=message)
 
 
-def test_a_table_of_another_model(place):
+def test_a_table_of_another_model_is_refused(place):
     edit("table.json", model={})  # as of a model in memory, whose digest is not known
     tiny.save(place / "wider", tiny.llama(num_hidden_layers=2, intermediate_size=96))
     command = ("--sparsity", "0.5", "--table", "table.json")
@@ -105,7 +105,7 @@ def test_a_table_of_another_model(place):
     refused(place, "prune", "deeper", *MAGNITUDE[2:], *command, match=r"model\.layers\.2")
 
 
-def test_a_table_without_the_column(place):
+def test_a_table_without_the_needed_column_is_refused(place):
     command = ("--sparsity", "0.5", "--table", "table.json", "--allocator", "owl")
     message = r"no column 'outlier_ratio:5'.* Make it with: billhook measure MODEL --metrics outlier_ratio:5"
     refused(place, *MAGNITUDE, *command, match=message)
@@ -129,24 +129,24 @@ def test_a_table_without_the_column(place):
         ("fake.safetensors", "no", r"fake\.safetensors is not a safetensors file"),
     ],
 )
-def test_texts_that_cannot_be_used(place, name, content, match):
+def test_unusable_texts_are_refused(place, name, content, match):
     Path(name).write_text(content)
     refused(place, *PRUNE[:6], "--calibration", name, *TEXT[2:], match=match)
 
 
-def test_texts_that_are_not_there(place):
+def test_missing_texts_are_refused(place):
     refused(place, *PRUNE[:6], "--calibration", "texts.txt", match=r"There is no file texts\.txt")
     refused(place, *PRUNE[:6], "--calibration", "stdlib:all", match="use stdlib:train or stdlib:heldout")
     refused(place, "eval", "model", "--data", "texts.txt", match=r"There is no file texts\.txt")
 
 
-def test_documents_shorter_than_a_window(place):
+def test_documents_shorter_than_a_window_are_refused(place):
     Path("short.jsonl").write_text('{"text": "short"}\n' * 50)
     message = r"No document of short\.jsonl is longer than 32 tokens"
     refused(place, *PRUNE[:6], "--calibration", "short.jsonl", *TEXT[2:], "--published", match=message)
 
 
-def test_windows_longer_than_the_context(place):
+def test_windows_longer_than_the_context_are_refused(place):
     refused(
         place,
         *PRUNE,
@@ -157,7 +157,7 @@ def test_windows_longer_than_the_context(place):
 
 
 @pytest.mark.parametrize("bad", [-1, 258, 10**9])
-def test_token_ids_outside_the_vocabulary(place, bad):
+def test_token_ids_outside_the_vocabulary_are_refused(place, bad):
     tokens = torch.zeros(4, 32, dtype=torch.int64)
     tokens[2, 7] = bad
     save_file({"tokens": tokens}, "tokens.safetensors")
@@ -166,7 +166,7 @@ def test_token_ids_outside_the_vocabulary(place, bad):
     refused(place, "eval", "model", "--data", "tokens.safetensors", match=message)
 
 
-def test_no_tokenizer(place):
+def test_text_without_a_tokenizer_is_refused(place):
     for file in Path("model").glob("tokenizer*"):
         file.unlink()
     refused(place, *PRUNE, match=r"The model has no tokenizer to read text\.txt with: give a \.safetensors file")

@@ -6,7 +6,7 @@ from command import MAGNITUDE, PRUNE, TEXT, Q, done, refused
 SEARCH = ("search", "model", "--sparsity", "0.5", "--output", "found", *TEXT)
 
 
-def test_what_is_in_order_is_not_refused(place):
+def test_a_correct_command_is_accepted(place):
     assert done(*PRUNE, "--json").json["sparsity"] == 0.5
 
 
@@ -97,37 +97,37 @@ def test_what_is_in_order_is_not_refused(place):
     ],
     ids=lambda value: value.split(r"\.")[0][:40] if isinstance(value, str) else "",
 )
-def test_unknown_names_and_options(place, arguments, match):
+def test_unknown_names_and_options_are_refused(place, arguments, match):
     refused(place, *arguments, match=match)
 
 
 @pytest.mark.parametrize("sparsity", ["1", "1.0", "-0.1", "50", "nan", "inf"])
-def test_sparsity_out_of_range(place, sparsity):
+def test_a_sparsity_out_of_range_is_refused(place, sparsity):
     message = r"Sparsity must be a number in \[0, 1\), the fraction removed; got .*\. Use 0\.5 for half"
     refused(place, *MAGNITUDE, f"--sparsity={sparsity}", match=message)
     refused(place, "plan", "table.json", f"--sparsity={sparsity}", match=message)
 
 
 @pytest.mark.parametrize("sparsity", ["half", "50%", "0,5"])
-def test_sparsity_that_is_no_number(place, sparsity):
+def test_a_sparsity_that_is_no_number_is_refused(place, sparsity):
     refused(place, *MAGNITUDE, f"--sparsity={sparsity}", match=r"--sparsity.*number.*See: billhook prune --help")
 
 
-def test_no_sparsity(place):
+def test_a_missing_sparsity_is_refused(place):
     refused(place, *MAGNITUDE, match=r"--sparsity 0\.5 removes half")
 
 
 @pytest.mark.parametrize("pattern", ["4:2", "2-4", "2:4:8", "structured", "0:4", ""])
-def test_what_is_no_pattern(place, pattern):
+def test_strings_that_are_no_pattern_are_refused(place, pattern):
     refused(place, *MAGNITUDE, f"--pattern={pattern}", match="neither 'unstructured' nor N:M")
 
 
-def test_a_pattern_impossible_for_a_layer(place):
+def test_a_pattern_that_does_not_divide_a_layer_is_refused(place):
     message = rf"Pattern 2:5 is impossible for {Q}: its 32 columns do not divide by 5\. Leave it out with --ignore"
     refused(place, *MAGNITUDE, "--pattern", "2:5", match=message)
 
 
-def test_a_pattern_that_contradicts_the_sparsity(place):
+def test_a_pattern_that_contradicts_the_sparsity_is_refused(place):
     refused(
         place,
         *MAGNITUDE,
@@ -153,5 +153,5 @@ def test_a_pattern_that_contradicts_the_sparsity(place):
     ],
     ids=str,
 )
-def test_patterns_that_match_nothing(place, arguments, match):
+def test_target_patterns_that_match_nothing_are_refused(place, arguments, match):
     refused(place, *MAGNITUDE, "--sparsity", "0.5", *arguments, match=match)

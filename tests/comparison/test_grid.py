@@ -236,7 +236,7 @@ def test_runs_that_differ_are_refused(place, tmp_path, made):
         ),
     ],
 )
-def test_bad_comparisons_are_refused_in_a_line(options, message, place, monkeypatch):
+def test_unusable_comparisons_are_refused(options, message, place, monkeypatch):
     monkeypatch.chdir(place)
     ran = billhook("compare", "model", *options)
     assert ran.code == 2

@@ -117,7 +117,7 @@ def test_the_directory_keeps_its_name_while_a_slower_process_reads_it(place):
     assert weights(place / "slow").keys() == weights(whole(place)).keys()
 
 
-def test_a_process_that_falls_silent_ends_the_others(place):
+def test_a_process_without_heartbeat_ends_the_others(place):
     """As when a machine vanishes: no connection breaks. The patience is a minute, here two seconds."""
 
     def before() -> None:
@@ -130,7 +130,7 @@ def test_a_process_that_falls_silent_ends_the_others(place):
     continued(place, "silent")
 
 
-def test_a_process_that_fails_ends_those_that_wait_for_something_else_with_its_reason(place):
+def test_a_process_that_fails_ends_processes_that_wait_elsewhere_with_its_reason(place):
     def fail() -> None:
         raise OSError(5, "Input/output error")
 

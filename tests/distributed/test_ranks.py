@@ -38,7 +38,7 @@ def test_the_result_is_that_of_one_process(place, processes, criterion):
         assert sum(event["event"] == "layer" for event in events) == events[0]["layers"]
 
 
-def test_processes_that_meet_other_experts_first(place):
+def test_processes_that_see_other_experts_first_agree(place):
     fields = (*PRUNE[:6], "--samples", "16", "--length", "4", "--batch-size", "1", "--criterion", "admm")
     for processes in (1, 2):
         done(place, processes, *fields, "-o", f"short{processes}")
@@ -48,7 +48,7 @@ def test_processes_that_meet_other_experts_first(place):
         assert likeness > 0.99, (name, likeness)
 
 
-def test_auto_shares_what_is_left_of_a_batch(place):
+def test_auto_in_two_processes_gives_the_result_of_one(place):
     fields = (*PRUNE[:4], "--calibration", "text.txt", "--samples", "8", "--length", "32", "--batch-size", "4")
     done(place, 2, *fields, "--allocator", "auto", "--criterion", "wanda", "-o", "auto2")
     assert verify(place / "auto2").ok
@@ -64,7 +64,7 @@ def test_tables_are_those_of_one_process(place):
         assert row["metrics"] == pytest.approx(other["metrics"], rel=1e-3)
 
 
-def test_too_few_windows_to_share(place):
+def test_fewer_windows_than_processes_are_refused(place):
     ran = together(place, 2, *PRUNE[:6], "--samples", "1", "--length", "32", "-o", "few")
     assert ran.codes == [2, 2]
     assert "2 processes cannot share 1 calibration windows: give more --samples, or start fewer" in ran.said[0]

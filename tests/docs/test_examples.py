@@ -29,7 +29,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_examples_run(example: Path, playground: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_example_runs(example: Path, playground: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(example), run_name="__main__")
     assert capsys.readouterr().out.strip()
 
@@ -41,7 +41,7 @@ def test_examples_are_short_and_say_what_they_show(example: Path) -> None:
     assert len(text.splitlines()) < 40
 
 
-def test_a_sweep_loads_no_torch() -> None:
+def test_the_sweep_of_the_examples_loads_no_torch() -> None:
     code = (
         "import sys, tempfile, pathlib, runpy\n"
         "names = runpy.run_path(sys.argv[1])\n"

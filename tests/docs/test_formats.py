@@ -42,7 +42,7 @@ def test_json_examples_are_read_by_the_tool(tmp_path: Path) -> None:
         assert all(key in piece for piece in place["pieces"])
 
 
-def test_a_minimal_plan_by_hand_is_enough(tmp_path: Path) -> None:
+def test_a_minimal_plan_is_read(tmp_path: Path) -> None:
     plan = {"version": 1, "target": 0.5, "pattern": "2:4", "sparsity": {"a": 0.5}}
     (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     assert load_plan(tmp_path / "plan.json") == Plan.of_sparsities(0.5, Pattern(2, 4), {"a": 0.5})

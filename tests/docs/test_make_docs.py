@@ -29,7 +29,7 @@ def test_pages_in_the_repository_are_up_to_date() -> None:
 
 
 @pytest.mark.parametrize("command", [command.name for command in app.registered_commands])
-def test_every_option_of_the_help_is_documented_and_no_other(command: str) -> None:
+def test_the_documented_options_are_those_of_the_help(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
     section = command_page.page().split(f"## billhook {command}\n")[1].split("\n## ")[0]
     options = re.compile(r"--[a-z][a-z-]*")
@@ -100,7 +100,7 @@ def test_pages_of_methods_that_are_gone_are_stale_and_removed(
     assert not gone.exists()
 
 
-def test_other_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert make_docs.main(["--chek"]) == 2
     assert "--check" in capsys.readouterr().err
 

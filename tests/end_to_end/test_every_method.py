@@ -59,7 +59,7 @@ def test_a_sparse_model_is_pruned_further_and_never_filled(place, pruned, tmp_pa
     assert done("verify", tmp_path / "less", "--json").json["ok"]
 
 
-def test_floor_counts_as_published(place, tmp_path):
+def test_published_rounding_counts_zeros_as_published(place, tmp_path):
     report = prune(place, tmp_path / "floor", "--published", "--sparsity", "0.33", model="experts")
     assert all(layer["zeros"] == 0 or layer["sparsity"] <= 0.33 for layer in report["layers"].values())
     assert report["layers"]["model.layers.0.self_attn.q_proj"]["zeros"] == 32 * int(32 * 0.33)
@@ -77,12 +77,12 @@ def odd(place) -> int:
 
 
 @pytest.mark.parametrize("criterion", fast_for(("magnitude", "sparsegpt", "wandapp")))
-def test_odd_shapes(place, odd, criterion, tmp_path):
+def test_layers_of_odd_shapes_are_pruned(place, odd, criterion, tmp_path):
     report = prune(place, tmp_path / "pruned", "--criterion", criterion, "--sparsity", "0.37", model="odd")
     assert sum(layer["zeros"] for layer in report["layers"].values()) == round(0.37 * odd)
 
 
-def test_patterns_that_do_not_fit_odd_shapes(place, odd, tmp_path):
+def test_patterns_that_do_not_divide_odd_shapes_are_refused(place, odd, tmp_path):
     message = billhook(
         "prune", place / "odd", "--output", tmp_path / "x", "--criterion", "magnitude", "--pattern", "2:4"
     ).err

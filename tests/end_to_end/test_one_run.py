@@ -24,7 +24,7 @@ REPORT = {"report.json", "README.md", "report.html"}
 IDS = torch.arange(2 * 24).reshape(2, 24)
 
 
-def test_the_whole_chain(place, tmp_path):
+def test_measure_plan_prune_verify_and_eval_work_together(place, tmp_path):
     text, table, plan, output = (
         str(place / "text.txt"),
         tmp_path / "table.json",
@@ -57,7 +57,7 @@ def test_the_whole_chain(place, tmp_path):
     assert step["made_by"]["papers"] == {"criterion": CRITERIA.paper("wanda"), "allocator": ALLOCATORS.paper("owl")}
 
 
-def test_a_plan_in_one_step_is_the_plan_in_two(place, tmp_path):
+def test_planning_while_pruning_gives_the_plan_of_two_commands(place, tmp_path):
     options = ("--allocator", "alphapruning", "--set", "epsilon=0.2")
     done("measure", place / "model", "-o", tmp_path / "table.json")
     done("plan", tmp_path / "table.json", *options, "--sparsity", "0.5", "-o", tmp_path / "plan.json")
@@ -128,7 +128,7 @@ assert not any(name.startswith("billhook") for name in sys.modules)
 
 
 @pytest.mark.nightly
-def test_the_output_loads_where_billhook_is_not(place, pruned, tmp_path):
+def test_the_output_loads_without_billhook(place, pruned, tmp_path):
     prune(place, tmp_path / "experts", model="experts")
     folders = [str(pruned), str(tmp_path / "experts")]
     ran = subprocess.run([sys.executable, "-c", _STOCK, *folders], capture_output=True, text=True, timeout=120)
@@ -152,7 +152,7 @@ def test_the_logits_on_disk_are_those_in_memory(place, tmp_path):
     assert report.output is None
 
 
-def test_an_output_is_replaced_when_told(place, tmp_path):
+def test_an_output_is_replaced_with_overwrite(place, tmp_path):
     prune(place, tmp_path / "pruned", "--criterion", "magnitude", "--sparsity", "0.2")
     prune(place, tmp_path / "pruned", "--criterion", "magnitude", "--sparsity", "0.4", "--overwrite")
     assert json.loads((tmp_path / "pruned" / "billhook.json").read_text())["steps"][0]["plan"]["budget"] == {
@@ -161,7 +161,7 @@ def test_an_output_is_replaced_when_told(place, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 
 
-def test_a_plan_for_other_weights_is_used_and_noted_but_a_table_refused(place, tmp_path):
+def test_a_plan_for_other_weights_is_used_with_a_note_and_a_table_is_refused(place, tmp_path):
     tiny.save(tmp_path / "cousin", tiny.llama(seed=1, num_hidden_layers=2))
     table, plan = tmp_path / "table.json", tmp_path / "plan.json"
     done("measure", tmp_path / "cousin", "-o", table)
@@ -187,7 +187,7 @@ def test_a_plan_for_other_weights_is_used_and_noted_but_a_table_refused(place, t
     assert step["warnings"] == ["The plan was made for the weights of cousin, which are not those of model."]
 
 
-def test_a_table_of_the_whole_model_serves_for_a_part(place, tmp_path):
+def test_a_table_of_the_whole_model_is_used_for_some_layers(place, tmp_path):
     done("measure", place / "model", "-o", tmp_path / "table.json")
     options = (
         "--table",

@@ -82,7 +82,7 @@ def test_every_layer_of_every_family_comes_once(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", WRITERS)
-def test_who_writes_into_the_stream(family: str) -> None:
+def test_layers_that_write_into_the_residual_stream_are_known(family: str) -> None:
     found = set()
     for block in walk(build(family), [IDS], ("gram", "drift")):
         for layers, stats in block.stages:
@@ -91,7 +91,7 @@ def test_who_writes_into_the_stream(family: str) -> None:
 
 
 @pytest.mark.parametrize("dense_target", [0.0, 0.3, 1.0])
-def test_aimed_weights_are_the_optimum(dense_target: float) -> None:
+def test_weights_with_a_dense_target_are_the_optimum(dense_target: float) -> None:
     generator = torch.Generator().manual_seed(0)
     x, other = (torch.randn(200, 12, generator=generator, dtype=torch.float64) for _ in range(2))
     other = x + 0.3 * other
@@ -106,7 +106,7 @@ def test_aimed_weights_are_the_optimum(dense_target: float) -> None:
     torch.testing.assert_close(loss(best, V, gram), excess)
 
 
-def test_nothing_to_aim_at() -> None:
+def test_without_drift_or_tokens_a_dense_target_changes_nothing() -> None:
     W, gram = torch.randn(3, 4), torch.eye(4)
     assert shift_to_dense(W, LayerStats(8, 1, gram=gram), 0.5, 0.01) is W
     assert torch.equal(shift_to_dense(W, LayerStats(8, 1, gram=gram, drift=torch.zeros(4, 4)), 0.5, 0.01), W)
@@ -116,7 +116,7 @@ def test_nothing_to_aim_at() -> None:
 
 @pytest.mark.gate
 @pytest.mark.parametrize("criterion", ["admm", "sparsegpt"])
-def test_aiming_brings_the_logits_nearer(criterion: str) -> None:
+def test_a_dense_target_reduces_the_error_of_the_logits(criterion: str) -> None:
     dense, errors = tiny.llama(), []
     ids = torch.randint(0, 258, (32, 64), generator=torch.Generator().manual_seed(3))
     for dense_target in (0.0, 0.5):
@@ -129,7 +129,7 @@ def test_aiming_brings_the_logits_nearer(criterion: str) -> None:
 
 @pytest.mark.gate
 @pytest.mark.parametrize("done", [1, 3])
-def test_a_run_that_goes_on_knows_the_dense_model(done: int, tmp_path) -> None:
+def test_a_resumed_run_uses_the_dense_model(done: int, tmp_path) -> None:
     source = tiny.save(tmp_path / "model", dtype=torch.bfloat16)
     fields = {
         "sparsity": 0.5,
@@ -140,7 +140,7 @@ def test_a_run_that_goes_on_knows_the_dense_model(done: int, tmp_path) -> None:
     assert one == other
 
 
-def test_a_model_in_memory_cannot_go_on_in_the_middle() -> None:
+def test_a_run_on_a_model_in_memory_cannot_be_resumed() -> None:
     model = build("llama")
     before = copy.deepcopy(model.state_dict())
     plan = allocate(measure(model, []), 0.5)

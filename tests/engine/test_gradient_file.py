@@ -177,7 +177,7 @@ def test_stale_and_unfitting_gradients_are_refused(folder: Path, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
-def test_in_python_the_statistic_is_checked_too(folder: Path) -> None:
+def test_gradients_given_in_python_are_checked(folder: Path) -> None:
     model = llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plan = Plan.of_sparsities(0.5, Pattern(), {layer.name: 0.5 for layer in find_layers(model)})

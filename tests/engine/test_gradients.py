@@ -60,7 +60,7 @@ def slow(statistic: str, gradients: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equal_to_a_whole_backward_pass(family: str, tmp_path: Path) -> None:
+def test_gradients_equal_those_of_a_whole_backward_pass(family: str, tmp_path: Path) -> None:
     model, ids = build(family), batches()
     plain = each_gradient(model, ids)
     wanted = {name: value.requires_grad for name, value in model.named_parameters()}
@@ -77,7 +77,9 @@ def test_equal_to_a_whole_backward_pass(family: str, tmp_path: Path) -> None:
     "statistic", [name for name in GRADIENTS if name != REGIONAL]
 )  # tested with the blocks, in test_refine.py
 @pytest.mark.parametrize("spill_gib", [8.0, 0.0, 1e-5])
-def test_every_statistic_wherever_the_inputs_are_kept(statistic: str, spill_gib: float, tmp_path: Path) -> None:
+def test_every_statistic_is_the_same_with_inputs_in_memory_and_on_disk(
+    statistic: str, spill_gib: float, tmp_path: Path
+) -> None:
     model, ids = llama(), batches(3, 2)
     plain = each_gradient(model, ids)
     found = compute_gradients(
@@ -149,7 +151,7 @@ def test_float16_gradients_that_overflow_start_from_less(tmp_path: Path) -> None
         assert (value - expected).norm() < 0.1 * expected.norm(), name
 
 
-def test_bfloat16_runs(tmp_path: Path) -> None:
+def test_gradients_of_bfloat16_models_are_finite(tmp_path: Path) -> None:
     found = compute_gradients(llama().bfloat16(), batches(), "gradient_l2", tmp_path / "g.safetensors")
     assert all(value.dtype == torch.float32 and value.isfinite().all() and value.any() for value in found.values())
 
@@ -169,7 +171,7 @@ def test_gradients_that_are_not_finite_name_their_layer(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_arguments_that_cannot_work(tmp_path: Path) -> None:
+def test_unusable_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BillhookError, match="Unknown statistic 'gradient_l3'"):
         compute_gradients(llama(), batches(), "gradient_l3", tmp_path / "g.safetensors")
     with pytest.raises(BillhookError, match="--calibration"):

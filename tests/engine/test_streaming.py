@@ -104,7 +104,7 @@ OTHERS = [*CRITERIA, {"criterion": "wanda", "allocator": "owl"}, {"targets": "re
 
 
 @pytest.mark.parametrize("fields", OTHERS, ids=str)
-def test_other_ways_to_a_result(llama, fields, tmp_path):
+def test_streaming_gives_the_same_bytes_with_any_option(llama, fields, tmp_path):
     fields = {"sparsity": 0.5, "calibration": IDS, **fields}
     same(prune(llama, output=tmp_path / "streamed", **fields).output, in_memory(llama, tmp_path / "memory", **fields))
 
@@ -118,7 +118,7 @@ def test_masks_made_in_a_wider_type_are_the_same(llama, tmp_path):
     assert {k: v for k, v in contents(streamed).items() if k.endswith(".safetensors")} == same_weights
 
 
-def test_tables_are_the_same(llama):
+def test_streaming_measures_the_same_table(llama):
     metrics = ["alpha_peak", "stable_rank", "outlier_ratio:5", "block_loss:0.6"]
     table = measure_opened(open_to_measure(Request(llama, calibration=IDS), metrics), metrics)
     expected = measure(load_model(llama), metrics, batches=list(IDS.split(6)))
@@ -158,7 +158,7 @@ def test_results_do_not_depend_on_where_hidden_states_are(llama, criterion, tmp_
     assert contents(one) == contents(other)
 
 
-def test_a_file_that_is_cut_off_meanwhile_is_named(llama, tmp_path):
+def test_a_file_that_is_truncated_during_the_run_is_named(llama, tmp_path):
     stream = open_streamed(llama)
     copy = tmp_path / "copy"
     copy.mkdir()

@@ -138,7 +138,7 @@ def test_the_command_labels_what_it_prints(tmp_path, item_file):
         (["--tasks", "latin.jsonl"], "is not UTF-8 text"),
     ],
 )
-def test_bad_questions_are_answered_in_a_line(options, message, tmp_path, item_file, monkeypatch):
+def test_unusable_options_of_eval_are_one_message(options, message, tmp_path, item_file, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.save(tmp_path / "model")
     tiny.text_file(tmp_path / "t.txt")
@@ -150,7 +150,7 @@ def test_bad_questions_are_answered_in_a_line(options, message, tmp_path, item_f
 
 
 @pytest.mark.nightly
-def test_unknown_tasks_and_tasks_without_network(tmp_path, monkeypatch):
+def test_unknown_tasks_and_tasks_without_network_are_refused(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     directory = tiny.save(tmp_path / "model")
     ran = billhook("eval", directory, "--tasks", "bolq")
@@ -168,7 +168,7 @@ def test_unknown_tasks_and_tasks_without_network(tmp_path, monkeypatch):
     assert "a file of items works without network" in ran.err
 
 
-def test_a_packed_model_is_scored_like_the_one_it_was_made_from(tmp_path):
+def test_a_packed_model_has_the_scores_of_the_dense_one(tmp_path):
     source = tiny.save(tmp_path / "model")
     text = tiny.text_file(tmp_path / "text.txt", copies=10)
     done("prune", source, "--sparsity", "0.6", "--criterion", "magnitude", "-o", tmp_path / "pruned")

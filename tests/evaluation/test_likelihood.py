@@ -15,7 +15,7 @@ from billhook.evaluation.perplexity import evaluate
 from billhook.evaluation.word_perplexity import evaluate_words, rolling
 
 
-def test_a_model_agrees_with_itself_and_not_with_another(model):
+def test_the_divergence_from_itself_is_zero_and_from_another_model_is_not(model):
     ids = torch.randint(0, 258, (5, 32), generator=torch.Generator().manual_seed(1))
     same = evaluate(model, ids, against=model).against
     assert (same.kl, same.kl_error, same.top1_agreement) == (0, 0, 1)
@@ -76,7 +76,7 @@ def test_a_damaged_model_gives_no_accuracy(tokenizer):
         evaluate_items(broken, tokenizer, [Item((("a", " b"),), 0)], 128, name="x")
 
 
-def test_items_are_judged_by_hand(model, tokenizer):
+def test_items_are_scored_as_by_hand(model, tokenizer):
     """Right where the right answer is likelier; a single request is right where the model would say it."""
     items = [Item(tuple((c, a) for c, a in q["requests"]), q["gold"]) for q in questions(9)]
     hits = fair = 0
@@ -119,7 +119,7 @@ def test_items_are_judged_by_hand(model, tokenizer):
         ('{"requests": ["ab"], "gold": 0, "x": [}', "line 2 is no item"),
     ],
 )
-def test_lines_that_are_no_items_are_named(line, message, tmp_path):
+def test_lines_that_are_no_items_are_refused(line, message, tmp_path):
     good = '{"requests": [["a", "b"]], "gold": 0}'
     (tmp_path / "t.jsonl").write_text(f"{good}\n{line}\n")
     with pytest.raises(BillhookError, match=message):

@@ -28,7 +28,7 @@ def windows():
     return windows_of(torch.randint(0, 258, (7, 32), generator=torch.Generator().manual_seed(0)), text_bytes=200)
 
 
-def test_agrees_with_the_published_protocol(model, windows):
+def test_perplexity_agrees_with_the_published_protocol(model, windows):
     """Window by window, mean loss times length, divided by all tokens, exponentiated."""
     total = 0.0
     for row in windows.ids:
@@ -41,7 +41,7 @@ def test_agrees_with_the_published_protocol(model, windows):
     assert found.to_dict()["token_ppl"] == found.token_ppl
 
 
-def test_batches_and_chunks_change_nothing_that_matters(model, windows, monkeypatch):
+def test_sums_do_not_depend_on_batches_and_chunks(model, windows, monkeypatch):
     expected = evaluate(model, windows).nll
     for size in (1, 3, 100):
         assert evaluate(model, windows, batch_size=size).nll == pytest.approx(expected, rel=1e-6)
@@ -51,7 +51,7 @@ def test_batches_and_chunks_change_nothing_that_matters(model, windows, monkeypa
     assert evaluate(model, windows).nll == pytest.approx(expected, rel=1e-6)
 
 
-def test_twice_gives_the_same_bits_and_leaves_the_model_as_it_was(model, windows):
+def test_evaluation_is_deterministic_and_leaves_the_model_unchanged(model, windows):
     model.train()
     first = evaluate(model, windows)
     assert model.training
@@ -71,7 +71,7 @@ def test_progress_counts_windows(model, windows):
     assert calls == [(3, 7), (6, 7), (7, 7)]
 
 
-def test_windows_beyond_the_context(model):
+def test_windows_beyond_the_context_are_refused(model):
     assert context_length(model.config) == 128
     with pytest.raises(
         BillhookError, match="Windows of 129 tokens exceed the model's context of 128: use --length 128 or less"
@@ -80,13 +80,13 @@ def test_windows_beyond_the_context(model):
     check_length(model.config, 128)
 
 
-def test_ids_beyond_the_embeddings(model):
+def test_ids_beyond_the_embeddings_are_refused(model):
     assert vocabulary_size(model) == 258
     with pytest.raises(BillhookError, match="token id 258 at row 0, position 3 is outside the vocabulary of 258"):
         evaluate(model, windows_of(torch.tensor([[0, 1, 2, 258]])))
 
 
-def test_a_damaged_model_is_named_not_scored(windows):
+def test_a_damaged_model_is_an_error_and_not_scored(windows):
     model = tiny.llama()
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
@@ -103,7 +103,7 @@ def test_a_certain_and_wrong_model_has_infinite_perplexity(windows):
     assert math.isfinite(found.nll)
 
 
-def test_text_to_bits_per_byte(model, tmp_path):
+def test_bits_per_byte_count_the_bytes_of_the_text(model, tmp_path):
     """One token a byte: bits per byte are bits per token."""
     (tmp_path / "a.txt").write_text("plain text, nothing else. " * 20)
     found = evaluate(model, load_windows(str(tmp_path / "a.txt"), tiny.tokenizer(), length=64))

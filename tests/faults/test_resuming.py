@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.gate, pytest.mark.skipif(not hasattr(os, "fork"), reas
 
 @pytest.mark.parametrize(("name", "fields"), [("sparsegpt", SPARSEGPT), ("gblm", GBLM)])
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_a_run_that_is_stopped_goes_on_after_the_last_finished_block(source, expected, tmp_path, name, fields, blocks):
+def test_a_stopped_run_is_resumed_after_the_last_finished_block(source, expected, tmp_path, name, fields, blocks):
     stop_after(source, tmp_path / "out", blocks, **fields)
     never_mistaken(tmp_path)
     seen: list[str] = []
@@ -36,7 +36,7 @@ def test_a_run_that_is_stopped_goes_on_after_the_last_finished_block(source, exp
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_an_unfinished_run_is_neither_taken_over_nor_thrown_away_unasked(source, tmp_path):
+def test_an_unfinished_run_is_resumed_or_replaced_only_on_request(source, tmp_path):
     stop_after(source, tmp_path / "out", 1, **MAGNITUDE)
     with pytest.raises(
         BillhookError,
@@ -88,7 +88,7 @@ def test_a_damaged_state_is_refused_by_name(source, tmp_path, text):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "header", "stray"])
-def test_what_was_damaged_meanwhile_is_made_again(source, expected, tmp_path, damage):
+def test_damaged_blocks_of_an_unfinished_run_are_pruned_again(source, expected, tmp_path, damage):
     stop_after(source, tmp_path / "out", 2, **SPARSEGPT)
     for file in partial_folder(tmp_path / "out").glob("*.safetensors"):
         data = bytearray(file.read_bytes())
@@ -106,7 +106,7 @@ def test_what_was_damaged_meanwhile_is_made_again(source, expected, tmp_path, da
 
 
 @pytest.mark.parametrize("more", [{}, {"resume": True}, {"overwrite": True}], ids=str)
-def test_a_folder_of_somebody_else_is_left_alone(source, tmp_path, more):
+def test_a_foreign_folder_is_left_alone(source, tmp_path, more):
     mine = partial_folder(tmp_path / "out") / "notes.txt"
     mine.parent.mkdir()
     mine.write_text("mine")

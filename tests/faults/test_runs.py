@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
     ("name", "fields", "seed"), [("magnitude", MAGNITUDE, 0), ("sparsegpt", SPARSEGPT, 1), ("gblm", GBLM, 2)]
 )
-def test_killed_at_random_moments(source, expected, tmp_path, name, fields, seed):
+def test_a_run_killed_at_any_moment_is_resumed(source, expected, tmp_path, name, fields, seed):
     moments = random.Random(seed)
     begun = time.monotonic()
     assert wait(start(pruning(source, tmp_path / "whole", **fields), tmp_path / "said")) == 0, (
@@ -76,7 +76,7 @@ def operations(source: Path, folder: Path, **fields) -> list[str]:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("happen", [kill, tear, full, broken], ids=lambda f: f.__name__)
-def test_every_operation_on_a_file(source, expected, tmp_path, happen):
+def test_a_run_survives_a_failure_of_every_file_operation(source, expected, tmp_path, happen):
     names = operations(source, tmp_path, **MAGNITUDE)
     assert {"open", "pwrite", "fsync", "os.rename", "os.remove"} <= set(names)
     points = range(1, len(names) + 1)
@@ -103,7 +103,7 @@ def test_every_operation_on_a_file(source, expected, tmp_path, happen):
 
 
 @pytest.mark.nightly
-def test_killed_at_the_end_of_a_run_that_keeps_gradients(source, expected, tmp_path):
+def test_a_run_killed_while_it_deletes_gradients_is_resumed(source, expected, tmp_path):
     """From when the record is written on, until the gradients beside it are gone and the directory has its name."""
     names = operations(source, tmp_path, **GBLM)
     for at in range(len(names) - 19, len(names) + 1):
@@ -121,7 +121,7 @@ def test_killed_at_the_end_of_a_run_that_keeps_gradients(source, expected, tmp_p
 
 
 @pytest.mark.nightly
-def test_killed_while_an_old_output_is_replaced(source, expected, tmp_path):
+def test_an_output_is_old_or_new_when_the_run_is_killed(source, expected, tmp_path):
     fields = MAGNITUDE | {"overwrite": True}
     old = contents(prune(source, output=tmp_path / "old", sparsity=0.3, criterion="magnitude").output)
     shutil.copytree(tmp_path / "old", tmp_path / "counted")
@@ -145,7 +145,7 @@ def test_killed_while_an_old_output_is_replaced(source, expected, tmp_path):
         survived["kills while replacing"] = survived.get("kills while replacing", 0) + 1
 
 
-def test_two_runs_into_one_directory(source, expected, tmp_path):
+def test_two_runs_into_one_directory_do_not_mix(source, expected, tmp_path):
     ready, go = tmp_path / "ready", tmp_path / "go"
 
     def slow() -> None:
@@ -193,7 +193,7 @@ def test_the_lock_of_a_dead_process_does_not_hold(source, expected, tmp_path):
     continued(source, tmp_path / "here", MAGNITUDE, expected["magnitude"])
 
 
-def test_a_disk_that_fills_and_is_given_room(source, expected, tmp_path):
+def test_a_run_on_a_full_disk_continues_once_there_is_room(source, expected, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
@@ -213,7 +213,7 @@ def test_a_disk_that_fills_and_is_given_room(source, expected, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_limit_on_the_size_of_files(source, tmp_path):
+def test_a_limit_on_the_size_of_files_is_one_message(source, tmp_path):
     import resource
 
     def work() -> None:
@@ -228,7 +228,7 @@ def test_a_limit_on_the_size_of_files(source, tmp_path):
     assert os.listdir(tmp_path / "place") == []
 
 
-def test_an_output_that_is_read_only(source, tmp_path):
+def test_a_read_only_output_is_one_message(source, tmp_path):
     place = tmp_path / "place"
     place.mkdir()
 

@@ -91,14 +91,14 @@ def refused_or_read(name: str, folder: Path, data: bytes) -> None:
 @pytest.mark.parametrize("name", READERS)
 @QUICK
 @given(data=st.binary(max_size=200))
-def test_any_bytes(name, data, tmp_path):
+def test_any_bytes_are_read_or_refused(name, data, tmp_path):
     refused_or_read(name, tmp_path, data)
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if name.endswith("json")])
 @QUICK
 @given(value=VALUES)
-def test_any_json(name, value, tmp_path):
+def test_any_json_is_read_or_refused(name, value, tmp_path):
     refused_or_read(name, tmp_path, json.dumps(value).encode())
 
 
@@ -119,7 +119,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("name", SEEDS)
 @settings(QUICK, max_examples=120)
 @given(data=st.data())
-def test_real_files_of_which_one_value_was_replaced(name, pruned, data, tmp_path_factory):
+def test_real_files_with_one_value_replaced_are_read_or_refused(name, pruned, data, tmp_path_factory):
     value = SEEDS[name](pruned)
     *way, last = data.draw(st.sampled_from(places(value)[1:]))
     inner = value
@@ -132,7 +132,7 @@ def test_real_files_of_which_one_value_was_replaced(name, pruned, data, tmp_path
 
 @settings(QUICK, max_examples=120)
 @given(data=st.data())
-def test_headers_of_which_one_value_was_replaced(pruned, data, tmp_path_factory):
+def test_headers_with_one_value_replaced_are_read_or_refused(pruned, data, tmp_path_factory):
     file = sorted(pruned.glob("*.safetensors"))[0].read_bytes()
     length = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + length])
@@ -157,12 +157,12 @@ def test_headers_of_which_one_value_was_replaced(pruned, data, tmp_path_factory)
         b'"' + b"a" * 1_000_000 + b'"',
     ],
 )
-def test_json_bombs(name, bomb, tmp_path):
+def test_deeply_nested_json_is_refused(name, bomb, tmp_path):
     refused_or_read(name, tmp_path, bomb)
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**9, 101_000_000, 0, 7])
-def test_absurd_header_lengths(length, tmp_path):
+def test_absurd_header_lengths_are_refused_at_once(length, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}")
     with pytest.raises(BillhookError, match="safetensors"):
         read_shard(tmp_path / "model.safetensors")
@@ -171,7 +171,7 @@ def test_absurd_header_lengths(length, tmp_path):
 @pytest.mark.parametrize(
     "offsets", [[[0, 8], [4, 12]], [[0, 8], [0, 8]], [[0, 8], [16, 24]], [[8, 16], [0, 8]], [[0, 2**63], [8, 16]]]
 )
-def test_overlapping_offsets_and_gaps(offsets, tmp_path):
+def test_overlapping_offsets_and_gaps_are_refused(offsets, tmp_path):
     header = {f"t{i}": {"dtype": "F32", "shape": [2], "data_offsets": span} for i, span in enumerate(offsets)}
     text = json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
@@ -185,13 +185,13 @@ def test_overlapping_offsets_and_gaps(offsets, tmp_path):
 @pytest.mark.parametrize(
     "name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", "model\0.safetensors"]
 )
-def test_an_index_that_points_elsewhere(name, tmp_path):
+def test_an_index_that_contradicts_the_shards_is_refused(name, tmp_path):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
     with pytest.raises(BillhookError, match="names"):
         weight_files(tmp_path)
 
 
-def test_an_index_of_tensors_that_are_not_there(pruned, tmp_path):
+def test_an_index_of_missing_tensors_is_refused(pruned, tmp_path):
     model = shutil.copytree(pruned, tmp_path / "model")
     index = json.loads((model / INDEX).read_text())
     for file in set(index["weight_map"].values()):
@@ -208,7 +208,7 @@ def test_an_index_of_tensors_that_are_not_there(pruned, tmp_path):
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_a_plan_whose_names_are_paths(pruned, tmp_path):
+def test_names_in_a_plan_are_not_used_as_paths(pruned, tmp_path):
     plan = Plan.from_json(json.loads((pruned / RECORD).read_text())["steps"][0]["plan"], "x").to_json()
     key = next(key for key, value in plan.items() if isinstance(value, dict) and "model.layers.0.mlp.up_proj" in value)
     plan[key] = {f"../../{name}": value for name, value in plan[key].items()}
@@ -218,7 +218,7 @@ def test_a_plan_whose_names_are_paths(pruned, tmp_path):
     assert os.listdir(tmp_path) == ["plan.json"]
 
 
-def test_links(pruned, tmp_path):
+def test_links_are_followed_only_to_files(pruned, tmp_path):
     """Links are followed where they lead to files, as in the hub's cache; those that lead nowhere, in circles or to
     devices are not."""
     model = shutil.copytree(pruned, tmp_path / "model")
@@ -241,7 +241,7 @@ def test_links(pruned, tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"version": "1.0"}', "[" * 100_000, '{"model": {"type": "BPE", "vocab": 3}}']
 )
-def test_tokenizers_that_are_not(text, tmp_path):
+def test_damaged_tokenizers_are_refused(text, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(BillhookError, match="tokenizer"):

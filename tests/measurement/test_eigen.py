@@ -95,7 +95,7 @@ def test_the_smallest_eigenvalues_beside_a_float32_spectrum(smallest: float) -> 
     torch.testing.assert_close(found[1:6], exact[1:6], rtol=5e-2, atol=0)
 
 
-def test_what_float32_cannot_hold_is_left_to_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_beyond_float32_are_computed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     W = heavy(120, 130).float()
     without_rows = W * (torch.arange(120) % 10 > 0)[:, None]
     steep = with_singular_values(torch.logspace(-6, 0, 120, dtype=torch.float64)).float()
@@ -109,7 +109,7 @@ def test_what_float32_cannot_hold_is_left_to_float64(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_any_dtype_and_layout(dtype: torch.dtype) -> None:
+def test_eigenvalues_do_not_depend_on_dtype_and_layout(dtype: torch.dtype) -> None:
     W = heavy(20, 30).to(dtype)
     torch.testing.assert_close(eigenvalues(W), eigenvalues(W.double(), "svd"), rtol=1e-9, atol=0)
     torch.testing.assert_close(eigenvalues(W.T.contiguous().T), eigenvalues(W), rtol=1e-12, atol=0)
@@ -117,7 +117,7 @@ def test_any_dtype_and_layout(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("how", ["auto", "gram", "svd"])
-def test_not_finite(bad: float, how: str) -> None:
+def test_weights_that_are_not_finite_are_refused(bad: float, how: str) -> None:
     W = gaussian(5, 7)
     W[2, 3] = bad
     with pytest.raises(BillhookError, match="NaN or inf"):
@@ -130,6 +130,6 @@ def test_squares_that_overflow_are_refused() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (4,), (2, 2, 2)])
-def test_not_a_matrix(shape: tuple[int, ...]) -> None:
+def test_tensors_that_are_no_matrix_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(BillhookError, match="matrix"):
         eigenvalues(torch.zeros(shape))

@@ -52,7 +52,7 @@ def test_farms_pools_windows_from_edge_to_edge(monkeypatch: pytest.MonkeyPatch) 
 # Soft rank and distance to noise
 
 
-def test_noise_is_recognized_and_structure_too() -> None:
+def test_the_distance_to_noise_is_small_for_noise_and_large_for_structure() -> None:
     noise = spectral_metrics(gaussian(200, 300), ["mp_softrank", "randomized_distance"])
     assert noise["mp_softrank"] == pytest.approx(1, abs=0.08)
     assert noise["randomized_distance"] < 0.35
@@ -76,7 +76,7 @@ def test_randomized_distance_is_reproducible_and_needs_a_spectrum() -> None:
 # The KS distance beside each exponent
 
 
-def test_the_distance_of_each_fit_stands_beside_it() -> None:
+def test_the_table_has_the_distance_of_each_fit() -> None:
     table = measure(tiny.llama(), ["alpha_peak:repaired", "alpha_ks", "stable_rank"])
     assert table.columns() == [
         "alpha_peak:repaired",
@@ -124,7 +124,7 @@ def test_block_scores_by_hand() -> None:
 # Names
 
 
-def test_names_of_columns() -> None:
+def test_columns_are_named_by_metric_and_parameter() -> None:
     assert canonical("outlier_ratio") == canonical("outlier_ratio:5.0") == "outlier_ratio:5"
     assert canonical("block_loss") == "block_loss:0.6"
     assert (canonical("alpha_peak"), canonical("alpha_farms:7")) == ("alpha_peak", "alpha_farms:7")

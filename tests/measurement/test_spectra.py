@@ -30,7 +30,7 @@ ALPHAS = ["alpha_mid", "alpha_peak", "alpha_ks"]
 seeds = st.integers(0, 10_000)
 
 
-def test_known_matrix() -> None:
+def test_metrics_of_a_known_matrix_are_exact() -> None:
     i, j = torch.arange(64, dtype=torch.float64)[:, None], torch.arange(96, dtype=torch.float64)
     W = torch.sin(0.37 * i + 0.11 * i * j) + 0.05 * torch.cos(i * j)
     values = spectral_metrics(W, SPECTRAL)
@@ -55,7 +55,7 @@ def test_alpha_of_noise_depends_on_the_aspect_ratio() -> None:
 
 
 @pytest.mark.parametrize("model", ["stories260k", "babyllama-105", "c4gut-llama-8x128", "c4gut-llama-12x128"])
-def test_golden(shared: Path, model: str) -> None:
+def test_spectral_metrics_agree_with_published_results(shared: Path, model: str) -> None:
     """Alphas to 1e-5 relative; KS distances, differences of numbers near one in the reference's float32, to 1e-5
     absolute."""
     expected = json.loads((shared / "golden" / model / "reference.json").read_text())["spectra"]
@@ -71,7 +71,7 @@ def test_golden(shared: Path, model: str) -> None:
 
 
 @pytest.mark.gate
-def test_gpt2_alpha_over_depth(shared: Path) -> None:
+def test_exponents_of_gpt2_agree_with_published_results(shared: Path) -> None:
     weights = load_file(shared / "models" / "gpt2-small-attn-c_proj.safetensors")
     alphas = [
         spectral_metrics(weights[f"h.{block}.attn.c_proj.weight"], ["alpha_mid"])["alpha_mid"] for block in range(12)
@@ -106,7 +106,7 @@ WITHOUT_EXPONENT = [
 
 
 @pytest.mark.parametrize("W", WITHOUT_EXPONENT)
-def test_weights_without_an_exponent(W: Tensor) -> None:
+def test_weights_without_an_exponent_give_an_error_that_names_it(W: Tensor) -> None:
     """Scale and shape metrics are finite; an exponent that does not exist is a named error, never NaN, inf or the
     published 0."""
     values = spectral_metrics(W, ["entropy", "stable_rank", "spectral_norm", "frobenius_sq"])
@@ -170,7 +170,7 @@ def test_facts_and_functions_agree() -> None:
         ("alpha_peak:mended", "repaired"),
     ],
 )
-def test_names_that_cannot_be_computed(name: str, message: str) -> None:
+def test_unknown_metrics_are_refused(name: str, message: str) -> None:
     with pytest.raises(BillhookError, match=message):
         spectral_metrics(gaussian(4, 4), [name])
 

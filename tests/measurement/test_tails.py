@@ -49,7 +49,7 @@ def oracle(evals: Tensor, cut: str, log_bound: str = "published") -> tuple[float
     return best
 
 
-def test_geometric_spectrum() -> None:
+def test_exponents_of_a_geometric_spectrum_are_exact() -> None:
     evals = 2.0 ** torch.arange(8, dtype=torch.float64)
     assert fit_tail(evals, "mid").cut_index == 4
     assert fit_tail(evals, "mid").alpha == pytest.approx(1.96180, abs=5e-6)
@@ -60,12 +60,12 @@ def test_geometric_spectrum() -> None:
 @pytest.mark.parametrize(
     ("a", "mid", "peak"), [(2, 2.001697, 2.000847), (3, 3.003393, 3.001695), (4, 4.005089, 4.002542)]
 )
-def test_pareto_quantiles(a: float, mid: float, peak: float) -> None:
+def test_exponents_of_pareto_quantiles_are_exact(a: float, mid: float, peak: float) -> None:
     assert fit_tail(pareto(a), "mid").alpha == pytest.approx(mid, abs=1e-6)
     assert fit_tail(pareto(a), "peak").alpha == pytest.approx(peak, abs=1e-6)
 
 
-def test_repairing_the_log_bound() -> None:
+def test_the_repaired_bound_changes_low_rank_plus_noise_alone() -> None:
     """Nothing changes on noise; on low rank plus noise the published bound lets far lower cuts in."""
     for W in (gaussian(200, 200), torch.distributions.StudentT(2.5).sample((200, 300))):
         values = spectral_metrics(W, ["alpha_peak", "alpha_peak:repaired"])

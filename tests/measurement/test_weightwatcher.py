@@ -50,7 +50,7 @@ def analyzed(weightwatcher: Any, weights: list[Tensor]) -> list[dict[str, float]
     return found.to_dict("records")
 
 
-def test_metrics_are_weightwatchers(weightwatcher: Any) -> None:
+def test_metrics_agree_with_weightwatcher(weightwatcher: Any) -> None:
     weights = [heavy(*shape) for shape in SHAPES]
     for W, theirs in zip(weights, analyzed(weightwatcher, weights), strict=True):
         ours = spectral_metrics(W, list(SAME))

@@ -46,7 +46,7 @@ def slow_solution(w: Tensor, H: Tensor, support: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("direct", [True, False])
-def test_the_optimum_on_a_support(direct: bool, dtype: torch.dtype, monkeypatch: Patch) -> None:
+def test_the_solution_on_a_support_is_the_optimum(direct: bool, dtype: torch.dtype, monkeypatch: Patch) -> None:
     monkeypatch.setattr("billhook.methods.least_squares.DIRECT", 256 if direct else 0)
     monkeypatch.setattr("billhook.methods.least_squares.TOLERANCE", 1e-10)
     W, gram = problem(12, 40)
@@ -120,7 +120,7 @@ def test_more_removed_costs_more() -> None:
     assert losses == sorted(losses)
 
 
-def test_rows_do_not_see_each_other() -> None:
+def test_rows_are_solved_independently() -> None:
     W, gram = problem(24, 64)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
     for group in ("row", "layer"):
@@ -128,7 +128,7 @@ def test_rows_do_not_see_each_other() -> None:
         torch.testing.assert_close(one[order], other, rtol=1e-9, atol=1e-12)
 
 
-def test_float32_against_float64(monkeypatch: Patch) -> None:
+def test_float32_solutions_agree_with_float64(monkeypatch: Patch) -> None:
     """Narrow layers are computed in float64 whatever comes in; where they are not, the loss differs in the fifth
     digit."""
     W, gram = problem(24, 64)
@@ -143,7 +143,7 @@ def test_float32_against_float64(monkeypatch: Patch) -> None:
 
 @pytest.mark.parametrize("trouble", ["few tokens", "equal columns", "dead", "scales", "nothing"])
 @pytest.mark.parametrize("damping", [0.01, 0.0])
-def test_inputs_that_are_no_good(trouble: str, damping: float) -> None:
+def test_solutions_of_degenerate_inputs_are_finite(trouble: str, damping: float) -> None:
     W, gram = problem(8, 32, tokens=5 if trouble == "few tokens" else 200)
     tokens = 5 if trouble == "few tokens" else 200
     if trouble == "equal columns":
@@ -176,7 +176,7 @@ def test_inputs_that_are_no_good(trouble: str, damping: float) -> None:
 @pytest.mark.parametrize(
     "options", [{"steps": 0}, {"rho": 0.0}, {"damping": -1.0}, {"rho": float("inf")}, {"dense_target": 1.5}]
 )
-def test_options_out_of_range(options: dict[str, float]) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     W, gram = problem(2, 8)
     with pytest.raises(BillhookError, match="admm"):
         admm(W, LayerStats(8, 1, gram=gram), selection(W, 0.5), **options)

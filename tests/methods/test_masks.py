@@ -56,7 +56,7 @@ def exact(score: torch.Tensor, zeros: int, group: str) -> torch.Tensor:
 
 @quick
 @given(scores(), st.floats(0, 1), st.sampled_from(GROUPS))
-def test_exact_is_the_stable_sort(score: torch.Tensor, sparsity: float, group: str) -> None:
+def test_the_mask_is_that_of_a_stable_sort(score: torch.Tensor, sparsity: float, group: str) -> None:
     zeros = round(sparsity * score.numel())
     before = score.clone()
     keep = exact(score, zeros, group)
@@ -68,7 +68,7 @@ def test_exact_is_the_stable_sort(score: torch.Tensor, sparsity: float, group: s
 
 @quick
 @given(scores(), st.floats(0, 1), st.sampled_from(GROUPS))
-def test_nothing_kept_scores_less_than_something_removed_in_its_group(
+def test_no_kept_weight_scores_less_than_a_removed_one_of_its_group(
     score: torch.Tensor, sparsity: float, group: str
 ) -> None:
     keep = exact(score, round(sparsity * score.numel()), group)

@@ -15,7 +15,7 @@ def inputs(tokens: int = 60, features: int = 12) -> torch.Tensor:
 
 @pytest.mark.parametrize("names", [("input_norm",), ("gram",), ALL])
 @pytest.mark.parametrize("batch", [1, 7, 60])
-def test_batches_add_up(names: tuple[str, ...], batch: int) -> None:
+def test_statistics_of_batches_add_up(names: tuple[str, ...], batch: int) -> None:
     x = inputs()
     collector = Collector(names, 12)
     for part in x.split(batch):
@@ -88,13 +88,13 @@ def test_inputs_are_not_modified_and_no_graph_is_kept() -> None:
     assert not collector.stats().gram.requires_grad
 
 
-def test_no_tokens_is_not_an_error_here() -> None:
+def test_statistics_without_tokens_are_not_an_error() -> None:
     stats = Collector(ALL, 3).stats()
     assert stats.tokens == 0
     assert torch.equal(stats.input_norm, torch.zeros(3))
 
 
-def test_notes_are_kept_once_and_apart() -> None:
+def test_notes_are_kept_once() -> None:
     collector = Collector(("gram",), 3)
     first, second = collector.stats(), collector.stats()
     first.note("damping raised")
@@ -102,7 +102,7 @@ def test_notes_are_kept_once_and_apart() -> None:
     assert (first.notes, second.notes) == (["damping raised"], [])
 
 
-def test_unknown_statistics_and_shapes() -> None:
+def test_unknown_statistics_and_shapes_are_refused() -> None:
     with pytest.raises(BillhookError, match="Did you mean 'gram'"):
         Collector(("grams",), 3)
     with pytest.raises(ValueError, match="4 input features"):

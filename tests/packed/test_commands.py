@@ -20,7 +20,7 @@ import billhook
 from billhook import pack
 
 
-def test_eval_and_verify(place: Path, tmp_path: Path) -> None:
+def test_eval_and_verify_accept_a_packed_model(place: Path, tmp_path: Path) -> None:
     text = tiny.text_file(tmp_path / "text.txt", 40)
     printed = [
         done("eval", place / name, "--data", text, "--length", 64, "--dtype", "float32", "--json").json
@@ -80,7 +80,7 @@ def test_generate_prints_what_the_model_says(place: Path, stream: bool) -> None:
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else "",
 )
-def test_mistakes_on_the_command_line(
+def test_unusable_options_with_packed_models_are_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], match: str
 ) -> None:
     monkeypatch.chdir(place)

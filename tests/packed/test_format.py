@@ -41,7 +41,7 @@ SHARD = "model.packed.safetensors"
         ),
     ],
 )
-def test_files_written_by_version_0_1_0(name: str, sha256: str, tokens: list[int], tmp_path: Path) -> None:
+def test_files_written_by_version_0_1_0_are_read(name: str, sha256: str, tokens: list[int], tmp_path: Path) -> None:
     """They verify, load, generate and unpack: bfloat16 with a billhook.json; int8 with groups of columns and signs."""
     assert verify(DATA / name).ok
     dense = unpack(DATA / name, tmp_path / "dense")
@@ -122,7 +122,9 @@ def test_versions_sizes_and_checksums(packed: Path, tmp_path: Path, edit: Callab
     refused(copy, r"tokenizer\.json is missing")
 
 
-def test_a_bitmask_that_disagrees_with_the_values(packed: Path, tmp_path: Path, edit: Callable[..., Path]) -> None:
+def test_a_bitmask_that_disagrees_with_the_values_is_refused(
+    packed: Path, tmp_path: Path, edit: Callable[..., Path]
+) -> None:
     """With valid checksums, so that the disagreement itself is found."""
 
     def flip(bit: int) -> Path:
@@ -190,7 +192,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_hostile_record(name: str, edit: Callable[..., Path]) -> None:
+def test_a_hostile_record_is_refused(name: str, edit: Callable[..., Path]) -> None:
     change, match = CHANGES[name]
     refused(edit(change), match)
 
@@ -212,7 +214,9 @@ def mutate(data: bytes, draw: Callable[..., Any]) -> bytes:
 @pytest.mark.gate
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), form=st.sampled_from(["packed", "int8"]))
-def test_any_change_of_any_byte(packed: Path, tmp_path: Path, data: st.DataObject, form: str) -> None:
+def test_any_changed_byte_of_a_packed_file_gives_the_same_result_or_an_error(
+    packed: Path, tmp_path: Path, data: st.DataObject, form: str
+) -> None:
     folder = tmp_path / "fuzzed"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(tmp_path / "dense", ignore_errors=True)
@@ -232,7 +236,9 @@ def test_any_change_of_any_byte(packed: Path, tmp_path: Path, data: st.DataObjec
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_hostile_change_of_the_record(packed: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_any_changed_record_of_a_packed_file_gives_the_same_result_or_an_error(
+    packed: Path, tmp_path: Path, data: st.DataObject
+) -> None:
     """One value anywhere in the record changes, with a valid checksum: an error or some model, never a crash."""
     folder = tmp_path / "fuzzed"
     shutil.rmtree(folder, ignore_errors=True)
@@ -288,7 +294,7 @@ def model_of(factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     return _MODEL[0], _MODEL[1]
 
 
-def test_weights_put_beside_a_packed_model_are_noticed(packed: Path, tmp_path: Path) -> None:
+def test_verification_finds_weights_added_to_a_packed_model(packed: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(packed / "packed", tmp_path / "copy")
     save_file({"w": torch.ones(1)}, copy / "model.safetensors")
     assert "model.safetensors holds weights and does not belong to the packed model." in verify(copy).problems

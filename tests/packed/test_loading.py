@@ -39,7 +39,7 @@ def test_every_family_gives_the_logits_of_the_dense_model(family: str, tmp_path:
     assert packed.config.to_dict().keys() == dense.config.to_dict().keys()
 
 
-def test_generate_and_tied_embeddings(place: Path) -> None:
+def test_packed_models_with_tied_embeddings_generate(place: Path) -> None:
     packed, dense = load(place / "packed"), load_model(place / "dense")
     assert packed.dtype == torch.bfloat16
     assert packed.lm_head.weight is packed.model.embed_tokens.weight
@@ -89,7 +89,7 @@ def test_the_file_is_never_written(place: Path) -> None:
     assert (place / "packed" / "model.packed.safetensors").read_bytes() == before
 
 
-def test_state_dict_round_trip(place: Path, tmp_path: Path) -> None:
+def test_a_state_dict_is_loaded_again(place: Path, tmp_path: Path) -> None:
     model, ids = load(place / "packed", tune=False), torch.arange(20)[None]
     other = tiny.save(tmp_path / "other", prune_at_random(tiny.llama(seed=5), 0.5), dtype=torch.bfloat16)
     pack(other, tmp_path / "packed")
@@ -115,7 +115,7 @@ def test_a_bad_state_dict_is_refused(place: Path) -> None:
         model.load_state_dict(state)
 
 
-def test_what_is_refused(place: Path, tmp_path: Path) -> None:
+def test_impossible_requests_are_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(
         BillhookError,
         match="A packed model cannot be written with save_pretrained: copy its directory, or make a dense",
@@ -142,7 +142,9 @@ def test_stock_transformers_does_not_take_it_for_a_dense_model(place: Path) -> N
     [({"hidden_size": 64}, "config.json is not the file that was packed"), ({}, "has no config.json")],
     ids=["changed", "missing"],
 )
-def test_a_configuration_that_does_not_fit(place: Path, tmp_path: Path, change: dict[str, Any], match: str) -> None:
+def test_a_configuration_that_does_not_fit_is_refused(
+    place: Path, tmp_path: Path, change: dict[str, Any], match: str
+) -> None:
     import shutil
 
     folder = shutil.copytree(place / "packed", tmp_path / "copy")
@@ -163,7 +165,7 @@ def test_shapes_are_compared_with_the_configuration(tmp_path: Path) -> None:
         load(tmp_path / "packed")
 
 
-def test_a_pipeline_of_transformers(place: Path) -> None:
+def test_a_packed_model_runs_in_a_pipeline_of_transformers(place: Path) -> None:
     from transformers import pipeline
 
     texts = [
@@ -175,7 +177,7 @@ def test_a_pipeline_of_transformers(place: Path) -> None:
     assert texts[0] == texts[1]
 
 
-def test_lm_eval(place: Path) -> None:
+def test_a_packed_model_is_scored_by_lm_eval(place: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM

@@ -57,13 +57,13 @@ def test_a_quantized_a_packed_and_an_empty_directory_are_refused(tmp_path: Path)
         ({"values": "int8", "group": 96}, "group=96"),
     ],
 )
-def test_impossible_values(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_impossible_values_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(BillhookError, match=message):
         pack(directory(tmp_path / "model", {"w": torch.zeros(64, 64)}), tmp_path / "out", **options)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_int8_cannot_hold_everything(bad: float, tmp_path: Path) -> None:
+def test_values_that_int8_cannot_hold_are_refused(bad: float, tmp_path: Path) -> None:
     weight = sparse(64, 64, 0.5)
     weight[1, 1] = bad
     with pytest.raises(BillhookError, match="w holds NaN or infinity, which int8 cannot hold"):
@@ -99,7 +99,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert listing(tmp_path) == before
 
 
-def test_an_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
+def test_an_output_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     source = directory(tmp_path / "model", {"w": torch.zeros(64, 64)})
     pack(source, tmp_path / "packed")
     with pytest.raises(

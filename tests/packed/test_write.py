@@ -63,7 +63,7 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
     assert stored["a.weight.values"].tolist() == [*torch.stack(values).tolist(), *[0.0] * 32]
 
 
-def test_transposed_layers(tmp_path: Path) -> None:
+def test_transposed_layers_are_recognized(tmp_path: Path) -> None:
     """GPT-2's are known by the model type, others by billhook.json."""
     weight = sparse(40, 96, 0.7)
     pack(directory(tmp_path / "gpt2", {"h.0.attn.c_attn.weight": weight}, model_type="gpt2"), tmp_path / "a")
@@ -104,7 +104,7 @@ def test_signed_zeros_cost_a_bit_each_and_no_value(tmp_path: Path) -> None:
     assert (facts.nnz, facts.negative_zeros) == (int((few != 0).sum()) + (few[3, 4] == 0), 0)
 
 
-def test_what_is_not_smaller_stays_dense(tmp_path: Path) -> None:
+def test_tensors_that_would_not_shrink_stay_dense(tmp_path: Path) -> None:
     tensors = {
         "sparse": sparse(64, 64, 0.5),
         "little": sparse(64, 64, 0.02),
@@ -166,7 +166,7 @@ def test_any_shape_is_restored(
 
 @pytest.mark.parametrize("group", [None, 64, 128])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_int8_rounding_and_its_reported_error(group: int | None, transposed: bool, tmp_path: Path) -> None:
+def test_the_reported_error_of_int8_is_that_of_rounding(group: int | None, transposed: bool, tmp_path: Path) -> None:
     weight = sparse(20, 200, 0.5, torch.float32)
     weight[3] = 0
     weight[4, 7] = 50.0  # an outlier makes the rest of its row, or group, coarse
@@ -191,7 +191,7 @@ def test_int8_rounding_and_its_reported_error(group: int | None, transposed: boo
     assert bool(((back == 0) >= (weight == 0)).all())
 
 
-def test_int8_of_signed_zeros_and_of_dense_tensors(tmp_path: Path) -> None:
+def test_signed_zeros_and_dense_tensors_are_packed_as_int8(tmp_path: Path) -> None:
     """Zeros stay zeros whatever their sign; a tensor without zeros is not rounded just because int8 is smaller."""
     keep = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) >= 0.6
     weight = (torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) * keep).bfloat16()
@@ -271,7 +271,7 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     assert peak["large"] < peak["small"] + 200 * 2**20
 
 
-def test_the_digest_of_the_record_is_the_documented_one(tmp_path: Path) -> None:
+def test_the_digest_of_a_record_is_as_documented(tmp_path: Path) -> None:
     pack(directory(tmp_path / "model", {"w": torch.zeros(64, 64), "ö": torch.zeros(2)}), tmp_path / "packed")
     record = json.loads((tmp_path / "packed" / PACKED).read_text())
     assert record["digest"] == digest(record)

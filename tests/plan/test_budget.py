@@ -44,25 +44,25 @@ def test_shifting_meets_the_target_in_the_same_order(weighted, target):
     assert in_order(raw, values)
 
 
-def test_what_is_legal_is_only_multiplied_or_shifted():
+def test_sparsities_within_limits_are_only_scaled_or_shifted():
     assert scale_to([1, 2, 3], [1, 1, 1], 0.4) == pytest.approx([0.2, 0.4, 0.6])
     assert shift_to([0.1, 0.2, 0.3], [1, 1, 2], 0.5) == pytest.approx([0.375, 0.475, 0.575])
     legal = [0.1, 0.2, 0.6]
     assert shift_to(legal, [1, 1, 1], 0.3) == legal  # to the last bit: published counts are rounded down from it
 
 
-def test_what_a_clipped_layer_cannot_take_goes_to_the_others():
+def test_the_excess_of_clipped_layers_goes_to_the_others():
     assert scale_to([1, 1, 10], [1, 1, 1], 0.5) == pytest.approx([0.25, 0.25, 1])
     assert shift_to([0, 0, 0.9], [1, 1, 1], 0.6) == pytest.approx([0.4, 0.4, 1])
     assert shift_to([0, 0.9, 0.9], [1, 1, 1], 0.3) == pytest.approx([0, 0.45, 0.45])
 
 
-def test_a_layer_of_weight_zero_gives_only_what_the_others_cannot():
+def test_a_layer_of_weight_zero_changes_only_when_the_others_cannot():
     assert scale_to([0, 1, 1], [2, 1, 1], 0.5) == pytest.approx([0, 1, 1], abs=1e-8)
     assert scale_to([0, 1, 1], [2, 1, 1], 0.75) == pytest.approx([0.5, 1, 1])
 
 
-def test_min_max():
+def test_min_max_maps_values_to_0_and_1():
     assert min_max([3, 1, 2]) == [1, 0, 0.5]
     assert min_max([7, 7]) == [0.5, 0.5]
     assert min_max([0, 0]) == [0.5, 0.5]
@@ -71,7 +71,7 @@ def test_min_max():
 
 @relaxed
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 10**6)), min_size=1, max_size=40))
-def test_whole_numbers_keep_the_total(pairs):
+def test_whole_numbers_have_the_rounded_total(pairs):
     exact, ceilings = [s * n for s, n in pairs], [n for _, n in pairs]
     whole = whole_numbers(exact, ceilings)
     assert abs(sum(whole) - math.fsum(exact)) <= 0.5 + 1e-6
@@ -85,7 +85,7 @@ def test_the_largest_remainders_are_rounded_up_the_first_of_equals_first():
     assert whole_numbers([2.0, 3.0], [2, 3]) == [2, 3]
 
 
-def test_unlike_steps_end_near_the_total():
+def test_rounding_of_unequal_steps_ends_near_the_total():
     # Rounding the large one up overshoots by more than a small step: small ones are rounded down again.
     assert whole_numbers([0.95, 0.9, 0.55], [4] * 3, [1, 1, 4]) == [0, 0, 1]
     assert whole_numbers([0.1, 0.6], [4] * 2, [1, 10]) == [0, 1]

@@ -26,16 +26,16 @@ def test_the_density_is_that_of_a_histogram():
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 2.0]])
-def test_a_spectrum_without_width_has_no_density(values):
+def test_a_spectrum_of_equal_values_has_no_density(values):
     assert density(values) == ([], [])
 
 
-def test_equal_eigenvalues_are_one_step():
+def test_equal_eigenvalues_are_one_step_of_the_distribution():
     _, heights = density([1.0, 2.0, 2.0, 2.0, 4.0])
     assert all(height >= 0 for height in heights)
 
 
-def test_three_layers_are_shown_and_kept_in_the_plan():
+def test_the_plan_keeps_the_spectra_of_three_layers():
     rows = [
         Row(f"l{i}", i, "q", (8, 8), {"alpha_peak": alpha}, {"spectrum_quantiles": (1.0, 2.0 + i)})
         for i, alpha in enumerate([3, 1, 4, 2, 5])
@@ -65,7 +65,7 @@ def pruned(place, tmp_path):
     return shutil.copytree(place / "pruned", tmp_path / "pruned")
 
 
-def test_a_table_adds_exponents_and_spectra_that_stay(pruned):
+def test_exponents_and_spectra_of_a_table_stay_in_the_report(pruned):
     before = (pruned / "report.html").read_text()
     assert "alpha_mid" not in before
     assert json.loads((pruned / "report.json").read_text())["spectra"] is None
@@ -91,7 +91,7 @@ def _row(table):
     return {row.layer: row for row in table}.__getitem__
 
 
-def test_a_run_that_read_spectra_shows_them(place, tmp_path):
+def test_the_report_shows_the_spectra_that_a_run_read(place, tmp_path):
     for name in ("a", "b"):
         arguments = ("--sparsity", 0.5, "--allocator", "alphapruning", "--criterion", "magnitude")
         done("prune", place / "model", *arguments, "-o", tmp_path / name)

@@ -49,13 +49,13 @@ def plan(pattern: str = "unstructured", target: float = 0.5, **sparsity: float) 
     weights=st.dictionaries(NAMES, SPECS, min_size=1),
     units=st.dictionaries(NAMES, st.integers(0, 10**6)),
 )
-def test_a_plan_comes_back_as_it_was(budget, weights, units, tmp_path):
+def test_a_plan_is_read_as_it_was_written(budget, weights, units, tmp_path):
     made = Plan(budget, weights, units, {"allocator": "x", "options": {"beta": None}})
     made.save(tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == made
 
 
-def test_a_plan_is_written_for_people(tmp_path):
+def test_a_plan_file_is_readable(tmp_path):
     Plan(Budget("bytes", 10), {"a": Spec(0.5), "b": Spec.parse("2:4"), "c": Spec(type="q4_k")}).save(tmp_path / "p")
     text = (tmp_path / "p").read_text()
     assert '\n  "a": 0.5,\n  "b": "2:4",\n  "c": "q4_k"\n' in text
@@ -138,7 +138,7 @@ def test_types_that_do_not_fit_are_named():
         (Plan(Budget("parameters", 9), {"a": Spec(0.5)}), "has a budget in parameters"),
     ],
 )
-def test_what_pruning_cannot_apply_is_named(made, message):
+def test_plans_that_pruning_cannot_apply_are_refused(made, message):
     with pytest.raises(BillhookError, match=message):
         made.check_sparsities()
     with pytest.raises(BillhookError, match=message):
@@ -150,7 +150,7 @@ def test_what_pruning_cannot_apply_is_named(made, message):
 
 @relaxed
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300), st.floats(0, 1)), min_size=1, max_size=20))
-def test_zeros_are_whole_and_add_up(layers):
+def test_zeros_are_whole_numbers_that_add_up_to_the_budget(layers):
     made = Plan.of_sparsities(0.5, Pattern(), {str(i): s for i, (_, _, s) in enumerate(layers)})
     shapes = {str(i): (out, columns) for i, (out, columns, _) in enumerate(layers)}
     zeros = made.zeros(shapes)
@@ -183,7 +183,7 @@ def test_zeros_are_whole_and_add_up(layers):
     ],
     ids=str,
 )
-def test_malformed_plans(change, message, tmp_path):
+def test_malformed_plans_are_refused(change, message, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(FILE | change))
     with pytest.raises(BillhookError, match=message) as caught:
         load_plan(tmp_path / "plan.json")
@@ -210,8 +210,8 @@ def test_malformed_plans(change, message, tmp_path):
     ],
     ids=str,
 )
-def test_malformed_plans_of_version_1(change, message, tmp_path):
-    test_malformed_plans(FILE_1 | change, message, tmp_path)
+def test_malformed_plans_of_version_1_are_refused(change, message, tmp_path):
+    test_malformed_plans_are_refused(FILE_1 | change, message, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -221,14 +221,14 @@ def test_malformed_plans_of_version_1(change, message, tmp_path):
         {"version": 2, "budget": {"sparsity": 0}, "weights": {"a": 0, "b": 1}},
     ],
 )
-def test_a_plan_edited_by_hand_needs_little(content, tmp_path):
+def test_a_plan_written_by_hand_needs_only_weights_and_budget(content, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(content))
     assert load_plan(tmp_path / "plan.json").sparsity == {"a": 0.0, "b": 1.0}
 
 
 @relaxed
 @given(file=st.sampled_from([FILE, FILE_1]), key=st.sampled_from([*FILE, *FILE_1, "units", "a", "b"]), value=ANYTHING)
-def test_whatever_is_in_a_plan_it_is_read_or_refused(file, key, value, tmp_path):
+def test_any_plan_file_is_read_or_refused(file, key, value, tmp_path):
     layers = "weights" if file is FILE else "sparsity"
     content = file | {layers: file[layers] | {key: value}} if key in ("a", "b") else file | {key: value}
     (tmp_path / "plan.json").write_text(json.dumps(content))

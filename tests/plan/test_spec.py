@@ -16,7 +16,7 @@ TYPES = [*BLOCKS, "int2/32", "int4/64", "int8/128"]
 
 
 @pytest.mark.parametrize("text, keep, of", [("2:4", 2, 4), ("1:2", 1, 2), ("5:8", 5, 8), ("1023:1024", 1023, 1024)])
-def test_patterns(text, keep, of):
+def test_patterns_are_parsed_and_printed(text, keep, of):
     pattern = Pattern.parse(text)
     assert (pattern.keep, pattern.of, pattern.structured, str(pattern)) == (keep, of, True, text)
     assert not Pattern.parse("unstructured").structured
@@ -43,7 +43,7 @@ def test_patterns(text, keep, of):
         "9" * 5000 + ":4",
     ],
 )
-def test_what_is_no_pattern(text):
+def test_strings_that_are_no_pattern_are_refused(text):
     with pytest.raises(BillhookError, match=r"neither 'unstructured' nor N:M") as caught:
         Pattern.parse(text)
     assert len(str(caught.value)) < 300
@@ -51,7 +51,7 @@ def test_what_is_no_pattern(text):
 
 @relaxed
 @given(st.one_of(st.floats(0, 1), st.sampled_from(["2:4", "1:4", "7:10", "1:1024", *TYPES])))
-def test_a_spec_comes_back_as_it_was(value):
+def test_a_spec_is_read_as_it_was_written(value):
     assert Spec.parse(value).to_json() == value
     assert Spec.parse(Spec.parse(value).to_json()) == Spec.parse(value)
 
@@ -93,13 +93,13 @@ def test_layers_of_a_pattern_keep_their_own_number(m):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_what_is_no_spec(value, message):
+def test_values_that_are_no_spec_are_refused(value, message):
     with pytest.raises(BillhookError, match=message) as caught:
         Spec.parse(value)
     assert len(str(caught.value)) < 500
 
 
-def test_a_spec_does_not_contradict_itself():
+def test_a_spec_that_contradicts_itself_is_refused():
     with pytest.raises(BillhookError, match=r"Pattern 2:4 removes 0\.5, not 0\.75"):
         Spec(0.75, Pattern(2, 4))
     with pytest.raises(BillhookError, match=r"a sparsity or a storage type \(q4_k\), not both"):

@@ -37,7 +37,7 @@ FILE = {
         unique_by=lambda row: row[0],
     )
 )
-def test_a_table_comes_back_as_it_was(rows, tmp_path):
+def test_a_table_is_read_as_it_was_written(rows, tmp_path):
     table = Table(
         tuple(Row(name, block, "kind", shape, metrics) for name, block, shape, metrics in rows),
         {"name": "é"},
@@ -47,7 +47,7 @@ def test_a_table_comes_back_as_it_was(rows, tmp_path):
     assert Table.load(tmp_path / "table.json") == table
 
 
-def test_what_a_table_knows():
+def test_a_table_lists_columns_blocks_and_shapes():
     table = Table(
         (
             Row("b", 1, "w", (2, 3), {"x": 1.0, "y": 2.0}),
@@ -96,7 +96,7 @@ def test_numbers_that_cannot_be_calculated_with_are_named(bad):
     ],
     ids=str,
 )
-def test_malformed_tables(change, message, tmp_path):
+def test_malformed_tables_are_refused(change, message, tmp_path):
     (tmp_path / "table.json").write_text(json.dumps(FILE | change))
     with pytest.raises(BillhookError, match=message):
         Table.load(tmp_path / "table.json")
@@ -107,7 +107,7 @@ def test_malformed_tables(change, message, tmp_path):
     ["", "{", "[]", "null", "3", '{"version": 1}', "[" * 100_000, '{"rows": ' + "9" * 5000 + "}"],
     ids=lambda t: t[:12],
 )
-def test_files_that_are_no_table(text, tmp_path):
+def test_files_that_are_no_table_are_refused(text, tmp_path):
     (tmp_path / "table.json").write_text(text)
     with pytest.raises(BillhookError, match=r"table\.json"):
         Table.load(tmp_path / "table.json")
@@ -123,7 +123,7 @@ def test_files_that_are_no_table(text, tmp_path):
     value=ANYTHING,
     allocator=st.sampled_from(ALLOCATORS.names()),
 )
-def test_whatever_is_in_a_table_it_is_read_or_refused(key, value, allocator, tmp_path):
+def test_any_table_file_is_read_or_refused(key, value, allocator, tmp_path):
     content = FILE | {key: value} if key in FILE else FILE | {"rows": [LINE | {key: value}, *FILE["rows"][1:]]}
     (tmp_path / "table.json").write_text(json.dumps(content))
     try:

@@ -160,7 +160,7 @@ def test_options_that_auto_would_not_read_are_refused(tmp_path: Path) -> None:
         prune(tiny.save(tmp_path / "model"), **fields)
 
 
-def test_auto_is_no_arithmetic_on_a_table() -> None:
+def test_auto_is_refused_without_a_model() -> None:
     table = measure(tiny.llama(), ["error_curve:wanda", "loss_share:wanda"], batches=text(8))
     for options in ({"allocator": "auto"}, {"allocator": "atp", "beta": "auto"}):
         with pytest.raises(BillhookError, match=r"auto tries plans on a model.*allocate with curves"):

@@ -103,7 +103,7 @@ def test_budgets_bound_new_trials_but_allow_one():
     assert len(raced(space, lambda name, options: 0.0, Budget(seconds=1e-9)).trials) == 2
 
 
-def test_differences_are_paired():
+def test_differences_between_trials_are_paired_over_windows():
     a = Trial("a", "atp", {}, [1.0, 2.0], [0.0, 0.0], True)
     b = Trial("uniform", "uniform", {}, [0.5, 1.0, 9.0], [1.0, 1.0, 1.0])
     assert paired_difference(a, b, "kl") == pytest.approx((0.75, 0.25))

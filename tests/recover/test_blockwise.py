@@ -46,7 +46,7 @@ def error(model: torch.nn.Module, build=tiny.llama) -> float:
 
 
 @pytest.mark.parametrize("dense_target", [0.0, 0.5, 1.0])
-def test_outputs_come_nearer_and_zeros_stay(dense_target: float) -> None:
+def test_tuning_reduces_the_error_and_keeps_zeros(dense_target: float) -> None:
     plain, before = pruned(None, windows=48)
     model, after = pruned(Refine(epochs=4, dense_target=dense_target, rate=0.01), windows=48)
     assert error(model) < error(plain)
@@ -60,7 +60,7 @@ def test_outputs_come_nearer_and_zeros_stay(dense_target: float) -> None:
         assert float(last) < float(first)
 
 
-def test_the_same_twice_and_not_with_another_seed() -> None:
+def test_the_seed_decides_the_result() -> None:
     weights = [pruned(Refine(epochs=2, seed=seed))[0].state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
@@ -107,7 +107,7 @@ def outputs_of_blocks(model: torch.nn.Module, ids: torch.Tensor, given: dict[int
 
 
 @pytest.mark.parametrize("build", [tiny.llama, tiny.mixtral])
-def test_the_loss_is_taken_behind_what_follows_the_block(build, monkeypatch) -> None:
+def test_the_loss_of_a_block_is_that_of_the_following_block(build, monkeypatch) -> None:
     monkeypatch.setattr("billhook.recover.blockwise.PREDICTED", 7)
     model, ids = build(), torch.cat(text(3))[:3]
     for block in walk(model, [ids], read_only=True):
@@ -125,7 +125,7 @@ def test_the_loss_is_taken_behind_what_follows_the_block(build, monkeypatch) -> 
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_windows_of_several_lengths() -> None:
+def test_windows_of_several_lengths_are_tuned() -> None:
     model, batches = tiny.llama(), [torch.cat(text(9)), torch.cat(text(8))[:, :12], torch.cat(text(5)).repeat(1, 2)]
     results = prune_(model, allocate(measure(model, []), 0.6), batches=batches, refine=Refine(epochs=2, rate=0.01))
     losses = [note.split("loss ")[1].split(" on ")[0].split(" -> ") for r in results for note in r.notes]
@@ -200,7 +200,7 @@ def test_experts_left_out_stay_as_they_are() -> None:
         assert torch.equal(layer.weight, before.weight) == (layer.expert not in (0, 2)), layer.name
 
 
-def test_experts_and_few_windows() -> None:
+def test_experts_are_tuned_and_too_few_windows_are_not() -> None:
     model, results = pruned(Refine(epochs=1), build=tiny.mixtral)
     assert error(model, tiny.mixtral) < error(pruned(None, build=tiny.mixtral)[0], tiny.mixtral)
     few, results = pruned(Refine(epochs=1), windows=7)
@@ -219,14 +219,14 @@ def test_states_on_disk_give_the_same() -> None:
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "admm"])
-def test_a_run_that_goes_on_gives_the_same(criterion: str, tmp_path) -> None:
+def test_a_resumed_run_gives_the_same_weights(criterion: str, tmp_path) -> None:
     source, calibration = tiny.save(tmp_path / "model"), torch.cat(text(9))
     fields = {"sparsity": 0.5, "criterion": criterion, "calibration": calibration, "refine": "blocks+norms"}
     one, other = whole_and_in_parts(source, tmp_path, 2, **fields)
     assert one == other
 
 
-def test_a_model_in_memory_goes_on_only_without_the_dense_model() -> None:
+def test_a_model_in_memory_starts_later_only_without_the_dense_model() -> None:
     model = tiny.llama()
     plan = allocate(measure(model, []), 0.5)
     with pytest.raises(BillhookError, match="dense_target=0"):
@@ -236,7 +236,7 @@ def test_a_model_in_memory_goes_on_only_without_the_dense_model() -> None:
 
 
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"rate": 0.0}, {"dense_target": 1.5}])
-def test_options_out_of_range(options: dict[str, float]) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(BillhookError, match="refine"):
         Refine(**options)
 

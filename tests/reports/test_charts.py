@@ -107,7 +107,7 @@ def test_heat_maps_show_every_number():
     assert len(texts(svg)) < 100
 
 
-def test_a_mask_is_an_image_of_its_tiles():
+def test_a_mask_is_drawn_as_an_image_of_tile_averages():
     svg = mask("t", [b"\x00\xff\x80", b"\xff\x00\x01"], (4, 6), standalone=True)
     data = base64.b64decode(re.search(r"base64,([^\"]+)", svg)[1])
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
@@ -115,7 +115,7 @@ def test_a_mask_is_an_image_of_its_tiles():
     assert zlib.decompress(data[start:-16]) == b"\x00\x00\xff\x80\x00\xff\x00\x01"
 
 
-def test_tables_and_plans(table: Path):
+def test_the_command_draws_tables_and_plans(table: Path):
     folder = table.parent / "pictures"
     given = [f"--plan={table.parent / name}.json" for name in ("uniform", "alphapruning", "owl")]
     written = run(table, "--metric", "alpha_peak", "--metric", "outlier_ratio:5", *given, "-o", folder)["pictures"]
@@ -164,7 +164,7 @@ def test_error_curves_with_and_without_a_plan(tmp_path: Path):
     assert "lamp_quantiles" in run(tmp_path / "table.json", "--metric", "lamp_quantiles", code=2)["error"]
 
 
-def test_spectra_and_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_command_draws_spectra_and_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name, seed in (("one", 0), ("two", 1)):
         tiny.llama(seed).save_pretrained(tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -178,7 +178,7 @@ def test_spectra_and_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "same name" in run("--mask", "one", "--mask", "../" + tmp_path.name + "/one", LAYER, code=2)["error"]
 
 
-def test_what_cannot_be_drawn_is_named(table: Path, tmp_path: Path):
+def test_what_cannot_be_drawn_is_refused(table: Path, tmp_path: Path):
     cases = {
         (): "Say what to draw",
         ("--model", "x"): "Say which LAYER",

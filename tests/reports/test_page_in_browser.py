@@ -60,7 +60,7 @@ SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("device", SIZES)
-def test_the_page_in_chromium(report, browser, device, scheme, tmp_path):
+def test_the_page_works_in_chromium(report, browser, device, scheme, tmp_path):
     width, height = SIZES[device]
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     tab = context.new_page()

@@ -78,7 +78,7 @@ def test_the_card_has_metadata_that_the_hub_reads(pruned):
     assert 'base_model: "owner/name"' in card(report)
 
 
-def test_verify_is_not_disturbed_and_twice_gives_the_same_bytes(place, pruned):
+def test_verification_ignores_reports_and_reports_are_deterministic(place, pruned):
     prune(
         place / "model",
         sparsity=0.5,
@@ -198,13 +198,13 @@ def test_directories_without_results_are_named(pruned, spoil, message):
     assert before == ({p.name: p.read_bytes() for p in pruned.iterdir()} if pruned.is_dir() else {})
 
 
-def test_a_dense_model_takes_no_evaluation(place):
+def test_an_evaluation_is_not_written_into_a_dense_model(place):
     ran = billhook("eval", place / "model", "--data", place / "text.txt", "--length", 32, "--report")
     assert ran.code == 2
     assert "is not a pruned directory" in ran.err
 
 
-def test_a_packed_directory_says_that_it_is_packed_and_takes_evaluations(pruned, tmp_path):
+def test_the_card_of_a_packed_directory_says_so_and_shows_evaluations(pruned, tmp_path):
     packed = pack(pruned, tmp_path / "packed")
     report = load_report(packed.output)
     assert report["files"] == {

@@ -56,7 +56,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def test_the_best_reproduced_time_decides(clock: Clock, folder: Path):
+def test_the_best_time_measured_twice_decides(clock: Clock, folder: Path):
     autotune._measure(
         "steady", {"slow": taking(clock, 9, 2, 2, 2), "fast": taking(clock, 9, 5, 1, 1)}
     )  # the first call warms up
@@ -73,7 +73,7 @@ def test_the_best_reproduced_time_decides(clock: Clock, folder: Path):
     assert cache.load("kernels") == {"steady": "fast", "late": "fast", "far": "fast"}
 
 
-def test_slow_ways_are_dropped_and_close_ones_returned(clock: Clock):
+def test_slow_kernels_are_dropped_and_close_ones_kept(clock: Clock):
     calls: list[str] = []
     runs = {
         name: taking(clock, seconds) for name, seconds in {"fast": 1.0, "close": 1.1, "slow": 2.0, "far": 3.0}.items()
@@ -84,7 +84,7 @@ def test_slow_ways_are_dropped_and_close_ones_returned(clock: Clock):
     assert calls.count("slow") == autotune.MIN_ROUNDS + 1
 
 
-def test_ways_that_are_close_are_timed_on_more_rows(clock: Clock, monkeypatch: pytest.MonkeyPatch):
+def test_close_kernels_are_timed_on_more_rows(clock: Clock, monkeypatch: pytest.MonkeyPatch):
     def timed(few: float, more: float, seen: list[int]) -> Callable[..., torch.Tensor]:
         def run(weight: autotune.Weight, x: torch.Tensor, bias: None) -> torch.Tensor:
             seen.append(weight.shape[0])
@@ -148,7 +148,7 @@ def test_choices_are_measured_reported_and_stored(folder: Path, clock: Clock):
     assert choices(model())[0]["ways"] == found[0]["ways"]
 
 
-def test_a_stored_choice_is_used(folder: Path):
+def test_a_cached_choice_is_used(folder: Path):
     tuned = model()
     name = autotune.key(tuned[0].packed(), torch.bfloat16, 3)
     cache.store("kernels", {name: "large_tiles"})
@@ -173,7 +173,7 @@ def test_a_damaged_cache_is_ignored_with_one_line(text: str, folder: Path, capsy
     assert cache.load("kernels") == {"a": "tiles"}
 
 
-def test_an_unknown_way_in_the_cache_is_not_used(folder: Path):
+def test_an_unknown_kernel_in_the_cache_is_not_used(folder: Path):
     tuned = model()
     cache.store(
         "kernels", {autotune.key(tuned[0].packed(), torch.bfloat16, tokens): "magic" for tokens in autotune.BUCKETS}
@@ -195,7 +195,7 @@ def test_the_cache_can_be_switched_off_or_unwritable(folder: Path, monkeypatch: 
     assert tune_(model())
 
 
-def test_the_cache_belongs_to_threads_and_instructions(folder: Path):
+def test_the_cache_is_for_one_number_of_threads_and_instruction_set(folder: Path):
     before = cache.cache_file("kernels")
     with library.forced("torch"):
         assert library.active() is None
@@ -207,7 +207,7 @@ def test_the_cache_belongs_to_threads_and_instructions(folder: Path):
         torch.set_num_threads(1)
 
 
-def test_a_large_dense_layer_is_adopted_only_where_ours_is_faster(folder: Path):
+def test_a_large_dense_layer_is_replaced_only_where_that_is_faster(folder: Path):
     if library.active() is None:
         pytest.skip("needs compiled kernels")
     large = torch.nn.Sequential(torch.nn.Linear(1024, 1024).bfloat16(), torch.nn.Linear(1024, 1024))

@@ -148,7 +148,7 @@ def test_an_infinite_weight_does_not_reach_its_neighbours(triton: None):
         assert y.isinf().tolist() == [False, True, False, True, False, False], way
 
 
-def test_what_stands_behind_the_last_value_does_not_matter(triton: None):
+def test_values_after_the_last_one_are_not_read(triton: None):
     W, x = pruned(5, 270, 0.5, torch.float32), torch.randn(1, 270)
     weight = weight_of(W)
     weight.values[int((W != 0).sum()) :] = torch.nan
@@ -188,7 +188,7 @@ def test_the_table_says_where_each_chunk_begins():
 @pytest.mark.parametrize(
     ("tokens", "way"), [(0, "expand"), (1, "a"), (2, "b"), (4, "b"), (5, "c"), (16, "c"), (17, "expand")]
 )
-def test_each_number_of_tokens_has_its_way(tokens: int, way: str):
+def test_the_kernel_depends_on_the_number_of_tokens(tokens: int, way: str):
     assert gpu_ops.way_for("a b c", tokens) == way
 
 
@@ -215,7 +215,7 @@ def test_new_weights_are_seen(triton: None):
     assert difference(gpu.forward(layer, x.to(DEVICE)).cpu(), x.double() @ other.double().T) < 1e-6
 
 
-def test_the_fastest_way_is_timed_once_and_remembered(triton: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_fastest_kernel_is_measured_once_and_cached(triton: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("BILLHOOK_CACHE", str(tmp_path))
     weight = weight_of(pruned(8, 128, 0.5, torch.float32))
     times = iter(
@@ -232,7 +232,7 @@ def test_the_fastest_way_is_timed_once_and_remembered(triton: None, monkeypatch:
     assert next(times, None) is None
 
 
-def test_what_is_chosen_can_be_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_chosen_kernels_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("BILLHOOK_CACHE", str(tmp_path))
     chosen = gpu.ways(layer_of(pruned(8, 128, 0.5, torch.float32)), torch.float32)
     assert list(chosen) == [1, 4, 16, 512]
@@ -240,7 +240,7 @@ def test_what_is_chosen_can_be_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 @pytest.mark.nightly
-def test_the_op_behaves_under_compile():
+def test_the_operator_compiles():
     W = pruned(6, 270, 0.5, torch.float32)
     layer, x = layer_of(W), torch.randn(1, 270, device=DEVICE)
     expected = gpu.forward(layer, x)

@@ -67,7 +67,7 @@ def test_products_agree_with_float64(path: str, values: torch.dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("tokens", range(10))
-def test_all_batch_sizes_and_ways(path: str, tokens: int, dtype: torch.dtype):
+def test_all_batch_sizes_and_kernels_agree_with_float64(path: str, tokens: int, dtype: torch.dtype):
     W, bias = random_weight((40, 200), 0.4, dtype), torch.linspace(-1, 1, 40).to(dtype)
     packed, x = layer(W), torch.randn(tokens, 200).to(dtype)
     if tokens == 0:
@@ -168,7 +168,7 @@ def test_packing_gives_the_same_bytes_everywhere(path: str, dtype: torch.dtype):
     share=st.floats(0, 1),
     seed=st.integers(0, 99),
 )
-def test_any_shape(rows: int, columns: int, tokens: int, share: float, seed: int):
+def test_products_of_any_shape_agree_with_float64(rows: int, columns: int, tokens: int, share: float, seed: int):
     W = random_weight((rows, columns), share, torch.bfloat16, seed)
     packed = layer(W)
     assert torch.equal(packed.dense(), W)
@@ -188,7 +188,7 @@ def test_special_values_pass_through(path: str):
     assert layer(W)(x.nan_to_num()).tolist() == [[float("-inf"), 0.0]]
 
 
-def test_inputs_of_any_layout(path: str):
+def test_inputs_of_any_layout_give_the_same_products(path: str):
     W = random_weight((33, 100), 0.5, torch.bfloat16)
     packed, wide = layer(W), torch.randn(6, 4, 200).bfloat16()
     for x in (
@@ -226,7 +226,7 @@ def _in_child(packed: SparseLinear, x: Tensor, queue: "multiprocessing.queues.Qu
 
 @pytest.mark.skipif(not hasattr(os, "fork") or library.active() is None, reason="needs fork and compiled kernels")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_forked_workers_finish():
+def test_kernels_work_in_forked_processes():
     W = random_weight((600, 2048), 0.6, torch.bfloat16)
     packed, x = layer(W), torch.randn(1, 2048).bfloat16()
     torch.set_num_threads(2)

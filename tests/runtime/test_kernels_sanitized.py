@@ -45,7 +45,7 @@ def built(compiler: str, tmp_path: Path, *flags: str) -> Path:
     return program
 
 
-def test_no_sanitizer_complains(tmp_path: Path):
+def test_kernels_pass_the_sanitizers(tmp_path: Path):
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
@@ -56,7 +56,7 @@ def test_no_sanitizer_complains(tmp_path: Path):
     assert "agree" in ran.stdout
 
 
-def test_neon_under_emulation(tmp_path: Path):
+def test_neon_kernels_agree_under_emulation(tmp_path: Path):
     if platform.machine() == "aarch64":
         pytest.skip("the other tests run NEON itself here")
     compiler, emulator = (

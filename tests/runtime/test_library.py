@@ -31,7 +31,7 @@ for line in open("/proc/self/maps"):
 """
 
 
-def test_one_openmp_runtime():
+def test_torch_and_the_kernels_share_one_openmp_runtime():
     if library.active() is None or not Path("/proc/self/maps").exists():
         pytest.skip("needs compiled kernels and /proc")
     run = subprocess.run([sys.executable, "-c", _RUNTIMES], capture_output=True, text=True, check=True)
@@ -58,7 +58,7 @@ def test_a_library_of_another_version_is_not_used():
     assert "another version" in ran.stderr
 
 
-def test_without_the_library_one_line_says_what_is_missed(tmp_path: Path):
+def test_a_missing_library_is_one_message(tmp_path: Path):
     code = (
         "import sys, pathlib, torch\n"
         "from billhook.runtime import library\n"

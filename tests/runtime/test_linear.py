@@ -21,7 +21,7 @@ def _no_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.gate
-def test_the_operator_is_a_good_citizen():
+def test_the_operator_passes_the_checks_of_torch():
     W = random_weight((96, 130), 0.4, torch.bfloat16)
     packed, x = layer(W, bias=torch.randn(96).bfloat16()), torch.randn(2, 3, 130).bfloat16()
     arguments = (x, packed.bitmask, packed.values, packed.row_starts, None, packed.bias)
@@ -35,7 +35,7 @@ def test_the_operator_is_a_good_citizen():
     assert torch.equal(ops.sparse_linear(*arguments), packed(x))
 
 
-def test_compiled_without_a_graph_break():
+def test_a_layer_compiles_without_a_graph_break():
     model = torch.nn.Sequential(
         layer(random_weight((96, 130), 0.4, torch.bfloat16)), torch.nn.ReLU(), torch.nn.Linear(96, 40).bfloat16()
     )
@@ -46,14 +46,14 @@ def test_compiled_without_a_graph_break():
         assert torch.equal(compiled(x), model(x))
 
 
-def test_no_derivative():
+def test_the_operator_has_no_derivative():
     packed = layer(random_weight((8, 70), 0.4, torch.float32))
     y = packed(torch.randn(2, 70, requires_grad=True))
     with pytest.raises(BillhookError, match="inference"):
         y.sum().backward()
 
 
-def test_an_adopted_layer_is_still_linear():
+def test_a_replaced_layer_is_still_an_instance_of_linear():
     linear = torch.nn.Linear(300, 50).bfloat16()
     x = torch.randn(2, 300).bfloat16()
     before = linear(x)
@@ -72,7 +72,7 @@ def test_an_adopted_layer_is_still_linear():
     assert torch.isfinite(before).all()
 
 
-def test_state_dict_round_trip_with_other_counts():
+def test_a_state_dict_with_other_counts_is_loaded():
     one, two = (
         layer(random_weight((9, 130), 0.3, torch.bfloat16, 1)),
         layer(random_weight((9, 130), 0.8, torch.bfloat16, 2)),

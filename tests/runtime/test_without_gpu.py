@@ -13,7 +13,7 @@ from billhook.runtime import gpu
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 
-def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_gpu_or_triton_is_one_message(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for device in ("cpu", "cuda"):
         line = gpu.missing(device)

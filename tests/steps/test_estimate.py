@@ -73,7 +73,7 @@ def test_the_formula_is_near_the_measured_peak(fields, tmp_path):
     assert measured / 2 < formula < 2 * measured
 
 
-def test_memory_grows_with_what_is_held():
+def test_estimated_memory_grows_with_what_is_in_memory():
     wide, deep = tiny.llama(**WIDE), tiny.llama(**WIDE | {"num_hidden_layers": 4})
     options = {"tokens": 10**6, "batch_tokens": 1024, "resources": STREAMED}
 
@@ -127,7 +127,7 @@ def test_measuring_time_changes_nothing_and_says_what_was_measured(fields):
     assert model.config.num_hidden_layers == 4
 
 
-def test_a_model_is_whole_again_when_measuring_fails(monkeypatch):
+def test_a_model_is_restored_when_measuring_time_fails(monkeypatch):
     def failing(*_args: object, **_options: object) -> None:
         raise JobError("not finite")
 
@@ -139,7 +139,7 @@ def test_a_model_is_whole_again_when_measuring_fails(monkeypatch):
 
 
 @pytest.mark.gate
-def test_a_run_that_goes_on_takes_what_is_left(tmp_path, monkeypatch):
+def test_the_estimate_of_a_resumed_run_is_for_the_remaining_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", time.process_time)
     source = tiny.save(tmp_path / "model", tiny.llama(**WIDE | {"num_hidden_layers": 8}))
     fields = {"criterion": "sparsegpt", "output": tmp_path / "out"}
@@ -172,7 +172,7 @@ def test_a_dry_run_reads_the_model_one_block_at_a_time(tmp_path):
     assert all(layer.module.weight.is_meta for layer in job.opened.layers)
 
 
-def test_a_run_says_what_it_needs_and_what_it_needed(tmp_path):
+def test_a_run_prints_estimated_and_actual_memory(tmp_path):
     source = tiny.save(tmp_path / "model", tiny.llama())
     said = done("prune", source, "--sparsity", 0.5, "--criterion", "magnitude", "-o", tmp_path / "out").err
     assert re.search(r"^About \d+\.\d\d GiB of memory and 0\.00 GiB of disk\.$", said, re.MULTILINE)

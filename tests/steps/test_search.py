@@ -47,7 +47,7 @@ def test_given_options_are_checked(given: dict[str, str], message: str, tokens: 
         find(llama(), tokens, allocator=["atp", "owl"], options=given)
 
 
-def test_several_allocators(tokens: torch.Tensor):
+def test_several_allocators_are_searched_together(tokens: torch.Tensor):
     names = tuple(name for name in ALL if name != "atp")  # whose grid is long where blocks are few
     found = find(llama(), tokens, allocator=names, grid=True, options={"m": 5})
     assert {trial.allocator for trial in found.trials} == {"uniform", *names}
@@ -59,7 +59,7 @@ def test_several_allocators(tokens: torch.Tensor):
     assert len(find(llama(), tokens, allocator="uniform").trials) == 1
 
 
-def test_auto_can_take_part(tokens: torch.Tensor):
+def test_auto_can_be_searched_with_other_allocators(tokens: torch.Tensor):
     found = find(llama(), tokens, allocator="auto,atp", budget=9)
     names = [trial.name for trial in found.trials]
     assert names[:2] == ["uniform", "curves"]
@@ -67,7 +67,7 @@ def test_auto_can_take_part(tokens: torch.Tensor):
     assert {trial.allocator for trial in found.trials} == {"uniform", "curves", "atp"}
 
 
-def test_patterns_and_experts(tokens: torch.Tensor):
+def test_a_search_serves_patterns_and_experts(tokens: torch.Tensor):
     assert str(find(llama(), tokens, sparsity=None, pattern="4:8", budget=2).plan.pattern) == "4:8"
     model = mixtral()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -120,7 +120,7 @@ def test_the_model_of_another_search_is_replaced_though_its_plan_is_the_same(tmp
         assert record["steps"][-1]["made_by"]["criterion"] == criterion
 
 
-def test_same_inputs_same_bytes(tokens: torch.Tensor, tmp_path: Path):
+def test_a_search_gives_the_same_bytes_again(tokens: torch.Tensor, tmp_path: Path):
     for name in ("a", "b"):
         find(llama(), tokens, output=tmp_path / name, budget=3, save_model=False)
     for file in ("search.json", "plan.json", "search.svg"):
@@ -211,7 +211,7 @@ def test_mistakes_are_found_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_folder_of_something_else_is_left_alone(tokens: torch.Tensor, tmp_path: Path):
+def test_a_folder_that_holds_no_search_is_left_alone(tokens: torch.Tensor, tmp_path: Path):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(BillhookError, match="not empty"):
         find(llama(), tokens, output=tmp_path, save_model=False)
@@ -221,7 +221,7 @@ def test_folder_of_something_else_is_left_alone(tokens: torch.Tensor, tmp_path: 
             find(llama(), tokens, output=tmp_path, save_model=False)
 
 
-def test_command_end_to_end(tmp_path: Path):
+def test_the_search_command_writes_a_verified_model(tmp_path: Path):
     model, text, found = save(tmp_path / "model"), text_file(tmp_path / "text.txt"), tmp_path / "found"
     arguments = ["search", str(model), "--sparsity=0.5", "--allocator=atp,alphapruning", f"--calibration={text}"]
     arguments += ["--samples=8", "--budget=3", "--length=32", f"-o{found}", "--json"]

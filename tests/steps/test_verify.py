@@ -80,7 +80,7 @@ def weights(record: dict) -> dict:
     return record["steps"][-1]["plan"]["weights"]
 
 
-def test_a_pruned_directory_is_as_recorded(unstructured):
+def test_verification_accepts_a_pruned_directory(unstructured):
     calls = []
     result = verify(unstructured, progress=lambda done, total: calls.append((done, total)))
     assert result.ok
@@ -103,7 +103,7 @@ def test_zeros_are_counted_as_torch_counts_them(dtype, tmp_path):
     np.testing.assert_array_equal(shard.zeros(shard.entries["w"]), (values == 0).numpy())
 
 
-def test_no_directory_and_no_record(tmp_path, copy):
+def test_verification_needs_a_directory_and_a_record(tmp_path, copy):
     with pytest.raises(BillhookError, match="no directory"):
         verify(tmp_path / "nothing")
     (copy / "billhook.json").unlink()
@@ -130,23 +130,23 @@ def test_no_directory_and_no_record(tmp_path, copy):
         (lambda r: r["files"].update({"/etc/passwd": "0"}), "outside the directory"),
     ],
 )
-def test_a_record_that_is_none(copy, change, message):
+def test_a_file_that_is_no_record_is_refused(copy, change, message):
     edit_record(copy, change)
     with pytest.raises(BillhookError, match=message):
         verify(copy)
 
 
-def test_one_zero_filled_in(copy):
+def test_verification_finds_a_refilled_zero(copy):
     edit_weight(copy, lambda w: w.view(-1).__setitem__(int((w.view(-1) == 0).nonzero()[0]), 1.0))
     assert verify(copy).problems == [f"{LAYER}: 1023 zeros on disk, 1024 recorded."]
 
 
-def test_one_weight_more_removed(copy):
+def test_verification_finds_one_more_removed_weight(copy):
     edit_weight(copy, lambda w: w.view(-1).__setitem__(int(w.view(-1).nonzero()[0]), 0.0))
     assert verify(copy).problems == [f"{LAYER}: 1025 zeros on disk, 1024 recorded."]
 
 
-def test_a_zero_moved_to_another_group(copy_2_4):
+def test_verification_finds_a_zero_moved_to_another_group(copy_2_4):
     def move(w: torch.Tensor) -> None:
         row = w[0].view(-1, 4)
         row[0, row[0] == 0] = 1.0
@@ -156,7 +156,7 @@ def test_a_zero_moved_to_another_group(copy_2_4):
     assert verify(copy_2_4).problems == [f"{LAYER}: 1 groups of 4 have fewer than 2 zeros."]
 
 
-def test_a_flipped_bit(copy):
+def test_verification_finds_a_flipped_bit(copy):
     shard = shard_of(copy)
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
@@ -164,7 +164,7 @@ def test_a_flipped_bit(copy):
     assert f"{shard.name} is not the file that was written: its SHA-256 differs." in verify(copy).problems
 
 
-def test_a_truncated_file(copy):
+def test_verification_finds_a_truncated_file(copy):
     shard = shard_of(copy)
     shard.write_bytes(shard.read_bytes()[:-7])
     problems = verify(copy).problems
@@ -173,25 +173,25 @@ def test_a_truncated_file(copy):
     assert "header promises" in problems[1]
 
 
-def test_a_damaged_header(copy):
+def test_a_damaged_header_is_refused(copy):
     shard = shard_of(copy)
     shard.write_bytes(b"\xff" * 8 + shard.read_bytes()[8:])
     assert any("not a safetensors file" in problem for problem in verify(copy).problems)
 
 
-def test_a_missing_shard(copy):
+def test_verification_finds_a_missing_shard(copy):
     shard_of(copy).unlink()
     problems = verify(copy).problems
     assert f"{shard_of(copy).name} is missing." in problems
     assert any("which is not in" in problem for problem in problems)
 
 
-def test_weights_that_transformers_would_read_instead(copy):
+def test_files_that_transformers_would_read_instead_are_found(copy):
     save_file({"a": torch.ones(2)}, copy / "model.safetensors")
     assert verify(copy).problems == ["model.safetensors holds weights and is not listed in billhook.json."]
 
 
-def test_an_index_that_leads_outside(copy):
+def test_an_index_that_leads_outside_its_directory_is_refused(copy):
     index = json.loads((copy / "model.safetensors.index.json").read_text())
     index["weight_map"][f"{LAYER}.weight"] = "../outside.safetensors"
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -199,7 +199,7 @@ def test_an_index_that_leads_outside(copy):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "no such model"}'])
-def test_a_config_that_does_not_load(copy, content):
+def test_verification_finds_a_configuration_that_does_not_load(copy, content):
     (copy / "config.json").write_text(content)
     assert any(problem.startswith("config.json cannot be loaded") for problem in verify(copy).problems)
 
@@ -235,7 +235,7 @@ def test_a_config_that_does_not_load(copy, content):
         (lambda r: r["layers"][LAYER].update(zeros=1000), f"{LAYER}: 1024 zeros on disk, 1000 recorded"),
     ],
 )
-def test_an_edited_record(copy, change, message):
+def test_verification_finds_an_edited_record(copy, change, message):
     edit_record(copy, change)
     result = verify(copy)
     assert not result.ok
@@ -251,7 +251,7 @@ def test_more_zeros_than_planned_need_a_reason(copy):
     assert verify(copy).ok
 
 
-def test_layers_without_a_place_are_counted_in_the_loaded_model(copy):
+def test_zeros_of_layers_without_a_place_are_counted_in_the_loaded_model(copy):
     edit_record(copy, lambda record: [facts.update(tensor=None) for facts in record["layers"].values()])
     assert verify(copy).ok
     edit_weight(copy, lambda w: w.fill_(1.0))

@@ -40,7 +40,7 @@ def edit_weights(directory: Path, change) -> None:
     )
 
 
-def test_resolves_a_directory_as_it_is(llama):
+def test_an_existing_directory_is_resolved_to_itself(llama):
     assert resolve(str(llama)) == llama == resolve(llama)
 
 
@@ -53,12 +53,12 @@ def test_a_path_that_does_not_exist_is_named(name, tmp_path, monkeypatch):
         resolve(name)
 
 
-def test_a_file_is_not_a_model(llama):
+def test_a_file_is_refused_as_a_model(llama):
     with pytest.raises(BillhookError, match=r"is a file: give the model directory"):
         resolve(llama / "config.json")
 
 
-def test_a_hub_name_without_a_hub_is_one_clear_line(tmp_path, monkeypatch):
+def test_a_hub_name_without_network_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
@@ -68,32 +68,32 @@ def test_a_hub_name_without_a_hub_is_one_clear_line(tmp_path, monkeypatch):
     assert "\n" not in str(found.value)
 
 
-def test_no_config(copy):
+def test_a_directory_without_config_json_is_refused(copy):
     (copy / "config.json").unlink()
     with pytest.raises(BillhookError, match=r"has no config.json"):
         check_directory(copy)
 
 
-def test_config_that_is_no_json(copy):
+def test_a_configuration_that_is_not_json_is_refused(copy):
     (copy / "config.json").write_text("{")
     with pytest.raises(BillhookError, match="not valid json"):
         check_directory(copy)
 
 
-def test_no_weights(copy):
+def test_a_directory_without_weights_is_refused(copy):
     (copy / "model.safetensors").unlink()
     with pytest.raises(BillhookError, match="weights are missing"):
         check_directory(copy)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
-def test_pickled_weights_are_refused_with_the_way_out(copy, name):
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(copy, name):
     (copy / "model.safetensors").rename(copy / name)
     with pytest.raises(BillhookError, match=rf"pickled weights \({name}\).*save_pretrained"):
         check_directory(copy)
 
 
-def test_quantized_checkpoint(copy):
+def test_a_quantized_checkpoint_is_refused(copy):
     edit_config(copy, quantization_config={"quant_method": "gptq"})
     with pytest.raises(BillhookError, match="quantized checkpoint"):
         check_directory(copy)
@@ -106,13 +106,13 @@ def test_quantized_checkpoint(copy):
         {"architectures": None, "model_type": "vit"},
     ],
 )
-def test_another_kind_of_model(copy, changes):
+def test_a_model_of_another_kind_is_refused(copy, changes):
     edit_config(copy, **changes)
     with pytest.raises(BillhookError, match="only models for text-generation and fill-mask can be pruned"):
         load_model(copy)
 
 
-def test_truncated_weights(copy):
+def test_truncated_weights_are_refused(copy):
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(BillhookError, match=r"holds \d+ bytes where its header promises \d+"):
@@ -122,7 +122,7 @@ def test_truncated_weights(copy):
 @pytest.mark.parametrize(
     "content", [b"", b"abc", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]", b"\x10\0\0\0\0\0\0\0" + b'{"a":{"dtype":1}']
 )
-def test_weights_that_are_no_safetensors(copy, content):
+def test_weights_that_are_no_safetensors_are_refused(copy, content):
     (copy / "model.safetensors").write_bytes(content)
     with pytest.raises(BillhookError, match=r"model\.safetensors (is not a safetensors file|has a damaged)"):
         check_directory(copy)
@@ -137,14 +137,14 @@ def write_index(directory: Path, content) -> None:
 @pytest.mark.parametrize(
     "name", ["../model.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\\b.safetensors", 3]
 )
-def test_index_must_stay_in_its_directory(copy, name):
+def test_an_index_must_stay_in_its_directory(copy, name):
     write_index(copy, {"weight_map": {"a": name}})
     with pytest.raises(BillhookError, match=r"only plain file names|is not a safetensors index"):
         check_directory(copy)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}'])
-def test_broken_index(copy, content):
+def test_a_broken_index_is_refused(copy, content):
     write_index(copy, content)
     with pytest.raises(BillhookError, match="is not a safetensors index"):
         check_directory(copy)
@@ -190,12 +190,12 @@ def test_loads_quietly_in_evaluation_mode_and_the_dtype_asked_for(llama, tmp_pat
         load_model(half, dtype="int3")
 
 
-def test_unknown_device(llama):
+def test_an_unknown_device_is_refused(llama):
     with pytest.raises(BillhookError, match="Cannot put the model on device 'warp'"):
         load_model(llama, device="warp")
 
 
-def test_own_code_needs_permission(copy):
+def test_code_of_a_model_runs_only_with_permission(copy):
     edit_config(
         copy,
         model_type="made_up",
@@ -212,7 +212,7 @@ def test_experts_can_be_observed(tmp_path):
     assert model.config._experts_implementation == "eager"
 
 
-def test_tokenizer_there_broken_and_absent(copy):
+def test_a_tokenizer_is_loaded_none_or_refused(copy):
     tokenizer = load_tokenizer(copy)
     assert tokenizer("ab")["input_ids"] == [256, *tiny.tokenizer()("ab")["input_ids"][1:]]
     (copy / "tokenizer.json").write_text("{}")
@@ -223,7 +223,7 @@ def test_tokenizer_there_broken_and_absent(copy):
     assert load_tokenizer(copy) is None
 
 
-def test_digest_tells_models_apart(llama, copy):
+def test_the_digest_differs_between_models(llama, copy):
     assert model_digest(llama) == model_digest(copy)
     edit_weights(copy, lambda w: {k: v + 0 if "norm" not in k else v * 2 for k, v in w.items()})
     assert model_digest(llama) != model_digest(copy)

@@ -54,7 +54,7 @@ def test_a_float32_run_of_a_bfloat16_checkpoint_writes_bfloat16(source, tmp_path
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_names_without_the_prefix_of_the_model_stay_without_it(family, tmp_path):
+def test_tensor_names_without_the_prefix_of_the_model_stay_so(family, tmp_path):
     """As the checkpoints of GPT-2 have been since 2019."""
     with quiet():
         build(family).save_pretrained(tmp_path / "model")
@@ -78,7 +78,7 @@ def test_tensors_that_the_model_does_not_have_are_kept(tmp_path):
     assert contents(tmp_path / "out") == contents(model)
 
 
-def test_a_layout_that_cannot_be_kept_is_replaced_and_said(tmp_path, monkeypatch):
+def test_a_layout_that_cannot_be_kept_is_replaced_with_a_note(tmp_path, monkeypatch):
     source = tiny.save(tmp_path / "model", dtype=torch.bfloat16, shard="60KB")
     model = load_model(source, dtype="float32")
     record = prune_with_record(model)
@@ -190,7 +190,7 @@ def test_experts_are_found_on_disk_piece_by_piece(tmp_path):
     assert verify(out).ok
 
 
-def test_side_files_that_would_keep_the_output_from_opening(tmp_path: Path):
+def test_side_files_that_would_stop_the_output_from_loading_are_changed(tmp_path: Path):
     source, output = tmp_path / "source", tmp_path / "output"
     tiny.llama().save_pretrained(source, max_shard_size="50kB")
     index = json.loads((source / INDEX).read_text())

@@ -31,13 +31,13 @@ def test_the_output_has_ordinary_permissions(source, tmp_path):
     assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_an_empty_directory_is_taken(source, tmp_path):
+def test_an_empty_directory_is_used_as_output(source, tmp_path):
     (tmp_path / "out").mkdir()
     save_pruned(load_model(source), source, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(source)
 
 
-def test_a_directory_with_something_in_it_is_replaced_only_when_told(source, tmp_path):
+def test_a_directory_that_is_not_empty_is_replaced_only_with_overwrite(source, tmp_path):
     model = load_model(source)
     out = save_pruned(model, source, tmp_path / "out").path
     (out / "old").write_text("x")
@@ -55,7 +55,7 @@ def test_a_directory_that_is_no_model_is_never_replaced(source, tmp_path):
         check_output(tmp_path, source, overwrite=True)
 
 
-def test_impossible_outputs(source, tmp_path):
+def test_impossible_outputs_are_refused(source, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(BillhookError, match="is a file"):
         check_output(tmp_path / "file", source)
@@ -134,7 +134,7 @@ def test_a_failed_replacement_leaves_the_old_output(source, tmp_path, monkeypatc
     ("room", "message"), [(-8192, "too full: .* needed"), (4096, "The disk is full: .* needs")], ids=["seen", "met"]
 )
 @pytest.mark.parametrize("kept", [True, False], ids=["layout kept", "layout of transformers"])
-def test_a_disk_that_is_really_full(source, tmp_path, room, message, kept):
+def test_a_full_disk_leaves_nothing_behind(source, tmp_path, room, message, kept):
     """Room for less than the weights is seen before anything is written; room for little more is met while writing the
     rest."""
     disk = tmp_path / "disk"

@@ -153,7 +153,7 @@ def test_records_of_version_1_are_read() -> None:
 # Broken chains
 
 
-def test_a_model_that_was_changed_between_two_steps(dense: Path, tmp_path: Path) -> None:
+def test_a_model_changed_between_two_steps_is_noted(dense: Path, tmp_path: Path) -> None:
     once = pruned(dense, tmp_path / "once", 0.3)
     index = json.loads((once / "model.safetensors.index.json").read_text())["weight_map"]
     tensors = load_file(once / index["model.norm.weight"])
@@ -167,7 +167,7 @@ def test_a_model_that_was_changed_between_two_steps(dense: Path, tmp_path: Path)
     ]
 
 
-def test_layers_that_were_filled_between_two_steps(dense: Path, tmp_path: Path) -> None:
+def test_layers_filled_between_two_steps_are_noted(dense: Path, tmp_path: Path) -> None:
     """As by training in place: of layers that the second step leaves alone the zeros that are left are recorded."""
     once = pruned(dense, tmp_path / "once", 0.3)
     set_weights(once, Q, 5)
@@ -177,7 +177,7 @@ def test_layers_that_were_filled_between_two_steps(dense: Path, tmp_path: Path) 
     assert verify(twice).problems == [f"{Q}: 5 zeros on disk, 307 planned."]
 
 
-def test_files_that_the_last_step_did_not_write(twice: Path) -> None:
+def test_verification_finds_files_that_the_last_step_did_not_write(twice: Path) -> None:
     edit(twice, lambda record: record["steps"][-1].update(result="0" * 64))
     assert verify(twice).problems == ["The files in billhook.json are not those that step 2 (prune) wrote."]
 
@@ -187,7 +187,7 @@ def test_digests_that_are_not_known_are_not_compared(twice: Path) -> None:
     assert verify(twice).problems == []
 
 
-def test_zeros_of_an_earlier_step_that_are_gone(dense: Path, tmp_path: Path) -> None:
+def test_verification_finds_lost_zeros_of_an_earlier_step(dense: Path, tmp_path: Path) -> None:
     once = pruned(dense, tmp_path / "once", 0.6)
     twice = pruned(once, tmp_path / "twice", 0.3, targets=MLP)  # removes nothing more
     assert verify(twice).problems == []
@@ -199,7 +199,7 @@ def test_zeros_of_an_earlier_step_that_are_gone(dense: Path, tmp_path: Path) -> 
     ]
 
 
-def test_a_layer_of_an_earlier_step_that_is_gone(twice: Path) -> None:
+def test_verification_finds_a_missing_layer_of_an_earlier_step(twice: Path) -> None:
     edit(twice, lambda record: record["layers"].pop(Q))
     (problem,) = verify(twice).problems
     assert "1 of the plan's are not in the model" in problem

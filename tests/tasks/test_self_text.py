@@ -69,7 +69,7 @@ def _parts(ids: list[int], mark: int) -> list[list[int]]:
     return found
 
 
-def test_the_same_twice_and_not_with_another_seed() -> None:
+def test_the_seed_decides_the_result() -> None:
     model = tiny.llama().train()
     one, same, other = (write_windows(model, 3, 16, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one, same)
@@ -77,7 +77,7 @@ def test_the_same_twice_and_not_with_another_seed() -> None:
     assert model.training
 
 
-def test_an_end_token_begins_where_there_is_no_other() -> None:
+def test_documents_begin_with_the_end_token_where_there_is_no_start_token() -> None:
     model = tiny.llama()
     model.generation_config = None
     model.config.bos_token_id, model.config.eos_token_id = None, [257, 9]
@@ -99,12 +99,12 @@ def test_documents_that_end_early_cost_no_more_passes() -> None:
         write_windows(model, 4, 100)
 
 
-def test_what_was_written_can_be_differentiated_through() -> None:
+def test_written_windows_can_be_used_for_gradients() -> None:
     model = tiny.llama()
     prune_(model, allocate(measure(model, []), 0.5), criterion="gblm", batches=write_windows(model, 4, 16))
 
 
-def test_what_is_refused() -> None:
+def test_impossible_requests_are_refused() -> None:
     model = tiny.llama()
     with pytest.raises(BillhookError, match="context of 128"):
         write_windows(model, 1, 129)
@@ -120,7 +120,7 @@ def samples(model, source: str, **drawing) -> Samples:
     return TASK.samples(source, model, None, Drawing(**({"samples": 8, "length": 16} | drawing)))
 
 
-def test_windows_of_a_text_come_first_and_the_model_writes_the_rest(tmp_path) -> None:
+def test_windows_of_the_text_come_first_and_the_model_writes_the_rest(tmp_path) -> None:
     model = load_model(tiny.save(tmp_path / "model"))
     file = tiny.text_file(tmp_path / "text.txt", 1)  # five windows of 16 tokens
     found = samples(model, f"self:{file}", samples=6)
@@ -135,7 +135,7 @@ def test_windows_of_a_text_come_first_and_the_model_writes_the_rest(tmp_path) ->
     )
 
 
-def test_windows_that_were_kept_are_read_again(tmp_path) -> None:
+def test_saved_windows_are_read_again(tmp_path) -> None:
     found = samples(tiny.llama(), "self:")
     save_windows(tmp_path / "written.safetensors", found)
     kept = saved_windows(tmp_path / "written.safetensors")

@@ -136,7 +136,7 @@ def test_masked_tokens_are_scored(place, tmp_path):
     assert found.nll == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_the_commands_work_on_an_encoder(place, tmp_path):
+def test_all_commands_work_on_an_encoder(place, tmp_path):
     text = ("--calibration", place / "text.txt", "--samples", 6, "--length", 32)
     done("prune", place / "model", "--sparsity", 0.5, *text, "-o", tmp_path / "out")
     done("verify", tmp_path / "out")

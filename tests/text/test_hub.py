@@ -15,7 +15,7 @@ def tokenizer():
     return tiny.tokenizer()
 
 
-def test_hub_sources_are_spelled_in_todays_form():
+def test_hub_sources_have_one_spelling():
     calibration, evaluation = parse("hub:c4", "calibration"), parse("hub:c4", "evaluation")
     assert (calibration.name, calibration.config, calibration.files) == (
         "allenai/c4",
@@ -60,7 +60,7 @@ def test_hub_datasets_give_the_same_tokens_as_their_files(tokenizer, local_datas
         ("hub:ptb", "ptb-text-only/ptb_text_only/penn_treebank/test/0000.parquet", "sentence", " "),
     ],
 )
-def test_the_papers_texts_are_read_and_joined_as_published(
+def test_the_texts_of_the_papers_are_joined_as_published(
     source, place, field, between, tokenizer, tmp_path, monkeypatch
 ):
     """A directory that is named and laid out like the data set stands in for the hub."""
@@ -84,7 +84,7 @@ def test_the_papers_texts_are_read_and_joined_as_published(
     )
 
 
-def test_hub_datasets_that_cannot_be_read(tokenizer, local_dataset):
+def test_hub_datasets_that_cannot_be_read_are_refused(tokenizer, local_dataset):
     with pytest.raises(BillhookError, match=r"Cannot load hub:.*\(split dev\)"):
         load_calibration(f"hub:{local_dataset}::dev", tokenizer, length=8)
     (local_dataset / "train.jsonl").write_text('{"words": "a b c"}\n')

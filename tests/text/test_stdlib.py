@@ -48,7 +48,7 @@ def test_no_text_is_in_both_splits(train, held_out):
     assert {path for path, _ in train} <= {path for path, _ in everything}
 
 
-def test_split_sizes(train, held_out):
+def test_both_splits_have_the_documented_size(train, held_out):
     sizes = [sum(len(text) for _, text in split) for split in (train, held_out)]
     assert 0.05 < sizes[1] / sum(sizes) < 0.15
 

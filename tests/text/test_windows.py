@@ -90,7 +90,7 @@ def test_packed_windows_come_from_the_text_without_replacement(tokenizer, tmp_pa
     assert set(rows) <= set(cut)
 
 
-def test_packed_documents_follow_each_other_behind_a_start_token(tokenizer, tmp_path):
+def test_packed_documents_follow_each_other_after_a_start_token(tokenizer, tmp_path):
     documents = [letter * 10 for letter in "abcdefgh"]
     found = load_calibration(jsonl(tmp_path / "a.jsonl", documents), tokenizer, samples=1, length=88)
     assert (found.ids == 256).sum() == 8
@@ -131,7 +131,7 @@ def test_too_short_a_text_says_how_short(tokenizer, tmp_path):
         ("a.safetensors", b"nothing", "is not a safetensors file"),
     ],
 )
-def test_files_that_are_not_what_they_should_be(tokenizer, tmp_path, name, content, message):
+def test_files_of_the_wrong_kind_are_refused(tokenizer, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     for load in (load_calibration, load_windows):
         with pytest.raises(BillhookError, match=message):
@@ -151,14 +151,14 @@ def test_files_that_are_not_what_they_should_be(tokenizer, tmp_path, name, conte
         ("hub:c4:test", "C4 has no split 'test': use hub:c4:train or hub:c4:validation"),
     ],
 )
-def test_sources_that_are_none(tokenizer, source, message, tmp_path, monkeypatch):
+def test_texts_that_cannot_be_read_are_refused(tokenizer, source, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BillhookError, match=message):
         load_calibration(source, tokenizer, length=8)
 
 
 @pytest.mark.parametrize("options", [{"samples": 0}, {"length": 1}, {"sampling": "all"}])
-def test_impossible_requests(tokenizer, tmp_path, options):
+def test_impossible_requests_are_refused(tokenizer, tmp_path, options):
     with pytest.raises(BillhookError, match=r"at least|Unknown sampling"):
         load_calibration(str(tiny.text_file(tmp_path / "a.txt")), tokenizer, **({"length": 8} | options))
 
@@ -190,7 +190,7 @@ def test_token_files_are_used_as_they_are(tmp_path):
         ({"tokens": torch.zeros(2, 4, dtype=torch.bool)}, r"must be whole numbers, found torch.bool"),
     ],
 )
-def test_token_files_that_are_none(tmp_path, tensors, message):
+def test_token_files_that_cannot_be_used_are_refused(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "t.safetensors")
     with pytest.raises(BillhookError, match=message):
         load_calibration(str(tmp_path / "t.safetensors"), None)
@@ -239,13 +239,13 @@ def test_bytes_are_those_of_the_scored_tokens(tokenizer, tmp_path, length):
     assert whole.text_bytes == source.stat().st_size
 
 
-def test_line_ends_and_byte_order_marks(tokenizer, tmp_path):
+def test_line_ends_and_byte_order_marks_are_read_as_text(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab\r\ncd")
     ids = load_windows(str(tmp_path / "a.txt"), tokenizer, length=7).ids
     assert tokenizer.decode(ids[0]) == "<s>ab\r\ncd"
 
 
-def test_half_a_letter_in_json_is_no_crash(tokenizer, tmp_path):
+def test_half_a_surrogate_pair_in_json_is_refused(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "smile \\ud83d half"}\n')
     assert tokenizer.decode(load_windows(str(tmp_path / "a.jsonl"), tokenizer, length=13).ids[0]) == "<s>smile ? half"
 
@@ -266,7 +266,7 @@ def test_digest_depends_on_shape_and_values():
     assert digest(ids.view(3, 4).to(torch.int32)) in known
 
 
-def test_byte_ends_by_hand():
+def test_bytes_of_tokens_agree_with_a_calculation_by_hand():
     text = "aé€😀"  # 1, 2, 3 and 4 bytes
     ends = _byte_ends(text, [(0, 0), (0, 1), (1, 2), (2, 3), (2, 3), (3, 4), (0, 0)])
     np.testing.assert_array_equal(ends, [0, 1, 3, 6, 6, 10, 10])

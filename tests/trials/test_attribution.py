@@ -71,7 +71,7 @@ def test_the_logits_of_a_batch_are_bounded(runner: TrialRunner, monkeypatch: pyt
     assert sizes == [3, 3, 2]
 
 
-def test_shares_of_experts() -> None:
+def test_experts_have_shares_of_their_own() -> None:
     """Experts are slices of one parameter: each gets the product of its own slice."""
     model = tiny.mixtral()
     before = {name: value.clone() for name, value in model.state_dict().items()}

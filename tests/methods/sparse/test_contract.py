@@ -33,7 +33,9 @@ def expected_zeros(select: Select) -> int:
 @pytest.mark.parametrize(
     "sparsity, keep_of", [(0.0, None), (0.37, None), (0.8, None), (0.5, (2, 4)), (0.625, (3, 8)), (0.6, (2, 5))]
 )
-def test_contract(name: str, group: str, rounding: str, sparsity: float, keep_of: tuple[int, int] | None) -> None:
+def test_every_criterion_keeps_the_contract(
+    name: str, group: str, rounding: str, sparsity: float, keep_of: tuple[int, int] | None
+) -> None:
     W, stats, _ = layer(12, 40)
     select = selection(W, sparsity, group, rounding, keep_of)
     before, gram = W.clone(), stats.gram.clone()
@@ -55,7 +57,7 @@ def test_contract(name: str, group: str, rounding: str, sparsity: float, keep_of
 
 
 @pytest.mark.parametrize("name", CRITERIA.names())
-def test_declarations(name: str) -> None:
+def test_every_criterion_declares_paper_statistics_and_group(name: str) -> None:
     options = CRITERIA.configure(name, {})
     assert set(CRITERIA.needs(name, options)) <= {*STATISTICS, *GRADIENTS}
     assert CRITERIA.group(name) in ("row", "layer")
@@ -64,7 +66,7 @@ def test_declarations(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CRITERIA.names())
-def test_reads_no_statistic_it_does_not_declare(name: str) -> None:
+def test_no_criterion_reads_an_undeclared_statistic(name: str) -> None:
     W, stats, _ = layer(6, 20)
     needs = ["gradient" if need in GRADIENTS else need for need in CRITERIA.needs(name, CRITERIA.configure(name, {}))]
     only = {need: getattr(stats, need) for need in needs}
@@ -73,7 +75,7 @@ def test_reads_no_statistic_it_does_not_declare(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda"])
 @pytest.mark.parametrize("group", ["row", "layer"])
-def test_scores_against_plain_loops(name: str, group: str) -> None:
+def test_scores_agree_with_plain_loops(name: str, group: str) -> None:
     W, stats, x = layer(7, 20)
     norms = [1.0] * 20 if name == "magnitude" else [math.sqrt(sum(v * v for v in column)) for column in x.T.tolist()]
     score = {(r, c): abs(w) * norms[c] for r, row in enumerate(W.tolist()) for c, w in enumerate(row)}
@@ -83,7 +85,7 @@ def test_scores_against_plain_loops(name: str, group: str) -> None:
     assert {tuple(place) for place in (result == 0).nonzero().tolist()} == removed
 
 
-def test_ria_and_pruner_zero_against_plain_loops() -> None:
+def test_ria_and_pruner_zero_agree_with_plain_loops() -> None:
     W, stats, _ = layer(5, 12)
     w, norm, g = W.tolist(), stats.input_norm.tolist(), stats.gradient.tolist()
     places = [(r, c) for r in range(5) for c in range(12)]
@@ -99,7 +101,7 @@ def test_ria_and_pruner_zero_against_plain_loops() -> None:
 
 
 @pytest.mark.parametrize("keep_of", [None, (2, 4)])
-def test_dsnot_against_plain_loops(keep_of: tuple[int, int] | None) -> None:
+def test_dsnot_agrees_with_plain_loops(keep_of: tuple[int, int] | None) -> None:
     W, _, x = layer(9, 24)
     x = x + torch.linspace(-1, 1, 24)
     collector = Collector(("input_norm", "input_mean"), 24)

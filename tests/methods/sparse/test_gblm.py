@@ -59,7 +59,7 @@ def test_reference_mode_divides_the_inputs_alone(scale: float) -> None:
     )
 
 
-def test_gradient_alone() -> None:
+def test_the_gradient_criterion_multiplies_weight_and_gradient() -> None:
     W, stats = example()
     G = stats.gradient.tolist()
     assert removed(W, stats, "gradient") == slow(W, lambda w, r, c: w * G[r][c])
@@ -74,18 +74,18 @@ def test_gradient_alone() -> None:
         ({"norm": "l2", "mode": "reference"}, "gradient_l2_reference"),
     ],
 )
-def test_what_it_reads_depends_on_its_options(options: dict[str, str], statistic: str) -> None:
+def test_the_statistics_read_depend_on_the_options(options: dict[str, str], statistic: str) -> None:
     assert CRITERIA.needs("gblm", CRITERIA.configure("gblm", options)) == ("input_norm", statistic)
 
 
 @pytest.mark.parametrize("scale", [-1.0, math.inf])
-def test_a_scale_that_makes_no_sense(scale: float) -> None:
+def test_scales_that_are_not_finite_or_negative_are_refused(scale: float) -> None:
     W, stats = example()
     with pytest.raises(BillhookError, match="gblm: scale must be 0 or more"):
         removed(W, stats, "gblm", scale=scale)
 
 
-def test_modes_agree_where_one_sequence_leaves_nothing_to_divide() -> None:
+def test_both_modes_agree_on_one_sequence() -> None:
     """With one sequence and a model in float32, the two modes differ by float16 rounding of gradients alone."""
     ids = torch.randint(VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
     masks = []

@@ -42,7 +42,7 @@ def slow_sparsegpt(W: Tensor, gram: Tensor, sparsity: float, width: int) -> list
     return w
 
 
-def test_sparsegpt_against_plain_loops() -> None:
+def test_sparsegpt_agrees_with_plain_loops() -> None:
     W, stats, _ = layer(6, 22)
     W, gram = W.double(), stats.gram.double()
     result = sparsegpt(W, LayerStats(1, 1, gram=gram), selection(W, 0.55, "layer", "floor"), block_size=8)
@@ -131,7 +131,7 @@ def test_sparsegpt_ignores_the_scale_of_the_inputs() -> None:
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
-def test_dead_inputs_go_first_and_the_count_holds(sparsity: float) -> None:
+def test_weights_of_zero_inputs_are_removed_first_and_the_count_holds(sparsity: float) -> None:
     W, stats, _ = layer(10, 60)
     dead = torch.zeros(60, dtype=torch.bool)
     dead[::3] = True
@@ -149,7 +149,7 @@ def test_dead_inputs_go_first_and_the_count_holds(sparsity: float) -> None:
     assert stats.notes == ["20 of 60 inputs are zero on all calibration text; their weights are removed first"]
 
 
-def test_all_inputs_dead_is_magnitude() -> None:
+def test_magnitude_decides_where_all_inputs_are_zero() -> None:
     W = layer(6, 16)[0]
     select = selection(W, 0.5, "layer")
     stats = LayerStats(9, 1, gram=torch.zeros(16, 16))
@@ -160,7 +160,7 @@ def indefinite(off_diagonal: float) -> LayerStats:
     return LayerStats(9, 1, gram=torch.full((8, 8), off_diagonal).fill_diagonal_(1.0))
 
 
-def test_damping_is_raised_and_said() -> None:
+def test_damping_is_raised_with_a_note() -> None:
     W = layer(4, 8)[0]
     stats = indefinite(2.0)
     result = sparsegpt(W, stats, selection(W, 0.5, "layer"))
@@ -172,21 +172,21 @@ def test_damping_is_raised_and_said() -> None:
     assert stats.notes == ["damping raised from 0 to 0.0001: the factorization failed below it"]
 
 
-def test_a_hopeless_factorization_is_an_error_that_says_what_to_do() -> None:
+def test_a_factorization_that_fails_is_an_error_that_says_what_to_do() -> None:
     W = layer(4, 8)[0]
     with pytest.raises(JobError, match="even with damping 10; use more calibration text"):
         sparsegpt(W, indefinite(100.0), selection(W, 0.5))
 
 
 @pytest.mark.parametrize("options", [{"block_size": 0}, {"damping": -0.1}, {"damping": math.inf}])
-def test_sparsegpt_options_out_of_range(options: dict[str, Any]) -> None:
+def test_sparsegpt_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     W, stats, _ = layer(4, 8)
     with pytest.raises(BillhookError, match="sparsegpt: block_size"):
         sparsegpt(W, stats, selection(W, 0.5), **options)
 
 
 @pytest.mark.parametrize("size", [1, 7, 300, 512])
-def test_triangular_inverse(size: int) -> None:
+def test_the_triangular_inverse_is_exact(size: int) -> None:
     L = torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tril() / size
     L.diagonal().abs_().add_(1)
     inverse = invert_lower_(L.clone(), leaf=100)

@@ -82,7 +82,7 @@ def test_a_larger_alpha_means_more_sparsity():
 
 
 @pytest.mark.parametrize("metric", FACTS)
-def test_each_metric_has_its_direction(metric: str):
+def test_each_metric_has_the_published_sign(metric: str):
     column = canonical(metric)
     table = Table(tuple(Row(f"b{i}", i, "w", (8, 8), {column: 1.0 + i}) for i in range(2)))
     small, large = allocate(table, 0.5, allocator="alphapruning", metric=column).sparsity.values()

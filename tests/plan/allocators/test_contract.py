@@ -37,7 +37,7 @@ def test_equal_metrics_give_the_uniform_plan(name: str, table: Table, target: fl
 @pytest.mark.parametrize("name", NAMES)
 @relaxed
 @given(table=tables())
-def test_no_sparsity_is_none_anywhere(name: str, table: Table):
+def test_sparsity_zero_removes_nothing_in_any_layer(name: str, table: Table):
     assert set(allocate(table, 0, allocator=name).sparsity.values()) == {0.0}
 
 
@@ -95,7 +95,7 @@ def test_options_are_checked_and_listed(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_methods_say_where_they_come_from_and_what_they_do(name: str):
+def test_every_method_has_a_paper_and_a_docstring(name: str):
     assert ALLOCATORS.paper(name)
     assert ALLOCATORS.get(name).__doc__
     assert allocate(make_table([[(8, 8)]], lambda *_: 1.0), 0.5, allocator=name).made_by["paper"] == ALLOCATORS.paper(
@@ -113,12 +113,12 @@ def test_a_missing_column_says_how_to_measure_it(name: str):
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1, 1.0, 1.5, 50, math.nan, math.inf, "0.5", None, True])
-def test_impossible_sparsities(sparsity):
+def test_impossible_sparsities_are_refused(sparsity):
     with pytest.raises(BillhookError, match=r"[Ss]parsity"):
         allocate(make_table([[(8, 8)]], lambda *_: 1.0), sparsity)
 
 
-def test_a_pattern_is_its_own_sparsity():
+def test_a_pattern_determines_its_sparsity():
     table = make_table([[(8, 8)]] * 3, lambda *_: 1.0)
     assert allocate(table, 0.5, pattern="2:4").target == allocate(table, None, pattern=Pattern(2, 4)).target == 0.5
     with pytest.raises(BillhookError, match=r"keeps 2 of every 4: its sparsity is 0.5, not 0.6"):

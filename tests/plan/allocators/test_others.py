@@ -192,7 +192,9 @@ def test_explicit_layers_are_kept_and_the_rest_shares_what_is_left(kinds: Table,
         ({"sparsity": 0.5}, "the file must hold"),
     ],
 )
-def test_explicit_says_what_is_wrong(kinds: Table, tmp_path: Path, value: object, message: str) -> None:
+def test_explicit_plans_that_cannot_be_used_are_refused(
+    kinds: Table, tmp_path: Path, value: object, message: str
+) -> None:
     with pytest.raises(BillhookError, match=message):
         shares(kinds, 0.5, "explicit", file=write(tmp_path / "s.json", value))
 
@@ -226,7 +228,7 @@ def test_a_missing_column_says_which_command_makes_it(allocator: str, command: s
         shares(column_table("alpha_peak", [2.0, 3.0]), 0.5, allocator)
 
 
-def test_curves_survive_the_disk(tmp_path: Path) -> None:
+def test_curves_are_read_as_they_were_written(tmp_path: Path) -> None:
     table = measure(tiny.llama(), ["alpha_mid", "magnitude_quantiles"])
     table.save(tmp_path / "table.json")
     assert Table.load(tmp_path / "table.json") == table

@@ -51,13 +51,13 @@ def test_epsilons_are_the_published_ones(name: str, epsilon: float) -> None:
     assert preset(name).options["epsilon"] == epsilon
 
 
-def test_owl_and_dlp() -> None:
+def test_presets_of_owl_and_dlp_are_the_published_ones() -> None:
     assert dict(preset("owl/llama@70").options) == {"m": 5.0, "lam": 0.08}
     assert [preset(f"dlp@{s}").options["alpha"] for s in (50, 60, 70)] == [0.04, 0.1, 0.15]
     assert set(OWL_GRID) == set(ALLOCATORS.options("owl"))
 
 
-def test_what_is_given_beside_a_preset_wins_and_contradictions_are_refused() -> None:
+def test_options_override_a_preset_and_contradictions_are_refused() -> None:
     assert apply("owl/llama@70", None, None, {}) == ("owl", 0.7, {"m": 5.0, "lam": 0.08})
     assert apply("owl/llama@70", "owl", 0.6, {"lam": "0.1"}) == ("owl", 0.6, {"m": 5.0, "lam": "0.1"})
     with pytest.raises(BillhookError, match="is for the allocator owl, not atp"):
