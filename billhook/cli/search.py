@@ -74,7 +74,8 @@ def command(
         say(f"{place}: the model, pruned with it.")
         say(f"Check it: billhook verify {place}   Score it: billhook eval {place} --data SOURCE")
     else:
-        settings = [f"{k}={v}" for k, v in found.record["identity"]["criterion_options"].items()]
+        given = found.record["identity"]["criterion_options"].items()
+        settings = [f"{k}={v}" for k, v in given if v is not None]
         options = {"--targets": work.targets, "--ignore": work.ignore, "--set": settings}
         words = ["--plan", output / "plan.json", "--criterion", criterion, "--calibration", calibration]
         words += [word for option, values in options.items() for value in values or () for word in (option, value)]
