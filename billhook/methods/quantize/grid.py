@@ -92,3 +92,8 @@ def dequantize(codes: Tensor, scales: Scales) -> Tensor:
     if scales.offset is not None:
         values += scales.offset[:, :, None]
     return values.view(out, columns)
+
+
+def safe_scale(scale: Tensor, group: int) -> Tensor:
+    """Scales [out, groups] repeated for every column, [out, groups · group], with 1 in place of 0."""
+    return scale.where(scale != 0, 1).repeat_interleave(group, dim=1)
