@@ -45,8 +45,8 @@ def gptq(
 ) -> Quantized:
     """Return W [out, in] on the grid; reads stats.gram and, for dense_target, stats.drift, both [in, in].
 
-    `damping` is a fraction of the mean of H's diagonal; `dense_target` in [0, 1] is that of `admm`. Raises JobError if H
-    cannot be factorized, BillhookError for options out of range.
+    `damping` is a fraction of the mean of H's diagonal; `dense_target` in [0, 1] is that of `admm`. Raises JobError if
+    H cannot be factorized, BillhookError for options out of range.
     """
     if not 0 <= damping < float("inf") or not 0 <= dense_target <= 1 or sweeps < 0:
         raise BillhookError(
@@ -85,7 +85,7 @@ def _round_block(block: Tensor, U: Tensor, scales: Scales, grid: Grid) -> tuple[
     """The codes of `block` [columns, out], transposed weights that share their scales, and the errors to pass on."""
     scale = safe_scale(scales.scale, grid.group).t().contiguous()
     zero = (scales.scale == 0).repeat_interleave(grid.group, dim=1).t()
-    offset = torch.zeros(()) if scales.offset is None else scales.offset.repeat_interleave(grid.group, dim=1).t()
+    offset = block.new_zeros(()) if scales.offset is None else scales.offset.repeat_interleave(grid.group, dim=1).t()
     offset = offset.expand_as(scale)
     codes, errors = torch.empty_like(block), torch.zeros_like(block)
     for at in range(0, len(block), grid.step):
