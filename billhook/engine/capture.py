@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.architectures.config import call_options
-from billhook.architectures.experts import observable_experts
+from billhook.architectures.layers import observable_experts
 from billhook.architectures.stacks import blocks_of
 from billhook.engine.activation_store import ActivationStore
 from billhook.engine.batch import Batch, main_input, model_inputs, select_rows
