@@ -121,12 +121,9 @@ def apply_plan_(
     `start` are done already. `finished` is called after each block. Raises BillhookError, with nothing changed, if the
     plan does not fit; JobError if the result is not as planned or activations are not finite.
     """
-    layers = find_layers(model) if layers is None else layers
-    shapes = {layer.name: layer.shape for layer in layers}
+    shapes = {layer.name: layer.shape for layer in (find_layers(model) if layers is None else layers)}
     plan.check_sparsities()
     plan.check(shapes)
-    if method.gradient and gradients is None:
-        raise BillhookError(f"The criterion {method.criterion} reads gradients ({method.gradient}); none are given.")
     pruning = _Pruning(plan, plan.zeros(shapes), method, gradients, progress)
     results: list[LayerResult] = []
     samples = batches if method.observed or tuner else ()
@@ -153,6 +150,11 @@ class _Pruning:
     method: Method
     gradients: Mapping[str, Tensor] | None
     progress: Progress
+
+    def __post_init__(self) -> None:
+        criterion, statistic = self.method.criterion, self.method.gradient
+        if statistic and self.gradients is None:
+            raise BillhookError(f"The criterion {criterion} reads gradients ({statistic}); none are given.")
 
     def stage(self, stage: tuple[Sequence[Layer], Mapping[str, LayerStats]]) -> list[LayerResult]:
         """Prune the planned layers of one stage of a block, sharded over the processes of a run."""
