@@ -19,7 +19,7 @@ from billhook.comparison.axes import Grid
 from billhook.comparison.record import Cell, Comparison
 from billhook.engine.batch import rows_of
 from billhook.engine.gradient_file import Gradients
-from billhook.engine.loop import Method
+from billhook.engine.method import Method
 from billhook.engine.restore import restore_
 from billhook.errors import BillhookError
 from billhook.evaluation.block_errors import block_errors, block_outputs

@@ -20,7 +20,7 @@ from billhook.distributed.collectives import rows_per_batch, world
 from billhook.engine.activation_store import SPILL_GIB
 from billhook.engine.batch import Batch, main_input, rows_of, split_rows
 from billhook.engine.gradient_file import Gradients
-from billhook.engine.loop import Group, Rounding
+from billhook.engine.method import Group, Rounding
 from billhook.engine.resources import Resources
 from billhook.engine.streaming import open_streamed
 from billhook.errors import BillhookError
