@@ -52,8 +52,8 @@ def command(
     from billhook.steps.quantize import QuantizeRequest, prepare, run
 
     options = parse_settings(method.settings)
-    fields = {"type": method.type, "quantizer": method.quantizer, "options": options}
-    request = QuantizeRequest(model=model, output=output, **fields, **vars(text), **work.fields(), **vars(writing))
+    groups = {**vars(text), **work.fields(), **vars(writing), "options": options}
+    request = QuantizeRequest(model, method.type, output, method.quantizer, **groups)
     with progress("reading") as advance:
         job = prepare(request, advance)
     layers = job.opened.layers

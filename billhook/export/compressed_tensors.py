@@ -10,16 +10,18 @@ A weight `NAME.weight` of type intB/GROUP becomes three tensors:
 package, which a reader needs too.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from billhook.engine.streaming import Stored
 from billhook.errors import BillhookError
-from billhook.methods.quantize.grid import Quantized, Scales
+from billhook.methods.quantize.grid import Grid, Quantized, Scales
 from billhook.methods.quantize.scalar import Scalar
+from billhook.store.shards import Shard
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape")
 
@@ -46,13 +48,21 @@ def pack(name: str, weight: Quantized) -> dict[str, Tensor]:
     return dict(zip(names(name), values, strict=True))
 
 
-def unpack(name: str, type: Scalar, read: Callable[[str], Tensor]) -> Quantized:
-    """The weight called `name`; `read` gives a tensor of the files by its name."""
+def read(name: str, grid: Grid, shards: Iterable[Shard]) -> Quantized:
+    """The weight called `name` in files; raises KeyError where they do not hold it, ValueError where it is damaged."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    packed, scale, shape = (read(part) for part in names(name))
-    codes = unpack_from_int32(packed, type.bits, torch.Size(shape.tolist()))
-    return Quantized(type, codes, Scales(scale.float(), None, {"scale": scale}))
+    assert isinstance(grid, Scalar)
+    parts = names(name)
+    found = {part: (shard.path, shard.entries[part]) for shard in shards for part in parts if part in shard.entries}
+    packed, scale, sizes = (Stored(*found[part], lazy=False).read() for part in parts)
+    shape = tuple(sizes.tolist())
+    if len(shape) != 2 or packed.shape != (shape[0], -(-shape[1] * grid.bits // 32)):
+        raise ValueError(f"{name} does not hold codes of {grid.bits} bits")
+    if scale.shape != (shape[0], shape[1] // grid.group):
+        raise ValueError(f"{name} does not hold a scale for every {grid.group} columns")
+    codes = unpack_from_int32(packed, grid.bits, torch.Size(shape))
+    return Quantized(grid, codes, Scales(scale.float(), None, {"scale": scale}))
 
 
 def names(name: str) -> list[str]:

@@ -39,7 +39,7 @@ def load(
     tune: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> PreTrainedModel:
-    """Load a packed or an ordinary model directory (or hub name) in evaluation mode, after checking it completely.
+    """Load a packed, quantized or ordinary model directory (or hub name) in evaluation mode, after checking it.
 
     `dtype` "auto" is the checkpoint's; packed values keep theirs where no precision would be lost. With `tune`, the
     fastest kernel for each layer is measured or read from a cache (`billhook.runtime.tuning`); kernels differ in the
@@ -50,7 +50,7 @@ def load(
     """
     path = checkpoint.resolve(model)
     if not is_packed(path):
-        return load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantized=True)
     config = checkpoint.read_config(path)
     task = task_of_config(path, config)
     checkpoint.check_trusted(path, config, task.auto_class, trust_remote_code)

@@ -37,14 +37,7 @@ class Decoded(Stored):
 
     def read(self) -> Tensor:
         """The decoded values in float32."""
-        return self.quantized().decode(torch.float32)
-
-    def quantized(self) -> Quantized:
-        """Codes and scales; raises Interrupted when they cannot be read."""
-        entries = self.shard.entries
-        return compressed_tensors.unpack(
-            self.name, self.grid, lambda part: Stored(self.path, entries[part], lazy=False).read()
-        )
+        return compressed_tensors.read(self.name, self.grid, [self.shard]).decode(torch.float32)
 
 
 class BlockFiles:

@@ -165,9 +165,10 @@ def partial_output(
 ) -> Iterator[PartialOutput]:
     """Create the directory, or open it again to resume a run.
 
-    The files have the source's layout, or are `files`. The run ends after a block at which `stopping()` is true. Raises BillhookError where another run uses the directory,
-    or the run to resume has another identity; Interrupted for a run that was stopped, or ran out of disk or memory,
-    after some blocks. After other errors, which would occur again, the directory is deleted.
+    The files have the source's layout, or are `files`. The run ends after a block at which `stopping()` is true. Raises
+    BillhookError where another run uses the directory, or the run to resume has another identity; Interrupted for a run
+    that was stopped, or ran out of disk or memory, after some blocks. After other errors, which would occur again, the
+    directory is deleted.
     """
     folder = partial_folder(output)
     if rank():
@@ -177,7 +178,7 @@ def partial_output(
         yield PartialOutput(stream, source, output, begun, stopping)
         return
     lock = _lock(folder)
-    foreign = _foreign_file(folder, {file.name for file in weight_files(source)} | set(files.files if files else ()))
+    foreign = _foreign_file(folder, [file.name for file in weight_files(source)] if files is None else files.files)
     keep = (folder / STATE).exists() or bool(foreign)
     partial: PartialOutput | None = None
     try:

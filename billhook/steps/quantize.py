@@ -35,13 +35,17 @@ from billhook.steps.record import place, without_folders
 from billhook.steps.request import Opened, Request, calibration_facts, identity, listed, open_request
 from billhook.store.locate import locate_on_disk
 from billhook.store.record import Step, append_step
+from billhook.store.shards import weight_bytes
 
 GROUPS = (64, 32, 16, 8)  # of a type without a group: the first that divides a layer's columns
 
 
 @dataclass(frozen=True)
 class QuantizeRequest:
-    """The parameters of a quantizing run; the field names are those of the command line."""
+    """The parameters of a quantizing run; the field names are those of the command line.
+
+    With `published`, windows are drawn as in the released code of the papers.
+    """
 
     model: str | Path
     type: str
@@ -198,11 +202,14 @@ def run(
     """
     start, request, opened, source = time.perf_counter(), job.request, job.opened, job.opened.source
     stream, output = opened.resources.stream, Path(request.output).expanduser().resolve()
-    assert stream is not None and source is not None
+    assert stream is not None
+    assert source is not None
     grids = {name: _scalar(job, layer) for layer, name in job.tensors.items()}
     files = BlockFiles(stream, grids)
-    may = {"resume": request.resume, "overwrite": request.overwrite, "stopping": stopping, "files": files}
-    with partial_output(stream, source, output, job.identity, job.plan.to_json(), **may) as partial:
+    may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
+    with partial_output(
+        stream, source, output, job.identity, job.plan.to_json(), **may, stopping=stopping, files=files
+    ) as partial:
         before = [result for results in partial.state.results for result in results]
         for result in before:
             progress(result.layer)
@@ -222,9 +229,9 @@ def run(
         partial.complete(record, {"quantization_config": _configuration(job, grids)})
     shapes = {layer.name: layer.shape for layer in opened.layers}
     bits = 8 * job.plan.bytes(shapes) / sum(out * columns for out, columns in shapes.values())
-    sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (output, source)]
-    warnings = record["steps"][-1]["warnings"]
-    return QuantizeReport(output, results, bits, *sizes, time.perf_counter() - start, warnings)
+    size, before_size = weight_bytes(output), weight_bytes(source)
+    warnings, seconds = record["steps"][-1]["warnings"], time.perf_counter() - start
+    return QuantizeReport(output, results, bits, size, before_size, seconds, warnings)
 
 
 def _scalar(job: QuantizeJob, layer: str) -> Scalar:

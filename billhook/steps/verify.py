@@ -237,9 +237,30 @@ def _open(directory: Path) -> tuple[list[Shard], list[str]]:
 
 def _zeros_on_disk(layer: _Expected, shards: Sequence[Shard]) -> list[np.ndarray] | None:
     try:
+        if layer.facts.get("type"):
+            return _quantized_zeros(layer, shards)
         return layer_zeros(layer.facts, layer.shape, shards)
-    except (TypeError, KeyError, IndexError, AttributeError):  # a place that was edited by hand
+    except (
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+    ):  # a place that was edited by hand
         return None
+
+
+def _quantized_zeros(layer: _Expected, shards: Sequence[Shard]) -> list[np.ndarray]:
+    """The zeros of a layer with a storage type; raises KeyError where its tensors are not in the files, or of another
+    type."""
+    from billhook.export.compressed_tensors import read
+    from billhook.methods.quantize.grids import grid_of
+
+    weight = read(str(layer.facts["tensor"]), grid_of(str(layer.facts["type"])), shards)
+    if tuple(weight.codes.shape) != layer.shape:
+        raise KeyError(layer.name)
+    return [(weight.decode(weight.scales.scale.dtype) == 0).numpy()]
 
 
 def _count(parts: list[np.ndarray]) -> int:
