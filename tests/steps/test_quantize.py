@@ -44,6 +44,20 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def stop_after(source: Path, output: Path, blocks: int) -> None:
+    """Start the run of `whole`, and end it after so many blocks."""
+    left = [blocks]
+
+    def stopping() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    options = {"sweeps": GPTQ["sweeps"]}
+    job = prepare(QuantizeRequest(source, "int4/16", output, calibration=IDS, batch_size=2, options=options))
+    with pytest.raises(Interrupted, match=f"{blocks} of 3 blocks are finished"):
+        run(job, stopping=stopping)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("type", ["int2/16", "int3/16", "int4/32", "int8/16"])
 def test_stock_transformers_opens_the_directory_with_the_decoded_weights(tmp_path, type, dtype):
@@ -74,16 +88,7 @@ def test_a_layer_whose_columns_do_not_divide_gets_a_smaller_group_which_is_noted
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, source, whole, blocks):
-    left = [blocks]
-
-    def stopping() -> bool:
-        left[0] -= 1
-        return left[0] == 0
-
-    with pytest.raises(Interrupted, match=f"{blocks} of 3 blocks are finished"):
-        options = {"sweeps": GPTQ["sweeps"]}
-        request = QuantizeRequest(source, "int4/16", tmp_path / "out", calibration=IDS, batch_size=2, options=options)
-        run(prepare(request), stopping=stopping)
+    stop_after(source, tmp_path / "out", blocks)
     with pytest.raises(BillhookError, match="cannot be continued"):
         quantize(source, "int3/16", tmp_path / "out", resume=True, **GPTQ)
     quantize(source, "int4/16", tmp_path / "out", resume=True, **GPTQ)
@@ -91,16 +96,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, source, whole, blocks
 
 
 def test_a_damaged_block_is_found_when_the_run_is_resumed_and_made_again(tmp_path, source, whole):
-    left = [2]
-
-    def stopping() -> bool:
-        left[0] -= 1
-        return left[0] == 0
-
-    with pytest.raises(Interrupted):
-        options = {"sweeps": GPTQ["sweeps"]}
-        request = QuantizeRequest(source, "int4/16", tmp_path / "out", calibration=IDS, batch_size=2, options=options)
-        run(prepare(request), stopping=stopping)
+    stop_after(source, tmp_path / "out", 2)
     file = tmp_path / "out.partial" / "model-00003-of-00004.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -161,5 +157,5 @@ def test_a_width_that_no_group_divides_is_refused_by_name(tmp_path):
 
 def test_experts_and_transposed_weights_are_refused_by_name(tmp_path):
     source = tiny.save(tmp_path / "model", tiny.mixtral(), words=False)
-    with pytest.raises(BillhookError, match="experts.*an expert of a larger tensor"):
+    with pytest.raises(BillhookError, match=r"experts.*an expert of a larger tensor"):
         quantize(source, "int4/16", tmp_path / "out", quantizer="round")
