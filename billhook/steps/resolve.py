@@ -13,7 +13,7 @@ import transformers
 from billhook import __version__ as VERSION
 from billhook.distributed.collectives import world
 from billhook.engine.gradient_file import Gradients, open_gradients
-from billhook.engine.loop import Method
+from billhook.engine.method import Method
 from billhook.errors import BillhookError
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS, AUTO, check_budget
