@@ -32,7 +32,8 @@ from billhook.plan.storage import stored_bytes
 from billhook.steps.block_files import BlockFiles, check_places
 from billhook.steps.partial_output import partial_output
 from billhook.steps.record import place, without_folders
-from billhook.steps.request import Opened, Request, calibration_facts, identity, listed, open_request
+from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
+from billhook.steps.resolve import identity
 from billhook.store.locate import locate_on_disk
 from billhook.store.record import Step, append_step
 from billhook.store.shards import weight_bytes
