@@ -51,6 +51,7 @@ class PartialOutput:
         source: Path,
         output: Path,
         state: State,
+        *,
         stopping: Callable[[], bool],
         files: BlockFiles | None = None,
     ) -> None:
@@ -175,7 +176,7 @@ def partial_output(
         begun = gather(State({}, {}, len(stream.blocks), [], []))[0]
         for index in range(begun.done):
             stream.moved(index, folder)
-        yield PartialOutput(stream, source, output, begun, stopping)
+        yield PartialOutput(stream, source, output, begun, stopping=stopping)
         return
     lock = _lock(folder)
     foreign = _foreign_file(folder, [file.name for file in weight_files(source)] if files is None else files.files)
@@ -194,7 +195,7 @@ def partial_output(
             _empty(folder)
             state = State(dict(identity), dict(plan), len(stream.blocks), [], [])
         check_same_run(state.identity, identity, folder)
-        partial = PartialOutput(stream, source, output, state, stopping, files)
+        partial = PartialOutput(stream, source, output, state, stopping=stopping, files=files)
         partial.begin()
         gather(partial.state)
         yield partial
