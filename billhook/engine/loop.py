@@ -27,6 +27,7 @@ from billhook.methods.sparse import CRITERIA
 from billhook.methods.sparse.magnitude import magnitude
 from billhook.methods.statistics import GRADIENTS, STATISTICS, LayerStats
 from billhook.plan.plan import Plan
+from billhook.store.tensor_bytes import same_where_kept
 
 Group = Literal["row", "layer"]
 Rounding = Literal["exact", "floor"]
@@ -63,7 +64,8 @@ class LayerResult:
     """The result for one layer: planned sparsity, zeros now and before, notes, and the error.
 
     `error` is the squared change of the layer's output relative to its square, for uncorrelated inputs with the norms
-    of the calibration samples (norm 1 without samples); None where that is not a number.
+    of the calibration samples (norm 1 without samples); None where that is not a number. `updated` says whether the
+    criterion or the tuning gave kept weights new values.
     """
 
     layer: str
@@ -74,6 +76,7 @@ class LayerResult:
     notes: tuple[str, ...]
     error: float | None = None
     seconds: float = 0.0
+    updated: bool = False
 
     @property
     def n(self) -> int:
@@ -180,16 +183,17 @@ class _Pruning:
             if select.sparsity > 0:
                 squares = _input_squares(stats, weight)  # before the criterion, which may overwrite the Gram matrix
                 encoded = Masked(criterion(weight.float(), stats, select, **options), select, before)
-                error = _relative_error(weight, encoded.values, squares)
-                weight.copy_(encoded.decode(weight.dtype))
+                error, new = _relative_error(weight, encoded.values, squares), encoded.decode(torch.float32)
+                updated = bool(((new != 0) & (new != weight)).any())
+                weight.copy_(same_where_kept(new, weight))
             else:
-                encoded, error = Masked(weight, select, before), 0.0
+                encoded, error, updated = Masked(weight, select, before), 0.0, False
             notes = encoded.check(weight)
         except BillhookError as problem:
             raise type(problem)(f"{layer.name}: {problem}") from None
         took = time.perf_counter() - begun
-        noted = (*stats.notes, *notes)
-        return LayerResult(layer.name, layer.shape, select.sparsity, count_zeros(weight), before, noted, error, took)
+        noted, zeros = (*stats.notes, *notes), count_zeros(weight)
+        return LayerResult(layer.name, layer.shape, select.sparsity, zeros, before, noted, error, took, updated)
 
     def _select(self, layer: Layer) -> Select:
         spec = self.plan.weights[layer.name]
@@ -214,7 +218,7 @@ def _tuned(note: str, block: Block, done: Sequence[LayerResult]) -> list[LayerRe
             back = f"tuning made {result.zeros - zeros} removed weights nonzero"
             raise JobError(f"{result.layer}: {back}. The result is not saved.")
         notes = (*result.notes, note) if result is done[0] else result.notes
-        results.append(replace(result, zeros=zeros, notes=notes))
+        results.append(replace(result, zeros=zeros, notes=notes, updated=True))
     return results
 
 

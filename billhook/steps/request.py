@@ -29,6 +29,7 @@ from billhook.plan.table import Table
 from billhook.recover.blockwise import Refining
 from billhook.steps.state import partial_folder, unfinished_run
 from billhook.store.checkpoint import check_directory, load, model_digest, resolve
+from billhook.store.compute import dtype_name
 from billhook.store.files import sha256
 from billhook.store.layout import WRITTEN
 from billhook.store.output import check_output
@@ -71,7 +72,7 @@ class Request:
     group: Group | None = None
     published: bool = False
     refine: Refining = "none"
-    device: str = "cpu"
+    device: str = "auto"
     dtype: str = "auto"
     overwrite: bool = False
     resume: bool = False
@@ -230,6 +231,11 @@ def model_facts(source: Path | None, model: PreTrainedModel) -> dict[str, Any]:
     return {"name": _model_name(source, model), "type": model.config.model_type, "digest": digest}
 
 
+def computed_in(model: PreTrainedModel) -> dict[str, str]:
+    """The dtype and the kind of device in which a model is computed."""
+    return {"dtype": dtype_name(model.dtype), "device": model.device.type}
+
+
 def _model_name(source: Path | None, model: PreTrainedModel) -> str:
     """OWNER/NAME for a folder `models--OWNER--NAME/snapshots/COMMIT` of the hub's cache, else the folder's name; for a
     model in memory, its class."""
@@ -249,13 +255,14 @@ def identity(
     """
     given = {"plan": None if plan is None else plan.to_json(), "table": None if table is None else asdict(table)}
     gradients = request.gradients.path if isinstance(request.gradients, Gradients) else request.gradients
-    same = ("sparsity", "pattern", "allocator", "criterion", "group", "published", "refine", "seed", "dtype", "device")
+    same = ("sparsity", "pattern", "allocator", "criterion", "group", "published", "refine", "seed")
     return {
         "version": f"{VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
         "processes": world(),
         "model": opened.facts["digest"],
         "history": None if opened.history is None else _json_digest(opened.history.to_json()),
         **{key: getattr(request, key) for key in same},
+        **computed_in(opened.model),
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
         "options": dict(options),

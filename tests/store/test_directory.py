@@ -31,7 +31,7 @@ def source(tmp_path_factory) -> Path:
 def test_every_family_comes_back_byte_for_byte_and_pruned_with_the_same_logits(family, tmp_path):
     with quiet():
         build(family).to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="60KB")
-    model = load_model(tmp_path / "model")
+    model = load_model(tmp_path / "model", dtype="bfloat16")
     saved = save_pruned(model, tmp_path / "model", tmp_path / "same")
     assert saved.note is None
     assert contents(tmp_path / "same") == contents(tmp_path / "model")
