@@ -63,7 +63,7 @@ def free_gib(device: str) -> float | None:
 
 
 def lacking_gib(path: Path, dtype: torch.dtype, device: str) -> tuple[float, float] | None:
-    """The GiB that the weights of a dense model directory need in `dtype` and those that are free, if these are fewer."""
+    """The GiB that the weights of a dense directory need in `dtype`, and those that are free if these are fewer."""
     stored, free = (None if is_packed(path) else stored_dtype(path)), free_gib(device)
     if stored is None or free is None:
         return None
