@@ -20,7 +20,7 @@ from command import PRUNE, billhook, done, listing, refused
 from paths import TESTS
 
 import billhook.store.sinks as sinks
-from billhook.engine.loop import _Pruning
+from billhook.engine.loop import _Applying
 from billhook.errors import out_of_memory
 
 # Output
@@ -119,7 +119,7 @@ def test_out_of_memory_is_one_message_with_advice(place, monkeypatch):
             "allocate 9 bytes"
         )
 
-    monkeypatch.setattr(_Pruning, "layer", hungry)
+    monkeypatch.setattr(_Applying, "layer", hungry)
     refused(place, *PRUNE, match="Out of memory. Use fewer --samples", code=1)
 
 
@@ -232,7 +232,7 @@ def test_one_ctrl_c_finishes_the_block_and_says_how_to_resume(place):
     if not child:
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            real = _Pruning.layer
+            real = _Applying.layer
 
             def slow(*args: object) -> object:
                 Path("../here").touch()
@@ -240,7 +240,7 @@ def test_one_ctrl_c_finishes_the_block_and_says_how_to_resume(place):
                     time.sleep(0.01)
                 return real(*args)
 
-            _Pruning.layer = slow
+            _Applying.layer = slow
             ran = billhook(*PRUNE)
             Path("../ran").write_text(json.dumps([ran.code, ran.out, ran.err]))
         finally:
