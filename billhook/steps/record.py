@@ -90,6 +90,7 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[L
         "prune",
         plan,
         {
+            "recipe": request.followed,
             "criterion": request.criterion,
             "criterion_options": _without_folders(job.method.options),
             "group": request.group or CRITERIA.group(request.criterion),

@@ -42,7 +42,16 @@ def test_unusable_outputs_are_refused(place):
     refused(place, "measure", "model", "-o", "no/table.json", match="the folder no does not exist")
     refused(place, "measure", "model", "-o", "model", match="it is a directory")
     refused(
-        place, "plan", "table.json", "--sparsity", "0.5", "-o", "no/plan.json", match="the folder no does not exist"
+        place,
+        "plan",
+        "table.json",
+        "--allocator",
+        "atp",
+        "--sparsity",
+        "0.5",
+        "-o",
+        "no/plan.json",
+        match="the folder no does not exist",
     )
     refused(place, "prune", "model" * 100, *PRUNE[2:], match="File name too long", code=1)
 
@@ -148,7 +157,7 @@ def test_a_file_in_the_place_of_the_output_is_refused(place):
 def test_a_full_standard_output_is_one_message(place):
     with open("/dev/full", "w") as full:
         ran = subprocess.run(
-            [sys.executable, "-m", "billhook", "plan", "table.json", "--sparsity=0.5", "--json"],
+            [sys.executable, "-m", "billhook", "plan", "table.json", "--allocator=atp", "--sparsity=0.5", "--json"],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

@@ -67,13 +67,21 @@ def test_a_criterion_that_only_masks_writes_the_sources_bytes_with_zeros(
 
 def test_experts_that_are_fused_in_memory_keep_the_sources_bytes(tmp_path):
     source = saved(tmp_path / "model", torch.float32, "bfloat16", tiny.mixtral())
-    prune(source, sparsity=0.5, calibration=IDS, dtype="bfloat16", output=tmp_path / "out")
+    prune(source, sparsity=0.5, criterion="wanda", calibration=IDS, dtype="bfloat16", output=tmp_path / "out")
     assert kept_bytes(source, tmp_path / "out")[1] == 0
 
 
 def test_a_model_in_memory_as_a_whole_keeps_the_sources_bytes(tmp_path):
     source = saved(tmp_path / "model", torch.float32, "float32")
-    prune(source, sparsity=0.5, calibration=IDS, dtype="bfloat16", allocator="auto", output=tmp_path / "out")
+    prune(
+        source,
+        sparsity=0.5,
+        criterion="wanda",
+        calibration=IDS,
+        dtype="bfloat16",
+        allocator="auto",
+        output=tmp_path / "out",
+    )
     assert kept_bytes(source, tmp_path / "out")[1] == 0
 
 
