@@ -52,7 +52,7 @@ def command(
     from billhook.steps.quantize import QuantizeRequest, prepare, run
 
     options = parse_settings(method.settings)
-    groups = {**vars(text), **work.fields(), **vars(writing), "options": options}
+    groups = {**vars(text), **work.fields(model), **vars(writing), "options": options}
     request = QuantizeRequest(model, method.type, output, method.quantizer, **groups)
     with progress("reading") as advance:
         job = prepare(request, advance)

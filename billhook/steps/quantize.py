@@ -61,7 +61,7 @@ class QuantizeRequest:
     seed: int = 0
     targets: str | Sequence[str] = ()
     ignore: str | Sequence[str] = ()
-    device: str = "cpu"
+    device: str = "auto"
     dtype: str = "auto"
     overwrite: bool = False
     resume: bool = False

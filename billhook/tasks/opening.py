@@ -45,15 +45,15 @@ def load_model(
     path: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     trust_remote_code: bool = False,
     quantized: bool = False,
 ) -> PreTrainedModel:
     """Load a model directory (or hub name) in evaluation mode.
 
-    `dtype` "auto" means that of the checkpoint. With `quantized`, a model quantized for compressed-tensors is loaded
-    with its weights decoded. Raises BillhookError for a model without a task, and if tensors are
-    missing, unexpected, or do not have the shape of the configuration.
+    "auto" is the GPU if there is one, and there the checkpoint's dtype; on a processor it is float32. With `quantized`,
+    a model quantized for compressed-tensors is loaded with its weights decoded. Raises BillhookError for a model
+    without a task, and if tensors are missing, unexpected, or do not have the shape of the configuration.
     """
     path = resolve(path)
     task = task_of_config(path, read_config(path, quantized=quantized))
