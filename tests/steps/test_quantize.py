@@ -77,7 +77,7 @@ def test_stock_transformers_opens_the_directory_with_the_decoded_weights(tmp_pat
     for name in ("model.norm.weight", "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"):
         assert torch.equal(found[name], before[name])
     assert verify(output).ok
-    assert torch.equal(load(output)(IDS).logits, stock(IDS).logits)
+    assert torch.equal(load(output, dtype=dtype)(IDS).logits, stock(IDS).logits)
 
 
 def test_a_layer_whose_columns_do_not_divide_gets_a_smaller_group_which_is_noted(tmp_path, source):
