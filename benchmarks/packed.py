@@ -22,7 +22,8 @@ import billhook
 from billhook.cli.bench import show
 from billhook.packed import benchmark
 from billhook.packed.benchmark import Side
-from billhook.reports.charts import Axis, Series, chart
+from billhook.reports.charts import Series, chart
+from billhook.reports.scales import Axis
 from billhook.store.files import write_text
 
 LEVELS = (50, 60, 70, 80)
@@ -80,9 +81,7 @@ def picture(found: dict[str, list[Side]]) -> str:
         bands = ([ratio.median for ratio in speed], [ratio.low for ratio in speed], [ratio.high for ratio in speed])
         series.append(Series(f"{NAMES[model]}: tokens per second", x, *bands))
         series.append(
-            Series(
-                f"{NAMES[model]}: file size", x, [dense.file_bytes / side.file_bytes for side in packed], dashed=True
-            )
+            Series(f"{NAMES[model]}: file size", x, [dense.file_bytes / side.file_bytes for side in packed], dash=1)
         )
     axes = Axis("sparsity (%)"), Axis("speed-up, size ratio", zero=True)
     return chart(
