@@ -75,7 +75,7 @@ def chart(
     ys = scale(values, y, HEIGHT - _BOTTOM, TOP)
     named = [(i, s) for i, s in enumerate(series) if s.name]
     ends = _ends([s for _, s in named], ys)
-    right = RIGHT + (24 + LETTER * max(len(s.name) for _, s in named) if ends else 0)
+    right = RIGHT + (32 + LETTER * max(len(s.name) for _, s in named) if ends else 0)
     places = [v for s in series for v in s.x if drawable(v, x.log)]
     xs = scale(places, x, margin(ys.ticks), WIDTH - right, whole_steps=False)
     legend, extra = _legend(named, ends, xs)
@@ -143,8 +143,6 @@ def _series(series: Series, index: int, xs: Scale, ys: Scale) -> list[str]:
         parts.append(f'<path d="{shape(xs(a), ys(b))}"{kind}><title>{escape(text)}</title></path>')
         if k == series.best:
             parts.append(f'<circle class="bh-hollow bh-ring" cx="{xs(a):.1f}" cy="{ys(b):.1f}" r="7.5"/>')
-            below = 20 if ys(b) < TOP + 20 else -11
-            parts.append(f'<text x="{xs(a):.1f}" y="{ys(b) + below:.1f}" text-anchor="middle">best</text>')
     return [*parts, "</g>"]
 
 
@@ -194,7 +192,7 @@ def _legend(named: Sequence[tuple[int, Series]], ends: Sequence[float], xs: Scal
         return [], 0
     parts, left, line = [], 40.0, 0
     for index, entry in named:
-        width = 22 + LETTER * len(entry.name)
+        width = 30 + LETTER * len(entry.name)
         if left > 40 and left + width > WIDTH:
             left, line = 40.0, line + 1
         parts += _entry(entry, index, left, HEIGHT + 10 + 16 * line)
@@ -203,10 +201,10 @@ def _legend(named: Sequence[tuple[int, Series]], ends: Sequence[float], xs: Scal
 
 
 def _entry(series: Series, index: int, left: float, at: float) -> list[str]:
-    ends = f'x1="{left:.0f}" x2="{left + 15:.0f}" y1="{at:.1f}" y2="{at:.1f}"'
+    ends = f'x1="{left:.0f}" x2="{left + 22:.0f}" y1="{at:.1f}" y2="{at:.1f}"'
     stroke = f'<line {ends} stroke="currentColor" {_stroke(series)}/>' if series.line else ""
-    mark = f'<path d="{_shape(series, index)(left + 7.5, at)}" fill="currentColor"/>' if series.marks else ""
-    name = f'<text x="{left + 19:.0f}" y="{at + 4:.1f}">{escape(series.name)}</text>'
+    mark = f'<path d="{_shape(series, index)(left + 11, at)}" fill="currentColor"/>' if series.marks else ""
+    name = f'<text x="{left + 26:.0f}" y="{at + 4:.1f}">{escape(series.name)}</text>'
     return [f"<g{_look(series, index)}>{stroke}{mark}</g>", name]
 
 
