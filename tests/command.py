@@ -15,7 +15,7 @@ import tiny
 from billhook.cli import main
 
 TEXT = ("--calibration", "text.txt", "--samples", "4", "--length", "32")
-PRUNE = ("prune", "model", "--output", "pruned", "--sparsity", "0.5", *TEXT)
+PRUNE = ("prune", "model", "--output", "pruned", "--sparsity", "0.5", *TEXT, "--criterion", "wanda")
 MAGNITUDE = ("prune", "model", "--output", "pruned", "--criterion", "magnitude")
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 

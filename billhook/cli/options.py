@@ -19,7 +19,9 @@ Model = Annotated[str, typer.Argument(help="Model directory, or a name on the hu
 AnyModel = Annotated[str, typer.Argument(help="Model directory, dense or packed, or a name on the hub.")]
 Sparsity = Annotated[float | None, typer.Option(help="Fraction of the prunable weights to remove, in [0, 1).")]
 Pattern = Annotated[str, typer.Option(help="unstructured, or N:M (keep N of every M), such as 2:4.")]
-Criterion = Annotated[str, typer.Option(help="How weights are scored: see billhook ls criteria.")]
+Criterion = Annotated[
+    str | None, typer.Option(help="How weights are scored: see billhook ls criteria; by default as in the recipe.")
+]
 Calibration = Annotated[
     str | None,
     typer.Option(
@@ -38,9 +40,13 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="An option of the method, such as epsilon=0.3. Repeatable.", metavar="KEY=VALUE"),
 ]
-Preset = Annotated[
+Recipe = Annotated[
     str | None,
-    typer.Option(help="Allocator, options and sparsity as published: see billhook ls presets.", metavar="NAME"),
+    typer.Option(
+        help="fast, good or best (each slower and better), or a published method: see billhook ls recipes. "
+        "[default: good]",
+        metavar="NAME",
+    ),
 ]
 
 

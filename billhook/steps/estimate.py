@@ -24,7 +24,6 @@ from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.evaluation.batching import TOKENS
 from billhook.evaluation.kl import K
 from billhook.methods.statistics import GRADIENTS, REGIONAL
-from billhook.racing.hyperparameters import is_raced
 from billhook.steps.request import TOKENS_A_BATCH
 from billhook.steps.resolve import ResolvedRequest
 
@@ -68,14 +67,14 @@ def peak_bytes(
     """The peak memory of pruning `layers`, in bytes, without that of Python; `model` may be on the meta device.
 
     `needs` are the statistics and gradients to compute for the criterion; `tokens` and `batch_tokens` count the
-    calibration tokens of one process, in total and in a batch. A `racing` allocator also stores the dense weights, and
-    the dense model's predictions for half of the samples.
+    calibration tokens of one process, in total and in a batch. A `racing` allocator needs the whole model, its dense
+    weights, and the dense model's predictions for half of the samples.
     """
     size, width = model.dtype.itemsize, text_config(model.config).hidden_size
     each, counts = [n_bytes(block) for block in blocks_of(model).values()], [math.prod(x.shape) for x in layers]
     hidden, limit, columns = tokens * width * size, resources.spill_gib * 2**30, max(x.shape[1] for x in layers)
     kept = min(hidden, limit)  # of one store of hidden states
-    total = n_bytes(model) - (sum(each) - max(each) if resources.streamed else 0)
+    total = n_bytes(model) - (sum(each) - max(each) if resources.streamed and not racing else 0)
     total += (12 if criterion == "admm" else 5) * 4 * max(counts)  # float32 copies of a layer
     total += ROWS if criterion == "admm" else 0
     if needs or refine:  # hidden states, and the widest activations of a batch, in the model's dtype and in float32
@@ -104,7 +103,7 @@ def estimate(resolved: ResolvedRequest) -> Estimate:
     needs = set(method.needs) - (set() if resolved.gradients is None else set(GRADIENTS))
     sizes = [main_input(model, batch).numel() for batch in opened.batches]
     tokens = sum(sizes) // world()
-    racing = resolved.plan is None and is_raced(request.allocator, resolved.allocator_options)
+    racing = resolved.on_trial
     text: dict[str, Any] = {"tokens": tokens, "batch_tokens": max(sizes, default=0), "resources": opened.resources}
     memory = peak_bytes(model, opened.layers, request.criterion, needs, **text, racing=racing, refine=refine)
     hidden = tokens * text_config(model.config).hidden_size * model.dtype.itemsize

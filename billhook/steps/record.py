@@ -88,6 +88,7 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]]) -> Step:
         "prune",
         plan,
         {
+            "recipe": request.followed,
             "criterion": request.criterion,
             "criterion_options": _without_folders(job.method.options),
             "group": request.group or CRITERIA.group(request.criterion),

@@ -24,6 +24,7 @@ class Step:
 
     * `step`: what was done, named like the command: `prune`.
     * `plan` (object or null): the plan that was applied, as in plan.json; null for a step without one.
+    * `made_by.recipe` (string or null, optional): the recipe that was followed unchanged.
     * `made_by.criterion` (string): name of the criterion.
     * `made_by.criterion_options.*` (any): its options, defaults filled in.
     * `made_by.group` (string): which weights were compared with each other: `row` or `layer`.

@@ -20,7 +20,7 @@ from command import PRUNE, billhook, done, listing, refused
 from paths import TESTS
 
 import billhook.store.sinks as sinks
-from billhook.engine.loop import _Pruning
+from billhook.engine.loop import _Applying
 from billhook.errors import out_of_memory
 
 # Output
@@ -42,7 +42,16 @@ def test_unusable_outputs_are_refused(place):
     refused(place, "measure", "model", "-o", "no/table.json", match="the folder no does not exist")
     refused(place, "measure", "model", "-o", "model", match="it is a directory")
     refused(
-        place, "plan", "table.json", "--sparsity", "0.5", "-o", "no/plan.json", match="the folder no does not exist"
+        place,
+        "plan",
+        "table.json",
+        "--allocator",
+        "atp",
+        "--sparsity",
+        "0.5",
+        "-o",
+        "no/plan.json",
+        match="the folder no does not exist",
     )
     refused(place, "prune", "model" * 100, *PRUNE[2:], match="File name too long", code=1)
 
@@ -119,7 +128,7 @@ def test_out_of_memory_is_one_message_with_advice(place, monkeypatch):
             "allocate 9 bytes"
         )
 
-    monkeypatch.setattr(_Pruning, "layer", hungry)
+    monkeypatch.setattr(_Applying, "layer", hungry)
     refused(place, *PRUNE, match="Out of memory. Use fewer --samples", code=1)
 
 
@@ -148,7 +157,7 @@ def test_a_file_in_the_place_of_the_output_is_refused(place):
 def test_a_full_standard_output_is_one_message(place):
     with open("/dev/full", "w") as full:
         ran = subprocess.run(
-            [sys.executable, "-m", "billhook", "plan", "table.json", "--sparsity=0.5", "--json"],
+            [sys.executable, "-m", "billhook", "plan", "table.json", "--allocator=atp", "--sparsity=0.5", "--json"],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -235,7 +244,7 @@ def test_one_ctrl_c_finishes_the_block_and_says_how_to_resume(place):
     if not child:
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            real = _Pruning.layer
+            real = _Applying.layer
 
             def slow(*args: object) -> object:
                 Path("../here").touch()
@@ -243,7 +252,7 @@ def test_one_ctrl_c_finishes_the_block_and_says_how_to_resume(place):
                     time.sleep(0.01)
                 return real(*args)
 
-            _Pruning.layer = slow
+            _Applying.layer = slow
             ran = billhook(*PRUNE)
             Path("../ran").write_text(json.dumps([ran.code, ran.out, ran.err]))
         finally:
