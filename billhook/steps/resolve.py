@@ -24,7 +24,7 @@ from billhook.plan.table import Table
 from billhook.racing import automatic
 from billhook.racing.hyperparameters import configure, is_raced
 from billhook.steps.options import split_options
-from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
+from billhook.steps.request import Opened, Request, calibration_facts, computed_in, listed, open_request
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.store.files import sha256
 from billhook.store.output import check_output
@@ -179,13 +179,14 @@ def _identity(
     """
     given = {"plan": None if plan is None else plan.to_json(), "table": None if table is None else asdict(table)}
     gradients = request.gradients.path if isinstance(request.gradients, Gradients) else request.gradients
-    same = ("sparsity", "pattern", "allocator", "criterion", "group", "published", "refine", "seed", "dtype", "device")
+    same = ("sparsity", "pattern", "allocator", "criterion", "group", "published", "refine", "seed")
     return {
         "version": f"{VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
         "processes": world(),
         "model": opened.facts["digest"],
         "history": None if opened.history is None else _json_digest(opened.history.to_json()),
         **{key: getattr(request, key) for key in same},
+        **computed_in(opened.model),
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
         "options": dict(options),
