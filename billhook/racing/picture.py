@@ -34,7 +34,8 @@ def draw(race: Race, space: Space, title: str, path: Path) -> None:
     heights = [y for one in series for y in one.y if y is not None]
     axes = Axis("place in the range (0: uniform)"), Axis(NAMES[race.objective], log=max(heights) > 4 * min(heights) > 0)
     words = "A line for each allocator; hollow points were dropped early, bars are standard errors against uniform."
-    write_text(path, chart(f"{title} (ring: best; hollow: dropped early)", series, *axes, summary=words, standalone=True))
+    title += " (ring: best; hollow: dropped early)"
+    write_text(path, chart(title, series, *axes, summary=words, standalone=True))
 
 
 def _series(race: Race, name: str, points: list[tuple[float, Trial]]) -> Series:
