@@ -14,12 +14,14 @@ from collections.abc import Collection, Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from billhook.engine.streaming import Stored
 from billhook.errors import BillhookError
 from billhook.methods.quantize.grid import Grid, Quantized, Scales
+from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.scalar import Scalar
 from billhook.store.shards import Shard
 
@@ -63,6 +65,18 @@ def read(name: str, grid: Grid, shards: Iterable[Shard]) -> Quantized:
         raise ValueError(f"{name} does not hold a scale for every {grid.group} columns")
     codes = unpack_from_int32(packed, grid.bits, torch.Size(shape))
     return Quantized(grid, codes, Scales(scale.float(), None, {"scale": scale}))
+
+
+def zeros(facts: Mapping[str, Any], shape: tuple[int, int], shards: Iterable[Shard]) -> np.ndarray:
+    """Whether each weight of a layer in a record with a `type` and a `tensor` is zero, bool [out, in].
+
+    Raises KeyError where its tensors are not in the files, ValueError where they are damaged or of another shape.
+    """
+    weight = read(str(facts["tensor"]), grid_of(str(facts["type"])), shards)
+    if tuple(weight.codes.shape) != shape:
+        raise ValueError(f"{facts['tensor']} has another shape")
+    found: np.ndarray = (weight.decode(weight.scales.parts["scale"].dtype) == 0).numpy()
+    return found
 
 
 def names(name: str) -> list[str]:

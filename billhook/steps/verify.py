@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from billhook.errors import BillhookError
+from billhook.export import compressed_tensors
 from billhook.plan.plan import Plan
 from billhook.steps.kept import changed_weights
 from billhook.store.files import sha256
@@ -247,7 +248,7 @@ def _open(directory: Path) -> tuple[list[Shard], list[str]]:
 def _zeros_on_disk(layer: _Expected, shards: Sequence[Shard]) -> list[np.ndarray] | None:
     try:
         if layer.facts.get("type"):
-            return _quantized_zeros(layer, shards)
+            return [compressed_tensors.zeros(layer.facts, layer.shape, shards)]
         return layer_zeros(layer.facts, layer.shape, shards)
     except (
         TypeError,
@@ -258,18 +259,6 @@ def _zeros_on_disk(layer: _Expected, shards: Sequence[Shard]) -> list[np.ndarray
         RuntimeError,
     ):  # a place that was edited by hand
         return None
-
-
-def _quantized_zeros(layer: _Expected, shards: Sequence[Shard]) -> list[np.ndarray]:
-    """The zeros of a layer with a storage type; raises KeyError where its tensors are not in the files, or of another
-    type."""
-    from billhook.export.compressed_tensors import read
-    from billhook.methods.quantize.grids import grid_of
-
-    weight = read(str(layer.facts["tensor"]), grid_of(str(layer.facts["type"])), shards)
-    if tuple(weight.codes.shape) != layer.shape:
-        raise KeyError(layer.name)
-    return [(weight.decode(weight.scales.scale.dtype) == 0).numpy()]
 
 
 def _count(parts: list[np.ndarray]) -> int:
