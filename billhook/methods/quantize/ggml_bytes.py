@@ -1,9 +1,9 @@
 """Quantized weights as the bytes of GGUF files, and back.
 
-A block of columns is a record. `_LAYOUTS` lists its fields in order: each holds some bits of an array of integers. Fields
-of 8 bits or more are little-endian numbers. Narrower ones share bytes: the array is cut into runs, and a byte holds one
-value of each of as many consecutive runs as fit, the first in the lowest bits. The layouts are those of the dequantizers
-in the `gguf` package, against which they are tested.
+A block of columns is a record. `_LAYOUTS` lists its fields in order: each holds some bits of an array of integers.
+Fields of 8 bits or more are little-endian numbers. Narrower ones share bytes: the array is cut into runs, and a byte
+holds one value of each of as many consecutive runs as fit, the first in the lowest bits. The layouts are those of the
+dequantizers in the `gguf` package, against which they are tested.
 """
 
 from collections.abc import Mapping
@@ -113,7 +113,8 @@ def _to_arrays(name: str, codes: Tensor, parts: Mapping[str, Tensor]) -> dict[st
         arrays["integers"] = _join_minima(name, multipliers, parts["minima"].view_as(multipliers).long())
     if isinstance(grid, CodeBook):
         arrays["multipliers"] = multipliers >> 1  # from odd numbers
-        return _join_words(name, arrays | {"index": grid.index(blocked), "signs": _pack_field(blocked < 0, 1, 1).long()})
+        arrays |= {"index": grid.index(blocked), "signs": _pack_field(blocked < 0, 1, 1).long()}
+        return _join_words(name, arrays)
     if isinstance(grid, Symmetric) and isinstance(grid.points, Points):
         return arrays | {"codes": grid.points.index(blocked)}
     return arrays | {"codes": blocked + _CODE_BIAS.get(name, 0)}
@@ -122,9 +123,8 @@ def _to_arrays(name: str, codes: Tensor, parts: Mapping[str, Tensor]) -> dict[st
 def _from_arrays(name: str, arrays: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Codes int8 [out, in] and the parts of scales: the inverse of `_to_arrays`."""
     grid, arrays = GGML[name], _split_words(name, arrays)
-    parts = {
-        part: arrays[part][:, :, 0].to(torch.int16).view(torch.float16) for part in ("d", "m", "dmin") if part in arrays
-    }
+    halves = arrays.keys() & {"d", "m", "dmin"}
+    parts = {part: arrays[part][:, :, 0].to(torch.int16).view(torch.float16) for part in sorted(halves)}
     if "integers" in arrays:
         multipliers, parts["minima"] = (x.flatten(1).to(torch.int8) for x in _split_minima(name, arrays["integers"]))
         parts["multipliers"] = multipliers

@@ -7,7 +7,7 @@
 least squares; then as in `symmetric`, for the two integers of a group together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -34,28 +34,29 @@ class Affine:
 
     step = 1
 
-    def nearest(self, x: Tensor) -> Tensor:
-        """The codes nearest to x = (W - offset) / scale [out, 1], as integers in float32."""
+    def nearest(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The codes nearest to x = (W - offset) / scale [out, columns], as integers in float32; `weight` [columns]."""
         return x.round().clamp_(0, self.high)
 
     def fit(self, W: Tensor, weight: Tensor) -> Scales:
         """Scales and offsets for W float32 [out, block] and weight [block]."""
         groups = Groups(W, weight, self.group)
         scale, offset, _ = self._search(groups, torch.inf)
-        kept, least = (scale, offset), torch.full_like(scale, torch.inf)
+        found: tuple[Tensor, ...] = ()
         for _ in range(_ROUNDS):
             scale, offset = groups.half(scale), groups.half(offset)
             sums = self._sums(groups, scale, offset)
-            error = _error(groups, scale, offset, sums)
-            better = error < least
-            least = error.where(better, least)
-            kept = scale.where(better, kept[0]), offset.where(better, kept[1])
+            found = _better((_error(groups, scale, offset, sums), scale, offset), found)
             scale, offset = _solve(groups, sums, torch.inf)
-        return self.decoded({"d": groups.stored(kept[0]), "m": groups.stored(kept[1])})
+        return self.decoded({"d": groups.stored(found[1]), "m": groups.stored(found[2])})
 
     def decoded(self, parts: Mapping[str, Tensor]) -> Scales:
         """Scales from what is stored: d and m float16 [out, blocks]."""
         return Scales(parts["d"].float(), parts["m"].float(), dict(parts))
+
+    def scales(self, scale: Tensor) -> Scales | None:
+        """None: a scale is not free without its offset."""
+        return None
 
     def _sums(self, groups: Groups, scale: Tensor, offset: Tensor) -> Sums:
         """The sums for the codes that these scales give."""
@@ -90,14 +91,12 @@ class KMinimum(Affine):
         scale, offset, power = self._search(groups, 0.0)
         d, a = self._split(groups, scale, power)
         dmin, b = self._split(groups, -offset, groups.sum_w)
-        kept, least = (d, a, dmin, b), torch.full_like(d, torch.inf)
+        found: tuple[Tensor, ...] = ()
         for _ in range(_ROUNDS):
             error, a, b, *sums = self._improve(groups, d, a, dmin, b)
-            better = error.sum(0) < least
-            least = error.sum(0).where(better, least)
-            kept = tuple(new.where(better, old) for new, old in zip((d, a, dmin, b), kept, strict=True))
-            d, dmin = _solve_block(groups, a, b, sums, d, dmin)
-        d, a, dmin, b = kept
+            found = _better((error.sum(0), d, a, dmin, b), found)
+            d, dmin = _solve_block(groups, a, b, sums, (d, dmin))
+        _, d, a, dmin, b = found
         parts = {"d": groups.stored(d), "dmin": groups.stored(dmin)}
         return self.decoded(parts | {"multipliers": a.t().to(torch.int8), "minima": b.t().to(torch.int8)})
 
@@ -144,7 +143,7 @@ def _error(groups: Groups, scale: Tensor, offset: Tensor, sums: Sums) -> Tensor:
 
 
 def _solve(groups: Groups, sums: Sums, most: float) -> tuple[Tensor, Tensor]:
-    """The best scale and offset for some codes. One of them is 0 where codes are equal, or the offset were above `most`."""
+    """The best scale and offset for some codes; one is 0 where codes are equal or the offset would be above `most`."""
     wc, wcc, wcx = sums
     determinant = groups.sum_w * wcc - wc.square()
     scale = (groups.sum_w * wcx - groups.sum_wx * wc) / determinant
@@ -154,12 +153,12 @@ def _solve(groups: Groups, sums: Sums, most: float) -> tuple[Tensor, Tensor]:
     return scale.where(regular, quotient(wcx, wcc)), offset.where(regular, mean)
 
 
-def _solve_block(groups: Groups, a: Tensor, b: Tensor, sums: list[Tensor], d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:
-    """The best d and dmin [out], as stored, for some codes and integers; as they were where that is not one solution."""
+def _solve_block(groups: Groups, a: Tensor, b: Tensor, sums: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
+    """The best d and dmin [out], as stored, for some codes and integers; the old ones where it is not unique."""
     wc, wcc, wcx = sums
     dd, dm, mm = (a * a * wcc).sum(0), (a * b * wc).sum(0), (b * b * groups.sum_w).sum(0)
     dx, mx = (a * wcx).sum(0), (b * groups.sum_wx).sum(0)
     determinant = dd * mm - dm.square()
     new = (mm * dx - dm * mx) / determinant, (dm * dx - dd * mx) / determinant
     regular = (determinant > 1e-6 * dd * mm) & (new[0] > 0) & (new[1] > 0)
-    return groups.half(new[0].where(regular, d)), groups.half(new[1].where(regular, dmin))
+    return [groups.half(x.where(regular, y)) for x, y in zip(new, old, strict=True)]

@@ -1,13 +1,12 @@
 """Types without a minimum: value = (d · multiplier) · code, with a float16 `d` for a block of columns.
 
 A multiplier is a small integer of its own for every group of columns, or 1. `fit` tries some scales for every group and
-improves each by least squares; then `d` and the multipliers are chosen for the error that a scale causes to second
-order, and improved by turns: the best of each multiplier and its neighbours, every code being rounded again, and `d` by
-least squares. What gave the least error as stored is kept.
+improves each by least squares; `d` and the multipliers are chosen for the error that a scale causes to second order;
+then each multiplier becomes the best of its neighbours, every code being rounded again.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,9 +14,8 @@ from torch import Tensor
 from billhook.methods.quantize.grid import Scales
 from billhook.methods.quantize.groups import Groups, inverse, quotient
 
-_STARTS = torch.linspace(-2.4, 0.8, 8).tolist()  # codes by which the largest weight falls short of the last, or passes it
+_STARTS = torch.linspace(-2.4, 0.8, 8).tolist()  # steps between the first code and the largest weight
 _SPLITS = 16  # values of d that are tried before codes are rounded
-_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -56,13 +54,12 @@ class Points:
         return (self.high - self.low) / (len(self.values) - 1)
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The nearest code, elementwise, looked up by the half unit that x is in: half-way points are multiples of ½."""
+        """The nearest code, elementwise, looked up by half units: the points in the middle are multiples of ½."""
         middles = torch.arange(-256, 257, device=x.device) / 2 + 0.25
         points = torch.tensor(self.values, dtype=torch.float32, device=x.device)
         table = points[(middles[:, None] - points).abs().argmin(1)]
         halves = (x * 2).add_(256).clamp_(0, 512).int()
         return table.index_select(0, halves.flatten()).view_as(x)
-
 
     def index(self, codes: Tensor) -> Tensor:
         """Where codes are in the table, int64; the next one for a number that is not in it."""
@@ -73,8 +70,8 @@ class Points:
 class Multipliers:
     """The integers low, low + step, ... high."""
 
-    low: int = 1
-    high: int = 1
+    low: int
+    high: int
     step: int = 1
 
     def nearest(self, x: Tensor) -> Tensor:
@@ -84,46 +81,38 @@ class Multipliers:
 
     def neighbours(self, m: Tensor) -> list[Tensor]:
         """Each multiplier, and the ones below and above it."""
-        return [m] if self.low == self.high else [(m + k).clamp(self.low, self.high) for k in (0, -self.step, self.step)]
+        return [(m + move).clamp(self.low, self.high) for move in (0, -self.step, self.step)]
 
 
 @dataclass(frozen=True)
 class Symmetric:
-    """A type without minimum, whose codes are chosen one by one. Scales are multiples of `unit` · d."""
+    """A type with a scale for every block, float16, whose codes are chosen one by one."""
 
     name: str
     points: Integers | Points
     block: int = 32
     group: int = 32
-    multipliers: Multipliers = Multipliers()
-    unit: float = 1.0
 
     step = 1
 
-    def nearest(self, x: Tensor) -> Tensor:
-        """The codes nearest to x = W / scale [out, 1], as integers in float32."""
+    def nearest(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The codes nearest to x = W / scale [out, columns], as integers in float32; `weight` [columns]."""
         return self.points.nearest(x)
 
     def fit(self, W: Tensor, weight: Tensor) -> Scales:
         """Scales for W float32 [out, block] and weight [block]."""
         groups = Groups(W, weight, self.group)
-        d, m = self._split(groups, *self._search(groups))
-        kept, least = (d, m), torch.full_like(d, torch.inf)
-        for _ in range(_ROUNDS):
-            m, error, scale, power = self._improve(groups, d, m)
-            better = error < least
-            least = error.where(better, least)
-            kept = d.where(better, kept[0]), m.where(better, kept[1])
-            d = groups.half(quotient((power * m * scale).sum(0), (power * m * m).sum(0)), self.unit)
-            m = self.multipliers.nearest(scale * inverse(d))
-        integers = {"multipliers": kept[1].t().to(torch.int8)} if self.group < self.block else {}
-        return self.decoded({"d": groups.stored(kept[0], self.unit), **integers})
+        scale, _ = self._search(groups)
+        return self.decoded({"d": groups.stored(scale)})
 
     def decoded(self, parts: Mapping[str, Tensor]) -> Scales:
-        """Scales from what is stored: d float16 [out, blocks] and perhaps multipliers int8 [out, groups]."""
-        d, m = parts["d"], parts.get("multipliers")
-        scale = d.float() if m is None else d.float().repeat_interleave(m.shape[1] // d.shape[1], dim=1) * m
-        return Scales(scale * self.unit, None, dict(parts))
+        """Scales from what is stored: d float16 [out, blocks]."""
+        return Scales(parts["d"].float(), None, dict(parts))
+
+    def scales(self, scale: Tensor) -> Scales | None:
+        """Scales of the given values [out, groups], as they can be stored; None where they are not free."""
+        most = torch.finfo(torch.float16).max
+        return self.decoded({"d": scale.clamp(-most, most).half()})
 
     def _round(self, x: Tensor, weight: Tensor) -> Tensor:
         """The codes nearest to x [groups, group, out] with weight [groups, 1, group]."""
@@ -135,12 +124,37 @@ class Symmetric:
         starts = [sign / (self.points.low + cut * self.points.spacing) for cut in _STARTS for sign in (1, -1)]
         return improved(groups, [largest * start for start in starts], self._round)
 
+
+@dataclass(frozen=True)
+class SuperBlock(Symmetric):
+    """A type whose scales are `multipliers` times `unit` · d, which is float16 for every block."""
+
+    block: int = 256
+    multipliers: Multipliers = field(kw_only=True)
+    unit: float = 1.0
+
+    def fit(self, W: Tensor, weight: Tensor) -> Scales:
+        """Scales for W float32 [out, block] and weight [block]."""
+        groups = Groups(W, weight, self.group)
+        d, m = self._split(groups, *self._search(groups))
+        m = self._best_neighbours(groups, d, m)
+        return self.decoded({"d": groups.stored(d, self.unit), "multipliers": m.t().to(torch.int8)})
+
+    def decoded(self, parts: Mapping[str, Tensor]) -> Scales:
+        """Scales from what is stored: d float16 [out, blocks] and multipliers int8 [out, groups]."""
+        d = parts["d"].float().repeat_interleave(self.block // self.group, dim=1)
+        return Scales(d * parts["multipliers"] * self.unit, None, dict(parts))
+
+    def scales(self, scale: Tensor) -> Scales | None:
+        """None: scales are not free."""
+        return None
+
     def _split(self, groups: Groups, scale: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
         """d [out] and multipliers [groups, out] with a small sum(power · (d · multiplier - scale)²)."""
         largest = scale.gather(0, scale.abs().argmax(0, keepdim=True))[0]
         edge = self.multipliers.low if self.multipliers.low < 0 else self.multipliers.high
         d, m, least = largest, scale, torch.full_like(largest, torch.inf)
-        for k in range(_SPLITS if edge != 1 else 1):
+        for k in range(_SPLITS):
             tried = groups.half(largest / (edge * (1 - k / (2 * _SPLITS))), self.unit)
             for _ in range(2):
                 integers = self.multipliers.nearest(scale * inverse(tried))
@@ -151,16 +165,15 @@ class Symmetric:
                 tried = groups.half(tried, self.unit)
         return d, m
 
-    def _improve(self, groups: Groups, d: Tensor, m: Tensor) -> tuple[Tensor, ...]:
-        """The best of every multiplier's neighbours, the row's error [out], and each group's best scale and power."""
-        found: tuple[Tensor, ...] = ()
+    def _best_neighbours(self, groups: Groups, d: Tensor, m: Tensor) -> Tensor:
+        """Of every multiplier and its neighbours the one with the least error, [groups, out]."""
+        best, least = m, torch.full_like(m, torch.inf)
         for tried in self.multipliers.neighbours(m):
             scale = d * tried
-            _, power, wcx = groups.sums(self._round(groups.x * inverse(scale)[:, None], groups.weight))
-            error = groups.sum_wxx - 2 * scale * wcx + scale.square() * power
-            new = tried, error, quotient(wcx, power), power
-            found = tuple(a.where(error < found[1], b) for a, b in zip(new, found, strict=True)) if found else new
-        return found[0], found[1].sum(0), found[2], found[3]
+            _, wcc, wcx = groups.sums(self._round(groups.x * inverse(scale)[:, None], groups.weight))
+            error = scale.square() * wcc - 2 * scale * wcx
+            best, least = tried.where(error < least, best), error.where(error < least, least)
+        return best
 
 
 def improved(
