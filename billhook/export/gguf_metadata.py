@@ -100,7 +100,9 @@ def _add_rope(writer: "GGUFWriter", rope: Mapping[str, Any], config: Mapping[str
         writer.add_rope_scaling_type(RopeScalingType(kind))
         writer.add_rope_scaling_factor(full["factor"])
     elif kind not in ("default", "llama3"):
-        raise BillhookError(f"The rotary embedding {kind!r} of {config['model_type']} models has no form in GGUF files.")
+        raise BillhookError(
+            f"The rotary embedding {kind!r} of {config['model_type']} models has no form in GGUF files."
+        )
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(full["original_max_position_embeddings"])
         for key in ("beta_fast", "beta_slow"):
@@ -122,9 +124,7 @@ def _add_phi3(writer: "GGUFWriter", rope: Mapping[str, Any], config: Mapping[str
     writer.add_sliding_window(config.get("sliding_window") or 0)
     if rope.get("long_factor"):
         scale = config["max_position_embeddings"] / original
-        writer.add_rope_scaling_attn_factors(
-            math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-        )
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0)
 
 
 def _rotated(config: Mapping[str, Any]) -> int:

@@ -52,7 +52,7 @@ def add_tokenizer(writer: "GGUFWriter", source: Path, config: Mapping[str, Any])
     """
     import gguf
 
-    size = config["vocab_size"]
+    size, tokens, why = config["vocab_size"], {}, ""
     path = source / "tokenizer_config.json"
     settings = read_json(path, "tokenizer configuration") if path.is_file() else {}
     prefix = settings.get("add_prefix_space") if writer.arch in ("llama", "smollm3") else None
@@ -67,14 +67,17 @@ def add_tokenizer(writer: "GGUFWriter", source: Path, config: Mapping[str, Any])
         if not _is_sentencepiece(facts):
             _add_byte_level(writer, source, facts, size)
             gguf.SpecialVocab(source, load_merges=True).add_to_gguf(writer, quiet=True)
-            tokens = {}
         else:
             tokens = _from_merges(facts)
             prefix = False if not _prepends_space(facts) else prefix
+            why = "" if any(kind == _BYTE for _, _, kind in tokens.values()) else "no tokens for single bytes"
     else:
+        why = "no tokenizer"
+    if why:
         writer.add_tokenizer_model("none")
-        writer.add_vocab_size(size)
-        return [f"{source.name} has no tokenizer: what is written reads and gives token numbers only."]
+        if f"{writer.arch}.vocab_size" not in writer.kv_data[0]:
+            writer.add_vocab_size(size)
+        return [f"{source.name} has {why}: llama.cpp can read and write only token numbers with this file."]
     if tokens:
         listed = [tokens.get(i, (f"[PAD{i}]".encode(), -10000.0, _UNUSED)) for i in range(size)]
         writer.add_tokenizer_model("llama")
@@ -151,7 +154,7 @@ def _added(source: Path, settings: Mapping[str, Any], phi: bool) -> Iterator[tup
 def _looks_special(text: str) -> bool:
     """Whether a token is for control though the tokenizer does not say so; the converter's rule."""
     known = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
-    return text in known or bool(re.fullmatch(r"<\|.*\|>|<｜.*｜>|<unused.*>", text, re.DOTALL))
+    return text in known or bool(re.fullmatch(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>", text, re.DOTALL))
 
 
 def _is_sentencepiece(facts: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Write a GGUF file: a header made with the `gguf` package, and the bytes of the tensors, one part in memory at a time."""
+"""Write a GGUF file: a header made with the `gguf` package, and the bytes of the tensors, part by part."""
 
 import math
 import shutil
@@ -47,7 +47,7 @@ class Written:
 
 
 def byte_shape(name: str, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
-    """[..., out, bytes of a row]; raises BillhookError for an unknown type, and for one that does not divide the row."""
+    """[..., out, bytes of a row]; raises BillhookError for an unknown type, and for blocks that do not fill a row."""
     import gguf
 
     try:

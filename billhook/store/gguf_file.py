@@ -134,7 +134,7 @@ class _Header:
         if count > self.size - self.place:
             raise ValueError("it ends too early")
 
-    def bytes(self, count: int) -> bytes:
+    def next(self, count: int) -> bytes:
         """The next bytes."""
         self.fits(count)
         self.place += count
@@ -142,11 +142,11 @@ class _Header:
 
     def take(self, kind: str) -> Any:
         """The next number."""
-        return struct.unpack(f"<{kind}", self.bytes(struct.calcsize(kind)))[0]
+        return struct.unpack(f"<{kind}", self.next(struct.calcsize(kind)))[0]
 
     def text(self) -> bytes:
         """The next string."""
-        return self.bytes(self.take("Q"))
+        return self.next(self.take("Q"))
 
     def value(self, kind: int) -> GgufValue:
         """The next value of the metadata."""
@@ -160,7 +160,7 @@ class _Header:
             return GgufValue([self.text() for _ in range(count)], kind, element)
         code = _SCALARS[element]
         return GgufValue(
-            list(struct.unpack(f"<{count}{code}", self.bytes(count * struct.calcsize(code)))), kind, element
+            list(struct.unpack(f"<{count}{code}", self.next(count * struct.calcsize(code)))), kind, element
         )
 
     def entry(self) -> GgufEntry:
