@@ -19,7 +19,7 @@ import random
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from billhook.errors import BillhookError
 from billhook.text.corpus import documents, existing_file, joint
 from billhook.text.sampling import packed, papers
 
-Sampling = Literal["packed", "papers"]
 _STREAM_WINDOWS = 256  # evaluation on a streamed dataset, as the papers do on C4
 
 

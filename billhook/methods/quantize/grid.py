@@ -42,18 +42,37 @@ class Scales:
 class Grid(Protocol):
     """The grid of a storage type.
 
-    Scales are chosen for `block` columns at once, each of which holds one or several groups of `group` columns; a layer's
-    columns are a multiple of `block`. Codes are chosen for `step` consecutive columns at once: 1, or the length of the
-    vectors of a code book.
+    Scales are chosen for `block` columns at once, one or several groups of `group` columns; a layer's columns
+    are a multiple of `block`. Codes are chosen for `step` consecutive columns at once: 1, or the length of the vectors
+    of a code book. Where every scale is free to take any value, `scales` stores new ones; otherwise it returns None.
     """
 
-    name: str
-    group: int
-    block: int
-    step: int
+    @property
+    def name(self) -> str:
+        """The name of the storage type."""
+        ...
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        ...
+
+    @property
+    def block(self) -> int:
+        """Columns whose scales are chosen together."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Columns that share a code."""
+        ...
 
     def fit(self, W: Tensor, weight: Tensor) -> Scales:
         """Scales with a small error sum(weight · (W - value)²) for W float32 [out, block] and weight [block]."""
+        ...
+
+    def scales(self, scale: Tensor) -> Scales | None:
+        """Scales of the given values, float32 [out, groups], as they can be stored; None where they are not free."""
         ...
 
     def nearest(self, x: Tensor) -> Tensor:
@@ -92,3 +111,8 @@ def dequantize(codes: Tensor, scales: Scales) -> Tensor:
     if scales.offset is not None:
         values += scales.offset[:, :, None]
     return values.view(out, columns)
+
+
+def safe_scale(scale: Tensor, group: int) -> Tensor:
+    """Scales [out, groups] repeated for every column, [out, groups · group], with 1 in place of 0."""
+    return scale.where(scale != 0, 1).repeat_interleave(group, dim=1)
