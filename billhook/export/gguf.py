@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from billhook.architectures.gguf_config import gguf_sizes, rotary_factors, window_note
 from billhook.architectures.gguf_names import FAMILIES, GgufTensor, gguf_family, gguf_tensors
 from billhook.errors import BillhookError, JobError
-from billhook.export.gguf_metadata import add_origin, add_sizes, rotary_factors
+from billhook.export.gguf_metadata import Fact, add_facts, add_origin, add_sizes
 from billhook.export.gguf_template import Quantized, copy_metadata, matched_entries
 from billhook.export.gguf_tokenizer import add_tokenizer
-from billhook.export.gguf_writer import Entry, Fact, Written, add_facts, add_tensors, byte_shape, check_place, finish
+from billhook.export.gguf_writer import Entry, Written, add_tensors, byte_shape, check_place, finish
 from billhook.store.checkpoint import check_directory, loading
 from billhook.store.gguf_file import GgufFile, read_gguf, require_gguf
 from billhook.store.shards import Shard, read_shard, weight_files
@@ -57,23 +58,23 @@ def write_gguf(
 
     config = check_directory(source)
     model, notes = None if template is None else read_gguf(template), list[str]()
-    known = model is None or config.get("model_type") in FAMILIES
-    if known:
-        config = full_config(source)
-        entries = _entries(source, config, quantized or {}, rest)
-    else:
-        assert model is not None
-        entries = matched_entries(model, quantized or {}, partial(_rows, _placed(source)))
-    check_place(output, sum(entry.bytes for entry in entries))
-    writer = gguf.GGUFWriter(None, gguf_family(config).arch if model is None else model.arch)
-    add_tensors(writer, entries)
-    if model is not None:
-        _check_template(model, entries)
-        copy_metadata(writer, model)
-    else:
-        with _damaged(source):
+    with _damaged(source):
+        if model is None or config.get("model_type") in FAMILIES:
+            config = full_config(source)
+            entries = _entries(source, config, quantized or {}, rest)
+        else:
+            entries = matched_entries(model, quantized or {}, partial(_rows, _placed(source)))
+        check_place(output, sum(entry.bytes for entry in entries))
+        writer = gguf.GGUFWriter(None, gguf_family(config).arch if model is None else model.arch)
+        add_tensors(writer, entries)
+        if model is None:
+            family = gguf_family(config)
             add_origin(writer, source)
-            notes = add_sizes(writer, gguf_family(config), config) + add_tokenizer(writer, source, config)
+            add_sizes(writer, gguf_sizes(family, config))
+            notes = window_note(family, config) + add_tokenizer(writer, source, config)
+        else:
+            _check_template(model, entries)
+            copy_metadata(writer, model)
     add_facts(writer, facts or {})
     return finish(writer, entries, output, notes, progress)
 
@@ -139,8 +140,8 @@ def _entries(source: Path, config: Mapping[str, Any], quantized: Quantized, rest
     return entries
 
 
-def _factors(name: str, values: np.ndarray) -> Entry:
-    return Entry(name, "f32", values.shape, lambda: [values])
+def _factors(name: str, values: torch.Tensor) -> Entry:
+    return Entry(name, "f32", tuple(values.shape), lambda: [values.numpy()])
 
 
 def _given_type(tensor: GgufTensor, shapes: Mapping[str, tuple[int, ...]], quantized: Quantized) -> str | None:

@@ -3,21 +3,19 @@
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from billhook import __version__
 from billhook.errors import BillhookError, JobError
 from billhook.store.files import check_writable, write_atomic
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-Fact = str | int | float | bool
 _ALIGNMENT = 32
 
 
@@ -66,13 +64,6 @@ def add_tensors(writer: "GGUFWriter", entries: Iterable[Entry]) -> None:
     for entry in entries:
         kind = gguf.GGMLQuantizationType[entry.type.upper()]
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.bytes, kind)
-
-
-def add_facts(writer: "GGUFWriter", facts: Mapping[str, Fact]) -> None:
-    """Add `facts` to the metadata under `billhook.`, with the version of Billhook."""
-    for key, value in {"version": __version__, **facts}.items():
-        kind = "bool" if isinstance(value, bool) else {int: "int64", float: "float64"}.get(type(value), "string")
-        getattr(writer, f"add_{kind}")(f"billhook.{key}", value)
 
 
 def check_place(output: Path, needed: int) -> None:

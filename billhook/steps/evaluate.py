@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import billhook
+from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
 from billhook.evaluation.block_errors import block_errors, block_outputs
 from billhook.evaluation.harness import PAPER7, check_tasks, evaluate_tasks
@@ -23,7 +24,7 @@ from billhook.evaluation.perplexity import evaluate
 from billhook.evaluation.word_perplexity import evaluate_words
 from billhook.packed.loading import load
 from billhook.steps.request import model_facts
-from billhook.store.checkpoint import load_tokenizer, resolve
+from billhook.store.checkpoint import load_tokenizer
 from billhook.tasks.opening import task_of
 from billhook.tasks.token_windows import window_length
 from billhook.text.corpus import documents, source_name

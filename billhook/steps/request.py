@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from billhook import __version__ as VERSION
 from billhook.architectures.layers import Layer, check_finite, find_layers, select_layers
+from billhook.architectures.sources import resolve
 from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import rows_per_batch, world
 from billhook.engine.activation_store import SPILL_GIB
@@ -28,7 +29,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.recover.blockwise import Refining
 from billhook.steps.state import partial_folder, unfinished_run
-from billhook.store.checkpoint import check_directory, load, model_digest, resolve
+from billhook.store.checkpoint import check_directory, load, model_digest
 from billhook.store.files import sha256
 from billhook.store.layout import WRITTEN
 from billhook.store.output import check_output
