@@ -32,10 +32,7 @@ def resolve(model: str | Path) -> Path:
     if path.suffix != ".gguf" or path.is_dir():
         return checkpoint.resolve(model)
     file = read_gguf(path)
-    print(
-        f"billhook: note: {path} holds rounded weights: results are those of the file, not of its original.",
-        file=sys.stderr,
-    )
+    _note(f"{path} holds rounded weights: results are those of the file, not of its original.")
     folder = cache_folder()
     if folder is None:
         raise BillhookError(f"{path} must be made into a directory: let BILLHOOK_CACHE name a folder for it.")
@@ -74,4 +71,8 @@ def _write_tokenizer(file: GgufFile, folder: Path) -> None:
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(file.path.parent, gguf_file=file.path.name)
             tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise BillhookError(f"The tokenizer of {file.path} cannot be read: {str(error)[:200]}") from None
+        _note(f"the tokenizer of {file.path} cannot be read and is left out ({str(error)[:200]!r}).")
+
+
+def _note(text: str) -> None:
+    print(f"billhook: note: {text}", file=sys.stderr)

@@ -98,6 +98,8 @@ def _damaged(source: Path) -> Iterator[None]:
             logger.setLevel(logging.CRITICAL)
         yield
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        if isinstance(error, BillhookError):
+            raise
         what = f"{type(error).__name__}: {error}"[:200]
         raise BillhookError(f"The configuration or the tokenizer of {source} is damaged ({what}).") from None
     finally:

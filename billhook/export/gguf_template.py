@@ -30,7 +30,8 @@ def copy_metadata(writer: "GGUFWriter", template: GgufFile) -> None:
     from gguf import GGUFValueType
 
     for key, found in template.metadata.items():
-        if key not in _OWN and (found.element is None or found.value):  # the writer cannot write an empty list
+        own = key in _OWN or key.startswith("billhook.")
+        if not own and (found.element is None or found.value):  # the writer cannot write an empty list
             element = None if found.element is None else GGUFValueType(found.element)
             writer.add_key_value(key, found.value, GGUFValueType(found.type), element)
 

@@ -46,46 +46,31 @@ Token = tuple[bytes, float, int]  # text, score, type
 
 
 def add_tokenizer(writer: "GGUFWriter", source: Path, config: Mapping[str, Any]) -> list[str]:
-    """Add the tokenizer of a model directory; returns a note where it has none.
+    """Add the tokenizer of a model directory; returns a note where it has none that llama.cpp can use.
 
     Raises BillhookError for a tokenizer that has no form in GGUF files.
     """
-    import gguf
-
-    size, tokens, why = config["vocab_size"], {}, ""
+    size = config["vocab_size"]
     path = source / "tokenizer_config.json"
     settings = read_json(path, "tokenizer configuration") if path.is_file() else {}
     prefix = settings.get("add_prefix_space") if writer.arch in ("llama", "smollm3") else None
     if (source / "tokenizer.model").is_file():
         tokens = _sentencepiece(source / "tokenizer.model", size)
         tokens |= {i: token for i, token in _added(source, settings, writer.arch == "phi3") if i < size}
+        _add_scored(writer, source, tokens, size)
         prefix = False if writer.arch in ("gemma2", "gemma3") else prefix
-    elif (source / "tokenizer.json").is_file():
-        facts = read_json(source / "tokenizer.json", "tokenizer")
-        if facts["model"]["type"] != "BPE":
-            raise _refused(source, f"a {facts['model']['type']} model")
-        if not _is_sentencepiece(facts):
-            _add_byte_level(writer, source, facts, size)
-            gguf.SpecialVocab(source, load_merges=True).add_to_gguf(writer, quiet=True)
-        else:
-            tokens = _from_merges(facts)
-            prefix = False if not _prepends_space(facts) else prefix
-            why = "" if any(kind == _BYTE for _, _, kind in tokens.values()) else "no tokens for single bytes"
+    elif not (source / "tokenizer.json").is_file():
+        return _add_none(writer, size, f"{source.name} has no tokenizer")
+    elif _is_sentencepiece(facts := read_json(source / "tokenizer.json", "tokenizer")):
+        tokens = _from_merges(source, facts)
+        if not any(kind == _BYTE for _, _, kind in tokens.values()):
+            return _add_none(writer, size, f"The tokenizer of {source.name} has no tokens for single bytes")
+        _add_scored(writer, source, tokens, size)
+        prefix = prefix if _prepends_space(facts) else False
+    elif not facts["model"].get("merges") and facts["model"]["type"] == "BPE":
+        return _add_none(writer, size, f"The tokenizer of {source.name} has no merges")
     else:
-        why = "no tokenizer"
-    if why:
-        writer.add_tokenizer_model("none")
-        if f"{writer.arch}.vocab_size" not in writer.kv_data[0]:
-            writer.add_vocab_size(size)
-        return [f"{source.name} has {why}: llama.cpp can read and write only token numbers with this file."]
-    if tokens:
-        listed = [tokens.get(i, (f"[PAD{i}]".encode(), -10000.0, _UNUSED)) for i in range(size)]
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-        writer.add_token_list([text for text, _, _ in listed])
-        writer.add_token_scores([score for _, score, _ in listed])
-        writer.add_token_types([kind for _, _, kind in listed])
-        gguf.SpecialVocab(source, n_vocab=size).add_to_gguf(writer, quiet=True)
+        _add_byte_level(writer, source, facts, size)
     if prefix is not None:
         writer.add_add_space_prefix(prefix)
     if writer.arch == "llama" and size == 49152:  # Granite and SmolLM, as the converter does
@@ -93,9 +78,34 @@ def add_tokenizer(writer: "GGUFWriter", source: Path, config: Mapping[str, Any])
     return []
 
 
+def _add_none(writer: "GGUFWriter", size: int, why: str) -> list[str]:
+    writer.add_tokenizer_model("none")
+    if f"{writer.arch}.vocab_size" not in writer.kv_data[0]:
+        writer.add_vocab_size(size)
+    return [f"{why}: with this file llama.cpp can read and write only token numbers."]
+
+
+def _add_scored(writer: "GGUFWriter", source: Path, tokens: Mapping[int, Token], size: int) -> None:
+    """Tokens with scores, for SentencePiece's algorithm."""
+    import gguf
+
+    listed = [tokens.get(i, (f"[PAD{i}]".encode(), -10000.0, _UNUSED)) for i in range(size)]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([text for text, _, _ in listed])
+    writer.add_token_scores([score for _, score, _ in listed])
+    writer.add_token_types([kind for _, _, kind in listed])
+    gguf.SpecialVocab(source, n_vocab=size).add_to_gguf(writer, quiet=True)
+
+
 def _refused(source: Path, what: str) -> BillhookError:
     advice = "convert it with llama.cpp's convert_hf_to_gguf.py and give that file with --template"
     return BillhookError(f"The tokenizer of {source.name} is {what}, which is not known to llama.cpp: {advice}.")
+
+
+def _check_bpe(source: Path, facts: Mapping[str, Any]) -> None:
+    if facts["model"]["type"] != "BPE":
+        raise _refused(source, f"a {facts['model']['type']} model")
 
 
 def _sentencepiece(path: Path, size: int) -> dict[int, Token]:
@@ -168,8 +178,9 @@ def _prepends_space(facts: Mapping[str, Any]) -> bool:
     return "'Prepend'" in rules or "'first'" in rules or "'always'" in rules
 
 
-def _from_merges(facts: Mapping[str, Any]) -> dict[int, Token]:
+def _from_merges(source: Path, facts: Mapping[str, Any]) -> dict[int, Token]:
     """The tokens of a tokenizer.json made from SentencePiece, with scores in the order of its merges."""
+    _check_bpe(source, facts)
     first: dict[str, float] = {}
     for place, merge in enumerate(facts["model"]["merges"]):
         first.setdefault("".join(merge if isinstance(merge, list) else merge.split(" ")), -float(place))
@@ -179,12 +190,16 @@ def _from_merges(facts: Mapping[str, Any]) -> dict[int, Token]:
         tokens[number] = (text.encode(), first.get(text, _ADDED), kind)
     for token in facts.get("added_tokens", ()):
         control = token["special"] or _looks_special(token["content"])
-        tokens[token["id"]] = (token["content"].encode(), _ADDED, _CONTROL if control else _USER)
+        text = token["content"]
+        tokens[token["id"]] = (text.encode(), first.get(text, _ADDED), _CONTROL if control else _USER)
     return tokens
 
 
 def _add_byte_level(writer: "GGUFWriter", source: Path, facts: Mapping[str, Any], size: int) -> None:
     """Tokens as `transformers` reads them; added ones are spelled as they are decoded."""
+    import gguf
+
+    _check_bpe(source, facts)
     tokenizer: Any = load_tokenizer(source)
     spelled = {number: text for text, number in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
@@ -204,6 +219,7 @@ def _add_byte_level(writer: "GGUFWriter", source: Path, facts: Mapping[str, Any]
     writer.add_tokenizer_pre(_pre_tokenizer(source, facts))
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
+    gguf.SpecialVocab(source, load_merges=True).add_to_gguf(writer, quiet=True)
 
 
 def _pre_tokenizer(source: Path, facts: Mapping[str, Any]) -> str:

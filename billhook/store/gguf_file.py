@@ -64,14 +64,14 @@ class GgufFile:
         return self._bytes[entry.start : entry.stop].reshape(*entry.shape[:-1], -1)
 
     def values(self, entry: GgufEntry) -> np.ndarray:
-        """The values of a tensor, float32; raises BillhookError for a type that the `gguf` package cannot decode."""
+        """The values of a tensor, float32, writable; raises BillhookError for a type that `gguf` cannot decode."""
         import gguf
 
         try:
             decoded = gguf.quants.dequantize(self.raw(entry), gguf.GGMLQuantizationType[entry.type.upper()])
         except NotImplementedError:
             raise BillhookError(f"{self.path}: {entry.name} is {entry.type}, which cannot be decoded.") from None
-        return decoded.reshape(entry.shape)
+        return np.require(decoded.reshape(entry.shape), requirements="W")
 
 
 def require_gguf() -> None:
