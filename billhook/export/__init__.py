@@ -1,1 +1,1 @@
-"""Models in the formats of other programs: GGUF for llama.cpp."""
+"""Files of other programs: compressed-tensors directories and GGUF files."""
