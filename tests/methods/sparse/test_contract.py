@@ -110,9 +110,7 @@ def test_scores_with_sums_and_gradients_agree_with_plain_loops() -> None:
     flat = [x for row in g for x in row]
     scores = {
         "ria": {(r, c): (size[r, c] / columns[c] + size[r, c] / rows[r]) * norm[c] ** 0.5 for r, c in places},
-        "pruner_zero": {
-            (r, c): size[r, c] ** 2 * (g[r][c] - min(flat)) / (max(flat) - min(flat)) for r, c in places
-        },
+        "pruner_zero": {(r, c): size[r, c] ** 2 * (g[r][c] - min(flat)) / (max(flat) - min(flat)) for r, c in places},
         "wandapp": {(r, c): size[r, c] * (100 * g[r][c] + norm[c]) for r, c in places},
     }
     for name, score in scores.items():
