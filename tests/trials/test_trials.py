@@ -8,7 +8,7 @@ from tiny import llama, mixtral
 
 from billhook import allocate, find_layers, measure, search
 from billhook.engine.gradients import compute_gradients
-from billhook.engine.loop import Method
+from billhook.engine.method import Method
 from billhook.engine.restore import restored
 from billhook.tasks.base import Samples
 from billhook.text.windows import digest
@@ -26,7 +26,9 @@ def split_of(tokens: torch.Tensor, seed: int = 0) -> Any:
 
 
 def find(model: Any, tokens: torch.Tensor, **changes: Any) -> Any:
-    return search(model, **({"sparsity": 0.5, "allocator": "atp", "calibration": tokens} | changes))
+    return search(
+        model, **({"sparsity": 0.5, "criterion": "wanda", "allocator": "atp", "calibration": tokens} | changes)
+    )
 
 
 def test_losses_of_the_dense_model_and_of_a_pruned_one(tokens: torch.Tensor):
