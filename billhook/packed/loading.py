@@ -39,7 +39,7 @@ def load(
     tune: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> PreTrainedModel:
-    """Load a packed or an ordinary model directory (or hub name) in evaluation mode, after checking it completely.
+    """Load a packed, quantized or ordinary model directory (or hub name) in evaluation mode, after checking it.
 
     "auto" is the GPU if there is one, and there the checkpoint's dtype; on a processor it is float32. Packed values
     keep their dtype where no precision would be lost. With `tune`, the
@@ -51,7 +51,7 @@ def load(
     """
     path = checkpoint.resolve(model)
     if not is_packed(path):
-        return load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantized=True)
     config = checkpoint.read_config(path)
     task = task_of_config(path, config)
     checkpoint.check_trusted(path, config, task.auto_class, trust_remote_code)
