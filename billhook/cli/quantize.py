@@ -29,7 +29,7 @@ class Method:
 
     type: Annotated[str, typer.Option(help=TYPE_HELP)] = ""
     plan: Annotated[Path | None, typer.Option(help="A plan.json of storage types instead of one type.")] = None
-    embeddings: Annotated[str, typer.Option(help="Type of embeddings and head in a .gguf file; q6_k by default.")] = ""
+    embeddings: Annotated[str, typer.Option(help="Type of embeddings and head of a .gguf file.")] = ""
     quantizer: Annotated[str, typer.Option(help="How codes are chosen: see billhook ls quantizers.")] = "gptq"
     settings: shared.Settings = None
 

@@ -4,9 +4,9 @@
 
 e_l(v) is the relative error of layer l's output at type v (`billhook.measurement.level_errors`), share_l what the
 layer's error costs the model when all layers are quantized (`billhook.trials.attribution`). The types with the least
-sum of losses are found by `billhook.plan.knapsack`. As in `auto`, shares are measured again under each plan, and their
-geometric mean is used for the next: rounds go on while they reduce the loss on held-out windows. The uniform plan is
-always among the candidates, so the result is never worse on these windows.
+sum of losses are found by `billhook.racing.knapsack`. As in `auto`, shares are measured again under each plan, and
+their geometric mean is used for the next: rounds go on while they reduce the loss on held-out windows. The uniform plan
+is always among the candidates, so the result is never worse on these windows.
 """
 
 import math
@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from billhook.architectures.layers import Layer
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
-from billhook.plan.knapsack import choose_levels
 from billhook.plan.plan import Budget, Plan
 from billhook.plan.spec import Spec
 from billhook.plan.storage import stored_bytes
+from billhook.racing.knapsack import choose_levels
 from billhook.racing.race import Candidate, Race
 from billhook.trials.heldout import Split
 from billhook.trials.trials import TrialRunner

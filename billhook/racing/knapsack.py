@@ -2,7 +2,7 @@
 
 The multiple-choice knapsack problem, solved by dynamic programming over the cost in units of a common divisor. Where
 there would be more than `UNITS` units, costs are rounded up to a coarser unit, and what remains of the budget is spent
-on the levels that lower the loss most for what they cost. No torch.
+on the levels that lower the loss most for what they cost.
 """
 
 import math
