@@ -108,6 +108,9 @@ def command(
         return
     weights = sum(x.n for x in report.layers)
     say(f"{report.output}: {report.sparsity:.4%} of {weights:,} weights removed in {report.seconds:.1f} s.")
+    say(f"What was lost: {report.lost or 'not measured, because no text was read'}.")
+    if report.better_recipe is not None:
+        say(f"Less is lost with --recipe {report.better_recipe}.")
     say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
     if as_json:
         emit(report.to_json())

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from billhook.evaluation.quality import SCALE, Loss
 from billhook.store.layout import PAGE
 
 _DENSE = (
@@ -26,6 +27,7 @@ def card(report: Mapping[str, Any]) -> str:
     parts = [
         _metadata(report),
         f"# {model['name']}, {100 * achieved['sparsity']:.3g} % sparse",
+        lost_in_words(report),
         f"{_sentence(report)} The full report, with pictures, is in [{PAGE}]({PAGE}).",
         "## Loading",
         *(_PACKED if report["files"]["packed"] else _DENSE),
@@ -38,6 +40,16 @@ def card(report: Mapping[str, Any]) -> str:
         f"Pruned with Billhook {report['made_with']}. `billhook verify FOLDER` checks the files and counts the zeros.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def lost_in_words(report: Mapping[str, Any]) -> str:
+    """What was lost against the dense model, what the verdict means, and the next recipe."""
+    if report.get("lost") is None:
+        return "What was lost against the dense model was not measured when the model was pruned."
+    better = report.get("better_recipe")
+    more = f" The recipe {better} loses less." if better else ""
+    scale = f"The verdict is that of the KL divergence in nats a token: {SCALE}."
+    return f"Against the dense model, {Loss(**report['lost'])}. {scale}{more}"
 
 
 def _sentence(report: Mapping[str, Any]) -> str:

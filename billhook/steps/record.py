@@ -13,8 +13,10 @@ from billhook.architectures.layers import Layer, find_layers
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.loop import LayerResult
 from billhook.engine.method import Method
+from billhook.evaluation.quality import Loss
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.plan import Plan
+from billhook.plan.recipes import better
 from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.store.record import REFILLED, Record, Step, append_step, located
 
@@ -49,6 +51,18 @@ class Report:
     record: dict[str, Any]
 
     @property
+    def lost(self) -> Loss | None:
+        """What the model has lost against the dense one on held-out text; None if it was not measured."""
+        found = self.record["steps"][-1]["made_by"]["lost"]
+        return None if found is None else Loss(**found)
+
+    @property
+    def better_recipe(self) -> str | None:
+        """The next recipe that loses less, if there is one."""
+        found: str | None = self.record["steps"][-1]["made_by"]["better_recipe"]
+        return found
+
+    @property
     def sparsity(self) -> float:
         """Fraction of the prunable weights that are zero now."""
         return sum(layer.zeros for layer in self.layers) / sum(layer.n for layer in self.layers)
@@ -60,12 +74,14 @@ class Report:
             "sparsity": self.sparsity,
             "target": self.plan.target,
             "seconds": round(self.seconds, 3),
+            "lost": None if self.lost is None else self.lost.to_dict(),
+            "better_recipe": self.better_recipe,
             "warnings": self.warnings,
             "layers": {r.layer: {"sparsity": r.sparsity, "planned": r.planned, "zeros": r.zeros} for r in self.layers},
         }
 
 
-def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
+def record(job: Job, results: Sequence[LayerResult], lost: Loss | None = None) -> dict[str, Any]:
     """The content of billhook.json after the job: the earlier steps of the model and this one."""
     before = job.opened.history
     known = {} if before is None else before.layers
@@ -73,11 +89,11 @@ def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
     notes = {result.layer: [*result.notes, *_refilled(result, known.get(result.layer))] for result in results}
     layers = {name: _left_alone(facts) | _place(present[name]) for name, facts in known.items() if name in present}
     layers |= {r.layer: _layer_record(r, notes[r.layer]) | _place(present[r.layer]) for r in results}
-    return append_step(before, prune_step(job, notes), layers).to_json()
+    return append_step(before, prune_step(job, notes, lost), layers).to_json()
 
 
-def prune_step(job: Job, notes: Mapping[str, Sequence[str]]) -> Step:
-    """The job as a step of a record, with the `notes` of its layers."""
+def prune_step(job: Job, notes: Mapping[str, Sequence[str]], lost: Loss | None) -> Step:
+    """The job as a step of a record, with the `notes` of its layers and what was `lost`."""
     request, opened = job.request, job.opened
     plan, fields = job.plan.to_json(), ("published", "refine", "seed", "dtype", "device")
     if isinstance(plan["made_by"].get("options"), dict):
@@ -88,6 +104,8 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]]) -> Step:
         "prune",
         plan,
         {
+            "lost": None if lost is None else lost.to_dict(),
+            "better_recipe": better(request.criterion, job.plan, request.refine),
             "recipe": request.followed,
             "criterion": request.criterion,
             "criterion_options": _without_folders(job.method.options),
