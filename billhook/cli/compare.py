@@ -83,7 +83,8 @@ def command(
     fractions = numbers(sparsities, float, "--sparsities", "0.5,0.6,0.7")
     given = {f"plan {name}": plan for name, plan in load_plans([Path(path) for path in split_list(plans)]).items()}
     grid = Grid(fractions, *names, seeds, parse_settings(settings), given, named)
-    options = {"limit": limit, "output": output, "overwrite": overwrite, **vars(text), **work.fields()}
+    options = {"limit": limit, "output": output, "overwrite": overwrite, **vars(text)}
+    options |= work.fields(models[0], streams=False)
     try:
         found = compare(models[0], grid, data, progress=say, **options)
     except KeyboardInterrupt:

@@ -102,7 +102,7 @@ def command(
         raise BillhookError(
             "Say where the pruned model goes: --output DIRECTORY (or --dry-run to see what would happen)."
         )
-    groups = {**method.fields(), **vars(text), **work.fields(), **vars(writing)}
+    groups = {**method.fields(), **vars(text), **work.fields(model), **vars(writing)}
     report = _prune(Request(model=model, output=output, **groups), log_file, dry_run, as_json)
     if report is None:
         return

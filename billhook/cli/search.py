@@ -63,7 +63,7 @@ def command(
     method |= {"recipe": recipe or "", "criterion": criterion or ""}
     text: dict[str, Any] = {"calibration": calibration, "samples": samples, "length": length}
     try:
-        found = search(model, sparsity, **race, **method, **text, **work.fields())
+        found = search(model, sparsity, **race, **method, **text, **work.fields(model, streams=False))
     except KeyboardInterrupt:
         raise JobError(f"Stopped. The finished trials are in {output}: the same command continues.") from None
     best, place = found.record["best"], found.model

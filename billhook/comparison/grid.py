@@ -37,6 +37,7 @@ from billhook.steps.apply import prune_with
 from billhook.steps.evaluate import versions
 from billhook.steps.gradients import make_gradients
 from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
+from billhook.store.compute import dtype_name
 from billhook.store.files import json_text
 from billhook.tasks.base import Home
 from billhook.tasks.token_windows import tokenizer_of, window_length
@@ -110,7 +111,7 @@ def _identity(grid: Grid, request: Request, opened: Opened, windows: Windows, pr
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
         "group": request.group,
-        "dtype": str(opened.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(opened.model.dtype),
         "versions": versions(),
     }
 

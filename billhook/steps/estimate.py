@@ -8,10 +8,8 @@ import resource
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,6 +24,7 @@ from billhook.evaluation.kl import K
 from billhook.methods.statistics import GRADIENTS, REGIONAL
 from billhook.steps.request import TOKENS_A_BATCH
 from billhook.steps.resolve import ResolvedRequest
+from billhook.store.shards import weight_bytes
 
 PROCESS = 0.5 * 2**30  # bytes of Python and its libraries
 BACKWARD = 2**29  # most bytes of layer outputs in a backward pass, see billhook.trials.attribution
@@ -108,20 +107,10 @@ def estimate(resolved: ResolvedRequest) -> Estimate:
     memory = peak_bytes(model, opened.layers, request.criterion, needs, **text, racing=racing, refine=refine)
     hidden = tokens * text_config(model.config).hidden_size * model.dtype.itemsize
     stores = (1 + ("drift" in needs) + 2 * refine) * bool(needs or refine)
-    disk = n_bytes(model) * (2 if resolved.packed else 1) + stores * max(0.0, hidden - request.spill_gib * 2**30)
+    written = n_bytes(model) if opened.source is None else weight_bytes(opened.source)
+    disk = written * (2 if resolved.packed else 1) + stores * max(0.0, hidden - request.spill_gib * 2**30)
     disk += 4 * sum(math.prod(x.shape) for x in opened.layers) * bool(needs & set(GRADIENTS))
     return Estimate(round((PROCESS + memory) / 2**30, 3), round(disk / 2**30, 3))
-
-
-def free_gib(device: str) -> float | None:
-    """Free memory of the device, or of the system for a CPU, in GiB; None where that is unknown."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0] / 2**30
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def peak_gib() -> float:

@@ -26,6 +26,7 @@ from billhook.plan.table import Table
 from billhook.recover.blockwise import Refining
 from billhook.steps.state import partial_folder, unfinished_run
 from billhook.store.checkpoint import check_directory, load, model_digest, resolve
+from billhook.store.compute import dtype_name
 from billhook.store.layout import WRITTEN
 from billhook.store.output import check_output
 from billhook.store.record import Record, history
@@ -70,7 +71,7 @@ class Request:
     group: Group | None = None
     published: bool = False
     refine: Refining | Literal[""] = ""
-    device: str = "cpu"
+    device: str = "auto"
     dtype: str = "auto"
     overwrite: bool = False
     resume: bool = False
@@ -259,6 +260,11 @@ def model_facts(source: Path | None, model: PreTrainedModel) -> dict[str, Any]:
     """What identifies a model in tables, plans and billhook.json."""
     digest = None if source is None else model_digest(source)
     return {"name": _model_name(source, model), "type": model.config.model_type, "digest": digest}
+
+
+def computed_in(model: PreTrainedModel) -> dict[str, str]:
+    """The dtype and the kind of device in which a model is computed."""
+    return {"dtype": dtype_name(model.dtype), "device": model.device.type}
 
 
 def _model_name(source: Path | None, model: PreTrainedModel) -> str:

@@ -24,7 +24,7 @@ from billhook.plan.table import Table
 from billhook.racing import automatic
 from billhook.racing.hyperparameters import configure, is_raced
 from billhook.steps.options import split_options
-from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
+from billhook.steps.request import Opened, Request, calibration_facts, computed_in, listed, open_request
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.store.files import sha256
 from billhook.store.output import check_output
@@ -85,7 +85,7 @@ def check(request: Request, progress: Progress = lambda step: None, *, dry_run: 
     named = f" (the recipe {request.followed})" if request.followed else ""
     who = f"Pruning with {request.criterion} and {request.allocator}{named}"
     opened = open_request(request, needs_samples, who, streamed=streamed, progress=progress)
-    run = _identity(request, opened, {**allocator_options, **method.options}, plan, table)
+    run = identity(request, opened, {**allocator_options, **method.options}, plan, table)
     if gradients is not None:
         gradients.check(method.gradient, {layer.name: layer.shape for layer in opened.layers}, opened.facts)
     resumed, done = _partial_plan(request, opened, run)
@@ -170,7 +170,7 @@ def _given_gradients(request: Request, method: Method) -> Gradients | None:
     return request.gradients if isinstance(request.gradients, Gradients) else open_gradients(Path(request.gradients))
 
 
-def _identity(
+def identity(
     request: Request, opened: Opened, options: Mapping[str, Any], plan: Plan | None, table: Table | None
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed: versions, model, data and everything that changes the result.
@@ -179,13 +179,14 @@ def _identity(
     """
     given = {"plan": None if plan is None else plan.to_json(), "table": None if table is None else asdict(table)}
     gradients = request.gradients.path if isinstance(request.gradients, Gradients) else request.gradients
-    same = ("sparsity", "pattern", "allocator", "criterion", "group", "published", "refine", "seed", "dtype", "device")
+    same = ("sparsity", "pattern", "allocator", "criterion", "group", "published", "refine", "seed")
     return {
         "version": f"{VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
         "processes": world(),
         "model": opened.facts["digest"],
         "history": None if opened.history is None else _json_digest(opened.history.to_json()),
         **{key: getattr(request, key) for key in same},
+        **computed_in(opened.model),
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
         "options": dict(options),

@@ -30,6 +30,7 @@ from billhook.steps.options import split_options
 from billhook.steps.prune import run
 from billhook.steps.record import Job
 from billhook.steps.request import Opened, Request, listed, open_request
+from billhook.store.compute import dtype_name
 from billhook.store.output import check_output
 from billhook.store.shards import weight_bytes
 from billhook.store.tensor_bytes import tensor_bytes
@@ -191,5 +192,5 @@ def _identity(request: Request, opened: Opened, space: Space, method: Method) ->
         "allocators": list(space.allocators),
         "options": dict(space.given),
         "grid": space.grid,
-        "dtype": str(opened.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(opened.model.dtype),
     }
