@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from billhook.errors import BillhookError
 from billhook.plan.densities import density
 from billhook.plan.metrics import fact
-from billhook.reports.card import evaluation_rows, lost_in_words, options_text
+from billhook.reports.card import evaluation_rows, lost_in_words, options_text, template
 from billhook.reports.charts import STYLE, Series, chart
 from billhook.reports.heat_maps import by_kind, heat_map
 from billhook.reports.pictures import BLOCK, ERROR, SPARSITY
@@ -31,17 +30,9 @@ class Figure:
     rows: list[list[str]]
 
 
-@cache
-def _template() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    options: Any = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    return Environment(loader=PackageLoader("billhook.reports"), **options).get_template("report.html.j2")
-
-
 def page(report: Mapping[str, Any]) -> str:
     """The text of report.html."""
-    text: str = _template().render(
+    text: str = template("report.html.j2", html=True).render(
         report=report,
         style=STYLE,
         figures=figures(report),

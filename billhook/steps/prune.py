@@ -76,7 +76,8 @@ def decide(resolved: ResolvedRequest, progress: Progress = lambda layer: None) -
         chosen = request.plan is not None and (request.targets or request.ignore)
         advice = " --targets and --ignore must choose exactly the plan's layers." if chosen else ""
         raise BillhookError(f"{error}{advice}") from None
-    return Job(request, opened, plan, resolved.method, resolved.gradients, resolved.identity, resolved.packed)
+    about: dict[str, Any] = {"identity": resolved.identity, "packed": resolved.packed, "begun": resolved.begun}
+    return Job(request, opened, plan, resolved.method, resolved.gradients, **about)
 
 
 def _allocate(resolved: ResolvedRequest, progress: Progress) -> Plan:
@@ -107,7 +108,7 @@ def run(
     finished block. Raises JobError, and Interrupted where the run can be resumed.
     """
     barrier()  # until all processes have checked the output
-    start, lost = time.perf_counter(), _loss_of(job)
+    lost = loss_of(job)
     if job.request.output is None or job.opened.source is None or not job.opened.resources.streamed:
         results = _apply(job, progress, note)
         made = record(job, results, lost())
@@ -119,10 +120,10 @@ def run(
         output, more = _pack(output, job.packed, job.request.overwrite)
         notes = [*notes, *more]
     warnings = [*made["steps"][-1]["warnings"], *notes]
-    return Report(job.plan, results, output, time.perf_counter() - start, warnings, made)
+    return Report(job.plan, results, output, time.perf_counter() - job.begun, warnings, made)
 
 
-def _loss_of(job: Job) -> Callable[[], Loss | None]:
+def loss_of(job: Job) -> Callable[[], Loss | None]:
     """Record the dense model's predictions, and return a function that says what the model has lost when it is called.
 
     There is no answer (None) without text, and for a model or text that gives nothing to predict.

@@ -1,6 +1,7 @@
 """A checked job, its report, and the step that it adds to billhook.json."""
 
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ class Job:
     gradients: Gradients | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     packed: Path | None = None  # the final, packed output; `request.output` is then the dense model
+    begun: float = field(default_factory=time.perf_counter)  # when the request was read
 
     @property
     def steps(self) -> int:

@@ -28,9 +28,12 @@ IDS = torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed
 def in_memory(source: Path, output: Path, **fields) -> Path:
     """What `prune` writes, made with the whole model in memory."""
     job = prepare(Request(load_model(source, dtype=fields.pop("dtype", "auto")), **fields))
-    options = {"criterion": job.request.criterion, "batches": job.opened.batches, "layers": job.opened.layers}
+    lost, options = (
+        loss_of(job),
+        {"criterion": job.request.criterion, "batches": job.opened.batches, "layers": job.opened.layers},
+    )
     results = prune_(job.opened.model, job.plan, **options, **job.method.options)
-    return save_pruned(job.opened.model, source, output, record=record_of(job, results), publish=publish).path
+    return save_pruned(job.opened.model, source, output, record=record_of(job, results, lost()), publish=publish).path
 
 
 def same(streamed: Path, reference: Path) -> None:
