@@ -18,7 +18,7 @@ Examples:
   billhook quantize model --type int8 --quantizer round -o fast
 """
 TYPE_HELP = (
-    "Storage type. GGUF types (q4_k, iq3_s, ...) make a .gguf file for llama.cpp; int2 to int8, with /GROUP columns per "
+    "Storage type. GGUF types (q4_k, iq3_s, ...) make a .gguf file for llama.cpp; int2 to int8, with /GROUP columns a "
     "scale (int4/64), a directory for transformers and vLLM. See billhook ls types."
 )
 
