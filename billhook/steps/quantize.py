@@ -21,6 +21,7 @@ from billhook.engine.loop import LayerResult, apply_plan_
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
 from billhook.errors import BillhookError
+from billhook.evaluation.quality import Loss
 from billhook.export import compressed_tensors, ggml_tensors
 from billhook.export.gguf import write_gguf
 from billhook.methods.encoded import Encoded
@@ -30,6 +31,7 @@ from billhook.methods.quantize.grids import grid_of
 from billhook.methods.statistics import LayerStats
 from billhook.plan.plan import Plan, load_plan
 from billhook.steps.block_files import BlockFiles
+from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
 from billhook.steps.record import without_folders
 from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
@@ -40,12 +42,13 @@ from billhook.steps.types import (
     full_name,
     is_ggml,
     layer_tensors,
+    outside_parameter,
     outside_types,
     plan_types,
     uniform_plan,
 )
 from billhook.store.record import Step, append_step
-from billhook.store.shards import weight_bytes, write_index
+from billhook.store.shards import read_shard, weight_bytes, write_index
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class QuantizeRequest:
     """The parameters of a quantizing run; the field names are those of the command line.
 
     `type` is one storage type for all layers, or "" with a `plan` of types. `embeddings` is that of embeddings and head
-    in a GGUF file. With `published`, windows are drawn as in the released code of the papers.
+    in a GGUF file; `outside` gives each of them one, by its name on disk. With `published`, windows are drawn as in the
+    released code of the papers.
     """
 
     model: str | Path
@@ -61,6 +65,7 @@ class QuantizeRequest:
     output: str | Path
     plan: str | Path | Plan | None = None
     embeddings: str = ""
+    outside: Mapping[str, str] = field(default_factory=dict)
     quantizer: str = "gptq"
     options: Mapping[str, Any] = field(default_factory=dict)
     calibration: str | Path | torch.Tensor | None = None
@@ -128,6 +133,7 @@ class QuantizeReport:
     size: int
     source_size: int
     seconds: float
+    loss: Loss | None
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -138,6 +144,7 @@ class QuantizeReport:
             "bytes": self.size,
             "source_bytes": self.source_size,
             "seconds": round(self.seconds, 3),
+            "lost": None if self.loss is None else self.loss.to_dict(),
             "warnings": self.warnings,
             "layers": {r.layer: {"type": r.type, "error": r.error, "zeros": r.zeros} for r in self.layers},
         }
@@ -181,7 +188,9 @@ def prepare(request: QuantizeRequest, progress: Progress = lambda layer: None) -
     tensors = layer_tensors(opened)
     dtypes = {stream.source[name].dtype for name in tensors.values()}
     method = replace(method, scale_dtype=torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float16)
-    outside = outside_types(opened, request.embeddings or EMBEDDINGS) if is_ggml(type) else {}
+    outside = dict(request.outside)
+    if is_ggml(type) and not outside:
+        outside = outside_types(opened, request.embeddings or EMBEDDINGS)
     run = identity(request.opening(), opened, method.options, plan, None)
     run |= {"step": "quantize", "quantizer": request.quantizer, "outside": outside}
     return QuantizeJob(request, opened, plan, method, tensors, outside, run, notes)
@@ -207,9 +216,13 @@ def run(
 
     files = BlockFiles(stream, job.grids, ggml_tensors if job.ggml else compressed_tensors, outside)
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
+    lost = loss_of(opened, request.opening().drawing.held_out)
     with partial_output(
         stream, source, output, job.identity, job.plan.to_json(), **may, stopping=stopping, files=files
     ) as partial:
+        for name in job.outside:
+            decoded = files.form.read(name, job.grids[name], [read_shard(partial.folder / files.files[0])])
+            outside_parameter(opened.model, name).copy_(decoded.decode(torch.float32))
         before = [result for results in partial.state.results for result in results]
         for result in before:
             progress(result.layer)
@@ -222,12 +235,13 @@ def run(
             opened.model, job.plan, job.method, opened.batches, layers=opened.layers, resources=opened.resources,
             start=partial.state.done, progress=progress, made=made, finished=partial.finished,
         )  # fmt: skip
-        record = _record(job, results)
+        loss = lost()
+        record = _record(job, results, loss)
         partial.complete(record, _finish(job, files, source))
     size = sum(file.stat().st_size for file in output.iterdir() if file.suffix in (".safetensors", ".gguf"))
     bits = 8 * job.plan.bytes(job.shapes) / sum(out * columns for out, columns in job.shapes.values())
     warnings, seconds = record["steps"][-1]["warnings"], time.perf_counter() - start
-    return QuantizeReport(output, results, bits, size, weight_bytes(source), seconds, warnings)
+    return QuantizeReport(output, results, bits, size, weight_bytes(source), seconds, loss, warnings)
 
 
 def _finish(job: QuantizeJob, files: BlockFiles, source: Path) -> Callable[[Path], Mapping[str, Any]]:
@@ -257,7 +271,7 @@ def _configuration(job: QuantizeJob) -> dict[str, Any]:
     return compressed_tensors.configuration(types, linear - types.keys())
 
 
-def _record(job: QuantizeJob, results: Sequence[LayerResult]) -> dict[str, Any]:
+def _record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) -> dict[str, Any]:
     """The content of billhook.json after the run."""
     request, opened, before = job.request, job.opened, job.opened.history
     known = {} if before is None else before.layers
@@ -275,6 +289,7 @@ def _record(job: QuantizeJob, results: Sequence[LayerResult]) -> dict[str, Any]:
         "ignore": listed(request.ignore),
         "calibration": None if opened.samples is None else calibration_facts(opened),
         "papers": {"quantizer": QUANTIZERS.paper(request.quantizer)},
+        "lost": None if loss is None else loss.to_dict(),
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__
         },
