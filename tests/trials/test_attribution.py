@@ -76,9 +76,14 @@ def test_the_logits_of_a_batch_are_bounded(runner: TrialRunner, monkeypatch: pyt
     assert sizes == [3, 3, 2]
 
 
-def test_the_metric_leaves_the_weights_as_they_were() -> None:
-    model = tiny.mixtral()
+@pytest.mark.parametrize(("windows", "last"), [(7, 3), (40, 16)])
+def test_the_metric_scores_the_last_windows_after_pruning_with_the_others(windows: int, last: int) -> None:
+    """To 60 %; the weights are as they were afterwards."""
+    model, ids = tiny.mixtral(), text(windows)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    shares = measure(model, ["loss_share:wanda"], batches=text(8)).column("loss_share:wanda")
-    assert len(shares) == len(find_layers(model))
+    shares = measure(model, ["loss_share:wanda"], batches=ids).column("loss_share:wanda")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    given, heldout, method = [{"input_ids": ids[:-last]}], {"input_ids": ids[-last:]}, Method("wanda", {})
+    with TrialRunner(model, find_layers(model), given, heldout, method) as runner:
+        runner.prune(allocate(measure(model, []), 0.6))
+        assert shares == pytest.approx(list(runner.attribute().values()), rel=1e-4)

@@ -112,6 +112,11 @@ def test_tied_scores_keep_the_budget(curves: list[list[float]], target: float) -
     assert sum(shares(table, target, "lamp")) == pytest.approx(target * len(curves), abs=1e-9)
 
 
+def test_shares_between_two_quantiles_are_interpolated() -> None:
+    """Scores uniform in [0, 1] and [0, 4]: the threshold is 0.8."""
+    assert shares(curve_table("lamp_quantiles", [[0, 1], [0, 4]]), 0.5, "lamp") == pytest.approx([0.8, 0.2])
+
+
 def test_quantiles_are_those_of_the_scores() -> None:
     w = weights()[0]
     curve = magnitude_quantiles(w)
