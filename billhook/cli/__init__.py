@@ -18,6 +18,7 @@ from billhook.cli import (
     compare,
     demo,
     evaluate,
+    export,
     generate,
     gradients,
     ls,
@@ -61,7 +62,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _FIRST = (prune, quantize, search, measure, gradients, plan, evaluate, compare, report, verify)
-for module in (*_FIRST, pack, unpack, generate, bench, ls, demo, plot):
+for module in (*_FIRST, pack, unpack, export, generate, bench, ls, demo, plot):
     app.command(module.NAME, epilog=module.EXAMPLES)(handle_errors(grouped(module.command)))
 
 

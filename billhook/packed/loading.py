@@ -16,6 +16,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from billhook.architectures.layers import is_plain_linear, is_transposed
+from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
 from billhook.packed.expand import PackedTensor, packed_tensor, stored_tensor
 from billhook.packed.format import Packed, open_packed
@@ -49,7 +50,7 @@ def load(
 
     Raises BillhookError for a directory that differs from what was packed, and what `load_model` raises.
     """
-    path = checkpoint.resolve(model)
+    path = resolve(model)
     if not is_packed(path):
         return load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantized=True)
     config = checkpoint.read_config(path)

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
-from billhook.store.checkpoint import class_names, load, read_config, resolve
+from billhook.store.checkpoint import class_names, load, read_config
 from billhook.tasks import TASKS
 from billhook.tasks.base import Task
 
