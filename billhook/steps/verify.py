@@ -16,11 +16,12 @@ import numpy as np
 
 from billhook.errors import BillhookError
 from billhook.plan.plan import Plan
-from billhook.store.files import sha256
+from billhook.store.files import read_json, sha256
 from billhook.store.layout import RECORD, is_packed, is_unfinished
 from billhook.store.record import REFILLED, Record, Step, located, read_record, weights_digest
 from billhook.store.shards import Shard, layer_zeros, read_shard, weight_files
 
+_MOST_BLOCKS = 10_000  # where the weights cannot be read
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 Progress = Callable[[int, int], None]
 
@@ -69,13 +70,13 @@ def verify(directory: str | Path, progress: Progress = lambda done, all: None) -
     if not is_packed(directory):
         record = read_record(directory / RECORD)
         problems = [*_check_files(directory, record.files), *_unlisted(directory, record.files)]
-        problems += _check_config(directory)
         shards, damaged = _open(directory)
+        problems += _check_config(directory, shards)
         return _check_record(directory, record, [*problems, *_check_finite(shards)], shards, damaged, progress)
     from billhook.packed.check import examine
 
     seen = examine(directory)
-    problems = [*seen.problems, *_check_config(directory)]
+    problems = [*seen.problems, *_check_config(directory, seen.shards)]
     if seen.problems or not (directory / RECORD).is_file():
         return Verification(str(directory), 0, seen.layers, seen.zeros, seen.weights, problems)
     record = read_record(directory / RECORD)
@@ -211,13 +212,18 @@ def _unlisted(directory: Path, files: Mapping[str, str]) -> Iterator[str]:
             yield f"{path.name} holds weights and is not listed in {RECORD}."
 
 
-def _check_config(directory: Path) -> Iterator[str]:
+def _check_config(directory: Path, shards: Sequence[Shard]) -> Iterator[str]:
     from transformers import AutoConfig
 
+    from billhook.store.checkpoint import check_depth, loading
+
     try:
-        AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        yield f"config.json cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        config = read_json(directory / "config.json", "model configuration", own=False)
+        check_depth(directory, config, sum(len(shard.entries) for shard in shards) or _MOST_BLOCKS)
+        with loading(directory / "config.json"):
+            AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except BillhookError as error:
+        yield f"config.json cannot be loaded: {error}"
 
 
 def _open(directory: Path) -> tuple[list[Shard], list[str]]:

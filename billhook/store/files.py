@@ -1,15 +1,17 @@
-"""Atomic writes, checksums, and reading untrusted json."""
+"""Atomic writes, checksums, and reading untrusted files."""
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from billhook.errors import BillhookError, JobError
+from billhook.errors import BillhookError, JobError, out_of_memory
 
 _CHUNK = 1 << 24
 
@@ -93,10 +95,16 @@ def copy_files(source: Path, folder: Path, wanted: Callable[[Path], bool]) -> li
     return copied
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a json object; raises BillhookError where that fails, naming the kind of file by `what`."""
+def read_json(path: Path, what: str, *, own: bool = True) -> dict[str, Any]:
+    """Read a json object; raises BillhookError where that fails, naming the kind of file by `what`.
+
+    In Billhook's `own` files a number that is not finite as a float is refused, and a byte order mark, which
+    `transformers` refuses in its files, is skipped.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = (
+            parse_json(path.read_text(encoding="utf-8-sig")) if own else json.loads(path.read_text(encoding="utf-8"))
+        )
     except FileNotFoundError:
         raise BillhookError(f"There is no {what} at {path}.") from None
     except OSError as error:
@@ -106,6 +114,39 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BillhookError(f"{path} is not a {what}: the top level must be an object, found {type(value).__name__}.")
     return value
+
+
+def parse_json(text: str) -> Any:
+    """The value of a json text; raises ValueError or RecursionError, also for a number that is not finite."""
+    return json.loads(text, parse_float=_finite, parse_int=_finite, parse_constant=_finite)
+
+
+def _finite(text: str) -> float | int:
+    """A number of json; raises ValueError for one that is not finite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number if any(letter in text for letter in ".eE") else int(text)
+
+
+@contextmanager
+def untrusted(what: str, advice: str) -> Iterator[None]:
+    """Turn an error of the code inside, which uses what a file holds, into BillhookError: `what` failed, and `advice`.
+
+    Errors of the system and of memory are raised as they are. The error itself is the cause of the new one.
+    """
+    try:
+        yield
+    except Exception as error:
+        system = isinstance(error, OSError) and error.errno is not None
+        if isinstance(error, BillhookError) or system or out_of_memory(error):
+            raise
+        raise BillhookError(f"{what} ({in_one_line(error)}). {advice}") from error
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error's class and the beginning of its message."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(" .:")
 
 
 def sha256(path: Path) -> str:
