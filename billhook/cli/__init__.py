@@ -41,6 +41,7 @@ _DISTRIBUTED = ("measure", "prune")  # commands that run in several processes un
 REMOVED = {  # removed commands and options, and what to use instead
     "analyze": "billhook compare MODEL --plans PLAN,PLAN --errors --data SOURCE --output DIR",
     "write": "a calibration SOURCE that begins with self: (--calibration self:)",
+    "--preset": "--recipe, which takes the names of presets (owl/llama@70 is owl@70 now)",
     "--rounding": "--published",
     "--sampling": "--published",
     "--mode": "--published",

@@ -45,10 +45,11 @@ def command(
         if against is None or len(models) < 2:
             raise BillhookError("--picture needs --against DENSE and at least two packed models.")
     axes = {"batches": numbers(batch, int, "--batch", "1,8"), "prompts": numbers(prompt, int, "--prompt", "16,128")}
+    options = loading.fields(models[0], streams=False) | {"dtype": loading.dtype}
     total = (rounds + 1) * len(axes["batches"]) * len(axes["prompts"]) * (len(models) + (against is not None))
     with progress("measuring", total=total) as advance:
         sides = benchmark.bench(
-            models, against=against, **axes, new=new, rounds=rounds, options=vars(loading), progress=advance
+            models, against=against, **axes, new=new, rounds=rounds, options=options, progress=advance
         )
     if picture is not None:
         drawn = draw(sides)
@@ -59,7 +60,7 @@ def command(
     if not as_json:
         return show(sides)
     facts = {"against": None if against is None else sides[0].name, "new": new, "rounds": rounds}
-    emit({**facts, "models": [asdict(x) for x in sides], "hardware": benchmark.hardware(loading.device)})
+    emit({**facts, "models": [asdict(x) for x in sides], "hardware": benchmark.hardware(options["device"])})
 
 
 def draw(sides: "Sequence[Side]") -> str | None:

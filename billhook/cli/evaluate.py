@@ -50,7 +50,7 @@ def command(
     from billhook.steps.evaluate import EvalConfig, evaluate_model
 
     scored = (data, length, limit, protocol, against, split_list(tasks), few_shot, task_limit, batch_size)
-    config = EvalConfig(*scored, **vars(loading))
+    config = EvalConfig(*scored, **loading.fields(model))
     if report:
         _check_report(model)
     with progress("scoring") as advance:

@@ -4,6 +4,7 @@ File format: docs/formats/files.md. The same inputs and seeds give the same byte
 """
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -22,16 +23,17 @@ _IDENTITY = {"model": {"name": str}, "protocol": str, "data": _DATA, "versions":
 
 
 class Cell(NamedTuple):
-    """One way to prune the model; `allocator` may be the name of a plan."""
+    """One way to prune the model; `allocator` may be the name of a plan, `recipe` is empty for a pair without one."""
 
     pattern: str
     sparsity: float
     allocator: str
     criterion: str
+    recipe: str
     seed: int
 
 
-_CELL = {**Cell.__annotations__, "nll": float, "token_ppl": float | None}
+_CELL = {**Cell.__annotations__, "recipe": str | None, "nll": float, "token_ppl": float | None}
 _CELL |= {"sparsity_by_block": dict[str, float], "error_by_block": list[float]}
 
 
@@ -90,7 +92,7 @@ class Comparison:
 
 
 def _cell(row: dict[str, Any]) -> Cell:
-    return Cell(*(row[key] for key in Cell._fields))
+    return Cell(**{key: row.get(key, "") for key in Cell._fields})
 
 
 def load_comparison(folder: Path) -> Comparison:
@@ -106,7 +108,7 @@ def load_comparison(folder: Path) -> Comparison:
         typed(_CELL, row, f"{where}, cell {number}")
         if not all(block.isdecimal() for block in row["sparsity_by_block"]):
             raise BillhookError(f"{where}, cell {number}, sparsity_by_block: not every key is the number of a block.")
-    cells = [{"token_ppl": None, **row} for row in value["cells"]]
+    cells = [{**row, "token_ppl": row.get("token_ppl")} for row in value["cells"]]
     return Comparison(folder, value["identity"], value["dense"], cells)
 
 
@@ -152,9 +154,9 @@ def differences(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def method(row: dict[str, Any]) -> str:
+def method(row: Mapping[str, Any]) -> str:
     """The name of a method in tables and pictures."""
-    return f"{row['criterion']} + {row['allocator']}"
+    return str(row.get("recipe") or f"{row['criterion']} + {row['allocator']}")
 
 
 def budget(row: dict[str, Any]) -> str:

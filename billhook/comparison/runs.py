@@ -15,15 +15,8 @@ from billhook.store.files import untrusted
 from billhook.store.layout import REPORT
 from billhook.store.typed_json import typed
 
-_ROW: dict[str, Any] = {
-    "protocol": str,
-    "digest": str,
-    "length": int,
-    "windows": int,
-    "versions": dict[str, str],
-    "source": str,
-}
-_ROW |= {"model": str, "method": str, "pattern": str, "sparsity": float, "nll": float}
+_ROW: dict[str, Any] = {"protocol": str, "source": str, "digest": str, "length": int, "windows": int}
+_ROW |= {"versions": dict[str, str], "model": str, "method": str, "pattern": str, "sparsity": float, "nll": float}
 _ROW |= {"token_ppl": float | None, "dense_token_ppl": float | None}
 _SAME = {
     "protocol": "protocol",

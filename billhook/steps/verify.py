@@ -16,6 +16,7 @@ import numpy as np
 
 from billhook.errors import BillhookError
 from billhook.plan.plan import Plan
+from billhook.steps.kept import changed_weights
 from billhook.store.files import read_json, sha256
 from billhook.store.layout import RECORD, is_packed, is_unfinished
 from billhook.store.record import REFILLED, Record, Step, located, read_record, weights_digest
@@ -56,11 +57,14 @@ class Verification:
         return {"ok": self.ok, **asdict(self)}
 
 
-def verify(directory: str | Path, progress: Progress = lambda done, all: None) -> Verification:
+def verify(
+    directory: str | Path, progress: Progress = lambda done, all: None, *, source: str | Path | None = None
+) -> Verification:
     """Compare a directory with its billhook.json, and a packed one with the record of packing too.
 
-    `progress(done, all)` is called after each layer. Raises BillhookError for a missing or damaged record; every other
-    difference is a line in `problems`.
+    `progress(done, all)` is called after each layer. With `source`, the model from which a step started, the weights
+    that no step updated are compared with it byte by byte. Raises BillhookError for a missing or damaged record; every
+    other difference is a line in `problems`.
     """
     directory = Path(directory).expanduser()
     if not directory.is_dir():
@@ -71,8 +75,12 @@ def verify(directory: str | Path, progress: Progress = lambda done, all: None) -
         record = read_record(directory / RECORD)
         problems = [*_check_files(directory, record.files), *_unlisted(directory, record.files)]
         shards, damaged = _open(directory)
-        problems += _check_config(directory, shards)
-        return _check_record(directory, record, [*problems, *_check_finite(shards)], shards, damaged, progress)
+        problems += [*_check_config(directory, shards), *_check_finite(shards)]
+        if source is not None:
+            problems += changed_weights(shards, record, Path(source).expanduser())
+        return _check_record(directory, record, problems, shards, damaged, progress)
+    if source is not None:
+        raise BillhookError(f"{directory} is packed: unpack it first, to compare it with {source}.")
     from billhook.packed.check import examine
 
     seen = examine(directory)

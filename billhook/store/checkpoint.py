@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from billhook.errors import BillhookError
 from billhook.store import not_a_model
+from billhook.store.compute import chosen_device, chosen_dtype
 from billhook.store.files import digest_of, in_one_line, read_json, sha256, untrusted
 from billhook.store.layout import PACKED, is_packed
 from billhook.store.shards import read_shard, weight_files
@@ -28,7 +29,6 @@ _DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja",
 _COPY_AGAIN = "Repair the file, or copy or download it again."
 _DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _CONFIG = {"model_type": str | None, "architectures": list[str] | None, "auto_map": dict[str, Any] | None}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def resolve(model: str | Path) -> Path:
@@ -118,15 +118,16 @@ def load(
     auto_class: str,
     *,
     dtype: str | torch.dtype = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Check a model directory and load it in evaluation mode by one of transformers' Auto classes.
 
-    `dtype` "auto" is the checkpoint's own. Raises BillhookError where tensors are missing, left over, or of another
-    shape than the configuration says.
+    `billhook.store.compute` says what "auto" means. Raises BillhookError where tensors are missing, left over, or of
+    another shape than the configuration says.
     """
     check_trusted(path, check_directory(path), auto_class, trust_remote_code)
+    device, dtype = chosen_device(device), chosen_dtype(dtype, device, path)
     with loading(path):
         kind, local = getattr(transformers, auto_class), {"local_files_only": True, "use_safetensors": True}
         model = from_pretrained(kind, path, path, dtype=dtype, trust_remote_code=trust_remote_code, **local)
@@ -136,7 +137,7 @@ def load(
 
 
 def from_pretrained(
-    kind: Any, path: Path, source: Path | None, *, dtype: str | torch.dtype, **options: Any
+    kind: Any, path: Path, source: Path | None, *, dtype: torch.dtype, **options: Any
 ) -> PreTrainedModel:
     """`kind.from_pretrained(source, ...)` for the directory `path`, checked for missing, left over and misshapen
     tensors.
@@ -145,7 +146,7 @@ def from_pretrained(
     """
     model, info = kind.from_pretrained(
         source,
-        dtype=known_dtype(dtype),
+        dtype=dtype,
         experts_implementation="eager",
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # reported by name in `info` instead of by an obscure error
@@ -185,15 +186,6 @@ def on_device(device: str) -> Iterator[None]:
         yield
     except (RuntimeError, AssertionError) as error:
         raise BillhookError(f"Cannot put the model on device {device!r}: {in_one_line(error)}.") from None
-
-
-def known_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """A dtype by its name, or "auto"; raises BillhookError for another name."""
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    if dtype not in DTYPES:
-        raise BillhookError(f"Unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
 
 
 def _check_complete(path: Path, info: dict[str, Any]) -> None:

@@ -42,12 +42,13 @@ def _named(who: str, classes: list[str], config: dict[str, Any]) -> Task:
 
 
 def load_model(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", trust_remote_code: bool = False
+    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Load a model directory (or hub name) in evaluation mode.
 
-    `dtype` "auto" means that of the checkpoint. Raises BillhookError for a model without a task, and if tensors are
-    missing, unexpected, or do not have the shape of the configuration.
+    "auto" is the GPU if there is one, and there the checkpoint's dtype; on a processor it is float32. Raises
+    BillhookError for a model without a task, and if tensors are missing, unexpected, or do not have the shape of the
+    configuration.
     """
     path = resolve(path)
     task = task_of_config(path, read_config(path))

@@ -15,7 +15,7 @@ from command import billhook, done
 from billhook import allocate, measure, prune
 from billhook.comparison.grid import Grid, compare
 from billhook.comparison.record import differences, load_comparison, summary
-from billhook.comparison.views import error_tables, markdown, pictures, spreadsheet
+from billhook.comparison.views import error_tables, markdown, perplexity_table, pictures, spreadsheet
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import evaluate
 from billhook.text.windows import load_windows
@@ -60,6 +60,26 @@ def test_every_cell_is_a_run_of_its_own(place, made):
         assert row["achieved"] == pytest.approx(row["sparsity"], abs=1e-4)
     assert made.dense["nll"] == pytest.approx(evaluate(tiny.llama(), windows).nll)
     assert all(len(row["error_by_block"]) == 4 and min(row["error_by_block"]) > 0 for row in made.cells)
+
+
+def test_a_recipe_is_one_method_of_a_comparison_and_is_what_prune_makes_of_it(place):
+    grid = Grid((0.6,), (), (), ("unstructured", "2:4"), recipes=("good", "best"))
+    text = {"calibration": str(place / "text.txt"), "samples": 16, "length": 32}
+    found = compare(place / "model", grid, str(place / "scored.txt"), **text)
+    assert [(row["recipe"], row["pattern"], row["allocator"]) for row in found.cells] == [
+        ("good", "unstructured", "auto"),
+        ("best", "unstructured", "auto"),
+        ("good", "2:4", "uniform"),
+        ("best", "2:4", "uniform"),
+    ]
+    assert [row[0] for row in perplexity_table(found)[1]] == ["dense", "good", "best"]
+    windows = load_windows(str(place / "scored.txt"), tiny.tokenizer(), length=32)
+    for row in found.cells:
+        model = tiny.llama()
+        model.name_or_path = str(place / "model")
+        budget = {"pattern": row["pattern"], "sparsity": row["sparsity"]}
+        assert prune(model, recipe=row["recipe"], **budget, **text).record["steps"][0]["made_by"]["recipe"]
+        assert evaluate(model, windows).nll == pytest.approx(row["nll"], rel=1e-6), row
 
 
 def test_an_interrupted_comparison_continues(place, made, tmp_path):

@@ -1,10 +1,12 @@
-"""Files from elsewhere, damaged in every way and given to the real commands: each is read, or refused in a few words that
-name it, and no command ends in an internal error."""
+"""Files from elsewhere, damaged in many ways and given to the real commands: each is read, or refused in a few words,
+and no command ends in an internal error.
+"""
 
 import copy
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -27,6 +29,8 @@ PRUNE = ("--sparsity", "0.5", "--criterion", "magnitude", "--allocator", "unifor
 SEARCH = ("search", "model", *PRUNE[:4], "--allocator", "atp", "--budget", "1", *TEXT, "-o", "found", "--no-model")
 GRID = ("compare", "model", "--sparsities", "0.4,0.5", "--criteria", "magnitude", "--seeds", "2", *SCORED, *TEXT[:4])
 GRID = (*GRID, "-o", "grid")
+UNPACK = ("unpack", "packed", "-o", "out")
+GBLM = ("--criterion", "gblm", "--gradients", "gradients.safetensors")
 SPEAK = ("The quick", "--max-new-tokens", "3")
 # file -> the commands that read it
 READERS: dict[str, list[tuple[str, ...]]] = {
@@ -73,28 +77,11 @@ READERS: dict[str, list[tuple[str, ...]]] = {
     "model/tokenizer_config.json": [("eval", "model", *SCORED), ("generate", "model", *SPEAK)],
     "sharded/model.safetensors.index.json": [("prune", "sharded", *PRUNE, "-o", "out"), ("verify", "sharded")],
     "sharded/model-00001-of-00003.safetensors": [("prune", "sharded", *PRUNE, "-o", "out")],
-    "packed/billhook_packed.json": [
-        ("verify", "packed"),
-        ("unpack", "packed", "-o", "out"),
-        ("generate", "packed", *SPEAK),
-    ],
-    "packed/model.packed.safetensors": [("unpack", "packed", "-o", "out"), ("generate", "packed", *SPEAK)],
+    "packed/billhook_packed.json": [("verify", "packed"), UNPACK, ("generate", "packed", *SPEAK)],
+    "packed/model.packed.safetensors": [UNPACK, ("generate", "packed", *SPEAK)],
     "packed/config.json": [("verify", "packed"), ("generate", "packed", *SPEAK)],
-    "packed/report.json": [("unpack", "packed", "-o", "out")],
-    "gradients.safetensors": [
-        (
-            "prune",
-            "model",
-            *PRUNE[:2],
-            "--criterion",
-            "gblm",
-            "--gradients",
-            "gradients.safetensors",
-            *TEXT,
-            "-o",
-            "out",
-        )
-    ],
+    "packed/report.json": [UNPACK],
+    "gradients.safetensors": [("prune", "model", *PRUNE[:2], *GBLM, *TEXT, "-o", "out")],
     "tokens.safetensors": [("eval", "model", "--data", "tokens.safetensors")],
     "text.jsonl": [("eval", "model", "--data", "text.jsonl", *SCORED[2:])],
     "items.jsonl": [("eval", "model", "--tasks", "items.jsonl", "--length", "16")],
@@ -180,8 +167,8 @@ def changed(value: Any, way: tuple[Any, ...], new: object) -> Any:
 
 
 def damages(data: bytes, name: str, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """Contents for a file: `count` with one value of its json replaced, those near the top more often, and some that are
-    cut, flipped or another text."""
+    """Contents for a file: `count` with one value of its json replaced, those near the top more often, and some that
+    are cut, flipped or another text."""
     chance = random.Random(f"{name} {seed}")
     texts = [(f"the text {text[:20]!r}", text) for text in TEXTS]
     cut, at = chance.randrange(len(data)), chance.randrange(len(data))
@@ -258,4 +245,4 @@ def test_a_configuration_that_no_model_has_is_named(tmp_path, monkeypatch, chang
     for command in (("prune", "model", *PRUNE, "-o", "out"), ("eval", "model", "--data", "stdlib:heldout")):
         ran = billhook(*command)
         assert ran.code == 2, ran.err
-        assert pytest.importorskip("re").search(match, ran.err), ran.err
+        assert re.search(match, ran.err), ran.err

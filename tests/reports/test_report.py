@@ -25,7 +25,7 @@ def place(tmp_path_factory):
     prune(
         folder / "model",
         sparsity=0.5,
-        allocator="owl",
+        recipe="owl",
         calibration=str(folder / "text.txt"),
         samples=4,
         length=32,
@@ -82,7 +82,7 @@ def test_verification_ignores_reports_and_reports_are_deterministic(place, prune
     prune(
         place / "model",
         sparsity=0.5,
-        allocator="owl",
+        recipe="owl",
         calibration=str(place / "text.txt"),
         samples=4,
         length=32,
