@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -117,16 +117,17 @@ def read_json(path: Path, what: str, *, own: bool = True) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a json text; raises ValueError or RecursionError, also for a number that is not finite."""
-    return json.loads(text, parse_float=_finite, parse_int=_finite, parse_constant=_finite)
+    """The value of a json text; raises ValueError (also for a number that is not finite) or RecursionError."""
+    value = json.loads(text)
+    _check_finite(value, "it")
+    return value
 
 
-def _finite(text: str) -> float | int:
-    """A number of json; raises ValueError for one that is not finite."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is not a finite number")
-    return number if any(letter in text for letter in ".eE") else int(text)
+def _check_finite(value: Any, place: str) -> None:
+    if isinstance(value, float | int) and not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{place} is {str(value)[:20]}, which is not a finite number")
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        _check_finite(item, f"{place}, {key}".removeprefix("it, "))
 
 
 @contextmanager
