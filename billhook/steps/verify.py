@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from billhook.errors import BillhookError
+from billhook.export import compressed_tensors
 from billhook.plan.plan import Plan
 from billhook.steps.kept import changed_weights
 from billhook.store.files import read_json, sha256
@@ -251,8 +252,17 @@ def _open(directory: Path) -> tuple[list[Shard], list[str]]:
 
 def _zeros_on_disk(layer: _Expected, shards: Sequence[Shard]) -> list[np.ndarray] | None:
     try:
+        if layer.facts.get("type"):
+            return [compressed_tensors.zeros(layer.facts, layer.shape, shards)]
         return layer_zeros(layer.facts, layer.shape, shards)
-    except (TypeError, KeyError, IndexError, AttributeError):  # a place that was edited by hand
+    except (
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+    ):  # a place that was edited by hand
         return None
 
 
