@@ -18,12 +18,11 @@ from billhook.errors import BillhookError
 from billhook.export import compressed_tensors
 from billhook.plan.plan import Plan
 from billhook.steps.kept import changed_weights
-from billhook.store.files import read_json, sha256
+from billhook.store.files import sha256
 from billhook.store.layout import RECORD, is_packed, is_unfinished
 from billhook.store.record import REFILLED, Record, Step, located, read_record, weights_digest
 from billhook.store.shards import Shard, layer_zeros, read_shard, weight_files
 
-_MOST_BLOCKS = 10_000  # where the weights cannot be read
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 Progress = Callable[[int, int], None]
 
@@ -222,15 +221,10 @@ def _unlisted(directory: Path, files: Mapping[str, str]) -> Iterator[str]:
 
 
 def _check_config(directory: Path, shards: Sequence[Shard]) -> Iterator[str]:
-    from transformers import AutoConfig
-
-    from billhook.store.checkpoint import check_depth, loading
+    from billhook.store.checkpoint import check_loads
 
     try:
-        config = read_json(directory / "config.json", "model configuration", own=False)
-        check_depth(directory, config, sum(len(shard.entries) for shard in shards) or _MOST_BLOCKS)
-        with loading(directory / "config.json"):
-            AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        check_loads(directory, sum(len(shard.entries) for shard in shards))
     except BillhookError as error:
         yield f"config.json cannot be loaded: {error}"
 

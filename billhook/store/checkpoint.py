@@ -28,6 +28,7 @@ from billhook.store.typed_json import typed
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")
 _COPY_AGAIN = "Repair the file, or copy or download it again."
+_MOST_BLOCKS = 10_000  # where nothing else is known
 _DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _CONFIG = {"model_type": str | None, "architectures": list[str] | None, "auto_map": dict[str, Any] | None}
 
@@ -109,6 +110,14 @@ def check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:
         if isinstance(value, int) and value > tensors:
             known = f"its files hold {tensors} tensors"
             raise BillhookError(f"{path} does not fit its config.json: {key} is {value!r:.20}, and {known}.")
+
+
+def check_loads(path: Path, tensors: int) -> None:
+    """Raise BillhookError unless `transformers` loads the configuration of a model of so many tensors (0: unknown)."""
+    config = read_json(path / "config.json", "model configuration", own=False)
+    check_depth(path, config, tensors or _MOST_BLOCKS)
+    with loading(path / "config.json"):
+        transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def is_compressed(config: Mapping[str, Any]) -> bool:

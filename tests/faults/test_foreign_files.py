@@ -29,6 +29,8 @@ PRUNE = ("--sparsity", "0.5", "--criterion", "magnitude", "--allocator", "unifor
 SEARCH = ("search", "model", *PRUNE[:4], "--allocator", "atp", "--budget", "1", *TEXT, "-o", "found", "--no-model")
 GRID = ("compare", "model", "--sparsities", "0.4,0.5", "--criteria", "magnitude", "--seeds", "2", *SCORED, *TEXT[:4])
 GRID = (*GRID, "-o", "grid")
+EXPORT = ("export", "model", "-o", "out")
+OUTLIERS = ("--metrics", "outlier_ratio:5", *TEXT, "-o", "out")
 UNPACK = ("unpack", "packed", "-o", "out")
 GBLM = ("--criterion", "gblm", "--gradients", "gradients.safetensors")
 SPEAK = ("The quick", "--max-new-tokens", "3")
@@ -69,12 +71,13 @@ READERS: dict[str, list[tuple[str, ...]]] = {
         ("prune", "model", *PRUNE, "-o", "out"),
         ("eval", "model", *SCORED),
         ("generate", "model", *SPEAK),
-        ("pack", "pruned", "-o", "out"),
+        ("quantize", "model", "--type", "int8", "--quantizer", "round", "-o", "out"),
+        EXPORT,
     ],
     "pruned/config.json": [("verify", "pruned"), ("pack", "pruned", "-o", "out")],
     "model/generation_config.json": [("prune", "model", *PRUNE, "-o", "out"), ("generate", "model", *SPEAK)],
-    "model/tokenizer.json": [("prune", "model", *PRUNE[:2], *TEXT, "-o", "out"), ("generate", "model", *SPEAK)],
-    "model/tokenizer_config.json": [("eval", "model", *SCORED), ("generate", "model", *SPEAK)],
+    "model/tokenizer.json": [("measure", "model", *OUTLIERS), ("generate", "model", *SPEAK), EXPORT],
+    "model/tokenizer_config.json": [("eval", "model", *SCORED), ("generate", "model", *SPEAK), EXPORT],
     "sharded/model.safetensors.index.json": [("prune", "sharded", *PRUNE, "-o", "out"), ("verify", "sharded")],
     "sharded/model-00001-of-00003.safetensors": [("prune", "sharded", *PRUNE, "-o", "out")],
     "packed/billhook_packed.json": [("verify", "packed"), UNPACK, ("generate", "packed", *SPEAK)],
@@ -84,6 +87,7 @@ READERS: dict[str, list[tuple[str, ...]]] = {
     "gradients.safetensors": [("prune", "model", *PRUNE[:2], *GBLM, *TEXT, "-o", "out")],
     "tokens.safetensors": [("eval", "model", "--data", "tokens.safetensors")],
     "text.jsonl": [("eval", "model", "--data", "text.jsonl", *SCORED[2:])],
+    "template.gguf": [(*EXPORT, "--template", "template.gguf")],
     "items.jsonl": [("eval", "model", "--tasks", "items.jsonl", "--length", "16")],
     "sparsities.json": [
         ("plan", "table.json", "--sparsity", "0.5", "--allocator", "explicit", "--set", "file=sparsities.json")
@@ -122,6 +126,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Path("bench.json").write_text(json.dumps({"models": [side]}))
     done("report", "pruned", "--table", "table.json", "--speed", "bench.json")
     done("pack", "pruned", "-o", "packed")
+    done("export", "model", "-o", "template.gguf")
     done(*GRID)
     done(*SEARCH)
     done("gradients", "model", *TEXT, "-o", "gradients.safetensors")
@@ -142,7 +147,7 @@ def tokens(place: Path) -> Path:
 
 def test_every_command_that_reads_a_file_is_tried() -> None:
     tried = {command[0] for commands in READERS.values() for command in commands}
-    without = {"demo", "ls", "bench", "measure", "gradients"}  # they read models as the others do, or nothing
+    without = {"demo", "ls", "bench", "gradients"}  # they read models as the others do, or nothing
     assert tried == {command.name for command in app.registered_commands} - without
 
 
@@ -171,11 +176,13 @@ def damages(data: bytes, name: str, count: int, seed: int) -> Iterator[tuple[str
     are cut, flipped or another text."""
     chance = random.Random(f"{name} {seed}")
     texts = [(f"the text {text[:20]!r}", text) for text in TEXTS]
-    cut, at = chance.randrange(len(data)), chance.randrange(len(data))
+    cut = chance.randrange(len(data))
     texts += [(f"cut at {cut}", data[:cut]), ("with a byte order mark", b"\xef\xbb\xbf" + data)]
-    flipped = data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
-    texts.append((f"flipped at {at}", flipped))
     yield from chance.sample(texts, min(len(texts), 2 + count // 3))
+    for at in (int(len(data) ** chance.random()) - 1 for _ in range(count if name.endswith(".gguf") else 1)):
+        yield f"flipped at {at}", data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
+    if name.endswith(".gguf"):
+        return
     start, lines = b"", data
     if name.endswith(".safetensors"):
         length = int.from_bytes(data[:8], "little")
