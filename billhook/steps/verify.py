@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from billhook.ambient import pinned
 from billhook.errors import BillhookError
 from billhook.plan.plan import Plan
 from billhook.steps.kept import changed_weights
@@ -56,6 +57,7 @@ class Verification:
         return {"ok": self.ok, **asdict(self)}
 
 
+@pinned
 def verify(
     directory: str | Path, progress: Progress = lambda done, all: None, *, source: str | Path | None = None
 ) -> Verification:
