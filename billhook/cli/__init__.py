@@ -18,6 +18,7 @@ from billhook.cli import (
     compare,
     demo,
     evaluate,
+    export,
     generate,
     gradients,
     ls,
@@ -26,6 +27,7 @@ from billhook.cli import (
     plan,
     plot,
     prune,
+    quantize,
     report,
     search,
     unpack,
@@ -59,8 +61,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_FIRST = (prune, search, measure, gradients, plan, evaluate, compare, report, verify)
-for module in (*_FIRST, pack, unpack, generate, bench, ls, demo, plot):
+_FIRST = (prune, quantize, search, measure, gradients, plan, evaluate, compare, report, verify)
+for module in (*_FIRST, pack, unpack, export, generate, bench, ls, demo, plot):
     app.command(module.NAME, epilog=module.EXAMPLES)(handle_errors(grouped(module.command)))
 
 

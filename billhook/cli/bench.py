@@ -66,7 +66,8 @@ def command(
 def draw(sides: "Sequence[Side]") -> str | None:
     """Decode speed-up against sparsity as SVG, one line per batch size and prompt length; None for fewer than two
     models that have both."""
-    from billhook.reports.charts import Axis, Series, chart
+    from billhook.reports.charts import Series, chart
+    from billhook.reports.scales import Axis
 
     packed = sorted((side for side in sides if side.sparsity is not None), key=lambda side: side.sparsity or 0.0)
     series = []
@@ -80,7 +81,7 @@ def draw(sides: "Sequence[Side]") -> str | None:
         )
     if not series or len(series[0].x) < 2:
         return None
-    series.append(Series("dense", [series[0].x[0], series[0].x[-1]], [1.0, 1.0], marks=False, dashed=True))
+    series.append(Series("dense", [series[0].x[0], series[0].x[-1]], [1.0, 1.0], marks=False, colour=-1, dash=1))
     title = "Tokens generated per second, packed against dense"
     axes = Axis("sparsity of packed layers (%)"), Axis("speed-up over the dense model", zero=True)
     return chart(title, series, *axes, summary="Bands: quartiles over the rounds.", standalone=True)

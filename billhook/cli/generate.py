@@ -30,10 +30,11 @@ def command(
     import torch
     from transformers import TextStreamer
 
+    from billhook.architectures.sources import resolve
     from billhook.errors import BillhookError
     from billhook.packed.generation import generate
     from billhook.packed.loading import load
-    from billhook.store.checkpoint import load_tokenizer, resolve
+    from billhook.store.checkpoint import load_tokenizer
 
     path, options = resolve(model), loading.fields(model, streams=False)
     tokenizer = load_tokenizer(path, trust_remote_code=loading.trust_remote_code)

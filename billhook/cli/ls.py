@@ -15,11 +15,11 @@ Examples:
   billhook ls allocators
   billhook ls criteria --json
 """
-KINDS = ("allocators", "criteria", "metrics", "recipes", "families")
+KINDS = ("allocators", "criteria", "quantizers", "metrics", "recipes", "families")
 
 
 def command(
-    kind: Annotated[str, typer.Argument(help="allocators, criteria, metrics, recipes or families.")],
+    kind: Annotated[str, typer.Argument(help="allocators, criteria, quantizers, metrics, recipes or families.")],
     *,
     as_json: Json = False,
 ) -> None:
@@ -66,6 +66,7 @@ def _registry(kind: str) -> Registry:
         from billhook.plan.allocators import ALLOCATORS
 
         return ALLOCATORS
+    from billhook.methods.quantize import QUANTIZERS
     from billhook.methods.sparse import CRITERIA
 
-    return CRITERIA
+    return QUANTIZERS if kind == "quantizers" else CRITERIA

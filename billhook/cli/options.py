@@ -86,7 +86,7 @@ class Loading:
 
         `streams` says whether the command can read a model that does not fit in memory one block at a time.
         """
-        from billhook.store.checkpoint import resolve
+        from billhook.architectures.sources import resolve
         from billhook.store.compute import chosen_device, chosen_dtype, dtype_name, lacking_gib, stored_dtype
 
         path, device = resolve(model), chosen_device(self.device)

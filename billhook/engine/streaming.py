@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
 from billhook.architectures.config import text_config
+from billhook.architectures.sources import resolve
 from billhook.architectures.stacks import blocks_of
 from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import (
@@ -38,7 +39,6 @@ from billhook.store.checkpoint import (
     loading,
     on_device,
     quiet,
-    resolve,
 )
 from billhook.store.compute import chosen_device, chosen_dtype
 from billhook.store.shards import Entry, Shard, read_shard, weight_files

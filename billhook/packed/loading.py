@@ -17,6 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from billhook.ambient import pinned
 from billhook.architectures.layers import is_plain_linear, is_transposed
+from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
 from billhook.packed.expand import PackedTensor, packed_tensor, stored_tensor
 from billhook.packed.format import Packed, open_packed
@@ -41,7 +42,7 @@ def load(
     tune: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> PreTrainedModel:
-    """Load a packed or an ordinary model directory (or hub name) in evaluation mode, after checking it completely.
+    """Load a packed, quantized or ordinary model directory (or hub name) in evaluation mode, after checking it.
 
     "auto" is the GPU if there is one, and there the checkpoint's dtype; on a processor it is float32. Packed values
     keep their dtype where no precision would be lost. With `tune`, the
@@ -51,9 +52,9 @@ def load(
 
     Raises BillhookError for a directory that differs from what was packed, and what `load_model` raises.
     """
-    path = checkpoint.resolve(model)
+    path = resolve(model)
     if not is_packed(path):
-        return load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantized=True)
     config = checkpoint.read_config(path)
     task = task_of_config(path, config)
     checkpoint.check_trusted(path, config, task.auto_class, trust_remote_code)

@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import billhook
 from billhook.ambient import pinned
+from billhook.architectures.sources import resolve
 from billhook.engine.streaming import open_streamed
 from billhook.errors import BillhookError
 from billhook.evaluation.block_errors import block_errors, block_outputs
@@ -25,7 +26,7 @@ from billhook.evaluation.perplexity import evaluate
 from billhook.evaluation.word_perplexity import evaluate_words
 from billhook.packed.loading import load
 from billhook.steps.request import model_facts
-from billhook.store.checkpoint import load_tokenizer, read_config, resolve
+from billhook.store.checkpoint import load_tokenizer, read_config
 from billhook.store.compute import chosen_device, chosen_dtype, dtype_name, lacking_gib
 from billhook.tasks.opening import task_of, task_of_config
 from billhook.tasks.token_windows import window_length

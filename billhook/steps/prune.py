@@ -138,7 +138,7 @@ def _run_streamed(
     """Prune block by block into the output, or resume a run; returns the results of all layers and the record."""
     stream, request = job.opened.resources.stream, job.request
     assert stream is not None
-    may = {"resume": request.resume, "overwrite": request.overwrite}
+    may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
     with partial_output(stream, source, output, job.identity, job.plan.to_json(), **may, stopping=stopping) as partial:
         _store_generated_text(job, partial)
         before = [result for results in partial.state.results for result in results]

@@ -72,9 +72,9 @@ def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
     known = {} if before is None else before.layers
     present = {layer.name: layer for layer in find_layers(job.opened.model)}
     notes = {result.layer: [*result.notes, *_refilled(result, known.get(result.layer))] for result in results}
-    layers = {name: _left_alone(facts) | _place(present[name]) for name, facts in known.items() if name in present}
+    layers = {name: _left_alone(facts) | place(present[name]) for name, facts in known.items() if name in present}
     for r in results:
-        layers[r.layer] = _layer_record(r, notes[r.layer], known.get(r.layer, {})) | _place(present[r.layer])
+        layers[r.layer] = _layer_record(r, notes[r.layer], known.get(r.layer, {})) | place(present[r.layer])
     return append_step(before, prune_step(job, notes, results), layers).to_json()
 
 
@@ -83,7 +83,7 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[L
     request, opened = job.request, job.opened
     plan, fields = job.plan.to_json(), ("published", "refine", "seed")
     if isinstance(plan["made_by"].get("options"), dict):
-        plan["made_by"] = {**plan["made_by"], "options": _without_folders(plan["made_by"]["options"])}
+        plan["made_by"] = {**plan["made_by"], "options": without_folders(plan["made_by"]["options"])}
     papers = {"criterion": CRITERIA.paper(request.criterion), "allocator": job.plan.made_by.get("paper")}
     packages = {"torch": torch.__version__, "transformers": transformers.__version__}
     return Step(
@@ -92,7 +92,7 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[L
         {
             "recipe": request.followed,
             "criterion": request.criterion,
-            "criterion_options": _without_folders(job.method.options),
+            "criterion_options": without_folders(job.method.options),
             "group": request.group or CRITERIA.group(request.criterion),
             **{key: getattr(request, key) for key in fields},
             **computed_in(opened.model),
@@ -113,7 +113,7 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[L
     )
 
 
-def _without_folders(options: Mapping[str, Any]) -> dict[str, Any]:
+def without_folders(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options that can be published: of a path, only the file's name."""
     text = {key: value for key, value in options.items() if isinstance(value, str)}
     paths = [key for key, value in text.items() if key == "file" or value.startswith(("/", "~"))]
@@ -182,7 +182,7 @@ def _layer_record(result: LayerResult, notes: Sequence[str], before: Mapping[str
     }
 
 
-def _place(layer: Layer) -> dict[str, Any]:
+def place(layer: Layer) -> dict[str, Any]:
     """Where a layer is in memory, from which `billhook.store.locate` finds its place on disk."""
     tensor = f"{layer.name}.weight" if layer.expert is None else layer.name.rpartition(".")[0]
     return {"tensor": tensor, "index": layer.expert, "transposed": layer.transposed}

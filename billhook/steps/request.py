@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.architectures.layers import Layer, check_finite, find_layers, select_layers
+from billhook.architectures.sources import resolve
 from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import rows_per_batch
 from billhook.engine.activation_store import SPILL_GIB
@@ -25,7 +26,7 @@ from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
 from billhook.recover.blockwise import Refining
 from billhook.steps.state import partial_folder, unfinished_run
-from billhook.store.checkpoint import check_directory, load, model_digest, resolve
+from billhook.store.checkpoint import check_directory, load, model_digest
 from billhook.store.compute import dtype_name
 from billhook.store.layout import WRITTEN
 from billhook.store.output import check_output

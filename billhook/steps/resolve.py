@@ -85,7 +85,7 @@ def check(request: Request, progress: Progress = lambda step: None, *, dry_run: 
     named = f" (the recipe {request.followed})" if request.followed else ""
     who = f"Pruning with {request.criterion} and {request.allocator}{named}"
     opened = open_request(request, needs_samples, who, streamed=streamed, progress=progress)
-    run = _identity(request, opened, {**allocator_options, **method.options}, plan, table)
+    run = identity(request, opened, {**allocator_options, **method.options}, plan, table)
     if gradients is not None:
         gradients.check(method.gradient, {layer.name: layer.shape for layer in opened.layers}, opened.facts)
     resumed, done = _partial_plan(request, opened, run)
@@ -170,7 +170,7 @@ def _given_gradients(request: Request, method: Method) -> Gradients | None:
     return request.gradients if isinstance(request.gradients, Gradients) else open_gradients(Path(request.gradients))
 
 
-def _identity(
+def identity(
     request: Request, opened: Opened, options: Mapping[str, Any], plan: Plan | None, table: Table | None
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed: versions, model, data and everything that changes the result.

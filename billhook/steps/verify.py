@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from billhook.ambient import pinned
+from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
+from billhook.export import compressed_tensors
 from billhook.plan.plan import Plan
 from billhook.steps.kept import changed_weights
 from billhook.store.files import sha256
@@ -79,7 +81,7 @@ def verify(
         shards, damaged = _open(directory)
         problems += _check_finite(shards)
         if source is not None:
-            problems += changed_weights(shards, record, Path(source).expanduser())
+            problems += changed_weights(shards, record, resolve(source))
         return _check_record(directory, record, problems, shards, damaged, progress)
     if source is not None:
         raise BillhookError(f"{directory} is packed: unpack it first, to compare it with {source}.")
@@ -248,8 +250,17 @@ def _open(directory: Path) -> tuple[list[Shard], list[str]]:
 
 def _zeros_on_disk(layer: _Expected, shards: Sequence[Shard]) -> list[np.ndarray] | None:
     try:
+        if layer.facts.get("type"):
+            return [compressed_tensors.zeros(layer.facts, layer.shape, shards)]
         return layer_zeros(layer.facts, layer.shape, shards)
-    except (TypeError, KeyError, IndexError, AttributeError):  # a place that was edited by hand
+    except (
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+    ):  # a place that was edited by hand
         return None
 
 

@@ -6,8 +6,9 @@ with random numbers and warns. Code that comes with a checkpoint runs only with 
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,12 @@ def _download(name: str) -> Path:
         ) from None
 
 
-def check_directory(path: Path) -> dict[str, Any]:
+def check_directory(path: Path, *, quantized: bool = False) -> dict[str, Any]:
     """Check that `path` holds a model in safetensors, without reading a weight; returns its configuration.
 
     Raises BillhookError for: no config.json, missing, incomplete or damaged safetensors, pickled or quantized weights.
     """
-    config = read_config(path)
+    config = read_config(path, quantized=quantized)
     if not (files := weight_files(path)):
         raise BillhookError(_no_weights(path))
     for file in files:
@@ -78,16 +79,28 @@ def check_directory(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory; raises BillhookError where it is missing or of a quantized model."""
+def read_config(path: Path, *, quantized: bool = False) -> dict[str, Any]:
+    """config.json of a model directory; raises BillhookError where it is missing or of a quantized model.
+
+    With `quantized`, a model quantized for compressed-tensors is accepted.
+    """
     if not (path / "config.json").is_file():
         raise BillhookError(f"{path} has no config.json: give the directory of a Hugging Face model.")
     config = read_json(path / "config.json", "model configuration")
-    if config.get("quantization_config") or config.get("compression_config"):
+    if (config.get("quantization_config") or config.get("compression_config")) and not (
+        quantized and is_compressed(config)
+    ):
         raise BillhookError(
-            f"{path} is a quantized checkpoint: prune or pack the unquantized model; quantize the result if you like."
+            f"{path} is a quantized checkpoint: start from the unquantized model. Models quantized for "
+            "compressed-tensors can be evaluated."
         )
     return config
+
+
+def is_compressed(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a model quantized for the compressed-tensors package."""
+    found = config.get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == "compressed-tensors"
 
 
 def _no_weights(path: Path) -> str:
@@ -111,17 +124,23 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    quantized: bool = False,
 ) -> PreTrainedModel:
     """Check a model directory and load it in evaluation mode by one of transformers' Auto classes.
 
-    `billhook.store.compute` says what "auto" means. Raises BillhookError where tensors are missing, left over, or of
-    another shape than the configuration says.
+    `billhook.store.compute` says what "auto" means. With `quantized`, a model quantized for compressed-tensors is
+    loaded with its weights decoded. Raises BillhookError where tensors are missing, left over, or of another shape than
+    the configuration says.
     """
-    check_trusted(path, check_directory(path), auto_class, trust_remote_code)
+    config = check_directory(path, quantized=quantized)
+    check_trusted(path, config, auto_class, trust_remote_code)
     device, dtype = chosen_device(device), chosen_dtype(dtype, device, path)
     with loading(path):
         kind, local = getattr(transformers, auto_class), {"local_files_only": True, "use_safetensors": True}
         model = from_pretrained(kind, path, path, dtype=dtype, trust_remote_code=trust_remote_code, **local)
+        if is_compressed(config):  # otherwise they are decoded at the first forward pass
+            quantizer: Any = model.hf_quantizer
+            quantizer.compressor.decompress_model(model)
     with on_device(device):
         loaded: PreTrainedModel = model.eval().to(device)
     return loaded
@@ -167,7 +186,7 @@ def class_names(auto_class: str) -> dict[str, tuple[str, ...]]:
 def loading(path: Path) -> Iterator[None]:
     """Suppress output of transformers, and turn its errors for files that it cannot load into BillhookError."""
     try:
-        with quiet():
+        with quiet(), redirect_stderr(StringIO()):  # compressed-tensors shows progress bars
             yield
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError, TypeError) as error:
         if isinstance(error, BillhookError):

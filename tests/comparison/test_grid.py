@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import re
 import statistics
 import xml.etree.ElementTree as ET
 
@@ -129,7 +130,9 @@ def test_the_command_shows_errors_by_depth_for_plans(place, tmp_path):
     ran = done("compare", place / "model", "--plans", plans, "--errors", *words)
     for words in ("magnitude + plan a", "Relative squared error of each block's output at 30 %", "at 50 %"):
         assert words in ran.out
-    assert {"error-30.svg", "error-50.svg", "sparsity-30.svg"} <= {p.name for p in (tmp_path / "grid").iterdir()}
+    drawn = {path.name for path in (tmp_path / "grid").iterdir()}
+    assert {"error-30.svg", "error-50.svg"} <= drawn
+    assert "sparsity-30.svg" not in drawn  # it is the same everywhere
 
 
 def test_means_and_spreads_over_seeds():
@@ -165,7 +168,7 @@ def test_the_tables_agree_with_the_cells(made):
     assert text.count(" *") >= 3  # the best of each column
 
 
-def test_pictures_contain_their_numbers(made):
+def test_pictures_contain_their_numbers_and_show_allocators_by_colour_criteria_by_dash(made):
     drawn = pictures(made)
     assert set(drawn) == {
         "perplexity",
@@ -173,14 +176,19 @@ def test_pictures_contain_their_numbers(made):
         "error-30",
         "sparsity-50",
         "error-50",
-        "sparsity-2of4",
-        "error-2of4",
+        "error-2of4",  # without the sparsity, which is the same everywhere
     }
     for svg in drawn.values():
         root = ET.fromstring(svg)
         assert root.get("role") == "img"
         assert len(root.get("aria-label")) > 20
         assert "nan" not in svg
+    entry = r'<g class="(bh-s\d)"><line[^>]*stroke-dasharray="([^"]*)"[^>]*/>.*?<text[^>]*>(\w+) \+ (\w+)</text>'
+    looks = {(c, a): (colour, dash) for colour, dash, c, a in re.findall(entry, drawn["perplexity"])}
+    assert len(set(looks.values())) == len(looks) == 4
+    for (criterion, allocator), (colour, dash) in looks.items():
+        assert all((colour == c) == (allocator == a) for (_, a), (c, _) in looks.items())
+        assert all((dash == d) == (criterion == x) for (x, _), (_, d) in looks.items())
     titles = [t.text for t in ET.fromstring(drawn["perplexity"]).iter("{http://www.w3.org/2000/svg}title")]
     assert len(titles) == 2 * 4
     assert titles[0] == f"magnitude + uniform: 30, {summary(made.cells)[0]['mean_token_ppl']:.4g}"
@@ -192,7 +200,7 @@ def test_the_command_writes_all_files_and_compares_runs(place, tmp_path, monkeyp
     ran = done("compare", "model", "--sparsities", "0.4", *words, "-o", tmp_path / "one")
     assert "token perplexity over non-overlapping windows" in ran.out
     assert {p.name for p in (tmp_path / "one").iterdir()} == {
-        "compare.json", "compare.md", "compare.csv", "sparsity-40.svg", "error-40.svg",
+        "compare.json", "compare.md", "compare.csv", "error-40.svg",
     }  # fmt: skip
     other = done("compare", "model", "--sparsities", "0.6", *words, "-o", tmp_path / "two", "--json").json
     assert other == json.loads((tmp_path / "two" / "compare.json").read_text())

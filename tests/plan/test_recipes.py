@@ -62,31 +62,51 @@ def test_a_recipe_without_a_sparsity_is_the_pair_of_its_name(name: str, parts: t
     assert found.followed == name
 
 
-@pytest.mark.parametrize(
-    "name, epsilon",
-    [
-        ("alphapruning@70", 0.3),
-        ("alphapruning/llama-7b@70", 0.2),
-        ("alphapruning/llama-7b/magnitude@70", 0.3),
-        ("alphapruning/llama-2-7b@70", 0.3),
-        ("alphapruning/llama-2-7b/sparsegpt@70", 0.2),
-        ("alphapruning/llama-2-7b/magnitude@70", 0.5),
-        ("alphapruning/llama-7b@85", 0.1),
-        ("alphapruning/llama-13b/magnitude@75", 0.45),
-        ("alphapruning/llama-13b/sparsegpt@80", 0.2),
-    ],
-)
-def test_epsilons_are_the_published_ones(name: str, epsilon: float) -> None:
-    assert recipe(name).options["epsilon"] == epsilon
-    criterion = next((c for c in ("magnitude", "sparsegpt") if c in name), "wanda")
-    assert Request("model", recipe=name).criterion == criterion
-    assert f"{100 * (Request('model', recipe=name).sparsity or 0):.0f}" == name[-2:]
+EPSILONS = {  # model and criterion: epsilon of AlphaPruning at 70 %, and at 75, 80 and 85 % in FARMS' scripts
+    "llama-7b": (0.2, 0.2, 0.2, 0.1),
+    "llama-7b/magnitude": (0.3, 0.3, 0.2, 0.15),
+    "llama-7b/sparsegpt": (0.2, 0.2, 0.1, 0.15),
+    "llama-13b": (0.3, 0.3, 0.3, 0.2),
+    "llama-13b/magnitude": (0.5, 0.45, 0.3, 0.15),
+    "llama-13b/sparsegpt": (0.3, 0.3, 0.2, 0.2),
+    "llama-30b": (0.3,),
+    "llama-30b/magnitude": (0.4,),
+    "llama-30b/sparsegpt": (0.3,),
+    "llama-65b": (0.3,),
+    "llama-65b/magnitude": (0.4,),
+    "llama-65b/sparsegpt": (0.3,),
+    "llama-2-7b": (0.3,),
+    "llama-2-7b/magnitude": (0.5,),
+    "llama-2-7b/sparsegpt": (0.2,),
+    "llama-2-13b": (0.3,),
+    "llama-2-13b/magnitude": (0.4,),
+    "llama-2-13b/sparsegpt": (0.3,),
+    "llama-2-70b": (0.3,),
+    "llama-2-70b/magnitude": (0.4,),
+    "llama-2-70b/sparsegpt": (0.3,),
+}
 
 
-def test_values_of_owl_and_dlp_are_the_published_ones() -> None:
+@pytest.mark.parametrize("model", EPSILONS)
+def test_epsilons_are_the_published_ones(model: str) -> None:
+    criterion = model.partition("/")[2] or "wanda"
+    for per_cent, epsilon in zip((70, 75, 80, 85), EPSILONS[model], strict=False):
+        found = Request("model", recipe=f"alphapruning/{model}@{per_cent}")
+        assert found.options == ALPHAPRUNING | {"epsilon": epsilon}
+        assert (found.criterion, found.sparsity) == (criterion, per_cent / 100)
+
+
+def test_recipes_with_a_sparsity_are_those_that_were_published() -> None:
+    of_models = {f"alphapruning/{m}@{s}" for m in EPSILONS for s in (70, 75, 80, 85)[: len(EPSILONS[m])]}
+    assert {name for name in RECIPES if "@" in name} - of_models == {
+        *("alphapruning@70", "owl@70", "dlp@50", "dlp@60", "dlp@70")
+    }
+    assert of_models <= set(RECIPES)
+    assert dict(recipe("alphapruning@70").options) == ALPHAPRUNING
     assert dict(recipe("owl@70").options) == {"m": 5.0, "lam": 0.08}
-    assert [recipe(f"dlp@{s}").options["alpha"] for s in (50, 60, 70)] == [0.04, 0.1, 0.15]
-    assert set(OWL_GRID) == set(ALLOCATORS.options("owl"))
+    for per_cent, alpha in ((50, 0.04), (60, 0.1), (70, 0.15)):
+        assert dict(recipe(f"dlp@{per_cent}").options) == {"alpha": alpha, "statistic": "mean"}
+    assert OWL_GRID == {"lam": (0.02, 0.05, 0.08, 0.1, 0.2), "m": (3.0, 5.0, 7.0, 10.0)}
 
 
 def test_good_is_the_default_and_single_options_override() -> None:

@@ -148,7 +148,9 @@ def test_a_search_gives_the_same_bytes_again(tokens: torch.Tensor, tmp_path: Pat
         find(llama(), tokens, output=tmp_path / name, budget=3, save_model=False)
     for file in ("search.json", "plan.json", "search.svg"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    assert (tmp_path / "a" / "search.svg").read_text().count("<title>") == 3
+    picture = (tmp_path / "a" / "search.svg").read_text()
+    assert picture.count("<title>") == 3
+    assert picture.count("<circle") == 1  # around the best trial
 
 
 @pytest.mark.parametrize("runs", [1, 3])
