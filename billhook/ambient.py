@@ -81,8 +81,8 @@ def check_model(model: nn.Module, *, streamed: bool = False) -> None:
 
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        inside = "PeftModel.merge_and_unload(), DataParallel.module or the model before torch.compile"
-        raise BillhookError(f"{kind} is not a transformers PreTrainedModel: give the model inside it ({inside}).")
+        inside = "what is inside it (PeftModel.merge_and_unload(), DataParallel.module, the model before torch.compile)"
+        raise BillhookError(f"The model must be a transformers PreTrainedModel, got {kind}: give {inside}.")
     for name, module in model.named_modules():
         if hasattr(module, "base_layer"):  # peft's name for the layer that an adapter wraps
             merge = "merge it first (PeftModel.merge_and_unload()), or load the model without it"

@@ -159,7 +159,7 @@ UNUSABLE = {
     "offloaded": (offloaded, r"model\.\S+ is on the meta device, without values: load the model without device_map"),
     "inference": (made_in_inference_mode, r"model\.\S+ was made in torch\.inference_mode: load the model outside"),
     "adapter": (with_adapter, r"model\.layers\.0\.self_attn\.q_proj has an adapter: merge it first"),
-    "wrapped": (wrapped, r"PeftModel is not a transformers PreTrainedModel: give the model inside it"),
+    "wrapped": (wrapped, "must be a transformers PreTrainedModel, got PeftModel: give what is inside it"),
 }
 
 
