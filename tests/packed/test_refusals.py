@@ -34,7 +34,7 @@ def test_weights_of_a_dtype_that_cannot_be_packed_are_named(tmp_path: Path) -> N
 
 def test_a_quantized_a_packed_and_an_empty_directory_are_refused(tmp_path: Path) -> None:
     source = directory(tmp_path / "q", {"w": torch.zeros(64, 64)}, quantization_config={"bits": 4})
-    with pytest.raises(BillhookError, match=r"q is a quantized checkpoint: prune or pack the unquantized model"):
+    with pytest.raises(BillhookError, match=r"q is a quantized checkpoint: start from the unquantized model"):
         pack(source, tmp_path / "out")
     pack(directory(tmp_path / "model", {"w": torch.zeros(64, 64)}), tmp_path / "packed")
     with pytest.raises(
