@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook import __version__ as VERSION
@@ -39,6 +38,7 @@ from billhook.tasks.base import Drawing, Progress, Samples, Task
 from billhook.tasks.opening import task_of, task_of_config
 from billhook.tasks.self_text import is_self, saved_windows
 from billhook.text.corpus import source_name
+from billhook.text.given import Given
 
 TOKENS_A_BATCH = 4096  # enough rows to keep a matrix product busy
 ACTIVATION_BYTES = 16 << 20  # activations of the widest layer of a block; more needs memory and is not faster on a CPU
@@ -49,6 +49,7 @@ class Request:
     """The parameters of a pruning run; the field names are those of the command line.
 
     With `published`, zeros are counted, samples drawn and gradients accumulated as in the released code of the papers.
+    `calibration` is the name of a source, or data (`billhook.text.given`).
     """
 
     model: str | Path | PreTrainedModel
@@ -61,7 +62,7 @@ class Request:
     plan: str | Path | Plan | None = None
     table: str | Path | Table | None = None
     gradients: str | Path | Gradients | None = None
-    calibration: str | Path | Tensor | None = None
+    calibration: Given | None = None
     samples: int = 128
     length: int | None = None
     batch_size: int | None = None
@@ -70,6 +71,7 @@ class Request:
     ignore: str | Sequence[str] = ()
     group: Group | None = None
     published: bool = False
+    bos: str = "auto"
     refine: Refining = "none"
     device: str = "cpu"
     dtype: str = "auto"
@@ -87,7 +89,7 @@ class Request:
     @property
     def drawing(self) -> Drawing:
         """How calibration samples are drawn."""
-        return Drawing(self.samples, self.length, self.seed, "papers" if self.published else "packed")
+        return Drawing(self.samples, self.length, self.seed, "papers" if self.published else "packed", self.bos)
 
 
 @dataclass(frozen=True)
@@ -204,13 +206,11 @@ def _draw(
     """The calibration samples of a request; for a resumed run, the stored text that the model generated."""
     given: Any = request.calibration
     stored = None if request.output is None else partial_folder(Path(request.output).expanduser().resolve()) / WRITTEN
-    if request.resume and stored is not None and stored.is_file() and is_self(str(given)):
+    if request.resume and stored is not None and stored.is_file() and is_self(given):
         tokens = saved_windows(stored)
-        return Samples(task.batch(tokens.ids), tokens.source, tokens.digest, tokens.sampling)
+        return Samples.of(task.batch(tokens.ids), tokens)
     options: dict[str, Any] = {"trust_remote_code": request.trust_remote_code, "progress": progress}
-    if (
-        streamed and source is not None and is_self(str(given))
-    ):  # a streamed model would read every block for every token
+    if streamed and source is not None and is_self(given):  # a streamed model would read every block for every token
         model = load(source, task.auto_class, **_loading(request))
     return task.samples(given, model, source, request.drawing, **options)
 
@@ -221,7 +221,7 @@ def calibration_facts(opened: Opened) -> dict[str, Any]:
     assert samples is not None
     rows, length = main_input(opened.model, samples.batch).shape[:2]
     identity = {"source": source_name(samples.source), "digest": samples.digest, "sampling": samples.sampling}
-    return identity | {"samples": rows, "length": length, "batch_size": rows_of(opened.batches[0])}
+    return identity | {"bos": samples.bos, "samples": rows, "length": length, "batch_size": rows_of(opened.batches[0])}
 
 
 def model_facts(source: Path | None, model: PreTrainedModel) -> dict[str, Any]:
