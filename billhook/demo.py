@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from billhook.engine.loop import Method
+from billhook.engine.method import Method
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.perplexity import evaluate
 from billhook.measurement.measure import measure

@@ -5,7 +5,8 @@ routers and the head are not. A weight of unknown layout is refused by name.
 """
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,9 @@ _TOO_SMALL = 8  # rows or columns: the coefficients of a few numbers save nothin
 
 # Last name components of layers that share the input, and so its statistics, with an earlier layer.
 SHARED_INPUTS = frozenset({"k_proj", "v_proj", "up_proj"})
+
+_PLAIN = frozenset({"Linear", "FalconLinear", "Conv1D"})  # class names: a subclass may compute something else
+_CONV1D = dict.fromkeys(("gpt2", "openai-gpt"), ("c_attn", "c_proj", "c_fc"))  # last name components, by model_type
 
 # Families tested in every release (tests/architectures/test_families.py): `config.model_type`.
 FAMILIES = (
@@ -160,3 +164,32 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
             continue
         if bad := int((~torch.isfinite(tensor)).sum()):
             raise BillhookError(f"{name} holds {bad} NaN or infinite weights: repair the checkpoint first.")
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether `module` computes x Wᵀ + b and nothing else."""
+    return type(module).__name__ in _PLAIN
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear module stores its weight as [in, out]."""
+    return isinstance(module, Conv1D)
+
+
+def is_transposed_on_disk(model_type: str, tensor: str) -> bool:
+    """Whether a model of this type stores the tensor of this name as [in, out]."""
+    return tensor.removesuffix(".weight").rpartition(".")[2] in _CONV1D.get(model_type, ())
+
+
+@contextmanager
+def observable_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Make every expert compute its own product, so that it can be observed; restore the implementation afterwards."""
+    before = model.config._experts_implementation
+    if before == "eager" or not any(layer.expert is not None for layer in find_layers(model)):
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)

@@ -5,7 +5,8 @@ Two rules, in this order: (A) the innermost ModuleList or Sequential whose items
 outermost ModuleList of `num_hidden_layers` modules of one class. A model without such a list is refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
@@ -76,3 +77,24 @@ def _equal_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == depth and len({type(m) for m in module}) == 1
     }
     return {name: m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)}
+
+
+@contextmanager
+def first_blocks(model: PreTrainedModel, depth: int) -> Iterator[None]:
+    """Keep only the first `depth` blocks; afterwards restore the others, and the parameters of the first ones.
+
+    A copy of these parameters is in memory, except for a streamed model, whose changes do not last anyway.
+    """
+    blocks, config = model.get_submodule(decoder_stack(model).name), text_config(model.config)
+    assert isinstance(blocks, nn.ModuleList)
+    count, others = len(blocks), list(blocks)[depth:]
+    before = [(p, p.detach().clone()) for p in blocks[:depth].parameters() if not p.is_meta]
+    del blocks[depth:]
+    config.num_hidden_layers = len(blocks)
+    try:
+        yield
+    finally:
+        blocks.extend(others)
+        config.num_hidden_layers = count
+        for p, value in before:
+            p.data.copy_(value)

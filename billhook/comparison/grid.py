@@ -20,7 +20,7 @@ from billhook.comparison.axes import Grid
 from billhook.comparison.record import Cell, Comparison
 from billhook.engine.batch import rows_of
 from billhook.engine.gradient_file import Gradients
-from billhook.engine.loop import Method
+from billhook.engine.method import Method
 from billhook.engine.restore import restore_
 from billhook.errors import BillhookError
 from billhook.evaluation.block_errors import block_errors, block_outputs
@@ -39,6 +39,7 @@ from billhook.steps.evaluate import versions
 from billhook.steps.gradients import make_gradients
 from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
 from billhook.store.files import json_text
+from billhook.tasks.base import Home
 from billhook.tasks.token_windows import tokenizer_of, window_length
 from billhook.text.corpus import is_token_file, source_name
 from billhook.text.windows import Windows
@@ -70,7 +71,7 @@ def compare(
     opened = open_request(request, grid.reads_text(), _WHO)
     for plan in grid.plans.values():
         plan.check({layer.name: layer.shape for layer in opened.layers})
-    tokenizer = tokenizer_of(opened.model, opened.source, trust_remote_code=request.trust_remote_code)
+    tokenizer = tokenizer_of(opened.model, Home(opened.source, request.trust_remote_code))
     length = window_length(opened.model, request.length)
     bos = "no" if request.published and request.bos == "auto" else request.bos
     windows, scoring = opened.task.evaluation(data, tokenizer, opened.model, length, limit, bos=bos)

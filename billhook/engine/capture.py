@@ -9,6 +9,7 @@ one. Every architecture that can be pruned is one segment; others are refused by
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.architectures.config import call_options
-from billhook.architectures.experts import observable_experts
+from billhook.architectures.layers import observable_experts
 from billhook.architectures.stacks import blocks_of
 from billhook.engine.activation_store import ActivationStore
 from billhook.engine.batch import Batch, main_input, model_inputs, select_rows
@@ -77,39 +78,48 @@ def capture(
     The cost is the embedding of each batch, and one run of one block. Raises BillhookError for a model that changes the
     hidden states between two blocks.
     """
-    calls: list[list[Call]] = []
-    extra: list[tuple[Any, ...] | None] = []  # outputs of a block after the hidden states; None for a bare tensor
-    passed: list[Tensor] = []  # the hidden states that the last stub returned
-    names = list(blocks)
+    recorder = _Recorder(model, list(blocks), hidden)
+    options = call_options(model, base=True)
+    with stubbed(blocks, recorder.stub):
+        for batch in batches:
+            model.base_model(**model_inputs(model, batch), **options)
+    return Segment(recorder.calls, partial(_returned, recorder.extra))
 
-    def returned(states: Tensor) -> Any:
-        return states if extra[0] is None else (states, *extra[0])
 
-    def stub(index: int, forward: Forward) -> Forward:
+class _Recorder:
+    """Stubs that record the calls of the blocks, and the inputs of the first one in `hidden`."""
+
+    def __init__(self, model: PreTrainedModel, names: Sequence[str], hidden: list[Tensor] | ActivationStore) -> None:
+        self.model, self.names, self.hidden = model, names, hidden
+        self.calls: list[list[Call]] = []
+        self.extra: list[tuple[Any, ...] | None] = []  # outputs of a block after the hidden states; None: bare tensor
+        self.passed = torch.empty(0)  # the hidden states that the last stub returned
+
+    def stub(self, index: int, forward: Forward) -> Forward:
+        """A function in place of a block's `forward`; the first one called runs the block once, for its form."""
+
         def note(*args: Any, **kwargs: Any) -> Any:
-            kwargs = dict(kwargs)
             states, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             if index == 0:
-                hidden.append(states)
-                calls.append([])
-            elif states is not passed[-1] or len(calls[-1]) != index:
-                between = f"between {names[index - 1]} and {names[index]}"
-                raise BillhookError(f"{type(model).__name__} cannot be pruned: it changes the hidden states {between}.")
-            if not extra:
+                self.hidden.append(states)
+                self.calls.append([])
+            elif states is not self.passed or len(self.calls[-1]) != index:
+                name, between = type(self.model).__name__, f"between {self.names[index - 1]} and {self.names[index]}"
+                raise BillhookError(f"{name} cannot be pruned: it changes the hidden states {between}.")
+            if not self.extra:
                 result = forward(states, *rest, **kwargs)
-                extra.append(result[1:] if isinstance(result, tuple) else None)
-            shared = calls[-2][index] if len(calls) > 1 else None
-            calls[-1].append(_share(Call(rest, kwargs), shared))
-            passed[:] = [states.view_as(states)]  # a new object, to recognize it in the next call
-            return returned(passed[-1])
+                self.extra.append(result[1:] if isinstance(result, tuple) else None)
+            shared = self.calls[-2][index] if len(self.calls) > 1 else None
+            self.calls[-1].append(_share(Call(rest, kwargs), shared))
+            self.passed = states.view_as(states)  # a new object, to recognize it in the next call
+            return _returned(self.extra, self.passed)
 
         return note
 
-    options = call_options(model, base=True)
-    with stubbed(blocks, stub):
-        for batch in batches:
-            model.base_model(**model_inputs(model, batch), **options)
-    return Segment(calls, returned)
+
+def _returned(extra: Sequence[tuple[Any, ...] | None], states: Tensor) -> Any:
+    """Hidden states in the form in which the blocks return them."""
+    return states if extra[0] is None else (states, *extra[0])
 
 
 def predictor(

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.architectures.experts import observable_experts
-from billhook.architectures.layers import Layer, find_layers
+from billhook.architectures.layers import Layer, find_layers, observable_experts
 from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import check_share, shard
 from billhook.engine.activation_store import ActivationStore
@@ -68,30 +67,39 @@ def compute_gradients(
     the spill limit go to temporary files next to `path`. Raises BillhookError for an unknown statistic or no samples;
     JobError, naming the layer and with nothing written, for gradients that are not finite.
     """
-    if statistic not in GRADIENTS:
-        known = f"{hint(statistic, GRADIENTS)} There are: {', '.join(GRADIENTS)}."
-        raise BillhookError(f"Unknown statistic {statistic!r}.{known}")
-    sequences = [row for batch in as_batches(model, batches) for row in split_rows(batch, 1)]
-    if not sequences:
-        raise BillhookError("Gradients need calibration text: give it with --calibration SOURCE.")
+    norm, sequences = _norm(statistic), _sequences(model, batches)
     layers = find_layers(model) if layers is None else layers
     about = {"statistic": statistic, "samples": len(sequences), **(facts or {})}
     check_share(len(sequences))
-    dtype = GRADIENTS[statistic](torch.zeros(1)).value().dtype
     resources = replace(resources, folder=path.parent)
 
     def values() -> Iterator[tuple[str, Tensor]]:
         if statistic == REGIONAL:
             found = regional_gradients(model, sequences, layers, resources)
         else:
-            found = _Backward(model, shard(sequences), loss, resources).run(GRADIENTS[statistic], layers)
+            found = _Backward(model, shard(sequences), loss, resources).run(norm, layers)
         with observable_experts(model), evaluating(model):
             for name, value in found:
                 yield name, value
                 progress(name)
 
-    write_gradients(path, {layer.name: layer.shape for layer in layers}, dtype, about, values)
+    shapes = {layer.name: layer.shape for layer in layers}
+    write_gradients(path, shapes, norm(torch.zeros(1)).value().dtype, about, values)
     return open_gradients(path)
+
+
+def _norm(statistic: str) -> Callable[[Tensor], GradientNorm]:
+    if statistic not in GRADIENTS:
+        known = f"{hint(statistic, GRADIENTS)} There are: {', '.join(GRADIENTS)}."
+        raise BillhookError(f"Unknown statistic {statistic!r}.{known}")
+    return GRADIENTS[statistic]
+
+
+def _sequences(model: PreTrainedModel, batches: Tensor | Batch | Sequence[Tensor | Batch]) -> list[Batch]:
+    sequences = [row for batch in as_batches(model, batches) for row in split_rows(batch, 1)]
+    if not sequences:
+        raise BillhookError("Gradients need calibration text: give it with --calibration SOURCE.")
+    return sequences
 
 
 class _Backward:

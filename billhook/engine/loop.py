@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,49 +18,20 @@ from transformers import PreTrainedModel
 from billhook.architectures.layers import Layer, find_layers
 from billhook.distributed.collectives import broadcast_, gather, shard, world
 from billhook.engine.batch import Batch
+from billhook.engine.method import Treatment
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Block, Progress, walk
 from billhook.errors import BillhookError, JobError
-from billhook.methods.encoded import Masked, count_zeros
-from billhook.methods.masks import Select
-from billhook.methods.sparse import CRITERIA
-from billhook.methods.sparse.magnitude import magnitude
-from billhook.methods.statistics import GRADIENTS, STATISTICS, LayerStats
+from billhook.methods.encoded import Encoded, count_zeros
+from billhook.methods.statistics import LayerStats
 from billhook.plan.plan import Plan
 
-Group = Literal["row", "layer"]
-Rounding = Literal["exact", "floor"]
 _ROWS = 256  # rows of a weight whose error is computed at once
 
 
 @dataclass(frozen=True)
-class Method:
-    """A criterion with all its options; `group` overrides its comparison group, `rounding` the counting of zeros."""
-
-    criterion: str
-    options: Mapping[str, Any]
-    group: Group | None = None
-    rounding: Rounding = "exact"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """All statistics that the criterion reads."""
-        return CRITERIA.needs(self.criterion, self.options)
-
-    @property
-    def observed(self) -> tuple[str, ...]:
-        """The statistics of a layer's inputs that the criterion reads."""
-        return tuple(name for name in self.needs if name in STATISTICS)
-
-    @property
-    def gradient(self) -> str:
-        """The statistic of gradients that the criterion reads, or an empty string."""
-        return next((name for name in self.needs if name in GRADIENTS), "")
-
-
-@dataclass(frozen=True)
 class LayerResult:
-    """The result for one layer: planned sparsity, zeros now and before, notes, and the error.
+    """The result for one layer: planned sparsity or storage type, zeros now and before, notes, and the error.
 
     `error` is the squared change of the layer's output relative to its square, for uncorrelated inputs with the norms
     of the calibration samples (norm 1 without samples); None where that is not a number.
@@ -74,6 +45,7 @@ class LayerResult:
     notes: tuple[str, ...]
     error: float | None = None
     seconds: float = 0.0
+    type: str | None = None
 
     @property
     def n(self) -> int:
@@ -103,7 +75,7 @@ class Tuner(Protocol):
 def apply_plan_(
     model: PreTrainedModel,
     plan: Plan,
-    method: Method,
+    method: Treatment,
     batches: Sequence[Batch] = (),
     *,
     layers: Sequence[Layer] | None = None,
@@ -112,22 +84,24 @@ def apply_plan_(
     resources: Resources = IN_MEMORY,
     start: int = 0,
     progress: Progress = lambda layer: None,
+    made: Callable[[Layer, Encoded], None] = lambda layer, encoded: None,
     finished: Callable[[Block, list[LayerResult]], None] = lambda block, results: None,
 ) -> list[LayerResult]:
     """Change the layers of a model in place as planned.
 
     `batches` are the calibration samples, needed for statistics of inputs and for a tuner. `layers` are those of the
     plan (all prunable ones by default). `gradients` [out, in] by layer name are read by the criterion. Blocks before
-    `start` are done already. `finished` is called after each block. Raises BillhookError, with nothing changed, if the
-    plan does not fit; JobError if the result is not as planned or activations are not finite.
+    `start` are done already. `made` is called with each encoded weight (in the process that made it), `finished` after
+    each block. Raises BillhookError, with nothing changed, if the plan does not fit; JobError if the result is not as
+    planned or activations are not finite.
     """
     layers = find_layers(model) if layers is None else layers
     shapes = {layer.name: layer.shape for layer in layers}
-    plan.check_sparsities()
+    method.check(plan)
     plan.check(shapes)
     if method.gradient and gradients is None:
-        raise BillhookError(f"The criterion {method.criterion} reads gradients ({method.gradient}); none are given.")
-    pruning = _Pruning(plan, plan.zeros(shapes), method, gradients, progress)
+        raise BillhookError(f"The criterion {method.name} reads gradients ({method.gradient}); none are given.")
+    pruning = _Applying(plan, plan.zeros(shapes), method, gradients, progress, made)
     results: list[LayerResult] = []
     samples = batches if method.observed or tuner else ()
     dense = tuner is not None and tuner.wants_dense_outputs
@@ -145,17 +119,18 @@ def apply_plan_(
 
 
 @dataclass(frozen=True)
-class _Pruning:
+class _Applying:
     """What is common to all layers of a run."""
 
     plan: Plan
     zeros: Mapping[str, int]
-    method: Method
+    method: Treatment
     gradients: Mapping[str, Tensor] | None
     progress: Progress
+    made: Callable[[Layer, Encoded], None]
 
     def stage(self, stage: tuple[Sequence[Layer], Mapping[str, LayerStats]]) -> list[LayerResult]:
-        """Prune the planned layers of one stage of a block, sharded over the processes of a run."""
+        """Change the planned layers of one stage of a block, sharded over the processes of a run."""
         chosen = [layer for layer in stage[0] if layer.name in self.zeros]
         made = []
         for layer in shard(chosen):
@@ -167,41 +142,23 @@ class _Pruning:
         return [results[layer.name] for layer in chosen]
 
     def layer(self, layer: Layer, stats: LayerStats) -> LayerResult:
-        """Prune one layer in place, and check the result against the plan."""
-        begun, weight, select = time.perf_counter(), layer.weight, self._select(layer)
+        """Change one layer in place, and check the result against the plan."""
+        begun, weight, spec = time.perf_counter(), layer.weight, self.plan.weights[layer.name]
         before = count_zeros(weight)
         if self.gradients is not None:
             stats = replace(stats, gradient=self.gradients[layer.name].to(weight.device))
-        criterion, options = CRITERIA.get(self.method.criterion), dict(self.method.options)
-        if unseen := self._unseen(stats):
-            criterion, options = magnitude, {}
-            stats = LayerStats(0, 0, notes=[f"{unseen}: pruned by magnitude"])
         try:
-            if select.sparsity > 0:
-                squares = _input_squares(stats, weight)  # before the criterion, which may overwrite the Gram matrix
-                encoded = Masked(criterion(weight.float(), stats, select, **options), select, before)
-                error = _relative_error(weight, encoded.values, squares)
-                weight.copy_(encoded.decode(weight.dtype))
-            else:
-                encoded, error = Masked(weight, select, before), 0.0
+            squares = _input_squares(stats, weight)  # before the method, which may overwrite the Gram matrix
+            encoded = self.method.encode(weight, stats, spec, self.zeros[layer.name])
+            error = _relative_error(weight, encoded.decode(torch.float32), squares)
+            weight.copy_(encoded.decode(weight.dtype))
             notes = encoded.check(weight)
         except BillhookError as problem:
             raise type(problem)(f"{layer.name}: {problem}") from None
+        self.made(layer, encoded)
         took = time.perf_counter() - begun
-        noted = (*stats.notes, *notes)
-        return LayerResult(layer.name, layer.shape, select.sparsity, count_zeros(weight), before, noted, error, took)
-
-    def _select(self, layer: Layer) -> Select:
-        spec = self.plan.weights[layer.name]
-        group = self.method.group or CRITERIA.group(self.method.criterion)
-        zeros = self.zeros[layer.name]
-        return Select(layer.shape, spec.sparsity, zeros, spec.keep_of, group, self.method.rounding)
-
-    def _unseen(self, stats: LayerStats) -> str | None:
-        """Why there are no statistics of a layer (an expert that received no token), or None."""
-        if self.method.observed:
-            return "received no calibration token" if stats.tokens == 0 else None
-        return "has no gradient" if stats.gradient is not None and not stats.gradient.any() else None
+        noted, zeros = (*stats.notes, *notes), count_zeros(weight)
+        return LayerResult(layer.name, layer.shape, spec.sparsity, zeros, before, noted, error, took, spec.type)
 
 
 def _tuned(note: str, block: Block, done: Sequence[LayerResult]) -> list[LayerResult]:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.architectures.experts import observable_experts
-from billhook.architectures.layers import Layer, find_layers
+from billhook.architectures.layers import Layer, find_layers, observable_experts
 from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import shard
 from billhook.engine.activation_store import ActivationStore

@@ -9,9 +9,8 @@ Prompts are used unchanged.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
@@ -57,10 +56,6 @@ class TaskResult:
     few_shot: str
     scored_by: str
     identity: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields by name, for json."""
-        return asdict(self)
 
 
 def load_items(source: str | Path, limit: int | None = None) -> list[Item]:

@@ -85,24 +85,15 @@ def evaluate(
     the context, ids outside the vocabulary or a dense model with another vocabulary, JobError for a loss that is not
     finite.
     """
-    batch = windows if isinstance(windows, Mapping) else None
-    if not isinstance(windows, Windows):
-        ids = whole_ids(windows if batch is None else main_input(model, batch), "windows")
-        windows = Windows(ids, GIVEN, digest(ids), ids.numel(), None)
     models = [model] if against is None else [model, against]
-    _check(models, windows)
+    windows, batch = _checked(models, windows, scoring)
     count, length = windows.ids.shape
-    batch = scoring.batch(windows.ids) if batch is None else batch
     sums = torch.zeros(2, count, dtype=torch.float64)
     kl: list[float] = []
     agreed = tokens = 0
 
     def score(start: int, stop: int) -> tuple[list[Tensor], list[float], int, int]:
-        part = select_rows(batch, slice(start, stop))
-        found = [scoring.scored(_logits(each, part), part) for each in models]
-        nll = [window_nll(logits, labels).cpu() for logits, labels in found]
-        scored = count_scored(found[0][1])
-        return (nll, [], 0, scored) if against is None else (nll, *_divergence(found), scored)
+        return _score(models, scoring, select_rows(batch, slice(start, stop)))
 
     size = batch_size or found_size(length, sum(map(vocabulary_size, models)), model.dtype.itemsize)
     with ExitStack() as modes:
@@ -120,6 +111,17 @@ def evaluate(
     return replace(found, against=Against.of(name, kl, agreed, tokens, _summary(sums[1], tokens, windows).nll))
 
 
+def _score(
+    models: Sequence[PreTrainedModel], scoring: Scoring, batch: Batch
+) -> tuple[list[Tensor], list[float], int, int]:
+    """The NLL of each window by each model, the divergence of each window, equal predictions, and all scored ones."""
+    outputs = [model(**model_inputs(model, batch), **call_options(model)).logits for model in models]
+    found = [scoring.scored(logits, batch) for logits in outputs]
+    nll = [window_nll(logits, labels).cpu() for logits, labels in found]
+    scored = count_scored(found[0][1])
+    return (nll, *_divergence(found), scored) if len(found) > 1 else (nll, [], 0, scored)
+
+
 def _divergence(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[float], int]:
     """The mean KL divergence of each window's scored predictions, and the number of equal top-1 predictions."""
     ours, theirs = (scored_rows(logits, labels) for logits, labels in found)
@@ -127,8 +129,14 @@ def _divergence(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[float], in
     return [kl for kl, _ in windows], sum(same for _, same in windows)
 
 
-def _check(models: Sequence[PreTrainedModel], windows: Windows) -> None:
-    """Raise BillhookError unless every model can score these windows, with one vocabulary."""
+def _checked(
+    models: Sequence[PreTrainedModel], given: Windows | Tensor | Batch, scoring: Scoring
+) -> tuple[Windows, Batch]:
+    """The windows and their batch; raises BillhookError unless every model can score them, with one vocabulary."""
+    windows = given
+    if not isinstance(windows, Windows):
+        ids = whole_ids(main_input(models[0], given) if isinstance(given, Mapping) else given, "windows")
+        windows = Windows(ids, GIVEN, digest(ids), ids.numel(), None)
     sizes = [vocabulary_size(model) for model in models]
     if len(set(sizes)) > 1:
         both = f"The models have {sizes[0]} and {sizes[1]} token ids"
@@ -136,11 +144,7 @@ def _check(models: Sequence[PreTrainedModel], windows: Windows) -> None:
     for model, size in zip(models, sizes, strict=True):
         check_length(model.config, windows.ids.shape[1])
         check_ids(windows.ids, size, windows.source)
-
-
-def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    logits: Tensor = model(**model_inputs(model, batch), **call_options(model)).logits
-    return logits
+    return windows, given if isinstance(given, Mapping) else scoring.batch(windows.ids)
 
 
 def window_nll(logits: Tensor, labels: Tensor) -> Tensor:

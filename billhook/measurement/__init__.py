@@ -4,42 +4,25 @@ from collections.abc import Callable
 from typing import Any
 
 from billhook.errors import BillhookError
-from billhook.plan.metrics import fact
+from billhook.plan.metrics import CURVES, FACTS, fact
 from billhook.registry import Registry
 
-METRICS = Registry(
-    "metric",
-    {
-        "alpha_peak": "billhook.measurement.spectra:alpha_peak",
-        "alpha_mid": "billhook.measurement.spectra:alpha_mid",
-        "alpha_ks": "billhook.measurement.spectra:alpha_ks",
-        "entropy": "billhook.measurement.spectra:entropy",
-        "stable_rank": "billhook.measurement.spectra:stable_rank",
-        "alpha_hat": "billhook.measurement.spectra:alpha_hat",
-        "log_alpha_norm": "billhook.measurement.spectra:log_alpha_norm",
-        "spectral_norm": "billhook.measurement.spectra:spectral_norm",
-        "log_spectral_norm": "billhook.measurement.spectra:log_spectral_norm",
-        "frobenius_sq": "billhook.measurement.spectra:frobenius_sq",
-        "log_norm": "billhook.measurement.spectra:log_norm",
-        "mp_softrank": "billhook.measurement.spectra:mp_softrank",
-        "alpha_peak_ks": "billhook.measurement.spectra:alpha_peak_ks",
-        "alpha_mid_ks": "billhook.measurement.spectra:alpha_mid_ks",
-        "alpha_ks_ks": "billhook.measurement.spectra:alpha_ks_ks",
-        "alpha_farms": "billhook.measurement.farms:alpha_farms",
-        "alpha_farms_mid": "billhook.measurement.farms:alpha_farms_mid",
-        "randomized_distance": "billhook.measurement.randomized:randomized_distance",
-        "outlier_ratio": "billhook.measurement.activations:outlier_ratio",
-        "wanda_mean": "billhook.measurement.activations:wanda_mean",
-        "wanda_median": "billhook.measurement.activations:wanda_median",
-        "block_loss": "billhook.measurement.block_loss:block_loss",
-        "loss_share": "billhook.measurement.loss_shares:loss_share",
-        "spectrum_quantiles": "billhook.measurement.spectra:spectrum_quantiles",
-        "magnitude_quantiles": "billhook.measurement.quantiles:magnitude_quantiles",
-        "lamp_quantiles": "billhook.measurement.quantiles:lamp_quantiles",
-        "wanda_quantiles": "billhook.measurement.quantiles:wanda_quantiles",
-        "error_curve": "billhook.measurement.error_curves:error_curve",
-    },
-)
+_SPECTRA = "billhook.measurement.spectra"
+_OTHERS = {
+    "alpha_farms": "billhook.measurement.farms",
+    "alpha_farms_mid": "billhook.measurement.farms",
+    "randomized_distance": "billhook.measurement.randomized",
+    "outlier_ratio": "billhook.measurement.activations",
+    "wanda_mean": "billhook.measurement.activations",
+    "wanda_median": "billhook.measurement.activations",
+    "block_loss": "billhook.measurement.block_loss",
+    "loss_share": "billhook.measurement.loss_shares",
+    "magnitude_quantiles": "billhook.measurement.quantiles",
+    "lamp_quantiles": "billhook.measurement.quantiles",
+    "wanda_quantiles": "billhook.measurement.quantiles",
+    "error_curve": "billhook.measurement.error_curves",
+}
+METRICS = Registry("metric", {name: f"{_OTHERS.get(name, _SPECTRA)}:{name}" for name in FACTS | CURVES})
 
 
 def function_of(name: str) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from billhook.architectures.layers import Layer
 from billhook.distributed.collectives import rows_per_batch
 from billhook.engine.batch import Batch, join_rows, rows_of, select_rows, split_rows
-from billhook.engine.loop import Method
+from billhook.engine.method import Method
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.errors import BillhookError
 from billhook.measurement.error_curves import cheaper

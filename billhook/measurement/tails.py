@@ -108,11 +108,6 @@ class Spectrum:
         return (values >= least) & (values <= 1.5 * mode)
 
 
-def fit_tail(evals: Tensor, cut: Cut = "peak", log_bound: LogBound = "published") -> TailFit:
-    """Fit a power law to the tail of ascending eigenvalues [N] >= 0; raises BillhookError where no exponent exists."""
-    return Spectrum(evals).fit(cut, log_bound)
-
-
 def hill(logs: Tensor) -> Tensor:
     """The exponent at each of the N - 1 cuts of ascending logarithms [N]; inf where the tail is flat to rounding."""
     logs = logs - logs[-1]  # so that short tails, where cancellation is strongest, are summed exactly

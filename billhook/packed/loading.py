@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from billhook.architectures.linear import is_plain_linear, is_transposed
+from billhook.architectures.layers import is_plain_linear, is_transposed
 from billhook.errors import BillhookError
 from billhook.packed.expand import PackedTensor, packed_tensor, stored_tensor
 from billhook.packed.format import Packed, open_packed

@@ -33,7 +33,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from billhook.architectures.layers import Layer
-from billhook.engine.loop import Method
+from billhook.engine.method import Method
 from billhook.errors import BillhookError
 from billhook.measurement.error_curves import cheaper
 from billhook.plan.allocators import AUTO

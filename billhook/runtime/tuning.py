@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from billhook.runtime import autotune, gpu, library
-from billhook.runtime.dense import DenseLinear, adopt_, is_supported
-from billhook.runtime.linear import SparseLinear
+from billhook.runtime.linear import DenseLinear, SparseLinear, adopt_, is_supported
 from billhook.runtime.native import Weight
 
 MIN_DENSE_WEIGHTS = 1 << 20  # smaller dense layers are not measured

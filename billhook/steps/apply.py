@@ -13,7 +13,8 @@ from billhook.architectures.layers import Layer, find_layers
 from billhook.distributed.collectives import check_share
 from billhook.engine.batch import Batch, as_batches
 from billhook.engine.gradient_file import Gradients
-from billhook.engine.loop import Group, LayerResult, Method, Rounding, apply_plan_
+from billhook.engine.loop import LayerResult, apply_plan_
+from billhook.engine.method import Group, Method, Rounding
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Block, Progress
 from billhook.errors import BillhookError

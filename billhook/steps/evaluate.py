@@ -5,7 +5,7 @@ The record contains protocol, windows, length and versions, so that only compara
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def evaluate_model(model: str | Path, config: EvalConfig, progress: Progress = l
         record["word"] = scored.to_dict()
     if names or files:
         results = _run_tasks(loaded, _need(tokenizer, "A task"), (names, files), window, config, progress)
-        record["tasks"] = [task.to_dict() for task in results]
+        record["tasks"] = [asdict(task) for task in results]
     return record
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from billhook.architectures.linear import is_transposed_on_disk
+from billhook.architectures.layers import is_transposed_on_disk
 from billhook.errors import BillhookError
 from billhook.packed.expand import dense_bytes, unpack_files
 from billhook.packed.format import open_packed

@@ -11,7 +11,8 @@ import transformers
 
 from billhook.architectures.layers import Layer, find_layers
 from billhook.engine.gradient_file import Gradients
-from billhook.engine.loop import LayerResult, Method
+from billhook.engine.loop import LayerResult
+from billhook.engine.method import Method
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.plan import Plan
 from billhook.steps.request import Opened, Request, calibration_facts, listed

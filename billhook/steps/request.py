@@ -19,7 +19,7 @@ from billhook.distributed.collectives import rows_per_batch, world
 from billhook.engine.activation_store import SPILL_GIB
 from billhook.engine.batch import Batch, main_input, rows_of, split_rows
 from billhook.engine.gradient_file import Gradients
-from billhook.engine.loop import Group, Rounding
+from billhook.engine.method import Group, Rounding
 from billhook.engine.resources import Resources
 from billhook.engine.streaming import open_streamed
 from billhook.errors import BillhookError
@@ -34,7 +34,7 @@ from billhook.store.output import check_output
 from billhook.store.record import Record, history
 from billhook.store.shards import weight_bytes
 from billhook.store.sinks import SameLayout
-from billhook.tasks.base import Drawing, Progress, Samples, Task
+from billhook.tasks.base import Drawing, Home, Progress, Samples, Task
 from billhook.tasks.opening import task_of, task_of_config
 from billhook.tasks.self_text import is_self, saved_windows
 from billhook.text.corpus import source_name
@@ -209,10 +209,10 @@ def _draw(
     if request.resume and stored is not None and stored.is_file() and is_self(given):
         tokens = saved_windows(stored)
         return Samples.of(task.batch(tokens.ids), tokens)
-    options: dict[str, Any] = {"trust_remote_code": request.trust_remote_code, "progress": progress}
-    if streamed and source is not None and is_self(given):  # a streamed model would read every block for every token
+    # a streamed model would read every block for every token
+    if streamed and source is not None and is_self(given):
         model = load(source, task.auto_class, **_loading(request))
-    return task.samples(given, model, source, request.drawing, **options)
+    return task.samples(given, model, Home(source, request.trust_remote_code), request.drawing, progress)
 
 
 def calibration_facts(opened: Opened) -> dict[str, Any]:

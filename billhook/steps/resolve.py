@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from billhook.engine.gradient_file import Gradients, open_gradients
-from billhook.engine.loop import Method
+from billhook.engine.method import Method
 from billhook.errors import BillhookError
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS, AUTO, check_budget

@@ -11,12 +11,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from billhook.architectures.first_blocks import first_blocks
 from billhook.architectures.layers import Layer, find_layers
-from billhook.architectures.stacks import blocks_of
+from billhook.architectures.stacks import blocks_of, first_blocks
 from billhook.distributed.collectives import gather, world
 from billhook.engine.batch import Batch, rows_of, select_rows
-from billhook.engine.loop import Method
+from billhook.engine.method import Method
 from billhook.plan.allocators import allocate
 from billhook.plan.table import Row, Table
 from billhook.recover.blockwise import LEAST, Refine

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from billhook.engine.batch import rows_of
-from billhook.engine.loop import Method
+from billhook.engine.method import Method
 from billhook.engine.restore import restored
 from billhook.errors import BillhookError
 from billhook.measurement.measure import measure

@@ -17,6 +17,14 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class Home:
+    """A model's directory, with its tokenizer or processor (None: built in memory), and whether its code may run."""
+
+    directory: Path | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
 class Drawing:
     """How calibration samples are drawn: `samples` windows of `length` tokens (None: from the model's context).
 
@@ -57,16 +65,9 @@ class Task(Scoring, Protocol):
     auto_class: str
 
     def samples(
-        self,
-        source: Any,
-        model: PreTrainedModel,
-        home: Path | None,
-        drawing: Drawing,
-        *,
-        trust_remote_code: bool = False,
-        progress: Progress = lambda step: None,
+        self, source: Any, model: PreTrainedModel, home: Home, drawing: Drawing, progress: Progress = lambda step: None
     ) -> Samples:
-        """Draw calibration samples from a SOURCE; `home` is the model's directory, with its tokenizer or processor."""
+        """Draw calibration samples from a SOURCE."""
         ...
 
     def evaluation(

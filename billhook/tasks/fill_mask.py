@@ -7,7 +7,6 @@ criteria that only read activations.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +18,7 @@ from billhook.architectures.config import call_options, vocabulary_size
 from billhook.engine.batch import LABELS, Batch, model_inputs
 from billhook.errors import BillhookError
 from billhook.evaluation.scoring import IGNORED, Scoring
-from billhook.tasks.base import Drawing, Progress, Samples
+from billhook.tasks.base import Drawing, Home, Progress, Samples
 from billhook.tasks.token_windows import drawn_windows, tokenizer_of
 from billhook.text.windows import Windows, load_windows
 
@@ -43,17 +42,10 @@ class FillMask:
         return replace(self, mask_token=tokenizer.mask_token_id, special=frozenset(tokenizer.all_special_ids))
 
     def samples(
-        self,
-        source: Any,
-        model: PreTrainedModel,
-        home: Path | None,
-        drawing: Drawing,
-        *,
-        trust_remote_code: bool = False,
-        progress: Progress = lambda step: None,
+        self, source: Any, model: PreTrainedModel, home: Home, drawing: Drawing, progress: Progress = lambda step: None
     ) -> Samples:
         """Masked token windows of a SOURCE (`billhook.text.windows`)."""
-        tokenizer = tokenizer_of(model, home, trust_remote_code=trust_remote_code)
+        tokenizer = tokenizer_of(model, home)
         task = self.with_tokenizer(tokenizer)
         tokens = drawn_windows(source, tokenizer, model, replace(drawing, bos=_frame(drawing.bos)), reserved=2)
         ids = tokens.ids if tokens.sampling == "given" else _framed(tokens.ids, tokenizer)

@@ -7,7 +7,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Toke
 
 from billhook.architectures.config import check_length, context_length, vocabulary_size
 from billhook.store.checkpoint import load_tokenizer
-from billhook.tasks.base import Drawing
+from billhook.tasks.base import Drawing, Home
 from billhook.text.given import Given
 from billhook.text.windows import Tokens, load_calibration
 
@@ -21,10 +21,10 @@ def window_length(model: PreTrainedModel, length: int | None) -> int:
     return length
 
 
-def tokenizer_of(model: PreTrainedModel, home: Path | None, *, trust_remote_code: bool = False) -> Tokenizer | None:
+def tokenizer_of(model: PreTrainedModel, home: Home) -> Tokenizer | None:
     """The tokenizer of a model directory, or of that from which a model in memory was loaded."""
-    home = home or (Path(model.name_or_path) if model.name_or_path else None)
-    return None if home is None else load_tokenizer(home, trust_remote_code=trust_remote_code)
+    directory = home.directory or (Path(model.name_or_path) if model.name_or_path else None)
+    return None if directory is None else load_tokenizer(directory, trust_remote_code=home.trust_remote_code)
 
 
 def drawn_windows(

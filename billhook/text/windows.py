@@ -26,7 +26,6 @@ import random
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -38,7 +37,6 @@ from billhook.text.corpus import documents, existing_file, is_token_file, joint
 from billhook.text.given import Given, given, whole_ids
 from billhook.text.sampling import BOS, cut, first_token, join, packed, papers
 
-Sampling = Literal["packed", "papers"]
 GIVEN = "given as a tensor"  # the name of a source
 _STREAM_WINDOWS = 256  # evaluation on a streamed dataset, as the papers do on C4
 

@@ -27,11 +27,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from billhook.architectures.config import call_options, vocabulary_size
-from billhook.architectures.experts import observable_experts
-from billhook.architectures.layers import Layer
+from billhook.architectures.layers import Layer, observable_experts
 from billhook.architectures.stacks import blocks_of
 from billhook.engine.batch import Batch, main_input, model_inputs, split_rows
 from billhook.engine.capture import evaluating, stubbed
+from billhook.engine.restore import differentiable
 from billhook.errors import JobError
 from billhook.evaluation.batching import batch_size
 from billhook.evaluation.scoring import scored_rows
@@ -65,7 +65,8 @@ def attribute(
     outputs = size * length * sum(layer.shape[0] for layer in layers) * model.dtype.itemsize
     memory = _checkpointed(model) if outputs > _BYTES else nullcontext()
     wanted = [parameter for parameter, _ in parameters.values()]
-    with _only(model, wanted), observable_experts(model), evaluating(model), memory, ExitStack() as hooks:
+    flags = differentiable(wanted, model.parameters())
+    with flags, observable_experts(model), evaluating(model), memory, ExitStack() as hooks:
         for parameter, inside in parameters.values():
             handle = parameter.register_post_accumulate_grad_hook(_adder(inside, dense, sums))
             hooks.callback(handle.remove)
@@ -97,20 +98,6 @@ def _adder(layers: Sequence[Layer], dense: Mapping[str, Tensor], sums: dict[str,
             sums[layer.name] += float(((own.T if layer.transposed else own).float() * change).sum(dtype=torch.float64))
 
     return add
-
-
-@contextmanager
-def _only(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Require gradients of these parameters only, and restore `requires_grad` of all afterwards."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    chosen = set(map(id, parameters))
-    for parameter, _ in before:
-        parameter.requires_grad_(id(parameter) in chosen)
-    try:
-        yield
-    finally:
-        for parameter, wanted in before:
-            parameter.requires_grad_(wanted)
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from billhook.engine.batch import Batch, main_input, model_inputs, rows_of, sele
 from billhook.engine.capture import evaluating
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.gradients import compute_gradients
-from billhook.engine.loop import LayerResult, Method, apply_plan_
+from billhook.engine.loop import LayerResult, apply_plan_
+from billhook.engine.method import Method
 from billhook.engine.restore import restore_, restored
 from billhook.errors import JobError
 from billhook.evaluation.batching import batch_size

@@ -12,7 +12,7 @@ from torch import Tensor
 from billhook.errors import BillhookError
 from billhook.measurement import eigen
 from billhook.measurement.eigen import _single, _smallest, eigenvalues, error_bound
-from billhook.measurement.tails import fit_tail
+from billhook.measurement.tails import Spectrum
 
 seeds = st.integers(0, 10_000)
 
@@ -79,7 +79,7 @@ def test_float32_is_enough_for_alpha(
     assert float((fast - exact).abs().max() / exact[-1]) < 1e-6
     torch.testing.assert_close(fast[0], exact[0], rtol=1e-4, atol=0)
     for cut in ("mid", "peak"):
-        assert fit_tail(fast, cut).alpha == pytest.approx(fit_tail(exact, cut).alpha, rel=1e-4)
+        assert Spectrum(fast).fit(cut).alpha == pytest.approx(Spectrum(exact).fit(cut).alpha, rel=1e-4)
 
 
 @pytest.mark.parametrize("smallest", [1e-8, 1e-6, 1e-4, 1e-2])

@@ -12,7 +12,7 @@ from billhook.measurement import canonical, options_of
 from billhook.measurement.activations import outlier_ratio, wanda_mean, wanda_median
 from billhook.measurement.eigen import eigenvalues
 from billhook.measurement.farms import squares
-from billhook.measurement.tails import fit_tail
+from billhook.measurement.tails import Spectrum
 from billhook.measurement.weights import spectral_metrics
 from billhook.plan.metrics import companions, fact
 
@@ -41,7 +41,9 @@ def test_farms_pools_windows_from_edge_to_edge(monkeypatch: pytest.MonkeyPatch) 
     assert parts[1].equal(W[:, 35:65])
     assert parts[2].equal(W[:, 70:])
     pooled = torch.cat([eigenvalues(part) for part in parts]).sort().values
-    assert spectral_metrics(W, ["alpha_farms:3"])["alpha_farms:3"] == pytest.approx(fit_tail(pooled).alpha, rel=1e-12)
+    assert spectral_metrics(W, ["alpha_farms:3"])["alpha_farms:3"] == pytest.approx(
+        Spectrum(pooled).fit("peak").alpha, rel=1e-12
+    )
     monkeypatch.setattr("billhook.measurement.farms.SIDE", 20)
     assert len(list(squares(W, 3))) == 9
     assert len(list(squares(W[:21], 5))) == 2 * 5
@@ -87,7 +89,7 @@ def test_the_table_has_the_distance_of_each_fit() -> None:
     ]
     W = heavy(50, 80)
     for cut in ("mid", "peak", "ks"):
-        fit = fit_tail(eigenvalues(W), cut)  # type: ignore[arg-type]
+        fit = Spectrum(eigenvalues(W)).fit(cut)  # type: ignore[arg-type]
         assert spectral_metrics(W, [f"alpha_{cut}_ks"])[f"alpha_{cut}_ks"] == fit.ks_distance
 
 
@@ -96,7 +98,7 @@ def test_alpha_ks_agrees_with_the_powerlaw_package(seed: int) -> None:
     """`powerlaw` uses n - 1 terms less one: our alpha - 1 is n / (n - 1) times its."""
     powerlaw = pytest.importorskip("powerlaw", reason="needs powerlaw")
     evals = eigenvalues(gaussian(150, 200, seed) * torch.arange(1, 151)[:, None] ** -0.7)
-    ours = fit_tail(evals, "mid")
+    ours = Spectrum(evals).fit("mid")
     theirs = powerlaw.Fit(evals.numpy(), xmin=ours.xmin, verbose=False)
     assert ours.alpha == pytest.approx(theirs.power_law.alpha, rel=1e-4)
     assert ours.ks_distance == pytest.approx(theirs.power_law.D, abs=1.5 / (len(evals) - ours.cut_index))

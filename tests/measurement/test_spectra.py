@@ -17,7 +17,7 @@ from torch import Tensor
 from billhook.errors import BillhookError
 from billhook.measurement import METRICS
 from billhook.measurement.eigen import eigenvalues
-from billhook.measurement.tails import Spectrum, fit_tail
+from billhook.measurement.tails import Spectrum
 from billhook.measurement.weights import measure_spectra, spectral_metrics
 from billhook.plan.metrics import CURVES, FACTS, fact, sign
 
@@ -36,7 +36,7 @@ def test_metrics_of_a_known_matrix_are_exact() -> None:
     values = spectral_metrics(W, SPECTRAL)
     assert values["alpha_mid"] == pytest.approx(7.67345, abs=1e-5)
     assert values["alpha_peak"] == values["alpha_ks"] == pytest.approx(7.66247, abs=1e-5)
-    assert fit_tail(eigenvalues(W), "ks").cut_index == 25
+    assert Spectrum(eigenvalues(W)).fit("ks").cut_index == 25
     assert values["frobenius_sq"] == pytest.approx(3075.4157, abs=1e-4)
     assert values["spectral_norm"] == pytest.approx(99.44276, abs=1e-5)
     assert values["stable_rank"] == pytest.approx(30.92649, abs=1e-5)
@@ -135,7 +135,7 @@ def test_rank_deficient_equals_its_own_full_rank_part() -> None:
         evals = eigenvalues(deficient)
         assert int((evals == 0).sum()) == zeros
         for cut in ("mid", "peak", "ks"):
-            ours, full = fit_tail(evals, cut), fit_tail(eigenvalues(W), cut)  # type: ignore[arg-type]
+            ours, full = Spectrum(evals).fit(cut), Spectrum(eigenvalues(W)).fit(cut)  # type: ignore[arg-type]
             assert ours.alpha == pytest.approx(full.alpha, rel=1e-6)
             assert ours.cut_index == full.cut_index + zeros
 

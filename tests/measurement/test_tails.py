@@ -10,7 +10,7 @@ from random_weights import gaussian, heavy
 from torch import Tensor
 
 from billhook.measurement.eigen import eigenvalues
-from billhook.measurement.tails import fit_tail, hill, ks_distances
+from billhook.measurement.tails import Spectrum, hill, ks_distances
 from billhook.measurement.weights import spectral_metrics
 
 
@@ -51,18 +51,18 @@ def oracle(evals: Tensor, cut: str, log_bound: str = "published") -> tuple[float
 
 def test_exponents_of_a_geometric_spectrum_are_exact() -> None:
     evals = 2.0 ** torch.arange(8, dtype=torch.float64)
-    assert fit_tail(evals, "mid").cut_index == 4
-    assert fit_tail(evals, "mid").alpha == pytest.approx(1.96180, abs=5e-6)
-    assert fit_tail(evals, "peak") == fit_tail(evals, "ks")
-    assert fit_tail(evals, "ks").alpha == pytest.approx(1.41220, abs=5e-6)
+    assert Spectrum(evals).fit("mid").cut_index == 4
+    assert Spectrum(evals).fit("mid").alpha == pytest.approx(1.96180, abs=5e-6)
+    assert Spectrum(evals).fit("peak") == Spectrum(evals).fit("ks")
+    assert Spectrum(evals).fit("ks").alpha == pytest.approx(1.41220, abs=5e-6)
 
 
 @pytest.mark.parametrize(
     ("a", "mid", "peak"), [(2, 2.001697, 2.000847), (3, 3.003393, 3.001695), (4, 4.005089, 4.002542)]
 )
 def test_exponents_of_pareto_quantiles_are_exact(a: float, mid: float, peak: float) -> None:
-    assert fit_tail(pareto(a), "mid").alpha == pytest.approx(mid, abs=1e-6)
-    assert fit_tail(pareto(a), "peak").alpha == pytest.approx(peak, abs=1e-6)
+    assert Spectrum(pareto(a)).fit("mid").alpha == pytest.approx(mid, abs=1e-6)
+    assert Spectrum(pareto(a)).fit("peak").alpha == pytest.approx(peak, abs=1e-6)
 
 
 def test_the_repaired_bound_changes_low_rank_plus_noise_alone() -> None:
@@ -71,7 +71,7 @@ def test_the_repaired_bound_changes_low_rank_plus_noise_alone() -> None:
         values = spectral_metrics(W, ["alpha_peak", "alpha_peak:repaired"])
         assert values["alpha_peak"] == values["alpha_peak:repaired"]
     evals = eigenvalues(low_rank_plus_noise(200, 20))
-    published, repaired = fit_tail(evals, "peak"), fit_tail(evals, "peak", "repaired")
+    published, repaired = Spectrum(evals).fit("peak"), Spectrum(evals).fit("peak", "repaired")
     assert published.alpha == pytest.approx(oracle(evals, "peak")[0], rel=1e-9)
     assert repaired.alpha == pytest.approx(oracle(evals, "peak", "repaired")[0], rel=1e-9)
     assert published.alpha < repaired.alpha - 0.05
@@ -87,7 +87,7 @@ def test_the_repaired_bound_changes_low_rank_plus_noise_alone() -> None:
 )
 def test_fits_equal_the_plain_loops(seed: int, rows: int, columns: int, kind: object, cut: str) -> None:
     evals = eigenvalues(kind(rows, columns, seed), "svd")  # type: ignore[operator]
-    fit = fit_tail(evals, cut)  # type: ignore[arg-type]
+    fit = Spectrum(evals).fit(cut)  # type: ignore[arg-type]
     alpha, distance, index = oracle(evals, cut)
     assert fit.cut_index == index
     assert fit.alpha == pytest.approx(alpha, rel=1e-10)
@@ -110,5 +110,5 @@ def test_every_cut_equals_the_plain_loops_across_blocks_of_cuts() -> None:
 
 
 def test_heavier_tail_has_smaller_alpha() -> None:
-    alphas = [fit_tail(pareto(a), "peak").alpha for a in (1.5, 2, 3, 5)]
+    alphas = [Spectrum(pareto(a)).fit("peak").alpha for a in (1.5, 2, 3, 5)]
     assert alphas == sorted(alphas)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from billhook import BillhookError, allocate, load_model, measure, prune
 from billhook.comparison.grid import Grid, compare
 from billhook.engine.batch import rows_of
-from billhook.engine.loop import Method
+from billhook.engine.method import Method
 from billhook.measurement.error_curves import _curve, cheaper
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators.curves import MIDDLE

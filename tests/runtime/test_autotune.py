@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from billhook.runtime import autotune, cache, library, products
-from billhook.runtime.dense import DenseLinear
-from billhook.runtime.linear import SparseLinear
+from billhook.runtime.linear import DenseLinear, SparseLinear
 from billhook.runtime.tuning import choices, tune_
 
 

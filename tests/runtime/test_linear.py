@@ -8,8 +8,7 @@ from sparse_layers import assert_product, layer, random_weight
 
 from billhook.errors import BillhookError
 from billhook.runtime import autotune, native, ops
-from billhook.runtime.dense import DenseLinear, adopt_
-from billhook.runtime.linear import SparseLinear
+from billhook.runtime.linear import DenseLinear, SparseLinear, adopt_
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from billhook import BillhookError, find_layers, load_plan, prune_, search
 from billhook.cli import app
-from billhook.engine.loop import Method
+from billhook.engine.method import Method
 from billhook.racing.hyperparameters import ALL, Space
 from billhook.racing.race import Race
 from billhook.racing.record import SearchRecord

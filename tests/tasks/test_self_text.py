@@ -12,7 +12,7 @@ from resuming import whole_and_in_parts
 
 from billhook import BillhookError, JobError, allocate, load_calibration, load_model, measure, prune, prune_
 from billhook.store.checkpoint import load_tokenizer
-from billhook.tasks.base import Drawing, Samples
+from billhook.tasks.base import Drawing, Home, Samples
 from billhook.tasks.self_text import save_windows, saved_windows, write_windows
 from billhook.tasks.text_generation import TASK
 
@@ -117,7 +117,7 @@ def test_impossible_requests_are_refused() -> None:
 
 
 def samples(model, source: str, **drawing) -> Samples:
-    return TASK.samples(source, model, None, Drawing(**({"samples": 8, "length": 16} | drawing)))
+    return TASK.samples(source, model, Home(), Drawing(**({"samples": 8, "length": 16} | drawing)))
 
 
 def test_windows_of_the_text_come_first_and_the_model_writes_the_rest(tmp_path) -> None:

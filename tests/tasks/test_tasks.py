@@ -16,7 +16,7 @@ from billhook.evaluation.scoring import IGNORED
 from billhook.steps.evaluate import EvalConfig, evaluate_model
 from billhook.store.checkpoint import load_tokenizer
 from billhook.tasks import TASKS
-from billhook.tasks.base import Drawing
+from billhook.tasks.base import Drawing, Home
 from billhook.tasks.opening import task_of, task_of_config
 
 
@@ -54,8 +54,8 @@ def test_a_model_of_no_task_is_refused_by_name(tmp_path):
 def test_masked_positions_are_chosen_once_and_only_they_are_labels(place):
     model = load_model(place / "model")
     task = task_of(model)
-    drawn = task.samples(str(place / "text.txt"), model, place / "model", Drawing(samples=20, length=32))
-    again = task.samples(str(place / "text.txt"), model, place / "model", Drawing(samples=20, length=32))
+    drawn = task.samples(str(place / "text.txt"), model, Home(place / "model"), Drawing(samples=20, length=32))
+    again = task.samples(str(place / "text.txt"), model, Home(place / "model"), Drawing(samples=20, length=32))
     ids, labels = drawn.batch["input_ids"], drawn.batch["labels"]
     assert torch.equal(ids, again.batch["input_ids"])
     tokenizer = load_tokenizer(place / "model")
@@ -69,7 +69,7 @@ def test_masked_positions_are_chosen_once_and_only_they_are_labels(place):
 
 def test_the_walk_of_an_encoder_is_exact(place):
     model = load_model(place / "model")
-    batch = task_of(model).samples(str(place / "text.txt"), model, place / "model", Drawing(4, 16)).batch
+    batch = task_of(model).samples(str(place / "text.txt"), model, Home(place / "model"), Drawing(4, 16)).batch
     seen = []
     hooks = [
         b.register_forward_pre_hook(

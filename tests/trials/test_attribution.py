@@ -9,7 +9,7 @@ import torch
 
 from billhook import allocate, measure
 from billhook.architectures.layers import find_layers
-from billhook.engine.loop import Method
+from billhook.engine.method import Method
 from billhook.trials.trials import TrialRunner
 
 

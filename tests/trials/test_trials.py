@@ -8,7 +8,7 @@ from tiny import llama, mixtral
 
 from billhook import allocate, find_layers, measure, search
 from billhook.engine.gradients import compute_gradients
-from billhook.engine.loop import Method
+from billhook.engine.method import Method
 from billhook.engine.restore import restored
 from billhook.tasks.base import Samples
 from billhook.text.windows import digest

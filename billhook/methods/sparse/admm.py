@@ -78,11 +78,7 @@ def admm(
     inputs = W.shape[1]
     steps = default_steps(inputs) if steps is None else steps
     rho = _RHO[inputs > DOUBLE] if rho is None else rho
-    if steps < 1 or not 0 < rho < float("inf") or not 0 <= damping < float("inf") or not 0 <= dense_target <= 1:
-        raise BillhookError(
-            f"admm: steps={steps} must be at least 1, rho={rho} above 0, damping={damping} finite and not negative, "
-            f"dense_target={dense_target} in [0, 1]."
-        )
+    _check_options(steps, rho, damping, dense_target)
     assert stats.gram is not None
     W = shift_to_dense(W, stats, dense_target, damping)
     dtype = torch.float64 if inputs <= DOUBLE else W.dtype
@@ -100,6 +96,14 @@ def admm(
     if used != damping:
         stats.note(f"damping raised from {damping:g} to {used:g}: the factorization failed below it")
     return torch.where(keep, solution.weight / scale, 0).to(W.dtype)
+
+
+def _check_options(steps: int, rho: float, damping: float, dense_target: float) -> None:
+    if steps < 1 or not 0 < rho < float("inf") or not 0 <= damping < float("inf") or not 0 <= dense_target <= 1:
+        raise BillhookError(
+            f"admm: steps={steps} must be at least 1, rho={rho} above 0, damping={damping} finite and not negative, "
+            f"dense_target={dense_target} in [0, 1]."
+        )
 
 
 def default_steps(inputs: int) -> int:

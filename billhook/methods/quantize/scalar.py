@@ -1,0 +1,71 @@
+"""Scalar types `intB/GROUP`: signed integers of B bits with one 16-bit scale for every GROUP columns, no offset.
+
+The codes are −2^(B−1) … 2^(B−1) − 1, and a scale may be negative, so that the longer side of the grid can point either
+way; zero is always a point. This halves the loss at 3 bits compared with a symmetric range.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from billhook.methods.quantize.grid import Scales
+
+_CANDIDATES = 16  # scales tried for each sign
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """The grid of `bits`-bit integers with a scale of dtype `stored` for every `group` columns."""
+
+    bits: int
+    group: int
+    stored: torch.dtype = torch.float16
+
+    step = 1
+
+    @property
+    def name(self) -> str:
+        """The name of the storage type."""
+        return f"int{self.bits}/{self.group}"
+
+    @property
+    def block(self) -> int:
+        """Columns whose scales are chosen together."""
+        return self.group
+
+    def fit(self, W: Tensor, weight: Tensor) -> Scales:
+        """The best of some scales between the one at which the largest weight just fits and one that clips it.
+
+        W is float32 [out, group], weight [group].
+        """
+        low = -(1 << (self.bits - 1))
+        largest = W.gather(1, W.abs().argmax(1, keepdim=True))
+        least = 0.3 if self.bits == 2 else 1 - 1.6 / (1 << (self.bits - 1))
+        weighted = W * weight
+        best, scale = torch.full_like(largest, torch.inf), torch.zeros_like(largest)
+        for factor in torch.linspace(least, 1.05, _CANDIDATES).tolist():
+            for side in (factor, -factor):
+                tried = self.store(largest / low * side)
+                codes = self.nearest(W / tried.where(tried != 0, 1))
+                power = (codes * codes) @ weight[:, None]
+                fitted = self.store((weighted * codes).sum(1, keepdim=True) / power.where(power > 0, 1))
+                error = (W - codes * fitted).square() @ weight[:, None]
+                better = (error < best) & (fitted != 0)
+                best, scale = error.where(better, best), fitted.where(better, scale)
+        return self.scales(scale)
+
+    def scales(self, scale: Tensor) -> Scales:
+        """Scales [out, groups] of any value, as they can be stored."""
+        kept = self.store(scale)
+        return Scales(kept, None, {"scale": kept.to(self.stored)})
+
+    def store(self, scale: Tensor) -> Tensor:
+        """A scale rounded to its dtype in the file, in float32; one that would overflow is the largest possible."""
+        most = torch.finfo(self.stored).max
+        return scale.clamp(-most, most).to(self.stored).float()
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The nearest integers in range."""
+        half = 1 << (self.bits - 1)
+        return x.round().clamp_(-half, half - 1)
