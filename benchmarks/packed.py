@@ -22,11 +22,12 @@ import billhook
 from billhook.cli.bench import show
 from billhook.packed import benchmark
 from billhook.packed.benchmark import Side
-from billhook.reports.charts import Axis, Series, chart
+from billhook.reports.charts import Series, chart
+from billhook.reports.scales import Axis
 from billhook.store.files import write_text
 
 LEVELS = (50, 60, 70, 80)
-NAMES = {"demo": "bundled model", "1b": "1B-class model"}
+NAMES = {"demo": "bundled", "1b": "1B-class"}
 DEMO = Path(billhook.__file__).parent / "demo_model"
 
 
@@ -74,16 +75,13 @@ def measured(model: str, args: argparse.Namespace) -> list[Side]:
 def picture(found: dict[str, list[Side]]) -> str:
     """Speed-up and size ratio of each model against its dense form, by sparsity, as SVG."""
     series = []
-    for model, (dense, *packed) in found.items():
+    for colour, (model, (dense, *packed)) in enumerate(found.items()):
         x = [100 * (side.sparsity or 0.0) for side in packed]
         speed = [ratio for side in packed if (ratio := side.cells[0].decode_speedup) is not None]
         bands = ([ratio.median for ratio in speed], [ratio.low for ratio in speed], [ratio.high for ratio in speed])
-        series.append(Series(f"{NAMES[model]}: tokens per second", x, *bands))
-        series.append(
-            Series(
-                f"{NAMES[model]}: file size", x, [dense.file_bytes / side.file_bytes for side in packed], dashed=True
-            )
-        )
+        series.append(Series(f"{NAMES[model]}: speed", x, *bands, colour=colour))
+        sizes = [dense.file_bytes / side.file_bytes for side in packed]
+        series.append(Series(f"{NAMES[model]}: size", x, sizes, colour=colour, dash=1))
     axes = Axis("sparsity (%)"), Axis("speed-up, size ratio", zero=True)
     return chart(
         "Packed models against dense ones", series, *axes, summary="Bands: quartiles over the rounds.", standalone=True

@@ -8,7 +8,8 @@ TEXT = ("--samples", "5", "--length", "32")
 
 
 def prune(place: Path, output: Path, *arguments: str, model: str = "model") -> dict:
-    """Prune with a text (and sparsity 0.5 unless the arguments say otherwise); the JSON object that is printed."""
+    """Prune with a text (and Wanda and sparsity 0.5 unless the arguments say otherwise); the JSON object printed."""
     sparsity = [] if {"--sparsity", "--pattern", "--plan"} & set(arguments) else ["--sparsity", "0.5"]
+    criterion = [] if {"--criterion", "--recipe"} & set(arguments) else ["--criterion", "wanda"]
     text = ["--calibration", str(place / "text.txt"), *TEXT]
-    return done("prune", place / model, "--output", output, *text, *sparsity, *arguments, "--json").json
+    return done("prune", place / model, "--output", output, *text, *sparsity, *criterion, *arguments, "--json").json

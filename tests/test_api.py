@@ -24,7 +24,7 @@ def model():
 def test_prune_changes_a_model_in_place(model):
     assert not model.name_or_path
     before = model.model.layers[0].mlp.up_proj.weight.clone()
-    report = billhook.prune(model, sparsity=0.5, calibration=IDS)
+    report = billhook.prune(model, sparsity=0.5, criterion="wanda", calibration=IDS)
     assert report.sparsity == 0.5
     assert report.output is None
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
@@ -34,7 +34,7 @@ def test_prune_changes_a_model_in_place(model):
 
 
 def test_a_model_built_in_memory_is_saved_and_loads(model, tmp_path):
-    report = billhook.prune(model, sparsity=0.5, calibration=IDS, output=tmp_path / "pruned")
+    report = billhook.prune(model, sparsity=0.5, criterion="wanda", calibration=IDS, output=tmp_path / "pruned")
     assert report.output == tmp_path / "pruned"
     assert billhook.verify(tmp_path / "pruned").ok
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
@@ -46,9 +46,16 @@ def test_a_loaded_model_finds_its_tokenizer(tmp_path):
     tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=2))
     tiny.text_file(tmp_path / "text.txt")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    by_object = billhook.prune(loaded, sparsity=0.5, calibration=tmp_path / "text.txt", samples=4, length=32)
+    by_object = billhook.prune(
+        loaded, sparsity=0.5, criterion="wanda", calibration=tmp_path / "text.txt", samples=4, length=32
+    )
     by_path = billhook.prune(
-        tmp_path / "model", sparsity=0.5, calibration=str(tmp_path / "text.txt"), samples=4, length=32
+        tmp_path / "model",
+        sparsity=0.5,
+        criterion="wanda",
+        calibration=str(tmp_path / "text.txt"),
+        samples=4,
+        length=32,
     )
     digests = {report.record["steps"][0]["made_by"]["calibration"]["digest"] for report in (by_object, by_path)}
     assert len(digests) == 1
@@ -98,7 +105,7 @@ def test_options_of_methods_are_keywords(model):
     ]
     assert spread[0] == spread[1] < spread[2]
     with pytest.raises(BillhookError, match=r"has an option 'sparsty'\. Did you mean 'sparsity'\?"):
-        billhook.prune(model, sparsty=0.5)
+        billhook.prune(model, allocator="alphapruning", sparsty=0.5)
 
 
 def test_one_target_may_be_given_as_a_string(model):
@@ -123,7 +130,7 @@ def test_half_precision_models_keep_their_dtype(model, dtype, criterion):
 
 
 def test_a_model_in_training_mode_stays_in_it(model):
-    assert billhook.prune(model.train(), sparsity=0.5, calibration=IDS).sparsity == 0.5
+    assert billhook.prune(model.train(), sparsity=0.5, criterion="wanda", calibration=IDS).sparsity == 0.5
     assert model.training
 
 
@@ -140,12 +147,12 @@ def test_dropout_takes_no_part(model, criterion):
 
 
 def test_a_decoder_without_a_head_is_pruned(model):
-    assert billhook.prune(model.model, sparsity=0.5, calibration=IDS).sparsity == 0.5
+    assert billhook.prune(model.model, sparsity=0.5, criterion="wanda", calibration=IDS).sparsity == 0.5
 
 
 def test_progress_is_reported(model):
     seen: list[str] = []
-    billhook.prune(model, sparsity=0.5, calibration=IDS, progress=seen.append)
+    billhook.prune(model, sparsity=0.5, criterion="wanda", calibration=IDS, progress=seen.append)
     assert len(seen) == 14
 
 
@@ -167,7 +174,7 @@ def test_progress_is_reported(model):
 def test_calibration_that_cannot_be_used_is_refused(model, ids, message):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(BillhookError, match=message):
-        billhook.prune(model, sparsity=0.5, calibration=ids)
+        billhook.prune(model, sparsity=0.5, criterion="wanda", calibration=ids)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -203,7 +210,7 @@ def test_batches_that_cannot_be_used_are_refused(model):
 )
 def test_impossible_fields_of_a_request_are_refused(model, fields, message):
     with pytest.raises(BillhookError, match=message):
-        billhook.prune(model, **({"calibration": IDS} | fields))
+        billhook.prune(model, **({"calibration": IDS, "criterion": "wanda"} | fields))
 
 
 @pytest.mark.parametrize("thing", [3, None, torch.nn.Linear(2, 2), {}])

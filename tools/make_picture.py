@@ -12,7 +12,8 @@ from pathlib import Path
 
 from billhook import allocate, evaluate, load_windows, measure, prune_
 from billhook.demo import EVALUATION_WINDOWS, LENGTH, MODEL, SAMPLES
-from billhook.reports.charts import Axis, Series, chart
+from billhook.reports.charts import Series, chart
+from billhook.reports.scales import Axis
 from billhook.steps.request import Request, open_request
 from billhook.store.checkpoint import load_tokenizer
 
@@ -40,7 +41,7 @@ def draw(dense: float, found: dict[str, list[float]], path: Path) -> None:
     """A line for each criterion, and the dense model as a dashed line."""
     x = [100 * sparsity for sparsity in SPARSITIES]
     series = [Series(name, x, values) for name, values in found.items()]
-    series.append(Series("dense", x, [dense] * len(x), marks=False, dashed=True))
+    series.append(Series("dense", x, [dense] * len(x), marks=False, colour=-1, dash=1))
     axes = Axis("sparsity (%)"), Axis("perplexity on held-out text", log=True)
     title = "Perplexity of the bundled model by sparsity (lower is better)"
     path.parent.mkdir(parents=True, exist_ok=True)

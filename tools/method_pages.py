@@ -16,13 +16,13 @@ from billhook.architectures.layers import FAMILIES
 from billhook.measurement import METRICS
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
-from billhook.plan.allocators.presets import PRESETS
 from billhook.plan.metrics import CURVES, FACTS, Metric
+from billhook.plan.recipes import RECIPES
 from billhook.registry import Registry
 
 OTHERS = {  # pages of modules that are not registered methods
     "auto": "billhook.racing.automatic",
-    "presets": "billhook.plan.allocators.presets",
+    "recipes": "billhook.plan.recipes",
     "block_tuning": "billhook.recover.blockwise",
     "self_text": "billhook.tasks.self_text",
 }
@@ -47,7 +47,7 @@ def pages() -> dict[str, str]:
         found[f"{family}.md"] = _metrics(family, links)
     for name, place in OTHERS.items():
         found[f"{name}.md"] = "\n\n".join(_head(importlib.import_module(place), name, links)) + "\n"
-    found["presets.md"] += "\n" + _presets() + "\n"
+    found["recipes.md"] += "\n" + _recipes() + "\n"
     return found
 
 
@@ -122,12 +122,14 @@ def _metric_table(metrics: list[Metric], links: dict[str, str] | None = None) ->
     return table(["column", "what it is", "more sparsity if", "computed from", "source"], rows)
 
 
-def _presets() -> str:
+def _recipes() -> str:
     rows = []
-    for name, p in PRESETS.items():
-        options = ", ".join(f"`{key}={value}`" for key, value in p.options.items())
-        rows.append([f"`{name}`", f"{p.sparsity:.0%}", options, p.criterion, p.paper])
-    return table(["preset", "sparsity", "options", "published with", "source"], rows)
+    for name, x in RECIPES.items():
+        options = ", ".join(f"`{key}={value}`" for key, value in x.options.items())
+        sparsity = "" if x.sparsity is None else f"{x.sparsity:.0%}"
+        tuned = "" if x.refine == "none" else f"`{x.refine}`"
+        rows.append([f"`{name}`", f"`{x.criterion}`", f"`{x.allocator}`", options, tuned, sparsity, x.source])
+    return table(["recipe", "criterion", "allocator", "its options", "refine", "sparsity", "source"], rows)
 
 
 def _index(links: dict[str, str]) -> str:
@@ -139,7 +141,7 @@ def _index(links: dict[str, str]) -> str:
         "[Add a method](../add_a_method.md) how to write one.",
         "## Allocators",
         _registry(ALLOCATORS),
-        "[`auto`](auto.md) tries several allocations on the model. [`presets`](presets.md) are published settings.",
+        "[`auto`](auto.md) tries several allocations on the model. [`recipes`](recipes.md) name both.",
         "## Criteria",
         _registry(CRITERIA),
         "[Block tuning](block_tuning.md) can follow any criterion (`--refine`). "

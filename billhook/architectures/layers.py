@@ -163,7 +163,8 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
         if torch.isfinite(tensor.sum(dtype=torch.float32)):  # a fast test: NaN and infinity remain in the sum
             continue
         if bad := int((~torch.isfinite(tensor)).sum()):
-            raise BillhookError(f"{name} holds {bad} NaN or infinite weights: repair the checkpoint first.")
+            wider = " or compute in a wider type (--dtype)" if tensor.dtype == torch.float16 else ""
+            raise BillhookError(f"{name} holds {bad} NaN or infinite weights: repair the checkpoint first{wider}.")
 
 
 def is_plain_linear(module: nn.Module) -> bool:

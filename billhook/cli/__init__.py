@@ -18,6 +18,7 @@ from billhook.cli import (
     compare,
     demo,
     evaluate,
+    export,
     generate,
     gradients,
     ls,
@@ -26,6 +27,7 @@ from billhook.cli import (
     plan,
     plot,
     prune,
+    quantize,
     report,
     search,
     unpack,
@@ -41,6 +43,7 @@ _DISTRIBUTED = ("measure", "prune")  # commands that run in several processes un
 REMOVED = {  # removed commands and options, and what to use instead
     "analyze": "billhook compare MODEL --plans PLAN,PLAN --errors --data SOURCE --output DIR",
     "write": "a calibration SOURCE that begins with self: (--calibration self:)",
+    "--preset": "--recipe, which takes the names of presets (owl/llama@70 is owl@70 now)",
     "--rounding": "--published",
     "--sampling": "--published",
     "--mode": "--published",
@@ -58,8 +61,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_FIRST = (prune, search, measure, gradients, plan, evaluate, compare, report, verify)
-for module in (*_FIRST, pack, unpack, generate, bench, ls, demo, plot):
+_FIRST = (prune, quantize, search, measure, gradients, plan, evaluate, compare, report, verify)
+for module in (*_FIRST, pack, unpack, export, generate, bench, ls, demo, plot):
     app.command(module.NAME, epilog=module.EXAMPLES)(handle_errors(grouped(module.command)))
 
 

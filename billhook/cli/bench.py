@@ -45,10 +45,11 @@ def command(
         if against is None or len(models) < 2:
             raise BillhookError("--picture needs --against DENSE and at least two packed models.")
     axes = {"batches": numbers(batch, int, "--batch", "1,8"), "prompts": numbers(prompt, int, "--prompt", "16,128")}
+    options = loading.fields(models[0], streams=False) | {"dtype": loading.dtype}
     total = (rounds + 1) * len(axes["batches"]) * len(axes["prompts"]) * (len(models) + (against is not None))
     with progress("measuring", total=total) as advance:
         sides = benchmark.bench(
-            models, against=against, **axes, new=new, rounds=rounds, options=vars(loading), progress=advance
+            models, against=against, **axes, new=new, rounds=rounds, options=options, progress=advance
         )
     if picture is not None:
         drawn = draw(sides)
@@ -59,13 +60,14 @@ def command(
     if not as_json:
         return show(sides)
     facts = {"against": None if against is None else sides[0].name, "new": new, "rounds": rounds}
-    emit({**facts, "models": [asdict(x) for x in sides], "hardware": benchmark.hardware(loading.device)})
+    emit({**facts, "models": [asdict(x) for x in sides], "hardware": benchmark.hardware(options["device"])})
 
 
 def draw(sides: "Sequence[Side]") -> str | None:
     """Decode speed-up against sparsity as SVG, one line per batch size and prompt length; None for fewer than two
     models that have both."""
-    from billhook.reports.charts import Axis, Series, chart
+    from billhook.reports.charts import Series, chart
+    from billhook.reports.scales import Axis
 
     packed = sorted((side for side in sides if side.sparsity is not None), key=lambda side: side.sparsity or 0.0)
     series = []
@@ -79,7 +81,7 @@ def draw(sides: "Sequence[Side]") -> str | None:
         )
     if not series or len(series[0].x) < 2:
         return None
-    series.append(Series("dense", [series[0].x[0], series[0].x[-1]], [1.0, 1.0], marks=False, dashed=True))
+    series.append(Series("dense", [series[0].x[0], series[0].x[-1]], [1.0, 1.0], marks=False, colour=-1, dash=1))
     title = "Tokens generated per second, packed against dense"
     axes = Axis("sparsity of packed layers (%)"), Axis("speed-up over the dense model", zero=True)
     return chart(title, series, *axes, summary="Bands: quartiles over the rounds.", standalone=True)

@@ -136,7 +136,7 @@ def load_plans(paths: Sequence[Path]) -> dict[str, "Plan"]:
 
 def announce(estimate: "Estimate", device: str) -> None:
     """Print what a job needs before it starts, with a note where less memory is free than it needs."""
-    from billhook.steps.estimate import free_gib
+    from billhook.store.compute import free_gib
 
     say(f"About {estimate.memory_gib:.2f} GiB of memory and {estimate.disk_gib:.2f} GiB of disk.")
     if estimate.seconds is not None:

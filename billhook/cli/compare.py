@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 NAME = "compare"
 EXAMPLES = """\b
 Examples:
+  billhook compare model --sparsities 0.6 --recipes fast,good,owl --calibration c4.txt --data wiki.txt -o grid
   billhook compare model --sparsities 0.5,0.6 --allocators uniform,owl,atp --calibration c4.txt --data wiki.txt -o grid
   billhook compare model --patterns 2:4,4:8 --criteria wanda,sparsegpt --calibration c4.txt --data wiki.txt -o grid
   billhook compare model --sparsities 0.6 --criteria wanda,admm --seeds 3 --calibration c4.txt --data wiki.txt -o grid
@@ -33,8 +34,9 @@ def command(
     models: Annotated[list[str], typer.Argument(metavar="MODEL|DIR...", help=MODELS_HELP)],
     *,
     sparsities: Annotated[str, _list("Fractions to remove")] = "",
-    allocators: Annotated[str, _list("Allocators (billhook ls allocators)")] = "uniform",
-    criteria: Annotated[str, _list("Criteria (billhook ls criteria)")] = "wanda",
+    recipes: Annotated[str, _list("Recipes (billhook ls recipes), fast and good if no method is given")] = "",
+    allocators: Annotated[str, _list("Allocators (billhook ls allocators), uniform if only criteria are given")] = "",
+    criteria: Annotated[str, _list("Criteria (billhook ls criteria), admm if only allocators are given")] = "",
     patterns: Annotated[str, _list("unstructured and N:M")] = "unstructured",
     plans: Annotated[str, _list("Files plan.json, compared with the allocators")] = "",
     seeds: Annotated[
@@ -70,12 +72,19 @@ def command(
             "An N:M pattern has its own sparsity: leave out --sparsities, or add unstructured to --patterns."
         )
     from billhook.comparison.grid import Grid, compare
+    from billhook.plan.recipes import DEFAULT, RECIPES
 
-    names = (split_list(allocators), split_list(criteria), split_list(patterns))
+    pairs, named = (split_list(allocators), split_list(criteria)), split_list(recipes)
+    if any(pairs) or plans:  # what is left out is as in billhook prune
+        pairs = (pairs[0] or ([] if plans and not pairs[1] else ["uniform"]), pairs[1] or [RECIPES[DEFAULT].criterion])
+    elif not named:
+        named = ["fast", DEFAULT]
+    names = (*pairs, split_list(patterns))
     fractions = numbers(sparsities, float, "--sparsities", "0.5,0.6,0.7")
     given = {f"plan {name}": plan for name, plan in load_plans([Path(path) for path in split_list(plans)]).items()}
-    grid = Grid(fractions, *names, seeds, parse_settings(settings), given)
-    options = {"limit": limit, "output": output, "overwrite": overwrite, **vars(text), **work.fields()}
+    grid = Grid(fractions, *names, seeds, parse_settings(settings), given, named)
+    options = {"limit": limit, "output": output, "overwrite": overwrite, **vars(text)}
+    options |= work.fields(models[0], streams=False)
     try:
         found = compare(models[0], grid, data, progress=say, **options)
     except KeyboardInterrupt:

@@ -51,7 +51,7 @@ def command(
     from billhook.steps.evaluate import EvalConfig, evaluate_model
 
     scored = (data, length, limit, protocol, against, split_list(tasks), few_shot, task_limit, batch_size)
-    config = EvalConfig(*scored, bos=bos, **vars(loading))
+    config = EvalConfig(*scored, bos=bos, **loading.fields(model))
     if report:
         _check_report(model)
     with progress("scoring") as advance:

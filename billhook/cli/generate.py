@@ -30,19 +30,20 @@ def command(
     import torch
     from transformers import TextStreamer
 
+    from billhook.architectures.sources import resolve
     from billhook.errors import BillhookError
     from billhook.packed.generation import generate
     from billhook.packed.loading import load
-    from billhook.store.checkpoint import load_tokenizer, resolve
+    from billhook.store.checkpoint import load_tokenizer
 
-    path = resolve(model)
+    path, options = resolve(model), loading.fields(model, streams=False)
     tokenizer = load_tokenizer(path, trust_remote_code=loading.trust_remote_code)
     if tokenizer is None:
         raise BillhookError(f"{path} has no tokenizer, so it cannot read a prompt: copy the tokenizer files into it.")
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64)
     if not ids.numel():
         raise BillhookError("The prompt is empty: give at least a word.")
-    loaded = load(path, **vars(loading), note=lambda text: say(f"note: {text}"))
+    loaded = load(path, **options, note=lambda text: say(f"note: {text}"))
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream and not as_json else None
     result = generate(loaded, ids, max_new_tokens, token=streamer.put if streamer else None)
     text = tokenizer.decode(result.ids[0, result.prompt :], skip_special_tokens=True)

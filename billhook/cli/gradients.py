@@ -36,7 +36,7 @@ def command(
 
     check_writable(output)
     statistic = gradient_name(norm, "reference" if text.published else "paper")
-    opened = open_for_gradients(Request(model=model, **vars(text), **work.fields(), spill_gib=spill_gib))
+    opened = open_for_gradients(Request(model=model, **vars(text), **work.fields(model), spill_gib=spill_gib))
     with progress("gradients", len(opened.layers), unit=layers_per_block(opened.layers)) as advance:
         made = make_gradients(opened, statistic, output, advance)
     facts = {"statistic": made.statistic, "layers": len(made), "samples": made.about["samples"]}

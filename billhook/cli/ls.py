@@ -15,11 +15,11 @@ Examples:
   billhook ls allocators
   billhook ls criteria --json
 """
-KINDS = ("allocators", "criteria", "metrics", "presets", "families")
+KINDS = ("allocators", "criteria", "quantizers", "metrics", "recipes", "families")
 
 
 def command(
-    kind: Annotated[str, typer.Argument(help="allocators, criteria, metrics, presets or families.")],
+    kind: Annotated[str, typer.Argument(help="allocators, criteria, quantizers, metrics, recipes or families.")],
     *,
     as_json: Json = False,
 ) -> None:
@@ -51,11 +51,11 @@ def _rows(kind: str) -> list[dict[str, Any]]:
         metrics = (*FACTS.values(), *CURVES.values())
         signed = [({"name": m.name, "more sparsity where": signs.get(m.name, "a curve")}, m) for m in metrics]
         return [{**row, "summary": m.summary, "paper": m.paper} for row, m in signed]
-    if kind == "presets":
-        from billhook.plan.allocators.presets import PRESETS
+    if kind == "recipes":
+        from billhook.plan.recipes import RECIPES
 
-        fields = ("sparsity", "options", "criterion", "paper")
-        return [{"name": name, **{key: getattr(p, key) for key in fields}} for name, p in PRESETS.items()]
+        fields = ("criterion", "allocator", "options", "refine", "sparsity", "source")
+        return [{"name": name, **{key: getattr(x, key) for key in fields}} for name, x in RECIPES.items()]
     registry = _registry(kind)
     options = {name: {o.name: o.default for o in registry.options(name).values()} for name in registry.names()}
     return [{"name": name, "options": found, "paper": registry.paper(name)} for name, found in options.items()]
@@ -66,6 +66,7 @@ def _registry(kind: str) -> Registry:
         from billhook.plan.allocators import ALLOCATORS
 
         return ALLOCATORS
+    from billhook.methods.quantize import QUANTIZERS
     from billhook.methods.sparse import CRITERIA
 
-    return CRITERIA
+    return QUANTIZERS if kind == "quantizers" else CRITERIA

@@ -36,8 +36,9 @@ def command(
 
     names = metric_names(metrics)
     check_writable(output)
-    with distributed(work.device):
-        opened = open_to_measure(Request(model=model, **vars(text), **work.fields()), names)
+    request = Request(model=model, **vars(text), **work.fields(model))
+    with distributed(request.device):
+        opened = open_to_measure(request, names)
         total, unit = steps(names, len(opened.layers)), layers_per_block(opened.layers)
         with progress("measuring", total, unit=unit) as advance:
             table = measure_opened(opened, names, advance)

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from billhook.cli.common import say
+
 
 def output_option(meaning: str) -> Any:
     """The option --output, with its help text."""
@@ -19,7 +21,9 @@ Model = Annotated[str, typer.Argument(help="Model directory, or a name on the hu
 AnyModel = Annotated[str, typer.Argument(help="Model directory, dense or packed, or a name on the hub.")]
 Sparsity = Annotated[float | None, typer.Option(help="Fraction of the prunable weights to remove, in [0, 1).")]
 Pattern = Annotated[str, typer.Option(help="unstructured, or N:M (keep N of every M), such as 2:4.")]
-Criterion = Annotated[str, typer.Option(help="How weights are scored: see billhook ls criteria.")]
+Criterion = Annotated[
+    str | None, typer.Option(help="How weights are scored: see billhook ls criteria; by default as in the recipe.")
+]
 Calibration = Annotated[
     str | None,
     typer.Option(
@@ -40,9 +44,13 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="An option of the method, such as epsilon=0.3. Repeatable.", metavar="KEY=VALUE"),
 ]
-Preset = Annotated[
+Recipe = Annotated[
     str | None,
-    typer.Option(help="Allocator, options and sparsity as published: see billhook ls presets.", metavar="NAME"),
+    typer.Option(
+        help="fast, good or best (each slower and better), or a published method: see billhook ls recipes. "
+        "[default: good]",
+        metavar="NAME",
+    ),
 ]
 
 
@@ -67,14 +75,31 @@ class Text:
 class Loading:
     """How to load a model."""
 
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu"
+    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1.")] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="Type to compute in; auto is the checkpoint's."),
+        typer.Option(help="Type to compute in; auto is float32 on a processor and the checkpoint's on a GPU."),
     ] = "auto"
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run Python code that comes with the model. Read that code first.")
     ] = False
+
+    def fields(self, model: str, *, streams: bool = True) -> dict[str, Any]:
+        """The options with the device and dtype that `auto` means for a model; they are printed first.
+
+        `streams` says whether the command can read a model that does not fit in memory one block at a time.
+        """
+        from billhook.store.checkpoint import resolve
+        from billhook.store.compute import chosen_device, chosen_dtype, dtype_name, lacking_gib, stored_dtype
+
+        path, device = resolve(model), chosen_device(self.device)
+        dtype, stored = chosen_dtype(self.dtype, device, path), stored_dtype(path)
+        weights = "" if stored is None else f"; the weights of {path.name} are {dtype_name(stored)}"
+        say(f"Computing on {device} in {dtype_name(dtype)}{weights}.")
+        if (lacking := lacking_gib(path, dtype, device)) is not None:
+            then = "they are read one block at a time" if streams else "use --dtype bfloat16 or free some memory"
+            say(f"The weights need {lacking[0]:.1f} GiB and {lacking[1]:.1f} GiB are free: {then}.")
+        return {**vars(self), "device": device, "dtype": dtype_name(dtype)}
 
 
 @dataclass(frozen=True)
@@ -93,9 +118,9 @@ class Work(Loading):
         list[str] | None, typer.Option(help="Skip these layers; same patterns. Repeatable.", metavar="PATTERN")
     ] = None
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self, model: str, *, streams: bool = True) -> dict[str, Any]:
         """The fields of a `Request`."""
-        return {**vars(self), "targets": self.targets or (), "ignore": self.ignore or ()}
+        return {**super().fields(model, streams=streams), "targets": self.targets or (), "ignore": self.ignore or ()}
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from billhook.cli.common import emit, parse_settings, say, table
-from billhook.cli.options import Json, Pattern, Preset, Settings, Sparsity, output_option
+from billhook.cli.options import Json, Pattern, Recipe, Settings, Sparsity, output_option
 
 NAME = "plan"
 EXAMPLES = """\b
@@ -14,9 +14,9 @@ Examples:
   billhook plan table.json --allocator alphapruning --sparsity 0.7 -o plan.json
   billhook plan table.json --allocator atp --sparsity 0.6 --set beta=0.02 -o plan.json
   billhook plan table.json --allocator owl --pattern 4:8
-  billhook plan table.json --preset alphapruning/llama-2-7b@70 -o plan.json
+  billhook plan table.json --recipe alphapruning/llama-2-7b@70 -o plan.json
 """
-ALLOCATOR_HELP = "See billhook ls allocators; alphapruning unless a preset is given."
+ALLOCATOR_HELP = "See billhook ls allocators; by default as in the recipe, which is then needed."
 
 
 def command(
@@ -26,23 +26,28 @@ def command(
     sparsity: Sparsity = None,
     pattern: Pattern = "unstructured",
     settings: Settings = None,
-    preset: Preset = None,
+    recipe: Recipe = None,
     output: Annotated[Path | None, output_option("The plan.json to write; otherwise the plan is shown.")] = None,
     as_json: Json = False,
 ) -> None:
     """Decide the sparsity of each layer and write plan.json."""
-    from billhook.plan.allocators import allocate, presets
+    from billhook.errors import BillhookError
+    from billhook.plan.allocators import allocate
+    from billhook.plan.recipes import chosen
+    from billhook.plan.spec import Pattern as Parsed
     from billhook.plan.table import Table
 
-    chosen, given = allocator or "alphapruning", dict[str, Any](parse_settings(settings))
-    if preset is not None:
-        chosen, sparsity, given = presets.apply(preset, allocator, sparsity, given)
-    measured = Table.load(table_file)
-    plan = allocate(measured, sparsity, allocator=chosen, pattern=pattern, **given)
+    if allocator is None and recipe is None:
+        raise BillhookError("Say how to allocate: --allocator NAME or --recipe NAME (billhook ls shows all).")
+    way = chosen(recipe or "", "", allocator or "", "", structured=Parsed.parse(pattern).structured)
+    given = {**way.options, **dict[str, Any](parse_settings(settings))}
+    measured, target = Table.load(table_file), way.sparsity if sparsity is None else sparsity
+    plan = allocate(measured, target, allocator=way.allocator, pattern=pattern, **given)
     if output is not None:
         plan.save(output)
     values = list(plan.sparsity.values())
-    say(f"{chosen}: sparsity {plan.target:g} over {len(values)} layers, from {min(values):.4f} to {max(values):.4f}.")
+    spread = f"from {min(values):.4f} to {max(values):.4f}"
+    say(f"{way.allocator}: sparsity {plan.target:g} over {len(values)} layers, {spread}.")
     options = ", ".join(f"{k}={v}" for k, v in plan.made_by["options"].items()) or "none"
     say(f"Options: {options}." + (f" Written to {output}." if output else ""))
     if as_json:

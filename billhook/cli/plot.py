@@ -108,9 +108,9 @@ def _tables(table_file: Path, metrics: list[str], plans: list[Path]) -> dict[str
 def _weight(directory: str | Path, name: str) -> Any:
     """The weight [out, in] of one layer of a model on disk or on the hub."""
     from billhook.architectures.layers import find_layers
+    from billhook.architectures.sources import resolve
     from billhook.errors import BillhookError
     from billhook.registry import hint
-    from billhook.store.checkpoint import resolve
     from billhook.tasks.opening import load_model
 
     weights = {layer.name: layer for layer in find_layers(load_model(resolve(directory)))}

@@ -32,15 +32,14 @@ NAME = "prune"
 EXAMPLES = """\b
 Examples:
   billhook prune model --sparsity 0.5 --calibration text.txt -o pruned
-  billhook prune model --sparsity 0.7 --allocator alphapruning --set epsilon=0.2 --calibration hub:c4 -o pruned
+  billhook prune model --sparsity 0.6 --recipe best --calibration hub:c4 -o pruned
+  billhook prune model --sparsity 0.7 --recipe alphapruning --set epsilon=0.2 --calibration hub:c4 -o pruned
   billhook prune model --pattern 2:4 --criterion sparsegpt --calibration t.jsonl -o pruned
   billhook prune model --plan plan.json --calibration text.txt -o pruned
   billhook prune model --sparsity 0.7 --calibration text.txt -o packed --pack
   billhook prune model --sparsity 0.5 --criterion magnitude --dry-run
 """
-ALLOCATOR_HELP = (
-    "Sparsity of each layer: see billhook ls allocators, or auto; uniform unless a preset or plan is given."
-)
+ALLOCATOR_HELP = "Sparsity of each layer: see billhook ls allocators; by default as in the recipe."
 GRADIENTS_HELP = "A file of billhook gradients, for criteria that read them; otherwise they are computed first."
 GROUP_HELP = "Compare weights within a row or the layer; by default as in the paper."
 DRY_RUN_HELP = "Show what would be pruned, the memory it needs, and its time, measured on a part; write nothing."
@@ -52,32 +51,23 @@ class Method:
 
     sparsity: shared.Sparsity = None
     pattern: shared.Pattern = "unstructured"
-    criterion: shared.Criterion = "wanda"
+    recipe: shared.Recipe = None
+    criterion: shared.Criterion = None
     allocator: Annotated[str | None, typer.Option(help=ALLOCATOR_HELP)] = None
     settings: shared.Settings = None
-    preset: shared.Preset = None
     plan: Annotated[Path | None, typer.Option(help="A plan.json instead of sparsity and allocator.")] = None
     table: Annotated[Path | None, typer.Option(help="A table.json, so that nothing is measured again.")] = None
     gradients: Annotated[Path | None, typer.Option(help=GRADIENTS_HELP)] = None
     group: Annotated[Literal["row", "layer"] | None, typer.Option(help=GROUP_HELP)] = None
     refine: Annotated[
-        Literal["none", "blocks", "blocks+norms"],
+        Literal["none", "blocks", "blocks+norms"] | None,
         typer.Option(help="Tune the remaining weights of each block (and its norms and biases)."),
-    ] = "none"
+    ] = None
 
     def fields(self) -> dict[str, Any]:
-        """The fields of a `Request`; raises BillhookError for a preset that another option contradicts."""
-        from billhook.errors import BillhookError
-        from billhook.plan.allocators import presets
-
-        fields = {**vars(self), "options": dict[str, Any](parse_settings(self.settings))}
-        if self.preset is not None:
-            if self.plan is not None:
-                raise BillhookError("A plan already gives the sparsity of each layer: leave out --preset or --plan.")
-            applied = presets.apply(self.preset, self.allocator, self.sparsity, fields["options"])
-            fields |= zip(("allocator", "sparsity", "options"), applied, strict=True)
-        del fields["settings"], fields["preset"]
-        return {**fields, "allocator": fields["allocator"] or "uniform"}
+        """The fields of a `Request` that are given."""
+        given = {key: value for key, value in vars(self).items() if value is not None and key != "settings"}
+        return {**given, "options": parse_settings(self.settings)}
 
 
 @dataclass(frozen=True)
@@ -112,7 +102,7 @@ def command(
         raise BillhookError(
             "Say where the pruned model goes: --output DIRECTORY (or --dry-run to see what would happen)."
         )
-    groups = {**method.fields(), **vars(text), **work.fields(), **vars(writing)}
+    groups = {**method.fields(), **vars(text), **work.fields(model), **vars(writing)}
     report = _prune(Request(model=model, output=output, **groups), log_file, dry_run, as_json)
     if report is None:
         return

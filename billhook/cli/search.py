@@ -21,10 +21,7 @@ Examples:
 OUTPUT_HELP = (
     "Directory for search.json, plan.json, search.svg and the pruned model/; an unfinished search is continued."
 )
-ALLOCATOR_HELP = (
-    "One name, several with commas, or all (alphapruning, atp, owl, dlp); auto adds the candidates of "
-    "--allocator auto; uniform always takes part."
-)
+ALLOCATOR_HELP = "Names separated by commas, or all; uniform always takes part."
 BUDGET_HELP = (
     "Number of trials in addition to uniform (9), or minutes for them (5m); by default at most eight per allocator."
 )
@@ -37,8 +34,9 @@ def command(
     output: Annotated[Path, shared.output_option(OUTPUT_HELP)],
     sparsity: shared.Sparsity = None,
     pattern: shared.Pattern = "unstructured",
-    allocator: Annotated[str, typer.Option(help=ALLOCATOR_HELP)] = "all",
-    criterion: shared.Criterion = "wanda",
+    recipe: shared.Recipe = None,
+    criterion: shared.Criterion = None,
+    allocator: Annotated[str, typer.Option(help=ALLOCATOR_HELP)] = "auto,alphapruning,atp,owl,dlp",
     settings: shared.Settings = None,
     budget: Annotated[str | None, typer.Option(metavar="TRIALS|MINUTES", help=BUDGET_HELP)] = None,
     objective: Annotated[
@@ -62,10 +60,11 @@ def command(
 
     race: dict[str, Any] = {"allocator": allocator, "budget": budget, "objective": objective, "grid": grid}
     race |= {"output": output, "save_model": not no_model, "overwrite": overwrite, "progress": say, "begin": _announce}
-    method: dict[str, Any] = {"pattern": pattern, "criterion": criterion, "options": parse_settings(settings)}
+    method: dict[str, Any] = {"pattern": pattern, "options": parse_settings(settings)}
+    method |= {"recipe": recipe or "", "criterion": criterion or ""}
     text: dict[str, Any] = {"calibration": calibration, "samples": samples, "length": length, "bos": bos}
     try:
-        found = search(model, sparsity, **race, **method, **text, **work.fields())
+        found = search(model, sparsity, **race, **method, **text, **work.fields(model, streams=False))
     except KeyboardInterrupt:
         raise JobError(f"Stopped. The finished trials are in {output}: the same command continues.") from None
     best, place = found.record["best"], found.model
@@ -75,7 +74,8 @@ def command(
         say(f"{place}: the model, pruned with it.")
         say(f"Check it: billhook verify {place}   Score it: billhook eval {place} --data SOURCE")
     else:
-        given = found.record["identity"]["criterion_options"].items()
+        identity = found.record["identity"]
+        criterion, given = identity["criterion"], identity["criterion_options"].items()
         settings = [f"{k}={v}" for k, v in given if v is not None]
         options = {"--targets": work.targets, "--ignore": work.ignore, "--set": settings}
         words = ["--plan", output / "plan.json", "--criterion", criterion, "--calibration", calibration]

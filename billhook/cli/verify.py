@@ -12,17 +12,22 @@ NAME = "verify"
 EXAMPLES = """\b
 Examples:
   billhook verify ./pruned
+  billhook verify ./pruned --source ./model
   billhook verify ./pruned --json
 """
+SOURCE_HELP = "The model that was pruned: weights that no step updated must have its bytes."
 
 
 def command(
-    directory: Annotated[Path, typer.Argument(help="A directory that billhook prune wrote.")], *, as_json: Json = False
+    directory: Annotated[Path, typer.Argument(help="A directory that billhook prune wrote.")],
+    *,
+    source: Annotated[Path | None, typer.Option(help=SOURCE_HELP, metavar="MODEL")] = None,
+    as_json: Json = False,
 ) -> None:
     """Compare zeros, N:M groups, checksums and the chain of steps with billhook.json; fails on any difference."""
     from billhook.steps.verify import verify
 
-    result = verify(directory)
+    result = verify(directory, source=source)
     for problem in result.problems:
         say(f"problem: {problem}")
     verdict = "verified" if result.ok else "NOT as recorded"

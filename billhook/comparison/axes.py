@@ -11,16 +11,19 @@ from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS, AUTO, check_budget
 from billhook.plan.metrics import fact
 from billhook.plan.plan import Plan
+from billhook.plan.recipes import RECIPES, Recipe, chosen
 from billhook.plan.spec import Pattern
 from billhook.racing import automatic
-from billhook.registry import Registry, hint
+from billhook.racing.hyperparameters import configure, is_raced
+from billhook.registry import hint
 
 
 @dataclass(frozen=True)
 class Grid:
     """The axes of a comparison, each a list of names or numbers, and the `options` of all methods, not parsed yet.
 
-    `plans` (by name) are compared with the plans of the allocators, each with its own pattern and sparsity.
+    `recipes` are compared with all pairs of allocator and criterion, and `plans` (by name) with the plans of the
+    allocators, each with its own pattern and sparsity.
     """
 
     sparsities: Sequence[float] = (0.5,)
@@ -30,22 +33,25 @@ class Grid:
     seeds: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
     plans: Mapping[str, Plan] = field(default_factory=dict)
+    recipes: Sequence[str] = ()
 
     def check(self) -> None:
         """Raise BillhookError for an empty axis, an unknown name, an impossible number, or an option of no method."""
         sparsities = self.sparsities or self.plans or "unstructured" not in self.patterns
-        for name, axis in (("sparsities", sparsities), ("allocators", self.allocators), ("criteria", self.criteria)):
+        pairs = (("allocators", self.allocators or self.recipes), ("criteria", self.criteria or self.recipes))
+        for name, axis in (("sparsities", sparsities), *pairs):
             if not axis:
                 raise BillhookError(f"A comparison needs --{name}: give at least one.")
         if self.seeds < 1:
             raise BillhookError(f"A comparison needs at least one seed, got {self.seeds}.")
-        known = [key for a in self.allocators if a != AUTO for key in ALLOCATORS.options(a)]
-        known += [key for c in self.criteria for key in CRITERIA.options(c)]
+        list(self.budgets())
+        cells = list(self.cells(0))
+        known = [key for c in cells if c.allocator in ALLOCATORS.names() for key in ALLOCATORS.options(c.allocator)]
+        known += [key for c in cells for key in CRITERIA.options(c.criterion)]
         for key in self.options:
             if key not in known:
-                listed = f"{hint(key, known)} Options: {', '.join(known)}."
+                listed = f"{hint(key, known)} Options: {', '.join(dict.fromkeys(known))}."
                 raise BillhookError(f"No method of this comparison has an option {key!r}.{listed}")
-        list(self.budgets())
 
     def budgets(self) -> Iterator[tuple[str, float]]:
         """Every pattern with its sparsities, of which an N:M pattern has only one."""
@@ -56,26 +62,50 @@ class Grid:
 
     def cells(self, first: int) -> Iterator[Cell]:
         """Every cell; those that read no calibration text have the `first` seed only."""
+        for pattern, sparsity in self.budgets():
+            structured = Pattern.parse(pattern).structured
+            for name in dict.fromkeys(self.recipes):
+                way = chosen(name, "", "", "", structured=structured)
+                yield from self._seeds(Cell(pattern, sparsity, way.allocator, way.criterion, name, first))
         plans = [*product(self.budgets(), dict.fromkeys(self.allocators))]
         plans += [((str(plan.pattern), plan.target), name) for name, plan in self.plans.items()]
         for ((pattern, sparsity), allocator), criterion in product(plans, dict.fromkeys(self.criteria)):
-            for seed in range(self.seeds if self.reads_text(allocator, criterion) else 1):
-                yield Cell(pattern, sparsity, allocator, criterion, first + seed)
+            yield from self._seeds(Cell(pattern, sparsity, allocator, criterion, "", first))
 
-    def reads_text(self, allocator: str | None = None, criterion: str | None = None) -> bool:
-        """Whether calibration text is needed by an allocator and a criterion, or by any of them."""
-        chosen = [c for c in self.criteria if criterion in (None, c)]
-        statistics = [name for c in chosen for name in CRITERIA.needs(c, self.configure(CRITERIA, c))]
-        return bool(statistics) or any(fact(name).needs_text for name in self.columns(allocator))
+    def _seeds(self, cell: Cell) -> Iterator[Cell]:
+        for seed in range(self.seeds if self.reads_text(cell) else 1):
+            yield cell._replace(seed=cell.seed + seed)
 
-    def columns(self, allocator: str | None = None) -> list[str]:
-        """The metrics that an allocator reads, or all of them."""
-        chosen = [a for a in self.allocators if allocator in (None, a)]
-        found = [name for c in self.criteria for name in automatic.needs(c)] if AUTO in chosen else []
-        found += [name for a in chosen if a != AUTO for name in ALLOCATORS.needs(a, self.configure(ALLOCATORS, a))]
-        return list(dict.fromkeys(found))
+    def reads_text(self, cell: Cell) -> bool:
+        """Whether a cell needs calibration text."""
+        if self.recipe(cell).refine != "none" or self.raced(cell) or CRITERIA.needs(cell.criterion, self.of(cell)):
+            return True
+        return any(fact(name).needs_text for name in self.columns(cell))
 
-    def configure(self, registry: Registry, name: str) -> dict[str, Any]:
-        """All options of one method, parsed."""
-        known = registry.options(name)
-        return registry.configure(name, {key: value for key, value in self.options.items() if key in known})
+    def recipe(self, cell: Cell) -> Recipe:
+        """The recipe of a cell, or its allocator and criterion."""
+        return RECIPES[cell.recipe] if cell.recipe else Recipe(cell.criterion, cell.allocator, "")
+
+    def of(self, cell: Cell) -> dict[str, Any]:
+        """All options of a cell's criterion, parsed."""
+        known = CRITERIA.options(cell.criterion)
+        return CRITERIA.configure(cell.criterion, {k: v for k, v in self.options.items() if k in known})
+
+    def allocation(self, cell: Cell) -> dict[str, Any]:
+        """All options of a cell's allocator, parsed; one that a race chooses stays `auto`."""
+        if cell.allocator == AUTO or cell.allocator in self.plans:
+            return {}
+        known, own = ALLOCATORS.options(cell.allocator), self.recipe(cell)
+        given = {**(own.options if own.allocator == cell.allocator else {}), **self.options}
+        return configure(cell.allocator, {k: v for k, v in given.items() if k in known})
+
+    def raced(self, cell: Cell) -> bool:
+        """Whether a race decides the cell's plan."""
+        return is_raced(cell.allocator, self.allocation(cell))
+
+    def columns(self, cell: Cell) -> tuple[str, ...]:
+        """The metrics that a cell's allocator reads."""
+        if cell.allocator == AUTO:
+            return automatic.needs(cell.criterion)
+        options = {k: None if v == AUTO else v for k, v in self.allocation(cell).items()}
+        return () if cell.allocator in self.plans else ALLOCATORS.needs(cell.allocator, options)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.comparison.axes import Grid
-from billhook.comparison.record import Cell, Comparison
+from billhook.comparison.record import Cell, Comparison, method
 from billhook.engine.batch import rows_of
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.method import Method
@@ -27,17 +27,18 @@ from billhook.evaluation.block_errors import block_errors, block_outputs
 from billhook.evaluation.perplexity import evaluate
 from billhook.evaluation.scoring import Scoring
 from billhook.measurement.measure import measure
-from billhook.methods.sparse import CRITERIA
-from billhook.plan.allocators import ALLOCATORS, AUTO, allocate
+from billhook.plan.allocators import allocate
 from billhook.plan.metrics import fact
 from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.racing.automatic import choose
 from billhook.racing.race import Problem
+from billhook.recover.blockwise import Refine
 from billhook.steps.apply import prune_with
 from billhook.steps.evaluate import versions
 from billhook.steps.gradients import make_gradients
 from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
+from billhook.store.compute import dtype_name
 from billhook.store.files import json_text
 from billhook.tasks.base import Home
 from billhook.tasks.token_windows import tokenizer_of, window_length
@@ -68,7 +69,8 @@ def compare(
     grid.check()
     request = Request(model, **fields)
     _check_seeds(grid, request)
-    opened = open_request(request, grid.reads_text(), _WHO)
+    cells = list(grid.cells(request.seed))
+    opened = open_request(request, any(map(grid.reads_text, cells)), _WHO)
     for plan in grid.plans.values():
         plan.check({layer.name: layer.shape for layer in opened.layers})
     tokenizer = tokenizer_of(opened.model, Home(opened.source, request.trust_remote_code))
@@ -78,7 +80,6 @@ def compare(
     folder = None if output is None else Path(output)
     found = Comparison.open(folder, _identity(grid, request, opened, windows, scoring.protocol), overwrite)
     _check_plans(found, grid)
-    cells = list(grid.cells(request.seed))
     with TemporaryDirectory(prefix="billhook.") as scratch:
         runner = _Runner(grid, request, opened, (windows, scoring), Path(scratch))
         if not found.dense:
@@ -105,8 +106,7 @@ def _check_seeds(grid: Grid, request: Request) -> None:
 
 def _line(row: Mapping[str, Any]) -> str:
     ppl = "infinite" if row["token_ppl"] is None else f"{row['token_ppl']:.4f}"
-    name = f"{row['criterion']} + {row['allocator']}, {row['pattern']} {row['sparsity']:g}, seed {row['seed']}"
-    return f"{name}: token perplexity {ppl}"
+    return f"{method(row)}, {row['pattern']} {row['sparsity']:g}, seed {row['seed']}: token perplexity {ppl}"
 
 
 def _identity(grid: Grid, request: Request, opened: Opened, windows: Windows, protocol: str) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _identity(grid: Grid, request: Request, opened: Opened, windows: Windows, pr
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
         "group": request.group,
-        "dtype": str(opened.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(opened.model.dtype),
         "versions": versions(),
     }
 
@@ -146,6 +146,8 @@ class _Runner:
     ) -> None:
         self.grid, self.request, self.opened, self.scratch = grid, request, opened, scratch
         self.windows, self.scoring = data
+        columns = (name for cell in grid.cells(request.seed) for name in grid.columns(cell))
+        self._columns = list(dict.fromkeys(columns))
         self._batch = self.scoring.batch(self.windows.ids)
         self._weights = {layer.name: layer.weight.clone() for layer in opened.layers}
         self._dense = block_outputs(opened.model, self._batch)
@@ -161,10 +163,11 @@ class _Runner:
         """Prune by one cell, score the model, and return the cell's row of compare.json."""
         self.restore()
         opened, model = self._draw(cell.seed), self.opened.model
-        method = Method(cell.criterion, self.grid.configure(CRITERIA, cell.criterion), self.request.group)
+        method = Method(cell.criterion, self.grid.of(cell), self.request.group)
         plan = self._plan(cell, opened, method)
         method = replace(method, rounding=self.request.rounding)
-        results = prune_with(opened, plan, method, gradients=self._gradient(method, cell.seed))
+        refine = Refine.asked(self.grid.recipe(cell).refine, cell.seed)
+        results = prune_with(opened, plan, method, gradients=self._gradient(method, cell.seed), refine=refine)
         found = evaluate(model, self.windows, scoring=self.scoring).to_dict()
         return {
             **cell._asdict(),
@@ -180,12 +183,13 @@ class _Runner:
         if cell.allocator in self.grid.plans:
             return self.grid.plans[cell.allocator]
         table = self._table(cell.seed)
-        if cell.allocator == AUTO:
+        options = self.grid.allocation(cell)
+        if self.grid.raced(cell):
             assert opened.samples is not None
             problem = Problem(table, cell.sparsity, cell.pattern)
             drawn: dict[str, Any] = {"batch_size": rows_of(opened.batches[0]), "seed": cell.seed}
+            drawn |= {"allocator": cell.allocator, "options": options}
             return choose(opened.model, opened.layers, opened.samples, problem, method, **drawn)
-        options = self.grid.configure(ALLOCATORS, cell.allocator)
         return allocate(table, cell.sparsity, allocator=cell.allocator, pattern=cell.pattern, **options)
 
     def _draw(self, seed: int) -> Opened:
@@ -196,7 +200,7 @@ class _Runner:
 
     def _table(self, seed: int) -> Table:
         """The metrics of all allocators: those of weights are measured once, those of text once per seed."""
-        columns = self.grid.columns()
+        columns = self._columns
         of_text = [name for name in columns if fact(name).needs_text]
         model, layers = self.opened.model, self.opened.layers
         if None not in self._tables:

@@ -4,6 +4,7 @@ File format: docs/formats/files.md. The same inputs and seeds give the same byte
 """
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -19,12 +20,13 @@ RECORD = "compare.json"
 
 
 class Cell(NamedTuple):
-    """One way to prune the model; `allocator` may be the name of a plan."""
+    """One way to prune the model; `allocator` may be the name of a plan, `recipe` is empty for a pair without one."""
 
     pattern: str
     sparsity: float
     allocator: str
     criterion: str
+    recipe: str
     seed: int
 
 
@@ -83,7 +85,7 @@ class Comparison:
 
 
 def _cell(row: dict[str, Any]) -> Cell:
-    return Cell(*(row[key] for key in Cell._fields))
+    return Cell(**{key: row.get(key, "") for key in Cell._fields})
 
 
 def load_comparison(folder: Path) -> Comparison:
@@ -94,7 +96,7 @@ def load_comparison(folder: Path) -> Comparison:
             f"{folder / RECORD} is not a comparison of version {VERSION}: make it again with billhook compare."
         )
     identity, dense, cells = value.get("identity"), value.get("dense"), value.get("cells")
-    known = {*Cell._fields, "nll", "token_ppl"}
+    known = {*Cell._fields, "nll", "token_ppl"} - {"recipe"}  # which earlier versions did not have
     whole = isinstance(identity, dict) and isinstance(dense, dict) and isinstance(cells, list)
     if not whole or not all(isinstance(row, dict) and known <= row.keys() for row in cells or []):
         raise BillhookError(f"{folder / RECORD} is damaged: start again with --overwrite.")
@@ -143,9 +145,9 @@ def differences(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def method(row: dict[str, Any]) -> str:
+def method(row: Mapping[str, Any]) -> str:
     """The name of a method in tables and pictures."""
-    return f"{row['criterion']} + {row['allocator']}"
+    return str(row.get("recipe") or f"{row['criterion']} + {row['allocator']}")
 
 
 def budget(row: dict[str, Any]) -> str:

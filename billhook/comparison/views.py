@@ -3,15 +3,19 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from billhook.comparison.record import Cell, Comparison, budget, method, summary
-from billhook.reports.charts import Axis, Series, chart
+from billhook.reports.charts import Series, chart
 from billhook.reports.pictures import BLOCK, ERROR, SPARSITY
+from billhook.reports.scales import Axis
 from billhook.store.files import write_text
 
 MARKDOWN, CSV = "compare.md", "compare.csv"
 Rows = list[list[str]]
+EQUAL = 1e-5  # sparsities that differ by less are drawn as equal
+_LOOKS = "A colour for each allocator, a kind of line for each criterion."
 
 
 def perplexity_table(comparison: Comparison) -> tuple[list[str], Rows]:
@@ -92,22 +96,35 @@ def spreadsheet(comparison: Comparison) -> str:
 
 
 def pictures(comparison: Comparison) -> dict[str, str]:
-    """File stem -> SVG: perplexity by sparsity, and for each pattern and sparsity the sparsity and the output error by
-    block."""
+    """File stem -> SVG: perplexity by sparsity, and for each pattern and sparsity the sparsity (unless it is the same
+    everywhere) and the output error by block."""
     found = {}
     if (by_sparsity := _perplexity_by_sparsity(comparison)) is not None:
         found["perplexity"] = by_sparsity
     depth = Axis(BLOCK, whole=True)
+    about: dict[str, Any] = {"summary": _LOOKS, "standalone": True}
     for name, cells in _first_seeds(comparison).items():
         stem = name.replace(" %", "").replace(":", "of")
-        plans = {row["allocator"]: row["sparsity_by_block"] for row in cells}
-        lines = [Series(a, list(map(int, s)), [100 * v for v in s.values()]) for a, s in plans.items()]
-        about: dict[str, Any] = {"summary": "A line for each allocation.", "standalone": True}
-        found[f"sparsity-{stem}"] = chart(f"Sparsity by block at {name}", lines, depth, SPARSITY, **about)
-        lines = [Series(method(row), range(len(row["error_by_block"])), row["error_by_block"]) for row in cells]
-        about["summary"] = "A line for each method."
+        plans = {row["allocator"]: row for row in cells if row["criterion"] == cells[0]["criterion"]}
+        lines = [_looking(comparison, row, Series(a, *_by_block(row["sparsity_by_block"]))) for a, row in plans.items()]
+        if any(max(s.values()) - min(s.values()) > EQUAL for s in (row["sparsity_by_block"] for row in cells)):
+            found[f"sparsity-{stem}"] = chart(f"Sparsity by block at {name}", lines, depth, SPARSITY, **about)
+        errors = [(row, row["error_by_block"]) for row in cells]
+        lines = [_looking(comparison, row, Series(method(row), range(len(e)), e)) for row, e in errors]
         found[f"error-{stem}"] = chart(f"Error of each block's output at {name}", lines, depth, ERROR, **about)
     return found
+
+
+def _by_block(sparsity: Mapping[str, float]) -> tuple[list[int], list[float]]:
+    """Block numbers, and sparsities in %."""
+    return [int(block) for block in sparsity], [100 * value for value in sparsity.values()]
+
+
+def _looking(comparison: Comparison, row: Mapping[str, Any], series: Series) -> Series:
+    """The series in the colour of the row's allocator and with the kind of line of its criterion."""
+    allocators, criteria = (list(dict.fromkeys(cell[key] for cell in comparison.cells)) for key in Cell._fields[2:4])
+    colour, dash = allocators.index(row["allocator"]), criteria.index(row["criterion"])
+    return replace(series, colour=colour, dash=dash)
 
 
 def _perplexity_by_sparsity(comparison: Comparison) -> str | None:
@@ -116,22 +133,24 @@ def _perplexity_by_sparsity(comparison: Comparison) -> str | None:
     sparsities = sorted({100 * row["sparsity"] for row in rows})
     if len(sparsities) < 2:
         return None
-    methods = dict.fromkeys(map(method, rows))
-    lines = [_line(name, [row for row in rows if method(row) == name]) for name in methods]
+    lines = [
+        _line(comparison, [row for row in rows if method(row) == name]) for name in dict.fromkeys(map(method, rows))
+    ]
     dense = comparison.dense.get("token_ppl")
-    lines.append(Series("dense", sparsities, [dense] * len(sparsities), marks=False, dashed=True))
-    title = f"Token perplexity of {comparison.identity['model']['name']} by sparsity"
-    axes = Axis("sparsity (%)"), Axis("token perplexity (lower is better)", log=True)
-    return chart(title, lines, *axes, summary="A line for each method.", standalone=True)
+    lines.append(Series("dense", sparsities, [dense] * len(sparsities), marks=False, colour=-1))
+    title = f"Token perplexity of {comparison.identity['model']['name']} by sparsity (lower is better)"
+    axes = Axis("sparsity (%)"), Axis("token perplexity", log=True)
+    return chart(title, lines, *axes, summary=_LOOKS, standalone=True)
 
 
-def _line(name: str, rows: Sequence[Mapping[str, Any]]) -> Series:
+def _line(comparison: Comparison, rows: Sequence[dict[str, Any]]) -> Series:
     x, y, spread = ([row[key] for row in rows] for key in ("sparsity", "mean_token_ppl", "spread_token_ppl"))
     x = [100 * sparsity for sparsity in x]
-    if None in spread:
-        return Series(name, x, y)
-    low, high = ([v + sign * s for v, s in zip(y, spread, strict=True)] for sign in (-1, 1))
-    return Series(name, x, y, low, high)
+    series = Series(method(rows[0]), x, y)
+    if None not in spread:
+        low, high = ([v + sign * s for v, s in zip(y, spread, strict=True)] for sign in (-1, 1))
+        series = replace(series, low=low, high=high)
+    return _looking(comparison, rows[0], series)
 
 
 def _first_seeds(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:

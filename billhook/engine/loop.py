@@ -25,6 +25,7 @@ from billhook.errors import BillhookError, JobError
 from billhook.methods.encoded import Encoded, count_zeros
 from billhook.methods.statistics import LayerStats
 from billhook.plan.plan import Plan
+from billhook.store.tensor_bytes import same_where_kept
 
 _ROWS = 256  # rows of a weight whose error is computed at once
 
@@ -34,7 +35,8 @@ class LayerResult:
     """The result for one layer: planned sparsity or storage type, zeros now and before, notes, and the error.
 
     `error` is the squared change of the layer's output relative to its square, for uncorrelated inputs with the norms
-    of the calibration samples (norm 1 without samples); None where that is not a number.
+    of the calibration samples (norm 1 without samples); None where that is not a number. `updated` says whether the
+    criterion or the tuning gave kept weights new values.
     """
 
     layer: str
@@ -46,6 +48,7 @@ class LayerResult:
     error: float | None = None
     seconds: float = 0.0
     type: str | None = None
+    updated: bool = False
 
     @property
     def n(self) -> int:
@@ -150,15 +153,17 @@ class _Applying:
         try:
             squares = _input_squares(stats, weight)  # before the method, which may overwrite the Gram matrix
             encoded = self.method.encode(weight, stats, spec, self.zeros[layer.name])
-            error = _relative_error(weight, encoded.decode(torch.float32), squares)
-            weight.copy_(encoded.decode(weight.dtype))
+            new = encoded.decode(torch.float32)
+            error, updated = _relative_error(weight, new, squares), bool(((new != 0) & (new != weight)).any())
+            weight.copy_(same_where_kept(new, weight))
             notes = encoded.check(weight)
         except BillhookError as problem:
             raise type(problem)(f"{layer.name}: {problem}") from None
         self.made(layer, encoded)
         took = time.perf_counter() - begun
         noted, zeros = (*stats.notes, *notes), count_zeros(weight)
-        return LayerResult(layer.name, layer.shape, spec.sparsity, zeros, before, noted, error, took, spec.type)
+        facts = (layer.name, layer.shape, spec.sparsity, zeros, before, noted, error, took, spec.type, updated)
+        return LayerResult(*facts)
 
 
 def _tuned(note: str, block: Block, done: Sequence[LayerResult]) -> list[LayerResult]:
@@ -171,7 +176,7 @@ def _tuned(note: str, block: Block, done: Sequence[LayerResult]) -> list[LayerRe
             back = f"tuning made {result.zeros - zeros} removed weights nonzero"
             raise JobError(f"{result.layer}: {back}. The result is not saved.")
         notes = (*result.notes, note) if result is done[0] else result.notes
-        results.append(replace(result, zeros=zeros, notes=notes))
+        results.append(replace(result, zeros=zeros, notes=notes, updated=True))
     return results
 
 
@@ -179,7 +184,7 @@ def _relative_error(old: Tensor, new: Tensor, squares: Tensor) -> float | None:
     """The error of a `LayerResult`, `_ROWS` rows at a time to save memory."""
     change = total = 0.0
     for before, after in zip(old.split(_ROWS), new.split(_ROWS), strict=True):
-        change += float(((after - before).square() @ squares).sum(dtype=torch.float64))
+        change += float(((after - before.float()).square() @ squares).sum(dtype=torch.float64))
         total += float((before.float().square() @ squares).sum(dtype=torch.float64))
     return change / total if total > 0 and math.isfinite(change / total) else None
 

@@ -18,7 +18,8 @@ class Call:
         """The arguments for some `windows` (indices, int64) of the batch, floating-point tensors in `dtype`.
 
         `one` is the same call for a single window. An argument of the same shape in both applies to every window; in
-        others, the dimension that differs is the concatenation of all windows.
+        others, the dimension that differs is the concatenation of all windows: the first one where a single window
+        needs no such argument (a mask that hides nothing).
         """
 
         def part(value: Any, single: Any) -> Any:
@@ -26,7 +27,7 @@ class Call:
                 return tuple(part(v, s) for v, s in zip(value, single, strict=True))
             if not isinstance(value, Tensor):
                 return value
-            for dim, length in enumerate(single.shape):
+            for dim, length in enumerate((1,) if single is None else single.shape):
                 if value.shape[dim] != length:
                     chosen = value.unflatten(dim, (-1, length)).index_select(dim, windows.to(value.device))
                     value = chosen.flatten(dim, dim + 1)

@@ -29,8 +29,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
 from billhook.architectures.config import text_config
+from billhook.architectures.sources import resolve
 from billhook.architectures.stacks import blocks_of
-from billhook.errors import BillhookError, Interrupted, JobError
+from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import (
     check_directory,
     check_trusted,
@@ -38,10 +39,10 @@ from billhook.store.checkpoint import (
     loading,
     on_device,
     quiet,
-    resolve,
 )
+from billhook.store.compute import chosen_device, chosen_dtype
 from billhook.store.shards import Entry, Shard, read_shard, weight_files
-from billhook.store.tensor_bytes import DTYPES, tensor_bytes
+from billhook.store.tensor_bytes import DTYPES, read_tensor
 
 
 class Stored:
@@ -66,18 +67,7 @@ class Stored:
 
     def read(self) -> Tensor:
         """The values, in the dtype on disk; raises Interrupted when they cannot be read."""
-        value = torch.empty(self.entry.shape, dtype=self.dtype)
-        data = tensor_bytes(value)
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.entry.start)
-                while data and (count := file.readinto(data)):
-                    data = data[count:]
-        except OSError as error:
-            raise Interrupted(f"Cannot read the weights {self.path}: {error.strerror or error}.") from None
-        if data:
-            raise Interrupted(f"{self.path} was cut off while it was being read: {self.entry.name} is incomplete.")
-        return value
+        return read_tensor(self.path, self.entry)
 
 
 class Stream:
@@ -176,12 +166,13 @@ def open_streamed(
     auto_class: str = "AutoModelForCausalLM",
     *,
     dtype: str | torch.dtype = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Stream:
     """Like `billhook.store.checkpoint.load`, with one block at a time in memory; the model is `Stream.model`."""
     path = resolve(path)
     check_trusted(path, check_directory(path), auto_class, trust_remote_code)
+    device, dtype = chosen_device(device), chosen_dtype(dtype, device, path)
     shards = [read_shard(file) for file in weight_files(path)]
     with loading(path):
         trust = {"trust_remote_code": trust_remote_code}

@@ -46,10 +46,14 @@ class Masked:
 
     def check(self, stored: Tensor) -> list[str]:
         """More zeros than planned are possible where weights were zero before, or become zero in float16."""
-        if self.select.rounding == "floor" and self.select.keep_of is None:
+        if self.select.keep_of is not None:
+            keep, of = self.select.keep_of
+            if bool((torch.count_nonzero(stored.reshape(-1, of), dim=1) > keep).any()):
+                raise JobError(f"more than {keep} of {of} consecutive weights are left. The result is not saved.")
+        elif self.select.rounding == "floor":
             return []  # the published counts differ from the plan's
         zeros, planned = count_zeros(stored), self.select.zeros
-        if zeros < planned:
+        if zeros < planned or count_zeros(self.values) > planned + self.zeros_before:
             raise JobError(f"{zeros} weights are zero where the plan asks for {planned}. The result is not saved.")
         if zeros == planned:
             return []

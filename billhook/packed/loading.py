@@ -16,6 +16,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from billhook.architectures.layers import is_plain_linear, is_transposed
+from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
 from billhook.packed.expand import PackedTensor, packed_tensor, stored_tensor
 from billhook.packed.format import Packed, open_packed
@@ -23,8 +24,8 @@ from billhook.runtime.linear import SparseLinear
 from billhook.runtime.tuning import tune_
 from billhook.store import checkpoint
 from billhook.store.checkpoint import loading
+from billhook.store.compute import chosen_device, chosen_dtype
 from billhook.store.layout import is_packed
-from billhook.store.tensor_bytes import DTYPES
 from billhook.tasks.opening import load_model, task_of_config
 
 _READ = ("config.json", "generation_config.json")
@@ -34,29 +35,31 @@ def load(
     model: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     trust_remote_code: bool = False,
     tune: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> PreTrainedModel:
-    """Load a packed or an ordinary model directory (or hub name) in evaluation mode, after checking it completely.
+    """Load a packed, quantized or ordinary model directory (or hub name) in evaluation mode, after checking it.
 
-    `dtype` "auto" is the checkpoint's; packed values keep theirs where no precision would be lost. With `tune`, the
+    "auto" is the GPU if there is one, and there the checkpoint's dtype; on a processor it is float32. Packed values
+    keep their dtype where no precision would be lost. With `tune`, the
     fastest kernel for each layer is measured or read from a cache (`billhook.runtime.tuning`); kernels differ in the
     last bits of their results. `note` is called with a message about tensors that were expanded. A packed model is for
     inference and cannot be written with save_pretrained.
 
     Raises BillhookError for a directory that differs from what was packed, and what `load_model` raises.
     """
-    path = checkpoint.resolve(model)
+    path = resolve(model)
     if not is_packed(path):
-        return load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantized=True)
     config = checkpoint.read_config(path)
     task = task_of_config(path, config)
     checkpoint.check_trusted(path, config, task.auto_class, trust_remote_code)
     packed = open_packed(path)
     packed.check(_READ.__contains__)
-    loaded = _build(packed, task.auto_class, checkpoint.known_dtype(dtype), trust_remote_code, note)
+    device, dtype = chosen_device(device), chosen_dtype(dtype, device, path)
+    loaded = _build(packed, task.auto_class, dtype, trust_remote_code, note)
     loaded.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
     with checkpoint.on_device(device):
         loaded = loaded.eval().to(device)
@@ -71,12 +74,11 @@ def _refuse_to_save(*arguments: Any, **options: Any) -> NoReturn:
 
 
 def _build(
-    packed: Packed, auto_class: str, dtype: str | torch.dtype, trust_remote_code: bool, note: Callable[[str], None]
+    packed: Packed, auto_class: str, dtype: torch.dtype, trust_remote_code: bool, note: Callable[[str], None]
 ) -> PreTrainedModel:
     """The model with SparseLinear layers on the CPU."""
     with loading(packed.path):
         config = AutoConfig.from_pretrained(packed.path, local_files_only=True, trust_remote_code=trust_remote_code)
-        chosen = _dtype(packed, config, dtype)
         with torch.device("meta"):
             kind = type(getattr(transformers, auto_class).from_config(config, trust_remote_code=trust_remote_code))
     tensors: dict[str, PackedTensor] = {}
@@ -90,28 +92,20 @@ def _build(
                 dense[name] = stored_tensor(shard, name)
     layers = {name for name, tensor in tensors.items() if len(tensor.facts.shape) == 2}
     while True:
-        placeholders = {name: torch.zeros(1, dtype=chosen).expand(tensors[name].facts.shape) for name in layers}
+        placeholders = {name: torch.zeros(1, dtype=dtype).expand(tensors[name].facts.shape) for name in layers}
         expanded = {name: tensor.dense() for name, tensor in tensors.items() if name not in layers}
-        model = _instantiate(packed.path, kind, config, chosen, {**dense, **expanded, **placeholders})
+        model = _instantiate(packed.path, kind, config, dtype, {**dense, **expanded, **placeholders})
         found = _find_layers(model, tensors, placeholders)
         if len(found) == len(layers):
             break
         layers = set(found)
         del model
     for name, module in found.items():
-        model.set_submodule(module, _sparse(tensors[name], model.get_submodule(module), chosen))
+        model.set_submodule(module, _sparse(tensors[name], model.get_submodule(module), dtype))
     if expanded:
         which = f"{len(expanded)} packed tensors ({min(expanded)}, ...)"
         note(f"{which} are not the weight of a linear layer in memory and were expanded.")
     return model
-
-
-def _dtype(packed: Packed, config: Any, requested: str | torch.dtype) -> torch.dtype:
-    """The dtype to compute in: as requested, as configured, or that of the packed tensors."""
-    if isinstance(requested, torch.dtype):
-        return requested
-    configured = getattr(config, "dtype", None)
-    return configured if isinstance(configured, torch.dtype) else DTYPES[next(iter(packed.matrices.values())).dtype]
 
 
 def _instantiate(

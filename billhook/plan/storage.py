@@ -2,7 +2,7 @@
 
 A type stores runs of consecutive columns of a row as blocks of a fixed size, scales and minima included, so that its
 bits per weight follow from its name. Sizes of GGUF types: `GGML_QUANT_SIZES` of the `gguf` package. `intB/GROUP` is
-scalar quantization with B-bit codes, and a 16-bit scale and a B-bit zero point for every GROUP columns.
+symmetric scalar quantization with B-bit codes, and a 16-bit scale for every GROUP columns.
 """
 
 import re
@@ -44,7 +44,7 @@ def _block(name: str) -> tuple[int, int]:
         return columns, 8 * size
     if scalar := _SCALAR.fullmatch(name):
         code, columns = int(scalar[1]), int(scalar[2])
-        return columns, columns * code + 16 + code
+        return columns, columns * code + 16
     near = hint(name.lower()[:40], [f"{name[:4]}/64"] if re.match("int[2-8]", name) else BLOCKS)
     known = f"{', '.join(BLOCKS)}, and intB/GROUP with B from 2 to 8, such as int4/64"
     raise BillhookError(f"Unknown storage type {name!r:.40}.{near} There are: {known}.")

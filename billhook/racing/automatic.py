@@ -81,6 +81,8 @@ def choose(
     """
     uniform = problem.allocate("uniform", {})
     try:
+        if model.base_model is model:
+            raise BillhookError("the model has no head, and thus no predictions to compare")
         split = split_samples(model, samples, batch_size, seed)
     except BillhookError as error:
         return replace(uniform, made_by={**uniform.made_by, "racing": {"reason": f"uniform without a race: {error}"}})

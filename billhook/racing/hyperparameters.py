@@ -15,10 +15,10 @@ from typing import Any
 from billhook.errors import BillhookError
 from billhook.plan.allocators import ALLOCATORS, AUTO
 from billhook.plan.allocators.atp import beta_grid, largest_beta
-from billhook.plan.allocators.presets import OWL_GRID
 from billhook.racing.race import Candidate, Problem, Race, Trial
 
-ALL = ("alphapruning", "atp", "owl", "dlp")  # sensitivity needs an evaluation a block, and global rarely wins
+RACED = (AUTO, "alphapruning", "atp", "owl", "dlp")  # sensitivity needs an evaluation a block, and others rarely win
+OWL_GRID = {"lam": (0.02, 0.05, 0.08, 0.1, 0.2), "m": (3.0, 5.0, 7.0, 10.0)}  # EvoPress' code, arXiv:2410.14649
 COARSE = (0.4, 0.2, 0.7, 1.0)  # in this order, so that a small budget sees the most likely part of the range
 MIDPOINTS = 2  # at most
 
@@ -48,6 +48,11 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
         "floor", lambda blocks, s: (1 - s, 0.0), lambda blocks, s: [x / 10 for x in range(10) if x / 10 < 1 - s]
     ),
 }
+
+
+def every() -> list[str]:
+    """All allocators that need nothing but the model and text, plugins too; `auto` includes `curves`."""
+    return [AUTO, *(name for name in ALLOCATORS.names() if name not in ("explicit", "curves"))]
 
 
 def is_raced(allocator: str, options: Mapping[str, Any]) -> bool:

@@ -80,6 +80,11 @@ class Refine:
                 f"dense_target={self.dense_target:g} in [0, 1]."
             )
 
+    @classmethod
+    def asked(cls, refining: str, seed: int) -> "Refine | None":
+        """The options of a request's `refine`; None for `none`."""
+        return None if refining == "none" else cls(tune_norms_and_biases=refining == "blocks+norms", seed=seed)
+
 
 @dataclass(frozen=True)
 class Refined:

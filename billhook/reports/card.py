@@ -1,87 +1,84 @@
-"""The model card: README.md with the metadata that the Hugging Face hub reads, made from report.json."""
+"""The model card: README.md with the metadata that the Hugging Face hub reads, made from report.json.
 
-import json
-from collections.abc import Mapping, Sequence
+The text is that of the template templates/card.md.j2. It names no local path: of a file, its name and digest.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from billhook.store.layout import PAGE
 
-_DENSE = (
-    "The model needs nothing but `transformers`.",
-    "```python\nimport transformers\n\nmodel = transformers.AutoModelForCausalLM.from_pretrained(FOLDER)\n```",
-    "Zeros are stored like other weights, so the files are as large and the model is as fast as the dense one. "
-    "`billhook pack FOLDER` writes smaller files, which Billhook runs with sparse kernels.",
-)
-_PACKED = (
-    "Packed: sparse weights are stored as a bitmask and the values that are not zero. Loading it needs Billhook.",
-    "```python\nimport billhook\n\nmodel = billhook.load(FOLDER)\n```",
-    "This gives a `transformers` model, for inference only. `billhook unpack FOLDER -o DENSE` gives a model directory "
-    "that needs nothing but `transformers`.",
-)
+_MASKED = "fill-mask"  # the only task beside text-generation
+
+
+@cache
+def template(name: str, *, html: bool) -> Any:
+    """A template of the folder templates."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    options: Any = {"autoescape": html, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    return Environment(loader=PackageLoader("billhook.reports"), **options).get_template(name)
 
 
 def card(report: Mapping[str, Any]) -> str:
     """The text of README.md."""
-    model, achieved = report["model"], report["achieved"]
-    parts = [
-        _metadata(report),
-        f"# {model['name']}, {100 * achieved['sparsity']:.3g} % sparse",
-        f"{_sentence(report)} The full report, with pictures, is in [{PAGE}]({PAGE}).",
-        "## Loading",
-        *(_PACKED if report["files"]["packed"] else _DENSE),
-        "## Results",
-        _numbers(report),
-        "## Method",
-        "\n".join(_method(report)),
-        "## Limitations",
-        "\n".join(_limitations(report)),
-        f"Pruned with Billhook {report['made_with']}. `billhook verify FOLDER` checks the files and counts the zeros.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _sentence(report: Mapping[str, Any]) -> str:
-    asked, achieved = report["asked"], report["achieved"]
-    return (
-        f"This is {report['model']['name']} ({report['model']['type']}) with {achieved['zeros']:,} of "
-        f"{achieved['weights']:,} prunable weights ({100 * achieved['sparsity']:.2f} %) set to zero. Criterion: "
-        f"{asked['criterion']}; allocation: {asked['allocator']}; pattern: {asked['pattern']}."
+    model, achieved, source = report["model"], report["achieved"], report["metadata"]
+    named = f"[{model['name']}](https://huggingface.co/{model['name']})" if "/" in model["name"] else model["name"]
+    zeros = f"{achieved['zeros']:,} of {achieved['weights']:,} prunable weights ({100 * achieved['sparsity']:.2f} %)"
+    text: str = template("card.md.j2", html=False).render(
+        metadata=_metadata(report),
+        title=f"{model['name']}, {100 * achieved['sparsity']:.3g} % sparse",
+        what=f"This is {named} ({model['type']}) with {zeros} set to zero.",
+        asked=report["asked"],
+        pattern=report["asked"]["pattern"],
+        page=PAGE,
+        packed=report["files"]["packed"],
+        auto_class="AutoModelForMaskedLM" if source.get("pipeline_tag") == _MASKED else "AutoModelForCausalLM",
+        license=source.get("license_name") or source.get("license"),
+        numbers=_numbers(report),
+        evaluated=bool(report["evaluations"]),
+        limitations=list(_limitations(report)),
+        method=_method(report),
+        made_with=report["made_with"],
     )
+    return text.rstrip("\n") + "\n"
 
 
 def _metadata(report: Mapping[str, Any]) -> str:
-    name, asked = report["model"]["name"], report["asked"]
-    lines = [f"{key}: {value}" for key, value in report["metadata"].items()]
-    if "/" in name:
-        lines.append(f"base_model: {json.dumps(name)}\nbase_model_relation: finetune")
-    tags = ["billhook", "pruned", "sparse", asked["criterion"], asked["allocator"].replace(" ", "-")]
-    library = "billhook" if report["files"]["packed"] else "transformers"
-    lines += [f"library_name: {library}", "pipeline_tag: text-generation", "tags:"]
-    lines += [f"- {json.dumps(tag)}" for tag in tags]
-    return "---\n" + "\n".join([*lines, *_model_index(report)]) + "\n---"
+    """The metadata as YAML: what the source's card says about licence, language and kind, and what was done."""
+    import yaml
+
+    name, asked, source = report["model"]["name"], report["asked"], dict(report["metadata"])
+    base = name if "/" in name else source.pop("base_model", None)
+    own = ["billhook", "pruned", "sparse", asked["criterion"], asked["allocator"].replace(" ", "-")]
+    found = {**source, **({"base_model": base, "base_model_relation": "finetune"} if base else {})}
+    found["library_name"] = "billhook" if report["files"]["packed"] else "transformers"
+    found |= {"pipeline_tag": source.get("pipeline_tag", "text-generation")}
+    found |= {"tags": list(dict.fromkeys([*source.get("tags", []), *own]))}
+    if results := [_result(*entry) for entry in _entries(report)]:
+        found["model-index"] = [{"name": f"{name.rpartition('/')[2]}-pruned", "results": results}]
+    text: str = yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
+    return text
 
 
-def _model_index(report: Mapping[str, Any]) -> list[str]:
-    """The evaluations as the hub's `model-index`."""
-    entries = []
+def _entries(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
+    """Data, name of the measure, its kind, and the value, of every evaluation."""
     for record in report["evaluations"]:
         word = record.get("word") or {}
         if record.get("token_ppl") is not None:
-            label = "Token perplexity (non-overlapping windows)"
-            entries.append((record["source"], label, "perplexity", record["token_ppl"]))
+            yield record["source"], "Token perplexity (non-overlapping windows)", "perplexity", record["token_ppl"]
         if word.get("word_ppl") is not None:
-            label = "Word perplexity (lm-evaluation-harness)"
-            entries.append((word["source"], label, "perplexity", word["word_ppl"]))
-        entries += [(task["task"], "Accuracy", "accuracy", task["acc"]) for task in record.get("tasks", [])]
-    if not entries:
-        return []
-    found = ["model-index:", f"- name: {json.dumps(report['model']['name'] + '-pruned')}", "  results:"]
-    for data, label, kind, value in entries:
-        found += ["  - task:", "      type: text-generation", "    dataset:"]
-        found += [f"      name: {json.dumps(data)}", f"      type: {json.dumps(data)}"]
-        found += ["    metrics:", f"    - name: {json.dumps(label)}", f"      type: {kind}"]
-        found += [f"      value: {value:.6g}"]
-    return found
+            yield word["source"], "Word perplexity (lm-evaluation-harness)", "perplexity", word["word_ppl"]
+        for task in record.get("tasks", []):
+            yield task["task"], "Accuracy", "accuracy", task["acc"]
+
+
+def _result(data: str, label: str, kind: str, value: float) -> dict[str, Any]:
+    """An entry of the hub's `model-index`."""
+    dataset = {"name": data, "type": data}
+    metrics = [{"name": label, "type": kind, "value": float(f"{value:.6g}")}]
+    return {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
 
 
 def evaluation_rows(report: Mapping[str, Any]) -> list[list[str]]:
@@ -117,9 +114,7 @@ def _numbers(report: Mapping[str, Any]) -> str:
     rows.append(["weight files, MiB", "this directory", _mib(files["weights_bytes"]), "-"])
     if not files["packed"]:
         rows.append(["weight files when packed, MiB", "estimate", _mib(files["packed_bytes_estimate"]), "-"])
-    text = table(["measure", "on", "this model", "dense model"], [*rows, *evaluation_rows(report)])
-    note = "No evaluation yet: add one with `billhook eval FOLDER --data SOURCE --against DENSE --report`."
-    return text if report["evaluations"] else f"{text}\n\n{note}"
+    return table(["measure", "on", "this model", "dense model"], [*rows, *evaluation_rows(report)])
 
 
 def _mib(size: int) -> str:
@@ -134,32 +129,32 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _method(report: Mapping[str, Any]) -> list[str]:
     asked, papers, text = report["asked"], report["papers"], report["calibration"]
-    lines = [f"* Step {number}: {line}." for number, line in enumerate(report.get("steps", ()), start=1)]
+    lines = [f"Step {number}: {line}." for number, line in enumerate(report.get("steps", ()), start=1)]
     for key, paper in (("criterion", papers["criterion"]), ("allocator", papers["allocator"] or "Given by the user")):
         options = options_text(asked[f"{key}_options"])
         name = "Criterion" if key == "criterion" else "Allocation"
-        lines.append(f"* {name}: `{asked[key]}`{f' ({options})' if options else ''}. {paper}.")
+        lines.append(f"{name}: `{asked[key]}`{f' ({options})' if options else ''}. {paper}.")
     target = f"{100 * asked['sparsity']:g} %; pattern: {asked['pattern']}; comparison group: {asked['group']}"
     calibration = "not needed"
     if text:
         begun = ", each window after BOS" if text.get("bos") else ""
-        sampling = f"{text['sampling']} sampling{begun}, seed {asked['seed']}"
-        windows = f"{text['samples']} windows of {text['length']} tokens"
-        calibration = f"{windows} of {text['source']} ({sampling})"
-    lines += [f"* Target sparsity: {target}.", f"* Calibration: {calibration}."]
-    return [*lines, "* Versions: " + ", ".join(f"{name} {n}" for name, n in report["versions"].items()) + "."]
+        sampling = f"{text['sampling']} sampling{begun}, seed {asked['seed']}, SHA-256 {text['digest'][:16]}"
+        calibration = f"{text['samples']} windows of {text['length']} tokens of {text['source']} ({sampling})"
+    lines += [f"Target sparsity: {target}.", f"Calibration: {calibration}."]
+    return [*lines, "Versions: " + ", ".join(f"{name} {n}" for name, n in report["versions"].items()) + "."]
 
 
 def options_text(options: Mapping[str, Any]) -> str:
-    """Options as `key=value, key=value`."""
-    return ", ".join(f"{key}={value}" for key, value in options.items())
+    """Options as `key=value, key=value`, without those that are chosen by the shape."""
+    return ", ".join(f"{key}={value}" for key, value in options.items() if value is not None)
 
 
-def _limitations(report: Mapping[str, Any]) -> list[str]:
-    lines = ["* The model was not trained after pruning and is worse than the dense one, above all in rare knowledge."]
+def _limitations(report: Mapping[str, Any]) -> Iterator[str]:
+    yield "The model is worse than the dense one, above all in rare knowledge: evaluate it on your own task before use."
+    yield "Biases and errors of the original remain, and pruning can make them larger."
     if report["calibration"]:
-        lines.append("* Weights were chosen on the calibration text: other languages and subjects may have lost more.")
-    lines.append("* Ordinary fine-tuning makes the zeros nonzero again.")
-    lines += [f"* {warning}" for warning in report["warnings"][:20]]
-    rest = len(report["warnings"]) - 20
-    return [*lines, f"* {rest} more warnings are in {PAGE}."] if rest > 0 else lines
+        yield "Weights were chosen on the calibration text: other languages and subjects may have lost more."
+    yield "Ordinary fine-tuning makes the zeros nonzero again."
+    yield from report["warnings"][:20]
+    if (rest := len(report["warnings"]) - 20) > 0:
+        yield f"{rest} more warnings are in {PAGE}."

@@ -6,9 +6,12 @@ import struct
 import zlib
 from collections.abc import Sequence
 from html import escape
+from statistics import quantiles
 
-from billhook.reports.charts import LETTER, RIGHT, TOP, WIDTH, Axis, Scale, axes, drawable, margin, number, scale, svg
+from billhook.reports.charts import LETTER, RIGHT, TOP, WIDTH, axes, margin, svg
+from billhook.reports.scales import Axis, Scale, drawable, number, scale
 
+_SMALL = 0.82  # size of the numbers in cells
 _RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis
 
 
@@ -25,14 +28,16 @@ def heat_map(
 ) -> str:
     """`values` [rows, columns] as coloured cells, with numbers where there is room; None is an empty cell.
 
-    `axis` is that of the colours, `x` the label of the columns.
+    `axis` is that of the colours, `x` the label of the columns. Values far from all others do not stretch the colours;
+    the label counts them.
     """
     left, right = 14 + LETTER * max(map(len, rows)), WIDTH - RIGHT
     width, height = (right - left) / len(columns), min(24.0, max(3.0, 220 / len(rows)))
     bottom = TOP + height * len(rows)
     drawn = [v for line in values for v in line if v is not None and drawable(v, axis.log)]
-    colours = scale(drawn, axis, left, right)
-    numbers = height >= 13 and width >= LETTER * max((len(f"{v:.3g}") for v in drawn), default=0) + 4
+    usual = drawn if axis.log else _without_outliers(drawn)
+    colours = scale(usual, axis, left, right)
+    numbers = height >= 13 and width >= _SMALL * LETTER * max((len(f"{v:.3g}") for v in drawn), default=0) + 2
     parts = []
     for i, (row, line) in enumerate(zip(rows, values, strict=True)):
         y = TOP + i * height
@@ -49,8 +54,18 @@ def heat_map(
             place = f'x="{left + (j + 0.5) * width:.1f}" y="{bottom + 15:.0f}"'
             parts.append(f'<text {place} text-anchor="middle">{column}</text>')
     parts.append(f'<text x="{(left + right) / 2:.0f}" y="{bottom + 31:.0f}" text-anchor="middle">{escape(x)}</text>')
-    parts += _colour_bar(colours, axis, bottom + 44)
+    beyond = f", {len(drawn) - len(usual)} beyond" if len(usual) < len(drawn) else ""
+    parts += _colour_bar(colours, axis.label + beyond, bottom + 44)
     return svg(title, parts, bottom + 92, summary=summary, standalone=standalone)
+
+
+def _without_outliers(values: Sequence[float]) -> Sequence[float]:
+    """The values within three times the range of the middle half of it (Tukey's outer fences)."""
+    if len(values) < 4:
+        return values
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    reach = 3 * (high - low)
+    return [v for v in values if low - reach <= v <= high + reach] if reach else values
 
 
 def by_kind(
@@ -77,8 +92,8 @@ def _cell(
     if not numbers:
         return [cell]
     ink = "#000" if 0.3 * red + 0.59 * green + 0.11 * blue > 110 else "#fff"
-    place = f'x="{x + width / 2:.1f}" y="{y + height / 2 + 4:.1f}" text-anchor="middle" style="fill:{ink}"'
-    return [cell, f"<text {place}>{value:.3g}</text>"]
+    place = f'x="{x + width / 2:.1f}" y="{y + height / 2 + 4:.1f}" text-anchor="middle"'
+    return [cell, f'<text {place} style="fill:{ink};font-size:{_SMALL}em">{value:.3g}</text>']
 
 
 def _colour(share: float) -> tuple[int, int, int]:
@@ -88,17 +103,21 @@ def _colour(share: float) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _colour_bar(colours: Scale, axis: Axis, top: float) -> list[str]:
+def _colour_bar(colours: Scale, label: str, top: float) -> list[str]:
     """The colour scale with its numbers."""
     width, parts = (colours.stop - colours.start) / 64, []
     for k in range(64):
         red, green, blue = _colour((k + 0.5) / 64)
         place = f'x="{colours.start + k * width:.1f}" y="{top:.0f}" width="{width + 0.3:.1f}" height="10"'
         parts.append(f'<rect {place} fill="rgb({red},{green},{blue})"/>')
+    end = -math.inf
     for tick in colours.ticks:
+        if colours(tick) - (half := LETTER * len(number(tick)) / 2) < end + 4:
+            continue  # no room
+        end = colours(tick) + half
         parts.append(f'<text x="{colours(tick):.1f}" y="{top + 24:.0f}" text-anchor="middle">{number(tick)}</text>')
     place = f'x="{(colours.start + colours.stop) / 2:.0f}" y="{top + 40:.0f}" text-anchor="middle"'
-    return [*parts, f"<text {place}>{escape(axis.label)}</text>"]
+    return [*parts, f"<text {place}>{escape(label)}</text>"]
 
 
 def mask(

@@ -2,20 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from billhook.errors import BillhookError
 from billhook.plan.densities import density
 from billhook.plan.metrics import fact
-from billhook.reports.card import evaluation_rows, options_text
-from billhook.reports.charts import STYLE, Axis, Series, chart
+from billhook.reports.card import evaluation_rows, options_text, template
+from billhook.reports.charts import STYLE, Series, chart
 from billhook.reports.heat_maps import by_kind, heat_map
 from billhook.reports.pictures import BLOCK, ERROR, SPARSITY
 from billhook.reports.report import pattern_in_words
+from billhook.reports.scales import Axis
 
 _DEPTH = Axis(BLOCK, whole=True)
 Rows = Sequence[Mapping[str, Any]]
+EQUAL = 1e-3  # sparsities that differ by less are equal on a picture
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,13 @@ class Figure:
     rows: list[list[str]]
 
 
-@cache
-def _template() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    options: Any = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    return Environment(loader=PackageLoader("billhook.reports"), **options).get_template("report.html.j2")
-
-
 def page(report: Mapping[str, Any]) -> str:
     """The text of report.html."""
-    text: str = _template().render(
+    text: str = template("report.html.j2", html=True).render(
         report=report,
         style=STYLE,
-        figures=list(figures(report)),
+        figures=figures(report),
+        even=even(report),
         quality=evaluation_rows(report),
         asked=_asked(report),
         provenance=_provenance(report),
@@ -122,11 +116,13 @@ def _speed_row(model: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
 
 
 def figures(report: Mapping[str, Any]) -> list[Figure]:
-    """All pictures of the page."""
+    """All pictures of the page: of numbers that are not the same everywhere."""
     layers, spectra = report["layers"], report.get("spectra") or {"metrics": {}, "quantiles": {}}
     sparsities = [100 * row["sparsity"] for row in layers]
     caption = "Achieved sparsity by kind of layer and block; the mean where a block has several layers of a kind."
-    found = [_by_block(report["blocks"]), _by_layer("Sparsity by layer", caption, layers, sparsities, SPARSITY)]
+    found = []
+    if not even(report):
+        found = [_by_block(report["blocks"]), _by_layer("Sparsity by layer", caption, layers, sparsities, SPARSITY)]
     for name in layers[0]["metrics"]:
         values = [row["metrics"].get(name) for row in layers]
         caption = f"Metric used for the allocation: {_meaning(name)}."
@@ -146,11 +142,20 @@ def figures(report: Mapping[str, Any]) -> list[Figure]:
     return [*found, *map(_measured, measured[:1])]
 
 
+def even(report: Mapping[str, Any]) -> bool:
+    """Whether all layers have the same sparsity, planned and achieved, up to a weight."""
+    of = [row[key] for row in report["layers"] for key in ("sparsity", "planned")]
+    return max(of) - min(of) < EQUAL
+
+
 def _by_block(blocks: Rows) -> Figure:
     title, caption = "Sparsity by block", "Planned and achieved; shaded: the range over the layers of a block."
     keys, x = ("planned", "sparsity", "least", "most"), [row["block"] for row in blocks]
     planned, achieved, least, most = ([100 * row[key] for row in blocks] for key in keys)
-    series = [Series("achieved", x, achieved, least, most), Series("planned", x, planned, dashed=True, marks=False)]
+    series = [
+        Series("achieved", x, achieved, least, most),
+        Series("planned", x, planned, colour=-1, dash=1, marks=False),
+    ]
     rows = [[str(row["block"]), *(f"{100 * row[key]:.2f}" for key in keys)] for row in blocks]
     svg = chart(title, series, _DEPTH, SPARSITY, summary=caption)
     return Figure(title, caption, svg, ["block", "planned %", "achieved %", "lowest %", "highest %"], rows)

@@ -11,12 +11,13 @@ from billhook.plan.densities import density
 from billhook.plan.metrics import fact
 from billhook.plan.plan import Plan
 from billhook.plan.table import Table
-from billhook.reports.charts import Axis, Series, chart
+from billhook.reports.charts import Series, chart
 from billhook.reports.heat_maps import by_kind, heat_map
+from billhook.reports.scales import Axis
 
 BLOCK = "block, from the input (0)"
 SPARSITY = Axis("sparsity (%)", span=10)
-ERROR = Axis("relative squared error of the output", log=True)
+ERROR = Axis("relative squared output error", log=True)
 
 
 def metric_by_layer(table: Table, metric: str) -> str:
@@ -78,7 +79,7 @@ def spectrum(layer: str, evals: Sequence[float], tails: Mapping[str, tuple[float
         share, reach = sum(e >= xmin for e in evals) / len(evals), evals[-1] / xmin
         start = share * (alpha - 1) / xmin / (1 - reach ** (1 - alpha))
         text = f"{name} = {alpha:.2f}, tail: largest {100 * share:.0f} %"
-        series.append(Series(text, [xmin, evals[-1]], [start, start * reach**-alpha], dashed=True))
+        series.append(Series(text, [xmin, evals[-1]], [start, start * reach**-alpha], dash=1))
     axes = Axis("eigenvalue of W\u1d40W", log=True), Axis("density", log=True)
     return chart(f"Spectral density of {layer}", series, *axes, standalone=True)
 

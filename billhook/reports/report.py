@@ -20,7 +20,9 @@ from billhook.store.record import Record, Step, read_record
 from billhook.store.shards import read_shard, weight_files
 
 VERSION = 1
-_KEPT = ("license", "license_name", "license_link", "language")  # of the metadata of the source model's card
+_KEPT = ("license", "license_name", "license_link", "language", "base_model", "tags")  # of the source's card
+_HEAD = 1 << 16  # letters of a card in which its metadata must end
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def load_report(folder: Path) -> dict[str, Any]:
@@ -163,12 +165,28 @@ def _sizes(folder: Path, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
-    """Licence and language from the metadata of the source model's card: plain `key: value` lines only."""
-    path = folder / CARD
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    lines = re.findall(r"^(\w+):[ \t]*([^\s#>|{}\[\]&*!].*)$", head.group(1), re.MULTILINE) if head else []
-    return {key: value.strip() for key, value in lines if key in _KEPT}
+    """What the card of the source says about licence, language, kind and origin; nothing else of it is trusted."""
+    import yaml
+
+    text = (folder / CARD).read_text(encoding="utf-8", errors="replace")[:_HEAD] if (folder / CARD).is_file() else ""
+    head = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
+    try:
+        found = yaml.safe_load(head[1]) if head else {}
+    except (yaml.YAMLError, ValueError, RecursionError):
+        found = {}
+    found = found if isinstance(found, dict) else {}
+    kept = {key: texts for key in _KEPT if (texts := _texts(found.get(key)))}
+    kept["base_model"] = [name for name in kept.get("base_model", []) if _HUB_NAME.fullmatch(name)]
+    config = read_json(folder / "config.json", "model configuration") if (folder / "config.json").is_file() else {}
+    masked = any(str(name).endswith("ForMaskedLM") for name in config.get("architectures") or ())
+    kept["pipeline_tag"] = ["fill-mask" if masked else "text-generation"]
+    return {key: texts if key == "tags" or len(texts) > 1 else texts[0] for key, texts in kept.items() if texts}
+
+
+def _texts(value: Any) -> list[str]:
+    """A text or a list of texts as a list; empty for anything else."""
+    several = value if isinstance(value, list) else [value]
+    return several if all(isinstance(text, str) and text for text in several) else []
 
 
 def pattern_in_words(text: str) -> str:

@@ -15,17 +15,16 @@ import torch
 import billhook
 from billhook.errors import BillhookError
 from billhook.runtime import library
-from billhook.store.files import read_json, write_json
+from billhook.store.files import cache_folder, read_json, write_json
 
 KERNELS = 5  # raised when a kernel is added, renamed or made faster, so that older measurements are not used
 
 
 def cache_file(name: str) -> Path | None:
     """The file of the measurements `name` for this processor, instruction set, versions and number of threads."""
-    folder = os.environ.get("BILLHOOK_CACHE", "")
-    if folder == "0":
+    root = cache_folder()
+    if root is None:
         return None
-    root = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "billhook"
     versions = [billhook.__version__, torch.__version__, KERNELS]
     machine = [library.cpu(), library.path(), *versions, torch.get_num_threads(), os.cpu_count()]
     return root / f"{name}-{hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]}.json"

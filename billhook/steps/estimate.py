@@ -8,10 +8,8 @@ import resource
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -24,9 +22,9 @@ from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.evaluation.batching import TOKENS
 from billhook.evaluation.kl import K
 from billhook.methods.statistics import GRADIENTS, REGIONAL
-from billhook.racing.hyperparameters import is_raced
 from billhook.steps.request import TOKENS_A_BATCH
 from billhook.steps.resolve import ResolvedRequest
+from billhook.store.shards import weight_bytes
 
 PROCESS = 0.5 * 2**30  # bytes of Python and its libraries
 BACKWARD = 2**29  # most bytes of layer outputs in a backward pass, see billhook.trials.attribution
@@ -68,14 +66,14 @@ def peak_bytes(
     """The peak memory of pruning `layers`, in bytes, without that of Python; `model` may be on the meta device.
 
     `needs` are the statistics and gradients to compute for the criterion; `tokens` and `batch_tokens` count the
-    calibration tokens of one process, in total and in a batch. A `racing` allocator also stores the dense weights, and
-    the dense model's predictions for half of the samples.
+    calibration tokens of one process, in total and in a batch. A `racing` allocator needs the whole model, its dense
+    weights, and the dense model's predictions for half of the samples.
     """
     size, width = model.dtype.itemsize, text_config(model.config).hidden_size
     each, counts = [n_bytes(block) for block in blocks_of(model).values()], [math.prod(x.shape) for x in layers]
     hidden, limit, columns = tokens * width * size, resources.spill_gib * 2**30, max(x.shape[1] for x in layers)
     kept = min(hidden, limit)  # of one store of hidden states
-    total = n_bytes(model) - (sum(each) - max(each) if resources.streamed else 0)
+    total = n_bytes(model) - (sum(each) - max(each) if resources.streamed and not racing else 0)
     total += (12 if criterion == "admm" else 5) * 4 * max(counts)  # float32 copies of a layer
     total += ROWS if criterion == "admm" else 0
     if needs or refine:  # hidden states, and the widest activations of a batch, in the model's dtype and in float32
@@ -104,25 +102,15 @@ def estimate(resolved: ResolvedRequest) -> Estimate:
     needs = set(method.needs) - (set() if resolved.gradients is None else set(GRADIENTS))
     sizes = [main_input(model, batch).numel() for batch in opened.batches]
     tokens = sum(sizes) // world()
-    racing = resolved.plan is None and is_raced(request.allocator, resolved.allocator_options)
+    racing = resolved.on_trial
     text: dict[str, Any] = {"tokens": tokens, "batch_tokens": max(sizes, default=0), "resources": opened.resources}
     memory = peak_bytes(model, opened.layers, request.criterion, needs, **text, racing=racing, refine=refine)
     hidden = tokens * text_config(model.config).hidden_size * model.dtype.itemsize
     stores = (1 + ("drift" in needs) + 2 * refine) * bool(needs or refine)
-    disk = n_bytes(model) * (2 if resolved.packed else 1) + stores * max(0.0, hidden - request.spill_gib * 2**30)
+    written = n_bytes(model) if opened.source is None else weight_bytes(opened.source)
+    disk = written * (2 if resolved.packed else 1) + stores * max(0.0, hidden - request.spill_gib * 2**30)
     disk += 4 * sum(math.prod(x.shape) for x in opened.layers) * bool(needs & set(GRADIENTS))
     return Estimate(round((PROCESS + memory) / 2**30, 3), round(disk / 2**30, 3))
-
-
-def free_gib(device: str) -> float | None:
-    """Free memory of the device, or of the system for a CPU, in GiB; None where that is unknown."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0] / 2**30
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def peak_gib() -> float:

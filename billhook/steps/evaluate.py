@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import billhook
+from billhook.architectures.sources import resolve
+from billhook.engine.streaming import open_streamed
 from billhook.errors import BillhookError
 from billhook.evaluation.block_errors import block_errors, block_outputs
 from billhook.evaluation.harness import PAPER7, check_tasks, evaluate_tasks
@@ -23,8 +25,9 @@ from billhook.evaluation.perplexity import evaluate
 from billhook.evaluation.word_perplexity import evaluate_words
 from billhook.packed.loading import load
 from billhook.steps.request import model_facts
-from billhook.store.checkpoint import load_tokenizer, resolve
-from billhook.tasks.opening import task_of
+from billhook.store.checkpoint import load_tokenizer, read_config
+from billhook.store.compute import chosen_device, chosen_dtype, dtype_name, lacking_gib
+from billhook.tasks.opening import task_of, task_of_config
 from billhook.tasks.token_windows import window_length
 from billhook.text.corpus import documents, is_token_file, source_name
 
@@ -46,7 +49,7 @@ class EvalConfig:
     task_limit: int | None = None
     batch_size: int | None = None
     bos: str = "auto"
-    device: str = "cpu"
+    device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
 
@@ -61,7 +64,7 @@ def evaluate_model(model: str | Path, config: EvalConfig, progress: Progress = l
     loaded = _open(source, config)
     window = window_length(loaded, config.length)
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-    record: dict[str, Any] = {"model": model_facts(source, loaded), "dtype": str(loaded.dtype).removeprefix("torch.")}
+    record: dict[str, Any] = {"model": model_facts(source, loaded), "dtype": dtype_name(loaded.dtype)}
     record["versions"] = versions()
     if config.data is not None and config.protocol != "word":
         record |= _token(loaded, tokenizer, config, window, progress)
@@ -125,9 +128,16 @@ def _check_used(config: EvalConfig) -> None:
 
 
 def _open(source: Path, config: EvalConfig) -> PreTrainedModel:
-    """Load a dense or packed model, without autotuning, so that results are reproducible to the last bit."""
-    options: dict[str, Any] = {"device": config.device, "trust_remote_code": config.trust_remote_code}
-    return load(source, dtype=config.dtype, **options, tune=False)
+    """Load a dense or packed model, without autotuning, so that results are reproducible to the last bit.
+
+    A dense model that does not fit in memory is opened with one block at a time in memory.
+    """
+    device = chosen_device(config.device)
+    dtype = chosen_dtype(config.dtype, device, source)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": config.trust_remote_code}
+    if lacking_gib(source, dtype, device) is not None:
+        return open_streamed(source, task_of_config(source, read_config(source)).auto_class, **options).model
+    return load(source, **options, tune=False)
 
 
 def _token(

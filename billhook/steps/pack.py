@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from billhook.architectures.layers import is_transposed_on_disk
+from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
 from billhook.packed.expand import dense_bytes, unpack_files
 from billhook.packed.format import open_packed
@@ -21,7 +22,7 @@ from billhook.packed.select_tensors import packed_size, select_tensors
 from billhook.packed.write import Written, relative_error, write_file, write_record
 from billhook.reports.publishing import publish
 from billhook.runtime.layout import MIN_GROUP
-from billhook.store.checkpoint import read_config, resolve
+from billhook.store.checkpoint import read_config
 from billhook.store.directory import WEIGHTS
 from billhook.store.files import copy_files, read_json, sha256
 from billhook.store.layout import PACKED, RECORD, REPORT, is_packed, is_unfinished

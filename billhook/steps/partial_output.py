@@ -13,7 +13,7 @@ the first block whose bytes have changed.
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from billhook.engine.streaming import Stream
 from billhook.engine.walk import Block
 from billhook.errors import BillhookError, Interrupted, JobError, out_of_memory
 from billhook.reports.publishing import publish
+from billhook.steps.block_files import BlockFiles
 from billhook.steps.state import STATE, VERSION, State, check_same_run, partial_folder, unfinished_run
 from billhook.store.directory import complete
 from billhook.store.files import json_text, replace_file, sha256
@@ -44,14 +45,35 @@ _ADVICE = (
 class PartialOutput:
     """A locked directory that is being written block by block."""
 
-    def __init__(self, stream: Stream, source: Path, output: Path, state: State, stopping: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        source: Path,
+        output: Path,
+        state: State,
+        *,
+        stopping: Callable[[], bool],
+        files: BlockFiles | None = None,
+    ) -> None:
         self.stream, self.source, self.output, self.state, self.stopping = stream, source, output, state, stopping
         self.folder = partial_folder(output)
-        self.sink = SameLayout(stream.model, source)
+        self.sink: SameLayout | BlockFiles = SameLayout(stream.model, source) if files is None else files
         inside = {name for names in stream.names for name in names}
         self.outside = [name for name in self.sink.entries if name not in inside]
-        tensors = (item for i in range(state.blocks) for item in self.sink.on_disk(stream.state(i)).items())
-        self._same_dtype = all(value.dtype == stream.stored[name].dtype for name, value in tensors)
+        self._same_values = files is not None or self._same_dtypes()
+
+    def _same_dtypes(self) -> bool:
+        """Whether the files have the dtypes of the model in memory."""
+        assert isinstance(self.sink, SameLayout)
+        tensors = (item for i in range(self.state.blocks) for item in self.sink.on_disk(self.stream.state(i)).items())
+        return all(value.dtype == self.stream.stored[name].dtype for name, value in tensors)
+
+    def _moved(self, index: int) -> None:
+        """From now on read a block from the output."""
+        if isinstance(self.sink, BlockFiles):
+            self.stream.stored.update(self.sink.stored(self.folder, index))
+        else:
+            self.stream.moved(index, self.folder)
 
     def begin(self) -> None:
         """Create the files, or check those of the run that is resumed."""
@@ -66,7 +88,7 @@ class PartialOutput:
             if digests[-1] != self.state.digests[len(digests) - 1]:
                 digests.pop()
                 break
-            self.stream.moved(index, self.folder)
+            self._moved(index)
         files = {} if done is None else self.state.files
         self._update(digests=digests, results=self.state.results[: len(digests) - 1], files=files)
 
@@ -83,8 +105,8 @@ class PartialOutput:
             digest = self.sink.digest(self.folder, self.stream.names[block.index])
             self._update(digests=[*self.state.digests, digest], results=made)
         barrier()
-        self.stream.moved(block.index, self.folder)
-        if not self._same_dtype:
+        self._moved(block.index)
+        if not self._same_values:
             self.stream.load(block.index, self.stream.stored)
         if any_rank(self.stopping()) and self.state.done < self.state.blocks:
             raise KeyboardInterrupt
@@ -97,11 +119,17 @@ class PartialOutput:
         """Whether a file that the blocks depend on is recorded."""
         return name in self.state.files
 
-    def complete(self, record: Mapping[str, Any]) -> None:
-        """Write the other files and rename the directory, once no process reads from it any more."""
+    def complete(self, record: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> None:
+        """Write the other files and rename the directory, once no process reads from it any more.
+
+        `config` are new entries of config.json.
+        """
         barrier()
         if not rank():
-            complete(self.stream.model, self.source, self.folder, record, publish)
+            if isinstance(self.sink, BlockFiles):
+                self.sink.finish(self.folder)
+            published = publish if config is None else lambda folder: None
+            complete(self.stream.model, self.source, self.folder, record, published, config)
             flush(self.folder)
             for path in [*self.folder.glob(f"*{GRADIENTS}"), *self.folder.glob(WRITTEN)]:
                 path.unlink()  # last, because a run without them cannot be resumed
@@ -134,22 +162,24 @@ def partial_output(
     resume: bool,
     overwrite: bool,
     stopping: Callable[[], bool] = lambda: False,
+    files: BlockFiles | None = None,
 ) -> Iterator[PartialOutput]:
     """Create the directory, or open it again to resume a run.
 
-    The run ends after a block at which `stopping()` is true. Raises BillhookError where another run uses the directory,
-    or the run to resume has another identity; Interrupted for a run that was stopped, or ran out of disk or memory,
-    after some blocks. After other errors, which would occur again, the directory is deleted.
+    The files have the source's layout, or are `files`. The run ends after a block at which `stopping()` is true. Raises
+    BillhookError where another run uses the directory, or the run to resume has another identity; Interrupted for a run
+    that was stopped, or ran out of disk or memory, after some blocks. After other errors, which would occur again, the
+    directory is deleted.
     """
     folder = partial_folder(output)
     if rank():
         begun = gather(State({}, {}, len(stream.blocks), [], []))[0]
         for index in range(begun.done):
             stream.moved(index, folder)
-        yield PartialOutput(stream, source, output, begun, stopping)
+        yield PartialOutput(stream, source, output, begun, stopping=stopping)
         return
     lock = _lock(folder)
-    foreign = _foreign_file(folder, source)
+    foreign = _foreign_file(folder, [file.name for file in weight_files(source)] if files is None else files.files)
     keep = (folder / STATE).exists() or bool(foreign)
     partial: PartialOutput | None = None
     try:
@@ -165,7 +195,7 @@ def partial_output(
             _empty(folder)
             state = State(dict(identity), dict(plan), len(stream.blocks), [], [])
         check_same_run(state.identity, identity, folder)
-        partial = PartialOutput(stream, source, output, state, stopping)
+        partial = PartialOutput(stream, source, output, state, stopping=stopping, files=files)
         partial.begin()
         gather(partial.state)
         yield partial
@@ -221,11 +251,11 @@ def _lock(folder: Path) -> int:
         os.close(handle)
 
 
-def _foreign_file(folder: Path, source: Path) -> str | None:
+def _foreign_file(folder: Path, written: Collection[str]) -> str | None:
     """The name of a file in `folder` that cannot be from an unfinished run and must not be deleted."""
     if (folder / STATE).exists():
         return None
-    own = {INDEX, *(file.name for file in weight_files(source))}
+    own = {INDEX, *written}
     names = (path.name for path in folder.iterdir())
     return min((name for name in names if name not in own and not name.startswith(f".{STATE}.")), default=None)
 

@@ -23,7 +23,6 @@ from billhook.engine.walk import Block, Progress
 from billhook.errors import BillhookError, Interrupted
 from billhook.plan.allocators import allocate
 from billhook.plan.plan import Plan
-from billhook.plan.table import Table
 from billhook.racing.automatic import choose
 from billhook.racing.hyperparameters import is_raced
 from billhook.racing.race import Problem
@@ -35,7 +34,7 @@ from billhook.steps.measure import measure_opened, rows_of_table
 from billhook.steps.pack import pack
 from billhook.steps.partial_output import PartialOutput, partial_output
 from billhook.steps.record import Job, Report, record
-from billhook.steps.request import Request
+from billhook.steps.request import Request, in_memory
 from billhook.steps.resolve import ResolvedRequest, check
 from billhook.store.directory import save_pruned
 from billhook.store.layout import GRADIENTS, WRITTEN
@@ -65,11 +64,10 @@ def prepare(request: Request, progress: Progress = lambda layer: None) -> Job:
 
 def decide(resolved: ResolvedRequest, progress: Progress = lambda layer: None) -> Job:
     """Measure and allocate, if there is no plan yet, and check the plan."""
-    request, opened, plan, table = resolved.request, resolved.opened, resolved.plan, resolved.table
+    request, opened, plan = resolved.request, resolved.opened, resolved.plan
     if plan is None:
-        table = measure_opened(opened, resolved.needed, progress) if table is None else rows_of_table(table, opened)
         # the plan of rank 0 for all, because sums differ in their last bits
-        plan = gather(_allocate(resolved, table, progress))[0]
+        plan = gather(_allocate(resolved, progress))[0]
     try:
         plan.check({layer.name: layer.shape for layer in opened.layers})
     except BillhookError as error:
@@ -79,9 +77,11 @@ def decide(resolved: ResolvedRequest, progress: Progress = lambda layer: None) -
     return Job(request, opened, plan, resolved.method, resolved.gradients, resolved.identity, resolved.packed)
 
 
-def _allocate(resolved: ResolvedRequest, table: Table, progress: Progress) -> Plan:
+def _allocate(resolved: ResolvedRequest, progress: Progress) -> Plan:
     """The request's plan, chosen by racing if the allocator or its hyperparameter is `auto`."""
-    request, opened, options = resolved.request, resolved.opened, resolved.allocator_options
+    request, options, table = resolved.request, resolved.allocator_options, resolved.table
+    opened = in_memory(resolved.opened, request) if resolved.on_trial else resolved.opened
+    table = measure_opened(opened, resolved.needed, progress) if table is None else rows_of_table(table, opened)
     if not is_raced(request.allocator, options):
         return allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **options)
     assert opened.samples is not None
@@ -136,7 +136,7 @@ def _run_streamed(
     """Prune block by block into the output, or resume a run; returns the results of all layers and the record."""
     stream, request = job.opened.resources.stream, job.request
     assert stream is not None
-    may = {"resume": request.resume, "overwrite": request.overwrite}
+    may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
     with partial_output(stream, source, output, job.identity, job.plan.to_json(), **may, stopping=stopping) as partial:
         _store_generated_text(job, partial)
         before = [result for results in partial.state.results for result in results]
@@ -171,8 +171,7 @@ def _apply(job: Job, progress: Progress, note: Note, partial: PartialOutput | No
         if partial is not None:
             partial.finished(block, results)
 
-    tune_all = request.refine == "blocks+norms"
-    refine = None if request.refine == "none" else Refine(tune_norms_and_biases=tune_all, seed=request.seed)
+    refine = Refine.asked(request.refine, request.seed)
     run: dict[str, Any] = {"refine": refine, "start": 0 if partial is None else partial.state.done}
     run |= {"progress": progress, "finished": finished}
     return prune_with(job.opened, job.plan, job.method, gradients=job.gradients, **run)

@@ -15,7 +15,8 @@ from billhook.engine.loop import LayerResult
 from billhook.engine.method import Method
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.plan import Plan
-from billhook.steps.request import Opened, Request, calibration_facts, listed
+from billhook.steps.request import Opened, Request, calibration_facts, computed_in, listed
+from billhook.store.compute import dtype_name, stored_dtype
 from billhook.store.record import REFILLED, Record, Step, append_step, located
 
 
@@ -71,27 +72,30 @@ def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
     known = {} if before is None else before.layers
     present = {layer.name: layer for layer in find_layers(job.opened.model)}
     notes = {result.layer: [*result.notes, *_refilled(result, known.get(result.layer))] for result in results}
-    layers = {name: _left_alone(facts) | _place(present[name]) for name, facts in known.items() if name in present}
-    layers |= {r.layer: _layer_record(r, notes[r.layer]) | _place(present[r.layer]) for r in results}
-    return append_step(before, prune_step(job, notes), layers).to_json()
+    layers = {name: _left_alone(facts) | place(present[name]) for name, facts in known.items() if name in present}
+    for r in results:
+        layers[r.layer] = _layer_record(r, notes[r.layer], known.get(r.layer, {})) | place(present[r.layer])
+    return append_step(before, prune_step(job, notes, results), layers).to_json()
 
 
-def prune_step(job: Job, notes: Mapping[str, Sequence[str]]) -> Step:
+def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[LayerResult]) -> Step:
     """The job as a step of a record, with the `notes` of its layers."""
     request, opened = job.request, job.opened
-    plan, fields = job.plan.to_json(), ("published", "refine", "seed", "dtype", "device")
+    plan, fields = job.plan.to_json(), ("published", "refine", "seed")
     if isinstance(plan["made_by"].get("options"), dict):
-        plan["made_by"] = {**plan["made_by"], "options": _without_folders(plan["made_by"]["options"])}
+        plan["made_by"] = {**plan["made_by"], "options": without_folders(plan["made_by"]["options"])}
     papers = {"criterion": CRITERIA.paper(request.criterion), "allocator": job.plan.made_by.get("paper")}
     packages = {"torch": torch.__version__, "transformers": transformers.__version__}
     return Step(
         "prune",
         plan,
         {
+            "recipe": request.followed,
             "criterion": request.criterion,
-            "criterion_options": _without_folders(job.method.options),
+            "criterion_options": without_folders(job.method.options),
             "group": request.group or CRITERIA.group(request.criterion),
             **{key: getattr(request, key) for key in fields},
+            **computed_in(opened.model),
             "targets": listed(request.targets),
             "ignore": listed(request.ignore),
             "calibration": None if opened.samples is None else calibration_facts(opened),
@@ -102,13 +106,14 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]]) -> Step:
         opened.facts,
         [
             *(f"{layer}: {note}" for layer, texts in notes.items() for note in texts),
+            *_rounded(job, results),
             *_other_weights(job.plan, opened.facts),
             *_changed_since(opened.history, opened.facts),
         ],
     )
 
 
-def _without_folders(options: Mapping[str, Any]) -> dict[str, Any]:
+def without_folders(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options that can be published: of a path, only the file's name."""
     text = {key: value for key, value in options.items() if isinstance(value, str)}
     paths = [key for key, value in text.items() if key == "file" or value.startswith(("/", "~"))]
@@ -122,6 +127,17 @@ def _gradients_record(job: Job) -> dict[str, Any] | None:
         return None
     made = calibration_facts(job.opened) if job.gradients is None else job.gradients.about.get("calibration")
     return {"statistic": statistic, "calibration": made}
+
+
+def _rounded(job: Job, results: Sequence[LayerResult]) -> list[str]:
+    """A note where updated weights are written in another dtype than that in which they were computed."""
+    source, computed = job.opened.source, job.opened.model.dtype
+    stored = None if source is None else stored_dtype(source)
+    if stored in (None, computed) or not any(result.updated for result in results):
+        return []
+    assert stored is not None
+    where = f"computed in {dtype_name(computed)} and are stored in {dtype_name(stored)}, the dtype of the source"
+    return [f"Updated weights were {where}."]
 
 
 def _other_weights(plan: Plan, model: Mapping[str, Any]) -> list[str]:
@@ -156,12 +172,17 @@ def _refilled(result: LayerResult, before: Mapping[str, Any] | None) -> list[str
     return [*earlier, *([f"{lost} {REFILLED}"] if lost > 0 else [])]
 
 
-def _layer_record(result: LayerResult, notes: Sequence[str]) -> dict[str, Any]:
+def _layer_record(result: LayerResult, notes: Sequence[str], before: Mapping[str, Any]) -> dict[str, Any]:
     facts = {"shape": list(result.shape), "sparsity": result.planned, "zeros": result.zeros}
-    return {**facts, "notes": list(notes), "error": result.error}
+    return {
+        **facts,
+        "notes": list(notes),
+        "error": result.error,
+        "updated": result.updated or bool(before.get("updated")),
+    }
 
 
-def _place(layer: Layer) -> dict[str, Any]:
+def place(layer: Layer) -> dict[str, Any]:
     """Where a layer is in memory, from which `billhook.store.locate` finds its place on disk."""
     tensor = f"{layer.name}.weight" if layer.expert is None else layer.name.rpartition(".")[0]
     return {"tensor": tensor, "index": layer.expert, "transposed": layer.transposed}

@@ -1,21 +1,17 @@
 """A request for a pruning run, and opening the model and the calibration text that it names."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
-import torch
-import transformers
 from transformers import PreTrainedModel
 
-from billhook import __version__ as VERSION
 from billhook.architectures.layers import Layer, check_finite, find_layers, select_layers
+from billhook.architectures.sources import resolve
 from billhook.architectures.stacks import blocks_of
-from billhook.distributed.collectives import rows_per_batch, world
+from billhook.distributed.collectives import rows_per_batch
 from billhook.engine.activation_store import SPILL_GIB
 from billhook.engine.batch import Batch, main_input, rows_of, split_rows
 from billhook.engine.gradient_file import Gradients
@@ -23,12 +19,14 @@ from billhook.engine.method import Group, Rounding
 from billhook.engine.resources import Resources
 from billhook.engine.streaming import open_streamed
 from billhook.errors import BillhookError
+from billhook.plan import recipes
 from billhook.plan.plan import Plan
+from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
 from billhook.recover.blockwise import Refining
 from billhook.steps.state import partial_folder, unfinished_run
-from billhook.store.checkpoint import check_directory, load, model_digest, resolve
-from billhook.store.files import sha256
+from billhook.store.checkpoint import check_directory, load, model_digest
+from billhook.store.compute import dtype_name
 from billhook.store.layout import WRITTEN
 from billhook.store.output import check_output
 from billhook.store.record import Record, history
@@ -48,15 +46,17 @@ ACTIVATION_BYTES = 16 << 20  # activations of the widest layer of a block; more 
 class Request:
     """The parameters of a pruning run; the field names are those of the command line.
 
-    With `published`, zeros are counted, samples drawn and gradients accumulated as in the released code of the papers.
-    `calibration` is the name of a source, or data (`billhook.text.given`).
+    `recipe` (by default `good`) fills in the criterion, allocator, options, `refine` and sparsity that are not given,
+    see `billhook.plan.recipes`. With `published`, zeros are counted, samples drawn and gradients accumulated as in the
+    released code of the papers. `calibration` is the name of a source, or data (`billhook.text.given`).
     """
 
     model: str | Path | PreTrainedModel
     sparsity: float | None = None
     output: str | Path | None = None
-    criterion: str = "wanda"
-    allocator: str = "uniform"
+    recipe: str = ""
+    criterion: str = ""
+    allocator: str = ""
     pattern: str = "unstructured"
     options: Mapping[str, Any] = field(default_factory=dict)
     plan: str | Path | Plan | None = None
@@ -72,14 +72,36 @@ class Request:
     group: Group | None = None
     published: bool = False
     bos: str = "auto"
-    refine: Refining = "none"
-    device: str = "cpu"
+    refine: Refining | Literal[""] = ""
+    device: str = "auto"
     dtype: str = "auto"
     overwrite: bool = False
     resume: bool = False
     spill_gib: float = SPILL_GIB
     pack: bool = False
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        planned, structured = self.plan is not None, Pattern.parse(self.pattern).structured
+        parts = (self.recipe, self.criterion, self.allocator, self.refine)
+        found = recipes.chosen(*parts, structured=structured, planned=planned)
+        filled = {key: getattr(found, key) for key in ("criterion", "allocator", "refine")}
+        filled["options"] = {**found.options, **self.options}
+        if self.sparsity is None and not planned:
+            filled["sparsity"] = found.sparsity
+        for key, value in filled.items():
+            object.__setattr__(self, key, value)
+
+    @property
+    def followed(self) -> str | None:
+        """The recipe that the run follows unchanged; None for another method, or a given plan."""
+        name = self.recipe or recipes.DEFAULT
+        if self.plan is not None:
+            return None
+        own = Request(self.model, None, recipe=name, pattern=self.pattern)
+        keys = ("criterion", "allocator", "refine", "options")
+        same = all(getattr(own, key) == getattr(self, key) for key in keys)
+        return name if same and own.sparsity in (None, self.sparsity) else None
 
     @property
     def rounding(self) -> Rounding:
@@ -126,8 +148,8 @@ def open_request(
     _check_choices(request)
     if needs_samples and request.calibration is None:
         raise BillhookError(
-            f"{who} needs activations: give text like the model's training text with --calibration FILE.txt, "
-            "FILE.jsonl, TOKENS.safetensors or hub:c4, or let the model write it itself with --calibration self:"
+            f"{who} needs activations: give text with --calibration FILE.txt, FILE.jsonl, TOKENS.safetensors or "
+            "hub:c4. With --calibration self: the model writes it; text like what the model will be used on is better."
         )
     source, model, resources = _open_model(request, streamed)
     task = task_of(model)
@@ -187,6 +209,18 @@ def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrain
     return source, load(source, task.auto_class, **options), resources
 
 
+def in_memory(opened: Opened, request: Request) -> Opened:
+    """The same with the whole model in memory, for what tries plans on it."""
+    if not opened.resources.streamed or opened.source is None:
+        return opened
+    model = load(opened.source, opened.task.auto_class, **_loading(request))
+    names = {layer.name for layer in opened.layers}
+    layers = [layer for layer in find_layers(model) if layer.name in names]
+    whole = replace(opened, model=model, layers=layers, resources=replace(opened.resources, stream=None))
+    whole.__dict__["facts"] = opened.facts  # the digest of the files takes time
+    return whole
+
+
 def _check_weights(model: PreTrainedModel, resources: Resources) -> None:
     """Raise BillhookError naming a parameter of the model that is not finite."""
     check_finite(model.named_parameters())
@@ -230,6 +264,11 @@ def model_facts(source: Path | None, model: PreTrainedModel) -> dict[str, Any]:
     return {"name": _model_name(source, model), "type": model.config.model_type, "digest": digest}
 
 
+def computed_in(model: PreTrainedModel) -> dict[str, str]:
+    """The dtype and the kind of device in which a model is computed."""
+    return {"dtype": dtype_name(model.dtype), "device": model.device.type}
+
+
 def _model_name(source: Path | None, model: PreTrainedModel) -> str:
     """OWNER/NAME for a folder `models--OWNER--NAME/snapshots/COMMIT` of the hub's cache, else the folder's name; for a
     model in memory, its class."""
@@ -238,32 +277,3 @@ def _model_name(source: Path | None, model: PreTrainedModel) -> str:
     if source.parent.name == "snapshots":
         return source.parents[1].name.removeprefix("models--").replace("--", "/")
     return source.resolve().name
-
-
-def identity(
-    request: Request, opened: Opened, options: Mapping[str, Any], plan: Plan | None, table: Table | None
-) -> dict[str, Any]:
-    """What must be the same for a run to be resumed: versions, model, data and everything that changes the result.
-
-    `options` are those of all methods, `plan` and `table` the given ones.
-    """
-    given = {"plan": None if plan is None else plan.to_json(), "table": None if table is None else asdict(table)}
-    gradients = request.gradients.path if isinstance(request.gradients, Gradients) else request.gradients
-    same = ("sparsity", "pattern", "allocator", "criterion", "group", "published", "refine", "seed", "dtype", "device")
-    return {
-        "version": f"{VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
-        "processes": world(),
-        "model": opened.facts["digest"],
-        "history": None if opened.history is None else _json_digest(opened.history.to_json()),
-        **{key: getattr(request, key) for key in same},
-        "targets": listed(request.targets),
-        "ignore": listed(request.ignore),
-        "options": dict(options),
-        **{key: None if value is None else _json_digest(value) for key, value in given.items()},
-        "gradients": None if gradients is None else sha256(Path(gradients)),
-        "calibration": None if opened.samples is None else calibration_facts(opened),
-    }
-
-
-def _json_digest(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,10 +1,17 @@
 """Open and check a request, before anything is measured for its plan or changed."""
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from billhook import __version__ as VERSION
+from billhook.distributed.collectives import world
 from billhook.engine.gradient_file import Gradients, open_gradients
 from billhook.engine.method import Method
 from billhook.errors import BillhookError
@@ -17,8 +24,9 @@ from billhook.plan.table import Table
 from billhook.racing import automatic
 from billhook.racing.hyperparameters import configure, is_raced
 from billhook.steps.options import split_options
-from billhook.steps.request import Opened, Request, identity, open_request
+from billhook.steps.request import Opened, Request, calibration_facts, computed_in, listed, open_request
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
+from billhook.store.files import sha256
 from billhook.store.output import check_output
 from billhook.tasks.base import Progress
 
@@ -45,6 +53,12 @@ class ResolvedRequest:
     done: int = 0
 
     @property
+    def on_trial(self) -> bool:
+        """Whether plans are tried on the model, which must then be in memory as a whole for as long as that takes."""
+        raced = is_raced(self.request.allocator, self.allocator_options)
+        return self.plan is None and (raced or any(fact(name).reads == "trial" for name in self.needed))
+
+    @property
     def target(self) -> float:
         """The requested sparsity."""
         if self.plan is not None:
@@ -67,9 +81,9 @@ def check(request: Request, progress: Progress = lambda step: None, *, dry_run: 
     reads_text = method.observed or (method.gradient and gradients is None) or any(fact(x).needs_text for x in needed)
     needs_samples = bool(reads_text) or raced or request.refine != "none"
     request, packed = _dense_output(request)
-    in_memory = raced or any(fact(name).reads == "trial" for name in needed)
-    streamed = (dry_run or request.output is not None) and not in_memory
-    who = f"Pruning with {request.criterion} and {request.allocator}"
+    streamed = dry_run or request.output is not None
+    named = f" (the recipe {request.followed})" if request.followed else ""
+    who = f"Pruning with {request.criterion} and {request.allocator}{named}"
     opened = open_request(request, needs_samples, who, streamed=streamed, progress=progress)
     run = identity(request, opened, {**allocator_options, **method.options}, plan, table)
     if gradients is not None:
@@ -100,7 +114,8 @@ def _given_plan(request: Request, table: Table | None) -> Plan | None:
         return None
     plan = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
     plan.check_sparsities()
-    if (table, request.allocator, request.sparsity, request.pattern) != (None, "uniform", None, "unstructured"):
+    given = (table, request.allocator, request.sparsity, request.pattern)
+    if given != (None, "uniform", None, "unstructured"):
         raise BillhookError(
             "A plan already gives the sparsity of each layer: leave out sparsity, pattern, allocator and table."
         )
@@ -153,3 +168,33 @@ def _given_gradients(request: Request, method: Method) -> Gradients | None:
             f"The criterion {request.criterion} reads no gradients: leave out --gradients, or use criterion gblm."
         )
     return request.gradients if isinstance(request.gradients, Gradients) else open_gradients(Path(request.gradients))
+
+
+def identity(
+    request: Request, opened: Opened, options: Mapping[str, Any], plan: Plan | None, table: Table | None
+) -> dict[str, Any]:
+    """What must be the same for a run to be resumed: versions, model, data and everything that changes the result.
+
+    `options` are those of all methods, `plan` and `table` the given ones.
+    """
+    given = {"plan": None if plan is None else plan.to_json(), "table": None if table is None else asdict(table)}
+    gradients = request.gradients.path if isinstance(request.gradients, Gradients) else request.gradients
+    same = ("sparsity", "pattern", "allocator", "criterion", "group", "published", "refine", "seed")
+    return {
+        "version": f"{VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
+        "processes": world(),
+        "model": opened.facts["digest"],
+        "history": None if opened.history is None else _json_digest(opened.history.to_json()),
+        **{key: getattr(request, key) for key in same},
+        **computed_in(opened.model),
+        "targets": listed(request.targets),
+        "ignore": listed(request.ignore),
+        "options": dict(options),
+        **{key: None if value is None else _json_digest(value) for key, value in given.items()},
+        "gradients": None if gradients is None else sha256(Path(gradients)),
+        "calibration": None if opened.samples is None else calibration_facts(opened),
+    }
+
+
+def _json_digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

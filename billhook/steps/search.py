@@ -21,7 +21,7 @@ from billhook.plan.allocators import ALLOCATORS, AUTO, check_budget
 from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern
 from billhook.racing.automatic import needs, schedule, trial_method
-from billhook.racing.hyperparameters import ALL, Space
+from billhook.racing.hyperparameters import RACED, Space, every
 from billhook.racing.picture import draw
 from billhook.racing.race import Budget, Objective, Problem, Race, Trial
 from billhook.racing.record import MODEL, PICTURE, PLAN, SearchRecord
@@ -30,6 +30,7 @@ from billhook.steps.options import split_options
 from billhook.steps.prune import run
 from billhook.steps.record import Job
 from billhook.steps.request import Opened, Request, listed, open_request
+from billhook.store.compute import dtype_name
 from billhook.store.output import check_output
 from billhook.store.shards import weight_bytes
 from billhook.store.tensor_bytes import tensor_bytes
@@ -37,8 +38,8 @@ from billhook.trials.heldout import split_samples
 from billhook.trials.trials import TrialRunner
 
 OBJECTIVES: dict[str, Objective] = {"kl": "kl", "ppl": "nll"}
-_FIELDS = {"model", "sparsity", "pattern", "criterion", "options", "group", "calibration", "samples", "length"}
-_FIELDS |= {"bos", "seed", "batch_size", "targets", "ignore", "device", "dtype", "trust_remote_code"}
+_FIELDS = {"model", "sparsity", "pattern", "recipe", "criterion", "options", "group", "calibration", "samples"}
+_FIELDS |= {"length", "bos", "seed", "batch_size", "targets", "ignore", "device", "dtype", "trust_remote_code"}
 SAMPLES = 64  # half of them for pruning, half held out
 
 
@@ -59,7 +60,7 @@ def search(
     model: str | Path | PreTrainedModel,
     sparsity: float | None = None,
     *,
-    allocator: str | Sequence[str] = "all",
+    allocator: str | Sequence[str] = RACED,
     budget: str | int | None = None,
     objective: str = "kl",
     grid: bool = False,
@@ -72,8 +73,7 @@ def search(
 ) -> Found:
     """Find the allocator and the hyperparameter with the lowest loss on held-out calibration windows.
 
-    * `allocator`: one name, several, or "all" (alphapruning, atp, owl, dlp); "auto" adds the candidates of
-      `--allocator auto`.
+    * `allocator`: names, or "all"; "auto" stands for the candidates that `prune` tries for this allocator.
     * `budget`: the number of trials in addition to uniform (9), or their time ("5m").
     * `objective`: "kl" (divergence from the dense model) or "ppl". `grid` tries the published values.
     * `output`: a directory for search.json, plan.json, search.svg and, if `save_model`, the pruned model/; an
@@ -87,6 +87,8 @@ def search(
     limit = Budget.parse(budget)
     _check(objective, fields)
     request = Request(model, sparsity, **({"samples": SAMPLES} | fields))
+    if request.allocator not in ("uniform", AUTO):
+        raise BillhookError(f"A search chooses the allocation: give allocator {request.allocator}, not the recipe.")
     names, target = _names(allocator), check_budget(sparsity, Pattern.parse(request.pattern))
     options, given = split_options(request.options, request.criterion, [name for name in names if name != AUTO])
     method = Method(request.criterion, options, request.group)
@@ -111,7 +113,7 @@ def search(
         draw(race, space, f"Trials at sparsity {target:g} with {request.criterion}", folder / PICTURE)
     if model_folder is not None and not pruned:
         with restored(opened.layers):
-            run(Job(replace(request, output=model_folder, overwrite=True), opened, plan, method))
+            run(Job(replace(request, plan=plan, output=model_folder, overwrite=True), opened, plan, method))
         found = record.write(race, ended=True, pruned=True)
     return Found(plan, race.best, list(race.trials.values()), found, folder, model_folder)
 
@@ -129,7 +131,7 @@ def _check(objective: str, fields: Mapping[str, Any]) -> None:
 def _names(allocator: str | Sequence[str]) -> tuple[str, ...]:
     """The allocators to race against uniform, each once."""
     given = allocator.split(",") if isinstance(allocator, str) else list(allocator)
-    names = [n for name in given for n in (ALL if name.strip() == "all" else [name.strip()])]
+    names = [n for name in given for n in (every() if name.strip() == "all" else [name.strip()])]
     for name in names:
         if name != AUTO:
             ALLOCATORS.check(name)
@@ -174,8 +176,9 @@ def _identity(request: Request, opened: Opened, space: Space, method: Method) ->
         "criterion": method.criterion,
         "criterion_options": dict(method.options),
         "group": method.group,
+        "refine": request.refine,
         "allocators": list(space.allocators),
         "options": dict(space.given),
         "grid": space.grid,
-        "dtype": str(opened.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(opened.model.dtype),
     }

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from billhook.errors import BillhookError
+from billhook.export import compressed_tensors
 from billhook.plan.plan import Plan
+from billhook.steps.kept import changed_weights
 from billhook.store.files import sha256
 from billhook.store.layout import RECORD, is_packed, is_unfinished
 from billhook.store.record import REFILLED, Record, Step, located, read_record, weights_digest
@@ -55,11 +57,14 @@ class Verification:
         return {"ok": self.ok, **asdict(self)}
 
 
-def verify(directory: str | Path, progress: Progress = lambda done, all: None) -> Verification:
+def verify(
+    directory: str | Path, progress: Progress = lambda done, all: None, *, source: str | Path | None = None
+) -> Verification:
     """Compare a directory with its billhook.json, and a packed one with the record of packing too.
 
-    `progress(done, all)` is called after each layer. Raises BillhookError for a missing or damaged record; every other
-    difference is a line in `problems`.
+    `progress(done, all)` is called after each layer. With `source`, the model from which a step started, the weights
+    that no step updated are compared with it byte by byte. Raises BillhookError for a missing or damaged record; every
+    other difference is a line in `problems`.
     """
     directory = Path(directory).expanduser()
     if not directory.is_dir():
@@ -71,7 +76,12 @@ def verify(directory: str | Path, progress: Progress = lambda done, all: None) -
         problems = [*_check_files(directory, record.files), *_unlisted(directory, record.files)]
         problems += _check_config(directory)
         shards, damaged = _open(directory)
-        return _check_record(directory, record, [*problems, *_check_finite(shards)], shards, damaged, progress)
+        problems += _check_finite(shards)
+        if source is not None:
+            problems += changed_weights(shards, record, Path(source).expanduser())
+        return _check_record(directory, record, problems, shards, damaged, progress)
+    if source is not None:
+        raise BillhookError(f"{directory} is packed: unpack it first, to compare it with {source}.")
     from billhook.packed.check import examine
 
     seen = examine(directory)
@@ -237,8 +247,17 @@ def _open(directory: Path) -> tuple[list[Shard], list[str]]:
 
 def _zeros_on_disk(layer: _Expected, shards: Sequence[Shard]) -> list[np.ndarray] | None:
     try:
+        if layer.facts.get("type"):
+            return [compressed_tensors.zeros(layer.facts, layer.shape, shards)]
         return layer_zeros(layer.facts, layer.shape, shards)
-    except (TypeError, KeyError, IndexError, AttributeError):  # a place that was edited by hand
+    except (
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+    ):  # a place that was edited by hand
         return None
 
 

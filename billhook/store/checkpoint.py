@@ -6,8 +6,9 @@ with random numbers and warns. Code that comes with a checkpoint runs only with 
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from billhook.errors import BillhookError
+from billhook.store.compute import chosen_device, chosen_dtype
 from billhook.store.files import digest_of, read_json, sha256
 from billhook.store.layout import PACKED, is_packed
 from billhook.store.shards import read_shard, weight_files
@@ -24,7 +26,6 @@ from billhook.store.shards import read_shard, weight_files
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def resolve(model: str | Path) -> Path:
@@ -65,12 +66,12 @@ def _download(name: str) -> Path:
         ) from None
 
 
-def check_directory(path: Path) -> dict[str, Any]:
+def check_directory(path: Path, *, quantized: bool = False) -> dict[str, Any]:
     """Check that `path` holds a model in safetensors, without reading a weight; returns its configuration.
 
     Raises BillhookError for: no config.json, missing, incomplete or damaged safetensors, pickled or quantized weights.
     """
-    config = read_config(path)
+    config = read_config(path, quantized=quantized)
     if not (files := weight_files(path)):
         raise BillhookError(_no_weights(path))
     for file in files:
@@ -78,16 +79,28 @@ def check_directory(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory; raises BillhookError where it is missing or of a quantized model."""
+def read_config(path: Path, *, quantized: bool = False) -> dict[str, Any]:
+    """config.json of a model directory; raises BillhookError where it is missing or of a quantized model.
+
+    With `quantized`, a model quantized for compressed-tensors is accepted.
+    """
     if not (path / "config.json").is_file():
         raise BillhookError(f"{path} has no config.json: give the directory of a Hugging Face model.")
     config = read_json(path / "config.json", "model configuration")
-    if config.get("quantization_config") or config.get("compression_config"):
+    if (config.get("quantization_config") or config.get("compression_config")) and not (
+        quantized and is_compressed(config)
+    ):
         raise BillhookError(
-            f"{path} is a quantized checkpoint: prune or pack the unquantized model; quantize the result if you like."
+            f"{path} is a quantized checkpoint: start from the unquantized model. Models quantized for "
+            "compressed-tensors can be evaluated."
         )
     return config
+
+
+def is_compressed(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a model quantized for the compressed-tensors package."""
+    found = config.get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == "compressed-tensors"
 
 
 def _no_weights(path: Path) -> str:
@@ -109,25 +122,32 @@ def load(
     auto_class: str,
     *,
     dtype: str | torch.dtype = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     trust_remote_code: bool = False,
+    quantized: bool = False,
 ) -> PreTrainedModel:
     """Check a model directory and load it in evaluation mode by one of transformers' Auto classes.
 
-    `dtype` "auto" is the checkpoint's own. Raises BillhookError where tensors are missing, left over, or of another
-    shape than the configuration says.
+    `billhook.store.compute` says what "auto" means. With `quantized`, a model quantized for compressed-tensors is
+    loaded with its weights decoded. Raises BillhookError where tensors are missing, left over, or of another shape than
+    the configuration says.
     """
-    check_trusted(path, check_directory(path), auto_class, trust_remote_code)
+    config = check_directory(path, quantized=quantized)
+    check_trusted(path, config, auto_class, trust_remote_code)
+    device, dtype = chosen_device(device), chosen_dtype(dtype, device, path)
     with loading(path):
         kind, local = getattr(transformers, auto_class), {"local_files_only": True, "use_safetensors": True}
         model = from_pretrained(kind, path, path, dtype=dtype, trust_remote_code=trust_remote_code, **local)
+        if is_compressed(config):  # otherwise they are decoded at the first forward pass
+            quantizer: Any = model.hf_quantizer
+            quantizer.compressor.decompress_model(model)
     with on_device(device):
         loaded: PreTrainedModel = model.eval().to(device)
     return loaded
 
 
 def from_pretrained(
-    kind: Any, path: Path, source: Path | None, *, dtype: str | torch.dtype, **options: Any
+    kind: Any, path: Path, source: Path | None, *, dtype: torch.dtype, **options: Any
 ) -> PreTrainedModel:
     """`kind.from_pretrained(source, ...)` for the directory `path`, checked for missing, left over and misshapen
     tensors.
@@ -136,7 +156,7 @@ def from_pretrained(
     """
     model, info = kind.from_pretrained(
         source,
-        dtype=known_dtype(dtype),
+        dtype=dtype,
         experts_implementation="eager",
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # reported by name in `info` instead of by an obscure error
@@ -166,7 +186,7 @@ def class_names(auto_class: str) -> dict[str, tuple[str, ...]]:
 def loading(path: Path) -> Iterator[None]:
     """Suppress output of transformers, and turn its errors for files that it cannot load into BillhookError."""
     try:
-        with quiet():
+        with quiet(), redirect_stderr(StringIO()):  # compressed-tensors shows progress bars
             yield
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError, TypeError) as error:
         if isinstance(error, BillhookError):
@@ -181,15 +201,6 @@ def on_device(device: str) -> Iterator[None]:
         yield
     except (RuntimeError, AssertionError) as error:
         raise BillhookError(f"Cannot put the model on device {device!r}: {_first_line(error)}") from None
-
-
-def known_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """A dtype by its name, or "auto"; raises BillhookError for another name."""
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    if dtype not in DTYPES:
-        raise BillhookError(f"Unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
 
 
 def _check_complete(path: Path, info: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 
 from billhook.errors import JobError
-from billhook.store.files import copy_files, sha256, write_json
+from billhook.store.files import copy_files, read_json, sha256, write_json
 from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, UNFINISHED, WRITTEN
 from billhook.store.locate import locate_on_disk
 from billhook.store.output import check_output, staging
@@ -67,11 +67,14 @@ def complete(
     folder: Path,
     record: Mapping[str, Any] | None,
     publish: Callable[[Path], object],
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """Add all other files of `source`, billhook.json and what `publish` writes to the weights in `folder`; returns the
-    checksums. See `save_pruned`."""
+    checksums. `config` are new entries of config.json. See `save_pruned`."""
     if source is not None:
         copy_files(source, folder, _is_copied)  # they replace files of the same names that `save_pretrained` wrote
+    if config:
+        write_json(folder / "config.json", read_json(folder / "config.json", "model configuration") | dict(config))
     files = checksums(folder)
     if record is not None:
         layers = _found_on_disk(model, record.get("layers", {}), folder)
@@ -86,13 +89,14 @@ def _found_on_disk(
     """The layers of billhook.json with their places on disk and the zeros counted there; raises JobError for fewer
     zeros than in memory."""
     shards = [read_shard(file) for file in weight_files(folder)]
+    found = {name: dict(facts) for name, facts in layers.items() if facts.get("type")}  # quantized: places are known
+    layers = {name: facts for name, facts in layers.items() if name not in found}
     where = locate_on_disk(model, layers, {name for shard in shards for name in shard.entries})
-    found = {}
     for name, facts in layers.items():
         kept = {key: value for key, value in facts.items() if key not in ("tensor", "index", "transposed", "pieces")}
         parts, known = layer_zeros(where[name], facts["shape"], shards), facts.get("zeros")
         zeros = (known or 0) if parts is None else sum(int(part.sum()) for part in parts)
-        if known is not None and zeros < known:
+        if known is not None and zeros < known and facts.get("sparsity") != 0:
             raise JobError(f"{name} has {zeros} zeros in the files written where the model has {known}.")
         if known is not None and zeros > known:
             kept["notes"] = [*facts.get("notes", ()), f"{zeros - known} weights became zero in the dtype on disk"]

@@ -14,6 +14,14 @@ from billhook.errors import BillhookError, JobError
 _CHUNK = 1 << 24
 
 
+def cache_folder() -> Path | None:
+    """The folder for what can be made again; `BILLHOOK_CACHE` names another one, or `0` for none."""
+    named = os.environ.get("BILLHOOK_CACHE", "")
+    if named == "0":
+        return None
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "billhook"
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """`replace_file` with errors for users: BillhookError for a folder that cannot be written, JobError for a full
     disk."""

@@ -24,14 +24,15 @@ class Step:
 
     * `step`: what was done, named like the command: `prune`.
     * `plan` (object or null): the plan that was applied, as in plan.json; null for a step without one.
+    * `made_by.recipe` (string or null, optional): the recipe that was followed unchanged.
     * `made_by.criterion` (string): name of the criterion.
     * `made_by.criterion_options.*` (any): its options, defaults filled in.
     * `made_by.group` (string): which weights were compared with each other: `row` or `layer`.
     * `made_by.published` (boolean): whether zeros were counted, windows drawn and gradients accumulated as published.
     * `made_by.refine` (string): `none`, `blocks` or `blocks+norms`.
     * `made_by.seed` (integer): seed of every random choice.
-    * `made_by.dtype` (string): as requested; `auto` is the checkpoint's own.
-    * `made_by.device` (string): as requested.
+    * `made_by.dtype` (string): the dtype of the computation; the files keep theirs.
+    * `made_by.device` (string): the kind of device: `cpu` or `cuda`.
     * `made_by.targets` (list of strings): as requested.
     * `made_by.ignore` (list of strings): as requested.
     * `made_by.calibration.*` (any, optional): the text, as in table.json; `made_by.calibration` is null if none was
@@ -66,6 +67,8 @@ class Record:
     * `layers.*.zeros` (integer): zeros, counted in the files.
     * `layers.*.error` (number or null): squared change of the layer's output relative to its square, for uncorrelated
       inputs; null if it is not a number.
+    * `layers.*.updated` (boolean, optional): whether kept weights were given new values; otherwise they have the bytes
+      of the source.
     * `layers.*.notes` (list of strings): what was done differently, and why.
     * `layers.*.tensor` (string or null, optional): the tensor on disk, see `billhook.store.locate`.
     * `layers.*.index` (integer or null, optional): index into a 3-D tensor, for an expert; null for a matrix.

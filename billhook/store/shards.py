@@ -8,7 +8,7 @@ one tensor in memory at a time. This module does not import torch.
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,15 +68,23 @@ class Shard:
         """Whether a tensor holds neither NaN nor infinity; True for one that is not of floating-point numbers."""
         if entry.dtype not in _FLOATS:
             return True
-        bits = _BITS[entry.dtype]
-        kind = np.dtype(f"<u{bits // 8}")
-        exponent = kind.type(_EXPONENTS[entry.dtype])
+        exponent = _EXPONENTS[entry.dtype]
+        return not any(bool((part & part.dtype.type(exponent) == exponent).any()) for part in self._parts(entry))
+
+    def same_where_nonzero(self, entry: Entry, other: "Shard", original: Entry) -> bool:
+        """Whether the values of a tensor that are not zero have the bytes of `original`, a tensor of another file."""
+        if (entry.dtype, entry.shape) != (original.dtype, original.shape):
+            return False
+        magnitude = (1 << (_BITS[entry.dtype] - 1)) - 1 if entry.dtype in _FLOATS else 255
+        pairs = zip(self._parts(entry), other._parts(original), strict=True)
+        return not any(bool(((a != b) & (a & a.dtype.type(magnitude) != 0)).any()) for a, b in pairs)
+
+    def _parts(self, entry: Entry) -> Iterator[np.ndarray]:
+        """The values of a tensor, some at a time, as unsigned integers; bytes where it is not of floating point."""
+        kind = np.dtype(f"<u{_BITS[entry.dtype] // 8}" if entry.dtype in _FLOATS else np.uint8)
         for start in range(entry.start, entry.stop, _CHUNK):
             count = (min(entry.stop, start + _CHUNK) - start) // kind.itemsize
-            values = np.fromfile(self.path, dtype=kind, count=count, offset=start)
-            if (values & exponent == exponent).any():
-                return False
-        return True
+            yield np.fromfile(self.path, dtype=kind, count=count, offset=start)
 
 
 def read_shard(path: Path) -> Shard:

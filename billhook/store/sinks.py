@@ -1,5 +1,7 @@
 """Sinks write the tensors of a model to files.
 
+Weights that a run did not change keep the bytes of the source, whatever dtype the run computed in.
+
 `SameLayout` writes files like the source's: same tensors, names, order, dtypes and metadata, with other values. Tensors
 that `transformers` renamed or fused while loading are converted back; where that is impossible, `StockLayout` lets
 `save_pretrained` choose the layout.
@@ -7,7 +9,6 @@ that `transformers` renamed or fused while loading are converted back; where tha
 
 import os
 import shutil
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -19,10 +20,11 @@ from transformers.modeling_utils import PreTrainedModel
 
 from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import quiet
+from billhook.store.compute import dtype_name, most_frequent
 from billhook.store.files import digest_ranges, fsync, read_json, write_json
 from billhook.store.locate import to_disk
 from billhook.store.shards import INDEX, Entry, Shard, lay_out, put, read_shard, weight_files
-from billhook.store.tensor_bytes import DTYPES, tensor_bytes
+from billhook.store.tensor_bytes import DTYPES, exact, read_tensor, same_where_kept, tensor_bytes
 
 
 class Sink(Protocol):
@@ -78,7 +80,7 @@ class SameLayout:
             if written:
                 with open(folder / shard.path.name, "r+b", buffering=0) as file:
                     for entry in written:
-                        put(file.fileno(), entry.start, _bytes(tensors[entry.name], entry))
+                        put(file.fileno(), entry.start, _bytes(tensors[entry.name], shard, entry))
                     os.fsync(file.fileno())
 
     def digest(self, folder: Path, names: Iterable[str]) -> str:
@@ -119,12 +121,11 @@ class StockLayout:
     def write_all(self, folder: Path) -> None:
         """Write all weight files."""
         options: dict[str, Any] = {}
-        entries = [entry for shard in self.shards for entry in shard.entries.values()]
-        if entries:
+        if self.shards:
             sizes = (sum(entry.stop - entry.start for entry in shard.entries.values()) for shard in self.shards)
             options["max_shard_size"] = max(sizes)
-            most = Counter(entry.dtype for entry in entries).most_common(1)[0][0]
-            options["state_dict"] = _cast(self.model.state_dict(), DTYPES.get(most, self.model.dtype))
+            dtype = most_frequent(self.shards) or self.model.dtype
+            options["state_dict"] = _cast(self.model.state_dict(), dtype)
         with quiet():
             self.model.save_pretrained(folder, **options)
 
@@ -136,13 +137,19 @@ def choose_sink(model: PreTrainedModel, source: Path | None) -> tuple[Sink, str 
     same = SameLayout(model, source)
     if reason := same.mismatch():
         note = f"The weights cannot be converted back to the layout of {source} ({reason})"
-        return StockLayout(model, same.shards), f"{note}; they were written in the layout of transformers."
+        stored = most_frequent(same.shards)
+        rounded = "" if stored is None or exact(stored, model.dtype) else f", rounded to {dtype_name(model.dtype)}"
+        return StockLayout(model, same.shards), f"{note}; they were written in the layout of transformers{rounded}."
     return same, None
 
 
-def _bytes(tensor: Tensor, entry: Entry) -> memoryview:
-    """The little-endian bytes of `tensor` in the dtype of `entry`."""
-    value = tensor.detach().to("cpu", DTYPES[entry.dtype])
+def _bytes(tensor: Tensor, shard: Shard, entry: Entry) -> memoryview:
+    """The little-endian bytes of `tensor` in the dtype of `entry`, those of the source where it was kept."""
+    tensor = tensor.detach().to("cpu")
+    if exact(DTYPES[entry.dtype], tensor.dtype):
+        value = tensor.to(DTYPES[entry.dtype])
+    else:
+        value = same_where_kept(tensor, read_tensor(shard.path, entry))
     if value.dtype != tensor.dtype and value.is_floating_point() and not torch.isfinite(value).all():
         raise JobError(f"{entry.name} holds values that do not fit {entry.dtype}, its dtype on disk.")
     return tensor_bytes(value.contiguous())

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
-from billhook.store.checkpoint import class_names, load, read_config, resolve
+from billhook.store.checkpoint import class_names, load, read_config
 from billhook.tasks import TASKS
 from billhook.tasks.base import Task
 
@@ -42,13 +43,20 @@ def _named(who: str, classes: list[str], config: dict[str, Any]) -> Task:
 
 
 def load_model(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    quantized: bool = False,
 ) -> PreTrainedModel:
     """Load a model directory (or hub name) in evaluation mode.
 
-    `dtype` "auto" means that of the checkpoint. Raises BillhookError for a model without a task, and if tensors are
-    missing, unexpected, or do not have the shape of the configuration.
+    "auto" is the GPU if there is one, and there the checkpoint's dtype; on a processor it is float32. With `quantized`,
+    a model quantized for compressed-tensors is loaded with its weights decoded. Raises BillhookError for a model
+    without a task, and if tensors are missing, unexpected, or do not have the shape of the configuration.
     """
     path = resolve(path)
-    task = task_of_config(path, read_config(path))
-    return load(path, task.auto_class, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    task = task_of_config(path, read_config(path, quantized=quantized))
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    return load(path, task.auto_class, **options, quantized=quantized)

@@ -1,12 +1,14 @@
 """Every supported family: blocks replay bit for bit, plans are met exactly, and what must not be pruned is not."""
 
+import re
 from collections.abc import Callable
 
+import bert
 import pytest
 import torch
 from families import CONFIGS, FAMILIES, VOCABULARY, build
 
-from billhook import Plan, find_layers, prune_
+from billhook import Plan, allocate, find_layers, measure, prune_
 from billhook.architectures import layers as architectures
 from billhook.architectures.stacks import blocks_of
 from billhook.engine.replay import run_block
@@ -22,6 +24,45 @@ def batches(count: int = 3, size: int = 2) -> list[torch.Tensor]:
 
 def test_the_matrix_covers_every_family() -> None:
     assert {*CONFIGS, "bert"} == set(architectures.FAMILIES)
+
+
+USUAL = "lm_head model.embed_tokens"
+KEPT = dict.fromkeys(CONFIGS, USUAL) | {  # parameters of two or more dimensions that are never pruned
+    "bloom": "transformer.word_embeddings",
+    "cohere": "model.embed_tokens",
+    "falcon": "transformer.word_embeddings",
+    "gemma": "model.embed_tokens",
+    "gemma2": "model.embed_tokens",
+    "gemma3_text": "model.embed_tokens",
+    "gpt2": "transformer.wpe transformer.wte",
+    "gpt_neox": "gpt_neox.embed_in lm_head",
+    "gpt_oss": f"{USUAL} model.layers.*.mlp.router model.layers.*.mlp.experts.down_proj_bias "
+    "model.layers.*.mlp.experts.gate_up_proj_bias",
+    "gptj": "lm_head transformer.wte",
+    "mixtral": f"{USUAL} model.layers.*.mlp.gate",
+    "mpt": "transformer.wte",
+    "opt": "model.decoder.embed_positions model.decoder.embed_tokens",
+    "qwen3_moe": f"{USUAL} model.layers.*.mlp.gate",
+    "starcoder2": "model.embed_tokens",
+    "bert": "bert.embeddings.position_embeddings bert.embeddings.token_type_embeddings "
+    "bert.embeddings.word_embeddings cls.predictions.transform.dense",
+}
+
+
+@pytest.mark.parametrize("family", KEPT)
+def test_embeddings_heads_routers_and_vectors_are_never_pruned_and_every_other_matrix_is(family: str) -> None:
+    """By name, and from what becomes of the weights."""
+    model = bert.model() if family == "bert" else build(family)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    prune_(model, allocate(measure(model, []), 0.5), criterion="magnitude")
+    kept = set()
+    for name, value in model.named_parameters():
+        if torch.equal(value, before[name]):
+            kept |= {re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight"))} if value.ndim > 1 else set()
+        else:
+            assert int((value == 0).sum()) == value.numel() // 2, name
+            assert value.ndim > 1, name
+    assert kept == set(KEPT[family].split())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

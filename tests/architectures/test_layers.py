@@ -11,7 +11,10 @@ def kinds(model) -> set[str]:
     return {layer.kind for layer in find_layers(model)}
 
 
-@pytest.mark.parametrize("path", ["router.proj", "altup.modality_router", "gate", "mlp.gate.inner", "wg"])
+@pytest.mark.parametrize(
+    "path",
+    ["router.proj", "altup.modality_router", "gate", "mlp.gate.inner", "wg", "shared_expert_gate", "ffn.classifier"],
+)
 def test_routers_are_left_alone(path):
     model = tiny.llama(num_hidden_layers=1)
     before, module = kinds(model), model.model.layers[0]

@@ -120,12 +120,14 @@ def test_plan_prints_a_table_for_people_and_json_for_machines(place, tmp_path):
 
 
 def test_the_prune_command_reports_what_it_did(place, text, tmp_path):
-    ran = done("prune", place / "model", "-o", tmp_path / "pruned", "--sparsity", "0.5", *text, "--json")
+    ran = done(
+        "prune", place / "model", "-o", tmp_path / "pruned", "--sparsity", "0.5", "--recipe", "fast", *text, "--json"
+    )
     assert ran.json["output"] == str(tmp_path / "pruned")
     assert ran.json["sparsity"] == ran.json["target"] == 0.5
     assert set(ran.json) == {"output", "sparsity", "target", "seconds", "warnings", "layers"}
     assert "50.0000% of 18,432 weights removed" in ran.err
-    quiet = done("prune", place / "model", "-o", tmp_path / "again", "--sparsity", "0.5", *text)
+    quiet = done("prune", place / "model", "-o", tmp_path / "again", "--sparsity", "0.5", "--recipe", "fast", *text)
     assert quiet.out == ""
 
 
@@ -133,7 +135,7 @@ def test_the_prune_command_reports_what_it_did(place, text, tmp_path):
 def test_a_dry_run_writes_nothing(place, text, monkeypatch, output):
     monkeypatch.chdir(place)
     before = listing(place)
-    command = ("prune", "model", "--sparsity", "0.5", "--allocator", "alphapruning", *text, *output, "--dry-run")
+    command = ("prune", "model", "--sparsity", "0.5", "--recipe", "alphapruning", *text, *output, "--dry-run")
     ran = done(*command)
     rows = re.findall(r"^(model\.layers\S+) +(\d+) x (\d+) +(0\.\d+)", ran.out, flags=re.MULTILINE)
     assert len(rows) == 14

@@ -20,7 +20,7 @@ from command import PRUNE, billhook, done, listing, refused
 from paths import TESTS
 
 import billhook.store.sinks as sinks
-from billhook.engine.loop import _Pruning
+from billhook.engine.loop import _Applying
 from billhook.errors import out_of_memory
 
 # Output
@@ -42,7 +42,16 @@ def test_unusable_outputs_are_refused(place):
     refused(place, "measure", "model", "-o", "no/table.json", match="the folder no does not exist")
     refused(place, "measure", "model", "-o", "model", match="it is a directory")
     refused(
-        place, "plan", "table.json", "--sparsity", "0.5", "-o", "no/plan.json", match="the folder no does not exist"
+        place,
+        "plan",
+        "table.json",
+        "--allocator",
+        "atp",
+        "--sparsity",
+        "0.5",
+        "-o",
+        "no/plan.json",
+        match="the folder no does not exist",
     )
     refused(place, "prune", "model" * 100, *PRUNE[2:], match="File name too long", code=1)
 
@@ -78,7 +87,7 @@ def test_a_disk_that_fills_up_after_the_last_block_costs_no_finished_block(place
         ran = billhook(*PRUNE)
     assert ran.code == 1
     match = (
-        r"About .*\nbillhook: The disk is full: .*Make room\. "
+        r"Computing on .*\nAbout .*\nbillhook: The disk is full: .*Make room\. "
         r"2 of 2 blocks are finished and kept in .*pruned\.partial: continue with "
     )
     assert re.fullmatch(match + r"the same command and --resume\.\n", ran.err)
@@ -119,7 +128,7 @@ def test_out_of_memory_is_one_message_with_advice(place, monkeypatch):
             "allocate 9 bytes"
         )
 
-    monkeypatch.setattr(_Pruning, "layer", hungry)
+    monkeypatch.setattr(_Applying, "layer", hungry)
     refused(place, *PRUNE, match="Out of memory. Use fewer --samples", code=1)
 
 
@@ -148,7 +157,7 @@ def test_a_file_in_the_place_of_the_output_is_refused(place):
 def test_a_full_standard_output_is_one_message(place):
     with open("/dev/full", "w") as full:
         ran = subprocess.run(
-            [sys.executable, "-m", "billhook", "plan", "table.json", "--sparsity=0.5", "--json"],
+            [sys.executable, "-m", "billhook", "plan", "table.json", "--allocator=atp", "--sparsity=0.5", "--json"],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -215,11 +224,8 @@ def test_an_interrupted_run_is_one_message_and_leaves_nothing(place, moment, num
         os.kill(child, number)
     os.waitpid(child, 0)
     code, out, err = json.loads(Path("../ran").read_text())
-    about, said = (
-        err[: err.find("\n") + 1] if err.startswith("About ") else "",
-        _STOPPING * graceful + _STOPPED,
-    )
-    assert (code, err) == (1, about + said)
+    said = re.sub(r"^(Computing on|About) .*\n", "", err, flags=re.MULTILINE)
+    assert (code, said) == (1, _STOPPING * graceful + _STOPPED)
     assert json.loads(out) == {"error": _STOPPED[10:-1], "exit_code": 1}
     assert listing(place) == before
 
@@ -235,7 +241,7 @@ def test_one_ctrl_c_finishes_the_block_and_says_how_to_resume(place):
     if not child:
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            real = _Pruning.layer
+            real = _Applying.layer
 
             def slow(*args: object) -> object:
                 Path("../here").touch()
@@ -243,7 +249,7 @@ def test_one_ctrl_c_finishes_the_block_and_says_how_to_resume(place):
                     time.sleep(0.01)
                 return real(*args)
 
-            _Pruning.layer = slow
+            _Applying.layer = slow
             ran = billhook(*PRUNE)
             Path("../ran").write_text(json.dumps([ran.code, ran.out, ran.err]))
         finally:
@@ -256,7 +262,7 @@ def test_one_ctrl_c_finishes_the_block_and_says_how_to_resume(place):
     code, _, err = json.loads(Path("../ran").read_text())
     kept = r"1 of 2 blocks are finished and kept in .*pruned\.partial: continue with the same command and --resume\.\n"
     assert code == 1
-    assert re.fullmatch(rf"About .*\n{re.escape(_STOPPING)}billhook: Stopped\. {kept}", err), err
+    assert re.fullmatch(rf"Computing on .*\nAbout .*\n{re.escape(_STOPPING)}billhook: Stopped\. {kept}", err), err
     assert not (place / "pruned").exists()
     done(*PRUNE, "--resume")
     assert {name: data for name, data in listing(place / "pruned").items() if name in whole} == whole
@@ -276,6 +282,6 @@ def test_ctrl_c_in_a_shell_stops_without_a_traceback(place):
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (out, err.partition("\n")[2]) == ("", _STOPPING + _STOPPED)
+    assert (out, err.splitlines(keepends=True)[2:]) == ("", [_STOPPING, _STOPPED])
     assert process.returncode == 1
     assert listing(place) == before

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import re
 import statistics
 import xml.etree.ElementTree as ET
 
@@ -15,7 +16,7 @@ from command import billhook, done
 from billhook import allocate, measure, prune
 from billhook.comparison.grid import Grid, compare
 from billhook.comparison.record import differences, load_comparison, summary
-from billhook.comparison.views import error_tables, markdown, pictures, spreadsheet
+from billhook.comparison.views import error_tables, markdown, perplexity_table, pictures, spreadsheet
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import evaluate
 from billhook.text.windows import load_windows
@@ -60,6 +61,26 @@ def test_every_cell_is_a_run_of_its_own(place, made):
         assert row["achieved"] == pytest.approx(row["sparsity"], abs=1e-4)
     assert made.dense["nll"] == pytest.approx(evaluate(tiny.llama(), windows).nll)
     assert all(len(row["error_by_block"]) == 4 and min(row["error_by_block"]) > 0 for row in made.cells)
+
+
+def test_a_recipe_is_one_method_of_a_comparison_and_is_what_prune_makes_of_it(place):
+    grid = Grid((0.6,), (), (), ("unstructured", "2:4"), recipes=("good", "best"))
+    text = {"calibration": str(place / "text.txt"), "samples": 16, "length": 32}
+    found = compare(place / "model", grid, str(place / "scored.txt"), **text)
+    assert [(row["recipe"], row["pattern"], row["allocator"]) for row in found.cells] == [
+        ("good", "unstructured", "auto"),
+        ("best", "unstructured", "auto"),
+        ("good", "2:4", "uniform"),
+        ("best", "2:4", "uniform"),
+    ]
+    assert [row[0] for row in perplexity_table(found)[1]] == ["dense", "good", "best"]
+    windows = load_windows(str(place / "scored.txt"), tiny.tokenizer(), length=32)
+    for row in found.cells:
+        model = tiny.llama()
+        model.name_or_path = str(place / "model")
+        budget = {"pattern": row["pattern"], "sparsity": row["sparsity"]}
+        assert prune(model, recipe=row["recipe"], **budget, **text).record["steps"][0]["made_by"]["recipe"]
+        assert evaluate(model, windows).nll == pytest.approx(row["nll"], rel=1e-6), row
 
 
 def test_an_interrupted_comparison_continues(place, made, tmp_path):
@@ -109,7 +130,9 @@ def test_the_command_shows_errors_by_depth_for_plans(place, tmp_path):
     ran = done("compare", place / "model", "--plans", plans, "--errors", *words)
     for words in ("magnitude + plan a", "Relative squared error of each block's output at 30 %", "at 50 %"):
         assert words in ran.out
-    assert {"error-30.svg", "error-50.svg", "sparsity-30.svg"} <= {p.name for p in (tmp_path / "grid").iterdir()}
+    drawn = {path.name for path in (tmp_path / "grid").iterdir()}
+    assert {"error-30.svg", "error-50.svg"} <= drawn
+    assert "sparsity-30.svg" not in drawn  # it is the same everywhere
 
 
 def test_means_and_spreads_over_seeds():
@@ -145,7 +168,7 @@ def test_the_tables_agree_with_the_cells(made):
     assert text.count(" *") >= 3  # the best of each column
 
 
-def test_pictures_contain_their_numbers(made):
+def test_pictures_contain_their_numbers_and_show_allocators_by_colour_criteria_by_dash(made):
     drawn = pictures(made)
     assert set(drawn) == {
         "perplexity",
@@ -153,14 +176,19 @@ def test_pictures_contain_their_numbers(made):
         "error-30",
         "sparsity-50",
         "error-50",
-        "sparsity-2of4",
-        "error-2of4",
+        "error-2of4",  # without the sparsity, which is the same everywhere
     }
     for svg in drawn.values():
         root = ET.fromstring(svg)
         assert root.get("role") == "img"
         assert len(root.get("aria-label")) > 20
         assert "nan" not in svg
+    entry = r'<g class="(bh-s\d)"><line[^>]*stroke-dasharray="([^"]*)"[^>]*/>.*?<text[^>]*>(\w+) \+ (\w+)</text>'
+    looks = {(c, a): (colour, dash) for colour, dash, c, a in re.findall(entry, drawn["perplexity"])}
+    assert len(set(looks.values())) == len(looks) == 4
+    for (criterion, allocator), (colour, dash) in looks.items():
+        assert all((colour == c) == (allocator == a) for (_, a), (c, _) in looks.items())
+        assert all((dash == d) == (criterion == x) for (x, _), (_, d) in looks.items())
     titles = [t.text for t in ET.fromstring(drawn["perplexity"]).iter("{http://www.w3.org/2000/svg}title")]
     assert len(titles) == 2 * 4
     assert titles[0] == f"magnitude + uniform: 30, {summary(made.cells)[0]['mean_token_ppl']:.4g}"
@@ -172,7 +200,7 @@ def test_the_command_writes_all_files_and_compares_runs(place, tmp_path, monkeyp
     ran = done("compare", "model", "--sparsities", "0.4", *words, "-o", tmp_path / "one")
     assert "token perplexity over non-overlapping windows" in ran.out
     assert {p.name for p in (tmp_path / "one").iterdir()} == {
-        "compare.json", "compare.md", "compare.csv", "sparsity-40.svg", "error-40.svg",
+        "compare.json", "compare.md", "compare.csv", "error-40.svg",
     }  # fmt: skip
     other = done("compare", "model", "--sparsities", "0.6", *words, "-o", tmp_path / "two", "--json").json
     assert other == json.loads((tmp_path / "two" / "compare.json").read_text())

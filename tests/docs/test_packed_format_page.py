@@ -26,6 +26,7 @@ def test_files_and_outputs_have_exactly_the_documented_fields(place: Path) -> No
     check_fields("pack --json", done("pack", place / "pruned", "-o", place / "int8", "--values", "int8", "--json").json)
     check_fields("verify --json", done("verify", place / "packed", "--json").json)
     check_fields("unpack --json", done("unpack", place / "packed", "-o", place / "dense", "--json").json)
+    check_fields("export --json", done("export", place / "dense", "-o", place / "dense.gguf", "--json").json)
     check_fields("generate --json", done("generate", place / "packed", "import", "--max-new-tokens", 3, "--json").json)
 
 

@@ -165,7 +165,18 @@ def test_stale_and_unfitting_gradients_are_refused(folder: Path, tmp_path: Path)
     )
     norm = gblm(folder, tmp_path / "out", *given, "--set", "norm=l2")
     mode = gblm(folder, tmp_path / "out", *given, "--set", "mode=reference")
-    wanda = run("prune", folder / "model", "--sparsity", "0.5", "-o", tmp_path / "out", *text(folder), *given)
+    wanda = run(
+        "prune",
+        folder / "model",
+        "--sparsity",
+        "0.5",
+        "--criterion",
+        "wanda",
+        "-o",
+        tmp_path / "out",
+        *text(folder),
+        *given,
+    )
     for result, message in (
         (other, "gradients of model, whose weights are not those of other"),
         (norm, "holds gradient_l1, and the criterion reads gradient_l2"),

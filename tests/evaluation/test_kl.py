@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional
 
 from billhook.evaluation import kl
 from billhook.evaluation.kl import TopKTeacher, kl_grad, token_kl, window_kl
@@ -29,24 +28,33 @@ def test_divergence_and_agreement_are_those_of_the_definition():
     assert window_kl(DENSE, DENSE) == (0, 7)
 
 
-def test_top_k_is_a_lower_bound_and_exact_where_the_vocabulary_is_small(monkeypatch: pytest.MonkeyPatch):
-    exact = token_kl(LOGITS, DENSE)
-    for k in (1, 8, 256):
-        monkeypatch.setattr(kl, "K", k)
-        found = token_kl(LOGITS, TopKTeacher.of(DENSE))
-        assert ((found > 0) & (found <= exact + 1e-6)).all()
-    monkeypatch.setattr(kl, "K", 300)
-    assert torch.allclose(token_kl(LOGITS, TopKTeacher.of(DENSE)).float(), exact, rtol=1e-5)
+@pytest.mark.parametrize("k", [1, 8, 299])
+def test_top_k_keeps_the_most_likely_tokens_and_one_bucket_for_the_others(k: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kl, "K", k)
+    expected = []
+    for p, q in zip(DENSE.double().softmax(-1).tolist(), LOGITS.double().softmax(-1).tolist(), strict=True):
+        kept = sorted(range(300), key=lambda token: -p[token])[:k]
+        pairs = [(p[token], q[token]) for token in kept]
+        pairs.append((1 - sum(a for a, _ in pairs), 1 - sum(b for _, b in pairs)))
+        expected.append(sum(a * math.log(a / b) for a, b in pairs))
+    assert token_kl(LOGITS, TopKTeacher.of(DENSE)).tolist() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("top_k", [False, True])
-def test_gradient_is_that_of_the_sum_over_tokens(top_k: bool):
-    teacher = TopKTeacher.of(DENSE) if top_k else DENSE
-    leaf = LOGITS.clone().requires_grad_()
-    token_kl(leaf, teacher).sum().backward()
-    assert torch.equal(kl_grad(LOGITS, teacher), leaf.grad)
-    if not top_k:
-        target, leaf.grad = DENSE.log_softmax(-1), None
-        functional.kl_div(leaf.log_softmax(-1), target, reduction="sum", log_target=True).backward()
-        assert torch.equal(kl_grad(LOGITS, teacher), leaf.grad)
-        assert torch.allclose(leaf.grad, LOGITS.softmax(-1) - DENSE.softmax(-1), atol=1e-5)
+def test_a_certain_teacher_leaves_nothing_for_the_bucket(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kl, "K", 1)
+    certain = torch.full((7, 300), -1e4).index_fill(1, torch.tensor([3]), 0.0)
+    expected = -LOGITS.double().log_softmax(-1)[:, 3]
+    assert token_kl(LOGITS, TopKTeacher.of(certain)).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [None, 8])
+def test_gradient_is_that_of_the_sum_over_tokens(k: int | None, monkeypatch: pytest.MonkeyPatch):
+    p, q = DENSE.softmax(-1), LOGITS.softmax(-1)
+    if k is None:
+        assert torch.allclose(kl_grad(LOGITS, DENSE), q - p, atol=1e-6)
+        return
+    monkeypatch.setattr(kl, "K", k)
+    kept = torch.zeros_like(p, dtype=torch.bool).scatter(1, p.topk(k).indices, True)
+    rest = (p * ~kept).sum(-1, keepdim=True) / (q * ~kept).sum(-1, keepdim=True)
+    expected = torch.where(kept, q - p, q * (1 - rest))
+    assert torch.allclose(kl_grad(LOGITS, TopKTeacher.of(DENSE)), expected, atol=1e-5)

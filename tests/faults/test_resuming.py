@@ -48,7 +48,7 @@ def test_an_unfinished_run_is_resumed_or_replaced_only_on_request(source, tmp_pa
         ({"seed": 3}, "its seed was 0, now it is 3"),
         ({"criterion": "sparsegpt", "calibration": IDS}, "its criterion was 'magnitude', now it is 'sparsegpt'"),
         ({"targets": ["re:.*mlp"]}, "its targets was"),
-        ({"dtype": "float32"}, "its dtype was 'auto', now it is 'float32'"),
+        ({"dtype": "bfloat16"}, "its dtype was 'float32', now it is 'bfloat16'"),
     ]
     for change, reason in changes:
         with pytest.raises(BillhookError, match=f"cannot be continued: {reason}"):

@@ -1,7 +1,14 @@
 """Accumulated statistics equal those of all inputs at once, whatever the batches and the dtype."""
 
+import os
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from billhook.errors import BillhookError, JobError
 from billhook.methods.statistics import STATISTICS, Collector
@@ -107,3 +114,51 @@ def test_unknown_statistics_and_shapes_are_refused() -> None:
         Collector(("grams",), 3)
     with pytest.raises(ValueError, match="4 input features"):
         Collector(ALL, 4).add(torch.zeros(2, 3))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("names", [ALL, ("input_norm", "input_mean")])
+@pytest.mark.parametrize("flat", [False, True])
+def test_processes_with_unequal_shares_have_the_statistics_of_one(
+    names: tuple[str, ...], flat: bool, tmp_path: Path
+) -> None:
+    """One process sees four of six sequences, the other two, in batches of two; `flat`, as experts see them."""
+    x = inputs(6 * 10).view(6, 10, 12)
+    dense = x + torch.arange(12)
+    parts = [[slice(0, 2), slice(2, 4)], [slice(4, 6)]]
+
+    def collected(slices: list[slice]) -> Collector:
+        collector = Collector(names, 12)
+        for part in slices:
+            one, other = (value[part].flatten(0, 1) if flat else value[part] for value in (x, dense))
+            collector.add(one, other)
+        return collector
+
+    def rank(number: int) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=number, world_size=2)
+        collector = collected(parts[number])
+        collector.merge()
+        torch.save(asdict(collector.stats(rows=6)), tmp_path / f"{number}.pt")
+
+    in_two_processes(rank)
+    expected = asdict(collected(parts[0] + parts[1]).stats(rows=6))
+    for number in range(2):
+        found = torch.load(tmp_path / f"{number}.pt")
+        assert (found["tokens"], found["sequences"]) == (60, 6)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-4)
+
+
+def in_two_processes(work: Callable[[int], None]) -> None:
+    """Do `work(rank)` in two copies of this process; both must succeed."""
+    children = []
+    for number in range(2):
+        children.append(os.fork())
+        if not children[-1]:
+            try:
+                work(number)
+                os._exit(0)
+            finally:
+                traceback.print_exc()
+                os._exit(1)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]

@@ -40,7 +40,7 @@ def test_every_family_gives_the_logits_of_the_dense_model(family: str, tmp_path:
 
 
 def test_packed_models_with_tied_embeddings_generate(place: Path) -> None:
-    packed, dense = load(place / "packed"), load_model(place / "dense")
+    packed, dense = (load(place / "packed", dtype="bfloat16"), load_model(place / "dense", dtype="bfloat16"))
     assert packed.dtype == torch.bfloat16
     assert packed.lm_head.weight is packed.model.embed_tokens.weight
     assert packed.generation_config.to_dict() == dense.generation_config.to_dict()

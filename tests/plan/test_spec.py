@@ -110,12 +110,12 @@ def test_bits_count_scales_and_minima():
     """Block sizes of GGUF are those of `gguf.constants.GGML_QUANT_SIZES`."""
     expected = {"bf16": 16, "q8_0": 8.5, "q4_0": 4.5, "q4_k": 4.5, "q3_k": 3.4375, "q2_k": 2.625, "q6_k": 6.5625}
     expected |= {"iq4_xs": 4.25, "iq3_s": 3.4375, "iq3_xxs": 3.0625, "iq2_xxs": 2.0625, "iq1_m": 1.75, "iq1_s": 1.5625}
-    expected |= {"int4/64": 4 + 20 / 64, "int2/32": 2 + 18 / 32, "int8/128": 8 + 24 / 128}
+    expected |= {"int4/64": 4 + 16 / 64, "int2/32": 2 + 16 / 32, "int8/128": 8 + 16 / 128}
     assert {name: bits(name) for name in expected} == expected
     assert Spec.parse("q4_k").bits == 4.5
     assert (block("q4_k"), block("q4_0"), block("int4/64"), block("f32")) == (256, 32, 64, 1)
     assert stored_bytes("q4_k", (3, 512)) == 3 * 2 * 144
-    assert stored_bytes("int3/64", (1, 64)) == -(-(64 * 3 + 16 + 3) // 8)
+    assert stored_bytes("int3/64", (1, 64)) == (64 * 3 + 16) // 8
 
 
 def test_block_sizes_are_those_of_gguf():

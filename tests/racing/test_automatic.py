@@ -1,5 +1,6 @@
 """`--allocator auto` and hyperparameters given as `auto`: exact, deterministic, never worse than uniform."""
 
+import json
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from command import contents
+from resuming import whole_and_in_parts
 from safetensors.torch import save_file
 
 from billhook import BillhookError, allocate, load_model, measure, prune
@@ -90,6 +93,16 @@ def test_other_options_of_a_raced_allocator_are_kept(tmp_path: Path) -> None:
     report = prune(tiny.save(tmp_path / "model"), sparsity=0.6, length=24, output=tmp_path / "out", **fields)
     tried = report.plan.made_by["racing"]["tried"]
     assert all(name == "uniform" or name.endswith(" m=3") for name in tried)
+
+
+def test_a_run_whose_allocation_was_raced_is_resumed_without_another_race(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "model")
+    fields = {"sparsity": 0.6, "calibration": text(), "dtype": "float32"}
+    whole_and_in_parts(source, tmp_path, 2, **fields)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    record = json.loads((tmp_path / "parts" / "billhook.json").read_text())["steps"][0]
+    assert record["made_by"]["recipe"] == "good"
+    assert record["plan"]["made_by"]["racing"]["tried"]
 
 
 def test_trials_have_the_options_that_are_given() -> None:

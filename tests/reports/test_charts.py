@@ -18,9 +18,10 @@ from billhook.cli import app
 from billhook.errors import BillhookError
 from billhook.plan.allocators import allocate
 from billhook.plan.table import Row, Table
-from billhook.reports.charts import Axis, Series, chart, scale
+from billhook.reports.charts import Series, chart
 from billhook.reports.heat_maps import by_kind, heat_map, mask
 from billhook.reports.pictures import error_by_sparsity, spectrum
+from billhook.reports.scales import Axis, scale
 
 LAYER = "model.layers.1.mlp.down_proj"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -82,6 +83,27 @@ def test_axes_have_some_different_ticks(values, axis):
     assert 2 <= len(ticks) <= 8
     assert len(set(shown[: len(ticks)])) == len(ticks)
     assert ticks[-1] - ticks[0] >= 0.8 * axis.span
+
+
+def test_small_differences_do_not_fill_a_chart():
+    for axis, least in ((Axis("y"), 1.04), (Axis("y", log=True), 1.45)):
+        found = scale([60.0, 60.1], axis, 0, 1)
+        assert found.high / found.low > least
+
+
+def test_logarithmic_axes_say_so_and_have_a_mark_at_every_multiple():
+    svg = chart("t", [Series("", [0, 1], [20.0, 90.0])], Axis("x"), Axis("y", log=True), standalone=True)
+    assert "y (log scale)" in texts(svg)
+    assert svg.count('class="bh-tick"') == 8  # 20, 30, ... 90
+
+
+def test_outliers_do_not_stretch_the_colours_of_a_heat_map():
+    values = [[1.0 + 0.1 * (i + j) for j in range(4)] for i in range(4)]
+    values[3][3] = 1000.0
+    svg = heat_map("t", list("abcd"), range(4), values, Axis("v"), x="block", standalone=True)
+    assert "v, 1 beyond" in texts(svg)
+    assert {"d, 3: 1000", "a, 0: 1"} <= set(texts(svg, "title"))
+    assert len({e.get("fill") for e in ET.fromstring(svg).iter(SVG + "rect") if e.get("height") != "10"}) > 5
 
 
 def test_names_stand_apart_at_the_ends_of_lines_or_below():

@@ -36,7 +36,7 @@ def report(tmp_path_factory) -> Path:
     prune(
         folder / "model",
         sparsity=0.5,
-        allocator="alphapruning",
+        recipe="alphapruning",
         calibration=text,
         samples=4,
         length=32,

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 import tiny
+import yaml
 from command import billhook, done
 
 from billhook import pack, prune, unpack, verify
@@ -15,23 +16,39 @@ from billhook.reports.card import card
 from billhook.reports.page import page
 from billhook.reports.report import load_report
 
+CARD = """---
+license: apache-2.0
+language: [en, "no"]
+base_model: owner/older
+tags:
+- medical
+pipeline_tag: text-generation
+widget: {text: "/home/me/secret"}
+---
+# Mine
+"""
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     tiny.save(folder / "model")
-    (folder / "model" / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\ntags:\n- x\n---\n# Mine\n")
+    (folder / "model" / "README.md").write_text(CARD)
     tiny.text_file(folder / "text.txt", copies=60)
     prune(
         folder / "model",
         sparsity=0.5,
-        allocator="owl",
+        recipe="owl",
         calibration=str(folder / "text.txt"),
         samples=4,
         length=32,
         output=folder / "pruned",
     )
     return folder
+
+
+def metadata(text: str) -> dict:
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL).group(1))
 
 
 @pytest.fixture
@@ -60,10 +77,13 @@ def test_the_report_counts_what_the_record_says(pruned):
 
 def test_the_card_has_metadata_that_the_hub_reads(pruned):
     text = (pruned / "README.md").read_text()
-    head = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL).group(1)
-    assert "license: apache-2.0\nlanguage: en\n" in head
-    assert "library_name: transformers" in head
-    assert '- "wanda"' in head
+    head = metadata(text)
+    assert head["license"] == "apache-2.0"
+    assert head["language"] == ["en", "no"]
+    assert head["base_model"] == "owner/older"
+    assert (head["library_name"], head["pipeline_tag"]) == ("transformers", "text-generation")
+    assert {"medical", "pruned", "wanda", "owl"} <= set(head["tags"])
+    assert "widget" not in head
     for words in (
         "50.00 %",
         "arXiv:2306.11695",
@@ -75,14 +95,38 @@ def test_the_card_has_metadata_that_the_hub_reads(pruned):
         assert words in text, words
     report = load_report(pruned)
     report["model"] = {**report["model"], "name": "owner/name"}
-    assert 'base_model: "owner/name"' in card(report)
+    assert metadata(card(report))["base_model"] == "owner/name"
+
+
+@pytest.mark.parametrize("head", ["license: [", "- a\n- b", "base_model: /home/me/model\nlicense: {a: b}\ntags: 3"])
+def test_metadata_that_a_hub_could_not_read_are_left_out(pruned, head):
+    (pruned / "README.md").write_text(f"---\n{head}\n---\n")
+    (pruned / "report.json").unlink()
+    done("report", pruned)
+    assert not metadata((pruned / "README.md").read_text()).keys() & {"license", "base_model"}
+
+
+def test_what_is_written_names_no_local_folder(place, tmp_path):
+    (tmp_path / "given.json").write_text('{"layers": {"mlp.down_proj": 0.4}}')
+    options = {"allocator": "explicit", "criterion": "wanda", "file": str(tmp_path / "given.json")}
+    text = {"calibration": str(place / "text.txt"), "samples": 4, "length": 32}
+    prune(place / "model", sparsity=0.5, **options, **text, output=tmp_path / "pruned")
+    words = ["--data", place / "text.txt", "--length", 32, "--limit", 4, "--against", place / "model", "--report"]
+    done("eval", tmp_path / "pruned", *words)
+    for path in (tmp_path / "pruned").iterdir():
+        found = path.read_bytes()
+        assert not any(str(folder).encode() in found for folder in (place, tmp_path)), path.name
+    report = load_report(tmp_path / "pruned")
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert "of text.txt" in card
+    assert report["calibration"]["digest"][:16] in card
 
 
 def test_verification_ignores_reports_and_reports_are_deterministic(place, pruned):
     prune(
         place / "model",
         sparsity=0.5,
-        allocator="owl",
+        recipe="owl",
         calibration=str(place / "text.txt"),
         samples=4,
         length=32,

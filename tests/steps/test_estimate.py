@@ -45,8 +45,8 @@ def status(name):
 torch.set_num_threads(1)
 model, output, fields = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 ids = torch.randint(0, 1000, (32, 256), generator=torch.Generator().manual_seed(0))
-run(decide(check(Request(MODEL, sparsity=0.5, calibration=ids[:2, :16]))))  # what is loaded once
-job = check(Request(model, sparsity=0.5, calibration=ids, output=output, **fields))
+run(decide(check(Request(MODEL, sparsity=0.5, criterion="wanda", calibration=ids[:2, :16]))))  # what is loaded once
+job = check(Request(model, sparsity=0.5, calibration=ids, output=output, **({"criterion": "wanda"} | fields)))
 held = sum(p.nbytes for p in job.opened.model.parameters() if not p.is_meta)
 before = status("VmRSS") - held
 Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
@@ -56,7 +56,7 @@ print(estimate(job).memory_gib * 2**30 - PROCESS, status("VmHWM") - before)
 
 
 def checked(model, **fields) -> ResolvedRequest:
-    return check(Request(model, **({"sparsity": 0.5, "calibration": IDS} | fields)))
+    return check(Request(model, **({"sparsity": 0.5, "criterion": "wanda", "calibration": IDS} | fields)))
 
 
 @pytest.mark.nightly

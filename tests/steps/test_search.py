@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from billhook import BillhookError, find_layers, load_plan, prune_, search
 from billhook.cli import app
 from billhook.engine.method import Method
-from billhook.racing.hyperparameters import ALL, Space
+from billhook.plan.allocators import ALLOCATORS
+from billhook.racing.hyperparameters import RACED, Space
 from billhook.racing.race import Race
 from billhook.racing.record import SearchRecord
 from billhook.tasks.base import Samples
@@ -35,7 +36,9 @@ def split_of(tokens: torch.Tensor, seed: int = 0) -> Any:
 
 
 def find(model: Any, tokens: torch.Tensor, **changes: Any) -> Any:
-    return search(model, **({"sparsity": 0.5, "allocator": "atp", "calibration": tokens} | changes))
+    return search(
+        model, **({"sparsity": 0.5, "criterion": "wanda", "allocator": "atp", "calibration": tokens} | changes)
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,14 +51,27 @@ def test_given_options_are_checked(given: dict[str, str], message: str, tokens: 
 
 
 def test_several_allocators_are_searched_together(tokens: torch.Tensor):
-    names = tuple(name for name in ALL if name != "atp")  # whose grid is long where blocks are few
+    names = ("alphapruning", "owl", "dlp")  # ATP's grid is long where blocks are few
     found = find(llama(), tokens, allocator=names, grid=True, options={"m": 5})
     assert {trial.allocator for trial in found.trials} == {"uniform", *names}
     assert len(found.trials) == len(Space(names, {"m": 5}, 4, 0.5, True).first())
-    assert len(find(llama(), tokens, budget=len(ALL), allocator="all").trials) == 1 + len(ALL)
+    assert len(find(llama(), tokens, budget=len(RACED), allocator=RACED).trials) == 1 + len(RACED)
     found = find(llama(), tokens, allocator="global,sensitivity", budget=2)
     assert [trial.allocator for trial in found.trials] == ["uniform", "global", "sensitivity"]
     assert find(llama(), tokens, allocator="er").trials[1].allocator == "er"
+
+
+@pytest.mark.nightly
+def test_all_means_every_allocator_that_needs_no_file(tokens: torch.Tensor):
+    found = {trial.allocator for trial in find(llama(), tokens, allocator="all").trials}
+    assert found == set(ALLOCATORS.names()) - {"explicit"}
+
+
+def test_a_search_has_the_criterion_of_the_recipe_and_chooses_the_allocation(tokens: torch.Tensor):
+    found = find(llama(num_hidden_layers=2), tokens, criterion="", recipe="sparsegpt", budget=1)
+    assert found.record["identity"]["criterion"] == "sparsegpt"
+    with pytest.raises(BillhookError, match="A search chooses the allocation: give allocator owl, not the recipe"):
+        find(llama(num_hidden_layers=2), tokens, criterion="", recipe="owl")
     assert len(find(llama(), tokens, allocator="uniform").trials) == 1
 
 
@@ -92,7 +108,14 @@ def test_never_worse_than_uniform_and_a_trial_is_a_plain_run(objective: str, tok
 def test_the_model_written_is_what_prune_makes_of_the_plan(tmp_path: Path):
     """Also where a search that had ended is asked for its model, which is not written twice."""
     model, text, out = save(tmp_path / "model"), text_file(tmp_path / "text.txt"), tmp_path / "found"
-    fields: dict[str, Any] = {"allocator": "atp,owl", "calibration": text, "samples": 8, "length": 32, "budget": 4}
+    fields: dict[str, Any] = {
+        "criterion": "wanda",
+        "allocator": "atp,owl",
+        "calibration": text,
+        "samples": 8,
+        "length": 32,
+        "budget": 4,
+    }
     found = search(model, 0.5, output=out, save_model=False, **fields)
     assert found.model is None
     assert not (out / "model").exists()
@@ -102,7 +125,7 @@ def test_the_model_written_is_what_prune_makes_of_the_plan(tmp_path: Path):
     assert record["steps"][-1]["plan"] == json.loads((out / "plan.json").read_text())
     assert record["steps"][-1]["plan"]["made_by"]["racing"]["best"] == found.best.name
     command = ["prune", str(model), f"--plan={out / 'plan.json'}", f"--calibration={text}", "--samples=8"]
-    command += ["--length=32", f"--output={tmp_path / 'pruned'}"]
+    command += ["--criterion=wanda", "--length=32", f"--output={tmp_path / 'pruned'}"]
     assert CliRunner().invoke(app, command).exit_code == 0
     weights = [folder / "model.safetensors" for folder in (out / "model", tmp_path / "pruned")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -125,7 +148,9 @@ def test_a_search_gives_the_same_bytes_again(tokens: torch.Tensor, tmp_path: Pat
         find(llama(), tokens, output=tmp_path / name, budget=3, save_model=False)
     for file in ("search.json", "plan.json", "search.svg"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    assert (tmp_path / "a" / "search.svg").read_text().count("<title>") == 3
+    picture = (tmp_path / "a" / "search.svg").read_text()
+    assert picture.count("<title>") == 3
+    assert picture.count("<circle") == 1  # around the best trial
 
 
 @pytest.mark.parametrize("runs", [1, 3])

@@ -17,6 +17,7 @@ import billhook
 from billhook.errors import JobError
 from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_tokenizer, quiet
+from billhook.store.compute import stored_dtype
 from billhook.store.directory import save_pruned
 from billhook.store.shards import INDEX
 from billhook.tasks.opening import load_model
@@ -31,7 +32,7 @@ def source(tmp_path_factory) -> Path:
 def test_every_family_comes_back_byte_for_byte_and_pruned_with_the_same_logits(family, tmp_path):
     with quiet():
         build(family).to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="60KB")
-    model = load_model(tmp_path / "model")
+    model = load_model(tmp_path / "model", dtype="bfloat16")
     saved = save_pruned(model, tmp_path / "model", tmp_path / "same")
     assert saved.note is None
     assert contents(tmp_path / "same") == contents(tmp_path / "model")
@@ -86,8 +87,8 @@ def test_a_layout_that_cannot_be_kept_is_replaced_with_a_note(tmp_path, monkeypa
     saved = save_pruned(model, source, tmp_path / "out", record=record)
     assert "made up" in saved.note
     assert verify(tmp_path / "out").ok
-    again = load_model(tmp_path / "out")
-    assert again.dtype == torch.bfloat16
+    again = load_model(tmp_path / "out", dtype="bfloat16")
+    assert stored_dtype(tmp_path / "out") == torch.bfloat16
     assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     for name, value in again.state_dict().items():

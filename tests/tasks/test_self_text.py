@@ -148,7 +148,7 @@ def test_saved_windows_are_read_again(tmp_path) -> None:
 
 def test_a_resumed_run_does_not_write_its_text_again(tmp_path, monkeypatch) -> None:
     source, calls = tiny.save(tmp_path / "model"), []
-    fields = {"sparsity": 0.5, "calibration": "self:", "samples": 8, "length": 16}
+    fields = {"sparsity": 0.5, "criterion": "wanda", "calibration": "self:", "samples": 8, "length": 16}
     done_at_once = prune(source, output=tmp_path / "pruned", **fields)
     assert not list(done_at_once.output.glob("*written*"))
     with monkeypatch.context() as patch:

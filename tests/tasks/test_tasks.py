@@ -99,7 +99,9 @@ def test_the_walk_of_an_encoder_is_exact(place):
 )
 def test_an_encoder_is_pruned_saved_verified_and_opened_by_transformers(place, tmp_path, fields):
     text = {"calibration": place / "text.txt", "samples": 6, "length": 32}
-    report = prune(place / "model", output=tmp_path / "pruned", **({"sparsity": 0.5} | text | fields))
+    report = prune(
+        place / "model", output=tmp_path / "pruned", **({"sparsity": 0.5, "criterion": "wanda"} | text | fields)
+    )
     assert abs(report.sparsity - 0.5) < 1e-3
     assert verify(report.output).ok
     stock = AutoModelForMaskedLM.from_pretrained(report.output)
@@ -138,7 +140,7 @@ def test_masked_tokens_are_scored(place, tmp_path):
 
 def test_all_commands_work_on_an_encoder(place, tmp_path):
     text = ("--calibration", place / "text.txt", "--samples", 6, "--length", 32)
-    done("prune", place / "model", "--sparsity", 0.5, *text, "-o", tmp_path / "out")
+    done("prune", place / "model", "--sparsity", 0.5, "--criterion", "wanda", *text, "-o", tmp_path / "out")
     done("verify", tmp_path / "out")
     ran = done("eval", tmp_path / "out", "--data", place / "text.txt", "--length", 32, "--json")
     assert "masked tokens" in ran.json["protocol"]

@@ -26,7 +26,9 @@ def split_of(tokens: torch.Tensor, seed: int = 0) -> Any:
 
 
 def find(model: Any, tokens: torch.Tensor, **changes: Any) -> Any:
-    return search(model, **({"sparsity": 0.5, "allocator": "atp", "calibration": tokens} | changes))
+    return search(
+        model, **({"sparsity": 0.5, "criterion": "wanda", "allocator": "atp", "calibration": tokens} | changes)
+    )
 
 
 def test_losses_of_the_dense_model_and_of_a_pruned_one(tokens: torch.Tensor):

@@ -19,6 +19,7 @@ Differences from the published code:
 * Scales are searched for the least weighted error, not taken from the largest weight, and rounded as they are stored
   before any code is chosen.
 * U comes from one factorization; it is repeated with more damping if it fails, as in `sparsegpt`.
+* Weights that are exactly zero, as after pruning, stay zero where the grid has a zero.
 * `sweeps=0` and `dense_target=0` give the published algorithm on this grid.
 
 Limits: it compensates within a layer only.
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from billhook.errors import BillhookError
 from billhook.methods.least_squares import shift_to_dense
-from billhook.methods.quantize.grid import Grid, Quantized, Scales, safe_scale
+from billhook.methods.quantize.grid import Grid, Quantized, Scales, kept_zeros, safe_scale
 from billhook.methods.quantize.polish import polish
 from billhook.methods.sparse.sparsegpt import inverse_factor
 from billhook.methods.statistics import LayerStats
@@ -54,37 +55,43 @@ def gptq(
             f"sweeps={sweeps} at least 0."
         )
     assert stats.gram is not None
+    zero = kept_zeros(W, grid)
     W = shift_to_dense(W, stats, dense_target, damping)
     gram = stats.gram.to(W.dtype)
     dead = gram.diagonal() <= 0
     U = inverse_factor(gram, dead, damping, stats)
-    made = _feedback(W, U, grid)
+    made = _feedback(W, U, grid, zero)
     if not sweeps:
         return made
     mean = gram.diagonal().sum() / max(int((~dead).sum()), 1)
     H = gram.clone()
     H.diagonal().add_(torch.where(dead, 1, damping * mean))
-    return polish(W, H, made, sweeps)
+    return polish(W, H, made, sweeps, zero)
 
 
-def _feedback(W: Tensor, U: Tensor, grid: Grid) -> Quantized:
-    """GPTQ proper: W [out, in], U [in, in]."""
+def _feedback(W: Tensor, U: Tensor, grid: Grid, zero: Tensor | None) -> Quantized:
+    """GPTQ proper: W [out, in], U [in, in]; codes are 0 where `zero` bool [out, in]."""
     weight = U.diagonal().square().reciprocal()
     columns = W.t().clone(memory_format=torch.contiguous_format)
     codes, fitted = torch.empty_like(columns), []
     for start in range(0, len(columns), grid.block):
         part = slice(start, start + grid.block)
         scales = grid.fit(columns[part].t().contiguous(), weight[part] / weight[part].mean())
-        codes[part], errors = _round_block(columns[part], U[part, part], scales, grid)
+        fixed = None if zero is None else zero[:, part].t()
+        codes[part], errors = _round_block(columns[part], U[part, part], scales, grid, fixed)
         columns[part.stop :].addmm_(U[part, part.stop :].t(), errors, alpha=-1)
         fitted.append(scales)
     return Quantized(grid, codes.t().to(torch.int8), Scales.join(fitted))
 
 
-def _round_block(block: Tensor, U: Tensor, scales: Scales, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The codes of `block` [columns, out], transposed weights that share their scales, and the errors to pass on."""
+def _round_block(block: Tensor, U: Tensor, scales: Scales, grid: Grid, fixed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The codes of `block` [columns, out], transposed weights that share their scales, and the errors to pass on.
+
+    Codes are 0 where `fixed`, bool [columns, out].
+    """
     scale = safe_scale(scales.scale, grid.group).t().contiguous()
     zero = (scales.scale == 0).repeat_interleave(grid.group, dim=1).t()
+    zero = zero if fixed is None else zero | fixed
     offset = block.new_zeros(()) if scales.offset is None else scales.offset.repeat_interleave(grid.group, dim=1).t()
     offset = offset.expand_as(scale)
     codes, errors = torch.empty_like(block), torch.zeros_like(block)

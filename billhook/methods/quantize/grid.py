@@ -116,3 +116,9 @@ def dequantize(codes: Tensor, scales: Scales) -> Tensor:
 def safe_scale(scale: Tensor, group: int) -> Tensor:
     """Scales [out, groups] repeated for every column, [out, groups · group], with 1 in place of 0."""
     return scale.where(scale != 0, 1).repeat_interleave(group, dim=1)
+
+
+def kept_zeros(W: Tensor, grid: Grid) -> Tensor | None:
+    """Where W [out, in] is exactly zero and must stay so, bool [out, in]; None for a grid without a zero."""
+    point = grid.nearest(W.new_zeros(1, grid.step))
+    return None if point.any() else W == 0

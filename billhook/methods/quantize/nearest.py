@@ -2,7 +2,7 @@
 
     scale = argmin Σ_j H_jj (w_j − value_j)²    over the scales that the type can store, H = XᵀX
 
-Without calibration text all columns count alike.
+With `weighted`; otherwise all columns count alike, and no calibration text is needed.
 
 Limits: errors of different columns are not made to cancel each other; `gptq` does that.
 """
@@ -16,7 +16,7 @@ from billhook.registry import method
 
 
 @method(paper="round to nearest", needs=lambda weighted: ("input_norm",) if weighted else ())
-def nearest(W: Tensor, stats: LayerStats, grid: Grid, *, weighted: bool = True) -> Quantized:
+def nearest(W: Tensor, stats: LayerStats, grid: Grid, *, weighted: bool = False) -> Quantized:
     """Return W [out, in] on the grid; `weighted` reads stats.input_norm [in]."""
     weight = torch.ones(W.shape[1], device=W.device)
     if weighted and stats.input_norm is not None:
@@ -36,4 +36,5 @@ def _round(W: Tensor, scales: Scales, grid: Grid) -> Tensor:
     scale, offset = safe_scale(scales.scale, grid.group), scales.offset
     x = W if offset is None else W - offset.repeat_interleave(grid.group, dim=1)
     x = (x / scale).reshape(-1, grid.step)
-    return grid.nearest(x).view_as(W)
+    codes = grid.nearest(x).view_as(W)
+    return codes.where(scales.scale.repeat_interleave(grid.group, dim=1) != 0, 0)

@@ -16,21 +16,25 @@ from billhook.methods.quantize.grid import Grid, Quantized, Scales, dequantize, 
 _PANEL = 64  # columns for which r is computed by one product
 
 
-def polish(W: Tensor, H: Tensor, start: Quantized, sweeps: int) -> Quantized:
-    """Return codes and scales with a loss that is not higher, for every row of W [out, in]; H [in, in]."""
+def polish(W: Tensor, H: Tensor, start: Quantized, sweeps: int, zero: Tensor | None = None) -> Quantized:
+    """Return codes and scales with a loss that is not higher, for every row of W [out, in]; H [in, in].
+
+    Codes do not change where `zero`, bool [out, in].
+    """
     grid, codes, scales = start.grid, start.codes.to(W.dtype), start.scales
     for sweep in range(sweeps):
         if sweep and scales.offset is None:
             scales = _refit(W, H, codes, scales, grid)
-        if not _sweep(W, H, codes, scales, grid):
+        if not _sweep(W, H, codes, scales, grid, zero):
             break
     return Quantized(grid, codes.to(torch.int8), scales)
 
 
-def _sweep(W: Tensor, H: Tensor, codes: Tensor, scales: Scales, grid: Grid) -> bool:
+def _sweep(W: Tensor, H: Tensor, codes: Tensor, scales: Scales, grid: Grid, zero: Tensor | None) -> bool:
     """Improve `codes` float [out, in] in place; whether any code changed."""
     step = grid.step
     scale, usable = safe_scale(scales.scale, grid.group), (scales.scale != 0).repeat_interleave(grid.group, dim=1)
+    free = usable if zero is None else usable & ~zero
     offset = W.new_zeros(()) if scales.offset is None else scales.offset.repeat_interleave(grid.group, dim=1)
     offset = offset.expand_as(W)
     V = codes * scale * usable + offset
@@ -44,7 +48,7 @@ def _sweep(W: Tensor, H: Tensor, codes: Tensor, scales: Scales, grid: Grid) -> b
             r, block = R[here], inside[here, here]
             move = r / block if step == 1 else torch.linalg.solve(block, r)
             x = (V[:, S] - move.t() - offset[:, S]) / scale[:, S]
-            new = grid.nearest(x).where(usable[:, S], codes[:, S])
+            new = grid.nearest(x).where(free[:, S], codes[:, S])
             delta = ((new - codes[:, S]) * scale[:, S]).t()
             gain = (delta * (2 * r + block @ delta)).sum(0)
             accept = gain < 0

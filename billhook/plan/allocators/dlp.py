@@ -8,7 +8,7 @@ Chen et al., "DLP: Dynamic Layerwise Pruning in Large Language Models", ICML 202
 
 Scores are those of the dense model, over all layers of a block together: the columns `wanda_mean` and `wanda_median`. A
 large typical score is taken as a sign of low importance, because important weights stand out from the others and do not
-raise all of them. The paper's α (the option `alpha`) is 0.15 at 70 %, 0.1 at 60 % and 0.04 at 50 %: the presets
+raise all of them. The paper's α (the option `alpha`) is 0.15 at 70 %, 0.1 at 60 % and 0.04 at 50 %: the recipes
 `dlp@70`, `dlp@60` and `dlp@50`.
 
 Differences from the published code: the mean of u is weighted by block size and clipping restores the budget; the

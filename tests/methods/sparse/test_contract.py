@@ -65,6 +65,22 @@ def test_every_criterion_declares_paper_statistics_and_group(name: str) -> None:
     assert CRITERIA.get(name).__doc__
 
 
+def test_defaults_and_groups_are_the_published_ones() -> None:
+    """Those of `admm` are ours, but for the damping."""
+    assert {name: (CRITERIA.group(name), CRITERIA.configure(name, {})) for name in CRITERIA._built_in} == {
+        "magnitude": ("layer", {}),
+        "wanda": ("row", {}),
+        "gblm": ("row", {"norm": "l1", "scale": 100.0, "mode": "paper"}),
+        "ria": ("layer", {"power": 0.5}),
+        "dsnot": ("row", {"cycles": 50, "threshold": 0.1}),
+        "wandapp": ("row", {"alpha": 100.0}),
+        "gradient": ("row", {"norm": "l1"}),
+        "pruner_zero": ("row", {}),
+        "sparsegpt": ("layer", {"block_size": 128, "damping": 0.01, "dense_target": 0.0}),
+        "admm": ("row", {"steps": None, "rho": None, "damping": 0.01, "dense_target": 0.5}),
+    }
+
+
 @pytest.mark.parametrize("name", CRITERIA.names())
 def test_no_criterion_reads_an_undeclared_statistic(name: str) -> None:
     W, stats, _ = layer(6, 20)
@@ -85,19 +101,24 @@ def test_scores_agree_with_plain_loops(name: str, group: str) -> None:
     assert {tuple(place) for place in (result == 0).nonzero().tolist()} == removed
 
 
-def test_ria_and_pruner_zero_agree_with_plain_loops() -> None:
+def test_scores_with_sums_and_gradients_agree_with_plain_loops() -> None:
     W, stats, _ = layer(5, 12)
     w, norm, g = W.tolist(), stats.input_norm.tolist(), stats.gradient.tolist()
     places = [(r, c) for r in range(5) for c in range(12)]
     size = {(r, c): abs(w[r][c]) for r, c in places}
     rows, columns = [sum(map(abs, row)) for row in w], [sum(abs(row[c]) for row in w) for c in range(12)]
-    ria = {(r, c): (size[r, c] / columns[c] + size[r, c] / rows[r]) * norm[c] ** 0.5 for r, c in places}
     flat = [x for row in g for x in row]
-    zero = {(r, c): size[r, c] ** 2 * (g[r][c] - min(flat)) / (max(flat) - min(flat)) for r, c in places}
-    removed = {tuple(p) for p in (CRITERIA.get("ria")(W, stats, selection(W, 0.5, "layer")) == 0).nonzero().tolist()}
-    assert removed == set(sorted(places, key=ria.__getitem__)[:30])
-    removed = {tuple(p) for p in (CRITERIA.get("pruner_zero")(W, stats, selection(W, 0.5)) == 0).nonzero().tolist()}
-    assert removed == {p for r in range(5) for p in sorted(places[12 * r : 12 * r + 12], key=zero.__getitem__)[:6]}
+    scores = {
+        "ria": {(r, c): (size[r, c] / columns[c] + size[r, c] / rows[r]) * norm[c] ** 0.5 for r, c in places},
+        "pruner_zero": {(r, c): size[r, c] ** 2 * (g[r][c] - min(flat)) / (max(flat) - min(flat)) for r, c in places},
+        "wandapp": {(r, c): size[r, c] * (100 * g[r][c] + norm[c]) for r, c in places},
+    }
+    for name, score in scores.items():
+        group = CRITERIA.group(name)
+        groups = [places] if group == "layer" else [[(r, c) for c in range(12)] for r in range(5)]
+        lowest = {p for places in groups for p in sorted(places, key=score.__getitem__)[: len(places) // 2]}
+        result = CRITERIA.get(name)(W, stats, selection(W, 0.5, group))
+        assert {tuple(place) for place in (result == 0).nonzero().tolist()} == lowest, name
 
 
 @pytest.mark.parametrize("keep_of", [None, (2, 4)])

@@ -81,12 +81,20 @@ def test_a_larger_alpha_means_more_sparsity():
     assert light > heavy
 
 
-@pytest.mark.parametrize("metric", FACTS)
-def test_each_metric_has_the_published_sign(metric: str):
-    column = canonical(metric)
-    table = Table(tuple(Row(f"b{i}", i, "w", (8, 8), {column: 1.0 + i}) for i in range(2)))
-    small, large = allocate(table, 0.5, allocator="alphapruning", metric=column).sparsity.values()
-    assert (large > small) == (FACTS[metric].sign == 1)
+MORE = {"entropy", "stable_rank", "mp_softrank", "wanda_mean", "wanda_median"}  # larger: sparser
+MORE |= {"alpha_hat", "log_alpha_norm", "alpha_farms", "alpha_farms_mid"}
+MORE |= {f"alpha_{cut}{part}" for cut in ("mid", "peak", "ks") for part in ("", "_ks")}
+LESS = {"spectral_norm", "log_spectral_norm", "frobenius_sq", "log_norm", "randomized_distance"}  # larger: denser
+LESS |= {"outlier_ratio", "block_loss", "loss_share"}
+
+
+def test_shapes_of_spectra_mean_more_sparsity_and_norms_and_losses_less():
+    for metric in FACTS:
+        column = canonical(metric)
+        table = Table(tuple(Row(f"b{i}", i, "w", (8, 8), {column: 1.0 + i}) for i in range(2)))
+        small, large = allocate(table, 0.5, allocator="alphapruning", metric=column).sparsity.values()
+        assert small < large if metric in MORE else large < small, metric
+    assert set(FACTS) == MORE | LESS
 
 
 def test_an_unknown_metric_is_named():

@@ -9,7 +9,7 @@ from tables import make_table, relaxed
 
 from billhook.errors import BillhookError
 from billhook.plan.allocators import allocate
-from billhook.plan.allocators.atp import largest_beta
+from billhook.plan.allocators.atp import beta_grid, largest_beta
 from billhook.plan.table import Row, Table
 
 # ATP
@@ -59,6 +59,14 @@ def test_atp_prints_the_legal_range(beta: float):
         BillhookError, match=r"ATP's beta must be in \[0, 0\.0193548\] for 32 blocks at sparsity 0.7, got "
     ):
         allocate(table, 0.7, allocator="atp", beta=beta)
+
+
+def test_atp_uses_a_quarter_of_its_largest_beta() -> None:
+    """Of five blocks at 60 %, the largest is 2 x 0.4 / 4."""
+    table = Table(tuple(Row(f"blocks.{i}.w", i, "w", (8, 8)) for i in range(5)))
+    sparsity = allocate(table, 0.6, allocator="atp").sparsity
+    assert list(sparsity.values()) == pytest.approx([0.5, 0.55, 0.6, 0.65, 0.7], abs=1e-12)
+    assert beta_grid(5, 0.99) == [0.002, 0.004]
 
 
 # OWL

@@ -123,3 +123,19 @@ def test_a_pattern_determines_its_sparsity():
     assert allocate(table, 0.5, pattern="2:4").target == allocate(table, None, pattern=Pattern(2, 4)).target == 0.5
     with pytest.raises(BillhookError, match=r"keeps 2 of every 4: its sparsity is 0.5, not 0.6"):
         allocate(table, 0.6, pattern="2:4")
+
+
+def test_defaults_are_the_published_ones() -> None:
+    """Those of `global`, `sensitivity` and `curves` are ours."""
+    assert {name: ALLOCATORS.configure(name, {}) for name in set(ALLOCATORS._built_in) - {"explicit"}} == {
+        "uniform": {},
+        "alphapruning": {"metric": "alpha_peak", "epsilon": 0.3, "mapping": "block"},
+        "atp": {"beta": None},
+        "owl": {"lam": 0.08, "m": 5.0},
+        "dlp": {"alpha": 0.15, "statistic": "mean"},
+        "er": {},
+        "lamp": {},
+        "global": {"score": "magnitude", "floor": 0.1},
+        "sensitivity": {"epsilon": 0.2, "trial": 0.6},
+        "curves": {"criterion": "admm", "strength": 1.0},
+    }

@@ -1,0 +1,143 @@
+"""A GGUF file as the model directory that it was made from: configuration and weights, dequantized.
+
+The inverse of `billhook.architectures.gguf_config` and `gguf_names`, for the same families. `transformers` reads GGUF
+files too (`gguf_file=`), but without the scaling of rotary embeddings of Llama 3, Phi 3 and YaRN, without Mixtral's
+experts and with other defaults for Gemma's attention, and says nothing.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from billhook.architectures.gguf_config import PATTERN, layer_types, llama3_factors, size_names
+from billhook.architectures.gguf_names import FAMILIES, Family, GgufTensor, gguf_tensors
+from billhook.errors import BillhookError
+from billhook.store.gguf_file import GgufFile
+from billhook.store.tensor_bytes import DTYPES, tensor_bytes
+
+_LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # blocks of the 27B models, whose scores are scaled otherwise
+
+
+def hf_config(file: GgufFile) -> dict[str, Any]:
+    """The configuration of the model in a file; raises BillhookError for an unknown architecture and missing sizes."""
+    from transformers import AutoConfig
+
+    arch = file.arch
+    kinds = [kind for kind, family in FAMILIES.items() if family.arch == arch]
+    if not kinds:
+        known = ", ".join(sorted({family.arch for family in FAMILIES.values()}))
+        raise BillhookError(f"{file.path} is a {arch} model, which is not read from GGUF files (known: {known}).")
+    own = {key.removeprefix(f"{arch}."): _plain(found.value) for key, found in file.metadata.items()}
+    kind = "mixtral" if arch == "llama" and own.get("expert_count") else kinds[0]
+    known_names = AutoConfig.for_model(kind).to_dict()
+    config: dict[str, Any] = {"model_type": kind, **FAMILIES[kind].assumed}
+    for key, names in size_names(arch).items():
+        if key in own:
+            config[next((name for name in names if name in known_names), names[0])] = own[key]
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if type(config.get(name)) is not int or not 0 < config[name] < 1 << 24:
+            raise BillhookError(f"{file.path} has no {name} in its metadata.")
+    if "token_embd.weight" not in file.tensors:
+        raise BillhookError(f"{file.path} has no token_embd.weight.")
+    biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+    config |= {name: tensor in file.tensors for name, tensor in biases.items() if name in known_names}
+    config |= {"vocab_size": file.tensors["token_embd.weight"].shape[0]}
+    config |= {"tie_word_embeddings": "output.weight" not in file.tensors}
+    tokens = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    config |= {name: own.get(f"tokenizer.ggml.{key}_token_id") for name, key in tokens.items()}
+    return config | _attention(FAMILIES[kind], config, own, file)
+
+
+def _plain(value: Any) -> Any:
+    """A number of the metadata as a person wrote it: 1e-06, not 9.999999974752427e-07."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _attention(family: Family, config: Mapping[str, Any], own: Mapping[str, Any], file: GgufFile) -> dict[str, Any]:
+    """Rotary embedding and windows."""
+    width = own.get("attention.key_length") or config["hidden_size"] // config["num_attention_heads"]
+    rope = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
+    if own.get("rope.scaling.type") in ("linear", "yarn"):
+        rope |= {"rope_type": own["rope.scaling.type"], "factor": own["rope.scaling.factor"]}
+        names = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attn_factor"}
+        names["original_max_position_embeddings"] = "original_context_length"
+        rope |= {name: own[f"rope.scaling.{key}"] for name, key in names.items() if f"rope.scaling.{key}" in own}
+    if "rope_freqs.weight" in file.tensors:
+        rope |= _llama3(file, rope, width)
+    found: dict[str, Any] = {"rope_parameters": rope} | ({"head_dim": width} if family.arch != "phi3" else {})
+    if family.arch == "phi3":
+        rope["partial_rotary_factor"] = own["rope.dimension_count"] / width
+        original = own["rope.scaling.original_context_length"]
+        found |= {
+            "original_max_position_embeddings": original,
+            "sliding_window": own.get("attention.sliding_window") or None,
+        }
+        for name in ("long", "short"):
+            if entry := file.tensors.get(f"rope_factors_{name}.weight"):
+                rope |= {"rope_type": "longrope", f"{name}_factor": file.values(entry).tolist()}
+                rope["original_max_position_embeddings"] = original
+    if family.period is not None:
+        blocks = config["num_hidden_layers"]
+        large = blocks == _LARGEST_GEMMA[family.arch]
+        found["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"] if large else width
+        found["layer_types"] = layer_types(own.get(PATTERN, family.period), blocks)
+    if family.arch == "gemma3":
+        local = {"rope_type": "default", "rope_theta": own.get("rope.freq_base_swa", 10000.0)}
+        found["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    return found
+
+
+def _llama3(file: GgufFile, rope: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """The scaling of which the file has the factors; raises BillhookError for factors of another kind."""
+    factors = torch.from_numpy(file.values(file.tensors["rope_freqs.weight"]).copy())
+    for power in range(5, 21):
+        scaling = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0}
+        scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 1 << power}
+        expected = llama3_factors({**rope, **scaling}, width)
+        if expected.shape == factors.shape and torch.allclose(expected, factors, rtol=1e-5):
+            return scaling
+    raise BillhookError(f"{file.path} scales its rotary embedding in a way that transformers does not know.")
+
+
+def write_weights(file: GgufFile, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Write the tensors of a file, dequantized, as safetensors: those named in `shapes`, one GGUF tensor at a time.
+
+    float32 stays float32 and float16 float16, everything else becomes bfloat16. Raises BillhookError where the file has
+    not exactly the tensors of the model.
+    """
+    plan = {tensor.name: tensor for tensor in gguf_tensors(config, shapes)}
+    for name in sorted(plan.keys() ^ {name for name in file.tensors if not name.startswith("rope_f")}):
+        what = "has no" if name in plan else "has a tensor that is not in its architecture:"
+        raise BillhookError(f"{file.path} {what} {name}.")
+    for name, tensor in plan.items():
+        if file.tensors[name].shape != tensor.shape:
+            raise BillhookError(f"{file.path}: {name} is {list(file.tensors[name].shape)}, not {list(tensor.shape)}.")
+    kinds = {entry.type for entry in file.tensors.values() if len(entry.shape) > 1}
+    kind = "F32" if kinds <= {"f32"} else "F16" if kinds <= {"f16", "f32"} else "BF16"
+    dtype = DTYPES[kind]
+    names = [source for tensor in plan.values() for source in tensor.sources]
+    size = {name: int(np.prod(shapes[name])) * dtype.itemsize for name in names}
+    header, place = {}, 0
+    for name in names:
+        header[name] = {"dtype": kind, "shape": shapes[name], "data_offsets": [place, place + size[name]]}
+        place += size[name]
+    text = json.dumps(header).encode()
+    with open(path, "wb") as output:
+        output.write(len(text).to_bytes(8, "little") + text)
+        for tensor in plan.values():
+            for part in _sources(file, tensor):
+                output.write(tensor_bytes(part.to(dtype).contiguous()))
+
+
+def _sources(file: GgufFile, tensor: GgufTensor) -> Iterator[Tensor]:
+    """The tensors on disk of which a GGUF tensor consists, float32."""
+    values = torch.from_numpy(file.values(file.tensors[tensor.name])) - tensor.shift
+    for part in values if len(tensor.sources) > 1 else [values]:
+        if tensor.rows is not None:
+            part = torch.empty_like(part).index_copy_(0, torch.from_numpy(tensor.rows), part)
+        yield part

@@ -1,0 +1,78 @@
+"""Where a model comes from: a directory, a name on the hub, or a GGUF file, which is made into a directory.
+
+The directory of a GGUF file is kept in the user's cache folder (`BILLHOOK_CACHE`) under the SHA-256 of the file, so
+that it is made once. It may be deleted at any time.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from billhook.architectures.gguf_reading import hf_config, write_weights
+from billhook.errors import BillhookError
+from billhook.store import checkpoint
+from billhook.store.checkpoint import class_names, loading, quiet
+from billhook.store.files import cache_folder, json_text, sha256
+from billhook.store.gguf_file import GgufFile, read_gguf
+from billhook.store.locate import to_disk
+from billhook.store.output import check_output, staging
+from billhook.store.shards import SINGLE
+
+
+def resolve(model: str | Path) -> Path:
+    """The directory of `model`: an existing directory, the cached one of a GGUF file, or the hub's cache, to which a
+    hub name (`owner/name`) is downloaded.
+
+    Raises BillhookError where there is no such model, and for a GGUF file that is damaged or of an unknown kind.
+    """
+    path = Path(model).expanduser()
+    if path.suffix != ".gguf" or path.is_dir():
+        return checkpoint.resolve(model)
+    file = read_gguf(path)
+    _note(f"{path} holds rounded weights: results are those of the file, not of its original.")
+    folder = cache_folder()
+    if folder is None:
+        raise BillhookError(f"{path} must be made into a directory: let BILLHOOK_CACHE name a folder for it.")
+    directory = folder / "gguf" / sha256(path)[:32] / path.name
+    if not (directory / "config.json").is_file():
+        _convert(file, directory)
+    return directory
+
+
+def _convert(file: GgufFile, directory: Path) -> None:
+    """Write the model directory of a GGUF file."""
+    config = hf_config(file)
+    with loading(file.path):
+        full = transformers.AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(full)
+        shapes = {name: tuple(tensor.shape) for name, tensor in to_disk(model, model.state_dict(), ()).items()}
+    if config["tie_word_embeddings"]:
+        shapes.pop("lm_head.weight", None)
+    needed = sum(2 * entry.stop - 2 * entry.start for entry in file.tensors.values())
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    check_output(directory, needed=needed)
+    with staging(directory, needed) as folder:
+        write_weights(file, config, shapes, folder / SINGLE)
+        _write_tokenizer(file, folder)
+        own: dict[str, Any] = {"architectures": list(class_names("AutoModelForCausalLM")[config["model_type"]])[:1]}
+        (folder / "config.json").write_text(json_text({**full.to_diff_dict(), **own}), encoding="utf-8")
+
+
+def _write_tokenizer(file: GgufFile, folder: Path) -> None:
+    kind = file.metadata.get("tokenizer.ggml.model")
+    if kind is None or kind.value == "none":
+        return
+    try:
+        with quiet():
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(file.path.parent, gguf_file=file.path.name)
+            tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        _note(f"the tokenizer of {file.path} cannot be read and is left out ({str(error)[:200]!r}).")
+
+
+def _note(text: str) -> None:
+    print(f"billhook: note: {text}", file=sys.stderr)

@@ -1,0 +1,69 @@
+"""`billhook quantize`: a model directory in, a directory with fewer bits per weight out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from billhook.cli import options as shared
+from billhook.cli.common import emit, graceful_interrupt, layers_per_block, parse_settings, progress, say
+
+NAME = "quantize"
+EXAMPLES = """\b
+Examples:
+  billhook quantize model --type int4 --calibration text.txt -o small
+  billhook quantize model --type int3/32 --calibration hub:c4 --set sweeps=8 -o smaller
+  billhook quantize model --type int8 --quantizer round -o fast
+"""
+TYPE_HELP = "Storage type: int2 to int8, with /GROUP columns per scale (int4/64)."
+
+
+@dataclass(frozen=True)
+class Method:
+    """What weights are rounded to, and how."""
+
+    type: Annotated[str, typer.Option(help=TYPE_HELP)]
+    quantizer: Annotated[str, typer.Option(help="How codes are chosen: see billhook ls quantizers.")] = "gptq"
+    settings: shared.Settings = None
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What is written, and where."""
+
+    overwrite: Annotated[bool, typer.Option(help="Replace an output that exists, or an unfinished run.")] = False
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an unfinished run after its last finished block.")
+    ] = False
+
+
+def command(
+    model: shared.Model,
+    *,
+    output: Annotated[Path, shared.output_option("Directory of the quantized model; must be new or empty.")],
+    method: Method,
+    text: shared.Text,
+    work: shared.Work,
+    writing: Writing,
+    as_json: shared.Json = False,
+) -> None:
+    """Quantize a model: store its weights in fewer bits, as other programs read them."""
+    from billhook.steps.quantize import QuantizeRequest, prepare, run
+
+    options = parse_settings(method.settings)
+    groups = {**vars(text), **work.fields(model), **vars(writing), "options": options}
+    request = QuantizeRequest(model, method.type, output, method.quantizer, **groups)
+    with progress("reading") as advance:
+        job = prepare(request, advance)
+    layers = job.opened.layers
+    bar = progress("quantizing", len(layers), unit=layers_per_block(layers))
+    with bar as advance, graceful_interrupt() as stopping:
+        report = run(job, advance, stopping)
+    for warning in report.warnings:
+        say(f"note: {warning}")
+    sizes = f"{report.size / 1e6:.1f} MB of weights, {report.source_size / 1e6:.1f} MB before"
+    say(f"{report.output}: {len(layers)} layers at {report.bits:.2f} bits a weight; {sizes}. {report.seconds:.1f} s.")
+    say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
+    if as_json:
+        emit(report.to_json())

@@ -1,0 +1,185 @@
+"""Read GGUF files (llama.cpp's format, version 3 and 2, little-endian) without trusting them.
+
+A file is a header (metadata: key, type, value; tensors: name, shape, type, offset) and the bytes of the tensors. Every
+length is compared with the size of the file before anything is read, so that a damaged or hostile file is one error.
+Files in several parts must be joined first.
+"""
+
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from billhook.errors import BillhookError
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY, _UINT32 = 8, 9, 4
+_MOST_DIMENSIONS = 4
+
+
+@dataclass(frozen=True)
+class GgufValue:
+    """A value of the metadata with its type's number, and that of an array's elements; strings in arrays are bytes."""
+
+    value: Any
+    type: int
+    element: int | None = None
+
+
+@dataclass(frozen=True)
+class GgufEntry:
+    """A tensor: `type` as in `q4_k`, `shape` [..., out, in], and the positions of its bytes in the file."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """The header of a file."""
+
+    path: Path
+    metadata: dict[str, GgufValue]
+    tensors: dict[str, GgufEntry]
+
+    @property
+    def arch(self) -> str:
+        """The name of the architecture."""
+        return str(self.metadata["general.architecture"].value)
+
+    @cached_property
+    def _bytes(self) -> np.ndarray:
+        return np.memmap(self.path, np.uint8, "r")
+
+    def raw(self, entry: GgufEntry) -> np.ndarray:
+        """The bytes of a tensor, memory-mapped: uint8 [..., out, n]."""
+        return self._bytes[entry.start : entry.stop].reshape(*entry.shape[:-1], -1)
+
+    def values(self, entry: GgufEntry) -> np.ndarray:
+        """The values of a tensor, float32, writable; raises BillhookError for a type that `gguf` cannot decode."""
+        import gguf
+
+        try:
+            decoded = gguf.quants.dequantize(self.raw(entry), gguf.GGMLQuantizationType[entry.type.upper()])
+        except NotImplementedError:
+            raise BillhookError(f"{self.path}: {entry.name} is {entry.type}, which cannot be decoded.") from None
+        return np.require(decoded.reshape(entry.shape), requirements="W")
+
+
+def require_gguf() -> None:
+    """Raise BillhookError unless the package `gguf` is installed."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise BillhookError("GGUF files need the package gguf: pip install 'billhook[gguf]'.") from None
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Read and check the header of a file; raises BillhookError for one that is damaged or in several parts."""
+    require_gguf()
+    try:
+        with open(path, "rb") as file:
+            found = _Header(path, file.read(8), path.stat().st_size, lambda count: file.read(count))
+            metadata, tensors = found.read()
+    except OSError as error:
+        raise BillhookError(f"Cannot read {path}: {error.strerror or error}.") from None
+    except (ValueError, KeyError, struct.error, OverflowError) as error:
+        raise BillhookError(f"{path} is not a GGUF file, or it is damaged ({error}): download it again.") from None
+    parts = metadata.get("split.count")
+    if parts is not None and parts.value != 1:
+        raise BillhookError(f"{path} is one of {parts.value} parts: join them with llama-gguf-split --merge.")
+    return GgufFile(path, metadata, tensors)
+
+
+class _Header:
+    """Reads a header from the start; raises ValueError where it is damaged."""
+
+    def __init__(self, path: Path, start: bytes, size: int, read: Callable[[int], bytes]) -> None:
+        if start[:4] != b"GGUF" or start[4:] not in (b"\x02\0\0\0", b"\x03\0\0\0"):
+            raise ValueError("it does not begin like one")
+        self.size, self.place, self._read = size, 8, read
+
+    def read(self) -> tuple[dict[str, GgufValue], dict[str, GgufEntry]]:
+        """The metadata and the tensors."""
+        tensors, keys = self.take("Q"), self.take("Q")
+        self.fits(tensors * 24 + keys * 13)
+        metadata: dict[str, GgufValue] = {}
+        for _ in range(keys):
+            key = self.text().decode()
+            if key in metadata:
+                raise ValueError(f"{key[:100]!r} twice")
+            metadata[key] = self.value(self.take("I"))
+        if not isinstance(metadata["general.architecture"].value, str):
+            raise ValueError("general.architecture is no string")
+        listed = [self.entry() for _ in range(tensors)]
+        alignment = metadata.get("general.alignment", GgufValue(32, _UINT32))
+        if alignment.type != _UINT32 or alignment.value < 1 or alignment.value & (alignment.value - 1):
+            raise ValueError("bad alignment")
+        start = -(-self.place // alignment.value) * alignment.value
+        found = {entry.name: self.placed(entry, start) for entry in listed}
+        if len(found) < len(listed):
+            raise ValueError("two tensors have the same name")
+        return metadata, found
+
+    def fits(self, count: int) -> None:
+        """Raise ValueError unless `count` more bytes are in the file."""
+        if count > self.size - self.place:
+            raise ValueError("it ends too early")
+
+    def next(self, count: int) -> bytes:
+        """The next bytes."""
+        self.fits(count)
+        self.place += count
+        return self._read(count)
+
+    def take(self, kind: str) -> Any:
+        """The next number."""
+        return struct.unpack(f"<{kind}", self.next(struct.calcsize(kind)))[0]
+
+    def text(self) -> bytes:
+        """The next string."""
+        return self.next(self.take("Q"))
+
+    def value(self, kind: int) -> GgufValue:
+        """The next value of the metadata."""
+        if kind == _STRING:
+            return GgufValue(self.text().decode(), kind)
+        if kind != _ARRAY:
+            return GgufValue(self.take(_SCALARS[kind]), kind)
+        element, count = self.take("I"), self.take("Q")
+        if element == _STRING:
+            self.fits(8 * count)
+            return GgufValue([self.text() for _ in range(count)], kind, element)
+        code = _SCALARS[element]
+        return GgufValue(
+            list(struct.unpack(f"<{count}{code}", self.next(count * struct.calcsize(code)))), kind, element
+        )
+
+    def entry(self) -> GgufEntry:
+        """The next tensor; its positions are relative to the first one's."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        name, dimensions = self.text().decode(), self.take("I")
+        if not 1 <= dimensions <= _MOST_DIMENSIONS:
+            raise ValueError(f"{dimensions} dimensions")
+        shape = tuple(reversed([self.take("Q") for _ in range(dimensions)]))
+        kind = GGMLQuantizationType(self.take("I"))
+        block, size = GGML_QUANT_SIZES[kind]
+        if min(shape) < 1 or shape[-1] % block:
+            raise ValueError(f"{name[:100]!r} has the shape {list(shape)}")
+        start = self.take("Q")
+        return GgufEntry(name, kind.name.lower(), shape, start, start + math.prod(shape) // block * size)
+
+    def placed(self, entry: GgufEntry, start: int) -> GgufEntry:
+        """A tensor with its positions in the file."""
+        if start + entry.stop > self.size:
+            raise ValueError(f"the values of {entry.name[:100]!r} are not all there")
+        return GgufEntry(entry.name, entry.type, entry.shape, start + entry.start, start + entry.stop)

@@ -1,0 +1,82 @@
+"""The loop checks what a criterion returns against the plan, and writes nothing else."""
+
+from collections.abc import Callable
+
+import pytest
+import tiny
+import torch
+
+from billhook import JobError, allocate, measure, prune_
+from billhook.methods.masks import Select
+from billhook.registry import method
+
+Tensor = torch.Tensor
+Fault = Callable[[Tensor, Tensor], Tensor]  # of the weight and the mask of the plan
+
+
+def one_too_few(W: Tensor, keep: Tensor) -> Tensor:
+    row, column = (~keep).nonzero()[-1]
+    keep[row, column] = True
+    return W * keep
+
+
+def one_too_many(W: Tensor, keep: Tensor) -> Tensor:
+    row, column = keep.nonzero()[0]
+    keep[row, column] = False
+    return W * keep
+
+
+def one_in_another_group(W: Tensor, keep: Tensor) -> Tensor:
+    """One weight more in the first group of four, one less in the second."""
+    keep[0, :8] = torch.tensor([True, True, True, False, True, False, False, False])
+    return W * keep
+
+
+def nothing(W: Tensor, keep: Tensor) -> Tensor:
+    return W.clone()
+
+
+def everything(W: Tensor, keep: Tensor) -> Tensor:
+    return torch.zeros_like(W)
+
+
+def infinite(W: Tensor, keep: Tensor) -> Tensor:
+    return (W * keep) / 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "pattern", "message"),
+    [
+        (one_too_few, "unstructured", r"511 weights are zero where the plan asks for 512"),
+        (one_too_many, "unstructured", r"513 weights are zero where the plan asks for 512"),
+        (one_too_few, "2:4", r"more than 2 of 4 consecutive weights are left"),
+        (one_too_many, "2:4", r"513 weights are zero where the plan asks for 512"),
+        (one_in_another_group, "2:4", r"more than 2 of 4 consecutive weights are left"),
+        (nothing, "unstructured", r"0 weights are zero where the plan asks for 512"),
+        (everything, "unstructured", r"1024 weights are zero where the plan asks for 512"),
+        (infinite, "unstructured", r"not finite"),
+    ],
+)
+def test_a_criterion_that_does_not_remove_what_is_planned_is_an_error_that_names_the_layer(
+    fault: Fault, pattern: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @method(paper="none", group="row")
+    def faulty(W: Tensor, stats: object, select: Select) -> Tensor:
+        return fault(W, select(W.abs()))
+
+    monkeypatch.setattr("billhook.methods.sparse.magnitude.magnitude", faulty)
+    model = tiny.llama()
+    plan = allocate(measure(model, []), 0.5, pattern=pattern)
+    with pytest.raises(JobError, match=rf"^model\.layers\.0\.self_attn\.q_proj: .*{message}"):
+        prune_(model, plan, criterion="magnitude")
+
+
+def test_weights_that_were_zero_before_are_noted_and_no_error() -> None:
+    model = tiny.llama(num_hidden_layers=1)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    with torch.no_grad():
+        weight[:24] = 0
+    first, *others = prune_(model, allocate(measure(model, []), 0.5), criterion="magnitude")
+    assert (first.zeros, first.zeros_before) == (768, 768)
+    assert first.notes == ("256 more zeros than planned (768 weights were zero before)",)
+    assert not any(result.notes for result in others)

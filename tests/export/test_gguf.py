@@ -1,0 +1,212 @@
+"""GGUF files: what is in them, by the reader of the `gguf` package, and what is refused before anything is written."""
+
+import json
+from pathlib import Path
+
+import gguf
+import gguf_families
+import numpy as np
+import pytest
+import tiny
+import torch
+from command import billhook, done
+from safetensors.torch import load_file
+
+from billhook.errors import BillhookError, JobError
+from billhook.export.gguf import write_gguf
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return gguf_families.save(tmp_path_factory.mktemp("llama") / "model", "llama", torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("mixtral") / "model", tiny.mixtral())
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file, dequantized, by the reader of the `gguf` package."""
+    return {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+
+
+def values(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a directory, in float32."""
+    return {name: value.float().numpy() for name, value in load_file(path / "model.safetensors").items()}
+
+
+def pairs(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q or k where those of the two halves of a head take turns."""
+    width = len(rows) // heads
+    places = [h * width + half * width // 2 + i for h in range(heads) for i in range(width // 2) for half in (0, 1)]
+    return rows[places]
+
+
+def test_the_gguf_package_reads_the_same_weights_with_the_rows_of_q_and_k_in_pairs(llama, tmp_path):
+    written = write_gguf(llama, tmp_path / "model.gguf")
+    found, stored = tensors(written.path), values(llama)
+    attention = "model.layers.2.self_attn"
+    np.testing.assert_array_equal(found["blk.2.attn_q.weight"], pairs(stored[f"{attention}.q_proj.weight"], 4))
+    np.testing.assert_array_equal(found["blk.2.attn_k.weight"], pairs(stored[f"{attention}.k_proj.weight"], 2))
+    np.testing.assert_array_equal(found["blk.2.attn_v.weight"], stored[f"{attention}.v_proj.weight"])
+    np.testing.assert_array_equal(found["token_embd.weight"], stored["model.embed_tokens.weight"])
+    assert len(found) == len(stored)
+    assert written.types == {"bf16": 30, "f32": 9}
+
+
+def test_experts_are_stacked_in_the_order_of_their_numbers(mixtral, tmp_path):
+    found = tensors(write_gguf(mixtral, tmp_path / "model.gguf", rest="f32").path)
+    stored, name = values(mixtral), "model.layers.1.block_sparse_moe.experts"
+    for own, other in {"gate": "w1", "down": "w2", "up": "w3"}.items():
+        expected = np.stack([stored[f"{name}.{expert}.{other}.weight"] for expert in range(4)])
+        np.testing.assert_array_equal(found[f"blk.1.ffn_{own}_exps.weight"], expected)
+
+
+def test_packed_rows_take_the_place_of_the_weights_in_the_order_of_the_file(llama, mixtral, tmp_path):
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for model in (llama, mixtral):
+        stored = {name: v for name, v in values(model).items() if "k_proj" in name or "w3" in name or "up_" in name}
+        packed = {name: ("q8_0", gguf.quantize(value, kind)) for name, value in stored.items()}
+        written = write_gguf(model, tmp_path / "packed.gguf", packed, rest="q8_0")
+        plain = write_gguf(model, tmp_path / "plain.gguf", rest="q8_0")
+        assert written.path.read_bytes() == plain.path.read_bytes()
+
+
+def test_the_metadata_holds_sizes_tokenizer_and_own_facts(llama, tmp_path):
+    write_gguf(llama, tmp_path / "model.gguf", facts={"bits": 4.5, "method": "gptq"})
+    fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()}
+    expected = {"architecture": "llama", "name": "Model", "file_type": gguf.LlamaFileType.MOSTLY_BF16}
+    assert expected.items() <= {k.removeprefix("general."): v for k, v in fields.items()}.items()
+    assert fields["llama.attention.head_count_kv"] == 2
+    assert fields["llama.rope.dimension_count"] == 16
+    assert fields["tokenizer.ggml.pre"] == "gpt-2"
+    assert len(fields["tokenizer.ggml.tokens"]) == 4096
+    assert fields["tokenizer.ggml.bos_token_id"] == 0
+    assert (fields["billhook.bits"], fields["billhook.method"]) == (4.5, "gptq")
+
+
+@pytest.mark.parametrize(
+    "name, kind, shape, message",
+    [
+        ("model.layers.0.mlp.up_proj.weight", "q4_k", (96, 36), r"rows of 64 weights, which blocks of 256 \(q4_k\)"),
+        ("model.layers.0.mlp.up_proj.weight", "q8_0", (96, 69), r"needs bytes of the shape \[96, 68\]"),
+        ("model.layers.0.mlp.up_proj.weight", "int4", (96, 36), "int4 is no type of GGUF files"),
+        ("model.layers.9.mlp.up_proj.weight", "q8_0", (96, 68), r"has no tensor model\.layers\.9\.mlp\.up_proj"),
+    ],
+)
+def test_packed_bytes_that_do_not_fit_are_refused(llama, tmp_path, name, kind, shape, message):
+    with pytest.raises(BillhookError, match=message):
+        write_gguf(llama, tmp_path / "model.gguf", {name: (kind, np.zeros(shape, np.uint8))})
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_of_several_types_are_refused(mixtral, tmp_path):
+    packed = {"model.layers.0.block_sparse_moe.experts.2.w1.weight": ("q8_0", np.zeros((48, 34), np.uint8))}
+    with pytest.raises(BillhookError, match=r"experts of blk\.0\.ffn_gate_exps\.weight must share a type"):
+        write_gguf(mixtral, tmp_path / "model.gguf", packed)
+
+
+def test_a_family_without_names_and_one_that_llama_cpp_computes_otherwise_are_refused_by_name(tmp_path):
+    other = {"norm_topk_prob": False}
+    for name, changes, message in [
+        ("granite", {}, r"No GGUF names are known for granite .*--template"),
+        ("qwen3_moe", other, r"llama\.cpp computes qwen3_moe models with norm_topk_prob=True, and this one has False"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "'dynamic' of llama",
+        ),
+    ]:
+        model = gguf_families.save(tmp_path / name, name, **changes)
+        with pytest.raises(BillhookError, match=message):
+            write_gguf(model, tmp_path / "model.gguf")
+        assert not (tmp_path / "model.gguf").exists()
+
+
+def test_values_that_do_not_fit_the_type_leave_no_file(tmp_path):
+    model = tiny.llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5] = 1e6
+    tiny.save(tmp_path / "model", model)
+    with pytest.raises(JobError, match=r"up_proj\.weight holds values that do not fit f16: use --type bf16"):
+        write_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_tokenizer_that_is_unknown_or_damaged_is_one_error(llama, tmp_path):
+    facts = json.loads((llama / "tokenizer.json").read_text())
+    for change, message in [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, r"is split by \['Whitespace'\], which is not known to llama\.cpp"),
+        ({"model": {"type": "Unigram"}}, "is a Unigram model"),
+        ({"model": []}, "is damaged"),
+    ]:
+        model = gguf_families.save(tmp_path / "model", "llama")
+        (model / "tokenizer.json").write_text(json.dumps(facts | change))
+        with pytest.raises(BillhookError, match=message):
+            write_gguf(model, tmp_path / "model.gguf")
+
+
+def granite_template(path: Path, stored: dict[str, np.ndarray]) -> Path:
+    """A file of an architecture that Billhook has no names for, as a converter would make it: rows of q in pairs."""
+    writer = gguf.GGUFWriter(path, "granite")
+    writer.add_block_count(4)
+    writer.add_string("tokenizer.chat_template", "{{ messages }}")
+    for block in range(4):
+        query = pairs(stored[f"model.layers.{block}.self_attn.q_proj.weight"], 4)
+        writer.add_tensor(f"blk.{block}.attn_q.weight", query.astype(np.float16))
+        writer.add_tensor(f"blk.{block}.attn_norm.weight", stored[f"model.layers.{block}.input_layernorm.weight"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_template_gives_names_and_order_of_rows_for_an_unknown_architecture(tmp_path):
+    model, kind = gguf_families.save(tmp_path / "granite", "granite"), gguf.GGMLQuantizationType.Q8_0
+    stored = values(model)
+    template = granite_template(tmp_path / "f16.gguf", stored)
+    names = [f"model.layers.{block}.self_attn.q_proj.weight" for block in range(4)]
+    packed = {name: ("q8_0", gguf.quantize(stored[name], kind)) for name in names}
+    found = tensors(write_gguf(model, tmp_path / "q8_0.gguf", packed, template=template).path)
+    for block, name in enumerate(names):
+        expected = gguf.dequantize(gguf.quantize(pairs(stored[name], 4), kind), kind)
+        np.testing.assert_array_equal(found[f"blk.{block}.attn_q.weight"], expected)
+        norm = stored[f"model.layers.{block}.input_layernorm.weight"]
+        np.testing.assert_array_equal(found[f"blk.{block}.attn_norm.weight"], norm)
+    reader = gguf.GGUFReader(tmp_path / "q8_0.gguf")
+    assert reader.fields["tokenizer.chat_template"].contents() == "{{ messages }}"
+    other = gguf_families.save(tmp_path / "other", "granite", num_hidden_layers=5)
+    name = "model.layers.4.self_attn.q_proj.weight"
+    with pytest.raises(BillhookError, match=rf"rows of {name} are not in .*f16\.gguf: make that file from this model"):
+        write_gguf(other, tmp_path / "x.gguf", {name: ("q8_0", np.zeros((64, 68), np.uint8))}, template=template)
+
+
+def test_a_template_gives_the_metadata_of_a_known_architecture_with_the_weights_of_the_model(llama, mixtral, tmp_path):
+    template = write_gguf(llama, tmp_path / "f32.gguf", rest="f32").path
+    changed = gguf_families.save(tmp_path / "changed", "llama", rms_norm_eps=1e-4)
+    (changed / "tokenizer.json").unlink()
+    written = write_gguf(changed, tmp_path / "out.gguf", template=template)
+    fields = gguf.GGUFReader(written.path).fields
+    assert fields["general.name"].contents() == "Model"
+    assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    up = tensors(written.path)["blk.0.ffn_up.weight"]
+    np.testing.assert_array_equal(up, values(changed)["model.layers.0.mlp.up_proj.weight"].astype(np.float16))
+    with pytest.raises(
+        BillhookError, match=r"output\.weight is \[258, 32\] in the model, and .* has one of \[4096, 64\]"
+    ):
+        write_gguf(mixtral, tmp_path / "x.gguf", template=template)
+
+
+@pytest.mark.gate
+def test_the_command_writes_a_file_and_the_record_of_a_pruned_model_beside_it(place):
+    done("prune", "model", "-o", "pruned", "--sparsity", "0.5", "--criterion", "magnitude")
+    ran = done("export", "pruned", "--to", "gguf", "--type", "q8_0", "-o", "pruned.gguf", "--json")
+    assert ran.json["types"]["q8_0"] > 4
+    record = json.loads(Path("pruned.billhook.json").read_text())
+    assert [step["step"] for step in record["steps"]] == ["prune", "export"]
+    assert list(record["files"]) == ["pruned.gguf"]
+    assert gguf.GGUFReader("pruned.gguf").fields["billhook.steps"].contents() == "prune"
+    again = billhook("export", "pruned", "--to", "gguf", "-o", "pruned.gguf")
+    assert (again.code, "exists: choose another" in again.err) == (2, True)

@@ -1,0 +1,161 @@
+"""Quantizing a directory: what stock programs read is what was computed, and interrupted runs give the same bytes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from command import contents
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from billhook import prune
+from billhook.errors import BillhookError, Interrupted
+from billhook.export.compressed_tensors import read
+from billhook.methods.quantize.grids import grid_of
+from billhook.packed.loading import load
+from billhook.steps.quantize import QuantizeRequest, prepare, quantize, run
+from billhook.steps.verify import verify
+from billhook.store.shards import read_shard, weight_files
+
+pytestmark = pytest.mark.gate
+IDS = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(0))
+GPTQ = {"calibration": IDS, "batch_size": 2, "sweeps": 1}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    model = tiny.llama(num_hidden_layers=3, intermediate_size=48)
+    return tiny.save(tmp_path_factory.mktemp("source") / "model", model, dtype=torch.bfloat16, words=False)
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory) -> Path:
+    return quantize(source, "int4/16", tmp_path_factory.mktemp("whole") / "out", **GPTQ).output
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def stop_after(source: Path, output: Path, blocks: int) -> None:
+    """Start the run of `whole`, and end it after so many blocks."""
+    left = [blocks]
+
+    def stopping() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    options = {"sweeps": GPTQ["sweeps"]}
+    job = prepare(QuantizeRequest(source, "int4/16", output, calibration=IDS, batch_size=2, options=options))
+    with pytest.raises(Interrupted, match=f"{blocks} of 3 blocks are finished"):
+        run(job, stopping=stopping)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("type", ["int2/16", "int3/16", "int4/32", "int8/16"])
+def test_stock_transformers_opens_the_directory_with_the_decoded_weights(tmp_path, type, dtype):
+    model = tiny.llama(num_hidden_layers=2, intermediate_size=64)
+    source = tiny.save(tmp_path / "model", model, dtype=dtype, words=False)
+    output = quantize(source, type, tmp_path / "out", quantizer="round").output
+    shards = [read_shard(path) for path in weight_files(output)]
+    stock = AutoModelForCausalLM.from_pretrained(output, dtype=dtype)
+    stock(IDS)  # decodes the weights
+    found, before = stock.state_dict(), tensors(source)
+    layers = json.loads((output / "billhook.json").read_text())["layers"]
+    assert len(layers) == 14
+    for name in layers:
+        decoded = read(f"{name}.weight", grid_of(type), shards).decode(dtype)
+        assert torch.equal(found[f"{name}.weight"], decoded)
+        assert not torch.equal(decoded, before[f"{name}.weight"])
+    for name in ("model.norm.weight", "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"):
+        assert torch.equal(found[name], before[name])
+    assert verify(output).ok
+    assert torch.equal(load(output, dtype=dtype)(IDS).logits, stock(IDS).logits)
+
+
+def test_a_layer_whose_columns_do_not_divide_gets_a_smaller_group_which_is_noted(tmp_path, source):
+    report = quantize(source, "int4", tmp_path / "out", quantizer="round")
+    assert {r.type for r in report.layers} == {"int4/32", "int4/16"}
+    assert "are stored as int4/32" in report.warnings[0]
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, source, whole, blocks):
+    stop_after(source, tmp_path / "out", blocks)
+    with pytest.raises(BillhookError, match="cannot be continued"):
+        quantize(source, "int3/16", tmp_path / "out", resume=True, **GPTQ)
+    quantize(source, "int4/16", tmp_path / "out", resume=True, **GPTQ)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_damaged_block_is_found_when_the_run_is_resumed_and_made_again(tmp_path, source, whole):
+    stop_after(source, tmp_path / "out", 2)
+    file = tmp_path / "out.partial" / "model-00003-of-00004.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    quantize(source, "int4/16", tmp_path / "out", resume=True, **GPTQ)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_verify_finds_a_changed_scale_and_a_changed_code(tmp_path, whole):
+    for part in ("weight_packed", "weight_scale"):
+        folder = tmp_path / part
+        shutil.copytree(whole, folder)
+        path = folder / "model-00002-of-00004.safetensors"
+        shard = read_shard(path)
+        entry = next(entry for name, entry in shard.entries.items() if name.endswith(part))
+        data = bytearray(path.read_bytes())
+        data[entry.start] ^= 0x11
+        path.write_bytes(data)
+        assert any("SHA-256" in problem for problem in verify(folder).problems)
+
+
+def test_zeros_of_a_pruned_model_stay_and_both_steps_are_recorded_and_verified(tmp_path, source):
+    pruned = prune(source, output=tmp_path / "pruned", sparsity=0.5, criterion="magnitude", calibration=None).output
+    output = quantize(pruned, "int4/16", tmp_path / "out", **GPTQ).output
+    before, shards = tensors(pruned), [read_shard(path) for path in weight_files(output)]
+    record = json.loads((output / "billhook.json").read_text())
+    for name in record["layers"]:
+        codes = read(f"{name}.weight", grid_of("int4/16"), shards).codes
+        assert not codes[before[f"{name}.weight"] == 0].any()
+    assert [step["step"] for step in record["steps"]] == ["prune", "quantize"]
+    assert verify(output).ok
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"type": "int9"}, "Unknown storage type"),
+        ({"type": "int4/0"}, "Unknown storage type"),
+        ({"type": "f16"}, "cannot quantize to f16"),
+        ({"quantizer": "gpt"}, "Unknown quantizer 'gpt'. Did you mean 'gptq'"),
+        ({"calibration": None}, "Quantizing with gptq needs activations"),
+        ({"sweeps": -1}, "sweeps=-1 at least 0"),
+        ({"ignore": "nothing"}, "matches no prunable layer"),
+    ],
+)
+def test_an_impossible_request_is_refused_before_anything_is_written(tmp_path, source, change, match):
+    fields = {"type": "int4/16", **GPTQ} | change
+    with pytest.raises(BillhookError, match=match):
+        quantize(source, output=tmp_path / "out", **fields)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_width_that_no_group_divides_is_refused_by_name(tmp_path):
+    source = tiny.save(tmp_path / "model", tiny.llama(intermediate_size=44), words=False)
+    with pytest.raises(BillhookError, match=r"layers.0.mlp.down_proj: a layer with 44 columns cannot be .*--ignore"):
+        quantize(source, "int4", tmp_path / "out", quantizer="round")
+
+
+def test_experts_and_transposed_weights_are_refused_by_name(tmp_path):
+    source = tiny.save(tmp_path / "model", tiny.mixtral(), words=False)
+    with pytest.raises(BillhookError, match=r"experts.*an expert of a larger tensor"):
+        quantize(source, "int4/16", tmp_path / "out", quantizer="round")
