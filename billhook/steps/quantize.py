@@ -37,6 +37,7 @@ from billhook.steps.resolve import identity
 from billhook.store.locate import locate_on_disk
 from billhook.store.record import Step, append_step
 from billhook.store.shards import weight_bytes
+from billhook.text.given import Given
 
 GROUPS = (64, 32, 16, 8)  # of a type without a group: the first that divides a layer's columns
 
@@ -53,9 +54,10 @@ class QuantizeRequest:
     output: str | Path
     quantizer: str = "gptq"
     options: Mapping[str, Any] = field(default_factory=dict)
-    calibration: str | Path | torch.Tensor | None = None
+    calibration: Given | None = None
     samples: int = 128
     length: int | None = None
+    bos: str = "auto"
     published: bool = False
     batch_size: int | None = None
     seed: int = 0

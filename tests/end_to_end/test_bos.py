@@ -38,6 +38,7 @@ def test_every_command_follows_one_rule_and_records_it(place, options, begun):
     done("measure", "model", "--metrics", "outlier_ratio:5", *TEXT, *options, "-o", "table.json")
     done("gradients", "model", *TEXT, *options, "-o", "g.safetensors")
     done("prune", "model", *sparsity, *TEXT, *options, "-o", "pruned")
+    done("quantize", "model", "--type", "int8", *TEXT, *options, "-o", "small")
     grid = ("--sparsities", "0.5", "--data", "text.jsonl", "--limit", "4", "-o", "grid")
     done("compare", "model", *grid, *TEXT, *options)
     with safe_open("g.safetensors", framework="pt") as file:
@@ -49,6 +50,7 @@ def test_every_command_follows_one_rule_and_records_it(place, options, begun):
         "prune": history(place / "pruned").steps[0].made_by["calibration"]["bos"],
         "report": json.loads((place / "pruned" / "report.json").read_text())["calibration"]["bos"],
         "compare": compared["identity"]["calibration"]["bos"],
+        "quantize": history(place / "small").steps[0].made_by["calibration"]["bos"],
         "compare, scored": compared["identity"]["data"]["bos"],
     }
     if not published:  # neither of them has --published
