@@ -107,7 +107,10 @@ def command(
     if report is None:
         return
     weights = sum(x.n for x in report.layers)
-    say(f"{report.output}: {report.sparsity:.4%} of {weights:,} weights removed in {report.seconds:.1f} s.")
+    say(f"{report.output}: {report.sparsity:.4%} of {weights:,} weights removed in {duration(report.seconds)}.")
+    say(f"What was lost: {report.lost or 'not measured, because no text was read'}.")
+    if report.better_recipe is not None:
+        say(f"Less is lost with --recipe {report.better_recipe}.")
     say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
     if as_json:
         emit(report.to_json())

@@ -37,17 +37,26 @@ class Drawing:
     sampling: str = "packed"
     bos: str = "auto"
 
+    @property
+    def held_out(self) -> int:
+        """How many more windows are drawn, on which what was lost is measured: an eighth as many, at least four."""
+        return max(4, self.samples // 8)
+
 
 @dataclass(frozen=True)
 class Samples:
     """Inputs drawn from a SOURCE, one a row; `digest` is the SHA-256 of their values, `bos` as in
-    `billhook.text.windows.Tokens`."""
+    `billhook.text.windows.Tokens`.
+
+    `heldout` are more of them, which are used for nothing but to measure what was lost; None where the text has none.
+    """
 
     batch: Batch
     source: str
     digest: str
     sampling: str
     bos: bool | None = None
+    heldout: Batch | None = None
 
     @classmethod
     def of(cls, batch: Batch, tokens: Tokens) -> "Samples":

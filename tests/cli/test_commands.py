@@ -125,7 +125,9 @@ def test_the_prune_command_reports_what_it_did(place, text, tmp_path):
     )
     assert ran.json["output"] == str(tmp_path / "pruned")
     assert ran.json["sparsity"] == ran.json["target"] == 0.5
-    assert set(ran.json) == {"output", "sparsity", "target", "seconds", "warnings", "layers"}
+    assert set(ran.json) == {"output", "sparsity", "target", "seconds", "lost", "better_recipe", "warnings", "layers"}
+    assert re.search(r"^What was lost: .*: KL divergence from the dense model", ran.err, re.MULTILINE)
+    assert "Less is lost with --recipe good." in ran.err
     assert "50.0000% of 18,432 weights removed" in ran.err
     quiet = done("prune", place / "model", "-o", tmp_path / "again", "--sparsity", "0.5", "--recipe", "fast", *text)
     assert quiet.out == ""

@@ -48,7 +48,7 @@ def _sweep(W: Tensor, H: Tensor, codes: Tensor, scales: Scales, grid: Grid, zero
             r, block = R[here], inside[here, here]
             move = r / block if step == 1 else torch.linalg.solve(block, r)
             x = (V[:, S] - move.t() - offset[:, S]) / scale[:, S]
-            new = grid.nearest(x).where(free[:, S], codes[:, S])
+            new = grid.nearest(x, block.diagonal()).where(free[:, S], codes[:, S])
             delta = ((new - codes[:, S]) * scale[:, S]).t()
             gain = (delta * (2 * r + block @ delta)).sum(0)
             accept = gain < 0
