@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.ambient import pinned
 from billhook.comparison.axes import Grid
 from billhook.comparison.record import Cell, Comparison, method
 from billhook.engine.batch import rows_of
@@ -48,6 +49,7 @@ from billhook.text.windows import Windows
 _WHO = "This comparison"
 
 
+@pinned
 def compare(
     model: str | Path | PreTrainedModel,
     grid: Grid,

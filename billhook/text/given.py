@@ -56,7 +56,8 @@ def whole_ids(tokens: Any, source: str) -> Tensor:
         raise BillhookError(f"{source}: `tokens` must be [samples, length] with length 2 or more, found {found}.")
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise BillhookError(f"{source}: `tokens` must be whole numbers, found {tokens.dtype}.")
-    return tokens.to(torch.int64)
+    whole = tokens.to(torch.int64)
+    return whole.clone() if whole.is_inference() else whole  # which could not be used in a backward pass
 
 
 def _documents(rows: Iterable[Any]) -> Iterator[str]:

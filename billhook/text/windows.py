@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
+from billhook.ambient import pinned
 from billhook.errors import BillhookError
 from billhook.text.corpus import documents, existing_file, is_token_file, joint
 from billhook.text.given import Given, given, whole_ids
@@ -70,6 +71,7 @@ class Windows:
     bos: bool | None = None
 
 
+@pinned
 def load_calibration(
     source: Given,
     tokenizer: Tokenizer | None,
@@ -113,6 +115,7 @@ def load_calibration(
     return Tokens(ids, name, digest(ids), sampling, begun)
 
 
+@pinned
 def load_windows(
     source: str,
     tokenizer: Tokenizer | None,

@@ -63,7 +63,7 @@ class Points:
 
     def index(self, codes: Tensor) -> Tensor:
         """Where codes are in the table, int64; the next one for a number that is not in it."""
-        return torch.searchsorted(torch.tensor(self.values, dtype=codes.dtype, device=codes.device), codes)
+        return torch.searchsorted(torch.tensor(self.values, dtype=codes.dtype, device=codes.device), codes.contiguous())
 
 
 @dataclass(frozen=True)
