@@ -7,6 +7,7 @@ torch.
 
 import os
 import platform
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -18,6 +19,10 @@ SOURCES = Path("billhook", "runtime", "csrc")
 # ours.
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
+MISSED = (
+    "billhook: the kernels for packed models were not compiled. All else works; packed models will be about as fast as "
+    "dense ones. Install a C++ compiler (g++ or clang++) and Billhook again to have them."
+)
 
 
 class BuildKernels(build_ext):
@@ -28,21 +33,29 @@ class BuildKernels(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile with OpenMP, then without it (kernels on one thread)."""
-        ext.extra_compile_args, ext.extra_link_args = [*FLAGS, "-fopenmp"], ["-fopenmp"]
-        try:
-            super().build_extension(ext)
-        except Exception:
-            ext.extra_compile_args, ext.extra_link_args = [*FLAGS], []
-            super().build_extension(ext)
+        """Compile with OpenMP, then without it (kernels on one thread); without a compiler, say once what is missed."""
+        for flags in (["-fopenmp"], []):
+            ext.extra_compile_args, ext.extra_link_args = [*FLAGS, *flags], flags
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                failure = error
+            else:
+                PlatformWheel.holds_kernels = True
+                return
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build
+        print(f"{MISSED} ({failure})", file=sys.stderr)
 
 
 class PlatformWheel(bdist_wheel):
-    """One wheel a platform, for every Python 3."""
+    """A wheel for every Python 3: of one platform if it holds compiled kernels, else of any."""
+
+    holds_kernels = False
 
     def get_tag(self) -> tuple[str, str, str]:
         """The wheel's tag."""
-        return "py3", "none", super().get_tag()[2]
+        self.root_is_pure = not self.holds_kernels
+        return "py3", "none", super().get_tag()[2] if self.holds_kernels else "any"
 
 
 kernels = Extension(

@@ -98,6 +98,11 @@ class Registry:
         self._built_in = dict(built_in)
         self._accepts_plugins = plugins
 
+    @property
+    def built_in(self) -> list[str]:
+        """The names of the package's own methods, without looking for plugins."""
+        return list(self._built_in)
+
     def names(self) -> list[str]:
         """All names: the built-in ones in display order, then those of plugins, sorted."""
         return [*self._built_in, *sorted(self._plugins().keys() - self._built_in.keys())]

@@ -34,6 +34,7 @@ from billhook.cli import (
     verify,
 )
 from billhook.cli.common import Failure, handle_errors, print_error
+from billhook.cli.layout import Command, Commands
 from billhook.cli.options import grouped
 from billhook.distributed.torchrun import started
 
@@ -52,18 +53,18 @@ REMOVED = {  # removed commands and options, and what to use instead
 
 app = typer.Typer(
     name="billhook",
-    help="Prune large language models layer by layer: measure, allocate, prune, evaluate, verify.",
+    help="Prune and quantize large language models, layer by layer, with as little loss as possible.",
     epilog="First run: billhook demo.  Your own model: "
     "billhook prune MODEL --sparsity 0.5 --calibration text.txt --output pruned",
     invoke_without_command=True,
-    add_completion=False,
+    cls=Commands,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _FIRST = (prune, quantize, search, measure, gradients, plan, evaluate, compare, report, verify)
 for module in (*_FIRST, pack, unpack, export, generate, bench, ls, demo, plot):
-    app.command(module.NAME, epilog=module.EXAMPLES)(handle_errors(grouped(module.command)))
+    app.command(module.NAME, cls=Command, epilog=module.EXAMPLES)(handle_errors(grouped(module.command)))
 
 
 def _version(wanted: bool) -> None:

@@ -116,7 +116,7 @@ def split_list(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
-def numbers(text: str, kind: type[Number], option: str, example: str) -> list[Number]:
+def numbers(text: str, kind: Callable[[str], Number], option: str, example: str) -> list[Number]:
     """The numbers in a list separated by commas; raises BillhookError for anything else."""
     try:
         return [kind(part) for part in split_list(text)]

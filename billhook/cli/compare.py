@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from billhook.cli.common import emit, load_plans, numbers, parse_settings, say, split_list, table
-from billhook.cli.options import Json, Limit, Settings, Text, Work, output_option
+from billhook.cli.options import Json, Limit, Settings, Text, Work, fraction, output_option
 
 if TYPE_CHECKING:
     from billhook.comparison.record import Comparison
@@ -80,7 +80,7 @@ def command(
     elif not named:
         named = ["fast", DEFAULT]
     names = (*pairs, split_list(patterns))
-    fractions = numbers(sparsities, float, "--sparsities", "0.5,0.6,0.7")
+    fractions = numbers(sparsities, fraction, "--sparsities", "0.5,0.6,0.7")
     given = {f"plan {name}": plan for name, plan in load_plans([Path(path) for path in split_list(plans)]).items()}
     grid = Grid(fractions, *names, seeds, parse_settings(settings), given, named)
     options = {"limit": limit, "output": output, "overwrite": overwrite, **vars(text)}

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from billhook.cli.common import emit, say, table
-from billhook.cli.options import Json, output_option
+from billhook.cli.options import Json, fraction, output_option
 
 NAME = "demo"
 EXAMPLES = """\b
@@ -21,7 +21,9 @@ def command(
         "demo-output"
     ),
     *,
-    sparsity: Annotated[float, typer.Option(help="Fraction of the weights to remove.")] = 0.6,
+    sparsity: Annotated[
+        float, typer.Option(parser=fraction, metavar="FRACTION", help="Of the weights to remove.")
+    ] = 0.6,
     as_json: Json = False,
 ) -> None:
     """Measure, allocate, prune, evaluate, save, reload and verify the bundled model."""

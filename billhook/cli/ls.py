@@ -7,36 +7,40 @@ import typer
 from billhook.cli.common import emit, table
 from billhook.cli.options import Json
 from billhook.errors import BillhookError
+from billhook.plan.allocators import AUTO
 from billhook.registry import Registry, hint
 
 NAME = "ls"
 EXAMPLES = """\b
 Examples:
+  billhook ls
   billhook ls allocators
   billhook ls criteria --json
 """
-KINDS = ("allocators", "criteria", "quantizers", "metrics", "recipes", "families")
+KINDS = ("recipes", "allocators", "criteria", "quantizers", "metrics", "families")
+AUTO_PAPER = "Billhook: allocations tried on held-out text"
 
 
 def command(
-    kind: Annotated[str, typer.Argument(help="allocators, criteria, quantizers, metrics, recipes or families.")],
+    kind: Annotated[str | None, typer.Argument(help=f"{', '.join(KINDS)}; all of them if left out.")] = None,
     *,
     as_json: Json = False,
 ) -> None:
     """List names, options with their defaults, and the paper each comes from."""
-    if kind not in KINDS:
-        raise BillhookError(f"Unknown kind {kind!r}.{hint(kind, KINDS)} There are: {', '.join(KINDS)}.")
-    rows = _rows(kind)
+    if kind not in (*KINDS, None):
+        raise BillhookError(f"Unknown kind {kind!r}.{hint(str(kind), KINDS)} There are: {', '.join(KINDS)}.")
+    found = {each: _rows(each) for each in (KINDS if kind is None else (kind,))}
     if as_json:
-        return emit({kind: rows})
-    header = list(rows[0])
-    table(kind, header, [[_text(row[name]) for name in header] for row in rows], numeric_from=len(header))
+        return emit(found)
+    for each, rows in found.items():
+        header = list(rows[0])
+        table(each, header, [[_text(row[name]) for name in header] for row in rows], numeric_from=len(header))
 
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}={default}" for key, default in value.items()) or "-"
-    return str(value)
+    return "-" if value is None else str(value)
 
 
 def _rows(kind: str) -> list[dict[str, Any]]:
@@ -58,7 +62,8 @@ def _rows(kind: str) -> list[dict[str, Any]]:
         return [{"name": name, **{key: getattr(x, key) for key in fields}} for name, x in RECIPES.items()]
     registry = _registry(kind)
     options = {name: {o.name: o.default for o in registry.options(name).values()} for name in registry.names()}
-    return [{"name": name, "options": found, "paper": registry.paper(name)} for name, found in options.items()]
+    rows = [{"name": name, "options": found, "paper": registry.paper(name)} for name, found in options.items()]
+    return [*rows, {"name": AUTO, "options": {}, "paper": AUTO_PAPER}] if kind == "allocators" else rows
 
 
 def _registry(kind: str) -> Registry:

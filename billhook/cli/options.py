@@ -2,13 +2,17 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
+from typer.models import ArgumentInfo
 
 from billhook.cli.common import say
+from billhook.methods.sparse import CRITERIA
+from billhook.plan.allocators import ALLOCATORS, AUTO
+from billhook.plan.recipes import RECIPES
 
 
 def output_option(meaning: str) -> Any:
@@ -19,10 +23,39 @@ def output_option(meaning: str) -> Any:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
 Model = Annotated[str, typer.Argument(help="Model directory, or a name on the hub.")]
 AnyModel = Annotated[str, typer.Argument(help="Model directory, dense or packed, or a name on the hub.")]
-Sparsity = Annotated[float | None, typer.Option(help="Fraction of the prunable weights to remove, in [0, 1).")]
+
+
+def fraction(text: str) -> float:
+    """A sparsity as a number, or in per cent with the sign %."""
+    try:
+        return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number: write 0.6 or 60%.") from None
+
+
+Sparsity = Annotated[
+    float | None,
+    typer.Option(parser=fraction, metavar="FRACTION", help="Of the prunable weights to remove: 0.6 or 60%."),
+]
 Pattern = Annotated[str, typer.Option(help="unstructured, or N:M (keep N of every M), such as 2:4.")]
-Criterion = Annotated[
-    str | None, typer.Option(help="How weights are scored: see billhook ls criteria; by default as in the recipe.")
+
+
+def _one_of(meaning: str, names: Callable[[], list[str]], shown: Sequence[str]) -> typer.models.OptionInfo:
+    """An option that takes a name: its help shows the built-in ones, and shells complete those of plugins too."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names() if name.startswith(incomplete)]
+
+    option: typer.models.OptionInfo = typer.Option(
+        help=f"{meaning}: {', '.join(shown)}; by default as in the recipe.", metavar="NAME", autocompletion=complete
+    )
+    return option
+
+
+Criterion = Annotated[str | None, _one_of("Which weights go", CRITERIA.names, CRITERIA.built_in)]
+Allocator = Annotated[
+    str | None,
+    _one_of("Sparsity of each layer", lambda: [*ALLOCATORS.names(), AUTO], [*ALLOCATORS.built_in, AUTO]),
 ]
 Calibration = Annotated[
     str | None,
@@ -45,9 +78,10 @@ Settings = Annotated[
 Recipe = Annotated[
     str | None,
     typer.Option(
-        help="fast, good or best (each slower and better), or a published method: see billhook ls recipes. "
-        "[default: good]",
+        help="fast, good or best (each slower and better), or a published method such as wanda or owl@70: see billhook "
+        "ls recipes.  [default: good]",
         metavar="NAME",
+        autocompletion=lambda incomplete: [name for name in RECIPES if name.startswith(incomplete)],
     ),
 ]
 
@@ -86,7 +120,7 @@ class Loading:
 
         `streams` says whether the command can read a model that does not fit in memory one block at a time.
         """
-        from billhook.store.checkpoint import resolve
+        from billhook.architectures.sources import resolve
         from billhook.store.compute import chosen_device, chosen_dtype, dtype_name, lacking_gib, stored_dtype
 
         path, device = resolve(model), chosen_device(self.device)
@@ -134,5 +168,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
     flat = [x for own in signature.parameters.values() for x in fields.get(own.name, {own.name: own}).values()]
     parameters = [x.replace(kind=inspect.Parameter.KEYWORD_ONLY) for x in flat]
+    for name, info in ((x.name, info) for x in flat for info in get_args(x.annotation)):
+        if isinstance(info, ArgumentInfo) and info.metavar is None:
+            info.metavar = name.upper()
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return run

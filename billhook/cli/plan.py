@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from billhook.cli.common import emit, parse_settings, say, table
-from billhook.cli.options import Json, Pattern, Recipe, Settings, Sparsity, output_option
+from billhook.cli.options import Allocator, Json, Pattern, Recipe, Settings, Sparsity, output_option
 
 NAME = "plan"
 EXAMPLES = """\b
@@ -16,13 +16,12 @@ Examples:
   billhook plan table.json --allocator owl --pattern 4:8
   billhook plan table.json --recipe alphapruning/llama-2-7b@70 -o plan.json
 """
-ALLOCATOR_HELP = "See billhook ls allocators; by default as in the recipe, which is then needed."
 
 
 def command(
     table_file: Annotated[Path, typer.Argument(metavar="TABLE", help="A table.json from billhook measure.")],
     *,
-    allocator: Annotated[str | None, typer.Option(help=ALLOCATOR_HELP)] = None,
+    allocator: Allocator = None,
     sparsity: Sparsity = None,
     pattern: Pattern = "unstructured",
     settings: Settings = None,

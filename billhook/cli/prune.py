@@ -22,8 +22,12 @@ from billhook.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from billhook.architectures.layers import Layer
     from billhook.cli.events import Log
     from billhook.engine.loop import LayerResult
+    from billhook.plan.plan import Plan
     from billhook.steps.estimate import Estimate
     from billhook.steps.prune import Job, Report
     from billhook.steps.request import Request
@@ -39,7 +43,6 @@ Examples:
   billhook prune model --sparsity 0.7 --calibration text.txt -o packed --pack
   billhook prune model --sparsity 0.5 --criterion magnitude --dry-run
 """
-ALLOCATOR_HELP = "Sparsity of each layer: see billhook ls allocators; by default as in the recipe."
 GRADIENTS_HELP = "A file of billhook gradients, for criteria that read them; otherwise they are computed first."
 GROUP_HELP = "Compare weights within a row or the layer; by default as in the paper."
 DRY_RUN_HELP = "Show what would be pruned, the memory it needs, and its time, measured on a part; write nothing."
@@ -53,7 +56,7 @@ class Method:
     pattern: shared.Pattern = "unstructured"
     recipe: shared.Recipe = None
     criterion: shared.Criterion = None
-    allocator: Annotated[str | None, typer.Option(help=ALLOCATOR_HELP)] = None
+    allocator: shared.Allocator = None
     settings: shared.Settings = None
     plan: Annotated[Path | None, typer.Option(help="A plan.json instead of sparsity and allocator.")] = None
     table: Annotated[Path | None, typer.Option(help="A table.json, so that nothing is measured again.")] = None
@@ -85,7 +88,10 @@ class Writing:
 def command(
     model: shared.Model,
     *,
-    output: Annotated[Path | None, shared.output_option("Directory of the pruned model; must be new or empty.")] = None,
+    output: Annotated[
+        Path | None,
+        shared.output_option("Directory of the pruned model; must be new or empty.  [required, but for --dry-run]"),
+    ] = None,
     method: Method,
     text: shared.Text,
     work: shared.Work,
@@ -107,7 +113,10 @@ def command(
     if report is None:
         return
     weights = sum(x.n for x in report.layers)
-    say(f"{report.output}: {report.sparsity:.4%} of {weights:,} weights removed in {report.seconds:.1f} s.")
+    say(f"{report.output}: {report.sparsity:.4%} of {weights:,} weights removed in {duration(report.seconds)}.")
+    say(f"What was lost: {report.lost or 'not measured, because no text was read'}.")
+    if report.better_recipe is not None:
+        say(f"Less is lost with --recipe {report.better_recipe}.")
     say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
     if as_json:
         emit(report.to_json())
@@ -162,14 +171,25 @@ def _run(job: "Job", needed: "Estimate", finished: int, log: "Log") -> "Report":
 
 
 def _show(job: "Job", needed: "Estimate", planning: float, as_json: bool) -> None:
-    """Print what a dry run would prune, one row per layer; making its plan took `planning` seconds."""
+    """Print what a dry run would prune; making its plan took `planning` seconds."""
     layers, plan = job.opened.layers, job.plan
     if as_json:
         listed = {x.name: {"shape": list(x.shape), "sparsity": plan.sparsity[x.name]} for x in layers}
         estimate = {**needed.to_json(), "plan_seconds": round(planning, 1)}
         return emit({"layers": listed, "target": plan.target, "pattern": str(plan.pattern), "estimate": estimate})
-    rows = [[x.name, f"{x.shape[0]} x {x.shape[1]}", f"{plan.sparsity[x.name]:.4f}"] for x in layers]
-    table("What would be pruned", ["layer", "out x in", "sparsity"], rows)
-    size = f"{len(rows)} layers, {sum(x.shape[0] * x.shape[1] for x in layers):,} weights"
+    table("What would be pruned", ["layer", "out x in", "sparsity"], _collapsed(layers, plan))
+    size = f"{len(layers)} layers, {sum(x.shape[0] * x.shape[1] for x in layers):,} weights"
     say(f"{size}, sparsity {plan.target:g}, pattern {plan.pattern}.")
     say(f"The plan took {duration(planning)} to make. Nothing was written.")
+
+
+def _collapsed(layers: "Sequence[Layer]", plan: "Plan") -> list[list[str]]:
+    """A row for each kind of layer where all of the kind are alike, and else for each layer."""
+    kinds: dict[str, list[list[str]]] = {}
+    for x in layers:
+        kinds.setdefault(x.kind, []).append([x.name, f"{x.shape[0]} x {x.shape[1]}", f"{plan.sparsity[x.name]:.4f}"])
+    rows = list[list[str]]()
+    for kind, members in kinds.items():
+        alike = len(members) > 1 and len({tuple(row[1:]) for row in members}) == 1
+        rows += [[f"{kind}, {len(members)} layers", *members[0][1:]]] if alike else members
+    return rows

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from billhook.ambient import pinned
 from billhook.comparison.axes import Grid
 from billhook.comparison.record import Cell, Comparison, method
 from billhook.engine.batch import rows_of
@@ -47,6 +48,7 @@ from billhook.text.windows import Windows
 _WHO = "This comparison"
 
 
+@pinned
 def compare(
     model: str | Path | PreTrainedModel,
     grid: Grid,

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_utils import PreTrainedModel
 
+from billhook.ambient import evaluating, pinned
 from billhook.architectures.config import call_options, check_length, vocabulary_size
 from billhook.engine.batch import Batch, main_input, model_inputs, select_rows
-from billhook.engine.capture import evaluating
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.batching import Progress, halving
 from billhook.evaluation.batching import batch_size as found_size
@@ -64,6 +64,7 @@ class Evaluation:
         return {**asdict(self), "token_ppl": self.token_ppl if math.isfinite(self.token_ppl) else None}
 
 
+@pinned
 @torch.inference_mode()
 def evaluate(
     model: PreTrainedModel,

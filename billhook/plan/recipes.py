@@ -27,6 +27,7 @@ from typing import Any
 
 from billhook.errors import BillhookError
 from billhook.plan.allocators import AUTO
+from billhook.plan.plan import Plan
 from billhook.registry import hint
 
 DEFAULT = "good"
@@ -141,3 +142,14 @@ def chosen(
         refine or found.refine,
         found.sparsity,
     )
+
+
+def better(criterion: str, plan: Plan, refine: str) -> str | None:
+    """The next of our recipes that loses less than a run with these; None after the best.
+
+    A plan that was raced, or given, counts as one that is chosen as well.
+    """
+    raced = "racing" in plan.made_by or plan.made_by.get("allocator") is None or plan.pattern.structured
+    if criterion != RECIPES[DEFAULT].criterion or not raced:
+        return DEFAULT
+    return "best" if refine == "none" else None

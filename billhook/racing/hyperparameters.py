@@ -122,7 +122,8 @@ class Space:
         """The options at a fraction of the hyperparameter's range."""
         known = HYPERPARAMETERS[allocator]
         uniform, end = known.span(self.blocks, self.target)
-        value = uniform + fraction * (end - uniform)
+        inside = float(f"{uniform + fraction * (end - uniform):.10g}")  # 0.04 and not 0.04000000000000001
+        value = end if fraction == 1 else inside
         return ALLOCATORS.configure(allocator, {**self._given(allocator), known.name: value})
 
     def _options(self, allocator: str) -> list[dict[str, Any]]:

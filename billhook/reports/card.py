@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from billhook.evaluation.quality import SCALE, Loss
 from billhook.store.layout import PAGE
 
 _MASKED = "fill-mask"  # the only task beside text-generation
@@ -30,6 +31,7 @@ def card(report: Mapping[str, Any]) -> str:
         metadata=_metadata(report),
         title=f"{model['name']}, {100 * achieved['sparsity']:.3g} % sparse",
         what=f"This is {named} ({model['type']}) with {zeros} set to zero.",
+        lost=lost_in_words(report),
         asked=report["asked"],
         pattern=report["asked"]["pattern"],
         page=PAGE,
@@ -43,6 +45,16 @@ def card(report: Mapping[str, Any]) -> str:
         made_with=report["made_with"],
     )
     return text.rstrip("\n") + "\n"
+
+
+def lost_in_words(report: Mapping[str, Any]) -> str:
+    """What was lost against the dense model, what the verdict means, and the next recipe."""
+    if report.get("lost") is None:
+        return "What was lost against the dense model was not measured when the model was pruned."
+    better = report.get("better_recipe")
+    more = f" The recipe {better} loses less." if better else ""
+    scale = f"The verdict is that of the KL divergence in nats a token: {SCALE}."
+    return f"Quality: {Loss(**report['lost'])}. {scale}{more}"
 
 
 def _metadata(report: Mapping[str, Any]) -> str:

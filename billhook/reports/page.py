@@ -7,7 +7,7 @@ from typing import Any
 from billhook.errors import BillhookError
 from billhook.plan.densities import density
 from billhook.plan.metrics import fact
-from billhook.reports.card import evaluation_rows, options_text, template
+from billhook.reports.card import evaluation_rows, lost_in_words, options_text, template
 from billhook.reports.charts import STYLE, Series, chart
 from billhook.reports.heat_maps import by_kind, heat_map
 from billhook.reports.pictures import BLOCK, ERROR, SPARSITY
@@ -44,6 +44,7 @@ def page(report: Mapping[str, Any]) -> str:
         metrics=list(report["layers"][0]["metrics"]),
         pattern=pattern_in_words(report["asked"]["pattern"]),
         headline=_headline(report),
+        lost=lost_in_words(report),
     )
     return text + "\n"
 
@@ -51,7 +52,11 @@ def page(report: Mapping[str, Any]) -> str:
 def _headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The most important numbers."""
     files = report["files"]
-    found = [("sparsity", f"{100 * report['achieved']['sparsity']:.2f} %")]
+    found = []
+    if lost := report.get("lost"):
+        kl = "not finite" if lost["kl"] is None else f"{lost['kl']:.3f} nats"
+        found = [("quality against dense", lost["verdict"]), ("KL divergence per token", kl)]
+    found.append(("sparsity", f"{100 * report['achieved']['sparsity']:.2f} %"))
     scored = next((entry for entry in report["evaluations"] if entry.get("token_ppl") is not None), None)
     if scored is not None:
         against = scored.get("against") or {}
@@ -79,6 +84,7 @@ def _asked(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("pattern", asked["pattern"], pattern_in_words(asked["pattern"])),
         ("layers", ", ".join(asked["targets"]) or "all prunable layers", f"{achieved['layers']}"),
         ("ignored layers", ", ".join(asked["ignore"]) or "none", "embeddings, norms and the head are never pruned"),
+        ("recipe", asked.get("recipe") or "none", "criterion and allocation are below"),
         ("criterion", asked["criterion"], options_text(asked["criterion_options"]) or "no options"),
         ("allocation", asked["allocator"], options_text(asked["allocator_options"]) or "no options"),
         ("comparison group", asked["group"], "counts as published" if asked["published"] else "exact counts"),

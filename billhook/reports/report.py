@@ -58,6 +58,8 @@ def _from_record(folder: Path, record: Record) -> dict[str, Any]:
     return {
         "version": VERSION,
         "billhook": billhook.__version__,
+        "lost": made_by.get("lost"),
+        "better_recipe": made_by.get("better_recipe"),
         "made_with": record.billhook,
         "model": {key: record.steps[0].model[key] for key in ("name", "type", "digest")},
         "steps": [_line(step) for step in record.steps],
@@ -83,6 +85,7 @@ def _asked(plan: Plan, made_by: Mapping[str, Any]) -> dict[str, Any]:
         "pattern": str(plan.pattern),
         "allocator": plan.made_by.get("allocator") or "explicit plan",
         "allocator_options": plan.made_by.get("options", {}),
+        "recipe": made_by.get("recipe"),
         "published": made_by.get("published", made_by.get("rounding") == "floor"),
         **{key: made_by[key] for key in keys},
     }

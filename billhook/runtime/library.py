@@ -58,7 +58,7 @@ def _load() -> ctypes.CDLL | None:
         if not hasattr(library, "billhook_surface") or library.billhook_surface() != SURFACE:
             raise OSError("they were compiled from the sources of another version; install Billhook again")
     except OSError as error:
-        why = str(error) if FILE.exists() else "they were not compiled (a C++ compiler was missing)"
+        why = str(error) if FILE.exists() else "they were not compiled; install a C++ compiler and Billhook again"
         text = f"sparse layers run without their fast kernels: {why}. Decoding is about as fast as dense."
         print(f"billhook: {text}", file=sys.stderr)
         return None

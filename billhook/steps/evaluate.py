@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import billhook
+from billhook.ambient import pinned
 from billhook.architectures.sources import resolve
 from billhook.engine.streaming import open_streamed
 from billhook.errors import BillhookError
@@ -53,6 +54,7 @@ class EvalConfig:
     trust_remote_code: bool = False
 
 
+@pinned
 def evaluate_model(model: str | Path, config: EvalConfig, progress: Progress = lambda what: None) -> dict[str, Any]:
     """Load a dense or packed model and score it; docs/formats/json_output.md lists the fields.
 

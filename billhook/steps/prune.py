@@ -14,13 +14,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from billhook.ambient import pinned
 from billhook.distributed.collectives import barrier, gather
 from billhook.distributed.torchrun import rank
-from billhook.engine.batch import rows_of
+from billhook.engine.batch import rows_of, select_rows
 from billhook.engine.gradient_file import Gradients, open_gradients
 from billhook.engine.loop import LayerResult
 from billhook.engine.walk import Block, Progress
-from billhook.errors import BillhookError, Interrupted
+from billhook.errors import BillhookError, Interrupted, JobError
+from billhook.evaluation.quality import Loss, Reference
 from billhook.plan.allocators import allocate
 from billhook.plan.plan import Plan
 from billhook.racing.automatic import choose
@@ -39,10 +41,12 @@ from billhook.steps.resolve import ResolvedRequest, check
 from billhook.store.directory import save_pruned
 from billhook.store.layout import GRADIENTS, WRITTEN
 from billhook.tasks.self_text import is_self, save_windows
+from billhook.text.corpus import source_name
 
 Note = Callable[[LayerResult], None]
 
 
+@pinned
 def prune(model: str | Path | PreTrainedModel, *, progress: Progress = lambda layer: None, **fields: Any) -> Report:
     """Prune a model directory (or hub name), or a model in memory in place, and write the result to `output` if given.
 
@@ -74,7 +78,8 @@ def decide(resolved: ResolvedRequest, progress: Progress = lambda layer: None) -
         chosen = request.plan is not None and (request.targets or request.ignore)
         advice = " --targets and --ignore must choose exactly the plan's layers." if chosen else ""
         raise BillhookError(f"{error}{advice}") from None
-    return Job(request, opened, plan, resolved.method, resolved.gradients, resolved.identity, resolved.packed)
+    about: dict[str, Any] = {"identity": resolved.identity, "packed": resolved.packed, "begun": resolved.begun}
+    return Job(request, opened, plan, resolved.method, resolved.gradients, **about)
 
 
 def _allocate(resolved: ResolvedRequest, progress: Progress) -> Plan:
@@ -105,19 +110,40 @@ def run(
     finished block. Raises JobError, and Interrupted where the run can be resumed.
     """
     barrier()  # until all processes have checked the output
-    start = time.perf_counter()
+    lost = loss_of(job)
     if job.request.output is None or job.opened.source is None or not job.opened.resources.streamed:
         results = _apply(job, progress, note)
-        made = record(job, results)
+        made = record(job, results, lost())
         output, notes = _save(job, made)
     else:
         output, notes = Path(job.request.output).expanduser().resolve(), []
-        results, made = _run_streamed(job, job.opened.source, output, progress, stopping, note)
+        results, made = _run_streamed(job, output, progress, stopping, note, lost)
     if job.packed is not None and output is not None and not rank():
         output, more = _pack(output, job.packed, job.request.overwrite)
         notes = [*notes, *more]
     warnings = [*made["steps"][-1]["warnings"], *notes]
-    return Report(job.plan, results, output, time.perf_counter() - start, warnings, made)
+    return Report(job.plan, results, output, time.perf_counter() - job.begun, warnings, made)
+
+
+def loss_of(job: Job) -> Callable[[], Loss | None]:
+    """Record the dense model's predictions, and return a function that says what the model has lost when it is called.
+
+    There is no answer (None) without text, and for a model or text that gives nothing to predict.
+    """
+    opened = job.opened
+    samples, model, resources = opened.samples, opened.model, opened.resources
+    if samples is None or model.base_model is model:
+        return lambda: None
+    held_out = samples.heldout is not None
+    batch = samples.heldout or select_rows(samples.batch, slice(0, job.request.drawing.held_out))
+    about: dict[str, Any] = {"held_out": held_out, "resources": resources}
+    try:
+        reference = Reference.of(model, batch, opened.task, source_name(samples.source), **about)
+    except JobError:
+        raise
+    except BillhookError:  # nothing is masked
+        return lambda: None
+    return lambda: reference.compare(model, resources)
 
 
 def _save(job: Job, made: dict[str, Any]) -> tuple[Path | None, list[str]]:
@@ -131,11 +157,17 @@ def _save(job: Job, made: dict[str, Any]) -> tuple[Path | None, list[str]]:
 
 
 def _run_streamed(
-    job: Job, source: Path, output: Path, progress: Progress, stopping: Callable[[], bool], note: Note
+    job: Job,
+    output: Path,
+    progress: Progress,
+    stopping: Callable[[], bool],
+    note: Note,
+    lost: Callable[[], Loss | None],
 ) -> tuple[list[LayerResult], dict[str, Any]]:
     """Prune block by block into the output, or resume a run; returns the results of all layers and the record."""
-    stream, request = job.opened.resources.stream, job.request
+    stream, source, request = job.opened.resources.stream, job.opened.source, job.request
     assert stream is not None
+    assert source is not None
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
     with partial_output(stream, source, output, job.identity, job.plan.to_json(), **may, stopping=stopping) as partial:
         _store_generated_text(job, partial)
@@ -144,7 +176,7 @@ def _run_streamed(
             progress(result.layer)
         job = replace(job, gradients=_stored_gradients(job, partial, progress))
         results = [*before, *_apply(job, progress, note, partial)]
-        made = record(job, results)
+        made = record(job, results, lost())
         partial.complete(made)
     return results, made
 

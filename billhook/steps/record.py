@@ -1,8 +1,9 @@
 """A checked job, its report, and the step that it adds to billhook.json."""
 
 import platform
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from billhook.architectures.layers import Layer, find_layers
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.loop import LayerResult
 from billhook.engine.method import Method
+from billhook.evaluation.quality import Loss
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.plan import Plan
+from billhook.plan.recipes import better
 from billhook.steps.request import Opened, Request, calibration_facts, computed_in, listed
 from billhook.store.compute import dtype_name, stored_dtype
 from billhook.store.record import REFILLED, Record, Step, append_step, located
@@ -31,6 +34,7 @@ class Job:
     gradients: Gradients | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     packed: Path | None = None  # the final, packed output; `request.output` is then the dense model
+    begun: float = field(default_factory=time.perf_counter)  # when the request was read
 
     @property
     def steps(self) -> int:
@@ -50,6 +54,18 @@ class Report:
     record: dict[str, Any]
 
     @property
+    def lost(self) -> Loss | None:
+        """What the model has lost against the dense one on held-out text; None if it was not measured."""
+        found = self.record["steps"][-1]["made_by"]["lost"]
+        return None if found is None else Loss(**found)
+
+    @property
+    def better_recipe(self) -> str | None:
+        """The next recipe that loses less, if there is one."""
+        found: str | None = self.record["steps"][-1]["made_by"]["better_recipe"]
+        return found
+
+    @property
     def sparsity(self) -> float:
         """Fraction of the prunable weights that are zero now."""
         return sum(layer.zeros for layer in self.layers) / sum(layer.n for layer in self.layers)
@@ -61,12 +77,14 @@ class Report:
             "sparsity": self.sparsity,
             "target": self.plan.target,
             "seconds": round(self.seconds, 3),
+            "lost": None if self.lost is None else self.lost.to_dict(),
+            "better_recipe": self.better_recipe,
             "warnings": self.warnings,
             "layers": {r.layer: {"sparsity": r.sparsity, "planned": r.planned, "zeros": r.zeros} for r in self.layers},
         }
 
 
-def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
+def record(job: Job, results: Sequence[LayerResult], lost: Loss | None = None) -> dict[str, Any]:
     """The content of billhook.json after the job: the earlier steps of the model and this one."""
     before = job.opened.history
     known = {} if before is None else before.layers
@@ -75,7 +93,10 @@ def record(job: Job, results: Sequence[LayerResult]) -> dict[str, Any]:
     layers = {name: _left_alone(facts) | place(present[name]) for name, facts in known.items() if name in present}
     for r in results:
         layers[r.layer] = _layer_record(r, notes[r.layer], known.get(r.layer, {})) | place(present[r.layer])
-    return append_step(before, prune_step(job, notes, results), layers).to_json()
+    step = prune_step(job, notes, results)
+    better_recipe = better(job.request.criterion, job.plan, job.request.refine)
+    quality = {"lost": None if lost is None else lost.to_dict(), "better_recipe": better_recipe}
+    return append_step(before, replace(step, made_by={**quality, **step.made_by}), layers).to_json()
 
 
 def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[LayerResult]) -> Step:

@@ -32,7 +32,7 @@ from billhook.store.layout import WRITTEN
 from billhook.store.output import check_output
 from billhook.store.record import Record, history
 from billhook.store.shards import weight_bytes
-from billhook.store.sinks import SameLayout
+from billhook.store.sinks import SameLayout, choose_sink
 from billhook.tasks.base import Drawing, Home, Progress, Samples, Task
 from billhook.tasks.opening import task_of, task_of_config
 from billhook.tasks.self_text import is_self, saved_windows
@@ -191,6 +191,7 @@ def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrain
             raise BillhookError("Only a run on a model directory can be resumed, and this model is in memory.")
         if output is not None:
             check_output(output, overwrite=request.overwrite)
+            choose_sink(request.model, None)
         return None, request.model, resources
     if not isinstance(request.model, str | Path):
         kind = type(request.model).__name__

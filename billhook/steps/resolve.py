@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ class ResolvedRequest:
     * `plan`: the given plan, or that of a resumed run, whose first `done` blocks are finished.
     * `needed`: the metrics to measure, where there is neither a plan nor a `table`.
     * `packed`: the final output of a run whose result is packed.
+    * `begun`: when the check began, by `time.perf_counter`.
     """
 
     request: Request
@@ -50,7 +52,8 @@ class ResolvedRequest:
     gradients: Gradients | None
     identity: Mapping[str, Any]
     packed: Path | None
-    done: int = 0
+    done: int
+    begun: float
 
     @property
     def on_trial(self) -> bool:
@@ -72,6 +75,7 @@ def check(request: Request, progress: Progress = lambda step: None, *, dry_run: 
     Raises BillhookError for an impossible request. A model directory is opened one block at a time where there is an
     output, and for a dry run.
     """
+    begun = time.perf_counter()
     method, allocator_options = _methods(request)
     raced = request.plan is None and is_raced(request.allocator, allocator_options)
     table = Table.load(request.table) if isinstance(request.table, str | Path) else request.table
@@ -91,7 +95,7 @@ def check(request: Request, progress: Progress = lambda step: None, *, dry_run: 
     resumed, done = _partial_plan(request, opened, run)
     plan = resumed or plan
     return ResolvedRequest(
-        request, opened, method, allocator_options, plan, table, needed, gradients, run, packed, done
+        request, opened, method, allocator_options, plan, table, needed, gradients, run, packed, done, begun
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from billhook.errors import BillhookError
+from billhook.store.files import write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -158,6 +159,14 @@ def weight_files(directory: Path) -> list[Path]:
                 f"{index} names {name}, which is not in {directory}: copy or download the missing file."
             )
     return [directory / name for name in names]
+
+
+def write_index(directory: Path, files: Sequence[str]) -> None:
+    """Write the index of safetensors `files` in a directory."""
+    shards = [read_shard(directory / name) for name in files]
+    total = sum(entry.stop - entry.start for shard in shards for entry in shard.entries.values())
+    where = {name: shard.path.name for shard in shards for name in shard.entries}
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
 
 
 def weight_bytes(directory: Path) -> int:

@@ -36,15 +36,24 @@ class Drawing:
     seed: int = 0
     sampling: str = "packed"
 
+    @property
+    def held_out(self) -> int:
+        """How many more windows are drawn, on which what was lost is measured: an eighth as many, at least four."""
+        return max(4, self.samples // 8)
+
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs drawn from a SOURCE, one a row; `digest` is the SHA-256 of their values."""
+    """Inputs drawn from a SOURCE, one a row; `digest` is the SHA-256 of their values.
+
+    `heldout` are more of them, which are used for nothing but to measure what was lost; None where the text has none.
+    """
 
     batch: Batch
     source: str
     digest: str
     sampling: str
+    heldout: Batch | None = None
 
     def __len__(self) -> int:
         return rows_of(self.batch)

@@ -31,8 +31,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
+from billhook.ambient import evaluating
 from billhook.architectures.config import cache_bytes, check_length, special_tokens
-from billhook.engine.capture import evaluating
 from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import quiet
 from billhook.tasks.base import Drawing, Samples

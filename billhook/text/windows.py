@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
+from billhook.ambient import pinned
 from billhook.errors import BillhookError
 from billhook.text.corpus import documents, existing_file, joint
 from billhook.text.sampling import packed, papers
@@ -59,6 +60,7 @@ class Windows:
     text_bytes: int | None
 
 
+@pinned
 def load_calibration(
     source: str,
     tokenizer: Tokenizer | None,
@@ -94,6 +96,7 @@ def load_calibration(
     return Tokens(ids, source, digest(ids), sampling)
 
 
+@pinned
 def load_windows(
     source: str, tokenizer: Tokenizer | None, *, length: int, limit: int | None = None, vocab_size: int | None = None
 ) -> Windows:
@@ -129,7 +132,8 @@ def whole_ids(tokens: Any, source: str) -> Tensor:
         raise BillhookError(f"{source}: `tokens` must be [samples, length] with length 2 or more, found {found}.")
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise BillhookError(f"{source}: `tokens` must be whole numbers, found {tokens.dtype}.")
-    return tokens.to(torch.int64)
+    whole = tokens.to(torch.int64)
+    return whole.clone() if whole.is_inference() else whole  # which could not be used in a backward pass
 
 
 def digest(ids: Tensor) -> str:

@@ -49,7 +49,7 @@ def test_help_ends_with_examples_that_parse(command):
             assert re.search(rf"(?<![\w-]){option}\b", known), f"{example}: {option}"
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "demo"])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("demo", "ls")])
 def test_every_command_has_json(command):
     assert "--json" in done(command, "--help").out
     ran = billhook(command, "--json")
@@ -64,6 +64,36 @@ def test_no_command_prints_help_and_exits_with_2():
     assert ran.out == ""
     assert all(command in ran.err for command in COMMANDS)
     assert done("--help").out.strip() == ran.err.strip()
+
+
+def test_help_groups_every_command_and_cuts_no_line():
+    shown = done("-h").out
+    assert "Others:" not in shown
+    assert "..." not in shown.partition("Make a smaller model:")[2]
+    for command in app.registered_commands:
+        words = (command.callback.__doc__ or "").partition("\n")[0].split()
+        assert " ".join([command.name, *words]).rstrip(".") in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_usage_names_arguments_in_capitals_and_short_help_works(command):
+    usage = done(command, "-h").out.partition("\n\n")[0]
+    assert not re.search(r"[{}]", usage)
+    assert not re.search(r" [a-z_]+$", usage)
+    assert done(command, "-h").out == done(command, "--help").out
+
+
+@pytest.mark.parametrize("word", ["good", "wanda", "owl", "admm"])
+def test_the_help_of_prune_shows_the_names_to_choose_from(word):
+    assert word in done("prune", "-h").out
+
+
+def test_shells_complete_names(monkeypatch):
+    from typer.testing import CliRunner
+
+    asked = {"_BILLHOOK_COMPLETE": "complete_bash", "COMP_WORDS": "billhook prune m --recipe go", "COMP_CWORD": "4"}
+    ran = CliRunner().invoke(app, [], prog_name="billhook", env=asked)
+    assert ran.stdout.split() == ["good"]
 
 
 def test_the_version_is_printed():
@@ -125,7 +155,9 @@ def test_the_prune_command_reports_what_it_did(place, text, tmp_path):
     )
     assert ran.json["output"] == str(tmp_path / "pruned")
     assert ran.json["sparsity"] == ran.json["target"] == 0.5
-    assert set(ran.json) == {"output", "sparsity", "target", "seconds", "warnings", "layers"}
+    assert set(ran.json) == {"output", "sparsity", "target", "seconds", "lost", "better_recipe", "warnings", "layers"}
+    assert re.search(r"^What was lost: .*: KL divergence from the dense model", ran.err, re.MULTILINE)
+    assert "Less is lost with --recipe good." in ran.err
     assert "50.0000% of 18,432 weights removed" in ran.err
     quiet = done("prune", place / "model", "-o", tmp_path / "again", "--sparsity", "0.5", "--recipe", "fast", *text)
     assert quiet.out == ""
@@ -152,6 +184,14 @@ def test_a_dry_run_writes_nothing(place, text, monkeypatch, output):
         name: s for name, *_, s in rows
     }
     assert listing(place) == before
+
+
+def test_a_dry_run_has_one_line_for_layers_that_are_alike(place, monkeypatch):
+    monkeypatch.chdir(place)
+    ran = done("prune", "model", "--sparsity", "60%", "--criterion", "magnitude", "--dry-run")
+    rows = re.findall(r"^(\S+), 2 layers +\d+ x \d+ +0\.6000$", ran.out, flags=re.MULTILINE)
+    assert len(rows) == 7
+    assert "14 layers, 18,432 weights, sparsity 0.6" in ran.err
 
 
 def test_verify_fails_on_a_difference(place, tmp_path):
@@ -189,6 +229,15 @@ def test_an_infinite_perplexity_is_still_json(tmp_path):
 
 
 # ls
+
+
+def test_ls_alone_lists_everything_that_can_be_named():
+    rows = done("ls", "--json").json
+    assert {"good", "owl@70"} <= {row["name"] for row in rows["recipes"]}
+    assert {*ALLOCATORS.names(), "auto"} == {row["name"] for row in rows["allocators"]}
+    assert set(rows) == {"recipes", "allocators", "criteria", "quantizers", "metrics", "families"}
+    shown = done("ls").out
+    assert all(name in shown for name in ("good", "auto", "admm", "alpha_peak", "gpt_oss"))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ NOT_RUN = {
     ("README.md", "installs and tests the package"),
     ("README.md", "starts processes; tests/distributed/test_ranks.py does"),
     ("CONTRIBUTING.md", "installs and tests the package"),
+    ("install.md", "installs the package"),
     ("first_run.md", "takes a minute; the demo is a target of its own, make demo"),
     ("own_model.md", "reads corpora from the network"),
     ("add_a_method.md", "a line of another file"),

@@ -27,6 +27,22 @@ def test_the_site_builds_without_a_warning_and_stands_alone(tmp_path):
         assert not loaded, f"{page.name} loads {loaded}"
 
 
+def _luminance(colour: str) -> float:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_links_can_be_read_in_both_schemes():
+    css = (ROOT / "docs" / "assets" / "site.css").read_text(encoding="utf-8")
+    for scheme, paper in (("default", "#ffffff"), ("default", "#f5f5f5"), ("slate", "#1e2129"), ("slate", "#272a35")):
+        rules = css.partition(f'[data-md-color-scheme="{scheme}"]')[2].partition("}")[0]
+        for name in ("typeset-a-color", "accent-fg-color"):
+            ink = re.search(rf"--md-{name}: (#[0-9a-f]{{6}});", rules)[1]
+            light, dark = sorted(map(_luminance, (ink, paper)), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (scheme, name, paper)
+
+
 def test_every_page_is_in_the_navigation():
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
     pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}

@@ -67,6 +67,13 @@ def test_all_means_every_allocator_that_needs_no_file(tokens: torch.Tensor):
     assert found == set(ALLOCATORS.names()) - {"explicit"}
 
 
+def test_values_that_a_search_tries_are_short_numbers(tokens: torch.Tensor):
+    found = find(llama(num_hidden_layers=11), tokens, budget=4, criterion="magnitude")
+    values = [trial.options["beta"] for trial in found.trials[1:]]
+    assert values == [0.04, 0.02, 0.07, 0.1]
+    assert "0000000" not in json.dumps(found.record)
+
+
 def test_a_search_has_the_criterion_of_the_recipe_and_chooses_the_allocation(tokens: torch.Tensor):
     found = find(llama(num_hidden_layers=2), tokens, criterion="", recipe="sparsegpt", budget=1)
     assert found.record["identity"]["criterion"] == "sparsegpt"

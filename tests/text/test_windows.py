@@ -65,9 +65,9 @@ def test_papers_sampling_without_a_long_document_ends_in_an_error(tokenizer, tmp
 
 
 def test_papers_sampling_draws_a_document_that_is_one_token_longer_than_the_window(tokenizer, tmp_path, monkeypatch):
-    """It has one window, without its last token; of two documents, one token less is not enough for any."""
+    """It has one window, without its last token; the documents with one token less have none, however often drawn."""
     monkeypatch.setattr(text_sampling, "_MISSES", 3)
-    documents = ["y" * 63, "z" * 64]  # and a start token each
+    documents = ["y" * 63] * 40 + ["z" * 64]  # and a start token each
     found = load_calibration(jsonl(tmp_path / "a.jsonl", documents), tokenizer, samples=3, length=64, sampling="papers")
     assert torch.equal(found.ids, published(documents, tokenizer, 3, 64, 0))
     assert tokenizer.decode(found.ids[0]) == "<s>" + "z" * 63

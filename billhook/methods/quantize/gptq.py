@@ -95,10 +95,12 @@ def _round_block(block: Tensor, U: Tensor, scales: Scales, grid: Grid, fixed: Te
     offset = block.new_zeros(()) if scales.offset is None else scales.offset.repeat_interleave(grid.group, dim=1).t()
     offset = offset.expand_as(scale)
     codes, errors = torch.empty_like(block), torch.zeros_like(block)
+    weight = U.diagonal().square().reciprocal()
     for at in range(0, len(block), grid.step):
         to = at + grid.step
         w = torch.addmm(block[at:to], U[:at, at:to].t(), errors[:at], alpha=-1)
-        codes[at:to] = grid.nearest(((w - offset[at:to]) / scale[at:to]).t()).t().masked_fill(zero[at:to], 0)
+        x = (w - offset[at:to]) / scale[at:to]
+        codes[at:to] = grid.nearest(x.t(), weight[at:to]).t().masked_fill(zero[at:to], 0)
         error = w - torch.addcmul(offset[at:to], codes[at:to], scale[at:to])
         if grid.step == 1:
             errors[at] = error[0] / U[at, at]

@@ -75,8 +75,11 @@ class Grid(Protocol):
         """Scales of the given values, float32 [out, groups], as they can be stored; None where they are not free."""
         ...
 
-    def nearest(self, x: Tensor) -> Tensor:
-        """The codes nearest to x = (W - offset) / scale, float32 [out, step], as integers in float32."""
+    def nearest(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The codes nearest to x = (W - offset) / scale, float32 [out, columns], as integers in float32.
+
+        The number of columns is a multiple of `step`; `weight` [columns] tells how much each counts in its vector.
+        """
         ...
 
 
@@ -120,5 +123,6 @@ def safe_scale(scale: Tensor, group: int) -> Tensor:
 
 def kept_zeros(W: Tensor, grid: Grid) -> Tensor | None:
     """Where W [out, in] is exactly zero and must stay so, bool [out, in]; None for a grid without a zero."""
-    point = grid.nearest(W.new_zeros(1, grid.step))
-    return None if point.any() else W == 0
+    scales = grid.fit(W.new_zeros(1, grid.block), W.new_ones(grid.block))
+    has_zero = scales.offset is None and not grid.nearest(W.new_zeros(1, grid.step)).any()
+    return W == 0 if has_zero else None

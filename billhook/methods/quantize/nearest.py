@@ -27,14 +27,12 @@ def nearest(W: Tensor, stats: LayerStats, grid: Grid, *, weighted: bool = False)
         part = slice(start, start + grid.block)
         scales = grid.fit(W[:, part], weight[part])
         fitted.append(scales)
-        codes[:, part] = _round(W[:, part], scales, grid)
+        codes[:, part] = _round(W[:, part], scales, grid, weight[part])
     return Quantized(grid, codes.to(torch.int8), Scales.join(fitted))
 
 
-def _round(W: Tensor, scales: Scales, grid: Grid) -> Tensor:
+def _round(W: Tensor, scales: Scales, grid: Grid, weight: Tensor) -> Tensor:
     """The codes of one block of columns, float32 [out, block]."""
     scale, offset = safe_scale(scales.scale, grid.group), scales.offset
     x = W if offset is None else W - offset.repeat_interleave(grid.group, dim=1)
-    x = (x / scale).reshape(-1, grid.step)
-    codes = grid.nearest(x).view_as(W)
-    return codes.where(scales.scale.repeat_interleave(grid.group, dim=1) != 0, 0)
+    return grid.nearest(x / scale, weight).where(scales.scale.repeat_interleave(grid.group, dim=1) != 0, 0)

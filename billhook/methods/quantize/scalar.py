@@ -65,7 +65,7 @@ class Scalar:
         most = torch.finfo(self.stored).max
         return scale.clamp(-most, most).to(self.stored).float()
 
-    def nearest(self, x: Tensor) -> Tensor:
+    def nearest(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """The nearest integers in range."""
         half = 1 << (self.bits - 1)
         return x.round().clamp_(-half, half - 1)

@@ -1,0 +1,89 @@
+"""Types whose codes are vectors of a code book: iq2_xxs, iq2_xs, iq2_s (8 columns), iq3_xxs, iq3_s (4 columns).
+
+A code is a point of the book, whose numbers are positive, and a sign for every column. In iq2_xxs, iq2_xs and iq3_xxs
+the number of minus signs in 8 columns is even, so that seven are stored. The books are those of the `gguf` package.
+
+The nearest code is searched among all points. Where x has an odd number of minus signs, that of the column with the
+smallest weight · |x| is turned first, and then counts against large points: within 1 % of the least error.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from billhook.errors import BillhookError
+from billhook.methods.quantize.groups import Groups
+from billhook.methods.quantize.symmetric import Points, SuperBlock, improved
+
+_STARTS = torch.linspace(0.5, 1.25, 8).tolist()  # the largest weight in units of the largest number of the book
+_AROUND = (0.85, 1.0, 1.15)  # scales that are tried with the book, in units of the one found without
+_SIGNED = 8  # columns whose signs are stored together
+
+
+@cache
+def book(name: str, device: torch.device | None = None) -> Tensor:
+    """The points of a code book, float32 [points, columns]. Raises BillhookError if `gguf` is not installed."""
+    try:
+        from gguf import quants
+    except ImportError:
+        raise BillhookError(f"{name} needs the code books of the gguf package: pip install 'billhook[gguf]'.") from None
+    table = getattr(quants, name.upper())
+    table.init_grid()
+    return torch.tensor(table.grid[0, 0], device=device)
+
+
+@dataclass(frozen=True)
+class CodeBook(SuperBlock):
+    """A type with vectors of `dim` columns, of which `even` tells whether the number of minus signs is even."""
+
+    points: Points
+    dim: int = 8
+    even: bool = False
+
+    @property
+    def step(self) -> int:  # type: ignore[override]
+        """The columns of a code."""
+        return _SIGNED if self.even else self.dim
+
+    def nearest(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The codes nearest to x = W / scale [out, columns], as integers in float32; `weight` [columns]."""
+        weight = torch.ones(x.shape[1], device=x.device) if weight is None else weight
+        vectors = zip(x.split(self.step, 1), weight.split(self.step), strict=True)
+        return torch.cat([self._vector(v, w) for v, w in vectors], 1)
+
+    def index(self, codes: Tensor) -> Tensor:
+        """The numbers in the book of codes [..., columns], int64 [..., columns / dim]."""
+        levels, points = len(self.points.values), book(self.name, codes.device).to(codes.dtype)
+        places = levels ** torch.arange(self.dim, device=codes.device)
+        numbers = torch.zeros(levels**self.dim, dtype=torch.long, device=codes.device)
+        numbers[(self.points.index(points) * places).sum(1)] = torch.arange(len(points), device=codes.device)
+        return numbers[(self.points.index(codes.abs()).unflatten(-1, (-1, self.dim)) * places).sum(-1)]
+
+    def _round(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The codes nearest to x [groups, group, out] with weight [groups, 1, group]."""
+        return self.nearest(x.view(-1, x.shape[2]).t(), weight.flatten()).t().reshape(x.shape)
+
+    def _vector(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The codes nearest to x [out, step] with weight [step]."""
+        sign = torch.where(x < 0, -1.0, 1.0)
+        if self.even:
+            least = (x.abs() * weight).argmin(1, keepdim=True)
+            sign.scatter_(1, least, sign.gather(1, least) * sign.prod(1, keepdim=True))
+        size, points = x * sign, book(self.name, x.device)
+        found = []
+        for a, w in zip(size.split(self.dim, 1), weight.split(self.dim), strict=True):
+            closeness = torch.addmm((points.square() @ w) / -2, a, (points * w).t())
+            found.append(points[closeness.max(1).indices])
+        return torch.cat(found, 1).mul_(sign)
+
+    def _search(self, groups: Groups) -> tuple[Tensor, Tensor]:
+        """The best scale of every group and sum(weight · code²), [groups, out]: first without the book, by numbers."""
+        largest = groups.x.abs().amax(1) / self.points.high
+        scale, _ = improved(groups, (largest * start for start in _STARTS), self._number)
+        return improved(groups, (scale * factor for factor in _AROUND), self._round, times=1)
+
+    def _number(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The nearest numbers that occur in the book, elementwise, with the signs of x."""
+        return torch.copysign(self.points.nearest(x.abs()), x)

@@ -1,0 +1,53 @@
+"""The columns of a block in groups, and sums over them from which scales follow by least squares.
+
+Tensors are [groups, group, out], so that sums over a group add whole rows of memory. Weights are divided by the largest
+of their row, so that no square can overflow or vanish; `weight` is divided by its mean.
+"""
+
+import torch
+from torch import Tensor
+
+_HALF = 65504.0  # the largest float16
+
+
+class Groups:
+    """W float32 [out, block] and weight [block]: `x` [groups, group, out], `weight` [groups, 1, group], `peak` [out].
+
+    Sums over each group, [groups, out]: `sum_w` of the weights, `sum_wx` and `sum_wxx` of weight times x and x².
+    """
+
+    def __init__(self, W: Tensor, weight: Tensor, group: int) -> None:
+        out, block = W.shape
+        x = W.t().contiguous().view(block // group, group, out)
+        largest = x.abs().amax((0, 1))
+        self.peak = largest.where(largest > 0, 1)
+        self.x = x / self.peak
+        floor = torch.finfo(torch.float32).tiny
+        self.weight = (weight / weight.mean().clamp_min(floor) + 1e-6).view(-1, 1, group)
+        self.wx = self.x * self.weight.transpose(1, 2)
+        self.sum_w = self.weight.sum(2).expand(-1, out)
+        self.sum_wx = self.wx.sum(1)
+        self.sum_wxx = (self.wx * self.x).sum(1)
+
+    def sums(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums [groups, out] of weight times code, code² and code · x; `codes` [groups, group, out] is overwritten."""
+        wcx = (codes * self.wx).sum(1)
+        return (self.weight @ codes)[:, 0], (self.weight @ codes.square_())[:, 0], wcx
+
+    def half(self, scale: Tensor, unit: float = 1.0) -> Tensor:
+        """`scale` [..., out] when it is stored in float16 in units of `unit`, not above the largest float16."""
+        return (scale * (self.peak / unit)).clamp(-_HALF, _HALF).half().float() / (self.peak / unit)
+
+    def stored(self, scale: Tensor, unit: float = 1.0) -> Tensor:
+        """The float16 that `half` stands for, [out, 1] or [out, rows of scale]."""
+        return (scale * (self.peak / unit)).clamp(-_HALF, _HALF).half().view(-1, len(self.peak)).t().contiguous()
+
+
+def inverse(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 for a scale of (almost) 0."""
+    return scale.reciprocal().where(scale.abs() > 1e-30, 0)
+
+
+def quotient(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is not positive."""
+    return a / b.where(b > 0, 1) * (b > 0)

@@ -1,0 +1,166 @@
+"""Types with a minimum, whose codes are 0 ... `high`.
+
+    q4_1 q5_1         value = d · code + m                                    d, m float16 for every 32 columns
+    q2_k q4_k q5_k    value = (d · multiplier) · code - (dmin · minimum)      two small integers for every group
+
+`fit` starts from ranges that cut off or extend the ends of a group by part of a step, and improves scale and offset by
+least squares; then as in `symmetric`, for the two integers of a group together.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from billhook.methods.quantize.grid import Scales
+from billhook.methods.quantize.groups import Groups, inverse, quotient
+from billhook.methods.quantize.symmetric import Multipliers
+
+_CUTS = (-0.5, 0.0, 0.5, 1.1)  # steps by which an end of the range is cut off
+_SPLITS = 8
+_ROUNDS = 2
+Sums = tuple[Tensor, Tensor, Tensor]  # of weight times code, code², and code · x; [groups, out]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A type with a float16 scale and a float16 minimum for a block of columns."""
+
+    name: str
+    high: int
+    block: int = 32
+    group: int = 32
+
+    step = 1
+
+    def nearest(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The codes nearest to x = (W - offset) / scale [out, columns], as integers in float32; `weight` [columns]."""
+        return x.round().clamp_(0, self.high)
+
+    def fit(self, W: Tensor, weight: Tensor) -> Scales:
+        """Scales and offsets for W float32 [out, block] and weight [block]."""
+        groups = Groups(W, weight, self.group)
+        scale, offset, _ = self._search(groups, torch.inf)
+        found: tuple[Tensor, ...] = ()
+        for _ in range(_ROUNDS):
+            scale, offset = groups.half(scale), groups.half(offset)
+            sums = self._sums(groups, scale, offset)
+            found = _better((_error(groups, scale, offset, sums), scale, offset), found)
+            scale, offset = _solve(groups, sums, torch.inf)
+        return self.decoded({"d": groups.stored(found[1]), "m": groups.stored(found[2])})
+
+    def decoded(self, parts: Mapping[str, Tensor]) -> Scales:
+        """Scales from what is stored: d and m float16 [out, blocks]."""
+        return Scales(parts["d"].float(), parts["m"].float(), dict(parts))
+
+    def scales(self, scale: Tensor) -> Scales | None:
+        """None: a scale is not free without its offset."""
+        return None
+
+    def _sums(self, groups: Groups, scale: Tensor, offset: Tensor) -> Sums:
+        """The sums for the codes that these scales give."""
+        return groups.sums(self.nearest((groups.x - offset[:, None]) * inverse(scale)[:, None]))
+
+    def _search(self, groups: Groups, most: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The best scale and offset (not above `most`) of every group, and sum(weight · code²); [groups, out]."""
+        low = groups.x.amin(1).clamp_max(most)
+        span = groups.x.amax(1) - low
+        found: tuple[Tensor, ...] = ()
+        for below, above in product(_CUTS, _CUTS):
+            scale = span / (self.high + below + above)
+            offset = (low + below * scale).clamp_max(most)
+            for _ in range(2):
+                sums = self._sums(groups, scale, offset)
+                scale, offset = _solve(groups, sums, most)
+                new = _error(groups, scale, offset, sums), scale, offset, sums[1]
+                found = _better(new, found)
+        return found[1], found[2], found[3]
+
+
+@dataclass(frozen=True)
+class KMinimum(Affine):
+    """A type whose scales and minima are `multipliers` of d and dmin, float16 for a block of columns."""
+
+    block: int = 256
+    multipliers: Multipliers = field(kw_only=True)
+
+    integers = (("multipliers", "d", 1.0), ("minima", "dmin", -1.0))
+
+    def fit(self, W: Tensor, weight: Tensor) -> Scales:
+        """Scales and offsets for W float32 [out, block] and weight [block]."""
+        groups = Groups(W, weight, self.group)
+        scale, offset, power = self._search(groups, 0.0)
+        d, a = self._split(groups, scale, power)
+        dmin, b = self._split(groups, -offset, groups.sum_w)
+        found: tuple[Tensor, ...] = ()
+        for _ in range(_ROUNDS):
+            error, a, b, *sums = self._improve(groups, d, a, dmin, b)
+            found = _better((error.sum(0), d, a, dmin, b), found)
+            d, dmin = _solve_block(groups, a, b, sums, (d, dmin))
+        _, d, a, dmin, b = found
+        parts = {"d": groups.stored(d), "dmin": groups.stored(dmin)}
+        return self.decoded(parts | {"multipliers": a.t().to(torch.int8), "minima": b.t().to(torch.int8)})
+
+    def decoded(self, parts: Mapping[str, Tensor]) -> Scales:
+        """Scales from what is stored: d, dmin float16 [out, blocks], multipliers and minima int8 [out, groups]."""
+        a, b = parts["multipliers"], parts["minima"]
+        d, dmin = (parts[name].float().repeat_interleave(self.block // self.group, dim=1) for name in ("d", "dmin"))
+        return Scales(d * a, -(dmin * b), dict(parts))
+
+    def _split(self, groups: Groups, value: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
+        """d [out] and integers [groups, out] with a small sum(power · (d · integer - value)²)."""
+        found: tuple[Tensor, ...] = ()
+        for k in range(_SPLITS):
+            d = groups.half(value.amax(0) / (self.multipliers.high - k / 2))
+            for _ in range(2):
+                integers = self.multipliers.nearest(value * inverse(d))
+                found = _better(((power * (integers * d - value).square()).sum(0), d, integers), found)
+                d = groups.half(quotient((power * integers * value).sum(0), (power * integers.square()).sum(0)))
+        return found[1], found[2]
+
+    def _improve(self, groups: Groups, d: Tensor, a: Tensor, dmin: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        """The error [groups, out], multipliers, minima and sums of the best neighbours of every pair of integers."""
+        found: tuple[Tensor, ...] = ()
+        for multiplier, minimum in product(self.multipliers.neighbours(a), self.multipliers.neighbours(b)):
+            scale, offset = d * multiplier, -(dmin * minimum)
+            sums = self._sums(groups, scale, offset)
+            found = _better((_error(groups, scale, offset, sums), multiplier, minimum, *sums), found)
+        return found
+
+
+def _better(new: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Where the first tensor, the error, is less in `new` than in `found`, the tensors of `new`."""
+    if not found:
+        return new
+    return tuple(a.where(new[0] < found[0], b) for a, b in zip(new, found, strict=True))
+
+
+def _error(groups: Groups, scale: Tensor, offset: Tensor, sums: Sums) -> Tensor:
+    """sum(weight · (x - scale · code - offset)²), [groups, out]."""
+    wc, wcc, wcx = sums
+    cross = offset * (offset * groups.sum_w - 2 * groups.sum_wx + 2 * scale * wc)
+    return groups.sum_wxx - 2 * scale * wcx + scale.square() * wcc + cross
+
+
+def _solve(groups: Groups, sums: Sums, most: float) -> tuple[Tensor, Tensor]:
+    """The best scale and offset for some codes; one is 0 where codes are equal or the offset would be above `most`."""
+    wc, wcc, wcx = sums
+    determinant = groups.sum_w * wcc - wc.square()
+    scale = (groups.sum_w * wcx - groups.sum_wx * wc) / determinant
+    offset = (groups.sum_wx * wcc - wc * wcx) / determinant
+    regular = (determinant > 1e-6 * groups.sum_w * wcc) & (offset <= most) & (scale >= 0)
+    mean = (groups.sum_wx / groups.sum_w).clamp_max(most).where(wcc <= 0, 0)
+    return scale.where(regular, quotient(wcx, wcc)), offset.where(regular, mean)
+
+
+def _solve_block(groups: Groups, a: Tensor, b: Tensor, sums: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
+    """The best d and dmin [out], as stored, for some codes and integers; the old ones where it is not unique."""
+    wc, wcc, wcx = sums
+    dd, dm, mm = (a * a * wcc).sum(0), (a * b * wc).sum(0), (b * b * groups.sum_w).sum(0)
+    dx, mx = (a * wcx).sum(0), (b * groups.sum_wx).sum(0)
+    determinant = dd * mm - dm.square()
+    new = (mm * dx - dm * mx) / determinant, (dm * dx - dd * mx) / determinant
+    regular = (determinant > 1e-6 * dd * mm) & (new[0] > 0) & (new[1] > 0)
+    return [groups.half(x.where(regular, y)) for x, y in zip(new, old, strict=True)]

@@ -1,0 +1,197 @@
+"""Types without a minimum: value = (d · multiplier) · code, with a float16 `d` for a block of columns.
+
+A multiplier is a small integer of its own for every group of columns, or 1. `fit` tries some scales for every group and
+improves each by least squares; `d` and the multipliers are chosen for the error that a scale causes to second order;
+then each multiplier becomes the best of its neighbours, every code being rounded again.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from billhook.methods.quantize.grid import Scales
+from billhook.methods.quantize.groups import Groups, inverse, quotient
+
+_STARTS = torch.linspace(-2.4, 0.8, 8).tolist()  # steps between the first code and the largest weight
+_SPLITS = 16  # values of d that are tried before codes are rounded
+
+
+@dataclass(frozen=True)
+class Integers:
+    """The codes low ... high."""
+
+    low: int
+    high: int
+
+    spacing = 1.0
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The nearest code, elementwise."""
+        return x.round().clamp_(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Points:
+    """Codes from an ascending table of integers between -128 and 127."""
+
+    values: tuple[int, ...]
+
+    @property
+    def low(self) -> int:
+        """The least code."""
+        return self.values[0]
+
+    @property
+    def high(self) -> int:
+        """The largest code."""
+        return self.values[-1]
+
+    @property
+    def spacing(self) -> float:
+        """The mean distance of neighbours."""
+        return (self.high - self.low) / (len(self.values) - 1)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The nearest code, elementwise, looked up by half units: the points in the middle are multiples of ½."""
+        middles = torch.arange(-256, 257, device=x.device) / 2 + 0.25
+        points = torch.tensor(self.values, dtype=torch.float32, device=x.device)
+        table = points[(middles[:, None] - points).abs().argmin(1)]
+        halves = (x * 2).add_(256).clamp_(0, 512).int()
+        return table.index_select(0, halves.flatten()).view_as(x)
+
+    def index(self, codes: Tensor) -> Tensor:
+        """Where codes are in the table, int64; the next one for a number that is not in it."""
+        return torch.searchsorted(torch.tensor(self.values, dtype=codes.dtype, device=codes.device), codes.contiguous())
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """The integers low, low + step, ... high."""
+
+    low: int
+    high: int
+    step: int = 1
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The nearest multiplier, elementwise."""
+        last = (self.high - self.low) // self.step
+        return ((x - self.low) / self.step).round().clamp_(0, last) * self.step + self.low
+
+    def neighbours(self, m: Tensor) -> list[Tensor]:
+        """Each multiplier, and the ones below and above it."""
+        return [(m + move).clamp(self.low, self.high) for move in (0, -self.step, self.step)]
+
+
+@dataclass(frozen=True)
+class Symmetric:
+    """A type with a scale for every block, float16, whose codes are chosen one by one."""
+
+    name: str
+    points: Integers | Points
+    block: int = 32
+    group: int = 32
+
+    step = 1
+
+    def nearest(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The codes nearest to x = W / scale [out, columns], as integers in float32; `weight` [columns]."""
+        return self.points.nearest(x)
+
+    def fit(self, W: Tensor, weight: Tensor) -> Scales:
+        """Scales for W float32 [out, block] and weight [block]."""
+        groups = Groups(W, weight, self.group)
+        scale, _ = self._search(groups)
+        return self.decoded({"d": groups.stored(scale)})
+
+    def decoded(self, parts: Mapping[str, Tensor]) -> Scales:
+        """Scales from what is stored: d float16 [out, blocks]."""
+        return Scales(parts["d"].float(), None, dict(parts))
+
+    def scales(self, scale: Tensor) -> Scales | None:
+        """Scales of the given values [out, groups], as they can be stored; None where they are not free."""
+        most = torch.finfo(torch.float16).max
+        return self.decoded({"d": scale.clamp(-most, most).half()})
+
+    def _round(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The codes nearest to x [groups, group, out] with weight [groups, 1, group]."""
+        return self.points.nearest(x)
+
+    def _search(self, groups: Groups) -> tuple[Tensor, Tensor]:
+        """The best scale of every group and sum(weight · code²), [groups, out]."""
+        largest = groups.x.gather(1, groups.x.abs().argmax(1, keepdim=True))[:, 0]
+        starts = [sign / (self.points.low + cut * self.points.spacing) for cut in _STARTS for sign in (1, -1)]
+        return improved(groups, [largest * start for start in starts], self._round)
+
+
+@dataclass(frozen=True)
+class SuperBlock(Symmetric):
+    """A type whose scales are `multipliers` times `unit` · d, which is float16 for every block."""
+
+    block: int = 256
+    multipliers: Multipliers = field(kw_only=True)
+    unit: float = 1.0
+
+    @property
+    def integers(self) -> tuple[tuple[str, str, float], ...]:
+        """What a scale consists of: the part with integers, the one that they multiply, and a factor."""
+        return (("multipliers", "d", self.unit),)
+
+    def fit(self, W: Tensor, weight: Tensor) -> Scales:
+        """Scales for W float32 [out, block] and weight [block]."""
+        groups = Groups(W, weight, self.group)
+        d, m = self._split(groups, *self._search(groups))
+        m = self._best_neighbours(groups, d, m)
+        return self.decoded({"d": groups.stored(d, self.unit), "multipliers": m.t().to(torch.int8)})
+
+    def decoded(self, parts: Mapping[str, Tensor]) -> Scales:
+        """Scales from what is stored: d float16 [out, blocks] and multipliers int8 [out, groups]."""
+        d = parts["d"].float().repeat_interleave(self.block // self.group, dim=1)
+        return Scales(d * parts["multipliers"] * self.unit, None, dict(parts))
+
+    def scales(self, scale: Tensor) -> Scales | None:
+        """None: scales are not free."""
+        return None
+
+    def _split(self, groups: Groups, scale: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
+        """d [out] and multipliers [groups, out] with a small sum(power · (d · multiplier - scale)²)."""
+        largest = scale.gather(0, scale.abs().argmax(0, keepdim=True))[0]
+        edge = self.multipliers.low if self.multipliers.low < 0 else self.multipliers.high
+        d, m, least = largest, scale, torch.full_like(largest, torch.inf)
+        for k in range(_SPLITS):
+            tried = groups.half(largest / (edge * (1 - k / (2 * _SPLITS))), self.unit)
+            for _ in range(2):
+                integers = self.multipliers.nearest(scale * inverse(tried))
+                error = (power * (integers * tried - scale).square()).sum(0)
+                better = error < least
+                d, m, least = tried.where(better, d), integers.where(better, m), error.where(better, least)
+                tried = quotient((power * integers * scale).sum(0), (power * integers.square()).sum(0))
+                tried = groups.half(tried, self.unit)
+        return d, m
+
+    def _best_neighbours(self, groups: Groups, d: Tensor, m: Tensor) -> Tensor:
+        """Of every multiplier and its neighbours the one with the least error, [groups, out]."""
+        best, least = m, torch.full_like(m, torch.inf)
+        for tried in self.multipliers.neighbours(m):
+            scale = d * tried
+            _, wcc, wcx = groups.sums(self._round(groups.x * inverse(scale)[:, None], groups.weight))
+            error = scale.square() * wcc - 2 * scale * wcx
+            best, least = tried.where(error < least, best), error.where(error < least, least)
+        return best
+
+
+def improved(
+    groups: Groups, starts: Iterable[Tensor], nearest: Callable[[Tensor, Tensor], Tensor], times: int = 2
+) -> tuple[Tensor, Tensor]:
+    """The best of some scales [groups, out], each improved by least squares, and sum(weight · code²)."""
+    best = power = torch.zeros_like(groups.sum_wx)
+    most = torch.full_like(best, -torch.inf)  # of the error that a scale removes
+    for scale in starts:
+        for _ in range(times):
+            _, wcc, wcx = groups.sums(nearest(groups.x * inverse(scale)[:, None], groups.weight))
+            scale = quotient(wcx, wcc)
+            better = wcx * scale > most
+            most = (wcx * scale).where(better, most)
+            best, power = scale.where(better, best), wcc.where(better, power)
+    return best, power
