@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from billhook.architectures.config import context_length
+from billhook.ambient import pinned
+from billhook.architectures.config import context_length, vocabulary_size
 from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import quiet
+from billhook.text.windows import check_ids
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,14 @@ def _refuse_nan(ids: Tensor, logits: Tensor) -> Tensor:
     return logits
 
 
+@pinned
 def generate(
     model: PreTrainedModel, ids: Tensor, new: int, *, stop: bool = True, token: Callable[[Tensor], None] | None = None
 ) -> Generated:
     """Continue prompts, int64 [batch, prompt], greedily by at most `new` tokens; with `stop` False by exactly `new`.
 
-    `token` is called with each new token of a batch of one. Raises BillhookError beyond the model's context.
+    `token` is called with each new token of a batch of one. Raises BillhookError beyond the model's context or
+    vocabulary.
     """
     if new < 1:
         raise BillhookError(f"Generate at least one token, got {new}.")
@@ -78,6 +82,7 @@ def generate(
     if context is not None and ids.shape[1] + new > context:
         tokens = f"{ids.shape[1]} tokens of prompt and {new} new ones"
         raise BillhookError(f"{tokens} do not fit the model's context of {context}.")
+    check_ids(ids, vocabulary_size(model), "The prompt")
     clock = Clock(token or (lambda ids: None))
     options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "num_beams": 1, "use_cache": True}
     options |= {"streamer": clock, "logits_processor": LogitsProcessorList([_refuse_nan])}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from billhook.ambient import pinned
 from billhook.architectures.layers import is_plain_linear, is_transposed
 from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
@@ -31,6 +32,7 @@ from billhook.tasks.opening import load_model, task_of_config
 _READ = ("config.json", "generation_config.json")
 
 
+@pinned
 def load(
     model: str | Path,
     *,

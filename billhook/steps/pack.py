@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from billhook.ambient import pinned
 from billhook.architectures.layers import is_transposed_on_disk
 from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
@@ -64,6 +65,7 @@ class PackReport:
         return {"output": str(self.output), **{key: getattr(self, key) for key in fields}, "layers": layers}
 
 
+@pinned
 def pack(
     model: str | Path,
     output: str | Path,
@@ -99,6 +101,7 @@ def pack(
     return _report(output, written, record, sorted(weights - {shard.path.name for shard in shards}))
 
 
+@pinned
 def unpack(
     directory: str | Path,
     output: str | Path,

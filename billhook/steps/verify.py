@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from billhook.ambient import pinned
+from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
 from billhook.export import compressed_tensors
 from billhook.plan.plan import Plan
@@ -57,6 +59,7 @@ class Verification:
         return {"ok": self.ok, **asdict(self)}
 
 
+@pinned
 def verify(
     directory: str | Path, progress: Progress = lambda done, all: None, *, source: str | Path | None = None
 ) -> Verification:
@@ -78,7 +81,7 @@ def verify(
         shards, damaged = _open(directory)
         problems += _check_finite(shards)
         if source is not None:
-            problems += changed_weights(shards, record, Path(source).expanduser())
+            problems += changed_weights(shards, record, resolve(source))
         return _check_record(directory, record, problems, shards, damaged, progress)
     if source is not None:
         raise BillhookError(f"{directory} is packed: unpack it first, to compare it with {source}.")

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from billhook import JobError, allocate, measure, prune_
+from billhook import JobError, allocate, find_layers, measure, prune_
 from billhook.methods.masks import Select
 from billhook.registry import method
 
@@ -80,3 +80,19 @@ def test_weights_that_were_zero_before_are_noted_and_no_error() -> None:
     assert (first.zeros, first.zeros_before) == (768, 768)
     assert first.notes == ("256 more zeros than planned (768 weights were zero before)",)
     assert not any(result.notes for result in others)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
+def test_the_error_of_a_layer_is_that_of_its_outputs_for_uncorrelated_inputs(criterion: str) -> None:
+    model, ids = tiny.llama(), torch.randint(0, 258, (4, 24), generator=torch.Generator().manual_seed(0))
+    layer, seen = find_layers(model)[0], list[Tensor]()
+    handle = layer.module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1).double()))
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    before = layer.weight.double()
+    squares = torch.ones(32, dtype=torch.float64) if criterion == "magnitude" else seen[0].square().sum(0)
+    plan = allocate(measure(model, [], layers=[layer]), 0.5)
+    (result,) = prune_(model, plan, criterion=criterion, batches=ids, layers=[layer])
+    change = ((layer.weight.double() - before).square() * squares).sum()
+    assert result.error == pytest.approx(float(change / (before.square() * squares).sum()), rel=1e-4)
