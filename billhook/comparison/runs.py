@@ -54,6 +54,8 @@ def _difference(found: dict[str, list[dict[str, Any]]]) -> str:
     two, b = next(((name, rows) for name, rows in others if not {*map(_key, a)} & {*map(_key, rows)}), others[0])
     left, right = a[0], b[0]
     start = f"{one} and {two} cannot be compared:"
+    if None not in (left["bos"], right["bos"]) and left["bos"] != right["bos"]:
+        return f"{start} only in one, windows begin with a BOS token. Score both with the same --bos."
     for key, words in _SAME.items():
         if left[key] != right[key]:
             shown = "source" if key == "digest" else key
@@ -87,7 +89,13 @@ def _of_comparison(folder: Path) -> list[dict[str, Any]]:
     same |= {"model": found.identity["model"]["name"], "dense_token_ppl": found.dense.get("token_ppl")}
     keys = ("pattern", "sparsity", "token_ppl", "nll")
     return [
-        {**same, **{key: row[key] for key in keys}, "run": folder.name, "method": f"{method(row)}, seed {row['seed']}"}
+        {
+            "bos": None,
+            **same,
+            **{key: row[key] for key in keys},
+            "run": folder.name,
+            "method": f"{method(row)}, seed {row['seed']}",
+        }
         for row in found.cells
     ]
 
@@ -109,6 +117,11 @@ def _of_report(folder: Path) -> list[dict[str, Any]]:
     same["sparsity"] = report["achieved"]["sparsity"]
     keys = ("protocol", "source", "digest", "windows", "length", "versions", "token_ppl", "nll")
     return [
-        {**same, **{key: entry[key] for key in keys}, "dense_token_ppl": (entry.get("against") or {}).get("token_ppl")}
+        {
+            **same,
+            **{key: entry[key] for key in keys},
+            "bos": entry.get("bos"),
+            "dense_token_ppl": (entry.get("against") or {}).get("token_ppl"),
+        }
         for entry in scored
     ]
