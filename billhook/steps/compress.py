@@ -34,10 +34,11 @@ from billhook.plan.storage import bits
 from billhook.racing.levels import Chosen, Levels, choose_types
 from billhook.steps.quantize import QuantizeReport, QuantizeRequest, prepare, run
 from billhook.steps.request import Opened, listed, open_request
-from billhook.steps.sizes import Given, Sizes, allowed_types, outside_menu
+from billhook.steps.sizes import Size, Sizes, allowed_types, outside_menu
 from billhook.steps.state import partial_folder, unfinished_run
 from billhook.steps.types import check_target, outside_parameter
 from billhook.store.checkpoint import load
+from billhook.text.given import Given
 from billhook.trials.heldout import Split, split_samples
 
 Target = Literal["gguf", "transformers", "vllm"]
@@ -46,7 +47,7 @@ _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 @dataclass(frozen=True)
 class CompressRequest:
-    """The parameters of a run: one of `size`, `bits` and `ratio` (see `billhook.steps.sizes.Given`); `types` limits the
+    """The parameters of a run: one of `size`, `bits` and `ratio` (see `billhook.steps.sizes.Size`); `types` limits the
     choice. The others are those of `quantize`."""
 
     model: str | Path
@@ -57,9 +58,10 @@ class CompressRequest:
     target: Target = "gguf"
     types: Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)  # of GPTQ
-    calibration: str | Path | torch.Tensor | None = None
+    calibration: Given | None = None
     samples: int = 128
     length: int | None = None
+    bos: str = "auto"
     published: bool = False
     batch_size: int | None = None
     seed: int = 0
@@ -119,7 +121,7 @@ def run_compress(request: CompressRequest, progress: Progress = lambda line: Non
     check_target(request.target == "gguf")
     method = Quantization("gptq", QUANTIZERS.configure("gptq", request.options))
     opened = open_request(request.quantizing().opening(), True, "Choosing types", streamed=True, progress=progress)
-    given = Given(request.size, request.bits, request.ratio)
+    given = Size(request.size, request.bits, request.ratio)
     sizes = Sizes.of(given, opened, types, request.target)
     stopped = _stopped_plan(request)
     chosen = Chosen(stopped, {}) if stopped is not None else _choose(request, opened, sizes, method, progress)

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from billhook.ambient import pinned
 from billhook.distributed.collectives import barrier, gather
 from billhook.distributed.torchrun import rank
 from billhook.engine.batch import rows_of
@@ -45,6 +46,7 @@ from billhook.tasks.self_text import is_self, save_windows
 Note = Callable[[LayerResult], None]
 
 
+@pinned
 def prune(model: str | Path | PreTrainedModel, *, progress: Progress = lambda layer: None, **fields: Any) -> Report:
     """Prune a model directory (or hub name), or a model in memory in place, and write the result to `output` if given.
 

@@ -25,7 +25,7 @@ _SPAN = 1.75, 3.0  # bits below and above the budget's that are tried
 
 
 @dataclass(frozen=True)
-class Given:
+class Size:
     """The size asked for: one of `size` (bytes, or such as "2.5GB"), `bits` (per parameter of the model, everything
     counted) and `ratio` (of the size in 16 bits)."""
 
@@ -69,7 +69,7 @@ class Sizes:
     outside: Mapping[str, tuple[int, int]]
 
     @classmethod
-    def of(cls, given: Given, opened: Opened, types: Sequence[str], target: str) -> "Sizes":
+    def of(cls, given: Size, opened: Opened, types: Sequence[str], target: str) -> "Sizes":
         """The sizes for a request and the types to choose from.
 
         Raises BillhookError for a budget that cannot be met, with the least possible size.
@@ -104,7 +104,7 @@ class Sizes:
         return cls(budget, fixed, _near(menus, shapes, budget - fixed), tensors, outside)
 
 
-def _budget(given: Given, parameters: int) -> int:
+def _budget(given: Size, parameters: int) -> int:
     """The bytes asked for."""
     values = [value for value in (given.size, given.bits, given.ratio) if value is not None]
     if len(values) != 1:

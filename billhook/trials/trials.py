@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.ambient import evaluating
 from billhook.architectures.config import call_options, vocabulary_size
 from billhook.architectures.layers import Layer
 from billhook.distributed.collectives import gather
 from billhook.engine.batch import Batch, main_input, model_inputs, rows_of, select_rows, split_rows
-from billhook.engine.capture import evaluating
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.gradients import compute_gradients
 from billhook.engine.loop import LayerResult, apply_plan_

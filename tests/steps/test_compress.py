@@ -10,7 +10,7 @@ import torch
 from billhook.errors import BillhookError
 from billhook.packed.loading import load
 from billhook.steps.compress import compress
-from billhook.steps.sizes import Given, allowed_types, parse_size
+from billhook.steps.sizes import Size, allowed_types, parse_size
 from billhook.steps.verify import verify
 
 pytestmark = pytest.mark.gate
@@ -95,4 +95,4 @@ def test_sizes_are_read_in_powers_of_ten_and_of_two():
         12,
     ]
     assert allowed_types("vllm", ())[0] == "int4/64"
-    assert Given(ratio=0.5).size is None
+    assert Size(ratio=0.5).size is None
