@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from billhook.distributed.torchrun import processes, rank, started
 from billhook.errors import BillhookError, out_of_memory
+from billhook.signals import STOPPED
 
 if TYPE_CHECKING:
     from billhook.architectures.layers import Layer
@@ -63,7 +64,7 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
         except BillhookError as error:
             message, code = str(error), error.exit_code
         except KeyboardInterrupt:
-            message, code = "Stopped. Nothing was written.", 1
+            message, code = STOPPED, 1
         except OSError as error:
             where = "standard output" if error.filename is None else str(error.filename)[:200]
             message, code = f"Cannot read or write {where}: {error.strerror or error}.", 1
