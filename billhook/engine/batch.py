@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from billhook.architectures.config import vocabulary_size
 from billhook.errors import BillhookError
-from billhook.text.windows import check_ids, whole_ids
+from billhook.text.given import whole_ids
+from billhook.text.windows import check_ids
 
 Batch = Mapping[str, Tensor]
 LABELS = "labels"

@@ -46,6 +46,7 @@ from billhook.steps.types import (
 )
 from billhook.store.record import Step, append_step
 from billhook.store.shards import weight_bytes, write_index
+from billhook.text.given import Given
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ class QuantizeRequest:
     embeddings: str = ""
     quantizer: str = "gptq"
     options: Mapping[str, Any] = field(default_factory=dict)
-    calibration: str | Path | torch.Tensor | None = None
+    calibration: Given | None = None
     samples: int = 128
     length: int | None = None
+    bos: str = "auto"
     published: bool = False
     batch_size: int | None = None
     seed: int = 0

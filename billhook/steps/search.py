@@ -40,20 +40,8 @@ from billhook.trials.heldout import split_samples
 from billhook.trials.trials import TrialRunner
 
 OBJECTIVES: dict[str, Objective] = {"kl": "kl", "ppl": "nll"}
-_FIELDS = {
-    "model",
-    "sparsity",
-    "pattern",
-    "recipe",
-    "criterion",
-    "options",
-    "group",
-    "calibration",
-    "samples",
-    "length",
-    "seed",
-}
-_FIELDS |= {"batch_size", "targets", "ignore", "device", "dtype", "trust_remote_code"}
+_FIELDS = {"model", "sparsity", "pattern", "recipe", "criterion", "options", "group", "calibration", "samples"}
+_FIELDS |= {"length", "bos", "seed", "batch_size", "targets", "ignore", "device", "dtype", "trust_remote_code"}
 SAMPLES = 64  # half of them for pruning, half held out
 
 

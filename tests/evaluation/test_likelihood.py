@@ -142,6 +142,20 @@ def test_every_token_of_a_document_is_scored_once():
         assert all(w.context[-1] == w.continuation[0] - 1 for w in windows[1:])
 
 
+def test_windows_of_a_document_begin_with_bos_and_its_tokens_are_scored_once():
+    for count in (1, 7, 8, 9, 16, 23):
+        windows = rolling(list(range(100, 100 + count)), 1, 8, 1)
+        assert [t for w in windows for t in w.continuation] == list(range(100, 100 + count))
+        assert all(w.context[0] == 1 and len(w.inputs(8)) <= 8 for w in windows)
+        assert all(w.inputs(8)[0] == 1 for w in windows)
+
+
+def test_the_bos_token_that_a_tokenizer_adds_is_not_scored(model, tokenizer):
+    """One token a byte: with BOS, as many scored tokens as bytes."""
+    texts = ["one two", "three " * 30]
+    assert evaluate_words(model, tokenizer, texts, 64, "here", bos="auto").tokens == sum(map(len, texts))
+
+
 def test_word_perplexity_divides_by_words(model, tokenizer):
     found = evaluate_words(model, tokenizer, ["one two", "three"], 64, "here")
     assert (found.words, found.documents) == (3, 2)

@@ -133,6 +133,11 @@ class SuperBlock(Symmetric):
     multipliers: Multipliers = field(kw_only=True)
     unit: float = 1.0
 
+    @property
+    def integers(self) -> tuple[tuple[str, str, float], ...]:
+        """What a scale consists of: the part with integers, the one that they multiply, and a factor."""
+        return (("multipliers", "d", self.unit),)
+
     def fit(self, W: Tensor, weight: Tensor) -> Scales:
         """Scales for W float32 [out, block] and weight [block]."""
         groups = Groups(W, weight, self.group)
