@@ -5,6 +5,7 @@ to convert it. A checkpoint that does not fill the model exactly is an error her
 with random numbers and warns. Code that comes with a checkpoint runs only with `trust_remote_code`.
 """
 
+import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -19,7 +20,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from billhook.errors import BillhookError
 from billhook.store.compute import chosen_device, chosen_dtype
-from billhook.store.files import digest_of, read_json, sha256
+from billhook.store.files import begins_with_mark, digest_of, read_json, sha256
 from billhook.store.layout import PACKED, is_packed
 from billhook.store.shards import read_shard, weight_files
 
@@ -191,7 +192,7 @@ def loading(path: Path) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError, TypeError) as error:
         if isinstance(error, BillhookError):
             raise
-        raise BillhookError(f"transformers cannot load {path}: {_first_line(error)}") from None
+        raise BillhookError(f"transformers cannot load {path}: {_reason(path, error)}") from None
 
 
 @contextmanager
@@ -229,8 +230,39 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
                 path, local_files_only=True, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise BillhookError(f"transformers cannot load the tokenizer of {path}: {_first_line(error)}") from None
+        if lacking := _lacking_packages(path):
+            need = f"The tokenizer of {path} is a SentencePiece model (tokenizer.model), which transformers reads with"
+            raise BillhookError(f"{need} {' and '.join(lacking)}: pip install {' '.join(lacking)}") from None
+        raise BillhookError(f"transformers cannot load the tokenizer of {path}: {_reason(path, error)}") from None
     return tokenizer
+
+
+def _lacking_packages(path: Path) -> list[str]:
+    """The packages that are missing for a tokenizer that is only there as a SentencePiece model, not as
+    tokenizer.json."""
+    model = path / "tokenizer.model"
+    if (path / "tokenizer.json").is_file() or not model.is_file():
+        return []
+    with open(model, "rb") as file:
+        if file.read(1) != b"\n":  # the first field of SentencePiece's format; a file for tiktoken is lines of text
+            return []
+    modules = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    return [package for package, module in modules.items() if not _installed(module)]
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
+
+
+def _reason(path: Path, error: object) -> str:
+    """The first line of an error of transformers, or what it does not say: a file begins with a byte order mark."""
+    for file in sorted(path.glob("*.json")):
+        if begins_with_mark(file):
+            return f"{file.name} begins with a byte order mark. Save it as UTF-8 without one."
+    return _first_line(error)
 
 
 def model_digest(path: Path) -> str:

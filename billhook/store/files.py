@@ -1,5 +1,6 @@
 """Atomic writes, checksums, and reading untrusted json."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -104,7 +105,7 @@ def copy_files(source: Path, folder: Path, wanted: Callable[[Path], bool]) -> li
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Read a json object; raises BillhookError where that fails, naming the kind of file by `what`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise BillhookError(f"There is no {what} at {path}.") from None
     except OSError as error:
@@ -114,6 +115,12 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BillhookError(f"{path} is not a {what}: the top level must be an object, found {type(value).__name__}.")
     return value
+
+
+def begins_with_mark(path: Path) -> bool:
+    """Whether a file begins with the byte order mark of UTF-8, which many programs refuse."""
+    with open(path, "rb") as file:
+        return file.read(3) == codecs.BOM_UTF8
 
 
 def sha256(path: Path) -> str:

@@ -144,7 +144,7 @@ def weight_files(directory: Path) -> list[Path]:
     if not index.is_file():
         return [directory / SINGLE] if (directory / SINGLE).is_file() else []
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise BillhookError(
             f"{index} is not a safetensors index: it needs a `weight_map` from tensor to file name."
