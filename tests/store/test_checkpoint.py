@@ -141,14 +141,14 @@ def write_index(directory: Path, content) -> None:
 )
 def test_an_index_must_stay_in_its_directory(copy, name):
     write_index(copy, {"weight_map": {"a": name}})
-    with pytest.raises(BillhookError, match=r"only plain file names|is not a safetensors index"):
+    with pytest.raises(BillhookError, match=r"only plain file names|must be a string, found 3"):
         check_directory(copy)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}'])
 def test_a_broken_index_is_refused(copy, content):
     write_index(copy, content)
-    with pytest.raises(BillhookError, match="is not a safetensors index"):
+    with pytest.raises(BillhookError, match=r"is not a safetensors index|weight_map(, a)?: must be"):
         check_directory(copy)
 
 
@@ -237,7 +237,7 @@ def test_the_digest_differs_between_models(llama, copy):
 def test_a_byte_order_mark_that_transformers_refuses_is_named(tmp_path, name):
     copy = tiny.save(tmp_path / "model", shard="40KB")
     (copy / name).write_bytes(codecs.BOM_UTF8 + (copy / name).read_bytes())
-    with pytest.raises(BillhookError, match=f": {name} begins with a byte order mark. Save it as UTF-8 without one"):
+    with pytest.raises(BillhookError, match="UTF-8 BOM"):
         load_tokenizer(copy) if name.startswith("tokenizer") else load_model(copy)
 
 
