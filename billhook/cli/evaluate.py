@@ -70,10 +70,12 @@ def command(
 def _check_report(model: str) -> None:
     """Raise BillhookError, before any work, unless the directory has a report or can be given one."""
     from billhook.errors import BillhookError
+    from billhook.reports.publishing import render
     from billhook.store.layout import RECORD, REPORT
 
     if not any((Path(model) / name).is_file() for name in (RECORD, REPORT)):
         raise BillhookError(f"--report: {model} is not a pruned directory: it has neither {REPORT} nor {RECORD}.")
+    render(Path(model))
 
 
 def lines(record: dict[str, Any]) -> list[str]:

@@ -11,8 +11,13 @@ from typing import Any
 from billhook.comparison.record import RECORD, load_comparison, method
 from billhook.errors import BillhookError
 from billhook.reports.report import load_report
+from billhook.store.files import untrusted
 from billhook.store.layout import REPORT
+from billhook.store.typed_json import typed
 
+_ROW: dict[str, Any] = {"protocol": str, "source": str, "digest": str, "length": int, "windows": int}
+_ROW |= {"versions": dict[str, str], "model": str, "method": str, "pattern": str, "sparsity": float, "nll": float}
+_ROW |= {"token_ppl": float | None, "dense_token_ppl": float | None}
 _SAME = {
     "protocol": "protocol",
     "digest": "windows (text)",
@@ -66,13 +71,14 @@ def _difference(found: dict[str, list[dict[str, Any]]]) -> str:
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
     """Every score of a run, with everything it depends on."""
-    if (folder / RECORD).is_file():
-        return _of_comparison(folder)
-    if (folder / REPORT).is_file():
-        return _of_report(folder)
-    raise BillhookError(
-        f"{folder} holds no finished run: neither {RECORD} (billhook compare) nor {REPORT} (billhook prune)."
-    )
+    name = next((name for name in (RECORD, REPORT) if (folder / name).is_file()), None)
+    if name is None:
+        raise BillhookError(
+            f"{folder} holds no finished run: neither {RECORD} (billhook compare) nor {REPORT} (billhook prune)."
+        )
+    with untrusted(f"{folder / name} is damaged", "Make it again."):
+        rows = _of_comparison(folder) if name == RECORD else _of_report(folder)
+    return [typed(_ROW, row, f"{folder / name} is damaged") for row in rows]
 
 
 def _of_comparison(folder: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from billhook.ambient import pinned
 from billhook.architectures.config import context_length, vocabulary_size
 from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import quiet
+from billhook.store.files import untrusted
 from billhook.text.windows import check_ids
 
 
@@ -90,7 +91,8 @@ def generate(
     if not stop:
         options |= {"min_new_tokens": new, "eos_token_id": None}
     ids = ids.to(model.device)
-    with torch.no_grad(), quiet():
+    wrong = f"transformers cannot generate with {model.name_or_path or type(model).__name__}"
+    with torch.no_grad(), untrusted(wrong, "Check its generation_config.json."), quiet():
         start = time.perf_counter()
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
     assert isinstance(out, Tensor)

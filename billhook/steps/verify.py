@@ -77,9 +77,8 @@ def verify(
     if not is_packed(directory):
         record = read_record(directory / RECORD)
         problems = [*_check_files(directory, record.files), *_unlisted(directory, record.files)]
-        problems += _check_config(directory)
         shards, damaged = _open(directory)
-        problems += _check_finite(shards)
+        problems += [*_check_config(directory, shards), *_check_finite(shards)]
         if source is not None:
             problems += changed_weights(shards, record, resolve(source))
         return _check_record(directory, record, problems, shards, damaged, progress)
@@ -88,7 +87,7 @@ def verify(
     from billhook.packed.check import examine
 
     seen = examine(directory)
-    problems = [*seen.problems, *_check_config(directory)]
+    problems = [*seen.problems, *_check_config(directory, seen.shards)]
     if seen.problems or not (directory / RECORD).is_file():
         return Verification(str(directory), 0, seen.layers, seen.zeros, seen.weights, problems)
     record = read_record(directory / RECORD)
@@ -224,13 +223,13 @@ def _unlisted(directory: Path, files: Mapping[str, str]) -> Iterator[str]:
             yield f"{path.name} holds weights and is not listed in {RECORD}."
 
 
-def _check_config(directory: Path) -> Iterator[str]:
-    from transformers import AutoConfig
+def _check_config(directory: Path, shards: Sequence[Shard]) -> Iterator[str]:
+    from billhook.store.checkpoint import check_loads
 
     try:
-        AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        yield f"config.json cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        check_loads(directory, sum(len(shard.entries) for shard in shards))
+    except BillhookError as error:
+        yield f"config.json cannot be loaded: {error}"
 
 
 def _open(directory: Path) -> tuple[list[Shard], list[str]]:

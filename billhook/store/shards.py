@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from billhook.errors import BillhookError
-from billhook.store.files import write_json
+from billhook.store.files import read_json, write_json
+from billhook.store.typed_json import typed
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -143,14 +144,10 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if not index.is_file():
         return [directory / SINGLE] if (directory / SINGLE).is_file() else []
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise BillhookError(
-            f"{index} is not a safetensors index: it needs a `weight_map` from tensor to file name."
-        ) from None
+    placed = read_json(index, "safetensors index", own=False).get("weight_map")
+    names = sorted(set(typed(dict[str, str], placed, f"{index}, weight_map").values()))
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+        if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
             raise BillhookError(
                 f"{index} names the file {name!r}: only plain file names in the same directory are allowed."
             )
