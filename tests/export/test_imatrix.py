@@ -7,6 +7,7 @@ import numpy as np
 import tiny
 import torch
 from command import billhook, done
+from documentation import check_fields
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -17,7 +18,8 @@ def measured(folder: Path, model: PreTrainedModel) -> tuple[torch.Tensor, dict[s
     tiny.save(folder / "model", model)
     save_file({"tokens": ids}, folder / "tokens.safetensors")
     text = ("--calibration", folder / "tokens.safetensors", "--samples", "4", "--length", "32")
-    done("imatrix", folder / "model", "-o", folder / "imatrix.gguf", *text)
+    ran = done("imatrix", folder / "model", "-o", folder / "imatrix.gguf", *text, "--json")
+    check_fields("imatrix --json", ran.json)
     reader = gguf.GGUFReader(folder / "imatrix.gguf")
     assert reader.fields["general.type"].contents() == "imatrix"
     assert reader.fields["imatrix.chunk_count"].contents() == 4
