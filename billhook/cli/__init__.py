@@ -20,6 +20,7 @@ from billhook.cli import (
     export,
     generate,
     gradients,
+    imatrix,
     ls,
     measure,
     pack,
@@ -63,7 +64,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _FIRST = (prune, quantize, search, measure, gradients, plan, evaluate, compare, report, verify)
-for module in (*_FIRST, pack, unpack, export, generate, bench, ls, demo, plot):
+for module in (*_FIRST, pack, unpack, export, imatrix, generate, bench, ls, demo, plot):
     app.command(module.NAME, cls=Command, epilog=module.EXAMPLES)(handle_errors(grouped(module.command)))
 
 

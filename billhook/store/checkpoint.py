@@ -5,6 +5,7 @@ to convert it. A checkpoint that does not fill the model exactly is an error her
 with random numbers and warns. Code that comes with a checkpoint runs only with `trust_remote_code`.
 """
 
+import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -236,11 +237,34 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
     if not any((path / name).is_file() for name in names):
         return None
+    if lacking := _lacking_packages(path):
+        need = f"The tokenizer of {path} is a SentencePiece model (tokenizer.model), which transformers reads with"
+        raise BillhookError(f"{need} {' and '.join(lacking)}: pip install {' '.join(lacking)}")
     with untrusted(f"transformers cannot load the tokenizer of {path}", _COPY_AGAIN), quiet():
         options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
         tokenizer.decode(tokenizer("a", verbose=False)["input_ids"])  # some damage shows only in use
     return tokenizer
+
+
+def _lacking_packages(path: Path) -> list[str]:
+    """The packages that are missing for a tokenizer that is only there as a SentencePiece model, not as
+    tokenizer.json."""
+    model = path / "tokenizer.model"
+    if (path / "tokenizer.json").is_file() or not model.is_file():
+        return []
+    with open(model, "rb") as file:
+        if file.read(1) != b"\n":  # the first field of SentencePiece's format; a file for tiktoken is lines of text
+            return []
+    modules = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    return [package for package, module in modules.items() if not _installed(module)]
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
 
 
 def model_digest(path: Path) -> str:
