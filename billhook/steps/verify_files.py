@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from billhook.errors import BillhookError
 from billhook.store.files import sha256
 from billhook.store.layout import RECORD
 from billhook.store.shards import Shard
@@ -21,6 +22,7 @@ def check_files(directory: Path, files: Mapping[str, str], known: Mapping[str, s
 
 
 def unlisted_weights(directory: Path, files: Mapping[str, str]) -> Iterator[str]:
+    """The weight files of a directory that are not among `files`."""
     for path in sorted(directory.iterdir()):
         # transformers would read a model.safetensors that was added, and ignore the shards
         if path.suffix in _WEIGHTS and path.name not in files:
@@ -28,6 +30,7 @@ def unlisted_weights(directory: Path, files: Mapping[str, str]) -> Iterator[str]
 
 
 def check_config(directory: Path, shards: Sequence[Shard]) -> Iterator[str]:
+    """Whether the configuration loads, and fits the number of tensors."""
     from billhook.store.checkpoint import check_loads
 
     try:
