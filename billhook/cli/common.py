@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from billhook.distributed.torchrun import processes, rank, started
-from billhook.errors import BillhookError, out_of_memory
+from billhook.errors import BillhookError, on_command_line, out_of_memory
 
 if TYPE_CHECKING:
     from billhook.architectures.layers import Layer
@@ -59,9 +59,11 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            return command(*args, **kwargs)
+            with on_command_line():
+                return command(*args, **kwargs)
         except BillhookError as error:
-            message, code = str(error), error.exit_code
+            with on_command_line():
+                message, code = str(error), error.exit_code
         except KeyboardInterrupt:
             message, code = "Stopped. Nothing was written.", 1
         except OSError as error:

@@ -129,7 +129,7 @@ def test_values_that_do_not_fit_the_type_leave_no_file(tmp_path):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 5] = 1e6
     tiny.save(tmp_path / "model", model)
-    with pytest.raises(JobError, match=r"up_proj\.weight holds values that do not fit f16: use --type bf16"):
+    with pytest.raises(JobError, match=r"up_proj\.weight holds values that do not fit f16: use type=\"bf16\""):
         write_gguf(tmp_path / "model", tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
