@@ -1,32 +1,33 @@
-"""The demo: the main allocators with the main criteria on the bundled model, on text of Python's standard library.
+"""The demo: the default recipe on the bundled model, and beside it the published allocators and criteria.
 
-The calibration text is the modules on which the model was trained, the evaluation text held-out ones.
+The calibration text is the modules of Python's standard library on which the model was trained, the evaluation text
+held-out ones.
 """
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from billhook.engine.method import Method
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.perplexity import evaluate
 from billhook.measurement.measure import measure
-from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import allocate
 from billhook.plan.plan import Plan
+from billhook.plan.recipes import DEFAULT, recipe
+from billhook.plan.table import Table
 from billhook.steps.apply import prune_
-from billhook.steps.prune import Job, run
-from billhook.steps.request import Opened, Request, open_request
+from billhook.steps.prune import prune
+from billhook.steps.request import Request, open_request
 from billhook.steps.verify import verify
 from billhook.store.checkpoint import load_tokenizer, quiet
 from billhook.store.output import check_output
 from billhook.store.record import history
-from billhook.text.windows import load_windows
+from billhook.text.windows import Windows, load_windows
 
 MODEL = Path(__file__).parent / "demo_model"
 SAMPLES, LENGTH, EVALUATION_WINDOWS = 32, 256, 64
@@ -37,7 +38,10 @@ SHOWN_CRITERIA = ("magnitude", "wanda", "sparsegpt")
 
 @dataclass(frozen=True)
 class Demo:
-    """The results; `perplexity` and `achieved` sparsity are keyed by (allocator, criterion)."""
+    """The results; `perplexity` and `achieved` sparsity are keyed by (allocator, criterion), the default recipe first.
+
+    `notes` explain what stands out.
+    """
 
     dense: float
     perplexity: dict[tuple[str, str], float]
@@ -46,6 +50,7 @@ class Demo:
     length: int
     weights: int
     output: Path
+    notes: list[str] = field(default_factory=list)
 
     @property
     def allocators(self) -> list[str]:
@@ -57,11 +62,6 @@ class Demo:
         """The criteria that were run."""
         return list(dict.fromkeys(name for _, name in self.perplexity))
 
-    @property
-    def best(self) -> tuple[str, str]:
-        """The (allocator, criterion) with the lowest perplexity."""
-        return min(self.perplexity, key=lambda pair: self.perplexity[pair])
-
     def to_json(self) -> dict[str, Any]:
         """The content of `demo --json`."""
         cells = [
@@ -69,33 +69,46 @@ class Demo:
             for (a, c), ppl in self.perplexity.items()
         ]
         text = {"dense_token_ppl": self.dense, "tokens": self.tokens, "length": self.length}
-        return {**text, "cells": cells, "output": str(self.output)}
+        return {**text, "cells": cells, "notes": self.notes, "output": str(self.output)}
 
 
 def run_demo(output: Path, sparsity: float, say: Callable[[str], None] = print) -> Demo:
-    """Prune the bundled model in twelve ways, save the best to `output` (replacing an earlier demo), and verify it."""
+    """Prune the bundled model into `output` (replacing an earlier demo) with the default recipe, verify and score it;
+    then score the published methods in memory."""
     check_output(output, MODEL, overwrite=_is_demo(output))
     say(f"The bundled model: {MODEL.name}, a small llama trained on Python's standard library.")
-    text: dict[str, Any] = {"calibration": "stdlib:train", "samples": SAMPLES, "length": LENGTH}
-    request = Request(MODEL, **text, dtype="float32", output=output, overwrite=True)
-    opened = open_request(request, True, "The demo")
+    text: dict[str, Any] = {"calibration": "stdlib:train", "samples": SAMPLES, "length": LENGTH, "dtype": "float32"}
     windows = load_windows("stdlib:heldout", load_tokenizer(MODEL), length=LENGTH, limit=EVALUATION_WINDOWS)
+    opened = open_request(Request(MODEL, **text), True, "The demo")
     dense = evaluate(opened.model, windows)
-    say(f"Measuring {len(opened.layers)} layers ({', '.join(METRICS)}).")
+    own = recipe(DEFAULT)
+    say(f"Pruning with the default recipe, {DEFAULT}: {own.criterion} with the allocation of {own.allocator}.")
+    report = prune(MODEL, sparsity=sparsity, output=output, overwrite=True, **text)
+    perplexity = {(own.allocator, own.criterion): _stock_perplexity(output, windows)}
+    achieved = {(own.allocator, own.criterion): report.sparsity}
+    say(f"perplexity {perplexity[own.allocator, own.criterion]:.2f}, dense {dense.token_ppl:.2f}. Published methods:")
     table = measure(opened.model, METRICS, batches=opened.batches, layers=opened.layers, facts=opened.facts)
-    plans = {name: allocate(table, sparsity, allocator=name) for name in SHOWN_ALLOCATORS}
-    perplexity, achieved = {}, {}
-    for allocator, plan in plans.items():
+    notes: list[str] = []
+    for allocator in SHOWN_ALLOCATORS:
+        plan = allocate(table, sparsity, allocator=allocator)
+        notes += removed_blocks(plan, table)
         for criterion in SHOWN_CRITERIA:
             model = copy.deepcopy(opened.model)
             results = prune_(model, plan, criterion=criterion, batches=opened.batches)
             perplexity[allocator, criterion] = evaluate(model, windows).token_ppl
             achieved[allocator, criterion] = sum(r.zeros for r in results) / table.total
             say(f"{allocator} + {criterion}: perplexity {perplexity[allocator, criterion]:.2f}")
-    demo = Demo(dense.token_ppl, perplexity, achieved, dense.tokens, LENGTH, table.total, output)
-    _save_best(demo, plans, opened, request)
-    _check(opened, output)
-    return demo
+    return Demo(dense.token_ppl, perplexity, achieved, dense.tokens, LENGTH, table.total, output, notes)
+
+
+def removed_blocks(plan: Plan, table: Table) -> list[str]:
+    """A note where AlphaPruning's published epsilon, chosen for models of 32 blocks and more, removes one whole."""
+    removed = [n for n, rows in table.blocks().items() if min(plan.sparsity[row.layer] for row in rows) == 1]
+    epsilon, blocks = plan.made_by["options"].get("epsilon"), len(table.blocks())
+    if epsilon is None or len(removed) != 1:
+        return []
+    why = f"the other {blocks - 1} blocks are alike, and it spreads all over one range"
+    return [f"With its published epsilon of {epsilon:g}, alphapruning removes block {removed[0]} whole: {why}."]
 
 
 def _is_demo(output: Path) -> bool:
@@ -108,25 +121,11 @@ def _is_demo(output: Path) -> bool:
     raise BillhookError(f"The output {output} is not empty and holds no earlier demo: choose another with --output.")
 
 
-def _save_best(demo: Demo, plans: dict[str, Plan], opened: Opened, request: Request) -> None:
-    """Run the best pair once more as an ordinary job, which writes model and record."""
-    allocator, criterion = demo.best
-    method = Method(criterion, CRITERIA.configure(criterion, {}))
-    run(Job(replace(request, criterion=criterion, allocator=allocator), opened, plans[allocator], method))
-
-
-@torch.no_grad()
-def _check(opened: Opened, output: Path) -> None:
-    """Verify the directory, and compare the logits of stock transformers with those of the model in memory, rounded to
-    the dtype on disk; raises JobError for a difference."""
+def _stock_perplexity(output: Path, windows: Windows) -> float:
+    """Verify the directory, and score it as stock transformers opens it; raises JobError if it does not verify."""
     result = verify(output)
     if not result.ok:
         raise JobError(f"The saved model does not verify: {result.problems[0]}")
-    ids = torch.arange(3, 35)[None]
     with quiet():
         stock = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
-    on_disk = AutoConfig.from_pretrained(output).dtype
-    for parameter in opened.model.parameters():
-        parameter.copy_(parameter.to(on_disk))
-    if not torch.equal(stock(ids).logits, opened.model(ids).logits):
-        raise JobError(f"{output} gives other logits in stock transformers than in memory.")
+    return evaluate(stock, windows).token_ppl

@@ -35,7 +35,7 @@ class Ran:
 
 
 def billhook(*arguments: Any) -> Ran:
-    """Run `billhook ARGUMENTS`; an exception that would show as a traceback is raised."""
+    """Run `billhook ARGUMENTS`; it must not end in an internal error."""
     out, err = io.StringIO(), io.StringIO()
     before, handler = sys.argv, signal.getsignal(signal.SIGTERM)
     sys.argv = ["billhook", *map(str, arguments)]
@@ -48,6 +48,7 @@ def billhook(*arguments: Any) -> Ran:
     finally:
         sys.argv = before
         signal.signal(signal.SIGTERM, handler)
+    assert "Internal error" not in err.getvalue(), err.getvalue()
     return Ran(code, out.getvalue(), err.getvalue())
 
 

@@ -230,7 +230,7 @@ def test_impossible_fields_of_a_request_are_refused(model, fields, message):
 
 @pytest.mark.parametrize("thing", [3, None, torch.nn.Linear(2, 2), {}])
 def test_things_that_are_no_model_are_refused(thing):
-    with pytest.raises(BillhookError, match="must be a directory, a hub name or a transformers PreTrainedModel, got"):
+    with pytest.raises(BillhookError, match=r"must be a .*transformers PreTrainedModel, got"):
         billhook.prune(thing, sparsity=0.5, criterion="magnitude")
 
 

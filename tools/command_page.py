@@ -25,7 +25,8 @@ def page() -> str:
         NOTE,
         "Exit codes: 0 success, 1 the job failed, 2 wrong usage. With `--json` one JSON object goes to stdout and "
         "everything else to stderr; its fields are listed in [JSON output](formats/json_output.md). "
-        "`billhook --version` prints the version.",
+        "`billhook --version` prints the version. Errors are one or two lines; the traceback of any of them is printed "
+        "where the environment variable `BILLHOOK_DEBUG` is set.",
         table(
             ["command", "what it does"],
             [[f"[`billhook {c.name}`](#billhook-{c.name})", first_line(c.callback)] for c in commands],

@@ -1,6 +1,6 @@
-"""Draw docs/images/demo.svg: the perplexity of the bundled model by sparsity, for three criteria.
+"""Draw docs/images/demo.svg: perplexity of the bundled model by sparsity, for three criteria and the default recipe.
 
-    python tools/make_picture.py            a few minutes on two cores; prints the numbers as well
+    python tools/make_picture.py            some minutes on two cores; prints the numbers as well
 
 The calibration text is the standard library's training modules, the evaluation text the held-out ones, as in
 `billhook demo`.
@@ -9,9 +9,12 @@ The calibration text is the standard library's training modules, the evaluation 
 import argparse
 import copy
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from billhook import allocate, evaluate, load_windows, measure, prune_
+from billhook import allocate, evaluate, load_model, load_windows, measure, prune, prune_
 from billhook.demo import EVALUATION_WINDOWS, LENGTH, MODEL, SAMPLES
+from billhook.plan.recipes import DEFAULT
 from billhook.reports.charts import Series, chart
 from billhook.reports.scales import Axis
 from billhook.steps.request import Request, open_request
@@ -22,25 +25,29 @@ NAMES = ("magnitude", "wanda", "sparsegpt")
 
 
 def numbers() -> tuple[float, dict[str, list[float]]]:
-    """Dense perplexity, and criterion -> perplexity at each sparsity, uniform allocation."""
-    request = Request(MODEL, calibration="stdlib:train", samples=SAMPLES, length=LENGTH, dtype="float32")
-    opened = open_request(request, True, "The picture")
+    """Dense perplexity, and criterion (with the uniform allocation) or recipe -> perplexity at each sparsity."""
+    text: dict[str, Any] = {"calibration": "stdlib:train", "samples": SAMPLES, "length": LENGTH, "dtype": "float32"}
+    opened = open_request(Request(MODEL, **text), True, "The picture")
     windows = load_windows("stdlib:heldout", load_tokenizer(MODEL), length=LENGTH, limit=EVALUATION_WINDOWS)
     table = measure(opened.model, [])
-    found: dict[str, list[float]] = {name: [] for name in NAMES}
+    found: dict[str, list[float]] = {name: [] for name in (*NAMES, DEFAULT)}
     for sparsity in SPARSITIES:
-        for name, values in found.items():
+        for name in NAMES:
             model = copy.deepcopy(opened.model)
             prune_(model, allocate(table, sparsity), criterion=name, batches=opened.batches)
-            values.append(evaluate(model, windows).token_ppl)
-            print(f"{name:<10} {sparsity:.1f}  {values[-1]:.2f}", flush=True)
+            found[name].append(evaluate(model, windows).token_ppl)
+        with TemporaryDirectory() as folder:
+            prune(MODEL, sparsity=sparsity, output=Path(folder) / "pruned", **text)
+            model = load_model(Path(folder) / "pruned", dtype="float32")
+        found[DEFAULT].append(evaluate(model, windows).token_ppl)
+        print(sparsity, {name: f"{values[-1]:.2f}" for name, values in found.items()}, flush=True)
     return evaluate(opened.model, windows).token_ppl, found
 
 
 def draw(dense: float, found: dict[str, list[float]], path: Path) -> None:
-    """A line for each criterion, and the dense model as a dashed line."""
+    """A line for each criterion and for the recipe, and the dense model as a dashed line."""
     x = [100 * sparsity for sparsity in SPARSITIES]
-    series = [Series(name, x, values) for name, values in found.items()]
+    series = [Series(f"{name}, the default" if name == DEFAULT else name, x, values) for name, values in found.items()]
     series.append(Series("dense", x, [dense] * len(x), marks=False, colour=-1, dash=1))
     axes = Axis("sparsity (%)"), Axis("perplexity on held-out text", log=True)
     title = "Perplexity of the bundled model by sparsity (lower is better)"

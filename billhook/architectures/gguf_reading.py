@@ -107,8 +107,8 @@ def _llama3(file: GgufFile, rope: Mapping[str, Any], width: int) -> dict[str, An
 def write_weights(file: GgufFile, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
     """Write the tensors of a file, dequantized, as safetensors: those named in `shapes`, one GGUF tensor at a time.
 
-    float32 stays float32 and float16 float16, everything else becomes bfloat16. Raises BillhookError where the file has
-    not exactly the tensors of the model.
+    float16 and bfloat16 stay as they are; everything else becomes float32, exactly. Raises BillhookError where
+    the file has not exactly the tensors of the model.
     """
     plan = {tensor.name: tensor for tensor in gguf_tensors(config, shapes)}
     for name in sorted(plan.keys() ^ {name for name in file.tensors if not name.startswith("rope_f")}):
@@ -118,7 +118,7 @@ def write_weights(file: GgufFile, config: Mapping[str, Any], shapes: Mapping[str
         if file.tensors[name].shape != tensor.shape:
             raise BillhookError(f"{file.path}: {name} is {list(file.tensors[name].shape)}, not {list(tensor.shape)}.")
     kinds = {entry.type for entry in file.tensors.values() if len(entry.shape) > 1}
-    kind = "F32" if kinds <= {"f32"} else "F16" if kinds <= {"f16", "f32"} else "BF16"
+    kind = "F16" if kinds == {"f16"} else "BF16" if kinds == {"bf16"} else "F32"
     dtype = DTYPES[kind]
     names = [source for tensor in plan.values() for source in tensor.sources]
     size = {name: int(np.prod(shapes[name])) * dtype.itemsize for name in names}

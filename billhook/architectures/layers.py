@@ -78,7 +78,10 @@ class Layer:
 
 
 def find_layers(model: PreTrainedModel) -> list[Layer]:
-    """Every prunable layer in model order; raises BillhookError for a weight of unknown layout, by name."""
+    """Every prunable layer in model order.
+
+    Raises BillhookError, by name, for a weight of unknown layout and for layers that share their weight.
+    """
     layers = []
     experts = expert_counts(model.config)
     for index, (prefix, block) in enumerate(blocks_of(model).items()):
@@ -87,7 +90,19 @@ def find_layers(model: PreTrainedModel) -> list[Layer]:
                 layers += _layers_of(module, f"{prefix}.{name}", index, name)
     if not layers:
         raise BillhookError(f"{type(model).__name__} has no linear layer inside its blocks: there is nothing to prune.")
+    _check_separate(layers)
     return layers
+
+
+def _check_separate(layers: Iterable[Layer]) -> None:
+    """Raise BillhookError for two layers in the same memory: what is right for one would change the other."""
+    owners: dict[tuple[int, int | None], Layer] = {}
+    for layer in layers:
+        stored = layer.stored
+        place = (id(stored) if stored.is_meta else stored.data_ptr(), layer.expert)
+        if (other := owners.setdefault(place, layer)) is not layer:
+            shared = f"{other.name} and {layer.name} share their weight"
+            raise BillhookError(f"{shared}, which cannot be pruned for both: give each its own copy.")
 
 
 def _routes(kind: str, module: nn.Module, experts: Collection[int]) -> bool:

@@ -4,6 +4,7 @@ The directory of a GGUF file is kept in the user's cache folder (`BILLHOOK_CACHE
 that it is made once. It may be deleted at any time.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from billhook.store.locate import to_disk
 from billhook.store.output import check_output, staging
 from billhook.store.shards import SINGLE
 
+_VERSION = 1  # of what a file is converted to
+
 
 def resolve(model: str | Path) -> Path:
     """The directory of `model`: an existing directory, the cached one of a GGUF file, or the hub's cache, to which a
@@ -36,7 +39,7 @@ def resolve(model: str | Path) -> Path:
     folder = cache_folder()
     if folder is None:
         raise BillhookError(f"{path} must be made into a directory: let BILLHOOK_CACHE name a folder for it.")
-    directory = folder / "gguf" / sha256(path)[:32] / path.name
+    directory = folder / "gguf" / f"{_VERSION}-{sha256(path)[:32]}" / path.name
     if not (directory / "config.json").is_file():
         _convert(file, directory)
     return directory
@@ -52,7 +55,7 @@ def _convert(file: GgufFile, directory: Path) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in to_disk(model, model.state_dict(), ()).items()}
     if config["tie_word_embeddings"]:
         shapes.pop("lm_head.weight", None)
-    needed = sum(2 * entry.stop - 2 * entry.start for entry in file.tensors.values())
+    needed = sum(4 * math.prod(entry.shape) for entry in file.tensors.values())
     directory.parent.mkdir(parents=True, exist_ok=True)
     check_output(directory, needed=needed)
     with staging(directory, needed) as folder:

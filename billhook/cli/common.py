@@ -2,10 +2,12 @@
 
 import functools
 import json
+import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from billhook.distributed.torchrun import processes, rank, started
 from billhook.errors import BillhookError, on_command_line, out_of_memory
+from billhook.store.files import in_one_line
 
 if TYPE_CHECKING:
     from billhook.architectures.layers import Layer
@@ -54,29 +57,43 @@ def print_error(message: str, code: int, as_json: bool) -> None:
 
 
 def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Make a command that prints its errors and raises `Failure` with their exit code."""
+    """Make a command that prints its errors and raises `Failure` with their exit code.
+
+    No error shows a traceback unless the environment variable BILLHOOK_DEBUG is set.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             with on_command_line():
                 return command(*args, **kwargs)
-        except BillhookError as error:
+        except Failure:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if os.environ.get("BILLHOOK_DEBUG"):
+                traceback.print_exc()
             with on_command_line():
-                message, code = str(error), error.exit_code
-        except KeyboardInterrupt:
-            message, code = "Stopped. Nothing was written.", 1
-        except OSError as error:
-            where = "standard output" if error.filename is None else str(error.filename)[:200]
-            message, code = f"Cannot read or write {where}: {error.strerror or error}.", 1
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            message, code = "Out of memory. Use fewer --samples, a shorter --length or a smaller --batch-size.", 1
+                message, code = _explained(error)
         print_error(message, code, bool(kwargs.get("as_json")))
         raise Failure(code)
 
     return run
+
+
+def _explained(error: BaseException) -> tuple[str, int]:
+    """The message and the exit code for an error that ended a command."""
+    if isinstance(error, BillhookError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "Stopped. Nothing was written.", 1
+    if isinstance(error, OSError):
+        where = "standard output" if error.filename is None else str(error.filename)[:200]
+        return f"Cannot read or write {where}: {error.strerror or error}.", 1
+    if out_of_memory(error):
+        return "Out of memory. Use fewer --samples, a shorter --length or a smaller --batch-size.", 1
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    found = f"Internal error at {Path(place.filename).name}:{place.lineno}, {in_one_line(error)}"
+    return f"{found}. Please report it with the traceback, which the same command prints with BILLHOOK_DEBUG=1.", 1
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`billhook demo`: all steps on the bundled model, in about a minute, with nothing downloaded."""
+"""`billhook demo`: all steps on the bundled model, in a minute or two, with nothing downloaded."""
 
 from pathlib import Path
 from typing import Annotated
@@ -34,14 +34,18 @@ def command(
     result = run_demo(output, sparsity, say)
     if as_json:
         return emit(result.to_json())
-    windows = f"{result.tokens:,} held-out tokens, windows of {result.length}"
-    say(f"Token perplexity on {windows}; the dense model has {result.dense:.2f}.")
-    rows = [[name, *(f"{result.perplexity[name, c]:.2f}" for c in result.criteria)] for name in result.allocators]
+    found, windows = result.perplexity, f"{result.tokens:,} held-out tokens, windows of {result.length}"
+    say(f"\nToken perplexity on {windows}; the dense model has {result.dense:.2f}. The first is the default recipe.")
+    rows = [
+        [a, *(f"{found[a, c]:.2f}" if (a, c) in found else "-" for c in result.criteria)] for a in result.allocators
+    ]
     table(f"Perplexity at sparsity {sparsity:g}", ["allocator", *result.criteria], rows)
-    achieved, (allocator, criterion) = result.achieved.values(), result.best
+    for note in result.notes:
+        say(note)
+    achieved = result.achieved.values()
     say(f"\nTarget: {sparsity:.2%} of {result.weights:,} weights. Removed: {min(achieved):.4%} to {max(achieved):.4%}.")
-    say(f"The best, {criterion} with {allocator}, is in {output}: an ordinary Hugging Face directory,")
-    say("reloaded in stock transformers with the same logits, and verified.\n")
+    say(f"The model of the default recipe is in {output}: an ordinary Hugging Face directory,")
+    say("verified, and scored as stock transformers opens it.\n")
     say("Next, on a model of your own (a directory with config.json and safetensors, and text like its training text):")
     say("  billhook prune MODEL --sparsity 0.5 --calibration text.txt --output pruned")
     say("  billhook eval pruned --data other-text.txt")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from billhook.cli.common import emit, progress, say, split_list
-from billhook.cli.options import AnyModel, Json, Length, Limit, Loading
+from billhook.cli.options import AnyModel, Bos, Json, Length, Limit, Loading
 
 NAME = "eval"
 EXAMPLES = """\b
@@ -31,6 +31,7 @@ def command(
     *,
     data: Annotated[str | None, typer.Option(help=DATA_HELP, metavar="SOURCE")] = None,
     length: Length = None,
+    bos: Bos = "auto",
     limit: Limit = None,
     protocol: Annotated[Literal["token", "word", "both"], typer.Option(help=PROTOCOL_HELP)] = "token",
     against: Annotated[str | None, typer.Option(help=AGAINST_HELP, metavar="MODEL")] = None,
@@ -50,7 +51,7 @@ def command(
     from billhook.steps.evaluate import EvalConfig, evaluate_model
 
     scored = (data, length, limit, protocol, against, split_list(tasks), few_shot, task_limit, batch_size)
-    config = EvalConfig(*scored, **loading.fields(model))
+    config = EvalConfig(*scored, bos=bos, **loading.fields(model))
     if report:
         _check_report(model)
     with progress("scoring") as advance:
@@ -69,10 +70,12 @@ def command(
 def _check_report(model: str) -> None:
     """Raise BillhookError, before any work, unless the directory has a report or can be given one."""
     from billhook.errors import BillhookError
+    from billhook.reports.publishing import render
     from billhook.store.layout import RECORD, REPORT
 
     if not any((Path(model) / name).is_file() for name in (RECORD, REPORT)):
         raise BillhookError(f"--report: {model} is not a pruned directory: it has neither {REPORT} nor {RECORD}.")
+    render(Path(model))
 
 
 def lines(record: dict[str, Any]) -> list[str]:
@@ -80,7 +83,8 @@ def lines(record: dict[str, Any]) -> list[str]:
     found = []
     if "nll" in record:
         bits = "" if record["bits_per_byte"] is None else f", {record['bits_per_byte']:.4f} bits per byte"
-        size = f"{record['tokens']:,} tokens in {record['windows']} windows of {record['length']}{bits}"
+        begun = " after BOS" if record["bos"] else ""
+        size = f"{record['tokens']:,} tokens in {record['windows']} windows of {record['length']}{begun}{bits}"
         found.append(f"token perplexity {_ppl(record['token_ppl'])} ({size})")
     if (dense := record.get("against")) is not None:
         error = "" if dense["kl_error"] is None else f" +- {dense['kl_error']:.2g}"

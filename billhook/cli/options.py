@@ -60,13 +60,15 @@ Allocator = Annotated[
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="Calibration text: FILE.txt, FILE.jsonl (field text), TOKENS.safetensors, "
+        help="Calibration text: FILE.txt, FILE.jsonl (field text), .json, .csv, .parquet, .gz, TOKENS.safetensors, "
         "hub:NAME[:config][:split], stdlib:train.",
         metavar="SOURCE",
     ),
 ]
 LENGTH_HELP = "Tokens in a window; by default 2048, or the model's context length if that is shorter."
 Length = Annotated[int | None, typer.Option(help=LENGTH_HELP, min=2)]
+BOS_HELP = "Begin every window with the BOS token; auto: if the tokenizer does so with a text."
+Bos = Annotated[Literal["auto", "yes", "no"], typer.Option(help=BOS_HELP)]
 Limit = Annotated[int | None, typer.Option(help="Score at most this many windows (word protocol: documents).", min=1)]
 SpillGib = Annotated[
     float, typer.Option(help="GiB of activations to keep in memory; more go to temporary files (TMPDIR).", min=0)
@@ -93,6 +95,7 @@ class Text:
     calibration: Calibration = None
     samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128
     length: Length = None
+    bos: Bos = "auto"
     published: Annotated[
         bool,
         typer.Option(
@@ -120,7 +123,7 @@ class Loading:
 
         `streams` says whether the command can read a model that does not fit in memory one block at a time.
         """
-        from billhook.store.checkpoint import resolve
+        from billhook.architectures.sources import resolve
         from billhook.store.compute import chosen_device, chosen_dtype, dtype_name, lacking_gib, stored_dtype
 
         path, device = resolve(model), chosen_device(self.device)

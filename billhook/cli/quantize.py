@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,16 +14,22 @@ EXAMPLES = """\b
 Examples:
   billhook quantize model --type int4 --calibration text.txt -o small
   billhook quantize model --type int3/32 --calibration hub:c4 --set sweeps=8 -o smaller
+  billhook quantize model --type q4_k --calibration text.txt -o for-llama.cpp
   billhook quantize model --type int8 --quantizer round -o fast
 """
-TYPE_HELP = "Storage type: int2 to int8, with /GROUP columns per scale (int4/64)."
+TYPE_HELP = (
+    "Storage type. GGUF types (q4_k, iq3_s, ...) make a .gguf file for llama.cpp; int2 to int8, with /GROUP columns a "
+    "scale (int4/64), a directory for transformers and vLLM. See billhook ls types."
+)
 
 
 @dataclass(frozen=True)
 class Method:
     """What weights are rounded to, and how."""
 
-    type: Annotated[str, typer.Option(help=TYPE_HELP)]
+    type: Annotated[str, typer.Option(help=TYPE_HELP)] = ""
+    plan: Annotated[Path | None, typer.Option(help="A plan.json of storage types instead of one type.")] = None
+    embeddings: Annotated[str, typer.Option(help="Type of embeddings and head of a .gguf file.")] = ""
     quantizer: Annotated[str, typer.Option(help="How codes are chosen: see billhook ls quantizers.")] = "gptq"
     settings: shared.Settings = None
 
@@ -52,8 +58,9 @@ def command(
     from billhook.steps.quantize import QuantizeRequest, prepare, run
 
     options = parse_settings(method.settings)
-    groups = {**vars(text), **work.fields(model), **vars(writing), "options": options}
-    request = QuantizeRequest(model, method.type, output, method.quantizer, **groups)
+    chosen = {"plan": method.plan, "embeddings": method.embeddings, "quantizer": method.quantizer, "options": options}
+    groups: dict[str, Any] = {**chosen, **vars(text), **work.fields(model), **vars(writing)}
+    request = QuantizeRequest(model, method.type, output, **groups)
     with progress("reading") as advance:
         job = prepare(request, advance)
     layers = job.opened.layers

@@ -30,14 +30,14 @@ def command(
     from billhook.errors import BillhookError
     from billhook.plan.densities import spectra_of
     from billhook.plan.table import Table
-    from billhook.reports.publishing import known, publish
+    from billhook.reports.publishing import publish, render
     from billhook.store.files import read_json
 
     if not directory.is_dir():
         raise BillhookError(f"There is no directory {directory}.")
     changes: dict[str, Any] = {} if speed is None else {"speed": read_json(speed, "benchmark result")}
     if table is not None:
-        changes["spectra"] = spectra_of(Table.load(table), known(directory))
+        changes["spectra"] = spectra_of(Table.load(table), render(directory)[0])
     report = publish(directory, changes)
     say(f"{directory}: report.json, README.md and report.html, with {len(report['evaluations'])} evaluations.")
     if as_json:

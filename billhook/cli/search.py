@@ -48,6 +48,7 @@ def command(
     calibration: shared.Calibration = None,
     samples: Annotated[int, typer.Option(help=SAMPLES_HELP, min=1)] = 64,
     length: shared.Length = None,
+    bos: shared.Bos = "auto",
     work: shared.Work,
     no_model: Annotated[bool, typer.Option("--no-model", help="Write no pruned model.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Start again where the output holds another search.")] = False,
@@ -61,7 +62,7 @@ def command(
     race |= {"output": output, "save_model": not no_model, "overwrite": overwrite, "progress": say}
     method: dict[str, Any] = {"pattern": pattern, "options": parse_settings(settings)}
     method |= {"recipe": recipe or "", "criterion": criterion or ""}
-    text: dict[str, Any] = {"calibration": calibration, "samples": samples, "length": length}
+    text: dict[str, Any] = {"calibration": calibration, "samples": samples, "length": length, "bos": bos}
     try:
         found = search(model, sparsity, **race, **method, **text, **work.fields(model, streams=False))
     except KeyboardInterrupt:

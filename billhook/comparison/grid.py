@@ -7,14 +7,16 @@ cell prunes block by block as `billhook prune` does. The scored text is never us
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Unpack
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.ambient import pinned
 from billhook.comparison.axes import Grid
 from billhook.comparison.record import Cell, Comparison, method
 from billhook.engine.batch import rows_of
@@ -42,12 +44,13 @@ from billhook.store.compute import dtype_name
 from billhook.store.files import json_text
 from billhook.tasks.base import Home
 from billhook.tasks.token_windows import tokenizer_of, window_length
-from billhook.text.corpus import source_name
+from billhook.text.corpus import is_token_file, source_name
 from billhook.text.windows import Windows
 
 _WHO = "This comparison"
 
 
+@pinned
 def compare(
     model: str | Path | PreTrainedModel,
     grid: Grid,
@@ -67,16 +70,16 @@ def compare(
     directory holds another comparison.
     """
     grid.check()
-    if grid.seeds > 1 and str(fields.get("calibration", "")).endswith(".safetensors"):
-        raise BillhookError("Seeds draw calibration windows from a text; a token file always gives the same windows.")
     request = Request(model, **fields)
+    _check_seeds(grid, request)
     cells = list(grid.cells(request.seed))
     opened = open_request(request, any(map(grid.reads_text, cells)), _WHO)
     for plan in grid.plans.values():
         plan.check({layer.name: layer.shape for layer in opened.layers})
     tokenizer = tokenizer_of(opened.model, Home(opened.source, request.trust_remote_code))
     length = window_length(opened.model, request.length)
-    windows, scoring = opened.task.evaluation(data, tokenizer, opened.model, length, limit)
+    bos = "no" if request.published and request.bos == "auto" else request.bos
+    windows, scoring = opened.task.evaluation(data, tokenizer, opened.model, length, limit, bos=bos)
     folder = None if output is None else Path(output)
     found = Comparison.open(folder, _identity(grid, request, opened, windows, scoring.protocol), overwrite)
     _check_plans(found, grid)
@@ -95,6 +98,15 @@ def compare(
     return found
 
 
+def _check_seeds(grid: Grid, request: Request) -> None:
+    """Raise BillhookError where calibration windows cannot be drawn more than once."""
+    text = request.calibration
+    if grid.seeds > 1 and (is_token_file(str(text)) if isinstance(text, str | Path) else isinstance(text, Tensor)):
+        raise BillhookError("Seeds draw calibration windows from a text; given tokens are always the same windows.")
+    if grid.seeds > 1 and isinstance(text, Iterator):
+        raise BillhookError("Seeds read the calibration text more than once: give a list instead of an iterator.")
+
+
 def _line(row: Mapping[str, Any]) -> str:
     ppl = "infinite" if row["token_ppl"] is None else f"{row['token_ppl']:.4f}"
     return f"{method(row)}, {row['pattern']} {row['sparsity']:g}, seed {row['seed']}: token perplexity {ppl}"
@@ -102,7 +114,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _identity(grid: Grid, request: Request, opened: Opened, windows: Windows, protocol: str) -> dict[str, Any]:
     """What a comparison depends on apart from its cells; it can be continued only with the same values."""
-    data = {"source": source_name(windows.source), "digest": windows.digest}
+    data = {"source": source_name(windows.source), "digest": windows.digest, "bos": windows.bos}
     return {
         "model": opened.facts,
         "protocol": protocol,

@@ -14,9 +14,12 @@ import billhook
 from billhook.errors import BillhookError
 from billhook.store.files import read_json, write_json
 from billhook.store.output import check_record_place
+from billhook.store.typed_json import typed
 
 VERSION = 1
 RECORD = "compare.json"
+_DATA = {"source": str, "digest": str, "windows": int, "length": int}
+_IDENTITY = {"model": {"name": str}, "protocol": str, "data": _DATA, "versions": dict[str, str]}
 
 
 class Cell(NamedTuple):
@@ -28,6 +31,10 @@ class Cell(NamedTuple):
     criterion: str
     recipe: str
     seed: int
+
+
+_CELL = {**Cell.__annotations__, "recipe": str | None, "nll": float, "token_ppl": float | None}
+_CELL |= {"sparsity_by_block": dict[str, float], "error_by_block": list[float]}
 
 
 @dataclass
@@ -95,12 +102,14 @@ def load_comparison(folder: Path) -> Comparison:
         raise BillhookError(
             f"{folder / RECORD} is not a comparison of version {VERSION}: make it again with billhook compare."
         )
-    identity, dense, cells = value.get("identity"), value.get("dense"), value.get("cells")
-    known = {*Cell._fields, "nll", "token_ppl"} - {"recipe"}  # which earlier versions did not have
-    whole = isinstance(identity, dict) and isinstance(dense, dict) and isinstance(cells, list)
-    if not whole or not all(isinstance(row, dict) and known <= row.keys() for row in cells or []):
-        raise BillhookError(f"{folder / RECORD} is damaged: start again with --overwrite.")
-    return Comparison(folder, identity or {}, dense or {}, cells or [])
+    where = f"{folder / RECORD} is damaged (start again with --overwrite)"
+    typed({"identity": _IDENTITY, "dense": {"token_ppl": float | None}, "cells": list}, value, where)
+    for number, row in enumerate(value["cells"]):
+        typed(_CELL, row, f"{where}, cell {number}")
+        if not all(block.isdecimal() for block in row["sparsity_by_block"]):
+            raise BillhookError(f"{where}, cell {number}, sparsity_by_block: not every key is the number of a block.")
+    cells = [{**row, "token_ppl": row.get("token_ppl")} for row in value["cells"]]
+    return Comparison(folder, value["identity"], value["dense"], cells)
 
 
 def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,8 +11,13 @@ from typing import Any
 from billhook.comparison.record import RECORD, load_comparison, method
 from billhook.errors import BillhookError
 from billhook.reports.report import load_report
+from billhook.store.files import untrusted
 from billhook.store.layout import REPORT
+from billhook.store.typed_json import typed
 
+_ROW: dict[str, Any] = {"protocol": str, "source": str, "digest": str, "length": int, "windows": int}
+_ROW |= {"versions": dict[str, str], "model": str, "method": str, "pattern": str, "sparsity": float, "nll": float}
+_ROW |= {"token_ppl": float | None, "dense_token_ppl": float | None}
 _SAME = {
     "protocol": "protocol",
     "digest": "windows (text)",
@@ -49,6 +54,8 @@ def _difference(found: dict[str, list[dict[str, Any]]]) -> str:
     two, b = next(((name, rows) for name, rows in others if not {*map(_key, a)} & {*map(_key, rows)}), others[0])
     left, right = a[0], b[0]
     start = f"{one} and {two} cannot be compared:"
+    if None not in (left["bos"], right["bos"]) and left["bos"] != right["bos"]:
+        return f"{start} only in one, windows begin with a BOS token. Score both with the same --bos."
     for key, words in _SAME.items():
         if left[key] != right[key]:
             shown = "source" if key == "digest" else key
@@ -64,13 +71,14 @@ def _difference(found: dict[str, list[dict[str, Any]]]) -> str:
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
     """Every score of a run, with everything it depends on."""
-    if (folder / RECORD).is_file():
-        return _of_comparison(folder)
-    if (folder / REPORT).is_file():
-        return _of_report(folder)
-    raise BillhookError(
-        f"{folder} holds no finished run: neither {RECORD} (billhook compare) nor {REPORT} (billhook prune)."
-    )
+    name = next((name for name in (RECORD, REPORT) if (folder / name).is_file()), None)
+    if name is None:
+        raise BillhookError(
+            f"{folder} holds no finished run: neither {RECORD} (billhook compare) nor {REPORT} (billhook prune)."
+        )
+    with untrusted(f"{folder / name} is damaged", "Make it again."):
+        rows = _of_comparison(folder) if name == RECORD else _of_report(folder)
+    return [typed(_ROW, row, f"{folder / name} is damaged") for row in rows]
 
 
 def _of_comparison(folder: Path) -> list[dict[str, Any]]:
@@ -81,7 +89,13 @@ def _of_comparison(folder: Path) -> list[dict[str, Any]]:
     same |= {"model": found.identity["model"]["name"], "dense_token_ppl": found.dense.get("token_ppl")}
     keys = ("pattern", "sparsity", "token_ppl", "nll")
     return [
-        {**same, **{key: row[key] for key in keys}, "run": folder.name, "method": f"{method(row)}, seed {row['seed']}"}
+        {
+            "bos": None,
+            **same,
+            **{key: row[key] for key in keys},
+            "run": folder.name,
+            "method": f"{method(row)}, seed {row['seed']}",
+        }
         for row in found.cells
     ]
 
@@ -103,6 +117,11 @@ def _of_report(folder: Path) -> list[dict[str, Any]]:
     same["sparsity"] = report["achieved"]["sparsity"]
     keys = ("protocol", "source", "digest", "windows", "length", "versions", "token_ppl", "nll")
     return [
-        {**same, **{key: entry[key] for key in keys}, "dense_token_ppl": (entry.get("against") or {}).get("token_ppl")}
+        {
+            **same,
+            **{key: entry[key] for key in keys},
+            "bos": entry.get("bos"),
+            "dense_token_ppl": (entry.get("against") or {}).get("token_ppl"),
+        }
         for entry in scored
     ]

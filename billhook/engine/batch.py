@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from billhook.architectures.config import vocabulary_size
 from billhook.errors import BillhookError
-from billhook.text.windows import check_ids, whole_ids
+from billhook.text.given import whole_ids
+from billhook.text.windows import check_ids
 
 Batch = Mapping[str, Tensor]
 LABELS = "labels"
@@ -30,7 +31,8 @@ def as_batches(model: PreTrainedModel, given: Tensor | Batch | Iterable[Tensor |
 
 def _as_batch(model: PreTrainedModel, one: Tensor | Batch) -> Batch:
     name = model.main_input_name
-    batch = {name: one} if isinstance(one, Tensor) else dict(one)
+    given = {name: one} if isinstance(one, Tensor) else one
+    batch = {key: value.clone() if value.is_inference() else value for key, value in given.items()}
     if name not in batch:
         found = ", ".join(batch) or "nothing"
         raise BillhookError(f"A batch for {type(model).__name__} needs {name!r}; it has {found}.")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.ambient import evaluating
 from billhook.architectures.config import call_options
 from billhook.architectures.layers import observable_experts
 from billhook.architectures.stacks import blocks_of
@@ -36,18 +37,6 @@ class Segment:
 
     calls: list[list[Call]]
     returned: Callable[[Tensor], Any]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode (no dropout), and restore the mode of every module afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

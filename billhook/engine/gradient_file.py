@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError
-from billhook.store.files import write_atomic
+from billhook.store.files import parse_json, write_atomic
 from billhook.store.shards import Shard, read_shard
+from billhook.store.typed_json import typed
 
 FORMAT = "billhook gradients"
 VERSION = "1"
@@ -86,9 +87,8 @@ def open_gradients(path: Path) -> Gradients:
     if metadata.get("version") != VERSION:
         raise BillhookError(f"{path} has version {metadata.get('version')!r}; this Billhook reads version {VERSION}.")
     try:
-        about = json.loads(metadata["about"])
-        str(about["statistic"])
-    except (KeyError, TypeError, ValueError):
+        about = typed({"statistic": str}, parse_json(metadata["about"]), str(path))
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise BillhookError(f"{path} is a damaged gradients file: its metadata lack the statistic.") from None
     for entry in shard.entries.values():
         if entry.dtype not in _KINDS or len(entry.shape) != 2:

@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.ambient import evaluating
 from billhook.architectures.layers import Layer, find_layers, observable_experts
 from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import check_share, shard
 from billhook.engine.activation_store import ActivationStore
 from billhook.engine.batch import Batch, as_batches, split_rows
-from billhook.engine.capture import Segment, capture, evaluating, stubbed
+from billhook.engine.capture import Segment, capture, stubbed
 from billhook.engine.gradient_file import Gradients, open_gradients, write_gradients
 from billhook.engine.regional_gradients import regional_gradients
 from billhook.engine.replay import run_block

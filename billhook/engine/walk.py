@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.ambient import evaluating
 from billhook.architectures.layers import Layer, find_layers, observable_experts
 from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import shard
 from billhook.engine.activation_store import ActivationStore
 from billhook.engine.batch import Batch, as_batches, rows_of
-from billhook.engine.capture import Segment, capture, evaluating, predictor
+from billhook.engine.capture import Segment, capture, predictor
 from billhook.engine.dense_stream import DenseStream, Stage
 from billhook.engine.observer import Observer
 from billhook.engine.replay import Call, run_block

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.ambient import evaluating
 from billhook.architectures.config import call_options
 from billhook.architectures.stacks import blocks_of
 from billhook.engine.batch import Batch, model_inputs, rows_of, select_rows
-from billhook.engine.capture import evaluating
 
 WINDOWS = 8  # windows compared; their hidden states after every block are in memory at once
 

@@ -14,8 +14,8 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
+from billhook.ambient import evaluating
 from billhook.architectures.config import vocabulary_size
-from billhook.engine.capture import evaluating
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.batching import Progress, batch_size, halving
 from billhook.text.windows import check_ids

@@ -1,7 +1,8 @@
 """Token perplexity over non-overlapping windows: the protocol of Wanda, SparseGPT, AlphaPruning and ATP.
 
 Each window of L tokens gives the mean negative log-likelihood (NLL) of its L - 1 targets; the perplexity is the
-exponential of the mean over windows. Every window starts without context; its first token is not scored. Perplexities
+exponential of the mean over windows. Every window starts without context; its first token, a BOS token for models that
+were trained with one (`billhook.text.windows`), is not scored. Perplexities
 are comparable only for equal window lengths and tokenizers (bits per byte across tokenizers), and not with lm-eval's
 word perplexity.
 """
@@ -18,15 +19,16 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_utils import PreTrainedModel
 
+from billhook.ambient import evaluating, pinned
 from billhook.architectures.config import call_options, check_length, vocabulary_size
 from billhook.engine.batch import Batch, main_input, model_inputs, select_rows
-from billhook.engine.capture import evaluating
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.batching import Progress, halving
 from billhook.evaluation.batching import batch_size as found_size
 from billhook.evaluation.kl import Against, window_kl
 from billhook.evaluation.scoring import NEXT_TOKEN, Scoring, count_scored, scored_rows
-from billhook.text.windows import Windows, check_ids, digest, whole_ids
+from billhook.text.given import whole_ids
+from billhook.text.windows import GIVEN, Windows, check_ids, digest
 
 PROTOCOL = NEXT_TOKEN.protocol
 _LOSS_BYTES = 1 << 26  # float32 logits whose loss is computed at once
@@ -44,6 +46,7 @@ class Evaluation:
     * `bits_per_byte`: bits per byte of text, comparable across tokenizers; null for token files.
     * `source`: the text, as it was named.
     * `digest`: SHA-256 of the windows.
+    * `bos` (boolean or null): whether every window begins with the BOS token; null for tokens that were given.
     * `against`: the comparison with the dense model; null without one.
     * `protocol`: how tokens are scored.
     """
@@ -56,6 +59,7 @@ class Evaluation:
     bits_per_byte: float | None
     source: str
     digest: str
+    bos: bool | None = None
     against: Against | None = None
     protocol: str = PROTOCOL
 
@@ -64,6 +68,7 @@ class Evaluation:
         return {**asdict(self), "token_ppl": self.token_ppl if math.isfinite(self.token_ppl) else None}
 
 
+@pinned
 @torch.inference_mode()
 def evaluate(
     model: PreTrainedModel,
@@ -132,7 +137,7 @@ def _checked(
     windows = given
     if not isinstance(windows, Windows):
         ids = whole_ids(main_input(models[0], given) if isinstance(given, Mapping) else given, "windows")
-        windows = Windows(ids, "given as a tensor", digest(ids), ids.numel(), None)
+        windows = Windows(ids, GIVEN, digest(ids), ids.numel(), None)
     sizes = [vocabulary_size(model) for model in models]
     if len(set(sizes)) > 1:
         both = f"The models have {sizes[0]} and {sizes[1]} token ids"
@@ -168,4 +173,4 @@ def _summary(sums: Tensor, tokens: int, windows: Windows) -> Evaluation:
     nll = total / tokens
     bits = total / math.log(2) / windows.text_bytes if windows.text_bytes else None
     ppl = math.exp(nll) if nll < 709 else math.inf  # the exponential would overflow
-    return Evaluation(ppl, nll, tokens, count, length, bits, windows.source, windows.digest)
+    return Evaluation(ppl, nll, tokens, count, length, bits, windows.source, windows.digest, windows.bos)

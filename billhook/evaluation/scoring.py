@@ -6,7 +6,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from billhook.engine.batch import Batch
+from billhook.engine.batch import LABELS, Batch
 
 IGNORED = -100  # the label of a position that is not scored, as in torch and transformers
 
@@ -39,8 +39,8 @@ class NextToken:
         return {"input_ids": ids}
 
     def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits [windows, length - 1, vocabulary] and the tokens that they predict."""
-        return logits[:, :-1], batch["input_ids"][:, 1:].to(logits.device)
+        """Logits [windows, length - 1, vocabulary] and the tokens that they predict, or the batch's labels of these."""
+        return logits[:, :-1], batch.get(LABELS, batch["input_ids"])[:, 1:].to(logits.device)
 
 
 NEXT_TOKEN = NextToken()

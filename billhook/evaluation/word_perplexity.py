@@ -3,6 +3,9 @@
 Each document begins with the BOS (else EOS) token and is cut into windows that begin with the last token of the
 previous one; words are separated by white space. The numbers depend on the division into documents and on the window
 length, but not on the tokenizer. They are not comparable with token perplexity.
+
+With a BOS token (`billhook.text.sampling`) every window begins with it, and it is never scored. The harness begins only
+a document with it, and scores a second one that the tokenizer adds: `bos` "no" gives the harness's number.
 """
 
 import math
@@ -17,6 +20,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Toke
 from billhook.errors import BillhookError
 from billhook.evaluation.batching import Progress
 from billhook.evaluation.likelihood import TokenRequest, log_likelihoods, prefix_token
+from billhook.text.sampling import first_token
 
 PROTOCOL = "word perplexity over rolling windows of documents (lm-evaluation-harness)"
 
@@ -34,6 +38,7 @@ class WordEvaluation:
     * `documents`: scored documents.
     * `length`: the largest number of tokens read at once.
     * `source`: the text, as it was named.
+    * `bos`: whether every window, and not only every document, begins with the BOS token.
     """
 
     word_ppl: float | None
@@ -44,6 +49,7 @@ class WordEvaluation:
     documents: int
     length: int
     source: str
+    bos: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The protocol and all fields by name, for json."""
@@ -57,12 +63,16 @@ def evaluate_words(
     length: int,
     source: str,
     progress: Progress | None = None,
+    *,
+    bos: str = "no",
 ) -> WordEvaluation:
     """Score whole documents in windows of `length` tokens; raises BillhookError for an empty text."""
+    first, prefix = first_token(tokenizer, bos), prefix_token(tokenizer)
     words = sum(len(re.split(r"\s+", text)) for text in texts)
     octets = sum(len(text.encode()) for text in texts)
-    encoded = [tokenizer(text, verbose=False, return_attention_mask=False)["input_ids"] for text in texts]
-    requests = [request for ids in encoded for request in rolling(ids, prefix_token(tokenizer), length)]
+    options: dict[str, Any] = {"verbose": False, "return_attention_mask": False, "add_special_tokens": first is None}
+    encoded = [tokenizer(text, **options)["input_ids"] for text in texts]
+    requests = [request for ids in encoded for request in rolling(ids, prefix, length, first)]
     if not requests or not octets:
         raise BillhookError(f"{source} is empty: give a text with something in it.")
     total = -sum(value for value, _ in log_likelihoods(model, requests, length, progress=progress))
@@ -76,15 +86,20 @@ def evaluate_words(
         documents=len(texts),
         length=length,
         source=source,
+        bos=first is not None,
     )
 
 
-def rolling(ids: Sequence[int], prefix: int, length: int) -> list[TokenRequest]:
-    """Windows that together score every token of `ids` once, each reading at most `length` tokens."""
+def rolling(ids: Sequence[int], prefix: int, length: int, first: int | None = None) -> list[TokenRequest]:
+    """Windows that together score every token of `ids` once, each reading at most `length` tokens.
+
+    A document begins after `prefix`, a later window with `first`, or without it with the token before.
+    """
     found = []
     for start in range(0, len(ids), length):
         stop = min(start + length, len(ids))
         # the last window is extended to the left, so that it has `length` tokens too
-        before = [prefix] if start == 0 else list(ids[max(0, stop - length - 1) : start])
+        begin = [prefix] if start == 0 else [] if first is None else [first]
+        before = [*begin, *ids[max(0, stop - length - 1 + len(begin)) : start]]
         found.append(TokenRequest(before, list(ids[start:stop])))
     return found

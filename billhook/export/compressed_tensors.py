@@ -84,10 +84,11 @@ def names(name: str) -> list[str]:
     return [name.removesuffix("weight") + part for part in PARTS]
 
 
-def configuration(types: Mapping[str, Scalar], dense: Collection[str]) -> dict[str, Any]:
+def configuration(types: Mapping[str, Grid], dense: Collection[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json for the types of modules by name; `dense` modules stay as they are."""
     groups: dict[Scalar, list[str]] = {}
     for module, type in types.items():
+        assert isinstance(type, Scalar)
         groups.setdefault(type, []).append(module)
     return {
         "quant_method": "compressed-tensors",

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.ambient import pinned
 from billhook.architectures.layers import Layer, find_layers
 from billhook.distributed.collectives import gather, shard
 from billhook.engine.batch import Batch, as_batches
@@ -20,6 +21,7 @@ from billhook.plan.table import Row, Table
 Values = dict[str, dict[str, Any]]
 
 
+@pinned
 def measure(
     model: PreTrainedModel,
     metrics: str | Sequence[str] = ("alpha_peak",),

@@ -11,9 +11,12 @@ from transformers import PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from billhook.architectures.config import context_length
+from billhook.ambient import pinned
+from billhook.architectures.config import context_length, vocabulary_size
 from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import quiet
+from billhook.store.files import untrusted
+from billhook.text.windows import check_ids
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,14 @@ def _refuse_nan(ids: Tensor, logits: Tensor) -> Tensor:
     return logits
 
 
+@pinned
 def generate(
     model: PreTrainedModel, ids: Tensor, new: int, *, stop: bool = True, token: Callable[[Tensor], None] | None = None
 ) -> Generated:
     """Continue prompts, int64 [batch, prompt], greedily by at most `new` tokens; with `stop` False by exactly `new`.
 
-    `token` is called with each new token of a batch of one. Raises BillhookError beyond the model's context.
+    `token` is called with each new token of a batch of one. Raises BillhookError beyond the model's context or
+    vocabulary.
     """
     if new < 1:
         raise BillhookError(f"Generate at least one token, got {new}.")
@@ -78,6 +83,7 @@ def generate(
     if context is not None and ids.shape[1] + new > context:
         tokens = f"{ids.shape[1]} tokens of prompt and {new} new ones"
         raise BillhookError(f"{tokens} do not fit the model's context of {context}.")
+    check_ids(ids, vocabulary_size(model), "The prompt")
     clock = Clock(token or (lambda ids: None))
     options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "num_beams": 1, "use_cache": True}
     options |= {"streamer": clock, "logits_processor": LogitsProcessorList([_refuse_nan])}
@@ -85,7 +91,8 @@ def generate(
     if not stop:
         options |= {"min_new_tokens": new, "eos_token_id": None}
     ids = ids.to(model.device)
-    with torch.no_grad(), quiet():
+    wrong = f"transformers cannot generate with {model.name_or_path or type(model).__name__}"
+    with torch.no_grad(), untrusted(wrong, "Check its generation_config.json."), quiet():
         start = time.perf_counter()
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
     assert isinstance(out, Tensor)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from billhook.ambient import pinned
 from billhook.architectures.layers import is_plain_linear, is_transposed
 from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
@@ -31,6 +32,7 @@ from billhook.tasks.opening import load_model, task_of_config
 _READ = ("config.json", "generation_config.json")
 
 
+@pinned
 def load(
     model: str | Path,
     *,
@@ -58,6 +60,7 @@ def load(
     checkpoint.check_trusted(path, config, task.auto_class, trust_remote_code)
     packed = open_packed(path)
     packed.check(_READ.__contains__)
+    checkpoint.check_depth(path, config, sum(len(shard.entries) for shard in packed.shards))
     device, dtype = chosen_device(device), chosen_dtype(dtype, device, path)
     loaded = _build(packed, task.auto_class, dtype, trust_remote_code, note)
     loaded.save_pretrained = _refuse_to_save  # type: ignore[method-assign]

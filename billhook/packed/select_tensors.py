@@ -35,8 +35,13 @@ def select_tensors(
                     selected[entry.name] = replace(form, int8=int8, group=group)
             progress(entry.name)
     if not selected:
+        folder = shards[0].path.parent
+        others = {x.dtype for shard in shards for x in shard.entries.values() if len(x.shape) == 2} - set(FLOATS)
+        if others:
+            kinds = f"{' and '.join(sorted(others))} weights, and only {', '.join(FLOATS)} can be packed"
+            raise BillhookError(f"{folder} holds {kinds}: convert the model first, for example to bfloat16.")
         found = f"the most zeros are in {most[1]}, {most[0]:.1%}" if most[1] else "no weight is zero"
-        dense = f"{shards[0].path.parent} is a dense model ({found})"
+        dense = f"{folder} is a dense model ({found})"
         raise BillhookError(f"{dense}: packing would not make it smaller. Prune it first: billhook prune.")
     return selected
 

@@ -12,8 +12,11 @@ from billhook.plan.spec import Pattern, Spec
 from billhook.plan.storage import stored_bytes
 from billhook.registry import hint
 from billhook.store.files import read_json, write_json
+from billhook.store.typed_json import typed
 
 VERSION = 2
+_MADE_BY = {"allocator": str | None, "options": dict[str, Any] | None, "paper": str | None}  # what reports show
+_MADE_BY |= {"metrics": dict[str, dict[str, float]] | None, "spectra": dict[str, list[float]] | None}
 Shapes = Mapping[str, tuple[int, int]]
 Kind = Literal["sparsity", "bytes", "parameters"]
 
@@ -232,5 +235,5 @@ def _version_1(value: Mapping[str, Any]) -> Plan:
 
 
 def _made_by(value: Mapping[str, Any]) -> dict[str, Any]:
-    made_by = value.get("made_by")
-    return dict(made_by) if isinstance(made_by, dict) else {}
+    made_by: dict[str, Any] = typed(_MADE_BY, value.get("made_by") or {}, "made_by")
+    return dict(made_by)

@@ -149,7 +149,8 @@ class Race:
             if spent and len(self.trials) > 1 and name not in self.known:
                 break
             self.plans[name] = candidate.plan
-            self.trials[name] = self.known.get(name) or self._try(candidate)
+            known, how = self.known.get(name), {key: candidate.plan.made_by[key] for key in ("allocator", "options")}
+            self.trials[name] = self._try(candidate) if known is None else replace(known, **how)
             if name not in self.known:
                 self.save(self)
                 self.progress(self._line(self.trials[name]))

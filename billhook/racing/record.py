@@ -13,6 +13,7 @@ from billhook.errors import BillhookError
 from billhook.racing.race import Race, Trial
 from billhook.store.files import read_json, write_json
 from billhook.store.output import check_record_place
+from billhook.store.typed_json import typed
 
 VERSION = 2
 RECORD, PLAN, PICTURE, MODEL = "search.json", "plan.json", "search.svg", "model"
@@ -48,11 +49,12 @@ class SearchRecord:
             if found.get(key) != now:
                 was = f"{key} was {found.get(key)!r:.60} and is now {now!r:.60}"
                 raise BillhookError(f"{path} is of another search: {was}. {advice}")
-        try:
-            trials = [Trial(**{key: entry[key] for key in Trial.__dataclass_fields__}) for entry in value["trials"]]
-            return cls(folder, identity, {trial.name: trial for trial in trials}, bool(value["pruned"]))
-        except (KeyError, TypeError) as error:
-            raise BillhookError(f"{path} is damaged ({error!r}). {advice}") from None
+        where = f"{path} is damaged (choose another --output, or --overwrite)"
+        trials: list[Trial] = typed(list[Trial], value.get("trials"), f"{where}, trials")
+        for trial in trials:
+            if not trial.kl or len(trial.kl) != len(trial.nll):
+                raise BillhookError(f"{where}, {trial.name}: kl and nll must be as long, and not empty.")
+        return cls(folder, identity, {trial.name: trial for trial in trials}, value.get("pruned") is True)
 
     def write(self, race: Race, *, ended: bool = False, pruned: bool = False) -> dict[str, Any]:
         """Write search.json, if anything is written, and return its content; `best` is None until the race has

@@ -99,7 +99,9 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[list[str]]:
     for record in report["evaluations"]:
         dense = record.get("against") or {}
         dense_ppl = "-" if dense.get("token_ppl") is None else f"{dense['token_ppl']:.4f}"
-        where = f"{record['source']}, {record['windows']} windows of {record['length']}" if "nll" in record else ""
+        begun = ", each after BOS" if record.get("bos") else ""
+        windows = f"{record.get('windows')} windows of {record.get('length')}{begun}"
+        where = f"{record['source']}, {windows}" if "nll" in record else ""
         if where:
             label = "token perplexity, non-overlapping windows (lower is better)"
             rows.append([label, where, f"{record['token_ppl']:.4f}", dense_ppl])
@@ -147,7 +149,8 @@ def _method(report: Mapping[str, Any]) -> list[str]:
     target = f"{100 * asked['sparsity']:g} %; pattern: {asked['pattern']}; comparison group: {asked['group']}"
     calibration = "not needed"
     if text:
-        sampling = f"{text['sampling']} sampling, seed {asked['seed']}, SHA-256 {text['digest'][:16]}"
+        begun = ", each window after BOS" if text.get("bos") else ""
+        sampling = f"{text['sampling']} sampling{begun}, seed {asked['seed']}, SHA-256 {text['digest'][:16]}"
         calibration = f"{text['samples']} windows of {text['length']} tokens of {text['source']} ({sampling})"
     lines += [f"Target sparsity: {target}.", f"Calibration: {calibration}."]
     return [*lines, "Versions: " + ", ".join(f"{name} {n}" for name, n in report["versions"].items()) + "."]

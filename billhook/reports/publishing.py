@@ -11,7 +11,7 @@ from billhook.errors import BillhookError
 from billhook.reports.card import card
 from billhook.reports.page import page
 from billhook.reports.report import build, load_report
-from billhook.store.files import write_json, write_text
+from billhook.store.files import untrusted, write_json, write_text
 from billhook.store.layout import CARD, PAGE, RECORD, REPORT
 
 
@@ -21,12 +21,20 @@ def publish(folder: Path, changes: Mapping[str, Any] | None = None) -> dict[str,
     What follows from billhook.json is computed again; what was added later (evaluations, speed, spectra) is kept from
     report.json, or replaced by `changes`. Raises BillhookError where both files are missing or one is damaged.
     """
-    report = known(folder) | dict(changes or {})
-    texts = card(report), page(report)
+    report, texts = render(folder, changes)
     write_json(folder / REPORT, report)
-    for name, text in zip((CARD, PAGE), texts, strict=True):
+    for name, text in texts.items():
         write_text(folder / name, text)
     return report
+
+
+def render(folder: Path, changes: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+    """The report that `publish` would write, and the texts of card and page by file name; raises what it raises."""
+    advice = f"Delete {REPORT} and run billhook report {folder}."
+    with untrusted(f"{folder} holds a damaged {REPORT} or {RECORD}", advice):
+        report = known(folder) | dict(changes or {})
+        list(map(_identity, report["evaluations"]))
+        return report, {CARD: card(report), PAGE: page(report)}
 
 
 def known(folder: Path) -> dict[str, Any]:
@@ -42,7 +50,7 @@ def known(folder: Path) -> dict[str, Any]:
 
 def add_evaluation(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Add an evaluation to a directory's report, replacing one of the same data and tasks; returns the report."""
-    report = load_report(folder) if (folder / REPORT).is_file() else publish(folder)
+    report, _ = render(folder)
     kept = [entry for entry in report["evaluations"] if _identity(entry) != _identity(record)]
     return publish(folder, {"evaluations": [*kept, dict(record)]})
 

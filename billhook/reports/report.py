@@ -14,10 +14,11 @@ from billhook.errors import BillhookError
 from billhook.packed.format import open_packed
 from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern
-from billhook.store.files import read_json
+from billhook.store.files import read_json, untrusted
 from billhook.store.layout import CARD, RECORD, REPORT, is_packed
 from billhook.store.record import Record, Step, read_record
 from billhook.store.shards import read_shard, weight_files
+from billhook.store.typed_json import typed
 
 VERSION = 1
 _KEPT = ("license", "license_name", "license_link", "language", "base_model", "tags")  # of the source's card
@@ -31,21 +32,16 @@ def load_report(folder: Path) -> dict[str, Any]:
     report = read_json(path, "report")
     if report.get("version") != VERSION:
         raise BillhookError(f"{path} is not a report of version {VERSION}: run billhook report {folder}.")
-    kinds = {dict: ("asked", "achieved", "model", "metadata"), list: ("layers", "blocks", "evaluations")}
-    for kind, keys in kinds.items():
-        for key in keys:
-            if not isinstance(report.get(key), kind):
-                raise BillhookError(f"{path} is damaged (no {key!r}): delete it and run billhook report {folder}.")
+    for key in ("evaluations", "layers"):
+        typed(list[dict[str, Any]], report.get(key), f"{path} is damaged, {key}")
     return report
 
 
 def build(folder: Path) -> dict[str, Any]:
     """The content of report.json without evaluations; raises BillhookError for a damaged record."""
     record = read_record(folder / RECORD)
-    try:
+    with untrusted(f"{folder / RECORD} is damaged", "Prune again."):
         return _from_record(folder, record)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise BillhookError(f"{folder / RECORD} is damaged ({error!r}): prune again.") from None
 
 
 def _from_record(folder: Path, record: Record) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.ambient import pinned
 from billhook.architectures.layers import Layer, find_layers
 from billhook.distributed.collectives import check_share
 from billhook.engine.batch import Batch, as_batches
@@ -55,6 +56,7 @@ def prune_with(
         )  # fmt: skip
 
 
+@pinned
 def prune_(
     model: PreTrainedModel,
     plan: Plan,

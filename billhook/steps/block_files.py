@@ -1,53 +1,64 @@
 """The weights of a quantized model while they are written: one safetensors file for each block, and one for the rest.
 
-Each file is written whole and renamed into place, so that a run that ends at any moment keeps its finished blocks. The
-files are those of the compressed-tensors directory. Everything that is not quantized keeps the source's bytes.
+Each file is written whole and renamed into place, so that a run that ends at any moment keeps its finished blocks. For
+compressed-tensors these are the files of the directory. For GGUF types they hold the bytes of the quantized weights,
+and are replaced by one GGUF file at the end. Everything that is not quantized keeps the source's bytes.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from billhook.engine.streaming import Stored, Stream
-from billhook.errors import BillhookError
-from billhook.export import compressed_tensors
-from billhook.methods.quantize.grid import Quantized
-from billhook.methods.quantize.scalar import Scalar
-from billhook.store.files import replace_file, sha256, write_json
-from billhook.store.shards import INDEX, Shard, read_shard
+from billhook.methods.quantize.grid import Grid, Quantized
+from billhook.store.files import replace_file, sha256
+from billhook.store.shards import Shard, read_shard
+
+
+class Form(Protocol):
+    """How a quantized weight is stored in safetensors files: a module of `billhook.export`."""
+
+    def names(self, name: str) -> list[str]:
+        """The names of the tensors of the weight called `name`."""
+        ...
+
+    def pack(self, name: str, weight: Quantized) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        ...
+
+    def read(self, name: str, grid: Grid, shards: Iterable[Shard]) -> Quantized:
+        """The weight called `name` in files."""
+        ...
 
 
 class Decoded(Stored):
-    """A quantized tensor in a file, which is decoded when it is read."""
+    """A quantized tensor in a file, which is decoded when it is read; `source` is the original."""
 
-    def __init__(self, name: str, grid: Scalar, shard: Shard, dtype: torch.dtype) -> None:
-        self.name, self.grid, self.shard, self.dtype, self.lazy = name, grid, shard, dtype, True
-        self.path = shard.path
-        self.entry = shard.entries[compressed_tensors.names(name)[0]]
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of the same shape without values."""
-        shape = self.shard.entries[compressed_tensors.names(self.name)[2]]
-        sizes = Stored(self.path, shape, lazy=False).read().tolist()
-        return torch.empty(sizes, dtype=dtype or self.dtype, device="meta")
+    def __init__(self, form: Form, grid: Grid, shard: Shard, source: Stored) -> None:
+        self.form, self.grid, self.shard, self.source = form, grid, shard, source
+        self.path, self.entry, self.dtype, self.lazy = shard.path, source.entry, source.dtype, True
 
     def read(self) -> Tensor:
         """The decoded values in float32."""
-        return compressed_tensors.read(self.name, self.grid, [self.shard]).decode(torch.float32)
+        return self.form.read(self.entry.name, self.grid, [self.shard]).decode(torch.float32)
 
 
 class BlockFiles:
-    """A sink with one file for each block of a streamed model; `types` are the grids of the quantized tensors on disk.
+    """A sink with one file for each block of a streamed model; `grids` are those of the quantized tensors on disk.
 
-    It has the interface of `billhook.store.sinks.SameLayout` that an unfinished output needs.
+    `outside` quantizes a tensor outside of the blocks, given its name. The sink has the interface of
+    `billhook.store.sinks.SameLayout` that an unfinished output needs.
     """
 
-    def __init__(self, stream: Stream, types: Mapping[str, Scalar]) -> None:
-        self.stream, self.types = stream, types
+    def __init__(
+        self, stream: Stream, grids: Mapping[str, Grid], form: Form, outside: Callable[[str], Quantized]
+    ) -> None:
+        self.stream, self.grids, self.form, self.outside = stream, grids, form, outside
         self.entries = stream.source
         self.made: dict[str, Quantized] = {}
         count = len(stream.blocks) + 1
@@ -55,7 +66,7 @@ class BlockFiles:
         self._block = {name: index for index, names in enumerate(stream.names) for name in names}
 
     def add(self, name: str, weight: Quantized) -> None:
-        """Keep a quantized tensor, by its name on disk, until its block is written."""
+        """Keep a quantized tensor, by its name on disk, until its file is written."""
         self.made[name] = weight
 
     def begin(self, folder: Path, outside: Collection[str]) -> None:
@@ -68,9 +79,8 @@ class BlockFiles:
 
     def write(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """Write the file of the block whose tensors were added."""
-        (index,) = {self._block[name] for name in self.made}
+        index = self._block[next(iter(self.made))]
         self._write(folder / self.files[index + 1], self.stream.names[index])
-        self.made.clear()
 
     def digest(self, folder: Path, names: Iterable[str]) -> str:
         """The SHA-256 of the file of these tensors: those of one block, or those outside of the blocks."""
@@ -82,38 +92,27 @@ class BlockFiles:
         """Where the tensors of a finished block are read from."""
         shard, source = read_shard(folder / self.files[index + 1]), self.stream.source
         return {
-            name: Decoded(name, self.types[name], shard, source[name].dtype)
-            if name in self.types
+            name: Decoded(self.form, self.grids[name], shard, source[name])
+            if name in self.grids
             else Stored(shard.path, shard.entries[name], lazy=True)
             for name in self.stream.names[index]
         }
 
-    def finish(self, folder: Path) -> None:
-        """Write the index of all files."""
-        shards = [read_shard(folder / name) for name in self.files]
-        total = sum(entry.stop - entry.start for shard in shards for entry in shard.entries.values())
-        where = {name: shard.path.name for shard in shards for name in shard.entries}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    def raw(self, folder: Path) -> Iterator[tuple[str, str, np.ndarray]]:
+        """Name, type and bytes, memory-mapped [out, n], of every quantized tensor that is one tensor in the files."""
+        for name in self.files:
+            shard = read_shard(folder / name)
+            for entry in shard.entries.values():
+                if entry.name in self.grids:
+                    data = np.memmap(shard.path, np.uint8, "r", offset=entry.start, shape=entry.shape)
+                    yield entry.name, self.grids[entry.name].name, data
 
     def _write(self, path: Path, names: Collection[str]) -> None:
         tensors: dict[str, Tensor] = {}
         for name in names:
-            if name in self.made:
-                tensors |= compressed_tensors.pack(name, self.made[name])
+            if name in self.grids:
+                weight = self.made.pop(name) if name in self._block else self.outside(name)
+                tensors |= self.form.pack(name, weight)
             else:
                 tensors[name] = Stored(self.entries[name].path, self.entries[name].entry, lazy=False).read()
         replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-
-
-def check_places(places: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The tensor on disk of each layer, given its place there (`billhook.store.locate`).
-
-    Raises BillhookError for a layer that is not a whole matrix [out, in] of its own in the files.
-    """
-    for layer, place in places.items():
-        if place.get("tensor") is None or place.get("index") is not None or place.get("transposed"):
-            raise BillhookError(
-                f"{layer} is stored in a form that compressed-tensors cannot hold (fused, transposed, or an expert of "
-                f"a larger tensor): leave it out with --ignore {layer}, or use a GGUF type."
-            )
-    return {layer: str(place["tensor"]) for layer, place in places.items()}

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import billhook
+from billhook.ambient import pinned
 from billhook.architectures.sources import resolve
 from billhook.engine.streaming import open_streamed
 from billhook.errors import BillhookError
@@ -29,7 +30,7 @@ from billhook.store.checkpoint import load_tokenizer, read_config
 from billhook.store.compute import chosen_device, chosen_dtype, dtype_name, lacking_gib
 from billhook.tasks.opening import task_of, task_of_config
 from billhook.tasks.token_windows import window_length
-from billhook.text.corpus import documents, source_name
+from billhook.text.corpus import documents, is_token_file, source_name
 
 PROTOCOLS = ("token", "word", "both")
 Progress = Callable[[str], None]
@@ -48,11 +49,13 @@ class EvalConfig:
     few_shot: int | None = None
     task_limit: int | None = None
     batch_size: int | None = None
+    bos: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
 
 
+@pinned
 def evaluate_model(model: str | Path, config: EvalConfig, progress: Progress = lambda what: None) -> dict[str, Any]:
     """Load a dense or packed model and score it; docs/formats/json_output.md lists the fields.
 
@@ -70,7 +73,8 @@ def evaluate_model(model: str | Path, config: EvalConfig, progress: Progress = l
     if config.data is not None and config.protocol != "token":
         reader = _need(tokenizer, "Word perplexity")
         texts = list(documents(config.data, "evaluation", stream=True))[: config.limit]
-        record["word"] = evaluate_words(loaded, reader, texts, window, source_name(config.data), progress).to_dict()
+        scored = evaluate_words(loaded, reader, texts, window, source_name(config.data), progress, bos=config.bos)
+        record["word"] = scored.to_dict()
     if names or files:
         results = _run_tasks(loaded, _need(tokenizer, "A task"), (names, files), window, config, progress)
         record["tasks"] = [asdict(task) for task in results]
@@ -92,7 +96,7 @@ def _tasks(config: EvalConfig) -> tuple[list[str], list[str]]:
         )
     if config.protocol not in PROTOCOLS:
         raise BillhookError(f"Unknown protocol {config.protocol!r}: use {', '.join(PROTOCOLS)}.")
-    if config.protocol != "token" and (config.data or "").endswith(".safetensors"):
+    if config.protocol != "token" and is_token_file(config.data or ""):
         raise BillhookError("Word perplexity needs words, and a token file has none: give a text.")
     if config.against is not None and (config.data is None or config.protocol == "word"):
         raise BillhookError("--against needs the windows of a text: give --data and the token protocol.")
@@ -113,6 +117,8 @@ def _check_used(config: EvalConfig) -> None:
     """Raise BillhookError for an option that would have no effect."""
     if config.data is None and (config.protocol != "token" or config.limit is not None):
         raise BillhookError("--protocol and --limit are for --data: leave them out (for tasks there is --task-limit).")
+    if config.data is None and config.bos != "auto":
+        raise BillhookError("--bos is for --data: leave it out. Tasks follow the tokenizer, as lm-eval does.")
     if config.batch_size is not None and (config.data is None or config.protocol == "word"):
         raise BillhookError("--batch-size is for token perplexity: tasks and word perplexity choose their own.")
     if config.task_limit is not None and not config.tasks:
@@ -141,7 +147,8 @@ def _token(
 ) -> dict[str, Any]:
     """The fields of token perplexity, and of the comparison with the dense model."""
     assert config.data is not None
-    windows, scoring = task_of(model).evaluation(config.data, tokenizer, model, window, config.limit)
+    task = task_of(model)
+    windows, scoring = task.evaluation(config.data, tokenizer, model, window, config.limit, bos=config.bos)
     dense = None if config.against is None else _open(resolve(config.against), config)
     options: dict[str, Any] = {"batch_size": config.batch_size, "progress": progress}
     record = evaluate(model, windows, scoring=scoring, against=dense, **options).to_dict()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from billhook.engine.method import Group
+from billhook.text.given import Given
 
 
 class MethodOptions(TypedDict, total=False):
@@ -42,7 +43,8 @@ class DrawnFields(TypedDict, total=False):
     """Fields of a request that `search` and `compare` read: the text, the layers and where to compute."""
 
     group: Group | None
-    calibration: Any
+    calibration: Given | None
+    bos: str
     samples: int
     length: int | None
     batch_size: int | None

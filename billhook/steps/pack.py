@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from billhook.ambient import pinned
 from billhook.architectures.layers import is_transposed_on_disk
 from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
@@ -20,11 +21,11 @@ from billhook.packed.expand import dense_bytes, unpack_files
 from billhook.packed.format import open_packed
 from billhook.packed.select_tensors import packed_size, select_tensors
 from billhook.packed.write import Written, relative_error, write_file, write_record
-from billhook.reports.publishing import publish
+from billhook.reports.publishing import publish, render
 from billhook.runtime.layout import MIN_GROUP
 from billhook.store.checkpoint import read_config
 from billhook.store.directory import WEIGHTS
-from billhook.store.files import copy_files, read_json, sha256
+from billhook.store.files import copy_files, read_json, sha256, untrusted
 from billhook.store.layout import PACKED, RECORD, REPORT, is_packed, is_unfinished
 from billhook.store.output import check_output, staging
 from billhook.store.shards import INDEX, read_shard, weight_files
@@ -64,6 +65,7 @@ class PackReport:
         return {"output": str(self.output), **{key: getattr(self, key) for key in fields}, "layers": layers}
 
 
+@pinned
 def pack(
     model: str | Path,
     output: str | Path,
@@ -82,6 +84,7 @@ def pack(
     _check_values(values, group)
     source = resolve(model)
     config = _check_source(source)
+    _report(source)
     shards = [read_shard(file) for file in weight_files(source)]
     matrices = select_tensors(shards, _transposed(source, config), values == "int8", group, progress)
     needed = sum(packed_size(shard, matrices) for shard in shards)
@@ -95,10 +98,11 @@ def pack(
         files = {path.as_posix(): sha256(folder / path) for path in checked}
         record = write_record(folder, written, matrices, index, files)
         # evaluations before rounding are not valid for the rounded model
-        _publish(folder, {"evaluations": []} if values == "int8" else None)
-    return _report(output, written, record, sorted(weights - {shard.path.name for shard in shards}))
+        _report(folder, publish, {"evaluations": []} if values == "int8" else None)
+    return _summary(output, written, record, sorted(weights - {shard.path.name for shard in shards}))
 
 
+@pinned
 def unpack(
     directory: str | Path,
     output: str | Path,
@@ -118,23 +122,24 @@ def unpack(
         )
     packed = open_packed(directory)
     packed.check()
+    _report(directory)
     needed = dense_bytes(packed)
     output = check_output(Path(output), directory, overwrite=overwrite, needed=needed)
     with staging(output, needed) as folder:
         unpack_files(packed, folder, progress)
         packed_files = {PACKED, *(shard.file.path.name for shard in packed.shards)}
         copy_files(directory, folder, lambda path: path.as_posix() not in packed_files)
-        _publish(folder)
+        _report(folder, publish)
     return output
 
 
-def _publish(folder: Path, changes: Mapping[str, Any] | None = None) -> None:
-    """Rewrite the report of a directory that has one."""
+def _report(folder: Path, make: Callable[..., Any] = render, changes: Mapping[str, Any] | None = None) -> None:
+    """Make (by default, only check) the report of a directory that has one."""
     if (folder / RECORD).is_file() and (folder / REPORT).is_file():
-        publish(folder, changes)
+        make(folder, changes)
 
 
-def _report(output: Path, written: Sequence[Written], record: Mapping[str, Any], others: Sequence[str]) -> PackReport:
+def _summary(output: Path, written: Sequence[Written], record: Mapping[str, Any], others: Sequence[str]) -> PackReport:
     error = relative_error([squares for file in written for squares in file.squares.values()])
     dense = sum(file.shard.path.stat().st_size for file in written)
     tensors = sum(len(file.shard.entries) for file in written) - len(record["layers"])
@@ -170,8 +175,9 @@ def _check_source(source: Path) -> dict[str, Any]:
 
 def _transposed(source: Path, config: Mapping[str, Any]) -> Callable[[str], bool]:
     """Whether the tensor of a name is stored [in, out], from billhook.json or the model type."""
-    layers = read_json(source / RECORD, "record of a pruned model").get("layers") if (source / RECORD).is_file() else {}
-    facts = layers.values() if isinstance(layers, dict) else ()
-    pieces = [piece for layer in facts for piece in layer.get("pieces", [layer])]
-    known = {piece.get("tensor"): piece.get("transposed") is True for piece in pieces}
+    record = read_json(source / RECORD, "record of a pruned model") if (source / RECORD).is_file() else {"layers": {}}
+    with untrusted(f"{source / RECORD} is damaged", "Restore it, or move it away."):
+        layers = record["layers"]
+        pieces = [piece for layer in layers.values() for piece in layer.get("pieces", [layer])]
+        known = {piece.get("tensor"): piece.get("transposed") is True for piece in pieces}
     return lambda name: known.get(name, is_transposed_on_disk(str(config.get("model_type")), name))

@@ -119,16 +119,15 @@ class PartialOutput:
         """Whether a file that the blocks depend on is recorded."""
         return name in self.state.files
 
-    def complete(self, record: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> None:
+    def complete(self, record: Mapping[str, Any], finish: Callable[[Path], Mapping[str, Any]] | None = None) -> None:
         """Write the other files and rename the directory, once no process reads from it any more.
 
-        `config` are new entries of config.json.
+        `finish` completes the weight files in a folder, and returns new entries of config.json.
         """
         barrier()
         if not rank():
-            if isinstance(self.sink, BlockFiles):
-                self.sink.finish(self.folder)
-            published = publish if config is None else lambda folder: None
+            config = None if finish is None else finish(self.folder)
+            published = publish if finish is None else lambda folder: None
             complete(self.stream.model, self.source, self.folder, record, published, config)
             flush(self.folder)
             for path in [*self.folder.glob(f"*{GRADIENTS}"), *self.folder.glob(WRITTEN)]:

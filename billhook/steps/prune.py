@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.ambient import pinned
 from billhook.distributed.collectives import barrier, gather
 from billhook.distributed.torchrun import rank
 from billhook.engine.activation_store import SPILL_GIB
@@ -46,11 +46,13 @@ from billhook.store.directory import save_pruned
 from billhook.store.layout import GRADIENTS, WRITTEN
 from billhook.tasks.self_text import is_self, save_windows
 from billhook.text.corpus import source_name
+from billhook.text.given import Given
 
 Note = Callable[[LayerResult], None]
 
 
 # fmt: off
+@pinned
 def prune(
     model: str | Path | PreTrainedModel, *,
     sparsity: float | None = None, pattern: str = "unstructured", output: str | Path | None = None,
@@ -58,8 +60,8 @@ def prune(
     refine: Refining | None = None, group: Group | None = None, options: Mapping[str, Any] | None = None,
     plan: str | Path | Plan | None = None, table: str | Path | Table | None = None,
     gradients: str | Path | Gradients | None = None,
-    calibration: str | Path | Tensor | None = None, samples: int = 128, length: int | None = None,
-    published: bool = False, seed: int = 0, batch_size: int | None = None,
+    calibration: Given | None = None, samples: int = 128, length: int | None = None,
+    published: bool = False, bos: str = "auto", seed: int = 0, batch_size: int | None = None,
     targets: str | Sequence[str] = (), ignore: str | Sequence[str] = (),
     device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False,
     overwrite: bool = False, resume: bool = False, spill_gib: float = SPILL_GIB, pack: bool = False,

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +19,55 @@ from billhook.architectures.layers import Layer
 from billhook.distributed.collectives import world
 from billhook.engine.loop import LayerResult, apply_plan_
 from billhook.engine.method import Quantization
-from billhook.engine.walk import Block, Progress
+from billhook.engine.walk import Progress
 from billhook.errors import BillhookError
-from billhook.export import compressed_tensors
+from billhook.export import compressed_tensors, ggml_tensors
+from billhook.export.gguf import write_gguf
 from billhook.methods.encoded import Encoded
 from billhook.methods.quantize import QUANTIZERS
-from billhook.methods.quantize.grid import Quantized
+from billhook.methods.quantize.grid import Grid, Quantized
 from billhook.methods.quantize.grids import grid_of
-from billhook.methods.quantize.scalar import Scalar
-from billhook.plan.plan import Budget, Plan
-from billhook.plan.spec import Spec
-from billhook.plan.storage import stored_bytes
-from billhook.steps.block_files import BlockFiles, check_places
+from billhook.methods.statistics import LayerStats
+from billhook.plan.plan import Plan, load_plan
+from billhook.steps.block_files import BlockFiles
 from billhook.steps.partial_output import partial_output
-from billhook.steps.record import place, without_folders
+from billhook.steps.record import without_folders
 from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
 from billhook.steps.resolve import identity
-from billhook.store.locate import locate_on_disk
+from billhook.steps.types import (
+    EMBEDDINGS,
+    check_target,
+    full_name,
+    is_ggml,
+    layer_tensors,
+    outside_types,
+    plan_types,
+    uniform_plan,
+)
 from billhook.store.record import Step, append_step
-from billhook.store.shards import weight_bytes
-
-GROUPS = (64, 32, 16, 8)  # of a type without a group: the first that divides a layer's columns
+from billhook.store.shards import weight_bytes, write_index
+from billhook.text.given import Given
 
 
 @dataclass(frozen=True)
 class QuantizeRequest:
     """The parameters of a quantizing run; the field names are those of the command line.
 
-    With `published`, windows are drawn as in the released code of the papers.
+    `type` is one storage type for all layers, or "" with a `plan` of types. `embeddings` is that of embeddings and head
+    in a GGUF file. With `published`, windows are drawn as in the released code of the papers.
     """
 
     model: str | Path
     type: str
     output: str | Path
+    plan: str | Path | Plan | None = None
+    embeddings: str = ""
     quantizer: str = "gptq"
     options: Mapping[str, Any] = field(default_factory=dict)
-    calibration: str | Path | torch.Tensor | None = None
+    calibration: Given | None = None
     samples: int = 128
     length: int | None = None
+    bos: str = "auto"
     published: bool = False
     batch_size: int | None = None
     seed: int = 0
@@ -77,15 +89,35 @@ class QuantizeRequest:
 
 @dataclass(frozen=True)
 class QuantizeJob:
-    """A checked request with its plan; `tensors` are the names on disk of the layers' weights."""
+    """A checked request with its plan.
+
+    `tensors` are the names on disk of the layers' weights, `outside` the types of embeddings and head by their names.
+    """
 
     request: QuantizeRequest
     opened: Opened
     plan: Plan
     method: Quantization
     tensors: Mapping[str, str]
+    outside: Mapping[str, str]
     identity: Mapping[str, Any]
     notes: list[str]
+
+    @property
+    def ggml(self) -> bool:
+        """Whether the output is a GGUF file."""
+        return any(is_ggml(type) for type in plan_types(self.plan).values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The shapes of the layers."""
+        return {layer.name: layer.shape for layer in self.opened.layers}
+
+    @cached_property
+    def grids(self) -> dict[str, Grid]:
+        """The grids of all quantized tensors by their names on disk."""
+        types = {self.tensors[layer]: type for layer, type in plan_types(self.plan).items()} | dict(self.outside)
+        return {name: grid_of(type, self.method.scale_dtype) for name, type in types.items()}
 
 
 @dataclass(frozen=True)
@@ -130,10 +162,13 @@ def prepare(request: QuantizeRequest, progress: Progress = lambda layer: None) -
     """Check everything about a request, cheapest first, and make its plan; nothing is changed."""
     if world() > 1:
         raise BillhookError("quantize runs in one process: start it without torchrun.")
-    compressed_tensors.check_installed()
     QUANTIZERS.check(request.quantizer)
     method = Quantization(request.quantizer, QUANTIZERS.configure(request.quantizer, request.options))
-    _types(request.type, 64)
+    given = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
+    if (given is None) == (not request.type):
+        raise BillhookError("Give either a storage type, such as int4 or q4_k, or a plan of storage types.")
+    type = full_name(request.type) if given is None else next(iter(plan_types(given).values()))
+    check_target(is_ggml(type))
     opened = open_request(
         request.opening(), bool(method.observed), f"Quantizing with {request.quantizer}", streamed=True,
         progress=progress,
@@ -141,57 +176,17 @@ def prepare(request: QuantizeRequest, progress: Progress = lambda layer: None) -
     stream = opened.resources.stream
     if stream is None or opened.source is None:
         raise BillhookError(f"{request.model} cannot be read one block at a time, so it cannot be quantized.")
-    tensors = _tensors(opened)
+    plan, notes = uniform_plan(type, opened.layers) if given is None else (given, [])
+    method.check(plan)
+    if len({is_ggml(t) for t in plan_types(plan).values()}) > 1:
+        raise BillhookError("The plan mixes GGUF types with types intB/GROUP: a file holds one kind.")
+    tensors = layer_tensors(opened)
     dtypes = {stream.source[name].dtype for name in tensors.values()}
     method = replace(method, scale_dtype=torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float16)
-    plan, notes = _plan(request, opened.layers)
-    method.check(plan)
+    outside = outside_types(opened, request.embeddings or EMBEDDINGS) if is_ggml(type) else {}
     run = identity(request.opening(), opened, method.options, plan, None)
-    run |= {"step": "quantize", "quantizer": request.quantizer}
-    return QuantizeJob(request, opened, plan, method, tensors, run, notes)
-
-
-def _types(type: str, columns: int) -> tuple[str, bool]:
-    """The type of a layer with so many columns, and whether its group is another than the one asked for."""
-    name, slash, group = type.partition("/")
-    if not slash and name.startswith("int"):
-        group = str(GROUPS[0])
-    wanted = f"{name}/{group}" if group else name
-    grid = grid_of(wanted)
-    if columns % grid.block == 0:
-        return wanted, False
-    fitting = next((g for g in GROUPS if g < grid.group and columns % g == 0), None)
-    if fitting is None or not isinstance(grid, Scalar):
-        raise BillhookError(f"a layer with {columns} columns cannot be stored as {wanted}")
-    return f"{name}/{fitting}", True
-
-
-def _plan(request: QuantizeRequest, layers: Sequence[Layer]) -> tuple[Plan, list[str]]:
-    """The type of every layer, and a note where the group is smaller than the one asked for."""
-    weights, smaller = {}, []
-    for layer in layers:
-        try:
-            name, changed = _types(request.type, layer.shape[1])
-        except BillhookError as error:
-            raise BillhookError(f"{layer.name}: {error}. Leave it out with --ignore {layer.name}.") from None
-        weights[layer.name] = Spec(type=name)
-        smaller += [(layer.name, name)] if changed else []
-    total = sum(
-        stored_bytes(spec.type or "", layer.shape) for layer, spec in zip(layers, weights.values(), strict=True)
-    )
-    notes = []
-    if smaller:
-        name, type = smaller[0]
-        notes = [f"{len(smaller)} layers, such as {name}, are stored as {type}: their columns do not divide by more."]
-    return Plan(Budget("bytes", total), weights, made_by={"allocator": "uniform", "type": request.type}), notes
-
-
-def _tensors(opened: Opened) -> dict[str, str]:
-    """The names on disk of the layers' weights; raises BillhookError where one is not a matrix of its own there."""
-    stream = opened.resources.stream
-    assert stream is not None
-    facts = {layer.name: {"shape": list(layer.shape), **place(layer)} for layer in opened.layers}
-    return check_places(locate_on_disk(opened.model, facts, stream.source))
+    run |= {"step": "quantize", "quantizer": request.quantizer, "outside": outside}
+    return QuantizeJob(request, opened, plan, method, tensors, outside, run, notes)
 
 
 def run(
@@ -205,8 +200,14 @@ def run(
     stream, output = opened.resources.stream, Path(request.output).expanduser().resolve()
     assert stream is not None
     assert source is not None
-    grids = {name: _scalar(job, layer) for layer, name in job.tensors.items()}
-    files = BlockFiles(stream, grids)
+
+    def outside(name: str) -> Quantized:
+        rounded: Quantized = QUANTIZERS.get("round")(
+            stream.source[name].read().float(), LayerStats(0, 0), job.grids[name]
+        )
+        return rounded
+
+    files = BlockFiles(stream, job.grids, ggml_tensors if job.ggml else compressed_tensors, outside)
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
     with partial_output(
         stream, source, output, job.identity, job.plan.to_json(), **may, stopping=stopping, files=files
@@ -219,32 +220,42 @@ def run(
             assert isinstance(encoded, Quantized)
             files.add(job.tensors[layer.name], encoded)
 
-        def finished(block: Block, results: list[LayerResult]) -> None:
-            partial.finished(block, results)
-
         results = before + apply_plan_(
             opened.model, job.plan, job.method, opened.batches, layers=opened.layers, resources=opened.resources,
-            start=partial.state.done, progress=progress, made=made, finished=finished,
+            start=partial.state.done, progress=progress, made=made, finished=partial.finished,
         )  # fmt: skip
         record = _record(job, results)
-        partial.complete(record, {"quantization_config": _configuration(job, grids)})
-    shapes = {layer.name: layer.shape for layer in opened.layers}
-    bits = 8 * job.plan.bytes(shapes) / sum(out * columns for out, columns in shapes.values())
-    size, before_size = weight_bytes(output), weight_bytes(source)
+        partial.complete(record, _finish(job, files, source))
+    size = sum(file.stat().st_size for file in output.iterdir() if file.suffix in (".safetensors", ".gguf"))
+    bits = 8 * job.plan.bytes(job.shapes) / sum(out * columns for out, columns in job.shapes.values())
     warnings, seconds = record["steps"][-1]["warnings"], time.perf_counter() - start
-    return QuantizeReport(output, results, bits, size, before_size, seconds, warnings)
+    return QuantizeReport(output, results, bits, size, weight_bytes(source), seconds, warnings)
 
 
-def _scalar(job: QuantizeJob, layer: str) -> Scalar:
-    grid = grid_of(job.plan.weights[layer].type or "", job.method.scale_dtype)
-    assert isinstance(grid, Scalar)
-    return grid
+def _finish(job: QuantizeJob, files: BlockFiles, source: Path) -> Callable[[Path], Mapping[str, Any]]:
+    """What completes the weight files in a folder, and returns new entries of config.json."""
+
+    def compressed(folder: Path) -> Mapping[str, Any]:
+        write_index(folder, files.files)
+        return {"quantization_config": _configuration(job)}
+
+    def gguf(folder: Path) -> Mapping[str, Any]:
+        quantized = {name: (type, data) for name, type, data in files.raw(folder)}
+        output = Path(job.request.output).expanduser().resolve()
+        facts = {"source.digest": job.opened.facts["digest"], "steps": "quantize", "quantizer": job.request.quantizer}
+        write_gguf(source, folder / f"{output.name}.gguf", quantized, facts=facts)
+        del quantized
+        for name in files.files:
+            (folder / name).unlink()
+        return {}
+
+    return gguf if job.ggml else compressed
 
 
-def _configuration(job: QuantizeJob, grids: Mapping[str, Scalar]) -> dict[str, Any]:
+def _configuration(job: QuantizeJob) -> dict[str, Any]:
     """The `quantization_config` of config.json; every linear layer that is not quantized is named in it."""
     linear = {name for name, m in job.opened.model.named_modules() if isinstance(m, torch.nn.Linear)}
-    types = {layer: grids[tensor] for layer, tensor in job.tensors.items()}
+    types = {layer: job.grids[tensor] for layer, tensor in job.tensors.items()}
     return compressed_tensors.configuration(types, linear - types.keys())
 
 
@@ -259,6 +270,7 @@ def _record(job: QuantizeJob, results: Sequence[LayerResult]) -> dict[str, Any]:
         layers[r.layer] = facts | {"tensor": job.tensors[r.layer], "index": None, "transposed": False}
     made_by = {
         "quantizer": request.quantizer,
+        "outside": dict(job.outside),
         "quantizer_options": without_folders(job.method.options),
         **{key: getattr(request, key) for key in ("seed", "dtype", "device")},
         "targets": listed(request.targets),

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.architectures.layers import Layer, check_finite, find_layers, select_layers
@@ -32,11 +31,12 @@ from billhook.store.layout import WRITTEN
 from billhook.store.output import check_output
 from billhook.store.record import Record, history
 from billhook.store.shards import weight_bytes
-from billhook.store.sinks import SameLayout
+from billhook.store.sinks import SameLayout, choose_sink
 from billhook.tasks.base import Drawing, Home, Progress, Samples, Task
 from billhook.tasks.opening import task_of, task_of_config
 from billhook.tasks.self_text import is_self, saved_windows
 from billhook.text.corpus import source_name
+from billhook.text.given import Given
 
 TOKENS_A_BATCH = 4096  # enough rows to keep a matrix product busy
 ACTIVATION_BYTES = 16 << 20  # activations of the widest layer of a block; more needs memory and is not faster on a CPU
@@ -48,7 +48,7 @@ class Request:
 
     `recipe` (by default `good`) fills in the criterion, allocator, options, `refine` and sparsity that are not given,
     see `billhook.plan.recipes`. With `published`, zeros are counted, samples drawn and gradients accumulated as in the
-    released code of the papers.
+    released code of the papers. `calibration` is the name of a source, or data (`billhook.text.given`).
     """
 
     model: str | Path | PreTrainedModel
@@ -62,7 +62,7 @@ class Request:
     plan: str | Path | Plan | None = None
     table: str | Path | Table | None = None
     gradients: str | Path | Gradients | None = None
-    calibration: str | Path | Tensor | None = None
+    calibration: Given | None = None
     samples: int = 128
     length: int | None = None
     batch_size: int | None = None
@@ -71,6 +71,7 @@ class Request:
     ignore: str | Sequence[str] = ()
     group: Group | None = None
     published: bool = False
+    bos: str = "auto"
     refine: Refining | Literal[""] = ""
     device: str = "auto"
     dtype: str = "auto"
@@ -110,7 +111,7 @@ class Request:
     @property
     def drawing(self) -> Drawing:
         """How calibration samples are drawn."""
-        return Drawing(self.samples, self.length, self.seed, "papers" if self.published else "packed")
+        return Drawing(self.samples, self.length, self.seed, "papers" if self.published else "packed", self.bos)
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrain
             raise BillhookError("Only a run on a model directory can be resumed, and this model is in memory.")
         if output is not None:
             check_output(output, overwrite=request.overwrite)
+            choose_sink(request.model, None)
         return None, request.model, resources
     if not isinstance(request.model, str | Path):
         kind = type(request.model).__name__
@@ -239,11 +241,11 @@ def _draw(
     """The calibration samples of a request; for a resumed run, the stored text that the model generated."""
     given: Any = request.calibration
     stored = None if request.output is None else partial_folder(Path(request.output).expanduser().resolve()) / WRITTEN
-    if request.resume and stored is not None and stored.is_file() and is_self(str(given)):
+    if request.resume and stored is not None and stored.is_file() and is_self(given):
         tokens = saved_windows(stored)
-        return Samples(task.batch(tokens.ids), tokens.source, tokens.digest, tokens.sampling)
+        return Samples.of(task.batch(tokens.ids), tokens)
     # a streamed model would read every block for every token
-    if streamed and source is not None and is_self(str(given)):
+    if streamed and source is not None and is_self(given):
         model = load(source, task.auto_class, **_loading(request))
     return task.samples(given, model, Home(source, request.trust_remote_code), request.drawing, progress)
 
@@ -254,7 +256,7 @@ def calibration_facts(opened: Opened) -> dict[str, Any]:
     assert samples is not None
     rows, length = main_input(opened.model, samples.batch).shape[:2]
     identity = {"source": source_name(samples.source), "digest": samples.digest, "sampling": samples.sampling}
-    return identity | {"samples": rows, "length": length, "batch_size": rows_of(opened.batches[0])}
+    return identity | {"bos": samples.bos, "samples": rows, "length": length, "batch_size": rows_of(opened.batches[0])}
 
 
 def model_facts(source: Path | None, model: PreTrainedModel) -> dict[str, Any]:

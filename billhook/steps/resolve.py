@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from billhook import __version__ as VERSION
+from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import world
 from billhook.engine.gradient_file import Gradients, open_gradients
 from billhook.engine.method import Method
@@ -26,7 +27,7 @@ from billhook.racing import automatic
 from billhook.racing.hyperparameters import configure, is_raced
 from billhook.steps.options import split_options
 from billhook.steps.request import Opened, Request, calibration_facts, computed_in, listed, open_request
-from billhook.steps.state import check_same_run, partial_folder, unfinished_run
+from billhook.steps.state import STATE, check_same_run, partial_folder, unfinished_run
 from billhook.store.files import sha256
 from billhook.store.output import check_output
 from billhook.tasks.base import Progress
@@ -161,6 +162,11 @@ def _partial_plan(request: Request, opened: Opened, run: Mapping[str, Any]) -> t
     if state is None:
         return None, 0
     check_same_run(state.identity, run, partial_folder(output))
+    blocks = [[(x.name, x.shape) for x in opened.layers if x.block == i] for i in range(len(blocks_of(opened.model)))]
+    made = [[(result.layer, result.shape) for result in results] for results in state.results]
+    if state.blocks != len(blocks) or made != blocks[: state.done]:
+        wrong = "its finished layers are not those of the model"
+        raise BillhookError(f"{partial_folder(output) / STATE} is damaged (start again with --overwrite): {wrong}.")
     return Plan.from_json(state.plan, str(partial_folder(output))), state.done
 
 

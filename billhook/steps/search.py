@@ -12,6 +12,7 @@ from typing import Any, Unpack
 
 from transformers import PreTrainedModel
 
+from billhook.ambient import pinned
 from billhook.engine.batch import rows_of
 from billhook.engine.method import Method
 from billhook.engine.restore import restored
@@ -34,25 +35,14 @@ from billhook.steps.request import Opened, Request, listed, open_request
 from billhook.store.compute import dtype_name
 from billhook.store.output import check_output
 from billhook.store.shards import weight_bytes
+from billhook.store.sinks import choose_sink
 from billhook.store.tensor_bytes import tensor_bytes
 from billhook.trials.heldout import split_samples
 from billhook.trials.trials import TrialRunner
 
 OBJECTIVES: dict[str, Objective] = {"kl": "kl", "ppl": "nll"}
-_FIELDS = {
-    "model",
-    "sparsity",
-    "pattern",
-    "recipe",
-    "criterion",
-    "options",
-    "group",
-    "calibration",
-    "samples",
-    "length",
-    "seed",
-}
-_FIELDS |= {"batch_size", "targets", "ignore", "device", "dtype", "trust_remote_code"}
+_FIELDS = {"model", "sparsity", "pattern", "recipe", "criterion", "options", "group", "calibration", "samples"}
+_FIELDS |= {"length", "bos", "seed", "batch_size", "targets", "ignore", "device", "dtype", "trust_remote_code"}
 SAMPLES = 64  # half of them for pruning, half held out
 
 
@@ -69,6 +59,7 @@ class Found:
     model: Path | None
 
 
+@pinned
 def search(
     model: str | Path | PreTrainedModel,
     sparsity: float | None = None,
@@ -156,6 +147,8 @@ def _places(opened: Opened, output: str | Path | None, save_model: bool) -> tupl
     folder, source = None if output is None else Path(output), opened.source
     if folder is None or not save_model:
         return folder, None
+    if source is None:
+        choose_sink(opened.model, None)  # raises an error where the model could not be written
     needed = weight_bytes(source) if source else 0
     check_output(folder / MODEL if folder.is_dir() else folder, source, overwrite=True, needed=needed)
     return folder, folder / MODEL

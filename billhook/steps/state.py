@@ -10,6 +10,7 @@ from billhook.errors import BillhookError
 from billhook.store.files import read_json
 from billhook.store.layout import PARTIAL
 from billhook.store.layout import UNFINISHED as STATE
+from billhook.store.typed_json import typed
 
 VERSION = 1
 
@@ -68,22 +69,13 @@ def unfinished_run(output: Path, *, resume: bool, overwrite: bool) -> State | No
 def read_state(folder: Path) -> State:
     """The state of an unfinished run; raises BillhookError for a damaged one."""
     value = read_json(folder / STATE, "state of a run")
-    try:
-        if value["version"] != VERSION:
-            raise ValueError
-        results = [[_result(entry) for entry in entries] for entries in value["results"]]
-        digests = [str(digest) for digest in value["digests"]]
-        state = State(value["identity"], value["plan"], int(value["blocks"]), digests, results, dict(value["files"]))
-        whole = len(state.digests) == 1 + state.done and state.done <= state.blocks
-        if not whole or not isinstance(state.identity, dict):
-            raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise BillhookError(f"{folder / STATE} is damaged: start again with --overwrite.") from None
+    where = f"{folder / STATE} is damaged (start again with --overwrite)"
+    if value.get("version") != VERSION:
+        raise BillhookError(f"{where}: its version is {value.get('version')!r:.40}, not {VERSION}.")
+    state: State = typed(State, value, where)
+    if len(state.digests) != 1 + state.done or state.done > state.blocks:
+        raise BillhookError(f"{where}: the numbers of blocks, digests and results contradict each other.")
     return state
-
-
-def _result(entry: Mapping[str, Any]) -> LayerResult:
-    return LayerResult(**{**entry, "shape": tuple(entry["shape"]), "notes": tuple(entry["notes"])})
 
 
 def check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from billhook.ambient import pinned
+from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
 from billhook.export import compressed_tensors
 from billhook.plan.plan import Plan
@@ -57,6 +59,7 @@ class Verification:
         return {"ok": self.ok, **asdict(self)}
 
 
+@pinned
 def verify(
     directory: str | Path, progress: Progress = lambda layer: None, *, source: str | Path | None = None
 ) -> Verification:
@@ -74,18 +77,17 @@ def verify(
     if not is_packed(directory):
         record = read_record(directory / RECORD)
         problems = [*_check_files(directory, record.files), *_unlisted(directory, record.files)]
-        problems += _check_config(directory)
         shards, damaged = _open(directory)
-        problems += _check_finite(shards)
+        problems += [*_check_config(directory, shards), *_check_finite(shards)]
         if source is not None:
-            problems += changed_weights(shards, record, Path(source).expanduser())
+            problems += changed_weights(shards, record, resolve(source))
         return _check_record(directory, record, problems, shards, damaged, progress)
     if source is not None:
         raise BillhookError(f"{directory} is packed: unpack it first, to compare it with {source}.")
     from billhook.packed.check import examine
 
     seen = examine(directory)
-    problems = [*seen.problems, *_check_config(directory)]
+    problems = [*seen.problems, *_check_config(directory, seen.shards)]
     if seen.problems or not (directory / RECORD).is_file():
         return Verification(str(directory), 0, seen.layers, seen.zeros, seen.weights, problems)
     record = read_record(directory / RECORD)
@@ -221,13 +223,13 @@ def _unlisted(directory: Path, files: Mapping[str, str]) -> Iterator[str]:
             yield f"{path.name} holds weights and is not listed in {RECORD}."
 
 
-def _check_config(directory: Path) -> Iterator[str]:
-    from transformers import AutoConfig
+def _check_config(directory: Path, shards: Sequence[Shard]) -> Iterator[str]:
+    from billhook.store.checkpoint import check_loads
 
     try:
-        AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        yield f"config.json cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        check_loads(directory, sum(len(shard.entries) for shard in shards))
+    except BillhookError as error:
+        yield f"config.json cannot be loaded: {error}"
 
 
 def _open(directory: Path) -> tuple[list[Shard], list[str]]:

@@ -18,14 +18,19 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from billhook.errors import BillhookError
+from billhook.store import not_a_model
 from billhook.store.compute import chosen_device, chosen_dtype
-from billhook.store.files import digest_of, read_json, sha256
+from billhook.store.files import digest_of, in_one_line, read_json, sha256, untrusted
 from billhook.store.layout import PACKED, is_packed
 from billhook.store.shards import read_shard, weight_files
+from billhook.store.typed_json import typed
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")
+_COPY_AGAIN = "Repair the file, or copy or download it again."
+_MOST_BLOCKS = 10_000  # where nothing else is known
+_DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_CONFIG = {"model_type": str | None, "architectures": list[str] | None, "auto_map": dict[str, Any] | None}
 
 
 def resolve(model: str | Path) -> Path:
@@ -38,7 +43,7 @@ def resolve(model: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise BillhookError(f"{model} is a file: give the model directory that holds config.json.")
+        raise BillhookError(not_a_model.file(path))
     name = str(model)
     if isinstance(model, Path) or not _HUB_NAME.fullmatch(name) or "/" not in name or path.parent.is_dir():
         raise BillhookError(
@@ -62,7 +67,7 @@ def _download(name: str) -> Path:
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise BillhookError(
-            f"Cannot download {name} from the hub ({_first_line(error)}). Check the network or give a directory."
+            f"Cannot download {name} from the hub ({in_one_line(error)}). Check the network or give a directory."
         ) from None
 
 
@@ -74,8 +79,7 @@ def check_directory(path: Path, *, quantized: bool = False) -> dict[str, Any]:
     config = read_config(path, quantized=quantized)
     if not (files := weight_files(path)):
         raise BillhookError(_no_weights(path))
-    for file in files:
-        read_shard(file)
+    check_depth(path, config, sum(len(read_shard(file).entries) for file in files))
     return config
 
 
@@ -85,8 +89,9 @@ def read_config(path: Path, *, quantized: bool = False) -> dict[str, Any]:
     With `quantized`, a model quantized for compressed-tensors is accepted.
     """
     if not (path / "config.json").is_file():
-        raise BillhookError(f"{path} has no config.json: give the directory of a Hugging Face model.")
-    config = read_json(path / "config.json", "model configuration")
+        raise BillhookError(not_a_model.directory(path))
+    config = read_json(path / "config.json", "model configuration", own=False)
+    typed(_CONFIG, config, str(path / "config.json"))
     if (config.get("quantization_config") or config.get("compression_config")) and not (
         quantized and is_compressed(config)
     ):
@@ -95,6 +100,24 @@ def read_config(path: Path, *, quantized: bool = False) -> dict[str, Any]:
             "compressed-tensors can be evaluated."
         )
     return config
+
+
+def check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Raise BillhookError where a configuration has more blocks than the files have tensors: building them might never
+    end."""
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    for key, value in ((key, part.get(key)) for part in parts for key in _DEPTH):
+        if isinstance(value, int) and value > tensors:
+            known = f"its files hold {tensors} tensors"
+            raise BillhookError(f"{path} does not fit its config.json: {key} is {value!r:.20}, and {known}.")
+
+
+def check_loads(path: Path, tensors: int) -> None:
+    """Raise BillhookError unless `transformers` loads the configuration of a model of so many tensors (0: unknown)."""
+    config = read_json(path / "config.json", "model configuration", own=False)
+    check_depth(path, config, tensors or _MOST_BLOCKS)
+    with loading(path / "config.json"):
+        transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def is_compressed(config: Mapping[str, Any]) -> bool:
@@ -109,12 +132,7 @@ def _no_weights(path: Path) -> str:
             f"{path} is packed, which can only be loaded for inference: unpack it first, billhook unpack {path} "
             "-o DENSE."
         )
-    pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
-    if not pickled:
-        return f"{path} has no model.safetensors and no model.safetensors.index.json: the weights are missing."
-    convert = f"AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(NEW_DIRECTORY)"
-    danger = f"pickled weights ({pickled[0]}), which can run any code when opened"
-    return f"{path} holds {danger}. Convert them where you trust them: {convert}"
+    return not_a_model.directory(path)
 
 
 def load(
@@ -185,13 +203,9 @@ def class_names(auto_class: str) -> dict[str, tuple[str, ...]]:
 @contextmanager
 def loading(path: Path) -> Iterator[None]:
     """Suppress output of transformers, and turn its errors for files that it cannot load into BillhookError."""
-    try:
-        with quiet(), redirect_stderr(StringIO()):  # compressed-tensors shows progress bars
-            yield
-    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError, TypeError) as error:
-        if isinstance(error, BillhookError):
-            raise
-        raise BillhookError(f"transformers cannot load {path}: {_first_line(error)}") from None
+    # compressed-tensors shows progress bars
+    with untrusted(f"transformers cannot load {path}", _COPY_AGAIN), quiet(), redirect_stderr(StringIO()):
+        yield
 
 
 @contextmanager
@@ -200,7 +214,7 @@ def on_device(device: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, AssertionError) as error:
-        raise BillhookError(f"Cannot put the model on device {device!r}: {_first_line(error)}") from None
+        raise BillhookError(f"Cannot put the model on device {device!r}: {in_one_line(error)}.") from None
 
 
 def _check_complete(path: Path, info: dict[str, Any]) -> None:
@@ -213,7 +227,7 @@ def _check_complete(path: Path, info: dict[str, Any]) -> None:
             more = f" ({len(names) - 1} more like it)" if len(names) > 1 else ""
             raise BillhookError(f"{path} does not fit its config.json: the tensor {names[0]} {what}{more}.")
     if info.get("error_msgs"):
-        raise BillhookError(f"{path} cannot be loaded: {_first_line(info['error_msgs'][0])}")
+        raise BillhookError(f"{path} cannot be loaded: {info['error_msgs'][0]:.300}")
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
@@ -223,13 +237,10 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
     if not any((path / name).is_file() for name in names):
         return None
-    try:
-        with quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                path, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise BillhookError(f"transformers cannot load the tokenizer of {path}: {_first_line(error)}") from None
+    with untrusted(f"transformers cannot load the tokenizer of {path}", _COPY_AGAIN), quiet():
+        options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer.decode(tokenizer("a", verbose=False)["input_ids"])  # some damage shows only in use
     return tokenizer
 
 
@@ -256,8 +267,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: object) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
+from billhook.ambient import pinned
 from billhook.errors import JobError
 from billhook.store.files import copy_files, read_json, sha256, write_json
 from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, UNFINISHED, WRITTEN
@@ -36,6 +37,7 @@ class Saved:
     note: str | None
 
 
+@pinned
 def save_pruned(
     model: PreTrainedModel,
     source: Path | None,

@@ -1,15 +1,17 @@
-"""Atomic writes, checksums, and reading untrusted json."""
+"""Atomic writes, checksums, and reading untrusted files."""
 
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from billhook.errors import BillhookError, JobError
+from billhook.errors import BillhookError, JobError, out_of_memory
 
 _CHUNK = 1 << 24
 
@@ -101,10 +103,16 @@ def copy_files(source: Path, folder: Path, wanted: Callable[[Path], bool]) -> li
     return copied
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a json object; raises BillhookError where that fails, naming the kind of file by `what`."""
+def read_json(path: Path, what: str, *, own: bool = True) -> dict[str, Any]:
+    """Read a json object; raises BillhookError where that fails, naming the kind of file by `what`.
+
+    In Billhook's `own` files a number that is not finite as a float is refused, and a byte order mark, which
+    `transformers` refuses in its files, is skipped.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = (
+            parse_json(path.read_text(encoding="utf-8-sig")) if own else json.loads(path.read_text(encoding="utf-8"))
+        )
     except FileNotFoundError:
         raise BillhookError(f"There is no {what} at {path}.") from None
     except OSError as error:
@@ -114,6 +122,40 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BillhookError(f"{path} is not a {what}: the top level must be an object, found {type(value).__name__}.")
     return value
+
+
+def parse_json(text: str) -> Any:
+    """The value of a json text; raises ValueError (also for a number that is not finite) or RecursionError."""
+    value = json.loads(text)
+    _check_finite(value, "it")
+    return value
+
+
+def _check_finite(value: Any, place: str) -> None:
+    if isinstance(value, float | int) and not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{place} is {str(value)[:20]}, which is not a finite number")
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        _check_finite(item, f"{place}, {key}".removeprefix("it, "))
+
+
+@contextmanager
+def untrusted(what: str, advice: str) -> Iterator[None]:
+    """Turn an error of the code inside, which uses what a file holds, into BillhookError: `what` failed, and `advice`.
+
+    Errors of the system and of memory are raised as they are. The error itself is the cause of the new one.
+    """
+    try:
+        yield
+    except Exception as error:
+        system = isinstance(error, OSError) and error.errno is not None
+        if isinstance(error, BillhookError) or system or out_of_memory(error):
+            raise
+        raise BillhookError(f"{what} ({in_one_line(error)}). {advice}") from error
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error's class and the beginning of its message."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(" .:")
 
 
 def sha256(path: Path) -> str:

@@ -13,8 +13,10 @@ from billhook import __version__
 from billhook.errors import BillhookError
 from billhook.store.files import digest_of, read_json
 from billhook.store.layout import RECORD
+from billhook.store.typed_json import typed
 
 VERSION = 2
+_LAYER = {"shape": tuple[int, int], "zeros": int, "notes": list[str] | None}
 REFILLED = "weights that an earlier step had removed have values again"  # ends a note of a layer
 
 
@@ -135,22 +137,15 @@ def read_record(path: Path) -> Record:
     for key in ("plan" if version == 1 else "steps", "layers", "files"):
         if not isinstance(value.get(key), list if key == "steps" else dict) or not value[key]:
             raise BillhookError(f"{path} has no {key!r}: it is not a record of a pruned model.")
-    _check_layers(path, value["layers"])
+    for name, facts in value["layers"].items():
+        typed(_LAYER, facts, f"{path}, {name}")
+        facts["notes"] = facts.get("notes") or []
+        if min(facts["shape"]) < 1:
+            raise BillhookError(f"{path}, {name}, shape: must be positive numbers, found {facts['shape']}.")
     _check_files(path, value["files"])
     entries = value["steps"] if version == VERSION else [_step_of_version_1(value)]
-    steps = [_step(entry, f"{path}, step {number}") for number, entry in enumerate(entries, start=1)]
+    steps = [typed(Step, entry, f"{path}, step {number}") for number, entry in enumerate(entries, start=1)]
     return Record(str(value.get("billhook")), steps, value["layers"], value["files"])
-
-
-def _check_layers(path: Path, layers: Mapping[str, Any]) -> None:
-    for name, facts in layers.items():
-        shape = facts.get("shape") if isinstance(facts, dict) else None
-        whole = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
-        if not whole or type(facts.get("zeros")) is not int:
-            raise BillhookError(f"{path}: the layer {name} needs `shape` [out, in] and `zeros`.")
-        notes = facts.get("notes", [])
-        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
-            raise BillhookError(f"{path}: the notes of {name} must be a list of strings.")
 
 
 def _check_files(path: Path, files: Mapping[str, Any]) -> None:
@@ -159,16 +154,6 @@ def _check_files(path: Path, files: Mapping[str, Any]) -> None:
             raise BillhookError(f"{path} lists the file {name!r}, which is outside the directory.")
         if not isinstance(digest, str):
             raise BillhookError(f"{path}: the checksum of {name!r} must be a string.")
-
-
-def _step(entry: Any, where: str) -> Step:
-    kinds = {"step": str, "plan": dict | None, "made_by": dict, "model": dict, "warnings": list, "result": str | None}
-    fields: dict[str, Any] = {"plan": None, "warnings": [], "result": None}
-    fields |= entry if isinstance(entry, dict) else {}
-    for key, kind in kinds.items():
-        if not isinstance(fields.get(key, ...), kind):
-            raise BillhookError(f"{where}: {key!r} is missing or not as documented.")
-    return Step(**{key: fields[key] for key in kinds})
 
 
 def _step_of_version_1(value: Mapping[str, Any]) -> dict[str, Any]:

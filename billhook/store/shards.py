@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from billhook.errors import BillhookError
+from billhook.store.files import read_json, write_json
+from billhook.store.typed_json import typed
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -142,14 +144,10 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if not index.is_file():
         return [directory / SINGLE] if (directory / SINGLE).is_file() else []
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise BillhookError(
-            f"{index} is not a safetensors index: it needs a `weight_map` from tensor to file name."
-        ) from None
+    placed = read_json(index, "safetensors index", own=False).get("weight_map")
+    names = sorted(set(typed(dict[str, str], placed, f"{index}, weight_map").values()))
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+        if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
             raise BillhookError(
                 f"{index} names the file {name!r}: only plain file names in the same directory are allowed."
             )
@@ -158,6 +156,14 @@ def weight_files(directory: Path) -> list[Path]:
                 f"{index} names {name}, which is not in {directory}: copy or download the missing file."
             )
     return [directory / name for name in names]
+
+
+def write_index(directory: Path, files: Sequence[str]) -> None:
+    """Write the index of safetensors `files` in a directory."""
+    shards = [read_shard(directory / name) for name in files]
+    total = sum(entry.stop - entry.start for shard in shards for entry in shard.entries.values())
+    where = {name: shard.path.name for shard in shards for name in shard.entries}
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
 
 
 def weight_bytes(directory: Path) -> int:

@@ -9,6 +9,7 @@ that `transformers` renamed or fused while loading are converted back; where tha
 
 import os
 import shutil
+import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -116,7 +117,14 @@ class StockLayout:
     """What `save_pretrained` writes, in the most frequent dtype and the largest size of the source's `shards`."""
 
     def __init__(self, model: PreTrainedModel, shards: list[Shard]) -> None:
+        """Raises BillhookError where `save_pretrained` refuses the configuration of the model."""
         self.model, self.shards = model, shards
+        try:
+            with quiet(), tempfile.TemporaryDirectory(prefix="billhook.") as folder:
+                model.save_pretrained(folder, state_dict={})
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise BillhookError(f"transformers cannot save {type(model).__name__}: {reason}") from None
 
     def write_all(self, folder: Path) -> None:
         """Write all weight files."""

@@ -11,7 +11,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Toke
 
 from billhook.engine.batch import Batch, rows_of
 from billhook.evaluation.scoring import Scoring
-from billhook.text.windows import Windows
+from billhook.text.windows import Tokens, Windows
 
 Progress = Callable[[str], None]
 
@@ -28,13 +28,14 @@ class Home:
 class Drawing:
     """How calibration samples are drawn: `samples` windows of `length` tokens (None: from the model's context).
 
-    `sampling` is "packed" or "papers" (`billhook.text.windows`).
+    `sampling` is "packed" or "papers", `bos` "auto", "yes" or "no" (`billhook.text.windows`).
     """
 
     samples: int = 128
     length: int | None = None
     seed: int = 0
     sampling: str = "packed"
+    bos: str = "auto"
 
     @property
     def held_out(self) -> int:
@@ -44,7 +45,8 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs drawn from a SOURCE, one a row; `digest` is the SHA-256 of their values.
+    """Inputs drawn from a SOURCE, one a row; `digest` is the SHA-256 of their values, `bos` as in
+    `billhook.text.windows.Tokens`.
 
     `heldout` are more of them, which are used for nothing but to measure what was lost; None where the text has none.
     """
@@ -53,7 +55,13 @@ class Samples:
     source: str
     digest: str
     sampling: str
+    bos: bool | None = None
     heldout: Batch | None = None
+
+    @classmethod
+    def of(cls, batch: Batch, tokens: Tokens) -> "Samples":
+        """The samples of a batch that was made of `tokens`."""
+        return cls(batch, tokens.source, tokens.digest, tokens.sampling, tokens.bos)
 
     def __len__(self) -> int:
         return rows_of(self.batch)
@@ -72,7 +80,14 @@ class Task(Scoring, Protocol):
         ...
 
     def evaluation(
-        self, source: str, tokenizer: Tokenizer | None, model: PreTrainedModel, length: int, limit: int | None = None
+        self,
+        source: str,
+        tokenizer: Tokenizer | None,
+        model: PreTrainedModel,
+        length: int,
+        limit: int | None = None,
+        *,
+        bos: str = "auto",
     ) -> tuple[Windows, Scoring]:
         """Windows of `length` tokens of a SOURCE, at most `limit` of them, and how they are scored."""
         ...

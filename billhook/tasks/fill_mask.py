@@ -19,7 +19,7 @@ from billhook.engine.batch import LABELS, Batch, model_inputs
 from billhook.errors import BillhookError
 from billhook.evaluation.scoring import IGNORED, Scoring
 from billhook.tasks.base import Drawing, Home, Progress, Samples
-from billhook.tasks.token_windows import as_tensor, drawn_windows, given_windows, tokenizer_of
+from billhook.tasks.token_windows import drawn_windows, tokenizer_of
 from billhook.text.windows import Windows, load_windows
 
 MASKED = 0.15
@@ -47,11 +47,9 @@ class FillMask:
         """Masked token windows of a SOURCE (`billhook.text.windows`)."""
         tokenizer = tokenizer_of(model, home)
         task = self.with_tokenizer(tokenizer)
-        if as_tensor(source) is not None:
-            tokens = given_windows(source, model)
-            return Samples(task.batch(tokens.ids), tokens.source, tokens.digest, tokens.sampling)
-        tokens = drawn_windows(str(source), tokenizer, model, drawing, reserved=2)
-        return Samples(task.batch(_framed(tokens.ids, tokenizer)), tokens.source, tokens.digest, tokens.sampling)
+        tokens = drawn_windows(source, tokenizer, model, replace(drawing, bos=_frame(drawing.bos)), reserved=2)
+        ids = tokens.ids if tokens.sampling == "given" else _framed(tokens.ids, tokenizer)
+        return Samples.of(task.batch(ids), tokens)
 
     def batch(self, ids: Tensor) -> Batch:
         """Inputs and labels for token ids int64 [windows, length]; the ids alone without a mask token."""
@@ -67,7 +65,14 @@ class FillMask:
         return logits, self._labels(batch)
 
     def evaluation(
-        self, source: str, tokenizer: Tokenizer | None, model: PreTrainedModel, length: int, limit: int | None = None
+        self,
+        source: str,
+        tokenizer: Tokenizer | None,
+        model: PreTrainedModel,
+        length: int,
+        limit: int | None = None,
+        *,
+        bos: str = "auto",
     ) -> tuple[Windows, Scoring]:
         """Non-overlapping windows of a SOURCE between [CLS] and [SEP], and the scoring of their masked tokens.
 
@@ -76,8 +81,8 @@ class FillMask:
         task = self.with_tokenizer(tokenizer)
         if tokenizer is None or task.mask_token is None:
             raise BillhookError("Masked tokens cannot be scored: the model has no tokenizer with a mask token.")
-        vocabulary = vocabulary_size(model)
-        windows = load_windows(source, tokenizer, length=length - 2, limit=limit, vocab_size=vocabulary)
+        options: dict[str, Any] = {"bos": _frame(bos), "vocab_size": vocabulary_size(model)}
+        windows = load_windows(source, tokenizer, length=length - 2, limit=limit, **options)
         return replace(windows, ids=_framed(windows.ids, tokenizer), text_bytes=None), task
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -90,6 +95,13 @@ class FillMask:
         if LABELS not in batch:
             raise BillhookError("Nothing is masked, so there is no loss: the model needs a tokenizer.")
         return batch[LABELS]
+
+
+def _frame(bos: str) -> str:
+    """No BOS token between [CLS] and [SEP]; raises BillhookError where one is asked for."""
+    if bos == "yes":
+        raise BillhookError("The windows of an encoder begin with its [CLS] token: leave out --bos.")
+    return "no"
 
 
 def _framed(ids: Tensor, tokenizer: Tokenizer | None) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from billhook.ambient import pinned
 from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
 from billhook.store.checkpoint import class_names, load, read_config
@@ -42,6 +43,7 @@ def _named(who: str, classes: list[str], config: dict[str, Any]) -> Task:
     raise BillhookError(f"{who} is {kind}: only models for {' and '.join(TASKS.names())} can be pruned.")
 
 
+@pinned
 def load_model(
     path: str | Path,
     *,

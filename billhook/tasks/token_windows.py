@@ -1,16 +1,15 @@
 """Token windows from a SOURCE, for tasks whose inputs are tokens."""
 
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
 from billhook.architectures.config import check_length, context_length, vocabulary_size
 from billhook.store.checkpoint import load_tokenizer
 from billhook.tasks.base import Drawing, Home
-from billhook.text.windows import Tokens, check_ids, digest, load_calibration, whole_ids
+from billhook.text.given import Given
+from billhook.text.windows import Tokens, load_calibration
 
 LONGEST = 2048  # tokens in a window by default
 
@@ -28,16 +27,8 @@ def tokenizer_of(model: PreTrainedModel, home: Home) -> Tokenizer | None:
     return None if directory is None else load_tokenizer(directory, trust_remote_code=home.trust_remote_code)
 
 
-def given_windows(ids: Any, model: PreTrainedModel) -> Tokens:
-    """Windows that the caller gave as a tensor, checked against the model's vocabulary and context."""
-    ids = whole_ids(ids, "calibration")
-    check_ids(ids, vocabulary_size(model), "calibration")
-    check_length(model.config, ids.shape[1])
-    return Tokens(ids, "given as a tensor", digest(ids), "given")
-
-
 def drawn_windows(
-    source: str,
+    source: Given,
     tokenizer: Tokenizer | None,
     model: PreTrainedModel,
     drawing: Drawing,
@@ -45,22 +36,21 @@ def drawn_windows(
     reserved: int = 0,
     fewer: bool = False,
 ) -> Tokens:
-    """Windows int64 [samples, length - reserved] from a SOURCE; `reserved` positions are left for special tokens.
+    """Windows int64 [samples, length - reserved] from a SOURCE or given data; `reserved` positions are left for special
+    tokens. Token ids that were given are used as they are.
 
     With `fewer`, a shorter text gives fewer windows.
     """
-    return load_calibration(
+    found = load_calibration(
         source,
         tokenizer,
         samples=drawing.samples,
         length=window_length(model, drawing.length) - reserved,
         seed=drawing.seed,
         sampling=drawing.sampling,
+        bos=drawing.bos,
         vocab_size=vocabulary_size(model),
         fewer=fewer,
     )
-
-
-def as_tensor(source: Any) -> Tensor | None:
-    """A source that is not a name."""
-    return None if isinstance(source, str | Path) else source
+    check_length(model.config, found.ids.shape[1])
+    return found

@@ -1,24 +1,32 @@
 """From a SOURCE to a list of documents, without torch.
 
 FILE.txt                        one document, the whole file (UTF-8)
-FILE.jsonl                      one document a line, its field `text`
+FILE.jsonl, FILE.json           one document a line or an element, its field `text`
+FILE.csv, FILE.parquet          one document a row, its column `text`; read by the package `datasets`
+FILE.txt.gz, FILE.jsonl.gz, ... the same, compressed
+FOLDER                          written by `save_to_disk` of `datasets`
 FILE.safetensors                token ids, see `billhook.text.windows`
 hub:NAME[:config][:split]       a dataset of the Hugging Face hub or a local directory; hub:wikitext2, hub:c4 and
                                 hub:ptb are those of the papers
 stdlib:train, stdlib:heldout    the sources of the running Python's standard library
 """
 
+import gzip
 import json
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from billhook.errors import BillhookError
+from billhook.text.hub import dataset_documents, hub_documents, is_saved_dataset
 from billhook.text.rows import checked, warn_of_nulls
 from billhook.text.stdlib import documents as stdlib_documents
 
 Purpose = Literal["calibration", "evaluation"]
 FORMS = "FILE.txt, FILE.jsonl, FILE.safetensors, hub:NAME[:config][:split], stdlib:train or stdlib:heldout"
+_TEXT, _ROWS = (".txt", ".jsonl", ".json"), (".csv", ".parquet")  # read here, and by `datasets`; .gz may follow
+_MORE = f"A file may also be {', '.join((*_TEXT[2:], *_ROWS))}, or end in .gz."
 
 
 def documents(source: str, purpose: Purpose, stream: bool) -> Iterable[str]:
@@ -28,17 +36,14 @@ def documents(source: str, purpose: Purpose, stream: bool) -> Iterable[str]:
     BillhookError for an unknown form, and for a file that is missing, empty, not UTF-8 or not of its suffix's type.
     """
     if source.startswith("hub:"):
-        from billhook.text.hub import hub_documents
-
         return hub_documents(source, purpose, stream)
     if source.startswith("stdlib:"):
         return _stdlib(source)
+    path = Path(source).expanduser()
+    if is_saved_dataset(path) or _kind(path) in _ROWS:
+        return dataset_documents(path, _kind(path), purpose, stream)
     path = existing_file(source)
-    if path.suffix == ".txt":
-        return [_read(path)]
-    if path.suffix == ".jsonl":
-        return _jsonl(path)
-    raise BillhookError(f"Cannot read text from {source}. The forms are: {FORMS}.")
+    return [_read(path)] if _kind(path) == ".txt" else _json(path)
 
 
 def joint(source: str) -> str:
@@ -58,12 +63,24 @@ def existing_file(source: str) -> Path:
     """The file that `source` names; raises BillhookError, listing the forms of a source, if there is none."""
     path = Path(source).expanduser()
     if path.is_dir():
-        raise BillhookError(f"{source} is a directory, a text source is a file: {FORMS}.")
-    if path.suffix not in (".txt", ".jsonl", ".safetensors"):
-        raise BillhookError(f"Unknown text source {source!r}. The forms are: {FORMS}.")
+        found = f"{source} is a directory, and not one that save_to_disk of `datasets` wrote"
+        raise BillhookError(f"{found}: give one of its files, or hub:{source} if they are a data set.")
+    if _kind(path) not in (*_TEXT, *_ROWS, ".safetensors"):
+        raise BillhookError(f"Unknown text source {source!r}. The forms are: {FORMS}. {_MORE}")
     if not path.is_file():
         raise BillhookError(f"There is no file {source}. A text source is {FORMS}.")
     return path
+
+
+def is_token_file(source: str) -> bool:
+    """Whether a SOURCE is a file of token ids."""
+    return source.lower().endswith(".safetensors")
+
+
+def _kind(path: Path) -> str:
+    """The last suffix of a name, without .gz, in lower case."""
+    name = path.name.lower()
+    return Path(name.removesuffix(".gz")).suffix
 
 
 def _stdlib(source: str) -> list[str]:
@@ -75,8 +92,13 @@ def _stdlib(source: str) -> list[str]:
 
 def _read(path: Path) -> str:
     try:
-        # reading as text would change line ends, and with them the tokens
-        text = path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        if path.suffix.lower() == ".gz":
+            data = gzip.decompress(data)
+        # decoding as a text file would change line ends, and with them the tokens
+        text = data.decode("utf-8-sig")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise BillhookError(f"{path} is not a complete gzip file ({error}).") from None
     except OSError as error:
         raise BillhookError(f"Cannot read {path}: {error.strerror or error}.") from None
     except UnicodeDecodeError as error:
@@ -86,26 +108,38 @@ def _read(path: Path) -> str:
     return text
 
 
-def _jsonl(path: Path) -> list[str]:
-    """The documents of a file of json lines; a null `text` is skipped."""
+def _json(path: Path) -> list[str]:
+    """The documents of a file of json lines, or of a json array; a null `text` is skipped."""
     found, nulls = [], 0
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BillhookError(f"{path}, line {number} is not valid json ({error}).") from None
+    for where, item in _items(path):
         if not isinstance(item, dict) or "text" not in item:
-            form = 'every line must be an object like {"text": "..."}'
-            raise BillhookError(f"{path}, line {number} has no field `text`: {form}.")
+            raise BillhookError(f'{where} has no field `text`: every one must be an object like {{"text": "..."}}.')
         if item["text"] is None:
             nulls += 1
             continue
         # half of a surrogate pair is legal json, but tokenizers refuse it
-        text = checked(item["text"], f"{path}, line {number}")
-        found.append(text.encode("utf-8", "replace").decode("utf-8"))
+        found.append(checked(item["text"], where).encode("utf-8", "replace").decode("utf-8"))
     warn_of_nulls(nulls, str(path))
     if not any(text.strip() for text in found):
         raise BillhookError(f"{path} is empty: give a text with something in it.")
     return found
+
+
+def _items(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each item is, and the item."""
+    text = _read(path)
+    if _kind(path) == ".json" and text.lstrip().startswith("["):
+        for number, item in enumerate(_parsed(text, str(path)), start=1):
+            yield f"{path}, row {number}", item
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, _parsed(line, where)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BillhookError(f"{where} is not valid json ({error}).") from None

@@ -1,12 +1,13 @@
-"""Datasets of the Hugging Face hub, or a local directory in a form that `datasets` reads.
+"""Datasets of the Hugging Face hub, and local files and directories in a form that `datasets` reads.
 
 The papers' corpora by their current names: C4 by its data files (`allenai/c4`; the configuration of 2023 no longer
 exists), WikiText-2 as `Salesforce/wikitext`, `wikitext-2-raw-v1`, the Penn Treebank in the hub's own conversion (its
 loading script is no longer supported). `datasets` is imported only here, when it is needed.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, overload
 
 from billhook.errors import BillhookError
@@ -76,27 +77,59 @@ def hub_documents(source: str, purpose: str, stream: bool) -> Iterable[str]:
 
     Raises BillhookError if `datasets` is not installed, the dataset cannot be loaded, or it has no field `text`.
     """
-    request = parse(source, purpose)
+    return _documents(parse(source, purpose), source, stream)
+
+
+def dataset_documents(path: Path, kind: str, purpose: str, stream: bool) -> Iterable[str]:
+    """The documents of a file of rows (`kind` is its suffix), or of a folder that `save_to_disk` wrote; as above."""
+    if is_saved_dataset(path):
+        split = "train" if purpose == "calibration" else "test"
+        return _documents(Request(str(path), None, split), str(path), stream)
+    if not path.is_file():
+        raise BillhookError(f"There is no file {path}.")
+    return _documents(Request(kind.removeprefix("."), None, "train", {"train": str(path)}), str(path), stream)
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a directory was written by `save_to_disk` of `datasets`."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def _documents(request: Request, source: str, stream: bool) -> Iterable[str]:
     try:
         import datasets
     except ImportError:
         need = f"The source {source} needs the package `datasets`"
-        raise BillhookError(f"{need}: pip install 'billhook[data]', or give a file.") from None
+        raise BillhookError(f"{need}: pip install 'billhook[data]', or give a .txt or .jsonl file.") from None
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        where = {"split": request.split, "data_files": request.files, "revision": request.revision}
-        loaded = datasets.load_dataset(request.name, request.config, streaming=stream, **where)
+        loaded = _load(datasets, request, stream)
         columns = loaded.column_names or list(next(iter(loaded), {}))
     except Exception as error:  # `datasets` and its dependencies raise a dozen unrelated kinds
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise BillhookError(f"Cannot load {source} (split {request.split}): {line}") from None
+        raise _failed(f"{source} (split {request.split})", error) from None
     finally:
         if not bars:
             datasets.enable_progress_bars()
     if request.field not in columns:
         raise BillhookError(f"{source} has no field `{request.field}`; it has {', '.join(columns) or 'nothing'}.")
-    return _streamed(loaded, request.field, source) if stream else _column(loaded, request.field, source)
+    on_disk = hasattr(loaded, "__len__")
+    return column(loaded, request.field, source) if on_disk else _streamed(loaded, request.field, source)
+
+
+def _load(datasets: Any, request: Request, stream: bool) -> Any:
+    if is_saved_dataset(Path(request.name).expanduser()):
+        loaded = datasets.load_from_disk(Path(request.name).expanduser())
+        if isinstance(loaded, Mapping) and request.split not in loaded:
+            raise ValueError(f"it has {', '.join(loaded)}: name one, hub:{request.name}::{next(iter(loaded))}")
+        return loaded[request.split] if isinstance(loaded, Mapping) else loaded
+    where = {"split": request.split, "data_files": request.files, "revision": request.revision}
+    return datasets.load_dataset(request.name, request.config, streaming=stream, **where)
+
+
+def _failed(source: str, error: Exception) -> BillhookError:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return BillhookError(f"Cannot load {source}: {line}")
 
 
 def _streamed(loaded: Iterable[dict[str, Any]], field: str, source: str) -> Iterator[str]:
@@ -108,15 +141,20 @@ def _streamed(loaded: Iterable[dict[str, Any]], field: str, source: str) -> Iter
                 nulls += 1
             else:
                 yield checked(row[field], f"{source}, row {number}")
+    except BillhookError:
+        raise
+    except Exception as error:
+        raise _failed(source, error) from None
     finally:
         warn_of_nulls(nulls, source)
 
 
-def _column(loaded: Any, field: str, source: str) -> "_Column":
+def column(loaded: Any, field: str, source: str) -> Sequence[str]:
     """The documents of a dataset on disk, without the rows whose text is null."""
-    if nulls := loaded.data.column(field).null_count:
-        warn_of_nulls(nulls, source)
-        loaded = loaded.select([number for number, text in enumerate(loaded[field]) if text is not None])
+    if loaded.data.column(field).null_count:
+        kept = [number for number, text in enumerate(loaded[field]) if text is not None]
+        warn_of_nulls(len(loaded) - len(kept), source)
+        loaded = loaded.select(kept)
     if len(loaded):
         checked(loaded[0][field], f"{source}, row 1")  # all rows of a column are of one type
     return _Column(loaded, field)

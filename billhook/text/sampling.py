@@ -1,4 +1,4 @@
-"""Two ways to draw calibration windows from documents: packed, or as in the published code."""
+"""Where windows begin, and two ways to draw calibration windows from documents: packed, or as in the published code."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -11,24 +11,61 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Toke
 
 from billhook.errors import BillhookError
 
+BOS = ("auto", "yes", "no")  # whether windows begin with the BOS token
 POOL = 4  # packed: tokens to draw from, as a multiple of those needed
 _MISSES = 256  # papers: consecutive draws of too short documents before checking whether there is a long one
 _BATCH = 64  # documents tokenized at once
 
 
+def first_token(tokenizer: Tokenizer, bos: str, sampling: str = "packed") -> int | None:
+    """The BOS token with which every window begins, or None; `bos` "auto" follows the tokenizer, but for `sampling`
+    "papers" means none.
+
+    Raises BillhookError for "yes" where the tokenizer has no BOS token.
+    """
+    if bos not in BOS:
+        raise BillhookError(f"Unknown bos {bos!r}: use {', '.join(BOS)}.")
+    first: int | None = tokenizer.bos_token_id
+    if bos == "yes" and first is None:
+        raise BillhookError("The tokenizer has no BOS token for windows to begin with: leave out --bos.")
+    follows = bos == "auto" and sampling != "papers"
+    return first if bos == "yes" or (follows and _encode(tokenizer, ["a"])[0][:1] == [first]) else None
+
+
+def cut(ids: list[int], length: int, first: int | None) -> list[slice]:
+    """Parts of `ids` that follow each other, one for each window of `join`; what is left at the end fills no window."""
+    parts, start = list[slice](), 0
+    while (stop := start + length - (start < len(ids) and first not in (None, ids[start]))) <= len(ids):
+        parts.append(slice(start, stop))
+        start = stop
+    return parts
+
+
+def join(ids: list[int], parts: Sequence[slice], length: int, first: int | None) -> Tensor:
+    """Windows int64 [parts, length]; `first` is put before each part, unless it is None or already there."""
+    rows = ([*([first] if first is not None and part.stop - part.start < length else []), *ids[part]] for part in parts)
+    return torch.tensor(list(rows), dtype=torch.int64)
+
+
 def papers(
-    texts: Sequence[str], tokenizer: Tokenizer, shape: tuple[int, int], rng: random.Random, source: str
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    shape: tuple[int, int],
+    rng: random.Random,
+    source: str,
+    first: int | None = None,
 ) -> Tensor:
     """Windows int64 [samples, length] drawn as in the published code of Wanda, SparseGPT, GBLM, AlphaPruning and ATP.
 
-    Raises BillhookError if no document is longer than a window.
+    With `first`, each begins with that token. Raises BillhookError if no document is longer than a window.
     """
     samples, length = shape
+    begin, special = ([], {}) if first is None else ([first], {"add_special_tokens": False})
     cache: dict[int, list[int]] = {}
 
     def encoded(index: int) -> list[int]:
         if index not in cache:
-            cache[index] = _encode(tokenizer, [texts[index]])[0]
+            cache[index] = _encode(tokenizer, [texts[index]], **special)[0]
         return cache[index]
 
     rows: list[list[int]] = []
@@ -37,7 +74,7 @@ def papers(
         ids = encoded(rng.randint(0, len(texts) - 1))
         if len(ids) > length:
             start = rng.randint(0, len(ids) - length - 1)
-            rows.append(ids[start : start + length])
+            rows.append((begin + ids[start : start + length])[:length])
             misses = 0
             continue
         misses += 1
@@ -57,11 +94,13 @@ def packed(
     rng: random.Random,
     source: str,
     *,
+    first: int | None = None,
     fewer: bool = False,
 ) -> Tensor:
     """Windows int64 [samples, length] of documents in random order, each after a BOS (else EOS) token, without overlap.
 
-    Raises BillhookError for a text that is too short; with `fewer`, it gives fewer windows.
+    With `first`, each window begins with that token, too. Raises BillhookError for a text that is too short; with
+    `fewer`, it gives fewer windows.
     """
     samples, length = shape
     if isinstance(texts, Sequence):
@@ -76,14 +115,14 @@ def packed(
             count += 1
         if len(pool) >= POOL * samples * length:
             break
-    samples = min(samples, max(len(pool) // length, 1)) if fewer else samples
-    if len(pool) < samples * length:
+    parts = cut(pool, length, first)
+    samples = min(samples, max(len(parts), 1)) if fewer else samples
+    if len(parts) < samples:
         raise BillhookError(
             f"{source} is too short: {samples} windows of {length} need {samples * length} tokens, it has {len(pool)} "
             f"in {count} document{'s' if count != 1 else ''}. Give more text, or smaller --samples or --length."
         )
-    chosen = rng.sample(range(len(pool) // length), samples)
-    return torch.tensor([pool[i * length : (i + 1) * length] for i in chosen], dtype=torch.int64)
+    return join(pool, rng.sample(parts, samples), length, first)
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], **options: Any) -> list[list[int]]:

@@ -12,6 +12,13 @@ Calibration draws `samples` windows of `length` tokens with a seed, in one of tw
 For evaluation the whole text is tokenized once (documents joined by `corpus.joint`) and cut into non-overlapping
 windows. The `tokens` [samples, length] of a .safetensors source are used without sampling: at most `samples` rows and
 `length` columns.
+
+A model that was trained with a BOS token before its text predicts badly without one. With `bos` "auto", every window
+begins with the BOS token if the tokenizer puts one before a text by itself; "yes" and "no" decide otherwise. The BOS
+token is the first of the `length` tokens and is never predicted, so that every other token of the text is scored once.
+With "no", as in the published code of the papers, the first token of a window is one of the text and is not scored,
+and a BOS token that the tokenizer adds is at the beginning of the whole text only. "papers" sampling means "no" unless
+`bos` is "yes".
 """
 
 import hashlib
@@ -19,29 +26,32 @@ import random
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
+from billhook.ambient import pinned
 from billhook.errors import BillhookError
-from billhook.text.corpus import documents, existing_file, joint
-from billhook.text.sampling import packed, papers
+from billhook.text.corpus import documents, existing_file, is_token_file, joint
+from billhook.text.given import Given, given, whole_ids
+from billhook.text.sampling import BOS, cut, first_token, join, packed, papers
 
+GIVEN = "given as a tensor"  # the name of a source
 _STREAM_WINDOWS = 256  # evaluation on a streamed dataset, as the papers do on C4
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Calibration windows: `ids` int64 [samples, length], and their `digest`."""
+    """Calibration windows: `ids` int64 [samples, length], their `digest`, and whether each begins with the BOS token
+    (None for tokens that were given)."""
 
     ids: Tensor
     source: str
     digest: str
     sampling: str
+    bos: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,8 @@ class Windows:
     """Evaluation windows: `ids` int64 [windows, length].
 
     `tokens` is the number of tokens of the text. `text_bytes` is the UTF-8 length of the text of the scored tokens (all
-    but the first of each window), or None if unknown (token files, tokenizers without offsets).
+    but the first of each window), or None if unknown (token files, tokenizers without offsets). `bos` is as in
+    `Tokens`.
     """
 
     ids: Tensor
@@ -57,79 +68,92 @@ class Windows:
     digest: str
     tokens: int
     text_bytes: int | None
+    bos: bool | None = None
 
 
+@pinned
 def load_calibration(
-    source: str,
+    source: Given,
     tokenizer: Tokenizer | None,
     *,
     samples: int = 128,
     length: int = 2048,
     seed: int = 0,
     sampling: str = "packed",
+    bos: str = "auto",
     vocab_size: int | None = None,
     fewer: bool = False,
 ) -> Tokens:
     """Draw calibration windows, int64 [samples, length]; with `fewer`, a short text gives fewer windows.
 
-    Raises BillhookError if the text is missing, empty or too short, no document is long enough, a token file is
-    damaged, or an id is outside `vocab_size`.
+    `source` is the name of a source or data (`billhook.text.given`). Raises BillhookError if the text is missing, empty
+    or too short, no document is long enough, a token file is damaged, or an id is outside `vocab_size`.
     """
     if samples < 1 or length < 2:
-        given = f"got samples={samples}, length={length}"
-        raise BillhookError(f"Calibration needs at least 1 sample of at least 2 tokens, {given}.")
+        wrong = f"got samples={samples}, length={length}"
+        raise BillhookError(f"Calibration needs at least 1 sample of at least 2 tokens, {wrong}.")
     if sampling not in ("packed", "papers"):
         raise BillhookError(f"Unknown sampling {sampling!r}: use packed or papers.")
-    if source.endswith(".safetensors"):
-        ids, sampling = _token_file(source)[:samples, :length], "as given"
+    data = given(source)
+    name = data if isinstance(data, str) else GIVEN if isinstance(data, Tensor) else "given as texts"
+    begun = None
+    if isinstance(data, Tensor) or is_token_file(name):
+        _check_unused(bos, name)
+        ids = data if isinstance(data, Tensor) else _token_file(name)[:samples, :length]
+        sampling = "given" if isinstance(data, Tensor) else "as given"
     else:
-        words = _need(tokenizer, source)
-        if sampling == "papers":
-            several = cast(Sequence[str], documents(source, "calibration", stream=False))
-            ids = papers(several, words, (samples, length), random.Random(seed), source)
+        words, rng, shape = _need(tokenizer, name), random.Random(seed), (samples, length)
+        published, first = sampling == "papers", first_token(words, bos, sampling)
+        texts = documents(data, "calibration", stream=not published) if isinstance(data, str) else data
+        if published:
+            several = texts if isinstance(texts, Sequence) else list(texts)
+            ids = papers(several, words, shape, rng, name, first)
         else:
-            texts = documents(source, "calibration", stream=True)
-            ids = packed(texts, words, (samples, length), random.Random(seed), source, fewer=fewer)
-    check_ids(ids, vocab_size, source)
-    return Tokens(ids, source, digest(ids), sampling)
+            ids = packed(texts, words, shape, rng, name, first=first, fewer=fewer)
+        begun = first is not None
+    check_ids(ids, vocab_size, name)
+    return Tokens(ids, name, digest(ids), sampling, begun)
 
 
+@pinned
 def load_windows(
-    source: str, tokenizer: Tokenizer | None, *, length: int, limit: int | None = None, vocab_size: int | None = None
+    source: str,
+    tokenizer: Tokenizer | None,
+    *,
+    length: int,
+    limit: int | None = None,
+    bos: str = "auto",
+    vocab_size: int | None = None,
 ) -> Windows:
-    """Read non-overlapping evaluation windows, int64 [floor(tokens / length), length], at most `limit` of them.
+    """Read non-overlapping evaluation windows, int64 [windows, length], at most `limit` of them.
 
-    The text is tokenized once, so that special tokens are at its start only. The default `limit` is 256 for a hub
-    dataset, none for other sources. Raises BillhookError as `load_calibration` does.
+    The text is tokenized once. The default `limit` is 256 for a hub dataset, none for other sources. Raises
+    BillhookError as `load_calibration` does.
     """
     if length < 2 or (limit is not None and limit < 1):
-        given = f"got length={length}, limit={limit}"
-        raise BillhookError(f"Evaluation needs at least one window of at least 2 tokens, {given}.")
-    if source.endswith(".safetensors"):
+        wrong = f"got length={length}, limit={limit}"
+        raise BillhookError(f"Evaluation needs at least one window of at least 2 tokens, {wrong}.")
+    if is_token_file(source):
+        _check_unused(bos, source)
         ids = _token_file(source)[:limit, :length].contiguous()
-        tokens, text_bytes = ids.numel(), None
+        tokens, text_bytes, begun = ids.numel(), None, None
     else:
         limit = _STREAM_WINDOWS if limit is None and source.startswith("hub:") else limit
         words, needed = _need(tokenizer, source), limit and limit * length
-        flat, ends = _encode_joined(documents(source, "evaluation", stream=True), words, needed, joint(source))
-        tokens, count = len(flat), min(len(flat) // length, limit or len(flat))
-        if not count:
+        first = first_token(words, bos)
+        texts = documents(source, "evaluation", stream=True)
+        flat, ends = _encode_joined(texts, words, needed, joint(source))
+        tokens, parts, begun = len(flat), cut(flat, length, first)[:limit], first is not None
+        if not parts:
             few = f"{source} has {tokens} tokens, fewer than one window of {length}"
             raise BillhookError(f"{few}: give more text or a smaller length.")
-        ids = torch.tensor(flat[: count * length], dtype=torch.int64).view(count, length)
-        text_bytes = None if ends is None else int((ends[length - 1 :: length][:count] - ends[::length][:count]).sum())
+        ids = join(flat, parts, length, first)
+        text_bytes = None
+        if ends is not None:  # the last length - 1 tokens of a window are scored
+            before = np.concatenate([[0], ends])
+            text_bytes = sum(int(before[part.stop] - before[part.stop - length + 1]) for part in parts)
     check_ids(ids, vocab_size, source)
-    return Windows(ids, source, digest(ids), tokens, text_bytes)
-
-
-def whole_ids(tokens: Any, source: str) -> Tensor:
-    """Token ids as int64 [samples, length]; raises BillhookError for another shape or type, or an empty tensor."""
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-        found = str(list(tokens.shape)) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise BillhookError(f"{source}: `tokens` must be [samples, length] with length 2 or more, found {found}.")
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise BillhookError(f"{source}: `tokens` must be whole numbers, found {tokens.dtype}.")
-    return tokens.to(torch.int64)
+    return Windows(ids, source, digest(ids), tokens, text_bytes, begun)
 
 
 def digest(ids: Tensor) -> str:
@@ -154,6 +178,12 @@ def _need(tokenizer: Tokenizer | None, source: str) -> Tokenizer:
         instead = "give a .safetensors file with `tokens` [samples, length]"
         raise BillhookError(f"The model has no tokenizer to read {source} with: {instead}.")
     return tokenizer
+
+
+def _check_unused(bos: str, source: str) -> None:
+    """Raise BillhookError where a BOS token is asked for and the tokens are given."""
+    if bos not in BOS or bos == "yes":
+        raise BillhookError(f"bos={bos}: the tokens of {source} are used as they are, so it must be auto or no.")
 
 
 def _token_file(source: str) -> Tensor:
@@ -183,7 +213,8 @@ def _encode_joined(
             parts.append(piece)
             held += len(piece) + len(between)
         text = between.join(parts)[:wanted]
-        found = tokenizer(text, verbose=False, return_attention_mask=False, return_offsets_mapping=tokenizer.is_fast)
+        options = {"return_attention_mask": False, "return_offsets_mapping": tokenizer.is_fast}
+        found = tokenizer(text, verbose=False, **options)
         if held < wanted or (needed is not None and len(found["input_ids"]) >= needed + 64):
             break
         wanted *= 2

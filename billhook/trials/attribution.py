@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from billhook.ambient import evaluating
 from billhook.architectures.config import call_options, vocabulary_size
 from billhook.architectures.layers import Layer, observable_experts
 from billhook.architectures.stacks import blocks_of
 from billhook.engine.batch import Batch, main_input, model_inputs, split_rows
-from billhook.engine.capture import evaluating, stubbed
+from billhook.engine.capture import stubbed
 from billhook.engine.restore import differentiable
 from billhook.errors import JobError
 from billhook.evaluation.batching import batch_size

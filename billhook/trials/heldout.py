@@ -44,6 +44,7 @@ def split_samples(model: PreTrainedModel, samples: Samples, batch_size: int, see
     facts = {
         "source": samples.source,
         "sampling": samples.sampling,
+        "bos": samples.bos,
         "length": ids.shape[1],
         "seed": seed,
         "digest": samples.digest,

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.ambient import evaluating
 from billhook.architectures.config import call_options, vocabulary_size
 from billhook.architectures.layers import Layer
 from billhook.distributed.collectives import gather
 from billhook.engine.batch import Batch, main_input, model_inputs, rows_of, select_rows, split_rows
-from billhook.engine.capture import evaluating
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.gradients import compute_gradients
 from billhook.engine.loop import LayerResult, apply_plan_
-from billhook.engine.method import Method
+from billhook.engine.method import Treatment
 from billhook.engine.restore import restore_, restored
 from billhook.errors import JobError
 from billhook.evaluation.batching import batch_size
@@ -59,7 +59,7 @@ class TrialRunner:
         layers: Sequence[Layer],
         batches: Sequence[Batch],
         heldout: Batch,
-        method: Method,
+        method: Treatment,
     ) -> None:
         """`batches` are what trials are pruned with, `heldout` the rows on which they are scored."""
         self.model, self.task, self.layers, self.method = model, task_of(model), list(layers), method

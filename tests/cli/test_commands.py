@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 
 from billhook import __version__
 from billhook.cli import app
-from billhook.demo import run_demo
+from billhook.demo import removed_blocks, run_demo
 from billhook.errors import BillhookError
 from billhook.methods.sparse import CRITERIA
-from billhook.plan.allocators import ALLOCATORS
+from billhook.plan.allocators import ALLOCATORS, allocate
 from billhook.plan.metrics import FACTS
+from billhook.plan.table import Row, Table
 
 COMMANDS = [command.name for command in app.registered_commands]
 
@@ -255,6 +256,14 @@ def test_ls_lists_every_registry(kind, names):
 def test_ls_families_lists_every_tested_family():
     assert {"model_type": "gpt_oss"} in done("ls", "families", "--json").json["families"]
     assert "llama" in done("ls", "families").out
+
+
+def test_the_demo_says_why_a_published_setting_removes_a_block():
+    rows = [Row(f"b.{n}.w", n, "w", (8, 8), {"alpha_peak": 9.0 if n == 11 else 2.0}) for n in range(12)]
+    table = Table(tuple(rows))
+    (note,) = removed_blocks(allocate(table, 0.6, allocator="alphapruning"), table)
+    assert "epsilon of 0.3, alphapruning removes block 11 whole: the other 11 blocks are alike" in note
+    assert removed_blocks(allocate(table, 0.6), table) == []
 
 
 def test_the_demo_replaces_nothing_but_a_demo(tmp_path):

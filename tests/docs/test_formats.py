@@ -125,7 +125,7 @@ def test_layers_in_pieces_have_the_documented_fields(tmp_path: Path) -> None:
 
 
 def test_the_demo_prints_the_documented_fields() -> None:
-    demo = Demo(10.0, {("uniform", "wanda"): 12.0}, {("uniform", "wanda"): 0.5}, 100, 64, 1000, Path("out"))
+    demo = Demo(10.0, {("uniform", "wanda"): 12.0}, {("uniform", "wanda"): 0.5}, 100, 64, 1000, Path("out"), ["a note"])
     check_fields("demo --json", demo.to_json())
 
 

@@ -6,7 +6,10 @@ import pytest
 import tiny
 import torch
 
-from billhook import JobError, allocate, measure, prune_
+from billhook import JobError, allocate, find_layers, measure, prune_
+from billhook.engine.loop import apply_plan_
+from billhook.engine.method import Method
+from billhook.engine.walk import Block
 from billhook.methods.masks import Select
 from billhook.registry import method
 
@@ -80,3 +83,37 @@ def test_weights_that_were_zero_before_are_noted_and_no_error() -> None:
     assert (first.zeros, first.zeros_before) == (768, 768)
     assert first.notes == ("256 more zeros than planned (768 weights were zero before)",)
     assert not any(result.notes for result in others)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
+def test_the_error_of_a_layer_is_that_of_its_outputs_for_uncorrelated_inputs(criterion: str) -> None:
+    model, ids = tiny.llama(), torch.randint(0, 258, (4, 24), generator=torch.Generator().manual_seed(0))
+    layer, seen = find_layers(model)[0], list[Tensor]()
+    handle = layer.module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1).double()))
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    before = layer.weight.double()
+    squares = torch.ones(32, dtype=torch.float64) if criterion == "magnitude" else seen[0].square().sum(0)
+    plan = allocate(measure(model, [], layers=[layer]), 0.5)
+    (result,) = prune_(model, plan, criterion=criterion, batches=ids, layers=[layer])
+    change = ((layer.weight.double() - before).square() * squares).sum()
+    assert result.error == pytest.approx(float(change / (before.square() * squares).sum()), rel=1e-4)
+
+
+def test_tuning_that_revives_a_removed_weight_is_an_error() -> None:
+    class Reviving:
+        wants_dense_outputs = False
+
+        def note(self, block: Block) -> None:
+            pass
+
+        def tune_(self, block: Block) -> str:
+            weight = block.layers[1].weight
+            weight[weight == 0] = (torch.arange(int((weight == 0).sum())) < 3).float()
+            return "tuned"
+
+    model, ids = tiny.llama(), torch.zeros(2, 8, dtype=torch.int64)
+    plan, method = allocate(measure(model, []), 0.5), Method("magnitude", {})
+    with pytest.raises(JobError, match=r"^model\.layers\.0\.self_attn\.k_proj: tuning made 3 removed weights nonzero"):
+        apply_plan_(model, plan, method, [{"input_ids": ids}], tuner=Reviving())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from billhook.evaluation import kl
-from billhook.evaluation.kl import TopKTeacher, kl_grad, token_kl, window_kl
+from billhook.evaluation.kl import Against, TopKTeacher, kl_grad, token_kl, window_kl
 
 LOGITS, DENSE = 3 * torch.randn(2, 7, 300, generator=torch.Generator().manual_seed(0))
 
@@ -58,3 +58,11 @@ def test_gradient_is_that_of_the_sum_over_tokens(k: int | None, monkeypatch: pyt
     rest = (p * ~kept).sum(-1, keepdim=True) / (q * ~kept).sum(-1, keepdim=True)
     expected = torch.where(kept, q - p, q * (1 - rest))
     assert torch.allclose(kl_grad(LOGITS, TopKTeacher.of(DENSE)), expected, atol=1e-5)
+
+
+def test_the_error_is_that_of_a_mean_of_windows():
+    found = Against.of("dense", [0.1, 0.2, 0.6], 3, 4, 2.0)
+    deviation = math.sqrt((0.2**2 + 0.1**2 + 0.3**2) / 2)
+    assert (found.kl, found.kl_error) == pytest.approx((0.3, deviation / math.sqrt(3)))
+    assert (found.top1_agreement, found.token_ppl) == (0.75, pytest.approx(math.exp(2)))
+    assert Against.of("dense", [0.1], 3, 4, 2.0).kl_error is None

@@ -5,7 +5,7 @@ import math
 import pytest
 import tiny
 import torch
-from documents import questions
+from documents import WORDS, questions
 
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.batching import batch_size, halving
@@ -77,7 +77,7 @@ def test_a_damaged_model_gives_no_accuracy(tokenizer):
 
 
 def test_items_are_scored_as_by_hand(model, tokenizer):
-    """Right where the right answer is likelier; a single request is right where the model would say it."""
+    """Right where the right answer is likelier."""
     items = [Item(tuple((c, a) for c, a in q["requests"]), q["gold"]) for q in questions(9)]
     hits = fair = 0
     for item in items:
@@ -96,16 +96,20 @@ def test_items_are_scored_as_by_hand(model, tokenizer):
     found = evaluate_items(model, tokenizer, items, 128, name="hand")
     assert (found.acc, found.acc_norm, found.items) == (hits / 9, fair / 9, 9)
     assert found.acc_error == pytest.approx(math.sqrt(found.acc * (1 - found.acc) / 8))
-    context = "a lazy"
-    ids = tokenizer(context)["input_ids"]
-    said = tokenizer.decode([int(model(torch.tensor([ids])).logits[0, -1].argmax())])
-    if encode_request(tokenizer, context, said).continuation == [
-        int(model(torch.tensor([ids])).logits[0, -1].argmax())
-    ]:
-        single = evaluate_items(
-            model, tokenizer, [Item(((context, said),), 0), Item(((context, "\x00\x01"),), 0)], 128, name="said"
-        )
-        assert (single.acc, single.acc_norm) == (0.5, None)
+
+
+def test_a_single_request_is_right_where_the_model_would_say_it(model, tokenizer):
+    said = {}
+    for context in (f"{one} {other}" for one in WORDS for other in WORDS):
+        token = int(model(torch.tensor([tokenizer(context)["input_ids"]])).logits[0, -1].argmax())
+        answer = tokenizer.decode([token])
+        if answer.strip() and encode_request(tokenizer, context, answer).continuation == [token]:
+            said[context] = answer
+    assert said
+    right = [Item(((context, answer),), 0) for context, answer in said.items()]
+    wrong = [Item(((context, "\x00\x01"),), 0) for context in said]
+    found = evaluate_items(model, tokenizer, right + wrong, 128, name="said")
+    assert (found.acc, found.acc_norm) == (0.5, None)
 
 
 @pytest.mark.parametrize(
@@ -133,9 +137,23 @@ def test_every_token_of_a_document_is_scored_once():
     for count in (1, 7, 8, 9, 16, 23):
         windows = rolling(list(range(100, 100 + count)), 1, 8)
         assert [t for w in windows for t in w.continuation] == list(range(100, 100 + count))
-        assert all(len(w.inputs(8)) <= 8 for w in windows)
+        assert all(len(w.inputs(8)) == min(count, 8) for w in windows)  # the last one begins earlier
         assert windows[0].context == [1]
         assert all(w.context[-1] == w.continuation[0] - 1 for w in windows[1:])
+
+
+def test_windows_of_a_document_begin_with_bos_and_its_tokens_are_scored_once():
+    for count in (1, 7, 8, 9, 16, 23):
+        windows = rolling(list(range(100, 100 + count)), 1, 8, 1)
+        assert [t for w in windows for t in w.continuation] == list(range(100, 100 + count))
+        assert all(w.context[0] == 1 and len(w.inputs(8)) <= 8 for w in windows)
+        assert all(w.inputs(8)[0] == 1 for w in windows)
+
+
+def test_the_bos_token_that_a_tokenizer_adds_is_not_scored(model, tokenizer):
+    """One token a byte: with BOS, as many scored tokens as bytes."""
+    texts = ["one two", "three " * 30]
+    assert evaluate_words(model, tokenizer, texts, 64, "here", bos="auto").tokens == sum(map(len, texts))
 
 
 def test_word_perplexity_divides_by_words(model, tokenizer):

@@ -1,6 +1,9 @@
 """Metrics beyond the published exponents: FARMS, the soft rank, the distance to noise, activation metrics, names and
 columns."""
 
+import math
+
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -64,6 +67,27 @@ def test_the_distance_to_noise_is_small_for_noise_and_large_for_structure() -> N
         spectral_metrics(heavy(200, 300), ["randomized_distance"])["randomized_distance"]
         > noise["randomized_distance"] + 0.2
     )
+
+
+def test_randomized_distance_is_that_of_histograms_with_100_bins() -> None:
+    W = heavy(40, 50)
+    W[0] = 0  # one eigenvalue of zero
+    shuffled = W.flatten()[torch.randperm(2000, generator=torch.Generator().manual_seed(3))].view(40, 50)
+    logs, zeros = [], []
+    for weight in (W, shuffled):
+        evals = np.linalg.svd(weight.numpy(), compute_uv=False) ** 2
+        zeros.append(float((evals < 1e-12).mean()))
+        logs.append(np.log10(evals[evals >= 1e-12]))
+    span = min(map(min, logs)), max(map(max, logs))
+    p, q = (np.append(np.histogram(x, 100, span)[0] / 40, zero) for x, zero in zip(logs, zeros, strict=True))
+
+    def entropy(x: np.ndarray) -> float:
+        return -float(sum(v * math.log2(v) for v in x if v > 0))
+
+    expected = math.sqrt(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2)
+    assert zeros[0] == 1 / 40
+    name = "randomized_distance:3"
+    assert spectral_metrics(W, [name])[name] == pytest.approx(expected, abs=1e-9)
 
 
 def test_randomized_distance_is_reproducible_and_needs_a_spectrum() -> None:

@@ -124,6 +124,12 @@ def test_all_zero_has_no_logarithm() -> None:
             spectral_metrics(torch.zeros(3, 3), [name])
 
 
+def test_entropy_is_relative_to_the_rank() -> None:
+    for values, expected in (([2.0, 2.0, 0.0, 0.0], 1.0), ([1.0, math.sqrt(3.0), 0.0], 0.811278)):
+        W = torch.tensor(values, dtype=torch.float64).diag()
+        assert spectral_metrics(W, ["entropy"])["entropy"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_rank_deficient_equals_its_own_full_rank_part() -> None:
     """Removed rows, removed columns and dependent rows leave exact zeros, and zeros take no part in a fit."""
     W = heavy(30, 50)

@@ -24,9 +24,17 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_weights_of_a_dtype_that_cannot_be_packed_are_named(tmp_path: Path) -> None:
+    source = directory(tmp_path / "model", {"w": torch.zeros(64, 64, dtype=torch.float64)})
+    with pytest.raises(
+        BillhookError, match="holds F64 weights, and only BF16, F16, F32 can be packed: convert the model"
+    ):
+        pack(source, tmp_path / "packed")
+
+
 def test_a_quantized_a_packed_and_an_empty_directory_are_refused(tmp_path: Path) -> None:
     source = directory(tmp_path / "q", {"w": torch.zeros(64, 64)}, quantization_config={"bits": 4})
-    with pytest.raises(BillhookError, match=r"q is a quantized checkpoint: prune or pack the unquantized model"):
+    with pytest.raises(BillhookError, match=r"q is a quantized checkpoint: start from the unquantized model"):
         pack(source, tmp_path / "out")
     pack(directory(tmp_path / "model", {"w": torch.zeros(64, 64)}), tmp_path / "packed")
     with pytest.raises(

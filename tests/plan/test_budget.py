@@ -67,6 +67,7 @@ def test_min_max_maps_values_to_0_and_1():
     assert min_max([7, 7]) == [0.5, 0.5]
     assert min_max([0, 0]) == [0.5, 0.5]
     assert min_max([0.1 + 0.2, 0.3]) == [0.5, 0.5]
+    assert min_max([2, 2 + 1e-9]) == [0, 1]  # the whole range, however little the values differ
 
 
 @relaxed

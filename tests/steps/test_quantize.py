@@ -12,12 +12,18 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from billhook import prune
+from billhook.architectures.layers import find_layers
+from billhook.engine.loop import apply_plan_
+from billhook.engine.method import Quantization
 from billhook.errors import BillhookError, Interrupted
 from billhook.export.compressed_tensors import read
+from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.quantize.grids import grid_of
 from billhook.packed.loading import load
 from billhook.steps.quantize import QuantizeRequest, prepare, quantize, run
+from billhook.steps.types import uniform_plan
 from billhook.steps.verify import verify
+from billhook.store.gguf_file import read_gguf
 from billhook.store.shards import read_shard, weight_files
 
 pytestmark = pytest.mark.gate
@@ -159,3 +165,25 @@ def test_experts_and_transposed_weights_are_refused_by_name(tmp_path):
     source = tiny.save(tmp_path / "model", tiny.mixtral(), words=False)
     with pytest.raises(BillhookError, match=r"experts.*an expert of a larger tensor"):
         quantize(source, "int4/16", tmp_path / "out", quantizer="round")
+
+
+@pytest.mark.parametrize("type", ["q4_0", "q8_0", "q4_k"])
+def test_a_gguf_file_holds_what_the_quantizer_computed_in_memory(tmp_path, source, type):
+    """Types of 256 columns are replaced by the smallest of 32 with as many bits, embeddings are q8_0 here."""
+    fields = {"quantizer": "gptq", "calibration": IDS, "batch_size": 2}
+    output = quantize(source, type, tmp_path / "out", ignore="re:.*down_proj", **fields).output
+    model, used = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), {"q4_k": "iq4_nl"}.get(type, type)
+    layers = [layer for layer in find_layers(model) if "down_proj" not in layer.name]
+    plan, _ = uniform_plan(type, layers)
+    assert {spec.type for spec in plan.weights.values()} == {used}
+    method = Quantization("gptq", QUANTIZERS.configure("gptq", {}))
+    apply_plan_(model, plan, method, [{"input_ids": part} for part in IDS.split(2)], layers=layers)
+    found = load(output / "out.gguf").state_dict()
+    for name, value in model.state_dict().items():
+        if "embed" in name or "lm_head" in name:
+            assert (found[name] - value).abs().max() < 0.01
+        else:
+            assert torch.equal(found[name], value), name
+    kinds = {entry.type for entry in read_gguf(output / "out.gguf").tensors.values()}
+    assert kinds == {used, "q8_0", "f32", "bf16"}
+    assert not list(output.glob("*.safetensors"))

@@ -139,14 +139,14 @@ def write_index(directory: Path, content) -> None:
 )
 def test_an_index_must_stay_in_its_directory(copy, name):
     write_index(copy, {"weight_map": {"a": name}})
-    with pytest.raises(BillhookError, match=r"only plain file names|is not a safetensors index"):
+    with pytest.raises(BillhookError, match=r"only plain file names|must be a string, found 3"):
         check_directory(copy)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}'])
 def test_a_broken_index_is_refused(copy, content):
     write_index(copy, content)
-    with pytest.raises(BillhookError, match="is not a safetensors index"):
+    with pytest.raises(BillhookError, match=r"is not a safetensors index|weight_map(, a)?: must be"):
         check_directory(copy)
 
 

@@ -10,6 +10,7 @@ import tiny
 import torch
 from documents import jsonl, texts
 from safetensors.torch import save_file
+from tokenizers import processors
 
 from billhook.errors import BillhookError
 from billhook.text import corpus
@@ -65,9 +66,9 @@ def test_papers_sampling_without_a_long_document_ends_in_an_error(tokenizer, tmp
 
 
 def test_papers_sampling_draws_a_document_that_is_one_token_longer_than_the_window(tokenizer, tmp_path, monkeypatch):
-    """It has one window, without its last token; of two documents, one token less is not enough for any."""
+    """It has one window, without its last token; the documents with one token less have none, however often drawn."""
     monkeypatch.setattr(text_sampling, "_MISSES", 3)
-    documents = ["y" * 63, "z" * 64]  # and a start token each
+    documents = ["y" * 63] * 40 + ["z" * 64]  # and a start token each
     found = load_calibration(jsonl(tmp_path / "a.jsonl", documents), tokenizer, samples=3, length=64, sampling="papers")
     assert torch.equal(found.ids, published(documents, tokenizer, 3, 64, 0))
     assert tokenizer.decode(found.ids[0]) == "<s>" + "z" * 63
@@ -88,7 +89,7 @@ def test_papers_sampling_reads_only_the_documents_it_draws(tokenizer, tmp_path, 
 
 def test_packed_windows_come_from_the_text_without_replacement(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("".join(random.Random(0).choices("abcdefgh", k=4000)))
-    found = load_calibration(str(tmp_path / "a.txt"), tokenizer, samples=40, length=64)
+    found = load_calibration(str(tmp_path / "a.txt"), tokenizer, samples=40, length=64, bos="no")
     flat = [256, *tokenizer((tmp_path / "a.txt").read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]]
     cut = [tuple(flat[i : i + 64]) for i in range(0, len(flat) - 63, 64)]
     rows = [tuple(row) for row in found.ids.tolist()]
@@ -221,11 +222,71 @@ def test_ids_outside_the_vocabulary_are_named(tmp_path, bad):
 def test_windows_cut_the_whole_text_once(tokenizer, tmp_path):
     """One start token in front of everything, none between documents, and the tail that fills no window dropped."""
     documents = texts(30)
-    windows = load_windows(jsonl(tmp_path / "a.jsonl", documents), tokenizer, length=50)
+    windows = load_windows(jsonl(tmp_path / "a.jsonl", documents), tokenizer, length=50, bos="no")
     whole = tokenizer("\n\n".join(documents))["input_ids"]
     assert windows.tokens == len(whole)
     assert windows.ids.flatten().tolist() == whole[: len(whole) // 50 * 50]
     assert (windows.ids == 256).sum() == 1
+
+
+def test_every_window_begins_with_bos_and_every_token_of_the_text_is_scored_once(tokenizer, tmp_path):
+    documents = texts(30)
+    source = jsonl(tmp_path / "a.jsonl", documents)
+    text = tokenizer("\n\n".join(documents), add_special_tokens=False)["input_ids"]
+    for length in (2, 50, 64):
+        windows = load_windows(source, tokenizer, length=length)
+        assert windows.bos
+        assert (windows.ids[:, 0] == 256).all()
+        assert windows.ids[:, 1:].flatten().tolist() == text[: len(text) // (length - 1) * (length - 1)]
+        assert windows.text_bytes == windows.ids[:, 1:].numel()  # one token a byte
+
+
+def test_windows_follow_the_habit_of_the_tokenizer(tokenizer, tmp_path):
+    """Without a BOS token of its own accord the windows are those of `no`, with it those of `yes`."""
+    plain = tiny.tokenizer()
+    plain.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    source = jsonl(tmp_path / "a.jsonl", texts())
+    for load in (load_calibration, load_windows):
+        found = {
+            (name, bos): load(source, words, length=32, bos=bos, **({"samples": 8} if load is load_calibration else {}))
+            for name, words in (("adds", tokenizer), ("plain", plain))
+            for bos in ("auto", "yes", "no")
+        }
+        assert found["adds", "auto"].digest == found["adds", "yes"].digest == found["plain", "yes"].digest
+        assert found["plain", "auto"].digest == found["plain", "no"].digest != found["plain", "yes"].digest
+        assert {key: each.bos for key, each in found.items()} == {
+            (name, bos): bos == "yes" or (bos, name) == ("auto", "adds") for name, bos in found
+        }
+    plain.bos_token = None
+    assert load_windows(source, plain, length=32).digest == found["plain", "no"].digest
+    with pytest.raises(BillhookError, match="no BOS token for windows to begin with"):
+        load_windows(source, plain, length=32, bos="yes")
+
+
+def test_packed_windows_begin_with_one_bos_token_and_share_no_text(tokenizer, tmp_path):
+    documents = [f"{number:07d}" * 3 for number in range(60)]
+    ids = load_calibration(jsonl(tmp_path / "a.jsonl", documents), tokenizer, samples=20, length=22).ids
+    assert (ids[:, 0] == 256).all()
+    assert not ((ids[:, :-1] == 256) & (ids[:, 1:] == 256)).any()
+    seen = [window.tolist()[1:] for window in ids if (window[1:] != 256).all()]
+    assert len({tuple(window) for window in seen}) == len(seen) == 20  # each a document, as 22 is one with its BOS
+
+
+def test_papers_sampling_can_begin_with_bos(tokenizer, tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", texts())
+    begun = load_calibration(source, tokenizer, samples=20, length=64, sampling="papers", bos="yes").ids
+    assert (begun[:, 0] == 256).all()
+    assert (begun[:, 1:] != 256).all()
+
+
+def test_given_tokens_are_not_begun(tokenizer, tmp_path):
+    save_file({"tokens": torch.zeros(2, 8, dtype=torch.int64)}, tmp_path / "t.safetensors")
+    for load in (load_calibration, load_windows):
+        assert load(str(tmp_path / "t.safetensors"), tokenizer, length=8).bos is None
+        with pytest.raises(BillhookError, match="used as they are"):
+            load(str(tmp_path / "t.safetensors"), tokenizer, length=8, bos="yes")
+        with pytest.raises(BillhookError, match="auto, yes, no"):
+            load(jsonl(tmp_path / "a.jsonl", texts()), tokenizer, length=8, bos="sometimes")
 
 
 def test_limited_windows_are_the_first_of_all(tokenizer, tmp_path):

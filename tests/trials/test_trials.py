@@ -44,6 +44,16 @@ def test_losses_of_the_dense_model_and_of_a_pruned_one(tokens: torch.Tensor):
         assert runner.losses(2, 4).kl == pytest.approx(runner.losses(0, 6).kl[2:4], rel=1e-4)
 
 
+def test_every_trial_starts_from_the_dense_weights(tokens: torch.Tensor):
+    model, split, table = llama(), split_of(tokens), measure(llama(), [])
+    once = {}
+    with TrialRunner(model, find_layers(model), split.batches, split.heldout, Method("wanda", {})) as runner:
+        for sparsity in (0.3, 0.8, 0.3):
+            runner.prune(allocate(table, sparsity))
+            weights = [layer.weight.clone() for layer in find_layers(model)]
+            assert all(map(torch.equal, once.setdefault(sparsity, weights), weights))
+
+
 def test_weights_are_restored_whatever_happens():
     model = mixtral()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -23,7 +23,7 @@ _SIGNED = 8  # columns whose signs are stored together
 
 
 @cache
-def book(name: str) -> Tensor:
+def book(name: str, device: torch.device | None = None) -> Tensor:
     """The points of a code book, float32 [points, columns]. Raises BillhookError if `gguf` is not installed."""
     try:
         from gguf import quants
@@ -31,7 +31,7 @@ def book(name: str) -> Tensor:
         raise BillhookError(f"{name} needs the code books of the gguf package: pip install 'billhook[gguf]'.") from None
     table = getattr(quants, name.upper())
     table.init_grid()
-    return torch.tensor(table.grid[0, 0])
+    return torch.tensor(table.grid[0, 0], device=device)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class CodeBook(SuperBlock):
 
     def index(self, codes: Tensor) -> Tensor:
         """The numbers in the book of codes [..., columns], int64 [..., columns / dim]."""
-        levels, points = len(self.points.values), book(self.name).to(codes.device, codes.dtype)
+        levels, points = len(self.points.values), book(self.name, codes.device).to(codes.dtype)
         places = levels ** torch.arange(self.dim, device=codes.device)
         numbers = torch.zeros(levels**self.dim, dtype=torch.long, device=codes.device)
         numbers[(self.points.index(points) * places).sum(1)] = torch.arange(len(points), device=codes.device)
@@ -71,7 +71,7 @@ class CodeBook(SuperBlock):
         if self.even:
             least = (x.abs() * weight).argmin(1, keepdim=True)
             sign.scatter_(1, least, sign.gather(1, least) * sign.prod(1, keepdim=True))
-        size, points = x * sign, book(self.name).to(x.device)
+        size, points = x * sign, book(self.name, x.device)
         found = []
         for a, w in zip(size.split(self.dim, 1), weight.split(self.dim), strict=True):
             closeness = torch.addmm((points.square() @ w) / -2, a, (points * w).t())

@@ -61,7 +61,7 @@ def pack(quantized: Quantized) -> Tensor:
     packed = []
     for start in range(0, len(codes), rows):
         some = slice(start, start + rows)
-        arrays = _to_arrays(name, codes[some], {part: value[some] for part, value in parts.items()})
+        arrays = _to_arrays(name, codes[some].contiguous(), {part: value[some] for part, value in parts.items()})
         fields = [_pack_field((arrays[array] >> first), bits, run) for array, first, bits, run in _LAYOUTS[name]]
         packed.append(torch.cat(fields, 2).flatten(1))
     return torch.cat(packed)
@@ -134,7 +134,7 @@ def _from_arrays(name: str, arrays: Mapping[str, Tensor]) -> tuple[Tensor, dict[
         parts["multipliers"] = multipliers.to(torch.int8)
     if isinstance(grid, CodeBook):
         signs = _unpack_field(arrays["signs"], 1, 1)
-        codes = book(name).to(signs.device, torch.int8)[arrays["index"]].flatten(2) * (1 - 2 * signs)
+        codes = book(name, signs.device).to(torch.int8)[arrays["index"]].flatten(2) * (1 - 2 * signs)
     elif isinstance(grid, Symmetric) and isinstance(grid.points, Points):
         codes = torch.tensor(grid.points.values, device=arrays["codes"].device)[arrays["codes"]]
     else:

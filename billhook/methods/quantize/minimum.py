@@ -8,7 +8,7 @@ least squares; then as in `symmetric`, for the two integers of a group together.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from billhook.methods.quantize.grid import Scales
 from billhook.methods.quantize.groups import Groups, inverse, quotient
+from billhook.methods.quantize.symmetric import Multipliers
 
 _CUTS = (-0.5, 0.0, 0.5, 1.1)  # steps by which an end of the range is cut off
 _SPLITS = 8
@@ -80,10 +81,12 @@ class Affine:
 
 @dataclass(frozen=True)
 class KMinimum(Affine):
-    """A type whose scales and minima are integers up to `most` times d and dmin, float16 for a block of columns."""
+    """A type whose scales and minima are `multipliers` of d and dmin, float16 for a block of columns."""
 
     block: int = 256
-    most: int = 63
+    multipliers: Multipliers = field(kw_only=True)
+
+    integers = (("multipliers", "d", 1.0), ("minima", "dmin", -1.0))
 
     def fit(self, W: Tensor, weight: Tensor) -> Scales:
         """Scales and offsets for W float32 [out, block] and weight [block]."""
@@ -110,9 +113,9 @@ class KMinimum(Affine):
         """d [out] and integers [groups, out] with a small sum(power · (d · integer - value)²)."""
         found: tuple[Tensor, ...] = ()
         for k in range(_SPLITS):
-            d = groups.half(value.amax(0) / (self.most - k / 2))
+            d = groups.half(value.amax(0) / (self.multipliers.high - k / 2))
             for _ in range(2):
-                integers = (value * inverse(d)).round().clamp_(0, self.most)
+                integers = self.multipliers.nearest(value * inverse(d))
                 found = _better(((power * (integers * d - value).square()).sum(0), d, integers), found)
                 d = groups.half(quotient((power * integers * value).sum(0), (power * integers.square()).sum(0)))
         return found[1], found[2]
@@ -120,8 +123,7 @@ class KMinimum(Affine):
     def _improve(self, groups: Groups, d: Tensor, a: Tensor, dmin: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         """The error [groups, out], multipliers, minima and sums of the best neighbours of every pair of integers."""
         found: tuple[Tensor, ...] = ()
-        for i, j in product((0, -1, 1), (0, -1, 1)):
-            multiplier, minimum = (a + i).clamp_(0, self.most), (b + j).clamp_(0, self.most)
+        for multiplier, minimum in product(self.multipliers.neighbours(a), self.multipliers.neighbours(b)):
             scale, offset = d * multiplier, -(dmin * minimum)
             sums = self._sums(groups, scale, offset)
             found = _better((_error(groups, scale, offset, sums), multiplier, minimum, *sums), found)

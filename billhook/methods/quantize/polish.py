@@ -3,15 +3,18 @@
     loss = Σ over rows (w − v) H (w − v)ᵀ,   v = scale · code + offset
 
 A sweep visits the codes of every row from left to right. With r = (v − w) H, the best value of the columns S of a code,
-all others being fixed, is v_S − r_S H_SS⁻¹; the code moves to the nearest point if that lowers the loss. Grids whose
-scales are free also get, before each further sweep, the scales that are best for the codes, in every row where that
-lowers the loss once they are stored.
+all others being fixed, is v_S − r_S H_SS⁻¹; the code moves to the nearest point if that lowers the loss. Before each
+further sweep the scales follow the codes: free ones become the best ones, in every row where that lowers the loss once
+they are stored; integers move one by one (`billhook.methods.quantize.rescale`).
 """
 
 import torch
 from torch import Tensor
 
 from billhook.methods.quantize.grid import Grid, Quantized, Scales, dequantize, safe_scale
+from billhook.methods.quantize.minimum import KMinimum
+from billhook.methods.quantize.rescale import rescale
+from billhook.methods.quantize.symmetric import SuperBlock
 
 _PANEL = 64  # columns for which r is computed by one product
 
@@ -23,7 +26,9 @@ def polish(W: Tensor, H: Tensor, start: Quantized, sweeps: int, zero: Tensor | N
     """
     grid, codes, scales = start.grid, start.codes.to(W.dtype), start.scales
     for sweep in range(sweeps):
-        if sweep and scales.offset is None:
+        if sweep and isinstance(grid, SuperBlock | KMinimum):
+            scales = rescale(W, H, codes, scales, grid)
+        elif sweep and scales.offset is None:
             scales = _refit(W, H, codes, scales, grid)
         if not _sweep(W, H, codes, scales, grid, zero):
             break

@@ -63,7 +63,7 @@ class Points:
 
     def index(self, codes: Tensor) -> Tensor:
         """Where codes are in the table, int64; the next one for a number that is not in it."""
-        return torch.searchsorted(torch.tensor(self.values, dtype=codes.dtype, device=codes.device), codes)
+        return torch.searchsorted(torch.tensor(self.values, dtype=codes.dtype, device=codes.device), codes.contiguous())
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,11 @@ class SuperBlock(Symmetric):
     block: int = 256
     multipliers: Multipliers = field(kw_only=True)
     unit: float = 1.0
+
+    @property
+    def integers(self) -> tuple[tuple[str, str, float], ...]:
+        """What a scale consists of: the part with integers, the one that they multiply, and a factor."""
+        return (("multipliers", "d", self.unit),)
 
     def fit(self, W: Tensor, weight: Tensor) -> Scales:
         """Scales for W float32 [out, block] and weight [block]."""

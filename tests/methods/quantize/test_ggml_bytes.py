@@ -70,6 +70,16 @@ def test_gguf_decodes_our_bytes_to_our_values_bit_for_bit_and_we_read_them_back(
     assert all(torch.equal(part, made.scales.parts[key]) for key, part in read.scales.parts.items())
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", GGML)
+def test_llama_cpp_decodes_our_bytes_to_our_values(name):
+    libgguf = pytest.importorskip("libgguf", reason="needs the extra dev-slow")
+    W = torch.randn(5, 512, generator=torch.Generator().manual_seed(4)) * 0.02
+    made = QUANTIZERS.get("round")(W, LayerStats(1, 1), GGML[name])
+    theirs = libgguf.dequantize_rows(pack(made).numpy(), GGMLQuantizationType[name.upper()], n_per_row=512)
+    assert same_bits(theirs, made.decode(torch.float32).numpy())
+
+
 @pytest.mark.parametrize("name", GGML)
 def test_any_bytes_with_finite_scales_decode_as_gguf_decodes_them_and_are_written_as_they_were(name):
     size = storage.BLOCKS[name][1]

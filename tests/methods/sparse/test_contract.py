@@ -121,20 +121,24 @@ def test_scores_with_sums_and_gradients_agree_with_plain_loops() -> None:
         assert {tuple(place) for place in (result == 0).nonzero().tolist()} == lowest, name
 
 
+@pytest.mark.parametrize("cycles, threshold", [(3, 0.0), (50, 0.5), (50, 0.05)])
 @pytest.mark.parametrize("keep_of", [None, (2, 4)])
-def test_dsnot_agrees_with_plain_loops(keep_of: tuple[int, int] | None) -> None:
+def test_dsnot_agrees_with_plain_loops(keep_of: tuple[int, int] | None, cycles: int, threshold: float) -> None:
     W, _, x = layer(9, 24)
     x = x + torch.linspace(-1, 1, 24)
     collector = Collector(("input_norm", "input_mean"), 24)
     collector.add(x)
     stats = collector.stats()
-    result = CRITERIA.get("dsnot")(W, stats, selection(W, 0.5, keep_of=keep_of), cycles=3, threshold=0.0)
+    result = CRITERIA.get("dsnot")(W, stats, selection(W, 0.5, keep_of=keep_of), cycles=cycles, threshold=threshold)
     mean, variance, norm = x.mean(0).tolist(), x.var(0, correction=0).tolist(), x.norm(dim=0).tolist()
     wanda = CRITERIA.get("wanda")(W, stats, selection(W, 0.5, keep_of=keep_of))
     for w, start, got in zip(W.tolist(), wanda, result, strict=True):
         keep = {j for j in range(24) if start[j] != 0}
         error = sum(w[j] * mean[j] for j in range(24) if j not in keep)
-        for _ in range(3):
+        enough = threshold * abs(error)
+        for _ in range(cycles):
+            if abs(error) <= enough:
+                break
             sign = math.copysign(1, error)
             back = max((j for j in range(24) if j not in keep), key=lambda j: sign * w[j] * mean[j] / variance[j])
             fits = [j for j in keep if sign * w[j] * mean[j] < 0 and (not keep_of or j // 4 == back // 4)]

@@ -1,7 +1,8 @@
-"""DLP, ER, LAMP, global, sensitivity, explicit and the mixed mapping against plain loops, and what they say to bad
-input."""
+"""The other allocators and the mixed mapping against plain loops, and what they say to bad input."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,11 @@ def test_tied_scores_keep_the_budget(curves: list[list[float]], target: float) -
     assert sum(shares(table, target, "lamp")) == pytest.approx(target * len(curves), abs=1e-9)
 
 
+def test_shares_between_two_quantiles_are_interpolated() -> None:
+    """Scores uniform in [0, 1] and [0, 4]: the threshold is 0.8."""
+    assert shares(curve_table("lamp_quantiles", [[0, 1], [0, 4]]), 0.5, "lamp") == pytest.approx([0.8, 0.2])
+
+
 def test_quantiles_are_those_of_the_scores() -> None:
     w = weights()[0]
     curve = magnitude_quantiles(w)
@@ -131,6 +137,52 @@ def test_sensitivity_protects_the_block_that_hurts() -> None:
     assert harmless / bad == pytest.approx(1.2 / 0.8)
     with pytest.raises(BillhookError, match=r"epsilon must be in \[0, 1\]"):
         shares(column_table("block_loss:0.6", [1.0]), 0.5, "sensitivity", epsilon=-0.1)
+
+
+def test_sensitivity_agrees_with_plain_loops() -> None:
+    """Rises below a thousandth count as a thousandth, and enter by their logarithms."""
+    rises = [0.004, 0.0002, -0.1, 0.3, 0.02]
+    q = [-math.log(max(rise, 0.001)) for rise in rises]
+    r = [(x - min(q)) / (max(q) - min(q)) * 0.4 + 0.8 for x in q]
+    expected = [0.6 * x / (sum(r) / len(r)) for x in r]
+    assert shares(column_table("block_loss:0.6", rises), 0.6, "sensitivity") == pytest.approx(expected, abs=1e-12)
+
+
+# Curves
+
+
+def error_table(curves: list[Callable[[float], float]], losses: list[float], sizes: list[int]) -> Table:
+    return Table(
+        tuple(
+            Row(f"b{i}", i, "w", (8, n), {"loss_share:admm": loss}, {"error_curve:admm": tuple(map(curve, GRID))})
+            for i, (curve, loss, n) in enumerate(zip(curves, losses, sizes, strict=True))
+        )
+    )
+
+
+GRID = [k / 40 for k in range(41)]
+
+
+def test_curves_have_the_least_sum_of_losses_measured_at_60_per_cent() -> None:
+    curves: list[Callable[[float], float]] = [lambda s: s**2, lambda s: s**4, lambda s: (math.exp(5 * s) - 1) / 200]
+    losses, sizes = [0.3, 0.1, 0.2], [8, 16, 8]
+
+    def cost(at: list[float]) -> float:
+        return sum(loss * curve(s) / curve(0.6) for loss, curve, s in zip(losses, curves, at, strict=True))
+
+    table = error_table(curves, losses, sizes)
+    found = shares(table, 0.5, "curves")
+    best = min(([a, b, 4 * 0.5 - a - 2 * b] for a in GRID for b in GRID if 0 <= 4 * 0.5 - a - 2 * b <= 0.95), key=cost)
+    assert cost(found) == pytest.approx(cost(best), rel=2e-3)
+    assert found == pytest.approx(best, abs=0.03)
+    half = shares(table, 0.5, "curves", strength=0.5)
+    assert half == pytest.approx([(0.5 + s) / 2 for s in found], abs=1e-12)
+
+
+def test_curves_remove_no_layer_unless_the_target_is_higher() -> None:
+    table = error_table([lambda s: s**2] * 3, [1.0, 1.0, 1e-9], [8, 8, 8])
+    assert shares(table, 0.5, "curves") == pytest.approx([0.275, 0.275, 0.95])
+    assert shares(table, 0.97, "curves") == pytest.approx([0.97] * 3)
 
 
 def test_block_loss_is_what_pruning_the_block_alone_costs_and_changes_nothing() -> None:

@@ -1,0 +1,97 @@
+"""What results may not depend on: the state of the process and of a model in memory, pinned while a function runs.
+
+The state is torch's default dtype and device, inference and grad mode, autocast, the precision of float32 products, and
+the training mode of a model. `pinned` marks the public functions that compute. Models that they cannot work with are
+refused by name.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from billhook.errors import BillhookError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_inside = ContextVar("inside", default=False)
+
+
+def pinned(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function run in the standard state, with the models among its arguments checked and in evaluation mode."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _inside.get():
+            return function(*args, **kwargs)
+        models = [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
+        for model in models:
+            check_model(model, streamed="resources" in kwargs)
+        with standard_state(), ExitStack() as modes:
+            for model in models:
+                modes.enter_context(evaluating(model))
+            return function(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def standard_state() -> Iterator[None]:
+    """Put torch in the state in which a process starts, and restore its state afterwards."""
+    dtype, precision, token = torch.get_default_dtype(), torch.get_float32_matmul_precision(), _inside.set(True)
+    with ExitStack() as stack:
+        stack.callback(_inside.reset, token)
+        if torch.get_default_device().type != "cpu":  # only then, because it slows down every call of torch
+            stack.enter_context(torch.device("cpu"))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        if precision != "highest":
+            stack.callback(torch.set_float32_matmul_precision, precision)
+            torch.set_float32_matmul_precision("highest")
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode (no dropout), and restore the mode of every module afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_model(model: nn.Module, *, streamed: bool = False) -> None:
+    """Raise BillhookError, saying what to do, for a wrapped model, one with adapters, and one without its weights.
+
+    With `streamed`, the weights of blocks may be on disk.
+    """
+    from transformers import PreTrainedModel
+
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        inside = "what is inside it (PeftModel.merge_and_unload(), DataParallel.module, the model before torch.compile)"
+        raise BillhookError(f"The model must be a transformers PreTrainedModel, got {kind}: give {inside}.")
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):  # peft's name for the layer that an adapter wraps
+            merge = "merge it first (PeftModel.merge_and_unload()), or load the model without it"
+            raise BillhookError(f"{name} has an adapter: {merge}.")
+    for name, value in model.named_parameters():
+        if value.is_meta and not streamed:
+            load = (
+                "load the model without device_map and offloading, or give its directory, which is read block by block"
+            )
+            raise BillhookError(f"{name} is on the meta device, without values: {load}.")
+        if value.is_inference():
+            raise BillhookError(f"{name} was made in torch.inference_mode: load the model outside of it.")

@@ -1,0 +1,120 @@
+"""The storage type of every tensor of a model that is quantized, and where it is on disk."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from billhook.architectures.layers import Layer
+from billhook.engine.streaming import Stream
+from billhook.errors import BillhookError
+from billhook.export import compressed_tensors
+from billhook.methods.quantize.ggml import GGML
+from billhook.methods.quantize.grids import grid_of
+from billhook.methods.quantize.scalar import Scalar
+from billhook.plan.plan import Budget, Plan
+from billhook.plan.spec import Spec
+from billhook.plan.storage import bits, block, stored_bytes
+from billhook.steps.record import place
+from billhook.steps.request import Opened
+from billhook.store.gguf_file import require_gguf
+from billhook.store.locate import locate_on_disk
+
+GROUPS = (64, 32, 16, 8)  # of a scalar type without a group: the first that divides a layer's columns
+EMBEDDINGS = "q6_k"  # of embeddings and head in a GGUF file, where `quantize` is not told otherwise
+
+
+def full_name(type: str) -> str:
+    """A type with its group: int4 is int4/64. Raises BillhookError for a type without a grid."""
+    name = f"{type}/{GROUPS[0]}" if type.startswith("int") and "/" not in type else type
+    grid_of(name)
+    return name
+
+
+def is_ggml(type: str) -> bool:
+    """Whether a type belongs in a GGUF file."""
+    return type in GGML
+
+
+def fitting(type: str, columns: int) -> str:
+    """The type, or the one that takes its place where its blocks do not divide `columns`.
+
+    That is the same scalar type with a smaller group, or the smallest GGUF type of at least as many bits whose blocks
+    divide them. Raises BillhookError where there is none.
+    """
+    if columns % block(type) == 0:
+        return type
+    grid = grid_of(type)
+    if isinstance(grid, Scalar):
+        smaller = [f"int{grid.bits}/{g}" for g in GROUPS if g < grid.group and columns % g == 0]
+    else:
+        larger = [t for t in GGML if columns % block(t) == 0 and bits(t) >= bits(type)]
+        smaller = sorted(larger, key=lambda t: (bits(t), t))
+    if not smaller:
+        raise BillhookError(f"a layer with {columns} columns cannot be stored as {type}")
+    return smaller[0]
+
+
+def uniform_plan(type: str, layers: Sequence[Layer]) -> tuple[Plan, list[str]]:
+    """The plan of one type everywhere, and a note on the layers that its blocks do not divide."""
+    weights: dict[str, Spec] = {}
+    others: dict[str, list[str]] = {}
+    for layer in layers:
+        try:
+            name = fitting(type, layer.shape[1])
+        except BillhookError as error:
+            raise BillhookError(f"{layer.name}: {error}. Leave it out with --ignore {layer.name}.") from None
+        weights[layer.name] = Spec(type=name)
+        if name != type:
+            others.setdefault(name, []).append(layer.name)
+    total = sum(stored_bytes(weights[layer.name].type or "", layer.shape) for layer in layers)
+    notes = [
+        f"{len(names)} layers, such as {names[0]}, are stored as {name}: their columns do not divide by {block(type)}."
+        for name, names in others.items()
+    ]
+    made_by = {"allocator": "uniform", "options": {"type": type}}
+    return Plan(Budget("bytes", total), weights, made_by=made_by), notes
+
+
+def plan_types(plan: Plan) -> Mapping[str, str]:
+    """The type of every layer of a plan of storage types."""
+    return {name: spec.type or "" for name, spec in plan.weights.items()}
+
+
+def check_target(ggml: bool) -> None:
+    """Raise BillhookError unless the package that defines the files to be written is installed."""
+    (require_gguf if ggml else compressed_tensors.check_installed)()
+
+
+def layer_tensors(opened: Opened) -> dict[str, str]:
+    """The names on disk of the layers' weights; raises BillhookError where one is not a matrix of its own there."""
+    stream = opened.resources.stream
+    assert stream is not None
+    facts = {layer.name: {"shape": list(layer.shape), **place(layer)} for layer in opened.layers}
+    found = locate_on_disk(opened.model, facts, stream.source)
+    for layer, where in found.items():
+        if where.get("tensor") is None or where.get("index") is not None or where.get("transposed"):
+            raise BillhookError(
+                f"{layer} is not a matrix [out, in] of its own in the files (it is fused, transposed, or an expert of "
+                f"a larger tensor), which quantize does not support yet: leave it out with --ignore {layer}."
+            )
+    return {layer: str(where["tensor"]) for layer, where in found.items()}
+
+
+def outside_types(opened: Opened, type: str) -> dict[str, str]:
+    """The types of embeddings and head, by their names on disk."""
+    stream = opened.resources.stream
+    assert stream is not None
+    return {name: fitting(type, shape[1]) for name, shape in outside_matrices(opened.model, stream).items()}
+
+
+def outside_matrices(model: PreTrainedModel, stream: Stream) -> dict[str, tuple[int, int]]:
+    """Embeddings and head: their names on disk and shapes; a tied head is not named."""
+    inside = {name for names in stream.names for name in names}
+    modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    shapes = {tuple(m.weight.shape) for m in modules if m is not None}
+    return {
+        name: (entry.entry.shape[0], entry.entry.shape[1])
+        for name, entry in stream.source.items()
+        if name not in inside and tuple(entry.entry.shape) in shapes
+    }

@@ -1,0 +1,93 @@
+"""Calibration data given from Python: token tensors, texts, rows of a data set, or any iterable of these.
+
+A row is a text, a mapping with a field `text`, a tensor of token ids [length] or [windows, length], or a mapping with
+`input_ids`. Rows of token ids are used as they are, and all of them; they must be equally long. Of texts, windows are
+drawn as from a file; a text that is None is skipped.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from billhook.errors import BillhookError
+from billhook.text.hub import column
+from billhook.text.rows import checked, warn_of_nulls
+
+Given = str | Path | Tensor | Iterable[str | Tensor | Mapping[str, Any]]  # the name of a source, or data
+_WHO = "calibration"
+_FORMS = "give a source's name, a tensor of token ids [windows, length], or an iterable of texts, of such tensors, or "
+_FORMS += "of rows with `text` or `input_ids`"
+_NOTHING = object()
+
+
+def given(data: Given) -> str | Tensor | Iterable[str]:
+    """The name of a source, token ids int64 [windows, length], or documents: an iterator for an iterator, else a
+    sequence.
+
+    Raises BillhookError for data of another kind, naming the row.
+    """
+    if isinstance(data, str | Path):
+        return str(data)
+    if isinstance(data, Tensor):
+        return whole_ids(data, _WHO)
+    if not isinstance(data, Iterable) or isinstance(data, bytes | Mapping):
+        raise BillhookError(f"{_WHO}: found {type(data).__name__}; {_FORMS}.")
+    if "text" in (getattr(data, "column_names", None) or ()) and isinstance(data, Sized):
+        return column(data, "text", _WHO)  # a data set on disk, which is not read as a whole
+    rows = iter(data)
+    first: Any = next(rows, _NOTHING)
+    if first is _NOTHING:
+        raise BillhookError(f"{_WHO} is empty: {_FORMS}.")
+    rows = chain([first], rows)
+    if isinstance(first, Tensor) or (isinstance(first, Mapping) and "text" not in first and "input_ids" in first):
+        return torch.cat(_token_rows(rows))
+    documents = _documents(rows)
+    return documents if isinstance(data, Iterator) else list(documents)
+
+
+def whole_ids(tokens: Any, source: str) -> Tensor:
+    """Token ids as int64 [samples, length]; raises BillhookError for another shape or type, or an empty tensor."""
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        found = str(list(tokens.shape)) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise BillhookError(f"{source}: `tokens` must be [samples, length] with length 2 or more, found {found}.")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise BillhookError(f"{source}: `tokens` must be whole numbers, found {tokens.dtype}.")
+    whole = tokens.to(torch.int64)
+    return whole.clone() if whole.is_inference() else whole  # which could not be used in a backward pass
+
+
+def _documents(rows: Iterable[Any]) -> Iterator[str]:
+    nulls = 0
+    for number, row in enumerate(rows, start=1):
+        where = f"{_WHO}, row {number}"
+        if isinstance(row, Mapping) and "text" not in row:
+            raise BillhookError(f"{where} has no field `text`; it has {', '.join(map(str, row)) or 'nothing'}.")
+        text = row["text"] if isinstance(row, Mapping) else row
+        if isinstance(text, list | Tensor):
+            raise BillhookError(f"{where}: found {type(text).__name__}, not a text; token ids are tensors in all rows.")
+        if text is None:
+            nulls += 1
+        else:
+            yield checked(text, where)
+    warn_of_nulls(nulls, _WHO)
+
+
+def _token_rows(rows: Iterable[Any]) -> list[Tensor]:
+    """Token ids int64 [windows, length] of each row."""
+    found: list[Tensor] = []
+    for number, row in enumerate(rows, start=1):
+        where = f"{_WHO}, row {number}"
+        ids = row.get("input_ids") if isinstance(row, Mapping) else row
+        if isinstance(row, Mapping) and not torch.as_tensor(row.get("attention_mask", 1)).all():
+            raise BillhookError(f"{where} is padded: give windows of one length, without padding.")
+        ids = torch.as_tensor(ids) if isinstance(ids, list) else ids
+        ids = whole_ids(ids[None] if isinstance(ids, Tensor) and ids.ndim == 1 else ids, where)
+        if found and ids.shape[1] != found[0].shape[1]:
+            both = f"{ids.shape[1]} tokens, the first row {found[0].shape[1]}"
+            raise BillhookError(f"{where} has {both}: give windows of one length.")
+        found.append(ids)
+    return found

@@ -1,0 +1,133 @@
+"""Calibration data given from Python: every form gives the windows of the same text in a file, and wrong rows are
+named."""
+
+import re
+
+import pytest
+import tiny
+import torch
+from documents import jsonl, texts
+
+from billhook import BillhookError, prune
+from billhook.comparison.grid import Grid, compare
+from billhook.text.windows import load_calibration
+
+TEXTS = texts(40)
+IDS = torch.arange(96).view(6, 16)
+FORMS = {
+    "list": TEXTS,
+    "tuple": tuple(TEXTS),
+    "rows": [{"text": text, "id": number} for number, text in enumerate(TEXTS)],
+    "nulls": [None, *TEXTS[:3], None, {"text": None}, *TEXTS[3:]],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def expected(tokenizer, tmp_path_factory):
+    source = jsonl(tmp_path_factory.mktemp("texts") / "a.jsonl", TEXTS)
+    return {
+        sampling: load_calibration(source, tokenizer, samples=8, length=32, sampling=sampling).digest
+        for sampling in ("packed", "papers")
+    }
+
+
+@pytest.mark.parametrize("sampling", ["packed", "papers"])
+@pytest.mark.parametrize("form", FORMS)
+def test_texts_from_python_give_the_windows_of_a_file(tokenizer, expected, form, sampling):
+    found = load_calibration(FORMS[form], tokenizer, samples=8, length=32, sampling=sampling)
+    assert found.digest == expected[sampling]
+    assert (found.source, found.bos) == ("given as texts", sampling == "packed")
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("sampling", ["packed", "papers"])
+def test_data_sets_give_the_windows_of_a_file(tokenizer, expected, sampling, caplog):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"text": text} for text in [*TEXTS, None, "left out"]])
+    options = {"samples": 8, "length": 32, "sampling": sampling}
+    assert load_calibration(rows.select(range(41)), tokenizer, **options).digest == expected[sampling]
+    assert "null: 1." in caplog.text
+    with pytest.raises(BillhookError, match="found DatasetDict"):
+        load_calibration(datasets.DatasetDict(train=rows), tokenizer, **options)
+    with pytest.raises(BillhookError, match="row 1 has no field `text`; it has words"):
+        load_calibration(rows.rename_column("text", "words"), tokenizer, **options)
+    streamed = load_calibration(rows.to_iterable_dataset(), tokenizer, **options)
+    assert streamed.ids.shape == (8, 32)
+
+
+def test_an_iterator_is_read_as_far_as_needed(tokenizer):
+    def endless():
+        number = 0
+        while True:
+            seen.append(number)
+            yield f"document {number} " * 20
+            number += 1
+
+    seen: list[int] = []
+    assert load_calibration(endless(), tokenizer, samples=2, length=32).ids.shape == (2, 32)
+    assert len(seen) < 200
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        IDS,
+        list(IDS),
+        [IDS[:2], IDS[2:].int()],
+        iter(IDS.split(3)),
+        [{"input_ids": row.tolist(), "attention_mask": [1] * 16} for row in IDS],
+        [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in IDS.split(2)],
+    ],
+    ids=["tensor", "rows", "parts", "iterator", "tokenized", "batches"],
+)
+def test_token_ids_from_python_are_used_as_they_are(data):
+    found = load_calibration(data, None, samples=1, length=4)
+    assert torch.equal(found.ids, IDS)
+    assert (found.sampling, found.bos) == ("given", None)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "calibration is empty"),
+        (iter(()), "calibration is empty"),
+        (3, "calibration: found int"),
+        (b"bytes", "calibration: found bytes"),
+        ({"train": TEXTS}, "calibration: found dict"),
+        (["a", 3], "row 2: the text is of type int, not a string"),
+        (["a", {"text": 3}], "row 2: the text is of type int, not a string"),
+        (["a", {"txt": "b"}], "row 2 has no field `text`; it has txt"),
+        (["a", IDS[0]], "row 2: found Tensor, not a text"),
+        ([[1, 2, 3]], "row 1: found list, not a text"),
+        ([IDS[0], "a"], r"row 2: `tokens` must be \[samples, length\].*found str"),
+        ([IDS[0], IDS[0, :5]], "row 2 has 5 tokens, the first row 16: give windows of one length"),
+        ([IDS[0], IDS[0].float()], "row 2: `tokens` must be whole numbers, found torch.float32"),
+        ([IDS[0], {"text": "a"}], r"row 2: `tokens` must be \[samples, length\].*found NoneType"),
+        ([{"input_ids": [1, 2], "attention_mask": [1, 0]}], "row 1 is padded"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(tokenizer, data, message):
+    with pytest.raises(BillhookError, match=message):
+        load_calibration(data, tokenizer, samples=1, length=4)
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("data", [[f"{number} {tiny.TEXT}" for number in range(40)], list(IDS)], ids=["texts", "ids"])
+def test_a_run_takes_data_from_python(tmp_path, data):
+    source = tiny.save(tmp_path / "model")
+    report = prune(source, sparsity=0.5, calibration=data, samples=6, length=16, output=tmp_path / "out")
+    assert report.sparsity == 0.5
+    made_by = report.record["steps"][0]["made_by"]
+    kind = "texts" if isinstance(data[0], str) else "a tensor"
+    assert made_by["calibration"]["source"] == f"given as {kind}"
+
+
+def test_seeds_need_data_that_can_be_read_again(tmp_path):
+    for data, message in ((IDS, "given tokens are always the same"), (iter(TEXTS), "give a list")):
+        with pytest.raises(BillhookError, match=re.escape(message)):
+            compare(tiny.llama(), Grid(seeds=2), "text.txt", calibration=data)
