@@ -110,7 +110,7 @@ def test_experts_of_several_types_are_refused(mixtral, tmp_path):
 def test_a_family_without_names_and_one_that_llama_cpp_computes_otherwise_are_refused_by_name(tmp_path):
     other = {"norm_topk_prob": False}
     for name, changes, message in [
-        ("granite", {}, r"No GGUF names are known for granite .*--template"),
+        ("granite", {}, r"No GGUF names are known for granite .*with template"),
         ("qwen3_moe", other, r"llama\.cpp computes qwen3_moe models with norm_topk_prob=True, and this one has False"),
         (
             "llama",
