@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from billhook.errors import BillhookError
-from billhook.store.files import check_writable, write_atomic
+from billhook.store.files import check_writable, untrusted, write_atomic
 from billhook.store.output import check_room
 
 if TYPE_CHECKING:
@@ -87,10 +88,10 @@ def finish(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
     def fill(path: Path) -> None:
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
+        with closing(writer), untrusted("The configuration does not fit a GGUF file", "Check config.json."):
+            writer.write_header_to_file(path)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
         with open(path, "ab") as file:
             for entry in entries:
                 file.write(bytes(-file.tell() % _ALIGNMENT))
