@@ -20,18 +20,20 @@ from billhook.store.files import cache_folder, json_text, sha256
 from billhook.store.gguf_file import GgufFile, read_gguf
 from billhook.store.locate import to_disk
 from billhook.store.output import check_output, staging
-from billhook.store.shards import SINGLE
+from billhook.store.shards import SINGLE, weight_files
 
 _VERSION = 1  # of what a file is converted to
 
 
 def resolve(model: str | Path) -> Path:
-    """The directory of `model`: an existing directory, the cached one of a GGUF file, or the hub's cache, to which a
-    hub name (`owner/name`) is downloaded.
+    """The directory of `model`: an existing directory, the cached one of a GGUF file (or of a directory whose only
+    weights are one), or the hub's cache, to which a hub name (`owner/name`) is downloaded.
 
     Raises BillhookError where there is no such model, and for a GGUF file that is damaged or of an unknown kind.
     """
     path = Path(model).expanduser()
+    if path.is_dir() and len(inside := list(path.glob("*.gguf"))) == 1 and not weight_files(path):
+        path = inside[0]
     if path.suffix != ".gguf" or path.is_dir():
         return checkpoint.resolve(model)
     file = read_gguf(path)

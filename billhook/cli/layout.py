@@ -9,7 +9,7 @@ GROUPS = {
     "Make a smaller model": ("prune", "quantize", "search"),
     "Decide what to remove": ("measure", "gradients", "plan", "compare"),
     "Check the result": ("eval", "verify", "report", "plot"),
-    "Deploy it": ("pack", "unpack", "export", "generate", "bench"),
+    "Deploy it": ("pack", "unpack", "export", "imatrix", "generate", "bench"),
     "Learn": ("demo", "ls"),
 }
 

@@ -80,12 +80,20 @@ def finish(
     notes: list[str],
     progress: Callable[[str], None],
 ) -> Written:
-    """Complete the metadata and write the file, whole or not at all; raises what `check_place` raises."""
+    """Complete the metadata of a model and write the file; raises what `check_place` raises."""
     import gguf
 
     check_place(output, sum(entry.bytes for entry in entries))
     writer.add_file_type(_file_type(entries))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    write(writer, entries, output, progress)
+    return Written(output, output.stat().st_size, dict(Counter(entry.type for entry in entries)), notes)
+
+
+def write(
+    writer: "GGUFWriter", entries: Iterable[Entry], output: Path, progress: Callable[[str], None] = lambda tensor: None
+) -> None:
+    """Write a file whose tensors were announced, whole or not at all."""
 
     def fill(path: Path) -> None:
         with closing(writer), untrusted("The configuration does not fit a GGUF file", "Check config.json."):
@@ -103,7 +111,6 @@ def finish(
             file.write(bytes(-file.tell() % _ALIGNMENT))
 
     write_atomic(output, fill)
-    return Written(output, output.stat().st_size, dict(Counter(entry.type for entry in entries)), notes)
 
 
 def _file_type(entries: Iterable[Entry]) -> int:

@@ -5,6 +5,7 @@ to convert it. A checkpoint that does not fill the model exactly is an error her
 with random numbers and warns. Code that comes with a checkpoint runs only with `trust_remote_code`.
 """
 
+import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -21,6 +22,7 @@ from billhook.errors import BillhookError
 from billhook.store import not_a_model
 from billhook.store.compute import chosen_device, chosen_dtype
 from billhook.store.files import digest_of, in_one_line, read_json, sha256, untrusted
+from billhook.store.fitting import check_complete, check_fits
 from billhook.store.layout import PACKED, is_packed
 from billhook.store.shards import read_shard, weight_files
 from billhook.store.typed_json import typed
@@ -155,6 +157,9 @@ def load(
     device, dtype = chosen_device(device), chosen_dtype(dtype, device, path)
     with loading(path):
         kind, local = getattr(transformers, auto_class), {"local_files_only": True, "use_safetensors": True}
+        if not is_compressed(config):
+            empty = empty_model(path, auto_class, trust_remote_code)[1]
+            check_fits(path, empty, [read_shard(file) for file in weight_files(path)])
         model = from_pretrained(kind, path, path, dtype=dtype, trust_remote_code=trust_remote_code, **local)
         if is_compressed(config):  # otherwise they are decoded at the first forward pass
             quantizer: Any = model.hf_quantizer
@@ -162,6 +167,14 @@ def load(
     with on_device(device):
         loaded: PreTrainedModel = model.eval().to(device)
     return loaded
+
+
+def empty_model(path: Path, auto_class: str, trust_remote_code: bool) -> tuple[Any, PreTrainedModel]:
+    """The configuration of a directory, and its model on the meta device, without values."""
+    trust = {"trust_remote_code": trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **trust)
+    with torch.device("meta"):
+        return config, getattr(transformers, auto_class).from_config(config, **trust)
 
 
 def from_pretrained(
@@ -180,7 +193,7 @@ def from_pretrained(
         ignore_mismatched_sizes=True,  # reported by name in `info` instead of by an obscure error
         **options,
     )
-    _check_complete(path, info)
+    check_complete(path, info, model)
     loaded: PreTrainedModel = model
     return loaded
 
@@ -217,19 +230,6 @@ def on_device(device: str) -> Iterator[None]:
         raise BillhookError(f"Cannot put the model on device {device!r}: {in_one_line(error)}.") from None
 
 
-def _check_complete(path: Path, info: dict[str, Any]) -> None:
-    """Raise BillhookError for the faults in `info`, the loading info of `from_pretrained`."""
-    faults = {"missing_keys": "is missing", "mismatched_keys": "has another shape"}
-    faults["unexpected_keys"] = "has no place in the model"
-    for key, what in faults.items():
-        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info.get(key, ()))
-        if names:
-            more = f" ({len(names) - 1} more like it)" if len(names) > 1 else ""
-            raise BillhookError(f"{path} does not fit its config.json: the tensor {names[0]} {what}{more}.")
-    if info.get("error_msgs"):
-        raise BillhookError(f"{path} cannot be loaded: {info['error_msgs'][0]:.300}")
-
-
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model directory, or None where it has none; raises BillhookError for a damaged one."""
     from transformers import AutoTokenizer
@@ -237,11 +237,34 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
     if not any((path / name).is_file() for name in names):
         return None
+    if lacking := _lacking_packages(path):
+        need = f"The tokenizer of {path} is a SentencePiece model (tokenizer.model), which transformers reads with"
+        raise BillhookError(f"{need} {' and '.join(lacking)}: pip install {' '.join(lacking)}")
     with untrusted(f"transformers cannot load the tokenizer of {path}", _COPY_AGAIN), quiet():
         options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
         tokenizer.decode(tokenizer("a", verbose=False)["input_ids"])  # some damage shows only in use
     return tokenizer
+
+
+def _lacking_packages(path: Path) -> list[str]:
+    """The packages that are missing for a tokenizer that is only there as a SentencePiece model, not as
+    tokenizer.json."""
+    model = path / "tokenizer.model"
+    if (path / "tokenizer.json").is_file() or not model.is_file():
+        return []
+    with open(model, "rb") as file:
+        if file.read(1) != b"\n":  # the first field of SentencePiece's format; a file for tiktoken is lines of text
+            return []
+    modules = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    return [package for package, module in modules.items() if not _installed(module)]
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
 
 
 def model_digest(path: Path) -> str:

@@ -51,6 +51,9 @@ def test_the_directory_of_a_file_is_made_once_and_named_like_it(tmp_path):
     assert resolve(str(path)) == directory
     assert (directory / "config.json").stat().st_mtime_ns == before
     assert directory.name == "model.gguf"
+    (tmp_path / "model" / "model.safetensors").unlink()
+    path.rename(tmp_path / "model" / "model.gguf")
+    assert resolve(tmp_path / "model") == directory  # of a directory with a file instead of weights too
     tokenizer = load_tokenizer(directory)
     assert tokenizer is not None
     assert tokenizer(tiny.TEXT)["input_ids"] == load_tokenizer(DEMO)(tiny.TEXT)["input_ids"]

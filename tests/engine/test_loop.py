@@ -7,6 +7,9 @@ import tiny
 import torch
 
 from billhook import JobError, allocate, find_layers, measure, prune_
+from billhook.engine.loop import apply_plan_
+from billhook.engine.method import Method
+from billhook.engine.walk import Block
 from billhook.methods.masks import Select
 from billhook.registry import method
 
@@ -96,3 +99,21 @@ def test_the_error_of_a_layer_is_that_of_its_outputs_for_uncorrelated_inputs(cri
     (result,) = prune_(model, plan, criterion=criterion, batches=ids, layers=[layer])
     change = ((layer.weight.double() - before).square() * squares).sum()
     assert result.error == pytest.approx(float(change / (before.square() * squares).sum()), rel=1e-4)
+
+
+def test_tuning_that_revives_a_removed_weight_is_an_error() -> None:
+    class Reviving:
+        wants_dense_outputs = False
+
+        def note(self, block: Block) -> None:
+            pass
+
+        def tune_(self, block: Block) -> str:
+            weight = block.layers[1].weight
+            weight[weight == 0] = (torch.arange(int((weight == 0).sum())) < 3).float()
+            return "tuned"
+
+    model, ids = tiny.llama(), torch.zeros(2, 8, dtype=torch.int64)
+    plan, method = allocate(measure(model, []), 0.5), Method("magnitude", {})
+    with pytest.raises(JobError, match=r"^model\.layers\.0\.self_attn\.k_proj: tuning made 3 removed weights nonzero"):
+        apply_plan_(model, plan, method, [{"input_ids": ids}], tuner=Reviving())

@@ -149,7 +149,7 @@ def tokens(place: Path) -> Path:
 
 def test_every_command_that_reads_a_file_is_tried() -> None:
     tried = {command[0] for commands in READERS.values() for command in commands}
-    without = {"demo", "ls", "bench", "gradients"}  # they read models as the others do, or nothing
+    without = {"demo", "ls", "bench", "gradients", "imatrix"}  # they read models as the others do, or nothing
     assert tried == {command.name for command in app.registered_commands} - without
 
 

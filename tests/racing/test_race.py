@@ -85,6 +85,13 @@ def test_candidates_that_are_clearly_behind_are_dropped_early():
     assert race.runner.scored == 64 + 4 * (len(COARSE) + MIDPOINTS)
 
 
+def test_a_difference_within_its_error_drops_nothing():
+    race = Race(MadeUp(lambda plan: 0.0))  # type: ignore[arg-type]
+    race.trials["uniform"] = Trial("uniform", "uniform", {}, [1.0, 3.0, 1.0, 3.0])
+    assert not race.behind(Trial("noisy", "owl", {}, [2.5, 2.0, 2.5, 2.0]))  # 0.25 more, but 1.0 on two of four
+    assert race.behind(Trial("worse", "owl", {}, [1.2, 3.3, 1.3, 3.2]))
+
+
 def test_grid_is_the_published_one():
     def options(space: Space) -> list[dict[str, Any]]:
         return [options for _, options in space.first()[1:]]

@@ -1,6 +1,8 @@
 """Model directories: found, refused with a reason, loaded whole or not at all."""
 
+import codecs
 import json
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -227,3 +229,30 @@ def test_the_digest_differs_between_models(llama, copy):
     assert model_digest(llama) == model_digest(copy)
     edit_weights(copy, lambda w: {k: v + 0 if "norm" not in k else v * 2 for k, v in w.items()})
     assert model_digest(llama) != model_digest(copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"]
+)
+def test_a_byte_order_mark_that_transformers_refuses_is_named(tmp_path, name):
+    copy = tiny.save(tmp_path / "model", shard="40KB")
+    (copy / name).write_bytes(codecs.BOM_UTF8 + (copy / name).read_bytes())
+    with pytest.raises(BillhookError, match="UTF-8 BOM"):
+        load_tokenizer(copy) if name.startswith("tokenizer") else load_model(copy)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", r"pip install sentencepiece protobuf$"),
+        (b"IQ== 0\nIg== 1\n", "tiktoken"),
+    ],
+)
+def test_the_packages_that_a_tokenizer_needs_are_named(tmp_path, monkeypatch, content, message):
+    """A file tokenizer.model is a SentencePiece model or a list for tiktoken."""
+    copy = tiny.save(tmp_path / "model", words=False)
+    (copy / "tokenizer.model").write_bytes(content)
+    for module in ("sentencepiece", "google.protobuf", "tiktoken"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(BillhookError, match=message):
+        load_tokenizer(copy)
