@@ -1,6 +1,7 @@
 """GGUF files: what is in them, by the reader of the `gguf` package, and what is refused before anything is written."""
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -84,6 +85,13 @@ def test_the_metadata_holds_sizes_tokenizer_and_own_facts(llama, tmp_path):
     assert len(fields["tokenizer.ggml.tokens"]) == 4096
     assert fields["tokenizer.ggml.bos_token_id"] == 0
     assert (fields["billhook.bits"], fields["billhook.method"]) == (4.5, "gptq")
+
+
+def test_a_model_of_the_hubs_cache_has_its_name_there(llama, tmp_path):
+    folder = tmp_path / "models--owner--Small-1B" / "snapshots" / "0123456789abcdef"
+    shutil.copytree(llama, folder)
+    write_gguf(folder, tmp_path / "model.gguf")
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["general.name"].contents() == "Small-1B"
 
 
 @pytest.mark.parametrize(
