@@ -13,7 +13,7 @@ from billhook.store.record import Record
 _OUTSIDE = ("token_embd.weight", "output.weight")
 
 
-def examine_gguf(path: Path, record: Record, progress: Callable[[int, int], None]) -> tuple[int, int, list[str]]:
+def examine_gguf(path: Path, record: Record, progress: Callable[[str], None]) -> tuple[int, int, list[str]]:
     """The zeros and the number of the layers' weights, and every difference from the record as a sentence.
 
     The types of all layers, their zeros and that all values are finite are compared; one tensor is in memory at a time.
@@ -28,13 +28,13 @@ def examine_gguf(path: Path, record: Record, progress: Callable[[int, int], None
         [] if found == recorded else [f"{path.name} has layers of the types {dict(found)}, not {dict(recorded)}."]
     )
     zeros = weights = 0
-    for done, (name, entry) in enumerate(file.tensors.items(), start=1):
+    for name, entry in file.tensors.items():
         values = file.values(entry)
         if not np.isfinite(values).all():
             problems.append(f"{name} holds NaN or infinite values.")
         if name not in _OUTSIDE and entry.type in recorded:
             zeros, weights = zeros + int((values == 0).sum()), weights + values.size
-        progress(done, len(file.tensors))
+        progress(name)
     expected = sum(facts["zeros"] for facts in record.layers.values())
     if not problems and zeros != expected:
         problems.append(f"{path.name} has {zeros} zeros in its layers, {expected} are recorded.")
