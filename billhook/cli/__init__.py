@@ -6,13 +6,12 @@ stderr.
 
 import os
 import re
-import signal
 import sys
 from typing import Any
 
 import typer
 
-from billhook import __version__
+from billhook import __version__, signals
 from billhook.cli import (
     bench,
     compare,
@@ -41,6 +40,7 @@ from billhook.distributed.torchrun import started
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's class; typer bundles a copy of click since 0.27
 
+_INTERRUPTED = 130  # what typer returns for a KeyboardInterrupt outside of a command
 _DISTRIBUTED = ("measure", "prune")  # commands that run in several processes under torchrun
 REMOVED = {  # removed commands and options, and what to use instead
     "analyze": "billhook compare MODEL --plans PLAN,PLAN --errors --data SOURCE --output DIR",
@@ -102,14 +102,18 @@ def main() -> None:
     """Run the command line; a mistake or failure is one message on stderr and an exit code, never a traceback."""
     # set before torch is loaded: threads that spin while they wait would slow down those that compute
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # batch systems send SIGTERM, which then ends a run as Ctrl-C does
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signals.install()
     try:
         code = app(prog_name="billhook", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
     except Failure as failure:
         code = failure.exit_code
     except _UsageError as error:
         code = 2
         command = error.ctx.command_path if error.ctx else "billhook"
         print_error(_explained(error.format_message(), command), code, "--json" in sys.argv)
+    if code == _INTERRUPTED:  # before or after the command itself, which says what it leaves behind
+        code = 1
+        print_error(signals.STOPPED, code, "--json" in sys.argv)
     sys.exit(code or 0)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from billhook.distributed.torchrun import processes, rank, started
 from billhook.errors import BillhookError, out_of_memory
+from billhook.signals import STOPPED
 from billhook.store.files import in_one_line
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
     if isinstance(error, BillhookError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "Stopped. Nothing was written.", 1
+        return STOPPED, 1
     if isinstance(error, OSError):
         where = "standard output" if error.filename is None else str(error.filename)[:200]
         return f"Cannot read or write {where}: {error.strerror or error}.", 1

@@ -10,14 +10,13 @@ Values are read and not memory-mapped: a truncated file or a failing disk is the
 limits count what is used. While a GPU computes, the next block is read in the background.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -31,43 +30,19 @@ from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 from billhook.architectures.config import text_config
 from billhook.architectures.sources import resolve
 from billhook.architectures.stacks import blocks_of
-from billhook.errors import BillhookError, JobError
+from billhook.errors import JobError
 from billhook.store.checkpoint import (
     check_directory,
     check_trusted,
+    empty_model,
     from_pretrained,
     loading,
     on_device,
     quiet,
 )
 from billhook.store.compute import chosen_device, chosen_dtype
-from billhook.store.shards import Entry, Shard, read_shard, weight_files
-from billhook.store.tensor_bytes import DTYPES, read_tensor
-
-
-class Stored:
-    """A tensor in a file; `transformers` uses it like a tensor, and gets the values unless it is `lazy`."""
-
-    def __init__(self, path: Path, entry: Entry, lazy: bool) -> None:
-        if entry.dtype not in DTYPES:
-            raise BillhookError(f"{path}: {entry.name} has an unsupported type, {entry.dtype}: convert the model.")
-        self.path, self.entry, self.lazy = path, entry, lazy
-        self.dtype = DTYPES[entry.dtype]
-
-    def is_floating_point(self) -> bool:
-        """Whether the dtype is a floating-point type."""
-        return self.dtype.is_floating_point
-
-    def __getitem__(self, everything: Any) -> "Tensor | Stored":
-        return self if self.lazy else self.read()
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of the same shape without values."""
-        return torch.empty(self.entry.shape, dtype=dtype or self.dtype, device="meta")
-
-    def read(self) -> Tensor:
-        """The values, in the dtype on disk; raises Interrupted when they cannot be read."""
-        return read_tensor(self.path, self.entry)
+from billhook.store.fitting import Stored, check_fits, stored_tensors
+from billhook.store.shards import read_shard, weight_files
 
 
 class Stream:
@@ -175,10 +150,8 @@ def open_streamed(
     device, dtype = chosen_device(device), chosen_dtype(dtype, device, path)
     shards = [read_shard(file) for file in weight_files(path)]
     with loading(path):
-        trust = {"trust_remote_code": trust_remote_code}
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **trust)
-        with torch.device("meta"):
-            empty = getattr(transformers, auto_class).from_config(config, **trust)
+        config, empty = empty_model(path, auto_class, trust_remote_code)
+        check_fits(path, empty, shards)
         outside = {name for name, block in block_of(empty, stored_tensors(shards)).items() if block is None}
         if type(config) is not type(empty.config):
             config = text_config(config)
@@ -201,8 +174,3 @@ def _loading_forward(stream: Stream, index: int, forward: Callable[..., Any]) ->
             return forward(*args, **kwargs)
 
     return loaded
-
-
-def stored_tensors(shards: Sequence[Shard], outside: Collection[str] = ()) -> dict[str, Stored]:
-    """The tensors of files by name; those named in `outside` are not lazy."""
-    return {x.name: Stored(shard.path, x, x.name not in outside) for shard in shards for x in shard.entries.values()}

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from billhook.engine.streaming import Stored
 from billhook.errors import BillhookError
 from billhook.methods.quantize.grid import Grid, Quantized, Scales
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.scalar import Scalar
+from billhook.store.fitting import Stored
 from billhook.store.shards import Shard
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape")

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from billhook.engine.streaming import Stored
 from billhook.methods.quantize.ggml_bytes import pack as pack_bytes
 from billhook.methods.quantize.ggml_bytes import unpack
 from billhook.methods.quantize.grid import Grid, Quantized
+from billhook.store.fitting import Stored
 from billhook.store.shards import Shard
 
 

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from billhook.engine.streaming import Stored, Stream
+from billhook.engine.streaming import Stream
 from billhook.methods.quantize.grid import Grid, Quantized
 from billhook.store.files import replace_file, sha256
+from billhook.store.fitting import Stored
 from billhook.store.shards import Shard, read_shard
 
 

@@ -22,6 +22,7 @@ from billhook.errors import BillhookError
 from billhook.store import not_a_model
 from billhook.store.compute import chosen_device, chosen_dtype
 from billhook.store.files import digest_of, in_one_line, read_json, sha256, untrusted
+from billhook.store.fitting import check_complete, check_fits
 from billhook.store.layout import PACKED, is_packed
 from billhook.store.shards import read_shard, weight_files
 from billhook.store.typed_json import typed
@@ -156,6 +157,9 @@ def load(
     device, dtype = chosen_device(device), chosen_dtype(dtype, device, path)
     with loading(path):
         kind, local = getattr(transformers, auto_class), {"local_files_only": True, "use_safetensors": True}
+        if not is_compressed(config):
+            empty = empty_model(path, auto_class, trust_remote_code)[1]
+            check_fits(path, empty, [read_shard(file) for file in weight_files(path)])
         model = from_pretrained(kind, path, path, dtype=dtype, trust_remote_code=trust_remote_code, **local)
         if is_compressed(config):  # otherwise they are decoded at the first forward pass
             quantizer: Any = model.hf_quantizer
@@ -163,6 +167,14 @@ def load(
     with on_device(device):
         loaded: PreTrainedModel = model.eval().to(device)
     return loaded
+
+
+def empty_model(path: Path, auto_class: str, trust_remote_code: bool) -> tuple[Any, PreTrainedModel]:
+    """The configuration of a directory, and its model on the meta device, without values."""
+    trust = {"trust_remote_code": trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **trust)
+    with torch.device("meta"):
+        return config, getattr(transformers, auto_class).from_config(config, **trust)
 
 
 def from_pretrained(
@@ -181,7 +193,7 @@ def from_pretrained(
         ignore_mismatched_sizes=True,  # reported by name in `info` instead of by an obscure error
         **options,
     )
-    _check_complete(path, info)
+    check_complete(path, info, model)
     loaded: PreTrainedModel = model
     return loaded
 
@@ -216,19 +228,6 @@ def on_device(device: str) -> Iterator[None]:
         yield
     except (RuntimeError, AssertionError) as error:
         raise BillhookError(f"Cannot put the model on device {device!r}: {in_one_line(error)}.") from None
-
-
-def _check_complete(path: Path, info: dict[str, Any]) -> None:
-    """Raise BillhookError for the faults in `info`, the loading info of `from_pretrained`."""
-    faults = {"missing_keys": "is missing", "mismatched_keys": "has another shape"}
-    faults["unexpected_keys"] = "has no place in the model"
-    for key, what in faults.items():
-        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info.get(key, ()))
-        if names:
-            more = f" ({len(names) - 1} more like it)" if len(names) > 1 else ""
-            raise BillhookError(f"{path} does not fit its config.json: the tensor {names[0]} {what}{more}.")
-    if info.get("error_msgs"):
-        raise BillhookError(f"{path} cannot be loaded: {info['error_msgs'][0]:.300}")
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:

@@ -4,11 +4,13 @@ write nothing."""
 import json
 import os
 import re
+import tomllib
 
 import pytest
 import tiny
 import torch
 from command import billhook, done, listing
+from paths import ROOT
 from safetensors.torch import save_file
 
 from billhook import __version__
@@ -102,9 +104,8 @@ def test_the_version_is_printed():
 
 
 def test_python_m_billhook_is_the_command():
-    from billhook import __main__, cli
-
-    assert __main__.main is cli.main
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    assert scripts == {"billhook": "billhook.__main__:main"}
 
 
 # measure, plan

@@ -38,6 +38,7 @@ NOT_RUN = {
     ("serving.md", "installs packages and serves until it is stopped"),
     ("RUNTIME.md", "needs a GPU"),
     ("demo_model.md", "takes hours"),
+    ("demo_model.md", "takes minutes"),
 }
 
 

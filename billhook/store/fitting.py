@@ -1,0 +1,105 @@
+"""Whether the tensors of files fit a model: names and shapes, compared on the meta device before a value is read."""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
+
+from billhook.errors import BillhookError
+from billhook.store.shards import Entry, Shard
+from billhook.store.tensor_bytes import DTYPES, read_tensor
+
+# last name components of buffers that earlier versions of transformers saved, and of scales of a quantized cache
+_BUFFERS = frozenset({"masked_bias", "inv_freq", "position_ids", "cos_cached", "sin_cached", "k_scale", "v_scale"})
+
+
+class Stored:
+    """A tensor in a file; `transformers` uses it like a tensor, and gets the values unless it is `lazy`."""
+
+    def __init__(self, path: Path, entry: Entry, lazy: bool) -> None:
+        if entry.dtype not in DTYPES:
+            raise BillhookError(f"{path}: {entry.name} has an unsupported type, {entry.dtype}: convert the model.")
+        self.path, self.entry, self.lazy = path, entry, lazy
+        self.dtype = DTYPES[entry.dtype]
+
+    def is_floating_point(self) -> bool:
+        """Whether the dtype is a floating-point type."""
+        return self.dtype.is_floating_point
+
+    def __getitem__(self, everything: Any) -> "Tensor | Stored":
+        return self if self.lazy else self.read()
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of the same shape without values."""
+        return torch.empty(self.entry.shape, dtype=dtype or self.dtype, device="meta")
+
+    def read(self) -> Tensor:
+        """The values, in the dtype on disk; raises Interrupted when they cannot be read."""
+        return read_tensor(self.path, self.entry)
+
+
+def stored_tensors(shards: Sequence[Shard], outside: Collection[str] = ()) -> dict[str, Stored]:
+    """The tensors of files by name; those named in `outside` are not lazy."""
+    return {x.name: Stored(shard.path, x, x.name not in outside) for shard in shards for x in shard.entries.values()}
+
+
+def check_fits(path: Path, model: PreTrainedModel, shards: Sequence[Shard]) -> None:
+    """Raise BillhookError unless the files fill `model`, which is on the meta device and stays there, exactly."""
+    mapping: Any = get_model_conversion_mapping(model)
+    options = LoadStateDictConfig(weight_mapping=mapping, ignore_mismatched_sizes=True)
+    stored = stored_tensors(shards)
+    info, _ = convert_and_load_state_dict_in_model(model, stored, options)
+    model.mark_tied_weights_as_initialized(info)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(info)
+    if info.missing_keys and (prefix := _common_prefix(model, stored)):
+        wrapper = "a wrapper such as torch.compile or DataParallel writes it"
+        advice = "save the model inside the wrapper, or take the prefix off the names"
+        raise BillhookError(f"All tensors of {path} have the prefix {prefix!r} ({wrapper}): {advice}.")
+    check_complete(path, info.to_dict(), model)
+
+
+def _common_prefix(model: PreTrainedModel, names: Collection[str]) -> str | None:
+    """What all `names` begin with, where names in the model are left without it; None if there is no such prefix."""
+    known, parts = model.state_dict().keys(), min(names, default="").split(".")
+    if known & set(names):
+        return None
+    for prefix in (".".join(parts[:end]) + "." for end in range(1, len(parts))):
+        if all(x.startswith(prefix) for x in names) and any(x.removeprefix(prefix) in known for x in names):
+            return prefix
+    return None
+
+
+def check_complete(path: Path, info: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Raise BillhookError for the faults in `info`, the loading info of `from_pretrained`.
+
+    Left over tensors are accepted where they hold nothing that the model could use: buffers of earlier versions, and
+    layers that predict several tokens at once.
+    """
+    faults = {"missing_keys": "is missing", "mismatched_keys": "has another shape"}
+    faults["unexpected_keys"] = "has no place in the model"
+    for key, what in faults.items():
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info.get(key, ()))
+        names = names if key != "unexpected_keys" else [name for name in names if not _harmless(name, names, model)]
+        if names:
+            more = f" ({len(names) - 1} more like it)" if len(names) > 1 else ""
+            raise BillhookError(f"{path} does not fit its config.json: the tensor {names[0]} {what}{more}.")
+    if info.get("error_msgs"):
+        raise BillhookError(f"{path} cannot be loaded: {str(info['error_msgs'][0]).strip().splitlines()[0][:300]}")
+
+
+def _harmless(name: str, names: Sequence[str], model: PreTrainedModel) -> bool:
+    """Whether a left over tensor is a buffer or belongs to multi-token prediction, as blocks after the last one do."""
+    parts, config = name.split("."), model.config.get_text_config(decoder=True)
+    if parts[-1] in _BUFFERS or name.endswith(("attn.bias", "attention.bias")):
+        return True
+    number = next((int(part) for part in parts if part.isdigit()), -1)
+    depth = getattr(config, "num_hidden_layers", 0)
+    declared = getattr(config, "num_nextn_predict_layers", None) or 0
+    beyond = depth <= number < depth + declared or (number >= depth and any(f".{number}.eh_proj." in x for x in names))
+    return beyond or any(part.startswith(("mtp", "nextn")) for part in parts)
