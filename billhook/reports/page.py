@@ -155,13 +155,14 @@ def even(report: Mapping[str, Any]) -> bool:
 
 
 def _by_block(blocks: Rows) -> Figure:
-    title, caption = "Sparsity by block", "Planned and achieved; shaded: the range over the layers of a block."
+    """The sparsity by depth; the plan is drawn beside it where they differ."""
+    title, caption = "Sparsity by block", "Achieved, as planned; shaded: the range over the layers of a block."
     keys, x = ("planned", "sparsity", "least", "most"), [row["block"] for row in blocks]
     planned, achieved, least, most = ([100 * row[key] for row in blocks] for key in keys)
-    series = [
-        Series("achieved", x, achieved, least, most),
-        Series("planned", x, planned, colour=-1, dash=1, marks=False),
-    ]
+    series = [Series("achieved", x, achieved, least, most)]
+    if any(abs(row["planned"] - row["sparsity"]) > EQUAL for row in blocks):
+        caption = caption.replace("Achieved, as planned", "Planned and achieved")
+        series.append(Series("planned", x, planned, colour=-1, dash=1, marks=False))
     rows = [[str(row["block"]), *(f"{100 * row[key]:.2f}" for key in keys)] for row in blocks]
     svg = chart(title, series, _DEPTH, SPARSITY, summary=caption)
     return Figure(title, caption, svg, ["block", "planned %", "achieved %", "lowest %", "highest %"], rows)

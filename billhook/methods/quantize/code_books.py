@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError
-from billhook.methods.quantize.groups import Groups
+from billhook.methods.quantize.groups import ROWS, Groups
 from billhook.methods.quantize.symmetric import Points, SuperBlock, improved
 
 _STARTS = torch.linspace(0.5, 1.25, 8).tolist()  # the largest weight in units of the largest number of the book
@@ -50,8 +50,11 @@ class CodeBook(SuperBlock):
     def nearest(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """The codes nearest to x = W / scale [out, columns], as integers in float32; `weight` [columns]."""
         weight = torch.ones(x.shape[1], device=x.device) if weight is None else weight
-        vectors = zip(x.split(self.step, 1), weight.split(self.step), strict=True)
-        return torch.cat([self._vector(v, w) for v, w in vectors], 1)
+        codes = torch.empty_like(x)
+        for rows, found in zip(x.split(ROWS), codes.split(ROWS), strict=True):
+            for v, w, code in zip(*(t.split(self.step, t.dim() - 1) for t in (rows, weight, found)), strict=True):
+                code.copy_(self._vector(v, w))
+        return codes
 
     def index(self, codes: Tensor) -> Tensor:
         """The numbers in the book of codes [..., columns], int64 [..., columns / dim]."""

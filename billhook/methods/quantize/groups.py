@@ -4,9 +4,14 @@ Tensors are [groups, group, out], so that sums over a group add whole rows of me
 of their row, so that no square can overflow or vanish; `weight` is divided by its mean.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from billhook.methods.quantize.grid import Scales
+
+ROWS = 4096  # rows at a time, so that what is computed for a block stays in the cache
 _HALF = 65504.0  # the largest float16
 
 
@@ -41,6 +46,14 @@ class Groups:
     def stored(self, scale: Tensor, unit: float = 1.0) -> Tensor:
         """The float16 that `half` stands for, [out, 1] or [out, rows of scale]."""
         return (scale * (self.peak / unit)).clamp(-_HALF, _HALF).half().view(-1, len(self.peak)).t().contiguous()
+
+
+def by_rows(fit: Callable[[Tensor, Tensor], Scales], W: Tensor, weight: Tensor) -> Scales:
+    """The scales of a block W [out, block], some rows at a time."""
+    found = [fit(rows, weight) for rows in W.split(ROWS)]
+    offsets = [scales.offset for scales in found if scales.offset is not None]
+    parts = {name: torch.cat([scales.parts[name] for scales in found]) for name in found[0].parts}
+    return Scales(torch.cat([scales.scale for scales in found]), torch.cat(offsets) if offsets else None, parts)
 
 
 def inverse(scale: Tensor) -> Tensor:

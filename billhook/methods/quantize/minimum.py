@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from billhook.methods.quantize.grid import Scales
-from billhook.methods.quantize.groups import Groups, inverse, quotient
+from billhook.methods.quantize.groups import Groups, by_rows, inverse, quotient
 from billhook.methods.quantize.symmetric import Multipliers
 
 _CUTS = (-0.5, 0.0, 0.5, 1.1)  # steps by which an end of the range is cut off
@@ -41,6 +41,10 @@ class Affine:
 
     def fit(self, W: Tensor, weight: Tensor) -> Scales:
         """Scales and offsets for W float32 [out, block] and weight [block]."""
+        return by_rows(self._fit, W, weight)
+
+    def _fit(self, W: Tensor, weight: Tensor) -> Scales:
+        """Scales and offsets for a few thousand rows."""
         groups = Groups(W, weight, self.group)
         scale, offset, _ = self._search(groups, torch.inf)
         found: tuple[Tensor, ...] = ()
@@ -88,8 +92,8 @@ class KMinimum(Affine):
 
     integers = (("multipliers", "d", 1.0), ("minima", "dmin", -1.0))
 
-    def fit(self, W: Tensor, weight: Tensor) -> Scales:
-        """Scales and offsets for W float32 [out, block] and weight [block]."""
+    def _fit(self, W: Tensor, weight: Tensor) -> Scales:
+        """Scales and offsets for a few thousand rows."""
         groups = Groups(W, weight, self.group)
         scale, offset, power = self._search(groups, 0.0)
         d, a = self._split(groups, scale, power)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from billhook.methods.quantize.grid import Scales
-from billhook.methods.quantize.groups import Groups, inverse, quotient
+from billhook.methods.quantize.groups import Groups, by_rows, inverse, quotient
 
 _STARTS = torch.linspace(-2.4, 0.8, 8).tolist()  # steps between the first code and the largest weight
 _SPLITS = 16  # values of d that are tried before codes are rounded
@@ -101,6 +101,10 @@ class Symmetric:
 
     def fit(self, W: Tensor, weight: Tensor) -> Scales:
         """Scales for W float32 [out, block] and weight [block]."""
+        return by_rows(self._fit, W, weight)
+
+    def _fit(self, W: Tensor, weight: Tensor) -> Scales:
+        """Scales for a few thousand rows."""
         groups = Groups(W, weight, self.group)
         scale, _ = self._search(groups)
         return self.decoded({"d": groups.stored(scale)})
@@ -138,8 +142,8 @@ class SuperBlock(Symmetric):
         """What a scale consists of: the part with integers, the one that they multiply, and a factor."""
         return (("multipliers", "d", self.unit),)
 
-    def fit(self, W: Tensor, weight: Tensor) -> Scales:
-        """Scales for W float32 [out, block] and weight [block]."""
+    def _fit(self, W: Tensor, weight: Tensor) -> Scales:
+        """Scales for a few thousand rows."""
         groups = Groups(W, weight, self.group)
         d, m = self._split(groups, *self._search(groups))
         m = self._best_neighbours(groups, d, m)

@@ -6,7 +6,7 @@ from gguf import GGMLQuantizationType
 from quantized_layers import error as output_error
 from quantized_layers import layer
 
-from billhook.methods.quantize import QUANTIZERS
+from billhook.methods.quantize import QUANTIZERS, code_books, groups
 from billhook.methods.quantize.ggml import GGML
 from billhook.methods.statistics import LayerStats
 from billhook.plan import storage
@@ -106,3 +106,12 @@ def test_the_error_is_below_that_of_llama_cpps_quantizer_with_the_same_importanc
         data = libgguf.quantize_rows(W.numpy().copy(), GGMLQuantizationType[name.upper()], imatrix=importance.numpy())
         theirs = torch.tensor(libgguf.dequantize_rows(data, GGMLQuantizationType[name.upper()], n_per_row=W.shape[1]))
         assert error(W, rounded(W, importance, name), importance) < error(W, theirs, importance)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q2_k", "iq2_xxs"])
+def test_rows_in_parts_have_the_error_that_they_have_together(name, monkeypatch):
+    W, weight = weights("plain", 40)
+    together = error(W, rounded(W, weight, name), weight)
+    for module in (groups, code_books):
+        monkeypatch.setattr(module, "ROWS", 7)
+    assert error(W, rounded(W, weight, name), weight) == pytest.approx(together, rel=3e-3)
