@@ -103,7 +103,9 @@ def gguf_tensors(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     import gguf
 
     family = gguf_family(config)
-    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch)
+    arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}.get(family.arch)
+    if arch is None:
+        raise BillhookError(f"The installed package gguf does not know {family.arch} models: pip install -U gguf.")
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     found: dict[str, GgufTensor] = {}
     for source, key, rows in _parts(config, family, shapes):

@@ -79,7 +79,7 @@ def _attention(family: Family, config: Mapping[str, Any], own: Mapping[str, Any]
         }
         for name in ("long", "short"):
             if entry := file.tensors.get(f"rope_factors_{name}.weight"):
-                rope |= {"rope_type": "longrope", f"{name}_factor": file.values(entry).tolist()}
+                rope |= {"rope_type": "longrope", f"{name}_factor": [_plain(x) for x in file.values(entry).tolist()]}
                 rope["original_max_position_embeddings"] = original
     if family.period is not None:
         blocks = config["num_hidden_layers"]

@@ -23,6 +23,7 @@ from billhook.export.gguf_template import Quantized, copy_metadata, matched_entr
 from billhook.export.gguf_tokenizer import add_tokenizer
 from billhook.export.gguf_writer import Entry, Written, add_tensors, byte_shape, check_place, finish
 from billhook.store.checkpoint import check_directory, loading
+from billhook.store.files import untrusted
 from billhook.store.gguf_file import GgufFile, read_gguf, require_gguf
 from billhook.store.shards import Shard, read_shard, weight_files
 
@@ -96,12 +97,8 @@ def _damaged(source: Path) -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        yield
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
-        if isinstance(error, BillhookError):
-            raise
-        what = f"{type(error).__name__}: {error}"[:200]
-        raise BillhookError(f"The configuration or the tokenizer of {source} is damaged ({what}).") from None
+        with untrusted(f"The configuration or the tokenizer of {source} is damaged", "Copy or download it again."):
+            yield
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)

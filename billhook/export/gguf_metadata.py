@@ -17,7 +17,10 @@ def add_origin(writer: "GGUFWriter", source: Path) -> None:
     import gguf
 
     total, shared, expert, experts = writer.get_total_parameter_count()
-    origin = gguf.Metadata.load(None, source, None, total)
+    name = source.stem if source.suffix == ".gguf" else None  # made of such a file
+    if source.parent.name == "snapshots":  # models--OWNER--NAME/snapshots/REVISION in the hub's cache
+        name = source.parents[1].name.rpartition("--")[2]
+    origin = gguf.Metadata.load(None, source, name, total)
     origin.name = origin.name or source.name
     origin.size_label = origin.size_label or gguf.size_label(total, shared, expert, experts)
     writer.add_type(gguf.GGUFType.MODEL)

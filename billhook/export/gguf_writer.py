@@ -1,17 +1,18 @@
 """Write a GGUF file: a header made with the `gguf` package, and the bytes of the tensors, part by part."""
 
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from billhook.errors import BillhookError, JobError
-from billhook.store.files import check_writable, write_atomic
+from billhook.errors import BillhookError
+from billhook.store.files import check_writable, untrusted, write_atomic
+from billhook.store.output import check_room
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -69,9 +70,7 @@ def add_tensors(writer: "GGUFWriter", entries: Iterable[Entry]) -> None:
 def check_place(output: Path, needed: int) -> None:
     """Raise BillhookError where `output` cannot be written, and JobError where `needed` bytes are not free."""
     check_writable(output)
-    free = shutil.disk_usage(output.parent).free
-    if free < needed:
-        raise JobError(f"The disk of {output.parent} is too full: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} free.")
+    check_room(output, needed)
 
 
 def finish(
@@ -97,10 +96,10 @@ def write(
     """Write a file whose tensors were announced, whole or not at all."""
 
     def fill(path: Path) -> None:
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
+        with closing(writer), untrusted("The configuration does not fit a GGUF file", "Check config.json."):
+            writer.write_header_to_file(path)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
         with open(path, "ab") as file:
             for entry in entries:
                 file.write(bytes(-file.tell() % _ALIGNMENT))

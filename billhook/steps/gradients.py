@@ -1,7 +1,10 @@
 """Write the gradients of the model that a request names to a file."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
+from billhook.architectures.layers import Layer
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.gradients import compute_gradients
 from billhook.engine.walk import Progress
@@ -11,6 +14,11 @@ from billhook.steps.request import Opened, Request, calibration_facts, open_requ
 def open_for_gradients(request: Request, progress: Progress = lambda step: None) -> Opened:
     """Open model and calibration samples; raises BillhookError for an impossible request."""
     return open_request(request, True, "A gradient", streamed=True, progress=progress)
+
+
+def gradient_bytes(layers: Sequence[Layer]) -> int:
+    """The largest size of the values in a gradients file."""
+    return 4 * sum(math.prod(layer.shape) for layer in layers)
 
 
 def make_gradients(opened: Opened, statistic: str, path: Path, progress: Progress = lambda layer: None) -> Gradients:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -25,11 +26,13 @@ from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
 from billhook.racing import automatic
 from billhook.racing.hyperparameters import configure, is_raced
+from billhook.steps.gradients import gradient_bytes
 from billhook.steps.options import split_options
 from billhook.steps.request import Opened, Request, calibration_facts, computed_in, listed, open_request
 from billhook.steps.state import STATE, check_same_run, partial_folder, unfinished_run
 from billhook.store.files import sha256
-from billhook.store.output import check_output
+from billhook.store.output import check_output, check_room
+from billhook.store.shards import weight_bytes
 from billhook.tasks.base import Progress
 
 
@@ -94,10 +97,25 @@ def check(request: Request, progress: Progress = lambda step: None, *, dry_run: 
     if gradients is not None:
         gradients.check(method.gradient, {layer.name: layer.shape for layer in opened.layers}, opened.facts)
     resumed, done = _partial_plan(request, opened, run)
-    plan = resumed or plan
-    return ResolvedRequest(
-        request, opened, method, allocator_options, plan, table, needed, gradients, run, packed, done, begun
+    found = ResolvedRequest(
+        request, opened, method, allocator_options, resumed or plan, table, needed, gradients, run, packed, done, begun
     )  # fmt: skip
+    if request.output is not None:
+        check_room(Path(request.output).expanduser().resolve(), _room(found, resumed is not None))
+    return found
+
+
+def _room(resolved: ResolvedRequest, resumed: bool) -> int:
+    """The bytes that a run has still to write beside its output: weights, gradients, and the packed form of the
+    weights, which are there until it is whole."""
+    opened, method = resolved.opened, resolved.method
+    whole = sum(p.nbytes for p in opened.model.parameters()) if opened.source is None else weight_bytes(opened.source)
+    gradients = gradient_bytes(opened.layers) if method.gradient and resolved.gradients is None else 0
+    room = 0 if resumed else whole + gradients
+    if resolved.packed is not None:  # a removed weight costs a bit of at least 16
+        pruned = sum(math.prod(layer.shape) for layer in opened.layers) / opened.model.num_parameters()
+        room += round(whole * (1 - pruned * max(0.0, resolved.target - 1 / 16)))
+    return room
 
 
 def _methods(request: Request) -> tuple[Method, dict[str, Any]]:

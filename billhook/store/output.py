@@ -38,10 +38,15 @@ def check_output(output: Path, source: Path | None = None, *, overwrite: bool = 
             raise BillhookError(
                 f"The output {output} is not empty and not a model directory, so it is not replaced: choose another."
             )
+    check_room(output, needed)
+    return output
+
+
+def check_room(output: Path, needed: int) -> None:
+    """Raise JobError when fewer than `needed` bytes are free where `output` is to be written."""
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise JobError(f"The disk of {output.parent} is too full: {_size(needed)} needed, {_size(free)} free.")
-    return output
 
 
 def check_record_place(folder: Path, record: str) -> None:

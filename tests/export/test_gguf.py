@@ -1,6 +1,7 @@
 """GGUF files: what is in them, by the reader of the `gguf` package, and what is refused before anything is written."""
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -86,6 +87,13 @@ def test_the_metadata_holds_sizes_tokenizer_and_own_facts(llama, tmp_path):
     assert (fields["billhook.bits"], fields["billhook.method"]) == (4.5, "gptq")
 
 
+def test_a_model_of_the_hubs_cache_has_its_name_there(llama, tmp_path):
+    folder = tmp_path / "models--owner--Small-1B" / "snapshots" / "0123456789abcdef"
+    shutil.copytree(llama, folder)
+    write_gguf(folder, tmp_path / "model.gguf")
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["general.name"].contents() == "Small-1B"
+
+
 @pytest.mark.parametrize(
     "name, kind, shape, message",
     [
@@ -110,7 +118,7 @@ def test_experts_of_several_types_are_refused(mixtral, tmp_path):
 def test_a_family_without_names_and_one_that_llama_cpp_computes_otherwise_are_refused_by_name(tmp_path):
     other = {"norm_topk_prob": False}
     for name, changes, message in [
-        ("granite", {}, r"No GGUF names are known for granite .*--template"),
+        ("granite", {}, r"No GGUF names are known for granite .*with template"),
         ("qwen3_moe", other, r"llama\.cpp computes qwen3_moe models with norm_topk_prob=True, and this one has False"),
         (
             "llama",
@@ -129,7 +137,7 @@ def test_values_that_do_not_fit_the_type_leave_no_file(tmp_path):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 5] = 1e6
     tiny.save(tmp_path / "model", model)
-    with pytest.raises(JobError, match=r"up_proj\.weight holds values that do not fit f16: use --type bf16"):
+    with pytest.raises(JobError, match=r"up_proj\.weight holds values that do not fit f16: use type=\"bf16\""):
         write_gguf(tmp_path / "model", tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -93,6 +93,8 @@ READERS: dict[str, list[tuple[str, ...]]] = {
         ("plan", "table.json", "--sparsity", "0.5", "--allocator", "explicit", "--set", "file=sparsities.json")
     ],
 }
+# a rope of -1 gives NaN, and a state that counts zeros wrongly a directory that is not as recorded: jobs that fail
+FAILING = ("model/config.json", "packed/config.json", "half.partial/billhook.unfinished.json")
 GONE = object()
 VALUES = (GONE, None, True, "x", "", -1, 0, 3, 0.5, -0.5, 1e308, 2**63, 10**400, float("nan"), float("inf"))
 VALUES = (*VALUES, [], {}, [0], ["a", None], {"a": 1}, "../../etc/passwd", "\0")
@@ -147,7 +149,7 @@ def tokens(place: Path) -> Path:
 
 def test_every_command_that_reads_a_file_is_tried() -> None:
     tried = {command[0] for commands in READERS.values() for command in commands}
-    without = {"demo", "ls", "bench", "gradients"}  # they read models as the others do, or nothing
+    without = {"demo", "ls", "bench", "gradients", "imatrix"}  # they read models as the others do, or nothing
     assert tried == {command.name for command in app.registered_commands} - without
 
 
@@ -204,7 +206,7 @@ def refused_or_read(whole: Path, folder: Path, name: str, content: bytes, comman
     ran = billhook(*command)  # an exception or an internal error fails the test
     said = f"{name}: {what}\n{' '.join(command)}\n{ran.err}"
     assert "Traceback" not in ran.err, said
-    assert ran.code in ((0, 1, 2) if command[0] == "verify" or ".partial" in name else (0, 2)), said
+    assert ran.code in ((0, 1, 2) if command[0] == "verify" or name in FAILING else (0, 2)), said
     if ran.code == 2:
         assert len(ran.err) < 1500, said
         assert not Path("out").exists(), said

@@ -4,9 +4,12 @@ meanwhile."""
 import json
 import os
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
-from command import contents
+from command import contents, done
+from safetensors.torch import save_file
 from trial import (
     GBLM,
     IDS,
@@ -18,9 +21,15 @@ from trial import (
     survived,
 )
 
-from billhook import prune
+from billhook import Plan, Table, prune
+from billhook.architectures.layers import find_layers
 from billhook.errors import BillhookError
+from billhook.plan.spec import Pattern
+from billhook.plan.table import Row
+from billhook.steps.request import Request
 from billhook.steps.state import STATE, partial_folder
+from billhook.store.shards import read_shard
+from billhook.tasks.opening import load_model
 
 pytestmark = [pytest.mark.gate, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
@@ -40,7 +49,7 @@ def test_an_unfinished_run_is_resumed_or_replaced_only_on_request(source, tmp_pa
     stop_after(source, tmp_path / "out", 1, **MAGNITUDE)
     with pytest.raises(
         BillhookError,
-        match=r"out.partial holds an unfinished run \(1 of 3 blocks\). Continue it with --resume, or start",
+        match=r"out.partial holds an unfinished run \(1 of 3 blocks\). Continue it with resume=True, or start",
     ):
         prune(source, output=tmp_path / "out", **MAGNITUDE)
     changes = [
@@ -70,10 +79,82 @@ def test_an_unfinished_run_is_resumed_or_replaced_only_on_request(source, tmp_pa
     assert sorted(os.listdir(tmp_path)) == ["other", "out"]
 
 
-def test_other_data_is_another_run(source, tmp_path):
-    stop_after(source, tmp_path / "out", 1, **SPARSEGPT)
-    with pytest.raises(BillhookError, match="cannot be continued: its calibration was"):
-        prune(source, output=tmp_path / "out", resume=True, **(SPARSEGPT | {"calibration": IDS + 1}))
+def test_every_fact_that_a_run_records_about_itself_must_be_the_same(source, tmp_path):
+    """Whatever facts its state holds."""
+    stop_after(source, tmp_path / "out", 1, **MAGNITUDE)
+    state = partial_folder(tmp_path / "out") / STATE
+    whole = json.loads(state.read_text())
+    assert len(whole["identity"]) > 10
+    for key in whole["identity"]:
+        state.write_text(json.dumps(whole | {"identity": whole["identity"] | {key: "another"}}))
+        with pytest.raises(BillhookError, match=f"cannot be continued: its {key} was 'another', now it is"):
+            prune(source, output=tmp_path / "out", resume=True, **MAGNITUDE)
+
+
+# what does not change a result, or only through another field
+SAME_RESULT = {"output", "overwrite", "resume", "pack", "spill_gib", "trust_remote_code", "device", "bos"}
+
+
+def changes(folder: Path, source: Path) -> dict[str, dict[str, Any]]:
+    """For each field of a request that changes the result, the fields of another request."""
+    layers = find_layers(load_model(source))
+    table = Table(tuple(Row(x.name, x.block, x.kind, x.shape, {"alpha_peak": 2.0 + x.block}) for x in layers))
+    plan = Plan.of_sparsities(0.5, Pattern(), {layer.name: 0.5 for layer in layers})
+    save_file({"tokens": IDS}, folder / "tokens.safetensors")
+    gradients = folder / "gradients.safetensors"
+    done("gradients", source, "--calibration", folder / "tokens.safetensors", "--batch-size", 2, "-o", gradients)
+    other = shutil.copytree(source, folder / "other")
+    data = bytearray((file := sorted(other.glob("*.safetensors"))[0]).read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    return {
+        "model": {"model": other},
+        "sparsity": {"sparsity": 0.6},
+        "recipe": {"recipe": "fast", "criterion": "", "allocator": ""},
+        "criterion": {"criterion": "wanda"},
+        "allocator": {"allocator": "er"},
+        "pattern": {"pattern": "2:4", "sparsity": None},
+        "options": {"options": {"scale": 2.0}},
+        "plan": {"plan": plan, "sparsity": None, "allocator": ""},
+        "table": {"table": table},
+        "gradients": {"gradients": gradients},
+        "calibration": {"calibration": IDS + 1},
+        "samples": {"calibration": folder / "tokens.safetensors", "samples": 3},
+        "length": {"calibration": folder / "tokens.safetensors", "length": 8},
+        "batch_size": {"batch_size": 1},
+        "seed": {"seed": 1},
+        "targets": {"targets": "re:.*mlp"},
+        "ignore": {"ignore": "re:.*mlp"},
+        "group": {"group": "layer"},
+        "published": {"published": True},
+        "refine": {"refine": "blocks"},
+        "dtype": {"dtype": "bfloat16"},
+    }
+
+
+def test_every_field_of_a_request_that_changes_the_result_must_be_the_same(source, tmp_path):
+    base = {"model": source, "sparsity": 0.5, "criterion": "gblm", "allocator": "uniform", "dtype": "float32"}
+    base |= {"calibration": IDS, "batch_size": 2, "output": tmp_path / "out"}
+    stop_after(**{"blocks": 1, "source": source, **{key: base[key] for key in base if key != "model"}})
+    others = changes(tmp_path, source)
+    assert others.keys() | SAME_RESULT == set(Request.__dataclass_fields__)
+    for key, change in others.items():
+        with pytest.raises(BillhookError, match="cannot be continued: its "):
+            pytest.fail(f"{key}: {prune(resume=True, **(base | change))}")
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_block_whose_bytes_alone_are_damaged_is_pruned_again(source, expected, tmp_path, block):
+    stop_after(source, tmp_path / "out", 2, **MAGNITUDE)
+    name = f"model.layers.{block}.mlp.up_proj.weight"
+    files = map(read_shard, partial_folder(tmp_path / "out").glob("*.safetensors"))
+    shard = next(file for file in files if name in file.entries)
+    start = shard.entries[name].start
+    data = bytearray(shard.path.read_bytes())
+    kept = next(at for at in range(start, len(data), 2) if data[at + 1] & 0x7F)  # so that no count of zeros can tell
+    data[kept] ^= 1
+    shard.path.write_bytes(data)
+    continued(source, tmp_path, MAGNITUDE, expected["magnitude"])
 
 
 @pytest.mark.parametrize(

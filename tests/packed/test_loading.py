@@ -75,6 +75,7 @@ def test_nothing_is_copied_or_converted(place: Path) -> None:
     ]
     ranges = [tuple(int(x, 16) for x in region[0].split("-")) for region in regions]
     assert len(mapping) > 0
+    assert len(layers) == 28
     for layer in layers.values():
         for tensor in (layer.bitmask, layer.values):
             assert any(start <= tensor.data_ptr() < stop for start, stop in ranges)

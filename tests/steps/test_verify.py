@@ -1,6 +1,7 @@
 """Verification finds every difference between a pruned directory and its record, and nothing where there is none."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -57,9 +58,13 @@ def shard_of(directory: Path, layer: str = LAYER) -> Path:
 
 def edit_weight(directory: Path, change) -> None:
     """Change one layer's weight on disk, and what the record says of the file, so that only the counts can tell."""
-    shard = shard_of(directory)
+    edit_tensor(directory, f"{LAYER}.weight", change)
+
+
+def edit_tensor(directory: Path, name: str, change) -> None:
+    shard = shard_of(directory, name.removesuffix(".weight"))
     weights = load_file(shard)
-    change(weights[f"{LAYER}.weight"])
+    change(weights[name])
     save_file(weights, shard, metadata={"format": "pt"})
 
     def note(record: dict) -> None:
@@ -82,12 +87,13 @@ def weights(record: dict) -> dict:
 
 def test_verification_accepts_a_pruned_directory(unstructured):
     calls = []
-    result = verify(unstructured, progress=lambda done, total: calls.append((done, total)))
+    result = verify(unstructured, progress=calls.append)
     assert result.ok
     assert result.problems == []
     assert result.layers == 28
     assert result.zeros * 2 == result.weights == 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
-    assert calls[-1] == (28, 28)
+    assert len(calls) == 28
+    assert "model.layers.3.mlp.down_proj" in calls
     assert result.to_dict()["ok"] is True
 
 
@@ -101,6 +107,14 @@ def test_zeros_are_counted_as_torch_counts_them(dtype, tmp_path):
     save_file({"w": values, "x": torch.ones(3)}, tmp_path / "x.safetensors")
     shard = read_shard(tmp_path / "x.safetensors")
     np.testing.assert_array_equal(shard.zeros(shard.entries["w"]), (values == 0).numpy())
+
+
+@pytest.mark.parametrize("name", [LAYER + ".weight", "model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_verification_finds_values_that_are_not_finite(copy, name, bad):
+    """In any tensor, with the record saying that the file is as it was written."""
+    edit_tensor(copy, name, lambda w: w.view(-1).__setitem__(int(w.view(-1).nonzero()[-1]), bad))
+    assert verify(copy).problems == [f"{name} holds NaN or infinite values."]
 
 
 def test_verification_needs_a_directory_and_a_record(tmp_path, copy):
