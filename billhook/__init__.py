@@ -4,7 +4,36 @@
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the names below, for type checkers
+    from billhook.architectures.layers import find_layers as find_layers
+    from billhook.comparison.grid import compare as compare
+    from billhook.errors import BillhookError as BillhookError
+    from billhook.errors import JobError as JobError
+    from billhook.evaluation.perplexity import evaluate as evaluate
+    from billhook.measurement import METRICS as METRICS
+    from billhook.measurement.measure import measure as measure
+    from billhook.methods.sparse import CRITERIA as CRITERIA
+    from billhook.packed.loading import load as load
+    from billhook.plan.allocators import ALLOCATORS as ALLOCATORS
+    from billhook.plan.allocators import allocate as allocate
+    from billhook.plan.plan import Plan as Plan
+    from billhook.plan.plan import load_plan as load_plan
+    from billhook.plan.spec import Pattern as Pattern
+    from billhook.plan.spec import Spec as Spec
+    from billhook.plan.table import Table as Table
+    from billhook.steps.apply import prune_ as prune_
+    from billhook.steps.pack import pack as pack
+    from billhook.steps.pack import unpack as unpack
+    from billhook.steps.prune import Report as Report
+    from billhook.steps.prune import prune as prune
+    from billhook.steps.search import search as search
+    from billhook.steps.verify import verify as verify
+    from billhook.store.directory import save_pruned as save_pruned
+    from billhook.tasks.opening import load_model as load_model
+    from billhook.text.windows import load_calibration as load_calibration
+    from billhook.text.windows import load_windows as load_windows
 
 __version__ = "0.1.0"
 

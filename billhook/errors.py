@@ -1,13 +1,60 @@
 """The errors that a user can see: a mistake to correct, and a job that failed; and the test for out of memory.
 
-Every message says what is wrong, where, and what to do. The command line prints it and exits with `exit_code`.
+Every message says what is wrong, where, and what to do. The command line prints it and exits with `exit_code`. Messages
+name options as on the command line; where Python called, they are shown as its keywords (`in_python`).
 """
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_ON_COMMAND_LINE = [False]
+_FLAGS = ("resume", "overwrite", "published", "pack", "grid", "trust-remote-code", "random")
+_OPTION = re.compile(
+    r"(?:billhook [a-z]+|llama-[\w-]+) .*?(?=[.;:)](?:\s|$)|$)"  # a command for a shell, which stays one
+    r"|--set (?P<setting>\w+(?:=[\w.]+\b)?)"
+    r"|--(?P<method>criterion|allocator|recipe|quantizer) (?P<its_name>[a-z]\w*)"
+    r"|--(?P<name>[a-z][a-z-]*)(?: (?P<value>\d[\w.]*\b|[a-z]\w*:[\w.]*|[a-z]+\d+\b|\w+(?:\.\w+)+|[A-Z]{2,}))?"
+)
+
+
+@contextmanager
+def on_command_line() -> Iterator[None]:
+    """Show options as they are written on the command line."""
+    before, _ON_COMMAND_LINE[0] = _ON_COMMAND_LINE[0], True
+    try:
+        yield
+    finally:
+        _ON_COMMAND_LINE[0] = before
+
+
+def in_python(message: str) -> str:
+    """The message with options as Python's keywords: `--dtype float32` is `dtype="float32"`, `--resume` is
+    `resume=True`; commands for a shell stay."""
+
+    def keyword(found: re.Match[str]) -> str:
+        if found["setting"]:
+            return found["setting"]
+        name, value = found["name"] or found["method"], found["value"] or found["its_name"]
+        if name is None:
+            return found[0]
+        word = str(name).replace("-", "_")
+        if value is None:
+            return f"{word}=True" if name in _FLAGS else word
+        literal = value.replace(".", "").isdigit() or value.isupper()
+        return f"{word}={value}" if literal else f'{word}="{value}"'
+
+    return _OPTION.sub(keyword, message)
 
 
 class BillhookError(ValueError):
     """A request that cannot be carried out (exit code 2)."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return message if _ON_COMMAND_LINE[0] else in_python(message)
 
 
 class JobError(BillhookError):

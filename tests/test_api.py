@@ -1,6 +1,8 @@
 """What an engineer tries first in Python: models in memory, tensors of token ids, and the pieces by themselves."""
 
 import copy
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,19 @@ def test_dropout_takes_no_part(model, criterion):
 
 def test_a_decoder_without_a_head_is_pruned(model):
     assert billhook.prune(model.model, sparsity=0.5, criterion="wanda", calibration=IDS).sparsity == 0.5
+
+
+def test_a_report_is_short_as_text_and_whole_as_a_data_frame_and_in_a_notebook(model, monkeypatch):
+    report = billhook.prune(model, sparsity=0.5, criterion="wanda", calibration=IDS)
+    assert re.fullmatch(r"Report: 50\.00% of 18,432 weights removed, in memory; [a-z ]+: KL divergence .*", str(report))
+    assert len(repr(report)) < 400
+    frame = report.to_dataframe()
+    assert list(frame["layer"]) == [layer.layer for layer in report.layers]
+    assert frame["zeros"].sum() == 18432 // 2
+    assert report._repr_html_().count("<tr>") == 1 + len(frame)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(BillhookError, match="needs pandas: pip install pandas"):
+        report.to_dataframe()
 
 
 def test_progress_is_reported(model):

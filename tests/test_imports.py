@@ -59,7 +59,10 @@ report(0)
 
 
 def imported(module: str) -> Iterator[str]:
-    """The modules of the package that `module` imports or names in a string, inside functions too."""
+    """The modules of the package that `module` imports or names in a string, inside functions too; `billhook` itself
+    imports others for type checkers only."""
+    if module == "billhook":
+        return
     for node in ast.walk(TREES[module]):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -67,7 +70,7 @@ def imported(module: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} imports relatively"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and module != "billhook":
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             place = re.fullmatch(r"(billhook(?:\.\w+)+)(?::\w+)?", node.value)  # as registries name their methods
             names = [place[1]] if place else []
         for name in names:

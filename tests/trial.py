@@ -144,7 +144,7 @@ def never_mistaken(folder: Path) -> None:
         elif unfinished:
             assert "--resume" in json.loads((path / STATE).read_text())["unfinished"]
             with pytest.raises(
-                BillhookError, match="not finished: resume it with the command that started it and --resume"
+                BillhookError, match="not finished: resume it with the command that started it and resume=True"
             ):
                 verify(path)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from billhook.distributed.torchrun import processes, rank, started
-from billhook.errors import BillhookError, out_of_memory
+from billhook.errors import BillhookError, on_command_line, out_of_memory
 from billhook.signals import STOPPED
 from billhook.store.files import in_one_line
 
@@ -66,13 +66,15 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            return command(*args, **kwargs)
+            with on_command_line():
+                return command(*args, **kwargs)
         except Failure:
             raise
         except (Exception, KeyboardInterrupt) as error:
             if os.environ.get("BILLHOOK_DEBUG"):
                 traceback.print_exc()
-            message, code = _explained(error)
+            with on_command_line():
+                message, code = _explained(error)
         print_error(message, code, bool(kwargs.get("as_json")))
         raise Failure(code)
 

@@ -25,8 +25,9 @@ Model = Annotated[str, typer.Argument(help="Model directory, or a name on the hu
 AnyModel = Annotated[str, typer.Argument(help="Model directory, dense or packed, or a name on the hub.")]
 
 
-def fraction(text: str) -> float:
-    """A sparsity as a number, or in per cent with the sign %."""
+def fraction(given: str | float) -> float:
+    """A sparsity as a number (also a default, which is not a text), or in per cent with the sign %."""
+    text = str(given)
     try:
         return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:

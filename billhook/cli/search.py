@@ -59,7 +59,7 @@ def command(
     from billhook.steps.search import search
 
     race: dict[str, Any] = {"allocator": allocator, "budget": budget, "objective": objective, "grid": grid}
-    race |= {"output": output, "save_model": not no_model, "overwrite": overwrite, "progress": say, "begin": _announce}
+    race |= {"output": output, "save_model": not no_model, "overwrite": overwrite, "progress": say}
     method: dict[str, Any] = {"pattern": pattern, "options": parse_settings(settings)}
     method |= {"recipe": recipe or "", "criterion": criterion or ""}
     text: dict[str, Any] = {"calibration": calibration, "samples": samples, "length": length, "bos": bos}
@@ -84,7 +84,3 @@ def command(
     if as_json:
         places = {"output": str(found.output), "model": None if place is None else str(place)}
         emit({"best": best, "trials": len(found.trials), **places})
-
-
-def _announce(trials: int) -> None:
-    say(f"At most {trials} trials in addition to uniform. Each prunes the model, so all take about equally long.")

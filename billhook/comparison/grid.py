@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -38,6 +38,7 @@ from billhook.recover.blockwise import Refine
 from billhook.steps.apply import prune_with
 from billhook.steps.evaluate import versions
 from billhook.steps.gradients import make_gradients
+from billhook.steps.keywords import CompareFields
 from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
 from billhook.store.compute import dtype_name
 from billhook.store.files import json_text
@@ -59,7 +60,7 @@ def compare(
     output: str | Path | None = None,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda line: None,
-    **fields: Any,
+    **fields: Unpack[CompareFields],
 ) -> Comparison:
     """Run a grid and score every cell on at most `limit` windows of `data`; the model's weights are restored.
 

@@ -12,7 +12,7 @@ from billhook.errors import out_of_memory
 TOKENS = 2048  # in a batch: enough rows for a matrix product, few enough for the caches of a CPU
 LOGIT_BYTES = 1 << 28  # the largest size of the logits of one batch
 
-Progress = Callable[[int, int], None]  # called with the rows done and all rows
+Progress = Callable[[str], None]  # called with what is done
 
 T = TypeVar("T")
 

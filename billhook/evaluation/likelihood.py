@@ -98,7 +98,7 @@ def log_likelihoods(
                     found[index] = value
             start += len(part)
             if progress is not None:
-                progress(start, len(rows))
+                progress(f"{start}/{len(rows)}")
     if any(value != value for value, _ in found):
         raise JobError("The model's predictions are not finite numbers: its weights are damaged.")
     return found

@@ -104,7 +104,7 @@ def evaluate(
             sums[: len(models), start:stop] = torch.stack(nll)
             kl, agreed, tokens = kl + parted, agreed + same, tokens + scored
             if progress is not None:
-                progress(stop, count)
+                progress(f"{stop}/{count} windows")
     found = replace(_summary(sums[0], tokens, windows), protocol=scoring.protocol)
     if against is None:
         return found

@@ -71,18 +71,14 @@ def evaluate_model(model: str | Path, config: EvalConfig, progress: Progress = l
     if config.data is not None and config.protocol != "word":
         record |= _token(loaded, tokenizer, config, window, progress)
     if config.data is not None and config.protocol != "token":
-        reader, count = _need(tokenizer, "Word perplexity"), _counter(progress, "windows")
+        reader = _need(tokenizer, "Word perplexity")
         texts = list(documents(config.data, "evaluation", stream=True))[: config.limit]
-        scored = evaluate_words(loaded, reader, texts, window, source_name(config.data), count, bos=config.bos)
+        scored = evaluate_words(loaded, reader, texts, window, source_name(config.data), progress, bos=config.bos)
         record["word"] = scored.to_dict()
     if names or files:
         results = _run_tasks(loaded, _need(tokenizer, "A task"), (names, files), window, config, progress)
         record["tasks"] = [asdict(task) for task in results]
     return record
-
-
-def _counter(progress: Progress, unit: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(f"{done}/{total} {unit}")
 
 
 def versions() -> dict[str, str]:
@@ -154,7 +150,7 @@ def _token(
     task = task_of(model)
     windows, scoring = task.evaluation(config.data, tokenizer, model, window, config.limit, bos=config.bos)
     dense = None if config.against is None else _open(resolve(config.against), config)
-    options: dict[str, Any] = {"batch_size": config.batch_size, "progress": _counter(progress, "windows")}
+    options: dict[str, Any] = {"batch_size": config.batch_size, "progress": progress}
     record = evaluate(model, windows, scoring=scoring, against=dense, **options).to_dict()
     record["source"] = source_name(record["source"])
     if dense is not None:
@@ -179,7 +175,7 @@ def _run_tasks(
 ) -> list[TaskResult]:
     """Score the `tasks`: names of lm-eval tasks, and files of items."""
     (names, files), limit = tasks, config.task_limit
-    found = [evaluate_file(model, tokenizer, file, longest, limit, _counter(progress, "items")) for file in files]
+    found = [evaluate_file(model, tokenizer, file, longest, limit, progress) for file in files]
     if names:
         found += evaluate_tasks(model, tokenizer, names, longest, few_shot=config.few_shot, limit=limit)
     return found

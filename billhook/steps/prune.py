@@ -7,31 +7,35 @@ all three; `billhook.steps.apply.prune_` applies a plan to a model in memory.
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from transformers import PreTrainedModel
 
 from billhook.ambient import pinned
 from billhook.distributed.collectives import barrier, gather
 from billhook.distributed.torchrun import rank
+from billhook.engine.activation_store import SPILL_GIB
 from billhook.engine.batch import rows_of, select_rows
 from billhook.engine.gradient_file import Gradients, open_gradients
 from billhook.engine.loop import LayerResult
+from billhook.engine.method import Group
 from billhook.engine.walk import Block, Progress
 from billhook.errors import BillhookError, Interrupted, JobError
 from billhook.evaluation.quality import Loss, Reference
 from billhook.plan.allocators import allocate
 from billhook.plan.plan import Plan
+from billhook.plan.table import Table
 from billhook.racing.automatic import choose
 from billhook.racing.hyperparameters import is_raced
 from billhook.racing.race import Problem
-from billhook.recover.blockwise import Refine
+from billhook.recover.blockwise import Refine, Refining
 from billhook.reports.publishing import publish
 from billhook.steps.apply import prune_with
 from billhook.steps.gradients import make_gradients
+from billhook.steps.keywords import MethodOptions
 from billhook.steps.measure import measure_opened, rows_of_table
 from billhook.steps.pack import pack
 from billhook.steps.partial_output import PartialOutput, partial_output
@@ -42,23 +46,40 @@ from billhook.store.directory import save_pruned
 from billhook.store.layout import GRADIENTS, WRITTEN
 from billhook.tasks.self_text import is_self, save_windows
 from billhook.text.corpus import source_name
+from billhook.text.given import Given
 
 Note = Callable[[LayerResult], None]
 
 
+# fmt: off
 @pinned
-def prune(model: str | Path | PreTrainedModel, *, progress: Progress = lambda layer: None, **fields: Any) -> Report:
+def prune(
+    model: str | Path | PreTrainedModel, *,
+    sparsity: float | None = None, pattern: str = "unstructured", output: str | Path | None = None,
+    recipe: str | None = None, criterion: str | None = None, allocator: str | None = None,
+    refine: Refining | None = None, group: Group | None = None, options: Mapping[str, Any] | None = None,
+    plan: str | Path | Plan | None = None, table: str | Path | Table | None = None,
+    gradients: str | Path | Gradients | None = None,
+    calibration: Given | None = None, samples: int = 128, length: int | None = None,
+    published: bool = False, bos: str = "auto", seed: int = 0, batch_size: int | None = None,
+    targets: str | Sequence[str] = (), ignore: str | Sequence[str] = (),
+    device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False,
+    overwrite: bool = False, resume: bool = False, spill_gib: float = SPILL_GIB, pack: bool = False,
+    progress: Progress = lambda layer: None,
+    **methods: Unpack[MethodOptions],
+) -> Report:
     """Prune a model directory (or hub name), or a model in memory in place, and write the result to `output` if given.
 
-    The keyword arguments are the fields of `Request` and the options of the methods: sparsity=0.7, criterion="wanda",
-    allocator="alphapruning", epsilon=0.3, calibration="text.txt", output="pruned", ... Raises BillhookError (nothing
-    changed) for an impossible request and JobError for a run that failed (nothing written).
+    The arguments are those of the command line (docs/cli.md), and the options of the methods:
+    prune("model", sparsity=0.7, recipe="alphapruning", epsilon=0.2, calibration="text.txt", output="pruned").
+    `progress` is called with the name of each finished layer. Raises BillhookError (nothing changed) for an impossible
+    request and JobError for a run that failed (nothing written).
     """
-    for name in {"rounding", "sampling"} & fields.keys():
+    known = {key: value for key, value in locals().items() if key in Request.__dataclass_fields__ and value is not None}
+    for name in {"rounding", "sampling"} & methods.keys():
         raise BillhookError(f"{name} is no longer a field of a request: use published=True.")
-    known = {key: value for key, value in fields.items() if key in Request.__dataclass_fields__}
-    options = {**(fields.get("options") or {}), **{key: fields[key] for key in fields.keys() - known.keys()}}
-    return run(prepare(Request(model, **{**known, "options": options})), progress)
+    return run(prepare(Request(**{**known, "model": model, "options": {**(options or {}), **methods}})), progress)
+# fmt: on
 
 
 def prepare(request: Request, progress: Progress = lambda layer: None) -> Job:

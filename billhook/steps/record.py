@@ -1,5 +1,7 @@
 """A checked job, its report, and the step that it adds to billhook.json."""
 
+import html
+import importlib
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,7 @@ from billhook.architectures.layers import Layer, find_layers
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.loop import LayerResult
 from billhook.engine.method import Method
+from billhook.errors import BillhookError
 from billhook.evaluation.quality import Loss
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.plan import Plan
@@ -42,7 +45,7 @@ class Job:
         return len(self.opened.layers) * (1 if self.gradients or not self.method.gradient else 2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What a run did; `output` is None when nothing was written, `record` is the content of billhook.json."""
 
@@ -69,6 +72,33 @@ class Report:
     def sparsity(self) -> float:
         """Fraction of the prunable weights that are zero now."""
         return sum(layer.zeros for layer in self.layers) / sum(layer.n for layer in self.layers)
+
+    def __str__(self) -> str:
+        done = f"{self.sparsity:.2%} of {sum(layer.n for layer in self.layers):,} weights removed"
+        where = "in memory" if self.output is None else f"in {self.output}"
+        return f"Report: {done}, {where}; {self.lost or 'what was lost was not measured'}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook: a sentence, and a row for each layer."""
+        cells = [[html.escape(str(value)) for value in row.values()] for row in self._rows()]
+        body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells)
+        head = "".join(f"<th>{name}</th>" for name in self._rows()[0])
+        layers = f"<details><summary>{len(cells)} layers</summary><table><tr>{head}</tr>{body}</table></details>"
+        return f"<p>{html.escape(str(self))}</p>{layers}"
+
+    def to_dataframe(self) -> Any:
+        """A pandas data frame with a row for each layer; raises BillhookError without pandas."""
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError:
+            raise BillhookError("A data frame needs pandas: pip install pandas.") from None
+        return pandas.DataFrame(self._rows())
+
+    def _rows(self) -> list[dict[str, Any]]:
+        keys = ("layer", "shape", "planned", "sparsity", "zeros", "error", "seconds")
+        return [{key: getattr(layer, key) for key in keys} for layer in self.layers]
 
     def to_json(self) -> dict[str, Any]:
         """The content of `prune --json`."""

@@ -243,7 +243,7 @@ def _draw(
     stored = None if request.output is None else partial_folder(Path(request.output).expanduser().resolve()) / WRITTEN
     if request.resume and stored is not None and stored.is_file() and is_self(given):
         tokens = saved_windows(stored)
-        return Samples.of(task.batch(tokens.ids), tokens)
+        return Samples.of(task.batch, tokens)
     # a streamed model would read every block for every token
     if streamed and source is not None and is_self(given):
         model = load(source, task.auto_class, **_loading(request))

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from transformers import PreTrainedModel
 
@@ -21,12 +21,13 @@ from billhook.measurement.measure import measure
 from billhook.plan.allocators import ALLOCATORS, AUTO, check_budget
 from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern
-from billhook.racing.automatic import needs, schedule, trial_method
+from billhook.racing.automatic import ROUNDS, needs, schedule, trial_method
 from billhook.racing.hyperparameters import RACED, Space, every
 from billhook.racing.picture import draw
 from billhook.racing.race import Budget, Objective, Problem, Race, Trial
 from billhook.racing.record import MODEL, PICTURE, PLAN, SearchRecord
 from billhook.registry import hint
+from billhook.steps.keywords import SearchFields
 from billhook.steps.options import split_options
 from billhook.steps.prune import run
 from billhook.steps.record import Job
@@ -71,8 +72,7 @@ def search(
     save_model: bool = True,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda line: None,
-    begin: Callable[[int], None] = lambda trials: None,
-    **fields: Any,
+    **fields: Unpack[SearchFields],
 ) -> Found:
     """Find the allocator and the hyperparameter with the lowest loss on held-out calibration windows.
 
@@ -81,8 +81,7 @@ def search(
     * `objective`: "kl" (divergence from the dense model) or "ppl". `grid` tries the published values.
     * `output`: a directory for search.json, plan.json, search.svg and, if `save_model`, the pruned model/; an
       interrupted search is continued there.
-    * `progress`: called with a line for each trial; `begin`: called first, with the largest number of trials (without
-      those of `auto`).
+    * `progress`: called with the largest number of trials, in words, and then with a line for each trial.
     * `fields`: of `Request`, those in `_FIELDS`.
 
     The model's weights are restored. Raises BillhookError for an impossible request, before anything is written.
@@ -103,7 +102,8 @@ def search(
     identity = _identity(request, opened, space, method) | {"objective": objective, "calibration": split.facts}
     record = SearchRecord.open(folder, identity, overwrite)
     problem = _problem(request, opened, space, split.batches)
-    begin(int(min(limit.trials, space.most())))
+    most = int(min(limit.trials, space.most() + (ROUNDS if AUTO in space.allocators else 0)))
+    progress(f"At most {most} trials in addition to uniform. Each prunes the model, so all take about equally long.")
     trials = trial_method(method, opened.layers)
     with TrialRunner(opened.model, opened.layers, split.batches, split.heldout, trials) as runner:
         race = Race(runner, OBJECTIVES[objective], record.known, record.write, progress)

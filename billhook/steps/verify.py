@@ -26,7 +26,7 @@ from billhook.store.record import REFILLED, Record, Step, located, read_record, 
 from billhook.store.shards import Shard, layer_zeros, read_shard, weight_files
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-Progress = Callable[[int, int], None]
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class Verification:
 
 @pinned
 def verify(
-    directory: str | Path, progress: Progress = lambda done, all: None, *, source: str | Path | None = None
+    directory: str | Path, progress: Progress = lambda layer: None, *, source: str | Path | None = None
 ) -> Verification:
     """Compare a directory with its billhook.json, and a packed one with the record of packing too.
 
-    `progress(done, all)` is called after each layer. With `source`, the model from which a step started, the weights
-    that no step updated are compared with it byte by byte. Raises BillhookError for a missing or damaged record; every
-    other difference is a line in `problems`.
+    `progress` is called with the name of each checked layer. With `source`, the model from which a step started, the
+    weights that no step updated are compared with it byte by byte. Raises BillhookError for a missing or damaged
+    record; every other difference is a line in `problems`.
     """
     directory = Path(directory).expanduser()
     if not directory.is_dir():
@@ -112,14 +112,14 @@ def _check_record(
         return Verification(str(directory), len(record.steps), 0, 0, 0, [*problems, str(error)])
     unplaced = {} if damaged or all(located(e.facts) for e in expected) else _zeros_in_memory(directory)
     found, weights, counted = 0, 0, 0
-    for done, layer in enumerate(expected, start=1):
+    for layer in expected:
         parts = _zeros_on_disk(layer, shards) if located(layer.facts) else unplaced.get(layer.name)
         if parts is not None:
             problems += _check_layer(layer, parts)
             counted, found, weights = counted + 1, found + _count(parts), weights + layer.shape[0] * layer.shape[1]
         elif not damaged:
             problems.append(f"{layer.name}: its weights are not where {RECORD} says.")
-        progress(done, len(expected))
+        progress(layer.name)
     return Verification(str(directory), len(record.steps), counted, found, weights, problems)
 
 

@@ -59,9 +59,10 @@ class Samples:
     heldout: Batch | None = None
 
     @classmethod
-    def of(cls, batch: Batch, tokens: Tokens) -> "Samples":
-        """The samples of a batch that was made of `tokens`."""
-        return cls(batch, tokens.source, tokens.digest, tokens.sampling, tokens.bos)
+    def of(cls, batch: Callable[[Tensor], Batch], tokens: Tokens) -> "Samples":
+        """The samples that `batch` makes of the windows of `tokens`."""
+        heldout = None if tokens.heldout is None else batch(tokens.heldout)
+        return cls(batch(tokens.ids), tokens.source, tokens.digest, tokens.sampling, tokens.bos, heldout)
 
     def __len__(self) -> int:
         return rows_of(self.batch)

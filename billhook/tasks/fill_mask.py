@@ -48,8 +48,9 @@ class FillMask:
         tokenizer = tokenizer_of(model, home)
         task = self.with_tokenizer(tokenizer)
         tokens = drawn_windows(source, tokenizer, model, replace(drawing, bos=_frame(drawing.bos)), reserved=2)
-        ids = tokens.ids if tokens.sampling == "given" else _framed(tokens.ids, tokenizer)
-        return Samples.of(task.batch(ids), tokens)
+        if tokens.sampling == "given":
+            return Samples.of(task.batch, tokens)
+        return Samples.of(lambda ids: task.batch(_framed(ids, tokenizer)), tokens)
 
     def batch(self, ids: Tensor) -> Batch:
         """Inputs and labels for token ids int64 [windows, length]; the ids alone without a mask token."""

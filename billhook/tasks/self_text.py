@@ -23,6 +23,7 @@ is some, should come first.
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -65,20 +66,27 @@ def self_windows(
     """
     length = window_length(model, drawing.length)
     first = None if tokenizer is None else first_token(tokenizer, drawing.bos, drawing.sampling)
-    parts = []
+    parts, heldout = [], None
     if given := source.removeprefix(PREFIX):
-        parts.append(drawn_windows(given, tokenizer, model, drawing, fewer=True).ids)
+        drawn = drawn_windows(given, tokenizer, model, drawing, fewer=True)
+        parts, heldout = [drawn.ids], drawn.heldout
     missing = drawing.samples - sum(map(len, parts))
     if missing:
         parts.append(write_windows(model, missing, length, seed=drawing.seed, first=first, progress=progress))
-    ids = torch.cat(parts)
-    return Tokens(ids, source, digest(ids), f"{drawing.sampling}, {missing} written by the model", first is not None)
+    if heldout is None:
+        more: dict[str, Any] = {"seed": drawing.seed + 1, "first": first, "progress": progress}
+        heldout = write_windows(model, drawing.held_out, length, **more)
+    ids, sampling = torch.cat(parts), f"{drawing.sampling}, {missing} written by the model"
+    return Tokens(ids, source, digest(ids), sampling, first is not None, heldout)
 
 
 def save_windows(path: Path, samples: Samples) -> None:
-    """Save windows and their source in a safetensors file (`tokens` int32), for a resumed run."""
+    """Save windows and their source in a safetensors file (`tokens` and `heldout`, int32), for a resumed run."""
     about = json.dumps({key: getattr(samples, key) for key in ("source", "digest", "sampling", "bos")})
-    save_file({"tokens": samples.batch["input_ids"].int()}, path, {"about": about})
+    tensors = {"tokens": samples.batch["input_ids"].int()}
+    if samples.heldout is not None:
+        tensors["heldout"] = samples.heldout["input_ids"].int()
+    save_file(tensors, path, {"about": about})
 
 
 def saved_windows(path: Path) -> Tokens:
@@ -87,7 +95,8 @@ def saved_windows(path: Path) -> Tokens:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
             ids = file.get_tensor("tokens").long()
-        return Tokens(ids, **about)
+            heldout = file.get_tensor("heldout").long() if "heldout" in set(file.keys()) else None
+        return Tokens(ids, **about, heldout=heldout)
     except Exception as error:
         wrong = f"{path} does not hold calibration windows ({error})"
         raise BillhookError(f"{wrong}: start again with --overwrite.") from None

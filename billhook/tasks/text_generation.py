@@ -34,9 +34,13 @@ class TextGeneration(NextToken):
             tokens = self_windows(str(data), tokenizer, model, drawing, progress)
         else:
             tokens = drawn_windows(data, tokenizer, model, drawing)
-        batch = self.batch(tokens.ids)
-        if tokens.bos:  # never predicted, inside a window either
-            batch = {**batch, LABELS: tokens.ids.masked_fill(tokens.ids == tokens.ids[:, :1], IGNORED)}
+
+        def batch(ids: Tensor) -> Batch:
+            if not tokens.bos:
+                return self.batch(ids)
+            # never predicted, inside a window either
+            return {**self.batch(ids), LABELS: ids.masked_fill(ids == ids[:, :1], IGNORED)}
+
         return Samples.of(batch, tokens)
 
     def evaluation(

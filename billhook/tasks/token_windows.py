@@ -49,6 +49,7 @@ def drawn_windows(
         seed=drawing.seed,
         sampling=drawing.sampling,
         bos=drawing.bos,
+        held_out=drawing.held_out,
         vocab_size=vocabulary_size(model),
         fewer=fewer,
     )

@@ -54,10 +54,14 @@ def papers(
     rng: random.Random,
     source: str,
     first: int | None = None,
+    *,
+    held_out: int = 0,
 ) -> Tensor:
     """Windows int64 [samples, length] drawn as in the published code of Wanda, SparseGPT, GBLM, AlphaPruning and ATP.
 
-    With `first`, each begins with that token. Raises BillhookError if no document is longer than a window.
+    With `first`, each begins with that token. Up to `held_out` windows of other documents follow.
+
+    Raises BillhookError if no document is longer than a window.
     """
     samples, length = shape
     begin, special = ([], {}) if first is None else ([first], {"add_special_tokens": False})
@@ -68,13 +72,19 @@ def papers(
             cache[index] = _encode(tokenizer, [texts[index]], **special)[0]
         return cache[index]
 
+    def window(ids: list[int]) -> list[int]:
+        start = rng.randint(0, len(ids) - length - 1)
+        return (begin + ids[start : start + length])[:length]
+
     rows: list[list[int]] = []
+    used = set[int]()
     misses, exists = 0, False
     while len(rows) < samples:
-        ids = encoded(rng.randint(0, len(texts) - 1))
+        index = rng.randint(0, len(texts) - 1)
+        ids = encoded(index)
         if len(ids) > length:
-            start = rng.randint(0, len(ids) - length - 1)
-            rows.append((begin + ids[start : start + length])[:length])
+            rows.append(window(ids))
+            used.add(index)
             misses = 0
             continue
         misses += 1
@@ -84,6 +94,9 @@ def papers(
                 found = f"{len(texts)} documents, the longest has {max(map(len, cache.values()))}"
                 wrong = f"No document of {source} is longer than {length} tokens ({found})"
                 raise BillhookError(f"{wrong}: use a smaller --length, or leave out --published.")
+    for index in rng.sample(range(len(texts)), min(len(texts), 4 * _MISSES)) if held_out else ():
+        if len(rows) < samples + held_out and index not in used and len(encoded(index)) > length:
+            rows.append(window(encoded(index)))
     return torch.tensor(rows, dtype=torch.int64)
 
 
@@ -96,11 +109,12 @@ def packed(
     *,
     first: int | None = None,
     fewer: bool = False,
+    held_out: int = 0,
 ) -> Tensor:
     """Windows int64 [samples, length] of documents in random order, each after a BOS (else EOS) token, without overlap.
 
     With `first`, each window begins with that token, too. Raises BillhookError for a text that is too short; with
-    `fewer`, it gives fewer windows.
+    `fewer`, it gives fewer windows. Up to `held_out` further windows follow.
     """
     samples, length = shape
     if isinstance(texts, Sequence):
@@ -122,7 +136,10 @@ def packed(
             f"{source} is too short: {samples} windows of {length} need {samples * length} tokens, it has {len(pool)} "
             f"in {count} document{'s' if count != 1 else ''}. Give more text, or smaller --samples or --length."
         )
-    return join(pool, rng.sample(parts, samples), length, first)
+    chosen = rng.sample(parts, samples)
+    starts = {part.start for part in chosen}
+    left = [part for part in parts if part.start not in starts]
+    return join(pool, [*chosen, *rng.sample(left, min(held_out, len(left)))], length, first)
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], **options: Any) -> list[list[int]]:

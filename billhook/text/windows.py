@@ -44,14 +44,15 @@ _STREAM_WINDOWS = 256  # evaluation on a streamed dataset, as the papers do on C
 
 @dataclass(frozen=True)
 class Tokens:
-    """Calibration windows: `ids` int64 [samples, length], their `digest`, and whether each begins with the BOS token
-    (None for tokens that were given)."""
+    """Calibration windows: `ids` int64 [samples, length], their `digest`, whether each begins with the BOS token (None
+    for tokens that were given), and `heldout` windows of the same text (None if it has no more)."""
 
     ids: Tensor
     source: str
     digest: str
     sampling: str
     bos: bool | None = None
+    heldout: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,11 @@ def load_calibration(
     bos: str = "auto",
     vocab_size: int | None = None,
     fewer: bool = False,
+    held_out: int = 0,
 ) -> Tokens:
     """Draw calibration windows, int64 [samples, length]; with `fewer`, a short text gives fewer windows.
+
+    Up to `held_out` further windows are drawn that have nothing in common with these, if the text is long enough.
 
     `source` is the name of a source or data (`billhook.text.given`). Raises BillhookError if the text is missing, empty
     or too short, no document is long enough, a token file is damaged, or an id is outside `vocab_size`.
@@ -99,7 +103,7 @@ def load_calibration(
     begun = None
     if isinstance(data, Tensor) or is_token_file(name):
         _check_unused(bos, name)
-        ids = data if isinstance(data, Tensor) else _token_file(name)[:samples, :length]
+        ids = data if isinstance(data, Tensor) else _token_file(name)[: samples + held_out, :length]
         sampling = "given" if isinstance(data, Tensor) else "as given"
     else:
         words, rng, shape = _need(tokenizer, name), random.Random(seed), (samples, length)
@@ -107,12 +111,14 @@ def load_calibration(
         texts = documents(data, "calibration", stream=not published) if isinstance(data, str) else data
         if published:
             several = texts if isinstance(texts, Sequence) else list(texts)
-            ids = papers(several, words, shape, rng, name, first)
+            ids = papers(several, words, shape, rng, name, first, held_out=held_out)
         else:
-            ids = packed(texts, words, shape, rng, name, first=first, fewer=fewer)
+            ids = packed(texts, words, shape, rng, name, first=first, fewer=fewer, held_out=held_out)
         begun = first is not None
     check_ids(ids, vocab_size, name)
-    return Tokens(ids, name, digest(ids), sampling, begun)
+    taken = len(ids) if isinstance(data, Tensor) else samples
+    heldout = ids[taken:] if len(ids) > taken else None
+    return Tokens(ids[:taken], name, digest(ids[:taken]), sampling, begun, heldout)
 
 
 @pinned

@@ -9,12 +9,14 @@ import tomllib
 import pytest
 import tiny
 import torch
+import typer
 from command import billhook, done, listing
 from paths import ROOT
 from safetensors.torch import save_file
 
 from billhook import __version__
 from billhook.cli import app
+from billhook.cli.options import fraction
 from billhook.demo import removed_blocks, run_demo
 from billhook.errors import BillhookError
 from billhook.methods.sparse import CRITERIA
@@ -257,6 +259,12 @@ def test_ls_lists_every_registry(kind, names):
 def test_ls_families_lists_every_tested_family():
     assert {"model_type": "gpt_oss"} in done("ls", "families", "--json").json["families"]
     assert "llama" in done("ls", "families").out
+
+
+def test_a_sparsity_is_a_number_or_in_per_cent_and_may_be_a_default():
+    assert fraction("0.6") == fraction("60%") == fraction(0.6) == 0.6
+    with pytest.raises(typer.BadParameter, match="is no number"):
+        fraction("half")
 
 
 def test_the_demo_says_why_a_published_setting_removes_a_block():

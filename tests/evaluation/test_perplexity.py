@@ -67,14 +67,14 @@ def test_half_precision_weights_get_a_float32_loss(windows):
 
 def test_progress_counts_windows(model, windows):
     calls = []
-    evaluate(model, windows, batch_size=3, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(3, 7), (6, 7), (7, 7)]
+    evaluate(model, windows, batch_size=3, progress=calls.append)
+    assert calls == ["3/7 windows", "6/7 windows", "7/7 windows"]
 
 
 def test_windows_beyond_the_context_are_refused(model):
     assert context_length(model.config) == 128
     with pytest.raises(
-        BillhookError, match="Windows of 129 tokens exceed the model's context of 128: use --length 128 or less"
+        BillhookError, match="Windows of 129 tokens exceed the model's context of 128: use length=128 or less"
     ):
         evaluate(model, windows_of(torch.zeros(1, 129, dtype=torch.int64)))
     check_length(model.config, 128)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import tiny
@@ -29,6 +30,18 @@ def test_the_loss_is_that_of_scoring_both_models_side_by_side() -> None:
     assert found.token_ppl == pytest.approx(expected.token_ppl, rel=1e-5)
     assert found.dense_token_ppl == pytest.approx(expected.against.token_ppl, rel=1e-5)
     assert (found.windows, found.length, found.source) == (6, 24, "text")
+
+
+def test_a_run_is_judged_on_windows_that_it_did_not_use(tmp_path) -> None:
+    source, text = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=2)), tiny.text_file(tmp_path / "text.txt")
+    fields: dict[str, Any] = {"sparsity": 0.5, "criterion": "wanda", "calibration": text, "samples": 8, "length": 32}
+    lost = prune(source, output=tmp_path / "out", **fields).lost
+    assert lost is not None
+    assert (lost.held_out, lost.windows) == (True, 4)
+    lost = prune(tiny.llama(num_hidden_layers=2), sparsity=0.5, criterion="wanda", calibration=IDS).lost
+    assert lost is not None
+    assert not lost.held_out
+    assert "calibration windows" in str(lost)
 
 
 def test_nothing_is_lost_by_a_model_that_did_not_change(tmp_path) -> None:

@@ -118,7 +118,7 @@ def test_experts_of_several_types_are_refused(mixtral, tmp_path):
 def test_a_family_without_names_and_one_that_llama_cpp_computes_otherwise_are_refused_by_name(tmp_path):
     other = {"norm_topk_prob": False}
     for name, changes, message in [
-        ("granite", {}, r"No GGUF names are known for granite .*--template"),
+        ("granite", {}, r"No GGUF names are known for granite .*with template"),
         ("qwen3_moe", other, r"llama\.cpp computes qwen3_moe models with norm_topk_prob=True, and this one has False"),
         (
             "llama",
@@ -137,7 +137,7 @@ def test_values_that_do_not_fit_the_type_leave_no_file(tmp_path):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 5] = 1e6
     tiny.save(tmp_path / "model", model)
-    with pytest.raises(JobError, match=r"up_proj\.weight holds values that do not fit f16: use --type bf16"):
+    with pytest.raises(JobError, match=r"up_proj\.weight holds values that do not fit f16: use type=\"bf16\""):
         write_gguf(tmp_path / "model", tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

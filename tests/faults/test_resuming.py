@@ -49,7 +49,7 @@ def test_an_unfinished_run_is_resumed_or_replaced_only_on_request(source, tmp_pa
     stop_after(source, tmp_path / "out", 1, **MAGNITUDE)
     with pytest.raises(
         BillhookError,
-        match=r"out.partial holds an unfinished run \(1 of 3 blocks\). Continue it with --resume, or start",
+        match=r"out.partial holds an unfinished run \(1 of 3 blocks\). Continue it with resume=True, or start",
     ):
         prune(source, output=tmp_path / "out", **MAGNITUDE)
     changes = [

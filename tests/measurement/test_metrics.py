@@ -175,7 +175,7 @@ def test_columns_are_named_by_metric_and_parameter() -> None:
 
 @pytest.mark.parametrize("name", ["wanda_mean", "block_loss"])
 def test_metrics_that_need_text_say_so(name: str) -> None:
-    with pytest.raises(BillhookError, match=rf"The metric {name}.* looks at .*--calibration"):
+    with pytest.raises(BillhookError, match=rf"The metric {name}.* looks at .*calibration=SOURCE"):
         measure(tiny.llama(), [name])
 
 

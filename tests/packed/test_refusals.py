@@ -111,7 +111,7 @@ def test_an_output_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     source = directory(tmp_path / "model", {"w": torch.zeros(64, 64)})
     pack(source, tmp_path / "packed")
     with pytest.raises(
-        BillhookError, match=r"packed exists and is not empty: choose another, or allow replacing it \(--overwrite\)"
+        BillhookError, match=r"packed exists and is not empty: choose another, or allow replacing it \(overwrite=True\)"
     ):
         pack(source, tmp_path / "packed")
     pack(source, tmp_path / "packed", overwrite=True)

@@ -134,7 +134,7 @@ def test_an_nm_pattern_is_uniform_and_an_allocation_by_recipe_is_refused() -> No
     for name in ("good", "best", "fast", "sparsegpt"):
         assert Request("model", pattern="2:4", recipe=name).allocator == "uniform"
         assert Request("model", pattern="2:4", recipe=name).followed == name
-    with pytest.raises(BillhookError, match="an N:M pattern all the same: use --recipe wanda, or --allocator owl"):
+    with pytest.raises(BillhookError, match='an N:M pattern all the same: use recipe="wanda", or allocator="owl"'):
         Request("model", pattern="2:4", recipe="owl")
     assert Request("model", pattern="4:8", recipe="owl", allocator="owl").options == {"m": 5.0, "lam": 0.08}
 

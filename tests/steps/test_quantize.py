@@ -157,7 +157,7 @@ def test_an_impossible_request_is_refused_before_anything_is_written(tmp_path, s
 
 def test_a_width_that_no_group_divides_is_refused_by_name(tmp_path):
     source = tiny.save(tmp_path / "model", tiny.llama(intermediate_size=44), words=False)
-    with pytest.raises(BillhookError, match=r"layers.0.mlp.down_proj: a layer with 44 columns cannot be .*--ignore"):
+    with pytest.raises(BillhookError, match=r"layers.0.mlp.down_proj: a layer with 44 columns cannot be .*ignore="):
         quantize(source, "int4", tmp_path / "out", quantizer="round")
 
 

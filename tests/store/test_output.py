@@ -41,7 +41,7 @@ def test_a_directory_that_is_not_empty_is_replaced_only_with_overwrite(source, t
     model = load_model(source)
     out = save_pruned(model, source, tmp_path / "out").path
     (out / "old").write_text("x")
-    with pytest.raises(BillhookError, match=r"exists and is not empty.*--overwrite"):
+    with pytest.raises(BillhookError, match=r"exists and is not empty.*overwrite=True"):
         save_pruned(model, source, out)
     assert (out / "old").exists()
     save_pruned(model, source, out, overwrite=True)

@@ -157,7 +157,7 @@ def test_a_resumed_run_does_not_write_its_text_again(tmp_path, monkeypatch) -> N
         )
         one, other = whole_and_in_parts(source, tmp_path, 2, **fields)
     assert one == other
-    assert len(calls) == 2  # the whole run and the first part of the other
+    assert len(calls) == 4  # samples and held-out windows, of the whole run and the first part of the other
 
 
 def test_the_source_is_offered_and_used_by_the_command(tmp_path, monkeypatch) -> None:

@@ -365,3 +365,23 @@ def test_a_column_that_is_not_text_is_refused_by_its_row(tokenizer, tmp_path):
     for read in (load_windows, load_calibration):
         with pytest.raises(BillhookError, match=r"row 1: the text is of type int, not a string"):
             read(f"hub:{tmp_path}::train", tokenizer, length=32)
+
+
+@pytest.mark.parametrize("sampling", ["packed", "papers"])
+def test_held_out_windows_follow_and_have_nothing_in_common_with_the_others(tmp_path, sampling):
+    documents = [json.dumps({"text": f"letter {chr(97 + i)} " * 12}) for i in range(26)]
+    (tmp_path / "text.jsonl").write_text("\n".join(documents), encoding="utf-8")
+    asked = {"samples": 6, "length": 32, "sampling": sampling}
+    plain = load_calibration(str(tmp_path / "text.jsonl"), tiny.tokenizer(), **asked)
+    found = load_calibration(str(tmp_path / "text.jsonl"), tiny.tokenizer(), **asked, held_out=4)
+    assert torch.equal(found.ids, plain.ids)
+    assert (found.digest, plain.heldout) == (plain.digest, None)
+    assert found.heldout.shape == (4, 32)
+    assert not {tuple(row) for row in found.ids.tolist()} & {tuple(row) for row in found.heldout.tolist()}
+
+
+def test_a_text_without_more_windows_has_none_held_out(tmp_path):
+    path = tiny.text_file(tmp_path / "text.txt", copies=5)
+    found = load_calibration(str(path), tiny.tokenizer(), samples=12, length=32, held_out=4)
+    assert found.heldout is None or len(found.heldout) < 4
+    assert found.ids.shape == (12, 32)

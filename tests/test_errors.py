@@ -1,0 +1,65 @@
+"""Errors speak the language of the caller: options on the command line, keywords in Python."""
+
+import ast
+import re
+
+import pytest
+from command import billhook
+from paths import ROOT
+
+import billhook as api
+from billhook.errors import BillhookError, in_python, on_command_line
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("use --dtype float32.", 'use dtype="float32".'),
+        ("Continue it with --resume, or --overwrite.", "Continue it with resume=True, or overwrite=True."),
+        ("smaller --samples or --length.", "smaller samples or length."),
+        ("--sparsity 0.5 removes half", "sparsity=0.5 removes half"),
+        ("--calibration FILE.txt or --calibration self: now", 'calibration="FILE.txt" or calibration="self:" now'),
+        ("leave out --set beta", "leave out beta"),
+        ("--set epsilon=0.3 is less", "epsilon=0.3 is less"),
+        ("use --recipe wanda, or --allocator owl", 'use recipe="wanda", or allocator="owl"'),
+        ("Leave it out with --ignore model.layers.0.q", 'Leave it out with ignore="model.layers.0.q"'),
+        ("Or a smaller --batch-size", "Or a smaller batch_size"),
+        ("Make it: billhook measure MODEL --metrics y -o T", "Make it: billhook measure MODEL --metrics y -o T"),
+    ],
+)
+def test_options_are_shown_as_keywords_and_commands_stay(said: str, shown: str) -> None:
+    assert in_python(said) == shown
+    assert str(BillhookError(said)) == shown
+    with on_command_line():
+        assert str(BillhookError(said)) == said
+
+
+def literals() -> list[str]:
+    """Every text of the package that could be a message, with X where a value is put in."""
+    found = []
+    for path in sorted((ROOT / "billhook").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree) if "cli" not in path.parts and path.name != "errors.py" else ():
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "x" for part in node.values)
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+                found.append(node.value)
+    return found
+
+
+def test_no_message_of_the_package_shows_an_option_to_python() -> None:
+    options = re.compile(r"(?<![\w-])--[a-z]")
+    shell = re.compile(r"(?:billhook [a-z]+|llama-[\w-]+) .*?(?=[.;:)](?:\s|$)|$)")
+    messages = [text for text in literals() if options.search(text)]
+    assert len(messages) > 50
+    for text in messages:
+        assert not options.search(shell.sub("", in_python(text))), text
+
+
+def test_a_mistake_reads_as_the_caller_wrote_it(tmp_path) -> None:
+    with pytest.raises(BillhookError, match=r'needs activations: give text with calibration="FILE\.txt"'):
+        api.prune("billhook/demo_model", sparsity=0.5)
+    ran = billhook("prune", "billhook/demo_model", "--sparsity", "0.5", "-o", tmp_path / "out")
+    assert "give text with --calibration FILE.txt" in ran.err
