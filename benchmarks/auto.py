@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from billhook import load_calibration, load_model, load_windows
+from billhook import load_calibration, load_model
+from billhook.demo import CALIBRATION, LENGTH, MODEL, SAMPLES, evaluation_windows
 from billhook.evaluation.perplexity import evaluate
 from billhook.steps.prune import prepare, run
 from billhook.steps.request import Request
@@ -28,7 +29,7 @@ RACES = {"uniform": {}, "atp": {"beta": "auto"}, "owl": {"lam": "auto"}, "auto":
 def main() -> None:
     """Print the trials, the cost and the gain of each race."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "billhook" / "demo_model")
+    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--tokens", type=Path, help="A folder with calibration.safetensors and evaluation.safetensors.")
     parser.add_argument("--sparsity", type=float, default=0.6)
     parser.add_argument("--criterion", default="admm")
@@ -40,9 +41,8 @@ def main() -> None:
             load_file(options.tokens / f"{part}.safetensors")["tokens"].long() for part in ("calibration", "evaluation")
         )
     else:
-        tokenizer = load_tokenizer(options.model)
-        calibration = load_calibration("stdlib:train", tokenizer, samples=32, length=256).ids
-        text = load_windows("stdlib:heldout", tokenizer, length=256, limit=32).ids
+        calibration = load_calibration(CALIBRATION, load_tokenizer(MODEL), samples=SAMPLES, length=LENGTH).ids
+        text = evaluation_windows().ids
     dense = evaluate(load_model(options.model, dtype="float32"), text).nll
     prune_s = 0.0
     for allocator, given in RACES.items():

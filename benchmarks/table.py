@@ -14,12 +14,12 @@ from pathlib import Path
 
 from billhook.comparison.grid import Grid, compare
 from billhook.comparison.views import markdown
-from billhook.demo import MODEL
+from billhook.demo import CALIBRATION, EVALUATION_WINDOWS, HELD_OUT, LENGTH, MODEL, SAMPLES
 
 STORIES = ("tinystories_train1000.jsonl", "tinystories_heldout.jsonl")
 WIKI = ("c4_validation_2k.jsonl", "wikitext2_test_raw.txt")
 MODELS = {  # name: calibration text, evaluation text, tokens per window
-    "bundled": ("stdlib:train", "stdlib:heldout", 128),
+    "bundled": (CALIBRATION, HELD_OUT, LENGTH),
     "stories260k": (*STORIES, 256),
     "babyllama-105": (*STORIES, 256),
     "c4gut-llama-12x128": (*WIKI, 128),
@@ -27,7 +27,6 @@ MODELS = {  # name: calibration text, evaluation text, tokens per window
 }
 ALLOCATORS = ("uniform", "alphapruning", "atp", "owl", "dlp", "er", "lamp", "global", "sensitivity", "auto")
 CRITERIA = ("magnitude", "wanda", "gblm", "sparsegpt")
-SAMPLES, WINDOWS = 64, 128
 BEGIN, END = "<!-- benchmarks/table.py: begin -->", "<!-- benchmarks/table.py: end -->"
 
 
@@ -41,7 +40,7 @@ def tables(name: str, options: argparse.Namespace) -> str:
             MODEL if bundled else options.folder / "models" / name,
             Grid(sparsities=(0.5, 0.6, 0.7), allocators=ALLOCATORS, criteria=options.criterion or CRITERIA),
             data,
-            limit=WINDOWS,
+            limit=EVALUATION_WINDOWS,
             output=options.output / name,
             progress=lambda line: print(f"{name} {line}", file=sys.stderr, flush=True),
             calibration=calibration,

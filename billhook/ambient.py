@@ -18,6 +18,7 @@ from billhook.errors import BillhookError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 _inside = ContextVar("inside", default=False)
 
 
@@ -33,7 +34,7 @@ def pinned(function: Callable[P, R]) -> Callable[P, R]:
             check_model(model, streamed="resources" in kwargs)
         with standard_state(), ExitStack() as modes:
             for model in models:
-                modes.enter_context(evaluating(model))
+                modes.enter_context(evaluating(model, outputs=False))
             return function(*args, **kwargs)
 
     return run
@@ -61,13 +62,22 @@ def standard_state() -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode (no dropout), and restore the mode of every module afterwards."""
+def evaluating(model: nn.Module, *, outputs: bool = True) -> Iterator[None]:
+    """Put the model in evaluation mode (no dropout), and restore the mode of every module afterwards.
+
+    With `outputs`, its configuration asks for the usual outputs meanwhile, and no others.
+    """
+    config = getattr(model, "config", None) if outputs else None
+    before = {key: getattr(config, key) for key in _OUTPUTS if hasattr(config, key)}
     training = [module for module in model.modules() if module.training]
     model.eval()
+    for key in before:
+        setattr(config, key, _OUTPUTS[key])
     try:
         yield
     finally:
+        for key, value in before.items():
+            setattr(config, key, value)
         for module in training:
             module.training = True
 

@@ -30,7 +30,10 @@ from billhook.store.record import history
 from billhook.text.windows import Windows, load_windows
 
 MODEL = Path(__file__).parent / "demo_model"
+# The protocol of every figure of the bundled model in README, docs and pictures, see docs/demo_model.md.
+CALIBRATION, HELD_OUT = "stdlib:train", "stdlib:heldout"
 SAMPLES, LENGTH, EVALUATION_WINDOWS = 32, 256, 64
+TEXT: dict[str, Any] = {"calibration": CALIBRATION, "samples": SAMPLES, "length": LENGTH, "dtype": "float32"}
 METRICS = ("alpha_peak", "outlier_ratio:5")
 SHOWN_ALLOCATORS = ("uniform", "alphapruning", "atp", "owl")
 SHOWN_CRITERIA = ("magnitude", "wanda", "sparsegpt")
@@ -72,18 +75,22 @@ class Demo:
         return {**text, "cells": cells, "notes": self.notes, "output": str(self.output)}
 
 
+def evaluation_windows() -> Windows:
+    """The windows on which the bundled model is scored."""
+    return load_windows(HELD_OUT, load_tokenizer(MODEL), length=LENGTH, limit=EVALUATION_WINDOWS)
+
+
 def run_demo(output: Path, sparsity: float, say: Callable[[str], None] = print) -> Demo:
     """Prune the bundled model into `output` (replacing an earlier demo) with the default recipe, verify and score it;
     then score the published methods in memory."""
     check_output(output, MODEL, overwrite=_is_demo(output))
     say(f"The bundled model: {MODEL.name}, a small llama trained on Python's standard library.")
-    text: dict[str, Any] = {"calibration": "stdlib:train", "samples": SAMPLES, "length": LENGTH, "dtype": "float32"}
-    windows = load_windows("stdlib:heldout", load_tokenizer(MODEL), length=LENGTH, limit=EVALUATION_WINDOWS)
-    opened = open_request(Request(MODEL, **text), True, "The demo")
+    windows = evaluation_windows()
+    opened = open_request(Request(MODEL, **TEXT), True, "The demo")
     dense = evaluate(opened.model, windows)
     own = recipe(DEFAULT)
     say(f"Pruning with the default recipe, {DEFAULT}: {own.criterion} with the allocation of {own.allocator}.")
-    report = prune(MODEL, sparsity=sparsity, output=output, overwrite=True, **text)
+    report = prune(MODEL, sparsity=sparsity, output=output, overwrite=True, **TEXT)
     perplexity = {(own.allocator, own.criterion): _stock_perplexity(output, windows)}
     achieved = {(own.allocator, own.criterion): report.sparsity}
     say(f"perplexity {perplexity[own.allocator, own.criterion]:.2f}, dense {dense.token_ppl:.2f}. Published methods:")

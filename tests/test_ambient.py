@@ -116,6 +116,21 @@ def plain(source: Path) -> list[Any]:
     return everything(source)
 
 
+@pytest.mark.parametrize(
+    "setting", [{"return_dict": False}, {"output_hidden_states": True}, {"use_cache": False}], ids=str
+)
+def test_settings_of_the_configuration_change_no_result_and_stay(source, setting, tmp_path):
+    model = load_model(source)
+    model.config.update(setting)
+    assert evaluate(model, IDS).nll == evaluate(load_model(source), IDS).nll
+    jobs = {"changed": model, "plain": load_model(source)}
+    for name, one in jobs.items():
+        prune(one, sparsity=0.5, criterion="gblm", calibration=IDS, output=tmp_path / name)
+    assert digest(tmp_path / "changed") == digest(tmp_path / "plain")
+    written = load_model(tmp_path / "changed").config.to_dict()
+    assert {key: model.config.to_dict()[key] for key in setting} == {key: written[key] for key in setting} == setting
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_what_is_loaded_measured_scored_and_generated_does_not_depend_on_the_state(source, plain, state):
     with STATES[state]():

@@ -10,15 +10,13 @@ import argparse
 import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from billhook import allocate, evaluate, load_model, load_windows, measure, prune, prune_
-from billhook.demo import EVALUATION_WINDOWS, LENGTH, MODEL, SAMPLES
+from billhook import allocate, evaluate, load_model, measure, prune, prune_
+from billhook.demo import MODEL, TEXT, evaluation_windows
 from billhook.plan.recipes import DEFAULT
 from billhook.reports.charts import Series, chart
 from billhook.reports.scales import Axis
 from billhook.steps.request import Request, open_request
-from billhook.store.checkpoint import load_tokenizer
 
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7)
 NAMES = ("magnitude", "wanda", "sparsegpt")
@@ -26,9 +24,8 @@ NAMES = ("magnitude", "wanda", "sparsegpt")
 
 def numbers() -> tuple[float, dict[str, list[float]]]:
     """Dense perplexity, and criterion (with the uniform allocation) or recipe -> perplexity at each sparsity."""
-    text: dict[str, Any] = {"calibration": "stdlib:train", "samples": SAMPLES, "length": LENGTH, "dtype": "float32"}
-    opened = open_request(Request(MODEL, **text), True, "The picture")
-    windows = load_windows("stdlib:heldout", load_tokenizer(MODEL), length=LENGTH, limit=EVALUATION_WINDOWS)
+    opened = open_request(Request(MODEL, **TEXT), True, "The picture")
+    windows = evaluation_windows()
     table = measure(opened.model, [])
     found: dict[str, list[float]] = {name: [] for name in (*NAMES, DEFAULT)}
     for sparsity in SPARSITIES:
@@ -37,7 +34,7 @@ def numbers() -> tuple[float, dict[str, list[float]]]:
             prune_(model, allocate(table, sparsity), criterion=name, batches=opened.batches)
             found[name].append(evaluate(model, windows).token_ppl)
         with TemporaryDirectory() as folder:
-            prune(MODEL, sparsity=sparsity, output=Path(folder) / "pruned", **text)
+            prune(MODEL, sparsity=sparsity, output=Path(folder) / "pruned", **TEXT)
             model = load_model(Path(folder) / "pruned", dtype="float32")
         found[DEFAULT].append(evaluate(model, windows).token_ppl)
         print(sparsity, {name: f"{values[-1]:.2f}" for name, values in found.items()}, flush=True)

@@ -89,7 +89,7 @@ class Space:
 
     def most(self) -> int:
         """The largest number of trials of these beside uniform's."""
-        return len(self.first()) - 1 + (0 if self.grid else MIDPOINTS * sum(map(self._ranges, self.allocators)))
+        return len(self.first()) - 1 + (0 if self.grid else MIDPOINTS * sum(map(self.has_range, self.allocators)))
 
     def columns(self) -> list[str]:
         """The columns that the allocators read."""
@@ -99,7 +99,7 @@ class Space:
         """The candidates in the order in which they are tried."""
         for name, options in self.first():
             yield problem.candidate(name, options)
-        for name in () if self.grid else filter(self._ranges, self.allocators):
+        for name in () if self.grid else filter(self.has_range, self.allocators):
             tried = {self.fraction(t): t for t in race.trials.values() if t.allocator == name}
             centre = min(tried, key=lambda fraction: race.against_uniform(tried[fraction])[0], default=0.0)
             if centre and (race.best.name == "uniform" or not race.behind(tried[centre])):
@@ -113,7 +113,7 @@ class Space:
         uniform, end = known.span(self.blocks, self.target)
         return float(trial.options[known.name] - uniform) / (end - uniform)
 
-    def _ranges(self, allocator: str) -> bool:
+    def has_range(self, allocator: str) -> bool:
         """Whether the allocator has a hyperparameter with more than one value."""
         known = HYPERPARAMETERS.get(allocator)
         return known is not None and len(set(known.span(self.blocks, self.target))) == 2
@@ -129,7 +129,7 @@ class Space:
     def _options(self, allocator: str) -> list[dict[str, Any]]:
         """The options of one allocator that are tried in any case."""
         given = self._given(allocator)
-        if not self._ranges(allocator):
+        if not self.has_range(allocator):
             return [ALLOCATORS.configure(allocator, given)]
         known = HYPERPARAMETERS[allocator]
         if known.name in given:

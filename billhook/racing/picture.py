@@ -19,7 +19,8 @@ def draw(race: Race, space: Space, title: str, path: Path) -> None:
     """
     lines: dict[str, list[tuple[float, Trial]]] = {}
     for trial in race.trials.values():
-        if trial.allocator in space.allocators and (known := HYPERPARAMETERS.get(trial.allocator)) is not None:
+        if trial.allocator in space.allocators and space.has_range(trial.allocator):
+            known = HYPERPARAMETERS[trial.allocator]
             others = [f"{k}={v:g}" for k, v in trial.options.items() if isinstance(v, float) and k != known.name]
             name = " ".join([trial.allocator, known.name, *others])
             lines.setdefault(name, []).append((space.fraction(trial), trial))

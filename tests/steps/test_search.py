@@ -195,6 +195,12 @@ def test_finished_search_makes_no_trial_again(tokens: torch.Tensor, tmp_path: Pa
     assert len(found.trials) == 4
 
 
+def test_a_model_of_one_block_is_searched(tokens: torch.Tensor, tmp_path: Path):
+    """Where a hyperparameter has only one value there is nothing to draw."""
+    find(llama(num_hidden_layers=1), tokens, output=tmp_path / "out", allocator="atp", budget=1, save_model=False)
+    assert load_plan(tmp_path / "out" / "plan.json").target == 0.5
+
+
 def test_another_search_is_refused_with_the_reason(tokens: torch.Tensor, tmp_path: Path):
     find(llama(), tokens, output=tmp_path / "out", budget=1)
     before = (tmp_path / "out" / "search.json").read_bytes()
