@@ -71,6 +71,8 @@ def command(
         say(f"note: {warning}")
     sizes = f"{report.size / 1e6:.1f} MB of weights, {report.source_size / 1e6:.1f} MB before"
     say(f"{report.output}: {len(layers)} layers at {report.bits:.2f} bits a weight; {sizes}. {report.seconds:.1f} s.")
+    if report.loss is not None:
+        say(f"{report.loss}.")
     say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
     if as_json:
         emit(report.to_json())

@@ -18,13 +18,13 @@ from billhook.ambient import pinned
 from billhook.distributed.collectives import barrier, gather
 from billhook.distributed.torchrun import rank
 from billhook.engine.activation_store import SPILL_GIB
-from billhook.engine.batch import rows_of, select_rows
+from billhook.engine.batch import rows_of
 from billhook.engine.gradient_file import Gradients, open_gradients
 from billhook.engine.loop import LayerResult
 from billhook.engine.method import Group
 from billhook.engine.walk import Block, Progress
-from billhook.errors import BillhookError, Interrupted, JobError
-from billhook.evaluation.quality import Loss, Reference
+from billhook.errors import BillhookError, Interrupted
+from billhook.evaluation.quality import Loss
 from billhook.plan.allocators import allocate
 from billhook.plan.plan import Plan
 from billhook.plan.table import Table
@@ -36,6 +36,7 @@ from billhook.reports.publishing import publish
 from billhook.steps.apply import prune_with
 from billhook.steps.gradients import make_gradients
 from billhook.steps.keywords import MethodOptions
+from billhook.steps.lost import loss_of
 from billhook.steps.measure import measure_opened, rows_of_table
 from billhook.steps.pack import pack
 from billhook.steps.partial_output import PartialOutput, partial_output
@@ -45,7 +46,6 @@ from billhook.steps.resolve import ResolvedRequest, check
 from billhook.store.directory import save_pruned
 from billhook.store.layout import GRADIENTS, WRITTEN
 from billhook.tasks.self_text import is_self, save_windows
-from billhook.text.corpus import source_name
 from billhook.text.given import Given
 
 Note = Callable[[LayerResult], None]
@@ -131,7 +131,7 @@ def run(
     finished block. Raises JobError, and Interrupted where the run can be resumed.
     """
     barrier()  # until all processes have checked the output
-    lost = loss_of(job)
+    lost = loss_of(job.opened, job.request.drawing.held_out)
     if job.request.output is None or job.opened.source is None or not job.opened.resources.streamed:
         results = _apply(job, progress, note)
         made = record(job, results, lost())
@@ -144,27 +144,6 @@ def run(
         notes = [*notes, *more]
     warnings = [*made["steps"][-1]["warnings"], *notes]
     return Report(job.plan, results, output, time.perf_counter() - job.begun, warnings, made)
-
-
-def loss_of(job: Job) -> Callable[[], Loss | None]:
-    """Record the dense model's predictions, and return a function that says what the model has lost when it is called.
-
-    There is no answer (None) without text, and for a model or text that gives nothing to predict.
-    """
-    opened = job.opened
-    samples, model, resources = opened.samples, opened.model, opened.resources
-    if samples is None or model.base_model is model:
-        return lambda: None
-    held_out = samples.heldout is not None
-    batch = samples.heldout or select_rows(samples.batch, slice(0, job.request.drawing.held_out))
-    about: dict[str, Any] = {"held_out": held_out, "resources": resources}
-    try:
-        reference = Reference.of(model, batch, opened.task, source_name(samples.source), **about)
-    except JobError:
-        raise
-    except BillhookError:  # nothing is masked
-        return lambda: None
-    return lambda: reference.compare(model, resources)
 
 
 def _save(job: Job, made: dict[str, Any]) -> tuple[Path | None, list[str]]:

@@ -4,20 +4,17 @@ The plan gives every chosen layer a storage type. Types intB/GROUP become a comp
 `transformers` opens. Everything else keeps the source's bytes. A run that is stopped can be resumed to the same bytes.
 """
 
-import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from billhook.architectures.layers import Layer
 from billhook.distributed.collectives import world
-from billhook.engine.loop import LayerResult, apply_plan_
+from billhook.engine.loop import apply_plan_
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
 from billhook.errors import BillhookError
@@ -25,14 +22,14 @@ from billhook.export import compressed_tensors, ggml_tensors
 from billhook.export.gguf import write_gguf
 from billhook.methods.encoded import Encoded
 from billhook.methods.quantize import QUANTIZERS
-from billhook.methods.quantize.grid import Grid, Quantized
-from billhook.methods.quantize.grids import grid_of
+from billhook.methods.quantize.grid import Quantized
 from billhook.methods.statistics import LayerStats
-from billhook.plan.plan import Plan, load_plan
+from billhook.plan.plan import load_plan
 from billhook.steps.block_files import BlockFiles
+from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
-from billhook.steps.record import without_folders
-from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
+from billhook.steps.quantize_job import QuantizeJob, QuantizeReport, QuantizeRequest, record
+from billhook.steps.request import open_request
 from billhook.steps.resolve import identity
 from billhook.steps.types import (
     EMBEDDINGS,
@@ -40,109 +37,12 @@ from billhook.steps.types import (
     full_name,
     is_ggml,
     layer_tensors,
+    outside_parameter,
     outside_types,
     plan_types,
     uniform_plan,
 )
-from billhook.store.record import Step, append_step
-from billhook.store.shards import weight_bytes, write_index
-from billhook.text.given import Given
-
-
-@dataclass(frozen=True)
-class QuantizeRequest:
-    """The parameters of a quantizing run; the field names are those of the command line.
-
-    `type` is one storage type for all layers, or "" with a `plan` of types. `embeddings` is that of embeddings and head
-    in a GGUF file. With `published`, windows are drawn as in the released code of the papers.
-    """
-
-    model: str | Path
-    type: str
-    output: str | Path
-    plan: str | Path | Plan | None = None
-    embeddings: str = ""
-    quantizer: str = "gptq"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    calibration: Given | None = None
-    samples: int = 128
-    length: int | None = None
-    bos: str = "auto"
-    published: bool = False
-    batch_size: int | None = None
-    seed: int = 0
-    targets: str | Sequence[str] = ()
-    ignore: str | Sequence[str] = ()
-    device: str = "auto"
-    dtype: str = "auto"
-    overwrite: bool = False
-    resume: bool = False
-    trust_remote_code: bool = False
-
-    def opening(self) -> Request:
-        """The fields that say how a model and its text are opened."""
-        given = {
-            name: getattr(self, name) for name in self.__dataclass_fields__ if name in Request.__dataclass_fields__
-        }
-        return Request(**(given | {"options": {}}))
-
-
-@dataclass(frozen=True)
-class QuantizeJob:
-    """A checked request with its plan.
-
-    `tensors` are the names on disk of the layers' weights, `outside` the types of embeddings and head by their names.
-    """
-
-    request: QuantizeRequest
-    opened: Opened
-    plan: Plan
-    method: Quantization
-    tensors: Mapping[str, str]
-    outside: Mapping[str, str]
-    identity: Mapping[str, Any]
-    notes: list[str]
-
-    @property
-    def ggml(self) -> bool:
-        """Whether the output is a GGUF file."""
-        return any(is_ggml(type) for type in plan_types(self.plan).values())
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """The shapes of the layers."""
-        return {layer.name: layer.shape for layer in self.opened.layers}
-
-    @cached_property
-    def grids(self) -> dict[str, Grid]:
-        """The grids of all quantized tensors by their names on disk."""
-        types = {self.tensors[layer]: type for layer, type in plan_types(self.plan).items()} | dict(self.outside)
-        return {name: grid_of(type, self.method.scale_dtype) for name, type in types.items()}
-
-
-@dataclass(frozen=True)
-class QuantizeReport:
-    """What a run did; `bits` counts everything that is stored for the quantized layers, per weight."""
-
-    output: Path
-    layers: list[LayerResult]
-    bits: float
-    size: int
-    source_size: int
-    seconds: float
-    warnings: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of `quantize --json`."""
-        return {
-            "output": str(self.output),
-            "bits": self.bits,
-            "bytes": self.size,
-            "source_bytes": self.source_size,
-            "seconds": round(self.seconds, 3),
-            "warnings": self.warnings,
-            "layers": {r.layer: {"type": r.type, "error": r.error, "zeros": r.zeros} for r in self.layers},
-        }
+from billhook.store.shards import read_shard, weight_bytes, write_index
 
 
 def quantize(
@@ -183,7 +83,9 @@ def prepare(request: QuantizeRequest, progress: Progress = lambda layer: None) -
     tensors = layer_tensors(opened)
     dtypes = {stream.source[name].dtype for name in tensors.values()}
     method = replace(method, scale_dtype=torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float16)
-    outside = outside_types(opened, request.embeddings or EMBEDDINGS) if is_ggml(type) else {}
+    outside = dict(request.outside)
+    if is_ggml(type) and not outside:
+        outside = outside_types(opened, request.embeddings or EMBEDDINGS)
     run = identity(request.opening(), opened, method.options, plan, None)
     run |= {"step": "quantize", "quantizer": request.quantizer, "outside": outside}
     return QuantizeJob(request, opened, plan, method, tensors, outside, run, notes)
@@ -209,9 +111,13 @@ def run(
 
     files = BlockFiles(stream, job.grids, ggml_tensors if job.ggml else compressed_tensors, outside)
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
+    lost = loss_of(opened, request.opening().drawing.held_out)
     with partial_output(
         stream, source, output, job.identity, job.plan.to_json(), **may, stopping=stopping, files=files
     ) as partial:
+        for name in job.outside:
+            decoded = files.form.read(name, job.grids[name], [read_shard(partial.folder / files.files[0])])
+            outside_parameter(opened.model, name).copy_(decoded.decode(torch.float32))
         before = [result for results in partial.state.results for result in results]
         for result in before:
             progress(result.layer)
@@ -224,12 +130,13 @@ def run(
             opened.model, job.plan, job.method, opened.batches, layers=opened.layers, resources=opened.resources,
             start=partial.state.done, progress=progress, made=made, finished=partial.finished,
         )  # fmt: skip
-        record = _record(job, results)
-        partial.complete(record, _finish(job, files, source))
+        loss = lost()
+        made_record = record(job, results, loss)
+        partial.complete(made_record, _finish(job, files, source))
     size = sum(file.stat().st_size for file in output.iterdir() if file.suffix in (".safetensors", ".gguf"))
     bits = 8 * job.plan.bytes(job.shapes) / sum(out * columns for out, columns in job.shapes.values())
-    warnings, seconds = record["steps"][-1]["warnings"], time.perf_counter() - start
-    return QuantizeReport(output, results, bits, size, weight_bytes(source), seconds, warnings)
+    warnings, seconds = made_record["steps"][-1]["warnings"], time.perf_counter() - start
+    return QuantizeReport(output, results, bits, size, weight_bytes(source), seconds, loss, warnings)
 
 
 def _finish(job: QuantizeJob, files: BlockFiles, source: Path) -> Callable[[Path], Mapping[str, Any]]:
@@ -257,30 +164,3 @@ def _configuration(job: QuantizeJob) -> dict[str, Any]:
     linear = {name for name, m in job.opened.model.named_modules() if isinstance(m, torch.nn.Linear)}
     types = {layer: job.grids[tensor] for layer, tensor in job.tensors.items()}
     return compressed_tensors.configuration(types, linear - types.keys())
-
-
-def _record(job: QuantizeJob, results: Sequence[LayerResult]) -> dict[str, Any]:
-    """The content of billhook.json after the run."""
-    request, opened, before = job.request, job.opened, job.opened.history
-    known = {} if before is None else before.layers
-    layers = {}
-    for r in results:
-        facts = {key: value for key, value in known.get(r.layer, {}).items() if key == "sparsity"}
-        facts |= {"shape": list(r.shape), "zeros": r.zeros, "notes": list(r.notes), "error": r.error, "type": r.type}
-        layers[r.layer] = facts | {"tensor": job.tensors[r.layer], "index": None, "transposed": False}
-    made_by = {
-        "quantizer": request.quantizer,
-        "outside": dict(job.outside),
-        "quantizer_options": without_folders(job.method.options),
-        **{key: getattr(request, key) for key in ("seed", "dtype", "device")},
-        "targets": listed(request.targets),
-        "ignore": listed(request.ignore),
-        "calibration": None if opened.samples is None else calibration_facts(opened),
-        "papers": {"quantizer": QUANTIZERS.paper(request.quantizer)},
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__
-        },
-    }  # fmt: skip
-    notes = [*job.notes, *(f"{r.layer}: {note}" for r in results for note in r.notes)]
-    step = Step("quantize", job.plan.to_json(), made_by, opened.facts, notes)
-    return append_step(before, step, layers).to_json()

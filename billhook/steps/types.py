@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.architectures.layers import Layer
@@ -118,3 +119,11 @@ def outside_matrices(model: PreTrainedModel, stream: Stream) -> dict[str, tuple[
         for name, entry in stream.source.items()
         if name not in inside and tuple(entry.entry.shape) in shapes
     }
+
+
+def outside_parameter(model: PreTrainedModel, name: str) -> Tensor:
+    """The parameter of embeddings or head that is called `name` on disk."""
+    for full in (name, f"{model.base_model_prefix}.{name}"):
+        if full in model.state_dict():
+            return model.get_parameter(full).detach()
+    raise BillhookError(f"{name} is not a parameter of the model under that name, which quantize does not support.")

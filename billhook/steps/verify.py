@@ -20,12 +20,12 @@ from billhook.errors import BillhookError
 from billhook.export import compressed_tensors
 from billhook.plan.plan import Plan
 from billhook.steps.kept import changed_weights
-from billhook.store.files import sha256
+from billhook.steps.verify_files import check_config, check_files, unlisted_weights
+from billhook.steps.verify_gguf import examine_gguf
 from billhook.store.layout import RECORD, is_packed, is_unfinished
 from billhook.store.record import REFILLED, Record, Step, located, read_record, weights_digest
 from billhook.store.shards import Shard, layer_zeros, read_shard, weight_files
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 Progress = Callable[[str], None]
 
 
@@ -76,9 +76,13 @@ def verify(
         raise BillhookError(f"{directory} is not finished: resume it with the command that started it and --resume.")
     if not is_packed(directory):
         record = read_record(directory / RECORD)
-        problems = [*_check_files(directory, record.files), *_unlisted(directory, record.files)]
+        problems = [*check_files(directory, record.files), *unlisted_weights(directory, record.files)]
+        if gguf := sorted(directory.glob("*.gguf")):
+            zeros, weights, found = examine_gguf(gguf[0], record, progress)
+            problems += [*_check_chain(record), *found]
+            return Verification(str(directory), len(record.steps), len(record.layers), zeros, weights, problems)
         shards, damaged = _open(directory)
-        problems += [*_check_config(directory, shards), *_check_finite(shards)]
+        problems += [*check_config(directory, shards), *_check_finite(shards)]
         if source is not None:
             problems += changed_weights(shards, record, resolve(source))
         return _check_record(directory, record, problems, shards, damaged, progress)
@@ -87,12 +91,12 @@ def verify(
     from billhook.packed.check import examine
 
     seen = examine(directory)
-    problems = [*seen.problems, *_check_config(directory, seen.shards)]
+    problems = [*seen.problems, *check_config(directory, seen.shards)]
     if seen.problems or not (directory / RECORD).is_file():
         return Verification(str(directory), 0, seen.layers, seen.zeros, seen.weights, problems)
     record = read_record(directory / RECORD)
     files = {name: digest for name, digest in record.files.items() if not (seen.rounded and name in seen.digests)}
-    problems += _check_files(directory, files, seen.digests)
+    problems += check_files(directory, files, seen.digests)
     return _check_record(directory, record, problems, seen.shards, [], progress)
 
 
@@ -204,32 +208,6 @@ def _planned(plan: Plan, name: str, zeros: int, shape: tuple[int, int], number: 
     keep_of = plan.weights[name].keep_of
     groups = None if keep_of is None else (keep_of[1] - keep_of[0], keep_of[1])
     return _Planned(_name(number, step), zeros, slack, groups)
-
-
-def _check_files(directory: Path, files: Mapping[str, str], known: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Compare the SHA-256 of files, some of which are `known`."""
-    found = dict(known or {})
-    for name, digest in files.items():
-        if name not in found and not (directory / name).is_file():
-            yield f"{name} is missing."
-        elif (found.get(name) or sha256(directory / name)) != digest:
-            yield f"{name} is not the file that was written: its SHA-256 differs."
-
-
-def _unlisted(directory: Path, files: Mapping[str, str]) -> Iterator[str]:
-    for path in sorted(directory.iterdir()):
-        # transformers would read a model.safetensors that was added, and ignore the shards
-        if path.suffix in _WEIGHTS and path.name not in files:
-            yield f"{path.name} holds weights and is not listed in {RECORD}."
-
-
-def _check_config(directory: Path, shards: Sequence[Shard]) -> Iterator[str]:
-    from billhook.store.checkpoint import check_loads
-
-    try:
-        check_loads(directory, sum(len(shard.entries) for shard in shards))
-    except BillhookError as error:
-        yield f"config.json cannot be loaded: {error}"
 
 
 def _open(directory: Path) -> tuple[list[Shard], list[str]]:

@@ -19,6 +19,7 @@ from billhook.errors import BillhookError, Interrupted
 from billhook.export.compressed_tensors import read
 from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.quantize.grids import grid_of
+from billhook.methods.statistics import LayerStats
 from billhook.packed.loading import load
 from billhook.steps.quantize import QuantizeRequest, prepare, quantize, run
 from billhook.steps.types import uniform_plan
@@ -177,13 +178,20 @@ def test_a_gguf_file_holds_what_the_quantizer_computed_in_memory(tmp_path, sourc
     plan, _ = uniform_plan(type, layers)
     assert {spec.type for spec in plan.weights.values()} == {used}
     method = Quantization("gptq", QUANTIZERS.configure("gptq", {}))
+    embedded = model.get_input_embeddings().weight.data
+    embedded.copy_(QUANTIZERS.get("round")(embedded, LayerStats(0, 0), grid_of("q8_0")).decode(torch.float32))
     apply_plan_(model, plan, method, [{"input_ids": part} for part in IDS.split(2)], layers=layers)
     found = load(output / "out.gguf").state_dict()
     for name, value in model.state_dict().items():
-        if "embed" in name or "lm_head" in name:
-            assert (found[name] - value).abs().max() < 0.01
-        else:
-            assert torch.equal(found[name], value), name
+        assert torch.equal(found[name], value), name
     kinds = {entry.type for entry in read_gguf(output / "out.gguf").tensors.values()}
     assert kinds == {used, "q8_0", "f32", "bf16"}
     assert not list(output.glob("*.safetensors"))
+    assert verify(output).ok
+    entry = read_gguf(output / "out.gguf").tensors["blk.1.attn_q.weight"]
+    data = bytearray((output / "out.gguf").read_bytes())
+    data[entry.start : entry.start + 2] = b"\x00\x7e"  # NaN in float16
+    (output / "out.gguf").write_bytes(data)
+    problems = verify(output).problems
+    assert any("SHA-256" in problem for problem in problems)
+    assert any("attn_q.weight holds NaN" in problem for problem in problems)

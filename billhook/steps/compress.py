@@ -1,0 +1,185 @@
+"""Compress: meet a size with the least loss, by a storage type for every tensor.
+
+    check -> fixed bytes of the file -> errors of every layer and type -> types under the budget -> quantize
+
+The types are chosen on held-out calibration windows (`billhook.racing.levels`), with the whole model in memory; the
+model is then quantized block by block (`billhook.steps.quantize`). Everything in the file counts. Targets:
+
+* `gguf`: one .gguf file for llama.cpp; embeddings and head get types of their own;
+* `transformers`: a compressed-tensors directory, 2 to 8 bits; embeddings and head keep 16 bits;
+* `vllm`: the same with 4 and 8 bits, where the layers that vLLM fuses (q, k, v and gate, up) share a type.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from billhook.architectures.layers import Layer, find_layers, select_layers
+from billhook.engine.batch import rows_of
+from billhook.engine.method import Quantization
+from billhook.engine.walk import Progress
+from billhook.evaluation.quality import Reference
+from billhook.measurement.level_errors import level_errors
+from billhook.methods.quantize import QUANTIZERS
+from billhook.methods.quantize.grids import grid_of
+from billhook.methods.quantize.nearest import nearest
+from billhook.methods.statistics import LayerStats
+from billhook.plan.plan import Plan
+from billhook.plan.storage import bits
+from billhook.racing.levels import Chosen, Levels, choose_types
+from billhook.steps.quantize import QuantizeReport, QuantizeRequest, prepare, run
+from billhook.steps.request import Opened, listed, open_request
+from billhook.steps.sizes import Size, Sizes, allowed_types, outside_menu
+from billhook.steps.state import partial_folder, unfinished_run
+from billhook.steps.types import check_target, outside_parameter
+from billhook.store.checkpoint import load
+from billhook.text.given import Given
+from billhook.trials.heldout import Split, split_samples
+
+Target = Literal["gguf", "transformers", "vllm"]
+_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+
+@dataclass(frozen=True)
+class CompressRequest:
+    """The parameters of a run: one of `size`, `bits` and `ratio` (see `billhook.steps.sizes.Size`); `types` limits the
+    choice. The others are those of `quantize`."""
+
+    model: str | Path
+    output: str | Path
+    size: str | int | None = None
+    bits: float | None = None
+    ratio: float | None = None
+    target: Target = "gguf"
+    types: Sequence[str] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)  # of GPTQ
+    calibration: Given | None = None
+    samples: int = 128
+    length: int | None = None
+    bos: str = "auto"
+    published: bool = False
+    batch_size: int | None = None
+    seed: int = 0
+    targets: str | Sequence[str] = ()
+    ignore: str | Sequence[str] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+    overwrite: bool = False
+    resume: bool = False
+    trust_remote_code: bool = False
+
+    def quantizing(self) -> QuantizeRequest:
+        """The request of the step that quantizes, without a plan."""
+        same = QuantizeRequest.__dataclass_fields__.keys() & self.__dataclass_fields__.keys()
+        return QuantizeRequest(type="", **{name: getattr(self, name) for name in same})
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """What a run did; `budget` is the size asked for, `outlook` the predicted loss of other budgets relative to it."""
+
+    quantized: QuantizeReport
+    budget: int
+    outlook: Mapping[float, float]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many layers have each type, the largest type first."""
+        found = Counter(r.type or "" for r in self.quantized.layers)
+        return {type: found[type] for type in sorted(found, key=bits, reverse=True)}
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `compress --json`."""
+        return {
+            **self.quantized.to_json(),
+            "budget": self.budget,
+            "outlook": {str(k): v for k, v in self.outlook.items()},
+        }
+
+
+def compress(
+    model: str | Path, output: str | Path, *, progress: Progress = lambda line: None, **fields: Any
+) -> CompressReport:
+    """Compress a model directory (or hub name) to a size; the keyword arguments are the fields of `CompressRequest`.
+
+    Raises BillhookError (nothing written) for an impossible request, with the least possible size where that is the
+    reason, and JobError for a run that failed.
+    """
+    known = {key: value for key, value in fields.items() if key in CompressRequest.__dataclass_fields__}
+    options = {**(fields.get("options") or {}), **{key: fields[key] for key in fields.keys() - known.keys()}}
+    return run_compress(CompressRequest(model, output, **{**known, "options": options}), progress)
+
+
+def run_compress(request: CompressRequest, progress: Progress = lambda line: None) -> CompressReport:
+    """Choose types and quantize; with `resume`, with the types that the stopped run chose."""
+    types = allowed_types(request.target, request.types)
+    check_target(request.target == "gguf")
+    method = Quantization("gptq", QUANTIZERS.configure("gptq", request.options))
+    opened = open_request(request.quantizing().opening(), True, "Choosing types", streamed=True, progress=progress)
+    given = Size(request.size, request.bits, request.ratio)
+    sizes = Sizes.of(given, opened, types, request.target)
+    stopped = _stopped_plan(request)
+    chosen = Chosen(stopped, {}) if stopped is not None else _choose(request, opened, sizes, method, progress)
+    outside = chosen.plan.made_by.get("outside", {})
+    job = prepare(replace(request.quantizing(), plan=chosen.plan, outside=outside), progress)
+    return CompressReport(run(job, progress), sizes.budget, chosen.outlook)
+
+
+def _stopped_plan(request: CompressRequest) -> Plan | None:
+    """The plan of the run to resume, if there is one."""
+    output = Path(request.output).expanduser().resolve()
+    state = unfinished_run(output, resume=request.resume, overwrite=request.overwrite)
+    return None if state is None else Plan.from_json(state.plan, str(partial_folder(output)))
+
+
+def _choose(request: CompressRequest, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Chosen:
+    """The types of all tensors, with the model in memory."""
+    source, samples = opened.source, opened.samples
+    assert source is not None
+    assert samples is not None
+    options: dict[str, Any] = {"dtype": request.dtype, "device": request.device}
+    model = load(source, opened.task.auto_class, **options, trust_remote_code=request.trust_remote_code)
+    layers = select_layers(find_layers(model), listed(request.targets), listed(request.ignore))
+    split = split_samples(model, samples, rows_of(opened.batches[0]), request.seed)
+    errors = level_errors(model, layers, split.batches, sizes.menus, method.scale_dtype, progress=progress)
+    losses = _outside_losses(model, sizes.outside, split, opened, progress)
+    shapes = {layer.name: layer.shape for layer in layers}
+    tied = _tied(layers) if request.target == "vllm" else ()
+    levels = Levels(shapes, errors, sizes.budget - sizes.fixed, tied, sizes.outside, losses)
+    quick = replace(method, options={**method.options, "sweeps": 0})
+    return choose_types(model, layers, split, levels, quick, progress)
+
+
+@torch.no_grad()
+def _outside_losses(
+    model: PreTrainedModel, shapes: Mapping[str, tuple[int, int]], split: Split, opened: Opened, progress: Progress
+) -> dict[str, dict[str, float]]:
+    """The divergence of the model in which embeddings or head alone have a type, by name and type."""
+    losses: dict[str, dict[str, float]] = {}
+    reference = Reference.of(model, split.heldout, opened.task, "held-out windows") if shapes else None
+    for name, shape in shapes.items():
+        parameter = outside_parameter(model, name)
+        own, losses[name] = parameter.clone(), {}
+        for type in outside_menu(shape[1]):
+            parameter.copy_(nearest(own.float(), LayerStats(0, 0), grid_of(type)).decode(torch.float32))
+            assert reference is not None
+            losses[name][type] = max(reference.compare(model).kl or 0.0, 0.0)
+            progress(f"{name} as {type}: kl {losses[name][type]:.5f}")
+        parameter.copy_(own)
+    return losses
+
+
+def _tied(layers: Sequence[Layer]) -> list[tuple[str, ...]]:
+    """The layers that vLLM fuses."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for layer in layers:
+        parent, _, last = layer.name.rpartition(".")
+        for number, names in enumerate(_FUSED):
+            if last in names:
+                groups.setdefault((parent, number), []).append(layer.name)
+    return [tuple(names) for names in groups.values()]

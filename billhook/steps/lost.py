@@ -1,0 +1,31 @@
+"""What a step has lost: the dense model's predictions before it, compared with those of the model afterwards."""
+
+from collections.abc import Callable
+from typing import Any
+
+from billhook.engine.batch import select_rows
+from billhook.errors import BillhookError, JobError
+from billhook.evaluation.quality import Loss, Reference
+from billhook.steps.request import Opened
+from billhook.text.corpus import source_name
+
+
+def loss_of(opened: Opened, windows: int) -> Callable[[], Loss | None]:
+    """Record the dense model's predictions, and return a function that says what the model has lost when it is called.
+
+    Where the samples have no held-out rows, the first `windows` of them are scored. There is no answer (None) without
+    text, and for a model or text that gives nothing to predict.
+    """
+    samples, model, resources = opened.samples, opened.model, opened.resources
+    if samples is None or model.base_model is model:
+        return lambda: None
+    held_out = samples.heldout is not None
+    batch = samples.heldout or select_rows(samples.batch, slice(0, windows))
+    about: dict[str, Any] = {"held_out": held_out, "resources": resources}
+    try:
+        reference = Reference.of(model, batch, opened.task, source_name(samples.source), **about)
+    except JobError:
+        raise
+    except BillhookError:  # nothing is masked
+        return lambda: None
+    return lambda: reference.compare(model, resources)

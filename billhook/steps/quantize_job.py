@@ -1,0 +1,155 @@
+"""A request to quantize a model, its checked job, what a run reports, and its step in billhook.json."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from billhook.engine.loop import LayerResult
+from billhook.engine.method import Quantization
+from billhook.evaluation.quality import Loss
+from billhook.methods.quantize import QUANTIZERS
+from billhook.methods.quantize.grid import Grid
+from billhook.methods.quantize.grids import grid_of
+from billhook.plan.plan import Plan
+from billhook.steps.record import without_folders
+from billhook.steps.request import Opened, Request, calibration_facts, listed
+from billhook.steps.types import (
+    is_ggml,
+    plan_types,
+)
+from billhook.store.record import Step, append_step
+from billhook.text.given import Given
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """The parameters of a quantizing run; the field names are those of the command line.
+
+    `type` is one storage type for all layers, or "" with a `plan` of types. `embeddings` is that of embeddings and head
+    in a GGUF file; `outside` gives each of them one, by its name on disk. With `published`, windows are drawn as in the
+    released code of the papers.
+    """
+
+    model: str | Path
+    type: str
+    output: str | Path
+    plan: str | Path | Plan | None = None
+    embeddings: str = ""
+    outside: Mapping[str, str] = field(default_factory=dict)
+    quantizer: str = "gptq"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Given | None = None
+    samples: int = 128
+    length: int | None = None
+    bos: str = "auto"
+    published: bool = False
+    batch_size: int | None = None
+    seed: int = 0
+    targets: str | Sequence[str] = ()
+    ignore: str | Sequence[str] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+    overwrite: bool = False
+    resume: bool = False
+    trust_remote_code: bool = False
+
+    def opening(self) -> Request:
+        """The fields that say how a model and its text are opened."""
+        given = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name in Request.__dataclass_fields__
+        }
+        return Request(**(given | {"options": {}}))
+
+
+@dataclass(frozen=True)
+class QuantizeJob:
+    """A checked request with its plan.
+
+    `tensors` are the names on disk of the layers' weights, `outside` the types of embeddings and head by their names.
+    """
+
+    request: QuantizeRequest
+    opened: Opened
+    plan: Plan
+    method: Quantization
+    tensors: Mapping[str, str]
+    outside: Mapping[str, str]
+    identity: Mapping[str, Any]
+    notes: list[str]
+
+    @property
+    def ggml(self) -> bool:
+        """Whether the output is a GGUF file."""
+        return any(is_ggml(type) for type in plan_types(self.plan).values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The shapes of the layers."""
+        return {layer.name: layer.shape for layer in self.opened.layers}
+
+    @cached_property
+    def grids(self) -> dict[str, Grid]:
+        """The grids of all quantized tensors by their names on disk."""
+        types = {self.tensors[layer]: type for layer, type in plan_types(self.plan).items()} | dict(self.outside)
+        return {name: grid_of(type, self.method.scale_dtype) for name, type in types.items()}
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What a run did; `bits` counts everything that is stored for the quantized layers, per weight."""
+
+    output: Path
+    layers: list[LayerResult]
+    bits: float
+    size: int
+    source_size: int
+    seconds: float
+    loss: Loss | None
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `quantize --json`."""
+        return {
+            "output": str(self.output),
+            "bits": self.bits,
+            "bytes": self.size,
+            "source_bytes": self.source_size,
+            "seconds": round(self.seconds, 3),
+            "lost": None if self.loss is None else self.loss.to_dict(),
+            "warnings": self.warnings,
+            "layers": {r.layer: {"type": r.type, "error": r.error, "zeros": r.zeros} for r in self.layers},
+        }
+
+
+def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) -> dict[str, Any]:
+    """The content of billhook.json after the run."""
+    request, opened, before = job.request, job.opened, job.opened.history
+    known = {} if before is None else before.layers
+    layers = {}
+    for r in results:
+        facts = {key: value for key, value in known.get(r.layer, {}).items() if key == "sparsity"}
+        facts |= {"shape": list(r.shape), "zeros": r.zeros, "notes": list(r.notes), "error": r.error, "type": r.type}
+        layers[r.layer] = facts | {"tensor": job.tensors[r.layer], "index": None, "transposed": False}
+    made_by = {
+        "quantizer": request.quantizer,
+        "outside": dict(job.outside),
+        "quantizer_options": without_folders(job.method.options),
+        **{key: getattr(request, key) for key in ("seed", "dtype", "device")},
+        "targets": listed(request.targets),
+        "ignore": listed(request.ignore),
+        "calibration": None if opened.samples is None else calibration_facts(opened),
+        "papers": {"quantizer": QUANTIZERS.paper(request.quantizer)},
+        "lost": None if loss is None else loss.to_dict(),
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__
+        },
+    }  # fmt: skip
+    notes = [*job.notes, *(f"{r.layer}: {note}" for r in results for note in r.notes)]
+    step = Step("quantize", job.plan.to_json(), made_by, opened.facts, notes)
+    return append_step(before, step, layers).to_json()

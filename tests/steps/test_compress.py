@@ -1,0 +1,98 @@
+"""Compressing to a size: the file is never larger, and the types are the best for it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from billhook.errors import BillhookError
+from billhook.packed.loading import load
+from billhook.steps.compress import compress
+from billhook.steps.sizes import Size, allowed_types, parse_size
+from billhook.steps.verify import verify
+
+pytestmark = pytest.mark.gate
+IDS = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(0))
+FIELDS = {"calibration": IDS, "batch_size": 4, "sweeps": 0}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    model = tiny.llama(num_hidden_layers=2, intermediate_size=64)
+    return tiny.save(tmp_path_factory.mktemp("source") / "model", model, dtype=torch.bfloat16, words=False)
+
+
+def weights(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
+
+
+@pytest.mark.parametrize("target", ["gguf", "transformers", "vllm"])
+def test_the_file_is_not_larger_than_asked_and_opens(tmp_path, source, target):
+    with pytest.raises(
+        BillhookError, match=r"1,000 bytes cannot be met: the least possible .* is ([\d,]+) bytes"
+    ) as error:
+        compress(source, tmp_path / "out", size=1000, target=target, **FIELDS)
+    least = int(str(error.value).partition(" is ")[2].partition(" bytes")[0].replace(",", ""))
+    sizes = []
+    for number, budget in enumerate((least, least + 3000)):
+        report = compress(source, tmp_path / f"out{number}", size=budget, target=target, **FIELDS)
+        output = report.quantized.output
+        sizes.append(weights(output))
+        assert report.quantized.size == sizes[-1] <= budget
+        opened = load(output / f"out{number}.gguf" if target == "gguf" else output)
+        assert opened(IDS).logits.isfinite().all()
+    assert sizes[1] > sizes[0]
+
+
+def test_layers_that_vllm_fuses_get_the_same_type(tmp_path, source):
+    output = compress(source, tmp_path / "out", size="40KB", target="vllm", **FIELDS).quantized.output
+    layers = json.loads((output / "billhook.json").read_text())["layers"]
+    types = {name: facts["type"] for name, facts in layers.items()}
+    assert {t.partition("/")[0] for t in types.values()} == {"int4", "int8"}
+    for block in range(2):
+        prefix = f"model.layers.{block}"
+        assert len({types[f"{prefix}.self_attn.{x}_proj"] for x in "qkv"}) == 1
+        assert len({types[f"{prefix}.mlp.{x}_proj"] for x in ("gate", "up")}) == 1
+    assert verify(output).ok
+
+
+def test_more_bytes_go_where_they_lower_the_divergence_and_uniform_is_never_better_on_held_out_text(tmp_path, source):
+    report = compress(source, tmp_path / "out", size="42KB", target="transformers", **FIELDS)
+    plan = json.loads((report.quantized.output / "billhook.json").read_text())["steps"][-1]["plan"]
+    tried = plan["made_by"]["racing"]["tried"]
+    assert tried[plan["made_by"]["racing"]["best"]] <= tried["uniform"]
+    assert len(set(plan["weights"].values())) > 1
+    assert report.outlook[1.1] < 1 < report.outlook.get(0.9, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({}, "Give exactly one of size"),
+        ({"size": "2GB", "bits": 3.0}, "Give exactly one of size"),
+        ({"size": "two"}, "is not a number of bytes, such as 2.5GB"),
+        ({"bits": 0.0}, r"not a number of bits in \(0, 32\]"),
+        ({"bits": float("nan")}, r"not a number of bits in \(0, 32\]"),
+        ({"size": "1MB", "target": "exe"}, "Unknown target 'exe': use gguf"),
+        ({"size": "1MB", "types": ["int4/64"]}, "gguf files cannot hold int4/64"),
+        ({"size": "1MB", "calibration": None}, "Choosing types needs activations"),
+    ],
+)
+def test_an_impossible_request_is_refused_before_anything_is_written(tmp_path, source, change, match):
+    with pytest.raises(BillhookError, match=match):
+        compress(source, tmp_path / "out", **{**FIELDS, **change})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_are_read_in_powers_of_ten_and_of_two():
+    assert [parse_size(x) for x in ("2.5GB", "800 MB", "2GiB", "1k", 12)] == [
+        2_500_000_000,
+        800_000_000,
+        2**31,
+        1000,
+        12,
+    ]
+    assert allowed_types("vllm", ())[0] == "int4/64"
+    assert Size(ratio=0.5).size is None
