@@ -1,4 +1,4 @@
-"""Billhook prunes large language models layer by layer, with as little loss as possible.
+"""Billhook prunes and quantizes large language models layer by layer, with as little loss as possible.
 
 `import billhook` loads neither torch nor transformers: the public names below are imported when they are first used.
 """
@@ -24,10 +24,12 @@ if TYPE_CHECKING:  # the names below, for type checkers
     from billhook.plan.spec import Spec as Spec
     from billhook.plan.table import Table as Table
     from billhook.steps.apply import prune_ as prune_
+    from billhook.steps.compress import compress as compress
     from billhook.steps.pack import pack as pack
     from billhook.steps.pack import unpack as unpack
     from billhook.steps.prune import Report as Report
     from billhook.steps.prune import prune as prune
+    from billhook.steps.quantize import quantize as quantize
     from billhook.steps.search import search as search
     from billhook.steps.verify import verify as verify
     from billhook.store.directory import save_pruned as save_pruned
@@ -50,6 +52,7 @@ _PUBLIC = {
     "Table": "billhook.plan.table",
     "allocate": "billhook.plan.allocators",
     "compare": "billhook.comparison.grid",
+    "compress": "billhook.steps.compress",
     "evaluate": "billhook.evaluation.perplexity",
     "find_layers": "billhook.architectures.layers",
     "load": "billhook.packed.loading",
@@ -61,6 +64,7 @@ _PUBLIC = {
     "pack": "billhook.steps.pack",
     "prune": "billhook.steps.prune",
     "prune_": "billhook.steps.apply",
+    "quantize": "billhook.steps.quantize",
     "save_pruned": "billhook.store.directory",
     "search": "billhook.steps.search",
     "unpack": "billhook.steps.pack",

@@ -22,7 +22,7 @@ from billhook.cli import main
 TEXT = ("--calibration", "text.txt", "--samples", "8", "--length", "32", "--batch-size", "2")
 
 
-PRUNE = ("prune", "model", "--criterion", "wanda", "--sparsity", "0.5", *TEXT)
+PRUNE = ("prune", "model", "--sparsity", "0.5", *TEXT, "--criterion", "wanda")
 
 
 @dataclass

@@ -14,6 +14,7 @@ from page_parts import NOTE, prose, summary, table, title_and_text
 
 from billhook.architectures.layers import FAMILIES
 from billhook.measurement import METRICS
+from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
 from billhook.plan.metrics import CURVES, FACTS, Metric
@@ -25,6 +26,7 @@ OTHERS = {  # pages of modules that are not registered methods
     "recipes": "billhook.plan.recipes",
     "block_tuning": "billhook.recover.blockwise",
     "self_text": "billhook.tasks.self_text",
+    "levels": "billhook.racing.levels",
 }
 MORE = {"spectra": ("tails", "eigen")}  # modules whose docstrings are sections of a family's page
 SOURCES = {
@@ -41,7 +43,7 @@ def pages() -> dict[str, str]:
     """File name below docs/methods -> text."""
     links = _links()
     found = {"index.md": _index(links)}
-    for registry in (ALLOCATORS, CRITERIA):
+    for registry in (ALLOCATORS, CRITERIA, QUANTIZERS):
         found |= {f"{name}.md": _method(registry, name, links) for name in registry.names()}
     for family in dict.fromkeys(map(_family, COLUMNS.values())):
         found[f"{family}.md"] = _metrics(family, links)
@@ -53,7 +55,7 @@ def pages() -> dict[str, str]:
 
 def _links() -> dict[str, str]:
     """Every name that can be written in backticks -> its page."""
-    names = {name: f"{name}.md" for name in (*ALLOCATORS.names(), *CRITERIA.names(), *OTHERS)}
+    names = {name: f"{name}.md" for name in (*ALLOCATORS.names(), *CRITERIA.names(), *QUANTIZERS.names(), *OTHERS)}
     return names | {name: f"{_family(metric)}.md" for name, metric in COLUMNS.items()}
 
 
@@ -146,6 +148,10 @@ def _index(links: dict[str, str]) -> str:
         _registry(CRITERIA),
         "[Block tuning](block_tuning.md) can follow any criterion (`--refine`). "
         "[Text that the model writes](self_text.md) can calibrate any of them.",
+        "## Quantizers",
+        "A *quantizer* rounds weights to the points of a storage type ([Quantize it](../quantize.md)). "
+        "[`levels`](levels.md) chooses a type for every tensor under a size.",
+        _registry(QUANTIZERS),
         "## Metrics",
         "Columns of the table that allocators read. A parameter may follow the name after a colon: "
         f"{_with_parameter()}.",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ Examples:
   billhook bench ./packed --against ./pruned
   billhook bench ./packed-50 ./packed-60 ./packed-70 --against ./dense --batch 1 --prompt 128 --picture speed.svg
 """
+PROMPT_HELP = "Prompt lengths in tokens, separated by commas; by default those of 16,128,512 that fit the context."
 PICTURE_HELP = "Draw speed-up against sparsity (SVG); needs at least two packed models and --against."
 
 
@@ -26,7 +27,7 @@ def command(
     *,
     against: Annotated[str | None, typer.Option(help="The dense model to compare with.", metavar="DENSE")] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
-    prompt: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas.")] = "16,128,512",
+    prompt: Annotated[str | None, typer.Option(help=PROMPT_HELP, metavar="LIST")] = None,
     new: Annotated[int, typer.Option(help="Tokens to generate after each prompt.", min=2)] = 64,
     rounds: Annotated[int, typer.Option(help="Counted rounds, after one warm-up round.", min=1)] = 3,
     picture: Annotated[Path | None, typer.Option(help=PICTURE_HELP, metavar="FILE")] = None,
@@ -39,15 +40,18 @@ def command(
     from billhook.errors import BillhookError
     from billhook.packed import benchmark
     from billhook.store.files import check_writable, write_text
+    from billhook.store.layout import is_packed
 
     if picture is not None:
         check_writable(picture)
         if against is None or len(models) < 2:
             raise BillhookError("--picture needs --against DENSE and at least two packed models.")
-    axes = {"batches": numbers(batch, int, "--batch", "1,8"), "prompts": numbers(prompt, int, "--prompt", "16,128")}
+        if sum(is_packed(Path(model)) for model in models) < 2:
+            raise BillhookError("--picture needs at least two packed models: a dense one has no sparsity to draw.")
+    prompts = None if prompt is None else numbers(prompt, int, "--prompt", "16,128")
+    axes: dict[str, Any] = {"batches": numbers(batch, int, "--batch", "1,8"), "prompts": prompts}
     options = loading.fields(models[0], streams=False) | {"dtype": loading.dtype}
-    total = (rounds + 1) * len(axes["batches"]) * len(axes["prompts"]) * (len(models) + (against is not None))
-    with progress("measuring", total=total) as advance:
+    with progress("measuring") as advance:
         sides = benchmark.bench(
             models, against=against, **axes, new=new, rounds=rounds, options=options, progress=advance
         )

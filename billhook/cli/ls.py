@@ -17,7 +17,7 @@ Examples:
   billhook ls allocators
   billhook ls criteria --json
 """
-KINDS = ("recipes", "allocators", "criteria", "quantizers", "metrics", "families")
+KINDS = ("recipes", "allocators", "criteria", "quantizers", "types", "metrics", "families")
 AUTO_PAPER = "Billhook: allocations tried on held-out text"
 
 
@@ -55,6 +55,13 @@ def _rows(kind: str) -> list[dict[str, Any]]:
         metrics = (*FACTS.values(), *CURVES.values())
         signed = [({"name": m.name, "more sparsity where": signs.get(m.name, "a curve")}, m) for m in metrics]
         return [{**row, "summary": m.summary, "paper": m.paper} for row, m in signed]
+    if kind == "types":
+        from billhook.methods.quantize.ggml import GGML
+        from billhook.plan.storage import bits, block
+
+        names = [*(f"int{b}/64" for b in range(8, 1, -1)), *sorted(GGML, key=bits, reverse=True)]
+        files = {True: "GGUF", False: "compressed-tensors"}
+        return [{"name": n, "bits": bits(n), "columns": block(n), "in files of": files[n in GGML]} for n in names]
     if kind == "recipes":
         from billhook.plan.recipes import RECIPES
 

@@ -20,12 +20,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from billhook.architectures.config import context_length
 from billhook.errors import BillhookError, JobError
 from billhook.packed.format import open_packed
+from billhook.store.checkpoint import loading
 from billhook.store.layout import PACKED, is_packed
 from billhook.store.shards import weight_files
 
 KINDS = ("prefill", "decode")
+PROMPTS = (16, 128, 512)
 Times = list[list[dict[str, float]]]  # for each cell, and each round, the speeds by kind
 
 
@@ -86,7 +89,7 @@ def bench(
     *,
     against: str | Path | None = None,
     batches: Sequence[int] = (1, 8),
-    prompts: Sequence[int] = (16, 128, 512),
+    prompts: Sequence[int] | None = None,
     new: int = 64,
     rounds: int = 3,
     options: dict[str, Any] | None = None,
@@ -94,10 +97,11 @@ def bench(
 ) -> list[Side]:
     """Measure model directories in turn; the result for `against`, the dense one for speedups, comes first.
 
-    `options` are passed to `billhook.load`. Raises BillhookError for invalid arguments and models, JobError when the
+    `prompts` are those of `PROMPTS` that the models' contexts have room for. `options` are passed to `billhook.load`.
+    Raises BillhookError for invalid arguments and models, JobError when the
     process of a model dies.
     """
-    if min([*batches, *prompts, rounds]) < 1 or new < 2 or not (batches and prompts):
+    if min([*batches, *(prompts or [1]), rounds]) < 1 or new < 2 or not batches or prompts == []:
         raise BillhookError("Batch sizes, prompt lengths and rounds must be at least 1, and new tokens at least 2.")
     paths = [Path(path).expanduser() for path in ([] if against is None else [against]) + list(models)]
     if len(set(paths)) < len(paths):
@@ -105,6 +109,7 @@ def bench(
     for path in paths:
         if not path.is_dir():
             raise BillhookError(f"There is no model directory at {path}.")
+    prompts = [*_fitting(paths, prompts, new)]
     cells = [{"batch": batch, "prompt": prompt, "new": new} for batch in batches for prompt in prompts]
     with _workers(paths, options or {}) as workers:
         facts = [_answer(worker) for worker in workers]
@@ -121,6 +126,27 @@ def bench(
             fact |= _answer(worker)
     base = None if against is None else times[0]
     return [_side(*model, cells, base) for model in zip(paths, facts, times, strict=True)]
+
+
+def _fitting(paths: Sequence[Path], prompts: Sequence[int] | None, new: int) -> Iterator[int]:
+    """The prompts for which every model has room, with the `new` tokens after them, in order.
+
+    Raises BillhookError, before a model is loaded, where one that was given is too long, or none is left.
+    """
+    from transformers import AutoConfig  # takes seconds
+
+    contexts = dict[str, int | None]()
+    for path in paths:
+        with loading(path):
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        contexts[path.name] = context_length(config)
+    name, context = min(((n, c) for n, c in contexts.items() if c), key=lambda pair: pair[1], default=("", None))
+    for prompt in PROMPTS if prompts is None else prompts:
+        if context is None or prompt + new <= context:
+            yield prompt
+        elif prompts is not None or prompt == min(PROMPTS):
+            room = f"{name} reads at most {context} tokens, and a prompt of {prompt} with {new} new ones is longer"
+            raise BillhookError(f"{room}: give smaller --prompt or --new.")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Choose a storage type for every layer, under a budget in bytes, for the least divergence from the dense model.
+"""Levels: a storage type for every tensor, under a budget in bytes, with the least divergence from the dense model.
 
     loss_l(v) = c_l · e_l(v),   c_l = share_l / e_l(type in the plan under which the share was measured)
 

@@ -69,7 +69,7 @@ def _from_record(folder: Path, record: Record) -> dict[str, Any]:
         "evaluations": [],
         "speed": None,
         "spectra": {"metrics": {}, "quantiles": spectra} if spectra else None,
-        "metadata": _metadata(folder),
+        "metadata": source_metadata(folder),
     }
 
 
@@ -163,7 +163,7 @@ def _sizes(folder: Path, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"packed": False, "weights_bytes": dense, "packed_bytes_estimate": round(dense - saved)}
 
 
-def _metadata(folder: Path) -> dict[str, Any]:
+def source_metadata(folder: Path) -> dict[str, Any]:
     """What the card of the source says about licence, language, kind and origin; nothing else of it is trusted."""
     import yaml
 

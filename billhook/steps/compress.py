@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from billhook.ambient import pinned
 from billhook.architectures.layers import Layer, find_layers, select_layers
 from billhook.engine.batch import rows_of
 from billhook.engine.method import Quantization
@@ -102,6 +103,7 @@ class CompressReport:
         }
 
 
+@pinned
 def compress(
     model: str | Path, output: str | Path, *, progress: Progress = lambda line: None, **fields: Any
 ) -> CompressReport:

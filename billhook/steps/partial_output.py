@@ -28,6 +28,7 @@ from billhook.engine.streaming import Stream
 from billhook.engine.walk import Block
 from billhook.errors import BillhookError, Interrupted, JobError, out_of_memory
 from billhook.reports.publishing import publish
+from billhook.reports.quantized_card import publish_quantized
 from billhook.steps.block_files import BlockFiles
 from billhook.steps.state import STATE, VERSION, State, check_same_run, partial_folder, unfinished_run
 from billhook.store.directory import complete
@@ -127,7 +128,7 @@ class PartialOutput:
         barrier()
         if not rank():
             config = None if finish is None else finish(self.folder)
-            published = publish if finish is None else lambda folder: None
+            published = publish if finish is None else publish_quantized
             complete(self.stream.model, self.source, self.folder, record, published, config)
             flush(self.folder)
             for path in [*self.folder.glob(f"*{GRADIENTS}"), *self.folder.glob(WRITTEN)]:

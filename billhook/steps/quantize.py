@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from billhook.ambient import pinned
 from billhook.architectures.layers import Layer
 from billhook.distributed.collectives import world
 from billhook.engine.loop import apply_plan_
@@ -45,6 +46,7 @@ from billhook.steps.types import (
 from billhook.store.shards import read_shard, weight_bytes, write_index
 
 
+@pinned
 def quantize(
     model: str | Path, type: str, output: str | Path, *, progress: Progress = lambda layer: None, **fields: Any
 ) -> QuantizeReport:

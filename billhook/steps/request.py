@@ -242,10 +242,9 @@ def _draw(
     given: Any = request.calibration
     stored = None if request.output is None else partial_folder(Path(request.output).expanduser().resolve()) / WRITTEN
     if request.resume and stored is not None and stored.is_file() and is_self(given):
-        tokens = saved_windows(stored)
-        return Samples.of(task.batch, tokens)
+        given = saved_windows(stored)
     # a streamed model would read every block for every token
-    if streamed and source is not None and is_self(given):
+    elif streamed and source is not None and is_self(given):
         model = load(source, task.auto_class, **_loading(request))
     return task.samples(given, model, Home(source, request.trust_remote_code), request.drawing, progress)
 

@@ -20,6 +20,7 @@ from command import PRUNE, billhook, done, listing, refused
 from paths import TESTS
 
 import billhook.store.sinks as sinks
+from billhook.cli.common import Failure, handle_errors
 from billhook.engine.loop import _Applying
 from billhook.errors import out_of_memory
 
@@ -165,6 +166,35 @@ def test_a_full_standard_output_is_one_message(place):
     assert ran.returncode == 1
     assert ran.stderr.splitlines()[-1] == "billhook: Cannot read or write standard output: No space left on device."
     assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_mistake_of_our_own_is_one_line_and_its_traceback_is_there_on_request(monkeypatch, capsys, debug):
+    @handle_errors
+    def broken(as_json: bool) -> None:
+        raise KeyError("weights")
+
+    monkeypatch.setenv("BILLHOOK_DEBUG", "1" if debug else "")
+    with pytest.raises(Failure) as failure:
+        broken(as_json=True)
+    said, last = (
+        capsys.readouterr(),
+        r"billhook: Internal error at test_failures\.py:\d+, KeyError: 'weights'\. Please .*\n",
+    )
+    assert failure.value.exit_code == 1
+    assert json.loads(said.out)["exit_code"] == 1
+    assert re.fullmatch((r"Traceback[\s\S]*KeyError: 'weights'\n" if debug else "") + last, said.err)
+
+
+def test_the_reason_behind_a_refused_file_is_there_on_request(place, monkeypatch):
+    config = place / "model" / "config.json"
+    config.write_text(config.read_text().replace('"silu"', "3"))
+    for debug in (False, True):
+        monkeypatch.setenv("BILLHOOK_DEBUG", "1" if debug else "")
+        ran = billhook(*PRUNE)
+        assert ran.code == 2
+        assert ("Traceback" in ran.err) == debug
+        assert "transformers cannot load model" in ran.err.splitlines()[-1]
 
 
 # Interruptions

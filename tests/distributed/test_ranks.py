@@ -65,7 +65,7 @@ def test_tables_are_those_of_one_process(place):
 
 
 def test_fewer_windows_than_processes_are_refused(place):
-    ran = together(place, 2, *PRUNE[:6], "--samples", "1", "--length", "32", "-o", "few")
+    ran = together(place, 2, *PRUNE[:6], "--criterion", "wanda", "--samples", "1", "--length", "32", "-o", "few")
     assert ran.codes == [2, 2]
     assert "2 processes cannot share 1 calibration windows: give more --samples, or start fewer" in ran.said[0]
     assert not (place / "few").exists()

@@ -18,7 +18,10 @@ from command import done
 from documentation import PAGES
 from paths import ROOT
 
+from billhook.cli import REMOVED, app
+
 GENERATED = {"cli.md"}
+ELSEWHERE_OPTIONS = {"--nproc-per-node"}  # of other programs
 ELSEWHERE = {
     "allocator",
     "criterion",
@@ -131,3 +134,24 @@ def anchors(page: Path) -> set[str]:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", heading).lower()).replace(" ", "-") for heading in headings}
+
+
+def inline_commands(page: Path) -> list[str]:
+    """The commands and options in backticks in the text of a page, without its blocks."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.findall(r"`(billhook [a-z][^`]*|--[a-z][^`]*)`", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_inside_sentences_have_options_that_exist(page: Path) -> None:
+    helps = {command.name: done(command.name, "--help").out for command in app.registered_commands}
+    scripts = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tools/*.py")]
+    others = [done("--help").out, *(path.read_text(encoding="utf-8") for path in scripts)]
+    for code in inline_commands(page):
+        words = code.split()
+        known = " ".join([*helps.values(), *others]) if code.startswith("--") else helps.get(words[1], "")
+        assert known or words[1] in REMOVED, f"{page.name}: {code} names no command"
+        for option in re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", code):
+            field = option[2:].replace("-", "_")  # of a configuration that a script has as its options
+            if option not in {*ELSEWHERE_OPTIONS, *REMOVED} and (code[0] != "-" or field not in known):
+                assert re.search(rf"(?<![\w-]){option}\b", known), f"{page.name}: {code}: {option}"

@@ -7,6 +7,7 @@ import tiny
 import torch
 from command import billhook, done
 from documents import jsonl
+from resuming import whole_and_in_parts
 from safetensors import safe_open
 
 from billhook import load_model
@@ -96,6 +97,15 @@ def test_bos_is_never_predicted_in_trials(place, source):
     heldout = split_samples(model, samples, 8, 0).heldout
     _, labels = task_of(model).scored(torch.zeros(*heldout["input_ids"].shape, 1), heldout)
     assert torch.equal(labels == IGNORED, heldout["input_ids"][:, 1:] == 256)
+
+
+def test_a_resumed_run_on_its_own_text_finds_the_same_loss(place):
+    """Its stored windows have BOS tokens, which are not predicted then either."""
+    fields = {"sparsity": 0.5, "recipe": "fast", "calibration": "self:text.jsonl", "samples": 8, "length": 64}
+    whole_and_in_parts(place / "model", place, 1, **fields)
+    one, other = (history(place / name).steps[0].made_by for name in ("whole", "parts"))
+    assert one["lost"] == other["lost"]
+    assert one["calibration"] == other["calibration"]
 
 
 def test_an_option_without_use_is_refused(place):

@@ -72,9 +72,9 @@ def test_generate_prints_what_the_model_says(place: Path, stream: bool) -> None:
         (("bench", "packed", "--batch", "one"), "--batch one: write numbers separated by commas"),
         (("bench", "packed", "--prompt", "0"), "must be at least 1"),
         (("bench", "packed", "--picture", "x.svg"), "needs --against"),
-        pytest.param(
-            ("bench", "packed", "--prompt", "500"), "do not fit the model's context", marks=pytest.mark.nightly
-        ),  # starts a process
+        (("bench", "packed", "--prompt", "500"), "packed reads at most 128 tokens, and a prompt of 500 with 64 new"),
+        (("bench", "packed", "--new", "120"), "give smaller --prompt or --new"),
+        (("bench", "packed", "dense", "--against", "packed", "--picture", "x.svg"), "at least two packed models"),
         (("unpack", "dense", "-o", "out"), "dense is not a packed model"),
         (("pack", "dense", "-o", "packed"), "exists and is not empty"),
     ],

@@ -195,3 +195,11 @@ def test_a_gguf_file_holds_what_the_quantizer_computed_in_memory(tmp_path, sourc
     problems = verify(output).problems
     assert any("SHA-256" in problem for problem in problems)
     assert any("attn_q.weight holds NaN" in problem for problem in problems)
+
+
+def test_the_model_card_names_the_types_and_no_local_path(whole, tmp_path):
+    text = (whole / "README.md").read_text()
+    assert "| int4/16 | 5.00 | 21 |" in text
+    assert "compressed-tensors" in text
+    assert str(whole.parent) not in text
+    assert "held-out" in text or "calibration windows" in text

@@ -1,0 +1,45 @@
+"""The model card of a quantized model: README.md, made from billhook.json by the template templates/quantized.md.j2."""
+
+from collections import Counter
+from pathlib import Path
+
+from billhook.evaluation.quality import SCALE, Loss
+from billhook.plan.storage import bits
+from billhook.reports.card import table, template
+from billhook.reports.report import source_metadata
+from billhook.store.files import write_text
+from billhook.store.layout import CARD, RECORD
+from billhook.store.record import read_record
+
+
+def publish_quantized(folder: Path) -> None:
+    """Write the card of a directory that a run of `quantize` or `compress` made; it names no local path."""
+    import yaml
+
+    record, source = read_record(folder / RECORD), source_metadata(folder)
+    step, files = record.steps[-1], sorted(folder.glob("*.gguf"))
+    name, made_by = record.steps[0].model["name"], step.made_by
+    types = Counter(facts["type"] for facts in record.layers.values() if facts.get("type"))
+    base = name if "/" in name else source.pop("base_model", None)
+    metadata = {**source, **({"base_model": base, "base_model_relation": "quantized"} if base else {})}
+    library = "gguf" if files else "transformers"
+    own = ["billhook", "quantized", "gguf" if files else "compressed-tensors"]
+    metadata |= {"library_name": library, "tags": list(dict.fromkeys([*source.get("tags", []), *own]))}
+    lost = made_by.get("lost")
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
+    rows = [[type, f"{bits(type):.2f}", str(types[type])] for type in sorted(types, key=bits, reverse=True)]
+    text: str = template("quantized.md.j2", html=False).render(
+        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
+        name=name,
+        size=f"{size:,}",
+        types=table(["type", "bits a weight", "layers"], rows),
+        outside=made_by.get("outside") or {},
+        lost=None if lost is None else str(Loss(**lost)),
+        scale=SCALE,
+        gguf=files[0].name if files else None,
+        quantizer=made_by["quantizer"],
+        paper=made_by["papers"]["quantizer"],
+        allocator=(step.plan or {}).get("made_by", {}).get("allocator", "a plan"),
+        version=record.billhook,
+    )
+    write_text(folder / CARD, text)
