@@ -6,9 +6,10 @@
 
 Every row is `billhook prune` and then `billhook eval --against MODEL`, each in its own process, in float32: `time` is
 the processor time of `prune`, its check on held-out text included (other busy processes disturb it less than the
-clock), and `memory` its largest resident set. Rows are added to --rows as they come, and those that are there are not run again. Calibration is 32
-windows of 512 tokens, evaluation the first 16 windows of 1024; nothing is chosen on the evaluation text. The allocation
-methods have no published form for 2:4, so those cells stay empty. `tools/get_real_model.py` makes model directories.
+clock), and `memory` its largest resident set. Rows are added to --rows as they come, and those that are there are not
+run again. Calibration is 32 windows of 512 tokens, evaluation the first 16 windows of 1024; nothing is chosen on the
+evaluation text. The allocation methods have no published form for 2:4, so those cells stay empty.
+`tools/get_real_model.py` makes model directories.
 """
 
 import argparse
