@@ -43,12 +43,13 @@ def resolve(model: str | Path) -> Path:
         raise BillhookError(f"{path} must be made into a directory: let BILLHOOK_CACHE name a folder for it.")
     directory = folder / "gguf" / f"{_VERSION}-{sha256(path)[:32]}" / path.name
     if not (directory / "config.json").is_file():
-        _convert(file, directory)
+        convert(file, directory)
     return directory
 
 
-def _convert(file: GgufFile, directory: Path) -> None:
-    """Write the model directory of a GGUF file."""
+def convert(file: GgufFile, directory: Path) -> None:
+    """Write the new model directory of a GGUF file; atomic. Raises BillhookError for a model of an unknown kind, or a
+    directory that is not empty, and JobError for a full disk."""
     config = hf_config(file)
     with loading(file.path):
         full = transformers.AutoConfig.for_model(**config)

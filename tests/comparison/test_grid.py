@@ -63,6 +63,7 @@ def test_every_cell_is_a_run_of_its_own(place, made):
     assert all(len(row["error_by_block"]) == 4 and min(row["error_by_block"]) > 0 for row in made.cells)
 
 
+@pytest.mark.nightly
 def test_a_recipe_is_one_method_of_a_comparison_and_is_what_prune_makes_of_it(place):
     grid = Grid((0.6,), (), (), ("unstructured", "2:4"), recipes=("good", "best"))
     text = {"calibration": str(place / "text.txt"), "samples": 16, "length": 32}

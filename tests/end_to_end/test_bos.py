@@ -32,6 +32,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("options", "begun"), HABITS, ids=["auto", "no", "yes", "published"])
 def test_every_command_follows_one_rule_and_records_it(place, options, begun):
     published = "--published" in options

@@ -95,6 +95,7 @@ def test_other_options_of_a_raced_allocator_are_kept(tmp_path: Path) -> None:
     assert all(name == "uniform" or name.endswith(" m=3") for name in tried)
 
 
+@pytest.mark.nightly
 def test_a_run_whose_allocation_was_raced_is_resumed_without_another_race(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "model")
     fields = {"sparsity": 0.6, "calibration": text(), "dtype": "float32"}

@@ -46,7 +46,7 @@ def error(model: torch.nn.Module, build=tiny.llama) -> float:
         return float((model(ids).logits - build()(ids).logits).square().mean())
 
 
-@pytest.mark.parametrize("dense_target", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dense_target", [0.0, 0.5, pytest.param(1.0, marks=pytest.mark.nightly)])
 def test_tuning_reduces_the_error_and_keeps_zeros(dense_target: float) -> None:
     plain, before = pruned(None, windows=48)
     model, after = pruned(Refine(epochs=4, dense_target=dense_target, rate=0.01), windows=48)
@@ -152,6 +152,7 @@ def test_windows_of_several_lengths_are_tuned() -> None:
     assert any(float(after) < float(before) for before, after in losses)
 
 
+@pytest.mark.nightly
 def test_gradients_behind_a_head_in_float16_are_not_lost(monkeypatch) -> None:
     def tuned(dtype: torch.dtype) -> torch.Tensor:
         torch.manual_seed(0)
@@ -238,7 +239,7 @@ def test_states_on_disk_give_the_same() -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "admm"])
+@pytest.mark.parametrize("criterion", ["wanda", pytest.param("admm", marks=pytest.mark.nightly)])
 def test_a_resumed_run_gives_the_same_weights(criterion: str, tmp_path) -> None:
     source, calibration = tiny.save(tmp_path / "model"), torch.cat(text(9))
     fields = {"sparsity": 0.5, "criterion": criterion, "calibration": calibration, "refine": "blocks+norms"}

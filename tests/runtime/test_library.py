@@ -31,6 +31,7 @@ for line in open("/proc/self/maps"):
 """
 
 
+@pytest.mark.nightly
 def test_torch_and_the_kernels_share_one_openmp_runtime():
     if library.active() is None or not Path("/proc/self/maps").exists():
         pytest.skip("needs compiled kernels and /proc")

@@ -30,7 +30,7 @@ def weights(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
 
 
-@pytest.mark.parametrize("target", ["gguf", "transformers", "vllm"])
+@pytest.mark.parametrize("target", ["gguf", pytest.param("transformers", marks=pytest.mark.nightly)])
 def test_the_file_is_not_larger_than_asked_and_opens(tmp_path, source, target):
     with pytest.raises(
         BillhookError, match=r"1,000 bytes cannot be met: the least possible .* is ([\d,]+) bytes"

@@ -138,6 +138,7 @@ def test_a_model_is_restored_when_measuring_time_fails(monkeypatch):
     assert len(model.model.layers) == model.config.num_hidden_layers == 4
 
 
+@pytest.mark.nightly
 @pytest.mark.gate
 def test_the_estimate_of_a_resumed_run_is_for_the_remaining_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", time.process_time)
