@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import typer
+
 from billhook.distributed.torchrun import processes, rank, started
 from billhook.errors import BillhookError, on_command_line, out_of_memory
 from billhook.signals import STOPPED
@@ -140,7 +142,7 @@ def numbers(text: str, kind: Callable[[str], Number], option: str, example: str)
     """The numbers in a list separated by commas; raises BillhookError for anything else."""
     try:
         return [kind(part) for part in split_list(text)]
-    except ValueError:
+    except (ValueError, typer.BadParameter):  # a reader of options raises the latter
         raise BillhookError(f"{option} {text}: write numbers separated by commas, such as {example}.") from None
 
 

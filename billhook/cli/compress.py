@@ -29,7 +29,8 @@ class Size:
     ratio: Annotated[float | None, typer.Option(help="Fraction of the size in 16 bits.")] = None
     target: Annotated[Literal["gguf", "transformers", "vllm"], typer.Option("--for", help=FOR_HELP)] = "gguf"
     types: Annotated[
-        str | None, typer.Option(help="Choose only from these types, separated by commas.", metavar="TYPES")
+        str | None,
+        typer.Option(help="Only these types for the layers, separated by commas.", metavar="TYPES"),
     ] = None
     settings: shared.Settings = None
 

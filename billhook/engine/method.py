@@ -128,6 +128,8 @@ class Quantization:
 
     def check(self, plan: Plan) -> None:
         """Raise BillhookError unless the plan has only storage types to which weights can be quantized."""
+        if not plan.weights:
+            raise BillhookError("The plan has no storage types: billhook quantize applies them.")
         for name, spec in plan.weights.items():
             if spec.type is None:
                 raise BillhookError(f"The plan has a sparsity for {name}: billhook quantize applies storage types.")

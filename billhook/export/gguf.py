@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,11 +21,14 @@ from billhook.errors import BillhookError, JobError
 from billhook.export.gguf_metadata import Fact, add_facts, add_origin, add_sizes
 from billhook.export.gguf_template import Quantized, copy_metadata, matched_entries
 from billhook.export.gguf_tokenizer import add_tokenizer
-from billhook.export.gguf_writer import Entry, Written, add_tensors, byte_shape, check_place, finish
+from billhook.export.gguf_writer import Entry, Written, add_tensors, add_types, byte_shape, finish, whole_size
 from billhook.store.checkpoint import check_directory, loading
 from billhook.store.files import untrusted
 from billhook.store.gguf_file import GgufFile, read_gguf, require_gguf
 from billhook.store.shards import Shard, read_shard, weight_files
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 TYPES = ("auto", "f16", "bf16", "f32", "q8_0")
 _CHUNK = 1 << 24  # numbers that are converted at once
@@ -54,6 +57,18 @@ def write_gguf(
     Raises BillhookError, before anything is written, for a model that has no form in GGUF files, and JobError for
     values that do not fit their type and for a full disk.
     """
+    return finish(*_prepared(source, quantized or {}, rest, template, facts or {}), output, progress)
+
+
+def gguf_bytes(source: Path, quantized: Quantized, facts: Mapping[str, Fact]) -> int:
+    """The size of the file that `write_gguf` would write, of which only the header is made; the same errors."""
+    return whole_size(*_prepared(source, quantized, "auto", None, facts)[:2])
+
+
+def _prepared(
+    source: Path, quantized: Quantized, rest: str, template: Path | None, facts: Mapping[str, Fact]
+) -> tuple["GGUFWriter", list[Entry], list[str]]:
+    """A writer with the complete metadata, the tensors, and notes on what llama.cpp computes otherwise."""
     require_gguf()
     import gguf
 
@@ -62,10 +77,9 @@ def write_gguf(
     with _damaged(source):
         if model is None or config.get("model_type") in FAMILIES:
             config = full_config(source)
-            entries = _entries(source, config, quantized or {}, rest)
+            entries = _entries(source, config, quantized, rest)
         else:
-            entries = matched_entries(model, quantized or {}, partial(_rows, _placed(source)))
-        check_place(output, sum(entry.bytes for entry in entries))
+            entries = matched_entries(model, quantized, partial(_rows, _placed(source)))
         writer = gguf.GGUFWriter(None, gguf_family(config).arch if model is None else model.arch)
         add_tensors(writer, entries)
         if model is None:
@@ -76,8 +90,9 @@ def write_gguf(
         else:
             _check_template(model, entries)
             copy_metadata(writer, model)
-    add_facts(writer, facts or {})
-    return finish(writer, entries, output, notes, progress)
+    add_facts(writer, facts)
+    add_types(writer, entries)
+    return writer, entries, notes
 
 
 def full_config(source: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Write a GGUF file: a header made with the `gguf` package, and the bytes of the tensors, part by part."""
 
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -67,27 +68,43 @@ def add_tensors(writer: "GGUFWriter", entries: Iterable[Entry]) -> None:
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.bytes, kind)
 
 
-def check_place(output: Path, needed: int) -> None:
-    """Raise BillhookError where `output` cannot be written, and JobError where `needed` bytes are not free."""
-    check_writable(output)
-    check_room(output, needed)
+def add_types(writer: "GGUFWriter", entries: Sequence[Entry]) -> None:
+    """Complete the metadata of a model with what its tensors are."""
+    import gguf
+
+    writer.add_file_type(_file_type(entries))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
 def finish(
     writer: "GGUFWriter",
     entries: Sequence[Entry],
-    output: Path,
     notes: list[str],
+    output: Path,
     progress: Callable[[str], None],
 ) -> Written:
-    """Complete the metadata of a model and write the file; raises what `check_place` raises."""
-    import gguf
-
-    check_place(output, sum(entry.bytes for entry in entries))
-    writer.add_file_type(_file_type(entries))
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    """Write the file; raises BillhookError where `output` cannot be written, and JobError for a full disk."""
+    check_writable(output)
+    check_room(output, sum(entry.bytes for entry in entries))
     write(writer, entries, output, progress)
     return Written(output, output.stat().st_size, dict(Counter(entry.type for entry in entries)), notes)
+
+
+def whole_size(writer: "GGUFWriter", entries: Iterable[Entry]) -> int:
+    """The bytes of the file that `write` would write."""
+    with tempfile.TemporaryDirectory(prefix="billhook.") as folder:
+        _write_header(writer, Path(folder) / "header.gguf")
+        size = (Path(folder) / "header.gguf").stat().st_size
+    for entry in entries:
+        size += -size % _ALIGNMENT + entry.bytes
+    return size + -size % _ALIGNMENT
+
+
+def _write_header(writer: "GGUFWriter", path: Path) -> None:
+    with closing(writer), untrusted("The configuration does not fit a GGUF file", "Check config.json."):
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
 
 
 def write(
@@ -96,10 +113,7 @@ def write(
     """Write a file whose tensors were announced, whole or not at all."""
 
     def fill(path: Path) -> None:
-        with closing(writer), untrusted("The configuration does not fit a GGUF file", "Check config.json."):
-            writer.write_header_to_file(path)
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
+        _write_header(writer, path)
         with open(path, "ab") as file:
             for entry in entries:
                 file.write(bytes(-file.tell() % _ALIGNMENT))

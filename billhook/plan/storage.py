@@ -32,9 +32,14 @@ def block(name: str) -> int:
 
 
 def stored_bytes(name: str, shape: tuple[int, int]) -> int:
-    """Bytes of a weight [out, in] stored as a type whose block divides its columns; errors as in `bits`."""
+    """Bytes of a weight [out, in] stored as a type whose block divides its columns; errors as in `bits`.
+
+    The codes of a row of a scalar type fill whole words of 32 bits.
+    """
     columns, size = _block(name)
-    return -(-shape[0] * shape[1] // columns * size // 8)
+    blocks = shape[1] // columns
+    codes = -(-blocks * (size - 16) // 32) * 4 + 2 * blocks
+    return shape[0] * (blocks * size // 8 if name in BLOCKS else codes)
 
 
 def _block(name: str) -> tuple[int, int]:

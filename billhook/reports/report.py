@@ -38,8 +38,11 @@ def load_report(folder: Path) -> dict[str, Any]:
 
 
 def build(folder: Path) -> dict[str, Any]:
-    """The content of report.json without evaluations; raises BillhookError for a damaged record."""
+    """The content of report.json without evaluations; raises BillhookError for a damaged record, or of another step."""
     record = read_record(folder / RECORD)
+    if record.steps and record.steps[-1].step != "prune":
+        done = f"{record.steps[-1].step!r:.40}"
+        raise BillhookError(f"{folder} is no pruned directory: its last step is {done}. Its {CARD} is its report.")
     with untrusted(f"{folder / RECORD} is damaged", "Prune again."):
         return _from_record(folder, record)
 

@@ -79,8 +79,9 @@ class BlockFiles:
         return (folder / self.files[0]).is_file()
 
     def write(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Write the file of the block whose tensors were added."""
-        index = self._block[next(iter(self.made))]
+        """Write the file of the block with the tensors `state`, by their names in memory; the added ones are stored."""
+        first = next(iter(state))
+        index = next(i for i, prefix in enumerate(self.stream.prefixes) if first.startswith(f"{prefix}."))
         self._write(folder / self.files[index + 1], self.stream.names[index])
 
     def digest(self, folder: Path, names: Iterable[str]) -> str:

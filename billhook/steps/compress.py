@@ -6,7 +6,7 @@ The types are chosen on held-out calibration windows (`billhook.racing.levels`),
 model is then quantized block by block (`billhook.steps.quantize`). Everything in the file counts. Targets:
 
 * `gguf`: one .gguf file for llama.cpp; embeddings and head get types of their own;
-* `transformers`: a compressed-tensors directory, 2 to 8 bits; embeddings and head keep 16 bits;
+* `transformers`: a compressed-tensors directory, 2 to 8 bits; embeddings and head keep their bits;
 * `vllm`: the same with 4 and 8 bits, where the layers that vLLM fuses (q, k, v and gate, up) share a type.
 """
 
@@ -36,8 +36,8 @@ from billhook.racing.levels import Chosen, Levels, choose_types
 from billhook.steps.quantize import QuantizeReport, QuantizeRequest, prepare, run
 from billhook.steps.request import Opened, listed, open_request
 from billhook.steps.sizes import Size, Sizes, allowed_types, outside_menu
-from billhook.steps.state import partial_folder, unfinished_run
-from billhook.steps.types import check_target, outside_parameter
+from billhook.steps.state import check_same_run, partial_folder, unfinished_run
+from billhook.steps.types import check_target, outside_parameter, scale_dtype
 from billhook.store.checkpoint import load
 from billhook.text.given import Given
 from billhook.trials.heldout import Split, split_samples
@@ -121,22 +121,29 @@ def run_compress(request: CompressRequest, progress: Progress = lambda line: Non
     """Choose types and quantize; with `resume`, with the types that the stopped run chose."""
     types = allowed_types(request.target, request.types)
     check_target(request.target == "gguf")
-    method = Quantization("gptq", QUANTIZERS.configure("gptq", request.options))
+    options = QUANTIZERS.configure("gptq", request.options)
     opened = open_request(request.quantizing().opening(), True, "Choosing types", streamed=True, progress=progress)
     given = Size(request.size, request.bits, request.ratio)
+    method = Quantization("gptq", options, scale_dtype(opened))
     sizes = Sizes.of(given, opened, types, request.target)
-    stopped = _stopped_plan(request)
+    asked = {"target": request.target, "bytes": sizes.budget, "types": types}
+    stopped = _stopped_plan(request, asked)
     chosen = Chosen(stopped, {}) if stopped is not None else _choose(request, opened, sizes, method, progress)
+    chosen.plan.made_by["options"] = asked
     outside = chosen.plan.made_by.get("outside", {})
     job = prepare(replace(request.quantizing(), plan=chosen.plan, outside=outside), progress)
     return CompressReport(run(job, progress), sizes.budget, chosen.outlook)
 
 
-def _stopped_plan(request: CompressRequest) -> Plan | None:
-    """The plan of the run to resume, if there is one."""
+def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | None:
+    """The plan of the run to resume, if there is one; raises BillhookError unless it was made for what is `asked`."""
     output = Path(request.output).expanduser().resolve()
     state = unfinished_run(output, resume=request.resume, overwrite=request.overwrite)
-    return None if state is None else Plan.from_json(state.plan, str(partial_folder(output)))
+    if state is None:
+        return None
+    plan = Plan.from_json(state.plan, str(partial_folder(output)))
+    check_same_run(plan.made_by.get("options") or {}, asked, partial_folder(output))
+    return plan
 
 
 def _choose(request: CompressRequest, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Chosen:

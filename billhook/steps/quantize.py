@@ -35,12 +35,15 @@ from billhook.steps.resolve import identity
 from billhook.steps.types import (
     EMBEDDINGS,
     check_target,
+    file_bytes,
+    file_facts,
     full_name,
     is_ggml,
     layer_tensors,
     outside_parameter,
     outside_types,
     plan_types,
+    scale_dtype,
     uniform_plan,
 )
 from billhook.store.shards import read_shard, weight_bytes, write_index
@@ -69,7 +72,14 @@ def prepare(request: QuantizeRequest, progress: Progress = lambda layer: None) -
     given = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
     if (given is None) == (not request.type):
         raise BillhookError("Give either a storage type, such as int4 or q4_k, or a plan of storage types.")
+    if given is not None:
+        method.check(given)
     type = full_name(request.type) if given is None else next(iter(plan_types(given).values()))
+    if request.embeddings and not (is_ggml(type) and is_ggml(request.embeddings)):
+        raise BillhookError(
+            f"Embeddings cannot be {request.embeddings:.40} beside layers of {type}: only .gguf files have a type for "
+            "them, one of the GGUF types in billhook ls types."
+        )
     check_target(is_ggml(type))
     opened = open_request(
         request.opening(), bool(method.observed), f"Quantizing with {request.quantizer}", streamed=True,
@@ -79,15 +89,16 @@ def prepare(request: QuantizeRequest, progress: Progress = lambda layer: None) -
     if stream is None or opened.source is None:
         raise BillhookError(f"{request.model} cannot be read one block at a time, so it cannot be quantized.")
     plan, notes = uniform_plan(type, opened.layers) if given is None else (given, [])
-    method.check(plan)
+    plan.check({layer.name: layer.shape for layer in opened.layers})
     if len({is_ggml(t) for t in plan_types(plan).values()}) > 1:
         raise BillhookError("The plan mixes GGUF types with types intB/GROUP: a file holds one kind.")
     tensors = layer_tensors(opened)
-    dtypes = {stream.source[name].dtype for name in tensors.values()}
-    method = replace(method, scale_dtype=torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float16)
+    method = replace(method, scale_dtype=scale_dtype(opened))
     outside = dict(request.outside)
-    if is_ggml(type) and not outside:
-        outside = outside_types(opened, request.embeddings or EMBEDDINGS)
+    if is_ggml(type):
+        outside = outside or outside_types(opened, request.embeddings or EMBEDDINGS)
+        # to find out now whether the model has a form in such files
+        file_bytes(opened, {tensors[layer]: t for layer, t in plan_types(plan).items()} | outside, request.quantizer)
     run = identity(request.opening(), opened, method.options, plan, None)
     run |= {"step": "quantize", "quantizer": request.quantizer, "outside": outside}
     return QuantizeJob(request, opened, plan, method, tensors, outside, run, notes)
@@ -151,7 +162,7 @@ def _finish(job: QuantizeJob, files: BlockFiles, source: Path) -> Callable[[Path
     def gguf(folder: Path) -> Mapping[str, Any]:
         quantized = {name: (type, data) for name, type, data in files.raw(folder)}
         output = Path(job.request.output).expanduser().resolve()
-        facts = {"source.digest": job.opened.facts["digest"], "steps": "quantize", "quantizer": job.request.quantizer}
+        facts = file_facts(job.opened, job.request.quantizer)
         write_gguf(source, folder / f"{output.name}.gguf", quantized, facts=facts)
         del quantized
         for name in files.files:

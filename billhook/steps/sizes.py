@@ -2,20 +2,17 @@
 
 import json
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from billhook.errors import BillhookError
 from billhook.export.compressed_tensors import names
-from billhook.export.gguf import write_gguf
 from billhook.methods.quantize.ggml import GGML
 from billhook.plan.storage import BLOCKS, bits, block, stored_bytes
 from billhook.steps.request import Opened
-from billhook.steps.types import layer_tensors, outside_matrices
+from billhook.steps.types import file_bytes, layer_tensors, outside_matrices
 
 _SCALARS = {"transformers": (2, 3, 4, 5, 6, 8), "vllm": (4, 8)}
 _OUTSIDE = ("q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "iq4_nl")
@@ -65,7 +62,6 @@ class Sizes:
     budget: int
     fixed: int
     menus: Mapping[str, list[str]]
-    tensors: Mapping[str, str]
     outside: Mapping[str, tuple[int, int]]
 
     @classmethod
@@ -84,24 +80,24 @@ class Sizes:
         shapes = {layer.name: layer.shape for layer in opened.layers}
         least = {name: min(menu, key=bits) for name, menu in menus.items()}
         least_outside = {name: min(outside_menu(shape[1]), key=bits) for name, shape in outside.items()}
+        quantized = sum(stored_bytes(t, shapes[name]) for name, t in least.items())
+        quantized += sum(stored_bytes(t, outside[name]) for name, t in least_outside.items())
         if target == "gguf":
-            assert opened.source is not None
-            on_disk = {tensors[name]: (t, shapes[name]) for name, t in least.items()}
-            on_disk |= {name: (t, outside[name]) for name, t in least_outside.items()}
-            fixed = _gguf_overhead(opened.source, on_disk)
+            on_disk = {tensors[name]: t for name, t in least.items()} | least_outside
+            padding = 32 * len(on_disk)  # the length of every tensor is rounded up to the alignment
+            fixed = file_bytes(opened, on_disk, "gptq") - quantized + padding
         else:
             kept = entries.keys() - set(tensors.values())
             fixed = sum(entries[name].stop - entries[name].start for name in kept) + 16 * len(tensors)
             fixed += _header_bytes([*kept, *(part for name in tensors.values() for part in names(name))])
             fixed += _FILE_BYTES * (1 + len(stream.blocks))
-        smallest = fixed + sum(stored_bytes(t, shapes[name]) for name, t in least.items())
-        smallest += sum(stored_bytes(t, outside[name]) for name, t in least_outside.items())
+        smallest = fixed + quantized
         if smallest > budget:
             raise BillhookError(
                 f"{budget:,} bytes cannot be met: the least possible with these types is {smallest:,} bytes "
                 f"({8 * smallest / parameters:.2f} bits a parameter), of which {fixed:,} are not quantized."
             )
-        return cls(budget, fixed, _near(menus, shapes, budget - fixed), tensors, outside)
+        return cls(budget, fixed, _near(menus, shapes, budget - fixed, list(outside.values())), outside)
 
 
 def _budget(given: Size, parameters: int) -> int:
@@ -138,24 +134,23 @@ def _header_bytes(tensors: Sequence[str]) -> int:
     return sum(len(json.dumps({name: entry}, separators=(",", ":"))) for name in tensors)
 
 
-def _near(menus: Mapping[str, list[str]], shapes: Mapping[str, tuple[int, int]], budget: int) -> dict[str, list[str]]:
-    """The menus without types far from the mean bits of the budget, which are never chosen and take time to measure."""
-    mean = 8 * budget / sum(out * columns for out, columns in shapes.values())
-    low, high = mean - _SPAN[0], mean + _SPAN[1]
-    near = {name: [t for t in menu if low <= bits(t) <= high] for name, menu in menus.items()}
-    return {
-        name: near[name] + [t for t in [min(menu, key=bits)] if t not in near[name]] for name, menu in menus.items()
-    }
+def _near(
+    menus: Mapping[str, list[str]],
+    shapes: Mapping[str, tuple[int, int]],
+    budget: int,
+    outside: Sequence[tuple[int, int]],
+) -> dict[str, list[str]]:
+    """The menus without types far from the mean bits of the layers, which take time to measure.
 
-
-def _gguf_overhead(source: Path, tensors: Mapping[str, tuple[str, tuple[int, int]]]) -> int:
-    """The bytes of a GGUF file beside the quantized tensors; found by writing one with empty tensors."""
-    empty = {}
-    for name, (type, (out, columns)) in tensors.items():
-        width, size = BLOCKS[type]
-        empty[name] = (type, np.broadcast_to(np.zeros((), np.uint8), (out, columns // width * size)))
-    with tempfile.TemporaryDirectory(prefix="billhook.") as folder:
-        write_gguf(source, Path(folder) / "empty.gguf", empty)
-        whole = (Path(folder) / "empty.gguf").stat().st_size
-    padding = 32 * len(tensors)  # the length of every tensor is rounded up to the alignment
-    return whole - sum(stored_bytes(type, shape) for type, shape in tensors.values()) + padding
+    The smallest type and the smallest above the mean (or else the largest) always stay. Of the budget, embeddings and
+    head, of the shapes `outside`, may take the least or the most.
+    """
+    taken = [[stored_bytes(t, shape) for t in outside_menu(shape[1])] for shape in outside]
+    weights = sum(out * columns for out, columns in shapes.values())
+    low, high = (8 * (budget - sum(map(extreme, taken))) / weights for extreme in (max, min))
+    near = {}
+    for name, menu in menus.items():
+        above = min((t for t in menu if bits(t) > high), key=bits, default=max(menu, key=bits))
+        always = {min(menu, key=bits), above}
+        near[name] = [t for t in menu if t in always or low - _SPAN[0] <= bits(t) <= high + _SPAN[1]]
+    return near

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -10,12 +12,13 @@ from billhook.architectures.layers import Layer
 from billhook.engine.streaming import Stream
 from billhook.errors import BillhookError
 from billhook.export import compressed_tensors
+from billhook.export.gguf import gguf_bytes
 from billhook.methods.quantize.ggml import GGML
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.scalar import Scalar
 from billhook.plan.plan import Budget, Plan
 from billhook.plan.spec import Spec
-from billhook.plan.storage import bits, block, stored_bytes
+from billhook.plan.storage import BLOCKS, bits, block, stored_bytes
 from billhook.steps.record import place
 from billhook.steps.request import Opened
 from billhook.store.gguf_file import require_gguf
@@ -102,11 +105,39 @@ def layer_tensors(opened: Opened) -> dict[str, str]:
     return {layer: str(where["tensor"]) for layer, where in found.items()}
 
 
+def scale_dtype(opened: Opened) -> torch.dtype:
+    """The dtype of the scales of scalar types: bfloat16 where the layers are, otherwise float16."""
+    stream = opened.resources.stream
+    assert stream is not None
+    dtypes = {stream.source[name].dtype for name in layer_tensors(opened).values()}
+    return torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float16
+
+
 def outside_types(opened: Opened, type: str) -> dict[str, str]:
     """The types of embeddings and head, by their names on disk."""
     stream = opened.resources.stream
     assert stream is not None
     return {name: fitting(type, shape[1]) for name, shape in outside_matrices(opened.model, stream).items()}
+
+
+def file_bytes(opened: Opened, types: Mapping[str, str], quantizer: str) -> int:
+    """The size of the GGUF file in which matrices, by their names on disk, have these types.
+
+    Raises BillhookError for a model that has no form in such files.
+    """
+    stream, empty = opened.resources.stream, {}
+    assert stream is not None
+    assert opened.source is not None
+    for name, type in types.items():
+        out, columns = stream.source[name].entry.shape
+        width, size = BLOCKS[type]
+        empty[name] = (type, np.broadcast_to(np.zeros((), np.uint8), (out, columns // width * size)))
+    return gguf_bytes(opened.source, empty, file_facts(opened, quantizer))
+
+
+def file_facts(opened: Opened, quantizer: str) -> dict[str, str]:
+    """What the metadata of a GGUF file says about how it was made."""
+    return {"source.digest": str(opened.facts["digest"]), "steps": "quantize", "quantizer": quantizer}
 
 
 def outside_matrices(model: PreTrainedModel, stream: Stream) -> dict[str, tuple[int, int]]:

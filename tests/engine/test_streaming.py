@@ -14,8 +14,9 @@ from billhook import find_layers, measure, prune, prune_
 from billhook.engine.activation_store import ActivationStore
 from billhook.engine.streaming import open_streamed
 from billhook.reports.publishing import publish
+from billhook.steps.lost import loss_of
 from billhook.steps.measure import measure_opened, open_to_measure
-from billhook.steps.prune import Request, loss_of, prepare, run
+from billhook.steps.prune import Request, prepare, run
 from billhook.steps.prune import record as record_of
 from billhook.steps.verify import verify
 from billhook.store.checkpoint import quiet
@@ -28,7 +29,7 @@ IDS = torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed
 def in_memory(source: Path, output: Path, **fields) -> Path:
     """What `prune` writes, made with the whole model in memory."""
     job = prepare(Request(load_model(source, dtype=fields.pop("dtype", "auto")), **fields))
-    lost = loss_of(job)
+    lost = loss_of(job.opened, job.request.drawing.held_out)
     options = {"criterion": job.request.criterion, "batches": job.opened.batches, "layers": job.opened.layers}
     results = prune_(job.opened.model, job.plan, **options, **job.method.options)
     return save_pruned(job.opened.model, source, output, record=record_of(job, results, lost()), publish=publish).path

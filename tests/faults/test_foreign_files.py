@@ -34,6 +34,8 @@ OUTLIERS = ("--metrics", "outlier_ratio:5", *TEXT, "-o", "out")
 UNPACK = ("unpack", "packed", "-o", "out")
 GBLM = ("--criterion", "gblm", "--gradients", "gradients.safetensors")
 SPEAK = ("The quick", "--max-new-tokens", "3")
+ROUND = ("quantize", "model", "--quantizer", "round")
+COMPRESS = ("compress", "model", "--size", "25400", "--types", "int8/16,int4/16", "--for", "transformers", *TEXT)
 # file -> the commands that read it
 READERS: dict[str, list[tuple[str, ...]]] = {
     "table.json": [
@@ -60,6 +62,9 @@ READERS: dict[str, list[tuple[str, ...]]] = {
         ("eval", "pruned", *SCORED, "--report"),
         ("compare", "--runs", "pruned", "pruned"),
     ],
+    "quantized/billhook.json": [("verify", "quantized"), ("report", "quantized")],
+    "quantized/config.json": [("verify", "quantized")],
+    "types.json": [(*ROUND, "--plan", "types.json", "-o", "out")],
     "bench.json": [("report", "pruned", "--speed", "bench.json")],
     "grid/compare.json": [(*GRID, "--errors"), ("compare", "--runs", "grid", "grid")],
     "found/search.json": [SEARCH],
@@ -71,7 +76,9 @@ READERS: dict[str, list[tuple[str, ...]]] = {
         ("prune", "model", *PRUNE, "-o", "out"),
         ("eval", "model", *SCORED),
         ("generate", "model", *SPEAK),
-        ("quantize", "model", "--type", "int8", "--quantizer", "round", "-o", "out"),
+        (*ROUND, "--type", "int8", "-o", "out"),
+        (*COMPRESS, "-o", "out"),
+        ("imatrix", "model", *TEXT, "-o", "out"),
         EXPORT,
     ],
     "pruned/config.json": [("verify", "pruned"), ("pack", "pruned", "-o", "out")],
@@ -129,6 +136,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done("report", "pruned", "--table", "table.json", "--speed", "bench.json")
     done("pack", "pruned", "-o", "packed")
     done("export", "model", "-o", "template.gguf")
+    done(*ROUND, "--type", "int8", "-o", "quantized")
+    plan = json.loads(Path("quantized/billhook.json").read_text())["steps"][-1]["plan"]
+    Path("types.json").write_text(json.dumps(plan))
     done(*GRID)
     done(*SEARCH)
     done("gradients", "model", *TEXT, "-o", "gradients.safetensors")
@@ -149,7 +159,7 @@ def tokens(place: Path) -> Path:
 
 def test_every_command_that_reads_a_file_is_tried() -> None:
     tried = {command[0] for commands in READERS.values() for command in commands}
-    without = {"demo", "ls", "bench", "gradients", "imatrix"}  # they read models as the others do, or nothing
+    without = {"demo", "ls", "bench", "gradients"}  # they read models as the others do, or nothing
     assert tried == {command.name for command in app.registered_commands} - without
 
 

@@ -116,6 +116,7 @@ def test_bits_count_scales_and_minima():
     assert (block("q4_k"), block("q4_0"), block("int4/64"), block("f32")) == (256, 32, 64, 1)
     assert stored_bytes("q4_k", (3, 512)) == 3 * 2 * 144
     assert stored_bytes("int3/64", (1, 64)) == (64 * 3 + 16) // 8
+    assert stored_bytes("int3/16", (2, 48)) == 2 * (5 * 4 + 3 * 2)  # the codes of a row fill whole words
 
 
 def test_block_sizes_are_those_of_gguf():

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from command import contents
 
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, Interrupted
 from billhook.packed.loading import load
 from billhook.steps.compress import compress
-from billhook.steps.sizes import Size, allowed_types, parse_size
+from billhook.steps.quantize import run
+from billhook.steps.sizes import Size, _near, allowed_types, parse_size
 from billhook.steps.verify import verify
 
 pytestmark = pytest.mark.gate
@@ -44,6 +46,62 @@ def test_the_file_is_not_larger_than_asked_and_opens(tmp_path, source, target):
         opened = load(output / f"out{number}.gguf" if target == "gguf" else output)
         assert opened(IDS).logits.isfinite().all()
     assert sizes[1] > sizes[0]
+
+
+def test_a_budget_above_all_types_is_spent_on_the_largest(tmp_path, source):
+    output = compress(source, tmp_path / "out", ratio=1.5, **FIELDS).quantized.output
+    layers = json.loads((output / "billhook.json").read_text())["layers"].values()
+    assert {facts["type"] for facts in layers} == {"q8_0"}
+
+
+def test_what_embeddings_take_of_the_budget_leaves_the_small_types_of_layers_to_choose_from():
+    """Layers of 1e6 weights at 3 bits, beside embeddings of 4e6 weights at 8.5 bits."""
+    types, shapes = allowed_types("gguf", ()), {"layer": (1000, 1024)}
+    near = _near({"layer": types}, shapes, 1_024_000 * (3 + 34) // 8, [(4000, 1024)])["layer"]
+    assert {"q3_k", "q4_k", "q8_0", "iq2_xxs"} <= set(near)
+
+
+def test_a_type_above_the_mean_always_stays():
+    """int4 alone could not spend a mean of 5 bits, and int8 alone is too large."""
+    assert _near({"layer": ["int4/64", "int8/64"]}, {"layer": (8, 64)}, 8 * 64 * 5 // 8, []) == {
+        "layer": ["int4/64", "int8/64"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "sizes", "fields"),
+    [
+        ("transformers", {"hidden_size": 48, "intermediate_size": 48, "head_dim": 12}, {"types": ["int3/16"]}),
+        ("gguf", {}, {"targets": "re:.*gate_proj"}),
+    ],
+)
+def test_rows_that_do_not_fill_words_and_facts_in_a_header_count(tmp_path, target, sizes, fields):
+    model = tiny.llama(num_hidden_layers=1, **sizes)
+    source = tiny.save(tmp_path / "model", model, dtype=torch.bfloat16, words=False)
+    with pytest.raises(BillhookError) as error:
+        compress(source, tmp_path / "out", size=1000, target=target, **FIELDS, **fields)
+    least = int(str(error.value).partition(" is ")[2].partition(" bytes")[0].replace(",", ""))
+    compress(source, tmp_path / "out", size=least, target=target, **FIELDS, **fields)
+    assert weights(tmp_path / "out") <= least
+
+
+def test_a_stopped_run_goes_on_only_with_the_size_and_the_types_it_was_started_with(tmp_path, source, monkeypatch):
+    fields = {"size": "60KB", "target": "transformers", **FIELDS}
+    whole = compress(source, tmp_path / "whole", **fields).quantized.output
+
+    def stopped(job, progress):
+        left = [1]
+        return run(job, progress, lambda: left.pop() == 1 if left else False)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("billhook.steps.compress.run", stopped)
+        with pytest.raises(Interrupted, match="1 of 2 blocks"):
+            compress(source, tmp_path / "out", **fields)
+    for change in ({"size": "40KB"}, {"types": ["int4/16"]}, {"target": "vllm"}):
+        with pytest.raises(BillhookError, match="cannot be continued"):
+            compress(source, tmp_path / "out", resume=True, **{**fields, **change})
+    compress(source, tmp_path / "out", resume=True, **fields)
+    assert contents(tmp_path / "out") == contents(whole)
 
 
 def test_layers_that_vllm_fuses_get_the_same_type(tmp_path, source):

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import families
 import pytest
 import tiny
 import torch
@@ -147,6 +148,8 @@ def test_zeros_of_a_pruned_model_stay_and_both_steps_are_recorded_and_verified(t
         ({"calibration": None}, "Quantizing with gptq needs activations"),
         ({"sweeps": -1}, "sweeps=-1 at least 0"),
         ({"ignore": "nothing"}, "matches no prunable layer"),
+        ({"embeddings": "q4_0"}, r"cannot be q4_0 beside layers of int4/16"),
+        ({"type": "q4_0", "embeddings": "int4"}, "cannot be int4 beside layers of q4_0"),
     ],
 )
 def test_an_impossible_request_is_refused_before_anything_is_written(tmp_path, source, change, match):
@@ -154,6 +157,37 @@ def test_an_impossible_request_is_refused_before_anything_is_written(tmp_path, s
     with pytest.raises(BillhookError, match=match):
         quantize(source, output=tmp_path / "out", **fields)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("plan", "match"),
+    [
+        ({"weights": {"model.layers.0.mlp.up": "int4/16"}}, "The plan is not for this model"),
+        ({"weights": {"model.layers.0.mlp.up_proj": 0.5}}, "The plan has a sparsity"),
+        ({"units": {"layers.0.mlp:channels": 8}}, "The plan has no storage types"),
+    ],
+)
+def test_a_plan_that_cannot_be_carried_out_is_refused_before_anything_is_written(tmp_path, source, plan, match):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"version": 2, "budget": {"bytes": 1000}, **plan}))
+    with pytest.raises(BillhookError, match=match):
+        quantize(source, "", tmp_path / "out", plan=path, **GPTQ)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_block_without_layers_to_quantize_keeps_its_bytes(tmp_path, source):
+    output = quantize(source, "int4/16", tmp_path / "out", ignore="re:.*layers.1.*", **GPTQ).output
+    found, before = tensors(output), tensors(source)
+    kept = [name for name in before if ".layers.1." in name]
+    assert kept
+    assert all(torch.equal(found[name], before[name]) for name in kept)
+    assert verify(output).ok
+
+
+def test_a_model_without_a_form_in_gguf_files_is_refused_before_it_is_quantized(tmp_path):
+    source = tiny.save(tmp_path / "model", families.build("cohere"), words=False)
+    with pytest.raises(BillhookError, match="cohere"):
+        prepare(QuantizeRequest(source, "q4_0", tmp_path / "out", quantizer="round", ignore="re:.*down_proj"))
 
 
 def test_a_width_that_no_group_divides_is_refused_by_name(tmp_path):
