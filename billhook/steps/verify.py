@@ -70,6 +70,8 @@ def verify(
     record; every other difference is a line in `problems`.
     """
     directory = Path(directory).expanduser()
+    if directory.is_file():
+        raise BillhookError(f"{directory} is a file: verify its directory, {directory.parent}, which holds {RECORD}.")
     if not directory.is_dir():
         raise BillhookError(f"There is no directory {directory}.")
     if is_unfinished(directory):

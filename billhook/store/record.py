@@ -22,20 +22,25 @@ REFILLED = "weights that an earlier step had removed have values again"  # ends 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a model's history: an entry of `steps` in billhook.json. `made_by` is that of `prune`.
+    """One step of a model's history: an entry of `steps` in billhook.json. `made_by` is that of `prune`; `quantize` has
+    `lost`, `seed` to `calibration`, `papers` and `versions` of it too.
 
-    * `step`: what was done, named like the command: `prune`.
+    * `step`: what was done: `prune`, `quantize` (by `compress`, too) or `export`.
     * `plan` (object or null): the plan that was applied, as in plan.json; null for a step without one.
     * `made_by.lost.*` (any, optional): what was lost against the model before this step, on held-out text: `verdict`,
       `kl` (nats a token) with `kl_error`, `top1_agreement`, `token_ppl`, `dense_token_ppl`, `windows`, `length`,
       `source`, and `held_out` (false where the text was too short); `made_by.lost` is null if it was not measured.
     * `made_by.better_recipe` (string or null, optional): the next recipe that loses less.
     * `made_by.recipe` (string or null, optional): the recipe that was followed unchanged.
-    * `made_by.criterion` (string): name of the criterion.
+    * `made_by.quantizer` (string, optional): name of the quantizer.
+    * `made_by.quantizer_options.*` (any, optional): its options, defaults filled in.
+    * `made_by.outside.*` (string, optional): storage types of embeddings and head, by the names of their tensors.
+    * `made_by.criterion` (string, optional): name of the criterion.
     * `made_by.criterion_options.*` (any): its options, defaults filled in.
-    * `made_by.group` (string): which weights were compared with each other: `row` or `layer`.
-    * `made_by.published` (boolean): whether zeros were counted, windows drawn and gradients accumulated as published.
-    * `made_by.refine` (string): `none`, `blocks` or `blocks+norms`.
+    * `made_by.group` (string, optional): which weights were compared with each other: `row` or `layer`.
+    * `made_by.published` (boolean, optional): whether zeros were counted, windows drawn and gradients accumulated as
+      published.
+    * `made_by.refine` (string, optional): `none`, `blocks` or `blocks+norms`.
     * `made_by.seed` (integer): seed of every random choice.
     * `made_by.dtype` (string): the dtype of the computation; the files keep theirs.
     * `made_by.device` (string): the kind of device: `cpu` or `cuda`.
@@ -69,12 +74,13 @@ class Record:
     * `billhook`: version of the program that wrote the record.
     * `steps`: all that was done to the model, first to last (see `Step`).
     * `layers.*.shape` (two integers): [out, in].
-    * `layers.*.sparsity` (number): the target of the last plan for the layer.
+    * `layers.*.sparsity` (number, optional): the target of the last plan for the layer.
     * `layers.*.zeros` (integer): zeros, counted in the files.
     * `layers.*.error` (number or null): squared change of the layer's output relative to its square, for uncorrelated
       inputs; null if it is not a number.
     * `layers.*.updated` (boolean, optional): whether kept weights were given new values; otherwise they have the bytes
       of the source.
+    * `layers.*.type` (string, optional): the storage type of a quantized layer.
     * `layers.*.notes` (list of strings): what was done differently, and why.
     * `layers.*.tensor` (string or null, optional): the tensor on disk, see `billhook.store.locate`.
     * `layers.*.index` (integer or null, optional): index into a 3-D tensor, for an expert; null for a matrix.

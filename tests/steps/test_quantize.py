@@ -221,6 +221,8 @@ def test_a_gguf_file_holds_what_the_quantizer_computed_in_memory(tmp_path, sourc
     kinds = {entry.type for entry in read_gguf(output / "out.gguf").tensors.values()}
     assert kinds == {used, "q8_0", "f32", "bf16"}
     assert not list(output.glob("*.safetensors"))
+    with pytest.raises(BillhookError, match=r"out\.gguf is a file: verify its directory"):
+        verify(output / "out.gguf")
     assert verify(output).ok
     entry = read_gguf(output / "out.gguf").tensors["blk.1.attn_q.weight"]
     data = bytearray((output / "out.gguf").read_bytes())
