@@ -40,6 +40,7 @@ NOT_RUN = {
     ("add_a_method.md", "installs a package"),
     ("serving.md", "installs packages and serves until it is stopped"),
     ("RUNTIME.md", "needs a GPU"),
+    ("BENCHMARKS.md", "downloads a model and takes an hour"),
     ("demo_model.md", "takes hours"),
     ("demo_model.md", "takes minutes"),
 }
