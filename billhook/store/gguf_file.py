@@ -79,7 +79,7 @@ def require_gguf() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise BillhookError("GGUF files need the package gguf: pip install 'billhook[gguf]'.") from None
+        raise BillhookError("GGUF files need the package gguf: pip install gguf.") from None
 
 
 def read_gguf(path: Path) -> GgufFile:

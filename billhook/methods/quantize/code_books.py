@@ -28,7 +28,7 @@ def book(name: str, device: torch.device | None = None) -> Tensor:
     try:
         from gguf import quants
     except ImportError:
-        raise BillhookError(f"{name} needs the code books of the gguf package: pip install 'billhook[gguf]'.") from None
+        raise BillhookError(f"{name} needs the code books of the gguf package: pip install gguf.") from None
     table = getattr(quants, name.upper())
     table.init_grid()
     return torch.tensor(table.grid[0, 0], device=device)
