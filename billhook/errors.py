@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _ON_COMMAND_LINE = [False]
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # in names from foreign files, such as a line break
 _FLAGS = ("resume", "overwrite", "published", "pack", "grid", "trust-remote-code", "random")
 _OPTION = re.compile(
     r"(?:billhook [a-z]+|llama-[\w-]+) .*?(?=[.;:)](?:\s|$)|$)"  # a command for a shell, which stays one
@@ -53,7 +54,7 @@ class BillhookError(ValueError):
     exit_code = 2
 
     def __str__(self) -> str:
-        message = super().__str__()
+        message = _CONTROL.sub(lambda found: repr(found[0])[1:-1], super().__str__())
         return message if _ON_COMMAND_LINE[0] else in_python(message)
 
 

@@ -8,7 +8,7 @@ from command import billhook
 from paths import ROOT
 
 import billhook as api
-from billhook.errors import BillhookError, in_python, on_command_line
+from billhook.errors import BillhookError, JobError, in_python, on_command_line
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,16 @@ def test_a_mistake_reads_as_the_caller_wrote_it(tmp_path) -> None:
         api.prune("billhook/demo_model", sparsity=0.5)
     ran = billhook("prune", "billhook/demo_model", "--sparsity", "0.5", "-o", tmp_path / "out")
     assert "give text with --calibration FILE.txt" in ran.err
+
+
+@pytest.mark.parametrize("kind", [BillhookError, JobError])
+@pytest.mark.parametrize("name", ["a\nb", "a\r\x1b[2Jb", "a\x00b", "a\u2028b", "a\x85b"])
+def test_control_characters_in_a_name_are_shown_escaped(kind, name):
+    text = str(kind(f"the layer {name} is missing."))
+    assert text.isprintable()
+    assert text == f"the layer {repr(name)[1:-1]} is missing."
+    assert str(kind(f"{kind('the layer ' + name)} twice")) == f"the layer {repr(name)[1:-1]} twice"
+
+
+def test_other_characters_stay():
+    assert str(BillhookError("Größe, naïve 名前 \\n")) == "Größe, naïve 名前 \\n"
