@@ -8,7 +8,6 @@ import typer
 
 from billhook.cli import options as shared
 from billhook.cli.common import emit, parse_settings, progress, say, split_list
-from billhook.cli.quantize import Writing
 
 NAME = "compress"
 EXAMPLES = """\b
@@ -42,7 +41,7 @@ def command(
     size: Size,
     text: shared.Text,
     work: shared.Work,
-    writing: Writing,
+    writing: shared.Writing,
     as_json: shared.Json = False,
 ) -> None:
     """Meet a size with the least loss: a storage type for every tensor, chosen on held-out text."""

@@ -158,6 +158,16 @@ class Work(Loading):
         return {**super().fields(model, streams=streams), "targets": self.targets or (), "ignore": self.ignore or ()}
 
 
+@dataclass(frozen=True)
+class Writing:
+    """What is written, and where."""
+
+    overwrite: Annotated[bool, typer.Option(help="Replace an output that exists, or an unfinished run.")] = False
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an unfinished run after its last finished block.")
+    ] = False
+
+
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Replace each parameter whose annotation is a dataclass by that class's options, which `command` receives as one
     object."""

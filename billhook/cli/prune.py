@@ -74,13 +74,9 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Writing:
+class Writing(shared.Writing):
     """What is written, and where."""
 
-    overwrite: Annotated[bool, typer.Option(help="Replace an output that exists, or an unfinished run.")] = False
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an unfinished run after its last finished block.")
-    ] = False
     spill_gib: shared.SpillGib = 8.0
     pack: Annotated[bool, typer.Option("--pack", help="Write the result packed, as billhook pack does.")] = False
 

@@ -34,16 +34,6 @@ class Method:
     settings: shared.Settings = None
 
 
-@dataclass(frozen=True)
-class Writing:
-    """What is written, and where."""
-
-    overwrite: Annotated[bool, typer.Option(help="Replace an output that exists, or an unfinished run.")] = False
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an unfinished run after its last finished block.")
-    ] = False
-
-
 def command(
     model: shared.Model,
     *,
@@ -51,7 +41,7 @@ def command(
     method: Method,
     text: shared.Text,
     work: shared.Work,
-    writing: Writing,
+    writing: shared.Writing,
     as_json: shared.Json = False,
 ) -> None:
     """Quantize a model: store its weights in fewer bits, as other programs read them."""

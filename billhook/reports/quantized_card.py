@@ -10,6 +10,7 @@ from billhook.reports.report import source_metadata
 from billhook.store.files import write_text
 from billhook.store.layout import CARD, RECORD
 from billhook.store.record import read_record
+from billhook.store.shards import result_bytes
 
 
 def publish_quantized(folder: Path) -> None:
@@ -26,12 +27,11 @@ def publish_quantized(folder: Path) -> None:
     own = ["billhook", "quantized", "gguf" if files else "compressed-tensors"]
     metadata |= {"library_name": library, "tags": list(dict.fromkeys([*source.get("tags", []), *own]))}
     lost = made_by.get("lost")
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
     rows = [[type, f"{bits(type):.2f}", str(types[type])] for type in sorted(types, key=bits, reverse=True)]
     text: str = template("quantized.md.j2", html=False).render(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         name=name,
-        size=f"{size:,}",
+        size=f"{result_bytes(folder):,}",
         types=table(["type", "bits a weight", "layers"], rows),
         outside=made_by.get("outside") or {},
         lost=None if lost is None else str(Loss(**lost)),

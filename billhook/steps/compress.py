@@ -34,12 +34,12 @@ from billhook.plan.plan import Plan
 from billhook.plan.storage import bits
 from billhook.racing.levels import Chosen, Levels, choose_types
 from billhook.steps.quantize import QuantizeReport, QuantizeRequest, prepare, run
+from billhook.steps.quantize_job import Inputs
 from billhook.steps.request import Opened, listed, open_request
 from billhook.steps.sizes import Size, Sizes, allowed_types, outside_menu
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
-from billhook.steps.types import check_target, outside_parameter, scale_dtype
+from billhook.steps.types import check_target, layer_tensors, outside_parameter, scale_dtype
 from billhook.store.checkpoint import load
-from billhook.text.given import Given
 from billhook.trials.heldout import Split, split_samples
 
 Target = Literal["gguf", "transformers", "vllm"]
@@ -47,7 +47,7 @@ _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
 @dataclass(frozen=True)
-class CompressRequest:
+class CompressRequest(Inputs):
     """The parameters of a run: one of `size`, `bits` and `ratio` (see `billhook.steps.sizes.Size`); `types` limits the
     choice. The others are those of `quantize`."""
 
@@ -59,20 +59,6 @@ class CompressRequest:
     target: Target = "gguf"
     types: Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)  # of GPTQ
-    calibration: Given | None = None
-    samples: int = 128
-    length: int | None = None
-    bos: str = "auto"
-    published: bool = False
-    batch_size: int | None = None
-    seed: int = 0
-    targets: str | Sequence[str] = ()
-    ignore: str | Sequence[str] = ()
-    device: str = "auto"
-    dtype: str = "auto"
-    overwrite: bool = False
-    resume: bool = False
-    trust_remote_code: bool = False
 
     def quantizing(self) -> QuantizeRequest:
         """The request of the step that quantizes, without a plan."""
@@ -124,14 +110,14 @@ def run_compress(request: CompressRequest, progress: Progress = lambda line: Non
     options = QUANTIZERS.configure("gptq", request.options)
     opened = open_request(request.quantizing().opening(), True, "Choosing types", streamed=True, progress=progress)
     given = Size(request.size, request.bits, request.ratio)
-    method = Quantization("gptq", options, scale_dtype(opened))
-    sizes = Sizes.of(given, opened, types, request.target)
+    tensors = layer_tensors(opened)
+    method = Quantization("gptq", options, scale_dtype(opened, tensors))
+    sizes = Sizes.of(given, opened, tensors, types, request.target)
     asked = {"target": request.target, "bytes": sizes.budget, "types": types}
     stopped = _stopped_plan(request, asked)
     chosen = Chosen(stopped, {}) if stopped is not None else _choose(request, opened, sizes, method, progress)
-    chosen.plan.made_by["options"] = asked
-    outside = chosen.plan.made_by.get("outside", {})
-    job = prepare(replace(request.quantizing(), plan=chosen.plan, outside=outside), progress)
+    plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "options": asked})
+    job = prepare(replace(request.quantizing(), plan=plan, outside=plan.made_by.get("outside", {})), progress)
     return CompressReport(run(job, progress), sizes.budget, chosen.outlook)
 
 

@@ -24,6 +24,7 @@ from billhook.export.gguf import write_gguf
 from billhook.methods.encoded import Encoded
 from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.quantize.grid import Quantized
+from billhook.methods.quantize.nearest import nearest
 from billhook.methods.statistics import LayerStats
 from billhook.plan.plan import load_plan
 from billhook.steps.block_files import BlockFiles
@@ -46,7 +47,7 @@ from billhook.steps.types import (
     scale_dtype,
     uniform_plan,
 )
-from billhook.store.shards import read_shard, weight_bytes, write_index
+from billhook.store.shards import read_shard, result_bytes, weight_bytes, write_index
 
 
 @pinned
@@ -93,7 +94,7 @@ def prepare(request: QuantizeRequest, progress: Progress = lambda layer: None) -
     if len({is_ggml(t) for t in plan_types(plan).values()}) > 1:
         raise BillhookError("The plan mixes GGUF types with types intB/GROUP: a file holds one kind.")
     tensors = layer_tensors(opened)
-    method = replace(method, scale_dtype=scale_dtype(opened))
+    method = replace(method, scale_dtype=scale_dtype(opened, tensors))
     outside = dict(request.outside)
     if is_ggml(type):
         outside = outside or outside_types(opened, request.embeddings or EMBEDDINGS)
@@ -117,10 +118,7 @@ def run(
     assert source is not None
 
     def outside(name: str) -> Quantized:
-        rounded: Quantized = QUANTIZERS.get("round")(
-            stream.source[name].read().float(), LayerStats(0, 0), job.grids[name]
-        )
-        return rounded
+        return nearest(stream.source[name].read().float(), LayerStats(0, 0), job.grids[name])
 
     files = BlockFiles(stream, job.grids, ggml_tensors if job.ggml else compressed_tensors, outside)
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
@@ -146,10 +144,9 @@ def run(
         loss = lost()
         made_record = record(job, results, loss)
         partial.complete(made_record, _finish(job, files, source))
-    size = sum(file.stat().st_size for file in output.iterdir() if file.suffix in (".safetensors", ".gguf"))
     bits = 8 * job.plan.bytes(job.shapes) / sum(out * columns for out, columns in job.shapes.values())
     warnings, seconds = made_record["steps"][-1]["warnings"], time.perf_counter() - start
-    return QuantizeReport(output, results, bits, size, weight_bytes(source), seconds, loss, warnings)
+    return QuantizeReport(output, results, bits, result_bytes(output), weight_bytes(source), seconds, loss, warnings)
 
 
 def _finish(job: QuantizeJob, files: BlockFiles, source: Path) -> Callable[[Path], Mapping[str, Any]]:

@@ -27,8 +27,28 @@ from billhook.store.record import Step, append_step
 from billhook.text.given import Given
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """How `quantize` and `compress` open a model and its text, and write the result; `Request` has the same fields."""
+
+    calibration: Given | None = None
+    samples: int = 128
+    length: int | None = None
+    bos: str = "auto"
+    published: bool = False
+    batch_size: int | None = None
+    seed: int = 0
+    targets: str | Sequence[str] = ()
+    ignore: str | Sequence[str] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+    overwrite: bool = False
+    resume: bool = False
+    trust_remote_code: bool = False
+
+
 @dataclass(frozen=True)
-class QuantizeRequest:
+class QuantizeRequest(Inputs):
     """The parameters of a quantizing run; the field names are those of the command line.
 
     `type` is one storage type for all layers, or "" with a `plan` of types. `embeddings` is that of embeddings and head
@@ -44,20 +64,6 @@ class QuantizeRequest:
     outside: Mapping[str, str] = field(default_factory=dict)
     quantizer: str = "gptq"
     options: Mapping[str, Any] = field(default_factory=dict)
-    calibration: Given | None = None
-    samples: int = 128
-    length: int | None = None
-    bos: str = "auto"
-    published: bool = False
-    batch_size: int | None = None
-    seed: int = 0
-    targets: str | Sequence[str] = ()
-    ignore: str | Sequence[str] = ()
-    device: str = "auto"
-    dtype: str = "auto"
-    overwrite: bool = False
-    resume: bool = False
-    trust_remote_code: bool = False
 
     def opening(self) -> Request:
         """The fields that say how a model and its text are opened."""

@@ -12,7 +12,7 @@ from billhook.export.compressed_tensors import names
 from billhook.methods.quantize.ggml import GGML
 from billhook.plan.storage import BLOCKS, bits, block, stored_bytes
 from billhook.steps.request import Opened
-from billhook.steps.types import file_bytes, layer_tensors, outside_matrices
+from billhook.steps.types import file_bytes, outside_matrices
 
 _SCALARS = {"transformers": (2, 3, 4, 5, 6, 8), "vllm": (4, 8)}
 _OUTSIDE = ("q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "iq4_nl")
@@ -65,12 +65,12 @@ class Sizes:
     outside: Mapping[str, tuple[int, int]]
 
     @classmethod
-    def of(cls, given: Size, opened: Opened, types: Sequence[str], target: str) -> "Sizes":
-        """The sizes for a request and the types to choose from.
+    def of(cls, given: Size, opened: Opened, tensors: Mapping[str, str], types: Sequence[str], target: str) -> "Sizes":
+        """The sizes for a request and the types to choose from; `tensors` are the layers' names on disk.
 
         Raises BillhookError for a budget that cannot be met, with the least possible size.
         """
-        stream, tensors = opened.resources.stream, layer_tensors(opened)
+        stream = opened.resources.stream
         assert stream is not None
         entries = {name: stored.entry for name, stored in stream.source.items()}
         parameters = sum(int(np.prod(entry.shape)) for entry in entries.values())

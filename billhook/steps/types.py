@@ -105,11 +105,11 @@ def layer_tensors(opened: Opened) -> dict[str, str]:
     return {layer: str(where["tensor"]) for layer, where in found.items()}
 
 
-def scale_dtype(opened: Opened) -> torch.dtype:
-    """The dtype of the scales of scalar types: bfloat16 where the layers are, otherwise float16."""
+def scale_dtype(opened: Opened, tensors: Mapping[str, str]) -> torch.dtype:
+    """The dtype of the scales of scalar types: bfloat16 where the `layer_tensors` are, otherwise float16."""
     stream = opened.resources.stream
     assert stream is not None
-    dtypes = {stream.source[name].dtype for name in layer_tensors(opened).values()}
+    dtypes = {stream.source[name].dtype for name in tensors.values()}
     return torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float16
 
 

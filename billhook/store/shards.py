@@ -171,6 +171,11 @@ def weight_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(directory))
 
 
+def result_bytes(directory: Path) -> int:
+    """The size of all safetensors and GGUF files in a directory."""
+    return sum(path.stat().st_size for path in directory.iterdir() if path.suffix in (".safetensors", ".gguf"))
+
+
 def layer_zeros(place: Mapping[str, Any], shape: Sequence[int], shards: Iterable[Shard]) -> list[np.ndarray] | None:
     """Whether each weight of a layer at its `place` (`billhook.store.locate`) is zero: bool [rows, in] for each piece.
 
