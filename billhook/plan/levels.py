@@ -44,7 +44,7 @@ class Levels:
     tied: Sequence[tuple[str, ...]] = ()
     errors: Errors = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
-    table: Table = Table(())
+    table: Table = field(default_factory=lambda: Table(()))
 
     @cached_property
     def groups(self) -> list[tuple[str, ...]]:

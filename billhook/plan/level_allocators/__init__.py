@@ -1,4 +1,4 @@
-"""Allocators of levels: functions `(levels, *, options) -> {tensor: storage type}` under a budget in bytes. No torch."""
+"""Allocators of levels: `(levels, *, options) -> {tensor: storage type}` under a budget in bytes. No torch."""
 
 from typing import Any
 
