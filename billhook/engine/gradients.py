@@ -172,7 +172,7 @@ class Backward:
             yield found, power
 
     def _output(self, index: int, number: int, states: Tensor) -> tuple[Tensor, "_Scaled"]:
-        """The outputs of a block for one sequence, or of the last block its loss, and where the backward pass starts."""
+        """The outputs of a block for one sequence (of the last block its loss), and where their gradient starts."""
         with torch.enable_grad():
             if index + 1 == len(self.blocks):
                 output = self._last_block_loss(self.sequences[number], states)

@@ -26,7 +26,9 @@ from billhook.steps.request import Opened
 from billhook.steps.sizes import outside_menu
 from billhook.steps.types import outside_parameter
 
-ERROR_TOKENS = 16384  # of calibration text on which errors are measured, and twice as many as the widest layer has inputs
+ERROR_TOKENS = (
+    16384  # of calibration text on which errors are measured, and twice as many as the widest layer has inputs
+)
 COST_TOKENS = 4096
 _ROWS = 1024  # of embeddings and head whose errors are measured
 _LEAST = 1e-9  # of a cost, a divergence or an error
