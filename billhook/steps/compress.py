@@ -30,9 +30,10 @@ from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.nearest import nearest
 from billhook.methods.statistics import LayerStats
+from billhook.plan.levels import Levels
 from billhook.plan.plan import Plan
 from billhook.plan.storage import bits
-from billhook.racing.levels import Chosen, Levels, choose_types
+from billhook.racing.levels import Chosen, choose_types
 from billhook.steps.quantize import open_blocks, prepare, run
 from billhook.steps.quantize_job import Inputs, QuantizeJob, QuantizeReport, QuantizeRequest
 from billhook.steps.request import Opened, check_text_given, draw_text, listed
@@ -167,10 +168,11 @@ def _choose(request: CompressRequest, opened: Opened, sizes: Sizes, method: Quan
     layers = select_layers(find_layers(model), listed(request.targets), listed(request.ignore))
     split = split_samples(model, samples, rows_of(opened.batches[0]), request.seed)
     errors = level_errors(model, layers, split.batches, sizes.menus, method.scale_dtype, progress=progress)
-    losses = _outside_losses(model, sizes.outside_menus, split, opened, progress)
-    shapes = {layer.name: layer.shape for layer in layers}
+    errors |= _outside_losses(model, sizes.outside_menus, split, opened, progress)
+    shapes = {layer.name: layer.shape for layer in layers} | dict(sizes.outside)
+    menus = {name: list(found) for name, found in errors.items()}
     tied = _tied(layers) if request.target == "vllm" else ()
-    levels = Levels(shapes, errors, sizes.budget - sizes.fixed, tied, sizes.outside, losses)
+    levels = Levels(shapes, menus, sizes.budget - sizes.fixed, list(sizes.outside), tied, errors)
     quick = replace(method, options={**method.options, "sweeps": 0})
     return choose_types(model, layers, split, levels, quick, progress)
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,11 +11,15 @@ import pytest
 import tiny
 from command import TEXT, billhook, done
 
+from billhook.architectures.layers import find_layers
 from billhook.engine import loop
 from billhook.export.gguf import write_gguf
+from billhook.steps.gradients import gradient_bytes
 from billhook.store.shards import weight_bytes
 
 PACKED = ("prune", "model", "--sparsity", "0.75", "--criterion", "magnitude", "--allocator", "uniform", "--pack")
+COMPARE = ("compare", "model", "--sparsities", "0.5", "--data", "text.txt", "--limit", "2", "-o", "table")
+SMALL = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 128}
 GBLM = ("prune", "model", "--sparsity", "0.5", "--criterion", "gblm", "--allocator", "uniform", *TEXT)
 Q8_0 = ("quantize", "model", "--type", "q8_0", "--quantizer", "round")  # .27 of float32, twice for a while
 SIZE = ("compress", "model", "--bits", "8.5", *TEXT)
@@ -40,9 +45,8 @@ def disk(tmp_path: Path) -> Iterator[Callable[[float], Path]]:
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """A directory `model` beside a text, in which the test runs; the bytes of its weights."""
     monkeypatch.chdir(tmp_path)
-    small = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 128}
     tiny.text_file(Path("text.txt"), 40)
-    return weight_bytes(tiny.save(Path("model"), tiny.llama(**small)))
+    return weight_bytes(tiny.save(Path("model"), tiny.llama(**SMALL)))
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,30 @@ def test_a_disk_without_room_for_all_is_noticed_before_the_work(disk, model, mon
     ran = billhook(*command, "-o", place / "out")
     assert ran.code == 1, ran.err
     assert "is too full: " in ran.err
+    assert os.listdir(place) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "files"),
+    [
+        (("search", "model", "--sparsity", "0.5", "--criterion", "gblm", "--allocator", "atp", "-o", "found"), 1),
+        (("prune", "model", "--sparsity", "0.5", "--criterion", "gblm", "--allocator", "auto", "-o", "pruned"), 1),
+        ((*COMPARE, "--criteria", "wanda,gblm", "--allocators", "uniform,owl"), 1),
+        ((*COMPARE, "--criteria", "gblm", "--seeds", "2"), 2),
+        ((*COMPARE, "--criteria", "gblm", "--allocators", "auto"), 2),
+    ],
+    ids=["search", "prune", "compare", "two seeds", "a race in compare"],
+)
+def test_temporary_gradients_that_do_not_fit_are_noticed_before_the_work(disk, model, monkeypatch, command, files):
+    size = gradient_bytes(find_layers(tiny.llama(**SMALL)))
+    place = disk((files - 0.1) * size)
+    begun: list[object] = []
+    for step in ("steps.search.measure", "steps.prune.measure_opened", "comparison.grid.evaluate"):
+        monkeypatch.setattr(f"billhook.{step}", lambda *args, **options: begun.append(args) or pytest.fail("begun"))
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    ran = billhook(*command, *TEXT)
+    assert (ran.code, begun) == (1, []), ran.err
+    assert f"The disk of {place} is too full: {size * files / 2**20:.1f} MiB needed" in ran.err
     assert os.listdir(place) == []
 
 
