@@ -204,8 +204,7 @@ def partial_output(
         keep = keep or (partial is not None and bool(partial.state.done or partial.state.files))
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
-        needed = weight_bytes(source) if room is None else room
-        raise _interrupted(error, needed, output, partial if keep else None) from None
+        raise _interrupted(error, room or weight_bytes(source), output, partial if keep else None) from None
     except BillhookError:
         keep = keep and partial is None
         raise
