@@ -23,7 +23,6 @@ from billhook.methods.quantize.nearest import nearest
 from billhook.methods.statistics import LayerStats
 from billhook.plan.storage import bits
 from billhook.steps.request import Opened
-from billhook.steps.sizes import outside_menu
 from billhook.steps.types import outside_parameter
 
 ERROR_TOKENS = (
@@ -46,12 +45,12 @@ class Measured:
 def measure_levels(
     opened: Opened,
     menus: Mapping[str, list[str]],
-    outside: Mapping[str, tuple[int, int]],
+    outside: Mapping[str, list[str]],
     scale_dtype: torch.dtype,
     seed: int,
     progress: Progress = lambda line: None,
 ) -> Measured:
-    """Measure the layers of `menus`, and embeddings and head by their names on disk and shapes."""
+    """Measure the layers of `menus`, and embeddings and head, with the menus `outside` by their names on disk."""
     model, layers, resources = opened.model, opened.layers, opened.resources
     widest = max(layer.shape[1] for layer in layers)
     several = _windows(opened, max(ERROR_TOKENS, 2 * widest))
@@ -74,17 +73,17 @@ def _windows(opened: Opened, tokens: int) -> list[Batch]:
 
 @torch.no_grad()
 def _outside_losses(
-    opened: Opened, shapes: Mapping[str, tuple[int, int]], batches: list[Batch], progress: Progress
+    opened: Opened, menus: Mapping[str, list[str]], batches: list[Batch], progress: Progress
 ) -> dict[str, dict[str, float]]:
     """The divergence of the model in which embeddings or head alone have a type, by name and type."""
     losses: dict[str, dict[str, float]] = {}
-    if not shapes:
+    if not menus:
         return losses
     model, resources = opened.model, opened.resources
     batch = {name: torch.cat([part[name] for part in batches]) for name in batches[0]}
     reference = Reference.of(model, batch, opened.task, "calibration windows", resources=resources)
-    for name, (_, columns) in shapes.items():
-        parameter, menu = outside_parameter(model, name), outside_menu(columns)
+    for name, menu in menus.items():
+        parameter = outside_parameter(model, name)
         smallest = min(menu, key=lambda t: (bits(t), t))
         own = parameter.clone()
         errors = {type: _error(own[:: max(1, len(own) // _ROWS)].float(), type) for type in menu}
