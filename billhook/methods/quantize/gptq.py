@@ -68,13 +68,13 @@ def gptq(
     for rows in torch.arange(len(W)).split(ROWS):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         fixed = None if zero is None else zero[part]
-        some = _feedback(W[part], U, grid, fixed)
+        some = feedback(W[part], U, grid, fixed)
         made.append(polish(W[part], H, some, sweeps, fixed) if sweeps else some)
     return Quantized.join(made)
 
 
-def _feedback(W: Tensor, U: Tensor, grid: Grid, zero: Tensor | None) -> Quantized:
-    """GPTQ proper: W [out, in], U [in, in]; codes are 0 where `zero` bool [out, in]."""
+def feedback(W: Tensor, U: Tensor, grid: Grid, zero: Tensor | None = None) -> Quantized:
+    """GPTQ proper: W [out, in], U [in, in] of `inverse_factor`; codes are 0 where `zero` bool [out, in]."""
     weight = U.diagonal().square().reciprocal()
     columns = W.t().clone(memory_format=torch.contiguous_format)
     codes, fitted = torch.empty_like(columns), []
