@@ -16,8 +16,8 @@ from billhook.plan.storage import stored_bytes
 from billhook.store.gguf_file import read_gguf
 
 
-def types_of(model: Path, peer: Path) -> tuple[Plan, dict[str, str]]:
-    """The plan of the layers, and the types of embeddings and head by their names on disk."""
+def plan_like(model: Path, peer: Path) -> Plan:
+    """The plan with the types of the file `peer`."""
     tensors = read_gguf(peer).tensors
     weights, outside, size = {}, {}, 0
     for name, (source, *_) in gguf_names(model).items():
@@ -28,7 +28,7 @@ def types_of(model: Path, peer: Path) -> tuple[Plan, dict[str, str]]:
             size += stored_bytes(tensors[name].type, tensors[name].shape[-2:])
         else:
             outside[source] = tensors[name].type
-    return Plan(Budget("bytes", size), weights, made_by={"allocator": "explicit", "options": {}}), outside
+    return Plan(Budget("bytes", size), weights, made_by={"allocator": "explicit", "options": {}, "outside": outside})
 
 
 def main() -> None:
@@ -41,15 +41,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--set", action="append", default=[], help="an option of gptq: sweeps=2")
     args = parser.parse_args()
-    plan, outside = types_of(args.model, args.peer)
+    plan = plan_like(args.model, args.peer)
     text = {"calibration": args.calibration, "samples": args.samples, "length": args.length}
     options = {
         key: float(value) if "." in value else int(value) for key, _, value in (s.partition("=") for s in args.set)
     }
     lines = {"progress": lambda line: print(line, flush=True), "overwrite": True}
-    report = billhook.quantize(
-        args.model, "", args.output, plan=plan, outside=outside, options=options, **text, **lines
-    )
+    report = billhook.quantize(args.model, "", args.output, plan=plan, options=options, **text, **lines)
     print(f"{report.size:,} bytes. {report.loss}")
 
 
