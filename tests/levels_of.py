@@ -49,7 +49,7 @@ def levels(draw, equal: bool = False) -> Levels:
     size = st.tuples(st.integers(1, 40), st.sampled_from([32, 256, 512]))
     blocks = draw(st.lists(st.lists(size, min_size=1, max_size=4), min_size=1, max_size=6))
     outside = draw(st.lists(size, max_size=2))
-    pool = draw(st.lists(st.floats(1.0, 8.0) | st.just(0.0), min_size=1, max_size=1 if equal else 20))
+    pool = draw(st.lists(st.floats(1.0, 8.0) | st.just(0.01), min_size=1, max_size=1 if equal else 20))
     chance = Random(draw(st.integers(0, 2**32)))
     scale = {name: chance.uniform(0.1, 10) for name in map(str, range(6))}
     return make_levels(

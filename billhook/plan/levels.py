@@ -57,6 +57,14 @@ class Levels:
         found = [t for t in self.menus[group[0]] if all(t in self.menus[name] for name in group)]
         return sorted(found, key=lambda t: (bits(t), t))
 
+    def ladder(self, group: Sequence[str]) -> list[tuple[int, str]]:
+        """Bytes and types of a group, smallest first; of types of one size the last by name (q3_k, not iq3_s)."""
+        return sorted({self.bytes(group, t): t for t in self.menu(group)}.items())
+
+    def weights_in(self, group: Sequence[str]) -> int:
+        """The number of weights of a group."""
+        return sum(self.shapes[name][0] * self.shapes[name][1] for name in group)
+
     def bytes(self, names: Sequence[str], type: str) -> int:
         """The bytes of tensors stored as one type."""
         return sum(stored_bytes(type, self.shapes[name]) for name in names)

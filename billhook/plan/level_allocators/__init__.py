@@ -13,6 +13,11 @@ LEVEL_ALLOCATORS = Registry(
     {
         "curves": "billhook.plan.level_allocators.curves:curves",
         "uniform": "billhook.plan.level_allocators.uniform:uniform",
+        "alphapruning": "billhook.plan.level_allocators.alphapruning:alphapruning",
+        "alphaq": "billhook.plan.level_allocators.alphaq:alphaq",
+        "atp": "billhook.plan.level_allocators.atp:atp",
+        "owl": "billhook.plan.level_allocators.owl:owl",
+        "dlp": "billhook.plan.level_allocators.dlp:dlp",
     },
 )
 
