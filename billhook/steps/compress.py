@@ -28,12 +28,13 @@ from billhook.plan.plan import Plan
 from billhook.plan.storage import bits
 from billhook.racing.levels import Chosen, outlook
 from billhook.steps.levels import measure_levels
+from billhook.steps.parts import check_matrices, layer_parts
 from billhook.steps.quantize import QuantizeReport, QuantizeRequest, prepare, run
 from billhook.steps.quantize_job import Inputs
 from billhook.steps.request import Opened, open_request
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
-from billhook.steps.types import check_target, layer_tensors, scale_dtype
+from billhook.steps.types import check_target, scale_dtype
 
 Target = Literal["gguf", "transformers", "vllm"]
 _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -103,9 +104,11 @@ def run_compress(request: CompressRequest, progress: Progress = lambda line: Non
     options = QUANTIZERS.configure("gptq", request.options)
     opened = open_request(request.quantizing().opening(), True, "Choosing types", streamed=True, progress=progress)
     given = Size(request.size, request.bits, request.ratio)
-    tensors = layer_tensors(opened)
-    method = Quantization("gptq", options, scale_dtype(opened, tensors))
-    sizes = Sizes.of(given, opened, tensors, types, request.target)
+    parts = layer_parts(opened)
+    if request.target != "gguf":
+        check_matrices(opened.layers, parts)
+    method = Quantization("gptq", options, scale_dtype(opened, parts))
+    sizes = Sizes.of(given, opened, parts, types, request.target)
     asked = {"target": request.target, "bytes": sizes.budget, "types": types}
     stopped = _stopped_plan(request, asked)
     chosen = Chosen(stopped, {}) if stopped is not None else _choose(request, opened, sizes, method, progress)
@@ -132,19 +135,21 @@ def _choose(request: CompressRequest, opened: Opened, sizes: Sizes, method: Quan
     errors = {**found.errors, **found.losses}
     shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
     menus = {name: list(types) for name, types in errors.items()}
-    tied = _tied(opened.layers) if request.target == "vllm" else ()
+    tied = _tied(opened.layers, request.target)
     budget = sizes.budget - sizes.fixed
     levels = Levels(shapes, menus, budget, list(sizes.outside), tied, errors, found.costs)
     plan = allocate_levels(levels, "curves")
     return Chosen(plan, outlook(levels, plan))
 
 
-def _tied(layers: Sequence[Layer]) -> list[tuple[str, ...]]:
-    """The layers that vLLM fuses."""
+def _tied(layers: Sequence[Layer], target: Target) -> list[tuple[str, ...]]:
+    """The layers that vLLM fuses, or the experts that are one tensor of a GGUF file."""
     groups: dict[tuple[str, int], list[str]] = {}
     for layer in layers:
         parent, _, last = layer.name.rpartition(".")
-        for number, names in enumerate(_FUSED):
+        if layer.expert is not None:
+            groups.setdefault((parent, 0), []).append(layer.name)
+        for number, names in enumerate(_FUSED if target == "vllm" else ()):
             if last in names:
                 groups.setdefault((parent, number), []).append(layer.name)
     return [tuple(names) for names in groups.values()]

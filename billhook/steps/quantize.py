@@ -27,9 +27,10 @@ from billhook.methods.quantize.grid import Quantized
 from billhook.methods.quantize.nearest import nearest
 from billhook.methods.statistics import LayerStats
 from billhook.plan.plan import load_plan
-from billhook.steps.block_files import BlockFiles
+from billhook.steps.block_files import BlockFiles, Form
 from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
+from billhook.steps.parts import check_matrices, layer_parts, part_types, transposed
 from billhook.steps.quantize_job import QuantizeJob, QuantizeReport, QuantizeRequest, record
 from billhook.steps.request import Opened, open_request
 from billhook.steps.resolve import identity
@@ -40,7 +41,6 @@ from billhook.steps.types import (
     file_facts,
     full_name,
     is_ggml,
-    layer_tensors,
     outside_parameter,
     outside_types,
     plan_types,
@@ -97,16 +97,18 @@ def prepare(
     plan.check({layer.name: layer.shape for layer in opened.layers})
     if len({is_ggml(t) for t in plan_types(plan).values()}) > 1:
         raise BillhookError("The plan mixes GGUF types with types intB/GROUP: a file holds one kind.")
-    tensors = layer_tensors(opened)
-    method = replace(method, scale_dtype=scale_dtype(opened, tensors))
+    parts = layer_parts(opened)
+    if not is_ggml(type):
+        check_matrices(opened.layers, parts)
+    method = replace(method, scale_dtype=scale_dtype(opened, parts))
     outside = dict(request.outside)
     if is_ggml(type):
         outside = outside or outside_types(opened, request.embeddings or EMBEDDINGS)
         # to find out now whether the model has a form in such files
-        file_bytes(opened, {tensors[layer]: t for layer, t in plan_types(plan).items()} | outside, request.quantizer)
+        file_bytes(opened, part_types(parts, plan_types(plan)) | outside, request.quantizer)
     run = identity(request.opening(), opened, method.options, plan, None)
     run |= {"step": "quantize", "quantizer": request.quantizer, "outside": outside}
-    return QuantizeJob(request, opened, plan, method, tensors, outside, run, notes)
+    return QuantizeJob(request, opened, plan, method, parts, outside, run, notes)
 
 
 def run(
@@ -124,7 +126,8 @@ def run(
     def outside(name: str) -> Quantized:
         return nearest(stream.source[name].read().float(), LayerStats(0, 0), job.grids[name])
 
-    files = BlockFiles(stream, job.grids, ggml_tensors if job.ggml else compressed_tensors, outside)
+    form: Form = ggml_tensors if job.ggml else compressed_tensors
+    files = BlockFiles(stream, job.grids, form, outside, transposed(job.parts))
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
     lost = loss_of(opened, request.opening().drawing.held_out)
     with partial_output(
@@ -139,7 +142,8 @@ def run(
 
         def made(layer: Layer, encoded: Encoded) -> None:
             assert isinstance(encoded, Quantized)
-            files.add(job.tensors[layer.name], encoded)
+            for part in job.parts[layer.name]:
+                files.add(part, encoded)
 
         results = before + apply_plan_(
             opened.model, job.plan, job.method, opened.batches, layers=opened.layers, resources=opened.resources,
@@ -176,5 +180,5 @@ def _finish(job: QuantizeJob, files: BlockFiles, source: Path) -> Callable[[Path
 def _configuration(job: QuantizeJob) -> dict[str, Any]:
     """The `quantization_config` of config.json; every linear layer that is not quantized is named in it."""
     linear = {name for name, m in job.opened.model.named_modules() if isinstance(m, torch.nn.Linear)}
-    types = {layer: job.grids[tensor] for layer, tensor in job.tensors.items()}
+    types = {layer: job.grids[parts[0].tensor] for layer, parts in job.parts.items()}
     return compressed_tensors.configuration(types, linear - types.keys())

@@ -11,6 +11,7 @@ from billhook.errors import BillhookError
 from billhook.export.compressed_tensors import names
 from billhook.methods.quantize.ggml import GGML
 from billhook.plan.storage import BLOCKS, bits, block, stored_bytes
+from billhook.steps.parts import Parts, part_types
 from billhook.steps.request import Opened
 from billhook.steps.types import file_bytes, outside_matrices
 
@@ -65,8 +66,8 @@ class Sizes:
     outside: Mapping[str, tuple[int, int]]
 
     @classmethod
-    def of(cls, given: Size, opened: Opened, tensors: Mapping[str, str], types: Sequence[str], target: str) -> "Sizes":
-        """The sizes for a request and the types to choose from; `tensors` are the layers' names on disk.
+    def of(cls, given: Size, opened: Opened, parts: Parts, types: Sequence[str], target: str) -> "Sizes":
+        """The sizes for a request and the types to choose from; `parts` are the layers' places on disk.
 
         Raises BillhookError for a budget that cannot be met, with the least possible size.
         """
@@ -83,13 +84,14 @@ class Sizes:
         quantized = sum(stored_bytes(t, shapes[name]) for name, t in least.items())
         quantized += sum(stored_bytes(t, outside[name]) for name, t in least_outside.items())
         if target == "gguf":
-            on_disk = {tensors[name]: t for name, t in least.items()} | least_outside
+            on_disk = part_types(parts, least) | least_outside
             padding = 32 * len(on_disk)  # the length of every tensor is rounded up to the alignment
             fixed = file_bytes(opened, on_disk, "gptq") - quantized + padding
         else:
-            kept = entries.keys() - set(tensors.values())
+            tensors = {part.tensor for several in parts.values() for part in several}
+            kept = entries.keys() - tensors
             fixed = sum(entries[name].stop - entries[name].start for name in kept) + 16 * len(tensors)
-            fixed += _header_bytes([*kept, *(part for name in tensors.values() for part in names(name))])
+            fixed += _header_bytes([*kept, *(part for name in tensors for part in names(name))])
             fixed += _FILE_BYTES * (1 + len(stream.blocks))
         smallest = fixed + quantized
         if smallest > budget:
