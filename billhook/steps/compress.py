@@ -12,7 +12,7 @@ block at a time is in memory. Everything in the file counts. Targets:
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,12 +29,13 @@ from billhook.plan.storage import bits
 from billhook.racing.levels import Chosen, outlook
 from billhook.steps.levels import measure_levels
 from billhook.steps.parts import check_matrices, layer_parts
-from billhook.steps.quantize import QuantizeReport, QuantizeRequest, prepare, run
-from billhook.steps.quantize_job import Inputs
-from billhook.steps.request import Opened, open_request
+from billhook.steps.quantize import open_blocks, prepare, run
+from billhook.steps.quantize_job import Inputs, QuantizeJob, QuantizeReport, QuantizeRequest
+from billhook.steps.request import Opened, check_text_given, draw_text, listed
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.steps.types import check_target, scale_dtype
+from billhook.store.output import check_room
 
 Target = Literal["gguf", "transformers", "vllm"]
 _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -43,7 +44,7 @@ _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 @dataclass(frozen=True)
 class CompressRequest(Inputs):
     """The parameters of a run: one of `size`, `bits` and `ratio` (see `billhook.steps.sizes.Size`); `types` limits the
-    choice. The others are those of `quantize`."""
+    choice, of embeddings and head too. `options` are those of GPTQ. The others are those of `quantize`."""
 
     model: str | Path
     output: str | Path
@@ -52,7 +53,7 @@ class CompressRequest(Inputs):
     ratio: float | None = None
     target: Target = "gguf"
     types: Sequence[str] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)  # of GPTQ
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def quantizing(self) -> QuantizeRequest:
         """The request of the step that quantizes, without a plan."""
@@ -83,39 +84,60 @@ class CompressReport:
         }
 
 
+@dataclass(frozen=True)
+class CompressJob:
+    """A checked request with its plan; `outlook` as in `CompressReport`."""
+
+    quantizing: QuantizeJob
+    budget: int
+    outlook: Mapping[float, float]
+
+
 @pinned
 def compress(
     model: str | Path, output: str | Path, *, progress: Progress = lambda line: None, **fields: Any
 ) -> CompressReport:
-    """Compress a model directory (or hub name) to a size; the keyword arguments are the fields of `CompressRequest`.
+    """Compress a model directory (or hub name) to a size; the keyword arguments are the fields of `CompressRequest`,
+    and options of GPTQ.
 
     Raises BillhookError (nothing written) for an impossible request, with the least possible size where that is the
     reason, and JobError for a run that failed.
     """
-    known = {key: value for key, value in fields.items() if key in CompressRequest.__dataclass_fields__}
-    options = {**(fields.get("options") or {}), **{key: fields[key] for key in fields.keys() - known.keys()}}
-    return run_compress(CompressRequest(model, output, **{**known, "options": options}), progress)
+    request = CompressRequest.given(model=model, output=output, **fields)
+    return run_compress(decide(request, progress), progress)
 
 
-def run_compress(request: CompressRequest, progress: Progress = lambda line: None) -> CompressReport:
-    """Choose types and quantize; with `resume`, with the types that the stopped run chose."""
+def decide(request: CompressRequest, progress: Progress = lambda line: None) -> CompressJob:
+    """Check a request, cheapest first, and choose the types; with `resume`, those that the stopped run chose."""
+    quantizing = request.quantizing()
     types = allowed_types(request.target, request.types)
     check_target(request.target == "gguf")
-    options = QUANTIZERS.configure("gptq", request.options)
-    opened = open_request(request.quantizing().opening(), True, "Choosing types", streamed=True, progress=progress)
-    given = Size(request.size, request.bits, request.ratio)
+    method = Quantization("gptq", QUANTIZERS.configure("gptq", request.options))
+    check_text_given(quantizing.opening(), True, "Choosing types")
+    opened = open_blocks(quantizing)
     parts = layer_parts(opened)
     if request.target != "gguf":
         check_matrices(opened.layers, parts)
-    method = Quantization("gptq", options, scale_dtype(opened, parts))
+    method = replace(method, scale_dtype=scale_dtype(opened, parts))
+    given = Size(request.size, request.bits, request.ratio)
     sizes = Sizes.of(given, opened, parts, types, request.target)
     asked = {"target": request.target, "bytes": sizes.budget, "types": types}
-    stopped = _stopped_plan(request, asked)
-    chosen = Chosen(stopped, {}) if stopped is not None else _choose(request, opened, sizes, method, progress)
+    plan = _stopped_plan(request, asked)
+    chosen = Chosen(plan, {}) if plan is not None else None
+    if chosen is None:
+        output = Path(request.output).expanduser().resolve()
+        check_room(output, sizes.most_room(opened, parts, request.target))
+        opened = draw_text(opened, quantizing.opening(), progress)
+        chosen = _choose(request, opened, sizes, method, progress)
     plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "options": asked})
-    quantizing = replace(request.quantizing(), plan=plan, outside=plan.made_by.get("outside", {}))
-    job = prepare(quantizing, progress, opened)
-    return CompressReport(run(job, progress), sizes.budget, chosen.outlook)
+    return CompressJob(prepare(replace(quantizing, plan=plan), progress, opened), sizes.budget, chosen.outlook)
+
+
+def run_compress(
+    job: CompressJob, progress: Progress = lambda line: None, stopping: Callable[[], bool] = lambda: False
+) -> CompressReport:
+    """Quantize with the chosen types; raises as `billhook.steps.quantize.run`."""
+    return CompressReport(run(job.quantizing, progress, stopping), job.budget, job.outlook)
 
 
 def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | None:
@@ -125,13 +147,15 @@ def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | 
     if state is None:
         return None
     plan = Plan.from_json(state.plan, str(partial_folder(output)))
-    check_same_run(plan.made_by.get("options") or {}, asked, partial_folder(output))
+    layers = {key: listed(getattr(request, key)) for key in ("targets", "ignore")}
+    made = (plan.made_by.get("options") or {}) | {key: state.identity.get(key) for key in layers}
+    check_same_run(made, {**asked, **layers}, partial_folder(output))
     return plan
 
 
 def _choose(request: CompressRequest, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Chosen:
     """The types of all tensors."""
-    found = measure_levels(opened, sizes.menus, sizes.outside, method.scale_dtype, request.seed, progress)
+    found = measure_levels(opened, sizes.menus, sizes.outside_menus, method.scale_dtype, request.seed, progress)
     errors = {**found.errors, **found.losses}
     shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
     menus = {name: list(types) for name, types in errors.items()}

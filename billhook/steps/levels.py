@@ -26,13 +26,10 @@ from billhook.methods.quantize.nearest import nearest
 from billhook.methods.statistics import LayerStats
 from billhook.plan.storage import bits
 from billhook.steps.request import Opened
-from billhook.steps.sizes import outside_menu
 from billhook.steps.types import outside_parameter
 
-ERROR_TOKENS = (
-    16384  # of calibration text on which errors are measured, and twice as many as the widest layer has inputs
-)
-COST_TOKENS = 4096
+ERROR_TOKENS = 16384  # of text for the errors; at least twice as many as the widest layer has inputs
+COST_TOKENS = 4096  # of text for the costs, embeddings and head
 EXPERTS = 8
 _ROWS = 1024  # of embeddings and head whose errors are measured
 _LEAST = 1e-9  # of a cost, a divergence or an error
@@ -50,12 +47,12 @@ class Measured:
 def measure_levels(
     opened: Opened,
     menus: Mapping[str, list[str]],
-    outside: Mapping[str, tuple[int, int]],
+    outside: Mapping[str, list[str]],
     scale_dtype: torch.dtype,
     seed: int,
     progress: Progress = lambda line: None,
 ) -> Measured:
-    """Measure the layers of `menus`, and embeddings and head by their names on disk and shapes."""
+    """Measure the layers of `menus`, and embeddings and head, with the menus `outside` by their names on disk."""
     model, resources = opened.model, opened.resources
     stand_ins = _stand_ins(opened.layers)
     layers = [layer for layer in opened.layers if layer.name in {x for some in stand_ins.values() for x in some}]
@@ -92,17 +89,17 @@ def _windows(opened: Opened, tokens: int) -> list[Batch]:
 
 @torch.no_grad()
 def _outside_losses(
-    opened: Opened, shapes: Mapping[str, tuple[int, int]], batches: list[Batch], progress: Progress
+    opened: Opened, menus: Mapping[str, list[str]], batches: list[Batch], progress: Progress
 ) -> dict[str, dict[str, float]]:
     """The divergence of the model in which embeddings or head alone have a type, by name and type."""
     losses: dict[str, dict[str, float]] = {}
-    if not shapes:
+    if not menus:
         return losses
     model, resources = opened.model, opened.resources
     batch = {name: torch.cat([part[name] for part in batches]) for name in batches[0]}
     reference = Reference.of(model, batch, opened.task, "calibration windows", resources=resources)
-    for name, (_, columns) in shapes.items():
-        parameter, menu = outside_parameter(model, name), outside_menu(columns)
+    for name, menu in menus.items():
+        parameter = outside_parameter(model, name)
         smallest = min(menu, key=lambda t: (bits(t), t))
         own = parameter.clone()
         errors = {type: _error(own[:: max(1, len(own) // _ROWS)].float(), type) for type in menu}
