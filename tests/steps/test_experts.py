@@ -46,6 +46,7 @@ def test_the_file_is_read_as_what_was_computed_for_every_expert(tmp_path, family
     assert verify(output).ok
 
 
+@pytest.mark.nightly
 def test_experts_in_one_tensor_give_the_same_file_as_experts_in_several(tmp_path):
     source = gguf_families.save(tmp_path / "model", "qwen3_moe", num_hidden_layers=1, num_experts=3)
     stacked = gguf_families.save(tmp_path / "stacked", "qwen3_moe", num_hidden_layers=1, num_experts=3)
