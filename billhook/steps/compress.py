@@ -13,11 +13,12 @@ block at a time is in memory. Everything in the file counts. Targets:
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from billhook.ambient import pinned
+from billhook.architectures.context_memory import ContextMemory
 from billhook.architectures.layers import Layer
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
@@ -43,14 +44,17 @@ _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 @dataclass(frozen=True)
 class CompressRequest(Inputs):
-    """The parameters of a run: one of `size`, `bits` and `ratio` (see `billhook.steps.sizes.Size`); `types` limits the
-    choice, of embeddings and head too. `options` are those of GPTQ. The others are those of `quantize`."""
+    """The parameters of a run: one of `size`, `bits`, `ratio` and `fit`, with its `context` (see
+    `billhook.steps.sizes.Size`); `types` limits the choice, of embeddings and head too. `options` are those of GPTQ.
+    The others are those of `quantize`."""
 
     model: str | Path
     output: str | Path
     size: str | int | None = None
     bits: float | None = None
     ratio: float | None = None
+    fit: str | int | None = None
+    context: int | None = None
     target: Target = "gguf"
     types: Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -63,11 +67,13 @@ class CompressRequest(Inputs):
 
 @dataclass(frozen=True)
 class CompressReport:
-    """What a run did; `budget` is the size asked for, `outlook` the predicted loss of other budgets relative to it."""
+    """What a run did; `budget` is the size asked for, `outlook` the predicted loss of other budgets relative to it, and
+    `memory` what a context takes beside the file, where both must fit in memory."""
 
     quantized: QuantizeReport
     budget: int
     outlook: Mapping[float, float]
+    memory: ContextMemory | None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -81,16 +87,18 @@ class CompressReport:
             **self.quantized.to_json(),
             "budget": self.budget,
             "outlook": {str(k): v for k, v in self.outlook.items()},
+            "context": None if self.memory is None else asdict(self.memory),
         }
 
 
 @dataclass(frozen=True)
 class CompressJob:
-    """A checked request with its plan; `outlook` as in `CompressReport`."""
+    """A checked request with its plan; the others as in `CompressReport`."""
 
     quantizing: QuantizeJob
     budget: int
     outlook: Mapping[float, float]
+    memory: ContextMemory | None
 
 
 @pinned
@@ -110,6 +118,8 @@ def compress(
 def decide(request: CompressRequest, progress: Progress = lambda line: None) -> CompressJob:
     """Check a request, cheapest first, and choose the types; with `resume`, those that the stopped run chose."""
     quantizing = request.quantizing()
+    given = Size(request.size, request.bits, request.ratio, request.fit, request.context)
+    given.check(request.target)
     types = allowed_types(request.target, request.types)
     check_target(request.target == "gguf")
     method = Quantization("gptq", QUANTIZERS.configure("gptq", request.options))
@@ -119,7 +129,6 @@ def decide(request: CompressRequest, progress: Progress = lambda line: None) -> 
     if request.target != "gguf":
         check_matrices(opened.layers, parts)
     method = replace(method, scale_dtype=scale_dtype(opened, parts))
-    given = Size(request.size, request.bits, request.ratio)
     sizes = Sizes.of(given, opened, parts, types, request.target)
     asked = {"target": request.target, "bytes": sizes.budget, "types": types}
     plan = _stopped_plan(request, asked)
@@ -130,14 +139,15 @@ def decide(request: CompressRequest, progress: Progress = lambda line: None) -> 
         opened = draw_text(opened, quantizing.opening(), progress)
         chosen = _choose(request, opened, sizes, method, progress)
     plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "options": asked})
-    return CompressJob(prepare(replace(quantizing, plan=plan), progress, opened), sizes.budget, chosen.outlook)
+    job = prepare(replace(quantizing, plan=plan), progress, opened)
+    return CompressJob(job, sizes.budget, chosen.outlook, sizes.memory)
 
 
 def run_compress(
     job: CompressJob, progress: Progress = lambda line: None, stopping: Callable[[], bool] = lambda: False
 ) -> CompressReport:
     """Quantize with the chosen types; raises as `billhook.steps.quantize.run`."""
-    return CompressReport(run(job.quantizing, progress, stopping), job.budget, job.outlook)
+    return CompressReport(run(job.quantizing, progress, stopping), job.budget, job.outlook, job.memory)
 
 
 def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | None:
