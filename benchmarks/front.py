@@ -136,8 +136,8 @@ class Bench:
         found = {name: re.search(pattern, output) for name, pattern in FIGURES.items()}
         return {name: float(match[1]) for name, match in found.items() if match is not None}
 
-    def make(self, peer: str, form: str) -> tuple[Path, float, float]:
-        """The file of a row, and the processor time and memory that it takes."""
+    def make(self, peer: str, form: str) -> tuple[Path, float | None, float]:
+        """The file of a row, and the processor time (None if it was resumed) and memory that it takes."""
         theirs, output = self.folder / f"{peer}.gguf", self.folder / f"{peer}-{form.replace(' ', '-')}"
         if form == "llama.cpp":
             quantize = ("--imatrix", self.imatrix, self.dense, theirs, peer, self.args.threads)
@@ -145,17 +145,17 @@ class Bench:
             before, most = json.loads(self.imatrix.with_suffix(".json").read_text())
             return theirs, minutes + before, max(memory, most)
         settings = [word for setting in self.args.set for word in ("--set", setting)]
+        stopped = output.with_name(f"{output.name}.partial").exists()
+        words = [*map(str, self.text), *settings, "--resume" if stopped else "--overwrite"]
         if form == "same types":
             script = Path(__file__).with_name("same_types.py")
-            found = ran(sys.executable, script, self.args.model, theirs, output, *self.text, *settings)
+            found = ran(sys.executable, script, self.args.model, theirs, output, *words)
         else:
             chosen = ["--types", self.args.types] if self.args.types else []
-            size = ["--size", str(theirs.stat().st_size), *chosen, *settings]
-            found = billhook(
-                "compress", self.args.model, *size, *map(str, self.text), "--overwrite", "--output", output
-            )
+            size = ["--size", str(theirs.stat().st_size), *chosen]
+            found = billhook("compress", self.args.model, *size, *words, "--output", output)
         write_text(output / "output.txt", found[0])
-        return output / f"{output.name}.gguf", *found[1:]
+        return output / f"{output.name}.gguf", None if stopped else found[1], found[2]
 
     def row(self, peer: str, form: str) -> dict[str, Any]:
         """Make and score a file."""
@@ -189,7 +189,8 @@ def markdown(rows: Sequence[dict[str, Any]], parameters: int) -> str:
         size = f"{row['bytes'] / 1e6:.1f} | {8 * row['bytes'] / parameters:.2f}"
         ratio = f"{row['kl'] / theirs[row['peer']]:.2f}" if row["form"] != "llama.cpp" and row["peer"] in theirs else ""
         loss = f"{row['kl']:.4f} ± {row['error']:.4f} | {ratio} | {row['kl_999']:.2f} | {row['same_top']:.1f} %"
-        took = f"{row['ppl']:.2f} | {row['minutes']:.1f} | {row['memory']:.1f}"
+        minutes = "" if row["minutes"] is None else f"{row['minutes']:.1f}"
+        took = f"{row['ppl']:.2f} | {minutes} | {row['memory']:.1f}"
         lines.append(f"| {row['peer']} | {row['form']} | {size} | {loss} | {took} |")
     return "\n".join(lines)
 

@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--set", action="append", default=[], help="an option of gptq: sweeps=2")
     args = parser.parse_args()
     plan = plan_like(args.model, args.peer)
@@ -46,8 +48,8 @@ def main() -> None:
     options = {
         key: float(value) if "." in value else int(value) for key, _, value in (s.partition("=") for s in args.set)
     }
-    lines = {"progress": lambda line: print(line, flush=True), "overwrite": True}
-    report = billhook.quantize(args.model, "", args.output, plan=plan, options=options, **text, **lines)
+    how = {"overwrite": args.overwrite, "resume": args.resume, "progress": lambda line: print(line, flush=True)}
+    report = billhook.quantize(args.model, "", args.output, plan=plan, options=options, **text, **how)
     print(f"{report.size:,} bytes. {report.loss}")
 
 
