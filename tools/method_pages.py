@@ -16,6 +16,7 @@ from billhook.architectures.layers import FAMILIES
 from billhook.measurement import METRICS
 from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.sparse import CRITERIA
+from billhook.methods.structured import STRUCTURED
 from billhook.plan.allocators import ALLOCATORS
 from billhook.plan.metrics import CURVES, FACTS, Metric
 from billhook.plan.recipes import RECIPES
@@ -45,6 +46,7 @@ def pages() -> dict[str, str]:
     found = {"index.md": _index(links)}
     for registry in (ALLOCATORS, CRITERIA, QUANTIZERS):
         found |= {f"{name}.md": _method(registry, name, links) for name in registry.names()}
+    found |= {f"slim_{name}.md": _method(STRUCTURED, name, {}) for name in STRUCTURED.names()}
     for family in dict.fromkeys(map(_family, COLUMNS.values())):
         found[f"{family}.md"] = _metrics(family, links)
     for name, place in OTHERS.items():
@@ -75,7 +77,8 @@ def _method(registry: Registry, name: str, links: dict[str, str]) -> str:
     assert module is not None
     options = registry.options(name).values()
     needs = registry.needs(name, {o.name: o.default for o in options})
-    facts = [f"`--{registry.kind} {name}`", f"reads {', '.join(f'`{n}`' for n in needs) or 'nothing'}"]
+    option = "method" if registry is STRUCTURED else registry.kind
+    facts = [f"`--{option} {name}`", f"reads {', '.join(f'`{n}`' for n in needs) or 'nothing'}"]
     if registry is CRITERIA:
         facts.append(f"compares the weights of a {registry.group(name)}")
     path = f"{module.__name__.replace('.', '/')}.py"
@@ -152,6 +155,9 @@ def _index(links: dict[str, str]) -> str:
         "A *quantizer* rounds weights to the points of a storage type ([Quantize it](../quantize.md)). "
         "[`levels`](levels.md) chooses a type for every tensor under a size.",
         _registry(QUANTIZERS),
+        "## Structured methods",
+        "Which channels and heads go when whole units are removed ([Make it smaller](../slim.md)).",
+        _registry(STRUCTURED),
         "## Metrics",
         "Columns of the table that allocators read. A parameter may follow the name after a colon: "
         f"{_with_parameter()}.",
@@ -175,7 +181,8 @@ def _registry(registry: Registry) -> str:
         module = inspect.getmodule(registry.get(name))
         assert module is not None
         paper = prose(registry.paper(name))
-        rows.append([f"[`{name}`]({name}.md)", summary(module), listed, needs or "nothing", *compares, paper])
+        page = f"slim_{name}.md" if registry is STRUCTURED else f"{name}.md"
+        rows.append([f"[`{name}`]({page})", summary(module), listed, needs or "nothing", *compares, paper])
     compares = ["compares within a"] if registry is CRITERIA else []
     return table(["name", "what it does", "options and defaults", "reads", *compares, "source"], rows)
 

@@ -75,6 +75,7 @@ def walk(
     batches: Tensor | Batch | Sequence[Tensor | Batch],
     statistics: Sequence[str] = (),
     *,
+    layers: Sequence[Layer] | None = None,
     read_only: bool = False,
     dense_outputs: bool = False,
     start: int = 0,
@@ -83,20 +84,24 @@ def walk(
     """Yield every block in running order, from block `start` on.
 
     `batches` are mappings of keyword arguments (or token ids int64 [windows, length]) in the order in which statistics
-    accumulate; they may be empty without statistics. `read_only` promises that the loop body changes no weight, which
+    accumulate; they may be empty without statistics. `layers` are those of the walk (all prunable ones by default).
+    `read_only` promises that the loop body changes no weight, which
     saves the second pass through each block. `dense_outputs` requests the outputs of the dense model's blocks. Raises
     JobError, naming the block or layer, when activations are not finite; BillhookError for `drift` or `dense_outputs`
     with `start` inside a model that is entirely in memory.
     """
     checked = shard(as_batches(model, batches))
     with observable_experts(model), evaluating(model):
-        yield from _Walk(model, checked, resources).run(statistics, read_only, dense_outputs, start)
+        found = find_layers(model) if layers is None else layers
+        yield from _Walk(model, checked, resources, found).run(statistics, read_only, dense_outputs, start)
 
 
 class _Walk:
     """The state of a walk: the inputs of the current block, and the calls of all blocks."""
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], resources: Resources) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batches: Sequence[Batch], resources: Resources, layers: Sequence[Layer]
+    ) -> None:
         self.resources = resources
         self.blocks = blocks_of(model)
         self.modules = list(self.blocks.values())
@@ -106,7 +111,7 @@ class _Walk:
         self.segment = capture(model, self.blocks, batches, self.hidden) if batches else empty
         self.predict = predictor(model, self.blocks, self.segment.returned)
         self.layers: dict[int, list[Layer]] = {}
-        for layer in find_layers(model):
+        for layer in layers:
             self.layers.setdefault(layer.block, []).append(layer)
 
     def run(self, statistics: Sequence[str], read_only: bool, dense_outputs: bool, start: int) -> Iterator[Block]:

@@ -56,6 +56,8 @@ class BlockFiles:
     `billhook.store.sinks.SameLayout` that an unfinished output needs.
     """
 
+    same_values = True  # as in memory
+
     def __init__(
         self, stream: Stream, grids: Mapping[str, Grid], form: Form, outside: Callable[[str], Quantized]
     ) -> None:
@@ -70,9 +72,9 @@ class BlockFiles:
         """Keep a quantized tensor, by its name on disk, until its file is written."""
         self.made[name] = weight
 
-    def begin(self, folder: Path, outside: Collection[str]) -> None:
+    def begin(self, folder: Path, copied: Collection[str]) -> None:
         """Write the file of the tensors outside of the blocks."""
-        self._write(folder / self.files[0], outside)
+        self._write(folder / self.files[0], copied)
 
     def begun(self, folder: Path) -> bool:
         """Whether that file exists."""
@@ -89,6 +91,10 @@ class BlockFiles:
         indices = {self._block.get(name, -1) for name in names}
         path = folder / self.files[min(indices, default=-1) + 1]
         return sha256(path) if path.is_file() else ""
+
+    def moved(self, folder: Path, index: int) -> None:
+        """From now on read a finished block from its file."""
+        self.stream.stored.update(self.stored(folder, index))
 
     def stored(self, folder: Path, index: int) -> dict[str, Stored]:
         """Where the tensors of a finished block are read from."""
