@@ -36,7 +36,7 @@ from billhook.reports.slim_card import publish_slim
 from billhook.steps.gradients import make_gradients
 from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
-from billhook.steps.request import Opened, open_request
+from billhook.steps.request import Opened, check_text_given, draw_text, open_model
 from billhook.steps.resolve import identity
 from billhook.steps.slim_files import Smaller, SmallerFiles
 from billhook.steps.slim_job import SlimJob, SlimReport, SlimRequest, kept_parts, record
@@ -79,7 +79,8 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
     if request.remove is not None and not 0 < request.remove < 1:
         raise BillhookError(f"The fraction to remove must be between 0 and 1, got {request.remove}.")
     needed, who = bool(removal.observed or removal.gradient), f"Removing units with {request.method}"
-    opened = open_request(request.opening(), needed, who, streamed=True, progress=progress)
+    check_text_given(request.opening(), needed, who)
+    opened = open_model(request.opening(), streamed=True)
     stream = opened.resources.stream
     if stream is None or opened.source is None:
         raise BillhookError(f"{request.model} cannot be read one block at a time, so no units can be removed from it.")
@@ -90,6 +91,7 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
     blocks = range(len(stream.blocks))
     config, changes, notes = slimmed(opened.model, units, plan.units, blocks, len(stream.blocks))
     smaller = Smaller.open(opened.source, stream, config, units=units, counts=plan.units, blocks=blocks)
+    opened = draw_text(opened, request.opening(), progress) if needed else opened
     run = identity(request.opening(), opened, removal.options, plan, None)
     run |= {"step": "slim", "method": request.method}
     return SlimJob(request, opened, units, plan, removal, smaller, changes, run, parameters, notes)
