@@ -69,5 +69,7 @@ def main_input(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """The keyword arguments of the model: the batch without its labels, on the model's device."""
-    return {name: value.to(model.device) for name, value in batch.items() if name != LABELS}
+    """The keyword arguments of the model: the batch without its labels, on the model's device and in its dtype."""
+    given = {name: value for name, value in batch.items() if name != LABELS}
+    kinds = {name: model.dtype if value.is_floating_point() else value.dtype for name, value in given.items()}
+    return {name: value.to(model.device, kinds[name]) for name, value in given.items()}

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
+from billhook.architectures.config import positions
 from billhook.architectures.layers import Layer, check_finite, find_layers, select_layers
 from billhook.architectures.sources import resolve
 from billhook.architectures.stacks import blocks_of
@@ -149,7 +150,8 @@ def open_request(
     if needs_samples and request.calibration is None:
         raise BillhookError(
             f"{who} needs activations: give text with --calibration FILE.txt, FILE.jsonl, TOKENS.safetensors or "
-            "hub:c4. With --calibration self: the model writes it; text like what the model will be used on is better."
+            "hub:c4 (images for an image model: a folder, or FILE.npz). With --calibration self: the model writes it; "
+            "text like what the model will be used on is better."
         )
     source, model, resources = _open_model(request, streamed)
     task = task_of(model)
@@ -158,7 +160,8 @@ def open_request(
     if not needs_samples:
         return Opened(source, model, task, resources, layers, None, [])
     samples = _draw(request, source, model, task, resources.streamed, progress)
-    length = main_input(model, samples.batch).shape[1]
+    inputs = main_input(model, samples.batch)
+    length = inputs.shape[1] if inputs.ndim == 2 else positions(model.config, tuple(inputs.shape))
     size = rows_per_batch(len(samples), request.batch_size or batch_size(layers, length))
     return Opened(source, model, task, resources, layers, samples, split_rows(samples.batch, size))
 
@@ -253,9 +256,12 @@ def calibration_facts(opened: Opened) -> dict[str, Any]:
     """What identifies the calibration samples, in tables and billhook.json."""
     samples = opened.samples
     assert samples is not None
-    rows, length = main_input(opened.model, samples.batch).shape[:2]
+    inputs = main_input(opened.model, samples.batch)
     identity = {"source": source_name(samples.source), "digest": samples.digest, "sampling": samples.sampling}
-    return identity | {"bos": samples.bos, "samples": rows, "length": length, "batch_size": rows_of(opened.batches[0])}
+    size: dict[str, Any] = {"bos": samples.bos, "samples": len(inputs), "length": inputs.shape[1]}
+    if inputs.ndim > 2:
+        size = {"samples": len(inputs), "pixels": list(inputs.shape[-2:])}
+    return identity | size | {"batch_size": rows_of(opened.batches[0])}
 
 
 def model_facts(source: Path | None, model: PreTrainedModel) -> dict[str, Any]:
