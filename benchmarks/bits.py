@@ -31,8 +31,9 @@ from billhook.engine.walk import walk
 from billhook.evaluation.perplexity import evaluate
 from billhook.measurement.level_errors import level_errors
 from billhook.methods.quantize import QUANTIZERS
+from billhook.plan.levels import Levels
 from billhook.plan.plan import Plan
-from billhook.racing.levels import Levels, choose_types
+from billhook.racing.levels import choose_types
 from billhook.steps.types import uniform_plan
 from billhook.tasks.base import Samples
 from billhook.trials.heldout import split_samples
@@ -81,9 +82,9 @@ class Bench:
         menus = {n: [f"int{b}/{64 if s[1] % 64 == 0 else 32}" for b in range(2, 7)] for n, s in shapes.items()}
         samples = Samples({"input_ids": self.calibration}, "golden", "golden", "given")
         split = split_samples(model, samples, ROWS, 0)
-        errors = level_errors(model, layers, split.batches, menus)
+        errors = level_errors(model, layers, split.batches, menus).errors
         quick = Quantization("gptq", {**method.options, "sweeps": 0})
-        found = choose_types(model, layers, split, Levels(shapes, errors, plan.bytes(shapes)), quick)
+        found = choose_types(model, layers, split, Levels(shapes, menus, plan.bytes(shapes), errors=errors), quick)
         return self.quantized(found.plan, method)
 
     @torch.no_grad()

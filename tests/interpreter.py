@@ -16,7 +16,9 @@ def report(code):
 
 def in_new_interpreter(code: str, *arguments: str) -> dict:
     """Run `code` elsewhere: the top-level packages it loaded, its exit code, its CPU seconds and what it printed."""
-    ran = subprocess.run([sys.executable, "-c", _REPORT + code, *arguments], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(
+        [sys.executable, "-c", _REPORT + code, *arguments], capture_output=True, text=True, timeout=240
+    )
     text, found, report = ran.stdout.rpartition("REPORT ")
     assert found, ran.stderr
     return json.loads(report) | {"text": text, "errors": ran.stderr}

@@ -17,6 +17,7 @@ from billhook.measurement import METRICS
 from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
+from billhook.plan.level_allocators import LEVEL_ALLOCATORS
 from billhook.plan.metrics import CURVES, FACTS, Metric
 from billhook.plan.recipes import RECIPES
 from billhook.registry import Registry
@@ -28,6 +29,7 @@ OTHERS = {  # pages of modules that are not registered methods
     "self_text": "billhook.tasks.self_text",
     "levels": "billhook.racing.levels",
 }
+PREFIXES = {LEVEL_ALLOCATORS.kind: "levels_"}  # of pages, because other registries have the same names
 MORE = {"spectra": ("tails", "eigen")}  # modules whose docstrings are sections of a family's page
 SOURCES = {
     "spectrum": "weights",
@@ -43,8 +45,8 @@ def pages() -> dict[str, str]:
     """File name below docs/methods -> text."""
     links = _links()
     found = {"index.md": _index(links)}
-    for registry in (ALLOCATORS, CRITERIA, QUANTIZERS):
-        found |= {f"{name}.md": _method(registry, name, links) for name in registry.names()}
+    for registry in (ALLOCATORS, CRITERIA, QUANTIZERS, LEVEL_ALLOCATORS):
+        found |= {_page(registry, name): _method(registry, name, links) for name in registry.names()}
     for family in dict.fromkeys(map(_family, COLUMNS.values())):
         found[f"{family}.md"] = _metrics(family, links)
     for name, place in OTHERS.items():
@@ -57,6 +59,11 @@ def _links() -> dict[str, str]:
     """Every name that can be written in backticks -> its page."""
     names = {name: f"{name}.md" for name in (*ALLOCATORS.names(), *CRITERIA.names(), *QUANTIZERS.names(), *OTHERS)}
     return names | {name: f"{_family(metric)}.md" for name, metric in COLUMNS.items()}
+
+
+def _page(registry: Registry, name: str) -> str:
+    """The file name of a method's page."""
+    return f"{PREFIXES.get(registry.kind, '')}{name}.md"
 
 
 def _family(metric: Metric) -> str:
@@ -75,12 +82,13 @@ def _method(registry: Registry, name: str, links: dict[str, str]) -> str:
     assert module is not None
     options = registry.options(name).values()
     needs = registry.needs(name, {o.name: o.default for o in options})
-    facts = [f"`--{registry.kind} {name}`", f"reads {', '.join(f'`{n}`' for n in needs) or 'nothing'}"]
+    option = f"{name}" if registry is LEVEL_ALLOCATORS else f"--{registry.kind} {name}"
+    facts = [f"`{option}`", f"reads {', '.join(f'`{n}`' for n in needs) or 'nothing'}"]
     if registry is CRITERIA:
         facts.append(f"compares the weights of a {registry.group(name)}")
     path = f"{module.__name__.replace('.', '/')}.py"
     facts.append(f"[{path.rpartition('/')[2]}](../../{path})")
-    head, note, text = _head(module, name, links)
+    head, note, text = _head(module, _page(registry, name).removesuffix(".md"), links)
     parts = [head, note, " · ".join(facts), text, "## Options"]
     if options:
         rows = [[f"`{o.name}`", f"`{_default(o.default)}`", _values(o.annotation)] for o in options]
@@ -152,6 +160,9 @@ def _index(links: dict[str, str]) -> str:
         "A *quantizer* rounds weights to the points of a storage type ([Quantize it](../quantize.md)). "
         "[`levels`](levels.md) chooses a type for every tensor under a size.",
         _registry(QUANTIZERS),
+        "## Allocators of storage types",
+        "How `billhook compress` spends a size; [`levels`](levels.md) says how they are tried.",
+        _registry(LEVEL_ALLOCATORS),
         "## Metrics",
         "Columns of the table that allocators read. A parameter may follow the name after a colon: "
         f"{_with_parameter()}.",
@@ -175,7 +186,9 @@ def _registry(registry: Registry) -> str:
         module = inspect.getmodule(registry.get(name))
         assert module is not None
         paper = prose(registry.paper(name))
-        rows.append([f"[`{name}`]({name}.md)", summary(module), listed, needs or "nothing", *compares, paper])
+        rows.append(
+            [f"[`{name}`]({_page(registry, name)})", summary(module), listed, needs or "nothing", *compares, paper]
+        )
     compares = ["compares within a"] if registry is CRITERIA else []
     return table(["name", "what it does", "options and defaults", "reads", *compares, "source"], rows)
 

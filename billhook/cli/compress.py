@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal
 import typer
 
 from billhook.cli import options as shared
-from billhook.cli.common import emit, parse_settings, progress, say, split_list
+from billhook.cli.common import (
+    duration,
+    emit,
+    graceful_interrupt,
+    layers_per_block,
+    parse_settings,
+    progress,
+    say,
+    split_list,
+)
 
 NAME = "compress"
 EXAMPLES = """\b
@@ -44,19 +53,24 @@ def command(
     writing: shared.Writing,
     as_json: shared.Json = False,
 ) -> None:
-    """Meet a size with the least loss: a storage type for every tensor, chosen on held-out text."""
-    from billhook.steps.compress import CompressRequest, run_compress
+    """Meet a size with the least loss: a storage type for every tensor, by what each is measured to lose."""
+    from billhook.steps.compress import CompressRequest, decide, run_compress
 
     sizes = {"size": size.size, "bits": size.bits, "ratio": size.ratio, "target": size.target}
     chosen = {**sizes, "types": split_list(size.types), "options": parse_settings(size.settings)}
     groups: dict[str, Any] = {**chosen, **vars(text), **work.fields(model, streams=False), **vars(writing)}
-    with progress("compressing") as advance:
-        report = run_compress(CompressRequest(model, output, **groups), advance)
+    with progress("choosing types") as advance:
+        job = decide(CompressRequest(model, output, **groups), advance)
+    layers = job.quantizing.opened.layers
+    bar = progress("quantizing", len(layers), unit=layers_per_block(layers))
+    with bar as advance, graceful_interrupt() as stopping:
+        report = run_compress(job, advance, stopping)
     found = report.quantized
     for warning in found.warnings:
         say(f"note: {warning}")
     kinds = ", ".join(f"{count} {type}" for type, count in report.counts.items())
-    say(f"{found.output}: {found.size:,} bytes of at most {report.budget:,}. Layers: {kinds}. {found.seconds:.1f} s.")
+    took = duration(found.seconds)
+    say(f"{found.output}: {found.size:,} bytes of at most {report.budget:,}. Layers: {kinds}. {took}.")
     if found.loss is not None:
         say(f"{found.loss}.")
     for factor, loss in report.outlook.items():

@@ -7,7 +7,7 @@ cell prunes block by block as `billhook prune` does. The scored text is never us
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,7 +37,7 @@ from billhook.racing.race import Problem
 from billhook.recover.blockwise import Refine
 from billhook.steps.apply import prune_with
 from billhook.steps.evaluate import versions
-from billhook.steps.gradients import make_gradients
+from billhook.steps.gradients import check_temporary_room, make_gradients
 from billhook.steps.keywords import CompareFields
 from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
 from billhook.store.compute import dtype_name
@@ -84,6 +84,7 @@ def compare(
     folder = None if output is None else Path(output)
     found = Comparison.open(folder, _identity(grid, request, opened, windows, scoring.protocol), overwrite)
     _check_plans(found, grid)
+    _check_room(found, grid, cells, opened)
     with TemporaryDirectory(prefix="billhook.") as scratch:
         runner = _Runner(grid, request, opened, (windows, scoring), Path(scratch))
         if not found.dense:
@@ -136,6 +137,14 @@ def _check_plans(found: Comparison, grid: Grid) -> None:
         name = row["allocator"]
         if name in grid.plans and row.get("plan") != _digest(grid.plans[name]):
             raise BillhookError(f"Finished cells of this comparison used another {name}: rename the plan.")
+
+
+def _check_room(found: Comparison, grid: Grid, cells: Sequence[Cell], opened: Opened) -> None:
+    """Raise JobError where the gradients of the missing cells, and those of a race, do not fit on the disk."""
+    reading = {cell: Method(cell.criterion, grid.of(cell)).gradient for cell in cells if not found.has(cell)}
+    files = {(statistic, cell.seed) for cell, statistic in reading.items() if statistic}
+    raced = any(grid.raced(cell) for cell, statistic in reading.items() if statistic)
+    check_temporary_room(opened.layers, len(files) + raced)
 
 
 def _digest(plan: Plan) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.architectures.config import vocabulary_size
+from billhook.architectures.config import positions, vocabulary_size
 from billhook.errors import BillhookError
 from billhook.text.given import whole_ids
 from billhook.text.windows import check_ids
@@ -66,6 +66,12 @@ def join_rows(batches: Iterable[Batch]) -> Batch:
 def main_input(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The model's main input in a batch, [rows, length, ...]."""
     return batch[model.main_input_name]
+
+
+def row_length(model: PreTrainedModel, batch: Batch) -> int:
+    """The tokens of a row, or about as many as an image has positions in the first block."""
+    inputs = main_input(model, batch)
+    return inputs.shape[1] if inputs.ndim == 2 else positions(model.config, tuple(inputs.shape))
 
 
 def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from billhook.evaluation.kl import TopKTeacher, kl_grad, window_kl
+from billhook.evaluation.kl import TopKTeacher, WindowKl, kl_grad, window_kl
 
 
 @dataclass(frozen=True)
 class Divergence:
     """`teacher(outputs)` is what is kept of the dense model's outputs [n, classes]; `compare(outputs, teacher)` gives
-    the mean over n, and the number of equal top-1 predictions; `gradient` the gradient of the sum by the outputs."""
+    the mean over n, the number of equal top-1 predictions and each divergence; `gradient` is that of the sum."""
 
     name: str
     teacher: Callable[[Tensor], Any]
-    compare: Callable[[Tensor, Any], tuple[float, int]]
+    compare: Callable[[Tensor, Any], WindowKl]
     gradient: Callable[[Tensor, Any], Tensor]
 
 
@@ -33,9 +33,10 @@ def _unit(outputs: Tensor) -> Tensor:
     return functional.normalize(outputs.detach().float(), dim=-1)
 
 
-def _distance(outputs: Tensor, teacher: Tensor) -> tuple[float, int]:
-    """1 - cosine, mean over [n, width]; there are no predictions that could agree."""
-    return 1 - float((_unit(outputs) * teacher).sum(-1).mean(dtype=torch.float64)), 0
+def _distance(outputs: Tensor, teacher: Tensor) -> WindowKl:
+    """1 - cosine of outputs [n, width]; there are no predictions that could agree."""
+    distances = 1 - (_unit(outputs) * teacher).sum(-1)
+    return WindowKl(float(distances.mean(dtype=torch.float64)), 0, distances.cpu().numpy())
 
 
 def _distance_grad(outputs: Tensor, teacher: Tensor) -> Tensor:

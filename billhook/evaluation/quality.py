@@ -29,6 +29,7 @@ from billhook.engine.replay import run_block
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import walk
 from billhook.evaluation.divergence import COSINE
+from billhook.evaluation.kl import WindowKl, percentiles
 from billhook.evaluation.predicting import predicted, row_nll, rows_at_once
 from billhook.evaluation.scoring import Scoring, scored_rows
 
@@ -47,6 +48,9 @@ class Loss:
     * `kl` (number or null): KL divergence from the dense model, mean over tokens in nats; null if it is not finite, or
       if the model has embeddings instead of predictions.
     * `kl_error` (number or null): its standard error over windows.
+    * `kl_99` (number or null, optional): the 99th percentile of the divergence over tokens, linearly interpolated; not
+      in records of earlier versions.
+    * `kl_999` (number or null, optional): the 99.9th; of fewer than some thousand tokens nearly the largest.
     * `top1_agreement`: fraction of tokens for which both models have the same top-1 prediction.
     * `token_ppl` (number or null): token perplexity; null if it is too large to be a number.
     * `dense_token_ppl` (number or null): that of the dense model.
@@ -71,6 +75,8 @@ class Loss:
     length: int
     source: str
     held_out: bool
+    kl_99: float | None = None
+    kl_999: float | None = None
     unit: str = "token"
     accuracy: float | None = None
     dense_accuracy: float | None = None
@@ -87,10 +93,13 @@ class Loss:
             return self._of_rows()
         kl = "not finite" if self.kl is None else f"{self.kl:.4f}"
         error = "" if self.kl_error is None else f" +- {self.kl_error:.2g}"
+        tail = (
+            "" if self.kl_999 is None else f" (99 % of tokens below {self.kl_99:.3g}, 99.9 % below {self.kl_999:.3g})"
+        )
         ppl, dense = (f"{x:.2f}" if x is not None else "infinite" for x in (self.token_ppl, self.dense_token_ppl))
         where = f"{self.windows} {'held-out' if self.held_out else 'calibration'} windows of {self.length} tokens"
         return (
-            f"{self.verdict}: KL divergence from the dense model {kl}{error} nats a token, top-1 agreement "
+            f"{self.verdict}: KL divergence from the dense model {kl}{error} nats a token{tail}, top-1 agreement "
             f"{100 * (self.top1_agreement or 0):.1f} %, perplexity {ppl} (dense {dense}), on {where} of {self.source}"
         )
 
@@ -156,29 +165,31 @@ class Reference:
 
     def compare(self, model: PreTrainedModel, resources: Resources = IN_MEMORY) -> Loss:
         """What the model as it is now has lost."""
-        rows = list[tuple[float, float, float, int, int, int, int]]()
+        rows = list[tuple[WindowKl, float, float, int, int, int]]()
         found = _predictions(model, self.batches, self.scoring, resources)
         known = zip(found, self.teachers, self.nll, self.right, strict=True)
         for (outputs, labels), teacher, dense, dense_right in known:
-            divergence, same = self.scoring.divergence.compare(outputs, teacher)
-            right = _right(outputs, labels)
-            rows.append((divergence, row_nll(outputs, labels), dense, same, len(labels), right, dense_right))
+            divergence, right = self.scoring.divergence.compare(outputs, teacher), _right(outputs, labels)
+            rows.append((divergence, row_nll(outputs, labels), dense, len(labels), right, dense_right))
         rows = [row for part in gather(rows) for row in part]
-        kl, nll, dense_nll = ([row[i] for row in rows] for i in range(3))
-        agreed, tokens, right, dense_right = (sum(int(row[i]) for row in rows) for i in range(3, 7))
+        windows, nll, dense_nll = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
+        tokens, right, dense_right = (sum(counts) for counts in zip(*(row[3:] for row in rows), strict=True))
+        kl, agreed = [x.mean for x in windows], sum(x.agreed for x in windows)
         mean = _finite(statistics.fmean(kl))
         error = _finite(statistics.stdev(kl) / math.sqrt(len(kl))) if mean is not None and len(kl) > 1 else None
         about = (len(rows), self.length, self.source, self.held_out)
+        if self.scoring.unit == "token":
+            scores = (verdict(mean), mean, error, round(agreed / tokens, 6), _ppl(nll), _ppl(dense_nll))
+            return Loss(*scores, *about, *percentiles(windows))
         if self.scoring.divergence is COSINE:
-            cosine = None if mean is None else round(1 - mean, 6)
+            cosine: dict[str, Any] = {"cosine": None if mean is None else round(1 - mean, 6), "cosine_error": error}
             word = verdict(mean, DISTANCES)
-            return Loss(word, None, None, None, None, None, *about, self.scoring.unit, None, None, cosine, error)
+            return Loss(word, None, None, None, None, None, *about, unit=self.scoring.unit, **cosine)
+        labelled = not any(map(math.isnan, dense_nll))
+        accuracies = {"accuracy": right, "dense_accuracy": dense_right} if labelled else {}
+        rates: dict[str, Any] = {key: round(count / tokens, 6) for key, count in accuracies.items()}
         agreement = round(agreed / tokens, 6)
-        if self.scoring.unit != "token":
-            labelled = not any(map(math.isnan, dense_nll))
-            accuracies = (round(right / tokens, 6), round(dense_right / tokens, 6)) if labelled else (None, None)
-            return Loss(verdict(mean), mean, error, agreement, None, None, *about, self.scoring.unit, *accuracies)
-        return Loss(verdict(mean), mean, error, agreement, _ppl(nll), _ppl(dense_nll), *about)
+        return Loss(verdict(mean), mean, error, agreement, None, None, *about, unit=self.scoring.unit, **rates)
 
 
 @torch.no_grad()

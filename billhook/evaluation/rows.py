@@ -22,6 +22,7 @@ from billhook.engine.batch import Batch, main_input
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.batching import Progress
 from billhook.evaluation.divergence import COSINE
+from billhook.evaluation.kl import WindowKl
 from billhook.evaluation.predicting import predicted, row_nll
 from billhook.evaluation.scoring import Scoring
 from billhook.store.tensor_bytes import tensor_bytes
@@ -120,9 +121,9 @@ def evaluate_rows(
                 tally.add(pairs)
             if len(found) > 1:
                 for (ours, _), (theirs, _) in zip(*found, strict=True):
-                    distance, same = _compared(scoring, ours, theirs.to(ours.device))
-                    divergences.append(distance)
-                    agreed += same
+                    distance = _compared(scoring, ours, theirs.to(ours.device))
+                    divergences.append(distance.mean)
+                    agreed += distance.agreed
             progress(f"{tallies[0].count} {scoring.unit}s")
     if not tallies[0].count:
         raise BillhookError(f"{source} is empty: there is nothing to score.")
@@ -167,7 +168,7 @@ class _Tally:
         return found | {"nll": statistics.fmean(self.nll)}
 
 
-def _compared(scoring: Scoring, ours: Tensor, theirs: Tensor) -> tuple[float, int]:
+def _compared(scoring: Scoring, ours: Tensor, theirs: Tensor) -> WindowKl:
     if ours.shape != theirs.shape:
         sizes = f"{ours.shape[-1]} and {theirs.shape[-1]} outputs"
         raise BillhookError(f"The models have {sizes}: only models with the same classes can be compared.")

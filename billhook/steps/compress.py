@@ -2,8 +2,9 @@
 
     check -> fixed bytes of the file -> errors of every layer and type -> types under the budget -> quantize
 
-The types are chosen on held-out calibration windows (`billhook.racing.levels`), with the whole model in memory; the
-model is then quantized block by block (`billhook.steps.quantize`). Everything in the file counts. Targets:
+What every tensor would lose at every type is measured on some of the calibration text (`billhook.steps.levels`), and
+the types with the least sum of losses are found exactly; then the model is quantized (`billhook.steps.quantize`). One
+block at a time is in memory. Everything in the file counts. Targets:
 
 * `gguf`: one .gguf file for llama.cpp; embeddings and head get types of their own;
 * `transformers`: a compressed-tensors directory, 2 to 8 bits; embeddings and head keep their bits;
@@ -11,36 +12,29 @@ model is then quantized block by block (`billhook.steps.quantize`). Everything i
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from transformers import PreTrainedModel
-
 from billhook.ambient import pinned
-from billhook.architectures.layers import Layer, find_layers, select_layers
-from billhook.engine.batch import rows_of
+from billhook.architectures.layers import Layer
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
-from billhook.evaluation.quality import Reference
-from billhook.measurement.level_errors import level_errors
 from billhook.methods.quantize import QUANTIZERS
-from billhook.methods.quantize.grids import grid_of
-from billhook.methods.quantize.nearest import nearest
-from billhook.methods.statistics import LayerStats
+from billhook.plan.level_allocators import allocate_levels
+from billhook.plan.levels import Levels
 from billhook.plan.plan import Plan
 from billhook.plan.storage import bits
-from billhook.racing.levels import Chosen, Levels, choose_types
-from billhook.steps.quantize import QuantizeReport, QuantizeRequest, prepare, run
-from billhook.steps.quantize_job import Inputs
-from billhook.steps.request import Opened, listed, open_request
-from billhook.steps.sizes import Size, Sizes, allowed_types, outside_menu
+from billhook.racing.levels import Chosen, outlook
+from billhook.steps.levels import measure_levels
+from billhook.steps.quantize import open_blocks, prepare, run
+from billhook.steps.quantize_job import Inputs, QuantizeJob, QuantizeReport, QuantizeRequest
+from billhook.steps.request import Opened, check_text_given, draw_text, listed
+from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
-from billhook.steps.types import check_target, layer_tensors, outside_parameter, scale_dtype
-from billhook.store.checkpoint import load
-from billhook.trials.heldout import Split, split_samples
+from billhook.steps.types import check_target, layer_tensors, scale_dtype
+from billhook.store.output import check_room
 
 Target = Literal["gguf", "transformers", "vllm"]
 _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -49,7 +43,7 @@ _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 @dataclass(frozen=True)
 class CompressRequest(Inputs):
     """The parameters of a run: one of `size`, `bits` and `ratio` (see `billhook.steps.sizes.Size`); `types` limits the
-    choice. The others are those of `quantize`."""
+    choice, of embeddings and head too. `options` are those of GPTQ. The others are those of `quantize`."""
 
     model: str | Path
     output: str | Path
@@ -58,7 +52,7 @@ class CompressRequest(Inputs):
     ratio: float | None = None
     target: Target = "gguf"
     types: Sequence[str] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)  # of GPTQ
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def quantizing(self) -> QuantizeRequest:
         """The request of the step that quantizes, without a plan."""
@@ -89,36 +83,58 @@ class CompressReport:
         }
 
 
+@dataclass(frozen=True)
+class CompressJob:
+    """A checked request with its plan; `outlook` as in `CompressReport`."""
+
+    quantizing: QuantizeJob
+    budget: int
+    outlook: Mapping[float, float]
+
+
 @pinned
 def compress(
     model: str | Path, output: str | Path, *, progress: Progress = lambda line: None, **fields: Any
 ) -> CompressReport:
-    """Compress a model directory (or hub name) to a size; the keyword arguments are the fields of `CompressRequest`.
+    """Compress a model directory (or hub name) to a size; the keyword arguments are the fields of `CompressRequest`,
+    and options of GPTQ.
 
     Raises BillhookError (nothing written) for an impossible request, with the least possible size where that is the
     reason, and JobError for a run that failed.
     """
-    known = {key: value for key, value in fields.items() if key in CompressRequest.__dataclass_fields__}
-    options = {**(fields.get("options") or {}), **{key: fields[key] for key in fields.keys() - known.keys()}}
-    return run_compress(CompressRequest(model, output, **{**known, "options": options}), progress)
+    request = CompressRequest.given(model=model, output=output, **fields)
+    return run_compress(decide(request, progress), progress)
 
 
-def run_compress(request: CompressRequest, progress: Progress = lambda line: None) -> CompressReport:
-    """Choose types and quantize; with `resume`, with the types that the stopped run chose."""
+def decide(request: CompressRequest, progress: Progress = lambda line: None) -> CompressJob:
+    """Check a request, cheapest first, and choose the types; with `resume`, those that the stopped run chose."""
+    quantizing = request.quantizing()
     types = allowed_types(request.target, request.types)
     check_target(request.target == "gguf")
-    options = QUANTIZERS.configure("gptq", request.options)
-    opened = open_request(request.quantizing().opening(), True, "Choosing types", streamed=True, progress=progress)
-    given = Size(request.size, request.bits, request.ratio)
+    method = Quantization("gptq", QUANTIZERS.configure("gptq", request.options))
+    check_text_given(quantizing.opening(), True, "Choosing types")
+    opened = open_blocks(quantizing)
     tensors = layer_tensors(opened)
-    method = Quantization("gptq", options, scale_dtype(opened, tensors))
+    method = replace(method, scale_dtype=scale_dtype(opened, tensors))
+    given = Size(request.size, request.bits, request.ratio)
     sizes = Sizes.of(given, opened, tensors, types, request.target)
     asked = {"target": request.target, "bytes": sizes.budget, "types": types}
-    stopped = _stopped_plan(request, asked)
-    chosen = Chosen(stopped, {}) if stopped is not None else _choose(request, opened, sizes, method, progress)
+    plan = _stopped_plan(request, asked)
+    chosen = Chosen(plan, {}) if plan is not None else None
+    if chosen is None:
+        output = Path(request.output).expanduser().resolve()
+        check_room(output, sizes.most_room(opened, tensors, request.target))
+        opened = draw_text(opened, quantizing.opening(), progress)
+        chosen = _choose(request, opened, sizes, method, progress)
     plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "options": asked})
-    job = prepare(replace(request.quantizing(), plan=plan, outside=plan.made_by.get("outside", {})), progress)
-    return CompressReport(run(job, progress), sizes.budget, chosen.outlook)
+    return CompressJob(prepare(replace(quantizing, plan=plan), progress, opened), sizes.budget, chosen.outlook)
+
+
+def run_compress(
+    job: CompressJob, progress: Progress = lambda line: None, stopping: Callable[[], bool] = lambda: False
+) -> CompressReport:
+    """Quantize with the chosen types; raises as `billhook.steps.quantize.run`."""
+    return CompressReport(run(job.quantizing, progress, stopping), job.budget, job.outlook)
 
 
 def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | None:
@@ -128,45 +144,23 @@ def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | 
     if state is None:
         return None
     plan = Plan.from_json(state.plan, str(partial_folder(output)))
-    check_same_run(plan.made_by.get("options") or {}, asked, partial_folder(output))
+    layers = {key: listed(getattr(request, key)) for key in ("targets", "ignore")}
+    made = (plan.made_by.get("options") or {}) | {key: state.identity.get(key) for key in layers}
+    check_same_run(made, {**asked, **layers}, partial_folder(output))
     return plan
 
 
 def _choose(request: CompressRequest, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Chosen:
-    """The types of all tensors, with the model in memory."""
-    source, samples = opened.source, opened.samples
-    assert source is not None
-    assert samples is not None
-    options: dict[str, Any] = {"dtype": request.dtype, "device": request.device}
-    model = load(source, opened.task.auto_class, **options, trust_remote_code=request.trust_remote_code)
-    layers = select_layers(find_layers(model), listed(request.targets), listed(request.ignore))
-    split = split_samples(model, samples, rows_of(opened.batches[0]), request.seed)
-    errors = level_errors(model, layers, split.batches, sizes.menus, method.scale_dtype, progress=progress)
-    losses = _outside_losses(model, sizes.outside, split, opened, progress)
-    shapes = {layer.name: layer.shape for layer in layers}
-    tied = _tied(layers) if request.target == "vllm" else ()
-    levels = Levels(shapes, errors, sizes.budget - sizes.fixed, tied, sizes.outside, losses)
-    quick = replace(method, options={**method.options, "sweeps": 0})
-    return choose_types(model, layers, split, levels, quick, progress)
-
-
-@torch.no_grad()
-def _outside_losses(
-    model: PreTrainedModel, shapes: Mapping[str, tuple[int, int]], split: Split, opened: Opened, progress: Progress
-) -> dict[str, dict[str, float]]:
-    """The divergence of the model in which embeddings or head alone have a type, by name and type."""
-    losses: dict[str, dict[str, float]] = {}
-    reference = Reference.of(model, split.heldout, opened.task, "held-out windows") if shapes else None
-    for name, shape in shapes.items():
-        parameter = outside_parameter(model, name)
-        own, losses[name] = parameter.clone(), {}
-        for type in outside_menu(shape[1]):
-            parameter.copy_(nearest(own.float(), LayerStats(0, 0), grid_of(type)).decode(torch.float32))
-            assert reference is not None
-            losses[name][type] = max(reference.compare(model).kl or 0.0, 0.0)
-            progress(f"{name} as {type}: kl {losses[name][type]:.5f}")
-        parameter.copy_(own)
-    return losses
+    """The types of all tensors."""
+    found = measure_levels(opened, sizes.menus, sizes.outside_menus, method.scale_dtype, request.seed, progress)
+    errors = {**found.errors, **found.losses}
+    shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
+    menus = {name: list(types) for name, types in errors.items()}
+    tied = _tied(opened.layers) if request.target == "vllm" else ()
+    budget = sizes.budget - sizes.fixed
+    levels = Levels(shapes, menus, budget, list(sizes.outside), tied, errors, found.costs)
+    plan = allocate_levels(levels, "curves")
+    return Chosen(plan, outlook(levels, plan))
 
 
 def _tied(layers: Sequence[Layer]) -> list[tuple[str, ...]]:

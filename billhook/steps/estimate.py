@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.architectures.config import classes_of, hidden_width, positions
+from billhook.architectures.config import classes_of, hidden_width
 from billhook.architectures.layers import SHARED_INPUTS, Layer
 from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import world
-from billhook.engine.batch import main_input
+from billhook.engine.batch import row_length, rows_of
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.evaluation.batching import TOKENS
 from billhook.evaluation.kl import K
@@ -100,8 +100,7 @@ def estimate(resolved: ResolvedRequest) -> Estimate:
     request, opened, method = resolved.request, resolved.opened, resolved.method
     model, refine = opened.model, request.refine != "none"
     needs = set(method.needs) - (set() if resolved.gradients is None else set(GRADIENTS))
-    inputs = [main_input(model, batch) for batch in opened.batches]
-    sizes = [x.numel() if x.ndim == 2 else len(x) * positions(model.config, tuple(x.shape)) for x in inputs]
+    sizes = [rows_of(batch) * row_length(model, batch) for batch in opened.batches]
     tokens = sum(sizes) // world()
     racing = resolved.on_trial
     text: dict[str, Any] = {"tokens": tokens, "batch_tokens": max(sizes, default=0), "resources": opened.resources}

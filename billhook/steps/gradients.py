@@ -1,6 +1,7 @@
 """Write the gradients of the model that a request names to a file."""
 
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from billhook.engine.gradient_file import Gradients
 from billhook.engine.gradients import compute_gradients
 from billhook.engine.walk import Progress
 from billhook.steps.request import Opened, Request, calibration_facts, open_request
+from billhook.store.layout import GRADIENTS
+from billhook.store.output import check_room
 
 
 def open_for_gradients(request: Request, progress: Progress = lambda step: None) -> Opened:
@@ -19,6 +22,11 @@ def open_for_gradients(request: Request, progress: Progress = lambda step: None)
 def gradient_bytes(layers: Sequence[Layer]) -> int:
     """The largest size of the values in a gradients file."""
     return 4 * sum(math.prod(layer.shape) for layer in layers)
+
+
+def check_temporary_room(layers: Sequence[Layer], files: int = 1) -> None:
+    """Raise JobError where the folder of temporary files has no room for so many gradients files."""
+    check_room(Path(tempfile.gettempdir()) / GRADIENTS, files * gradient_bytes(layers))
 
 
 def make_gradients(opened: Opened, statistic: str, path: Path, progress: Progress = lambda layer: None) -> Gradients:

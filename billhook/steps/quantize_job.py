@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers
@@ -19,10 +19,7 @@ from billhook.methods.quantize.grids import grid_of
 from billhook.plan.plan import Plan
 from billhook.steps.record import without_folders
 from billhook.steps.request import Opened, Request, calibration_facts, listed
-from billhook.steps.types import (
-    is_ggml,
-    plan_types,
-)
+from billhook.steps.types import is_ggml, plan_types
 from billhook.store.record import Step, append_step
 from billhook.text.given import Given
 
@@ -46,13 +43,20 @@ class Inputs:
     resume: bool = False
     trust_remote_code: bool = False
 
+    @classmethod
+    def given(cls, **fields: Any) -> Self:
+        """A request from keyword arguments: its fields, and options of the quantizer."""
+        known = {key: value for key, value in fields.items() if key in cls.__dataclass_fields__}
+        options = {**(fields.get("options") or {}), **{key: fields[key] for key in fields.keys() - known.keys()}}
+        return cls(**{**known, "options": options})
+
 
 @dataclass(frozen=True)
 class QuantizeRequest(Inputs):
     """The parameters of a quantizing run; the field names are those of the command line.
 
     `type` is one storage type for all layers, or "" with a `plan` of types. `embeddings` is that of embeddings and head
-    in a GGUF file; `outside` gives each of them one, by its name on disk. With `published`, windows are drawn as in the
+    in a GGUF file; a plan that `compress` made gives each of them one. With `published`, windows are drawn as in the
     released code of the papers.
     """
 
@@ -61,7 +65,6 @@ class QuantizeRequest(Inputs):
     output: str | Path
     plan: str | Path | Plan | None = None
     embeddings: str = ""
-    outside: Mapping[str, str] = field(default_factory=dict)
     quantizer: str = "gptq"
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -77,7 +80,8 @@ class QuantizeRequest(Inputs):
 class QuantizeJob:
     """A checked request with its plan.
 
-    `tensors` are the names on disk of the layers' weights, `outside` the types of embeddings and head by their names.
+    `tensors` are the names on disk of the layers' weights, `outside` the types of embeddings and head by their names,
+    and `room` the bytes that the run needs on the disk.
     """
 
     request: QuantizeRequest
@@ -88,6 +92,7 @@ class QuantizeJob:
     outside: Mapping[str, str]
     identity: Mapping[str, Any]
     notes: list[str]
+    room: int
 
     @property
     def ggml(self) -> bool:

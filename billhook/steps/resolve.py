@@ -26,7 +26,7 @@ from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
 from billhook.racing import automatic
 from billhook.racing.hyperparameters import configure, is_raced
-from billhook.steps.gradients import gradient_bytes
+from billhook.steps.gradients import check_temporary_room, gradient_bytes
 from billhook.steps.options import split_options
 from billhook.steps.request import Opened, Request, calibration_facts, computed_in, listed, open_request
 from billhook.steps.state import STATE, check_same_run, partial_folder, unfinished_run
@@ -102,6 +102,9 @@ def check(request: Request, progress: Progress = lambda step: None, *, dry_run: 
     )  # fmt: skip
     if request.output is not None:
         check_room(Path(request.output).expanduser().resolve(), _room(found, resumed is not None))
+    unsaved = request.output is None and gradients is None and not dry_run
+    if method.gradient and (found.on_trial or unsaved):
+        check_temporary_room(opened.layers)
     return found
 
 

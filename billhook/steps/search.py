@@ -27,6 +27,7 @@ from billhook.racing.picture import draw
 from billhook.racing.race import Budget, Objective, Problem, Race, Trial
 from billhook.racing.record import MODEL, PICTURE, PLAN, SearchRecord
 from billhook.registry import hint
+from billhook.steps.gradients import check_temporary_room, gradient_bytes
 from billhook.steps.keywords import SearchFields
 from billhook.steps.options import split_options
 from billhook.steps.prune import run
@@ -96,15 +97,17 @@ def search(
     method = Method(request.criterion, options, request.group)
     opened = open_request(request, True, "A search")
     assert opened.samples is not None
+    trials = trial_method(method, opened.layers)
+    if trials.gradient:
+        check_temporary_room(opened.layers)
     split = split_samples(opened.model, opened.samples, rows_of(opened.batches[0]), request.seed)
     space = Space(names, given, len({layer.block for layer in opened.layers}), target, grid)
-    folder, model_folder = _places(opened, output, save_model)
+    folder, model_folder = _places(opened, output, save_model, method)
     identity = _identity(request, opened, space, method) | {"objective": objective, "calibration": split.facts}
     record = SearchRecord.open(folder, identity, overwrite)
     problem = _problem(request, opened, space, split.batches)
     most = int(min(limit.trials, space.most() + (ROUNDS if AUTO in space.allocators else 0)))
     progress(f"At most {most} trials in addition to uniform. Each prunes the model, so all take about equally long.")
-    trials = trial_method(method, opened.layers)
     with TrialRunner(opened.model, opened.layers, split.batches, split.heldout, trials) as runner:
         race = Race(runner, OBJECTIVES[objective], record.known, record.write, progress)
         race.run(lambda race: schedule(space, problem, request.criterion, race), limit)
@@ -141,7 +144,9 @@ def _names(allocator: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys(names) if name != "uniform")
 
 
-def _places(opened: Opened, output: str | Path | None, save_model: bool) -> tuple[Path | None, Path | None]:
+def _places(
+    opened: Opened, output: str | Path | None, save_model: bool, method: Method
+) -> tuple[Path | None, Path | None]:
     """The directories of the search and of the pruned model; raises BillhookError or JobError if they cannot be
     written."""
     folder, source = None if output is None else Path(output), opened.source
@@ -150,6 +155,7 @@ def _places(opened: Opened, output: str | Path | None, save_model: bool) -> tupl
     if source is None:
         choose_sink(opened.model, None)  # raises an error where the model could not be written
     needed = weight_bytes(source) if source else 0
+    needed += gradient_bytes(opened.layers) if method.gradient else 0
     check_output(folder / MODEL if folder.is_dir() else folder, source, overwrite=True, needed=needed)
     return folder, folder / MODEL
 

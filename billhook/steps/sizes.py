@@ -10,9 +10,9 @@ import numpy as np
 from billhook.errors import BillhookError
 from billhook.export.compressed_tensors import names
 from billhook.methods.quantize.ggml import GGML
-from billhook.plan.storage import BLOCKS, bits, block, stored_bytes
+from billhook.plan.storage import bits, block, stored_bytes
 from billhook.steps.request import Opened
-from billhook.steps.types import file_bytes, outside_matrices
+from billhook.steps.types import block_bytes, file_bytes, outside_matrices
 
 _SCALARS = {"transformers": (2, 3, 4, 5, 6, 8), "vllm": (4, 8)}
 _OUTSIDE = ("q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "iq4_nl")
@@ -42,33 +42,42 @@ def parse_size(size: str | int) -> int:
 
 
 def allowed_types(target: str, given: Sequence[str]) -> list[str]:
-    """The types to choose from; raises BillhookError for one that the target cannot hold."""
+    """The types to choose from, int4 being int4 with any group; raises BillhookError for one that the target cannot
+    hold."""
     if target == "gguf":
         possible = list(GGML)
     elif target in _SCALARS:
         possible = [f"int{b}/{group}" for b in _SCALARS[target] for group in (64, 32, 16)]
     else:
         raise BillhookError(f"Unknown target {target!r:.40}: use gguf, transformers or vllm.")
+    chosen = []
     for type in given:
-        if type not in possible:
+        found = [t for t in possible if type in (t, t.partition("/")[0])]
+        if not found:
             raise BillhookError(f"{target} files cannot hold {type}: there are {', '.join(possible)}.")
-    return list(given) or possible
+        chosen += found
+    return list(dict.fromkeys(chosen)) or possible
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the file consists of: `budget` bytes, `fixed` of which are taken by everything that is not quantized."""
+    """What the file consists of: `budget` bytes, `fixed` of which are taken by everything that is not quantized.
+
+    `menus` and `outside_menus` are the types to choose from, of the layers by name, and of embeddings and head, of the
+    shapes `outside`, by their names on disk.
+    """
 
     budget: int
     fixed: int
     menus: Mapping[str, list[str]]
     outside: Mapping[str, tuple[int, int]]
+    outside_menus: Mapping[str, list[str]]
 
     @classmethod
     def of(cls, given: Size, opened: Opened, tensors: Mapping[str, str], types: Sequence[str], target: str) -> "Sizes":
         """The sizes for a request and the types to choose from; `tensors` are the layers' names on disk.
 
-        Raises BillhookError for a budget that cannot be met, with the least possible size.
+        Raises BillhookError for a budget that cannot be met, with the least possible size and what takes it.
         """
         stream = opened.resources.stream
         assert stream is not None
@@ -77,27 +86,63 @@ class Sizes:
         budget = _budget(given, parameters)
         outside = outside_matrices(opened.model, stream) if target == "gguf" else {}
         menus = {layer.name: _menu(layer.shape[1], types, layer.name) for layer in opened.layers}
+        outside_menus = {name: outside_menu(name, shape[1], types) for name, shape in outside.items()}
         shapes = {layer.name: layer.shape for layer in opened.layers}
-        least = {name: min(menu, key=bits) for name, menu in menus.items()}
-        least_outside = {name: min(outside_menu(shape[1]), key=bits) for name, shape in outside.items()}
-        quantized = sum(stored_bytes(t, shapes[name]) for name, t in least.items())
-        quantized += sum(stored_bytes(t, outside[name]) for name, t in least_outside.items())
+        least, least_outside = ({n: min(m, key=bits) for n, m in of.items()} for of in (menus, outside_menus))
+        layers = sum(stored_bytes(t, shapes[name]) for name, t in least.items())
+        around = sum(stored_bytes(t, outside[name]) for name, t in least_outside.items())
         if target == "gguf":
             on_disk = {tensors[name]: t for name, t in least.items()} | least_outside
             padding = 32 * len(on_disk)  # the length of every tensor is rounded up to the alignment
-            fixed = file_bytes(opened, on_disk, "gptq") - quantized + padding
+            fixed = file_bytes(opened, on_disk, "gptq") - layers - around + padding
         else:
             kept = entries.keys() - set(tensors.values())
             fixed = sum(entries[name].stop - entries[name].start for name in kept) + 16 * len(tensors)
             fixed += _header_bytes([*kept, *(part for name in tensors.values() for part in names(name))])
             fixed += _FILE_BYTES * (1 + len(stream.blocks))
-        smallest = fixed + quantized
-        if smallest > budget:
-            raise BillhookError(
-                f"{budget:,} bytes cannot be met: the least possible with these types is {smallest:,} bytes "
-                f"({8 * smallest / parameters:.2f} bits a parameter), of which {fixed:,} are not quantized."
-            )
-        return cls(budget, fixed, _near(menus, shapes, budget - fixed, list(outside.values())), outside)
+        if fixed + layers + around > budget:
+            parts = _Least(layers, around, fixed, sorted(set(least.values())), parameters)
+            raise BillhookError(parts.refusal(budget, target, whole=len(types) == len(allowed_types(target, ()))))
+        near = _near(menus, shapes, budget - fixed, [(outside[name], m) for name, m in outside_menus.items()])
+        return cls(budget, fixed, near, outside, outside_menus)
+
+    def most_room(self, opened: Opened, tensors: Mapping[str, str], target: str) -> int:
+        """The most bytes that writing the result can take on the disk: the files of blocks, and a GGUF file beside
+        them, which is at most the budget."""
+        least = {tensors[name]: min(menu, key=bits) for name, menu in self.menus.items()}
+        least |= {name: min(menu, key=bits) for name, menu in self.outside_menus.items()}
+        shapes = {tensors[layer.name]: layer.shape for layer in opened.layers} | dict(self.outside)
+        kept = block_bytes(opened, least) - sum(stored_bytes(t, shapes[name]) for name, t in least.items())
+        return self.budget + (kept + self.budget - self.fixed if target == "gguf" else 0)
+
+
+@dataclass(frozen=True)
+class _Least:
+    """The smallest file: the bytes of layers, of embeddings and head, and of everything that is not quantized; the
+    smallest `types` of layers; and the number of parameters of the model."""
+
+    layers: int
+    outside: int
+    fixed: int
+    types: list[str]
+    parameters: int
+
+    def refusal(self, budget: int, target: str, *, whole: bool) -> str:
+        """What to say about a `budget` below it; `whole` where all types of the target were allowed."""
+        size = self.layers + self.outside + self.fixed
+        parts = [f"{self.layers:,} of layers ({', '.join(self.types)})"]
+        parts += [f"{self.outside:,} of embeddings and head"] if self.outside else []
+        parts.append(f"{self.fixed:,} that are not quantized")
+        if target != "gguf":
+            advice = "Embeddings and head are quantized only in a file of --for gguf."
+        elif whole:
+            advice = "A smaller model is needed, or fewer layers left out with --ignore or --targets."
+        else:
+            advice = "Allow smaller --types, or leave fewer layers out with --ignore or --targets."
+        return (
+            f"{budget:,} bytes cannot be met: the least possible with these types is {size:,} bytes "
+            f"({8 * size / self.parameters:.2f} bits a parameter), which are {', '.join(parts)}. {advice}"
+        )
 
 
 def _budget(given: Size, parameters: int) -> int:
@@ -113,19 +158,25 @@ def _budget(given: Size, parameters: int) -> int:
     return int(parameters * per_parameter / 8)
 
 
-def _menu(columns: int, types: Sequence[str], layer: str) -> list[str]:
+def _menu(columns: int, types: Sequence[str], name: str) -> list[str]:
     """The types whose blocks divide a layer's columns; of scalar types those with the largest such group."""
     found = [t for t in types if columns % block(t) == 0]
     best = {t.partition("/")[0]: t for t in sorted(found, key=lambda t: -bits(t))}
     menu = [t for t in found if "/" not in t or best[t.partition("/")[0]] == t]
     if not menu:
-        raise BillhookError(f"No type divides the {columns} columns of {layer}: leave it out with --ignore {layer}.")
+        others = [t for t in GGML if columns % block(t) == 0] if types[0] in GGML else []
+        more = f"allow a type that does with --types ({', '.join(others)}), or " if others else ""
+        raise BillhookError(
+            f"None of the types divides the {columns} columns of {name}: {more}leave it out with --ignore {name}."
+        )
     return menu
 
 
-def outside_menu(columns: int) -> list[str]:
-    """The types of embeddings and head to choose from."""
-    return [t for t in _OUTSIDE if columns % BLOCKS[t][0] == 0]
+def outside_menu(name: str, columns: int, types: Sequence[str]) -> list[str]:
+    """The types of embeddings and head to choose from: those of `types` with at least 4 bits; where none of these
+    fits, all of `types` that fit."""
+    fits = [t for t in types if columns % block(t) == 0]
+    return [t for t in _OUTSIDE if t in fits] or fits or _menu(columns, types, name)
 
 
 def _header_bytes(tensors: Sequence[str]) -> int:
@@ -138,14 +189,14 @@ def _near(
     menus: Mapping[str, list[str]],
     shapes: Mapping[str, tuple[int, int]],
     budget: int,
-    outside: Sequence[tuple[int, int]],
+    outside: Sequence[tuple[tuple[int, int], Sequence[str]]],
 ) -> dict[str, list[str]]:
     """The menus without types far from the mean bits of the layers, which take time to measure.
 
     The smallest type and the smallest above the mean (or else the largest) always stay. Of the budget, embeddings and
-    head, of the shapes `outside`, may take the least or the most.
+    head, of the shapes and with the menus `outside`, may take the least or the most.
     """
-    taken = [[stored_bytes(t, shape) for t in outside_menu(shape[1])] for shape in outside]
+    taken = [[stored_bytes(t, shape) for t in menu] for shape, menu in outside]
     weights = sum(out * columns for out, columns in shapes.values())
     low, high = (8 * (budget - sum(map(extreme, taken))) / weights for extreme in (max, min))
     near = {}

@@ -113,11 +113,35 @@ def scale_dtype(opened: Opened, tensors: Mapping[str, str]) -> torch.dtype:
     return torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float16
 
 
-def outside_types(opened: Opened, type: str) -> dict[str, str]:
-    """The types of embeddings and head, by their names on disk."""
+def outside_of(opened: Opened, plan: Plan, type: str) -> dict[str, str]:
+    """The types of embeddings and head, by their names on disk: `type`, or else those of a plan that `compress` made.
+
+    Raises BillhookError for a plan of another model.
+    """
     stream = opened.resources.stream
     assert stream is not None
-    return {name: fitting(type, shape[1]) for name, shape in outside_matrices(opened.model, stream).items()}
+    shapes, given = outside_matrices(opened.model, stream), plan.made_by.get("outside")
+    if type or not given:
+        return {name: fitting(type or EMBEDDINGS, shape[1]) for name, shape in shapes.items()}
+
+    def fits(name: str, t: object) -> bool:
+        return isinstance(t, str) and is_ggml(t) and name in shapes and shapes[name][1] % block(t) == 0
+
+    if not isinstance(given, Mapping) or not all(fits(name, t) for name, t in given.items()):
+        raise BillhookError(f"The plan has types for embeddings or head that this model does not have: {given!r:.200}.")
+    return dict(given)
+
+
+def block_bytes(opened: Opened, types: Mapping[str, str]) -> int:
+    """The size of the files of blocks (`billhook.steps.block_files`) in which matrices, by their names on disk, have
+    these types and all others their bytes."""
+    stream = opened.resources.stream
+    assert stream is not None
+    kept = [stored.entry for name, stored in stream.source.items() if name not in types]
+    shapes = {name: stream.source[name].entry.shape for name in types}
+    return sum(stored_bytes(t, (shapes[name][0], shapes[name][1])) for name, t in types.items()) + sum(
+        entry.stop - entry.start for entry in kept
+    )
 
 
 def file_bytes(opened: Opened, types: Mapping[str, str], quantizer: str) -> int:

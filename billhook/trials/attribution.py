@@ -27,10 +27,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from billhook.ambient import evaluating
-from billhook.architectures.config import positions
 from billhook.architectures.layers import Layer, observable_experts
 from billhook.architectures.stacks import blocks_of
-from billhook.engine.batch import Batch, main_input, split_rows
+from billhook.engine.batch import Batch, row_length, split_rows
 from billhook.engine.capture import stubbed
 from billhook.engine.restore import differentiable
 from billhook.errors import JobError
@@ -61,8 +60,7 @@ def attribute(
     for layer in layers:
         parameter = getattr(layer.module, layer.parameter)
         parameters.setdefault(id(parameter), (parameter, []))[1].append(layer)
-    row, tokens, inputs = 0, 0, main_input(model, heldout)
-    length = inputs.shape[1] if inputs.ndim == 2 else positions(model.config, tuple(inputs.shape))
+    length, row, tokens = row_length(model, heldout), 0, 0
     size = rows_at_once(model, heldout)
     outputs = size * length * sum(layer.shape[0] for layer in layers) * model.dtype.itemsize
     memory = _checkpointed(model) if outputs > _BYTES else nullcontext()

@@ -101,7 +101,7 @@ class TrialRunner:
         """
         kl, nll = [], []
         for row, (logits, labels) in enumerate(self._predictions(first, last), start=first):
-            kl.append(self.task.divergence.compare(logits, self._teachers[row])[0])
+            kl.append(self.task.divergence.compare(logits, self._teachers[row]).mean)
             nll.append(0.0 if bool((labels == UNKNOWN).any()) else row_nll(logits, labels))
             if not math.isfinite(kl[-1] + nll[-1]):
                 raise JobError(f"The pruned model's loss on held-out row {row} is not finite. Try --dtype float32.")

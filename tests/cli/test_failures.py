@@ -205,15 +205,22 @@ _STOPPING = "Stopping after this block. Press Ctrl-C again to stop at once; fini
 
 
 def stop_after(moment: str) -> None:
-    """Let the function of that moment leave a sign when it is done, and wait there."""
+    """Let the function of that moment leave a sign when it is done, wait there, and leave another at Ctrl-C."""
     module, _, name = MOMENTS[moment].rpartition(".")
     original = getattr(importlib.import_module(module), name)
 
     @functools.wraps(original)
     def stop(*arguments, **options):
         result = original(*arguments, **options)
+        interrupted = signal.getsignal(signal.SIGINT)
+
+        def noted(*about):
+            interrupted(*about)
+            Path("../noted").touch()
+
+        signal.signal(signal.SIGINT, noted)
         Path("../here").touch()
-        time.sleep(60)
+        time.sleep(240)  # ends a test that would wait forever
         return result
 
     setattr(importlib.import_module(module), name, stop)
@@ -234,9 +241,10 @@ def forked(moment: str) -> int:
         os._exit(0)
 
 
-def wait_for_sign() -> None:
-    deadline = time.monotonic() + 60
-    while not os.path.exists("../here") and time.monotonic() < deadline:
+def wait_for(sign: str) -> None:
+    deadline = time.monotonic() + 240
+    while not os.path.exists(sign):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -246,11 +254,11 @@ def wait_for_sign() -> None:
 def test_an_interrupted_run_is_one_message_and_leaves_nothing(place, moment, number):
     before = listing(place)
     child = forked(moment)
-    wait_for_sign()
+    wait_for("../here")
     os.kill(child, number)
     graceful = moment == "pruning" and number == signal.SIGINT
     if graceful:
-        time.sleep(0.2)
+        wait_for("../noted")
         os.kill(child, number)
     os.waitpid(child, 0)
     code, out, err = json.loads(Path("../ran").read_text())
@@ -284,9 +292,8 @@ def test_one_ctrl_c_finishes_the_block_and_says_how_to_resume(place):
             Path("../ran").write_text(json.dumps([ran.code, ran.out, ran.err]))
         finally:
             os._exit(0)
-    wait_for_sign()
+    wait_for("../here")
     os.kill(child, signal.SIGINT)
-    time.sleep(0.2)
     Path("../go").touch()
     os.waitpid(child, 0)
     code, _, err = json.loads(Path("../ran").read_text())
@@ -307,11 +314,11 @@ def test_ctrl_c_in_a_shell_stops_without_a_traceback(place):
     process = subprocess.Popen(
         [sys.executable, "-c", code, *PRUNE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_for_sign()
+    wait_for("../here")
     process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    wait_for("../noted")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert (out, err.splitlines(keepends=True)[2:]) == ("", [_STOPPING, _STOPPED])
     assert process.returncode == 1
     assert listing(place) == before

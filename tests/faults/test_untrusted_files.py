@@ -259,6 +259,6 @@ def test_fuzzing_guided_by_coverage(name, pruned, tmp_path):
         bytes([51]) + bytes(7) + b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' + bytes(4)
     )
     code = FUZZ.format(paths=[str(TESTS), str(TESTS / "faults")], name=name, folder=str(folder), corpus=str(corpus))
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "Done 2000 runs" in ran.stderr

@@ -111,14 +111,14 @@ def test_the_server_of_the_examples_answers(place: Path) -> None:
         assert asked(port, "POST", "/generate", {"prompt": ""})[0] == 422
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(240)
 
 
 def asked(port: int, method: str, path: str, body: Any, waiting: Callable[[], bool] | None = None) -> tuple[int, Any]:
     """Ask the server on this machine; `waiting` tells whether it may still come up."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 240
     while True:
-        line = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        line = http.client.HTTPConnection("127.0.0.1", port, timeout=240)
         try:
             line.request(method, path, body and json.dumps(body), {"content-type": "application/json"})
             answer = line.getresponse()

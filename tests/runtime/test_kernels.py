@@ -245,7 +245,7 @@ def test_kernels_work_in_forked_processes():
         queue = context.SimpleQueue()
         child = context.Process(target=_in_child, args=(packed, x, queue))
         child.start()
-        child.join(timeout=60)
+        child.join(timeout=240)
         alive = child.is_alive()
         child.kill()
         assert not alive, "the forked child hangs"

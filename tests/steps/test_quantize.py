@@ -8,7 +8,7 @@ import families
 import pytest
 import tiny
 import torch
-from command import contents
+from command import billhook, contents, done
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -239,3 +239,14 @@ def test_the_model_card_names_the_types_and_no_local_path(whole, tmp_path):
     assert "compressed-tensors" in text
     assert str(whole.parent) not in text
     assert "held-out" in text or "calibration windows" in text
+
+
+def test_report_writes_the_card_of_a_quantized_directory_again(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "copy")
+    before = (whole / "README.md").read_bytes()
+    for _ in range(2):
+        done("report", tmp_path / "copy")
+        assert (tmp_path / "copy" / "README.md").read_bytes() == before
+        (tmp_path / "copy" / "README.md").unlink()
+    assert not (tmp_path / "copy" / "report.json").exists()
+    assert billhook("report", tmp_path / "copy", "--speed", "bench.json").code == 2

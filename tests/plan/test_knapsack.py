@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from billhook.errors import BillhookError
-from billhook.racing import knapsack
-from billhook.racing.knapsack import choose_levels
+from billhook.plan import knapsack
+from billhook.plan.knapsack import choose_levels
 
 GROUPS = st.lists(
     st.lists(st.tuples(st.integers(1, 60), st.floats(0, 10, allow_nan=False)), min_size=1, max_size=4),

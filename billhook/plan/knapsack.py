@@ -8,8 +8,6 @@ on the levels that lower the loss most for what they cost.
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from billhook.errors import BillhookError
 
 UNITS = 20_000
@@ -34,6 +32,8 @@ def choose_levels(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[floa
 
 def _dynamic(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], units: int) -> list[int]:
     """The best levels for costs in units; every group has one that costs nothing."""
+    import numpy as np  # takes 0.1 s, which listing and planning do not need
+
     best = np.zeros(units + 1)
     picked = np.zeros((len(costs), units + 1), dtype=np.int16)
     for group, (cost, loss) in enumerate(zip(costs, losses, strict=True)):
