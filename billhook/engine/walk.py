@@ -87,10 +87,10 @@ def walk(
 
     `batches` are mappings of keyword arguments (or token ids int64 [windows, length]) in the order in which statistics
     accumulate; they may be empty without statistics. `layers` are those of the walk (all prunable ones by default).
-    `read_only` passes the outputs of each block as it is when it is yielded, which saves the second pass: the loop body changes no weight, or changes only those of a model whose dense
-    outputs are passed on. `dense_outputs` requests the outputs of the dense model's blocks. Raises
-    JobError, naming the block or layer, when activations are not finite; BillhookError for `drift` or `dense_outputs`
-    with `start` inside a model that is entirely in memory.
+    `read_only` passes the outputs of each block as it is when it is yielded, which saves the second pass: the loop body
+    changes no weight, or changes only those of a model whose dense outputs are passed on. `dense_outputs` requests the
+    outputs of the dense model's blocks. Raises JobError, naming the block or layer, when activations are not finite;
+    BillhookError for `drift` or `dense_outputs` with `start` inside a model that is entirely in memory.
     """
     checked = shard(as_batches(model, batches))
     with observable_experts(model), evaluating(model):
