@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 from billhook.ambient import pinned
 from billhook.architectures.context_memory import ContextMemory
-from billhook.architectures.layers import Layer
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
+from billhook.export.compressed_tensors import fused
 from billhook.methods.quantize import QUANTIZERS
 from billhook.plan.level_allocators import allocate_levels
 from billhook.plan.levels import Levels
@@ -38,7 +38,6 @@ from billhook.steps.types import check_target, layer_tensors, scale_dtype
 from billhook.store.output import check_room
 
 Target = Literal["gguf", "transformers", "vllm"]
-_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
 @dataclass(frozen=True)
@@ -166,19 +165,8 @@ def _choose(request: CompressRequest, opened: Opened, sizes: Sizes, method: Quan
     errors = {**found.errors, **found.losses}
     shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
     menus = {name: list(types) for name, types in errors.items()}
-    tied = _tied(opened.layers) if request.target == "vllm" else ()
+    tied = fused(layer.name for layer in opened.layers) if request.target == "vllm" else ()
     budget = sizes.budget - sizes.fixed
     levels = Levels(shapes, menus, budget, list(sizes.outside), tied, errors, found.costs)
     plan = allocate_levels(levels, "curves")
     return Chosen(plan, outlook(levels, plan))
-
-
-def _tied(layers: Sequence[Layer]) -> list[tuple[str, ...]]:
-    """The layers that vLLM fuses."""
-    groups: dict[tuple[str, int], list[str]] = {}
-    for layer in layers:
-        parent, _, last = layer.name.rpartition(".")
-        for number, names in enumerate(_FUSED):
-            if last in names:
-                groups.setdefault((parent, number), []).append(layer.name)
-    return [tuple(names) for names in groups.values()]
