@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from billhook.ambient import pinned
 from billhook.architectures.context_memory import ContextMemory
+from billhook.architectures.layers import Layer
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
 from billhook.export.compressed_tensors import fused
@@ -29,12 +30,13 @@ from billhook.plan.plan import Plan
 from billhook.plan.storage import bits
 from billhook.racing.levels import Chosen, outlook
 from billhook.steps.levels import measure_levels
+from billhook.steps.parts import check_matrices, layer_parts
 from billhook.steps.quantize import open_blocks, prepare, run
 from billhook.steps.quantize_job import Inputs, QuantizeJob, QuantizeReport, QuantizeRequest
 from billhook.steps.request import Opened, check_text_given, draw_text, listed
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
-from billhook.steps.types import check_target, layer_tensors, scale_dtype
+from billhook.steps.types import check_target, scale_dtype
 from billhook.store.output import check_room
 
 Target = Literal["gguf", "transformers", "vllm"]
@@ -123,15 +125,17 @@ def decide(request: CompressRequest, progress: Progress = lambda line: None) -> 
     method = Quantization("gptq", QUANTIZERS.configure("gptq", request.options))
     check_text_given(quantizing.opening(), True, "Choosing types")
     opened = open_blocks(quantizing)
-    tensors = layer_tensors(opened)
-    method = replace(method, scale_dtype=scale_dtype(opened, tensors))
-    sizes = Sizes.of(given, opened, tensors, types, request.target)
+    parts = layer_parts(opened)
+    if request.target != "gguf":
+        check_matrices(opened.layers, parts)
+    method = replace(method, scale_dtype=scale_dtype(opened, parts))
+    sizes = Sizes.of(given, opened, parts, types, request.target)
     asked = {"target": request.target, "bytes": sizes.budget, "types": types}
     plan = _stopped_plan(request, asked)
     chosen = Chosen(plan, {}) if plan is not None else None
     if chosen is None:
         output = Path(request.output).expanduser().resolve()
-        check_room(output, sizes.most_room(opened, tensors, request.target))
+        check_room(output, sizes.most_room(opened, parts, request.target))
         opened = draw_text(opened, quantizing.opening(), progress)
         chosen = _choose(request, opened, sizes, method, progress)
     plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "options": asked})
@@ -165,8 +169,17 @@ def _choose(request: CompressRequest, opened: Opened, sizes: Sizes, method: Quan
     errors = {**found.errors, **found.losses}
     shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
     menus = {name: list(types) for name, types in errors.items()}
-    tied = fused(layer.name for layer in opened.layers) if request.target == "vllm" else ()
+    tied = _experts(opened.layers) + (fused(layer.name for layer in opened.layers) if request.target == "vllm" else [])
     budget = sizes.budget - sizes.fixed
     levels = Levels(shapes, menus, budget, list(sizes.outside), tied, errors, found.costs)
     plan = allocate_levels(levels, "curves")
     return Chosen(plan, outlook(levels, plan))
+
+
+def _experts(layers: Sequence[Layer]) -> list[tuple[str, ...]]:
+    """The experts that are one tensor of a file."""
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.expert is not None:
+            groups.setdefault(layer.name.rpartition(".")[0], []).append(layer.name)
+    return [tuple(names) for names in groups.values()]

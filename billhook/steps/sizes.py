@@ -14,11 +14,12 @@ from billhook.errors import BillhookError
 from billhook.export.compressed_tensors import names
 from billhook.methods.quantize.ggml import GGML
 from billhook.plan.storage import bits, block, stored_bytes
+from billhook.steps.parts import Parts, part_types
 from billhook.steps.request import Opened
-from billhook.steps.types import block_bytes, file_bytes, outside_matrices
+from billhook.steps.types import file_bytes, outside_matrices
 
 _SCALARS = {"transformers": (2, 3, 4, 5, 6, 8), "vllm": (4, 8)}
-_OUTSIDE = ("q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "iq4_nl")
+_OUTSIDE = ("q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _FILE_BYTES = 64  # of a safetensors file, beside its tensors and their names
 _CONTEXT = 8192  # tokens, where none are given
@@ -128,8 +129,8 @@ class Sizes:
     memory: ContextMemory | None
 
     @classmethod
-    def of(cls, given: Size, opened: Opened, tensors: Mapping[str, str], types: Sequence[str], target: str) -> "Sizes":
-        """The sizes for a request and the types to choose from; `tensors` are the layers' names on disk.
+    def of(cls, given: Size, opened: Opened, parts: Parts, types: Sequence[str], target: str) -> "Sizes":
+        """The sizes for a request and the types to choose from; `parts` are the layers' places on disk.
 
         Raises BillhookError for a budget that cannot be met, with the least possible size and what takes it.
         """
@@ -146,30 +147,33 @@ class Sizes:
         layers = sum(stored_bytes(t, shapes[name]) for name, t in least.items())
         around = sum(stored_bytes(t, outside[name]) for name, t in least_outside.items())
         if target == "gguf":
-            on_disk = {tensors[name]: t for name, t in least.items()} | least_outside
+            on_disk = part_types(parts, least) | least_outside
             padding = 32 * len(on_disk)  # the length of every tensor is rounded up to the alignment
             fixed = file_bytes(opened, on_disk, "gptq") - layers - around + padding
         else:
-            kept = entries.keys() - set(tensors.values())
+            tensors = {part.tensor for several in parts.values() for part in several}
+            kept = entries.keys() - tensors
             fixed = sum(entries[name].stop - entries[name].start for name in kept) + 16 * len(tensors)
-            fixed += _header_bytes([*kept, *(part for name in tensors.values() for part in names(name))])
+            fixed += _header_bytes([*kept, *(part for name in tensors for part in names(name))])
             fixed += _FILE_BYTES * (1 + len(stream.blocks))
         if fixed + layers + around > budget:
-            parts = _Least(layers, around, fixed, sorted(set(least.values())), parameters)
+            found = _Least(layers, around, fixed, sorted(set(least.values())), parameters)
             left = "" if memory is None else f"In {memory.total + budget:,} bytes {memory}. "
-            refused = parts.refusal(budget, target, whole=len(types) == len(allowed_types(target, ())))
+            refused = found.refusal(budget, target, whole=len(types) == len(allowed_types(target, ())))
             raise BillhookError(left + refused)
         near = _near(menus, shapes, budget - fixed, [(outside[name], m) for name, m in outside_menus.items()])
         return cls(budget, fixed, near, outside, outside_menus, memory)
 
-    def most_room(self, opened: Opened, tensors: Mapping[str, str], target: str) -> int:
+    def most_room(self, opened: Opened, parts: Parts, target: str) -> int:
         """The most bytes that writing the result can take on the disk: the files of blocks, and a GGUF file beside
         them, which is at most the budget."""
-        least = {tensors[name]: min(menu, key=bits) for name, menu in self.menus.items()}
-        least |= {name: min(menu, key=bits) for name, menu in self.outside_menus.items()}
-        shapes = {tensors[layer.name]: layer.shape for layer in opened.layers} | dict(self.outside)
-        kept = block_bytes(opened, least) - sum(stored_bytes(t, shapes[name]) for name, t in least.items())
-        return self.budget + (kept + self.budget - self.fixed if target == "gguf" else 0)
+        if target != "gguf":
+            return self.budget
+        stream = opened.resources.stream
+        assert stream is not None
+        quantized = {part.tensor for several in parts.values() for part in several} | self.outside.keys()
+        kept = sum(x.entry.stop - x.entry.start for name, x in stream.source.items() if name not in quantized)
+        return 2 * self.budget + kept - self.fixed
 
 
 @dataclass(frozen=True)
