@@ -80,6 +80,7 @@ READERS: dict[str, list[tuple[str, ...]]] = {
         (*ROUND, "--type", "int8", "-o", "out"),
         (*COMPRESS, "-o", "out"),
         ("imatrix", "model", *TEXT, "-o", "out"),
+        ("slim", "model", "--remove", "0.25", *TEXT, "-o", "out"),
         EXPORT,
     ],
     "pruned/config.json": [("verify", "pruned"), ("pack", "pruned", "-o", "out")],
