@@ -114,7 +114,7 @@ def apply_plan_(
             tuner.note(block)
         done = [result for stage in block.stages for result in pruning.stage(stage)]
         if tuner is not None and block.layers:
-            with resources.block(block.index + 1 if block.following.module else block.index):
+            with resources.block(block.index if block.last else block.index + 1):
                 done = _tuned(tuner.tune_(block), block, done)
         finished(block, done)
         results += done

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from billhook.architectures.config import is_headless
 from billhook.engine.batch import select_rows
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.quality import Loss, Reference
@@ -17,7 +18,7 @@ def loss_of(opened: Opened, windows: int) -> Callable[[], Loss | None]:
     text, and for a model or text that gives nothing to predict.
     """
     samples, model, resources = opened.samples, opened.model, opened.resources
-    if samples is None or model.base_model is model:
+    if samples is None or (is_headless(model) and opened.task.unit == "token"):
         return lambda: None
     held_out = samples.heldout is not None
     batch = samples.heldout or select_rows(samples.batch, slice(0, windows))
