@@ -171,9 +171,9 @@ def _choose(request: CompressRequest, opened: Opened, sizes: Sizes, method: Quan
     menus = {"layers": sizes.menus, "outside": sizes.outside_menus}
     same = identity(request.quantizing().opening(), opened, {"scales": str(method.scale_dtype)}, None, None) | menus
     kept = KeptLevels(partial_folder(Path(request.output).expanduser().resolve()), same)
-    given = (opened, sizes.menus, sizes.outside_menus, method.scale_dtype, request.seed, kept, progress)
+    given = (opened, sizes.menus, sizes.outside_menus, method.scale_dtype, kept)
     try:
-        found = measure_levels(*given)
+        found = measure_levels(*given, seed=request.seed, progress=progress)
     except BillhookError:
         kept.forget()
         raise

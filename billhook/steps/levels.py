@@ -51,8 +51,9 @@ def measure_levels(
     menus: Mapping[str, list[str]],
     outside: Mapping[str, list[str]],
     scale_dtype: torch.dtype,
-    seed: int,
     kept: KeptLevels,
+    *,
+    seed: int = 0,
     progress: Progress = lambda line: None,
 ) -> Measured:
     """Measure the layers of `menus`, and embeddings and head, with the menus `outside` by their names on disk.

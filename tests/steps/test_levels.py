@@ -25,7 +25,7 @@ def test_a_streamed_model_gives_the_same_errors_costs_and_losses_as_one_in_memor
     outside = {"model.embed_tokens.weight": ["q8_0", "q5_0", "iq4_nl"]}
     menus = {layer.name: ["q8_0", "q4_0"] for layer in whole.layers}
     found = [
-        measure_levels(opened, menus, outside, torch.float16, 0, KeptLevels(None, {})) for opened in (streamed, whole)
+        measure_levels(opened, menus, outside, torch.float16, KeptLevels(None, {})) for opened in (streamed, whole)
     ]
     assert found[0] == found[1]
     assert all(types["q4_0"] > types["q8_0"] > 0 for types in found[0].errors.values())
