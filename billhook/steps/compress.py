@@ -22,6 +22,7 @@ from billhook.architectures.context_memory import ContextMemory
 from billhook.architectures.layers import Layer
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
+from billhook.errors import BillhookError
 from billhook.export.compressed_tensors import fused
 from billhook.methods.quantize import QUANTIZERS
 from billhook.plan.level_allocators import allocate_levels
@@ -29,11 +30,13 @@ from billhook.plan.levels import Levels
 from billhook.plan.plan import Plan
 from billhook.plan.storage import bits
 from billhook.racing.levels import Chosen, outlook
+from billhook.steps.kept_levels import KeptLevels
 from billhook.steps.levels import measure_levels
 from billhook.steps.parts import check_matrices, layer_parts
 from billhook.steps.quantize import open_blocks, prepare, run
 from billhook.steps.quantize_job import Inputs, QuantizeJob, QuantizeReport, QuantizeRequest
 from billhook.steps.request import Opened, check_text_given, draw_text, listed
+from billhook.steps.resolve import identity
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.steps.types import check_target, scale_dtype
@@ -164,14 +167,22 @@ def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | 
 
 
 def _choose(request: CompressRequest, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Chosen:
-    """The types of all tensors."""
-    found = measure_levels(opened, sizes.menus, sizes.outside_menus, method.scale_dtype, request.seed, progress)
+    """The types of all tensors; what was measured is kept until they are known, so that a killed run goes on."""
+    menus = {"layers": sizes.menus, "outside": sizes.outside_menus}
+    same = identity(request.quantizing().opening(), opened, {"scales": str(method.scale_dtype)}, None, None) | menus
+    kept = KeptLevels(partial_folder(Path(request.output).expanduser().resolve()), same)
+    given = (opened, sizes.menus, sizes.outside_menus, method.scale_dtype, kept)
+    try:
+        found = measure_levels(*given, seed=request.seed, progress=progress)
+    except BillhookError:
+        kept.forget()
+        raise
     errors = {**found.errors, **found.losses}
     shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
-    menus = {name: list(types) for name, types in errors.items()}
+    found_menus = {name: list(types) for name, types in errors.items()}
     tied = _experts(opened.layers) + (fused(layer.name for layer in opened.layers) if request.target == "vllm" else [])
     budget = sizes.budget - sizes.fixed
-    levels = Levels(shapes, menus, budget, list(sizes.outside), tied, errors, found.costs)
+    levels = Levels(shapes, found_menus, budget, list(sizes.outside), tied, errors, found.costs)
     plan = allocate_levels(levels, "curves")
     return Chosen(plan, outlook(levels, plan))
 
