@@ -123,6 +123,8 @@ def decide(request: CompressRequest, progress: Progress = lambda line: None) -> 
     quantizing = request.quantizing()
     given = Size(request.size, request.bits, request.ratio, request.fit, request.context)
     given.check(request.target)
+    if request.target != "gguf" and (request.template, request.split_size) != (None, None):
+        raise BillhookError("A template and split files are for GGUF files (--for gguf).")
     types = allowed_types(request.target, request.types)
     check_target(request.target == "gguf")
     method = Quantization("gptq", QUANTIZERS.configure("gptq", request.options))
@@ -132,7 +134,7 @@ def decide(request: CompressRequest, progress: Progress = lambda line: None) -> 
     if request.target != "gguf":
         check_matrices(opened.layers, parts)
     method = replace(method, scale_dtype=scale_dtype(opened, parts))
-    sizes = Sizes.of(given, opened, parts, types, request.target)
+    sizes = Sizes.of(given, opened, parts, types, request.target, request.gguf_form)
     asked = {"target": request.target, "bytes": sizes.budget, "types": types}
     plan = _stopped_plan(request, asked)
     chosen = Chosen(plan, {}) if plan is not None else None
