@@ -4,7 +4,8 @@
   (KL divergence of the next-token predictions on some calibration windows). Costs a forward pass for every block and
   block dropped. Blocks that are useless only together are not found.
 * `angular`: the blocks that turn the hidden states least (Men et al., "ShortGPT: Layers in Large Language Models are
-  More Redundant Than You Expect", arXiv:2403.03853: 1 - cosine of a block's input and output, mean over tokens). One pass.
+  More Redundant Than You Expect", arXiv:2403.03853: 1 - cosine of a block's input and output, mean over tokens). One
+  pass.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """Which experts of a mixture stay.
 
 * `reap`: those with the largest effect on what the mixture returns (Lasby et al., "REAP the Experts: Why Pruning
-  Prevails for One-Shot MoE compression", arXiv:2510.13999): score_e = mean over the tokens sent to e of g_e(x) · ||f_e(x)||_2.
+  Prevails for One-Shot MoE compression", arXiv:2510.13999):
+  score_e = mean over the tokens sent to e of g_e(x) · ||f_e(x)||_2.
 * `frequency`: those that receive the most tokens.
 
 Experts that received no token go first. A tie goes to the earlier expert.
