@@ -23,6 +23,7 @@ from billhook.architectures.layers import Layer
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
 from billhook.errors import BillhookError
+from billhook.export.compressed_tensors import fused
 from billhook.methods.quantize import QUANTIZERS
 from billhook.plan.level_allocators import allocate_levels
 from billhook.plan.levels import Levels
@@ -42,7 +43,6 @@ from billhook.steps.types import check_target, scale_dtype
 from billhook.store.output import check_room
 
 Target = Literal["gguf", "transformers", "vllm"]
-_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
 @dataclass(frozen=True)
@@ -180,21 +180,17 @@ def _choose(request: CompressRequest, opened: Opened, sizes: Sizes, method: Quan
     errors = {**found.errors, **found.losses}
     shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
     found_menus = {name: list(types) for name, types in errors.items()}
-    tied = _tied(opened.layers, request.target)
+    tied = _experts(opened.layers) + (fused(layer.name for layer in opened.layers) if request.target == "vllm" else [])
     budget = sizes.budget - sizes.fixed
     levels = Levels(shapes, found_menus, budget, list(sizes.outside), tied, errors, found.costs)
     plan = allocate_levels(levels, "curves")
     return Chosen(plan, outlook(levels, plan))
 
 
-def _tied(layers: Sequence[Layer], target: Target) -> list[tuple[str, ...]]:
-    """The layers that vLLM fuses, or the experts that are one tensor of a GGUF file."""
-    groups: dict[tuple[str, int], list[str]] = {}
+def _experts(layers: Sequence[Layer]) -> list[tuple[str, ...]]:
+    """The experts that are one tensor of a file."""
+    groups: dict[str, list[str]] = {}
     for layer in layers:
-        parent, _, last = layer.name.rpartition(".")
         if layer.expert is not None:
-            groups.setdefault((parent, 0), []).append(layer.name)
-        for number, names in enumerate(_FUSED if target == "vllm" else ()):
-            if last in names:
-                groups.setdefault((parent, number), []).append(layer.name)
+            groups.setdefault(layer.name.rpartition(".")[0], []).append(layer.name)
     return [tuple(names) for names in groups.values()]
