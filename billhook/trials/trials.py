@@ -76,7 +76,7 @@ class TrialRunner:
             if statistic:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="billhook."))) / "g.safetensors"
                 self._gradients = compute_gradients(self.model, self.batches, statistic, path, **options)
-            self._teachers = [TopKTeacher.of(logits) for logits, _ in self._predictions(0, rows_of(self.heldout))]
+            self._teachers = [TopKTeacher.of(logits) for logits, _ in self.predictions(self.heldout)]
             self._dense = stack.enter_context(restored(self.layers))
             self._stack = stack.pop_all()
         return self
@@ -101,7 +101,8 @@ class TrialRunner:
         Raises JobError for a loss that is not finite.
         """
         kl, nll = [], []
-        for row, (logits, labels) in enumerate(self._predictions(first, last), start=first):
+        rows = select_rows(self.heldout, slice(first, last))
+        for row, (logits, labels) in enumerate(self.predictions(rows), start=first):
             kl.append(window_kl(logits, self._teachers[row])[0])
             nll.append(float(window_nll(logits[None], labels[None])) / len(labels))
             if not math.isfinite(kl[-1] + nll[-1]):
@@ -116,11 +117,12 @@ class TrialRunner:
         found = attribute(self.model, self.layers, self._dense, self.heldout, self.task.scored, gradients)
         return gather(found)[0]
 
-    def _predictions(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each row the scored logits [tokens, vocabulary] and their labels [tokens]."""
-        length = main_input(self.model, self.heldout).shape[1]
+    @torch.no_grad()
+    def predictions(self, rows: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each row the scored logits [tokens, vocabulary] of the model as it is now, and their labels [tokens]."""
+        length = main_input(self.model, rows).shape[1]
         size = batch_size(length, vocabulary_size(self.model), self.model.dtype.itemsize)
-        for batch in split_rows(select_rows(self.heldout, slice(first, last)), size):
+        for batch in split_rows(rows, size):
             with evaluating(self.model):
                 logits = self.model(**model_inputs(self.model, batch), **call_options(self.model)).logits
             yield from scored_rows(*self.task.scored(logits, batch))
