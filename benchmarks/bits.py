@@ -82,7 +82,7 @@ class Bench:
         menus = {n: [f"int{b}/{64 if s[1] % 64 == 0 else 32}" for b in range(2, 7)] for n, s in shapes.items()}
         samples = Samples({"input_ids": self.calibration}, "golden", "golden", "given")
         split = split_samples(model, samples, ROWS, 0)
-        errors = level_errors(model, layers, split.batches, menus)
+        errors = level_errors(model, layers, split.batches, menus).errors
         quick = Quantization("gptq", {**method.options, "sweeps": 0})
         found = choose_types(model, layers, split, Levels(shapes, menus, plan.bytes(shapes), errors=errors), quick)
         return self.quantized(found.plan, method)

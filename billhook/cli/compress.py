@@ -44,7 +44,7 @@ def command(
     writing: shared.Writing,
     as_json: shared.Json = False,
 ) -> None:
-    """Meet a size with the least loss: a storage type for every tensor, chosen on held-out text."""
+    """Meet a size with the least loss: a storage type for every tensor, by what each is measured to lose."""
     from billhook.steps.compress import CompressRequest, run_compress
 
     sizes = {"size": size.size, "bits": size.bits, "ratio": size.ratio, "target": size.target}

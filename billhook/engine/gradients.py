@@ -78,7 +78,7 @@ def compute_gradients(
         if statistic == REGIONAL:
             found = regional_gradients(model, sequences, layers, resources)
         else:
-            found = _Backward(model, shard(sequences), loss, resources).run(norm, layers)
+            found = Backward(model, shard(sequences), loss, resources).run(norm, layers)
         with observable_experts(model), evaluating(model):
             for name, value in found:
                 yield name, value
@@ -103,7 +103,7 @@ def _sequences(model: PreTrainedModel, batches: Tensor | Batch | Sequence[Tensor
     return sequences
 
 
-class _Backward:
+class Backward:
     """One forward and one backward pass, block by block; `gradients` are those of a block's outputs, by sequence.
 
     `inputs` are those of the blocks, one tensor [1, length, width] a sequence.
@@ -120,21 +120,25 @@ class _Backward:
     def run(self, norm: Callable[[Tensor], GradientNorm], layers: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:
         """Yield each layer's name and statistic [out, in], from the last block to the first."""
         first = min(layer.block for layer in layers)
+        for index in self.indices(first):
+            chosen = [layer for layer in layers if layer.block == index]
+            weights = list({id(layer.stored): layer.stored for layer in chosen}.values())
+            sums = {id(weight): norm(weight) for weight in weights}
+            with differentiable(weights):
+                for found, power in self.block(index, weights, last=index == first):
+                    for weight, gradient in zip(weights, found, strict=True):
+                        sums[id(weight)].add(_unscaled(weight, gradient, power))
+            for total in sums.values():
+                total.merge()
+            for layer in chosen:
+                yield layer.name, _checked(layer, sums[id(layer.stored)].value())
+
+    def indices(self, first: int) -> Iterator[int]:
+        """The indices of the blocks from the last one to `first`, each while its weights are in memory."""
         self._forward(first)
         for index in reversed(range(first, len(self.blocks))):
-            chosen = [layer for layer in layers if layer.block == index]
             with self.resources.block(index, ahead=index - 1):
-                weights = list({id(layer.stored): layer.stored for layer in chosen}.values())
-                sums = {id(weight): norm(weight) for weight in weights}
-                with differentiable(weights):
-                    for number, states in enumerate(self.inputs.pop(index).take()):
-                        found = self._block(index, number, states, weights, last=index == first)
-                        for weight, gradient in zip(weights, found, strict=True):
-                            sums[id(weight)].add(gradient)
-                for total in sums.values():
-                    total.merge()
-                for layer in chosen:
-                    yield layer.name, _checked(layer, sums[id(layer.stored)].value())
+                yield index
 
     @torch.no_grad()
     def _forward(self, first: int) -> None:
@@ -153,25 +157,31 @@ class _Backward:
                     hidden = [run_block(block, h, call) for h, call in zip(hidden, calls, strict=True)]
                 check_finite_states(hidden, name)
 
-    def _block(self, index: int, number: int, states: Tensor, weights: list[Tensor], *, last: bool) -> Iterator[Tensor]:
-        """Backward pass of one sequence through a block: store the gradient of its inputs, yield those of `weights`."""
-        states = states.to(self.model.device).requires_grad_()
+    def block(
+        self, index: int, weights: Sequence[Tensor], *, last: bool = False
+    ) -> Iterator[tuple[list[Tensor | None], int]]:
+        """The gradients of `weights` times 2 ** power, and the power, of every sequence.
+
+        Unless it is the `last` block that is visited, the gradients of its inputs are stored.
+        """
+        for number, states in enumerate(self.inputs.pop(index).take()):
+            states = states.to(self.model.device).requires_grad_()
+            output, start = self._output(index, number, states)
+            found, power = _gradients(output, [*weights] if last else [*weights, states], start)
+            self.gradients[number] = None if last else _Scaled.of(found.pop(), power)
+            yield found, power
+
+    def _output(self, index: int, number: int, states: Tensor) -> tuple[Tensor, "_Scaled"]:
+        """The outputs of a block for one sequence (of the last block its loss), and where their gradient starts."""
         with torch.enable_grad():
             if index + 1 == len(self.blocks):
                 output = self._last_block_loss(self.sequences[number], states)
                 power = math.ceil(math.log2(states.shape[1])) + _HEADROOM if states.dtype == torch.float16 else 0
-                start = _Scaled(torch.full_like(output, 2.0**power), power)
-            else:
-                output = run_block(self.modules[index], states, self.segment.calls[number][index])
-                given = self.gradients[number]
-                assert given is not None
-                start = given
-        found, power = _gradients(output, [*weights] if last else [*weights, states], start)
-        self.gradients[number] = None if last else _Scaled.of(found.pop(), power)
-        for weight, gradient in zip(weights, found, strict=True):
-            gradient = torch.zeros_like(weight) if gradient is None else gradient
-            exact = power == 0 and gradient.dtype == torch.float32
-            yield gradient if exact else torch.ldexp(gradient.float(), torch.tensor(-power))
+                return output, _Scaled(torch.full_like(output, 2.0**power), power)
+            output = run_block(self.modules[index], states, self.segment.calls[number][index])
+        start = self.gradients[number]
+        assert start is not None
+        return output, start
 
     def _last_block_loss(self, sequence: Batch, states: Tensor) -> Tensor:
         """The model's own loss on a sequence, with `states` as the inputs of its last block, and no other block run."""
@@ -187,6 +197,13 @@ class _Backward:
 
         with stubbed(self.blocks, stub):
             return self.loss(self.model, sequence)
+
+
+def _unscaled(weight: Tensor, gradient: Tensor | None, power: int) -> Tensor:
+    """The gradient of a weight (None: it has none), without its factor 2 ** power."""
+    gradient = torch.zeros_like(weight) if gradient is None else gradient
+    exact = power == 0 and gradient.dtype == torch.float32
+    return gradient if exact else torch.ldexp(gradient.float(), torch.tensor(-power))
 
 
 @dataclass(frozen=True)

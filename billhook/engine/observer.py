@@ -67,7 +67,7 @@ class Observer(TorchFunctionMode):
         return note
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS and isinstance(args[1], Tensor) and (layer := self._experts.get(args[1].data_ptr())):
+        if func in PRODUCTS and isinstance(args[1], Tensor) and (layer := self._experts.get(args[1].data_ptr())):
             self._collectors[layer.name].add(args[0].detach())
             if not self._complete:
                 self._order.append(layer)
@@ -116,7 +116,7 @@ class Observer(TorchFunctionMode):
         return {name: self._collectors[leader].stats(name, rows) for name, leader in leaders.items()}
 
 
-_PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm})
+PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm})
 
 
 @contextmanager

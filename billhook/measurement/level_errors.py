@@ -5,25 +5,40 @@
 The layer is quantized alone and sees the dense model's inputs X. GPTQ runs without sweeps on `ROWS` of its rows, spread
 evenly. A type whose blocks do not divide the layer's columns has no entry.
 
-Cost: one pass of the text through the dense model with its Gram matrices, and one factorization per layer and type.
+Cost: one pass of the text through the dense model with its Gram matrices, and one factorization of each. Layers with
+the same input (query, key and value; gate and up) share it, and their rows are quantized together. One block at a time
+is in memory if the model is streamed.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.architectures.layers import Layer
-from billhook.engine.batch import Batch
+from billhook.engine.batch import Batch, main_input
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Progress, walk
-from billhook.methods.quantize.gptq import gptq
+from billhook.methods.quantize.gptq import feedback
+from billhook.methods.quantize.grid import Quantized, kept_zeros
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.nearest import nearest
+from billhook.methods.sparse.sparsegpt import inverse_factor
+from billhook.methods.statistics import LayerStats
 
 ROWS = 64
 LEAST = 1e-9
+_DAMPING = 0.01  # the default of `gptq`
+
+
+@dataclass(frozen=True)
+class LevelErrors:
+    """`errors` by layer name and type; `power` is the mean over tokens of ‖W x‖² by layer name."""
+
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    power: dict[str, float] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -36,26 +51,68 @@ def level_errors(
     *,
     resources: Resources = IN_MEMORY,
     progress: Progress = lambda layer: None,
-) -> dict[str, dict[str, float]]:
-    """The errors by layer name and type; `menus` are the types of each layer to try."""
-    wanted, errors = {layer.name for layer in layers}, dict[str, dict[str, float]]()
+) -> LevelErrors:
+    """The errors of `layers` for the types in `menus`, by layer name."""
+    wanted, found = {layer.name for layer in layers}, LevelErrors()
+    tokens = sum(main_input(model, batch).shape[:2].numel() for batch in batches)
     for block in walk(model, batches, ("gram",), read_only=True, resources=resources):
-        for layer in block.layers:
-            if layer.name not in wanted:
-                continue
-            stats, W = block.stats[layer.name], layer.weight
-            rows = torch.linspace(0, len(W) - 1, min(ROWS, len(W)), dtype=torch.float64).round().long()
-            W = W[rows.to(W.device)].float()
-            gram = stats.gram if stats.gram is not None and stats.tokens else torch.eye(W.shape[1], device=W.device)
-            whole = float(((W @ gram) * W).sum(dtype=torch.float64))
-            found = errors.setdefault(layer.name, {})
-            for type in menus[layer.name]:
-                grid = grid_of(type, scale_dtype)
-                if stats.tokens:
-                    made = gptq(W, replace(stats, notes=[]), grid, dense_target=0.0, sweeps=0)
-                else:
-                    made = nearest(W, stats, grid)
-                D = W - made.decode(torch.float32)
-                found[type] = max(float(((D @ gram) * D).sum(dtype=torch.float64)) / max(whole, 1e-30), LEAST)
-            progress(layer.name)
-    return errors
+        for group in _same_input([layer for layer in block.layers if layer.name in wanted], block.stats):
+            _measure(group, block.stats[group[0].name], tokens, menus, scale_dtype, found)
+            for layer in group:
+                progress(layer.name)
+    return found
+
+
+def _same_input(layers: Sequence[Layer], stats: Mapping[str, LayerStats]) -> list[list[Layer]]:
+    """The layers of a block in groups that share one Gram matrix."""
+    groups: dict[int, list[Layer]] = {}
+    for layer in layers:
+        gram = stats[layer.name].gram
+        assert gram is not None
+        groups.setdefault(gram.data_ptr(), []).append(layer)
+    return list(groups.values())
+
+
+def _measure(
+    layers: Sequence[Layer],
+    stats: LayerStats,
+    tokens: int,
+    menus: Mapping[str, Sequence[str]],
+    scale_dtype: torch.dtype,
+    found: LevelErrors,
+) -> None:
+    """Add the errors of layers with the same input; `tokens` are all tokens of the text."""
+    parts = [_sampled(layer) for layer in layers]
+    W = torch.cat(parts)
+    gram = stats.gram if stats.gram is not None and stats.tokens else torch.eye(W.shape[1], device=W.device)
+    whole = [_energy(part, gram) for part in parts]
+    for layer, part, energy in zip(layers, parts, whole, strict=True):
+        found.power[layer.name] = energy * layer.shape[0] / len(part) / max(tokens, 1) if stats.tokens else 0.0
+        found.errors[layer.name] = {}
+    for type, made in _quantized(W, gram, stats, dict.fromkeys(t for x in layers for t in menus[x.name]), scale_dtype):
+        differences = (W - made.decode(torch.float32)).split([len(part) for part in parts])
+        for layer, D, energy in zip(layers, differences, whole, strict=True):
+            if type in menus[layer.name]:
+                found.errors[layer.name][type] = max(_energy(D, gram) / max(energy, 1e-30), LEAST)
+
+
+def _quantized(
+    W: Tensor, gram: Tensor, stats: LayerStats, types: Iterable[str], scale_dtype: torch.dtype
+) -> Iterator[tuple[str, Quantized]]:
+    """W on the grid of every type: by GPTQ, or rounded where the layers received no token."""
+    if stats.tokens:
+        U = inverse_factor(gram, gram.diagonal() <= 0, _DAMPING, replace(stats, notes=[]))
+    for type in types:
+        grid = grid_of(type, scale_dtype)
+        yield type, feedback(W, U, grid, kept_zeros(W, grid)) if stats.tokens else nearest(W, stats, grid)
+
+
+def _sampled(layer: Layer) -> Tensor:
+    """Some rows of a layer's weight, float32."""
+    rows = torch.linspace(0, layer.shape[0] - 1, min(ROWS, layer.shape[0]), dtype=torch.float64).round().long()
+    return layer.weight[rows.to(layer.weight.device)].float()
+
+
+def _energy(W: Tensor, gram: Tensor) -> float:
+    """‖W X‖² for gram = X Xᵀ."""
+    return float(((W @ gram) * W).sum(dtype=torch.float64))

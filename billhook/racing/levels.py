@@ -52,10 +52,10 @@ def choose_types(
         race.run(lambda race: _candidates(levels, race))
     plan = race.result({"heldout": split.facts["heldout"]})
     measured = [_weights(levels, race, name) for name, trial in race.trials.items() if trial.shares]
-    return Chosen(plan, _outlook(replace(levels, weights=_mean(measured)), plan))
+    return Chosen(plan, outlook(replace(levels, weights=_mean(measured)), plan))
 
 
-def _outlook(levels: Levels, plan: Plan) -> dict[float, float]:
+def outlook(levels: Levels, plan: Plan) -> dict[float, float]:
     """The predicted loss with a tenth less and a tenth more budget, relative to that of `plan`."""
     own, found = levels.predicted(types_of(plan)), {}
     for factor in (0.9, 1.1):

@@ -2,8 +2,9 @@
 
     check -> fixed bytes of the file -> errors of every layer and type -> types under the budget -> quantize
 
-The types are chosen on held-out calibration windows (`billhook.racing.levels`), with the whole model in memory; the
-model is then quantized block by block (`billhook.steps.quantize`). Everything in the file counts. Targets:
+What every tensor would lose at every type is measured on some of the calibration text (`billhook.steps.levels`), and
+the types with the least sum of losses are found exactly; then the model is quantized (`billhook.steps.quantize`). One
+block at a time is in memory. Everything in the file counts. Targets:
 
 * `gguf`: one .gguf file for llama.cpp; embeddings and head get types of their own;
 * `transformers`: a compressed-tensors directory, 2 to 8 bits; embeddings and head keep their bits;
@@ -16,32 +17,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from transformers import PreTrainedModel
-
 from billhook.ambient import pinned
-from billhook.architectures.layers import Layer, find_layers, select_layers
-from billhook.engine.batch import rows_of
+from billhook.architectures.layers import Layer
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
-from billhook.evaluation.quality import Reference
-from billhook.measurement.level_errors import level_errors
 from billhook.methods.quantize import QUANTIZERS
-from billhook.methods.quantize.grids import grid_of
-from billhook.methods.quantize.nearest import nearest
-from billhook.methods.statistics import LayerStats
+from billhook.plan.level_allocators import allocate_levels
 from billhook.plan.levels import Levels
 from billhook.plan.plan import Plan
 from billhook.plan.storage import bits
-from billhook.racing.levels import Chosen, choose_types
+from billhook.racing.levels import Chosen, outlook
+from billhook.steps.levels import measure_levels
 from billhook.steps.quantize import QuantizeReport, QuantizeRequest, prepare, run
 from billhook.steps.quantize_job import Inputs
-from billhook.steps.request import Opened, listed, open_request
-from billhook.steps.sizes import Size, Sizes, allowed_types, outside_menu
+from billhook.steps.request import Opened, open_request
+from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
-from billhook.steps.types import check_target, layer_tensors, outside_parameter, scale_dtype
-from billhook.store.checkpoint import load
-from billhook.trials.heldout import Split, split_samples
+from billhook.steps.types import check_target, layer_tensors, scale_dtype
 
 Target = Literal["gguf", "transformers", "vllm"]
 _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -118,7 +110,8 @@ def run_compress(request: CompressRequest, progress: Progress = lambda line: Non
     stopped = _stopped_plan(request, asked)
     chosen = Chosen(stopped, {}) if stopped is not None else _choose(request, opened, sizes, method, progress)
     plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "options": asked})
-    job = prepare(replace(request.quantizing(), plan=plan, outside=plan.made_by.get("outside", {})), progress)
+    quantizing = replace(request.quantizing(), plan=plan, outside=plan.made_by.get("outside", {}))
+    job = prepare(quantizing, progress, opened)
     return CompressReport(run(job, progress), sizes.budget, chosen.outlook)
 
 
@@ -134,41 +127,16 @@ def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | 
 
 
 def _choose(request: CompressRequest, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Chosen:
-    """The types of all tensors, with the model in memory."""
-    source, samples = opened.source, opened.samples
-    assert source is not None
-    assert samples is not None
-    options: dict[str, Any] = {"dtype": request.dtype, "device": request.device}
-    model = load(source, opened.task.auto_class, **options, trust_remote_code=request.trust_remote_code)
-    layers = select_layers(find_layers(model), listed(request.targets), listed(request.ignore))
-    split = split_samples(model, samples, rows_of(opened.batches[0]), request.seed)
-    errors = level_errors(model, layers, split.batches, sizes.menus, method.scale_dtype, progress=progress)
-    errors |= _outside_losses(model, sizes.outside, split, opened, progress)
-    shapes = {layer.name: layer.shape for layer in layers} | dict(sizes.outside)
-    menus = {name: list(found) for name, found in errors.items()}
-    tied = _tied(layers) if request.target == "vllm" else ()
-    levels = Levels(shapes, menus, sizes.budget - sizes.fixed, list(sizes.outside), tied, errors)
-    quick = replace(method, options={**method.options, "sweeps": 0})
-    return choose_types(model, layers, split, levels, quick, progress)
-
-
-@torch.no_grad()
-def _outside_losses(
-    model: PreTrainedModel, shapes: Mapping[str, tuple[int, int]], split: Split, opened: Opened, progress: Progress
-) -> dict[str, dict[str, float]]:
-    """The divergence of the model in which embeddings or head alone have a type, by name and type."""
-    losses: dict[str, dict[str, float]] = {}
-    reference = Reference.of(model, split.heldout, opened.task, "held-out windows") if shapes else None
-    for name, shape in shapes.items():
-        parameter = outside_parameter(model, name)
-        own, losses[name] = parameter.clone(), {}
-        for type in outside_menu(shape[1]):
-            parameter.copy_(nearest(own.float(), LayerStats(0, 0), grid_of(type)).decode(torch.float32))
-            assert reference is not None
-            losses[name][type] = max(reference.compare(model).kl or 0.0, 0.0)
-            progress(f"{name} as {type}: kl {losses[name][type]:.5f}")
-        parameter.copy_(own)
-    return losses
+    """The types of all tensors."""
+    found = measure_levels(opened, sizes.menus, sizes.outside, method.scale_dtype, request.seed, progress)
+    errors = {**found.errors, **found.losses}
+    shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
+    menus = {name: list(types) for name, types in errors.items()}
+    tied = _tied(opened.layers) if request.target == "vllm" else ()
+    budget = sizes.budget - sizes.fixed
+    levels = Levels(shapes, menus, budget, list(sizes.outside), tied, errors, found.costs)
+    plan = allocate_levels(levels, "curves")
+    return Chosen(plan, outlook(levels, plan))
 
 
 def _tied(layers: Sequence[Layer]) -> list[tuple[str, ...]]:

@@ -31,7 +31,7 @@ from billhook.steps.block_files import BlockFiles
 from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
 from billhook.steps.quantize_job import QuantizeJob, QuantizeReport, QuantizeRequest, record
-from billhook.steps.request import open_request
+from billhook.steps.request import Opened, open_request
 from billhook.steps.resolve import identity
 from billhook.steps.types import (
     EMBEDDINGS,
@@ -64,8 +64,13 @@ def quantize(
     return run(prepare(QuantizeRequest(model, type, output, **{**known, "options": options}), progress), progress)
 
 
-def prepare(request: QuantizeRequest, progress: Progress = lambda layer: None) -> QuantizeJob:
-    """Check everything about a request, cheapest first, and make its plan; nothing is changed."""
+def prepare(
+    request: QuantizeRequest, progress: Progress = lambda layer: None, opened: Opened | None = None
+) -> QuantizeJob:
+    """Check everything about a request, cheapest first, and make its plan; nothing is changed.
+
+    The model and its text are opened unless they are `opened` already.
+    """
     if world() > 1:
         raise BillhookError("quantize runs in one process: start it without torchrun.")
     QUANTIZERS.check(request.quantizer)
@@ -82,10 +87,9 @@ def prepare(request: QuantizeRequest, progress: Progress = lambda layer: None) -
             "them, one of the GGUF types in billhook ls types."
         )
     check_target(is_ggml(type))
-    opened = open_request(
-        request.opening(), bool(method.observed), f"Quantizing with {request.quantizer}", streamed=True,
-        progress=progress,
-    )  # fmt: skip
+    if opened is None:
+        who = f"Quantizing with {request.quantizer}"
+        opened = open_request(request.opening(), bool(method.observed), who, streamed=True, progress=progress)
     stream = opened.resources.stream
     if stream is None or opened.source is None:
         raise BillhookError(f"{request.model} cannot be read one block at a time, so it cannot be quantized.")

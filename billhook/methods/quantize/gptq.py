@@ -60,7 +60,7 @@ def gptq(
     gram = stats.gram.to(W.dtype)
     dead = gram.diagonal() <= 0
     U = inverse_factor(gram, dead, damping, stats)
-    made = _feedback(W, U, grid, zero)
+    made = feedback(W, U, grid, zero)
     if not sweeps:
         return made
     mean = gram.diagonal().sum() / max(int((~dead).sum()), 1)
@@ -69,8 +69,8 @@ def gptq(
     return polish(W, H, made, sweeps, zero)
 
 
-def _feedback(W: Tensor, U: Tensor, grid: Grid, zero: Tensor | None) -> Quantized:
-    """GPTQ proper: W [out, in], U [in, in]; codes are 0 where `zero` bool [out, in]."""
+def feedback(W: Tensor, U: Tensor, grid: Grid, zero: Tensor | None = None) -> Quantized:
+    """GPTQ proper: W [out, in], U [in, in] of `inverse_factor`; codes are 0 where `zero` bool [out, in]."""
     weight = U.diagonal().square().reciprocal()
     columns = W.t().clone(memory_format=torch.contiguous_format)
     codes, fitted = torch.empty_like(columns), []

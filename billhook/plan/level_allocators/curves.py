@@ -3,11 +3,12 @@
     minimize Σ_l c_l · e_l(v_l)   subject to   Σ_l bytes_l(v_l) ≤ budget
 
 e_l(v) is the measured relative error of layer l's output at type v, c_l the KL divergence of the model per relative
-error, measured where all layers are quantized; both as in `levels`. The minimum is found exactly, by dynamic
-programming over the bytes. Tensors that are tied get one type.
+error. `billhook compress` takes c_l = ½ f_l · mean ‖W x‖² with the Fisher information f_l of the layer's output, which
+one backward pass through the dense model gives: the mean of g², g being the gradient of the log-probability of tokens
+drawn from the model's own predictions. The minimum is found exactly, by dynamic programming over the bytes. Tensors
+that are tied get one type.
 
-Limits: it does not know how the weights c_l change when the types do; `billhook compress` measures them again under the
-types found.
+Limits: c_l is that of small errors, one layer at a time; errors of several layers add to each other or cancel.
 """
 
 from billhook.plan.knapsack import choose_levels

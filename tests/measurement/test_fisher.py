@@ -1,0 +1,66 @@
+"""Fisher information of outputs: the same as by a backward pass through the whole model, and what noise costs."""
+
+import pytest
+import torch
+from families import VOCABULARY, build
+
+from billhook.architectures.layers import find_layers, observable_experts
+from billhook.evaluation.scoring import NEXT_TOKEN
+from billhook.measurement.fisher import fisher
+
+
+def sequences(count: int, length: int = 16) -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(3))
+    return [{"input_ids": row} for row in ids.split(1)]
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.nightly)])
+def test_it_equals_the_squares_of_a_whole_backward_pass(family):
+    model, batches = build(family), sequences(3)
+    layers = find_layers(model)
+    squares = {layer.name: [] for layer in layers}
+    handles = []
+
+    def watched(name):
+        return lambda m, args, output: output.register_hook(lambda g: squares[name].append(g.square())) and None
+
+    for layer in layers:
+        handles.append(layer.module.register_forward_hook(watched(layer.name)))
+    generator = torch.Generator().manual_seed(7)
+    for batch in batches:
+        log_p = model(**batch).logits[0, :-1].log_softmax(-1)
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        log_p.gather(1, drawn).sum().backward()
+    for handle in handles:
+        handle.remove()
+    expected = {name: float(torch.cat(found).mean()) for name, found in squares.items()}
+    assert fisher(model, layers, batches, NEXT_TOKEN, seed=7) == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def test_small_noise_on_a_layers_output_costs_half_of_it_per_square():
+    model, batches = build("llama"), sequences(16)
+    layers = [layer for layer in find_layers(model) if layer.block == 1]
+    found = fisher(model, layers, batches, NEXT_TOKEN)
+    ids = torch.cat([batch["input_ids"] for batch in batches])
+    dense = model(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
+    for layer in layers:
+        size, draws, total = 1e-2 / found[layer.name] ** 0.5, 6, 0.0
+        handle = layer.module.register_forward_hook(lambda m, a, y, size=size: y + size * torch.randn_like(y))
+        torch.manual_seed(0)
+        for _ in range(draws):
+            noisy = model(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
+            total += float((dense.exp() * (dense - noisy)).sum()) / draws
+        handle.remove()
+        cost = 0.5 * found[layer.name] * size**2 * layer.shape[0] * ids.numel()
+        assert total == pytest.approx(cost, rel=0.25), layer.name
+
+
+def test_every_expert_that_receives_tokens_has_its_own():
+    model = build("mixtral")
+    layers = find_layers(model)
+    with observable_experts(model):
+        found = fisher(model, layers, sequences(8), NEXT_TOKEN)
+    experts = [found[layer.name] for layer in layers if layer.expert is not None]
+    assert len(set(experts)) == len(experts)
+    assert min(experts) > 0
