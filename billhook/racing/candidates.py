@@ -16,6 +16,7 @@ from billhook.engine.method import Treatment
 from billhook.engine.walk import Progress, walk
 from billhook.evaluation.kl import TopKTeacher, kl_grad
 from billhook.methods.encoded import Encoded
+from billhook.methods.statistics import LayerStats
 from billhook.plan.spec import Spec
 from billhook.trials.attribution import weight_gradients
 from billhook.trials.trials import TrialRunner
@@ -50,14 +51,14 @@ class CandidateWeights:
     ) -> Mapping[str, list[Encoded]]:
         """The candidates of each layer, from the dense model's statistics."""
         found: dict[str, list[Encoded]] = {}
-        statistics = method.observed
-        for block in walk(self.runner.model, self.runner.batches, statistics, read_only=True):
+        for block in walk(self.runner.model, self.runner.batches, method.observed, read_only=True):
             for layer in block.layers:
                 if layer.name in self.place:
-                    stats, menu = block.stats[layer.name], specs[self.place[layer.name]]
+                    stats = block.stats.get(layer.name) or LayerStats(0, 0)
+                    menu = specs[self.place[layer.name]]
                     zeros = [round(spec.sparsity * layer.weight.numel()) for spec in menu]
                     found[layer.name] = [
-                        method.encode(layer.weight, stats, s, z) for s, z in zip(menu, zeros, strict=True)
+                        method.encode(layer.weight.clone(), stats, s, z) for s, z in zip(menu, zeros, strict=True)
                     ]
                     progress(layer.name)
         return found

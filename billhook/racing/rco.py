@@ -12,7 +12,7 @@ on a few calibration windows, straight through the choice:
 
 The gradient loses its component along n; Adam; then z + t c with t by bisection such that B is the budget again
 (B rises with t), and Adam's first moment loses its component along the new n. The result is the most likely choice
-within the budget.
+within the budget; what is left of it is spent on the dearer levels that are most likely.
 
 Levels are storage types, or anything else with a cost and a weight, such as sparsities. The weights of storage types
 are those of GPTQ with the dense model's statistics, held as codes, one byte a weight and type.
@@ -100,8 +100,20 @@ class Descent:
         self.m = _tangent(self.m, self._normal(self.z))
 
     def best(self) -> list[int]:
-        """The most likely levels within the budget."""
-        return self._feasible(self.z)
+        """The most likely levels within the budget, and dearer ones, the most likely first, for what is left of it."""
+        found = self._feasible(self.z)
+        while True:
+            left = self.budget - sum(c[k] for c, k in zip(self.costs, found, strict=True))
+            steps = [
+                (float(row[j] - row[k]), i, j)
+                for i, (row, k) in enumerate(zip(self.z, found, strict=True))
+                for j, cost in enumerate(self.costs[i])
+                if 0 < cost - self.costs[i][k] <= left
+            ]
+            if not steps:
+                return found
+            _, i, j = max(steps)
+            found[i] = j
 
     def expected(self, z: Tensor) -> float:
         """The expected cost of logits."""
