@@ -8,6 +8,9 @@ import typer
 
 from billhook.cli import options as shared
 from billhook.cli.common import emit, parse_settings, progress, say, split_list
+from billhook.plan.allocators import AUTO
+from billhook.plan.level_allocators import LEVEL_ALLOCATORS
+from billhook.racing.allocators import MODEL_ALLOCATORS
 
 NAME = "compress"
 EXAMPLES = """\b
@@ -15,8 +18,15 @@ Examples:
   billhook compress model --size 2.5GB --calibration text.txt -o small
   billhook compress model --bits 3.5 --types q2_k,q3_k,q4_k,q6_k --calibration hub:c4 -o small
   billhook compress model --ratio 0.25 --for vllm --calibration text.txt -o small
+  billhook compress model --bits 3.5 --allocator alphaq --set gamma=0.5 --calibration text.txt -o small
+  billhook compress model --allocator like:other.gguf --calibration text.txt -o small
 """
 FOR_HELP = "gguf: a file for llama.cpp. transformers, vllm: a compressed-tensors directory."
+
+
+def level_allocators() -> list[str]:
+    """The names of the allocators of storage types."""
+    return [*LEVEL_ALLOCATORS.names(), *MODEL_ALLOCATORS.names(), AUTO, "like:"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,19 @@ class Size:
         str | None,
         typer.Option(help="Only these types for the layers, separated by commas.", metavar="TYPES"),
     ] = None
-    settings: shared.Settings = None
+    allocator: Annotated[
+        str,
+        typer.Option(
+            help="How types are chosen: see billhook ls level-allocators; auto tries several on held-out text, "
+            "like:FILE.gguf takes the types of that file.",
+            metavar="NAME",
+            autocompletion=lambda incomplete: [name for name in level_allocators() if name.startswith(incomplete)],
+        ),
+    ] = "curves"
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="An option of GPTQ or of the allocator. Repeatable.", metavar="KEY=VALUE"),
+    ] = None
 
 
 def command(
@@ -48,7 +70,12 @@ def command(
     from billhook.steps.compress import CompressRequest, run_compress
 
     sizes = {"size": size.size, "bits": size.bits, "ratio": size.ratio, "target": size.target}
-    chosen = {**sizes, "types": split_list(size.types), "options": parse_settings(size.settings)}
+    chosen = {
+        **sizes,
+        "types": split_list(size.types),
+        "allocator": size.allocator,
+        "options": parse_settings(size.settings),
+    }
     groups: dict[str, Any] = {**chosen, **vars(text), **work.fields(model, streams=False), **vars(writing)}
     with progress("compressing") as advance:
         report = run_compress(CompressRequest(model, output, **groups), advance)

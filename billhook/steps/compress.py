@@ -3,8 +3,9 @@
     check -> fixed bytes of the file -> errors of every layer and type -> types under the budget -> quantize
 
 What every tensor would lose at every type is measured on some of the calibration text (`billhook.steps.levels`), and
-the types with the least sum of losses are found exactly; then the model is quantized (`billhook.steps.quantize`). One
-block at a time is in memory. Everything in the file counts. Targets:
+the types with the least sum of losses are found exactly, or as another allocator says (`billhook.steps.allocation`);
+then the model is quantized (`billhook.steps.quantize`). One block at a time is in memory. Everything in the file
+counts. Targets:
 
 * `gguf`: one .gguf file for llama.cpp; embeddings and head get types of their own;
 * `transformers`: a compressed-tensors directory, 2 to 8 bits; embeddings and head keep their bits;
@@ -21,28 +22,28 @@ from billhook.ambient import pinned
 from billhook.architectures.layers import Layer
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
-from billhook.methods.quantize import QUANTIZERS
-from billhook.plan.level_allocators import allocate_levels
-from billhook.plan.levels import Levels
+from billhook.errors import BillhookError
 from billhook.plan.plan import Plan
 from billhook.plan.storage import bits
-from billhook.racing.levels import Chosen, outlook
-from billhook.steps.levels import measure_levels
+from billhook.racing.levels import Chosen
+from billhook.steps.allocation import Allocation, choose, choose_like
 from billhook.steps.quantize import QuantizeReport, QuantizeRequest, prepare, run
 from billhook.steps.quantize_job import Inputs
-from billhook.steps.request import Opened, open_request
+from billhook.steps.request import open_request
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.steps.types import check_target, layer_tensors, scale_dtype
 
 Target = Literal["gguf", "transformers", "vllm"]
+_ANY = 1 << 62  # bytes: no limit
 _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
 @dataclass(frozen=True)
 class CompressRequest(Inputs):
     """The parameters of a run: one of `size`, `bits` and `ratio` (see `billhook.steps.sizes.Size`); `types` limits the
-    choice. The others are those of `quantize`."""
+    choice, and `allocator` makes it: one of `billhook ls level-allocators`, or `like:FILE.gguf`, which needs no size.
+    The others are those of `quantize`."""
 
     model: str | Path
     output: str | Path
@@ -51,7 +52,8 @@ class CompressRequest(Inputs):
     ratio: float | None = None
     target: Target = "gguf"
     types: Sequence[str] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)  # of GPTQ
+    allocator: str = "curves"
+    options: Mapping[str, Any] = field(default_factory=dict)  # of GPTQ and of the allocator
 
     def quantizing(self) -> QuantizeRequest:
         """The request of the step that quantizes, without a plan."""
@@ -100,19 +102,33 @@ def run_compress(request: CompressRequest, progress: Progress = lambda line: Non
     """Choose types and quantize; with `resume`, with the types that the stopped run chose."""
     types = allowed_types(request.target, request.types)
     check_target(request.target == "gguf")
-    options = QUANTIZERS.configure("gptq", request.options)
-    opened = open_request(request.quantizing().opening(), True, "Choosing types", streamed=True, progress=progress)
-    given = Size(request.size, request.bits, request.ratio)
+    allocation, given = (
+        Allocation.of(request.allocator, request.options),
+        Size(request.size, request.bits, request.ratio),
+    )
+    sized = given != Size()
+    if allocation.file and (request.target != "gguf" or request.types):
+        raise BillhookError("like:FILE takes the types of a GGUF file: leave out --types, and use --for gguf.")
+    quantizing = replace(request.quantizing(), options=allocation.quantizer)
+    opened = open_request(quantizing.opening(), True, "Choosing types", streamed=True, progress=progress)
     tensors = layer_tensors(opened)
-    method = Quantization("gptq", options, scale_dtype(opened, tensors))
-    sizes = Sizes.of(given, opened, tensors, types, request.target)
-    asked = {"target": request.target, "bytes": sizes.budget, "types": types}
+    method = Quantization("gptq", allocation.quantizer, scale_dtype(opened, tensors))
+    sizes = Sizes.of(given if sized or not allocation.file else Size(_ANY), opened, tensors, types, request.target)
+    asked: dict[str, Any] = {"target": request.target, "bytes": sizes.budget, "types": types}
+    asked |= {"allocator": request.allocator, "options": dict(allocation.options)}
     stopped = _stopped_plan(request, asked)
-    chosen = Chosen(stopped, {}) if stopped is not None else _choose(request, opened, sizes, method, progress)
-    plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "options": asked})
-    quantizing = replace(request.quantizing(), plan=plan, outside=plan.made_by.get("outside", {}))
+    if stopped is not None:
+        chosen = Chosen(stopped, {})
+    elif allocation.file:
+        chosen = choose_like(opened, sizes, tensors, allocation.file, sized)
+    else:
+        tied = _tied(opened.layers) if request.target == "vllm" else ()
+        chosen = choose(request, opened, sizes, tied, method, allocation, progress=progress)
+    plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "request": asked})
+    quantizing = replace(quantizing, plan=plan, outside=plan.made_by.get("outside", {}))
     job = prepare(quantizing, progress, opened)
-    return CompressReport(run(job, progress), sizes.budget, chosen.outlook)
+    budget = sizes.budget if sized else sizes.fixed + int(plan.budget.value)
+    return CompressReport(run(job, progress), budget, chosen.outlook)
 
 
 def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | None:
@@ -122,21 +138,8 @@ def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | 
     if state is None:
         return None
     plan = Plan.from_json(state.plan, str(partial_folder(output)))
-    check_same_run(plan.made_by.get("options") or {}, asked, partial_folder(output))
+    check_same_run(plan.made_by.get("request") or {}, asked, partial_folder(output))
     return plan
-
-
-def _choose(request: CompressRequest, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Chosen:
-    """The types of all tensors."""
-    found = measure_levels(opened, sizes.menus, sizes.outside, method.scale_dtype, request.seed, progress)
-    errors = {**found.errors, **found.losses}
-    shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
-    menus = {name: list(types) for name, types in errors.items()}
-    tied = _tied(opened.layers) if request.target == "vllm" else ()
-    budget = sizes.budget - sizes.fixed
-    levels = Levels(shapes, menus, budget, list(sizes.outside), tied, errors, found.costs)
-    plan = allocate_levels(levels, "curves")
-    return Chosen(plan, outlook(levels, plan))
 
 
 def _tied(layers: Sequence[Layer]) -> list[tuple[str, ...]]:
