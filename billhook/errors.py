@@ -64,6 +64,10 @@ class JobError(BillhookError):
     exit_code = 1
 
 
+class DiskFull(JobError):
+    """A disk without room for what is to be written (exit code 1)."""
+
+
 class Interrupted(JobError):
     """A run that was interrupted and can be resumed (exit code 1)."""
 

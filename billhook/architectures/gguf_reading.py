@@ -6,6 +6,7 @@ experts and with other defaults for Gemma's attention, and says nothing.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from billhook.errors import BillhookError
 from billhook.store.gguf_file import GgufFile
 from billhook.store.tensor_bytes import DTYPES, tensor_bytes
 
+_LARGEST = 1 << 31  # of all numbers in the metadata
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # blocks of the 27B models, whose scores are scaled otherwise
 
 
@@ -31,8 +33,8 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     kinds = [kind for kind, family in FAMILIES.items() if family.arch == arch]
     if not kinds:
         known = ", ".join(sorted({family.arch for family in FAMILIES.values()}))
-        raise BillhookError(f"{file.path} is a {arch} model, which is not read from GGUF files (known: {known}).")
-    own = {key.removeprefix(f"{arch}."): _plain(found.value) for key, found in file.metadata.items()}
+        raise BillhookError(f"{file.path} is a {arch:.40} model, which is not read from GGUF files (known: {known}).")
+    own = {key.removeprefix(f"{arch}."): _plain(found.value, key, file) for key, found in file.metadata.items()}
     kind = "mixtral" if arch == "llama" and own.get("expert_count") else kinds[0]
     known_names = AutoConfig.for_model(kind).to_dict()
     config: dict[str, Any] = {"model_type": kind, **FAMILIES[kind].assumed}
@@ -42,6 +44,10 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         if type(config.get(name)) is not int or not 0 < config[name] < 1 << 24:
             raise BillhookError(f"{file.path} has no {name} in its metadata.")
+    blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    if len(blocks) != config["num_hidden_layers"]:
+        found = f"has {len(blocks)} blocks, and {config['num_hidden_layers']} in its metadata"
+        raise BillhookError(f"{file.path} {found}: download it again.")
     if "token_embd.weight" not in file.tensors:
         raise BillhookError(f"{file.path} has no token_embd.weight.")
     biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
@@ -53,8 +59,11 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     return config | _attention(FAMILIES[kind], config, own, file)
 
 
-def _plain(value: Any) -> Any:
-    """A number of the metadata as a person wrote it: 1e-06, not 9.999999974752427e-07."""
+def _plain(value: Any, key: str, file: GgufFile) -> Any:
+    """A number of the metadata as a person wrote it: 1e-06, not 9.999999974752427e-07; raises BillhookError for one
+    that no size or factor of a model can be."""
+    if isinstance(value, int | float) and not abs(value) < _LARGEST:
+        raise BillhookError(f"{file.path}: {key[:100]!r} is {value}, which no model has.")
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
@@ -79,7 +88,10 @@ def _attention(family: Family, config: Mapping[str, Any], own: Mapping[str, Any]
         }
         for name in ("long", "short"):
             if entry := file.tensors.get(f"rope_factors_{name}.weight"):
-                rope |= {"rope_type": "longrope", f"{name}_factor": [_plain(x) for x in file.values(entry).tolist()]}
+                rope |= {
+                    "rope_type": "longrope",
+                    f"{name}_factor": [_plain(x, entry.name, file) for x in file.values(entry).tolist()],
+                }
                 rope["original_max_position_embeddings"] = original
     if family.period is not None:
         blocks = config["num_hidden_layers"]
@@ -110,6 +122,9 @@ def write_weights(file: GgufFile, config: Mapping[str, Any], shapes: Mapping[str
     float16 and bfloat16 stay as they are; everything else becomes float32, exactly. Raises BillhookError where
     the file has not exactly the tensors of the model.
     """
+    described, held = (sum(map(math.prod, x)) for x in (shapes.values(), [e.shape for e in file.tensors.values()]))
+    if described > held:  # before anything of that size is made
+        raise BillhookError(f"{file.path} holds {held:,} weights, and its metadata describes a model of {described:,}.")
     plan = {tensor.name: tensor for tensor in gguf_tensors(config, shapes)}
     for name in sorted(plan.keys() ^ {name for name in file.tensors if not name.startswith("rope_f")}):
         what = "has no" if name in plan else "has a tensor that is not in its architecture:"

@@ -16,7 +16,7 @@ from billhook.architectures.gguf_reading import hf_config, write_weights
 from billhook.errors import BillhookError
 from billhook.store import checkpoint
 from billhook.store.checkpoint import class_names, loading, quiet
-from billhook.store.files import cache_folder, json_text, sha256
+from billhook.store.files import cache_folder, json_text, sha256, untrusted
 from billhook.store.gguf_file import GgufFile, read_gguf
 from billhook.store.locate import to_disk
 from billhook.store.output import check_output, staging
@@ -50,8 +50,8 @@ def resolve(model: str | Path) -> Path:
 def convert(file: GgufFile, directory: Path) -> None:
     """Write the new model directory of a GGUF file; atomic. Raises BillhookError for a model of an unknown kind, or a
     directory that is not empty, and JobError for a full disk."""
-    config = hf_config(file)
     with loading(file.path):
+        config = hf_config(file)
         full = transformers.AutoConfig.for_model(**config)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(full)
@@ -62,7 +62,8 @@ def convert(file: GgufFile, directory: Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     check_output(directory, needed=needed)
     with staging(directory, needed) as folder:
-        write_weights(file, config, shapes, folder / SINGLE)
+        with untrusted(f"The metadata of {file.path} does not fit its tensors", "Download it again."):
+            write_weights(file, config, shapes, folder / SINGLE)
         _write_tokenizer(file, folder)
         own: dict[str, Any] = {"architectures": list(class_names("AutoModelForCausalLM")[config["model_type"]])[:1]}
         (folder / "config.json").write_text(json_text({**full.to_diff_dict(), **own}), encoding="utf-8")

@@ -88,7 +88,8 @@ def lines(record: dict[str, Any]) -> list[str]:
         found.append(f"token perplexity {_ppl(record['token_ppl'])} ({size})")
     if (dense := record.get("against")) is not None:
         error = "" if dense["kl_error"] is None else f" +- {dense['kl_error']:.2g}"
-        kl = f"KL divergence {dense['kl']:.4f}{error} nats per token"
+        tail = f" (99 %: {dense['kl_99']:.3g}, 99.9 %: {dense['kl_999']:.3g})" if dense.get("kl_999") else ""
+        kl = f"KL divergence {dense['kl']:.4f}{error} nats per token{tail}"
         agreement = f"top-1 agreement {100 * dense['top1_agreement']:.2f} %"
         found.append(f"against {dense['model']} (token perplexity {_ppl(dense['token_ppl'])}): {kl}, {agreement}")
     if (word := record.get("word")) is not None:

@@ -101,7 +101,7 @@ class Text:
         bool,
         typer.Option(
             "--published",
-            help="Draw windows, count zeros and accumulate gradients as the released code of the papers does.",
+            help="Draw windows (and count zeros, and accumulate gradients) as the released code of the papers does.",
         ),
     ] = False
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from billhook.cli import options as shared
-from billhook.cli.common import emit, graceful_interrupt, layers_per_block, parse_settings, progress, say
+from billhook.cli.common import duration, emit, graceful_interrupt, layers_per_block, parse_settings, progress, say
 
 NAME = "quantize"
 EXAMPLES = """\b
@@ -60,7 +60,8 @@ def command(
     for warning in report.warnings:
         say(f"note: {warning}")
     sizes = f"{report.size / 1e6:.1f} MB of weights, {report.source_size / 1e6:.1f} MB before"
-    say(f"{report.output}: {len(layers)} layers at {report.bits:.2f} bits a weight; {sizes}. {report.seconds:.1f} s.")
+    took = duration(report.seconds)
+    say(f"{report.output}: {len(layers)} layers at {report.bits:.2f} bits a weight; {sizes}. {took}.")
     if report.loss is not None:
         say(f"{report.loss}.")
     say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")

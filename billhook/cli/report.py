@@ -20,21 +20,34 @@ TABLE_HELP = "A table.json of the dense model: adds its spectral metrics to the 
 
 
 def command(
-    directory: Annotated[Path, typer.Argument(help="A pruned directory.", metavar="DIR")],
+    directory: Annotated[Path, typer.Argument(help="A pruned or quantized directory.", metavar="DIR")],
     *,
     speed: Annotated[Path | None, typer.Option(help=SPEED_HELP, metavar="FILE")] = None,
     table: Annotated[Path | None, typer.Option(help=TABLE_HELP, metavar="TABLE")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write report.json, the model card README.md and report.html of a pruned directory again."""
+    """Write report.json, the model card README.md and report.html of a pruned directory again.
+
+    Of a quantized directory, only the card.
+    """
     from billhook.errors import BillhookError
     from billhook.plan.densities import spectra_of
     from billhook.plan.table import Table
     from billhook.reports.publishing import publish, render
+    from billhook.reports.quantized_card import is_quantized, publish_quantized
     from billhook.store.files import read_json
+    from billhook.store.layout import CARD
 
     if not directory.is_dir():
         raise BillhookError(f"There is no directory {directory}.")
+    if is_quantized(directory):
+        if speed is not None or table is not None:
+            raise BillhookError(f"The card of {directory}, which is quantized, has no place for --speed and --table.")
+        publish_quantized(directory)
+        say(f"{directory}: README.md.")
+        if as_json:
+            emit({"card": str(directory / CARD)})
+        return
     changes: dict[str, Any] = {} if speed is None else {"speed": read_json(speed, "benchmark result")}
     if table is not None:
         changes["spectra"] = spectra_of(Table.load(table), render(directory)[0])

@@ -9,7 +9,8 @@ pruned. With X the inputs of a layer and X' those of the same tokens in the dens
 which the layer would have to correct to restore the dense model's stream. Whether a layer writes into the stream is
 found by experiment: its output is shifted by a hundred times the size of the stream; if it writes, the block's output
 shifts by the same amount. R' - R is the difference of the block's inputs for the first layer that writes, and of its
-outputs for a layer of the last group (less the effect of that layer's own input drift); in between it is not known.
+outputs for the layer that is alone in the last group, whose own input drift these include: it has no `drift`, which
+would be the most expensive of all. In between R' - R is not known.
 
 Memory: a copy of the block's prunable weights, and hidden states as large as those of the walk. A block runs twice per
 group, usually not to its end. Experts have no drift, because the two models may route different tokens to them.
@@ -77,7 +78,7 @@ class DenseStream:
                         run_block(block, h, call)
                 yield group, observer.stats()
                 continue
-            writes = _is_writer(block, group[0], hidden[0], calls[0])
+            writes, last = _is_writer(block, group[0], hidden[0], calls[0]), last and len(group) == 1
             pair = _Pair(group[0], names, "end" if writes and last else "start" if writes and first else None)
             first = first and not writes
             for i, call in enumerate(calls):
@@ -107,7 +108,8 @@ class _Pair:
 
     def __init__(self, layer: Layer, statistics: Sequence[str], written: str | None) -> None:
         self._layer, self._written = layer, written
-        self._collector = Collector(tuple(statistics), layer.shape[1], layer.weight.device)
+        names = tuple(name for name in statistics if written != "end" or name != "drift")
+        self._collector = Collector(names, layer.shape[1], layer.weight.device)
         self._sum = torch.zeros(layer.shape, device=layer.weight.device) if written else None
 
     def add(self, block: nn.Module, dense: Iterable[Value], streams: tuple[Tensor, Tensor], call: Call) -> None:
@@ -129,9 +131,6 @@ class _Pair:
         everywhere = int(all_reduce_(torch.tensor(rows)))
         found = {layer.name: self._collector.stats(layer.name, everywhere) for layer in group}
         if self._sum is not None:
-            name, drift = self._layer.name, all_reduce_(self._sum)
-            own = found[name].drift
-            if self._written == "end" and own is not None:  # remove the effect of this layer's own input drift
-                drift -= self._layer.weight.float() @ own
-            found[name] = replace(found[name], stream_drift=drift)
+            name = self._layer.name
+            found[name] = replace(found[name], stream_drift=all_reduce_(self._sum))
         return found

@@ -10,13 +10,16 @@ depends on the next token of the text, so text that the model predicts badly is 
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 K = 256
+PERCENTILES = 0.99, 0.999
 _ROW_BYTES = 1 << 26  # float32 log-probabilities in memory at once
 
 
@@ -49,6 +52,8 @@ class Against:
     * `kl`: KL divergence of the model's next-token distribution from the dense model's, mean over scored tokens, in
       nats.
     * `kl_error`: its standard error over windows; null for a single window.
+    * `kl_99` (number or null, optional): the 99th percentile of the divergence over tokens, linearly interpolated.
+    * `kl_999` (number or null, optional): the 99.9th.
     * `top1_agreement`: fraction of scored tokens for which both have the same top-1 prediction.
     * `token_ppl`: the dense model's token perplexity on the same windows; null if it is too large to be a number.
     * `nll`: its logarithm.
@@ -60,12 +65,16 @@ class Against:
     top1_agreement: float
     token_ppl: float | None
     nll: float
+    kl_99: float | None = None
+    kl_999: float | None = None
 
     @classmethod
-    def of(cls, model: str, kl: list[float], agreed: int, tokens: int, nll: float) -> "Against":
-        """`kl` is the mean of each window, `agreed` the number of `tokens` with equal top-1 predictions."""
+    def of(cls, model: str, found: "Sequence[WindowKl]", tokens: int, nll: float) -> "Against":
+        """From the divergence of each window, `tokens` in all."""
+        kl = [window.mean for window in found]
         error = statistics.stdev(kl) / math.sqrt(len(kl)) if len(kl) > 1 else None
-        return cls(model, statistics.fmean(kl), error, agreed / tokens, math.exp(nll) if nll < 709 else None, nll)
+        ppl, agreed = math.exp(nll) if nll < 709 else None, sum(window.agreed for window in found)
+        return cls(model, statistics.fmean(kl), error, agreed / tokens, ppl, nll, *percentiles(found))
 
 
 def token_kl(logits: Tensor, teacher: Teacher) -> Tensor:
@@ -82,14 +91,32 @@ def token_kl(logits: Tensor, teacher: Teacher) -> Tensor:
     return kl + rest_p * (rest_p / rest_q).log()
 
 
-def window_kl(logits: Tensor, teacher: Teacher) -> tuple[float, int]:
-    """The mean divergence over `logits` [tokens, vocabulary], and the number of equal top-1 predictions."""
-    total, agreed, rows = 0.0, 0, _rows(logits)
+class WindowKl(NamedTuple):
+    """The mean divergence of a window, the number of equal top-1 predictions, and the divergence of each token,
+    float32 [tokens]."""
+
+    mean: float
+    agreed: int
+    tokens: np.ndarray
+
+
+def window_kl(logits: Tensor, teacher: Teacher) -> WindowKl:
+    """The divergence of `logits` [tokens, vocabulary]."""
+    total, agreed, rows, tokens = 0.0, 0, _rows(logits), list[Tensor]()
     for q, p in zip(logits.split(rows), teacher.split(rows), strict=True):
         top1 = p.argmax(-1) if isinstance(p, Tensor) else p.tokens[:, 0]
         agreed += int((q.argmax(-1) == top1).sum())
-        total += float(token_kl(q, p).sum(dtype=torch.float64))
-    return total / len(logits), agreed
+        tokens.append(token_kl(q, p).detach())
+        total += float(tokens[-1].sum(dtype=torch.float64))
+    return WindowKl(total / len(logits), agreed, torch.cat(tokens).float().cpu().numpy())
+
+
+def percentiles(found: Sequence[WindowKl]) -> tuple[float | None, float | None]:
+    """The 99th and the 99.9th percentile of the divergence over all tokens of some windows, as `llama-perplexity`
+    computes them, in six significant digits; None where they are not finite."""
+    of = np.quantile(np.concatenate([window.tokens for window in found]), PERCENTILES)
+    first, second = (float(f"{x:.6g}") if math.isfinite(x) else None for x in of)
+    return first, second
 
 
 def kl_grad(logits: Tensor, teacher: Teacher) -> Tensor:

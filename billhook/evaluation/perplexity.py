@@ -25,7 +25,7 @@ from billhook.engine.batch import Batch, main_input, model_inputs, select_rows
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.batching import Progress, halving
 from billhook.evaluation.batching import batch_size as found_size
-from billhook.evaluation.kl import Against, window_kl
+from billhook.evaluation.kl import Against, WindowKl, window_kl
 from billhook.evaluation.scoring import NEXT_TOKEN, Scoring, count_scored, scored_rows
 from billhook.text.given import whole_ids
 from billhook.text.windows import GIVEN, Windows, check_ids, digest
@@ -90,44 +90,43 @@ def evaluate(
     windows, batch = _checked(models, windows, scoring)
     count, length = windows.ids.shape
     sums = torch.zeros(2, count, dtype=torch.float64)
-    kl: list[float] = []
-    agreed = tokens = 0
+    kl: list[WindowKl] = []
+    tokens = 0
 
-    def score(start: int, stop: int) -> tuple[list[Tensor], list[float], int, int]:
+    def score(start: int, stop: int) -> tuple[list[Tensor], list[WindowKl], int]:
         return _score(models, scoring, select_rows(batch, slice(start, stop)))
 
     size = batch_size or found_size(length, sum(map(vocabulary_size, models)), model.dtype.itemsize)
     with ExitStack() as modes:
         for each in models:
             modes.enter_context(evaluating(each))
-        for start, stop, (nll, parted, same, scored) in halving(count, size, score):
+        for start, stop, (nll, parted, scored) in halving(count, size, score):
             sums[: len(models), start:stop] = torch.stack(nll)
-            kl, agreed, tokens = kl + parted, agreed + same, tokens + scored
+            kl, tokens = kl + parted, tokens + scored
             if progress is not None:
                 progress(f"{stop}/{count} windows")
     found = replace(_summary(sums[0], tokens, windows), protocol=scoring.protocol)
     if against is None:
         return found
     name = Path(against.name_or_path or "").name or type(against).__name__
-    return replace(found, against=Against.of(name, kl, agreed, tokens, _summary(sums[1], tokens, windows).nll))
+    return replace(found, against=Against.of(name, kl, tokens, _summary(sums[1], tokens, windows).nll))
 
 
 def _score(
     models: Sequence[PreTrainedModel], scoring: Scoring, batch: Batch
-) -> tuple[list[Tensor], list[float], int, int]:
-    """The NLL of each window by each model, the divergence of each window, equal predictions, and all scored ones."""
+) -> tuple[list[Tensor], list[WindowKl], int]:
+    """The NLL of each window by each model, the divergence of each window, and the number of scored predictions."""
     outputs = [model(**model_inputs(model, batch), **call_options(model)).logits for model in models]
     found = [scoring.scored(logits, batch) for logits in outputs]
     nll = [window_nll(logits, labels).cpu() for logits, labels in found]
     scored = count_scored(found[0][1])
-    return (nll, *_divergence(found), scored) if len(found) > 1 else (nll, [], 0, scored)
+    return nll, _divergence(found) if len(found) > 1 else [], scored
 
 
-def _divergence(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[float], int]:
-    """The mean KL divergence of each window's scored predictions, and the number of equal top-1 predictions."""
+def _divergence(found: Sequence[tuple[Tensor, Tensor]]) -> list[WindowKl]:
+    """The KL divergence of each window's scored predictions."""
     ours, theirs = (scored_rows(logits, labels) for logits, labels in found)
-    windows = [window_kl(q, p.to(q.device)) for (q, _), (p, _) in zip(ours, theirs, strict=True)]
-    return [kl for kl, _ in windows], sum(same for _, same in windows)
+    return [window_kl(q, p.to(q.device)) for (q, _), (p, _) in zip(ours, theirs, strict=True)]
 
 
 def _checked(

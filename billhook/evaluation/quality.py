@@ -28,7 +28,7 @@ from billhook.engine.replay import run_block
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import walk
 from billhook.evaluation.batching import batch_size
-from billhook.evaluation.kl import TopKTeacher, window_kl
+from billhook.evaluation.kl import TopKTeacher, WindowKl, percentiles, window_kl
 from billhook.evaluation.perplexity import window_nll
 from billhook.evaluation.scoring import Scoring, scored_rows
 
@@ -44,6 +44,9 @@ class Loss:
     * `verdict`: by `kl`.
     * `kl` (number or null): KL divergence from the dense model, mean over tokens in nats; null if it is not finite.
     * `kl_error` (number or null): its standard error over windows.
+    * `kl_99` (number or null, optional): the 99th percentile of the divergence over tokens, linearly interpolated; not
+      in records of earlier versions.
+    * `kl_999` (number or null, optional): the 99.9th; of fewer than some thousand tokens nearly the largest.
     * `top1_agreement`: fraction of tokens for which both models have the same top-1 prediction.
     * `token_ppl` (number or null): token perplexity; null if it is too large to be a number.
     * `dense_token_ppl` (number or null): that of the dense model.
@@ -63,6 +66,8 @@ class Loss:
     length: int
     source: str
     held_out: bool
+    kl_99: float | None = None
+    kl_999: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for json."""
@@ -71,10 +76,13 @@ class Loss:
     def __str__(self) -> str:
         kl = "not finite" if self.kl is None else f"{self.kl:.4f}"
         error = "" if self.kl_error is None else f" +- {self.kl_error:.2g}"
+        tail = (
+            "" if self.kl_999 is None else f" (99 % of tokens below {self.kl_99:.3g}, 99.9 % below {self.kl_999:.3g})"
+        )
         ppl, dense = (f"{x:.2f}" if x is not None else "infinite" for x in (self.token_ppl, self.dense_token_ppl))
         where = f"{self.windows} {'held-out' if self.held_out else 'calibration'} windows of {self.length} tokens"
         return (
-            f"{self.verdict}: KL divergence from the dense model {kl}{error} nats a token, top-1 agreement "
+            f"{self.verdict}: KL divergence from the dense model {kl}{error} nats a token{tail}, top-1 agreement "
             f"{100 * self.top1_agreement:.1f} %, perplexity {ppl} (dense {dense}), on {where} of {self.source}"
         )
 
@@ -120,18 +128,17 @@ class Reference:
 
     def compare(self, model: PreTrainedModel, resources: Resources = IN_MEMORY) -> Loss:
         """What the model as it is now has lost."""
-        rows = list[tuple[float, float, float, int, int]]()
+        rows = list[tuple[WindowKl, float, float, int]]()
         found = _predictions(model, self.batches, self.scoring, resources)
         for (logits, labels), teacher, dense in zip(found, self.teachers, self.nll, strict=True):
-            divergence, same = window_kl(logits, teacher)
-            rows.append((divergence, _nll(logits, labels), dense, same, len(labels)))
+            rows.append((window_kl(logits, teacher), _nll(logits, labels), dense, len(labels)))
         rows = [row for part in gather(rows) for row in part]
-        kl, nll, dense_nll = ([row[i] for row in rows] for i in range(3))
-        agreed, tokens = (sum(row[i] for row in rows) for i in (3, 4))
+        windows, nll, dense_nll = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
+        kl, agreed, tokens = [x.mean for x in windows], sum(x.agreed for x in windows), sum(row[3] for row in rows)
         mean = _finite(statistics.fmean(kl))
         error = _finite(statistics.stdev(kl) / math.sqrt(len(kl))) if mean is not None and len(kl) > 1 else None
         scores = (verdict(mean), mean, error, round(agreed / tokens, 6), _ppl(nll), _ppl(dense_nll))
-        return Loss(*scores, len(rows), self.length, self.source, self.held_out)
+        return Loss(*scores, len(rows), self.length, self.source, self.held_out, *percentiles(windows))
 
 
 @torch.no_grad()

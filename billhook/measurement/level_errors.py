@@ -21,11 +21,11 @@ from billhook.architectures.layers import Layer
 from billhook.engine.batch import Batch, main_input
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Progress, walk
+from billhook.methods.least_squares import inverse_factor
 from billhook.methods.quantize.gptq import feedback
-from billhook.methods.quantize.grid import Quantized, kept_zeros
+from billhook.methods.quantize.grid import Quantized
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.nearest import nearest
-from billhook.methods.sparse.sparsegpt import inverse_factor
 from billhook.methods.statistics import LayerStats
 
 ROWS = 64
@@ -104,7 +104,7 @@ def _quantized(
         U = inverse_factor(gram, gram.diagonal() <= 0, _DAMPING, replace(stats, notes=[]))
     for type in types:
         grid = grid_of(type, scale_dtype)
-        yield type, feedback(W, U, grid, kept_zeros(W, grid)) if stats.tokens else nearest(W, stats, grid)
+        yield type, feedback(W, U, grid, W == 0 if grid.has_zero else None) if stats.tokens else nearest(W, stats, grid)
 
 
 def _sampled(layer: Layer) -> Tensor:

@@ -29,6 +29,7 @@ from billhook.methods.statistics import LayerStats
 DOUBLE = 512  # inputs up to which the cost of float64 is negligible
 DIRECT = 256  # kept weights in a row up to which its system is factorized
 TOLERANCE = 1e-5
+ATTEMPTS = 4  # to factorize, each with ten times the damping of the one before
 _BYTES = 1 << 26  # of the matrices factorized in one batch
 
 
@@ -56,19 +57,25 @@ def solve_support(W: Tensor, H: Tensor, keep: Tensor, start: Tensor | None = Non
     return _conjugate_gradients(W, H.to(W.dtype), keep, start, steps)
 
 
-def shift_to_dense(W: Tensor, stats: LayerStats, dense_target: float, damping: float) -> Tensor:
+def shift_to_dense(
+    W: Tensor, stats: LayerStats, dense_target: float, damping: float, U: Tensor | None = None
+) -> Tensor:
     """W [out, in] shifted by the fraction `dense_target` towards the weights that best give the dense model's outputs.
 
-    Reads stats.gram and, where the inputs have drifted, stats.drift; `damping` is a fraction of the mean of gram's
-    diagonal. Raises JobError when the damped gram cannot be factorized.
+    Reads stats.gram and, where the inputs have drifted, stats.drift and stats.stream_drift; `damping` is a fraction of
+    the mean of gram's diagonal. `U` [in, in] is that of `inverse_factor`, if it is known. Raises JobError when the
+    damped gram cannot be factorized.
     """
-    if stats.drift is None or dense_target == 0 or not stats.tokens:
+    if (stats.drift is None and stats.stream_drift is None) or dense_target == 0 or not stats.tokens:
         return W
     assert stats.gram is not None
-    H = stats.gram.to(torch.float64 if W.shape[1] <= DOUBLE else W.dtype, copy=True)
-    wanted = W.to(H.dtype) @ stats.drift.to(H.dtype)
+    dtype = torch.float64 if U is None and W.shape[1] <= DOUBLE else W.dtype
+    wanted = torch.zeros_like(W, dtype=dtype) if stats.drift is None else W.to(dtype) @ stats.drift.to(dtype)
     if stats.stream_drift is not None:
         wanted += stats.stream_drift
+    if U is not None:
+        return torch.add(W, _times_inverse(wanted, U), alpha=dense_target)
+    H = stats.gram.to(dtype, copy=True)
     diagonal = H.diagonal()
     mean = diagonal.sum() / max(int((diagonal > 0).sum()), 1)
     diagonal.add_(max(damping, 1e-4) * mean.clamp_min(torch.finfo(H.dtype).tiny))
@@ -76,6 +83,57 @@ def shift_to_dense(W: Tensor, stats: LayerStats, dense_target: float, damping: f
     if failed:
         raise JobError("The input statistics cannot be factorized: use --set dense_target=0, or more damping.")
     return torch.add(W, torch.cholesky_solve(wanted.T, L).T.to(W.dtype), alpha=dense_target)
+
+
+def _times_inverse(X: Tensor, U: Tensor) -> Tensor:
+    """X UᵀU for X [out, in] and an upper triangular U, in panels of columns that leave out most of its zeros."""
+    panels = torch.arange(len(U)).split(max(-(-len(U) // 4), 64))
+    parts = [slice(int(p[0]), int(p[-1]) + 1) for p in panels]
+    X = torch.cat([X[:, p.start :] @ U[p, p.start :].t() for p in parts], 1)
+    return torch.cat([X[:, : p.stop] @ U[: p.stop, p] for p in parts], 1)
+
+
+def inverse_factor(gram: Tensor, dead: Tensor, damping: float, stats: LayerStats) -> Tensor:
+    """Return U [in, in], upper triangular with UᵀU = (gram + damping * mean(diag))^-1.
+
+    Inputs that are zero are decoupled, with 1 on the diagonal. While the factorization fails, the damping is raised
+    tenfold, with a note; raises JobError if it still fails.
+    """
+    H = gram.flip(0, 1)
+    diagonal = H.diagonal()
+    dead = dead.flip(0)
+    mean = diagonal.sum() / max(int((~dead).sum()), 1)
+    original = torch.where(dead, 1.0, diagonal)
+    used = damping
+    for _ in range(ATTEMPTS):
+        diagonal.copy_(original + used * mean)
+        L, failed = torch.linalg.cholesky_ex(H)
+        if not failed:
+            break
+        used = max(10 * used, 1e-4)
+    else:
+        raise JobError(
+            f"the input statistics cannot be factorized, even with damping {used / 10:g}; use more calibration text, "
+            "--dtype float32 or another method."
+        )
+    if used != damping:
+        stats.note(f"damping raised from {damping:g} to {used:g}: the factorization failed below it")
+    del H, diagonal  # at 14336 inputs each of these matrices is 0.8 GB
+    # H = R R^T with R = flip(L) upper triangular, hence H^-1 = U^T U with U = R^-1 = flip(L^-1)
+    return invert_lower_(L).flip(0, 1)
+
+
+def invert_lower_(L: Tensor, leaf: int = 256) -> Tensor:
+    """Invert a lower triangular matrix in place, by halves; a third of the work of solving against the identity."""
+    solve = torch.linalg.solve_triangular
+    if len(L) <= leaf:
+        return L.copy_(solve(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False))
+    half = len(L) // 2
+    A, B, C = L[:half, :half], L[half:, :half], L[half:, half:]
+    B.copy_(-solve(C, solve(A, B, upper=False, left=False), upper=False))
+    invert_lower_(A, leaf)
+    invert_lower_(C, leaf)
+    return L
 
 
 def loss(W: Tensor, V: Tensor, H: Tensor) -> Tensor:

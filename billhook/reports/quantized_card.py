@@ -7,14 +7,29 @@ from billhook.evaluation.quality import SCALE, Loss
 from billhook.plan.storage import bits
 from billhook.reports.card import table, template
 from billhook.reports.report import source_metadata
-from billhook.store.files import write_text
+from billhook.store.files import untrusted, write_text
 from billhook.store.layout import CARD, RECORD
 from billhook.store.record import read_record
 from billhook.store.shards import result_bytes
 
 
+def is_quantized(folder: Path) -> bool:
+    """Whether the last step of a directory is that of `quantize` or `compress`."""
+    return (folder / RECORD).is_file() and [x.step for x in read_record(folder / RECORD).steps][-1:] == ["quantize"]
+
+
 def publish_quantized(folder: Path) -> None:
-    """Write the card of a directory that a run of `quantize` or `compress` made; it names no local path."""
+    """Write the card of a directory that a run of `quantize` or `compress` made; it names no local path.
+
+    Raises BillhookError for a damaged record.
+    """
+    text = ""
+    with untrusted(f"{folder / RECORD} is damaged", "Quantize again."):
+        text = _card(folder)
+    write_text(folder / CARD, text)
+
+
+def _card(folder: Path) -> str:
     import yaml
 
     record, source = read_record(folder / RECORD), source_metadata(folder)
@@ -29,7 +44,7 @@ def publish_quantized(folder: Path) -> None:
     lost = made_by.get("lost")
     rows = [[type, f"{bits(type):.2f}", str(types[type])] for type in sorted(types, key=bits, reverse=True)]
     text: str = template("quantized.md.j2", html=False).render(
-        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
+        metadata=yaml.safe_dump(metadata, allow_unicode=True),
         name=name,
         size=f"{result_bytes(folder):,}",
         types=table(["type", "bits a weight", "layers"], rows),
@@ -42,4 +57,4 @@ def publish_quantized(folder: Path) -> None:
         allocator=(step.plan or {}).get("made_by", {}).get("allocator", "a plan"),
         version=record.billhook,
     )
-    write_text(folder / CARD, text)
+    return text

@@ -42,7 +42,10 @@ def build(folder: Path) -> dict[str, Any]:
     record = read_record(folder / RECORD)
     if record.steps and record.steps[-1].step != "prune":
         done = f"{record.steps[-1].step!r:.40}"
-        raise BillhookError(f"{folder} is no pruned directory: its last step is {done}. Its {CARD} is its report.")
+        raise BillhookError(
+            f"{folder} is no pruned directory: its last step is {done}. Its {CARD} is its report; it is written again "
+            f"with billhook report {folder}."
+        )
     with untrusted(f"{folder / RECORD} is damaged", "Prune again."):
         return _from_record(folder, record)
 

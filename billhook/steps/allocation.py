@@ -25,9 +25,10 @@ from billhook.registry import Registry, hint
 from billhook.steps.levels import measure_levels
 from billhook.steps.like import like_types
 from billhook.steps.options import split_options
+from billhook.steps.parts import Parts
 from billhook.steps.quantize_job import Inputs
 from billhook.steps.request import Opened, listed
-from billhook.steps.sizes import Sizes, outside_menu
+from billhook.steps.sizes import Sizes
 from billhook.store.checkpoint import load
 from billhook.trials.heldout import split_samples
 
@@ -95,10 +96,10 @@ def choose(
 ) -> Chosen:
     """The types of all tensors under `sizes`; `method` is how the run quantizes."""
     shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
-    menus = {**sizes.menus, **{name: outside_menu(shape[1]) for name, shape in sizes.outside.items()}}
+    menus = {**sizes.menus, **sizes.outside_menus}
     levels = Levels(shapes, menus, sizes.budget - sizes.fixed, list(sizes.outside), tied)
     if ERRORS in allocation.needs:
-        found = measure_levels(opened, sizes.menus, sizes.outside, method.scale_dtype, inputs.seed, progress)
+        found = measure_levels(opened, sizes.menus, sizes.outside_menus, method.scale_dtype, inputs.seed, progress)
         levels = replace(levels, errors={**found.errors, **found.losses}, weights=found.costs)
     wanted = [name for name in allocation.needs if name not in (ERRORS, WEIGHTS)]
     resources: dict[str, Any] = {"layers": opened.layers, "resources": opened.resources, "progress": progress}
@@ -117,21 +118,21 @@ def choose(
     return choose_types(model, layers, split, levels, quick, **how)
 
 
-def choose_like(opened: Opened, sizes: Sizes, tensors: Mapping[str, str], file: Path, sized: bool) -> Chosen:
-    """The types of `file`; `tensors` are the layers' names on disk.
+def choose_like(opened: Opened, sizes: Sizes, parts: Parts, file: Path) -> Chosen:
+    """The types of `file`; `parts` are the layers' places on disk.
 
-    Raises BillhookError where they do not fit the model, or, if it was `sized`, the size.
+    Raises BillhookError where they do not fit the model or the size.
     """
     stream = opened.resources.stream
     assert stream is not None
     assert opened.source is not None
-    shapes = {name: tuple(stored.entry.shape) for name, stored in stream.source.items()}
-    wanted = {**tensors, **{name: name for name in sizes.outside}}
-    types = like_types(file, opened.source, shapes, wanted)
-    all_shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
-    levels = Levels(all_shapes, {name: [type] for name, type in types.items()}, 1, list(sizes.outside))
+    on_disk = {name: tuple(stored.entry.shape) for name, stored in stream.source.items()}
+    wanted = {layer: [part.tensor for part in several] for layer, several in parts.items()}
+    types = like_types(file, opened.source, on_disk, wanted | {name: [name] for name in sizes.outside})
+    shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
+    levels = Levels(shapes, {name: [type] for name, type in types.items()}, 1, list(sizes.outside))
     total = levels.total(types)
-    if sized and sizes.fixed + total > sizes.budget:
+    if sizes.fixed + total > sizes.budget:
         raise BillhookError(
             f"With the types of {file} the result has up to {sizes.fixed + total:,} bytes, and {sizes.budget:,} were "
             "asked for: leave out the size, or choose another allocator."

@@ -13,12 +13,13 @@ counts. Targets:
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from billhook.ambient import pinned
+from billhook.architectures.context_memory import ContextMemory
 from billhook.architectures.layers import Layer
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
@@ -27,33 +28,37 @@ from billhook.plan.plan import Plan
 from billhook.plan.storage import bits
 from billhook.racing.levels import Chosen
 from billhook.steps.allocation import Allocation, choose, choose_like
-from billhook.steps.quantize import QuantizeReport, QuantizeRequest, prepare, run
-from billhook.steps.quantize_job import Inputs
-from billhook.steps.request import open_request
+from billhook.steps.parts import check_matrices, layer_parts
+from billhook.steps.quantize import open_blocks, prepare, run
+from billhook.steps.quantize_job import Inputs, QuantizeJob, QuantizeReport, QuantizeRequest
+from billhook.steps.request import check_text_given, draw_text, listed
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
-from billhook.steps.types import check_target, layer_tensors, scale_dtype
+from billhook.steps.types import check_target, scale_dtype
+from billhook.store.output import check_room
 
 Target = Literal["gguf", "transformers", "vllm"]
-_ANY = 1 << 62  # bytes: no limit
 _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
 @dataclass(frozen=True)
 class CompressRequest(Inputs):
-    """The parameters of a run: one of `size`, `bits` and `ratio` (see `billhook.steps.sizes.Size`); `types` limits the
-    choice, and `allocator` makes it: one of `billhook ls level-allocators`, or `like:FILE.gguf`, which needs no size.
-    The others are those of `quantize`."""
+    """The parameters of a run: one of `size`, `bits`, `ratio` and `fit`, with its `context` (see
+    `billhook.steps.sizes.Size`); `types` limits the choice, of embeddings and head too. `allocator` makes it: one
+    of `billhook ls level-allocators`, or `like:FILE.gguf`, which needs no size. `options` are those of GPTQ and of the
+    allocator. The others are those of `quantize`."""
 
     model: str | Path
     output: str | Path
     size: str | int | None = None
     bits: float | None = None
     ratio: float | None = None
+    fit: str | int | None = None
+    context: int | None = None
     target: Target = "gguf"
     types: Sequence[str] = ()
     allocator: str = "curves"
-    options: Mapping[str, Any] = field(default_factory=dict)  # of GPTQ and of the allocator
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def quantizing(self) -> QuantizeRequest:
         """The request of the step that quantizes, without a plan."""
@@ -63,11 +68,13 @@ class CompressRequest(Inputs):
 
 @dataclass(frozen=True)
 class CompressReport:
-    """What a run did; `budget` is the size asked for, `outlook` the predicted loss of other budgets relative to it."""
+    """What a run did; `budget` is the size asked for, `outlook` the predicted loss of other budgets relative to it, and
+    `memory` what a context takes beside the file, where both must fit in memory."""
 
     quantized: QuantizeReport
     budget: int
     outlook: Mapping[float, float]
+    memory: ContextMemory | None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -81,54 +88,75 @@ class CompressReport:
             **self.quantized.to_json(),
             "budget": self.budget,
             "outlook": {str(k): v for k, v in self.outlook.items()},
+            "context": None if self.memory is None else asdict(self.memory),
         }
+
+
+@dataclass(frozen=True)
+class CompressJob:
+    """A checked request with its plan; the others as in `CompressReport`."""
+
+    quantizing: QuantizeJob
+    budget: int
+    outlook: Mapping[float, float]
+    memory: ContextMemory | None
 
 
 @pinned
 def compress(
     model: str | Path, output: str | Path, *, progress: Progress = lambda line: None, **fields: Any
 ) -> CompressReport:
-    """Compress a model directory (or hub name) to a size; the keyword arguments are the fields of `CompressRequest`.
+    """Compress a model directory (or hub name) to a size; the keyword arguments are the fields of `CompressRequest`,
+    and options of GPTQ.
 
     Raises BillhookError (nothing written) for an impossible request, with the least possible size where that is the
     reason, and JobError for a run that failed.
     """
-    known = {key: value for key, value in fields.items() if key in CompressRequest.__dataclass_fields__}
-    options = {**(fields.get("options") or {}), **{key: fields[key] for key in fields.keys() - known.keys()}}
-    return run_compress(CompressRequest(model, output, **{**known, "options": options}), progress)
+    request = CompressRequest.given(model=model, output=output, **fields)
+    return run_compress(decide(request, progress), progress)
 
 
-def run_compress(request: CompressRequest, progress: Progress = lambda line: None) -> CompressReport:
-    """Choose types and quantize; with `resume`, with the types that the stopped run chose."""
-    types = allowed_types(request.target, request.types)
-    check_target(request.target == "gguf")
-    allocation, given = (
-        Allocation.of(request.allocator, request.options),
-        Size(request.size, request.bits, request.ratio),
-    )
-    sized = given != Size()
+def decide(request: CompressRequest, progress: Progress = lambda line: None) -> CompressJob:
+    """Check a request, cheapest first, and choose the types; with `resume`, those that the stopped run chose."""
+    allocation = Allocation.of(request.allocator, request.options)
+    given = Size(request.size, request.bits, request.ratio, request.fit, request.context)
+    sized = allocation.file is None or given != Size()
+    given = given if sized else Size(ratio=1.0)
+    given.check(request.target)
     if allocation.file and (request.target != "gguf" or request.types):
         raise BillhookError("like:FILE takes the types of a GGUF file: leave out --types, and use --for gguf.")
+    types = allowed_types(request.target, request.types)
+    check_target(request.target == "gguf")
     quantizing = replace(request.quantizing(), options=allocation.quantizer)
-    opened = open_request(quantizing.opening(), True, "Choosing types", streamed=True, progress=progress)
-    tensors = layer_tensors(opened)
-    method = Quantization("gptq", allocation.quantizer, scale_dtype(opened, tensors))
-    sizes = Sizes.of(given if sized or not allocation.file else Size(_ANY), opened, tensors, types, request.target)
+    check_text_given(quantizing.opening(), True, "Choosing types")
+    opened = open_blocks(quantizing)
+    parts = layer_parts(opened)
+    if request.target != "gguf":
+        check_matrices(opened.layers, parts)
+    method = Quantization("gptq", allocation.quantizer, scale_dtype(opened, parts))
+    sizes = Sizes.of(given, opened, parts, types, request.target)
     asked: dict[str, Any] = {"target": request.target, "bytes": sizes.budget, "types": types}
     asked |= {"allocator": request.allocator, "options": dict(allocation.options)}
-    stopped = _stopped_plan(request, asked)
-    if stopped is not None:
-        chosen = Chosen(stopped, {})
-    elif allocation.file:
-        chosen = choose_like(opened, sizes, tensors, allocation.file, sized)
-    else:
-        tied = _tied(opened.layers) if request.target == "vllm" else ()
-        chosen = choose(request, opened, sizes, tied, method, allocation, progress=progress)
+    plan = _stopped_plan(request, asked)
+    chosen = Chosen(plan, {}) if plan is not None else None
+    if chosen is None:
+        output = Path(request.output).expanduser().resolve()
+        check_room(output, sizes.most_room(opened, parts, request.target))
+        opened = draw_text(opened, quantizing.opening(), progress)
+        tied = _tied(opened.layers, request.target)
+        like = allocation.file and choose_like(opened, sizes, parts, allocation.file)
+        chosen = like or choose(request, opened, sizes, tied, method, allocation, progress=progress)
     plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "request": asked})
-    quantizing = replace(quantizing, plan=plan, outside=plan.made_by.get("outside", {}))
-    job = prepare(quantizing, progress, opened)
+    job = prepare(replace(quantizing, plan=plan), progress, opened)
     budget = sizes.budget if sized else sizes.fixed + int(plan.budget.value)
-    return CompressReport(run(job, progress), budget, chosen.outlook)
+    return CompressJob(job, budget, chosen.outlook, sizes.memory)
+
+
+def run_compress(
+    job: CompressJob, progress: Progress = lambda line: None, stopping: Callable[[], bool] = lambda: False
+) -> CompressReport:
+    """Quantize with the chosen types; raises as `billhook.steps.quantize.run`."""
+    return CompressReport(run(job.quantizing, progress, stopping), job.budget, job.outlook, job.memory)
 
 
 def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | None:
@@ -138,16 +166,20 @@ def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | 
     if state is None:
         return None
     plan = Plan.from_json(state.plan, str(partial_folder(output)))
-    check_same_run(plan.made_by.get("request") or {}, asked, partial_folder(output))
+    layers = {key: listed(getattr(request, key)) for key in ("targets", "ignore")}
+    made = (plan.made_by.get("request") or {}) | {key: state.identity.get(key) for key in layers}
+    check_same_run(made, {**asked, **layers}, partial_folder(output))
     return plan
 
 
-def _tied(layers: Sequence[Layer]) -> list[tuple[str, ...]]:
-    """The layers that vLLM fuses."""
+def _tied(layers: Sequence[Layer], target: Target) -> list[tuple[str, ...]]:
+    """The layers that vLLM fuses, or the experts that are one tensor of a GGUF file."""
     groups: dict[tuple[str, int], list[str]] = {}
     for layer in layers:
         parent, _, last = layer.name.rpartition(".")
-        for number, names in enumerate(_FUSED):
+        if layer.expert is not None:
+            groups.setdefault((parent, 0), []).append(layer.name)
+        for number, names in enumerate(_FUSED if target == "vllm" else ()):
             if last in names:
                 groups.setdefault((parent, number), []).append(layer.name)
     return [tuple(names) for names in groups.values()]

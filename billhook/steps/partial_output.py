@@ -26,7 +26,7 @@ from billhook.distributed.torchrun import rank
 from billhook.engine.loop import LayerResult
 from billhook.engine.streaming import Stream
 from billhook.engine.walk import Block
-from billhook.errors import BillhookError, Interrupted, JobError, out_of_memory
+from billhook.errors import BillhookError, DiskFull, Interrupted, JobError, out_of_memory
 from billhook.reports.publishing import publish
 from billhook.reports.quantized_card import publish_quantized
 from billhook.steps.block_files import BlockFiles
@@ -163,13 +163,14 @@ def partial_output(
     overwrite: bool,
     stopping: Callable[[], bool] = lambda: False,
     files: BlockFiles | None = None,
+    room: int | None = None,
 ) -> Iterator[PartialOutput]:
     """Create the directory, or open it again to resume a run.
 
-    The files have the source's layout, or are `files`. The run ends after a block at which `stopping()` is true. Raises
-    BillhookError where another run uses the directory, or the run to resume has another identity; Interrupted for a run
-    that was stopped, or ran out of disk or memory, after some blocks. After other errors, which would occur again, the
-    directory is deleted.
+    The files have the source's layout, or are `files`, and need `room` bytes (None: as many as the source's). The run
+    ends after a block at which `stopping()` is true. Raises BillhookError where another run uses the directory, or the
+    run to resume has another identity; Interrupted for a run that was stopped, or ran out of disk or memory, after some
+    blocks. After other errors, which would occur again, the directory is deleted.
     """
     folder = partial_folder(output)
     if rank():
@@ -199,11 +200,11 @@ def partial_output(
         partial.begin()
         gather(partial.state)
         yield partial
-    except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Interrupted) as error:
+    except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Interrupted, DiskFull) as error:
         keep = keep or (partial is not None and bool(partial.state.done or partial.state.files))
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
-        raise _interrupted(error, source, output, partial if keep else None) from None
+        raise _interrupted(error, room or weight_bytes(source), output, partial if keep else None) from None
     except BillhookError:
         keep = keep and partial is None
         raise
@@ -213,16 +214,17 @@ def partial_output(
         os.close(lock)
 
 
-def _interrupted(error: BaseException, source: Path, output: Path, kept: PartialOutput | None) -> BaseException:
-    """The error for a run that ended early; it says how to resume the run if its directory is `kept`."""
+def _interrupted(error: BaseException, needed: int, output: Path, kept: PartialOutput | None) -> BaseException:
+    """The error for a run that ended early; it says how to resume the run if its directory is `kept`, or how many
+    bytes are `needed`."""
     if kept is None and not isinstance(error, OSError):
         return error
     what = "Stopped"
     if isinstance(error, OSError | SafetensorError):
-        what = failure(error, output, weight_bytes(source)).rstrip(".")
+        what = failure(error, output, needed).rstrip(".")
     elif isinstance(error, MemoryError | RuntimeError):
         what = "Out of memory"
-    elif isinstance(error, Interrupted):
+    elif isinstance(error, Interrupted | DiskFull):
         what = str(error).rstrip(".")
     if kept is None:
         return JobError(f"{what}. Nothing was left behind.")

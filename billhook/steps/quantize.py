@@ -1,7 +1,8 @@
 """Quantize a model directory into a new one, block by block, in three steps: check, plan, run.
 
 The plan gives every chosen layer a storage type. Types intB/GROUP become a compressed-tensors directory, which stock
-`transformers` opens. Everything else keeps the source's bytes. A run that is stopped can be resumed to the same bytes.
+`transformers` opens, and GGUF types one .gguf file for llama.cpp, in which embeddings and head are quantized too.
+Everything else keeps the source's bytes. A run that is stopped can be resumed to the same bytes.
 """
 
 import time
@@ -26,27 +27,29 @@ from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.quantize.grid import Quantized
 from billhook.methods.quantize.nearest import nearest
 from billhook.methods.statistics import LayerStats
-from billhook.plan.plan import load_plan
-from billhook.steps.block_files import BlockFiles
+from billhook.plan.plan import Plan, load_plan
+from billhook.steps.block_files import BlockFiles, Form
 from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
+from billhook.steps.parts import check_matrices, layer_parts, part_types, transposed
 from billhook.steps.quantize_job import QuantizeJob, QuantizeReport, QuantizeRequest, record
-from billhook.steps.request import Opened, open_request
+from billhook.steps.request import Opened, check_text_given, draw_text, open_model
 from billhook.steps.resolve import identity
+from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.steps.types import (
-    EMBEDDINGS,
+    block_bytes,
     check_target,
     file_bytes,
     file_facts,
     full_name,
     is_ggml,
-    layer_tensors,
+    outside_of,
     outside_parameter,
-    outside_types,
     plan_types,
     scale_dtype,
     uniform_plan,
 )
+from billhook.store.output import check_room
 from billhook.store.shards import read_shard, result_bytes, weight_bytes, write_index
 
 
@@ -54,14 +57,13 @@ from billhook.store.shards import read_shard, result_bytes, weight_bytes, write_
 def quantize(
     model: str | Path, type: str, output: str | Path, *, progress: Progress = lambda layer: None, **fields: Any
 ) -> QuantizeReport:
-    """Quantize a model directory (or hub name) to one storage type, such as int4/64, and write it to `output`.
+    """Quantize a model directory (or hub name) to one storage type, such as int4/64 or q4_k, and write it to `output`.
 
     The keyword arguments are the fields of `QuantizeRequest` and the options of the quantizer. Raises BillhookError
     (nothing written) for an impossible request and JobError for a run that failed.
     """
-    known = {key: value for key, value in fields.items() if key in QuantizeRequest.__dataclass_fields__}
-    options = {**(fields.get("options") or {}), **{key: fields[key] for key in fields.keys() - known.keys()}}
-    return run(prepare(QuantizeRequest(model, type, output, **{**known, "options": options}), progress), progress)
+    request = QuantizeRequest.given(model=model, type=type, output=output, **fields)
+    return run(prepare(request, progress), progress)
 
 
 def prepare(
@@ -69,8 +71,34 @@ def prepare(
 ) -> QuantizeJob:
     """Check everything about a request, cheapest first, and make its plan; nothing is changed.
 
-    The model and its text are opened unless they are `opened` already.
+    `opened` is the model of the request, with or without its text, where that is open already.
     """
+    method, given = _method_and_plan(request)
+    opening = request.opening()
+    check_text_given(opening, bool(method.observed), f"Quantizing with {request.quantizer}")
+    opened = open_blocks(request) if opened is None else opened
+    plan, notes = uniform_plan(full_name(request.type), opened.layers) if given is None else (given, [])
+    plan.check({layer.name: layer.shape for layer in opened.layers})
+    types = plan_types(plan)
+    if len({is_ggml(t) for t in types.values()}) > 1:
+        raise BillhookError("The plan mixes GGUF types with types intB/GROUP: a file holds one kind.")
+    ggml, parts = any(map(is_ggml, types.values())), layer_parts(opened)
+    if not ggml:
+        check_matrices(opened.layers, parts)
+    method = replace(method, scale_dtype=scale_dtype(opened, parts))
+    outside = outside_of(opened, plan, request.embeddings) if ggml else {}
+    on_disk = part_types(parts, types) | outside
+    room = block_bytes(opened, on_disk) + (file_bytes(opened, on_disk, request.quantizer) if ggml else 0)
+    check_resumed(request, _identity(request, opened, method, plan, outside), room)
+    if method.observed and opened.samples is None:
+        opened = draw_text(opened, opening, progress)
+    run = _identity(request, opened, method, plan, outside)
+    check_resumed(request, run, room)
+    return QuantizeJob(request, opened, plan, method, parts, outside, run, notes, room)
+
+
+def _method_and_plan(request: QuantizeRequest) -> tuple[Quantization, Plan | None]:
+    """The quantizer with its options, and the given plan of storage types; what needs no model is checked."""
     if world() > 1:
         raise BillhookError("quantize runs in one process: start it without torchrun.")
     QUANTIZERS.check(request.quantizer)
@@ -87,26 +115,35 @@ def prepare(
             "them, one of the GGUF types in billhook ls types."
         )
     check_target(is_ggml(type))
-    if opened is None:
-        who = f"Quantizing with {request.quantizer}"
-        opened = open_request(request.opening(), bool(method.observed), who, streamed=True, progress=progress)
-    stream = opened.resources.stream
-    if stream is None or opened.source is None:
+    return method, given
+
+
+def open_blocks(request: QuantizeRequest) -> Opened:
+    """Open the model of a request one block at a time, without its text."""
+    opened = open_model(request.opening(), streamed=True, room=lambda source: 0)
+    if opened.resources.stream is None or opened.source is None:
         raise BillhookError(f"{request.model} cannot be read one block at a time, so it cannot be quantized.")
-    plan, notes = uniform_plan(type, opened.layers) if given is None else (given, [])
-    plan.check({layer.name: layer.shape for layer in opened.layers})
-    if len({is_ggml(t) for t in plan_types(plan).values()}) > 1:
-        raise BillhookError("The plan mixes GGUF types with types intB/GROUP: a file holds one kind.")
-    tensors = layer_tensors(opened)
-    method = replace(method, scale_dtype=scale_dtype(opened, tensors))
-    outside = dict(request.outside)
-    if is_ggml(type):
-        outside = outside or outside_types(opened, request.embeddings or EMBEDDINGS)
-        # to find out now whether the model has a form in such files
-        file_bytes(opened, {tensors[layer]: t for layer, t in plan_types(plan).items()} | outside, request.quantizer)
-    run = identity(request.opening(), opened, method.options, plan, None)
-    run |= {"step": "quantize", "quantizer": request.quantizer, "outside": outside}
-    return QuantizeJob(request, opened, plan, method, tensors, outside, run, notes)
+    return opened
+
+
+def _identity(
+    request: QuantizeRequest, opened: Opened, method: Quantization, plan: Plan, outside: Mapping[str, str]
+) -> dict[str, Any]:
+    """What must be the same for a run to be resumed."""
+    same = identity(request.opening(), opened, method.options, plan, None)
+    return same | {"step": "quantize", "quantizer": request.quantizer, "outside": dict(outside)}
+
+
+def check_resumed(request: QuantizeRequest, run: Mapping[str, Any], room: int) -> None:
+    """Raise BillhookError for a stopped run that is not `run` (a text that is not read yet may be any), and DiskFull
+    where the disk lacks room for the rest of `room` bytes."""
+    output = Path(request.output).expanduser().resolve()
+    folder, state = partial_folder(output), unfinished_run(output, resume=request.resume, overwrite=request.overwrite)
+    if state is not None:
+        known = state.identity if run["calibration"] else state.identity | {"calibration": None}
+        check_same_run(known, run, folder)
+        room -= sum(path.stat().st_size for path in folder.iterdir())
+    check_room(output, room)
 
 
 def run(
@@ -124,8 +161,9 @@ def run(
     def outside(name: str) -> Quantized:
         return nearest(stream.source[name].read().float(), LayerStats(0, 0), job.grids[name])
 
-    files = BlockFiles(stream, job.grids, ggml_tensors if job.ggml else compressed_tensors, outside)
-    may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
+    form: Form = ggml_tensors if job.ggml else compressed_tensors
+    files = BlockFiles(stream, job.grids, form, outside, transposed(job.parts))
+    may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "room": job.room}
     lost = loss_of(opened, request.opening().drawing.held_out)
     with partial_output(
         stream, source, output, job.identity, job.plan.to_json(), **may, stopping=stopping, files=files
@@ -139,7 +177,8 @@ def run(
 
         def made(layer: Layer, encoded: Encoded) -> None:
             assert isinstance(encoded, Quantized)
-            files.add(job.tensors[layer.name], encoded)
+            for part in job.parts[layer.name]:
+                files.add(part, encoded)
 
         results = before + apply_plan_(
             opened.model, job.plan, job.method, opened.batches, layers=opened.layers, resources=opened.resources,
@@ -176,5 +215,5 @@ def _finish(job: QuantizeJob, files: BlockFiles, source: Path) -> Callable[[Path
 def _configuration(job: QuantizeJob) -> dict[str, Any]:
     """The `quantization_config` of config.json; every linear layer that is not quantized is named in it."""
     linear = {name for name, m in job.opened.model.named_modules() if isinstance(m, torch.nn.Linear)}
-    types = {layer: job.grids[tensor] for layer, tensor in job.tensors.items()}
+    types = {layer: job.grids[parts[0].tensor] for layer, parts in job.parts.items()}
     return compressed_tensors.configuration(types, linear - types.keys())

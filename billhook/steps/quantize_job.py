@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers
@@ -17,12 +17,10 @@ from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.quantize.grid import Grid
 from billhook.methods.quantize.grids import grid_of
 from billhook.plan.plan import Plan
+from billhook.steps.parts import Parts, part_types, where
 from billhook.steps.record import without_folders
 from billhook.steps.request import Opened, Request, calibration_facts, listed
-from billhook.steps.types import (
-    is_ggml,
-    plan_types,
-)
+from billhook.steps.types import is_ggml, plan_types
 from billhook.store.record import Step, append_step
 from billhook.text.given import Given
 
@@ -46,13 +44,20 @@ class Inputs:
     resume: bool = False
     trust_remote_code: bool = False
 
+    @classmethod
+    def given(cls, **fields: Any) -> Self:
+        """A request from keyword arguments: its fields, and options of the quantizer."""
+        known = {key: value for key, value in fields.items() if key in cls.__dataclass_fields__}
+        options = {**(fields.get("options") or {}), **{key: fields[key] for key in fields.keys() - known.keys()}}
+        return cls(**{**known, "options": options})
+
 
 @dataclass(frozen=True)
 class QuantizeRequest(Inputs):
     """The parameters of a quantizing run; the field names are those of the command line.
 
     `type` is one storage type for all layers, or "" with a `plan` of types. `embeddings` is that of embeddings and head
-    in a GGUF file; `outside` gives each of them one, by its name on disk. With `published`, windows are drawn as in the
+    in a GGUF file; a plan that `compress` made gives each of them one. With `published`, windows are drawn as in the
     released code of the papers.
     """
 
@@ -61,7 +66,6 @@ class QuantizeRequest(Inputs):
     output: str | Path
     plan: str | Path | Plan | None = None
     embeddings: str = ""
-    outside: Mapping[str, str] = field(default_factory=dict)
     quantizer: str = "gptq"
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -77,17 +81,19 @@ class QuantizeRequest(Inputs):
 class QuantizeJob:
     """A checked request with its plan.
 
-    `tensors` are the names on disk of the layers' weights, `outside` the types of embeddings and head by their names.
+    `parts` are the places of the layers on disk, `outside` the types of embeddings and head by their names,
+    and `room` the bytes that the run needs on the disk.
     """
 
     request: QuantizeRequest
     opened: Opened
     plan: Plan
     method: Quantization
-    tensors: Mapping[str, str]
+    parts: Parts
     outside: Mapping[str, str]
     identity: Mapping[str, Any]
     notes: list[str]
+    room: int
 
     @property
     def ggml(self) -> bool:
@@ -102,7 +108,7 @@ class QuantizeJob:
     @cached_property
     def grids(self) -> dict[str, Grid]:
         """The grids of all quantized tensors by their names on disk."""
-        types = {self.tensors[layer]: type for layer, type in plan_types(self.plan).items()} | dict(self.outside)
+        types = part_types(self.parts, plan_types(self.plan)) | dict(self.outside)
         return {name: grid_of(type, self.method.scale_dtype) for name, type in types.items()}
 
 
@@ -141,7 +147,7 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
     for r in results:
         facts = {key: value for key, value in known.get(r.layer, {}).items() if key == "sparsity"}
         facts |= {"shape": list(r.shape), "zeros": r.zeros, "notes": list(r.notes), "error": r.error, "type": r.type}
-        layers[r.layer] = facts | {"tensor": job.tensors[r.layer], "index": None, "transposed": False}
+        layers[r.layer] = facts | where(job.parts[r.layer])
     made_by = {
         "quantizer": request.quantizer,
         "outside": dict(job.outside),

@@ -1,6 +1,6 @@
 """A request for a pruning run, and opening the model and the calibration text that it names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -145,22 +145,42 @@ def open_request(
     With `streamed`, a model directory is opened with one block at a time in memory. Raises BillhookError for an
     impossible request; `who` needs the samples in its message.
     """
-    _check_choices(request)
-    if needs_samples and request.calibration is None:
+    check_text_given(request, needs_samples, who)
+    opened = open_model(request, streamed=streamed)
+    return draw_text(opened, request, progress) if needs_samples else opened
+
+
+def check_text_given(request: Request, needed: bool, who: str) -> None:
+    """Raise BillhookError where text is `needed`, by `who`, and the request names none."""
+    if needed and request.calibration is None:
         raise BillhookError(
             f"{who} needs activations: give text with --calibration FILE.txt, FILE.jsonl, TOKENS.safetensors or "
             "hub:c4. With --calibration self: the model writes it; text like what the model will be used on is better."
         )
-    source, model, resources = _open_model(request, streamed)
-    task = task_of(model)
+
+
+def open_model(request: Request, *, streamed: bool, room: Callable[[Path], int] = weight_bytes) -> Opened:
+    """Load the model of a request and select its layers; a new output needs `room(source)` bytes. No text is read."""
+    _check_choices(request)
+    source, model, resources = _open_model(request, streamed, room)
     layers = select_layers(find_layers(model), listed(request.targets), listed(request.ignore))
     _check_weights(model, resources)
-    if not needs_samples:
-        return Opened(source, model, task, resources, layers, None, [])
-    samples = _draw(request, source, model, task, resources.streamed, progress)
-    length = main_input(model, samples.batch).shape[1]
-    size = rows_per_batch(len(samples), request.batch_size or batch_size(layers, length))
-    return Opened(source, model, task, resources, layers, samples, split_rows(samples.batch, size))
+    return Opened(source, model, task_of(model), resources, layers, None, [])
+
+
+def draw_text(opened: Opened, request: Request, progress: Progress = lambda step: None) -> Opened:
+    """The same with the calibration samples of the request."""
+    samples = _draw(request, opened.source, opened.model, opened.task, opened.resources.streamed, progress)
+    length = main_input(opened.model, samples.batch).shape[1]
+    size = rows_per_batch(len(samples), request.batch_size or batch_size(opened.layers, length))
+    return _changed(opened, samples=samples, batches=split_rows(samples.batch, size))
+
+
+def _changed(opened: Opened, **changes: Any) -> Opened:
+    """The same with other fields; what is known about the files, which takes time, is kept."""
+    found = replace(opened, **changes)
+    found.__dict__.update({key: opened.__dict__[key] for key in ("facts", "history") if key in opened.__dict__})
+    return found
 
 
 def _check_choices(request: Request) -> None:
@@ -183,7 +203,9 @@ def batch_size(layers: Sequence[Layer], length: int) -> int:
     return max(1, min(TOKENS_A_BATCH, ACTIVATION_BYTES // (4 * widest)) // length)
 
 
-def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrainedModel, Resources]:
+def _open_model(
+    request: Request, streamed: bool, room: Callable[[Path], int]
+) -> tuple[Path | None, PreTrainedModel, Resources]:
     """Check the output, then load the model (unless it is in memory), one block at a time if `streamed`."""
     output = None if request.output is None else Path(request.output).expanduser().resolve()
     resources = Resources(spill_gib=request.spill_gib)
@@ -201,7 +223,7 @@ def _open_model(request: Request, streamed: bool) -> tuple[Path | None, PreTrain
     task = task_of_config(source, check_directory(source))
     if output is not None:
         unfinished = unfinished_run(output, resume=request.resume, overwrite=request.overwrite)
-        check_output(output, source, overwrite=request.overwrite, needed=0 if unfinished else weight_bytes(source))
+        check_output(output, source, overwrite=request.overwrite, needed=0 if unfinished else room(source))
     options = _loading(request)
     if streamed:
         stream = open_streamed(source, task.auto_class, **options)
@@ -217,9 +239,7 @@ def in_memory(opened: Opened, request: Request) -> Opened:
     model = load(opened.source, opened.task.auto_class, **_loading(request))
     names = {layer.name for layer in opened.layers}
     layers = [layer for layer in find_layers(model) if layer.name in names]
-    whole = replace(opened, model=model, layers=layers, resources=replace(opened.resources, stream=None))
-    whole.__dict__["facts"] = opened.facts  # the digest of the files takes time
-    return whole
+    return _changed(opened, model=model, layers=layers, resources=replace(opened.resources, stream=None))
 
 
 def _check_weights(model: PreTrainedModel, resources: Resources) -> None:

@@ -1,6 +1,7 @@
 """The storage type of every tensor of a model that is quantized, and where it is on disk."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,9 @@ from billhook.methods.quantize.scalar import Scalar
 from billhook.plan.plan import Budget, Plan
 from billhook.plan.spec import Spec
 from billhook.plan.storage import BLOCKS, bits, block, stored_bytes
-from billhook.steps.record import place
+from billhook.steps.parts import Parts
 from billhook.steps.request import Opened
 from billhook.store.gguf_file import require_gguf
-from billhook.store.locate import locate_on_disk
 
 GROUPS = (64, 32, 16, 8)  # of a scalar type without a group: the first that divides a layer's columns
 EMBEDDINGS = "q6_k"  # of embeddings and head in a GGUF file, where `quantize` is not told otherwise
@@ -90,34 +90,44 @@ def check_target(ggml: bool) -> None:
     (require_gguf if ggml else compressed_tensors.check_installed)()
 
 
-def layer_tensors(opened: Opened) -> dict[str, str]:
-    """The names on disk of the layers' weights; raises BillhookError where one is not a matrix of its own there."""
+def scale_dtype(opened: Opened, parts: Parts) -> torch.dtype:
+    """The dtype of the scales of scalar types: bfloat16 where the layers are, otherwise float16."""
     stream = opened.resources.stream
     assert stream is not None
-    facts = {layer.name: {"shape": list(layer.shape), **place(layer)} for layer in opened.layers}
-    found = locate_on_disk(opened.model, facts, stream.source)
-    for layer, where in found.items():
-        if where.get("tensor") is None or where.get("index") is not None or where.get("transposed"):
-            raise BillhookError(
-                f"{layer} is not a matrix [out, in] of its own in the files (it is fused, transposed, or an expert of "
-                f"a larger tensor), which quantize does not support yet: leave it out with --ignore {layer}."
-            )
-    return {layer: str(where["tensor"]) for layer, where in found.items()}
-
-
-def scale_dtype(opened: Opened, tensors: Mapping[str, str]) -> torch.dtype:
-    """The dtype of the scales of scalar types: bfloat16 where the `layer_tensors` are, otherwise float16."""
-    stream = opened.resources.stream
-    assert stream is not None
-    dtypes = {stream.source[name].dtype for name in tensors.values()}
+    dtypes = {stream.source[part.tensor].dtype for several in parts.values() for part in several}
     return torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float16
 
 
-def outside_types(opened: Opened, type: str) -> dict[str, str]:
-    """The types of embeddings and head, by their names on disk."""
+def outside_of(opened: Opened, plan: Plan, type: str) -> dict[str, str]:
+    """The types of embeddings and head, by their names on disk: `type`, or else those of a plan that `compress` made.
+
+    Raises BillhookError for a plan of another model.
+    """
     stream = opened.resources.stream
     assert stream is not None
-    return {name: fitting(type, shape[1]) for name, shape in outside_matrices(opened.model, stream).items()}
+    shapes, given = outside_matrices(opened.model, stream), plan.made_by.get("outside")
+    if type or not given:
+        return {name: fitting(type or EMBEDDINGS, shape[1]) for name, shape in shapes.items()}
+
+    def fits(name: str, t: object) -> bool:
+        return isinstance(t, str) and is_ggml(t) and name in shapes and shapes[name][1] % block(t) == 0
+
+    if not isinstance(given, Mapping) or not all(fits(name, t) for name, t in given.items()):
+        raise BillhookError(f"The plan has types for embeddings or head that this model does not have: {given!r:.200}.")
+    return dict(given)
+
+
+def block_bytes(opened: Opened, types: Mapping[str, str]) -> int:
+    """The size of the files of blocks (`billhook.steps.block_files`) in which matrices, by their names on disk, have
+    these types and all others their bytes."""
+    stream = opened.resources.stream
+    assert stream is not None
+    kept = [stored.entry for name, stored in stream.source.items() if name not in types]
+    shapes = {name: stream.source[name].entry.shape for name in types}
+    rows = {name: prod(shape[:-1]) for name, shape in shapes.items()}
+    return sum(stored_bytes(t, (rows[name], shapes[name][-1])) for name, t in types.items()) + sum(
+        entry.stop - entry.start for entry in kept
+    )
 
 
 def file_bytes(opened: Opened, types: Mapping[str, str], quantizer: str) -> int:
@@ -129,9 +139,9 @@ def file_bytes(opened: Opened, types: Mapping[str, str], quantizer: str) -> int:
     assert stream is not None
     assert opened.source is not None
     for name, type in types.items():
-        out, columns = stream.source[name].entry.shape
+        *out, columns = stream.source[name].entry.shape
         width, size = BLOCKS[type]
-        empty[name] = (type, np.broadcast_to(np.zeros((), np.uint8), (out, columns // width * size)))
+        empty[name] = (type, np.broadcast_to(np.zeros((), np.uint8), (*out, columns // width * size)))
     return gguf_bytes(opened.source, empty, file_facts(opened, quantizer))
 
 

@@ -1,5 +1,6 @@
 """Atomic writes, checksums, and reading untrusted files."""
 
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from billhook.errors import BillhookError, JobError, out_of_memory
+from billhook.errors import BillhookError, DiskFull, JobError, out_of_memory
 
 _CHUNK = 1 << 24
 
@@ -25,13 +26,14 @@ def cache_folder() -> Path | None:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """`replace_file` with errors for users: BillhookError for a folder that cannot be written, JobError for a full
-    disk."""
+    """`replace_file` with errors for users: BillhookError for a folder that cannot be written, DiskFull for a full
+    disk, JobError for another failure."""
     check_writable(path)
     try:
         replace_file(path, write)
     except OSError as error:
-        raise JobError(
+        kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else JobError
+        raise kind(
             f"Cannot write {path}: {error.strerror or error}. Free some space or choose another place."
         ) from None
 

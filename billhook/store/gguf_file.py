@@ -95,7 +95,7 @@ def read_gguf(path: Path) -> GgufFile:
         raise BillhookError(f"{path} is not a GGUF file, or it is damaged ({error}): download it again.") from None
     parts = metadata.get("split.count")
     if parts is not None and parts.value != 1:
-        raise BillhookError(f"{path} is one of {parts.value} parts: join them with llama-gguf-split --merge.")
+        raise BillhookError(f"{path} is one of {parts.value!r:.20} parts: join them with llama-gguf-split --merge.")
     return GgufFile(path, metadata, tensors)
 
 
@@ -117,7 +117,7 @@ class _Header:
             if key in metadata:
                 raise ValueError(f"{key[:100]!r} twice")
             metadata[key] = self.value(self.take("I"))
-        if not isinstance(metadata["general.architecture"].value, str):
+        if not isinstance(getattr(metadata.get("general.architecture"), "value", None), str):
             raise ValueError("general.architecture is no string")
         listed = [self.entry() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", GgufValue(32, _UINT32))
@@ -127,6 +127,11 @@ class _Header:
         found = {entry.name: self.placed(entry, start) for entry in listed}
         if len(found) < len(listed):
             raise ValueError("two tensors have the same name")
+        end = start
+        for entry in sorted(found.values(), key=lambda entry: entry.start):
+            if entry.start < end or (entry.start - start) % alignment.value:
+                raise ValueError(f"the values of {entry.name[:100]!r} are not where they can be")
+            end = entry.stop
         return metadata, found
 
     def fits(self, count: int) -> None:
@@ -153,15 +158,21 @@ class _Header:
         if kind == _STRING:
             return GgufValue(self.text().decode(), kind)
         if kind != _ARRAY:
-            return GgufValue(self.take(_SCALARS[kind]), kind)
+            return GgufValue(self.take(self.code(kind)), kind)
         element, count = self.take("I"), self.take("Q")
         if element == _STRING:
             self.fits(8 * count)
             return GgufValue([self.text() for _ in range(count)], kind, element)
-        code = _SCALARS[element]
+        code = self.code(element)
         return GgufValue(
             list(struct.unpack(f"<{count}{code}", self.next(count * struct.calcsize(code)))), kind, element
         )
+
+    def code(self, kind: int) -> str:
+        """How `struct` reads a number of a type."""
+        if kind not in _SCALARS:
+            raise ValueError(f"a value of the type {kind}")
+        return _SCALARS[kind]
 
     def entry(self) -> GgufEntry:
         """The next tensor; its positions are relative to the first one's."""

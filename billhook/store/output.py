@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from billhook.errors import BillhookError, JobError
+from billhook.errors import BillhookError, DiskFull, JobError
 from billhook.store.files import fsync
 
 
@@ -43,10 +43,10 @@ def check_output(output: Path, source: Path | None = None, *, overwrite: bool = 
 
 
 def check_room(output: Path, needed: int) -> None:
-    """Raise JobError when fewer than `needed` bytes are free where `output` is to be written."""
+    """Raise DiskFull when fewer than `needed` bytes are free where `output` is to be written."""
     free = shutil.disk_usage(output.parent).free
     if free < needed:
-        raise JobError(f"The disk of {output.parent} is too full: {_size(needed)} needed, {_size(free)} free.")
+        raise DiskFull(f"The disk of {output.parent} is too full: {_size(needed)} needed, {_size(free)} free.")
 
 
 def check_record_place(folder: Path, record: str) -> None:

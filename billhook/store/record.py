@@ -27,9 +27,8 @@ class Step:
 
     * `step`: what was done: `prune`, `quantize` (by `compress`, too) or `export`.
     * `plan` (object or null): the plan that was applied, as in plan.json; null for a step without one.
-    * `made_by.lost.*` (any, optional): what was lost against the model before this step, on held-out text: `verdict`,
-      `kl` (nats a token) with `kl_error`, `top1_agreement`, `token_ppl`, `dense_token_ppl`, `windows`, `length`,
-      `source`, and `held_out` (false where the text was too short); `made_by.lost` is null if it was not measured.
+    * `made_by.lost.*` (any, optional): what was lost against the model before this step, on held-out text, with the
+      fields of [prune --json](json_output.md#billhook-prune); `made_by.lost` is null if it was not measured.
     * `made_by.better_recipe` (string or null, optional): the next recipe that loses less.
     * `made_by.recipe` (string or null, optional): the recipe that was followed unchanged.
     * `made_by.quantizer` (string, optional): name of the quantizer.

@@ -103,7 +103,7 @@ class TrialRunner:
         kl, nll = [], []
         rows = select_rows(self.heldout, slice(first, last))
         for row, (logits, labels) in enumerate(self.predictions(rows), start=first):
-            kl.append(window_kl(logits, self._teachers[row])[0])
+            kl.append(window_kl(logits, self._teachers[row]).mean)
             nll.append(float(window_nll(logits[None], labels[None])) / len(labels))
             if not math.isfinite(kl[-1] + nll[-1]):
                 raise JobError(f"The pruned model's loss on held-out row {row} is not finite. Try --dtype float32.")

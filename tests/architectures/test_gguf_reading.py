@@ -1,6 +1,8 @@
 """A GGUF file gives back the model that it was made of, and a hostile one is one error."""
 
 import json
+import math
+import tracemalloc
 from pathlib import Path
 
 import gguf_families
@@ -9,12 +11,14 @@ import pytest
 import tiny
 import torch
 from command import done
+from gguf_bytes import ARRAY, BOOL, FLOAT32, FLOAT64, INT32, STRING, UINT32, changed
 from paths import DEMO
 
 from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError, JobError
 from billhook.export.gguf import write_gguf
 from billhook.store.checkpoint import load_tokenizer
+from billhook.store.gguf_file import GgufValue, read_gguf
 from billhook.tasks.opening import load_model
 
 FAMILIES = [
@@ -93,6 +97,55 @@ def test_a_hostile_file_is_one_error(tmp_path):
             messages.append(str(error))
     assert len(messages) > 10
     assert not any("\n" in message for message in messages)
+
+
+METADATA = {  # by family: a key, its value (None: left out), and what is said of it
+    "llama": [
+        ("llama.block_count", GgufValue(1 << 31, UINT32), "which no model has"),
+        ("llama.block_count", GgufValue(1 << 23, UINT32), "has 1 blocks, and 8388608 in its metadata"),
+        ("llama.block_count", GgufValue("1", STRING), "has no num_hidden_layers"),
+        ("llama.block_count", None, "has no num_hidden_layers"),
+        ("llama.embedding_length", GgufValue(1 << 20, UINT32), r"describes a model of [\d,]+"),
+        ("llama.attention.head_count", GgufValue(0, UINT32), "has no num_attention_heads"),
+        ("llama.attention.head_count", GgufValue([4], ARRAY, UINT32), "has no num_attention_heads"),
+        ("llama.attention.head_count_kv", GgufValue((1 << 31) - 1, UINT32), r"describes a model of [\d,]+"),
+        ("llama.attention.head_count_kv", GgufValue(-1, INT32), "cannot load|does not fit"),
+        ("llama.attention.layer_norm_rms_epsilon", GgufValue(math.nan, FLOAT32), "is nan, which no model has"),
+        ("llama.attention.layer_norm_rms_epsilon", GgufValue(1e308, FLOAT64), r"is 1e\+308, which no model has"),
+        ("llama.attention.key_length", GgufValue(3, UINT32), "does not fit its tensors"),
+        ("llama.attention.key_length", GgufValue("x", STRING), "cannot load"),
+        ("llama.rope.scaling.type", GgufValue("linear", STRING), r"cannot load .*rope\.scaling\.factor"),
+        ("llama.rope.freq_base", GgufValue(True, BOOL), ""),
+        ("llama.expert_count", GgufValue(8, UINT32), "cannot load|does not fit|describes|has no"),
+        ("general.architecture", GgufValue("A" * 10_000, STRING), "is a A{40} model, which is not read"),
+    ],
+    "gemma3_text": [
+        ("gemma3.attention.sliding_window_pattern", GgufValue([1, 0], ARRAY, UINT32), "cannot load"),
+        ("gemma3.rope.freq_base_swa", GgufValue(math.inf, FLOAT32), "is inf, which no model has"),
+    ],
+    "phi3": [("phi3.rope.dimension_count", None, r"cannot load .*rope\.dimension_count")],
+}
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("family", METADATA)
+def test_metadata_that_no_model_has_is_one_error_without_a_large_allocation(family, tmp_path):
+    source = gguf_families.save(tmp_path / "model", family, num_hidden_layers=1)
+    file = read_gguf(write_gguf(source, tmp_path / "good.gguf").path)
+    path = tmp_path / "changed.gguf"
+    tracemalloc.start()
+    for name, value, match in METADATA[family]:
+        path.write_bytes(changed(file, {name: value}))
+        if match:
+            with pytest.raises(BillhookError, match=match) as error:
+                resolve(path)
+            assert len(str(error.value)) < 500 + 2 * len(str(path)), error.value
+            assert "\n" not in str(error.value)
+        else:
+            resolve(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100e6
 
 
 def test_an_unknown_architecture_and_a_file_without_sizes_are_refused(tmp_path):

@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from billhook.evaluation import kl
-from billhook.evaluation.kl import Against, TopKTeacher, kl_grad, token_kl, window_kl
+from billhook.evaluation.kl import Against, TopKTeacher, WindowKl, kl_grad, percentiles, token_kl, window_kl
 
 LOGITS, DENSE = 3 * torch.randn(2, 7, 300, generator=torch.Generator().manual_seed(0))
 
@@ -25,7 +26,9 @@ def test_divergence_and_agreement_are_those_of_the_definition():
     for teacher in (DENSE, TopKTeacher.of(DENSE)):
         assert window_kl(LOGITS, teacher)[1] == same
     assert window_kl(LOGITS, DENSE)[0] == pytest.approx(expected / 7, rel=1e-5)
-    assert window_kl(DENSE, DENSE) == (0, 7)
+    found = window_kl(DENSE, DENSE)
+    assert (found.mean, found.agreed, found.tokens.tolist()) == (0, 7, [0] * 7)
+    assert window_kl(LOGITS, DENSE).tokens.tolist() == pytest.approx(token_kl(LOGITS, DENSE).tolist())
 
 
 @pytest.mark.parametrize("k", [1, 8, 299])
@@ -61,8 +64,17 @@ def test_gradient_is_that_of_the_sum_over_tokens(k: int | None, monkeypatch: pyt
 
 
 def test_the_error_is_that_of_a_mean_of_windows():
-    found = Against.of("dense", [0.1, 0.2, 0.6], 3, 4, 2.0)
+    windows = [WindowKl(mean, 1, np.array([mean], np.float32)) for mean in (0.1, 0.2, 0.6)]
+    found = Against.of("dense", windows, 4, 2.0)
     deviation = math.sqrt((0.2**2 + 0.1**2 + 0.3**2) / 2)
     assert (found.kl, found.kl_error) == pytest.approx((0.3, deviation / math.sqrt(3)))
     assert (found.top1_agreement, found.token_ppl) == (0.75, pytest.approx(math.exp(2)))
-    assert Against.of("dense", [0.1], 3, 4, 2.0).kl_error is None
+    assert Against.of("dense", windows[:1], 4, 2.0).kl_error is None
+
+
+def test_percentiles_are_over_the_tokens_of_all_windows():
+    """Of 0 ... 2000 the 99th is 1980 and the 99.9th 1998; between two tokens they are interpolated."""
+    tokens = np.random.default_rng(0).permutation(2001).astype(np.float32)
+    assert percentiles([WindowKl(0.0, 0, part) for part in (tokens[:300], tokens[300:])]) == (1980, 1998)
+    assert percentiles([WindowKl(0.0, 0, np.arange(11, dtype=np.float32))]) == pytest.approx((9.9, 9.99))
+    assert percentiles([WindowKl(0.0, 0, np.array([1, np.nan], np.float32))]) == (None, None)

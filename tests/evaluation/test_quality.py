@@ -26,6 +26,8 @@ def test_the_loss_is_that_of_scoring_both_models_side_by_side() -> None:
     assert expected.against is not None
     assert found.kl == pytest.approx(expected.against.kl, rel=1e-3)  # 256 of 258 tokens, and the rest as one
     assert found.kl_error == pytest.approx(expected.against.kl_error, rel=1e-2)
+    assert found.kl_99 == pytest.approx(expected.against.kl_99, rel=1e-2)
+    assert found.kl_999 == pytest.approx(expected.against.kl_999, rel=1e-2)
     assert found.top1_agreement == pytest.approx(expected.against.top1_agreement, abs=1e-6)
     assert found.token_ppl == pytest.approx(expected.token_ppl, rel=1e-5)
     assert found.dense_token_ppl == pytest.approx(expected.against.token_ppl, rel=1e-5)

@@ -13,6 +13,7 @@ from command import TEXT, billhook, done
 
 from billhook.architectures.layers import find_layers
 from billhook.engine import loop
+from billhook.export.gguf import write_gguf
 from billhook.steps.gradients import gradient_bytes
 from billhook.store.shards import weight_bytes
 
@@ -20,6 +21,8 @@ PACKED = ("prune", "model", "--sparsity", "0.75", "--criterion", "magnitude", "-
 COMPARE = ("compare", "model", "--sparsities", "0.5", "--data", "text.txt", "--limit", "2", "-o", "table")
 SMALL = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 128}
 GBLM = ("prune", "model", "--sparsity", "0.5", "--criterion", "gblm", "--allocator", "uniform", *TEXT)
+Q8_0 = ("quantize", "model", "--type", "q8_0", "--quantizer", "round")  # .27 of float32, twice for a while
+SIZE = ("compress", "model", "--bits", "8.5", *TEXT)
 
 
 @pytest.fixture
@@ -48,8 +51,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.mark.parametrize(
     ("command", "room"),
-    [(PACKED, 1.1), (GBLM, 1.3), (("gradients", "model", *TEXT), 0.3)],
-    ids=["directory and packed file", "directory and gradients", "gradients"],
+    [(PACKED, 1.1), (GBLM, 1.3), (("gradients", "model", *TEXT), 0.3), (Q8_0, 0.45), (SIZE, 0.45)],
+    ids=["directory and packed file", "directory and gradients", "gradients", "blocks and file", "the same for a size"],
 )
 def test_a_disk_without_room_for_all_is_noticed_before_the_work(disk, model, monkeypatch, command, room):
     monkeypatch.setattr(loop, "walk", lambda *args, **options: pytest.fail("the work has begun"))
@@ -91,3 +94,24 @@ def test_the_room_for_a_packed_file_is_that_of_what_is_kept(disk, model):
     done(*PACKED, "-o", place / "out")
     done("verify", place / "out")
     assert os.listdir(place) == ["out"]
+
+
+def test_a_disk_that_fills_up_before_the_file_is_written_leaves_the_blocks(disk, model, monkeypatch):
+    place = disk(0.75 * model)
+    filled = []
+
+    def full(*args: object, **options: object) -> None:
+        (place / "other").write_bytes(bytes(shutil.disk_usage(place).free - 4096))
+        filled.append(True)
+        monkeypatch.setattr("billhook.steps.quantize.write_gguf", write_gguf)
+        write_gguf(*args, **options)
+
+    monkeypatch.setattr("billhook.steps.quantize.write_gguf", full)
+    ran = billhook(*Q8_0, "-o", place / "out")
+    assert filled
+    assert ran.code == 1
+    assert "is too full" in ran.err
+    assert "2 of 2 blocks are finished" in ran.err
+    (place / "other").unlink()
+    done(*Q8_0, "-o", place / "out", "--resume")
+    done("verify", place / "out")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from billhook.errors import BillhookError
-from billhook.methods.least_squares import loss, solve_support
+from billhook.methods.least_squares import inverse_factor, loss, shift_to_dense, solve_support
 from billhook.methods.masks import Select
 from billhook.methods.sparse.admm import admm
 from billhook.methods.sparse.sparsegpt import sparsegpt
@@ -187,3 +187,14 @@ def test_sparsegpt_leaves_a_single_row_as_it_was() -> None:
     before = W.clone()
     sparsegpt(W, LayerStats(30, 1, gram=gram), selection(W, 0.6))
     assert torch.equal(W, before)
+
+
+@pytest.mark.parametrize("columns", [90, 300])
+def test_a_target_found_with_the_factor_is_that_of_a_solve(columns: int) -> None:
+    W, gram = problem(4, columns)
+    drift = torch.randn(columns, columns, generator=torch.Generator().manual_seed(1), dtype=gram.dtype)
+    stats = LayerStats(3 * columns, 1, gram=gram, drift=drift, stream_drift=W @ drift.T)
+    U = inverse_factor(gram, gram.diagonal() <= 0, 0.01, stats)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(columns, dtype=gram.dtype)
+    expected = W + 0.5 * torch.linalg.solve(damped, (W @ drift + W @ drift.T).T).T
+    torch.testing.assert_close(shift_to_dense(W, stats, 0.5, 0.01, U), expected)

@@ -10,8 +10,8 @@ from command import contents
 
 from billhook.errors import BillhookError, Interrupted
 from billhook.packed.loading import load
-from billhook.steps.compress import compress
-from billhook.steps.quantize import run
+from billhook.steps.compress import CompressRequest, compress, decide, run_compress
+from billhook.steps.quantize import quantize
 from billhook.steps.sizes import Size, _near, allowed_types, parse_size
 from billhook.steps.verify import verify
 from billhook.store.gguf_file import read_gguf
@@ -58,7 +58,7 @@ def test_a_budget_above_all_types_is_spent_on_the_largest(tmp_path, source):
 def test_what_embeddings_take_of_the_budget_leaves_the_small_types_of_layers_to_choose_from():
     """Layers of 1e6 weights at 3 bits, beside embeddings of 4e6 weights at 8.5 bits."""
     types, shapes = allowed_types("gguf", ()), {"layer": (1000, 1024)}
-    near = _near({"layer": types}, shapes, 1_024_000 * (3 + 34) // 8, [(4000, 1024)])["layer"]
+    near = _near({"layer": types}, shapes, 1_024_000 * (3 + 34) // 8, [((4000, 1024), ["q8_0", "q4_k"])])["layer"]
     assert {"q3_k", "q4_k", "q8_0", "iq2_xxs"} <= set(near)
 
 
@@ -90,19 +90,60 @@ def test_a_stopped_run_goes_on_only_with_the_size_and_the_types_it_was_started_w
     fields = {"size": "60KB", "target": "transformers", **FIELDS}
     whole = compress(source, tmp_path / "whole", **fields).quantized.output
 
-    def stopped(job, progress):
-        left = [1]
-        return run(job, progress, lambda: left.pop() == 1 if left else False)
-
+    job = decide(CompressRequest.given(model=source, output=tmp_path / "out", **fields))
+    with pytest.raises(Interrupted, match="1 of 2 blocks"):
+        run_compress(job, stopping=lambda: True)
     with monkeypatch.context() as patched:
-        patched.setattr("billhook.steps.compress.run", stopped)
-        with pytest.raises(Interrupted, match="1 of 2 blocks"):
-            compress(source, tmp_path / "out", **fields)
-    for change in ({"size": "40KB"}, {"types": ["int4/16"]}, {"target": "vllm"}):
+        patched.setattr("billhook.steps.request._draw", lambda *args: pytest.fail("the text was read"))
+        changes = ({"size": "40KB"}, {"types": ["int4/16"]}, {"target": "vllm"}, {"seed": 1}, {"sweeps": 1})
+        for change in (*changes, {"ignore": "re:.*q_proj"}):
+            with pytest.raises(BillhookError, match="cannot be continued"):
+                compress(source, tmp_path / "out", resume=True, **{**fields, **change})
+    for change in ({"calibration": IDS.flip(0)}, {"batch_size": 2}):
         with pytest.raises(BillhookError, match="cannot be continued"):
             compress(source, tmp_path / "out", resume=True, **{**fields, **change})
     compress(source, tmp_path / "out", resume=True, **fields)
     assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_file_and_its_context_fit_in_memory_together(tmp_path, source):
+    """Two layers with 2 key-value heads of 8 numbers; 128 tokens are the model's context."""
+    report = compress(source, tmp_path / "out", fit=2**27 + 2_000_000, context=100, **FIELDS)
+    memory = report.memory
+    assert (memory.tokens, memory.cache, memory.program) == (100, 2 * 2 * 256 * 32, 2**27)
+    assert report.quantized.size <= report.budget == 2**27 + 2_000_000 - memory.total
+    assert report.to_json()["context"]["cache"] == memory.cache
+    refused = {
+        r"A context of 9,000 tokens exceeds the model's of \d+: use context=\d+ or less": {
+            "fit": "1GB",
+            "context": 9000,
+        },
+        r"134,000,000 bytes are not enough: a context of 100 tokens takes [\d,]+ bytes of cache": {"fit": "134MB"},
+        r"a context of 100 tokens takes .* for the program\. [\d,]+ bytes cannot be met": {"fit": memory.total + 999},
+        r"fit is for llama\.cpp": {"fit": "1GB", "target": "vllm"},
+        r"counts only with fit": {"size": "1GB"},
+    }
+    for match, change in refused.items():
+        with pytest.raises(BillhookError, match=match):
+            compress(source, tmp_path / "none", **{"context": 100, **change}, **FIELDS)
+
+
+def test_types_limit_embeddings_too_and_a_plan_applies_to_them_again(tmp_path, source):
+    report = compress(source, tmp_path / "out", size="1MB", types=["iq4_nl", "q5_0"], **FIELDS)
+    entries = read_gguf(report.quantized.output / "out.gguf").tensors
+    assert {entry.type for entry in entries.values() if len(entry.shape) > 1} == {"q5_0"}
+    plan = json.loads((report.quantized.output / "billhook.json").read_text())["steps"][-1]["plan"]
+    plan["made_by"]["outside"] = {"model.embed_tokens.weight": "q4_0"}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    for given, expected in (({}, "q4_0"), ({"embeddings": "q8_0"}, "q8_0")):
+        fields = {"plan": tmp_path / "plan.json", "quantizer": "round", "overwrite": True, **given}
+        output = quantize(source, "", tmp_path / "again", **fields).output
+        assert read_gguf(output / "again.gguf").tensors["token_embd.weight"].type == expected
+    for wrong in ({"model.embed_tokens.weight": "int4/64"}, {"lm_head": "q4_0"}, ["q4_0"], {"lm_head": ["q4_0"]}):
+        plan["made_by"]["outside"] = wrong
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        with pytest.raises(BillhookError, match="types for embeddings or head that this model does not have"):
+            quantize(source, "", tmp_path / "third", **fields | {"embeddings": ""})
 
 
 def test_layers_that_vllm_fuses_get_the_same_type(tmp_path, source):
@@ -192,6 +233,7 @@ def test_the_types_of_another_file_are_taken_tensor_by_tensor(tmp_path, source):
         ({"bits": float("nan")}, r"not a number of bits in \(0, 32\]"),
         ({"size": "1MB", "target": "exe"}, "Unknown target 'exe': use gguf"),
         ({"size": "1MB", "types": ["int4/64"]}, "gguf files cannot hold int4/64"),
+        ({"size": "1MB", "types": ["q4_k"]}, r"divides the 32 columns of model.*allow a type .*types \(q8_0, "),
         ({"size": "1MB", "calibration": None}, "Choosing types needs activations"),
     ],
 )

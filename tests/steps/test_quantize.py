@@ -8,7 +8,7 @@ import families
 import pytest
 import tiny
 import torch
-from command import contents
+from command import billhook, contents, done
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -196,9 +196,10 @@ def test_a_width_that_no_group_divides_is_refused_by_name(tmp_path):
         quantize(source, "int4", tmp_path / "out", quantizer="round")
 
 
-def test_experts_and_transposed_weights_are_refused_by_name(tmp_path):
-    source = tiny.save(tmp_path / "model", tiny.mixtral(), words=False)
-    with pytest.raises(BillhookError, match=r"experts.*an expert of a larger tensor"):
+@pytest.mark.parametrize(("family", "what"), [("mixtral", "an expert"), ("gpt2", r"stored as \[in, out\]")])
+def test_what_transformers_does_not_read_quantized_is_refused_by_name(tmp_path, family, what):
+    source = tiny.save(tmp_path / "model", families.build(family), words=False)
+    with pytest.raises(BillhookError, match=rf"\.0.* is {what}, which transformers does not read.*use a GGUF type"):
         quantize(source, "int4/16", tmp_path / "out", quantizer="round")
 
 
@@ -239,3 +240,14 @@ def test_the_model_card_names_the_types_and_no_local_path(whole, tmp_path):
     assert "compressed-tensors" in text
     assert str(whole.parent) not in text
     assert "held-out" in text or "calibration windows" in text
+
+
+def test_report_writes_the_card_of_a_quantized_directory_again(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "copy")
+    before = (whole / "README.md").read_bytes()
+    for _ in range(2):
+        done("report", tmp_path / "copy")
+        assert (tmp_path / "copy" / "README.md").read_bytes() == before
+        (tmp_path / "copy" / "README.md").unlink()
+    assert not (tmp_path / "copy" / "report.json").exists()
+    assert billhook("report", tmp_path / "copy", "--speed", "bench.json").code == 2

@@ -20,6 +20,7 @@ from billhook.methods.quantize.symmetric import Points, SuperBlock, improved
 _STARTS = torch.linspace(0.5, 1.25, 8).tolist()  # the largest weight in units of the largest number of the book
 _AROUND = (0.85, 1.0, 1.15)  # scales that are tried with the book, in units of the one found without
 _SIGNED = 8  # columns whose signs are stored together
+_AT_ONCE = 256  # vectors whose closeness to all points stays in the cache
 
 
 @cache
@@ -41,6 +42,7 @@ class CodeBook(SuperBlock):
     points: Points
     dim: int = 8
     even: bool = False
+    has_zero = False
 
     @property
     def step(self) -> int:  # type: ignore[override]
@@ -74,12 +76,24 @@ class CodeBook(SuperBlock):
         if self.even:
             least = (x.abs() * weight).argmin(1, keepdim=True)
             sign.scatter_(1, least, sign.gather(1, least) * sign.prod(1, keepdim=True))
-        size, points = x * sign, book(self.name, x.device)
+        size = (x * sign).t()
+        found = [self._point(a, w) for a, w in zip(size.split(self.dim), weight.split(self.dim), strict=True)]
+        return torch.cat(found).t().mul_(sign)
+
+    def _point(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The points nearest to x [dim, out] with weight [dim].
+
+        The number of a point takes the place of the last bits of its closeness, so that a maximum finds both.
+        """
+        points = book(self.name, x.device)
+        table = torch.cat([points * weight, (points.square() @ weight)[:, None] / -2], 1)
+        last, numbers = len(points) - 1, torch.arange(len(points), dtype=torch.int32, device=x.device)[:, None]
         found = []
-        for a, w in zip(size.split(self.dim, 1), weight.split(self.dim), strict=True):
-            closeness = torch.addmm((points.square() @ w) / -2, a, (points * w).t())
-            found.append(points[closeness.max(1).indices])
-        return torch.cat(found, 1).mul_(sign)
+        for some in torch.cat([x, torch.ones_like(x[:1])]).split(_AT_ONCE, 1):
+            closeness = table @ some
+            closeness.view(torch.int32).bitwise_and_(~last).bitwise_or_(numbers)
+            found.append(closeness.amax(0).view(torch.int32) & last)
+        return points.t().index_select(1, torch.cat(found))
 
     def _search(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """The best scale of every group and sum(weight · code²), [groups, out]: first without the book, by numbers."""

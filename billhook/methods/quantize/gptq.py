@@ -9,7 +9,7 @@ Transformers", ICLR 2023, arXiv:2210.17323, algorithm 1, on any grid.
         for each code S of the block (one column, or the vector of a code book):
             E = (w_S − value_S) U_SS⁻¹
             columns to the right of S −= E · U_S,right
-    then `sweeps` times: every code in turn becomes the best one for the layer's output, all others being fixed
+    then `sweeps` times: every scale and code in turn becomes the best one for the layer's output, all others fixed
 
 `dense_target` moves the target of the least squares towards the dense model as in GPTAQ (arXiv:2504.02692), see
 `billhook.methods.least_squares`. A sweep is one round of coordinate descent on (w − v) H (w − v)ᵀ, which never rises.
@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError
-from billhook.methods.least_squares import shift_to_dense
-from billhook.methods.quantize.grid import Grid, Quantized, Scales, kept_zeros, safe_scale
+from billhook.methods.least_squares import inverse_factor, shift_to_dense
+from billhook.methods.quantize.grid import Grid, Quantized, Scales
 from billhook.methods.quantize.polish import polish
-from billhook.methods.sparse.sparsegpt import inverse_factor
 from billhook.methods.statistics import LayerStats
 from billhook.registry import method
+
+ROWS = 2048  # of a weight at a time, so that what is computed for a column stays in the cache
 
 
 @method(
@@ -55,18 +56,21 @@ def gptq(
             f"sweeps={sweeps} at least 0."
         )
     assert stats.gram is not None
-    zero = kept_zeros(W, grid)
-    W = shift_to_dense(W, stats, dense_target, damping)
+    zero = W == 0 if grid.has_zero else None
     gram = stats.gram.to(W.dtype)
     dead = gram.diagonal() <= 0
     U = inverse_factor(gram, dead, damping, stats)
-    made = feedback(W, U, grid, zero)
-    if not sweeps:
-        return made
+    W = shift_to_dense(W, stats, dense_target, damping, U)
     mean = gram.diagonal().sum() / max(int((~dead).sum()), 1)
     H = gram.clone()
     H.diagonal().add_(torch.where(dead, 1, damping * mean))
-    return polish(W, H, made, sweeps, zero)
+    made = []
+    for rows in torch.arange(len(W)).split(ROWS):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        fixed = None if zero is None else zero[part]
+        some = feedback(W[part], U, grid, fixed)
+        made.append(polish(W[part], H, some, sweeps, fixed) if sweeps else some)
+    return Quantized.join(made)
 
 
 def feedback(W: Tensor, U: Tensor, grid: Grid, zero: Tensor | None = None) -> Quantized:
@@ -89,21 +93,24 @@ def _round_block(block: Tensor, U: Tensor, scales: Scales, grid: Grid, fixed: Te
 
     Codes are 0 where `fixed`, bool [columns, out].
     """
-    scale = safe_scale(scales.scale, grid.group).t().contiguous()
-    zero = (scales.scale == 0).repeat_interleave(grid.group, dim=1).t()
-    zero = zero if fixed is None else zero | fixed
-    offset = block.new_zeros(()) if scales.offset is None else scales.offset.repeat_interleave(grid.group, dim=1).t()
-    offset = offset.expand_as(scale)
+    scale, inverse = (s.t().contiguous() for s in (scales.scale, scales.scale.reciprocal().where(scales.scale != 0, 0)))
+    offset = None if scales.offset is None else scales.offset.t().contiguous()
     codes, errors = torch.empty_like(block), torch.zeros_like(block)
     weight = U.diagonal().square().reciprocal()
-    for at in range(0, len(block), grid.step):
-        to = at + grid.step
-        w = torch.addmm(block[at:to], U[:at, at:to].t(), errors[:at], alpha=-1)
-        x = (w - offset[at:to]) / scale[at:to]
-        codes[at:to] = grid.nearest(x.t(), weight[at:to]).t().masked_fill(zero[at:to], 0)
-        error = w - torch.addcmul(offset[at:to], codes[at:to], scale[at:to])
-        if grid.step == 1:
-            errors[at] = error[0] / U[at, at]
-        else:  # E Uss = error for rows, here transposed
-            errors[at:to] = torch.linalg.solve_triangular(U[at:to, at:to].t(), error, upper=False)
+    for first in range(0, len(block), grid.group):
+        panel, g = slice(first, first + grid.group), first // grid.group
+        block[panel].addmm_(U[:first, panel].t(), errors[:first], alpha=-1)
+        for at in range(first, panel.stop, grid.step):
+            to = at + grid.step
+            w = torch.addmm(block[at:to], U[first:at, at:to].t(), errors[first:at], alpha=-1)
+            values = w if offset is None else w - offset[g]
+            code = codes[at:to]
+            code.copy_(grid.nearest((values * inverse[g]).t(), weight[at:to]).t()).mul_(scale[g] != 0)
+            if fixed is not None:
+                code.masked_fill_(fixed[at:to], 0)
+            error = torch.addcmul(values, code, scale[g], value=-1)
+            if grid.step == 1:
+                torch.div(error[0], U[at, at], out=errors[at])
+            else:  # E Uss = error for rows, here transposed
+                errors[at:to] = torch.linalg.solve_triangular(U[at:to, at:to].t(), error, upper=False)
     return codes, errors

@@ -10,7 +10,7 @@ integer times a scale of `block` columns) is the grid's business: `fit` returns 
 codes are chosen for exactly what a reader will compute.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,12 +39,27 @@ class Scales:
         return cls(torch.cat([s.scale for s in scales], dim=1), torch.cat(offsets, dim=1) if offsets else None, parts)
 
 
+@dataclass(frozen=True)
+class Term:
+    """A stored number that every group has: it adds unit · number · code to each value, or unit · number if `constant`.
+
+    The unit is `factor` times the part `base`, of which a block has one, or 1. `nearest` gives the numbers that can be
+    stored nearest to any, elementwise.
+    """
+
+    part: str
+    nearest: Callable[[Tensor], Tensor]
+    base: str = ""
+    factor: float = 1.0
+    constant: bool = False
+
+
 class Grid(Protocol):
     """The grid of a storage type.
 
     Scales are chosen for `block` columns at once, one or several groups of `group` columns; a layer's columns
     are a multiple of `block`. Codes are chosen for `step` consecutive columns at once: 1, or the length of the vectors
-    of a code book. Where every scale is free to take any value, `scales` stores new ones; otherwise it returns None.
+    of a code book.
     """
 
     @property
@@ -71,8 +86,18 @@ class Grid(Protocol):
         """Scales with a small error sum(weight · (W - value)²) for W float32 [out, block] and weight [block]."""
         ...
 
-    def scales(self, scale: Tensor) -> Scales | None:
-        """Scales of the given values, float32 [out, groups], as they can be stored; None where they are not free."""
+    @property
+    def has_zero(self) -> bool:
+        """Whether the code 0 stands for the value 0 and can be stored in any column."""
+        ...
+
+    @property
+    def terms(self) -> Sequence[Term]:
+        """The numbers that a group's scale and offset consist of."""
+        ...
+
+    def decoded(self, parts: Mapping[str, Tensor]) -> Scales:
+        """Scales from what is stored."""
         ...
 
     def nearest(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -95,6 +120,13 @@ class Quantized:
         numbers = [self.scales.scale] + ([] if self.scales.offset is None else [self.scales.offset])
         if not all(bool(torch.isfinite(x).all()) for x in numbers):
             raise JobError("the scales are not finite: leave the layer out with --ignore, or use a wider type.")
+
+    @classmethod
+    def join(cls, parts: Sequence["Quantized"]) -> "Quantized":
+        """A weight from some of its rows each."""
+        scales, names = [part.scales for part in parts], parts[0].scales.parts
+        numbers = {name: torch.cat([s.parts[name] for s in scales]) for name in names}
+        return cls(parts[0].grid, torch.cat([part.codes for part in parts]), parts[0].grid.decoded(numbers))
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The values [out, in] as a reader of the file computes them, in float32, rounded to `dtype`."""
@@ -119,10 +151,3 @@ def dequantize(codes: Tensor, scales: Scales) -> Tensor:
 def safe_scale(scale: Tensor, group: int) -> Tensor:
     """Scales [out, groups] repeated for every column, [out, groups · group], with 1 in place of 0."""
     return scale.where(scale != 0, 1).repeat_interleave(group, dim=1)
-
-
-def kept_zeros(W: Tensor, grid: Grid) -> Tensor | None:
-    """Where W [out, in] is exactly zero and must stay so, bool [out, in]; None for a grid without a zero."""
-    scales = grid.fit(W.new_zeros(1, grid.block), W.new_ones(grid.block))
-    has_zero = scales.offset is None and not grid.nearest(W.new_zeros(1, grid.step)).any()
-    return W == 0 if has_zero else None

@@ -41,11 +41,11 @@ class Groups:
 
     def half(self, scale: Tensor, unit: float = 1.0) -> Tensor:
         """`scale` [..., out] when it is stored in float16 in units of `unit`, not above the largest float16."""
-        return (scale * (self.peak / unit)).clamp(-_HALF, _HALF).half().float() / (self.peak / unit)
+        return to_half(scale * (self.peak / unit)) / (self.peak / unit)
 
     def stored(self, scale: Tensor, unit: float = 1.0) -> Tensor:
         """The float16 that `half` stands for, [out, 1] or [out, rows of scale]."""
-        return (scale * (self.peak / unit)).clamp(-_HALF, _HALF).half().view(-1, len(self.peak)).t().contiguous()
+        return to_half(scale * (self.peak / unit)).half().view(-1, len(self.peak)).t().contiguous()
 
 
 def by_rows(fit: Callable[[Tensor, Tensor], Scales], W: Tensor, weight: Tensor) -> Scales:
@@ -54,6 +54,11 @@ def by_rows(fit: Callable[[Tensor, Tensor], Scales], W: Tensor, weight: Tensor) 
     offsets = [scales.offset for scales in found if scales.offset is not None]
     parts = {name: torch.cat([scales.parts[name] for scales in found]) for name in found[0].parts}
     return Scales(torch.cat([scales.scale for scales in found]), torch.cat(offsets) if offsets else None, parts)
+
+
+def to_half(x: Tensor) -> Tensor:
+    """x rounded to float16, not above its largest number, in the dtype of x."""
+    return x.clamp(-_HALF, _HALF).half().to(x.dtype)
 
 
 def inverse(scale: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from billhook.methods.quantize.grid import Scales
-from billhook.methods.quantize.groups import Groups, by_rows, inverse, quotient
+from billhook.methods.quantize.grid import Scales, Term
+from billhook.methods.quantize.groups import Groups, by_rows, inverse, quotient, to_half
 from billhook.methods.quantize.symmetric import Multipliers
 
 _CUTS = (-0.5, 0.0, 0.5, 1.1)  # steps by which an end of the range is cut off
@@ -34,6 +34,12 @@ class Affine:
     group: int = 32
 
     step = 1
+    has_zero = False
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The scale and the minimum."""
+        return Term("d", to_half), Term("m", to_half, constant=True)
 
     def nearest(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """The codes nearest to x = (W - offset) / scale [out, columns], as integers in float32; `weight` [columns]."""
@@ -58,10 +64,6 @@ class Affine:
     def decoded(self, parts: Mapping[str, Tensor]) -> Scales:
         """Scales from what is stored: d and m float16 [out, blocks]."""
         return Scales(parts["d"].float(), parts["m"].float(), dict(parts))
-
-    def scales(self, scale: Tensor) -> Scales | None:
-        """None: a scale is not free without its offset."""
-        return None
 
     def _sums(self, groups: Groups, scale: Tensor, offset: Tensor) -> Sums:
         """The sums for the codes that these scales give."""
@@ -90,7 +92,11 @@ class KMinimum(Affine):
     block: int = 256
     multipliers: Multipliers = field(kw_only=True)
 
-    integers = (("multipliers", "d", 1.0), ("minima", "dmin", -1.0))
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The multiplier and the minimum."""
+        nearest = self.multipliers.nearest
+        return Term("multipliers", nearest, "d"), Term("minima", nearest, "dmin", -1.0, constant=True)
 
     def _fit(self, W: Tensor, weight: Tensor) -> Scales:
         """Scales and offsets for a few thousand rows."""

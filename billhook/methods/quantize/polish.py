@@ -1,22 +1,23 @@
-"""Coordinate descent on codes, and least squares on scales, for the error of a layer's output.
+"""Coordinate descent on codes and on the stored numbers of scales, for the error of a layer's output.
 
     loss = Σ over rows (w − v) H (w − v)ᵀ,   v = scale · code + offset
 
-A sweep visits the codes of every row from left to right. With r = (v − w) H, the best value of the columns S of a code,
-all others being fixed, is v_S − r_S H_SS⁻¹; the code moves to the nearest point if that lowers the loss. Before each
-further sweep the scales follow the codes: free ones become the best ones, in every row where that lowers the loss once
-they are stored; integers move one by one (`billhook.methods.quantize.rescale`).
+A sweep visits the groups of every row from left to right. With r = (v − w) H, first the stored numbers of the group's
+scale and minimum (`Term`s of the grid) move: a number changes v along a direction a, the codes of the group or ones,
+and its best change is −r·a / (a H a). Then the best value of the columns S of each code, all others being fixed, is
+v_S − r_S H_SS⁻¹. Both move to the nearest number or point that can be stored if that lowers the loss. A scale that
+would become 0 stays, as codes without a scale mean nothing.
+
+Tensors are transposed, [in, out], so that a column of the weight is a row of memory. r is computed for a panel of
+groups by one product, and brought up to date inside it.
 """
 
 import torch
 from torch import Tensor
 
-from billhook.methods.quantize.grid import Grid, Quantized, Scales, dequantize, safe_scale
-from billhook.methods.quantize.minimum import KMinimum
-from billhook.methods.quantize.rescale import rescale
-from billhook.methods.quantize.symmetric import SuperBlock
+from billhook.methods.quantize.grid import Quantized
 
-_PANEL = 64  # columns for which r is computed by one product
+_PANEL = 128  # columns for which r is computed by one product
 
 
 def polish(W: Tensor, H: Tensor, start: Quantized, sweeps: int, zero: Tensor | None = None) -> Quantized:
@@ -24,69 +25,90 @@ def polish(W: Tensor, H: Tensor, start: Quantized, sweeps: int, zero: Tensor | N
 
     Codes do not change where `zero`, bool [out, in].
     """
-    grid, codes, scales = start.grid, start.codes.to(W.dtype), start.scales
-    for sweep in range(sweeps):
-        if sweep and isinstance(grid, SuperBlock | KMinimum):
-            scales = rescale(W, H, codes, scales, grid)
-        elif sweep and scales.offset is None:
-            scales = _refit(W, H, codes, scales, grid)
-        if not _sweep(W, H, codes, scales, grid, zero):
+    grid, state = start.grid, _State(W, H, start, zero)
+    width = grid.group * max(1, _PANEL // grid.group)
+    panels = [slice(at, min(at + width, len(H))) for at in range(0, len(H), width)]
+    for _ in range(sweeps):
+        if sum(state.improve(panel) for panel in panels) == 0:
             break
-    return Quantized(grid, codes.to(torch.int8), scales)
+    parts = {name: part.t().to(start.scales.parts[name].dtype).contiguous() for name, part in state.parts.items()}
+    return Quantized(grid, state.codes.t().to(torch.int8).contiguous(), grid.decoded(parts))
 
 
-def _sweep(W: Tensor, H: Tensor, codes: Tensor, scales: Scales, grid: Grid, zero: Tensor | None) -> bool:
-    """Improve `codes` float [out, in] in place; whether any code changed."""
-    step = grid.step
-    scale, usable = safe_scale(scales.scale, grid.group), (scales.scale != 0).repeat_interleave(grid.group, dim=1)
-    free = usable if zero is None else usable & ~zero
-    offset = W.new_zeros(()) if scales.offset is None else scales.offset.repeat_interleave(grid.group, dim=1)
-    offset = offset.expand_as(W)
-    V = codes * scale * usable + offset
-    D = V - W
-    changed = torch.zeros((), dtype=torch.bool, device=W.device)
-    for first in range(0, W.shape[1], _PANEL):
-        panel = slice(first, min(first + _PANEL, W.shape[1]))
-        R, inside = (D @ H[:, panel]).t().contiguous(), H[panel, panel]
-        for at in range(0, panel.stop - first, step):
-            here, S = slice(at, at + step), slice(first + at, first + at + step)
-            r, block = R[here], inside[here, here]
-            move = r / block if step == 1 else torch.linalg.solve(block, r)
-            x = (V[:, S] - move.t() - offset[:, S]) / scale[:, S]
-            new = grid.nearest(x, block.diagonal()).where(free[:, S], codes[:, S])
-            delta = ((new - codes[:, S]) * scale[:, S]).t()
-            gain = (delta * (2 * r + block @ delta)).sum(0)
-            accept = gain < 0
-            delta = delta * accept
-            codes[:, S] = new.where(accept[:, None], codes[:, S])
-            D[:, S] += delta.t()
-            V[:, S] += delta.t()
-            R[at + step :].addmm_(inside[at + step :, here], delta)
-            changed |= accept.any()
-    return bool(changed)
+class _State:
+    """Codes and the parts of scales as they are now, float [columns or groups, out]."""
 
+    def __init__(self, W: Tensor, H: Tensor, start: Quantized, zero: Tensor | None) -> None:
+        grid = start.grid
+        self.grid, self.H = grid, H
+        self.codes = start.codes.t().to(W.dtype, memory_format=torch.contiguous_format)
+        self.free = None if zero is None else (~zero).t().to(W.dtype).contiguous()
+        self.D = (start.decode(W.dtype) - W).t().contiguous()
+        self.parts = {name: part.t().to(W.dtype).contiguous() for name, part in start.scales.parts.items()}
+        self.scale = start.scales.scale.t().contiguous()
+        ends = range(grid.step, len(H) + 1, grid.step)
+        self.inverses = torch.linalg.inv(torch.stack([H[to - grid.step : to, to - grid.step : to] for to in ends]))
 
-def _refit(W: Tensor, H: Tensor, codes: Tensor, scales: Scales, grid: Grid) -> Scales:
-    """The scales [out, groups] with the least loss for these codes, of the rows for which they lower it."""
-    out, groups = scales.scale.shape
-    if grid.scales(scales.scale) is None:
-        return scales
-    A = torch.empty(out, groups, groups, dtype=W.dtype, device=W.device)
-    wanted = (W @ H * codes).view(out, groups, -1).sum(2)
-    for g in range(groups):
-        part = slice(g * grid.group, (g + 1) * grid.group)
-        A[:, g] = (codes[:, part] @ H[part] * codes).view(out, groups, -1).sum(2)
-    diagonal = A.diagonal(dim1=1, dim2=2)
-    diagonal += diagonal.mean(1, keepdim=True) * 1e-6 + (diagonal <= 0)
-    L, failed = torch.linalg.cholesky_ex(A)
-    solved = torch.cholesky_solve(wanted[:, :, None], L)[:, :, 0]
-    new = grid.scales(solved.where((failed[:, None] == 0) & solved.isfinite() & (solved != 0), scales.scale))
-    assert new is not None
-    old_loss, new_loss = (_loss(W, H, dequantize(codes, s)) for s in (scales, new))
-    return grid.scales(new.scale.where((new_loss < old_loss)[:, None], scales.scale)) or scales
+    def improve(self, panel: slice) -> bool:
+        """Improve the groups of a panel of columns in turn; whether anything changed."""
+        R, inside, group = self.H[panel] @ self.D, self.H[panel, panel], self.grid.group
+        move_codes = self._move_numbers if self.grid.step == 1 else self._move_vectors
+        change = torch.zeros_like(R)
+        for at in range(0, len(R), group):
+            to = at + group
+            r = torch.addmm(R[at:to], inside[at:to, :at], change[:at])
+            here, block = (panel.start + at) // group, inside[at:to, at:to]
+            self._move_terms(here, r, block, change[at:to])
+            move_codes(here, r, block, change[at:to])
+        self.D[panel] += change
+        return bool(change.any())
 
+    def _move_terms(self, g: int, r: Tensor, block: Tensor, change: Tensor) -> None:
+        """Move the stored numbers of group `g`, and r and change [group, out] with them."""
+        codes, ratio = self.codes[g * self.grid.group :][: self.grid.group], self.grid.block // self.grid.group
+        for term in self.grid.terms:
+            number = self.parts[term.part][g]
+            along = torch.ones_like(codes) if term.constant else codes
+            curve = block @ along
+            slope, curvature = (r * along).sum(0), (curve * along).sum(0)
+            unit = self.parts[term.base][g // ratio] * term.factor if term.base else torch.ones_like(slope)
+            new = term.nearest(number - slope / (curvature * unit))
+            delta = (new - number) * unit
+            accept = delta * (2 * slope + delta * curvature) < 0
+            accept = accept if term.constant else accept & (new != 0)
+            number.copy_(new.where(accept, number))
+            delta = delta.where(accept, 0)
+            if not term.constant:
+                self.scale[g] += delta
+            change.addcmul_(along, delta)
+            r.addcmul_(curve, delta)
 
-def _loss(W: Tensor, H: Tensor, V: Tensor) -> Tensor:
-    """(w − v) H (w − v)ᵀ of every row, [out]."""
-    D = W - V
-    return ((D @ H) * D).sum(1)
+    def _move_numbers(self, g: int, r: Tensor, block: Tensor, change: Tensor) -> None:
+        """Move the codes of group `g`, one column each; r and change are [group, out]."""
+        scale, columns = self.scale[g], range(g * self.grid.group, (g + 1) * self.grid.group)
+        inverse = scale.reciprocal().where(scale != 0, 0)
+        for at, column in enumerate(columns):
+            code = self.codes[column]
+            x = torch.addcmul(code, r[at], inverse, value=-float(self.inverses[column]))
+            new = self.grid.nearest(x[:, None])[:, 0]
+            if self.free is not None:
+                new *= self.free[column]
+            delta = (new - code).mul_(scale)
+            code.copy_(new)
+            change[at] += delta
+            r[at + 1 :].addcmul_(block[at + 1 :, at, None], delta)
+
+    def _move_vectors(self, g: int, r: Tensor, block: Tensor, change: Tensor) -> None:
+        """Move the codes of group `g`, vectors of `step` columns; r and change are [group, out]."""
+        scale, step, first = self.scale[g], self.grid.step, g * self.grid.group
+        inverse = scale.reciprocal().where(scale != 0, 0)
+        for at in range(0, self.grid.group, step):
+            S, codes = slice(at, at + step), self.codes[first + at : first + at + step]
+            x = torch.addcmul(codes, self.inverses[(first + at) // step] @ r[S], inverse, value=-1)
+            new = self.grid.nearest(x.t(), block.diagonal()[S]).t()
+            delta = (new - codes).mul_(scale)
+            accept = (delta * torch.addmm(r[S], block[S, S], delta, alpha=0.5)).sum(0) < 0
+            delta *= accept
+            codes.copy_(new.where(accept, codes))
+            change[S] += delta
+            r[at + step :].addmm_(block[at + step :, S], delta)

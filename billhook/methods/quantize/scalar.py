@@ -4,12 +4,13 @@ The codes are −2^(B−1) … 2^(B−1) − 1, and a scale may be negative, so 
 way; zero is always a point. This halves the loss at 3 bits compared with a symmetric range.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from billhook.methods.quantize.grid import Scales
+from billhook.methods.quantize.grid import Scales, Term
 
 _CANDIDATES = 16  # scales tried for each sign
 
@@ -23,6 +24,12 @@ class Scalar:
     stored: torch.dtype = torch.float16
 
     step = 1
+    has_zero = True
+
+    @property
+    def terms(self) -> tuple[Term]:
+        """A free scale."""
+        return (Term("scale", self.store),)
 
     @property
     def name(self) -> str:
@@ -53,12 +60,11 @@ class Scalar:
                 error = (W - codes * fitted).square() @ weight[:, None]
                 better = (error < best) & (fitted != 0)
                 best, scale = error.where(better, best), fitted.where(better, scale)
-        return self.scales(scale)
+        return self.decoded({"scale": scale.to(self.stored)})
 
-    def scales(self, scale: Tensor) -> Scales:
-        """Scales [out, groups] of any value, as they can be stored."""
-        kept = self.store(scale)
-        return Scales(kept, None, {"scale": kept.to(self.stored)})
+    def decoded(self, parts: Mapping[str, Tensor]) -> Scales:
+        """Scales from what is stored: scale [out, groups] in its dtype."""
+        return Scales(parts["scale"].float(), None, dict(parts))
 
     def store(self, scale: Tensor) -> Tensor:
         """A scale rounded to its dtype in the file, in float32; one that would overflow is the largest possible."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from billhook.methods.quantize.grid import Scales
-from billhook.methods.quantize.groups import Groups, by_rows, inverse, quotient
+from billhook.methods.quantize.grid import Scales, Term
+from billhook.methods.quantize.groups import Groups, by_rows, inverse, quotient, to_half
 
 _STARTS = torch.linspace(-2.4, 0.8, 8).tolist()  # steps between the first code and the largest weight
 _SPLITS = 16  # values of d that are tried before codes are rounded
@@ -95,6 +95,16 @@ class Symmetric:
 
     step = 1
 
+    @property
+    def has_zero(self) -> bool:
+        """Whether 0 is a code."""
+        return isinstance(self.points, Integers) or 0 in self.points.values
+
+    @property
+    def terms(self) -> tuple[Term]:
+        """The scale."""
+        return (Term("d", to_half),)
+
     def nearest(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """The codes nearest to x = W / scale [out, columns], as integers in float32; `weight` [columns]."""
         return self.points.nearest(x)
@@ -112,11 +122,6 @@ class Symmetric:
     def decoded(self, parts: Mapping[str, Tensor]) -> Scales:
         """Scales from what is stored: d float16 [out, blocks]."""
         return Scales(parts["d"].float(), None, dict(parts))
-
-    def scales(self, scale: Tensor) -> Scales | None:
-        """Scales of the given values [out, groups], as they can be stored; None where they are not free."""
-        most = torch.finfo(torch.float16).max
-        return self.decoded({"d": scale.clamp(-most, most).half()})
 
     def _round(self, x: Tensor, weight: Tensor) -> Tensor:
         """The codes nearest to x [groups, group, out] with weight [groups, 1, group]."""
@@ -138,9 +143,9 @@ class SuperBlock(Symmetric):
     unit: float = 1.0
 
     @property
-    def integers(self) -> tuple[tuple[str, str, float], ...]:
-        """What a scale consists of: the part with integers, the one that they multiply, and a factor."""
-        return (("multipliers", "d", self.unit),)
+    def terms(self) -> tuple[Term]:
+        """The multiplier."""
+        return (Term("multipliers", self.multipliers.nearest, "d", self.unit),)
 
     def _fit(self, W: Tensor, weight: Tensor) -> Scales:
         """Scales for a few thousand rows."""
@@ -153,10 +158,6 @@ class SuperBlock(Symmetric):
         """Scales from what is stored: d float16 [out, blocks] and multipliers int8 [out, groups]."""
         d = parts["d"].float().repeat_interleave(self.block // self.group, dim=1)
         return Scales(d * parts["multipliers"] * self.unit, None, dict(parts))
-
-    def scales(self, scale: Tensor) -> Scales | None:
-        """None: scales are not free."""
-        return None
 
     def _split(self, groups: Groups, scale: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
         """d [out] and multipliers [groups, out] with a small sum(power · (d · multiplier - scale)²)."""

@@ -35,14 +35,13 @@ kept.
 import torch
 from torch import Tensor
 
-from billhook.errors import BillhookError, JobError
-from billhook.methods.least_squares import shift_to_dense
+from billhook.errors import BillhookError
+from billhook.methods.least_squares import inverse_factor, shift_to_dense
 from billhook.methods.masks import Select
 from billhook.methods.statistics import LayerStats
 from billhook.registry import method
 
 PANEL = 32  # columns that are brought up to date together, by one matrix product, inside a block
-ATTEMPTS = 4  # attempts, each with ten times the damping of the one before
 
 
 @method(
@@ -84,49 +83,6 @@ def sparsegpt(
         errors = _prune_block(columns[start:stop], U[start:stop, start:stop], dead[start:stop], select, start)
         columns[stop:].addmm_(U[start:stop, stop:].t(), errors, alpha=-1)
     return columns.t().contiguous()
-
-
-def inverse_factor(gram: Tensor, dead: Tensor, damping: float, stats: LayerStats) -> Tensor:
-    """Return U [in, in], upper triangular with UᵀU = (gram + damping * mean(diag))^-1.
-
-    Inputs that are zero are decoupled, with 1 on the diagonal. While the factorization fails, the damping is raised
-    tenfold, with a note; raises JobError if it still fails.
-    """
-    H = gram.flip(0, 1)
-    diagonal = H.diagonal()
-    dead = dead.flip(0)
-    mean = diagonal.sum() / max(int((~dead).sum()), 1)
-    original = torch.where(dead, 1.0, diagonal)
-    used = damping
-    for _ in range(ATTEMPTS):
-        diagonal.copy_(original + used * mean)
-        L, failed = torch.linalg.cholesky_ex(H)
-        if not failed:
-            break
-        used = max(10 * used, 1e-4)
-    else:
-        raise JobError(
-            f"SparseGPT: the input statistics cannot be factorized, even with damping {used / 10:g}; "
-            "use more calibration text, --dtype float32 or another criterion."
-        )
-    if used != damping:
-        stats.note(f"damping raised from {damping:g} to {used:g}: the factorization failed below it")
-    del H, diagonal  # at 14336 inputs each of these matrices is 0.8 GB
-    # H = R R^T with R = flip(L) upper triangular, hence H^-1 = U^T U with U = R^-1 = flip(L^-1)
-    return invert_lower_(L).flip(0, 1)
-
-
-def invert_lower_(L: Tensor, leaf: int = 256) -> Tensor:
-    """Invert a lower triangular matrix in place, by halves; a third of the work of solving against the identity."""
-    solve = torch.linalg.solve_triangular
-    if len(L) <= leaf:
-        return L.copy_(solve(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False))
-    half = len(L) // 2
-    A, B, C = L[:half, :half], L[half:, :half], L[half:, half:]
-    B.copy_(-solve(C, solve(A, B, upper=False, left=False), upper=False))
-    invert_lower_(A, leaf)
-    invert_lower_(C, leaf)
-    return L
 
 
 def _prune_block(block: Tensor, U: Tensor, dead: Tensor, select: Select, start: int) -> Tensor:

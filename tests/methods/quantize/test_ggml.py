@@ -70,14 +70,6 @@ def test_one_scale_is_nearly_the_best_of_a_thousand(name):
     assert found.sum() < 1.02 * least.sum()
 
 
-@pytest.mark.parametrize("name", [name for name, grid in GGML.items() if grid.scales(torch.ones(1, 1)) is not None])
-def test_free_scales_are_kept_as_stored(name):
-    stored = GGML[name].fit(torch.randn(5, 32), torch.ones(32))
-    again = GGML[name].scales(stored.scale)
-    assert torch.equal(again.scale, stored.scale)
-    assert torch.equal(again.parts["d"], stored.parts["d"])
-
-
 @pytest.mark.gate
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q3_k", "q2_k", "iq4_xs", "iq3_s", "iq2_xs"])
 def test_gptq_has_less_output_error_than_rounding_on_every_kind_of_grid(name):

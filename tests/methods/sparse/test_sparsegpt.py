@@ -8,9 +8,10 @@ import torch
 from random_layers import layer, selection
 
 from billhook.errors import BillhookError, JobError
+from billhook.methods.least_squares import invert_lower_
 from billhook.methods.masks import Select
 from billhook.methods.sparse import CRITERIA
-from billhook.methods.sparse.sparsegpt import invert_lower_, sparsegpt
+from billhook.methods.sparse.sparsegpt import sparsegpt
 from billhook.methods.statistics import LayerStats
 
 Tensor = torch.Tensor
