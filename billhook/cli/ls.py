@@ -17,7 +17,17 @@ Examples:
   billhook ls allocators
   billhook ls criteria --json
 """
-KINDS = ("recipes", "allocators", "criteria", "quantizers", "level-allocators", "types", "metrics", "families")
+KINDS = (
+    "recipes",
+    "allocators",
+    "criteria",
+    "quantizers",
+    "level-allocators",
+    "structured",
+    "types",
+    "metrics",
+    "families",
+)
 AUTO_PAPER = "Billhook: allocations tried on held-out text"
 
 
@@ -91,5 +101,6 @@ def _registry(kind: str) -> Registry:
         return ALLOCATORS
     from billhook.methods.quantize import QUANTIZERS
     from billhook.methods.sparse import CRITERIA
+    from billhook.methods.structured import STRUCTURED
 
-    return QUANTIZERS if kind == "quantizers" else CRITERIA
+    return {"quantizers": QUANTIZERS, "structured": STRUCTURED}.get(kind, CRITERIA)

@@ -5,7 +5,6 @@ Quantized weights are held as codes of one byte, so that K types take K bytes a 
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from billhook.architectures.layers import Layer
 from billhook.engine.batch import Batch, rows_of, select_rows
 from billhook.engine.method import Treatment
 from billhook.engine.walk import Progress, walk
-from billhook.evaluation.kl import TopKTeacher, kl_grad
 from billhook.methods.encoded import Encoded
 from billhook.methods.statistics import LayerStats
 from billhook.plan.spec import Spec
@@ -42,7 +40,7 @@ class CandidateWeights:
         self.place = {name: k for k, group in enumerate(groups) for name in group}
         self.layers = [layer for layer in runner.layers if layer.name in self.place]
         runner.restore_()
-        self._teachers = [TopKTeacher.of(logits) for logits, _ in runner.predictions(rows)]
+        self._teachers = [runner.task.divergence.teacher(outputs) for outputs, _ in runner.predictions(rows)]
         self._encoded = self._encode(specs, method, progress)
 
     @torch.no_grad()
@@ -92,7 +90,6 @@ class CandidateWeights:
                 sums[k] += float((gradient.float() * candidate.decode(torch.float32)).sum(dtype=torch.float64))
 
         batch = select_rows(self.rows, torch.tensor(rows))
-        gradients = {k: partial(kl_grad, teacher=self._teachers[row]) for k, row in enumerate(rows)}
-        model, scored = self.runner.model, self.runner.task.scored
-        tokens = weight_gradients(model, self.layers, batch, scored, gradients, visit)
+        gradients = self.runner.gradients([self._teachers[row] for row in rows])
+        tokens = weight_gradients(self.runner.model, self.layers, batch, self.runner.task, gradients, visit)
         return [[x / tokens for x in sums] for sums in found]

@@ -208,9 +208,11 @@ def check_trusted(path: Path, config: dict[str, Any], auto_class: str, trust_rem
 
 
 def class_names(auto_class: str) -> dict[str, tuple[str, ...]]:
-    """The model classes that one of transformers' Auto classes opens, by `model_type`."""
-    names = getattr(transformers, auto_class)._model_mapping._model_mapping
-    return {kind: value if isinstance(value, tuple) else (value,) for kind, value in names.items()}
+    """The model classes that one of transformers' Auto classes opens, by `model_type`; registered ones too."""
+    mapping = getattr(transformers, auto_class)._model_mapping
+    own = {config.model_type: (kind.__name__,) for config, kind in mapping._extra_content.items()}
+    found = mapping._model_mapping.items()
+    return {kind: value if isinstance(value, tuple) else (value,) for kind, value in found} | own
 
 
 @contextmanager

@@ -6,5 +6,10 @@ A task defines which class opens a model, how a SOURCE becomes batches, and how 
 from billhook.registry import Registry
 
 TASKS = Registry(
-    "task", {"text-generation": "billhook.tasks.text_generation:TASK", "fill-mask": "billhook.tasks.fill_mask:TASK"}
+    "task",
+    {
+        "text-generation": "billhook.tasks.text_generation:TASK",
+        "fill-mask": "billhook.tasks.fill_mask:TASK",
+        "image-classification": "billhook.tasks.image_classification:TASK",
+    },
 )
