@@ -34,6 +34,7 @@ class CandidateWeights:
         specs: Sequence[Sequence[Spec]],
         rows: Batch,
         method: Treatment,
+        *,
         progress: Progress = lambda line: None,
     ) -> None:
         self.runner, self.groups, self.rows = runner, groups, rows

@@ -131,7 +131,7 @@ def by_gradients(
     specs = [[Spec(type=type) for _, type in kept] for kept in steps]
     assert isinstance(runner.method, Quantization)
     exact = replace(runner.method, options={**runner.method.options, "dense_target": 0.0, "sweeps": 0})
-    weights = CandidateWeights(runner, levels.groups, specs, rows, exact, progress)
+    weights = CandidateWeights(runner, levels.groups, specs, rows, exact, progress=progress)
     costs = [[size for size, _ in kept] for kept in steps]
     configured = MODEL_ALLOCATORS.configure(allocator, options)
     chosen = MODEL_ALLOCATORS.get(allocator)(weights, costs, levels.budget, **configured)

@@ -22,13 +22,15 @@ from billhook.plan.levels import Levels
 from billhook.racing.allocators import MODEL_ALLOCATORS
 from billhook.racing.levels import Chosen, choose_types, columns, outlook
 from billhook.registry import Registry, hint
-from billhook.steps.levels import measure_levels
+from billhook.steps.kept_levels import KeptLevels
+from billhook.steps.levels import Measured, measure_levels
 from billhook.steps.like import like_types
 from billhook.steps.options import split_options
 from billhook.steps.parts import Parts
-from billhook.steps.quantize_job import Inputs
-from billhook.steps.request import Opened, listed
+from billhook.steps.request import Opened, Request, listed
+from billhook.steps.resolve import identity
 from billhook.steps.sizes import Sizes
+from billhook.steps.state import partial_folder
 from billhook.store.checkpoint import load
 from billhook.trials.heldout import split_samples
 
@@ -86,20 +88,24 @@ def _registry(name: str) -> Registry | None:
 
 
 def choose(
-    inputs: Inputs,
+    request: Request,
     opened: Opened,
     sizes: Sizes,
     tied: Sequence[tuple[str, ...]],
     method: Quantization,
     allocation: Allocation,
+    *,
     progress: Progress = lambda line: None,
 ) -> Chosen:
-    """The types of all tensors under `sizes`; `method` is how the run quantizes."""
+    """The types of all tensors under `sizes`; `request` says how the model is opened, `method` how it is quantized.
+
+    The errors of all types are kept on disk until the run has begun, so that a killed one goes on.
+    """
     shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
     menus = {**sizes.menus, **sizes.outside_menus}
     levels = Levels(shapes, menus, sizes.budget - sizes.fixed, list(sizes.outside), tied)
     if ERRORS in allocation.needs:
-        found = measure_levels(opened, sizes.menus, sizes.outside_menus, method.scale_dtype, inputs.seed, progress)
+        found = _measured(request, opened, sizes, method, progress)
         levels = replace(levels, errors={**found.errors, **found.losses}, weights=found.costs)
     wanted = [name for name in allocation.needs if name not in (ERRORS, WEIGHTS)]
     resources: dict[str, Any] = {"layers": opened.layers, "resources": opened.resources, "progress": progress}
@@ -109,13 +115,25 @@ def choose(
         return Chosen(plan, outlook(levels, plan) if levels.errors else {})
     assert opened.source is not None
     assert opened.samples is not None
-    how: dict[str, Any] = {"dtype": inputs.dtype, "device": inputs.device}
-    model = load(opened.source, opened.task.auto_class, **how, trust_remote_code=inputs.trust_remote_code)
-    layers = select_layers(find_layers(model), listed(inputs.targets), listed(inputs.ignore))
-    split = split_samples(model, opened.samples, rows_of(opened.batches[0]), inputs.seed)
+    how: dict[str, Any] = {"dtype": request.dtype, "device": request.device}
+    model = load(opened.source, opened.task.auto_class, **how, trust_remote_code=request.trust_remote_code)
+    layers = select_layers(find_layers(model), listed(request.targets), listed(request.ignore))
+    split = split_samples(model, opened.samples, rows_of(opened.batches[0]), request.seed)
     quick = replace(method, options={**method.options, "sweeps": 0})
     how = {"allocator": allocation.name, "options": allocation.options, "progress": progress}
     return choose_types(model, layers, split, levels, quick, **how)
+
+
+def _measured(request: Request, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Measured:
+    menus = {"layers": sizes.menus, "outside": sizes.outside_menus}
+    same = identity(request, opened, {"scales": str(method.scale_dtype)}, None, None) | menus
+    kept = KeptLevels(partial_folder(Path(str(request.output)).expanduser().resolve()), same)
+    given = (opened, sizes.menus, sizes.outside_menus, method.scale_dtype, kept)
+    try:
+        return measure_levels(*given, seed=request.seed, progress=progress)
+    except BillhookError:
+        kept.forget()
+        raise
 
 
 def choose_like(opened: Opened, sizes: Sizes, parts: Parts, file: Path) -> Chosen:

@@ -24,6 +24,7 @@ from billhook.architectures.layers import Layer
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
 from billhook.errors import BillhookError
+from billhook.export.compressed_tensors import fused
 from billhook.plan.plan import Plan
 from billhook.plan.storage import bits
 from billhook.racing.levels import Chosen
@@ -38,7 +39,6 @@ from billhook.steps.types import check_target, scale_dtype
 from billhook.store.output import check_room
 
 Target = Literal["gguf", "transformers", "vllm"]
-_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,10 @@ def decide(request: CompressRequest, progress: Progress = lambda line: None) -> 
         output = Path(request.output).expanduser().resolve()
         check_room(output, sizes.most_room(opened, parts, request.target))
         opened = draw_text(opened, quantizing.opening(), progress)
-        tied = _tied(opened.layers, request.target)
+        tied = _experts(opened.layers)
+        tied += fused(layer.name for layer in opened.layers) if request.target == "vllm" else []
         like = allocation.file and choose_like(opened, sizes, parts, allocation.file)
-        chosen = like or choose(request, opened, sizes, tied, method, allocation, progress=progress)
+        chosen = like or choose(quantizing.opening(), opened, sizes, tied, method, allocation, progress=progress)
     plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "request": asked})
     job = prepare(replace(quantizing, plan=plan), progress, opened)
     budget = sizes.budget if sized else sizes.fixed + int(plan.budget.value)
@@ -172,14 +173,10 @@ def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | 
     return plan
 
 
-def _tied(layers: Sequence[Layer], target: Target) -> list[tuple[str, ...]]:
-    """The layers that vLLM fuses, or the experts that are one tensor of a GGUF file."""
-    groups: dict[tuple[str, int], list[str]] = {}
+def _experts(layers: Sequence[Layer]) -> list[tuple[str, ...]]:
+    """The experts that are one tensor of a file."""
+    groups: dict[str, list[str]] = {}
     for layer in layers:
-        parent, _, last = layer.name.rpartition(".")
         if layer.expert is not None:
-            groups.setdefault((parent, 0), []).append(layer.name)
-        for number, names in enumerate(_FUSED if target == "vllm" else ()):
-            if last in names:
-                groups.setdefault((parent, number), []).append(layer.name)
+            groups.setdefault(layer.name.rpartition(".")[0], []).append(layer.name)
     return [tuple(names) for names in groups.values()]
