@@ -36,7 +36,8 @@ class LayerResult:
 
     `error` is the squared change of the layer's output relative to its square, for uncorrelated inputs with the norms
     of the calibration samples (norm 1 without samples); None where that is not a number. `updated` says whether the
-    criterion or the tuning gave kept weights new values.
+    criterion or the tuning gave kept weights new values. `kept` are the numbers of the parts of a unit that stayed,
+    where parts were removed whole.
     """
 
     layer: str
@@ -49,6 +50,7 @@ class LayerResult:
     seconds: float = 0.0
     type: str | None = None
     updated: bool = False
+    kept: list[int] | None = None
 
     @property
     def n(self) -> int:

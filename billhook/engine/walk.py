@@ -77,6 +77,7 @@ def walk(
     batches: Tensor | Batch | Sequence[Tensor | Batch],
     statistics: Sequence[str] = (),
     *,
+    layers: Sequence[Layer] | None = None,
     read_only: bool = False,
     dense_outputs: bool = False,
     start: int = 0,
@@ -85,21 +86,24 @@ def walk(
     """Yield every block in running order, from block `start` on.
 
     `batches` are mappings of keyword arguments (or token ids int64 [windows, length]) in the order in which statistics
-    accumulate; they may be empty without statistics. `read_only` passes the outputs of each block as it is when it is
-    yielded, which saves the second pass: the loop body changes no weight, or changes only those of a model whose dense
-    outputs are passed on. `dense_outputs` requests the outputs of the dense model's blocks. Raises
-    JobError, naming the block or layer, when activations are not finite; BillhookError for `drift` or `dense_outputs`
-    with `start` inside a model that is entirely in memory.
+    accumulate; they may be empty without statistics. `layers` are those of the walk (all prunable ones by default).
+    `read_only` passes the outputs of each block as it is when it is yielded, which saves the second pass: the loop body
+    changes no weight, or changes only those of a model whose dense outputs are passed on. `dense_outputs` requests the
+    outputs of the dense model's blocks. Raises JobError, naming the block or layer, when activations are not finite;
+    BillhookError for `drift` or `dense_outputs` with `start` inside a model that is entirely in memory.
     """
     checked = shard(as_batches(model, batches))
     with observable_experts(model), evaluating(model):
-        yield from _Walk(model, checked, resources).run(statistics, read_only, dense_outputs, start)
+        found = find_layers(model) if layers is None else layers
+        yield from _Walk(model, checked, resources, found).run(statistics, read_only, dense_outputs, start)
 
 
 class _Walk:
     """The state of a walk: the inputs of the current block, and the calls of all blocks."""
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], resources: Resources) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batches: Sequence[Batch], resources: Resources, layers: Sequence[Layer]
+    ) -> None:
         self.resources = resources
         self.blocks = blocks_of(model)
         self.modules = list(self.blocks.values())
@@ -108,7 +112,7 @@ class _Walk:
         self.predict = predictor(model, self.blocks, self.flow.segment.returned)
         self.predicts_tokens = predicts_tokens(model)
         self.layers: dict[int, list[Layer]] = {}
-        for layer in find_layers(model):
+        for layer in layers:
             self.layers.setdefault(layer.block, []).append(layer)
 
     @property

@@ -63,6 +63,8 @@ class BlockFiles:
     `billhook.store.sinks.SameLayout` that an unfinished output needs.
     """
 
+    same_values = True  # as in memory
+
     def __init__(
         self,
         stream: Stream,
@@ -82,9 +84,9 @@ class BlockFiles:
         """Keep the part of a quantized layer that is a matrix on disk until its file is written."""
         self.made.setdefault(part.tensor, {})[part.index] = part.of(weight)
 
-    def begin(self, folder: Path, outside: Collection[str]) -> None:
+    def begin(self, folder: Path, copied: Collection[str]) -> None:
         """Write the file of the tensors outside of the blocks."""
-        self._write(folder / self.files[0], outside)
+        self._write(folder / self.files[0], copied)
 
     def begun(self, folder: Path) -> bool:
         """Whether that file exists."""
@@ -101,6 +103,10 @@ class BlockFiles:
         indices = {self._block.get(name, -1) for name in names}
         path = folder / self.files[min(indices, default=-1) + 1]
         return sha256(path) if path.is_file() else ""
+
+    def moved(self, folder: Path, index: int) -> None:
+        """From now on read a finished block from its file."""
+        self.stream.stored.update(self.stored(folder, index))
 
     def stored(self, folder: Path, index: int) -> dict[str, Stored]:
         """Where the tensors of a finished block are read from."""

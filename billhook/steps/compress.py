@@ -22,24 +22,27 @@ from billhook.architectures.context_memory import ContextMemory
 from billhook.architectures.layers import Layer
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
+from billhook.errors import BillhookError
+from billhook.export.compressed_tensors import fused
 from billhook.methods.quantize import QUANTIZERS
 from billhook.plan.level_allocators import allocate_levels
 from billhook.plan.levels import Levels
 from billhook.plan.plan import Plan
 from billhook.plan.storage import bits
 from billhook.racing.levels import Chosen, outlook
+from billhook.steps.kept_levels import KeptLevels
 from billhook.steps.levels import measure_levels
 from billhook.steps.parts import check_matrices, layer_parts
 from billhook.steps.quantize import open_blocks, prepare, run
 from billhook.steps.quantize_job import Inputs, QuantizeJob, QuantizeReport, QuantizeRequest
 from billhook.steps.request import Opened, check_text_given, draw_text, listed
+from billhook.steps.resolve import identity
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.steps.types import check_target, scale_dtype
 from billhook.store.output import check_room
 
 Target = Literal["gguf", "transformers", "vllm"]
-_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
 @dataclass(frozen=True)
@@ -164,26 +167,30 @@ def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | 
 
 
 def _choose(request: CompressRequest, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Chosen:
-    """The types of all tensors."""
-    found = measure_levels(opened, sizes.menus, sizes.outside_menus, method.scale_dtype, request.seed, progress)
+    """The types of all tensors; what was measured is kept until they are known, so that a killed run goes on."""
+    menus = {"layers": sizes.menus, "outside": sizes.outside_menus}
+    same = identity(request.quantizing().opening(), opened, {"scales": str(method.scale_dtype)}, None, None) | menus
+    kept = KeptLevels(partial_folder(Path(request.output).expanduser().resolve()), same)
+    given = (opened, sizes.menus, sizes.outside_menus, method.scale_dtype, kept)
+    try:
+        found = measure_levels(*given, seed=request.seed, progress=progress)
+    except BillhookError:
+        kept.forget()
+        raise
     errors = {**found.errors, **found.losses}
     shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
-    menus = {name: list(types) for name, types in errors.items()}
-    tied = _tied(opened.layers, request.target)
+    found_menus = {name: list(types) for name, types in errors.items()}
+    tied = _experts(opened.layers) + (fused(layer.name for layer in opened.layers) if request.target == "vllm" else [])
     budget = sizes.budget - sizes.fixed
-    levels = Levels(shapes, menus, budget, list(sizes.outside), tied, errors, found.costs)
+    levels = Levels(shapes, found_menus, budget, list(sizes.outside), tied, errors, found.costs)
     plan = allocate_levels(levels, "curves")
     return Chosen(plan, outlook(levels, plan))
 
 
-def _tied(layers: Sequence[Layer], target: Target) -> list[tuple[str, ...]]:
-    """The layers that vLLM fuses, or the experts that are one tensor of a GGUF file."""
-    groups: dict[tuple[str, int], list[str]] = {}
+def _experts(layers: Sequence[Layer]) -> list[tuple[str, ...]]:
+    """The experts that are one tensor of a file."""
+    groups: dict[str, list[str]] = {}
     for layer in layers:
-        parent, _, last = layer.name.rpartition(".")
         if layer.expert is not None:
-            groups.setdefault((parent, 0), []).append(layer.name)
-        for number, names in enumerate(_FUSED if target == "vllm" else ()):
-            if last in names:
-                groups.setdefault((parent, number), []).append(layer.name)
+            groups.setdefault(layer.name.rpartition(".")[0], []).append(layer.name)
     return [tuple(names) for names in groups.values()]

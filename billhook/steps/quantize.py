@@ -28,6 +28,7 @@ from billhook.methods.quantize.grid import Quantized
 from billhook.methods.quantize.nearest import nearest
 from billhook.methods.statistics import LayerStats
 from billhook.plan.plan import Plan, load_plan
+from billhook.reports.quantized_card import publish_quantized
 from billhook.steps.block_files import BlockFiles, Form
 from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
@@ -186,7 +187,7 @@ def run(
         )  # fmt: skip
         loss = lost()
         made_record = record(job, results, loss)
-        partial.complete(made_record, _finish(job, files, source))
+        partial.complete(made_record, _finish(job, files, source), published=publish_quantized)
     bits = 8 * job.plan.bytes(job.shapes) / sum(out * columns for out, columns in job.shapes.values())
     warnings, seconds = made_record["steps"][-1]["warnings"], time.perf_counter() - start
     return QuantizeReport(output, results, bits, result_bytes(output), weight_bytes(source), seconds, loss, warnings)
