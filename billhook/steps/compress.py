@@ -138,7 +138,7 @@ def decide(request: CompressRequest, progress: Progress = lambda line: None) -> 
     if request.target != "gguf":
         check_matrices(opened.layers, parts)
     method = Quantization("gptq", allocation.quantizer, scale_dtype(opened, parts))
-    sizes = Sizes.of(given, opened, parts, types, request.target, request.gguf_form)
+    sizes = Sizes.of(given, opened, parts, types, request.target, form=request.gguf_form)
     asked: dict[str, Any] = {"target": request.target, "bytes": sizes.budget, "types": types}
     asked |= {"allocator": request.allocator, "options": dict(allocation.options)}
     plan = _stopped_plan(request, asked)

@@ -119,7 +119,7 @@ class Sizes:
 
     @classmethod
     def of(
-        cls, given: Size, opened: Opened, parts: Parts, types: Sequence[str], target: str, form: Mapping[str, Any]
+        cls, given: Size, opened: Opened, parts: Parts, types: Sequence[str], target: str, *, form: Mapping[str, Any]
     ) -> "Sizes":
         """The sizes for a request and the types to choose from; `parts` are the layers' places on disk, and `form` that
         of a GGUF file (`Inputs.gguf_form`).
