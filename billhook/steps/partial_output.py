@@ -32,7 +32,7 @@ from billhook.reports.publishing import publish
 from billhook.steps.state import STATE, VERSION, State, check_same_run, partial_folder, unfinished_run
 from billhook.store.directory import complete
 from billhook.store.files import json_text, replace_file, sha256
-from billhook.store.layout import GRADIENTS, WRITTEN
+from billhook.store.layout import GRADIENTS, LEVELS, WRITTEN
 from billhook.store.output import check_output, failure, flush, put_in_place
 from billhook.store.shards import INDEX, weight_bytes, weight_files
 from billhook.store.sinks import BlockSink, SameLayout
@@ -263,9 +263,9 @@ def _foreign_file(folder: Path, written: Collection[str]) -> str | None:
     """The name of a file in `folder` that cannot be from an unfinished run and must not be deleted."""
     if (folder / STATE).exists():
         return None
-    own = {INDEX, *written}
+    own, temporary = {INDEX, LEVELS, *written}, (f".{STATE}.", f".{LEVELS}.")
     names = (path.name for path in folder.iterdir())
-    return min((name for name in names if name not in own and not name.startswith(f".{STATE}.")), default=None)
+    return min((name for name in names if name not in own and not name.startswith(temporary)), default=None)
 
 
 def _empty(folder: Path, except_for: Sequence[str] = ()) -> None:

@@ -99,7 +99,7 @@ def read_config(path: Path, *, quantized: bool = False) -> dict[str, Any]:
     ):
         raise BillhookError(
             f"{path} is a quantized checkpoint: start from the unquantized model. Models quantized for "
-            "compressed-tensors can be evaluated."
+            "compressed-tensors can be evaluated, and decoded with billhook export --to dense -o DENSE."
         )
     return config
 
