@@ -186,9 +186,8 @@ def markdown(rows: Sequence[dict[str, Any]], parameters: int) -> str:
         size = f"{row['bytes'] / 1e6:.1f} | {8 * row['bytes'] / parameters:.2f}"
         ratio = f"{row['kl'] / theirs[row['peer']]:.2f}" if row["form"] != "llama.cpp" and row["peer"] in theirs else ""
         loss = f"{row['kl']:.4f} ± {row['error']:.4f} | {ratio} | {row['kl_999']:.2f} | {row['same_top']:.1f} %"
-        minutes = "" if row["minutes"] is None else f"{row['minutes']:.1f}"
-        took = f"{row['ppl']:.2f} | {minutes} | {row['memory']:.1f}"
-        lines.append(f"| {row['peer']} | {row['form']} | {size} | {loss} | {took} |")
+        took = " | ".join("" if row[key] is None else f"{row[key]:.1f}" for key in ("minutes", "memory"))
+        lines.append(f"| {row['peer']} | {row['form']} | {size} | {loss} | {row['ppl']:.2f} | {took} |")
     return "\n".join(lines)
 
 
