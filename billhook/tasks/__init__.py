@@ -11,5 +11,6 @@ TASKS = Registry(
         "text-generation": "billhook.tasks.text_generation:TASK",
         "fill-mask": "billhook.tasks.fill_mask:TASK",
         "image-classification": "billhook.tasks.image_classification:TASK",
+        "feature-extraction": "billhook.tasks.feature_extraction:TASK",
     },
 )
