@@ -6,5 +6,11 @@ A task defines which class opens a model, how a SOURCE becomes batches, and how 
 from billhook.registry import Registry
 
 TASKS = Registry(
-    "task", {"text-generation": "billhook.tasks.text_generation:TASK", "fill-mask": "billhook.tasks.fill_mask:TASK"}
+    "task",
+    {
+        "text-generation": "billhook.tasks.text_generation:TASK",
+        "fill-mask": "billhook.tasks.fill_mask:TASK",
+    },
+    plugins=True,
+    mark="auto_class",
 )

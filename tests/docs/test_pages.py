@@ -25,10 +25,12 @@ ELSEWHERE_OPTIONS = {"--nproc-per-node"}  # of other programs
 ELSEWHERE = {
     "allocator",
     "criterion",
+    "quantizer",
     "task",
     "sink",
+    "command",
     "with the plugin",
-}  # `run:` marks of blocks that test_examples runs
+}  # `run:` marks of blocks that test_additions and test_examples run
 NOT_RUN = {
     ("README.md", "installs and tests the package"),
     ("README.md", "starts processes; tests/distributed/test_ranks.py does"),
