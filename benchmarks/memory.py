@@ -1,7 +1,9 @@
-"""Prune and measure a model of 7B shape under a hard limit of 6 GiB of address space, and compare two depths.
+"""Prune, quantize, compress and measure a model of 7B shape under a hard limit of 6 GiB of address space, and compare
+two depths.
 
     python benchmarks/memory.py               32 blocks of 4096 x 11008 in bfloat16: 13 GB, written by this program
     python benchmarks/memory.py --blocks 4    the same width, shallower: seconds to minutes
+    python benchmarks/memory.py --blocks 2 --only compress
     python benchmarks/memory.py --depth       peaks of 8 and 16 blocks of 1024 x 2816
 
 Each command runs in its own process with `RLIMIT_AS` set, as `ulimit -v` does. This limits all address space, libraries
@@ -32,6 +34,7 @@ from transformers import LlamaConfig
 
 LIMIT, VOCABULARY, TOKENS = 6 * 2**30, 32000, (4, 64)
 SHARD = 2 * 10**9
+TOKENIZER = Path(__file__).resolve().parents[1] / "billhook" / "demo_model"
 WHAT = """
 import re, sys
 from billhook.cli import main
@@ -68,6 +71,8 @@ def make(folder: Path, width: int, inner: int, blocks: int) -> Path:
     }
     config = LlamaConfig(vocab_size=VOCABULARY, dtype="bfloat16", architectures=["LlamaForCausalLM"], **rows)
     config.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TOKENIZER / file, folder / file)
     pool = (np.random.default_rng(0).standard_normal(1 << 26, dtype=np.float32) * 0.02).view(np.uint32)
     pool = (pool >> 16).astype(np.uint16)  # bfloat16 is the upper half of float32
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
@@ -154,6 +159,15 @@ def runs(folder: Path, model: Path, blocks: int) -> Iterator[tuple[str, list[Any
         )
         yield f"verify {criterion}", ["verify", output]
         yield f"remove {criterion}", []
+    for name, more in (
+        ("quantize", ["--type", "q4_k"]),
+        ("compress", ["--bits", "4", "--types", "q2_k,q3_k,iq4_xs,q5_k"]),
+    ):
+        yield name, [name, model, *more, *text, "-o", folder / name, "--resume"]
+        yield f"verify {name}", ["verify", folder / name]
+        yield f"remove {name}", []
+    scored = ["--data", folder / "tokens.safetensors", "--length", TOKENS[1]]
+    yield "eval", ["eval", model, *scored]
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from billhook.architectures.layers import FAMILIES
 from billhook.measurement import METRICS
 from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.sparse import CRITERIA
+from billhook.methods.structured import STRUCTURED
 from billhook.plan.allocators import ALLOCATORS
 from billhook.plan.level_allocators import LEVEL_ALLOCATORS
 from billhook.plan.metrics import CURVES, FACTS, Metric
@@ -29,7 +30,9 @@ OTHERS = {  # pages of modules that are not registered methods
     "self_text": "billhook.tasks.self_text",
     "levels": "billhook.racing.levels",
 }
-PREFIXES = {LEVEL_ALLOCATORS.kind: "levels_"}  # of pages, because other registries have the same names
+# of pages, because other registries have the same names
+PREFIXES = {LEVEL_ALLOCATORS.kind: "levels_", STRUCTURED.kind: "slim_"}
+OPTIONS = {STRUCTURED.kind: "method"}  # where the option is not called like the kind
 MORE = {"spectra": ("tails", "eigen")}  # modules whose docstrings are sections of a family's page
 SOURCES = {
     "spectrum": "weights",
@@ -45,7 +48,7 @@ def pages() -> dict[str, str]:
     """File name below docs/methods -> text."""
     links = _links()
     found = {"index.md": _index(links)}
-    for registry in (ALLOCATORS, CRITERIA, QUANTIZERS, LEVEL_ALLOCATORS):
+    for registry in (ALLOCATORS, CRITERIA, QUANTIZERS, STRUCTURED, LEVEL_ALLOCATORS):
         found |= {_page(registry, name): _method(registry, name, links) for name in registry.names()}
     for family in dict.fromkeys(map(_family, COLUMNS.values())):
         found[f"{family}.md"] = _metrics(family, links)
@@ -82,7 +85,7 @@ def _method(registry: Registry, name: str, links: dict[str, str]) -> str:
     assert module is not None
     options = registry.options(name).values()
     needs = registry.needs(name, {o.name: o.default for o in options})
-    option = f"{name}" if registry is LEVEL_ALLOCATORS else f"--{registry.kind} {name}"
+    option = f"{name}" if registry is LEVEL_ALLOCATORS else f"--{OPTIONS.get(registry.kind, registry.kind)} {name}"
     facts = [f"`{option}`", f"reads {', '.join(f'`{n}`' for n in needs) or 'nothing'}"]
     if registry is CRITERIA:
         facts.append(f"compares the weights of a {registry.group(name)}")
@@ -163,6 +166,9 @@ def _index(links: dict[str, str]) -> str:
         "## Allocators of storage types",
         "How `billhook compress` spends a size; [`levels`](levels.md) says how they are tried.",
         _registry(LEVEL_ALLOCATORS),
+        "## Structured methods",
+        "Which channels and heads go when whole units are removed ([Make it smaller](../slim.md)).",
+        _registry(STRUCTURED),
         "## Metrics",
         "Columns of the table that allocators read. A parameter may follow the name after a colon: "
         f"{_with_parameter()}.",

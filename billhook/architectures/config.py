@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError
+from billhook.store.checkpoint import class_names
 
 
 def text_config(config: Any) -> Any:
@@ -37,6 +38,46 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     return weight.shape[0]
+
+
+def classes_of(model: PreTrainedModel) -> int:
+    """The number of outputs of a prediction: tokens of the vocabulary, or classes."""
+    return vocabulary_size(model) if model.main_input_name == "input_ids" else int(model.config.num_labels or 1)
+
+
+def hidden_width(model: PreTrainedModel) -> int:
+    """The width of the hidden states of the first block."""
+    config = model.config
+    text = text_config(config) if model.main_input_name == "input_ids" else getattr(config, "vision_config", config)
+    sizes: Any = getattr(text, "hidden_sizes", None) or getattr(text, "embed_dim", None) or text.hidden_size
+    return int(sizes[0] if isinstance(sizes, list | tuple) else sizes)
+
+
+def is_headless(model: PreTrainedModel) -> bool:
+    """Whether the model ends with its last norm or pooling: it has embeddings and no predictions."""
+    known = class_names("AutoModel").values()
+    return model.base_model is model and type(model).__name__ in {name for names in known for name in names}
+
+
+def predictions(model: PreTrainedModel, output: Any) -> Tensor:
+    """What a model predicts: its logits, or, without a head, the pooled embedding of images [rows, width], or the last
+    hidden states [rows, length, width]."""
+    found = getattr(output, "logits", None)
+    if found is None and model.main_input_name == "pixel_values":
+        found = getattr(output, "pooler_output", None)
+    if found is None:
+        found = output.last_hidden_state
+    assert isinstance(found, Tensor)
+    return found
+
+
+def positions(config: Any, pixels: tuple[int, ...]) -> int:
+    """About how many tokens or positions an image [..., height, width] has in the first block."""
+    vision = getattr(config, "vision_config", config)
+    patch: Any = getattr(vision, "patch_stride", None) or getattr(vision, "strides", None)
+    patch = patch or getattr(vision, "patch_size", 16)
+    side = patch[0] if isinstance(patch, list | tuple) else patch
+    return max(1, pixels[-1] * pixels[-2] // int(side) ** 2)
 
 
 def expert_counts(config: Any) -> set[int]:

@@ -122,7 +122,7 @@ def _layers_of(module: nn.Module, full: str, block: int, kind: str) -> list[Laye
         return [Layer(full, block, kind, module, "weight", None, True)]
     layers = []
     for parameter, value in module.named_parameters(recurse=False):
-        if value.ndim == 3 and not isinstance(module, nn.Conv1d):
+        if value.ndim == 3 and min(value.shape[1:]) > 1 and not isinstance(module, nn.Conv1d):
             transposed = _stored_transposed(module, f"{full}.{parameter}")
             for expert in range(value.shape[0]):
                 name, inner = f"{full}.{parameter}.{expert}", f"{kind}.{parameter}"

@@ -47,6 +47,12 @@ def resolve(model: str | Path) -> Path:
     return directory
 
 
+def is_gguf(model: str | Path) -> bool:
+    """Whether a model is a GGUF file, or a directory whose only weights are one."""
+    path = Path(model).expanduser()
+    return path.suffix == ".gguf" or (path.is_dir() and bool(list(path.glob("*.gguf"))) and not weight_files(path))
+
+
 def convert(file: GgufFile, directory: Path) -> None:
     """Write the new model directory of a GGUF file; atomic. Raises BillhookError for a model of an unknown kind, or a
     directory that is not empty, and JobError for a full disk."""

@@ -1,10 +1,13 @@
 """Stacks of blocks: the lists of repeated modules of a model, such as the decoder layers of a Llama.
 
 Two rules, in this order: (A) the innermost ModuleList or Sequential whose items are transformers'
-`GradientCheckpointingLayer` or named in the model's `_no_split_modules`; (B) for models with code of their own, the
-outermost ModuleList of `num_hidden_layers` modules of one class. A model without such a list is refused.
+`GradientCheckpointingLayer` or named in the model's `_no_split_modules`; where the items are stages, each with a list
+of its own (Swin V2, PVT, Hiera), these lists. (B) for models with code of their own, the outermost ModuleList of
+`num_hidden_layers` modules of one class. Stages of one backbone, whose names differ in a number only, are visited one
+after the other. A model without such a list is refused.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from billhook.architectures.config import text_config
 from billhook.errors import BillhookError
+
+_INSIDE_A_STAGE = ("blocks", "layers", "layer")  # names of the list of blocks of a stage
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,23 @@ def decoder_stack(model: PreTrainedModel) -> Stack:
 
 
 def blocks_of(model: PreTrainedModel) -> Mapping[str, nn.Module]:
-    """The blocks that are pruned, by name, in running order; raises BillhookError as `decoder_stack` does."""
+    """The blocks that are pruned, by name, in running order: those of all stages of a backbone, or of the only stack.
+
+    Raises BillhookError as `decoder_stack` does.
+    """
+    stacks = find_stacks(model)
+    if _are_stages(stacks):
+        return {name: block for stack in stacks for name, block in stack.blocks.items()}
     return decoder_stack(model).blocks
+
+
+def is_staged(model: PreTrainedModel) -> bool:
+    """Whether the model has several stages, between which its hidden states change their width."""
+    return _are_stages(find_stacks(model))
+
+
+def _are_stages(stacks: list[Stack]) -> bool:
+    return len(stacks) > 1 and len({re.sub(r"\d+", "", stack.name) for stack in stacks}) == 1
 
 
 def _marked_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList | nn.Sequential]:
@@ -65,7 +85,19 @@ def _marked_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList | nn.Sequen
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) and all(map(is_block, module))
     }
-    return {name: m for name, m in found.items() if not any(other.startswith(f"{name}.") for other in found)}
+    innermost = {name: m for name, m in found.items() if not any(other.startswith(f"{name}.") for other in found)}
+    return {name: m for outer, stages in innermost.items() for name, m in _of_stages(outer, stages).items()}
+
+
+def _of_stages(outer: str, stages: nn.ModuleList | nn.Sequential) -> dict[str, nn.ModuleList | nn.Sequential]:
+    """The lists of blocks inside the items of a list, or that list itself where its items are blocks."""
+    found = {
+        f"{outer}.{number}.{name}": inner
+        for number, stage in enumerate(stages)
+        for name, inner in stage.named_children()
+        if name in _INSIDE_A_STAGE and isinstance(inner, nn.ModuleList | nn.Sequential) and len(inner)
+    }
+    return found if len(found) == len(stages) else {outer: stages}
 
 
 def _equal_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:

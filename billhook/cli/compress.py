@@ -22,9 +22,12 @@ NAME = "compress"
 EXAMPLES = """\b
 Examples:
   billhook compress model --size 2.5GB --calibration text.txt -o small
+  billhook compress model --fit 16GB --context 8192 --calibration text.txt -o small
   billhook compress model --bits 3.5 --types q2_k,q3_k,q4_k,q6_k --calibration hub:c4 -o small
   billhook compress model --ratio 0.25 --for vllm --calibration text.txt -o small
 """
+FIT_HELP = "Memory in which the file must fit in llama.cpp together with a context, such as 16GB."
+CONTEXT_HELP = "Tokens of context for --fit.  [default: 8192, or the model's]"
 FOR_HELP = "gguf: a file for llama.cpp. transformers, vllm: a compressed-tensors directory."
 
 
@@ -35,10 +38,12 @@ class Size:
     size: Annotated[str | None, typer.Option(help="Size of the file, such as 2.5GB (10^9 bytes) or 2GiB.")] = None
     bits: Annotated[float | None, typer.Option(help="Bits per parameter of the model, everything counted.")] = None
     ratio: Annotated[float | None, typer.Option(help="Fraction of the size in 16 bits.")] = None
+    fit: Annotated[str | None, typer.Option(help=FIT_HELP)] = None
+    context: Annotated[int | None, typer.Option(help=CONTEXT_HELP, min=1)] = None
     target: Annotated[Literal["gguf", "transformers", "vllm"], typer.Option("--for", help=FOR_HELP)] = "gguf"
     types: Annotated[
         str | None,
-        typer.Option(help="Only these types for the layers, separated by commas.", metavar="TYPES"),
+        typer.Option(help="Choose only from these types, separated by commas.", metavar="TYPES"),
     ] = None
     settings: shared.Settings = None
 
@@ -56,11 +61,13 @@ def command(
     """Meet a size with the least loss: a storage type for every tensor, by what each is measured to lose."""
     from billhook.steps.compress import CompressRequest, decide, run_compress
 
-    sizes = {"size": size.size, "bits": size.bits, "ratio": size.ratio, "target": size.target}
-    chosen = {**sizes, "types": split_list(size.types), "options": parse_settings(size.settings)}
-    groups: dict[str, Any] = {**chosen, **vars(text), **work.fields(model, streams=False), **vars(writing)}
+    chosen = {**vars(size), "types": split_list(size.types), "options": parse_settings(size.settings)}
+    chosen.pop("settings")
+    groups: dict[str, Any] = {**chosen, **vars(text), **work.fields(model), **vars(writing)}
     with progress("choosing types") as advance:
         job = decide(CompressRequest(model, output, **groups), advance)
+    if job.memory is not None:
+        say(f"In memory {job.memory}: {job.budget:,} bytes are left for the file.")
     layers = job.quantizing.opened.layers
     bar = progress("quantizing", len(layers), unit=layers_per_block(layers))
     with bar as advance, graceful_interrupt() as stopping:
@@ -73,8 +80,10 @@ def command(
     say(f"{found.output}: {found.size:,} bytes of at most {report.budget:,}. Layers: {kinds}. {took}.")
     if found.loss is not None:
         say(f"{found.loss}.")
-    for factor, loss in report.outlook.items():
-        say(f"With {factor:.0%} of this budget the divergence would be about {loss:.2f} times this one.")
+    for factor, ratio in report.outlook.items():
+        kl = None if found.loss is None or found.loss.kl is None else found.loss.kl * ratio
+        about = f"about {ratio:.2f} times this one" + ("" if kl is None else f" ({kl:.3g})")
+        say(f"With {factor:.0%} of this size ({int(report.budget * factor):,} bytes) the divergence would be {about}.")
     say(f"Check it: billhook verify {found.output}")
     if as_json:
         emit(report.to_json())

@@ -1,4 +1,4 @@
-"""`billhook eval`: perplexity by either protocol, distance from the dense model, zero-shot tasks."""
+"""`billhook eval`: perplexity, accuracy on images, distance from the dense model, zero-shot tasks."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,10 +16,11 @@ Examples:
   billhook eval ./pruned --data windows.safetensors --json
   billhook eval ./pruned --tasks paper7
   billhook eval ./pruned --tasks items.jsonl,arc_easy --report
+  billhook eval ./pruned-vit --data images/ --against ./vit
 """
 DATA_HELP = (
     "FILE.txt, FILE.jsonl, TOKENS.safetensors, hub:NAME[:config][:split] (hub:wikitext2, hub:c4, hub:ptb), "
-    "stdlib:heldout."
+    "stdlib:heldout; of images a folder (labels are the names of its folders), FILE.npz or hub:NAME."
 )
 PROTOCOL_HELP = "token: the papers', over non-overlapping windows; word: lm-evaluation-harness's, over whole documents."
 AGAINST_HELP = "The dense model: KL divergence and top-1 agreement on the same windows."
@@ -47,7 +48,7 @@ def command(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity, KL divergence and agreement with the dense model, and zero-shot accuracy."""
+    """Perplexity or accuracy on images, KL divergence and agreement with the dense model, and zero-shot accuracy."""
     from billhook.steps.evaluate import EvalConfig, evaluate_model
 
     scored = (data, length, limit, protocol, against, split_list(tasks), few_shot, task_limit, batch_size)
@@ -80,6 +81,8 @@ def _check_report(model: str) -> None:
 
 def lines(record: dict[str, Any]) -> list[str]:
     """The record as text, each number with its protocol."""
+    if "inputs" in record:
+        return _row_lines(record)
     found = []
     if "nll" in record:
         bits = "" if record["bits_per_byte"] is None else f", {record['bits_per_byte']:.4f} bits per byte"
@@ -97,6 +100,27 @@ def lines(record: dict[str, Any]) -> list[str]:
         bits = f"{word['bits_per_byte']:.4f} bits per byte"
         found.append(f"word perplexity {_ppl(word['word_ppl'])}, {bits} ({size}; lm-eval's protocol)")
     return found + [_task_line(task) for task in record.get("tasks", [])]
+
+
+def _row_lines(record: dict[str, Any]) -> list[str]:
+    """The record of images or other inputs as text."""
+    where, found = f"({record['inputs']} {record['unit']}s of {record['source']})", []
+    if "top1" in record:
+        parts = [f"{n} {_percent(record, key)}" for key, n in (("top1", "top-1"), ("top5", "top-5")) if key in record]
+        found.append(f"accuracy {', '.join(parts)}, negative log-likelihood {record['nll']:.4f} {where}")
+    if (dense := record.get("against")) is None:
+        return found or [f"no labels: give --against DENSE to compare with the dense model {where}"]
+    name = dense["model"] + (f" (top-1 {100 * dense['top1']:.2f} %)" if "top1" in dense else "")
+    key, words = ("cosine", "cosine of the embeddings") if "cosine" in dense else ("kl", "KL divergence")
+    error = f" +- {dense[f'{key}_error']:.2g}" if dense.get(f"{key}_error") is not None else ""
+    line = f"against {name}: {words} {dense[key]:.4f}{error}"
+    if key == "kl":
+        line += f" nats an image, top-1 agreement {100 * dense['top1_agreement']:.2f} %"
+    return [*found, line]
+
+
+def _percent(record: dict[str, Any], key: str) -> str:
+    return f"{100 * record[key]:.2f} +- {100 * record[f'{key}_error']:.2f} %"
 
 
 def _task_line(task: dict[str, Any]) -> str:

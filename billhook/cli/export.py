@@ -1,7 +1,7 @@
-"""`billhook export`: write a model directory in the format of another program."""
+"""`billhook export`: write a model directory in the format of another program, or decode a quantized one."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,29 +14,46 @@ Examples:
   billhook export ./pruned --to gguf -o pruned.gguf
   billhook export ./pruned --to gguf --type q8_0 -o pruned-q8_0.gguf
   billhook export ./pruned --to gguf --template converted-f16.gguf -o pruned.gguf
+  billhook export ./quantized --to dense -o decoded
+  billhook export ./int4 --to vllm -o for-vllm
 """
-TYPE_HELP = "Type of the weights; auto is the checkpoint's, or f16 for float32. Norms and biases are always f32."
+TO_HELP = "gguf: a file for llama.cpp. dense: a directory of 16-bit weights, decoded. vllm: a directory for vLLM."
+TYPE_HELP = (
+    "Type of the weights; auto is the checkpoint's, or f16 for float32. Norms and biases in gguf are always f32; "
+    "q8_0 is for gguf."
+)
 TEMPLATE_HELP = (
-    "A file that llama.cpp's convert_hf_to_gguf.py made of this model: its metadata and tokenizer are taken, and the "
-    "names of tensors of an unknown architecture."
+    "For gguf: a file that llama.cpp's convert_hf_to_gguf.py made of this model. Its metadata and tokenizer are taken, "
+    "and the names of tensors of an unknown architecture."
 )
 
 
 def command(
     model: Model,
     *,
-    output: Annotated[Path, output_option("The file to write.")],
-    to: Annotated[Literal["gguf"], typer.Option(help="Format: gguf is that of llama.cpp.")] = "gguf",
+    output: Annotated[Path, output_option("The file, or for dense and vllm the directory, to write.")],
+    to: Annotated[Literal["gguf", "dense", "vllm"], typer.Option(help=TO_HELP)] = "gguf",
     kind: Annotated[Literal["auto", "f16", "bf16", "f32", "q8_0"], typer.Option("--type", help=TYPE_HELP)] = "auto",
     template: Annotated[Path | None, typer.Option(help=TEMPLATE_HELP, metavar="FILE")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write one file that llama.cpp runs as it is, with the tokenizer and the chat template."""
-    from billhook.steps.export import export_gguf
+    """Write a model, quantized or not, for llama.cpp, for vLLM, or as ordinary 16-bit weights."""
+    from billhook.errors import BillhookError
+    from billhook.steps.export import export_dense, export_gguf, export_vllm
 
+    if template is not None and to != "gguf":
+        raise BillhookError("--template is for --to gguf.")
+    if to == "vllm" and kind != "auto":
+        raise BillhookError("--type is not for --to vllm, which keeps the types: billhook quantize makes others.")
     with progress("writing tensors") as advance:
-        written = export_gguf(model, output, kind=kind, template=template, overwrite=overwrite, progress=advance)
+        common: dict[str, Any] = {"overwrite": overwrite, "progress": advance}
+        if to == "gguf":
+            written = export_gguf(model, output, kind=kind, template=template, **common)
+        elif to == "dense":
+            written = export_dense(model, output, kind=kind, **common)
+        else:
+            written = export_vllm(model, output, **common)
     for note in written.notes:
         say(f"note: {note}")
     types = ", ".join(f"{count} of {name}" for name, count in written.types.items())

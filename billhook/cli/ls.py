@@ -17,7 +17,7 @@ Examples:
   billhook ls allocators
   billhook ls criteria --json
 """
-KINDS = ("recipes", "allocators", "criteria", "quantizers", "types", "metrics", "families")
+KINDS = ("recipes", "allocators", "criteria", "quantizers", "structured", "types", "metrics", "families")
 AUTO_PAPER = "Billhook: allocations tried on held-out text"
 
 
@@ -80,5 +80,6 @@ def _registry(kind: str) -> Registry:
         return ALLOCATORS
     from billhook.methods.quantize import QUANTIZERS
     from billhook.methods.sparse import CRITERIA
+    from billhook.methods.structured import STRUCTURED
 
-    return QUANTIZERS if kind == "quantizers" else CRITERIA
+    return {"quantizers": QUANTIZERS, "structured": STRUCTURED}.get(kind, CRITERIA)

@@ -62,7 +62,7 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         help="Calibration text: FILE.txt, FILE.jsonl (field text), .json, .csv, .parquet, .gz, TOKENS.safetensors, "
-        "hub:NAME[:config][:split], stdlib:train.",
+        "hub:NAME[:config][:split], stdlib:train; for an image model a folder of images, FILE.npz or hub:NAME.",
         metavar="SOURCE",
     ),
 ]
@@ -94,7 +94,7 @@ class Text:
     """The calibration windows."""
 
     calibration: Calibration = None
-    samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128
+    samples: Annotated[int, typer.Option(help="Calibration windows, or images.", min=1)] = 128
     length: Length = None
     bos: Bos = "auto"
     published: Annotated[

@@ -42,7 +42,7 @@ from billhook.steps.keywords import CompareFields
 from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
 from billhook.store.compute import dtype_name
 from billhook.store.files import json_text
-from billhook.tasks.base import Home
+from billhook.tasks.base import Home, WindowTask
 from billhook.tasks.token_windows import tokenizer_of, window_length
 from billhook.text.corpus import is_token_file, source_name
 from billhook.text.windows import Windows
@@ -76,6 +76,7 @@ def compare(
     opened = open_request(request, any(map(grid.reads_text, cells)), _WHO)
     for plan in grid.plans.values():
         plan.check({layer.name: layer.shape for layer in opened.layers})
+    assert isinstance(opened.task, WindowTask)
     tokenizer = tokenizer_of(opened.model, Home(opened.source, request.trust_remote_code))
     length = window_length(opened.model, request.length)
     bos = "no" if request.published and request.bos == "auto" else request.bos

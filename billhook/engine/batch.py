@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.architectures.config import vocabulary_size
+from billhook.architectures.config import positions, vocabulary_size
 from billhook.errors import BillhookError
 from billhook.text.given import whole_ids
 from billhook.text.windows import check_ids
@@ -68,6 +68,14 @@ def main_input(model: PreTrainedModel, batch: Batch) -> Tensor:
     return batch[model.main_input_name]
 
 
+def row_length(model: PreTrainedModel, batch: Batch) -> int:
+    """The tokens of a row, or about as many as an image has positions in the first block."""
+    inputs = main_input(model, batch)
+    return inputs.shape[1] if inputs.ndim == 2 else positions(model.config, tuple(inputs.shape))
+
+
 def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """The keyword arguments of the model: the batch without its labels, on the model's device."""
-    return {name: value.to(model.device) for name, value in batch.items() if name != LABELS}
+    """The keyword arguments of the model: the batch without its labels, on the model's device and in its dtype."""
+    given = {name: value for name, value in batch.items() if name != LABELS}
+    kinds = {name: model.dtype if value.is_floating_point() else value.dtype for name, value in given.items()}
+    return {name: value.to(model.device, kinds[name]) for name, value in given.items()}

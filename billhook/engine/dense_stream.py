@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from billhook.architectures.layers import Layer
 from billhook.distributed.collectives import all_reduce_, gather
 from billhook.engine.activation_store import ActivationStore
+from billhook.engine.capture import Flow
 from billhook.engine.observer import Observer, noting
 from billhook.engine.replay import Call, run_block
-from billhook.engine.resources import Resources
 from billhook.engine.restore import exchanged
 from billhook.methods.statistics import Collector, LayerStats
 
@@ -38,32 +38,36 @@ _TOLERANCE = 0.1  # relative difference up to which two shifts count as equal
 
 
 class DenseStream:
-    """The dense model's stream in a walk that changes weights; `hidden` are the inputs of the next dense block."""
+    """The dense model's stream in a walk that changes weights."""
 
-    def __init__(self, hidden: ActivationStore, resources: Resources) -> None:
-        """Start from the inputs of the first block."""
-        self.hidden = resources.activations()
-        for states in hidden:
-            self.hidden.append(states)
+    def __init__(self, flow: Flow) -> None:
+        """Start from the inputs of the first block in `flow`."""
+        self.flow = flow.branch()
 
-    def advance(self, block: nn.Module, calls: Sequence[Call]) -> None:
-        """Pass the stream through a block that is still dense."""
-        for i, call in enumerate(calls):
-            self.hidden[i] = run_block(block, self.hidden[i], call)
+    @property
+    def hidden(self) -> ActivationStore:
+        """The inputs of the next dense block."""
+        return self.flow.hidden
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Pass the stream through block number `index`, which is still dense."""
+        self.flow.advance(block, index)
 
     @torch.no_grad()
     def stages(
         self,
         block: nn.Module,
+        index: int,
         layers: list[Layer],
         names: Sequence[str],
-        hidden: ActivationStore,
-        calls: Sequence[Call],
+        pruned: Flow,
     ) -> Iterator[Stage]:
-        """Yield groups of layers in running order with the statistics `names` of their inputs; the caller prunes each.
+        """Yield groups of layers of block number `index` in running order with the statistics `names` of their inputs
+        in the `pruned` flow; the caller prunes each.
 
         At the end of the iteration the stream has passed through the block with its original weights.
         """
+        hidden, calls = pruned.hidden, pruned.segment.of(index)
         dense = {id(p): (p, p.detach().clone()) for p in (layer.stored for layer in layers)}
         finder, rows = Observer(layers, (), wanted=True), sum(map(len, hidden))
         with finder:
@@ -85,7 +89,7 @@ class DenseStream:
                 pair.add(block, dense.values(), (self.hidden[i], hidden[i]), call)
             yield group, pair.stats(group, rows)
         with exchanged(dense.values()):
-            self.advance(block, calls)
+            self.advance(block, index)
 
 
 def _is_writer(block: nn.Module, layer: Layer, hidden: Tensor, call: Call) -> bool:

@@ -18,6 +18,7 @@ that brings the largest near one (a smaller power where that overflows), which i
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from transformers import PreTrainedModel
 
 from billhook.ambient import evaluating
 from billhook.architectures.layers import Layer, find_layers, observable_experts
-from billhook.architectures.stacks import blocks_of
+from billhook.architectures.stacks import blocks_of, is_staged
 from billhook.distributed.collectives import check_share, shard
 from billhook.engine.activation_store import ActivationStore
 from billhook.engine.batch import Batch, as_batches, split_rows
@@ -78,7 +79,8 @@ def compute_gradients(
         if statistic == REGIONAL:
             found = regional_gradients(model, sequences, layers, resources)
         else:
-            found = Backward(model, shard(sequences), loss, resources).run(norm, layers)
+            kind = _WholeBackward if is_staged(model) else Backward
+            found = kind(model, shard(sequences), loss, resources).run(norm, layers)
         with observable_experts(model), evaluating(model):
             for name, value in found:
                 yield name, value
@@ -101,6 +103,33 @@ def _sequences(model: PreTrainedModel, batches: Tensor | Batch | Sequence[Tensor
     if not sequences:
         raise BillhookError("Gradients need calibration text: give it with --calibration SOURCE.")
     return sequences
+
+
+class _WholeBackward:
+    """One forward and one backward pass of the whole model a sequence, for models in stages; all gradients and sums
+    are in memory."""
+
+    def __init__(self, model: PreTrainedModel, sequences: Sequence[Batch], loss: Loss, resources: Resources) -> None:
+        self.model, self.sequences, self.loss, self.resources = model, sequences, loss, resources
+
+    def run(self, norm: Callable[[Tensor], GradientNorm], layers: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:
+        """Yield each layer's name and statistic [out, in]."""
+        with ExitStack() as stack:
+            for index in range(len(blocks_of(self.model))):
+                stack.enter_context(self.resources.block(index))
+            weights = list({id(layer.stored): layer.stored for layer in layers}.values())
+            sums = {id(weight): norm(weight) for weight in weights}
+            stack.enter_context(differentiable(weights, self.model.parameters()))
+            for sequence in self.sequences:
+                with torch.enable_grad():
+                    found = torch.autograd.grad(self.loss(self.model, sequence), weights, allow_unused=True)
+                for weight, gradient in zip(weights, found, strict=True):
+                    if gradient is not None:
+                        sums[id(weight)].add(gradient.float())
+            for total in sums.values():
+                total.merge()
+            for layer in layers:
+                yield layer.name, _checked(layer, sums[id(layer.stored)].value())
 
 
 class Backward:
@@ -145,6 +174,10 @@ class Backward:
         """Store the inputs of every block from `first` on."""
         hidden: list[Tensor] = []
         self.segment = capture(self.model, self.blocks, self.sequences, hidden)
+        if self.segment.stop < len(self.blocks):
+            raise BillhookError(
+                f"{type(self.model).__name__} has stages: this measurement passes through one stack only."
+            )
         for index, (name, block) in enumerate(self.blocks.items()):
             if index >= first:
                 room = self.resources.spill_gib - sum(states.nbytes for states in self.inputs.values()) / 2**30
@@ -153,7 +186,7 @@ class Backward:
                     self.inputs[index].append(states.cpu())
             if index + 1 < len(self.blocks):
                 with self.resources.block(index, ahead=index + 1):
-                    calls = [calls[index] for calls in self.segment.calls]
+                    calls = self.segment.of(index)
                     hidden = [run_block(block, h, call) for h, call in zip(hidden, calls, strict=True)]
                 check_finite_states(hidden, name)
 
@@ -178,7 +211,7 @@ class Backward:
                 output = self._last_block_loss(self.sequences[number], states)
                 power = math.ceil(math.log2(states.shape[1])) + _HEADROOM if states.dtype == torch.float16 else 0
                 return output, _Scaled(torch.full_like(output, 2.0**power), power)
-            output = run_block(self.modules[index], states, self.segment.calls[number][index])
+            output = run_block(self.modules[index], states, self.segment.of(index)[number])
         start = self.gradients[number]
         assert start is not None
         return output, start

@@ -36,7 +36,8 @@ class LayerResult:
 
     `error` is the squared change of the layer's output relative to its square, for uncorrelated inputs with the norms
     of the calibration samples (norm 1 without samples); None where that is not a number. `updated` says whether the
-    criterion or the tuning gave kept weights new values.
+    criterion or the tuning gave kept weights new values. `kept` are the numbers of the parts of a unit that stayed,
+    where parts were removed whole.
     """
 
     layer: str
@@ -49,6 +50,7 @@ class LayerResult:
     seconds: float = 0.0
     type: str | None = None
     updated: bool = False
+    kept: list[int] | None = None
 
     @property
     def n(self) -> int:
@@ -114,7 +116,7 @@ def apply_plan_(
             tuner.note(block)
         done = [result for stage in block.stages for result in pruning.stage(stage)]
         if tuner is not None and block.layers:
-            with resources.block(block.index + 1 if block.following.module else block.index):
+            with resources.block(block.index if block.last else block.index + 1):
                 done = _tuned(tuner.tune_(block), block, done)
         finished(block, done)
         results += done

@@ -50,6 +50,7 @@ class Stream:
 
     def __init__(self, model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
         self.model, self.stored, self.source = model, dict(stored), dict(stored)
+        self.replaced: dict[int, Callable[[], Mapping[str, Tensor]]] = {}  # blocks that have other values by now
         blocks = blocks_of(model)
         self.prefixes, self.blocks = list(blocks), list(blocks.values())
         self.names: list[list[str]] = [[] for _ in self.blocks]  # names of the tensors on disk
@@ -58,6 +59,7 @@ class Stream:
                 self.names[index].append(name)
         self._meta = [list(_meta_tensors(block)) for block in self.blocks]
         self._loaded: set[int] = set()
+        self.of_source = False  # whether the block in memory has its original weights
         self._reader = ThreadPoolExecutor(1)
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
 
@@ -68,6 +70,7 @@ class Stream:
             yield
             return
         self._loaded.add(index)
+        self.of_source = source
         try:
             self.load(index, self.source if source else self.stored)
             on_gpu = self.model.device.type != "cpu"  # on a CPU, reading ahead costs memory and saves no time
@@ -76,10 +79,17 @@ class Stream:
             yield
         finally:
             self._loaded.discard(index)
+            self.of_source = False
             self._drop(index)
 
     def load(self, index: int, stored: Mapping[str, Stored]) -> None:
         """Load the parameters of a block (again); raises JobError when some are not in the files."""
+        if stored is self.stored and index in self.replaced:
+            values = dict(self.replaced[index]())
+            self._drop(index)
+            for name, value in values.items():
+                put_tensor(self.model, name, value)
+            return
         waiting = self._ahead.pop(index, None) if stored is self.stored else None
         tensors = self._read(index, stored) if waiting is None else waiting.result()
         self._drop(index)
@@ -108,6 +118,13 @@ class Stream:
 
     def _read(self, index: int, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
         return {name: stored[name].read() for name in self.names[index]}
+
+
+def put_tensor(model: PreTrainedModel, name: str, value: Tensor) -> None:
+    """Give a parameter or buffer of a model, by its full name, other values, of any shape."""
+    owner, _, last = name.rpartition(".")
+    module = model.get_submodule(owner)
+    setattr(module, last, nn.Parameter(value, requires_grad=False) if last in module._parameters else value)
 
 
 def _meta_tensors(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -156,7 +173,23 @@ def open_streamed(
         if type(config) is not type(empty.config):
             config = text_config(config)
         stored = stored_tensors(shards, outside)
-        model = from_pretrained(type(empty), path, None, dtype=dtype, config=config, state_dict=stored)
+        return stream_of(path, type(empty), config, stored, dtype=dtype, device=device)
+
+
+def stream_of(
+    path: Path,
+    kind: type[PreTrainedModel],
+    config: Any,
+    stored: Mapping[str, Stored],
+    *,
+    dtype: torch.dtype,
+    device: str,
+) -> Stream:
+    """Open a model of class `kind` whose tensors on disk are `stored`, those of its blocks lazy.
+
+    Raises BillhookError, naming `path`, where they do not fit the configuration.
+    """
+    model = from_pretrained(kind, path, None, dtype=dtype, config=config, state_dict=dict(stored))
     model.config.name_or_path = str(path)
     with on_device(device):
         model.eval()._apply(lambda value: value if value.is_meta else value.to(device))

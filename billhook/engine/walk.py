@@ -21,7 +21,7 @@ from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import shard
 from billhook.engine.activation_store import ActivationStore
 from billhook.engine.batch import Batch, as_batches, rows_of
-from billhook.engine.capture import Segment, capture, predictor
+from billhook.engine.capture import Flow, predictor, predicts_tokens
 from billhook.engine.dense_stream import DenseStream, Stage
 from billhook.engine.observer import Observer
 from billhook.engine.replay import Call, run_block
@@ -35,7 +35,8 @@ Progress = Callable[[str], None]  # called with the name of each finished layer
 
 @dataclass(frozen=True)
 class Following:
-    """What follows a block: the next block with its calls, or, if `module` is None, the final norm and the head.
+    """What follows a block: the next block with its calls, or, if `module` is None, the final norm and a head that
+    predicts every token; an identity where it is anything else.
 
     `predict` returns the logits [rows, length, classes] for outputs of the last block [rows, length, width].
     """
@@ -54,7 +55,7 @@ class Block:
     their statistics: all at once or, if `drift` is a statistic, group by group (`billhook.engine.dense_stream`);
     iterate over them exactly once. `stats` are the statistics of a block with a single stage. `dense` are the outputs
     of the dense model's block if requested, valid after the stages. `following` is in memory only while
-    `resources.block(index + 1)` is entered.
+    `resources.block(index + 1)` is entered. `last` says that no other block follows.
     """
 
     index: int
@@ -67,6 +68,7 @@ class Block:
     calls: Sequence[Call]
     dense: Sequence[Tensor] | ActivationStore
     following: Following
+    last: bool
 
 
 @torch.no_grad()
@@ -75,6 +77,7 @@ def walk(
     batches: Tensor | Batch | Sequence[Tensor | Batch],
     statistics: Sequence[str] = (),
     *,
+    layers: Sequence[Layer] | None = None,
     read_only: bool = False,
     dense_outputs: bool = False,
     start: int = 0,
@@ -83,45 +86,53 @@ def walk(
     """Yield every block in running order, from block `start` on.
 
     `batches` are mappings of keyword arguments (or token ids int64 [windows, length]) in the order in which statistics
-    accumulate; they may be empty without statistics. `read_only` promises that the loop body changes no weight, which
-    saves the second pass through each block. `dense_outputs` requests the outputs of the dense model's blocks. Raises
-    JobError, naming the block or layer, when activations are not finite; BillhookError for `drift` or `dense_outputs`
-    with `start` inside a model that is entirely in memory.
+    accumulate; they may be empty without statistics. `layers` are those of the walk (all prunable ones by default).
+    `read_only` passes the outputs of each block as it is when it is yielded, which saves the second pass: the loop body
+    changes no weight, or changes only those of a model whose dense outputs are passed on. `dense_outputs` requests the
+    outputs of the dense model's blocks. Raises JobError, naming the block or layer, when activations are not finite;
+    BillhookError for `drift` or `dense_outputs` with `start` inside a model that is entirely in memory.
     """
     checked = shard(as_batches(model, batches))
     with observable_experts(model), evaluating(model):
-        yield from _Walk(model, checked, resources).run(statistics, read_only, dense_outputs, start)
+        found = find_layers(model) if layers is None else layers
+        yield from _Walk(model, checked, resources, found).run(statistics, read_only, dense_outputs, start)
 
 
 class _Walk:
     """The state of a walk: the inputs of the current block, and the calls of all blocks."""
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], resources: Resources) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batches: Sequence[Batch], resources: Resources, layers: Sequence[Layer]
+    ) -> None:
         self.resources = resources
         self.blocks = blocks_of(model)
         self.modules = list(self.blocks.values())
-        self.hidden = resources.activations()
         self.rows = sum(map(rows_of, batches))
-        empty = Segment([], lambda states: states)
-        self.segment = capture(model, self.blocks, batches, self.hidden) if batches else empty
-        self.predict = predictor(model, self.blocks, self.segment.returned)
+        self.flow = Flow(model, self.blocks, batches, resources.activations)
+        self.predict = predictor(model, self.blocks, self.flow.segment.returned)
+        self.predicts_tokens = predicts_tokens(model)
         self.layers: dict[int, list[Layer]] = {}
-        for layer in find_layers(model):
+        for layer in layers:
             self.layers.setdefault(layer.block, []).append(layer)
+
+    @property
+    def hidden(self) -> ActivationStore:
+        """The inputs of the current block."""
+        return self.flow.hidden
 
     def run(self, statistics: Sequence[str], read_only: bool, dense_outputs: bool, start: int) -> Iterator[Block]:
         """See `walk`."""
         drift = "drift" in statistics and not read_only
-        dense = DenseStream(self.hidden, self.resources) if drift or dense_outputs else None
+        dense = DenseStream(self.flow) if drift or dense_outputs else None
         if dense is not None and start and not self.resources.streamed:
             gone = "This model is partly pruned and its dense weights are not in memory"
             raise BillhookError(f"{gone}: use dense_target=0, or start from a model directory.")
         for index, (name, module) in enumerate(self.blocks.items()):
-            if index < start and not self.segment.calls:
+            if index < start and not self.flow.batches:
                 continue
             if dense is not None and index < start:
                 with self.resources.block(index, source=True):
-                    dense.advance(module, self._calls(index))
+                    dense.advance(module, index)
             with self.resources.block(index, ahead=index + 1):
                 outputs = self.hidden
                 if index >= start:
@@ -132,6 +143,8 @@ class _Walk:
                 if index + 1 < len(self.blocks):
                     self._advance(index, outputs)
                     check_finite_states(self.hidden, name)
+                    for flow in (self.flow,) if dense is None else (self.flow, dense.flow):
+                        flow.cross(index + 1)
 
     def _block(self, index: int, stats: Stats, dense: DenseStream | None, staged: Sequence[str]) -> Block:
         """The block to yield; `staged` are the statistics that are collected stage by stage."""
@@ -139,17 +152,24 @@ class _Walk:
         calls, layers = self._calls(index), self.layers.get(index, [])
         stages: Iterable[Stage] = [(layers, stats)]
         if dense is not None and staged:
-            stages = dense.stages(module, layers, staged, self.hidden, calls)
+            stages = dense.stages(module, index, layers, staged, self.flow)
         elif dense is not None:
-            dense.advance(module, calls)
+            dense.advance(module, index)
         outputs = () if dense is None else dense.hidden
-        following = Following(None, (), self.predict)
-        if index + 1 < len(self.blocks):
-            following = Following(self.modules[index + 1], self._calls(index + 1), self.predict)
-        return Block(index, name, module, layers, self.hidden, stats, stages, calls, outputs, following)
+        last = index + 1 == len(self.blocks)
+        return Block(
+            index, name, module, layers, self.hidden, stats, stages, calls, outputs, self._following(index), last
+        )  # fmt: skip
+
+    def _following(self, index: int) -> Following:
+        if index + 1 < self.flow.segment.stop:
+            return Following(self.modules[index + 1], self._calls(index + 1), self.predict)
+        if index + 1 == len(self.blocks) and self.predicts_tokens:
+            return Following(None, (), self.predict)
+        return Following(nn.Identity(), [Call((), {}) for _ in self.flow.batches], self.predict)
 
     def _calls(self, index: int) -> list[Call]:
-        return [calls[index] for calls in self.segment.calls]
+        return self.flow.segment.of(index)
 
     def _observe(self, index: int, statistics: Sequence[str], read_only: bool) -> tuple[ActivationStore, Stats]:
         """Run a block on its inputs; return its outputs (read-only walk) or inputs, and the statistics."""
@@ -165,10 +185,9 @@ class _Walk:
     def _advance(self, index: int, outputs: ActivationStore) -> None:
         """Replace the hidden states by the outputs of the block, which are `outputs` if these are not its inputs."""
         if outputs is not self.hidden:
-            self.hidden = outputs
-            return
-        for i, call in enumerate(self._calls(index)):  # in place: not all inputs and outputs are in memory at once
-            self.hidden[i] = run_block(self.modules[index], self.hidden[i], call)
+            self.flow.hidden = outputs
+        else:
+            self.flow.advance(self.modules[index], index)
 
 
 def check_finite_states(hidden: Iterable[Tensor], name: str) -> None:

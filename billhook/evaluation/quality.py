@@ -3,9 +3,10 @@
     reference = Reference.of(model, batches, scoring)  # while the model is dense
     loss = reference.compare(model)                    # at any time later
 
-Both pass the text through the model block by block, so that a streamed model is read once, and give the same numbers
-for a streamed model and one in memory. The KL divergence of the next-token predictions, in nats a token, gives the
-verdict: below 0.02 `near lossless`, below 0.1 `good`, below 0.3 `usable`, below 1 `degraded`, and `broken` above.
+Both pass a text through the model block by block, so that a streamed model is read once, and give the same numbers for
+a streamed model and one in memory; images go through the model as a whole. The KL divergence of the predictions, in
+nats a token (or an image), gives the verdict: below 0.02 `near lossless`, below 0.1 `good`, below 0.3 `usable`, below 1
+`degraded`, and `broken` above. Embeddings are compared by the cosine: distances of 0.005, 0.02, 0.05 and 0.2.
 
 Cost: a forward pass each. In memory: the dense model's 256 most likely tokens of every position (`TopKTeacher`).
 Limits: a dozen windows tell verdicts apart and not methods that are nearly alike; the standard error says so.
@@ -13,7 +14,7 @@ Limits: a dozen windows tell verdicts apart and not methods that are nearly alik
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,28 +22,31 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.architectures.config import vocabulary_size
+from billhook.ambient import evaluating
 from billhook.distributed.collectives import gather, shard
 from billhook.engine.batch import Batch, main_input, split_rows
 from billhook.engine.replay import run_block
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import walk
-from billhook.evaluation.batching import batch_size
-from billhook.evaluation.kl import TopKTeacher, WindowKl, percentiles, window_kl
-from billhook.evaluation.perplexity import window_nll
+from billhook.evaluation.divergence import COSINE
+from billhook.evaluation.kl import WindowKl, percentiles
+from billhook.evaluation.predicting import predicted, row_nll, rows_at_once
 from billhook.evaluation.scoring import Scoring, scored_rows
 
 VERDICTS = {"near lossless": 0.02, "good": 0.1, "usable": 0.3, "degraded": 1.0}  # below these, in nats a token
+DISTANCES = dict(zip(VERDICTS, (0.005, 0.02, 0.05, 0.2), strict=True))  # below these, 1 - cosine
 BROKEN = "broken"
 SCALE = ", ".join(f"below {limit:g} {word}" for word, limit in VERDICTS.items()) + f", above {BROKEN}"
+DISTANCE_SCALE = ", ".join(f"below {limit:g} {word}" for word, limit in DISTANCES.items()) + f", above {BROKEN}"
 
 
 @dataclass(frozen=True)
 class Loss:
     """What was lost, in six significant digits.
 
-    * `verdict`: by `kl`.
-    * `kl` (number or null): KL divergence from the dense model, mean over tokens in nats; null if it is not finite.
+    * `verdict`: by `kl`, or by `cosine`.
+    * `kl` (number or null): KL divergence from the dense model, mean over tokens in nats; null if it is not finite, or
+      if the model has embeddings instead of predictions.
     * `kl_error` (number or null): its standard error over windows.
     * `kl_99` (number or null, optional): the 99th percentile of the divergence over tokens, linearly interpolated; not
       in records of earlier versions.
@@ -50,16 +54,21 @@ class Loss:
     * `top1_agreement`: fraction of tokens for which both models have the same top-1 prediction.
     * `token_ppl` (number or null): token perplexity; null if it is too large to be a number.
     * `dense_token_ppl` (number or null): that of the dense model.
-    * `windows`: windows of text.
-    * `length`: tokens in a window.
-    * `source`: the text.
+    * `windows`: windows of text, or images.
+    * `length`: tokens in a window, or pixels in a row of an image.
+    * `source`: the text or the images.
     * `held_out`: false where the text was too short, and the windows are some of those that were used.
+    * `unit` (string, optional): what is predicted where that is not a token: an image, or an input of an encoder.
+    * `accuracy` (number, optional): top-1 accuracy on the images.
+    * `dense_accuracy` (number, optional): that of the dense model.
+    * `cosine` (number, optional): cosine of the embeddings and the dense model's, mean over inputs.
+    * `cosine_error` (number, optional): its standard error.
     """
 
     verdict: str
     kl: float | None
     kl_error: float | None
-    top1_agreement: float
+    top1_agreement: float | None
     token_ppl: float | None
     dense_token_ppl: float | None
     windows: int
@@ -68,12 +77,20 @@ class Loss:
     held_out: bool
     kl_99: float | None = None
     kl_999: float | None = None
+    unit: str = "token"
+    accuracy: float | None = None
+    dense_accuracy: float | None = None
+    cosine: float | None = None
+    cosine_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, for json."""
-        return asdict(self)
+        """The fields of its unit, for json."""
+        fields = asdict(self)
+        return {k: v for k, v in fields.items() if k not in _OF_ROWS or (self.unit != "token" and v is not None)}
 
     def __str__(self) -> str:
+        if self.unit != "token":
+            return self._of_rows()
         kl = "not finite" if self.kl is None else f"{self.kl:.4f}"
         error = "" if self.kl_error is None else f" +- {self.kl_error:.2g}"
         tail = (
@@ -83,27 +100,45 @@ class Loss:
         where = f"{self.windows} {'held-out' if self.held_out else 'calibration'} windows of {self.length} tokens"
         return (
             f"{self.verdict}: KL divergence from the dense model {kl}{error} nats a token{tail}, top-1 agreement "
-            f"{100 * self.top1_agreement:.1f} %, perplexity {ppl} (dense {dense}), on {where} of {self.source}"
+            f"{100 * (self.top1_agreement or 0):.1f} %, perplexity {ppl} (dense {dense}), on {where} of {self.source}"
         )
 
+    def _of_rows(self) -> str:
+        where = f"{self.windows} {'held-out' if self.held_out else 'calibration'} {self.unit}s of {self.source}"
+        if self.cosine is not None:
+            error = "" if self.cosine_error is None else f" +- {self.cosine_error:.2g}"
+            return f"{self.verdict}: cosine to the dense embeddings {self.cosine:.4f}{error}, on {where}"
+        kl = "not finite" if self.kl is None else f"{self.kl:.4f}"
+        error = "" if self.kl_error is None else f" +- {self.kl_error:.2g}"
+        agreed = f"top-1 agreement {100 * (self.top1_agreement or 0):.1f} %"
+        known = ""
+        if self.accuracy is not None and self.dense_accuracy is not None:
+            known = f", accuracy {100 * self.accuracy:.1f} % (dense {100 * self.dense_accuracy:.1f} %)"
+        start = f"{self.verdict}: KL divergence from the dense model {kl}{error} nats an {self.unit}"
+        return f"{start}, {agreed}{known}, on {where}"
 
-def verdict(kl: float | None) -> str:
-    """The word for a KL divergence in nats a token."""
-    below = (word for word, limit in VERDICTS.items() if kl is not None and kl < limit)
+
+_OF_ROWS = ("unit", "accuracy", "dense_accuracy", "cosine", "cosine_error")
+
+
+def verdict(divergence: float | None, limits: Mapping[str, float] = VERDICTS) -> str:
+    """The word for a KL divergence in nats a token, or for a distance by its `limits`."""
+    below = (word for word, limit in limits.items() if divergence is not None and divergence < limit)
     return next(below, BROKEN)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The dense model's predictions: of each row of this process's batches, its `teachers` and the `nll` of its text in
-    nats a token."""
+    """The dense model's predictions: of each row of this process's batches, its `teachers`, the `nll` of its text in
+    nats a token, and how many of its predictions are `right`."""
 
     batches: Sequence[Batch]
     scoring: Scoring
     source: str
     held_out: bool
-    teachers: list[TopKTeacher]
+    teachers: list[Any]
     nll: list[float]
+    right: list[int]
     length: int
 
     @classmethod
@@ -118,43 +153,65 @@ class Reference:
         resources: Resources = IN_MEMORY,
     ) -> "Reference":
         """Record the predictions of a model that is still dense for the rows of `batch`, of the text named `source`."""
-        length = main_input(model, batch).shape[1]
-        batches = split_rows(batch, batch_size(length, vocabulary_size(model), model.dtype.itemsize))
-        teachers, nll = [], []
-        for logits, labels in _predictions(model, batches, scoring, resources):
-            teachers.append(TopKTeacher.of(logits))
-            nll.append(_nll(logits, labels))
-        return cls(batches, scoring, source, held_out, teachers, nll, length)
+        inputs = main_input(model, batch)
+        length = inputs.shape[1 if inputs.ndim == 2 else -1]
+        batches = split_rows(batch, rows_at_once(model, batch))
+        teachers, nll, right = [], [], []
+        for outputs, labels in _predictions(model, batches, scoring, resources):
+            teachers.append(scoring.divergence.teacher(outputs))
+            nll.append(row_nll(outputs, labels))
+            right.append(_right(outputs, labels))
+        return cls(batches, scoring, source, held_out, teachers, nll, right, length)
 
     def compare(self, model: PreTrainedModel, resources: Resources = IN_MEMORY) -> Loss:
         """What the model as it is now has lost."""
-        rows = list[tuple[WindowKl, float, float, int]]()
+        rows = list[tuple[WindowKl, float, float, int, int, int]]()
         found = _predictions(model, self.batches, self.scoring, resources)
-        for (logits, labels), teacher, dense in zip(found, self.teachers, self.nll, strict=True):
-            rows.append((window_kl(logits, teacher), _nll(logits, labels), dense, len(labels)))
+        known = zip(found, self.teachers, self.nll, self.right, strict=True)
+        for (outputs, labels), teacher, dense, dense_right in known:
+            divergence, right = self.scoring.divergence.compare(outputs, teacher), _right(outputs, labels)
+            rows.append((divergence, row_nll(outputs, labels), dense, len(labels), right, dense_right))
         rows = [row for part in gather(rows) for row in part]
         windows, nll, dense_nll = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
-        kl, agreed, tokens = [x.mean for x in windows], sum(x.agreed for x in windows), sum(row[3] for row in rows)
+        tokens, right, dense_right = (sum(counts) for counts in zip(*(row[3:] for row in rows), strict=True))
+        kl, agreed = [x.mean for x in windows], sum(x.agreed for x in windows)
         mean = _finite(statistics.fmean(kl))
         error = _finite(statistics.stdev(kl) / math.sqrt(len(kl))) if mean is not None and len(kl) > 1 else None
-        scores = (verdict(mean), mean, error, round(agreed / tokens, 6), _ppl(nll), _ppl(dense_nll))
-        return Loss(*scores, len(rows), self.length, self.source, self.held_out, *percentiles(windows))
+        about = (len(rows), self.length, self.source, self.held_out)
+        if self.scoring.unit == "token":
+            scores = (verdict(mean), mean, error, round(agreed / tokens, 6), _ppl(nll), _ppl(dense_nll))
+            return Loss(*scores, *about, *percentiles(windows))
+        if self.scoring.divergence is COSINE:
+            cosine: dict[str, Any] = {"cosine": None if mean is None else round(1 - mean, 6), "cosine_error": error}
+            word = verdict(mean, DISTANCES)
+            return Loss(word, None, None, None, None, None, *about, unit=self.scoring.unit, **cosine)
+        labelled = not any(map(math.isnan, dense_nll))
+        accuracies = {"accuracy": right, "dense_accuracy": dense_right} if labelled else {}
+        rates: dict[str, Any] = {key: round(count / tokens, 6) for key, count in accuracies.items()}
+        agreement = round(agreed / tokens, 6)
+        return Loss(verdict(mean), mean, error, agreement, None, None, *about, unit=self.scoring.unit, **rates)
 
 
 @torch.no_grad()
 def _predictions(
     model: PreTrainedModel, batches: Sequence[Batch], scoring: Scoring, resources: Resources
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The scored logits [tokens, vocabulary] and labels [tokens] of every row of this process's batches."""
+    """The scored outputs [n, classes] and labels [n] of every row of this process's batches."""
+    if scoring.unit != "token":
+        with evaluating(model):
+            for batch in shard(batches):
+                yield from predicted(model, batch, scoring)
+        return
     for block in walk(model, batches, resources=resources):
-        if block.following.module is None:  # the last block
+        if block.last:
             for states, call, batch in zip(block.inputs, block.calls, shard(batches), strict=True):
                 logits = block.following.predict(run_block(block.module, states, call))
                 yield from (pair for pair in scored_rows(*scoring.scored(logits, batch)) if len(pair[1]))
 
 
-def _nll(logits: Tensor, labels: Tensor) -> float:
-    return float(window_nll(logits[None], labels[None])) / len(labels)
+def _right(outputs: Tensor, labels: Tensor) -> int:
+    """How many predictions are those of the labels."""
+    return int((outputs.argmax(-1) == labels).sum())
 
 
 def _finite(value: float) -> float | None:

@@ -7,20 +7,36 @@ import torch
 from torch import Tensor
 
 from billhook.engine.batch import LABELS, Batch
+from billhook.evaluation.divergence import KL, Divergence
 
 IGNORED = -100  # the label of a position that is not scored, as in torch and transformers
+UNKNOWN = -1  # the label of a prediction whose correct class is not known: it is only compared with the dense model's
 
 
 class Scoring(Protocol):
-    """How token ids become a batch, and logits become scored predictions with labels."""
+    """How inputs become a batch, and outputs become scored predictions with labels.
+
+    `unit` is what is predicted: a token, an image or an input (of an encoder). `divergence` compares predictions with
+    those of the dense model.
+    """
 
     @property
     def protocol(self) -> str:
         """The name of the protocol in reports."""
         ...
 
-    def batch(self, ids: Tensor) -> Batch:
-        """The model's inputs (and labels) for token ids int64 [windows, length]."""
+    @property
+    def unit(self) -> str:
+        """The singular of what predictions are counted in."""
+        ...
+
+    @property
+    def divergence(self) -> Divergence:
+        """How predictions are compared with the dense model's."""
+        ...
+
+    def batch(self, inputs: Tensor) -> Batch:
+        """The model's inputs (and labels) for token ids int64 [windows, length], or for pixel values."""
         ...
 
     def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -33,10 +49,12 @@ class NextToken:
     """Every token of a window but the first is predicted from the earlier ones."""
 
     protocol: ClassVar[str] = "token perplexity over non-overlapping windows"
+    unit: ClassVar[str] = "token"
+    divergence: ClassVar[Divergence] = KL
 
-    def batch(self, ids: Tensor) -> Batch:
+    def batch(self, inputs: Tensor) -> Batch:
         """The model's inputs for token ids int64 [windows, length]."""
-        return {"input_ids": ids}
+        return {"input_ids": inputs}
 
     def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [windows, length - 1, vocabulary] and the tokens that they predict, or the batch's labels of these."""

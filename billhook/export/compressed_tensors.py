@@ -25,6 +25,7 @@ from billhook.methods.quantize.scalar import Scalar
 from billhook.store.fitting import Stored
 from billhook.store.shards import Shard
 
+_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 PARTS = ("weight_packed", "weight_scale", "weight_shape")
 
 
@@ -82,6 +83,17 @@ def zeros(facts: Mapping[str, Any], shape: tuple[int, int], shards: Iterable[Sha
 def names(name: str) -> list[str]:
     """The names of the tensors of the weight called `name` (…weight)."""
     return [name.removesuffix("weight") + part for part in PARTS]
+
+
+def fused(modules: Iterable[str]) -> list[tuple[str, ...]]:
+    """The modules that vLLM makes one of, which must share a type."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for module in modules:
+        parent, _, last = module.rpartition(".")
+        for number, names in enumerate(_FUSED):
+            if last in names:
+                groups.setdefault((parent, number), []).append(module)
+    return [tuple(names) for names in groups.values()]
 
 
 def configuration(types: Mapping[str, Grid], dense: Collection[str]) -> dict[str, Any]:

@@ -23,8 +23,9 @@ def pack(name: str, weight: Quantized) -> dict[str, Tensor]:
 
 
 def read(name: str, grid: Grid, shards: Iterable[Shard]) -> Quantized:
-    """The weight called `name` in files; raises KeyError where they do not hold it, JobError where it is damaged."""
+    """The weight called `name` in files, of several matrices all rows; raises KeyError where they do not hold it,
+    JobError where it is damaged."""
     found = [(shard.path, shard.entries[name]) for shard in shards if name in shard.entries]
     if not found:
         raise KeyError(name)
-    return unpack(Stored(*found[0], lazy=False).read(), grid.name)
+    return unpack(Stored(*found[0], lazy=False).read().flatten(0, -2), grid.name)

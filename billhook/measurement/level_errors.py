@@ -10,7 +10,7 @@ the same input (query, key and value; gate and up) share it, and their rows are 
 is in memory if the model is streamed.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -49,17 +49,26 @@ def level_errors(
     menus: Mapping[str, Sequence[str]],
     scale_dtype: torch.dtype = torch.float16,
     *,
+    known: LevelErrors | None = None,
+    measured: Callable[[LevelErrors], None] = lambda found: None,
     resources: Resources = IN_MEMORY,
     progress: Progress = lambda layer: None,
 ) -> LevelErrors:
-    """The errors of `layers` for the types in `menus`, by layer name."""
-    wanted, found = {layer.name for layer in layers}, LevelErrors()
+    """The errors of `layers` for the types in `menus`, by layer name.
+
+    Layers that are `known` from an earlier run are not measured again; `measured` is called after every other block
+    with all that is known then.
+    """
+    found = LevelErrors() if known is None else LevelErrors(dict(known.errors), dict(known.power))
+    wanted = {layer.name for layer in layers} - found.errors.keys()
     tokens = sum(main_input(model, batch).shape[:2].numel() for batch in batches)
     for block in walk(model, batches, ("gram",), read_only=True, resources=resources):
         for group in _same_input([layer for layer in block.layers if layer.name in wanted], block.stats):
             _measure(group, block.stats[group[0].name], tokens, menus, scale_dtype, found)
             for layer in group:
                 progress(layer.name)
+        if any(layer.name in wanted for layer in block.layers):
+            measured(found)
     return found
 
 

@@ -32,6 +32,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from billhook.architectures.config import is_headless
 from billhook.architectures.layers import Layer
 from billhook.engine.method import Method
 from billhook.errors import BillhookError
@@ -42,6 +43,7 @@ from billhook.plan.plan import Plan
 from billhook.racing.hyperparameters import Space
 from billhook.racing.race import Candidate, Problem, Race
 from billhook.tasks.base import Samples
+from billhook.tasks.opening import task_of
 from billhook.trials.attribution import FLOOR
 from billhook.trials.heldout import split_samples
 from billhook.trials.trials import TrialRunner
@@ -81,7 +83,7 @@ def choose(
     """
     uniform = problem.allocate("uniform", {})
     try:
-        if model.base_model is model:
+        if is_headless(model) and task_of(model).unit == "token":
             raise BillhookError("the model has no head, and thus no predictions to compare")
         split = split_samples(model, samples, batch_size, seed)
     except BillhookError as error:

@@ -6,10 +6,11 @@ ones.
 outputs. Here an error counts by what the next block makes of it:
 
     minimize  |G(F_θ(X)) − G(Y)|² / |G(Y)|²   over θ, zeros fixed,   Y = (1 − t) · F(X) + t · F(X')
-    last block:  KL(P(Y) ‖ P(F_θ(X)))
+    last block:  KL(P(Y) ‖ P(F_θ(X)))         for models that predict tokens; |F_θ(X) − Y|² / |Y|² for others
 
-F is the dense block, F_θ the pruned one, G the next block, dense, and P the final norm, head and softmax. X are the
-block's inputs in the pruned model, X' those of the same tokens in the dense model, and t is `dense_target` (0.5).
+F is the dense block, F_θ the pruned one, G the next block, dense (the identity at the end of a stage), and P the final
+norm, head and softmax. X are the block's inputs in the pruned model, X' those of the same tokens in the dense model,
+and t is `dense_target` (0.5).
 
 Adam for 20 epochs of minibatches of 4 windows; the step is 0.05 times the root mean square of each parameter and falls
 to zero as a cosine. Every eighth window is held out: the weights of the epoch with the smallest loss there are kept,
@@ -17,14 +18,12 @@ and four epochs without improvement end the tuning. If that loss, in the model's
 block gets back the weights it had. With fewer than 8 windows nothing is tuned, which is noted.
 
 Differences from the papers: the loss is that of the next block, targets are between the dense block's and the dense
-model's outputs, and held-out windows decide. An interrupted run continues with the same bytes, because the dense
-model's states are computed again from the blocks of the source.
+model's outputs, and held-out windows decide. An interrupted run continues with the same bytes.
 
 Cost: in memory one block six times in float32, the next one once, what a pass of four windows through both leaves for
 the backward pass, inputs and targets, and, unless `dense_target` is 0, the dense model's outputs.
 
-Limits: it does not look past the next block, and it needs a few thousand tokens; with fewer it fits the text rather
-than the block.
+Limits: it does not look past the next block; with fewer than a few thousand tokens it fits the text, not the block.
 """
 
 import math
@@ -108,7 +107,7 @@ class BlockTuner:
             raise BillhookError("--refine works in one process only: run without torchrun, or leave --refine out.")
         self.options, self.resources = options, resources
         self.wants_dense_outputs = options.dense_target > 0
-        self._single = single_row_calls(model, batches)
+        self._single, self._tokens = single_row_calls(model, batches), model.main_input_name == "input_ids"
         self._targets = resources.activations()
 
     @torch.no_grad()
@@ -131,6 +130,8 @@ class BlockTuner:
         if windows < LEAST:
             return f"block {block.index} is not refined: {windows} calibration windows are fewer than {LEAST}"
         single = {length: calls[block.index : block.index + 2] for length, calls in self._single.items()}
+        if not self._tokens:  # images of one size, by the second dimension of their hidden states
+            single = {int(block.inputs[0].shape[1]): next(iter(single.values()))}
         data = Data(block.inputs, self._targets, block.calls, single, block.following)
         tuned = tunable(block.module, block.layers, self.options.tune_norms_and_biases)
         done = refine_block_(block.module, data, tuned, self.options, block.index)
@@ -163,7 +164,8 @@ class Data:
         outputs = run_block(module, inputs, self.calls[batch].part(index, single[0], inputs.dtype))
         if self.following.module is None:
             return _mean_kl(outputs, targets, self.following.predict)
-        call = self.following.calls[batch].part(index, single[1], inputs.dtype)
+        call = self.following.calls[batch]
+        call = call.part(index, single[1], inputs.dtype) if call.args or call.kwargs else call
         outputs = run_block(self.following.module, outputs, call)
         outputs, targets = outputs.float(), targets.float()
         return (outputs - targets).square().sum() / targets.square().sum().clamp_min(1e-30)

@@ -7,10 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from billhook.evaluation.quality import SCALE, Loss
+from billhook.evaluation.quality import DISTANCE_SCALE, SCALE, Loss
 from billhook.store.layout import PAGE
 
-_MASKED = "fill-mask"  # the only task beside text-generation
+_CLASSES = {  # of transformers: the model's and its reader's, by task
+    "text-generation": ("AutoModelForCausalLM", "AutoTokenizer"),
+    "fill-mask": ("AutoModelForMaskedLM", "AutoTokenizer"),
+    "image-classification": ("AutoModelForImageClassification", "AutoImageProcessor"),
+}
 
 
 @cache
@@ -27,6 +31,7 @@ def card(report: Mapping[str, Any]) -> str:
     model, achieved, source = report["model"], report["achieved"], report["metadata"]
     named = f"[{model['name']}](https://huggingface.co/{model['name']})" if "/" in model["name"] else model["name"]
     zeros = f"{achieved['zeros']:,} of {achieved['weights']:,} prunable weights ({100 * achieved['sparsity']:.2f} %)"
+    auto_class, reader = _CLASSES[source.get("pipeline_tag", "text-generation")]
     text: str = template("card.md.j2", html=False).render(
         metadata=_metadata(report),
         title=f"{model['name']}, {100 * achieved['sparsity']:.3g} % sparse",
@@ -36,7 +41,8 @@ def card(report: Mapping[str, Any]) -> str:
         pattern=report["asked"]["pattern"],
         page=PAGE,
         packed=report["files"]["packed"],
-        auto_class="AutoModelForMaskedLM" if source.get("pipeline_tag") == _MASKED else "AutoModelForCausalLM",
+        auto_class=auto_class,
+        reader=reader,
         license=source.get("license_name") or source.get("license"),
         numbers=_numbers(report),
         evaluated=bool(report["evaluations"]),
@@ -53,8 +59,13 @@ def lost_in_words(report: Mapping[str, Any]) -> str:
         return "What was lost against the dense model was not measured when the model was pruned."
     better = report.get("better_recipe")
     more = f" The recipe {better} loses less." if better else ""
+    lost = Loss(**report["lost"])
     scale = f"The verdict is that of the KL divergence in nats a token: {SCALE}."
-    return f"Quality: {Loss(**report['lost'])}. {scale}{more}"
+    if lost.unit != "token":
+        scale = f"The verdict is that of the KL divergence in nats an {lost.unit}: {SCALE}."
+    if lost.cosine is not None:
+        scale = f"The verdict is that of 1 - cosine: {DISTANCE_SCALE}."
+    return f"Quality: {lost}. {scale}{more}"
 
 
 def _metadata(report: Mapping[str, Any]) -> str:
@@ -68,7 +79,7 @@ def _metadata(report: Mapping[str, Any]) -> str:
     found["library_name"] = "billhook" if report["files"]["packed"] else "transformers"
     found |= {"pipeline_tag": source.get("pipeline_tag", "text-generation")}
     found |= {"tags": list(dict.fromkeys([*source.get("tags", []), *own]))}
-    if results := [_result(*entry) for entry in _entries(report)]:
+    if results := [_result(found["pipeline_tag"], *entry) for entry in _entries(report)]:
         found["model-index"] = [{"name": f"{name.rpartition('/')[2]}-pruned", "results": results}]
     text: str = yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
     return text
@@ -82,15 +93,17 @@ def _entries(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]
             yield record["source"], "Token perplexity (non-overlapping windows)", "perplexity", record["token_ppl"]
         if word.get("word_ppl") is not None:
             yield word["source"], "Word perplexity (lm-evaluation-harness)", "perplexity", word["word_ppl"]
+        if "top1" in record:
+            yield record["source"], "Top-1 accuracy", "accuracy", record["top1"]
         for task in record.get("tasks", []):
             yield task["task"], "Accuracy", "accuracy", task["acc"]
 
 
-def _result(data: str, label: str, kind: str, value: float) -> dict[str, Any]:
+def _result(task: str, data: str, label: str, kind: str, value: float) -> dict[str, Any]:
     """An entry of the hub's `model-index`."""
     dataset = {"name": data, "type": data}
     metrics = [{"name": label, "type": kind, "value": float(f"{value:.6g}")}]
-    return {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
+    return {"task": {"type": task}, "dataset": dataset, "metrics": metrics}
 
 
 def evaluation_rows(report: Mapping[str, Any]) -> list[list[str]]:
@@ -101,6 +114,9 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[list[str]]:
         dense_ppl = "-" if dense.get("token_ppl") is None else f"{dense['token_ppl']:.4f}"
         begun = ", each after BOS" if record.get("bos") else ""
         windows = f"{record.get('windows')} windows of {record.get('length')}{begun}"
+        if "inputs" in record:
+            rows += _rows_of_inputs(record, dense)
+            continue
         where = f"{record['source']}, {windows}" if "nll" in record else ""
         if where:
             label = "token perplexity, non-overlapping windows (lower is better)"
@@ -117,6 +133,22 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[list[str]]:
             error = "" if task["acc_error"] is None else f" ± {100 * task['acc_error']:.2f}"
             where = f"{task['task']}, {task['items']} items, {task['few_shot']}, {task['scored_by']}"
             rows.append(["accuracy", where, f"{100 * task['acc']:.2f}{error} %", "-"])
+    return rows
+
+
+def _rows_of_inputs(record: Mapping[str, Any], dense: Mapping[str, Any]) -> list[list[str]]:
+    """The rows of an evaluation on images or other inputs."""
+    where, rows = f"{record['source']}, {record['inputs']} {record['unit']}s", []
+    for key, label in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
+        if key in record:
+            value = f"{100 * record[key]:.2f} ± {100 * record[f'{key}_error']:.2f} %"
+            rows.append([label, where, value, f"{100 * dense[key]:.2f} %" if key in dense else "-"])
+    if "kl" in dense:
+        rows.append(["KL divergence from the dense model, nats per image", where, f"{dense['kl']:.4f}", "0"])
+        agreed = f"{100 * dense['top1_agreement']:.2f} %"
+        rows.append(["top-1 agreement with the dense model", where, agreed, "100 %"])
+    if "cosine" in dense:
+        rows.append(["cosine to the dense model's embeddings", where, f"{dense['cosine']:.4f}", "1"])
     return rows
 
 
@@ -151,7 +183,10 @@ def _method(report: Mapping[str, Any]) -> list[str]:
     if text:
         begun = ", each window after BOS" if text.get("bos") else ""
         sampling = f"{text['sampling']} sampling{begun}, seed {asked['seed']}, SHA-256 {text['digest'][:16]}"
-        calibration = f"{text['samples']} windows of {text['length']} tokens of {text['source']} ({sampling})"
+        pixels = " x ".join(map(str, text.get("pixels", ())))
+        what = f"images of {pixels} pixels" if pixels else f"windows of {text['length']} tokens"
+        size = f"{text['samples']} {what}"
+        calibration = f"{size} of {text['source']} ({sampling})"
     lines += [f"Target sparsity: {target}.", f"Calibration: {calibration}."]
     return [*lines, "Versions: " + ", ".join(f"{name} {n}" for name, n in report["versions"].items()) + "."]
 
@@ -165,7 +200,10 @@ def _limitations(report: Mapping[str, Any]) -> Iterator[str]:
     yield "The model is worse than the dense one, above all in rare knowledge: evaluate it on your own task before use."
     yield "Biases and errors of the original remain, and pruning can make them larger."
     if report["calibration"]:
-        yield "Weights were chosen on the calibration text: other languages and subjects may have lost more."
+        if "pixels" in report["calibration"]:
+            yield "Weights were chosen on the calibration images: other kinds of images may have lost more."
+        else:
+            yield "Weights were chosen on the calibration text: other languages and subjects may have lost more."
     yield "Ordinary fine-tuning makes the zeros nonzero again."
     yield from report["warnings"][:20]
     if (rest := len(report["warnings"]) - 20) > 0:

@@ -12,6 +12,8 @@ from billhook.store.layout import CARD, RECORD
 from billhook.store.record import read_record
 from billhook.store.shards import result_bytes
 
+_FORMATS = ("quantized", "gguf", "compressed-tensors")  # tags
+
 
 def is_quantized(folder: Path) -> bool:
     """Whether the last step of a directory is that of `quantize` or `compress`."""
@@ -58,3 +60,22 @@ def _card(folder: Path) -> str:
         version=record.billhook,
     )
     return text
+
+
+def decoded_card(folder: Path) -> str:
+    """The card of a directory whose weights were quantized and are decoded again; it names no local path."""
+    import yaml
+
+    record, source = read_record(folder / RECORD), source_metadata(folder)
+    made_by = next(step.made_by for step in reversed(record.steps) if step.step == "quantize")
+    own = {**source, "library_name": "transformers", "tags": [x for x in source.get("tags", []) if x not in _FORMATS]}
+    lost = made_by.get("lost")
+    quality = "" if lost is None else f" Quality: {Loss(**lost)}. The verdict is that of the KL divergence: {SCALE}."
+    what = "These are the weights of a quantized model as ordinary 16-bit weights: they take the space of the original,"
+    parts = [
+        f"---\n{yaml.safe_dump(own, allow_unicode=True)}---\n",
+        f"# {record.steps[0].model['name']}, quantized and decoded\n",
+        f"{what} and have lost what the quantized ones have lost.{quality}\n",
+        f"Made with Billhook {record.billhook}. `billhook verify FOLDER` checks the files.\n",
+    ]
+    return "\n".join(parts)

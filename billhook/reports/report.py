@@ -22,6 +22,8 @@ from billhook.store.typed_json import typed
 
 VERSION = 1
 _KEPT = ("license", "license_name", "license_link", "language", "base_model", "tags")  # of the source's card
+_TEXT = "text-generation"
+_TAGS = {"ForMaskedLM": "fill-mask", "ForImageClassification": "image-classification"}  # by the end of a class's name
 _HEAD = 1 << 16  # letters of a card in which its metadata must end
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -183,8 +185,8 @@ def source_metadata(folder: Path) -> dict[str, Any]:
     kept = {key: texts for key in _KEPT if (texts := _texts(found.get(key)))}
     kept["base_model"] = [name for name in kept.get("base_model", []) if _HUB_NAME.fullmatch(name)]
     config = read_json(folder / "config.json", "model configuration") if (folder / "config.json").is_file() else {}
-    masked = any(str(name).endswith("ForMaskedLM") for name in config.get("architectures") or ())
-    kept["pipeline_tag"] = ["fill-mask" if masked else "text-generation"]
+    names = [str(name) for name in config.get("architectures") or ()]
+    kept["pipeline_tag"] = [next((tag for end, tag in _TAGS.items() for x in names if x.endswith(end)), _TEXT)]
     return {key: texts if key == "tags" or len(texts) > 1 else texts[0] for key, texts in kept.items() if texts}
 
 

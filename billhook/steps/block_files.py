@@ -16,6 +16,7 @@ from torch import Tensor
 
 from billhook.engine.streaming import Stream
 from billhook.methods.quantize.grid import Grid, Quantized
+from billhook.steps.parts import Part
 from billhook.store.files import replace_file, sha256
 from billhook.store.fitting import Stored
 from billhook.store.shards import Shard, read_shard
@@ -38,41 +39,54 @@ class Form(Protocol):
 
 
 class Decoded(Stored):
-    """A quantized tensor in a file, which is decoded when it is read; `source` is the original."""
+    """A quantized tensor in a file, which is decoded when it is read; `source` is the original, with matrices [in, out]
+    if `transposed`."""
 
-    def __init__(self, form: Form, grid: Grid, shard: Shard, source: Stored) -> None:
-        self.form, self.grid, self.shard, self.source = form, grid, shard, source
+    def __init__(self, form: Form, grid: Grid, shard: Shard, source: Stored, transposed: bool) -> None:
+        self.form, self.grid, self.shard, self.source, self.transposed = form, grid, shard, source, transposed
         self.path, self.entry, self.dtype, self.lazy = shard.path, source.entry, source.dtype, True
 
     def read(self) -> Tensor:
         """The decoded values in float32."""
-        return self.form.read(self.entry.name, self.grid, [self.shard]).decode(torch.float32)
+        values = self.form.read(self.entry.name, self.grid, [self.shard]).decode(torch.float32)
+        *several, out, columns = self.entry.shape
+        if self.transposed:
+            return values.view(*several, columns, out).transpose(-1, -2).contiguous()
+        return values.view(*several, out, columns)
 
 
 class BlockFiles:
     """A sink with one file for each block of a streamed model; `grids` are those of the quantized tensors on disk.
 
-    `outside` quantizes a tensor outside of the blocks, given its name. The sink has the interface of
+    `outside` quantizes a tensor outside of the blocks, given its name; the matrices of `transposed` tensors are [in,
+    out] in the source. The sink has the interface of
     `billhook.store.sinks.SameLayout` that an unfinished output needs.
     """
 
+    same_values = True  # as in memory
+
     def __init__(
-        self, stream: Stream, grids: Mapping[str, Grid], form: Form, outside: Callable[[str], Quantized]
+        self,
+        stream: Stream,
+        grids: Mapping[str, Grid],
+        form: Form,
+        outside: Callable[[str], Quantized],
+        transposed: Collection[str] = (),
     ) -> None:
-        self.stream, self.grids, self.form, self.outside = stream, grids, form, outside
+        self.stream, self.grids, self.form, self.outside, self.transposed = stream, grids, form, outside, transposed
         self.entries = stream.source
-        self.made: dict[str, Quantized] = {}
+        self.made: dict[str, dict[int | None, Quantized]] = {}
         count = len(stream.blocks) + 1
         self.files = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
         self._block = {name: index for index, names in enumerate(stream.names) for name in names}
 
-    def add(self, name: str, weight: Quantized) -> None:
-        """Keep a quantized tensor, by its name on disk, until its file is written."""
-        self.made[name] = weight
+    def add(self, part: Part, weight: Quantized) -> None:
+        """Keep the part of a quantized layer that is a matrix on disk until its file is written."""
+        self.made.setdefault(part.tensor, {})[part.index] = part.of(weight)
 
-    def begin(self, folder: Path, outside: Collection[str]) -> None:
+    def begin(self, folder: Path, copied: Collection[str]) -> None:
         """Write the file of the tensors outside of the blocks."""
-        self._write(folder / self.files[0], outside)
+        self._write(folder / self.files[0], copied)
 
     def begun(self, folder: Path) -> bool:
         """Whether that file exists."""
@@ -90,11 +104,15 @@ class BlockFiles:
         path = folder / self.files[min(indices, default=-1) + 1]
         return sha256(path) if path.is_file() else ""
 
+    def moved(self, folder: Path, index: int) -> None:
+        """From now on read a finished block from its file."""
+        self.stream.stored.update(self.stored(folder, index))
+
     def stored(self, folder: Path, index: int) -> dict[str, Stored]:
         """Where the tensors of a finished block are read from."""
         shard, source = read_shard(folder / self.files[index + 1]), self.stream.source
         return {
-            name: Decoded(self.form, self.grids[name], shard, source[name])
+            name: Decoded(self.form, self.grids[name], shard, source[name], name in self.transposed)
             if name in self.grids
             else Stored(shard.path, shard.entries[name], lazy=True)
             for name in self.stream.names[index]
@@ -113,8 +131,16 @@ class BlockFiles:
         tensors: dict[str, Tensor] = {}
         for name in names:
             if name in self.grids:
-                weight = self.made.pop(name) if name in self._block else self.outside(name)
-                tensors |= self.form.pack(name, weight)
+                tensors |= self._packed(name)
             else:
                 tensors[name] = Stored(self.entries[name].path, self.entries[name].entry, lazy=False).read()
         replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+
+    def _packed(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a quantized tensor; of several matrices in one they are stacked."""
+        if name not in self._block:
+            return self.form.pack(name, self.outside(name))
+        made = self.made.pop(name)
+        if None in made:
+            return self.form.pack(name, made[None])
+        return {name: torch.stack([self.form.pack(name, made[index])[name] for index in range(len(made))])}

@@ -13,43 +13,51 @@ block at a time is in memory. Everything in the file counts. Targets:
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from billhook.ambient import pinned
+from billhook.architectures.context_memory import ContextMemory
 from billhook.architectures.layers import Layer
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
+from billhook.errors import BillhookError
+from billhook.export.compressed_tensors import fused
 from billhook.methods.quantize import QUANTIZERS
 from billhook.plan.level_allocators import allocate_levels
 from billhook.plan.levels import Levels
 from billhook.plan.plan import Plan
 from billhook.plan.storage import bits
 from billhook.racing.levels import Chosen, outlook
+from billhook.steps.kept_levels import KeptLevels
 from billhook.steps.levels import measure_levels
+from billhook.steps.parts import check_matrices, layer_parts
 from billhook.steps.quantize import open_blocks, prepare, run
 from billhook.steps.quantize_job import Inputs, QuantizeJob, QuantizeReport, QuantizeRequest
 from billhook.steps.request import Opened, check_text_given, draw_text, listed
+from billhook.steps.resolve import identity
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
-from billhook.steps.types import check_target, layer_tensors, scale_dtype
+from billhook.steps.types import check_target, scale_dtype
 from billhook.store.output import check_room
 
 Target = Literal["gguf", "transformers", "vllm"]
-_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
 @dataclass(frozen=True)
 class CompressRequest(Inputs):
-    """The parameters of a run: one of `size`, `bits` and `ratio` (see `billhook.steps.sizes.Size`); `types` limits the
-    choice, of embeddings and head too. `options` are those of GPTQ. The others are those of `quantize`."""
+    """The parameters of a run: one of `size`, `bits`, `ratio` and `fit`, with its `context` (see
+    `billhook.steps.sizes.Size`); `types` limits the choice, of embeddings and head too. `options` are those of GPTQ.
+    The others are those of `quantize`."""
 
     model: str | Path
     output: str | Path
     size: str | int | None = None
     bits: float | None = None
     ratio: float | None = None
+    fit: str | int | None = None
+    context: int | None = None
     target: Target = "gguf"
     types: Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -62,11 +70,13 @@ class CompressRequest(Inputs):
 
 @dataclass(frozen=True)
 class CompressReport:
-    """What a run did; `budget` is the size asked for, `outlook` the predicted loss of other budgets relative to it."""
+    """What a run did; `budget` is the size asked for, `outlook` the predicted loss of other budgets relative to it, and
+    `memory` what a context takes beside the file, where both must fit in memory."""
 
     quantized: QuantizeReport
     budget: int
     outlook: Mapping[float, float]
+    memory: ContextMemory | None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -80,16 +90,18 @@ class CompressReport:
             **self.quantized.to_json(),
             "budget": self.budget,
             "outlook": {str(k): v for k, v in self.outlook.items()},
+            "context": None if self.memory is None else asdict(self.memory),
         }
 
 
 @dataclass(frozen=True)
 class CompressJob:
-    """A checked request with its plan; `outlook` as in `CompressReport`."""
+    """A checked request with its plan; the others as in `CompressReport`."""
 
     quantizing: QuantizeJob
     budget: int
     outlook: Mapping[float, float]
+    memory: ContextMemory | None
 
 
 @pinned
@@ -109,32 +121,36 @@ def compress(
 def decide(request: CompressRequest, progress: Progress = lambda line: None) -> CompressJob:
     """Check a request, cheapest first, and choose the types; with `resume`, those that the stopped run chose."""
     quantizing = request.quantizing()
+    given = Size(request.size, request.bits, request.ratio, request.fit, request.context)
+    given.check(request.target)
     types = allowed_types(request.target, request.types)
     check_target(request.target == "gguf")
     method = Quantization("gptq", QUANTIZERS.configure("gptq", request.options))
     check_text_given(quantizing.opening(), True, "Choosing types")
     opened = open_blocks(quantizing)
-    tensors = layer_tensors(opened)
-    method = replace(method, scale_dtype=scale_dtype(opened, tensors))
-    given = Size(request.size, request.bits, request.ratio)
-    sizes = Sizes.of(given, opened, tensors, types, request.target)
+    parts = layer_parts(opened)
+    if request.target != "gguf":
+        check_matrices(opened.layers, parts)
+    method = replace(method, scale_dtype=scale_dtype(opened, parts))
+    sizes = Sizes.of(given, opened, parts, types, request.target)
     asked = {"target": request.target, "bytes": sizes.budget, "types": types}
     plan = _stopped_plan(request, asked)
     chosen = Chosen(plan, {}) if plan is not None else None
     if chosen is None:
         output = Path(request.output).expanduser().resolve()
-        check_room(output, sizes.most_room(opened, tensors, request.target))
+        check_room(output, sizes.most_room(opened, parts, request.target))
         opened = draw_text(opened, quantizing.opening(), progress)
         chosen = _choose(request, opened, sizes, method, progress)
     plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "options": asked})
-    return CompressJob(prepare(replace(quantizing, plan=plan), progress, opened), sizes.budget, chosen.outlook)
+    job = prepare(replace(quantizing, plan=plan), progress, opened)
+    return CompressJob(job, sizes.budget, chosen.outlook, sizes.memory)
 
 
 def run_compress(
     job: CompressJob, progress: Progress = lambda line: None, stopping: Callable[[], bool] = lambda: False
 ) -> CompressReport:
     """Quantize with the chosen types; raises as `billhook.steps.quantize.run`."""
-    return CompressReport(run(job.quantizing, progress, stopping), job.budget, job.outlook)
+    return CompressReport(run(job.quantizing, progress, stopping), job.budget, job.outlook, job.memory)
 
 
 def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | None:
@@ -151,24 +167,30 @@ def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | 
 
 
 def _choose(request: CompressRequest, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Chosen:
-    """The types of all tensors."""
-    found = measure_levels(opened, sizes.menus, sizes.outside_menus, method.scale_dtype, request.seed, progress)
+    """The types of all tensors; what was measured is kept until they are known, so that a killed run goes on."""
+    menus = {"layers": sizes.menus, "outside": sizes.outside_menus}
+    same = identity(request.quantizing().opening(), opened, {"scales": str(method.scale_dtype)}, None, None) | menus
+    kept = KeptLevels(partial_folder(Path(request.output).expanduser().resolve()), same)
+    given = (opened, sizes.menus, sizes.outside_menus, method.scale_dtype, kept)
+    try:
+        found = measure_levels(*given, seed=request.seed, progress=progress)
+    except BillhookError:
+        kept.forget()
+        raise
     errors = {**found.errors, **found.losses}
     shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
-    menus = {name: list(types) for name, types in errors.items()}
-    tied = _tied(opened.layers) if request.target == "vllm" else ()
+    found_menus = {name: list(types) for name, types in errors.items()}
+    tied = _experts(opened.layers) + (fused(layer.name for layer in opened.layers) if request.target == "vllm" else [])
     budget = sizes.budget - sizes.fixed
-    levels = Levels(shapes, menus, budget, list(sizes.outside), tied, errors, found.costs)
+    levels = Levels(shapes, found_menus, budget, list(sizes.outside), tied, errors, found.costs)
     plan = allocate_levels(levels, "curves")
     return Chosen(plan, outlook(levels, plan))
 
 
-def _tied(layers: Sequence[Layer]) -> list[tuple[str, ...]]:
-    """The layers that vLLM fuses."""
-    groups: dict[tuple[str, int], list[str]] = {}
+def _experts(layers: Sequence[Layer]) -> list[tuple[str, ...]]:
+    """The experts that are one tensor of a file."""
+    groups: dict[str, list[str]] = {}
     for layer in layers:
-        parent, _, last = layer.name.rpartition(".")
-        for number, names in enumerate(_FUSED):
-            if last in names:
-                groups.setdefault((parent, number), []).append(layer.name)
+        if layer.expert is not None:
+            groups.setdefault(layer.name.rpartition(".")[0], []).append(layer.name)
     return [tuple(names) for names in groups.values()]

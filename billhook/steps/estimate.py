@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.architectures.config import text_config, vocabulary_size
+from billhook.architectures.config import classes_of, hidden_width
 from billhook.architectures.layers import SHARED_INPUTS, Layer
 from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import world
-from billhook.engine.batch import main_input
+from billhook.engine.batch import row_length, rows_of
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.evaluation.batching import TOKENS
 from billhook.evaluation.kl import K
@@ -69,11 +69,11 @@ def peak_bytes(
     calibration tokens of one process, in total and in a batch. A `racing` allocator needs the whole model, its dense
     weights, and the dense model's predictions for half of the samples.
     """
-    size, width = model.dtype.itemsize, text_config(model.config).hidden_size
+    size, width = model.dtype.itemsize, hidden_width(model)
     each, counts = [n_bytes(block) for block in blocks_of(model).values()], [math.prod(x.shape) for x in layers]
     hidden, limit, columns = tokens * width * size, resources.spill_gib * 2**30, max(x.shape[1] for x in layers)
     kept = min(hidden, limit)  # of one store of hidden states
-    total = n_bytes(model) - (sum(each) - max(each) if resources.streamed and not racing else 0)
+    total: float = n_bytes(model) - (sum(each) - max(each) if resources.streamed and not racing else 0)
     total += (12 if criterion == "admm" else 5) * 4 * max(counts)  # float32 copies of a layer
     total += ROWS if criterion == "admm" else 0
     if needs or refine:  # hidden states, and the widest activations of a batch, in the model's dtype and in float32
@@ -89,7 +89,7 @@ def peak_bytes(
     if refine:  # a block six times and the next one once, in float32; the targets and the dense model's outputs
         total += 7 * 4 * max(each) / size + 2 * kept
     if racing:  # weights and predictions of the dense model, logits of a batch, activations of its backward pass
-        heldout, vocabulary = tokens // 2, vocabulary_size(model)
+        heldout, vocabulary = tokens // 2, classes_of(model)
         total += size * sum(counts) + heldout * 8 * min(K, vocabulary) + TOKENS_A_BATCH * vocabulary * (size + 8)
         total += 3 * min(size * min(heldout, TOKENS) * sum(x.shape[0] for x in layers), BACKWARD)
     return total
@@ -100,12 +100,12 @@ def estimate(resolved: ResolvedRequest) -> Estimate:
     request, opened, method = resolved.request, resolved.opened, resolved.method
     model, refine = opened.model, request.refine != "none"
     needs = set(method.needs) - (set() if resolved.gradients is None else set(GRADIENTS))
-    sizes = [main_input(model, batch).numel() for batch in opened.batches]
+    sizes = [rows_of(batch) * row_length(model, batch) for batch in opened.batches]
     tokens = sum(sizes) // world()
     racing = resolved.on_trial
     text: dict[str, Any] = {"tokens": tokens, "batch_tokens": max(sizes, default=0), "resources": opened.resources}
     memory = peak_bytes(model, opened.layers, request.criterion, needs, **text, racing=racing, refine=refine)
-    hidden = tokens * text_config(model.config).hidden_size * model.dtype.itemsize
+    hidden = tokens * hidden_width(model) * model.dtype.itemsize
     stores = (1 + ("drift" in needs) + 2 * refine) * bool(needs or refine)
     written = n_bytes(model) if opened.source is None else weight_bytes(opened.source)
     disk = written * (2 if resolved.packed else 1) + stores * max(0.0, hidden - request.spill_gib * 2**30)

@@ -23,11 +23,13 @@ from billhook.evaluation.block_errors import block_errors, block_outputs
 from billhook.evaluation.harness import PAPER7, check_tasks, evaluate_tasks
 from billhook.evaluation.items import TaskResult, evaluate_file, load_items
 from billhook.evaluation.perplexity import evaluate
+from billhook.evaluation.rows import evaluate_rows
 from billhook.evaluation.word_perplexity import evaluate_words
 from billhook.packed.loading import load
 from billhook.steps.request import model_facts
 from billhook.store.checkpoint import load_tokenizer, read_config
 from billhook.store.compute import chosen_device, chosen_dtype, dtype_name, lacking_gib
+from billhook.tasks.base import Home, RowTask, WindowTask
 from billhook.tasks.opening import task_of, task_of_config
 from billhook.tasks.token_windows import window_length
 from billhook.text.corpus import documents, is_token_file, source_name
@@ -61,8 +63,11 @@ def evaluate_model(model: str | Path, config: EvalConfig, progress: Progress = l
 
     Raises BillhookError for an impossible configuration, before a model is loaded where possible.
     """
-    names, files = _tasks(config)
     source = resolve(model)
+    kind = task_of_config(source, read_config(source, quantized=True)) if source.is_dir() else None
+    if isinstance(kind, RowTask):
+        return _rows(source, kind, config, progress)
+    names, files = _tasks(config)
     loaded = _open(source, config)
     window = window_length(loaded, config.length)
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
@@ -79,6 +84,22 @@ def evaluate_model(model: str | Path, config: EvalConfig, progress: Progress = l
         results = _run_tasks(loaded, _need(tokenizer, "A task"), (names, files), window, config, progress)
         record["tasks"] = [asdict(task) for task in results]
     return record
+
+
+def _rows(source: Path, task: RowTask, config: EvalConfig, progress: Progress) -> dict[str, Any]:
+    """The record of a model that predicts one thing for a whole input."""
+    if config.data is None:
+        raise BillhookError("Say what to score: --data with a folder of images or FILE.npz (text for a text encoder).")
+    wrong = {"--tasks": config.tasks, "--few-shot": config.few_shot, "--protocol": config.protocol != "token"}
+    if named := [name for name, given in wrong.items() if given not in (None, False, (), [])]:
+        raise BillhookError(f"{' and '.join(named)} is for language models: leave it out.")
+    loaded = _open(source, config)
+    found = task.inputs(config.data, loaded, Home(source, config.trust_remote_code))
+    dense = None if config.against is None else _open(resolve(config.against), config)
+    record: dict[str, Any] = {"model": model_facts(source, loaded), "dtype": dtype_name(loaded.dtype)}
+    record["versions"] = versions()
+    about: dict[str, Any] = {"source": source_name(config.data), "against": dense, "progress": progress}
+    return record | evaluate_rows(loaded, found.batches(config.limit), task, **about).to_dict()
 
 
 def versions() -> dict[str, str]:
@@ -148,6 +169,7 @@ def _token(
     """The fields of token perplexity, and of the comparison with the dense model."""
     assert config.data is not None
     task = task_of(model)
+    assert isinstance(task, WindowTask)
     windows, scoring = task.evaluation(config.data, tokenizer, model, window, config.limit, bos=config.bos)
     dense = None if config.against is None else _open(resolve(config.against), config)
     options: dict[str, Any] = {"batch_size": config.batch_size, "progress": progress}

@@ -4,31 +4,35 @@ Everything is measured with one block at a time in memory, on some of the calibr
 
 * of the layers the relative error at every type (`billhook.measurement.level_errors`) and its cost, the KL divergence
   of the model per relative error:  c_l = ½ f_l · mean ‖W x‖²  (`billhook.measurement.fisher`);
+* of the experts of one kind in a block, which share a type, at most `EXPERTS`, whose means stand for the others;
 * of embeddings and head the divergence at the smallest type, times the error of every other type relative to it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from billhook.architectures.layers import Layer
 from billhook.engine.batch import Batch, main_input, rows_of, select_rows, split_rows
 from billhook.engine.walk import Progress
 from billhook.evaluation.quality import Reference
 from billhook.measurement.fisher import fisher
-from billhook.measurement.level_errors import level_errors
+from billhook.measurement.level_errors import LevelErrors, level_errors
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.nearest import nearest
 from billhook.methods.statistics import LayerStats
 from billhook.plan.storage import bits
+from billhook.steps.kept_levels import KeptLevels
 from billhook.steps.request import Opened
 from billhook.steps.types import outside_parameter
 
-ERROR_TOKENS = (
-    16384  # of calibration text on which errors are measured, and twice as many as the widest layer has inputs
-)
-COST_TOKENS = 4096
+ERROR_TOKENS = 16384  # of text for the errors; at least twice as many as the widest layer has inputs
+COST_TOKENS = 4096  # of text for the costs, embeddings and head
+EXPERTS = 8
 _ROWS = 1024  # of embeddings and head whose errors are measured
 _LEAST = 1e-9  # of a cost, a divergence or an error
 
@@ -47,18 +51,44 @@ def measure_levels(
     menus: Mapping[str, list[str]],
     outside: Mapping[str, list[str]],
     scale_dtype: torch.dtype,
-    seed: int,
+    kept: KeptLevels,
+    *,
+    seed: int = 0,
     progress: Progress = lambda line: None,
 ) -> Measured:
-    """Measure the layers of `menus`, and embeddings and head, with the menus `outside` by their names on disk."""
-    model, layers, resources = opened.model, opened.layers, opened.resources
+    """Measure the layers of `menus`, and embeddings and head, with the menus `outside` by their names on disk.
+
+    What is `kept` already is not measured again.
+    """
+    model, resources = opened.model, opened.resources
+    stand_ins = _stand_ins(opened.layers)
+    layers = [layer for layer in opened.layers if layer.name in {x for some in stand_ins.values() for x in some}]
     widest = max(layer.shape[1] for layer in layers)
     several = _windows(opened, max(ERROR_TOKENS, 2 * widest))
-    found = level_errors(model, layers, several, menus, scale_dtype, resources=resources, progress=progress)
+    found = LevelErrors(kept.found.errors, kept.found.power)
+    if found.errors.keys() != {layer.name for layer in layers}:
+        given: dict[str, Any] = {"resources": resources, "progress": progress}
+        given |= {"known": found, "measured": lambda found: kept.keep(errors=found.errors, power=found.power)}
+        found = level_errors(model, layers, several, menus, scale_dtype, **given)
     few = _windows(opened, COST_TOKENS)
-    information = fisher(model, layers, few, opened.task, seed=seed, resources=resources, progress=progress)
+    information = kept.found.information
+    if not information:
+        information = fisher(model, layers, few, opened.task, seed=seed, resources=resources, progress=progress)
+        kept.keep(information=information)
     costs = {name: max(0.5 * f * found.power[name], _LEAST) for name, f in information.items()}
-    return Measured(found.errors, costs, _outside_losses(opened, outside, few, progress))
+    everywhere = {name: fmean(costs[x] for x in some) for name, some in stand_ins.items()}
+    errors = {n: {t: fmean(found.errors[x][t] for x in some) for t in menus[n]} for n, some in stand_ins.items()}
+    return Measured(errors, everywhere, _outside_losses(opened, outside, few, kept, progress))
+
+
+def _stand_ins(layers: Sequence[Layer]) -> dict[str, list[str]]:
+    """The layers that are measured for each layer: itself, or for an expert some of its kind, spread evenly."""
+    kinds: dict[tuple[int, str], list[str]] = {}
+    for layer in layers:
+        if layer.expert is not None:
+            kinds.setdefault((layer.block, layer.kind), []).append(layer.name)
+    chosen = {kind: names[:: -(-len(names) // EXPERTS)] for kind, names in kinds.items()}
+    return {x.name: [x.name] if x.expert is None else chosen[x.block, x.kind] for x in layers}
 
 
 def _windows(opened: Opened, tokens: int) -> list[Batch]:
@@ -73,11 +103,11 @@ def _windows(opened: Opened, tokens: int) -> list[Batch]:
 
 @torch.no_grad()
 def _outside_losses(
-    opened: Opened, menus: Mapping[str, list[str]], batches: list[Batch], progress: Progress
+    opened: Opened, menus: Mapping[str, list[str]], batches: list[Batch], kept: KeptLevels, progress: Progress
 ) -> dict[str, dict[str, float]]:
     """The divergence of the model in which embeddings or head alone have a type, by name and type."""
-    losses: dict[str, dict[str, float]] = {}
-    if not menus:
+    losses = dict(kept.found.losses)
+    if menus.keys() <= losses.keys():
         return losses
     model, resources = opened.model, opened.resources
     batch = {name: torch.cat([part[name] for part in batches]) for name in batches[0]}
@@ -91,6 +121,7 @@ def _outside_losses(
         kl = max(reference.compare(model, resources).kl or 0.0, _LEAST)
         parameter.copy_(own)
         losses[name] = {type: kl * errors[type] / errors[smallest] for type in menu}
+        kept.keep(losses=losses)
         progress(f"{name} as {smallest}: kl {kl:.5f}")
     return losses
 

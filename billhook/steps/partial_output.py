@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from billhook.distributed.collectives import any_rank, barrier, gather
 from billhook.distributed.torchrun import rank
@@ -28,15 +29,13 @@ from billhook.engine.streaming import Stream
 from billhook.engine.walk import Block
 from billhook.errors import BillhookError, DiskFull, Interrupted, JobError, out_of_memory
 from billhook.reports.publishing import publish
-from billhook.reports.quantized_card import publish_quantized
-from billhook.steps.block_files import BlockFiles
 from billhook.steps.state import STATE, VERSION, State, check_same_run, partial_folder, unfinished_run
 from billhook.store.directory import complete
 from billhook.store.files import json_text, replace_file, sha256
-from billhook.store.layout import GRADIENTS, WRITTEN
+from billhook.store.layout import GRADIENTS, LEVELS, WRITTEN
 from billhook.store.output import check_output, failure, flush, put_in_place
 from billhook.store.shards import INDEX, weight_bytes, weight_files
-from billhook.store.sinks import SameLayout
+from billhook.store.sinks import BlockSink, SameLayout
 
 _ADVICE = (
     "This directory is not finished. Continue with the same command and --resume, or start again with --overwrite."
@@ -54,14 +53,14 @@ class PartialOutput:
         state: State,
         *,
         stopping: Callable[[], bool],
-        files: BlockFiles | None = None,
+        files: BlockSink | None = None,
     ) -> None:
         self.stream, self.source, self.output, self.state, self.stopping = stream, source, output, state, stopping
         self.folder = partial_folder(output)
-        self.sink: SameLayout | BlockFiles = SameLayout(stream.model, source) if files is None else files
+        self.sink: SameLayout | BlockSink = SameLayout(stream.model, source) if files is None else files
         inside = {name for names in stream.names for name in names}
         self.outside = [name for name in self.sink.entries if name not in inside]
-        self._same_values = files is not None or self._same_dtypes()
+        self._same_values = self._same_dtypes() if files is None else files.same_values
 
     def _same_dtypes(self) -> bool:
         """Whether the files have the dtypes of the model in memory."""
@@ -71,10 +70,10 @@ class PartialOutput:
 
     def _moved(self, index: int) -> None:
         """From now on read a block from the output."""
-        if isinstance(self.sink, BlockFiles):
-            self.stream.stored.update(self.sink.stored(self.folder, index))
-        else:
+        if isinstance(self.sink, SameLayout):
             self.stream.moved(index, self.folder)
+        else:
+            self.sink.moved(self.folder, index)
 
     def begin(self) -> None:
         """Create the files, or check those of the run that is resumed."""
@@ -120,16 +119,23 @@ class PartialOutput:
         """Whether a file that the blocks depend on is recorded."""
         return name in self.state.files
 
-    def complete(self, record: Mapping[str, Any], finish: Callable[[Path], Mapping[str, Any]] | None = None) -> None:
+    def complete(
+        self,
+        record: Mapping[str, Any],
+        finish: Callable[[Path], Mapping[str, Any]] | None = None,
+        *,
+        published: Callable[[Path], object] = publish,
+        model: PreTrainedModel | None = None,
+    ) -> None:
         """Write the other files and rename the directory, once no process reads from it any more.
 
-        `finish` completes the weight files in a folder, and returns new entries of config.json.
+        `finish` completes the weight files in a folder, and returns new entries of config.json. `published` writes the
+        report. `model` is the model that was written, where it is not the source's.
         """
         barrier()
         if not rank():
             config = None if finish is None else finish(self.folder)
-            published = publish if finish is None else publish_quantized
-            complete(self.stream.model, self.source, self.folder, record, published, config)
+            complete(model or self.stream.model, self.source, self.folder, record, published, config)
             flush(self.folder)
             for path in [*self.folder.glob(f"*{GRADIENTS}"), *self.folder.glob(WRITTEN)]:
                 path.unlink()  # last, because a run without them cannot be resumed
@@ -162,7 +168,7 @@ def partial_output(
     resume: bool,
     overwrite: bool,
     stopping: Callable[[], bool] = lambda: False,
-    files: BlockFiles | None = None,
+    files: BlockSink | None = None,
     room: int | None = None,
 ) -> Iterator[PartialOutput]:
     """Create the directory, or open it again to resume a run.
@@ -257,9 +263,9 @@ def _foreign_file(folder: Path, written: Collection[str]) -> str | None:
     """The name of a file in `folder` that cannot be from an unfinished run and must not be deleted."""
     if (folder / STATE).exists():
         return None
-    own = {INDEX, *written}
+    own, temporary = {INDEX, LEVELS, *written}, (f".{STATE}.", f".{LEVELS}.")
     names = (path.name for path in folder.iterdir())
-    return min((name for name in names if name not in own and not name.startswith(f".{STATE}.")), default=None)
+    return min((name for name in names if name not in own and not name.startswith(temporary)), default=None)
 
 
 def _empty(folder: Path, except_for: Sequence[str] = ()) -> None:

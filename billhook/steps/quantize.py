@@ -28,9 +28,11 @@ from billhook.methods.quantize.grid import Quantized
 from billhook.methods.quantize.nearest import nearest
 from billhook.methods.statistics import LayerStats
 from billhook.plan.plan import Plan, load_plan
-from billhook.steps.block_files import BlockFiles
+from billhook.reports.quantized_card import publish_quantized
+from billhook.steps.block_files import BlockFiles, Form
 from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
+from billhook.steps.parts import check_matrices, layer_parts, part_types, transposed
 from billhook.steps.quantize_job import QuantizeJob, QuantizeReport, QuantizeRequest, record
 from billhook.steps.request import Opened, check_text_given, draw_text, open_model
 from billhook.steps.resolve import identity
@@ -42,7 +44,6 @@ from billhook.steps.types import (
     file_facts,
     full_name,
     is_ggml,
-    layer_tensors,
     outside_of,
     outside_parameter,
     plan_types,
@@ -82,18 +83,19 @@ def prepare(
     types = plan_types(plan)
     if len({is_ggml(t) for t in types.values()}) > 1:
         raise BillhookError("The plan mixes GGUF types with types intB/GROUP: a file holds one kind.")
-    tensors = layer_tensors(opened)
-    method = replace(method, scale_dtype=scale_dtype(opened, tensors))
-    ggml = any(map(is_ggml, types.values()))
+    ggml, parts = any(map(is_ggml, types.values())), layer_parts(opened)
+    if not ggml:
+        check_matrices(opened.layers, parts)
+    method = replace(method, scale_dtype=scale_dtype(opened, parts))
     outside = outside_of(opened, plan, request.embeddings) if ggml else {}
-    on_disk = {tensors[layer]: t for layer, t in types.items()} | outside
+    on_disk = part_types(parts, types) | outside
     room = block_bytes(opened, on_disk) + (file_bytes(opened, on_disk, request.quantizer) if ggml else 0)
     check_resumed(request, _identity(request, opened, method, plan, outside), room)
     if method.observed and opened.samples is None:
         opened = draw_text(opened, opening, progress)
     run = _identity(request, opened, method, plan, outside)
     check_resumed(request, run, room)
-    return QuantizeJob(request, opened, plan, method, tensors, outside, run, notes, room)
+    return QuantizeJob(request, opened, plan, method, parts, outside, run, notes, room)
 
 
 def _method_and_plan(request: QuantizeRequest) -> tuple[Quantization, Plan | None]:
@@ -160,7 +162,8 @@ def run(
     def outside(name: str) -> Quantized:
         return nearest(stream.source[name].read().float(), LayerStats(0, 0), job.grids[name])
 
-    files = BlockFiles(stream, job.grids, ggml_tensors if job.ggml else compressed_tensors, outside)
+    form: Form = ggml_tensors if job.ggml else compressed_tensors
+    files = BlockFiles(stream, job.grids, form, outside, transposed(job.parts))
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "room": job.room}
     lost = loss_of(opened, request.opening().drawing.held_out)
     with partial_output(
@@ -175,7 +178,8 @@ def run(
 
         def made(layer: Layer, encoded: Encoded) -> None:
             assert isinstance(encoded, Quantized)
-            files.add(job.tensors[layer.name], encoded)
+            for part in job.parts[layer.name]:
+                files.add(part, encoded)
 
         results = before + apply_plan_(
             opened.model, job.plan, job.method, opened.batches, layers=opened.layers, resources=opened.resources,
@@ -183,7 +187,7 @@ def run(
         )  # fmt: skip
         loss = lost()
         made_record = record(job, results, loss)
-        partial.complete(made_record, _finish(job, files, source))
+        partial.complete(made_record, _finish(job, files, source), published=publish_quantized)
     bits = 8 * job.plan.bytes(job.shapes) / sum(out * columns for out, columns in job.shapes.values())
     warnings, seconds = made_record["steps"][-1]["warnings"], time.perf_counter() - start
     return QuantizeReport(output, results, bits, result_bytes(output), weight_bytes(source), seconds, loss, warnings)
@@ -212,5 +216,5 @@ def _finish(job: QuantizeJob, files: BlockFiles, source: Path) -> Callable[[Path
 def _configuration(job: QuantizeJob) -> dict[str, Any]:
     """The `quantization_config` of config.json; every linear layer that is not quantized is named in it."""
     linear = {name for name, m in job.opened.model.named_modules() if isinstance(m, torch.nn.Linear)}
-    types = {layer: job.grids[tensor] for layer, tensor in job.tensors.items()}
+    types = {layer: job.grids[parts[0].tensor] for layer, parts in job.parts.items()}
     return compressed_tensors.configuration(types, linear - types.keys())

@@ -17,6 +17,7 @@ from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.quantize.grid import Grid
 from billhook.methods.quantize.grids import grid_of
 from billhook.plan.plan import Plan
+from billhook.steps.parts import Parts, part_types, where
 from billhook.steps.record import without_folders
 from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.steps.types import is_ggml, plan_types
@@ -80,7 +81,7 @@ class QuantizeRequest(Inputs):
 class QuantizeJob:
     """A checked request with its plan.
 
-    `tensors` are the names on disk of the layers' weights, `outside` the types of embeddings and head by their names,
+    `parts` are the places of the layers on disk, `outside` the types of embeddings and head by their names,
     and `room` the bytes that the run needs on the disk.
     """
 
@@ -88,7 +89,7 @@ class QuantizeJob:
     opened: Opened
     plan: Plan
     method: Quantization
-    tensors: Mapping[str, str]
+    parts: Parts
     outside: Mapping[str, str]
     identity: Mapping[str, Any]
     notes: list[str]
@@ -107,7 +108,7 @@ class QuantizeJob:
     @cached_property
     def grids(self) -> dict[str, Grid]:
         """The grids of all quantized tensors by their names on disk."""
-        types = {self.tensors[layer]: type for layer, type in plan_types(self.plan).items()} | dict(self.outside)
+        types = part_types(self.parts, plan_types(self.plan)) | dict(self.outside)
         return {name: grid_of(type, self.method.scale_dtype) for name, type in types.items()}
 
 
@@ -146,7 +147,7 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
     for r in results:
         facts = {key: value for key, value in known.get(r.layer, {}).items() if key == "sparsity"}
         facts |= {"shape": list(r.shape), "zeros": r.zeros, "notes": list(r.notes), "error": r.error, "type": r.type}
-        layers[r.layer] = facts | {"tensor": job.tensors[r.layer], "index": None, "transposed": False}
+        layers[r.layer] = facts | where(job.parts[r.layer])
     made_by = {
         "quantizer": request.quantizer,
         "outside": dict(job.outside),

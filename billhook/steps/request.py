@@ -13,7 +13,7 @@ from billhook.architectures.sources import resolve
 from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import rows_per_batch
 from billhook.engine.activation_store import SPILL_GIB
-from billhook.engine.batch import Batch, main_input, rows_of, split_rows
+from billhook.engine.batch import Batch, main_input, row_length, rows_of, split_rows
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.method import Group, Rounding
 from billhook.engine.resources import Resources
@@ -154,8 +154,8 @@ def check_text_given(request: Request, needed: bool, who: str) -> None:
     """Raise BillhookError where text is `needed`, by `who`, and the request names none."""
     if needed and request.calibration is None:
         raise BillhookError(
-            f"{who} needs activations: give text with --calibration FILE.txt, FILE.jsonl, TOKENS.safetensors or "
-            "hub:c4. With --calibration self: the model writes it; text like what the model will be used on is better."
+            f"{who} needs activations: give text with --calibration FILE.txt, FILE.jsonl, TOKENS.safetensors or hub:c4 "
+            "(images for an image model). With self: the model writes it; text like what it will read is better."
         )
 
 
@@ -171,7 +171,7 @@ def open_model(request: Request, *, streamed: bool, room: Callable[[Path], int] 
 def draw_text(opened: Opened, request: Request, progress: Progress = lambda step: None) -> Opened:
     """The same with the calibration samples of the request."""
     samples = _draw(request, opened.source, opened.model, opened.task, opened.resources.streamed, progress)
-    length = main_input(opened.model, samples.batch).shape[1]
+    length = row_length(opened.model, samples.batch)
     size = rows_per_batch(len(samples), request.batch_size or batch_size(opened.layers, length))
     return _changed(opened, samples=samples, batches=split_rows(samples.batch, size))
 
@@ -273,9 +273,11 @@ def calibration_facts(opened: Opened) -> dict[str, Any]:
     """What identifies the calibration samples, in tables and billhook.json."""
     samples = opened.samples
     assert samples is not None
-    rows, length = main_input(opened.model, samples.batch).shape[:2]
+    inputs = main_input(opened.model, samples.batch)
     identity = {"source": source_name(samples.source), "digest": samples.digest, "sampling": samples.sampling}
-    return identity | {"bos": samples.bos, "samples": rows, "length": length, "batch_size": rows_of(opened.batches[0])}
+    text = {"bos": samples.bos, "samples": len(inputs), "length": inputs.shape[1]}
+    size = text if inputs.ndim == 2 else {"samples": len(inputs), "pixels": list(inputs.shape[-2:])}
+    return identity | size | {"batch_size": rows_of(opened.batches[0])}
 
 
 def model_facts(source: Path | None, model: PreTrainedModel) -> dict[str, Any]:
@@ -290,8 +292,7 @@ def computed_in(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _model_name(source: Path | None, model: PreTrainedModel) -> str:
-    """OWNER/NAME for a folder `models--OWNER--NAME/snapshots/COMMIT` of the hub's cache, else the folder's name; for a
-    model in memory, its class."""
+    """OWNER/NAME for a folder of the hub's cache, else the folder's name; for a model in memory, its class."""
     if source is None:
         return type(model).__name__
     if source.parent.name == "snapshots":

@@ -4,31 +4,85 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from billhook.architectures.config import context_length
+from billhook.architectures.context_memory import ContextMemory, context_memory
 from billhook.errors import BillhookError
 from billhook.export.compressed_tensors import names
 from billhook.methods.quantize.ggml import GGML
 from billhook.plan.storage import bits, block, stored_bytes
+from billhook.steps.parts import Parts, part_types
 from billhook.steps.request import Opened
-from billhook.steps.types import block_bytes, file_bytes, outside_matrices
+from billhook.steps.types import file_bytes, outside_matrices
 
 _SCALARS = {"transformers": (2, 3, 4, 5, 6, 8), "vllm": (4, 8)}
-_OUTSIDE = ("q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "iq4_nl")
+_OUTSIDE = ("q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _FILE_BYTES = 64  # of a safetensors file, beside its tensors and their names
+_CONTEXT = 8192  # tokens, where none are given
 _SPAN = 1.75, 3.0  # bits below and above the budget's that are tried
 
 
 @dataclass(frozen=True)
 class Size:
     """The size asked for: one of `size` (bytes, or such as "2.5GB"), `bits` (per parameter of the model, everything
-    counted) and `ratio` (of the size in 16 bits)."""
+    counted), `ratio` (of the size in 16 bits) and `fit`, the memory in which the file and a `context` of so many tokens
+    must fit in llama.cpp (None: 8192, or the model's if that is shorter)."""
 
     size: str | int | None = None
     bits: float | None = None
     ratio: float | None = None
+    fit: str | int | None = None
+    context: int | None = None
+
+    def check(self, target: str) -> None:
+        """Raise BillhookError unless exactly one size is given that the target can meet."""
+        values = [value for value in (self.size, self.bits, self.ratio, self.fit) if value is not None]
+        if len(values) != 1:
+            raise BillhookError(
+                "Give exactly one of size (2.5GB), bits (3.5, per parameter), ratio (0.25, of 16 bits) and fit (16GB, "
+                "with a context)."
+            )
+        per_parameter = self.bits if self.bits is not None else None if self.ratio is None else 16 * self.ratio
+        if per_parameter is not None and not 0 < per_parameter <= 32:
+            raise BillhookError(f"{values[0]} is not a number of bits in (0, 32], or a ratio in (0, 2].")
+        for size in (self.size, self.fit):
+            if size is not None:
+                parse_size(size)
+        if self.context is not None and (self.fit is None or self.context < 1):
+            raise BillhookError("A context is a number of tokens, and counts only with --fit.")
+        if self.fit is not None and target != "gguf":
+            raise BillhookError(
+                f"--fit is for llama.cpp (--for gguf): what {target} needs beside the weights was not measured, and "
+                "transformers decodes them when it loads them. Give --size."
+            )
+
+    def budget(self, config: Any, parameters: int) -> tuple[int, ContextMemory | None]:
+        """The bytes of the file, and what a context takes beside it, given the model's configuration and number of
+        parameters.
+
+        Raises BillhookError for a context that the model does not have, or that leaves nothing for the file.
+        """
+        if self.size is not None:
+            return parse_size(self.size), None
+        if self.fit is None:
+            return int(parameters * (self.bits if self.bits is not None else 16 * (self.ratio or 0)) / 8), None
+        longest, memory = context_length(config), parse_size(self.fit)
+        tokens = self.context or min(_CONTEXT, longest or _CONTEXT)
+        if longest is not None and tokens > longest:
+            raise BillhookError(
+                f"A context of {tokens:,} tokens exceeds the model's of {longest:,}: use --context {longest} or less."
+            )
+        taken = context_memory(config, tokens)
+        if taken.total >= memory:
+            raise BillhookError(
+                f"{memory:,} bytes are not enough: {taken}, {taken.total:,} in all, and nothing is left for the file. "
+                "Give a shorter --context."
+            )
+        return memory - taken.total, taken
 
 
 def parse_size(size: str | int) -> int:
@@ -64,7 +118,7 @@ class Sizes:
     """What the file consists of: `budget` bytes, `fixed` of which are taken by everything that is not quantized.
 
     `menus` and `outside_menus` are the types to choose from, of the layers by name, and of embeddings and head, of the
-    shapes `outside`, by their names on disk.
+    shapes `outside`, by their names on disk. `memory` is what a context takes, where the file is to fit in memory.
     """
 
     budget: int
@@ -72,10 +126,11 @@ class Sizes:
     menus: Mapping[str, list[str]]
     outside: Mapping[str, tuple[int, int]]
     outside_menus: Mapping[str, list[str]]
+    memory: ContextMemory | None
 
     @classmethod
-    def of(cls, given: Size, opened: Opened, tensors: Mapping[str, str], types: Sequence[str], target: str) -> "Sizes":
-        """The sizes for a request and the types to choose from; `tensors` are the layers' names on disk.
+    def of(cls, given: Size, opened: Opened, parts: Parts, types: Sequence[str], target: str) -> "Sizes":
+        """The sizes for a request and the types to choose from; `parts` are the layers' places on disk.
 
         Raises BillhookError for a budget that cannot be met, with the least possible size and what takes it.
         """
@@ -83,7 +138,7 @@ class Sizes:
         assert stream is not None
         entries = {name: stored.entry for name, stored in stream.source.items()}
         parameters = sum(int(np.prod(entry.shape)) for entry in entries.values())
-        budget = _budget(given, parameters)
+        budget, memory = given.budget(opened.model.config, parameters)
         outside = outside_matrices(opened.model, stream) if target == "gguf" else {}
         menus = {layer.name: _menu(layer.shape[1], types, layer.name) for layer in opened.layers}
         outside_menus = {name: outside_menu(name, shape[1], types) for name, shape in outside.items()}
@@ -92,28 +147,33 @@ class Sizes:
         layers = sum(stored_bytes(t, shapes[name]) for name, t in least.items())
         around = sum(stored_bytes(t, outside[name]) for name, t in least_outside.items())
         if target == "gguf":
-            on_disk = {tensors[name]: t for name, t in least.items()} | least_outside
+            on_disk = part_types(parts, least) | least_outside
             padding = 32 * len(on_disk)  # the length of every tensor is rounded up to the alignment
             fixed = file_bytes(opened, on_disk, "gptq") - layers - around + padding
         else:
-            kept = entries.keys() - set(tensors.values())
+            tensors = {part.tensor for several in parts.values() for part in several}
+            kept = entries.keys() - tensors
             fixed = sum(entries[name].stop - entries[name].start for name in kept) + 16 * len(tensors)
-            fixed += _header_bytes([*kept, *(part for name in tensors.values() for part in names(name))])
+            fixed += _header_bytes([*kept, *(part for name in tensors for part in names(name))])
             fixed += _FILE_BYTES * (1 + len(stream.blocks))
         if fixed + layers + around > budget:
-            parts = _Least(layers, around, fixed, sorted(set(least.values())), parameters)
-            raise BillhookError(parts.refusal(budget, target, whole=len(types) == len(allowed_types(target, ()))))
+            found = _Least(layers, around, fixed, sorted(set(least.values())), parameters)
+            left = "" if memory is None else f"In {memory.total + budget:,} bytes {memory}. "
+            refused = found.refusal(budget, target, whole=len(types) == len(allowed_types(target, ())))
+            raise BillhookError(left + refused)
         near = _near(menus, shapes, budget - fixed, [(outside[name], m) for name, m in outside_menus.items()])
-        return cls(budget, fixed, near, outside, outside_menus)
+        return cls(budget, fixed, near, outside, outside_menus, memory)
 
-    def most_room(self, opened: Opened, tensors: Mapping[str, str], target: str) -> int:
+    def most_room(self, opened: Opened, parts: Parts, target: str) -> int:
         """The most bytes that writing the result can take on the disk: the files of blocks, and a GGUF file beside
         them, which is at most the budget."""
-        least = {tensors[name]: min(menu, key=bits) for name, menu in self.menus.items()}
-        least |= {name: min(menu, key=bits) for name, menu in self.outside_menus.items()}
-        shapes = {tensors[layer.name]: layer.shape for layer in opened.layers} | dict(self.outside)
-        kept = block_bytes(opened, least) - sum(stored_bytes(t, shapes[name]) for name, t in least.items())
-        return self.budget + (kept + self.budget - self.fixed if target == "gguf" else 0)
+        if target != "gguf":
+            return self.budget
+        stream = opened.resources.stream
+        assert stream is not None
+        quantized = {part.tensor for several in parts.values() for part in several} | self.outside.keys()
+        kept = sum(x.entry.stop - x.entry.start for name, x in stream.source.items() if name not in quantized)
+        return 2 * self.budget + kept - self.fixed
 
 
 @dataclass(frozen=True)
@@ -143,19 +203,6 @@ class _Least:
             f"{budget:,} bytes cannot be met: the least possible with these types is {size:,} bytes "
             f"({8 * size / self.parameters:.2f} bits a parameter), which are {', '.join(parts)}. {advice}"
         )
-
-
-def _budget(given: Size, parameters: int) -> int:
-    """The bytes asked for."""
-    values = [value for value in (given.size, given.bits, given.ratio) if value is not None]
-    if len(values) != 1:
-        raise BillhookError("Give exactly one of size (2.5GB), bits (3.5, per parameter) and ratio (0.25, of 16 bits).")
-    if given.size is not None:
-        return parse_size(given.size)
-    per_parameter = given.bits if given.bits is not None else 16 * (given.ratio or 0)
-    if not 0 < per_parameter <= 32:
-        raise BillhookError(f"{values[0]} is not a number of bits in (0, 32], or a ratio in (0, 2].")
-    return int(parameters * per_parameter / 8)
 
 
 def _menu(columns: int, types: Sequence[str], name: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The storage type of every tensor of a model that is quantized, and where it is on disk."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,9 @@ from billhook.methods.quantize.scalar import Scalar
 from billhook.plan.plan import Budget, Plan
 from billhook.plan.spec import Spec
 from billhook.plan.storage import BLOCKS, bits, block, stored_bytes
-from billhook.steps.record import place
+from billhook.steps.parts import Parts
 from billhook.steps.request import Opened
 from billhook.store.gguf_file import require_gguf
-from billhook.store.locate import locate_on_disk
 
 GROUPS = (64, 32, 16, 8)  # of a scalar type without a group: the first that divides a layer's columns
 EMBEDDINGS = "q6_k"  # of embeddings and head in a GGUF file, where `quantize` is not told otherwise
@@ -90,26 +90,11 @@ def check_target(ggml: bool) -> None:
     (require_gguf if ggml else compressed_tensors.check_installed)()
 
 
-def layer_tensors(opened: Opened) -> dict[str, str]:
-    """The names on disk of the layers' weights; raises BillhookError where one is not a matrix of its own there."""
+def scale_dtype(opened: Opened, parts: Parts) -> torch.dtype:
+    """The dtype of the scales of scalar types: bfloat16 where the layers are, otherwise float16."""
     stream = opened.resources.stream
     assert stream is not None
-    facts = {layer.name: {"shape": list(layer.shape), **place(layer)} for layer in opened.layers}
-    found = locate_on_disk(opened.model, facts, stream.source)
-    for layer, where in found.items():
-        if where.get("tensor") is None or where.get("index") is not None or where.get("transposed"):
-            raise BillhookError(
-                f"{layer} is not a matrix [out, in] of its own in the files (it is fused, transposed, or an expert of "
-                f"a larger tensor), which quantize does not support yet: leave it out with --ignore {layer}."
-            )
-    return {layer: str(where["tensor"]) for layer, where in found.items()}
-
-
-def scale_dtype(opened: Opened, tensors: Mapping[str, str]) -> torch.dtype:
-    """The dtype of the scales of scalar types: bfloat16 where the `layer_tensors` are, otherwise float16."""
-    stream = opened.resources.stream
-    assert stream is not None
-    dtypes = {stream.source[name].dtype for name in tensors.values()}
+    dtypes = {stream.source[part.tensor].dtype for several in parts.values() for part in several}
     return torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float16
 
 
@@ -139,7 +124,8 @@ def block_bytes(opened: Opened, types: Mapping[str, str]) -> int:
     assert stream is not None
     kept = [stored.entry for name, stored in stream.source.items() if name not in types]
     shapes = {name: stream.source[name].entry.shape for name in types}
-    return sum(stored_bytes(t, (shapes[name][0], shapes[name][1])) for name, t in types.items()) + sum(
+    rows = {name: prod(shape[:-1]) for name, shape in shapes.items()}
+    return sum(stored_bytes(t, (rows[name], shapes[name][-1])) for name, t in types.items()) + sum(
         entry.stop - entry.start for entry in kept
     )
 
@@ -153,9 +139,9 @@ def file_bytes(opened: Opened, types: Mapping[str, str], quantizer: str) -> int:
     assert stream is not None
     assert opened.source is not None
     for name, type in types.items():
-        out, columns = stream.source[name].entry.shape
+        *out, columns = stream.source[name].entry.shape
         width, size = BLOCKS[type]
-        empty[name] = (type, np.broadcast_to(np.zeros((), np.uint8), (out, columns // width * size)))
+        empty[name] = (type, np.broadcast_to(np.zeros((), np.uint8), (*out, columns // width * size)))
     return gguf_bytes(opened.source, empty, file_facts(opened, quantizer))
 
 

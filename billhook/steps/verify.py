@@ -22,6 +22,7 @@ from billhook.plan.plan import Plan
 from billhook.steps.kept import changed_weights
 from billhook.steps.verify_files import check_config, check_files, unlisted_weights
 from billhook.steps.verify_gguf import examine_gguf
+from billhook.steps.verify_units import check_units
 from billhook.store.layout import RECORD, is_packed, is_unfinished
 from billhook.store.record import REFILLED, Record, Step, located, read_record, weights_digest
 from billhook.store.shards import Shard, layer_zeros, read_shard, weight_files
@@ -84,7 +85,7 @@ def verify(
             problems += [*_check_chain(record), *found]
             return Verification(str(directory), len(record.steps), len(record.layers), zeros, weights, problems)
         shards, damaged = _open(directory)
-        problems += [*check_config(directory, shards), *_check_finite(shards)]
+        problems += [*check_config(directory, shards), *_check_finite(shards), *check_units(record)]
         if source is not None:
             problems += changed_weights(shards, record, resolve(source))
         return _check_record(directory, record, problems, shards, damaged, progress)
@@ -178,11 +179,12 @@ def _expectations(record: Record) -> list[_Expected]:
     layers = record.layers.items()
     expected = {name: _Expected(name, (facts["shape"][0], facts["shape"][1]), facts) for name, facts in layers}
     targets: dict[str, float] = {}
+    reshaped = max((i for i, step in enumerate(record.steps) if step.step == "slim"), default=-1)
     for number, step in enumerate(record.steps):
-        if step.plan is None:
+        if step.plan is None or number <= reshaped:  # earlier plans were of layers of another shape
             continue
         plan = Plan.from_json(step.plan, f"{RECORD}, {_name(number, step)}")
-        last = number == len(record.steps) - 1
+        last = number == len(record.steps) - 1 and reshaped < 0
         named = [name for name in expected if name in plan.weights or (last and name not in targets)]
         shapes = {name: expected[name].shape for name in named}
         plan.check(shapes)

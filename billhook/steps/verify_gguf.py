@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,15 @@ def examine_gguf(path: Path, record: Record, progress: Callable[[str], None]) ->
         file = read_gguf(path)
     except BillhookError as error:
         return 0, 0, [str(error)]
-    recorded = Counter(facts.get("type") for facts in record.layers.values())
-    found = Counter(e.type for name, e in file.tensors.items() if name not in _OUTSIDE and e.type in recorded)
-    problems = (
-        [] if found == recorded else [f"{path.name} has layers of the types {dict(found)}, not {dict(recorded)}."]
-    )
+    recorded, found = Counter[str](), Counter[str]()  # numbers of weights: a tensor may hold several layers, or a part
+    for facts in record.layers.values():
+        recorded[str(facts.get("type"))] += prod(facts["shape"])
+    for name, entry in file.tensors.items():
+        if name not in _OUTSIDE and entry.type in recorded:
+            found[entry.type] += prod(entry.shape)
+    problems = []
+    if found != recorded:
+        problems = [f"{path.name} has weights of layers of the types {dict(found)}, not {dict(recorded)}."]
     zeros = weights = 0
     for name, entry in file.tensors.items():
         values = file.values(entry)

@@ -99,7 +99,7 @@ def read_config(path: Path, *, quantized: bool = False) -> dict[str, Any]:
     ):
         raise BillhookError(
             f"{path} is a quantized checkpoint: start from the unquantized model. Models quantized for "
-            "compressed-tensors can be evaluated."
+            "compressed-tensors can be evaluated, and decoded with billhook export --to dense -o DENSE."
         )
     return config
 
@@ -208,9 +208,11 @@ def check_trusted(path: Path, config: dict[str, Any], auto_class: str, trust_rem
 
 
 def class_names(auto_class: str) -> dict[str, tuple[str, ...]]:
-    """The model classes that one of transformers' Auto classes opens, by `model_type`."""
-    names = getattr(transformers, auto_class)._model_mapping._model_mapping
-    return {kind: value if isinstance(value, tuple) else (value,) for kind, value in names.items()}
+    """The model classes that one of transformers' Auto classes opens, by `model_type`; registered ones too."""
+    mapping = getattr(transformers, auto_class)._model_mapping
+    own = {config.model_type: (kind.__name__,) for config, kind in mapping._extra_content.items()}
+    found = mapping._model_mapping.items()
+    return {kind: value if isinstance(value, tuple) else (value,) for kind, value in found} | own
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def complete(
     """Add all other files of `source`, billhook.json and what `publish` writes to the weights in `folder`; returns the
     checksums. `config` are new entries of config.json. See `save_pruned`."""
     if source is not None:
-        copy_files(source, folder, _is_copied)  # they replace files of the same names that `save_pretrained` wrote
+        copy_files(source, folder, is_copied)  # they replace files of the same names that `save_pretrained` wrote
     if config:
         write_json(folder / "config.json", read_json(folder / "config.json", "model configuration") | dict(config))
     files = checksums(folder)
@@ -114,7 +114,7 @@ def checksums(directory: Path) -> dict[str, str]:
     return {name: sha256(directory / name) for name in files if name not in about and not name.endswith(GRADIENTS)}
 
 
-def _is_copied(path: Path) -> bool:
+def is_copied(path: Path) -> bool:
     """Whether a file of the source is copied: neither weights nor a record of an earlier run; `path` is relative.
 
     Nor is adapter_config.json, with which `transformers` would look for adapter weights.

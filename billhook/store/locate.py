@@ -38,10 +38,11 @@ def locate_on_disk(model: PreTrainedModel, layers: Layers, names: Collection[str
     `transposed`).
 
     A place is {"tensor", "index", "transposed"}: the layer is that tensor (entry `index` of its first dimension), [in,
-    out] if transposed; or {"pieces": [...]}, such places with "rows" [from, to] that make up the layer in some order of
-    rows; or {"tensor": None} where the conversion cannot be reversed.
+    out] if transposed; or {"pieces": [...]}, such places with "rows" [from, to] that make up the layer, in the order of
+    its rows ("shuffled" if the rows of a piece are not in this order); or {"tensor": None} where the conversion cannot
+    be reversed.
     """
-    pieces: dict[str, list[dict[str, Any]]] = {name: [] for name in layers}
+    pieces: dict[str, list[tuple[int, dict[str, Any]]]] = {name: [] for name in layers}
     try:
         numbered = to_disk(model, {**model.state_dict(), **_numbered(model, layers)}, names)
     except (RuntimeError, ValueError, IndexError):  # a conversion that depends on the real number of columns
@@ -49,8 +50,8 @@ def locate_on_disk(model: PreTrainedModel, layers: Layers, names: Collection[str
     order = list(layers)
     for tensor, values in numbered.items():
         if values.dtype == torch.int64 and values.numel() and int(values.max()) >= _STEP:
-            for number, piece in _pieces(tensor, values):
-                pieces[order[number - 1]].append(piece)
+            for number, first, piece in _pieces(tensor, values):
+                pieces[order[number - 1]].append((first, piece))
     return {name: _place(found) for name, found in pieces.items()}
 
 
@@ -73,8 +74,8 @@ def _numbered(model: PreTrainedModel, layers: Layers) -> dict[str, Tensor]:
     return numbered
 
 
-def _pieces(tensor: str, values: Tensor) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The layer's number and place of each run of rows of one layer in a tensor on disk."""
+def _pieces(tensor: str, values: Tensor) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """The layer's number, its first row, and the place of each run of rows of one layer in a tensor on disk."""
     for index, matrix in enumerate(values) if values.ndim == 3 else [(None, values)]:
         transposed = matrix.shape[1] != _COLUMNS or not bool((matrix[:, 0] == matrix[:, 1]).all())
         rows = matrix[0] if transposed else matrix[:, 0]
@@ -83,11 +84,15 @@ def _pieces(tensor: str, values: Tensor) -> Iterator[tuple[int, dict[str, Any]]]
         for number, count in zip(*(x.tolist() for x in runs), strict=True):
             if number:
                 span = [start, start + count] if count < len(rows) else None
-                yield number, {"tensor": tensor, "index": index, "transposed": transposed, "rows": span}
+                piece = {"tensor": tensor, "index": index, "transposed": transposed, "rows": span}
+                own = rows[start : start + count] % _STEP
+                shuffled = {} if bool((own.diff() == 1).all()) else {"shuffled": True}
+                yield number, int(own[0]), piece | shuffled
             start += count
 
 
-def _place(pieces: list[dict[str, Any]]) -> dict[str, Any]:
+def _place(found: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
+    pieces = [piece for _, piece in sorted(found, key=lambda x: x[0])]
     if len(pieces) == 1 and pieces[0]["rows"] is None:
-        return {key: pieces[0][key] for key in ("tensor", "index", "transposed")}
+        return {key: value for key, value in pieces[0].items() if key != "rows"}
     return {"pieces": pieces} if pieces else {"tensor": None}

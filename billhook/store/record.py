@@ -25,7 +25,7 @@ class Step:
     """One step of a model's history: an entry of `steps` in billhook.json. `made_by` is that of `prune`; `quantize` has
     `lost`, `seed` to `calibration`, `papers` and `versions` of it too.
 
-    * `step`: what was done: `prune`, `quantize` (by `compress`, too) or `export`.
+    * `step`: what was done: `prune`, `quantize` (by `compress`, too), `slim` or `export`.
     * `plan` (object or null): the plan that was applied, as in plan.json; null for a step without one.
     * `made_by.lost.*` (any, optional): what was lost against the model before this step, on held-out text, with the
       fields of [prune --json](json_output.md#billhook-prune); `made_by.lost` is null if it was not measured.
@@ -34,6 +34,11 @@ class Step:
     * `made_by.quantizer` (string, optional): name of the quantizer.
     * `made_by.quantizer_options.*` (any, optional): its options, defaults filled in.
     * `made_by.outside.*` (string, optional): storage types of embeddings and head, by the names of their tensors.
+    * `made_by.method` (string, optional): name of the structured method of `slim`.
+    * `made_by.method_options.*` (any, optional): its options, defaults filled in.
+    * `made_by.removed` (number, optional): fraction of the parameters in blocks that `slim` removed.
+    * `made_by.kept.*` (list of integers, optional): the parts that stayed, by unit, numbered as before the step.
+    * `made_by.consumers.*.*` (any, optional): `unit` and `columns` a part, of each layer that lost columns.
     * `made_by.criterion` (string, optional): name of the criterion.
     * `made_by.criterion_options.*` (any): its options, defaults filled in.
     * `made_by.group` (string, optional): which weights were compared with each other: `row` or `layer`.

@@ -36,6 +36,38 @@ class Sink(Protocol):
         ...
 
 
+class BlockSink(Protocol):
+    """A sink whose files have another layout than the source's, one for each block."""
+
+    files: list[str]
+    same_values: bool  # whether a block that is read again has the values that it had in memory
+
+    @property
+    def entries(self) -> Mapping[str, Any]:
+        """The tensors of the source by name."""
+        ...
+
+    def begin(self, folder: Path, copied: Collection[str]) -> None:
+        """Write what lies outside the blocks: tensors by their names in the source."""
+        ...
+
+    def begun(self, folder: Path) -> bool:
+        """Whether that was written."""
+        ...
+
+    def write(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Write the tensors of a block, by their names in memory."""
+        ...
+
+    def digest(self, folder: Path, names: Iterable[str]) -> str:
+        """A digest of the tensors of a block, or of those outside, by their names in the source."""
+        ...
+
+    def moved(self, folder: Path, index: int) -> None:
+        """From now on read a finished block from its file."""
+        ...
+
+
 class SameLayout:
     """Files in the layout of the source directory. They can be written block by block, and continued after an
     interruption."""

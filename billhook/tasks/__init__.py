@@ -10,6 +10,7 @@ TASKS = Registry(
     {
         "text-generation": "billhook.tasks.text_generation:TASK",
         "fill-mask": "billhook.tasks.fill_mask:TASK",
+        "image-classification": "billhook.tasks.image_classification:TASK",
     },
     plugins=True,
     mark="auto_class",

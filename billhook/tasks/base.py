@@ -1,9 +1,9 @@
 """The interface of a task: the class that opens a model, its inputs, and the scoring of its predictions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs drawn from a SOURCE, one a row; `digest` is the SHA-256 of their values, `bos` as in
+    """Inputs drawn from a SOURCE, one a row; `digest` is the SHA-256 of their values, `bos` (of text only) as in
     `billhook.text.windows.Tokens`.
 
     `heldout` are more of them, which are used for nothing but to measure what was lost; None where the text has none.
@@ -80,6 +80,34 @@ class Task(Scoring, Protocol):
         """Draw calibration samples from a SOURCE."""
         ...
 
+    def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """The model's own training loss on a batch, a scalar, in evaluation mode."""
+        ...
+
+
+class Inputs(Protocol):
+    """The inputs of a SOURCE that are scored one by one."""
+
+    source: str
+
+    def batches(self, limit: int | None) -> Iterator[Batch]:
+        """All inputs in their order, or the first `limit`, a few at a time."""
+        ...
+
+
+@runtime_checkable
+class RowTask(Task, Protocol):
+    """A task that predicts one thing for a whole input, such as the class of an image."""
+
+    def inputs(self, source: Any, model: PreTrainedModel, home: Home) -> Inputs:
+        """The inputs of a SOURCE that are scored."""
+        ...
+
+
+@runtime_checkable
+class WindowTask(Task, Protocol):
+    """A task that predicts tokens of windows of text."""
+
     def evaluation(
         self,
         source: str,
@@ -91,8 +119,4 @@ class Task(Scoring, Protocol):
         bos: str = "auto",
     ) -> tuple[Windows, Scoring]:
         """Windows of `length` tokens of a SOURCE, at most `limit` of them, and how they are scored."""
-        ...
-
-    def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """The model's own training loss on a batch, a scalar, in evaluation mode."""
         ...

@@ -17,6 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Toke
 from billhook.architectures.config import call_options, vocabulary_size
 from billhook.engine.batch import LABELS, Batch, model_inputs
 from billhook.errors import BillhookError
+from billhook.evaluation.divergence import KL, Divergence
 from billhook.evaluation.scoring import IGNORED, Scoring
 from billhook.tasks.base import Drawing, Home, Progress, Samples
 from billhook.tasks.token_windows import drawn_windows, tokenizer_of
@@ -30,6 +31,8 @@ class FillMask:
     """A batch is {"input_ids": ids with mask tokens, "labels": the tokens at masked positions, -100 elsewhere}."""
 
     protocol: ClassVar[str] = "perplexity of masked tokens (15 %, fixed seed) over non-overlapping windows"
+    unit: ClassVar[str] = "token"
+    divergence: ClassVar[Divergence] = KL
     name: str = "fill-mask"
     auto_class: str = "AutoModelForMaskedLM"
     mask_token: int | None = None
@@ -52,8 +55,9 @@ class FillMask:
             return Samples.of(task.batch, tokens)
         return Samples.of(lambda ids: task.batch(_framed(ids, tokenizer)), tokens)
 
-    def batch(self, ids: Tensor) -> Batch:
+    def batch(self, inputs: Tensor) -> Batch:
         """Inputs and labels for token ids int64 [windows, length]; the ids alone without a mask token."""
+        ids = inputs
         if self.mask_token is None:
             return {"input_ids": ids}
         allowed = ~torch.isin(ids, torch.tensor(sorted(self.special), dtype=ids.dtype))

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook.ambient import pinned
+from billhook.architectures.config import is_headless
 from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
 from billhook.store.checkpoint import class_names, load, read_config
@@ -25,7 +26,7 @@ def task_of(model: PreTrainedModel) -> Task:
     """The task of a model in memory, from its class, or from its type where it has no head; raises BillhookError for a
     class of no task."""
     name = type(model).__name__
-    return _named(name, [] if model.base_model is model else [name], model.config.to_dict())
+    return _named(name, [] if is_headless(model) else [name], model.config.to_dict())
 
 
 def task_of_config(path: Path, config: dict[str, Any]) -> Task:
@@ -42,7 +43,8 @@ def _named(who: str, classes: list[str], config: dict[str, Any]) -> Task:
         if (by_class or by_type or task.auto_class in own_code) and not config.get("is_encoder_decoder"):
             return task
     kind = ", ".join(classes) or config.get("model_type", "a model without a type")
-    raise BillhookError(f"{who} is {kind}: only models for {' and '.join(TASKS.names())} can be pruned.")
+    *names, last = TASKS.names()
+    raise BillhookError(f"{who} is {kind}: only models for {', '.join(names)} and {last} can be pruned.")
 
 
 @pinned

@@ -95,7 +95,21 @@ def is_saved_dataset(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
+def hub_rows(source: str, purpose: str) -> Any:
+    """All rows of a hub data set, such as of images; raises BillhookError where it cannot be loaded."""
+    return _loaded(parse(source, purpose), source, False)[0]
+
+
 def _documents(request: Request, source: str, stream: bool) -> Iterable[str]:
+    loaded, columns = _loaded(request, source, stream)
+    if request.field not in columns:
+        raise BillhookError(f"{source} has no field `{request.field}`; it has {', '.join(columns) or 'nothing'}.")
+    on_disk = hasattr(loaded, "__len__")
+    return column(loaded, request.field, source) if on_disk else _streamed(loaded, request.field, source)
+
+
+def _loaded(request: Request, source: str, stream: bool) -> tuple[Any, list[str]]:
+    """The data set and the names of its columns."""
     try:
         import datasets
     except ImportError:
@@ -105,16 +119,12 @@ def _documents(request: Request, source: str, stream: bool) -> Iterable[str]:
     datasets.disable_progress_bars()
     try:
         loaded = _load(datasets, request, stream)
-        columns = loaded.column_names or list(next(iter(loaded), {}))
+        return loaded, loaded.column_names or list(next(iter(loaded), {}))
     except Exception as error:  # `datasets` and its dependencies raise a dozen unrelated kinds
         raise _failed(f"{source} (split {request.split})", error) from None
     finally:
         if not bars:
             datasets.enable_progress_bars()
-    if request.field not in columns:
-        raise BillhookError(f"{source} has no field `{request.field}`; it has {', '.join(columns) or 'nothing'}.")
-    on_disk = hasattr(loaded, "__len__")
-    return column(loaded, request.field, source) if on_disk else _streamed(loaded, request.field, source)
 
 
 def _load(datasets: Any, request: Request, stream: bool) -> Any:

@@ -27,15 +27,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from billhook.ambient import evaluating
-from billhook.architectures.config import call_options, vocabulary_size
 from billhook.architectures.layers import Layer, observable_experts
 from billhook.architectures.stacks import blocks_of
-from billhook.engine.batch import Batch, main_input, model_inputs, split_rows
+from billhook.engine.batch import Batch, row_length, split_rows
 from billhook.engine.capture import stubbed
 from billhook.engine.restore import differentiable
 from billhook.errors import JobError
-from billhook.evaluation.batching import batch_size
-from billhook.evaluation.scoring import scored_rows
+from billhook.evaluation.predicting import predicted, rows_at_once
+from billhook.evaluation.scoring import Scoring
 
 FLOOR = 0.05
 _BYTES = 1 << 29  # of outputs of the pruned layers for one batch, beyond which activations are recomputed
@@ -46,23 +45,23 @@ def attribute(
     layers: Sequence[Layer],
     dense: Mapping[str, Tensor],
     heldout: Batch,
-    scored: Callable[[Tensor, Batch], tuple[Tensor, Tensor]],
+    scoring: Scoring,
     gradients: Mapping[int, Callable[[Tensor], Tensor]],
 ) -> dict[str, float]:
     """Each layer's share by name, in nats a token.
 
-    `dense` are the dense weights [out, in] by layer name; `scored` gives the scored logits of a batch and their labels
-    (of a task); `gradients[row](logits)` returns the gradient of the divergence of one row, summed over tokens, with
-    respect to its scored logits [tokens, vocabulary]. Raises JobError for a gradient that is not finite, naming the
-    layer.
+    `dense` are the dense weights [out, in] by layer name; `scoring` gives the scored outputs of a batch and their
+    labels (of a task); `gradients[row](outputs)` returns the gradient of the divergence of one row, summed over
+    tokens, with respect to its scored outputs [tokens, vocabulary]. Raises JobError for a gradient that is not finite,
+    naming the layer.
     """
     sums = {layer.name: 0.0 for layer in layers}
     parameters: dict[int, tuple[nn.Parameter, list[Layer]]] = {}
     for layer in layers:
         parameter = getattr(layer.module, layer.parameter)
         parameters.setdefault(id(parameter), (parameter, []))[1].append(layer)
-    length, row, tokens = main_input(model, heldout).shape[1], 0, 0
-    size = batch_size(length, vocabulary_size(model), model.dtype.itemsize)
+    length, row, tokens = row_length(model, heldout), 0, 0
+    size = rows_at_once(model, heldout)
     outputs = size * length * sum(layer.shape[0] for layer in layers) * model.dtype.itemsize
     memory = _checkpointed(model) if outputs > _BYTES else nullcontext()
     wanted = [parameter for parameter, _ in parameters.values()]
@@ -73,8 +72,7 @@ def attribute(
             hooks.callback(handle.remove)
         for batch in split_rows(heldout, size):
             with torch.enable_grad():
-                logits = model(**model_inputs(model, batch), **call_options(model)).logits
-                pairs = scored_rows(*scored(logits, batch))
+                pairs = predicted(model, batch, scoring)
             found = [gradients[row + i](q.detach()).to(q.dtype) for i, (q, _) in enumerate(pairs)]
             torch.autograd.backward([q for q, _ in pairs], found)
             row, tokens = row + len(pairs), tokens + sum(len(y) for _, y in pairs)

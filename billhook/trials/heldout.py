@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from billhook.distributed.collectives import rows_per_batch
 from billhook.engine.batch import Batch, main_input, select_rows, split_rows
 from billhook.errors import BillhookError
+from billhook.images.pixels import digest as digest_of_pixels
 from billhook.tasks.base import Samples
-from billhook.text.windows import digest
+from billhook.text.windows import digest as digest_of_ids
 
 LEAST = 4  # rows: two for each half, so that a standard error over rows is defined
 
@@ -32,12 +33,16 @@ def split_samples(model: PreTrainedModel, samples: Samples, batch_size: int, see
     packed sampling draws none.
     """
     ids = main_input(model, samples.batch)
-    rows = ids.flatten(1).tolist()
-    different = list({tuple(row): index for index, row in reversed(list(enumerate(rows)))}.values())
+    digest = digest_of_ids if ids.ndim == 2 else digest_of_pixels
+    rows = [row.contiguous().cpu().numpy().tobytes() for row in ids]
+    different = list({row: index for index, row in reversed(list(enumerate(rows)))}.values())
     if len(different) < LEAST:
         raise BillhookError(
             f"{samples.source}: {len(different)} different windows are too few to split into calibration and held-out "
             f"ones; at least {LEAST} are needed. Give more text, more --samples or a smaller --length."
+            if ids.ndim == 2
+            else f"{samples.source}: {len(different)} different images are too few to split into calibration and "
+            f"held-out ones; at least {LEAST} are needed. Give more images and --samples."
         )
     order = random.Random(seed).sample(sorted(different), len(different))
     half = len(order) // 2
@@ -45,7 +50,7 @@ def split_samples(model: PreTrainedModel, samples: Samples, batch_size: int, see
         "source": samples.source,
         "sampling": samples.sampling,
         "bos": samples.bos,
-        "length": ids.shape[1],
+        "length": ids.shape[1 if ids.ndim == 2 else -1],
         "seed": seed,
         "digest": samples.digest,
         "calibration": {"windows": half, "digest": digest(ids[order[:half]])},

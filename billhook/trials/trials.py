@@ -1,7 +1,7 @@
 """Trials: a model is pruned in full by one plan after another, and scored on held-out windows.
 
-The scores are the KL divergence from the dense model's predictions (`billhook.evaluation.kl`, with a `TopKTeacher`) and
-the negative log-likelihood of the text, each in nats a token.
+The scores are the divergence from the dense model's predictions (`billhook.evaluation.divergence`; KL with a
+`TopKTeacher`, in nats a token) and the negative log-likelihood of the text, in nats a token.
 """
 
 import math
@@ -18,20 +18,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.ambient import evaluating
-from billhook.architectures.config import call_options, vocabulary_size
 from billhook.architectures.layers import Layer
 from billhook.distributed.collectives import gather
-from billhook.engine.batch import Batch, main_input, model_inputs, rows_of, select_rows, split_rows
+from billhook.engine.batch import Batch, rows_of, select_rows, split_rows
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.gradients import compute_gradients
 from billhook.engine.loop import LayerResult, apply_plan_
 from billhook.engine.method import Treatment
 from billhook.engine.restore import restore_, restored
 from billhook.errors import JobError
-from billhook.evaluation.batching import batch_size
-from billhook.evaluation.kl import TopKTeacher, kl_grad, window_kl
-from billhook.evaluation.perplexity import window_nll
-from billhook.evaluation.scoring import scored_rows
+from billhook.evaluation.divergence import Divergence
+from billhook.evaluation.predicting import predicted, row_nll, rows_at_once
+from billhook.evaluation.scoring import UNKNOWN
 from billhook.plan.plan import Plan
 from billhook.tasks.opening import task_of
 from billhook.trials.attribution import attribute
@@ -39,7 +37,7 @@ from billhook.trials.attribution import attribute
 
 @dataclass(frozen=True)
 class Losses:
-    """Of each window, in nats a token: `kl` from the dense model, and `nll` of the text."""
+    """Of each window, in nats a token: `kl` from the dense model, and `nll` of the text; 0 where it has no labels."""
 
     kl: list[float]
     nll: list[float]
@@ -65,7 +63,7 @@ class TrialRunner:
         self.model, self.task, self.layers, self.method = model, task_of(model), list(layers), method
         self.batches, self.heldout = list(batches), heldout
         self._gradients: Gradients | None = None
-        self._teachers: list[TopKTeacher] = []  # of each held-out row
+        self._teachers: list[Any] = []  # of each held-out row
         self._stack = ExitStack()
 
     @torch.no_grad()
@@ -76,7 +74,8 @@ class TrialRunner:
             if statistic:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="billhook."))) / "g.safetensors"
                 self._gradients = compute_gradients(self.model, self.batches, statistic, path, **options)
-            self._teachers = [TopKTeacher.of(logits) for logits, _ in self._predictions(0, rows_of(self.heldout))]
+            teacher = self.task.divergence.teacher
+            self._teachers = [teacher(outputs) for outputs, _ in self._predictions(0, rows_of(self.heldout))]
             self._dense = stack.enter_context(restored(self.layers))
             self._stack = stack.pop_all()
         return self
@@ -102,8 +101,8 @@ class TrialRunner:
         """
         kl, nll = [], []
         for row, (logits, labels) in enumerate(self._predictions(first, last), start=first):
-            kl.append(window_kl(logits, self._teachers[row]).mean)
-            nll.append(float(window_nll(logits[None], labels[None])) / len(labels))
+            kl.append(self.task.divergence.compare(logits, self._teachers[row]).mean)
+            nll.append(0.0 if bool((labels == UNKNOWN).any()) else row_nll(logits, labels))
             if not math.isfinite(kl[-1] + nll[-1]):
                 raise JobError(f"The pruned model's loss on held-out row {row} is not finite. Try --dtype float32.")
         return gather(Losses(kl, nll))[0]
@@ -112,15 +111,17 @@ class TrialRunner:
         """Each layer's share of the divergence of the model as it is now (`billhook.trials.attribution`)."""
         rows = range(rows_of(self.heldout))
         pairs = zip(rows, self._teachers, strict=True)
-        gradients = {row: partial(kl_grad, teacher=teacher) for row, teacher in pairs}
-        found = attribute(self.model, self.layers, self._dense, self.heldout, self.task.scored, gradients)
+        gradients = {row: partial(_gradient, self.task.divergence, teacher) for row, teacher in pairs}
+        found = attribute(self.model, self.layers, self._dense, self.heldout, self.task, gradients)
         return gather(found)[0]
 
     def _predictions(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each row the scored logits [tokens, vocabulary] and their labels [tokens]."""
-        length = main_input(self.model, self.heldout).shape[1]
-        size = batch_size(length, vocabulary_size(self.model), self.model.dtype.itemsize)
+        size = rows_at_once(self.model, self.heldout)
         for batch in split_rows(select_rows(self.heldout, slice(first, last)), size):
             with evaluating(self.model):
-                logits = self.model(**model_inputs(self.model, batch), **call_options(self.model)).logits
-            yield from scored_rows(*self.task.scored(logits, batch))
+                yield from predicted(self.model, batch, self.task)
+
+
+def _gradient(divergence: Divergence, teacher: Any, outputs: Tensor) -> Tensor:
+    return divergence.gradient(outputs, teacher)

@@ -239,7 +239,16 @@ def test_ls_alone_lists_everything_that_can_be_named():
     rows = done("ls", "--json").json
     assert {"good", "owl@70"} <= {row["name"] for row in rows["recipes"]}
     assert {*ALLOCATORS.names(), "auto"} == {row["name"] for row in rows["allocators"]}
-    assert set(rows) == {"recipes", "allocators", "criteria", "quantizers", "types", "metrics", "families"}
+    assert set(rows) == {
+        "recipes",
+        "allocators",
+        "criteria",
+        "quantizers",
+        "structured",
+        "types",
+        "metrics",
+        "families",
+    }
     shown = done("ls").out
     assert all(name in shown for name in ("good", "auto", "admm", "gptq", "iq3_s", "alpha_peak", "gpt_oss"))
 

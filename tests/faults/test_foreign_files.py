@@ -30,6 +30,7 @@ SEARCH = ("search", "model", *PRUNE[:4], "--allocator", "atp", "--budget", "1", 
 GRID = ("compare", "model", "--sparsities", "0.4,0.5", "--criteria", "magnitude", "--seeds", "2", *SCORED, *TEXT[:4])
 GRID = (*GRID, "-o", "grid")
 EXPORT = ("export", "model", "-o", "out")
+DECODE = ("export", "quantized", "--to", "dense", "-o", "out")
 OUTLIERS = ("--metrics", "outlier_ratio:5", *TEXT, "-o", "out")
 UNPACK = ("unpack", "packed", "-o", "out")
 GBLM = ("--criterion", "gblm", "--gradients", "gradients.safetensors")
@@ -62,8 +63,8 @@ READERS: dict[str, list[tuple[str, ...]]] = {
         ("eval", "pruned", *SCORED, "--report"),
         ("compare", "--runs", "pruned", "pruned"),
     ],
-    "quantized/billhook.json": [("verify", "quantized"), ("report", "quantized")],
-    "quantized/config.json": [("verify", "quantized")],
+    "quantized/billhook.json": [("verify", "quantized"), ("report", "quantized"), DECODE],
+    "quantized/config.json": [("verify", "quantized"), DECODE, ("export", "quantized", "--to", "vllm", "-o", "out")],
     "types.json": [(*ROUND, "--plan", "types.json", "-o", "out")],
     "bench.json": [("report", "pruned", "--speed", "bench.json")],
     "grid/compare.json": [(*GRID, "--errors"), ("compare", "--runs", "grid", "grid")],
@@ -79,6 +80,7 @@ READERS: dict[str, list[tuple[str, ...]]] = {
         (*ROUND, "--type", "int8", "-o", "out"),
         (*COMPRESS, "-o", "out"),
         ("imatrix", "model", *TEXT, "-o", "out"),
+        ("slim", "model", "--remove", "0.25", *TEXT, "-o", "out"),
         EXPORT,
     ],
     "pruned/config.json": [("verify", "pruned"), ("pack", "pruned", "-o", "out")],

@@ -106,6 +106,28 @@ def test_a_stopped_run_goes_on_only_with_the_size_and_the_types_it_was_started_w
     assert contents(tmp_path / "out") == contents(whole)
 
 
+def test_a_file_and_its_context_fit_in_memory_together(tmp_path, source):
+    """Two layers with 2 key-value heads of 8 numbers; 128 tokens are the model's context."""
+    report = compress(source, tmp_path / "out", fit=2**27 + 2_000_000, context=100, **FIELDS)
+    memory = report.memory
+    assert (memory.tokens, memory.cache, memory.program) == (100, 2 * 2 * 256 * 32, 2**27)
+    assert report.quantized.size <= report.budget == 2**27 + 2_000_000 - memory.total
+    assert report.to_json()["context"]["cache"] == memory.cache
+    refused = {
+        r"A context of 9,000 tokens exceeds the model's of \d+: use context=\d+ or less": {
+            "fit": "1GB",
+            "context": 9000,
+        },
+        r"134,000,000 bytes are not enough: a context of 100 tokens takes [\d,]+ bytes of cache": {"fit": "134MB"},
+        r"a context of 100 tokens takes .* for the program\. [\d,]+ bytes cannot be met": {"fit": memory.total + 999},
+        r"fit is for llama\.cpp": {"fit": "1GB", "target": "vllm"},
+        r"counts only with fit": {"size": "1GB"},
+    }
+    for match, change in refused.items():
+        with pytest.raises(BillhookError, match=match):
+            compress(source, tmp_path / "none", **{"context": 100, **change}, **FIELDS)
+
+
 def test_types_limit_embeddings_too_and_a_plan_applies_to_them_again(tmp_path, source):
     report = compress(source, tmp_path / "out", size="1MB", types=["iq4_nl", "q5_0"], **FIELDS)
     entries = read_gguf(report.quantized.output / "out.gguf").tensors

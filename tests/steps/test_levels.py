@@ -3,7 +3,11 @@
 import pytest
 import tiny
 import torch
+from command import contents
 
+from billhook.measurement import level_errors as module
+from billhook.steps.compress import compress
+from billhook.steps.kept_levels import KeptLevels
 from billhook.steps.levels import measure_levels
 from billhook.steps.request import Request, in_memory, open_request
 
@@ -18,9 +22,11 @@ def test_a_streamed_model_gives_the_same_errors_costs_and_losses_as_one_in_memor
     whole = in_memory(streamed, request)
     assert streamed.resources.streamed
     assert not whole.resources.streamed
-    outside = {"model.embed_tokens.weight": tuple(whole.model.get_input_embeddings().weight.shape)}
+    outside = {"model.embed_tokens.weight": ["q8_0", "q5_0", "iq4_nl"]}
     menus = {layer.name: ["q8_0", "q4_0"] for layer in whole.layers}
-    found = [measure_levels(opened, menus, outside, torch.float16, 0) for opened in (streamed, whole)]
+    found = [
+        measure_levels(opened, menus, outside, torch.float16, KeptLevels(None, {})) for opened in (streamed, whole)
+    ]
     assert found[0] == found[1]
     assert all(types["q4_0"] > types["q8_0"] > 0 for types in found[0].errors.values())
     assert all(cost > 0 for cost in found[0].costs.values())
@@ -28,3 +34,41 @@ def test_a_streamed_model_gives_the_same_errors_costs_and_losses_as_one_in_memor
     assert losses["iq4_nl"] > losses["q5_0"] > losses["q8_0"] > 0
     embedding = streamed.model.get_input_embeddings().weight
     assert torch.equal(embedding, whole.model.get_input_embeddings().weight)  # restored
+
+
+@pytest.mark.parametrize(
+    "after", [pytest.param(2, marks=pytest.mark.nightly), 12, pytest.param(20, marks=pytest.mark.nightly)]
+)
+def test_a_choice_that_is_killed_goes_on_with_what_was_measured_and_gives_the_same_bytes(tmp_path, monkeypatch, after):
+    """Killed in the first block, in the second one, and in the backward pass."""
+    source = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=2), dtype=torch.bfloat16, words=False)
+    fields = {"size": "60KB", "target": "transformers", "calibration": IDS, "batch_size": 4, "sweeps": 0}
+    done: list[str] = []
+
+    def progress(line: str) -> None:
+        done.append(line)
+        if len(done) > after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(source, tmp_path / "out", progress=progress, **fields)
+    assert (tmp_path / "out.partial" / "billhook.levels.json").exists() == (after > 7)
+    measured: list[list[str]] = []
+    original = module._measure
+    monkeypatch.setattr(module, "_measure", lambda layers, *rest: measured.append(layers) or original(layers, *rest))
+    compress(source, tmp_path / "out", **fields)
+    assert len(measured) == {2: 8, 12: 4, 20: 0}[after]  # groups of layers with one input
+    monkeypatch.undo()
+    compress(source, tmp_path / "whole", **fields)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_measurements_of_another_run_and_damaged_ones_are_not_used(tmp_path):
+    KeptLevels(tmp_path / "x.partial", {"seed": 0}).keep(information={"layer": 1.0})
+    assert KeptLevels(tmp_path / "x.partial", {"seed": 0}).found.information == {"layer": 1.0}
+    assert KeptLevels(tmp_path / "x.partial", {"seed": 1}).found.information == {}
+    (tmp_path / "x.partial" / "billhook.levels.json").write_text('{"identity": {"seed": 0}, "errors": 3}')
+    assert KeptLevels(tmp_path / "x.partial", {"seed": 0}).found.errors == {}
+    KeptLevels(tmp_path / "x.partial", {}).forget()
+    assert list(tmp_path.iterdir()) == []

@@ -244,9 +244,10 @@ def test_a_width_that_no_group_divides_is_refused_by_name(tmp_path):
         quantize(source, "int4", tmp_path / "out", quantizer="round")
 
 
-def test_experts_and_transposed_weights_are_refused_by_name(tmp_path):
-    source = tiny.save(tmp_path / "model", tiny.mixtral(), words=False)
-    with pytest.raises(BillhookError, match=r"experts.*an expert of a larger tensor"):
+@pytest.mark.parametrize(("family", "what"), [("mixtral", "an expert"), ("gpt2", r"stored as \[in, out\]")])
+def test_what_transformers_does_not_read_quantized_is_refused_by_name(tmp_path, family, what):
+    source = tiny.save(tmp_path / "model", families.build(family), words=False)
+    with pytest.raises(BillhookError, match=rf"\.0.* is {what}, which transformers does not read.*use a GGUF type"):
         quantize(source, "int4/16", tmp_path / "out", quantizer="round")
 
 

@@ -28,8 +28,8 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", TASKS.names())
-def test_every_task_keeps_the_contract(name):
+@pytest.mark.parametrize("name", ["text-generation", "fill-mask"])
+def test_every_task_of_tokens_keeps_the_contract(name):
     task = TASKS.get(name)
     assert task.name == name
     model = {"text-generation": tiny.llama, "fill-mask": bert.model}[name]()
@@ -43,10 +43,8 @@ def test_every_task_keeps_the_contract(name):
 
 
 def test_a_model_of_no_task_is_refused_by_name(tmp_path):
-    with pytest.raises(
-        BillhookError, match=r"ViTForImageClassification: only models for text-generation and fill-mask"
-    ):
-        task_of_config(tmp_path, {"architectures": ["ViTForImageClassification"], "model_type": "vit"})
+    with pytest.raises(BillhookError, match=r"DetrForObjectDetection: only models for text-generation, fill-mask"):
+        task_of_config(tmp_path, {"architectures": ["DetrForObjectDetection"], "model_type": "detr"})
     with pytest.raises(BillhookError, match="T5ForConditionalGeneration"):
         task_of_config(tmp_path, {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True})
 

@@ -1,0 +1,77 @@
+"""Perplexity after whole units are removed, on the golden windows: every method, and what its parts give.
+
+    python benchmarks/structured.py MODEL [--golden DIR] [--remove 0.25] [--units channels,heads] [--units channels]
+
+DIR (by default MODEL's name below ../shared/golden) holds calibration.safetensors and evaluation.safetensors with
+`tokens` [windows, length]; 32 windows calibrate, 16 are scored. Times are processor time.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from billhook.architectures.stacks import blocks_of
+from billhook.architectures.units import find_units
+from billhook.engine.removal import Removal, remove_parts_
+from billhook.methods.structured import STRUCTURED
+from billhook.plan.unit_counts import Size, proportional, uniform_counts
+from billhook.tasks.opening import load_model
+
+CASES = {
+    "magnitude": ("magnitude", {}),
+    "wanda_sp": ("wanda_sp", {}),
+    "wanda_sp with least squares": ("wanda_sp", {"least_squares": True}),
+    "obs, no dense target": ("obs", {"dense_target": 0.0}),
+    "obs, no swaps": ("obs", {"swaps": 0}),
+    "obs": ("obs", {}),
+}
+
+
+@torch.no_grad()
+def perplexity(model: torch.nn.Module, tokens: Tensor) -> float:
+    """Of all tokens but the first of each window."""
+    logits = model(tokens).logits[:, :-1].float().log_softmax(-1)
+    return math.exp(-float(logits.gather(-1, tokens[:, 1:, None]).mean()))
+
+
+def score(
+    model: Path, kinds: Sequence[str], remove: float, case: tuple[str, Mapping[str, float]], golden: Path
+) -> tuple[float, float, str]:
+    """Perplexity, seconds of processor time, and how many parts stay."""
+    tokens = [load_file(golden / f"{name}.safetensors")["tokens"].long() for name in ("calibration", "evaluation")]
+    whole = load_model(model, dtype="float32")
+    units = find_units(whole, kinds)
+    sizes = [Size(u.name, u.kind, u.block, u.count, u.parameters) for u in units]
+    total = sum(p.numel() for block in blocks_of(whole).values() for p in block.parameters())
+    counts = uniform_counts(sizes, round(remove * total), proportional(sizes, kinds))
+    removal = Removal(case[0], STRUCTURED.configure(case[0], case[1]))
+    begun = time.process_time()
+    remove_parts_(whole, units, counts, removal, [{"input_ids": part} for part in tokens[0][:32].split(8)])
+    took = time.process_time() - begun
+    stays = dict.fromkeys(f"{counts[u.name]}/{u.count} {u.kind}" for u in units)
+    return perplexity(whole, tokens[1][:16]), took, ", ".join(stays)
+
+
+def main() -> None:
+    """Print a line for each method."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--golden", type=Path)
+    parser.add_argument("--remove", type=float, default=0.25)
+    parser.add_argument("--units", action="append")
+    options = parser.parse_args()
+    golden = options.golden or Path("../shared/golden") / options.model.name
+    for kinds in options.units or ["channels,heads", "channels"]:
+        for name, case in CASES.items():
+            ppl, seconds, stays = score(options.model, kinds.split(","), options.remove, case, golden)
+            print(f"{stays:40} {name:30} {ppl:8.3f} {seconds:6.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The configuration of a model without the parts of its units that were removed.
+
+A configuration has one width for all blocks, so the same number of parts stays in every block. Sizes of heads are
+written out, because they no longer follow from the width. Lists with an entry for each block are cut with the blocks.
+`LlamaConfig` refuses a number of heads that does not divide the width; the same weights are then a Mistral model
+without a window, which computes the same.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel
+
+from billhook.architectures.units import Unit
+from billhook.errors import BillhookError
+
+_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_NUMBERS = ("mlp_only_layers",)  # lists of the numbers of blocks
+_AS_MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
+def slimmed(
+    model: PreTrainedModel, units: Sequence[Unit], counts: Mapping[str, int], blocks: Sequence[int], depth: int
+) -> tuple[Any, dict[str, Any], list[str]]:
+    """The new configuration, its entries that differ from those of config.json, and notes.
+
+    `counts` parts stay, by unit; of `depth` blocks, those numbered `blocks` stay. Raises BillhookError, naming the
+    model's type, where no configuration can say so.
+    """
+    old, new = model.config, copy.deepcopy(model.config)
+    kind = old.model_type
+    changes: dict[str, Any] = {}
+    for unit in units:
+        if counts[unit.name] != unit.count:
+            for key, value in _changes(old, unit, counts[unit.name]).items():
+                if changes.setdefault(key, value) != value:
+                    raise BillhookError(
+                        f"{kind} models have one {key} for all blocks: {value} cannot stay in {unit.name} where "
+                        f"{changes[key]} stay elsewhere. Use --shape uniform."
+                    )
+    if len(blocks) != depth:
+        changes |= _depth(old, blocks, depth)
+    own = old.to_dict()
+    try:
+        for key, value in changes.items():
+            setattr(new, key, value)
+        new = type(old).from_dict(new.to_dict())
+    except Exception as error:  # whatever the configuration's own checks raise
+        if kind != "llama" or own.get("attention_bias") or own.get("mlp_bias"):
+            reason = " ".join(str(error).split())[:200]
+            raise BillhookError(f"{kind} models cannot have that shape: {reason}") from None
+        values = {**own, **changes, **_AS_MISTRAL}
+        values = {key: value for key, value in values.items() if key not in ("attention_bias", "mlp_bias")}
+        new = AutoConfig.for_model(**values)
+        note = "Written as a Mistral model, because a Llama configuration refuses this number of heads; it computes"
+        return new, {**changes, **_AS_MISTRAL}, [f"{note} the same."]
+    new._experts_implementation = getattr(old, "_experts_implementation", None)
+    made = new.to_dict()
+    return new, {key: value for key, value in made.items() if key not in own or own[key] != value}, []
+
+
+def _changes(config: Any, unit: Unit, count: int) -> dict[str, Any]:
+    """The entries that change where `count` parts of a unit stay."""
+    if unit.kind == "heads":
+        return _heads(config, unit, count)
+    if unit.kind == "experts":
+        key = _first(config, _EXPERTS, unit)
+        return {key: count, "num_experts_per_tok": min(config.num_experts_per_tok, count)}
+    inside = unit.consumer is not None and unit.consumer.expert is not None
+    if inside and hasattr(config, "moe_intermediate_size"):
+        return {"moe_intermediate_size": count}
+    return {_first(config, _WIDTHS, unit): count}
+
+
+def _heads(config: Any, unit: Unit, count: int) -> dict[str, Any]:
+    assert unit.groups is not None
+    heads, groups = config.num_attention_heads, unit.count
+    size = unit.groups.numel() // heads
+    changes = {"num_attention_heads": heads // groups * count, "head_dim": size}
+    return changes | ({"num_key_value_heads": count} if hasattr(config, "num_key_value_heads") else {})
+
+
+def _first(config: Any, names: Sequence[str], unit: Unit) -> str:
+    found = next((name for name in names if hasattr(config, name)), None)
+    if found is None:
+        raise BillhookError(
+            f"{config.model_type} models cannot have fewer {unit.kind}: their configuration has no place for it."
+        )
+    return found
+
+
+def _depth(config: Any, blocks: Sequence[int], depth: int) -> dict[str, Any]:
+    """The entries that change where only some blocks stay."""
+    changes: dict[str, Any] = {"num_hidden_layers": len(blocks)}
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and key in _NUMBERS:
+            changes[key] = [blocks.index(i) for i in value if i in blocks]
+        elif isinstance(value, list) and len(value) == depth and not key.endswith(("_token_id", "architectures")):
+            changes[key] = [value[i] for i in blocks]
+    if isinstance(last := getattr(config, "max_window_layers", None), int):
+        changes["max_window_layers"] = sum(i < last for i in blocks)
+    return changes

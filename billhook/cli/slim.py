@@ -1,0 +1,71 @@
+"""`billhook slim`: a model directory in, a directory with fewer channels and heads out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from billhook.cli import options as shared
+from billhook.cli.common import emit, graceful_interrupt, layers_per_block, parse_settings, progress, say, split_list
+
+NAME = "slim"
+EXAMPLES = """\b
+Examples:
+  billhook slim model --remove 0.25 --calibration text.txt -o small
+  billhook slim model --remove 0.2 --units channels --calibration hub:c4 -o smaller
+  billhook slim model --plan small/plan.json --calibration text.txt -o again
+"""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is removed, and how it is chosen."""
+
+    remove: Annotated[
+        float | None, typer.Option(help="Fraction of the parameters in blocks to remove, such as 0.25.")
+    ] = None
+    units: Annotated[
+        str, typer.Option(help="Kinds of units that may go: channels (of the MLP), heads (with their key/value head).")
+    ] = "channels,heads"
+    plan: Annotated[Path | None, typer.Option(help="A plan.json of kept parts instead of a fraction.")] = None
+    method: Annotated[str, typer.Option(help="How parts are chosen: see billhook ls structured.")] = "obs"
+    settings: shared.Settings = None
+
+
+def command(
+    model: shared.Model,
+    *,
+    output: Annotated[Path, shared.output_option("Directory of the smaller model; must be new or empty.")],
+    method: Method,
+    text: shared.Text,
+    work: shared.Loading,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per forward pass; by default by size.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    writing: shared.Writing,
+    as_json: shared.Json = False,
+) -> None:
+    """Remove whole units: a smaller model that every program runs as it is, and runs faster."""
+    from billhook.steps.slim import SlimRequest, prepare, run
+
+    chosen: dict[str, Any] = {"units": split_list(method.units), "plan": method.plan, "method": method.method}
+    chosen |= {"options": parse_settings(method.settings), "batch_size": batch_size, "seed": seed}
+    groups: dict[str, Any] = {**chosen, **vars(text), **work.fields(model), **vars(writing)}
+    request = SlimRequest(model, output, method.remove, **groups)
+    with progress("reading") as advance:
+        job = prepare(request, advance)
+    for note in job.notes:
+        say(f"note: {note}")
+    layers = [unit.consumer for unit in job.units if unit.consumer is not None]
+    bar = progress("removing", len(layers), unit=layers_per_block(layers))
+    with bar as advance, graceful_interrupt() as stopping:
+        report = run(job, advance, stopping)
+    for warning in report.warnings[len(job.notes) :]:
+        say(f"note: {warning}")
+    sizes = f"{report.size / 1e6:.1f} MB of weights, {report.source_size / 1e6:.1f} MB before"
+    say(f"{report.output}: {report.removed:.1%} of the parameters in blocks removed; {sizes}. {report.seconds:.1f} s.")
+    if report.loss is not None:
+        say(f"{report.loss}.")
+    say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
+    if as_json:
+        emit(report.to_json())

@@ -1,0 +1,173 @@
+"""The loop that removes parts of units: visit a model block by block and choose in each unit what stays.
+
+The model keeps its shapes: a removed part has zeros in the columns of its consumer, which makes no difference to what
+the model computes. Blocks that are dropped pass their input on. For a method that reads `drift`, the dense model's
+hidden states pass through every block as it was, the dropped ones too, so that what follows can make up for them.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.architectures.stacks import blocks_of
+from billhook.architectures.units import Unit
+from billhook.engine.batch import Batch
+from billhook.engine.loop import LayerResult
+from billhook.engine.resources import IN_MEMORY, Resources
+from billhook.engine.streaming import Stream
+from billhook.engine.walk import Block, Progress, walk
+from billhook.errors import BillhookError, JobError
+from billhook.methods.encoded import count_zeros
+from billhook.methods.statistics import GRADIENTS, STATISTICS, LayerStats
+from billhook.methods.structured import STRUCTURED
+from billhook.methods.structured.magnitude import magnitude
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A structured method with all its options."""
+
+    method: str
+    options: Mapping[str, Any]
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """The statistics of a consumer's inputs that it reads."""
+        return tuple(name for name in STRUCTURED.needs(self.method, self.options) if name in STATISTICS)
+
+    @property
+    def gradient(self) -> str:
+        """The statistic of gradients that it reads, or an empty string."""
+        return next((name for name in STRUCTURED.needs(self.method, self.options) if name in GRADIENTS), "")
+
+    def choose(self, weight: Tensor, stats: LayerStats, groups: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Which parts stay, bool [parts], and the new weight [out, in]; by magnitude for an expert without a token."""
+        function = partial(STRUCTURED.get(self.method), **self.options)
+        if self.observed and stats.tokens == 0:
+            stats.note("received no calibration token: chosen by magnitude")
+            function = partial(magnitude)
+        keep: Tensor
+        keep, new = function(weight.float(), stats, groups.to(weight.device), count)
+        return keep, new
+
+
+class Dropped:
+    """The forward function of a dropped block: the hidden states as they are, in the form that the block returns.
+
+    While it is not `active`, and for the source's own weights, the block itself runs.
+    """
+
+    def __init__(self, forward: Callable[..., Any], stream: Stream | None) -> None:
+        self.forward, self.stream, self.active = forward, stream, True
+        self._form: list[tuple[Any, ...] | None] = []
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the block returns."""
+        if not self.active or (self.stream is not None and self.stream.of_source):
+            return self.forward(hidden_states, *args, **kwargs)
+        if not self._form:
+            result = self.forward(hidden_states, *args, **kwargs)
+            self._form.append(result[1:] if isinstance(result, tuple) else None)
+        rest = self._form[0]
+        return hidden_states if rest is None else (hidden_states, *rest)
+
+
+@contextmanager
+def dropping(
+    model: PreTrainedModel, indices: Sequence[int], resources: Resources = IN_MEMORY
+) -> Iterator[dict[int, Dropped]]:
+    """Drop blocks of a model for a `with` block; yields their forward functions by index."""
+    blocks, made = list(blocks_of(model).values()), {}
+
+    def restore(index: int, own: Any) -> None:
+        if own is None:
+            del blocks[index].forward
+        else:
+            blocks[index].forward = own
+
+    with ExitStack() as stack:
+        for index in indices:
+            stack.callback(restore, index, blocks[index].__dict__.get("forward"))
+            made[index] = Dropped(blocks[index].forward, resources.stream)
+            blocks[index].forward = made[index]
+        yield made
+
+
+@torch.no_grad()
+def remove_parts_(
+    model: PreTrainedModel,
+    units: Sequence[Unit],
+    counts: Mapping[str, int],
+    removal: Removal,
+    batches: Sequence[Batch] = (),
+    *,
+    dropped: Mapping[int, Dropped] | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
+    resources: Resources = IN_MEMORY,
+    start: int = 0,
+    progress: Progress = lambda unit: None,
+    finished: Callable[[Block, list[LayerResult]], None] = lambda block, results: None,
+) -> list[LayerResult]:
+    """Remove parts of units with a consumer, in place; `counts` parts stay, by unit.
+
+    `dropped` are the blocks of `dropping`, which become active when they are reached. Blocks before `start` are done
+    already. Raises JobError if a new weight is not finite.
+    """
+    known = {unit.consumer.name: unit for unit in units if unit.consumer is not None}
+    layers = [unit.consumer for unit in known.values() if unit.consumer is not None]
+    drop, results = dict(dropped or {}), list[LayerResult]()
+    for index, forward in drop.items():
+        forward.active = index < start
+    for block in walk(model, batches, removal.observed, layers=layers, start=start, resources=resources):
+        done = []
+        for names, stats in block.stages:
+            for layer in names if block.index not in drop else ():
+                given = stats.get(layer.name, LayerStats(0, 0))
+                if gradients is not None:
+                    given = replace(given, gradient=gradients[layer.name])
+                unit = known[layer.name]
+                done.append(remove_from_(unit, counts[unit.name], removal, given))
+                progress(unit.name)
+        if block.index in drop:
+            drop[block.index].active = True
+        finished(block, done)
+        results += done
+    return results
+
+
+def remove_from_(unit: Unit, count: int, removal: Removal, stats: LayerStats) -> LayerResult:
+    """Remove parts of one unit in place, so that `count` stay; raises JobError if the new weight is not finite."""
+    layer, begun = unit.consumer, time.perf_counter()
+    assert layer is not None
+    assert unit.groups is not None
+    weight = layer.weight
+    gram = None if stats.gram is None else stats.gram.clone()
+    try:
+        keep, new = removal.choose(weight, stats, unit.groups, count)
+    except BillhookError as problem:
+        raise type(problem)(f"{layer.name}: {problem}") from None
+    if not torch.isfinite(new).all():
+        raise JobError(f"{layer.name}: the new weights are not finite: use more damping (--set damping=0.1).")
+    error = _error(weight.float(), new, gram, stats)
+    weight.copy_(new)
+    took, kept = time.perf_counter() - begun, keep.nonzero()[:, 0].tolist()
+    facts = (layer.name, layer.shape, 1 - count / unit.count, count_zeros(weight), 0, tuple(stats.notes), error, took)
+    return LayerResult(*facts, updated=True, kept=kept)
+
+
+def _error(old: Tensor, new: Tensor, gram: Tensor | None, stats: LayerStats) -> float | None:
+    """The squared change of the layer's output on the calibration samples, relative to its square."""
+    D = old - new
+    if gram is not None:
+        change, total = float(((D @ gram) * D).sum()), float(((old @ gram) * old).sum())
+    else:
+        squares = torch.ones(old.shape[1]) if stats.input_norm is None else stats.input_norm.square()
+        change, total = (float((x.square() @ squares.to(x.device)).sum()) for x in (D, old))
+    return change / total if total > 0 else None

@@ -1,0 +1,179 @@
+"""Scores of models that predict one thing for a whole input: image classifiers, and encoders with their embeddings.
+
+Top-1 and top-5 accuracy with their standard errors, sqrt(p (1 - p) / n); with the dense model the KL divergence of the
+class distributions in nats an image, and how often both models agree; for embeddings the cosine to the dense ones.
+"""
+
+import hashlib
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.ambient import evaluating, pinned
+from billhook.engine.batch import Batch, main_input
+from billhook.errors import BillhookError, JobError
+from billhook.evaluation.batching import Progress
+from billhook.evaluation.divergence import COSINE
+from billhook.evaluation.kl import WindowKl
+from billhook.evaluation.predicting import predicted, row_nll
+from billhook.evaluation.scoring import Scoring
+from billhook.store.tensor_bytes import tensor_bytes
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class RowsAgainst:
+    """A comparison with the dense model on the same inputs.
+
+    * `model`: name of the dense model.
+    * `kl` (number, optional): KL divergence from the dense model, mean over images in nats.
+    * `kl_error` (number, optional): its standard error.
+    * `top1_agreement` (number, optional): fraction of images for which both have the same top-1 prediction.
+    * `top1` (number, optional): the dense model's top-1 accuracy.
+    * `top5` (number, optional): its top-5 accuracy.
+    * `cosine` (number, optional): cosine of the embeddings and the dense model's, mean over inputs.
+    * `cosine_error` (number, optional): its standard error.
+    """
+
+    model: str
+    kl: float | None = None
+    kl_error: float | None = None
+    top1_agreement: float | None = None
+    top1: float | None = None
+    top5: float | None = None
+    cosine: float | None = None
+    cosine_error: float | None = None
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """The scores of a model on images or other inputs.
+
+    * `inputs`: how many.
+    * `unit`: what they are: image or input.
+    * `source`: where they are from, as it was named.
+    * `digest`: SHA-256 of the pixel values or token ids.
+    * `protocol`: how they are scored.
+    * `top1` (number, optional): fraction of the images whose most likely class is their label.
+    * `top1_error` (number, optional): its standard error.
+    * `top5` (number, optional): fraction whose label is among the five most likely classes, with more than five.
+    * `top5_error` (number, optional): its standard error.
+    * `nll` (number, optional): mean negative log-likelihood of the labels, in nats.
+    * `against` (object, optional): the comparison with the dense model.
+    """
+
+    inputs: int
+    unit: str
+    source: str
+    digest: str
+    protocol: str
+    top1: float | None = None
+    top1_error: float | None = None
+    top5: float | None = None
+    top5_error: float | None = None
+    nll: float | None = None
+    against: RowsAgainst | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are known, for json."""
+        found = {key: value for key, value in asdict(self).items() if value is not None}
+        if self.against is not None:
+            found["against"] = {key: value for key, value in asdict(self.against).items() if value is not None}
+        return found
+
+
+@pinned
+@torch.inference_mode()
+def evaluate_rows(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    scoring: Scoring,
+    *,
+    source: str = "given inputs",
+    against: PreTrainedModel | None = None,
+    progress: Progress = lambda what: None,
+) -> RowScores:
+    """Score a model on batches of inputs, and compare it with the dense model `against`.
+
+    Raises BillhookError for models with different numbers of classes, where nothing could be scored, and for no input;
+    JobError for outputs that are not finite.
+    """
+    models = [model] if against is None else [model, against]
+    tallies = [_Tally() for _ in models]
+    divergences: list[float] = []
+    agreed, seen = 0, hashlib.sha256()
+    with ExitStack() as modes:
+        for each in models:
+            modes.enter_context(evaluating(each))
+        for batch in batches:
+            seen.update(tensor_bytes(main_input(model, batch).cpu().contiguous()))
+            found = [predicted(each, batch, scoring) for each in models]
+            for tally, pairs in zip(tallies, found, strict=True):
+                tally.add(pairs)
+            if len(found) > 1:
+                for (ours, _), (theirs, _) in zip(*found, strict=True):
+                    distance = _compared(scoring, ours, theirs.to(ours.device))
+                    divergences.append(distance.mean)
+                    agreed += distance.agreed
+            progress(f"{tallies[0].count} {scoring.unit}s")
+    if not tallies[0].count:
+        raise BillhookError(f"{source} is empty: there is nothing to score.")
+    own = tallies[0].summary() if scoring.divergence is not COSINE else {}
+    about = (tallies[0].count, scoring.unit, source, seen.hexdigest(), scoring.protocol)
+    if against is None:
+        return RowScores(*about, **own)
+    name = Path(against.name_or_path or "").name or type(against).__name__
+    mean, error = statistics.fmean(divergences), _error(divergences)
+    if scoring.divergence is COSINE:
+        return RowScores(*about, against=RowsAgainst(name, cosine=1 - mean, cosine_error=error))
+    kept = {key: value for key, value in tallies[1].summary().items() if key in {f.name for f in fields(RowsAgainst)}}
+    return RowScores(*about, **own, against=RowsAgainst(name, mean, error, agreed / len(divergences), **kept))
+
+
+class _Tally:
+    """What one model predicted so far."""
+
+    def __init__(self) -> None:
+        self.count = self.first = self.among = self.classes = 0
+        self.nll: list[float] = []
+
+    def add(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Add the outputs and labels of the rows of a batch."""
+        for outputs, labels in pairs:
+            if not bool(torch.isfinite(outputs).all()):
+                raise JobError(f"The model's output for input {self.count} is not finite: use --dtype float32.")
+            self.count, self.classes = self.count + 1, outputs.shape[-1]
+            best = outputs.topk(min(TOP, self.classes), -1).indices
+            self.first += int((best[:, 0] == labels).all())
+            self.among += int((best == labels[:, None]).any())
+            self.nll.append(row_nll(outputs, labels))
+
+    def summary(self) -> dict[str, Any]:
+        """The accuracies and the mean loss; nothing where labels are not known."""
+        if not self.count or any(map(math.isnan, self.nll)):
+            return {}
+        top1, top5 = self.first / self.count, self.among / self.count
+        found: dict[str, Any] = {"top1": top1, "top1_error": math.sqrt(top1 * (1 - top1) / self.count)}
+        if self.classes > TOP:
+            found |= {"top5": top5, "top5_error": math.sqrt(top5 * (1 - top5) / self.count)}
+        return found | {"nll": statistics.fmean(self.nll)}
+
+
+def _compared(scoring: Scoring, ours: Tensor, theirs: Tensor) -> WindowKl:
+    if ours.shape != theirs.shape:
+        sizes = f"{ours.shape[-1]} and {theirs.shape[-1]} outputs"
+        raise BillhookError(f"The models have {sizes}: only models with the same classes can be compared.")
+    return scoring.divergence.compare(ours, scoring.divergence.teacher(theirs))
+
+
+def _error(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

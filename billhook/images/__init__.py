@@ -1,0 +1,1 @@
+"""From a SOURCE of images to pixel values and labels."""

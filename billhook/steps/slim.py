@@ -1,0 +1,227 @@
+"""Remove whole units of a model directory into a smaller one, block by block, in three steps: check, plan, run.
+
+The result is an ordinary directory with smaller numbers in its config.json, which every engine opens. A run that is
+stopped can be resumed to the same bytes. Before the directory is put in its place, it is opened by stock
+`transformers`, and its predictions are compared with those of the model in memory.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from billhook.ambient import pinned
+from billhook.architectures.config import call_options
+from billhook.architectures.slim_config import slimmed
+from billhook.architectures.units import KINDS, Unit, find_units
+from billhook.distributed.collectives import world
+from billhook.engine.batch import model_inputs, select_rows
+from billhook.engine.gradient_file import Gradients
+from billhook.engine.loop import LayerResult
+from billhook.engine.removal import Removal, remove_parts_
+from billhook.engine.resources import Resources
+from billhook.engine.streaming import Stream, open_streamed
+from billhook.engine.walk import Block, Progress
+from billhook.errors import BillhookError, JobError
+from billhook.methods.structured import STRUCTURED
+from billhook.plan.plan import Budget, Plan, load_plan
+from billhook.plan.unit_counts import Size, proportional, uniform_counts
+from billhook.registry import hint
+from billhook.reports.slim_card import publish_slim
+from billhook.steps.gradients import make_gradients
+from billhook.steps.lost import loss_of
+from billhook.steps.partial_output import partial_output
+from billhook.steps.request import Opened, check_text_given, draw_text, open_model
+from billhook.steps.resolve import identity
+from billhook.steps.slim_files import Smaller, SmallerFiles
+from billhook.steps.slim_job import SlimJob, SlimReport, SlimRequest, kept_parts, record
+from billhook.store.files import read_json, write_json
+from billhook.store.layout import GRADIENTS
+from billhook.store.shards import result_bytes, weight_bytes, write_index
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of logits, relative to the largest
+
+
+@pinned
+def slim(
+    model: str | Path,
+    remove: float | None,
+    output: str | Path,
+    *,
+    progress: Progress = lambda unit: None,
+    **fields: Any,
+) -> SlimReport:
+    """Remove a fraction of the parameters in the blocks of a model directory (or hub name), and write it to `output`.
+
+    The keyword arguments are the fields of `SlimRequest` and the options of the method. Raises BillhookError (nothing
+    written) for an impossible request and JobError for a run that failed.
+    """
+    known = {key: value for key, value in fields.items() if key in SlimRequest.__dataclass_fields__}
+    options = {**(fields.get("options") or {}), **{key: fields[key] for key in fields.keys() - known.keys()}}
+    return run(prepare(SlimRequest(model, output, remove, **{**known, "options": options}), progress), progress)
+
+
+def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> SlimJob:
+    """Check everything about a request, cheapest first, and make its plan; nothing is changed."""
+    if world() > 1:
+        raise BillhookError("slim runs in one process: start it without torchrun.")
+    STRUCTURED.check(request.method)
+    removal = Removal(request.method, STRUCTURED.configure(request.method, request.options))
+    kinds = _kinds(request.units)
+    given = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
+    if (given is None) == (request.remove is None):
+        raise BillhookError("Give either the fraction of the parameters in blocks to remove, or a plan of kept parts.")
+    if request.remove is not None and not 0 < request.remove < 1:
+        raise BillhookError(f"The fraction to remove must be between 0 and 1, got {request.remove}.")
+    needed, who = bool(removal.observed or removal.gradient), f"Removing units with {request.method}"
+    check_text_given(request.opening(), needed, who)
+    opened = open_model(request.opening(), streamed=True)
+    stream = opened.resources.stream
+    if stream is None or opened.source is None:
+        raise BillhookError(f"{request.model} cannot be read one block at a time, so no units can be removed from it.")
+    parameters = sum(p.numel() for block in stream.blocks for p in block.parameters())
+    units = find_units(opened.model, kinds)
+    plan = _plan(request, units, parameters) if given is None else _checked(given, units)
+    units = [unit for unit in units if unit.name in plan.units]
+    blocks = range(len(stream.blocks))
+    config, changes, notes = slimmed(opened.model, units, plan.units, blocks, len(stream.blocks))
+    smaller = Smaller.open(opened.source, stream, config, units=units, counts=plan.units, blocks=blocks)
+    opened = draw_text(opened, request.opening(), progress) if needed else opened
+    run = identity(request.opening(), opened, removal.options, plan, None)
+    run |= {"step": "slim", "method": request.method}
+    return SlimJob(request, opened, units, plan, removal, smaller, changes, run, parameters, notes)
+
+
+def _kinds(given: str | Any) -> list[str]:
+    kinds = [x.strip() for x in given.split(",")] if isinstance(given, str) else list(given)
+    for kind in kinds:
+        if kind not in KINDS[:2]:
+            raise BillhookError(f"Unknown kind of units {kind!r:.40}.{hint(kind, KINDS)} There are: channels, heads.")
+    if not kinds or len(set(kinds)) < len(kinds):
+        raise BillhookError("Name at least one kind of units, and each of them once.")
+    return kinds
+
+
+def _plan(request: SlimRequest, units: list[Unit], parameters: int) -> Plan:
+    """The plan of a request: the same number of parts in every unit of a kind."""
+    assert request.remove is not None
+    sizes = [Size(u.name, u.kind, u.block, u.count, u.parameters) for u in units]
+    wanted = round(request.remove * parameters)
+    shares = proportional(sizes, list(dict.fromkeys(u.kind for u in units)))
+    counts = uniform_counts(sizes, wanted, shares)
+    if all(counts[unit.name] == unit.count for unit in units):
+        raise BillhookError(f"Removing {request.remove:g} of the blocks takes nothing away from any unit: remove more.")
+    made_by = {"allocator": "uniform", "options": {"shares": shares}, "paper": None}
+    return Plan(Budget("parameters", parameters - wanted), {}, counts, made_by)
+
+
+def _checked(plan: Plan, units: list[Unit]) -> Plan:
+    """A given plan; raises BillhookError where it is not of these units."""
+    known = {unit.name: unit for unit in units}
+    if plan.weights or not plan.units:
+        raise BillhookError("This plan says nothing about units alone: billhook slim applies numbers of kept parts.")
+    for name, count in plan.units.items():
+        if name not in known:
+            raise BillhookError(f"The plan is not for this model: it has no unit {name}.{hint(name, known)}")
+        if not 1 <= count <= known[name].count:
+            raise BillhookError(f"{name}: {count} parts cannot stay of {known[name].count}; at least one must.")
+    return plan
+
+
+def run(
+    job: SlimJob, progress: Progress = lambda unit: None, stopping: Callable[[], bool] = lambda: False
+) -> SlimReport:
+    """Remove units block by block into the output, or resume a run.
+
+    Raises JobError, and Interrupted where the run can be resumed.
+    """
+    start, request, opened, smaller = time.perf_counter(), job.request, job.opened, job.smaller
+    source, output = opened.source, Path(request.output).expanduser().resolve()
+    assert source is not None
+    may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
+    lost = loss_of(opened, request.opening().drawing.held_out)
+    files = SmallerFiles(smaller)
+    made_of = (smaller.source, source, output, job.identity, job.plan.to_json())
+    with (
+        _gradients(job) as gradients,
+        partial_output(*made_of, **may, stopping=stopping, files=files) as partial,
+    ):
+        before = [result for results in partial.state.results for result in results]
+        _keep(job, before)
+        for unit in kept_parts(job, before):
+            progress(unit)
+
+        def finished(block: Block, results: list[LayerResult]) -> None:
+            _keep(job, results)
+            partial.finished(block, results)
+
+        results = before + remove_parts_(
+            opened.model, job.units, job.plan.units, job.removal, opened.batches, gradients=gradients,
+            resources=opened.resources, start=partial.state.done, progress=progress, finished=finished,
+        )  # fmt: skip
+        loss = lost(smaller.stream.model, Resources(stream=smaller.stream))
+        made = record(job, results, loss)
+        partial.complete(made, _finish(job, files, source), published=publish_slim, model=smaller.stream.model)
+    counts = {unit.name: unit.count for unit in job.units}
+    sizes = result_bytes(output), weight_bytes(source)
+    seconds, warnings = time.perf_counter() - start, made["steps"][-1]["warnings"]
+    share = job.removed / job.parameters
+    return SlimReport(output, kept_parts(job, results), counts, share, *sizes, seconds, loss, warnings)
+
+
+@contextmanager
+def _gradients(job: SlimJob) -> Iterator[Gradients | None]:
+    """The gradients of the consumers in a temporary file, if the method reads any."""
+    if not job.removal.gradient:
+        yield None
+        return
+    layers = [unit.consumer for unit in job.units if unit.consumer is not None]
+    with tempfile.TemporaryDirectory(prefix="billhook.") as folder:
+        opened = replace(job.opened, layers=layers)
+        opened.__dict__["facts"] = job.opened.facts  # the digest of the files takes time
+        yield make_gradients(opened, job.removal.gradient, Path(folder) / GRADIENTS, lambda layer: None)
+
+
+def _keep(job: SlimJob, results: list[LayerResult]) -> None:
+    counts = {unit.name: unit.count for unit in job.units}
+    for name, kept in kept_parts(job, results).items():
+        stays = torch.zeros(counts[name], dtype=torch.bool)
+        stays[kept] = True
+        job.smaller.kept[name] = stays
+
+
+def _finish(job: SlimJob, files: SmallerFiles, source: Path) -> Callable[[Path], Mapping[str, Any]]:
+    """What completes the weight files in a folder, checks them, and returns the new entries of config.json."""
+
+    def finish(folder: Path) -> Mapping[str, Any]:
+        write_index(folder, files.files)
+        config = read_json(source / "config.json", "model configuration", own=False)
+        write_json(folder / "config.json", {**config, **job.config})
+        options: dict[str, Any] = {"dtype": job.opened.model.dtype, "device": str(job.opened.model.device)}
+        _check_predictions(job.opened, open_streamed(folder, job.opened.task.auto_class, **options))
+        return job.config
+
+    return finish
+
+
+@torch.no_grad()
+def _check_predictions(opened: Opened, written: Stream) -> None:
+    """Raise JobError unless stock `transformers` computes from the files what the model in memory computes."""
+    model, samples = opened.model, opened.samples
+    if samples is None:
+        batch: Mapping[str, torch.Tensor] = {model.main_input_name: torch.arange(8)[None]}
+    else:
+        batch = select_rows(samples.batch, slice(0, 1))
+    here = model(**model_inputs(model, batch), **call_options(model)).logits.float()
+    there = written.model(**model_inputs(written.model, batch), **call_options(written.model)).logits.float()
+    off = float((here - there).abs().max() / here.abs().max().clamp_min(1e-9))
+    if not off <= _TOLERANCE.get(model.dtype, 1e-4):
+        raise JobError(
+            f"The files do not compute what the model in memory computes (logits differ by {off:.2g} of the largest): "
+            f"{model.config.model_type} models cannot have this shape. Nothing was written."
+        )

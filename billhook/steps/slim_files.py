@@ -1,0 +1,174 @@
+"""The smaller model while it is written: its configuration, its tensors on disk, and the blocks as they are by now.
+
+One safetensors file holds what lies outside the blocks, and one each block that stays. The model that is walked keeps
+its shapes; a finished block is read from its file and filled up with zeros where parts were removed, so that what
+follows sees exactly what is stored.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from billhook.architectures.slicing import Cuts, cuts_of, with_zeros, without
+from billhook.architectures.units import Unit
+from billhook.engine.streaming import Stream, stream_of
+from billhook.errors import BillhookError, JobError
+from billhook.store.checkpoint import loading
+from billhook.store.files import replace_file, sha256
+from billhook.store.fitting import Stored
+from billhook.store.locate import to_disk
+from billhook.store.shards import Entry, read_shard
+
+
+@dataclass
+class Smaller:
+    """The smaller model, opened with one block at a time in memory; `stream` reads the blocks that are written.
+
+    `source` is the model that is walked; `blocks` are the numbers in it of the blocks that stay; `kept` says which
+    parts stayed, bool [parts] by unit.
+    """
+
+    source: Stream
+    stream: Stream
+    units: Sequence[Unit]
+    blocks: Sequence[int]
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        source: Stream,
+        config: Any,
+        *,
+        units: Sequence[Unit],
+        counts: Mapping[str, int],
+        blocks: Sequence[int],
+    ) -> "Smaller":
+        """Open the model of a configuration, without values in its blocks.
+
+        Raises BillhookError where the configuration does not give the shapes that are left.
+        """
+        model = source.model
+        first = {unit.name: torch.arange(unit.count) < counts[unit.name] for unit in units}
+        cuts, shapes = cuts_of(units, first), dict[str, Tensor]()
+        for new, old in enumerate(blocks):
+            for name, value in source.state(old).items():
+                empty = torch.empty(value.shape, dtype=torch.uint8)  # its values do not matter
+                shapes[_renamed(name, source, old, new)] = without(name, empty, cuts).to("meta")
+        on_disk = to_disk(model, shapes, source.source)
+        inside = {name for names in source.names for name in names}
+        stored = {name: Stored(s.path, s.entry, False) for name, s in source.source.items() if name not in inside}
+        dtypes = {s.entry.name: s for s in source.source.values()}
+        for name, value in on_disk.items():
+            like = dtypes.get(name) or next(iter(source.source.values()))
+            stored[name] = Stored(path, Entry(name, like.entry.dtype, tuple(value.shape), 0, 0), True)
+        kind = type(model)
+        if config.model_type != model.config.model_type:
+            import transformers
+
+            kind = getattr(transformers, config.architectures[0])
+        options: dict[str, Any] = {"dtype": model.dtype, "device": str(model.device)}
+        try:
+            with loading(path):
+                return cls(source, stream_of(path, kind, config, stored, **options), units, blocks)
+        except BillhookError:
+            kinds = " and ".join(dict.fromkeys(unit.kind for unit in units))
+            raise BillhookError(
+                f"{model.config.model_type} models cannot have fewer {kinds}: their configuration does not give the "
+                "shapes that are left."
+            ) from None
+
+    def cuts(self, block: int) -> Cuts:
+        """What goes from each tensor of a block of the source."""
+        return cuts_of([unit for unit in self.units if unit.block == block], self.kept)
+
+    def small(self, block: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a block on disk, in the dtypes there, from those in memory."""
+        new, cuts = self.blocks.index(block), self.cuts(block)
+        left = {_renamed(name, self.source, block, new): without(name, value, cuts) for name, value in state.items()}
+        tensors = {}
+        for name, value in to_disk(self.source.model, left, self.stream.source).items():
+            tensors[name] = value.to("cpu", self.stream.source[name].dtype).contiguous()
+            if not torch.isfinite(tensors[name].float()).all():
+                raise JobError(f"{name} holds values that do not fit {tensors[name].dtype}, its dtype on disk.")
+        return tensors
+
+    def state(self, block: int) -> dict[str, Tensor]:
+        """The tensors in memory of a finished block of the source, with zeros where parts were removed."""
+        new, shapes = self.blocks.index(block), {name: v.shape for name, v in self.source.state(block).items()}
+        cuts = self.cuts(block)
+        with self.stream.block(new):
+            values = self.stream.state(new)
+            return {
+                name: with_zeros(name, values[_renamed(name, self.source, block, new, self.stream)], shape, cuts)
+                for name, shape in shapes.items()
+            }
+
+
+def _renamed(name: str, source: Stream, old: int, new: int, target: Stream | None = None) -> str:
+    """The full name in memory of a tensor of block `old`, which is block `new` of the smaller model."""
+    prefix = source.prefixes[old]
+    there = f"{prefix.rpartition('.')[0]}.{new}" if target is None else target.prefixes[new]
+    return there + name.removeprefix(prefix)
+
+
+class SmallerFiles:
+    """A sink with one file for each block that stays.
+
+    It has the interface of `billhook.store.sinks.SameLayout` that an unfinished output needs.
+    """
+
+    same_values = False  # as in memory: the files may have another dtype
+
+    def __init__(self, smaller: Smaller) -> None:
+        self.smaller, self.entries = smaller, smaller.source.source
+        count = len(smaller.blocks) + 1
+        self.files = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+        source = smaller.source
+        self._block = {name: index for index, names in enumerate(source.names) for name in names}
+
+    def begin(self, folder: Path, copied: Collection[str]) -> None:
+        """Write the file of the tensors outside of the blocks."""
+        tensors = {n: Stored(self.entries[n].path, self.entries[n].entry, lazy=False).read() for n in copied}
+        _save(folder / self.files[0], tensors)
+
+    def begun(self, folder: Path) -> bool:
+        """Whether that file exists."""
+        return (folder / self.files[0]).is_file()
+
+    def write(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Write the file of a block that stays, given its tensors in memory by name."""
+        first = next(iter(state))
+        source = self.smaller.source
+        index = next(i for i, prefix in enumerate(source.prefixes) if first.startswith(f"{prefix}."))
+        if index in self.smaller.blocks:
+            _save(folder / self._file(index), self.smaller.small(index, state))
+
+    def digest(self, folder: Path, names: Iterable[str]) -> str:
+        """The SHA-256 of the file of these tensors: those of one block, or those outside of the blocks."""
+        index = min((self._block.get(name, -1) for name in names), default=-1)
+        if index >= 0 and index not in self.smaller.blocks:
+            return ""
+        path = folder / (self.files[0] if index < 0 else self._file(index))
+        return sha256(path) if path.is_file() else "missing"
+
+    def moved(self, folder: Path, index: int) -> None:
+        """From now on read a finished block from its file."""
+        smaller = self.smaller
+        if index in smaller.blocks:
+            shard = read_shard(folder / self._file(index))
+            smaller.stream.stored |= {name: Stored(shard.path, e, lazy=True) for name, e in shard.entries.items()}
+            smaller.source.replaced[index] = lambda: smaller.state(index)
+
+    def _file(self, index: int) -> str:
+        return self.files[self.smaller.blocks.index(index) + 1]
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    replace_file(path, lambda temporary: save_file(dict(tensors), temporary, metadata={"format": "pt"}))

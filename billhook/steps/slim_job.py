@@ -1,0 +1,144 @@
+"""A request to remove units of a model, its checked job, what a run reports, and its step in billhook.json."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from billhook.architectures.layers import find_layers
+from billhook.architectures.units import Unit
+from billhook.engine.loop import LayerResult
+from billhook.engine.removal import Removal
+from billhook.evaluation.quality import Loss
+from billhook.methods.structured import STRUCTURED
+from billhook.plan.plan import Plan
+from billhook.steps.quantize_job import Inputs
+from billhook.steps.record import place, without_folders
+from billhook.steps.request import Opened, Request, calibration_facts
+from billhook.steps.slim_files import Smaller
+from billhook.store.record import Step, append_step
+
+
+@dataclass(frozen=True)
+class SlimRequest(Inputs):
+    """The parameters of a run that removes units; the field names are those of the command line.
+
+    `remove` is the fraction of the parameters in blocks that goes, or there is a `plan` that says how many parts of
+    each unit stay. `units` are the kinds of units that may go.
+    """
+
+    model: str | Path
+    output: str | Path
+    remove: float | None = None
+    units: str | Sequence[str] = ("channels", "heads")
+    plan: str | Path | Plan | None = None
+    method: str = "obs"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def opening(self) -> Request:
+        """The fields that say how a model and its text are opened."""
+        given = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name in Request.__dataclass_fields__
+        }
+        return Request(**(given | {"options": {}, "plan": None}))
+
+
+@dataclass(frozen=True)
+class SlimJob:
+    """A checked request with its plan; `config` are the entries of config.json that change.
+
+    `parameters` are those of the blocks, before.
+    """
+
+    request: SlimRequest
+    opened: Opened
+    units: Sequence[Unit]
+    plan: Plan
+    removal: Removal
+    smaller: Smaller
+    config: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    parameters: int
+    notes: list[str]
+
+    @property
+    def removed(self) -> int:
+        """The parameters that the plan removes from the blocks."""
+        return sum((unit.count - self.plan.units[unit.name]) * unit.parameters for unit in self.units)
+
+
+@dataclass(frozen=True)
+class SlimReport:
+    """What a run did; `removed` is the fraction of the parameters in blocks that went, `kept` says what stayed."""
+
+    output: Path
+    kept: Mapping[str, list[int]]
+    counts: Mapping[str, int]
+    removed: float
+    size: int
+    source_size: int
+    seconds: float
+    loss: Loss | None
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `slim --json`."""
+        return {
+            "output": str(self.output),
+            "removed": self.removed,
+            "bytes": self.size,
+            "source_bytes": self.source_size,
+            "seconds": round(self.seconds, 3),
+            "lost": None if self.loss is None else self.loss.to_dict(),
+            "warnings": self.warnings,
+            "units": {name: {"kept": len(kept), "of": self.counts[name]} for name, kept in self.kept.items()},
+        }
+
+
+def kept_parts(job: SlimJob, results: Sequence[LayerResult]) -> dict[str, list[int]]:
+    """The numbers of the parts that stayed, by unit."""
+    by_consumer = {unit.consumer.name: unit.name for unit in job.units if unit.consumer is not None}
+    return {by_consumer[r.layer]: list(r.kept or ()) for r in results}
+
+
+def record(job: SlimJob, results: Sequence[LayerResult], loss: Loss | None) -> dict[str, Any]:
+    """The content of billhook.json after the run; the layers are those of the smaller model."""
+    request, opened, before = job.request, job.opened, job.opened.history
+    old, new = job.smaller.source.prefixes, job.smaller.stream.prefixes
+
+    def renamed(layer: str) -> str:
+        block = next(i for i, prefix in enumerate(old) if layer.startswith(f"{prefix}."))
+        return new[job.smaller.blocks.index(block)] + layer.removeprefix(old[block])
+
+    made = {renamed(r.layer): r for r in results}
+    layers = {}
+    for layer in find_layers(job.smaller.stream.model):
+        r = made.get(layer.name)
+        facts: dict[str, Any] = {"shape": list(layer.shape), "notes": [] if r is None else list(r.notes)}
+        facts |= {"error": None if r is None else r.error, "updated": r is not None}
+        layers[layer.name] = facts | place(layer)
+    made_by = {
+        "method": request.method,
+        "method_options": without_folders(job.removal.options),
+        "kept": kept_parts(job, results),
+        "consumers": {
+            renamed(unit.consumer.name): {"unit": unit.name, "columns": unit.groups.shape[1]}
+            for unit in job.units
+            if unit.consumer is not None and unit.groups is not None
+        },
+        "removed": job.removed / job.parameters,
+        **{key: getattr(request, key) for key in ("seed", "dtype", "device")},
+        "calibration": None if opened.samples is None else calibration_facts(opened),
+        "papers": {"method": STRUCTURED.paper(request.method)},
+        "lost": None if loss is None else loss.to_dict(),
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__
+        },
+    }  # fmt: skip
+    notes = [*job.notes, *(f"{r.layer}: {note}" for r in results for note in r.notes)]
+    step = Step("slim", job.plan.to_json(), made_by, opened.facts, notes)
+    return {**append_step(before, step, {}).to_json(), "layers": layers}

@@ -1,0 +1,168 @@
+"""Image classifiers through the whole tool, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import vision_families
+from command import done
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+
+from billhook import BillhookError, load_model, prune, verify
+from billhook.evaluation.rows import evaluate_rows
+from billhook.images.corpus import Picture, pictures
+from billhook.images.labels import class_numbers
+from billhook.tasks.base import Drawing, Home
+from billhook.tasks.opening import task_of
+
+NAMES = dict(enumerate(("cat", "dog", "emu", "fox", "gnu", "hen", "ibis", "jay", "koi", "lion")))
+
+
+def save(folder, family="vit"):
+    model = vision_families.build(family, id2label=NAMES)
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vision")
+    save(folder / "vit")
+    random = np.random.default_rng(0)
+    for number, name in enumerate(NAMES.values()):
+        (folder / "images" / name).mkdir(parents=True)
+        for image in range(3):
+            pixels = random.integers(0, 255, (40 + number, 36 + image, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / name / f"{image}.png")
+    return folder
+
+
+def test_a_classifier_is_pruned_scored_and_opened_by_stock_transformers(place):
+    out = place / "out"
+    options = ["--samples", "20", "--criterion", "wanda", "--sparsity", "0.5"]
+    done("prune", place / "vit", *options, "--calibration", place / "images", "-o", out)
+    assert verify(out).ok
+    assert json.loads((out / "billhook.json").read_text())["steps"][0]["made_by"]["lost"]["unit"] == "image"
+    assert (out / "preprocessor_config.json").read_bytes() == (place / "vit/preprocessor_config.json").read_bytes()
+    done("eval", out, "--data", place / "images", "--against", place / "vit", "--report")
+    report = json.loads((out / "report.json").read_text())
+    scores = report["evaluations"][0]
+    model, dense = (AutoModelForImageClassification.from_pretrained(place / x).eval() for x in ("out", "vit"))
+    processor, right, agreed, kl = AutoImageProcessor.from_pretrained(out), 0, 0, 0.0
+    for number, name in NAMES.items():
+        for file in sorted((place / "images" / name).iterdir()):
+            x = processor(Image.open(file), return_tensors="pt")["pixel_values"]
+            with torch.no_grad():
+                q, p = model(x).logits[0].log_softmax(-1), dense(x).logits[0].log_softmax(-1)
+            right, agreed = right + int(q.argmax() == number), agreed + int(q.argmax() == p.argmax())
+            kl += float((p.exp() * (p - q)).sum()) / 30
+    assert (scores["inputs"], scores["top1"]) == (30, right / 30)
+    assert scores["top1_error"] == pytest.approx((scores["top1"] * (1 - scores["top1"]) / 30) ** 0.5)
+    assert (scores["against"]["top1_agreement"], scores["against"]["kl"]) == pytest.approx((agreed / 30, kl), rel=1e-4)
+    card = (out / "README.md").read_text()
+    for words in ("image-classification", "AutoModelForImageClassification", "top-1 accuracy", "nats an image"):
+        assert words in card
+    assert "token" not in card.partition("## Limitations")[0]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", list(vision_families.CONFIGS))
+@pytest.mark.parametrize("recipe", ["good", "best", "gblm", "alphapruning", "atp", "owl"])
+def test_every_recipe_meets_the_budget_on_every_architecture(family, recipe, tmp_path, place):
+    folder = save(tmp_path / family, family)
+    images = str(place / "images")
+    found = prune(folder, sparsity=0.5, recipe=recipe, calibration=images, samples=16, output=tmp_path / "out")
+    assert abs(sum(x.zeros for x in found.layers) - 0.5 * sum(x.n for x in found.layers)) <= len(found.layers)
+    assert verify(tmp_path / "out").ok
+    assert found.lost is not None
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    zeros = sum(int((p == 0).sum()) for p in model.state_dict().values())
+    assert zeros >= sum(x.zeros for x in found.layers)
+
+
+def test_labels_are_matched_by_name_by_number_and_for_unnamed_classes_by_order():
+    def of(*labels):
+        return [Picture(f"{label}.png", lambda: None, label) for label in labels]
+
+    assert class_numbers(of("dog", "cat", None, 3), NAMES, "x") == [1, 0, -1, 3]
+    assert class_numbers(of("Tench_tinca", "7"), {0: "tench", 1: "Tench tinca", 7: "b"}, "x") == [1, 7]
+    assert class_numbers(of("b", "a"), {0: "LABEL_0", 1: "LABEL_1"}, "x") == [1, 0]
+    for labels in (("wolf",), (10,), ("b", "a", "c")):
+        with pytest.raises(BillhookError, match="is none of the model's"):
+            class_numbers(of(*labels), NAMES if len(labels) < 3 else {0: "LABEL_0", 1: "LABEL_1"}, "x")
+
+
+def test_an_npz_file_gives_the_pixels_and_labels_it_holds(place, tmp_path):
+    random = np.random.default_rng(1)
+    x, y = random.integers(0, 255, (5, 32, 32, 3), dtype=np.uint8), np.array([3, 1, 0, 9, 2])
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    model = load_model(place / "vit")
+    images = task_of(model).inputs(str(tmp_path / "data.npz"), model, Home(place / "vit"))
+    (batch,) = images.batches(None)
+    assert batch["labels"].tolist() == y.tolist()
+    torch.testing.assert_close(batch["pixel_values"], torch.tensor(x).permute(0, 3, 1, 2) / 127.5 - 1)
+    assert evaluate_rows(model, images.batches(2), task_of(model)).inputs == 2
+
+
+def test_grey_transparent_and_differently_sized_images_are_read(place, tmp_path):
+    for number, mode in enumerate(("L", "RGBA", "P", "LA", "1", "I;16")):
+        Image.new(mode, (20 + number, 50)).save(tmp_path / f"{number}.png")
+    model = load_model(place / "vit")
+    drawn = task_of(model).samples(str(tmp_path), model, Home(place / "vit"), Drawing(samples=6))
+    assert drawn.batch["pixel_values"].shape == (6, 3, 32, 32)
+    assert drawn.batch["labels"].tolist() == [-1] * 6
+
+
+def damaged(folder):
+    (folder / "a.png").write_bytes(b"\x89PNG not an image")
+
+
+def huge(folder):
+    Image.new("1", (10_000, 10_000)).save(folder / "a.png")
+
+
+def a_text(folder):
+    (folder / "a.txt").write_text("words")
+
+
+@pytest.mark.parametrize(
+    ("make", "source", "words"),
+    [
+        (damaged, "", "a.png cannot be read as an image"),
+        (huge, "", "a.png has more than .* pixels"),
+        (lambda folder: None, "", "holds no images"),
+        (a_text, "a.txt", "it holds no images, and the model reads images"),
+        (a_text, "nothing", "no such file or folder"),
+        (lambda folder: np.savez(folder / "a.npz", x=np.zeros((2, 3))), "a.npz", "needs x, uint8"),
+        (lambda folder: np.savez(folder / "a.npz", z=np.zeros(2)), "a.npz", "it has z"),
+        (a_text, "hub:", "form is hub:NAME"),
+    ],
+)
+def test_bad_images_are_refused_by_name(place, tmp_path, make, source, words):
+    make(tmp_path)
+    where = source if source.startswith("hub:") else str(tmp_path / source)
+    with pytest.raises(BillhookError, match=words):
+        prune(place / "vit", sparsity=0.5, criterion="wanda", calibration=where, samples=1, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_the_model_is_refused(place, tmp_path):
+    few = {"sparsity": 0.5, "criterion": "wanda", "samples": 4}
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    with pytest.raises(BillhookError, match="1 images, fewer than 4: use samples=1"):
+        prune(place / "vit", calibration=str(tmp_path), **few)
+    with pytest.raises(BillhookError, match="leave out length"):
+        prune(place / "vit", calibration=str(place / "images"), length=64, **few)
+    with pytest.raises(BillhookError, match="needs the label of every image"):
+        prune(place / "vit", calibration=str(tmp_path), sparsity=0.5, recipe="gblm", samples=1)
+    with pytest.raises(BillhookError, match="pixel values must be floats"):
+        prune(vision_families.build("vit"), calibration=torch.zeros(3, 32, 32), **few)
+    with pytest.raises(BillhookError, match="has no image processor"):
+        prune(vision_families.build("vit"), calibration=str(place / "images"), **few)
+    given = {"pixel_values": torch.zeros(2, 3, 32, 32), "labels": [1, 12]}
+    with pytest.raises(BillhookError, match="labels hold 12, and the model has 10 classes"):
+        prune(vision_families.build("vit"), calibration=given, **few)
+    assert all(picture.label is None for picture in pictures(str(tmp_path), "calibration"))
