@@ -18,7 +18,7 @@ from billhook.tasks.base import Task
 
 def tasks() -> Iterator[Task]:
     """All tasks; those of plugins come last, and are looked for only when they are reached."""
-    yield from map(TASKS.get, TASKS.built_in)  # type: ignore[arg-type]
+    yield from map(TASKS.get, TASKS.built_in)
     yield from (TASKS.get(name) for name in TASKS.names() if name not in TASKS.built_in)  # type: ignore[misc]
 
 

@@ -9,7 +9,7 @@ from billhook.errors import BillhookError
 from billhook.methods.quantize.ggml import GGML
 from billhook.plan.storage import BLOCKS
 from billhook.steps.quantize import QuantizeRequest, prepare
-from billhook.steps.sizes import Size, _budget, allowed_types
+from billhook.steps.sizes import Size, allowed_types
 from billhook.steps.types import fitting
 
 
@@ -47,7 +47,7 @@ def test_a_target_holds_the_types_that_its_programs_read():
 
 def test_bits_and_ratio_count_every_parameter():
     asked = [Size(bits=4.0), Size(ratio=0.25), Size(ratio=1.0), Size(size="1KB"), Size(size=77)]
-    assert [_budget(size, 1000) for size in asked] == [500, 500, 2000, 1000, 77]
+    assert [size.budget({}, 1000)[0] for size in asked] == [500, 500, 2000, 1000, 77]
 
 
 @pytest.mark.parametrize(
