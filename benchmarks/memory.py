@@ -3,7 +3,7 @@ two depths.
 
     python benchmarks/memory.py               32 blocks of 4096 x 11008 in bfloat16: 13 GB, written by this program
     python benchmarks/memory.py --blocks 4    the same width, shallower: seconds to minutes
-    python benchmarks/memory.py --blocks 2 --only compress
+    python benchmarks/memory.py --blocks 2 --only compress --layers 're:.*layers.1.mlp.down_proj'
     python benchmarks/memory.py --depth       peaks of 8 and 16 blocks of 1024 x 2816
 
 Each command runs in its own process with `RLIMIT_AS` set, as `ulimit -v` does. This limits all address space, libraries
@@ -142,7 +142,7 @@ def bound(width: int, inner: int) -> int:
     return 2 * 2 * VOCABULARY * width + 3 * block + 2 * math.prod(TOKENS) * width + 500 * 10**6
 
 
-def runs(folder: Path, model: Path, blocks: int) -> Iterator[tuple[str, list[Any]]]:
+def runs(folder: Path, model: Path, blocks: int, layers: str) -> Iterator[tuple[str, list[Any]]]:
     """The commands, by name; each pruned model is removed once it is verified."""
     text = ["--calibration", folder / "tokens.safetensors", "--samples", TOKENS[0], "--length", TOKENS[1]]
     ends = ["--targets", "model.layers.0.self_attn.q_proj", "--targets", f"model.layers.{blocks - 1}.self_attn.q_proj"]
@@ -163,7 +163,8 @@ def runs(folder: Path, model: Path, blocks: int) -> Iterator[tuple[str, list[Any
         ("quantize", ["--type", "q4_k"]),
         ("compress", ["--bits", "4", "--types", "q2_k,q3_k,iq4_xs,q5_k"]),
     ):
-        yield name, [name, model, *more, *text, "-o", folder / name, "--resume"]
+        chosen = ["--targets", layers] if layers else []
+        yield name, [name, model, *more, *text, *chosen, "-o", folder / name, "--resume"]
         yield f"verify {name}", ["verify", folder / name]
         yield f"remove {name}", []
     scored = ["--data", folder / "tokens.safetensors", "--length", TOKENS[1]]
@@ -184,6 +185,7 @@ def main() -> None:
         "--keep", type=Path, help="make the model here, or take it from here, and leave it; with --only, a run in parts"
     )
     parser.add_argument("--only", default="", help="run the commands that begin so")
+    parser.add_argument("--layers", default="", help="quantize and compress only these (a pattern of --targets)")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     models = [(1024, 2816, 8), (1024, 2816, 16)] if options.depth else [(options.width, options.inner, options.blocks)]
@@ -197,7 +199,7 @@ def main() -> None:
                 f"{blocks} blocks of {width} x {inner}: {size:.1f} GB; bound {bound(width, inner) / 1e9:.2f} GB, "
                 f"limit {LIMIT / 1e9:.2f} GB"
             )
-            for what, arguments in runs(Path(name), model, blocks):
+            for what, arguments in runs(Path(name), model, blocks, options.layers):
                 if not what.startswith(options.only):
                     continue
                 if not arguments:

@@ -21,6 +21,7 @@ from billhook.plan.allocators import ALLOCATORS
 from billhook.plan.level_allocators import LEVEL_ALLOCATORS
 from billhook.plan.metrics import CURVES, FACTS, Metric
 from billhook.plan.recipes import RECIPES
+from billhook.racing.allocators import MODEL_ALLOCATORS
 from billhook.registry import Registry
 
 OTHERS = {  # pages of modules that are not registered methods
@@ -48,7 +49,7 @@ def pages() -> dict[str, str]:
     """File name below docs/methods -> text."""
     links = _links()
     found = {"index.md": _index(links)}
-    for registry in (ALLOCATORS, CRITERIA, QUANTIZERS, STRUCTURED, LEVEL_ALLOCATORS):
+    for registry in (ALLOCATORS, CRITERIA, QUANTIZERS, STRUCTURED, LEVEL_ALLOCATORS, MODEL_ALLOCATORS):
         found |= {_page(registry, name): _method(registry, name, links) for name in registry.names()}
     for family in dict.fromkeys(map(_family, COLUMNS.values())):
         found[f"{family}.md"] = _metrics(family, links)
@@ -85,7 +86,8 @@ def _method(registry: Registry, name: str, links: dict[str, str]) -> str:
     assert module is not None
     options = registry.options(name).values()
     needs = registry.needs(name, {o.name: o.default for o in options})
-    option = f"{name}" if registry is LEVEL_ALLOCATORS else f"--{OPTIONS.get(registry.kind, registry.kind)} {name}"
+    option = f"--{OPTIONS.get(registry.kind, registry.kind)} {name}"
+    option = f"billhook compress --allocator {name}" if registry.kind == LEVEL_ALLOCATORS.kind else option
     facts = [f"`{option}`", f"reads {', '.join(f'`{n}`' for n in needs) or 'nothing'}"]
     if registry is CRITERIA:
         facts.append(f"compares the weights of a {registry.group(name)}")
@@ -164,8 +166,11 @@ def _index(links: dict[str, str]) -> str:
         "[`levels`](levels.md) chooses a type for every tensor under a size.",
         _registry(QUANTIZERS),
         "## Allocators of storage types",
-        "How `billhook compress` spends a size; [`levels`](levels.md) says how they are tried.",
+        "How `billhook compress` spends a size. [`auto`](levels.md) tries several on held-out text, and "
+        "`like:FILE.gguf` takes the types of another file.",
         _registry(LEVEL_ALLOCATORS),
+        "This one needs the model itself:",
+        _registry(MODEL_ALLOCATORS),
         "## Structured methods",
         "Which channels and heads go when whole units are removed ([Make it smaller](../slim.md)).",
         _registry(STRUCTURED),

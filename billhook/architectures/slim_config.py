@@ -67,7 +67,12 @@ def _changes(config: Any, unit: Unit, count: int) -> dict[str, Any]:
         return _heads(config, unit, count)
     if unit.kind == "experts":
         key = _first(config, _EXPERTS, unit)
-        return {key: count, "num_experts_per_tok": min(config.num_experts_per_tok, count)}
+        if count < config.num_experts_per_tok:
+            raise BillhookError(
+                f"{unit.name}: every token goes to {config.num_experts_per_tok} experts, so {count} cannot stay. "
+                "Remove less."
+            )
+        return {key: count}
     inside = unit.consumer is not None and unit.consumer.expert is not None
     if inside and hasattr(config, "moe_intermediate_size"):
         return {"moe_intermediate_size": count}

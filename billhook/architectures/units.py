@@ -192,7 +192,10 @@ def _experts(
 
 
 def router_of(module: nn.Module) -> tuple[str, nn.Module] | None:
-    """The name and module of what sends tokens to the experts of a mixture, or None for another module."""
+    """The name and module of what sends tokens to the experts of a mixture, or None for another module.
+
+    Routers that choose groups of experts first are not known.
+    """
     experts = getattr(module, "experts", None)
     down = getattr(experts, "down_proj", None)
     if not isinstance(experts, nn.Module) or not isinstance(down, nn.Parameter):
@@ -200,7 +203,8 @@ def router_of(module: nn.Module) -> tuple[str, nn.Module] | None:
     for key in ("gate", "router"):
         router = getattr(module, key, None)
         weight = getattr(router, "weight", None)
-        if isinstance(router, nn.Module) and isinstance(weight, nn.Parameter) and len(weight) == len(down):
+        known = hasattr(router, "top_k") and (getattr(router, "n_group", 1) or 1) == 1
+        if known and isinstance(router, nn.Module) and isinstance(weight, nn.Parameter) and len(weight) == len(down):
             return key, router
     return None
 

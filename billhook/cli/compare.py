@@ -120,7 +120,11 @@ def _show_runs(folders: list[Path], as_json: bool) -> None:
     rows = []
     for row in found["runs"]:
         scores = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("token_ppl", "dense_token_ppl")]
+        scores = [f"{100 * row['top1']:.2f} %", f"{row['nll']:.4f}"] if "top1" in row else scores
         rows.append([row["run"], row["method"], row["pattern"], f"{100 * row['sparsity']:.2f} %", *scores])
-    table("", ["run", "method", "pattern", "sparsity", "token perplexity", "dense"], rows, 3)
+    images = any("top1" in row for row in found["runs"])
+    names = ["top-1 accuracy", "loss"] if images else ["token perplexity", "dense"]
+    table("", ["run", "method", "pattern", "sparsity", *names], rows, 3)
     data = found["data"]
-    print(f"{found['protocol']}, {data['windows']} windows of {data['length']} tokens of {data['source']}")
+    size = f"{data['windows']} images" if images else f"{data['windows']} windows of {data['length']} tokens"
+    print(f"{found['protocol']}, {size} of {data['source']}")

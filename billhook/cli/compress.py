@@ -17,6 +17,9 @@ from billhook.cli.common import (
     say,
     split_list,
 )
+from billhook.plan.allocators import AUTO
+from billhook.plan.level_allocators import LEVEL_ALLOCATORS
+from billhook.racing.allocators import MODEL_ALLOCATORS
 
 NAME = "compress"
 EXAMPLES = """\b
@@ -25,10 +28,17 @@ Examples:
   billhook compress model --fit 16GB --context 8192 --calibration text.txt -o small
   billhook compress model --bits 3.5 --types q2_k,q3_k,q4_k,q6_k --calibration hub:c4 -o small
   billhook compress model --ratio 0.25 --for vllm --calibration text.txt -o small
+  billhook compress model --bits 3.5 --allocator alphaq --set gamma=0.5 --calibration text.txt -o small
+  billhook compress model --allocator like:other.gguf --calibration text.txt -o small
 """
 FIT_HELP = "Memory in which the file must fit in llama.cpp together with a context, such as 16GB."
 CONTEXT_HELP = "Tokens of context for --fit.  [default: 8192, or the model's]"
 FOR_HELP = "gguf: a file for llama.cpp. transformers, vllm: a compressed-tensors directory."
+
+
+def level_allocators() -> list[str]:
+    """The names of the allocators of storage types."""
+    return [*LEVEL_ALLOCATORS.names(), *MODEL_ALLOCATORS.names(), AUTO, "like:"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,19 @@ class Size:
         str | None,
         typer.Option(help="Choose only from these types, separated by commas.", metavar="TYPES"),
     ] = None
-    settings: shared.Settings = None
+    allocator: Annotated[
+        str,
+        typer.Option(
+            help="How types are chosen: see billhook ls level-allocators; auto tries several on held-out text, "
+            "like:FILE.gguf takes the types of that file.",
+            metavar="NAME",
+            autocompletion=lambda incomplete: [name for name in level_allocators() if name.startswith(incomplete)],
+        ),
+    ] = "curves"
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="An option of GPTQ or of the allocator. Repeatable.", metavar="KEY=VALUE"),
+    ] = None
 
 
 def command(

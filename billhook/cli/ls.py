@@ -17,7 +17,17 @@ Examples:
   billhook ls allocators
   billhook ls criteria --json
 """
-KINDS = ("recipes", "allocators", "criteria", "quantizers", "structured", "types", "metrics", "families")
+KINDS = (
+    "recipes",
+    "allocators",
+    "criteria",
+    "quantizers",
+    "level-allocators",
+    "structured",
+    "types",
+    "metrics",
+    "families",
+)
 AUTO_PAPER = "Billhook: allocations tried on held-out text"
 
 
@@ -67,10 +77,21 @@ def _rows(kind: str) -> list[dict[str, Any]]:
 
         fields = ("criterion", "allocator", "options", "refine", "sparsity", "source")
         return [{"name": name, **{key: getattr(x, key) for key in fields}} for name, x in RECIPES.items()]
+    if kind == "level-allocators":
+        from billhook.plan.level_allocators import LEVEL_ALLOCATORS
+        from billhook.racing.allocators import MODEL_ALLOCATORS
+
+        rows = [*_methods(LEVEL_ALLOCATORS), *_methods(MODEL_ALLOCATORS)]
+        others = {AUTO: AUTO_PAPER, "like:FILE.gguf": "the types of that file, tensor by tensor"}
+        return [*rows, *({"name": name, "options": {}, "paper": paper} for name, paper in others.items())]
     registry = _registry(kind)
-    options = {name: {o.name: o.default for o in registry.options(name).values()} for name in registry.names()}
-    rows = [{"name": name, "options": found, "paper": registry.paper(name)} for name, found in options.items()]
+    rows = _methods(registry)
     return [*rows, {"name": AUTO, "options": {}, "paper": AUTO_PAPER}] if kind == "allocators" else rows
+
+
+def _methods(registry: Registry) -> list[dict[str, Any]]:
+    options = {name: {o.name: o.default for o in registry.options(name).values()} for name in registry.names()}
+    return [{"name": name, "options": found, "paper": registry.paper(name)} for name, found in options.items()]
 
 
 def _registry(kind: str) -> Registry:

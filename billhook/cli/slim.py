@@ -1,4 +1,4 @@
-"""`billhook slim`: a model directory in, a directory with fewer channels and heads out."""
+"""`billhook slim`: a model directory in, a directory with fewer channels, heads, experts or blocks out."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from billhook.cli import options as shared
-from billhook.cli.common import emit, graceful_interrupt, layers_per_block, parse_settings, progress, say, split_list
+from billhook.cli.common import emit, graceful_interrupt, parse_settings, progress, say, split_list
 
 NAME = "slim"
 EXAMPLES = """\b
@@ -26,8 +26,15 @@ class Method:
         float | None, typer.Option(help="Fraction of the parameters in blocks to remove, such as 0.25.")
     ] = None
     units: Annotated[
-        str, typer.Option(help="Kinds of units that may go: channels (of the MLP), heads (with their key/value head).")
+        str,
+        typer.Option(
+            help="Kinds of units that may go: channels (of the MLP), heads (with key/value head), experts, blocks."
+        ),
     ] = "channels,heads"
+    experts: Annotated[str, typer.Option(help="How experts are chosen: reap or frequency.")] = "reap"
+    drop_by: Annotated[
+        str, typer.Option(help="How blocks are chosen: kl (predictions on text) or angular (hidden states).")
+    ] = "kl"
     plan: Annotated[Path | None, typer.Option(help="A plan.json of kept parts instead of a fraction.")] = None
     method: Annotated[str, typer.Option(help="How parts are chosen: see billhook ls structured.")] = "obs"
     settings: shared.Settings = None
@@ -49,6 +56,7 @@ def command(
     from billhook.steps.slim import SlimRequest, prepare, run
 
     chosen: dict[str, Any] = {"units": split_list(method.units), "plan": method.plan, "method": method.method}
+    chosen |= {"experts": method.experts, "drop_by": method.drop_by}
     chosen |= {"options": parse_settings(method.settings), "batch_size": batch_size, "seed": seed}
     groups: dict[str, Any] = {**chosen, **vars(text), **work.fields(model), **vars(writing)}
     request = SlimRequest(model, output, method.remove, **groups)
@@ -56,8 +64,7 @@ def command(
         job = prepare(request, advance)
     for note in job.notes:
         say(f"note: {note}")
-    layers = [unit.consumer for unit in job.units if unit.consumer is not None]
-    bar = progress("removing", len(layers), unit=layers_per_block(layers))
+    bar = progress("removing", len(job.units), unit=max(1, len(job.units) // len(job.smaller.blocks)))
     with bar as advance, graceful_interrupt() as stopping:
         report = run(job, advance, stopping)
     for warning in report.warnings[len(job.notes) :]:

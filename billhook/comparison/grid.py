@@ -18,15 +18,14 @@ from transformers import PreTrainedModel
 
 from billhook.ambient import pinned
 from billhook.comparison.axes import Grid
-from billhook.comparison.record import Cell, Comparison, method
+from billhook.comparison.record import SCORES, TITLES, Cell, Comparison, measure_of, method, shown
+from billhook.comparison.scored import Scored, scored
 from billhook.engine.batch import rows_of
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.method import Method
 from billhook.engine.restore import restore_
 from billhook.errors import BillhookError
 from billhook.evaluation.block_errors import block_errors, block_outputs
-from billhook.evaluation.perplexity import evaluate
-from billhook.evaluation.scoring import Scoring
 from billhook.measurement.measure import measure
 from billhook.plan.allocators import allocate
 from billhook.plan.metrics import fact
@@ -42,10 +41,7 @@ from billhook.steps.keywords import CompareFields
 from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
 from billhook.store.compute import dtype_name
 from billhook.store.files import json_text
-from billhook.tasks.base import Home, WindowTask
-from billhook.tasks.token_windows import tokenizer_of, window_length
-from billhook.text.corpus import is_token_file, source_name
-from billhook.text.windows import Windows
+from billhook.text.corpus import is_token_file
 
 _WHO = "This comparison"
 
@@ -76,19 +72,15 @@ def compare(
     opened = open_request(request, any(map(grid.reads_text, cells)), _WHO)
     for plan in grid.plans.values():
         plan.check({layer.name: layer.shape for layer in opened.layers})
-    assert isinstance(opened.task, WindowTask)
-    tokenizer = tokenizer_of(opened.model, Home(opened.source, request.trust_remote_code))
-    length = window_length(opened.model, request.length)
-    bos = "no" if request.published and request.bos == "auto" else request.bos
-    windows, scoring = opened.task.evaluation(data, tokenizer, opened.model, length, limit, bos=bos)
+    read = scored(opened, request, data, limit)
     folder = None if output is None else Path(output)
-    found = Comparison.open(folder, _identity(grid, request, opened, windows, scoring.protocol), overwrite)
+    found = Comparison.open(folder, _identity(grid, request, opened, read), overwrite)
     _check_plans(found, grid)
     _check_room(found, grid, cells, opened)
     with TemporaryDirectory(prefix="billhook.") as scratch:
-        runner = _Runner(grid, request, opened, (windows, scoring), Path(scratch))
+        runner = _Runner(grid, request, opened, read, Path(scratch))
         if not found.dense:
-            found.dense = evaluate(opened.model, windows, scoring=scoring).to_dict()
+            found.dense = read.scores(opened.model)
             found.write()
         try:
             for number, cell in enumerate(cells, start=1):
@@ -110,17 +102,16 @@ def _check_seeds(grid: Grid, request: Request) -> None:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    ppl = "infinite" if row["token_ppl"] is None else f"{row['token_ppl']:.4f}"
-    return f"{method(row)}, {row['pattern']} {row['sparsity']:g}, seed {row['seed']}: token perplexity {ppl}"
+    name, words = measure_of(row), f"{method(row)}, {row['pattern']} {row['sparsity']:g}, seed {row['seed']}"
+    return f"{words}: {TITLES[name]} {shown(name, row[name], 4)}"
 
 
-def _identity(grid: Grid, request: Request, opened: Opened, windows: Windows, protocol: str) -> dict[str, Any]:
+def _identity(grid: Grid, request: Request, opened: Opened, read: Scored) -> dict[str, Any]:
     """What a comparison depends on apart from its cells; it can be continued only with the same values."""
-    data = {"source": source_name(windows.source), "digest": windows.digest, "bos": windows.bos}
     return {
         "model": opened.facts,
-        "protocol": protocol,
-        "data": data | dict(zip(("windows", "length"), windows.ids.shape, strict=True)),
+        "protocol": read.protocol,
+        "data": read.data,
         "calibration": None if opened.samples is None else calibration_facts(opened),
         "options": dict(grid.options),
         "targets": listed(request.targets),
@@ -154,14 +145,11 @@ def _digest(plan: Plan) -> str:
 class _Runner:
     """Runs cells on one model and caches what they share; gradients are stored in files in the directory `scratch`."""
 
-    def __init__(
-        self, grid: Grid, request: Request, opened: Opened, data: tuple[Windows, Scoring], scratch: Path
-    ) -> None:
+    def __init__(self, grid: Grid, request: Request, opened: Opened, read: Scored, scratch: Path) -> None:
         self.grid, self.request, self.opened, self.scratch = grid, request, opened, scratch
-        self.windows, self.scoring = data
+        self.read, self._batch = read, read.batch
         columns = (name for cell in grid.cells(request.seed) for name in grid.columns(cell))
         self._columns = list(dict.fromkeys(columns))
-        self._batch = self.scoring.batch(self.windows.ids)
         self._weights = {layer.name: layer.weight.clone() for layer in opened.layers}
         self._dense = block_outputs(opened.model, self._batch)
         self._drawn = {request.seed: opened}
@@ -176,16 +164,18 @@ class _Runner:
         """Prune by one cell, score the model, and return the cell's row of compare.json."""
         self.restore()
         opened, model = self._draw(cell.seed), self.opened.model
-        method = Method(cell.criterion, self.grid.of(cell), self.request.group)
+        way = self.grid.recipe(cell)
+        group = self.request.group or way.group
+        method = Method(cell.criterion, self.grid.of(cell), group, prefix=way.prefix)
         plan = self._plan(cell, opened, method)
         method = replace(method, rounding=self.request.rounding)
         refine = Refine.asked(self.grid.recipe(cell).refine, cell.seed)
         results = prune_with(opened, plan, method, gradients=self._gradient(method, cell.seed), refine=refine)
-        found = evaluate(model, self.windows, scoring=self.scoring).to_dict()
+        found = self.read.scores(model)
         return {
             **cell._asdict(),
             **({"plan": _digest(plan)} if cell.allocator in self.grid.plans else {}),
-            **{key: found[key] for key in ("token_ppl", "nll")},
+            **{key: found[key] for key in ("token_ppl", "nll", *SCORES) if key in found},
             "achieved": sum(r.zeros for r in results) / sum(r.n for r in results),
             "sparsity_by_block": _by_block(opened, plan),
             "error_by_block": block_errors(model, self._batch, self._dense),

@@ -22,6 +22,22 @@ _DATA = {"source": str, "digest": str, "windows": int, "length": int}
 _IDENTITY = {"model": {"name": str}, "protocol": str, "data": _DATA, "versions": dict[str, str]}
 
 
+SCORES = ("top1", "cosine", "kl")  # of images and other inputs, the first one that there is
+TITLES = {"token_ppl": "token perplexity", "top1": "top-1 accuracy, %", "cosine": "cosine", "kl": "KL divergence"}
+
+
+def measure_of(row: Mapping[str, Any]) -> str:
+    """The key of the score that is shown for a cell or a mean of cells (without its prefix)."""
+    return next((name for name in SCORES if name in row or f"mean_{name}" in row), "token_ppl")
+
+
+def shown(name: str, value: float | None, digits: int = 2) -> str:
+    """A score as text; `digits` are those of a perplexity."""
+    if value is None:
+        return "infinite"
+    return f"{100 * value:.2f}" if name == "top1" else f"{value:.{digits if name == 'token_ppl' else 4}f}"
+
+
 class Cell(NamedTuple):
     """One way to prune the model; `allocator` may be the name of a plan, `recipe` is empty for a pair without one."""
 
@@ -103,7 +119,7 @@ def load_comparison(folder: Path) -> Comparison:
             f"{folder / RECORD} is not a comparison of version {VERSION}: make it again with billhook compare."
         )
     where = f"{folder / RECORD} is damaged (start again with --overwrite)"
-    typed({"identity": _IDENTITY, "dense": {"token_ppl": float | None}, "cells": list}, value, where)
+    typed({"identity": _IDENTITY, "dense": dict[str, Any], "cells": list}, value, where)
     for number, row in enumerate(value["cells"]):
         typed(_CELL, row, f"{where}, cell {number}")
         if not all(block.isdecimal() for block in row["sparsity_by_block"]):
@@ -120,7 +136,7 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for key, rows in groups.items():
         entry = dict(zip(Cell._fields[:-1], key, strict=True)) | {"seeds": len(rows)}
-        for name in ("nll", "token_ppl"):
+        for name in ("nll", "token_ppl", *(name for name in SCORES if name in rows[0])):
             values = [row[name] for row in rows]
             measured = None not in values
             entry[f"mean_{name}"] = statistics.fmean(values) if measured else None

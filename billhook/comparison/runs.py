@@ -39,7 +39,8 @@ def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
         raise BillhookError(_difference(found))
     rows = [row for evaluations in found.values() for row in evaluations if _key(row) == common]
     data = {key: rows[0][key] for key in ("source", "digest", "windows", "length")}
-    shown = ("run", "model", "method", "pattern", "sparsity", "token_ppl", "nll", "dense_token_ppl")
+    shown: tuple[str, ...] = ("run", "model", "method", "pattern", "sparsity", "token_ppl", "nll", "dense_token_ppl")
+    shown += ("top1",) if all("top1" in row for row in rows) else ()
     ranked = [{key: row[key] for key in shown} for row in sorted(rows, key=lambda row: row["nll"])]
     return {"protocol": rows[0]["protocol"], "data": data, "versions": rows[0]["versions"], "runs": ranked}
 
@@ -100,9 +101,14 @@ def _of_comparison(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def _of_rows(entry: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation of images or other inputs with the keys of one of windows."""
+    return {**entry, "windows": entry["inputs"], "length": 1, "token_ppl": None} if "inputs" in entry else entry
+
+
 def _of_report(folder: Path) -> list[dict[str, Any]]:
     report = load_report(folder)
-    scored = [entry for entry in report["evaluations"] if "nll" in entry]
+    scored = [_of_rows(entry) for entry in report["evaluations"] if "nll" in entry]
     if not scored:
         raise BillhookError(
             f"{folder} has no evaluation in its report: score it with billhook eval {folder} --data SOURCE --report."
@@ -115,11 +121,11 @@ def _of_report(folder: Path) -> list[dict[str, Any]]:
         "pattern": target["pattern"],
     }
     same["sparsity"] = report["achieved"]["sparsity"]
-    keys = ("protocol", "source", "digest", "windows", "length", "versions", "token_ppl", "nll")
+    keys = ("protocol", "source", "digest", "windows", "length", "versions", "token_ppl", "nll", "top1")
     return [
         {
             **same,
-            **{key: entry[key] for key in keys},
+            **{key: entry[key] for key in keys if key in entry},
             "bos": entry.get("bos"),
             "dense_token_ppl": (entry.get("against") or {}).get("token_ppl"),
         }

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from billhook.comparison.record import Cell, Comparison, budget, method, summary
+from billhook.comparison.record import SCORES, TITLES, Cell, Comparison, budget, measure_of, method, shown, summary
 from billhook.reports.charts import Series, chart
 from billhook.reports.pictures import BLOCK, ERROR, SPARSITY
 from billhook.reports.scales import Axis
@@ -23,24 +23,23 @@ def perplexity_table(comparison: Comparison) -> tuple[list[str], Rows]:
     deviation, the best of a column marked *."""
     found = summary(comparison.cells)
     budgets, methods = (list(dict.fromkeys(name(row) for row in found)) for name in (budget, method))
-    shown = {(method(row), budget(row)): row for row in found}
+    known = {(method(row), budget(row)): row for row in found}
     best = {b: min((row["mean_nll"] for row in found if budget(row) == b), default=None) for b in budgets}
-    rows = [["dense", *[_ppl(comparison.dense.get("token_ppl"))] * len(budgets)]]
+    measure = measure_of(found[0]) if found else measure_of(comparison.dense)
+    dense = comparison.dense.get(measure)
+    rows = [["dense", *[shown(measure, dense)] * len(budgets)]]
     for name in methods:
-        cells = [shown.get((name, b)) for b in budgets]
+        cells = [known.get((name, b)) for b in budgets]
         rows.append([name, *(_score(row, row is not None and row["mean_nll"] == best[budget(row)]) for row in cells)])
-    return ["token perplexity", *budgets], rows
+    return [TITLES[measure], *budgets], rows
 
 
 def _score(row: Mapping[str, Any] | None, best: bool) -> str:
     if row is None:
         return "-"
-    spread = "" if row["spread_token_ppl"] is None else f" ± {row['spread_token_ppl']:.2f}"
-    return _ppl(row["mean_token_ppl"]) + spread + (" *" if best else "")
-
-
-def _ppl(value: float | None) -> str:
-    return "infinite" if value is None else f"{value:.2f}"
+    name = measure_of(row)
+    spread = "" if row[f"spread_{name}"] is None else f" ± {shown(name, row[f'spread_{name}'])}"
+    return shown(name, row[f"mean_{name}"]) + spread + (" *" if best else "")
 
 
 def error_tables(comparison: Comparison) -> dict[str, tuple[list[str], Rows]]:
@@ -60,6 +59,8 @@ def caption(comparison: Comparison) -> str:
     """Which model, protocol and text the numbers are from."""
     data, model = comparison.identity["data"], comparison.identity["model"]["name"]
     text = f"{data['windows']} windows of {data['length']} tokens of {data['source']}"
+    if measure_of(comparison.dense) != "token_ppl":
+        text = f"{data['windows']} inputs of {data['source']}"
     marks = "± is the standard deviation over calibration seeds, * the best of a column."
     return f"{model}: {comparison.identity['protocol']}, {text}; {marks}"
 
@@ -88,7 +89,8 @@ def _markdown(rows: Rows) -> list[str]:
 def spreadsheet(comparison: Comparison) -> str:
     """One line per cell, as CSV."""
     out = io.StringIO()
-    columns = [*Cell._fields, "token_ppl", "nll", "achieved"]
+    more = [name for name in SCORES if any(name in row for row in comparison.cells)]
+    columns = [*Cell._fields, "token_ppl", "nll", *more, "achieved"]
     writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(comparison.cells)
@@ -136,15 +138,19 @@ def _perplexity_by_sparsity(comparison: Comparison) -> str | None:
     lines = [
         _line(comparison, [row for row in rows if method(row) == name]) for name in dict.fromkeys(map(method, rows))
     ]
-    dense = comparison.dense.get("token_ppl")
+    measure = measure_of(rows[0])
+    dense = comparison.dense.get(measure)
     lines.append(Series("dense", sparsities, [dense] * len(sparsities), marks=False, colour=-1))
-    title = f"Token perplexity of {comparison.identity['model']['name']} by sparsity (lower is better)"
-    axes = Axis("sparsity (%)"), Axis("token perplexity", log=True)
+    better = "lower" if measure in ("token_ppl", "kl") else "higher"
+    words = TITLES[measure] if measure != "top1" else "top-1 accuracy"
+    title = f"{words[0].upper()}{words[1:]} of {comparison.identity['model']['name']} by sparsity ({better} is better)"
+    axes = Axis("sparsity (%)"), Axis(words, log=measure == "token_ppl")
     return chart(title, lines, *axes, summary=_LOOKS, standalone=True)
 
 
 def _line(comparison: Comparison, rows: Sequence[dict[str, Any]]) -> Series:
-    x, y, spread = ([row[key] for row in rows] for key in ("sparsity", "mean_token_ppl", "spread_token_ppl"))
+    name = measure_of(rows[0])
+    x, y, spread = ([row[key] for row in rows] for key in ("sparsity", f"mean_{name}", f"spread_{name}"))
     x = [100 * sparsity for sparsity in x]
     series = Series(method(rows[0]), x, y)
     if None not in spread:

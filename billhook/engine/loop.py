@@ -1,15 +1,15 @@
 """The loop that applies a plan: visit a model block by block and change every layer as planned.
 
 Blocks are visited in running order. The inputs of a layer are those that the earlier blocks, already changed, produce,
-as in the published code of Wanda and SparseGPT. For a criterion that reads `drift`, the earlier layers of the same
-block are changed as well.
+as in the published code of Wanda and SparseGPT; with the prefix `dense`, as in that for image classifiers, they are
+those of the dense model. For a criterion that reads `drift`, the earlier layers of the same block are changed as well.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -110,7 +110,8 @@ def apply_plan_(
     results: list[LayerResult] = []
     samples = batches if method.observed or tuner else ()
     dense = tuner is not None and tuner.wants_dense_outputs
-    for block in walk(model, samples, method.observed, dense_outputs=dense, start=start, resources=resources):
+    walked: dict[str, Any] = {"read_only": method.prefix == "dense", "dense_outputs": dense, "resources": resources}
+    for block in walk(model, samples, method.observed, start=start, **walked):
         block = replace(block, layers=[layer for layer in block.layers if layer.name in shapes])
         if tuner is not None and block.layers:
             tuner.note(block)

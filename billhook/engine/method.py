@@ -21,6 +21,7 @@ from billhook.plan.spec import Spec
 
 Group = Literal["row", "layer"]
 Rounding = Literal["exact", "floor"]
+Prefix = Literal["pruned", "dense"]
 
 
 class Treatment(Protocol):
@@ -29,6 +30,11 @@ class Treatment(Protocol):
     @property
     def name(self) -> str:
         """The name of the criterion or quantizer."""
+        ...
+
+    @property
+    def prefix(self) -> Prefix:
+        """Whose outputs are the inputs of the next block: the pruned block's or the dense one's."""
         ...
 
     @property
@@ -55,12 +61,17 @@ class Treatment(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """A criterion with all its options; `group` overrides its comparison group, `rounding` the counting of zeros."""
+    """A criterion with all its options; `group` overrides its comparison group, `rounding` the counting of zeros.
+
+    `prefix` says whose outputs are the inputs of the next block: `pruned` as in the published code for language models,
+    `dense` as in that for vision models.
+    """
 
     criterion: str
     options: Mapping[str, Any]
     group: Group | None = None
     rounding: Rounding = "exact"
+    prefix: Prefix = "pruned"
 
     @property
     def name(self) -> str:
@@ -115,6 +126,7 @@ class Quantization:
     options: Mapping[str, Any]
     scale_dtype: torch.dtype = torch.float16
     gradient = ""
+    prefix: Prefix = "pruned"
 
     @property
     def name(self) -> str:

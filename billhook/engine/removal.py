@@ -21,12 +21,14 @@ from billhook.architectures.units import Unit
 from billhook.engine.batch import Batch
 from billhook.engine.loop import LayerResult
 from billhook.engine.resources import IN_MEMORY, Resources
+from billhook.engine.routing import expert_stats, mixture_of, restrict_
 from billhook.engine.streaming import Stream
 from billhook.engine.walk import Block, Progress, walk
 from billhook.errors import BillhookError, JobError
 from billhook.methods.encoded import count_zeros
 from billhook.methods.statistics import GRADIENTS, STATISTICS, LayerStats
 from billhook.methods.structured import STRUCTURED
+from billhook.methods.structured.experts import EXPERTS
 from billhook.methods.structured.magnitude import magnitude
 
 
@@ -41,6 +43,11 @@ class Removal:
     def observed(self) -> tuple[str, ...]:
         """The statistics of a consumer's inputs that it reads."""
         return tuple(name for name in STRUCTURED.needs(self.method, self.options) if name in STATISTICS)
+
+    @property
+    def drifts(self) -> bool:
+        """Whether it follows the dense model's outputs."""
+        return "drift" in self.observed
 
     @property
     def gradient(self) -> str:
@@ -108,6 +115,7 @@ def remove_parts_(
     removal: Removal,
     batches: Sequence[Batch] = (),
     *,
+    experts: str = "reap",
     dropped: Mapping[int, Dropped] | None = None,
     gradients: Mapping[str, Tensor] | None = None,
     resources: Resources = IN_MEMORY,
@@ -115,7 +123,7 @@ def remove_parts_(
     progress: Progress = lambda unit: None,
     finished: Callable[[Block, list[LayerResult]], None] = lambda block, results: None,
 ) -> list[LayerResult]:
-    """Remove parts of units with a consumer, in place; `counts` parts stay, by unit.
+    """Remove parts of units in place; `counts` parts stay, by unit. `experts` is the method for experts.
 
     `dropped` are the blocks of `dropping`, which become active when they are reached. Blocks before `start` are done
     already. Raises JobError if a new weight is not finite.
@@ -125,8 +133,12 @@ def remove_parts_(
     drop, results = dict(dropped or {}), list[LayerResult]()
     for index, forward in drop.items():
         forward.active = index < start
-    for block in walk(model, batches, removal.observed, layers=layers, start=start, resources=resources):
+    statistics = removal.observed if layers else ()
+    for block in walk(model, batches, statistics, layers=layers, start=start, resources=resources):
         done = []
+        for unit in (u for u in units if u.kind == "experts" and u.block == block.index):
+            done.append(remove_experts_(model, unit, counts[unit.name], experts, block))
+            progress(unit.name)
         for names, stats in block.stages:
             for layer in names if block.index not in drop else ():
                 given = stats.get(layer.name, LayerStats(0, 0))
@@ -140,6 +152,19 @@ def remove_parts_(
         finished(block, done)
         results += done
     return results
+
+
+def remove_experts_(model: PreTrainedModel, unit: Unit, count: int, method: str, block: Block) -> LayerResult:
+    """Choose the experts of a mixture that stay; from now on its router knows no others."""
+    begun = time.perf_counter()
+    _, experts = mixture_of(model, unit)
+    stats = expert_stats(block, experts, unit.count)
+    keep: Tensor = EXPERTS.get(method)(stats, count)
+    restrict_(model, unit, keep)
+    unseen = int((stats.tokens == 0).sum())
+    notes = (f"{unseen} experts received no calibration token; they went first",) if unseen else ()
+    took, kept = time.perf_counter() - begun, keep.nonzero()[:, 0].tolist()
+    return LayerResult(unit.name, (unit.count, 1), 1 - count / unit.count, 0, 0, notes, None, took, kept=kept)
 
 
 def remove_from_(unit: Unit, count: int, removal: Removal, stats: LayerStats) -> LayerResult:

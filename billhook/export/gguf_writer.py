@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from billhook.errors import BillhookError
 from billhook.store.files import check_writable, untrusted, write_atomic
+from billhook.store.gguf_types import type_size
 from billhook.store.output import check_room
 
 if TYPE_CHECKING:
@@ -48,10 +49,8 @@ class Written:
 
 def byte_shape(name: str, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
     """[..., out, bytes of a row]; raises BillhookError for an unknown type, and for blocks that do not fill a row."""
-    import gguf
-
     try:
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
+        _, block, size = type_size(kind)
     except KeyError:
         raise BillhookError(f"{name}: {kind} is no type of GGUF files.") from None
     if shape[-1] % block:
@@ -61,10 +60,8 @@ def byte_shape(name: str, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
 
 def add_tensors(writer: "GGUFWriter", entries: Iterable[Entry]) -> None:
     """Announce the tensors, whose number of parameters the metadata needs."""
-    import gguf
-
     for entry in entries:
-        kind = gguf.GGMLQuantizationType[entry.type.upper()]
+        kind: Any = type_size(entry.type)[0]  # a number serves where the package has no name for it
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.bytes, kind)
 
 

@@ -81,6 +81,19 @@ class Levels:
         """The sum of the losses of all tensors."""
         return math.fsum(self.loss([name], types[name]) for name in self.shapes)
 
+    def recorded(self) -> dict[str, Any]:
+        """`made_by.levels` and `made_by.tied` of a plan: bytes and errors at every type, and weights, if measured."""
+        if not self.errors:
+            return {}
+        levels = {
+            name: {
+                "weight": self.weights.get(name, 1.0),
+                "types": {t: {"bytes": self.bytes([name], t), "error": e} for t, e in self.errors[name].items()},
+            }
+            for name in self.shapes
+        }
+        return {"levels": levels, "tied": [list(group) for group in self.tied]}
+
     def plan(self, types: Mapping[str, str], made_by: Mapping[str, Any]) -> Plan:
         """The plan of these types; those of embeddings and head are `made_by.outside`."""
         weights = {name: Spec(type=types[name]) for name in self.shapes if name not in self.outside}

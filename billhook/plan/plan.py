@@ -75,6 +75,13 @@ class Plan:
     * `made_by.metrics.*.*` (number): what the allocator read: column, layer, value.
     * `made_by.spectra.*` (list of numbers, optional): if it read spectra, those of up to three layers
       (`spectrum_quantiles` of the table).
+    * `made_by.outside.*` (string, optional): the storage types of embeddings and head, by their names on disk.
+    * `made_by.levels.*.weight` (number, optional): what was measured for the choice of storage types: the KL divergence
+      that an error of 1 in the tensor costs.
+    * `made_by.levels.*.types.*.bytes` (integer, optional): the tensor's bytes as a type.
+    * `made_by.levels.*.types.*.error` (number, optional): its error as that type; times `weight` the predicted loss.
+    * `made_by.tied` (list of lists of strings, optional): layers that had to get the same type.
+    * `made_by.request.*` (any, optional): the target, bytes, types, allocator and options that `compress` was given.
     * `made_by.racing.*` (any, optional): if a race chose the plan, the `objective`, the `best` candidate, the mean loss
       of those `tried`, those `dropped`, and the `heldout` windows; or the `reason` why there was none.
 

@@ -9,6 +9,12 @@ ATP's β is searched, as published, but on held-out calibration text and not on 
 values for a model or sparsity, they are METHOD[/MODEL][/CRITERION]@PERCENT, such as `alphapruning/llama-2-7b@70`, which
 also gives the sparsity; without a criterion the setting is for Wanda.
 
+`wanda-vision`, `alphapruning-vision`, `atp-vision` and `gblm-vision` are these methods as published for image
+classifiers: the inputs of a block are those of the dense model (`--prefix dense`), weights are compared over the layer
+(GBLM: the row), and AlphaPruning maps `alpha_mid` of each matrix with epsilon 0.2. The published code draws images with
+replacement through the augmentation of the training; here they go through the checkpoint's own preprocessing. Query,
+key and value, which are one matrix there, are three in `transformers`, each with its own alpha and threshold.
+
 `--recipe NAME` chooses one; single options (`--criterion`, `--allocator`, `--set`, `--sparsity`, `--refine`) override
 it. A criterion that is given without a recipe is used with the uniform allocation. With an N:M pattern, which GPUs can
 run only where every layer has it, `good` and `best` are uniform, and recipes that are an allocation are refused.
@@ -23,7 +29,7 @@ other models they are a starting point.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from billhook.errors import BillhookError
 from billhook.plan.allocators import AUTO
@@ -38,7 +44,8 @@ class Recipe:
     """What a run does, apart from its model and text.
 
     `options` are the allocator's; those of the criterion are its defaults. `sparsity` is the one that published values
-    are for.
+    are for. `group` (None: the criterion's own) compares weights within a row or the layer; `prefix` says whose
+    outputs are the inputs of the next block.
     """
 
     criterion: str
@@ -47,6 +54,8 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     refine: str = "none"
     sparsity: float | None = None
+    group: Literal["row", "layer"] | None = None
+    prefix: Literal["pruned", "dense"] = "pruned"
 
 
 _EPSILON_70 = {  # model: epsilon for magnitude, wanda, sparsegpt
@@ -85,6 +94,7 @@ def _of_models() -> dict[str, Recipe]:
 
 
 _OWL = {"m": 5.0, "lam": 0.08}
+_VISION: dict[str, Any] = {"group": "layer", "prefix": "dense"}
 RECIPES: dict[str, Recipe] = {
     "fast": Recipe("wanda", "uniform", "masks alone, in minutes"),
     "good": Recipe("admm", AUTO, "kept weights solved for, allocation chosen on held-out text"),
@@ -95,6 +105,16 @@ RECIPES: dict[str, Recipe] = {
     "alphapruning": Recipe("wanda", "alphapruning", "Lu et al. 2024", _alphapruning(0.3)),
     "atp": Recipe("wanda", "atp", "Huang et al. 2025", {"beta": AUTO}),
     "owl": Recipe("wanda", "owl", "Yin et al. 2024", _OWL),
+    "wanda-vision": Recipe("wanda", "uniform", "Sun et al. 2023, code for image classifiers", **_VISION),
+    "alphapruning-vision": Recipe(
+        "wanda",
+        "alphapruning",
+        "Lu et al. 2024, code for image classifiers",
+        {"metric": "alpha_mid", "epsilon": 0.2, "mapping": "layer"},
+        **_VISION,
+    ),
+    "atp-vision": Recipe("wanda", "atp", "Huang et al. 2025, image classifiers", {"beta": AUTO}, **_VISION),
+    "gblm-vision": Recipe("gblm", "uniform", "Das et al. 2023, image classifiers", prefix="dense"),
     "alphapruning@70": Recipe("wanda", "alphapruning", "Lu et al. 2024, most models", _alphapruning(0.3), sparsity=0.7),
     "owl@70": Recipe("wanda", "owl", "Yin et al. 2024, README", _OWL, sparsity=0.7),
     **{
@@ -141,6 +161,8 @@ def chosen(
         {} if allocator not in ("", found.allocator) else found.options,
         refine or found.refine,
         found.sparsity,
+        found.group,
+        found.prefix,
     )
 
 

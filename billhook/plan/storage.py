@@ -1,7 +1,7 @@
 """Storage types of a weight, and their bits. No torch.
 
 A type stores runs of consecutive columns of a row as blocks of a fixed size, scales and minima included, so that its
-bits per weight follow from its name. Sizes of GGUF types: `GGML_QUANT_SIZES` of the `gguf` package. `intB/GROUP` is
+bits per weight follow from its name. Sizes of GGUF types are those of llama.cpp. `intB/GROUP` is
 symmetric scalar quantization with B-bit codes, and a 16-bit scale for every GROUP columns.
 """
 
@@ -12,7 +12,8 @@ from billhook.registry import hint
 
 _SIZES = {  # columns of a block -> its bytes, by type
     1: {"f32": 4, "f16": 2, "bf16": 2},
-    32: {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_nl": 18},
+    32: {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_nl": 18, "mxfp4": 17},
+    64: {"q2_0": 18},
     256: {"q6_k": 210, "q5_k": 176, "q4_k": 144, "q3_k": 110, "q2_k": 84, "iq4_xs": 136, "iq3_s": 110}
     | {"iq3_xxs": 98, "iq2_s": 82, "iq2_xs": 74, "iq2_xxs": 66, "iq1_m": 56, "iq1_s": 50},
 }

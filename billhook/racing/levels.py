@@ -1,32 +1,48 @@
-"""Levels: a storage type for every tensor, under a budget in bytes, with the least divergence from the dense model.
+"""Auto for levels: several allocations of storage types are tried in full on held-out windows, and the best is used.
 
-    loss_l(v) = c_l · e_l(v),   c_l = share_l / e_l(type in the plan under which the share was measured)
+`billhook compress --allocator auto` quantizes the whole model with each candidate, with half of the calibration
+windows, and scores it by KL divergence from the dense model on the other half:
 
-e_l(v) is the relative error of layer l's output at type v (`billhook.measurement.level_errors`), share_l what the
-layer's error costs the model when all layers are quantized (`billhook.trials.attribution`). The types with the least
-sum of losses are found by `billhook.plan.knapsack`. As in `auto`, shares are measured again under each plan, and
-their geometric mean is used for the next: rounds go on while they reduce the loss on held-out windows. The uniform plan
-is always among the candidates, so the result is never worse on these windows.
+1. `uniform`. Each layer's share of its divergence is measured by one backward pass (`billhook.trials.attribution`).
+2. `curves` with the costs that `billhook compress` measures without trials, and the published forms AlphaQ and ATP.
+3. The types with the least sum of c_l · e_l(v), with c_l = share_l / e_l(type under which the share was measured). As
+   in the `auto` of sparsities, shares are measured again under each such plan, and their geometric mean is used for
+   the next: rounds go on while they reduce the loss on the held-out windows, up to three.
+
+Uniform is always among the candidates, so the result is never worse on these windows.
+
+Cost: a quantization and an evaluation for each of five to seven candidates. The model and a copy of its weights must
+fit in memory.
+
+Limits: trials leave embeddings and head as they are; those get the types of `curves`.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from billhook.architectures.layers import Layer
+from billhook.engine.batch import Batch
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
 from billhook.errors import BillhookError
-from billhook.plan.level_allocators import allocate_levels
-from billhook.plan.levels import Levels, types_of
+from billhook.plan.allocators import AUTO
+from billhook.plan.level_allocators import ERRORS, LEVEL_ALLOCATORS, WEIGHTS, allocate_levels
+from billhook.plan.levels import Levels, Types, types_of
 from billhook.plan.plan import Plan
+from billhook.plan.spec import Spec
+from billhook.racing.allocators import MODEL_ALLOCATORS
+from billhook.racing.candidates import CandidateWeights
 from billhook.racing.race import Candidate, Race
 from billhook.trials.heldout import Split
 from billhook.trials.trials import TrialRunner
 
 ROUNDS = 3
+PUBLISHED = ("alphaq", "atp")  # which `auto` tries
 Weights = Mapping[str, float]  # by layer
 
 
@@ -44,15 +60,84 @@ def choose_types(
     split: Split,
     levels: Levels,
     method: Quantization,
+    *,
+    allocator: str = AUTO,
+    options: Mapping[str, Any] | None = None,
     progress: Progress = lambda line: None,
 ) -> Chosen:
-    """The best plan on the held-out windows of `split`; the model's weights are restored."""
+    """The plan of `auto`, or of an allocator that needs the model; the model's weights are restored.
+
+    `method` is how trials quantize. Embeddings and head, which trials leave as they are, get the types of `curves`.
+    """
+    outside = _outside(levels)
+    inner = _layers_only(levels, outside)
     with TrialRunner(model, layers, split.batches, split.heldout, method) as runner:
-        race = Race(runner, progress=progress)
-        race.run(lambda race: _candidates(levels, race))
-    plan = race.result({"heldout": split.facts["heldout"]})
-    measured = [_weights(levels, race, name) for name, trial in race.trials.items() if trial.shares]
-    return Chosen(plan, outlook(replace(levels, weights=_mean(measured)), plan))
+        if allocator == AUTO:
+            race = Race(runner, progress=progress)
+            race.run(lambda race: _candidates(inner, race, split))
+            plan = race.result({"heldout": split.facts["heldout"]})
+            measured = [_weights(inner, race, name) for name, trial in race.trials.items() if trial.shares]
+            levels = replace(levels, weights={**levels.weights, **_mean(measured)})
+        else:
+            plan = by_gradients(runner, inner, split.batches, allocator, options or {}, progress)
+    made_by = {**plan.made_by, **levels.recorded()}
+    plan = levels.plan(types_of(plan) | outside, made_by)
+    return Chosen(plan, outlook(levels, plan))
+
+
+def columns() -> list[str]:
+    """The columns that the candidates of `auto` read."""
+    return list(dict.fromkeys(c for name in PUBLISHED for c in needs(name) if c not in (ERRORS, WEIGHTS)))
+
+
+def needs(name: str) -> tuple[str, ...]:
+    """What an allocator reads with its default options."""
+    return LEVEL_ALLOCATORS.needs(name, LEVEL_ALLOCATORS.configure(name, {}))
+
+
+def _outside(levels: Levels) -> Types:
+    """The types of embeddings and head in the plan of `curves`."""
+    types = types_of(allocate_levels(levels)) if levels.outside else {}
+    return {name: types[name] for name in levels.outside}
+
+
+def _layers_only(levels: Levels, outside: Types) -> Levels:
+    """The levels of the layers, and what the types `outside` leave of the budget."""
+    taken = sum(levels.bytes([name], type) for name, type in outside.items())
+    shapes = {name: shape for name, shape in levels.shapes.items() if name not in outside}
+    return replace(levels, shapes=shapes, budget=levels.budget - taken, outside=())
+
+
+def by_gradients(
+    runner: TrialRunner,
+    levels: Levels,
+    batches: Sequence[Batch],
+    allocator: str,
+    options: Mapping[str, Any],
+    progress: Progress = lambda line: None,
+) -> Plan:
+    """The plan of an allocator that takes gradients of the model on `batches`.
+
+    Of the types of a group those are left out that take as many bytes as another, or more, and lose more.
+    """
+    steps = []
+    for group in levels.groups:
+        kept: list[tuple[int, str]] = []
+        for t in sorted(levels.menu(group), key=lambda t, g=group: (levels.bytes(g, t), levels.loss(g, t))):  # type: ignore[misc]
+            if not kept or levels.loss(group, t) < levels.loss(group, kept[-1][1]):
+                kept.append((levels.bytes(group, t), t))
+        steps.append(kept)
+    rows = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    specs = [[Spec(type=type) for _, type in kept] for kept in steps]
+    assert isinstance(runner.method, Quantization)
+    exact = replace(runner.method, options={**runner.method.options, "dense_target": 0.0, "sweeps": 0})
+    weights = CandidateWeights(runner, levels.groups, specs, rows, exact, progress=progress)
+    costs = [[size for size, _ in kept] for kept in steps]
+    configured = MODEL_ALLOCATORS.configure(allocator, options)
+    chosen = MODEL_ALLOCATORS.get(allocator)(weights, costs, levels.budget, **configured)
+    types = {name: steps[g][k][1] for g, k in enumerate(chosen) for name in levels.groups[g]}
+    made_by = {"allocator": allocator, "options": configured, "paper": MODEL_ALLOCATORS.paper(allocator)}
+    return levels.plan(types, made_by)
 
 
 def outlook(levels: Levels, plan: Plan) -> dict[float, float]:
@@ -67,11 +152,16 @@ def outlook(levels: Levels, plan: Plan) -> dict[float, float]:
     return found
 
 
-def _candidates(levels: Levels, race: Race) -> Iterator[Candidate]:
+def _candidates(levels: Levels, race: Race, split: Split) -> Iterator[Candidate]:
     yield Candidate("uniform", allocate_levels(levels, "uniform"), attribute=True)
     weights = [_weights(levels, race, "uniform")]
+    if levels.weights:
+        yield Candidate("curves", allocate_levels(levels))
+    for name in PUBLISHED:
+        if set(needs(name)) <= {*levels.table.columns(), ERRORS, WEIGHTS}:
+            yield Candidate(name, allocate_levels(levels, name))
     for number in range(1, ROUNDS + 1):
-        name = "curves" if number == 1 else f"curves, round {number}"
+        name = f"curves of shares, round {number}"
         yield Candidate(name, allocate_levels(replace(levels, weights=_mean(weights))), attribute=number < ROUNDS)
         trial = race.trials[name]
         if trial.dropped or (number > 1 and race.best is not trial):

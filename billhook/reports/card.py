@@ -14,6 +14,8 @@ _CLASSES = {  # of transformers: the model's and its reader's, by task
     "text-generation": ("AutoModelForCausalLM", "AutoTokenizer"),
     "fill-mask": ("AutoModelForMaskedLM", "AutoTokenizer"),
     "image-classification": ("AutoModelForImageClassification", "AutoImageProcessor"),
+    "feature-extraction": ("AutoModel", "AutoTokenizer"),
+    "image-feature-extraction": ("AutoModel", "AutoImageProcessor"),
 }
 
 

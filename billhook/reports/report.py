@@ -23,7 +23,8 @@ from billhook.store.typed_json import typed
 VERSION = 1
 _KEPT = ("license", "license_name", "license_link", "language", "base_model", "tags")  # of the source's card
 _TEXT = "text-generation"
-_TAGS = {"ForMaskedLM": "fill-mask", "ForImageClassification": "image-classification"}  # by the end of a class's name
+_TAGS = {"ForMaskedLM": "fill-mask", "ForImageClassification": "image-classification"}
+_TAGS |= {"Model": "feature-extraction"}  # by the end of a class's name
 _HEAD = 1 << 16  # letters of a card in which its metadata must end
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -186,7 +187,9 @@ def source_metadata(folder: Path) -> dict[str, Any]:
     kept["base_model"] = [name for name in kept.get("base_model", []) if _HUB_NAME.fullmatch(name)]
     config = read_json(folder / "config.json", "model configuration") if (folder / "config.json").is_file() else {}
     names = [str(name) for name in config.get("architectures") or ()]
-    kept["pipeline_tag"] = [next((tag for end, tag in _TAGS.items() for x in names if x.endswith(end)), _TEXT)]
+    tag = next((tag for end, tag in _TAGS.items() for x in names if x.endswith(end)), _TEXT)
+    images = tag == "feature-extraction" and ("image_size" in config or "num_channels" in config)
+    kept["pipeline_tag"] = [f"image-{tag}" if images else tag]
     return {key: texts if key == "tags" or len(texts) > 1 else texts[0] for key, texts in kept.items() if texts}
 
 

@@ -15,7 +15,7 @@ from billhook.distributed.collectives import check_share
 from billhook.engine.batch import Batch, as_batches
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.loop import LayerResult, apply_plan_
-from billhook.engine.method import Group, Method, Rounding
+from billhook.engine.method import Group, Method, Prefix, Rounding
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Block, Progress
 from billhook.errors import BillhookError
@@ -66,6 +66,7 @@ def prune_(
     layers: Sequence[Layer] | None = None,
     group: Group | None = None,
     rounding: Rounding = "exact",
+    prefix: Prefix = "pruned",
     gradients: Gradients | None = None,
     refine: Refine | None = None,
     resources: Resources = IN_MEMORY,
@@ -80,6 +81,7 @@ def prune_(
       except magnitude needs them.
     * `layers`: the layers of the plan, by default all prunable ones.
     * `group`: replaces the criterion's comparison group.
+    * `prefix`: whose outputs are the inputs of the next block, the pruned block's or the dense one's.
     * `gradients`: of the dense model, for a criterion that reads them; computed first if not given.
     * `refine`: tunes the remaining weights of each block once it is pruned.
     * `start`: the first block to prune; earlier blocks are pruned already.
@@ -89,7 +91,7 @@ def prune_(
     Raises BillhookError, before anything changes, for a plan, criterion, gradients or options that do not fit; JobError
     if the zeros are not those of the plan or activations are not finite.
     """
-    method = Method(criterion, CRITERIA.configure(criterion, options), group, rounding)
+    method = Method(criterion, CRITERIA.configure(criterion, options), group, rounding, prefix)
     chosen = find_layers(model) if layers is None else list(layers)
     opened = Opened(None, model, task_of(model), resources, chosen, None, as_batches(model, batches))
     run: dict[str, Any] = {"gradients": gradients, "refine": refine, "start": start}

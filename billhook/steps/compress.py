@@ -3,8 +3,9 @@
     check -> fixed bytes of the file -> errors of every layer and type -> types under the budget -> quantize
 
 What every tensor would lose at every type is measured on some of the calibration text (`billhook.steps.levels`), and
-the types with the least sum of losses are found exactly; then the model is quantized (`billhook.steps.quantize`). One
-block at a time is in memory. Everything in the file counts. Targets:
+the types with the least sum of losses are found exactly, or as another allocator says (`billhook.steps.allocation`);
+then the model is quantized (`billhook.steps.quantize`). One block at a time is in memory. Everything in the file
+counts. Targets:
 
 * `gguf`: one .gguf file for llama.cpp; embeddings and head get types of their own;
 * `transformers`: a compressed-tensors directory, 2 to 8 bits; embeddings and head keep their bits;
@@ -24,19 +25,14 @@ from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
 from billhook.errors import BillhookError
 from billhook.export.compressed_tensors import fused
-from billhook.methods.quantize import QUANTIZERS
-from billhook.plan.level_allocators import allocate_levels
-from billhook.plan.levels import Levels
 from billhook.plan.plan import Plan
 from billhook.plan.storage import bits
-from billhook.racing.levels import Chosen, outlook
-from billhook.steps.kept_levels import KeptLevels
-from billhook.steps.levels import measure_levels
+from billhook.racing.levels import Chosen
+from billhook.steps.allocation import Allocation, choose, choose_like
 from billhook.steps.parts import check_matrices, layer_parts
 from billhook.steps.quantize import open_blocks, prepare, run
 from billhook.steps.quantize_job import Inputs, QuantizeJob, QuantizeReport, QuantizeRequest
-from billhook.steps.request import Opened, check_text_given, draw_text, listed
-from billhook.steps.resolve import identity
+from billhook.steps.request import check_text_given, draw_text, listed
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.steps.types import check_target, scale_dtype
@@ -48,8 +44,9 @@ Target = Literal["gguf", "transformers", "vllm"]
 @dataclass(frozen=True)
 class CompressRequest(Inputs):
     """The parameters of a run: one of `size`, `bits`, `ratio` and `fit`, with its `context` (see
-    `billhook.steps.sizes.Size`); `types` limits the choice, of embeddings and head too. `options` are those of GPTQ.
-    The others are those of `quantize`."""
+    `billhook.steps.sizes.Size`); `types` limits the choice, of embeddings and head too. `allocator` makes it: one
+    of `billhook ls level-allocators`, or `like:FILE.gguf`, which needs no size. `options` are those of GPTQ and of the
+    allocator. The others are those of `quantize`."""
 
     model: str | Path
     output: str | Path
@@ -60,6 +57,7 @@ class CompressRequest(Inputs):
     context: int | None = None
     target: Target = "gguf"
     types: Sequence[str] = ()
+    allocator: str = "curves"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def quantizing(self) -> QuantizeRequest:
@@ -120,30 +118,39 @@ def compress(
 
 def decide(request: CompressRequest, progress: Progress = lambda line: None) -> CompressJob:
     """Check a request, cheapest first, and choose the types; with `resume`, those that the stopped run chose."""
-    quantizing = request.quantizing()
+    allocation = Allocation.of(request.allocator, request.options)
     given = Size(request.size, request.bits, request.ratio, request.fit, request.context)
+    sized = allocation.file is None or given != Size()
+    given = given if sized else Size(ratio=1.0)
     given.check(request.target)
+    if allocation.file and (request.target != "gguf" or request.types):
+        raise BillhookError("like:FILE takes the types of a GGUF file: leave out --types, and use --for gguf.")
     types = allowed_types(request.target, request.types)
     check_target(request.target == "gguf")
-    method = Quantization("gptq", QUANTIZERS.configure("gptq", request.options))
+    quantizing = replace(request.quantizing(), options=allocation.quantizer)
     check_text_given(quantizing.opening(), True, "Choosing types")
     opened = open_blocks(quantizing)
     parts = layer_parts(opened)
     if request.target != "gguf":
         check_matrices(opened.layers, parts)
-    method = replace(method, scale_dtype=scale_dtype(opened, parts))
+    method = Quantization("gptq", allocation.quantizer, scale_dtype(opened, parts))
     sizes = Sizes.of(given, opened, parts, types, request.target)
-    asked = {"target": request.target, "bytes": sizes.budget, "types": types}
+    asked: dict[str, Any] = {"target": request.target, "bytes": sizes.budget, "types": types}
+    asked |= {"allocator": request.allocator, "options": dict(allocation.options)}
     plan = _stopped_plan(request, asked)
     chosen = Chosen(plan, {}) if plan is not None else None
     if chosen is None:
         output = Path(request.output).expanduser().resolve()
         check_room(output, sizes.most_room(opened, parts, request.target))
         opened = draw_text(opened, quantizing.opening(), progress)
-        chosen = _choose(request, opened, sizes, method, progress)
-    plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "options": asked})
+        tied = _experts(opened.layers)
+        tied += fused(layer.name for layer in opened.layers) if request.target == "vllm" else []
+        like = allocation.file and choose_like(opened, sizes, parts, allocation.file)
+        chosen = like or choose(quantizing.opening(), opened, sizes, tied, method, allocation, progress=progress)
+    plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "request": asked})
     job = prepare(replace(quantizing, plan=plan), progress, opened)
-    return CompressJob(job, sizes.budget, chosen.outlook, sizes.memory)
+    budget = sizes.budget if sized else sizes.fixed + int(plan.budget.value)
+    return CompressJob(job, budget, chosen.outlook, sizes.memory)
 
 
 def run_compress(
@@ -161,30 +168,9 @@ def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | 
         return None
     plan = Plan.from_json(state.plan, str(partial_folder(output)))
     layers = {key: listed(getattr(request, key)) for key in ("targets", "ignore")}
-    made = (plan.made_by.get("options") or {}) | {key: state.identity.get(key) for key in layers}
+    made = (plan.made_by.get("request") or {}) | {key: state.identity.get(key) for key in layers}
     check_same_run(made, {**asked, **layers}, partial_folder(output))
     return plan
-
-
-def _choose(request: CompressRequest, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Chosen:
-    """The types of all tensors; what was measured is kept until they are known, so that a killed run goes on."""
-    menus = {"layers": sizes.menus, "outside": sizes.outside_menus}
-    same = identity(request.quantizing().opening(), opened, {"scales": str(method.scale_dtype)}, None, None) | menus
-    kept = KeptLevels(partial_folder(Path(request.output).expanduser().resolve()), same)
-    given = (opened, sizes.menus, sizes.outside_menus, method.scale_dtype, kept)
-    try:
-        found = measure_levels(*given, seed=request.seed, progress=progress)
-    except BillhookError:
-        kept.forget()
-        raise
-    errors = {**found.errors, **found.losses}
-    shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
-    found_menus = {name: list(types) for name, types in errors.items()}
-    tied = _experts(opened.layers) + (fused(layer.name for layer in opened.layers) if request.target == "vllm" else [])
-    budget = sizes.budget - sizes.fixed
-    levels = Levels(shapes, found_menus, budget, list(sizes.outside), tied, errors, found.costs)
-    plan = allocate_levels(levels, "curves")
-    return Chosen(plan, outlook(levels, plan))
 
 
 def _experts(layers: Sequence[Layer]) -> list[tuple[str, ...]]:

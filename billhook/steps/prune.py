@@ -21,7 +21,7 @@ from billhook.engine.activation_store import SPILL_GIB
 from billhook.engine.batch import rows_of
 from billhook.engine.gradient_file import Gradients, open_gradients
 from billhook.engine.loop import LayerResult
-from billhook.engine.method import Group
+from billhook.engine.method import Group, Prefix
 from billhook.engine.walk import Block, Progress
 from billhook.errors import BillhookError, Interrupted
 from billhook.evaluation.quality import Loss
@@ -57,7 +57,8 @@ def prune(
     model: str | Path | PreTrainedModel, *,
     sparsity: float | None = None, pattern: str = "unstructured", output: str | Path | None = None,
     recipe: str | None = None, criterion: str | None = None, allocator: str | None = None,
-    refine: Refining | None = None, group: Group | None = None, options: Mapping[str, Any] | None = None,
+    refine: Refining | None = None, prefix: Prefix | None = None, group: Group | None = None,
+    options: Mapping[str, Any] | None = None,
     plan: str | Path | Plan | None = None, table: str | Path | Table | None = None,
     gradients: str | Path | Gradients | None = None,
     calibration: Given | None = None, samples: int = 128, length: int | None = None,

@@ -24,6 +24,8 @@ from billhook.steps.types import is_ggml, plan_types
 from billhook.store.record import Step, append_step
 from billhook.text.given import Given
 
+SPILL_GIB = 0.25  # of hidden states in memory; the others are on disk, and reading them takes little time
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
@@ -74,7 +76,7 @@ class QuantizeRequest(Inputs):
         given = {
             name: getattr(self, name) for name in self.__dataclass_fields__ if name in Request.__dataclass_fields__
         }
-        return Request(**(given | {"options": {}}))
+        return Request(**(given | {"options": {}, "spill_gib": SPILL_GIB}))
 
 
 @dataclass(frozen=True)

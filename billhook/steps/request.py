@@ -15,7 +15,7 @@ from billhook.distributed.collectives import rows_per_batch
 from billhook.engine.activation_store import SPILL_GIB
 from billhook.engine.batch import Batch, main_input, row_length, rows_of, split_rows
 from billhook.engine.gradient_file import Gradients
-from billhook.engine.method import Group, Rounding
+from billhook.engine.method import Group, Prefix, Rounding
 from billhook.engine.resources import Resources
 from billhook.engine.streaming import open_streamed
 from billhook.errors import BillhookError
@@ -44,11 +44,10 @@ ACTIVATION_BYTES = 16 << 20  # activations of the widest layer of a block; more 
 
 @dataclass(frozen=True)
 class Request:
-    """The parameters of a pruning run; the field names are those of the command line.
+    """The parameters of a pruning run, named as on the command line.
 
-    `recipe` (by default `good`) fills in the criterion, allocator, options, `refine` and sparsity that are not given,
-    see `billhook.plan.recipes`. With `published`, zeros are counted, samples drawn and gradients accumulated as in the
-    released code of the papers. `calibration` is the name of a source, or data (`billhook.text.given`).
+    `recipe` (by default `good`) fills in what is not given, see `billhook.plan.recipes`. With `published`, zeros are
+    counted, samples drawn and gradients accumulated as in the papers' code. `calibration` is a SOURCE's name, or data.
     """
 
     model: str | Path | PreTrainedModel
@@ -73,6 +72,7 @@ class Request:
     published: bool = False
     bos: str = "auto"
     refine: Refining | Literal[""] = ""
+    prefix: Prefix | Literal[""] = ""
     device: str = "auto"
     dtype: str = "auto"
     overwrite: bool = False
@@ -82,15 +82,15 @@ class Request:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        planned, structured = self.plan is not None, Pattern.parse(self.pattern).structured
-        parts = (self.recipe, self.criterion, self.allocator, self.refine)
-        found = recipes.chosen(*parts, structured=structured, planned=planned)
+        planned = self.plan is not None
+        about = {"structured": Pattern.parse(self.pattern).structured, "planned": planned}
+        found = recipes.chosen(self.recipe, self.criterion, self.allocator, self.refine, **about)
         filled = {key: getattr(found, key) for key in ("criterion", "allocator", "refine")}
-        filled["options"] = {**found.options, **self.options}
+        filled |= {"group": self.group or found.group, "prefix": self.prefix or found.prefix}
+        filled |= {"options": {**found.options, **self.options}}
         if self.sparsity is None and not planned:
             filled["sparsity"] = found.sparsity
-        for key, value in filled.items():
-            object.__setattr__(self, key, value)
+        self.__dict__.update(filled)  # of a frozen object, which nobody has yet
 
     @property
     def followed(self) -> str | None:
@@ -98,9 +98,8 @@ class Request:
         name = self.recipe or recipes.DEFAULT
         if self.plan is not None:
             return None
-        own = Request(self.model, None, recipe=name, pattern=self.pattern)
-        keys = ("criterion", "allocator", "refine", "options")
-        same = all(getattr(own, key) == getattr(self, key) for key in keys)
+        own, keys = Request(self.model, None, recipe=name, pattern=self.pattern), ("criterion", "allocator", "refine")
+        same = all(getattr(own, key) == getattr(self, key) for key in (*keys, "options", "group", "prefix"))
         return name if same and own.sparsity in (None, self.sparsity) else None
 
     @property
@@ -186,8 +185,9 @@ def _changed(opened: Opened, **changes: Any) -> Opened:
 def _check_choices(request: Request) -> None:
     if request.group not in (None, "row", "layer"):
         raise BillhookError(f"group={request.group!r} must be row or layer.")
-    if request.refine not in get_args(Refining):
-        raise BillhookError(f"refine={request.refine!r} must be one of {', '.join(get_args(Refining))}.")
+    for name, known in (("refine", get_args(Refining)), ("prefix", get_args(Prefix))):
+        if getattr(request, name) not in known:
+            raise BillhookError(f"{name}={getattr(request, name)!r} must be one of {', '.join(known)}.")
     if request.batch_size is not None and request.batch_size < 1:
         raise BillhookError(f"The batch size must be at least 1, got {request.batch_size}.")
 
@@ -282,8 +282,8 @@ def calibration_facts(opened: Opened) -> dict[str, Any]:
 
 def model_facts(source: Path | None, model: PreTrainedModel) -> dict[str, Any]:
     """What identifies a model in tables, plans and billhook.json."""
-    digest = None if source is None else model_digest(source)
-    return {"name": _model_name(source, model), "type": model.config.model_type, "digest": digest}
+    facts = {"name": _model_name(source, model), "type": model.config.model_type}
+    return facts | {"digest": None if source is None else model_digest(source)}
 
 
 def computed_in(model: PreTrainedModel) -> dict[str, str]:

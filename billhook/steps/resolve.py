@@ -129,7 +129,8 @@ def _methods(request: Request) -> tuple[Method, dict[str, Any]]:
         options.setdefault("mode", "reference")
     allocators = [request.allocator] if arithmetic else []
     of_criterion, given = split_options(options, request.criterion, allocators, Request.__dataclass_fields__)
-    method = Method(request.criterion, of_criterion, request.group, request.rounding)
+    prefix = request.prefix or "pruned"
+    method = Method(request.criterion, of_criterion, request.group, request.rounding, prefix)
     return method, configure(request.allocator, given) if arithmetic else {}
 
 
@@ -210,7 +211,7 @@ def identity(
     """
     given = {"plan": None if plan is None else plan.to_json(), "table": None if table is None else asdict(table)}
     gradients = request.gradients.path if isinstance(request.gradients, Gradients) else request.gradients
-    same = ("sparsity", "pattern", "allocator", "criterion", "group", "published", "refine", "seed")
+    same = ("sparsity", "pattern", "allocator", "criterion", "group", "published", "refine", "seed", "prefix")
     return {
         "version": f"{VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
         "processes": world(),

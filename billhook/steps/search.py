@@ -94,7 +94,7 @@ def search(
         raise BillhookError(f"A search chooses the allocation: give allocator {request.allocator}, not the recipe.")
     names, target = _names(allocator), check_budget(sparsity, Pattern.parse(request.pattern))
     options, given = split_options(request.options, request.criterion, [name for name in names if name != AUTO])
-    method = Method(request.criterion, options, request.group)
+    method = Method(request.criterion, options, request.group, prefix=request.prefix or "pruned")
     opened = open_request(request, True, "A search")
     assert opened.samples is not None
     trials = trial_method(method, opened.layers)

@@ -7,8 +7,8 @@ stopped can be resumed to the same bytes. Before the directory is put in its pla
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,30 @@ import torch
 from billhook.ambient import pinned
 from billhook.architectures.config import call_options
 from billhook.architectures.slim_config import slimmed
-from billhook.architectures.units import KINDS, Unit, find_units
+from billhook.architectures.units import Unit, find_units
 from billhook.distributed.collectives import world
 from billhook.engine.batch import model_inputs, select_rows
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.loop import LayerResult
-from billhook.engine.removal import Removal, remove_parts_
+from billhook.engine.removal import Removal, dropping, remove_parts_
 from billhook.engine.resources import Resources
+from billhook.engine.routing import restrict_
 from billhook.engine.streaming import Stream, open_streamed
 from billhook.engine.walk import Block, Progress
 from billhook.errors import BillhookError, JobError
 from billhook.methods.structured import STRUCTURED
-from billhook.plan.plan import Budget, Plan, load_plan
-from billhook.plan.unit_counts import Size, proportional, uniform_counts
-from billhook.registry import hint
+from billhook.methods.structured.experts import EXPERTS
+from billhook.plan.plan import Plan, load_plan
 from billhook.reports.slim_card import publish_slim
+from billhook.steps.block_choice import choose_blocks
 from billhook.steps.gradients import make_gradients
 from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
-from billhook.steps.request import Opened, check_text_given, draw_text, open_model
+from billhook.steps.request import Opened, check_text_given, draw_text, in_memory, open_model
 from billhook.steps.resolve import identity
 from billhook.steps.slim_files import Smaller, SmallerFiles
 from billhook.steps.slim_job import SlimJob, SlimReport, SlimRequest, kept_parts, record
+from billhook.steps.slim_plan import blocks_to_drop, check_plan, dropped_by, kinds_of, make_plan
 from billhook.store.files import read_json, write_json
 from billhook.store.layout import GRADIENTS
 from billhook.store.shards import result_bytes, weight_bytes, write_index
@@ -72,65 +74,68 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
         raise BillhookError("slim runs in one process: start it without torchrun.")
     STRUCTURED.check(request.method)
     removal = Removal(request.method, STRUCTURED.configure(request.method, request.options))
-    kinds = _kinds(request.units)
+    EXPERTS.check(request.experts)
+    kinds = kinds_of(request.units)
     given = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
     if (given is None) == (request.remove is None):
         raise BillhookError("Give either the fraction of the parameters in blocks to remove, or a plan of kept parts.")
     if request.remove is not None and not 0 < request.remove < 1:
         raise BillhookError(f"The fraction to remove must be between 0 and 1, got {request.remove}.")
-    needed, who = bool(removal.observed or removal.gradient), f"Removing units with {request.method}"
+    needed = bool(removal.observed or removal.gradient or {"blocks", "experts"} & set(kinds))
+    who = f"Removing units with {request.method}"
     check_text_given(request.opening(), needed, who)
     opened = open_model(request.opening(), streamed=True)
     stream = opened.resources.stream
     if stream is None or opened.source is None:
         raise BillhookError(f"{request.model} cannot be read one block at a time, so no units can be removed from it.")
-    parameters = sum(p.numel() for block in stream.blocks for p in block.parameters())
-    units = find_units(opened.model, kinds)
-    plan = _plan(request, units, parameters) if given is None else _checked(given, units)
-    units = [unit for unit in units if unit.name in plan.units]
-    blocks = range(len(stream.blocks))
-    config, changes, notes = slimmed(opened.model, units, plan.units, blocks, len(stream.blocks))
-    smaller = Smaller.open(opened.source, stream, config, units=units, counts=plan.units, blocks=blocks)
-    opened = draw_text(opened, request.opening(), progress) if needed else opened
-    run = identity(request.opening(), opened, removal.options, plan, None)
-    run |= {"step": "slim", "method": request.method}
-    return SlimJob(request, opened, units, plan, removal, smaller, changes, run, parameters, notes)
+    units = find_units(opened.model, [kind for kind in kinds if kind != "blocks"])
+    if given is None:
+        if "blocks" in kinds:
+            opened = draw_text(opened, request.opening(), progress)
+        plan = _plan(request, opened, units, kinds, progress)
+    else:
+        plan = check_plan(given, units, stream.prefixes)
+    return _checked_job(request, opened, units, plan, removal, progress)
 
 
-def _kinds(given: str | Any) -> list[str]:
-    kinds = [x.strip() for x in given.split(",")] if isinstance(given, str) else list(given)
-    for kind in kinds:
-        if kind not in KINDS[:2]:
-            raise BillhookError(f"Unknown kind of units {kind!r:.40}.{hint(kind, KINDS)} There are: channels, heads.")
-    if not kinds or len(set(kinds)) < len(kinds):
-        raise BillhookError("Name at least one kind of units, and each of them once.")
-    return kinds
-
-
-def _plan(request: SlimRequest, units: list[Unit], parameters: int) -> Plan:
-    """The plan of a request: the same number of parts in every unit of a kind."""
+def _plan(
+    request: SlimRequest, opened: Opened, units: Sequence[Unit], kinds: Sequence[str], progress: Progress
+) -> Plan:
+    """The plan of a request: blocks that are dropped, and the same number of parts in every unit of a kind."""
+    stream = opened.resources.stream
+    assert stream is not None
     assert request.remove is not None
-    sizes = [Size(u.name, u.kind, u.block, u.count, u.parameters) for u in units]
-    wanted = round(request.remove * parameters)
-    shares = proportional(sizes, list(dict.fromkeys(u.kind for u in units)))
-    counts = uniform_counts(sizes, wanted, shares)
-    if all(counts[unit.name] == unit.count for unit in units):
-        raise BillhookError(f"Removing {request.remove:g} of the blocks takes nothing away from any unit: remove more.")
-    made_by = {"allocator": "uniform", "options": {"shares": shares}, "paper": None}
-    return Plan(Budget("parameters", parameters - wanted), {}, counts, made_by)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in stream.blocks]
+    number, dropped = blocks_to_drop(kinds, request.remove, sizes), dict[str, int]()
+    if number:
+        whole = in_memory(opened, request.opening())
+        chosen = choose_blocks(whole, number, request.drop_by, progress)
+        dropped = {stream.prefixes[block]: block for block in chosen}
+    about = {"drop_by": request.drop_by} if number else {}
+    return make_plan(request.remove, units, sizes, dropped, about)
 
 
-def _checked(plan: Plan, units: list[Unit]) -> Plan:
-    """A given plan; raises BillhookError where it is not of these units."""
-    known = {unit.name: unit for unit in units}
-    if plan.weights or not plan.units:
-        raise BillhookError("This plan says nothing about units alone: billhook slim applies numbers of kept parts.")
-    for name, count in plan.units.items():
-        if name not in known:
-            raise BillhookError(f"The plan is not for this model: it has no unit {name}.{hint(name, known)}")
-        if not 1 <= count <= known[name].count:
-            raise BillhookError(f"{name}: {count} parts cannot stay of {known[name].count}; at least one must.")
-    return plan
+def _checked_job(
+    request: SlimRequest, opened: Opened, units: Sequence[Unit], plan: Plan, removal: Removal, progress: Progress
+) -> SlimJob:
+    """The job of a plan, once it is certain that the smaller model can be written."""
+    stream = opened.resources.stream
+    assert stream is not None
+    assert opened.source is not None
+    gone = dropped_by(plan, stream.prefixes)
+    blocks = [index for index in range(len(stream.blocks)) if index not in gone.values()]
+    units = [unit for unit in units if unit.name in plan.units and unit.block in blocks]
+    config, changes, notes = slimmed(opened.model, units, plan.units, blocks, len(stream.blocks))
+    if removal.drifts and len({unit.consumer is None for unit in units}) == 2:
+        removal = replace(removal, options={**removal.options, "dense_target": 0.0})
+        notes = [*notes, "dense_target=0, because tokens go to other experts than in the dense model."]
+    smaller = Smaller.open(opened.source, stream, config, units=units, counts=plan.units, blocks=blocks)
+    if opened.samples is None and request.calibration is not None and (removal.observed or removal.gradient):
+        opened = draw_text(opened, request.opening(), progress)
+    run = identity(request.opening(), opened, removal.options, plan, None)
+    run |= {"step": "slim", "method": request.method, "experts": request.experts}
+    parameters = [sum(p.numel() for p in block.parameters()) for block in stream.blocks]
+    return SlimJob(request, opened, units, plan, removal, smaller, changes, run, parameters, notes)
 
 
 def run(
@@ -148,6 +153,7 @@ def run(
     files = SmallerFiles(smaller)
     made_of = (smaller.source, source, output, job.identity, job.plan.to_json())
     with (
+        ExitStack() as stack,
         _gradients(job) as gradients,
         partial_output(*made_of, **may, stopping=stopping, files=files) as partial,
     ):
@@ -155,14 +161,17 @@ def run(
         _keep(job, before)
         for unit in kept_parts(job, before):
             progress(unit)
+        gone = [i for i in range(len(smaller.source.blocks)) if i not in smaller.blocks]
+        dropped = stack.enter_context(dropping(opened.model, gone, opened.resources))
 
         def finished(block: Block, results: list[LayerResult]) -> None:
             _keep(job, results)
             partial.finished(block, results)
 
         results = before + remove_parts_(
-            opened.model, job.units, job.plan.units, job.removal, opened.batches, gradients=gradients,
-            resources=opened.resources, start=partial.state.done, progress=progress, finished=finished,
+            opened.model, job.units, job.plan.units, job.removal, opened.batches, experts=request.experts,
+            dropped=dropped, gradients=gradients, resources=opened.resources, start=partial.state.done,
+            progress=progress, finished=finished,
         )  # fmt: skip
         loss = lost(smaller.stream.model, Resources(stream=smaller.stream))
         made = record(job, results, loss)
@@ -170,7 +179,7 @@ def run(
     counts = {unit.name: unit.count for unit in job.units}
     sizes = result_bytes(output), weight_bytes(source)
     seconds, warnings = time.perf_counter() - start, made["steps"][-1]["warnings"]
-    share = job.removed / job.parameters
+    share = job.removed / sum(job.parameters)
     return SlimReport(output, kept_parts(job, results), counts, share, *sizes, seconds, loss, warnings)
 
 
@@ -193,6 +202,9 @@ def _keep(job: SlimJob, results: list[LayerResult]) -> None:
         stays = torch.zeros(counts[name], dtype=torch.bool)
         stays[kept] = True
         job.smaller.kept[name] = stays
+    for unit in job.units:
+        if unit.kind == "experts" and unit.name in job.smaller.kept:
+            restrict_(job.opened.model, unit, job.smaller.kept[unit.name])
 
 
 def _finish(job: SlimJob, files: SmallerFiles, source: Path) -> Callable[[Path], Mapping[str, Any]]:

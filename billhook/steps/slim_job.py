@@ -4,7 +4,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -13,9 +13,11 @@ from billhook.architectures.layers import find_layers
 from billhook.architectures.units import Unit
 from billhook.engine.loop import LayerResult
 from billhook.engine.removal import Removal
+from billhook.errors import BillhookError
 from billhook.evaluation.quality import Loss
 from billhook.methods.structured import STRUCTURED
 from billhook.plan.plan import Plan
+from billhook.steps.block_choice import BlockChoice
 from billhook.steps.quantize_job import Inputs
 from billhook.steps.record import place, without_folders
 from billhook.steps.request import Opened, Request, calibration_facts
@@ -28,7 +30,8 @@ class SlimRequest(Inputs):
     """The parameters of a run that removes units; the field names are those of the command line.
 
     `remove` is the fraction of the parameters in blocks that goes, or there is a `plan` that says how many parts of
-    each unit stay. `units` are the kinds of units that may go.
+    each unit stay. `units` are the kinds of units that may go; `method` chooses channels and heads, `experts` experts,
+    `drop_by` blocks.
     """
 
     model: str | Path
@@ -37,6 +40,8 @@ class SlimRequest(Inputs):
     units: str | Sequence[str] = ("channels", "heads")
     plan: str | Path | Plan | None = None
     method: str = "obs"
+    experts: str = "reap"
+    drop_by: BlockChoice = "kl"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def opening(self) -> Request:
@@ -46,12 +51,16 @@ class SlimRequest(Inputs):
         }
         return Request(**(given | {"options": {}, "plan": None}))
 
+    def __post_init__(self) -> None:
+        if self.drop_by not in get_args(BlockChoice):
+            raise BillhookError(f"drop_by={self.drop_by!r:.40} must be one of {', '.join(get_args(BlockChoice))}.")
+
 
 @dataclass(frozen=True)
 class SlimJob:
     """A checked request with its plan; `config` are the entries of config.json that change.
 
-    `parameters` are those of the blocks, before.
+    `parameters` are those of each block, before.
     """
 
     request: SlimRequest
@@ -62,13 +71,14 @@ class SlimJob:
     smaller: Smaller
     config: Mapping[str, Any]
     identity: Mapping[str, Any]
-    parameters: int
+    parameters: Sequence[int]
     notes: list[str]
 
     @property
     def removed(self) -> int:
         """The parameters that the plan removes from the blocks."""
-        return sum((unit.count - self.plan.units[unit.name]) * unit.parameters for unit in self.units)
+        blocks = sum(n for index, n in enumerate(self.parameters) if index not in self.smaller.blocks)
+        return blocks + sum((unit.count - self.plan.units[unit.name]) * unit.parameters for unit in self.units)
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,7 @@ class SlimReport:
 def kept_parts(job: SlimJob, results: Sequence[LayerResult]) -> dict[str, list[int]]:
     """The numbers of the parts that stayed, by unit."""
     by_consumer = {unit.consumer.name: unit.name for unit in job.units if unit.consumer is not None}
-    return {by_consumer[r.layer]: list(r.kept or ()) for r in results}
+    return {by_consumer.get(r.layer, r.layer): list(r.kept or ()) for r in results}
 
 
 def record(job: SlimJob, results: Sequence[LayerResult], loss: Loss | None) -> dict[str, Any]:
@@ -123,6 +133,8 @@ def record(job: SlimJob, results: Sequence[LayerResult], loss: Loss | None) -> d
         layers[layer.name] = facts | place(layer)
     made_by = {
         "method": request.method,
+        "experts": request.experts if any(unit.kind == "experts" for unit in job.units) else None,
+        "dropped": [i for i in range(len(job.parameters)) if i not in job.smaller.blocks],
         "method_options": without_folders(job.removal.options),
         "kept": kept_parts(job, results),
         "consumers": {
@@ -130,7 +142,7 @@ def record(job: SlimJob, results: Sequence[LayerResult], loss: Loss | None) -> d
             for unit in job.units
             if unit.consumer is not None and unit.groups is not None
         },
-        "removed": job.removed / job.parameters,
+        "removed": job.removed / sum(job.parameters),
         **{key: getattr(request, key) for key in ("seed", "dtype", "device")},
         "calibration": None if opened.samples is None else calibration_facts(opened),
         "papers": {"method": STRUCTURED.paper(request.method)},

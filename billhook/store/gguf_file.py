@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from billhook.errors import BillhookError
+from billhook.store.gguf_types import decoded, type_name, type_size
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY, _UINT32 = 8, 9, 4
@@ -65,13 +66,11 @@ class GgufFile:
 
     def values(self, entry: GgufEntry) -> np.ndarray:
         """The values of a tensor, float32, writable; raises BillhookError for a type that `gguf` cannot decode."""
-        import gguf
-
         try:
-            decoded = gguf.quants.dequantize(self.raw(entry), gguf.GGMLQuantizationType[entry.type.upper()])
+            values = decoded(self.raw(entry), entry.type)
         except NotImplementedError:
             raise BillhookError(f"{self.path}: {entry.name} is {entry.type}, which cannot be decoded.") from None
-        return np.require(decoded.reshape(entry.shape), requirements="W")
+        return np.require(values.reshape(entry.shape), requirements="W")
 
 
 def require_gguf() -> None:
@@ -176,18 +175,16 @@ class _Header:
 
     def entry(self) -> GgufEntry:
         """The next tensor; its positions are relative to the first one's."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
         name, dimensions = self.text().decode(), self.take("I")
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
             raise ValueError(f"{dimensions} dimensions")
         shape = tuple(reversed([self.take("Q") for _ in range(dimensions)]))
-        kind = GGMLQuantizationType(self.take("I"))
-        block, size = GGML_QUANT_SIZES[kind]
+        kind = type_name(self.take("I"))
+        _, block, size = type_size(kind)
         if min(shape) < 1 or shape[-1] % block:
             raise ValueError(f"{name[:100]!r} has the shape {list(shape)}")
         start = self.take("Q")
-        return GgufEntry(name, kind.name.lower(), shape, start, start + math.prod(shape) // block * size)
+        return GgufEntry(name, kind, shape, start, start + math.prod(shape) // block * size)
 
     def placed(self, entry: GgufEntry, start: int) -> GgufEntry:
         """A tensor with its positions in the file."""

@@ -36,6 +36,8 @@ class Step:
     * `made_by.outside.*` (string, optional): storage types of embeddings and head, by the names of their tensors.
     * `made_by.method` (string, optional): name of the structured method of `slim`.
     * `made_by.method_options.*` (any, optional): its options, defaults filled in.
+    * `made_by.experts` (string or null, optional): name of the method that chose experts.
+    * `made_by.dropped` (list of integers, optional): the blocks that were dropped, numbered as before the step.
     * `made_by.removed` (number, optional): fraction of the parameters in blocks that `slim` removed.
     * `made_by.kept.*` (list of integers, optional): the parts that stayed, by unit, numbered as before the step.
     * `made_by.consumers.*.*` (any, optional): `unit` and `columns` a part, of each layer that lost columns.

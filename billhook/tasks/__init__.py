@@ -11,6 +11,7 @@ TASKS = Registry(
         "text-generation": "billhook.tasks.text_generation:TASK",
         "fill-mask": "billhook.tasks.fill_mask:TASK",
         "image-classification": "billhook.tasks.image_classification:TASK",
+        "feature-extraction": "billhook.tasks.feature_extraction:TASK",
     },
     plugins=True,
     mark="auto_class",

@@ -88,7 +88,10 @@ class Task(Scoring, Protocol):
 class Inputs(Protocol):
     """The inputs of a SOURCE that are scored one by one."""
 
-    source: str
+    @property
+    def source(self) -> str:
+        """The SOURCE, as it was named."""
+        ...
 
     def batches(self, limit: int | None) -> Iterator[Batch]:
         """All inputs in their order, or the first `limit`, a few at a time."""

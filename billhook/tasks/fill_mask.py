@@ -20,7 +20,7 @@ from billhook.errors import BillhookError
 from billhook.evaluation.divergence import KL, Divergence
 from billhook.evaluation.scoring import IGNORED, Scoring
 from billhook.tasks.base import Drawing, Home, Progress, Samples
-from billhook.tasks.token_windows import drawn_windows, tokenizer_of
+from billhook.tasks.token_windows import drawn_windows, framed, tokenizer_of
 from billhook.text.windows import Windows, load_windows
 
 MASKED = 0.15
@@ -53,7 +53,7 @@ class FillMask:
         tokens = drawn_windows(source, tokenizer, model, replace(drawing, bos=_frame(drawing.bos)), reserved=2)
         if tokens.sampling == "given":
             return Samples.of(task.batch, tokens)
-        return Samples.of(lambda ids: task.batch(_framed(ids, tokenizer)), tokens)
+        return Samples.of(lambda ids: task.batch(framed(ids, tokenizer)), tokens)
 
     def batch(self, inputs: Tensor) -> Batch:
         """Inputs and labels for token ids int64 [windows, length]; the ids alone without a mask token."""
@@ -88,7 +88,7 @@ class FillMask:
             raise BillhookError("Masked tokens cannot be scored: the model has no tokenizer with a mask token.")
         options: dict[str, Any] = {"bos": _frame(bos), "vocab_size": vocabulary_size(model)}
         windows = load_windows(source, tokenizer, length=length - 2, limit=limit, **options)
-        return replace(windows, ids=_framed(windows.ids, tokenizer), text_bytes=None), task
+        return replace(windows, ids=framed(windows.ids, tokenizer), text_bytes=None), task
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """The mean negative log-likelihood of the masked tokens, by the model's own loss function."""
@@ -107,15 +107,6 @@ def _frame(bos: str) -> str:
     if bos == "yes":
         raise BillhookError("The windows of an encoder begin with its [CLS] token: leave out --bos.")
     return "no"
-
-
-def _framed(ids: Tensor, tokenizer: Tokenizer | None) -> Tensor:
-    """Windows between [CLS] and [SEP], if the tokenizer has these tokens."""
-    assert tokenizer is not None
-    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
-    if first is None or last is None:
-        return ids
-    return torch.cat([torch.full((len(ids), 1), first), ids, torch.full((len(ids), 1), last)], 1)
 
 
 TASK = FillMask()

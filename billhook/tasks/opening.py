@@ -23,10 +23,12 @@ def tasks() -> Iterator[Task]:
 
 
 def task_of(model: PreTrainedModel) -> Task:
-    """The task of a model in memory, from its class, or from its type where it has no head; raises BillhookError for a
-    class of no task."""
+    """The task of a model in memory, from its class, or from its type where it is a decoder without a head; raises
+    BillhookError for a class of no task."""
     name = type(model).__name__
-    return _named(name, [] if is_headless(model) else [name], model.config.to_dict())
+    kind = model.config.model_type
+    decoder = kind in class_names("AutoModelForCausalLM") and kind not in class_names("AutoModelForMaskedLM")
+    return _named(name, [] if is_headless(model) and decoder else [name], model.config.to_dict())
 
 
 def task_of_config(path: Path, config: dict[str, Any]) -> Task:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
@@ -55,3 +57,12 @@ def drawn_windows(
     )
     check_length(model.config, found.ids.shape[1])
     return found
+
+
+def framed(ids: Tensor, tokenizer: Tokenizer | None) -> Tensor:
+    """Windows between [CLS] and [SEP], if the tokenizer has these tokens."""
+    assert tokenizer is not None
+    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    if first is None or last is None:
+        return ids
+    return torch.cat([torch.full((len(ids), 1), first), ids, torch.full((len(ids), 1), last)], 1)

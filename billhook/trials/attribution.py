@@ -56,26 +56,12 @@ def attribute(
     naming the layer.
     """
     sums = {layer.name: 0.0 for layer in layers}
-    parameters: dict[int, tuple[nn.Parameter, list[Layer]]] = {}
-    for layer in layers:
-        parameter = getattr(layer.module, layer.parameter)
-        parameters.setdefault(id(parameter), (parameter, []))[1].append(layer)
-    length, row, tokens = row_length(model, heldout), 0, 0
-    size = rows_at_once(model, heldout)
-    outputs = size * length * sum(layer.shape[0] for layer in layers) * model.dtype.itemsize
-    memory = _checkpointed(model) if outputs > _BYTES else nullcontext()
-    wanted = [parameter for parameter, _ in parameters.values()]
-    flags = differentiable(wanted, model.parameters())
-    with flags, observable_experts(model), evaluating(model), memory, ExitStack() as hooks:
-        for parameter, inside in parameters.values():
-            handle = parameter.register_post_accumulate_grad_hook(_adder(inside, dense, sums))
-            hooks.callback(handle.remove)
-        for batch in split_rows(heldout, size):
-            with torch.enable_grad():
-                pairs = predicted(model, batch, scoring)
-            found = [gradients[row + i](q.detach()).to(q.dtype) for i, (q, _) in enumerate(pairs)]
-            torch.autograd.backward([q for q, _ in pairs], found)
-            row, tokens = row + len(pairs), tokens + sum(len(y) for _, y in pairs)
+
+    def add(layer: Layer, gradient: Tensor) -> None:
+        change = layer.weight.float() - dense[layer.name].float()
+        sums[layer.name] += float((gradient.float() * change).sum(dtype=torch.float64))
+
+    tokens = weight_gradients(model, layers, heldout, scoring, gradients, add)
     for name, value in sums.items():
         if not math.isfinite(value):
             raise JobError(f"The gradients of {name} hold NaN or infinity. Run in a wider type (--dtype float32).")
@@ -84,8 +70,44 @@ def attribute(
     return {name: max(share, least) for name, share in shares.items()}
 
 
-def _adder(layers: Sequence[Layer], dense: Mapping[str, Tensor], sums: dict[str, float]) -> Callable[[Tensor], None]:
-    """A hook that adds each layer's <gradient, change of the weight> to `sums`, and frees the gradient."""
+def weight_gradients(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    rows: Batch,
+    scoring: Scoring,
+    gradients: Mapping[int, Callable[[Tensor], Tensor]],
+    visit: Callable[[Layer, Tensor], None],
+) -> int:
+    """Call `visit` with each layer and its weight's gradient [out, in], summed over the tokens of a part of `rows`.
+
+    `scoring` and `gradients` are those of `attribute`. A gradient is freed after its visit; a layer is visited once for
+    each part of the rows that is computed at once. Returns the number of scored tokens.
+    """
+    parameters: dict[int, tuple[nn.Parameter, list[Layer]]] = {}
+    for layer in layers:
+        parameter = getattr(layer.module, layer.parameter)
+        parameters.setdefault(id(parameter), (parameter, []))[1].append(layer)
+    length, row, tokens = row_length(model, rows), 0, 0
+    size = rows_at_once(model, rows)
+    outputs = size * length * sum(layer.shape[0] for layer in layers) * model.dtype.itemsize
+    memory = _checkpointed(model) if outputs > _BYTES else nullcontext()
+    wanted = [parameter for parameter, _ in parameters.values()]
+    flags = differentiable(wanted, model.parameters())
+    with flags, observable_experts(model), evaluating(model), memory, ExitStack() as hooks:
+        for parameter, inside in parameters.values():
+            handle = parameter.register_post_accumulate_grad_hook(_visitor(inside, visit))
+            hooks.callback(handle.remove)
+        for batch in split_rows(rows, size):
+            with torch.enable_grad():
+                pairs = predicted(model, batch, scoring)
+            found = [gradients[row + i](q.detach()).to(q.dtype) for i, (q, _) in enumerate(pairs)]
+            torch.autograd.backward([q for q, _ in pairs], found)
+            row, tokens = row + len(pairs), tokens + sum(len(y) for _, y in pairs)
+    return tokens
+
+
+def _visitor(layers: Sequence[Layer], visit: Callable[[Layer, Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook that visits each layer of a parameter with its part of the gradient, and frees the gradient."""
 
     @torch.no_grad()
     def add(parameter: Tensor) -> None:
@@ -93,8 +115,7 @@ def _adder(layers: Sequence[Layer], dense: Mapping[str, Tensor], sums: dict[str,
         assert gradient is not None
         for layer in layers:
             own = gradient if layer.expert is None else gradient[layer.expert]
-            change = layer.weight.float() - dense[layer.name].float()
-            sums[layer.name] += float(((own.T if layer.transposed else own).float() * change).sum(dtype=torch.float64))
+            visit(layer, own.T if layer.transposed else own)
 
     return add
 

@@ -6,7 +6,7 @@ The scores are the divergence from the dense model's predictions (`billhook.eval
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from billhook.ambient import evaluating
 from billhook.architectures.layers import Layer
 from billhook.distributed.collectives import gather
-from billhook.engine.batch import Batch, rows_of, select_rows, split_rows
+from billhook.engine.batch import Batch, select_rows, split_rows
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.gradients import compute_gradients
 from billhook.engine.loop import LayerResult, apply_plan_
@@ -75,7 +75,7 @@ class TrialRunner:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="billhook."))) / "g.safetensors"
                 self._gradients = compute_gradients(self.model, self.batches, statistic, path, **options)
             teacher = self.task.divergence.teacher
-            self._teachers = [teacher(outputs) for outputs, _ in self._predictions(0, rows_of(self.heldout))]
+            self._teachers = [teacher(outputs) for outputs, _ in self.predictions(self.heldout)]
             self._dense = stack.enter_context(restored(self.layers))
             self._stack = stack.pop_all()
         return self
@@ -100,7 +100,8 @@ class TrialRunner:
         Raises JobError for a loss that is not finite.
         """
         kl, nll = [], []
-        for row, (logits, labels) in enumerate(self._predictions(first, last), start=first):
+        rows = select_rows(self.heldout, slice(first, last))
+        for row, (logits, labels) in enumerate(self.predictions(rows), start=first):
             kl.append(self.task.divergence.compare(logits, self._teachers[row]).mean)
             nll.append(0.0 if bool((labels == UNKNOWN).any()) else row_nll(logits, labels))
             if not math.isfinite(kl[-1] + nll[-1]):
@@ -109,16 +110,18 @@ class TrialRunner:
 
     def attribute(self) -> dict[str, float]:
         """Each layer's share of the divergence of the model as it is now (`billhook.trials.attribution`)."""
-        rows = range(rows_of(self.heldout))
-        pairs = zip(rows, self._teachers, strict=True)
-        gradients = {row: partial(_gradient, self.task.divergence, teacher) for row, teacher in pairs}
+        gradients = self.gradients(self._teachers)
         found = attribute(self.model, self.layers, self._dense, self.heldout, self.task, gradients)
         return gather(found)[0]
 
-    def _predictions(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each row the scored logits [tokens, vocabulary] and their labels [tokens]."""
-        size = rows_at_once(self.model, self.heldout)
-        for batch in split_rows(select_rows(self.heldout, slice(first, last)), size):
+    def gradients(self, teachers: Sequence[Any]) -> dict[int, Callable[[Tensor], Tensor]]:
+        """The gradient of the divergence from each teacher by a row's outputs, for `billhook.trials.attribution`."""
+        return {row: partial(_gradient, self.task.divergence, teacher) for row, teacher in enumerate(teachers)}
+
+    @torch.no_grad()
+    def predictions(self, rows: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each row the scored logits [tokens, vocabulary] of the model as it is now, and their labels [tokens]."""
+        for batch in split_rows(rows, rows_at_once(self.model, rows)):
             with evaluating(self.model):
                 yield from predicted(self.model, batch, self.task)
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from billhook import __version__
 from billhook.cli import app
+from billhook.cli.ls import KINDS
 from billhook.cli.options import fraction
 from billhook.demo import removed_blocks, run_demo
 from billhook.errors import BillhookError
@@ -239,16 +240,7 @@ def test_ls_alone_lists_everything_that_can_be_named():
     rows = done("ls", "--json").json
     assert {"good", "owl@70"} <= {row["name"] for row in rows["recipes"]}
     assert {*ALLOCATORS.names(), "auto"} == {row["name"] for row in rows["allocators"]}
-    assert set(rows) == {
-        "recipes",
-        "allocators",
-        "criteria",
-        "quantizers",
-        "structured",
-        "types",
-        "metrics",
-        "families",
-    }
+    assert set(rows) == set(KINDS)
     shown = done("ls").out
     assert all(name in shown for name in ("good", "auto", "admm", "gptq", "iq3_s", "alpha_peak", "gpt_oss"))
 

@@ -15,6 +15,7 @@ from llamacpp import LlamaCpp, differences, llama_cpp  # noqa: F401
 from paths import DEMO, ROOT
 from transformers import AutoConfig, AutoTokenizer
 
+from billhook import quantize
 from billhook.export.gguf import write_gguf
 from billhook.store.gguf_file import read_gguf
 from billhook.tasks.opening import load_model
@@ -49,6 +50,16 @@ def test_every_type_is_equal_to_the_converters(kind, llama_cpp: LlamaCpp, tmp_pa
     model = gguf_families.save(tmp_path / "model", "llama", torch.bfloat16)
     ours = write_gguf(model, tmp_path / "ours.gguf", rest=kind)
     assert differences(read_gguf(ours.path), llama_cpp.convert(model, tmp_path / "theirs.gguf", kind)) == {}
+
+
+@pytest.mark.parametrize("kind", ["q2_0", "mxfp4"])
+def test_types_for_widths_that_256_does_not_divide_are_computed_by_llama_cpp(kind, llama_cpp: LlamaCpp, tmp_path):  # noqa: F811
+    model = gguf_families.save(tmp_path / "model", "llama")
+    file = quantize(model, kind, tmp_path / "out", quantizer="round").output / "out.gguf"
+    assert {e.type for e in read_gguf(file).tensors.values() if "ffn_up" in e.name} == {kind}
+    ids, loss = gguf_families.losses(load_model(file, dtype="float32"))
+    assert llama_cpp.loss(file, ids.numpy()) == pytest.approx(loss, abs=0.02)
+    assert abs(loss - gguf_families.losses(gguf_families.build("llama"))[1]) > 0.02  # the type is felt
 
 
 def test_windows_in_other_layers_than_usual_are_known_to_llama_cpp(llama_cpp: LlamaCpp, tmp_path):  # noqa: F811

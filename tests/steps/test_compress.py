@@ -166,8 +166,66 @@ def test_layers_get_unlike_types_and_more_bytes_are_expected_to_lose_less(tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("allocator", "options"),
+    [
+        ("atp", {"beta": 0.1}),
+        *(pytest.param(*x, marks=pytest.mark.nightly) for x in [("uniform", {}), ("alphaq", {}), ("owl", {})]),
+        pytest.param("rco", {"steps": 2, "windows": 1}, marks=pytest.mark.nightly),
+        ("auto", {}),
+    ],
+)
+def test_every_allocator_meets_the_size_and_says_how(tmp_path, source, allocator, options):
+    report = compress(
+        source, tmp_path / "out", size="42KB", target="transformers", allocator=allocator, **options, **FIELDS
+    )
+    assert 40_000 <= report.quantized.size <= 42_000
+    step = json.loads((report.quantized.output / "billhook.json").read_text())["steps"][-1]
+    made_by = step["plan"]["made_by"]
+    if allocator == "auto":
+        assert {"uniform", "curves", "alphaq"} <= set(made_by["racing"]["tried"])
+        assert made_by["racing"]["tried"][made_by["racing"]["best"]] <= made_by["racing"]["tried"]["uniform"]
+    else:
+        assert made_by["allocator"] == allocator
+        assert options.items() <= made_by["options"].items()
+    assert made_by["request"]["allocator"] == allocator
+    assert step["made_by"]["quantizer_options"]["sweeps"] == 0
+    assert ("levels" in made_by) == (allocator in ("rco", "auto"))
+
+
+def test_the_types_of_another_file_are_taken_tensor_by_tensor(tmp_path, source):
+    first = compress(source, tmp_path / "first", ratio=0.4, **FIELDS).quantized.output
+    file, plans = first / "first.gguf", []
+    for output in (first, compress(source, tmp_path / "out", allocator=f"like:{file}", **FIELDS).quantized.output):
+        plans.append(json.loads((output / "billhook.json").read_text())["steps"][-1]["plan"])
+    assert plans[0]["weights"] == plans[1]["weights"]
+    assert plans[0]["made_by"]["outside"] == plans[1]["made_by"]["outside"]
+    assert plans[1]["made_by"]["allocator"] == "like:first.gguf"
+    assert read_gguf(file).tensors == read_gguf(tmp_path / "out" / "out.gguf").tensors
+    other = tiny.save(tmp_path / "other", tiny.llama(num_hidden_layers=3), dtype=torch.bfloat16, words=False)
+    for model, fields, match in (
+        (
+            source,
+            {"size": weights(first) - 1000},
+            r"With the types of .*first.gguf the result has up to [\d,]+ bytes, and",
+        ),
+        (source, {"target": "transformers"}, "leave out types, and use for gguf"),
+        (other, {}, r"first.gguf holds .* as 64x64|first.gguf has no blk.2"),
+    ):
+        with pytest.raises(BillhookError, match=match):
+            compress(model, tmp_path / "again", allocator=f"like:{file}", **fields, **FIELDS)
+
+
+@pytest.mark.parametrize(
     ("change", "match"),
     [
+        (
+            {"allocator": "alphapruner"},
+            r"Unknown level allocator 'alphapruner'. Did you mean 'alphapruning'\? .* auto, like",
+        ),
+        ({"allocator": "like:nowhere.gguf"}, "There is no file nowhere.gguf: write like:FILE.gguf"),
+        ({"gama": 1}, r"Neither level allocator 'curves' nor quantizer 'gptq' has an option 'gama'.*damping"),
+        ({"allocator": "auto", "gama": 1}, "Quantizer 'gptq' does not have an option 'gama'"),
+        ({"allocator": "atp", "beta": 99, "size": "50KB"}, r"ATP's beta must be in \[0, "),
         ({}, "Give exactly one of size"),
         ({"size": "2GB", "bits": 3.0}, "Give exactly one of size"),
         ({"size": "two"}, "is not a number of bytes, such as 2.5GB"),

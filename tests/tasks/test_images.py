@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
 from billhook import BillhookError, load_model, prune, verify
+from billhook.architectures.layers import find_layers
 from billhook.evaluation.rows import evaluate_rows
 from billhook.images.corpus import Picture, pictures
 from billhook.images.labels import class_numbers
@@ -81,6 +82,46 @@ def test_every_recipe_meets_the_budget_on_every_architecture(family, recipe, tmp
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     zeros = sum(int((p == 0).sum()) for p in model.state_dict().values())
     assert zeros >= sum(x.zeros for x in found.layers)
+
+
+def test_with_the_dense_prefix_masks_are_those_of_the_dense_models_activations():
+    dense, images = vision_families.build("vit"), torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    squares, handles = {}, []
+    for layer in find_layers(dense):
+
+        def note(module, args, name=layer.name):
+            squares[name] = squares.get(name, 0) + args[0].flatten(0, -2).square().sum(0)
+
+        handles.append(layer.module.register_forward_pre_hook(note))
+    with torch.no_grad():
+        dense(pixel_values=images)
+    expected = {}
+    for layer in find_layers(dense):
+        scores = (layer.weight.abs() * squares[layer.name].sqrt()).flatten()
+        keep = torch.ones(scores.numel())
+        keep[scores.argsort()[: scores.numel() // 2]] = 0
+        expected[layer.name] = keep.view(layer.shape).bool()
+    model = vision_families.build("vit")
+    prune(model, sparsity=0.5, recipe="wanda-vision", calibration=images)
+    for layer in find_layers(model):
+        assert torch.equal(layer.weight != 0, expected[layer.name])
+    pruned = vision_families.build("vit")
+    prune(pruned, sparsity=0.5, recipe="wanda-vision", prefix="pruned", calibration=images)
+    assert any(not torch.equal(layer.weight != 0, expected[layer.name]) for layer in find_layers(pruned))
+
+
+@pytest.mark.gate
+def test_methods_are_compared_by_accuracy(place, tmp_path):
+    options = ["--data", place / "images", "--calibration", place / "images", "--samples", "12", "--criteria", "wanda"]
+    done("compare", place / "vit", *options, "--sparsities", "0.3,0.6", "--limit", "20", "-o", tmp_path / "c")
+    cells = json.loads((tmp_path / "c" / "compare.json").read_text())["cells"]
+    for cell in cells:
+        model = load_model(place / "vit")
+        prune(model, sparsity=cell["sparsity"], criterion="wanda", calibration=str(place / "images"), samples=12)
+        images = task_of(model).inputs(str(place / "images"), model, Home(place / "vit"))
+        assert cell["top1"] == evaluate_rows(model, images.batches(20), task_of(model)).top1
+        assert cell["kl"] > 0
+    assert "top-1 accuracy" in (tmp_path / "c" / "compare.md").read_text()
 
 
 def test_labels_are_matched_by_name_by_number_and_for_unnamed_classes_by_order():

@@ -30,6 +30,8 @@ _LAYOUTS: dict[str, tuple[Field, ...]] = {
     "q8_0": (_D, ("codes", 0, 8, 1)),
     "iq4_nl": (_D, _FOUR),
     "iq4_xs": (_D, ("multipliers", 4, 2, 1), _NIBBLES, _FOUR),
+    "mxfp4": (("exponents", 0, 8, 1), _FOUR),
+    "q2_0": (_D, ("codes", 0, 2, 1)),
     "q2_k": (("integers", 0, 8, 1), ("codes", 0, 2, 32), _D, _DMIN),
     "q3_k": (("codes", 2, 1, 32), ("codes", 0, 2, 32), ("multipliers", 0, 4, 8), ("multipliers", 4, 2, 4), _D),
     "q4_k": (_D, _DMIN, ("integers", 0, 8, 1), _FOUR_32),
@@ -49,7 +51,9 @@ _COUNTS = {  # of numbers for a block, in arrays that are joined from others
     "iq2_xs": {"words": 32},
     "iq3_xxs": {"words": 8},
 }
-_CODE_BIAS = {"q4_0": 8, "q5_0": 16, "q3_k": 4, "q6_k": 32}  # what is added to a code to be stored
+_STORED = {"mxfp4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)}  # codes by number, if not ascending
+_CODE_BIAS = {"q2_0": 1, "q4_0": 8, "q5_0": 16, "q3_k": 4, "q6_k": 32}  # what is added to a code to be stored
+_EXPONENT_BIAS = 127  # of a scale in [½, 1)
 _MULTIPLIER_BIAS = {"q3_k": 32, "iq4_xs": 32}
 _WEIGHTS_AT_ONCE = 1 << 21
 
@@ -98,7 +102,8 @@ def _count(name: str, array: str) -> int:
     grid = GGML[name]
     dim = grid.dim if isinstance(grid, CodeBook) else 1
     sizes = {"codes": grid.block, "multipliers": grid.block // grid.group, "index": grid.block // dim}
-    return ({"d": 1, "m": 1, "dmin": 1, "signs": grid.block // 8} | sizes | _COUNTS.get(name, {}))[array]
+    sizes |= {"signs": grid.block // 8, **_COUNTS.get(name, {})}
+    return sizes.get(array, 1)
 
 
 def _to_arrays(name: str, codes: Tensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -115,8 +120,12 @@ def _to_arrays(name: str, codes: Tensor, parts: Mapping[str, Tensor]) -> dict[st
         arrays["multipliers"] = multipliers >> 1  # from odd numbers
         arrays |= {"index": grid.index(blocked), "signs": _pack_field(blocked < 0, 1, 1).long()}
         return _join_words(name, arrays)
+    if "scale" in parts:
+        arrays["exponents"] = (torch.frexp(parts["scale"])[1] + _EXPONENT_BIAS)[:, :, None].long()
     if isinstance(grid, Symmetric) and isinstance(grid.points, Points):
-        return arrays | {"codes": grid.points.index(blocked)}
+        stored = _STORED.get(name, grid.points.values)
+        numbers = torch.tensor([stored.index(value) for value in grid.points.values], device=codes.device)
+        return arrays | {"codes": numbers[grid.points.index(blocked)]}
     return arrays | {"codes": blocked + _CODE_BIAS.get(name, 0)}
 
 
@@ -125,6 +134,9 @@ def _from_arrays(name: str, arrays: Mapping[str, Tensor]) -> tuple[Tensor, dict[
     grid, arrays = GGML[name], _split_words(name, arrays)
     halves = arrays.keys() & {"d", "m", "dmin"}
     parts = {part: arrays[part][:, :, 0].to(torch.int16).view(torch.float16) for part in sorted(halves)}
+    if "exponents" in arrays:
+        exponents = arrays["exponents"][:, :, 0] - _EXPONENT_BIAS - 1
+        parts["scale"] = torch.ldexp(torch.ones(exponents.shape, device=exponents.device), exponents)
     if "integers" in arrays:
         multipliers, parts["minima"] = (x.flatten(1).to(torch.int8) for x in _split_minima(name, arrays["integers"]))
         parts["multipliers"] = multipliers
@@ -136,7 +148,8 @@ def _from_arrays(name: str, arrays: Mapping[str, Tensor]) -> tuple[Tensor, dict[
         signs = _unpack_field(arrays["signs"], 1, 1)
         codes = book(name, signs.device).to(torch.int8)[arrays["index"]].flatten(2) * (1 - 2 * signs)
     elif isinstance(grid, Symmetric) and isinstance(grid.points, Points):
-        codes = torch.tensor(grid.points.values, device=arrays["codes"].device)[arrays["codes"]]
+        stored = _STORED.get(name, grid.points.values)
+        codes = torch.tensor(stored, device=arrays["codes"].device)[arrays["codes"]]
     else:
         codes = arrays["codes"] - _CODE_BIAS.get(name, 0)
     return codes.flatten(1).to(torch.int8), parts

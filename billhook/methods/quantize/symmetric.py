@@ -135,6 +135,38 @@ class Symmetric:
 
 
 @dataclass(frozen=True)
+class PowerOfTwo(Symmetric):
+    """A type whose scales are powers of two."""
+
+    @property
+    def terms(self) -> tuple[Term]:
+        """The scale."""
+        return (Term("scale", power_of_two),)
+
+    def _fit(self, W: Tensor, weight: Tensor) -> Scales:
+        """The best of the powers of two between half and four times the one at which the largest weight just fits."""
+        groups = Groups(W, weight, self.group)
+        first = power_of_two(groups.x.abs().amax(1) * groups.peak / self.points.high) / 2
+        best, least = first, torch.full_like(first, torch.inf)
+        for k in range(4):
+            scale = first * 2**k / groups.peak
+            _, wcc, wcx = groups.sums(self.points.nearest(groups.x * inverse(scale)[:, None]))
+            error = scale.square() * wcc - 2 * scale * wcx
+            best, least = (first * 2**k).where(error < least, best), error.where(error < least, least)
+        return self.decoded({"scale": power_of_two(best).t().contiguous()})
+
+    def decoded(self, parts: Mapping[str, Tensor]) -> Scales:
+        """Scales from what is stored: scale float32 [out, blocks]."""
+        return Scales(parts["scale"].float(), None, dict(parts))
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The nearest powers of two from 2^-126 to 2^124, elementwise, so that no value overflows."""
+    part, exponent = torch.frexp(x.clamp(2.0**-126, 2.0**124))
+    return torch.ldexp(torch.ones_like(x), exponent - (part < 0.75).int())
+
+
+@dataclass(frozen=True)
 class SuperBlock(Symmetric):
     """A type whose scales are `multipliers` times `unit` · d, which is float16 for every block."""
 

@@ -36,7 +36,7 @@ def allocate_levels(levels: Levels, allocator: str = "curves", **options: Any) -
     types = LEVEL_ALLOCATORS.get(allocator)(levels, **configured)
     assert levels.total(types) <= levels.budget, (allocator, levels.total(types), levels.budget)
     paper = LEVEL_ALLOCATORS.paper(allocator)
-    made_by: dict[str, Any] = {"allocator": allocator, "options": configured, "paper": paper}
+    made_by: dict[str, Any] = {"allocator": allocator, "options": configured, "paper": paper, **levels.recorded()}
     read = [name for name in LEVEL_ALLOCATORS.needs(allocator, configured) if name in levels.table.columns()]
     if read:
         shapes = levels.table.shapes

@@ -6,8 +6,8 @@ arXiv:2502.14770, which reports mixed precision without constants. This is its p
     b_i = B + β (L − 1) / 2 − β (i − 1),   i = 1 … L,   0 ≤ β ≤ 2 min(B − b_min, b_max − B) / (L − 1)
 
 B are the budget's bits a weight, b_min and b_max those of the smallest and the largest types. The bits are rounded to
-types so that the budget is spent (largest remainder). By default β is a quarter of its largest value, as for
-sparsities.
+types so that the budget is spent (largest remainder). By default β is half of its largest value; a quarter, as for
+sparsities, is often undone by the rounding.
 
 Limits: it knows nothing about the model.
 """
@@ -22,13 +22,13 @@ from billhook.registry import method
 def atp(levels: Levels, *, beta: float | None = None) -> Types:
     """Return types near B + beta (L - 1) / 2 - beta (i - 1) bits for all layers of block i of L.
 
-    `beta` is in bits a block and in [0, 2 min(B - b_min, b_max - B) / (L - 1)]; 0 is even. Without it, a quarter of the
+    `beta` is in bits a block and in [0, 2 min(B - b_min, b_max - B) / (L - 1)]; 0 is even. Without it, half of the
     largest value is used.
     """
     blocks = levels.table.blocks()
     least, mean, most = mean_bits(levels)
     largest = 2 * max(min(mean - least, most - mean), 0.0) / max(len(blocks) - 1, 1)
-    step = largest / 4 if beta is None else beta
+    step = largest / 2 if beta is None else beta
     if not 0 <= step <= largest * (1 + 1e-9):
         limits = f"[0, {largest:.4g}] for {len(blocks)} blocks at {mean:.3g} bits"
         raise BillhookError(f"ATP's beta must be in {limits}, got {step:g}.")

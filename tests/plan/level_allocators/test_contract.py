@@ -8,10 +8,12 @@ from levels_of import COLUMNS, NAMES, levels, make_levels
 from tables import relaxed
 
 from billhook.errors import BillhookError
+from billhook.methods.quantize import QUANTIZERS
 from billhook.plan.level_allocators import LEVEL_ALLOCATORS, allocate_levels
 from billhook.plan.levels import Levels, types_of
 from billhook.plan.storage import bits
 from billhook.plan.table import Row, Table
+from billhook.racing.allocators import MODEL_ALLOCATORS
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -79,3 +81,10 @@ def test_a_missing_column_says_how_to_measure_it(name: str):
 def test_an_unknown_allocator_is_named_with_the_nearest():
     with pytest.raises(BillhookError, match=r"Unknown level allocator 'curvs'. Did you mean 'curves'\?"):
         allocate_levels(make_levels([[(8, 256)]]), "curvs")
+
+
+def test_no_option_of_an_allocator_has_the_name_of_a_quantizers_option():
+    """`--set` of compress gives options to both."""
+    allocators = [(r, name) for r in (LEVEL_ALLOCATORS, MODEL_ALLOCATORS) for name in r.names()]
+    taken = {option for name in QUANTIZERS.names() for option in QUANTIZERS.options(name)}
+    assert not taken & {option for registry, name in allocators for option in registry.options(name)}

@@ -1,0 +1,145 @@
+"""Methods on a trained vision transformer for CIFAR-10, by top-1 accuracy: `python benchmarks/vision.py [NAME ...]`.
+
+The model is in memory (a post-LN ViT: 6 blocks, width 128, 811,146 parameters, beside the repository in
+`../shared/vision`). Calibration images are 256 of the training set (seed 0); 256 more of it are held out, on which the
+prefix and the allocation of `ours` are chosen; 2,000 test images are scored, with a standard error of 1.0.
+
+Each row is appended to `vision.jsonl` in the working directory, so that an interrupted run continues. One thread.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from billhook import prune
+from billhook.engine.batch import Batch, select_rows, split_rows
+from billhook.evaluation.quality import Reference
+from billhook.evaluation.rows import evaluate_rows
+from billhook.tasks.opening import task_of
+
+SHARED = Path(os.environ.get("BILLHOOK_SHARED", Path(__file__).parents[2] / "shared")) / "vision"
+ROWS = Path("vision.jsonl")
+SAMPLES, HELD_OUT = 256, 256
+SPARSITIES = (0.5, 0.6, 0.7)
+RECIPES = {
+    "magnitude, layer": {"criterion": "magnitude"},
+    "wanda-vision": {"recipe": "wanda-vision"},
+    "wanda, row, dense prefix": {"criterion": "wanda", "prefix": "dense"},
+    "wanda, row, pruned prefix": {"criterion": "wanda"},
+    "alphapruning-vision": {"recipe": "alphapruning-vision"},
+    "atp-vision": {"recipe": "atp-vision"},
+    "gblm-vision": {"recipe": "gblm-vision"},
+    "sparsegpt": {"criterion": "sparsegpt"},
+}
+OURS = {
+    f"{recipe}, {prefix} prefix": {"recipe": recipe, "prefix": prefix}
+    for recipe in ("good", "best")
+    for prefix in ("pruned", "dense")
+}
+
+
+class CifarConfig(PretrainedConfig):
+    """The configuration of the model: ten classes."""
+
+    model_type = "cifar_vit"
+    num_hidden_layers = 6
+    image_size, patch_size, hidden_size = 32, 4, 128
+
+
+class CifarViT(PreTrainedModel):
+    """The model with the interface of transformers; blocks are found by their number."""
+
+    config_class = CifarConfig
+    base_model_prefix = "net"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: CifarConfig, net: nn.Module) -> None:
+        super().__init__(config)
+        self.net = net
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        """Logits, and the loss of `labels`."""
+        logits = self.net(pixel_values)
+        return ImageClassifierOutput(
+            logits=logits, loss=None if labels is None else nn.functional.cross_entropy(logits, labels)
+        )
+
+
+def load() -> CifarViT:
+    """The trained model."""
+    spec = importlib.util.spec_from_file_location("cifar_vit", SHARED / "cifar_vit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    net = module.load(SHARED / "vit_cifar10.safetensors")
+    net.forward = _named(net.forward)
+    return CifarViT(CifarConfig(num_labels=10), net).eval()
+
+
+def _named(forward):
+    """The network's forward with the name of the argument that transformers uses."""
+
+    def named(pixel_values):
+        return forward(pixel_values)
+
+    return named
+
+
+def images(name: str) -> Batch:
+    """Pixel values and labels of one of the two files."""
+    file = np.load(SHARED / name)
+    x = torch.from_numpy(file["x"]).permute(0, 3, 1, 2).float() / 255
+    mean, std = torch.tensor((0.4914, 0.4822, 0.4465)), torch.tensor((0.2023, 0.1994, 0.2010))
+    return {
+        "pixel_values": (x - mean.view(3, 1, 1)) / std.view(3, 1, 1),
+        "labels": torch.from_numpy(file["y"]).long(),
+    }
+
+
+def row(name: str, sparsity: float, options: dict, train: Batch, test: Batch, order: Tensor) -> dict:
+    """Prune a fresh model and score it."""
+    model, begun = load(), time.process_time()
+    calibration = select_rows(train, order[:SAMPLES])
+    heldout = select_rows(train, order[SAMPLES : SAMPLES + HELD_OUT])
+    reference = Reference.of(model, heldout, task_of(model), "held-out")
+    prune(model, sparsity=sparsity, calibration=calibration, **options)
+    took = time.process_time() - begun
+    lost = reference.compare(model)
+    scores = evaluate_rows(model, split_rows(test, 250), task_of(model))
+    found = {"name": name, "sparsity": sparsity, "top1": 100 * scores.top1, "nll": scores.nll}
+    return found | {"heldout_kl": lost.kl, "heldout_top1": 100 * lost.accuracy, "processor_s": round(took, 1)}
+
+
+def main(chosen: list[str]) -> None:
+    """All rows that are not there yet, then the table."""
+    AutoModelForImageClassification.register(CifarConfig, CifarViT)
+    torch.set_num_threads(1)
+    train, test = images("cifar10_train_1k.npz"), images("cifar10_test_2k.npz")
+    order = torch.randperm(len(train["labels"]), generator=torch.Generator().manual_seed(0))
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    done = {(found["name"], found["sparsity"]) for found in rows}
+    print("dense", 100 * evaluate_rows(load(), split_rows(test, 250), task_of(load())).top1, flush=True)
+    for name, options in (RECIPES | OURS).items():
+        for sparsity in SPARSITIES:
+            if (name, sparsity) not in done and (not chosen or name in chosen):
+                rows.append(found := row(name, sparsity, options, train, test, order))
+                with ROWS.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+                print(found, flush=True)
+    for sparsity in SPARSITIES:
+        ours = [found for found in rows if found["name"] in OURS and found["sparsity"] == sparsity]
+        if ours:
+            best = min(ours, key=lambda found: found["heldout_kl"])
+            print(f"ours at {sparsity}: {best['name']}, top-1 {best['top1']:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,96 @@
+"""The weights of every level of every layer, held as they are encoded, and the loss's gradients with respect to them.
+
+Quantized weights are held as codes of one byte, so that K types take K bytes a weight.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from billhook.architectures.layers import Layer
+from billhook.engine.batch import Batch, rows_of, select_rows
+from billhook.engine.method import Treatment
+from billhook.engine.walk import Progress, walk
+from billhook.methods.encoded import Encoded
+from billhook.methods.statistics import LayerStats
+from billhook.plan.spec import Spec
+from billhook.trials.attribution import weight_gradients
+from billhook.trials.trials import TrialRunner
+
+
+class CandidateWeights:
+    """The encoded weights of each group's levels, for a model whose dense weights `runner` restores.
+
+    `groups` are tuples of layer names, `specs` the levels of each group. `rows` are the calibration windows of which
+    gradients are taken; the dense model's predictions on them are recorded when this is made.
+    """
+
+    def __init__(
+        self,
+        runner: TrialRunner,
+        groups: Sequence[tuple[str, ...]],
+        specs: Sequence[Sequence[Spec]],
+        rows: Batch,
+        method: Treatment,
+        *,
+        progress: Progress = lambda line: None,
+    ) -> None:
+        self.runner, self.groups, self.rows = runner, groups, rows
+        self.place = {name: k for k, group in enumerate(groups) for name in group}
+        self.layers = [layer for layer in runner.layers if layer.name in self.place]
+        runner.restore_()
+        self._teachers = [runner.task.divergence.teacher(outputs) for outputs, _ in runner.predictions(rows)]
+        self._encoded = self._encode(specs, method, progress)
+
+    @torch.no_grad()
+    def _encode(
+        self, specs: Sequence[Sequence[Spec]], method: Treatment, progress: Progress
+    ) -> Mapping[str, list[Encoded]]:
+        """The candidates of each layer, from the dense model's statistics."""
+        found: dict[str, list[Encoded]] = {}
+        for block in walk(self.runner.model, self.runner.batches, method.observed, read_only=True):
+            for layer in block.layers:
+                if layer.name in self.place:
+                    stats = block.stats.get(layer.name) or LayerStats(0, 0)
+                    menu = specs[self.place[layer.name]]
+                    zeros = [round(spec.sparsity * layer.weight.numel()) for spec in menu]
+                    found[layer.name] = [
+                        method.encode(layer.weight.clone(), stats, s, z) for s, z in zip(menu, zeros, strict=True)
+                    ]
+                    progress(layer.name)
+        return found
+
+    def windows(self, count: int, seed: int) -> Iterator[list[int]]:
+        """Without end, `count` of the calibration windows, each window once before any again."""
+        chance, left = random.Random(seed), list[int]()
+        while True:
+            while len(left) < count:
+                left += chance.sample(range(rows_of(self.rows)), rows_of(self.rows))
+            yield left[:count]
+            del left[:count]
+
+    @torch.no_grad()
+    def put_(self, chosen: Sequence[int]) -> None:
+        """Put the weights of these levels, one a group, into the model."""
+        for layer in self.layers:
+            layer.weight.copy_(self._encoded[layer.name][chosen[self.place[layer.name]]].decode(layer.weight.dtype))
+
+    def gradients(self, chosen: Sequence[int], rows: Sequence[int]) -> list[list[float]]:
+        """<∂L/∂W, W_k> of every group and level k, where the levels `chosen` are in the model.
+
+        L is the mean KL divergence a token from the dense model on the windows `rows`.
+        """
+        self.put_(chosen)
+        found = [[0.0] * len(self._encoded[group[0]]) for group in self.groups]
+
+        def visit(layer: Layer, gradient: Tensor) -> None:
+            sums, candidates = found[self.place[layer.name]], self._encoded[layer.name]
+            for k, candidate in enumerate(candidates):
+                sums[k] += float((gradient.float() * candidate.decode(torch.float32)).sum(dtype=torch.float64))
+
+        batch = select_rows(self.rows, torch.tensor(rows))
+        gradients = self.runner.gradients([self._teachers[row] for row in rows])
+        tokens = weight_gradients(self.runner.model, self.layers, batch, self.runner.task, gradients, visit)
+        return [[x / tokens for x in sums] for sums in found]

@@ -1,0 +1,159 @@
+"""How `compress` chooses storage types: an allocator of levels, trials on the model, or the types of another file.
+
+Allocators of the registry need no model; what they read is measured, one block at a time, before. `rco` and `auto`
+(`billhook.racing.levels`) need the whole model in memory.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from billhook.architectures.layers import find_layers, select_layers
+from billhook.engine.batch import rows_of
+from billhook.engine.method import Quantization
+from billhook.engine.walk import Progress
+from billhook.errors import BillhookError
+from billhook.measurement.measure import measure
+from billhook.methods.quantize import QUANTIZERS
+from billhook.plan.allocators import AUTO
+from billhook.plan.level_allocators import ERRORS, LEVEL_ALLOCATORS, WEIGHTS, allocate_levels
+from billhook.plan.levels import Levels
+from billhook.racing.allocators import MODEL_ALLOCATORS
+from billhook.racing.levels import Chosen, choose_types, columns, outlook
+from billhook.registry import Registry, hint
+from billhook.steps.kept_levels import KeptLevels
+from billhook.steps.levels import Measured, measure_levels
+from billhook.steps.like import like_types
+from billhook.steps.options import split_options
+from billhook.steps.parts import Parts
+from billhook.steps.request import Opened, Request, listed
+from billhook.steps.resolve import identity
+from billhook.steps.sizes import Sizes
+from billhook.steps.state import partial_folder
+from billhook.store.checkpoint import load
+from billhook.trials.heldout import split_samples
+
+LIKE = "like:"
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A checked choice of an allocator with all its options, and those of GPTQ that were given beside them."""
+
+    name: str
+    options: Mapping[str, Any]
+    quantizer: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, name: str, options: Mapping[str, Any]) -> "Allocation":
+        """Raises BillhookError for an unknown allocator or option, naming the nearest, and a file that is not there."""
+        registry = _registry(name)
+        quantizer, given = split_options(
+            options, "gptq", [name] if registry else [], methods=QUANTIZERS, allocating=registry or LEVEL_ALLOCATORS
+        )
+        if name.startswith(LIKE) and not Path(name[len(LIKE) :]).expanduser().is_file():
+            raise BillhookError(f"There is no file {name[len(LIKE) :]}: write like:FILE.gguf.")
+        return cls(name, registry.configure(name, given) if registry else {}, quantizer)
+
+    @property
+    def file(self) -> Path | None:
+        """The file whose types are taken."""
+        return Path(self.name[len(LIKE) :]).expanduser() if self.name.startswith(LIKE) else None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What is measured for it."""
+        registry = _registry(self.name)
+        if registry is not None:
+            return registry.needs(self.name, self.options)
+        return () if self.file else (ERRORS, WEIGHTS, *columns())
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether it needs the model in memory."""
+        return self.name == AUTO or _registry(self.name) is MODEL_ALLOCATORS
+
+
+def _registry(name: str) -> Registry | None:
+    """The registry of an allocator, None for `auto` and `like:`; raises BillhookError for an unknown name."""
+    if name == AUTO or name.startswith(LIKE):
+        return None
+    if name in MODEL_ALLOCATORS.names():
+        return MODEL_ALLOCATORS
+    known = [*LEVEL_ALLOCATORS.names(), *MODEL_ALLOCATORS.names(), AUTO, f"{LIKE}FILE.gguf"]
+    if name not in LEVEL_ALLOCATORS.names():
+        raise BillhookError(f"Unknown level allocator {name!r:.60}.{hint(name, known)} There are: {', '.join(known)}.")
+    return LEVEL_ALLOCATORS
+
+
+def choose(
+    request: Request,
+    opened: Opened,
+    sizes: Sizes,
+    tied: Sequence[tuple[str, ...]],
+    method: Quantization,
+    allocation: Allocation,
+    *,
+    progress: Progress = lambda line: None,
+) -> Chosen:
+    """The types of all tensors under `sizes`; `request` says how the model is opened, `method` how it is quantized.
+
+    The errors of all types are kept on disk until the run has begun, so that a killed one goes on.
+    """
+    shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
+    menus = {**sizes.menus, **sizes.outside_menus}
+    levels = Levels(shapes, menus, sizes.budget - sizes.fixed, list(sizes.outside), tied)
+    if ERRORS in allocation.needs:
+        found = _measured(request, opened, sizes, method, progress)
+        levels = replace(levels, errors={**found.errors, **found.losses}, weights=found.costs)
+    wanted = [name for name in allocation.needs if name not in (ERRORS, WEIGHTS)]
+    resources: dict[str, Any] = {"layers": opened.layers, "resources": opened.resources, "progress": progress}
+    levels = replace(levels, table=measure(opened.model, wanted, batches=opened.batches, **resources))
+    if not allocation.on_trial:
+        plan = allocate_levels(levels, allocation.name, **allocation.options)
+        return Chosen(plan, outlook(levels, plan) if levels.errors else {})
+    assert opened.source is not None
+    assert opened.samples is not None
+    how: dict[str, Any] = {"dtype": request.dtype, "device": request.device}
+    model = load(opened.source, opened.task.auto_class, **how, trust_remote_code=request.trust_remote_code)
+    layers = select_layers(find_layers(model), listed(request.targets), listed(request.ignore))
+    split = split_samples(model, opened.samples, rows_of(opened.batches[0]), request.seed)
+    quick = replace(method, options={**method.options, "sweeps": 0})
+    how = {"allocator": allocation.name, "options": allocation.options, "progress": progress}
+    return choose_types(model, layers, split, levels, quick, **how)
+
+
+def _measured(request: Request, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Measured:
+    menus = {"layers": sizes.menus, "outside": sizes.outside_menus}
+    same = identity(request, opened, {"scales": str(method.scale_dtype)}, None, None) | menus
+    kept = KeptLevels(partial_folder(Path(str(request.output)).expanduser().resolve()), same)
+    given = (opened, sizes.menus, sizes.outside_menus, method.scale_dtype, kept)
+    try:
+        return measure_levels(*given, seed=request.seed, progress=progress)
+    except BillhookError:
+        kept.forget()
+        raise
+
+
+def choose_like(opened: Opened, sizes: Sizes, parts: Parts, file: Path) -> Chosen:
+    """The types of `file`; `parts` are the layers' places on disk.
+
+    Raises BillhookError where they do not fit the model or the size.
+    """
+    stream = opened.resources.stream
+    assert stream is not None
+    assert opened.source is not None
+    on_disk = {name: tuple(stored.entry.shape) for name, stored in stream.source.items()}
+    wanted = {layer: [part.tensor for part in several] for layer, several in parts.items()}
+    types = like_types(file, opened.source, on_disk, wanted | {name: [name] for name in sizes.outside})
+    shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
+    levels = Levels(shapes, {name: [type] for name, type in types.items()}, 1, list(sizes.outside))
+    total = levels.total(types)
+    if sizes.fixed + total > sizes.budget:
+        raise BillhookError(
+            f"With the types of {file} the result has up to {sizes.fixed + total:,} bytes, and {sizes.budget:,} were "
+            "asked for: leave out the size, or choose another allocator."
+        )
+    made_by = {"allocator": f"{LIKE}{file.name}", "options": {}, "paper": "the types of another file"}
+    return Chosen(replace(levels, budget=total).plan(types, made_by), {})

@@ -1,0 +1,82 @@
+"""What a run of `slim` removes: the numbers of parts that stay in each unit, and the blocks that are dropped.
+
+In a plan a dropped block is a unit of its own, `model.layers.5:blocks`, of which nothing is kept.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from billhook.architectures.units import KINDS, Unit
+from billhook.errors import BillhookError
+from billhook.plan.plan import Budget, Plan
+from billhook.plan.unit_counts import Size, proportional, uniform_counts
+from billhook.registry import hint
+
+_BLOCK = ":blocks"  # ends the name of a block as a unit
+
+
+def kinds_of(given: str | Sequence[str]) -> list[str]:
+    """The kinds of units in a request; raises BillhookError for unknown or repeated ones."""
+    kinds = [x.strip() for x in given.split(",")] if isinstance(given, str) else list(given)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise BillhookError(
+                f"Unknown kind of units {kind!r:.40}.{hint(kind, KINDS)} There are: {', '.join(KINDS)}."
+            )
+    if not kinds or len(set(kinds)) < len(kinds):
+        raise BillhookError("Name at least one kind of units, and each of them once.")
+    return kinds
+
+
+def blocks_to_drop(kinds: Sequence[str], remove: float, sizes: Sequence[int]) -> int:
+    """How many blocks go: all of the fraction `remove` of their parameters, or half of it if other kinds go too.
+
+    `sizes` are the parameters of each block.
+    """
+    if "blocks" not in kinds:
+        return 0
+    wanted = remove * len(sizes)
+    return max(1, round(wanted) if list(kinds) == ["blocks"] else int(wanted / 2))
+
+
+def make_plan(
+    remove: float, units: Sequence[Unit], sizes: Sequence[int], dropped: Mapping[str, int], about: Mapping[str, Any]
+) -> Plan:
+    """A plan with the same number of parts in every unit of a kind, for the fraction `remove` of the parameters.
+
+    `sizes` are the parameters of each block, `dropped` the numbers of the blocks that go, by name. Raises BillhookError
+    where nothing would go, or nothing would stay.
+    """
+    total = sum(sizes)
+    wanted = round(remove * total)
+    counts = {f"{name}{_BLOCK}": 0 for name in dropped}
+    left = wanted - sum(sizes[block] for block in dropped.values())
+    measured = [Size(u.name, u.kind, u.block, u.count, u.parameters) for u in units if u.block not in dropped.values()]
+    shares = {}
+    if measured:
+        shares = proportional(measured, list(dict.fromkeys(u.kind for u in units)))
+        counts |= uniform_counts(measured, max(0, left), shares)
+    if not dropped and all(counts[unit.name] == unit.count for unit in units):
+        raise BillhookError(f"Removing {remove:g} of the blocks takes nothing away from any unit: remove more.")
+    made_by = {"allocator": "uniform", "options": {"shares": shares, **about}, "paper": None}
+    return Plan(Budget("parameters", total - wanted), {}, counts, made_by)
+
+
+def dropped_by(plan: Plan, blocks: Sequence[str]) -> dict[str, int]:
+    """The numbers of the blocks that a plan drops, by name."""
+    return {name: index for index, name in enumerate(blocks) if plan.units.get(f"{name}{_BLOCK}") == 0}
+
+
+def check_plan(plan: Plan, units: Sequence[Unit], blocks: Sequence[str]) -> Plan:
+    """A given plan; raises BillhookError where it is not of these units, or of blocks of these names."""
+    known = {unit.name: unit.count for unit in units} | {f"{name}{_BLOCK}": 1 for name in blocks}
+    if plan.weights or not plan.units:
+        raise BillhookError("This plan is not of units alone: billhook slim applies numbers of parts that stay.")
+    for name, count in plan.units.items():
+        if name not in known:
+            raise BillhookError(f"The plan is not for this model: it has no unit {name}.{hint(name, known)}")
+        if not (0 if name.endswith(_BLOCK) else 1) <= count <= known[name]:
+            raise BillhookError(f"{name}: {count} parts cannot stay of {known[name]}; at least one must.")
+    if len(dropped_by(plan, blocks)) == len(blocks):
+        raise BillhookError("The plan drops every block: at least one must stay.")
+    return plan
