@@ -14,7 +14,8 @@ from command import billhook, done
 from safetensors.torch import load_file
 
 from billhook.errors import BillhookError, JobError
-from billhook.export.gguf import write_gguf
+from billhook.export.gguf import gguf_bytes, write_gguf
+from billhook.store.gguf_file import read_gguf
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +242,43 @@ def test_a_template_gives_the_metadata_of_a_known_architecture_with_the_weights_
         BillhookError, match=r"output\.weight is \[258, 32\] in the model, and .* has one of \[4096, 64\]"
     ):
         write_gguf(mixtral, tmp_path / "x.gguf", template=template)
+
+
+def test_a_file_in_parts_is_read_as_one_by_any_part_and_by_the_gguf_package(mixtral, tmp_path):
+    whole = write_gguf(mixtral, tmp_path / "whole.gguf")
+    written = write_gguf(mixtral, tmp_path / "model.gguf", split=60_000)
+    count = len(written.parts)
+    assert [path.name for path in written.parts] == [f"model-{n:05}-of-{count:05}.gguf" for n in range(1, count + 1)]
+    assert 2 < count < 9
+    assert sorted(tmp_path.glob("model*")) == list(written.parts)
+    assert (
+        gguf_bytes(mixtral, {}, split=60_000, facts={}) == written.bytes == sum(x.stat().st_size for x in written.parts)
+    )
+    one = read_gguf(whole.path)
+    for part in written.parts:
+        found = read_gguf(part)
+        assert found.path == written.parts[0]
+        assert found.metadata == one.metadata
+        assert list(found.tensors) == list(one.tensors)
+        assert all(np.array_equal(found.raw(x), one.raw(one.tensors[name])) for name, x in found.tensors.items())
+    expected = tensors(whole.path)
+    read = {name: values for part in written.parts for name, values in tensors(part).items()}
+    assert all(np.array_equal(read[name], expected[name]) for name in expected | read)
+    fields = gguf.GGUFReader(written.parts[1]).fields
+    assert [fields[f"split.{key}"].contents() for key in ("no", "count", "tensors.count")] == [1, count, len(expected)]
+
+
+def test_parts_that_are_missing_renamed_or_swapped_are_one_error(mixtral, tmp_path):
+    first, second, *_, last = write_gguf(mixtral, tmp_path / "model.gguf", split=60_000).parts
+    last.rename(tmp_path / "kept")
+    with pytest.raises(BillhookError, match=rf"is one of \d parts \({last.name} is missing\): put all"):
+        read_gguf(second)
+    shutil.copy(second, last)
+    with pytest.raises(BillhookError, match="do not belong together"):
+        read_gguf(first)
+    shutil.copy(first, tmp_path / "alone.gguf")
+    with pytest.raises(BillhookError, match="is one of 3 parts: put all of them into one folder as NAME-00001-of-"):
+        read_gguf(tmp_path / "alone.gguf")
 
 
 @pytest.mark.gate

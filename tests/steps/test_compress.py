@@ -10,9 +10,10 @@ from command import contents
 
 from billhook.errors import BillhookError, Interrupted
 from billhook.packed.loading import load
+from billhook.plan.bytes import parse_size
 from billhook.steps.compress import CompressRequest, compress, decide, run_compress
 from billhook.steps.quantize import quantize
-from billhook.steps.sizes import Size, _near, allowed_types, parse_size
+from billhook.steps.sizes import Size, _near, allowed_types
 from billhook.steps.verify import verify
 from billhook.store.gguf_file import read_gguf
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import families
+import gguf
 import pytest
 import tiny
 import torch
@@ -25,6 +26,7 @@ from billhook.methods.statistics import LayerStats
 from billhook.packed.loading import load
 from billhook.plan.plan import Budget, Plan
 from billhook.plan.spec import Spec
+from billhook.steps.export import export_dense
 from billhook.steps.quantize import QuantizeRequest, prepare, quantize, run
 from billhook.steps.types import uniform_plan
 from billhook.steps.verify import verify
@@ -310,3 +312,42 @@ def test_report_writes_the_card_of_a_quantized_directory_again(whole, tmp_path):
         (tmp_path / "copy" / "README.md").unlink()
     assert not (tmp_path / "copy" / "report.json").exists()
     assert billhook("report", tmp_path / "copy", "--speed", "bench.json").code == 2
+
+
+def test_a_split_gguf_file_is_verified_and_opened_like_a_whole_one(tmp_path, source):
+    fields = {"quantizer": "round", "ignore": "re:.*down_proj"}
+    whole = quantize(source, "q4_0", tmp_path / "whole", **fields).output
+    report = quantize(source, "q4_0", tmp_path / "parts", split_size="10KB", **fields)
+    parts = sorted(report.output.glob("*.gguf"))
+    assert len(parts) > 2
+    assert report.size == sum(path.stat().st_size for path in parts)
+    assert verify(report.output).ok
+    expected = load(whole / "whole.gguf").state_dict()
+    for given in (parts[1], export_dense(report.output, tmp_path / "dense", kind="f32").path):
+        found = load(given).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    with pytest.raises(BillhookError, match="split files are for GGUF files"):
+        quantize(source, "int4/16", tmp_path / "out", split_size="10KB", **fields)
+
+
+def test_a_template_gives_the_names_of_an_architecture_that_is_not_known(tmp_path):
+    """Any names will do: rows are found by their values."""
+    source = tiny.save(tmp_path / "model", families.build("cohere"), words=False)
+    writer = gguf.GGUFWriter(tmp_path / "f32.gguf", "command-r")
+    stored = {f"t.{name}".replace("t.model.embed_tokens", "token_embd"): x for name, x in tensors(source).items()}
+    for name in sorted(stored, reverse=True):
+        writer.add_tensor(name, stored[name].float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    fields = {"quantizer": "round", "ignore": "re:.*down_proj", "template": tmp_path / "f32.gguf"}
+    output = quantize(source, "q8_0", tmp_path / "out", **fields).output
+    assert verify(output).ok
+    file = read_gguf(output / "out.gguf")
+    for name, entry in file.tensors.items():
+        value = stored[name].float()
+        if entry.type == "q8_0":
+            value = QUANTIZERS.get("round")(value, LayerStats(0, 0), grid_of("q8_0")).decode(torch.float32)
+        assert torch.equal(torch.from_numpy(file.values(entry)), value), name
+    assert sum(entry.type == "q8_0" for entry in file.tensors.values()) > 10
