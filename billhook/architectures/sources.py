@@ -16,8 +16,8 @@ from billhook.architectures.gguf_reading import hf_config, write_weights
 from billhook.errors import BillhookError
 from billhook.store import checkpoint
 from billhook.store.checkpoint import class_names, loading, quiet
-from billhook.store.files import cache_folder, json_text, sha256, untrusted
-from billhook.store.gguf_file import GgufFile, read_gguf
+from billhook.store.files import cache_folder, digest_of, json_text, sha256, untrusted
+from billhook.store.gguf_file import GgufFile, gguf_inside, read_gguf
 from billhook.store.locate import to_disk
 from billhook.store.output import check_output, staging
 from billhook.store.shards import SINGLE, weight_files
@@ -32,8 +32,8 @@ def resolve(model: str | Path) -> Path:
     Raises BillhookError where there is no such model, and for a GGUF file that is damaged or of an unknown kind.
     """
     path = Path(model).expanduser()
-    if path.is_dir() and len(inside := list(path.glob("*.gguf"))) == 1 and not weight_files(path):
-        path = inside[0]
+    if path.is_dir() and (inside := gguf_inside(path)) is not None and not weight_files(path):
+        path = inside
     if path.suffix != ".gguf" or path.is_dir():
         return checkpoint.resolve(model)
     file = read_gguf(path)
@@ -41,7 +41,8 @@ def resolve(model: str | Path) -> Path:
     folder = cache_folder()
     if folder is None:
         raise BillhookError(f"{path} must be made into a directory: let BILLHOOK_CACHE name a folder for it.")
-    directory = folder / "gguf" / f"{_VERSION}-{sha256(path)[:32]}" / path.name
+    digest = sha256(path) if len(file.parts) == 1 else digest_of({part.name: sha256(part) for part in file.parts})
+    directory = folder / "gguf" / f"{_VERSION}-{digest[:32]}" / file.path.name
     if not (directory / "config.json").is_file():
         convert(file, directory)
     return directory
@@ -50,7 +51,7 @@ def resolve(model: str | Path) -> Path:
 def is_gguf(model: str | Path) -> bool:
     """Whether a model is a GGUF file, or a directory whose only weights are one."""
     path = Path(model).expanduser()
-    return path.suffix == ".gguf" or (path.is_dir() and bool(list(path.glob("*.gguf"))) and not weight_files(path))
+    return path.suffix == ".gguf" or (path.is_dir() and gguf_inside(path) is not None and not weight_files(path))
 
 
 def convert(file: GgufFile, directory: Path) -> None:

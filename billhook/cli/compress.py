@@ -77,7 +77,7 @@ def command(
     size: Size,
     text: shared.Text,
     work: shared.Work,
-    writing: shared.Writing,
+    writing: shared.GgufWriting,
     as_json: shared.Json = False,
 ) -> None:
     """Meet a size with the least loss: a storage type for every tensor, by what each is measured to lose."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from billhook.cli.common import emit, progress, say
-from billhook.cli.options import Json, Model, output_option
+from billhook.cli.options import SPLIT_HELP, TEMPLATE_HELP, Json, Model, output_option
 
 NAME = "export"
 EXAMPLES = """\b
@@ -22,10 +22,6 @@ TYPE_HELP = (
     "Type of the weights; auto is the checkpoint's, or f16 for float32. Norms and biases in gguf are always f32; "
     "q8_0 is for gguf."
 )
-TEMPLATE_HELP = (
-    "For gguf: a file that llama.cpp's convert_hf_to_gguf.py made of this model. Its metadata and tokenizer are taken, "
-    "and the names of tensors of an unknown architecture."
-)
 
 
 def command(
@@ -35,6 +31,7 @@ def command(
     to: Annotated[Literal["gguf", "dense", "vllm"], typer.Option(help=TO_HELP)] = "gguf",
     kind: Annotated[Literal["auto", "f16", "bf16", "f32", "q8_0"], typer.Option("--type", help=TYPE_HELP)] = "auto",
     template: Annotated[Path | None, typer.Option(help=TEMPLATE_HELP, metavar="FILE")] = None,
+    split_size: Annotated[str | None, typer.Option(help=SPLIT_HELP, metavar="SIZE")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -42,14 +39,14 @@ def command(
     from billhook.errors import BillhookError
     from billhook.steps.export import export_dense, export_gguf, export_vllm
 
-    if template is not None and to != "gguf":
-        raise BillhookError("--template is for --to gguf.")
+    if (template, split_size) != (None, None) and to != "gguf":
+        raise BillhookError("--template and --split-size are for --to gguf.")
     if to == "vllm" and kind != "auto":
         raise BillhookError("--type is not for --to vllm, which keeps the types: billhook quantize makes others.")
     with progress("writing tensors") as advance:
         common: dict[str, Any] = {"overwrite": overwrite, "progress": advance}
         if to == "gguf":
-            written = export_gguf(model, output, kind=kind, template=template, **common)
+            written = export_gguf(model, output, kind=kind, template=template, split_size=split_size, **common)
         elif to == "dense":
             written = export_dense(model, output, kind=kind, **common)
         else:
@@ -57,6 +54,7 @@ def command(
     for note in written.notes:
         say(f"note: {note}")
     types = ", ".join(f"{count} of {name}" for name, count in written.types.items())
-    say(f"{written.path}: {written.bytes / 1e6:,.1f} MB; tensors: {types}.")
+    more = f" and {len(written.parts) - 1} more" if len(written.parts) > 1 else ""
+    say(f"{written.path}{more}: {written.bytes / 1e6:,.1f} MB; tensors: {types}.")
     if as_json:
         emit({"output": str(written.path), "bytes": written.bytes, "types": written.types, "notes": written.notes})

@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import typer
@@ -66,6 +67,11 @@ Calibration = Annotated[
         metavar="SOURCE",
     ),
 ]
+TEMPLATE_HELP = (
+    "For a gguf file: one that llama.cpp's convert_hf_to_gguf.py made of this model. Its metadata and tokenizer are "
+    "taken, and the names of tensors of an unknown architecture."
+)
+SPLIT_HELP = "Split a gguf file into NAME-00001-of-0000N.gguf with at most so many bytes of tensors each, such as 4GB."
 LENGTH_HELP = "Tokens in a window; by default 2048, or the model's context length if that is shorter."
 Length = Annotated[int | None, typer.Option(help=LENGTH_HELP, min=2)]
 BOS_HELP = "Begin every window with the BOS token; auto: if the tokenizer does so with a text."
@@ -166,6 +172,14 @@ class Writing:
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an unfinished run after its last finished block.")
     ] = False
+
+
+@dataclass(frozen=True)
+class GgufWriting(Writing):
+    """The same, and the form of GGUF files."""
+
+    template: Annotated[Path | None, typer.Option(help=TEMPLATE_HELP, metavar="FILE")] = None
+    split_size: Annotated[str | None, typer.Option(help=SPLIT_HELP, metavar="SIZE")] = None
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -41,7 +41,7 @@ def command(
     method: Method,
     text: shared.Text,
     work: shared.Work,
-    writing: shared.Writing,
+    writing: shared.GgufWriting,
     as_json: shared.Json = False,
 ) -> None:
     """Quantize a model: store its weights in fewer bits, as other programs read them."""

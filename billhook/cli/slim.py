@@ -28,9 +28,9 @@ class Method:
     units: Annotated[
         str,
         typer.Option(
-            help="Kinds of units that may go: channels (of the MLP), heads (with key/value head), experts, blocks."
+            help="Kinds that may go, of channels, heads, experts, blocks; auto tries which of them lose least."
         ),
-    ] = "channels,heads"
+    ] = "auto"
     experts: Annotated[str, typer.Option(help="How experts are chosen: reap or frequency.")] = "reap"
     drop_by: Annotated[
         str, typer.Option(help="How blocks are chosen: kl (predictions on text) or angular (hidden states).")

@@ -49,6 +49,10 @@ class Removal:
         """Whether it follows the dense model's outputs."""
         return "drift" in self.observed
 
+    def without_target(self) -> "Removal":
+        """The same for a model whose tokens go to other experts than in the dense model."""
+        return replace(self, options={**self.options, "dense_target": 0.0}) if self.drifts else self
+
     @property
     def gradient(self) -> str:
         """The statistic of gradients that it reads, or an empty string."""

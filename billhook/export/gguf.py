@@ -42,6 +42,7 @@ def write_gguf(
     *,
     rest: str = "auto",
     template: Path | None = None,
+    split: int | None = None,
     facts: Mapping[str, Fact] | None = None,
     progress: Callable[[str], None] = lambda tensor: None,
 ) -> Written:
@@ -51,22 +52,35 @@ def write_gguf(
     out, n] for a tensor of three dimensions; they may be memory-mapped, and each is read once. The experts of a layer
     share a type. The other tensors get the type `rest`: "auto" is that of the checkpoint, or f16 for float32. The
     metadata and the tokenizer are those of the GGUF file `template`, if there is one; where the names of the model's
-    tensors are not known, so are the names and the tensors that are not quantized. `facts` are added to the metadata
-    under `billhook.`. `progress` is called after each tensor.
+    tensors are not known, so are the names and the tensors that are not quantized. Tensors of more than `split` bytes
+    together go to several files (`billhook.export.gguf_writer.write`). `facts` are added to the metadata under
+    `billhook.`. `progress` is called after each tensor.
 
     Raises BillhookError, before anything is written, for a model that has no form in GGUF files, and JobError for
     values that do not fit their type and for a full disk.
     """
-    return finish(*_prepared(source, quantized or {}, rest, template, facts or {}), output, progress)
+    return finish(*_prepared(source, quantized or {}, rest, template, split, facts or {}), output, progress)
 
 
-def gguf_bytes(source: Path, quantized: Quantized, facts: Mapping[str, Fact]) -> int:
+def gguf_bytes(
+    source: Path,
+    quantized: Quantized,
+    *,
+    template: Path | None = None,
+    split: int | None = None,
+    facts: Mapping[str, Fact],
+) -> int:
     """The size of the file that `write_gguf` would write, of which only the header is made; the same errors."""
-    return whole_size(*_prepared(source, quantized, "auto", None, facts)[:2])
+    return whole_size(*_prepared(source, quantized, "auto", template, split, facts)[:2])
 
 
 def _prepared(
-    source: Path, quantized: Quantized, rest: str, template: Path | None, facts: Mapping[str, Fact]
+    source: Path,
+    quantized: Quantized,
+    rest: str,
+    template: Path | None,
+    split: int | None,
+    facts: Mapping[str, Fact],
 ) -> tuple["GGUFWriter", list[Entry], list[str]]:
     """A writer with the complete metadata, the tensors, and notes on what llama.cpp computes otherwise."""
     require_gguf()
@@ -80,7 +94,8 @@ def _prepared(
             entries = _entries(source, config, quantized, rest)
         else:
             entries = matched_entries(model, quantized, partial(_rows, _placed(source)))
-        writer = gguf.GGUFWriter(None, gguf_family(config).arch if model is None else model.arch)
+        arch = gguf_family(config).arch if model is None else model.arch
+        writer = gguf.GGUFWriter(None, arch, split_max_size=split or 0)
         add_tensors(writer, entries)
         if model is None:
             family = gguf_family(config)

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from billhook.errors import BillhookError
-from billhook.store.files import check_writable, untrusted, write_atomic
+from billhook.store.files import check_writable, fsync, untrusted, write_atomic, write_failure
 from billhook.store.gguf_types import type_size
 from billhook.store.output import check_room
 
@@ -39,12 +40,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: the number of tensors of each type, and notes on what llama.cpp computes otherwise."""
+    """What was written: the number of tensors of each type, and notes on what llama.cpp computes otherwise; `path` is
+    the first of several `parts`."""
 
     path: Path
     bytes: int
     types: dict[str, int]
     notes: list[str]
+    parts: Sequence[Path] = ()
 
 
 def byte_shape(name: str, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
@@ -83,45 +86,72 @@ def finish(
     """Write the file; raises BillhookError where `output` cannot be written, and JobError for a full disk."""
     check_writable(output)
     check_room(output, sum(entry.bytes for entry in entries))
-    write(writer, entries, output, progress)
-    return Written(output, output.stat().st_size, dict(Counter(entry.type for entry in entries)), notes)
+    parts = write(writer, entries, output, progress)
+    size = sum(part.stat().st_size for part in parts)
+    return Written(parts[0], size, dict(Counter(entry.type for entry in entries)), notes, parts)
 
 
 def whole_size(writer: "GGUFWriter", entries: Iterable[Entry]) -> int:
-    """The bytes of the file that `write` would write."""
+    """The bytes of the file, or of all its parts, that `write` would write."""
+    counts, total, rest = [len(tensors) for tensors in writer.tensors], 0, iter(entries)
     with tempfile.TemporaryDirectory(prefix="billhook.") as folder:
-        _write_header(writer, Path(folder) / "header.gguf")
-        size = (Path(folder) / "header.gguf").stat().st_size
-    for entry in entries:
-        size += -size % _ALIGNMENT + entry.bytes
-    return size + -size % _ALIGNMENT
+        for path, count in zip(_write_header(writer, Path(folder) / "header.gguf"), counts, strict=True):
+            size = path.stat().st_size
+            for entry in islice(rest, count):
+                size += -size % _ALIGNMENT + entry.bytes
+            total += size + -size % _ALIGNMENT
+    return total
 
 
-def _write_header(writer: "GGUFWriter", path: Path) -> None:
+def _write_header(writer: "GGUFWriter", path: Path) -> list[Path]:
+    """Write the headers of all parts of a file called `path`; returns their paths."""
     with closing(writer), untrusted("The configuration does not fit a GGUF file", "Check config.json."):
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+    return writer.format_shard_names(path)
 
 
 def write(
     writer: "GGUFWriter", entries: Iterable[Entry], output: Path, progress: Callable[[str], None] = lambda tensor: None
-) -> None:
-    """Write a file whose tensors were announced, whole or not at all."""
+) -> list[Path]:
+    """Write a file whose tensors were announced, whole or not at all; returns its path, or those of its parts.
+
+    Where the writer splits files, the parts are NAME-00001-of-00003.gguf and so on, each with its share of the tensors.
+    """
+    counts, rest = [len(tensors) for tensors in writer.tensors], iter(entries)
 
     def fill(path: Path) -> None:
-        _write_header(writer, path)
-        with open(path, "ab") as file:
-            for entry in entries:
-                file.write(bytes(-file.tell() % _ALIGNMENT))
-                start = file.tell()
-                for part in entry.parts():
-                    file.write(np.ascontiguousarray(part).data)
-                assert file.tell() == start + entry.bytes, entry.name
-                progress(entry.name)
-            file.write(bytes(-file.tell() % _ALIGNMENT))
+        for part, count in zip(_write_header(writer, path), counts, strict=True):
+            _append(part, islice(rest, count), progress)
 
-    write_atomic(output, fill)
+    if len(counts) == 1:
+        write_atomic(output, fill)
+        return [output]
+    check_writable(output)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as folder:
+            fill(Path(folder) / output.name)
+            made = sorted(Path(folder).iterdir())
+            for path in made:
+                fsync(path)
+                path.chmod(0o644)
+            return [path.replace(output.parent / path.name) for path in made]
+    except OSError as error:
+        raise write_failure(output, error) from None
+
+
+def _append(path: Path, entries: Iterable[Entry], progress: Callable[[str], None]) -> None:
+    """Add the bytes of tensors to a file that has its header."""
+    with open(path, "ab") as file:
+        for entry in entries:
+            file.write(bytes(-file.tell() % _ALIGNMENT))
+            start = file.tell()
+            for part in entry.parts():
+                file.write(np.ascontiguousarray(part).data)
+            assert file.tell() == start + entry.bytes, entry.name
+            progress(entry.name)
+        file.write(bytes(-file.tell() % _ALIGNMENT))
 
 
 def _file_type(entries: Iterable[Entry]) -> int:

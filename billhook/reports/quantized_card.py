@@ -54,6 +54,7 @@ def _card(folder: Path) -> str:
         lost=None if lost is None else str(Loss(**lost)),
         scale=SCALE,
         gguf=files[0].name if files else None,
+        parts=len(files),
         quantizer=made_by["quantizer"],
         paper=made_by["papers"]["quantizer"],
         allocator=(step.plan or {}).get("made_by", {}).get("allocator", "a plan"),

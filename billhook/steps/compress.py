@@ -60,6 +60,10 @@ class CompressRequest(Inputs):
     allocator: str = "curves"
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.target != "gguf" and (self.template, self.split_size) != (None, None):
+            raise BillhookError("A template and split files are for GGUF files (--for gguf).")
+
     def quantizing(self) -> QuantizeRequest:
         """The request of the step that quantizes, without a plan."""
         same = QuantizeRequest.__dataclass_fields__.keys() & self.__dataclass_fields__.keys()
@@ -134,7 +138,7 @@ def decide(request: CompressRequest, progress: Progress = lambda line: None) -> 
     if request.target != "gguf":
         check_matrices(opened.layers, parts)
     method = Quantization("gptq", allocation.quantizer, scale_dtype(opened, parts))
-    sizes = Sizes.of(given, opened, parts, types, request.target)
+    sizes = Sizes.of(given, opened, parts, types, request.target, form=request.gguf_form)
     asked: dict[str, Any] = {"target": request.target, "bytes": sizes.budget, "types": types}
     asked |= {"allocator": request.allocator, "options": dict(allocation.options)}
     plan = _stopped_plan(request, asked)

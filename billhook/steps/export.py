@@ -15,10 +15,11 @@ from billhook.export.dense import dense_bytes, packed_grids, write_dense
 from billhook.export.gguf import TYPES, write_gguf
 from billhook.export.gguf_writer import Written
 from billhook.methods.quantize.scalar import Scalar
+from billhook.plan.bytes import parse_size
 from billhook.reports.quantized_card import decoded_card
 from billhook.store.checkpoint import check_directory, model_digest
 from billhook.store.directory import checksums, is_copied
-from billhook.store.files import copy_files, sha256, write_json, write_text
+from billhook.store.files import copy_files, digest_of, sha256, write_json, write_text
 from billhook.store.layout import CARD, RECORD, is_unfinished
 from billhook.store.output import check_output, check_room, staging
 from billhook.store.record import Record, Step, append_step, completed, history, read_record
@@ -35,10 +36,12 @@ def export_gguf(
     *,
     kind: str = "auto",
     template: str | Path | None = None,
+    split_size: str | int | None = None,
     overwrite: bool = False,
     progress: Progress = lambda tensor: None,
 ) -> Written:
-    """Write a model directory (or hub name) as a GGUF file with weights of the type `kind`, one of `TYPES`.
+    """Write a model directory (or hub name) as a GGUF file with weights of the type `kind`, one of `TYPES`; with
+    `split_size` (bytes, or such as "4GB"), as several with at most so many bytes of tensors each.
 
     Quantized weights are decoded first. Where the model has a billhook.json, it is written beside the file, as
     NAME.billhook.json, with this step. Raises BillhookError for a model that has no form in GGUF files and for an
@@ -53,6 +56,7 @@ def export_gguf(
     digest, grids = model_digest(source), packed_grids(source, config)
     facts = {"source.digest": digest} | ({} if before is None else {"steps": ", ".join(x.step for x in before.steps)})
     given: dict[str, Any] = {"template": None if template is None else Path(template).expanduser(), "facts": facts}
+    given["split"] = None if split_size is None else parse_size(split_size)
     if grids:
         check_room(output.absolute(), (4 if kind == "f32" else 2) * dense_bytes(source, grids))
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as place:
@@ -64,10 +68,11 @@ def export_gguf(
     else:
         written = write_gguf(source, output, rest=kind, progress=progress, **given)
     if before is not None:
-        checksum = sha256(output)
-        step = _step({"type": kind, "types": written.types}, source, config, digest, written.notes, checksum)
+        files = {part.name: sha256(part) for part in written.parts}
+        result = next(iter(files.values())) if len(files) == 1 else digest_of(files)
+        step = _step({"type": kind, "types": written.types}, source, config, digest, written.notes, result)
         record = append_step(before, step, {}).to_json()
-        write_json(output.with_suffix(f".{RECORD}"), {**record, "files": {output.name: checksum}})
+        write_json(output.with_suffix(f".{RECORD}"), {**record, "files": files})
     return written
 
 

@@ -50,6 +50,7 @@ from billhook.steps.types import (
     scale_dtype,
     uniform_plan,
 )
+from billhook.store.files import sha256
 from billhook.store.output import check_room
 from billhook.store.shards import read_shard, result_bytes, weight_bytes, write_index
 
@@ -89,7 +90,8 @@ def prepare(
     method = replace(method, scale_dtype=scale_dtype(opened, parts))
     outside = outside_of(opened, plan, request.embeddings) if ggml else {}
     on_disk = part_types(parts, types) | outside
-    room = block_bytes(opened, on_disk) + (file_bytes(opened, on_disk, request.quantizer) if ggml else 0)
+    room = block_bytes(opened, on_disk)
+    room += file_bytes(opened, on_disk, request.quantizer, request.gguf_form) if ggml else 0
     check_resumed(request, _identity(request, opened, method, plan, outside), room)
     if method.observed and opened.samples is None:
         opened = draw_text(opened, opening, progress)
@@ -116,6 +118,8 @@ def _method_and_plan(request: QuantizeRequest) -> tuple[Quantization, Plan | Non
             "them, one of the GGUF types in billhook ls types."
         )
     check_target(is_ggml(type))
+    if not is_ggml(type) and (request.template, request.split_size) != (None, None):
+        raise BillhookError(f"A template and split files are for GGUF files, and {type} is a type of another form.")
     return method, given
 
 
@@ -132,7 +136,10 @@ def _identity(
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
     same = identity(request.opening(), opened, method.options, plan, None)
-    return same | {"step": "quantize", "quantizer": request.quantizer, "outside": dict(outside)}
+    form = {"split": request.gguf_form["split"], "template": None}
+    if request.template is not None:
+        form["template"] = sha256(Path(request.template).expanduser())
+    return same | {"step": "quantize", "quantizer": request.quantizer, "outside": dict(outside), **form}
 
 
 def check_resumed(request: QuantizeRequest, run: Mapping[str, Any], room: int) -> None:
@@ -204,7 +211,7 @@ def _finish(job: QuantizeJob, files: BlockFiles, source: Path) -> Callable[[Path
         quantized = {name: (type, data) for name, type, data in files.raw(folder)}
         output = Path(job.request.output).expanduser().resolve()
         facts = file_facts(job.opened, job.request.quantizer)
-        write_gguf(source, folder / f"{output.name}.gguf", quantized, facts=facts)
+        write_gguf(source, folder / f"{output.name}.gguf", quantized, facts=facts, **job.request.gguf_form)
         del quantized
         for name in files.files:
             (folder / name).unlink()

@@ -16,6 +16,7 @@ from billhook.evaluation.quality import Loss
 from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.quantize.grid import Grid
 from billhook.methods.quantize.grids import grid_of
+from billhook.plan.bytes import parse_size
 from billhook.plan.plan import Plan
 from billhook.steps.parts import Parts, part_types, where
 from billhook.steps.record import without_folders
@@ -29,7 +30,10 @@ SPILL_GIB = 0.25  # of hidden states in memory; the others are on disk, and read
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """How `quantize` and `compress` open a model and its text, and write the result; `Request` has the same fields."""
+    """How `quantize` and `compress` open a model and its text, and write the result; `Request` has most of the fields.
+
+    Of a GGUF file, `template` and `split_size` are as in `export`.
+    """
 
     calibration: Given | None = None
     samples: int = 128
@@ -45,6 +49,14 @@ class Inputs:
     overwrite: bool = False
     resume: bool = False
     trust_remote_code: bool = False
+    template: str | Path | None = None
+    split_size: str | int | None = None
+
+    @property
+    def gguf_form(self) -> dict[str, Any]:
+        """The options of a GGUF file: its template, and how many bytes of tensors go to one of several files."""
+        template = None if self.template is None else Path(self.template).expanduser()
+        return {"template": template, "split": None if self.split_size is None else parse_size(self.split_size)}
 
     @classmethod
     def given(cls, **fields: Any) -> Self:

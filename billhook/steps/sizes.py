@@ -1,7 +1,6 @@
 """The size that a compressed file may have, what it must hold in any case, and the types that fit."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from billhook.architectures.context_memory import ContextMemory, context_memory
 from billhook.errors import BillhookError
 from billhook.export.compressed_tensors import names
 from billhook.methods.quantize.ggml import GGML
+from billhook.plan.bytes import parse_size
 from billhook.plan.storage import bits, block, stored_bytes
 from billhook.steps.parts import Parts, part_types
 from billhook.steps.request import Opened
@@ -20,7 +20,6 @@ from billhook.steps.types import file_bytes, outside_matrices
 
 _SCALARS = {"transformers": (2, 3, 4, 5, 6, 8), "vllm": (4, 8)}
 _OUTSIDE = ("q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _FILE_BYTES = 64  # of a safetensors file, beside its tensors and their names
 _CONTEXT = 8192  # tokens, where none are given
 _SPAN = 1.75, 3.0  # bits below and above the budget's that are tried
@@ -85,16 +84,6 @@ class Size:
         return memory - taken.total, taken
 
 
-def parse_size(size: str | int) -> int:
-    """Bytes of a size such as 2500000000, "2.5GB" (10^9) or "2GiB" (2^30); raises BillhookError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B?)", str(size).strip(), re.IGNORECASE)
-    unit = found[2].upper() if found else "?"
-    unit += "B" if unit in ("K", "M", "G", "KI", "MI", "GI") else ""
-    if found is None or unit not in _UNITS or float(found[1]) <= 0:
-        raise BillhookError(f"The size {size!r:.40} is not a number of bytes, such as 2.5GB, 800MB or 2GiB.")
-    return int(float(found[1]) * _UNITS[unit])
-
-
 def allowed_types(target: str, given: Sequence[str]) -> list[str]:
     """The types to choose from, int4 being int4 with any group; raises BillhookError for one that the target cannot
     hold."""
@@ -129,8 +118,11 @@ class Sizes:
     memory: ContextMemory | None
 
     @classmethod
-    def of(cls, given: Size, opened: Opened, parts: Parts, types: Sequence[str], target: str) -> "Sizes":
-        """The sizes for a request and the types to choose from; `parts` are the layers' places on disk.
+    def of(
+        cls, given: Size, opened: Opened, parts: Parts, types: Sequence[str], target: str, *, form: Mapping[str, Any]
+    ) -> "Sizes":
+        """The sizes for a request and the types to choose from; `parts` are the layers' places on disk, and `form` that
+        of a GGUF file (`Inputs.gguf_form`).
 
         Raises BillhookError for a budget that cannot be met, with the least possible size and what takes it.
         """
@@ -149,7 +141,7 @@ class Sizes:
         if target == "gguf":
             on_disk = part_types(parts, least) | least_outside
             padding = 32 * len(on_disk)  # the length of every tensor is rounded up to the alignment
-            fixed = file_bytes(opened, on_disk, "gptq") - layers - around + padding
+            fixed = file_bytes(opened, on_disk, "gptq", form) - layers - around + padding
         else:
             tensors = {part.tensor for several in parts.values() for part in several}
             kept = entries.keys() - tensors

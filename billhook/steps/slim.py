@@ -18,6 +18,7 @@ import torch
 from billhook.ambient import pinned
 from billhook.architectures.config import call_options
 from billhook.architectures.slim_config import slimmed
+from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import Unit, find_units
 from billhook.distributed.collectives import world
 from billhook.engine.batch import model_inputs, select_rows
@@ -39,9 +40,11 @@ from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
 from billhook.steps.request import Opened, check_text_given, draw_text, in_memory, open_model
 from billhook.steps.resolve import identity
+from billhook.steps.slim_contest import AUTO, best_plan
 from billhook.steps.slim_files import Smaller, SmallerFiles
 from billhook.steps.slim_job import SlimJob, SlimReport, SlimRequest, kept_parts, record
-from billhook.steps.slim_plan import blocks_to_drop, check_plan, dropped_by, kinds_of, make_plan
+from billhook.steps.slim_plan import blocks_to_drop, check_plan, dropped_by, kinds_in, kinds_of, make_plan
+from billhook.steps.state import partial_folder, unfinished_run
 from billhook.store.files import read_json, write_json
 from billhook.store.layout import GRADIENTS
 from billhook.store.shards import result_bytes, weight_bytes, write_index
@@ -81,38 +84,78 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
         raise BillhookError("Give either the fraction of the parameters in blocks to remove, or a plan of kept parts.")
     if request.remove is not None and not 0 < request.remove < 1:
         raise BillhookError(f"The fraction to remove must be between 0 and 1, got {request.remove}.")
-    needed = bool(removal.observed or removal.gradient or {"blocks", "experts"} & set(kinds))
+    needed = bool(removal.observed or removal.gradient or {"blocks", "experts", AUTO} & set(kinds))
     who = f"Removing units with {request.method}"
     check_text_given(request.opening(), needed, who)
     opened = open_model(request.opening(), streamed=True)
     stream = opened.resources.stream
     if stream is None or opened.source is None:
         raise BillhookError(f"{request.model} cannot be read one block at a time, so no units can be removed from it.")
-    units = find_units(opened.model, [kind for kind in kinds if kind != "blocks"])
-    if given is None:
-        if "blocks" in kinds:
-            opened = draw_text(opened, request.opening(), progress)
-        plan = _plan(request, opened, units, kinds, progress)
+    resumed = unfinished_run(_output(request), resume=request.resume, overwrite=request.overwrite)
+    if resumed is not None:
+        given = Plan.from_json(resumed.plan, str(partial_folder(_output(request))))
+    if given is None and {"blocks", AUTO} & set(kinds):
+        opened = draw_text(opened, request.opening(), progress)
+    if given is not None:
+        kinds = kinds_in(given)
+        plan = check_plan(given, _units(opened, kinds), stream.prefixes)
+    elif kinds == [AUTO]:
+        plan = _auto(request, opened, removal, progress)
     else:
-        plan = check_plan(given, units, stream.prefixes)
-    return _checked_job(request, opened, units, plan, removal, progress)
+        plan = _plan(request, opened, kinds, removal, progress)
+    return _checked_job(request, opened, _units(opened, kinds_in(plan)), plan, removal, progress)
 
 
-def _plan(
-    request: SlimRequest, opened: Opened, units: Sequence[Unit], kinds: Sequence[str], progress: Progress
-) -> Plan:
+def _output(request: SlimRequest) -> Path:
+    return Path(request.output).expanduser().resolve()
+
+
+def _units(opened: Opened, kinds: Sequence[str]) -> list[Unit]:
+    return find_units(opened.model, [kind for kind in kinds if kind != "blocks"])
+
+
+def _auto(request: SlimRequest, opened: Opened, removal: Removal, progress: Progress) -> Plan:
+    """The best of several choices of kinds, each of which is tried on text."""
+    if removal.gradient:
+        raise BillhookError(f"--units auto does not compute gradients for {removal.method}: name kinds of units.")
+    whole = in_memory(opened, request.opening())
+
+    def planned(kinds: Sequence[str]) -> Plan:
+        plan = _plan(request, whole, kinds, removal, progress)
+        _checked_job(request, opened, _units(opened, kinds_in(plan)), plan, removal, progress)
+        return plan
+
+    return best_plan(whole, removal, request.experts, planned, progress)
+
+
+def _plan(request: SlimRequest, opened: Opened, kinds: Sequence[str], removal: Removal, progress: Progress) -> Plan:
     """The plan of a request: blocks that are dropped, and the same number of parts in every unit of a kind."""
-    stream = opened.resources.stream
-    assert stream is not None
     assert request.remove is not None
-    sizes = [sum(p.numel() for p in block.parameters()) for block in stream.blocks]
+    blocks, units = blocks_of(opened.model), _units(opened, kinds)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks.values()]
     number, dropped = blocks_to_drop(kinds, request.remove, sizes), dict[str, int]()
     if number:
         whole = in_memory(opened, request.opening())
         chosen = choose_blocks(whole, number, request.drop_by, progress)
-        dropped = {stream.prefixes[block]: block for block in chosen}
+        dropped = {list(blocks)[block]: block for block in chosen}
     about = {"drop_by": request.drop_by} if number else {}
-    return make_plan(request.remove, units, sizes, dropped, about)
+    plan = make_plan(request.remove, units, sizes, dropped, about)
+    if number and removal.drifts:
+        plan.units.update(_making_up(opened, plan, list(dropped.values())))
+    return plan
+
+
+def _making_up(opened: Opened, plan: Plan, dropped: Sequence[int]) -> dict[str, int]:
+    """Units that lose nothing, whose output projections are refitted to make up for the blocks that are dropped."""
+    whole: dict[str, int] = {}
+    for kind in ("channels", "heads"):
+        try:
+            units = find_units(opened.model, [kind])
+        except BillhookError:  # the model has none of this kind
+            continue
+        dense = [u for u in units if u.consumer is not None and u.consumer.expert is None and u.block not in dropped]
+        whole |= {unit.name: unit.count for unit in dense if unit.name not in plan.units}
+    return whole
 
 
 def _checked_job(
@@ -127,13 +170,15 @@ def _checked_job(
     units = [unit for unit in units if unit.name in plan.units and unit.block in blocks]
     config, changes, notes = slimmed(opened.model, units, plan.units, blocks, len(stream.blocks))
     if removal.drifts and len({unit.consumer is None for unit in units}) == 2:
-        removal = replace(removal, options={**removal.options, "dense_target": 0.0})
+        removal = removal.without_target()
         notes = [*notes, "dense_target=0, because tokens go to other experts than in the dense model."]
     smaller = Smaller.open(opened.source, stream, config, units=units, counts=plan.units, blocks=blocks)
-    if opened.samples is None and request.calibration is not None and (removal.observed or removal.gradient):
+    needed = removal.observed or removal.gradient or any(unit.kind == "experts" for unit in units)
+    if opened.samples is None and needed:
         opened = draw_text(opened, request.opening(), progress)
     run = identity(request.opening(), opened, removal.options, plan, None)
-    run |= {"step": "slim", "method": request.method, "experts": request.experts}
+    run |= {"step": "slim", "remove": request.remove, "units": kinds_of(request.units)}
+    run |= {key: getattr(request, key) for key in ("method", "experts", "drop_by")}
     parameters = [sum(p.numel() for p in block.parameters()) for block in stream.blocks]
     return SlimJob(request, opened, units, plan, removal, smaller, changes, run, parameters, notes)
 
@@ -146,7 +191,7 @@ def run(
     Raises JobError, and Interrupted where the run can be resumed.
     """
     start, request, opened, smaller = time.perf_counter(), job.request, job.opened, job.smaller
-    source, output = opened.source, Path(request.output).expanduser().resolve()
+    source, output = opened.source, _output(request)
     assert source is not None
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
     lost = loss_of(opened, request.opening().drawing.held_out)

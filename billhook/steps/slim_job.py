@@ -30,14 +30,14 @@ class SlimRequest(Inputs):
     """The parameters of a run that removes units; the field names are those of the command line.
 
     `remove` is the fraction of the parameters in blocks that goes, or there is a `plan` that says how many parts of
-    each unit stay. `units` are the kinds of units that may go; `method` chooses channels and heads, `experts` experts,
-    `drop_by` blocks.
+    each unit stay. `units` are the kinds of units that may go, by default those that lose least on text. `method`
+    chooses channels and heads, `experts` experts, `drop_by` blocks.
     """
 
     model: str | Path
     output: str | Path
     remove: float | None = None
-    units: str | Sequence[str] = ("channels", "heads")
+    units: str | Sequence[str] = "auto"
     plan: str | Path | Plan | None = None
     method: str = "obs"
     experts: str = "reap"

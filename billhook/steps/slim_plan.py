@@ -16,16 +16,24 @@ _BLOCK = ":blocks"  # ends the name of a block as a unit
 
 
 def kinds_of(given: str | Sequence[str]) -> list[str]:
-    """The kinds of units in a request; raises BillhookError for unknown or repeated ones."""
+    """The kinds of units in a request, or ["auto"]; raises BillhookError for unknown or repeated ones."""
     kinds = [x.strip() for x in given.split(",")] if isinstance(given, str) else list(given)
+    if kinds == ["auto"]:
+        return kinds
     for kind in kinds:
         if kind not in KINDS:
             raise BillhookError(
-                f"Unknown kind of units {kind!r:.40}.{hint(kind, KINDS)} There are: {', '.join(KINDS)}."
+                f"Unknown kind of units {kind!r:.40}.{hint(kind, KINDS)} There are: auto, {', '.join(KINDS)}."
             )
     if not kinds or len(set(kinds)) < len(kinds):
         raise BillhookError("Name at least one kind of units, and each of them once.")
     return kinds
+
+
+def kinds_in(plan: Plan) -> list[str]:
+    """The kinds of units that a plan names."""
+    found = {name.rpartition(":")[2] for name in plan.units}
+    return [kind for kind in KINDS if kind in found]
 
 
 def blocks_to_drop(kinds: Sequence[str], remove: float, sizes: Sequence[int]) -> int:

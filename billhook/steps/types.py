@@ -130,8 +130,9 @@ def block_bytes(opened: Opened, types: Mapping[str, str]) -> int:
     )
 
 
-def file_bytes(opened: Opened, types: Mapping[str, str], quantizer: str) -> int:
-    """The size of the GGUF file in which matrices, by their names on disk, have these types.
+def file_bytes(opened: Opened, types: Mapping[str, str], quantizer: str, form: Mapping[str, Any]) -> int:
+    """The size of the GGUF file of the `form` (`Inputs.gguf_form`) in which matrices, by their names on disk, have
+    these types.
 
     Raises BillhookError for a model that has no form in such files.
     """
@@ -142,7 +143,7 @@ def file_bytes(opened: Opened, types: Mapping[str, str], quantizer: str) -> int:
         *out, columns = stream.source[name].entry.shape
         width, size = BLOCKS[type]
         empty[name] = (type, np.broadcast_to(np.zeros((), np.uint8), (*out, columns // width * size)))
-    return gguf_bytes(opened.source, empty, file_facts(opened, quantizer))
+    return gguf_bytes(opened.source, empty, facts=file_facts(opened, quantizer), **form)
 
 
 def file_facts(opened: Opened, quantizer: str) -> dict[str, str]:

@@ -32,10 +32,13 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     try:
         replace_file(path, write)
     except OSError as error:
-        kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else JobError
-        raise kind(
-            f"Cannot write {path}: {error.strerror or error}. Free some space or choose another place."
-        ) from None
+        raise write_failure(path, error) from None
+
+
+def write_failure(path: Path, error: OSError) -> JobError:
+    """The error for a file that could not be written."""
+    kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else JobError
+    return kind(f"Cannot write {path}: {error.strerror or error}. Free some space or choose another place.")
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

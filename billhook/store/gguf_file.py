@@ -2,13 +2,14 @@
 
 A file is a header (metadata: key, type, value; tensors: name, shape, type, offset) and the bytes of the tensors. Every
 length is compared with the size of the file before anything is read, so that a damaged or hostile file is one error.
-Files in several parts must be joined first.
+Of a file in several parts (NAME-00001-of-00003.gguf), any part stands for all; the metadata is that of the first.
 """
 
 import math
+import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from billhook.store.gguf_types import decoded, type_name, type_size
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY, _UINT32 = 8, 9, 4
 _MOST_DIMENSIONS = 4
+_PART = re.compile(r"(.*)-[0-9]{5}-of-([0-9]{5})\.gguf", re.ASCII | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -34,22 +36,24 @@ class GgufValue:
 
 @dataclass(frozen=True)
 class GgufEntry:
-    """A tensor: `type` as in `q4_k`, `shape` [..., out, in], and the positions of its bytes in the file."""
+    """A tensor: `type` as in `q4_k`, `shape` [..., out, in], and the positions of its bytes in the file `path`."""
 
     name: str
     type: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    path: Path
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """The header of a file."""
+    """The header of a file, or of all its parts: `path` is the first."""
 
     path: Path
     metadata: dict[str, GgufValue]
     tensors: dict[str, GgufEntry]
+    parts: tuple[Path, ...]
 
     @property
     def arch(self) -> str:
@@ -57,12 +61,12 @@ class GgufFile:
         return str(self.metadata["general.architecture"].value)
 
     @cached_property
-    def _bytes(self) -> np.ndarray:
-        return np.memmap(self.path, np.uint8, "r")
+    def _bytes(self) -> dict[Path, np.ndarray]:
+        return {path: np.memmap(path, np.uint8, "r") for path in self.parts}
 
     def raw(self, entry: GgufEntry) -> np.ndarray:
         """The bytes of a tensor, memory-mapped: uint8 [..., out, n]."""
-        return self._bytes[entry.start : entry.stop].reshape(*entry.shape[:-1], -1)
+        return self._bytes[entry.path][entry.start : entry.stop].reshape(*entry.shape[:-1], -1)
 
     def values(self, entry: GgufEntry) -> np.ndarray:
         """The values of a tensor, float32, writable; raises BillhookError for a type that `gguf` cannot decode."""
@@ -82,20 +86,61 @@ def require_gguf() -> None:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read and check the header of a file; raises BillhookError for one that is damaged or in several parts."""
+    """Read and check the header of a file, and those of its other parts.
+
+    Raises BillhookError for a file that is damaged, and for parts that are missing or do not belong together.
+    """
     require_gguf()
+    metadata, tensors = _read_header(path)
+    said, count, paths = metadata.get("split.count"), _number(metadata, "split.count"), gguf_parts(path)
+    if said is None or count == 1:
+        return GgufFile(path, metadata, tensors, (path,))
+    missing = [part.name for part in paths if not part.is_file()]
+    if count is None or count != len(paths) or missing:
+        names = "put all of them into one folder as NAME-00001-of-00003.gguf and so on"
+        lacking = f" ({missing[0]} is missing)" if missing and count == len(paths) else ""
+        raise BillhookError(f"{path} is one of {said.value!r:.20} parts{lacking}: {names}.")
+    headers = [_read_header(part) for part in paths]
+    together = {name: entry for _, entries in headers for name, entry in entries.items()}
+    numbers = [(_number(own, "split.no"), _number(own, "split.count")) for own, _ in headers]
+    wanted = _number(headers[0][0], "split.tensors.count")
+    whole = sum(len(entries) for _, entries in headers) == len(together) and wanted in (None, len(together))
+    if numbers != [(number, count) for number in range(count)] or not whole:
+        raise BillhookError(f"The {count} parts of {paths[0]} do not belong together: download them again.")
+    first = {key: value for key, value in headers[0][0].items() if not key.startswith("split.")}
+    if "general.architecture" not in first:
+        raise BillhookError(f"{paths[0]} is damaged (no general.architecture): download it again.")
+    return GgufFile(paths[0], first, together, tuple(paths))
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """The parts of a file that is named like one of several, in order, or the file alone."""
+    found = _PART.fullmatch(path.name)
+    if found is None:
+        return [path]
+    return [path.with_name(f"{found[1]}-{number:05}-of-{found[2]}.gguf") for number in range(1, int(found[2]) + 1)]
+
+
+def gguf_inside(folder: Path) -> Path | None:
+    """The one GGUF file in a folder, or the first part of the only one; None where there is none, or several."""
+    inside = sorted(folder.glob("*.gguf"))
+    return inside[0] if inside and inside == sorted(gguf_parts(inside[0])) else None
+
+
+def _number(metadata: dict[str, GgufValue], key: str) -> int | None:
+    value = metadata[key].value if key in metadata else None
+    return value if type(value) is int else None
+
+
+def _read_header(path: Path) -> tuple[dict[str, GgufValue], dict[str, GgufEntry]]:
     try:
         with open(path, "rb") as file:
             found = _Header(path, file.read(8), path.stat().st_size, lambda count: file.read(count))
-            metadata, tensors = found.read()
+            return found.read()
     except OSError as error:
         raise BillhookError(f"Cannot read {path}: {error.strerror or error}.") from None
     except (ValueError, KeyError, struct.error, OverflowError) as error:
         raise BillhookError(f"{path} is not a GGUF file, or it is damaged ({error}): download it again.") from None
-    parts = metadata.get("split.count")
-    if parts is not None and parts.value != 1:
-        raise BillhookError(f"{path} is one of {parts.value!r:.20} parts: join them with llama-gguf-split --merge.")
-    return GgufFile(path, metadata, tensors)
 
 
 class _Header:
@@ -104,7 +149,7 @@ class _Header:
     def __init__(self, path: Path, start: bytes, size: int, read: Callable[[int], bytes]) -> None:
         if start[:4] != b"GGUF" or start[4:] not in (b"\x02\0\0\0", b"\x03\0\0\0"):
             raise ValueError("it does not begin like one")
-        self.size, self.place, self._read = size, 8, read
+        self.path, self.size, self.place, self._read = path, size, 8, read
 
     def read(self) -> tuple[dict[str, GgufValue], dict[str, GgufEntry]]:
         """The metadata and the tensors."""
@@ -116,7 +161,8 @@ class _Header:
             if key in metadata:
                 raise ValueError(f"{key[:100]!r} twice")
             metadata[key] = self.value(self.take("I"))
-        if not isinstance(getattr(metadata.get("general.architecture"), "value", None), str):
+        later = (_number(metadata, "split.no") or 0) > 0  # a part that has no metadata of its own
+        if not later and not isinstance(getattr(metadata.get("general.architecture"), "value", None), str):
             raise ValueError("general.architecture is no string")
         listed = [self.entry() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", GgufValue(32, _UINT32))
@@ -184,10 +230,10 @@ class _Header:
         if min(shape) < 1 or shape[-1] % block:
             raise ValueError(f"{name[:100]!r} has the shape {list(shape)}")
         start = self.take("Q")
-        return GgufEntry(name, kind, shape, start, start + math.prod(shape) // block * size)
+        return GgufEntry(name, kind, shape, start, start + math.prod(shape) // block * size, self.path)
 
     def placed(self, entry: GgufEntry, start: int) -> GgufEntry:
         """A tensor with its positions in the file."""
         if start + entry.stop > self.size:
             raise ValueError(f"the values of {entry.name[:100]!r} are not all there")
-        return GgufEntry(entry.name, entry.type, entry.shape, start + entry.start, start + entry.stop)
+        return replace(entry, start=start + entry.start, stop=start + entry.stop)

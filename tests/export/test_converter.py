@@ -45,6 +45,23 @@ def test_a_family_is_equal_to_the_converters_file_and_has_the_loss_of_torch(name
     assert llama_cpp.loss(ours.path, ids.numpy()) == pytest.approx(loss, abs=0.002)
 
 
+def test_a_file_in_parts_has_the_same_loss(llama_cpp: LlamaCpp, tmp_path):  # noqa: F811
+    model = gguf_families.save(tmp_path / "model", "llama")
+    parts = write_gguf(model, tmp_path / "model.gguf", rest="f32", split=200_000).parts
+    assert len(parts) > 4
+    ids, loss = gguf_families.losses(gguf_families.build("llama"))
+    assert llama_cpp.loss(parts[0], ids.numpy()) == pytest.approx(loss, abs=0.002)
+
+
+def test_a_template_carries_a_quantized_model_of_an_architecture_that_is_not_known(llama_cpp: LlamaCpp, tmp_path):  # noqa: F811
+    model = gguf_families.save(tmp_path / "model", "granite")
+    llama_cpp.convert(model, tmp_path / "template.gguf", "f32")
+    fields = {"template": tmp_path / "template.gguf", "quantizer": "round", "embeddings": "q8_0"}
+    output = quantize(model, "q8_0", tmp_path / "out", **fields).output
+    ids, loss = gguf_families.losses(gguf_families.build("granite"))
+    assert llama_cpp.loss(output / "out.gguf", ids.numpy()) == pytest.approx(loss, abs=0.01)
+
+
 @pytest.mark.parametrize("kind", ["auto", "f16", "bf16", "q8_0"])
 def test_every_type_is_equal_to_the_converters(kind, llama_cpp: LlamaCpp, tmp_path):  # noqa: F811
     model = gguf_families.save(tmp_path / "model", "llama", torch.bfloat16)

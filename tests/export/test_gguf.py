@@ -14,7 +14,8 @@ from command import billhook, done
 from safetensors.torch import load_file
 
 from billhook.errors import BillhookError, JobError
-from billhook.export.gguf import write_gguf
+from billhook.export.gguf import gguf_bytes, write_gguf
+from billhook.store.gguf_file import read_gguf
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,42 @@ def test_the_metadata_holds_sizes_tokenizer_and_own_facts(llama, tmp_path):
     assert len(fields["tokenizer.ggml.tokens"]) == 4096
     assert fields["tokenizer.ggml.bos_token_id"] == 0
     assert (fields["billhook.bits"], fields["billhook.method"]) == (4.5, "gptq")
+
+
+def test_numbers_have_the_types_that_llama_cpp_reads(llama, tmp_path):
+    write_gguf(llama, tmp_path / "model.gguf", facts={"whole": 3, "part": 0.5, "so": True})
+    kinds = {key: field.types[0].name for key, field in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()}
+    expected = {"llama.block_count": "UINT32", "llama.attention.layer_norm_rms_epsilon": "FLOAT32"}
+    expected |= {"billhook.whole": "INT64", "billhook.part": "FLOAT64", "billhook.so": "BOOL"}
+    assert {key: kinds[key] for key in expected} == expected
+
+
+def test_routers_norms_and_rows_without_whole_blocks_keep_more_bits(mixtral, tmp_path):
+    """The model is float32, and rows of w2 have 48 columns."""
+    plain = ["token_embd", "blk.0.attn_q", "blk.0.ffn_gate_exps"]
+    for rest, rows, short, file in [
+        ("auto", "F16", "F16", "MOSTLY_F16"),
+        ("bf16", "BF16", "BF16", "MOSTLY_BF16"),
+        ("q8_0", "Q8_0", "F16", "MOSTLY_Q8_0"),
+        ("f32", "F32", "F32", "ALL_F32"),
+    ]:
+        reader = gguf.GGUFReader(write_gguf(mixtral, tmp_path / f"{rest}.gguf", rest=rest).path)
+        kinds = {tensor.name.removesuffix(".weight"): tensor.tensor_type.name for tensor in reader.tensors}
+        assert {kinds[name] for name in plain} == {rows}
+        assert kinds["blk.0.ffn_down_exps"] == short
+        assert {kinds[name] for name in ("blk.0.ffn_gate_inp", "blk.0.attn_norm", "output_norm")} == {"F32"}
+        assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType[file]
+
+
+def test_the_card_of_a_model_names_it(llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "some-folder")
+    write_gguf(folder, tmp_path / "folder.gguf")
+    assert gguf.GGUFReader(tmp_path / "folder.gguf").fields["general.name"].contents() == "Some Folder"
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text())))
+    (folder / "README.md").write_text("---\nname: My Own Name\nlicense: mit\n---\n# x\n")
+    fields = gguf.GGUFReader(write_gguf(folder, tmp_path / "card.gguf").path).fields
+    assert fields["general.name"].contents() == "My Own Name"
+    assert fields["general.license"].contents() == "mit"
 
 
 def test_a_model_of_the_hubs_cache_has_its_name_there(llama, tmp_path):
@@ -205,6 +242,43 @@ def test_a_template_gives_the_metadata_of_a_known_architecture_with_the_weights_
         BillhookError, match=r"output\.weight is \[258, 32\] in the model, and .* has one of \[4096, 64\]"
     ):
         write_gguf(mixtral, tmp_path / "x.gguf", template=template)
+
+
+def test_a_file_in_parts_is_read_as_one_by_any_part_and_by_the_gguf_package(mixtral, tmp_path):
+    whole = write_gguf(mixtral, tmp_path / "whole.gguf")
+    written = write_gguf(mixtral, tmp_path / "model.gguf", split=60_000)
+    count = len(written.parts)
+    assert [path.name for path in written.parts] == [f"model-{n:05}-of-{count:05}.gguf" for n in range(1, count + 1)]
+    assert 2 < count < 9
+    assert sorted(tmp_path.glob("model*")) == list(written.parts)
+    assert (
+        gguf_bytes(mixtral, {}, split=60_000, facts={}) == written.bytes == sum(x.stat().st_size for x in written.parts)
+    )
+    one = read_gguf(whole.path)
+    for part in written.parts:
+        found = read_gguf(part)
+        assert found.path == written.parts[0]
+        assert found.metadata == one.metadata
+        assert list(found.tensors) == list(one.tensors)
+        assert all(np.array_equal(found.raw(x), one.raw(one.tensors[name])) for name, x in found.tensors.items())
+    expected = tensors(whole.path)
+    read = {name: values for part in written.parts for name, values in tensors(part).items()}
+    assert all(np.array_equal(read[name], expected[name]) for name in expected | read)
+    fields = gguf.GGUFReader(written.parts[1]).fields
+    assert [fields[f"split.{key}"].contents() for key in ("no", "count", "tensors.count")] == [1, count, len(expected)]
+
+
+def test_parts_that_are_missing_renamed_or_swapped_are_one_error(mixtral, tmp_path):
+    first, second, *_, last = write_gguf(mixtral, tmp_path / "model.gguf", split=60_000).parts
+    last.rename(tmp_path / "kept")
+    with pytest.raises(BillhookError, match=rf"is one of \d parts \({last.name} is missing\): put all"):
+        read_gguf(second)
+    shutil.copy(second, last)
+    with pytest.raises(BillhookError, match="do not belong together"):
+        read_gguf(first)
+    shutil.copy(first, tmp_path / "alone.gguf")
+    with pytest.raises(BillhookError, match="is one of 3 parts: put all of them into one folder as NAME-00001-of-"):
+        read_gguf(tmp_path / "alone.gguf")
 
 
 @pytest.mark.gate

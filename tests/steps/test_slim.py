@@ -23,6 +23,7 @@ from billhook.store.shards import read_shard
 
 pytestmark = pytest.mark.gate
 IDS = torch.randint(2, 96, (4, 16), generator=torch.Generator().manual_seed(0))
+BOTH = {"units": "channels,heads", "calibration": IDS, "batch_size": 2}
 NO_HEADS = ("falcon", "gpt_neox", "gptj", "gpt2", "bloom", "mpt", "opt", "stablelm", "olmo2")
 NO_CHANNELS = ("bloom", "mpt")
 GATE = (("llama", "heads"), ("gpt2", "channels"), ("mixtral", "channels"), ("falcon", "heads"))
@@ -41,7 +42,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory) -> Path:
-    return slim(source, 0.3, tmp_path_factory.mktemp("whole") / "out", calibration=IDS, batch_size=2).output
+    return slim(source, 0.3, tmp_path_factory.mktemp("whole") / "out", **BOTH).output
 
 
 def half(model, kind: str) -> Plan:
@@ -122,12 +123,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, source, whole, blocks
         left[0] -= 1
         return left[0] == 0
 
-    job = prepare(SlimRequest(source, tmp_path / "out", 0.3, calibration=IDS, batch_size=2))
+    job = prepare(SlimRequest(source, tmp_path / "out", 0.3, **BOTH))
     with pytest.raises(Interrupted, match=f"{blocks} of 3 blocks are finished"):
         run(job, stopping=stopping)
     with pytest.raises(BillhookError, match="cannot be continued"):
-        slim(source, 0.3, tmp_path / "out", calibration=IDS, batch_size=2, resume=True, damping=0.02)
-    slim(source, 0.3, tmp_path / "out", calibration=IDS, batch_size=2, resume=True)
+        slim(source, 0.3, tmp_path / "out", resume=True, **BOTH, damping=0.02)
+    slim(source, 0.3, tmp_path / "out", resume=True, **BOTH)
     assert contents(tmp_path / "out") == contents(whole)
 
 
@@ -157,7 +158,7 @@ def test_verify_finds_a_record_of_other_parts(tmp_path, whole):
 def test_the_written_plan_gives_the_same_model_again(tmp_path, source, whole):
     plan = Plan.from_json(json.loads((whole / "billhook.json").read_text())["steps"][-1]["plan"], "plan")
     plan.save(tmp_path / "plan.json")
-    again = slim(source, None, tmp_path / "out", plan=tmp_path / "plan.json", calibration=IDS, batch_size=2).output
+    again = slim(source, None, tmp_path / "out", plan=tmp_path / "plan.json", **BOTH).output
     assert [tensors(again, n) == tensors(whole, n) for n in range(1, 5)] == [True] * 4
 
 
@@ -200,7 +201,7 @@ def kept(units: dict[str, int]) -> Plan:
     ],
 )  # fmt: skip
 def test_an_impossible_request_is_refused_before_anything_is_written(tmp_path, source, change, match):
-    fields = {"remove": 0.3, "calibration": IDS} | change
+    fields = {"remove": 0.3, **BOTH} | change
     with pytest.raises(BillhookError, match=match):
         slim(source, output=tmp_path / "out", **fields)
     assert list(tmp_path.iterdir()) == []
@@ -211,6 +212,6 @@ def test_obs_loses_less_than_wanda_sp_and_taylor(tmp_path, source):
     ids: Tensor = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(1))
     losses = {}
     for method in ("obs", "wanda_sp", "taylor"):
-        report = slim(source, 0.3, tmp_path / method, method=method, calibration=ids)
+        report = slim(source, 0.3, tmp_path / method, method=method, units="channels,heads", calibration=ids)
         losses[method] = report.loss.kl
     assert losses["obs"] < 0.9 * min(losses["wanda_sp"], losses["taylor"])

@@ -164,7 +164,7 @@ def test_the_values_begin_at_the_alignment(alignment, tmp_path):
 def test_any_number_of_parts_but_one_is_refused_in_a_few_words(value, tmp_path):
     path = tmp_path / "part.gguf"
     path.write_bytes(whole([ARCH, text("split.count") + stored(value)], TENSORS, DATA))
-    with pytest.raises(BillhookError, match=r"is one of .{1,20} parts: join them with llama-gguf-split --merge"):
+    with pytest.raises(BillhookError, match=r"is one of .{1,20} parts: put all of them into one folder"):
         read_gguf(path)
 
 
@@ -176,5 +176,5 @@ def test_one_of_several_parts_is_refused(good, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(BillhookError, match="is one of 3 parts: join them with llama-gguf-split --merge"):
+    with pytest.raises(BillhookError, match="is one of 3 parts: put all of them into one folder"):
         read_gguf(path)

@@ -1,0 +1,106 @@
+"""Which kinds of units should give what is removed: every sensible choice is carried out and compared on text.
+
+The candidates are the kinds that a model has: channels, channels with heads, blocks, blocks with channels, and for
+mixtures experts, and experts with channels and heads. Each is carried out on the whole model in memory with three
+quarters of the calibration samples, and scored on the others by the KL divergence from the dense model. The weights are
+restored afterwards.
+
+Cost: for each candidate as much as the run itself, and for those with blocks the choice of blocks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import nn
+
+from billhook.architectures.stacks import blocks_of
+from billhook.architectures.units import Unit, find_units
+from billhook.engine.batch import rows_of, select_rows, split_rows
+from billhook.engine.removal import Removal, dropping, remove_parts_
+from billhook.engine.restore import restored
+from billhook.engine.routing import mixture_of
+from billhook.errors import BillhookError
+from billhook.evaluation.quality import Reference
+from billhook.plan.plan import Plan
+from billhook.steps.request import Opened
+from billhook.steps.slim_plan import dropped_by, kinds_in
+
+AUTO = "auto"
+CANDIDATES = (
+    ("channels",),
+    ("channels", "heads"),
+    ("blocks",),
+    ("channels", "blocks"),
+    ("experts",),
+    ("experts", "channels", "heads"),
+)
+WINDOWS = 16  # on which candidates are compared, at most
+
+
+def best_plan(
+    opened: Opened,
+    removal: Removal,
+    experts: str,
+    planned: Callable[[Sequence[str]], Plan],
+    progress: Callable[[str], None] = lambda candidate: None,
+) -> Plan:
+    """The plan with the least divergence among those that `planned` makes for candidates, a model in memory given.
+
+    `planned` raises BillhookError for a candidate that the model cannot have. The plan's `made_by` names the candidates
+    with their divergences. Raises BillhookError where there are too few samples, or every candidate is impossible.
+    """
+    samples, model = opened.samples, opened.model
+    assert samples is not None
+    rows = rows_of(samples.batch)
+    scored = min(WINDOWS, rows // 4)
+    if not scored:
+        raise BillhookError(f"--units auto compares kinds on calibration text: give at least 4 samples, not {rows}.")
+    reference = Reference.of(
+        model, select_rows(samples.batch, slice(rows - scored, rows)), opened.task, samples.source, held_out=False
+    )
+    batches = split_rows(select_rows(samples.batch, slice(0, rows - scored)), rows_of(opened.batches[0]))
+    tried, plans, problems = dict[str, float](), dict[str, Plan](), list[str]()
+    for kinds in CANDIDATES:
+        name = ",".join(kinds)
+        try:
+            plan = planned(kinds)
+        except BillhookError as problem:
+            problems.append(f"{name}: {problem}")
+            continue
+        units = [u for u in find_units(model, [k for k in kinds_in(plan) if k != "blocks"]) if u.name in plan.units]
+        with carried_out(replace(opened, batches=batches), units, plan, removal, experts):
+            kl = reference.compare(model).kl
+        tried[name], plans[name] = float("inf") if kl is None else kl, plan
+        progress(name)
+    if not tried:
+        raise BillhookError(f"No kind of units can give that much. {problems[0]}")
+    best = min(tried, key=tried.__getitem__)
+    about = {"kinds": best, "tried": {name: kl for name, kl in tried.items() if kl < float("inf")}}
+    options = {**plans[best].made_by["options"], **about}
+    return replace(plans[best], made_by={**plans[best].made_by, "allocator": AUTO, "options": options})
+
+
+@contextmanager
+def carried_out(opened: Opened, units: Sequence[Unit], plan: Plan, removal: Removal, experts: str) -> Iterator[None]:
+    """Carry out a plan on a model in memory for a `with` block."""
+    model = opened.model
+    gone = dropped_by(plan, list(blocks_of(model)))
+    units = [unit for unit in units if unit.block not in gone.values()]
+    if any(unit.kind == "experts" for unit in units):
+        removal = removal.without_target()
+    routers = [mixture_of(model, unit)[0] for unit in units if unit.kind == "experts"]
+    layers = [unit.consumer for unit in units if unit.consumer is not None]
+    with restored(layers), dropping(model, list(gone.values())) as dropped, _unrestricted(routers):
+        remove_parts_(model, units, plan.units, removal, opened.batches, experts=experts, dropped=dropped)
+        yield
+
+
+@contextmanager
+def _unrestricted(routers: Sequence[nn.Module]) -> Iterator[None]:
+    """Let the routers know all experts again at the end."""
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.__dict__.pop("forward", None)

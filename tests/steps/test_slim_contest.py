@@ -1,0 +1,55 @@
+"""The contest of kinds: each is scored as if it were carried out for good, and leaves no trace."""
+
+import families
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from billhook.architectures.stacks import blocks_of
+from billhook.engine.removal import Removal
+from billhook.errors import BillhookError
+from billhook.methods.structured import STRUCTURED
+from billhook.steps.request import Request, in_memory, open_request
+from billhook.steps.slim import SlimRequest, _plan, prepare, slim
+from billhook.steps.slim_contest import best_plan
+
+pytestmark = pytest.mark.gate
+IDS = torch.randint(2, 96, (8, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("mixtral", marks=pytest.mark.nightly)])
+def test_the_winner_has_the_least_divergence_and_the_model_is_as_before(tmp_path, family):
+    model = families.build(family, seed=1)
+    model.save_pretrained(tmp_path / "model")
+    request = SlimRequest(tmp_path / "model", tmp_path / "out", 0.25, calibration=IDS)
+    opened = open_request(Request(tmp_path / "model", calibration=IDS), True, "the test", streamed=False)
+    opened = in_memory(opened, request.opening())
+    removal = Removal("obs", STRUCTURED.configure("obs", {}))
+    plan = best_plan(opened, removal, "reap", lambda kinds: _plan(request, opened, kinds, removal, lambda unit: None))
+    tried = plan.made_by["options"]["tried"]
+    assert len(tried) >= 4
+    assert plan.made_by["options"]["kinds"] == min(tried, key=tried.__getitem__)
+    with torch.no_grad():
+        assert torch.equal(opened.model(IDS).logits, model(IDS).logits)
+    assert not any("forward" in block.__dict__ for block in blocks_of(opened.model).values())
+    kinds = plan.made_by["options"]["kinds"]
+    slim(tmp_path / "model", 0.25, tmp_path / "out", units=kinds, calibration=IDS[:6])
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        dense, left = (m(IDS[6:]).logits[:, :-1].log_softmax(-1) for m in (model, small))
+    assert tried[kinds] == pytest.approx(float((dense.exp() * (dense - left)).sum(-1).mean()), rel=1e-2)
+
+
+@pytest.mark.nightly
+def test_auto_is_carried_out_and_recorded(tmp_path):
+    families.build("llama").save_pretrained(tmp_path / "model")
+    job = prepare(SlimRequest(tmp_path / "model", tmp_path / "out", 0.25, calibration=IDS))
+    report = slim(tmp_path / "model", 0.25, tmp_path / "out", calibration=IDS)
+    assert job.plan.made_by["allocator"] == "auto"
+    assert job.plan.units == {**dict.fromkeys(job.plan.units, 0), **{n: len(k) for n, k in report.kept.items()}}
+
+
+def test_too_few_samples_are_refused(tmp_path):
+    families.build("llama").save_pretrained(tmp_path / "model")
+    with pytest.raises(BillhookError, match="give at least 4 samples, not 3"):
+        slim(tmp_path / "model", 0.25, tmp_path / "out", calibration=IDS[:3])
