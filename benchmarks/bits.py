@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,10 +37,15 @@ from billhook.evaluation.scoring import NEXT_TOKEN
 from billhook.measurement.fisher import fisher
 from billhook.measurement.level_errors import level_errors
 from billhook.measurement.measure import measure
+from billhook.methods.encoded import Encoded
 from billhook.methods.quantize import QUANTIZERS
+from billhook.methods.quantize.gptq import gptq
+from billhook.methods.quantize.grids import grid_of
+from billhook.methods.statistics import LayerStats
 from billhook.plan.level_allocators import ERRORS, LEVEL_ALLOCATORS, WEIGHTS, allocate_levels
 from billhook.plan.levels import Levels
 from billhook.plan.plan import Plan
+from billhook.plan.spec import Spec
 from billhook.racing.levels import choose_types, needs
 from billhook.steps.types import uniform_plan
 from billhook.tasks.base import Samples
@@ -52,8 +57,11 @@ FORMS = {  # of a type: quantizer and options
     "round": ("round", {}),
     "GPTQ": ("gptq", {"dense_target": 0.0, "sweeps": 0}),
     "GPTQ, dense target": ("gptq", {"sweeps": 0}),
+    "GPTQ, sweeps": ("gptq", {"dense_target": 0.0}),
+    "GPTQ, dense target, one sweep": ("gptq", {"sweeps": 1}),
     "GPTQ, dense target, sweeps": ("gptq", {}),
 }
+STEPS = {"feedback from 64 columns to the next": 64, "feedback from 8 columns to the next": 8}  # GPTQ, no sweeps
 BITS = (3.25, 2.5)  # of allocations
 ROWS = 8  # windows in a batch
 
@@ -82,6 +90,25 @@ class Bench:
         quantizer, options = FORMS[form]
         plan, _ = uniform_plan(type, find_layers(self.dense))
         return self.quantized(plan, Quantization(quantizer, QUANTIZERS.configure(quantizer, options)))
+
+    def coarse(self, type: str, step: int) -> tuple[PreTrainedModel, float]:
+        """One type everywhere, by GPTQ whose errors go from vector to vector of `step` columns."""
+        plan, _ = uniform_plan(type, find_layers(self.dense))
+        return self.quantized(plan, Coarse("gptq", {"dense_target": 0.0, "sweeps": 0}, step=step))
+
+    def dense_statistics(self, type: str) -> tuple[PreTrainedModel, float]:
+        """One type everywhere, all inputs being those of the dense model, so that there is no dense target either."""
+        model = load_model(self.path, dtype="float32")
+        plan, _ = uniform_plan(type, find_layers(model))
+        made = [
+            (layer, gptq(layer.weight.float(), block.stats[layer.name], grid_of(plan.weights[layer.name].type or "")))
+            for block in walk(model, self.batches, ("gram",), read_only=True)
+            for layer in block.layers
+        ]
+        for layer, quantized in made:
+            layer.weight.copy_(quantized.decode(torch.float32))
+        shapes = {layer.name: layer.shape for layer in find_layers(model)}
+        return model, 8 * plan.bytes(shapes) / sum(out * columns for out, columns in shapes.values())
 
     @cached_property
     def levels(self) -> tuple[Levels, Split]:
@@ -135,6 +162,28 @@ class Bench:
         return model, 9.0
 
 
+class InSteps:
+    """A grid whose codes are chosen for `step` columns, or a group if that is narrower, before errors are passed on."""
+
+    def __init__(self, grid: Any, step: int) -> None:
+        self.grid, self.step = grid, min(step, grid.group)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.grid, name)
+
+
+@dataclass(frozen=True)
+class Coarse(Quantization):
+    """GPTQ with a coarse step of the feedback."""
+
+    step: int = 1
+
+    def encode(self, weight: Tensor, stats: LayerStats, spec: Spec, zeros: int) -> Encoded:
+        """The quantized weight, decoded by the grid proper."""
+        grid: Any = grid_of(spec.type or "", self.scale_dtype)
+        return replace(gptq(weight.float(), stats, InSteps(grid, self.step), **self.options), grid=grid)  # type: ignore[arg-type]
+
+
 def _through_libgguf(weight: Tensor, importance: Tensor, kind: Any) -> Tensor:
     import libgguf
 
@@ -149,6 +198,10 @@ def cells(bench: Bench) -> Iterator[tuple[str, str, Callable[[], tuple[PreTraine
         scalar = type.startswith("int")
         for form in FORMS if scalar else list(FORMS)[-1:]:
             yield type, form, lambda type=type, form=form: bench.uniform(type, form)  # type: ignore[misc]
+        for form, step in STEPS.items() if scalar else ():
+            yield type, form, lambda type=type, step=step: bench.coarse(type, step)  # type: ignore[misc]
+        if scalar:
+            yield type, "GPTQ, sweeps, inputs of the dense model", lambda type=type: bench.dense_statistics(type)  # type: ignore[misc]
         if not scalar and find_spec("libgguf"):
             yield type, "llama.cpp, importance matrix", lambda type=type: bench.llamacpp(type)  # type: ignore[misc]
     for bits in BITS:
