@@ -6,7 +6,8 @@ Calibrated on `golden/*/calibration`, scored on `golden/*/evaluation` only, quan
 Layers whose columns do not divide by 64 have groups of 32. `50 % zeros` is `admm`, uniform, stored in 16 bits
 with a bitmask (9 bits a weight): the pruned model that the same size of file could hold. `llama.cpp` rows are its own
 quantizer (the package libgguf) with the diagonal of the Gram matrix as importance matrix, which has no error feedback.
-Rows are kept in a file as they come, and a run goes on where it stopped. A Markdown table ends the output.
+Seconds are processor time. Rows are kept in a file as they come, and a run goes on where it stopped. A Markdown table
+ends the output.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,14 @@ from billhook.engine.method import Quantization
 from billhook.engine.walk import walk
 from billhook.evaluation.perplexity import evaluate
 from billhook.measurement.level_errors import level_errors
+from billhook.methods.encoded import Encoded
 from billhook.methods.quantize import QUANTIZERS
+from billhook.methods.quantize.gptq import gptq
+from billhook.methods.quantize.grids import grid_of
+from billhook.methods.statistics import LayerStats
 from billhook.plan.levels import Levels
 from billhook.plan.plan import Plan
+from billhook.plan.spec import Spec
 from billhook.racing.levels import choose_types
 from billhook.steps.types import uniform_plan
 from billhook.tasks.base import Samples
@@ -44,8 +51,11 @@ FORMS = {  # of a type: quantizer and options
     "round": ("round", {}),
     "GPTQ": ("gptq", {"dense_target": 0.0, "sweeps": 0}),
     "GPTQ, dense target": ("gptq", {"sweeps": 0}),
+    "GPTQ, sweeps": ("gptq", {"dense_target": 0.0}),
+    "GPTQ, dense target, one sweep": ("gptq", {"sweeps": 1}),
     "GPTQ, dense target, sweeps": ("gptq", {}),
 }
+STEPS = {"feedback from 64 columns to the next": 64, "feedback from 8 columns to the next": 8}  # GPTQ, no sweeps
 ROWS = 8  # windows in a batch
 
 
@@ -73,6 +83,25 @@ class Bench:
         quantizer, options = FORMS[form]
         plan, _ = uniform_plan(type, find_layers(self.dense))
         return self.quantized(plan, Quantization(quantizer, QUANTIZERS.configure(quantizer, options)))
+
+    def coarse(self, type: str, step: int) -> tuple[PreTrainedModel, float]:
+        """One type everywhere, by GPTQ whose errors go from vector to vector of `step` columns."""
+        plan, _ = uniform_plan(type, find_layers(self.dense))
+        return self.quantized(plan, Coarse("gptq", {"dense_target": 0.0, "sweeps": 0}, step=step))
+
+    def dense_statistics(self, type: str) -> tuple[PreTrainedModel, float]:
+        """One type everywhere, all inputs being those of the dense model, so that there is no dense target either."""
+        model = load_model(self.path, dtype="float32")
+        plan, _ = uniform_plan(type, find_layers(model))
+        made = [
+            (layer, gptq(layer.weight.float(), block.stats[layer.name], grid_of(plan.weights[layer.name].type or "")))
+            for block in walk(model, self.batches, ("gram",), read_only=True)
+            for layer in block.layers
+        ]
+        for layer, quantized in made:
+            layer.weight.copy_(quantized.decode(torch.float32))
+        shapes = {layer.name: layer.shape for layer in find_layers(model)}
+        return model, 8 * plan.bytes(shapes) / sum(out * columns for out, columns in shapes.values())
 
     def chosen(self, type: str) -> tuple[PreTrainedModel, float]:
         """Scalar types for the layers, in as many bytes as one type everywhere."""
@@ -112,6 +141,28 @@ class Bench:
         return model, 9.0
 
 
+class InSteps:
+    """A grid whose codes are chosen for `step` columns, or a group if that is narrower, before errors are passed on."""
+
+    def __init__(self, grid: Any, step: int) -> None:
+        self.grid, self.step = grid, min(step, grid.group)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.grid, name)
+
+
+@dataclass(frozen=True)
+class Coarse(Quantization):
+    """GPTQ with a coarse step of the feedback."""
+
+    step: int = 1
+
+    def encode(self, weight: Tensor, stats: LayerStats, spec: Spec, zeros: int) -> Encoded:
+        """The quantized weight, decoded by the grid proper."""
+        grid: Any = grid_of(spec.type or "", self.scale_dtype)
+        return replace(gptq(weight.float(), stats, InSteps(grid, self.step), **self.options), grid=grid)  # type: ignore[arg-type]
+
+
 def _through_libgguf(weight: Tensor, importance: Tensor, kind: Any) -> Tensor:
     import libgguf
 
@@ -126,6 +177,10 @@ def cells(bench: Bench) -> Iterator[tuple[str, str, Callable[[], tuple[PreTraine
         scalar = type.startswith("int")
         for form in FORMS if scalar else list(FORMS)[-1:]:
             yield type, form, lambda type=type, form=form: bench.uniform(type, form)  # type: ignore[misc]
+        for form, step in STEPS.items() if scalar else ():
+            yield type, form, lambda type=type, step=step: bench.coarse(type, step)  # type: ignore[misc]
+        if scalar:
+            yield type, "GPTQ, sweeps, inputs of the dense model", lambda type=type: bench.dense_statistics(type)  # type: ignore[misc]
         if not scalar and find_spec("libgguf"):
             yield type, "llama.cpp, importance matrix", lambda type=type: bench.llamacpp(type)  # type: ignore[misc]
     yield "int2 to int6", "levels, in the bytes of int3/64", lambda: bench.chosen("int3/64")
@@ -133,9 +188,9 @@ def cells(bench: Bench) -> Iterator[tuple[str, str, Callable[[], tuple[PreTraine
 
 def measured(bench: Bench, make: Callable[[], tuple[PreTrainedModel, float]]) -> dict[str, Any]:
     """The figures of one cell."""
-    start = time.perf_counter()
+    start = time.process_time()
     model, bits = make()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     found = evaluate(model, bench.evaluation, against=bench.dense)
     assert found.against is not None
     excess, agreed = found.nll - found.against.nll, found.against.top1_agreement
