@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors.torch import load_file
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import find_units
-from billhook.engine.removal import Removal, remove_parts_
+from billhook.engine.removal import Removal, dropping, remove_parts_
 from billhook.methods.structured import STRUCTURED
 from billhook.plan.unit_counts import Size, proportional, uniform_counts
+from billhook.steps.block_choice import BlockChoice, choose_blocks
+from billhook.steps.request import Request, open_request
 from billhook.tasks.opening import load_model
 
 CASES = {
@@ -58,6 +61,21 @@ def score(
     return perplexity(whole, tokens[1][:16]), took, ", ".join(stays)
 
 
+def score_blocks(model: Path, remove: float, by: BlockChoice, golden: Path) -> tuple[list[int], float, float]:
+    """The blocks dropped, and perplexity without and with the refit of what follows."""
+    tokens = [load_file(golden / f"{name}.safetensors")["tokens"].long() for name in ("calibration", "evaluation")]
+    request = Request(model, calibration=tokens[0][:32], batch_size=8)
+    opened = open_request(request, True, "The benchmark", streamed=False)
+    whole = opened.model
+    units = find_units(whole, ["channels", "heads"])
+    gone = choose_blocks(opened, max(1, round(remove * len(blocks_of(whole)))), by)
+    with dropping(whole, gone) as dropped:
+        plain = perplexity(whole, tokens[1][:16])
+        removal, counts = Removal("obs", STRUCTURED.configure("obs", {})), {u.name: u.count for u in units}
+        remove_parts_(whole, units, counts, removal, opened.batches, dropped=dropped)
+        return gone, plain, perplexity(whole, tokens[1][:16])
+
+
 def main() -> None:
     """Print a line for each method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,6 +89,9 @@ def main() -> None:
         for name, case in CASES.items():
             ppl, seconds, stays = score(options.model, kinds.split(","), options.remove, case, golden)
             print(f"{stays:40} {name:30} {ppl:8.3f} {seconds:6.1f} s", flush=True)
+    for by in get_args(BlockChoice):
+        gone, plain, fitted = score_blocks(options.model, options.remove, by, golden)
+        print(f"without blocks {gone} by {by}: {plain:.3f}, refitted {fitted:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ A registry maps a name to `"package.module:function"` and imports the module on 
 without importing torch. A method is a function marked with `@method`; its keyword-only parameters are its options, from
 which the command line, the documentation and the validation are derived.
 
-Methods of other installed packages are found through entry points of the group `billhook.methods`, named `KIND:NAME`:
+Methods and tasks of other installed packages are found through entry points of the group `billhook.methods`, named
+`KIND:NAME`, with a hyphen in the place of a space in KIND:
 
     [project.entry-points."billhook.methods"]
     "allocator:depth" = "depth_plugin:depth"
@@ -91,10 +92,13 @@ def hint(word: str, names: Iterable[str]) -> str:
 
 
 class Registry:
-    """The methods of one `kind`, the word in messages and in the names of entry points."""
+    """The methods of one `kind`, the word in messages and in the names of entry points.
 
-    def __init__(self, kind: str, built_in: Mapping[str, str], *, plugins: bool = False) -> None:
-        self.kind = kind
+    `mark` is the attribute that what a plugin declares must have: methods have a paper.
+    """
+
+    def __init__(self, kind: str, built_in: Mapping[str, str], *, plugins: bool = False, mark: str = "paper") -> None:
+        self.kind, self._mark = kind, mark
         self._built_in = dict(built_in)
         self._accepts_plugins = plugins
 
@@ -131,7 +135,7 @@ class Registry:
         found: dict[str, list[EntryPoint]] = {}
         for point in entry_points(group=GROUP):
             kind, _, name = point.name.partition(":")
-            if kind == self.kind and name:
+            if kind == self.kind.replace(" ", "-") and name:
                 found.setdefault(name, []).append(point)
         return found
 
@@ -145,8 +149,9 @@ class Registry:
             function: Callable[..., Any] = points[0].load()
         except Exception as error:  # whatever the plugin's module raises while it is imported
             raise BillhookError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
-        if not hasattr(function, "paper"):
-            raise BillhookError(f"{where} is not a method: mark it with @billhook.registry.method.")
+        if not hasattr(function, self._mark):
+            advice = "mark it with @billhook.registry.method" if self._mark == "paper" else f"it has no {self._mark}"
+            raise BillhookError(f"{where} is not a {'method' if self._mark == 'paper' else self.kind}: {advice}.")
         return function
 
     def options(self, name: str) -> dict[str, Option]:

@@ -11,8 +11,13 @@ from typer.testing import CliRunner
 
 from billhook.cli import app
 from billhook.errors import BillhookError
+from billhook.methods.quantize import QUANTIZERS
+from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS, AUTO
+from billhook.plan.level_allocators import LEVEL_ALLOCATORS
 from billhook.registry import GROUP, Registry
+from billhook.tasks import TASKS
+from billhook.tasks.opening import task_of_config
 
 METHOD = """
 from billhook.registry import method
@@ -60,6 +65,43 @@ def test_a_plugin_is_listed_described_and_loaded_like_a_built_in_method(install:
     assert registry.configure("even", {"power": "2"}) == {"power": 2.0}
     assert registry.paper("even") == "a teaching example"
     registry.check("even")
+
+
+@pytest.mark.parametrize("registry", [ALLOCATORS, LEVEL_ALLOCATORS, CRITERIA, QUANTIZERS], ids=lambda r: r.kind)
+def test_every_registry_of_methods_has_those_of_plugins(install: Install, registry: Registry) -> None:
+    kind = registry.kind.replace(" ", "-")
+    install("even-plugin", {f"{kind}:even": "plugin_a:even", f"{kind}:no": "plugin_a:unmarked"}, plugin_a=METHOD)
+    assert registry.names() == [*registry.built_in, "even", "no"]
+    assert registry.configure("even", {"power": "2"}) == {"power": 2.0}
+    with pytest.raises(BillhookError, match=f"The {registry.kind} 'no' of even-plugin .* is not a method"):
+        registry.get("no")
+
+
+TASK = """
+from dataclasses import dataclass
+from billhook.tasks.text_generation import TextGeneration
+
+
+@dataclass(frozen=True)
+class Masked(TextGeneration):
+    name: str = "mine"
+    auto_class: str = "AutoModelForTokenClassification"
+
+
+TASK = Masked()
+"""
+
+
+def test_a_task_of_a_plugin_has_the_models_that_no_other_knows(install: Install, tmp_path: Path) -> None:
+    config = {"architectures": ["BertForTokenClassification"], "model_type": "bert"}
+    with pytest.raises(BillhookError, match="only models for"):
+        task_of_config(tmp_path, config)
+    install("task-plugin", {"task:mine": "plugin_t:TASK", "task:no": "plugin_t:dataclass"}, plugin_t=TASK)
+    assert task_of_config(tmp_path, config).name == "mine"
+    known = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    assert task_of_config(tmp_path, known).name == "text-generation"
+    with pytest.raises(BillhookError, match=r"The task 'no' of task-plugin .* is not a task: it has no auto_class"):
+        TASKS.get("no")
 
 
 def test_a_registry_without_plugins_ignores_them(install: Install) -> None:

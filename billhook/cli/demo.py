@@ -1,4 +1,4 @@
-"""`billhook demo`: all steps on the bundled model, in a minute or two, with nothing downloaded."""
+"""`billhook demo`: all steps on the bundled model, in about a minute, with nothing downloaded."""
 
 from pathlib import Path
 from typing import Annotated

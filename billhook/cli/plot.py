@@ -15,16 +15,20 @@ Examples:
   billhook plot table.json -o pictures
   billhook plot table.json --plan uniform.json --plan alphapruning.json -o pictures
   billhook plot --model ./model model.layers.0.mlp.down_proj -o pictures
+  billhook plot ./small -o pictures
   billhook plot --mask ./wanda --mask ./magnitude model.layers.0.self_attn.q_proj -o pictures
 """
 TILES = 512  # the largest number of tiles in each direction of a mask; more cannot be seen on a screen
-SUBJECT_HELP = "A table.json from billhook measure; with --mask or --model, the full name of a layer."
+SUBJECT_HELP = (
+    "A table.json from billhook measure, or the output of billhook compress; with --mask or --model, the full name "
+    "of a layer."
+)
 METRIC_HELP = "A column of the table; by default its first column and its error curves. Repeatable."
 PLAN_HELP = "A plan.json for the same layers, named by its file. Repeatable."
 
 
 def command(
-    subject: Annotated[str | None, typer.Argument(metavar="[TABLE|LAYER]", help=SUBJECT_HELP)] = None,
+    subject: Annotated[str | None, typer.Argument(metavar="[TABLE|DIR|LAYER]", help=SUBJECT_HELP)] = None,
     *,
     output: Annotated[Path, output_option("Directory for the pictures (SVG).")] = Path("pictures"),
     metrics: Annotated[list[str] | None, typer.Option("--metric", help=METRIC_HELP, metavar="NAME")] = None,
@@ -39,7 +43,8 @@ def command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw the metrics of a table and the sparsities of plans by layer, the spectrum of a layer, and masks."""
+    """Draw the metrics of a table and the sparsities of plans by layer, the spectrum of a layer, masks, and the
+    predicted loss by size of a compressed model."""
     from billhook.errors import BillhookError
     from billhook.store.files import write_text
 
@@ -51,7 +56,10 @@ def command(
     if (model is not None or masks) and not layers:
         example = "such as model.layers.0.mlp.down_proj (billhook prune --dry-run lists them)"
         raise BillhookError(f"Say which LAYER, {example}.")
-    pictures = {} if table_file is None else _tables(table_file, metrics or [], plans or [])
+    if table_file is not None and table_file.is_dir():
+        pictures = _front(table_file)
+    else:
+        pictures = {} if table_file is None else _tables(table_file, metrics or [], plans or [])
     pictures |= _of_layers(layers, model, masks or [])
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / f"{re.sub(r'[^-.0-9A-Za-z_]', '_', stem)}.svg" for stem in pictures]
@@ -60,6 +68,27 @@ def command(
     say(f"{output}: {', '.join(path.name for path in paths)}.")
     if as_json:
         emit({"output": str(output), "pictures": [str(path) for path in paths]})
+
+
+def _front(directory: Path) -> dict[str, str]:
+    """The picture of a compressed model, by file stem."""
+    from billhook.errors import BillhookError
+    from billhook.plan.plan import Plan
+    from billhook.reports.pictures import front_of
+    from billhook.store.record import history
+
+    record = history(directory)
+    plans = (
+        [step.plan for step in record.steps if step.plan and (step.plan.get("made_by") or {}).get("levels")]
+        if record
+        else []
+    )
+    if not plans:
+        raise BillhookError(
+            f"{directory} was not made by billhook compress with --allocator curves, rco or auto: only those keep what "
+            "a front is drawn from."
+        )
+    return {"front": front_of(directory.resolve().name, Plan.from_json(plans[-1], str(directory)))}
 
 
 def _of_layers(layers: list[str], model: str | None, masks: list[Path]) -> dict[str, str]:

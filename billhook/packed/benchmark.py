@@ -23,7 +23,7 @@ from typing import Any
 from billhook.architectures.config import context_length
 from billhook.errors import BillhookError, JobError
 from billhook.packed.format import open_packed
-from billhook.store.checkpoint import loading
+from billhook.store.checkpoint import class_names, loading
 from billhook.store.layout import PACKED, is_packed
 from billhook.store.shards import weight_files
 
@@ -139,6 +139,10 @@ def _fitting(paths: Sequence[Path], prompts: Sequence[int] | None, new: int) -> 
     for path in paths:
         with loading(path):
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if config.model_type not in class_names("AutoModelForCausalLM"):
+            raise BillhookError(
+                f"{path} is {config.model_type}, which generates no tokens: bench is for those that do."
+            )
         contexts[path.name] = context_length(config)
     name, context = min(((n, c) for n, c in contexts.items() if c), key=lambda pair: pair[1], default=("", None))
     for prompt in PROMPTS if prompts is None else prompts:

@@ -8,6 +8,7 @@ from billhook.errors import BillhookError
 from billhook.plan.allocators.curves import at
 from billhook.plan.budget import mean
 from billhook.plan.densities import density
+from billhook.plan.front import front
 from billhook.plan.metrics import fact
 from billhook.plan.plan import Plan
 from billhook.plan.table import Table
@@ -82,6 +83,26 @@ def spectrum(layer: str, evals: Sequence[float], tails: Mapping[str, tuple[float
         series.append(Series(text, [xmin, evals[-1]], [start, start * reach**-alpha], dash=1))
     axes = Axis("eigenvalue of W\u1d40W", log=True), Axis("density", log=True)
     return chart(f"Spectral density of {layer}", series, *axes, standalone=True)
+
+
+def front_of(name: str, plan: Plan) -> str:
+    """Predicted loss against the bytes of the quantized tensors: the front, one type everywhere, and the choice."""
+    found = front(plan)
+    uniform = sorted(found.uniform.items(), key=lambda item: item[1])
+    megabytes, losses = [[point[k] * unit for point in found.best] for k, unit in ((0, 1e-6), (1, 1.0))]
+    series = [
+        Series("a type for every tensor", megabytes, losses, marks=False),
+        Series(
+            "one type everywhere",
+            [size / 1e6 for _, (size, _) in uniform],
+            [loss for _, (_, loss) in uniform],
+            labels=[f"{type}: {size / 1e6:.2f} MB, {loss:.4g}" for type, (size, loss) in uniform],
+            line=False,
+        ),
+        Series("chosen", [found.chosen[0] / 1e6], [found.chosen[1]], line=False, best=0, colour=-1),
+    ]
+    axes = Axis("quantized tensors (MB)"), Axis("predicted divergence, nats a token", log=True)
+    return chart(f"Predicted loss by size: {name}", series, *axes, standalone=True)
 
 
 def _by_layer(table: Table, title: str, values: Sequence[float], axis: Axis, summary: str = "") -> str:

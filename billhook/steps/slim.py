@@ -101,10 +101,9 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
         plan = check_plan(given, _units(opened, kinds), stream.prefixes)
     elif kinds == [AUTO]:
         plan = _auto(request, opened, removal, progress)
-        kinds = kinds_in(plan)
     else:
-        plan = _plan(request, opened, kinds, progress)
-    return _checked_job(request, opened, _units(opened, kinds), plan, removal, progress)
+        plan = _plan(request, opened, kinds, removal, progress)
+    return _checked_job(request, opened, _units(opened, kinds_in(plan)), plan, removal, progress)
 
 
 def _output(request: SlimRequest) -> Path:
@@ -122,14 +121,14 @@ def _auto(request: SlimRequest, opened: Opened, removal: Removal, progress: Prog
     whole = in_memory(opened, request.opening())
 
     def planned(kinds: Sequence[str]) -> Plan:
-        plan = _plan(request, whole, kinds, progress)
-        _checked_job(request, opened, _units(opened, kinds), plan, removal, progress)
+        plan = _plan(request, whole, kinds, removal, progress)
+        _checked_job(request, opened, _units(opened, kinds_in(plan)), plan, removal, progress)
         return plan
 
     return best_plan(whole, removal, request.experts, planned, progress)
 
 
-def _plan(request: SlimRequest, opened: Opened, kinds: Sequence[str], progress: Progress) -> Plan:
+def _plan(request: SlimRequest, opened: Opened, kinds: Sequence[str], removal: Removal, progress: Progress) -> Plan:
     """The plan of a request: blocks that are dropped, and the same number of parts in every unit of a kind."""
     assert request.remove is not None
     blocks, units = blocks_of(opened.model), _units(opened, kinds)
@@ -140,7 +139,23 @@ def _plan(request: SlimRequest, opened: Opened, kinds: Sequence[str], progress: 
         chosen = choose_blocks(whole, number, request.drop_by, progress)
         dropped = {list(blocks)[block]: block for block in chosen}
     about = {"drop_by": request.drop_by} if number else {}
-    return make_plan(request.remove, units, sizes, dropped, about)
+    plan = make_plan(request.remove, units, sizes, dropped, about)
+    if number and removal.drifts:
+        plan.units.update(_making_up(opened, plan, list(dropped.values())))
+    return plan
+
+
+def _making_up(opened: Opened, plan: Plan, dropped: Sequence[int]) -> dict[str, int]:
+    """Units that lose nothing, whose output projections are refitted to make up for the blocks that are dropped."""
+    whole: dict[str, int] = {}
+    for kind in ("channels", "heads"):
+        try:
+            units = find_units(opened.model, [kind])
+        except BillhookError:  # the model has none of this kind
+            continue
+        dense = [u for u in units if u.consumer is not None and u.consumer.expert is None and u.block not in dropped]
+        whole |= {unit.name: unit.count for unit in dense if unit.name not in plan.units}
+    return whole
 
 
 def _checked_job(

@@ -24,7 +24,7 @@ from billhook.errors import BillhookError
 from billhook.evaluation.quality import Reference
 from billhook.plan.plan import Plan
 from billhook.steps.request import Opened
-from billhook.steps.slim_plan import dropped_by
+from billhook.steps.slim_plan import dropped_by, kinds_in
 
 AUTO = "auto"
 CANDIDATES = (
@@ -68,7 +68,7 @@ def best_plan(
         except BillhookError as problem:
             problems.append(f"{name}: {problem}")
             continue
-        units = [u for u in find_units(model, [k for k in kinds if k != "blocks"]) if u.name in plan.units]
+        units = [u for u in find_units(model, [k for k in kinds_in(plan) if k != "blocks"]) if u.name in plan.units]
         with carried_out(replace(opened, batches=batches), units, plan, removal, experts):
             kl = reference.compare(model).kl
         tried[name], plans[name] = float("inf") if kl is None else kl, plan

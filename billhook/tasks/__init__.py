@@ -13,4 +13,6 @@ TASKS = Registry(
         "image-classification": "billhook.tasks.image_classification:TASK",
         "feature-extraction": "billhook.tasks.feature_extraction:TASK",
     },
+    plugins=True,
+    mark="auto_class",
 )

@@ -1,5 +1,6 @@
 """Find the task of a model, and open a model directory with the class of its task."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from billhook.tasks import TASKS
 from billhook.tasks.base import Task
 
 
-def tasks() -> list[Task]:
-    """All tasks."""
-    return [TASKS.get(name) for name in TASKS.names()]  # type: ignore[misc]
+def tasks() -> Iterator[Task]:
+    """All tasks; those of plugins come last, and are looked for only when they are reached."""
+    yield from map(TASKS.get, TASKS.built_in)
+    yield from (TASKS.get(name) for name in TASKS.names() if name not in TASKS.built_in)  # type: ignore[misc]
 
 
 def task_of(model: PreTrainedModel) -> Task:

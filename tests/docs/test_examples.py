@@ -76,7 +76,7 @@ def test_the_sink_of_the_guide_writes_all_weights(tmp_path: Path) -> None:
 
 
 def test_the_methods_of_the_guide_are_short_pages(tmp_path: Path) -> None:
-    for mark in ("allocator", "criterion"):
+    for mark in ("allocator", "criterion", "quantizer"):
         (code,) = blocks(GUIDE, f"run: {mark}")
         assert re.match(r'"""[A-Z]\w+: .*\.\n', code)
 

@@ -7,6 +7,7 @@ MODEL (a tiny model), `text.txt` and `other-text.txt`. The examples of docs/cli.
 other, are parsed by cli/test_commands.py instead.
 """
 
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -25,10 +26,12 @@ ELSEWHERE_OPTIONS = {"--nproc-per-node"}  # of other programs
 ELSEWHERE = {
     "allocator",
     "criterion",
+    "quantizer",
     "task",
     "sink",
+    "command",
     "with the plugin",
-}  # `run:` marks of blocks that test_examples runs
+}  # `run:` marks of blocks that test_additions and test_examples run
 NOT_RUN = {
     ("README.md", "installs and tests the package"),
     ("README.md", "starts processes; tests/distributed/test_ranks.py does"),
@@ -43,6 +46,7 @@ NOT_RUN = {
     ("BENCHMARKS.md", "downloads a model and takes an hour"),
     ("demo_model.md", "takes hours"),
     ("demo_model.md", "takes minutes"),
+    ("vision.md", "needs a trained image classifier"),
 }
 
 
@@ -143,11 +147,17 @@ def inline_commands(page: Path) -> list[str]:
     return re.findall(r"`(billhook [a-z][^`]*|--[a-z][^`]*)`", text)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_commands_inside_sentences_have_options_that_exist(page: Path) -> None:
+@functools.cache
+def known_options() -> tuple[dict[str, str], list[str]]:
+    """The help of every command by name, and other texts with options."""
     helps = {command.name: done(command.name, "--help").out for command in app.registered_commands}
     scripts = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tools/*.py")]
-    others = [done("--help").out, *(path.read_text(encoding="utf-8") for path in scripts)]
+    return helps, [done("--help").out, *(path.read_text(encoding="utf-8") for path in scripts)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_inside_sentences_have_options_that_exist(page: Path) -> None:
+    helps, others = known_options()
     for code in inline_commands(page):
         words = code.split()
         known = " ".join([*helps.values(), *others]) if code.startswith("--") else helps.get(words[1], "")

@@ -13,6 +13,8 @@ from billhook.engine.resources import Resources
 from billhook.engine.streaming import open_streamed
 from billhook.evaluation.quality import SCALE, VERDICTS, Reference, verdict
 from billhook.evaluation.scoring import NEXT_TOKEN
+from billhook.steps.lost import loss_of
+from billhook.steps.request import Request, open_request
 
 IDS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
 
@@ -74,6 +76,17 @@ def test_the_verdict_follows_from_the_divergence(kl: float | None, word: str) ->
     assert verdict(kl) == word
     assert word in SCALE
     assert list(VERDICTS.values()) == sorted(VERDICTS.values())
+
+
+def test_without_held_out_rows_the_first_of_the_calibration_rows_are_scored() -> None:
+    model = tiny.llama(num_hidden_layers=1)
+    opened = open_request(Request(model, sparsity=0.5, criterion="wanda", calibration=IDS), True, "A test")
+    for windows in (2, 4):
+        lost = loss_of(opened, windows)()
+        expected = Reference.of(model, {"input_ids": IDS[:windows]}, NEXT_TOKEN, "tokens").compare(model)
+        assert lost is not None
+        assert (lost.windows, lost.held_out) == (windows, False)
+        assert lost.token_ppl == expected.token_ppl
 
 
 def test_a_model_that_predicts_nan_is_broken_and_its_numbers_are_null() -> None:

@@ -88,6 +88,42 @@ def test_the_metadata_holds_sizes_tokenizer_and_own_facts(llama, tmp_path):
     assert (fields["billhook.bits"], fields["billhook.method"]) == (4.5, "gptq")
 
 
+def test_numbers_have_the_types_that_llama_cpp_reads(llama, tmp_path):
+    write_gguf(llama, tmp_path / "model.gguf", facts={"whole": 3, "part": 0.5, "so": True})
+    kinds = {key: field.types[0].name for key, field in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()}
+    expected = {"llama.block_count": "UINT32", "llama.attention.layer_norm_rms_epsilon": "FLOAT32"}
+    expected |= {"billhook.whole": "INT64", "billhook.part": "FLOAT64", "billhook.so": "BOOL"}
+    assert {key: kinds[key] for key in expected} == expected
+
+
+def test_routers_norms_and_rows_without_whole_blocks_keep_more_bits(mixtral, tmp_path):
+    """The model is float32, and rows of w2 have 48 columns."""
+    plain = ["token_embd", "blk.0.attn_q", "blk.0.ffn_gate_exps"]
+    for rest, rows, short, file in [
+        ("auto", "F16", "F16", "MOSTLY_F16"),
+        ("bf16", "BF16", "BF16", "MOSTLY_BF16"),
+        ("q8_0", "Q8_0", "F16", "MOSTLY_Q8_0"),
+        ("f32", "F32", "F32", "ALL_F32"),
+    ]:
+        reader = gguf.GGUFReader(write_gguf(mixtral, tmp_path / f"{rest}.gguf", rest=rest).path)
+        kinds = {tensor.name.removesuffix(".weight"): tensor.tensor_type.name for tensor in reader.tensors}
+        assert {kinds[name] for name in plain} == {rows}
+        assert kinds["blk.0.ffn_down_exps"] == short
+        assert {kinds[name] for name in ("blk.0.ffn_gate_inp", "blk.0.attn_norm", "output_norm")} == {"F32"}
+        assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType[file]
+
+
+def test_the_card_of_a_model_names_it(llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "some-folder")
+    write_gguf(folder, tmp_path / "folder.gguf")
+    assert gguf.GGUFReader(tmp_path / "folder.gguf").fields["general.name"].contents() == "Some Folder"
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text())))
+    (folder / "README.md").write_text("---\nname: My Own Name\nlicense: mit\n---\n# x\n")
+    fields = gguf.GGUFReader(write_gguf(folder, tmp_path / "card.gguf").path).fields
+    assert fields["general.name"].contents() == "My Own Name"
+    assert fields["general.license"].contents() == "mit"
+
+
 def test_a_model_of_the_hubs_cache_has_its_name_there(llama, tmp_path):
     folder = tmp_path / "models--owner--Small-1B" / "snapshots" / "0123456789abcdef"
     shutil.copytree(llama, folder)

@@ -6,7 +6,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -68,13 +67,11 @@ def test_other_dtypes(place: Path, tmp_path: Path, dtype: str, values: Any) -> N
 def test_nothing_is_copied_or_converted(place: Path) -> None:
     """The tensors of the layers are in the memory mapping of the file."""
     model = load(place / "packed", tune=False)
-    mapping = np.memmap(place / "packed" / "model.packed.safetensors", np.uint8, "r")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     regions = [
         line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "model.packed.safetensors" in line
     ]
     ranges = [tuple(int(x, 16) for x in region[0].split("-")) for region in regions]
-    assert len(mapping) > 0
     assert len(layers) == 28
     for layer in layers.values():
         for tensor in (layer.bitmask, layer.values):
@@ -179,11 +176,10 @@ def test_a_packed_model_runs_in_a_pipeline_of_transformers(place: Path) -> None:
 
 
 def test_a_packed_model_is_scored_by_lm_eval(place: Path) -> None:
-    lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    assert lm_eval.__name__ == "lm_eval"
     found = []
     for model in (load(place / "packed", dtype="float32"), load_model(place / "dense", dtype="float32")):
         wrapped = HFLM(pretrained=model, tokenizer=tiny.tokenizer(), batch_size=1, max_length=64)

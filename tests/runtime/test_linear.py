@@ -55,7 +55,6 @@ def test_the_operator_has_no_derivative():
 def test_a_replaced_layer_is_still_an_instance_of_linear():
     linear = torch.nn.Linear(300, 50).bfloat16()
     x = torch.randn(2, 300).bfloat16()
-    before = linear(x)
     names = dict(linear.state_dict())
     adopt_(linear)
     autotune._measured[autotune.key(linear._weight, torch.bfloat16, 2)] = "ours"
@@ -67,8 +66,8 @@ def test_a_replaced_layer_is_still_an_instance_of_linear():
         assert_product(linear(x), x, linear.weight.double(), linear.bias)
         assert linear.float()(x.float()).dtype == torch.float32
     linear.bfloat16()(x.requires_grad_()).sum().backward()
-    assert x.grad is not None
-    assert torch.isfinite(before).all()
+    expected = linear.weight.detach().float().sum(0).expand(2, -1)
+    torch.testing.assert_close(x.grad.float(), expected, rtol=0.02, atol=0.02)
 
 
 def test_a_state_dict_with_other_counts_is_loaded():

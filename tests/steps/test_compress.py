@@ -8,6 +8,7 @@ import tiny
 import torch
 from command import contents
 
+from billhook.cli.plot import _front
 from billhook.errors import BillhookError, Interrupted
 from billhook.packed.loading import load
 from billhook.plan.bytes import parse_size
@@ -164,6 +165,7 @@ def test_layers_get_unlike_types_and_more_bytes_are_expected_to_lose_less(tmp_pa
     plan = json.loads((report.quantized.output / "billhook.json").read_text())["steps"][-1]["plan"]
     assert len(set(plan["weights"].values())) > 1
     assert report.outlook[1.1] < 1 < report.outlook.get(0.9, 2)
+    assert "one type everywhere" in _front(report.quantized.output)["front"]
 
 
 @pytest.mark.parametrize(

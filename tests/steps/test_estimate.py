@@ -121,7 +121,6 @@ def test_measuring_time_changes_nothing_and_says_what_was_measured(fields):
     found = estimate_time(checked(model, **fields))
     text = "" if fields.get("criterion") == "magnitude" else r" with \d+ of 16 windows"
     assert re.fullmatch(rf"2 of 4 blocks{text} in \d+\.\d s", found.measured)
-    assert found.seconds >= 0
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.config.num_hidden_layers == 4

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import families
@@ -23,11 +24,15 @@ from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.statistics import LayerStats
 from billhook.packed.loading import load
+from billhook.plan.plan import Budget, Plan
+from billhook.plan.spec import Spec
 from billhook.steps.export import export_dense
 from billhook.steps.quantize import QuantizeRequest, prepare, quantize, run
 from billhook.steps.types import uniform_plan
 from billhook.steps.verify import verify
+from billhook.steps.verify_gguf import examine_gguf
 from billhook.store.gguf_file import read_gguf
+from billhook.store.record import history
 from billhook.store.shards import read_shard, weight_files
 
 pytestmark = pytest.mark.gate
@@ -96,13 +101,56 @@ def test_a_layer_whose_columns_do_not_divide_gets_a_smaller_group_which_is_noted
     assert "are stored as int4/32" in report.warnings[0]
 
 
+def test_the_report_counts_bits_and_bytes(whole, source, tmp_path):
+    report = quantize(source, "int4/16", tmp_path / "out", quantizer="round")
+    bytes_of = [sum(path.stat().st_size for path in weight_files(folder)) for folder in (tmp_path / "out", source)]
+    assert (report.size, report.source_size) == tuple(bytes_of)
+    assert report.bits == 5.0  # 4, and a scale of 16 for 16 columns
+    assert len(report.layers) == 21
+
+
+def test_either_a_type_or_a_plan_of_types_of_one_kind_is_given(tmp_path, source):
+    names = [f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up")]
+    fields = {"targets": "re:.*layers.0.mlp.(gate|up)_proj", "quantizer": "round"}
+    for types, type, match in [
+        (("int4/16", "int4/16"), "int4/16", "Give either a storage type"),
+        (("int4/16", "q4_0"), "", "mixes GGUF types with types intB/GROUP"),
+        (("q4_0", "int4/16"), "", "mixes GGUF types with types intB/GROUP"),
+    ]:
+        plan = Plan(Budget("bytes", 2000), {name: Spec(type=t) for name, t in zip(names, types, strict=True)})
+        with pytest.raises(BillhookError, match=match):
+            quantize(source, type, tmp_path / "out", plan=plan, **fields)
+    with pytest.raises(BillhookError, match="Give either a storage type"):
+        quantize(source, "", tmp_path / "out", **fields)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, source, whole, blocks):
     stop_after(source, tmp_path / "out", blocks)
-    with pytest.raises(BillhookError, match="cannot be continued"):
-        quantize(source, "int3/16", tmp_path / "out", resume=True, **GPTQ)
+    changes = (
+        {"type": "int3/16"},
+        {"quantizer": "round", "sweeps": ...},
+        {"damping": 0.5},
+        {"calibration": IDS.flip(0)},
+    )
+    for change in changes if blocks == 1 else changes[:1]:
+        fields = {key: value for key, value in ({"type": "int4/16"} | GPTQ | change).items() if value is not ...}
+        with pytest.raises(BillhookError, match="cannot be continued"):
+            quantize(source, output=tmp_path / "out", resume=True, **fields)
     quantize(source, "int4/16", tmp_path / "out", resume=True, **GPTQ)
     assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_stopped_run_goes_on_only_with_the_same_type_of_embeddings(tmp_path, source):
+    fields = {"quantizer": "round", "ignore": "re:.*down_proj"}
+    job = prepare(QuantizeRequest(source, "q8_0", tmp_path / "out", embeddings="q8_0", **fields))
+    with pytest.raises(Interrupted):
+        run(job, stopping=lambda: True)
+    with pytest.raises(BillhookError, match="cannot be continued"):
+        quantize(source, "q8_0", tmp_path / "out", embeddings="q4_0", resume=True, **fields)
+    quantize(source, "q8_0", tmp_path / "out", embeddings="q8_0", resume=True, **fields)
+    assert read_gguf(tmp_path / "out" / "out.gguf").tensors["token_embd.weight"].type == "q8_0"
 
 
 def test_a_damaged_block_is_found_when_the_run_is_resumed_and_made_again(tmp_path, source, whole):
@@ -227,6 +275,19 @@ def test_a_gguf_file_holds_what_the_quantizer_computed_in_memory(tmp_path, sourc
     with pytest.raises(BillhookError, match=r"out\.gguf is a file: verify its directory"):
         verify(output / "out.gguf")
     assert verify(output).ok
+    record, name = history(output), "model.layers.0.self_attn.q_proj"
+    assert record is not None
+    digest = read_gguf(output / "out.gguf").metadata["billhook.source.digest"].value
+    assert digest == record.steps[-1].model["digest"]
+    for change, message in [
+        ({"zeros": record.layers[name]["zeros"] + 1}, "zeros in its layers"),
+        ({"zeros": record.layers[name]["zeros"] - 1}, "zeros in its layers"),
+        ({"type": "q5_1"}, "layers of the types"),
+    ]:
+        layers = {**record.layers, name: {**record.layers[name], **change}}
+        *_, problems = examine_gguf(output / "out.gguf", replace(record, layers=layers), lambda name: None)
+        assert len(problems) == 1
+        assert message in problems[0]
     entry = read_gguf(output / "out.gguf").tensors["blk.1.attn_q.weight"]
     data = bytearray((output / "out.gguf").read_bytes())
     data[entry.start : entry.start + 2] = b"\x00\x7e"  # NaN in float16

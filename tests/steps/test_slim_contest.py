@@ -25,7 +25,7 @@ def test_the_winner_has_the_least_divergence_and_the_model_is_as_before(tmp_path
     opened = open_request(Request(tmp_path / "model", calibration=IDS), True, "the test", streamed=False)
     opened = in_memory(opened, request.opening())
     removal = Removal("obs", STRUCTURED.configure("obs", {}))
-    plan = best_plan(opened, removal, "reap", lambda kinds: _plan(request, opened, kinds, lambda unit: None))
+    plan = best_plan(opened, removal, "reap", lambda kinds: _plan(request, opened, kinds, removal, lambda unit: None))
     tried = plan.made_by["options"]["tried"]
     assert len(tried) >= 4
     assert plan.made_by["options"]["kinds"] == min(tried, key=tried.__getitem__)

@@ -17,6 +17,7 @@ from billhook.steps.verify import verify
 
 pytestmark = pytest.mark.gate
 IDS = torch.randint(2, 96, (6, 24), generator=torch.Generator().manual_seed(0))
+BY_MAGNITUDE = {"method": "magnitude", "calibration": IDS}
 MIXTURES = [pytest.param("mixtral"), *(pytest.param(f, marks=pytest.mark.nightly) for f in ("qwen3_moe", "gpt_oss"))]
 
 
@@ -44,9 +45,7 @@ def without_blocks(model, gone: list[int]) -> Tensor:
 def test_a_model_without_blocks_is_the_model_with_these_taken_out(tmp_path, family):
     source = saved(families.build(family), tmp_path / "model")
     plan = Plan(Budget("parameters", 1), {}, {})
-    prefix = next(
-        iter(prepare(SlimRequest(source, tmp_path / "out", 0.25, units="blocks", calibration=IDS)).plan.units)
-    )
+    prefix = next(iter(prepare(SlimRequest(source, tmp_path / "out", 0.25, units="blocks", **BY_MAGNITUDE)).plan.units))
     plan.units.update({f"{prefix.rsplit('.', 1)[0]}.{i}:blocks": 0 for i in (1, 2)})
     slim(source, None, tmp_path / "out", units="blocks", plan=plan, calibration=IDS)
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -65,8 +64,22 @@ def test_the_block_that_is_dropped_is_the_one_without_which_predictions_change_l
         for i in range(4):
             q = without_blocks(families.build("llama", seed=3), [i])[:, :-1].log_softmax(-1)
             divergences.append(float((dense.exp() * (dense - q)).sum(-1).mean()))
-    job = prepare(SlimRequest(source, tmp_path / "out", 0.25, units="blocks", calibration=IDS))
+    job = prepare(SlimRequest(source, tmp_path / "out", 0.25, units="blocks", **BY_MAGNITUDE))
     assert job.plan.units == {f"model.layers.{divergences.index(min(divergences))}:blocks": 0}
+
+
+def test_what_stays_makes_up_for_dropped_blocks(tmp_path):
+    source = saved(families.build("llama", seed=3), tmp_path / "model")
+    first = Plan(Budget("parameters", 1), {}, {"model.layers.0:blocks": 0})
+    plain = slim(source, None, tmp_path / "plain", plan=first, calibration=IDS).loss
+    names = [f"model.layers.{i}.{unit}" for i in (1, 2, 3) for unit in ("mlp:channels", "self_attn:heads")]
+    counts = {name: 48 if name.endswith("channels") else 2 for name in names}
+    job = prepare(SlimRequest(source, tmp_path / "fitted", 0.25, units="blocks", calibration=IDS))
+    assert sum(not name.endswith(":blocks") for name in job.plan.units) == 6
+    fitted = Plan(Budget("parameters", 1), {}, {**first.units, **counts})
+    report = slim(source, None, tmp_path / "fitted", plan=fitted, calibration=IDS)
+    assert report.loss.kl < 0.9 * plain.kl
+    assert report.removed == pytest.approx(0.25)
 
 
 def test_by_angle_the_blocks_go_that_turn_the_hidden_states_least(tmp_path):
@@ -80,7 +93,7 @@ def test_by_angle_the_blocks_go_that_turn_the_hidden_states_least(tmp_path):
         pair = x.flatten(0, 1), (y[0] if isinstance(y, tuple) else y).flatten(0, 1)
         turned.append(sum(1 - float(a @ b / (a.norm() * b.norm())) for a, b in zip(*pair, strict=True)))
     wanted = sorted(sorted(range(4), key=turned.__getitem__)[:2])
-    job = prepare(SlimRequest(source, tmp_path / "out", 0.5, units="blocks", drop_by="angular", calibration=IDS))
+    job = prepare(SlimRequest(source, tmp_path / "out", 0.5, units="blocks", drop_by="angular", **BY_MAGNITUDE))
     assert list(job.plan.units) == [f"model.layers.{i}:blocks" for i in wanted]
 
 

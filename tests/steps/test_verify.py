@@ -200,9 +200,11 @@ def test_verification_finds_a_missing_shard(copy):
     assert any("which is not in" in problem for problem in problems)
 
 
-def test_files_that_transformers_would_read_instead_are_found(copy):
-    save_file({"a": torch.ones(2)}, copy / "model.safetensors")
-    assert verify(copy).problems == ["model.safetensors holds weights and is not listed in billhook.json."]
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_files_that_transformers_would_read_instead_are_found(copy, name):
+    save_file({"a": torch.ones(2)}, copy / name)
+    (copy / "notes.txt").write_text("no weights")
+    assert verify(copy).problems == [f"{name} holds weights and is not listed in billhook.json."]
 
 
 def test_an_index_that_leads_outside_its_directory_is_refused(copy):

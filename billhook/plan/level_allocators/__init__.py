@@ -19,6 +19,7 @@ LEVEL_ALLOCATORS = Registry(
         "owl": "billhook.plan.level_allocators.owl:owl",
         "dlp": "billhook.plan.level_allocators.dlp:dlp",
     },
+    plugins=True,
 )
 
 
