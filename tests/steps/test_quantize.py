@@ -277,10 +277,12 @@ def test_a_gguf_file_holds_what_the_quantizer_computed_in_memory(tmp_path, sourc
     assert verify(output).ok
     record, name = history(output), "model.layers.0.self_attn.q_proj"
     assert record is not None
+    digest = read_gguf(output / "out.gguf").metadata["billhook.source.digest"].value
+    assert digest == record.steps[-1].model["digest"]
     for change, message in [
         ({"zeros": record.layers[name]["zeros"] + 1}, "zeros in its layers"),
         ({"zeros": record.layers[name]["zeros"] - 1}, "zeros in its layers"),
-        ({"type": "q5_1"}, "has layers of the types"),
+        ({"type": "q5_1"}, "layers of the types"),
     ]:
         layers = {**record.layers, name: {**record.layers[name], **change}}
         *_, problems = examine_gguf(output / "out.gguf", replace(record, layers=layers), lambda name: None)

@@ -37,6 +37,7 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.mark.gate
 def test_a_sentence_encoder_is_pruned_and_scored_by_the_cosine_of_its_mean_embeddings(place):
     text = str(place / "text.txt")
     found = prune(

@@ -41,6 +41,7 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.mark.gate
 def test_a_classifier_is_pruned_scored_and_opened_by_stock_transformers(place):
     out = place / "out"
     options = ["--samples", "20", "--criterion", "wanda", "--sparsity", "0.5"]
