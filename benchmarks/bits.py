@@ -6,8 +6,9 @@ Calibrated on `golden/*/calibration`, scored on `golden/*/evaluation` only, quan
 Layers whose columns do not divide by 64 have groups of 32. `50 % zeros` is `admm`, uniform, stored in 16 bits
 with a bitmask (9 bits a weight): the pruned model that the same size of file could hold. `llama.cpp` rows are its own
 quantizer (the package libgguf) with the diagonal of the Gram matrix as importance matrix, which has no error feedback.
-Seconds are processor time. Rows are kept in a file as they come, and a run goes on where it stopped. A Markdown table
-ends the output.
+Allocators of types choose from 2 to 6 bits for each layer, with what half of the calibration windows say; `auto`
+scores on the other half. Times are processor time. Rows are kept in a file as they come, and a run goes on where it
+stopped. A Markdown table ends the output.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,19 +33,23 @@ from billhook.engine.loop import apply_plan_
 from billhook.engine.method import Quantization
 from billhook.engine.walk import walk
 from billhook.evaluation.perplexity import evaluate
+from billhook.evaluation.scoring import NEXT_TOKEN
+from billhook.measurement.fisher import fisher
 from billhook.measurement.level_errors import level_errors
+from billhook.measurement.measure import measure
 from billhook.methods.encoded import Encoded
 from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.quantize.gptq import gptq
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.statistics import LayerStats
+from billhook.plan.level_allocators import ERRORS, LEVEL_ALLOCATORS, WEIGHTS, allocate_levels
 from billhook.plan.levels import Levels
 from billhook.plan.plan import Plan
 from billhook.plan.spec import Spec
-from billhook.racing.levels import choose_types
+from billhook.racing.levels import choose_types, needs
 from billhook.steps.types import uniform_plan
 from billhook.tasks.base import Samples
-from billhook.trials.heldout import split_samples
+from billhook.trials.heldout import Split, split_samples
 
 MODELS = ("babyllama-105", "c4gut-llama-12x128")
 TYPES = ("int4/64", "int3/64", "int2/64", "q4_0", "iq4_nl", "q5_0")
@@ -56,6 +62,7 @@ FORMS = {  # of a type: quantizer and options
     "GPTQ, dense target, sweeps": ("gptq", {}),
 }
 STEPS = {"feedback from 64 columns to the next": 64, "feedback from 8 columns to the next": 8}  # GPTQ, no sweeps
+BITS = (3.25, 2.5)  # of allocations
 ROWS = 8  # windows in a batch
 
 
@@ -103,18 +110,32 @@ class Bench:
         shapes = {layer.name: layer.shape for layer in find_layers(model)}
         return model, 8 * plan.bytes(shapes) / sum(out * columns for out, columns in shapes.values())
 
-    def chosen(self, type: str) -> tuple[PreTrainedModel, float]:
-        """Scalar types for the layers, in as many bytes as one type everywhere."""
-        model, method = load_model(self.path, dtype="float32"), Quantization("gptq", QUANTIZERS.configure("gptq", {}))
-        layers, plan = find_layers(model), uniform_plan(type, find_layers(model))[0]
+    @cached_property
+    def levels(self) -> tuple[Levels, Split]:
+        """What allocators read for scalar types of the layers, measured on half of the text, and that half."""
+        layers = find_layers(self.dense)
         shapes = {layer.name: layer.shape for layer in layers}
         menus = {n: [f"int{b}/{64 if s[1] % 64 == 0 else 32}" for b in range(2, 7)] for n, s in shapes.items()}
         samples = Samples({"input_ids": self.calibration}, "golden", "golden", "given")
-        split = split_samples(model, samples, ROWS, 0)
-        errors = level_errors(model, layers, split.batches, menus).errors
-        quick = Quantization("gptq", {**method.options, "sweeps": 0})
-        found = choose_types(model, layers, split, Levels(shapes, menus, plan.bytes(shapes), errors=errors), quick)
-        return self.quantized(found.plan, method)
+        split = split_samples(self.dense, samples, ROWS, 0)
+        found = level_errors(self.dense, layers, split.batches, menus)
+        information = fisher(self.dense, layers, split.batches, NEXT_TOKEN)
+        costs = {name: 0.5 * f * found.power[name] for name, f in information.items()}
+        columns = [c for name in LEVEL_ALLOCATORS.names() for c in needs(name) if c not in (ERRORS, WEIGHTS)]
+        table = measure(self.dense, list(dict.fromkeys(columns)), batches=split.batches, layers=layers)
+        return Levels(shapes, menus, 1, errors=found.errors, weights=costs, table=table), split
+
+    def allocated(self, bits: float, allocator: str) -> tuple[PreTrainedModel, float]:
+        """Scalar types for the layers, in as many bytes as a mean of `bits` with groups of 64."""
+        levels, split = self.levels
+        method = Quantization("gptq", QUANTIZERS.configure("gptq", {}))
+        same = uniform_plan("int3/64", find_layers(self.dense))[0].bytes(levels.shapes)
+        levels = replace(levels, budget=int(same * bits / 3.25))
+        if allocator in LEVEL_ALLOCATORS.names():
+            return self.quantized(allocate_levels(levels, allocator), method)
+        model, quick = load_model(self.path, dtype="float32"), replace(method, options={**method.options, "sweeps": 0})
+        options: dict[str, Any] = {"allocator": allocator, "options": {"steps": 100} if allocator == "rco" else {}}
+        return self.quantized(choose_types(model, find_layers(model), split, levels, quick, **options).plan, method)
 
     @torch.no_grad()
     def llamacpp(self, type: str) -> tuple[PreTrainedModel, float]:
@@ -183,7 +204,9 @@ def cells(bench: Bench) -> Iterator[tuple[str, str, Callable[[], tuple[PreTraine
             yield type, "GPTQ, sweeps, inputs of the dense model", lambda type=type: bench.dense_statistics(type)  # type: ignore[misc]
         if not scalar and find_spec("libgguf"):
             yield type, "llama.cpp, importance matrix", lambda type=type: bench.llamacpp(type)  # type: ignore[misc]
-    yield "int2 to int6", "levels, in the bytes of int3/64", lambda: bench.chosen("int3/64")
+    for bits in BITS:
+        for name in (*LEVEL_ALLOCATORS.names(), "rco", "auto"):
+            yield f"int2 to int6, {bits} bits", name, lambda x=(bits, name): bench.allocated(*x)  # type: ignore[misc]
 
 
 def measured(bench: Bench, make: Callable[[], tuple[PreTrainedModel, float]]) -> dict[str, Any]:

@@ -15,12 +15,15 @@ Examples:
   billhook quantize model --type int4 --calibration text.txt -o small
   billhook quantize model --type int3/32 --calibration hub:c4 --set sweeps=8 -o smaller
   billhook quantize model --type q4_k --calibration text.txt -o for-llama.cpp
+  billhook quantize model --type q4_k --quantizer round --imatrix imatrix.gguf -o weighted
   billhook quantize model --type int8 --quantizer round -o fast
 """
 TYPE_HELP = (
     "Storage type. GGUF types (q4_k, iq3_s, ...) make a .gguf file for llama.cpp; int2 to int8, with /GROUP columns a "
     "scale (int4/64), a directory for transformers and vLLM. See billhook ls types."
 )
+
+IMATRIX_HELP = "An importance matrix of llama.cpp (GGUF or .dat) instead of text, for --quantizer round."
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Method:
     plan: Annotated[Path | None, typer.Option(help="A plan.json of storage types instead of one type.")] = None
     embeddings: Annotated[str, typer.Option(help="Type of embeddings and head of a .gguf file.")] = ""
     quantizer: Annotated[str, typer.Option(help="How codes are chosen: see billhook ls quantizers.")] = "gptq"
+    imatrix: Annotated[Path | None, typer.Option(help=IMATRIX_HELP, metavar="FILE")] = None
     settings: shared.Settings = None
 
 
@@ -49,6 +53,7 @@ def command(
 
     options = parse_settings(method.settings)
     chosen = {"plan": method.plan, "embeddings": method.embeddings, "quantizer": method.quantizer, "options": options}
+    chosen["imatrix"] = method.imatrix
     groups: dict[str, Any] = {**chosen, **vars(text), **work.fields(model), **vars(writing)}
     request = QuantizeRequest(model, method.type, output, **groups)
     with progress("reading") as advance:

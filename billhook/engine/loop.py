@@ -85,6 +85,7 @@ def apply_plan_(
     *,
     layers: Sequence[Layer] | None = None,
     gradients: Mapping[str, Tensor] | None = None,
+    known: Mapping[str, LayerStats] | None = None,
     tuner: Tuner | None = None,
     resources: Resources = IN_MEMORY,
     start: int = 0,
@@ -95,10 +96,10 @@ def apply_plan_(
     """Change the layers of a model in place as planned.
 
     `batches` are the calibration samples, needed for statistics of inputs and for a tuner. `layers` are those of the
-    plan (all prunable ones by default). `gradients` [out, in] by layer name are read by the criterion. Blocks before
-    `start` are done already. `made` is called with each encoded weight (in the process that made it), `finished` after
-    each block. Raises BillhookError, with nothing changed, if the plan does not fit; JobError if the result is not as
-    planned or activations are not finite.
+    plan (all prunable ones by default). `gradients` [out, in] by layer name are read by the criterion; where statistics
+    are `known`, by layer name, no inputs are observed. Blocks before `start` are done already. `made` is called with
+    each encoded weight (in the process that made it), `finished` after each block. Raises BillhookError, with nothing
+    changed, if the plan does not fit; JobError if the result is not as planned or activations are not finite.
     """
     layers = find_layers(model) if layers is None else layers
     shapes = {layer.name: layer.shape for layer in layers}
@@ -106,12 +107,13 @@ def apply_plan_(
     plan.check(shapes)
     if method.gradient and gradients is None:
         raise BillhookError(f"The criterion {method.name} reads gradients ({method.gradient}); none are given.")
-    pruning = _Applying(plan, plan.zeros(shapes), method, gradients, progress, made)
+    pruning = _Applying(plan, plan.zeros(shapes), method, gradients, known or {}, progress, made)
+    observed = method.observed if known is None else ()
     results: list[LayerResult] = []
-    samples = batches if method.observed or tuner else ()
+    samples = batches if observed or tuner else ()
     dense = tuner is not None and tuner.wants_dense_outputs
     walked: dict[str, Any] = {"read_only": method.prefix == "dense", "dense_outputs": dense, "resources": resources}
-    for block in walk(model, samples, method.observed, start=start, **walked):
+    for block in walk(model, samples, observed, start=start, **walked):
         block = replace(block, layers=[layer for layer in block.layers if layer.name in shapes])
         if tuner is not None and block.layers:
             tuner.note(block)
@@ -132,6 +134,7 @@ class _Applying:
     zeros: Mapping[str, int]
     method: Treatment
     gradients: Mapping[str, Tensor] | None
+    known: Mapping[str, LayerStats]
     progress: Progress
     made: Callable[[Layer, Encoded], None]
 
@@ -140,7 +143,8 @@ class _Applying:
         chosen = [layer for layer in stage[0] if layer.name in self.zeros]
         made = []
         for layer in shard(chosen):
-            made.append(self.layer(layer, stage[1].get(layer.name, LayerStats(0, 0))))
+            unseen = self.known.get(layer.name, LayerStats(0, 0))
+            made.append(self.layer(layer, stage[1].get(layer.name, unseen)))
             self.progress(layer.name)
         for number, layer in enumerate(chosen):
             broadcast_(layer.weight, number % world())

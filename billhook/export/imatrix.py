@@ -2,9 +2,10 @@
 
 The file is that of `llama-imatrix` (GGUF). It holds two tensors for each weight: `NAME.in_sum2`, the sum of its squared
 inputs over all tokens, which is the diagonal of the Gram matrix, and `NAME.counts`, the number of tokens; of experts,
-one row each.
+one row each. Files of earlier releases (.dat) are read too: a list of names with means times a number of calls.
 """
 
+import struct
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,10 @@ import numpy as np
 from torch import Tensor
 
 from billhook.architectures.gguf_names import gguf_tensors
+from billhook.errors import BillhookError
 from billhook.export.gguf import full_config
 from billhook.export.gguf_writer import Entry, add_tensors, write
-from billhook.store.gguf_file import require_gguf
+from billhook.store.gguf_file import read_gguf, require_gguf
 from billhook.store.shards import read_shard, weight_files
 
 Names = Mapping[str, tuple[str, ...]]  # name in GGUF files -> tensors on disk, several for experts
@@ -49,3 +51,63 @@ def write_imatrix(names: Names, sums: Sums, output: Path, text: str, windows: in
     add_tensors(writer, entries)
     write(writer, entries, output)
     return len(entries) // 2
+
+
+def read_imatrix(path: Path) -> dict[str, np.ndarray]:
+    """The mean squared inputs of each weight by its name in GGUF files, float32 [experts or 1, in].
+
+    Raises BillhookError for a file that is damaged or holds something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            new = file.read(4) == b"GGUF"
+    except OSError as error:
+        raise BillhookError(f"Cannot read {path}: {error.strerror or error}.") from None
+    found = _read_gguf_form(path) if new else _read_old_form(path)
+    for name, values in found.items():
+        if not np.isfinite(values).all() or (values < 0).any():
+            raise BillhookError(f"{path} is damaged: the squared inputs of {name[:100]} are not numbers of 0 and more.")
+    if not found:
+        raise BillhookError(f"{path} is not an importance matrix of llama.cpp, or it is empty.")
+    return found
+
+
+def _read_gguf_form(path: Path) -> dict[str, np.ndarray]:
+    file, found = read_gguf(path), {}
+    for name, entry in file.tensors.items():
+        counts = file.tensors.get(f"{name.removesuffix('.in_sum2')}.counts")
+        if not name.endswith(".in_sum2") or counts is None:
+            continue
+        if (entry.type, counts.type) != ("f32", "f32") or entry.shape[:-1] != counts.shape[:-1]:
+            raise BillhookError(f"{path} is damaged: {name[:100]} and its counts do not fit each other.")
+        sums, numbers = (file.values(x).reshape(x.shape[-2] if len(x.shape) > 1 else 1, -1) for x in (entry, counts))
+        with np.errstate(invalid="ignore", over="ignore"):
+            found[name.removesuffix(".in_sum2")] = (sums / np.maximum(numbers[:, :1], 1)).astype(np.float32)
+    return found
+
+
+def _read_old_form(path: Path) -> dict[str, np.ndarray]:
+    """The experts of a weight are one row here; their number is not in the file."""
+    data, place, found = path.read_bytes(), 0, {}
+
+    def take(count: int) -> bytes:
+        nonlocal place
+        if count < 0 or count > len(data) - place:
+            raise ValueError("it ends too early")
+        place += count
+        return data[place - count : place]
+
+    def number() -> int:
+        value: int = struct.unpack("<i", take(4))[0]
+        return value
+
+    try:
+        for _ in range(number()):
+            name = take(number()).decode()
+            calls, length = number(), number()
+            values = np.frombuffer(take(4 * length), np.float32)
+            if length > 0:
+                found[name] = values[None] / np.float32(max(calls, 1))
+    except (ValueError, struct.error) as error:
+        raise BillhookError(f"{path} is not an importance matrix of llama.cpp, or it is damaged ({error}).") from None
+    return found

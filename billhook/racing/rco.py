@@ -23,6 +23,9 @@ embeddings and head get the types of `curves`.
 Cost: one quantization at every type, then in each step a forward and a backward pass of `windows` windows and one
 inner product for every type.
 
+Measured: KL divergence .0504 after 100 steps, where `curves` has .0302 in a sixth of the time (a model of 5 blocks,
+3.25 bits a weight).
+
 Limits: the model, its gradients' layer by layer, and the codes must fit in memory.
 """
 

@@ -30,9 +30,10 @@ from billhook.methods.statistics import LayerStats
 from billhook.plan.plan import Plan, load_plan
 from billhook.reports.quantized_card import publish_quantized
 from billhook.steps.block_files import BlockFiles, Form
+from billhook.steps.given_imatrix import NOTE, imatrix_stats
 from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
-from billhook.steps.parts import check_matrices, layer_parts, part_types, transposed
+from billhook.steps.parts import Parts, check_matrices, layer_parts, part_types, transposed
 from billhook.steps.quantize_job import QuantizeJob, QuantizeReport, QuantizeRequest, record
 from billhook.steps.request import Opened, check_text_given, draw_text, open_model
 from billhook.steps.resolve import identity
@@ -77,7 +78,8 @@ def prepare(
     """
     method, given = _method_and_plan(request)
     opening = request.opening()
-    check_text_given(opening, bool(method.observed), f"Quantizing with {request.quantizer}")
+    reads_text = bool(method.observed) and request.imatrix is None
+    check_text_given(opening, reads_text, f"Quantizing with {request.quantizer}")
     opened = open_blocks(request) if opened is None else opened
     plan, notes = uniform_plan(full_name(request.type), opened.layers) if given is None else (given, [])
     plan.check({layer.name: layer.shape for layer in opened.layers})
@@ -93,11 +95,14 @@ def prepare(
     room = block_bytes(opened, on_disk)
     room += file_bytes(opened, on_disk, request.quantizer, request.gguf_form) if ggml else 0
     check_resumed(request, _identity(request, opened, method, plan, outside), room)
-    if method.observed and opened.samples is None:
+    known = given_stats(request, opened, parts)
+    if reads_text and opened.samples is None:
         opened = draw_text(opened, opening, progress)
     run = _identity(request, opened, method, plan, outside)
     check_resumed(request, run, room)
-    return QuantizeJob(request, opened, plan, method, parts, outside, run, notes, room)
+    return QuantizeJob(
+        request, opened, plan, method, parts, outside, run, notes + [NOTE] * (known is not None), room, known
+    )
 
 
 def _method_and_plan(request: QuantizeRequest) -> tuple[Quantization, Plan | None]:
@@ -105,7 +110,12 @@ def _method_and_plan(request: QuantizeRequest) -> tuple[Quantization, Plan | Non
     if world() > 1:
         raise BillhookError("quantize runs in one process: start it without torchrun.")
     QUANTIZERS.check(request.quantizer)
-    method = Quantization(request.quantizer, QUANTIZERS.configure(request.quantizer, request.options))
+    options = dict(request.options)
+    if request.imatrix is not None:
+        if request.quantizer != "round":
+            raise BillhookError("An importance matrix is for --quantizer round: the others need calibration text.")
+        options |= {"weighted": True}
+    method = Quantization(request.quantizer, QUANTIZERS.configure(request.quantizer, options))
     given = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
     if (given is None) == (not request.type):
         raise BillhookError("Give either a storage type, such as int4 or q4_k, or a plan of storage types.")
@@ -123,6 +133,14 @@ def _method_and_plan(request: QuantizeRequest) -> tuple[Quantization, Plan | Non
     return method, given
 
 
+def given_stats(request: QuantizeRequest, opened: Opened, parts: Parts) -> Mapping[str, LayerStats] | None:
+    """The statistics of the importance matrix of a request, if it has one."""
+    if request.imatrix is None:
+        return None
+    assert opened.source is not None
+    return imatrix_stats(Path(request.imatrix).expanduser(), opened.source, opened.layers, parts)
+
+
 def open_blocks(request: QuantizeRequest) -> Opened:
     """Open the model of a request one block at a time, without its text."""
     opened = open_model(request.opening(), streamed=True, room=lambda source: 0)
@@ -136,9 +154,10 @@ def _identity(
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
     same = identity(request.opening(), opened, method.options, plan, None)
-    form = {"split": request.gguf_form["split"], "template": None}
-    if request.template is not None:
-        form["template"] = sha256(Path(request.template).expanduser())
+    form = {"split": request.gguf_form["split"]}
+    for key in ("template", "imatrix"):
+        file = getattr(request, key)
+        form[key] = None if file is None else sha256(Path(file).expanduser())
     return same | {"step": "quantize", "quantizer": request.quantizer, "outside": dict(outside), **form}
 
 
@@ -190,7 +209,7 @@ def run(
 
         results = before + apply_plan_(
             opened.model, job.plan, job.method, opened.batches, layers=opened.layers, resources=opened.resources,
-            start=partial.state.done, progress=progress, made=made, finished=partial.finished,
+            start=partial.state.done, known=job.known, progress=progress, made=made, finished=partial.finished,
         )  # fmt: skip
         loss = lost()
         made_record = record(job, results, loss)

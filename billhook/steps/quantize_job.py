@@ -16,6 +16,7 @@ from billhook.evaluation.quality import Loss
 from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.quantize.grid import Grid
 from billhook.methods.quantize.grids import grid_of
+from billhook.methods.statistics import LayerStats
 from billhook.plan.bytes import parse_size
 from billhook.plan.plan import Plan
 from billhook.steps.parts import Parts, part_types, where
@@ -72,7 +73,7 @@ class QuantizeRequest(Inputs):
 
     `type` is one storage type for all layers, or "" with a `plan` of types. `embeddings` is that of embeddings and head
     in a GGUF file; a plan that `compress` made gives each of them one. With `published`, windows are drawn as in the
-    released code of the papers.
+    released code of the papers. `imatrix` is an importance matrix file of llama.cpp instead of text.
     """
 
     model: str | Path
@@ -81,6 +82,7 @@ class QuantizeRequest(Inputs):
     plan: str | Path | Plan | None = None
     embeddings: str = ""
     quantizer: str = "gptq"
+    imatrix: str | Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def opening(self) -> Request:
@@ -96,7 +98,7 @@ class QuantizeJob:
     """A checked request with its plan.
 
     `parts` are the places of the layers on disk, `outside` the types of embeddings and head by their names,
-    and `room` the bytes that the run needs on the disk.
+    `room` the bytes that the run needs on the disk, and `known` the statistics of an importance matrix.
     """
 
     request: QuantizeRequest
@@ -108,6 +110,7 @@ class QuantizeJob:
     identity: Mapping[str, Any]
     notes: list[str]
     room: int
+    known: Mapping[str, LayerStats] | None = None
 
     @property
     def ggml(self) -> bool:
@@ -169,6 +172,7 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
         **{key: getattr(request, key) for key in ("seed", "dtype", "device")},
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
+        "imatrix": job.identity["imatrix"],
         "calibration": None if opened.samples is None else calibration_facts(opened),
         "papers": {"quantizer": QUANTIZERS.paper(request.quantizer)},
         "lost": None if loss is None else loss.to_dict(),

@@ -57,8 +57,11 @@ class GgufFile:
 
     @property
     def arch(self) -> str:
-        """The name of the architecture."""
-        return str(self.metadata["general.architecture"].value)
+        """The name of the architecture; raises BillhookError for a file that holds no model."""
+        found = self.metadata.get("general.architecture")
+        if found is None or found.value == "imatrix":
+            raise BillhookError(f"{self.path} holds no model: it is an importance matrix (--imatrix).")
+        return str(found.value)
 
     @cached_property
     def _bytes(self) -> dict[Path, np.ndarray]:
@@ -161,8 +164,10 @@ class _Header:
             if key in metadata:
                 raise ValueError(f"{key[:100]!r} twice")
             metadata[key] = self.value(self.take("I"))
-        later = (_number(metadata, "split.no") or 0) > 0  # a part that has no metadata of its own
-        if not later and not isinstance(getattr(metadata.get("general.architecture"), "value", None), str):
+        kind = getattr(metadata.get("general.type"), "value", None)
+        # a part that has no metadata of its own, and an importance matrix, need none
+        free = (_number(metadata, "split.no") or 0) > 0 or kind == "imatrix"
+        if not free and not isinstance(getattr(metadata.get("general.architecture"), "value", None), str):
             raise ValueError("general.architecture is no string")
         listed = [self.entry() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", GgufValue(32, _UINT32))

@@ -33,6 +33,7 @@ class Step:
     * `made_by.recipe` (string or null, optional): the recipe that was followed unchanged.
     * `made_by.quantizer` (string, optional): name of the quantizer.
     * `made_by.quantizer_options.*` (any, optional): its options, defaults filled in.
+    * `made_by.imatrix` (string or null, optional): SHA-256 of the importance matrix that was given instead of text.
     * `made_by.outside.*` (string, optional): storage types of embeddings and head, by the names of their tensors.
     * `made_by.method` (string, optional): name of the structured method of `slim`.
     * `made_by.method_options.*` (any, optional): its options, defaults filled in.

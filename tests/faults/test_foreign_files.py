@@ -96,6 +96,7 @@ READERS: dict[str, list[tuple[str, ...]]] = {
     "gradients.safetensors": [("prune", "model", *PRUNE[:2], *GBLM, *TEXT, "-o", "out")],
     "tokens.safetensors": [("eval", "model", "--data", "tokens.safetensors")],
     "text.jsonl": [("eval", "model", "--data", "text.jsonl", *SCORED[2:])],
+    "matrix.gguf": [(*ROUND, "--type", "int8", "--imatrix", "matrix.gguf", "-o", "out")],
     "template.gguf": [(*EXPORT, "--template", "template.gguf")],
     "items.jsonl": [("eval", "model", "--tasks", "items.jsonl", "--length", "16")],
     "sparsities.json": [
@@ -138,6 +139,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done("report", "pruned", "--table", "table.json", "--speed", "bench.json")
     done("pack", "pruned", "-o", "packed")
     done("export", "model", "-o", "template.gguf")
+    done("imatrix", "model", *TEXT, "-o", "matrix.gguf")
     done(*ROUND, "--type", "int8", "-o", "quantized")
     plan = json.loads(Path("quantized/billhook.json").read_text())["steps"][-1]["plan"]
     Path("types.json").write_text(json.dumps(plan))
