@@ -5,11 +5,11 @@
     python benchmarks/front.py MODEL ... --peers Q2_K --form compress --set sweeps=2       only these
 
 For every peer type there are three rows: `llama.cpp` is the file of `llama-quantize --imatrix`; `same types` has the
-same type for every tensor, and our codes; `compress` is `billhook compress --size` with the bytes of that file, and is
-not larger. All are calibrated on the same windows, and scored by `llama-perplexity --kl-divergence` against the model
-in float16, on the first --chunks windows of 512 tokens of --data, of which it scores the second half. Nothing is chosen
-on that text. `minutes` and `GiB` are the processor time and the largest resident set of what makes the file:
-`llama-imatrix` on the text of the windows and `llama-quantize`, or the command of ours.
+same type for every tensor, and our codes (`--allocator like:FILE`); `compress` is `billhook compress --size` with the
+bytes of that file, and is not larger. All are calibrated on the same windows, and scored by `llama-perplexity
+--kl-divergence` against the model in float16, on the first --chunks windows of 512 tokens of --data, of which it scores
+the second half. Nothing is chosen on that text. `minutes` and `GiB` are the processor time and the largest resident set
+of what makes the file: `llama-imatrix` on the text of the windows and `llama-quantize`, or the command of ours.
 
 Rows are added to FOLDER/rows.jsonl as they come, and those that are there are not measured again. --speed adds how fast
 llama.cpp generates with the file of `compress`, as a ratio to its own of that size.
@@ -136,8 +136,8 @@ class Bench:
         found = {name: re.search(pattern, output) for name, pattern in FIGURES.items()}
         return {name: float(match[1]) for name, match in found.items() if match is not None}
 
-    def make(self, peer: str, form: str) -> tuple[Path, float, float]:
-        """The file of a row, and the processor time and memory that it takes."""
+    def make(self, peer: str, form: str) -> tuple[Path, float | None, float]:
+        """The file of a row, and the processor time (None if it was resumed) and memory that it takes."""
         theirs, output = self.folder / f"{peer}.gguf", self.folder / f"{peer}-{form.replace(' ', '-')}"
         if form == "llama.cpp":
             quantize = ("--imatrix", self.imatrix, self.dense, theirs, peer, self.args.threads)
@@ -145,17 +145,14 @@ class Bench:
             before, most = json.loads(self.imatrix.with_suffix(".json").read_text())
             return theirs, minutes + before, max(memory, most)
         settings = [word for setting in self.args.set for word in ("--set", setting)]
-        if form == "same types":
-            script = Path(__file__).with_name("same_types.py")
-            found = ran(sys.executable, script, self.args.model, theirs, output, *self.text, *settings)
-        else:
-            chosen = ["--types", self.args.types] if self.args.types else []
-            size = ["--size", str(theirs.stat().st_size), *chosen, *settings]
-            found = billhook(
-                "compress", self.args.model, *size, *map(str, self.text), "--overwrite", "--output", output
-            )
+        chosen = ["--types", self.args.types] if self.args.types else []
+        stopped = output.with_name(f"{output.name}.partial").exists()
+        words = [*map(str, self.text), *settings, "--resume" if stopped else "--overwrite"]
+        size = ["--size", str(theirs.stat().st_size)]
+        how = ["--allocator", f"like:{theirs}"] if form == "same types" else [*size, *chosen]
+        found = billhook("compress", self.args.model, *how, *words, "--output", output)
         write_text(output / "output.txt", found[0])
-        return output / f"{output.name}.gguf", *found[1:]
+        return output / f"{output.name}.gguf", None if stopped else found[1], found[2]
 
     def row(self, peer: str, form: str) -> dict[str, Any]:
         """Make and score a file."""
@@ -189,8 +186,8 @@ def markdown(rows: Sequence[dict[str, Any]], parameters: int) -> str:
         size = f"{row['bytes'] / 1e6:.1f} | {8 * row['bytes'] / parameters:.2f}"
         ratio = f"{row['kl'] / theirs[row['peer']]:.2f}" if row["form"] != "llama.cpp" and row["peer"] in theirs else ""
         loss = f"{row['kl']:.4f} ± {row['error']:.4f} | {ratio} | {row['kl_999']:.2f} | {row['same_top']:.1f} %"
-        took = f"{row['ppl']:.2f} | {row['minutes']:.1f} | {row['memory']:.1f}"
-        lines.append(f"| {row['peer']} | {row['form']} | {size} | {loss} | {took} |")
+        took = " | ".join("" if row[key] is None else f"{row[key]:.1f}" for key in ("minutes", "memory"))
+        lines.append(f"| {row['peer']} | {row['form']} | {size} | {loss} | {row['ppl']:.2f} | {took} |")
     return "\n".join(lines)
 
 
@@ -199,6 +196,8 @@ def picture(name: str, rows: Sequence[dict[str, Any]]) -> str:
     series = []
     for form, label in (("llama.cpp", "llama-quantize, importance matrix"), ("compress", "billhook compress")):
         points = sorted((row["bytes"] / 1e6, row["kl"], row["peer"]) for row in rows if row["form"] == form)
+        if not points:
+            continue
         labels = [f"{label}, {peer}: {size:.0f} MB, KL {kl:.4f}" for size, kl, peer in points]
         series.append(Series(label, [p[0] for p in points], [p[1] for p in points], labels=labels))
     axes = Axis("size of the file (MB)"), Axis("KL divergence, nats a token", log=True)
@@ -221,6 +220,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, default=16, help="windows of 512 tokens that are scored")
     parser.add_argument("--set", action="append", default=[], help="an option of gptq, such as sweeps=2")
     parser.add_argument("--types", default="", help="types that compress chooses from")
+    parser.add_argument("--name", default="", help="what the picture calls the model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--speed", action="store_true", help="measure decoding too")
     parser.add_argument("--picture", type=Path)
@@ -250,7 +250,7 @@ def main() -> None:
         if row["form"] == "speed":
             print(f"{row['peer']}: our file generates {row['ratio']:.2f} times as fast as llama.cpp's.")
     if args.picture is not None:
-        write_text(args.picture, picture(bench.name, made))
+        write_text(args.picture, picture(args.name or bench.name, made))
 
 
 if __name__ == "__main__":

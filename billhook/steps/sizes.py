@@ -212,8 +212,8 @@ def _menu(columns: int, types: Sequence[str], name: str) -> list[str]:
 
 
 def outside_menu(name: str, columns: int, types: Sequence[str]) -> list[str]:
-    """The types of embeddings and head to choose from: those of `types` with at least 4 bits; where none of these
-    fits, all of `types` that fit."""
+    """The types of embeddings and head to choose from: those of `types` that are in `_OUTSIDE` (no code books, which
+    take long to search for so many rows); where none of these fits, all of `types` that fit."""
     fits = [t for t in types if columns % block(t) == 0]
     return [t for t in _OUTSIDE if t in fits] or fits or _menu(columns, types, name)
 
