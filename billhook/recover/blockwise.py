@@ -19,7 +19,6 @@ block gets back the weights it had. With fewer than 8 windows nothing is tuned, 
 
 Differences from the papers: the loss is that of the next block, targets are between the dense block's and the dense
 model's outputs, and held-out windows decide. An interrupted run continues with the same bytes.
-
 Cost: in memory one block six times in float32, the next one once, what a pass of four windows through both leaves for
 the backward pass, inputs and targets, and, unless `dense_target` is 0, the dense model's outputs.
 
@@ -124,14 +123,15 @@ class BlockTuner:
             for index, whole in enumerate(block.dense):
                 self._targets[index] = torch.lerp(self._targets[index], whole, self.options.dense_target)
         if block.following.module is not None:
-            for index, call in enumerate(block.following.calls):
-                self._targets[index] = run_block(block.following.module, self._targets[index], call)
+            given, self._targets = self._targets.take(), self.resources.activations()  # the shape may change
+            for states, call in zip(given, block.following.calls, strict=True):
+                self._targets.append(run_block(block.following.module, states, call))
         windows = sum(len(h) for h in self._targets)
         if windows < LEAST:
             return f"block {block.index} is not refined: {windows} calibration windows are fewer than {LEAST}"
         single = {length: calls[block.index : block.index + 2] for length, calls in self._single.items()}
         if not self._tokens:  # images of one size, by the second dimension of their hidden states
-            single = {int(block.inputs[0].shape[1]): next(iter(single.values()))}
+            single = {block.inputs[0].shape[1]: next(iter(single.values()))}
         data = Data(block.inputs, self._targets, block.calls, single, block.following)
         tuned = tunable(block.module, block.layers, self.options.tune_norms_and_biases)
         done = refine_block_(block.module, data, tuned, self.options, block.index)
