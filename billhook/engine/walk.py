@@ -53,9 +53,9 @@ class Block:
     `inputs` are hidden states [rows, length, width], one tensor a batch, valid until the next block is yielded; `calls`
     are the other arguments of each call. `stages` are the layers in the order in which they should be pruned, with
     their statistics: all at once or, if `drift` is a statistic, group by group (`billhook.engine.dense_stream`);
-    iterate over them exactly once. `stats` are the statistics of a block with a single stage. `dense` are the outputs
-    of the dense model's block if requested, valid after the stages. `following` is in memory only while
-    `resources.block(index + 1)` is entered. `last` says that no other block follows.
+    iterate over them exactly once. `stats` are the statistics of a block with a single stage. `stream` is the dense
+    model's, if requested. `following` is in memory only while `resources.block(index + 1)` is entered. `last` says that
+    no other block follows.
     """
 
     index: int
@@ -66,9 +66,14 @@ class Block:
     stats: Stats
     stages: Iterable[Stage]
     calls: Sequence[Call]
-    dense: Sequence[Tensor] | ActivationStore
+    stream: DenseStream | None
     following: Following
     last: bool
+
+    @property
+    def dense(self) -> Sequence[Tensor] | ActivationStore:
+        """The outputs of the dense model's block, after the stages."""
+        return () if self.stream is None else self.stream.hidden
 
 
 @torch.no_grad()
@@ -155,10 +160,9 @@ class _Walk:
             stages = dense.stages(module, index, layers, staged, self.flow)
         elif dense is not None:
             dense.advance(module, index)
-        outputs = () if dense is None else dense.hidden
         last = index + 1 == len(self.blocks)
         return Block(
-            index, name, module, layers, self.hidden, stats, stages, calls, outputs, self._following(index), last
+            index, name, module, layers, self.hidden, stats, stages, calls, dense, self._following(index), last
         )  # fmt: skip
 
     def _following(self, index: int) -> Following:

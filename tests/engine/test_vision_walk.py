@@ -20,9 +20,9 @@ def pixels(rows, seed=0):
 
 
 @torch.no_grad()
-def inputs_and_last_output(model, batches):
-    """The inputs of all blocks and the output of the last one in the model's own forward pass."""
-    blocks, seen = list(blocks_of(model).values()), []
+def inputs_and_outputs(model, batches):
+    """The inputs and the outputs of all blocks in the model's own forward pass."""
+    blocks, seen, ends = list(blocks_of(model).values()), [], []
     handles = [
         block.register_forward_pre_hook(
             lambda _, args, named: seen.append((args[0] if args else next(iter(named.values()))).clone()),
@@ -30,13 +30,17 @@ def inputs_and_last_output(model, batches):
         )
         for block in blocks
     ]
-    ends = []
-    end = blocks[-1].register_forward_hook(lambda _, args, out: ends.append(out[0] if isinstance(out, tuple) else out))
+    handles += [
+        block.register_forward_hook(
+            lambda _, args, out: ends.append((out[0] if isinstance(out, tuple) else out).clone())
+        )
+        for block in blocks
+    ]
     for batch in batches:
         model(pixel_values=batch)
-    for handle in [*handles, end]:
+    for handle in handles:
         handle.remove()
-    return [seen[index :: len(blocks)] for index in range(len(blocks))], ends
+    return [[states[index :: len(blocks)] for index in range(len(blocks))] for states in (seen, ends)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,16 +55,14 @@ def test_the_pruned_walk_equals_the_pruned_models_own_forward_bit_for_bit(family
             for layer in layers:
                 layer.weight.mul_(torch.rand(layer.shape, generator=random) > 0.5)
         found.append([states.clone() for states in block.inputs])
-        if block.last:
-            pairs = zip(block.inputs, block.calls, strict=True)
-            ends = [run_block(block.module, states, call) for states, call in pairs]
-            streams = list(block.dense)
+        pairs = zip(block.inputs, block.calls, strict=True)
+        ends.append([run_block(block.module, states, call) for states, call in pairs])
+        streams.append([states.clone() for states in block.dense])
     assert {layer.block for layer in find_layers(model)} <= set(range(len(found)))
-    for model_here, last in ((model, ends), (dense, streams)):
-        inputs, own = inputs_and_last_output(model_here, batches)
-        assert all(torch.equal(a, b) for a, b in zip(own, last, strict=True))
-        if model_here is model:
-            assert all(torch.equal(a, b) for x, y in zip(inputs, found, strict=True) for a, b in zip(x, y, strict=True))
+    inputs, outputs = inputs_and_outputs(model, batches)
+    for expected, walked in ((inputs, found), (outputs, ends), (inputs_and_outputs(dense, batches)[1], streams)):
+        for own, here in zip(expected, walked, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(own, here, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
