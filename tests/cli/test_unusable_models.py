@@ -74,8 +74,10 @@ def test_a_quantization_config_of_null_means_none(place):
 
 
 def test_a_model_of_another_kind_is_refused(place):
-    edit("model/config.json", architectures=["ViTForImageClassification"], model_type="vit")
-    refused(place, *PRUNE, match="model is ViTForImageClassification: only models for text-generation and fill-mask")
+    edit("model/config.json", architectures=["T5ForConditionalGeneration"], model_type="t5")
+    refused(
+        place, *PRUNE, match="model is T5ForConditionalGeneration: only models for text-generation, fill-mask, image"
+    )
 
 
 def test_weights_that_do_not_fit_the_configuration_are_refused(place):

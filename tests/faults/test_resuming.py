@@ -128,6 +128,7 @@ def changes(folder: Path, source: Path) -> dict[str, dict[str, Any]]:
         "group": {"group": "layer"},
         "published": {"published": True},
         "refine": {"refine": "blocks"},
+        "prefix": {"prefix": "dense"},
         "dtype": {"dtype": "bfloat16"},
     }
 

@@ -79,7 +79,7 @@ def test_temporary_gradients_that_do_not_fit_are_noticed_before_the_work(disk, m
     size = gradient_bytes(find_layers(tiny.llama(**SMALL)))
     place = disk((files - 0.1) * size)
     begun: list[object] = []
-    for step in ("steps.search.measure", "steps.prune.measure_opened", "comparison.grid.evaluate"):
+    for step in ("steps.search.measure", "steps.prune.measure_opened", "comparison.scored.evaluate"):
         monkeypatch.setattr(f"billhook.{step}", lambda *args, **options: begun.append(args) or pytest.fail("begun"))
     monkeypatch.setattr(tempfile, "tempdir", str(place))
     ran = billhook(*command, *TEXT)

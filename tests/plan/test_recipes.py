@@ -24,7 +24,7 @@ ALPHAPRUNING = {"metric": "alpha_peak", "epsilon": 0.3, "mapping": "block"}
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    metrics = {"alpha_peak": 2.0, "outlier_ratio:5": 1.0, "wanda_mean": 0.1}
+    metrics = {"alpha_peak": 2.0, "alpha_mid": 2.0, "outlier_ratio:5": 1.0, "wanda_mean": 0.1}
     rows = [Row(f"blocks.{i}.w", i, "w", (8, 8), {k: v + i for k, v in metrics.items()}) for i in range(4)]
     Table(tuple(rows)).save(tmp_path / "table.json")
     return tmp_path / "table.json"

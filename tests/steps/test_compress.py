@@ -203,7 +203,8 @@ def test_the_types_of_another_file_are_taken_tensor_by_tensor(tmp_path, source):
     assert plans[0]["weights"] == plans[1]["weights"]
     assert plans[0]["made_by"]["outside"] == plans[1]["made_by"]["outside"]
     assert plans[1]["made_by"]["allocator"] == "like:first.gguf"
-    assert read_gguf(file).tensors == read_gguf(tmp_path / "out" / "out.gguf").tensors
+    tensors = [read_gguf(x).tensors.values() for x in (file, tmp_path / "out" / "out.gguf")]
+    assert [(e.name, e.type, e.shape) for e in tensors[0]] == [(e.name, e.type, e.shape) for e in tensors[1]]
     other = tiny.save(tmp_path / "other", tiny.llama(num_hidden_layers=3), dtype=torch.bfloat16, words=False)
     for model, fields, match in (
         (
