@@ -154,8 +154,7 @@ def check_text_given(request: Request, needed: bool, who: str) -> None:
     if needed and request.calibration is None:
         raise BillhookError(
             f"{who} needs activations: give text with --calibration FILE.txt, FILE.jsonl, TOKENS.safetensors or hub:c4 "
-            "(images for an image model). With --calibration self: the model writes it; text like what it will read is "
-            "better."
+            "(images for an image model). With --calibration self: the model writes it; real text is better."
         )
 
 
