@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from billhook.errors import BillhookError
 
-QUANTA = (64, 8)  # the first that divides a width, and is not a large part of it
+QUANTA = (64, 32, 8)  # the first that divides a width and is not a large part of it; storage types need 32
 _STEPS = 8  # of a quantum in a width, at least
 
 
@@ -25,7 +25,7 @@ class Size:
 
 
 def quantum(count: int) -> int:
-    """The step in which channels are removed: 64 or 8, where it divides their number at least eight times, else 1."""
+    """The step in which channels are removed: the first of 64, 32 and 8 of which there are at least eight, else 1."""
     return next((q for q in QUANTA if count % q == 0 and count >= _STEPS * q), 1)
 
 
