@@ -72,9 +72,13 @@ class Against:
     def of(cls, model: str, found: "Sequence[WindowKl]", tokens: int, nll: float) -> "Against":
         """From the divergence of each window, `tokens` in all."""
         kl = [window.mean for window in found]
-        error = statistics.stdev(kl) / math.sqrt(len(kl)) if len(kl) > 1 else None
         ppl, agreed = math.exp(nll) if nll < 709 else None, sum(window.agreed for window in found)
-        return cls(model, statistics.fmean(kl), error, agreed / tokens, ppl, nll, *percentiles(found))
+        return cls(model, statistics.fmean(kl), standard_error(kl), agreed / tokens, ppl, nll, *percentiles(found))
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of the mean of `values`; None for a single one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def token_kl(logits: Tensor, teacher: Teacher) -> Tensor:

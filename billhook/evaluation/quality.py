@@ -29,7 +29,7 @@ from billhook.engine.replay import run_block
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import walk
 from billhook.evaluation.divergence import COSINE
-from billhook.evaluation.kl import WindowKl, percentiles
+from billhook.evaluation.kl import WindowKl, percentiles, standard_error
 from billhook.evaluation.predicting import predicted, row_nll, rows_at_once
 from billhook.evaluation.scoring import Scoring, scored_rows
 
@@ -176,7 +176,8 @@ class Reference:
         tokens, right, dense_right = (sum(counts) for counts in zip(*(row[3:] for row in rows), strict=True))
         kl, agreed = [x.mean for x in windows], sum(x.agreed for x in windows)
         mean = _finite(statistics.fmean(kl))
-        error = _finite(statistics.stdev(kl) / math.sqrt(len(kl))) if mean is not None and len(kl) > 1 else None
+        spread = None if mean is None else standard_error(kl)
+        error = None if spread is None else _finite(spread)
         about = (len(rows), self.length, self.source, self.held_out)
         if self.scoring.unit == "token":
             scores = (verdict(mean), mean, error, round(agreed / tokens, 6), _ppl(nll), _ppl(dense_nll))

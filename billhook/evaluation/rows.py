@@ -22,7 +22,7 @@ from billhook.engine.batch import Batch, main_input
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.batching import Progress
 from billhook.evaluation.divergence import COSINE
-from billhook.evaluation.kl import WindowKl
+from billhook.evaluation.kl import WindowKl, standard_error
 from billhook.evaluation.predicting import predicted, row_nll
 from billhook.evaluation.scoring import Scoring
 from billhook.store.tensor_bytes import tensor_bytes
@@ -132,7 +132,7 @@ def evaluate_rows(
     if against is None:
         return RowScores(*about, **own)
     name = Path(against.name_or_path or "").name or type(against).__name__
-    mean, error = statistics.fmean(divergences), _error(divergences)
+    mean, error = statistics.fmean(divergences), standard_error(divergences)
     if scoring.divergence is COSINE:
         return RowScores(*about, against=RowsAgainst(name, cosine=1 - mean, cosine_error=error))
     kept = {key: value for key, value in tallies[1].summary().items() if key in {f.name for f in fields(RowsAgainst)}}
@@ -173,7 +173,3 @@ def _compared(scoring: Scoring, ours: Tensor, theirs: Tensor) -> WindowKl:
         sizes = f"{ours.shape[-1]} and {theirs.shape[-1]} outputs"
         raise BillhookError(f"The models have {sizes}: only models with the same classes can be compared.")
     return scoring.divergence.compare(ours, scoring.divergence.teacher(theirs))
-
-
-def _error(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

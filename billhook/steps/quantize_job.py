@@ -1,14 +1,10 @@
 """A request to quantize a model, its checked job, what a run reports, and its step in billhook.json."""
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
-
-import torch
-import transformers
 
 from billhook.engine.loop import LayerResult
 from billhook.engine.method import Quantization
@@ -20,7 +16,7 @@ from billhook.methods.statistics import LayerStats
 from billhook.plan.bytes import parse_size
 from billhook.plan.plan import Plan
 from billhook.steps.parts import Parts, part_types, where
-from billhook.steps.record import without_folders
+from billhook.steps.record import versions, without_folders
 from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.steps.types import is_ggml, plan_types
 from billhook.store.record import Step, append_step
@@ -31,7 +27,7 @@ SPILL_GIB = 0.25  # of hidden states in memory; the others are on disk, and read
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """How `quantize` and `compress` open a model and its text, and write the result; `Request` has most of the fields.
+    """How `quantize`, `compress` and `slim` open model and text, and write the result; `Request` has most of the fields.
 
     Of a GGUF file, `template` and `split_size` are as in `export`.
     """
@@ -61,10 +57,15 @@ class Inputs:
 
     @classmethod
     def given(cls, **fields: Any) -> Self:
-        """A request from keyword arguments: its fields, and options of the quantizer."""
+        """A request from keyword arguments: its fields, and options of the method."""
         known = {key: value for key, value in fields.items() if key in cls.__dataclass_fields__}
         options = {**(fields.get("options") or {}), **{key: fields[key] for key in fields.keys() - known.keys()}}
         return cls(**{**known, "options": options})
+
+    def _opened_with(self, **changes: Any) -> Request:
+        """The request for a model and its text, with `changes`."""
+        shared = self.__dataclass_fields__.keys() & Request.__dataclass_fields__.keys()
+        return Request(**({name: getattr(self, name) for name in shared} | {"options": {}} | changes))
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,7 @@ class QuantizeRequest(Inputs):
 
     def opening(self) -> Request:
         """The fields that say how a model and its text are opened."""
-        given = {
-            name: getattr(self, name) for name in self.__dataclass_fields__ if name in Request.__dataclass_fields__
-        }
-        return Request(**(given | {"options": {}, "spill_gib": SPILL_GIB}))
+        return self._opened_with(spill_gib=SPILL_GIB)
 
 
 @dataclass(frozen=True)
@@ -176,10 +174,8 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
         "calibration": None if opened.samples is None else calibration_facts(opened),
         "papers": {"quantizer": QUANTIZERS.paper(request.quantizer)},
         "lost": None if loss is None else loss.to_dict(),
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__
-        },
-    }  # fmt: skip
+        "versions": versions(),
+    }
     notes = [*job.notes, *(f"{r.layer}: {note}" for r in results for note in r.notes)]
     step = Step("quantize", job.plan.to_json(), made_by, opened.facts, notes)
     return append_step(before, step, layers).to_json()

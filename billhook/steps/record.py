@@ -129,6 +129,12 @@ def record(job: Job, results: Sequence[LayerResult], lost: Loss | None = None) -
     return append_step(before, replace(step, made_by={**quality, **step.made_by}), layers).to_json()
 
 
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that computed."""
+    libraries = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"python": platform.python_version(), **libraries}
+
+
 def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[LayerResult]) -> Step:
     """The job as a step of a record, with the `notes` of its layers."""
     request, opened = job.request, job.opened
@@ -136,7 +142,6 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[L
     if isinstance(plan["made_by"].get("options"), dict):
         plan["made_by"] = {**plan["made_by"], "options": without_folders(plan["made_by"]["options"])}
     papers = {"criterion": CRITERIA.paper(request.criterion), "allocator": job.plan.made_by.get("paper")}
-    packages = {"torch": torch.__version__, "transformers": transformers.__version__}
     return Step(
         "prune",
         plan,
@@ -152,7 +157,7 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[L
             "calibration": None if opened.samples is None else calibration_facts(opened),
             "gradients": _gradients_record(job),
             "papers": papers,
-            "versions": {"python": platform.python_version(), **packages},
+            "versions": versions(),
         },
         opened.facts,
         [

@@ -66,9 +66,8 @@ def slim(
     The keyword arguments are the fields of `SlimRequest` and the options of the method. Raises BillhookError (nothing
     written) for an impossible request and JobError for a run that failed.
     """
-    known = {key: value for key, value in fields.items() if key in SlimRequest.__dataclass_fields__}
-    options = {**(fields.get("options") or {}), **{key: fields[key] for key in fields.keys() - known.keys()}}
-    return run(prepare(SlimRequest(model, output, remove, **{**known, "options": options}), progress), progress)
+    request = SlimRequest.given(model=model, output=output, remove=remove, **fields)
+    return run(prepare(request, progress), progress)
 
 
 def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> SlimJob:

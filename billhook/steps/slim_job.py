@@ -1,13 +1,9 @@
 """A request to remove units of a model, its checked job, what a run reports, and its step in billhook.json."""
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
-
-import torch
-import transformers
 
 from billhook.architectures.layers import find_layers
 from billhook.architectures.units import Unit
@@ -19,7 +15,7 @@ from billhook.methods.structured import STRUCTURED
 from billhook.plan.plan import Plan
 from billhook.steps.block_choice import BlockChoice
 from billhook.steps.quantize_job import Inputs
-from billhook.steps.record import place, without_folders
+from billhook.steps.record import place, versions, without_folders
 from billhook.steps.request import Opened, Request, calibration_facts
 from billhook.steps.slim_files import Smaller
 from billhook.store.record import Step, append_step
@@ -46,10 +42,7 @@ class SlimRequest(Inputs):
 
     def opening(self) -> Request:
         """The fields that say how a model and its text are opened."""
-        given = {
-            name: getattr(self, name) for name in self.__dataclass_fields__ if name in Request.__dataclass_fields__
-        }
-        return Request(**(given | {"options": {}, "plan": None}))
+        return self._opened_with(plan=None)
 
     def __post_init__(self) -> None:
         if self.drop_by not in get_args(BlockChoice):
@@ -147,10 +140,8 @@ def record(job: SlimJob, results: Sequence[LayerResult], loss: Loss | None) -> d
         "calibration": None if opened.samples is None else calibration_facts(opened),
         "papers": {"method": STRUCTURED.paper(request.method)},
         "lost": None if loss is None else loss.to_dict(),
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__
-        },
-    }  # fmt: skip
+        "versions": versions(),
+    }
     notes = [*job.notes, *(f"{r.layer}: {note}" for r in results for note in r.notes)]
     step = Step("slim", job.plan.to_json(), made_by, opened.facts, notes)
     return {**append_step(before, step, {}).to_json(), "layers": layers}
