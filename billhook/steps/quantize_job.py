@@ -27,7 +27,7 @@ SPILL_GIB = 0.25  # of hidden states in memory; the others are on disk, and read
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """How `quantize`, `compress` and `slim` open model and text, and write the result; `Request` has most of the fields.
+    """How `quantize`, `compress` and `slim` open model and text and write the result; `Request` has most fields.
 
     Of a GGUF file, `template` and `split_size` are as in `export`.
     """
