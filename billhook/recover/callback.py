@@ -8,13 +8,13 @@ not know DeepSpeed ZeRO-3 and the first FSDP, which flatten parameters: a mask c
 from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 
 from billhook.recover.masks import masked_gradients, project_, trained_masks
 
 
-class MaskCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+class MaskCallback(TrainerCallback):
     """Keeps the prunable weights that are zero when training begins zero: `Trainer(..., callbacks=[MaskCallback()])`.
 
     Gradients are masked when they are accumulated, before they are clipped, and weights are projected after each
@@ -25,16 +25,16 @@ class MaskCallback(TrainerCallback):  # type: ignore[misc]  # transformers has n
         self._masks: dict[str, Tensor] = {}
         self._hooks = ExitStack()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the masks, and mask gradients from now on."""
         self._hooks.close()  # of a run that ended with an error
-        self._masks = trained_masks(model)
-        self._hooks.enter_context(masked_gradients(model, self._masks))
+        self._masks = trained_masks(kwargs["model"])
+        self._hooks.enter_context(masked_gradients(kwargs["model"], self._masks))
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Project the weights after a step."""
-        project_(model, self._masks)
+        project_(kwargs["model"], self._masks)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop masking gradients."""
         self._hooks.close()

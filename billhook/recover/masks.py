@@ -42,7 +42,7 @@ def find_masks(model: nn.Module) -> dict[str, Tensor]:
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The model inside DDP, torch.compile and peft; raises BillhookError if it is not one of transformers."""
-    inner = model
+    inner: Any = model
     while not isinstance(inner, PreTrainedModel):
         if hasattr(inner, "get_base_model"):  # peft
             inner = inner.get_base_model()
