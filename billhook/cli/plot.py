@@ -72,12 +72,10 @@ def command(
 
 def _front(directory: Path) -> dict[str, str]:
     """The picture of a compressed model, by file stem."""
-    from billhook.plan.plan import Plan
     from billhook.reports.pictures import front_of
     from billhook.steps.earlier_levels import step_with_levels
 
-    plan = Plan.from_json(step_with_levels(directory).plan, str(directory))
-    return {"front": front_of(directory.resolve().name, plan)}
+    return {"front": front_of(directory.resolve().name, step_with_levels(directory)[1])}
 
 
 def _of_layers(layers: list[str], model: str | None, masks: list[Path]) -> dict[str, str]:

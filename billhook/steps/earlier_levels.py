@@ -12,12 +12,12 @@ from billhook.store.record import Step, history
 Menus = Mapping[str, list[str]]  # types by tensor
 
 
-def step_with_levels(directory: Path) -> Step:
-    """The last step of a compressed model that measured levels; raises BillhookError where there is none."""
+def step_with_levels(directory: Path) -> tuple[Step, Plan]:
+    """The last step of a compressed model that measured levels, and its plan; raises BillhookError if there is none."""
     record = history(directory)
     for step in reversed(record.steps if record else []):
         if step.plan and (step.plan.get("made_by") or {}).get("levels"):
-            return step
+            return step, Plan.from_json(step.plan, str(directory))
     raise BillhookError(
         f"{directory} holds no measured levels: billhook compress keeps them with --allocator curves, rco or auto."
     )
@@ -28,10 +28,10 @@ def earlier_levels(directory: Path, digest: str | None, menus: Menus, outside: M
 
     Raises BillhookError where `directory` was not made from the model with this `digest`, or types were not measured.
     """
-    step = step_with_levels(directory)
+    step, plan = step_with_levels(directory)
     if step.model.get("digest") != digest:
         raise BillhookError(f"The levels of {directory} are those of another model: {step.model.get('name')}.")
-    levels = measured_levels(Plan.from_json(step.plan, str(directory)))
+    levels = measured_levels(plan)
     for name, menu in {**menus, **outside}.items():
         missing = set(menu) - (levels[name].types.keys() if name in levels else set())
         if missing:
