@@ -1,14 +1,21 @@
 """Zeros in transformers' Trainer: kept with the callback, lost without it."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded_training
 import tiny
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from sharded_training import by_loop, whole
 from sparse_models import prune_at_random
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from training import train
 
 import billhook
 from billhook import BillhookError
@@ -21,42 +28,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bf16 with accumulation": {"bf16": True, "gradient_accumulation_steps": 2},
     "gradient checkpointing": {"gradient_checkpointing": True},
 }
-
-
-class Windows(Dataset):
-    """Windows of 32 random tokens."""
-
-    def __init__(self) -> None:
-        self.ids = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
-
-
-def train(model: Any, folder: Path, optimizer: str, keep: bool, **options: Any) -> Trainer:
-    """Four steps; Muon trains what has two dimensions, as it must."""
-    muon = optimizer == "muon"
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
-        max_steps=4,
-        learning_rate=1e-2,
-        weight_decay=0.1,
-        optim="adamw_torch" if muon else optimizer,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        **options,
-    )
-    own = torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], lr=1e-2) if muon else None
-    callbacks = [billhook.MaskCallback()] if keep else []
-    trainer = Trainer(model, arguments, train_dataset=Windows(), callbacks=callbacks, optimizers=(own, None))
-    trainer.train()
-    return trainer
 
 
 def cases() -> list[Any]:
@@ -93,3 +64,36 @@ def test_a_callback_can_be_used_again(tmp_path: Path) -> None:
     trainer.train()
     assert not count_returned(model, masks)
     assert all(not parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
+def check_sharded(kept: Mapping[str, torch.Tensor], lost: Mapping[str, torch.Tensor]) -> None:
+    """Whole weights after training with masks, and without."""
+    for name, mask in find_masks(prune_at_random(tiny.llama())).items():
+        assert not kept[name][~mask].any()
+        assert lost[name][~mask].count_nonzero() > 0.99 * int((~mask).sum())
+        assert kept[name][mask].count_nonzero() == mask.sum()
+
+
+def test_zeros_of_a_sharded_model_are_kept() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        check_sharded(*(whole(by_loop(keep)) for keep in (True, False)))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("how", ["trainer", "loop"])
+def test_zeros_are_kept_under_fsdp2(how: str, processes: int, tmp_path: Path) -> None:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    paths = os.pathsep.join([str(Path(billhook.__file__).parents[1]), str(Path(tiny.__file__).parent)])
+    ran = subprocess.run(
+        [*start, str(Path(sharded_training.__file__)), str(tmp_path), how],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert ran.returncode == 0, ran.stderr
+    check_sharded(*(load_file(tmp_path / f"{name}.safetensors") for name in ("kept", "lost")))
