@@ -35,7 +35,7 @@ class MaskedLinear(Linear):
     @property
     def _stored(self) -> Tensor:
         weight: Any = self.get_base_layer().weight
-        return weight  # type: ignore[no-any-return]
+        return weight
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What an adapter adds to the weight, in the weight's layout: zero where the weight is zero."""
