@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the names below, for type checkers
     from billhook.steps.prune import Report as Report
     from billhook.steps.prune import prune as prune
     from billhook.steps.quantize import quantize as quantize
+    from billhook.steps.recover import recover as recover
     from billhook.steps.search import search as search
     from billhook.steps.verify import verify as verify
     from billhook.store.directory import save_pruned as save_pruned
@@ -65,6 +66,7 @@ _PUBLIC = {
     "prune": "billhook.steps.prune",
     "prune_": "billhook.steps.apply",
     "quantize": "billhook.steps.quantize",
+    "recover": "billhook.steps.recover",
     "save_pruned": "billhook.store.directory",
     "search": "billhook.steps.search",
     "unpack": "billhook.steps.pack",
