@@ -26,6 +26,7 @@ EXAMPLES = """\b
 Examples:
   billhook compress model --size 2.5GB --calibration text.txt -o small
   billhook compress model --fit 16GB --context 8192 --calibration text.txt -o small
+  billhook compress model --size 2.0GB --levels small --calibration text.txt -o smaller
   billhook compress model --bits 3.5 --types q2_k,q3_k,q4_k,q6_k --calibration hub:c4 -o small
   billhook compress model --ratio 0.25 --for vllm --calibration text.txt -o small
   billhook compress model --bits 3.5 --allocator alphaq --set gamma=0.5 --calibration text.txt -o small
@@ -33,6 +34,7 @@ Examples:
 """
 FIT_HELP = "Memory in which the file must fit in llama.cpp together with a context, such as 16GB."
 CONTEXT_HELP = "Tokens of context for --fit.  [default: 8192, or the model's]"
+LEVELS_HELP = "Output of an earlier compress of this model: its measured errors are used, and only the size is new."
 FOR_HELP = "gguf: a file for llama.cpp. transformers, vllm: a compressed-tensors directory."
 
 
@@ -64,6 +66,7 @@ class Size:
             autocompletion=lambda incomplete: [name for name in level_allocators() if name.startswith(incomplete)],
         ),
     ] = "curves"
+    levels: Annotated[Path | None, typer.Option(help=LEVELS_HELP, metavar="DIR")] = None
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="An option of GPTQ or of the allocator. Repeatable.", metavar="KEY=VALUE"),

@@ -46,7 +46,8 @@ class CompressRequest(Inputs):
     """The parameters of a run: one of `size`, `bits`, `ratio` and `fit`, with its `context` (see
     `billhook.steps.sizes.Size`); `types` limits the choice, of embeddings and head too. `allocator` makes it: one
     of `billhook ls level-allocators`, or `like:FILE.gguf`, which needs no size. `options` are those of GPTQ and of the
-    allocator. The others are those of `quantize`."""
+    allocator. `levels` is the output of an earlier run on the same model, whose measured errors are used again. The
+    others are those of `quantize`."""
 
     model: str | Path
     output: str | Path
@@ -58,6 +59,7 @@ class CompressRequest(Inputs):
     target: Target = "gguf"
     types: Sequence[str] = ()
     allocator: str = "curves"
+    levels: str | Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -122,7 +124,7 @@ def compress(
 
 def decide(request: CompressRequest, progress: Progress = lambda line: None) -> CompressJob:
     """Check a request, cheapest first, and choose the types; with `resume`, those that the stopped run chose."""
-    allocation = Allocation.of(request.allocator, request.options)
+    allocation = Allocation.of(request.allocator, request.options, request.levels)
     given = Size(request.size, request.bits, request.ratio, request.fit, request.context)
     sized = allocation.file is None or given != Size()
     given = given if sized else Size(ratio=1.0)

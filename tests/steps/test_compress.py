@@ -168,6 +168,24 @@ def test_layers_get_unlike_types_and_more_bytes_are_expected_to_lose_less(tmp_pa
     assert "one type everywhere" in _front(report.quantized.output)["front"]
 
 
+def test_levels_of_an_earlier_run_lead_to_the_same_file_and_are_refused_where_they_do_not_fit(tmp_path, source):
+    first = compress(source, tmp_path / "first", size="42KB", target="transformers", **FIELDS).quantized.output
+    fields: dict = {"target": "transformers", "levels": first, **FIELDS}
+    compress(source, tmp_path / "again", size="42KB", **fields)
+    before, after = ([x.read_bytes() for x in sorted(d.glob("*.safetensors"))] for d in (first, tmp_path / "again"))
+    assert before == after != []
+    other = tiny.save(tmp_path / "other", tiny.llama(num_hidden_layers=2, seed=1), dtype=torch.bfloat16, words=False)
+    for model, change, match in (
+        (other, {}, "The levels of .*first are those of another model: model"),
+        (source, {"target": "gguf"}, r"first holds no error of .*q8_0.*: limit types to those"),
+        (source, {"allocator": "alphaq"}, "The allocator alphaq reads no measured levels"),
+        (source, {"levels": source}, "holds no measured levels: billhook compress keeps them"),
+    ):
+        with pytest.raises(BillhookError, match=match):
+            compress(model, tmp_path / "out", **{"size": "42KB", **fields, **change})
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("allocator", "options"),
     [
