@@ -103,6 +103,6 @@ def _registry(kind: str) -> Registry:
     from billhook.methods.quantize import QUANTIZERS
     from billhook.methods.sparse import CRITERIA
     from billhook.methods.structured import STRUCTURED
-    from billhook.recover.objectives import OBJECTIVES
+    from billhook.recovery.objectives import OBJECTIVES
 
     return {"quantizers": QUANTIZERS, "structured": STRUCTURED, "objectives": OBJECTIVES}.get(kind, CRITERIA)

@@ -23,8 +23,8 @@ from billhook.engine.batch import row_length, rows_of, split_rows
 from billhook.engine.walk import Progress
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.quality import Reference
-from billhook.recover.objectives import OBJECTIVES
-from billhook.recover.training import Recovered, best_share, race, train_
+from billhook.recovery.objectives import OBJECTIVES
+from billhook.recovery.training import Recovered, best_share, race, train_
 from billhook.reports.publishing import publish
 from billhook.reports.slim_card import publish_slim
 from billhook.steps.recover_job import TOKENS, RecoverJob, RecoverReport, RecoverRequest, record, zeros_of

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 from billhook.architectures.layers import Layer
 from billhook.errors import BillhookError
 from billhook.evaluation.quality import Loss, Reference
-from billhook.recover.objectives import OBJECTIVES
-from billhook.recover.training import SHARES, Problem, State
+from billhook.recovery.objectives import OBJECTIVES
+from billhook.recovery.training import SHARES, Problem, State
 from billhook.steps.quantize_job import Inputs
 from billhook.steps.record import place, versions
 from billhook.steps.request import Opened, Request, calibration_facts, computed_in

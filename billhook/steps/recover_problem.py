@@ -14,11 +14,11 @@ from billhook.architectures.config import context_length
 from billhook.architectures.stacks import blocks_of
 from billhook.engine.batch import Batch, row_length, select_rows
 from billhook.errors import BillhookError, JobError
-from billhook.recover.blockwise import tunable
-from billhook.recover.kept_adam import Kept, KeptAdam, give_, values_of
-from billhook.recover.objectives import OBJECTIVES
-from billhook.recover.outputs import predictor
-from billhook.recover.training import SHARES, Problem, held_out_loss, steps_
+from billhook.recovery.blockwise import tunable
+from billhook.recovery.kept_adam import Kept, KeptAdam, give_, values_of
+from billhook.recovery.objectives import OBJECTIVES
+from billhook.recovery.outputs import predictor
+from billhook.recovery.training import SHARES, Problem, held_out_loss, steps_
 from billhook.steps.recover_job import TOKENS, RecoverRequest
 from billhook.steps.request import Opened
 from billhook.store.compute import free_gib, stored_dtype
@@ -55,7 +55,8 @@ def draw_windows(
         length = min(LENGTH, context_length(opened.model.config) or LENGTH)
     most = IMAGES
     if of_text and length is not None:
-        most = BUDGETED if request.seconds else math.ceil((tokens or TOKENS) / length)
+        rows = request.batch_size or max(1, TOKENS_A_STEP // length)
+        most = BUDGETED if request.seconds else rows * math.ceil((tokens or TOKENS) / (rows * length))
     drawing = Drawing(most + 2 * HELD_OUT[1], length, request.seed, "packed", request.bos, fewer=True)
     home = Home(opened.source, request.trust_remote_code)
     given: Any = request.calibration

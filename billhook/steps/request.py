@@ -23,7 +23,7 @@ from billhook.plan import recipes
 from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
-from billhook.recover.blockwise import Refining
+from billhook.recovery.blockwise import Refining
 from billhook.steps.state import partial_folder, unfinished_run
 from billhook.store.checkpoint import check_directory, load, model_digest
 from billhook.store.compute import dtype_name

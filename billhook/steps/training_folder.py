@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError, Interrupted, out_of_memory
-from billhook.recover.training import Saved
-from billhook.recover.training import State as Training
+from billhook.recovery.training import Saved
+from billhook.recovery.training import State as Training
 from billhook.steps.state import STATE, State, check_same_run, partial_folder, unfinished_run, write_state
 from billhook.steps.unfinished_folder import check_not_foreign, empty_folder, ended_early, foreign_file, lock_folder
 from billhook.store.directory import complete

@@ -11,7 +11,7 @@ Cost: a forward pass of the dense model for every batch.
 from torch import Tensor
 
 from billhook.engine.batch import Batch
-from billhook.recover.outputs import Predictor
+from billhook.recovery.outputs import Predictor
 from billhook.registry import method
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from billhook.engine.batch import Batch
-from billhook.recover.outputs import Outputs, Predictor
+from billhook.recovery.outputs import Outputs, Predictor
 from billhook.registry import method
 
 

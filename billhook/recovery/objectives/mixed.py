@@ -11,8 +11,8 @@ Cost: a second forward and backward pass, and the time that writing takes; only 
 from torch import Tensor
 
 from billhook.engine.batch import Batch
-from billhook.recover.objectives.text import likelihood
-from billhook.recover.outputs import Predictor
+from billhook.recovery.objectives.text import likelihood
+from billhook.recovery.outputs import Predictor
 from billhook.registry import method
 
 

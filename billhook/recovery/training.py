@@ -1,6 +1,6 @@
 """Train what a pruned model has left, with the dense model as its teacher, and never return a worse one.
 
-The trained entries (`billhook.recover.kept_adam`) are the weights that are not zero and, with `kept+norms`, all
+The trained entries (`billhook.recovery.kept_adam`) are the weights that are not zero and, with `kept+norms`, all
 parameters of one dimension (norms and biases). A step has about a thousand tokens, and the rate falls to zero as a
 cosine.
 
@@ -28,8 +28,8 @@ from billhook.engine.batch import Batch, rows_of, select_rows, split_rows
 from billhook.engine.restore import differentiable
 from billhook.evaluation.predicting import mean_loss, predicted, rows_at_once
 from billhook.evaluation.scoring import Scoring
-from billhook.recover.kept_adam import Kept, KeptAdam, give_, values_of
-from billhook.recover.outputs import Predictor
+from billhook.recovery.kept_adam import Kept, KeptAdam, give_, values_of
+from billhook.recovery.outputs import Predictor
 
 SHARES = (0.001, 0.003, 0.006, 0.014)  # of a parameter's root mean square
 MEASURED = 5, 25  # the least and the most steps between two measurements of the held-out loss
@@ -82,7 +82,7 @@ class Problem:
 
     def ended(self, state: "State") -> bool:
         """Whether a run ends, or ended before its last step."""
-        return state.diverged or state.steps >= self.steps or 2 * (state.steps - state.best) > self.steps
+        return state.diverged or state.steps >= self.steps or 2 * (max(state.losses) - state.best) > self.steps
 
 
 def best_share(before: float, losses: Mapping[float, float]) -> float:

@@ -9,8 +9,8 @@ where predictions alone say little about what is wrong in the first blocks; afte
 from torch import Tensor
 
 from billhook.engine.batch import Batch
-from billhook.recover.objectives.hidden import difference
-from billhook.recover.outputs import Predictor
+from billhook.recovery.objectives.hidden import difference
+from billhook.recovery.outputs import Predictor
 from billhook.registry import method
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from billhook.engine.batch import Batch
 from billhook.errors import BillhookError
 from billhook.evaluation.scoring import UNKNOWN
-from billhook.recover.outputs import Outputs, Predictor
+from billhook.recovery.outputs import Outputs, Predictor
 from billhook.registry import method
 
 
