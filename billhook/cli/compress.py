@@ -8,6 +8,7 @@ import typer
 
 from billhook.cli import options as shared
 from billhook.cli.common import (
+    announce,
     duration,
     emit,
     graceful_interrupt,
@@ -81,10 +82,13 @@ def command(
     text: shared.Text,
     work: shared.Work,
     writing: shared.GgufWriting,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=shared.DRY_RUN_HELP)] = False,
     as_json: shared.Json = False,
 ) -> None:
     """Meet a size with the least loss: a storage type for every tensor, by what each is measured to lose."""
+    from billhook.cli.dry_run import show_job
     from billhook.steps.compress import CompressRequest, decide, run_compress
+    from billhook.steps.sample_quantize import estimate_quantize
 
     chosen = {**vars(size), "types": split_list(size.types), "options": parse_settings(size.settings)}
     chosen.pop("settings")
@@ -93,6 +97,9 @@ def command(
         job = decide(CompressRequest(model, output, **groups), advance)
     if job.memory is not None:
         say(f"In memory {job.memory}: {job.budget:,} bytes are left for the file.")
+    if dry_run:
+        return show_job(job.quantizing, as_json)
+    announce(estimate_quantize(job.quantizing), work.device)
     layers = job.quantizing.opened.layers
     bar = progress("quantizing", len(layers), unit=layers_per_block(layers))
     with bar as advance, graceful_interrupt() as stopping:
