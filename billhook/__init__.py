@@ -23,6 +23,10 @@ if TYPE_CHECKING:  # the names below, for type checkers
     from billhook.plan.spec import Pattern as Pattern
     from billhook.plan.spec import Spec as Spec
     from billhook.plan.table import Table as Table
+    from billhook.recover.callback import MaskCallback as MaskCallback
+    from billhook.recover.lora import masked_lora as masked_lora
+    from billhook.recover.lora import merge_masked as merge_masked
+    from billhook.recover.masks import keep_masks as keep_masks
     from billhook.steps.apply import prune_ as prune_
     from billhook.steps.compress import compress as compress
     from billhook.steps.pack import pack as pack
@@ -45,6 +49,7 @@ _PUBLIC = {
     "CRITERIA": "billhook.methods.sparse",
     "JobError": "billhook.errors",
     "METRICS": "billhook.measurement",
+    "MaskCallback": "billhook.recover.callback",
     "Pattern": "billhook.plan.spec",
     "Plan": "billhook.plan.plan",
     "Report": "billhook.steps.prune",
@@ -55,12 +60,15 @@ _PUBLIC = {
     "compress": "billhook.steps.compress",
     "evaluate": "billhook.evaluation.perplexity",
     "find_layers": "billhook.architectures.layers",
+    "keep_masks": "billhook.recover.masks",
     "load": "billhook.packed.loading",
     "load_calibration": "billhook.text.windows",
     "load_model": "billhook.tasks.opening",
     "load_plan": "billhook.plan.plan",
     "load_windows": "billhook.text.windows",
+    "masked_lora": "billhook.recover.lora",
     "measure": "billhook.measurement.measure",
+    "merge_masked": "billhook.recover.lora",
     "pack": "billhook.steps.pack",
     "prune": "billhook.steps.prune",
     "prune_": "billhook.steps.apply",

@@ -32,8 +32,8 @@ from billhook.steps.allocation import Allocation, choose, choose_like
 from billhook.steps.levels import measured_layers
 from billhook.steps.parts import Parts, check_matrices, layer_parts
 from billhook.steps.quantize import open_blocks, prepare, run
-from billhook.steps.quantize_job import Inputs, QuantizeJob, QuantizeReport, QuantizeRequest
-from billhook.steps.request import Opened, check_text_given, draw_text, listed
+from billhook.steps.quantize_job import GgufInputs, QuantizeJob, QuantizeReport, QuantizeRequest
+from billhook.steps.request import check_text_given, draw_text, listed
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.steps.types import check_target, scale_dtype
@@ -43,7 +43,7 @@ Target = Literal["gguf", "transformers", "vllm"]
 
 
 @dataclass(frozen=True)
-class CompressRequest(Inputs):
+class CompressRequest(GgufInputs):
     """The parameters of a run: one of `size`, `bits`, `ratio` and `fit`, with its `context` (see
     `billhook.steps.sizes.Size`); `types` limits the choice, of embeddings and head too. `allocator` makes it: one
     of `billhook ls level-allocators`, or `like:FILE.gguf`, which needs no size. `options` are those of GPTQ and of the
