@@ -31,7 +31,7 @@ from billhook.racing.levels import Chosen
 from billhook.steps.allocation import Allocation, choose, choose_like
 from billhook.steps.parts import check_matrices, layer_parts
 from billhook.steps.quantize import open_blocks, prepare, run
-from billhook.steps.quantize_job import Inputs, QuantizeJob, QuantizeReport, QuantizeRequest
+from billhook.steps.quantize_job import GgufInputs, QuantizeJob, QuantizeReport, QuantizeRequest
 from billhook.steps.request import check_text_given, draw_text, listed
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
@@ -42,7 +42,7 @@ Target = Literal["gguf", "transformers", "vllm"]
 
 
 @dataclass(frozen=True)
-class CompressRequest(Inputs):
+class CompressRequest(GgufInputs):
     """The parameters of a run: one of `size`, `bits`, `ratio` and `fit`, with its `context` (see
     `billhook.steps.sizes.Size`); `types` limits the choice, of embeddings and head too. `allocator` makes it: one
     of `billhook ls level-allocators`, or `like:FILE.gguf`, which needs no size. `options` are those of GPTQ and of the
