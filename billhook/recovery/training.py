@@ -28,7 +28,7 @@ from billhook.engine.batch import Batch, rows_of, select_rows, split_rows
 from billhook.engine.restore import differentiable
 from billhook.evaluation.predicting import mean_loss, predicted, rows_at_once
 from billhook.evaluation.scoring import Scoring
-from billhook.recovery.kept_adam import Kept, KeptAdam, give_, values_of
+from billhook.recovery.kept_adam import KeptAdam, Trained, give_, values_of
 from billhook.recovery.outputs import Predictor
 
 SHARES = (0.001, 0.003, 0.006, 0.014)  # of a parameter's root mean square
@@ -45,12 +45,11 @@ class Problem:
 
     `student` and `teacher` (None: there is none) give the outputs that the `objective` compares; `held_out` is the
     held-out loss of the model as it is now. `write(count, seed)` gives windows, int64 [count, length], that the
-    student writes, where the objective reads them. `stored` is the
-    dtype of the files.
+    student writes, where the objective reads them.
     """
 
     model: PreTrainedModel
-    kept: Sequence[Kept]
+    kept: Sequence[Trained]
     batch: Batch
     rows: int
     steps: int
@@ -58,7 +57,6 @@ class Problem:
     student: Predictor
     teacher: Predictor | None
     held_out: Callable[[], float]
-    stored: torch.dtype
     write: Callable[[int, int], Tensor] | None = None
     seed: int = 0
 
@@ -192,7 +190,7 @@ def train_(
         if problem.ended(state):
             break
     adam.close()
-    give_(problem.kept, {name: value.to(problem.stored) for name, value in best.items()})
+    give_(problem.kept, {k.name: best[k.name].to(k.stored) for k in problem.kept})
     after = problem.held_out()
     if after < before:
         return Recovered(before, after, state)

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from billhook.ambient import evaluating, pinned
@@ -26,16 +25,18 @@ from billhook.evaluation.quality import Reference
 from billhook.recovery.objectives import OBJECTIVES
 from billhook.recovery.training import Recovered, best_share, race, train_
 from billhook.reports.publishing import publish
+from billhook.reports.quantized_card import publish_quantized
 from billhook.reports.slim_card import publish_slim
 from billhook.steps.recover_job import TOKENS, RecoverJob, RecoverReport, RecoverRequest, record, zeros_of
 from billhook.steps.recover_problem import check_memory, draw_windows, make_problem, state_bytes, steps_in
+from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, changed, check_text_given, open_model
 from billhook.steps.resolve import identity
 from billhook.steps.state import unfinished_run
 from billhook.steps.teacher import find_teacher, open_teacher
 from billhook.steps.training_folder import TrainingFolder, training_folder
 from billhook.store.checkpoint import model_digest
-from billhook.store.record import Record
+from billhook.store.record import Record, history
 from billhook.store.shards import weight_bytes
 from billhook.text.corpus import source_name
 
@@ -60,13 +61,14 @@ def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> 
     options = OBJECTIVES.configure(request.objective, request.options)
     seconds = request.seconds
     check_text_given(request.opening(), True, "Recovering")
-    opened = open_model(request.opening(), streamed=False)
+    source = Source.of(request.model, _output(request))
+    opened = _opened(request, source)
     path = find_teacher(opened, request.teacher)
     _check_something_to_do(opened, path)
     teacher = None if path is None else open_teacher(path, opened, request.opening())
     windows = draw_windows(request, opened, teacher, progress)
     opened = changed(opened, samples=windows.samples, batches=split_rows(windows.samples.batch, windows.rows))
-    problem = make_problem(request, opened, teacher, windows)
+    problem = make_problem(request, opened, source, teacher, windows)
     notes = [check_memory(problem, teacher)]
     resumed = unfinished_run(_output(request), resume=request.resume, overwrite=request.overwrite)
     known = {} if resumed is None else resumed.plan
@@ -79,7 +81,18 @@ def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> 
     run = identity(request.opening(), opened, options, None, None) | {"step": "recover"}
     run |= {key: getattr(request, key) for key in ("objective", "tune", "tokens", "budget", "rate", "batch_size")}
     reference = None if teacher is None else _reference(opened, teacher)
-    return RecoverJob(request, opened, problem, steps * size, rate, reference, zeros_of(opened.layers), run, notes)
+    return RecoverJob(
+        request, opened, problem, source, steps * size, rate, reference, zeros_of(opened.layers), run, notes
+    )
+
+
+def _opened(request: RecoverRequest, source: Source) -> Opened:
+    """Open the directory that is trained, with the name, digest and history of the one that was given."""
+    opened = open_model(replace(request, model=source.dense).opening(), streamed=False)
+    if source.grids:
+        facts = {**opened.facts, "digest": model_digest(source.given)}
+        opened.__dict__.update(facts=facts, history=history(source.given))
+    return opened
 
 
 def _output(request: RecoverRequest) -> Path:
@@ -114,8 +127,7 @@ def run(
     Raises JobError, and Interrupted where the run can be resumed.
     """
     begun, request, opened, problem = time.perf_counter(), job.request, job.opened, job.problem
-    source, output = opened.source, _output(request)
-    assert source is not None
+    source, output = job.source.written_like, _output(request)
     room = weight_bytes(source) + state_bytes(problem)
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "room": room}
     with evaluating(opened.model), training_folder(source, output, job.identity, **may, stopping=stopping) as folder:
@@ -133,7 +145,9 @@ def run(
         about = (output, request.objective, job.tokens, rate, races, done.before, done.after, done.state)
         zeros, notes = sum(zeros_of(opened.layers).values()), [*job.notes, *_notes(job, done)]
         report = RecoverReport(*about, zeros, time.perf_counter() - begun, before, after, notes)
-        folder.complete(opened.model, source, record(job, report), _card(opened.history))
+        write = functools.partial(job.source.write, opened.model, problem.kept)
+        folder.complete(opened.model, source, record(job, report), write=write, published=_card(opened.history))
+    job.source.close()
     return replace(report, seconds=time.perf_counter() - begun)
 
 
@@ -151,7 +165,7 @@ def _rate(job: RecoverJob, folder: TrainingFolder, progress: Progress) -> float:
 def _check_zeros(job: RecoverJob) -> None:
     """Raise JobError where a weight that was zero is not zero any more."""
     for kept in job.problem.kept:
-        if back := int(torch.count_nonzero(kept.parameter.detach().masked_fill(kept.mask, 0))):
+        if back := kept.came_back():
             raise JobError(f"{kept.name}: {back} weights that were zero have values again. Nothing was written.")
 
 
@@ -173,6 +187,8 @@ def _notes(job: RecoverJob, done: Recovered) -> list[str]:
 def _card(history: Record | None) -> Callable[[Path], object]:
     """What writes the report or the card of the output, which are those of the step that made the model smaller."""
     steps = [] if history is None else [step.step for step in history.steps]
+    if "quantize" in steps:
+        return publish_quantized
     if "slim" in steps:
         return publish_slim
     return publish if "prune" in steps else lambda folder: None

@@ -27,7 +27,6 @@ from billhook.store.directory import complete
 from billhook.store.files import replace_file, sha256
 from billhook.store.layout import TRAINING
 from billhook.store.output import check_output, flush, put_in_place
-from billhook.store.sinks import choose_sink
 
 _BEST = "best:"
 
@@ -76,18 +75,22 @@ class TrainingFolder:
         return None
 
     def complete(
-        self, model: PreTrainedModel, source: Path, record: Mapping[str, Any], published: Callable[[Path], object]
-    ) -> str | None:
-        """Write the model, rename the directory, and return a note where the layout is not the source's."""
-        sink, note = choose_sink(model, source)
-        sink.write_all(self.folder)
+        self,
+        model: PreTrainedModel,
+        source: Path,
+        record: Mapping[str, Any],
+        *,
+        write: Callable[[Path], object],
+        published: Callable[[Path], object],
+    ) -> None:
+        """Write the weight files and everything else, and rename the directory."""
+        write(self.folder)
         complete(model, source, self.folder, record, published)
         flush(self.folder)
         for name in self.state.files:
             (self.folder / name).unlink()  # last, because a run without it cannot be resumed
         put_in_place(self.folder, self.output)
         (self.output / STATE).unlink(missing_ok=True)
-        return note
 
 
 @contextmanager
