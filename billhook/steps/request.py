@@ -23,7 +23,7 @@ from billhook.plan import recipes
 from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
-from billhook.recover.blockwise import Refining
+from billhook.recovery.blockwise import Refining
 from billhook.steps.state import partial_folder, unfinished_run
 from billhook.store.checkpoint import check_directory, load, model_digest
 from billhook.store.compute import dtype_name
@@ -172,10 +172,10 @@ def draw_text(opened: Opened, request: Request, progress: Progress = lambda step
     samples = _draw(request, opened.source, opened.model, opened.task, opened.resources.streamed, progress)
     length = row_length(opened.model, samples.batch)
     size = rows_per_batch(len(samples), request.batch_size or batch_size(opened.layers, length))
-    return _changed(opened, samples=samples, batches=split_rows(samples.batch, size))
+    return changed(opened, samples=samples, batches=split_rows(samples.batch, size))
 
 
-def _changed(opened: Opened, **changes: Any) -> Opened:
+def changed(opened: Opened, **changes: Any) -> Opened:
     """The same with other fields; what is known about the files, which takes time, is kept."""
     found = replace(opened, **changes)
     found.__dict__.update({key: opened.__dict__[key] for key in ("facts", "history") if key in opened.__dict__})
@@ -239,7 +239,7 @@ def in_memory(opened: Opened, request: Request) -> Opened:
     model = load(opened.source, opened.task.auto_class, **_loading(request))
     names = {layer.name for layer in opened.layers}
     layers = [layer for layer in find_layers(model) if layer.name in names]
-    return _changed(opened, model=model, layers=layers, resources=replace(opened.resources, stream=None))
+    return changed(opened, model=model, layers=layers, resources=replace(opened.resources, stream=None))
 
 
 def _check_weights(model: PreTrainedModel, resources: Resources) -> None:

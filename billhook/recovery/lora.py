@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.architectures.layers import check_finite
 from billhook.errors import BillhookError, JobError
-from billhook.recover.masks import count_returned, find_masks, unwrapped
+from billhook.recovery.masks import count_returned, find_masks, unwrapped
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -37,7 +37,7 @@ def masked_lora(config: "LoraConfig") -> "LoraConfig":
         )
     if config.lora_bias or config.target_parameters:
         raise BillhookError("masked_lora masks linear layers: leave lora_bias and target_parameters out.")
-    from billhook.recover.masked_linear import MaskedLinear
+    from billhook.recovery.masked_linear import MaskedLinear
 
     masked = copy.copy(config)
     masked._custom_modules = None  # not that of the given one, which a registration would change
@@ -52,7 +52,7 @@ def merge_masked(model: nn.Module) -> PreTrainedModel:
     not finite, and JobError if a zero is lost all the same (to `modules_to_save`).
     """
     peft = _peft()
-    from billhook.recover.masked_linear import MaskedLinear
+    from billhook.recovery.masked_linear import MaskedLinear
 
     if not isinstance(model, peft.PeftModel):
         raise BillhookError(f"merge_masked needs a peft model, got {type(model).__name__}.")

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from billhook.recover.masks import masked_gradients, project_, trained_masks
+from billhook.recovery.masks import masked_gradients, project_, trained_masks
 
 
 class MaskCallback(TrainerCallback):

@@ -20,7 +20,7 @@ from training import train
 
 import billhook
 from billhook import BillhookError
-from billhook.recover.masks import count_returned, find_masks
+from billhook.recovery.masks import count_returned, find_masks
 
 QUICK = ("adamw_torch", "muon")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "muon")
