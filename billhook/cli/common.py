@@ -162,7 +162,7 @@ def announce(estimate: "Estimate", device: str) -> None:
 
     say(f"About {estimate.memory_gib:.2f} GiB of memory and {estimate.disk_gib:.2f} GiB of disk.")
     if estimate.seconds is not None:
-        say(f"About {duration(estimate.seconds)} to prune and write, measured on {estimate.measured}.")
+        say(f"About {duration(estimate.seconds)} of work, measured on {estimate.measured}.")
     free = free_gib(device)
     if free is not None and free < estimate.memory_gib:
         advice = "use fewer --samples, a shorter --length, a smaller --batch-size or a smaller --spill-gib."

@@ -77,6 +77,7 @@ Length = Annotated[int | None, typer.Option(help=LENGTH_HELP, min=2)]
 BOS_HELP = "Begin every window with the BOS token; auto: if the tokenizer does so with a text."
 Bos = Annotated[Literal["auto", "yes", "no"], typer.Option(help=BOS_HELP)]
 Limit = Annotated[int | None, typer.Option(help="Score at most this many windows (word protocol: documents).", min=1)]
+DRY_RUN_HELP = "Show the types of the layers, the memory needed, and the time, measured on a part; write nothing."
 SpillGib = Annotated[
     float, typer.Option(help="GiB of activations to keep in memory; more go to temporary files (TMPDIR).", min=0)
 ]

@@ -82,6 +82,11 @@ class Allocation:
         return () if self.file else (ERRORS, WEIGHTS, *columns())
 
     @property
+    def only_levels(self) -> bool:
+        """Whether it reads measured levels and nothing else."""
+        return not self.on_trial and set(self.needs) == {ERRORS, WEIGHTS}
+
+    @property
     def on_trial(self) -> bool:
         """Whether it needs the model in memory."""
         return self.name == AUTO or _registry(self.name) is MODEL_ALLOCATORS

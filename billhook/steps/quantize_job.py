@@ -123,6 +123,11 @@ class QuantizeJob:
         """The shapes of the layers."""
         return {layer.name: layer.shape for layer in self.opened.layers}
 
+    @property
+    def bits(self) -> float:
+        """Stored bits a weight of the layers, everything counted."""
+        return 8 * self.plan.bytes(self.shapes) / sum(out * columns for out, columns in self.shapes.values())
+
     @cached_property
     def grids(self) -> dict[str, Grid]:
         """The grids of all quantized tensors by their names on disk."""
