@@ -183,12 +183,15 @@ def check_memory(problem: Problem, teacher: PreTrainedModel | None) -> str:
     """A sentence about the memory of the run; raises JobError where it is not there.
 
     Beside the models: a mask of a byte for each entry of trained parameters, for each kept entry 16 bytes of the
-    optimizer and its values before and at best, and the largest gradient.
+    optimizer and its values before and at best, and the largest gradient. Where there are adapters, autograd keeps the
+    merged weights and their masks.
     """
     entries = [k.mask.numel() for k in problem.kept]
     kept = sum(int(k.mask.sum()) for k in problem.kept)
     itemsize = problem.model.dtype.itemsize
     states = sum(entries) + 24 * kept + itemsize * max(entries)
+    adapted = (m.base_layer.weight.numel() for m in problem.model.modules() if hasattr(m, "base_layer"))
+    states += (itemsize + 1) * sum(adapted)
     models = itemsize * sum(p.numel() for m in (problem.model, teacher) if m is not None for p in m.parameters())
     free = free_gib(str(problem.model.device))
     if free is not None and states / 2**30 > free:
