@@ -190,8 +190,8 @@ def check_memory(problem: Problem, teacher: PreTrainedModel | None) -> str:
     kept = sum(int(k.mask.sum()) for k in problem.kept)
     itemsize = problem.model.dtype.itemsize
     states = sum(entries) + 24 * kept + itemsize * max(entries)
-    adapted = (m.base_layer.weight.numel() for m in problem.model.modules() if hasattr(m, "base_layer"))
-    states += (itemsize + 1) * sum(adapted)
+    adapted = sum(p.numel() for name, p in problem.model.named_parameters() if name.endswith(".base_layer.weight"))
+    states += (itemsize + 1) * adapted
     models = itemsize * sum(p.numel() for m in (problem.model, teacher) if m is not None for p in m.parameters())
     free = free_gib(str(problem.model.device))
     if free is not None and states / 2**30 > free:
