@@ -38,8 +38,13 @@ class Trained(Protocol):
         ...
 
     @property
-    def size(self) -> int:
+    def count(self) -> int:
         """How many numbers there are."""
+        ...
+
+    @property
+    def size(self) -> float | None:
+        """What a rate is a share of; None: their root mean square."""
         ...
 
     def values(self) -> Tensor:
@@ -67,9 +72,10 @@ class Kept:
     parameter: nn.Parameter
     stored: torch.dtype
     mask: Tensor
+    size: float | None = None
 
     @property
-    def size(self) -> int:
+    def count(self) -> int:
         """The number of kept entries."""
         return int(self.mask.sum())
 
@@ -96,11 +102,12 @@ class Scaled:
 
     def __init__(self, name: str, parameter: nn.Parameter, codes: Tensor, scale: Tensor) -> None:
         self.name, self.parameter, self.stored = name, parameter, scale.dtype
+        self.size: float | None = None
         self._codes = codes.unflatten(1, (scale.shape[1], -1))
         self.scale = scale.float()
 
     @property
-    def size(self) -> int:
+    def count(self) -> int:
         """The number of scales."""
         return self.scale.numel()
 
@@ -137,15 +144,12 @@ def give_(kept: Sequence[Trained], values: Mapping[str, Tensor]) -> None:
 
 
 class KeptAdam:
-    """The optimizer; it collects gradients until `close` is called.
-
-    The rate of a parameter is a share of the root mean square of what is trained of it, as it is now.
-    """
+    """The optimizer; it collects gradients until `close` is called. Sizes are those of the numbers as they are now."""
 
     def __init__(self, kept: Sequence[Trained]) -> None:
         self.kept = kept
         self.masters = [nn.Parameter(k.values().clone(), requires_grad=False) for k in kept]
-        self.sizes = [float(m.square().mean().sqrt()) if m.numel() else 0.0 for m in self.masters]
+        self.sizes = [_size(m) if k.size is None else k.size for k, m in zip(kept, self.masters, strict=True)]
         groups = [{"params": [m], "lr": 0.0} for m in self.masters]
         self._adam = torch.optim.Adam(groups, betas=BETAS, foreach=False)
         self._handles = [
@@ -187,6 +191,10 @@ class KeptAdam:
             own = {name.rpartition("|")[2]: v for name, v in state.items() if name.rpartition("|")[0] == k.name}
             self._adam.state[m] = {key: value.clone() for key, value in own.items() if key != "master"}
             k.restore_(m.detach())
+
+
+def _size(values: Tensor) -> float:
+    return float(values.square().mean().sqrt()) if values.numel() else 0.0
 
 
 def _collect(p: Tensor, kept: Trained, master: nn.Parameter) -> None:

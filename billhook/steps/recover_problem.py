@@ -7,20 +7,23 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedModel
 
 from billhook.architectures.config import context_length
+from billhook.architectures.layers import Layer, select_layers
 from billhook.architectures.stacks import blocks_of
 from billhook.engine.batch import Batch, row_length, select_rows
 from billhook.errors import BillhookError, JobError
+from billhook.recovery.adapters import RATES, factors
 from billhook.recovery.blockwise import tunable
 from billhook.recovery.kept_adam import Kept, KeptAdam, Trained, give_, values_of
 from billhook.recovery.objectives import OBJECTIVES
 from billhook.recovery.outputs import predictor
-from billhook.recovery.training import SHARES, Problem, held_out_loss, steps_
+from billhook.recovery.training import Problem, held_out_loss, steps_
 from billhook.steps.recover_job import TOKENS, RecoverRequest
 from billhook.steps.recover_source import Source
-from billhook.steps.request import Opened
+from billhook.steps.request import Opened, listed
 from billhook.store.compute import free_gib, stored_dtype
 from billhook.store.record import Record
 from billhook.tasks.base import Drawing, Home, Progress, Samples
@@ -28,6 +31,8 @@ from billhook.tasks.self_text import write_windows
 
 LENGTH = 512  # tokens in a window by default
 TOKENS_A_STEP = 1024
+TOGETHER = 2048  # tokens that go through the models at a time
+WARM = 5  # steps in which published recipes reach their rate
 BUDGETED = 4096  # windows that are drawn where the number of tokens follows from a time
 IMAGES = 512  # that are drawn, where there are as many
 HELD_OUT = 4, 16  # the least and the most windows in each of the two held-out parts
@@ -51,12 +56,14 @@ def draw_windows(
     Raises BillhookError for a text that is too short to train on and to hold out windows.
     """
     tokens, length, of_text = request.tokens, request.length, opened.model.main_input_name == "input_ids"
-    if of_text and length is None:
-        length = min(LENGTH, context_length(opened.model.config) or LENGTH)
+    if of_text and (length is None or request.recipe):  # a recipe's length is one for longer contexts
+        length = length or LENGTH
+        length = min(length, context_length(opened.model.config) or length)
     most = IMAGES
     if of_text and length is not None:
         rows = request.batch_size or max(1, TOKENS_A_STEP // length)
         most = BUDGETED if request.seconds else rows * math.ceil((tokens or TOKENS) / (rows * length))
+        most = request.windows or most
     drawing = Drawing(most + 2 * HELD_OUT[1], length, request.seed, "packed", request.bos, fewer=True)
     home = Home(opened.source, request.trust_remote_code)
     given: Any = request.calibration
@@ -75,13 +82,24 @@ def draw_windows(
     return Windows(replace(drawn, batch=own, heldout=reported), chosen_on, rows)
 
 
-def trained(opened: Opened, source: Source, norms: bool) -> list[Trained]:
-    """What is trained: weights of prunable layers that are not zero, or the scales of quantized ones, and with `norms`
-    all parameters of one dimension."""
+def trained(opened: Opened, source: Source, request: RecoverRequest) -> list[Trained]:
+    """What is trained: the factors of adapters, or weights of prunable layers that are not zero, or the scales of
+    quantized ones, and with norms all parameters of one dimension."""
+    if request.tune == "adapters":
+        if source.grids and request.save == "merged":
+            raise BillhookError(
+                f"Adapters cannot be merged into {source.given}, which is quantized: use --save adapter."
+            )
+        return list(factors(opened.model))
     names = {id(p): name for name, p in opened.model.named_parameters()}
-    stored = stored_dtype(source.dense) or opened.model.dtype
-    tuned = tunable(opened.model, [] if source.grids else opened.layers, norms)
-    return [*source.scales(opened), *(Kept(names[id(p)], p, stored, mask) for p, mask in tuned)]
+    layers = [] if source.grids else trained_layers(opened, request)
+    tuned = tunable(opened.model, layers, request.tune == "kept+norms")
+    return [*source.scales(opened), *(Kept(names[id(p)], p, stored_in(opened), mask) for p, mask in tuned)]
+
+
+def trained_layers(opened: Opened, request: RecoverRequest) -> list[Layer]:
+    """The layers that a request names, all by default."""
+    return select_layers(opened.layers, listed(request.targets), listed(request.ignore))
 
 
 def matched_blocks(history: Record | None, student: int, teacher: int) -> list[int] | None:
@@ -121,7 +139,7 @@ def make_problem(
     length = row_length(model, windows.samples.batch)
     return Problem(
         model,
-        trained(opened, source, request.tune == "kept+norms"),
+        trained(opened, source, request),
         windows.samples.batch,
         windows.rows,
         1,
@@ -131,7 +149,16 @@ def make_problem(
         held_out_loss(model, teacher if "teacher" in needs else None, windows.chosen_on, task),
         (lambda number, seed: write_windows(model, number, length, seed=seed)) if written else None,
         request.seed,
+        warm=WARM if request.recipe else None,
+        together=max(1, TOGETHER // length),
+        **({"shares": RATES} if request.tune == "adapters" else {}),
     )
+
+
+def stored_in(opened: Opened) -> torch.dtype:
+    """The dtype of the files of the model."""
+    found = None if opened.source is None else stored_dtype(opened.source)
+    return found or opened.model.dtype
 
 
 def steps_in(problem: Problem, seconds: float, racing: bool) -> int:
@@ -140,7 +167,7 @@ def steps_in(problem: Problem, seconds: float, racing: bool) -> int:
     problem.held_out()
     measuring = time.perf_counter() - begun
     adam, times = KeptAdam(problem.kept), [time.perf_counter()]
-    for _ in steps_(replace(problem, steps=_TIMED), adam, min(SHARES)):
+    for _ in steps_(replace(problem, steps=_TIMED), adam, min(problem.shares)):
         times.append(time.perf_counter())
     adam.close()
     give_(problem.kept, start)
@@ -148,7 +175,7 @@ def steps_in(problem: Problem, seconds: float, racing: bool) -> int:
     for power in range(30, -1, -1):  # the largest number, digit by digit
         more = steps + 2**power
         whole = replace(problem, steps=more)
-        races = len(SHARES) * (whole.race_steps * step + measuring) if racing else 0.0
+        races = len(problem.shares) * (whole.race_steps * step + measuring) if racing else 0.0
         if races + more * step + (more / whole.measured_every + 2) * measuring <= seconds:
             steps = more
     return steps
@@ -156,18 +183,21 @@ def steps_in(problem: Problem, seconds: float, racing: bool) -> int:
 
 def state_bytes(problem: Problem) -> int:
     """The most bytes of a file with the state of a run: weights, two moments, and the best weights."""
-    return 16 * sum(k.size for k in problem.kept)
+    return 16 * sum(k.count for k in problem.kept)
 
 
 def check_memory(problem: Problem, teacher: PreTrainedModel | None) -> str:
     """A sentence about the memory of the run; raises JobError where it is not there.
 
     Beside the models: a byte for each entry of trained parameters, for each trained number 16 bytes of the optimizer
-    and its values before and at best, and the largest gradient.
+    and its values before and at best, and the largest gradient. Where there are adapters, autograd keeps the merged
+    weights and their masks.
     """
-    entries, kept = [k.parameter.numel() for k in problem.kept], sum(k.size for k in problem.kept)
+    entries, kept = [k.parameter.numel() for k in problem.kept], sum(k.count for k in problem.kept)
     itemsize = problem.model.dtype.itemsize
     states = sum(entries) + 24 * kept + itemsize * max(entries)
+    adapted = sum(p.numel() for name, p in problem.model.named_parameters() if name.endswith(".base_layer.weight"))
+    states += (itemsize + 1) * adapted
     models = itemsize * sum(p.numel() for m in (problem.model, teacher) if m is not None for p in m.parameters())
     free = free_gib(str(problem.model.device))
     if free is not None and states / 2**30 > free:
