@@ -11,6 +11,8 @@ bytes of that file, and is not larger. All are calibrated on the same windows, a
 the second half. Nothing is chosen on that text. `minutes` and `GiB` are the processor time and the largest resident set
 of what makes the file: `llama-imatrix` on the text of the windows and `llama-quantize`, or the command of ours.
 
+--levels DIR uses what an earlier file of `compress` measured; `minutes` are then those of the rest.
+
 Rows are added to FOLDER/rows.jsonl as they come, and those that are there are not measured again. --speed adds how fast
 llama.cpp generates with the file of `compress`, as a ratio to its own of that size.
 """
@@ -149,7 +151,8 @@ class Bench:
         stopped = output.with_name(f"{output.name}.partial").exists()
         words = [*map(str, self.text), *settings, "--resume" if stopped else "--overwrite"]
         size = ["--size", str(theirs.stat().st_size)]
-        how = ["--allocator", f"like:{theirs}"] if form == "same types" else [*size, *chosen]
+        known = ["--levels", self.args.levels] if self.args.levels else []
+        how = ["--allocator", f"like:{theirs}"] if form == "same types" else [*size, *chosen, *known]
         found = billhook("compress", self.args.model, *how, *words, "--output", output)
         write_text(output / "output.txt", found[0])
         return output / f"{output.name}.gguf", None if stopped else found[1], found[2]
@@ -158,7 +161,11 @@ class Bench:
         """Make and score a file."""
         file, minutes, memory = self.make(peer, form)
         facts = {"identity": self.identity, "peer": peer, "form": form, "bytes": file.stat().st_size}
-        facts |= {"settings": {} if form == "llama.cpp" else {"set": self.args.set, "types": self.args.types}}
+        facts |= {
+            "settings": {}
+            if form == "llama.cpp"
+            else {"set": self.args.set, "types": self.args.types, "levels": self.args.levels}
+        }
         return facts | self.score(file) | {"minutes": minutes, "memory": memory}
 
     def speed(self, peer: str) -> dict[str, Any]:
@@ -220,6 +227,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, default=16, help="windows of 512 tokens that are scored")
     parser.add_argument("--set", action="append", default=[], help="an option of gptq, such as sweeps=2")
     parser.add_argument("--types", default="", help="types that compress chooses from")
+    parser.add_argument("--levels", default="", help="output of compress whose measured errors are used")
     parser.add_argument("--name", default="", help="what the picture calls the model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--speed", action="store_true", help="measure decoding too")

@@ -20,10 +20,14 @@ from torch import Tensor
 from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import find_units
 from billhook.engine.removal import Removal, dropping, remove_parts_
+from billhook.engine.restore import restored
 from billhook.methods.structured import STRUCTURED
-from billhook.plan.unit_counts import Size, proportional, uniform_counts
+from billhook.plan.table import Table
+from billhook.plan.unit_counts import Shape, Size, proportional, uniform_counts
+from billhook.racing.units import UnitProblem
 from billhook.steps.block_choice import BlockChoice, choose_blocks
 from billhook.steps.request import Request, open_request
+from billhook.steps.slim_allocation import UnitAllocation, allocate_units, sizes_of
 from billhook.tasks.opening import load_model
 
 CASES = {
@@ -61,6 +65,31 @@ def score(
     return perplexity(whole, tokens[1][:16]), took, ", ".join(stays)
 
 
+def score_allocations(model: Path, kinds: Sequence[str], remove: float, shape: Shape, golden: Path) -> None:
+    """Print perplexity where measured curves and trials decide what each unit keeps, and for schedules over depth."""
+    tokens = [load_file(golden / f"{name}.safetensors")["tokens"].long() for name in ("calibration", "evaluation")]
+    request = Request(model, calibration=tokens[0][:32], batch_size=8, dtype="float32")
+    opened = open_request(request, True, "The benchmark", streamed=False)
+    units = find_units(opened.model, kinds)
+    sizes, depth = sizes_of(units, opened.model.config), len(blocks_of(opened.model))
+    total = sum(p.numel() for block in blocks_of(opened.model).values() for p in block.parameters())
+    left = round(remove * total)
+    sparsity = left / sum(s.n for s in sizes)
+    problem = UnitProblem(Table(()), sparsity, sizes=sizes, remove=left, shape=shape, stays=total - left)
+    removal, begun = Removal("obs", STRUCTURED.configure("obs", {})), time.process_time()
+    plans = {"auto": allocate_units(UnitAllocation("auto", {}, shape), opened, units, problem, removal)}
+    took = time.process_time() - begun
+    for name, slope in (("uniform", 0.0), ("rising", 1.0), ("falling", -1.0)) if shape == "per-layer" else ():
+        fractions = {s.name: sparsity * (1 + slope * (2 * s.block / (depth - 1) - 1) * 0.7) for s in sizes}
+        plans[name] = problem.plan(fractions, "explicit", {})
+    for name, plan in plans.items():
+        with restored([unit.consumer for unit in units if unit.consumer is not None]):
+            remove_parts_(opened.model, units, plan.units, removal, opened.batches)
+            ppl, counts = perplexity(opened.model, tokens[1][:16]), [plan.units[u.name] for u in units]
+        print(f"{shape} {','.join(kinds)} {name}: {ppl:.3f} {counts}", flush=True)
+    print(f"{took:.1f} s for auto's plan", flush=True)
+
+
 def score_blocks(model: Path, remove: float, by: BlockChoice, golden: Path) -> tuple[list[int], float, float]:
     """The blocks dropped, and perplexity without and with the refit of what follows."""
     tokens = [load_file(golden / f"{name}.safetensors")["tokens"].long() for name in ("calibration", "evaluation")]
@@ -89,6 +118,8 @@ def main() -> None:
         for name, case in CASES.items():
             ppl, seconds, stays = score(options.model, kinds.split(","), options.remove, case, golden)
             print(f"{stays:40} {name:30} {ppl:8.3f} {seconds:6.1f} s", flush=True)
+        for shape in get_args(Shape):
+            score_allocations(options.model, kinds.split(","), options.remove, shape, golden)
     for by in get_args(BlockChoice):
         gone, plain, fitted = score_blocks(options.model, options.remove, by, golden)
         print(f"without blocks {gone} by {by}: {plain:.3f}, refitted {fitted:.3f}", flush=True)

@@ -61,6 +61,11 @@ class Layer:
         return stored
 
     @property
+    def stored_name(self) -> str:
+        """The name of that parameter in `model.named_parameters()`."""
+        return f"{self.name}.{self.parameter}" if self.expert is None else self.name.rpartition(".")[0]
+
+    @property
     def weight(self) -> Tensor:
         """A view [out, in] of the stored weight, detached; writing into it changes the model."""
         return self.view(self.stored.detach())
@@ -98,8 +103,7 @@ def _check_separate(layers: Iterable[Layer]) -> None:
     """Raise BillhookError for two layers in the same memory: what is right for one would change the other."""
     owners: dict[tuple[int, int | None], Layer] = {}
     for layer in layers:
-        stored = layer.stored
-        place = (id(stored) if stored.is_meta else stored.data_ptr(), layer.expert)
+        place = (layer.stored.data_ptr() or id(layer.stored), layer.expert)  # 0 on `meta` and for shards of FSDP2
         if (other := owners.setdefault(place, layer)) is not layer:
             shared = f"{other.name} and {layer.name} share their weight"
             raise BillhookError(f"{shared}, which cannot be pruned for both: give each its own copy.")

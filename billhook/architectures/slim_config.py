@@ -1,7 +1,9 @@
 """The configuration of a model without the parts of its units that were removed.
 
-A configuration has one width for all blocks, so the same number of parts stays in every block. Sizes of heads are
-written out, because they no longer follow from the width. Lists with an entry for each block are cut with the blocks.
+Most configurations have one width for all blocks, so the same number of parts is stored in every block. Where an entry
+is a list with a number for each block (the MLP widths of Gemma 3n), blocks may differ. `per_layer_config` of
+`transformers` is not used: its models of one width do not read it. Sizes of heads are written
+out, because they no longer follow from the width. Lists with an entry for each block are cut with the blocks.
 `LlamaConfig` refuses a number of heads that does not divide the width; the same weights are then a Mistral model
 without a window, which computes the same.
 """
@@ -21,13 +23,36 @@ _NUMBERS = ("mlp_only_layers",)  # lists of the numbers of blocks
 _AS_MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
 
 
+def stored_counts(model: PreTrainedModel, units: Sequence[Unit], counts: Mapping[str, int]) -> dict[str, int]:
+    """How many parts of each unit are stored where `counts` stay: as many, or what the widest block has.
+
+    Parts that are stored and do not stay are zeros. Raises BillhookError for experts, which zeros cannot replace: a
+    router would still choose them.
+    """
+    config, places = model.config, dict[tuple[str, ...], list[Unit]]()
+    for unit in units:
+        places.setdefault(tuple(_changes(config, unit, counts[unit.name])), []).append(unit)
+    stored = {}
+    for keys, alike in places.items():
+        listed = all(isinstance(getattr(config, key, None), list) for key in keys)
+        most = max(counts[unit.name] for unit in alike)
+        for unit in alike:
+            if unit.kind == "experts" and not listed and counts[unit.name] != most:
+                raise BillhookError(
+                    f"{config.model_type} models have one {keys[0]} for all blocks: {counts[unit.name]} experts cannot "
+                    f"stay in {unit.name} where {most} stay elsewhere. Use --shape uniform."
+                )
+            stored[unit.name] = counts[unit.name] if listed else most
+    return stored
+
+
 def slimmed(
     model: PreTrainedModel, units: Sequence[Unit], counts: Mapping[str, int], blocks: Sequence[int], depth: int
 ) -> tuple[Any, dict[str, Any], list[str]]:
     """The new configuration, its entries that differ from those of config.json, and notes.
 
-    `counts` parts stay, by unit; of `depth` blocks, those numbered `blocks` stay. Raises BillhookError, naming the
-    model's type, where no configuration can say so.
+    `counts` parts are stored, by unit; of `depth` blocks, those numbered `blocks` stay. Raises BillhookError, naming
+    the model's type, where no configuration can say so.
     """
     old, new = model.config, copy.deepcopy(model.config)
     kind = old.model_type
@@ -35,13 +60,12 @@ def slimmed(
     for unit in units:
         if counts[unit.name] != unit.count:
             for key, value in _changes(old, unit, counts[unit.name]).items():
-                if changes.setdefault(key, value) != value:
-                    raise BillhookError(
-                        f"{kind} models have one {key} for all blocks: {value} cannot stay in {unit.name} where "
-                        f"{changes[key]} stay elsewhere. Use --shape uniform."
-                    )
+                if isinstance(listed := getattr(old, key, None), list):
+                    changes.setdefault(key, list(listed))[unit.block] = value
+                else:
+                    changes[key] = value
     if len(blocks) != depth:
-        changes |= _depth(old, blocks, depth)
+        changes |= _depth({**old.to_dict(), **changes}, blocks, depth)
     own = old.to_dict()
     try:
         for key, value in changes.items():
@@ -96,14 +120,14 @@ def _first(config: Any, names: Sequence[str], unit: Unit) -> str:
     return found
 
 
-def _depth(config: Any, blocks: Sequence[int], depth: int) -> dict[str, Any]:
+def _depth(config: Mapping[str, Any], blocks: Sequence[int], depth: int) -> dict[str, Any]:
     """The entries that change where only some blocks stay."""
     changes: dict[str, Any] = {"num_hidden_layers": len(blocks)}
-    for key, value in config.to_dict().items():
+    for key, value in config.items():
         if isinstance(value, list) and key in _NUMBERS:
             changes[key] = [blocks.index(i) for i in value if i in blocks]
         elif isinstance(value, list) and len(value) == depth and not key.endswith(("_token_id", "architectures")):
             changes[key] = [value[i] for i in blocks]
-    if isinstance(last := getattr(config, "max_window_layers", None), int):
+    if isinstance(last := config.get("max_window_layers"), int):
         changes["max_window_layers"] = sum(i < last for i in blocks)
     return changes

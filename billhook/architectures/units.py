@@ -219,10 +219,7 @@ def _rows(layer: Layer, index: Tensor) -> Iterator[Slice]:
 
 
 def _unit(name: str, kind: str, block: int, slices: Sequence[Slice], consumer: Layer, groups: Tensor) -> Unit:
-    tensor = f"{consumer.name}.{consumer.parameter}"
-    if consumer.expert is not None:
-        tensor = consumer.name.rpartition(".")[0]
-    own = Slice(tensor, 0 if consumer.transposed else 1, groups, consumer.expert)
+    own = Slice(consumer.stored_name, 0 if consumer.transposed else 1, groups, consumer.expert)
     width = consumer.shape[0]  # of the model: rows of the consumer, columns of the producers
     each = [s.index.shape[1] * (1 if s.tensor.endswith(("bias", "sinks")) else width) for s in (*slices, own)]
     return Unit(name, kind, block, (*slices, own), sum(each), consumer, groups)

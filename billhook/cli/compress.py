@@ -8,6 +8,7 @@ import typer
 
 from billhook.cli import options as shared
 from billhook.cli.common import (
+    announce,
     duration,
     emit,
     graceful_interrupt,
@@ -26,6 +27,7 @@ EXAMPLES = """\b
 Examples:
   billhook compress model --size 2.5GB --calibration text.txt -o small
   billhook compress model --fit 16GB --context 8192 --calibration text.txt -o small
+  billhook compress model --size 2.0GB --levels small --calibration text.txt -o smaller
   billhook compress model --bits 3.5 --types q2_k,q3_k,q4_k,q6_k --calibration hub:c4 -o small
   billhook compress model --ratio 0.25 --for vllm --calibration text.txt -o small
   billhook compress model --bits 3.5 --allocator alphaq --set gamma=0.5 --calibration text.txt -o small
@@ -33,6 +35,7 @@ Examples:
 """
 FIT_HELP = "Memory in which the file must fit in llama.cpp together with a context, such as 16GB."
 CONTEXT_HELP = "Tokens of context for --fit.  [default: 8192, or the model's]"
+LEVELS_HELP = "Output of an earlier compress of this model: its measured errors are used, and only the size is new."
 FOR_HELP = "gguf: a file for llama.cpp. transformers, vllm: a compressed-tensors directory."
 
 
@@ -64,6 +67,7 @@ class Size:
             autocompletion=lambda incomplete: [name for name in level_allocators() if name.startswith(incomplete)],
         ),
     ] = "curves"
+    levels: Annotated[Path | None, typer.Option(help=LEVELS_HELP, metavar="DIR")] = None
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="An option of GPTQ or of the allocator. Repeatable.", metavar="KEY=VALUE"),
@@ -78,18 +82,27 @@ def command(
     text: shared.Text,
     work: shared.Work,
     writing: shared.GgufWriting,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=shared.DRY_RUN_HELP)] = False,
     as_json: shared.Json = False,
 ) -> None:
     """Meet a size with the least loss: a storage type for every tensor, by what each is measured to lose."""
-    from billhook.steps.compress import CompressRequest, decide, run_compress
+    from billhook.cli.dry_run import show_job
+    from billhook.steps.compress import CompressRequest, check, decide, run_compress
+    from billhook.steps.sample_quantize import estimate_quantize
 
     chosen = {**vars(size), "types": split_list(size.types), "options": parse_settings(size.settings)}
     chosen.pop("settings")
     groups: dict[str, Any] = {**chosen, **vars(text), **work.fields(model), **vars(writing)}
-    with progress("choosing types") as advance:
-        job = decide(CompressRequest(model, output, **groups), advance)
+    with progress("reading") as advance:
+        checked = check(CompressRequest(model, output, **groups), advance)
+    unit = layers_per_block(checked.opened.layers)
+    with progress("choosing types", checked.steps, unit=unit) as advance:
+        job = decide(checked, advance)
     if job.memory is not None:
         say(f"In memory {job.memory}: {job.budget:,} bytes are left for the file.")
+    if dry_run:
+        return show_job(job.quantizing, as_json)
+    announce(estimate_quantize(job.quantizing), work.device)
     layers = job.quantizing.opened.layers
     bar = progress("quantizing", len(layers), unit=layers_per_block(layers))
     with bar as advance, graceful_interrupt() as stopping:

@@ -72,23 +72,10 @@ def command(
 
 def _front(directory: Path) -> dict[str, str]:
     """The picture of a compressed model, by file stem."""
-    from billhook.errors import BillhookError
-    from billhook.plan.plan import Plan
     from billhook.reports.pictures import front_of
-    from billhook.store.record import history
+    from billhook.steps.earlier_levels import step_with_levels
 
-    record = history(directory)
-    plans = (
-        [step.plan for step in record.steps if step.plan and (step.plan.get("made_by") or {}).get("levels")]
-        if record
-        else []
-    )
-    if not plans:
-        raise BillhookError(
-            f"{directory} was not made by billhook compress with --allocator curves, rco or auto: only those keep what "
-            "a front is drawn from."
-        )
-    return {"front": front_of(directory.resolve().name, Plan.from_json(plans[-1], str(directory)))}
+    return {"front": front_of(directory.resolve().name, step_with_levels(directory)[1])}
 
 
 def _of_layers(layers: list[str], model: str | None, masks: list[Path]) -> dict[str, str]:

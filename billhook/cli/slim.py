@@ -14,6 +14,7 @@ EXAMPLES = """\b
 Examples:
   billhook slim model --remove 0.25 --calibration text.txt -o small
   billhook slim model --remove 0.2 --units channels --calibration hub:c4 -o smaller
+  billhook slim model --remove 0.2 --units channels --allocator auto --calibration hub:c4 -o narrower
   billhook slim model --plan small/plan.json --calibration text.txt -o again
 """
 
@@ -31,6 +32,22 @@ class Method:
             help="Kinds that may go, of channels, heads, experts, blocks; auto tries which of them lose least."
         ),
     ] = "auto"
+    allocator: Annotated[
+        str,
+        typer.Option(
+            help="How much each unit loses: uniform, auto (measured and tried on text), or one of billhook ls "
+            "allocators. By default uniform; with --units auto, auto.",
+            metavar="NAME",
+        ),
+    ] = ""
+    shape: Annotated[
+        str,
+        typer.Option(
+            help="uniform: all blocks alike, and the allocator decides only between kinds; per-layer: blocks differ. "
+            "By default per-layer where an allocator is given.",
+            metavar="SHAPE",
+        ),
+    ] = ""
     experts: Annotated[str, typer.Option(help="How experts are chosen: reap or frequency.")] = "reap"
     drop_by: Annotated[
         str, typer.Option(help="How blocks are chosen: kl (predictions on text) or angular (hidden states).")
@@ -56,6 +73,7 @@ def command(
     from billhook.steps.slim import SlimRequest, prepare, run
 
     chosen: dict[str, Any] = {"units": split_list(method.units), "plan": method.plan, "method": method.method}
+    chosen |= {"allocator": method.allocator, "shape": method.shape}
     chosen |= {"experts": method.experts, "drop_by": method.drop_by}
     chosen |= {"options": parse_settings(method.settings), "batch_size": batch_size, "seed": seed}
     groups: dict[str, Any] = {**chosen, **vars(text), **work.fields(model), **vars(writing)}
@@ -70,7 +88,9 @@ def command(
     for warning in report.warnings[len(job.notes) :]:
         say(f"note: {warning}")
     sizes = f"{report.size / 1e6:.1f} MB of weights, {report.source_size / 1e6:.1f} MB before"
-    say(f"{report.output}: {report.removed:.1%} of the parameters in blocks removed; {sizes}. {report.seconds:.1f} s.")
+    padding = f", {report.padding:.1%} stored as zeros" if report.padding else ""
+    gone = f"{report.removed:.1%} of the parameters in blocks removed{padding}"
+    say(f"{report.output}: {gone}; {sizes}. {report.seconds:.1f} s.")
     if report.loss is not None:
         say(f"{report.loss}.")
     say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")

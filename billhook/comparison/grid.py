@@ -33,7 +33,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.racing.automatic import choose
 from billhook.racing.race import Problem
-from billhook.recover.blockwise import Refine
+from billhook.recovery.blockwise import Refine
 from billhook.steps.apply import prune_with
 from billhook.steps.evaluate import versions
 from billhook.steps.gradients import check_temporary_room, make_gradients

@@ -146,10 +146,9 @@ def remove_parts_(
         for names, stats in block.stages:
             for layer in names if block.index not in drop else ():
                 given = stats.get(layer.name, LayerStats(0, 0))
-                if gradients is not None:
-                    given = replace(given, gradient=gradients[layer.name])
+                gradient = None if gradients is None else gradients[layer.name]
                 unit = known[layer.name]
-                done.append(remove_from_(unit, counts[unit.name], removal, given))
+                done.append(remove_from_(unit, counts[unit.name], removal, given, gradient))
                 progress(unit.name)
         if block.index in drop:
             drop[block.index].active = True
@@ -171,24 +170,40 @@ def remove_experts_(model: PreTrainedModel, unit: Unit, count: int, method: str,
     return LayerResult(unit.name, (unit.count, 1), 1 - count / unit.count, 0, 0, notes, None, took, kept=kept)
 
 
-def remove_from_(unit: Unit, count: int, removal: Removal, stats: LayerStats) -> LayerResult:
+def remove_from_(
+    unit: Unit, count: int, removal: Removal, stats: LayerStats, gradient: Tensor | None = None
+) -> LayerResult:
     """Remove parts of one unit in place, so that `count` stay; raises JobError if the new weight is not finite."""
     layer, begun = unit.consumer, time.perf_counter()
     assert layer is not None
+    keep, new, error = choose_parts(unit, count, removal, stats, gradient)
+    layer.weight.copy_(new)
+    took, kept = time.perf_counter() - begun, keep.nonzero()[:, 0].tolist()
+    zeros = count_zeros(layer.weight)
+    facts = (layer.name, layer.shape, 1 - count / unit.count, zeros, 0, tuple(stats.notes), error, took)
+    return LayerResult(*facts, updated=True, kept=kept)
+
+
+def choose_parts(
+    unit: Unit, count: int, removal: Removal, stats: LayerStats, gradient: Tensor | None = None
+) -> tuple[Tensor, Tensor, float | None]:
+    """Which parts of a unit stay, bool [parts], its consumer's new weight [out, in], and the relative squared error.
+
+    `gradient` [out, in] is that of the consumer, for a method that reads it. Raises JobError if the new weight is not
+    finite.
+    """
+    assert unit.consumer is not None
     assert unit.groups is not None
+    layer, gram = unit.consumer, None if stats.gram is None else stats.gram.clone()
+    stats = stats if gradient is None else replace(stats, gradient=gradient)
     weight = layer.weight
-    gram = None if stats.gram is None else stats.gram.clone()
     try:
         keep, new = removal.choose(weight, stats, unit.groups, count)
     except BillhookError as problem:
         raise type(problem)(f"{layer.name}: {problem}") from None
     if not torch.isfinite(new).all():
         raise JobError(f"{layer.name}: the new weights are not finite: use more damping (--set damping=0.1).")
-    error = _error(weight.float(), new, gram, stats)
-    weight.copy_(new)
-    took, kept = time.perf_counter() - begun, keep.nonzero()[:, 0].tolist()
-    facts = (layer.name, layer.shape, 1 - count / unit.count, count_zeros(weight), 0, tuple(stats.notes), error, took)
-    return LayerResult(*facts, updated=True, kept=kept)
+    return keep, new, _error(weight.float(), new, gram, stats)
 
 
 def _error(old: Tensor, new: Tensor, gram: Tensor | None, stats: LayerStats) -> float | None:

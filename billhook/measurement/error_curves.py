@@ -63,7 +63,8 @@ def error_curve(
     ):
         for layer in block.layers:
             if layer.name in wanted:
-                curves[layer.name] = _curve(_errors(layer, block.stats[layer.name], criterion, options))
+                errors = _errors(layer, block.stats[layer.name], criterion, options)
+                curves[layer.name] = curve_through(TRIED, errors)
     return curves
 
 
@@ -109,13 +110,13 @@ def _energy(W: Tensor, stats: LayerStats) -> float:
     return float(W.square().sum(dtype=torch.float64))
 
 
-def _curve(errors: Sequence[float]) -> list[float]:
-    """The non-decreasing error at even steps, interpolated from the errors at `TRIED`."""
-    points = [*zip(TRIED, map(math.log, errors), strict=True), (1.0, 0.0)]
+def curve_through(tried: Sequence[float], errors: Sequence[float]) -> list[float]:
+    """The non-decreasing error at even steps, interpolated from the errors at the fractions `tried`."""
+    points = [*zip(tried, map(math.log, errors), strict=True), (1.0, 0.0)]
     curve = [0.0]
     for k in range(1, STEPS + 1):
         s = k / STEPS
-        i = min(max(sum(s > tried for tried, _ in points) - 1, 0), len(points) - 2)
+        i = min(max(sum(s > x for x, _ in points) - 1, 0), len(points) - 2)
         (a, x), (b, y) = points[i], points[i + 1]
         curve.append(max(curve[-1], math.exp(x + (y - x) * (s - a) / (b - a))))
     return curve

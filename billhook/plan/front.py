@@ -43,11 +43,16 @@ class Front:
     chosen: tuple[int, float]
 
 
-def front(plan: Plan) -> Front:
-    """The front of a plan; raises BillhookError for a plan without measured levels."""
+def measured_levels(plan: Plan) -> dict[str, Measured]:
+    """What was measured for a plan, by tensor; raises BillhookError for a plan without measured levels."""
     if not plan.made_by.get("levels"):
         raise BillhookError("The plan holds no levels: compress keeps them with --allocator curves, rco or auto.")
-    levels: dict[str, Measured] = typed(dict[str, Measured], plan.made_by["levels"], "made_by.levels")
+    return typed(dict[str, Measured], plan.made_by["levels"], "made_by.levels")
+
+
+def front(plan: Plan) -> Front:
+    """The front of a plan; raises BillhookError for a plan without measured levels."""
+    levels = measured_levels(plan)
     tied: list[list[str]] = typed(list[list[str]], plan.made_by.get("tied") or [], "made_by.tied")
     owner = {name: tuple(group) for group in tied for name in group if name in levels}
     groups = list(dict.fromkeys(owner.get(name, (name,)) for name in levels))

@@ -1,27 +1,47 @@
 """How many parts of each unit stay, for a fraction of the parameters of a model's blocks. No torch.
 
-Kinds of units share what is to be removed in proportion to their parameters. Coarse kinds (heads, experts) are rounded
-to whole parts first; channels, in steps of a quantum, take what is left, so the total is met to within one quantum.
+In a uniform shape every unit of a kind keeps the same number. Coarse kinds (heads, experts) are rounded to whole parts
+first; channels, in steps of a quantum, take what is left, so the total is met to within one quantum. In a shape with
+numbers per layer, each unit loses its fraction in steps of its own, rounded by largest remainder to the same total.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from billhook.errors import BillhookError
+from billhook.plan.budget import scale_to, whole_numbers
 
+Shape = Literal["uniform", "per-layer"]  # of the smaller model: whether its blocks may differ
 QUANTA = (64, 32, 8)  # the first that divides a width and is not a large part of it; storage types need 32
 _STEPS = 8  # of a quantum in a width, at least
 
 
 @dataclass(frozen=True)
 class Size:
-    """A unit's `name`, `kind`, `block`, number of parts, and `parameters` in each of them."""
+    """A unit's `name`, `kind`, `block`, number of parts, and `parameters` in each of them; at least `least` stay."""
 
     name: str
     kind: str
     block: int
     count: int
     parameters: int
+    least: int = 1
+
+    @property
+    def n(self) -> int:
+        """All its parameters."""
+        return self.count * self.parameters
+
+    @property
+    def step(self) -> int:
+        """How many parts are removed at once."""
+        return quantum(self.count) if self.kind == "channels" else 1
+
+    @property
+    def steps(self) -> int:
+        """How many steps can go."""
+        return (self.count - self.least) // self.step
 
 
 def quantum(count: int) -> int:
@@ -41,21 +61,66 @@ def uniform_counts(sizes: Sequence[Size], remove: int, shares: Mapping[str, floa
         if len({s.count for s in units}) > 1:
             raise BillhookError(f"The {kind} differ in number between blocks, so no uniform shape exists.")
         wanted = left if number + 1 == len(kinds) else remove * shares[kind]
-        step = quantum(units[0].count) if kind == "channels" else 1
+        step = units[0].step
         per_step = step * sum(s.parameters for s in units)
         gone = step * round(wanted / per_step)
         if gone >= units[0].count:
             most = sum((s.count - step) * s.parameters for s in units)
-            raise BillhookError(
-                f"Removing {wanted:,.0f} parameters from {kind} would leave nothing of them: at most {most:,} can go. "
-                "Remove less, or name more kinds with --units."
-            )
+            raise _too_much(kind, wanted, most)
         left -= gone // step * per_step
         kept |= {s.name: s.count - gone for s in units}
     return kept
 
 
+def per_layer_counts(sizes: Sequence[Size], remove: int, fractions: Mapping[str, float]) -> dict[str, int]:
+    """Parts that stay, by unit, where each loses about its fraction and `remove` parameters go in all.
+
+    The fractions are scaled until they fit, and the total is met to within half a step of the unit with the smallest
+    steps that can still give or take. Raises BillhookError where the units cannot give that much.
+    """
+    steps = [s.steps for s in sizes]
+    units = [s.step * s.parameters for s in sizes]
+    room = [k * unit for k, unit in zip(steps, units, strict=True)]
+    check_room(sizes, remove)
+    open_ = [i for i in range(len(sizes)) if room[i]]
+    raw = [fractions[sizes[i].name] * sizes[i].n / room[i] for i in open_]
+    if remove and not any(raw):
+        raise BillhookError("The allocation removes nothing from any unit that has something to give.")
+    gone = scale_to(raw, [room[i] for i in open_], remove / sum(room)) if remove else [0.0] * len(open_)
+    exact = [0.0] * len(sizes)
+    for i, share in zip(open_, gone, strict=True):
+        exact[i] = share * steps[i]
+    whole = whole_numbers(exact, steps, units)
+    return {s.name: s.count - k * s.step for s, k in zip(sizes, whole, strict=True)}
+
+
+def check_room(sizes: Sequence[Size], remove: int) -> None:
+    """Raise BillhookError where units of these sizes cannot give `remove` parameters."""
+    most = sum(s.steps * s.step * s.parameters for s in sizes)
+    if remove > most:
+        raise _too_much(" and ".join(_kinds(sizes)), remove, most, max(s.least for s in sizes))
+
+
+def _too_much(kinds: str, wanted: float, most: int, least: int = 1) -> BillhookError:
+    what = "nothing of them:" if least == 1 else f"too few: every token goes to {least} experts;"
+    return BillhookError(
+        f"Removing {wanted:,.0f} parameters from {kinds} would leave {what} at most {most:,} can go. "
+        "Remove less, or name more kinds with --units."
+    )
+
+
+def shares_of(sizes: Sequence[Size], fractions: Mapping[str, float]) -> dict[str, float]:
+    """The share of each kind in what is removed, where each unit loses its fraction."""
+    gone = {kind: sum(fractions[s.name] * s.n for s in sizes if s.kind == kind) for kind in _kinds(sizes)}
+    whole = sum(gone.values())
+    return {kind: value / whole for kind, value in gone.items()} if whole else proportional(sizes, _kinds(sizes))
+
+
+def _kinds(sizes: Sequence[Size]) -> list[str]:
+    return list(dict.fromkeys(s.kind for s in sizes))
+
+
 def proportional(sizes: Sequence[Size], kinds: Sequence[str]) -> dict[str, float]:
     """The share of each kind in what is removed, in proportion to its parameters."""
-    totals = {kind: sum(s.count * s.parameters for s in sizes if s.kind == kind) for kind in kinds}
+    totals = {kind: sum(s.n for s in sizes if s.kind == kind) for kind in kinds}
     return {kind: totals[kind] / sum(totals.values()) for kind in kinds}

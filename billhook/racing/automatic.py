@@ -99,12 +99,12 @@ def choose(
 def schedule(space: Space, problem: Problem, criterion: str, race: Race) -> Iterator[Candidate]:
     """The candidates of `auto`, if it is among the allocators, and those of the others."""
     if AUTO in space.allocators:
-        yield from _auto(problem, criterion, race)
+        yield from rounds(ErrorCurves(problem, criterion), race)
     yield from space.schedule(problem, race)
 
 
-def _auto(problem: Problem, criterion: str, race: Race) -> Iterator[Candidate]:
-    curves = ErrorCurves(problem, criterion)
+def rounds(curves: "ErrorCurves", race: Race) -> Iterator[Candidate]:
+    """Uniform, and the optimum of the curves with shares that are measured again under every plan."""
     yield Candidate("uniform", curves.uniform, attribute=True)
     shares = [curves.shares(race, "uniform")]
     for number in range(1, ROUNDS + 1):
@@ -138,13 +138,17 @@ class ErrorCurves:
         Without the layers that the trial's plan prunes so little that their share is below what can be measured
         (`FLOOR`): at `MIDDLE` that would be any number.
         """
-        sparsity, uniform = race.plans[name].sparsity, self.uniform.sparsity
+        sparsity, uniform = self.removed(race.plans[name]), self.removed(self.uniform)
         found = {}
         for layer, share in race.trials[name].shares.items():
             error = self._error(layer, sparsity[layer])
             if error >= FLOOR * self._error(layer, uniform[layer]):
                 found[layer] = share * self._error(layer, MIDDLE) / error
         return found
+
+    def removed(self, plan: Plan) -> Mapping[str, float]:
+        """The fraction that a plan removes of each layer."""
+        return plan.sparsity
 
     def mean(self, several: Sequence[Shares]) -> Shares:
         """The geometric mean of the shares measured in several trials, for each layer over those that have it."""

@@ -19,7 +19,7 @@ from billhook.errors import BillhookError
 from billhook.plan.allocators import ALLOCATORS, allocate
 from billhook.plan.plan import Plan
 from billhook.plan.table import Table
-from billhook.trials.trials import TrialRunner
+from billhook.trials.trials import Runner
 
 FIRST = 4  # windows
 ERRORS = 2.0  # standard errors
@@ -116,7 +116,7 @@ class Race:
     """The trials so far, by name, in order, uniform's first. `known` are trials of an interrupted race, which are not
     made again; `save` is called after every new trial, `progress` with a line about it."""
 
-    runner: TrialRunner
+    runner: Runner
     objective: Objective = "kl"
     known: Mapping[str, Trial] = field(default_factory=dict)
     save: Callable[["Race"], Any] = lambda race: None

@@ -209,7 +209,7 @@ def _limitations(report: Mapping[str, Any]) -> Iterator[str]:
             yield "Weights were chosen on the calibration images: other kinds of images may have lost more."
         else:
             yield "Weights were chosen on the calibration text: other languages and subjects may have lost more."
-    yield "Ordinary fine-tuning makes the zeros nonzero again."
+    yield "Ordinary fine-tuning makes the zeros nonzero again; `billhook recover` keeps them."
     yield from report["warnings"][:20]
     if (rest := len(report["warnings"]) - 20) > 0:
         yield f"{rest} more warnings are in {PAGE}."

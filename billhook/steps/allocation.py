@@ -21,6 +21,7 @@ from billhook.plan.levels import Levels
 from billhook.racing.allocators import MODEL_ALLOCATORS
 from billhook.racing.levels import Chosen, choose_types, columns, outlook
 from billhook.registry import Registry, hint
+from billhook.steps.earlier_levels import earlier_levels, step_with_levels
 from billhook.steps.kept_levels import KeptLevels
 from billhook.steps.levels import Measured, measure_levels
 from billhook.steps.like import like_types
@@ -38,14 +39,18 @@ LIKE = "like:"
 
 @dataclass(frozen=True)
 class Allocation:
-    """A checked choice of an allocator with all its options, and those of GPTQ that were given beside them."""
+    """A checked choice of an allocator with all its options, and those of GPTQ that were given beside them.
+
+    `levels` is the output of an earlier run whose measurements are used.
+    """
 
     name: str
     options: Mapping[str, Any]
     quantizer: Mapping[str, Any]
+    levels: Path | None = None
 
     @classmethod
-    def of(cls, name: str, options: Mapping[str, Any]) -> "Allocation":
+    def of(cls, name: str, options: Mapping[str, Any], levels: str | Path | None = None) -> "Allocation":
         """Raises BillhookError for an unknown allocator or option, naming the nearest, and a file that is not there."""
         registry = _registry(name)
         quantizer, given = split_options(
@@ -53,7 +58,14 @@ class Allocation:
         )
         if name.startswith(LIKE) and not Path(name[len(LIKE) :]).expanduser().is_file():
             raise BillhookError(f"There is no file {name[len(LIKE) :]}: write like:FILE.gguf.")
-        return cls(name, registry.configure(name, given) if registry else {}, quantizer)
+        found = cls(name, registry.configure(name, given) if registry else {}, quantizer)
+        if levels is None:
+            return found
+        if ERRORS not in found.needs:
+            raise BillhookError(f"The allocator {name} reads no measured levels: leave out --levels.")
+        earlier = Path(levels).expanduser()
+        step_with_levels(earlier)
+        return replace(found, levels=earlier)
 
     @property
     def file(self) -> Path | None:
@@ -67,6 +79,11 @@ class Allocation:
         if registry is not None:
             return registry.needs(self.name, self.options)
         return () if self.file else (ERRORS, WEIGHTS, *columns())
+
+    @property
+    def only_levels(self) -> bool:
+        """Whether it reads measured levels and nothing else."""
+        return not self.on_trial and set(self.needs) == {ERRORS, WEIGHTS}
 
     @property
     def on_trial(self) -> bool:
@@ -104,7 +121,11 @@ def choose(
     menus = {**sizes.menus, **sizes.outside_menus}
     levels = Levels(shapes, menus, sizes.budget - sizes.fixed, list(sizes.outside), tied)
     if ERRORS in allocation.needs:
-        found = _measured(request, opened, sizes, method, progress)
+        if allocation.levels is not None:
+            known = (allocation.levels, opened.facts["digest"])
+            found = earlier_levels(*known, sizes.menus, sizes.outside_menus)
+        else:
+            found = _measured(request, opened, sizes, method, progress)
         levels = replace(levels, errors={**found.errors, **found.losses}, weights=found.costs)
     wanted = [name for name in allocation.needs if name not in (ERRORS, WEIGHTS)]
     resources: dict[str, Any] = {"layers": opened.layers, "resources": opened.resources, "progress": progress}

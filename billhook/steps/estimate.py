@@ -33,11 +33,11 @@ ROWS = 2**28  # bytes of the systems of rows that ADMM solves together
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a pruning run needs; JSON has the fields that are known.
+    """What a run needs; JSON has the fields that are known.
 
     * `memory_gib`: peak memory of one process, GiB.
     * `disk_gib`: size of the output, GiB.
-    * `seconds` (number, optional): time of pruning and writing, where it was measured.
+    * `seconds` (number, optional): time of the work, where it was measured; not that of making the plan.
     * `measured` (string, optional): the part on which it was measured.
     """
 

@@ -31,7 +31,7 @@ from billhook.plan.table import Table
 from billhook.racing.automatic import choose
 from billhook.racing.hyperparameters import is_raced
 from billhook.racing.race import Problem
-from billhook.recover.blockwise import Refine, Refining
+from billhook.recovery.blockwise import Refine, Refining
 from billhook.reports.publishing import publish
 from billhook.steps.apply import prune_with
 from billhook.steps.gradients import make_gradients

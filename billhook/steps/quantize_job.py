@@ -27,10 +27,7 @@ SPILL_GIB = 0.25  # of hidden states in memory; the others are on disk, and read
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """How `quantize`, `compress` and `slim` open model and text and write the result; `Request` has most fields.
-
-    Of a GGUF file, `template` and `split_size` are as in `export`.
-    """
+    """How `quantize`, `compress` and `slim` open model and text and write the result; `Request` has most fields."""
 
     calibration: Given | None = None
     samples: int = 128
@@ -47,14 +44,6 @@ class Inputs:
     overwrite: bool = False
     resume: bool = False
     trust_remote_code: bool = False
-    template: str | Path | None = None
-    split_size: str | int | None = None
-
-    @property
-    def gguf_form(self) -> dict[str, Any]:
-        """The options of a GGUF file: its template, and how many bytes of tensors go to one of several files."""
-        template = None if self.template is None else Path(self.template).expanduser()
-        return {"template": template, "split": None if self.split_size is None else parse_size(self.split_size)}
 
     @classmethod
     def given(cls, **fields: Any) -> Self:
@@ -69,8 +58,22 @@ class Inputs:
         return Request(**({name: getattr(self, name) for name in shared} | {"options": {}} | changes))
 
 
+@dataclass(frozen=True, kw_only=True)
+class GgufInputs(Inputs):
+    """The same for a result that can be a GGUF file, whose `template` and `split_size` are as in `export`."""
+
+    template: str | Path | None = None
+    split_size: str | int | None = None
+
+    @property
+    def gguf_form(self) -> dict[str, Any]:
+        """The options of a GGUF file: its template, and how many bytes of tensors go to one of several files."""
+        template = None if self.template is None else Path(self.template).expanduser()
+        return {"template": template, "split": None if self.split_size is None else parse_size(self.split_size)}
+
+
 @dataclass(frozen=True)
-class QuantizeRequest(Inputs):
+class QuantizeRequest(GgufInputs):
     """The parameters of a quantizing run; the field names are those of the command line.
 
     `type` is one storage type for all layers, or "" with a `plan` of types. `embeddings` is that of embeddings and head
@@ -120,6 +123,11 @@ class QuantizeJob:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The shapes of the layers."""
         return {layer.name: layer.shape for layer in self.opened.layers}
+
+    @property
+    def bits(self) -> float:
+        """Stored bits a weight of the layers, everything counted."""
+        return 8 * self.plan.bytes(self.shapes) / sum(out * columns for out, columns in self.shapes.values())
 
     @cached_property
     def grids(self) -> dict[str, Grid]:

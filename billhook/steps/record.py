@@ -243,5 +243,4 @@ def _layer_record(result: LayerResult, notes: Sequence[str], before: Mapping[str
 
 def place(layer: Layer) -> dict[str, Any]:
     """Where a layer is in memory, from which `billhook.store.locate` finds its place on disk."""
-    tensor = f"{layer.name}.weight" if layer.expert is None else layer.name.rpartition(".")[0]
-    return {"tensor": tensor, "index": layer.expert, "transposed": layer.transposed}
+    return {"tensor": layer.stored_name, "index": layer.expert, "transposed": layer.transposed}

@@ -24,7 +24,7 @@ from billhook.plan import recipes
 from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
-from billhook.recover.blockwise import Refining
+from billhook.recovery.blockwise import Refining
 from billhook.steps.batch_size import batch_size
 from billhook.steps.facts import model_facts
 from billhook.steps.state import partial_folder, unfinished_run
@@ -180,7 +180,7 @@ def draw_text(opened: Opened, request: Request, progress: Progress = lambda step
     samples = _draw(request, opened.source, opened.model, opened.task, opened.resources.streamed, progress)
     length = row_length(opened.model, samples.batch)
     size = rows_per_batch(len(samples), request.batch_size or batch_size(opened.layers, length))
-    return _changed(opened, samples=samples, batches=split_rows(samples.batch, size))
+    return changed(opened, samples=samples, batches=split_rows(samples.batch, size))
 
 
 def _without_dead_blocks(opened: Opened) -> Opened:
@@ -192,10 +192,10 @@ def _without_dead_blocks(opened: Opened) -> Opened:
     live = [layer for layer in opened.layers if layer.block not in dead]
     if not live:
         raise BillhookError("No output depends on the chosen blocks: there is nothing to prune.")
-    return _changed(opened, layers=live, dead=dead)
+    return changed(opened, layers=live, dead=dead)
 
 
-def _changed(opened: Opened, **changes: Any) -> Opened:
+def changed(opened: Opened, **changes: Any) -> Opened:
     """The same with other fields; what is known about the files, which takes time, is kept."""
     found = replace(opened, **changes)
     found.__dict__.update({key: opened.__dict__[key] for key in ("facts", "history") if key in opened.__dict__})
@@ -252,7 +252,7 @@ def in_memory(opened: Opened, request: Request) -> Opened:
         return opened
     model = load(opened.source, opened.task.auto_class, **_loading(request))
     layers = same_layers(model, opened)
-    return _changed(opened, model=model, layers=layers, resources=replace(opened.resources, stream=None))
+    return changed(opened, model=model, layers=layers, resources=replace(opened.resources, stream=None))
 
 
 def same_layers(model: PreTrainedModel, opened: Opened) -> list[Layer]:

@@ -18,7 +18,7 @@ from billhook.engine.batch import Batch, rows_of, select_rows
 from billhook.engine.method import Method
 from billhook.plan.allocators import allocate
 from billhook.plan.table import Row, Table
-from billhook.recover.blockwise import LEAST, Refine
+from billhook.recovery.blockwise import LEAST, Refine
 from billhook.steps.apply import prune_with
 from billhook.steps.estimate import Estimate, estimate, n_bytes
 from billhook.steps.resolve import ResolvedRequest

@@ -7,9 +7,10 @@ stopped can be resumed to the same bytes. Before the directory is put in its pla
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,7 @@ import torch
 
 from billhook.ambient import pinned
 from billhook.architectures.config import call_options
-from billhook.architectures.slim_config import slimmed
-from billhook.architectures.stacks import blocks_of
-from billhook.architectures.units import Unit, find_units
+from billhook.architectures.slim_config import slimmed, stored_counts
 from billhook.distributed.collectives import world
 from billhook.engine.batch import model_inputs, select_rows
 from billhook.engine.gradient_file import Gradients
@@ -32,18 +31,19 @@ from billhook.engine.walk import Block, Progress
 from billhook.errors import BillhookError, JobError
 from billhook.methods.structured import STRUCTURED
 from billhook.methods.structured.experts import EXPERTS
+from billhook.plan.allocators import AUTO
 from billhook.plan.plan import Plan, load_plan
 from billhook.reports.slim_card import publish_slim
-from billhook.steps.block_choice import choose_blocks
 from billhook.steps.gradients import make_gradients
 from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
-from billhook.steps.request import Opened, check_text_given, draw_text, in_memory, open_model
+from billhook.steps.request import Opened, check_text_given, draw_text, open_model
 from billhook.steps.resolve import identity
-from billhook.steps.slim_contest import AUTO, best_plan
+from billhook.steps.slim_allocation import UnitAllocation
+from billhook.steps.slim_choice import choose_kinds, choose_plan, parameters_of, units_of
 from billhook.steps.slim_files import Smaller, SmallerFiles
 from billhook.steps.slim_job import SlimJob, SlimReport, SlimRequest, kept_parts, record
-from billhook.steps.slim_plan import blocks_to_drop, check_plan, dropped_by, kinds_in, kinds_of, make_plan
+from billhook.steps.slim_plan import check_plan, dropped_by, kinds_in, kinds_of
 from billhook.steps.state import partial_folder, unfinished_run
 from billhook.store.files import read_json, write_json
 from billhook.store.layout import GRADIENTS
@@ -75,15 +75,17 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
     if world() > 1:
         raise BillhookError("slim runs in one process: start it without torchrun.")
     STRUCTURED.check(request.method)
-    removal = Removal(request.method, STRUCTURED.configure(request.method, request.options))
-    EXPERTS.check(request.experts)
-    kinds = kinds_of(request.units)
     given = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
+    kinds = kinds_of(request.units) if given is None else kinds_in(given)
+    allocation, options = UnitAllocation.of(request, kinds)
+    removal = Removal(request.method, options)
+    EXPERTS.check(request.experts)
     if (given is None) == (request.remove is None):
         raise BillhookError("Give either the fraction of the parameters in blocks to remove, or a plan of kept parts.")
     if request.remove is not None and not 0 < request.remove < 1:
         raise BillhookError(f"The fraction to remove must be between 0 and 1, got {request.remove}.")
-    needed = bool(removal.observed or removal.gradient or {"blocks", "experts", AUTO} & set(kinds))
+    choosing = given is None and bool({"blocks", AUTO} & set(kinds) or allocation.needs_text)
+    needed = bool(removal.observed or removal.gradient or "experts" in kinds or choosing)
     who = f"Removing units with {request.method}"
     check_text_given(request.opening(), needed, who)
     opened = open_model(request.opening(), streamed=True)
@@ -93,72 +95,24 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
     resumed = unfinished_run(_output(request), resume=request.resume, overwrite=request.overwrite)
     if resumed is not None:
         given = Plan.from_json(resumed.plan, str(partial_folder(_output(request))))
-    if given is None and {"blocks", AUTO} & set(kinds):
+    if given is None and choosing:
         opened = draw_text(opened, request.opening(), progress)
     if given is not None:
-        kinds = kinds_in(given)
-        plan = check_plan(given, _units(opened, kinds), stream.prefixes)
+        plan = check_plan(given, units_of(opened, kinds_in(given)), stream.prefixes, request.shape)
     elif kinds == [AUTO]:
-        plan = _auto(request, opened, removal, progress)
+        checked = partial(_checked_job, request, opened, removal)
+        plan = choose_kinds(request, opened, removal, allocation, checked, progress)
     else:
-        plan = _plan(request, opened, kinds, removal, progress)
-    return _checked_job(request, opened, _units(opened, kinds_in(plan)), plan, removal, progress)
+        plan = choose_plan(request, opened, kinds, removal, allocation, progress)
+    return _checked_job(request, opened, removal, plan, progress)
 
 
 def _output(request: SlimRequest) -> Path:
     return Path(request.output).expanduser().resolve()
 
 
-def _units(opened: Opened, kinds: Sequence[str]) -> list[Unit]:
-    return find_units(opened.model, [kind for kind in kinds if kind != "blocks"])
-
-
-def _auto(request: SlimRequest, opened: Opened, removal: Removal, progress: Progress) -> Plan:
-    """The best of several choices of kinds, each of which is tried on text."""
-    if removal.gradient:
-        raise BillhookError(f"--units auto does not compute gradients for {removal.method}: name kinds of units.")
-    whole = in_memory(opened, request.opening())
-
-    def planned(kinds: Sequence[str]) -> Plan:
-        plan = _plan(request, whole, kinds, removal, progress)
-        _checked_job(request, opened, _units(opened, kinds_in(plan)), plan, removal, progress)
-        return plan
-
-    return best_plan(whole, removal, request.experts, planned, progress)
-
-
-def _plan(request: SlimRequest, opened: Opened, kinds: Sequence[str], removal: Removal, progress: Progress) -> Plan:
-    """The plan of a request: blocks that are dropped, and the same number of parts in every unit of a kind."""
-    assert request.remove is not None
-    blocks, units = blocks_of(opened.model), _units(opened, kinds)
-    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks.values()]
-    number, dropped = blocks_to_drop(kinds, request.remove, sizes), dict[str, int]()
-    if number:
-        whole = in_memory(opened, request.opening())
-        chosen = choose_blocks(whole, number, request.drop_by, progress)
-        dropped = {list(blocks)[block]: block for block in chosen}
-    about = {"drop_by": request.drop_by} if number else {}
-    plan = make_plan(request.remove, units, sizes, dropped, about)
-    if number and removal.drifts:
-        plan.units.update(_making_up(opened, plan, list(dropped.values())))
-    return plan
-
-
-def _making_up(opened: Opened, plan: Plan, dropped: Sequence[int]) -> dict[str, int]:
-    """Units that lose nothing, whose output projections are refitted to make up for the blocks that are dropped."""
-    whole: dict[str, int] = {}
-    for kind in ("channels", "heads"):
-        try:
-            units = find_units(opened.model, [kind])
-        except BillhookError:  # the model has none of this kind
-            continue
-        dense = [u for u in units if u.consumer is not None and u.consumer.expert is None and u.block not in dropped]
-        whole |= {unit.name: unit.count for unit in dense if unit.name not in plan.units}
-    return whole
-
-
 def _checked_job(
-    request: SlimRequest, opened: Opened, units: Sequence[Unit], plan: Plan, removal: Removal, progress: Progress
+    request: SlimRequest, opened: Opened, removal: Removal, plan: Plan, progress: Progress = lambda unit: None
 ) -> SlimJob:
     """The job of a plan, once it is certain that the smaller model can be written."""
     stream = opened.resources.stream
@@ -166,20 +120,26 @@ def _checked_job(
     assert opened.source is not None
     gone = dropped_by(plan, stream.prefixes)
     blocks = [index for index in range(len(stream.blocks)) if index not in gone.values()]
-    units = [unit for unit in units if unit.name in plan.units and unit.block in blocks]
-    config, changes, notes = slimmed(opened.model, units, plan.units, blocks, len(stream.blocks))
+    units = [unit for unit in units_of(opened, kinds_in(plan)) if unit.name in plan.units and unit.block in blocks]
+    counts = stored_counts(opened.model, units, plan.units)
+    config, changes, notes = slimmed(opened.model, units, counts, blocks, len(stream.blocks))
     if removal.drifts and len({unit.consumer is None for unit in units}) == 2:
         removal = removal.without_target()
         notes = [*notes, "dense_target=0, because tokens go to other experts than in the dense model."]
-    smaller = Smaller.open(opened.source, stream, config, units=units, counts=plan.units, blocks=blocks)
+    smaller = Smaller.open(opened.source, stream, config, units=units, counts=counts, blocks=blocks)
     needed = removal.observed or removal.gradient or any(unit.kind == "experts" for unit in units)
     if opened.samples is None and needed:
         opened = draw_text(opened, request.opening(), progress)
     run = identity(request.opening(), opened, removal.options, plan, None)
     run |= {"step": "slim", "remove": request.remove, "units": kinds_of(request.units)}
-    run |= {key: getattr(request, key) for key in ("method", "experts", "drop_by")}
-    parameters = [sum(p.numel() for p in block.parameters()) for block in stream.blocks]
-    return SlimJob(request, opened, units, plan, removal, smaller, changes, run, parameters, notes)
+    run |= {key: getattr(request, key) for key in ("method", "experts", "drop_by", "allocator", "shape")}
+    job = SlimJob(request, opened, units, plan, removal, smaller, changes, run, parameters_of(opened), notes)
+    if job.padding:
+        share = job.padding / sum(job.parameters)
+        notes.append(
+            f"{share:.1%} of the parameters in blocks are stored as zeros: all blocks have the widest's shape."
+        )
+    return job
 
 
 def run(
@@ -223,8 +183,8 @@ def run(
     counts = {unit.name: unit.count for unit in job.units}
     sizes = result_bytes(output), weight_bytes(source)
     seconds, warnings = time.perf_counter() - start, made["steps"][-1]["warnings"]
-    share = job.removed / sum(job.parameters)
-    return SlimReport(output, kept_parts(job, results), counts, share, *sizes, seconds, loss, warnings)
+    shares = job.removed / sum(job.parameters), job.padding / sum(job.parameters)
+    return SlimReport(output, kept_parts(job, results), counts, *shares, *sizes, seconds, loss, warnings)
 
 
 @contextmanager

@@ -22,11 +22,11 @@ from billhook.engine.restore import restored
 from billhook.engine.routing import mixture_of
 from billhook.errors import BillhookError
 from billhook.evaluation.quality import Reference
+from billhook.plan.allocators import AUTO
 from billhook.plan.plan import Plan
 from billhook.steps.request import Opened
 from billhook.steps.slim_plan import dropped_by, kinds_in
 
-AUTO = "auto"
 CANDIDATES = (
     ("channels",),
     ("channels", "heads"),

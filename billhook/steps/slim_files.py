@@ -29,13 +29,14 @@ from billhook.store.shards import Entry, read_shard
 class Smaller:
     """The smaller model, opened with one block at a time in memory; `stream` reads the blocks that are written.
 
-    `source` is the model that is walked; `blocks` are the numbers in it of the blocks that stay; `kept` says which
-    parts stayed, bool [parts] by unit.
+    `source` is the model that is walked; `blocks` are the numbers in it of the blocks that stay; `counts` parts of each
+    unit are stored, by name; `kept` says which parts stayed, bool [parts] by unit. Others that are stored are zeros.
     """
 
     source: Stream
     stream: Stream
     units: Sequence[Unit]
+    counts: Mapping[str, int]
     blocks: Sequence[int]
     kept: dict[str, Tensor] = field(default_factory=dict)
 
@@ -76,7 +77,7 @@ class Smaller:
         options: dict[str, Any] = {"dtype": model.dtype, "device": str(model.device)}
         try:
             with loading(path):
-                return cls(source, stream_of(path, kind, config, stored, **options), units, blocks)
+                return cls(source, stream_of(path, kind, config, stored, **options), units, counts, blocks)
         except BillhookError:
             kinds = " and ".join(dict.fromkeys(unit.kind for unit in units))
             raise BillhookError(
@@ -86,12 +87,18 @@ class Smaller:
 
     def cuts(self, block: int) -> Cuts:
         """What goes from each tensor of a block of the source."""
-        return cuts_of([unit for unit in self.units if unit.block == block], self.kept)
+        units = [unit for unit in self.units if unit.block == block]
+        stored = {unit.name: _filled(self.kept[unit.name], self.counts[unit.name]) for unit in units}
+        return cuts_of(units, stored)
 
     def small(self, block: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a block on disk, in the dtypes there, from those in memory."""
         new, cuts = self.blocks.index(block), self.cuts(block)
-        left = {_renamed(name, self.source, block, new): without(name, value, cuts) for name, value in state.items()}
+        gone = cuts_of([unit for unit in self.units if unit.block == block], self.kept)
+        left = {}
+        for name, value in state.items():
+            zeroed = with_zeros(name, without(name, value, gone), value.shape, gone)
+            left[_renamed(name, self.source, block, new)] = without(name, zeroed, cuts)
         tensors = {}
         for name, value in to_disk(self.source.model, left, self.stream.source).items():
             tensors[name] = value.to("cpu", self.stream.source[name].dtype).contiguous()
@@ -109,6 +116,13 @@ class Smaller:
                 name: with_zeros(name, values[_renamed(name, self.source, block, new, self.stream)], shape, cuts)
                 for name, shape in shapes.items()
             }
+
+
+def _filled(kept: Tensor, count: int) -> Tensor:
+    """The parts that are stored, bool [parts]: those `kept`, and the first others up to `count`."""
+    stored = kept.clone()
+    stored[(~kept).nonzero()[: count - int(kept.sum()), 0]] = True
+    return stored
 
 
 def _renamed(name: str, source: Stream, old: int, new: int, target: Stream | None = None) -> str:

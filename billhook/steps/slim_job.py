@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from billhook.architectures.layers import find_layers
 from billhook.architectures.units import Unit
@@ -13,6 +13,7 @@ from billhook.errors import BillhookError
 from billhook.evaluation.quality import Loss
 from billhook.methods.structured import STRUCTURED
 from billhook.plan.plan import Plan
+from billhook.plan.unit_counts import Shape
 from billhook.steps.block_choice import BlockChoice
 from billhook.steps.quantize_job import Inputs
 from billhook.steps.record import place, versions, without_folders
@@ -26,14 +27,18 @@ class SlimRequest(Inputs):
     """The parameters of a run that removes units; the field names are those of the command line.
 
     `remove` is the fraction of the parameters in blocks that goes, or there is a `plan` that says how many parts of
-    each unit stay. `units` are the kinds of units that may go, by default those that lose least on text. `method`
-    chooses channels and heads, `experts` experts, `drop_by` blocks.
+    each unit stay. `units` are the kinds of units that may go, by default those that lose least on text. `allocator`
+    (by default `uniform`, or `auto` with `units="auto"`) says how much each unit loses. In the `shape` `uniform` every
+    unit of a kind loses as much, and only the split between kinds is the allocator's; `per-layer` is the default where
+    an allocator is given. `method` chooses channels and heads, `experts` experts, `drop_by` blocks.
     """
 
     model: str | Path
     output: str | Path
     remove: float | None = None
     units: str | Sequence[str] = "auto"
+    allocator: str = ""
+    shape: Shape | Literal[""] = ""
     plan: str | Path | Plan | None = None
     method: str = "obs"
     experts: str = "reap"
@@ -42,11 +47,13 @@ class SlimRequest(Inputs):
 
     def opening(self) -> Request:
         """The fields that say how a model and its text are opened."""
-        return self._opened_with(plan=None)
+        return self._opened_with(plan=None, allocator="")
 
     def __post_init__(self) -> None:
         if self.drop_by not in get_args(BlockChoice):
             raise BillhookError(f"drop_by={self.drop_by!r:.40} must be one of {', '.join(get_args(BlockChoice))}.")
+        if self.shape not in ("", *get_args(Shape)):
+            raise BillhookError(f"shape={self.shape!r:.40} must be one of {', '.join(get_args(Shape))}.")
 
 
 @dataclass(frozen=True)
@@ -69,19 +76,28 @@ class SlimJob:
 
     @property
     def removed(self) -> int:
-        """The parameters that the plan removes from the blocks."""
+        """The parameters in the blocks that are not stored any more."""
         blocks = sum(n for index, n in enumerate(self.parameters) if index not in self.smaller.blocks)
-        return blocks + sum((unit.count - self.plan.units[unit.name]) * unit.parameters for unit in self.units)
+        return blocks + sum((unit.count - self.smaller.counts[unit.name]) * unit.parameters for unit in self.units)
+
+    @property
+    def padding(self) -> int:
+        """The parameters that the plan removes, and that are stored as zeros, because all blocks have one width."""
+        return sum((self.smaller.counts[u.name] - self.plan.units[u.name]) * u.parameters for u in self.units)
 
 
 @dataclass(frozen=True)
 class SlimReport:
-    """What a run did; `removed` is the fraction of the parameters in blocks that went, `kept` says what stayed."""
+    """What a run did; `kept` says what stayed.
+
+    Of the parameters in blocks, the fraction `removed` went, and the fraction `padding` is stored as zeros.
+    """
 
     output: Path
     kept: Mapping[str, list[int]]
     counts: Mapping[str, int]
     removed: float
+    padding: float
     size: int
     source_size: int
     seconds: float
@@ -93,6 +109,7 @@ class SlimReport:
         return {
             "output": str(self.output),
             "removed": self.removed,
+            "padding": self.padding,
             "bytes": self.size,
             "source_bytes": self.source_size,
             "seconds": round(self.seconds, 3),
@@ -131,11 +148,16 @@ def record(job: SlimJob, results: Sequence[LayerResult], loss: Loss | None) -> d
         "method_options": without_folders(job.removal.options),
         "kept": kept_parts(job, results),
         "consumers": {
-            renamed(unit.consumer.name): {"unit": unit.name, "columns": unit.groups.shape[1]}
+            renamed(unit.consumer.name): {
+                "unit": unit.name,
+                "columns": unit.groups.shape[1],
+                "stored": job.smaller.counts[unit.name],
+            }
             for unit in job.units
             if unit.consumer is not None and unit.groups is not None
         },
         "removed": job.removed / sum(job.parameters),
+        "padding": job.padding / sum(job.parameters),
         **{key: getattr(request, key) for key in ("seed", "dtype", "device")},
         "calibration": None if opened.samples is None else calibration_facts(opened),
         "papers": {"method": STRUCTURED.paper(request.method)},

@@ -3,13 +3,12 @@
 In a plan a dropped block is a unit of its own, `model.layers.5:blocks`, of which nothing is kept.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 from billhook.architectures.units import KINDS, Unit
 from billhook.errors import BillhookError
-from billhook.plan.plan import Budget, Plan
-from billhook.plan.unit_counts import Size, proportional, uniform_counts
+from billhook.plan.plan import Plan
 from billhook.registry import hint
 
 _BLOCK = ":blocks"  # ends the name of a block as a unit
@@ -47,37 +46,22 @@ def blocks_to_drop(kinds: Sequence[str], remove: float, sizes: Sequence[int]) ->
     return max(1, round(wanted) if list(kinds) == ["blocks"] else int(wanted / 2))
 
 
-def make_plan(
-    remove: float, units: Sequence[Unit], sizes: Sequence[int], dropped: Mapping[str, int], about: Mapping[str, Any]
-) -> Plan:
-    """A plan with the same number of parts in every unit of a kind, for the fraction `remove` of the parameters.
-
-    `sizes` are the parameters of each block, `dropped` the numbers of the blocks that go, by name. Raises BillhookError
-    where nothing would go, or nothing would stay.
-    """
-    total = sum(sizes)
-    wanted = round(remove * total)
-    counts = {f"{name}{_BLOCK}": 0 for name in dropped}
-    left = wanted - sum(sizes[block] for block in dropped.values())
-    measured = [Size(u.name, u.kind, u.block, u.count, u.parameters) for u in units if u.block not in dropped.values()]
-    shares = {}
-    if measured:
-        shares = proportional(measured, list(dict.fromkeys(u.kind for u in units)))
-        counts |= uniform_counts(measured, max(0, left), shares)
-    if not dropped and all(counts[unit.name] == unit.count for unit in units):
-        raise BillhookError(f"Removing {remove:g} of the blocks takes nothing away from any unit: remove more.")
-    made_by = {"allocator": "uniform", "options": {"shares": shares, **about}, "paper": None}
-    return Plan(Budget("parameters", total - wanted), {}, counts, made_by)
+def block_unit(block: str) -> str:
+    """The name of a block as a unit."""
+    return f"{block}{_BLOCK}"
 
 
 def dropped_by(plan: Plan, blocks: Sequence[str]) -> dict[str, int]:
     """The numbers of the blocks that a plan drops, by name."""
-    return {name: index for index, name in enumerate(blocks) if plan.units.get(f"{name}{_BLOCK}") == 0}
+    return {name: index for index, name in enumerate(blocks) if plan.units.get(block_unit(name)) == 0}
 
 
-def check_plan(plan: Plan, units: Sequence[Unit], blocks: Sequence[str]) -> Plan:
-    """A given plan; raises BillhookError where it is not of these units, or of blocks of these names."""
-    known = {unit.name: unit.count for unit in units} | {f"{name}{_BLOCK}": 1 for name in blocks}
+def check_plan(plan: Plan, units: Sequence[Unit], blocks: Sequence[str], shape: str = "") -> Plan:
+    """A given plan in which units of the kinds that it names stay whole where it does not name them.
+
+    Raises BillhookError where it is not of these units, or of blocks of these names, or has not the `shape` uniform.
+    """
+    known = {unit.name: unit.count for unit in units} | {block_unit(name): 1 for name in blocks}
     if plan.weights or not plan.units:
         raise BillhookError("This plan is not of units alone: billhook slim applies numbers of parts that stay.")
     for name, count in plan.units.items():
@@ -87,4 +71,10 @@ def check_plan(plan: Plan, units: Sequence[Unit], blocks: Sequence[str]) -> Plan
             raise BillhookError(f"{name}: {count} parts cannot stay of {known[name]}; at least one must.")
     if len(dropped_by(plan, blocks)) == len(blocks):
         raise BillhookError("The plan drops every block: at least one must stay.")
+    gone = dropped_by(plan, blocks).values()
+    whole = {unit.name: unit.count for unit in units if unit.block not in gone}
+    plan = replace(plan, units={**plan.units, **{name: n for name, n in whole.items() if name not in plan.units}})
+    for kind in {unit.kind for unit in units} if shape == "uniform" else ():
+        if len({plan.units[unit.name] for unit in units if unit.kind == kind and unit.name in whole}) > 1:
+            raise BillhookError(f"The plan keeps different numbers of {kind} by block: leave out --shape uniform.")
     return plan

@@ -19,6 +19,6 @@ def check_units(record: Record) -> Iterator[str]:
             yield f"{unit}: {len(set(kept.get(unit, ())))} parts are recorded, {count} planned."
     for name, facts in (step.made_by.get("consumers") or {}).items():
         shape = record.layers.get(name, {}).get("shape", (0, 0))
-        columns = planned.get(facts.get("unit"), 0) * facts.get("columns", 0)
+        columns = facts.get("stored", planned.get(facts.get("unit"), 0)) * facts.get("columns", 0)
         if shape[1] != columns:
-            yield f"{name}: {shape[1]} columns, where {facts.get('unit')} leaves {columns}."
+            yield f"{name}: {shape[1]} columns, where {columns} are stored of {facts.get('unit')}."

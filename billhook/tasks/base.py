@@ -28,7 +28,8 @@ class Home:
 class Drawing:
     """How calibration samples are drawn: `samples` windows of `length` tokens (None: from the model's context).
 
-    `sampling` is "packed" or "papers", `bos` "auto", "yes" or "no" (`billhook.text.windows`).
+    `sampling` is "packed" or "papers", `bos` "auto", "yes" or "no" (`billhook.text.windows`). With `fewer`, a short
+    SOURCE gives fewer samples.
     """
 
     samples: int = 128
@@ -36,6 +37,7 @@ class Drawing:
     seed: int = 0
     sampling: str = "packed"
     bos: str = "auto"
+    fewer: bool = False
 
     @property
     def held_out(self) -> int:

@@ -6,12 +6,13 @@ The scores are the divergence from the dense model's predictions (`billhook.eval
 
 import math
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -43,37 +44,35 @@ class Losses:
     nll: list[float]
 
 
-class TrialRunner:
-    """Prunes a model by one plan after another and scores it on held-out windows; a context that restores the weights.
+class Runner(ABC):
+    """Makes a model smaller by one plan after another and scores it; a context that restores the weights of `layers`.
 
-    Entering it records the dense model's predictions on the held-out windows and, for a criterion that reads them, its
+    Entering it records the dense model's predictions on the held-out windows and, for a method that reads them, its
     gradients. A copy of the dense weights is in memory meanwhile. In a run of several processes the plans and scores of
     the first one count, because sums differ in their last bits.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        layers: Sequence[Layer],
-        batches: Sequence[Batch],
-        heldout: Batch,
-        method: Treatment,
+        self, model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Batch], heldout: Batch, gradient: str
     ) -> None:
-        """`batches` are what trials are pruned with, `heldout` the rows on which they are scored."""
-        self.model, self.task, self.layers, self.method = model, task_of(model), list(layers), method
+        """`batches` are the calibration samples of trials, `heldout` the rows on which they are scored.
+
+        `gradient` is the statistic of gradients that trials read, or an empty string.
+        """
+        self.model, self.task, self.layers, self.gradient = model, task_of(model), list(layers), gradient
         self.batches, self.heldout = list(batches), heldout
-        self._gradients: Gradients | None = None
+        self.dense_gradients: Gradients | None = None
         self._teachers: list[Any] = []  # of each held-out row
         self._stack = ExitStack()
 
     @torch.no_grad()
-    def __enter__(self) -> "TrialRunner":
-        statistic = self.method.gradient
+    def __enter__(self) -> Self:
+        statistic = self.gradient
         options: dict[str, Any] = {"loss": self.task.loss, "layers": self.layers}
         with ExitStack() as stack:
             if statistic:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="billhook."))) / "g.safetensors"
-                self._gradients = compute_gradients(self.model, self.batches, statistic, path, **options)
+                self.dense_gradients = compute_gradients(self.model, self.batches, statistic, path, **options)
             teacher = self.task.divergence.teacher
             self._teachers = [teacher(outputs) for outputs, _ in self.predictions(self.heldout)]
             self._dense = stack.enter_context(restored(self.layers))
@@ -87,11 +86,9 @@ class TrialRunner:
         """Put the dense weights back."""
         restore_(self.layers, self._dense)
 
+    @abstractmethod
     def prune(self, plan: Plan) -> list[LayerResult]:
-        """Prune the dense model in place as `billhook prune` does."""
-        self.restore_()
-        options: dict[str, Any] = {"layers": self.layers, "gradients": self._gradients}
-        return apply_plan_(self.model, gather(plan)[0], self.method, self.batches, **options)
+        """Apply a plan to the dense model in place."""
 
     @torch.no_grad()
     def losses(self, first: int, last: int) -> Losses:
@@ -124,6 +121,28 @@ class TrialRunner:
         for batch in split_rows(rows, rows_at_once(self.model, rows)):
             with evaluating(self.model):
                 yield from predicted(self.model, batch, self.task)
+
+
+class TrialRunner(Runner):
+    """Prunes the weights of layers."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[Layer],
+        batches: Sequence[Batch],
+        heldout: Batch,
+        method: Treatment,
+    ) -> None:
+        """`method` is how trials prune; the others as of `Runner`."""
+        super().__init__(model, layers, batches, heldout, method.gradient)
+        self.method = method
+
+    def prune(self, plan: Plan) -> list[LayerResult]:
+        """Prune the dense model in place as `billhook prune` does."""
+        self.restore_()
+        options: dict[str, Any] = {"layers": self.layers, "gradients": self.dense_gradients}
+        return apply_plan_(self.model, gather(plan)[0], self.method, self.batches, **options)
 
 
 def _gradient(divergence: Divergence, teacher: Any, outputs: Tensor) -> Tensor:

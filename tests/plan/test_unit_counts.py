@@ -2,7 +2,8 @@
 
 import pytest
 
-from billhook.plan.unit_counts import Size, quantum, uniform_counts
+from billhook.errors import BillhookError
+from billhook.plan.unit_counts import Size, per_layer_counts, quantum, uniform_counts
 
 
 @pytest.mark.parametrize("count, step", [(11008, 64), (352, 32), (1536, 64), (232, 8), (264, 8), (128, 8), (100, 1)])
@@ -20,3 +21,22 @@ def test_a_width_that_blocks_of_32_divide_stays_one_and_the_budget_is_met_to_hal
     left = kept.pop()
     assert count % 32 or left % 32 == 0
     assert abs((count - left) * 4 * 3 * 64 - remove) <= quantum(count) * 4 * 3 * 64 / 2
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.85])
+def test_per_layer_counts_follow_the_fractions_and_meet_the_budget_to_half_a_step(share):
+    sizes = [Size(f"{block}.mlp", "channels", block, 352, 192) for block in range(4)]
+    sizes += [Size(f"{block}.heads", "heads", block, 4, 4000) for block in range(4)]
+    remove = round(share * sum(s.n for s in sizes))
+    kept = per_layer_counts(sizes, remove, {s.name: share * (0.5 + s.block / 3) for s in sizes})
+    gone = {s.name: (s.count - kept[s.name]) * s.parameters for s in sizes}
+    assert abs(sum(gone.values()) - remove) <= 32 * 192 / 2
+    assert all(kept[s.name] >= 1 and (s.kind == "heads" or kept[s.name] % 32 == 0) for s in sizes)
+    assert [kept[f"{block}.mlp"] for block in range(4)] == sorted((kept[f"{i}.mlp"] for i in range(4)), reverse=True)
+
+
+def test_per_layer_counts_leave_at_least_what_must_stay():
+    sizes = [Size("a", "experts", 0, 8, 10, least=2), Size("b", "experts", 1, 8, 10, least=2)]
+    assert per_layer_counts(sizes, 100, {"a": 1.0, "b": 0.0}) == {"a": 2, "b": 4}
+    with pytest.raises(BillhookError, match="every token goes to 2 experts; at most 120 can go"):
+        per_layer_counts(sizes, 130, {"a": 1.0, "b": 1.0})

@@ -16,7 +16,7 @@ from billhook import BillhookError, allocate, load_model, measure, prune
 from billhook.comparison.grid import Grid, compare
 from billhook.engine.batch import rows_of
 from billhook.engine.method import Method
-from billhook.measurement.error_curves import _curve, cheaper
+from billhook.measurement.error_curves import TRIED, cheaper, curve_through
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators.curves import MIDDLE
 from billhook.plan.plan import Plan
@@ -116,7 +116,7 @@ def test_trials_have_the_options_that_are_given() -> None:
 def test_the_share_of_a_layer_that_a_later_plan_hardly_prunes_is_the_one_measured_before(target: float) -> None:
     """One layer has thirty times the share of each other; what is measured of it under the plan is the floor."""
     truth = {f"layers.{block}": 3.0 if block == 0 else 0.1 for block in range(8)}
-    curve = {"error_curve:wanda": tuple(_curve([0.002, 0.02, 0.15, 0.6]))}
+    curve = {"error_curve:wanda": tuple(curve_through(TRIED, [0.002, 0.02, 0.15, 0.6]))}
     table = Table(tuple(Row(n, i, "a", (64, 64), {}, curve) for i, n in enumerate(truth)), {})
     curves = ErrorCurves(Problem(table, target), "wanda")
     race = SimpleNamespace(plans={"uniform": curves.uniform, "curves": curves.optimum(truth)}, trials={})
@@ -158,7 +158,7 @@ class MadeUpRunner:
     ],
 )
 def test_rounds_end_where_they_do_not_help(losses: list[float], rounds: int, attributed: int) -> None:
-    curve = {"error_curve:wanda": tuple(_curve([0.002, 0.02, 0.15, 0.6]))}
+    curve = {"error_curve:wanda": tuple(curve_through(TRIED, [0.002, 0.02, 0.15, 0.6]))}
     table = Table(tuple(Row(f"layers.{i}", i, "a", (64, 64), {}, curve) for i in range(4)), {})
     runner, problem = MadeUpRunner(losses), Problem(table, 0.5)
     race = Race(runner)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from billhook.cli.plot import _front
 from billhook.errors import BillhookError, Interrupted
 from billhook.packed.loading import load
 from billhook.plan.bytes import parse_size
-from billhook.steps.compress import CompressRequest, compress, decide, run_compress
+from billhook.steps.compress import CompressRequest, check, compress, decide, run_compress
 from billhook.steps.quantize import quantize
 from billhook.steps.sizes import Size, _near, allowed_types
 from billhook.steps.verify import verify
@@ -49,6 +49,13 @@ def test_the_file_is_not_larger_than_asked_and_opens(tmp_path, source, target):
         opened = load(output / f"out{number}.gguf" if target == "gguf" else output)
         assert opened(IDS).logits.isfinite().all()
     assert sizes[1] > sizes[0]
+
+
+def test_the_number_of_steps_of_a_choice_is_known_before_it_begins(tmp_path, source):
+    done: list[str] = []
+    checked = check(CompressRequest.given(model=source, output=tmp_path / "out", bits=9.0, **FIELDS))
+    decide(checked, done.append)
+    assert len(done) == checked.steps == 2 * 14 + 1
 
 
 def test_a_budget_above_all_types_is_spent_on_the_largest(tmp_path, source):
@@ -92,7 +99,7 @@ def test_a_stopped_run_goes_on_only_with_the_size_and_the_types_it_was_started_w
     fields = {"size": "60KB", "target": "transformers", **FIELDS}
     whole = compress(source, tmp_path / "whole", **fields).quantized.output
 
-    job = decide(CompressRequest.given(model=source, output=tmp_path / "out", **fields))
+    job = decide(check(CompressRequest.given(model=source, output=tmp_path / "out", **fields)))
     with pytest.raises(Interrupted, match="1 of 2 blocks"):
         run_compress(job, stopping=lambda: True)
     with monkeypatch.context() as patched:
@@ -166,6 +173,24 @@ def test_layers_get_unlike_types_and_more_bytes_are_expected_to_lose_less(tmp_pa
     assert len(set(plan["weights"].values())) > 1
     assert report.outlook[1.1] < 1 < report.outlook.get(0.9, 2)
     assert "one type everywhere" in _front(report.quantized.output)["front"]
+
+
+def test_levels_of_an_earlier_run_lead_to_the_same_file_and_are_refused_where_they_do_not_fit(tmp_path, source):
+    first = compress(source, tmp_path / "first", size="42KB", target="transformers", **FIELDS).quantized.output
+    fields: dict = {"target": "transformers", "levels": first, **FIELDS}
+    compress(source, tmp_path / "again", size="42KB", **fields)
+    before, after = ([x.read_bytes() for x in sorted(d.glob("*.safetensors"))] for d in (first, tmp_path / "again"))
+    assert before == after != []
+    other = tiny.save(tmp_path / "other", tiny.llama(num_hidden_layers=2, seed=1), dtype=torch.bfloat16, words=False)
+    for model, change, match in (
+        (other, {}, "The levels of .*first are those of another model: model"),
+        (source, {"target": "gguf"}, r"first holds no error of .*q8_0.*: limit types to those"),
+        (source, {"allocator": "alphaq"}, "The allocator alphaq reads no measured levels"),
+        (source, {"levels": source}, "holds no measured levels: billhook compress keeps them"),
+    ):
+        with pytest.raises(BillhookError, match=match):
+            compress(model, tmp_path / "out", **{"size": "42KB", **fields, **change})
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from billhook.engine.removal import Removal
 from billhook.errors import BillhookError
 from billhook.methods.structured import STRUCTURED
 from billhook.steps.request import Request, in_memory, open_request
-from billhook.steps.slim import SlimRequest, _plan, prepare, slim
+from billhook.steps.slim import SlimRequest, prepare, slim
+from billhook.steps.slim_allocation import UnitAllocation
+from billhook.steps.slim_choice import choose_plan
 from billhook.steps.slim_contest import best_plan
 
 pytestmark = pytest.mark.gate
@@ -25,7 +27,12 @@ def test_the_winner_has_the_least_divergence_and_the_model_is_as_before(tmp_path
     opened = open_request(Request(tmp_path / "model", calibration=IDS), True, "the test", streamed=False)
     opened = in_memory(opened, request.opening())
     removal = Removal("obs", STRUCTURED.configure("obs", {}))
-    plan = best_plan(opened, removal, "reap", lambda kinds: _plan(request, opened, kinds, removal, lambda unit: None))
+    uniform = UnitAllocation("uniform", {}, "uniform")
+
+    def planned(kinds):
+        return choose_plan(request, opened, kinds, removal, uniform, lambda unit: None)
+
+    plan = best_plan(opened, removal, "reap", planned)
     tried = plan.made_by["options"]["tried"]
     assert len(tried) >= 4
     assert plan.made_by["options"]["kinds"] == min(tried, key=tried.__getitem__)

@@ -7,8 +7,8 @@ import torch
 
 from billhook.engine.replay import Call
 from billhook.engine.walk import Following
-from billhook.recover import blockwise
-from billhook.recover.blockwise import HELD_OUT, PATIENCE, Data, Refine, refine_block_
+from billhook.recovery import blockwise
+from billhook.recovery.blockwise import HELD_OUT, PATIENCE, Data, Refine, refine_block_
 
 
 class Linear(torch.nn.Module):

@@ -19,8 +19,8 @@ from billhook.engine.replay import Call, run_block
 from billhook.engine.resources import Resources
 from billhook.engine.walk import walk
 from billhook.errors import BillhookError
-from billhook.recover import blockwise
-from billhook.recover.blockwise import Data, Refine, refine_block_, tunable
+from billhook.recovery import blockwise
+from billhook.recovery.blockwise import Data, Refine, refine_block_, tunable
 from billhook.tasks.text_generation import TASK
 
 pytestmark = pytest.mark.gate
@@ -132,7 +132,7 @@ def outputs_of_blocks(model: torch.nn.Module, ids: torch.Tensor, given: dict[int
 
 @pytest.mark.parametrize("build", [tiny.llama, tiny.mixtral])
 def test_the_loss_of_a_block_is_that_of_the_following_block(build, monkeypatch) -> None:
-    monkeypatch.setattr("billhook.recover.blockwise.PREDICTED", 7)
+    monkeypatch.setattr("billhook.recovery.blockwise.PREDICTED", 7)
     model, ids = build(), torch.cat(text(3))[:3]
     for block in walk(model, [ids], read_only=True):
         calls = single_row_calls(model, as_batches(model, ids))[block.index : block.index + 2]

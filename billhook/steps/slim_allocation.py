@@ -1,0 +1,121 @@
+"""How `slim` decides how many parts of each unit stay: an allocator and a shape.
+
+An allocator of the registry gives a sparsity to every layer; a unit loses the mean of those of its layers, weighted by
+their sizes. `curves` and `auto` measure the units themselves, which needs the whole model in memory
+(`billhook.racing.units`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from billhook.architectures.layers import Layer, find_layers
+from billhook.architectures.units import Unit
+from billhook.engine.batch import rows_of
+from billhook.engine.removal import Removal
+from billhook.engine.walk import Progress
+from billhook.errors import BillhookError
+from billhook.measurement.measure import measure
+from billhook.methods.structured import STRUCTURED
+from billhook.plan.allocators import ALLOCATORS, AUTO
+from billhook.plan.budget import mean
+from billhook.plan.metrics import fact
+from billhook.plan.plan import Plan
+from billhook.plan.table import Table
+from billhook.plan.unit_counts import Shape, Size
+from billhook.racing.units import UnitProblem, choose_counts
+from billhook.registry import hint
+from billhook.steps.options import split_options
+from billhook.steps.request import Opened
+from billhook.steps.slim_job import SlimRequest
+from billhook.trials.heldout import split_samples
+from billhook.trials.unit_trials import UnitRunner
+
+
+@dataclass(frozen=True)
+class UnitAllocation:
+    """A checked choice of an allocator with all its options, and the shape."""
+
+    name: str
+    options: Mapping[str, Any]
+    shape: Shape
+
+    @classmethod
+    def of(cls, request: SlimRequest, kinds: Sequence[str]) -> tuple["UnitAllocation", dict[str, Any]]:
+        """The allocation, and the options of the structured method; raises BillhookError for unknown names."""
+        name = request.allocator or (AUTO if list(kinds) == [AUTO] else "uniform")
+        known = [*ALLOCATORS.names(), AUTO]
+        if name not in known:
+            raise BillhookError(f"Unknown allocator {name!r:.40}.{hint(name, known)} There are: {', '.join(known)}.")
+        given = [] if name == AUTO else [name]
+        of_method, options = split_options(request.options, request.method, given, methods=STRUCTURED)
+        implied: Shape = "uniform" if not request.allocator or name == "uniform" else "per-layer"
+        options = {**ALLOCATORS.configure(name, options)} if given else {}
+        if name == "curves":
+            options["criterion"] = request.method
+        return cls(name, options, request.shape or implied), of_method
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether it needs the model in memory, and text."""
+        return self.name in (AUTO, "curves")
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it looks at calibration text."""
+        return self.on_trial or any(fact(name).needs_text for name in ALLOCATORS.needs(self.name, self.options))
+
+
+def allocate_units(
+    allocation: UnitAllocation, opened: Opened, units: Sequence[Unit], problem: UnitProblem, removal: Removal,
+    *, gone: Sequence[int] = (), seed: int = 0, progress: Progress = lambda line: None,
+) -> Plan:  # fmt: skip
+    """The plan of an allocation for `units`, without the blocks numbered `gone`.
+
+    The model is in memory where the allocation is `on_trial`. Raises BillhookError where there is too little text, or
+    where experts are to be compared by curves.
+    """
+    if not allocation.on_trial:
+        layers = {unit.name: layers_of(unit, find_layers(opened.model)) for unit in units}
+        fractions = _fractions(allocation, opened, layers, problem, progress)
+        return problem.plan(fractions, allocation.name, allocation.options)
+    if any(unit.consumer is None for unit in units):
+        raise BillhookError(f"--allocator {allocation.name} compares channels and heads only: name them with --units.")
+    assert opened.samples is not None
+    split = split_samples(opened.model, opened.samples, rows_of(opened.batches[0]), seed)
+    facts = {"heldout": split.facts["heldout"]}
+    with UnitRunner(opened.model, units, split.batches, split.heldout, removal, gone=gone) as runner:
+        return choose_counts(runner, problem, facts, trials=allocation.name == AUTO, progress=progress)
+
+
+def layers_of(unit: Unit, layers: Sequence[Layer]) -> list[Layer]:
+    """The layers of which a unit's parts are rows, columns or whole matrices."""
+    if unit.consumer is not None and unit.consumer.expert is not None:
+        return [x for x in layers if x.module is unit.consumer.module and x.expert == unit.consumer.expert]
+    return [x for x in layers if x.name.startswith(f"{unit.name.rpartition(':')[0]}.")]
+
+
+def _fractions(
+    allocation: UnitAllocation, opened: Opened, layers: Mapping[str, Sequence[Layer]], problem: UnitProblem,
+    progress: Progress,
+) -> dict[str, float]:  # fmt: skip
+    """What each unit loses: the mean over its layers of what the allocator gives them."""
+    assert problem.sparsity is not None
+    if allocation.name == "uniform":
+        return dict.fromkeys(layers, problem.sparsity)
+    every = [layer for several in layers.values() for layer in several]
+    wanted = ALLOCATORS.needs(allocation.name, allocation.options)
+    how: dict[str, Any] = {"layers": every, "resources": opened.resources, "progress": progress}
+    table: Table = measure(opened.model, wanted, batches=opened.batches, **how)
+    found = ALLOCATORS.get(allocation.name)(table, problem.sparsity, **allocation.options)
+    sizes = {row.layer: row.n for row in table}
+    return {
+        name: mean([found[layer.name] for layer in several], [sizes[layer.name] for layer in several])
+        for name, several in layers.items()
+    }
+
+
+def sizes_of(units: Sequence[Unit], config: Any) -> list[Size]:
+    """The sizes of units; at least as many experts stay as every token goes to."""
+    least = {"experts": getattr(config, "num_experts_per_tok", None) or 1}
+    return [Size(u.name, u.kind, u.block, u.count, u.parameters, least.get(u.kind, 1)) for u in units]

@@ -1,0 +1,121 @@
+"""What a run of `slim` removes where no plan is given: the kinds of units, the blocks, and the parts of each unit."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from billhook.architectures.stacks import blocks_of
+from billhook.architectures.units import Unit, find_units
+from billhook.engine.removal import Removal
+from billhook.engine.walk import Progress
+from billhook.errors import BillhookError
+from billhook.plan.plan import Budget, Plan
+from billhook.plan.table import Table
+from billhook.plan.unit_counts import check_room
+from billhook.racing.units import UnitProblem
+from billhook.steps.block_choice import choose_blocks
+from billhook.steps.request import Opened, in_memory
+from billhook.steps.slim_allocation import UnitAllocation, allocate_units, sizes_of
+from billhook.steps.slim_contest import best_plan
+from billhook.steps.slim_job import SlimRequest
+from billhook.steps.slim_plan import block_unit, blocks_to_drop, dropped_by
+
+_UNIFORM = UnitAllocation("uniform", {}, "uniform")
+
+
+def choose_kinds(
+    request: SlimRequest, opened: Opened, removal: Removal, allocation: UnitAllocation,
+    checked: Callable[[Plan], Any], progress: Progress,
+) -> Plan:  # fmt: skip
+    """The best of several choices of kinds, each of which is tried on text in a uniform shape, then allocated.
+
+    `checked` raises BillhookError for a plan that cannot be written.
+    """
+    if removal.gradient:
+        raise BillhookError(f"--units auto does not compute gradients for {removal.method}: name kinds of units.")
+    whole = in_memory(opened, request.opening())
+
+    def planned(kinds: Sequence[str]) -> Plan:
+        plan = choose_plan(request, whole, kinds, removal, _UNIFORM, progress)
+        checked(plan)
+        return plan
+
+    best = best_plan(whole, removal, request.experts, planned, progress)
+    kinds = best.made_by["options"]["kinds"].split(",")
+    units = [unit for unit in units_of(whole, kinds) if unit.name in best.units]
+    several = len({unit.kind for unit in units}) > 1 or allocation.shape == "per-layer"
+    if not several or any(unit.consumer is None for unit in units):
+        return best
+    gone = list(dropped_by(best, list(blocks_of(whole.model))).values())
+    better = _allocated(request, whole, units, gone, removal=removal, allocation=allocation, progress=progress)
+    options = {**best.made_by["options"], **better.made_by["options"]}
+    return replace(better, units={**best.units, **better.units}, made_by={**better.made_by, "options": options})
+
+
+def choose_plan(
+    request: SlimRequest, opened: Opened, kinds: Sequence[str], removal: Removal, allocation: UnitAllocation,
+    progress: Progress,
+) -> Plan:  # fmt: skip
+    """The plan of a request for units of these kinds: blocks that are dropped, then parts of units.
+
+    Raises BillhookError where nothing would go, or nothing would stay.
+    """
+    assert request.remove is not None
+    blocks, units = blocks_of(opened.model), units_of(opened, kinds)
+    number, gone = blocks_to_drop(kinds, request.remove, parameters_of(opened)), list[int]()
+    if number or (allocation.on_trial and units):
+        opened = in_memory(opened, request.opening())
+        units = units_of(opened, kinds)
+    if number:
+        gone = choose_blocks(opened, number, request.drop_by, progress)
+    units = [unit for unit in units if unit.block not in gone]
+    plan = _allocated(request, opened, units, gone, removal=removal, allocation=allocation, progress=progress)
+    if not gone and all(plan.units[unit.name] == unit.count for unit in units):
+        raise BillhookError(f"Removing {request.remove:g} of the blocks takes nothing away from any unit: remove more.")
+    plan.units.update({block_unit(name): 0 for index, name in enumerate(blocks) if index in gone})
+    if number:
+        plan.made_by["options"]["drop_by"] = request.drop_by
+    if number and removal.drifts:
+        plan.units.update(_making_up(opened, plan, gone))
+    return plan
+
+
+def units_of(opened: Opened, kinds: Sequence[str]) -> list[Unit]:
+    """The units of these kinds, of which blocks have none."""
+    return find_units(opened.model, [kind for kind in kinds if kind != "blocks"])
+
+
+def parameters_of(opened: Opened) -> list[int]:
+    """The parameters of each block."""
+    return [sum(p.numel() for p in block.parameters()) for block in blocks_of(opened.model).values()]
+
+
+def _allocated(
+    request: SlimRequest, opened: Opened, units: Sequence[Unit], gone: Sequence[int],
+    *, removal: Removal, allocation: UnitAllocation, progress: Progress,
+) -> Plan:  # fmt: skip
+    """How many parts of `units` stay, where the blocks `gone` are dropped and the others give the rest."""
+    assert request.remove is not None
+    sizes, parameters = sizes_of(units, opened.model.config), parameters_of(opened)
+    wanted = round(request.remove * sum(parameters))
+    left, stays = max(0, wanted - sum(parameters[block] for block in gone)), sum(parameters) - wanted
+    if not units:
+        return Plan(Budget("parameters", stays), {}, {}, {"allocator": "uniform", "options": {}, "paper": None})
+    check_room(sizes, left)
+    shares = left / sum(size.n for size in sizes)
+    problem = UnitProblem(Table(()), shares, sizes=sizes, remove=left, shape=allocation.shape, stays=stays)
+    how: dict[str, Any] = {"gone": gone, "seed": request.seed, "progress": progress}
+    return allocate_units(allocation, opened, units, problem, removal, **how)
+
+
+def _making_up(opened: Opened, plan: Plan, dropped: Sequence[int]) -> dict[str, int]:
+    """Units that lose nothing, whose output projections are refitted to make up for the blocks that are dropped."""
+    whole: dict[str, int] = {}
+    for kind in ("channels", "heads"):
+        try:
+            units = find_units(opened.model, [kind])
+        except BillhookError:  # the model has none of this kind
+            continue
+        dense = [u for u in units if u.consumer is not None and u.consumer.expert is None and u.block not in dropped]
+        whole |= {unit.name: unit.count for unit in dense if unit.name not in plan.units}
+    return whole
