@@ -15,6 +15,8 @@ Examples:
   billhook recover pruned --calibration text.txt -o better
   billhook recover pruned --calibration hub:c4 --budget 30m -o better
   billhook recover pruned --calibration text.txt --tokens 1000000 --objective kl -o better
+  billhook recover pruned --calibration text.txt --tune adapters --rank 16 --save adapter -o adapter
+  billhook recover pruned --calibration hub:c4 --recipe alphapruning-lora -o better
 """
 
 
@@ -26,19 +28,32 @@ class Training:
     teacher: Annotated[
         Path | None, typer.Option(help="The dense model's directory, where the history does not lead to it.")
     ] = None
-    objective: Annotated[str, typer.Option(help="What is trained for: see billhook ls objectives.", metavar="NAME")] = (
-        "kl+hidden"
-    )
+    recipe: Annotated[
+        str, typer.Option(help="A published way, which fills in what is not given: alphapruning-lora, atp-lora.")
+    ] = ""
+    objective: Annotated[
+        str, typer.Option(help="What is trained for: see billhook ls objectives.  [default: kl+hidden]", metavar="NAME")
+    ] = ""
     tune: Annotated[
-        str, typer.Option(help="kept+norms: the weights that are not zero, norms and biases; kept: the weights alone.")
-    ] = "kept+norms"
+        str,
+        typer.Option(
+            help="kept+norms: the weights that are not zero, norms and biases; kept: the weights alone; adapters: LoRA "
+            "on all linear layers.  [default: kept+norms]"
+        ),
+    ] = ""
+    rank: Annotated[int | None, typer.Option(help="Rank of adapters.  [default: 8]", min=1, show_default=False)] = None
+    save: Annotated[
+        str, typer.Option(help="Adapters are merged, or the output is an adapter.", metavar="merged|adapter")
+    ] = "merged"
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of text to train on.  [default: 102400]", min=1, show_default=False)
     ] = None
     budget: Annotated[str | None, typer.Option(help="A time instead of tokens: 90s, 10m, 2h.", metavar="TIME")] = None
     rate: Annotated[
         float | None,
-        typer.Option(help="Rate, as a share of each parameter's root mean square; by default several race."),
+        typer.Option(
+            help="Rate, as a share of each parameter's root mean square (adapters: of 1); by default several race."
+        ),
     ] = None
     length: Annotated[
         int | None, typer.Option(help="Tokens in a window; by default 512, or the model's context.", min=2)
@@ -75,12 +90,14 @@ def command(
         say(f"note: {warning}")
     if report.improved:
         held_out = f"held-out loss {report.before:.4f} -> {report.after:.4f} at step {report.state.best}"
-        say(f"{report.output}: {held_out}, {job.tokens:,} tokens, rate {report.rate:.2%} of each parameter's size.")
+        size = "" if job.adapted else " of each parameter's size"
+        say(f"{report.output}: {held_out}, {job.tokens:,} tokens, rate {report.rate:g}{size}.")
     say(f"{report.zeros:,} zeros, all in their place. {report.seconds:.1f} s.")
     if report.lost_before is not None:
         say(f"Before: {report.lost_before}.")
     if report.loss is not None:
         say(f"Now: {report.loss}.")
-    say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
+    if request.save == "merged":
+        say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
     if as_json:
         emit(report.to_json())

@@ -20,11 +20,15 @@ BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Kept:
-    """A parameter and the mask, bool of its shape, of its entries that are trained."""
+    """A parameter and the mask, bool of its shape, of its entries that are trained.
+
+    A rate is a share of `size`, by default the root mean square of these entries.
+    """
 
     name: str
     parameter: nn.Parameter
     mask: Tensor
+    size: float | None = None
 
     def packed(self, values: Tensor) -> Tensor:
         """The kept entries of `values`, which has the parameter's shape, as a float32 vector."""
@@ -48,15 +52,12 @@ def give_(kept: Sequence[Kept], values: Mapping[str, Tensor]) -> None:
 
 
 class KeptAdam:
-    """The optimizer; it collects gradients until `close` is called.
-
-    The rate of a parameter is a share of the root mean square of its kept entries, as they are now.
-    """
+    """The optimizer; it collects gradients until `close` is called. Sizes are those of the entries as they are now."""
 
     def __init__(self, kept: Sequence[Kept]) -> None:
         self.kept = kept
         self.masters = [nn.Parameter(k.packed(k.parameter), requires_grad=False) for k in kept]
-        self.sizes = [float(m.square().mean().sqrt()) if m.numel() else 0.0 for m in self.masters]
+        self.sizes = [_size(m) if k.size is None else k.size for k, m in zip(kept, self.masters, strict=True)]
         groups = [{"params": [m], "lr": 0.0} for m in self.masters]
         self._adam = torch.optim.Adam(groups, betas=BETAS, foreach=False)
         self._handles = [
@@ -98,6 +99,10 @@ class KeptAdam:
             own = {name.rpartition("|")[2]: v for name, v in state.items() if name.rpartition("|")[0] == k.name}
             self._adam.state[m] = {key: value.clone() for key, value in own.items() if key != "master"}
             k.restore_(m.detach())
+
+
+def _size(entries: Tensor) -> float:
+    return float(entries.square().mean().sqrt()) if entries.numel() else 0.0
 
 
 def _collect(p: Tensor, kept: Kept, master: nn.Parameter) -> None:

@@ -8,6 +8,7 @@ loaded with `config=masked_lora(LoraConfig.from_pretrained(directory))`; without
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,7 +28,7 @@ def masked_lora(config: "LoraConfig") -> "LoraConfig":
 
     Raises BillhookError without peft, and for options that change zeros.
     """
-    peft = _peft()
+    peft = require_peft()
     if not isinstance(config, peft.LoraConfig):
         raise BillhookError(f"masked_lora needs a peft LoraConfig, got {type(config).__name__}.")
     if config.init_lora_weights not in _INITIALIZATIONS:
@@ -51,7 +52,7 @@ def merge_masked(model: nn.Module) -> PreTrainedModel:
     Raises BillhookError, before anything changes, for a model without adapters and for adapters that are not masked or
     not finite, and JobError if a zero is lost all the same (to `modules_to_save`).
     """
-    peft = _peft()
+    peft = require_peft()
     from billhook.recovery.masked_linear import MaskedLinear
 
     if not isinstance(model, peft.PeftModel):
@@ -70,9 +71,25 @@ def merge_masked(model: nn.Module) -> PreTrainedModel:
     return merged
 
 
-def _peft() -> Any:
+def require_peft() -> Any:
+    """The package peft; raises BillhookError without it."""
     try:
         import peft
     except ImportError:
         raise BillhookError("LoRA needs the package peft: pip install 'billhook[lora]'.") from None
     return peft
+
+
+@torch.no_grad()
+def zeros_lost_by_an_ordinary_merge(model: nn.Module) -> int:
+    """How many zeros of the weights would have values after an ordinary merge of a model's masked adapters."""
+    from peft.tuners.lora import Linear
+
+    from billhook.recovery.masked_linear import MaskedLinear
+
+    lost = 0
+    for layer in model.modules():
+        if isinstance(layer, MaskedLinear):
+            zeros = layer.get_base_layer().weight == 0
+            lost += sum(int(Linear.get_delta_weight(layer, name)[zeros].count_nonzero()) for name in layer.lora_A)
+    return lost

@@ -45,8 +45,9 @@ class Problem:
 
     `student` and `teacher` (None: there is none) give the outputs that the `objective` compares; `held_out` is the
     held-out loss of the model as it is now. `write(count, seed)` gives windows, int64 [count, length], that the
-    student writes, where the objective reads them. `stored` is the
-    dtype of the files.
+    student writes, where the objective reads them. `stored` is the dtype of the files. `shares` are the rates that
+    race. A rate falls to zero as a cosine or, after a number of steps in which it is reached, `warm`, as a line.
+    `together` rows go through the models at a time, by default all of a step.
     """
 
     model: PreTrainedModel
@@ -61,6 +62,9 @@ class Problem:
     stored: torch.dtype
     write: Callable[[int, int], Tensor] | None = None
     seed: int = 0
+    shares: Sequence[float] = field(default_factory=lambda: SHARES)
+    warm: int | None = None
+    together: int | None = None
 
     @property
     def measured_every(self) -> int:
@@ -71,6 +75,12 @@ class Problem:
     def race_steps(self) -> int:
         """Steps of a race for each rate."""
         return min(self.steps, max(LEAST_RACE, round(RACE * self.steps)))
+
+    def falling(self, step: int) -> float:
+        """What part of the rate a step has."""
+        if self.warm is None:
+            return (1 + math.cos(math.pi * step / self.steps)) / 2
+        return min((step + 1) / self.warm, (self.steps - step) / max(1, self.steps - self.warm), 1.0)
 
     def step_batch(self, step: int) -> Batch:
         """The rows of a step: all rows in random order, again and again in another one."""
@@ -148,10 +158,10 @@ def held_out_loss(
 
 
 def race(problem: Problem, progress: Progress = lambda step: None) -> dict[float, float]:
-    """The held-out loss after a short run with each of `SHARES`, infinite where it diverged; the model is as before
+    """The held-out loss after a short run with each of the rates, infinite where it diverged; the model is as before
     afterwards."""
     short, start, found = replace(problem, steps=problem.race_steps), values_of(problem.kept), dict[float, float]()
-    for share in SHARES:
+    for share in problem.shares:
         adam = KeptAdam(problem.kept)
         losses = []
         for loss in steps_(short, adam, share):
@@ -211,12 +221,14 @@ def steps_(problem: Problem, adam: KeptAdam, share: float, done: int = 0) -> Ite
                 several = problem.write(problem.rows * problem.measured_every, problem.seed + 1 + step)
                 written = list(several.split(problem.rows))
             batch["written"] = written[step % problem.measured_every]
+        value = 0.0
         with torch.enable_grad(), differentiable(parameters, problem.model.parameters()):
-            loss = problem.objective(problem.student, problem.teacher, batch)
-            loss.backward()
-        value = float(loss.detach())
+            for part in split_rows(batch, problem.together or problem.rows):
+                loss = problem.objective(problem.student, problem.teacher, part) * (rows_of(part) / problem.rows)
+                loss.backward()
+                value += float(loss.detach())
         if math.isfinite(value):
-            adam.step(share * (1 + math.cos(math.pi * step / problem.steps)) / 2)
+            adam.step(share * problem.falling(step))
         yield value
         if not math.isfinite(value):
             return

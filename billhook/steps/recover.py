@@ -27,16 +27,19 @@ from billhook.recovery.objectives import OBJECTIVES
 from billhook.recovery.training import Recovered, best_share, race, train_
 from billhook.reports.publishing import publish
 from billhook.reports.slim_card import publish_slim
-from billhook.steps.recover_job import TOKENS, RecoverJob, RecoverReport, RecoverRequest, record, zeros_of
+from billhook.steps.recover_adapters import add_adapters, merged, save_adapter
+from billhook.steps.recover_job import IDENTITY, TOKENS, RecoverJob, RecoverReport, RecoverRequest, record, zeros_of
 from billhook.steps.recover_problem import check_memory, draw_windows, make_problem, state_bytes, steps_in
-from billhook.steps.request import Opened, changed, check_text_given, open_model
+from billhook.steps.request import Opened, changed, check_text_given, listed, open_model
 from billhook.steps.resolve import identity
 from billhook.steps.state import unfinished_run
 from billhook.steps.teacher import find_teacher, open_teacher
 from billhook.steps.training_folder import TrainingFolder, training_folder
 from billhook.store.checkpoint import model_digest
+from billhook.store.directory import complete
 from billhook.store.record import Record
 from billhook.store.shards import weight_bytes
+from billhook.store.sinks import choose_sink
 from billhook.text.corpus import source_name
 
 
@@ -65,21 +68,26 @@ def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> 
     _check_something_to_do(opened, path)
     teacher = None if path is None else open_teacher(path, opened, request.opening())
     windows = draw_windows(request, opened, teacher, progress)
+    adapted = add_adapters(request, opened)
     opened = changed(opened, samples=windows.samples, batches=split_rows(windows.samples.batch, windows.rows))
     problem = make_problem(request, opened, teacher, windows)
     notes = [check_memory(problem, teacher)]
     resumed = unfinished_run(_output(request), resume=request.resume, overwrite=request.overwrite)
     known = {} if resumed is None else resumed.plan
     size = windows.rows * row_length(opened.model, windows.samples.batch)
-    if seconds is None:
+    if request.windows is not None:
+        steps = rows_of(windows.samples.batch) // windows.rows
+    elif seconds is None:
         steps = math.ceil((request.tokens or TOKENS) / size)
     else:
         steps = known.get("steps") or steps_in(problem, seconds, request.rate is None)
     problem, rate = replace(problem, steps=steps), known.get("rate", request.rate)
     run = identity(request.opening(), opened, options, None, None) | {"step": "recover"}
-    run |= {key: getattr(request, key) for key in ("objective", "tune", "tokens", "budget", "rate", "batch_size")}
+    run |= {key: getattr(request, key) for key in IDENTITY}
+    run |= {"targets": listed(request.targets), "ignore": listed(request.ignore)}
     reference = None if teacher is None else _reference(opened, teacher)
-    return RecoverJob(request, opened, problem, steps * size, rate, reference, zeros_of(opened.layers), run, notes)
+    about = (steps * size, rate, reference, zeros_of(opened.layers), run, notes)
+    return RecoverJob(request, opened, problem, *about, adapted)
 
 
 def _output(request: RecoverRequest) -> Path:
@@ -126,15 +134,25 @@ def run(
         for step in range(0 if saved is None else saved.state.steps):
             progress(f"step {step + 1}")
         save = functools.partial(folder.save, steps=problem.steps)
-        done = train_(problem, rate, saved=saved, save=save, progress=progress)
+        done, more = merged(job, train_(problem, rate, saved=saved, save=save, progress=progress))
         _check_zeros(job)
         after = None if job.reference is None else job.reference.compare(opened.model)
         races = folder.state.plan.get("races", {})
         about = (output, request.objective, job.tokens, rate, races, done.before, done.after, done.state)
-        zeros, notes = sum(zeros_of(opened.layers).values()), [*job.notes, *_notes(job, done)]
+        zeros, notes = sum(zeros_of(opened.layers).values()), [*job.notes, *_notes(job, done), *more]
         report = RecoverReport(*about, zeros, time.perf_counter() - begun, before, after, notes)
-        folder.complete(opened.model, source, record(job, report), _card(opened.history))
+        folder.complete(functools.partial(_write, job, report))
     return replace(report, seconds=time.perf_counter() - begun)
+
+
+def _write(job: RecoverJob, report: RecoverReport, folder: Path) -> None:
+    """Write the model, or its adapters, to a folder."""
+    model, source = job.opened.model, job.opened.source
+    if job.request.save == "adapter":
+        save_adapter(job, report, folder)
+    else:
+        choose_sink(model, source)[0].write_all(folder)
+        complete(model, source, folder, record(job, report), _card(job.opened.history))
 
 
 def _rate(job: RecoverJob, folder: TrainingFolder, progress: Progress) -> float:

@@ -11,14 +11,19 @@ from billhook.architectures.layers import Layer
 from billhook.errors import BillhookError
 from billhook.evaluation.quality import Loss, Reference
 from billhook.recovery.objectives import OBJECTIVES
-from billhook.recovery.training import SHARES, Problem, State
+from billhook.recovery.recipes import recipe
+from billhook.recovery.training import Problem, State
 from billhook.steps.facts import computed_in
 from billhook.steps.quantize_job import Inputs
 from billhook.steps.record import place, versions
-from billhook.steps.request import Opened, Request, calibration_facts
+from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.store.record import Step, append_step
 
-Tuned = Literal["kept+norms", "kept"]
+Tuned = Literal["kept+norms", "kept", "adapters"]
+Saving = Literal["merged", "adapter"]
+RANK = 8
+# Fields that must be equal for a run to be continued.
+IDENTITY = ("objective", "tune", "rank", "save", "recipe", "tokens", "budget", "rate", "batch_size")
 TOKENS = 102_400  # where neither tokens nor a time is given
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -29,22 +34,35 @@ class RecoverRequest(Inputs):
 
     `tokens` are the tokens of text (or images) that are trained on, or `budget` is a time such as "10m", from which
     their number follows. `rate` is a share of each parameter's root mean square; without it, some race. `teacher` is
-    the directory of the dense model, where the history does not lead to it. `batch_size` windows are a step.
+    the directory of the dense model, where the history does not lead to it. `batch_size` windows are a step. `targets`
+    and `ignore` choose the layers that are trained. Adapters have a `rank`, and are merged or saved (`save`). A
+    `recipe` (`billhook.recovery.recipes`) fills in what is not given.
     """
 
     model: str | Path
     output: str | Path
     teacher: str | Path | None = None
-    objective: str = "kl+hidden"
-    tune: Tuned = "kept+norms"
+    recipe: str = ""
+    objective: str = ""
+    tune: Tuned | Literal[""] = ""
+    rank: int | None = None
+    save: Saving = "merged"
     tokens: int | None = None
     budget: str | None = None
     rate: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.tune not in get_args(Tuned):
-            raise BillhookError(f"tune={self.tune!r:.40} must be one of {', '.join(get_args(Tuned))}.")
+        own = recipe(self.recipe).fields() if self.recipe else {"tune": "kept+norms", "objective": "kl+hidden"}
+        filled = {key: value for key, value in own.items() if not getattr(self, key)}
+        self.__dict__.update(filled)  # of a frozen object, which nobody has yet
+        for name, known in (("tune", get_args(Tuned)), ("save", get_args(Saving))):
+            if getattr(self, name) not in known:
+                raise BillhookError(f"{name}={getattr(self, name)!r:.40} must be one of {', '.join(known)}.")
+        if self.tune != "adapters" and (self.rank is not None or self.save == "adapter"):
+            raise BillhookError("A rank and --save are for adapters: give --tune adapters too.")
+        if self.rank is not None and self.rank < 1:
+            raise BillhookError(f"The rank must be at least 1, got {self.rank}.")
         if self.tokens is not None and self.budget is not None:
             raise BillhookError("Give either --tokens or a time with --budget, not both.")
         if self.tokens is not None and self.tokens < 1:
@@ -68,9 +86,14 @@ class RecoverRequest(Inputs):
             raise BillhookError(f"--budget {self.budget:.20} is no time: write 90s, 10m or 2h.")
         return found
 
+    @property
+    def windows(self) -> int | None:
+        """The windows that are read once, as a recipe has them; None where tokens or a time are given."""
+        return recipe(self.recipe).windows if self.recipe and self.tokens is None and self.budget is None else None
+
     def opening(self) -> Request:
         """The fields that say how a model and its text are opened."""
-        return self._opened_with(plan=None)
+        return self._opened_with(plan=None, recipe="", targets=(), ignore=())
 
 
 @dataclass(frozen=True)
@@ -78,7 +101,8 @@ class RecoverJob:
     """A checked request.
 
     `problem` is what is trained, `tokens` how much; `rate` is None where rates race. `reference` holds the dense
-    model's predictions on text that is used for nothing else, `zeros` the zeros of each layer before.
+    model's predictions on text that is used for nothing else, `zeros` the zeros of each layer before. `adapted` is
+    peft's model with adapters, where these are trained.
     """
 
     request: RecoverRequest
@@ -90,11 +114,12 @@ class RecoverJob:
     zeros: Mapping[str, int]
     identity: Mapping[str, Any]
     notes: list[str]
+    adapted: Any = None
 
     @property
     def steps(self) -> int:
         """The number of progress calls of `run`: one for each step of a race and of the training."""
-        races = len(SHARES) * self.problem.race_steps if self.rate is None else 0
+        races = len(self.problem.shares) * self.problem.race_steps if self.rate is None else 0
         return races + self.problem.steps
 
 
@@ -159,7 +184,9 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
     made_by: dict[str, Any] = {
         "objective": request.objective,
         "objective_options": OBJECTIVES.configure(request.objective, request.options),
+        "recipe": request.recipe or None,
         "tune": request.tune,
+        "rank": None if job.adapted is None else request.rank or RANK,
         "tokens": job.tokens,
         "budget": request.budget,
         "rate": report.rate,
@@ -170,8 +197,8 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
         "zeros": dict(job.zeros),
         "seed": request.seed,
         **computed_in(opened.model),
-        "targets": [],
-        "ignore": [],
+        "targets": listed(request.targets),
+        "ignore": listed(request.ignore),
         "teacher": None if before is None else {key: before.steps[0].model.get(key) for key in ("name", "digest")},
         "calibration": calibration_facts(opened),
         "papers": {"objective": OBJECTIVES.paper(request.objective)},

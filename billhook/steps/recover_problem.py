@@ -11,16 +11,18 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook.architectures.config import context_length
+from billhook.architectures.layers import Layer, select_layers
 from billhook.architectures.stacks import blocks_of
 from billhook.engine.batch import Batch, row_length, select_rows
 from billhook.errors import BillhookError, JobError
+from billhook.recovery.adapters import RATES, factors
 from billhook.recovery.blockwise import tunable
 from billhook.recovery.kept_adam import Kept, KeptAdam, give_, values_of
 from billhook.recovery.objectives import OBJECTIVES
 from billhook.recovery.outputs import predictor
-from billhook.recovery.training import SHARES, Problem, held_out_loss, steps_
+from billhook.recovery.training import Problem, held_out_loss, steps_
 from billhook.steps.recover_job import TOKENS, RecoverRequest
-from billhook.steps.request import Opened
+from billhook.steps.request import Opened, listed
 from billhook.store.compute import free_gib, stored_dtype
 from billhook.store.record import Record
 from billhook.tasks.base import Drawing, Home, Progress, Samples
@@ -28,6 +30,8 @@ from billhook.tasks.self_text import write_windows
 
 LENGTH = 512  # tokens in a window by default
 TOKENS_A_STEP = 1024
+TOGETHER = 2048  # tokens that go through the models at a time
+WARM = 5  # steps in which published recipes reach their rate
 BUDGETED = 4096  # windows that are drawn where the number of tokens follows from a time
 IMAGES = 512  # that are drawn, where there are as many
 HELD_OUT = 4, 16  # the least and the most windows in each of the two held-out parts
@@ -51,12 +55,14 @@ def draw_windows(
     Raises BillhookError for a text that is too short to train on and to hold out windows.
     """
     tokens, length, of_text = request.tokens, request.length, opened.model.main_input_name == "input_ids"
-    if of_text and length is None:
-        length = min(LENGTH, context_length(opened.model.config) or LENGTH)
+    if of_text and (length is None or request.recipe):  # a recipe's length is one for longer contexts
+        length = length or LENGTH
+        length = min(length, context_length(opened.model.config) or length)
     most = IMAGES
     if of_text and length is not None:
         rows = request.batch_size or max(1, TOKENS_A_STEP // length)
         most = BUDGETED if request.seconds else rows * math.ceil((tokens or TOKENS) / (rows * length))
+        most = request.windows or most
     drawing = Drawing(most + 2 * HELD_OUT[1], length, request.seed, "packed", request.bos, fewer=True)
     home = Home(opened.source, request.trust_remote_code)
     given: Any = request.calibration
@@ -75,12 +81,19 @@ def draw_windows(
     return Windows(replace(drawn, batch=own, heldout=reported), chosen_on, rows)
 
 
-def kept_entries(opened: Opened, norms: bool) -> list[Kept]:
-    """The entries that are trained: weights of prunable layers that are not zero and, with `norms`, all parameters of
-    one dimension."""
+def trained_entries(opened: Opened, request: RecoverRequest) -> list[Kept]:
+    """The entries that are trained: the factors of adapters, or weights of prunable layers that are not zero and, with
+    norms, all parameters of one dimension."""
+    if request.tune == "adapters":
+        return factors(opened.model)
     names = {id(p): name for name, p in opened.model.named_parameters()}
-    tuned = tunable(opened.model, opened.layers, norms)
+    tuned = tunable(opened.model, trained_layers(opened, request), request.tune == "kept+norms")
     return [Kept(names[id(p)], p, mask) for p, mask in tuned]
+
+
+def trained_layers(opened: Opened, request: RecoverRequest) -> list[Layer]:
+    """The layers that a request names, all by default."""
+    return select_layers(opened.layers, listed(request.targets), listed(request.ignore))
 
 
 def matched_blocks(history: Record | None, student: int, teacher: int) -> list[int] | None:
@@ -118,7 +131,7 @@ def make_problem(request: RecoverRequest, opened: Opened, teacher: PreTrainedMod
     length = row_length(model, windows.samples.batch)
     return Problem(
         model,
-        kept_entries(opened, request.tune == "kept+norms"),
+        trained_entries(opened, request),
         windows.samples.batch,
         windows.rows,
         1,
@@ -126,13 +139,17 @@ def make_problem(request: RecoverRequest, opened: Opened, teacher: PreTrainedMod
         predictor(model, task, range(count) if inside else None),
         None if teacher is None else predictor(teacher, task, matched if inside else None, gradients=False),
         held_out_loss(model, teacher if "teacher" in needs else None, windows.chosen_on, task),
-        _stored(opened),
+        model.dtype if request.tune == "adapters" else stored_in(opened),
         (lambda number, seed: write_windows(model, number, length, seed=seed)) if written else None,
         request.seed,
+        warm=WARM if request.recipe else None,
+        together=max(1, TOGETHER // length),
+        **({"shares": RATES} if request.tune == "adapters" else {}),
     )
 
 
-def _stored(opened: Opened) -> torch.dtype:
+def stored_in(opened: Opened) -> torch.dtype:
+    """The dtype of the files of the model."""
     found = None if opened.source is None else stored_dtype(opened.source)
     return found or opened.model.dtype
 
@@ -143,7 +160,7 @@ def steps_in(problem: Problem, seconds: float, racing: bool) -> int:
     problem.held_out()
     measuring = time.perf_counter() - begun
     adam, times = KeptAdam(problem.kept), [time.perf_counter()]
-    for _ in steps_(replace(problem, steps=_TIMED), adam, min(SHARES)):
+    for _ in steps_(replace(problem, steps=_TIMED), adam, min(problem.shares)):
         times.append(time.perf_counter())
     adam.close()
     give_(problem.kept, start)
@@ -151,7 +168,7 @@ def steps_in(problem: Problem, seconds: float, racing: bool) -> int:
     for power in range(30, -1, -1):  # the largest number, digit by digit
         more = steps + 2**power
         whole = replace(problem, steps=more)
-        races = len(SHARES) * (whole.race_steps * step + measuring) if racing else 0.0
+        races = len(problem.shares) * (whole.race_steps * step + measuring) if racing else 0.0
         if races + more * step + (more / whole.measured_every + 2) * measuring <= seconds:
             steps = more
     return steps
@@ -166,12 +183,15 @@ def check_memory(problem: Problem, teacher: PreTrainedModel | None) -> str:
     """A sentence about the memory of the run; raises JobError where it is not there.
 
     Beside the models: a mask of a byte for each entry of trained parameters, for each kept entry 16 bytes of the
-    optimizer and its values before and at best, and the largest gradient.
+    optimizer and its values before and at best, and the largest gradient. Where there are adapters, autograd keeps the
+    merged weights and their masks.
     """
     entries = [k.mask.numel() for k in problem.kept]
     kept = sum(int(k.mask.sum()) for k in problem.kept)
     itemsize = problem.model.dtype.itemsize
     states = sum(entries) + 24 * kept + itemsize * max(entries)
+    adapted = sum(p.numel() for name, p in problem.model.named_parameters() if name.endswith(".base_layer.weight"))
+    states += (itemsize + 1) * adapted
     models = itemsize * sum(p.numel() for m in (problem.model, teacher) if m is not None for p in m.parameters())
     free = free_gib(str(problem.model.device))
     if free is not None and states / 2**30 > free:

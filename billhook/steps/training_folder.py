@@ -16,18 +16,15 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError, Interrupted, out_of_memory
 from billhook.recovery.training import Saved
 from billhook.recovery.training import State as Training
 from billhook.steps.state import STATE, State, check_same_run, partial_folder, unfinished_run, write_state
 from billhook.steps.unfinished_folder import check_not_foreign, empty_folder, ended_early, foreign_file, lock_folder
-from billhook.store.directory import complete
 from billhook.store.files import replace_file, sha256
 from billhook.store.layout import TRAINING
 from billhook.store.output import check_output, flush, put_in_place
-from billhook.store.sinks import choose_sink
 
 _BEST = "best:"
 
@@ -75,19 +72,14 @@ class TrainingFolder:
             return Saved(Training(**{**about, "losses": losses}), own, best)
         return None
 
-    def complete(
-        self, model: PreTrainedModel, source: Path, record: Mapping[str, Any], published: Callable[[Path], object]
-    ) -> str | None:
-        """Write the model, rename the directory, and return a note where the layout is not the source's."""
-        sink, note = choose_sink(model, source)
-        sink.write_all(self.folder)
-        complete(model, source, self.folder, record, published)
+    def complete(self, write: Callable[[Path], object]) -> None:
+        """Write the result with `write`, which is called with the folder, and rename the directory."""
+        write(self.folder)
         flush(self.folder)
         for name in self.state.files:
             (self.folder / name).unlink()  # last, because a run without it cannot be resumed
         put_in_place(self.folder, self.output)
         (self.output / STATE).unlink(missing_ok=True)
-        return note
 
 
 @contextmanager

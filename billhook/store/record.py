@@ -62,10 +62,12 @@ class Step:
     * `made_by.versions.*` (string): python, torch and transformers.
     * `made_by.objective` (string, optional): name of the objective of `recover`.
     * `made_by.objective_options.*` (any, optional): its options, defaults filled in.
+    * `made_by.recipe` (string or null, optional): the published recipe that filled in what was not given.
     * `made_by.tune` (string, optional): what was trained.
+    * `made_by.rank` (integer or null, optional): the rank of adapters.
     * `made_by.tokens` (integer, optional): tokens of text (or positions of images) that were trained on.
     * `made_by.budget` (string or null, optional): the time from which their number follows.
-    * `made_by.rate` (number, optional): the rate, as a share of each parameter's root mean square.
+    * `made_by.rate` (number, optional): the rate; a share of each parameter's root mean square, or of 1 for adapters.
     * `made_by.races.*` (number or null, optional): held-out losses after short runs, by rate; null where not finite.
     * `made_by.steps` (integer, optional): steps of the optimizer.
     * `made_by.best_step` (integer, optional): the step whose weights were kept; 0 where nothing improved.
