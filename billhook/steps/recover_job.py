@@ -13,10 +13,11 @@ from billhook.evaluation.quality import Loss, Reference
 from billhook.recovery.objectives import OBJECTIVES
 from billhook.recovery.recipes import recipe
 from billhook.recovery.training import Problem, State
+from billhook.steps.facts import computed_in
 from billhook.steps.quantize_job import Inputs
 from billhook.steps.record import place, versions
 from billhook.steps.recover_source import Source
-from billhook.steps.request import Opened, Request, calibration_facts, computed_in, listed
+from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.store.record import Step, append_step
 
 Tuned = Literal["kept+norms", "kept", "adapters"]
