@@ -23,10 +23,10 @@ if TYPE_CHECKING:  # the names below, for type checkers
     from billhook.plan.spec import Pattern as Pattern
     from billhook.plan.spec import Spec as Spec
     from billhook.plan.table import Table as Table
-    from billhook.recover.callback import MaskCallback as MaskCallback
-    from billhook.recover.lora import masked_lora as masked_lora
-    from billhook.recover.lora import merge_masked as merge_masked
-    from billhook.recover.masks import keep_masks as keep_masks
+    from billhook.recovery.callback import MaskCallback as MaskCallback
+    from billhook.recovery.lora import masked_lora as masked_lora
+    from billhook.recovery.lora import merge_masked as merge_masked
+    from billhook.recovery.masks import keep_masks as keep_masks
     from billhook.steps.apply import prune_ as prune_
     from billhook.steps.compress import compress as compress
     from billhook.steps.pack import pack as pack
@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the names below, for type checkers
     from billhook.steps.prune import Report as Report
     from billhook.steps.prune import prune as prune
     from billhook.steps.quantize import quantize as quantize
+    from billhook.steps.recover import recover as recover
     from billhook.steps.search import search as search
     from billhook.steps.verify import verify as verify
     from billhook.store.directory import save_pruned as save_pruned
@@ -49,7 +50,7 @@ _PUBLIC = {
     "CRITERIA": "billhook.methods.sparse",
     "JobError": "billhook.errors",
     "METRICS": "billhook.measurement",
-    "MaskCallback": "billhook.recover.callback",
+    "MaskCallback": "billhook.recovery.callback",
     "Pattern": "billhook.plan.spec",
     "Plan": "billhook.plan.plan",
     "Report": "billhook.steps.prune",
@@ -60,19 +61,20 @@ _PUBLIC = {
     "compress": "billhook.steps.compress",
     "evaluate": "billhook.evaluation.perplexity",
     "find_layers": "billhook.architectures.layers",
-    "keep_masks": "billhook.recover.masks",
+    "keep_masks": "billhook.recovery.masks",
     "load": "billhook.packed.loading",
     "load_calibration": "billhook.text.windows",
     "load_model": "billhook.tasks.opening",
     "load_plan": "billhook.plan.plan",
     "load_windows": "billhook.text.windows",
-    "masked_lora": "billhook.recover.lora",
+    "masked_lora": "billhook.recovery.lora",
     "measure": "billhook.measurement.measure",
-    "merge_masked": "billhook.recover.lora",
+    "merge_masked": "billhook.recovery.lora",
     "pack": "billhook.steps.pack",
     "prune": "billhook.steps.prune",
     "prune_": "billhook.steps.apply",
     "quantize": "billhook.steps.quantize",
+    "recover": "billhook.steps.recover",
     "save_pruned": "billhook.store.directory",
     "search": "billhook.steps.search",
     "unpack": "billhook.steps.pack",

@@ -22,17 +22,18 @@ from billhook.plan.level_allocators import LEVEL_ALLOCATORS
 from billhook.plan.metrics import CURVES, FACTS, Metric
 from billhook.plan.recipes import RECIPES
 from billhook.racing.allocators import MODEL_ALLOCATORS
+from billhook.recovery.objectives import OBJECTIVES
 from billhook.registry import Registry
 
 OTHERS = {  # pages of modules that are not registered methods
     "auto": "billhook.racing.automatic",
     "recipes": "billhook.plan.recipes",
-    "block_tuning": "billhook.recover.blockwise",
+    "block_tuning": "billhook.recovery.blockwise",
     "self_text": "billhook.tasks.self_text",
     "levels": "billhook.racing.levels",
 }
 # of pages, because other registries have the same names
-PREFIXES = {LEVEL_ALLOCATORS.kind: "levels_", STRUCTURED.kind: "slim_"}
+PREFIXES = {LEVEL_ALLOCATORS.kind: "levels_", STRUCTURED.kind: "slim_", OBJECTIVES.kind: "objective_"}
 OPTIONS = {STRUCTURED.kind: "method"}  # where the option is not called like the kind
 MORE = {"spectra": ("tails", "eigen")}  # modules whose docstrings are sections of a family's page
 SOURCES = {
@@ -49,7 +50,7 @@ def pages() -> dict[str, str]:
     """File name below docs/methods -> text."""
     links = _links()
     found = {"index.md": _index(links)}
-    for registry in (ALLOCATORS, CRITERIA, QUANTIZERS, STRUCTURED, LEVEL_ALLOCATORS, MODEL_ALLOCATORS):
+    for registry in (ALLOCATORS, CRITERIA, QUANTIZERS, STRUCTURED, LEVEL_ALLOCATORS, MODEL_ALLOCATORS, OBJECTIVES):
         found |= {_page(registry, name): _method(registry, name, links) for name in registry.names()}
     for family in dict.fromkeys(map(_family, COLUMNS.values())):
         found[f"{family}.md"] = _metrics(family, links)
@@ -67,7 +68,7 @@ def _links() -> dict[str, str]:
 
 def _page(registry: Registry, name: str) -> str:
     """The file name of a method's page."""
-    return f"{PREFIXES.get(registry.kind, '')}{name}.md"
+    return f"{PREFIXES.get(registry.kind, '')}{name.replace('+', '_')}.md"
 
 
 def _family(metric: Metric) -> str:
@@ -174,6 +175,10 @@ def _index(links: dict[str, str]) -> str:
         "## Structured methods",
         "Which channels and heads go when whole units are removed ([Make it smaller](../slim.md)).",
         _registry(STRUCTURED),
+        "## Objectives",
+        "What `billhook recover` trains what is left for ([Recover it](../recover.md)). They read predictions and "
+        "hidden states of the dense model (`teacher`, `hidden`), and text that the student wrote (`written`).",
+        _registry(OBJECTIVES),
         "## Metrics",
         "Columns of the table that allocators read. A parameter may follow the name after a colon: "
         f"{_with_parameter()}.",

@@ -29,6 +29,7 @@ from billhook.cli import (
     plot,
     prune,
     quantize,
+    recover,
     report,
     search,
     slim,
@@ -65,7 +66,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_FIRST = (compress, prune, quantize, slim, search, measure, gradients, plan, evaluate, compare, report, verify)
+_FIRST = (compress, prune, quantize, slim, recover, search, measure, gradients, plan, evaluate, compare, report, verify)
 for module in (*_FIRST, pack, unpack, export, imatrix, generate, bench, ls, demo, plot):
     app.command(module.NAME, cls=Command, epilog=module.EXAMPLES)(handle_errors(grouped(module.command)))
 

@@ -100,7 +100,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
 
 
 @contextmanager
-def graceful_interrupt() -> Iterator[Callable[[], bool]]:
+def graceful_interrupt(unit: str = "block") -> Iterator[Callable[[], bool]]:
     """Record the first Ctrl-C, and raise KeyboardInterrupt at the second; yields a function: was Ctrl-C pressed?"""
     signals: list[int] = []
 
@@ -108,7 +108,7 @@ def graceful_interrupt() -> Iterator[Callable[[], bool]]:
         if signals:
             raise KeyboardInterrupt
         signals.append(number)
-        say("Stopping after this block. Press Ctrl-C again to stop at once; finished blocks are kept either way.")
+        say(f"Stopping after this {unit}. Press Ctrl-C again to stop at once; finished {unit}s are kept either way.")
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -162,7 +162,7 @@ def announce(estimate: "Estimate", device: str) -> None:
 
     say(f"About {estimate.memory_gib:.2f} GiB of memory and {estimate.disk_gib:.2f} GiB of disk.")
     if estimate.seconds is not None:
-        say(f"About {duration(estimate.seconds)} to prune and write, measured on {estimate.measured}.")
+        say(f"About {duration(estimate.seconds)} of work, measured on {estimate.measured}.")
     free = free_gib(device)
     if free is not None and free < estimate.memory_gib:
         advice = "use fewer --samples, a shorter --length, a smaller --batch-size or a smaller --spill-gib."

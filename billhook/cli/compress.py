@@ -8,6 +8,7 @@ import typer
 
 from billhook.cli import options as shared
 from billhook.cli.common import (
+    announce,
     duration,
     emit,
     graceful_interrupt,
@@ -81,18 +82,27 @@ def command(
     text: shared.Text,
     work: shared.Work,
     writing: shared.GgufWriting,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=shared.DRY_RUN_HELP)] = False,
     as_json: shared.Json = False,
 ) -> None:
     """Meet a size with the least loss: a storage type for every tensor, by what each is measured to lose."""
-    from billhook.steps.compress import CompressRequest, decide, run_compress
+    from billhook.cli.dry_run import show_job
+    from billhook.steps.compress import CompressRequest, check, decide, run_compress
+    from billhook.steps.sample_quantize import estimate_quantize
 
     chosen = {**vars(size), "types": split_list(size.types), "options": parse_settings(size.settings)}
     chosen.pop("settings")
     groups: dict[str, Any] = {**chosen, **vars(text), **work.fields(model), **vars(writing)}
-    with progress("choosing types") as advance:
-        job = decide(CompressRequest(model, output, **groups), advance)
+    with progress("reading") as advance:
+        checked = check(CompressRequest(model, output, **groups), advance)
+    unit = layers_per_block(checked.opened.layers)
+    with progress("choosing types", checked.steps, unit=unit) as advance:
+        job = decide(checked, advance)
     if job.memory is not None:
         say(f"In memory {job.memory}: {job.budget:,} bytes are left for the file.")
+    if dry_run:
+        return show_job(job.quantizing, as_json)
+    announce(estimate_quantize(job.quantizing), work.device)
     layers = job.quantizing.opened.layers
     bar = progress("quantizing", len(layers), unit=layers_per_block(layers))
     with bar as advance, graceful_interrupt() as stopping:

@@ -6,7 +6,7 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 GROUPS = {
-    "Make a smaller model": ("compress", "quantize", "prune", "slim", "search"),
+    "Make a smaller model": ("compress", "quantize", "prune", "slim", "recover", "search"),
     "Decide what to remove": ("measure", "gradients", "plan", "compare"),
     "Check the result": ("eval", "verify", "report", "plot"),
     "Deploy it": ("pack", "unpack", "export", "imatrix", "generate", "bench"),

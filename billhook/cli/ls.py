@@ -24,6 +24,7 @@ KINDS = (
     "quantizers",
     "level-allocators",
     "structured",
+    "objectives",
     "types",
     "metrics",
     "families",
@@ -102,5 +103,6 @@ def _registry(kind: str) -> Registry:
     from billhook.methods.quantize import QUANTIZERS
     from billhook.methods.sparse import CRITERIA
     from billhook.methods.structured import STRUCTURED
+    from billhook.recovery.objectives import OBJECTIVES
 
-    return {"quantizers": QUANTIZERS, "structured": STRUCTURED}.get(kind, CRITERIA)
+    return {"quantizers": QUANTIZERS, "structured": STRUCTURED, "objectives": OBJECTIVES}.get(kind, CRITERIA)

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from billhook.cli import options as shared
-from billhook.cli.common import duration, emit, graceful_interrupt, layers_per_block, parse_settings, progress, say
+from billhook.cli.common import (
+    announce,
+    duration,
+    emit,
+    graceful_interrupt,
+    layers_per_block,
+    parse_settings,
+    progress,
+    say,
+)
 
 NAME = "quantize"
 EXAMPLES = """\b
@@ -17,6 +26,7 @@ Examples:
   billhook quantize model --type q4_k --calibration text.txt -o for-llama.cpp
   billhook quantize model --type q4_k --quantizer round --imatrix imatrix.gguf -o weighted
   billhook quantize model --type int8 --quantizer round -o fast
+  billhook quantize model --type q4_k --calibration text.txt -o small --dry-run
 """
 TYPE_HELP = (
     "Storage type. GGUF types (q4_k, iq3_s, ...) make a .gguf file for llama.cpp; int2 to int8, with /GROUP columns a "
@@ -46,10 +56,13 @@ def command(
     text: shared.Text,
     work: shared.Work,
     writing: shared.GgufWriting,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=shared.DRY_RUN_HELP)] = False,
     as_json: shared.Json = False,
 ) -> None:
     """Quantize a model: store its weights in fewer bits, as other programs read them."""
+    from billhook.cli.dry_run import show_job
     from billhook.steps.quantize import QuantizeRequest, prepare, run
+    from billhook.steps.sample_quantize import estimate_quantize
 
     options = parse_settings(method.settings)
     chosen = {"plan": method.plan, "embeddings": method.embeddings, "quantizer": method.quantizer, "options": options}
@@ -58,6 +71,9 @@ def command(
     request = QuantizeRequest(model, method.type, output, **groups)
     with progress("reading") as advance:
         job = prepare(request, advance)
+    if dry_run:
+        return show_job(job, as_json)
+    announce(estimate_quantize(job), request.device)
     layers = job.opened.layers
     bar = progress("quantizing", len(layers), unit=layers_per_block(layers))
     with bar as advance, graceful_interrupt() as stopping:

@@ -33,7 +33,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.racing.automatic import choose
 from billhook.racing.race import Problem
-from billhook.recover.blockwise import Refine
+from billhook.recovery.blockwise import Refine
 from billhook.steps.apply import prune_with
 from billhook.steps.evaluate import versions
 from billhook.steps.gradients import check_temporary_room, make_gradients
@@ -116,6 +116,7 @@ def _identity(grid: Grid, request: Request, opened: Opened, read: Scored) -> dic
         "options": dict(grid.options),
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
+        "stacks": listed(request.stacks),
         "group": request.group,
         "dtype": dtype_name(opened.model.dtype),
         "versions": versions(),

@@ -64,7 +64,7 @@ class LayerResult:
 
 
 class Tuner(Protocol):
-    """Tunes the remaining weights of a block (`billhook.recover.blockwise`)."""
+    """Tunes the remaining weights of a block (`billhook.recovery.blockwise`)."""
 
     wants_dense_outputs: bool
 

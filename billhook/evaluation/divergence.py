@@ -15,16 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from billhook.evaluation.kl import TopKTeacher, WindowKl, kl_grad, window_kl
+from billhook.evaluation.kl import TopKTeacher, WindowKl, kl_grad, token_kl, window_kl
 
 
 @dataclass(frozen=True)
 class Divergence:
     """`teacher(outputs)` is what is kept of the dense model's outputs [n, classes]; `compare(outputs, teacher)` gives
-    the mean over n, the number of equal top-1 predictions and each divergence; `gradient` is that of the sum."""
+    the mean over n, the number of equal top-1 predictions and each divergence; `gradient` is that of the sum.
+
+    `each(outputs, teacher)` is the divergence of each, [n], which autograd can differentiate; the teacher may be the
+    dense model's outputs themselves.
+    """
 
     name: str
     teacher: Callable[[Tensor], Any]
+    each: Callable[[Tensor, Any], Tensor]
     compare: Callable[[Tensor, Any], WindowKl]
     gradient: Callable[[Tensor, Any], Tensor]
 
@@ -33,8 +38,13 @@ def _unit(outputs: Tensor) -> Tensor:
     return functional.normalize(outputs.detach().float(), dim=-1)
 
 
+def _distances(outputs: Tensor, teacher: Tensor) -> Tensor:
+    """1 - cosine of outputs [n, width]."""
+    return 1 - functional.cosine_similarity(outputs.float(), teacher.detach().float(), dim=-1)
+
+
 def _distance(outputs: Tensor, teacher: Tensor) -> WindowKl:
-    """1 - cosine of outputs [n, width]; there are no predictions that could agree."""
+    """There are no predictions that could agree."""
     distances = 1 - (_unit(outputs) * teacher).sum(-1)
     return WindowKl(float(distances.mean(dtype=torch.float64)), 0, distances.cpu().numpy())
 
@@ -42,9 +52,9 @@ def _distance(outputs: Tensor, teacher: Tensor) -> WindowKl:
 def _distance_grad(outputs: Tensor, teacher: Tensor) -> Tensor:
     leaf = outputs.detach().float().requires_grad_()
     with torch.enable_grad():
-        distance = (1 - (functional.normalize(leaf, dim=-1) * teacher).sum(-1)).sum()
+        distance = _distances(leaf, teacher).sum()
     return torch.autograd.grad(distance, leaf)[0]
 
 
-KL = Divergence("KL divergence", TopKTeacher.of, window_kl, kl_grad)
-COSINE = Divergence("cosine distance", _unit, _distance, _distance_grad)
+KL = Divergence("KL divergence", TopKTeacher.of, token_kl, window_kl, kl_grad)
+COSINE = Divergence("cosine distance", _unit, _distances, _distance, _distance_grad)

@@ -43,7 +43,8 @@ def load_report(folder: Path) -> dict[str, Any]:
 def build(folder: Path) -> dict[str, Any]:
     """The content of report.json without evaluations; raises BillhookError for a damaged record, or of another step."""
     record = read_record(folder / RECORD)
-    if record.steps and record.steps[-1].step != "prune":
+    steps = [step.step for step in record.steps]
+    if steps and (steps[-1] not in ("prune", "recover") or "prune" not in steps or "slim" in steps):
         done = f"{record.steps[-1].step!r:.40}"
         raise BillhookError(
             f"{folder} is no pruned directory: its last step is {done}. Its {CARD} is its report; it is written again "
@@ -63,7 +64,7 @@ def _from_record(folder: Path, record: Record) -> dict[str, Any]:
     return {
         "version": VERSION,
         "billhook": billhook.__version__,
-        "lost": made_by.get("lost"),
+        "lost": record.steps[-1].made_by.get("lost"),
         "better_recipe": made_by.get("better_recipe"),
         "made_with": record.billhook,
         "model": {key: record.steps[0].model[key] for key in ("name", "type", "digest")},
@@ -99,7 +100,9 @@ def _asked(plan: Plan, made_by: Mapping[str, Any]) -> dict[str, Any]:
 def _line(step: Step) -> str:
     """A step in one line: its name, budget, criterion and allocation."""
     if step.plan is None:
-        return step.step
+        made_by = step.made_by
+        trained = f"recover: objective {made_by.get('objective')}, {made_by.get('tokens')} tokens"
+        return trained if step.step == "recover" else step.step
     plan = Plan.from_json(step.plan, RECORD)
     kind, value = plan.budget.kind, plan.budget.value
     much = f"{100 * value:g} % of the weights" if kind == "sparsity" else f"to {value:,} {kind}"
@@ -189,7 +192,8 @@ def source_metadata(folder: Path) -> dict[str, Any]:
     names = [str(name) for name in config.get("architectures") or ()]
     tag = next((tag for end, tag in _TAGS.items() for x in names if x.endswith(end)), _TEXT)
     images = tag == "feature-extraction" and ("image_size" in config or "num_channels" in config)
-    kept["pipeline_tag"] = [f"image-{tag}" if images else tag]
+    both = tag == _TEXT and "vision_config" in config
+    kept["pipeline_tag"] = [f"image-{tag}" if images else "image-text-to-text" if both else tag]
     return {key: texts if key == "tags" or len(texts) > 1 else texts[0] for key, texts in kept.items() if texts}
 
 

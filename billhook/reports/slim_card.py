@@ -17,13 +17,14 @@ def publish_slim(folder: Path) -> None:
     import yaml
 
     record, source = read_record(folder / RECORD), source_metadata(folder)
-    made_by = record.steps[-1].made_by
+    made_by = next(step.made_by for step in reversed(record.steps) if step.step == "slim")
+    trained = [step.made_by for step in record.steps if step.step == "recover"]
     name = record.steps[0].model["name"]
     base = name if "/" in name else source.pop("base_model", None)
     metadata = {**source, **({"base_model": base, "base_model_relation": "finetune"} if base else {})}
     metadata |= {"library_name": "transformers"}
     metadata |= {"tags": list(dict.fromkeys([*source.get("tags", []), "billhook", "pruned"]))}
-    lost = made_by.get("lost")
+    lost = record.steps[-1].made_by.get("lost")
     text: str = template("slim.md.j2", html=False).render(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         name=name,
@@ -34,6 +35,7 @@ def publish_slim(folder: Path) -> None:
         scale=SCALE,
         method=made_by["method"],
         paper=made_by["papers"]["method"],
+        trained=[f"{x['tokens']:,} tokens for the objective `{x['objective']}`" for x in trained],
         version=record.billhook,
     )
     write_text(folder / CARD, text)

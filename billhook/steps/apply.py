@@ -21,7 +21,7 @@ from billhook.engine.walk import Block, Progress
 from billhook.errors import BillhookError
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.plan import Plan
-from billhook.recover.blockwise import BlockTuner, Refine
+from billhook.recovery.blockwise import BlockTuner, Refine
 from billhook.steps.gradients import make_gradients
 from billhook.steps.request import Opened
 from billhook.store.layout import GRADIENTS

@@ -29,10 +29,11 @@ from billhook.plan.plan import Plan
 from billhook.plan.storage import bits
 from billhook.racing.levels import Chosen
 from billhook.steps.allocation import Allocation, choose, choose_like
-from billhook.steps.parts import check_matrices, layer_parts
+from billhook.steps.levels import measured_layers
+from billhook.steps.parts import Parts, check_matrices, layer_parts
 from billhook.steps.quantize import open_blocks, prepare, run
 from billhook.steps.quantize_job import GgufInputs, QuantizeJob, QuantizeReport, QuantizeRequest
-from billhook.steps.request import check_text_given, draw_text, listed
+from billhook.steps.request import Opened, check_text_given, draw_text, listed
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.steps.types import check_target, scale_dtype
@@ -99,6 +100,30 @@ class CompressReport:
 
 
 @dataclass(frozen=True)
+class CheckedCompress:
+    """A request that can be met: how it will be quantized, the model (without its text if a run is resumed), the
+    layers' places on disk, what may be chosen (`sized` if a size was given), what the choice depends on, and the plan
+    of the run to resume."""
+
+    request: CompressRequest
+    allocation: Allocation
+    quantizing: QuantizeRequest
+    opened: Opened
+    parts: Parts
+    sizes: Sizes
+    sized: bool
+    asked: Mapping[str, Any]
+    plan: Plan | None
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps `decide` reports: errors and costs of layers, embeddings and head; None if not known."""
+        if self.plan is not None or self.allocation.levels is not None or not self.allocation.only_levels:
+            return None
+        return 2 * len(measured_layers(self.opened.layers)) + len(self.sizes.outside)
+
+
+@dataclass(frozen=True)
 class CompressJob:
     """A checked request with its plan; the others as in `CompressReport`."""
 
@@ -119,11 +144,11 @@ def compress(
     reason, and JobError for a run that failed.
     """
     request = CompressRequest.given(model=model, output=output, **fields)
-    return run_compress(decide(request, progress), progress)
+    return run_compress(decide(check(request, progress), progress), progress)
 
 
-def decide(request: CompressRequest, progress: Progress = lambda line: None) -> CompressJob:
-    """Check a request, cheapest first, and choose the types; with `resume`, those that the stopped run chose."""
+def check(request: CompressRequest, progress: Progress = lambda line: None) -> CheckedCompress:
+    """Check a request, cheapest first, and draw its text; with `resume`, the plan is that of the stopped run."""
     allocation = Allocation.of(request.allocator, request.options, request.levels)
     given = Size(request.size, request.bits, request.ratio, request.fit, request.context)
     sized = allocation.file is None or given != Size()
@@ -139,24 +164,36 @@ def decide(request: CompressRequest, progress: Progress = lambda line: None) -> 
     parts = layer_parts(opened)
     if request.target != "gguf":
         check_matrices(opened.layers, parts)
-    method = Quantization("gptq", allocation.quantizer, scale_dtype(opened, parts))
     sizes = Sizes.of(given, opened, parts, types, request.target, form=request.gguf_form)
     asked: dict[str, Any] = {"target": request.target, "bytes": sizes.budget, "types": types}
     asked |= {"allocator": request.allocator, "options": dict(allocation.options)}
     plan = _stopped_plan(request, asked)
-    chosen = Chosen(plan, {}) if plan is not None else None
-    if chosen is None:
+    if plan is None:
         output = Path(request.output).expanduser().resolve()
         check_room(output, sizes.most_room(opened, parts, request.target))
         opened = draw_text(opened, quantizing.opening(), progress)
-        tied = _experts(opened.layers)
-        tied += fused(layer.name for layer in opened.layers) if request.target == "vllm" else []
-        like = allocation.file and choose_like(opened, sizes, parts, allocation.file)
-        chosen = like or choose(quantizing.opening(), opened, sizes, tied, method, allocation, progress=progress)
-    plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "request": asked})
-    job = prepare(replace(quantizing, plan=plan), progress, opened)
-    budget = sizes.budget if sized else sizes.fixed + int(plan.budget.value)
+    return CheckedCompress(request, allocation, quantizing, opened, parts, sizes, sized, asked, plan)
+
+
+def decide(checked: CheckedCompress, progress: Progress = lambda line: None) -> CompressJob:
+    """Choose the types, unless the run that is resumed has chosen them."""
+    sizes, known = checked.sizes, checked.plan
+    chosen = _chosen(checked, progress) if known is None else Chosen(known, {})
+    plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "request": checked.asked})
+    job = prepare(replace(checked.quantizing, plan=plan), opened=checked.opened)
+    budget = sizes.budget if checked.sized else sizes.fixed + int(plan.budget.value)
     return CompressJob(job, budget, chosen.outlook, sizes.memory)
+
+
+def _chosen(checked: CheckedCompress, progress: Progress) -> Chosen:
+    """The types, where no stopped run has chosen them."""
+    allocation, sizes, opened = checked.allocation, checked.sizes, checked.opened
+    if allocation.file:
+        return choose_like(opened, sizes, checked.parts, allocation.file)
+    tied = _experts(opened.layers)
+    tied += fused(layer.name for layer in opened.layers) if checked.request.target == "vllm" else []
+    method = Quantization("gptq", allocation.quantizer, scale_dtype(opened, checked.parts))
+    return choose(checked.quantizing.opening(), opened, sizes, tied, method, allocation, progress=progress)
 
 
 def run_compress(
@@ -173,7 +210,7 @@ def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | 
     if state is None:
         return None
     plan = Plan.from_json(state.plan, str(partial_folder(output)))
-    layers = {key: listed(getattr(request, key)) for key in ("targets", "ignore")}
+    layers = {key: listed(getattr(request, key)) for key in ("targets", "ignore", "stacks")}
     made = (plan.made_by.get("request") or {}) | {key: state.identity.get(key) for key in layers}
     check_same_run(made, {**asked, **layers}, partial_folder(output))
     return plan

@@ -22,7 +22,7 @@ from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.evaluation.batching import TOKENS
 from billhook.evaluation.kl import K
 from billhook.methods.statistics import GRADIENTS, REGIONAL
-from billhook.steps.request import TOKENS_A_BATCH
+from billhook.steps.batch_size import TOKENS_A_BATCH
 from billhook.steps.resolve import ResolvedRequest
 from billhook.store.shards import weight_bytes
 
@@ -33,11 +33,11 @@ ROWS = 2**28  # bytes of the systems of rows that ADMM solves together
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a pruning run needs; JSON has the fields that are known.
+    """What a run needs; JSON has the fields that are known.
 
     * `memory_gib`: peak memory of one process, GiB.
     * `disk_gib`: size of the output, GiB.
-    * `seconds` (number, optional): time of pruning and writing, where it was measured.
+    * `seconds` (number, optional): time of the work, where it was measured; not that of making the plan.
     * `measured` (string, optional): the part on which it was measured.
     """
 

@@ -18,7 +18,8 @@ def changed_weights(shards: Sequence[Shard], record: Record, source: Path) -> It
         raise BillhookError(f"{source} has no safetensors to compare with.")
     pieces = [(facts, piece) for facts in record.layers.values() for piece in facts.get("pieces", [facts])]
     updated = {piece.get("tensor") for facts, piece in pieces if facts.get("updated", True)}
-    tuned = any(step.made_by.get("refine") == "blocks+norms" for step in record.steps)
+    steps = [step.made_by for step in record.steps]
+    tuned = any(made.get("refine") == "blocks+norms" or made.get("tune") == "kept+norms" for made in steps)
     for shard in shards:
         for entry in shard.entries.values():
             original = next((other for other in originals if entry.name in other.entries), None)

@@ -62,7 +62,7 @@ def measure_levels(
     """
     model, resources = opened.model, opened.resources
     stand_ins = _stand_ins(opened.layers)
-    layers = [layer for layer in opened.layers if layer.name in {x for some in stand_ins.values() for x in some}]
+    layers = measured_layers(opened.layers)
     widest = max(layer.shape[1] for layer in layers)
     several = _windows(opened, max(ERROR_TOKENS, 2 * widest))
     found = LevelErrors(kept.found.errors, kept.found.power)
@@ -79,6 +79,12 @@ def measure_levels(
     everywhere = {name: fmean(costs[x] for x in some) for name, some in stand_ins.items()}
     errors = {n: {t: fmean(found.errors[x][t] for x in some) for t in menus[n]} for n, some in stand_ins.items()}
     return Measured(errors, everywhere, _outside_losses(opened, outside, few, kept, progress))
+
+
+def measured_layers(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers whose errors and costs are measured: all but some experts."""
+    names = {name for some in _stand_ins(layers).values() for name in some}
+    return [layer for layer in layers if layer.name in names]
 
 
 def _stand_ins(layers: Sequence[Layer]) -> dict[str, list[str]]:

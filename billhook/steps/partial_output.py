@@ -10,16 +10,14 @@ Only a run with the same `identity` can be resumed. The bytes of every block are
 the first block whose bytes have changed.
 """
 
-import fcntl
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from billhook.distributed.collectives import any_rank, barrier, gather
@@ -27,19 +25,16 @@ from billhook.distributed.torchrun import rank
 from billhook.engine.loop import LayerResult
 from billhook.engine.streaming import Stream
 from billhook.engine.walk import Block
-from billhook.errors import BillhookError, DiskFull, Interrupted, JobError, out_of_memory
+from billhook.errors import BillhookError, DiskFull, Interrupted, out_of_memory
 from billhook.reports.publishing import publish
-from billhook.steps.state import STATE, VERSION, State, check_same_run, partial_folder, unfinished_run
+from billhook.steps.state import STATE, State, check_same_run, partial_folder, unfinished_run, write_state
+from billhook.steps.unfinished_folder import check_not_foreign, empty_folder, ended_early, foreign_file, lock_folder
 from billhook.store.directory import complete
-from billhook.store.files import json_text, replace_file, sha256
-from billhook.store.layout import GRADIENTS, LEVELS, WRITTEN
-from billhook.store.output import check_output, failure, flush, put_in_place
-from billhook.store.shards import INDEX, weight_bytes, weight_files
+from billhook.store.files import sha256
+from billhook.store.layout import GRADIENTS, WRITTEN
+from billhook.store.output import check_output, flush, put_in_place
+from billhook.store.shards import weight_bytes, weight_files
 from billhook.store.sinks import BlockSink, SameLayout
-
-_ADVICE = (
-    "This directory is not finished. Continue with the same command and --resume, or start again with --overwrite."
-)
 
 
 class PartialOutput:
@@ -79,7 +74,7 @@ class PartialOutput:
         """Create the files, or check those of the run that is resumed."""
         done = self.state.done if self._begun() else None
         if done is not None:
-            _empty(self.folder, [*self.sink.files, STATE, *self.state.files])
+            empty_folder(self.folder, [*self.sink.files, STATE, *self.state.files])
         else:
             self.sink.begin(self.folder, self.outside)
         digests = [self.sink.digest(self.folder, self.outside)]
@@ -152,8 +147,7 @@ class PartialOutput:
 
     def _update(self, **changes: Any) -> None:
         state = replace(self.state, **changes)
-        text = json_text({"unfinished": _ADVICE, "version": VERSION, **asdict(state)})
-        replace_file(self.folder / STATE, lambda temporary: temporary.write_bytes(text.encode()))
+        write_state(self.folder, state)
         self.state = state
 
 
@@ -185,21 +179,17 @@ def partial_output(
             stream.moved(index, folder)
         yield PartialOutput(stream, source, output, begun, stopping=stopping)
         return
-    lock = _lock(folder)
-    foreign = _foreign_file(folder, [file.name for file in weight_files(source)] if files is None else files.files)
+    lock = lock_folder(folder)
+    foreign = foreign_file(folder, [file.name for file in weight_files(source)] if files is None else files.files)
     keep = (folder / STATE).exists() or bool(foreign)
     partial: PartialOutput | None = None
     try:
-        if foreign:
-            raise BillhookError(
-                f"{folder}, where {output} would be written, holds {foreign}, which is not from a run: move the folder "
-                "away."
-            )
+        check_not_foreign(foreign, folder, output)
         state = unfinished_run(output, resume=resume, overwrite=overwrite)
         check_output(output, source, overwrite=overwrite)
         if state is None:
             keep = False
-            _empty(folder)
+            empty_folder(folder)
             state = State(dict(identity), dict(plan), len(stream.blocks), [], [])
         check_same_run(state.identity, identity, folder)
         partial = PartialOutput(stream, source, output, state, stopping=stopping, files=files)
@@ -210,7 +200,10 @@ def partial_output(
         keep = keep or (partial is not None and bool(partial.state.done or partial.state.files))
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
-        raise _interrupted(error, room or weight_bytes(source), output, partial if keep else None) from None
+        kept = ""
+        if keep and partial is not None:
+            kept = f"{partial.state.done} of {partial.state.blocks} blocks are finished and kept in {folder}"
+        raise ended_early(error, room or weight_bytes(source), output, kept) from None
     except BillhookError:
         keep = keep and partial is None
         raise
@@ -218,61 +211,3 @@ def partial_output(
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
-
-
-def _interrupted(error: BaseException, needed: int, output: Path, kept: PartialOutput | None) -> BaseException:
-    """The error for a run that ended early; it says how to resume the run if its directory is `kept`, or how many
-    bytes are `needed`."""
-    if kept is None and not isinstance(error, OSError):
-        return error
-    what = "Stopped"
-    if isinstance(error, OSError | SafetensorError):
-        what = failure(error, output, needed).rstrip(".")
-    elif isinstance(error, MemoryError | RuntimeError):
-        what = "Out of memory"
-    elif isinstance(error, Interrupted | DiskFull):
-        what = str(error).rstrip(".")
-    if kept is None:
-        return JobError(f"{what}. Nothing was left behind.")
-    done = f"{kept.state.done} of {kept.state.blocks} blocks are finished and kept in {kept.folder}"
-    return Interrupted(f"{what}. {done}: continue with the same command and --resume.")
-
-
-def _lock(folder: Path) -> int:
-    """Create the folder and lock it until the process ends; raises BillhookError when another process has locked it."""
-    while True:
-        try:
-            folder.mkdir(exist_ok=True)
-        except FileExistsError:
-            place = f"{folder}, where the output would be written,"
-            raise BillhookError(f"{place} is a file: move it away, or choose another output.") from None
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle), os.stat(folder)):
-                return handle
-        except BlockingIOError:
-            os.close(handle)
-            raise BillhookError(f"Another run is writing {folder}: wait for it, or choose another output.") from None
-        except FileNotFoundError:  # the other run has just renamed the folder
-            pass
-        os.close(handle)
-
-
-def _foreign_file(folder: Path, written: Collection[str]) -> str | None:
-    """The name of a file in `folder` that cannot be from an unfinished run and must not be deleted."""
-    if (folder / STATE).exists():
-        return None
-    own, temporary = {INDEX, LEVELS, *written}, (f".{STATE}.", f".{LEVELS}.")
-    names = (path.name for path in folder.iterdir())
-    return min((name for name in names if name not in own and not name.startswith(temporary)), default=None)
-
-
-def _empty(folder: Path, except_for: Sequence[str] = ()) -> None:
-    for path in folder.iterdir():
-        if path.name in except_for:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

@@ -214,9 +214,10 @@ def run(
         loss = lost()
         made_record = record(job, results, loss)
         partial.complete(made_record, _finish(job, files, source), published=publish_quantized)
-    bits = 8 * job.plan.bytes(job.shapes) / sum(out * columns for out, columns in job.shapes.values())
     warnings, seconds = made_record["steps"][-1]["warnings"], time.perf_counter() - start
-    return QuantizeReport(output, results, bits, result_bytes(output), weight_bytes(source), seconds, loss, warnings)
+    return QuantizeReport(
+        output, results, job.bits, result_bytes(output), weight_bytes(source), seconds, loss, warnings
+    )
 
 
 def _finish(job: QuantizeJob, files: BlockFiles, source: Path) -> Callable[[Path], Mapping[str, Any]]:

@@ -38,6 +38,7 @@ class Inputs:
     seed: int = 0
     targets: str | Sequence[str] = ()
     ignore: str | Sequence[str] = ()
+    stacks: str | Sequence[str] = ()
     device: str = "auto"
     dtype: str = "auto"
     overwrite: bool = False
@@ -123,6 +124,11 @@ class QuantizeJob:
         """The shapes of the layers."""
         return {layer.name: layer.shape for layer in self.opened.layers}
 
+    @property
+    def bits(self) -> float:
+        """Stored bits a weight of the layers, everything counted."""
+        return 8 * self.plan.bytes(self.shapes) / sum(out * columns for out, columns in self.shapes.values())
+
     @cached_property
     def grids(self) -> dict[str, Grid]:
         """The grids of all quantized tensors by their names on disk."""
@@ -173,6 +179,7 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
         **{key: getattr(request, key) for key in ("seed", "dtype", "device")},
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
+        "stacks": listed(request.stacks) or [opened.task.stacks],
         "imatrix": job.identity["imatrix"],
         "calibration": None if opened.samples is None else calibration_facts(opened),
         "papers": {"quantizer": QUANTIZERS.paper(request.quantizer)},

@@ -1,18 +1,21 @@
 """The state of an unfinished run: billhook.unfinished.json in OUTPUT.partial (`billhook.steps.partial_output`)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from billhook.engine.loop import LayerResult
 from billhook.errors import BillhookError
-from billhook.store.files import read_json
+from billhook.store.files import json_text, read_json, replace_file
 from billhook.store.layout import PARTIAL
 from billhook.store.layout import UNFINISHED as STATE
 from billhook.store.typed_json import typed
 
 VERSION = 1
+_ADVICE = (
+    "This directory is not finished. Continue with the same command and --resume, or start again with --overwrite."
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class State:
     * `digests`: SHA-256 of the values outside the blocks, then of each finished block; they are checked when the run is
       resumed, and pruning starts at the first changed block.
     * `results` (list of lists): what was done to each layer of each finished block.
-    * `files`: SHA-256 of other files that the blocks are made with (gradients).
+    * `files`: SHA-256 of other files that the blocks are made with (gradients), or of the state of a training run.
+    * `progress` (string, optional): how far a training run is.
     """
 
     identity: dict[str, Any]
@@ -37,6 +41,7 @@ class State:
     digests: list[str]
     results: list[list[LayerResult]]
     files: dict[str, str] = field(default_factory=dict)
+    progress: str = ""
 
     @property
     def done(self) -> int:
@@ -61,9 +66,15 @@ def unfinished_run(output: Path, *, resume: bool, overwrite: bool) -> State | No
         return None
     state = read_state(folder)
     if not resume:
-        done = f"{folder} holds an unfinished run ({state.done} of {state.blocks} blocks)"
+        done = f"{folder} holds an unfinished run ({state.progress or f'{state.done} of {state.blocks} blocks'})"
         raise BillhookError(f"{done}. Continue it with --resume, or start again with --overwrite.")
     return state
+
+
+def write_state(folder: Path, state: State) -> None:
+    """Replace the state in the folder of an unfinished run, atomically."""
+    text = json_text({"unfinished": _ADVICE, "version": VERSION, **asdict(state)})
+    replace_file(folder / STATE, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def read_state(folder: Path) -> State:

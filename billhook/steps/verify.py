@@ -86,6 +86,7 @@ def verify(
             return Verification(str(directory), len(record.steps), len(record.layers), zeros, weights, problems)
         shards, damaged = _open(directory)
         problems += [*check_config(directory, shards), *_check_finite(shards), *check_units(record)]
+        problems += _check_recovered(record)
         if source is not None:
             problems += changed_weights(shards, record, resolve(source))
         return _check_record(directory, record, problems, shards, damaged, progress)
@@ -147,6 +148,17 @@ def _check_chain(record: Record) -> Iterator[str]:
             yield f"{second} did not start from the weights that {first} wrote: the model was changed in between."
     if record.steps[-1].result not in (None, weights_digest(record.files)):
         yield f"The files in {RECORD} are not those that {names[-1]} wrote."
+
+
+def _check_recovered(record: Record) -> Iterator[str]:
+    """Whether every layer has at least the zeros that it had before the last step, if that trained the model.
+
+    The recorded zeros are compared with the files elsewhere.
+    """
+    step = record.steps[-1]
+    for name, zeros in (step.made_by.get("zeros") or {}).items() if step.step == "recover" else ():
+        if (now := record.layers.get(name, {}).get("zeros", 0)) < zeros:
+            yield f"{name}: {zeros - now} weights that were zero before the training had values again."
 
 
 def _name(number: int, step: Step) -> str:

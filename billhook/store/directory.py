@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from billhook.ambient import pinned
 from billhook.errors import JobError
 from billhook.store.files import copy_files, read_json, sha256, write_json
-from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, UNFINISHED, WRITTEN
+from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, TRAINING, UNFINISHED, WRITTEN
 from billhook.store.locate import locate_on_disk
 from billhook.store.output import check_output, staging
 from billhook.store.record import completed
@@ -111,7 +111,8 @@ def checksums(directory: Path) -> dict[str, str]:
     in order of name."""
     files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     about = (RECORD, UNFINISHED, REPORT, CARD, PAGE, WRITTEN)
-    return {name: sha256(directory / name) for name in files if name not in about and not name.endswith(GRADIENTS)}
+    others = (GRADIENTS, TRAINING)
+    return {name: sha256(directory / name) for name in files if name not in about and not name.endswith(others)}
 
 
 def is_copied(path: Path) -> bool:

@@ -7,6 +7,7 @@ REPORT, CARD, PAGE = "report.json", "README.md", "report.html"  # made from the 
 PACKED = "billhook_packed.json"  # the record of the packed format
 UNFINISHED = "billhook.unfinished.json"  # the state of a run that can be resumed
 GRADIENTS = "gradients.safetensors"  # gradients of such a run; other ranks than 0 prefix their number
+TRAINING = "training.safetensors"  # the state of a training run; the number of its steps is before the name
 WRITTEN = "written.safetensors"  # calibration text that the model generated for such a run
 LEVELS = "billhook.levels.json"  # what was measured so far to choose types for such a run
 PARTIAL = ".partial"  # suffix of a directory's name until the directory is complete

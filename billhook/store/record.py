@@ -25,7 +25,7 @@ class Step:
     """One step of a model's history: an entry of `steps` in billhook.json. `made_by` is that of `prune`; `quantize` has
     `lost`, `seed` to `calibration`, `papers` and `versions` of it too.
 
-    * `step`: what was done: `prune`, `quantize` (by `compress`, too), `slim` or `export`.
+    * `step`: what was done: `prune`, `quantize` (by `compress`, too), `slim`, `recover` or `export`.
     * `plan` (object or null): the plan that was applied, as in plan.json; null for a step without one.
     * `made_by.lost.*` (any, optional): what was lost against the model before this step, on held-out text, with the
       fields of [prune --json](json_output.md#billhook-prune); `made_by.lost` is null if it was not measured.
@@ -53,12 +53,28 @@ class Step:
     * `made_by.device` (string): the kind of device: `cpu` or `cuda`.
     * `made_by.targets` (list of strings): as requested.
     * `made_by.ignore` (list of strings): as requested.
+    * `made_by.stacks` (list of strings, optional): the stacks of blocks: all, language, vision or names.
     * `made_by.calibration.*` (any, optional): the text, as in table.json; `made_by.calibration` is null if none was
       needed.
     * `made_by.gradients.*` (any, optional): `statistic` and `calibration` of the gradients that the criterion read;
       null if none.
     * `made_by.papers.*` (string or null): sources of `criterion` and `allocator`.
     * `made_by.versions.*` (string): python, torch and transformers.
+    * `made_by.objective` (string, optional): name of the objective of `recover`.
+    * `made_by.objective_options.*` (any, optional): its options, defaults filled in.
+    * `made_by.recipe` (string or null, optional): the published recipe that filled in what was not given.
+    * `made_by.tune` (string, optional): what was trained.
+    * `made_by.rank` (integer or null, optional): the rank of adapters.
+    * `made_by.tokens` (integer, optional): tokens of text (or positions of images) that were trained on.
+    * `made_by.budget` (string or null, optional): the time from which their number follows.
+    * `made_by.rate` (number, optional): the rate; a share of each parameter's root mean square, or of 1 for adapters.
+    * `made_by.races.*` (number or null, optional): held-out losses after short runs, by rate; null where not finite.
+    * `made_by.steps` (integer, optional): steps of the optimizer.
+    * `made_by.best_step` (integer, optional): the step whose weights were kept; 0 where nothing improved.
+    * `made_by.held_out.*` (number, optional): the loss on which rate and step were chosen, `before` and `after`.
+    * `made_by.zeros.*` (integer, optional): zeros of each layer before the training.
+    * `made_by.teacher.*` (string or null, optional): `name` and `digest` of the dense model.
+    * `made_by.lost_before.*` (any, optional): what the input had lost, as `made_by.lost`.
     * `made_by.search.*` (any, optional): if a search chose the plan, the `objective` and the `heldout` windows.
     * `model.*` (string or null): `name`, `type` and `digest` of the step's input, as in table.json.
     * `warnings`: all notes of the layers, each with its layer's name, and what concerns the whole model.

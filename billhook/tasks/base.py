@@ -28,7 +28,8 @@ class Home:
 class Drawing:
     """How calibration samples are drawn: `samples` windows of `length` tokens (None: from the model's context).
 
-    `sampling` is "packed" or "papers", `bos` "auto", "yes" or "no" (`billhook.text.windows`).
+    `sampling` is "packed" or "papers", `bos` "auto", "yes" or "no" (`billhook.text.windows`). With `fewer`, a short
+    SOURCE gives fewer samples.
     """
 
     samples: int = 128
@@ -36,6 +37,7 @@ class Drawing:
     seed: int = 0
     sampling: str = "packed"
     bos: str = "auto"
+    fewer: bool = False
 
     @property
     def held_out(self) -> int:
@@ -73,6 +75,11 @@ class Task(Scoring, Protocol):
 
     name: str
     auto_class: str
+
+    @property
+    def stacks(self) -> str:
+        """The stacks that are pruned by default: all, or language."""
+        ...
 
     def samples(
         self, source: Any, model: PreTrainedModel, home: Home, drawing: Drawing, progress: Progress = lambda step: None

@@ -67,10 +67,11 @@ def image_samples(
         return _given(source, classes)
     images = Images.of(source, home, model, classes, "calibration")
     papers = drawing.sampling == "papers"
-    numbers = drawn(images.found, drawing.samples, drawing.held_out, drawing.seed, images.source, again=papers)
+    samples = min(drawing.samples, len(images.found)) if drawing.fewer else drawing.samples
+    numbers = drawn(images.found, samples, drawing.held_out, drawing.seed, images.source, again=papers)
     batch = images.batch(numbers)
-    own, more = (select_rows(batch, part) for part in (slice(0, drawing.samples), slice(drawing.samples, None)))
-    heldout = more if len(numbers) > drawing.samples else None
+    own, more = (select_rows(batch, part) for part in (slice(0, samples), slice(samples, None)))
+    heldout = more if len(numbers) > samples else None
     return Samples(own, images.source, digest(own["pixel_values"]), drawing.sampling, None, heldout)
 
 

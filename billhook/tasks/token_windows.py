@@ -53,7 +53,7 @@ def drawn_windows(
         bos=drawing.bos,
         held_out=drawing.held_out,
         vocab_size=vocabulary_size(model),
-        fewer=fewer,
+        fewer=fewer or drawing.fewer,
     )
     check_length(model.config, found.ids.shape[1])
     return found

@@ -14,7 +14,7 @@ from billhook.architectures.stacks import blocks_of
 from billhook.engine.replay import run_block
 from billhook.engine.walk import walk
 from billhook.plan.spec import Pattern
-from billhook.recover.blockwise import Refine
+from billhook.recovery.blockwise import Refine
 
 
 def batches(count: int = 3, size: int = 2) -> list[torch.Tensor]:

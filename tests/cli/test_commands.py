@@ -178,7 +178,7 @@ def test_a_dry_run_writes_nothing(place, text, monkeypatch, output):
     assert len(rows) == 14
     assert re.search(
         r"About .* GiB of memory and .* GiB of disk\.\n"
-        r"About .* s to prune and write, measured on 2 of 2 blocks with .* windows in .* s\.\n"
+        r"About .* s of work, measured on 2 of 2 blocks with .* windows in .* s\.\n"
         r"14 layers, 18,432 weights, sparsity 0\.5, pattern unstructured\.\n"
         r"The plan took .* s to make\. Nothing was written\.",
         ran.err,
@@ -197,6 +197,20 @@ def test_a_dry_run_has_one_line_for_layers_that_are_alike(place, monkeypatch):
     rows = re.findall(r"^(\S+), 2 layers +\d+ x \d+ +0\.6000$", ran.out, flags=re.MULTILINE)
     assert len(rows) == 7
     assert "14 layers, 18,432 weights, sparsity 0.6" in ran.err
+
+
+@pytest.mark.parametrize("command", [("quantize", "--type", "q8_0"), ("compress", "--bits", "10")])
+def test_quantizing_can_be_tried_without_writing_models(place, tmp_path, text, command):
+    name, *how = command
+    ran = done(name, place / "model", *how, *text, "--set", "sweeps=0", "-o", tmp_path / "out", "--dry-run")
+    assert re.search(r"^self_attn\.q_proj +\d +q\S+$", ran.out, flags=re.MULTILINE), ran.out
+    assert re.search(
+        r"About .* GiB of memory and .* GiB of disk\.\n"
+        r"About .* of work, measured on 1 of 2 blocks with .* windows in .* s\.\n",
+        ran.err,
+    )
+    assert re.search(r"14 layers at .* bits a weight\. Nothing was written\.$", ran.err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_verify_fails_on_a_difference(place, tmp_path):

@@ -91,9 +91,16 @@ def test_files_and_outputs_have_exactly_the_documented_fields(playground: Path) 
     )
     check_fields("verify --json", run("verify", "pruned"))
     check_fields("quantize --json", run("quantize", model, "--type", "int4", "--quantizer", "round", "-o", "int4"))
+    check_fields(
+        "quantize --dry-run --json",
+        run("quantize", model, "--type", "q8_0", "--quantizer", "round", "-o", "dry", "--dry-run"),
+    )
     small = run("slim", model, "--remove", "0.25", "--method", "magnitude", "--units", "channels", "-o", "slim")
     check_fields("slim --json", small)
     check_fields("billhook.json", json.loads(Path("slim/billhook.json").read_text(encoding="utf-8")))
+    text = ["--calibration", "stdlib:train", "--length", "64", "--tokens", "4096"]
+    check_fields("recover --json", run("recover", "pruned", "--teacher", model, *text, "-o", "better"))
+    check_fields("billhook.json", json.loads(Path("better/billhook.json").read_text(encoding="utf-8")))
     check_fields("compress --json", run("compress", model, "--bits", "5.5", *TEXT, "-o", "small"))
     check_fields("billhook.json", json.loads(Path("small/billhook.json").read_text(encoding="utf-8")))
     check_fields("eval --json", run("eval", "pruned", "--data", "stdlib:heldout", "--length", "64", "--limit", "2"))

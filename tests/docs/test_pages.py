@@ -46,6 +46,8 @@ NOT_RUN = {
     ("BENCHMARKS.md", "downloads a model and takes an hour"),
     ("demo_model.md", "takes hours"),
     ("demo_model.md", "takes minutes"),
+    ("trainers.md", "needs Axolotl"),
+    ("trainers.md", "needs TRL"),
     ("vision.md", "needs a trained image classifier"),
 }
 

@@ -12,7 +12,7 @@ from billhook.cli.plot import _front
 from billhook.errors import BillhookError, Interrupted
 from billhook.packed.loading import load
 from billhook.plan.bytes import parse_size
-from billhook.steps.compress import CompressRequest, compress, decide, run_compress
+from billhook.steps.compress import CompressRequest, check, compress, decide, run_compress
 from billhook.steps.quantize import quantize
 from billhook.steps.sizes import Size, _near, allowed_types
 from billhook.steps.verify import verify
@@ -49,6 +49,13 @@ def test_the_file_is_not_larger_than_asked_and_opens(tmp_path, source, target):
         opened = load(output / f"out{number}.gguf" if target == "gguf" else output)
         assert opened(IDS).logits.isfinite().all()
     assert sizes[1] > sizes[0]
+
+
+def test_the_number_of_steps_of_a_choice_is_known_before_it_begins(tmp_path, source):
+    done: list[str] = []
+    checked = check(CompressRequest.given(model=source, output=tmp_path / "out", bits=9.0, **FIELDS))
+    decide(checked, done.append)
+    assert len(done) == checked.steps == 2 * 14 + 1
 
 
 def test_a_budget_above_all_types_is_spent_on_the_largest(tmp_path, source):
@@ -92,7 +99,7 @@ def test_a_stopped_run_goes_on_only_with_the_size_and_the_types_it_was_started_w
     fields = {"size": "60KB", "target": "transformers", **FIELDS}
     whole = compress(source, tmp_path / "whole", **fields).quantized.output
 
-    job = decide(CompressRequest.given(model=source, output=tmp_path / "out", **fields))
+    job = decide(check(CompressRequest.given(model=source, output=tmp_path / "out", **fields)))
     with pytest.raises(Interrupted, match="1 of 2 blocks"):
         run_compress(job, stopping=lambda: True)
     with monkeypatch.context() as patched:

@@ -8,13 +8,14 @@ loaded with `config=masked_lora(LoraConfig.from_pretrained(directory))`; without
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.architectures.layers import check_finite
 from billhook.errors import BillhookError, JobError
-from billhook.recover.masks import count_returned, find_masks, unwrapped
+from billhook.recovery.masks import count_returned, find_masks, unwrapped
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -27,7 +28,7 @@ def masked_lora(config: "LoraConfig") -> "LoraConfig":
 
     Raises BillhookError without peft, and for options that change zeros.
     """
-    peft = _peft()
+    peft = require_peft()
     if not isinstance(config, peft.LoraConfig):
         raise BillhookError(f"masked_lora needs a peft LoraConfig, got {type(config).__name__}.")
     if config.init_lora_weights not in _INITIALIZATIONS:
@@ -37,7 +38,7 @@ def masked_lora(config: "LoraConfig") -> "LoraConfig":
         )
     if config.lora_bias or config.target_parameters:
         raise BillhookError("masked_lora masks linear layers: leave lora_bias and target_parameters out.")
-    from billhook.recover.masked_linear import MaskedLinear
+    from billhook.recovery.masked_linear import MaskedLinear
 
     masked = copy.copy(config)
     masked._custom_modules = None  # not that of the given one, which a registration would change
@@ -51,8 +52,8 @@ def merge_masked(model: nn.Module) -> PreTrainedModel:
     Raises BillhookError, before anything changes, for a model without adapters and for adapters that are not masked or
     not finite, and JobError if a zero is lost all the same (to `modules_to_save`).
     """
-    peft = _peft()
-    from billhook.recover.masked_linear import MaskedLinear
+    peft = require_peft()
+    from billhook.recovery.masked_linear import MaskedLinear
 
     if not isinstance(model, peft.PeftModel):
         raise BillhookError(f"merge_masked needs a peft model, got {type(model).__name__}.")
@@ -70,9 +71,25 @@ def merge_masked(model: nn.Module) -> PreTrainedModel:
     return merged
 
 
-def _peft() -> Any:
+def require_peft() -> Any:
+    """The package peft; raises BillhookError without it."""
     try:
         import peft
     except ImportError:
         raise BillhookError("LoRA needs the package peft: pip install 'billhook[lora]'.") from None
     return peft
+
+
+@torch.no_grad()
+def zeros_lost_by_an_ordinary_merge(model: nn.Module) -> int:
+    """How many zeros of the weights would have values after an ordinary merge of a model's masked adapters."""
+    from peft.tuners.lora import Linear
+
+    from billhook.recovery.masked_linear import MaskedLinear
+
+    lost = 0
+    for layer in model.modules():
+        if isinstance(layer, MaskedLinear):
+            zeros = layer.get_base_layer().weight == 0
+            lost += sum(int(Linear.get_delta_weight(layer, name)[zeros].count_nonzero()) for name in layer.lora_A)
+    return lost

@@ -8,7 +8,7 @@ from sparse_models import prune_at_random
 
 import billhook
 from billhook import BillhookError, find_layers
-from billhook.recover.masks import count_returned, find_masks, masked_gradients, project_, trained_masks
+from billhook.recovery.masks import count_returned, find_masks, masked_gradients, project_, trained_masks
 
 IDS = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(0))
 

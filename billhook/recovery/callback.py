@@ -1,8 +1,8 @@
 """A callback that keeps pruned weights zero in transformers' Trainer, and in TRL and Axolotl, whose trainers are built
 on it.
 
-Masks are made when training begins: the model is wrapped then (accelerate, FSDP2), and a checkpoint is loaded. It does
-not know DeepSpeed ZeRO-3 and the first FSDP, which flatten parameters: a mask cannot be found there, which is an error.
+Masks are made when training begins: the model is wrapped then (accelerate, FSDP2), and a checkpoint is loaded. The
+first FSDP and DeepSpeed's ZeRO-3 flatten parameters, which is an error.
 """
 
 from contextlib import ExitStack
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from billhook.recover.masks import masked_gradients, project_, trained_masks
+from billhook.recovery.masks import masked_gradients, project_, trained_masks
 
 
 class MaskCallback(TrainerCallback):

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from sharded_training import by_loop, whole
 from sparse_models import prune_at_random
+from torch.distributed.fsdp import FullyShardedDataParallel
 from training import train
 
 import billhook
 from billhook import BillhookError
-from billhook.recover.masks import count_returned, find_masks
+from billhook.recovery.masks import count_returned, find_masks
 
 QUICK = ("adamw_torch", "muon")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "muon")
@@ -74,12 +75,22 @@ def check_sharded(kept: Mapping[str, torch.Tensor], lost: Mapping[str, torch.Ten
         assert kept[name][mask].count_nonzero() == mask.sum()
 
 
-def test_zeros_of_a_sharded_model_are_kept() -> None:
+@pytest.fixture
+def one_process() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        check_sharded(*(whole(by_loop(keep)) for keep in (True, False)))
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def test_zeros_of_a_sharded_model_are_kept(one_process: None) -> None:
+    check_sharded(*(whole(by_loop(keep)) for keep in (True, False)))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_flattened_model_is_refused(one_process: None) -> None:
+    flat = FullyShardedDataParallel(prune_at_random(tiny.llama()), device_id=torch.device("cpu"))
+    with pytest.raises(BillhookError, match=r"q_proj was flattened by FSDP 1, which loses its shape: use FSDP2"):
+        find_masks(flat)
 
 
 @pytest.mark.nightly

@@ -15,7 +15,7 @@ from training import train
 
 import billhook
 from billhook import BillhookError, find_layers
-from billhook.recover.masks import count_returned, find_masks
+from billhook.recovery.masks import count_returned, find_masks
 
 IDS = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(0))
 ALL = "all-linear"

@@ -1,0 +1,30 @@
+"""What `quantize` and `compress` show instead of running (`--dry-run`)."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from billhook.cli.common import announce, emit, say, table
+from billhook.plan.storage import bits
+
+if TYPE_CHECKING:
+    from billhook.steps.quantize_job import QuantizeJob
+
+
+def show_job(job: "QuantizeJob", as_json: bool) -> None:
+    """Print the types of the layers by kind, and what the job needs."""
+    from billhook.steps.sample_quantize import estimate_quantize_time
+    from billhook.steps.types import plan_types
+
+    needed, types, layers = estimate_quantize_time(job), plan_types(job.plan), job.opened.layers
+    announce(needed, job.request.device)
+    if as_json:
+        listed = {x.name: {"shape": list(x.shape), "type": types[x.name]} for x in layers}
+        outside = dict(job.outside)
+        return emit({"layers": listed, "outside": outside, "bits": job.bits, "estimate": needed.to_json()})
+    rows = []
+    for kind in dict.fromkeys(layer.kind for layer in layers):
+        found = Counter(types[layer.name] for layer in layers if layer.kind == kind)
+        rows += [[kind, str(found[type]), type] for type in sorted(found, key=bits, reverse=True)]
+    rows += [[name, "1", type] for name, type in job.outside.items()]
+    table("What would be quantized", ["kind of layer", "layers", "type"], rows)
+    say(f"{len(layers)} layers at {job.bits:.2f} bits a weight. Nothing was written.")

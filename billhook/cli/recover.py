@@ -1,0 +1,103 @@
+"""`billhook recover`: a pruned or slimmed model directory in, the same with what it has left trained out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from billhook.cli import options as shared
+from billhook.cli.common import emit, graceful_interrupt, parse_settings, progress, say
+
+NAME = "recover"
+EXAMPLES = """\b
+Examples:
+  billhook recover pruned --calibration text.txt -o better
+  billhook recover pruned --calibration hub:c4 --budget 30m -o better
+  billhook recover pruned --calibration text.txt --tokens 1000000 --objective kl -o better
+  billhook recover pruned --calibration text.txt --tune adapters --rank 16 --save adapter -o adapter
+  billhook recover pruned --calibration hub:c4 --recipe alphapruning-lora -o better
+"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, for what, and how long."""
+
+    calibration: shared.Calibration = None
+    teacher: Annotated[
+        Path | None, typer.Option(help="The dense model's directory, where the history does not lead to it.")
+    ] = None
+    recipe: Annotated[
+        str, typer.Option(help="A published way, which fills in what is not given: alphapruning-lora, atp-lora.")
+    ] = ""
+    objective: Annotated[
+        str, typer.Option(help="What is trained for: see billhook ls objectives.  [default: kl+hidden]", metavar="NAME")
+    ] = ""
+    tune: Annotated[
+        str,
+        typer.Option(
+            help="kept+norms: the weights that are not zero, norms and biases; kept: the weights alone; adapters: LoRA "
+            "on all linear layers.  [default: kept+norms]"
+        ),
+    ] = ""
+    rank: Annotated[int | None, typer.Option(help="Rank of adapters.  [default: 8]", min=1, show_default=False)] = None
+    save: Annotated[
+        str, typer.Option(help="Adapters are merged, or the output is an adapter.", metavar="merged|adapter")
+    ] = "merged"
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of text to train on.  [default: 102400]", min=1, show_default=False)
+    ] = None
+    budget: Annotated[str | None, typer.Option(help="A time instead of tokens: 90s, 10m, 2h.", metavar="TIME")] = None
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Rate, as a share of each parameter's root mean square (adapters: of 1); by default several race."
+        ),
+    ] = None
+    length: Annotated[
+        int | None, typer.Option(help="Tokens in a window; by default 512, or the model's context.", min=2)
+    ] = None
+    bos: shared.Bos = "auto"
+    settings: shared.Settings = None
+
+
+def command(
+    model: shared.Model,
+    *,
+    output: Annotated[Path, shared.output_option("Directory of the trained model; must be new or empty.")],
+    training: Training,
+    work: shared.Loading,
+    batch_size: Annotated[int | None, typer.Option(help="Windows in a step; by default 1024 tokens.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    writing: shared.Writing,
+    as_json: shared.Json = False,
+) -> None:
+    """Train what a pruned or slimmed model has left, with the dense model as its teacher; zeros stay zeros."""
+    from billhook.steps.recover import RecoverRequest, prepare, run
+
+    chosen = {key: value for key, value in vars(training).items() if key != "settings"}
+    chosen |= {"options": parse_settings(training.settings), "batch_size": batch_size, "seed": seed}
+    groups: dict[str, Any] = {**chosen, **work.fields(model, streams=False), **vars(writing)}
+    request = RecoverRequest(model=model, output=output, **groups)
+    with progress("reading") as advance:
+        job = prepare(request, advance)
+    for note in job.notes:
+        say(note)
+    with progress("training", job.steps) as advance, graceful_interrupt("measurement") as stopping:
+        report = run(job, advance, stopping)
+    for warning in report.warnings:
+        say(f"note: {warning}")
+    if report.improved:
+        held_out = f"held-out loss {report.before:.4f} -> {report.after:.4f} at step {report.state.best}"
+        size = "" if job.adapted else " of each parameter's size"
+        say(f"{report.output}: {held_out}, {job.tokens:,} tokens, rate {report.rate:g}{size}.")
+    say(f"{report.zeros:,} zeros, all in their place. {report.seconds:.1f} s.")
+    if report.lost_before is not None:
+        say(f"Before: {report.lost_before}.")
+    if report.loss is not None:
+        say(f"Now: {report.loss}.")
+    if request.save == "merged":
+        say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
+    if as_json:
+        emit(report.to_json())

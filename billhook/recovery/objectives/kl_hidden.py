@@ -1,0 +1,21 @@
+"""KL and hidden states: predictions and hidden states of the dense model. The default.
+
+    KL(P ‖ Q)  +  weight · mean over blocks of |H − H'|² / |H'|²
+
+The sum of [`kl`](objective_kl.md) and [`hidden`](objective_hidden.md). Hidden states help most after a poor pruning,
+where predictions alone say little about what is wrong in the first blocks; after a good one they cost nothing.
+"""
+
+from torch import Tensor
+
+from billhook.engine.batch import Batch
+from billhook.recovery.objectives.hidden import difference
+from billhook.recovery.outputs import Predictor
+from billhook.registry import method
+
+
+@method(paper="kl and hidden (SquareHead, arXiv:2310.06927)", needs=("teacher", "hidden"))
+def kl_hidden(student: Predictor, teacher: Predictor, batch: Batch, *, weight: float = 1.0) -> Tensor:
+    """The divergence of predictions and `weight` times the difference of hidden states, a scalar."""
+    ours, theirs = student(batch), teacher(batch)
+    return ours.divergence_from(theirs) + weight * difference(ours, theirs)

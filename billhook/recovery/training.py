@@ -1,0 +1,233 @@
+"""Train what a pruned model has left, with the dense model as its teacher, and never return a worse one.
+
+The trained entries (`billhook.recovery.kept_adam`) are the weights that are not zero and, with `kept+norms`, all
+parameters of one dimension (norms and biases). A step has about a thousand tokens, and the rate falls to zero as a
+cosine.
+
+The rate is a share of each parameter's root mean square. It decides more than the objective does: 1.4 % is right after
+a poor pruning and harmful after a good one. So it is chosen by short runs with each of `SHARES`: the largest one with
+which the held-out loss falls by at least a third of what it falls with the best one, because a long run gains more from
+a large rate than a short one. The state of least held-out loss is kept; half of the steps without a new one
+end the training, and so does a loss that is not finite. Where no state is better than the first, in the dtype of the
+files, the parameters get the values back that they had.
+
+The held-out loss is the divergence from the teacher, whatever the objective, or the loss on the labels without a
+teacher. Equal inputs, seed and number of threads give equal bits.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.engine.batch import Batch, rows_of, select_rows, split_rows
+from billhook.engine.restore import differentiable
+from billhook.evaluation.predicting import mean_loss, predicted, rows_at_once
+from billhook.evaluation.scoring import Scoring
+from billhook.recovery.kept_adam import KeptAdam, Trained, give_, values_of
+from billhook.recovery.outputs import Predictor
+
+SHARES = (0.001, 0.003, 0.006, 0.014)  # of a parameter's root mean square
+MEASURED = 5, 25  # the least and the most steps between two measurements of the held-out loss
+RACE = 0.05  # of the steps, for each rate
+LEAST_RACE = 8  # steps
+Loss = Callable[[Predictor, Any, Batch], Tensor]  # an objective with its options
+Progress = Callable[[str], None]  # called with the name of each finished step
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained: `kept` entries of `model` on the rows of `batch`, `rows` of them in a step, for `steps` steps.
+
+    `student` and `teacher` (None: there is none) give the outputs that the `objective` compares; `held_out` is the
+    held-out loss of the model as it is now. `write(count, seed)` gives windows, int64 [count, length], that the
+    student writes, where the objective reads them. `shares` are the rates that race. A rate falls to zero as a cosine
+    or, after a number of steps in which it is reached, `warm`, as a line. `together` rows go through the models at a
+    time, by default all of a step.
+    """
+
+    model: PreTrainedModel
+    kept: Sequence[Trained]
+    batch: Batch
+    rows: int
+    steps: int
+    objective: Loss
+    student: Predictor
+    teacher: Predictor | None
+    held_out: Callable[[], float]
+    write: Callable[[int, int], Tensor] | None = None
+    seed: int = 0
+    shares: Sequence[float] = field(default_factory=lambda: SHARES)
+    warm: int | None = None
+    together: int | None = None
+
+    @property
+    def measured_every(self) -> int:
+        """Steps between two measurements of the held-out loss."""
+        return min(MEASURED[1], max(MEASURED[0], self.steps // 10))
+
+    @property
+    def race_steps(self) -> int:
+        """Steps of a race for each rate."""
+        return min(self.steps, max(LEAST_RACE, round(RACE * self.steps)))
+
+    def falling(self, step: int) -> float:
+        """What part of the rate a step has."""
+        if self.warm is None:
+            return (1 + math.cos(math.pi * step / self.steps)) / 2
+        return min((step + 1) / self.warm, (self.steps - step) / max(1, self.steps - self.warm), 1.0)
+
+    def step_batch(self, step: int) -> Batch:
+        """The rows of a step: all rows in random order, again and again in another one."""
+        count, chosen = rows_of(self.batch), list[int]()
+        for number in range(step * self.rows, (step + 1) * self.rows):
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + number // count))
+            chosen.append(int(order[number % count]))
+        return select_rows(self.batch, torch.tensor(chosen))
+
+    def ended(self, state: "State") -> bool:
+        """Whether a run ends, or ended before its last step."""
+        return state.diverged or state.steps >= self.steps or 2 * (max(state.losses) - state.best) > self.steps
+
+
+def best_share(before: float, losses: Mapping[float, float]) -> float:
+    """The rate to train with, from the held-out loss `before` and those after the short runs of `race`."""
+    most = before - min(losses.values())
+    return max((share for share, loss in losses.items() if before - loss >= most / 3 > 0), default=min(losses))
+
+
+@dataclass
+class State:
+    """How far a run is: the number of finished `steps`, held-out losses by step, the `best` of these steps, and whether
+    a loss was not finite."""
+
+    steps: int = 0
+    losses: dict[int, float] = field(default_factory=dict)
+    best: int = 0
+    diverged: bool = False
+
+    def measured(self, loss: float) -> bool:
+        """Add a held-out loss, and say whether it is the least so far."""
+        self.losses[self.steps] = loss
+        self.diverged = not math.isfinite(loss)
+        better = loss < self.losses[self.best]
+        self.best = self.steps if better else self.best
+        return better
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The held-out loss before and after, equal where nothing improved and the old values came back."""
+
+    before: float
+    after: float
+    state: State
+
+
+class Saved(NamedTuple):
+    """What a stopped run goes on with: its state, the tensors of the optimizer, and the best values by parameter."""
+
+    state: State
+    optimizer: Mapping[str, Tensor]
+    best: Mapping[str, Tensor]
+
+
+def held_out_loss(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch, scoring: Scoring
+) -> Callable[[], float]:
+    """The function that gives the mean held-out loss over the rows of `batch`: the divergence of `model`, as it is when
+    it is called, from the `teacher`, or without one its negative log-likelihood, in nats."""
+    batches = split_rows(batch, rows_at_once(model, batch))
+    if teacher is None:
+        return lambda: mean_loss(model, batches, scoring)
+    with torch.no_grad():
+        known = [scoring.divergence.teacher(p) for b in batches for p, _ in predicted(teacher, b, scoring)]
+
+    @torch.no_grad()
+    def divergence() -> float:
+        found = (outputs for b in batches for outputs, _ in predicted(model, b, scoring))
+        values = [scoring.divergence.compare(outputs, t).mean for outputs, t in zip(found, known, strict=True)]
+        return math.fsum(values) / len(values)
+
+    return divergence
+
+
+def race(problem: Problem, progress: Progress = lambda step: None) -> dict[float, float]:
+    """The held-out loss after a short run with each of the rates, infinite where it diverged; the model is as before
+    afterwards."""
+    short, start, found = replace(problem, steps=problem.race_steps), values_of(problem.kept), dict[float, float]()
+    for share in problem.shares:
+        adam = KeptAdam(problem.kept)
+        losses = []
+        for loss in steps_(short, adam, share):
+            losses.append(loss)
+            progress(f"rate {share:.2%}")
+        adam.close()
+        held_out = problem.held_out() if math.isfinite(losses[-1]) else math.nan
+        found[share] = held_out if math.isfinite(held_out) else math.inf
+        give_(problem.kept, start)
+    return found
+
+
+def train_(
+    problem: Problem,
+    share: float,
+    *,
+    saved: Saved | None = None,
+    save: Callable[[Saved], None] = lambda saved: None,
+    progress: Progress = lambda step: None,
+) -> Recovered:
+    """Train the model in place from its present values, or go on with what was `saved`.
+
+    `save` is called after every measurement; what it raises ends the run.
+    """
+    start = values_of(problem.kept)
+    before = problem.held_out() if saved is None else saved.state.losses[0]
+    state, best = (State(losses={0: before}), start) if saved is None else (saved.state, dict(saved.best))
+    adam = KeptAdam(problem.kept)
+    if saved is not None:
+        adam.load_(saved.optimizer)
+    for loss in () if problem.ended(state) else steps_(problem, adam, share, state.steps):
+        state.steps += 1
+        progress(f"step {state.steps}")
+        state.diverged = not math.isfinite(loss)
+        if not state.diverged and (state.steps % problem.measured_every == 0 or state.steps == problem.steps):
+            best = adam.values() if state.measured(problem.held_out()) else best
+            save(Saved(state, adam.state(), best))
+        if problem.ended(state):
+            break
+    adam.close()
+    give_(problem.kept, {k.name: best[k.name].to(k.stored) for k in problem.kept})
+    after = problem.held_out()
+    if after < before:
+        return Recovered(before, after, state)
+    give_(problem.kept, start)
+    return Recovered(before, before, state)
+
+
+def steps_(problem: Problem, adam: KeptAdam, share: float, done: int = 0) -> Iterator[float]:
+    """Do the steps after the first `done`, and yield the loss of each; one that is not finite changes nothing, and is
+    the last."""
+    parameters, written = [k.parameter for k in problem.kept], list[Tensor]()
+    for step in range(done, problem.steps):
+        batch = dict(problem.step_batch(step))
+        if problem.write is not None:
+            if step % problem.measured_every == 0:  # where a run goes on, so that it has the same windows
+                several = problem.write(problem.rows * problem.measured_every, problem.seed + 1 + step)
+                written = list(several.split(problem.rows))
+            batch["written"] = written[step % problem.measured_every]
+        value = 0.0
+        with torch.enable_grad(), differentiable(parameters, problem.model.parameters()):
+            for part in split_rows(batch, problem.together or problem.rows):
+                loss = problem.objective(problem.student, problem.teacher, part) * (rows_of(part) / problem.rows)
+                loss.backward()
+                value += float(loss.detach())
+        if math.isfinite(value):
+            adam.step(share * problem.falling(step))
+        yield value
+        if not math.isfinite(value):
+            return

@@ -1,0 +1,208 @@
+"""Train what a pruned or slimmed model has left, with the dense model as its teacher, in three steps: check, decide,
+run.
+
+Zeros stay zeros: they are counted before and after, and a weight that came back is an error. A run that is stopped can
+be resumed to the same bytes. Where no state of the training is better on held-out text than the input, the output has
+the input's bytes.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from billhook.ambient import evaluating, pinned
+from billhook.distributed.collectives import world
+from billhook.engine.batch import row_length, rows_of, split_rows
+from billhook.engine.walk import Progress
+from billhook.errors import BillhookError, JobError
+from billhook.evaluation.quality import Reference
+from billhook.recovery.objectives import OBJECTIVES
+from billhook.recovery.training import Recovered, best_share, race, train_
+from billhook.reports.publishing import publish
+from billhook.reports.quantized_card import publish_quantized
+from billhook.reports.slim_card import publish_slim
+from billhook.steps.recover_adapters import add_adapters, merged, save_adapter
+from billhook.steps.recover_job import IDENTITY, TOKENS, RecoverJob, RecoverReport, RecoverRequest, record, zeros_of
+from billhook.steps.recover_problem import check_memory, draw_windows, make_problem, state_bytes, steps_in
+from billhook.steps.recover_source import Source
+from billhook.steps.request import Opened, changed, check_text_given, listed, open_model
+from billhook.steps.resolve import identity
+from billhook.steps.state import unfinished_run
+from billhook.steps.teacher import find_teacher, open_teacher
+from billhook.steps.training_folder import TrainingFolder, training_folder
+from billhook.store.checkpoint import model_digest
+from billhook.store.directory import complete
+from billhook.store.record import Record, history
+from billhook.store.shards import weight_bytes
+from billhook.text.corpus import source_name
+
+
+@pinned
+def recover(
+    model: str | Path, output: str | Path, *, progress: Progress = lambda step: None, **fields: Any
+) -> RecoverReport:
+    """Train what a pruned or slimmed model directory has left, and write the result to `output`.
+
+    The keyword arguments are the fields of `RecoverRequest` and the options of the objective. Raises BillhookError
+    (nothing written) for an impossible request and JobError for a run that failed.
+    """
+    request = RecoverRequest.given(model=model, output=output, **fields)
+    return run(prepare(request, progress), progress)
+
+
+def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> RecoverJob:
+    """Check everything about a request, cheapest first, and decide how much is trained; nothing is changed."""
+    if world() > 1:
+        raise BillhookError("recover runs in one process: start it without torchrun.")
+    options = OBJECTIVES.configure(request.objective, request.options)
+    seconds = request.seconds
+    check_text_given(request.opening(), True, "Recovering")
+    source = Source.of(request.model, _output(request))
+    opened = _opened(request, source)
+    path = find_teacher(opened, request.teacher)
+    _check_something_to_do(opened, path)
+    teacher = None if path is None else open_teacher(path, opened, request.opening())
+    windows = draw_windows(request, opened, teacher, progress)
+    adapted = add_adapters(request, opened)
+    opened = changed(opened, samples=windows.samples, batches=split_rows(windows.samples.batch, windows.rows))
+    problem = make_problem(request, opened, source, teacher, windows)
+    notes = [check_memory(problem, teacher)]
+    resumed = unfinished_run(_output(request), resume=request.resume, overwrite=request.overwrite)
+    known = {} if resumed is None else resumed.plan
+    size = windows.rows * row_length(opened.model, windows.samples.batch)
+    if request.windows is not None:
+        steps = rows_of(windows.samples.batch) // windows.rows
+    elif seconds is None:
+        steps = math.ceil((request.tokens or TOKENS) / size)
+    else:
+        steps = known.get("steps") or steps_in(problem, seconds, request.rate is None)
+    problem, rate = replace(problem, steps=steps), known.get("rate", request.rate)
+    run = identity(request.opening(), opened, options, None, None) | {"step": "recover"}
+    run |= {key: getattr(request, key) for key in IDENTITY}
+    run |= {"targets": listed(request.targets), "ignore": listed(request.ignore)}
+    reference = None if teacher is None else _reference(opened, teacher)
+    about = (steps * size, rate, reference, zeros_of(opened.layers), run, notes)
+    return RecoverJob(request, opened, problem, source, *about, adapted)
+
+
+def _opened(request: RecoverRequest, source: Source) -> Opened:
+    """Open the directory that is trained, with the name, digest and history of the one that was given."""
+    opened = open_model(replace(request, model=source.dense).opening(), streamed=False)
+    if source.grids:
+        facts = {**opened.facts, "digest": model_digest(source.given)}
+        opened.__dict__.update(facts=facts, history=history(source.given))
+    return opened
+
+
+def _output(request: RecoverRequest) -> Path:
+    return Path(request.output).expanduser().resolve()
+
+
+def _check_something_to_do(opened: Opened, teacher: Path | None) -> None:
+    """Raise BillhookError for a dense model that nothing is known about."""
+    zeros = any(zeros_of(opened.layers).values())
+    if teacher is None and not zeros:
+        raise BillhookError(
+            f"{opened.source} is dense and has no history: there are no zeros to keep and no model to learn from. "
+            "Prune it first, or name the model that it was made from with --teacher DIRECTORY."
+        )
+    if teacher is not None and model_digest(teacher) == opened.facts["digest"]:
+        raise BillhookError(f"{opened.source} is its own dense model, which cannot teach it anything: prune it first.")
+
+
+def _reference(opened: Opened, teacher: PreTrainedModel) -> Reference:
+    """The dense model's predictions on the text that is used for nothing else."""
+    samples = opened.samples
+    assert samples is not None
+    assert samples.heldout is not None
+    return Reference.of(teacher, samples.heldout, opened.task, source_name(samples.source))
+
+
+def run(
+    job: RecoverJob, progress: Progress = lambda step: None, stopping: Callable[[], bool] = lambda: False
+) -> RecoverReport:
+    """Train, or go on with a run, and write the output.
+
+    Raises JobError, and Interrupted where the run can be resumed.
+    """
+    begun, request, opened, problem = time.perf_counter(), job.request, job.opened, job.problem
+    source, output = job.source.written_like, _output(request)
+    room = weight_bytes(source) + state_bytes(problem)
+    may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "room": room}
+    with evaluating(opened.model), training_folder(source, output, job.identity, **may, stopping=stopping) as folder:
+        folder.decide(steps=problem.steps)
+        before = None if job.reference is None else job.reference.compare(opened.model)
+        rate = _rate(job, folder, progress)
+        saved = folder.saved()
+        for step in range(0 if saved is None else saved.state.steps):
+            progress(f"step {step + 1}")
+        save = functools.partial(folder.save, steps=problem.steps)
+        done, more = merged(job, train_(problem, rate, saved=saved, save=save, progress=progress))
+        _check_zeros(job)
+        after = None if job.reference is None else job.reference.compare(opened.model)
+        races = folder.state.plan.get("races", {})
+        about = (output, request.objective, job.tokens, rate, races, done.before, done.after, done.state)
+        zeros, notes = sum(zeros_of(opened.layers).values()), [*job.notes, *_notes(job, done), *more]
+        report = RecoverReport(*about, zeros, time.perf_counter() - begun, before, after, notes)
+        folder.complete(functools.partial(_write, job, report))
+    job.source.close()
+    return replace(report, seconds=time.perf_counter() - begun)
+
+
+def _write(job: RecoverJob, report: RecoverReport, folder: Path) -> None:
+    """Write the model, or its adapters, to a folder."""
+    model, source = job.opened.model, job.source
+    if job.request.save == "adapter":
+        save_adapter(job, report, folder)
+    else:
+        source.write(model, job.problem.kept, folder)
+        complete(model, source.written_like, folder, record(job, report), _card(job.opened.history))
+
+
+def _rate(job: RecoverJob, folder: TrainingFolder, progress: Progress) -> float:
+    """The rate of the request, or of the run that is resumed, or the one that wins a race, which is recorded."""
+    if job.rate is not None:
+        return job.rate
+    before, found = job.problem.held_out(), race(job.problem, progress)
+    races = {f"{share:g}": loss if math.isfinite(loss) else None for share, loss in found.items()}
+    rate = best_share(before, found)
+    folder.decide(rate=rate, races=races)
+    return rate
+
+
+def _check_zeros(job: RecoverJob) -> None:
+    """Raise JobError where a weight that was zero is not zero any more."""
+    for kept in job.problem.kept:
+        if back := kept.came_back():
+            raise JobError(f"{kept.name}: {back} weights that were zero have values again. Nothing was written.")
+
+
+def _notes(job: RecoverJob, done: Recovered) -> list[str]:
+    """What a reader of the report should know about the run."""
+    notes, rows = [], job.problem.rows * job.problem.steps
+    if done.state.diverged:
+        back = f"the state of step {done.state.best} came back"
+        notes.append(f"The loss was not finite after step {done.state.steps}: {back}.")
+    elif done.state.steps < job.problem.steps:
+        notes.append(f"Ended after step {done.state.steps} of {job.problem.steps}, because nothing improved any more.")
+    if not done.after < done.before:
+        notes.append("Nothing improved on held-out text: the output has the weights of the input.")
+    if rows > (there := rows_of(job.problem.batch)):
+        notes.append(f"The text has {there} windows, and each was seen {rows / there:.1f} times.")
+    return notes
+
+
+def _card(history: Record | None) -> Callable[[Path], object]:
+    """What writes the report or the card of the output, which are those of the step that made the model smaller."""
+    steps = [] if history is None else [step.step for step in history.steps]
+    if "quantize" in steps:
+        return publish_quantized
+    if "slim" in steps:
+        return publish_slim
+    return publish if "prune" in steps else lambda folder: None

@@ -1,0 +1,213 @@
+"""A request to train what a pruned model has left, its checked job, what a run reports, and its step in
+billhook.json."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from billhook.architectures.layers import Layer
+from billhook.errors import BillhookError
+from billhook.evaluation.quality import Loss, Reference
+from billhook.recovery.objectives import OBJECTIVES
+from billhook.recovery.recipes import recipe
+from billhook.recovery.training import Problem, State
+from billhook.steps.facts import computed_in
+from billhook.steps.quantize_job import Inputs
+from billhook.steps.record import place, versions
+from billhook.steps.recover_source import Source
+from billhook.steps.request import Opened, Request, calibration_facts, listed
+from billhook.store.record import Step, append_step
+
+Tuned = Literal["kept+norms", "kept", "adapters"]
+Saving = Literal["merged", "adapter"]
+RANK = 8
+# Fields that must be equal for a run to be continued.
+IDENTITY = ("objective", "tune", "rank", "save", "recipe", "tokens", "budget", "rate", "batch_size")
+TOKENS = 102_400  # where neither tokens nor a time is given
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class RecoverRequest(Inputs):
+    """The parameters of a training run; the field names are those of the command line.
+
+    `tokens` are the tokens of text (or images) that are trained on, or `budget` is a time such as "10m", from which
+    their number follows. `rate` is a share of each parameter's root mean square; without it, some race. `teacher` is
+    the directory of the dense model, where the history does not lead to it. `batch_size` windows are a step. `targets`
+    and `ignore` choose the layers that are trained. Adapters have a `rank`, and are merged or saved (`save`). A
+    `recipe` (`billhook.recovery.recipes`) fills in what is not given.
+    """
+
+    model: str | Path
+    output: str | Path
+    teacher: str | Path | None = None
+    recipe: str = ""
+    objective: str = ""
+    tune: Tuned | Literal[""] = ""
+    rank: int | None = None
+    save: Saving = "merged"
+    tokens: int | None = None
+    budget: str | None = None
+    rate: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        own = recipe(self.recipe).fields() if self.recipe else {"tune": "kept+norms", "objective": "kl+hidden"}
+        filled = {key: value for key, value in own.items() if not getattr(self, key)}
+        self.__dict__.update(filled)  # of a frozen object, which nobody has yet
+        for name, known in (("tune", get_args(Tuned)), ("save", get_args(Saving))):
+            if getattr(self, name) not in known:
+                raise BillhookError(f"{name}={getattr(self, name)!r:.40} must be one of {', '.join(known)}.")
+        if self.tune != "adapters" and (self.rank is not None or self.save == "adapter"):
+            raise BillhookError("A rank and --save are for adapters: give --tune adapters too.")
+        if self.rank is not None and self.rank < 1:
+            raise BillhookError(f"The rank must be at least 1, got {self.rank}.")
+        if self.tokens is not None and self.budget is not None:
+            raise BillhookError("Give either --tokens or a time with --budget, not both.")
+        if self.tokens is not None and self.tokens < 1:
+            raise BillhookError(f"The number of tokens must be at least 1, got {self.tokens}.")
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise BillhookError(f"The rate is a share of each parameter's size and above 0, got {self.rate}.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise BillhookError(f"The batch size must be at least 1, got {self.batch_size}.")
+
+    @property
+    def seconds(self) -> float | None:
+        """The time of `budget` in seconds; raises BillhookError for one that cannot be read."""
+        if self.budget is None:
+            return None
+        number, unit = self.budget[:-1], _UNITS.get(self.budget[-1:])
+        try:
+            found = float(number) * (unit or math.nan)
+        except ValueError:
+            found = math.nan
+        if not 0 < found < math.inf:
+            raise BillhookError(f"--budget {self.budget:.20} is no time: write 90s, 10m or 2h.")
+        return found
+
+    @property
+    def windows(self) -> int | None:
+        """The windows that are read once, as a recipe has them; None where tokens or a time are given."""
+        return recipe(self.recipe).windows if self.recipe and self.tokens is None and self.budget is None else None
+
+    def opening(self) -> Request:
+        """The fields that say how a model and its text are opened."""
+        return self._opened_with(plan=None, recipe="", targets=(), ignore=())
+
+
+@dataclass(frozen=True)
+class RecoverJob:
+    """A checked request.
+
+    `problem` is what is trained, of which `source`, `tokens` how much; `rate` is None where rates race. `reference`
+    holds the dense model's predictions on text that is used for nothing else, `zeros` the zeros of each layer before.
+    `adapted` is peft's model with adapters, where these are trained.
+    """
+
+    request: RecoverRequest
+    opened: Opened
+    problem: Problem
+    source: Source
+    tokens: int
+    rate: float | None
+    reference: Reference | None
+    zeros: Mapping[str, int]
+    identity: Mapping[str, Any]
+    notes: list[str]
+    adapted: Any = None
+
+    @property
+    def steps(self) -> int:
+        """The number of progress calls of `run`: one for each step of a race and of the training."""
+        races = len(self.problem.shares) * self.problem.race_steps if self.rate is None else 0
+        return races + self.problem.steps
+
+
+@dataclass(frozen=True)
+class RecoverReport:
+    """What a run did; `before` and `after` are the held-out losses, equal where nothing improved."""
+
+    output: Path
+    objective: str
+    tokens: int
+    rate: float
+    races: Mapping[str, float | None]
+    before: float
+    after: float
+    state: State
+    zeros: int
+    seconds: float
+    lost_before: Loss | None
+    loss: Loss | None
+    warnings: list[str]
+
+    @property
+    def improved(self) -> bool:
+        """Whether the model is better than it was; otherwise it has the bytes of the input."""
+        return self.after < self.before
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `recover --json`."""
+        return {
+            "output": str(self.output),
+            "improved": self.improved,
+            "objective": self.objective,
+            "tokens": self.tokens,
+            "rate": self.rate,
+            "races": dict(self.races),
+            "steps": self.state.steps,
+            "best_step": self.state.best,
+            "held_out_before": self.before,
+            "held_out_after": self.after,
+            "zeros": self.zeros,
+            "seconds": round(self.seconds, 3),
+            "lost_before": None if self.lost_before is None else self.lost_before.to_dict(),
+            "lost": None if self.loss is None else self.loss.to_dict(),
+            "warnings": self.warnings,
+        }
+
+
+def zeros_of(layers: Sequence[Layer]) -> dict[str, int]:
+    """The zeros of each layer."""
+    return {layer.name: int((layer.weight == 0).sum()) for layer in layers}
+
+
+def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
+    """The content of billhook.json after the run."""
+    request, opened, before = job.request, job.opened, job.opened.history
+    known, zeros = {} if before is None else before.layers, zeros_of(opened.layers)
+    layers = {}
+    for layer in opened.layers:
+        facts = {key: value for key, value in known.get(layer.name, {}).items() if key not in ("zeros", "pieces")}
+        facts = {"shape": list(layer.shape), "error": None, "notes": [], **facts, "zeros": zeros[layer.name]}
+        facts |= {"updated": report.improved or bool(facts.get("updated"))}
+        layers[layer.name] = facts | ({} if facts.get("type") else place(layer))  # of quantized layers it is known
+    made_by: dict[str, Any] = {
+        "objective": request.objective,
+        "objective_options": OBJECTIVES.configure(request.objective, request.options),
+        "recipe": request.recipe or None,
+        "tune": request.tune,
+        "rank": None if job.adapted is None else request.rank or RANK,
+        "tokens": job.tokens,
+        "budget": request.budget,
+        "rate": report.rate,
+        "races": dict(report.races),
+        "steps": report.state.steps,
+        "best_step": report.state.best if report.improved else 0,
+        "held_out": {"before": report.before, "after": report.after},
+        "zeros": dict(job.zeros),
+        "seed": request.seed,
+        **computed_in(opened.model),
+        "targets": listed(request.targets),
+        "ignore": listed(request.ignore),
+        "teacher": None if before is None else {key: before.steps[0].model.get(key) for key in ("name", "digest")},
+        "calibration": calibration_facts(opened),
+        "papers": {"objective": OBJECTIVES.paper(request.objective)},
+        "lost_before": None if report.lost_before is None else report.lost_before.to_dict(),
+        "lost": None if report.loss is None else report.loss.to_dict(),
+        "versions": versions(),
+    }
+    step = Step("recover", None, made_by, opened.facts, report.warnings)
+    return append_step(before, step, layers).to_json()

@@ -1,0 +1,209 @@
+"""What a training run works with: windows that are trained on and held out, the trained entries, time and memory."""
+
+import functools
+import math
+import time
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from billhook.architectures.config import context_length
+from billhook.architectures.layers import Layer, select_layers
+from billhook.architectures.stacks import blocks_of
+from billhook.engine.batch import Batch, row_length, select_rows
+from billhook.errors import BillhookError, JobError
+from billhook.recovery.adapters import RATES, factors
+from billhook.recovery.blockwise import tunable
+from billhook.recovery.kept_adam import Kept, KeptAdam, Trained, give_, values_of
+from billhook.recovery.objectives import OBJECTIVES
+from billhook.recovery.outputs import predictor
+from billhook.recovery.training import Problem, held_out_loss, steps_
+from billhook.steps.recover_job import TOKENS, RecoverRequest
+from billhook.steps.recover_source import Source
+from billhook.steps.request import Opened, listed
+from billhook.store.compute import free_gib, stored_dtype
+from billhook.store.record import Record
+from billhook.tasks.base import Drawing, Home, Progress, Samples
+from billhook.tasks.self_text import write_windows
+
+LENGTH = 512  # tokens in a window by default
+TOKENS_A_STEP = 1024
+TOGETHER = 2048  # tokens that go through the models at a time
+WARM = 5  # steps in which published recipes reach their rate
+BUDGETED = 4096  # windows that are drawn where the number of tokens follows from a time
+IMAGES = 512  # that are drawn, where there are as many
+HELD_OUT = 4, 16  # the least and the most windows in each of the two held-out parts
+_TIMED = 3  # steps, to turn a time into a number of tokens
+
+
+class Windows(NamedTuple):
+    """The samples: those that are trained on with the ones on which the result is reported as `heldout`; those on which
+    rates and states are chosen; and the rows of a step."""
+
+    samples: Samples
+    chosen_on: Batch
+    rows: int
+
+
+def draw_windows(
+    request: RecoverRequest, opened: Opened, teacher: PreTrainedModel | None, progress: Progress
+) -> Windows:
+    """Draw the windows, or images, of a request; the `teacher` writes those of `self:`.
+
+    Raises BillhookError for a text that is too short to train on and to hold out windows.
+    """
+    tokens, length, of_text = request.tokens, request.length, opened.model.main_input_name == "input_ids"
+    if of_text and (length is None or request.recipe):  # a recipe's length is one for longer contexts
+        length = length or LENGTH
+        length = min(length, context_length(opened.model.config) or length)
+    most = IMAGES
+    if of_text and length is not None:
+        rows = request.batch_size or max(1, TOKENS_A_STEP // length)
+        most = BUDGETED if request.seconds else rows * math.ceil((tokens or TOKENS) / (rows * length))
+        most = request.windows or most
+    drawing = Drawing(most + 2 * HELD_OUT[1], length, request.seed, "packed", request.bos, fewer=True)
+    home = Home(opened.source, request.trust_remote_code)
+    given: Any = request.calibration
+    drawn = opened.task.samples(given, teacher or opened.model, home, drawing, progress)
+    count, size = len(drawn), row_length(opened.model, drawn.batch)
+    rows = request.batch_size or max(1, TOKENS_A_STEP // size)
+    held = min(HELD_OUT[1], max(HELD_OUT[0], count // 8))
+    if count < 2 * held + rows:
+        kind = f"windows of {size} tokens" if of_text else "images"
+        raise BillhookError(
+            f"{drawn.source} has only {count} {kind}: recovery holds out {2 * held} and trains on at least {rows}. "
+            f"Give more{' text, or a smaller --length' if of_text else ''}."
+        )
+    parts = slice(0, count - 2 * held), slice(count - 2 * held, count - held), slice(count - held, None)
+    own, chosen_on, reported = (select_rows(drawn.batch, part) for part in parts)
+    return Windows(replace(drawn, batch=own, heldout=reported), chosen_on, rows)
+
+
+def trained(opened: Opened, source: Source, request: RecoverRequest) -> list[Trained]:
+    """What is trained: the factors of adapters, or weights of prunable layers that are not zero, or the scales of
+    quantized ones, and with norms all parameters of one dimension."""
+    if request.tune == "adapters":
+        if source.grids and request.save == "merged":
+            raise BillhookError(
+                f"Adapters cannot be merged into {source.given}, which is quantized: use --save adapter."
+            )
+        return list(factors(opened.model))
+    names = {id(p): name for name, p in opened.model.named_parameters()}
+    layers = [] if source.grids else trained_layers(opened, request)
+    tuned = tunable(opened.model, layers, request.tune == "kept+norms")
+    return [*source.scales(opened), *(Kept(names[id(p)], p, stored_in(opened), mask) for p, mask in tuned)]
+
+
+def trained_layers(opened: Opened, request: RecoverRequest) -> list[Layer]:
+    """The layers that a request names, all by default."""
+    return select_layers(opened.layers, listed(request.targets), listed(request.ignore))
+
+
+def matched_blocks(history: Record | None, student: int, teacher: int) -> list[int] | None:
+    """For each of the student's blocks the block of the teacher whose output it is compared with: the last one before
+    what the student's next block was. None where the history does not lead from `teacher` to `student` blocks."""
+    order = list(range(teacher))
+    for step in () if history is None else history.steps:
+        gone = set(step.made_by.get("dropped") or ())
+        order = [block for index, block in enumerate(order) if index not in gone]
+    if len(order) != student:
+        return None
+    return [block - 1 for block in order[1:]] + [teacher - 1]
+
+
+def make_problem(
+    request: RecoverRequest, opened: Opened, source: Source, teacher: PreTrainedModel | None, windows: Windows
+) -> Problem:
+    """The problem of a request, with one step; its objective is configured and fits both models."""
+    name = request.objective
+    options = OBJECTIVES.configure(name, request.options)
+    needs, model, task = OBJECTIVES.needs(name, options), opened.model, opened.task
+    if "teacher" in needs and teacher is None:
+        raise BillhookError(
+            f"{opened.source} has no history that leads to a dense model, and the objective {name} needs one: name it "
+            "with --teacher DIRECTORY, or use --objective text."
+        )
+    count = len(blocks_of(model))
+    matched = None if teacher is None else matched_blocks(opened.history, count, len(blocks_of(teacher)))
+    if "hidden" in needs and matched is None:
+        raise BillhookError(
+            f"The blocks of {opened.source} cannot be matched with those of its dense model: use --objective kl."
+        )
+    written = "written" in needs
+    if written and task.name != "text-generation":
+        raise BillhookError(f"The objective {name} is for models that write text: use --objective kl.")
+    inside = "hidden" in needs
+    length = row_length(model, windows.samples.batch)
+    return Problem(
+        model,
+        trained(opened, source, request),
+        windows.samples.batch,
+        windows.rows,
+        1,
+        functools.partial(OBJECTIVES.get(name), **options),
+        predictor(model, task, range(count) if inside else None),
+        None if teacher is None else predictor(teacher, task, matched if inside else None, gradients=False),
+        held_out_loss(model, teacher if "teacher" in needs else None, windows.chosen_on, task),
+        (lambda number, seed: write_windows(model, number, length, seed=seed)) if written else None,
+        request.seed,
+        warm=WARM if request.recipe else None,
+        together=max(1, TOGETHER // length),
+        **({"shares": RATES} if request.tune == "adapters" else {}),
+    )
+
+
+def stored_in(opened: Opened) -> torch.dtype:
+    """The dtype of the files of the model."""
+    found = None if opened.source is None else stored_dtype(opened.source)
+    return found or opened.model.dtype
+
+
+def steps_in(problem: Problem, seconds: float, racing: bool) -> int:
+    """The number of steps, with races and measurements, that fit in a time, from the time of a few steps."""
+    start, begun = values_of(problem.kept), time.perf_counter()
+    problem.held_out()
+    measuring = time.perf_counter() - begun
+    adam, times = KeptAdam(problem.kept), [time.perf_counter()]
+    for _ in steps_(replace(problem, steps=_TIMED), adam, min(problem.shares)):
+        times.append(time.perf_counter())
+    adam.close()
+    give_(problem.kept, start)
+    step, steps = min(after - before for before, after in pairwise(times)), 1
+    for power in range(30, -1, -1):  # the largest number, digit by digit
+        more = steps + 2**power
+        whole = replace(problem, steps=more)
+        races = len(problem.shares) * (whole.race_steps * step + measuring) if racing else 0.0
+        if races + more * step + (more / whole.measured_every + 2) * measuring <= seconds:
+            steps = more
+    return steps
+
+
+def state_bytes(problem: Problem) -> int:
+    """The most bytes of a file with the state of a run: weights, two moments, and the best weights."""
+    return 16 * sum(k.count for k in problem.kept)
+
+
+def check_memory(problem: Problem, teacher: PreTrainedModel | None) -> str:
+    """A sentence about the memory of the run; raises JobError where it is not there.
+
+    Beside the models: a byte for each entry of trained parameters, for each trained number 16 bytes of the optimizer
+    and its values before and at best, and the largest gradient. Where there are adapters, autograd keeps the merged
+    weights and their masks.
+    """
+    entries, kept = [k.parameter.numel() for k in problem.kept], sum(k.count for k in problem.kept)
+    itemsize = problem.model.dtype.itemsize
+    states = sum(entries) + 24 * kept + itemsize * max(entries)
+    adapted = sum(p.numel() for name, p in problem.model.named_parameters() if name.endswith(".base_layer.weight"))
+    states += (itemsize + 1) * adapted
+    models = itemsize * sum(p.numel() for m in (problem.model, teacher) if m is not None for p in m.parameters())
+    free = free_gib(str(problem.model.device))
+    if free is not None and states / 2**30 > free:
+        raise JobError(
+            f"Training {kept:,} numbers needs {states / 2**30:.2f} GiB beside the models, and {free:.2f} GiB are free: "
+            "free some, or use --dtype bfloat16."
+        )
+    both = f"{(states + models) / 2**30:.2f} GiB of memory beside activations, {models / 2**30:.2f} of them for models"
+    return f"Training {kept:,} numbers takes {both}."

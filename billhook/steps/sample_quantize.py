@@ -1,0 +1,64 @@
+"""Estimate a quantizing job: memory by the formula of pruning, and time by quantizing the first block.
+
+The job's own loop runs on the first block, with an eighth of the calibration windows, and every layer gets the type
+that is most common among those of its kind. The time of the quantizer is scaled by the number of weights, that of the
+forward passes by the numbers of windows and blocks. Nothing is written, and the weights are restored.
+"""
+
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+from billhook.architectures.layers import find_layers
+from billhook.architectures.stacks import blocks_of, first_blocks, has_one_stack
+from billhook.engine.batch import row_length, rows_of
+from billhook.engine.loop import apply_plan_
+from billhook.plan.plan import Plan
+from billhook.plan.spec import Spec
+from billhook.steps.estimate import PROCESS, Estimate, peak_bytes
+from billhook.steps.quantize_job import QuantizeJob
+from billhook.steps.types import plan_types
+
+PART = 8  # one in so many calibration batches is used
+
+
+def estimate_quantize(job: QuantizeJob) -> Estimate:
+    """Memory and disk of a checked request."""
+    opened = job.opened
+    sizes = [rows_of(batch) * row_length(opened.model, batch) for batch in opened.batches]
+    needs = () if job.known is not None else job.method.observed
+    text: dict[str, Any] = {"tokens": sum(sizes), "batch_tokens": max(sizes, default=0), "resources": opened.resources}
+    memory = peak_bytes(opened.model, opened.layers, job.request.quantizer, needs, **text)
+    return Estimate(round((PROCESS + memory) / 2**30, 3), round(job.room / 2**30, 3))
+
+
+def estimate_quantize_time(job: QuantizeJob) -> Estimate:
+    """`estimate_quantize`, with the time of quantizing measured on the first block.
+
+    No time is measured for a model in stages, and where the job changes no kind of layer that the first block has.
+    """
+    opened, known = job.opened, estimate_quantize(job)
+    if not has_one_stack(opened.model):
+        return known
+    begun, blocks, types = time.perf_counter(), len(blocks_of(opened.model)), plan_types(job.plan)
+    of_kind = {layer.kind: [types[x.name] for x in opened.layers if x.kind == layer.kind] for layer in opened.layers}
+    batches = opened.batches[: -(-len(opened.batches) // PART)]
+    with first_blocks(opened.model, 1):
+        layers = [layer for layer in find_layers(opened.model) if layer.kind in of_kind]
+        if not layers:
+            return known
+        weights = {layer.name: Spec(type=statistics.mode(of_kind[layer.kind])) for layer in layers}
+        given: dict[str, Any] = {"layers": layers, "resources": opened.resources, "known": job.known}
+        start = time.perf_counter()
+        results = apply_plan_(opened.model, Plan(job.plan.budget, weights), job.method, batches, **given)
+        took = time.perf_counter() - start
+    quantizing = sum(result.seconds for result in results)
+    windows, drawn = sum(map(rows_of, opened.batches)), sum(map(rows_of, batches))
+    total = (
+        quantizing / sum(result.n for result in results) * sum(out * columns for out, columns in job.shapes.values())
+    )
+    total += (took - quantizing) * blocks * (windows / drawn if drawn else 1)
+    text = f" with {drawn} of {windows} windows" if drawn else ""
+    measured = f"1 of {blocks} blocks{text} in {time.perf_counter() - begun:.1f} s"
+    return replace(known, seconds=round(total, 1), measured=measured)

@@ -1,0 +1,130 @@
+"""An output directory while its model is trained: OUTPUT.partial with the state of the run.
+
+After every measurement the weights, the state of the optimizer and the best weights so far are written to a new file,
+which is recorded in `billhook.unfinished.json`; then the file before is deleted. A run that ends at any moment can thus
+go on after the last measurement, with the same bytes.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from billhook.errors import BillhookError, Interrupted, out_of_memory
+from billhook.recovery.training import Saved
+from billhook.recovery.training import State as Training
+from billhook.steps.state import STATE, State, check_same_run, partial_folder, unfinished_run, write_state
+from billhook.steps.unfinished_folder import check_not_foreign, empty_folder, ended_early, foreign_file, lock_folder
+from billhook.store.files import replace_file, sha256
+from billhook.store.layout import TRAINING
+from billhook.store.output import check_output, flush, put_in_place
+
+_BEST = "best:"
+
+
+@dataclass
+class TrainingFolder:
+    """A locked folder and the state of its run."""
+
+    folder: Path
+    output: Path
+    state: State
+    stopping: Callable[[], bool]
+
+    def decide(self, **facts: Any) -> None:
+        """Record what was decided once, such as the rate."""
+        self.state = replace(self.state, plan={**self.state.plan, **facts})
+        write_state(self.folder, self.state)
+
+    def save(self, saved: Saved, steps: int) -> None:
+        """Record the state of the training of so many steps; raises KeyboardInterrupt if the run is to stop here."""
+        name = f"{saved.state.steps}.{TRAINING}"
+        tensors = {**saved.optimizer, **{f"{_BEST}{key}": value for key, value in saved.best.items()}}
+        about = {"state": json.dumps(asdict(saved.state))}
+        replace_file(self.folder / name, lambda temporary: save_file(tensors, temporary, about))
+        before, files = self.state.files, {name: sha256(self.folder / name)}
+        self.state = replace(self.state, files=files, progress=f"step {saved.state.steps} of {steps}")
+        write_state(self.folder, self.state)
+        for old in before.keys() - files.keys():
+            (self.folder / old).unlink(missing_ok=True)
+        if self.stopping() and saved.state.steps < steps:
+            raise KeyboardInterrupt
+
+    def saved(self) -> Saved | None:
+        """What the run goes on with; None at its beginning. Raises BillhookError where the file was changed."""
+        for name, digest in self.state.files.items():
+            path = self.folder / name
+            if not path.is_file() or sha256(path) != digest:
+                raise BillhookError(f"{path} is missing or was changed: start again with --overwrite.")
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["state"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            losses = {int(step): loss for step, loss in about["losses"].items()}
+            best = {key.removeprefix(_BEST): value for key, value in tensors.items() if key.startswith(_BEST)}
+            own = {key: value for key, value in tensors.items() if not key.startswith(_BEST)}
+            return Saved(Training(**{**about, "losses": losses}), own, best)
+        return None
+
+    def complete(self, write: Callable[[Path], object]) -> None:
+        """Write the result with `write`, which is called with the folder, and rename the directory."""
+        write(self.folder)
+        flush(self.folder)
+        for name in self.state.files:
+            (self.folder / name).unlink()  # last, because a run without it cannot be resumed
+        put_in_place(self.folder, self.output)
+        (self.output / STATE).unlink(missing_ok=True)
+
+
+@contextmanager
+def training_folder(
+    source: Path,
+    output: Path,
+    identity: Mapping[str, Any],
+    *,
+    resume: bool,
+    overwrite: bool,
+    room: int,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Iterator[TrainingFolder]:
+    """Create the folder, or open it again to resume a run; `room` bytes are needed.
+
+    Raises BillhookError where another run uses the folder, or the run to resume has another identity; Interrupted for a
+    run that was stopped, or ran out of disk or memory, after something was saved. After other errors, which would occur
+    again, the folder is deleted.
+    """
+    folder = partial_folder(output)
+    lock = lock_folder(folder)
+    foreign = foreign_file(folder, [])
+    keep, found = (folder / STATE).exists() or bool(foreign), None
+    try:
+        check_not_foreign(foreign, folder, output)
+        state = unfinished_run(output, resume=resume, overwrite=overwrite)
+        check_output(output, source, overwrite=overwrite)
+        if state is None:
+            keep = False
+            empty_folder(folder)
+            state = State(dict(identity), {}, 0, [""], [])
+        check_same_run(state.identity, identity, folder)
+        empty_folder(folder, [STATE, *state.files])
+        found = TrainingFolder(folder, output, state, stopping)
+        yield found
+    except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Interrupted, SafetensorError) as error:
+        keep = keep or (found is not None and bool(found.state.files))
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
+        kept = f"The run is at {found.state.progress} and kept in {folder}" if keep and found is not None else ""
+        raise ended_early(error, room, output, kept) from None
+    except BillhookError:
+        keep = keep and found is None
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
