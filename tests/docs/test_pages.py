@@ -48,6 +48,7 @@ NOT_RUN = {
     ("demo_model.md", "takes minutes"),
     ("trainers.md", "needs Axolotl"),
     ("trainers.md", "needs TRL"),
+    ("recover.md", "starts processes; tests/distributed/test_recover.py does"),
     ("vision.md", "needs a trained image classifier"),
 }
 
