@@ -23,7 +23,7 @@ from published import published_alpha_peak, published_run
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from billhook import allocate, find_layers, load_model, measure, prune_
-from billhook.steps.request import batch_size
+from billhook.steps.batch_size import batch_size
 
 TARGETS = {"wanda": 2.0, "alpha_peak": 3.0, "sparsegpt": 1.5}
 SPARSITY = 0.6

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import billhook
 from billhook import BillhookError
-from billhook.steps.request import model_facts
+from billhook.steps.facts import model_facts
 
 IDS = torch.randint(0, 256, (5, 32), generator=torch.Generator().manual_seed(0))
 Q = "model.layers.0.self_attn.q_proj"

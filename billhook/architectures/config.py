@@ -111,7 +111,10 @@ def cache_bytes(model: PreTrainedModel, tokens: int) -> int:
 def call_options(model: PreTrainedModel, *, base: bool = False) -> dict[str, Any]:
     """Options of a call of the model (or of its base model): no key-value cache, no auxiliary loss of routers."""
     known = inspect.signature((model.base_model if base else model).forward).parameters
-    options: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
+    passed_on = any(one.kind is one.VAR_KEYWORD for one in known.values()) and hasattr(
+        text_config(model.config), "use_cache"
+    )
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in known or passed_on else {}
     if not base and getattr(model.config, "output_router_logits", False):
         options["output_router_logits"] = False
     return options

@@ -3,14 +3,17 @@
 Two rules, in this order: (A) the innermost ModuleList or Sequential whose items are transformers'
 `GradientCheckpointingLayer` or named in the model's `_no_split_modules`; where the items are stages, each with a list
 of its own (Swin V2, PVT, Hiera), these lists. (B) for models with code of their own, the outermost ModuleList of
-`num_hidden_layers` modules of one class. Stages of one backbone, whose names differ in a number only, are visited one
-after the other. A model without such a list is refused.
+`num_hidden_layers` modules of one class. A vision tower and a decoder are two stacks; lists whose names differ in a
+number only are stages of one backbone. They run in the order of their definition, which is checked when they run
+(`billhook.engine.flow`). A model without such a list is refused.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -37,40 +40,68 @@ def find_stacks(model: PreTrainedModel) -> list[Stack]:
 
 
 def decoder_stack(model: PreTrainedModel) -> Stack:
-    """The only stack, or among several the one with the depth of the text decoder.
-
-    Raises BillhookError, naming all stacks, if there is no such stack or more than one.
-    """
+    """The only stack of a model; raises BillhookError, naming all stacks, if there is none or more than one."""
     stacks = find_stacks(model)
-    depth = getattr(text_config(model.config), "num_hidden_layers", None)
-    chosen = stacks if len(stacks) == 1 else [stack for stack in stacks if len(stack.blocks) == depth]
-    if len(chosen) != 1:
-        found = ", ".join(f"{stack.name} ({len(stack.blocks)})" for stack in stacks) or "none"
-        raise BillhookError(
-            f"Cannot find the blocks of {type(model).__name__} (model_type {model.config.model_type!r}): expected one "
-            f"list of {depth} blocks, found {found}. Only models with one stack of blocks can be pruned."
-        )
-    return chosen[0]
+    if len(stacks) != 1:
+        who = f"{type(model).__name__} (model_type {model.config.model_type!r})"
+        found = ", ".join(f"{stack.name} ({len(stack.blocks)} blocks)" for stack in stacks)
+        several = f"{who} has several stacks of blocks: {found}. This works for models with one stack only."
+        none = "no list of repeated modules that transformers marks as blocks, or as long as its configuration says"
+        raise BillhookError(several if stacks else f"Cannot find the blocks of {who}: it has {none}.")
+    return stacks[0]
 
 
 def blocks_of(model: PreTrainedModel) -> Mapping[str, nn.Module]:
-    """The blocks that are pruned, by name, in running order: those of all stages of a backbone, or of the only stack.
+    """The blocks of all stacks by name, in running order.
 
-    Raises BillhookError as `decoder_stack` does.
+    Raises BillhookError where there are none.
     """
-    stacks = find_stacks(model)
-    if _are_stages(stacks):
-        return {name: block for stack in stacks for name, block in stack.blocks.items()}
-    return decoder_stack(model).blocks
+    return {
+        name: block for stack in find_stacks(model) or [decoder_stack(model)] for name, block in stack.blocks.items()
+    }
 
 
-def is_staged(model: PreTrainedModel) -> bool:
-    """Whether the model has several stages, between which its hidden states change their width."""
-    return _are_stages(find_stacks(model))
+def has_one_stack(model: PreTrainedModel) -> bool:
+    """Whether all blocks are in one list, each passing its hidden states to the next."""
+    return len(find_stacks(model)) == 1
 
 
-def _are_stages(stacks: list[Stack]) -> bool:
-    return len(stacks) > 1 and len({re.sub(r"\d+", "", stack.name) for stack in stacks}) == 1
+def blocks_in(model: PreTrainedModel, wanted: Sequence[str]) -> dict[str, list[int]]:
+    """The indices (into `blocks_of`) of the blocks of the wanted stacks, by the stack's name.
+
+    `wanted` are names: `all`, `language` (the stacks of the text decoder), `vision` (those of the vision tower), or a
+    stack or a module that contains stacks, such as `model.vision_tower` or `encoder`. Stages are one stack. Raises
+    BillhookError, naming all stacks, for a name that fits none.
+    """
+    found, at = dict[str, list[int]](), 0
+    for stack in find_stacks(model):
+        name = re.sub(r"\d+", "*", stack.name)
+        found.setdefault(name, []).extend(range(at, at + len(stack.blocks)))
+        at += len(stack.blocks)
+    chosen = {name for one in wanted for name in _named(model, list(found), one)}
+    return {name: indices for name, indices in found.items() if name in chosen}
+
+
+def _named(model: PreTrainedModel, names: Sequence[str], wanted: str) -> list[str]:
+    """Those of the stacks that `wanted` names."""
+    modules: dict[str, Callable[[], Any]] = {
+        "language": model.get_decoder,
+        "vision": partial(model.get_encoder, "image"),
+    }
+    inside = wanted
+    if wanted in modules:
+        module = modules[wanted]()
+        inside = next((name for name, other in model.named_modules() if other is module), "")
+        reads = "pixel_values" if wanted == "vision" else "input_ids"
+        if module in (model, model.base_model):  # a model of one kind, which has no part of that name
+            inside = "all" if model.main_input_name == reads else ""
+    chosen = [name for name in names if inside == "all" or f".{inside}." in f".{name}."]
+    if not chosen:
+        raise BillhookError(
+            f"--stacks {wanted} names none of the stacks of {type(model).__name__}: use all, language, vision, or "
+            f"{' or '.join(names)}."
+        )
+    return chosen
 
 
 def _marked_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList | nn.Sequential]:

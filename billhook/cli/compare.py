@@ -60,7 +60,8 @@ def command(
     from billhook.errors import BillhookError, JobError
 
     if runs:
-        if any((sparsities, plans, data, output, errors, text.calibration, settings, work.targets, work.ignore)):
+        layers = (work.targets, work.ignore, work.stacks)
+        if any((sparsities, plans, data, output, errors, text.calibration, settings, *layers)):
             raise BillhookError("--runs compares finished runs: leave out the options of a new comparison.")
         return _show_runs([Path(folder) for folder in models], as_json)
     if len(models) != 1 or data is None or output is None:
@@ -109,6 +110,7 @@ def _show(found: "Comparison", errors: bool, as_json: bool) -> None:
 
 
 def _show_runs(folders: list[Path], as_json: bool) -> None:
+    from billhook.comparison.record import RATES, TITLES
     from billhook.comparison.runs import compare_runs
     from billhook.errors import BillhookError
 
@@ -117,14 +119,13 @@ def _show_runs(folders: list[Path], as_json: bool) -> None:
     found = compare_runs(folders)
     if as_json:
         return emit(found)
-    rows = []
+    rows, rate = [], next((name for name in RATES if name in found["runs"][0]), None)
     for row in found["runs"]:
         scores = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("token_ppl", "dense_token_ppl")]
-        scores = [f"{100 * row['top1']:.2f} %", f"{row['nll']:.4f}"] if "top1" in row else scores
+        scores = [f"{100 * row[rate]:.2f} %", f"{row['nll']:.4f}"] if rate else scores
         rows.append([row["run"], row["method"], row["pattern"], f"{100 * row['sparsity']:.2f} %", *scores])
-    images = any("top1" in row for row in found["runs"])
-    names = ["top-1 accuracy", "loss"] if images else ["token perplexity", "dense"]
+    names = [TITLES[rate].removesuffix(", %"), "loss"] if rate else ["token perplexity", "dense"]
     table("", ["run", "method", "pattern", "sparsity", *names], rows, 3)
     data = found["data"]
-    size = f"{data['windows']} images" if images else f"{data['windows']} windows of {data['length']} tokens"
+    size = f"{data['windows']} inputs" if rate else f"{data['windows']} windows of {data['length']} tokens"
     print(f"{found['protocol']}, {size} of {data['source']}")

@@ -105,17 +105,20 @@ def lines(record: dict[str, Any]) -> list[str]:
 def _row_lines(record: dict[str, Any]) -> list[str]:
     """The record of images or other inputs as text."""
     where, found = f"({record['inputs']} {record['unit']}s of {record['source']})", []
-    if "top1" in record:
-        parts = [f"{n} {_percent(record, key)}" for key, n in (("top1", "top-1"), ("top5", "top-5")) if key in record]
-        found.append(f"accuracy {', '.join(parts)}, negative log-likelihood {record['nll']:.4f} {where}")
+    words = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "exact_match": "exact match"}
+    parts = [f"{words[key]} {_percent(record, key)}" for key in words if key in record]
+    if parts:
+        found.append(f"{', '.join(parts)}, negative log-likelihood {record['nll']:.4f} {where}")
     if (dense := record.get("against")) is None:
         return found or [f"no labels: give --against DENSE to compare with the dense model {where}"]
-    name = dense["model"] + (f" (top-1 {100 * dense['top1']:.2f} %)" if "top1" in dense else "")
-    key, words = ("cosine", "cosine of the embeddings") if "cosine" in dense else ("kl", "KL divergence")
+    own = [f" ({words[key]} {100 * dense[key]:.2f} %)" for key in ("top1", "exact_match") if key in dense]
+    name = dense["model"] + "".join(own)
+    key, what = ("cosine", "cosine of the embeddings") if "cosine" in dense else ("kl", "KL divergence")
     error = f" +- {dense[f'{key}_error']:.2g}" if dense.get(f"{key}_error") is not None else ""
-    line = f"against {name}: {words} {dense[key]:.4f}{error}"
+    line = f"against {name}: {what} {dense[key]:.4f}{error}"
     if key == "kl":
-        line += f" nats an image, top-1 agreement {100 * dense['top1_agreement']:.2f} %"
+        each = "a token" if record["unit"] == "answer" else "an image"
+        line += f" nats {each}, top-1 agreement {100 * dense['top1_agreement']:.2f} %"
     return [*found, line]
 
 

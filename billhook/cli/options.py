@@ -63,7 +63,8 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         help="Calibration text: FILE.txt, FILE.jsonl (field text), .json, .csv, .parquet, .gz, TOKENS.safetensors, "
-        "hub:NAME[:config][:split], stdlib:train; for an image model a folder of images, FILE.npz or hub:NAME.",
+        "hub:NAME[:config][:split], stdlib:train; for an image model a folder of images, FILE.npz or hub:NAME; "
+        "for an image-text model FILE.jsonl with image, question and answer.",
         metavar="SOURCE",
     ),
 ]
@@ -77,6 +78,10 @@ Length = Annotated[int | None, typer.Option(help=LENGTH_HELP, min=2)]
 BOS_HELP = "Begin every window with the BOS token; auto: if the tokenizer does so with a text."
 Bos = Annotated[Literal["auto", "yes", "no"], typer.Option(help=BOS_HELP)]
 Limit = Annotated[int | None, typer.Option(help="Score at most this many windows (word protocol: documents).", min=1)]
+STACKS_HELP = (
+    "Only blocks of these stacks: all, language, vision, or the name of a module that contains them. Repeatable.  "
+    "[default: language for image-text models, else all]"
+)
 DRY_RUN_HELP = "Show the types of the layers, the memory needed, and the time, measured on a part; write nothing."
 SpillGib = Annotated[
     float, typer.Option(help="GiB of activations to keep in memory; more go to temporary files (TMPDIR).", min=0)
@@ -159,10 +164,12 @@ class Work(Loading):
     ignore: Annotated[
         list[str] | None, typer.Option(help="Skip these layers; same patterns. Repeatable.", metavar="PATTERN")
     ] = None
+    stacks: Annotated[list[str] | None, typer.Option(help=STACKS_HELP, metavar="NAME")] = None
 
     def fields(self, model: str, *, streams: bool = True) -> dict[str, Any]:
         """The fields of a `Request`."""
-        return {**super().fields(model, streams=streams), "targets": self.targets or (), "ignore": self.ignore or ()}
+        given = {key: getattr(self, key) or () for key in ("targets", "ignore", "stacks")}
+        return {**super().fields(model, streams=streams), **given}
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def command(
         identity = found.record["identity"]
         criterion, given = identity["criterion"], identity["criterion_options"].items()
         settings = [f"{k}={v}" for k, v in given if v is not None]
-        options = {"--targets": work.targets, "--ignore": work.ignore, "--set": settings}
+        options = {"--targets": work.targets, "--ignore": work.ignore, "--stacks": work.stacks, "--set": settings}
         words = ["--plan", output / "plan.json", "--criterion", criterion, "--calibration", calibration]
         words += [word for option, values in options.items() for value in values or () for word in (option, value)]
         say(f"Prune with it: billhook prune {model} {shlex.join(map(str, words))} --output pruned")

@@ -116,6 +116,7 @@ def _identity(grid: Grid, request: Request, opened: Opened, read: Scored) -> dic
         "options": dict(grid.options),
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
+        "stacks": listed(request.stacks),
         "group": request.group,
         "dtype": dtype_name(opened.model.dtype),
         "versions": versions(),

@@ -22,8 +22,10 @@ _DATA = {"source": str, "digest": str, "windows": int, "length": int}
 _IDENTITY = {"model": {"name": str}, "protocol": str, "data": _DATA, "versions": dict[str, str]}
 
 
-SCORES = ("top1", "cosine", "kl")  # of images and other inputs, the first one that there is
-TITLES = {"token_ppl": "token perplexity", "top1": "top-1 accuracy, %", "cosine": "cosine", "kl": "KL divergence"}
+SCORES = ("top1", "exact_match", "cosine", "kl")  # of images and other inputs, the first one that there is
+TITLES = {"token_ppl": "token perplexity", "top1": "top-1 accuracy, %", "exact_match": "exact match, %"}
+TITLES |= {"cosine": "cosine", "kl": "KL divergence"}
+RATES = ("top1", "exact_match")  # shown in per cent
 
 
 def measure_of(row: Mapping[str, Any]) -> str:
@@ -35,7 +37,7 @@ def shown(name: str, value: float | None, digits: int = 2) -> str:
     """A score as text; `digits` are those of a perplexity."""
     if value is None:
         return "infinite"
-    return f"{100 * value:.2f}" if name == "top1" else f"{value:.{digits if name == 'token_ppl' else 4}f}"
+    return f"{100 * value:.2f}" if name in RATES else f"{value:.{digits if name == 'token_ppl' else 4}f}"
 
 
 class Cell(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
-from billhook.engine.batch import Batch, join_rows, main_input, split_rows
+from billhook.engine.batch import Batch, join_rows, main_input, rows_of, split_rows
 from billhook.evaluation.perplexity import evaluate
 from billhook.evaluation.predicting import rows_at_once
 from billhook.evaluation.quality import Reference
@@ -72,16 +72,16 @@ class ScoredRows:
     def of(cls, model: PreTrainedModel, batch: Batch, scoring: Scoring, source: str) -> "ScoredRows":
         """Record the dense model's predictions."""
         inputs = main_input(model, batch)
-        data = {"source": source, "digest": digest_of_pixels(inputs), "bos": None, "windows": len(inputs)}
+        data = {"source": source, "digest": digest_of_pixels(inputs), "bos": None, "windows": rows_of(batch)}
         data["length"] = inputs.shape[1 if inputs.ndim == 2 else -1]
         return cls(batch, data, scoring.protocol, scoring, Reference.of(model, batch, scoring, source))
 
     def scores(self, model: PreTrainedModel) -> dict[str, Any]:
-        """`top1`, `kl` or `cosine`; `nll` is the divergence where labels are not known."""
+        """`top1` or `exact_match`, `kl` or `cosine`; `nll` is the divergence where labels are not known."""
         rows = split_rows(self.batch, rows_at_once(model, self.batch))
         own = evaluate_rows(model, rows, self.scoring).to_dict()
         lost = self.reference.compare(model)
         found = {key: value for key, value in (("kl", lost.kl), ("cosine", lost.cosine)) if value is not None}
         far = lost.kl if lost.kl is not None else 1 - (lost.cosine or 0.0)
-        keys = ("top1", "top1_error", "top5", "nll")
+        keys = ("top1", "top1_error", "top5", "exact_match", "exact_match_error", "nll")
         return {"nll": far, "token_ppl": None, **found, **{key: own[key] for key in keys if key in own}}

@@ -142,7 +142,7 @@ def _perplexity_by_sparsity(comparison: Comparison) -> str | None:
     dense = comparison.dense.get(measure)
     lines.append(Series("dense", sparsities, [dense] * len(sparsities), marks=False, colour=-1))
     better = "lower" if measure in ("token_ppl", "kl") else "higher"
-    words = TITLES[measure] if measure != "top1" else "top-1 accuracy"
+    words = TITLES[measure].removesuffix(", %")
     title = f"{words[0].upper()}{words[1:]} of {comparison.identity['model']['name']} by sparsity ({better} is better)"
     axes = Axis("sparsity (%)"), Axis(words, log=measure == "token_ppl")
     return chart(title, lines, *axes, summary=_LOOKS, standalone=True)

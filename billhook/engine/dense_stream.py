@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from billhook.architectures.layers import Layer
 from billhook.distributed.collectives import all_reduce_, gather
 from billhook.engine.activation_store import ActivationStore
-from billhook.engine.capture import Flow
+from billhook.engine.flow import Flow
 from billhook.engine.observer import Observer, noting
 from billhook.engine.replay import Call, run_block
 from billhook.engine.restore import exchanged
@@ -67,7 +67,10 @@ class DenseStream:
 
         At the end of the iteration the stream has passed through the block with its original weights.
         """
-        hidden, calls = pruned.hidden, pruned.segment.of(index)
+        hidden, calls = pruned.hidden, pruned.calls(index)
+        if not calls:
+            yield layers, {}
+            return
         dense = {id(p): (p, p.detach().clone()) for p in (layer.stored for layer in layers)}
         finder, rows = Observer(layers, (), wanted=True), sum(map(len, hidden))
         with finder:
@@ -85,8 +88,8 @@ class DenseStream:
             writes, last = _is_writer(block, group[0], hidden[0], calls[0]), last and len(group) == 1
             pair = _Pair(group[0], names, "end" if writes and last else "start" if writes and first else None)
             first = first and not writes
-            for i, call in enumerate(calls):
-                pair.add(block, dense.values(), (self.hidden[i], hidden[i]), call)
+            for i, pair_of_calls in enumerate(zip(self.flow.calls(index), calls, strict=True)):
+                pair.add(block, dense.values(), (self.hidden[i], hidden[i]), pair_of_calls)
             yield group, pair.stats(group, rows)
         with exchanged(dense.values()):
             self.advance(block, index)
@@ -116,13 +119,15 @@ class _Pair:
         self._collector = Collector(names, layer.shape[1], layer.weight.device)
         self._sum = torch.zeros(layer.shape, device=layer.weight.device) if written else None
 
-    def add(self, block: nn.Module, dense: Iterable[Value], streams: tuple[Tensor, Tensor], call: Call) -> None:
-        """Add a batch; `streams` are the inputs of the dense and of the pruned block."""
+    def add(
+        self, block: nn.Module, dense: Iterable[Value], streams: tuple[Tensor, Tensor], calls: tuple[Call, Call]
+    ) -> None:
+        """Add a batch; `streams` and `calls` are the inputs and other arguments of the dense and the pruned block."""
         whole, ends = self._written == "end", list(streams)
         with exchanged(dense), noting([self._layer], whole) as there:
-            ends[0] = run_block(block, streams[0], call)
+            ends[0] = run_block(block, streams[0], calls[0])
         with noting([self._layer], whole) as here:
-            ends[1] = run_block(block, streams[1], call)
+            ends[1] = run_block(block, streams[1], calls[1])
         x = here[self._layer.name]
         self._collector.add(x, there[self._layer.name])
         if self._sum is not None:

@@ -29,11 +29,11 @@ from transformers import PreTrainedModel
 
 from billhook.ambient import evaluating
 from billhook.architectures.layers import Layer, find_layers, observable_experts
-from billhook.architectures.stacks import blocks_of, is_staged
+from billhook.architectures.stacks import blocks_of, decoder_stack, has_one_stack
 from billhook.distributed.collectives import check_share, shard
 from billhook.engine.activation_store import ActivationStore
 from billhook.engine.batch import Batch, as_batches, split_rows
-from billhook.engine.capture import Segment, capture, stubbed
+from billhook.engine.capture import Captured, capture, stubbed
 from billhook.engine.gradient_file import Gradients, open_gradients, write_gradients
 from billhook.engine.regional_gradients import regional_gradients
 from billhook.engine.replay import run_block
@@ -79,7 +79,7 @@ def compute_gradients(
         if statistic == REGIONAL:
             found = regional_gradients(model, sequences, layers, resources)
         else:
-            kind = _WholeBackward if is_staged(model) else Backward
+            kind = Backward if has_one_stack(model) else _WholeBackward
             found = kind(model, shard(sequences), loss, resources).run(norm, layers)
         with observable_experts(model), evaluating(model):
             for name, value in found:
@@ -106,8 +106,8 @@ def _sequences(model: PreTrainedModel, batches: Tensor | Batch | Sequence[Tensor
 
 
 class _WholeBackward:
-    """One forward and one backward pass of the whole model a sequence, for models in stages; all gradients and sums
-    are in memory."""
+    """One forward and one backward pass of the whole model a sequence, for models with several stacks; all gradients
+    and sums are in memory."""
 
     def __init__(self, model: PreTrainedModel, sequences: Sequence[Batch], loss: Loss, resources: Resources) -> None:
         self.model, self.sequences, self.loss, self.resources = model, sequences, loss, resources
@@ -143,7 +143,7 @@ class Backward:
         self.inputs: dict[int, ActivationStore] = {}
         self.blocks = blocks_of(model)
         self.modules = list(self.blocks.values())
-        self.segment = Segment([], lambda states: states)
+        self.captured = Captured([], lambda states: states)
         self.gradients: list[_Scaled | None] = [None] * len(sequences)
 
     def run(self, norm: Callable[[Tensor], GradientNorm], layers: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:
@@ -173,11 +173,8 @@ class Backward:
     def _forward(self, first: int) -> None:
         """Store the inputs of every block from `first` on."""
         hidden: list[Tensor] = []
-        self.segment = capture(self.model, self.blocks, self.sequences, hidden)
-        if self.segment.stop < len(self.blocks):
-            raise BillhookError(
-                f"{type(self.model).__name__} has stages: this measurement passes through one stack only."
-            )
+        decoder_stack(self.model)
+        self.captured = capture(self.model, self.blocks, self.sequences, hidden)
         for index, (name, block) in enumerate(self.blocks.items()):
             if index >= first:
                 room = self.resources.spill_gib - sum(states.nbytes for states in self.inputs.values()) / 2**30
@@ -186,7 +183,7 @@ class Backward:
                     self.inputs[index].append(states.cpu())
             if index + 1 < len(self.blocks):
                 with self.resources.block(index, ahead=index + 1):
-                    calls = self.segment.of(index)
+                    calls = self.captured.of(index)
                     hidden = [run_block(block, h, call) for h, call in zip(hidden, calls, strict=True)]
                 check_finite_states(hidden, name)
 
@@ -211,7 +208,7 @@ class Backward:
                 output = self._last_block_loss(self.sequences[number], states)
                 power = math.ceil(math.log2(states.shape[1])) + _HEADROOM if states.dtype == torch.float16 else 0
                 return output, _Scaled(torch.full_like(output, 2.0**power), power)
-            output = run_block(self.modules[index], states, self.segment.of(index)[number])
+            output = run_block(self.modules[index], states, self.captured.of(index)[number])
         start = self.gradients[number]
         assert start is not None
         return output, start
@@ -221,7 +218,7 @@ class Backward:
 
         def stub(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
             def passing(*args: Any, **kwargs: Any) -> Any:
-                return self.segment.returned(args[0] if args else kwargs["hidden_states"])
+                return self.captured.returned(args[0] if args else kwargs["hidden_states"])
 
             def real(*args: Any, **kwargs: Any) -> Any:
                 return forward(states, *args[1:], **{key: x for key, x in kwargs.items() if key != "hidden_states"})

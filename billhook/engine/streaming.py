@@ -10,6 +10,7 @@ Values are read and not memory-mapped: a truncated file or a failing disk is the
 limits count what is used. While a GPU computes, the next block is read in the background.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -202,6 +203,7 @@ def stream_of(
 def _loading_forward(stream: Stream, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
     """A block's forward that loads the block for the call if it is not in memory."""
 
+    @functools.wraps(forward)
     def loaded(*args: Any, **kwargs: Any) -> Any:
         with stream.block(index):
             return forward(*args, **kwargs)

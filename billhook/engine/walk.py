@@ -3,9 +3,9 @@
     for block in walk(model, batches, statistics): ...
 
 In the loop body, `block.stats` holds the statistics of the inputs of each layer. Changes that the body makes to the
-block's weights change the inputs of the next block. Blocks are replayed on stored hidden states with the arguments with
-which the model calls them (`billhook.engine.capture`): masks and rotary tables differ between blocks in Gemma 2/3 and
-GPT-OSS.
+block's weights change the inputs of the next block. Blocks run on stored hidden states with the arguments with which
+the model calls them, and between stacks the model's own code runs (`billhook.engine.flow`): masks and rotary tables
+differ between blocks in Gemma 2/3 and GPT-OSS, and a vision tower's outputs are embedded among tokens.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,10 +21,11 @@ from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import shard
 from billhook.engine.activation_store import ActivationStore
 from billhook.engine.batch import Batch, as_batches, rows_of
-from billhook.engine.capture import Flow, predictor, predicts_tokens
+from billhook.engine.capture import predictor, predicts_tokens
 from billhook.engine.dense_stream import DenseStream, Stage
+from billhook.engine.flow import flow_of
 from billhook.engine.observer import Observer
-from billhook.engine.replay import Call, run_block
+from billhook.engine.replay import Call
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.errors import BillhookError, JobError
 from billhook.methods.statistics import LayerStats
@@ -51,7 +52,8 @@ class Block:
     """One block of the walk, with its layers, its inputs and the statistics of its layers' inputs.
 
     `inputs` are hidden states [rows, length, width], one tensor a batch, valid until the next block is yielded; `calls`
-    are the other arguments of each call. `stages` are the layers in the order in which they should be pruned, with
+    are the other arguments of each call. Both are empty where the samples do not reach the block, such as a vision
+    tower with text alone. `stages` are the layers in the order in which they should be pruned, with
     their statistics: all at once or, if `drift` is a statistic, group by group (`billhook.engine.dense_stream`);
     iterate over them exactly once. `stats` are the statistics of a block with a single stage. `stream` is the dense
     model's, if requested. `following` is in memory only while `resources.block(index + 1)` is entered. `last` says that
@@ -113,8 +115,8 @@ class _Walk:
         self.blocks = blocks_of(model)
         self.modules = list(self.blocks.values())
         self.rows = sum(map(rows_of, batches))
-        self.flow = Flow(model, self.blocks, batches, resources.activations)
-        self.predict = predictor(model, self.blocks, self.flow.segment.returned)
+        self.flow = flow_of(model, self.blocks, batches, resources.activations)
+        self.predict = predictor(model, self.blocks, self.flow.form)
         self.predicts_tokens = predicts_tokens(model)
         self.layers: dict[int, list[Layer]] = {}
         for layer in layers:
@@ -142,7 +144,7 @@ class _Walk:
                 outputs = self.hidden
                 if index >= start:
                     stats: Stats = {}
-                    if not drift and (statistics or read_only):
+                    if not drift and (statistics or read_only) and self.flow.calls(index):
                         outputs, stats = self._observe(index, statistics, read_only)
                     yield self._block(index, stats, dense, statistics if drift else ())
                 if index + 1 < len(self.blocks):
@@ -154,34 +156,33 @@ class _Walk:
     def _block(self, index: int, stats: Stats, dense: DenseStream | None, staged: Sequence[str]) -> Block:
         """The block to yield; `staged` are the statistics that are collected stage by stage."""
         name, module = list(self.blocks)[index], self.modules[index]
-        calls, layers = self._calls(index), self.layers.get(index, [])
+        calls, layers = self.flow.calls(index), self.layers.get(index, [])
         stages: Iterable[Stage] = [(layers, stats)]
         if dense is not None and staged:
             stages = dense.stages(module, index, layers, staged, self.flow)
         elif dense is not None:
             dense.advance(module, index)
         last = index + 1 == len(self.blocks)
+        inputs = self.hidden if calls else ()
         return Block(
-            index, name, module, layers, self.hidden, stats, stages, calls, dense, self._following(index), last
+            index, name, module, layers, inputs, stats, stages, calls, dense, self._following(index), last
         )  # fmt: skip
 
     def _following(self, index: int) -> Following:
-        if index + 1 < self.flow.segment.stop:
-            return Following(self.modules[index + 1], self._calls(index + 1), self.predict)
+        calls = self.flow.following(index)
+        if calls is not None:
+            return Following(self.modules[index + 1], calls, self.predict)
         if index + 1 == len(self.blocks) and self.predicts_tokens:
             return Following(None, (), self.predict)
         return Following(nn.Identity(), [Call((), {}) for _ in self.flow.batches], self.predict)
-
-    def _calls(self, index: int) -> list[Call]:
-        return self.flow.segment.of(index)
 
     def _observe(self, index: int, statistics: Sequence[str], read_only: bool) -> tuple[ActivationStore, Stats]:
         """Run a block on its inputs; return its outputs (read-only walk) or inputs, and the statistics."""
         observer = Observer(self.layers.get(index, []) if statistics else [], statistics, read_only, self.rows)
         outputs = self.resources.activations() if read_only else self.hidden
-        for states, call in zip(self.hidden, self._calls(index), strict=True):
+        for batch, call in enumerate(self.flow.calls(index)):
             with observer:
-                output = run_block(self.modules[index], states, call)
+                output = self.flow.run(batch, self.modules[index], call)
                 if read_only:
                     outputs.append(output)
         return outputs, observer.stats()

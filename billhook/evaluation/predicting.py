@@ -11,7 +11,8 @@ from billhook.architectures.config import call_options, positions, predictions, 
 from billhook.engine.batch import Batch, main_input, model_inputs
 from billhook.evaluation.batching import TOKENS, batch_size
 from billhook.evaluation.perplexity import window_nll
-from billhook.evaluation.scoring import UNKNOWN, Scoring, scored_rows
+from billhook.evaluation.scoring import Scoring, scored_rows
+from billhook.images.labels import UNKNOWN
 
 
 def predicted(model: PreTrainedModel, batch: Batch, scoring: Scoring) -> list[tuple[Tensor, Tensor]]:

@@ -55,11 +55,12 @@ class Loss:
     * `token_ppl` (number or null): token perplexity; null if it is too large to be a number.
     * `dense_token_ppl` (number or null): that of the dense model.
     * `windows`: windows of text, or images.
-    * `length`: tokens in a window, or pixels in a row of an image.
+    * `length`: tokens in a window (of several lengths the longest), or pixels in a row of an image.
     * `source`: the text or the images.
     * `held_out`: false where the text was too short, and the windows are some of those that were used.
-    * `unit` (string, optional): what is predicted where that is not a token: an image, or an input of an encoder.
-    * `accuracy` (number, optional): top-1 accuracy on the images.
+    * `unit` (string, optional): what is predicted where that is not a token: an image, an answer, or an input of
+      an encoder.
+    * `accuracy` (number, optional): top-1 accuracy on the images, or the exact match of the answers.
     * `dense_accuracy` (number, optional): that of the dense model.
     * `cosine` (number, optional): cosine of the embeddings and the dense model's, mean over inputs.
     * `cosine_error` (number, optional): its standard error.
@@ -103,6 +104,11 @@ class Loss:
             f"{100 * (self.top1_agreement or 0):.1f} %, perplexity {ppl} (dense {dense}), on {where} of {self.source}"
         )
 
+    @property
+    def each(self) -> str:
+        """What a divergence in nats is the mean over."""
+        return "a token of the answers" if self.unit == "answer" else f"an {self.unit}"
+
     def _of_rows(self) -> str:
         where = f"{self.windows} {'held-out' if self.held_out else 'calibration'} {self.unit}s of {self.source}"
         if self.cosine is not None:
@@ -113,8 +119,9 @@ class Loss:
         agreed = f"top-1 agreement {100 * (self.top1_agreement or 0):.1f} %"
         known = ""
         if self.accuracy is not None and self.dense_accuracy is not None:
-            known = f", accuracy {100 * self.accuracy:.1f} % (dense {100 * self.dense_accuracy:.1f} %)"
-        start = f"{self.verdict}: KL divergence from the dense model {kl}{error} nats an {self.unit}"
+            word = "exact match" if self.unit == "answer" else "accuracy"
+            known = f", {word} {100 * self.accuracy:.1f} % (dense {100 * self.dense_accuracy:.1f} %)"
+        start = f"{self.verdict}: KL divergence from the dense model {kl}{error} nats {self.each}"
         return f"{start}, {agreed}{known}, on {where}"
 
 
@@ -130,7 +137,7 @@ def verdict(divergence: float | None, limits: Mapping[str, float] = VERDICTS) ->
 @dataclass(frozen=True)
 class Reference:
     """The dense model's predictions: of each row of this process's batches, its `teachers`, the `nll` of its text in
-    nats a token, and how many of its predictions are `right`."""
+    nats a token, and for how many rows its predictions are all `right`."""
 
     batches: Sequence[Batch]
     scoring: Scoring
@@ -160,7 +167,7 @@ class Reference:
         for outputs, labels in _predictions(model, batches, scoring, resources):
             teachers.append(scoring.divergence.teacher(outputs))
             nll.append(row_nll(outputs, labels))
-            right.append(_right(outputs, labels))
+            right.append(int(_right(outputs, labels)))
         return cls(batches, scoring, source, held_out, teachers, nll, right, length)
 
     def compare(self, model: PreTrainedModel, resources: Resources = IN_MEMORY) -> Loss:
@@ -169,7 +176,7 @@ class Reference:
         found = _predictions(model, self.batches, self.scoring, resources)
         known = zip(found, self.teachers, self.nll, self.right, strict=True)
         for (outputs, labels), teacher, dense, dense_right in known:
-            divergence, right = self.scoring.divergence.compare(outputs, teacher), _right(outputs, labels)
+            divergence, right = self.scoring.divergence.compare(outputs, teacher), int(_right(outputs, labels))
             rows.append((divergence, row_nll(outputs, labels), dense, len(labels), right, dense_right))
         rows = [row for part in gather(rows) for row in part]
         windows, nll, dense_nll = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
@@ -188,7 +195,7 @@ class Reference:
             return Loss(word, None, None, None, None, None, *about, unit=self.scoring.unit, **cosine)
         labelled = not any(map(math.isnan, dense_nll))
         accuracies = {"accuracy": right, "dense_accuracy": dense_right} if labelled else {}
-        rates: dict[str, Any] = {key: round(count / tokens, 6) for key, count in accuracies.items()}
+        rates: dict[str, Any] = {key: round(count / len(rows), 6) for key, count in accuracies.items()}
         agreement = round(agreed / tokens, 6)
         return Loss(verdict(mean), mean, error, agreement, None, None, *about, unit=self.scoring.unit, **rates)
 
@@ -210,9 +217,9 @@ def _predictions(
                 yield from (pair for pair in scored_rows(*scoring.scored(logits, batch)) if len(pair[1]))
 
 
-def _right(outputs: Tensor, labels: Tensor) -> int:
-    """How many predictions are those of the labels."""
-    return int((outputs.argmax(-1) == labels).sum())
+def _right(outputs: Tensor, labels: Tensor) -> bool:
+    """Whether all predictions of a row are those of the labels."""
+    return bool((outputs.argmax(-1) == labels).all())
 
 
 def _finite(value: float) -> float | None:

@@ -1,7 +1,9 @@
-"""Scores of models that predict one thing for a whole input: image classifiers, and encoders with their embeddings.
+"""Scores of models that predict one thing for a whole input: image classifiers, answers to questions about images, and
+encoders with their embeddings.
 
-Top-1 and top-5 accuracy with their standard errors, sqrt(p (1 - p) / n); with the dense model the KL divergence of the
-class distributions in nats an image, and how often both models agree; for embeddings the cosine to the dense ones.
+Top-1 and top-5 accuracy, or the exact match of answers, with their standard errors, sqrt(p (1 - p) / n); with the dense
+model the KL divergence of the class distributions in nats an image (a token of an answer), and how often both models
+agree; for embeddings the cosine to the dense ones.
 """
 
 import hashlib
@@ -18,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.ambient import evaluating, pinned
-from billhook.engine.batch import Batch, main_input
+from billhook.engine.batch import Batch
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.batching import Progress
 from billhook.evaluation.divergence import COSINE
@@ -35,11 +37,14 @@ class RowsAgainst:
     """A comparison with the dense model on the same inputs.
 
     * `model`: name of the dense model.
-    * `kl` (number, optional): KL divergence from the dense model, mean over images in nats.
+    * `kl` (number, optional): KL divergence from the dense model in nats, mean over images or answers (of an answer the
+      mean over its tokens).
     * `kl_error` (number, optional): its standard error.
-    * `top1_agreement` (number, optional): fraction of images for which both have the same top-1 prediction.
+    * `top1_agreement` (number, optional): fraction of images (or tokens of answers) for which both have the same top-1
+      prediction.
     * `top1` (number, optional): the dense model's top-1 accuracy.
     * `top5` (number, optional): its top-5 accuracy.
+    * `exact_match` (number, optional): its exact match.
     * `cosine` (number, optional): cosine of the embeddings and the dense model's, mean over inputs.
     * `cosine_error` (number, optional): its standard error.
     """
@@ -50,6 +55,7 @@ class RowsAgainst:
     top1_agreement: float | None = None
     top1: float | None = None
     top5: float | None = None
+    exact_match: float | None = None
     cosine: float | None = None
     cosine_error: float | None = None
 
@@ -59,15 +65,17 @@ class RowScores:
     """The scores of a model on images or other inputs.
 
     * `inputs`: how many.
-    * `unit`: what they are: image or input.
+    * `unit`: what they are: image, answer or input.
     * `source`: where they are from, as it was named.
-    * `digest`: SHA-256 of the pixel values or token ids.
+    * `digest`: SHA-256 of the pixel values and token ids.
     * `protocol`: how they are scored.
     * `top1` (number, optional): fraction of the images whose most likely class is their label.
     * `top1_error` (number, optional): its standard error.
     * `top5` (number, optional): fraction whose label is among the five most likely classes, with more than five.
     * `top5_error` (number, optional): its standard error.
-    * `nll` (number, optional): mean negative log-likelihood of the labels, in nats.
+    * `exact_match` (number, optional): fraction of the answers of which every token is the most likely one.
+    * `exact_match_error` (number, optional): its standard error.
+    * `nll` (number, optional): mean negative log-likelihood of the labels in nats (a token, of answers).
     * `against` (object, optional): the comparison with the dense model.
     """
 
@@ -80,6 +88,8 @@ class RowScores:
     top1_error: float | None = None
     top5: float | None = None
     top5_error: float | None = None
+    exact_match: float | None = None
+    exact_match_error: float | None = None
     nll: float | None = None
     against: RowsAgainst | None = None
 
@@ -108,14 +118,15 @@ def evaluate_rows(
     JobError for outputs that are not finite.
     """
     models = [model] if against is None else [model, against]
-    tallies = [_Tally() for _ in models]
+    tallies = [_Tally(scoring.unit) for _ in models]
     divergences: list[float] = []
-    agreed, seen = 0, hashlib.sha256()
+    agreed, predictions, seen = 0, 0, hashlib.sha256()
     with ExitStack() as modes:
         for each in models:
             modes.enter_context(evaluating(each))
         for batch in batches:
-            seen.update(tensor_bytes(main_input(model, batch).cpu().contiguous()))
+            for name in sorted(batch.keys() & {model.main_input_name, "input_ids", "pixel_values"}):
+                seen.update(tensor_bytes(batch[name].cpu().contiguous()))
             found = [predicted(each, batch, scoring) for each in models]
             for tally, pairs in zip(tallies, found, strict=True):
                 tally.add(pairs)
@@ -123,7 +134,7 @@ def evaluate_rows(
                 for (ours, _), (theirs, _) in zip(*found, strict=True):
                     distance = _compared(scoring, ours, theirs.to(ours.device))
                     divergences.append(distance.mean)
-                    agreed += distance.agreed
+                    agreed, predictions = agreed + distance.agreed, predictions + len(ours)
             progress(f"{tallies[0].count} {scoring.unit}s")
     if not tallies[0].count:
         raise BillhookError(f"{source} is empty: there is nothing to score.")
@@ -136,13 +147,14 @@ def evaluate_rows(
     if scoring.divergence is COSINE:
         return RowScores(*about, against=RowsAgainst(name, cosine=1 - mean, cosine_error=error))
     kept = {key: value for key, value in tallies[1].summary().items() if key in {f.name for f in fields(RowsAgainst)}}
-    return RowScores(*about, **own, against=RowsAgainst(name, mean, error, agreed / len(divergences), **kept))
+    return RowScores(*about, **own, against=RowsAgainst(name, mean, error, agreed / predictions, **kept))
 
 
 class _Tally:
     """What one model predicted so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
         self.count = self.first = self.among = self.classes = 0
         self.nll: list[float] = []
 
@@ -161,11 +173,11 @@ class _Tally:
         """The accuracies and the mean loss; nothing where labels are not known."""
         if not self.count or any(map(math.isnan, self.nll)):
             return {}
-        top1, top5 = self.first / self.count, self.among / self.count
-        found: dict[str, Any] = {"top1": top1, "top1_error": math.sqrt(top1 * (1 - top1) / self.count)}
-        if self.classes > TOP:
-            found |= {"top5": top5, "top5_error": math.sqrt(top5 * (1 - top5) / self.count)}
-        return found | {"nll": statistics.fmean(self.nll)}
+        rates = {"exact_match" if self.unit == "answer" else "top1": self.first / self.count}
+        if self.classes > TOP and self.unit != "answer":
+            rates["top5"] = self.among / self.count
+        errors = {f"{name}_error": math.sqrt(rate * (1 - rate) / self.count) for name, rate in rates.items()}
+        return rates | errors | {"nll": statistics.fmean(self.nll)}
 
 
 def _compared(scoring: Scoring, ours: Tensor, theirs: Tensor) -> WindowKl:

@@ -10,14 +10,13 @@ from billhook.engine.batch import LABELS, Batch
 from billhook.evaluation.divergence import KL, Divergence
 
 IGNORED = -100  # the label of a position that is not scored, as in torch and transformers
-UNKNOWN = -1  # the label of a prediction whose correct class is not known: it is only compared with the dense model's
 
 
 class Scoring(Protocol):
     """How inputs become a batch, and outputs become scored predictions with labels.
 
-    `unit` is what is predicted: a token, an image or an input (of an encoder). `divergence` compares predictions with
-    those of the dense model.
+    `unit` is what is predicted: a token, an image, an answer (of several tokens) or an input (of an encoder).
+    `divergence` compares predictions with those of the dense model.
     """
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from billhook.errors import BillhookError
 from billhook.images.corpus import Picture
 
-UNKNOWN = -1
+UNKNOWN = -1  # the number of a class that is not known
 
 
 def class_numbers(found: Sequence[Picture], names: Mapping[int, str], source: str) -> list[int]:

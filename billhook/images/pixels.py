@@ -28,21 +28,8 @@ class Reader:
 
     @classmethod
     def of(cls, directory: Path | None, trust_remote_code: bool, source: str) -> "Reader":
-        """The reader of a model directory; raises BillhookError where it has no image processor, a damaged one, or one
-        that needs a package that is not installed, which the message names."""
-        if directory is None or not any((directory / name).is_file() for name in _NAMES):
-            who = "The model" if directory is None else str(directory)
-            lack = f"{who} has no image processor (preprocessor_config.json) to read {source} with"
-            raise BillhookError(f"{lack}: add it, or give pixel values as a tensor [n, channels, height, width].")
-        from transformers import AutoImageProcessor
-
-        options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-        who = f"The image processor of {directory}"
-        with untrusted(f"{who} cannot be loaded", "Repair preprocessor_config.json, or copy it again."), quiet():
-            try:
-                return cls(AutoImageProcessor.from_pretrained(directory, **options))
-            except ImportError as error:
-                raise BillhookError(f"{who} needs a package that is missing: {in_one_line(error)}.") from None
+        """The reader of a model directory; raises BillhookError as `processor_of` does."""
+        return cls(processor_of(directory, trust_remote_code, source, "AutoImageProcessor"))
 
     def pixels(self, found: Sequence[Picture]) -> Tensor:
         """The pixel values of the pictures; raises BillhookError, naming the picture, for one of another size."""
@@ -60,8 +47,31 @@ class Reader:
         return torch.stack(rows)
 
 
-def drawn(found: Sequence[Picture], samples: int, held_out: int, seed: int, source: str, *, again: bool) -> list[int]:
-    """The numbers of `samples` random pictures and, where there are as many, of `held_out` more.
+def processor_of(directory: Path | None, trust_remote_code: bool, source: str, auto_class: str) -> Any:
+    """The processor of a model directory, by one of transformers' Auto classes.
+
+    Raises BillhookError where there is none, a damaged one, or one that needs a package that is not installed, which
+    the message names.
+    """
+    if directory is None or not any((directory / name).is_file() for name in _NAMES):
+        who = "The model" if directory is None else str(directory)
+        lack = f"{who} has no processor (preprocessor_config.json) to read {source} with"
+        raise BillhookError(f"{lack}: add it, or give the model's inputs as tensors.")
+    import transformers
+
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    who = f"The processor of {directory}"
+    with untrusted(f"{who} cannot be loaded", "Repair preprocessor_config.json, or copy it again."), quiet():
+        try:
+            return getattr(transformers, auto_class).from_pretrained(directory, **options)
+        except ImportError as error:
+            raise BillhookError(f"{who} needs a package that is missing: {in_one_line(error)}.") from None
+
+
+def drawn(
+    found: Sequence[Any], samples: int, held_out: int, seed: int, source: str, *, again: bool, what: str = "images"
+) -> list[int]:
+    """The numbers of `samples` random pictures or questions and, where there are as many, of `held_out` more.
 
     `again` draws the samples with replacement, as the published code does. Raises BillhookError for too few pictures.
     """
@@ -69,7 +79,7 @@ def drawn(found: Sequence[Picture], samples: int, held_out: int, seed: int, sour
     if again:
         return [order.randrange(len(found)) for _ in range(samples)]
     if len(found) < samples:
-        raise BillhookError(f"{source} has {len(found)} images, fewer than {samples}: use --samples {len(found)}.")
+        raise BillhookError(f"{source} has {len(found)} {what}, fewer than {samples}: use --samples {len(found)}.")
     count = samples + held_out if len(found) >= samples + held_out else samples
     return order.sample(range(len(found)), count)
 

@@ -40,7 +40,7 @@ from billhook.architectures.layers import Layer
 from billhook.distributed.collectives import world
 from billhook.engine.activation_store import ActivationStore
 from billhook.engine.batch import Batch
-from billhook.engine.capture import single_row_calls
+from billhook.engine.capture import Shape, single_row_calls
 from billhook.engine.replay import Call, run_block
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.restore import differentiable, exchanged
@@ -106,7 +106,7 @@ class BlockTuner:
             raise BillhookError("--refine works in one process only: run without torchrun, or leave --refine out.")
         self.options, self.resources = options, resources
         self.wants_dense_outputs = options.dense_target > 0
-        self._single, self._tokens = single_row_calls(model, batches), model.main_input_name == "input_ids"
+        self._single = single_row_calls(model, batches)
         self._targets = resources.activations()
 
     @torch.no_grad()
@@ -127,32 +127,31 @@ class BlockTuner:
             for states, call in zip(given, block.following.calls, strict=True):
                 self._targets.append(run_block(block.following.module, states, call))
         windows = sum(len(h) for h in self._targets)
+        if windows and self._targets[0].ndim == 2:
+            return f"block {block.index} is not refined: its hidden states are one list of patches for all images"
         if windows < LEAST:
             return f"block {block.index} is not refined: {windows} calibration windows are fewer than {LEAST}"
-        single = {length: calls[block.index : block.index + 2] for length, calls in self._single.items()}
-        if not self._tokens:  # images of one size, by the second dimension of their hidden states
-            single = {block.inputs[0].shape[1]: next(iter(single.values()))}
+        own, after = self._single[block.index], {} if block.last else self._single[block.index + 1]
+        single = {shape: [call, after.get(shape, call)] for shape, call in own.items()}
         data = Data(block.inputs, self._targets, block.calls, single, block.following)
         tuned = tunable(block.module, block.layers, self.options.tune_norms_and_biases)
         done = refine_block_(block.module, data, tuned, self.options, block.index)
-        return (
-            f"block {block.index} refined: loss {done.before:.4g} -> {done.after:.4g} on held-out windows after "
-            f"{done.epochs} epochs"
-        )
+        change = f"loss {done.before:.4g} -> {done.after:.4g} on held-out windows after {done.epochs} epochs"
+        return f"block {block.index} refined: {change}"
 
 
 @dataclass(frozen=True)
 class Data:
     """Inputs and targets of a block, each [windows, tokens, width] a batch, with the call of each batch.
 
-    Targets are outputs of the next block or, for the last block, of the block itself. `single` are, by the length of a
-    window, the calls of the block and of the next one (if any) for a single window.
+    Targets are outputs of the next block or, for the last block, of the block itself. `single` are, by the shape of a
+    window's hidden states, the calls of the block and of the next one for a single window.
     """
 
     inputs: Sequence[Tensor] | ActivationStore
     targets: Sequence[Tensor] | ActivationStore
     calls: Sequence[Call]
-    single: Mapping[int, Sequence[Call]]
+    single: Mapping[Shape, Sequence[Call]]
     following: Following
 
     def loss(self, module: nn.Module, piece: Piece) -> Tensor:
@@ -160,7 +159,7 @@ class Data:
         batch, rows = piece
         index = torch.tensor(rows)
         inputs, targets = (h[batch][index].to(next(module.parameters()).dtype) for h in (self.inputs, self.targets))
-        single = self.single[inputs.shape[1]]
+        single = self.single[tuple(inputs.shape[1:])]
         outputs = run_block(module, inputs, self.calls[batch].part(index, single[0], inputs.dtype))
         if self.following.module is None:
             return _mean_kl(outputs, targets, self.following.predict)
@@ -234,7 +233,7 @@ def _descend(
     rates = [options.rate * float(p.detach().square().mean().sqrt()) for p in parameters]
     adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
     # without a scale, the gradient of a single token underflows in a float16 head
-    scale = 2.0 ** math.ceil(math.log2(_WINDOWS * max(data.single)))
+    scale = 2.0 ** math.ceil(math.log2(_WINDOWS * max(shape[0] for shape in data.single)))
     steps, step = options.epochs * len(_minibatches(train, torch.Generator())), 0
     for epoch in range(1, options.epochs + 1):  # noqa: B007
         for pieces in _minibatches(train, random):

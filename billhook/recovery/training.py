@@ -32,7 +32,7 @@ from billhook.engine.batch import Batch, rows_of, select_rows, split_rows
 from billhook.engine.restore import differentiable
 from billhook.evaluation.predicting import predicted, row_losses, rows_at_once
 from billhook.evaluation.scoring import Scoring
-from billhook.recovery.kept_adam import Kept, KeptAdam, give_, values_of
+from billhook.recovery.kept_adam import KeptAdam, Trained, give_, values_of
 from billhook.recovery.outputs import Predictor
 
 SHARES = (0.001, 0.003, 0.006, 0.014)  # of a parameter's root mean square
@@ -49,13 +49,13 @@ class Problem:
 
     `student` and `teacher` (None: there is none) give the outputs that the `objective` compares; `held_out` is the
     held-out loss of the model as it is now. `write(count, seed)` gives windows, int64 [count, length], that the
-    student writes, where the objective reads them. `stored` is the dtype of the files. `shares` are the rates that
-    race. A rate falls to zero as a cosine or, after a number of steps in which it is reached, `warm`, as a line.
-    `together` rows go through the models at a time, by default all of a step.
+    student writes, where the objective reads them. `shares` are the rates that race. A rate falls to zero as a cosine
+    or, after a number of steps in which it is reached, `warm`, as a line. `together` rows go through the models at a
+    time, by default all of a step.
     """
 
     model: PreTrainedModel
-    kept: Sequence[Kept]
+    kept: Sequence[Trained]
     batch: Batch
     rows: int
     steps: int
@@ -63,7 +63,6 @@ class Problem:
     student: Predictor
     teacher: Predictor | None
     held_out: Callable[[], float]
-    stored: torch.dtype
     write: Callable[[int, int], Tensor] | None = None
     seed: int = 0
     shares: Sequence[float] = field(default_factory=lambda: SHARES)
@@ -216,7 +215,7 @@ def train_(
         if problem.ended(state):
             break
     adam.close()
-    give_(problem.kept, {name: value.to(problem.stored) for name, value in best.items()})
+    give_(problem.kept, {k.name: best[k.name].to(k.stored) for k in problem.kept})
     after = problem.held_out()
     if after < before:
         return Recovered(before, after, state)

@@ -13,6 +13,7 @@ from billhook.store.layout import PAGE
 _CLASSES = {  # of transformers: the model's and its reader's, by task
     "text-generation": ("AutoModelForCausalLM", "AutoTokenizer"),
     "fill-mask": ("AutoModelForMaskedLM", "AutoTokenizer"),
+    "image-text-to-text": ("AutoModelForImageTextToText", "AutoProcessor"),
     "image-classification": ("AutoModelForImageClassification", "AutoImageProcessor"),
     "feature-extraction": ("AutoModel", "AutoTokenizer"),
     "image-feature-extraction": ("AutoModel", "AutoImageProcessor"),
@@ -64,7 +65,7 @@ def lost_in_words(report: Mapping[str, Any]) -> str:
     lost = Loss(**report["lost"])
     scale = f"The verdict is that of the KL divergence in nats a token: {SCALE}."
     if lost.unit != "token":
-        scale = f"The verdict is that of the KL divergence in nats an {lost.unit}: {SCALE}."
+        scale = f"The verdict is that of the KL divergence in nats {lost.each}: {SCALE}."
     if lost.cosine is not None:
         scale = f"The verdict is that of 1 - cosine: {DISTANCE_SCALE}."
     return f"Quality: {lost}. {scale}{more}"
@@ -95,8 +96,9 @@ def _entries(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]
             yield record["source"], "Token perplexity (non-overlapping windows)", "perplexity", record["token_ppl"]
         if word.get("word_ppl") is not None:
             yield word["source"], "Word perplexity (lm-evaluation-harness)", "perplexity", word["word_ppl"]
-        if "top1" in record:
-            yield record["source"], "Top-1 accuracy", "accuracy", record["top1"]
+        for key, label in (("top1", "Top-1 accuracy"), ("exact_match", "Exact match")):
+            if key in record:
+                yield record["source"], label, "accuracy" if key == "top1" else key, record[key]
         for task in record.get("tasks", []):
             yield task["task"], "Accuracy", "accuracy", task["acc"]
 
@@ -141,12 +143,13 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[list[str]]:
 def _rows_of_inputs(record: Mapping[str, Any], dense: Mapping[str, Any]) -> list[list[str]]:
     """The rows of an evaluation on images or other inputs."""
     where, rows = f"{record['source']}, {record['inputs']} {record['unit']}s", []
-    for key, label in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
+    each = "token" if record["unit"] == "answer" else "image"
+    for key, label in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy"), ("exact_match", "exact match")):
         if key in record:
             value = f"{100 * record[key]:.2f} ± {100 * record[f'{key}_error']:.2f} %"
             rows.append([label, where, value, f"{100 * dense[key]:.2f} %" if key in dense else "-"])
     if "kl" in dense:
-        rows.append(["KL divergence from the dense model, nats per image", where, f"{dense['kl']:.4f}", "0"])
+        rows.append([f"KL divergence from the dense model, nats per {each}", where, f"{dense['kl']:.4f}", "0"])
         agreed = f"{100 * dense['top1_agreement']:.2f} %"
         rows.append(["top-1 agreement with the dense model", where, agreed, "100 %"])
     if "cosine" in dense:

@@ -192,7 +192,8 @@ def source_metadata(folder: Path) -> dict[str, Any]:
     names = [str(name) for name in config.get("architectures") or ()]
     tag = next((tag for end, tag in _TAGS.items() for x in names if x.endswith(end)), _TEXT)
     images = tag == "feature-extraction" and ("image_size" in config or "num_channels" in config)
-    kept["pipeline_tag"] = [f"image-{tag}" if images else tag]
+    both = tag == _TEXT and "vision_config" in config
+    kept["pipeline_tag"] = [f"image-{tag}" if images else "image-text-to-text" if both else tag]
     return {key: texts if key == "tags" or len(texts) > 1 else texts[0] for key, texts in kept.items() if texts}
 
 

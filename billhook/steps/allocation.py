@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from billhook.architectures.layers import find_layers, select_layers
 from billhook.engine.batch import rows_of
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
@@ -28,7 +27,7 @@ from billhook.steps.levels import Measured, measure_levels
 from billhook.steps.like import like_types
 from billhook.steps.options import split_options
 from billhook.steps.parts import Parts
-from billhook.steps.request import Opened, Request, listed
+from billhook.steps.request import Opened, Request, same_layers
 from billhook.steps.resolve import identity
 from billhook.steps.sizes import Sizes
 from billhook.steps.state import partial_folder
@@ -138,7 +137,7 @@ def choose(
     assert opened.samples is not None
     how: dict[str, Any] = {"dtype": request.dtype, "device": request.device}
     model = load(opened.source, opened.task.auto_class, **how, trust_remote_code=request.trust_remote_code)
-    layers = select_layers(find_layers(model), listed(request.targets), listed(request.ignore))
+    layers = same_layers(model, opened)
     split = split_samples(model, opened.samples, rows_of(opened.batches[0]), request.seed)
     quick = replace(method, options={**method.options, "sweeps": 0})
     how = {"allocator": allocation.name, "options": allocation.options, "progress": progress}

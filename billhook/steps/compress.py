@@ -210,7 +210,7 @@ def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | 
     if state is None:
         return None
     plan = Plan.from_json(state.plan, str(partial_folder(output)))
-    layers = {key: listed(getattr(request, key)) for key in ("targets", "ignore")}
+    layers = {key: listed(getattr(request, key)) for key in ("targets", "ignore", "stacks")}
     made = (plan.made_by.get("request") or {}) | {key: state.identity.get(key) for key in layers}
     check_same_run(made, {**asked, **layers}, partial_folder(output))
     return plan

@@ -22,7 +22,7 @@ from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.evaluation.batching import TOKENS
 from billhook.evaluation.kl import K
 from billhook.methods.statistics import GRADIENTS, REGIONAL
-from billhook.steps.request import TOKENS_A_BATCH
+from billhook.steps.batch_size import TOKENS_A_BATCH
 from billhook.steps.resolve import ResolvedRequest
 from billhook.store.shards import weight_bytes
 

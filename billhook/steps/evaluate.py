@@ -26,7 +26,7 @@ from billhook.evaluation.perplexity import evaluate
 from billhook.evaluation.rows import evaluate_rows
 from billhook.evaluation.word_perplexity import evaluate_words
 from billhook.packed.loading import load
-from billhook.steps.request import model_facts
+from billhook.steps.facts import model_facts
 from billhook.store.checkpoint import load_tokenizer, read_config
 from billhook.store.compute import chosen_device, chosen_dtype, dtype_name, lacking_gib
 from billhook.tasks.base import Home, RowTask, WindowTask

@@ -51,6 +51,7 @@ class DrawnFields(TypedDict, total=False):
     seed: int
     targets: str | Sequence[str]
     ignore: str | Sequence[str]
+    stacks: str | Sequence[str]
     device: str
     dtype: str
     trust_remote_code: bool

@@ -64,6 +64,7 @@ def prune(
     calibration: Given | None = None, samples: int = 128, length: int | None = None,
     published: bool = False, bos: str = "auto", seed: int = 0, batch_size: int | None = None,
     targets: str | Sequence[str] = (), ignore: str | Sequence[str] = (),
+    stacks: str | Sequence[str] = (),
     device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False,
     overwrite: bool = False, resume: bool = False, spill_gib: float = SPILL_GIB, pack: bool = False,
     progress: Progress = lambda layer: None,

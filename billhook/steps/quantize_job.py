@@ -38,6 +38,7 @@ class Inputs:
     seed: int = 0
     targets: str | Sequence[str] = ()
     ignore: str | Sequence[str] = ()
+    stacks: str | Sequence[str] = ()
     device: str = "auto"
     dtype: str = "auto"
     overwrite: bool = False
@@ -178,6 +179,7 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
         **{key: getattr(request, key) for key in ("seed", "dtype", "device")},
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
+        "stacks": listed(request.stacks) or [opened.task.stacks],
         "imatrix": job.identity["imatrix"],
         "calibration": None if opened.samples is None else calibration_facts(opened),
         "papers": {"quantizer": QUANTIZERS.paper(request.quantizer)},

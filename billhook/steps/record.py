@@ -21,7 +21,8 @@ from billhook.evaluation.quality import Loss
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.plan import Plan
 from billhook.plan.recipes import better
-from billhook.steps.request import Opened, Request, calibration_facts, computed_in, listed
+from billhook.steps.facts import computed_in
+from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.store.compute import dtype_name, stored_dtype
 from billhook.store.record import REFILLED, Record, Step, append_step, located
 
@@ -154,6 +155,7 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[L
             **computed_in(opened.model),
             "targets": listed(request.targets),
             "ignore": listed(request.ignore),
+            "stacks": listed(request.stacks) or [opened.task.stacks],
             "calibration": None if opened.samples is None else calibration_facts(opened),
             "gradients": _gradients_record(job),
             "papers": papers,
@@ -161,6 +163,7 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[L
         },
         opened.facts,
         [
+            *(f"{name} is left out: no output of the model depends on it" for name in opened.dead.values()),
             *(f"{layer}: {note}" for layer, texts in notes.items() for note in texts),
             *_rounded(job, results),
             *_other_weights(job.plan, opened.facts),

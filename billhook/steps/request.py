@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from billhook.architectures.layers import Layer, check_finite, find_layers, select_layers
 from billhook.architectures.sources import resolve
-from billhook.architectures.stacks import blocks_of
+from billhook.architectures.stacks import blocks_in, blocks_of
 from billhook.distributed.collectives import rows_per_batch
 from billhook.engine.activation_store import SPILL_GIB
 from billhook.engine.batch import Batch, main_input, row_length, rows_of, split_rows
+from billhook.engine.dead_blocks import dead_blocks
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.method import Group, Prefix, Rounding
 from billhook.engine.resources import Resources
@@ -24,9 +25,10 @@ from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
 from billhook.recovery.blockwise import Refining
+from billhook.steps.batch_size import batch_size
+from billhook.steps.facts import model_facts
 from billhook.steps.state import partial_folder, unfinished_run
-from billhook.store.checkpoint import check_directory, load, model_digest
-from billhook.store.compute import dtype_name
+from billhook.store.checkpoint import check_directory, load
 from billhook.store.layout import WRITTEN
 from billhook.store.output import check_output
 from billhook.store.record import Record, history
@@ -37,9 +39,6 @@ from billhook.tasks.opening import task_of, task_of_config
 from billhook.tasks.self_text import is_self, saved_windows
 from billhook.text.corpus import source_name
 from billhook.text.given import Given
-
-TOKENS_A_BATCH = 4096  # enough rows to keep a matrix product busy
-ACTIVATION_BYTES = 16 << 20  # activations of the widest layer of a block; more needs memory and is not faster on a CPU
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,7 @@ class Request:
     seed: int = 0
     targets: str | Sequence[str] = ()
     ignore: str | Sequence[str] = ()
+    stacks: str | Sequence[str] = ()
     group: Group | None = None
     published: bool = False
     bos: str = "auto"
@@ -115,7 +115,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Opened:
-    """The loaded and checked model and samples of a request; `samples` is None and `batches` empty if not needed."""
+    """The loaded and checked model and samples of a request; `samples` is None and `batches` empty if not needed.
+
+    `dead` are the blocks that no output depends on, by number, with their names; `layers` are without theirs.
+    """
 
     source: Path | None
     model: PreTrainedModel
@@ -124,6 +127,7 @@ class Opened:
     layers: list[Layer]
     samples: Samples | None
     batches: list[Batch]
+    dead: Mapping[int, str] = field(default_factory=dict)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -146,7 +150,7 @@ def open_request(
     """
     check_text_given(request, needs_samples, who)
     opened = open_model(request, streamed=streamed)
-    return draw_text(opened, request, progress) if needs_samples else opened
+    return _without_dead_blocks(draw_text(opened, request, progress)) if needs_samples else opened
 
 
 def check_text_given(request: Request, needed: bool, who: str) -> None:
@@ -162,9 +166,13 @@ def open_model(request: Request, *, streamed: bool, room: Callable[[Path], int] 
     """Load the model of a request and select its layers; a new output needs `room(source)` bytes. No text is read."""
     _check_choices(request)
     source, model, resources = _open_model(request, streamed, room)
-    layers = select_layers(find_layers(model), listed(request.targets), listed(request.ignore))
+    task = task_of(model)
+    chosen = blocks_in(model, listed(request.stacks) or [task.stacks])
+    inside = {block for blocks in chosen.values() for block in blocks}
+    found = [layer for layer in find_layers(model) if layer.block in inside]
+    layers = select_layers(found, listed(request.targets), listed(request.ignore))
     _check_weights(model, resources)
-    return Opened(source, model, task_of(model), resources, layers, None, [])
+    return Opened(source, model, task, resources, layers, None, [])
 
 
 def draw_text(opened: Opened, request: Request, progress: Progress = lambda step: None) -> Opened:
@@ -173,6 +181,18 @@ def draw_text(opened: Opened, request: Request, progress: Progress = lambda step
     length = row_length(opened.model, samples.batch)
     size = rows_per_batch(len(samples), request.batch_size or batch_size(opened.layers, length))
     return changed(opened, samples=samples, batches=split_rows(samples.batch, size))
+
+
+def _without_dead_blocks(opened: Opened) -> Opened:
+    """The same without the layers of blocks that no output depends on.
+
+    Raises BillhookError where the samples do not reach a block that is to be changed.
+    """
+    dead = dead_blocks(opened.model, opened.batches[0], {layer.block for layer in opened.layers})
+    live = [layer for layer in opened.layers if layer.block not in dead]
+    if not live:
+        raise BillhookError("No output depends on the chosen blocks: there is nothing to prune.")
+    return changed(opened, layers=live, dead=dead)
 
 
 def changed(opened: Opened, **changes: Any) -> Opened:
@@ -195,12 +215,6 @@ def _check_choices(request: Request) -> None:
 def listed(patterns: str | Sequence[str]) -> list[str]:
     """Patterns as a list; a string is a single pattern."""
     return [patterns] if isinstance(patterns, str) else list(patterns)
-
-
-def batch_size(layers: Sequence[Layer], length: int) -> int:
-    """Rows in a batch: about 4096 tokens, or fewer where layers are wide."""
-    widest = max(max(layer.shape) for layer in layers)
-    return max(1, min(TOKENS_A_BATCH, ACTIVATION_BYTES // (4 * widest)) // length)
 
 
 def _open_model(
@@ -237,9 +251,14 @@ def in_memory(opened: Opened, request: Request) -> Opened:
     if not opened.resources.streamed or opened.source is None:
         return opened
     model = load(opened.source, opened.task.auto_class, **_loading(request))
-    names = {layer.name for layer in opened.layers}
-    layers = [layer for layer in find_layers(model) if layer.name in names]
+    layers = same_layers(model, opened)
     return changed(opened, model=model, layers=layers, resources=replace(opened.resources, stream=None))
+
+
+def same_layers(model: PreTrainedModel, opened: Opened) -> list[Layer]:
+    """The layers of a second model that have the names of the opened one's."""
+    names = {layer.name for layer in opened.layers}
+    return [layer for layer in find_layers(model) if layer.name in names]
 
 
 def _check_weights(model: PreTrainedModel, resources: Resources) -> None:
@@ -278,23 +297,3 @@ def calibration_facts(opened: Opened) -> dict[str, Any]:
     text = {"bos": samples.bos, "samples": len(inputs), "length": inputs.shape[1]}
     size = text if inputs.ndim == 2 else {"samples": len(inputs), "pixels": list(inputs.shape[-2:])}
     return identity | size | {"batch_size": rows_of(opened.batches[0])}
-
-
-def model_facts(source: Path | None, model: PreTrainedModel) -> dict[str, Any]:
-    """What identifies a model in tables, plans and billhook.json."""
-    facts = {"name": _model_name(source, model), "type": model.config.model_type}
-    return facts | {"digest": None if source is None else model_digest(source)}
-
-
-def computed_in(model: PreTrainedModel) -> dict[str, str]:
-    """The dtype and the kind of device in which a model is computed."""
-    return {"dtype": dtype_name(model.dtype), "device": model.device.type}
-
-
-def _model_name(source: Path | None, model: PreTrainedModel) -> str:
-    """OWNER/NAME for a folder of the hub's cache, else the folder's name; for a model in memory, its class."""
-    if source is None:
-        return type(model).__name__
-    if source.parent.name == "snapshots":
-        return source.parents[1].name.removeprefix("models--").replace("--", "/")
-    return source.resolve().name

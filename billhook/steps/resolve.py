@@ -26,9 +26,10 @@ from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
 from billhook.racing import automatic
 from billhook.racing.hyperparameters import configure, is_raced
+from billhook.steps.facts import computed_in
 from billhook.steps.gradients import check_temporary_room, gradient_bytes
 from billhook.steps.options import split_options
-from billhook.steps.request import Opened, Request, calibration_facts, computed_in, listed, open_request
+from billhook.steps.request import Opened, Request, calibration_facts, listed, open_request
 from billhook.steps.state import STATE, check_same_run, partial_folder, unfinished_run
 from billhook.store.files import sha256
 from billhook.store.output import check_output, check_room
@@ -221,6 +222,7 @@ def identity(
         **computed_in(opened.model),
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
+        "stacks": listed(request.stacks),
         "options": dict(options),
         **{key: None if value is None else _json_digest(value) for key, value in given.items()},
         "gradients": None if gradients is None else sha256(Path(gradients)),

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from billhook.architectures.layers import find_layers
-from billhook.architectures.stacks import blocks_of, first_blocks, is_staged
+from billhook.architectures.stacks import blocks_of, first_blocks, has_one_stack
 from billhook.engine.batch import row_length, rows_of
 from billhook.engine.loop import apply_plan_
 from billhook.plan.plan import Plan
@@ -39,7 +39,7 @@ def estimate_quantize_time(job: QuantizeJob) -> Estimate:
     No time is measured for a model in stages, and where the job changes no kind of layer that the first block has.
     """
     opened, known = job.opened, estimate_quantize(job)
-    if is_staged(opened.model):
+    if not has_one_stack(opened.model):
         return known
     begun, blocks, types = time.perf_counter(), len(blocks_of(opened.model)), plan_types(job.plan)
     of_kind = {layer.kind: [types[x.name] for x in opened.layers if x.kind == layer.kind] for layer in opened.layers}

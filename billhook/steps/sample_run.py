@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from billhook.architectures.layers import Layer, find_layers
-from billhook.architectures.stacks import blocks_of, first_blocks, is_staged
+from billhook.architectures.stacks import blocks_of, first_blocks, has_one_stack
 from billhook.distributed.collectives import gather, world
 from billhook.engine.batch import Batch, rows_of, select_rows
 from billhook.engine.method import Method
@@ -32,9 +32,10 @@ Shape = tuple[int, int]
 def estimate_time(resolved: ResolvedRequest) -> Estimate:
     """`estimate`, with the time of pruning and writing measured on a part of the job; not that of making the plan.
 
-    The time of refining counts all epochs, although most blocks need fewer. For a model in stages, no time is measured.
+    The time of refining counts all epochs, although most blocks need fewer. For a model with several stacks, no time is
+    measured.
     """
-    if is_staged(resolved.opened.model):
+    if not has_one_stack(resolved.opened.model):
         return estimate(resolved)
     opened, begun = resolved.opened, time.perf_counter()
     blocks = list(blocks_of(opened.model).values())

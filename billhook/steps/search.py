@@ -43,7 +43,18 @@ from billhook.trials.trials import TrialRunner
 
 OBJECTIVES: dict[str, Objective] = {"kl": "kl", "ppl": "nll"}
 _FIELDS = {"model", "sparsity", "pattern", "recipe", "criterion", "options", "group", "calibration", "samples"}
-_FIELDS |= {"length", "bos", "seed", "batch_size", "targets", "ignore", "device", "dtype", "trust_remote_code"}
+_FIELDS |= {
+    "length",
+    "bos",
+    "seed",
+    "batch_size",
+    "targets",
+    "ignore",
+    "stacks",
+    "device",
+    "dtype",
+    "trust_remote_code",
+}
 SAMPLES = 64  # half of them for pruning, half held out
 
 
@@ -182,6 +193,7 @@ def _identity(request: Request, opened: Opened, space: Space, method: Method) ->
         "model": model,
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
+        "stacks": listed(request.stacks),
         "sparsity": space.target,
         "pattern": request.pattern,
         "criterion": method.criterion,

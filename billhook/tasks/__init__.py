@@ -8,6 +8,7 @@ from billhook.registry import Registry
 TASKS = Registry(
     "task",
     {
+        "image-text-to-text": "billhook.tasks.image_text_to_text:TASK",  # before text-generation: some are in both
         "text-generation": "billhook.tasks.text_generation:TASK",
         "fill-mask": "billhook.tasks.fill_mask:TASK",
         "image-classification": "billhook.tasks.image_classification:TASK",

@@ -76,6 +76,11 @@ class Task(Scoring, Protocol):
     name: str
     auto_class: str
 
+    @property
+    def stacks(self) -> str:
+        """The stacks that are pruned by default: all, or language."""
+        ...
+
     def samples(
         self, source: Any, model: PreTrainedModel, home: Home, drawing: Drawing, progress: Progress = lambda step: None
     ) -> Samples:

@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Toke
 from billhook.engine.batch import Batch
 from billhook.errors import BillhookError
 from billhook.evaluation.divergence import COSINE, Divergence
-from billhook.evaluation.scoring import UNKNOWN
+from billhook.images.labels import UNKNOWN
 from billhook.tasks.base import Drawing, Home, Inputs, Progress, Samples
 from billhook.tasks.image_inputs import Images, image_samples
 from billhook.tasks.token_windows import drawn_windows, framed, tokenizer_of, window_length
@@ -48,6 +48,7 @@ class FeatureExtraction:
     protocol: ClassVar[str] = "embedding of each input: pooled for images, mean over tokens for texts"
     unit: ClassVar[str] = "input"
     divergence: ClassVar[Divergence] = COSINE
+    stacks: ClassVar[str] = "all"
     name: str = "feature-extraction"
     auto_class: str = "AutoModel"
 

@@ -33,6 +33,7 @@ class FillMask:
     protocol: ClassVar[str] = "perplexity of masked tokens (15 %, fixed seed) over non-overlapping windows"
     unit: ClassVar[str] = "token"
     divergence: ClassVar[Divergence] = KL
+    stacks: ClassVar[str] = "all"
     name: str = "fill-mask"
     auto_class: str = "AutoModelForMaskedLM"
     mask_token: int | None = None

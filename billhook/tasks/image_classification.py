@@ -15,7 +15,7 @@ from billhook.architectures.config import call_options
 from billhook.engine.batch import LABELS, Batch, model_inputs
 from billhook.errors import BillhookError
 from billhook.evaluation.divergence import KL, Divergence
-from billhook.evaluation.scoring import UNKNOWN
+from billhook.images.labels import UNKNOWN
 from billhook.tasks.base import Drawing, Home, Progress, Samples
 from billhook.tasks.image_inputs import Images, image_samples
 
@@ -27,6 +27,7 @@ class ImageClassification:
     protocol: ClassVar[str] = "class of each image, by the checkpoint's own preprocessing"
     unit: ClassVar[str] = "image"
     divergence: ClassVar[Divergence] = KL
+    stacks: ClassVar[str] = "all"
     name: str = "image-classification"
     auto_class: str = "AutoModelForImageClassification"
 

@@ -1,7 +1,7 @@
 """text-generation: decoder-only language models, scored by the next token."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,6 +21,7 @@ from billhook.text.windows import Tokens, Windows, load_windows
 class TextGeneration(NextToken):
     """A batch is {"input_ids": int64 [windows, length]}; every token but the first of a window is a label."""
 
+    stacks: ClassVar[str] = "all"
     name: str = "text-generation"
     auto_class: str = "AutoModelForCausalLM"
 

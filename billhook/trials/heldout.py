@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook.distributed.collectives import rows_per_batch
-from billhook.engine.batch import Batch, main_input, select_rows, split_rows
+from billhook.engine.batch import LABELS, Batch, main_input, select_rows, split_rows
 from billhook.errors import BillhookError
 from billhook.images.pixels import digest as digest_of_pixels
 from billhook.tasks.base import Samples
@@ -34,7 +34,7 @@ def split_samples(model: PreTrainedModel, samples: Samples, batch_size: int, see
     """
     ids = main_input(model, samples.batch)
     digest = digest_of_ids if ids.ndim == 2 else digest_of_pixels
-    rows = [row.contiguous().cpu().numpy().tobytes() for row in ids]
+    rows = [_bytes(row) for row in split_rows(samples.batch, 1)]
     different = list({row: index for index, row in reversed(list(enumerate(rows)))}.values())
     if len(different) < LEAST:
         raise BillhookError(
@@ -58,3 +58,8 @@ def split_samples(model: PreTrainedModel, samples: Samples, batch_size: int, see
     }
     calibration, heldout = (select_rows(samples.batch, torch.tensor(part)) for part in (order[:half], order[half:]))
     return Split(split_rows(calibration, rows_per_batch(half, batch_size)), heldout, facts)
+
+
+def _bytes(row: Batch) -> bytes:
+    """The values of all inputs of a row."""
+    return b"".join(row[name].contiguous().cpu().numpy().tobytes() for name in row if name != LABELS)

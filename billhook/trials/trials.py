@@ -30,7 +30,7 @@ from billhook.engine.restore import restore_, restored
 from billhook.errors import JobError
 from billhook.evaluation.divergence import Divergence
 from billhook.evaluation.predicting import predicted, row_nll, rows_at_once
-from billhook.evaluation.scoring import UNKNOWN
+from billhook.images.labels import UNKNOWN
 from billhook.plan.plan import Plan
 from billhook.tasks.opening import task_of
 from billhook.trials.attribution import attribute

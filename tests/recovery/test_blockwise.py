@@ -15,7 +15,7 @@ from billhook.engine import gradients as engine_gradients
 from billhook.engine.batch import as_batches
 from billhook.engine.capture import single_row_calls
 from billhook.engine.loop import LayerResult
-from billhook.engine.replay import run_block
+from billhook.engine.replay import Call, run_block
 from billhook.engine.resources import Resources
 from billhook.engine.walk import walk
 from billhook.errors import BillhookError
@@ -67,6 +67,12 @@ def test_the_seed_decides_the_result() -> None:
     assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
 
 
+def single(model: torch.nn.Module) -> dict[tuple[int, ...], list[Call]]:
+    """The calls of the first two blocks for a single window, by the shape of its hidden states."""
+    first, second = single_row_calls(model, as_batches(model, text()))[:2]
+    return {shape: [call, second[shape]] for shape, call in first.items()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_is_only_replaced_by_a_better_one(dtype: torch.dtype) -> None:
     model = tiny.llama().to(dtype)
@@ -77,9 +83,7 @@ def test_a_block_is_only_replaced_by_a_better_one(dtype: torch.dtype) -> None:
         # noise has nothing to be learnt, and a rate of 1 spoils any block
         result = refine_block_(
             block.module,
-            Data(
-                block.inputs, targets, block.calls, single_row_calls(model, as_batches(model, text())), block.following
-            ),
+            Data(block.inputs, targets, block.calls, single(model), block.following),
             parameters,
             Refine(epochs=2, rate=30.0),
         )
@@ -131,7 +135,8 @@ def test_the_loss_of_a_block_is_that_of_the_following_block(build, monkeypatch) 
     monkeypatch.setattr("billhook.recovery.blockwise.PREDICTED", 7)
     model, ids = build(), torch.cat(text(3))[:3]
     for block in walk(model, [ids], read_only=True):
-        one = {24: single_row_calls(model, as_batches(model, ids))[24][block.index : block.index + 2]}
+        calls = single_row_calls(model, as_batches(model, ids))[block.index : block.index + 2]
+        one = {(24, 32): [found[24, 32] for found in calls]}
         targets = torch.randn(3, 24, 32, generator=torch.Generator().manual_seed(block.index))
         loss = Data(block.inputs, [targets], block.calls, one, block.following).loss(block.module, (0, [2, 0]))
         here = outputs_of_blocks(model, ids, {})[block.index + 1][[2, 0]]

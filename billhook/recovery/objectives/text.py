@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from billhook.engine.batch import Batch
 from billhook.errors import BillhookError
-from billhook.evaluation.scoring import UNKNOWN
+from billhook.images.labels import UNKNOWN
 from billhook.recovery.outputs import Outputs, Predictor
 from billhook.registry import method
 

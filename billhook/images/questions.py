@@ -1,0 +1,140 @@
+"""From a SOURCE to questions about pictures, without torch.
+
+FILE.jsonl                      a line an object: {"image": FILE, "question": TEXT, "answer": TEXT}, or
+                                {"image": FILE, "messages": [...]} as chat templates read them, the last one being the
+                                assistant's answer; several images are a list, files are found beside FILE.jsonl
+hub:NAME[:config][:split]       a data set of the Hugging Face hub or a local one with these columns
+rows given from Python          mappings with these fields; an image may be one of Pillow
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from billhook.errors import BillhookError
+from billhook.images.corpus import Picture, pillow
+from billhook.text.hub import hub_rows
+
+FORMS = (
+    'FILE.jsonl with lines {"image": FILE, "question": TEXT, "answer": TEXT} or {"image": FILE, "messages": [...]}, or '
+    "hub:NAME[:config][:split]"
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Pictures, the `messages` of a chat whose contents are lists of parts, and the answer to the last one."""
+
+    name: str
+    pictures: tuple[Picture, ...]
+    messages: list[dict[str, Any]]
+    answer: str
+
+    @property
+    def text(self) -> str:
+        """The text of the last message."""
+        return "\n".join(part["text"] for part in self.messages[-1]["content"] if part["type"] == "text")
+
+
+def questions(source: Any, purpose: str) -> list[Question]:
+    """The questions of a SOURCE or of rows given from Python.
+
+    `purpose`, calibration or evaluation, decides the default split of a hub data set. Raises BillhookError for a source
+    of another kind, for one without questions, and, naming the row, for one without image or answer.
+    """
+    if not isinstance(source, str | Path):
+        if not isinstance(source, Iterable) or isinstance(source, bytes | Mapping):
+            raise BillhookError(f"{purpose}: found {type(source).__name__}; give {FORMS}, or an iterable of rows.")
+        return _checked([_question(row, f"{purpose}, row {n}", Path()) for n, row in enumerate(source, 1)], purpose)
+    name = str(source)
+    if name.startswith("hub:"):
+        rows = enumerate(hub_rows(name, purpose), start=1)
+        return _checked([_question(row, f"{name}, row {n}", Path()) for n, row in rows], name)
+    path = Path(source).expanduser()
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
+        why = "there is no such file" if not path.exists() else "it holds no questions"
+        raise BillhookError(f"{name}: {why}, and the model reads images with text. A source of questions is {FORMS}.")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BillhookError(f"{path} cannot be read ({error}).") from None
+    found = [_line(line, f"{path}, line {n}", path.parent) for n, line in enumerate(lines, start=1) if line.strip()]
+    return _checked(found, name)
+
+
+def _checked(found: list[Question], source: str) -> list[Question]:
+    if not found:
+        raise BillhookError(f"{source} is empty: give {FORMS}.")
+    return found
+
+
+def _line(line: str, where: str, folder: Path) -> Question:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BillhookError(f"{where} is not JSON ({str(error)[:100]}).") from None
+    return _question(row, where, folder)
+
+
+def _question(row: Any, where: str, folder: Path) -> Question:
+    if not isinstance(row, Mapping):
+        raise BillhookError(f"{where}: found {type(row).__name__}, not an object with image, question and answer.")
+    images = row.get("image", row.get("images"))
+    images = images if isinstance(images, list | tuple) else [] if images is None else [images]
+    if not images:
+        known = ", ".join(map(str, row)) or "nothing"
+        raise BillhookError(f"{where} has no image (it has {known}), and the model reads images with text.")
+    found = tuple(_picture(image, f"{where}, image {n}", folder) for n, image in enumerate(images, start=1))
+    if "messages" in row:
+        return Question(where, found, *_conversation(row["messages"], where, len(found)))
+    for key in ("question", "answer"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise BillhookError(f"{where} needs a text in {key!r}, found {type(row.get(key)).__name__}.")
+    message = {"role": "user", "content": [*_image_parts(len(found)), {"type": "text", "text": row["question"]}]}
+    return Question(where, found, [message], row["answer"])
+
+
+def _picture(image: Any, where: str, folder: Path) -> Picture:
+    if isinstance(image, str | Path):
+        path = folder / Path(image).expanduser()
+        if not path.is_file():
+            raise BillhookError(f"{where}: there is no file {path}.")
+        return Picture(str(path), lambda: pillow().open(path))
+    if not hasattr(image, "convert"):
+        raise BillhookError(f"{where}: found {type(image).__name__}, not the name of a file or an image of Pillow.")
+    return Picture(where, image.copy)
+
+
+def _image_parts(count: int) -> list[dict[str, Any]]:
+    return [{"type": "image"} for _ in range(count)]
+
+
+def _conversation(messages: Any, where: str, images: int) -> tuple[list[dict[str, Any]], str]:
+    """The messages before the answer, with contents as lists of parts, and the answer."""
+    if not isinstance(messages, list | tuple) or len(messages) < 2 or not all(isinstance(m, Mapping) for m in messages):
+        raise BillhookError(f"{where}: messages must be a list of at least a question and its answer.")
+    found: list[dict[str, Any]] = [{"role": str(m.get("role")), "content": _parts(m, where)} for m in messages]
+    answer = "".join(part.get("text", "") for part in found[-1]["content"])
+    if found[-1]["role"] != "assistant" or not answer.strip():
+        raise BillhookError(f"{where}: the last of the messages must be the assistant's, with a text.")
+    named = sum(part["type"] == "image" for message in found[:-1] for part in message["content"])
+    if not named:
+        first = next((message for message in found if message["role"] == "user"), found[0])
+        first["content"] = [*_image_parts(images), *first["content"]]
+    elif named != images:
+        raise BillhookError(f"{where}: its messages show {named} images, and it has {images}.")
+    return found[:-1], answer
+
+
+def _parts(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
+        raise BillhookError(f"{where}: the content of a message must be a text or a list of parts.")
+    wrong = [part.get("type") for part in content if part.get("type") not in ("text", "image")]
+    if wrong or any(not isinstance(part.get("text", ""), str) for part in content):
+        raise BillhookError(f"{where}: a part of a message must be a text or an image, found {wrong or 'no text'}.")
+    return [{"type": part["type"], **({"text": part["text"]} if "text" in part else {})} for part in content]

@@ -1,0 +1,29 @@
+"""What identifies a model in tables, plans and records, and how it was computed."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from billhook.store.checkpoint import model_digest
+from billhook.store.compute import dtype_name
+
+
+def model_facts(source: Path | None, model: PreTrainedModel) -> dict[str, Any]:
+    """What identifies a model in tables, plans and billhook.json."""
+    facts = {"name": _model_name(source, model), "type": model.config.model_type}
+    return facts | {"digest": None if source is None else model_digest(source)}
+
+
+def computed_in(model: PreTrainedModel) -> dict[str, str]:
+    """The dtype and the kind of device in which a model is computed."""
+    return {"dtype": dtype_name(model.dtype), "device": model.device.type}
+
+
+def _model_name(source: Path | None, model: PreTrainedModel) -> str:
+    """OWNER/NAME for a folder of the hub's cache, else the folder's name; for a model in memory, its class."""
+    if source is None:
+        return type(model).__name__
+    if source.parent.name == "snapshots":
+        return source.parents[1].name.removeprefix("models--").replace("--", "/")
+    return source.resolve().name
