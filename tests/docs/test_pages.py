@@ -50,6 +50,7 @@ NOT_RUN = {
     ("trainers.md", "needs TRL"),
     ("recover.md", "starts processes; tests/distributed/test_recover.py does"),
     ("vision.md", "needs a trained image classifier"),
+    ("vision.md", "needs a trained image-text model"),
 }
 
 
