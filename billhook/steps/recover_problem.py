@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from billhook.architectures.config import context_length
 from billhook.architectures.layers import Layer, select_layers
 from billhook.architectures.stacks import blocks_of
+from billhook.distributed.collectives import world
 from billhook.engine.batch import Batch, row_length, select_rows
 from billhook.errors import BillhookError, JobError
 from billhook.recovery.adapters import RATES, factors
@@ -62,7 +63,7 @@ def draw_windows(
         length = min(length, context_length(opened.model.config) or length)
     most = IMAGES
     if of_text and length is not None:
-        rows = request.batch_size or max(1, TOKENS_A_STEP // length)
+        rows = request.batch_size or max(world(), TOKENS_A_STEP // length)
         most = BUDGETED if request.seconds else rows * math.ceil((tokens or TOKENS) / (rows * length))
         most = request.windows or most
     drawing = Drawing(most + 2 * HELD_OUT[1], length, request.seed, "packed", request.bos, fewer=True)
@@ -70,7 +71,11 @@ def draw_windows(
     given: Any = request.calibration
     drawn = opened.task.samples(given, teacher or opened.model, home, drawing, progress)
     count, size = len(drawn), row_length(opened.model, drawn.batch)
-    rows = request.batch_size or max(1, TOKENS_A_STEP // size)
+    rows = request.batch_size or max(world(), TOKENS_A_STEP // size)
+    if rows < world():
+        raise BillhookError(
+            f"{world()} processes cannot share a step of {rows} windows: give a larger --batch-size, or start fewer."
+        )
     held = min(HELD_OUT[1], max(HELD_OUT[0], count // 8))
     if count < 2 * held + rows:
         kind = f"windows of {size} tokens" if of_text else "questions" if answers else "images"
