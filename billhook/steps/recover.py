@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from billhook.ambient import evaluating, pinned
-from billhook.distributed.collectives import world
+from billhook.distributed.collectives import barrier, gather
 from billhook.engine.batch import row_length, rows_of, split_rows
 from billhook.engine.walk import Progress
 from billhook.errors import BillhookError, JobError
@@ -58,8 +58,6 @@ def recover(
 
 def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> RecoverJob:
     """Check everything about a request, cheapest first, and decide how much is trained; nothing is changed."""
-    if world() > 1:
-        raise BillhookError("recover runs in one process: start it without torchrun.")
     options = OBJECTIVES.configure(request.objective, request.options)
     seconds = request.seconds
     check_text_given(request.opening(), True, "Recovering")
@@ -81,7 +79,7 @@ def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> 
     elif seconds is None:
         steps = math.ceil((request.tokens or TOKENS) / size)
     else:
-        steps = known.get("steps") or steps_in(problem, seconds, request.rate is None)
+        steps = known.get("steps") or min(gather(steps_in(problem, seconds, request.rate is None)))
     problem, rate = replace(problem, steps=steps), known.get("rate", request.rate)
     run = identity(request.opening(), opened, options, None, None) | {"step": "recover"}
     run |= {key: getattr(request, key) for key in IDENTITY}
@@ -131,6 +129,7 @@ def run(
 
     Raises JobError, and Interrupted where the run can be resumed.
     """
+    barrier()  # until all processes have checked the output
     begun, request, opened, problem = time.perf_counter(), job.request, job.opened, job.problem
     source, output = job.source.written_like, _output(request)
     room = weight_bytes(source) + state_bytes(problem)

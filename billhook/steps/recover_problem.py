@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from billhook.architectures.config import context_length
 from billhook.architectures.layers import Layer, select_layers
 from billhook.architectures.stacks import blocks_of
+from billhook.distributed.collectives import world
 from billhook.engine.batch import Batch, row_length, select_rows
 from billhook.errors import BillhookError, JobError
 from billhook.recovery.adapters import RATES, factors
@@ -55,13 +56,14 @@ def draw_windows(
 
     Raises BillhookError for a text that is too short to train on and to hold out windows.
     """
-    tokens, length, of_text = request.tokens, request.length, opened.model.main_input_name == "input_ids"
+    tokens, length, answers = request.tokens, request.length, opened.task.unit == "answer"  # rows have their lengths
+    of_text = opened.model.main_input_name == "input_ids" and not answers
     if of_text and (length is None or request.recipe):  # a recipe's length is one for longer contexts
         length = length or LENGTH
         length = min(length, context_length(opened.model.config) or length)
     most = IMAGES
     if of_text and length is not None:
-        rows = request.batch_size or max(1, TOKENS_A_STEP // length)
+        rows = request.batch_size or max(world(), TOKENS_A_STEP // length)
         most = BUDGETED if request.seconds else rows * math.ceil((tokens or TOKENS) / (rows * length))
         most = request.windows or most
     drawing = Drawing(most + 2 * HELD_OUT[1], length, request.seed, "packed", request.bos, fewer=True)
@@ -69,10 +71,14 @@ def draw_windows(
     given: Any = request.calibration
     drawn = opened.task.samples(given, teacher or opened.model, home, drawing, progress)
     count, size = len(drawn), row_length(opened.model, drawn.batch)
-    rows = request.batch_size or max(1, TOKENS_A_STEP // size)
+    rows = request.batch_size or max(world(), TOKENS_A_STEP // size)
+    if rows < world():
+        raise BillhookError(
+            f"{world()} processes cannot share a step of {rows} windows: give a larger --batch-size, or start fewer."
+        )
     held = min(HELD_OUT[1], max(HELD_OUT[0], count // 8))
     if count < 2 * held + rows:
-        kind = f"windows of {size} tokens" if of_text else "images"
+        kind = f"windows of {size} tokens" if of_text else "questions" if answers else "images"
         raise BillhookError(
             f"{drawn.source} has only {count} {kind}: recovery holds out {2 * held} and trains on at least {rows}. "
             f"Give more{' text, or a smaller --length' if of_text else ''}."
