@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from billhook.cli import options as shared
 from billhook.cli.common import emit, graceful_interrupt, parse_settings, progress, say
+
+if TYPE_CHECKING:
+    from billhook.steps.recover_job import RecoverReport, RecoverRequest
 
 NAME = "recover"
 EXAMPLES = """\b
@@ -74,24 +77,33 @@ def command(
     as_json: shared.Json = False,
 ) -> None:
     """Train what a pruned or slimmed model has left, with the dense model as its teacher; zeros stay zeros."""
+    from billhook.distributed.collectives import distributed
     from billhook.steps.recover import RecoverRequest, prepare, run
 
     chosen = {key: value for key, value in vars(training).items() if key != "settings"}
     chosen |= {"options": parse_settings(training.settings), "batch_size": batch_size, "seed": seed}
     groups: dict[str, Any] = {**chosen, **work.fields(model, streams=False), **vars(writing)}
     request = RecoverRequest(model=model, output=output, **groups)
-    with progress("reading") as advance:
-        job = prepare(request, advance)
-    for note in job.notes:
-        say(note)
-    with progress("training", job.steps) as advance, graceful_interrupt("measurement") as stopping:
-        report = run(job, advance, stopping)
+    with distributed(request.device):
+        with progress("reading") as advance:
+            job = prepare(request, advance)
+        for note in job.notes:
+            say(note)
+        with progress("training", job.steps) as advance, graceful_interrupt("measurement") as stopping:
+            report = run(job, advance, stopping)
+    _show(report, request)
+    if as_json:
+        emit(report.to_json())
+
+
+def _show(report: "RecoverReport", request: "RecoverRequest") -> None:
+    """Say what became better, and what to do next."""
     for warning in report.warnings:
         say(f"note: {warning}")
     if report.improved:
         held_out = f"held-out loss {report.before:.4f} -> {report.after:.4f} at step {report.state.best}"
-        size = "" if job.adapted else " of each parameter's size"
-        say(f"{report.output}: {held_out}, {job.tokens:,} tokens, rate {report.rate:g}{size}.")
+        size = "" if request.tune == "adapters" else " of each parameter's size"
+        say(f"{report.output}: {held_out}, {report.tokens:,} tokens, rate {report.rate:g}{size}.")
     say(f"{report.zeros:,} zeros, all in their place. {report.seconds:.1f} s.")
     if report.lost_before is not None:
         say(f"Before: {report.lost_before}.")
@@ -99,5 +111,3 @@ def command(
         say(f"Now: {report.loss}.")
     if request.save == "merged":
         say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
-    if as_json:
-        emit(report.to_json())

@@ -53,7 +53,7 @@ def _suffixes(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
 def factors(model: PreTrainedModel) -> list[Kept]:
     """The factors of all adapters, every entry of which is trained."""
     found = [(name, p) for name, p in model.named_parameters() if ".lora_" in name]
-    return [Kept(name, p, torch.ones_like(p, dtype=torch.bool), size=1.0) for name, p in found]
+    return [Kept(name, p, p.dtype, torch.ones_like(p, dtype=torch.bool), size=1.0) for name, p in found]
 
 
 @torch.no_grad()

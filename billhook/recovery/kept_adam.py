@@ -1,62 +1,156 @@
-"""Adam on the entries of parameters that may change, stored without the others.
+"""Adam on what may change of parameters, stored without the rest.
 
-Of each parameter the kept entries are copied into a vector of float32, its master copy. Gradients are taken from the
-kept entries as soon as a parameter has one, and the dense gradient is freed; Adam's two moments have the length of the
-vector. After a step the parameters get the values of the vectors, in their own dtype, at the kept entries and nowhere
-else: an entry that is zero cannot change, whatever the optimizer does.
+Of each parameter the entries that are kept, or the scales of its quantized weight, are copied into a vector of float32,
+its master copy. A gradient becomes one of the vector as soon as the parameter has it, and is freed; Adam's two moments
+have the length of the vector. After a step the parameters get the values of the vectors, in their own dtype, and
+nothing else of them changes: an entry that is zero stays zero, whatever the optimizer does.
 
-In memory, for every parameter beside the model itself: a byte for the mask, and 16 bytes for each kept entry.
+In memory, beside the model itself: a byte for each entry of a parameter, and 16 bytes for each number of a vector.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from billhook.distributed.collectives import all_reduce_, world
 
 CLIP = 1.0  # largest norm of the gradient
 BETAS = (0.9, 0.95)
 
 
+class Trained(Protocol):
+    """What is trained of a parameter: some numbers from which it follows."""
+
+    @property
+    def name(self) -> str:
+        """The parameter's name."""
+        ...
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter."""
+        ...
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The dtype that the numbers have in the files."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """How many numbers there are."""
+        ...
+
+    @property
+    def size(self) -> float | None:
+        """What a rate is a share of; None: their root mean square."""
+        ...
+
+    def values(self) -> Tensor:
+        """The numbers as they are, a float32 vector."""
+        ...
+
+    def gradient(self, gradient: Tensor) -> Tensor:
+        """The gradient by the numbers, a float32 vector, from that by the parameter."""
+        ...
+
+    def restore_(self, values: Tensor) -> None:
+        """Give the parameter the values that follow from other numbers."""
+        ...
+
+    def came_back(self) -> int:
+        """How many entries that were zero have values."""
+        ...
+
+
 @dataclass(frozen=True)
 class Kept:
-    """A parameter and the mask, bool of its shape, of its entries that are trained.
-
-    A rate is a share of `size`, by default the root mean square of these entries.
-    """
+    """The entries of a parameter where `mask`, bool of its shape, is true."""
 
     name: str
     parameter: nn.Parameter
+    stored: torch.dtype
     mask: Tensor
     size: float | None = None
 
-    def packed(self, values: Tensor) -> Tensor:
-        """The kept entries of `values`, which has the parameter's shape, as a float32 vector."""
-        return values.detach()[self.mask].float()
+    @property
+    def count(self) -> int:
+        """The number of kept entries."""
+        return int(self.mask.sum())
+
+    def values(self) -> Tensor:
+        """The kept entries."""
+        return self.gradient(self.parameter)
+
+    def gradient(self, gradient: Tensor) -> Tensor:
+        """The kept entries of a gradient."""
+        return gradient.detach()[self.mask].float()
 
     @torch.no_grad()
-    def restore_(self, entries: Tensor) -> None:
-        """Give the parameter's kept entries other values."""
-        self.parameter.masked_scatter_(self.mask, entries.to(self.parameter.dtype))
+    def restore_(self, values: Tensor) -> None:
+        """Give the kept entries other values."""
+        self.parameter.masked_scatter_(self.mask, values.to(self.parameter.dtype))
+
+    def came_back(self) -> int:
+        """How many other entries are not zero."""
+        return int(torch.count_nonzero(self.parameter.detach().masked_fill(self.mask, 0)))
 
 
-def values_of(kept: Sequence[Kept]) -> dict[str, Tensor]:
-    """The kept entries by parameter, float32."""
-    return {k.name: k.packed(k.parameter) for k in kept}
+class Scaled:
+    """The scales of a quantized weight: the parameter is codes, int8 [out, in], times `scale` [out, in / group]."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, codes: Tensor, scale: Tensor) -> None:
+        self.name, self.parameter, self.stored = name, parameter, scale.dtype
+        self.size: float | None = None
+        self._codes = codes.unflatten(1, (scale.shape[1], -1))
+        self.scale = scale.float()
+
+    @property
+    def count(self) -> int:
+        """The number of scales."""
+        return self.scale.numel()
+
+    def values(self) -> Tensor:
+        """The scales."""
+        return self.scale.flatten()
+
+    def gradient(self, gradient: Tensor) -> Tensor:
+        """The sum over a scale's columns of gradient times code."""
+        return (gradient.detach().view(self._codes.shape) * self._codes).sum(-1, dtype=torch.float32).flatten()
+
+    @torch.no_grad()
+    def restore_(self, values: Tensor) -> None:
+        """Give the weight other scales."""
+        self.scale = values.float().view(self.scale.shape)
+        self.parameter.copy_((self._codes * self.scale[..., None]).flatten(1))
+
+    def came_back(self) -> int:
+        """How many entries with the code zero are not zero."""
+        return int(
+            torch.count_nonzero(self.parameter.detach().view(self._codes.shape).masked_fill(self._codes != 0, 0))
+        )
 
 
-def give_(kept: Sequence[Kept], values: Mapping[str, Tensor]) -> None:
-    """Give all kept entries other values, by parameter."""
+def values_of(kept: Sequence[Trained]) -> dict[str, Tensor]:
+    """The numbers that are trained by parameter, float32."""
+    return {k.name: k.values() for k in kept}
+
+
+def give_(kept: Sequence[Trained], values: Mapping[str, Tensor]) -> None:
+    """Give all parameters other numbers, by parameter."""
     for k in kept:
         k.restore_(values[k.name])
 
 
 class KeptAdam:
-    """The optimizer; it collects gradients until `close` is called. Sizes are those of the entries as they are now."""
+    """The optimizer; it collects gradients until `close` is called. Sizes are those of the numbers as they are now."""
 
-    def __init__(self, kept: Sequence[Kept]) -> None:
+    def __init__(self, kept: Sequence[Trained]) -> None:
         self.kept = kept
-        self.masters = [nn.Parameter(k.packed(k.parameter), requires_grad=False) for k in kept]
+        self.masters = [nn.Parameter(k.values().clone(), requires_grad=False) for k in kept]
         self.sizes = [_size(m) if k.size is None else k.size for k, m in zip(kept, self.masters, strict=True)]
         groups = [{"params": [m], "lr": 0.0} for m in self.masters]
         self._adam = torch.optim.Adam(groups, betas=BETAS, foreach=False)
@@ -64,6 +158,15 @@ class KeptAdam:
             k.parameter.register_post_accumulate_grad_hook(lambda p, k=k, m=m: _collect(p, k, m))
             for k, m in zip(kept, self.masters, strict=True)
         ]
+
+    def share_gradients_(self) -> None:
+        """Sum the gradients over all processes; parameters without one in any process have none afterwards."""
+        if world() == 1:
+            return
+        used = all_reduce_(torch.tensor([float(m.grad is not None) for m in self.masters]))
+        for master, some in zip(self.masters, used.tolist(), strict=True):
+            if some:
+                master.grad = all_reduce_(torch.zeros_like(master) if master.grad is None else master.grad)
 
     def step(self, share: float) -> None:
         """One step with the gradients collected since the last one; `share` of each parameter's size is its rate."""
@@ -101,13 +204,13 @@ class KeptAdam:
             k.restore_(m.detach())
 
 
-def _size(entries: Tensor) -> float:
-    return float(entries.square().mean().sqrt()) if entries.numel() else 0.0
+def _size(values: Tensor) -> float:
+    return float(values.square().mean().sqrt()) if values.numel() else 0.0
 
 
-def _collect(p: Tensor, kept: Kept, master: nn.Parameter) -> None:
-    """Move the gradient of a parameter's kept entries to its master copy."""
+def _collect(p: Tensor, kept: Trained, master: nn.Parameter) -> None:
+    """Move the gradient of a parameter to its master copy."""
     assert p.grad is not None
-    entries = kept.packed(p.grad)
+    entries = kept.gradient(p.grad)
     master.grad = entries if master.grad is None else master.grad + entries
     p.grad = None

@@ -12,7 +12,9 @@ end the training, and so does a loss that is not finite. Where no state is bette
 files, the parameters get the values back that they had.
 
 The held-out loss is the divergence from the teacher, whatever the objective, or the loss on the labels without a
-teacher. Equal inputs, seed and number of threads give equal bits.
+teacher. Equal inputs, seed and number of threads give equal bits. Several processes share the rows of each step and the
+held-out ones. Their gradients and losses are summed, so all have the same weights: up to rounding, those of one process
+where all rows have equal numbers of labels.
 """
 
 import math
@@ -24,11 +26,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.distributed.collectives import all_reduce_, shard, world
+from billhook.distributed.torchrun import rank
 from billhook.engine.batch import Batch, rows_of, select_rows, split_rows
 from billhook.engine.restore import differentiable
-from billhook.evaluation.predicting import mean_loss, predicted, rows_at_once
+from billhook.evaluation.predicting import predicted, row_losses, rows_at_once
 from billhook.evaluation.scoring import Scoring
-from billhook.recovery.kept_adam import Kept, KeptAdam, give_, values_of
+from billhook.recovery.kept_adam import KeptAdam, Trained, give_, values_of
 from billhook.recovery.outputs import Predictor
 
 SHARES = (0.001, 0.003, 0.006, 0.014)  # of a parameter's root mean square
@@ -45,13 +49,13 @@ class Problem:
 
     `student` and `teacher` (None: there is none) give the outputs that the `objective` compares; `held_out` is the
     held-out loss of the model as it is now. `write(count, seed)` gives windows, int64 [count, length], that the
-    student writes, where the objective reads them. `stored` is the dtype of the files. `shares` are the rates that
-    race. A rate falls to zero as a cosine or, after a number of steps in which it is reached, `warm`, as a line.
-    `together` rows go through the models at a time, by default all of a step.
+    student writes, where the objective reads them. `shares` are the rates that race. A rate falls to zero as a cosine
+    or, after a number of steps in which it is reached, `warm`, as a line. `together` rows go through the models at a
+    time, by default all of a step.
     """
 
     model: PreTrainedModel
-    kept: Sequence[Kept]
+    kept: Sequence[Trained]
     batch: Batch
     rows: int
     steps: int
@@ -59,7 +63,6 @@ class Problem:
     student: Predictor
     teacher: Predictor | None
     held_out: Callable[[], float]
-    stored: torch.dtype
     write: Callable[[int, int], Tensor] | None = None
     seed: int = 0
     shares: Sequence[float] = field(default_factory=lambda: SHARES)
@@ -89,6 +92,11 @@ class Problem:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + number // count))
             chosen.append(int(order[number % count]))
         return select_rows(self.batch, torch.tensor(chosen))
+
+    def own_parts(self, batch: Batch) -> list[Batch]:
+        """The parts of a step's batch that this process works on: every n-th row of n processes."""
+        own = select_rows(batch, slice(rank(), None, world()))
+        return split_rows(own, self.together or self.rows)
 
     def ended(self, state: "State") -> bool:
         """Whether a run ends, or ended before its last step."""
@@ -142,19 +150,24 @@ def held_out_loss(
 ) -> Callable[[], float]:
     """The function that gives the mean held-out loss over the rows of `batch`: the divergence of `model`, as it is when
     it is called, from the `teacher`, or without one its negative log-likelihood, in nats."""
-    batches = split_rows(batch, rows_at_once(model, batch))
+    batches = shard(split_rows(batch, rows_at_once(model, batch)))
     if teacher is None:
-        return lambda: mean_loss(model, batches, scoring)
+        return lambda: _mean(row_losses(model, batches, scoring))
     with torch.no_grad():
         known = [scoring.divergence.teacher(p) for b in batches for p, _ in predicted(teacher, b, scoring)]
 
     @torch.no_grad()
     def divergence() -> float:
         found = (outputs for b in batches for outputs, _ in predicted(model, b, scoring))
-        values = [scoring.divergence.compare(outputs, t).mean for outputs, t in zip(found, known, strict=True)]
-        return math.fsum(values) / len(values)
+        return _mean([scoring.divergence.compare(outputs, t).mean for outputs, t in zip(found, known, strict=True)])
 
     return divergence
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean over the values of all processes."""
+    total, count = all_reduce_(torch.tensor([math.fsum(values), len(values)], dtype=torch.float64)).tolist()
+    return float(total / count)
 
 
 def race(problem: Problem, progress: Progress = lambda step: None) -> dict[float, float]:
@@ -202,7 +215,7 @@ def train_(
         if problem.ended(state):
             break
     adam.close()
-    give_(problem.kept, {name: value.to(problem.stored) for name, value in best.items()})
+    give_(problem.kept, {k.name: best[k.name].to(k.stored) for k in problem.kept})
     after = problem.held_out()
     if after < before:
         return Recovered(before, after, state)
@@ -215,18 +228,20 @@ def steps_(problem: Problem, adam: KeptAdam, share: float, done: int = 0) -> Ite
     the last."""
     parameters, written = [k.parameter for k in problem.kept], list[Tensor]()
     for step in range(done, problem.steps):
-        batch = dict(problem.step_batch(step))
+        batch = problem.step_batch(step)
         if problem.write is not None:
             if step % problem.measured_every == 0:  # where a run goes on, so that it has the same windows
                 several = problem.write(problem.rows * problem.measured_every, problem.seed + 1 + step)
                 written = list(several.split(problem.rows))
-            batch["written"] = written[step % problem.measured_every]
+            batch = {**batch, "written": written[step % problem.measured_every]}
         value = 0.0
         with torch.enable_grad(), differentiable(parameters, problem.model.parameters()):
-            for part in split_rows(batch, problem.together or problem.rows):
+            for part in problem.own_parts(batch):
                 loss = problem.objective(problem.student, problem.teacher, part) * (rows_of(part) / problem.rows)
                 loss.backward()
                 value += float(loss.detach())
+        value = float(all_reduce_(torch.tensor(value, dtype=torch.float64)))
+        adam.share_gradients_()
         if math.isfinite(value):
             adam.step(share * problem.falling(step))
         yield value

@@ -16,8 +16,10 @@ _FORMATS = ("quantized", "gguf", "compressed-tensors")  # tags
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether the last step of a directory is that of `quantize` or `compress`."""
-    return (folder / RECORD).is_file() and [x.step for x in read_record(folder / RECORD).steps][-1:] == ["quantize"]
+    """Whether a directory was quantized, by `quantize` or `compress`, and at most trained afterwards."""
+    if not (folder / RECORD).is_file():
+        return False
+    return [x.step for x in read_record(folder / RECORD).steps if x.step != "recover"][-1:] == ["quantize"]
 
 
 def publish_quantized(folder: Path) -> None:
@@ -35,7 +37,8 @@ def _card(folder: Path) -> str:
     import yaml
 
     record, source = read_record(folder / RECORD), source_metadata(folder)
-    step, files = record.steps[-1], sorted(folder.glob("*.gguf"))
+    step = next(step for step in reversed(record.steps) if step.step == "quantize")
+    trained, files = record.steps[-1].step == "recover", sorted(folder.glob("*.gguf"))
     name, made_by = record.steps[0].model["name"], step.made_by
     types = Counter(facts["type"] for facts in record.layers.values() if facts.get("type"))
     base = name if "/" in name else source.pop("base_model", None)
@@ -43,7 +46,7 @@ def _card(folder: Path) -> str:
     library = "gguf" if files else "transformers"
     own = ["billhook", "quantized", "gguf" if files else "compressed-tensors"]
     metadata |= {"library_name": library, "tags": list(dict.fromkeys([*source.get("tags", []), *own]))}
-    lost = made_by.get("lost")
+    lost = record.steps[-1].made_by.get("lost")
     rows = [[type, f"{bits(type):.2f}", str(types[type])] for type in sorted(types, key=bits, reverse=True)]
     text: str = template("quantized.md.j2", html=False).render(
         metadata=yaml.safe_dump(metadata, allow_unicode=True),
@@ -58,6 +61,7 @@ def _card(folder: Path) -> str:
         quantizer=made_by["quantizer"],
         paper=made_by["papers"]["quantizer"],
         allocator=(step.plan or {}).get("made_by", {}).get("allocator", "a plan"),
+        trained=trained,
         version=record.billhook,
     )
     return text

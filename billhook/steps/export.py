@@ -62,7 +62,7 @@ def export_gguf(
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as place:
             folder = Path(place) / source.name
             folder.mkdir()
-            _write_decoded(source, folder, config, grids, DTYPES.get(kind), progress)
+            write_decoded(source, folder, config, grids, DTYPES.get(kind), progress)
             written = write_gguf(folder, output, rest=kind, **given)
         written.notes.append("the weights were decoded: quantize the original for a small file of llama.cpp's types")
     else:
@@ -101,7 +101,7 @@ def export_dense(
     needed = dense_bytes(source, grids) * (2 if kind == "f32" else 1)
     output = check_output(Path(output), source, overwrite=overwrite, needed=needed)
     with staging(output, needed) as folder:
-        _write_decoded(source, folder, config, grids, dtype, progress)
+        write_decoded(source, folder, config, grids, dtype, progress)
         if before is not None:
             made_by = {"type": kind, "decoded": sorted(Counter(grid.name for grid in grids.values()))}
             digest = None if is_gguf(model) else model_digest(source)  # the record's is that of the file
@@ -192,7 +192,7 @@ def _step(
     return Step("export", None, made_by, model, notes, result)
 
 
-def _write_decoded(
+def write_decoded(
     source: Path,
     folder: Path,
     config: Mapping[str, Any],

@@ -14,11 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from billhook.ambient import evaluating, pinned
-from billhook.distributed.collectives import world
+from billhook.distributed.collectives import barrier, gather
 from billhook.engine.batch import row_length, rows_of, split_rows
 from billhook.engine.walk import Progress
 from billhook.errors import BillhookError, JobError
@@ -26,10 +25,12 @@ from billhook.evaluation.quality import Reference
 from billhook.recovery.objectives import OBJECTIVES
 from billhook.recovery.training import Recovered, best_share, race, train_
 from billhook.reports.publishing import publish
+from billhook.reports.quantized_card import publish_quantized
 from billhook.reports.slim_card import publish_slim
 from billhook.steps.recover_adapters import add_adapters, merged, save_adapter
 from billhook.steps.recover_job import IDENTITY, TOKENS, RecoverJob, RecoverReport, RecoverRequest, record, zeros_of
 from billhook.steps.recover_problem import check_memory, draw_windows, make_problem, state_bytes, steps_in
+from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, changed, check_text_given, listed, open_model
 from billhook.steps.resolve import identity
 from billhook.steps.state import unfinished_run
@@ -37,9 +38,8 @@ from billhook.steps.teacher import find_teacher, open_teacher
 from billhook.steps.training_folder import TrainingFolder, training_folder
 from billhook.store.checkpoint import model_digest
 from billhook.store.directory import complete
-from billhook.store.record import Record
+from billhook.store.record import Record, history
 from billhook.store.shards import weight_bytes
-from billhook.store.sinks import choose_sink
 from billhook.text.corpus import source_name
 
 
@@ -58,19 +58,18 @@ def recover(
 
 def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> RecoverJob:
     """Check everything about a request, cheapest first, and decide how much is trained; nothing is changed."""
-    if world() > 1:
-        raise BillhookError("recover runs in one process: start it without torchrun.")
     options = OBJECTIVES.configure(request.objective, request.options)
     seconds = request.seconds
     check_text_given(request.opening(), True, "Recovering")
-    opened = open_model(request.opening(), streamed=False)
+    source = Source.of(request.model, _output(request))
+    opened = _opened(request, source)
     path = find_teacher(opened, request.teacher)
     _check_something_to_do(opened, path)
     teacher = None if path is None else open_teacher(path, opened, request.opening())
     windows = draw_windows(request, opened, teacher, progress)
     adapted = add_adapters(request, opened)
     opened = changed(opened, samples=windows.samples, batches=split_rows(windows.samples.batch, windows.rows))
-    problem = make_problem(request, opened, teacher, windows)
+    problem = make_problem(request, opened, source, teacher, windows)
     notes = [check_memory(problem, teacher)]
     resumed = unfinished_run(_output(request), resume=request.resume, overwrite=request.overwrite)
     known = {} if resumed is None else resumed.plan
@@ -80,14 +79,23 @@ def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> 
     elif seconds is None:
         steps = math.ceil((request.tokens or TOKENS) / size)
     else:
-        steps = known.get("steps") or steps_in(problem, seconds, request.rate is None)
+        steps = known.get("steps") or min(gather(steps_in(problem, seconds, request.rate is None)))
     problem, rate = replace(problem, steps=steps), known.get("rate", request.rate)
     run = identity(request.opening(), opened, options, None, None) | {"step": "recover"}
     run |= {key: getattr(request, key) for key in IDENTITY}
     run |= {"targets": listed(request.targets), "ignore": listed(request.ignore)}
     reference = None if teacher is None else _reference(opened, teacher)
     about = (steps * size, rate, reference, zeros_of(opened.layers), run, notes)
-    return RecoverJob(request, opened, problem, *about, adapted)
+    return RecoverJob(request, opened, problem, source, *about, adapted)
+
+
+def _opened(request: RecoverRequest, source: Source) -> Opened:
+    """Open the directory that is trained, with the name, digest and history of the one that was given."""
+    opened = open_model(replace(request, model=source.dense).opening(), streamed=False)
+    if source.grids:
+        facts = {**opened.facts, "digest": model_digest(source.given)}
+        opened.__dict__.update(facts=facts, history=history(source.given))
+    return opened
 
 
 def _output(request: RecoverRequest) -> Path:
@@ -121,9 +129,9 @@ def run(
 
     Raises JobError, and Interrupted where the run can be resumed.
     """
+    barrier()  # until all processes have checked the output
     begun, request, opened, problem = time.perf_counter(), job.request, job.opened, job.problem
-    source, output = opened.source, _output(request)
-    assert source is not None
+    source, output = job.source.written_like, _output(request)
     room = weight_bytes(source) + state_bytes(problem)
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "room": room}
     with evaluating(opened.model), training_folder(source, output, job.identity, **may, stopping=stopping) as folder:
@@ -142,17 +150,18 @@ def run(
         zeros, notes = sum(zeros_of(opened.layers).values()), [*job.notes, *_notes(job, done), *more]
         report = RecoverReport(*about, zeros, time.perf_counter() - begun, before, after, notes)
         folder.complete(functools.partial(_write, job, report))
+    job.source.close()
     return replace(report, seconds=time.perf_counter() - begun)
 
 
 def _write(job: RecoverJob, report: RecoverReport, folder: Path) -> None:
     """Write the model, or its adapters, to a folder."""
-    model, source = job.opened.model, job.opened.source
+    model, source = job.opened.model, job.source
     if job.request.save == "adapter":
         save_adapter(job, report, folder)
     else:
-        choose_sink(model, source)[0].write_all(folder)
-        complete(model, source, folder, record(job, report), _card(job.opened.history))
+        source.write(model, job.problem.kept, folder)
+        complete(model, source.written_like, folder, record(job, report), _card(job.opened.history))
 
 
 def _rate(job: RecoverJob, folder: TrainingFolder, progress: Progress) -> float:
@@ -169,7 +178,7 @@ def _rate(job: RecoverJob, folder: TrainingFolder, progress: Progress) -> float:
 def _check_zeros(job: RecoverJob) -> None:
     """Raise JobError where a weight that was zero is not zero any more."""
     for kept in job.problem.kept:
-        if back := int(torch.count_nonzero(kept.parameter.detach().masked_fill(kept.mask, 0))):
+        if back := kept.came_back():
             raise JobError(f"{kept.name}: {back} weights that were zero have values again. Nothing was written.")
 
 
@@ -191,6 +200,8 @@ def _notes(job: RecoverJob, done: Recovered) -> list[str]:
 def _card(history: Record | None) -> Callable[[Path], object]:
     """What writes the report or the card of the output, which are those of the step that made the model smaller."""
     steps = [] if history is None else [step.step for step in history.steps]
+    if "quantize" in steps:
+        return publish_quantized
     if "slim" in steps:
         return publish_slim
     return publish if "prune" in steps else lambda folder: None

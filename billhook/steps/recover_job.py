@@ -16,6 +16,7 @@ from billhook.recovery.training import Problem, State
 from billhook.steps.facts import computed_in
 from billhook.steps.quantize_job import Inputs
 from billhook.steps.record import place, versions
+from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.store.record import Step, append_step
 
@@ -100,14 +101,15 @@ class RecoverRequest(Inputs):
 class RecoverJob:
     """A checked request.
 
-    `problem` is what is trained, `tokens` how much; `rate` is None where rates race. `reference` holds the dense
-    model's predictions on text that is used for nothing else, `zeros` the zeros of each layer before. `adapted` is
-    peft's model with adapters, where these are trained.
+    `problem` is what is trained, of which `source`, `tokens` how much; `rate` is None where rates race. `reference`
+    holds the dense model's predictions on text that is used for nothing else, `zeros` the zeros of each layer before.
+    `adapted` is peft's model with adapters, where these are trained.
     """
 
     request: RecoverRequest
     opened: Opened
     problem: Problem
+    source: Source
     tokens: int
     rate: float | None
     reference: Reference | None
@@ -180,7 +182,8 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
     for layer in opened.layers:
         facts = {key: value for key, value in known.get(layer.name, {}).items() if key not in ("zeros", "pieces")}
         facts = {"shape": list(layer.shape), "error": None, "notes": [], **facts, "zeros": zeros[layer.name]}
-        layers[layer.name] = facts | {"updated": report.improved or bool(facts.get("updated"))} | place(layer)
+        facts |= {"updated": report.improved or bool(facts.get("updated"))}
+        layers[layer.name] = facts | ({} if facts.get("type") else place(layer))  # of quantized layers it is known
     made_by: dict[str, Any] = {
         "objective": request.objective,
         "objective_options": OBJECTIVES.configure(request.objective, request.options),

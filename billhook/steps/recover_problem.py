@@ -13,15 +13,17 @@ from transformers import PreTrainedModel
 from billhook.architectures.config import context_length
 from billhook.architectures.layers import Layer, select_layers
 from billhook.architectures.stacks import blocks_of
+from billhook.distributed.collectives import world
 from billhook.engine.batch import Batch, row_length, select_rows
 from billhook.errors import BillhookError, JobError
 from billhook.recovery.adapters import RATES, factors
 from billhook.recovery.blockwise import tunable
-from billhook.recovery.kept_adam import Kept, KeptAdam, give_, values_of
+from billhook.recovery.kept_adam import Kept, KeptAdam, Trained, give_, values_of
 from billhook.recovery.objectives import OBJECTIVES
 from billhook.recovery.outputs import predictor
 from billhook.recovery.training import Problem, held_out_loss, steps_
 from billhook.steps.recover_job import TOKENS, RecoverRequest
+from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, listed
 from billhook.store.compute import free_gib, stored_dtype
 from billhook.store.record import Record
@@ -54,13 +56,14 @@ def draw_windows(
 
     Raises BillhookError for a text that is too short to train on and to hold out windows.
     """
-    tokens, length, of_text = request.tokens, request.length, opened.model.main_input_name == "input_ids"
+    tokens, length, answers = request.tokens, request.length, opened.task.unit == "answer"  # rows have their lengths
+    of_text = opened.model.main_input_name == "input_ids" and not answers
     if of_text and (length is None or request.recipe):  # a recipe's length is one for longer contexts
         length = length or LENGTH
         length = min(length, context_length(opened.model.config) or length)
     most = IMAGES
     if of_text and length is not None:
-        rows = request.batch_size or max(1, TOKENS_A_STEP // length)
+        rows = request.batch_size or max(world(), TOKENS_A_STEP // length)
         most = BUDGETED if request.seconds else rows * math.ceil((tokens or TOKENS) / (rows * length))
         most = request.windows or most
     drawing = Drawing(most + 2 * HELD_OUT[1], length, request.seed, "packed", request.bos, fewer=True)
@@ -68,10 +71,14 @@ def draw_windows(
     given: Any = request.calibration
     drawn = opened.task.samples(given, teacher or opened.model, home, drawing, progress)
     count, size = len(drawn), row_length(opened.model, drawn.batch)
-    rows = request.batch_size or max(1, TOKENS_A_STEP // size)
+    rows = request.batch_size or max(world(), TOKENS_A_STEP // size)
+    if rows < world():
+        raise BillhookError(
+            f"{world()} processes cannot share a step of {rows} windows: give a larger --batch-size, or start fewer."
+        )
     held = min(HELD_OUT[1], max(HELD_OUT[0], count // 8))
     if count < 2 * held + rows:
-        kind = f"windows of {size} tokens" if of_text else "images"
+        kind = f"windows of {size} tokens" if of_text else "questions" if answers else "images"
         raise BillhookError(
             f"{drawn.source} has only {count} {kind}: recovery holds out {2 * held} and trains on at least {rows}. "
             f"Give more{' text, or a smaller --length' if of_text else ''}."
@@ -81,14 +88,19 @@ def draw_windows(
     return Windows(replace(drawn, batch=own, heldout=reported), chosen_on, rows)
 
 
-def trained_entries(opened: Opened, request: RecoverRequest) -> list[Kept]:
-    """The entries that are trained: the factors of adapters, or weights of prunable layers that are not zero and, with
-    norms, all parameters of one dimension."""
+def trained(opened: Opened, source: Source, request: RecoverRequest) -> list[Trained]:
+    """What is trained: the factors of adapters, or weights of prunable layers that are not zero, or the scales of
+    quantized ones, and with norms all parameters of one dimension."""
     if request.tune == "adapters":
-        return factors(opened.model)
+        if source.grids and request.save == "merged":
+            raise BillhookError(
+                f"Adapters cannot be merged into {source.given}, which is quantized: use --save adapter."
+            )
+        return list(factors(opened.model))
     names = {id(p): name for name, p in opened.model.named_parameters()}
-    tuned = tunable(opened.model, trained_layers(opened, request), request.tune == "kept+norms")
-    return [Kept(names[id(p)], p, mask) for p, mask in tuned]
+    layers = [] if source.grids else trained_layers(opened, request)
+    tuned = tunable(opened.model, layers, request.tune == "kept+norms")
+    return [*source.scales(opened), *(Kept(names[id(p)], p, stored_in(opened), mask) for p, mask in tuned)]
 
 
 def trained_layers(opened: Opened, request: RecoverRequest) -> list[Layer]:
@@ -108,7 +120,9 @@ def matched_blocks(history: Record | None, student: int, teacher: int) -> list[i
     return [block - 1 for block in order[1:]] + [teacher - 1]
 
 
-def make_problem(request: RecoverRequest, opened: Opened, teacher: PreTrainedModel | None, windows: Windows) -> Problem:
+def make_problem(
+    request: RecoverRequest, opened: Opened, source: Source, teacher: PreTrainedModel | None, windows: Windows
+) -> Problem:
     """The problem of a request, with one step; its objective is configured and fits both models."""
     name = request.objective
     options = OBJECTIVES.configure(name, request.options)
@@ -131,7 +145,7 @@ def make_problem(request: RecoverRequest, opened: Opened, teacher: PreTrainedMod
     length = row_length(model, windows.samples.batch)
     return Problem(
         model,
-        trained_entries(opened, request),
+        trained(opened, source, request),
         windows.samples.batch,
         windows.rows,
         1,
@@ -139,7 +153,6 @@ def make_problem(request: RecoverRequest, opened: Opened, teacher: PreTrainedMod
         predictor(model, task, range(count) if inside else None),
         None if teacher is None else predictor(teacher, task, matched if inside else None, gradients=False),
         held_out_loss(model, teacher if "teacher" in needs else None, windows.chosen_on, task),
-        model.dtype if request.tune == "adapters" else stored_in(opened),
         (lambda number, seed: write_windows(model, number, length, seed=seed)) if written else None,
         request.seed,
         warm=WARM if request.recipe else None,
@@ -176,18 +189,17 @@ def steps_in(problem: Problem, seconds: float, racing: bool) -> int:
 
 def state_bytes(problem: Problem) -> int:
     """The most bytes of a file with the state of a run: weights, two moments, and the best weights."""
-    return 16 * sum(int(k.mask.sum()) for k in problem.kept)
+    return 16 * sum(k.count for k in problem.kept)
 
 
 def check_memory(problem: Problem, teacher: PreTrainedModel | None) -> str:
     """A sentence about the memory of the run; raises JobError where it is not there.
 
-    Beside the models: a mask of a byte for each entry of trained parameters, for each kept entry 16 bytes of the
-    optimizer and its values before and at best, and the largest gradient. Where there are adapters, autograd keeps the
-    merged weights and their masks.
+    Beside the models: a byte for each entry of trained parameters, for each trained number 16 bytes of the optimizer
+    and its values before and at best, and the largest gradient. Where there are adapters, autograd keeps the merged
+    weights and their masks.
     """
-    entries = [k.mask.numel() for k in problem.kept]
-    kept = sum(int(k.mask.sum()) for k in problem.kept)
+    entries, kept = [k.parameter.numel() for k in problem.kept], sum(k.count for k in problem.kept)
     itemsize = problem.model.dtype.itemsize
     states = sum(entries) + 24 * kept + itemsize * max(entries)
     adapted = sum(p.numel() for name, p in problem.model.named_parameters() if name.endswith(".base_layer.weight"))
@@ -196,8 +208,8 @@ def check_memory(problem: Problem, teacher: PreTrainedModel | None) -> str:
     free = free_gib(str(problem.model.device))
     if free is not None and states / 2**30 > free:
         raise JobError(
-            f"Training {kept:,} weights needs {states / 2**30:.2f} GiB beside the models, and {free:.2f} GiB are free: "
+            f"Training {kept:,} numbers needs {states / 2**30:.2f} GiB beside the models, and {free:.2f} GiB are free: "
             "free some, or use --dtype bfloat16."
         )
     both = f"{(states + models) / 2**30:.2f} GiB of memory beside activations, {models / 2**30:.2f} of them for models"
-    return f"Training {kept:,} entries takes {both}."
+    return f"Training {kept:,} numbers takes {both}."

@@ -14,7 +14,7 @@ from command import contents
 from safetensors.torch import load_file
 from transformers import BertModel
 
-from billhook import prune, recover, verify
+from billhook import pack, prune, quantize, recover, verify
 from billhook.architectures.layers import find_layers
 from billhook.errors import BillhookError, Interrupted, JobError
 from billhook.recovery import training
@@ -128,6 +128,33 @@ def test_patterns_stay_and_slimmed_models_learn_from_the_model_that_was_slimmed(
     assert verify(tmp_path / "out").ok
     assert report.zeros == sum(int(mask.sum()) for mask in masks(place / name).values())
     assert "teacher" in (tmp_path / "out" / "README.md").read_text() or name == "half"
+
+
+def test_of_a_quantized_model_scales_and_norms_are_trained_and_codes_stay(place, tmp_path):
+    quantize(place / "model", "int2/16", tmp_path / "int2", quantizer="round")
+    fields = {**FEW, "calibration": str(place / "text.txt"), "teacher": place / "model"}
+    report = recover(tmp_path / "int2", tmp_path / "out", **fields)
+    assert report.improved
+    before, after = ({}, {})
+    for folder, found in ((tmp_path / "int2", before), (tmp_path / "out", after)):
+        for file in folder.glob("*.safetensors"):
+            found |= load_file(file)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rpartition(".")[2] for name in changed} == {"weight_scale", "weight"}
+    assert all("norm" in name for name in changed if not name.endswith("scale"))
+    assert verify(tmp_path / "out").ok
+    ours = load_model(tmp_path / "out", quantized=True)
+    assert report.to_json()["zeros"] == sum(int((layer.weight == 0).sum()) for layer in find_layers(ours))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["int2", "out"]
+
+
+def test_a_packed_model_is_trained_unpacked(place, tmp_path):
+    pack(place / "pruned", tmp_path / "packed")
+    fields = {**FEW, "calibration": str(place / "text.txt"), "teacher": place / "model"}
+    report = recover(tmp_path / "packed", tmp_path / "out", **fields)
+    assert report.improved
+    assert verify(tmp_path / "out").ok
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "packed"]
 
 
 @pytest.mark.parametrize("objective", ["kl+hidden", pytest.param("text", marks=pytest.mark.nightly)])

@@ -1,0 +1,106 @@
+"""The directory that is trained: dense as it is, or one that is packed or quantized, which is expanded for the time of
+the run into a folder beside the output."""
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from billhook.architectures.sources import resolve
+from billhook.errors import BillhookError
+from billhook.export import compressed_tensors
+from billhook.export.dense import packed_grids
+from billhook.methods.quantize.scalar import Scalar
+from billhook.recovery.kept_adam import Kept, Scaled, Trained
+from billhook.steps.export import write_decoded
+from billhook.steps.pack import unpack
+from billhook.steps.request import Opened
+from billhook.store.checkpoint import check_directory
+from billhook.store.fitting import Stored
+from billhook.store.layout import is_packed
+from billhook.store.locate import to_disk
+from billhook.store.shards import INDEX, read_shard, weight_files
+from billhook.store.sinks import choose_sink
+
+
+@dataclass(frozen=True)
+class Source:
+    """`given` is the directory of the request, and `dense` the one that is opened; of a quantized one, `grids` are the
+    types of its weights by name. `place` is the folder in which `dense` is, until it is closed."""
+
+    given: Path
+    dense: Path
+    grids: Mapping[str, Scalar]
+    place: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def of(cls, model: str | Path, output: Path) -> "Source":
+        """Expand a packed or quantized model; raises BillhookError for a format that is not read."""
+        path = resolve(model)
+        config = {} if is_packed(path) else check_directory(path, quantized=True)
+        grids = packed_grids(path, config) if config else {}
+        if not grids and not is_packed(path):
+            return cls(path, path, {})
+        if not output.parent.is_dir():
+            raise BillhookError(f"Cannot write {output}: the folder {output.parent} does not exist. Create it first.")
+        place = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
+        dense = Path(place.name) / path.name
+        if not grids:
+            return cls(path, unpack(path, dense), {}, place)
+        dense.mkdir()
+        write_decoded(path, dense, config, grids, torch.float32, lambda tensor: None)
+        return cls(path, dense, grids, place)
+
+    @property
+    def written_like(self) -> Path:
+        """The directory whose files the output has."""
+        return self.given if self.grids else self.dense
+
+    def close(self) -> None:
+        """Delete what was expanded."""
+        if self.place is not None:
+            self.place.cleanup()
+
+    def scales(self, opened: Opened) -> list[Trained]:
+        """The scales of quantized weights; raises BillhookError for a weight that is not a parameter of the model."""
+        shards, parameters = (
+            [read_shard(file) for file in weight_files(self.given)],
+            dict(opened.model.named_parameters()),
+        )
+        found: list[Trained] = []
+        for name, grid in self.grids.items():
+            if name not in parameters:
+                raise BillhookError(
+                    f"{self.given}: {name} is no parameter of the model, so its scales cannot be trained."
+                )
+            weight = compressed_tensors.read(name, grid, shards)
+            device = opened.model.device
+            parts = weight.codes.to(device, torch.int8), weight.scales.parts["scale"].to(device)
+            found.append(Scaled(name, parameters[name], *parts))
+        return found
+
+    def write(self, model: PreTrainedModel, kept: Sequence[Trained], folder: Path) -> None:
+        """Write the weight files of the trained model."""
+        if not self.grids:
+            choose_sink(model, self.dense)[0].write_all(folder)
+            return
+        shards = [read_shard(file) for file in weight_files(self.given)]
+        entries = {name for shard in shards for name in shard.entries}
+        changed: dict[str, Any] = {
+            compressed_tensors.names(k.name)[1]: k.scale.to("cpu", k.stored) for k in kept if isinstance(k, Scaled)
+        }
+        changed |= to_disk(model, {k.name: k.parameter.detach().cpu() for k in kept if isinstance(k, Kept)}, entries)
+        for shard in shards:
+            tensors = {}
+            for name, entry in shard.entries.items():
+                value = Stored(shard.path, entry, lazy=False).read()
+                tensors[name] = changed[name].to(value.dtype).contiguous() if name in changed else value
+            save_file(tensors, folder / shard.path.name, metadata={"format": "pt"})
+        if (self.given / INDEX).is_file():
+            shutil.copyfile(self.given / INDEX, folder / INDEX)
