@@ -94,7 +94,7 @@ class RecoverRequest(Inputs):
 
     def opening(self) -> Request:
         """The fields that say how a model and its text are opened."""
-        return self._opened_with(plan=None, recipe="", targets=(), ignore=())
+        return self._opened_with(plan=None, recipe="", budget="each", targets=(), ignore=())
 
 
 @dataclass(frozen=True)
