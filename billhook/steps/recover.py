@@ -28,6 +28,7 @@ from billhook.reports.publishing import publish
 from billhook.reports.quantized_card import publish_quantized
 from billhook.reports.slim_card import publish_slim
 from billhook.steps.recover_adapters import add_adapters, merged, save_adapter
+from billhook.steps.recover_blocks import BlocksReport, prepare_blocks, run_blocks
 from billhook.steps.recover_job import IDENTITY, TOKENS, RecoverJob, RecoverReport, RecoverRequest, record, zeros_of
 from billhook.steps.recover_problem import check_memory, draw_windows, make_problem, state_bytes, steps_in
 from billhook.steps.recover_source import Source
@@ -46,13 +47,15 @@ from billhook.text.corpus import source_name
 @pinned
 def recover(
     model: str | Path, output: str | Path, *, progress: Progress = lambda step: None, **fields: Any
-) -> RecoverReport:
+) -> RecoverReport | BlocksReport:
     """Train what a pruned or slimmed model directory has left, and write the result to `output`.
 
     The keyword arguments are the fields of `RecoverRequest` and the options of the objective. Raises BillhookError
     (nothing written) for an impossible request and JobError for a run that failed.
     """
     request = RecoverRequest.given(model=model, output=output, **fields)
+    if request.by == "block":
+        return run_blocks(prepare_blocks(request, progress), progress)
     return run(prepare(request, progress), progress)
 
 
@@ -65,7 +68,7 @@ def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> 
     check_text_given(request.opening(), True, "Recovering")
     source = Source.of(request.model, _output(request))
     opened = _opened(request, source)
-    path = find_teacher(opened, request.teacher)
+    path = find_teacher(opened.history, source.given, request.teacher)
     _check_something_to_do(opened, path)
     teacher = None if path is None else open_teacher(path, opened, request.opening())
     windows = draw_windows(request, opened, teacher, progress)

@@ -15,13 +15,12 @@ from billhook.store.checkpoint import load, load_tokenizer, model_digest, read_c
 from billhook.store.record import Record
 
 
-def find_teacher(opened: Opened, given: str | Path | None) -> Path | None:
+def find_teacher(history: Record | None, source: Path | None, given: str | Path | None) -> Path | None:
     """The directory of the dense model: `given`, or the one with the digest that the first step of the history names,
-    looked for beside the directory, in the working directory and in the hub's cache. None without a history.
+    looked for beside the directory `source`, in the working directory and in the hub's cache. None without a history.
 
     Raises BillhookError where it is not found, or what is `given` is not that model.
     """
-    history, source = opened.history, opened.source
     if given is None and history is None:
         return None
     wanted = None if history is None else history.steps[0].model.get("digest")
