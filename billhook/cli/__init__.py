@@ -44,7 +44,7 @@ from billhook.distributed.torchrun import started
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's class; typer bundles a copy of click since 0.27
 
 _INTERRUPTED = 130  # what typer returns for a KeyboardInterrupt outside of a command
-_DISTRIBUTED = ("measure", "prune")  # commands that run in several processes under torchrun
+_DISTRIBUTED = ("measure", "prune", "recover")  # commands that run in several processes under torchrun
 REMOVED = {  # removed commands and options, and what to use instead
     "analyze": "billhook compare MODEL --plans PLAN,PLAN --errors --data SOURCE --output DIR",
     "write": "a calibration SOURCE that begins with self: (--calibration self:)",
@@ -84,7 +84,7 @@ _VERSION = typer.Option(False, "--version", help="Print the version and stop.", 
 def _root(context: typer.Context, version: bool = _VERSION) -> None:
     command = context.invoked_subcommand
     if started() and command not in _DISTRIBUTED:
-        commands = " and ".join(_DISTRIBUTED)
+        commands = " and ".join([", ".join(_DISTRIBUTED[:-1]), _DISTRIBUTED[-1]])
         print_error(f"{command} runs in one process: start it without torchrun ({commands} run in several).", 2, False)
         raise typer.Exit(2)
     if command is None:

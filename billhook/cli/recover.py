@@ -10,7 +10,7 @@ from billhook.cli import options as shared
 from billhook.cli.common import emit, graceful_interrupt, layers_per_block, parse_settings, progress, say
 
 if TYPE_CHECKING:
-    from billhook.steps.recover import RecoverRequest
+    from billhook.steps.recover_job import RecoverReport, RecoverRequest
 
 NAME = "recover"
 EXAMPLES = """\b
@@ -52,6 +52,9 @@ class Training:
         str,
         typer.Option(help="The whole model, or one block at a time, which needs little memory.", metavar="model|block"),
     ] = "model"
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Gradient checkpointing: less memory for activations, more time.")
+    ] = False
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of text to train on.  [default: 102400]", min=1, show_default=False)
     ] = None
@@ -81,6 +84,7 @@ def command(
     as_json: shared.Json = False,
 ) -> None:
     """Train what a pruned or slimmed model has left, with the dense model as its teacher; zeros stay zeros."""
+    from billhook.distributed.collectives import distributed
     from billhook.steps.recover import RecoverRequest, prepare, run
 
     chosen = {key: value for key, value in vars(training).items() if key != "settings"}
@@ -89,18 +93,26 @@ def command(
     request = RecoverRequest(model=model, output=output, **groups)
     if request.by == "block":
         return _by_block(request, as_json)
-    with progress("reading") as advance:
-        job = prepare(request, advance)
-    for note in job.notes:
-        say(note)
-    with progress("training", job.steps) as advance, graceful_interrupt("measurement") as stopping:
-        report = run(job, advance, stopping)
+    with distributed(request.device):
+        with progress("reading") as advance:
+            job = prepare(request, advance)
+        for note in job.notes:
+            say(note)
+        with progress("training", job.steps) as advance, graceful_interrupt("measurement") as stopping:
+            report = run(job, advance, stopping)
+    _show(report, request)
+    if as_json:
+        emit(report.to_json())
+
+
+def _show(report: "RecoverReport", request: "RecoverRequest") -> None:
+    """Say what became better, and what to do next."""
     for warning in report.warnings:
         say(f"note: {warning}")
     if report.improved:
         held_out = f"held-out loss {report.before:.4f} -> {report.after:.4f} at step {report.state.best}"
-        size = "" if job.adapted else " of each parameter's size"
-        say(f"{report.output}: {held_out}, {job.tokens:,} tokens, rate {report.rate:g}{size}.")
+        size = "" if request.tune == "adapters" else " of each parameter's size"
+        say(f"{report.output}: {held_out}, {report.tokens:,} tokens, rate {report.rate:g}{size}.")
     say(f"{report.zeros:,} zeros, all in their place. {report.seconds:.1f} s.")
     if report.lost_before is not None:
         say(f"Before: {report.lost_before}.")
@@ -108,8 +120,6 @@ def command(
         say(f"Now: {report.loss}.")
     if request.save == "merged":
         say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
-    if as_json:
-        emit(report.to_json())
 
 
 def _by_block(request: "RecoverRequest", as_json: bool) -> None:

@@ -48,7 +48,7 @@ class Method:
             metavar="SHAPE",
         ),
     ] = ""
-    experts: Annotated[str, typer.Option(help="How experts are chosen: reap or frequency.")] = "reap"
+    experts: Annotated[str, typer.Option(help="How experts are chosen: obs, merge, reap or frequency.")] = "obs"
     drop_by: Annotated[
         str, typer.Option(help="How blocks are chosen: kl (predictions on text) or angular (hidden states).")
     ] = "kl"

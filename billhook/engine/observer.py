@@ -119,6 +119,26 @@ class Observer(TorchFunctionMode):
 PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm})
 
 
+class _Products(TorchFunctionMode):
+    """Notes what one weight is multiplied with."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self._address, self.seen = layer.weight.data_ptr(), list[Tensor]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in PRODUCTS and isinstance(args[1], Tensor) and args[1].data_ptr() == self._address:
+            self.seen.append(args[0].detach())
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def products_with(layer: Layer) -> Iterator[list[Tensor]]:
+    """Yield a list that a run of the block fills with the inputs [tokens, in] of an expert's layer."""
+    with _Products(layer) as products:
+        yield products.seen
+
+
 @contextmanager
 def noting(layers: Sequence[Layer], whole: bool) -> Iterator[dict[str, Tensor]]:
     """Yield a mapping that a run of the block fills with the inputs of linear layers, by name.

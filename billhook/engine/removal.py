@@ -16,19 +16,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.architectures.layers import Layer
 from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import Unit
 from billhook.engine.batch import Batch
+from billhook.engine.experts import choose_experts, down_projections
 from billhook.engine.loop import LayerResult
 from billhook.engine.resources import IN_MEMORY, Resources
-from billhook.engine.routing import expert_stats, mixture_of, restrict_
+from billhook.engine.routing import restrict_
 from billhook.engine.streaming import Stream
 from billhook.engine.walk import Block, Progress, walk
 from billhook.errors import BillhookError, JobError
 from billhook.methods.encoded import count_zeros
 from billhook.methods.statistics import GRADIENTS, STATISTICS, LayerStats
 from billhook.methods.structured import STRUCTURED
-from billhook.methods.structured.experts import EXPERTS
 from billhook.methods.structured.magnitude import magnitude
 
 
@@ -119,7 +120,7 @@ def remove_parts_(
     removal: Removal,
     batches: Sequence[Batch] = (),
     *,
-    experts: str = "reap",
+    experts: str = "obs",
     dropped: Mapping[int, Dropped] | None = None,
     gradients: Mapping[str, Tensor] | None = None,
     resources: Resources = IN_MEMORY,
@@ -160,14 +161,23 @@ def remove_parts_(
 def remove_experts_(model: PreTrainedModel, unit: Unit, count: int, method: str, block: Block) -> LayerResult:
     """Choose the experts of a mixture that stay; from now on its router knows no others."""
     begun = time.perf_counter()
-    _, experts = mixture_of(model, unit)
-    stats = expert_stats(block, experts, unit.count)
-    keep: Tensor = EXPERTS.get(method)(stats, count)
-    restrict_(model, unit, keep)
-    unseen = int((stats.tokens == 0).sum())
-    notes = (f"{unseen} experts received no calibration token; they went first",) if unseen else ()
-    took, kept = time.perf_counter() - begun, keep.nonzero()[:, 0].tolist()
-    return LayerResult(unit.name, (unit.count, 1), 1 - count / unit.count, 0, 0, notes, None, took, kept=kept)
+    choice = choose_experts(model, unit, count, method, block)
+    for layer in down_projections(model, unit):
+        if layer.name in choice.weights:
+            layer.weight.copy_(choice.weights[layer.name])
+    restrict_(model, unit, choice.keep)
+    notes = (f"{choice.unseen} experts received no calibration token; they went first",) if choice.unseen else ()
+    took, kept = time.perf_counter() - begun, choice.keep.nonzero()[:, 0].tolist()
+    facts = (unit.name, (unit.count, 1), 1 - count / unit.count, 0, 0, notes, choice.error, took)
+    return LayerResult(*facts, updated=bool(choice.weights), kept=kept)
+
+
+def changed_layers(model: PreTrainedModel, units: Sequence[Unit]) -> list[Layer]:
+    """The layers whose weights may change where parts of units are removed."""
+    layers = [unit.consumer for unit in units if unit.consumer is not None]
+    down = [layer for unit in units if unit.kind == "experts" for layer in down_projections(model, unit)]
+    known = {layer.name for layer in layers}
+    return layers + [layer for layer in down if layer.name not in known]
 
 
 def remove_from_(

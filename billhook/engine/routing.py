@@ -12,7 +12,8 @@ from billhook.architectures.units import Unit, router_of
 from billhook.engine.replay import run_block
 from billhook.engine.walk import Block
 from billhook.errors import BillhookError
-from billhook.methods.structured.experts import ExpertStats
+
+Routed = tuple[Tensor, Tensor, Tensor]  # hidden states [tokens, width]; numbers, weights of their experts [tokens, k]
 
 
 def mixture_of(model: PreTrainedModel, unit: Unit) -> tuple[nn.Module, nn.Module]:
@@ -24,13 +25,12 @@ def mixture_of(model: PreTrainedModel, unit: Unit) -> tuple[nn.Module, nn.Module
 
 
 @torch.no_grad()
-def expert_stats(block: Block, experts: nn.Module, count: int) -> ExpertStats:
-    """Run a block on its inputs, and every expert on the tokens that it receives.
+def routed(block: Block, experts: nn.Module) -> list[Routed]:
+    """What the experts of a block are called with on the calibration text, batch by batch.
 
-    `experts` is called with hidden states [tokens, width], and the numbers and weights of each token's experts [tokens,
-    k], as `transformers` does; raises BillhookError where it is not.
+    Raises BillhookError where they are not called with hidden states, and the numbers and weights of each token's
+    experts, as `transformers` does.
     """
-    tokens, effect = torch.zeros(count), torch.zeros(count)
     calls: list[tuple[Tensor, ...]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -42,14 +42,14 @@ def expert_stats(block: Block, experts: nn.Module, count: int) -> ExpertStats:
             run_block(block.module, states, call)
     if not calls or any(len(args) < 3 or not isinstance(args[1], Tensor) for args in calls):
         raise BillhookError(f"{block.name}: its experts are called in an unknown way, so none can be removed.")
-    for x, chosen, weights in calls:
-        for expert in chosen.unique().tolist():
-            at, place = (chosen == expert).nonzero(as_tuple=True)
-            one = torch.full((len(at), 1), expert, dtype=chosen.dtype, device=chosen.device)
-            output = experts(x[at], one, torch.ones(len(at), 1, dtype=weights.dtype, device=weights.device))
-            tokens[expert] += len(at)
-            effect[expert] += float((weights[at, place].float() * output.float().norm(dim=1)).sum())
-    return ExpertStats(tokens, effect)
+    return [(x, chosen, weights) for x, chosen, weights in calls]
+
+
+def alone(experts: nn.Module, expert: int, x: Tensor, like: Tensor) -> Tensor:
+    """What one expert returns for x [tokens, width], whose router weights have the dtype of `like`."""
+    one = torch.full((len(x), 1), expert, dtype=torch.int64, device=x.device)
+    result: Tensor = experts(x, one, torch.ones(len(x), 1, dtype=like.dtype, device=x.device))
+    return result
 
 
 class Restricted:
@@ -79,10 +79,15 @@ class Restricted:
         return logits, weights, self.kept.to(chosen.device)[chosen]
 
 
-def restrict_(model: PreTrainedModel, unit: Unit, kept: Tensor) -> None:
-    """From now on a unit's router sends tokens only to the experts `kept`, bool [experts]."""
+def restricted(model: PreTrainedModel, unit: Unit, kept: Tensor) -> Restricted:
+    """The router of a unit that knows only the experts `kept`, bool [experts]."""
     router, _ = mixture_of(model, unit)
     name = next(n for n, module in model.named_modules() if module is router)
     tensors = [s.tensor.removeprefix(f"{name}.") for s in unit.slices if s.tensor.startswith(f"{name}.")]
-    router.__dict__.pop("forward", None)
-    router.forward = Restricted(router, router.forward, kept, tensors)
+    own = router.__dict__.get("forward")
+    return Restricted(router, own.forward if isinstance(own, Restricted) else router.forward, kept, tensors)
+
+
+def restrict_(model: PreTrainedModel, unit: Unit, kept: Tensor) -> None:
+    """From now on a unit's router sends tokens only to the experts `kept`, bool [experts]."""
+    mixture_of(model, unit)[0].forward = restricted(model, unit, kept)

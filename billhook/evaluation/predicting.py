@@ -37,7 +37,12 @@ def row_nll(logits: Tensor, labels: Tensor) -> float:
 
 
 @torch.no_grad()
+def row_losses(model: PreTrainedModel, batches: Sequence[Batch], scoring: Scoring) -> list[float]:
+    """The mean negative log-likelihood of each row, NaN where labels are not known."""
+    return [row_nll(*pair) for batch in batches for pair in predicted(model, batch, scoring)]
+
+
 def mean_loss(model: PreTrainedModel, batches: Sequence[Batch], scoring: Scoring) -> float:
     """The mean over rows of their negative log-likelihood, NaN where labels are not known."""
-    values = [row_nll(*pair) for batch in batches for pair in predicted(model, batch, scoring)]
+    values = row_losses(model, batches, scoring)
     return math.fsum(values) / len(values)

@@ -1,9 +1,10 @@
-"""Error curves of units: the relative error of a consumer's output at every fraction of its parts that is removed.
+"""Error curves of units: the relative error of the output at every fraction of a unit's parts that is removed.
 
     e_u(s) = ‖(W − W'(s)) X‖² / ‖W X‖²   for s = 0, 1/40, …, 1
 
-The unit is made smaller alone and sees the dense model's inputs X. The structured method runs at four fractions, and ln
-e is linear in between; e(0) = 0 and e(1) = 1. `curves` and `auto` read these curves where units are removed.
+The output is that of the consumer, and of the whole mixture where experts are removed. The unit is made smaller alone
+and sees the dense model's inputs X. The structured method runs at four fractions, and ln e is linear in between; e(0) =
+0 and e(1) = 1. `curves` and `auto` read these curves where units are removed.
 
 Cost: one pass of the text through the dense model with its statistics, and the method four times for each unit.
 
@@ -14,8 +15,10 @@ from dataclasses import replace
 
 import torch
 
+from billhook.architectures.units import Unit
+from billhook.engine.experts import choose_experts
 from billhook.engine.removal import choose_parts
-from billhook.engine.walk import Progress, walk
+from billhook.engine.walk import Block, Progress, walk
 from billhook.measurement.error_curves import curve_through
 from billhook.methods.statistics import LayerStats
 from billhook.trials.unit_trials import UnitRunner
@@ -27,18 +30,23 @@ LEAST = 1e-9
 @torch.no_grad()
 def unit_curves(runner: UnitRunner, progress: Progress = lambda unit: None) -> dict[str, list[float]]:
     """Return e at 0, 1/40, ..., 1 by the name of each unit of a runner, whose model is dense now."""
-    known = {unit.consumer.name: unit for unit in runner.units if unit.consumer is not None}
     removal, found = runner.removal.without_target(), dict[str, list[float]]()
+    layers = [unit.consumer for unit in runner.units if unit.consumer is not None]
     runner.restore_()
-    for block in walk(runner.model, runner.batches, removal.observed, layers=runner.layers, read_only=True):
-        for layer in block.layers:
-            unit, stats = known[layer.name], block.stats.get(layer.name, LayerStats(0, 0))
-            gradient = None if runner.dense_gradients is None else runner.dense_gradients[layer.name]
-            errors = []
-            for s in TRIED:
-                count = max(1, round((1 - s) * unit.count))
-                error = choose_parts(unit, count, removal, replace(stats, notes=[]), gradient)[2]
-                errors.append(min(max(error or 0.0, LEAST), 1.0))
-            found[unit.name] = curve_through(TRIED, errors)
+    statistics = removal.observed if layers else ()
+    for block in walk(runner.model, runner.batches, statistics, layers=layers, read_only=True):
+        for unit in (unit for unit in runner.units if unit.block == block.index):
+            errors = [_error(runner, unit, max(1, round((1 - s) * unit.count)), block) for s in TRIED]
+            found[unit.name] = curve_through(TRIED, [min(max(error, LEAST), 1.0) for error in errors])
             progress(unit.name)
     return found
+
+
+def _error(runner: UnitRunner, unit: Unit, count: int, block: Block) -> float:
+    """The relative error with `count` parts."""
+    if unit.consumer is None:
+        return choose_experts(runner.model, unit, count, runner.experts, block).error
+    stats = block.stats.get(unit.consumer.name, LayerStats(0, 0))
+    gradient = None if runner.dense_gradients is None else runner.dense_gradients[unit.consumer.name]
+    removal = runner.removal.without_target()
+    return choose_parts(unit, count, removal, replace(stats, notes=[]), gradient)[2] or 0.0

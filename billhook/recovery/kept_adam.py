@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from billhook.distributed.collectives import all_reduce_, world
+
 CLIP = 1.0  # largest norm of the gradient
 BETAS = (0.9, 0.95)
 
@@ -156,6 +158,15 @@ class KeptAdam:
             k.parameter.register_post_accumulate_grad_hook(lambda p, k=k, m=m: _collect(p, k, m))
             for k, m in zip(kept, self.masters, strict=True)
         ]
+
+    def share_gradients_(self) -> None:
+        """Sum the gradients over all processes; parameters without one in any process have none afterwards."""
+        if world() == 1:
+            return
+        used = all_reduce_(torch.tensor([float(m.grad is not None) for m in self.masters]))
+        for master, some in zip(self.masters, used.tolist(), strict=True):
+            if some:
+                master.grad = all_reduce_(torch.zeros_like(master) if master.grad is None else master.grad)
 
     def step(self, share: float) -> None:
         """One step with the gradients collected since the last one; `share` of each parameter's size is its rate."""

@@ -12,7 +12,9 @@ end the training, and so does a loss that is not finite. Where no state is bette
 files, the parameters get the values back that they had.
 
 The held-out loss is the divergence from the teacher, whatever the objective, or the loss on the labels without a
-teacher. Equal inputs, seed and number of threads give equal bits.
+teacher. Equal inputs, seed and number of threads give equal bits. Several processes share the rows of each step and the
+held-out ones. Their gradients and losses are summed, so all have the same weights: up to rounding, those of one process
+where all rows have equal numbers of labels.
 """
 
 import math
@@ -24,9 +26,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.distributed.collectives import all_reduce_, shard, world
+from billhook.distributed.torchrun import rank
 from billhook.engine.batch import Batch, rows_of, select_rows, split_rows
 from billhook.engine.restore import differentiable
-from billhook.evaluation.predicting import mean_loss, predicted, rows_at_once
+from billhook.evaluation.predicting import predicted, row_losses, rows_at_once
 from billhook.evaluation.scoring import Scoring
 from billhook.recovery.kept_adam import KeptAdam, Trained, give_, values_of
 from billhook.recovery.outputs import Predictor
@@ -89,6 +93,11 @@ class Problem:
             chosen.append(int(order[number % count]))
         return select_rows(self.batch, torch.tensor(chosen))
 
+    def own_parts(self, batch: Batch) -> list[Batch]:
+        """The parts of a step's batch that this process works on: every n-th row of n processes."""
+        own = select_rows(batch, slice(rank(), None, world()))
+        return split_rows(own, self.together or self.rows)
+
     def ended(self, state: "State") -> bool:
         """Whether a run ends, or ended before its last step."""
         return state.diverged or state.steps >= self.steps or 2 * (max(state.losses) - state.best) > self.steps
@@ -141,19 +150,24 @@ def held_out_loss(
 ) -> Callable[[], float]:
     """The function that gives the mean held-out loss over the rows of `batch`: the divergence of `model`, as it is when
     it is called, from the `teacher`, or without one its negative log-likelihood, in nats."""
-    batches = split_rows(batch, rows_at_once(model, batch))
+    batches = shard(split_rows(batch, rows_at_once(model, batch)))
     if teacher is None:
-        return lambda: mean_loss(model, batches, scoring)
+        return lambda: _mean(row_losses(model, batches, scoring))
     with torch.no_grad():
         known = [scoring.divergence.teacher(p) for b in batches for p, _ in predicted(teacher, b, scoring)]
 
     @torch.no_grad()
     def divergence() -> float:
         found = (outputs for b in batches for outputs, _ in predicted(model, b, scoring))
-        values = [scoring.divergence.compare(outputs, t).mean for outputs, t in zip(found, known, strict=True)]
-        return math.fsum(values) / len(values)
+        return _mean([scoring.divergence.compare(outputs, t).mean for outputs, t in zip(found, known, strict=True)])
 
     return divergence
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean over the values of all processes."""
+    total, count = all_reduce_(torch.tensor([math.fsum(values), len(values)], dtype=torch.float64)).tolist()
+    return float(total / count)
 
 
 def race(problem: Problem, progress: Progress = lambda step: None) -> dict[float, float]:
@@ -214,18 +228,20 @@ def steps_(problem: Problem, adam: KeptAdam, share: float, done: int = 0) -> Ite
     the last."""
     parameters, written = [k.parameter for k in problem.kept], list[Tensor]()
     for step in range(done, problem.steps):
-        batch = dict(problem.step_batch(step))
+        batch = problem.step_batch(step)
         if problem.write is not None:
             if step % problem.measured_every == 0:  # where a run goes on, so that it has the same windows
                 several = problem.write(problem.rows * problem.measured_every, problem.seed + 1 + step)
                 written = list(several.split(problem.rows))
-            batch["written"] = written[step % problem.measured_every]
+            batch = {**batch, "written": written[step % problem.measured_every]}
         value = 0.0
         with torch.enable_grad(), differentiable(parameters, problem.model.parameters()):
-            for part in split_rows(batch, problem.together or problem.rows):
+            for part in problem.own_parts(batch):
                 loss = problem.objective(problem.student, problem.teacher, part) * (rows_of(part) / problem.rows)
                 loss.backward()
                 value += float(loss.detach())
+        value = float(all_reduce_(torch.tensor(value, dtype=torch.float64)))
+        adam.share_gradients_()
         if math.isfinite(value):
             adam.step(share * problem.falling(step))
         yield value

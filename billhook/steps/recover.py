@@ -17,12 +17,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from billhook.ambient import evaluating, pinned
-from billhook.distributed.collectives import world
+from billhook.distributed.collectives import barrier, gather
 from billhook.engine.batch import row_length, rows_of, split_rows
 from billhook.engine.walk import Progress
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.quality import Reference
 from billhook.recovery.objectives import OBJECTIVES
+from billhook.recovery.recomputing import recomputing
 from billhook.recovery.training import Recovered, best_share, race, train_
 from billhook.reports.publishing import publish
 from billhook.reports.quantized_card import publish_quantized
@@ -30,7 +31,7 @@ from billhook.reports.slim_card import publish_slim
 from billhook.steps.recover_adapters import add_adapters, merged, save_adapter
 from billhook.steps.recover_blocks import BlocksReport, prepare_blocks, run_blocks
 from billhook.steps.recover_job import IDENTITY, TOKENS, RecoverJob, RecoverReport, RecoverRequest, record, zeros_of
-from billhook.steps.recover_problem import check_memory, draw_windows, make_problem, state_bytes, steps_in
+from billhook.steps.recover_problem import check_memory, draw_windows, make_problem, state_bytes, steps_in, teacher_fits
 from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, changed, check_text_given, listed, open_model
 from billhook.steps.resolve import identity
@@ -61,8 +62,6 @@ def recover(
 
 def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> RecoverJob:
     """Check everything about a request, cheapest first, and decide how much is trained; nothing is changed."""
-    if world() > 1:
-        raise BillhookError("recover runs in one process: start it without torchrun.")
     options = OBJECTIVES.configure(request.objective, request.options)
     seconds = request.seconds
     check_text_given(request.opening(), True, "Recovering")
@@ -70,7 +69,8 @@ def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> 
     opened = _opened(request, source)
     path = find_teacher(opened.history, source.given, request.teacher)
     _check_something_to_do(opened, path)
-    teacher = None if path is None else open_teacher(path, opened, request.opening())
+    streamed = path is not None and not teacher_fits(path, opened)
+    teacher = None if path is None else open_teacher(path, opened, request.opening(), streamed=streamed)
     windows = draw_windows(request, opened, teacher, progress)
     adapted = add_adapters(request, opened)
     opened = changed(opened, samples=windows.samples, batches=split_rows(windows.samples.batch, windows.rows))
@@ -84,7 +84,7 @@ def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> 
     elif seconds is None:
         steps = math.ceil((request.tokens or TOKENS) / size)
     else:
-        steps = known.get("steps") or steps_in(problem, seconds, request.rate is None)
+        steps = known.get("steps") or min(gather(steps_in(problem, seconds, request.rate is None)))
     problem, rate = replace(problem, steps=steps), known.get("rate", request.rate)
     run = identity(request.opening(), opened, options, None, None) | {"step": "recover"}
     run |= {key: getattr(request, key) for key in IDENTITY}
@@ -134,11 +134,16 @@ def run(
 
     Raises JobError, and Interrupted where the run can be resumed.
     """
+    barrier()  # until all processes have checked the output
     begun, request, opened, problem = time.perf_counter(), job.request, job.opened, job.problem
     source, output = job.source.written_like, _output(request)
     room = weight_bytes(source) + state_bytes(problem)
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "room": room}
-    with evaluating(opened.model), training_folder(source, output, job.identity, **may, stopping=stopping) as folder:
+    with (
+        evaluating(opened.model),
+        recomputing(opened.model, request.checkpointing),
+        training_folder(source, output, job.identity, **may, stopping=stopping) as folder,
+    ):
         folder.decide(steps=problem.steps)
         before = None if job.reference is None else job.reference.compare(opened.model)
         rate = _rate(job, folder, progress)

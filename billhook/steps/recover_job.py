@@ -38,8 +38,8 @@ class RecoverRequest(Inputs):
     their number follows. `rate` is a share of each parameter's root mean square; without it, some race. `teacher` is
     the directory of the dense model, where the history does not lead to it. `batch_size` windows are a step. `targets`
     and `ignore` choose the layers that are trained. Adapters have a `rank`, and are merged or saved (`save`). The whole
-    model is trained, or one block at a time is tuned (`by`). A `recipe` (`billhook.recovery.recipes`) fills in what is
-    not given.
+    model is trained, or one block at a time is tuned (`by`). With `checkpointing`, blocks are computed
+    again in the backward pass. A `recipe` (`billhook.recovery.recipes`) fills in what is not given.
     """
 
     model: str | Path
@@ -51,6 +51,7 @@ class RecoverRequest(Inputs):
     rank: int | None = None
     save: Saving = "merged"
     by: By = "model"
+    checkpointing: bool = False
     tokens: int | None = None
     budget: str | None = None
     rate: float | None = None

@@ -5,6 +5,7 @@ import math
 import time
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from billhook.architectures.config import context_length
 from billhook.architectures.layers import Layer, select_layers
 from billhook.architectures.stacks import blocks_of
+from billhook.distributed.collectives import world
 from billhook.engine.batch import Batch, row_length, select_rows
 from billhook.errors import BillhookError, JobError
 from billhook.recovery.adapters import RATES, factors
@@ -26,6 +28,7 @@ from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, listed
 from billhook.store.compute import free_gib, stored_dtype
 from billhook.store.record import Record
+from billhook.store.shards import weight_bytes
 from billhook.tasks.base import Drawing, Home, Progress, Samples
 from billhook.tasks.self_text import write_windows
 
@@ -55,13 +58,14 @@ def draw_windows(
 
     Raises BillhookError for a text that is too short to train on and to hold out windows.
     """
-    tokens, length, of_text = request.tokens, request.length, opened.model.main_input_name == "input_ids"
+    tokens, length, answers = request.tokens, request.length, opened.task.unit == "answer"  # rows have their lengths
+    of_text = opened.model.main_input_name == "input_ids" and not answers
     if of_text and (length is None or request.recipe):  # a recipe's length is one for longer contexts
         length = length or LENGTH
         length = min(length, context_length(opened.model.config) or length)
     most = IMAGES
     if of_text and length is not None:
-        rows = request.batch_size or max(1, TOKENS_A_STEP // length)
+        rows = request.batch_size or max(world(), TOKENS_A_STEP // length)
         most = BUDGETED if request.seconds else rows * math.ceil((tokens or TOKENS) / (rows * length))
         most = request.windows or most
     drawing = Drawing(most + 2 * HELD_OUT[1], length, request.seed, "packed", request.bos, fewer=True)
@@ -69,10 +73,14 @@ def draw_windows(
     given: Any = request.calibration
     drawn = opened.task.samples(given, teacher or opened.model, home, drawing, progress)
     count, size = len(drawn), row_length(opened.model, drawn.batch)
-    rows = request.batch_size or max(1, TOKENS_A_STEP // size)
+    rows = request.batch_size or max(world(), TOKENS_A_STEP // size)
+    if rows < world():
+        raise BillhookError(
+            f"{world()} processes cannot share a step of {rows} windows: give a larger --batch-size, or start fewer."
+        )
     held = min(HELD_OUT[1], max(HELD_OUT[0], count // 8))
     if count < 2 * held + rows:
-        kind = f"windows of {size} tokens" if of_text else "images"
+        kind = f"windows of {size} tokens" if of_text else "questions" if answers else "images"
         raise BillhookError(
             f"{drawn.source} has only {count} {kind}: recovery holds out {2 * held} and trains on at least {rows}. "
             f"Give more{' text, or a smaller --length' if of_text else ''}."
@@ -186,6 +194,17 @@ def state_bytes(problem: Problem) -> int:
     return 16 * sum(k.count for k in problem.kept)
 
 
+def teacher_fits(path: Path, opened: Opened) -> bool:
+    """Whether the dense model of a directory fits in memory beside the opened one and its optimizer."""
+    free, stored = free_gib(str(opened.model.device)), stored_dtype(path)
+    if free is None or stored is None:
+        return True
+    weights = sum(layer.weight.numel() for layer in opened.layers)
+    kept = sum(int(torch.count_nonzero(layer.weight)) for layer in opened.layers)
+    teacher = weight_bytes(path) / stored.itemsize * opened.model.dtype.itemsize
+    return bool(teacher + weights + 24 * kept <= free * 2**30)
+
+
 def check_memory(problem: Problem, teacher: PreTrainedModel | None) -> str:
     """A sentence about the memory of the run; raises JobError where it is not there.
 
@@ -198,12 +217,14 @@ def check_memory(problem: Problem, teacher: PreTrainedModel | None) -> str:
     states = sum(entries) + 24 * kept + itemsize * max(entries)
     adapted = sum(p.numel() for name, p in problem.model.named_parameters() if name.endswith(".base_layer.weight"))
     states += (itemsize + 1) * adapted
-    models = itemsize * sum(p.numel() for m in (problem.model, teacher) if m is not None for p in m.parameters())
+    both = [p for m in (problem.model, teacher) if m is not None for p in m.parameters()]
+    models = itemsize * sum(p.numel() for p in both if not p.is_meta)
     free = free_gib(str(problem.model.device))
     if free is not None and states / 2**30 > free:
         raise JobError(
             f"Training {kept:,} numbers needs {states / 2**30:.2f} GiB beside the models, and {free:.2f} GiB are free: "
             "free some, or use --dtype bfloat16."
         )
-    both = f"{(states + models) / 2**30:.2f} GiB of memory beside activations, {models / 2**30:.2f} of them for models"
-    return f"Training {kept:,} numbers takes {both}."
+    parts = f"{(states + models) / 2**30:.2f} GiB of memory beside activations, {models / 2**30:.2f} of them for models"
+    read = " The dense model does not fit beside that: it is read one block at a time, in every step."
+    return f"Training {kept:,} numbers takes {parts}.{read if any(p.is_meta for p in both) else ''}"

@@ -68,23 +68,20 @@ class UnitAllocation:
 
 def allocate_units(
     allocation: UnitAllocation, opened: Opened, units: Sequence[Unit], problem: UnitProblem, removal: Removal,
-    *, gone: Sequence[int] = (), seed: int = 0, progress: Progress = lambda line: None,
+    *, experts: str = "obs", gone: Sequence[int] = (), seed: int = 0, progress: Progress = lambda line: None,
 ) -> Plan:  # fmt: skip
     """The plan of an allocation for `units`, without the blocks numbered `gone`.
 
-    The model is in memory where the allocation is `on_trial`. Raises BillhookError where there is too little text, or
-    where experts are to be compared by curves.
+    The model is in memory where the allocation is `on_trial`. Raises BillhookError where there is too little text.
     """
     if not allocation.on_trial:
         layers = {unit.name: layers_of(unit, find_layers(opened.model)) for unit in units}
         fractions = _fractions(allocation, opened, layers, problem, progress)
         return problem.plan(fractions, allocation.name, allocation.options)
-    if any(unit.consumer is None for unit in units):
-        raise BillhookError(f"--allocator {allocation.name} compares channels and heads only: name them with --units.")
     assert opened.samples is not None
     split = split_samples(opened.model, opened.samples, rows_of(opened.batches[0]), seed)
     facts = {"heldout": split.facts["heldout"]}
-    with UnitRunner(opened.model, units, split.batches, split.heldout, removal, gone=gone) as runner:
+    with UnitRunner(opened.model, units, split.batches, split.heldout, removal, experts=experts, gone=gone) as runner:
         return choose_counts(runner, problem, facts, trials=allocation.name == AUTO, progress=progress)
 
 

@@ -43,8 +43,7 @@ def choose_kinds(
     best = best_plan(whole, removal, request.experts, planned, progress)
     kinds = best.made_by["options"]["kinds"].split(",")
     units = [unit for unit in units_of(whole, kinds) if unit.name in best.units]
-    several = len({unit.kind for unit in units}) > 1 or allocation.shape == "per-layer"
-    if not several or any(unit.consumer is None for unit in units):
+    if len({unit.kind for unit in units}) == 1 and allocation.shape == "uniform":
         return best
     gone = list(dropped_by(best, list(blocks_of(whole.model))).values())
     better = _allocated(request, whole, units, gone, removal=removal, allocation=allocation, progress=progress)
@@ -104,7 +103,7 @@ def _allocated(
     check_room(sizes, left)
     shares = left / sum(size.n for size in sizes)
     problem = UnitProblem(Table(()), shares, sizes=sizes, remove=left, shape=allocation.shape, stays=stays)
-    how: dict[str, Any] = {"gone": gone, "seed": request.seed, "progress": progress}
+    how: dict[str, Any] = {"experts": request.experts, "gone": gone, "seed": request.seed, "progress": progress}
     return allocate_units(allocation, opened, units, problem, removal, **how)
 
 

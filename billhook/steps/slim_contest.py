@@ -17,7 +17,7 @@ from torch import nn
 from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import Unit, find_units
 from billhook.engine.batch import rows_of, select_rows, split_rows
-from billhook.engine.removal import Removal, dropping, remove_parts_
+from billhook.engine.removal import Removal, changed_layers, dropping, remove_parts_
 from billhook.engine.restore import restored
 from billhook.engine.routing import mixture_of
 from billhook.errors import BillhookError
@@ -90,7 +90,7 @@ def carried_out(opened: Opened, units: Sequence[Unit], plan: Plan, removal: Remo
     if any(unit.kind == "experts" for unit in units):
         removal = removal.without_target()
     routers = [mixture_of(model, unit)[0] for unit in units if unit.kind == "experts"]
-    layers = [unit.consumer for unit in units if unit.consumer is not None]
+    layers = changed_layers(model, units)
     with restored(layers), dropping(model, list(gone.values())) as dropped, _unrestricted(routers):
         remove_parts_(model, units, plan.units, removal, opened.batches, experts=experts, dropped=dropped)
         yield

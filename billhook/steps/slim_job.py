@@ -41,7 +41,7 @@ class SlimRequest(Inputs):
     shape: Shape | Literal[""] = ""
     plan: str | Path | Plan | None = None
     method: str = "obs"
-    experts: str = "reap"
+    experts: str = "obs"
     drop_by: BlockChoice = "kl"
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -128,19 +128,6 @@ def kept_parts(job: SlimJob, results: Sequence[LayerResult]) -> dict[str, list[i
 def record(job: SlimJob, results: Sequence[LayerResult], loss: Loss | None) -> dict[str, Any]:
     """The content of billhook.json after the run; the layers are those of the smaller model."""
     request, opened, before = job.request, job.opened, job.opened.history
-    old, new = job.smaller.source.prefixes, job.smaller.stream.prefixes
-
-    def renamed(layer: str) -> str:
-        block = next(i for i, prefix in enumerate(old) if layer.startswith(f"{prefix}."))
-        return new[job.smaller.blocks.index(block)] + layer.removeprefix(old[block])
-
-    made = {renamed(r.layer): r for r in results}
-    layers = {}
-    for layer in find_layers(job.smaller.stream.model):
-        r = made.get(layer.name)
-        facts: dict[str, Any] = {"shape": list(layer.shape), "notes": [] if r is None else list(r.notes)}
-        facts |= {"error": None if r is None else r.error, "updated": r is not None}
-        layers[layer.name] = facts | place(layer)
     made_by = {
         "method": request.method,
         "experts": request.experts if any(unit.kind == "experts" for unit in job.units) else None,
@@ -148,11 +135,7 @@ def record(job: SlimJob, results: Sequence[LayerResult], loss: Loss | None) -> d
         "method_options": without_folders(job.removal.options),
         "kept": kept_parts(job, results),
         "consumers": {
-            renamed(unit.consumer.name): {
-                "unit": unit.name,
-                "columns": unit.groups.shape[1],
-                "stored": job.smaller.counts[unit.name],
-            }
+            _renamed(job, unit.consumer.name): _stored(job, unit, unit.groups.shape[1])
             for unit in job.units
             if unit.consumer is not None and unit.groups is not None
         },
@@ -166,4 +149,29 @@ def record(job: SlimJob, results: Sequence[LayerResult], loss: Loss | None) -> d
     }
     notes = [*job.notes, *(f"{r.layer}: {note}" for r in results for note in r.notes)]
     step = Step("slim", job.plan.to_json(), made_by, opened.facts, notes)
-    return {**append_step(before, step, {}).to_json(), "layers": layers}
+    return {**append_step(before, step, {}).to_json(), "layers": _layers(job, results)}
+
+
+def _stored(job: SlimJob, unit: Unit, columns: int) -> dict[str, Any]:
+    return {"unit": unit.name, "columns": columns, "stored": job.smaller.counts[unit.name]}
+
+
+def _renamed(job: SlimJob, layer: str) -> str:
+    """The name in the smaller model of a layer, or of a unit."""
+    old, new = job.smaller.source.prefixes, job.smaller.stream.prefixes
+    block = next(i for i, prefix in enumerate(old) if layer.startswith(f"{prefix}."))
+    return new[job.smaller.blocks.index(block)] + layer.removeprefix(old[block])
+
+
+def _layers(job: SlimJob, results: Sequence[LayerResult]) -> dict[str, Any]:
+    """The entries of the layers of the smaller model."""
+    made, layers = {_renamed(job, r.layer): r for r in results}, {}
+    for layer in find_layers(job.smaller.stream.model):
+        r = made.get(layer.name)
+        if r is None and layer.expert is not None and layer.parameter == "down_proj":
+            mixture = made.get(f"{layer.name.rpartition('.experts.')[0]}:experts")
+            r = mixture if mixture is not None and mixture.updated else None
+        facts: dict[str, Any] = {"shape": list(layer.shape), "notes": [] if r is None else list(r.notes)}
+        facts |= {"error": None if r is None else r.error, "updated": r is not None}
+        layers[layer.name] = facts | place(layer)
+    return layers

@@ -17,6 +17,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from billhook.distributed.collectives import any_rank, barrier, gather
+from billhook.distributed.torchrun import rank
 from billhook.errors import BillhookError, Interrupted, out_of_memory
 from billhook.recovery.training import Saved
 from billhook.recovery.training import State as Training
@@ -41,21 +43,27 @@ class TrainingFolder:
     def decide(self, **facts: Any) -> None:
         """Record what was decided once, such as the rate."""
         self.state = replace(self.state, plan={**self.state.plan, **facts})
-        write_state(self.folder, self.state)
+        if not rank():
+            write_state(self.folder, self.state)
 
     def save(self, saved: Saved, steps: int) -> None:
         """Record the state of the training of so many steps; raises KeyboardInterrupt if the run is to stop here."""
+        self.state = replace(self.state, progress=f"step {saved.state.steps} of {steps}")
+        if not rank():
+            self._write(saved)
+        if any_rank(self.stopping()) and saved.state.steps < steps:
+            raise KeyboardInterrupt
+
+    def _write(self, saved: Saved) -> None:
         name = f"{saved.state.steps}.{TRAINING}"
         tensors = {**saved.optimizer, **{f"{_BEST}{key}": value for key, value in saved.best.items()}}
         about = {"state": json.dumps(asdict(saved.state))}
         replace_file(self.folder / name, lambda temporary: save_file(tensors, temporary, about))
         before, files = self.state.files, {name: sha256(self.folder / name)}
-        self.state = replace(self.state, files=files, progress=f"step {saved.state.steps} of {steps}")
+        self.state = replace(self.state, files=files)
         write_state(self.folder, self.state)
         for old in before.keys() - files.keys():
             (self.folder / old).unlink(missing_ok=True)
-        if self.stopping() and saved.state.steps < steps:
-            raise KeyboardInterrupt
 
     def saved(self) -> Saved | None:
         """What the run goes on with; None at its beginning. Raises BillhookError where the file was changed."""
@@ -73,13 +81,16 @@ class TrainingFolder:
         return None
 
     def complete(self, write: Callable[[Path], object]) -> None:
-        """Write the result with `write`, which is called with the folder, and rename the directory."""
-        write(self.folder)
-        flush(self.folder)
-        for name in self.state.files:
-            (self.folder / name).unlink()  # last, because a run without it cannot be resumed
-        put_in_place(self.folder, self.output)
-        (self.output / STATE).unlink(missing_ok=True)
+        """Write the result with `write`, which is called with the folder, and rename the directory, in one process."""
+        barrier()
+        if not rank():
+            write(self.folder)
+            flush(self.folder)
+            for name in self.state.files:
+                (self.folder / name).unlink()  # last, because a run without it cannot be resumed
+            put_in_place(self.folder, self.output)
+            (self.output / STATE).unlink(missing_ok=True)
+        barrier()
 
 
 @contextmanager
@@ -97,9 +108,12 @@ def training_folder(
 
     Raises BillhookError where another run uses the folder, or the run to resume has another identity; Interrupted for a
     run that was stopped, or ran out of disk or memory, after something was saved. After other errors, which would occur
-    again, the folder is deleted.
+    again, the folder is deleted. Of several processes the first one writes, and the others have its state.
     """
     folder = partial_folder(output)
+    if rank():
+        yield TrainingFolder(folder, output, gather(State({}, {}, 0, [], []))[0], stopping)
+        return
     lock = lock_folder(folder)
     foreign = foreign_file(folder, [])
     keep, found = (folder / STATE).exists() or bool(foreign), None
@@ -113,6 +127,7 @@ def training_folder(
             state = State(dict(identity), {}, 0, [""], [])
         check_same_run(state.identity, identity, folder)
         empty_folder(folder, [STATE, *state.files])
+        gather(state)
         found = TrainingFolder(folder, output, state, stopping)
         yield found
     except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Interrupted, SafetensorError) as error:

@@ -6,13 +6,19 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
+from billhook.architectures.layers import Layer
 from billhook.architectures.units import Unit
 from billhook.distributed.collectives import gather
-from billhook.engine.batch import Batch
+from billhook.engine.batch import Batch, rows_of
+from billhook.engine.experts import down_projections
 from billhook.engine.loop import LayerResult
-from billhook.engine.removal import Dropped, Removal, dropping, remove_parts_
+from billhook.engine.removal import Dropped, Removal, changed_layers, dropping, remove_parts_
+from billhook.engine.routing import mixture_of
 from billhook.plan.plan import Plan
+from billhook.trials.attribution import FLOOR
 from billhook.trials.trials import Runner
+
+ALONE = 8  # held-out windows on which each unit is tried alone
 
 
 class UnitRunner(Runner):
@@ -26,27 +32,67 @@ class UnitRunner(Runner):
         heldout: Batch,
         removal: Removal,
         *,
+        experts: str = "obs",
         gone: Sequence[int] = (),
     ) -> None:
-        """`removal` is how parts are removed; the others as of `Runner`. Every unit has a consumer."""
-        layers = [unit.consumer for unit in units if unit.consumer is not None]
-        super().__init__(model, layers, batches, heldout, removal.gradient)
-        self.units, self.removal, self.gone = list(units), removal, list(gone)
+        """`removal` is how parts are removed, `experts` how experts are chosen; the others as of `Runner`."""
+        if any(unit.kind == "experts" for unit in units):
+            removal = removal.without_target()
+        super().__init__(model, changed_layers(model, units), batches, heldout, removal.gradient)
+        self.units, self.removal, self.experts, self.gone = list(units), removal, experts, list(gone)
+        self._routers = {u.name: mixture_of(model, u)[0] for u in units if u.kind == "experts"}
         self._dropped: Mapping[int, Dropped] = {}
 
     def __enter__(self) -> Self:
         super().__enter__()
         self._dropped = self._stack.enter_context(dropping(self.model, self.gone))
+        self._stack.callback(self._open_routers)
         return self
+
+    def restore_(self) -> None:
+        """Put the dense weights back, and let routers know all experts."""
+        super().restore_()
+        self._open_routers()
+
+    def _open_routers(self) -> None:
+        for router in self._routers.values():
+            router.__dict__.pop("forward", None)
 
     @torch.no_grad()
     def prune(self, plan: Plan) -> list[LayerResult]:
         """Remove parts from the dense model in place, so that those of the plan stay."""
         self.restore_()
         options: dict[str, Any] = {"dropped": self._dropped, "gradients": self.dense_gradients}
-        return remove_parts_(self.model, self.units, gather(plan)[0].units, self.removal, self.batches, **options)
+        counts = gather(plan)[0].units
+        options["experts"] = self.experts
+        return remove_parts_(self.model, self.units, counts, self.removal, self.batches, **options)
 
     def attribute(self) -> dict[str, float]:
-        """Each unit's share of the divergence of the model as it is now."""
+        """Each unit's share of the divergence of the model as it is now.
+
+        With experts, a share is the divergence of the model in which only that unit is as it is now, because what
+        removed experts cost is no sum over weights.
+        """
+        if self._routers:
+            return self._alone()
         shares = super().attribute()
         return {unit.name: shares[unit.consumer.name] for unit in self.units if unit.consumer is not None}
+
+    @torch.no_grad()
+    def _alone(self) -> dict[str, float]:
+        weights = {layer.name: layer.weight.clone() for layer in self.layers}
+        forwards = {name: router.__dict__.get("forward") for name, router in self._routers.items()}
+        shares = {}
+        for unit in self.units:
+            self.restore_()
+            for layer in self._layers_of(unit):
+                layer.weight.copy_(weights[layer.name])
+            if (forward := forwards.get(unit.name)) is not None:
+                self._routers[unit.name].forward = forward
+            kl = self.losses(0, min(ALONE, rows_of(self.heldout))).kl
+            shares[unit.name] = sum(kl) / len(kl)
+        least = max(FLOOR * sum(shares.values()) / len(shares), 1e-12)
+        return {name: max(share, least) for name, share in shares.items()}
+
+    def _layers_of(self, unit: Unit) -> list[Layer]:
+        return down_projections(self.model, unit) if unit.consumer is None else [unit.consumer]

@@ -48,7 +48,9 @@ NOT_RUN = {
     ("demo_model.md", "takes minutes"),
     ("trainers.md", "needs Axolotl"),
     ("trainers.md", "needs TRL"),
+    ("recover.md", "starts processes; tests/distributed/test_recover.py does"),
     ("vision.md", "needs a trained image classifier"),
+    ("vision.md", "needs a trained image-text model"),
 }
 
 

@@ -263,6 +263,15 @@ def test_another_tokenizer_and_a_teacher_that_moved_are_refused_or_asked_for(pla
         recover(place / "pruned", tmp_path / "out", teacher=other, **fields)
 
 
+def test_a_streamed_teacher_and_gradient_checkpointing_change_no_bit(place, better, tmp_path, monkeypatch):
+    monkeypatch.setattr("billhook.steps.recover.teacher_fits", lambda path, opened: False)
+    fields = {**FEW, "calibration": str(place / "text.txt"), "teacher": place / "model"}
+    report = recover(place / "pruned", tmp_path / "out", checkpointing=True, **fields)
+    assert "it is read one block at a time, in every step" in report.warnings[0]
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (better / name).read_bytes()
+
+
 def test_too_little_memory_is_said_before_anything_is_written(place, tmp_path, monkeypatch):
     monkeypatch.setattr("billhook.steps.recover_problem.free_gib", lambda device: 1e-6)
     with pytest.raises(JobError, match="GiB beside the models, and"):

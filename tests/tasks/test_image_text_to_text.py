@@ -1,6 +1,7 @@
 """Image-text models through the whole tool with questions from a file, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImagePr
 
 from billhook import BillhookError, prune, verify
 from billhook.engine.batch import LABELS, Ragged, rows_of, select_rows, split_rows
+from billhook.recovery.kept_adam import KeptAdam
+from billhook.recovery.training import steps_
+from billhook.steps.recover import RecoverRequest, prepare, run
 from billhook.tasks.base import Drawing, Home
 from billhook.tasks.opening import task_of
 
@@ -111,6 +115,26 @@ def test_rows_of_different_lengths_are_not_padded(place):
         assert ((batch[LABELS] != -100).sum(1) == 3).all()
     rows = [int(select_rows(samples.batch, slice(n, n + 1))["input_ids"].sum()) for n in range(10)]
     assert rows == [int(row.sum()) for batch in batches for row in batch["input_ids"]]
+
+
+def test_recovery_learns_from_rows_of_different_lengths_without_padding(place, tmp_path):
+    prune(place / "model", output=tmp_path / "pruned", sparsity=0.5, criterion="magnitude", allocator="uniform")
+    fields = {"calibration": str(place / "questions.jsonl"), "teacher": place / "model", "batch_size": 3}
+    job = prepare(RecoverRequest(model=tmp_path / "pruned", output=tmp_path / "out", rate=0.01, tokens=300, **fields))
+    seen = []
+
+    def objective(student, teacher, batch):
+        seen.append(batch)
+        return job.problem.objective(student, teacher, batch)
+
+    adam = KeptAdam(job.problem.kept)
+    assert len(list(steps_(replace(job.problem, objective=objective, steps=2), adam, 1e-6))) == 2
+    adam.close()
+    assert sum(map(rows_of, seen)) == 6
+    assert len({batch["input_ids"].shape[1] for batch in seen}) > 1
+    assert all(bool(batch["attention_mask"].all()) and int((batch[LABELS] == -100).sum()) for batch in seen)
+    assert run(job).loss.unit == "answer"
+    assert verify(tmp_path / "out").ok
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Hidden states: those of the dense model after every block, as in SquareHead.
 
-    mean over blocks l of  |H_l − H'_l|² / |H'_l|²,   H' of the dense model
+    mean over blocks l and windows of  |H_l − H'_l|² / |H'_l|²,   H' of the dense model
 
 Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models", 2023, arXiv:2310.06927
-(SquareHead), without the loss on text that is added there. Each block counts the same, however large its hidden states
-are. Where blocks were removed, a block is compared with what the next one that stayed received in the dense model.
+(SquareHead), without the loss on text that is added there. Each block and each window counts the same, however large
+its hidden states are. Where blocks were removed, a block is compared with what the next one that stayed received in the
+dense model.
 
 Limits: it says nothing about the head, and needs hidden states of equal shape in both models.
 """
@@ -18,10 +19,14 @@ from billhook.registry import method
 
 
 def difference(student: Outputs, teacher: Outputs) -> Tensor:
-    """The normalized squared difference of hidden states [rows, ..., width], mean over blocks, a scalar."""
+    """The normalized squared difference of hidden states [rows, ..., width], mean over rows and blocks, a scalar."""
     pairs = zip(student.hidden, teacher.hidden, strict=True)
-    parts = [(a.float() - b.float()).square().sum() / b.float().square().sum().clamp_min(1e-30) for a, b in pairs]
-    return torch.stack(parts).mean()
+    return torch.stack([_each(a.float() - b.float()) / _each(b.float()).clamp_min(1e-30) for a, b in pairs]).mean()
+
+
+def _each(states: Tensor) -> Tensor:
+    """The sum of squares of each row."""
+    return states.flatten(1).square().sum(1)
 
 
 @method(paper="SquareHead: Kurtic et al. 2023, arXiv:2310.06927", needs=("teacher", "hidden"))

@@ -1,0 +1,71 @@
+"""Training in two processes gives the weights of one, and a stopped run of two goes on to the same bytes."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from command import contents
+from processes import done, together, weights
+
+from billhook import prune, verify
+from billhook.recovery import training
+
+pytestmark = [pytest.mark.nightly, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+FEW = ("--calibration", "text.txt", "--length", "32", "--batch-size", "4", "--tokens", "1024", "--rate", "0.01")
+
+
+@pytest.fixture(scope="module")
+def pruned(place: Path) -> Path:
+    prune(place / "model", output=place / "pruned", sparsity=0.5, criterion="magnitude", allocator="uniform")
+    return place
+
+
+@pytest.mark.parametrize("options", [(), ("--tune", "adapters"), ("--objective", "mixed")], ids=str)
+def test_the_result_is_that_of_one_process(pruned: Path, options: tuple[str, ...]) -> None:
+    """Experts that one process does not use have the gradients of the other."""
+    name = "-".join(options).strip("-") or "kept"
+    for processes in (1, 2):
+        ran = done(pruned, processes, "recover", "pruned", *FEW, *options, "--output", f"{name}{processes}")
+        assert "all in their place" in ran.said[0]
+        assert not any(ran.said[1:])
+        assert verify(pruned / f"{name}{processes}").ok
+    before, one, two = (weights(pruned / folder) for folder in ("pruned", f"{name}1", f"{name}2"))
+    changes = {key: (one[key] - before[key]).abs().max() for key in one}
+    assert sum(bool(change > 0) for change in changes.values()) >= 8
+    for key, value in one.items():
+        assert torch.allclose(value, two[key], atol=0.02 * float(changes[key]) + 1e-7), key
+
+
+def test_a_stopped_run_of_two_processes_goes_on_to_the_same_bytes(pruned: Path) -> None:
+    def stop_early() -> None:
+        training.MEASURED = (2, 2)
+
+    def kill() -> None:
+        stop_early()
+        before = training.KeptAdam.step
+
+        def step(self: training.KeptAdam, share: float) -> None:
+            before(self, share)
+            calls.append(share)
+            if len(calls) == 5 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), 9)
+
+        calls: list[float] = []
+        training.KeptAdam.step = step
+
+    run = ("recover", "pruned", *FEW)
+    assert together(pruned, 2, *run, "--output", "whole", before=stop_early).codes == [0, 0]
+    ran = together(pruned, 2, *run, "--output", "stopped", before=kill, others=60)
+    assert ran.codes[1] == -9
+    assert "The run is at step 4 of 8" in ran.said[0]
+    again = together(pruned, 2, *run, "--output", "stopped", "--resume", before=stop_early)
+    assert again.codes == [0, 0], again.said
+    assert contents(pruned / "stopped") == contents(pruned / "whole")
+
+
+def test_a_step_that_cannot_be_shared_is_refused(pruned: Path) -> None:
+    ran = together(pruned, 2, "recover", "pruned", *FEW[:4], "--batch-size", "1", "--output", "no")
+    assert ran.codes == [2, 2]
+    assert "2 processes cannot share a step of 1 windows" in ran.said[0]
+    assert not (pruned / "no").exists()
