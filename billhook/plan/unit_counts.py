@@ -54,21 +54,19 @@ def uniform_counts(sizes: Sequence[Size], remove: int, shares: Mapping[str, floa
 
     `shares` are the kinds' parts in that, which sum to 1. Raises BillhookError where a kind would lose everything.
     """
-    kept, left = dict[str, int](), float(remove)
-    kinds = sorted(shares, key=lambda kind: kind == "channels")  # channels last: they are the finest
-    for number, kind in enumerate(kinds):
+    kept, left, rounding = dict[str, int](), float(remove), 0.0
+    for kind in sorted(shares, key=lambda kind: kind == "channels"):  # channels last: they are the finest
         units = [s for s in sizes if s.kind == kind]
         if len({s.count for s in units}) > 1:
             raise BillhookError(f"The {kind} differ in number between blocks, so no uniform shape exists.")
-        wanted = left if number + 1 == len(kinds) else remove * shares[kind]
-        step = units[0].step
-        per_step = step * sum(s.parameters for s in units)
-        gone = step * round(wanted / per_step)
-        if gone >= units[0].count:
-            most = sum((s.count - step) * s.parameters for s in units)
-            raise _too_much(kind, wanted, most)
-        left -= gone // step * per_step
-        kept |= {s.name: s.count - gone for s in units}
+        wanted = max(left, 0.0) if kind == "channels" else remove * shares[kind]
+        per_step = units[0].step * sum(s.parameters for s in units)
+        most, steps = units[0].steps * per_step, round(wanted / per_step)
+        if steps > units[0].steps and wanted - most > rounding:
+            raise _too_much(kind, wanted, most, units[0].least)
+        steps = min(steps, units[0].steps)
+        left, rounding = left - steps * per_step, rounding + per_step / 2
+        kept |= {s.name: s.count - steps * s.step for s in units}
     return kept
 
 

@@ -228,12 +228,12 @@ def steps_(problem: Problem, adam: KeptAdam, share: float, done: int = 0) -> Ite
     the last."""
     parameters, written = [k.parameter for k in problem.kept], list[Tensor]()
     for step in range(done, problem.steps):
-        batch = dict(problem.step_batch(step))
+        batch = problem.step_batch(step)
         if problem.write is not None:
             if step % problem.measured_every == 0:  # where a run goes on, so that it has the same windows
                 several = problem.write(problem.rows * problem.measured_every, problem.seed + 1 + step)
                 written = list(several.split(problem.rows))
-            batch["written"] = written[step % problem.measured_every]
+            batch = {**batch, "written": written[step % problem.measured_every]}
         value = 0.0
         with torch.enable_grad(), differentiable(parameters, problem.model.parameters()):
             for part in problem.own_parts(batch):

@@ -56,7 +56,8 @@ def draw_windows(
 
     Raises BillhookError for a text that is too short to train on and to hold out windows.
     """
-    tokens, length, of_text = request.tokens, request.length, opened.model.main_input_name == "input_ids"
+    tokens, length, answers = request.tokens, request.length, opened.task.unit == "answer"  # rows have their lengths
+    of_text = opened.model.main_input_name == "input_ids" and not answers
     if of_text and (length is None or request.recipe):  # a recipe's length is one for longer contexts
         length = length or LENGTH
         length = min(length, context_length(opened.model.config) or length)
@@ -77,7 +78,7 @@ def draw_windows(
         )
     held = min(HELD_OUT[1], max(HELD_OUT[0], count // 8))
     if count < 2 * held + rows:
-        kind = f"windows of {size} tokens" if of_text else "images"
+        kind = f"windows of {size} tokens" if of_text else "questions" if answers else "images"
         raise BillhookError(
             f"{drawn.source} has only {count} {kind}: recovery holds out {2 * held} and trains on at least {rows}. "
             f"Give more{' text, or a smaller --length' if of_text else ''}."

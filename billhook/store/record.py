@@ -53,6 +53,7 @@ class Step:
     * `made_by.device` (string): the kind of device: `cpu` or `cuda`.
     * `made_by.targets` (list of strings): as requested.
     * `made_by.ignore` (list of strings): as requested.
+    * `made_by.budget` (string, optional): whether `each` stack of blocks met the sparsity, or all shared it (`joint`).
     * `made_by.stacks` (list of strings, optional): the stacks of blocks: all, language, vision or names.
     * `made_by.calibration.*` (any, optional): the text, as in table.json; `made_by.calibration` is null if none was
       needed.

@@ -45,10 +45,11 @@ class ImageTextToText:
             return Samples(batch, GIVEN, digest(main_input(model, batch)), "given")
         found = Questions.of(source, model, home, "calibration")
         how: dict[str, Any] = {"again": drawing.sampling == "papers", "what": "questions"}
-        numbers = drawn(found.found, drawing.samples, drawing.held_out, drawing.seed, found.source, **how)
+        samples = min(drawing.samples, len(found.found)) if drawing.fewer else drawing.samples
+        numbers = drawn(found.found, samples, drawing.held_out, drawing.seed, found.source, **how)
         batch = found.batch(numbers)
-        own, more = (select_rows(batch, part) for part in (slice(0, drawing.samples), slice(drawing.samples, None)))
-        heldout = more if len(numbers) > drawing.samples else None
+        own, more = (select_rows(batch, part) for part in (slice(0, samples), slice(samples, None)))
+        heldout = more if len(numbers) > samples else None
         return Samples(own, found.source, digest(main_input(model, own)), drawing.sampling, None, heldout)
 
     def inputs(self, source: Any, model: PreTrainedModel, home: Home) -> Questions:

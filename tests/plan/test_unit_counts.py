@@ -3,7 +3,7 @@
 import pytest
 
 from billhook.errors import BillhookError
-from billhook.plan.unit_counts import Size, per_layer_counts, quantum, uniform_counts
+from billhook.plan.unit_counts import Size, per_layer_counts, proportional, quantum, uniform_counts
 
 
 @pytest.mark.parametrize("count, step", [(11008, 64), (352, 32), (1536, 64), (232, 8), (264, 8), (128, 8), (100, 1)])
@@ -21,6 +21,18 @@ def test_a_width_that_blocks_of_32_divide_stays_one_and_the_budget_is_met_to_hal
     left = kept.pop()
     assert count % 32 or left % 32 == 0
     assert abs((count - left) * 4 * 3 * 64 - remove) <= quantum(count) * 4 * 3 * 64 / 2
+
+
+@pytest.mark.parametrize("share", [0.1, 0.17, 0.2, 0.3, 0.7])
+@pytest.mark.parametrize("finest", ["heads", "channels"])
+def test_no_kind_keeps_more_than_it_has_where_a_coarse_one_is_rounded_up(share, finest):
+    sizes = [Size(f"{block}.experts", "experts", block, 8, 1000, least=2) for block in range(2)]
+    sizes += [Size(f"{block}.{finest}", finest, block, 8, 25) for block in range(2)]
+    remove = round(share * sum(s.n for s in sizes))
+    kept = uniform_counts(sizes, remove, proportional(sizes, ["experts", finest]))
+    assert all(s.least <= kept[s.name] <= s.count for s in sizes)
+    gone = sum((s.count - kept[s.name]) * s.parameters for s in sizes)
+    assert abs(gone - remove) <= 1000 + 25  # half a step of either in both blocks
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.85])

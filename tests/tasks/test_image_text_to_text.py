@@ -1,6 +1,7 @@
 """Image-text models through the whole tool with questions from a file, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImagePr
 
 from billhook import BillhookError, prune, verify
 from billhook.engine.batch import LABELS, Ragged, rows_of, select_rows, split_rows
+from billhook.recovery.kept_adam import KeptAdam
+from billhook.recovery.training import steps_
+from billhook.steps.recover import RecoverRequest, prepare, run
 from billhook.tasks.base import Drawing, Home
 from billhook.tasks.opening import task_of
 
@@ -61,6 +65,12 @@ def place(tmp_path_factory):
     return folder
 
 
+def prompt_of(made, text):
+    """A question about an image by the processor's own template."""
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    return made.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
 @pytest.mark.gate
 def test_the_decoder_is_pruned_and_the_tower_keeps_its_bytes(place, tmp_path):
     data, out = place / "questions.jsonl", tmp_path / "out"
@@ -81,8 +91,7 @@ def test_the_decoder_is_pruned_and_the_tower_keeps_its_bytes(place, tmp_path):
     model, dense = (AutoModelForImageTextToText.from_pretrained(x).eval() for x in (out, place / "model"))
     nll, agreed, right = [], [], 0
     for number in range(14):
-        content = [{"type": "image"}, {"type": "text", "text": "What" + "?" * (number % 3)}]
-        prompt = made.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        prompt = prompt_of(made, "What" + "?" * (number % 3))
         text, image = prompt + " " + "ab"[number % 2] * 2, Image.open(place / f"{number}.png").convert("RGB")
         inputs = made(images=image, text=text, return_tensors="pt")
         with torch.no_grad():
@@ -94,6 +103,12 @@ def test_the_decoder_is_pruned_and_the_tower_keeps_its_bytes(place, tmp_path):
     assert (scores["inputs"], scores["unit"], scores["exact_match"]) == (14, "answer", right / 14)
     assert scores["nll"] == pytest.approx(np.mean(nll), rel=1e-4)
     assert scores["against"]["top1_agreement"] == pytest.approx(np.mean(agreed))
+    done("pack", out, "-o", tmp_path / "packed")
+    asked = ["What?", "--image", place / "0.png", "--max-new-tokens", "3", "--json"]
+    texts = [json.loads(done("generate", folder, *asked).out)["text"] for folder in (tmp_path / "packed", out)]
+    inputs = made(images=Image.open(place / "0.png").convert("RGB"), text=prompt_of(made, "What?"), return_tensors="pt")
+    expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert texts == [made.tokenizer.decode(expected, skip_special_tokens=True)] * 2
     card = (out / "README.md").read_text()
     for words in ("image-text-to-text", "AutoModelForImageTextToText", "exact match", "nats a token of the answers"):
         assert words in card
@@ -111,6 +126,26 @@ def test_rows_of_different_lengths_are_not_padded(place):
         assert ((batch[LABELS] != -100).sum(1) == 3).all()
     rows = [int(select_rows(samples.batch, slice(n, n + 1))["input_ids"].sum()) for n in range(10)]
     assert rows == [int(row.sum()) for batch in batches for row in batch["input_ids"]]
+
+
+def test_recovery_learns_from_rows_of_different_lengths_without_padding(place, tmp_path):
+    prune(place / "model", output=tmp_path / "pruned", sparsity=0.5, criterion="magnitude", allocator="uniform")
+    fields = {"calibration": str(place / "questions.jsonl"), "teacher": place / "model", "batch_size": 3}
+    job = prepare(RecoverRequest(model=tmp_path / "pruned", output=tmp_path / "out", rate=0.01, tokens=300, **fields))
+    seen = []
+
+    def objective(student, teacher, batch):
+        seen.append(batch)
+        return job.problem.objective(student, teacher, batch)
+
+    adam = KeptAdam(job.problem.kept)
+    assert len(list(steps_(replace(job.problem, objective=objective, steps=2), adam, 1e-6))) == 2
+    adam.close()
+    assert sum(map(rows_of, seen)) == 6
+    assert len({batch["input_ids"].shape[1] for batch in seen}) > 1
+    assert all(bool(batch["attention_mask"].all()) and int((batch[LABELS] == -100).sum()) for batch in seen)
+    assert run(job).loss.unit == "answer"
+    assert verify(tmp_path / "out").ok
 
 
 @pytest.mark.parametrize(
