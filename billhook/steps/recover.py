@@ -23,13 +23,15 @@ from billhook.engine.walk import Progress
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.quality import Reference
 from billhook.recovery.objectives import OBJECTIVES
+from billhook.recovery.recomputing import recomputing
 from billhook.recovery.training import Recovered, best_share, race, train_
 from billhook.reports.publishing import publish
 from billhook.reports.quantized_card import publish_quantized
 from billhook.reports.slim_card import publish_slim
 from billhook.steps.recover_adapters import add_adapters, merged, save_adapter
+from billhook.steps.recover_blocks import BlocksReport, prepare_blocks, run_blocks
 from billhook.steps.recover_job import IDENTITY, TOKENS, RecoverJob, RecoverReport, RecoverRequest, record, zeros_of
-from billhook.steps.recover_problem import check_memory, draw_windows, make_problem, state_bytes, steps_in
+from billhook.steps.recover_problem import check_memory, draw_windows, make_problem, state_bytes, steps_in, teacher_fits
 from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, changed, check_text_given, listed, open_model
 from billhook.steps.resolve import identity
@@ -46,13 +48,15 @@ from billhook.text.corpus import source_name
 @pinned
 def recover(
     model: str | Path, output: str | Path, *, progress: Progress = lambda step: None, **fields: Any
-) -> RecoverReport:
+) -> RecoverReport | BlocksReport:
     """Train what a pruned or slimmed model directory has left, and write the result to `output`.
 
     The keyword arguments are the fields of `RecoverRequest` and the options of the objective. Raises BillhookError
     (nothing written) for an impossible request and JobError for a run that failed.
     """
     request = RecoverRequest.given(model=model, output=output, **fields)
+    if request.by == "block":
+        return run_blocks(prepare_blocks(request, progress), progress)
     return run(prepare(request, progress), progress)
 
 
@@ -72,9 +76,10 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     """The job of a request whose model is there, dense."""
     seconds = request.seconds
     opened = _opened(request, source)
-    path = find_teacher(opened, request.teacher)
+    path = find_teacher(opened.history, source.given, request.teacher)
     _check_something_to_do(opened, path)
-    teacher = None if path is None else open_teacher(path, opened, request.opening())
+    streamed = path is not None and not teacher_fits(path, opened)
+    teacher = None if path is None else open_teacher(path, opened, request.opening(), streamed=streamed)
     windows = draw_windows(request, opened, teacher, progress)
     adapted = add_adapters(request, opened, source)
     opened = changed(opened, samples=windows.samples, batches=split_rows(windows.samples.batch, windows.rows))
@@ -143,7 +148,11 @@ def run(
     source, output = job.source.written_like, _output(request)
     room = weight_bytes(source) + state_bytes(problem)
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "room": room}
-    with evaluating(opened.model), training_folder(source, output, job.identity, **may, stopping=stopping) as folder:
+    with (
+        evaluating(opened.model),
+        recomputing(opened.model, request.checkpointing),
+        training_folder(source, output, job.identity, **may, stopping=stopping) as folder,
+    ):
         folder.decide(steps=problem.steps)
         before = None if job.reference is None else job.reference.compare(opened.model)
         rate = _rate(job, folder, progress)

@@ -22,6 +22,7 @@ from billhook.store.record import Step, append_step
 
 Tuned = Literal["kept+norms", "kept", "adapters"]
 Saving = Literal["merged", "adapter"]
+By = Literal["model", "block"]
 RANK = 8
 # Fields that must be equal for a run to be continued.
 IDENTITY = ("objective", "tune", "rank", "save", "recipe", "tokens", "budget", "rate", "batch_size")
@@ -36,8 +37,9 @@ class RecoverRequest(Inputs):
     `tokens` are the tokens of text (or images) that are trained on, or `budget` is a time such as "10m", from which
     their number follows. `rate` is a share of each parameter's root mean square; without it, some race. `teacher` is
     the directory of the dense model, where the history does not lead to it. `batch_size` windows are a step. `targets`
-    and `ignore` choose the layers that are trained. Adapters have a `rank`, and are merged or saved (`save`). A
-    `recipe` (`billhook.recovery.recipes`) fills in what is not given.
+    and `ignore` choose the layers that are trained. Adapters have a `rank`, and are merged or saved (`save`). The whole
+    model is trained, or one block at a time is tuned (`by`). With `checkpointing`, blocks are computed
+    again in the backward pass. A `recipe` (`billhook.recovery.recipes`) fills in what is not given.
     """
 
     model: str | Path
@@ -48,6 +50,8 @@ class RecoverRequest(Inputs):
     tune: Tuned | Literal[""] = ""
     rank: int | None = None
     save: Saving = "merged"
+    by: By = "model"
+    checkpointing: bool = False
     tokens: int | None = None
     budget: str | None = None
     rate: float | None = None
@@ -57,7 +61,7 @@ class RecoverRequest(Inputs):
         own = recipe(self.recipe).fields() if self.recipe else {"tune": "kept+norms", "objective": "kl+hidden"}
         filled = {key: value for key, value in own.items() if not getattr(self, key)}
         self.__dict__.update(filled)  # of a frozen object, which nobody has yet
-        for name, known in (("tune", get_args(Tuned)), ("save", get_args(Saving))):
+        for name, known in (("tune", get_args(Tuned)), ("save", get_args(Saving)), ("by", get_args(By))):
             if getattr(self, name) not in known:
                 raise BillhookError(f"{name}={getattr(self, name)!r:.40} must be one of {', '.join(known)}.")
         if self.tune != "adapters" and (self.rank is not None or self.save == "adapter"):

@@ -19,6 +19,7 @@ from billhook.architectures.layers import find_layers
 from billhook.errors import BillhookError, Interrupted, JobError
 from billhook.recovery import training
 from billhook.steps.recover import RecoverRequest, prepare, run
+from billhook.steps.recover_blocks import prepare_blocks, run_blocks
 from billhook.steps.slim import slim
 from billhook.tasks.opening import load_model
 
@@ -148,6 +149,30 @@ def test_of_a_quantized_model_scales_and_norms_are_trained_and_codes_stay(place,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["int2", "out"]
 
 
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.nightly), 2])
+def test_block_by_block_zeros_stay_and_a_stopped_run_goes_on_to_the_same_bytes(place, tmp_path, stop):
+    fields = {"calibration": str(place / "text.txt"), "teacher": place / "model", "length": 32, "by": "block"}
+    fields |= {"tokens": 16 * 32, "batch_size": 8}
+    whole = recover(place / "pruned", tmp_path / "whole", **fields)
+    assert whole.loss.kl < whole.lost_before.kl
+    before, after = masks(place / "pruned"), masks(whole.output)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert verify(whole.output).ok
+    left = [stop]
+
+    def stopping() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    job = prepare_blocks(RecoverRequest(model=place / "pruned", output=tmp_path / "out", **fields))
+    with pytest.raises(Interrupted, match=f"{stop} of 3 blocks are finished"):
+        run_blocks(job, stopping=stopping)
+    recover(place / "pruned", tmp_path / "out", resume=True, **fields)
+    assert contents(tmp_path / "out") == contents(whole.output)
+    with pytest.raises(BillhookError, match="have not the shapes"):
+        recover(place / "small", tmp_path / "no", **fields)
+
+
 def test_a_packed_model_is_trained_unpacked(place, tmp_path):
     pack(place / "pruned", tmp_path / "packed")
     fields = {**FEW, "calibration": str(place / "text.txt"), "teacher": place / "model"}
@@ -236,6 +261,15 @@ def test_another_tokenizer_and_a_teacher_that_moved_are_refused_or_asked_for(pla
     (other / "tokenizer.json").write_text(text)
     with pytest.raises(BillhookError, match="its tokenizer differs"):
         recover(place / "pruned", tmp_path / "out", teacher=other, **fields)
+
+
+def test_a_streamed_teacher_and_gradient_checkpointing_change_no_bit(place, better, tmp_path, monkeypatch):
+    monkeypatch.setattr("billhook.steps.recover.teacher_fits", lambda path, opened: False)
+    fields = {**FEW, "calibration": str(place / "text.txt"), "teacher": place / "model"}
+    report = recover(place / "pruned", tmp_path / "out", checkpointing=True, **fields)
+    assert "it is read one block at a time, in every step" in report.warnings[0]
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (better / name).read_bytes()
 
 
 def test_too_little_memory_is_said_before_anything_is_written(place, tmp_path, monkeypatch):
