@@ -213,7 +213,7 @@ def test_batches_that_cannot_be_used_are_refused(model):
     [
         ({}, "Say how much to remove"),
         ({"sparsity": "0.5"}, r"must be a number in \[0, 1\)"),
-        ({"sparsity": 0.5, "group": "column"}, "group='column' must be row or layer"),
+        ({"sparsity": 0.5, "group": "column"}, "group='column' must be one of row, layer"),
         ({"sparsity": 0.5, "rounding": "floor"}, "use published=True"),
         ({"sparsity": 0.5, "sampling": "papers"}, "use published=True"),
         ({"sparsity": 0.5, "batch_size": 0}, "The batch size must be at least 1, got 0"),

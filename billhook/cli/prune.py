@@ -46,6 +46,7 @@ Examples:
 GRADIENTS_HELP = "A file of billhook gradients, for criteria that read them; otherwise they are computed first."
 GROUP_HELP = "Compare weights within a row or the layer; by default as in the paper."
 PREFIX_HELP = "Whose outputs are the inputs of the next block; dense is an option for image models.  [default: pruned]"
+BUDGET_HELP = "With several stacks of blocks: each meets the sparsity, or all share it.  [default: each]"
 DRY_RUN_HELP = "Show what would be pruned, the memory it needs, and its time, measured on a part; write nothing."
 
 
@@ -64,6 +65,7 @@ class Method:
     gradients: Annotated[Path | None, typer.Option(help=GRADIENTS_HELP)] = None
     group: Annotated[Literal["row", "layer"] | None, typer.Option(help=GROUP_HELP)] = None
     prefix: Annotated[Literal["pruned", "dense"] | None, typer.Option(help=PREFIX_HELP)] = None
+    budget: Annotated[Literal["each", "joint"] | None, typer.Option(help=BUDGET_HELP)] = None
     refine: Annotated[
         Literal["none", "blocks", "blocks+norms"] | None,
         typer.Option(help="Tune the remaining weights of each block (and its norms and biases)."),

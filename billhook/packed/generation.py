@@ -1,7 +1,7 @@
 """Generate text greedily, and measure the time of the prompt and of each new token."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from billhook.ambient import pinned
 from billhook.architectures.config import context_length, vocabulary_size
+from billhook.engine.batch import model_inputs
 from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import quiet
 from billhook.store.files import untrusted
@@ -70,11 +71,18 @@ def _refuse_nan(ids: Tensor, logits: Tensor) -> Tensor:
 
 @pinned
 def generate(
-    model: PreTrainedModel, ids: Tensor, new: int, *, stop: bool = True, token: Callable[[Tensor], None] | None = None
+    model: PreTrainedModel,
+    ids: Tensor,
+    new: int,
+    *,
+    stop: bool = True,
+    token: Callable[[Tensor], None] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Generated:
     """Continue prompts, int64 [batch, prompt], greedily by at most `new` tokens; with `stop` False by exactly `new`.
 
-    `token` is called with each new token of a batch of one. Raises BillhookError beyond the model's context or
+    `token` is called with each new token of a batch of one. `inputs` are other inputs of the model, such as the pixel
+    values of an image-text model. Raises BillhookError beyond the model's context or
     vocabulary.
     """
     if new < 1:
@@ -90,10 +98,11 @@ def generate(
     options |= {"temperature": None, "top_p": None, "top_k": None}
     if not stop:
         options |= {"min_new_tokens": new, "eos_token_id": None}
-    ids = ids.to(model.device)
+    more = {"attention_mask": torch.ones_like(ids), **(inputs or {})}
+    ids, given = ids.to(model.device), model_inputs(model, more)
     wrong = f"transformers cannot generate with {model.name_or_path or type(model).__name__}"
     with torch.no_grad(), untrusted(wrong, "Check its generation_config.json."), quiet():
         start = time.perf_counter()
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
+        out = model.generate(ids, **given, **options)  # type: ignore[operator]
     assert isinstance(out, Tensor)
     return Generated(out.cpu(), ids.shape[1], clock.times[1] - start, clock.times[-1] - clock.times[1])

@@ -2,8 +2,9 @@
 torch.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from billhook.store.files import read_json, write_json
 
 VERSION = 1
 _MAKE = "Make one with billhook measure."
+_NUMBERED = re.compile(r"(.*?)\.\d+\.")  # the name of a layer up to the number of its block or stage
 _LARGEST = 1 << 31  # of a layer's dimensions: products of two are still exact as floats
 
 
@@ -83,6 +85,14 @@ class Table:
         for row in sorted(self.rows, key=lambda row: row.block):
             grouped.setdefault(row.block, []).append(row)
         return grouped
+
+    def stacks(self) -> list["Table"]:
+        """A table for each stack of blocks: the layers whose names are the same up to the first number."""
+        found: dict[str, list[Row]] = {}
+        for row in self:
+            numbered = _NUMBERED.match(row.layer)
+            found.setdefault(numbered[1] if numbered else "", []).append(row)
+        return [replace(self, rows=tuple(rows)) for rows in found.values()]
 
     def columns(self) -> list[str]:
         """Names of the metrics that every row has."""

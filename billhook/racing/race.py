@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from billhook.engine.batch import rows_of
 from billhook.errors import BillhookError
-from billhook.plan.allocators import ALLOCATORS, allocate
+from billhook.plan.allocators import ALLOCATORS, BudgetScope, allocate
 from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.trials.trials import Runner
@@ -37,15 +37,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Problem:
-    """What plans are made from: the measured table, the sparsity to reach (None: the pattern's) and the pattern."""
+    """What plans are made from: the measured table, the sparsity to reach (None: the pattern's), the pattern, and
+    whether each stack of blocks meets the sparsity or all share it."""
 
     table: Table
     sparsity: float | None
     pattern: str = "unstructured"
+    budget: BudgetScope = "each"
 
     def allocate(self, allocator: str, options: Mapping[str, Any]) -> Plan:
         """The plan of an allocator."""
-        return allocate(self.table, self.sparsity, allocator=allocator, pattern=self.pattern, **options)
+        how: dict[str, Any] = {"pattern": self.pattern, "budget": self.budget}
+        return allocate(self.table, self.sparsity, allocator=allocator, **how, **options)
 
     def candidate(self, allocator: str, options: Mapping[str, Any]) -> Candidate:
         """The plan of an allocator, named after it, its numbers, and its other options that are not the defaults."""

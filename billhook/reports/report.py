@@ -102,6 +102,7 @@ def _line(step: Step) -> str:
     if step.plan is None:
         made_by = step.made_by
         trained = f"recover: objective {made_by.get('objective')}, {made_by.get('tokens')} tokens"
+        trained = f"recover: block by block, {made_by['epochs']} epochs" if "epochs" in made_by else trained
         return trained if step.step == "recover" else step.step
     plan = Plan.from_json(step.plan, RECORD)
     kind, value = plan.budget.kind, plan.budget.value

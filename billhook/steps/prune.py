@@ -25,7 +25,7 @@ from billhook.engine.method import Group, Prefix
 from billhook.engine.walk import Block, Progress
 from billhook.errors import BillhookError, Interrupted
 from billhook.evaluation.quality import Loss
-from billhook.plan.allocators import allocate
+from billhook.plan.allocators import BudgetScope, allocate
 from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.racing.automatic import choose
@@ -64,7 +64,7 @@ def prune(
     calibration: Given | None = None, samples: int = 128, length: int | None = None,
     published: bool = False, bos: str = "auto", seed: int = 0, batch_size: int | None = None,
     targets: str | Sequence[str] = (), ignore: str | Sequence[str] = (),
-    stacks: str | Sequence[str] = (),
+    stacks: str | Sequence[str] = (), budget: BudgetScope = "each",
     device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False,
     overwrite: bool = False, resume: bool = False, spill_gib: float = SPILL_GIB, pack: bool = False,
     progress: Progress = lambda layer: None,
@@ -111,9 +111,10 @@ def _allocate(resolved: ResolvedRequest, progress: Progress) -> Plan:
     opened = in_memory(resolved.opened, request) if resolved.on_trial else resolved.opened
     table = measure_opened(opened, resolved.needed, progress) if table is None else rows_of_table(table, opened)
     if not is_raced(request.allocator, options):
-        return allocate(table, request.sparsity, allocator=request.allocator, pattern=request.pattern, **options)
+        how: dict[str, Any] = {"pattern": request.pattern, "budget": request.budget}
+        return allocate(table, request.sparsity, allocator=request.allocator, **how, **options)
     assert opened.samples is not None
-    problem = Problem(table, request.sparsity, request.pattern)
+    problem = Problem(table, request.sparsity, request.pattern, request.budget)
     return choose(
         opened.model, opened.layers, opened.samples, problem, resolved.method, allocator=request.allocator,
         options=options, batch_size=rows_of(opened.batches[0]), seed=request.seed, progress=progress,

@@ -139,7 +139,7 @@ def versions() -> dict[str, str]:
 def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[LayerResult]) -> Step:
     """The job as a step of a record, with the `notes` of its layers."""
     request, opened = job.request, job.opened
-    plan, fields = job.plan.to_json(), ("published", "prefix", "refine", "seed")
+    plan, fields = job.plan.to_json(), ("published", "prefix", "refine", "seed", "budget")
     if isinstance(plan["made_by"].get("options"), dict):
         plan["made_by"] = {**plan["made_by"], "options": without_folders(plan["made_by"]["options"])}
     papers = {"criterion": CRITERIA.paper(request.criterion), "allocator": job.plan.made_by.get("paper")}

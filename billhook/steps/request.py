@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,7 @@ from billhook.engine.resources import Resources
 from billhook.engine.streaming import open_streamed
 from billhook.errors import BillhookError
 from billhook.plan import recipes
+from billhook.plan.allocators import BudgetScope
 from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
@@ -68,6 +70,7 @@ class Request:
     targets: str | Sequence[str] = ()
     ignore: str | Sequence[str] = ()
     stacks: str | Sequence[str] = ()
+    budget: BudgetScope = "each"
     group: Group | None = None
     published: bool = False
     bos: str = "auto"
@@ -167,8 +170,7 @@ def open_model(request: Request, *, streamed: bool, room: Callable[[Path], int] 
     _check_choices(request)
     source, model, resources = _open_model(request, streamed, room)
     task = task_of(model)
-    chosen = blocks_in(model, listed(request.stacks) or [task.stacks])
-    inside = {block for blocks in chosen.values() for block in blocks}
+    inside = set(chain(*blocks_in(model, listed(request.stacks) or [task.stacks]).values()))
     found = [layer for layer in find_layers(model) if layer.block in inside]
     layers = select_layers(found, listed(request.targets), listed(request.ignore))
     _check_weights(model, resources)
@@ -184,13 +186,9 @@ def draw_text(opened: Opened, request: Request, progress: Progress = lambda step
 
 
 def _without_dead_blocks(opened: Opened) -> Opened:
-    """The same without the layers of blocks that no output depends on.
-
-    Raises BillhookError where the samples do not reach a block that is to be changed.
-    """
+    """The same without the layers of blocks that no output depends on; raises as `dead_blocks` does."""
     dead = dead_blocks(opened.model, opened.batches[0], {layer.block for layer in opened.layers})
-    live = [layer for layer in opened.layers if layer.block not in dead]
-    if not live:
+    if not (live := [layer for layer in opened.layers if layer.block not in dead]):
         raise BillhookError("No output depends on the chosen blocks: there is nothing to prune.")
     return changed(opened, layers=live, dead=dead)
 
@@ -203,10 +201,9 @@ def changed(opened: Opened, **changes: Any) -> Opened:
 
 
 def _check_choices(request: Request) -> None:
-    if request.group not in (None, "row", "layer"):
-        raise BillhookError(f"group={request.group!r} must be row or layer.")
-    for name, known in (("refine", get_args(Refining)), ("prefix", get_args(Prefix))):
-        if getattr(request, name) not in known:
+    kinds = {"group": Group, "refine": Refining, "prefix": Prefix, "budget": BudgetScope}
+    for name, known in ((name, get_args(kind)) for name, kind in kinds.items()):
+        if getattr(request, name) not in (None, *known):
             raise BillhookError(f"{name}={getattr(request, name)!r} must be one of {', '.join(known)}.")
     if request.batch_size is not None and request.batch_size < 1:
         raise BillhookError(f"The batch size must be at least 1, got {request.batch_size}.")

@@ -212,7 +212,7 @@ def identity(
     """
     given = {"plan": None if plan is None else plan.to_json(), "table": None if table is None else asdict(table)}
     gradients = request.gradients.path if isinstance(request.gradients, Gradients) else request.gradients
-    same = ("sparsity", "pattern", "allocator", "criterion", "group", "published", "refine", "seed", "prefix")
+    same = ("sparsity", "pattern", "allocator", "criterion", "group", "published", "refine", "seed", "prefix", "budget")
     return {
         "version": f"{VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
         "processes": world(),

@@ -53,6 +53,7 @@ class Step:
     * `made_by.device` (string): the kind of device: `cpu` or `cuda`.
     * `made_by.targets` (list of strings): as requested.
     * `made_by.ignore` (list of strings): as requested.
+    * `made_by.budget` (string, optional): whether `each` stack of blocks met the sparsity, or all shared it (`joint`).
     * `made_by.stacks` (list of strings, optional): the stacks of blocks: all, language, vision or names.
     * `made_by.calibration.*` (any, optional): the text, as in table.json; `made_by.calibration` is null if none was
       needed.
@@ -60,6 +61,8 @@ class Step:
       null if none.
     * `made_by.papers.*` (string or null): sources of `criterion` and `allocator`.
     * `made_by.versions.*` (string): python, torch and transformers.
+    * `made_by.by` (string, optional): `block` where `recover` tuned one block at a time.
+    * `made_by.epochs` (integer, optional): the most passes over the text in tuning a block.
     * `made_by.objective` (string, optional): name of the objective of `recover`.
     * `made_by.objective_options.*` (any, optional): its options, defaults filled in.
     * `made_by.recipe` (string or null, optional): the published recipe that filled in what was not given.

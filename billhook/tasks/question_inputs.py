@@ -6,7 +6,7 @@ one it is the question, after the processor's image token where it has one.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,17 @@ class QuestionReader:
         if whole[: len(before)] == before and len(whole) > len(before):
             return list(whole[len(before) :])
         return list(tokenizer(answer, add_special_tokens=False, verbose=False)[_TOKENS])
+
+
+def prompt_inputs(model: PreTrainedModel, home: Home, files: Sequence[Path], text: str) -> dict[str, Tensor]:
+    """The inputs of a question about image files, as the model reads it before it answers.
+
+    Raises BillhookError for a file that is no image, and as `QuestionReader` does.
+    """
+    reader = QuestionReader.of(model, home, str(files[0]))
+    row = {"image": [path.expanduser().absolute() for path in files], "question": text, "answer": "-"}
+    question = questions([row], "the prompt")[0]
+    return reader.prompt(reader.prompt_text(question), question)
 
 
 def _extended(value: Tensor, length: int, more: int) -> Tensor:

@@ -118,3 +118,16 @@ def test_every_recipe_meets_the_budget_on_all_stacks_of_every_architecture(famil
     several = [batch(family, 1, seed) for seed in range(10)]
     report = prune(build(family), sparsity=0.5, recipe=recipe, stacks="all", calibration=several)
     assert abs(sum(x.zeros for x in report.layers) - 0.5 * sum(x.n for x in report.layers)) <= len(report.layers)
+
+
+def test_each_stack_meets_the_sparsity_or_all_share_it():
+    zeros = {}
+    for budget in ("each", "joint"):
+        about = {"sparsity": 0.6, "criterion": "wanda", "allocator": "owl", "stacks": "all", "budget": budget}
+        report = prune(build("qwen3_vl"), calibration=[batch("qwen3_vl", 1, seed) for seed in range(4)], **about)
+        for stack in ("visual", "language_model"):
+            inside = [x for x in report.layers if stack in x.layer]
+            zeros[budget, stack] = sum(x.zeros for x in inside) / sum(x.n for x in inside)
+    assert zeros["each", "visual"] == pytest.approx(0.6, abs=1e-3)
+    assert zeros["each", "language_model"] == pytest.approx(0.6, abs=1e-3)
+    assert abs(zeros["joint", "visual"] - zeros["joint", "language_model"]) > 0.01

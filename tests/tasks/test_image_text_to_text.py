@@ -65,6 +65,12 @@ def place(tmp_path_factory):
     return folder
 
 
+def prompt_of(made, text):
+    """A question about an image by the processor's own template."""
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    return made.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
 @pytest.mark.gate
 def test_the_decoder_is_pruned_and_the_tower_keeps_its_bytes(place, tmp_path):
     data, out = place / "questions.jsonl", tmp_path / "out"
@@ -85,8 +91,7 @@ def test_the_decoder_is_pruned_and_the_tower_keeps_its_bytes(place, tmp_path):
     model, dense = (AutoModelForImageTextToText.from_pretrained(x).eval() for x in (out, place / "model"))
     nll, agreed, right = [], [], 0
     for number in range(14):
-        content = [{"type": "image"}, {"type": "text", "text": "What" + "?" * (number % 3)}]
-        prompt = made.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        prompt = prompt_of(made, "What" + "?" * (number % 3))
         text, image = prompt + " " + "ab"[number % 2] * 2, Image.open(place / f"{number}.png").convert("RGB")
         inputs = made(images=image, text=text, return_tensors="pt")
         with torch.no_grad():
@@ -98,6 +103,12 @@ def test_the_decoder_is_pruned_and_the_tower_keeps_its_bytes(place, tmp_path):
     assert (scores["inputs"], scores["unit"], scores["exact_match"]) == (14, "answer", right / 14)
     assert scores["nll"] == pytest.approx(np.mean(nll), rel=1e-4)
     assert scores["against"]["top1_agreement"] == pytest.approx(np.mean(agreed))
+    done("pack", out, "-o", tmp_path / "packed")
+    asked = ["What?", "--image", place / "0.png", "--max-new-tokens", "3", "--json"]
+    texts = [json.loads(done("generate", folder, *asked).out)["text"] for folder in (tmp_path / "packed", out)]
+    inputs = made(images=Image.open(place / "0.png").convert("RGB"), text=prompt_of(made, "What?"), return_tensors="pt")
+    expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert texts == [made.tokenizer.decode(expected, skip_special_tokens=True)] * 2
     card = (out / "README.md").read_text()
     for words in ("image-text-to-text", "AutoModelForImageTextToText", "exact match", "nats a token of the answers"):
         assert words in card

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from billhook.errors import BillhookError
 from billhook.plan.budget import whole_numbers
@@ -29,6 +29,8 @@ ALLOCATORS = Registry(
     },
     plugins=True,
 )
+BudgetScope = Literal["each", "joint"]
+_WHOLE = ("explicit",)  # allocators that must see all stacks
 AUTO = "auto"  # an allocator, or a value of an option, that is chosen by trials on the model (`billhook.racing`)
 
 
@@ -38,14 +40,16 @@ def allocate(
     *,
     allocator: str = "uniform",
     pattern: str | Pattern = "unstructured",
+    budget: BudgetScope = "each",
     **options: Any,
 ) -> Plan:
     """The plan that an allocator makes from `table`.
 
     `sparsity` is the parameter-weighted mean, in [0, 1); with an N:M pattern, None or 1 - N/M. `options` are the
-    allocator's (numbers, or strings as on the command line). Under N:M, layers get different N with the same M, whose
-    mean is the pattern's N (largest remainder). Raises BillhookError for an unknown allocator or option, an illegal
-    value, or a missing column.
+    allocator's (numbers, or strings as on the command line). Of a table with several stacks of blocks (a vision tower
+    and a decoder) `each` meets the sparsity; with the budget `joint` they share it. Under N:M, layers get different N
+    with the same M, whose mean is the pattern's N (largest remainder). Raises BillhookError for an unknown allocator or
+    option, an illegal value, or a missing column.
     """
     if allocator == AUTO or AUTO in options.values():
         raise BillhookError(
@@ -54,7 +58,9 @@ def allocate(
     pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
     target = check_budget(sparsity, pattern)
     configured = ALLOCATORS.configure(allocator, options)
-    shares = ALLOCATORS.get(allocator)(table, target, **configured)
+    parts = table.stacks() if budget == "each" and allocator not in _WHOLE else [table]
+    made = [ALLOCATORS.get(allocator)(part, target, **configured) for part in parts]
+    shares = {row.layer: share[row.layer] for row in table for share in made if row.layer in share}
     if pattern.structured:
         shares = _whole_groups(table, shares, pattern)
     paper = ALLOCATORS.paper(allocator)
