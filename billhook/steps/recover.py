@@ -9,7 +9,7 @@ the input's bytes.
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,17 +62,26 @@ def recover(
 
 def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> RecoverJob:
     """Check everything about a request, cheapest first, and decide how much is trained; nothing is changed."""
-    options = OBJECTIVES.configure(request.objective, request.options)
-    seconds = request.seconds
+    options, _ = OBJECTIVES.configure(request.objective, request.options), request.seconds
     check_text_given(request.opening(), True, "Recovering")
     source = Source.of(request.model, _output(request))
+    try:
+        return _prepared(request, source, options, progress)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any], progress: Progress) -> RecoverJob:
+    """The job of a request whose model is there, dense."""
+    seconds = request.seconds
     opened = _opened(request, source)
     path = find_teacher(opened.history, source.given, request.teacher)
     _check_something_to_do(opened, path)
     streamed = path is not None and not teacher_fits(path, opened)
     teacher = None if path is None else open_teacher(path, opened, request.opening(), streamed=streamed)
     windows = draw_windows(request, opened, teacher, progress)
-    adapted = add_adapters(request, opened)
+    adapted = add_adapters(request, opened, source)
     opened = changed(opened, samples=windows.samples, batches=split_rows(windows.samples.batch, windows.rows))
     problem = make_problem(request, opened, source, teacher, windows)
     notes = [check_memory(problem, teacher)]
