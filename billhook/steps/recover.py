@@ -77,7 +77,8 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     seconds = request.seconds
     opened = _opened(request, source)
     path = find_teacher(opened.history, source.given, request.teacher)
-    _check_something_to_do(opened, path)
+    taught_by = None if path is None else model_digest(path)
+    _check_something_to_do(opened, taught_by)
     streamed = path is not None and not teacher_fits(path, opened)
     teacher = None if path is None else open_teacher(path, opened, request.opening(), streamed=streamed)
     windows = draw_windows(request, opened, teacher, progress)
@@ -97,7 +98,7 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     problem, rate = replace(problem, steps=steps), known.get("rate", request.rate)
     run = identity(request.opening(), opened, options, None, None) | {"step": "recover"}
     run |= {key: getattr(request, key) for key in IDENTITY}
-    run |= {"targets": listed(request.targets), "ignore": listed(request.ignore)}
+    run |= {"targets": listed(request.targets), "ignore": listed(request.ignore), "teacher": taught_by}
     reference = None if teacher is None else _reference(opened, teacher)
     about = (steps * size, rate, reference, zeros_of(opened.layers), run, notes)
     return RecoverJob(request, opened, problem, source, *about, adapted)
@@ -116,15 +117,15 @@ def _output(request: RecoverRequest) -> Path:
     return Path(request.output).expanduser().resolve()
 
 
-def _check_something_to_do(opened: Opened, teacher: Path | None) -> None:
-    """Raise BillhookError for a dense model that nothing is known about."""
+def _check_something_to_do(opened: Opened, teacher: str | None) -> None:
+    """Raise BillhookError for a dense model that nothing is known about; `teacher` is the digest of the dense model."""
     zeros = any(zeros_of(opened.layers).values())
     if teacher is None and not zeros:
         raise BillhookError(
             f"{opened.source} is dense and has no history: there are no zeros to keep and no model to learn from. "
             "Prune it first, or name the model that it was made from with --teacher DIRECTORY."
         )
-    if teacher is not None and model_digest(teacher) == opened.facts["digest"]:
+    if teacher is not None and teacher == opened.facts["digest"]:
         raise BillhookError(f"{opened.source} is its own dense model, which cannot teach it anything: prune it first.")
 
 
@@ -164,7 +165,8 @@ def run(
         _check_zeros(job)
         after = None if job.reference is None else job.reference.compare(opened.model)
         races = folder.state.plan.get("races", {})
-        about = (output, request.objective, job.tokens, rate, races, done.before, done.after, done.state)
+        tokens = job.tokens // problem.steps * done.state.steps
+        about = (output, request.objective, tokens, rate, races, done.before, done.after, done.state)
         zeros, notes = sum(zeros_of(opened.layers).values()), [*job.notes, *_notes(job, done), *more]
         report = RecoverReport(*about, zeros, time.perf_counter() - begun, before, after, notes)
         folder.complete(functools.partial(_write, job, report))
@@ -217,9 +219,8 @@ def _notes(job: RecoverJob, done: Recovered) -> list[str]:
 
 def _card(history: Record | None) -> Callable[[Path], object]:
     """What writes the report or the card of the output, which are those of the step that made the model smaller."""
-    steps = [] if history is None else [step.step for step in history.steps]
+    steps = [] if history is None else [step.step for step in history.steps if step.step != "recover"]
     if "quantize" in steps:
         return publish_quantized
-    if "slim" in steps:
-        return publish_slim
-    return publish if "prune" in steps else lambda folder: None
+    known: dict[str, Callable[[Path], object]] = {"slim": publish_slim, "prune": publish}
+    return known.get(steps[-1] if steps else "", lambda folder: None)

@@ -98,7 +98,7 @@ class RecoverRequest(Inputs):
 
     def opening(self) -> Request:
         """The fields that say how a model and its text are opened."""
-        return self._opened_with(plan=None, recipe="", targets=(), ignore=())
+        return self._opened_with(plan=None, recipe="", budget="each", targets=(), ignore=())
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,14 @@ class RecoverReport:
         }
 
 
+def _teacher(job: RecoverJob) -> dict[str, Any] | None:
+    """The dense model's name, where the history has it, and its digest."""
+    if job.identity["teacher"] is None:
+        return None
+    known = {} if job.opened.history is None else job.opened.history.steps[0].model
+    return {"name": known.get("name"), "digest": job.identity["teacher"]}
+
+
 def zeros_of(layers: Sequence[Layer]) -> dict[str, int]:
     """The zeros of each layer."""
     return {layer.name: int((layer.weight == 0).sum()) for layer in layers}
@@ -187,6 +195,8 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
         facts = {key: value for key, value in known.get(layer.name, {}).items() if key not in ("zeros", "pieces")}
         facts = {"shape": list(layer.shape), "error": None, "notes": [], **facts, "zeros": zeros[layer.name]}
         facts |= {"updated": report.improved or bool(facts.get("updated"))}
+        if (more := zeros[layer.name] - job.zeros[layer.name]) > 0:
+            facts["notes"] = [*facts["notes"], f"{more} weights became zero in the training"]
         layers[layer.name] = facts | ({} if facts.get("type") else place(layer))  # of quantized layers it is known
     made_by: dict[str, Any] = {
         "objective": request.objective,
@@ -194,7 +204,7 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
         "recipe": request.recipe or None,
         "tune": request.tune,
         "rank": None if job.adapted is None else request.rank or RANK,
-        "tokens": job.tokens,
+        "tokens": report.tokens,
         "budget": request.budget,
         "rate": report.rate,
         "races": dict(report.races),
@@ -206,7 +216,7 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
         **computed_in(opened.model),
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
-        "teacher": None if before is None else {key: before.steps[0].model.get(key) for key in ("name", "digest")},
+        "teacher": _teacher(job),
         "calibration": calibration_facts(opened),
         "papers": {"objective": OBJECTIVES.paper(request.objective)},
         "lost_before": None if report.lost_before is None else report.lost_before.to_dict(),

@@ -16,11 +16,12 @@ from transformers import BertModel
 
 from billhook import pack, prune, quantize, recover, verify
 from billhook.architectures.layers import find_layers
-from billhook.errors import BillhookError, Interrupted, JobError
+from billhook.errors import BillhookError, DiskFull, Interrupted, JobError
 from billhook.recovery import training
 from billhook.steps.recover import RecoverRequest, prepare, run
 from billhook.steps.recover_blocks import prepare_blocks, run_blocks
 from billhook.steps.slim import slim
+from billhook.store.checkpoint import model_digest
 from billhook.tasks.opening import load_model
 
 pytestmark = pytest.mark.gate
@@ -214,7 +215,7 @@ def test_a_time_is_turned_into_tokens_once(place, tmp_path):
     assert job.tokens == 128 * job.problem.steps
     report = run(job)
     record = json.loads((tmp_path / "out" / "billhook.json").read_text())["steps"][-1]["made_by"]
-    assert (record["tokens"], record["budget"]) == (report.tokens, "2s") == (job.tokens, "2s")
+    assert (record["tokens"], record["budget"]) == (report.tokens, "2s") == (128 * report.state.steps, "2s")
 
 
 def mistakes(place: Path) -> dict[str, tuple[dict, str]]:
@@ -261,6 +262,45 @@ def test_another_tokenizer_and_a_teacher_that_moved_are_refused_or_asked_for(pla
     (other / "tokenizer.json").write_text(text)
     with pytest.raises(BillhookError, match="its tokenizer differs"):
         recover(place / "pruned", tmp_path / "out", teacher=other, **fields)
+
+
+def test_a_disk_that_is_full_at_the_end_loses_nothing_and_the_teacher_stays_the_same(place, tmp_path, monkeypatch):
+    pruned, fields = shutil.copytree(place / "pruned", tmp_path / "pruned"), {"calibration": str(place / "text.txt")}
+    (pruned / "billhook.json").unlink()
+    other = tiny.save(tmp_path / "other", tiny.llama(7, num_hidden_layers=3, intermediate_size=48))
+
+    def full(*args):
+        raise DiskFull("The disk is full.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("billhook.steps.recover._write", full)
+        with pytest.raises(Interrupted, match=r"The disk is full\. The run is at step 6 of 6 .* resume=True"):
+            recover(pruned, tmp_path / "out", teacher=place / "model", **FEW, **fields)
+    with pytest.raises(BillhookError, match="cannot be continued: its teacher was"):
+        recover(pruned, tmp_path / "out", teacher=other, resume=True, **FEW, **fields)
+    report = recover(pruned, tmp_path / "out", teacher=place / "model", resume=True, **FEW, **fields)
+    made_by = json.loads((tmp_path / "out" / "billhook.json").read_text())["steps"][0]["made_by"]
+    assert made_by["teacher"] == {"name": None, "digest": model_digest(place / "model")}
+    assert (made_by["tokens"], report.state.steps) == (6 * 128, 6)
+
+
+def test_weights_that_become_zero_are_noted_so_that_the_plan_of_pruning_still_holds(place, tmp_path, monkeypatch):
+    def underflowing(problem, *args, **options):
+        done = training.train_(problem, *args, **options)
+        kept = next(k for k in problem.kept if k.name.endswith("up_proj.weight"))
+        kept.restore_(kept.values().index_fill(0, torch.arange(5), 0.0))
+        return done
+
+    monkeypatch.setattr("billhook.steps.recover.train_", underflowing)
+    fields = {**FEW, "calibration": str(place / "text.txt"), "teacher": place / "model"}
+    report = recover(place / "pruned", tmp_path / "out", **fields)
+    assert report.zeros == 5 + sum(int(mask.sum()) for mask in masks(place / "pruned").values())
+    assert verify(tmp_path / "out").problems == []
+
+
+def test_a_model_in_memory_is_refused(place, tmp_path):
+    with pytest.raises(BillhookError, match="works on a directory, got LlamaForCausalLM"):
+        recover(load_model(place / "pruned"), tmp_path / "out", calibration=str(place / "text.txt"), **FEW)
 
 
 def test_a_streamed_teacher_and_gradient_checkpointing_change_no_bit(place, better, tmp_path, monkeypatch):
