@@ -147,7 +147,7 @@ def run(
     barrier()  # until all processes have checked the output
     begun, request, opened, problem = time.perf_counter(), job.request, job.opened, job.problem
     source, output = job.source.written_like, _output(request)
-    room = weight_bytes(source) + state_bytes(problem)
+    room = weight_bytes(source) + 2 * state_bytes(problem)  # the old state goes when the new one is there
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "room": room}
     with (
         evaluating(opened.model),
@@ -219,9 +219,8 @@ def _notes(job: RecoverJob, done: Recovered) -> list[str]:
 
 def _card(history: Record | None) -> Callable[[Path], object]:
     """What writes the report or the card of the output, which are those of the step that made the model smaller."""
-    steps = [] if history is None else [step.step for step in history.steps]
+    steps = [] if history is None else [step.step for step in history.steps if step.step != "recover"]
     if "quantize" in steps:
         return publish_quantized
-    if "slim" in steps:
-        return publish_slim
-    return publish if "prune" in steps else lambda folder: None
+    known: dict[str, Callable[[Path], object]] = {"slim": publish_slim, "prune": publish}
+    return known.get(steps[-1] if steps else "", lambda folder: None)
