@@ -60,7 +60,7 @@ def training_text(folder: Path, model: str, place: Path) -> Path:
 def smaller(folder: Path, case: str, place: Path) -> Path:
     """The pruned, slimmed or quantized directory of a case."""
     model, what = case.split()[:2]
-    output, windows = place / case.replace(" ", "_").replace(":", "of"), folder / "golden" / model
+    output, windows = place / case.translate(str.maketrans(" :/", "___")), folder / "golden" / model
     about = {"calibration": load_file(windows / "calibration.safetensors")["tokens"].long()[:32]}
     if what == "channels":
         units = find_units(load_model(folder / "models" / model), ["channels"])

@@ -147,7 +147,7 @@ def run(
     barrier()  # until all processes have checked the output
     begun, request, opened, problem = time.perf_counter(), job.request, job.opened, job.problem
     source, output = job.source.written_like, _output(request)
-    room = weight_bytes(source) + state_bytes(problem)
+    room = weight_bytes(source) + 2 * state_bytes(problem)  # the old state goes when the new one is there
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "room": room}
     with (
         evaluating(opened.model),

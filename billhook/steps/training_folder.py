@@ -120,7 +120,7 @@ def training_folder(
     try:
         check_not_foreign(foreign, folder, output)
         state = unfinished_run(output, resume=resume, overwrite=overwrite)
-        check_output(output, source, overwrite=overwrite)
+        check_output(output, source, overwrite=overwrite, needed=room if state is None else 0)
         if state is None:
             keep = False
             empty_folder(folder)
