@@ -150,11 +150,9 @@ class Loading:
 
 
 @dataclass(frozen=True)
-class Work(Loading):
-    """How to load a model, how to compute, and which layers to work on."""
+class Choosing(Loading):
+    """How to load a model, and which layers to work on."""
 
-    batch_size: Annotated[int | None, typer.Option(help="Windows per forward pass; by default by size.", min=1)] = None
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0
     targets: Annotated[
         list[str] | None,
         typer.Option(
@@ -170,6 +168,14 @@ class Work(Loading):
         """The fields of a `Request`."""
         given = {key: getattr(self, key) or () for key in ("targets", "ignore", "stacks")}
         return {**super().fields(model, streams=streams), **given}
+
+
+@dataclass(frozen=True)
+class Work(Choosing):
+    """How to load a model, how to compute, and which layers to work on."""
+
+    batch_size: Annotated[int | None, typer.Option(help="Windows per forward pass; by default by size.", min=1)] = None
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0
 
 
 @dataclass(frozen=True)

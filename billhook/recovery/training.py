@@ -11,10 +11,10 @@ a large rate than a short one. The state of least held-out loss is kept; half of
 end the training, and so does a loss that is not finite. Where no state is better than the first, in the dtype of the
 files, the parameters get the values back that they had.
 
-The held-out loss is the divergence from the teacher, whatever the objective, or the loss on the labels without a
-teacher. Equal inputs, seed and number of threads give equal bits. Several processes share the rows of each step and the
-held-out ones. Their gradients and losses are summed, so all have the same weights: up to rounding, those of one process
-where all rows have equal numbers of labels.
+The held-out loss is the divergence from the teacher or, for an objective that reads none, the loss on the labels. Equal
+inputs, seed and number of threads give equal bits. Several processes share the rows of each step and the held-out ones.
+Their gradients and losses are summed, so all have the same weights: up to rounding, those of one process where all rows
+have equal numbers of labels.
 """
 
 import math
@@ -87,11 +87,10 @@ class Problem:
 
     def step_batch(self, step: int) -> Batch:
         """The rows of a step: all rows in random order, again and again in another one."""
-        count, chosen = rows_of(self.batch), list[int]()
-        for number in range(step * self.rows, (step + 1) * self.rows):
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + number // count))
-            chosen.append(int(order[number % count]))
-        return select_rows(self.batch, torch.tensor(chosen))
+        count, numbers = rows_of(self.batch), range(step * self.rows, (step + 1) * self.rows)
+        epochs = {number // count for number in numbers}
+        orders = {e: torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + e)) for e in epochs}
+        return select_rows(self.batch, torch.stack([orders[number // count][number % count] for number in numbers]))
 
     def own_parts(self, batch: Batch) -> list[Batch]:
         """The parts of a step's batch that this process works on: every n-th row of n processes."""

@@ -76,7 +76,7 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     """The job of a request whose model is there, dense."""
     seconds = request.seconds
     opened = _opened(request, source)
-    path = find_teacher(opened.history, source.given, request.teacher)
+    path = _teacher_of(request, opened, source, options)
     taught_by = None if path is None else model_digest(path)
     _check_something_to_do(opened, taught_by)
     streamed = path is not None and not teacher_fits(path, opened)
@@ -102,6 +102,16 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     reference = None if teacher is None else _reference(opened, teacher)
     about = (steps * size, rate, reference, zeros_of(opened.layers), run, notes)
     return RecoverJob(request, opened, problem, source, *about, adapted)
+
+
+def _teacher_of(request: RecoverRequest, opened: Opened, source: Source, options: Mapping[str, Any]) -> Path | None:
+    """The directory of the dense model; None where nobody needs one, and it is not named and not found."""
+    try:
+        return find_teacher(opened.history, source.given, request.teacher)
+    except BillhookError:
+        if request.teacher is not None or "teacher" in OBJECTIVES.needs(request.objective, options):
+            raise
+        return None
 
 
 def _opened(request: RecoverRequest, source: Source) -> Opened:

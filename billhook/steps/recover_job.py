@@ -59,6 +59,8 @@ class RecoverRequest(Inputs):
 
     def __post_init__(self) -> None:
         own = recipe(self.recipe).fields() if self.recipe else {"tune": "kept+norms", "objective": "kl+hidden"}
+        if self.tune and self.tune != own["tune"]:
+            own.pop("rank", None)
         filled = {key: value for key, value in own.items() if not getattr(self, key)}
         self.__dict__.update(filled)  # of a frozen object, which nobody has yet
         for name, known in (("tune", get_args(Tuned)), ("save", get_args(Saving)), ("by", get_args(By))):
@@ -195,6 +197,7 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
         facts = {key: value for key, value in known.get(layer.name, {}).items() if key not in ("zeros", "pieces")}
         facts = {"shape": list(layer.shape), "error": None, "notes": [], **facts, "zeros": zeros[layer.name]}
         facts |= {"updated": report.improved or bool(facts.get("updated"))}
+        facts |= {"error": None} if report.improved else {}  # that of the layer as it was
         if (more := zeros[layer.name] - job.zeros[layer.name]) > 0:
             facts["notes"] = [*facts["notes"], f"{more} weights became zero in the training"]
         layers[layer.name] = facts | ({} if facts.get("type") else place(layer))  # of quantized layers it is known

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from billhook.architectures.config import context_length
 from billhook.architectures.layers import Layer, select_layers
-from billhook.architectures.stacks import blocks_of
+from billhook.architectures.stacks import blocks_of, find_stacks
 from billhook.distributed.collectives import world
-from billhook.engine.batch import Batch, row_length, select_rows
+from billhook.engine.batch import Batch, main_input, row_length, select_rows
 from billhook.errors import BillhookError, JobError
 from billhook.recovery.adapters import RATES, factors
 from billhook.recovery.blockwise import tunable
@@ -26,11 +26,11 @@ from billhook.recovery.training import Problem, held_out_loss, steps_
 from billhook.steps.recover_job import TOKENS, RecoverRequest
 from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, listed
-from billhook.store.compute import free_gib, stored_dtype
+from billhook.store.compute import free_gib, stored_dtype, stored_dtypes
 from billhook.store.record import Record
 from billhook.store.shards import weight_bytes
 from billhook.tasks.base import Drawing, Home, Progress, Samples
-from billhook.tasks.self_text import write_windows
+from billhook.tasks.self_text import is_self, write_windows
 
 LENGTH = 512  # tokens in a window by default
 TOKENS_A_STEP = 1024
@@ -66,7 +66,8 @@ def draw_windows(
     most = IMAGES
     if of_text and length is not None:
         rows = request.batch_size or max(world(), TOKENS_A_STEP // length)
-        most = BUDGETED if request.seconds else rows * math.ceil((tokens or TOKENS) / (rows * length))
+        budgeted = request.seconds is not None and not is_self(request.calibration)  # which writes all of them first
+        most = BUDGETED if budgeted else rows * math.ceil((tokens or TOKENS) / (rows * length))
         most = request.windows or most
     drawing = Drawing(most + 2 * HELD_OUT[1], length, request.seed, "packed", request.bos, fewer=True)
     home = Home(opened.source, request.trust_remote_code)
@@ -101,8 +102,22 @@ def trained(opened: Opened, source: Source, request: RecoverRequest) -> list[Tra
         return list(factors(opened.model))
     names = {id(p): name for name, p in opened.model.named_parameters()}
     layers = [] if source.grids else trained_layers(opened, request)
-    tuned = tunable(opened.model, layers, request.tune == "kept+norms")
-    return [*source.scales(opened), *(Kept(names[id(p)], p, stored_in(opened), mask) for p, mask in tuned)]
+    tuned = [(names[id(p)], p, mask) for p, mask in tunable(opened.model, layers, request.tune == "kept+norms")]
+    own, stored = _own_parts(opened), {} if opened.source is None else stored_dtypes(opened.source)
+    kept = [
+        Kept(name, p, stored.get(name, stored_in(opened)), mask)
+        for name, p, mask in tuned
+        if p.ndim > 1 or name.startswith(own)
+    ]
+    return [*source.scales(opened), *kept]
+
+
+def _own_parts(opened: Opened) -> tuple[str, ...]:
+    """The beginnings of the names of parameters that belong to the chosen stacks of blocks, such as a decoder with its
+    last norm; of all names where all stacks are chosen."""
+    stacks = find_stacks(opened.model)
+    chosen = [stack.name for stack in stacks if any(x.name.startswith(f"{stack.name}.") for x in opened.layers)]
+    return ("",) if len(chosen) == len(stacks) else tuple(f"{name.rpartition('.')[0]}." for name in chosen)
 
 
 def trained_layers(opened: Opened, request: RecoverRequest) -> list[Layer]:
@@ -145,6 +160,7 @@ def make_problem(
         raise BillhookError(f"The objective {name} is for models that write text: use --objective kl.")
     inside = "hidden" in needs
     length = row_length(model, windows.samples.batch)
+    first = int(main_input(model, windows.samples.batch)[0, 0]) if windows.samples.bos else None
     return Problem(
         model,
         trained(opened, source, request),
@@ -155,7 +171,7 @@ def make_problem(
         predictor(model, task, range(count) if inside else None),
         None if teacher is None else predictor(teacher, task, matched if inside else None, gradients=False),
         held_out_loss(model, teacher if "teacher" in needs else None, windows.chosen_on, task),
-        (lambda number, seed: write_windows(model, number, length, seed=seed)) if written else None,
+        (lambda number, seed: write_windows(model, number, length, seed=seed, first=first)) if written else None,
         request.seed,
         warm=WARM if request.recipe else None,
         together=max(1, TOGETHER // length),
@@ -164,7 +180,7 @@ def make_problem(
 
 
 def stored_in(opened: Opened) -> torch.dtype:
-    """The dtype of the files of the model."""
+    """The dtype of most weights in the files of the model."""
     found = None if opened.source is None else stored_dtype(opened.source)
     return found or opened.model.dtype
 

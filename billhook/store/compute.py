@@ -41,6 +41,12 @@ def stored_dtype(path: Path) -> torch.dtype | None:
     return most_frequent(read_shard(file) for file in files)
 
 
+def stored_dtypes(path: Path) -> dict[str, torch.dtype]:
+    """The dtypes of the tensors of a dense model directory by their names in its files."""
+    entries = {name: entry for file in weight_files(path) for name, entry in read_shard(file).entries.items()}
+    return {name: STORED[entry.dtype] for name, entry in entries.items() if entry.dtype in STORED}
+
+
 def most_frequent(shards: Iterable[Shard]) -> torch.dtype | None:
     """The floating-point dtype with the most bytes in files; None where there is none."""
     sizes: Counter[torch.dtype] = Counter()

@@ -11,7 +11,7 @@ import tiny
 import torch
 import vision_families
 from command import contents
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
 from billhook import pack, prune, quantize, recover, verify
@@ -218,6 +218,19 @@ def test_a_time_is_turned_into_tokens_once(place, tmp_path):
     assert (record["tokens"], record["budget"]) == (report.tokens, "2s") == (128 * report.state.steps, "2s")
 
 
+def test_norms_keep_the_dtype_of_their_own_tensors_and_a_recipe_can_be_followed_in_part(place, tmp_path):
+    mixed = shutil.copytree(place / "pruned", tmp_path / "mixed")
+    tensors = load_file(mixed / "model.safetensors")
+    save_file({n: t.float() if t.ndim == 1 else t for n, t in tensors.items()}, mixed / "model.safetensors")
+    (mixed / "billhook.json").unlink()
+    fields = {**FEW, "calibration": str(place / "text.txt"), "teacher": place / "model"}
+    job = prepare(RecoverRequest(model=mixed, output=tmp_path / "out", recipe="atp-lora", tune="kept+norms", **fields))
+    assert {(kept.parameter.ndim, kept.stored) for kept in job.problem.kept} == {
+        (1, torch.float32),
+        (2, torch.bfloat16),
+    }
+
+
 def mistakes(place: Path) -> dict[str, tuple[dict, str]]:
     other = tiny.save(place / "other", tiny.llama(7, num_hidden_layers=3, intermediate_size=48))
     (place / "short.txt").write_text("too short")
@@ -257,6 +270,9 @@ def test_another_tokenizer_and_a_teacher_that_moved_are_refused_or_asked_for(pla
     moved = shutil.copytree(place / "pruned", tmp_path / "moved" / "pruned")
     with pytest.raises(BillhookError, match=r"The dense model of .* model with the digest .* name it with teacher"):
         recover(moved, tmp_path / "out", **fields)
+    alone = recover(moved, tmp_path / "alone", objective="text", **fields)  # which needs no dense model
+    assert alone.loss is None
+    assert verify(alone.output).ok
     other = shutil.copytree(place / "model", tmp_path / "model")
     text = (other / "tokenizer.json").read_text().replace('"</s>"', '"<end>"')
     (other / "tokenizer.json").write_text(text)

@@ -146,6 +146,9 @@ def test_recovery_learns_from_rows_of_different_lengths_without_padding(place, t
     assert all(bool(batch["attention_mask"].all()) and int((batch[LABELS] == -100).sum()) for batch in seen)
     assert run(job).loss.unit == "answer"
     assert verify(tmp_path / "out").ok
+    trained = {kept.name.partition(".layers.")[0] for kept in job.problem.kept}
+    assert not any("vision" in name or "projector" in name for name in trained), trained
+    assert any("norm" in kept.name for kept in job.problem.kept)
 
 
 @pytest.mark.parametrize(
