@@ -104,8 +104,8 @@ def test_a_quantized_checkpoint_is_refused(copy):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True},
-        {"architectures": None, "model_type": "t5", "is_encoder_decoder": True},
+        {"architectures": ["BartModel"], "model_type": "bart", "is_encoder_decoder": True},
+        {"architectures": None, "model_type": "detr"},
     ],
 )
 def test_a_model_of_another_kind_is_refused(copy, changes):
