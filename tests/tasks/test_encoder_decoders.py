@@ -135,9 +135,10 @@ def test_a_whisper_is_pruned_with_recordings(tmp_path):
     options = ["--criterion", "wanda", "--sparsity", "0.5", "--samples", "6"]
     done("prune", tmp_path / "model", *options, "--calibration", tmp_path / "rows.jsonl", "-o", tmp_path / "out")
     assert verify(tmp_path / "out").ok
-    lines = done("eval", tmp_path / "out", "--data", tmp_path / "rows.jsonl", "--against", tmp_path / "model").out
-    assert "exact match" in lines
-    assert "8 answers" in lines
+    options = ["--data", tmp_path / "rows.jsonl", "--against", tmp_path / "model", "--json"]
+    scores = json.loads(done("eval", tmp_path / "out", *options).out)
+    assert (scores["inputs"], scores["unit"]) == (8, "answer")
+    assert scores["against"]["kl"] > 0
     (tmp_path / "bad.wav").write_bytes(b"RIFF")
     with pytest.raises(BillhookError, match="cannot be read as a WAV file"):
         samples_of(tmp_path / "bad.wav", 16000)
