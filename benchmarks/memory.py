@@ -89,10 +89,15 @@ def make(folder: Path, width: int, inner: int, blocks: int) -> Path:
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": where})
     )
+    write_tokens(folder.parent / "tokens.safetensors")
+    return folder
+
+
+def write_tokens(path: Path) -> None:
+    """A token file for calibration."""
     ids = np.random.default_rng(2).integers(0, VOCABULARY, TOKENS).astype(np.int64)
     header = json.dumps({"tokens": {"dtype": "I64", "shape": list(TOKENS), "data_offsets": [0, ids.nbytes]}}).encode()
-    (folder.parent / "tokens.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + ids.tobytes())
-    return folder
+    path.write_bytes(len(header).to_bytes(8, "little") + header + ids.tobytes())
 
 
 def write_shard(
@@ -120,8 +125,11 @@ def write_shard(
                 left -= len(piece)
 
 
-def limited(*arguments: Any) -> dict[str, float]:
-    """Run `billhook ARGUMENTS` under the limit; returns seconds, peak and address space."""
+def limited(*arguments: Any, echo: str = "") -> dict[str, float]:
+    """Run `billhook ARGUMENTS` under the limit; returns seconds, peak and address space.
+
+    Lines that it says with `echo` in them are printed.
+    """
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
@@ -130,6 +138,9 @@ def limited(*arguments: Any) -> dict[str, float]:
     command = [sys.executable, "-c", WHAT, *map(str, arguments)]
     ran = subprocess.run(command, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
     *said, last = ran.stderr.strip().splitlines()
+    for line in said if echo else ():
+        if echo in line:
+            print(f"  {line}")
     if ran.returncode:
         sys.exit(f"{' '.join(map(str, arguments))} failed: {said or last}")
     peak, space = (int(x) * 1024 for x in last.split("|"))

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from structured import perplexity
 
-from billhook import load_model, prune, recover
+from billhook import load_model, prune, quantize, recover
 from billhook.architectures.units import find_units
 from billhook.plan.plan import Budget, Plan
 from billhook.recovery.kept_adam import KeptAdam
@@ -36,6 +36,8 @@ CASES: dict[str, tuple[dict[str, Any], int, float | None]] = {  # how it is prun
     "babyllama-105 0.6 sparsegpt": (PUBLISHED, 41_000, 3.35),
     "babyllama-105 0.6 best": (BEST, 102_400, 2.78),
     "babyllama-105 channels 232 of 352": ({}, 102_400, 2.97),
+    "babyllama-105 int3/32": ({}, 102_400, None),
+    "babyllama-105 int2/32": ({}, 102_400, None),
     "babyllama-105 0.7 best": (BEST, 102_400, None),
     "babyllama-105 2:4 best": (BEST, 102_400, None),
     "c4gut-llama-12x128 0.6 best": (BEST, 102_400, None),
@@ -56,14 +58,16 @@ def training_text(folder: Path, model: str, place: Path) -> Path:
 
 
 def smaller(folder: Path, case: str, place: Path) -> Path:
-    """The pruned or slimmed directory of a case."""
+    """The pruned, slimmed or quantized directory of a case."""
     model, what = case.split()[:2]
-    output, windows = place / case.replace(" ", "_").replace(":", "of"), folder / "golden" / model
+    output, windows = place / case.translate(str.maketrans(" :/", "___")), folder / "golden" / model
     about = {"calibration": load_file(windows / "calibration.safetensors")["tokens"].long()[:32]}
     if what == "channels":
         units = find_units(load_model(folder / "models" / model), ["channels"])
         plan = Plan(Budget("parameters", 1), {}, {unit.name: int(case.split()[2]) for unit in units})
         return slim(folder / "models" / model, None, output, plan=plan, **about).output
+    if what.startswith("int"):
+        return quantize(folder / "models" / model, what, output, **about).output
     asked = {"pattern": what} if ":" in what else {"sparsity": float(what)}
     pruned = prune(folder / "models" / model, output=output, **asked, **about, **CASES[case][0])
     assert pruned.output is not None
@@ -78,14 +82,15 @@ def score(folder: Path, case: str, tokens: int | None, seeds: list[int], options
         evaluation = load_file(folder / "golden" / model / "evaluation.safetensors")["tokens"].long()[:16]
         text, start = training_text(folder, model, place), smaller(folder, case, place)
         dense, before = (
-            perplexity(load_model(x, dtype="float32"), evaluation) for x in (folder / "models" / model, start)
+            perplexity(load_model(x, dtype="float32", quantized=True), evaluation)
+            for x in (folder / "models" / model, start)
         )
         for seed in seeds:
             begun = time.process_time()
             number = tokens or CASES[case][1]
             fields = {"teacher": folder / "models" / model, "calibration": str(text), "tokens": number, "seed": seed}
             found = recover(start, place / "out", overwrite=True, **fields, **options)
-            after = perplexity(load_model(place / "out", dtype="float32"), evaluation)
+            after = perplexity(load_model(place / "out", dtype="float32", quantized=True), evaluation)
             closed = math.log(before / after) / math.log(before / dense)
             target = "" if CASES[case][2] is None or tokens else f" (target {CASES[case][2]})"
             rate = f"rate {found.rate:.2%} of {json.dumps(dict(found.races))}"

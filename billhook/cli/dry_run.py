@@ -1,10 +1,12 @@
 """What `quantize` and `compress` show instead of running (`--dry-run`)."""
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from billhook.cli.common import announce, emit, say, table
 from billhook.plan.storage import bits
+from billhook.store.layout import LEVELS
 
 if TYPE_CHECKING:
     from billhook.steps.quantize_job import QuantizeJob
@@ -13,9 +15,11 @@ if TYPE_CHECKING:
 def show_job(job: "QuantizeJob", as_json: bool) -> None:
     """Print the types of the layers by kind, and what the job needs."""
     from billhook.steps.sample_quantize import estimate_quantize_time
+    from billhook.steps.state import partial_folder
     from billhook.steps.types import plan_types
 
     needed, types, layers = estimate_quantize_time(job), plan_types(job.plan), job.opened.layers
+    kept = partial_folder(Path(job.request.output).expanduser().resolve()) / LEVELS
     announce(needed, job.request.device)
     if as_json:
         listed = {x.name: {"shape": list(x.shape), "type": types[x.name]} for x in layers}
@@ -27,4 +31,7 @@ def show_job(job: "QuantizeJob", as_json: bool) -> None:
         rows += [[kind, str(found[type]), type] for type in sorted(found, key=bits, reverse=True)]
     rows += [[name, "1", type] for name, type in job.outside.items()]
     table("What would be quantized", ["kind of layer", "layers", "type"], rows)
-    say(f"{len(layers)} layers at {job.bits:.2f} bits a weight. Nothing was written.")
+    left = (
+        f"Only what was measured was written, to {kept}: the run uses it." if kept.is_file() else "Nothing was written."
+    )
+    say(f"{len(layers)} layers at {job.bits:.2f} bits a weight. {left}")

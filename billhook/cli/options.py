@@ -82,7 +82,7 @@ STACKS_HELP = (
     "Only blocks of these stacks: all, language, vision, or the name of a module that contains them. Repeatable.  "
     "[default: language for image-text models, else all]"
 )
-DRY_RUN_HELP = "Show the types of the layers, the memory needed, and the time, measured on a part; write nothing."
+DRY_RUN_HELP = "Show the types of the layers, the memory needed, and the time, measured on a part; write no model."
 SpillGib = Annotated[
     float, typer.Option(help="GiB of activations to keep in memory; more go to temporary files (TMPDIR).", min=0)
 ]

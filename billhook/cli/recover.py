@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from billhook.cli import options as shared
-from billhook.cli.common import emit, graceful_interrupt, parse_settings, progress, say
+from billhook.cli.common import emit, graceful_interrupt, layers_per_block, parse_settings, progress, say
 
 if TYPE_CHECKING:
     from billhook.steps.recover_job import RecoverReport, RecoverRequest
@@ -48,6 +48,13 @@ class Training:
     save: Annotated[
         str, typer.Option(help="Adapters are merged, or the output is an adapter.", metavar="merged|adapter")
     ] = "merged"
+    by: Annotated[
+        str,
+        typer.Option(help="The whole model, or one block at a time, which needs little memory.", metavar="model|block"),
+    ] = "model"
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Gradient checkpointing: less memory for activations, more time.")
+    ] = False
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of text to train on.  [default: 102400]", min=1, show_default=False)
     ] = None
@@ -84,6 +91,8 @@ def command(
     chosen |= {"options": parse_settings(training.settings), "batch_size": batch_size, "seed": seed}
     groups: dict[str, Any] = {**chosen, **work.fields(model, streams=False), **vars(writing)}
     request = RecoverRequest(model=model, output=output, **groups)
+    if request.by == "block":
+        return _by_block(request, as_json)
     with distributed(request.device):
         with progress("reading") as advance:
             job = prepare(request, advance)
@@ -111,3 +120,22 @@ def _show(report: "RecoverReport", request: "RecoverRequest") -> None:
         say(f"Now: {report.loss}.")
     if request.save == "merged":
         say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
+
+
+def _by_block(request: "RecoverRequest", as_json: bool) -> None:
+    from billhook.steps.recover_blocks import prepare_blocks, run_blocks
+
+    with progress("reading") as advance:
+        job = prepare_blocks(request, advance)
+    layers = job.dense.layers
+    bar = progress("tuning", len(layers), unit=layers_per_block(layers))
+    with bar as advance, graceful_interrupt() as stopping:
+        report = run_blocks(job, advance, stopping)
+    for note in report.notes:
+        say(f"note: {note}")
+    say(f"{report.output}: {report.zeros:,} zeros, all in their place. {report.seconds:.1f} s.")
+    for when, loss in (("Before", report.lost_before), ("Now", report.loss)):
+        if loss is not None:
+            say(f"{when}: {loss}.")
+    if as_json:
+        emit(report.to_json())

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from billhook.cli import options as shared
-from billhook.cli.common import emit, graceful_interrupt, parse_settings, progress, say, split_list
+from billhook.cli.common import duration, emit, graceful_interrupt, parse_settings, progress, say, split_list
 
 NAME = "slim"
 EXAMPLES = """\b
@@ -71,6 +71,7 @@ def command(
 ) -> None:
     """Remove whole units: a smaller model that every program runs as it is, and runs faster."""
     from billhook.steps.slim import SlimRequest, prepare, run
+    from billhook.steps.slim_estimate import announced_time
 
     chosen: dict[str, Any] = {"units": split_list(method.units), "plan": method.plan, "method": method.method}
     chosen |= {"allocator": method.allocator, "shape": method.shape}
@@ -82,6 +83,8 @@ def command(
         job = prepare(request, advance)
     for note in job.notes:
         say(f"note: {note}")
+    if (seconds := announced_time(job)) is not None:
+        say(f"Removing takes about {duration(seconds)}, as the first block did.")
     bar = progress("removing", len(job.units), unit=max(1, len(job.units) // len(job.smaller.blocks)))
     with bar as advance, graceful_interrupt() as stopping:
         report = run(job, advance, stopping)

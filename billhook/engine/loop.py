@@ -120,7 +120,7 @@ def apply_plan_(
         done = [result for stage in block.stages for result in pruning.stage(stage)]
         if tuner is not None and block.layers:
             with resources.block(block.index if block.last else block.index + 1):
-                done = _tuned(tuner.tune_(block), block, done)
+                done = tuned_results(tuner.tune_(block), block, done)
         finished(block, done)
         results += done
     return results
@@ -173,7 +173,7 @@ class _Applying:
         return LayerResult(*facts)
 
 
-def _tuned(note: str, block: Block, done: Sequence[LayerResult]) -> list[LayerResult]:
+def tuned_results(note: str, block: Block, done: Sequence[LayerResult]) -> list[LayerResult]:
     """The results of a tuned block, with zeros counted again and the tuner's note at the first layer."""
     weights = {layer.name: layer.weight for layer in block.layers}
     results = []

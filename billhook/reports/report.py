@@ -43,8 +43,8 @@ def load_report(folder: Path) -> dict[str, Any]:
 def build(folder: Path) -> dict[str, Any]:
     """The content of report.json without evaluations; raises BillhookError for a damaged record, or of another step."""
     record = read_record(folder / RECORD)
-    steps = [step.step for step in record.steps]
-    if steps and (steps[-1] not in ("prune", "recover") or "prune" not in steps or "slim" in steps):
+    made = [step.step for step in record.steps if step.step != "recover"]  # recovering keeps the report
+    if record.steps and made[-1:] != ["prune"]:
         done = f"{record.steps[-1].step!r:.40}"
         raise BillhookError(
             f"{folder} is no pruned directory: its last step is {done}. Its {CARD} is its report; it is written again "
@@ -102,6 +102,7 @@ def _line(step: Step) -> str:
     if step.plan is None:
         made_by = step.made_by
         trained = f"recover: objective {made_by.get('objective')}, {made_by.get('tokens')} tokens"
+        trained = f"recover: block by block, {made_by['epochs']} epochs" if "epochs" in made_by else trained
         return trained if step.step == "recover" else step.step
     plan = Plan.from_json(step.plan, RECORD)
     kind, value = plan.budget.kind, plan.budget.value

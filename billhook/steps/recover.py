@@ -9,7 +9,7 @@ the input's bytes.
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ from billhook.engine.walk import Progress
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.quality import Reference
 from billhook.recovery.objectives import OBJECTIVES
+from billhook.recovery.recomputing import recomputing
 from billhook.recovery.training import Recovered, best_share, race, train_
 from billhook.reports.publishing import publish
 from billhook.reports.quantized_card import publish_quantized
 from billhook.reports.slim_card import publish_slim
 from billhook.steps.recover_adapters import add_adapters, merged, save_adapter
+from billhook.steps.recover_blocks import BlocksReport, prepare_blocks, run_blocks
 from billhook.steps.recover_job import IDENTITY, TOKENS, RecoverJob, RecoverReport, RecoverRequest, record, zeros_of
-from billhook.steps.recover_problem import check_memory, draw_windows, make_problem, state_bytes, steps_in
+from billhook.steps.recover_problem import check_memory, draw_windows, make_problem, state_bytes, steps_in, teacher_fits
 from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, changed, check_text_given, listed, open_model
 from billhook.steps.resolve import identity
@@ -46,28 +48,41 @@ from billhook.text.corpus import source_name
 @pinned
 def recover(
     model: str | Path, output: str | Path, *, progress: Progress = lambda step: None, **fields: Any
-) -> RecoverReport:
+) -> RecoverReport | BlocksReport:
     """Train what a pruned or slimmed model directory has left, and write the result to `output`.
 
     The keyword arguments are the fields of `RecoverRequest` and the options of the objective. Raises BillhookError
     (nothing written) for an impossible request and JobError for a run that failed.
     """
     request = RecoverRequest.given(model=model, output=output, **fields)
+    if request.by == "block":
+        return run_blocks(prepare_blocks(request, progress), progress)
     return run(prepare(request, progress), progress)
 
 
 def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> RecoverJob:
     """Check everything about a request, cheapest first, and decide how much is trained; nothing is changed."""
-    options = OBJECTIVES.configure(request.objective, request.options)
-    seconds = request.seconds
+    options, _ = OBJECTIVES.configure(request.objective, request.options), request.seconds
     check_text_given(request.opening(), True, "Recovering")
     source = Source.of(request.model, _output(request))
+    try:
+        return _prepared(request, source, options, progress)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any], progress: Progress) -> RecoverJob:
+    """The job of a request whose model is there, dense."""
+    seconds = request.seconds
     opened = _opened(request, source)
-    path = find_teacher(opened, request.teacher)
-    _check_something_to_do(opened, path)
-    teacher = None if path is None else open_teacher(path, opened, request.opening())
+    path = find_teacher(opened.history, source.given, request.teacher)
+    taught_by = None if path is None else model_digest(path)
+    _check_something_to_do(opened, taught_by)
+    streamed = path is not None and not teacher_fits(path, opened)
+    teacher = None if path is None else open_teacher(path, opened, request.opening(), streamed=streamed)
     windows = draw_windows(request, opened, teacher, progress)
-    adapted = add_adapters(request, opened)
+    adapted = add_adapters(request, opened, source)
     opened = changed(opened, samples=windows.samples, batches=split_rows(windows.samples.batch, windows.rows))
     problem = make_problem(request, opened, source, teacher, windows)
     notes = [check_memory(problem, teacher)]
@@ -83,7 +98,7 @@ def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> 
     problem, rate = replace(problem, steps=steps), known.get("rate", request.rate)
     run = identity(request.opening(), opened, options, None, None) | {"step": "recover"}
     run |= {key: getattr(request, key) for key in IDENTITY}
-    run |= {"targets": listed(request.targets), "ignore": listed(request.ignore)}
+    run |= {"targets": listed(request.targets), "ignore": listed(request.ignore), "teacher": taught_by}
     reference = None if teacher is None else _reference(opened, teacher)
     about = (steps * size, rate, reference, zeros_of(opened.layers), run, notes)
     return RecoverJob(request, opened, problem, source, *about, adapted)
@@ -102,15 +117,15 @@ def _output(request: RecoverRequest) -> Path:
     return Path(request.output).expanduser().resolve()
 
 
-def _check_something_to_do(opened: Opened, teacher: Path | None) -> None:
-    """Raise BillhookError for a dense model that nothing is known about."""
+def _check_something_to_do(opened: Opened, teacher: str | None) -> None:
+    """Raise BillhookError for a dense model that nothing is known about; `teacher` is the digest of the dense model."""
     zeros = any(zeros_of(opened.layers).values())
     if teacher is None and not zeros:
         raise BillhookError(
             f"{opened.source} is dense and has no history: there are no zeros to keep and no model to learn from. "
             "Prune it first, or name the model that it was made from with --teacher DIRECTORY."
         )
-    if teacher is not None and model_digest(teacher) == opened.facts["digest"]:
+    if teacher is not None and teacher == opened.facts["digest"]:
         raise BillhookError(f"{opened.source} is its own dense model, which cannot teach it anything: prune it first.")
 
 
@@ -132,9 +147,13 @@ def run(
     barrier()  # until all processes have checked the output
     begun, request, opened, problem = time.perf_counter(), job.request, job.opened, job.problem
     source, output = job.source.written_like, _output(request)
-    room = weight_bytes(source) + state_bytes(problem)
+    room = weight_bytes(source) + 2 * state_bytes(problem)  # the old state goes when the new one is there
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "room": room}
-    with evaluating(opened.model), training_folder(source, output, job.identity, **may, stopping=stopping) as folder:
+    with (
+        evaluating(opened.model),
+        recomputing(opened.model, request.checkpointing),
+        training_folder(source, output, job.identity, **may, stopping=stopping) as folder,
+    ):
         folder.decide(steps=problem.steps)
         before = None if job.reference is None else job.reference.compare(opened.model)
         rate = _rate(job, folder, progress)
@@ -146,7 +165,8 @@ def run(
         _check_zeros(job)
         after = None if job.reference is None else job.reference.compare(opened.model)
         races = folder.state.plan.get("races", {})
-        about = (output, request.objective, job.tokens, rate, races, done.before, done.after, done.state)
+        tokens = job.tokens // problem.steps * done.state.steps
+        about = (output, request.objective, tokens, rate, races, done.before, done.after, done.state)
         zeros, notes = sum(zeros_of(opened.layers).values()), [*job.notes, *_notes(job, done), *more]
         report = RecoverReport(*about, zeros, time.perf_counter() - begun, before, after, notes)
         folder.complete(functools.partial(_write, job, report))
@@ -199,9 +219,8 @@ def _notes(job: RecoverJob, done: Recovered) -> list[str]:
 
 def _card(history: Record | None) -> Callable[[Path], object]:
     """What writes the report or the card of the output, which are those of the step that made the model smaller."""
-    steps = [] if history is None else [step.step for step in history.steps]
+    steps = [] if history is None else [step.step for step in history.steps if step.step != "recover"]
     if "quantize" in steps:
         return publish_quantized
-    if "slim" in steps:
-        return publish_slim
-    return publish if "prune" in steps else lambda folder: None
+    known: dict[str, Callable[[Path], object]] = {"slim": publish_slim, "prune": publish}
+    return known.get(steps[-1] if steps else "", lambda folder: None)

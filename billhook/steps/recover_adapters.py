@@ -8,6 +8,7 @@ from billhook.recovery.lora import zeros_lost_by_an_ordinary_merge
 from billhook.recovery.training import Recovered
 from billhook.steps.recover_job import RANK, RecoverJob, RecoverReport, RecoverRequest, record
 from billhook.steps.recover_problem import stored_in, trained_layers
+from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened
 from billhook.store.directory import checksums
 from billhook.store.files import read_json, write_json
@@ -15,12 +16,15 @@ from billhook.store.layout import RECORD
 from billhook.store.record import completed
 
 
-def add_adapters(request: RecoverRequest, opened: Opened) -> Any:
-    """Put the adapters of a request on the model and return peft's model, or None where others are trained."""
+def add_adapters(request: RecoverRequest, opened: Opened, source: Source) -> Any:
+    """Put the adapters of a request on the model and return peft's model, or None where others are trained.
+
+    Those beside quantized weights, which are never merged, are ordinary ones: a code of zero is no pruned weight.
+    """
     if request.tune != "adapters":
         return None
-    layers = trained_layers(opened, request)
-    return add_adapters_(opened.model, layers, rank=request.rank or RANK, seed=request.seed)
+    layers, masked = trained_layers(opened, request), not source.grids
+    return add_adapters_(opened.model, layers, rank=request.rank or RANK, masked=masked, seed=request.seed)
 
 
 def merged(job: RecoverJob, done: Recovered) -> tuple[Recovered, list[str]]:

@@ -22,6 +22,7 @@ from billhook.store.record import Step, append_step
 
 Tuned = Literal["kept+norms", "kept", "adapters"]
 Saving = Literal["merged", "adapter"]
+By = Literal["model", "block"]
 RANK = 8
 # Fields that must be equal for a run to be continued.
 IDENTITY = ("objective", "tune", "rank", "save", "recipe", "tokens", "budget", "rate", "batch_size")
@@ -36,8 +37,9 @@ class RecoverRequest(Inputs):
     `tokens` are the tokens of text (or images) that are trained on, or `budget` is a time such as "10m", from which
     their number follows. `rate` is a share of each parameter's root mean square; without it, some race. `teacher` is
     the directory of the dense model, where the history does not lead to it. `batch_size` windows are a step. `targets`
-    and `ignore` choose the layers that are trained. Adapters have a `rank`, and are merged or saved (`save`). A
-    `recipe` (`billhook.recovery.recipes`) fills in what is not given.
+    and `ignore` choose the layers that are trained. Adapters have a `rank`, and are merged or saved (`save`). The whole
+    model is trained, or one block at a time is tuned (`by`). With `checkpointing`, blocks are computed
+    again in the backward pass. A `recipe` (`billhook.recovery.recipes`) fills in what is not given.
     """
 
     model: str | Path
@@ -48,6 +50,8 @@ class RecoverRequest(Inputs):
     tune: Tuned | Literal[""] = ""
     rank: int | None = None
     save: Saving = "merged"
+    by: By = "model"
+    checkpointing: bool = False
     tokens: int | None = None
     budget: str | None = None
     rate: float | None = None
@@ -57,7 +61,7 @@ class RecoverRequest(Inputs):
         own = recipe(self.recipe).fields() if self.recipe else {"tune": "kept+norms", "objective": "kl+hidden"}
         filled = {key: value for key, value in own.items() if not getattr(self, key)}
         self.__dict__.update(filled)  # of a frozen object, which nobody has yet
-        for name, known in (("tune", get_args(Tuned)), ("save", get_args(Saving))):
+        for name, known in (("tune", get_args(Tuned)), ("save", get_args(Saving)), ("by", get_args(By))):
             if getattr(self, name) not in known:
                 raise BillhookError(f"{name}={getattr(self, name)!r:.40} must be one of {', '.join(known)}.")
         if self.tune != "adapters" and (self.rank is not None or self.save == "adapter"):
@@ -94,7 +98,7 @@ class RecoverRequest(Inputs):
 
     def opening(self) -> Request:
         """The fields that say how a model and its text are opened."""
-        return self._opened_with(plan=None, recipe="", targets=(), ignore=())
+        return self._opened_with(plan=None, recipe="", budget="each", targets=(), ignore=())
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,14 @@ class RecoverReport:
         }
 
 
+def _teacher(job: RecoverJob) -> dict[str, Any] | None:
+    """The dense model's name, where the history has it, and its digest."""
+    if job.identity["teacher"] is None:
+        return None
+    known = {} if job.opened.history is None else job.opened.history.steps[0].model
+    return {"name": known.get("name"), "digest": job.identity["teacher"]}
+
+
 def zeros_of(layers: Sequence[Layer]) -> dict[str, int]:
     """The zeros of each layer."""
     return {layer.name: int((layer.weight == 0).sum()) for layer in layers}
@@ -183,6 +195,8 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
         facts = {key: value for key, value in known.get(layer.name, {}).items() if key not in ("zeros", "pieces")}
         facts = {"shape": list(layer.shape), "error": None, "notes": [], **facts, "zeros": zeros[layer.name]}
         facts |= {"updated": report.improved or bool(facts.get("updated"))}
+        if (more := zeros[layer.name] - job.zeros[layer.name]) > 0:
+            facts["notes"] = [*facts["notes"], f"{more} weights became zero in the training"]
         layers[layer.name] = facts | ({} if facts.get("type") else place(layer))  # of quantized layers it is known
     made_by: dict[str, Any] = {
         "objective": request.objective,
@@ -190,7 +204,7 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
         "recipe": request.recipe or None,
         "tune": request.tune,
         "rank": None if job.adapted is None else request.rank or RANK,
-        "tokens": job.tokens,
+        "tokens": report.tokens,
         "budget": request.budget,
         "rate": report.rate,
         "races": dict(report.races),
@@ -202,7 +216,7 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
         **computed_in(opened.model),
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
-        "teacher": None if before is None else {key: before.steps[0].model.get(key) for key in ("name", "digest")},
+        "teacher": _teacher(job),
         "calibration": calibration_facts(opened),
         "papers": {"objective": OBJECTIVES.paper(request.objective)},
         "lost_before": None if report.lost_before is None else report.lost_before.to_dict(),

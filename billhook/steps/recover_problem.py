@@ -5,6 +5,7 @@ import math
 import time
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, listed
 from billhook.store.compute import free_gib, stored_dtype
 from billhook.store.record import Record
+from billhook.store.shards import weight_bytes
 from billhook.tasks.base import Drawing, Home, Progress, Samples
 from billhook.tasks.self_text import write_windows
 
@@ -192,6 +194,17 @@ def state_bytes(problem: Problem) -> int:
     return 16 * sum(k.count for k in problem.kept)
 
 
+def teacher_fits(path: Path, opened: Opened) -> bool:
+    """Whether the dense model of a directory fits in memory beside the opened one and its optimizer."""
+    free, stored = free_gib(str(opened.model.device)), stored_dtype(path)
+    if free is None or stored is None:
+        return True
+    weights = sum(layer.weight.numel() for layer in opened.layers)
+    kept = sum(int(torch.count_nonzero(layer.weight)) for layer in opened.layers)
+    teacher = weight_bytes(path) / stored.itemsize * opened.model.dtype.itemsize
+    return bool(teacher + weights + 24 * kept <= free * 2**30)
+
+
 def check_memory(problem: Problem, teacher: PreTrainedModel | None) -> str:
     """A sentence about the memory of the run; raises JobError where it is not there.
 
@@ -204,12 +217,14 @@ def check_memory(problem: Problem, teacher: PreTrainedModel | None) -> str:
     states = sum(entries) + 24 * kept + itemsize * max(entries)
     adapted = sum(p.numel() for name, p in problem.model.named_parameters() if name.endswith(".base_layer.weight"))
     states += (itemsize + 1) * adapted
-    models = itemsize * sum(p.numel() for m in (problem.model, teacher) if m is not None for p in m.parameters())
+    both = [p for m in (problem.model, teacher) if m is not None for p in m.parameters()]
+    models = itemsize * sum(p.numel() for p in both if not p.is_meta)
     free = free_gib(str(problem.model.device))
     if free is not None and states / 2**30 > free:
         raise JobError(
             f"Training {kept:,} numbers needs {states / 2**30:.2f} GiB beside the models, and {free:.2f} GiB are free: "
             "free some, or use --dtype bfloat16."
         )
-    both = f"{(states + models) / 2**30:.2f} GiB of memory beside activations, {models / 2**30:.2f} of them for models"
-    return f"Training {kept:,} numbers takes {both}."
+    parts = f"{(states + models) / 2**30:.2f} GiB of memory beside activations, {models / 2**30:.2f} of them for models"
+    read = " The dense model does not fit beside that: it is read one block at a time, in every step."
+    return f"Training {kept:,} numbers takes {parts}.{read if any(p.is_meta for p in both) else ''}"

@@ -42,6 +42,8 @@ class Source:
     @classmethod
     def of(cls, model: str | Path, output: Path) -> "Source":
         """Expand a packed or quantized model; raises BillhookError for a format that is not read."""
+        if not isinstance(model, str | Path):
+            raise BillhookError(f"recover works on a directory, got {type(model).__name__}: save the model first.")
         path = resolve(model)
         config = {} if is_packed(path) else check_directory(path, quantized=True)
         grids = packed_grids(path, config) if config else {}

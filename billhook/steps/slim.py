@@ -93,7 +93,7 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
     if stream is None or opened.source is None:
         raise BillhookError(f"{request.model} cannot be read one block at a time, so no units can be removed from it.")
     resumed = unfinished_run(_output(request), resume=request.resume, overwrite=request.overwrite)
-    if resumed is not None:
+    if given is None and resumed is not None:
         given = Plan.from_json(resumed.plan, str(partial_folder(_output(request))))
     if given is None and choosing:
         opened = draw_text(opened, request.opening(), progress)
@@ -130,7 +130,7 @@ def _checked_job(
     needed = removal.observed or removal.gradient or any(unit.kind == "experts" for unit in units)
     if opened.samples is None and needed:
         opened = draw_text(opened, request.opening(), progress)
-    run = identity(request.opening(), opened, removal.options, plan, None)
+    run = identity(request.opening(), opened, {**request.options, **removal.options}, plan, None)
     run |= {"step": "slim", "remove": request.remove, "units": kinds_of(request.units)}
     run |= {key: getattr(request, key) for key in ("method", "experts", "drop_by", "allocator", "shape")}
     job = SlimJob(request, opened, units, plan, removal, smaller, changes, run, parameters_of(opened), notes)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -9,19 +10,19 @@ from transformers import PreTrainedModel
 
 from billhook.architectures.config import classes_of, hidden_width, is_headless
 from billhook.architectures.sources import resolve
+from billhook.engine.streaming import open_streamed
 from billhook.errors import BillhookError
 from billhook.steps.request import Opened, Request
 from billhook.store.checkpoint import load, load_tokenizer, model_digest, read_config
 from billhook.store.record import Record
 
 
-def find_teacher(opened: Opened, given: str | Path | None) -> Path | None:
+def find_teacher(history: Record | None, source: Path | None, given: str | Path | None) -> Path | None:
     """The directory of the dense model: `given`, or the one with the digest that the first step of the history names,
-    looked for beside the directory, in the working directory and in the hub's cache. None without a history.
+    looked for beside the directory `source`, in the working directory and in the hub's cache. None without a history.
 
     Raises BillhookError where it is not found, or what is `given` is not that model.
     """
-    history, source = opened.history, opened.source
     if given is None and history is None:
         return None
     wanted = None if history is None else history.steps[0].model.get("digest")
@@ -41,14 +42,17 @@ def find_teacher(opened: Opened, given: str | Path | None) -> Path | None:
     )
 
 
-def open_teacher(path: Path, opened: Opened, request: Request) -> PreTrainedModel:
-    """Load the dense model in the dtype and on the device of the opened one.
+def open_teacher(path: Path, opened: Opened, request: Request, *, streamed: bool = False) -> PreTrainedModel:
+    """Load the dense model in the dtype and on the device of the opened one; `streamed`, its blocks are read from disk
+    whenever they are called.
 
     Raises BillhookError where its tokenizer or what it predicts differs.
     """
     read_config(path)
-    options = {"dtype": opened.model.dtype, "device": str(opened.model.device)}
-    teacher = load(path, opened.task.auto_class, **options, trust_remote_code=request.trust_remote_code)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"dtype": opened.model.dtype, "device": str(opened.model.device)}
+    options |= {"trust_remote_code": request.trust_remote_code}
+    kind = opened.task.auto_class
+    teacher = open_streamed(path, kind, **options).model if streamed else load(path, kind, **options)
     model = opened.model
     ours, theirs = (hidden_width(m) if is_headless(m) else classes_of(m) for m in (model, teacher))
     if ours != theirs:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from billhook.distributed.collectives import any_rank, barrier, gather
 from billhook.distributed.torchrun import rank
-from billhook.errors import BillhookError, Interrupted, out_of_memory
+from billhook.errors import BillhookError, DiskFull, Interrupted, out_of_memory
 from billhook.recovery.training import Saved
 from billhook.recovery.training import State as Training
 from billhook.steps.state import STATE, State, check_same_run, partial_folder, unfinished_run, write_state
@@ -120,7 +120,7 @@ def training_folder(
     try:
         check_not_foreign(foreign, folder, output)
         state = unfinished_run(output, resume=resume, overwrite=overwrite)
-        check_output(output, source, overwrite=overwrite)
+        check_output(output, source, overwrite=overwrite, needed=room if state is None else 0)
         if state is None:
             keep = False
             empty_folder(folder)
@@ -130,7 +130,7 @@ def training_folder(
         gather(state)
         found = TrainingFolder(folder, output, state, stopping)
         yield found
-    except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Interrupted, SafetensorError) as error:
+    except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Interrupted, DiskFull, SafetensorError) as error:
         keep = keep or (found is not None and bool(found.state.files))
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise

@@ -61,6 +61,8 @@ class Step:
       null if none.
     * `made_by.papers.*` (string or null): sources of `criterion` and `allocator`.
     * `made_by.versions.*` (string): python, torch and transformers.
+    * `made_by.by` (string, optional): `block` where `recover` tuned one block at a time.
+    * `made_by.epochs` (integer, optional): the most passes over the text in tuning a block.
     * `made_by.objective` (string, optional): name of the objective of `recover`.
     * `made_by.objective_options.*` (any, optional): its options, defaults filled in.
     * `made_by.recipe` (string or null, optional): the published recipe that filled in what was not given.

@@ -16,10 +16,12 @@ from transformers import BertModel
 
 from billhook import pack, prune, quantize, recover, verify
 from billhook.architectures.layers import find_layers
-from billhook.errors import BillhookError, Interrupted, JobError
+from billhook.errors import BillhookError, DiskFull, Interrupted, JobError
 from billhook.recovery import training
 from billhook.steps.recover import RecoverRequest, prepare, run
+from billhook.steps.recover_blocks import prepare_blocks, run_blocks
 from billhook.steps.slim import slim
+from billhook.store.checkpoint import model_digest
 from billhook.tasks.opening import load_model
 
 pytestmark = pytest.mark.gate
@@ -148,6 +150,30 @@ def test_of_a_quantized_model_scales_and_norms_are_trained_and_codes_stay(place,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["int2", "out"]
 
 
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.nightly), 2])
+def test_block_by_block_zeros_stay_and_a_stopped_run_goes_on_to_the_same_bytes(place, tmp_path, stop):
+    fields = {"calibration": str(place / "text.txt"), "teacher": place / "model", "length": 32, "by": "block"}
+    fields |= {"tokens": 16 * 32, "batch_size": 8}
+    whole = recover(place / "pruned", tmp_path / "whole", **fields)
+    assert whole.loss.kl < whole.lost_before.kl
+    before, after = masks(place / "pruned"), masks(whole.output)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert verify(whole.output).ok
+    left = [stop]
+
+    def stopping() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    job = prepare_blocks(RecoverRequest(model=place / "pruned", output=tmp_path / "out", **fields))
+    with pytest.raises(Interrupted, match=f"{stop} of 3 blocks are finished"):
+        run_blocks(job, stopping=stopping)
+    recover(place / "pruned", tmp_path / "out", resume=True, **fields)
+    assert contents(tmp_path / "out") == contents(whole.output)
+    with pytest.raises(BillhookError, match="have not the shapes"):
+        recover(place / "small", tmp_path / "no", **fields)
+
+
 def test_a_packed_model_is_trained_unpacked(place, tmp_path):
     pack(place / "pruned", tmp_path / "packed")
     fields = {**FEW, "calibration": str(place / "text.txt"), "teacher": place / "model"}
@@ -189,7 +215,7 @@ def test_a_time_is_turned_into_tokens_once(place, tmp_path):
     assert job.tokens == 128 * job.problem.steps
     report = run(job)
     record = json.loads((tmp_path / "out" / "billhook.json").read_text())["steps"][-1]["made_by"]
-    assert (record["tokens"], record["budget"]) == (report.tokens, "2s") == (job.tokens, "2s")
+    assert (record["tokens"], record["budget"]) == (report.tokens, "2s") == (128 * report.state.steps, "2s")
 
 
 def mistakes(place: Path) -> dict[str, tuple[dict, str]]:
@@ -236,6 +262,54 @@ def test_another_tokenizer_and_a_teacher_that_moved_are_refused_or_asked_for(pla
     (other / "tokenizer.json").write_text(text)
     with pytest.raises(BillhookError, match="its tokenizer differs"):
         recover(place / "pruned", tmp_path / "out", teacher=other, **fields)
+
+
+def test_a_disk_that_is_full_at_the_end_loses_nothing_and_the_teacher_stays_the_same(place, tmp_path, monkeypatch):
+    pruned, fields = shutil.copytree(place / "pruned", tmp_path / "pruned"), {"calibration": str(place / "text.txt")}
+    (pruned / "billhook.json").unlink()
+    other = tiny.save(tmp_path / "other", tiny.llama(7, num_hidden_layers=3, intermediate_size=48))
+
+    def full(*args):
+        raise DiskFull("The disk is full.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("billhook.steps.recover._write", full)
+        with pytest.raises(Interrupted, match=r"The disk is full\. The run is at step 6 of 6 .* resume=True"):
+            recover(pruned, tmp_path / "out", teacher=place / "model", **FEW, **fields)
+    with pytest.raises(BillhookError, match="cannot be continued: its teacher was"):
+        recover(pruned, tmp_path / "out", teacher=other, resume=True, **FEW, **fields)
+    report = recover(pruned, tmp_path / "out", teacher=place / "model", resume=True, **FEW, **fields)
+    made_by = json.loads((tmp_path / "out" / "billhook.json").read_text())["steps"][0]["made_by"]
+    assert made_by["teacher"] == {"name": None, "digest": model_digest(place / "model")}
+    assert (made_by["tokens"], report.state.steps) == (6 * 128, 6)
+
+
+def test_weights_that_become_zero_are_noted_so_that_the_plan_of_pruning_still_holds(place, tmp_path, monkeypatch):
+    def underflowing(problem, *args, **options):
+        done = training.train_(problem, *args, **options)
+        kept = next(k for k in problem.kept if k.name.endswith("up_proj.weight"))
+        kept.restore_(kept.values().index_fill(0, torch.arange(5), 0.0))
+        return done
+
+    monkeypatch.setattr("billhook.steps.recover.train_", underflowing)
+    fields = {**FEW, "calibration": str(place / "text.txt"), "teacher": place / "model"}
+    report = recover(place / "pruned", tmp_path / "out", **fields)
+    assert report.zeros == 5 + sum(int(mask.sum()) for mask in masks(place / "pruned").values())
+    assert verify(tmp_path / "out").problems == []
+
+
+def test_a_model_in_memory_is_refused(place, tmp_path):
+    with pytest.raises(BillhookError, match="works on a directory, got LlamaForCausalLM"):
+        recover(load_model(place / "pruned"), tmp_path / "out", calibration=str(place / "text.txt"), **FEW)
+
+
+def test_a_streamed_teacher_and_gradient_checkpointing_change_no_bit(place, better, tmp_path, monkeypatch):
+    monkeypatch.setattr("billhook.steps.recover.teacher_fits", lambda path, opened: False)
+    fields = {**FEW, "calibration": str(place / "text.txt"), "teacher": place / "model"}
+    report = recover(place / "pruned", tmp_path / "out", checkpointing=True, **fields)
+    assert "it is read one block at a time, in every step" in report.warnings[0]
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (better / name).read_bytes()
 
 
 def test_too_little_memory_is_said_before_anything_is_written(place, tmp_path, monkeypatch):

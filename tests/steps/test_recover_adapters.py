@@ -74,6 +74,25 @@ def test_a_saved_adapter_is_that_of_the_merged_run(place: Path, tmp_path: Path) 
     assert all(torch.equal(merged.get_parameter(n), w) for n, w in weights(tmp_path / "merged").items())
 
 
+def test_beside_quantized_weights_an_adapter_is_an_ordinary_one(place: Path, tmp_path: Path) -> None:
+    """Any program that reads both has the outputs that the run had; merged they cannot be."""
+    dense = place / "dense-float32"
+    billhook.quantize(dense, "int2/16", tmp_path / "int2", quantizer="round")
+    about = fields(place, teacher=dense)
+    with pytest.raises(BillhookError, match=r"cannot be merged into .*int2, which is quantized: use save adapter"):
+        recover(tmp_path / "int2", tmp_path / "out", **about)
+    report = recover(tmp_path / "int2", tmp_path / "out", **about, save="adapter")
+    ids, teacher = torch.arange(60, 100)[None], AutoModelForCausalLM.from_pretrained(dense)
+    alone = billhook.load_model(tmp_path / "int2", quantized=True)
+    with torch.no_grad():
+        before = (alone(ids).logits - teacher(ids).logits).norm()
+        both = PeftModel.from_pretrained(alone, tmp_path / "out")
+        assert (both(ids).logits - teacher(ids).logits).norm() < before
+    assert report.improved
+    layer = both.base_model.model.model.layers[0].mlp.up_proj
+    assert layer.get_delta_weight("default")[layer.base_layer.weight == 0].any()
+
+
 def test_a_stopped_run_goes_on_to_the_same_bytes(place: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(training, "MEASURED", (2, 2))
     monkeypatch.setattr("billhook.steps.recover_problem.RATES", (0.003, 0.01))

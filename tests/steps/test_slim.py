@@ -132,6 +132,16 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, source, whole, blocks
     assert contents(tmp_path / "out") == contents(whole)
 
 
+def test_a_stopped_run_does_not_go_on_with_another_plan(tmp_path, source):
+    names = [f"model.layers.{i}.mlp:channels" for i in range(3)]
+    first, other = (Plan(Budget("parameters", 1), {}, dict.fromkeys(names, count)) for count in (40, 32))
+    with pytest.raises(Interrupted):
+        run(prepare(SlimRequest(source, tmp_path / "out", plan=first, calibration=IDS)), stopping=lambda: True)
+    with pytest.raises(BillhookError, match="cannot be continued"):
+        slim(source, None, tmp_path / "out", plan=other, calibration=IDS, resume=True)
+    slim(source, None, tmp_path / "out", plan=first, calibration=IDS, resume=True)
+
+
 @pytest.mark.nightly
 def test_it_follows_pruning_and_quantizing_follows_it_and_every_step_is_verified(tmp_path, source):
     pruned = prune(source, output=tmp_path / "pruned", sparsity=0.5, criterion="magnitude", calibration=None).output

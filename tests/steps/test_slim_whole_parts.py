@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from billhook.errors import BillhookError, Interrupted
 from billhook.plan.plan import Budget, Plan
 from billhook.steps.slim import SlimRequest, prepare, run, slim
+from billhook.steps.slim_estimate import estimate_slim
 from billhook.steps.verify import verify
 
 pytestmark = pytest.mark.gate
@@ -149,6 +150,18 @@ def test_experts_with_the_least_effect_go_and_the_router_knows_only_the_others(t
         router.forward = masked
     torch.testing.assert_close(small(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
     assert verify(tmp_path / "out").ok
+
+
+def test_the_time_is_estimated_on_one_block_and_leaves_no_trace(tmp_path):
+    source = saved(families.build("mixtral"), tmp_path / "model")
+    given = {"units": ("experts", "channels"), "calibration": IDS, "options": {"rounds": 4, "swaps": 0}}
+    job = prepare(SlimRequest(source, tmp_path / "estimated", 0.4, **given))
+    assert 0 < estimate_slim(job) < 60
+    run(job)
+    slim(source, 0.4, tmp_path / "out", **given)
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == 5
+    assert all((tmp_path / "out" / f).read_bytes() == (tmp_path / "estimated" / f).read_bytes() for f in files)
 
 
 @pytest.mark.nightly

@@ -1,0 +1,194 @@
+"""Tune what a pruned model has left one block at a time (`billhook recover --by block`), for models larger than memory.
+
+The dense model is walked, read one block at a time. Each of its blocks first gives the targets for the inputs that the
+blocks before it produce by now, then takes the weights of the pruned model's block, which are tuned as `--refine` does
+(`billhook.recovery.blockwise`) and written. A stopped run goes on after the last finished block, to the same bytes.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from billhook.architectures.config import context_length
+from billhook.architectures.sources import resolve
+from billhook.distributed.collectives import world
+from billhook.engine.loop import LayerResult, tuned_results
+from billhook.engine.resources import Resources
+from billhook.engine.streaming import Stream, open_streamed
+from billhook.engine.walk import Block, Progress, walk
+from billhook.errors import BillhookError
+from billhook.evaluation.quality import Loss
+from billhook.methods.encoded import count_zeros
+from billhook.recovery.blockwise import BlockTuner, Refine
+from billhook.reports.publishing import publish
+from billhook.steps.facts import computed_in
+from billhook.steps.lost import loss_of
+from billhook.steps.partial_output import partial_output
+from billhook.steps.record import place, versions
+from billhook.steps.recover_job import TOKENS, RecoverRequest
+from billhook.steps.recover_problem import LENGTH
+from billhook.steps.request import Opened, calibration_facts, check_text_given, draw_text, model_facts, open_model
+from billhook.steps.resolve import identity
+from billhook.steps.teacher import find_teacher
+from billhook.store.record import Record, Step, append_step, history
+
+
+@dataclass(frozen=True)
+class BlocksJob:
+    """A checked request: the dense model that is walked, with its text, and the pruned one whose blocks it takes."""
+
+    request: RecoverRequest
+    dense: Opened
+    source: Path
+    pruned: Stream
+    history: Record
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BlocksReport:
+    """What a run did; `notes` say for each block how its held-out loss changed."""
+
+    output: Path
+    notes: list[str]
+    zeros: int
+    seconds: float
+    lost_before: Loss | None
+    loss: Loss | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `recover --by block --json`."""
+        return {
+            "output": str(self.output),
+            "zeros": self.zeros,
+            "seconds": round(self.seconds, 3),
+            "lost_before": None if self.lost_before is None else self.lost_before.to_dict(),
+            "lost": None if self.loss is None else self.loss.to_dict(),
+            "warnings": self.notes,
+        }
+
+
+def prepare_blocks(request: RecoverRequest, progress: Progress = lambda step: None) -> BlocksJob:
+    """Check everything about a request; nothing is changed.
+
+    Raises BillhookError for what only a whole model can be trained with, and for blocks of other shapes.
+    """
+    if world() > 1:
+        raise BillhookError("recover runs in one process: start it without torchrun.")
+    if request.tune == "adapters" or request.budget is not None or request.rate is not None:
+        raise BillhookError("Adapters, a time and a rate are for training the whole model: leave out --by block.")
+    check_text_given(request.opening(), True, "Recovering")
+    source = resolve(request.model)
+    found = history(source)
+    path = find_teacher(found, source, request.teacher)
+    if path is None or found is None:
+        raise BillhookError(f"{source} has no history that leads to a dense model, whose blocks it could learn from.")
+    opening = replace(request.opening(), model=path)
+    dense = open_model(opening, streamed=True)
+    options: dict[str, Any] = {"dtype": dense.model.dtype, "device": str(dense.model.device)}
+    pruned = open_streamed(source, dense.task.auto_class, **options)
+    if dense.resources.stream is None or _shapes(pruned) != _shapes(dense.resources.stream):
+        raise BillhookError(f"The blocks of {source} have not the shapes of those of {path}: leave out --by block.")
+    if dense.model.main_input_name == "input_ids":
+        length = request.length or min(LENGTH, context_length(dense.model.config) or LENGTH)
+        opening = replace(opening, length=length, samples=math.ceil((request.tokens or TOKENS) / length))
+    dense = draw_text(dense, opening, progress)
+    same = identity(opening, dense, {}, None, None) | {"step": "recover", "by": "block", "tune": request.tune}
+    same |= {"input": model_facts(source, pruned.model)["digest"]}
+    return BlocksJob(request, dense, source, pruned, found, same)
+
+
+def _shapes(stream: Stream) -> dict[str, torch.Size]:
+    return {name: value.shape for i in range(len(stream.blocks)) for name, value in stream.state(i).items()}
+
+
+def run_blocks(
+    job: BlocksJob, progress: Progress = lambda layer: None, stopping: Callable[[], bool] = lambda: False
+) -> BlocksReport:
+    """Tune block by block into the output, or resume a run.
+
+    Raises JobError, and Interrupted where the run can be resumed.
+    """
+    begun, request, dense = time.perf_counter(), job.request, job.dense
+    stream, output = dense.resources.stream, Path(request.output).expanduser().resolve()
+    assert stream is not None
+    refine = Refine(tune_norms_and_biases=request.tune == "kept+norms", seed=request.seed)
+    lost = loss_of(dense, request.opening().drawing.held_out)
+    before = lost(job.pruned.model, Resources(stream=job.pruned))
+    may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "stopping": stopping}
+    with partial_output(stream, job.source, output, job.identity, {}, **may) as partial:
+        done = [result for results in partial.state.results for result in results]
+        for result in done:
+            progress(result.layer)
+        tuner = BlockTuner(refine, dense.model, dense.batches, dense.resources)
+        walked: dict[str, Any] = {"dense_outputs": True, "resources": dense.resources, "start": partial.state.done}
+        for block in walk(dense.model, dense.batches, **walked):
+            results = _tuned(job, tuner, block, progress)
+            partial.finished(block, results)
+            done += results
+        with torch.no_grad():
+            for name, value in job.pruned.model.named_parameters():
+                if not value.is_meta:
+                    dense.model.get_parameter(name).copy_(value)
+        after = lost()
+        partial.complete(_record(job, refine, done, before, after), published=publish)
+    notes = [note for result in done for note in result.notes]
+    return BlocksReport(output, notes, sum(r.zeros for r in done), time.perf_counter() - begun, before, after)
+
+
+@torch.no_grad()
+def _tuned(job: BlocksJob, tuner: BlockTuner, block: Block, progress: Progress) -> list[LayerResult]:
+    """Give a block of the dense model the weights of the pruned one's, and tune them."""
+    tuner.note(block)
+    with job.pruned.block(block.index):
+        for name, value in job.pruned.blocks[block.index].named_parameters():
+            block.module.get_parameter(name).copy_(value)
+    results = []
+    for layer in block.layers:
+        zeros, facts = count_zeros(layer.weight), job.history.layers.get(layer.name, {})
+        results.append(LayerResult(layer.name, layer.shape, facts.get("sparsity", 0.0), zeros, zeros, ()))
+    resources = job.dense.resources
+    with resources.block(block.index if block.last else block.index + 1):
+        tuned = tuned_results(tuner.tune_(block), block, results)
+    for layer in block.layers:
+        progress(layer.name)
+    return tuned
+
+
+def _record(
+    job: BlocksJob, refine: Refine, results: list[LayerResult], before: Loss | None, after: Loss | None
+) -> dict[str, Any]:
+    """The content of billhook.json after the run."""
+    found = {layer.name: layer for layer in job.dense.layers}
+    layers = {}
+    for r in results:
+        facts = {"shape": list(r.shape), "error": None, **job.history.layers.get(r.layer, {}), "updated": True}
+        facts = {key: value for key, value in facts.items() if key != "pieces"}
+        notes = [*facts.get("notes", []), *r.notes]
+        layers[r.layer] = facts | {"zeros": r.zeros, "notes": notes} | place(found[r.layer])
+    request = job.request
+    made_by: dict[str, Any] = {
+        "by": "block",
+        "tune": request.tune,
+        "epochs": refine.epochs,
+        "rate": refine.rate,
+        "zeros": {r.layer: r.zeros_before for r in results},
+        "seed": request.seed,
+        **computed_in(job.dense.model),
+        "targets": [],
+        "ignore": [],
+        "teacher": {key: job.history.steps[0].model.get(key) for key in ("name", "digest")},
+        "calibration": calibration_facts(job.dense),
+        "papers": {"objective": "arXiv:2503.04992, arXiv:2402.12419"},
+        "lost_before": None if before is None else before.to_dict(),
+        "lost": None if after is None else after.to_dict(),
+        "versions": versions(),
+    }
+    notes = [f"{r.layer}: {note}" for r in results for note in r.notes]
+    step = Step("recover", None, made_by, model_facts(job.source, job.pruned.model), notes)
+    return append_step(job.history, step, layers).to_json()

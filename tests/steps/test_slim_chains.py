@@ -1,0 +1,48 @@
+"""A slimmed model goes into every other step: compressed, pruned, packed, exported, also where it is filled up."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from billhook import prune
+from billhook.plan.plan import Budget, Plan
+from billhook.steps.compress import compress
+from billhook.steps.export import export_gguf
+from billhook.steps.pack import pack
+from billhook.steps.slim import slim
+from billhook.steps.verify import verify
+
+IDS = torch.randint(3, 96, (6, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=["alike", "filled up"])
+def small(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    model = tiny.llama(num_hidden_layers=2, intermediate_size=64)
+    source = tiny.save(folder / "model", model, dtype=torch.bfloat16, words=False)
+    counts = {f"model.layers.{i}.mlp:channels": n for i, n in enumerate((32, 32 if request.param == "alike" else 48))}
+    return slim(source, None, folder / "out", plan=Plan(Budget("parameters", 1), {}, counts), calibration=IDS).output
+
+
+@pytest.mark.gate
+@torch.no_grad()
+def test_a_gguf_file_of_it_has_its_shapes_and_values(tmp_path, small):
+    file = export_gguf(small, tmp_path / "small.gguf", kind="f32").path
+    model = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    assert again.config.intermediate_size == model.config.intermediate_size
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.nightly
+def test_it_is_pruned_packed_and_compressed_and_every_result_is_verified(tmp_path, small):
+    pruned = prune(small, output=tmp_path / "pruned", sparsity=0.5, recipe="fast", calibration=IDS).output
+    assert verify(pruned).ok
+    assert verify(pack(pruned, tmp_path / "packed").output).ok
+    report = compress(
+        small, output=tmp_path / "bits", ratio=0.9, target="vllm", types=("int4/16", "int8/16"), calibration=IDS
+    )
+    assert verify(report.quantized.output).ok
