@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +21,9 @@ from billhook.cli.common import (
 from billhook.plan.allocators import AUTO
 from billhook.plan.level_allocators import LEVEL_ALLOCATORS
 from billhook.racing.allocators import MODEL_ALLOCATORS
+
+if TYPE_CHECKING:
+    from billhook.steps.compress import CompressReport
 
 NAME = "compress"
 EXAMPLES = """\b
@@ -107,6 +110,13 @@ def command(
     bar = progress("quantizing", len(layers), unit=layers_per_block(layers))
     with bar as advance, graceful_interrupt() as stopping:
         report = run_compress(job, advance, stopping)
+    _say_result(report)
+    if as_json:
+        emit(report.to_json())
+
+
+def _say_result(report: "CompressReport") -> None:
+    """Print what a run did, and what other sizes would lose."""
     found = report.quantized
     for warning in found.warnings:
         say(f"note: {warning}")
@@ -120,5 +130,3 @@ def command(
         about = f"about {ratio:.2f} times this one" + ("" if kl is None else f" ({kl:.3g})")
         say(f"With {factor:.0%} of this size ({int(report.budget * factor):,} bytes) the divergence would be {about}.")
     say(f"Check it: billhook verify {found.output}")
-    if as_json:
-        emit(report.to_json())

@@ -74,13 +74,18 @@ def command(
         say(f"{place}: the model, pruned with it.")
         say(f"Check it: billhook verify {place}   Score it: billhook eval {place} --data SOURCE")
     else:
-        identity = found.record["identity"]
-        criterion, given = identity["criterion"], identity["criterion_options"].items()
-        settings = [f"{k}={v}" for k, v in given if v is not None]
-        options = {"--targets": work.targets, "--ignore": work.ignore, "--stacks": work.stacks, "--set": settings}
-        words = ["--plan", output / "plan.json", "--criterion", criterion, "--calibration", calibration]
-        words += [word for option, values in options.items() for value in values or () for word in (option, value)]
-        say(f"Prune with it: billhook prune {model} {shlex.join(map(str, words))} --output pruned")
+        words = _options(found.record["identity"], work, output / "plan.json", calibration)
+        say(f"Prune with it: billhook prune {model} {words} --output pruned")
     if as_json:
         places = {"output": str(found.output), "model": None if place is None else str(place)}
         emit({"best": best, "trials": len(found.trials), **places})
+
+
+def _options(identity: dict[str, Any], work: shared.Work, plan: Path, calibration: str | None) -> str:
+    """The options with which `billhook prune` does what the trials of a search did."""
+    given = identity["criterion_options"].items()
+    settings = [f"{k}={v}" for k, v in given if v is not None]
+    options = {"--targets": work.targets, "--ignore": work.ignore, "--stacks": work.stacks, "--set": settings}
+    words = ["--plan", plan, "--criterion", identity["criterion"], "--calibration", calibration]
+    words += [word for option, values in options.items() for value in values or () for word in (option, value)]
+    return shlex.join(map(str, words))

@@ -29,6 +29,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.storage import bits
 from billhook.racing.levels import Chosen
 from billhook.steps.allocation import Allocation, choose, choose_like
+from billhook.steps.earlier_levels import step_with_levels
 from billhook.steps.levels import measured_layers
 from billhook.steps.parts import Parts, check_matrices, layer_parts
 from billhook.steps.quantize import open_blocks, prepare, run
@@ -167,6 +168,7 @@ def check(request: CompressRequest, progress: Progress = lambda line: None) -> C
     sizes = Sizes.of(given, opened, parts, types, request.target, form=request.gguf_form)
     asked: dict[str, Any] = {"target": request.target, "bytes": sizes.budget, "types": types}
     asked |= {"allocator": request.allocator, "options": dict(allocation.options)}
+    asked |= {"levels": allocation.levels and step_with_levels(allocation.levels)[0].made_by["calibration"]}
     plan = _stopped_plan(request, asked)
     if plan is None:
         output = Path(request.output).expanduser().resolve()
