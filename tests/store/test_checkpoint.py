@@ -105,14 +105,13 @@ def test_a_quantized_checkpoint_is_refused(copy):
     "changes",
     [
         {"architectures": ["BartModel"], "model_type": "bart", "is_encoder_decoder": True},
-        {"architectures": None, "model_type": "detr"},
     ],
 )
 def test_a_model_of_another_kind_is_refused(copy, changes):
     edit_config(copy, **changes)
     with pytest.raises(
         BillhookError,
-        match="only models for image-text-to-text, .* and automatic-speech-recognition can be pruned",
+        match=r"only models for image-text-to-text, .* and automatic-speech-recognition can be pruned",
     ):
         load_model(copy)
 
