@@ -77,6 +77,7 @@ def compare(
     found = Comparison.open(folder, _identity(grid, request, opened, read), overwrite)
     _check_plans(found, grid)
     _check_room(found, grid, cells, opened)
+    read.note(opened.model)
     with TemporaryDirectory(prefix="billhook.") as scratch:
         runner = _Runner(grid, request, opened, read, Path(scratch))
         if not found.dense:

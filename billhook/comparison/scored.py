@@ -1,6 +1,5 @@
 """What the cells of a comparison are scored on: windows of a text, or images and other inputs."""
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel
@@ -26,6 +25,10 @@ class Scored(Protocol):
     data: dict[str, Any]
     protocol: str
 
+    def note(self, dense: PreTrainedModel) -> None:
+        """Note what scores need of the dense model, once everything about the comparison is checked."""
+        ...
+
     def scores(self, model: PreTrainedModel) -> dict[str, Any]:
         """The scores of a model as they are written to compare.json: `nll`, `token_ppl`, and those of images."""
         ...
@@ -36,7 +39,7 @@ def scored(opened: Opened, request: Request, data: str, limit: int | None) -> Sc
     home = Home(opened.source, request.trust_remote_code)
     if isinstance(opened.task, RowTask):
         found = opened.task.inputs(data, opened.model, home)
-        return ScoredRows.of(opened.model, join_rows(found.batches(limit)), opened.task, source_name(data))
+        return ScoredRows(opened.model, join_rows(found.batches(limit)), opened.task, source_name(data))
     assert isinstance(opened.task, WindowTask)
     tokenizer, length = tokenizer_of(opened.model, home), window_length(opened.model, request.length)
     bos = "no" if request.published and request.bos == "auto" else request.bos
@@ -53,28 +56,26 @@ class ScoredWindows:
         about = {"source": source_name(windows.source), "digest": windows.digest, "bos": windows.bos}
         self.data: dict[str, Any] = about | dict(zip(("windows", "length"), windows.ids.shape, strict=True))
 
+    def note(self, dense: PreTrainedModel) -> None:
+        """Nothing: perplexity is not relative to a model."""
+
     def scores(self, model: PreTrainedModel) -> dict[str, Any]:
         """The record of the evaluation."""
         return evaluate(model, self.windows, scoring=self.scoring).to_dict()
 
 
-@dataclass
 class ScoredRows:
     """Images or other inputs, scored by accuracy and by the divergence from the dense model."""
 
-    batch: Batch
-    data: dict[str, Any]
-    protocol: str
-    scoring: Scoring
-    reference: Reference
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, batch: Batch, scoring: Scoring, source: str) -> "ScoredRows":
-        """Record the dense model's predictions."""
+    def __init__(self, model: PreTrainedModel, batch: Batch, scoring: Scoring, source: str) -> None:
+        self.batch, self.scoring, self.protocol = batch, scoring, scoring.protocol
         inputs = main_input(model, batch)
-        data = {"source": source, "digest": digest_of_pixels(inputs), "bos": None, "windows": rows_of(batch)}
-        data["length"] = inputs.shape[1 if inputs.ndim == 2 else -1]
-        return cls(batch, data, scoring.protocol, scoring, Reference.of(model, batch, scoring, source))
+        about = {"source": source, "digest": digest_of_pixels(inputs), "bos": None, "windows": rows_of(batch)}
+        self.data: dict[str, Any] = about | {"length": inputs.shape[1 if inputs.ndim == 2 else -1]}
+
+    def note(self, dense: PreTrainedModel) -> None:
+        """Record the dense model's predictions."""
+        self.reference = Reference.of(dense, self.batch, self.scoring, self.data["source"])
 
     def scores(self, model: PreTrainedModel) -> dict[str, Any]:
         """`top1` or `exact_match`, `kl` or `cosine`; `nll` is the divergence where labels are not known."""

@@ -134,7 +134,8 @@ def returned(extra: Extra, states: Tensor) -> Any:
 
 def predicts_tokens(model: PreTrainedModel) -> bool:
     """Whether the model has a head that predicts every token separately."""
-    return model.main_input_name == "input_ids" and not is_headless(model)
+    alone = not getattr(model.config, "is_encoder_decoder", False)
+    return model.main_input_name == "input_ids" and alone and not is_headless(model)
 
 
 def predictor(

@@ -7,15 +7,14 @@ hub:NAME[:config][:split]       a data set of the Hugging Face hub or a local on
 rows given from Python          mappings with these fields; an image may be one of Pillow
 """
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from billhook.errors import BillhookError
 from billhook.images.corpus import Picture, pillow
-from billhook.text.hub import hub_rows
+from billhook.text.objects import Row, objects
 
 FORMS = (
     'FILE.jsonl with lines {"image": FILE, "question": TEXT, "answer": TEXT} or {"image": FILE, "messages": [...]}, or '
@@ -41,59 +40,24 @@ class Question:
 def questions(source: Any, purpose: str) -> list[Question]:
     """The questions of a SOURCE or of rows given from Python.
 
-    `purpose`, calibration or evaluation, decides the default split of a hub data set. Raises BillhookError for a source
-    of another kind, for one without questions, and, naming the row, for one without image or answer.
+    Raises BillhookError as `billhook.text.objects` does, and, naming the row, for one without image or answer.
     """
-    if not isinstance(source, str | Path):
-        if not isinstance(source, Iterable) or isinstance(source, bytes | Mapping):
-            raise BillhookError(f"{purpose}: found {type(source).__name__}; give {FORMS}, or an iterable of rows.")
-        return _checked([_question(row, f"{purpose}, row {n}", Path()) for n, row in enumerate(source, 1)], purpose)
-    name = str(source)
-    if name.startswith("hub:"):
-        rows = enumerate(hub_rows(name, purpose), start=1)
-        return _checked([_question(row, f"{name}, row {n}", Path()) for n, row in rows], name)
-    path = Path(source).expanduser()
-    if path.suffix.lower() != ".jsonl" or not path.is_file():
-        why = "there is no such file" if not path.exists() else "it holds no questions"
-        raise BillhookError(f"{name}: {why}, and the model reads images with text. A source of questions is {FORMS}.")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BillhookError(f"{path} cannot be read ({error}).") from None
-    found = [_line(line, f"{path}, line {n}", path.parent) for n, line in enumerate(lines, start=1) if line.strip()]
-    return _checked(found, name)
+    return [_question(row) for row in objects(source, purpose, FORMS)]
 
 
-def _checked(found: list[Question], source: str) -> list[Question]:
-    if not found:
-        raise BillhookError(f"{source} is empty: give {FORMS}.")
-    return found
-
-
-def _line(line: str, where: str, folder: Path) -> Question:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BillhookError(f"{where} is not JSON ({str(error)[:100]}).") from None
-    return _question(row, where, folder)
-
-
-def _question(row: Any, where: str, folder: Path) -> Question:
-    if not isinstance(row, Mapping):
-        raise BillhookError(f"{where}: found {type(row).__name__}, not an object with image, question and answer.")
-    images = row.get("image", row.get("images"))
+def _question(row: Row) -> Question:
+    fields, where = row.fields, row.where
+    images = fields.get("image", fields.get("images"))
     images = images if isinstance(images, list | tuple) else [] if images is None else [images]
     if not images:
-        known = ", ".join(map(str, row)) or "nothing"
+        known = ", ".join(map(str, fields)) or "nothing"
         raise BillhookError(f"{where} has no image (it has {known}), and the model reads images with text.")
-    found = tuple(_picture(image, f"{where}, image {n}", folder) for n, image in enumerate(images, start=1))
-    if "messages" in row:
-        return Question(where, found, *_conversation(row["messages"], where, len(found)))
-    for key in ("question", "answer"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise BillhookError(f"{where} needs a text in {key!r}, found {type(row.get(key)).__name__}.")
-    message = {"role": "user", "content": [*_image_parts(len(found)), {"type": "text", "text": row["question"]}]}
-    return Question(where, found, [message], row["answer"])
+    found = tuple(_picture(image, f"{where}, image {n}", row.folder) for n, image in enumerate(images, start=1))
+    if "messages" in fields:
+        return Question(where, found, *_conversation(fields["messages"], where, len(found)))
+    text, answer = row.text("question"), row.text("answer")
+    message = {"role": "user", "content": [*_image_parts(len(found)), {"type": "text", "text": text}]}
+    return Question(where, found, [message], answer)
 
 
 def _picture(image: Any, where: str, folder: Path) -> Picture:

@@ -189,7 +189,8 @@ def _method(report: Mapping[str, Any]) -> list[str]:
         begun = ", each window after BOS" if text.get("bos") else ""
         sampling = f"{text['sampling']} sampling{begun}, seed {asked['seed']}, SHA-256 {text['digest'][:16]}"
         pixels = " x ".join(map(str, text.get("pixels", ())))
-        what = f"images of {pixels} pixels" if pixels else f"windows of {text['length']} tokens"
+        what = f"windows of {text['length']} tokens" if "length" in text else f"images of {pixels} pixels"
+        what = "recordings" if "features" in text else what
         size = f"{text['samples']} {what}"
         calibration = f"{size} of {text['source']} ({sampling})"
     lines += [f"Target sparsity: {target}.", f"Calibration: {calibration}."]

@@ -292,5 +292,6 @@ def calibration_facts(opened: Opened) -> dict[str, Any]:
     inputs = main_input(opened.model, samples.batch)
     identity = {"source": source_name(samples.source), "digest": samples.digest, "sampling": samples.sampling}
     text = {"bos": samples.bos, "samples": len(inputs), "length": inputs.shape[1]}
-    size = text if inputs.ndim == 2 else {"samples": len(inputs), "pixels": list(inputs.shape[-2:])}
+    kind = "pixels" if inputs.ndim == 4 else "features"
+    size = text if inputs.ndim == 2 else {"samples": len(inputs), kind: list(inputs.shape[-2:])}
     return identity | size | {"batch_size": rows_of(opened.batches[0])}

@@ -13,6 +13,8 @@ TASKS = Registry(
         "fill-mask": "billhook.tasks.fill_mask:TASK",
         "image-classification": "billhook.tasks.image_classification:TASK",
         "feature-extraction": "billhook.tasks.feature_extraction:TASK",
+        "text2text-generation": "billhook.tasks.text2text_generation:TASK",
+        "automatic-speech-recognition": "billhook.tasks.automatic_speech_recognition:TASK",
     },
     plugins=True,
     mark="auto_class",

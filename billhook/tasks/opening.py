@@ -42,7 +42,8 @@ def _named(who: str, classes: list[str], config: dict[str, Any]) -> Task:
         known = class_names(task.auto_class)
         by_class = {name for names in known.values() for name in names}.intersection(classes)
         by_type = not classes and config.get("model_type") in known
-        if (by_class or by_type or task.auto_class in own_code) and not config.get("is_encoder_decoder"):
+        fits = bool(config.get("is_encoder_decoder")) == getattr(task, "encoder_decoder", False)
+        if (by_class or by_type or task.auto_class in own_code) and fits:
             return task
     kind = ", ".join(classes) or config.get("model_type", "a model without a type")
     *names, last = TASKS.names()

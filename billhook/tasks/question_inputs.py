@@ -6,7 +6,7 @@ one it is the question, after the processor's image token where it has one.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.engine.batch import LABELS, Batch, join_rows
+from billhook.engine.batch import LABELS
 from billhook.errors import BillhookError
 from billhook.evaluation.scoring import IGNORED
 from billhook.images.pixels import processor_of
 from billhook.images.questions import Question, questions
 from billhook.tasks.base import Home
+from billhook.tasks.read_rows import ReadRows, source_of
 
 _TOKENS = "input_ids"
 
@@ -117,25 +118,7 @@ def _extended(value: Tensor, length: int, more: int) -> Tensor:
     return torch.cat([value, value[:, -1:].expand(-1, more, *value.shape[2:])], 1)
 
 
-@dataclass(frozen=True)
-class Questions:
-    """The questions of a SOURCE, and their reader."""
-
-    source: str
-    found: list[Question]
-    reader: QuestionReader
-
-    @classmethod
-    def of(cls, source: Any, model: PreTrainedModel, home: Home, purpose: str) -> "Questions":
-        """Find the questions; raises BillhookError as `billhook.images.questions` does."""
-        name = str(source) if isinstance(source, str | Path) else "given questions"
-        return cls(name, questions(source, purpose), QuestionReader.of(model, home, name))
-
-    def batch(self, numbers: list[int]) -> Batch:
-        """The rows of some questions."""
-        return join_rows([self.reader.row(self.found[n]) for n in numbers])
-
-    def batches(self, limit: int | None) -> Iterator[Batch]:
-        """One question a batch, so that nothing is padded."""
-        for question in self.found[:limit]:
-            yield self.reader.row(question)
+def question_rows(source: Any, model: PreTrainedModel, home: Home, purpose: str) -> ReadRows:
+    """The questions of a SOURCE; raises BillhookError as `billhook.images.questions` does."""
+    name = source_of(source)
+    return ReadRows(name, questions(source, purpose), QuestionReader.of(model, home, name).row)

@@ -158,8 +158,8 @@ def test_recovery_learns_from_rows_of_different_lengths_without_padding(place, t
         ({"image": "none.png", "question": "a", "answer": "b"}, "there is no file"),
         ({"image": "0.png", "question": "a"}, "line 1 needs a text in 'answer'"),
         ({"image": "0.png", "messages": [{"role": "user", "content": "a"}]}, "a question and its answer"),
-        ([1], "not an object"),
-        (None, "holds no questions, and the model reads images"),
+        ([1], "not an object with fields"),
+        (None, "no .jsonl file, and the model reads rows"),
         ({"image": "bad.png", "question": "a", "answer": "b"}, "cannot be read as an image"),
     ],
 )

@@ -1,0 +1,70 @@
+"""Rows of a SOURCE that are read one by one, each a batch of its own, for tasks that predict an answer."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.engine.batch import LABELS, Batch, as_batches, join_rows, main_input, select_rows
+from billhook.errors import BillhookError
+from billhook.evaluation.scoring import IGNORED
+from billhook.images.pixels import GIVEN, digest, drawn
+from billhook.tasks.base import Drawing, Samples
+
+
+@dataclass(frozen=True)
+class ReadRows:
+    """What was `found` in a SOURCE, and the function that makes a batch of one row of it."""
+
+    source: str
+    found: Sequence[Any]
+    read: Callable[[Any], Batch]
+
+    def batches(self, limit: int | None) -> Iterator[Batch]:
+        """One row a batch, so that nothing is padded."""
+        for one in self.found[:limit]:
+            yield self.read(one)
+
+    def samples(self, model: PreTrainedModel, drawing: Drawing, what: str) -> Samples:
+        """Rows at random, and more of them that are held out."""
+        how: dict[str, Any] = {"again": drawing.sampling == "papers", "what": what}
+        samples = min(drawing.samples, len(self.found)) if drawing.fewer else drawing.samples
+        numbers = drawn(self.found, samples, drawing.held_out, drawing.seed, self.source, **how)
+        batch = join_rows(self.read(self.found[n]) for n in numbers)
+        own, more = (select_rows(batch, part) for part in (slice(0, samples), slice(samples, None)))
+        heldout = more if len(numbers) > samples else None
+        return Samples(own, self.source, digest(main_input(model, own)), drawing.sampling, None, heldout)
+
+
+def source_of(source: Any) -> str:
+    """The name of a SOURCE."""
+    return str(source) if isinstance(source, str | Path) else "given rows"
+
+
+def given_samples(source: Any, model: PreTrainedModel, drawing: Drawing) -> Samples | None:
+    """The samples where batches of tensors (or token ids) are given from Python; None for another source.
+
+    Raises BillhookError for options that only windows of text have.
+    """
+    if drawing.length is not None or drawing.bos != "auto":
+        raise BillhookError("Rows with answers are no windows of tokens: leave out --length and --bos.")
+    given = list(source) if isinstance(source, list | tuple) else [source]
+    if not given or not all(isinstance(one, Tensor) or _is_batch(model, one) for one in given):
+        return None
+    batch = join_rows(as_batches(model, given))
+    return Samples(batch, GIVEN, digest(main_input(model, batch)), "given")
+
+
+def _is_batch(model: PreTrainedModel, given: Any) -> bool:
+    return isinstance(given, Mapping) and isinstance(given.get(model.main_input_name, given.get("input_ids")), Tensor)
+
+
+def answers(batch: Batch) -> Tensor:
+    """The labels of a batch; raises BillhookError where there are none."""
+    labels = batch.get(LABELS)
+    if labels is None or bool((labels == IGNORED).all()):
+        raise BillhookError("The rows have no answers, and scores and losses are those of the answers.")
+    return labels
