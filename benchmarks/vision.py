@@ -1,4 +1,6 @@
-"""Methods on a trained vision transformer for CIFAR-10, by top-1 accuracy: `python benchmarks/vision.py [NAME ...]`.
+"""Methods on a trained vision transformer for CIFAR-10, by top-1 accuracy.
+
+    python benchmarks/vision.py [NAME ...] [--picture docs/images/vision.svg]
 
 The model is in memory (a post-LN ViT: 6 blocks, width 128, 811,146 parameters, beside the repository in
 `../shared/vision`). Calibration images are 256 of the training set (seed 0); 256 more of it are held out, on which the
@@ -7,11 +9,12 @@ prefix and the allocation of `ours` are chosen; 2,000 test images are scored, wi
 Each row is appended to `vision.jsonl` in the working directory, so that an interrupted run continues. One thread.
 """
 
+import argparse
 import importlib.util
 import json
 import os
-import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,9 @@ from billhook import prune
 from billhook.engine.batch import Batch, select_rows, split_rows
 from billhook.evaluation.quality import Reference
 from billhook.evaluation.rows import evaluate_rows
+from billhook.reports.charts import Series, chart
+from billhook.reports.scales import Axis
+from billhook.store.files import write_text
 from billhook.tasks.opening import task_of
 
 SHARED = Path(os.environ.get("BILLHOOK_SHARED", Path(__file__).parents[2] / "shared")) / "vision"
@@ -40,6 +46,7 @@ RECIPES = {
     "gblm-vision": {"recipe": "gblm-vision"},
     "sparsegpt": {"criterion": "sparsegpt"},
 }
+DRAWN = ("magnitude, layer", "wanda-vision", "sparsegpt")
 OURS = {
     f"{recipe}, {prefix} prefix": {"recipe": recipe, "prefix": prefix}
     for recipe in ("good", "best")
@@ -118,28 +125,49 @@ def row(name: str, sparsity: float, options: dict, train: Batch, test: Batch, or
     return found | {"heldout_kl": lost.kl, "heldout_top1": 100 * lost.accuracy, "processor_s": round(took, 1)}
 
 
-def main(chosen: list[str]) -> None:
-    """All rows that are not there yet, then the table."""
+def picture(title: str, score: str, found: Mapping[str, Mapping[float, float]], dense: float) -> str:
+    """Lines of scores by sparsity, and the dense model's score as a dashed line, as SVG."""
+    series = [
+        Series(name, [100 * sparsity for sparsity in sorted(by)], [by[sparsity] for sparsity in sorted(by)])
+        for name, by in found.items()
+    ]
+    x = [100 * sparsity for sparsity in sorted({sparsity for by in found.values() for sparsity in by})]
+    series.append(Series("dense", x, [dense] * len(x), marks=False, colour=-1, dash=1))
+    return chart(title, series, Axis("sparsity (%)"), Axis(score), standalone=True)
+
+
+def main() -> None:
+    """All rows that are not there yet, then our choice among the rows of each sparsity."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="*", help="only these rows (default all)")
+    parser.add_argument("--picture", type=Path)
+    args = parser.parse_args()
     AutoModelForImageClassification.register(CifarConfig, CifarViT)
     torch.set_num_threads(1)
     train, test = images("cifar10_train_1k.npz"), images("cifar10_test_2k.npz")
     order = torch.randperm(len(train["labels"]), generator=torch.Generator().manual_seed(0))
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
     done = {(found["name"], found["sparsity"]) for found in rows}
-    print("dense", 100 * evaluate_rows(load(), split_rows(test, 250), task_of(load())).top1, flush=True)
+    dense = 100 * evaluate_rows(load(), split_rows(test, 250), task_of(load())).top1
+    print("dense", dense, flush=True)
     for name, options in (RECIPES | OURS).items():
         for sparsity in SPARSITIES:
-            if (name, sparsity) not in done and (not chosen or name in chosen):
+            if (name, sparsity) not in done and (not args.name or name in args.name):
                 rows.append(found := row(name, sparsity, options, train, test, order))
                 with ROWS.open("a") as file:
                     file.write(json.dumps(found) + "\n")
                 print(found, flush=True)
+    drawn = {name: {found["sparsity"]: found["top1"] for found in rows if found["name"] == name} for name in DRAWN}
     for sparsity in SPARSITIES:
         ours = [found for found in rows if found["name"] in OURS and found["sparsity"] == sparsity]
         if ours:
             best = min(ours, key=lambda found: found["heldout_kl"])
             print(f"ours at {sparsity}: {best['name']}, top-1 {best['top1']:.2f}", flush=True)
+            drawn.setdefault("ours", {})[sparsity] = best["top1"]
+    if args.picture is not None:
+        title = "Top-1 accuracy of a ViT for CIFAR-10 by sparsity (higher is better)"
+        write_text(args.picture, picture(title, "top-1 accuracy (%)", drawn, dense))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
