@@ -74,10 +74,8 @@ def test_a_quantization_config_of_null_means_none(place):
 
 
 def test_a_model_of_another_kind_is_refused(place):
-    edit("model/config.json", architectures=["T5ForConditionalGeneration"], model_type="t5")
-    refused(
-        place, *PRUNE, match="model is T5ForConditionalGeneration: only models for text-generation, fill-mask, image"
-    )
+    edit("model/config.json", architectures=["BartModel"], model_type="bart", is_encoder_decoder=True)
+    refused(place, *PRUNE, match="model is BartModel: only models for image-text-to-text, text-generation, fill-mask")
 
 
 def test_weights_that_do_not_fit_the_configuration_are_refused(place):

@@ -36,6 +36,7 @@ UNPACK = ("unpack", "packed", "-o", "out")
 GBLM = ("--criterion", "gblm", "--gradients", "gradients.safetensors")
 SPEAK = ("The quick", "--max-new-tokens", "3")
 ROUND = ("quantize", "model", "--quantizer", "round")
+RECOVER = ("recover", "pruned", *TEXT[:2], "--length", "16", "--tokens", "64", "--rate", "0.01", "-o", "out")
 COMPRESS = ("compress", "model", "--size", "25400", "--types", "int8/16,int4/16", "--for", "transformers", *TEXT)
 # file -> the commands that read it
 READERS: dict[str, list[tuple[str, ...]]] = {
@@ -56,6 +57,7 @@ READERS: dict[str, list[tuple[str, ...]]] = {
         ("pack", "pruned", "-o", "out"),
         ("prune", "pruned", *PRUNE, "-o", "out"),
         ("eval", "pruned", *SCORED, "--report"),
+        RECOVER,
     ],
     "pruned/report.json": [
         ("report", "pruned"),

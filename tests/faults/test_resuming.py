@@ -125,6 +125,8 @@ def changes(folder: Path, source: Path) -> dict[str, dict[str, Any]]:
         "seed": {"seed": 1},
         "targets": {"targets": "re:.*mlp"},
         "ignore": {"ignore": "re:.*mlp"},
+        "stacks": {"stacks": "all"},
+        "budget": {"budget": "joint"},
         "group": {"group": "layer"},
         "published": {"published": True},
         "refine": {"refine": "blocks"},
