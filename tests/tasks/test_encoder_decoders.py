@@ -36,6 +36,7 @@ CONFIGS = {
     "bart": lambda: BartConfig(**_WIDE, **_SPECIAL, max_position_embeddings=64),
     "whisper": lambda: WhisperConfig(**_WIDE, **_SPECIAL, **_SPEECH),
 }
+QUICK = {("t5", "good"), ("whisper", "gblm")}  # not nightly
 
 
 def build(family):
@@ -86,8 +87,14 @@ def test_the_pruned_walk_equals_the_pruned_models_own_forward_bit_for_bit(family
             assert all(torch.equal(a, b) for a, b in zip(states, own[index :: len(blocks)], strict=True))
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("recipe", ["good", "gblm", pytest.param("best", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        pytest.param(family, recipe, marks=() if (family, recipe) in QUICK else pytest.mark.nightly)
+        for family in CONFIGS
+        for recipe in ("good", "gblm", "best")
+    ],
+)
 def test_recipes_meet_the_budget_in_both_stacks(family, recipe):
     report = prune(build(family), sparsity=0.5, recipe=recipe, calibration=[batch(family, 2, s) for s in range(5)])
     for stack in ("encoder", "decoder"):
