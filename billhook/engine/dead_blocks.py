@@ -19,7 +19,8 @@ from billhook.architectures.config import call_options, predictions
 from billhook.architectures.layers import observable_experts
 from billhook.architectures.stacks import blocks_of, find_stacks, has_one_stack
 from billhook.engine.batch import Batch, model_inputs, select_rows
-from billhook.engine.capture import Forward, stubbed
+from billhook.engine.capture import Forward, extra_of, returned, stubbed
+from billhook.engine.replay import states_of
 from billhook.errors import BillhookError
 
 
@@ -61,11 +62,11 @@ def _predictions(model: PreTrainedModel, row: Batch, changed: int | None) -> tup
             result = forward(*args, **kwargs)
             if index != changed:
                 return result
-            states = result[0] if isinstance(result, tuple) else result
+            states = states_of(result)
             other = states.roll(1, -1) + states.float().std().to(states.dtype) * torch.linspace(
                 -1, 1, states.shape[-1], dtype=states.dtype, device=states.device
             )
-            return (other, *result[1:]) if isinstance(result, tuple) else other
+            return returned(extra_of(result), other)
 
         return run
 

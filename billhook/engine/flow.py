@@ -24,7 +24,7 @@ from billhook.architectures.stacks import has_one_stack
 from billhook.engine.activation_store import ActivationStore
 from billhook.engine.batch import Batch, model_inputs
 from billhook.engine.capture import Captured, Extra, Forward, capture, extra_of, returned, split_call, stubbed
-from billhook.engine.replay import Call, run_block
+from billhook.engine.replay import Call, run_block, states_of
 from billhook.errors import BillhookError
 
 Store = Callable[[], ActivationStore]
@@ -140,8 +140,7 @@ class PausedFlow:
         """Run a block, and note what it returns beside its hidden states."""
         result = module(self.hidden[batch], *call.args, **call.kwargs)
         self._extra[batch] = extra_of(result)
-        output: Tensor = result[0] if isinstance(result, tuple) else result
-        return output
+        return states_of(result)
 
     def advance(self, module: nn.Module, block: int) -> None:
         """Run the block, if the model does."""

@@ -39,6 +39,10 @@ class Call:
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """The hidden states that a block returns for `hidden`."""
-    result = block(hidden, *call.args, **call.kwargs)
-    output: Tensor = result[0] if isinstance(result, tuple) else result
-    return output
+    return states_of(block(hidden, *call.args, **call.kwargs))
+
+
+def states_of(result: Any) -> Tensor:
+    """The hidden states in what a block returns, which may be a tuple that begins with them."""
+    states: Tensor = result[0] if isinstance(result, tuple) else result
+    return states

@@ -15,6 +15,7 @@ from billhook.ambient import evaluating
 from billhook.architectures.config import call_options
 from billhook.architectures.stacks import blocks_of
 from billhook.engine.batch import Batch, model_inputs, rows_of, select_rows
+from billhook.engine.replay import states_of
 
 WINDOWS = 8  # windows compared; their hidden states after every block are in memory at once
 
@@ -27,7 +28,7 @@ def block_outputs(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
 
     def keep(index: int) -> Callable[..., None]:
         def hook(module: Any, arguments: Any, result: Any) -> None:
-            outputs[index].append((result[0] if isinstance(result, tuple) else result).float())
+            outputs[index].append(states_of(result).float())
 
         return hook
 

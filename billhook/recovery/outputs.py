@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from billhook.architectures.config import call_options, predictions
 from billhook.architectures.stacks import blocks_of
 from billhook.engine.batch import Batch, model_inputs
+from billhook.engine.replay import states_of
 from billhook.evaluation.divergence import Divergence
 from billhook.evaluation.scoring import IGNORED, Scoring
 
@@ -62,7 +63,7 @@ def _captured(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
+        found.append(states_of(output))
 
     with ExitStack() as stack:
         for module in modules:
