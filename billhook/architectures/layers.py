@@ -87,16 +87,24 @@ def find_layers(model: PreTrainedModel) -> list[Layer]:
 
     Raises BillhookError, by name, for a weight of unknown layout and for layers that share their weight.
     """
-    layers = []
-    experts = expert_counts(model.config)
-    for index, (prefix, block) in enumerate(blocks_of(model).items()):
-        for name, module in block.named_modules():
-            if not _routes(name, module, experts):
-                layers += _layers_of(module, f"{prefix}.{name}", index, name)
+    blocks, experts = blocks_of(model), expert_counts(model.config)
+    layers = [layer for index, place in enumerate(blocks.items()) for layer in _layers_in(*place, index, experts)]
     if not layers:
         raise BillhookError(f"{type(model).__name__} has no linear layer inside its blocks: there is nothing to prune.")
     _check_separate(layers)
     return layers
+
+
+def layers_in(model: PreTrainedModel, block: int) -> list[Layer]:
+    """The prunable layers of one block, by its number."""
+    prefix, module = list(blocks_of(model).items())[block]
+    return list(_layers_in(prefix, module, block, expert_counts(model.config)))
+
+
+def _layers_in(prefix: str, block: nn.Module, index: int, experts: Collection[int]) -> Iterator[Layer]:
+    for name, module in block.named_modules():
+        if not _routes(name, module, experts):
+            yield from _layers_of(module, f"{prefix}.{name}", index, name)
 
 
 def _check_separate(layers: Iterable[Layer]) -> None:

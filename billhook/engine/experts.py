@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.architectures.layers import Layer, find_layers
+from billhook.architectures.layers import Layer, layers_in
 from billhook.architectures.units import Unit
 from billhook.engine.observer import products_with
 from billhook.engine.routing import Routed, alone, mixture_of, restricted, routed
@@ -76,7 +76,7 @@ def _fit_(experts: nn.Module, layers: Sequence[Layer], calls: Routed, missing: T
 def down_projections(model: PreTrainedModel, unit: Unit) -> list[Layer]:
     """The layers that may change where experts of a unit are removed."""
     _, experts = mixture_of(model, unit)
-    return [layer for layer in find_layers(model) if layer.module is experts and layer.parameter == "down_proj"]
+    return [x for x in layers_in(model, unit.block) if x.module is experts and x.parameter == "down_proj"]
 
 
 def _inputs(experts: nn.Module, layer: Layer, x: Tensor, like: Tensor) -> Tensor:

@@ -196,11 +196,14 @@ class KeptAdam:
 
     def load_(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state`; the model gets its values too."""
-        self.sizes = state["sizes"].tolist()
+        self.sizes, moments = state["sizes"].tolist(), dict[str, dict[str, Tensor]]()
+        for name, value in state.items():
+            parameter, _, key = name.rpartition("|")
+            if key not in ("master", "sizes"):
+                moments.setdefault(parameter, {})[key] = value
         for k, m in zip(self.kept, self.masters, strict=True):
             m.copy_(state[f"{k.name}|master"])
-            own = {name.rpartition("|")[2]: v for name, v in state.items() if name.rpartition("|")[0] == k.name}
-            self._adam.state[m] = {key: value.clone() for key, value in own.items() if key != "master"}
+            self._adam.state[m] = {key: value.clone() for key, value in moments[k.name].items()}
             k.restore_(m.detach())
 
 

@@ -36,7 +36,7 @@ from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, changed, check_text_given, listed, open_model
 from billhook.steps.resolve import identity
 from billhook.steps.state import unfinished_run
-from billhook.steps.teacher import find_teacher, open_teacher
+from billhook.steps.teacher import Teacher, find_teacher, open_teacher
 from billhook.steps.training_folder import TrainingFolder, training_folder
 from billhook.store.checkpoint import model_digest
 from billhook.store.directory import complete
@@ -76,9 +76,9 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     """The job of a request whose model is there, dense."""
     seconds = request.seconds
     opened = _opened(request, source)
-    path = _teacher_of(request, opened, source, options)
-    taught_by = None if path is None else model_digest(path)
-    _check_something_to_do(opened, taught_by)
+    found, zeros = _teacher_of(request, opened, source, options), zeros_of(opened.layers)
+    path, taught_by = (None, None) if found is None else found
+    _check_something_to_do(opened, taught_by, zeros=any(zeros.values()))
     streamed = path is not None and not teacher_fits(path, opened)
     teacher = None if path is None else open_teacher(path, opened, request.opening(), streamed=streamed)
     windows = draw_windows(request, opened, teacher, progress)
@@ -100,12 +100,12 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     run |= {key: getattr(request, key) for key in IDENTITY}
     run |= {"targets": listed(request.targets), "ignore": listed(request.ignore), "teacher": taught_by}
     reference = None if teacher is None else _reference(opened, teacher)
-    about = (steps * size, rate, reference, zeros_of(opened.layers), run, notes)
+    about = (steps * size, rate, reference, zeros, run, notes)
     return RecoverJob(request, opened, problem, source, *about, adapted)
 
 
-def _teacher_of(request: RecoverRequest, opened: Opened, source: Source, options: Mapping[str, Any]) -> Path | None:
-    """The directory of the dense model; None where nobody needs one, and it is not named and not found."""
+def _teacher_of(request: RecoverRequest, opened: Opened, source: Source, options: Mapping[str, Any]) -> Teacher | None:
+    """The dense model; None where nobody needs one, and it is not named and not found."""
     try:
         return find_teacher(opened.history, source.given, request.teacher)
     except BillhookError:
@@ -127,9 +127,8 @@ def _output(request: RecoverRequest) -> Path:
     return Path(request.output).expanduser().resolve()
 
 
-def _check_something_to_do(opened: Opened, teacher: str | None) -> None:
-    """Raise BillhookError for a dense model that nothing is known about; `teacher` is the digest of the dense model."""
-    zeros = any(zeros_of(opened.layers).values())
+def _check_something_to_do(opened: Opened, teacher: str | None, *, zeros: bool) -> None:
+    """Raise BillhookError for a model without zeros and without a dense model, whose digest is `teacher`."""
     if teacher is None and not zeros:
         raise BillhookError(
             f"{opened.source} is dense and has no history: there are no zeros to keep and no model to learn from. "

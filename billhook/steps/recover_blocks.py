@@ -40,12 +40,14 @@ from billhook.store.record import Record, Step, append_step, history
 
 @dataclass(frozen=True)
 class BlocksJob:
-    """A checked request: the dense model that is walked, with its text, and the pruned one whose blocks it takes."""
+    """A checked request: the dense model that is walked, with its text, and the pruned one whose blocks it takes, with
+    the `facts` that identify it."""
 
     request: RecoverRequest
     dense: Opened
     source: Path
     pruned: Stream
+    facts: dict[str, Any]
     history: Record
     identity: dict[str, Any]
 
@@ -85,9 +87,10 @@ def prepare_blocks(request: RecoverRequest, progress: Progress = lambda step: No
     check_text_given(request.opening(), True, "Recovering")
     source = resolve(request.model)
     found = history(source)
-    path = find_teacher(found, source, request.teacher)
-    if path is None or found is None:
+    teacher = find_teacher(found, source, request.teacher)
+    if teacher is None or found is None:
         raise BillhookError(f"{source} has no history that leads to a dense model, whose blocks it could learn from.")
+    path = teacher.path
     opening = replace(request.opening(), model=path)
     dense = open_model(opening, streamed=True)
     options: dict[str, Any] = {"dtype": dense.model.dtype, "device": str(dense.model.device)}
@@ -99,8 +102,9 @@ def prepare_blocks(request: RecoverRequest, progress: Progress = lambda step: No
         opening = replace(opening, length=length, samples=math.ceil((request.tokens or TOKENS) / length))
     dense = draw_text(dense, opening, progress)
     same = identity(opening, dense, {}, None, None) | {"step": "recover", "by": "block", "tune": request.tune}
-    same |= {"input": model_facts(source, pruned.model)["digest"]}
-    return BlocksJob(request, dense, source, pruned, found, same)
+    facts = model_facts(source, pruned.model)
+    same |= {"input": facts["digest"]}
+    return BlocksJob(request, dense, source, pruned, facts, found, same)
 
 
 def _shapes(stream: Stream) -> dict[str, torch.Size]:
@@ -190,5 +194,5 @@ def _record(
         "versions": versions(),
     }
     notes = [f"{r.layer}: {note}" for r in results for note in r.notes]
-    step = Step("recover", None, made_by, model_facts(job.source, job.pruned.model), notes)
+    step = Step("recover", None, made_by, job.facts, notes)
     return append_step(job.history, step, layers).to_json()

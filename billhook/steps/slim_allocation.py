@@ -75,7 +75,8 @@ def allocate_units(
     The model is in memory where the allocation is `on_trial`. Raises BillhookError where there is too little text.
     """
     if not allocation.on_trial:
-        layers = {unit.name: layers_of(unit, find_layers(opened.model)) for unit in units}
+        every = find_layers(opened.model)
+        layers = {unit.name: layers_of(unit, every) for unit in units}
         fractions = _fractions(allocation, opened, layers, problem, progress)
         return problem.plan(fractions, allocation.name, allocation.options)
     assert opened.samples is not None

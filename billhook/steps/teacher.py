@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -17,9 +17,16 @@ from billhook.store.checkpoint import load, load_tokenizer, model_digest, read_c
 from billhook.store.record import Record
 
 
-def find_teacher(history: Record | None, source: Path | None, given: str | Path | None) -> Path | None:
-    """The directory of the dense model: `given`, or the one with the digest that the first step of the history names,
-    looked for beside the directory `source`, in the working directory and in the hub's cache. None without a history.
+class Teacher(NamedTuple):
+    """The directory of a dense model, and its digest."""
+
+    path: Path
+    digest: str
+
+
+def find_teacher(history: Record | None, source: Path | None, given: str | Path | None) -> Teacher | None:
+    """The dense model: `given`, or the one with the digest that the first step of the history names, looked for beside
+    the directory `source`, in the working directory and in the hub's cache. None without a history.
 
     Raises BillhookError where it is not found, or what is `given` is not that model.
     """
@@ -28,14 +35,15 @@ def find_teacher(history: Record | None, source: Path | None, given: str | Path 
     wanted = None if history is None else history.steps[0].model.get("digest")
     if given is not None:
         path = resolve(given)
-        if wanted is not None and model_digest(path) != wanted:
+        digest = model_digest(path)
+        if wanted not in (None, digest):
             raise BillhookError(
                 f"{path} is not the model that {source} was made from ({_named(history)}): its digest differs."
             )
-        return path
+        return Teacher(path, digest)
     for path in _candidates(history, source):
         if (path / "config.json").is_file() and model_digest(path) == wanted:
-            return path
+            return Teacher(path, wanted)
     places = "beside it, in the working directory or in the hub's cache"
     raise BillhookError(
         f"The dense model of {source}, {_named(history)}, is not {places}: name it with --teacher DIRECTORY."
