@@ -39,19 +39,20 @@ class SpeechRecognition(TextToText):
         """The model's inputs for features float [rows, bands, frames] without texts."""
         return {"input_features": inputs, "decoder_input_ids": torch.zeros((len(inputs), 1), dtype=torch.int64)}
 
-    def _rows(self, source: Any, model: PreTrainedModel, home: Home, purpose: str) -> ReadRows:
+    def read(self, source: Any, model: PreTrainedModel, home: Home, purpose: str) -> ReadRows:
+        """The recordings of a SOURCE."""
         name = source_of(source)
-        directory = home.directory or (Path(model.name_or_path) if model.name_or_path else None)
+        directory = home.directory_of(model)
         processor = processor_of(directory, home.trust_remote_code, name, "AutoProcessor")
         rate = int(processor.feature_extractor.sampling_rate)
 
-        def read(row: Row) -> Batch:
+        def pair(row: Row) -> Batch:
             sound = samples_of(row.folder / Path(row.text("audio")).expanduser(), rate)
             features = processor(audio=sound, sampling_rate=rate, return_tensors="pt")["input_features"]
             target = processor.tokenizer(row.text("text"))["input_ids"]
             return {"input_features": features, **shifted(model, target)}
 
-        return ReadRows(name, objects(source, purpose, FORMS), read)
+        return ReadRows(name, objects(source, purpose, FORMS), pair)
 
 
 def samples_of(path: Path, rate: int) -> np.ndarray:

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
-from billhook.engine.batch import Batch, rows_of
+from billhook.engine.batch import Batch, main_input, rows_of, select_rows
 from billhook.evaluation.scoring import Scoring
+from billhook.images.pixels import digest
 from billhook.text.windows import Tokens, Windows
 
 Progress = Callable[[str], None]
@@ -22,6 +23,10 @@ class Home:
 
     directory: Path | None = None
     trust_remote_code: bool = False
+
+    def directory_of(self, model: PreTrainedModel) -> Path | None:
+        """The directory, or the one from which a model in memory was loaded."""
+        return self.directory or (Path(model.name_or_path) if model.name_or_path else None)
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,10 @@ class Drawing:
     sampling: str = "packed"
     bos: str = "auto"
     fewer: bool = False
+
+    def samples_of(self, there: int) -> int:
+        """How many samples are drawn of so many that are there."""
+        return min(self.samples, there) if self.fewer else self.samples
 
     @property
     def held_out(self) -> int:
@@ -65,6 +74,13 @@ class Samples:
         """The samples that `batch` makes of the windows of `tokens`."""
         heldout = None if tokens.heldout is None else batch(tokens.heldout)
         return cls(batch(tokens.ids), tokens.source, tokens.digest, tokens.sampling, tokens.bos, heldout)
+
+    @classmethod
+    def split(cls, batch: Batch, samples: int, model: PreTrainedModel, source: str, sampling: str) -> "Samples":
+        """The first `samples` rows of a batch, with the others, if there are more, held out."""
+        own, more = (select_rows(batch, part) for part in (slice(0, samples), slice(samples, None)))
+        heldout = more if rows_of(batch) > samples else None
+        return cls(own, source, digest(main_input(model, own)), sampling, None, heldout)
 
     def __len__(self) -> int:
         return rows_of(self.batch)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.engine.batch import LABELS, Batch, select_rows
+from billhook.engine.batch import LABELS, Batch
 from billhook.errors import BillhookError
 from billhook.images.corpus import Picture, pictures
 from billhook.images.labels import UNKNOWN, class_numbers
@@ -36,7 +36,7 @@ class Images:
         name = str(source) if isinstance(source, str | Path) else "given images"
         found = pictures(source, purpose)
         labels = None if classes is None else class_numbers(found, classes, name)
-        directory = home.directory or (Path(model.name_or_path) if model.name_or_path else None)
+        directory = home.directory_of(model)
         return cls(name, found, labels, Reader.of(directory, home.trust_remote_code, name))
 
     def batch(self, numbers: list[int]) -> Batch:
@@ -67,12 +67,10 @@ def image_samples(
         return _given(source, classes)
     images = Images.of(source, home, model, classes, "calibration")
     papers = drawing.sampling == "papers"
-    samples = min(drawing.samples, len(images.found)) if drawing.fewer else drawing.samples
+    samples = drawing.samples_of(len(images.found))
     numbers = drawn(images.found, samples, drawing.held_out, drawing.seed, images.source, again=papers)
     batch = images.batch(numbers)
-    own, more = (select_rows(batch, part) for part in (slice(0, samples), slice(samples, None)))
-    heldout = more if len(numbers) > samples else None
-    return Samples(own, images.source, digest(own["pixel_values"]), drawing.sampling, None, heldout)
+    return Samples.split(batch, samples, model, images.source, drawing.sampling)
 
 
 def _given(source: Tensor | Mapping[str, Any], classes: Mapping[int, str] | None) -> Samples:

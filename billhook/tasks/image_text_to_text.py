@@ -11,35 +11,25 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.architectures.config import call_options
-from billhook.engine.batch import LABELS, Batch, model_inputs
-from billhook.evaluation.divergence import KL, Divergence
-from billhook.tasks.base import Drawing, Home, Inputs, Progress, Samples
+from billhook.engine.batch import Batch
+from billhook.tasks.base import Home
 from billhook.tasks.question_inputs import question_rows
-from billhook.tasks.read_rows import answers, given_samples
+from billhook.tasks.read_rows import AnswerTask, ReadRows, answers
 
 
 @dataclass(frozen=True)
-class ImageTextToText:
+class ImageTextToText(AnswerTask):
     """A batch is what the processor makes of images and text, and "labels": the answer's tokens, -100 elsewhere."""
 
     protocol: ClassVar[str] = "answers to questions about images, by the checkpoint's own processor and chat template"
-    unit: ClassVar[str] = "answer"
-    divergence: ClassVar[Divergence] = KL
     stacks: ClassVar[str] = "language"
+    rows: ClassVar[str] = "questions"
     name: str = "image-text-to-text"
     auto_class: str = "AutoModelForImageTextToText"
 
-    def samples(
-        self, source: Any, model: PreTrainedModel, home: Home, drawing: Drawing, progress: Progress = lambda step: None
-    ) -> Samples:
-        """Questions of a SOURCE (`billhook.images.questions`) at random, or batches that are given."""
-        given = given_samples(source, model, drawing)
-        return given or question_rows(source, model, home, "calibration").samples(model, drawing, "questions")
-
-    def inputs(self, source: Any, model: PreTrainedModel, home: Home) -> Inputs:
-        """The questions of a SOURCE that are scored."""
-        return question_rows(source, model, home, "evaluation")
+    def read(self, source: Any, model: PreTrainedModel, home: Home, purpose: str) -> ReadRows:
+        """The questions of a SOURCE (`billhook.images.questions`)."""
+        return question_rows(source, model, home, purpose)
 
     def batch(self, inputs: Tensor) -> Batch:
         """The model's inputs for token ids int64 [rows, length] without images."""
@@ -48,12 +38,6 @@ class ImageTextToText:
     def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [rows, length - 1, vocabulary] and the tokens that they predict, -100 outside the answer."""
         return logits[:, :-1], answers(batch)[:, 1:].to(logits.device)
-
-    def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """The mean negative log-likelihood of the tokens of the answer, by the model's own loss function."""
-        inputs = {**model_inputs(model, batch), LABELS: answers(batch).to(model.device)}
-        loss: Tensor = model(**inputs, **call_options(model)).loss
-        return loss
 
 
 TASK = ImageTextToText()

@@ -37,7 +37,7 @@ class QuestionReader:
     def of(cls, model: PreTrainedModel, home: Home, source: str) -> "QuestionReader":
         """The reader of a model directory; raises BillhookError where it has no processor, or one that cannot be
         loaded."""
-        directory = home.directory or (Path(model.name_or_path) if model.name_or_path else None)
+        directory = home.directory_of(model)
         processor = processor_of(directory, home.trust_remote_code, source, "AutoProcessor")
         if getattr(processor, "tokenizer", None) is None:
             raise BillhookError(f"The processor of {directory} reads images alone: its tokenizer is missing.")

@@ -1,18 +1,21 @@
 """Rows of a SOURCE that are read one by one, each a batch of its own, for tasks that predict an answer."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.engine.batch import LABELS, Batch, as_batches, join_rows, main_input, select_rows
+from billhook.architectures.config import call_options
+from billhook.engine.batch import LABELS, Batch, as_batches, join_rows, main_input, model_inputs
 from billhook.errors import BillhookError
+from billhook.evaluation.divergence import KL, Divergence
 from billhook.evaluation.scoring import IGNORED
 from billhook.images.pixels import GIVEN, digest, drawn
-from billhook.tasks.base import Drawing, Samples
+from billhook.tasks.base import Drawing, Home, Inputs, Progress, Samples
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,39 @@ class ReadRows:
     def samples(self, model: PreTrainedModel, drawing: Drawing, what: str) -> Samples:
         """Rows at random, and more of them that are held out."""
         how: dict[str, Any] = {"again": drawing.sampling == "papers", "what": what}
-        samples = min(drawing.samples, len(self.found)) if drawing.fewer else drawing.samples
+        samples = drawing.samples_of(len(self.found))
         numbers = drawn(self.found, samples, drawing.held_out, drawing.seed, self.source, **how)
         batch = join_rows(self.read(self.found[n]) for n in numbers)
-        own, more = (select_rows(batch, part) for part in (slice(0, samples), slice(samples, None)))
-        heldout = more if len(numbers) > samples else None
-        return Samples(own, self.source, digest(main_input(model, own)), drawing.sampling, None, heldout)
+        return Samples.split(batch, samples, model, self.source, drawing.sampling)
+
+
+class AnswerTask(ABC):
+    """What tasks share that predict an answer; their batches have its tokens as labels, -100 elsewhere."""
+
+    unit: ClassVar[str] = "answer"
+    divergence: ClassVar[Divergence] = KL
+    rows: ClassVar[str] = "rows"
+
+    def samples(
+        self, source: Any, model: PreTrainedModel, home: Home, drawing: Drawing, progress: Progress = lambda step: None
+    ) -> Samples:
+        """Rows of a SOURCE at random, or batches that are given."""
+        given = given_samples(source, model, drawing)
+        return given or self.read(source, model, home, "calibration").samples(model, drawing, self.rows)
+
+    def inputs(self, source: Any, model: PreTrainedModel, home: Home) -> Inputs:
+        """The rows of a SOURCE that are scored."""
+        return self.read(source, model, home, "evaluation")
+
+    @abstractmethod
+    def read(self, source: Any, model: PreTrainedModel, home: Home, purpose: str) -> ReadRows:
+        """The rows of a SOURCE; `purpose` is calibration or evaluation."""
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """The mean negative log-likelihood of the tokens of the answers, by the model's own loss function."""
+        inputs = {**model_inputs(model, batch), LABELS: answers(batch).to(model.device)}
+        loss: Tensor = model(**inputs, **call_options(model)).loss
+        return loss
 
 
 def source_of(source: Any) -> str:

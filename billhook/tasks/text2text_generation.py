@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.architectures.config import call_options
-from billhook.engine.batch import LABELS, Batch, model_inputs
+from billhook.engine.batch import LABELS, Batch
 from billhook.errors import BillhookError
-from billhook.evaluation.divergence import KL, Divergence
-from billhook.tasks.base import Drawing, Home, Inputs, Progress, Samples
-from billhook.tasks.read_rows import ReadRows, answers, given_samples, source_of
+from billhook.tasks.base import Home
+from billhook.tasks.read_rows import AnswerTask, ReadRows, answers, source_of
 from billhook.tasks.token_windows import tokenizer_of
 from billhook.text.objects import Row, objects
 
@@ -25,27 +23,14 @@ FORMS = 'FILE.jsonl with lines {"input": TEXT, "target": TEXT}, or hub:NAME[:con
 
 
 @dataclass(frozen=True)
-class TextToText:
+class TextToText(AnswerTask):
     """A batch is {"input_ids": ..., "decoder_input_ids": ..., "labels": the tokens of the target}."""
 
     protocol: ClassVar[str] = "target of each input, by the checkpoint's own tokenizer"
-    unit: ClassVar[str] = "answer"
-    divergence: ClassVar[Divergence] = KL
     stacks: ClassVar[str] = "all"
     encoder_decoder: ClassVar[bool] = True
     name: str = "text2text-generation"
     auto_class: str = "AutoModelForSeq2SeqLM"
-
-    def samples(
-        self, source: Any, model: PreTrainedModel, home: Home, drawing: Drawing, progress: Progress = lambda step: None
-    ) -> Samples:
-        """Rows of a SOURCE at random, or batches that are given."""
-        given = given_samples(source, model, drawing)
-        return given or self._rows(source, model, home, "calibration").samples(model, drawing, "rows")
-
-    def inputs(self, source: Any, model: PreTrainedModel, home: Home) -> Inputs:
-        """The rows of a SOURCE that are scored."""
-        return self._rows(source, model, home, "evaluation")
 
     def batch(self, inputs: Tensor) -> Batch:
         """The model's inputs for token ids int64 [rows, length] without targets."""
@@ -56,23 +41,18 @@ class TextToText:
         """Logits [rows, length, vocabulary] and the tokens of the targets."""
         return logits, answers(batch).to(logits.device)
 
-    def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """The mean negative log-likelihood of the tokens of the targets, by the model's own loss function."""
-        inputs = {**model_inputs(model, batch), LABELS: answers(batch).to(model.device)}
-        loss: Tensor = model(**inputs, **call_options(model)).loss
-        return loss
-
-    def _rows(self, source: Any, model: PreTrainedModel, home: Home, purpose: str) -> ReadRows:
+    def read(self, source: Any, model: PreTrainedModel, home: Home, purpose: str) -> ReadRows:
+        """The rows of a SOURCE."""
         name, tokenizer = source_of(source), tokenizer_of(model, home)
         if tokenizer is None:
             raise BillhookError(f"The model has no tokenizer to read {name} with.")
 
-        def read(row: Row) -> Batch:
+        def pair(row: Row) -> Batch:
             ids = tokenizer(row.text("input"), return_tensors="pt")["input_ids"]
             target = tokenizer(text_target=row.text("target"))["input_ids"]
             return {"input_ids": ids, **shifted(model, target)}
 
-        return ReadRows(name, objects(source, purpose, FORMS), read)
+        return ReadRows(name, objects(source, purpose, FORMS), pair)
 
 
 def shifted(model: PreTrainedModel, target: list[int]) -> dict[str, Tensor]:

@@ -1,7 +1,5 @@
 """Token windows from a SOURCE, for tasks whose inputs are tokens."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,7 +23,7 @@ def window_length(model: PreTrainedModel, length: int | None) -> int:
 
 def tokenizer_of(model: PreTrainedModel, home: Home) -> Tokenizer | None:
     """The tokenizer of a model directory, or of that from which a model in memory was loaded."""
-    directory = home.directory or (Path(model.name_or_path) if model.name_or_path else None)
+    directory = home.directory_of(model)
     return None if directory is None else load_tokenizer(directory, trust_remote_code=home.trust_remote_code)
 
 
