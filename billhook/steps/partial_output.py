@@ -10,8 +10,6 @@ Only a run with the same `identity` can be resumed. The bytes of every block are
 the first block whose bytes have changed.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,14 +23,13 @@ from billhook.distributed.torchrun import rank
 from billhook.engine.loop import LayerResult
 from billhook.engine.streaming import Stream
 from billhook.engine.walk import Block
-from billhook.errors import BillhookError, DiskFull, Interrupted, out_of_memory
 from billhook.reports.publishing import publish
-from billhook.steps.state import STATE, State, check_same_run, partial_folder, unfinished_run, write_state
-from billhook.steps.unfinished_folder import check_not_foreign, empty_folder, ended_early, foreign_file, lock_folder
+from billhook.steps.state import STATE, State, partial_folder, write_state
+from billhook.steps.unfinished_folder import empty_folder, unfinished_folder
 from billhook.store.directory import complete
 from billhook.store.files import sha256
 from billhook.store.layout import GRADIENTS, WRITTEN
-from billhook.store.output import check_output, flush, put_in_place
+from billhook.store.output import flush, put_in_place
 from billhook.store.shards import weight_bytes, weight_files
 from billhook.store.sinks import BlockSink, SameLayout
 
@@ -56,6 +53,16 @@ class PartialOutput:
         inside = {name for names in stream.names for name in names}
         self.outside = [name for name in self.sink.entries if name not in inside]
         self._same_values = self._same_dtypes() if files is None else files.same_values
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether blocks, or files that they depend on, are finished."""
+        return bool(self.state.done or self.state.files)
+
+    @property
+    def reached(self) -> str:
+        """How many blocks are finished."""
+        return f"{self.state.done} of {self.state.blocks} blocks are finished and"
 
     def _same_dtypes(self) -> bool:
         """Whether the files have the dtypes of the model in memory."""
@@ -179,35 +186,12 @@ def partial_output(
             stream.moved(index, folder)
         yield PartialOutput(stream, source, output, begun, stopping=stopping)
         return
-    lock = lock_folder(folder)
-    foreign = foreign_file(folder, [file.name for file in weight_files(source)] if files is None else files.files)
-    keep = (folder / STATE).exists() or bool(foreign)
-    partial: PartialOutput | None = None
-    try:
-        check_not_foreign(foreign, folder, output)
-        state = unfinished_run(output, resume=resume, overwrite=overwrite)
-        check_output(output, source, overwrite=overwrite)
-        if state is None:
-            keep = False
-            empty_folder(folder)
-            state = State(dict(identity), dict(plan), len(stream.blocks), [], [])
-        check_same_run(state.identity, identity, folder)
+    written = [file.name for file in weight_files(source)] if files is None else files.files
+    with unfinished_folder(output, written, room or weight_bytes(source)) as unfinished:
+        new = State(dict(identity), dict(plan), len(stream.blocks), [], [])
+        state = unfinished.start(new, source, resume=resume, overwrite=overwrite)
         partial = PartialOutput(stream, source, output, state, stopping=stopping, files=files)
+        unfinished.run = partial
         partial.begin()
         gather(partial.state)
         yield partial
-    except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Interrupted, DiskFull) as error:
-        keep = keep or (partial is not None and bool(partial.state.done or partial.state.files))
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise
-        kept = ""
-        if keep and partial is not None:
-            kept = f"{partial.state.done} of {partial.state.blocks} blocks are finished and kept in {folder}"
-        raise ended_early(error, room or weight_bytes(source), output, kept) from None
-    except BillhookError:
-        keep = keep and partial is None
-        raise
-    finally:
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)

@@ -6,27 +6,25 @@ go on after the last measurement, with the same bytes.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from billhook.distributed.collectives import any_rank, barrier, gather
 from billhook.distributed.torchrun import rank
-from billhook.errors import BillhookError, DiskFull, Interrupted, out_of_memory
+from billhook.errors import BillhookError
 from billhook.recovery.training import Saved
 from billhook.recovery.training import State as Training
-from billhook.steps.state import STATE, State, check_same_run, partial_folder, unfinished_run, write_state
-from billhook.steps.unfinished_folder import check_not_foreign, empty_folder, ended_early, foreign_file, lock_folder
+from billhook.steps.state import STATE, State, partial_folder, write_state
+from billhook.steps.unfinished_folder import empty_folder, unfinished_folder
 from billhook.store.files import replace_file, sha256
 from billhook.store.layout import TRAINING
-from billhook.store.output import check_output, flush, put_in_place
+from billhook.store.output import flush, put_in_place
 
 _BEST = "best:"
 
@@ -39,6 +37,16 @@ class TrainingFolder:
     output: Path
     state: State
     stopping: Callable[[], bool]
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether the state of a training was saved."""
+        return bool(self.state.files)
+
+    @property
+    def reached(self) -> str:
+        """The last measurement."""
+        return f"The run is at {self.state.progress} and"
 
     def decide(self, **facts: Any) -> None:
         """Record what was decided once, such as the rate."""
@@ -114,32 +122,11 @@ def training_folder(
     if rank():
         yield TrainingFolder(folder, output, gather(State({}, {}, 0, [], []))[0], stopping)
         return
-    lock = lock_folder(folder)
-    foreign = foreign_file(folder, [])
-    keep, found = (folder / STATE).exists() or bool(foreign), None
-    try:
-        check_not_foreign(foreign, folder, output)
-        state = unfinished_run(output, resume=resume, overwrite=overwrite)
-        check_output(output, source, overwrite=overwrite, needed=room if state is None else 0)
-        if state is None:
-            keep = False
-            empty_folder(folder)
-            state = State(dict(identity), {}, 0, [""], [])
-        check_same_run(state.identity, identity, folder)
+    with unfinished_folder(output, [], room) as unfinished:
+        new = State(dict(identity), {}, 0, [""], [])
+        state = unfinished.start(new, source, resume=resume, overwrite=overwrite, room=room)
         empty_folder(folder, [STATE, *state.files])
         gather(state)
         found = TrainingFolder(folder, output, state, stopping)
+        unfinished.run = found
         yield found
-    except (KeyboardInterrupt, OSError, MemoryError, RuntimeError, Interrupted, DiskFull, SafetensorError) as error:
-        keep = keep or (found is not None and bool(found.state.files))
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise
-        kept = f"The run is at {found.state.progress} and kept in {folder}" if keep and found is not None else ""
-        raise ended_early(error, room, output, kept) from None
-    except BillhookError:
-        keep = keep and found is None
-        raise
-    finally:
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)

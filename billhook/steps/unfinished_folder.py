@@ -4,16 +4,89 @@ ends early."""
 import fcntl
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from safetensors import SafetensorError
 
-from billhook.errors import BillhookError, DiskFull, Interrupted, JobError
-from billhook.steps.state import STATE
+from billhook.errors import BillhookError, DiskFull, Interrupted, JobError, out_of_memory
+from billhook.steps.state import STATE, State, check_same_run, partial_folder, unfinished_run
 from billhook.store.layout import LEVELS
-from billhook.store.output import failure
+from billhook.store.output import check_output, failure
 from billhook.store.shards import INDEX
+
+_ENDINGS = KeyboardInterrupt, OSError, MemoryError, RuntimeError, Interrupted, DiskFull, SafetensorError
+
+
+class Run(Protocol):
+    """A run that writes the folder."""
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether something is finished with which it can go on."""
+        ...
+
+    @property
+    def reached(self) -> str:
+        """How far it is, as the beginning of a sentence that goes on with "kept in FOLDER"."""
+        ...
+
+
+@dataclass
+class UnfinishedFolder:
+    """The locked folder, which is deleted at the end unless `keep` is true, and its run, once it has begun."""
+
+    folder: Path
+    output: Path
+    keep: bool
+    run: Run | None = None
+
+    def start(self, new: State, source: Path, *, resume: bool, overwrite: bool, room: int = 0) -> State:
+        """The state of the run to resume, or the `new` one, for which everything in the folder is deleted.
+
+        Raises BillhookError where the run to resume has another identity, or the output cannot be written; JobError
+        where a new run has not `room` bytes.
+        """
+        state = unfinished_run(self.output, resume=resume, overwrite=overwrite)
+        check_output(self.output, source, overwrite=overwrite, needed=room if state is None else 0)
+        if state is None:
+            self.keep = False
+            empty_folder(self.folder)
+            state = new
+        check_same_run(state.identity, new.identity, self.folder)
+        return state
+
+
+@contextmanager
+def unfinished_folder(output: Path, written: Collection[str], needed: int) -> Iterator[UnfinishedFolder]:
+    """Lock the folder of a run that writes the files `written` and needs `needed` bytes, and decide what becomes of it.
+
+    Raises BillhookError where another run uses the folder; Interrupted for a run that was stopped, or ran out of disk
+    or memory, where it is worth keeping. After other errors, which would occur again, the folder is deleted.
+    """
+    folder = partial_folder(output)
+    lock = lock_folder(folder)
+    foreign = foreign_file(folder, written)
+    found = UnfinishedFolder(folder, output, keep=(folder / STATE).exists() or bool(foreign))
+    try:
+        check_not_foreign(foreign, folder, output)
+        yield found
+    except _ENDINGS as error:
+        found.keep = found.keep or (found.run is not None and found.run.worth_keeping)
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
+        kept = f"{found.run.reached} kept in {folder}" if found.keep and found.run is not None else ""
+        raise ended_early(error, needed, output, kept) from None
+    except BillhookError:
+        found.keep = found.keep and found.run is None
+        raise
+    finally:
+        if not found.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def ended_early(error: BaseException, needed: int, output: Path, kept: str) -> BaseException:
