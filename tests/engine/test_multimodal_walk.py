@@ -4,56 +4,19 @@ import multimodal_families
 import pytest
 import torch
 from multimodal_families import FAMILIES, batch, build
+from walked import check_walk
 
 from billhook import BillhookError, prune
 from billhook.architectures.layers import find_layers
 from billhook.architectures.stacks import blocks_in, blocks_of
 from billhook.engine.dead_blocks import dead_blocks
 from billhook.engine.gradients import compute_gradients
-from billhook.engine.replay import run_block
-from billhook.engine.walk import walk
 from billhook.tasks.opening import task_of
 
 
-@torch.no_grad()
-def inputs_and_outputs(model, batches):
-    """The inputs and the outputs of all blocks in the model's own forward pass, by block and batch."""
-    blocks, seen, ends = list(blocks_of(model).values()), [], []
-
-    def before(_, args, named):
-        seen.append((args[0] if args else next(iter(named.values()))).clone())
-
-    def after(_, args, out):
-        ends.append((out[0] if isinstance(out, tuple) else out).clone())
-
-    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-    handles += [block.register_forward_hook(after) for block in blocks]
-    for inputs in batches:
-        model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return [[states[index :: len(blocks)] for index in range(len(blocks))] for states in (seen, ends)]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
 def test_the_pruned_walk_equals_the_pruned_models_own_forward_bit_for_bit(family):
-    model, dense = build(family), build(family)
-    batches, random = [batch(family, 2), batch(family, 1, 1)], torch.Generator().manual_seed(0)
-    found, ends, streams = [], [], []
-    for block in walk(model, batches, ("input_norm", "gram", "drift"), dense_outputs=True):
-        for layers, _ in block.stages:
-            for layer in layers:
-                layer.weight.mul_(torch.rand(layer.shape, generator=random) > 0.5)
-        found.append([states.clone() for states in block.inputs])
-        pairs = zip(block.inputs, block.calls, strict=True)
-        ends.append([run_block(block.module, states, call) for states, call in pairs])
-        streams.append([states.clone() for states in block.dense])
-    assert len(found) == len(blocks_of(model))
-    inputs, outputs = inputs_and_outputs(model, batches)
-    for expected, walked in ((inputs, found), (outputs, ends), (inputs_and_outputs(dense, batches)[1], streams)):
-        for own, here in zip(expected, walked, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(own, here, strict=True))
+    check_walk(build(family), build(family), [batch(family, 2), batch(family, 1, 1)], use_cache=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,12 +4,10 @@ import pytest
 import torch
 import vision_families
 from vision_families import FAMILIES
+from walked import check_walk
 
 from billhook.architectures.layers import find_layers
-from billhook.architectures.stacks import blocks_of
 from billhook.engine.gradients import compute_gradients
-from billhook.engine.replay import run_block
-from billhook.engine.walk import walk
 from billhook.tasks.opening import task_of
 
 
@@ -19,50 +17,10 @@ def pixels(rows, seed=0):
     )
 
 
-@torch.no_grad()
-def inputs_and_outputs(model, batches):
-    """The inputs and the outputs of all blocks in the model's own forward pass."""
-    blocks, seen, ends = list(blocks_of(model).values()), [], []
-    handles = [
-        block.register_forward_pre_hook(
-            lambda _, args, named: seen.append((args[0] if args else next(iter(named.values()))).clone()),
-            with_kwargs=True,
-        )
-        for block in blocks
-    ]
-    handles += [
-        block.register_forward_hook(
-            lambda _, args, out: ends.append((out[0] if isinstance(out, tuple) else out).clone())
-        )
-        for block in blocks
-    ]
-    for batch in batches:
-        model(pixel_values=batch)
-    for handle in handles:
-        handle.remove()
-    return [[states[index :: len(blocks)] for index in range(len(blocks))] for states in (seen, ends)]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
 def test_the_pruned_walk_equals_the_pruned_models_own_forward_bit_for_bit(family):
-    model, dense = vision_families.build(family), vision_families.build(family)
-    batches, random = [pixels(3), pixels(2, 1)], torch.Generator().manual_seed(0)
-    found, ends, streams = [], [], []
-    statistics = ("input_norm", "gram", "drift")
-    for block in walk(model, [{"pixel_values": x} for x in batches], statistics, dense_outputs=True):
-        for layers, _ in block.stages:
-            for layer in layers:
-                layer.weight.mul_(torch.rand(layer.shape, generator=random) > 0.5)
-        found.append([states.clone() for states in block.inputs])
-        pairs = zip(block.inputs, block.calls, strict=True)
-        ends.append([run_block(block.module, states, call) for states, call in pairs])
-        streams.append([states.clone() for states in block.dense])
-    assert {layer.block for layer in find_layers(model)} <= set(range(len(found)))
-    inputs, outputs = inputs_and_outputs(model, batches)
-    for expected, walked in ((inputs, found), (outputs, ends), (inputs_and_outputs(dense, batches)[1], streams)):
-        for own, here in zip(expected, walked, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(own, here, strict=True))
+    batches = [{"pixel_values": pixels(3)}, {"pixel_values": pixels(2, 1)}]
+    check_walk(vision_families.build(family), vision_families.build(family), batches)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

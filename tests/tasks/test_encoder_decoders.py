@@ -18,11 +18,9 @@ from transformers import (
     WhisperProcessor,
     WhisperTokenizerFast,
 )
+from walked import check_walk
 
 from billhook import BillhookError, prune, verify
-from billhook.architectures.stacks import blocks_of
-from billhook.engine.replay import run_block
-from billhook.engine.walk import walk
 from billhook.tasks.automatic_speech_recognition import samples_of
 from billhook.tasks.opening import task_of
 
@@ -59,32 +57,8 @@ def batch(family, rows, seed=0):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-@torch.no_grad()
 def test_the_pruned_walk_equals_the_pruned_models_own_forward_bit_for_bit(family):
-    model, dense = build(family), build(family)
-    batches, random = [batch(family, 3), batch(family, 2, 1)], torch.Generator().manual_seed(0)
-    ends, streams = [], []
-    for block in walk(model, batches, ("gram", "drift"), dense_outputs=True):
-        for layers, _ in block.stages:
-            for layer in layers:
-                layer.weight.mul_(torch.rand(layer.shape, generator=random) > 0.5)
-        pairs = zip(block.inputs, block.calls, strict=True)
-        ends.append([run_block(block.module, states, call) for states, call in pairs])
-        streams.append([states.clone() for states in block.dense])
-    for here, walked in ((model, ends), (dense, streams)):
-        own = []
-
-        def after(_, args, out, own=own):
-            own.append((out[0] if isinstance(out, tuple) else out).clone())
-
-        blocks = list(blocks_of(here).values())
-        handles = [block.register_forward_hook(after) for block in blocks]
-        for inputs in batches:
-            here(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
-        for handle in handles:
-            handle.remove()
-        for index, states in enumerate(walked):
-            assert all(torch.equal(a, b) for a, b in zip(states, own[index :: len(blocks)], strict=True))
+    check_walk(build(family), build(family), [batch(family, 3), batch(family, 2, 1)], use_cache=False)
 
 
 @pytest.mark.parametrize(
