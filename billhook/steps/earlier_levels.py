@@ -32,6 +32,7 @@ def earlier_levels(directory: Path, digest: str | None, menus: Menus, outside: M
     if step.model.get("digest") != digest:
         raise BillhookError(f"The levels of {directory} are those of another model: {step.model.get('name')}.")
     levels = measured_levels(plan)
+    errors = {}
     for name, menu in {**menus, **outside}.items():
         missing = set(menu) - (levels[name].types.keys() if name in levels else set())
         if missing:
@@ -39,7 +40,7 @@ def earlier_levels(directory: Path, digest: str | None, menus: Menus, outside: M
                 f"For {name}, {directory} holds no error of {', '.join(sorted(missing))}: limit --types to those that "
                 "were allowed there, or leave out --levels."
             )
-    errors = {name: {t: levels[name].types[t].error for t in menu} for name, menu in {**menus, **outside}.items()}
+        errors[name] = {t: levels[name].types[t].error for t in menu}
     return Measured(
         {name: errors[name] for name in menus},
         {name: levels[name].weight for name in menus},
