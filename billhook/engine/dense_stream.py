@@ -13,8 +13,8 @@ outputs for the layer that is alone in the last group, whose own input drift the
 would be the most expensive of all. In between R' - R is not known.
 
 Memory: a copy of the block's prunable weights, and hidden states as large as those of the walk. A block runs twice per
-group, usually not to its end; where it runs to its end for the last group, that advances the dense stream too. Experts have
-no drift, because the two models may route different tokens to them.
+group, usually not to its end; where it runs to its end for the last group, that advances the dense stream too.
+Experts have no drift, because the two models may route different tokens to them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
