@@ -35,6 +35,14 @@ def without(name: str, value: Tensor, cuts: Cuts) -> Tensor:
     return value
 
 
+def zeroed(name: str, value: Tensor, cuts: Cuts) -> Tensor:
+    """A tensor of this name with zeros where something was removed; experts may lose different numbers of parts."""
+    value = value.clone()
+    for (expert, dim), gone in cuts.get(name, {}).items():
+        (value if expert is None else value[expert]).index_fill_(dim, gone.to(value.device), 0)
+    return value
+
+
 def with_zeros(name: str, value: Tensor, shape: torch.Size, cuts: Cuts) -> Tensor:
     """A tensor that `without` returned, in its old `shape`, with zeros where something was removed."""
     for dim, index in reversed(_kept(name, shape, cuts)):

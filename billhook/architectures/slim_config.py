@@ -19,6 +19,7 @@ from billhook.errors import BillhookError
 
 _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+WIDTH = 8  # of which the numbers of channels should be multiples, for the sake of kernels and storage types
 _NUMBERS = ("mlp_only_layers",)  # lists of the numbers of blocks
 _AS_MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
 
@@ -44,6 +45,43 @@ def stored_counts(model: PreTrainedModel, units: Sequence[Unit], counts: Mapping
                 )
             stored[unit.name] = counts[unit.name] if listed else most
     return stored
+
+
+def check_per_layer(model: PreTrainedModel, units: Sequence[Unit]) -> None:
+    """Raise BillhookError where blocks keep different numbers of experts, and no program could open that.
+
+    Channels and heads can always differ: zeros fill them up.
+    """
+    unit = next((unit for unit in units if unit.kind == "experts"), None)
+    if unit is not None:
+        (key,) = _changes(model.config, unit, unit.count)
+        if not isinstance(getattr(model.config, key), list):
+            raise BillhookError(
+                f"No program opens {model.config.model_type} models in which blocks have different numbers of experts: "
+                f"their configuration has one {key}. Use --shape uniform; transformers, vLLM and llama.cpp open that."
+            )
+
+
+def shape_notes(
+    model: PreTrainedModel, units: Sequence[Unit], counts: Mapping[str, int], stored: Mapping[str, int]
+) -> list[str]:
+    """What should be known about the shape in which `counts` parts of units stay and `stored` parts are stored."""
+    notes, channels = [], [unit for unit in units if unit.kind == "channels"]
+    differ = [u for u in units if len({stored[v.name] for v in units if v.kind == u.kind and v.count == u.count}) > 1]
+    if differ:
+        kinds = " and ".join(dict.fromkeys(unit.kind for unit in differ))
+        notes.append(
+            f"Blocks keep different numbers of {kinds}, which {model.config.model_type} configurations list by block: "
+            "transformers and vLLM open that, llama.cpp does not. With --shape uniform all three do."
+        )
+    odd = {(stored[u.name], u.count, _of_expert(u)): None for u in channels if stored[u.name] % WIDTH}
+    for width, count, of_expert in odd:
+        only = " transformers runs such experts with experts_implementation='eager'." if of_expert else ""
+        notes.append(
+            f"{width} of {count} channels are stored, which {WIDTH} does not divide: types that group columns do not "
+            f"fit them.{only}"
+        )
+    return notes
 
 
 def slimmed(
@@ -97,10 +135,13 @@ def _changes(config: Any, unit: Unit, count: int) -> dict[str, Any]:
                 "Remove less."
             )
         return {key: count}
-    inside = unit.consumer is not None and unit.consumer.expert is not None
-    if inside and hasattr(config, "moe_intermediate_size"):
+    if _of_expert(unit) and hasattr(config, "moe_intermediate_size"):
         return {"moe_intermediate_size": count}
     return {_first(config, _WIDTHS, unit): count}
+
+
+def _of_expert(unit: Unit) -> bool:
+    return unit.consumer is not None and unit.consumer.expert is not None
 
 
 def _heads(config: Any, unit: Unit, count: int) -> dict[str, Any]:

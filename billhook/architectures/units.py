@@ -182,6 +182,11 @@ def _experts(
     if found is None:
         return
     key, router = found
+    if (groups := getattr(router, "num_group", getattr(router, "n_group", 1)) or 1) > 1:
+        raise BillhookError(
+            f"{model.config.model_type} models have no experts that can be removed: the router {name}.{key} first "
+            f"chooses among {groups} groups of experts, which would have to stay of one size."
+        )
     inner = module.get_submodule("experts")
     each = torch.arange(len(router.get_parameter("weight")))[:, None]
     tensors = [f"{name}.{key}.{p}" for p, _ in router.named_parameters()]
@@ -192,10 +197,7 @@ def _experts(
 
 
 def router_of(module: nn.Module) -> tuple[str, nn.Module] | None:
-    """The name and module of what sends tokens to the experts of a mixture, or None for another module.
-
-    Routers that choose groups of experts first are not known.
-    """
+    """The name and module of what sends tokens to the experts of a mixture, or None for another module."""
     experts = getattr(module, "experts", None)
     down = getattr(experts, "down_proj", None)
     if not isinstance(experts, nn.Module) or not isinstance(down, nn.Parameter):
@@ -203,8 +205,9 @@ def router_of(module: nn.Module) -> tuple[str, nn.Module] | None:
     for key in ("gate", "router"):
         router = getattr(module, key, None)
         weight = getattr(router, "weight", None)
-        known = hasattr(router, "top_k") and (getattr(router, "n_group", 1) or 1) == 1
-        if known and isinstance(router, nn.Module) and isinstance(weight, nn.Parameter) and len(weight) == len(down):
+        if not isinstance(router, nn.Module) or not hasattr(router, "top_k"):
+            continue
+        if isinstance(weight, nn.Parameter) and len(weight) == len(down):
             return key, router
     return None
 

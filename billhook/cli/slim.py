@@ -15,8 +15,9 @@ Examples:
   billhook slim model --remove 0.25 --calibration text.txt -o small
   billhook slim model --remove 0.2 --units channels --calibration hub:c4 -o smaller
   billhook slim model --remove 0.2 --units channels --allocator auto --calibration hub:c4 -o narrower
-  billhook slim model --plan small/plan.json --calibration text.txt -o again
+  billhook slim model --plan small/shape.json --calibration text.txt -o again
 """
+PLAN_HELP = "The numbers of parts that stay, such as the shape.json of an earlier run, instead of a fraction."
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,10 @@ class Method:
     """What is removed, and how it is chosen."""
 
     remove: Annotated[
-        float | None, typer.Option(help="Fraction of the parameters in blocks to remove, such as 0.25.")
+        float | None,
+        typer.Option(
+            parser=shared.fraction, metavar="FRACTION", help="Of the parameters in blocks to remove: 0.25 or 25%."
+        ),
     ] = None
     units: Annotated[
         str,
@@ -52,7 +56,7 @@ class Method:
     drop_by: Annotated[
         str, typer.Option(help="How blocks are chosen: kl (predictions on text) or angular (hidden states).")
     ] = "kl"
-    plan: Annotated[Path | None, typer.Option(help="A plan.json of kept parts instead of a fraction.")] = None
+    plan: Annotated[Path | None, typer.Option(help=PLAN_HELP)] = None
     method: Annotated[str, typer.Option(help="How parts are chosen: see billhook ls structured.")] = "obs"
     settings: shared.Settings = None
 

@@ -13,7 +13,8 @@ outputs for the layer that is alone in the last group, whose own input drift the
 would be the most expensive of all. In between R' - R is not known.
 
 Memory: a copy of the block's prunable weights, and hidden states as large as those of the walk. A block runs twice per
-group, usually not to its end. Experts have no drift, because the two models may route different tokens to them.
+group, usually not to its end; where it runs to its end for the last group, that advances the dense stream too.
+Experts have no drift, because the two models may route different tokens to them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -75,7 +76,7 @@ class DenseStream:
         finder, rows = Observer(layers, (), wanted=True), sum(map(len, hidden))
         with finder:
             run_block(block, hidden[0], calls[0])
-        groups, first = finder.groups(), True
+        groups, first, advanced = finder.groups(), True, False
         for number, group in enumerate(groups):
             last = number + 1 == len(groups)
             if group[0].name not in finder.linear:
@@ -87,12 +88,15 @@ class DenseStream:
                 continue
             writes, last = _is_writer(block, group[0], hidden[0], calls[0]), last and len(group) == 1
             pair = _Pair(group[0], names, "end" if writes and last else "start" if writes and first else None)
-            first = first and not writes
+            first, advanced = first and not writes, writes and last
             for i, pair_of_calls in enumerate(zip(self.flow.calls(index), calls, strict=True)):
-                pair.add(block, dense.values(), (self.hidden[i], hidden[i]), pair_of_calls)
+                output = pair.add(block, dense.values(), (self.flow, pruned), i, pair_of_calls)
+                if advanced:
+                    self.hidden[i] = output
             yield group, pair.stats(group, rows)
-        with exchanged(dense.values()):
-            self.advance(block, index)
+        if not advanced:
+            with exchanged(dense.values()):
+                self.advance(block, index)
 
 
 def _is_writer(block: nn.Module, layer: Layer, hidden: Tensor, call: Call) -> bool:
@@ -120,19 +124,23 @@ class _Pair:
         self._sum = torch.zeros(layer.shape, device=layer.weight.device) if written else None
 
     def add(
-        self, block: nn.Module, dense: Iterable[Value], streams: tuple[Tensor, Tensor], calls: tuple[Call, Call]
-    ) -> None:
-        """Add a batch; `streams` and `calls` are the inputs and other arguments of the dense and the pruned block."""
-        whole, ends = self._written == "end", list(streams)
+        self, block: nn.Module, dense: Iterable[Value], flows: tuple[Flow, Flow], batch: int, calls: tuple[Call, Call]
+    ) -> Tensor:
+        """Add a batch of the dense and of the pruned flow, with the calls of their blocks.
+
+        Returns what the dense block gives, if its end is where streams are compared; its input otherwise.
+        """
+        whole, ends = self._written == "end", [flow.hidden[batch] for flow in flows]
         with exchanged(dense), noting([self._layer], whole) as there:
-            ends[0] = run_block(block, streams[0], calls[0])
+            ends[0] = flows[0].run(batch, block, calls[0])
         with noting([self._layer], whole) as here:
-            ends[1] = run_block(block, streams[1], calls[1])
+            ends[1] = flows[1].run(batch, block, calls[1])
         x = here[self._layer.name]
         self._collector.add(x, there[self._layer.name])
         if self._sum is not None:
             error = (ends[0] - ends[1]).flatten(0, -2).float()
             self._sum.addmm_(error.T, x.flatten(0, -2).float())
+        return ends[0]
 
     def stats(self, group: Sequence[Layer], rows: int) -> dict[str, LayerStats]:
         """The statistics by layer name, over all processes; `rows` are the sequences of this one."""

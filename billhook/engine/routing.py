@@ -64,18 +64,19 @@ class Restricted:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the router returns: logits, weights and numbers."""
         router: Any = self.router
-        whole = {name: getattr(router, name) for name in self.tensors}
-        top = router.top_k
+        numbers = {"top_k": min(router.top_k, len(self.kept)), "num_experts": len(self.kept)}
+        numbers = {name: number for name, number in numbers.items() if hasattr(router, name)}
+        whole = {name: getattr(router, name) for name in (*self.tensors, *numbers)}
         try:
-            for name, value in whole.items():
-                kept = value.detach()[self.kept.to(value.device)]
+            for name in self.tensors:
+                kept = whole[name].detach()[self.kept.to(whole[name].device)]
                 setattr(router, name, nn.Parameter(kept, requires_grad=False) if name in router._parameters else kept)
-            router.top_k = min(top, len(self.kept))
+            for name, number in numbers.items():
+                setattr(router, name, number)
             logits, weights, chosen = self.forward(*args, **kwargs)
         finally:
             for name, value in whole.items():
                 setattr(router, name, value)
-            router.top_k = top
         return logits, weights, self.kept.to(chosen.device)[chosen]
 
 

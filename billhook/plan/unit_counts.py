@@ -50,16 +50,22 @@ def quantum(count: int) -> int:
 
 
 def uniform_counts(sizes: Sequence[Size], remove: int, shares: Mapping[str, float]) -> dict[str, int]:
-    """Parts that stay, by unit, the same number in every unit of a kind, where `remove` parameters go in all.
+    """Parts that stay, by unit, the same number in every unit of a kind and size, where `remove` parameters go in all.
 
-    `shares` are the kinds' parts in that, which sum to 1. Raises BillhookError where a kind would lose everything.
+    `shares` are the kinds' parts in that, which sum to 1. Where units of a kind have different sizes, such as the MLPs
+    of dense blocks and those of experts, each size loses the same fraction. Raises BillhookError where a kind would
+    lose everything.
     """
     kept, left, rounding = dict[str, int](), float(remove), 0.0
-    for kind in sorted(shares, key=lambda kind: kind == "channels"):  # channels last: they are the finest
-        units = [s for s in sizes if s.kind == kind]
-        if len({s.count for s in units}) > 1:
-            raise BillhookError(f"The {kind} differ in number between blocks, so no uniform shape exists.")
-        wanted = max(left, 0.0) if kind == "channels" else remove * shares[kind]
+    alike: dict[tuple[str, int], list[Size]] = {}
+    for s in sizes:
+        alike.setdefault((s.kind, s.count), []).append(s)
+    totals = {kind: sum(s.n for s in sizes if s.kind == kind) for kind in shares}
+    finest = sorted(alike, key=lambda key: (key[0] == "channels", -alike[key][0].step))  # small steps take what is left
+    for kind, count in finest:
+        units = alike[kind, count]
+        last = kind == "channels" and (kind, count) == finest[-1]
+        wanted = max(left, 0.0) if last else remove * shares[kind] * sum(s.n for s in units) / totals[kind]
         per_step = units[0].step * sum(s.parameters for s in units)
         most, steps = units[0].steps * per_step, round(wanted / per_step)
         if steps > units[0].steps and wanted - most > rounding:

@@ -15,13 +15,6 @@ from billhook.store.shards import result_bytes
 _FORMATS = ("quantized", "gguf", "compressed-tensors")  # tags
 
 
-def is_quantized(folder: Path) -> bool:
-    """Whether a directory was quantized, by `quantize` or `compress`, and at most trained afterwards."""
-    if not (folder / RECORD).is_file():
-        return False
-    return [x.step for x in read_record(folder / RECORD).steps if x.step != "recover"][-1:] == ["quantize"]
-
-
 def publish_quantized(folder: Path) -> None:
     """Write the card of a directory that a run of `quantize` or `compress` made; it names no local path.
 

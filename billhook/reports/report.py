@@ -16,7 +16,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern
 from billhook.store.files import read_json, untrusted
 from billhook.store.layout import CARD, RECORD, REPORT, is_packed
-from billhook.store.record import Record, Step, read_record
+from billhook.store.record import Record, Step, last_made, read_record
 from billhook.store.shards import read_shard, weight_files
 from billhook.store.typed_json import typed
 
@@ -43,8 +43,7 @@ def load_report(folder: Path) -> dict[str, Any]:
 def build(folder: Path) -> dict[str, Any]:
     """The content of report.json without evaluations; raises BillhookError for a damaged record, or of another step."""
     record = read_record(folder / RECORD)
-    made = [step.step for step in record.steps if step.step != "recover"]  # recovering keeps the report
-    if record.steps and made[-1:] != ["prune"]:
+    if record.steps and last_made(record) != "prune":
         done = f"{record.steps[-1].step!r:.40}"
         raise BillhookError(
             f"{folder} is no pruned directory: its last step is {done}. Its {CARD} is its report; it is written again "

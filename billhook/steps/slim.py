@@ -18,7 +18,7 @@ import torch
 
 from billhook.ambient import pinned
 from billhook.architectures.config import call_options
-from billhook.architectures.slim_config import slimmed, stored_counts
+from billhook.architectures.slim_config import shape_notes, slimmed, stored_counts
 from billhook.distributed.collectives import world
 from billhook.engine.batch import model_inputs, select_rows
 from billhook.engine.gradient_file import Gradients
@@ -85,9 +85,10 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
     if request.remove is not None and not 0 < request.remove < 1:
         raise BillhookError(f"The fraction to remove must be between 0 and 1, got {request.remove}.")
     choosing = given is None and bool({"blocks", AUTO} & set(kinds) or allocation.needs_text)
-    needed = bool(removal.observed or removal.gradient or "experts" in kinds or choosing)
-    who = f"Removing units with {request.method}"
-    check_text_given(request.opening(), needed, who)
+    reads = {f"Removing units with {request.method}": bool(removal.observed or removal.gradient)}
+    reads |= {"Removing experts": "experts" in kinds, "Choosing what goes": choosing}
+    reader = next((who for who, reads_text in reads.items() if reads_text), "")
+    check_text_given(request.opening(), bool(reader), reader)
     opened = open_model(request.opening(), streamed=True)
     stream = opened.resources.stream
     if stream is None or opened.source is None:
@@ -123,6 +124,7 @@ def _checked_job(
     units = [unit for unit in units_of(opened, kinds_in(plan)) if unit.name in plan.units and unit.block in blocks]
     counts = stored_counts(opened.model, units, plan.units)
     config, changes, notes = slimmed(opened.model, units, counts, blocks, len(stream.blocks))
+    notes = [*notes, *shape_notes(opened.model, units, plan.units, counts)]
     if removal.drifts and len({unit.consumer is None for unit in units}) == 2:
         removal = removal.without_target()
         notes = [*notes, "dense_target=0, because tokens go to other experts than in the dense model."]
@@ -137,7 +139,8 @@ def _checked_job(
     if job.padding:
         share = job.padding / sum(job.parameters)
         notes.append(
-            f"{share:.1%} of the parameters in blocks are stored as zeros: all blocks have the widest's shape."
+            f"{share:.1%} of the parameters in blocks are stored as zeros: all blocks have the widest's shape, "
+            "which every program opens."
         )
     return job
 

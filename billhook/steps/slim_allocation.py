@@ -101,7 +101,7 @@ def _fractions(
     assert problem.sparsity is not None
     if allocation.name == "uniform":
         return dict.fromkeys(layers, problem.sparsity)
-    every = [layer for several in layers.values() for layer in several]
+    every = list({layer.name: layer for several in layers.values() for layer in several}.values())
     wanted = ALLOCATORS.needs(allocation.name, allocation.options)
     how: dict[str, Any] = {"layers": every, "resources": opened.resources, "progress": progress}
     table: Table = measure(opened.model, wanted, batches=opened.batches, **how)

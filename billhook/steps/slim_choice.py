@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from billhook.architectures.slim_config import check_per_layer
 from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import Unit, find_units
 from billhook.engine.removal import Removal
@@ -36,6 +37,8 @@ def choose_kinds(
     whole = in_memory(opened, request.opening())
 
     def planned(kinds: Sequence[str]) -> Plan:
+        if allocation.shape == "per-layer":
+            check_per_layer(whole.model, units_of(whole, kinds))
         plan = choose_plan(request, whole, kinds, removal, _UNIFORM, progress)
         checked(plan)
         return plan
@@ -61,6 +64,8 @@ def choose_plan(
     """
     assert request.remove is not None
     blocks, units = blocks_of(opened.model), units_of(opened, kinds)
+    if allocation.shape == "per-layer" and allocation.name != "uniform":
+        check_per_layer(opened.model, units)
     number, gone = blocks_to_drop(kinds, request.remove, parameters_of(opened)), list[int]()
     if number or (allocation.on_trial and units):
         opened = in_memory(opened, request.opening())

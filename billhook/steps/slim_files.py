@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from billhook.architectures.slicing import Cuts, cuts_of, with_zeros, without
+from billhook.architectures.slicing import Cuts, cuts_of, with_zeros, without, zeroed
 from billhook.architectures.units import Unit
 from billhook.engine.streaming import Stream, stream_of
 from billhook.errors import BillhookError, JobError
@@ -97,8 +97,7 @@ class Smaller:
         gone = cuts_of([unit for unit in self.units if unit.block == block], self.kept)
         left = {}
         for name, value in state.items():
-            zeroed = with_zeros(name, without(name, value, gone), value.shape, gone)
-            left[_renamed(name, self.source, block, new)] = without(name, zeroed, cuts)
+            left[_renamed(name, self.source, block, new)] = without(name, zeroed(name, value, gone), cuts)
         tensors = {}
         for name, value in to_disk(self.source.model, left, self.stream.source).items():
             tensors[name] = value.to("cpu", self.stream.source[name].dtype).contiguous()

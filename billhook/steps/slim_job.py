@@ -134,6 +134,7 @@ def record(job: SlimJob, results: Sequence[LayerResult], loss: Loss | None) -> d
         "dropped": [i for i in range(len(job.parameters)) if i not in job.smaller.blocks],
         "method_options": without_folders(job.removal.options),
         "kept": kept_parts(job, results),
+        "parts": {unit.name: unit.count for unit in job.units},
         "consumers": {
             _renamed(job, unit.consumer.name): _stored(job, unit, unit.groups.shape[1])
             for unit in job.units

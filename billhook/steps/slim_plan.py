@@ -74,7 +74,11 @@ def check_plan(plan: Plan, units: Sequence[Unit], blocks: Sequence[str], shape: 
     gone = dropped_by(plan, blocks).values()
     whole = {unit.name: unit.count for unit in units if unit.block not in gone}
     plan = replace(plan, units={**plan.units, **{name: n for name, n in whole.items() if name not in plan.units}})
-    for kind in {unit.kind for unit in units} if shape == "uniform" else ():
-        if len({plan.units[unit.name] for unit in units if unit.kind == kind and unit.name in whole}) > 1:
+    alike: dict[tuple[str, int], set[int]] = {}
+    for unit in units if shape == "uniform" else ():
+        if unit.name in whole:
+            alike.setdefault((unit.kind, unit.count), set()).add(plan.units[unit.name])
+    for (kind, _), numbers in alike.items():
+        if len(numbers) > 1:
             raise BillhookError(f"The plan keeps different numbers of {kind} by block: leave out --shape uniform.")
     return plan

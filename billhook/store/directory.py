@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from billhook.ambient import pinned
 from billhook.errors import JobError
 from billhook.store.files import copy_files, read_json, sha256, write_json
-from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, TRAINING, UNFINISHED, WRITTEN
+from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, SHAPE, TRAINING, UNFINISHED, WRITTEN
 from billhook.store.locate import locate_on_disk
 from billhook.store.output import check_output, staging
 from billhook.store.record import completed
@@ -112,7 +112,7 @@ def checksums(directory: Path) -> dict[str, str]:
     """SHA-256 of every file under `directory` except those about itself or an unfinished run, by path relative to it,
     in order of name."""
     files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    about = (RECORD, UNFINISHED, REPORT, CARD, PAGE, WRITTEN)
+    about = (RECORD, UNFINISHED, REPORT, CARD, PAGE, SHAPE, WRITTEN)
     others = (GRADIENTS, TRAINING)
     return {name: sha256(directory / name) for name in files if name not in about and not name.endswith(others)}
 
@@ -123,4 +123,4 @@ def is_copied(path: Path) -> bool:
     Nor is adapter_config.json, with which `transformers` would look for adapter weights.
     """
     weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name == "adapter_config.json"
-    return not (weights or path.name.startswith(".") or path.name in (RECORD, UNFINISHED, REPORT, PAGE))
+    return not (weights or path.name.startswith(".") or path.name in (RECORD, UNFINISHED, REPORT, PAGE, SHAPE))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 RECORD = "billhook.json"  # what was done to the model, with a checksum of every file except those below
 REPORT, CARD, PAGE = "report.json", "README.md", "report.html"  # made from the record; rewritten at any time
+SHAPE = "shape.json"  # of a slimmed model, made from the record: the plan of what stays, to be edited and given again
 PACKED = "billhook_packed.json"  # the record of the packed format
 UNFINISHED = "billhook.unfinished.json"  # the state of a run that can be resumed
 GRADIENTS = "gradients.safetensors"  # gradients of such a run; other ranks than 0 prefix their number

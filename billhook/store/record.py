@@ -41,6 +41,7 @@ class Step:
     * `made_by.dropped` (list of integers, optional): the blocks that were dropped, numbered as before the step.
     * `made_by.removed` (number, optional): fraction of the parameters in blocks that `slim` removed.
     * `made_by.kept.*` (list of integers, optional): the parts that stayed, by unit, numbered as before the step.
+    * `made_by.parts.*` (integer, optional): the parts that each unit had.
     * `made_by.consumers.*.*` (any, optional): `unit` and `columns` a part, of each layer that lost columns.
     * `made_by.criterion` (string, optional): name of the criterion.
     * `made_by.criterion_options.*` (any): its options, defaults filled in.
@@ -149,6 +150,11 @@ def weights_digest(files: Mapping[str, str]) -> str:
     """The digest of a model, as by `billhook.store.checkpoint.model_digest`, from the checksums of its files."""
     own = {name for name in files if name == "config.json" or (name.endswith(".safetensors") and "/" not in name)}
     return digest_of({name: files[name] for name in own})
+
+
+def last_made(record: Record) -> str:
+    """The last step but recovery, which keeps the form of what it trains; empty for a record without another."""
+    return next((step.step for step in reversed(record.steps) if step.step != "recover"), "")
 
 
 def located(layer: Mapping[str, Any]) -> bool:

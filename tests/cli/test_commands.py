@@ -168,6 +168,25 @@ def test_the_prune_command_reports_what_it_did(place, text, tmp_path):
     assert quiet.out == ""
 
 
+def test_the_report_of_a_slimmed_model_says_what_stayed_and_its_shape_can_be_given_again(place, text, tmp_path):
+    what = ("--units", "channels,heads", *text)
+    ran = done("slim", place / "model", "-o", tmp_path / "small", "--remove", "25%", *what, "--json")
+    shown = done("report", tmp_path / "small")
+    kept = kept_parts(tmp_path / "small")
+    heads, channels = (kept[f"model.layers.0.{unit}"] for unit in ("self_attn:heads", "mlp:channels"))
+    assert re.search(rf"^0 +{len(heads)} of 2: .* +{len(channels)} of 64$", shown.out, re.MULTILINE)
+    assert "KL divergence" in shown.err
+    assert f" {len(channels)} of 64 |" in (tmp_path / "small" / "README.md").read_text()
+    assert done("report", tmp_path / "small", "--json").json["removed"] == ran.json["removed"]
+    done("verify", tmp_path / "small")
+    done("slim", place / "model", "-o", tmp_path / "again", "--plan", tmp_path / "small/shape.json", *what)
+    assert kept_parts(tmp_path / "again") == kept
+
+
+def kept_parts(folder):
+    return json.loads((folder / "billhook.json").read_text())["steps"][-1]["made_by"]["kept"]
+
+
 @pytest.mark.parametrize("output", [(), ("--output", "planned")])
 def test_a_dry_run_writes_nothing(place, text, monkeypatch, output):
     monkeypatch.chdir(place)

@@ -33,11 +33,12 @@ def source(tmp_path_factory) -> Path:
 
 def zeroed(path: Path, kept: dict[str, list[int]]):
     """The model with zeros in every slice of a removed part."""
-    model = AutoModelForCausalLM.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager")
     for unit in find_units(model, list(dict.fromkeys(name.rpartition(":")[2] for name in kept))):
         for part in set(range(unit.count)) - set(kept[unit.name]):
             for s in unit.slices:
-                model.get_parameter(s.tensor).detach().index_fill_(s.dim, s.index[part], 0)
+                tensor = model.get_parameter(s.tensor).detach()
+                (tensor if s.expert is None else tensor[s.expert]).index_fill_(s.dim, s.index[part], 0)
     return model
 
 
@@ -156,6 +157,75 @@ def test_a_plan_of_different_widths_is_refused_where_a_uniform_shape_was_asked_f
 
 def test_experts_cannot_differ_by_block_because_zeros_do_not_stand_for_them(tmp_path):
     source = tiny.save(tmp_path / "model", tiny.mixtral(), words=False)
+    with pytest.raises(BillhookError, match=r"No program opens mixtral models .* Use shape uniform; transformers, "):
+        slim(source, 0.2, tmp_path / "out", units="experts", allocator="atp", calibration=IDS)
     plan = Plan(Budget("parameters", 1), {}, {"model.layers.0.mlp:experts": 3, "model.layers.1.mlp:experts": 4})
     with pytest.raises(BillhookError, match="one num_experts for all blocks: 3 experts cannot stay"):
         slim(source, None, tmp_path / "out", plan=plan, calibration=IDS)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Path:
+    """A mixture whose first block is dense, with other widths than the experts."""
+    sizes = families.CONFIGS["qwen3_moe"] | {"num_hidden_layers": 2, "mlp_only_layers": [0], "intermediate_size": 128}
+    return tiny.save(tmp_path_factory.mktemp("mixed") / "model", built("qwen3_moe", **sizes), words=False)
+
+
+def built(kind: str, **sizes):
+    """A random model of 96 tokens."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=96, **sizes))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, 0.0, 0.15)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("allocator", ["uniform", "er"])
+def test_dense_blocks_and_experts_lose_the_same_fraction_or_their_own(tmp_path, mixed, allocator):
+    given = {"units": "channels", "method": "magnitude", "allocator": allocator}
+    report = slim(mixed, 0.3, tmp_path / "out", **given)
+    dense, *experts = [len(parts) for parts in report.kept.values()]
+    if allocator == "uniform":
+        assert len(set(experts)) == 1
+        assert dense / 128 == pytest.approx(experts[0] / 24, abs=8 / 128)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
+    torch.testing.assert_close(small(IDS).logits, zeroed(mixed, report.kept)(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert verify(tmp_path / "out").ok
+
+
+def test_experts_of_one_block_may_keep_different_numbers_of_channels(tmp_path, mixed):
+    counts = {f"model.layers.1.mlp.experts.{i}:channels": n for i, n in enumerate((24, 17, 9, 24, 1, 8))}
+    report = slim(mixed, None, tmp_path / "out", plan=Plan(Budget("parameters", 1), {}, counts), method="magnitude")
+    with torch.no_grad():
+        small = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
+        torch.testing.assert_close(small(IDS).logits, zeroed(mixed, report.kept)(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("allocator", ["owl", "alphapruning"])
+def test_units_that_share_layers_are_allocated_together(tmp_path, mixed, allocator):
+    given = {"units": "experts,channels", "calibration": IDS, "allocator": allocator, "shape": "uniform"}
+    job = prepare(SlimRequest(mixed, tmp_path / "out", 0.3, **given))
+    assert {unit.kind for unit in job.units} == {"experts", "channels"}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_router_that_chooses_groups_of_experts_first_is_refused_unless_it_has_one(tmp_path, groups):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 24, "n_routed_experts": 6}
+    sizes |= {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1, "topk_group": 1}
+    source = tiny.save(tmp_path / "model", built("glm4_moe", n_group=groups, **sizes), words=False)
+    if groups == 2:
+        with pytest.raises(BillhookError, match="gate first chooses among 2 groups of experts"):
+            slim(source, 0.1, tmp_path / "out", units="experts", calibration=IDS)
+        return
+    report = slim(source, 0.1, tmp_path / "out", units="experts", calibration=IDS)
+    assert report.removed > 0.05
+    assert verify(tmp_path / "out").ok
+
+
+def test_a_width_that_8_does_not_divide_is_said(tmp_path, source):
+    plan = Plan(Budget("parameters", 1), {}, {f"model.layers.{i}.mlp:channels": 31 for i in range(3)})
+    notes = prepare(SlimRequest(source, tmp_path / "out", plan=plan, method="magnitude")).notes
+    assert any("31 of 64 channels are stored, which 8 does not divide" in note for note in notes)
