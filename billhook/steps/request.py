@@ -169,7 +169,7 @@ def check_text_given(request: Request, needed: bool, who: str) -> None:
 def open_model(
     request: Request, *, streamed: bool, room: Callable[[Path], int] = weight_bytes, also: Collection[str] = ()
 ) -> Opened:
-    """Load the model of a request and select its layers, with convolutions in `also`. An output needs `room(source)`."""
+    """Load the model of a request and select its layers, and convolutions in `also`. Writing needs `room(source)`."""
     _check_choices(request)
     source, model, resources = _open_model(request, streamed, room)
     task = task_of(model)
