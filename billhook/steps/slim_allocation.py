@@ -116,4 +116,8 @@ def _fractions(
 def sizes_of(units: Sequence[Unit], config: Any) -> list[Size]:
     """The sizes of units; at least as many experts stay as every token goes to."""
     least = {"experts": getattr(config, "num_experts_per_tok", None) or 1}
-    return [Size(u.name, u.kind, u.block, u.count, u.parameters, least.get(u.kind, 1)) for u in units]
+    names = {unit.name for unit in units}
+    inside = {unit.name: f"{unit.name.rpartition('.experts.')[0]}:experts" for unit in units}
+    inside = {name: experts for name, experts in inside.items() if experts in names}
+    facts = [(u.name, u.kind, u.block, u.count, u.parameters, least.get(u.kind, 1)) for u in units]
+    return [Size(*fact, inside.get(fact[0], "")) for fact in facts]

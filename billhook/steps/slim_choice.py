@@ -64,7 +64,7 @@ def choose_plan(
     """
     assert request.remove is not None
     blocks, units = blocks_of(opened.model), units_of(opened, kinds)
-    if allocation.shape == "per-layer" and allocation.name != "uniform":
+    if allocation.shape == "per-layer":
         check_per_layer(opened.model, units)
     number, gone = blocks_to_drop(kinds, request.remove, parameters_of(opened)), list[int]()
     if number or (allocation.on_trial and units):
