@@ -72,7 +72,7 @@ def uniform_counts(sizes: Sequence[Size], remove: int, shares: Mapping[str, floa
         wanted = max(left, 0.0) if last else remove * shares[kind] * sum(s.n for s in units) / totals[kind]
         stays = {s.name: kept[s.name] / s.count for s in sizes if s.name in kept}
         per_step = units[0].step * sum(s.parameters * stays.get(s.inside, 1.0) for s in units)
-        most, steps = units[0].steps * per_step, round(wanted / per_step)
+        most, steps = int(units[0].steps * per_step), round(wanted / per_step)
         if steps > units[0].steps and wanted - most > rounding:
             raise _too_much(kind, wanted, most, units[0].least)
         steps = min(steps, units[0].steps)

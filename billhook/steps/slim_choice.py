@@ -46,8 +46,6 @@ def choose_kinds(
     best = best_plan(whole, removal, request.experts, planned, progress)
     kinds = best.made_by["options"]["kinds"].split(",")
     units = [unit for unit in units_of(whole, kinds) if unit.name in best.units]
-    if len({unit.kind for unit in units}) == 1 and allocation.shape == "uniform":
-        return best
     gone = list(dropped_by(best, list(blocks_of(whole.model))).values())
     better = _allocated(request, whole, units, gone, removal=removal, allocation=allocation, progress=progress)
     options = {**best.made_by["options"], **better.made_by["options"]}
