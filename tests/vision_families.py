@@ -50,6 +50,10 @@ CONFIGS: dict[str, dict] = {
         "num_query_pool": 1,
     },
 }
+CONVOLUTIONAL: dict[str, dict] = {  # without linear layers in their blocks
+    "resnet": {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 2]},
+    "regnet": {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 2], "groups_width": 8},
+}
 ARCHETYPES = ("vit", "swin")  # one stack; stages that change the width
 FAMILIES = [pytest.param(name, marks=() if name in ARCHETYPES else pytest.mark.nightly) for name in CONFIGS]
 
@@ -64,7 +68,7 @@ def build(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
     """A random classifier of `family` in float32, with weights large enough that classes differ."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = AutoConfig.for_model(family, **(CONFIGS[family] | {"num_labels": CLASSES} | changes))
+        config = AutoConfig.for_model(family, **((CONFIGS | CONVOLUTIONAL)[family] | {"num_labels": CLASSES} | changes))
         config.architectures = [family_class(family)]
         model = AutoModelForImageClassification.from_config(config)
         for parameter in model.parameters():

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from billhook.architectures.layers import find_layers
 from billhook.architectures.stacks import blocks_of
 from billhook.engine.replay import run_block
 from billhook.engine.walk import walk
@@ -34,11 +35,14 @@ def inputs_and_outputs(model: Any, batches: Sequence[dict[str, Tensor]], **optio
 
 
 @torch.no_grad()
-def check_walk(model: Any, dense: Any, batches: Sequence[dict[str, Tensor]], **options: Any) -> None:
+def check_walk(
+    model: Any, dense: Any, batches: Sequence[dict[str, Tensor]], *, convolutions: bool = False, **options: Any
+) -> None:
     """Prune `model` at random while it is walked: inputs and outputs of all blocks are those of its own forward pass,
     and the dense outputs beside them those of `dense`, the same model, bit for bit."""
     random, found, ends, streams = torch.Generator().manual_seed(0), [], [], []
-    for block in walk(model, batches, ("input_norm", "gram", "drift"), dense_outputs=True):
+    every = find_layers(model, convolutions=convolutions)
+    for block in walk(model, batches, ("input_norm", "gram", "drift"), layers=every, dense_outputs=True):
         for layers, _ in block.stages:
             for layer in layers:
                 layer.weight.mul_(torch.rand(layer.shape, generator=random) > 0.5)

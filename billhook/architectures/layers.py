@@ -1,11 +1,11 @@
 """The prunable layers of a model: views of uniform shape [out, in] over the weights inside its blocks.
 
-Linear layers, GPT-2's Conv1D (stored transposed) and 3-D expert parameters are prunable; embeddings, norms, biases,
-routers and the head are not. A weight of unknown layout is refused by name.
+Linear layers, GPT-2's Conv1D (stored transposed) and 3-D expert parameters are prunable, and where they are asked for
+convolutions (`billhook.architectures.convolutions`); embeddings, norms, biases, routers and the head are not. A weight
+of unknown layout is refused by name.
 """
 
-import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.architectures.config import expert_counts
+from billhook.architectures.convolutions import geometry, group_count, is_convolution, matrix, windows
 from billhook.architectures.stacks import blocks_of
 from billhook.errors import BillhookError
-from billhook.registry import hint
 
 # Name components of modules that route tokens to experts: a few rows that decide everything.
 ROUTERS = frozenset({"gate", "wg", "shared_expert_gate", "classifier"})
@@ -41,9 +41,10 @@ FAMILIES = (
 class Layer:
     """One prunable weight.
 
-    `name` is the module's name in `model.named_modules()`, followed by parameter and number for an expert; `block` is
-    the index of its block; `kind` is its name inside the block. `expert` is the index into a 3-D parameter, or None;
-    `transposed` means that the weight is stored as [in, out].
+    `name` is the module's name in `model.named_modules()`, followed by parameter and number for an expert and for a
+    group of a convolution; `block` is the index of its block; `kind` is its name inside the block. `expert` is the
+    index into a 3-D parameter, or None; `transposed` means that the weight is stored as [in, out]; `group` is that of a
+    convolution with several groups, or None.
     """
 
     name: str
@@ -53,6 +54,12 @@ class Layer:
     parameter: str
     expert: int | None
     transposed: bool
+    group: int | None = None
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether the weight is that of a convolution, or of one of its groups."""
+        return is_convolution(self.module)
 
     @property
     def stored(self) -> Tensor:
@@ -63,7 +70,8 @@ class Layer:
     @property
     def stored_name(self) -> str:
         """The name of that parameter in `model.named_parameters()`."""
-        return f"{self.name}.{self.parameter}" if self.expert is None else self.name.rpartition(".")[0]
+        alone = self.expert is None and self.group is None
+        return f"{self.name}.{self.parameter}" if alone else self.name.rpartition(".")[0]
 
     @property
     def weight(self) -> Tensor:
@@ -72,8 +80,19 @@ class Layer:
 
     def view(self, stored: Tensor) -> Tensor:
         """A view [out, in] of the part of a tensor like `self.stored` that belongs to this layer."""
+        if self.is_convolution:
+            return matrix(stored, group_count(self.module), self.group)
         part = stored if self.expert is None else stored[self.expert]
         return part.T if self.transposed else part
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """The rows [..., in] that the weight multiplies, given the input of its module."""
+        return windows(self.module, self.group, x) if self.is_convolution else x
+
+    @property
+    def sees(self) -> Hashable:
+        """What it sees of the input of its module; layers that see the same of one input share their statistics."""
+        return (self.group, *geometry(self.module)) if self.is_convolution else ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,23 +101,28 @@ class Layer:
         return out, columns
 
 
-def find_layers(model: PreTrainedModel) -> list[Layer]:
-    """Every prunable layer in model order.
+def find_layers(model: PreTrainedModel, *, convolutions: bool = False) -> list[Layer]:
+    """Every prunable layer in model order, with the `convolutions` inside the blocks if wanted.
 
     Raises BillhookError, by name, for a weight of unknown layout and for layers that share their weight.
     """
     blocks, experts = blocks_of(model), expert_counts(model.config)
-    layers = [layer for index, place in enumerate(blocks.items()) for layer in _layers_in(*place, index, experts)]
-    if not layers:
-        raise BillhookError(f"{type(model).__name__} has no linear layer inside its blocks: there is nothing to prune.")
+    found = [layer for index, place in enumerate(blocks.items()) for layer in _layers_in(*place, index, experts)]
+    layers = [layer for layer in found if convolutions or not layer.is_convolution]
     _check_separate(layers)
     return layers
 
 
+def with_linear(model: PreTrainedModel, layers: Iterable[Layer]) -> list[Layer]:
+    """All linear layers of a model and those convolutions that are among `layers`, in model order."""
+    names = {layer.name for layer in layers if layer.is_convolution}
+    return [x for x in find_layers(model, convolutions=bool(names)) if not x.is_convolution or x.name in names]
+
+
 def layers_in(model: PreTrainedModel, block: int) -> list[Layer]:
-    """The prunable layers of one block, by its number."""
+    """The prunable layers of one block, by its number, without convolutions."""
     prefix, module = list(blocks_of(model).items())[block]
-    return list(_layers_in(prefix, module, block, expert_counts(model.config)))
+    return [x for x in _layers_in(prefix, module, block, expert_counts(model.config)) if not x.is_convolution]
 
 
 def _layers_in(prefix: str, block: nn.Module, index: int, experts: Collection[int]) -> Iterator[Layer]:
@@ -109,9 +133,10 @@ def _layers_in(prefix: str, block: nn.Module, index: int, experts: Collection[in
 
 def _check_separate(layers: Iterable[Layer]) -> None:
     """Raise BillhookError for two layers in the same memory: what is right for one would change the other."""
-    owners: dict[tuple[int, int | None], Layer] = {}
+    owners: dict[tuple[int, int | None, int | None], Layer] = {}
     for layer in layers:
-        place = (layer.stored.data_ptr() or id(layer.stored), layer.expert)  # 0 on `meta` and for shards of FSDP2
+        address = layer.stored.data_ptr() or id(layer.stored)  # 0 on `meta` and for shards of FSDP2
+        place = (address, layer.expert, layer.group)
         if (other := owners.setdefault(place, layer)) is not layer:
             shared = f"{other.name} and {layer.name} share their weight"
             raise BillhookError(f"{shared}, which cannot be pruned for both: give each its own copy.")
@@ -132,6 +157,10 @@ def _layers_of(module: nn.Module, full: str, block: int, kind: str) -> list[Laye
         )
     if isinstance(module, Conv1D):
         return [Layer(full, block, kind, module, "weight", None, True)]
+    if is_convolution(module):
+        if (groups := group_count(module)) == 1:
+            return [Layer(full, block, kind, module, "weight", None, False)]
+        return [Layer(f"{full}.weight.{g}", block, kind, module, "weight", None, False, g) for g in range(groups)]
     layers = []
     for parameter, value in module.named_parameters(recurse=False):
         if value.ndim == 3 and min(value.shape[1:]) > 1 and not isinstance(module, nn.Conv1d):
@@ -148,38 +177,6 @@ def _stored_transposed(module: nn.Module, where: str) -> bool:
         what = f"{where} ({type(module).__name__}) is a 3-D weight of unknown layout"
         raise BillhookError(f"{what}: this architecture is not supported.")
     return bool(module.is_transposed)
-
-
-def select_layers(layers: Sequence[Layer], targets: Iterable[str] = (), ignore: Iterable[str] = ()) -> list[Layer]:
-    """The layers that match any of `targets` (all by default) and none of `ignore`.
-
-    A pattern is a class name (`Linear`), the name of a layer or of a module that contains layers (`model.layers.0`), or
-    `re:` and a regular expression matched from the start of the name. Raises BillhookError for a pattern that matches
-    nothing and for an empty result.
-    """
-    wanted = set[str]().union(*(_matching(layers, pattern, "--targets") for pattern in targets))
-    unwanted = set[str]().union(*(_matching(layers, pattern, "--ignore") for pattern in ignore))
-    chosen = [x for x in layers if (not wanted or x.name in wanted) and x.name not in unwanted]
-    if not chosen:
-        raise BillhookError("--targets and --ignore leave no layer to prune: loosen one of them.")
-    return chosen
-
-
-def _matching(layers: Sequence[Layer], pattern: str, option: str) -> set[str]:
-    if pattern.startswith("re:"):
-        try:
-            expression = re.compile(pattern[3:])
-        except re.error as error:
-            raise BillhookError(f"{option} {pattern}: not a regular expression ({error}).") from None
-        names = {layer.name for layer in layers if expression.match(layer.name)}
-    else:
-        named = {x.name for x in layers if x.name == pattern or x.name.startswith(pattern + ".")}
-        names = named | {x.name for x in layers if type(x.module).__name__ == pattern}
-    if not names:
-        close = hint(pattern, [x.name for x in layers] + [type(x.module).__name__ for x in layers])
-        known = f"{close} List them with billhook prune MODEL --dry-run."
-        raise BillhookError(f"{option} {pattern} matches no prunable layer.{known}")
-    return names
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:

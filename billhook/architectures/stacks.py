@@ -1,8 +1,9 @@
 """Stacks of blocks: the lists of repeated modules of a model, such as the decoder layers of a Llama.
 
 Two rules, in this order: (A) the innermost ModuleList or Sequential whose items are transformers'
-`GradientCheckpointingLayer` or named in the model's `_no_split_modules`; where the items are stages, each with a list
-of its own (Swin V2, PVT, Hiera), these lists. (B) for models with code of their own, the outermost ModuleList of
+`GradientCheckpointingLayer` or named in the model's `_no_split_modules`, or the layers of ResNet and RegNet, which are
+lists of convolutions themselves; where the items are stages, each with a list of its own (Swin V2, PVT, Hiera), these
+lists. (B) for models with code of their own, the outermost ModuleList of
 `num_hidden_layers` modules of one class. A vision tower and a decoder are two stacks; lists whose names differ in a
 number only are stages of one backbone. They run in the order of their definition, which is checked when they run
 (`billhook.engine.flow`). A model without such a list is refused.
@@ -22,6 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from billhook.architectures.config import text_config
 from billhook.errors import BillhookError
 
+# Blocks that hold lists of convolutions, which transformers marks instead.
+_OF_CONVOLUTIONS = frozenset({"ResNetBasicLayer", "ResNetBottleNeckLayer", "RegNetXLayer", "RegNetYLayer"})
 _INSIDE_A_STAGE = ("blocks", "layers", "layer")  # names of the list of blocks of a stage
 
 
@@ -106,7 +109,8 @@ def _named(model: PreTrainedModel, names: Sequence[str], wanted: str) -> list[st
 
 def _marked_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList | nn.Sequential]:
     """Rule A: lists of modules that transformers itself treats as blocks and that contain no such list."""
-    whole = set(getattr(model, "_no_split_modules", None) or ())
+    whole = {*_OF_CONVOLUTIONS, *(getattr(model, "_no_split_modules", None) or ())}
+    inside = tuple(f"{name}." for name, module in model.named_modules() if type(module).__name__ in _OF_CONVOLUTIONS)
 
     def is_block(module: nn.Module) -> bool:
         return isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in whole
@@ -115,6 +119,7 @@ def _marked_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList | nn.Sequen
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) and all(map(is_block, module))
+        if not name.startswith(inside)
     }
     innermost = {name: m for name, m in found.items() if not any(other.startswith(f"{name}.") for other in found)}
     return {name: m for outer, stages in innermost.items() for name, m in _of_stages(outer, stages).items()}
@@ -122,6 +127,8 @@ def _marked_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList | nn.Sequen
 
 def _of_stages(outer: str, stages: nn.ModuleList | nn.Sequential) -> dict[str, nn.ModuleList | nn.Sequential]:
     """The lists of blocks inside the items of a list, or that list itself where its items are blocks."""
+    if type(stages[0]).__name__ in _OF_CONVOLUTIONS:
+        return {outer: stages}
     found = {
         f"{outer}.{number}.{name}": inner
         for number, stage in enumerate(stages)

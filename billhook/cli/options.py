@@ -156,7 +156,8 @@ class Choosing(Loading):
     targets: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only these layers: a class name, an exact name, or re:REGEX. Repeatable.", metavar="PATTERN"
+            help="Only these layers: a class name (Linear, Conv2d), an exact name, or re:REGEX. Repeatable.",
+            metavar="PATTERN",
         ),
     ] = None
     ignore: Annotated[

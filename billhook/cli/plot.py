@@ -129,7 +129,7 @@ def _weight(directory: str | Path, name: str) -> Any:
     from billhook.registry import hint
     from billhook.tasks.opening import load_model
 
-    weights = {layer.name: layer for layer in find_layers(load_model(resolve(directory)))}
+    weights = {layer.name: layer for layer in find_layers(load_model(resolve(directory)), convolutions=True)}
     if name not in weights:
         raise BillhookError(f"{directory} has no prunable layer {name!r}.{hint(name, weights)}")
     return weights[name].weight

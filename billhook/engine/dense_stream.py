@@ -101,7 +101,7 @@ class DenseStream:
 
 def _is_writer(block: nn.Module, layer: Layer, hidden: Tensor, call: Call) -> bool:
     """Whether a layer's output is added unchanged to the block's output; process 0 decides for all."""
-    if layer.shape[0] != hidden.shape[-1]:
+    if layer.is_convolution or layer.shape[0] != hidden.shape[-1]:
         return False
     plain = run_block(block, hidden, call).float()
     direction = torch.linspace(-1, 1, layer.shape[0], device=hidden.device).roll(layer.shape[0] // 3)

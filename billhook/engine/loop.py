@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.architectures.layers import Layer, find_layers
+from billhook.architectures.layers import Layer, find_layers, with_linear
 from billhook.distributed.collectives import broadcast_, gather, shard, world
 from billhook.engine.batch import Batch
 from billhook.engine.method import Treatment
@@ -113,6 +113,7 @@ def apply_plan_(
     samples = batches if observed or tuner else ()
     dense = tuner is not None and tuner.wants_dense_outputs
     walked: dict[str, Any] = {"read_only": method.prefix == "dense", "dense_outputs": dense, "resources": resources}
+    walked["layers"] = with_linear(model, layers)
     for block in walk(model, samples, observed, start=start, **walked):
         block = replace(block, layers=[layer for layer in block.layers if layer.name in shapes])
         if tuner is not None and block.layers:

@@ -1,11 +1,11 @@
 """Observe the inputs of the layers of a block while it runs, and feed them to the collectors of statistics.
 
-Linear modules are observed by hooks. Experts are slices of a 3-D parameter without a module of their own: their matrix
-products are intercepted in torch, and the slice is recognized by its address. Layers that share an input tensor (query,
-key and value; gate and up) share a collector, so that no statistic is computed twice.
+Linear modules and convolutions are observed by hooks. Experts are slices of a 3-D parameter without a module of their
+own: their matrix products are intercepted in torch, and the slice is recognized by its address. Layers that share an
+input tensor (query, key and value; gate and up) share a collector, so that no statistic is computed twice.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -37,7 +37,7 @@ class Observer(TorchFunctionMode):
         names = tuple(name for name in statistics if name != "drift")
         self._collectors = {layer.name: Collector(names, layer.shape[1], layer.weight.device) for layer in layers}
         self._leaders: dict[str, str] = {}
-        self._seen: dict[tuple[int, ...], tuple[str, Tensor]] = {}
+        self._seen: dict[tuple[Hashable, ...], tuple[str, Tensor]] = {}
         self._experts = {layer.weight.data_ptr(): layer for layer in layers if layer.expert is not None}
         self._handles: list[Any] = []
         self._order: list[Layer] = []  # of the first pass
@@ -74,13 +74,13 @@ class Observer(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _note(self, layer: Layer, x: Tensor) -> None:
-        key = (x.data_ptr(), x._version, *x.shape, *x.stride())
+        key = (x.data_ptr(), x._version, *x.shape, *x.stride(), layer.sees)
         leader, _ = self._seen.setdefault(key, (layer.name, x))  # keeping x prevents the reuse of its address
         if self._leaders.setdefault(layer.name, leader) != leader:
             shares = f"{layer.name} shares its input with other layers in some batches only"
             raise JobError(f"{shares}: this architecture is not supported.")
         if leader == layer.name:
-            self._collectors[leader].add(x.detach())
+            self._collectors[leader].add(layer.inputs(x.detach()))
         if not self._complete:
             self._order.append(layer)
         elif not self._wanted and not self._experts and self._order and layer is self._order[-1]:
@@ -104,7 +104,7 @@ class Observer(TorchFunctionMode):
 
     @property
     def linear(self) -> Collection[str]:
-        """The names of the linear layers that the first pass reached."""
+        """The names of the linear layers and convolutions that the first pass reached."""
         return self._leaders
 
     def stats(self) -> dict[str, LayerStats]:
@@ -141,7 +141,7 @@ def products_with(layer: Layer) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def noting(layers: Sequence[Layer], whole: bool) -> Iterator[dict[str, Tensor]]:
-    """Yield a mapping that a run of the block fills with the inputs of linear layers, by name.
+    """Yield a mapping that a run of the block fills with the inputs of linear layers and convolutions, by name.
 
     Unless `whole`, the run ends at the last of these layers.
     """
@@ -149,7 +149,7 @@ def noting(layers: Sequence[Layer], whole: bool) -> Iterator[dict[str, Tensor]]:
 
     def hook(layer: Layer) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[layer.name] = args[0].detach()
+            seen[layer.name] = layer.inputs(args[0].detach())
             if len(seen) == len(layers) and not whole:
                 raise _Seen
 

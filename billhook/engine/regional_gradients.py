@@ -23,10 +23,9 @@ def regional_gradients(
     model: PreTrainedModel, sequences: Sequence[Batch], layers: Sequence[Layer], resources: Resources = IN_MEMORY
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield layer names and root mean squares, float32 [out, in], block by block; a sequence is a batch of one row."""
-    wanted = {layer.name for layer in layers}
-    for block in walk(model, sequences, (), read_only=True, resources=resources):
-        if inside := [layer for layer in block.layers if layer.name in wanted]:
-            yield from _of_block(block, inside)
+    for block in walk(model, sequences, (), layers=layers, read_only=True, resources=resources):
+        if block.layers:
+            yield from _of_block(block, block.layers)
 
 
 def _of_block(block: Block, layers: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:

@@ -57,14 +57,12 @@ def error_curve(
         raise BillhookError(
             f"error_curve:{criterion} would need gradients: use another criterion, such as admm or wanda."
         )
-    wanted, curves = {layer.name for layer in layers}, {}
-    for block in walk(
-        model, batches, tuple(dict.fromkeys((*needs, "input_norm"))), read_only=True, resources=resources
-    ):
+    curves = {}
+    statistics = tuple(dict.fromkeys((*needs, "input_norm")))
+    for block in walk(model, batches, statistics, layers=layers, read_only=True, resources=resources):
         for layer in block.layers:
-            if layer.name in wanted:
-                errors = _errors(layer, block.stats[layer.name], criterion, options)
-                curves[layer.name] = curve_through(TRIED, errors)
+            errors = _errors(layer, block.stats[layer.name], criterion, options)
+            curves[layer.name] = curve_through(TRIED, errors)
     return curves
 
 

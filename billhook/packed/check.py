@@ -34,7 +34,8 @@ class DenseShard(Shard):
             found = ~unpack_bits(tensor.bitmask[rows], facts.columns)
         else:
             found = tensor.rows(rows.start, rows.stop) == 0
-        return (found.T if facts.transposed else found).numpy()
+        shape = entry.shape if index is None else entry.shape[1:]
+        return (found.T if facts.transposed else found.reshape(shape)).numpy()
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ _ADVICE = "Copy the directory again, or pack the model again."
 
 @dataclass(frozen=True)
 class Matrix:
-    """A packed tensor as a matrix [rows, columns]: [out, in] for a layer, all experts stacked for a 3-D tensor.
+    """A packed tensor as a matrix [rows, columns]: [out, in] for a layer, [out, channels · kernel] for a convolution of
+    two or three dimensions, and all experts stacked for a 3-D tensor.
 
     `shape` is that of the dense tensor on disk, [in, out] if `transposed`. `nnz` values are kept, `negative_zeros` of
     the others are -0.0. `group` columns share an int8 scale, None for whole rows.
@@ -53,11 +54,15 @@ class Matrix:
     @property
     def rows(self) -> int:
         """Rows of the matrix."""
+        if len(self.shape) > 3:
+            return self.shape[0]
         return self.shape[-1] if self.transposed else math.prod(self.shape[:-1])
 
     @property
     def columns(self) -> int:
         """Columns of the matrix."""
+        if len(self.shape) > 3:
+            return math.prod(self.shape[1:])
         return self.shape[-2] if self.transposed else self.shape[-1]
 
     @property
@@ -175,10 +180,10 @@ def open_packed(directory: Path) -> Packed:
 def _matrix(name: str, facts: Mapping[str, Any], group: int | None) -> Matrix:
     shape = tuple(_whole(size, 1) for size in facts["shape"])
     dtype, int8, transposed = facts["dtype"], facts["values"] == "I8", facts["transposed"]
-    if len(shape) not in (2, 3) or dtype not in FLOATS or facts["values"] not in (dtype, "I8"):
+    if len(shape) < 2 or dtype not in FLOATS or facts["values"] not in (dtype, "I8"):
         raise ValueError(f"{name} is a {dtype} tensor {list(shape)} with values {facts['values']}")
     power_of_two = group is None or not _whole(group, MIN_GROUP) & (group - 1)
-    if type(transposed) is not bool or (transposed and len(shape) == 3) or not power_of_two:
+    if type(transposed) is not bool or (transposed and len(shape) != 2) or not power_of_two:
         raise ValueError(f"{name}: transposed {transposed!r}, group {group!r}")
     nnz, negative_zeros = (_whole(facts[key], 0, math.prod(shape)) for key in ("nnz", "negative_zeros"))
     return Matrix(name, dtype, shape, transposed, nnz=nnz, negative_zeros=negative_zeros, int8=int8, group=group)

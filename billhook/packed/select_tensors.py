@@ -1,4 +1,4 @@
-"""Select the tensors of a checkpoint that are packed: those of two or three dimensions whose packed form is smaller."""
+"""Select the tensors of a checkpoint that are packed: those of two or more dimensions whose packed form is smaller."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +48,7 @@ def select_tensors(
 
 def _suitable(entry: Entry, names: set[str]) -> bool:
     clash = any(f"{entry.name}.{part}" in names for part in PARTS)
-    return entry.dtype in FLOATS and len(entry.shape) in (2, 3) and math.prod(entry.shape) > 0 and not clash
+    return entry.dtype in FLOATS and len(entry.shape) > 1 and math.prod(entry.shape) > 0 and not clash
 
 
 def _count_zeros(shard: Shard, entry: Entry) -> tuple[int, int]:

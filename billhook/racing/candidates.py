@@ -105,16 +105,16 @@ class CandidateWeights(GradientLevels):
     ) -> Mapping[str, list[Encoded]]:
         """The candidates of each layer, from the dense model's statistics."""
         found: dict[str, list[Encoded]] = {}
-        for block in walk(self.runner.model, self.runner.batches, method.observed, read_only=True):
+        model, batches = self.runner.model, self.runner.batches
+        for block in walk(model, batches, method.observed, layers=self.layers, read_only=True):
             for layer in block.layers:
-                if layer.name in self.place:
-                    stats = block.stats.get(layer.name) or LayerStats(0, 0)
-                    menu = specs[self.place[layer.name]]
-                    zeros = [round(spec.sparsity * layer.weight.numel()) for spec in menu]
-                    found[layer.name] = [
-                        method.encode(layer.weight.clone(), stats, s, z) for s, z in zip(menu, zeros, strict=True)
-                    ]
-                    progress(layer.name)
+                stats = block.stats.get(layer.name) or LayerStats(0, 0)
+                menu = specs[self.place[layer.name]]
+                zeros = [round(spec.sparsity * layer.weight.numel()) for spec in menu]
+                found[layer.name] = [
+                    method.encode(layer.weight.clone(), stats, s, z) for s, z in zip(menu, zeros, strict=True)
+                ]
+                progress(layer.name)
         return found
 
     @property

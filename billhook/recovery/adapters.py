@@ -26,13 +26,13 @@ RATES = (0.0005, 0.001, 0.002, 0.005)  # that race
 def add_adapters_(
     model: PreTrainedModel, layers: Sequence[Layer], *, rank: int, masked: bool = True, seed: int = 0
 ) -> Any:
-    """Put adapters of a rank on the linear layers among `layers` (not on experts), and return peft's model around
-    `model`. Their alpha is twice the rank, as usual.
+    """Put adapters of a rank on the linear layers among `layers` (not on experts and convolutions), and return peft's
+    model around `model`. Their alpha is twice the rank, as usual.
 
     Raises BillhookError without peft and where no layer is linear.
     """
     peft = require_peft()
-    names = [layer.name for layer in layers if layer.expert is None]
+    names = [layer.name for layer in layers if layer.expert is None and not layer.is_convolution]
     if not names:
         raise BillhookError("None of the layers is linear, so none can have an adapter: use --tune kept+norms.")
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_suffixes(model, names))

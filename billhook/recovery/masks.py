@@ -33,7 +33,7 @@ def find_masks(model: nn.Module) -> dict[str, Tensor]:
     inner = unwrapped(model)
     adapters = [name for name, module in inner.named_modules() if hasattr(module, "base_layer")]
     names = dict[str, None]()
-    for layer in find_layers(inner):
+    for layer in find_layers(inner, convolutions=True):
         if not isinstance(layer.stored, nn.Parameter) or layer.stored.ndim < 2:
             raise BillhookError(f"{layer.name} was flattened by FSDP 1, which loses its shape: use FSDP2.")
         if not any(layer.name.startswith(f"{name}.") and layer.name != f"{name}.base_layer" for name in adapters):

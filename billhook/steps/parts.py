@@ -44,11 +44,13 @@ Parts = Mapping[str, Sequence[Part]]  # by layer
 def layer_parts(opened: Opened) -> dict[str, list[Part]]:
     """The parts of every layer that is quantized.
 
-    Raises BillhookError where a layer is only some rows of a tensor, and for experts in one tensor of which some are
-    not quantized.
+    Raises BillhookError for convolutions, where a layer is only some rows of a tensor, and for experts in one tensor of
+    which some are not quantized.
     """
     stream = opened.resources.stream
     assert stream is not None
+    if convolution := next((layer for layer in opened.layers if layer.is_convolution), None):
+        raise BillhookError(f"{convolution.name} is a convolution, and only linear layers can be quantized.")
     facts = {layer.name: {"shape": list(layer.shape), **place(layer)} for layer in opened.layers}
     found = locate_on_disk(opened.model, facts, stream.source)
     parts = {layer.name: _parts(layer, found[layer.name], stream.source) for layer in opened.layers}

@@ -119,7 +119,7 @@ def record(job: Job, results: Sequence[LayerResult], lost: Loss | None = None) -
     """The content of billhook.json after the job: the earlier steps of the model and this one."""
     before = job.opened.history
     known = {} if before is None else before.layers
-    present = {layer.name: layer for layer in find_layers(job.opened.model)}
+    present = {layer.name: layer for layer in find_layers(job.opened.model, convolutions=True)}
     notes = {result.layer: [*result.notes, *_refilled(result, known.get(result.layer))] for result in results}
     layers = {name: _left_alone(facts) | place(present[name]) for name, facts in known.items() if name in present}
     for r in results:
@@ -243,4 +243,6 @@ def _layer_record(result: LayerResult, notes: Sequence[str], before: Mapping[str
 
 def place(layer: Layer) -> dict[str, Any]:
     """Where a layer is in memory, from which `billhook.store.locate` finds its place on disk."""
-    return {"tensor": layer.stored_name, "index": layer.expert, "transposed": layer.transposed}
+    where = {"tensor": layer.stored_name, "index": layer.expert, "transposed": layer.transposed}
+    first = layer.shape[0] * (layer.group or 0)
+    return where if layer.group is None else where | {"rows": [first, first + layer.shape[0]]}

@@ -116,10 +116,12 @@ def _teacher_of(request: RecoverRequest, opened: Opened, source: Source, options
 
 def _opened(request: RecoverRequest, source: Source) -> Opened:
     """Open the directory that is trained, with the name, digest and history of the one that was given."""
-    opened = open_model(replace(request, model=source.dense).opening(), streamed=False)
+    before = history(source.given)
+    also = () if before is None else before.layers
+    opened = open_model(replace(request, model=source.dense).opening(), streamed=False, also=also)
     if source.grids:
         facts = {**opened.facts, "digest": model_digest(source.given)}
-        opened.__dict__.update(facts=facts, history=history(source.given))
+        opened.__dict__.update(facts=facts, history=before)
     return opened
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from billhook.architectures.config import context_length
+from billhook.architectures.layers import with_linear
 from billhook.architectures.sources import resolve
 from billhook.distributed.collectives import world
 from billhook.engine.loop import LayerResult, tuned_results
@@ -92,7 +93,7 @@ def prepare_blocks(request: RecoverRequest, progress: Progress = lambda step: No
         raise BillhookError(f"{source} has no history that leads to a dense model, whose blocks it could learn from.")
     path = teacher.path
     opening = replace(request.opening(), model=path)
-    dense = open_model(opening, streamed=True)
+    dense = open_model(opening, streamed=True, also=found.layers)
     options: dict[str, Any] = {"dtype": dense.model.dtype, "device": str(dense.model.device)}
     pruned = open_streamed(source, dense.task.auto_class, **options)
     if dense.resources.stream is None or _shapes(pruned) != _shapes(dense.resources.stream):
@@ -131,6 +132,7 @@ def run_blocks(
             progress(result.layer)
         tuner = BlockTuner(refine, dense.model, dense.batches, dense.resources)
         walked: dict[str, Any] = {"dense_outputs": True, "resources": dense.resources, "start": partial.state.done}
+        walked["layers"] = with_linear(dense.model, dense.layers)
         for block in walk(dense.model, dense.batches, **walked):
             results = _tuned(job, tuner, block, progress)
             partial.finished(block, results)

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook.architectures.config import context_length
-from billhook.architectures.layers import Layer, select_layers
+from billhook.architectures.layers import Layer
+from billhook.architectures.selection import select_layers
 from billhook.architectures.stacks import blocks_of, find_stacks
 from billhook.distributed.collectives import world
 from billhook.engine.batch import Batch, main_input, row_length, select_rows
@@ -122,7 +123,8 @@ def _own_parts(opened: Opened) -> tuple[str, ...]:
 
 def trained_layers(opened: Opened, request: RecoverRequest) -> list[Layer]:
     """The layers that a request names, all by default."""
-    return select_layers(opened.layers, listed(request.targets), listed(request.ignore))
+    targets, ignore, also = listed(request.targets), listed(request.ignore), {x.name for x in opened.layers}
+    return select_layers(opened.model, opened.layers, targets, ignore, also=also)
 
 
 def matched_blocks(history: Record | None, student: int, teacher: int) -> list[int] | None:

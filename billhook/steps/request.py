@@ -1,6 +1,6 @@
 """A request for a pruning run, and opening the model and the calibration text that it names."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
-from billhook.architectures.layers import Layer, check_finite, find_layers, select_layers
+from billhook.architectures.layers import Layer, check_finite, find_layers
+from billhook.architectures.selection import select_layers
 from billhook.architectures.sources import resolve
 from billhook.architectures.stacks import blocks_in, blocks_of
 from billhook.distributed.collectives import rows_per_batch
@@ -165,14 +166,17 @@ def check_text_given(request: Request, needed: bool, who: str) -> None:
         )
 
 
-def open_model(request: Request, *, streamed: bool, room: Callable[[Path], int] = weight_bytes) -> Opened:
-    """Load the model of a request and select its layers; a new output needs `room(source)` bytes. No text is read."""
+def open_model(
+    request: Request, *, streamed: bool, room: Callable[[Path], int] = weight_bytes, also: Collection[str] = ()
+) -> Opened:
+    """Load the model of a request and select its layers, and convolutions in `also`. Writing needs `room(source)`."""
     _check_choices(request)
     source, model, resources = _open_model(request, streamed, room)
     task = task_of(model)
+    targets, ignore = listed(request.targets), listed(request.ignore)
     inside = set(chain(*blocks_in(model, listed(request.stacks) or [task.stacks]).values()))
-    found = [layer for layer in find_layers(model) if layer.block in inside]
-    layers = select_layers(found, listed(request.targets), listed(request.ignore))
+    found = [layer for layer in find_layers(model, convolutions=bool(targets or also)) if layer.block in inside]
+    layers = select_layers(model, found, targets, ignore, also=also)
     _check_weights(model, resources)
     return Opened(source, model, task, resources, layers, None, [])
 
@@ -255,7 +259,7 @@ def in_memory(opened: Opened, request: Request) -> Opened:
 def same_layers(model: PreTrainedModel, opened: Opened) -> list[Layer]:
     """The layers of a second model that have the names of the opened one's."""
     names = {layer.name for layer in opened.layers}
-    return [layer for layer in find_layers(model) if layer.name in names]
+    return [layer for layer in find_layers(model, convolutions=True) if layer.name in names]
 
 
 def _check_weights(model: PreTrainedModel, resources: Resources) -> None:
@@ -292,6 +296,5 @@ def calibration_facts(opened: Opened) -> dict[str, Any]:
     inputs = main_input(opened.model, samples.batch)
     identity = {"source": source_name(samples.source), "digest": samples.digest, "sampling": samples.sampling}
     text = {"bos": samples.bos, "samples": len(inputs), "length": inputs.shape[1]}
-    kind = "pixels" if inputs.ndim == 4 else "features"
-    size = text if inputs.ndim == 2 else {"samples": len(inputs), kind: list(inputs.shape[-2:])}
-    return identity | size | {"batch_size": rows_of(opened.batches[0])}
+    shape = {"samples": len(inputs), "pixels" if inputs.ndim == 4 else "features": list(inputs.shape[-2:])}
+    return identity | (text if inputs.ndim == 2 else shape) | {"batch_size": rows_of(opened.batches[0])}

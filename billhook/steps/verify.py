@@ -290,4 +290,5 @@ def _zeros_in_memory(directory: Path) -> dict[str, list[np.ndarray]]:
     from billhook.architectures.layers import find_layers
     from billhook.tasks.opening import load_model
 
-    return {layer.name: [(layer.weight == 0).numpy()] for layer in find_layers(load_model(directory))}
+    layers = find_layers(load_model(directory), convolutions=True)
+    return {layer.name: [(layer.weight == 0).numpy()] for layer in layers}

@@ -26,6 +26,8 @@ from billhook.store.sinks import choose_sink
 WEIGHTS = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data"))
 WEIGHTS |= {".npz", ".ot", ".pkl"}
 
+_PLACE = ("tensor", "index", "transposed", "rows", "pieces")  # where a layer is
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -95,7 +97,7 @@ def _found_on_disk(
     layers = {name: facts for name, facts in layers.items() if name not in found}
     where = locate_on_disk(model, layers, {name for shard in shards for name in shard.entries})
     for name, facts in layers.items():
-        kept = {key: value for key, value in facts.items() if key not in ("tensor", "index", "transposed", "pieces")}
+        kept = {key: value for key, value in facts.items() if key not in _PLACE}
         parts, known = layer_zeros(where[name], facts["shape"], shards), facts.get("zeros")
         zeros = (known or 0) if parts is None else sum(int(part.sum()) for part in parts)
         if known is not None and zeros < known and facts.get("sparsity") != 0:

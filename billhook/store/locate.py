@@ -35,7 +35,7 @@ def to_disk(model: PreTrainedModel, state: Mapping[str, Tensor], names: Collecti
 
 def locate_on_disk(model: PreTrainedModel, layers: Layers, names: Collection[str]) -> dict[str, dict[str, Any]]:
     """The place of each layer among the tensors `names` on disk, given its place in memory (`tensor`, `index`,
-    `transposed`).
+    `transposed`, and `rows` [from, to] of it for a group of a convolution).
 
     A place is {"tensor", "index", "transposed"}: the layer is that tensor (entry `index` of its first dimension), [in,
     out] if transposed; or {"pieces": [...]}, such places with "rows" [from, to] that make up the layer, in the order of
@@ -49,7 +49,7 @@ def locate_on_disk(model: PreTrainedModel, layers: Layers, names: Collection[str
         return {name: {"tensor": None} for name in layers}
     order = list(layers)
     for tensor, values in numbered.items():
-        if values.dtype == torch.int64 and values.numel() and int(values.max()) >= _STEP:
+        if not values.is_meta and values.dtype == torch.int64 and values.numel() and int(values.max()) >= _STEP:
             for number, first, piece in _pieces(tensor, values):
                 pieces[order[number - 1]].append((first, piece))
     return {name: _place(found) for name, found in pieces.items()}
@@ -60,7 +60,12 @@ def _numbered(model: PreTrainedModel, layers: Layers) -> dict[str, Tensor]:
     layer."""
     rows: dict[str, dict[int | None, Tensor]] = {}
     for number, facts in enumerate(layers.values(), start=1):
-        rows.setdefault(facts["tensor"], {})[facts["index"]] = number * _STEP + torch.arange(facts["shape"][0])
+        values, found = number * _STEP + torch.arange(facts["shape"][0]), rows.setdefault(facts["tensor"], {})
+        if span := facts.get("rows"):
+            whole = torch.zeros(len(model.get_parameter(facts["tensor"])), dtype=torch.int64)
+            found.setdefault(None, whole)[slice(*span)] = values
+        else:
+            found[facts["index"]] = values
     transposed = {facts["tensor"]: facts["transposed"] for facts in layers.values()}
     numbered = {}
     for name, found in rows.items():

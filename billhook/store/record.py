@@ -111,7 +111,8 @@ class Record:
     * `layers.*.notes` (list of strings): what was done differently, and why.
     * `layers.*.tensor` (string or null, optional): the tensor on disk, see `billhook.store.locate`.
     * `layers.*.index` (integer or null, optional): index into a 3-D tensor, for an expert; null for a matrix.
-    * `layers.*.transposed` (boolean, optional): whether the tensor is stored [in, out].
+    * `layers.*.transposed` (boolean, optional): whether the tensor is stored [in, out]. A convolution is stored as
+      [out, channels, *kernel].
     * `layers.*.pieces[].*` (any, optional): for a layer in several tensors, `tensor`, `index`, `transposed` and `rows`
       [from, to) of each, null for all.
     * `files.*` (string): SHA-256 of every file by path, except billhook.json and the report's three.

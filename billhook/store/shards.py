@@ -187,10 +187,10 @@ def layer_zeros(place: Mapping[str, Any], shape: Sequence[int], shards: Iterable
         if shard is None:
             return None
         entry, index, rows = shard.entries[piece["tensor"]], piece.get("index"), piece.get("rows")
-        if len(entry.shape) != (2 if index is None else 3) or (index is not None and not 0 <= index < entry.shape[0]):
+        if len(entry.shape) < 2 or (index is not None and not (len(entry.shape) == 3 and 0 <= index < entry.shape[0])):
             return None
         matrix = shard.zeros(entry, index)
-        matrix = matrix.T if piece.get("transposed") else matrix
+        matrix = matrix.T if piece.get("transposed") else matrix.reshape(len(matrix), -1)  # of a convolution
         found.append(matrix if rows is None else matrix[rows[0] : rows[1]])
     fits = sum(len(matrix) for matrix in found) == shape[0] and all(matrix.shape[1] == shape[1] for matrix in found)
     return found if fits else None

@@ -114,8 +114,7 @@ def _visitor(layers: Sequence[Layer], visit: Callable[[Layer, Tensor], None]) ->
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         for layer in layers:
-            own = gradient if layer.expert is None else gradient[layer.expert]
-            visit(layer, own.T if layer.transposed else own)
+            visit(layer, layer.view(gradient))
 
     return add
 
