@@ -84,7 +84,7 @@ class Samples:
 
     @classmethod
     def split(
-        cls, batch: Batch, samples: int, model: PreTrainedModel, source: str, sampling: str, skipped: int
+        cls, batch: Batch, samples: int, model: PreTrainedModel, source: str, sampling: str, *, skipped: int = 0
     ) -> "Samples":
         """The first `samples` rows of a batch, with the others, if there are more, held out."""
         own, more = (select_rows(batch, part) for part in (slice(0, samples), slice(samples, None)))

@@ -76,7 +76,7 @@ def image_samples(
     samples = drawing.samples_of(len(images.found))
     numbers = drawn(images.found, samples, drawing.held_out, drawing.seed, images.source, again=papers)
     batch = images.batch(numbers)
-    return Samples.split(batch, samples, model, images.source, drawing.sampling, images.skipped)
+    return Samples.split(batch, samples, model, images.source, drawing.sampling, skipped=images.skipped)
 
 
 def _given(source: Tensor | Mapping[str, Any], classes: Mapping[int, str] | None) -> Samples:

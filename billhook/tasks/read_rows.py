@@ -39,7 +39,7 @@ class ReadRows:
         samples = drawing.samples_of(len(self.found))
         numbers = drawn(self.found, samples, drawing.held_out, drawing.seed, self.source, **how)
         batch = join_rows(self.read(self.found[n]) for n in numbers)
-        return Samples.split(batch, samples, model, self.source, drawing.sampling, self.skipped)
+        return Samples.split(batch, samples, model, self.source, drawing.sampling, skipped=self.skipped)
 
 
 class AnswerTask(ABC):
