@@ -71,6 +71,7 @@ class Size:
         ),
     ] = "curves"
     levels: Annotated[Path | None, typer.Option(help=LEVELS_HELP, metavar="DIR")] = None
+    recipe: shared.BitsRecipe = "good"
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="An option of GPTQ or of the allocator. Repeatable.", metavar="KEY=VALUE"),
