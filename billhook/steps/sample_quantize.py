@@ -2,7 +2,7 @@
 
 The job's own loop runs on the first block, with an eighth of the calibration windows, and every layer gets the type
 that is most common among those of its kind. The time of the quantizer is scaled by the number of weights, that of the
-forward passes by the numbers of windows and blocks. Nothing is written, and the weights are restored.
+forward passes and of tuning by the numbers of windows and blocks. Nothing is written, and the weights are restored.
 """
 
 import statistics
@@ -16,6 +16,8 @@ from billhook.engine.batch import row_length, rows_of
 from billhook.engine.loop import apply_plan_
 from billhook.plan.plan import Plan
 from billhook.plan.spec import Spec
+from billhook.recovery.block_scales import ScaleTuner
+from billhook.recovery.blockwise import LEAST
 from billhook.steps.estimate import PROCESS, Estimate, peak_bytes
 from billhook.steps.quantize_job import QuantizeJob
 from billhook.steps.types import plan_types
@@ -29,7 +31,8 @@ def estimate_quantize(job: QuantizeJob) -> Estimate:
     sizes = [rows_of(batch) * row_length(opened.model, batch) for batch in opened.batches]
     needs = () if job.known is not None else job.method.observed
     text: dict[str, Any] = {"tokens": sum(sizes), "batch_tokens": max(sizes, default=0), "resources": opened.resources}
-    memory = peak_bytes(opened.model, opened.layers, job.request.quantizer, needs, **text)
+    refine = job.request.recipe == "best"
+    memory = peak_bytes(opened.model, opened.layers, job.request.quantizer, needs, **text, refine=refine)
     return Estimate(round((PROCESS + memory) / 2**30, 3), round(job.room / 2**30, 3))
 
 
@@ -43,13 +46,18 @@ def estimate_quantize_time(job: QuantizeJob) -> Estimate:
         return known
     begun, blocks, types = time.perf_counter(), len(blocks_of(opened.model)), plan_types(job.plan)
     of_kind = {layer.kind: [types[x.name] for x in opened.layers if x.kind == layer.kind] for layer in opened.layers}
-    batches = opened.batches[: -(-len(opened.batches) // PART)]
+    batches, best = opened.batches[: -(-len(opened.batches) // PART)], job.request.recipe == "best"
+    if best:
+        batches = opened.batches[: max(len(batches), -(-LEAST // max(1, rows_of(opened.batches[0]))))]
     with first_blocks(opened.model, 1):
         layers = [layer for layer in find_layers(opened.model) if layer.kind in of_kind]
         if not layers:
             return known
         weights = {layer.name: Spec(type=statistics.mode(of_kind[layer.kind])) for layer in layers}
         given: dict[str, Any] = {"layers": layers, "resources": opened.resources, "known": job.known}
+        if best:
+            tuner = ScaleTuner(opened.model, batches, opened.resources, job.request.seed, lambda layer, weight: None)
+            given |= {"tuner": tuner, "made": tuner.made}
         start = time.perf_counter()
         results = apply_plan_(opened.model, Plan(job.plan.budget, weights), job.method, batches, **given)
         took = time.perf_counter() - start

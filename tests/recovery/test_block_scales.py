@@ -7,7 +7,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from command import billhook, contents
+from command import billhook, contents, done
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -120,3 +120,14 @@ def test_tuning_needs_text(tmp_path, source) -> None:
     ran = billhook(*command, "--imatrix", source / "config.json", "-o", tmp_path / "out")
     assert ran.code == 2
     assert "give one of the two" in ran.err
+
+
+@pytest.mark.nightly
+def test_a_dry_run_measures_the_tuning_and_leaves_no_trace(tmp_path, source, text) -> None:
+    options = ("--calibration", text["calibration"], "--samples", 16, "--length", 32, "--set", "sweeps=0", "--json")
+    seconds = {}
+    for recipe in ("good", "best"):
+        command = ("quantize", source, "--type", "int2/32", "--recipe", recipe, "-o", tmp_path / "out", "--dry-run")
+        seconds[recipe] = done(*command, *options).json["seconds"]
+    assert seconds["best"] > 2 * seconds["good"]
+    assert not (tmp_path / "out").exists()
