@@ -128,6 +128,6 @@ def test_a_dry_run_measures_the_tuning_and_leaves_no_trace(tmp_path, source, tex
     seconds = {}
     for recipe in ("good", "best"):
         command = ("quantize", source, "--type", "int2/32", "--recipe", recipe, "-o", tmp_path / "out", "--dry-run")
-        seconds[recipe] = done(*command, *options).json["seconds"]
+        seconds[recipe] = done(*command, *options).json["estimate"]["seconds"]
     assert seconds["best"] > 2 * seconds["good"]
     assert not (tmp_path / "out").exists()
