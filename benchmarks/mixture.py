@@ -1,7 +1,7 @@
 """A small mixture of experts, and what is left of it after experts are removed, by every method.
 
     python benchmarks/mixture.py train DIR [--minutes 20]     # processor time, one thread
-    python benchmarks/mixture.py compare DIR
+    python benchmarks/mixture.py compare DIR [--way obs --way "RCO as published"]
 
 `train` makes a Mixtral of the bundled demo model: attention, norms and embeddings are its own, and each MLP of 352
 channels becomes 8 experts of 88 channels (every channel is in two of them) with a new router, of which 2 get a token.
@@ -13,7 +13,7 @@ text and processor time.
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import billhook
+from billhook.architectures.layers import Layer
 from billhook.architectures.units import Unit, find_units
 from billhook.engine.batch import join_rows, select_rows, split_rows
-from billhook.engine.experts import expert_stats
+from billhook.engine.experts import down_projections, expert_stats
 from billhook.engine.removal import Removal, changed_layers, remove_parts_
 from billhook.engine.restore import restored
 from billhook.engine.routing import mixture_of, restrict_, routed
 from billhook.engine.walk import walk
 from billhook.methods.structured.experts import EXPERTS, merge
 from billhook.plan.table import Table
+from billhook.racing.candidates import GradientLevels, product
+from billhook.racing.rco import Descent
+from billhook.racing.unit_levels import by_descent
 from billhook.racing.units import UnitProblem, choose_counts
 from billhook.steps.slim_allocation import sizes_of
 from billhook.text.stdlib import documents
@@ -40,6 +44,7 @@ from billhook.trials.unit_trials import UnitRunner
 DENSE = Path(billhook.__file__).parent / "demo_model"
 EXPERTS_A_BLOCK, WIDTH, WINDOW, BATCH = 8, 88, 256, 8
 RATE, WARMUP = 1e-3, 30
+STEPS = 30  # of RCO
 
 
 def windows(split: str, count: int, seed: int) -> Tensor:
@@ -161,8 +166,8 @@ def by(method: str) -> Callable[..., None]:
     return remove
 
 
-def compare(folder: Path) -> None:
-    """Print a line for each method and number of experts."""
+def compare(folder: Path, chosen: list[str]) -> None:
+    """Print a line for each method, or each of the `chosen` ones, and number of experts."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
     calibration, held_out = windows("train", 32, seed=2), windows("heldout", 64, seed=0)
     batches = [{"input_ids": rows} for rows in calibration.split(8)]
@@ -170,8 +175,11 @@ def compare(folder: Path) -> None:
     print(f"dense: {perplexity(model, held_out):.3f}", flush=True)
     ways = {"random": random_, "MoNE as published": novices_} | {name: by(name) for name in EXPERTS.names()}
     ways |= {f"{name}, allocated": allocated(name) for name in ("obs", "reap")}
+    ways |= {"obs, allocated by rco": allocated("obs", "rco"), "RCO as published": rco_(False)}
+    ways |= {"RCO, as many in every block": rco_(True)}
     for count in (6, 4):
-        for name, remove in ways.items():
+        for name in chosen or ways:
+            remove = ways[name]
             with unchanged(model, units):
                 begun = time.process_time()
                 remove(model, units, {unit.name: count for unit in units}, batches)
@@ -179,8 +187,62 @@ def compare(folder: Path) -> None:
                 print(f"{count} of 8, {name}: {perplexity(model, held_out):.3f}, {took:.1f} s", flush=True)
 
 
-def allocated(method: str) -> Callable[..., None]:
-    """The same with numbers of experts that differ by block, chosen by `auto`."""
+class Gates(GradientLevels):
+    """RCO's levels of experts: each goes, or stays as it is."""
+
+    def __init__(self, runner: UnitRunner) -> None:
+        layers = [layer for unit in runner.units for layer in down_projections(runner.model, unit)]
+        super().__init__(runner, layers, join_rows(runner.batches))
+        self.dense = {layer.name: layer.weight.clone() for layer in layers}
+        self.place = {layer.name: i for i, layer in enumerate(layers)}
+
+    @property
+    def counts(self) -> list[int]:
+        """Two levels for each expert."""
+        return [2] * len(self.layers)
+
+    @torch.no_grad()
+    def put_(self, chosen: Sequence[int]) -> None:
+        """Put zeros into experts that go."""
+        for layer, level in zip(self.layers, chosen, strict=True):
+            layer.weight.copy_(self.dense[layer.name] * level)
+
+    def slopes(self, layer: Layer, gradient: Tensor, chosen: Sequence[int]) -> Iterator[tuple[int, list[float]]]:
+        """What an expert gives."""
+        yield self.place[layer.name], [0.0, product(gradient, self.dense[layer.name])]
+
+
+def rco_(by_block: bool) -> Callable[..., None]:
+    """RCO as published for experts: a probability of staying for each, weights and router as they are.
+
+    With `by_block` the number that stays is the same in every block.
+    """
+
+    def remove(model: PreTrainedModel, units: list[Unit], counts: Mapping[str, int], batches: list[Any]) -> None:
+        rows = join_rows(batches)
+        with UnitRunner(model, units, batches, select_rows(rows, slice(0, 1)), Removal("magnitude", {})) as runner:
+            gates, each = Gates(runner), EXPERTS_A_BLOCK
+            sizes = [each] * len(units) if by_block else [each * len(units)]
+            kept = [counts[u.name] for u in units] if by_block else [sum(counts[u.name] for u in units)]
+            descents = [
+                Descent([[1, 2]] * n, n + k, 0.1, 1.0, i) for i, (n, k) in enumerate(zip(sizes, kept, strict=True))
+            ]
+            draw = gates.windows(4, 0)
+            for _ in range(STEPS):
+                found = gates.gradients([level for d in descents for level in d.draw()], next(draw))
+                for d in descents:
+                    d.update_(found[: len(d.costs)])
+                    del found[: len(d.costs)]
+        stays = torch.tensor([level for d in descents for level in d.best()], dtype=torch.bool).view(len(units), each)
+        print(stays.sum(1).tolist(), flush=True)
+        for unit, keep in zip(units, stays, strict=True):
+            restrict_(model, unit, keep)
+
+    return remove
+
+
+def allocated(method: str, allocator: str = "auto") -> Callable[..., None]:
+    """The same with numbers of experts that differ by block, chosen by `auto` or `rco`."""
 
     def remove(model: PreTrainedModel, units: list[Unit], counts: Mapping[str, int], batches: list[Any]) -> None:
         sizes = sizes_of(units, model.config)
@@ -191,7 +253,8 @@ def allocated(method: str) -> Callable[..., None]:
         with UnitRunner(
             model, units, split_rows(half[0], 8), half[1], Removal("magnitude", {}), experts=method
         ) as runner:
-            plan = choose_counts(runner, problem, {})
+            how = {"steps": STEPS}
+            plan = by_descent(runner, problem, how) if allocator == "rco" else choose_counts(runner, problem, {})
         print([plan.units[unit.name] for unit in units], flush=True)
         by(method)(model, units, plan.units, batches)
 
@@ -204,11 +267,12 @@ def main() -> None:
     parser.add_argument("what", choices=["train", "compare"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--way", action="append")
     options = parser.parse_args()
     if options.what == "train":
         train(options.folder, options.minutes)
     else:
-        compare(options.folder)
+        compare(options.folder, options.way or [])
 
 
 if __name__ == "__main__":

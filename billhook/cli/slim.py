@@ -39,8 +39,8 @@ class Method:
     allocator: Annotated[
         str,
         typer.Option(
-            help="How much each unit loses: uniform, auto (measured and tried on text), or one of billhook ls "
-            "allocators. By default uniform; with --units auto, auto.",
+            help="How much each unit loses: uniform, auto (measured and tried on text), rco (by gradients), or one of "
+            "billhook ls allocators. By default uniform; with --units auto, auto.",
             metavar="NAME",
         ),
     ] = ""

@@ -19,7 +19,10 @@ _STEPS = 8  # of a quantum in a width, at least
 
 @dataclass(frozen=True)
 class Size:
-    """A unit's `name`, `kind`, `block`, number of parts, and `parameters` in each of them; at least `least` stay."""
+    """A unit's `name`, `kind`, `block`, number of parts, and `parameters` in each of them; at least `least` stay.
+
+    `inside` names the experts of which the unit is one, if they are units too: what it loses counts only if it stays.
+    """
 
     name: str
     kind: str
@@ -27,6 +30,7 @@ class Size:
     count: int
     parameters: int
     least: int = 1
+    inside: str = ""
 
     @property
     def n(self) -> int:
@@ -66,8 +70,9 @@ def uniform_counts(sizes: Sequence[Size], remove: int, shares: Mapping[str, floa
         units = alike[kind, count]
         last = kind == "channels" and (kind, count) == finest[-1]
         wanted = max(left, 0.0) if last else remove * shares[kind] * sum(s.n for s in units) / totals[kind]
-        per_step = units[0].step * sum(s.parameters for s in units)
-        most, steps = units[0].steps * per_step, round(wanted / per_step)
+        stays = {s.name: kept[s.name] / s.count for s in sizes if s.name in kept}
+        per_step = units[0].step * sum(s.parameters * stays.get(s.inside, 1.0) for s in units)
+        most, steps = int(units[0].steps * per_step), round(wanted / per_step)
         if steps > units[0].steps and wanted - most > rounding:
             raise _too_much(kind, wanted, most, units[0].least)
         steps = min(steps, units[0].steps)

@@ -1,9 +1,11 @@
-"""The weights of every level of every layer, held as they are encoded, and the loss's gradients with respect to them.
+"""The weights of every level of every group, and the loss's gradients with respect to their probabilities.
 
-Quantized weights are held as codes of one byte, so that K types take K bytes a weight.
+`GradientLevels` is what `billhook.racing.rco` needs. `CandidateWeights` holds weights as they are encoded: quantized
+ones as codes of one byte, so that K types take K bytes a weight. Levels of units are in `billhook.racing.unit_levels`.
 """
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -17,14 +19,70 @@ from billhook.methods.encoded import Encoded
 from billhook.methods.statistics import LayerStats
 from billhook.plan.spec import Spec
 from billhook.trials.attribution import weight_gradients
-from billhook.trials.trials import TrialRunner
+from billhook.trials.trials import Runner, TrialRunner
 
 
-class CandidateWeights:
-    """The encoded weights of each group's levels, for a model whose dense weights `runner` restores.
+class GradientLevels(ABC):
+    """Groups of `layers` that have one of several levels each, for a model whose dense weights `runner` restores.
 
-    `groups` are tuples of layer names, `specs` the levels of each group. `rows` are the calibration windows of which
-    gradients are taken; the dense model's predictions on them are recorded when this is made.
+    `rows` are the calibration windows of which gradients are taken; the dense model's predictions on them are recorded
+    when this is made.
+    """
+
+    def __init__(self, runner: Runner, layers: Sequence[Layer], rows: Batch) -> None:
+        self.runner, self.layers, self.rows = runner, list(layers), rows
+        runner.restore_()
+        self._teachers = [runner.task.divergence.teacher(outputs) for outputs, _ in runner.predictions(rows)]
+
+    @property
+    @abstractmethod
+    def counts(self) -> list[int]:
+        """How many levels each group has."""
+
+    @abstractmethod
+    def put_(self, chosen: Sequence[int]) -> None:
+        """Put the weights of these levels, one a group, into the model."""
+
+    @abstractmethod
+    def slopes(self, layer: Layer, gradient: Tensor, chosen: Sequence[int]) -> Iterator[tuple[int, list[float]]]:
+        """<gradient, W_k> for the levels k of each group that a layer belongs to, with the number of the group."""
+
+    def windows(self, count: int, seed: int) -> Iterator[list[int]]:
+        """Without end, `count` of the calibration windows, each window once before any again."""
+        chance, left = random.Random(seed), list[int]()
+        while True:
+            while len(left) < count:
+                left += chance.sample(range(rows_of(self.rows)), rows_of(self.rows))
+            yield left[:count]
+            del left[:count]
+
+    def gradients(self, chosen: Sequence[int], rows: Sequence[int]) -> list[list[float]]:
+        """∂L/∂p_k = <∂L/∂W, W_k> of every group and level k, where the levels `chosen` are in the model.
+
+        L is the mean KL divergence a token from the dense model on the windows `rows`.
+        """
+        self.put_(chosen)
+        found = [[0.0] * count for count in self.counts]
+
+        def visit(layer: Layer, gradient: Tensor) -> None:
+            for group, values in self.slopes(layer, gradient, chosen):
+                found[group] = [x + y for x, y in zip(found[group], values, strict=True)]
+
+        batch = select_rows(self.rows, torch.tensor(rows))
+        gradients = self.runner.gradients([self._teachers[row] for row in rows])
+        tokens = weight_gradients(self.runner.model, self.layers, batch, self.runner.task, gradients, visit)
+        return [[x / tokens for x in sums] for sums in found]
+
+
+def product(gradient: Tensor, weight: Tensor) -> float:
+    """<gradient, weight>."""
+    return float((gradient.float() * weight).sum(dtype=torch.float64))
+
+
+class CandidateWeights(GradientLevels):
+    """The encoded weights of each group's levels.
+
+    `groups` are tuples of layer names, `specs` the levels of each group.
     """
 
     def __init__(
@@ -37,11 +95,8 @@ class CandidateWeights:
         *,
         progress: Progress = lambda line: None,
     ) -> None:
-        self.runner, self.groups, self.rows = runner, groups, rows
-        self.place = {name: k for k, group in enumerate(groups) for name in group}
-        self.layers = [layer for layer in runner.layers if layer.name in self.place]
-        runner.restore_()
-        self._teachers = [runner.task.divergence.teacher(outputs) for outputs, _ in runner.predictions(rows)]
+        self.groups, self.place = groups, {name: k for k, group in enumerate(groups) for name in group}
+        super().__init__(runner, [layer for layer in runner.layers if layer.name in self.place], rows)
         self._encoded = self._encode(specs, method, progress)
 
     @torch.no_grad()
@@ -62,14 +117,10 @@ class CandidateWeights:
                 progress(layer.name)
         return found
 
-    def windows(self, count: int, seed: int) -> Iterator[list[int]]:
-        """Without end, `count` of the calibration windows, each window once before any again."""
-        chance, left = random.Random(seed), list[int]()
-        while True:
-            while len(left) < count:
-                left += chance.sample(range(rows_of(self.rows)), rows_of(self.rows))
-            yield left[:count]
-            del left[:count]
+    @property
+    def counts(self) -> list[int]:
+        """How many levels each group has."""
+        return [len(self._encoded[group[0]]) for group in self.groups]
 
     @torch.no_grad()
     def put_(self, chosen: Sequence[int]) -> None:
@@ -77,20 +128,7 @@ class CandidateWeights:
         for layer in self.layers:
             layer.weight.copy_(self._encoded[layer.name][chosen[self.place[layer.name]]].decode(layer.weight.dtype))
 
-    def gradients(self, chosen: Sequence[int], rows: Sequence[int]) -> list[list[float]]:
-        """<∂L/∂W, W_k> of every group and level k, where the levels `chosen` are in the model.
-
-        L is the mean KL divergence a token from the dense model on the windows `rows`.
-        """
-        self.put_(chosen)
-        found = [[0.0] * len(self._encoded[group[0]]) for group in self.groups]
-
-        def visit(layer: Layer, gradient: Tensor) -> None:
-            sums, candidates = found[self.place[layer.name]], self._encoded[layer.name]
-            for k, candidate in enumerate(candidates):
-                sums[k] += float((gradient.float() * candidate.decode(torch.float32)).sum(dtype=torch.float64))
-
-        batch = select_rows(self.rows, torch.tensor(rows))
-        gradients = self.runner.gradients([self._teachers[row] for row in rows])
-        tokens = weight_gradients(self.runner.model, self.layers, batch, self.runner.task, gradients, visit)
-        return [[x / tokens for x in sums] for sums in found]
+    def slopes(self, layer: Layer, gradient: Tensor, chosen: Sequence[int]) -> Iterator[tuple[int, list[float]]]:
+        """<gradient, W_k> for the levels k of a layer's group."""
+        levels = [candidate.decode(torch.float32) for candidate in self._encoded[layer.name]]
+        yield self.place[layer.name], [product(gradient, level) for level in levels]

@@ -29,14 +29,15 @@ Measured: KL divergence .0504 after 100 steps, where `curves` has .0302 in a six
 Limits: the model, its gradients' layer by layer, and the codes must fit in memory.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError
 from billhook.plan.knapsack import choose_levels
-from billhook.racing.candidates import CandidateWeights
+from billhook.racing.candidates import GradientLevels
 from billhook.registry import method
 
 BETAS, TINY = (0.9, 0.999), 1e-12
@@ -44,7 +45,7 @@ BETAS, TINY = (0.9, 0.999), 1e-12
 
 @method(paper="RCO 2026, arXiv:2605.00649", needs=("level_errors", "level_weights"))
 def rco(
-    weights: CandidateWeights,
+    weights: GradientLevels,
     costs: Sequence[Sequence[int]],
     budget: int,
     *,
@@ -59,6 +60,22 @@ def rco(
     `steps` of Adam with the learning rate `rate`, each on so many `windows`; `temperature` scales the Gumbel noise.
     Raises BillhookError for an option out of range and a budget below the cheapest levels.
     """
+    how: dict[str, Any] = {"steps": steps, "rate": rate, "windows": windows, "temperature": temperature, "seed": seed}
+    return descend(weights, costs, budget, **how).best()
+
+
+def descend(
+    weights: GradientLevels,
+    costs: Sequence[Sequence[int]],
+    budget: int,
+    *,
+    steps: int,
+    rate: float,
+    windows: int,
+    temperature: float,
+    seed: int,
+) -> "Descent":
+    """The logits after all steps of `rco`, whose options these are."""
     if steps < 1 or windows < 1 or not 0 < rate < 100 or not 0 <= temperature < 100:
         raise BillhookError(
             f"rco: steps={steps} and windows={windows} must be at least 1, rate={rate:g} and temperature="
@@ -67,8 +84,8 @@ def rco(
     draw = weights.windows(windows, seed)
     descent = Descent(costs, budget, rate, temperature, seed)
     for _ in range(steps):
-        descent.step(lambda chosen: weights.gradients(chosen, next(draw)))
-    return descent.best()
+        descent.update_(weights.gradients(descent.draw(), next(draw)))
+    return descent
 
 
 class Descent:
@@ -89,10 +106,13 @@ class Descent:
         """The probabilities [N, K]."""
         return self.z.softmax(1)
 
-    def step(self, gradient: Callable[[list[int]], Sequence[Sequence[float]]]) -> None:
-        """One step, with ∂L/∂p of every group and level where the drawn levels are in the model."""
+    def draw(self) -> list[int]:
+        """Levels within the budget, drawn with Gumbel noise."""
         noise = -torch.empty_like(self.c).exponential_(generator=self.generator).log()
-        found = gradient(self._feasible(self.z + self.temperature * noise))
+        return self._feasible(self.z + self.temperature * noise)
+
+    def update_(self, found: Sequence[Sequence[float]]) -> None:
+        """One step, with ∂L/∂p of every group and level where drawn levels are in the model."""
         p, g = self.p, self._padded(found, 0.0)
         g = _tangent(p * (g - (p * g).sum(1, keepdim=True)), self._normal(self.z))
         self.count += 1

@@ -17,6 +17,7 @@ from billhook.plan.allocators.curves import MIDDLE, at
 from billhook.plan.plan import Budget, Plan
 from billhook.plan.table import Row, Table
 from billhook.plan.unit_counts import Shape, Size, per_layer_counts, shares_of, uniform_counts
+from billhook.racing.allocators import MODEL_ALLOCATORS
 from billhook.racing.automatic import ErrorCurves, rounds
 from billhook.racing.race import Candidate, Problem, Race
 from billhook.trials.unit_trials import UnitRunner
@@ -50,7 +51,8 @@ class UnitProblem(Problem):
         else:
             counts = per_layer_counts(self.sizes, self.remove, fractions)
         about = {**options, "shape": self.shape, "shares": shares}
-        made_by = {"allocator": allocator, "options": about, "paper": ALLOCATORS.paper(allocator)}
+        registry = MODEL_ALLOCATORS if allocator in MODEL_ALLOCATORS.names() else ALLOCATORS
+        made_by = {"allocator": allocator, "options": about, "paper": registry.paper(allocator)}
         return Plan(Budget("parameters", self.stays), {}, counts, made_by)
 
 

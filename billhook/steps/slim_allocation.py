@@ -1,8 +1,8 @@
 """How `slim` decides how many parts of each unit stay: an allocator and a shape.
 
 An allocator of the registry gives a sparsity to every layer; a unit loses the mean of those of its layers, weighted by
-their sizes. `curves` and `auto` measure the units themselves, which needs the whole model in memory
-(`billhook.racing.units`).
+their sizes. `curves`, `auto` (`billhook.racing.units`) and `rco` (`billhook.racing.unit_levels`) measure the units
+themselves, which needs the whole model in memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +23,8 @@ from billhook.plan.metrics import fact
 from billhook.plan.plan import Plan
 from billhook.plan.table import Table
 from billhook.plan.unit_counts import Shape, Size
+from billhook.racing.allocators import MODEL_ALLOCATORS
+from billhook.racing.unit_levels import choose_by_descent
 from billhook.racing.units import UnitProblem, choose_counts
 from billhook.registry import hint
 from billhook.steps.options import split_options
@@ -44,13 +46,15 @@ class UnitAllocation:
     def of(cls, request: SlimRequest, kinds: Sequence[str]) -> tuple["UnitAllocation", dict[str, Any]]:
         """The allocation, and the options of the structured method; raises BillhookError for unknown names."""
         name = request.allocator or (AUTO if list(kinds) == [AUTO] else "uniform")
-        known = [*ALLOCATORS.names(), AUTO]
+        known = [*ALLOCATORS.names(), *MODEL_ALLOCATORS.names(), AUTO]
         if name not in known:
             raise BillhookError(f"Unknown allocator {name!r:.40}.{hint(name, known)} There are: {', '.join(known)}.")
         given = [] if name == AUTO else [name]
-        of_method, options = split_options(request.options, request.method, given, methods=STRUCTURED)
+        registry = MODEL_ALLOCATORS if name in MODEL_ALLOCATORS.names() else ALLOCATORS
+        how: dict[str, Any] = {"methods": STRUCTURED, "allocating": registry}
+        of_method, options = split_options(request.options, request.method, given, **how)
         implied: Shape = "uniform" if not request.allocator or name == "uniform" else "per-layer"
-        options = {**ALLOCATORS.configure(name, options)} if given else {}
+        options = {**registry.configure(name, options)} if given else {}
         if name == "curves":
             options["criterion"] = request.method
         return cls(name, options, request.shape or implied), of_method
@@ -58,7 +62,7 @@ class UnitAllocation:
     @property
     def on_trial(self) -> bool:
         """Whether it needs the model in memory, and text."""
-        return self.name in (AUTO, "curves")
+        return self.name in (AUTO, "curves", *MODEL_ALLOCATORS.names())
 
     @property
     def needs_text(self) -> bool:
@@ -72,8 +76,11 @@ def allocate_units(
 ) -> Plan:  # fmt: skip
     """The plan of an allocation for `units`, without the blocks numbered `gone`.
 
-    The model is in memory where the allocation is `on_trial`. Raises BillhookError where there is too little text.
+    The model is in memory where the allocation is `on_trial`. One kind in a uniform shape leaves nothing to decide.
+    Raises BillhookError where there is too little text.
     """
+    if allocation.shape == "uniform" and len({unit.kind for unit in units}) == 1:
+        return problem.plan(dict.fromkeys((unit.name for unit in units), 1.0), "uniform", {})  # nothing to decide
     if not allocation.on_trial:
         every = find_layers(opened.model)
         layers = {unit.name: layers_of(unit, every) for unit in units}
@@ -83,6 +90,8 @@ def allocate_units(
     split = split_samples(opened.model, opened.samples, rows_of(opened.batches[0]), seed)
     facts = {"heldout": split.facts["heldout"]}
     with UnitRunner(opened.model, units, split.batches, split.heldout, removal, experts=experts, gone=gone) as runner:
+        if allocation.name in MODEL_ALLOCATORS.names():
+            return choose_by_descent(runner, problem, allocation.options, facts, progress)
         return choose_counts(runner, problem, facts, trials=allocation.name == AUTO, progress=progress)
 
 
@@ -116,4 +125,8 @@ def _fractions(
 def sizes_of(units: Sequence[Unit], config: Any) -> list[Size]:
     """The sizes of units; at least as many experts stay as every token goes to."""
     least = {"experts": getattr(config, "num_experts_per_tok", None) or 1}
-    return [Size(u.name, u.kind, u.block, u.count, u.parameters, least.get(u.kind, 1)) for u in units]
+    names = {unit.name for unit in units}
+    inside = {unit.name: f"{unit.name.rpartition('.experts.')[0]}:experts" for unit in units}
+    inside = {name: experts for name, experts in inside.items() if experts in names}
+    facts = [(u.name, u.kind, u.block, u.count, u.parameters, least.get(u.kind, 1)) for u in units]
+    return [Size(*fact, inside.get(fact[0], "")) for fact in facts]

@@ -46,8 +46,6 @@ def choose_kinds(
     best = best_plan(whole, removal, request.experts, planned, progress)
     kinds = best.made_by["options"]["kinds"].split(",")
     units = [unit for unit in units_of(whole, kinds) if unit.name in best.units]
-    if len({unit.kind for unit in units}) == 1 and allocation.shape == "uniform":
-        return best
     gone = list(dropped_by(best, list(blocks_of(whole.model))).values())
     better = _allocated(request, whole, units, gone, removal=removal, allocation=allocation, progress=progress)
     options = {**best.made_by["options"], **better.made_by["options"]}
@@ -64,7 +62,7 @@ def choose_plan(
     """
     assert request.remove is not None
     blocks, units = blocks_of(opened.model), units_of(opened, kinds)
-    if allocation.shape == "per-layer" and allocation.name != "uniform":
+    if allocation.shape == "per-layer":
         check_per_layer(opened.model, units)
     number, gone = blocks_to_drop(kinds, request.remove, parameters_of(opened)), list[int]()
     if number or (allocation.on_trial and units):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from billhook.architectures.layers import find_layers
+from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import Unit
 from billhook.engine.loop import LayerResult
 from billhook.engine.removal import Removal
@@ -77,8 +78,8 @@ class SlimJob:
     @property
     def removed(self) -> int:
         """The parameters in the blocks that are not stored any more."""
-        blocks = sum(n for index, n in enumerate(self.parameters) if index not in self.smaller.blocks)
-        return blocks + sum((unit.count - self.smaller.counts[unit.name]) * unit.parameters for unit in self.units)
+        left = blocks_of(self.smaller.stream.model).values()
+        return sum(self.parameters) - sum(p.numel() for block in left for p in block.parameters())
 
     @property
     def padding(self) -> int:
