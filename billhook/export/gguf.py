@@ -61,7 +61,7 @@ def write_gguf(
     Raises BillhookError, before anything is written, for a model that has no form in GGUF files, and JobError for
     values that do not fit their type and for a full disk.
     """
-    prepared = _prepared(source, quantized or {}, rest, template, split, facts or {}, changed)
+    prepared = _prepared(source, quantized or {}, rest, template, split, facts or {}, changed=changed)
     return finish(*prepared, output, progress)
 
 
@@ -84,6 +84,7 @@ def _prepared(
     template: Path | None,
     split: int | None,
     facts: Mapping[str, Fact],
+    *,
     changed: Sequence[Path] = (),
 ) -> tuple["GGUFWriter", list[Entry], list[str]]:
     """A writer with the complete metadata, the tensors, and notes on what llama.cpp computes otherwise."""
