@@ -31,7 +31,7 @@ from billhook.plan.plan import Plan, load_plan
 from billhook.reports.quantized_card import publish_quantized
 from billhook.steps.block_files import BlockFiles, Form
 from billhook.steps.given_imatrix import NOTE, imatrix_stats
-from billhook.steps.lost import loss_of
+from billhook.steps.lost import Lost, loss_of
 from billhook.steps.partial_output import partial_output
 from billhook.steps.parts import Parts, check_matrices, layer_parts, part_types, transposed
 from billhook.steps.quantize_job import QuantizeJob, QuantizeReport, QuantizeRequest, record
@@ -174,9 +174,13 @@ def check_resumed(request: QuantizeRequest, run: Mapping[str, Any], room: int) -
 
 
 def run(
-    job: QuantizeJob, progress: Progress = lambda layer: None, stopping: Callable[[], bool] = lambda: False
+    job: QuantizeJob,
+    progress: Progress = lambda layer: None,
+    stopping: Callable[[], bool] = lambda: False,
+    lost: Lost | None = None,
 ) -> QuantizeReport:
-    """Quantize block by block into the output, or resume a run.
+    """Quantize block by block into the output, or resume a run; `lost` says what was lost, by default against the
+    model of the job.
 
     Raises JobError, and Interrupted where the run can be resumed.
     """
@@ -191,7 +195,7 @@ def run(
     form: Form = ggml_tensors if job.ggml else compressed_tensors
     files = BlockFiles(stream, job.grids, form, outside, transposed(job.parts))
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "room": job.room}
-    lost = loss_of(opened, request.opening().drawing.held_out)
+    lost = lost or loss_of(opened, request.opening().drawing.held_out)
     with partial_output(
         stream, source, output, job.identity, job.plan.to_json(), **may, stopping=stopping, files=files
     ) as partial:
@@ -211,7 +215,7 @@ def run(
             opened.model, job.plan, job.method, opened.batches, layers=opened.layers, resources=opened.resources,
             start=partial.state.done, known=job.known, progress=progress, made=made, finished=partial.finished,
         )  # fmt: skip
-        loss = lost()
+        loss = lost(opened.model, opened.resources)
         made_record = record(job, results, loss)
         partial.complete(made_record, _finish(job, files, source), published=publish_quantized)
     warnings, seconds = made_record["steps"][-1]["warnings"], time.perf_counter() - start
