@@ -31,9 +31,6 @@ def show_job(job: "QuantizeJob", as_json: bool, *, keeps: bool = True) -> None:
         rows += [[kind, str(found[type]), type] for type in sorted(found, key=bits, reverse=True)]
     rows += [[name, "1", type] for name, type in job.outside.items()]
     table("What would be quantized", ["kind of layer", "layers", "type"], rows)
-    left = (
-        f"Only what was measured was written, to {kept}: the run uses it."
-        if keeps and kept.is_file()
-        else "Nothing was written."
-    )
+    measured = keeps and kept.is_file()
+    left = f"Only what was measured was written, to {kept}: the run uses it." if measured else "Nothing was written."
     say(f"{len(layers)} layers at {job.bits:.2f} bits a weight. {left}")

@@ -44,6 +44,7 @@ def test_where_bits_are_few_experts_go_with_them_and_the_result_says_so(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.nightly
 def test_with_many_bits_nothing_but_bits_is_carried_out(tmp_path, source):
     report = compress(source, tmp_path / "out", bits=6, **FIELDS)
     assert report.share == 0
@@ -53,6 +54,7 @@ def test_with_many_bits_nothing_but_bits_is_carried_out(tmp_path, source):
     assert report.quantized.loss == bits.quantized.loss
 
 
+@pytest.mark.nightly
 def test_a_size_below_all_types_is_met_with_units(tmp_path, source):
     with pytest.raises(BillhookError, match="cannot be met: the least possible") as error:
         compress(source, tmp_path / "out", size=1000, **{**FIELDS, "units": ()})
@@ -67,9 +69,10 @@ def test_a_size_below_all_types_is_met_with_units(tmp_path, source):
 
 @pytest.mark.nightly
 def test_a_stopped_run_goes_on_to_the_same_bytes_and_only_as_it_was_started(tmp_path, source):
-    whole = compress(source, tmp_path / "a" / "out", bits=3.1, **FIELDS) if (tmp_path / "a").mkdir() is None else None
-    place = tmp_path / "b"
+    folder, place = tmp_path / "whole", tmp_path / "stopped"
+    folder.mkdir()
     place.mkdir()
+    whole = compress(source, folder / "out", bits=3.1, **FIELDS)
     for stops in (1, 2):
         left = [stops]
 
@@ -90,7 +93,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes_and_only_as_it_was_started(tmp_
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"allocator": "uniform"}, "use allocator curves, rco or auto"),
+        ({"allocator": "uniform"}, "losses are predicted from measured levels"),
         ({"units": "auto"}, "Name the kinds of units"),
         ({"units": "heads,head"}, "Unknown kind of units 'head'"),
         ({"calibration": None}, "needs activations"),
