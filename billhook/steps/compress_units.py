@@ -24,10 +24,8 @@ from typing import Any
 
 from billhook.ambient import pinned
 from billhook.architectures.units import find_units
-from billhook.engine.loop import LayerResult
 from billhook.engine.walk import Progress
 from billhook.errors import BillhookError, JobError
-from billhook.evaluation.quality import Loss
 from billhook.plan.front import measured_levels
 from billhook.plan.level_allocators import ERRORS
 from billhook.plan.levels import types_of
@@ -50,7 +48,6 @@ from billhook.store.files import read_json, write_json
 from billhook.store.layout import RECORD
 from billhook.store.output import check_output, put_in_place
 from billhook.store.record import Record, read_record
-from billhook.store.shards import result_bytes, weight_bytes
 from billhook.tasks.self_text import is_self
 
 SHARES = (0.125, 0.25)  # of the parameters in blocks
@@ -167,7 +164,7 @@ def run_units(
     output = Path(job.request.output).expanduser().resolve()
     put_in_place(best.output, output)
     _end(_folder(output))
-    return UnitsReport(_report(output, job.source), job.budget, best.share, predicted, losses)
+    return UnitsReport(QuantizeReport.of(output, job.source), job.budget, best.share, predicted, losses)
 
 
 def discard(job: UnitsJob) -> None:
@@ -296,17 +293,3 @@ def _record(best: Candidate, predicted: Mapping[float, float], losses: Mapping[f
     value["steps"][-1]["plan"]["made_by"]["units"] = {"share": best.share, **tried}
     write_json(path, value)
     publish_quantized(best.output)
-
-
-def _report(output: Path, source: Path) -> QuantizeReport:
-    """What `quantize` would report of a directory."""
-    record = read_record(output / RECORD)
-    plan, made_by, results = _plan(record), record.steps[-1].made_by, list[LayerResult]()
-    for name, spec in plan.weights.items():
-        facts = record.layers[name]
-        shape, notes = (facts["shape"][0], facts["shape"][1]), tuple(facts["notes"])
-        results.append(LayerResult(name, shape, 0.0, facts["zeros"], 0, notes, facts.get("error"), type=spec.type))
-    bits = 8 * plan.bytes({r.layer: r.shape for r in results}) / sum(r.n for r in results)
-    loss = None if made_by.get("lost") is None else Loss(**made_by["lost"])
-    sizes = result_bytes(output), weight_bytes(source)
-    return QuantizeReport(output, results, bits, *sizes, 0.0, loss, record.steps[-1].warnings)
