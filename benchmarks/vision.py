@@ -1,12 +1,13 @@
-"""Methods on a trained vision transformer for CIFAR-10, by top-1 accuracy.
+"""Methods on trained image classifiers, by top-1 accuracy.
 
-    python benchmarks/vision.py [NAME ...] [--picture docs/images/vision.svg]
+    python benchmarks/vision.py [NAME ...] [--model cifar] [--picture docs/images/vision.svg]
 
-The model is in memory (a post-LN ViT: 6 blocks, width 128, 811,146 parameters, beside the repository in
-`../shared/vision`). Calibration images are 256 of the training set (seed 0); 256 more of it are held out, on which the
-prefix and the allocation of `ours` are chosen; 2,000 test images are scored, with a standard error of 1.0.
+`cifar` is a vision transformer for CIFAR-10 in memory (post-LN: 6 blocks, width 128, 811,146 parameters, beside the
+repository in `../shared/vision`), scored on 2,000 test images with a standard error of 1.0; `digits` is the ConvNeXt of
+`benchmarks/digits.py`, scored on 597, and needs scikit-learn. Calibration images are 256 of the training set (seed 0);
+256 more of it are held out, on which the prefix of `ours` is chosen.
 
-Each row is appended to `vision.jsonl` in the working directory, so that an interrupted run continues. One thread.
+Each row is appended to `vision_MODEL.jsonl` in the working directory, so that an interrupted run continues. One thread.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import digits
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -33,9 +35,7 @@ from billhook.store.files import write_text
 from billhook.tasks.opening import task_of
 
 SHARED = Path(os.environ.get("BILLHOOK_SHARED", Path(__file__).parents[2] / "shared")) / "vision"
-ROWS = Path("vision.jsonl")
 SAMPLES, HELD_OUT = 256, 256
-SPARSITIES = (0.5, 0.6, 0.7)
 RECIPES = {
     "magnitude, layer": {"criterion": "magnitude"},
     "wanda-vision": {"recipe": "wanda-vision"},
@@ -81,7 +81,7 @@ class CifarViT(PreTrainedModel):
         )
 
 
-def load() -> CifarViT:
+def load_cifar() -> CifarViT:
     """The trained model."""
     spec = importlib.util.spec_from_file_location("cifar_vit", SHARED / "cifar_vit.py")
     module = importlib.util.module_from_spec(spec)
@@ -100,8 +100,12 @@ def _named(forward):
     return named
 
 
-def images(name: str) -> Batch:
-    """Pixel values and labels of one of the two files."""
+def cifar() -> tuple[Batch, Batch]:
+    """Pixel values and labels of the training and the test images."""
+    return _images("cifar10_train_1k.npz"), _images("cifar10_test_2k.npz")
+
+
+def _images(name: str) -> Batch:
     file = np.load(SHARED / name)
     x = torch.from_numpy(file["x"]).permute(0, 3, 1, 2).float() / 255
     mean, std = torch.tensor((0.4914, 0.4822, 0.4465)), torch.tensor((0.2023, 0.1994, 0.2010))
@@ -111,9 +115,15 @@ def images(name: str) -> Batch:
     }
 
 
-def row(name: str, sparsity: float, options: dict, train: Batch, test: Batch, order: Tensor) -> dict:
-    """Prune a fresh model and score it."""
-    model, begun = load(), time.process_time()
+MODELS = {
+    "cifar": (load_cifar, cifar, (0.5, 0.6, 0.7), "ViT for CIFAR-10"),
+    "digits": (digits.load, digits.digits, (0.6, 0.7, 0.8, 0.9), "ConvNeXt for digits"),
+}
+
+
+def row(name: str, sparsity: float, options: dict, model: PreTrainedModel, train: Batch, test: Batch) -> dict:
+    """Prune the model and score it."""
+    begun, order = time.process_time(), torch.randperm(len(train["labels"]), generator=torch.Generator().manual_seed(0))
     calibration = select_rows(train, order[:SAMPLES])
     heldout = select_rows(train, order[SAMPLES : SAMPLES + HELD_OUT])
     reference = Reference.of(model, heldout, task_of(model), "held-out")
@@ -140,32 +150,33 @@ def main() -> None:
     """All rows that are not there yet, then our choice among the rows of each sparsity."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="*", help="only these rows (default all)")
+    parser.add_argument("--model", choices=list(MODELS), default="cifar")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     AutoModelForImageClassification.register(CifarConfig, CifarViT)
     torch.set_num_threads(1)
-    train, test = images("cifar10_train_1k.npz"), images("cifar10_test_2k.npz")
-    order = torch.randperm(len(train["labels"]), generator=torch.Generator().manual_seed(0))
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    load, data, sparsities, what = MODELS[args.model]
+    (train, test), saved = data(), Path(f"vision_{args.model}.jsonl")
+    rows = [json.loads(line) for line in saved.read_text().splitlines()] if saved.exists() else []
     done = {(found["name"], found["sparsity"]) for found in rows}
     dense = 100 * evaluate_rows(load(), split_rows(test, 250), task_of(load())).top1
     print("dense", dense, flush=True)
     for name, options in (RECIPES | OURS).items():
-        for sparsity in SPARSITIES:
+        for sparsity in sparsities:
             if (name, sparsity) not in done and (not args.name or name in args.name):
-                rows.append(found := row(name, sparsity, options, train, test, order))
-                with ROWS.open("a") as file:
+                rows.append(found := row(name, sparsity, options, load(), train, test))
+                with saved.open("a") as file:
                     file.write(json.dumps(found) + "\n")
                 print(found, flush=True)
     drawn = {name: {found["sparsity"]: found["top1"] for found in rows if found["name"] == name} for name in DRAWN}
-    for sparsity in SPARSITIES:
+    for sparsity in sparsities:
         ours = [found for found in rows if found["name"] in OURS and found["sparsity"] == sparsity]
         if ours:
             best = min(ours, key=lambda found: found["heldout_kl"])
             print(f"ours at {sparsity}: {best['name']}, top-1 {best['top1']:.2f}", flush=True)
             drawn.setdefault("ours", {})[sparsity] = best["top1"]
     if args.picture is not None:
-        title = "Top-1 accuracy of a ViT for CIFAR-10 by sparsity (higher is better)"
+        title = f"Top-1 accuracy of a {what} by sparsity (higher is better)"
         write_text(args.picture, picture(title, "top-1 accuracy (%)", drawn, dense))
 
 

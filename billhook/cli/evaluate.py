@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from billhook.cli.common import emit, progress, say, split_list
-from billhook.cli.options import AnyModel, Bos, Json, Length, Limit, Loading
+from billhook.cli.options import AnyModel, Bos, Json, Length, Limit, Loading, SkipUnreadable
 
 NAME = "eval"
 EXAMPLES = """\b
@@ -33,6 +33,7 @@ def command(
     data: Annotated[str | None, typer.Option(help=DATA_HELP, metavar="SOURCE")] = None,
     length: Length = None,
     bos: Bos = "auto",
+    skip_unreadable: SkipUnreadable = False,
     limit: Limit = None,
     protocol: Annotated[Literal["token", "word", "both"], typer.Option(help=PROTOCOL_HELP)] = "token",
     against: Annotated[str | None, typer.Option(help=AGAINST_HELP, metavar="MODEL")] = None,
@@ -52,7 +53,7 @@ def command(
     from billhook.steps.evaluate import EvalConfig, evaluate_model
 
     scored = (data, length, limit, protocol, against, split_list(tasks), few_shot, task_limit, batch_size)
-    config = EvalConfig(*scored, bos=bos, **loading.fields(model))
+    config = EvalConfig(*scored, bos=bos, skip_unreadable=skip_unreadable, **loading.fields(model))
     if report:
         _check_report(model)
     with progress("scoring") as advance:

@@ -77,6 +77,12 @@ LENGTH_HELP = "Tokens in a window; by default 2048, or the model's context lengt
 Length = Annotated[int | None, typer.Option(help=LENGTH_HELP, min=2)]
 BOS_HELP = "Begin every window with the BOS token; auto: if the tokenizer does so with a text."
 Bos = Annotated[Literal["auto", "yes", "no"], typer.Option(help=BOS_HELP)]
+SkipUnreadable = Annotated[
+    bool,
+    typer.Option(
+        "--skip-unreadable", help="Leave out images that cannot be read, and say which; without it they are refused."
+    ),
+]
 Limit = Annotated[int | None, typer.Option(help="Score at most this many windows (word protocol: documents).", min=1)]
 STACKS_HELP = (
     "Only blocks of these stacks: all, language, vision, or the name of a module that contains them. Repeatable.  "
@@ -109,6 +115,7 @@ class Text:
     samples: Annotated[int, typer.Option(help="Calibration windows, or images.", min=1)] = 128
     length: Length = None
     bos: Bos = "auto"
+    skip_unreadable: SkipUnreadable = False
     published: Annotated[
         bool,
         typer.Option(

@@ -69,6 +69,7 @@ class Training:
         int | None, typer.Option(help="Tokens in a window; by default 512, or the model's context.", min=2)
     ] = None
     bos: shared.Bos = "auto"
+    skip_unreadable: shared.SkipUnreadable = False
     settings: shared.Settings = None
 
 

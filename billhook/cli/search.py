@@ -49,6 +49,7 @@ def command(
     samples: Annotated[int, typer.Option(help=SAMPLES_HELP, min=1)] = 64,
     length: shared.Length = None,
     bos: shared.Bos = "auto",
+    skip_unreadable: shared.SkipUnreadable = False,
     work: shared.Work,
     no_model: Annotated[bool, typer.Option("--no-model", help="Write no pruned model.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Start again where the output holds another search.")] = False,
@@ -63,6 +64,7 @@ def command(
     method: dict[str, Any] = {"pattern": pattern, "options": parse_settings(settings)}
     method |= {"recipe": recipe or "", "criterion": criterion or ""}
     text: dict[str, Any] = {"calibration": calibration, "samples": samples, "length": length, "bos": bos}
+    text["skip_unreadable"] = skip_unreadable
     try:
         found = search(model, sparsity, **race, **method, **text, **work.fields(model, streams=False))
     except KeyboardInterrupt:

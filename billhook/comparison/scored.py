@@ -36,7 +36,7 @@ class Scored(Protocol):
 
 def scored(opened: Opened, request: Request, data: str, limit: int | None) -> Scored:
     """Read the data for a model that is still dense; raises BillhookError as its task does."""
-    home = Home(opened.source, request.trust_remote_code)
+    home = Home(opened.source, request.trust_remote_code, request.skip_unreadable)
     if isinstance(opened.task, RowTask):
         found = opened.task.inputs(data, opened.model, home)
         return ScoredRows(opened.model, join_rows(found.batches(limit)), opened.task, source_name(data))

@@ -76,6 +76,7 @@ class RowScores:
     * `exact_match` (number, optional): fraction of the answers of which every token is the most likely one.
     * `exact_match_error` (number, optional): its standard error.
     * `nll` (number, optional): mean negative log-likelihood of the labels in nats (a token, of answers).
+    * `skipped` (integer, optional): how many more were left out because they cannot be read.
     * `against` (object, optional): the comparison with the dense model.
     """
 
@@ -91,6 +92,7 @@ class RowScores:
     exact_match: float | None = None
     exact_match_error: float | None = None
     nll: float | None = None
+    skipped: int | None = None
     against: RowsAgainst | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,13 +130,13 @@ def evaluate_rows(
             for name in sorted(batch.keys() & {model.main_input_name, "input_ids", "pixel_values"}):
                 seen.update(tensor_bytes(batch[name].cpu().contiguous()))
             found = [predicted(each, batch, scoring) for each in models]
-            for tally, pairs in zip(tallies, found, strict=True):
-                tally.add(pairs)
             if len(found) > 1:
                 for (ours, _), (theirs, _) in zip(*found, strict=True):
                     distance = _compared(scoring, ours, theirs.to(ours.device))
                     divergences.append(distance.mean)
                     agreed, predictions = agreed + distance.agreed, predictions + len(ours)
+            for tally, pairs in zip(tallies, found, strict=True):
+                tally.add(pairs)
             progress(f"{tallies[0].count} {scoring.unit}s")
     if not tallies[0].count:
         raise BillhookError(f"{source} is empty: there is nothing to score.")

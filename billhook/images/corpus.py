@@ -8,25 +8,33 @@ rows given from Python          images of Pillow, or mappings with `image` and p
 
 An image is opened when it is needed, turned as its EXIF data say, and converted to RGB: grey ones are repeated, an
 alpha channel is dropped. One that cannot be read, or that has more pixels than Pillow accepts (89 million), is refused
-by name.
+by name, or left out by `readable`.
 """
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from billhook.errors import BillhookError
 from billhook.text.hub import hub_rows
 
+_NAMED = 10  # images that are named where more are left out
+_SKIP = "--skip-unreadable leaves out such images of a SOURCE"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 FORMS = "a folder of images (labels are the names of its folders), FILE.npz with x and y, or hub:NAME[:config][:split]"
+T = TypeVar("T")
 _IMAGE, _LABEL = ("image", "img"), ("label", "labels", "fine_label")
+
+
+class Unreadable(BillhookError):
+    """An image that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,13 @@ class Picture:
                 return ImageOps.exif_transpose(image).convert("RGB")
         except (image_module.DecompressionBombWarning, image_module.DecompressionBombError):
             most = f"more than {image_module.MAX_IMAGE_PIXELS:,} pixels"
-            raise BillhookError(f"{self.name} has {most}: make it smaller, or leave it out.") from None
+            raise Unreadable(f"{self.name} has {most}: make it smaller or remove it; {_SKIP}.") from None
         except BillhookError:
             raise
         except Exception as error:  # Pillow raises a dozen unrelated kinds for damaged files
             why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise BillhookError(f"{self.name} cannot be read as an image ({why}): repair or remove it.") from None
+            found = f"{self.name} cannot be read as an image ({why})"
+            raise Unreadable(f"{found}: repair or remove it; {_SKIP}.") from None
 
 
 def pillow() -> Any:
@@ -87,6 +96,27 @@ def pictures(source: Any, purpose: str) -> list[Picture]:
         return [_file(path, None)]
     why = "there is no such file or folder" if not path.exists() else "it holds no images"
     raise BillhookError(f"{source}: {why}, and the model reads images. A source of images is {FORMS}.")
+
+
+def readable(every: Sequence[T], pictures_of: Callable[[T], Sequence[Picture]], source: str) -> list[T]:
+    """Those of the images or questions of a SOURCE whose pictures can be read; the others are logged.
+
+    Opens every picture. Raises BillhookError where none can be read.
+    """
+    found, reasons = [], []
+    for one in every:
+        try:
+            for picture in pictures_of(one):
+                picture.load()
+            found.append(one)
+        except Unreadable as error:
+            reasons.append(str(error).partition(": ")[0])
+    if not found:
+        raise BillhookError(f"{source}: none of {len(every)} images can be read ({reasons[0]}).")
+    if reasons:
+        named = "; ".join(reasons[:_NAMED]) + ("; ..." if len(reasons) > _NAMED else "")
+        logging.getLogger(__name__).warning("note: %d of %d were left out: %s.", len(reasons), len(every), named)
+    return found
 
 
 def digest(found: Sequence[Picture]) -> str:

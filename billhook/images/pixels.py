@@ -35,8 +35,9 @@ class Reader:
         """The pixel values of the pictures; raises BillhookError, naming the picture, for one of another size."""
         rows: list[Tensor] = []
         for picture in found:
+            image = picture.load()
             try:
-                made = self.processor(picture.load(), return_tensors="pt")["pixel_values"][0]
+                made = self.processor(image, return_tensors="pt")["pixel_values"][0]
             except (ValueError, TypeError, KeyError, RuntimeError) as error:
                 why = str(error).splitlines()[0][:200]
                 raise BillhookError(f"{picture.name}: the model's image processor cannot read it ({why}).") from None

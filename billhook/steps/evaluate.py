@@ -5,7 +5,7 @@ The record contains protocol, windows, length and versions, so that only compara
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class EvalConfig:
     task_limit: int | None = None
     batch_size: int | None = None
     bos: str = "auto"
+    skip_unreadable: bool = False
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
@@ -94,12 +95,13 @@ def _rows(source: Path, task: RowTask, config: EvalConfig, progress: Progress) -
     if named := [name for name, given in wrong.items() if given not in (None, False, (), [])]:
         raise BillhookError(f"{' and '.join(named)} is for language models: leave it out.")
     loaded = _open(source, config)
-    found = task.inputs(config.data, loaded, Home(source, config.trust_remote_code))
+    found = task.inputs(config.data, loaded, Home(source, config.trust_remote_code, config.skip_unreadable))
     dense = None if config.against is None else _open(resolve(config.against), config)
     record: dict[str, Any] = {"model": model_facts(source, loaded), "dtype": dtype_name(loaded.dtype)}
     record["versions"] = versions()
     about: dict[str, Any] = {"source": source_name(config.data), "against": dense, "progress": progress}
-    return record | evaluate_rows(loaded, found.batches(config.limit), task, **about).to_dict()
+    scores = evaluate_rows(loaded, found.batches(config.limit), task, **about)
+    return record | replace(scores, skipped=getattr(found, "skipped", 0) or None).to_dict()
 
 
 def versions() -> dict[str, str]:

@@ -45,6 +45,7 @@ class DrawnFields(TypedDict, total=False):
     group: Group | None
     calibration: Given | None
     bos: str
+    skip_unreadable: bool
     samples: int
     length: int | None
     batch_size: int | None

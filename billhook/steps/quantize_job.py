@@ -35,6 +35,7 @@ class Inputs:
     samples: int = 128
     length: int | None = None
     bos: str = "auto"
+    skip_unreadable: bool = False
     published: bool = False
     batch_size: int | None = None
     seed: int = 0

@@ -71,7 +71,7 @@ def draw_windows(
         most = BUDGETED if budgeted else rows * math.ceil((tokens or TOKENS) / (rows * length))
         most = request.windows or most
     drawing = Drawing(most + 2 * HELD_OUT[1], length, request.seed, "packed", request.bos, fewer=True)
-    home = Home(opened.source, request.trust_remote_code)
+    home = Home(opened.source, request.trust_remote_code, request.skip_unreadable)
     given: Any = request.calibration
     drawn = opened.task.samples(given, teacher or opened.model, home, drawing, progress)
     count, size = len(drawn), row_length(opened.model, drawn.batch)

@@ -15,7 +15,7 @@ from billhook.architectures.sources import resolve
 from billhook.architectures.stacks import blocks_in, blocks_of
 from billhook.distributed.collectives import rows_per_batch
 from billhook.engine.activation_store import SPILL_GIB
-from billhook.engine.batch import Batch, main_input, row_length, rows_of, split_rows
+from billhook.engine.batch import Batch, row_length, rows_of, split_rows
 from billhook.engine.dead_blocks import dead_blocks
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.method import Group, Prefix, Rounding
@@ -40,7 +40,6 @@ from billhook.store.sinks import SameLayout, choose_sink
 from billhook.tasks.base import Drawing, Home, Progress, Samples, Task
 from billhook.tasks.opening import task_of, task_of_config
 from billhook.tasks.self_text import is_self, saved_windows
-from billhook.text.corpus import source_name
 from billhook.text.given import Given
 
 
@@ -75,6 +74,7 @@ class Request:
     group: Group | None = None
     published: bool = False
     bos: str = "auto"
+    skip_unreadable: bool = False
     refine: Refining | Literal[""] = ""
     prefix: Prefix | Literal[""] = ""
     device: str = "auto"
@@ -286,15 +286,11 @@ def _draw(
     # a streamed model would read every block for every token
     elif streamed and source is not None and is_self(given):
         model = load(source, task.auto_class, **_loading(request))
-    return task.samples(given, model, Home(source, request.trust_remote_code), request.drawing, progress)
+    home = Home(source, request.trust_remote_code, request.skip_unreadable)
+    return task.samples(given, model, home, request.drawing, progress)
 
 
 def calibration_facts(opened: Opened) -> dict[str, Any]:
     """What identifies the calibration samples, in tables and billhook.json."""
-    samples = opened.samples
-    assert samples is not None
-    inputs = main_input(opened.model, samples.batch)
-    identity = {"source": source_name(samples.source), "digest": samples.digest, "sampling": samples.sampling}
-    text = {"bos": samples.bos, "samples": len(inputs), "length": inputs.shape[1]}
-    shape = {"samples": len(inputs), "pixels" if inputs.ndim == 4 else "features": list(inputs.shape[-2:])}
-    return identity | (text if inputs.ndim == 2 else shape) | {"batch_size": rows_of(opened.batches[0])}
+    assert opened.samples is not None
+    return opened.samples.facts(opened.model) | {"batch_size": rows_of(opened.batches[0])}

@@ -46,6 +46,7 @@ _FIELDS = {"model", "sparsity", "pattern", "recipe", "criterion", "options", "gr
 _FIELDS |= {
     "length",
     "bos",
+    "skip_unreadable",
     "seed",
     "batch_size",
     "targets",

@@ -12,6 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Toke
 from billhook.engine.batch import Batch, main_input, rows_of, select_rows
 from billhook.evaluation.scoring import Scoring
 from billhook.images.pixels import digest
+from billhook.text.corpus import source_name
 from billhook.text.windows import Tokens, Windows
 
 Progress = Callable[[str], None]
@@ -19,10 +20,14 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Home:
-    """A model's directory, with its tokenizer or processor (None: built in memory), and whether its code may run."""
+    """A model's directory, with its tokenizer or processor (None: built in memory), and whether its code may run.
+
+    `skip_unreadable` leaves out the images of a SOURCE that cannot be read; otherwise they are refused.
+    """
 
     directory: Path | None = None
     trust_remote_code: bool = False
+    skip_unreadable: bool = False
 
     def directory_of(self, model: PreTrainedModel) -> Path | None:
         """The directory, or the one from which a model in memory was loaded."""
@@ -60,6 +65,7 @@ class Samples:
     `billhook.text.windows.Tokens`.
 
     `heldout` are more of them, which are used for nothing but to measure what was lost; None where the text has none.
+    `skipped` of the SOURCE cannot be read.
     """
 
     batch: Batch
@@ -68,6 +74,7 @@ class Samples:
     sampling: str
     bos: bool | None = None
     heldout: Batch | None = None
+    skipped: int = 0
 
     @classmethod
     def of(cls, batch: Callable[[Tensor], Batch], tokens: Tokens) -> "Samples":
@@ -76,11 +83,22 @@ class Samples:
         return cls(batch(tokens.ids), tokens.source, tokens.digest, tokens.sampling, tokens.bos, heldout)
 
     @classmethod
-    def split(cls, batch: Batch, samples: int, model: PreTrainedModel, source: str, sampling: str) -> "Samples":
+    def split(
+        cls, batch: Batch, samples: int, model: PreTrainedModel, source: str, sampling: str, *, skipped: int = 0
+    ) -> "Samples":
         """The first `samples` rows of a batch, with the others, if there are more, held out."""
         own, more = (select_rows(batch, part) for part in (slice(0, samples), slice(samples, None)))
         heldout = more if rows_of(batch) > samples else None
-        return cls(own, source, digest(main_input(model, own)), sampling, None, heldout)
+        return cls(own, source, digest(main_input(model, own)), sampling, None, heldout, skipped)
+
+    def facts(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What identifies them, in tables and billhook.json."""
+        inputs = main_input(model, self.batch)
+        found: dict[str, Any] = {"source": source_name(self.source), "digest": self.digest, "sampling": self.sampling}
+        found |= {"skipped": self.skipped} if self.skipped else {}
+        if inputs.ndim == 2:
+            return found | {"bos": self.bos, "samples": len(inputs), "length": inputs.shape[1]}
+        return found | {"samples": len(inputs), "pixels" if inputs.ndim == 4 else "features": list(inputs.shape[-2:])}
 
     def __len__(self) -> int:
         return rows_of(self.batch)

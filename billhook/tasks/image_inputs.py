@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from billhook.engine.batch import LABELS, Batch
 from billhook.errors import BillhookError
-from billhook.images.corpus import Picture, pictures
+from billhook.images.corpus import Picture, pictures, readable
 from billhook.images.labels import UNKNOWN, class_numbers
 from billhook.images.pixels import GIVEN, Reader, checked, digest, drawn
 from billhook.tasks.base import Drawing, Home, Samples
@@ -21,12 +21,16 @@ ROWS = 64  # images that are read at once
 
 @dataclass(frozen=True)
 class Images:
-    """The pictures of a SOURCE with their class numbers (None: labels are not read), and their reader."""
+    """The pictures of a SOURCE with their class numbers (None: labels are not read), and their reader.
+
+    `skipped` more cannot be read.
+    """
 
     source: str
     found: list[Picture]
     labels: list[int] | None
     reader: Reader
+    skipped: int = 0
 
     @classmethod
     def of(
@@ -34,10 +38,12 @@ class Images:
     ) -> "Images":
         """Find the pictures and match their labels with `classes`; raises BillhookError as `billhook.images` does."""
         name = str(source) if isinstance(source, str | Path) else "given images"
-        found = pictures(source, purpose)
+        every = pictures(source, purpose)
+        found = readable(every, lambda picture: (picture,), name) if home.skip_unreadable else every
         labels = None if classes is None else class_numbers(found, classes, name)
         directory = home.directory_of(model)
-        return cls(name, found, labels, Reader.of(directory, home.trust_remote_code, name))
+        reader = Reader.of(directory, home.trust_remote_code, name)
+        return cls(name, found, labels, reader, len(every) - len(found))
 
     def batch(self, numbers: list[int]) -> Batch:
         """Pixel values float32 and class numbers of some pictures."""
@@ -70,7 +76,7 @@ def image_samples(
     samples = drawing.samples_of(len(images.found))
     numbers = drawn(images.found, samples, drawing.held_out, drawing.seed, images.source, again=papers)
     batch = images.batch(numbers)
-    return Samples.split(batch, samples, model, images.source, drawing.sampling)
+    return Samples.split(batch, samples, model, images.source, drawing.sampling, skipped=images.skipped)
 
 
 def _given(source: Tensor | Mapping[str, Any], classes: Mapping[int, str] | None) -> Samples:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from billhook.engine.batch import LABELS
 from billhook.errors import BillhookError
 from billhook.evaluation.scoring import IGNORED
+from billhook.images.corpus import readable
 from billhook.images.pixels import processor_of
 from billhook.images.questions import Question, questions
 from billhook.tasks.base import Home
@@ -120,5 +121,6 @@ def _extended(value: Tensor, length: int, more: int) -> Tensor:
 
 def question_rows(source: Any, model: PreTrainedModel, home: Home, purpose: str) -> ReadRows:
     """The questions of a SOURCE; raises BillhookError as `billhook.images.questions` does."""
-    name = source_of(source)
-    return ReadRows(name, questions(source, purpose), QuestionReader.of(model, home, name).row)
+    name, every = source_of(source), questions(source, purpose)
+    found = readable(every, lambda question: question.pictures, name) if home.skip_unreadable else every
+    return ReadRows(name, found, QuestionReader.of(model, home, name).row, len(every) - len(found))

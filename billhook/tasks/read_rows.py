@@ -20,11 +20,13 @@ from billhook.tasks.base import Drawing, Home, Inputs, Progress, Samples
 
 @dataclass(frozen=True)
 class ReadRows:
-    """What was `found` in a SOURCE, and the function that makes a batch of one row of it."""
+    """What was `found` in a SOURCE, and the function that makes a batch of one row of it; `skipped` more cannot be
+    read."""
 
     source: str
     found: Sequence[Any]
     read: Callable[[Any], Batch]
+    skipped: int = 0
 
     def batches(self, limit: int | None) -> Iterator[Batch]:
         """One row a batch, so that nothing is padded."""
@@ -37,7 +39,7 @@ class ReadRows:
         samples = drawing.samples_of(len(self.found))
         numbers = drawn(self.found, samples, drawing.held_out, drawing.seed, self.source, **how)
         batch = join_rows(self.read(self.found[n]) for n in numbers)
-        return Samples.split(batch, samples, model, self.source, drawing.sampling)
+        return Samples.split(batch, samples, model, self.source, drawing.sampling, skipped=self.skipped)
 
 
 class AnswerTask(ABC):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessor, LlavaProcessor
 
-from billhook import BillhookError, prune, verify
+from billhook import BillhookError, load_model, prune, verify
 from billhook.engine.batch import LABELS, Ragged, rows_of, select_rows, split_rows
 from billhook.recovery.kept_adam import KeptAdam
 from billhook.recovery.training import steps_
@@ -171,6 +171,16 @@ def test_questions_that_cannot_be_read_are_refused_by_name(place, tmp_path, line
     with pytest.raises(BillhookError, match=words):
         prune(place / "model", sparsity=0.5, criterion="wanda", calibration=path, samples=1, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_questions_with_unreadable_images_are_left_out_by_choice(place, tmp_path):
+    Image.open(place / "0.png").save(tmp_path / "0.png")
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    rows = [{"image": name, "question": "a", "answer": "b"} for name in ("bad.png", "0.png", "0.png")]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = load_model(place / "model")
+    found = task_of(model).inputs(tmp_path / "q.jsonl", model, Home(place / "model", skip_unreadable=True))
+    assert (len(list(found.batches(None))), found.skipped) == (2, 1)
 
 
 def test_a_processor_that_lacks_a_package_is_refused_by_its_name(place, tmp_path, monkeypatch):

@@ -1,12 +1,13 @@
 """Image classifiers through the whole tool, and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import vision_families
-from command import done
+from command import done, refused
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
@@ -192,6 +193,36 @@ def test_bad_images_are_refused_by_name(place, tmp_path, make, source, words):
     with pytest.raises(BillhookError, match=words):
         prune(place / "vit", sparsity=0.5, criterion="wanda", calibration=where, samples=1, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_unreadable_images_are_left_out_by_choice_and_counted(place, tmp_path, caplog):
+    shutil.copytree(place / "images", tmp_path / "images")
+    damaged(tmp_path / "images" / "cat")
+    damaged(tmp_path / "images" / "dog")
+    options = ["--calibration", tmp_path / "images", "--samples", "30", "--criterion", "wanda", "--sparsity", "0.5"]
+    named = "(cat|dog)/a.png .*--skip-unreadable leaves out"
+    refused(tmp_path, "prune", place / "vit", *options, "--samples", "32", "-o", tmp_path / "out", match=named)
+    done("prune", place / "vit", *options, "--skip-unreadable", "-o", tmp_path / "out")
+    for words in ("2 of 32 were left out", "cat/a.png cannot be read", "dog/a.png cannot be read"):
+        assert words in caplog.text
+    step = json.loads((tmp_path / "out" / "billhook.json").read_text())["steps"][0]
+    assert (step["made_by"]["calibration"]["skipped"], step["made_by"]["calibration"]["samples"]) == (2, 30)
+    scores = json.loads(
+        done("eval", tmp_path / "out", "--data", tmp_path / "images", "--skip-unreadable", "--json").out
+    )
+    clean = json.loads(done("eval", tmp_path / "out", "--data", place / "images", "--json").out)
+    assert scores.pop("skipped") == 2
+    assert scores == clean
+    damaged(tmp_path)
+    with pytest.raises(BillhookError, match="none of 1 images can be read"):
+        prune(place / "vit", sparsity=0.5, calibration=str(tmp_path / "a.png"), skip_unreadable=True)
+
+
+def test_models_with_other_classes_are_not_compared():
+    batch = {"pixel_values": torch.zeros(2, 3, 32, 32), "labels": torch.tensor([1, 9])}
+    model, few = vision_families.build("vit"), vision_families.build("vit", num_labels=3)
+    with pytest.raises(BillhookError, match="10 and 3 outputs: only models with the same classes"):
+        evaluate_rows(model, [batch], task_of(model), against=few)
 
 
 def test_what_does_not_fit_the_model_is_refused(place, tmp_path):
