@@ -127,13 +127,14 @@ def prepare_units(request: CompressRequest, progress: Progress = lambda line: No
     """Check a request, remove units at every share, and choose the types of each; raises as `slim` and `compress`."""
     output, kinds = _checked(request), kinds_of(request.units)
     opened = open_blocks(request.quantizing())
+    budget = _budget(request, opened)
     find_units(opened.model, [kind for kind in kinds if kind != "blocks"])
     drawn = draw_text(opened, request.quantizing().opening(), progress)
     assert drawn.source is not None
     asked = {**_asked(request), **identity(request.quantizing().opening(), drawn, request.options, None, None)}
     folder = _begin(request, output, asked)
     lost = loss_of(drawn, request.quantizing().opening().drawing.held_out)
-    problems, candidates, budget = dict[float, BillhookError](), list[Candidate](), _budget(request, opened)
+    problems, candidates = dict[float, BillhookError](), list[Candidate]()
     try:
         for share in (0.0, *SHARES):
             try:
