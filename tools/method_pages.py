@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from page_parts import NOTE, prose, summary, table, title_and_text
 
-from billhook.architectures.layers import FAMILIES
+from billhook.architectures.families import FAMILIES
 from billhook.measurement import METRICS
 from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.sparse import CRITERIA
@@ -187,7 +187,10 @@ def _index(links: dict[str, str]) -> str:
         "Lists of numbers for each layer, measured by name like metrics.",
         _metric_table(list(CURVES.values()), links),
         "## Model families",
-        "`model_type` in config.json, tested in every release: " + ", ".join(f"`{f}`" for f in FAMILIES) + ".",
+        "By task, `model_type` in config.json; tested in every release. Others are recognized by their structure, and "
+        "refused by name if that fails. ResNet and RegNet have [convolutions](../vision.md#convolutions) only, which "
+        "are pruned where they are asked for.",
+        table(["task", "families"], [[f"`{t}`", ", ".join(f"`{f}`" for f in found)] for t, found in FAMILIES.items()]),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -29,13 +29,6 @@ SHARED_INPUTS = frozenset({"k_proj", "v_proj", "up_proj"})
 _PLAIN = frozenset({"Linear", "FalconLinear", "Conv1D"})  # class names: a subclass may compute something else
 _CONV1D = dict.fromkeys(("gpt2", "openai-gpt"), ("c_attn", "c_proj", "c_fc"))  # last name components, by model_type
 
-# Families tested in every release (tests/architectures/test_families.py): `config.model_type`.
-FAMILIES = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "stablelm"),
-    *("starcoder2", "cohere", "granite", "falcon", "gpt_neox", "gptj", "gpt2", "bloom", "mpt", "opt", "mixtral"),
-    *("qwen3_moe", "gpt_oss", "bert"),
-)
-
 
 @dataclass(frozen=True)
 class Layer:

@@ -56,9 +56,9 @@ def _text(value: Any) -> str:
 
 def _rows(kind: str) -> list[dict[str, Any]]:
     if kind == "families":
-        from billhook.architectures.layers import FAMILIES
+        from billhook.architectures.families import FAMILIES
 
-        return [{"model_type": name} for name in FAMILIES]
+        return [{"model_type": name, "task": task} for task, names in FAMILIES.items() for name in names]
     if kind == "metrics":
         from billhook.plan.metrics import CURVES, FACTS
 

@@ -19,7 +19,9 @@ from billhook.steps.parts import Parts, part_types, where
 from billhook.steps.record import versions, without_folders
 from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.steps.types import is_ggml, plan_types
-from billhook.store.record import Step, append_step
+from billhook.store.layout import RECORD
+from billhook.store.record import Step, append_step, read_record
+from billhook.store.shards import result_bytes, weight_bytes
 from billhook.text.given import Given
 
 Recipe = Literal["good", "best"]
@@ -152,6 +154,20 @@ class QuantizeReport:
     seconds: float
     loss: Loss | None
     warnings: list[str]
+
+    @classmethod
+    def of(cls, output: Path, source: Path) -> Self:
+        """What the run that made a directory from `source` reported, but for its time."""
+        record = read_record(output / RECORD)
+        step = record.steps[-1]
+        plan, results = Plan.from_json(step.plan or {}, RECORD), list[LayerResult]()
+        for name, spec in plan.weights.items():
+            facts = record.layers[name]
+            shape, notes = (facts["shape"][0], facts["shape"][1]), tuple(facts["notes"])
+            results.append(LayerResult(name, shape, 0.0, facts["zeros"], 0, notes, facts.get("error"), type=spec.type))
+        bits = 8 * plan.bytes({r.layer: r.shape for r in results}) / sum(r.n for r in results)
+        loss = None if step.made_by.get("lost") is None else Loss(**step.made_by["lost"])
+        return cls(output, results, bits, result_bytes(output), weight_bytes(source), 0.0, loss, step.warnings)
 
     def to_json(self) -> dict[str, Any]:
         """The content of `quantize --json`."""

@@ -4,17 +4,20 @@ import re
 from collections.abc import Callable
 
 import bert
+import multimodal_families
 import pytest
 import torch
+import vision_families
 from families import CONFIGS, FAMILIES, VOCABULARY, build
 
 from billhook import Plan, allocate, find_layers, measure, prune_
-from billhook.architectures import layers as architectures
+from billhook.architectures import families as known
 from billhook.architectures.stacks import blocks_of
 from billhook.engine.replay import run_block
 from billhook.engine.walk import walk
 from billhook.plan.spec import Pattern
 from billhook.recovery.blockwise import Refine
+from billhook.tasks import TASKS
 
 
 def batches(count: int = 3, size: int = 2) -> list[torch.Tensor]:
@@ -23,7 +26,15 @@ def batches(count: int = 3, size: int = 2) -> list[torch.Tensor]:
 
 
 def test_the_matrix_covers_every_family() -> None:
-    assert {*CONFIGS, "bert"} == set(architectures.FAMILIES)
+    tested = {
+        "text-generation": CONFIGS,
+        "image-text-to-text": multimodal_families.CONFIGS,
+        "image-classification": vision_families.CONFIGS | vision_families.CONVOLUTIONAL,
+    }
+    assert {task: sorted(found) for task, found in tested.items()} == {
+        task: sorted(known.FAMILIES[task]) for task in tested
+    }
+    assert set(known.FAMILIES) == set(TASKS.names())
 
 
 USUAL = "lm_head model.embed_tokens"

@@ -297,7 +297,9 @@ def test_ls_lists_every_registry(kind, names):
 
 
 def test_ls_families_lists_every_tested_family():
-    assert {"model_type": "gpt_oss"} in done("ls", "families", "--json").json["families"]
+    found = done("ls", "families", "--json").json["families"]
+    assert {"model_type": "gpt_oss", "task": "text-generation"} in found
+    assert {"model_type": "resnet", "task": "image-classification"} in found
     assert "llama" in done("ls", "families").out
 
 
