@@ -73,11 +73,8 @@ class Size:
         ),
     ] = "curves"
     levels: Annotated[Path | None, typer.Option(help=LEVELS_HELP, metavar="DIR")] = None
-<<<<<<< HEAD
     recipe: shared.BitsRecipe = "good"
-=======
     units: Annotated[str | None, typer.Option(help=UNITS_HELP, metavar="KINDS")] = None
->>>>>>> main
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="An option of GPTQ or of the allocator. Repeatable.", metavar="KEY=VALUE"),

@@ -62,11 +62,8 @@ class CompressRequest(GgufInputs):
     types: Sequence[str] = ()
     allocator: str = "curves"
     levels: str | Path | None = None
-<<<<<<< HEAD
     recipe: Recipe = "good"
-=======
     units: str | Sequence[str] = ()
->>>>>>> main
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

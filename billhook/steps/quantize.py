@@ -32,13 +32,8 @@ from billhook.recovery.block_scales import ScaleTuner
 from billhook.reports.quantized_card import publish_quantized
 from billhook.steps.block_files import BlockFiles, Form
 from billhook.steps.given_imatrix import NOTE, imatrix_stats
-<<<<<<< HEAD
-from billhook.steps.lost import loss_of
-from billhook.steps.partial_output import PartialOutput, partial_output
-=======
 from billhook.steps.lost import Lost, loss_of
-from billhook.steps.partial_output import partial_output
->>>>>>> main
+from billhook.steps.partial_output import PartialOutput, partial_output
 from billhook.steps.parts import Parts, check_matrices, layer_parts, part_types, transposed
 from billhook.steps.quantize_job import QuantizeJob, QuantizeReport, QuantizeRequest, record
 from billhook.steps.request import Opened, check_text_given, draw_text, open_model
@@ -212,25 +207,8 @@ def run(
         for name in job.outside:
             decoded = files.form.read(name, job.grids[name], [read_shard(partial.folder / files.files[0])])
             outside_parameter(opened.model, name).copy_(decoded.decode(torch.float32))
-<<<<<<< HEAD
         results = _blocks(job, files, partial, progress)
-        loss = lost()
-=======
-        before = [result for results in partial.state.results for result in results]
-        for result in before:
-            progress(result.layer)
-
-        def made(layer: Layer, encoded: Encoded) -> None:
-            assert isinstance(encoded, Quantized)
-            for part in job.parts[layer.name]:
-                files.add(part, encoded)
-
-        results = before + apply_plan_(
-            opened.model, job.plan, job.method, opened.batches, layers=opened.layers, resources=opened.resources,
-            start=partial.state.done, known=job.known, progress=progress, made=made, finished=partial.finished,
-        )  # fmt: skip
         loss = lost(opened.model, opened.resources)
->>>>>>> main
         made_record = record(job, results, loss)
         partial.complete(made_record, _finish(job, files, source), published=publish_quantized)
     warnings, seconds = made_record["steps"][-1]["warnings"], time.perf_counter() - start
