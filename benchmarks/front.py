@@ -6,10 +6,11 @@
 
 For every peer type there are three rows: `llama.cpp` is the file of `llama-quantize --imatrix`; `same types` has the
 same type for every tensor, and our codes (`--allocator like:FILE`); `compress` is `billhook compress --size` with the
-bytes of that file, and is not larger; a peer that is a size, such as 80MB, has this row alone. All are calibrated on the same windows, and scored by `llama-perplexity
---kl-divergence` against the model in float16, on the first --chunks windows of 512 tokens of --data, of which it scores
-the second half. Nothing is chosen on that text. `minutes` and `GiB` are the processor time and the largest resident set
-of what makes the file: `llama-imatrix` on the text of the windows and `llama-quantize`, or the command of ours.
+bytes of that file, and is not larger. A peer that is a size, such as 80MB, has the last row alone. All are calibrated
+on the same windows, and scored by `llama-perplexity --kl-divergence` against the model in float16, on the first
+--chunks windows of 512 tokens of --data, of which it scores the second half. Nothing is chosen on that text. `minutes`
+and `GiB` are the processor time and the largest resident set of what makes the file: `llama-imatrix` on the text of the
+windows and `llama-quantize`, or the command of ours.
 
 --levels DIR uses what an earlier file of `compress` measured; `minutes` are then those of the rest.
 
