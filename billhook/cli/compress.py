@@ -73,6 +73,7 @@ class Size:
         ),
     ] = "curves"
     levels: Annotated[Path | None, typer.Option(help=LEVELS_HELP, metavar="DIR")] = None
+    recipe: shared.BitsRecipe = "good"
     units: Annotated[str | None, typer.Option(help=UNITS_HELP, metavar="KINDS")] = None
     settings: Annotated[
         list[str] | None,

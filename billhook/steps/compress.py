@@ -33,7 +33,7 @@ from billhook.steps.levels import measured_layers
 from billhook.steps.lost import Lost
 from billhook.steps.parts import Parts, check_matrices, layer_parts
 from billhook.steps.quantize import open_blocks, prepare, run
-from billhook.steps.quantize_job import GgufInputs, QuantizeJob, QuantizeReport, QuantizeRequest
+from billhook.steps.quantize_job import GgufInputs, QuantizeJob, QuantizeReport, QuantizeRequest, Recipe
 from billhook.steps.request import Opened, check_text_given, draw_text, listed
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
@@ -62,6 +62,7 @@ class CompressRequest(GgufInputs):
     types: Sequence[str] = ()
     allocator: str = "curves"
     levels: str | Path | None = None
+    recipe: Recipe = "good"
     units: str | Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 

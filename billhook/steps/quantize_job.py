@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from billhook.engine.loop import LayerResult
 from billhook.engine.method import Quantization
@@ -24,6 +24,7 @@ from billhook.store.record import Step, append_step, read_record
 from billhook.store.shards import result_bytes, weight_bytes
 from billhook.text.given import Given
 
+Recipe = Literal["good", "best"]
 SPILL_GIB = 0.25  # of hidden states in memory; the others are on disk, and reading them takes little time
 
 
@@ -81,7 +82,8 @@ class QuantizeRequest(GgufInputs):
 
     `type` is one storage type for all layers, or "" with a `plan` of types. `embeddings` is that of embeddings and head
     in a GGUF file; a plan that `compress` made gives each of them one. With `published`, windows are drawn as in the
-    released code of the papers. `imatrix` is an importance matrix file of llama.cpp instead of text.
+    released code of the papers. `imatrix` is an importance matrix file of llama.cpp instead of text. The recipe `best`
+    also tunes the scales and norms of every block (`billhook.recovery.block_scales`).
     """
 
     model: str | Path
@@ -91,11 +93,12 @@ class QuantizeRequest(GgufInputs):
     embeddings: str = ""
     quantizer: str = "gptq"
     imatrix: str | Path | None = None
+    recipe: Recipe = "good"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def opening(self) -> Request:
         """The fields that say how a model and its text are opened."""
-        return self._opened_with(spill_gib=SPILL_GIB)
+        return self._opened_with(spill_gib=SPILL_GIB, recipe="")
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,7 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
         layers[r.layer] = facts | where(job.parts[r.layer])
     made_by = {
         "quantizer": request.quantizer,
+        "recipe": request.recipe,
         "outside": dict(job.outside),
         "quantizer_options": without_folders(job.method.options),
         **{key: getattr(request, key) for key in ("seed", "dtype", "device")},
