@@ -15,6 +15,7 @@ disk the smaller models.
 Limits: the sum is a prediction for small losses; kinds of units are those given, removed in equal parts everywhere.
 """
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +45,7 @@ from billhook.steps.slim import run as run_slim
 from billhook.steps.slim_job import SlimRequest
 from billhook.steps.slim_plan import kinds_of
 from billhook.steps.state import check_same_run
-from billhook.store.files import read_json, write_json
+from billhook.store.files import json_text, read_json, write_json
 from billhook.store.layout import RECORD
 from billhook.store.output import check_output, put_in_place
 from billhook.store.record import Record, read_record
@@ -132,7 +133,7 @@ def prepare_units(request: CompressRequest, progress: Progress = lambda line: No
     drawn = draw_text(opened, request.quantizing().opening(), progress)
     assert drawn.source is not None
     asked = {**_asked(request), **identity(request.quantizing().opening(), drawn, request.options, None, None)}
-    folder = _begin(request, output, asked)
+    folder = _begin(request, output, json.loads(json_text(asked)))
     lost = loss_of(drawn, request.quantizing().opening().drawing.held_out)
     problems, candidates = dict[float, BillhookError](), list[Candidate]()
     try:
