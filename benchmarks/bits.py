@@ -31,6 +31,7 @@ from billhook import load_model, prune
 from billhook.architectures.layers import find_layers
 from billhook.engine.loop import apply_plan_
 from billhook.engine.method import Quantization
+from billhook.engine.resources import IN_MEMORY
 from billhook.engine.walk import walk
 from billhook.evaluation.perplexity import evaluate
 from billhook.evaluation.scoring import NEXT_TOKEN
@@ -47,6 +48,7 @@ from billhook.plan.levels import Levels
 from billhook.plan.plan import Plan
 from billhook.plan.spec import Spec
 from billhook.racing.levels import choose_types, needs
+from billhook.recovery.block_scales import ScaleTuner
 from billhook.steps.types import uniform_plan
 from billhook.tasks.base import Samples
 from billhook.trials.heldout import Split, split_samples
@@ -77,11 +79,15 @@ class Bench:
         self.dense = load_model(self.path, dtype="float32")
         self.batches = [{"input_ids": part} for part in self.calibration.split(ROWS)]
 
-    def quantized(self, plan: Plan, method: Quantization) -> tuple[PreTrainedModel, float]:
-        """The model quantized by a plan, and its bits a weight."""
+    def quantized(self, plan: Plan, method: Quantization, tuned: bool = False) -> tuple[PreTrainedModel, float]:
+        """The model quantized by a plan, with the scales and norms of its blocks `tuned`, and its bits a weight."""
         model = load_model(self.path, dtype="float32")
         layers = find_layers(model)
-        apply_plan_(model, plan, method, self.batches, layers=layers)
+        known: dict[str, Any] = {"layers": layers}
+        if tuned:
+            tuner = ScaleTuner(model, self.batches, IN_MEMORY, 0, lambda layer, weight: None)
+            known |= {"tuner": tuner, "made": tuner.made}
+        apply_plan_(model, plan, method, self.batches, **known)
         shapes = {layer.name: layer.shape for layer in layers}
         return model, 8 * plan.bytes(shapes) / sum(out * columns for out, columns in shapes.values())
 
@@ -90,6 +96,11 @@ class Bench:
         quantizer, options = FORMS[form]
         plan, _ = uniform_plan(type, find_layers(self.dense))
         return self.quantized(plan, Quantization(quantizer, QUANTIZERS.configure(quantizer, options)))
+
+    def tuned(self, type: str) -> tuple[PreTrainedModel, float]:
+        """One type everywhere, as `--recipe best` makes it."""
+        plan, _ = uniform_plan(type, find_layers(self.dense))
+        return self.quantized(plan, Quantization("gptq", QUANTIZERS.configure("gptq", {})), tuned=True)
 
     def coarse(self, type: str, step: int) -> tuple[PreTrainedModel, float]:
         """One type everywhere, by GPTQ whose errors go from vector to vector of `step` columns."""
@@ -200,6 +211,7 @@ def cells(bench: Bench) -> Iterator[tuple[str, str, Callable[[], tuple[PreTraine
             yield type, form, lambda type=type, form=form: bench.uniform(type, form)  # type: ignore[misc]
         for form, step in STEPS.items() if scalar else ():
             yield type, form, lambda type=type, step=step: bench.coarse(type, step)  # type: ignore[misc]
+        yield type, "GPTQ, dense target, sweeps, blocks tuned", lambda type=type: bench.tuned(type)  # type: ignore[misc]
         if scalar:
             yield type, "GPTQ, sweeps, inputs of the dense model", lambda type=type: bench.dense_statistics(type)  # type: ignore[misc]
         if not scalar and find_spec("libgguf"):

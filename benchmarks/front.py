@@ -6,10 +6,11 @@
 
 For every peer type there are three rows: `llama.cpp` is the file of `llama-quantize --imatrix`; `same types` has the
 same type for every tensor, and our codes (`--allocator like:FILE`); `compress` is `billhook compress --size` with the
-bytes of that file, and is not larger. All are calibrated on the same windows, and scored by `llama-perplexity
---kl-divergence` against the model in float16, on the first --chunks windows of 512 tokens of --data, of which it scores
-the second half. Nothing is chosen on that text. `minutes` and `GiB` are the processor time and the largest resident set
-of what makes the file: `llama-imatrix` on the text of the windows and `llama-quantize`, or the command of ours.
+bytes of that file, and is not larger. A peer that is a size, such as 80MB, has the last row alone. All are calibrated
+on the same windows, and scored by `llama-perplexity --kl-divergence` against the model in float16, on the first
+--chunks windows of 512 tokens of --data, of which it scores the second half. Nothing is chosen on that text. `minutes`
+and `GiB` are the processor time and the largest resident set of what makes the file: `llama-imatrix` on the text of the
+windows and `llama-quantize`, or the command of ours.
 
 --levels DIR uses what an earlier file of `compress` measured; `minutes` are then those of the rest.
 
@@ -150,7 +151,7 @@ class Bench:
         chosen = ["--types", self.args.types] if self.args.types else []
         stopped = output.with_name(f"{output.name}.partial").exists()
         words = [*map(str, self.text), *settings, "--resume" if stopped else "--overwrite"]
-        size = ["--size", str(theirs.stat().st_size)]
+        size = ["--size", peer if _is_size(peer) else str(theirs.stat().st_size)]
         known = ["--levels", self.args.levels] if self.args.levels else []
         how = ["--allocator", f"like:{theirs}"] if form == "same types" else [*size, *chosen, *known]
         found = billhook("compress", self.args.model, *how, *words, "--output", output)
@@ -176,6 +177,11 @@ class Bench:
             output = self.tool("bench", *words)[0]
             rates.append(json.loads(output[output.index("[") : output.rindex("]") + 1])[0]["avg_ts"])
         return {"identity": self.identity, "peer": peer, "form": "speed", "ratio": rates[0] / rates[1]}
+
+
+def _is_size(peer: str) -> bool:
+    """Whether a peer is a size and not a type of llama.cpp."""
+    return peer[:1].isdigit()
 
 
 def calibration_text(args: argparse.Namespace) -> str:
@@ -220,7 +226,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, required=True, help="text to calibrate on, such as C4")
     parser.add_argument("--data", type=Path, required=True, help="text to score, such as WikiText-2's raw test text")
     parser.add_argument("--folder", type=Path, required=True, help="where files are made and rows are kept")
-    parser.add_argument("--peers", default="Q2_K,IQ3_XXS,Q3_K_M,Q4_K_M", help="types of llama-quantize")
+    parser.add_argument("--peers", default="Q2_K,IQ3_XXS,Q3_K_M,Q4_K_M", help="types of llama-quantize, or sizes")
     parser.add_argument("--form", choices=FORMS, action="append", help="only these rows (default all)")
     parser.add_argument("--samples", type=int, default=16, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration window")
@@ -244,14 +250,15 @@ def main() -> None:
     rows = [row for row in map(json.loads, lines) if row["identity"] == bench.identity]
     parameters = bench.dense.stat().st_size // 2
     for peer in args.peers.split(",") if args.peers else ():
-        for form in [*(args.form or FORMS), *(["speed"] if args.speed else [])]:
+        forms = ["compress"] if _is_size(peer) else [*(args.form or FORMS), *(["speed"] if args.speed else [])]
+        for form in forms:
             if not any((row["peer"], row["form"]) == (peer, form) for row in rows):
                 rows.append(bench.speed(peer) if form == "speed" else bench.row(peer, form))
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 print(peer, form, rows[-1].get("kl", rows[-1].get("ratio")), flush=True)
     made = [row for row in rows if row["form"] in FORMS]
-    sizes = {row["peer"]: row["bytes"] for row in made if row["form"] == "llama.cpp"}
+    sizes = {row["peer"]: row["bytes"] for row in made if row["form"] == "llama.cpp" or _is_size(row["peer"])}
     made.sort(key=lambda row: (sizes[row["peer"]], FORMS.index(row["form"])))
     print(markdown(made, parameters))
     for row in rows:

@@ -1,13 +1,16 @@
 """How much training what is left recovers, on the golden text: perplexity before and after, with the target beside.
 
     python benchmarks/recover.py [--folder ../shared] [--only "babyllama-105 0.6"] [--tokens 102400] [--seed 0]
+    python benchmarks/recover.py --only "babyllama-105 0.6" --tokens 41000 --tokens 204800 --picture recover.svg
     python benchmarks/recover.py --cost
 
 Models are pruned with the 32 golden calibration windows and scored on 16 golden evaluation windows. They are trained on
 TinyStories' training stories (babyllama-105) or the first 1500 documents of a C4 validation file (c4gut): texts that
 have nothing in common with the evaluation windows, which are from TinyStories' held-out stories and WikiText-2. Rates
 are chosen on held-out windows of the training text. *Closed* is the share of the log-perplexity above the dense model's
-that is gone. With --cost, tokens a second of processor time against transformers' Trainer on the dense model.
+that is gone. Rows are kept in a file as they come, and not measured again; the picture has a line for each case, over
+all numbers of tokens that are there. With --cost, tokens a second of processor time against transformers' Trainer on
+the dense model.
 """
 
 import argparse
@@ -15,6 +18,8 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +32,11 @@ from billhook.architectures.units import find_units
 from billhook.plan.plan import Budget, Plan
 from billhook.recovery.kept_adam import KeptAdam
 from billhook.recovery.training import steps_
+from billhook.reports.charts import Series, chart
+from billhook.reports.scales import Axis
 from billhook.steps.recover import RecoverRequest, prepare
 from billhook.steps.slim import slim
+from billhook.store.files import write_text
 
 PUBLISHED = {"criterion": "sparsegpt", "allocator": "uniform"}
 BEST = {"recipe": "best"}
@@ -74,8 +82,11 @@ def smaller(folder: Path, case: str, place: Path) -> Path:
     return pruned.output
 
 
-def score(folder: Path, case: str, tokens: int | None, seeds: list[int], options: dict[str, Any]) -> None:
-    """Print a line for each seed."""
+Row = dict[str, Any]
+
+
+def score(folder: Path, case: str, wanted: list[tuple[int, int, str]]) -> Iterator[Row]:
+    """The figures of a case for numbers of tokens, seeds and objectives."""
     model = case.split()[0]
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
@@ -85,21 +96,45 @@ def score(folder: Path, case: str, tokens: int | None, seeds: list[int], options
             perplexity(load_model(x, dtype="float32", quantized=True), evaluation)
             for x in (folder / "models" / model, start)
         )
-        for seed in seeds:
+        for tokens, seed, objective in wanted:
             begun = time.process_time()
-            number = tokens or CASES[case][1]
-            fields = {"teacher": folder / "models" / model, "calibration": str(text), "tokens": number, "seed": seed}
-            found = recover(start, place / "out", overwrite=True, **fields, **options)
+            fields = {"teacher": folder / "models" / model, "calibration": str(text), "objective": objective}
+            found = recover(start, place / "out", overwrite=True, tokens=tokens, seed=seed, **fields)
             after = perplexity(load_model(place / "out", dtype="float32", quantized=True), evaluation)
-            closed = math.log(before / after) / math.log(before / dense)
-            target = "" if CASES[case][2] is None or tokens else f" (target {CASES[case][2]})"
-            rate = f"rate {found.rate:.2%} of {json.dumps(dict(found.races))}"
-            seconds = time.process_time() - begun
-            print(
-                f"{case:36} {number:9,} tokens, seed {seed}: {before:.3f} -> {after:.3f}{target}, dense {dense:.3f}, "
-                f"closed {closed:.0%}, {seconds:.0f} s, {rate}",
-                flush=True,
-            )
+            key = {"case": case, "tokens": tokens, "seed": seed, "objective": objective}
+            figures = {"dense": dense, "before": before, "after": after, "seconds": time.process_time() - begun}
+            yield key | figures | {"rate": found.rate, "races": dict(found.races)}
+
+
+def line(row: Row) -> str:
+    """A row as text."""
+    before, after, dense = row["before"], row["after"], row["dense"]
+    closed = math.log(before / after) / math.log(before / dense)
+    number, target = CASES[row["case"]][1:]
+    aim = f" (target {target})" if target is not None and number == row["tokens"] else ""
+    return (
+        f"{row['case']:36} {row['tokens']:9,} tokens, seed {row['seed']}, {row['objective']}: {before:.3f} -> "
+        f"{after:.3f}{aim}, dense {dense:.3f}, closed {closed:.0%}, {row['seconds']:.0f} s, "
+        f"rate {row['rate']:.2%} of {json.dumps(row['races'])}"
+    )
+
+
+def picture(rows: list[Row]) -> str:
+    """The share of the gap to the dense model that is closed, by the number of tokens, a line for each case, as SVG."""
+    series = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        points: dict[int, list[float]] = {}
+        for r in rows:
+            if r["case"] == case:
+                gone = math.log(r["before"] / r["after"]) / math.log(r["before"] / r["dense"])
+                points.setdefault(r["tokens"], []).append(100 * gone)
+        tokens = sorted(points)
+        shares = [sum(points[number]) / len(points[number]) for number in tokens]
+        labels = [f"{case}, {n:,} tokens: {share:.0f} %" for n, share in zip(tokens, shares, strict=True)]
+        series.append(Series(case, [float(number) for number in tokens], shares, labels=labels))
+    axes = Axis("tokens of training", log=True), Axis("share of the gap to the dense model that is closed (%)")
+    summary = "The gap is that of the log-perplexity on held-out text after pruning. Higher is better."
+    return chart("billhook recover: how far training goes", series, *axes, summary=summary, standalone=True)
 
 
 def cost(folder: Path, objectives: list[str]) -> None:
@@ -144,21 +179,33 @@ def trainer_seconds(path: Path, ids: torch.Tensor, place: Path) -> float:
 
 
 def main() -> None:
-    """Print a line for each case and seed."""
+    """Measure what is missing, and print a line for each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parents[2] / "shared")
     parser.add_argument("--only", default="", help="the beginning of a case's name")
-    parser.add_argument("--tokens", type=int, help="instead of those of the case")
+    parser.add_argument("--tokens", type=int, action="append", help="instead of those of the case")
     parser.add_argument("--seed", type=int, action="append")
     parser.add_argument("--objective", action="append")
+    parser.add_argument("--rows", type=Path, default=Path("recover.jsonl"))
+    parser.add_argument("--picture", type=Path)
     parser.add_argument("--cost", action="store_true")
     options = parser.parse_args()
     if options.cost:
         cost(options.folder, options.objective or ["text", "kl", "kl+hidden"])
         return
-    for case in CASES:
-        for objective in (options.objective or ["kl+hidden"]) if case.startswith(options.only) else ():
-            score(options.folder, case, options.tokens, options.seed or [0], {"objective": objective})
+    rows = [json.loads(text) for text in options.rows.read_text().splitlines()] if options.rows.exists() else []
+    known = {(row["case"], row["tokens"], row["seed"], row["objective"]) for row in rows}
+    for case in [name for name in CASES if name.startswith(options.only)]:
+        wanted = product(options.tokens or [CASES[case][1]], options.seed or [0], options.objective or ["kl+hidden"])
+        if missing := [one for one in wanted if (case, *one) not in known]:
+            for row in score(options.folder, case, missing):
+                rows.append(row)
+                with options.rows.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(line(row), flush=True)
+    if options.picture is not None:
+        shown = [row for row in rows if row["case"].startswith(options.only) and row["objective"] == "kl+hidden"]
+        write_text(options.picture, picture(shown))
 
 
 if __name__ == "__main__":

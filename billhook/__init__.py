@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # the names below, for type checkers
     from billhook.recovery.lora import merge_masked as merge_masked
     from billhook.recovery.masks import keep_masks as keep_masks
     from billhook.steps.apply import prune_ as prune_
-    from billhook.steps.compress import compress as compress
+    from billhook.steps.compress_units import compress as compress
     from billhook.steps.pack import pack as pack
     from billhook.steps.pack import unpack as unpack
     from billhook.steps.prune import Report as Report
@@ -58,7 +58,7 @@ _PUBLIC = {
     "Table": "billhook.plan.table",
     "allocate": "billhook.plan.allocators",
     "compare": "billhook.comparison.grid",
-    "compress": "billhook.steps.compress",
+    "compress": "billhook.steps.compress_units",
     "evaluate": "billhook.evaluation.perplexity",
     "find_layers": "billhook.architectures.layers",
     "keep_masks": "billhook.recovery.masks",

@@ -44,7 +44,7 @@ from billhook.distributed.torchrun import started
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's class; typer bundles a copy of click since 0.27
 
 _INTERRUPTED = 130  # what typer returns for a KeyboardInterrupt outside of a command
-_DISTRIBUTED = ("measure", "prune", "recover")  # commands that run in several processes under torchrun
+_DISTRIBUTED = ("measure", "prune", "recover", "slim")  # commands that run in several processes under torchrun
 REMOVED = {  # removed commands and options, and what to use instead
     "analyze": "billhook compare MODEL --plans PLAN,PLAN --errors --data SOURCE --output DIR",
     "write": "a calibration SOURCE that begins with self: (--calibration self:)",

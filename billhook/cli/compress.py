@@ -23,7 +23,7 @@ from billhook.plan.level_allocators import LEVEL_ALLOCATORS
 from billhook.racing.allocators import MODEL_ALLOCATORS
 
 if TYPE_CHECKING:
-    from billhook.steps.compress import CompressReport
+    from billhook.steps.compress import CompressReport, CompressRequest
 
 NAME = "compress"
 EXAMPLES = """\b
@@ -35,10 +35,12 @@ Examples:
   billhook compress model --ratio 0.25 --for vllm --calibration text.txt -o small
   billhook compress model --bits 3.5 --allocator alphaq --set gamma=0.5 --calibration text.txt -o small
   billhook compress model --allocator like:other.gguf --calibration text.txt -o small
+  billhook compress model --bits 2.5 --units experts,channels --calibration text.txt -o small
 """
 FIT_HELP = "Memory in which the file must fit in llama.cpp together with a context, such as 16GB."
 CONTEXT_HELP = "Tokens of context for --fit.  [default: 8192, or the model's]"
 LEVELS_HELP = "Output of an earlier compress of this model: its measured errors are used, and only the size is new."
+UNITS_HELP = "Kinds of units that may go too, such as experts,channels, where that is measured to lose less than bits."
 FOR_HELP = "gguf: a file for llama.cpp. transformers, vllm: a compressed-tensors directory."
 
 
@@ -71,6 +73,8 @@ class Size:
         ),
     ] = "curves"
     levels: Annotated[Path | None, typer.Option(help=LEVELS_HELP, metavar="DIR")] = None
+    recipe: shared.BitsRecipe = "good"
+    units: Annotated[str | None, typer.Option(help=UNITS_HELP, metavar="KINDS")] = None
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="An option of GPTQ or of the allocator. Repeatable.", metavar="KEY=VALUE"),
@@ -94,10 +98,14 @@ def command(
     from billhook.steps.sample_quantize import estimate_quantize
 
     chosen = {**vars(size), "types": split_list(size.types), "options": parse_settings(size.settings)}
+    chosen |= {"units": split_list(size.units)}
     chosen.pop("settings")
     groups: dict[str, Any] = {**chosen, **vars(text), **work.fields(model), **vars(writing)}
+    request = CompressRequest(model, output, **groups)
+    if request.units:
+        return _with_units(request, dry_run, as_json)
     with progress("reading") as advance:
-        checked = check(CompressRequest(model, output, **groups), advance)
+        checked = check(request, advance)
     unit = layers_per_block(checked.opened.layers)
     with progress("choosing types", checked.steps, unit=unit) as advance:
         job = decide(checked, advance)
@@ -111,6 +119,41 @@ def command(
     with bar as advance, graceful_interrupt() as stopping:
         report = run_compress(job, advance, stopping)
     _say_result(report)
+    if as_json:
+        emit(report.to_json())
+
+
+def _with_units(request: "CompressRequest", dry_run: bool, as_json: bool) -> None:
+    """The same where units may go, too."""
+    from billhook.cli.dry_run import show_job
+    from billhook.errors import BillhookError
+    from billhook.steps.compress_units import discard, prepare_units, run_units
+
+    if dry_run and request.resume:
+        raise BillhookError("--dry-run shows what a new run with --units would do: leave out --resume.")
+    with progress("removing units and choosing types") as advance:
+        job = prepare_units(request, advance)
+    for note in job.notes:
+        say(f"note: {note}")
+    for c in job.candidates:
+        say(f"{c.share:.1%} of the parameters in blocks removed: predicted divergence {c.predicted:.4f}.")
+    if dry_run:
+        try:
+            assert job.best.job is not None
+            return show_job(job.best.job.quantizing, as_json, keeps=False)
+        finally:
+            discard(job)
+    with progress("quantizing") as advance, graceful_interrupt() as stopping:
+        report = run_units(job, advance, stopping)
+    found = report.quantized
+    for warning in found.warnings:
+        say(f"note: {warning}")
+    for share, kl in report.measured.items():
+        say(f"{share:.1%} removed: measured divergence {kl:.4f}{', which is kept' * (share == report.share)}.")
+    say(f"{found.output}: {found.size:,} bytes of at most {report.budget:,}, {report.share:.1%} of units removed.")
+    if found.loss is not None:
+        say(f"{found.loss}.")
+    say(f"Check it: billhook verify {found.output}")
     if as_json:
         emit(report.to_json())
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from billhook.steps.quantize_job import QuantizeJob
 
 
-def show_job(job: "QuantizeJob", as_json: bool) -> None:
-    """Print the types of the layers by kind, and what the job needs."""
+def show_job(job: "QuantizeJob", as_json: bool, *, keeps: bool = True) -> None:
+    """Print the types of the layers by kind, and what the job needs; `keeps` says whether measurements stay."""
     from billhook.steps.sample_quantize import estimate_quantize_time
     from billhook.steps.state import partial_folder
     from billhook.steps.types import plan_types
@@ -31,7 +31,6 @@ def show_job(job: "QuantizeJob", as_json: bool) -> None:
         rows += [[kind, str(found[type]), type] for type in sorted(found, key=bits, reverse=True)]
     rows += [[name, "1", type] for name, type in job.outside.items()]
     table("What would be quantized", ["kind of layer", "layers", "type"], rows)
-    left = (
-        f"Only what was measured was written, to {kept}: the run uses it." if kept.is_file() else "Nothing was written."
-    )
+    measured = keeps and kept.is_file()
+    left = f"Only what was measured was written, to {kept}: the run uses it." if measured else "Nothing was written."
     say(f"{len(layers)} layers at {job.bits:.2f} bits a weight. {left}")

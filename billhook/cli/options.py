@@ -96,6 +96,10 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="An option of the method, such as epsilon=0.3. Repeatable.", metavar="KEY=VALUE"),
 ]
+BitsRecipe = Annotated[
+    Literal["good", "best"],
+    typer.Option(help="best: scales, norms and biases of every block are tuned as well, in several times the time."),
+]
 Recipe = Annotated[
     str | None,
     typer.Option(

@@ -25,6 +25,7 @@ Examples:
   billhook quantize model --type int3/32 --calibration hub:c4 --set sweeps=8 -o smaller
   billhook quantize model --type q4_k --calibration text.txt -o for-llama.cpp
   billhook quantize model --type q4_k --quantizer round --imatrix imatrix.gguf -o weighted
+  billhook quantize model --type int2/32 --recipe best --calibration text.txt -o smallest
   billhook quantize model --type int8 --quantizer round -o fast
   billhook quantize model --type q4_k --calibration text.txt -o small --dry-run
 """
@@ -45,6 +46,7 @@ class Method:
     embeddings: Annotated[str, typer.Option(help="Type of embeddings and head of a .gguf file.")] = ""
     quantizer: Annotated[str, typer.Option(help="How codes are chosen: see billhook ls quantizers.")] = "gptq"
     imatrix: Annotated[Path | None, typer.Option(help=IMATRIX_HELP, metavar="FILE")] = None
+    recipe: shared.BitsRecipe = "good"
     settings: shared.Settings = None
 
 
@@ -64,11 +66,10 @@ def command(
     from billhook.steps.quantize import QuantizeRequest, prepare, run
     from billhook.steps.sample_quantize import estimate_quantize
 
-    options = parse_settings(method.settings)
-    chosen = {"plan": method.plan, "embeddings": method.embeddings, "quantizer": method.quantizer, "options": options}
-    chosen["imatrix"] = method.imatrix
+    chosen = {**vars(method), "options": parse_settings(method.settings)}
+    chosen.pop("settings")
     groups: dict[str, Any] = {**chosen, **vars(text), **work.fields(model), **vars(writing)}
-    request = QuantizeRequest(model, method.type, output, **groups)
+    request = QuantizeRequest(model, output=output, **groups)
     with progress("reading") as advance:
         job = prepare(request, advance)
     if dry_run:

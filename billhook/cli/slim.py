@@ -74,6 +74,7 @@ def command(
     as_json: shared.Json = False,
 ) -> None:
     """Remove whole units: a smaller model that every program runs as it is, and runs faster."""
+    from billhook.distributed.collectives import distributed
     from billhook.steps.slim import SlimRequest, prepare, run
     from billhook.steps.slim_estimate import announced_time
 
@@ -83,15 +84,16 @@ def command(
     chosen |= {"options": parse_settings(method.settings), "batch_size": batch_size, "seed": seed}
     groups: dict[str, Any] = {**chosen, **vars(text), **work.fields(model), **vars(writing)}
     request = SlimRequest(model, output, method.remove, **groups)
-    with progress("reading") as advance:
-        job = prepare(request, advance)
-    for note in job.notes:
-        say(f"note: {note}")
-    if (seconds := announced_time(job)) is not None:
-        say(f"Removing takes about {duration(seconds)}, as the first block did.")
-    bar = progress("removing", len(job.units), unit=max(1, len(job.units) // len(job.smaller.blocks)))
-    with bar as advance, graceful_interrupt() as stopping:
-        report = run(job, advance, stopping)
+    with distributed(request.device):
+        with progress("reading") as advance:
+            job = prepare(request, advance)
+        for note in job.notes:
+            say(f"note: {note}")
+        if (seconds := announced_time(job)) is not None:
+            say(f"Removing takes about {duration(seconds)}, as the first block did.")
+        bar = progress("removing", len(job.units), unit=max(1, len(job.units) // len(job.smaller.blocks)))
+        with bar as advance, graceful_interrupt() as stopping:
+            report = run(job, advance, stopping)
     for warning in report.warnings[len(job.notes) :]:
         say(f"note: {warning}")
     sizes = f"{report.size / 1e6:.1f} MB of weights, {report.source_size / 1e6:.1f} MB before"

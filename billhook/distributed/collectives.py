@@ -123,6 +123,12 @@ def gather(value: T) -> list[T]:
     return found
 
 
+def unshard(items: Sequence[T]) -> list[T]:
+    """The items of all processes, in the order from which `shard` took them."""
+    parts = gather(list(items))
+    return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+
+
 def broadcast_(value: Tensor, owner: int) -> None:
     """Copy a tensor of process `owner`, which may be a view, to all processes, in place."""
     if world() > 1:

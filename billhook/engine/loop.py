@@ -64,7 +64,7 @@ class LayerResult:
 
 
 class Tuner(Protocol):
-    """Tunes the remaining weights of a block (`billhook.recovery.blockwise`)."""
+    """Tunes what a block has left, such as its kept weights (`billhook.recovery.blockwise`)."""
 
     wants_dense_outputs: bool
 
@@ -175,12 +175,15 @@ class _Applying:
 
 
 def tuned_results(note: str, block: Block, done: Sequence[LayerResult]) -> list[LayerResult]:
-    """The results of a tuned block, with zeros counted again and the tuner's note at the first layer."""
+    """The results of a tuned block, with zeros counted again and the tuner's note at the first layer.
+
+    Raises JobError where removed weights came back; where weights are quantized, the tuner itself checks its codes.
+    """
     weights = {layer.name: layer.weight for layer in block.layers}
     results = []
     for result in done:
         zeros = count_zeros(weights[result.layer])
-        if zeros < result.zeros:
+        if zeros < result.zeros and result.type is None:
             back = f"tuning made {result.zeros - zeros} removed weights nonzero"
             raise JobError(f"{result.layer}: {back}. The result is not saved.")
         notes = (*result.notes, note) if result is done[0] else result.notes

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from billhook.architectures.layers import Layer
 from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import Unit
+from billhook.distributed.collectives import broadcast_, shard, unshard, world
 from billhook.engine.batch import Batch
 from billhook.engine.experts import choose_experts, down_projections
 from billhook.engine.loop import LayerResult
@@ -130,8 +131,8 @@ def remove_parts_(
 ) -> list[LayerResult]:
     """Remove parts of units in place; `counts` parts stay, by unit. `experts` is the method for experts.
 
-    `dropped` are the blocks of `dropping`, which become active when they are reached. Blocks before `start` are done
-    already. Raises JobError if a new weight is not finite.
+    The layers of a stage are sharded over the processes of a run. `dropped` are the blocks of `dropping`, which become
+    active when they are reached. Blocks before `start` are done already. Raises JobError if a new weight is not finite.
     """
     known = {unit.consumer.name: unit for unit in units if unit.consumer is not None}
     layers = [unit.consumer for unit in known.values() if unit.consumer is not None]
@@ -145,12 +146,16 @@ def remove_parts_(
             done.append(remove_experts_(model, unit, counts[unit.name], experts, block))
             progress(unit.name)
         for names, stats in block.stages:
-            for layer in names if block.index not in drop else ():
+            stage, made = [layer for layer in names if block.index not in drop], list[LayerResult]()
+            for layer in shard(stage):
                 given = stats.get(layer.name, LayerStats(0, 0))
                 gradient = None if gradients is None else gradients[layer.name]
                 unit = known[layer.name]
-                done.append(remove_from_(unit, counts[unit.name], removal, given, gradient))
+                made.append(remove_from_(unit, counts[unit.name], removal, given, gradient))
                 progress(unit.name)
+            for number, layer in enumerate(stage):
+                broadcast_(layer.weight, number % world())
+            done += unshard(made)
         if block.index in drop:
             drop[block.index].active = True
         finished(block, done)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.architectures.units import Unit, router_of
+from billhook.distributed.collectives import unshard
 from billhook.engine.replay import run_block
 from billhook.engine.walk import Block
 from billhook.errors import BillhookError
@@ -26,7 +27,7 @@ def mixture_of(model: PreTrainedModel, unit: Unit) -> tuple[nn.Module, nn.Module
 
 @torch.no_grad()
 def routed(block: Block, experts: nn.Module) -> list[Routed]:
-    """What the experts of a block are called with on the calibration text, batch by batch.
+    """What the experts of a block are called with on the calibration text, batch by batch, in all processes of a run.
 
     Raises BillhookError where they are not called with hidden states, and the numbers and weights of each token's
     experts, as `transformers` does.
@@ -42,7 +43,8 @@ def routed(block: Block, experts: nn.Module) -> list[Routed]:
             run_block(block.module, states, call)
     if not calls or any(len(args) < 3 or not isinstance(args[1], Tensor) for args in calls):
         raise BillhookError(f"{block.name}: its experts are called in an unknown way, so none can be removed.")
-    return [(x, chosen, weights) for x, chosen, weights in calls]
+    device = calls[0][0].device
+    return [(x.to(device), chosen.to(device), weights.to(device)) for x, chosen, weights in unshard(calls)]
 
 
 def alone(experts: nn.Module, expert: int, x: Tensor, like: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ to the model is in the metadata under `billhook.`.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ def write_gguf(
     template: Path | None = None,
     split: int | None = None,
     facts: Mapping[str, Fact] | None = None,
+    changed: Sequence[Path] = (),
     progress: Callable[[str], None] = lambda tensor: None,
 ) -> Written:
     """Write the model directory `source` to the file `output`.
@@ -54,12 +55,14 @@ def write_gguf(
     metadata and the tokenizer are those of the GGUF file `template`, if there is one; where the names of the model's
     tensors are not known, so are the names and the tensors that are not quantized. Tensors of more than `split` bytes
     together go to several files (`billhook.export.gguf_writer.write`). `facts` are added to the metadata under
-    `billhook.`. `progress` is called after each tensor.
+    `billhook.`. What is not quantized comes from the safetensors files `changed` where it is in them. `progress` is
+    called after each tensor.
 
     Raises BillhookError, before anything is written, for a model that has no form in GGUF files, and JobError for
     values that do not fit their type and for a full disk.
     """
-    return finish(*_prepared(source, quantized or {}, rest, template, split, facts or {}), output, progress)
+    prepared = _prepared(source, quantized or {}, rest, template, split, facts or {}, changed=changed)
+    return finish(*prepared, output, progress)
 
 
 def gguf_bytes(
@@ -81,6 +84,8 @@ def _prepared(
     template: Path | None,
     split: int | None,
     facts: Mapping[str, Fact],
+    *,
+    changed: Sequence[Path] = (),
 ) -> tuple["GGUFWriter", list[Entry], list[str]]:
     """A writer with the complete metadata, the tensors, and notes on what llama.cpp computes otherwise."""
     require_gguf()
@@ -89,11 +94,13 @@ def _prepared(
     config = check_directory(source)
     model, notes = None if template is None else read_gguf(template), list[str]()
     with _damaged(source):
+        place = _placed(weight_files(source))
+        place |= {name: shard for name, shard in _placed(changed).items() if name not in quantized}
         if model is None or config.get("model_type") in FAMILIES:
             config = full_config(source)
-            entries = _entries(source, config, quantized, rest)
+            entries = _entries(source, place, config, quantized, rest)
         else:
-            entries = matched_entries(model, quantized, partial(_rows, _placed(source)))
+            entries = matched_entries(model, quantized, partial(_rows, place))
         arch = gguf_family(config).arch if model is None else model.arch
         writer = gguf.GGUFWriter(None, arch, split_max_size=split or 0)
         add_tensors(writer, entries)
@@ -143,9 +150,9 @@ def _check_template(template: GgufFile, entries: Sequence[Entry]) -> None:
             raise BillhookError(f"{entry.name} is {list(entry.shape)} in the model, and {template.path} has {has}.")
 
 
-def _placed(source: Path) -> dict[str, Shard]:
+def _placed(files: Iterable[Path]) -> dict[str, Shard]:
     """The file of each tensor."""
-    return {name: shard for file in weight_files(source) for shard in [read_shard(file)] for name in shard.entries}
+    return {name: shard for file in files for shard in [read_shard(file)] for name in shard.entries}
 
 
 def _rows(place: Mapping[str, Shard], name: str, kind: str) -> Iterator[np.ndarray]:
@@ -153,8 +160,9 @@ def _rows(place: Mapping[str, Shard], name: str, kind: str) -> Iterator[np.ndarr
     return _parts(GgufTensor(name, (name,), place[name].entries[name].shape), kind, place, None)
 
 
-def _entries(source: Path, config: Mapping[str, Any], quantized: Quantized, rest: str) -> list[Entry]:
-    place = _placed(source)
+def _entries(
+    source: Path, place: Mapping[str, Shard], config: Mapping[str, Any], quantized: Quantized, rest: str
+) -> list[Entry]:
     shapes = {name: shard.entries[name].shape for name, shard in place.items()}
     if unknown := sorted(set(quantized) - set(shapes)):
         raise BillhookError(f"{source} has no tensor {unknown[0]}, which was quantized.")

@@ -83,6 +83,8 @@ class Plan:
     * `made_by.tied` (list of lists of strings, optional): layers that had to get the same type.
     * `made_by.request.*` (any, optional): the target, bytes, types, allocator and options that `compress` was given,
       and the text on which another run measured the `levels`, if one did.
+    * `made_by.units.*` (any, optional): of `compress --units`, the `share` of the parameters in blocks that went, and
+      by share the divergences `predicted` and `measured`.
     * `made_by.racing.*` (any, optional): if a race chose the plan, the `objective`, the `best` candidate, the mean loss
       of those `tried`, those `dropped`, and the `heldout` windows; or the `reason` why there was none.
 

@@ -26,36 +26,32 @@ Limits: it does not look past the next block; with fewer than a few thousand tok
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from billhook.architectures.layers import Layer
 from billhook.distributed.collectives import world
-from billhook.engine.activation_store import ActivationStore
 from billhook.engine.batch import Batch
-from billhook.engine.capture import Shape, single_row_calls
-from billhook.engine.replay import Call, run_block
+from billhook.engine.capture import single_row_calls
+from billhook.engine.replay import run_block
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.restore import differentiable, exchanged
-from billhook.engine.walk import Block, Following
+from billhook.engine.walk import Block
 from billhook.errors import BillhookError, JobError
-from billhook.evaluation.kl import token_kl
+from billhook.recovery.block_data import STEP, Data, Piece, minibatches, split_windows
+from billhook.recovery.kept_adam import Kept, KeptAdam, Trained, give_, values_of
 
 Refining = Literal["none", "blocks", "blocks+norms"]
-Piece = tuple[int, list[int]]  # a batch, and windows of it
-Tuned = Sequence[tuple[nn.Parameter, Tensor]]  # parameters and masks, True where they are tuned
-HELD_OUT = 8  # one window in eight
+Masked = list[tuple[nn.Parameter, Tensor]]  # parameters and masks, True where they are tuned
 LEAST = 8  # windows
 PATIENCE = 4  # epochs
-_WINDOWS = 4  # windows in a step
-PREDICTED = 512  # tokens whose logits are in memory at once
+_BETAS = (0.9, 0.999)
 
 
 @dataclass(frozen=True)
@@ -134,58 +130,25 @@ class BlockTuner:
         own, after = self._single[block.index], {} if block.last else self._single[block.index + 1]
         single = {shape: [call, after.get(shape, call)] for shape, call in own.items()}
         data = Data(block.inputs, self._targets, block.calls, single, block.following)
-        tuned = tunable(block.module, block.layers, self.options.tune_norms_and_biases)
-        done = refine_block_(block.module, data, tuned, self.options, block.index)
+        done = refine_block_(block.module, data, self.tuned(block), self.options, block.index)
         change = f"loss {done.before:.4g} -> {done.after:.4g} on held-out windows after {done.epochs} epochs"
         return f"block {block.index} refined: {change}"
 
-
-@dataclass(frozen=True)
-class Data:
-    """Inputs and targets of a block, each [windows, tokens, width] a batch, with the call of each batch.
-
-    Targets are outputs of the next block or, for the last block, of the block itself. `single` are, by the shape of a
-    window's hidden states, the calls of the block and of the next one for a single window.
-    """
-
-    inputs: Sequence[Tensor] | ActivationStore
-    targets: Sequence[Tensor] | ActivationStore
-    calls: Sequence[Call]
-    single: Mapping[Shape, Sequence[Call]]
-    following: Following
-
-    def loss(self, module: nn.Module, piece: Piece) -> Tensor:
-        """The loss of some windows of a batch after what follows the block, float32."""
-        batch, rows = piece
-        index = torch.tensor(rows)
-        inputs, targets = (h[batch][index].to(next(module.parameters()).dtype) for h in (self.inputs, self.targets))
-        single = self.single[tuple(inputs.shape[1:])]
-        outputs = run_block(module, inputs, self.calls[batch].part(index, single[0], inputs.dtype))
-        if self.following.module is None:
-            return _mean_kl(outputs, targets, self.following.predict)
-        call = self.following.calls[batch]
-        call = call.part(index, single[1], inputs.dtype) if call.args or call.kwargs else call
-        outputs = run_block(self.following.module, outputs, call)
-        outputs, targets = outputs.float(), targets.float()
-        return (outputs - targets).square().sum() / targets.square().sum().clamp_min(1e-30)
+    def tuned(self, block: Block) -> Sequence[Trained]:
+        """What is tuned of a block."""
+        return kept_in(block.module, block.layers, self.options.tune_norms_and_biases)
 
 
-def _mean_kl(outputs: Tensor, targets: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
-    """The KL divergence of the predictions for `outputs` from those for `targets`, nats a token, float32.
-
-    Both are [windows, tokens, width]. The logits of only `PREDICTED` tokens are in memory at a time.
-    """
-
-    def part(ours: Tensor, theirs: Tensor) -> Tensor:
-        return token_kl(predict(ours), predict(theirs)).sum()
-
-    tokens = max(1, PREDICTED // len(outputs))
-    pairs = zip(outputs.split(tokens, 1), targets.split(tokens, 1), strict=True)
-    parts = [checkpoint(part, *pair, use_reentrant=False) for pair in pairs]
-    return torch.stack(parts).sum() / outputs[..., 0].numel()
+def kept_in(module: nn.Module, layers: Sequence[Layer], tune_norms_and_biases: bool) -> list[Trained]:
+    """The same as `tunable`, with rates as shares of the root mean square of the whole parameter."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    return [
+        Kept(names[id(p)], p, p.dtype, mask, float(p.detach().float().square().mean().sqrt()))
+        for p, mask in tunable(module, layers, tune_norms_and_biases)
+    ]
 
 
-def tunable(module: nn.Module, layers: Sequence[Layer], tune_norms_and_biases: bool) -> Tuned:
+def tunable(module: nn.Module, layers: Sequence[Layer], tune_norms_and_biases: bool) -> Masked:
     """The kept weights of `layers` and, with `tune_norms_and_biases`, all parameters of one dimension of a block."""
     found: dict[int, tuple[nn.Parameter, Tensor]] = {}
     for layer in layers:
@@ -197,91 +160,61 @@ def tunable(module: nn.Module, layers: Sequence[Layer], tune_norms_and_biases: b
     return list(found.values())
 
 
-def refine_block_(module: nn.Module, data: Data, tuned: Tuned, options: Refine, index: int = 0) -> Refined:
+def refine_block_(module: nn.Module, data: Data, tuned: Sequence[Trained], options: Refine, index: int = 0) -> Refined:
     """Tune parameters of the block in place; raises JobError when the initial loss is not finite.
 
     Deterministic for equal data and seed. The block is float32 during the tuning; the final comparison is made in its
-    own dtype.
+    own dtype, with the numbers as they are stored.
     """
-    train, held = _split([len(h) for h in data.targets])
+    train, held = split_windows([len(h) for h in data.targets])
     before = _mean_loss(module, data, held)
     if not math.isfinite(before):
         raise JobError("The outputs of a block are not finite: use another --dtype, or leave --refine out.")
-    parameters = [p for p, _ in tuned]
-    old = [p.detach().clone() for p in parameters]
+    start = values_of(tuned)
     following = data.following.module or nn.Identity()
-    with _in_float32(module), _in_float32(following), differentiable([], following.parameters()):
+    parameters, others = [t.parameter for t in tuned], [*module.parameters(), *following.parameters()]
+    with _in_float32(module), _in_float32(following), differentiable(parameters, others):
         best, epochs = _descend(module, data, tuned, (train, held), options, index)
-    for p, value in zip(parameters, best, strict=True):
-        p.data.copy_(value)
+    give_(tuned, {t.name: best[t.name].to(t.stored) for t in tuned})
     after = _mean_loss(module, data, held)
     if after < before:
         return Refined(before, after, epochs)
-    for p, value in zip(parameters, old, strict=True):
-        p.data.copy_(value)
+    give_(tuned, start)
     return Refined(before, before, epochs)
 
 
 def _descend(
-    module: nn.Module, data: Data, tuned: Tuned, split: tuple[list[Piece], list[Piece]], options: Refine, index: int
-) -> tuple[list[Tensor], int]:
+    module: nn.Module,
+    data: Data,
+    tuned: Sequence[Trained],
+    split: tuple[list[Piece], list[Piece]],
+    options: Refine,
+    index: int,
+) -> tuple[Mapping[str, Tensor], int]:
     """Adam with early stopping; the values with the lowest held-out loss, and the number of epochs."""
     train, held = split
     random = torch.Generator().manual_seed(1000 * options.seed + index)
-    parameters = [p for p, _ in tuned]
-    best, least, bad = [p.detach().clone() for p in parameters], _mean_loss(module, data, held), 0
-    rates = [options.rate * float(p.detach().square().mean().sqrt()) for p in parameters]
-    adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
+    adam = KeptAdam(tuned, betas=_BETAS, clip=math.inf)
+    best, least, bad = adam.values(), _mean_loss(module, data, held), 0
     # without a scale, the gradient of a single token underflows in a float16 head
-    scale = 2.0 ** math.ceil(math.log2(_WINDOWS * max(shape[0] for shape in data.single)))
-    steps, step = options.epochs * len(_minibatches(train, torch.Generator())), 0
+    scale = 2.0 ** math.ceil(math.log2(STEP * max(shape[0] for shape in data.single)))
+    steps, step = options.epochs * len(minibatches(train, torch.Generator())), 0
     for epoch in range(1, options.epochs + 1):  # noqa: B007
-        for pieces in _minibatches(train, random):
-            for group, rate in zip(adam.param_groups, rates, strict=True):
-                group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
-            step += 1
-            adam.zero_grad()
+        for pieces in minibatches(train, random):
             windows = sum(len(rows) for _, rows in pieces)
-            with torch.enable_grad(), differentiable(parameters, module.parameters()):
+            with torch.enable_grad():
                 losses = [data.loss(module, piece) * (len(piece[1]) / windows) for piece in pieces]
-                gradients = torch.autograd.grad(torch.stack(losses).sum() * scale, parameters, allow_unused=True)
-            for (p, mask), gradient in zip(tuned, gradients, strict=True):
-                p.grad = None if gradient is None else gradient.mul_(mask).div_(scale)
-            del gradients
-            adam.step()
+                (torch.stack(losses).sum() * scale).backward(inputs=[t.parameter for t in tuned])
+            adam.step(options.rate * (1 + math.cos(math.pi * step / steps)) / 2, scale)
+            step += 1
         loss = _mean_loss(module, data, held)
         bad = 0 if loss < least else bad + 1
         if loss < least:
-            best, least = [p.detach().clone() for p in parameters], loss
+            best, least = adam.values(), loss
         if bad == PATIENCE:
             break
-    adam.zero_grad()
+    adam.close()
     return best, epoch
-
-
-def _split(sizes: Sequence[int]) -> tuple[list[Piece], list[Piece]]:
-    """The windows for training and the held-out windows, every eighth."""
-    numbers = [(b, r) for b, size in enumerate(sizes) for r in range(size)]
-    parts: tuple[dict[int, list[int]], dict[int, list[int]]] = ({}, {})
-    for number, (b, r) in enumerate(numbers):
-        parts[number % HELD_OUT == HELD_OUT // 2].setdefault(b, []).append(r)
-    train, held = (list(part.items()) for part in parts)
-    return train, held
-
-
-def _minibatches(train: Sequence[Piece], random: torch.Generator) -> list[list[Piece]]:
-    """All windows in random order, in steps of `_WINDOWS` or a few more."""
-    pieces = []
-    for number in torch.randperm(len(train), generator=random).tolist():
-        batch, rows = train[number]
-        order = [rows[i] for i in torch.randperm(len(rows), generator=random).tolist()]
-        pieces += [(batch, order[i : i + _WINDOWS]) for i in range(0, len(order), _WINDOWS)]
-    steps: list[list[Piece]] = [[]]
-    for piece in pieces:
-        if sum(len(rows) for _, rows in steps[-1]) >= _WINDOWS:
-            steps.append([])
-        steps[-1].append(piece)
-    return steps
 
 
 @torch.no_grad()

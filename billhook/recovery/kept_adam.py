@@ -8,7 +8,8 @@ nothing else of them changes: an entry that is zero stays zero, whatever the opt
 In memory, beside the model itself: a byte for each entry of a parameter, and 16 bytes for each number of a vector.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.distributed.collectives import all_reduce_, world
+from billhook.methods.quantize.grid import Quantized, dequantize
 
 CLIP = 1.0  # largest norm of the gradient
 BETAS = (0.9, 0.95)
@@ -99,39 +101,70 @@ class Kept:
         return int(torch.count_nonzero(self.parameter.detach().masked_fill(self.mask, 0)))
 
 
-class Scaled:
-    """The scales of a quantized weight: the parameter is codes, int8 [out, in], times `scale` [out, in / group]."""
+def free_parts(weight: Quantized) -> list[str]:
+    """The parts of the scales of a weight that can have any value of 16 bits; none where scales are powers of two."""
+    return [name for name, part in weight.scales.parts.items() if part.dtype in (torch.float16, torch.bfloat16)]
 
-    def __init__(self, name: str, parameter: nn.Parameter, codes: Tensor, scale: Tensor) -> None:
-        self.name, self.parameter, self.stored = name, parameter, scale.dtype
+
+class Scaled:
+    """The scales of a quantized weight: the numbers of 16 bits from which its grid computes scale and minimum.
+
+    `view` gives the matrix [out, in] of the parameter, or of its gradient: the parameter itself by default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        weight: Quantized,
+        view: Callable[[Tensor], Tensor] = lambda stored: stored,
+    ) -> None:
+        self.name, self.parameter, self._view = name, parameter, view
         self.size: float | None = None
-        self._codes = codes.unflatten(1, (scale.shape[1], -1))
-        self.scale = scale.float()
+        self._grid, self._codes = weight.grid, weight.codes.to(parameter.device)
+        self._parts = {name: part.to(parameter.device) for name, part in weight.scales.parts.items()}
+        self._free = free_parts(weight)
+        self.stored = self._parts[self._free[0]].dtype
+        self._values = torch.cat([self._parts[name].float().flatten() for name in self._free])
 
     @property
     def count(self) -> int:
-        """The number of scales."""
-        return self.scale.numel()
+        """How many numbers there are."""
+        return len(self._values)
+
+    @property
+    def weight(self) -> Quantized:
+        """The weight with the scales as they are now, in the dtype in which they are stored."""
+        parts = {name: part.to(self._parts[name].dtype) for name, part in self._with(self._values).items()}
+        return Quantized(self._grid, self._codes, self._grid.decoded(parts))
 
     def values(self) -> Tensor:
-        """The scales."""
-        return self.scale.flatten()
+        """The numbers."""
+        return self._values
 
     def gradient(self, gradient: Tensor) -> Tensor:
-        """The sum over a scale's columns of gradient times code."""
-        return (gradient.detach().view(self._codes.shape) * self._codes).sum(-1, dtype=torch.float32).flatten()
+        """The gradient by the numbers, through the decoded weight."""
+        with torch.enable_grad():
+            values = self._values.detach().requires_grad_()
+            decoded = dequantize(self._codes, self._grid.decoded(self._with(values)))
+        return torch.autograd.grad(decoded, values, self._view(gradient.detach()).float())[0]
 
     @torch.no_grad()
     def restore_(self, values: Tensor) -> None:
         """Give the weight other scales."""
-        self.scale = values.float().view(self.scale.shape)
-        self.parameter.copy_((self._codes * self.scale[..., None]).flatten(1))
+        self._values = values.float().clone()
+        self._view(self.parameter).copy_(dequantize(self._codes, self._grid.decoded(self._with(self._values))))
 
     def came_back(self) -> int:
         """How many entries with the code zero are not zero."""
-        return int(
-            torch.count_nonzero(self.parameter.detach().view(self._codes.shape).masked_fill(self._codes != 0, 0))
-        )
+        here = self._view(self.parameter.detach())
+        return int(torch.count_nonzero(here.masked_fill(self._codes != 0, 0))) if self._grid.has_zero else 0
+
+    def _with(self, values: Tensor) -> dict[str, Tensor]:
+        """The parts of the scales, those of 16 bits from a vector."""
+        shapes = [self._parts[name].shape for name in self._free]
+        pieces = values.split([shape.numel() for shape in shapes])
+        return self._parts | {n: v.view(shape) for n, v, shape in zip(self._free, pieces, shapes, strict=True)}
 
 
 def values_of(kept: Sequence[Trained]) -> dict[str, Tensor]:
@@ -146,14 +179,17 @@ def give_(kept: Sequence[Trained], values: Mapping[str, Tensor]) -> None:
 
 
 class KeptAdam:
-    """The optimizer; it collects gradients until `close` is called. Sizes are those of the numbers as they are now."""
+    """The optimizer; it collects gradients until `close` is called. Sizes are those of the numbers as they are now.
 
-    def __init__(self, kept: Sequence[Trained]) -> None:
-        self.kept = kept
+    The norm of all gradients together is at most `clip` in a step. The parameters require gradients already.
+    """
+
+    def __init__(self, kept: Sequence[Trained], *, betas: tuple[float, float] = BETAS, clip: float = CLIP) -> None:
+        self.kept, self._clip = kept, clip
         self.masters = [nn.Parameter(k.values().clone(), requires_grad=False) for k in kept]
         self.sizes = [_size(m) if k.size is None else k.size for k, m in zip(kept, self.masters, strict=True)]
         groups = [{"params": [m], "lr": 0.0} for m in self.masters]
-        self._adam = torch.optim.Adam(groups, betas=BETAS, foreach=False)
+        self._adam = torch.optim.Adam(groups, betas=betas, foreach=False)
         self._handles = [
             k.parameter.register_post_accumulate_grad_hook(lambda p, k=k, m=m: _collect(p, k, m))
             for k, m in zip(kept, self.masters, strict=True)
@@ -168,9 +204,14 @@ class KeptAdam:
             if some:
                 master.grad = all_reduce_(torch.zeros_like(master) if master.grad is None else master.grad)
 
-    def step(self, share: float) -> None:
-        """One step with the gradients collected since the last one; `share` of each parameter's size is its rate."""
-        torch.nn.utils.clip_grad_norm_(self.masters, CLIP)
+    def step(self, share: float, scale: float = 1.0) -> None:
+        """One step with the gradients collected since the last one, which are those of the loss times `scale`; `share`
+        of each parameter's size is its rate."""
+        for master in self.masters:
+            if master.grad is not None and scale != 1:
+                master.grad.div_(scale)
+        if math.isfinite(self._clip):
+            torch.nn.utils.clip_grad_norm_(self.masters, self._clip)
         for group, size in zip(self._adam.param_groups, self.sizes, strict=True):
             group["lr"] = share * size
         self._adam.step()

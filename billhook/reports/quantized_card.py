@@ -45,6 +45,7 @@ def _card(folder: Path) -> str:
         metadata=yaml.safe_dump(metadata, allow_unicode=True),
         name=name,
         size=f"{result_bytes(folder):,}",
+        removed=", ".join(f"{step.made_by['removed']:.1%}" for step in record.steps if step.step == "slim"),
         types=table(["type", "bits a weight", "layers"], rows),
         outside=made_by.get("outside") or {},
         lost=None if lost is None else str(Loss(**lost)),

@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from billhook.architectures.stacks import blocks_of
+from billhook.distributed.collectives import all_reduce_
 from billhook.engine.batch import select_rows
 from billhook.engine.removal import dropping
 from billhook.engine.replay import run_block
@@ -66,5 +67,6 @@ def _turned(opened: Opened) -> list[float]:
         for states, call in zip(block.inputs, block.calls, strict=True):
             similar = cosine_similarity(states.float(), run_block(block.module, states, call).float(), dim=-1)
             total, tokens = total + float((1 - similar).sum()), tokens + similar.numel()
-        found.append(total / tokens)
+        everywhere = all_reduce_(torch.tensor([total, float(tokens)], dtype=torch.float64))
+        found.append(float(everywhere[0] / everywhere[1]))
     return found

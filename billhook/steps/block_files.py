@@ -2,7 +2,7 @@
 
 Each file is written whole and renamed into place, so that a run that ends at any moment keeps its finished blocks. For
 compressed-tensors these are the files of the directory. For GGUF types they hold the bytes of the quantized weights,
-and are replaced by one GGUF file at the end. Everything that is not quantized keeps the source's bytes.
+and are replaced by one GGUF file at the end. Everything that is neither quantized nor tuned keeps the source's bytes.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -19,6 +19,7 @@ from billhook.methods.quantize.grid import Grid, Quantized
 from billhook.steps.parts import Part
 from billhook.store.files import replace_file, sha256
 from billhook.store.fitting import Stored
+from billhook.store.locate import to_disk
 from billhook.store.shards import Shard, read_shard
 
 
@@ -59,11 +60,9 @@ class BlockFiles:
     """A sink with one file for each block of a streamed model; `grids` are those of the quantized tensors on disk.
 
     `outside` quantizes a tensor outside of the blocks, given its name; the matrices of `transposed` tensors are [in,
-    out] in the source. The sink has the interface of
-    `billhook.store.sinks.SameLayout` that an unfinished output needs.
+    out] in the source. Where `tuned`, norms and biases of blocks are those in memory, in the source's dtype. The sink
+    has the interface of `billhook.store.sinks.SameLayout` that an unfinished output needs.
     """
-
-    same_values = True  # as in memory
 
     def __init__(
         self,
@@ -72,8 +71,11 @@ class BlockFiles:
         form: Form,
         outside: Callable[[str], Quantized],
         transposed: Collection[str] = (),
+        *,
+        tuned: bool = False,
     ) -> None:
         self.stream, self.grids, self.form, self.outside, self.transposed = stream, grids, form, outside, transposed
+        self.tuned, self.same_values = tuned, not tuned  # whether the files have the values in memory
         self.entries = stream.source
         self.made: dict[str, dict[int | None, Quantized]] = {}
         count = len(stream.blocks) + 1
@@ -96,7 +98,9 @@ class BlockFiles:
         """Write the file of the block with the tensors `state`, by their names in memory; the added ones are stored."""
         first = next(iter(state))
         index = next(i for i, prefix in enumerate(self.stream.prefixes) if first.startswith(f"{prefix}."))
-        self._write(folder / self.files[index + 1], self.stream.names[index])
+        vectors = {name: value for name, value in state.items() if self.tuned and value.ndim == 1}
+        changed = to_disk(self.stream.model, vectors, self.entries)
+        self._write(folder / self.files[index + 1], self.stream.names[index], changed)
 
     def digest(self, folder: Path, names: Iterable[str]) -> str:
         """The SHA-256 of the file of these tensors: those of one block, or those outside of the blocks."""
@@ -127,13 +131,15 @@ class BlockFiles:
                     data = np.memmap(shard.path, np.uint8, "r", offset=entry.start, shape=entry.shape)
                     yield entry.name, self.grids[entry.name].name, data
 
-    def _write(self, path: Path, names: Collection[str]) -> None:
+    def _write(self, path: Path, names: Collection[str], changed: Mapping[str, Tensor] | None = None) -> None:
+        """Write a file; tensors that are not quantized are the source's, or have `changed` values."""
         tensors: dict[str, Tensor] = {}
         for name in names:
             if name in self.grids:
                 tensors |= self._packed(name)
-            else:
-                tensors[name] = Stored(self.entries[name].path, self.entries[name].entry, lazy=False).read()
+                continue
+            value = Stored(self.entries[name].path, self.entries[name].entry, lazy=False).read()
+            tensors[name] = value if not changed or name not in changed else changed[name].to("cpu", value.dtype)
         replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
 
     def _packed(self, name: str) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from billhook.ambient import pinned
 from billhook.architectures.context_memory import ContextMemory
 from billhook.architectures.layers import Layer
 from billhook.engine.method import Quantization
@@ -31,9 +30,10 @@ from billhook.racing.levels import Chosen
 from billhook.steps.allocation import Allocation, choose, choose_like
 from billhook.steps.earlier_levels import step_with_levels
 from billhook.steps.levels import measured_layers
+from billhook.steps.lost import Lost
 from billhook.steps.parts import Parts, check_matrices, layer_parts
 from billhook.steps.quantize import open_blocks, prepare, run
-from billhook.steps.quantize_job import GgufInputs, QuantizeJob, QuantizeReport, QuantizeRequest
+from billhook.steps.quantize_job import GgufInputs, QuantizeJob, QuantizeReport, QuantizeRequest, Recipe
 from billhook.steps.request import Opened, check_text_given, draw_text, listed
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
@@ -48,8 +48,8 @@ class CompressRequest(GgufInputs):
     """The parameters of a run: one of `size`, `bits`, `ratio` and `fit`, with its `context` (see
     `billhook.steps.sizes.Size`); `types` limits the choice, of embeddings and head too. `allocator` makes it: one
     of `billhook ls level-allocators`, or `like:FILE.gguf`, which needs no size. `options` are those of GPTQ and of the
-    allocator. `levels` is the output of an earlier run on the same model, whose measured errors are used again. The
-    others are those of `quantize`."""
+    allocator. `levels` is the output of an earlier run on the same model, whose measured errors are used again. `units`
+    are kinds that may go, too (`billhook.steps.compress_units`). The others are those of `quantize`."""
 
     model: str | Path
     output: str | Path
@@ -62,6 +62,8 @@ class CompressRequest(GgufInputs):
     types: Sequence[str] = ()
     allocator: str = "curves"
     levels: str | Path | None = None
+    recipe: Recipe = "good"
+    units: str | Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -134,20 +136,6 @@ class CompressJob:
     memory: ContextMemory | None
 
 
-@pinned
-def compress(
-    model: str | Path, output: str | Path, *, progress: Progress = lambda line: None, **fields: Any
-) -> CompressReport:
-    """Compress a model directory (or hub name) to a size; the keyword arguments are the fields of `CompressRequest`,
-    and options of GPTQ.
-
-    Raises BillhookError (nothing written) for an impossible request, with the least possible size where that is the
-    reason, and JobError for a run that failed.
-    """
-    request = CompressRequest.given(model=model, output=output, **fields)
-    return run_compress(decide(check(request, progress), progress), progress)
-
-
 def check(request: CompressRequest, progress: Progress = lambda line: None) -> CheckedCompress:
     """Check a request, cheapest first, and draw its text; with `resume`, the plan is that of the stopped run."""
     allocation = Allocation.of(request.allocator, request.options, request.levels)
@@ -199,10 +187,13 @@ def _chosen(checked: CheckedCompress, progress: Progress) -> Chosen:
 
 
 def run_compress(
-    job: CompressJob, progress: Progress = lambda line: None, stopping: Callable[[], bool] = lambda: False
+    job: CompressJob,
+    progress: Progress = lambda line: None,
+    stopping: Callable[[], bool] = lambda: False,
+    lost: Lost | None = None,
 ) -> CompressReport:
-    """Quantize with the chosen types; raises as `billhook.steps.quantize.run`."""
-    return CompressReport(run(job.quantizing, progress, stopping), job.budget, job.outlook, job.memory)
+    """Quantize with the chosen types; `lost` and what is raised are as of `billhook.steps.quantize.run`."""
+    return CompressReport(run(job.quantizing, progress, stopping, lost), job.budget, job.outlook, job.memory)
 
 
 def _stopped_plan(request: CompressRequest, asked: Mapping[str, Any]) -> Plan | None:

@@ -70,7 +70,7 @@ class PartialOutput:
         tensors = (item for i in range(self.state.blocks) for item in self.sink.on_disk(self.stream.state(i)).items())
         return all(value.dtype == self.stream.stored[name].dtype for name, value in tensors)
 
-    def _moved(self, index: int) -> None:
+    def moved(self, index: int) -> None:
         """From now on read a block from the output."""
         if isinstance(self.sink, SameLayout):
             self.stream.moved(index, self.folder)
@@ -90,7 +90,7 @@ class PartialOutput:
             if digests[-1] != self.state.digests[len(digests) - 1]:
                 digests.pop()
                 break
-            self._moved(index)
+            self.moved(index)
         files = {} if done is None else self.state.files
         self._update(digests=digests, results=self.state.results[: len(digests) - 1], files=files)
 
@@ -107,7 +107,7 @@ class PartialOutput:
             digest = self.sink.digest(self.folder, self.stream.names[block.index])
             self._update(digests=[*self.state.digests, digest], results=made)
         barrier()
-        self._moved(block.index)
+        self.moved(block.index)
         if not self._same_values:
             self.stream.load(block.index, self.stream.stored)
         if any_rank(self.stopping()) and self.state.done < self.state.blocks:
@@ -179,12 +179,12 @@ def partial_output(
     run to resume has another identity; Interrupted for a run that was stopped, or ran out of disk or memory, after some
     blocks. After other errors, which would occur again, the directory is deleted.
     """
-    folder = partial_folder(output)
     if rank():
         begun = gather(State({}, {}, len(stream.blocks), [], []))[0]
+        partial = PartialOutput(stream, source, output, begun, stopping=stopping, files=files)
         for index in range(begun.done):
-            stream.moved(index, folder)
-        yield PartialOutput(stream, source, output, begun, stopping=stopping)
+            partial.moved(index)
+        yield partial
         return
     written = [file.name for file in weight_files(source)] if files is None else files.files
     with unfinished_folder(output, written, room or weight_bytes(source)) as unfinished:

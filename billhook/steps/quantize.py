@@ -16,7 +16,7 @@ import torch
 from billhook.ambient import pinned
 from billhook.architectures.layers import Layer
 from billhook.distributed.collectives import world
-from billhook.engine.loop import apply_plan_
+from billhook.engine.loop import LayerResult, apply_plan_
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
 from billhook.errors import BillhookError
@@ -28,11 +28,12 @@ from billhook.methods.quantize.grid import Quantized
 from billhook.methods.quantize.nearest import nearest
 from billhook.methods.statistics import LayerStats
 from billhook.plan.plan import Plan, load_plan
+from billhook.recovery.block_scales import ScaleTuner
 from billhook.reports.quantized_card import publish_quantized
 from billhook.steps.block_files import BlockFiles, Form
 from billhook.steps.given_imatrix import NOTE, imatrix_stats
-from billhook.steps.lost import loss_of
-from billhook.steps.partial_output import partial_output
+from billhook.steps.lost import Lost, loss_of
+from billhook.steps.partial_output import PartialOutput, partial_output
 from billhook.steps.parts import Parts, check_matrices, layer_parts, part_types, transposed
 from billhook.steps.quantize_job import QuantizeJob, QuantizeReport, QuantizeRequest, record
 from billhook.steps.request import Opened, check_text_given, draw_text, open_model
@@ -78,8 +79,9 @@ def prepare(
     """
     method, given = _method_and_plan(request)
     opening = request.opening()
-    reads_text = bool(method.observed) and request.imatrix is None
-    check_text_given(opening, reads_text, f"Quantizing with {request.quantizer}")
+    best = request.recipe == "best"
+    reads_text = (bool(method.observed) or best) and request.imatrix is None
+    check_text_given(opening, reads_text, "The recipe best" if best else f"Quantizing with {request.quantizer}")
     opened = open_blocks(request) if opened is None else opened
     plan, notes = uniform_plan(full_name(request.type), opened.layers) if given is None else (given, [])
     plan.check({layer.name: layer.shape for layer in opened.layers})
@@ -114,6 +116,8 @@ def _method_and_plan(request: QuantizeRequest) -> tuple[Quantization, Plan | Non
     if request.imatrix is not None:
         if request.quantizer != "round":
             raise BillhookError("An importance matrix is for --quantizer round: the others need calibration text.")
+        if request.recipe == "best":
+            raise BillhookError("An importance matrix replaces the text that --recipe best needs: give one of the two.")
         options |= {"weighted": True}
     method = Quantization(request.quantizer, QUANTIZERS.configure(request.quantizer, options))
     given = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
@@ -158,7 +162,8 @@ def _identity(
     for key in ("template", "imatrix"):
         file = getattr(request, key)
         form[key] = None if file is None else sha256(Path(file).expanduser())
-    return same | {"step": "quantize", "quantizer": request.quantizer, "outside": dict(outside), **form}
+    same |= {"step": "quantize", "quantizer": request.quantizer, "recipe": request.recipe}
+    return same | {"outside": dict(outside), **form}
 
 
 def check_resumed(request: QuantizeRequest, run: Mapping[str, Any], room: int) -> None:
@@ -174,9 +179,13 @@ def check_resumed(request: QuantizeRequest, run: Mapping[str, Any], room: int) -
 
 
 def run(
-    job: QuantizeJob, progress: Progress = lambda layer: None, stopping: Callable[[], bool] = lambda: False
+    job: QuantizeJob,
+    progress: Progress = lambda layer: None,
+    stopping: Callable[[], bool] = lambda: False,
+    lost: Lost | None = None,
 ) -> QuantizeReport:
-    """Quantize block by block into the output, or resume a run.
+    """Quantize block by block into the output, or resume a run; `lost` says what was lost, by default against the
+    model of the job.
 
     Raises JobError, and Interrupted where the run can be resumed.
     """
@@ -189,35 +198,49 @@ def run(
         return nearest(stream.source[name].read().float(), LayerStats(0, 0), job.grids[name])
 
     form: Form = ggml_tensors if job.ggml else compressed_tensors
-    files = BlockFiles(stream, job.grids, form, outside, transposed(job.parts))
+    files = BlockFiles(stream, job.grids, form, outside, transposed(job.parts), tuned=request.recipe == "best")
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "room": job.room}
-    lost = loss_of(opened, request.opening().drawing.held_out)
+    lost = lost or loss_of(opened, request.opening().drawing.held_out)
     with partial_output(
         stream, source, output, job.identity, job.plan.to_json(), **may, stopping=stopping, files=files
     ) as partial:
         for name in job.outside:
             decoded = files.form.read(name, job.grids[name], [read_shard(partial.folder / files.files[0])])
             outside_parameter(opened.model, name).copy_(decoded.decode(torch.float32))
-        before = [result for results in partial.state.results for result in results]
-        for result in before:
-            progress(result.layer)
-
-        def made(layer: Layer, encoded: Encoded) -> None:
-            assert isinstance(encoded, Quantized)
-            for part in job.parts[layer.name]:
-                files.add(part, encoded)
-
-        results = before + apply_plan_(
-            opened.model, job.plan, job.method, opened.batches, layers=opened.layers, resources=opened.resources,
-            start=partial.state.done, known=job.known, progress=progress, made=made, finished=partial.finished,
-        )  # fmt: skip
-        loss = lost()
+        results = _blocks(job, files, partial, progress)
+        loss = lost(opened.model, opened.resources)
         made_record = record(job, results, loss)
         partial.complete(made_record, _finish(job, files, source), published=publish_quantized)
     warnings, seconds = made_record["steps"][-1]["warnings"], time.perf_counter() - start
     return QuantizeReport(
         output, results, job.bits, result_bytes(output), weight_bytes(source), seconds, loss, warnings
     )
+
+
+def _blocks(job: QuantizeJob, files: BlockFiles, partial: PartialOutput, progress: Progress) -> list[LayerResult]:
+    """Quantize the blocks that are not finished yet; the results of all."""
+    opened, best = job.opened, job.request.recipe == "best"
+    before = [result for results in partial.state.results for result in results]
+    for result in before:
+        progress(result.layer)
+
+    def keep(layer: Layer, weight: Quantized) -> None:
+        for part in job.parts[layer.name]:
+            files.add(part, weight)
+
+    tuner = ScaleTuner(opened.model, opened.batches, opened.resources, job.request.seed, keep) if best else None
+
+    def made(layer: Layer, encoded: Encoded) -> None:
+        assert isinstance(encoded, Quantized)
+        keep(layer, encoded)
+        if tuner is not None:
+            tuner.made(layer, encoded)
+
+    return before + apply_plan_(
+        opened.model, job.plan, job.method, opened.batches, layers=opened.layers, resources=opened.resources,
+        start=partial.state.done, known=job.known, tuner=tuner, progress=progress, made=made,
+        finished=partial.finished,
+    )  # fmt: skip
 
 
 def _finish(job: QuantizeJob, files: BlockFiles, source: Path) -> Callable[[Path], Mapping[str, Any]]:
@@ -231,7 +254,9 @@ def _finish(job: QuantizeJob, files: BlockFiles, source: Path) -> Callable[[Path
         quantized = {name: (type, data) for name, type, data in files.raw(folder)}
         output = Path(job.request.output).expanduser().resolve()
         facts = file_facts(job.opened, job.request.quantizer)
-        write_gguf(source, folder / f"{output.name}.gguf", quantized, facts=facts, **job.request.gguf_form)
+        changed = [folder / name for name in files.files] if files.tuned else []
+        form = job.request.gguf_form
+        write_gguf(source, folder / f"{output.name}.gguf", quantized, facts=facts, changed=changed, **form)
         del quantized
         for name in files.files:
             (folder / name).unlink()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from billhook.engine.loop import LayerResult
 from billhook.engine.method import Quantization
@@ -19,9 +19,12 @@ from billhook.steps.parts import Parts, part_types, where
 from billhook.steps.record import versions, without_folders
 from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.steps.types import is_ggml, plan_types
-from billhook.store.record import Step, append_step
+from billhook.store.layout import RECORD
+from billhook.store.record import Step, append_step, read_record
+from billhook.store.shards import result_bytes, weight_bytes
 from billhook.text.given import Given
 
+Recipe = Literal["good", "best"]
 SPILL_GIB = 0.25  # of hidden states in memory; the others are on disk, and reading them takes little time
 
 
@@ -79,7 +82,8 @@ class QuantizeRequest(GgufInputs):
 
     `type` is one storage type for all layers, or "" with a `plan` of types. `embeddings` is that of embeddings and head
     in a GGUF file; a plan that `compress` made gives each of them one. With `published`, windows are drawn as in the
-    released code of the papers. `imatrix` is an importance matrix file of llama.cpp instead of text.
+    released code of the papers. `imatrix` is an importance matrix file of llama.cpp instead of text. The recipe `best`
+    also tunes the scales and norms of every block (`billhook.recovery.block_scales`).
     """
 
     model: str | Path
@@ -89,11 +93,12 @@ class QuantizeRequest(GgufInputs):
     embeddings: str = ""
     quantizer: str = "gptq"
     imatrix: str | Path | None = None
+    recipe: Recipe = "good"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def opening(self) -> Request:
         """The fields that say how a model and its text are opened."""
-        return self._opened_with(spill_gib=SPILL_GIB)
+        return self._opened_with(spill_gib=SPILL_GIB, recipe="")
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,20 @@ class QuantizeReport:
     loss: Loss | None
     warnings: list[str]
 
+    @classmethod
+    def of(cls, output: Path, source: Path) -> Self:
+        """What the run that made a directory from `source` reported, but for its time."""
+        record = read_record(output / RECORD)
+        step = record.steps[-1]
+        plan, results = Plan.from_json(step.plan or {}, RECORD), list[LayerResult]()
+        for name, spec in plan.weights.items():
+            facts = record.layers[name]
+            shape, notes = (facts["shape"][0], facts["shape"][1]), tuple(facts["notes"])
+            results.append(LayerResult(name, shape, 0.0, facts["zeros"], 0, notes, facts.get("error"), type=spec.type))
+        bits = 8 * plan.bytes({r.layer: r.shape for r in results}) / sum(r.n for r in results)
+        loss = None if step.made_by.get("lost") is None else Loss(**step.made_by["lost"])
+        return cls(output, results, bits, result_bytes(output), weight_bytes(source), 0.0, loss, step.warnings)
+
     def to_json(self) -> dict[str, Any]:
         """The content of `quantize --json`."""
         return {
@@ -175,6 +194,7 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
         layers[r.layer] = facts | where(job.parts[r.layer])
     made_by = {
         "quantizer": request.quantizer,
+        "recipe": request.recipe,
         "outside": dict(job.outside),
         "quantizer_options": without_folders(job.method.options),
         **{key: getattr(request, key) for key in ("seed", "dtype", "device")},

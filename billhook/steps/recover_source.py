@@ -82,9 +82,7 @@ class Source:
                     f"{self.given}: {name} is no parameter of the model, so its scales cannot be trained."
                 )
             weight = compressed_tensors.read(name, grid, shards)
-            device = opened.model.device
-            parts = weight.codes.to(device, torch.int8), weight.scales.parts["scale"].to(device)
-            found.append(Scaled(name, parameters[name], *parts))
+            found.append(Scaled(name, parameters[name], weight))
         return found
 
     def write(self, model: PreTrainedModel, kept: Sequence[Trained], folder: Path) -> None:
@@ -95,7 +93,9 @@ class Source:
         shards = [read_shard(file) for file in weight_files(self.given)]
         entries = {name for shard in shards for name in shard.entries}
         changed: dict[str, Any] = {
-            compressed_tensors.names(k.name)[1]: k.scale.to("cpu", k.stored) for k in kept if isinstance(k, Scaled)
+            compressed_tensors.names(k.name)[1]: k.weight.scales.parts["scale"].cpu()
+            for k in kept
+            if isinstance(k, Scaled)
         }
         changed |= to_disk(model, {k.name: k.parameter.detach().cpu() for k in kept if isinstance(k, Kept)}, entries)
         for shard in shards:

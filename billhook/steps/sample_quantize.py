@@ -2,20 +2,23 @@
 
 The job's own loop runs on the first block, with an eighth of the calibration windows, and every layer gets the type
 that is most common among those of its kind. The time of the quantizer is scaled by the number of weights, that of the
-forward passes by the numbers of windows and blocks. Nothing is written, and the weights are restored.
+forward passes and of tuning by the numbers of windows and blocks. Nothing is written, and the weights are restored.
 """
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from billhook.architectures.layers import find_layers
 from billhook.architectures.stacks import blocks_of, first_blocks, has_one_stack
-from billhook.engine.batch import row_length, rows_of
-from billhook.engine.loop import apply_plan_
+from billhook.engine.batch import Batch, row_length, rows_of
+from billhook.engine.loop import LayerResult, apply_plan_
 from billhook.plan.plan import Plan
 from billhook.plan.spec import Spec
+from billhook.recovery.block_scales import ScaleTuner
+from billhook.recovery.blockwise import LEAST
 from billhook.steps.estimate import PROCESS, Estimate, peak_bytes
 from billhook.steps.quantize_job import QuantizeJob
 from billhook.steps.types import plan_types
@@ -29,7 +32,8 @@ def estimate_quantize(job: QuantizeJob) -> Estimate:
     sizes = [rows_of(batch) * row_length(opened.model, batch) for batch in opened.batches]
     needs = () if job.known is not None else job.method.observed
     text: dict[str, Any] = {"tokens": sum(sizes), "batch_tokens": max(sizes, default=0), "resources": opened.resources}
-    memory = peak_bytes(opened.model, opened.layers, job.request.quantizer, needs, **text)
+    refine = job.request.recipe == "best"
+    memory = peak_bytes(opened.model, opened.layers, job.request.quantizer, needs, **text, refine=refine)
     return Estimate(round((PROCESS + memory) / 2**30, 3), round(job.room / 2**30, 3))
 
 
@@ -41,18 +45,12 @@ def estimate_quantize_time(job: QuantizeJob) -> Estimate:
     opened, known = job.opened, estimate_quantize(job)
     if not has_one_stack(opened.model):
         return known
-    begun, blocks, types = time.perf_counter(), len(blocks_of(opened.model)), plan_types(job.plan)
-    of_kind = {layer.kind: [types[x.name] for x in opened.layers if x.kind == layer.kind] for layer in opened.layers}
-    batches = opened.batches[: -(-len(opened.batches) // PART)]
-    with first_blocks(opened.model, 1):
-        layers = [layer for layer in find_layers(opened.model) if layer.kind in of_kind]
-        if not layers:
-            return known
-        weights = {layer.name: Spec(type=statistics.mode(of_kind[layer.kind])) for layer in layers}
-        given: dict[str, Any] = {"layers": layers, "resources": opened.resources, "known": job.known}
-        start = time.perf_counter()
-        results = apply_plan_(opened.model, Plan(job.plan.budget, weights), job.method, batches, **given)
-        took = time.perf_counter() - start
+    begun, blocks, batches = time.perf_counter(), len(blocks_of(opened.model)), _some(job)
+    start = time.perf_counter()
+    results = _first_block(job, batches)
+    took = time.perf_counter() - start
+    if not results:
+        return known
     quantizing = sum(result.seconds for result in results)
     windows, drawn = sum(map(rows_of, opened.batches)), sum(map(rows_of, batches))
     total = (
@@ -62,3 +60,28 @@ def estimate_quantize_time(job: QuantizeJob) -> Estimate:
     text = f" with {drawn} of {windows} windows" if drawn else ""
     measured = f"1 of {blocks} blocks{text} in {time.perf_counter() - begun:.1f} s"
     return replace(known, seconds=round(total, 1), measured=measured)
+
+
+def _some(job: QuantizeJob) -> Sequence[Batch]:
+    """One in `PART` of the batches of a job, with the windows that tuning needs."""
+    batches = job.opened.batches
+    count = -(-len(batches) // PART)
+    if job.request.recipe == "best" and batches:
+        count = max(count, -(-LEAST // rows_of(batches[0])))
+    return batches[:count]
+
+
+def _first_block(job: QuantizeJob, batches: Sequence[Batch]) -> list[LayerResult]:
+    """Quantize the first block; no results where the job changes no kind of layer that it has."""
+    opened, types = job.opened, plan_types(job.plan)
+    of_kind = {layer.kind: [types[x.name] for x in opened.layers if x.kind == layer.kind] for layer in opened.layers}
+    with first_blocks(opened.model, 1):
+        layers = [layer for layer in find_layers(opened.model) if layer.kind in of_kind]
+        if not layers:
+            return []
+        weights = {layer.name: Spec(type=statistics.mode(of_kind[layer.kind])) for layer in layers}
+        given: dict[str, Any] = {"layers": layers, "resources": opened.resources, "known": job.known}
+        if job.request.recipe == "best":
+            tuner = ScaleTuner(opened.model, batches, opened.resources, job.request.seed, lambda layer, weight: None)
+            given |= {"tuner": tuner, "made": tuner.made}
+        return apply_plan_(opened.model, Plan(job.plan.budget, weights), job.method, batches, **given)

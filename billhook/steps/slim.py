@@ -19,7 +19,7 @@ import torch
 from billhook.ambient import pinned
 from billhook.architectures.config import call_options
 from billhook.architectures.slim_config import shape_notes, slimmed, stored_counts
-from billhook.distributed.collectives import world
+from billhook.distributed.collectives import barrier, gather
 from billhook.engine.batch import model_inputs, select_rows
 from billhook.engine.gradient_file import Gradients
 from billhook.engine.loop import LayerResult
@@ -72,8 +72,6 @@ def slim(
 
 def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> SlimJob:
     """Check everything about a request, cheapest first, and make its plan; nothing is changed."""
-    if world() > 1:
-        raise BillhookError("slim runs in one process: start it without torchrun.")
     STRUCTURED.check(request.method)
     given = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
     kinds = kinds_of(request.units) if given is None else kinds_in(given)
@@ -105,6 +103,7 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
         plan = choose_kinds(request, opened, removal, allocation, checked, progress)
     else:
         plan = choose_plan(request, opened, kinds, removal, allocation, progress)
+    plan = gather(plan)[0]  # that of process 0, because sums differ in their last bits
     return _checked_job(request, opened, removal, plan, progress)
 
 
@@ -156,6 +155,7 @@ def run(
     source, output = opened.source, _output(request)
     assert source is not None
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
+    barrier()  # until all processes have checked the output
     lost = loss_of(opened, request.opening().drawing.held_out)
     files = SmallerFiles(smaller)
     made_of = (smaller.source, source, output, job.identity, job.plan.to_json())

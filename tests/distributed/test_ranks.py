@@ -54,6 +54,27 @@ def test_auto_in_two_processes_gives_the_result_of_one(place):
     assert verify(place / "auto2").ok
 
 
+@pytest.mark.parametrize("kinds", ["experts", "channels,heads"])
+def test_units_that_go_are_those_of_one_process(place, kinds):
+    """Experts are chosen from the tokens of all processes, so the bytes are the same; grams are sums."""
+    fields = ("slim", "model", "--remove", "0.2", "--units", kinds, *TEXT)
+    for processes in (1, 2):
+        ran = done(place, processes, *fields, "-o", f"{kinds}{processes}")
+        assert "of the parameters in blocks removed" in ran.said[0]
+        assert not any(ran.said[1:])
+        assert verify(place / f"{kinds}{processes}").ok
+    (first, one), (second, two) = ((kept_parts(p), weights(p)) for p in (place / f"{kinds}1", place / f"{kinds}2"))
+    assert first == second
+    for name, value in one.items():
+        if kinds == "experts":
+            assert torch.equal(value, two[name]), name
+        assert torch.allclose(value, two[name], rtol=1e-3, atol=1e-4), name
+
+
+def kept_parts(folder):
+    return json.loads((folder / "billhook.json").read_text())["steps"][-1]["made_by"]["kept"]
+
+
 def test_tables_are_those_of_one_process(place):
     fields = ("measure", "model", "--metrics", "alpha_peak,outlier_ratio:5", *TEXT)
     for processes in (1, 2):

@@ -20,7 +20,8 @@ from billhook.engine.resources import Resources
 from billhook.engine.walk import walk
 from billhook.errors import BillhookError
 from billhook.recovery import blockwise
-from billhook.recovery.blockwise import Data, Refine, refine_block_, tunable
+from billhook.recovery.block_data import Data
+from billhook.recovery.blockwise import Refine, kept_in, refine_block_
 from billhook.tasks.text_generation import TASK
 
 pytestmark = pytest.mark.gate
@@ -79,7 +80,7 @@ def test_a_block_is_only_replaced_by_a_better_one(dtype: torch.dtype) -> None:
     for block in walk(model, text(), read_only=True):
         targets = [torch.randn(h.shape, generator=torch.Generator().manual_seed(i)) for i, h in enumerate(block.inputs)]
         before = {name: value.clone() for name, value in block.module.state_dict().items()}
-        parameters = tunable(block.module, block.layers, True)
+        parameters = kept_in(block.module, block.layers, True)
         # noise has nothing to be learnt, and a rate of 1 spoils any block
         result = refine_block_(
             block.module,
@@ -132,7 +133,7 @@ def outputs_of_blocks(model: torch.nn.Module, ids: torch.Tensor, given: dict[int
 
 @pytest.mark.parametrize("build", [tiny.llama, tiny.mixtral])
 def test_the_loss_of_a_block_is_that_of_the_following_block(build, monkeypatch) -> None:
-    monkeypatch.setattr("billhook.recovery.blockwise.PREDICTED", 7)
+    monkeypatch.setattr("billhook.recovery.block_data.PREDICTED", 7)
     model, ids = build(), torch.cat(text(3))[:3]
     for block in walk(model, [ids], read_only=True):
         calls = single_row_calls(model, as_batches(model, ids))[block.index : block.index + 2]

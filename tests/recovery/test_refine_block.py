@@ -8,7 +8,9 @@ import torch
 from billhook.engine.replay import Call
 from billhook.engine.walk import Following
 from billhook.recovery import blockwise
-from billhook.recovery.blockwise import HELD_OUT, PATIENCE, Data, Refine, refine_block_
+from billhook.recovery.block_data import HELD_OUT, Data
+from billhook.recovery.blockwise import PATIENCE, Refine, refine_block_
+from billhook.recovery.kept_adam import Kept
 
 
 class Linear(torch.nn.Module):
@@ -34,7 +36,7 @@ def test_a_block_that_only_rounding_makes_worse_gets_its_weights_back(dtype: tor
         near = weight.float() + 6e-4 * torch.randn(16, 16, generator=generator)
         target, block = (x.float() @ near.T).to(dtype), Linear(weight.clone())
         data = Data([x], [target], following.calls, {(12, 16): [*following.calls, *following.calls]}, following)
-        tuned = [(block.weight, torch.ones_like(weight, dtype=torch.bool))]
+        tuned = [Kept("weight", block.weight, dtype, torch.ones_like(weight, dtype=torch.bool))]
         result = refine_block_(block, data, tuned, Refine(epochs=2, rate=2e-4))
         whole = target[held].float().square().sum((1, 2))
         losses = [
@@ -70,7 +72,7 @@ def test_the_best_epoch_is_kept_and_four_without_gain_are_the_last(monkeypatch: 
     data = Data([x], [target], following.calls, {(1, 16): [*following.calls, *following.calls]}, following)
     for rate in (0.05, 30.0):  # the second makes everything worse
         rates, losses, block = list[float](), list[float](), Linear(weight.clone())
-        tuned = [(block.weight, torch.ones_like(weight, dtype=torch.bool))]
+        tuned = [Kept("weight", block.weight, weight.dtype, torch.ones_like(weight, dtype=torch.bool))]
         result = refine_block_(block, data, tuned, Refine(rate=rate))
         steps = 20 * len(rates) // result.epochs
         first = rate * float(weight.square().mean().sqrt())

@@ -12,7 +12,8 @@ from billhook.cli.plot import _front
 from billhook.errors import BillhookError, Interrupted
 from billhook.packed.loading import load
 from billhook.plan.bytes import parse_size
-from billhook.steps.compress import CompressRequest, check, compress, decide, run_compress
+from billhook.steps.compress import CompressRequest, check, decide, run_compress
+from billhook.steps.compress_units import compress
 from billhook.steps.quantize import quantize
 from billhook.steps.sizes import Size, _near, allowed_types
 from billhook.steps.verify import verify

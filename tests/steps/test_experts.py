@@ -16,7 +16,7 @@ from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.nearest import nearest
 from billhook.methods.statistics import LayerStats
 from billhook.packed.loading import load
-from billhook.steps.compress import compress
+from billhook.steps.compress_units import compress
 from billhook.steps.levels import _stand_ins
 from billhook.steps.quantize import quantize
 from billhook.steps.verify import verify

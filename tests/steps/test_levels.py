@@ -6,7 +6,7 @@ import torch
 from command import contents
 
 from billhook.measurement import level_errors as module
-from billhook.steps.compress import compress
+from billhook.steps.compress_units import compress
 from billhook.steps.kept_levels import KeptLevels
 from billhook.steps.levels import measure_levels
 from billhook.steps.request import Request, in_memory, open_request

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from billhook import prune
 from billhook.plan.plan import Budget, Plan
-from billhook.steps.compress import compress
+from billhook.steps.compress_units import compress
 from billhook.steps.export import export_gguf
 from billhook.steps.pack import pack
 from billhook.steps.slim import slim
