@@ -3,7 +3,8 @@
     e_l(v) = ‖(W − W_v) X‖² / ‖W X‖²   for every type v of a menu
 
 The layer is quantized alone and sees the dense model's inputs X. GPTQ runs without sweeps on `ROWS` of its rows, spread
-evenly. A type whose blocks do not divide the layer's columns has no entry.
+evenly. Its Gram matrix is shrunk as in GPTQ, in the error too, so that errors on a short text are those to expect on
+other text. A type whose blocks do not divide the layer's columns has no entry.
 
 Cost: one pass of the text through the dense model with its Gram matrices, and one factorization of each. Layers with
 the same input (query, key and value; gate and up) share it, and their rows are quantized together. One block at a time
@@ -22,7 +23,7 @@ from billhook.engine.batch import Batch, main_input
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Progress, walk
 from billhook.methods.least_squares import inverse_factor
-from billhook.methods.quantize.gptq import feedback
+from billhook.methods.quantize.gptq import feedback, noise_share, shrunk
 from billhook.methods.quantize.grid import Quantized
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.nearest import nearest
@@ -94,6 +95,7 @@ def _measure(
     parts = [_sampled(layer) for layer in layers]
     W = torch.cat(parts)
     gram = stats.gram if stats.gram is not None and stats.tokens else torch.eye(W.shape[1], device=W.device)
+    share = noise_share(len(gram), stats.tokens)
     whole = [_energy(part, gram) for part in parts]
     for layer, part, energy in zip(layers, parts, whole, strict=True):
         found.power[layer.name] = energy * layer.shape[0] / len(part) / max(tokens, 1) if stats.tokens else 0.0
@@ -102,7 +104,8 @@ def _measure(
         differences = (W - made.decode(torch.float32)).split([len(part) for part in parts])
         for layer, D, energy in zip(layers, differences, whole, strict=True):
             if type in menus[layer.name]:
-                found.errors[layer.name][type] = max(_energy(D, gram) / max(energy, 1e-30), LEAST)
+                error = (1 - share) * _energy(D, gram) + share * float(D.square().sum(0) @ gram.diagonal())
+                found.errors[layer.name][type] = max(error / max(energy, 1e-30), LEAST)
 
 
 def _quantized(
@@ -110,7 +113,8 @@ def _quantized(
 ) -> Iterator[tuple[str, Quantized]]:
     """W on the grid of every type: by GPTQ, or rounded where the layers received no token."""
     if stats.tokens:
-        U = inverse_factor(gram, gram.diagonal() <= 0, _DAMPING, replace(stats, notes=[]))
+        share = noise_share(len(gram), stats.tokens)
+        U = inverse_factor(shrunk(gram, share), gram.diagonal() <= 0, _DAMPING, replace(stats, notes=[]))
     for type in types:
         grid = grid_of(type, scale_dtype)
         yield type, feedback(W, U, grid, W == 0 if grid.has_zero else None) if stats.tokens else nearest(W, stats, grid)

@@ -3,16 +3,18 @@
 import torch
 from quantized_layers import layer
 
+from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.quantize.gptq import gptq
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.polish import polish
+from billhook.methods.statistics import LayerStats
 
 
 def test_codes_are_those_of_the_algorithm_in_plain_loops():
     """Column by column with the inverse of the remaining Hessian recomputed, as in Optimal Brain Quantization."""
     W, stats, _ = layer(4, out=5, columns=32)
     grid = grid_of("int3/16")
-    made = gptq(W, stats, grid, damping=0.01, dense_target=0.0, sweeps=0)
+    made = gptq(W, stats, grid, damping=0.01, dense_target=0.0, sweeps=0, shrinkage=0.0)
     H = stats.gram.double() + 0.01 * stats.gram.diagonal().double().mean() * torch.eye(32)
     w, scale = W.double().clone(), made.scales.scale
     for column in range(32):
@@ -23,11 +25,30 @@ def test_codes_are_those_of_the_algorithm_in_plain_loops():
         w[:, column:] -= error[:, None] * inverse[0][None, :]
 
 
+def test_with_few_tokens_for_the_inputs_errors_on_other_text_are_not_larger_than_those_of_rounding():
+    """The Gram matrix of a short text has noise; as published, errors are passed on along it."""
+    generator = torch.Generator().manual_seed(0)
+    mix, W = torch.randn(128, 128, generator=generator), torch.randn(32, 128, generator=generator)
+    few, other = (torch.randn(n, 128, generator=generator) @ (torch.eye(128) + 0.05 * mix) for n in (96, 4096))
+    stats = LayerStats(len(few), 1, input_norm=few.norm(dim=0), gram=few.T @ few)
+    grid = grid_of("int3/32")
+
+    def loss(made):
+        return float(((made.decode(torch.float32) - W) @ other.T).square().sum())
+
+    rounded = loss(QUANTIZERS.get("round")(W, stats, grid, weighted=True))
+    published, ours = (
+        loss(gptq(W, stats, grid, dense_target=0.0, sweeps=n, shrinkage=s)) for n, s in ((0, 0.0), (4, 1.0))
+    )
+    assert published > rounded
+    assert ours < rounded
+
+
 def test_polishing_never_raises_the_loss_of_a_row_and_ends_where_no_single_code_can_be_improved():
     W, stats, _ = layer(5, out=12, columns=64)
     grid = grid_of("int3/32")
     H = stats.gram + 0.01 * stats.gram.diagonal().mean() * torch.eye(64)
-    start = gptq(W, stats, grid, dense_target=0.0, sweeps=0)
+    start = gptq(W, stats, grid, dense_target=0.0, sweeps=0, shrinkage=0.0)
 
     def losses(made):
         D = made.decode(torch.float32) - W
