@@ -63,7 +63,8 @@ def read_imatrix(path: Path) -> dict[str, np.ndarray]:
             new = file.read(4) == b"GGUF"
     except OSError as error:
         raise BillhookError(f"Cannot read {path}: {error.strerror or error}.") from None
-    found = _read_gguf_form(path) if new else _read_old_form(path)
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not a number is refused below
+        found = _read_gguf_form(path) if new else _read_old_form(path)
     for name, values in found.items():
         if not np.isfinite(values).all() or (values < 0).any():
             raise BillhookError(f"{path} is damaged: the squared inputs of {name[:100]} are not numbers of 0 and more.")
@@ -81,8 +82,7 @@ def _read_gguf_form(path: Path) -> dict[str, np.ndarray]:
         if (entry.type, counts.type) != ("f32", "f32") or entry.shape[:-1] != counts.shape[:-1]:
             raise BillhookError(f"{path} is damaged: {name[:100]} and its counts do not fit each other.")
         sums, numbers = (file.values(x).reshape(x.shape[-2] if len(x.shape) > 1 else 1, -1) for x in (entry, counts))
-        with np.errstate(invalid="ignore", over="ignore"):
-            found[name.removesuffix(".in_sum2")] = (sums / np.maximum(numbers[:, :1], 1)).astype(np.float32)
+        found[name.removesuffix(".in_sum2")] = (sums / np.maximum(numbers[:, :1], 1)).astype(np.float32)
     return found
 
 

@@ -78,6 +78,14 @@ def test_a_file_of_another_model_and_another_quantizer_are_refused(place, tmp_pa
         load(place / "new.gguf")
 
 
+@pytest.mark.parametrize("bits", [0x7F800000, 0x7FC00000, 0x7F800001])  # infinity, and NaN that computing may signal
+def test_sums_that_are_no_numbers_are_refused_by_the_name_of_the_weight(tmp_path, bits):
+    path = tmp_path / "old.dat"
+    path.write_bytes(struct.pack("<ii6siiI", 1, 6, b"weight", 3, 1, bits))
+    with pytest.raises(BillhookError, match="the squared inputs of weight are not numbers"):
+        read_imatrix(path)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_bytes_are_read_or_one_error(place, data, tmp_path_factory):
