@@ -185,7 +185,7 @@ def test_levels_of_an_earlier_run_lead_to_the_same_file_and_are_refused_where_th
     other = tiny.save(tmp_path / "other", tiny.llama(num_hidden_layers=2, seed=1), dtype=torch.bfloat16, words=False)
     for model, change, match in (
         (other, {}, "The levels of .*first are those of another model: model"),
-        (source, {"target": "gguf"}, r"first holds no error of .*q8_0.*: limit types to those"),
+        (source, {"target": "gguf"}, r"first holds no error of .*q8_0.*Limit types to those"),
         (source, {"allocator": "alphaq"}, "The allocator alphaq reads no measured levels"),
         (source, {"levels": source}, "holds no measured levels: billhook compress keeps them"),
     ):
