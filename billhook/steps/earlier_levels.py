@@ -37,8 +37,8 @@ def earlier_levels(directory: Path, digest: str | None, menus: Menus, outside: M
         missing = set(menu) - (levels[name].types.keys() if name in levels else set())
         if missing:
             raise BillhookError(
-                f"For {name}, {directory} holds no error of {', '.join(sorted(missing))}: not allowed there, or far from "
-                "its size. Limit --types to those that were measured there, or leave out --levels."
+                f"For {name}, {directory} holds no error of {', '.join(sorted(missing))}: not allowed there, or far "
+                "from its size. Limit --types to those that were measured there, or leave out --levels."
             )
         errors[name] = {t: levels[name].types[t].error for t in menu}
     return Measured(
