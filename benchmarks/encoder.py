@@ -9,6 +9,7 @@ it is; 256 of these calibrate; 2,000 test images are scored (standard error 1.1)
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def embeddings(model: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([model(pixel_values=part).pooler_output for part in x.split(50)])
 
 
-def trained_probe(x: Tensor, y: Tensor) -> nn.Module:
+def trained_probe(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     """A logistic regression on standardized embeddings with weight decay, by L-BFGS."""
     mean, std = x.mean(0), x.std(0)
     layer = nn.Linear(x.shape[1], 10)

@@ -1,9 +1,13 @@
-"""Random weights with inputs, for tests of quantizers."""
+"""Random weights with inputs, and the tensors of directories, for tests of quantizers."""
+
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from billhook.methods.statistics import LayerStats
+from billhook.store.shards import weight_files
 
 
 def layer(seed: int = 0, out: int = 24, columns: int = 128, tokens: int = 512) -> tuple[Tensor, LayerStats, Tensor]:
@@ -19,3 +23,12 @@ def layer(seed: int = 0, out: int = 24, columns: int = 128, tokens: int = 512) -
 def error(W: Tensor, V: Tensor, X: Tensor) -> float:
     """The relative squared error of the layer's output."""
     return float(((W - V) @ X.T).square().sum() / (W @ X.T).square().sum())
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model directory by name."""
+    found = {}
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found

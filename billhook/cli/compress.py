@@ -97,8 +97,8 @@ def command(
     from billhook.steps.compress import CompressRequest, check, decide, run_compress
     from billhook.steps.sample_quantize import estimate_quantize
 
-    chosen = {**vars(size), "types": split_list(size.types), "options": parse_settings(size.settings)}
-    chosen |= {"units": split_list(size.units)}
+    lists = {"types": split_list(size.types), "units": split_list(size.units)}
+    chosen = {**vars(size), **lists, "options": parse_settings(size.settings)}
     chosen.pop("settings")
     groups: dict[str, Any] = {**chosen, **vars(text), **work.fields(model), **vars(writing)}
     request = CompressRequest(model, output, **groups)

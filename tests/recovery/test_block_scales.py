@@ -8,7 +8,7 @@ import gguf
 import pytest
 import torch
 from command import billhook, contents, done
-from safetensors import safe_open
+from quantized_layers import tensors
 from transformers import AutoModelForCausalLM
 
 from billhook.demo import MODEL
@@ -44,14 +44,6 @@ def text(tmp_path_factory) -> dict[str, Any]:
     return {"calibration": path, **TEXT}
 
 
-def tensor(folder: Path, name: str) -> torch.Tensor:
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as file:
-            if name in file.keys():  # noqa: SIM118
-                return file.get_tensor(name)
-    raise KeyError(name)
-
-
 @pytest.mark.parametrize("type", ["int3/16", "q4_1", "q2_k", "iq4_xs", "q6_k", "iq2_xs"])
 def test_the_gradient_by_the_scales_is_that_of_the_decoded_weight(type: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -81,12 +73,12 @@ def test_codes_stay_while_scales_and_norms_move_and_stock_transformers_reads_the
     )
     assert torch.equal(before.codes, after.codes)
     assert not torch.equal(before.scales.scale, after.scales.scale)
-    assert torch.equal(tensor(good, NORM), tensor(source, NORM))
-    assert not torch.equal(tensor(best, NORM), tensor(source, NORM))
+    assert torch.equal(tensors(good)[NORM], tensors(source)[NORM])
+    assert not torch.equal(tensors(best)[NORM], tensors(source)[NORM])
     stock = AutoModelForCausalLM.from_pretrained(best, dtype=torch.float32)
     stock(torch.arange(8)[None])
     assert torch.equal(stock.get_parameter(name), after.decode(torch.float32))
-    assert torch.equal(stock.get_parameter(NORM), tensor(best, NORM).float())
+    assert torch.equal(stock.get_parameter(NORM), tensors(best)[NORM].float())
     assert verify(best).ok
 
 
@@ -107,7 +99,7 @@ def test_a_gguf_file_holds_the_tuned_norms(tmp_path, source, text) -> None:
     report = quantize(source, "mxfp4", tmp_path / "out", recipe="best", **text)  # whose scales are powers of two
     found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(report.output / "out.gguf").tensors}
     norms = torch.from_numpy(found["blk.0.ffn_norm.weight"].copy())
-    assert not torch.equal(norms, tensor(source, NORM).float())
+    assert not torch.equal(norms, tensors(source)[NORM].float())
     assert torch.equal(norms, norms.bfloat16().float())  # as the model directory would store them
     assert verify(report.output).ok
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from command import billhook, contents, done
-from safetensors import safe_open
+from quantized_layers import tensors
 from transformers import AutoModelForCausalLM
 
 from billhook import prune
@@ -49,14 +49,6 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory) -> Path:
     return quantize(source, "int4/16", tmp_path_factory.mktemp("whole") / "out", **GPTQ).output
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return found
 
 
 def stop_after(source: Path, output: Path, blocks: int) -> None:
