@@ -48,10 +48,12 @@ Weights = Mapping[str, float]  # by layer
 
 @dataclass(frozen=True)
 class Chosen:
-    """The best `plan`, and `outlook`: its predicted loss relative to which other budgets, by factor, would lose."""
+    """The best `plan`; `outlook`: its predicted loss relative to which other budgets, by factor, would lose; and
+    `notes` for the report."""
 
     plan: Plan
     outlook: Mapping[float, float]
+    notes: Sequence[str] = ()
 
 
 def choose_types(

@@ -120,19 +120,22 @@ def choose(
     shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
     menus = {**sizes.menus, **sizes.outside_menus}
     levels = Levels(shapes, menus, sizes.budget - sizes.fixed, list(sizes.outside), tied)
+    notes: list[str] = []
     if ERRORS in allocation.needs:
         if allocation.levels is not None:
             known = (allocation.levels, opened.facts["digest"])
-            found = earlier_levels(*known, sizes.menus, sizes.outside_menus)
+            found, notes = earlier_levels(*known, sizes.menus, sizes.outside_menus)
         else:
             found = _measured(request, opened, sizes, method, progress)
-        levels = replace(levels, errors={**found.errors, **found.losses}, weights=found.costs)
+        errors = {**found.errors, **found.losses}
+        measured = {name: list(errors[name]) for name in menus}
+        levels = replace(levels, menus=measured, errors=errors, weights=found.costs)
     wanted = [name for name in allocation.needs if name not in (ERRORS, WEIGHTS)]
     resources: dict[str, Any] = {"layers": opened.layers, "resources": opened.resources, "progress": progress}
     levels = replace(levels, table=measure(opened.model, wanted, batches=opened.batches, **resources))
     if not allocation.on_trial:
         plan = allocate_levels(levels, allocation.name, **allocation.options)
-        return Chosen(plan, outlook(levels, plan) if levels.errors else {})
+        return Chosen(plan, outlook(levels, plan) if levels.errors else {}, notes)
     assert opened.source is not None
     assert opened.samples is not None
     how: dict[str, Any] = {"dtype": request.dtype, "device": request.device}
@@ -141,7 +144,7 @@ def choose(
     split = split_samples(model, opened.samples, rows_of(opened.batches[0]), request.seed)
     quick = replace(method, options={**method.options, "sweeps": 0})
     how = {"allocator": allocation.name, "options": allocation.options, "progress": progress}
-    return choose_types(model, layers, split, levels, quick, **how)
+    return replace(choose_types(model, layers, split, levels, quick, **how), notes=notes)
 
 
 def _measured(request: Request, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Measured:

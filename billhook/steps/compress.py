@@ -171,6 +171,7 @@ def decide(checked: CheckedCompress, progress: Progress = lambda line: None) -> 
     chosen = _chosen(checked, progress) if known is None else Chosen(known, {})
     plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "request": checked.asked})
     job = prepare(replace(checked.quantizing, plan=plan), opened=checked.opened)
+    job = replace(job, notes=[*job.notes, *chosen.notes])
     budget = sizes.budget if checked.sized else sizes.fixed + int(plan.budget.value)
     return CompressJob(job, budget, chosen.outlook, sizes.memory)
 

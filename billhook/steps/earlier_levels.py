@@ -23,26 +23,35 @@ def step_with_levels(directory: Path) -> tuple[Step, Plan]:
     )
 
 
-def earlier_levels(directory: Path, digest: str | None, menus: Menus, outside: Menus) -> Measured:
-    """The measurements for the layers of `menus`, and for embeddings and head, whose menus are `outside`.
+def earlier_levels(directory: Path, digest: str | None, menus: Menus, outside: Menus) -> tuple[Measured, list[str]]:
+    """The measurements for the layers of `menus`, and for embeddings and head, whose menus are `outside`; and a note on
+    types that were not measured, far from that run's size, which are left out.
 
-    Raises BillhookError where `directory` was not made from the model with this `digest`, or types were not measured.
+    Raises BillhookError where `directory` was not made from the model with this `digest`, or none of a tensor's types
+    was measured.
     """
     step, plan = step_with_levels(directory)
     if step.model.get("digest") != digest:
         raise BillhookError(f"The levels of {directory} are those of another model: {step.model.get('name')}.")
     levels = measured_levels(plan)
-    errors = {}
+    errors, left_out = {}, set()
     for name, menu in {**menus, **outside}.items():
-        missing = set(menu) - (levels[name].types.keys() if name in levels else set())
-        if missing:
+        known = levels[name].types if name in levels else {}
+        errors[name] = {t: known[t].error for t in menu if t in known}
+        left_out |= set(menu) - known.keys()
+        if not errors[name]:
             raise BillhookError(
-                f"For {name}, {directory} holds no error of {', '.join(sorted(missing))}: not allowed there, or far "
-                "from its size. Limit --types to those that were measured there, or leave out --levels."
+                f"For {name}, {directory} holds no error of {', '.join(sorted(menu))}. Allow the --types that were "
+                "measured there, or leave out --levels."
             )
-        errors[name] = {t: levels[name].types[t].error for t in menu}
-    return Measured(
+    found = Measured(
         {name: errors[name] for name in menus},
         {name: levels[name].weight for name in menus},
         {name: errors[name] for name in outside},
     )
+    if not left_out:
+        return found, []
+    return found, [
+        f"{', '.join(sorted(left_out))} were left out where {directory} did not measure them, far from its size. "
+        "A run without --levels measures all types near the size."
+    ]
