@@ -6,11 +6,14 @@ pruned. With X the inputs of a layer and X' those of the same tokens in the dens
 
     drift = (X' - X)^T X,   and, if its output is added to the residual stream R,   stream_drift = (R' - R)^T X
 
-which the layer would have to correct to restore the dense model's stream. Whether a layer writes into the stream is
-found by experiment: its output is shifted by a hundred times the size of the stream; if it writes, the block's output
-shifts by the same amount. R' - R is the difference of the block's inputs for the first layer that writes, and of its
-outputs for the layer that is alone in the last group, whose own input drift these include: it has no `drift`, which
-would be the most expensive of all. In between R' - R is not known.
+which the layer would have to correct to restore the dense model's stream. For these layers a token whose squares in R'
+are m times the median of its sequence, m > 1, counts 1 / m in all statistics, as the norm of the next block divides by
+them: otherwise the few tokens with huge activations that large models have (Sun et al. 2024, "Massive Activations in
+Large Language Models", arXiv:2402.17762) are corrected at the cost of all others. Whether a layer writes into the
+stream is found by experiment: its output is shifted by a hundred times the size of the stream; if it writes, the
+block's output shifts by the same amount. R' - R is the difference of the block's inputs for the first layer that
+writes, and of its outputs for the layer that is alone in the last group, whose own input drift these include: it has no
+`drift`, which would be the most expensive of all. In between R' - R is not known.
 
 Memory: a copy of the block's prunable weights, and hidden states as large as those of the walk. A block runs twice per
 group, usually not to its end; where it runs to its end for the last group, that advances the dense stream too.
@@ -135,11 +138,13 @@ class _Pair:
             ends[0] = flows[0].run(batch, block, calls[0])
         with noting([self._layer], whole) as here:
             ends[1] = flows[1].run(batch, block, calls[1])
-        x = here[self._layer.name]
-        self._collector.add(x, there[self._layer.name])
+        x, dense_x = here[self._layer.name], there[self._layer.name]
         if self._sum is not None:
-            error = (ends[0] - ends[1]).flatten(0, -2).float()
-            self._sum.addmm_(error.T, x.flatten(0, -2).float())
+            root = token_weights(ends[0]).sqrt()
+            x, dense_x = (v * root.view(*v.shape[:-1], 1) for v in (x, dense_x))
+            error = (ends[0] - ends[1]).float() * root
+            self._sum.addmm_(error.flatten(0, -2).T, x.flatten(0, -2))
+        self._collector.add(x, dense_x)
         return ends[0]
 
     def stats(self, group: Sequence[Layer], rows: int) -> dict[str, LayerStats]:
@@ -151,3 +156,11 @@ class _Pair:
             name = self._layer.name
             found[name] = replace(found[name], stream_drift=all_reduce_(self._sum))
         return found
+
+
+def token_weights(hidden: Tensor) -> Tensor:
+    """How much each token of hidden states [rows, ..., width] counts, float32 [rows, ..., 1], at most 1."""
+    squares = hidden.float().square().mean(-1, keepdim=True)
+    sequences = squares.flatten(1) if hidden.dim() > 2 else squares.view(1, -1)
+    typical = sequences.median(1).values.view(-1, *[1] * (hidden.dim() - 1))
+    return (typical / squares).where((squares > typical) & (typical > 0), 1)

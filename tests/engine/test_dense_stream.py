@@ -11,6 +11,7 @@ from resuming import whole_and_in_parts
 
 from billhook import allocate, measure, prune, prune_
 from billhook.architectures.layers import find_layers
+from billhook.engine.dense_stream import token_weights
 from billhook.engine.walk import walk
 from billhook.errors import BillhookError
 from billhook.methods.least_squares import inverse_factor, loss, shift_to_dense
@@ -47,18 +48,31 @@ def inputs(model: torch.nn.Module, ids: Tensor, names: list[str]) -> dict[str, T
     return seen
 
 
+def weights_in_loops(stream: Tensor) -> Tensor:
+    """How much tokens [tokens, width] of the sequences of IDS count, [tokens, 1], in plain loops."""
+    found = []
+    for sequence in stream.view(*IDS.shape, -1):
+        squares = [float(token.square().mean()) for token in sequence]
+        typical = sorted(squares)[(len(squares) - 1) // 2]
+        found += [1.0 if square <= typical else typical / square for square in squares]
+    return torch.tensor(found, dtype=torch.float64)[:, None]
+
+
 @pytest.mark.parametrize("batch", [6, 2])
 def test_drift_is_the_difference_of_whole_models(batch: int) -> None:
     dense = build("llama")
     model, order = copy.deepcopy(dense), []
     modules = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
+    norms = [f"model.layers.{i}.input_layernorm" for i in range(4)] + ["model.norm"]
     for block in walk(model, IDS.split(batch), ("gram", "drift")):
         for layers, stats in block.stages:
             order.append([layer.kind for layer in layers])
             name = layers[0].name
             before = f"{block.name}.{modules.get(layers[0].kind, 'input_layernorm')}"
-            here, there = (inputs(m, IDS, [name, before]) for m in (model, dense))
-            x, drift = here[name], there[name] - here[name]
+            stream = norms[block.index + (layers[0].kind == "mlp.down_proj")]
+            here, there = (inputs(m, IDS, [name, before, stream]) for m in (model, dense))
+            root = weights_in_loops(there[stream]).sqrt() if layers[0].kind in modules else 1
+            x, drift = here[name] * root, (there[name] - here[name]) * root
             for layer in layers:
                 torch.testing.assert_close(stats[layer.name].gram.double(), x.T @ x, rtol=1e-4, atol=1e-3)
                 if layer.kind == "mlp.down_proj":
@@ -68,7 +82,7 @@ def test_drift_is_the_difference_of_whole_models(batch: int) -> None:
             owed = stats[name].stream_drift
             assert (owed is not None) == (layers[0].kind in modules)
             if owed is not None:
-                expected = (there[before] - here[before]).T @ x
+                expected = ((there[before] - here[before]) * root).T @ x
                 if stats[name].drift is None:
                     expected += layers[0].weight.double() @ drift.T @ x
                 torch.testing.assert_close(owed.double(), expected, rtol=1e-3, atol=2e-3)
@@ -76,6 +90,17 @@ def test_drift_is_the_difference_of_whole_models(batch: int) -> None:
                 layer.weight.mul_((torch.rand(layer.shape, generator=torch.Generator().manual_seed(2)) < 0.7).float())
     qkv = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
     assert order == 4 * [qkv, ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3), (2, 5, 1, 3)])
+def test_a_huge_token_counts_less_and_zeros_do_no_harm(shape: tuple[int, ...]) -> None:
+    hidden = torch.ones(shape)
+    hidden.view(-1, 5, 3)[:, 0] *= 10
+    found = token_weights(hidden)
+    huge = hidden[..., :1] > 1
+    assert found.shape == huge.shape
+    torch.testing.assert_close(found, torch.where(huge, 0.01, 1.0))
+    assert token_weights(0 * hidden).eq(1).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
