@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,6 +42,17 @@ def say(text: str) -> None:
     """Print a message on stderr, from the first process only."""
     if not rank():
         print(text, file=sys.stderr, flush=True)
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """Print what the user should know of a run."""
+    for note in notes:
+        say(f"note: {note}")
+
+
+def say_next(output: Path | None) -> None:
+    """Print what to do with the result of a run."""
+    say(f"Check it: billhook verify {output}   Score it: billhook eval {output} --data SOURCE")
 
 
 def emit(value: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ from billhook.cli.common import (
     parse_settings,
     progress,
     say,
+    say_next,
+    say_notes,
     split_list,
 )
 from billhook.plan.allocators import AUTO
@@ -133,8 +135,7 @@ def _with_units(request: "CompressRequest", dry_run: bool, as_json: bool) -> Non
         raise BillhookError("--dry-run shows what a new run with --units would do: leave out --resume.")
     with progress("removing units and choosing types") as advance:
         job = prepare_units(request, advance)
-    for note in job.notes:
-        say(f"note: {note}")
+    say_notes(job.notes)
     for c in job.candidates:
         say(f"{c.share:.1%} of the parameters in blocks removed: predicted divergence {c.predicted:.4f}.")
     if dry_run:
@@ -146,14 +147,13 @@ def _with_units(request: "CompressRequest", dry_run: bool, as_json: bool) -> Non
     with progress("quantizing") as advance, graceful_interrupt() as stopping:
         report = run_units(job, advance, stopping)
     found = report.quantized
-    for warning in found.warnings:
-        say(f"note: {warning}")
+    say_notes(found.warnings)
     for share, kl in report.measured.items():
         say(f"{share:.1%} removed: measured divergence {kl:.4f}{', which is kept' * (share == report.share)}.")
     say(f"{found.output}: {found.size:,} bytes of at most {report.budget:,}, {report.share:.1%} of units removed.")
     if found.loss is not None:
         say(f"{found.loss}.")
-    say(f"Check it: billhook verify {found.output}")
+    say_next(found.output)
     if as_json:
         emit(report.to_json())
 
@@ -161,8 +161,7 @@ def _with_units(request: "CompressRequest", dry_run: bool, as_json: bool) -> Non
 def _say_result(report: "CompressReport") -> None:
     """Print what a run did, and what other sizes would lose."""
     found = report.quantized
-    for warning in found.warnings:
-        say(f"note: {warning}")
+    say_notes(found.warnings)
     kinds = ", ".join(f"{count} {type}" for type, count in report.counts.items())
     took = duration(found.seconds)
     say(f"{found.output}: {found.size:,} bytes of at most {report.budget:,}. Layers: {kinds}. {took}.")
@@ -172,4 +171,4 @@ def _say_result(report: "CompressReport") -> None:
         kl = None if found.loss is None or found.loss.kl is None else found.loss.kl * ratio
         about = f"about {ratio:.2f} times this one" + ("" if kl is None else f" ({kl:.3g})")
         say(f"With {factor:.0%} of this size ({int(report.budget * factor):,} bytes) the divergence would be {about}.")
-    say(f"Check it: billhook verify {found.output}")
+    say_next(found.output)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from billhook.cli.common import emit, say, table
+from billhook.cli.common import emit, say, say_notes, table
 from billhook.cli.options import Json, fraction, output_option
 
 NAME = "demo"
@@ -40,8 +40,7 @@ def command(
         [a, *(f"{found[a, c]:.2f}" if (a, c) in found else "-" for c in result.criteria)] for a in result.allocators
     ]
     table(f"Perplexity at sparsity {sparsity:g}", ["allocator", *result.criteria], rows)
-    for note in result.notes:
-        say(note)
+    say_notes(result.notes)
     achieved = result.achieved.values()
     say(f"\nTarget: {sparsity:.2%} of {result.weights:,} weights. Removed: {min(achieved):.4%} to {max(achieved):.4%}.")
     say(f"The model of the default recipe is in {output}: an ordinary Hugging Face directory,")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from billhook.cli.common import emit, progress, say
+from billhook.cli.common import emit, progress, say, say_notes
 from billhook.cli.options import SPLIT_HELP, TEMPLATE_HELP, Json, Model, output_option
 
 NAME = "export"
@@ -51,8 +51,7 @@ def command(
             written = export_dense(model, output, kind=kind, **common)
         else:
             written = export_vllm(model, output, **common)
-    for note in written.notes:
-        say(f"note: {note}")
+    say_notes(written.notes)
     types = ", ".join(f"{count} of {name}" for name, count in written.types.items())
     more = f" and {len(written.parts) - 1} more" if len(written.parts) > 1 else ""
     say(f"{written.path}{more}: {written.bytes / 1e6:,.1f} MB; tensors: {types}.")

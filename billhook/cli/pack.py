@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from billhook.cli.common import emit, progress, say, table
+from billhook.cli.common import emit, progress, say, say_notes, table
 from billhook.cli.options import Json, output_option
 
 NAME = "pack"
@@ -34,8 +34,7 @@ def command(
 
     with progress("counting and packing tensors") as advance:
         report = pack(model, output, values=values, group=group, overwrite=overwrite, progress=advance)
-    for note in report.notes:
-        say(f"note: {note}")
+    say_notes(report.notes)
     if values == "int8" and not as_json:
         rows = [[name, f"{facts['error']:.3%}"] for name, facts in report.layers.items()]
         table("Error of int8, |W' - W| / |W|", ["tensor", "error"], rows)

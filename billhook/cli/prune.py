@@ -18,6 +18,8 @@ from billhook.cli.common import (
     parse_settings,
     progress,
     say,
+    say_next,
+    say_notes,
     table,
 )
 
@@ -117,7 +119,7 @@ def command(
     say(f"What was lost: {report.lost or 'not measured, because no text was read'}.")
     if report.better_recipe is not None:
         say(f"Less is lost with --recipe {report.better_recipe}.")
-    say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
+    say_next(report.output)
     if as_json:
         emit(report.to_json())
 
@@ -161,8 +163,8 @@ def _run(job: "Job", needed: "Estimate", finished: int, log: "Log") -> "Report":
     bar = progress("pruning", job.steps, unit=layers_per_block(layers), skipped=finished)
     with bar as advance, graceful_interrupt() as stopping:
         report = run(job, advance, stopping, note)
+    say_notes(report.warnings)
     for warning in report.warnings:
-        say(f"note: {warning}")
         log.event("warning", text=warning)
     peak = peak_gib()
     say(f"Peak memory: {peak:.2f} GiB (estimated {needed.memory_gib:.2f}).")

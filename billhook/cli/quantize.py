@@ -16,6 +16,8 @@ from billhook.cli.common import (
     parse_settings,
     progress,
     say,
+    say_next,
+    say_notes,
 )
 
 NAME = "quantize"
@@ -79,13 +81,12 @@ def command(
     bar = progress("quantizing", len(layers), unit=layers_per_block(layers))
     with bar as advance, graceful_interrupt() as stopping:
         report = run(job, advance, stopping)
-    for warning in report.warnings:
-        say(f"note: {warning}")
+    say_notes(report.warnings)
     sizes = f"{report.size / 1e6:.1f} MB of weights, {report.source_size / 1e6:.1f} MB before"
     took = duration(report.seconds)
     say(f"{report.output}: {len(layers)} layers at {report.bits:.2f} bits a weight; {sizes}. {took}.")
     if report.loss is not None:
         say(f"{report.loss}.")
-    say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
+    say_next(report.output)
     if as_json:
         emit(report.to_json())

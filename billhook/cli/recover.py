@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from billhook.cli import options as shared
-from billhook.cli.common import emit, graceful_interrupt, layers_per_block, parse_settings, progress, say
+from billhook.cli.common import (
+    emit,
+    graceful_interrupt,
+    layers_per_block,
+    parse_settings,
+    progress,
+    say,
+    say_next,
+    say_notes,
+)
 
 if TYPE_CHECKING:
     from billhook.steps.recover_job import RecoverReport, RecoverRequest
@@ -97,8 +106,7 @@ def command(
     with distributed(request.device):
         with progress("reading") as advance:
             job = prepare(request, advance)
-        for note in job.notes:
-            say(note)
+        say_notes(job.notes)
         with progress("training", job.steps) as advance, graceful_interrupt("measurement") as stopping:
             report = run(job, advance, stopping)
     _show(report, request)
@@ -108,8 +116,7 @@ def command(
 
 def _show(report: "RecoverReport", request: "RecoverRequest") -> None:
     """Say what became better, and what to do next."""
-    for warning in report.warnings:
-        say(f"note: {warning}")
+    say_notes(report.warnings)
     if report.improved:
         held_out = f"held-out loss {report.before:.4f} -> {report.after:.4f} at step {report.state.best}"
         size = "" if request.tune == "adapters" else " of each parameter's size"
@@ -120,7 +127,7 @@ def _show(report: "RecoverReport", request: "RecoverRequest") -> None:
     if report.loss is not None:
         say(f"Now: {report.loss}.")
     if request.save == "merged":
-        say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
+        say_next(report.output)
 
 
 def _by_block(request: "RecoverRequest", as_json: bool) -> None:
@@ -132,8 +139,7 @@ def _by_block(request: "RecoverRequest", as_json: bool) -> None:
     bar = progress("tuning", len(layers), unit=layers_per_block(layers))
     with bar as advance, graceful_interrupt() as stopping:
         report = run_blocks(job, advance, stopping)
-    for note in report.notes:
-        say(f"note: {note}")
+    say_notes(report.notes)
     say(f"{report.output}: {report.zeros:,} zeros, all in their place. {report.seconds:.1f} s.")
     for when, loss in (("Before", report.lost_before), ("Now", report.loss)):
         if loss is not None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from billhook.cli import options as shared
-from billhook.cli.common import emit, parse_settings, say
+from billhook.cli.common import emit, parse_settings, say, say_next
 
 NAME = "search"
 EXAMPLES = """\b
@@ -74,7 +74,7 @@ def command(
     say(f"Best on the held-out windows: {best['name']} (token perplexity {best['token_ppl']:.2f}; {verdict}).")
     if place is not None:
         say(f"{place}: the model, pruned with it.")
-        say(f"Check it: billhook verify {place}   Score it: billhook eval {place} --data SOURCE")
+        say_next(place)
     else:
         words = _options(found.record["identity"], work, output / "plan.json", calibration)
         say(f"Prune with it: billhook prune {model} {words} --output pruned")

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from billhook.cli import options as shared
-from billhook.cli.common import duration, emit, graceful_interrupt, parse_settings, progress, say, split_list
+from billhook.cli.common import (
+    duration,
+    emit,
+    graceful_interrupt,
+    parse_settings,
+    progress,
+    say,
+    say_next,
+    say_notes,
+    split_list,
+)
 
 NAME = "slim"
 EXAMPLES = """\b
@@ -87,21 +97,19 @@ def command(
     with distributed(request.device):
         with progress("reading") as advance:
             job = prepare(request, advance)
-        for note in job.notes:
-            say(f"note: {note}")
+        say_notes(job.notes)
         if (seconds := announced_time(job)) is not None:
             say(f"Removing takes about {duration(seconds)}, as the first block did.")
         bar = progress("removing", len(job.units), unit=max(1, len(job.units) // len(job.smaller.blocks)))
         with bar as advance, graceful_interrupt() as stopping:
             report = run(job, advance, stopping)
-    for warning in report.warnings[len(job.notes) :]:
-        say(f"note: {warning}")
+    say_notes(report.warnings[len(job.notes) :])
     sizes = f"{report.size / 1e6:.1f} MB of weights, {report.source_size / 1e6:.1f} MB before"
     padding = f", {report.padding:.1%} stored as zeros" if report.padding else ""
     gone = f"{report.removed:.1%} of the parameters in blocks removed{padding}"
     say(f"{report.output}: {gone}; {sizes}. {report.seconds:.1f} s.")
     if report.loss is not None:
         say(f"{report.loss}.")
-    say(f"Check it: billhook verify {report.output}   Score it: billhook eval {report.output} --data SOURCE")
+    say_next(report.output)
     if as_json:
         emit(report.to_json())
