@@ -18,7 +18,7 @@ import torch
 from billhook.errors import BillhookError
 
 FILE = Path(__file__).with_name("_kernels.so")
-SURFACE = 3  # raised, here and in driver.cpp, when a function changes its name or arguments
+SURFACE = 4  # raised, here and in driver.cpp, when a function changes its name or arguments
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 
 _forced: list[str] = []
@@ -45,6 +45,7 @@ _SURFACE: dict[str, tuple[list[type], type | None]] = {
     "expand": ([_POINTER, _LONG, _LONG, _POINTER, _INT, _INT, _INT], None),
     "row_starts": ([_POINTER, _LONG, _LONG, _POINTER], _LONG),
     "bitmask": ([_POINTER, _INT, _LONG, _LONG, _POINTER, _INT], None),
+    "closest": ([_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT, _INT], None),
     "read": ([_POINTER, _LONG, _INT], ctypes.c_uint64),
     "gather": ([_POINTER, _INT, _POINTER, _POINTER, _INT], None),
 }
@@ -59,7 +60,7 @@ def _load() -> ctypes.CDLL | None:
             raise OSError("they were compiled from the sources of another version; install Billhook again")
     except OSError as error:
         why = str(error) if FILE.exists() else "they were not compiled; install a C++ compiler and Billhook again"
-        text = f"sparse layers run without their fast kernels: {why}. Decoding is about as fast as dense."
+        text = f"sparse layers and code books do without their fast kernels: {why}. Decoding is about as fast as dense."
         print(f"billhook: {text}", file=sys.stderr)
         return None
     for name, (arguments, result) in _SURFACE.items():

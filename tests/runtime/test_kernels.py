@@ -235,6 +235,31 @@ def _in_child(packed: SparseLinear, x: Tensor, queue: "multiprocessing.queues.Qu
 
 @pytest.mark.skipif(not hasattr(os, "fork") or library.active() is None, reason="needs fork and compiled kernels")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("dim", [4, 8])
+@pytest.mark.parametrize(("vectors", "points"), [(0, 3), (1, 1), (17, 5), (1000, 256), (3, 1024)])
+def test_the_closest_row_of_a_table_is_that_of_float64(path: str, dim: int, vectors: int, points: int):
+    generator = torch.Generator().manual_seed(vectors + dim)
+    x, table = (torch.randn(*shape, generator=generator) for shape in ((dim, vectors), (points, dim + 1)))
+    found = native.closest(x, table)
+    values = table[:, :-1].double() @ x.double() + table[:, -1:].double()
+    assert found.dtype == torch.int64
+    torch.testing.assert_close(values.gather(0, found[None])[0], values.amax(0), rtol=1e-3, atol=1e-3)
+    if path != "torch":
+        assert (found == values.argmax(0)).float().mean() > 0.99 or not vectors
+        with library.forced("portable"):
+            assert torch.equal(native.closest(x, table), found)
+    assert torch.equal(native.closest(x.t().contiguous().t(), table), found)
+    assert torch.equal(native.closest(x.double(), table.double()), fallback.closest(x, table))
+
+
+def test_of_equal_rows_the_first_is_closest_and_nan_finds_some_row(path: str):
+    x = torch.tensor([[1.0, torch.nan]]).expand(4, 2)
+    found = native.closest(x, torch.ones(5, 5))
+    assert 0 <= int(found.min()) <= int(found.max()) < 5
+    if path != "torch":
+        assert found.tolist() == [0, 0]
+
+
 def test_kernels_work_in_forked_processes():
     W = random_weight((600, 2048), 0.6, torch.bfloat16)
     packed, x = layer(W), torch.randn(1, 2048).bfloat16()

@@ -16,11 +16,11 @@ from torch import Tensor
 from billhook.errors import BillhookError
 from billhook.methods.quantize.groups import ROWS, Groups
 from billhook.methods.quantize.symmetric import Points, SuperBlock, improved
+from billhook.runtime.native import closest
 
 _STARTS = torch.linspace(0.5, 1.25, 8).tolist()  # the largest weight in units of the largest number of the book
 _AROUND = (0.85, 1.0, 1.15)  # scales that are tried with the book, in units of the one found without
 _SIGNED = 8  # columns whose signs are stored together
-_AT_ONCE = 256  # vectors whose closeness to all points stays in the cache
 
 
 @cache
@@ -81,19 +81,10 @@ class CodeBook(SuperBlock):
         return torch.cat(found).t().mul_(sign)
 
     def _point(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The points nearest to x [dim, out] with weight [dim].
-
-        The number of a point takes the place of the last bits of its closeness, so that a maximum finds both.
-        """
+        """The points nearest to x [dim, out] with weight [dim]."""
         points = book(self.name, x.device)
         table = torch.cat([points * weight, (points.square() @ weight)[:, None] / -2], 1)
-        last, numbers = len(points) - 1, torch.arange(len(points), dtype=torch.int32, device=x.device)[:, None]
-        found = []
-        for some in torch.cat([x, torch.ones_like(x[:1])]).split(_AT_ONCE, 1):
-            closeness = table @ some
-            closeness.view(torch.int32).bitwise_and_(~last).bitwise_or_(numbers)
-            found.append(closeness.amax(0).view(torch.int32) & last)
-        return points.t().index_select(1, torch.cat(found))
+        return points.t().index_select(1, closest(x, table))
 
     def _search(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """The best scale of every group and sum(weight · code²), [groups, out]: first without the book, by numbers."""

@@ -58,6 +58,8 @@ typedef void (*TiledGemmKernel)(const Batch& batch, const uint32_t* arranged, in
 // Sums [last - first][tokens] of `tokens` (16, 32, 48 or 64) whose activations lie column by column from `x` on; `after` is read next.
 typedef void (*SparseGemmKernel)(const Matrix& matrix, int64_t first, int64_t last, const float* x, int64_t tokens, const float* after,
                                  float* sums);
+// The rows of a table closest to vectors [first, last), see closest.h.
+typedef void (*ClosestKernel)(const float* x, int64_t stride, const float* table, int64_t points, int64_t first, int64_t last, int32_t* found);
 typedef void (*ExpandKernel)(const Matrix& matrix, int64_t first, int64_t last, void* out);
 
 struct Kernels {
@@ -68,6 +70,7 @@ struct Kernels {
   ExpandKernel expand[3];           // by bytes of a value: 1, 2, 4 -> [0], [1], [2]
   RowsKernel dense[TOKENS];         // a dense bfloat16 matrix in `values`, activations in float
   SparseGemmKernel sparse_gemm[4];  // by type; null where there is none
+  ClosestKernel closest[2];         // for vectors of 4 and 8 numbers
   // With bfloat16 activations and the dot-product instruction; null where there is none:
   RowsKernel dot[4][TOKENS];
   Layout dot_layout[4];

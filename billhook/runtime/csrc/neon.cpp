@@ -8,6 +8,7 @@
 #include "words.h"
 
 namespace {
+#include "closest.h"
 #include "rows.h"
 
 struct Floats {

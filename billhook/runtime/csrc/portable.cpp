@@ -3,6 +3,7 @@
 #include "target.h"
 
 namespace {
+#include "closest.h"
 
 struct Bf16 {
   typedef uint16_t Value;
@@ -83,6 +84,7 @@ const Kernels kernels_portable = {
     {expand<uint8_t>, expand<uint16_t>, expand<uint32_t>},
     TOKENS_1_TO_8(dense_rows, Bf16),
     {},
+    {closest<Floats4, Ints4, 4>, closest<Floats4, Ints4, 8>},
     {},
     {},
     {},

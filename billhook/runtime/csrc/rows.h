@@ -215,4 +215,5 @@ void expand_rows(const Matrix& m, int64_t first, int64_t last, void* out) {
       {TOKENS_1_TO_8(sparse_rows, Bf16), TOKENS_1_TO_8(sparse_rows, F16), TOKENS_1_TO_8(sparse_rows, F32), TOKENS_1_TO_8(scaled_rows, I8)}, \
       {bf16_layout, PLAIN_F32, PLAIN_F32, PLAIN_F32}, {expand_rows<Expand1>, expand_rows<Expand2>, expand_rows<Expand4>},                   \
       TOKENS_1_TO_8(dense_rows, Dense),                                                                                                     \
-      {sparse_gemm_rows<bf16_in_order>, sparse_gemm_rows<F16>, sparse_gemm_rows<F32>, sparse_gemm_rows<I8>}
+      {sparse_gemm_rows<bf16_in_order>, sparse_gemm_rows<F16>, sparse_gemm_rows<F32>, sparse_gemm_rows<I8>},                                \
+      {closest<WideFloats, WideInts, 4>, closest<WideFloats, WideInts, 8>}

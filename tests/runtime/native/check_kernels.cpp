@@ -23,6 +23,7 @@ int64_t billhook_row_starts(const uint8_t*, int64_t, int64_t, int64_t*);
 void billhook_bitmask(const void*, int, int64_t, int64_t, uint8_t*, int);
 void billhook_gather(const void*, int, const Matrix*, void*, int);
 uint64_t billhook_read(const char*, int64_t, int);
+void billhook_closest(const float*, int64_t, int64_t, const float*, int64_t, int32_t*, int, int);
 }
 
 static uint64_t state;
@@ -162,12 +163,33 @@ static void garbage() {
   if (beyond != (wrong >= 0) || starts[out] != bits) fail("a count", 0, out, in, 0);
 }
 
+// The rows of a table closest to vectors: a row that is found is as close as any, up to rounding.
+static void closest_rows() {
+  const int64_t dim = below(2) ? 4 : 8, vectors = below(70), points = 1 + below(40);
+  Bytes x(4 * dim * vectors), table(4 * points * (dim + 1)), found(4 * vectors);
+  for (int64_t i = 0; i < dim * vectors; i++) put(x.at(), i, TYPE_F32, 4 * uniform() - 2);
+  for (int64_t i = 0; i < points * (dim + 1); i++) put(table.at(), i, TYPE_F32, 4 * uniform() - 2);
+  const auto value = [&](int64_t vector, int64_t point) {
+    double sum = get(table.at(), point * (dim + 1) + dim, TYPE_F32);
+    for (int64_t d = 0; d < dim; d++) sum += get(table.at(), point * (dim + 1) + d, TYPE_F32) * get(x.at(), d * vectors + vector, TYPE_F32);
+    return sum;
+  };
+  for (int path = 0; path < billhook_paths(); path++) {
+    if (!billhook_path_runs(path)) continue;
+    billhook_closest((const float*)x.at(), vectors, dim, (const float*)table.at(), points, (int32_t*)found.at(), path, 1 + (int)below(2));
+    for (int64_t v = 0; v < vectors; v++)
+      for (int64_t p = 0; p < points; p++)
+        if (value(v, p) > value(v, ((const int32_t*)found.at())[v]) + 1e-4) fail("a closest row", path, vectors, points, TYPE_F32);
+  }
+}
+
 int main(int count, char** arguments) {
   const int64_t cases = count > 1 ? atoll(arguments[1]) : 100;
   state = 88172645463325252u ^ (count > 2 ? (uint64_t)atoll(arguments[2]) << 20 : 0);
   for (int64_t i = 0; i < cases; i++) {
     one_case();
     garbage();
+    closest_rows();
   }
   Bytes some(1000);
   billhook_read((const char*)some.at(), 1000, 1);
