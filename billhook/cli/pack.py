@@ -43,7 +43,24 @@ def command(
     say(f"{report.output}: {sizes}.")
     error = "lossless" if values == "stored" else f"int8 changes the packed weights by {report.error:.3%} in total"
     say(f"{len(report.layers)} tensors packed at {report.sparsity:.2%} sparsity; {report.dense} left dense; {error}.")
-    say(f'Run it: billhook generate {report.output} "Once upon a time"')
+    say(_use(report.output))
     say(f"Undo it: billhook unpack {report.output} -o DENSE")
     if as_json:
         emit(report.to_json())
+
+
+def _use(output: Path) -> str:
+    """What to do with a packed model, by its task."""
+    from billhook.errors import BillhookError
+    from billhook.store.checkpoint import read_config
+    from billhook.tasks.opening import task_of_config
+
+    try:
+        task = task_of_config(output, read_config(output)).name
+    except BillhookError:
+        task = ""  # packing needs no task
+    if task == "text-generation":
+        return f'Run it: billhook generate {output} "Once upon a time"'
+    if task == "image-text-to-text":
+        return f'Run it: billhook generate {output} "What is this?" --image IMAGE'
+    return f"Score it: billhook eval {output} --data SOURCE"

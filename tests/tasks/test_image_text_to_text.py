@@ -103,7 +103,7 @@ def test_the_decoder_is_pruned_and_the_tower_keeps_its_bytes(place, tmp_path):
     assert (scores["inputs"], scores["unit"], scores["exact_match"]) == (14, "answer", right / 14)
     assert scores["nll"] == pytest.approx(np.mean(nll), rel=1e-4)
     assert scores["against"]["top1_agreement"] == pytest.approx(np.mean(agreed))
-    done("pack", out, "-o", tmp_path / "packed")
+    assert '"What is this?" --image IMAGE' in done("pack", out, "-o", tmp_path / "packed").err
     asked = ["What?", "--image", place / "0.png", "--max-new-tokens", "3", "--json"]
     texts = [json.loads(done("generate", folder, *asked).out)["text"] for folder in (tmp_path / "packed", out)]
     inputs = made(images=Image.open(place / "0.png").convert("RGB"), text=prompt_of(made, "What?"), return_tensors="pt")

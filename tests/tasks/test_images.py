@@ -65,7 +65,7 @@ def test_a_classifier_is_pruned_scored_and_opened_by_stock_transformers(place):
     assert (scores["inputs"], scores["top1"]) == (30, right / 30)
     assert scores["top1_error"] == pytest.approx((scores["top1"] * (1 - scores["top1"]) / 30) ** 0.5)
     assert (scores["against"]["top1_agreement"], scores["against"]["kl"]) == pytest.approx((agreed / 30, kl), rel=1e-4)
-    done("pack", out, "-o", place / "packed")
+    assert f"Score it: billhook eval {place / 'packed'}" in done("pack", out, "-o", place / "packed").err
     packed = json.loads(done("eval", place / "packed", "--data", place / "images", "--json").out)
     assert packed["top1"] == right / 30
     card = (out / "README.md").read_text()
