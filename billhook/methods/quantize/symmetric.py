@@ -5,6 +5,7 @@ improves each by least squares; `d` and the multipliers are chosen for the error
 then each multiplier becomes the best of its neighbours, every code being rounded again.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from billhook.methods.quantize.grid import Scales, Term
 from billhook.methods.quantize.groups import Groups, by_rows, inverse, quotient, to_half
 
-_STARTS = torch.linspace(-2.4, 0.8, 8).tolist()  # steps between the first code and the largest weight
+_STARTS = torch.linspace(-1.4, 0.6, 8).tolist()  # see `Symmetric._starts`
 _SPLITS = 16  # values of d that are tried before codes are rounded
 
 
@@ -26,6 +27,11 @@ class Integers:
     high: int
 
     spacing = 1.0
+
+    @property
+    def count(self) -> int:
+        """How many codes there are."""
+        return self.high - self.low + 1
 
     def nearest(self, x: Tensor) -> Tensor:
         """The nearest code, elementwise."""
@@ -47,6 +53,11 @@ class Points:
     def high(self) -> int:
         """The largest code."""
         return self.values[-1]
+
+    @property
+    def count(self) -> int:
+        """How many codes there are."""
+        return len(self.values)
 
     @property
     def spacing(self) -> float:
@@ -130,8 +141,14 @@ class Symmetric:
     def _search(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """The best scale of every group and sum(weight · code²), [groups, out]."""
         largest = groups.x.gather(1, groups.x.abs().argmax(1, keepdim=True))[:, 0]
-        starts = [sign / (self.points.low + cut * self.points.spacing) for cut in _STARTS for sign in (1, -1)]
-        return improved(groups, [largest * start for start in starts], self._round)
+        return improved(groups, [largest * start for start in self._starts()], self._round)
+
+    def _starts(self) -> list[float]:
+        """Scales that are tried, in units of the largest weight, which comes at most some steps beyond the first code,
+        where it is cut off, or before it: more steps where there are more codes."""
+        points = self.points
+        spread = points.spacing * max(math.log2(points.count) - 1, 2)
+        return [sign / (points.low + cut * spread) for cut in _STARTS for sign in (1, -1)]
 
 
 @dataclass(frozen=True)
