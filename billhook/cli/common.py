@@ -50,7 +50,7 @@ def say_notes(notes: Iterable[str]) -> None:
         say(f"note: {note}")
 
 
-def say_next(output: Path | None) -> None:
+def say_next(output: Path) -> None:
     """Print what to do with the result of a run."""
     say(f"Check it: billhook verify {output}   Score it: billhook eval {output} --data SOURCE")
 

@@ -115,11 +115,13 @@ def command(
         say(f"In memory {job.memory}: {job.budget:,} bytes are left for the file.")
     if dry_run:
         return show_job(job.quantizing, as_json)
+    say_notes(job.quantizing.notes)
     announce(estimate_quantize(job.quantizing), work.device)
     layers = job.quantizing.opened.layers
     bar = progress("quantizing", len(layers), unit=layers_per_block(layers))
     with bar as advance, graceful_interrupt() as stopping:
         report = run_compress(job, advance, stopping)
+    say_notes(report.quantized.warnings[len(job.quantizing.notes) :])
     _say_result(report)
     if as_json:
         emit(report.to_json())
@@ -161,7 +163,6 @@ def _with_units(request: "CompressRequest", dry_run: bool, as_json: bool) -> Non
 def _say_result(report: "CompressReport") -> None:
     """Print what a run did, and what other sizes would lose."""
     found = report.quantized
-    say_notes(found.warnings)
     kinds = ", ".join(f"{count} {type}" for type, count in report.counts.items())
     took = duration(found.seconds)
     say(f"{found.output}: {found.size:,} bytes of at most {report.budget:,}. Layers: {kinds}. {took}.")

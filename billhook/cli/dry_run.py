@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from billhook.cli.common import announce, emit, say, table
+from billhook.cli.common import announce, emit, say, say_notes, table
 from billhook.plan.storage import bits
 from billhook.store.layout import LEVELS
 
@@ -20,6 +20,7 @@ def show_job(job: "QuantizeJob", as_json: bool, *, keeps: bool = True) -> None:
 
     needed, types, layers = estimate_quantize_time(job), plan_types(job.plan), job.opened.layers
     kept = partial_folder(Path(job.request.output).expanduser().resolve()) / LEVELS
+    say_notes(job.notes)
     announce(needed, job.request.device)
     if as_json:
         listed = {x.name: {"shape": list(x.shape), "type": types[x.name]} for x in layers}

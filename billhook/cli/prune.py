@@ -119,6 +119,7 @@ def command(
     say(f"What was lost: {report.lost or 'not measured, because no text was read'}.")
     if report.better_recipe is not None:
         say(f"Less is lost with --recipe {report.better_recipe}.")
+    assert report.output is not None
     say_next(report.output)
     if as_json:
         emit(report.to_json())

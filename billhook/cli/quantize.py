@@ -76,12 +76,13 @@ def command(
         job = prepare(request, advance)
     if dry_run:
         return show_job(job, as_json)
+    say_notes(job.notes)
     announce(estimate_quantize(job), request.device)
     layers = job.opened.layers
     bar = progress("quantizing", len(layers), unit=layers_per_block(layers))
     with bar as advance, graceful_interrupt() as stopping:
         report = run(job, advance, stopping)
-    say_notes(report.warnings)
+    say_notes(report.warnings[len(job.notes) :])
     sizes = f"{report.size / 1e6:.1f} MB of weights, {report.source_size / 1e6:.1f} MB before"
     took = duration(report.seconds)
     say(f"{report.output}: {len(layers)} layers at {report.bits:.2f} bits a weight; {sizes}. {took}.")

@@ -109,6 +109,7 @@ def command(
         say_notes(job.notes)
         with progress("training", job.steps) as advance, graceful_interrupt("measurement") as stopping:
             report = run(job, advance, stopping)
+    say_notes(report.warnings[len(job.notes) :])
     _show(report, request)
     if as_json:
         emit(report.to_json())
@@ -116,7 +117,6 @@ def command(
 
 def _show(report: "RecoverReport", request: "RecoverRequest") -> None:
     """Say what became better, and what to do next."""
-    say_notes(report.warnings)
     if report.improved:
         held_out = f"held-out loss {report.before:.4f} -> {report.after:.4f} at step {report.state.best}"
         size = "" if request.tune == "adapters" else " of each parameter's size"

@@ -6,14 +6,16 @@ pruned. With X the inputs of a layer and X' those of the same tokens in the dens
 
     drift = (X' - X)^T X,   and, if its output is added to the residual stream R,   stream_drift = (R' - R)^T X
 
-which the layer would have to correct to restore the dense model's stream. For these layers a token whose squares in R'
-are m times the median of its sequence, m > 1, counts 1 / m in all statistics, as the norm of the next block divides by
-them: otherwise the few tokens with huge activations that large models have (Sun et al. 2024, "Massive Activations in
-Large Language Models", arXiv:2402.17762) are corrected at the cost of all others. Whether a layer writes into the
-stream is found by experiment: its output is shifted by a hundred times the size of the stream; if it writes, the
-block's output shifts by the same amount. R' - R is the difference of the block's inputs for the first layer that
-writes, and of its outputs for the layer that is alone in the last group, whose own input drift these include: it has no
-`drift`, which would be the most expensive of all. In between R' - R is not known.
+which the layer would have to correct to restore the dense model's stream. Whether a layer writes into the stream is
+found by experiment: its output is shifted by a hundred times the size of the stream; if it writes, the block's output
+shifts by the same amount. R' - R is the difference of the block's inputs for the first layer that writes, and of its
+outputs for the layer that is alone in the last group, whose own input drift these include: it has no `drift`, which
+would be the most expensive of all. In between R' - R is not known.
+
+Where R' - R is known, a token whose mean square in R' is m times the median of its sequence, m > 1, counts 1 / m in
+`gram` and both drifts, as the norm of the next block divides by it: otherwise the few tokens with huge activations that
+large models have (Sun et al. 2024, "Massive Activations in Large Language Models", arXiv:2402.17762) are corrected at
+the cost of all others.
 
 Memory: a copy of the block's prunable weights, and hidden states as large as those of the walk. A block runs twice per
 group, usually not to its end; where it runs to its end for the last group, that advances the dense stream too.
@@ -106,15 +108,21 @@ def _is_writer(block: nn.Module, layer: Layer, hidden: Tensor, call: Call) -> bo
     """Whether a layer's output is added unchanged to the block's output; process 0 decides for all."""
     if layer.is_convolution or layer.shape[0] != hidden.shape[-1]:
         return False
-    plain = run_block(block, hidden, call).float()
+    plain, ordered = run_block(block, hidden, call).float(), False
     direction = torch.linspace(-1, 1, layer.shape[0], device=hidden.device).roll(layer.shape[0] // 3)
     shift = (_SHIFT * max(hidden.float().square().mean(), plain.square().mean()) ** 0.5 * direction).to(hidden.dtype)
-    handle = layer.module.register_forward_hook(lambda module, args, output: output + shift)
+
+    def move(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        nonlocal ordered  # windows of Swin hold the stream's tokens in another order
+        ordered = args[0].shape[:-1] in (hidden.shape[:-1], hidden.flatten(0, -2).shape[:-1])
+        return output + shift
+
+    handle = layer.module.register_forward_hook(move)
     try:
         shifted = run_block(block, hidden, call).float() - plain
     finally:
         handle.remove()
-    return gather(bool((shifted - shift).norm() < _TOLERANCE * shift.float().expand_as(shifted).norm()))[0]
+    return gather(ordered and bool((shifted - shift).norm() < _TOLERANCE * shift.float().expand_as(shifted).norm()))[0]
 
 
 class _Pair:
@@ -159,7 +167,10 @@ class _Pair:
 
 
 def token_weights(hidden: Tensor) -> Tensor:
-    """How much each token of hidden states [rows, ..., width] counts, float32 [rows, ..., 1], at most 1."""
+    """How much each token of hidden states [rows, ..., width] counts, float32 [rows, ..., 1], at most 1.
+
+    Those of [tokens, width] are one sequence.
+    """
     squares = hidden.float().square().mean(-1, keepdim=True)
     sequences = squares.flatten(1) if hidden.dim() > 2 else squares.view(1, -1)
     typical = sequences.median(1).values.view(-1, *[1] * (hidden.dim() - 1))

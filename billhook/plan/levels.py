@@ -77,6 +77,11 @@ class Levels:
         """What a group is expected to lose at a type, in nats a token."""
         return math.fsum(self.weights.get(name, 1.0) * self.errors[name][type] for name in group)
 
+    @property
+    def least(self) -> int:
+        """The bytes of all tensors with their smallest types."""
+        return sum(min(self.bytes(group, t) for t in self.menu(group)) for group in self.groups)
+
     def predicted(self, types: Mapping[str, str]) -> float:
         """The sum of the losses of all tensors."""
         return math.fsum(self.loss([name], types[name]) for name in self.shapes)

@@ -48,12 +48,10 @@ Weights = Mapping[str, float]  # by layer
 
 @dataclass(frozen=True)
 class Chosen:
-    """The best `plan`; `outlook`: its predicted loss relative to which other budgets, by factor, would lose; and
-    `notes` for the report."""
+    """The best `plan`, and `outlook`: its predicted loss relative to which other budgets, by factor, would lose."""
 
     plan: Plan
     outlook: Mapping[float, float]
-    notes: Sequence[str] = ()
 
 
 def choose_types(

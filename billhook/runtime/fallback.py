@@ -51,13 +51,14 @@ def closest(x: Tensor, table: Tensor) -> Tensor:
 
     The number of a row takes the place of the last bits of its value, so that a maximum finds both.
     """
-    last, numbers = 2 ** (len(table) - 1).bit_length() - 1, torch.arange(len(table), device=x.device)[:, None]
+    numbers = torch.arange(len(table), dtype=torch.int32, device=x.device)[:, None]
+    last = 2 ** (len(table) - 1).bit_length() - 1
     found = []
     for some in torch.cat([x, torch.ones_like(x[:1])]).float().split(_AT_ONCE, 1):
         values = table.float() @ some
-        values.view(torch.int32).bitwise_and_(~last).bitwise_or_(numbers.int())
+        values.view(torch.int32).bitwise_and_(~last).bitwise_or_(numbers)
         found.append(values.amax(0).view(torch.int32) & last)
-    return torch.cat(found).long()
+    return torch.cat(found).long().clamp_max(len(table) - 1)  # NaN may give any number
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:

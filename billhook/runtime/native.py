@@ -178,8 +178,12 @@ def closest(x: Tensor, table: Tensor) -> Tensor:
     """Of every column of x, float32 [4 or 8, n], the row of `table` [points, 5 or 9] with the largest c · x + last.
 
     Returns int64 [n]. Of equal rows the first is found; without the kernels one of those that agree to about 1e-4.
+    Raises ValueError for other shapes.
     """
-    found = library.active() if x.device.type == "cpu" and x.dtype == torch.float32 else None
+    if len(x) not in (4, 8) or table.shape[1] != len(x) + 1:
+        raise ValueError(f"{list(table.shape)} is no table for vectors of {len(x)} numbers")
+    plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in (x, table))
+    found = library.active() if plain else None
     if found is None:
         return fallback.closest(x, table)
     x, table, index = x.contiguous(), table.contiguous(), torch.empty(x.shape[1], dtype=torch.int32)

@@ -35,6 +35,7 @@ from billhook.store.checkpoint import load
 from billhook.trials.heldout import split_samples
 
 LIKE = "like:"
+NOTES = "notes"  # in `made_by` of a plan
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,7 @@ def choose(
     """
     shapes = {layer.name: layer.shape for layer in opened.layers} | dict(sizes.outside)
     menus = {**sizes.menus, **sizes.outside_menus}
-    levels = Levels(shapes, menus, sizes.budget - sizes.fixed, list(sizes.outside), tied)
-    notes: list[str] = []
+    levels, notes = Levels(shapes, menus, sizes.budget - sizes.fixed, list(sizes.outside), tied), list[str]()
     if ERRORS in allocation.needs:
         if allocation.levels is not None:
             known = (allocation.levels, opened.facts["digest"])
@@ -130,12 +130,14 @@ def choose(
         errors = {**found.errors, **found.losses}
         measured = {name: list(errors[name]) for name in menus}
         levels = replace(levels, menus=measured, errors=errors, weights=found.costs)
+        if notes and levels.least > levels.budget:
+            raise BillhookError(f"The size cannot be met with what {allocation.levels} measured. {notes[0]}")
     wanted = [name for name in allocation.needs if name not in (ERRORS, WEIGHTS)]
     resources: dict[str, Any] = {"layers": opened.layers, "resources": opened.resources, "progress": progress}
     levels = replace(levels, table=measure(opened.model, wanted, batches=opened.batches, **resources))
     if not allocation.on_trial:
         plan = allocate_levels(levels, allocation.name, **allocation.options)
-        return Chosen(plan, outlook(levels, plan) if levels.errors else {}, notes)
+        return _noted(Chosen(plan, outlook(levels, plan) if levels.errors else {}), notes)
     assert opened.source is not None
     assert opened.samples is not None
     how: dict[str, Any] = {"dtype": request.dtype, "device": request.device}
@@ -144,7 +146,13 @@ def choose(
     split = split_samples(model, opened.samples, rows_of(opened.batches[0]), request.seed)
     quick = replace(method, options={**method.options, "sweeps": 0})
     how = {"allocator": allocation.name, "options": allocation.options, "progress": progress}
-    return replace(choose_types(model, layers, split, levels, quick, **how), notes=notes)
+    return _noted(choose_types(model, layers, split, levels, quick, **how), notes)
+
+
+def _noted(chosen: Chosen, notes: list[str]) -> Chosen:
+    """With notes for the report in the plan, which a run that is resumed reads too."""
+    made_by = {**chosen.plan.made_by, NOTES: notes} if notes else chosen.plan.made_by
+    return replace(chosen, plan=replace(chosen.plan, made_by=made_by))
 
 
 def _measured(request: Request, opened: Opened, sizes: Sizes, method: Quantization, progress: Progress) -> Measured:

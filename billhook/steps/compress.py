@@ -27,7 +27,7 @@ from billhook.export.compressed_tensors import fused
 from billhook.plan.plan import Plan
 from billhook.plan.storage import bits
 from billhook.racing.levels import Chosen
-from billhook.steps.allocation import Allocation, choose, choose_like
+from billhook.steps.allocation import NOTES, Allocation, choose, choose_like
 from billhook.steps.earlier_levels import step_with_levels
 from billhook.steps.levels import measured_layers
 from billhook.steps.lost import Lost
@@ -171,7 +171,7 @@ def decide(checked: CheckedCompress, progress: Progress = lambda line: None) -> 
     chosen = _chosen(checked, progress) if known is None else Chosen(known, {})
     plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "request": checked.asked})
     job = prepare(replace(checked.quantizing, plan=plan), opened=checked.opened)
-    job = replace(job, notes=[*job.notes, *chosen.notes])
+    job = replace(job, notes=[*job.notes, *plan.made_by.get(NOTES, [])])
     budget = sizes.budget if checked.sized else sizes.fixed + int(plan.budget.value)
     return CompressJob(job, budget, chosen.outlook, sizes.memory)
 

@@ -25,7 +25,7 @@ def step_with_levels(directory: Path) -> tuple[Step, Plan]:
 
 def earlier_levels(directory: Path, digest: str | None, menus: Menus, outside: Menus) -> tuple[Measured, list[str]]:
     """The measurements for the layers of `menus`, and for embeddings and head, whose menus are `outside`; and a note on
-    types that were not measured, far from that run's size, which are left out.
+    types that were not measured, which are left out.
 
     Raises BillhookError where `directory` was not made from the model with this `digest`, or none of a tensor's types
     was measured.
@@ -40,9 +40,9 @@ def earlier_levels(directory: Path, digest: str | None, menus: Menus, outside: M
         errors[name] = {t: known[t].error for t in menu if t in known}
         left_out |= set(menu) - known.keys()
         if not errors[name]:
+            those = f"only of {', '.join(sorted(known))}" if known else "of no type"
             raise BillhookError(
-                f"For {name}, {directory} holds no error of {', '.join(sorted(menu))}. Allow the --types that were "
-                "measured there, or leave out --levels."
+                f"For {name}, {directory} holds no error of {', '.join(sorted(menu))}, {those}. Leave out --levels."
             )
     found = Measured(
         {name: errors[name] for name in menus},
@@ -52,6 +52,6 @@ def earlier_levels(directory: Path, digest: str | None, menus: Menus, outside: M
     if not left_out:
         return found, []
     return found, [
-        f"{', '.join(sorted(left_out))} were left out where {directory} did not measure them, far from its size. "
-        "A run without --levels measures all types near the size."
+        f"{', '.join(sorted(left_out))} were left out where {directory} did not measure them: not allowed there, or "
+        "far from its size. Without --levels all types near the size are measured."
     ]

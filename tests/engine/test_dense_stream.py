@@ -6,6 +6,7 @@ import copy
 import pytest
 import tiny
 import torch
+import vision_families
 from families import FAMILIES, VOCABULARY, build
 from resuming import whole_and_in_parts
 
@@ -119,6 +120,22 @@ def test_layers_that_write_into_the_residual_stream_are_known(family: str) -> No
         for layers, stats in block.stages:
             found |= {layer.kind for layer in layers if stats[layer.name].stream_drift is not None}
     assert found == WRITERS[family]
+
+
+@pytest.mark.parametrize("window", [3, 4])
+def test_tokens_that_a_layer_sees_in_another_order_than_the_stream_are_not_compared_with_it(window: int) -> None:
+    model = vision_families.build("swin", window_size=window)
+    images = {"pixel_values": torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+    found = set()
+    for block in walk(model, [images], ("gram", "drift")):
+        for layers, stats in block.stages:
+            found |= {layer.name for layer in layers if stats[layer.name].stream_drift is not None}
+            for layer in layers:
+                layer.weight.mul_((layer.weight.abs() > 0.1).float())
+    alone = {name for name in found if "attention" in name}  # whose only window is the image
+    assert all("layers.1." in name for name in alone)
+    assert bool(alone) == (window == 4)
+    assert len(found - alone) == 4
 
 
 @pytest.mark.parametrize("factored", [False, True])

@@ -233,8 +233,6 @@ def _in_child(packed: SparseLinear, x: Tensor, queue: "multiprocessing.queues.Qu
     queue.put(packed.packed().multiply(x, None).flatten().tolist())
 
 
-@pytest.mark.skipif(not hasattr(os, "fork") or library.active() is None, reason="needs fork and compiled kernels")
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 @pytest.mark.parametrize("dim", [4, 8])
 @pytest.mark.parametrize(("vectors", "points"), [(0, 3), (1, 1), (17, 5), (1000, 256), (3, 1024)])
 def test_the_closest_row_of_a_table_is_that_of_float64(path: str, dim: int, vectors: int, points: int):
@@ -249,7 +247,19 @@ def test_the_closest_row_of_a_table_is_that_of_float64(path: str, dim: int, vect
         with library.forced("portable"):
             assert torch.equal(native.closest(x, table), found)
     assert torch.equal(native.closest(x.t().contiguous().t(), table), found)
-    assert torch.equal(native.closest(x.double(), table.double()), fallback.closest(x, table))
+    assert torch.equal(native.closest(x, table.double()), fallback.closest(x, table))
+    with pytest.raises(ValueError, match="is no table for vectors of"):
+        native.closest(x, table[:, 1:])
+
+
+def test_threads_find_the_same_rows(path: str):
+    x, table = torch.randn(4, 3001), torch.randn(512, 5)
+    alone = native.closest(x, table)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(native.closest(x, table), alone)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_of_equal_rows_the_first_is_closest_and_nan_finds_some_row(path: str):
@@ -260,6 +270,8 @@ def test_of_equal_rows_the_first_is_closest_and_nan_finds_some_row(path: str):
         assert found.tolist() == [0, 0]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork") or library.active() is None, reason="needs fork and compiled kernels")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_kernels_work_in_forked_processes():
     W = random_weight((600, 2048), 0.6, torch.bfloat16)
     packed, x = layer(W), torch.randn(1, 2048).bfloat16()

@@ -185,7 +185,7 @@ def test_levels_of_an_earlier_run_lead_to_the_same_file_and_are_refused_where_th
     other = tiny.save(tmp_path / "other", tiny.llama(num_hidden_layers=2, seed=1), dtype=torch.bfloat16, words=False)
     for model, change, match in (
         (other, {}, "The levels of .*first are those of another model: model"),
-        (source, {"target": "gguf"}, r"first holds no error of .*q8_0.*Allow the types that were measured"),
+        (source, {"target": "gguf"}, r"first holds no error of .*q8_0.*only of int.*Leave out levels"),
         (source, {"allocator": "alphaq"}, "The allocator alphaq reads no measured levels"),
         (source, {"levels": source}, "holds no measured levels: billhook compress keeps them"),
     ):
@@ -201,6 +201,12 @@ def test_types_that_an_earlier_run_did_not_measure_are_left_out_and_named(tmp_pa
     report = compress(source, tmp_path / "out", size="60KB", types=["int2", "int4", "int8"], levels=levels, **fields)
     assert {type.partition("/")[0] for type in report.counts} <= {"int2", "int4"}
     assert any("int8/" in note and "were left out where" in note for note in report.quantized.warnings)
+    small = {"types": ["int4", "int8"], **fields}
+    first = compress(source, tmp_path / "second", size="60KB", **small).quantized.output
+    with pytest.raises(
+        BillhookError, match=r"The size cannot be met with what .*second measured. int2.* were left out"
+    ):
+        compress(source, tmp_path / "third", size="38KB", levels=first, **fields)
 
 
 @pytest.mark.parametrize(

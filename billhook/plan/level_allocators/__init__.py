@@ -30,9 +30,8 @@ def allocate_levels(levels: Levels, allocator: str = "curves", **options: Any) -
     allocator or option, an illegal value, a missing column, and a budget that is below the smallest types.
     """
     configured = LEVEL_ALLOCATORS.configure(allocator, options)
-    least = sum(min(levels.bytes(group, t) for t in levels.menu(group)) for group in levels.groups)
-    if least > levels.budget:
-        raise BillhookError(f"The least possible is {least:,} bytes, and {levels.budget:,} were asked for.")
+    if levels.least > levels.budget:
+        raise BillhookError(f"The least possible is {levels.least:,} bytes, and {levels.budget:,} were asked for.")
     types = LEVEL_ALLOCATORS.get(allocator)(levels, **configured)
     assert levels.total(types) <= levels.budget, (allocator, levels.total(types), levels.budget)
     paper = LEVEL_ALLOCATORS.paper(allocator)

@@ -176,7 +176,7 @@ static void closest_rows() {
   };
   for (int path = 0; path < billhook_paths(); path++) {
     if (!billhook_path_runs(path)) continue;
-    billhook_closest((const float*)x.at(), vectors, dim, (const float*)table.at(), points, (int32_t*)found.at(), path, 1 + (int)below(2));
+    billhook_closest((const float*)x.at(), vectors, dim, (const float*)table.at(), points, (int32_t*)found.at(), path, 1);
     for (int64_t v = 0; v < vectors; v++)
       for (int64_t p = 0; p < points; p++)
         if (value(v, p) > value(v, ((const int32_t*)found.at())[v]) + 1e-4) fail("a closest row", path, vectors, points, TYPE_F32);
