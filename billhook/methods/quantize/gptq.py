@@ -17,7 +17,8 @@ the inputs of a layer, the more the Gram matrix is shrunk towards its diagonal, 
 with 8192 tokens for 8960 inputs, GPTQ as published loses more than rounding does on text that it has not seen.
 
 `dense_target` moves the target of the least squares towards the dense model as in GPTAQ (arXiv:2504.02692), see
-`billhook.methods.least_squares`. A sweep is one round of coordinate descent on (w − v) H (w − v)ᵀ, which never rises.
+`billhook.methods.least_squares`; layers that write into the residual stream then weigh large tokens down
+(`billhook.engine.dense_stream`). A sweep is one round of coordinate descent on (w − v) H (w − v)ᵀ, which never rises.
 
 Differences from the published code:
 

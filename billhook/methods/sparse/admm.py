@@ -17,7 +17,8 @@ rho stays at 0.6. This takes three times as long as SparseGPT at 1024 × 1024 an
 over SparseGPT in the layer's loss, most is there after three steps.
 
 `dense_target` (0.5) moves the target of the least squares towards the dense model, see
-`billhook.methods.least_squares`; the layers of a block are then pruned one group after the other.
+`billhook.methods.least_squares`; the layers of a block are then pruned one group after the other, and layers that
+write into the residual stream weigh large tokens down (`billhook.engine.dense_stream`).
 
 Differences from the published code:
 
