@@ -31,8 +31,8 @@ class LayerStats:
     `tokens` and `sequences` count the calibration text that reached the layer. `gradient` [out, in] is the statistic of
     `GRADIENTS` that the criterion named. `drift` is None where the inputs are the dense model's own. `stream_drift`
     [out, in] exists only for layers that write into the residual stream; without `drift` it includes what the drift of
-    the inputs does. With it all statistics weigh tokens (`billhook.engine.dense_stream`). `notes` are for the report:
-    damping that was raised, inputs that are always zero.
+    the inputs does. With it `gram` and both drifts weigh tokens (`billhook.engine.dense_stream`). `notes` are for the
+    report: damping that was raised, inputs that are always zero.
     """
 
     tokens: int
