@@ -1,5 +1,4 @@
-"""The shape of the code: imports form a DAG, also between packages, what is light stays light, help is fast, and size
-budgets hold."""
+"""The shape of the code: imports form a DAG, also between packages, what is light stays light, and size budgets hold."""
 
 import ast
 import graphlib
@@ -31,9 +30,10 @@ LIGHT = [
 ]
 COMMANDS = ("prune", "measure", "plan", "eval", "verify", "pack", "unpack", "generate", "bench", "ls", "demo")
 
-# CPU seconds (user + system) in which a command must show its help or make a plan. It takes about 0.25 s; the rest is
-# left for slow machines. Importing torch alone costs more than a second and a half.
-HELP_S = 0.75
+# Modules that a command may load to show its help or make a plan: about 370 today, most of them the standard library's
+# and pydantic's. torch alone loads more than 1,000. Unlike seconds, this is the same on every machine;
+# benchmarks/startup.py measures the seconds.
+LIGHT_MODULES = 420
 LINES_A_FILE, LINES_A_FUNCTION, POSITIONAL = 300, 40, 6
 
 _COMMAND = """
@@ -156,18 +156,18 @@ def test_every_public_name_is_there():
         _ = billhook.SparsityPlan
 
 
-def test_help_is_light_and_fast():
-    """All of it together takes no longer than a single command may."""
+def test_help_is_light():
+    """All commands together load no more than a single one may."""
     report = in_new_interpreter(
         _COMMANDS, json.dumps([["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
     )
     assert report["code"] == 0, report["errors"]
     assert not HEAVY & set(report["loaded"])
-    assert report["seconds"] < HELP_S
+    assert report["modules"] <= LIGHT_MODULES
 
 
-def test_planning_is_light_and_fast(tmp_path: Path):
-    """All allocators together take no longer than a single one may."""
+def test_planning_is_light(tmp_path: Path):
+    """All allocators together load no more than a single one may."""
     needs = {column for name in ALLOCATORS.names() for column in ALLOCATORS.needs(name, ALLOCATORS.configure(name, {}))}
     curves = [name for name in needs if name.partition(":")[0] in CURVES]
     numbers = [name for name in needs if name not in curves]
@@ -185,15 +185,15 @@ def test_planning_is_light_and_fast(tmp_path: Path):
     assert report["code"] == 0, report["errors"]
     assert {billhook.load_plan(path).target for path in plans.values()} == {0.5}
     assert not HEAVY & set(report["loaded"])
-    assert report["seconds"] < HELP_S
+    assert report["modules"] <= LIGHT_MODULES
 
 
 @pytest.mark.parametrize("kind", ["allocators", "metrics"])
-def test_listing_is_light_and_fast(kind: str):
+def test_listing_is_light(kind: str):
     report = in_new_interpreter(_COMMAND, "ls", kind)
     assert report["code"] == 0, report["errors"]
     assert not HEAVY & set(report["loaded"])
-    assert report["seconds"] < HELP_S
+    assert report["modules"] <= LIGHT_MODULES
 
 
 @pytest.mark.parametrize("module", sorted(FILES))
