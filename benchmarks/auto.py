@@ -1,4 +1,4 @@
-"""What a race costs and gains (`--allocator auto`, `--allocator atp --set beta=auto`): its time in prunes with the same
+"""What a race costs and gains (`--allocator auto`, `rco`, `atp --set beta=auto`): its time in prunes with the same
 criterion, and the loss on held-out text.
 
     python benchmarks/auto.py [--model ../shared/models/babyllama-105 --tokens ../shared/golden/babyllama-105]
@@ -23,7 +23,7 @@ from billhook.steps.prune import prepare, run
 from billhook.steps.request import Request
 from billhook.store.checkpoint import load_tokenizer
 
-RACES = {"uniform": {}, "atp": {"beta": "auto"}, "owl": {"lam": "auto"}, "auto": {}}
+RACES = {"uniform": {}, "atp": {"beta": "auto"}, "owl": {"lam": "auto"}, "auto": {}, "rco": {}}
 
 
 def main() -> None:

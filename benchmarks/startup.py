@@ -39,7 +39,14 @@ def main() -> None:
             "--help": [*billhook, "--help"],
             "prune --help": [*billhook, "prune", "--help"],
             "ls metrics": [*billhook, "ls", "metrics"],
-            "plan": [*billhook, "plan", str(table), "--allocator=alphapruning", "--sparsity=0.5", f"-o{folder}/plan.json"],
+            "plan": [
+                *billhook,
+                "plan",
+                str(table),
+                "--allocator=alphapruning",
+                "--sparsity=0.5",
+                f"-o{folder}/plan.json",
+            ],
         }
         taken = {name: min(seconds(command) for _ in range(rounds)) for name, command in commands.items()}
     slowest = 0.0

@@ -14,7 +14,7 @@ def report(code):
 
 
 def in_new_interpreter(code: str, *arguments: str) -> dict:
-    """Run `code` elsewhere: the top-level packages it loaded, its exit code, how many modules it loaded and what it printed."""
+    """Run `code` elsewhere: the packages and the number of modules it loaded, its exit code and output."""
     ran = subprocess.run(
         [sys.executable, "-c", _REPORT + code, *arguments], capture_output=True, text=True, timeout=240
     )

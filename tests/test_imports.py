@@ -1,4 +1,4 @@
-"""The shape of the code: imports form a DAG, also between packages, what is light stays light, and size budgets hold."""
+"""The shape of the code: imports form a DAG, also between packages, light stays light, and size budgets hold."""
 
 import ast
 import graphlib

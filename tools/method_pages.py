@@ -27,6 +27,7 @@ from billhook.registry import Registry
 
 OTHERS = {  # pages of modules that are not registered methods
     "auto": "billhook.racing.automatic",
+    "sparsities": "billhook.racing.sparsities",
     "recipes": "billhook.plan.recipes",
     "block_tuning": "billhook.recovery.blockwise",
     "self_text": "billhook.tasks.self_text",
@@ -157,7 +158,8 @@ def _index(links: dict[str, str]) -> str:
         "[Add a method](../add_a_method.md) how to write one.",
         "## Allocators",
         _registry(ALLOCATORS),
-        "[`auto`](auto.md) tries several allocations on the model. [`recipes`](recipes.md) name both.",
+        "[`auto`](auto.md) tries several allocations on the model, [`rco`](sparsities.md) descends along its gradients. "
+        "[`recipes`](recipes.md) name both.",
         "## Criteria",
         _registry(CRITERIA),
         "[Block tuning](block_tuning.md) can follow any criterion (`--refine`). "
@@ -170,7 +172,8 @@ def _index(links: dict[str, str]) -> str:
         "How `billhook compress` spends a size. [`auto`](levels.md) tries several on held-out text, and "
         "`like:FILE.gguf` takes the types of another file.",
         _registry(LEVEL_ALLOCATORS),
-        "This one needs the model itself:",
+        "This one needs the model itself, and chooses sparsities (`billhook prune --allocator rco`, see "
+        "[`sparsities`](sparsities.md)) and widths (`billhook slim --allocator rco`) as well:",
         _registry(MODEL_ALLOCATORS),
         "## Structured methods",
         "Which channels and heads go when whole units are removed ([Make it smaller](../slim.md)).",

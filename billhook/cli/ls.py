@@ -7,7 +7,7 @@ import typer
 from billhook.cli.common import emit, table
 from billhook.cli.options import Json
 from billhook.errors import BillhookError
-from billhook.plan.allocators import AUTO
+from billhook.plan.allocators import AUTO, RCO
 from billhook.registry import Registry, hint
 
 NAME = "ls"
@@ -30,6 +30,7 @@ KINDS = (
     "families",
 )
 AUTO_PAPER = "Billhook: allocations tried on held-out text"
+RCO_PAPER = "RCO 2026, arXiv:2605.00649; options as of level-allocators"  # which torch would have to be loaded for
 
 
 def command(
@@ -87,7 +88,8 @@ def _rows(kind: str) -> list[dict[str, Any]]:
         return [*rows, *({"name": name, "options": {}, "paper": paper} for name, paper in others.items())]
     registry = _registry(kind)
     rows = _methods(registry)
-    return [*rows, {"name": AUTO, "options": {}, "paper": AUTO_PAPER}] if kind == "allocators" else rows
+    on_model = {RCO: RCO_PAPER, AUTO: AUTO_PAPER} if kind == "allocators" else {}
+    return [*rows, *({"name": name, "options": {}, "paper": paper} for name, paper in on_model.items())]
 
 
 def _methods(registry: Registry) -> list[dict[str, Any]]:

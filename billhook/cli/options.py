@@ -12,7 +12,7 @@ from typer.models import ArgumentInfo
 
 from billhook.cli.common import say
 from billhook.methods.sparse import CRITERIA
-from billhook.plan.allocators import ALLOCATORS, AUTO
+from billhook.plan.allocators import ALLOCATORS, ON_MODEL
 from billhook.plan.recipes import RECIPES
 
 
@@ -57,7 +57,7 @@ def _one_of(meaning: str, names: Callable[[], list[str]], shown: Sequence[str]) 
 Criterion = Annotated[str | None, _one_of("Which weights go", CRITERIA.names, CRITERIA.built_in)]
 Allocator = Annotated[
     str | None,
-    _one_of("Sparsity of each layer", lambda: [*ALLOCATORS.names(), AUTO], [*ALLOCATORS.built_in, AUTO]),
+    _one_of("Sparsity of each layer", lambda: [*ALLOCATORS.names(), *ON_MODEL], [*ALLOCATORS.built_in, *ON_MODEL]),
 ]
 Calibration = Annotated[
     str | None,

@@ -8,12 +8,13 @@ from typing import Any
 from billhook.comparison.record import Cell
 from billhook.errors import BillhookError
 from billhook.methods.sparse import CRITERIA
-from billhook.plan.allocators import ALLOCATORS, AUTO, check_budget
+from billhook.plan.allocators import ALLOCATORS, AUTO, ON_MODEL, check_budget
 from billhook.plan.metrics import fact
 from billhook.plan.plan import Plan
 from billhook.plan.recipes import RECIPES, Recipe, chosen
 from billhook.plan.spec import Pattern
 from billhook.racing import automatic
+from billhook.racing.allocators import registry_of
 from billhook.racing.hyperparameters import configure, is_raced
 from billhook.registry import hint
 
@@ -95,7 +96,7 @@ class Grid:
         """All options of a cell's allocator, parsed; one that a race chooses stays `auto`."""
         if cell.allocator == AUTO or cell.allocator in self.plans:
             return {}
-        known, own = ALLOCATORS.options(cell.allocator), self.recipe(cell)
+        known, own = registry_of(cell.allocator).options(cell.allocator), self.recipe(cell)
         given = {**(own.options if own.allocator == cell.allocator else {}), **self.options}
         return configure(cell.allocator, {k: v for k, v in given.items() if k in known})
 
@@ -105,7 +106,7 @@ class Grid:
 
     def columns(self, cell: Cell) -> tuple[str, ...]:
         """The metrics that a cell's allocator reads."""
-        if cell.allocator == AUTO:
-            return automatic.needs(cell.criterion)
+        if cell.allocator in ON_MODEL:
+            return automatic.needs(cell.allocator, cell.criterion)
         options = {k: None if v == AUTO else v for k, v in self.allocation(cell).items()}
         return () if cell.allocator in self.plans else ALLOCATORS.needs(cell.allocator, options)

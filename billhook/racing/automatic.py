@@ -37,11 +37,12 @@ from billhook.architectures.layers import Layer
 from billhook.engine.method import Method
 from billhook.errors import BillhookError
 from billhook.measurement.error_curves import cheaper
-from billhook.plan.allocators import AUTO
+from billhook.plan.allocators import AUTO, RCO
 from billhook.plan.allocators.curves import LEAST, MIDDLE, at
 from billhook.plan.plan import Plan
 from billhook.racing.hyperparameters import Space
 from billhook.racing.race import Candidate, Problem, Race
+from billhook.racing.sparsities import by_descent
 from billhook.tasks.base import Samples
 from billhook.tasks.opening import task_of
 from billhook.trials.attribution import FLOOR
@@ -52,9 +53,9 @@ Shares = Mapping[str, float]
 ROUNDS = 4  # of curves
 
 
-def needs(criterion: str) -> tuple[str, ...]:
-    """The columns that `auto` reads."""
-    return (f"error_curve:{criterion}",)
+def needs(allocator: str, criterion: str) -> tuple[str, ...]:
+    """The columns that `auto` reads, or another allocator that needs the model: none."""
+    return (f"error_curve:{criterion}",) if allocator == AUTO else ()
 
 
 def trial_method(method: Method, layers: Sequence[Layer]) -> Method:
@@ -78,8 +79,8 @@ def choose(
 ) -> Plan:
     """The best plan on the held-out half of `samples`; the model's weights are restored.
 
-    `allocator` is `auto`, or one whose hyperparameter is to be chosen, with its other `options`. The problem's table
-    has the columns that these read; `method` is how the run prunes, and `seed` splits the samples.
+    `allocator` is `auto`, `rco`, or one whose hyperparameter is to be chosen, with its other `options`. The problem's
+    table has the columns that these read; `method` is how the run prunes, and `seed` splits the samples.
     """
     uniform = problem.allocate("uniform", {})
     try:
@@ -89,10 +90,14 @@ def choose(
     except BillhookError as error:
         return replace(uniform, made_by={**uniform.made_by, "racing": {"reason": f"uniform without a race: {error}"}})
     given = {key: value for key, value in (options or {}).items() if value != AUTO}
-    space = Space((allocator,), given, len(problem.table.blocks()), uniform.target)
     with TrialRunner(model, layers, split.batches, split.heldout, trial_method(method, layers)) as runner:
         race = Race(runner, progress=progress)
-        race.run(lambda race: schedule(space, problem, method.criterion, race))
+        if allocator == RCO:
+            found = by_descent(runner, problem, given, progress)
+            race.run(lambda race: iter([Candidate("uniform", uniform), Candidate(RCO, found)]))
+        else:
+            space = Space((allocator,), given, len(problem.table.blocks()), uniform.target)
+            race.run(lambda race: schedule(space, problem, method.criterion, race))
     return race.result({"heldout": split.facts["heldout"]})
 
 

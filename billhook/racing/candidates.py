@@ -7,6 +7,7 @@ ones as codes of one byte, so that K types take K bytes a weight. Levels of unit
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -105,10 +106,12 @@ class CandidateWeights(GradientLevels):
     ) -> Mapping[str, list[Encoded]]:
         """The candidates of each layer, from the dense model's statistics."""
         found: dict[str, list[Encoded]] = {}
-        model, batches = self.runner.model, self.runner.batches
+        model, batches, gradients = self.runner.model, self.runner.batches, self.runner.dense_gradients
         for block in walk(model, batches, method.observed, layers=self.layers, read_only=True):
             for layer in block.layers:
                 stats = block.stats.get(layer.name) or LayerStats(0, 0)
+                if gradients is not None:
+                    stats = replace(stats, gradient=gradients[layer.name].to(layer.weight.device))
                 menu = specs[self.place[layer.name]]
                 zeros = [round(spec.sparsity * layer.weight.numel()) for spec in menu]
                 found[layer.name] = [

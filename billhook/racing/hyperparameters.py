@@ -13,8 +13,9 @@ from itertools import zip_longest
 from typing import Any
 
 from billhook.errors import BillhookError
-from billhook.plan.allocators import ALLOCATORS, AUTO
+from billhook.plan.allocators import ALLOCATORS, AUTO, ON_MODEL
 from billhook.plan.allocators.atp import beta_grid, largest_beta
+from billhook.racing.allocators import registry_of
 from billhook.racing.race import Candidate, Problem, Race, Trial
 
 RACED = (AUTO, "alphapruning", "atp", "owl", "dlp")  # sensitivity needs an evaluation a block, and others rarely win
@@ -56,15 +57,15 @@ def every() -> list[str]:
 
 
 def is_raced(allocator: str, options: Mapping[str, Any]) -> bool:
-    """Whether a race must decide: the allocator is `auto`, or its hyperparameter is given as `auto`."""
+    """Whether a race must decide: the allocator needs the model, or its hyperparameter is given as `auto`."""
     known = HYPERPARAMETERS.get(allocator)
-    return allocator == AUTO or (known is not None and options.get(known.name) == AUTO)
+    return allocator in ON_MODEL or (known is not None and options.get(known.name) == AUTO)
 
 
 def configure(allocator: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The allocator's options, parsed; its hyperparameter stays `auto` where a race is to choose it."""
     auto = {key: value for key, value in given.items() if value == AUTO and is_raced(allocator, given)}
-    return ALLOCATORS.configure(allocator, {k: v for k, v in given.items() if k not in auto}) | auto
+    return registry_of(allocator).configure(allocator, {k: v for k, v in given.items() if k not in auto}) | auto
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ from billhook.engine.gradient_file import Gradients, open_gradients
 from billhook.engine.method import Method
 from billhook.errors import BillhookError
 from billhook.methods.sparse import CRITERIA
-from billhook.plan.allocators import ALLOCATORS, AUTO, check_budget
+from billhook.plan.allocators import ALLOCATORS, AUTO, ON_MODEL, check_budget
 from billhook.plan.metrics import fact
 from billhook.plan.plan import Plan, load_plan
 from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
 from billhook.racing import automatic
+from billhook.racing.allocators import registry_of
 from billhook.racing.hyperparameters import configure, is_raced
 from billhook.steps.facts import computed_in
 from billhook.steps.gradients import check_temporary_room, gradient_bytes
@@ -129,7 +130,9 @@ def _methods(request: Request) -> tuple[Method, dict[str, Any]]:
     if request.published and "mode" in CRITERIA.options(request.criterion):
         options.setdefault("mode", "reference")
     allocators = [request.allocator] if arithmetic else []
-    of_criterion, given = split_options(options, request.criterion, allocators, Request.__dataclass_fields__)
+    of_criterion, given = split_options(
+        options, request.criterion, allocators, Request.__dataclass_fields__, allocating=registry_of(request.allocator)
+    )
     prefix = request.prefix or "pruned"
     method = Method(request.criterion, of_criterion, request.group, request.rounding, prefix)
     return method, configure(request.allocator, given) if arithmetic else {}
@@ -152,8 +155,8 @@ def _given_plan(request: Request, table: Table | None) -> Plan | None:
 
 def _metrics(request: Request, options: Mapping[str, Any]) -> tuple[str, ...]:
     """The metrics that the request's allocator reads."""
-    if request.allocator == AUTO:
-        return automatic.needs(request.criterion)
+    if request.allocator in ON_MODEL:
+        return automatic.needs(request.allocator, request.criterion)
     return ALLOCATORS.needs(request.allocator, options)
 
 

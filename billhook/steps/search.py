@@ -18,7 +18,7 @@ from billhook.engine.method import Method
 from billhook.engine.restore import restored
 from billhook.errors import BillhookError
 from billhook.measurement.measure import measure
-from billhook.plan.allocators import ALLOCATORS, AUTO, check_budget
+from billhook.plan.allocators import ALLOCATORS, AUTO, RCO, check_budget
 from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern
 from billhook.racing.automatic import ROUNDS, needs, schedule, trial_method
@@ -151,6 +151,8 @@ def _names(allocator: str | Sequence[str]) -> tuple[str, ...]:
     given = allocator.split(",") if isinstance(allocator, str) else list(allocator)
     names = [n for name in given for n in (every() if name.strip() == "all" else [name.strip()])]
     for name in names:
+        if name == RCO:
+            raise BillhookError("rco has no hyperparameter to search for: use billhook prune --allocator rco.")
         if name != AUTO:
             ALLOCATORS.check(name)
     return tuple(name for name in dict.fromkeys(names) if name != "uniform")
@@ -174,7 +176,7 @@ def _places(
 
 def _problem(request: Request, opened: Opened, space: Space, batches: Sequence[Any]) -> Problem:
     """Measure the metrics of the allocators; raises BillhookError for a value that an allocator refuses."""
-    columns = [*(needs(request.criterion) if AUTO in space.allocators else ()), *space.columns()]
+    columns = [*(needs(AUTO, request.criterion) if AUTO in space.allocators else ()), *space.columns()]
     table = measure(opened.model, columns, batches=batches, layers=opened.layers, facts=opened.facts)
     problem = Problem(table, request.sparsity, request.pattern)
     for name, options in space.first():

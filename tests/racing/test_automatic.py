@@ -67,7 +67,7 @@ def test_auto_is_exact_deterministic_and_not_worse_than_uniform(criterion: str) 
     assert rounds == [f"curves, round {number}" for number in range(2, len(rounds) + 2)]
     assert 1 <= len(rounds) < ROUNDS
     assert len(names) == 2 + len(rounds)
-    assert needs(criterion) == (f"error_curve:{criterion}",)
+    assert needs("auto", criterion) == (f"error_curve:{criterion}",)
     complete = {name: loss for name, loss in racing["tried"].items() if name not in racing["dropped"]}
     assert complete[racing["best"]] == min(complete.values()) <= complete["uniform"]
     assert divergence(job.plan, request) == pytest.approx(min(complete.values()), rel=1e-5)

@@ -32,6 +32,8 @@ ALLOCATORS = Registry(
 BudgetScope = Literal["each", "joint"]
 _WHOLE = ("explicit",)  # allocators that must see all stacks
 AUTO = "auto"  # an allocator, or a value of an option, that is chosen by trials on the model (`billhook.racing`)
+RCO = "rco"  # an allocator that needs the model, too
+ON_MODEL = (RCO, AUTO)
 
 
 def allocate(
@@ -51,24 +53,30 @@ def allocate(
     with the same M, whose mean is the pattern's N (largest remainder). Raises BillhookError for an unknown allocator or
     option, an illegal value, or a missing column.
     """
-    if allocator == AUTO or AUTO in options.values():
-        raise BillhookError(
-            "auto tries plans on a model (billhook prune or search). From a table, allocate with curves."
-        )
+    if allocator in ON_MODEL or AUTO in options.values():
+        name = allocator if allocator in ON_MODEL else AUTO
+        raise BillhookError(f"{name} tries plans on a model (billhook prune). From a table, allocate with curves.")
     pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
     target = check_budget(sparsity, pattern)
     configured = ALLOCATORS.configure(allocator, options)
     parts = table.stacks() if budget == "each" and allocator not in _WHOLE else [table]
     made = [ALLOCATORS.get(allocator)(part, target, **configured) for part in parts]
     shares = {row.layer: share[row.layer] for row in table for share in made if row.layer in share}
-    if pattern.structured:
-        shares = _whole_groups(table, shares, pattern)
     paper = ALLOCATORS.paper(allocator)
     made_by = {"allocator": allocator, "options": configured, "paper": paper, "model": table.model}
     read = [name for name in ALLOCATORS.needs(allocator, configured) if name in table.columns()]
     made_by["metrics"] = {name: dict(zip(table.shapes, table.column(name), strict=True)) for name in read}
     if any(map(of_weights, read)) and (spectra := shown(table)):
         made_by["spectra"] = spectra
+    return plan_of(table, shares, target, pattern, made_by)
+
+
+def plan_of(
+    table: Table, shares: Mapping[str, float], target: float, pattern: Pattern, made_by: Mapping[str, Any]
+) -> Plan:
+    """The plan of each layer's sparsity, whose parameter-weighted mean is `target`, rounded to N:M."""
+    if pattern.structured:
+        shares = _whole_groups(table, shares, pattern)
     plan = Plan.of_sparsities(target, pattern, shares, made_by)
     plan.check(table.shapes)
     achieved = math.fsum(shares[row.layer] * row.n for row in table) / table.total
