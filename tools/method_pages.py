@@ -158,7 +158,7 @@ def _index(links: dict[str, str]) -> str:
         "[Add a method](../add_a_method.md) how to write one.",
         "## Allocators",
         _registry(ALLOCATORS),
-        "[`auto`](auto.md) tries several allocations on the model, [`rco`](sparsities.md) descends along its gradients. "
+        "[`auto`](auto.md) tries several allocations on the model, [`rco`](sparsities.md) follows its gradients. "
         "[`recipes`](recipes.md) name both.",
         "## Criteria",
         _registry(CRITERIA),

@@ -1,9 +1,9 @@
 """The sparsity of each layer by RCO: a descent on the budget's surface with the gradients of the true loss.
 
-`billhook prune --allocator rco`: a layer is a group of `billhook.racing.rco`, and its levels are sparsities around the target. The weight of a level is
-what the run's criterion makes of the layer with the dense model's statistics. The loss is smooth in the sparsity, so
-each layer gets its expected one under the last probabilities, moved by the same amount in all layers of a stack until
-the stack meets the target.
+`billhook prune --allocator rco`: a layer is a group of `billhook.racing.rco`, and its levels are sparsities around the
+target. The weight of a level is what the run's criterion makes of the layer with the dense model's statistics. The loss
+is smooth in the sparsity, so each layer gets its expected one under the last probabilities, moved by the same amount in
+all layers of a stack until the stack meets the target.
 
 Cost: the criterion at seven sparsities for every layer, then `steps` forward and backward passes of a few
 windows, and a prune to compare the result with uniform.
