@@ -98,6 +98,7 @@ def command(
     from billhook.cli.dry_run import show_job
     from billhook.steps.compress import CompressRequest, check, decide, run_compress
     from billhook.steps.sample_quantize import estimate_quantize
+    from billhook.steps.state import finished_items
 
     lists = {"types": split_list(size.types), "units": split_list(size.units)}
     chosen = {**vars(size), **lists, "options": parse_settings(size.settings)}
@@ -118,7 +119,8 @@ def command(
     say_notes(job.quantizing.notes)
     announce(estimate_quantize(job.quantizing), work.device)
     layers = job.quantizing.opened.layers
-    bar = progress("quantizing", len(layers), unit=layers_per_block(layers))
+    done = finished_items(output, writing.resume)
+    bar = progress("quantizing", len(layers), unit=layers_per_block(layers), skipped=done)
     with bar as advance, graceful_interrupt() as stopping:
         report = run_compress(job, advance, stopping)
     say_notes(report.quantized.warnings[len(job.quantizing.notes) :])

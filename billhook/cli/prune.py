@@ -144,13 +144,14 @@ def _prune(request: "Request", log_file: Path | None, dry_run: bool, as_json: bo
         if dry_run:
             _show(job, needed, time.perf_counter() - start, as_json)
             return None
-        return _run(job, needed, sum(layer.block < resolved.done for layer in job.opened.layers), log)
+        return _run(job, needed, log)
 
 
-def _run(job: "Job", needed: "Estimate", finished: int, log: "Log") -> "Report":
-    """Prune, and log every layer; the first `finished` layers were pruned by the run that is resumed."""
+def _run(job: "Job", needed: "Estimate", log: "Log") -> "Report":
+    """Prune, and log every layer."""
     from billhook.steps.estimate import peak_gib
     from billhook.steps.prune import run
+    from billhook.steps.state import finished_items
 
     request, layers = job.request, job.opened.layers
     plan = {"pattern": str(job.plan.pattern), "target": job.plan.target}
@@ -161,7 +162,8 @@ def _run(job: "Job", needed: "Estimate", finished: int, log: "Log") -> "Report":
         numbers = {"sparsity": x.sparsity, "planned": x.planned, "error": x.error}
         log.event("layer", layer=x.layer, **numbers, layer_seconds=round(x.seconds, 3))
 
-    bar = progress("pruning", job.steps, unit=layers_per_block(layers), skipped=finished)
+    done = finished_items(request.output, request.resume)
+    bar = progress("pruning", job.steps, unit=layers_per_block(layers), skipped=done)
     with bar as advance, graceful_interrupt() as stopping:
         report = run(job, advance, stopping, note)
     say_notes(report.warnings)

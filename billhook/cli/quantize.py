@@ -67,6 +67,7 @@ def command(
     from billhook.cli.dry_run import show_job
     from billhook.steps.quantize import QuantizeRequest, prepare, run
     from billhook.steps.sample_quantize import estimate_quantize
+    from billhook.steps.state import finished_items
 
     chosen = {**vars(method), "options": parse_settings(method.settings)}
     chosen.pop("settings")
@@ -79,7 +80,8 @@ def command(
     say_notes(job.notes)
     announce(estimate_quantize(job), request.device)
     layers = job.opened.layers
-    bar = progress("quantizing", len(layers), unit=layers_per_block(layers))
+    done = finished_items(output, writing.resume)
+    bar = progress("quantizing", len(layers), unit=layers_per_block(layers), skipped=done)
     with bar as advance, graceful_interrupt() as stopping:
         report = run(job, advance, stopping)
     say_notes(report.warnings[len(job.notes) :])

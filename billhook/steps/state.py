@@ -71,6 +71,14 @@ def unfinished_run(output: Path, *, resume: bool, overwrite: bool) -> State | No
     return state
 
 
+def finished_items(output: str | Path | None, resume: bool) -> int:
+    """How many layers (or units) the run to be continued has finished; 0 for a new run."""
+    folder = None if output is None else partial_folder(Path(output).expanduser().resolve())
+    if not resume or folder is None or not (folder / STATE).exists():
+        return 0
+    return sum(map(len, read_state(folder).results))
+
+
 def write_state(folder: Path, state: State) -> None:
     """Replace the state in the folder of an unfinished run, atomically."""
     text = json_text({"unfinished": _ADVICE, "version": VERSION, **asdict(state)})

@@ -27,7 +27,7 @@ from billhook.errors import BillhookError
 from billhook.plan.spec import Pattern
 from billhook.plan.table import Row
 from billhook.steps.request import Request
-from billhook.steps.state import STATE, partial_folder
+from billhook.steps.state import STATE, finished_items, partial_folder
 from billhook.store.shards import read_shard
 from billhook.tasks.opening import load_model
 
@@ -39,6 +39,9 @@ pytestmark = [pytest.mark.gate, pytest.mark.skipif(not hasattr(os, "fork"), reas
 def test_a_stopped_run_is_resumed_after_the_last_finished_block(source, expected, tmp_path, name, fields, blocks):
     stop_after(source, tmp_path / "out", blocks, **fields)
     never_mistaken(tmp_path)
+    layers = find_layers(load_model(source))
+    assert finished_items(tmp_path / "out", True) == sum(layer.block < blocks for layer in layers)
+    assert finished_items(tmp_path / "out", False) == 0
     seen: list[str] = []
     prune(source, output=tmp_path / "out", resume=True, progress=seen.append, **fields)
     assert contents(tmp_path / "out") == expected[name]
