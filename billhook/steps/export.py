@@ -23,7 +23,14 @@ from billhook.store.files import copy_files, digest_of, sha256, write_json, writ
 from billhook.store.layout import CARD, RECORD, is_unfinished
 from billhook.store.output import check_output, check_room, staging
 from billhook.store.record import Record, Step, append_step, completed, history, read_record
-from billhook.store.shards import layer_zeros, read_shard, result_bytes, weight_bytes, weight_files
+from billhook.store.shards import (
+    layer_zeros,
+    read_shard,
+    result_bytes,
+    weight_bytes,
+    weight_files,
+    without_missing_entry,
+)
 
 DTYPES = {"auto": None, "f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 _VLLM_BITS = (4, 8)
@@ -207,7 +214,7 @@ def write_decoded(
     names = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
     known = config.get("dtype", config.get("torch_dtype"))
     dtypes = {} if dtype is None and known is None else {"dtype": known if dtype is None else names[dtype]}
-    write_json(folder / "config.json", {**own, **dtypes})
+    write_json(folder / "config.json", without_missing_entry({**own, **dtypes}, folder))
 
 
 def _dense_layers(before: Record, folder: Path) -> dict[str, dict[str, Any]]:

@@ -28,7 +28,7 @@ from billhook.store.directory import WEIGHTS
 from billhook.store.files import copy_files, read_json, sha256, untrusted
 from billhook.store.layout import PACKED, RECORD, REPORT, is_packed, is_unfinished
 from billhook.store.output import check_output, staging
-from billhook.store.shards import INDEX, read_shard, weight_files
+from billhook.store.shards import INDEX, read_shard, weight_files, weights_index
 
 _PAGES = (".md", ".html")  # they may be rewritten, as report.json, so they have no checksum
 
@@ -94,7 +94,8 @@ def pack(
         weights = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.suffix in WEIGHTS}
         others = copy_files(source, folder, lambda path: path.as_posix() not in (*weights, INDEX))
         checked = [path for path in others if path.suffix not in _PAGES and path.as_posix() != REPORT]
-        index = (source / INDEX).read_bytes().decode() if (source / INDEX).is_file() else None
+        # one with another name is among the others
+        index = (source / INDEX).read_bytes().decode() if weights_index(source) == source / INDEX else None
         files = {path.as_posix(): sha256(folder / path) for path in checked}
         record = write_record(folder, written, matrices, index, files)
         # evaluations before rounding are not valid for the rounded model

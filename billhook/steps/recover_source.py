@@ -25,7 +25,7 @@ from billhook.store.checkpoint import check_directory
 from billhook.store.fitting import Stored
 from billhook.store.layout import is_packed
 from billhook.store.locate import to_disk
-from billhook.store.shards import INDEX, read_shard, weight_files
+from billhook.store.shards import read_shard, weight_files, weights_index
 from billhook.store.sinks import choose_sink
 
 
@@ -104,5 +104,5 @@ class Source:
                 value = Stored(shard.path, entry, lazy=False).read()
                 tensors[name] = changed[name].to(value.dtype).contiguous() if name in changed else value
             save_file(tensors, folder / shard.path.name, metadata={"format": "pt"})
-        if (self.given / INDEX).is_file():
-            shutil.copyfile(self.given / INDEX, folder / INDEX)
+        if index := weights_index(self.given):
+            shutil.copyfile(index, folder / index.name)

@@ -24,7 +24,7 @@ from billhook.store.compute import chosen_device, chosen_dtype
 from billhook.store.files import digest_of, in_one_line, read_json, sha256, untrusted
 from billhook.store.fitting import check_complete, check_fits
 from billhook.store.layout import PACKED, is_packed
-from billhook.store.shards import read_shard, weight_files
+from billhook.store.shards import EXPLICIT, read_shard, weight_files
 from billhook.store.typed_json import typed
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -33,6 +33,7 @@ _COPY_AGAIN = "Repair the file, or copy or download it again."
 _MOST_BLOCKS = 10_000  # where nothing else is known
 _DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _CONFIG = {"model_type": str | None, "architectures": list[str] | None, "auto_map": dict[str, Any] | None}
+_CONFIG |= {EXPLICIT: str | None}
 
 
 def resolve(model: str | Path) -> Path:

@@ -19,7 +19,7 @@ from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, SHAPE, 
 from billhook.store.locate import locate_on_disk
 from billhook.store.output import check_output, staging
 from billhook.store.record import completed
-from billhook.store.shards import layer_zeros, read_shard, weight_bytes, weight_files
+from billhook.store.shards import layer_zeros, read_shard, weight_bytes, weight_files, without_missing_entry
 from billhook.store.sinks import choose_sink
 
 # suffixes of files that hold weights
@@ -77,8 +77,9 @@ def complete(
     checksums. `config` are new entries of config.json. See `save_pruned`."""
     if source is not None:
         copy_files(source, folder, is_copied)  # they replace files of the same names that `save_pretrained` wrote
-    if config:
-        write_json(folder / "config.json", read_json(folder / "config.json", "model configuration") | dict(config))
+    copied = read_json(folder / "config.json", "model configuration", own=bool(config))
+    if (fitting := without_missing_entry({**copied, **(config or {})}, folder)) != copied:
+        write_json(folder / "config.json", fitting)
     files = checksums(folder)
     if record is not None:
         layers = _found_on_disk(model, record.get("layers", {}), folder)
