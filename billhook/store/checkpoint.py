@@ -29,6 +29,8 @@ from billhook.store.typed_json import typed
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")
+# all folders but those of sentence-transformers' modules, such as 1_Pooling
+_IGNORED = ("[!0-9]*/*", "[0-9][!_]*/*", "consolidated*")
 _COPY_AGAIN = "Repair the file, or copy or download it again."
 _MOST_BLOCKS = 10_000  # where nothing else is known
 _DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
@@ -60,8 +62,8 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        wanted, ignored = list(_DOWNLOADED), ["*/*", "consolidated*"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignored))
+        patterns = {"allow_patterns": list(_DOWNLOADED), "ignore_patterns": list(_IGNORED)}
+        return Path(huggingface_hub.snapshot_download(name, **patterns))
     except GatedRepoError:
         raise BillhookError(f"{name} is gated on the hub: accept its terms there, then run `hf auth login`.") from None
     except RepositoryNotFoundError:

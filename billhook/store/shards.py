@@ -8,6 +8,7 @@ one tensor in memory at a time. This module does not import torch.
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +188,15 @@ def without_missing_entry(config: Mapping[str, Any], folder: Path) -> dict[str, 
     """The entries of a config.json for `folder`: without `transformers_weights` where what it names is not there."""
     lacks = EXPLICIT in config and not (folder / str(config[EXPLICIT])).is_file()
     return {key: value for key, value in config.items() if not (lacks and key == EXPLICIT)}
+
+
+def copy_index(index: Path, folder: Path, size: int) -> None:
+    """Copy an index into `folder`, with `metadata` of the `size` of all tensors where it lacks that object, without
+    which `transformers` cannot open a directory."""
+    shutil.copyfile(index, folder / index.name)
+    found = read_json(index, "safetensors index", own=False)
+    if not isinstance(found.get("metadata"), dict):
+        write_json(folder / index.name, {**found, "metadata": {"total_size": size}})
 
 
 def write_index(directory: Path, files: Sequence[str]) -> None:

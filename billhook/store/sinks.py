@@ -8,7 +8,6 @@ that `transformers` renamed or fused while loading are converted back; where tha
 """
 
 import os
-import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from hashlib import sha256
@@ -22,9 +21,9 @@ from transformers.modeling_utils import PreTrainedModel
 from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import quiet
 from billhook.store.compute import dtype_name, most_frequent
-from billhook.store.files import digest_ranges, fsync, read_json, write_json
+from billhook.store.files import digest_ranges, fsync
 from billhook.store.locate import to_disk
-from billhook.store.shards import Entry, Shard, lay_out, put, read_shard, weight_files, weights_index
+from billhook.store.shards import Entry, Shard, copy_index, lay_out, put, read_shard, weight_files, weights_index
 from billhook.store.tensor_bytes import DTYPES, exact, read_tensor, same_where_kept, tensor_bytes
 
 
@@ -93,12 +92,8 @@ class SameLayout:
             lay_out(shard, folder / shard.path.name, known.__contains__)
             fsync(folder / shard.path.name)
         if self.index is not None:
-            target = folder / self.index.name
-            shutil.copyfile(self.index, target)
-            index = read_json(target, "safetensors index")
-            if "metadata" not in index:  # `transformers` cannot open a directory without it
-                size = sum(entry.stop - entry.start for entry in self.entries.values())
-                write_json(target, {"metadata": {"total_size": size}, **index})
+            size = sum(entry.stop - entry.start for entry in self.entries.values())
+            copy_index(self.index, folder, size)
 
     def begun(self, folder: Path) -> bool:
         """Whether `folder` holds all files with the headers that `begin` writes."""
