@@ -172,10 +172,11 @@ def _stored_transposed(module: nn.Module, where: str) -> bool:
     return bool(module.is_transposed)
 
 
-def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise BillhookError naming the first tensor with NaN or infinite values; tensors on `meta` are skipped."""
-    for name, tensor in tensors:
-        if not tensor.is_floating_point() or tensor.is_meta:
+def check_finite(module: nn.Module, prefix: str = "") -> None:
+    """Raise BillhookError naming, after `prefix`, the first parameter or persistent buffer of a module with NaN or
+    infinite values; tensors on `meta` are skipped."""
+    for name, tensor in module.state_dict(prefix=prefix, keep_vars=True).items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_meta:  # or an extra state
             continue
         if torch.isfinite(tensor.sum(dtype=torch.float32)):  # a fast test: NaN and infinity remain in the sum
             continue

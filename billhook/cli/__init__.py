@@ -7,6 +7,7 @@ stderr.
 import os
 import re
 import sys
+from io import TextIOWrapper
 from typing import Any
 
 import typer
@@ -106,6 +107,8 @@ def main() -> None:
     # set before torch is loaded: threads that spin while they wait would slow down those that compute
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signals.install()
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.encoding.lower() == "utf-8":
+        sys.stdout.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8, as on stderr
     try:
         code = app(prog_name="billhook", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

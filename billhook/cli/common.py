@@ -1,7 +1,6 @@
 """What the commands share: progress, output, and turning errors into messages and exit codes."""
 
 import functools
-import json
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ import typer
 from billhook.distributed.torchrun import processes, rank, started
 from billhook.errors import BillhookError, on_command_line, out_of_memory
 from billhook.signals import STOPPED
-from billhook.store.files import in_one_line
+from billhook.store.files import in_one_line, json_text
 
 if TYPE_CHECKING:
     from billhook.architectures.layers import Layer
@@ -58,7 +57,7 @@ def say_next(output: Path) -> None:
 def emit(value: dict[str, Any]) -> None:
     """Print the JSON object of --json on stdout, from the first process only."""
     if not rank():
-        print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+        print(json_text(value, indent=None), end="", flush=True)
 
 
 def print_error(message: str, code: int, as_json: bool) -> None:

@@ -4,13 +4,12 @@ Every line has `event` and `seconds` since the start, and is written to the file
 except the first writes to a file of its own: run.jsonl, run.rank1.jsonl, ...
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from billhook.distributed.torchrun import rank
-from billhook.store.files import check_writable
+from billhook.store.files import check_writable, json_text
 
 
 class Log:
@@ -28,7 +27,7 @@ class Log:
         """Write one event."""
         if self._file is not None:
             line = {"event": name, "seconds": round(time.perf_counter() - self._start, 3), **facts}
-            self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.write(json_text(line, indent=None))
 
     def __enter__(self) -> "Log":
         return self

@@ -21,7 +21,7 @@ from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.scalar import Scalar
 from billhook.store.files import untrusted
 from billhook.store.fitting import Stored
-from billhook.store.shards import read_shard, weight_files, write_index
+from billhook.store.shards import read_shard, weight_files, weights_index, write_index
 
 _PACKED = f".{compressed_tensors.PARTS[0]}"
 _OTHER = (".weight_g_idx", ".weight_zero_point")  # of formats that are not read
@@ -100,5 +100,5 @@ def write_dense(
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise JobError(f"{name} holds values that do not fit {dtype}: use --type bf16 or f32.")
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / shard.path.name, metadata={"format": "pt"})
-    if len(shards) > 1:
+    if weights_index(source) is not None:
         write_index(folder, [shard.path.name for shard in shards])

@@ -23,7 +23,7 @@ from billhook.packed.select_tensors import stored_integers
 from billhook.runtime import native
 from billhook.runtime.fallback import pack_bits, unpack_bits
 from billhook.runtime.layout import PADDING
-from billhook.store.files import write_json
+from billhook.store.files import encoded, write_json
 from billhook.store.layout import PACKED
 from billhook.store.shards import Entry, Shard
 from billhook.store.tensor_bytes import DTYPES, tensor_bytes
@@ -47,7 +47,7 @@ class TensorFile:
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
             self.position[name] = position
             position += size
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text = encoded(json.dumps(header, separators=(",", ":"), ensure_ascii=False))
         text += b" " * (-(8 + len(text)) % 64)
         self.start = 8 + len(text)
         self.bytes = self.start + position

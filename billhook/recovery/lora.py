@@ -63,7 +63,7 @@ def merge_masked(model: nn.Module) -> PreTrainedModel:
         what = f"{plain[0]} has an adapter whose product is not masked" if plain else "The model has no LoRA layer"
         raise BillhookError(f"{what}: make or load adapters with billhook.masked_lora(config).")
     masks = {name.replace(".base_layer.", "."): mask for name, mask in find_masks(model).items()}
-    check_finite(model.named_parameters())
+    check_finite(model)
     merged = unwrapped(model.merge_and_unload())
     if lost := count_returned(merged, masks):
         name, count = next(iter(lost.items()))

@@ -18,12 +18,19 @@ from billhook.methods.quantize.scalar import Scalar
 from billhook.plan.bytes import parse_size
 from billhook.reports.quantized_card import decoded_card
 from billhook.store.checkpoint import check_directory, model_digest
-from billhook.store.directory import checksums, is_copied
+from billhook.store.directory import checksums, copied_from
 from billhook.store.files import copy_files, digest_of, sha256, write_json, write_text
 from billhook.store.layout import CARD, RECORD, is_unfinished
 from billhook.store.output import check_output, check_room, staging
 from billhook.store.record import Record, Step, append_step, completed, history, read_record
-from billhook.store.shards import layer_zeros, read_shard, result_bytes, weight_bytes, weight_files
+from billhook.store.shards import (
+    layer_zeros,
+    read_shard,
+    result_bytes,
+    weight_bytes,
+    weight_files,
+    without_missing_entry,
+)
 
 DTYPES = {"auto": None, "f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 _VLLM_BITS = (4, 8)
@@ -202,12 +209,13 @@ def write_decoded(
 ) -> None:
     """Write a directory with decoded weights: its configuration, weights and other files."""
     write_dense(source, folder, grids, dtype, progress)
-    copy_files(source, folder, lambda path: is_copied(path) and path.name != "config.json")
+    copied = copied_from(source)
+    copy_files(source, folder, lambda path: copied(path) and path.as_posix() != "config.json")
     own = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
     names = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
     known = config.get("dtype", config.get("torch_dtype"))
     dtypes = {} if dtype is None and known is None else {"dtype": known if dtype is None else names[dtype]}
-    write_json(folder / "config.json", {**own, **dtypes})
+    write_json(folder / "config.json", without_missing_entry({**own, **dtypes}, folder))
 
 
 def _dense_layers(before: Record, folder: Path) -> dict[str, dict[str, Any]]:

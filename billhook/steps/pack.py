@@ -24,11 +24,11 @@ from billhook.packed.write import Written, relative_error, write_file, write_rec
 from billhook.reports.publishing import publish, render
 from billhook.runtime.layout import MIN_GROUP
 from billhook.store.checkpoint import read_config
-from billhook.store.directory import WEIGHTS
+from billhook.store.directory import weights_in
 from billhook.store.files import copy_files, read_json, sha256, untrusted
 from billhook.store.layout import PACKED, RECORD, REPORT, is_packed, is_unfinished
 from billhook.store.output import check_output, staging
-from billhook.store.shards import INDEX, read_shard, weight_files
+from billhook.store.shards import INDEX, read_shard, weight_files, weights_index
 
 _PAGES = (".md", ".html")  # they may be rewritten, as report.json, so they have no checksum
 
@@ -91,10 +91,12 @@ def pack(
     output = check_output(Path(output), source, overwrite=overwrite, needed=needed)
     with staging(output, needed) as folder:
         written = [write_file(shard, matrices, folder, progress) for shard in shards]
-        weights = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.suffix in WEIGHTS}
+        found, is_weights = (path.relative_to(source) for path in source.rglob("*")), weights_in(source)
+        weights = {path.as_posix() for path in found if is_weights(path)}
         others = copy_files(source, folder, lambda path: path.as_posix() not in (*weights, INDEX))
         checked = [path for path in others if path.suffix not in _PAGES and path.as_posix() != REPORT]
-        index = (source / INDEX).read_bytes().decode() if (source / INDEX).is_file() else None
+        # one with another name is among the others
+        index = (source / INDEX).read_bytes().decode() if weights_index(source) == source / INDEX else None
         files = {path.as_posix(): sha256(folder / path) for path in checked}
         record = write_record(folder, written, matrices, index, files)
         # evaluations before rounding are not valid for the rounded model

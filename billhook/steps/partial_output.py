@@ -30,7 +30,7 @@ from billhook.store.directory import complete
 from billhook.store.files import sha256
 from billhook.store.layout import GRADIENTS, WRITTEN
 from billhook.store.output import flush, put_in_place
-from billhook.store.shards import weight_bytes, weight_files
+from billhook.store.shards import weight_bytes, weight_files, weights_entry
 from billhook.store.sinks import BlockSink, SameLayout
 
 
@@ -186,7 +186,8 @@ def partial_output(
             partial.moved(index)
         yield partial
         return
-    written = [file.name for file in weight_files(source)] if files is None else files.files
+    entries = (*weight_files(source), weights_entry(source))
+    written = [file.name for file in entries if file] if files is None else files.files
     with unfinished_folder(output, written, room or weight_bytes(source)) as unfinished:
         new = State(dict(identity), dict(plan), len(stream.blocks), [], [])
         state = unfinished.start(new, source, resume=resume, overwrite=overwrite)

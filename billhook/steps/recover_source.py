@@ -1,7 +1,6 @@
 """The directory that is trained: dense as it is, or one that is packed or quantized, which is expanded for the time of
 the run into a folder beside the output."""
 
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from billhook.store.checkpoint import check_directory
 from billhook.store.fitting import Stored
 from billhook.store.layout import is_packed
 from billhook.store.locate import to_disk
-from billhook.store.shards import INDEX, read_shard, weight_files
+from billhook.store.shards import copy_index, read_shard, weight_files, weights_index
 from billhook.store.sinks import choose_sink
 
 
@@ -104,5 +103,6 @@ class Source:
                 value = Stored(shard.path, entry, lazy=False).read()
                 tensors[name] = changed[name].to(value.dtype).contiguous() if name in changed else value
             save_file(tensors, folder / shard.path.name, metadata={"format": "pt"})
-        if (self.given / INDEX).is_file():
-            shutil.copyfile(self.given / INDEX, folder / INDEX)
+        if index := weights_index(self.given):
+            size = sum(entry.stop - entry.start for shard in shards for entry in shard.entries.values())
+            copy_index(index, folder, size)

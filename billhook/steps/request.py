@@ -263,12 +263,12 @@ def same_layers(model: PreTrainedModel, opened: Opened) -> list[Layer]:
 
 
 def _check_weights(model: PreTrainedModel, resources: Resources) -> None:
-    """Raise BillhookError naming a parameter of the model that is not finite."""
-    check_finite(model.named_parameters())
+    """Raise BillhookError naming a parameter or persistent buffer of the model that is not finite."""
+    check_finite(model)
     if resources.streamed:  # until then only what lies outside the blocks is in memory
         for index, (name, block) in enumerate(blocks_of(model).items()):
             with resources.block(index, ahead=index + 1):
-                check_finite((f"{name}.{key}", value) for key, value in block.named_parameters())
+                check_finite(block, f"{name}.")
 
 
 def _loading(request: Request) -> dict[str, Any]:

@@ -21,18 +21,20 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from billhook.errors import BillhookError
 from billhook.store import not_a_model
 from billhook.store.compute import chosen_device, chosen_dtype
-from billhook.store.files import digest_of, in_one_line, read_json, sha256, untrusted
+from billhook.store.files import digest_of, in_one_line, read_json, repair, sha256, untrusted
 from billhook.store.fitting import check_complete, check_fits
 from billhook.store.layout import PACKED, is_packed
-from billhook.store.shards import read_shard, weight_files
+from billhook.store.shards import EXPLICIT, read_shard, weight_files
 from billhook.store.typed_json import typed
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")
-_COPY_AGAIN = "Repair the file, or copy or download it again."
+# all folders but those of sentence-transformers' modules, such as 1_Pooling
+_IGNORED = ("[!0-9]*/*", "[0-9][!_]*/*", "consolidated*")
 _MOST_BLOCKS = 10_000  # where nothing else is known
 _DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _CONFIG = {"model_type": str | None, "architectures": list[str] | None, "auto_map": dict[str, Any] | None}
+_CONFIG |= {EXPLICIT: str | None}
 
 
 def resolve(model: str | Path) -> Path:
@@ -59,8 +61,8 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        wanted, ignored = list(_DOWNLOADED), ["*/*", "consolidated*"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignored))
+        patterns = {"allow_patterns": list(_DOWNLOADED), "ignore_patterns": list(_IGNORED)}
+        return Path(huggingface_hub.snapshot_download(name, **patterns))
     except GatedRepoError:
         raise BillhookError(f"{name} is gated on the hub: accept its terms there, then run `hf auth login`.") from None
     except RepositoryNotFoundError:
@@ -219,7 +221,7 @@ def class_names(auto_class: str) -> dict[str, tuple[str, ...]]:
 def loading(path: Path) -> Iterator[None]:
     """Suppress output of transformers, and turn its errors for files that it cannot load into BillhookError."""
     # compressed-tensors shows progress bars
-    with untrusted(f"transformers cannot load {path}", _COPY_AGAIN), quiet(), redirect_stderr(StringIO()):
+    with untrusted(f"transformers cannot load {path}", repair(path)), quiet(), redirect_stderr(StringIO()):
         yield
 
 
@@ -242,7 +244,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     if lacking := _lacking_packages(path):
         need = f"The tokenizer of {path} is a SentencePiece model (tokenizer.model), which transformers reads with"
         raise BillhookError(f"{need} {' and '.join(lacking)}: pip install {' '.join(lacking)}")
-    with untrusted(f"transformers cannot load the tokenizer of {path}", _COPY_AGAIN), quiet():
+    with untrusted(f"transformers cannot load the tokenizer of {path}", repair(path)), quiet():
         options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
         tokenizer.decode(tokenizer("a", verbose=False)["input_ids"])  # some damage shows only in use

@@ -5,7 +5,9 @@ code, licence) is copied byte for byte. Everything is written to a temporary dir
 at the end (`billhook.store.output`).
 """
 
+import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,15 @@ from billhook.store.layout import CARD, GRADIENTS, PAGE, RECORD, REPORT, SHAPE, 
 from billhook.store.locate import locate_on_disk
 from billhook.store.output import check_output, staging
 from billhook.store.record import completed
-from billhook.store.shards import layer_zeros, read_shard, weight_bytes, weight_files
+from billhook.store.shards import layer_zeros, read_shard, weight_bytes, weight_files, without_missing_entry
 from billhook.store.sinks import choose_sink
 
 # suffixes of files that hold weights
-WEIGHTS = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data"))
-WEIGHTS |= {".npz", ".ot", ".pkl"}
+_WEIGHTS = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"))
+_WEIGHTS |= {".onnx_data", ".ot", ".pkl", ".distcp", ".tflite", ".mlmodel"}
+# with the first, `transformers` would look for adapter weights; with the second, others would expect quantized ones
+_ABOUT_WEIGHTS = ("adapter_config.json", "hf_quant_config.json")
+_MODULES = "modules.json"  # of sentence-transformers: the model and what follows it, each with its folder
 
 _PLACE = ("tensor", "index", "transposed", "rows", "pieces")  # where a layer is
 
@@ -76,9 +81,10 @@ def complete(
     """Add all other files of `source`, billhook.json and what `publish` writes to the weights in `folder`; returns the
     checksums. `config` are new entries of config.json. See `save_pruned`."""
     if source is not None:
-        copy_files(source, folder, is_copied)  # they replace files of the same names that `save_pretrained` wrote
-    if config:
-        write_json(folder / "config.json", read_json(folder / "config.json", "model configuration") | dict(config))
+        copy_files(source, folder, copied_from(source))  # they replace those of `save_pretrained`
+    copied = read_json(folder / "config.json", "model configuration", own=bool(config))
+    if (fitting := without_missing_entry({**copied, **(config or {})}, folder)) != copied:
+        write_json(folder / "config.json", fitting)
     files = checksums(folder)
     if record is not None:
         layers = _found_on_disk(model, record.get("layers", {}), folder)
@@ -117,10 +123,30 @@ def checksums(directory: Path) -> dict[str, str]:
     return {name: sha256(directory / name) for name in files if name not in about and not name.endswith(others)}
 
 
-def is_copied(path: Path) -> bool:
-    """Whether a file of the source is copied: neither weights nor a record of an earlier run; `path` is relative.
+def weights_in(source: Path) -> Callable[[Path], bool]:
+    """Whether a file of the source, by its relative path, holds weights of the model, in whatever format."""
+    others = _of_modules(source)
+    return lambda path: path.suffix in _WEIGHTS and not others(path)
 
-    Nor is adapter_config.json, with which `transformers` would look for adapter weights.
-    """
-    weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name == "adapter_config.json"
-    return not (weights or path.name.startswith(".") or path.name in (RECORD, UNFINISHED, REPORT, PAGE, SHAPE))
+
+def copied_from(source: Path) -> Callable[[Path], bool]:
+    """Whether a file of the source, by its relative path, is copied: neither weights of the model, nor what describes
+    them, nor a record of an earlier run."""
+    others = _of_modules(source)
+
+    def copied(path: Path) -> bool:
+        own = path.name.startswith(".") or path.name in (RECORD, UNFINISHED, REPORT, PAGE, SHAPE)
+        weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json") or path.name in _ABOUT_WEIGHTS
+        return not own and (others(path) or not weights)
+
+    return copied
+
+
+def _of_modules(source: Path) -> Callable[[Path], bool]:
+    """Whether a file, by its relative path, is in the folder of one of the other modules that modules.json lists; false
+    where that is not of the form that sentence-transformers writes."""
+    folders = set[Path]()
+    with suppress(OSError, ValueError, RecursionError, TypeError, KeyError):
+        modules = json.loads((source / _MODULES).read_text(encoding="utf-8"))
+        folders = {Path(module["path"]) for module in modules} - {Path()}
+    return lambda path: not folders.isdisjoint(path.parents)

@@ -81,7 +81,7 @@ def check_writable(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, with its own line ends, atomically."""
-    write_atomic(path, lambda temporary: temporary.write_bytes(text.encode()))
+    write_atomic(path, lambda temporary: temporary.write_bytes(encoded(text)))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -89,9 +89,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value))
 
 
-def json_text(value: Any) -> str:
-    """`value` as indented json with a final newline; NaN and infinity are refused."""
-    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+def encoded(text: str) -> bytes:
+    """`text` as UTF-8, lone surrogates as they are written in json, such as \\udce9.
+
+    They stand for the bytes of a file name that are not UTF-8.
+    """
+    return text.encode(errors="backslashreplace")
+
+
+def json_text(value: Any, indent: int | None = 1) -> str:
+    """`value` as json (in one line if `indent` is None) with a final newline; NaN and infinity are refused."""
+    return encoded(json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)).decode() + "\n"
 
 
 def copy_files(source: Path, folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
@@ -158,6 +166,13 @@ def untrusted(what: str, advice: str) -> Iterator[None]:
         raise BillhookError(f"{what} ({in_one_line(error)}). {advice}") from error
 
 
+def repair(path: Path) -> str:
+    """What to do about a file or directory that `transformers` cannot load."""
+    if encoded(str(path)).decode() != str(path):
+        return "Rename it: its packages open only paths that are UTF-8."
+    return "Repair the file, or copy or download it again."
+
+
 def in_one_line(error: BaseException) -> str:
     """An error's class and the beginning of its message."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(" .:")
@@ -172,7 +187,7 @@ def sha256(path: Path) -> str:
 def digest_of(files: Mapping[str, str]) -> str:
     """One SHA-256 for several files, given the SHA-256 of each by name: over name and checksum, in order of name."""
     lines = "".join(f"{name} {files[name]}\n" for name in sorted(files))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return hashlib.sha256(encoded(lines)).hexdigest()
 
 
 def digest_ranges(digest: "hashlib._Hash", path: Path, ranges: Iterable[tuple[int, int]]) -> None:

@@ -8,6 +8,7 @@ one tensor in memory at a time. This module does not import torch.
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from billhook.store.typed_json import typed
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+EXPLICIT = "transformers_weights"  # in config.json: the name of a file or of an index
 _MAX_HEADER = 100_000_000
 _CHUNK = 1 << 24
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "BOOL": 8, "C64": 64}
@@ -136,26 +138,65 @@ def _entry(name: str, item: dict[str, object], offset: int) -> Entry:
     return entry
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, from its index or the single file.
+def weights_entry(directory: Path) -> Path | None:
+    """The safetensors file, or the index of several, that `transformers` reads of a model directory; None without one.
 
-    Raises BillhookError for a damaged index, and for a file that is missing.
+    In its order: what `transformers_weights` in config.json names, the single file, the index. Raises BillhookError for
+    a damaged config.json, and where it names what is not there or no safetensors.
     """
-    index = directory / INDEX
-    if not index.is_file():
-        return [directory / SINGLE] if (directory / SINGLE).is_file() else []
-    placed = read_json(index, "safetensors index", own=False).get("weight_map")
-    names = sorted(set(typed(dict[str, str], placed, f"{index}, weight_map").values()))
-    for name in names:
-        if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
-            raise BillhookError(
-                f"{index} names the file {name!r}: only plain file names in the same directory are allowed."
-            )
-        if not (directory / name).is_file():
-            raise BillhookError(
-                f"{index} names {name}, which is not in {directory}: copy or download the missing file."
-            )
-    return [directory / name for name in names]
+    config = directory / "config.json"
+    named = read_json(config, "model configuration", own=False).get(EXPLICIT) if config.is_file() else None
+    if named is None:
+        return next((directory / name for name in (SINGLE, INDEX) if (directory / name).is_file()), None)
+    name: str = typed(str, named, f"{config}, {EXPLICIT}")
+    if not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise BillhookError(f"{config}, {EXPLICIT}: {name!r} is neither a safetensors file nor an index of such files.")
+    return _inside(directory, name, config)
+
+
+def weights_index(directory: Path) -> Path | None:
+    """The index that `transformers` reads of a model directory, or None where it reads a single file or nothing."""
+    entry = weights_entry(directory)
+    return entry if entry is not None and entry.suffix == ".json" else None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that `transformers` reads of a model directory.
+
+    Raises BillhookError for a damaged index, for a file that is missing, and as `weights_entry` does.
+    """
+    entry = weights_entry(directory)
+    if entry is None or entry.suffix != ".json":
+        return [] if entry is None else [entry]
+    placed = read_json(entry, "safetensors index", own=False).get("weight_map")
+    names = sorted(set(typed(dict[str, str], placed, f"{entry}, weight_map").values()))
+    return [_inside(directory, name, entry) for name in names]
+
+
+def _inside(directory: Path, name: str, source: Path) -> Path:
+    """The file `name`, which the file `source` names, of a directory."""
+    if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+        raise BillhookError(
+            f"{source} names the file {name!r}: only plain file names in the same directory are allowed."
+        )
+    if not (directory / name).is_file():
+        raise BillhookError(f"{source} names {name}, which is not in {directory}: copy or download the missing file.")
+    return directory / name
+
+
+def without_missing_entry(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The entries of a config.json for `folder`: without `transformers_weights` where what it names is not there."""
+    lacks = EXPLICIT in config and not (folder / str(config[EXPLICIT])).is_file()
+    return {key: value for key, value in config.items() if not (lacks and key == EXPLICIT)}
+
+
+def copy_index(index: Path, folder: Path, size: int) -> None:
+    """Copy an index into `folder`, with `metadata` of the `size` of all tensors where it lacks that object, without
+    which `transformers` cannot open a directory."""
+    shutil.copyfile(index, folder / index.name)
+    found = read_json(index, "safetensors index", own=False)
+    if not isinstance(found.get("metadata"), dict):
+        write_json(folder / index.name, {**found, "metadata": {"total_size": size}})
 
 
 def write_index(directory: Path, files: Sequence[str]) -> None:

@@ -8,7 +8,6 @@ that `transformers` renamed or fused while loading are converted back; where tha
 """
 
 import os
-import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from hashlib import sha256
@@ -22,9 +21,9 @@ from transformers.modeling_utils import PreTrainedModel
 from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import quiet
 from billhook.store.compute import dtype_name, most_frequent
-from billhook.store.files import digest_ranges, fsync, read_json, write_json
+from billhook.store.files import digest_ranges, fsync
 from billhook.store.locate import to_disk
-from billhook.store.shards import INDEX, Entry, Shard, lay_out, put, read_shard, weight_files
+from billhook.store.shards import Entry, Shard, copy_index, lay_out, put, read_shard, weight_files, weights_index
 from billhook.store.tensor_bytes import DTYPES, exact, read_tensor, same_where_kept, tensor_bytes
 
 
@@ -76,7 +75,8 @@ class SameLayout:
         self.model, self.source = model, source
         self.shards = [read_shard(file) for file in weight_files(source)]
         self.entries = {name: entry for shard in self.shards for name, entry in shard.entries.items()}
-        self.files = [*(shard.path.name for shard in self.shards), INDEX]
+        self.index = weights_index(source)
+        self.files = [shard.path.name for shard in self.shards] + ([self.index.name] if self.index else [])
 
     def write_all(self, folder: Path) -> None:
         """Write all weight files; raises JobError for a value that does not fit its dtype on disk."""
@@ -91,12 +91,9 @@ class SameLayout:
         for shard in self.shards:
             lay_out(shard, folder / shard.path.name, known.__contains__)
             fsync(folder / shard.path.name)
-        if (self.source / INDEX).is_file():
-            shutil.copyfile(self.source / INDEX, folder / INDEX)
-            index = read_json(folder / INDEX, "safetensors index")
-            if "metadata" not in index:  # `transformers` cannot open a directory without it
-                size = sum(entry.stop - entry.start for entry in self.entries.values())
-                write_json(folder / INDEX, {"metadata": {"total_size": size}, **index})
+        if self.index is not None:
+            size = sum(entry.stop - entry.start for entry in self.entries.values())
+            copy_index(self.index, folder, size)
 
     def begun(self, folder: Path) -> bool:
         """Whether `folder` holds all files with the headers that `begin` writes."""

@@ -133,6 +133,7 @@ def test_weights_that_are_no_safetensors_are_refused(copy, content):
 
 
 def write_index(directory: Path, content) -> None:
+    (directory / "model.safetensors").rename(directory / "model-1.safetensors")  # which would be read instead
     (directory / "model.safetensors.index.json").write_text(
         content if isinstance(content, str) else json.dumps(content)
     )

@@ -4,21 +4,25 @@ import json
 import os
 from pathlib import Path
 
+import bert
 import pytest
 import tiny
 import torch
 from command import contents
 from families import FAMILIES, build
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from sparse_models import prune_with_record
 from transformers import AutoModelForCausalLM
 
 import billhook
 from billhook.errors import JobError
+from billhook.steps.export import export_dense
 from billhook.steps.verify import verify
+from billhook.store import checkpoint
 from billhook.store.checkpoint import load_tokenizer, quiet
 from billhook.store.compute import stored_dtype
-from billhook.store.directory import save_pruned
+from billhook.store.directory import copied_from, save_pruned
 from billhook.store.shards import INDEX
 from billhook.tasks.opening import load_model
 
@@ -191,14 +195,67 @@ def test_experts_are_found_on_disk_piece_by_piece(tmp_path):
     assert verify(out).ok
 
 
-def test_side_files_that_would_stop_the_output_from_loading_are_changed(tmp_path: Path):
+@pytest.mark.parametrize("metadata", [{}, {"metadata": None}, {"metadata": []}], ids=str)
+def test_side_files_that_would_stop_the_output_from_loading_are_changed(metadata, tmp_path: Path):
     source, output = tmp_path / "source", tmp_path / "output"
     tiny.llama().save_pretrained(source, max_shard_size="50kB")
     index = json.loads((source / INDEX).read_text())
     del index["metadata"]
+    index |= metadata
     (source / INDEX).write_text(json.dumps(index))
     (source / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}')
     billhook.prune(source, sparsity=0.5, criterion="magnitude", output=output)
     model = AutoModelForCausalLM.from_pretrained(output)
     assert sum(int((p == 0).sum()) for p in model.parameters()) > 0
     assert not (output / "adapter_config.json").exists()
+
+
+MODULES = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "2_Dense"}]
+OF_MODULES = ("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "2_Dense/a.index.json")
+OF_MODEL = ("onnx/model.onnx", "pytorch_model_fsdp_0/__0_0.distcp", "checkpoint-1/model.safetensors")
+
+
+def with_modules(folder: Path) -> Path:
+    """A model in the layout of sentence-transformers, and its weights in other formats and places."""
+    source = bert.save(folder)
+    (source / "modules.json").write_text(json.dumps(MODULES))
+    for name in (*OF_MODULES, *OF_MODEL, "hf_quant_config.json"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}")
+    return source
+
+
+@pytest.mark.gate
+def test_weights_of_other_modules_are_copied_and_those_of_the_model_are_not(tmp_path: Path):
+    source, out = with_modules(tmp_path / "model"), tmp_path / "out"
+    billhook.prune(source, sparsity=0.5, criterion="magnitude", output=out)
+    assert {"modules.json", *OF_MODULES} <= contents(out).keys()
+    assert not {*OF_MODEL, "hf_quant_config.json"} & contents(out).keys()
+    assert verify(out, source=source).ok
+    report = billhook.pack(out, tmp_path / "packed")
+    assert not report.notes
+    billhook.unpack(report.output, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(out)
+    export_dense(out, tmp_path / "dense")
+    assert set(OF_MODULES) <= contents(tmp_path / "dense").keys()
+
+
+@pytest.mark.parametrize("modules", ["", "{", "3", "[3]", '[{"path": 3}]', '[{"path": "/"}, {"path": ".."}]'])
+def test_modules_in_another_form_mean_nothing(modules: str, tmp_path: Path):
+    (tmp_path / "modules.json").write_text(modules)
+    copied = copied_from(tmp_path)
+    assert not copied(Path("model.safetensors"))
+    assert not copied(Path("2_Dense/model.safetensors"))
+
+
+def test_what_is_downloaded_includes_the_folders_of_modules():
+    names = [
+        *OF_MODULES[:3],
+        "config.json",
+        "model.safetensors",
+        *OF_MODEL,
+        "4bit/model.safetensors",
+        "original/a.json",
+    ]
+    kept = filter_repo_objects(names, allow_patterns=checkpoint._DOWNLOADED, ignore_patterns=checkpoint._IGNORED)
+    assert list(kept) == [*OF_MODULES[:3], "config.json", "model.safetensors"]
