@@ -5,7 +5,7 @@ convolutions (`billhook.architectures.convolutions`); embeddings, norms, biases,
 of unknown layout is refused by name.
 """
 
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.architectures.config import expert_counts
 from billhook.architectures.convolutions import geometry, group_count, is_convolution, matrix, windows
 from billhook.architectures.stacks import blocks_of
 from billhook.errors import BillhookError
@@ -99,8 +98,7 @@ def find_layers(model: PreTrainedModel, *, convolutions: bool = False) -> list[L
 
     Raises BillhookError, by name, for a weight of unknown layout and for layers that share their weight.
     """
-    blocks, experts = blocks_of(model), expert_counts(model.config)
-    found = [layer for index, place in enumerate(blocks.items()) for layer in _layers_in(*place, index, experts)]
+    found = [layer for index, place in enumerate(blocks_of(model).items()) for layer in _layers_in(*place, index)]
     layers = [layer for layer in found if convolutions or not layer.is_convolution]
     _check_separate(layers)
     return layers
@@ -115,13 +113,31 @@ def with_linear(model: PreTrainedModel, layers: Iterable[Layer]) -> list[Layer]:
 def layers_in(model: PreTrainedModel, block: int) -> list[Layer]:
     """The prunable layers of one block, by its number, without convolutions."""
     prefix, module = list(blocks_of(model).items())[block]
-    return [x for x in _layers_in(prefix, module, block, expert_counts(model.config)) if not x.is_convolution]
+    return [x for x in _layers_in(prefix, module, block) if not x.is_convolution]
 
 
-def _layers_in(prefix: str, block: nn.Module, index: int, experts: Collection[int]) -> Iterator[Layer]:
+def left_out(model: PreTrainedModel) -> dict[str, str]:
+    """Why a matrix inside the blocks is not prunable, by the name of its module: a router, or a small linear layer."""
+    found = {f"{prefix}.{name}": why for prefix, block in blocks_of(model).items() for name, why in _left_out(block)}
+    has_matrix = {name: any(x.ndim == 2 for x in model.get_submodule(name).parameters(recurse=False)) for name in found}
+    return {name: why for name, why in found.items() if has_matrix[name]}
+
+
+def _layers_in(prefix: str, block: nn.Module, index: int) -> Iterator[Layer]:
+    excluded = dict(_left_out(block))
     for name, module in block.named_modules():
-        if not _routes(name, module, experts):
+        if name not in excluded:
             yield from _layers_of(module, f"{prefix}.{name}", index, name)
+
+
+def _left_out(block: nn.Module) -> Iterator[tuple[str, str]]:
+    """The names inside a block of the modules that are no layers, with the reason."""
+    routers = {router for owner in block.modules() for router in _unnamed_routers(owner)}
+    for name, module in block.named_modules():
+        if _has_router_name(name) or module in routers:
+            yield name, "routes tokens"
+        elif isinstance(module, nn.Linear) and min(module.weight.shape) < _TOO_SMALL:
+            yield name, f"fewer than {_TOO_SMALL} rows or columns"
 
 
 def _check_separate(layers: Iterable[Layer]) -> None:
@@ -135,19 +151,27 @@ def _check_separate(layers: Iterable[Layer]) -> None:
             raise BillhookError(f"{shared}, which cannot be pruned for both: give each its own copy.")
 
 
-def _routes(kind: str, module: nn.Module, experts: Collection[int]) -> bool:
-    """Whether a module inside a block routes tokens: by its path, or as a linear layer with one output per expert."""
-    parts = kind.split(".")
-    if any(part in ROUTERS or "router" in part for part in parts):
-        return True
-    return "experts" not in parts and isinstance(module, nn.Linear) and module.out_features in experts
+def _has_router_name(kind: str) -> bool:
+    """Whether a path inside a block is that of a module that routes tokens, or of a part of one."""
+    return any(part in ROUTERS or "router" in part for part in kind.split("."))
+
+
+def _unnamed_routers(owner: nn.Module) -> list[nn.Module]:
+    """The linear layers beside `experts` with one output per expert, where nothing beside them is named as a router.
+
+    The number of outputs alone says nothing: the width of other layers can be the number of experts as well.
+    """
+    children = dict(owner.named_children())
+    if (experts := children.get("experts")) is None or any(map(_has_router_name, children)):
+        return []
+    counts = {len(value) for value in experts.parameters(recurse=False)}
+    counts |= {len(experts)} if isinstance(experts, nn.ModuleList) else set()
+    return [child for child in children.values() if isinstance(child, nn.Linear) and child.out_features in counts]
 
 
 def _layers_of(module: nn.Module, full: str, block: int, kind: str) -> list[Layer]:
     if isinstance(module, nn.Linear):
-        return (
-            [Layer(full, block, kind, module, "weight", None, False)] if min(module.weight.shape) >= _TOO_SMALL else []
-        )
+        return [Layer(full, block, kind, module, "weight", None, False)]
     if isinstance(module, Conv1D):
         return [Layer(full, block, kind, module, "weight", None, True)]
     if is_convolution(module):
