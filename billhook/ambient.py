@@ -93,11 +93,13 @@ def check_model(model: nn.Module, *, streamed: bool = False) -> None:
     if not isinstance(model, PreTrainedModel):
         inside = "what is inside it (PeftModel.merge_and_unload(), DataParallel.module, the model before torch.compile)"
         raise BillhookError(f"The model must be a transformers PreTrainedModel, got {kind}: give {inside}.")
+    merge = "merge it first (PeftModel.merge_and_unload()), or load the model without it"
     for name, module in model.named_modules():
         if hasattr(module, "base_layer"):  # peft's name for the layer that an adapter wraps
-            merge = "merge it first (PeftModel.merge_and_unload()), or load the model without it"
             raise BillhookError(f"{name} has an adapter: {merge}.")
     for name, value in model.named_parameters():
+        if any(part.lower().startswith("lora_") for part in name.split(".")):
+            raise BillhookError(f"{name} belongs to an adapter: {merge}.")
         if value.is_meta and not streamed:
             load = (
                 "load the model without device_map and offloading, or give its directory, which is read block by block"

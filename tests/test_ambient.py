@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 
 import billhook
 from billhook import BillhookError, evaluate, find_layers, load_model, load_windows, measure, prune, prune_
@@ -170,7 +171,31 @@ def wrapped() -> nn.Module:
     return peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["q_proj"]))
 
 
+class LowRank(nn.Module):
+    """A linear layer and a product of two small ones, as other libraries than peft write it."""
+
+    def __init__(self, linear: nn.Module, rank: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self.lora_a, self.lora_b = nn.Linear(32, rank, bias=False), nn.Linear(rank, 32, bias=False)
+
+
+def with_matrices(rank: int) -> nn.Module:
+    model = tiny.llama()
+    model.model.layers[0].self_attn.q_proj = LowRank(model.model.layers[0].self_attn.q_proj, rank)
+    return model
+
+
+def with_parameters() -> nn.Module:
+    model = tiny.llama()
+    model.model.layers[0].self_attn.q_proj.register_parameter("lora_A", nn.Parameter(torch.ones(4, 32)))
+    return model
+
+
 UNUSABLE = {
+    "matrices": (lambda: with_matrices(8), r"q_proj\.lora_a\.weight belongs to an adapter: merge it first"),
+    "small matrices": (lambda: with_matrices(2), r"q_proj\.lora_a\.weight belongs to an adapter: merge it first"),
+    "parameters": (with_parameters, r"q_proj\.lora_A belongs to an adapter: merge it first"),
     "offloaded": (offloaded, r"model\.\S+ is on the meta device, without values: load the model without device_map"),
     "inference": (made_in_inference_mode, r"model\.\S+ was made in torch\.inference_mode: load the model outside"),
     "adapter": (with_adapter, r"model\.layers\.0\.self_attn\.q_proj has an adapter: merge it first"),
@@ -210,6 +235,42 @@ def test_layers_that_share_their_weight_are_refused_by_name():
     model = tiny.llama()
     model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     with pytest.raises(BillhookError, match=r"layers\.0\.mlp\.up_proj and model\.layers\.2\.mlp\.up_proj share"):
+        prune(model, sparsity=0.5, criterion="magnitude")
+
+    stored = torch.randn(96, 32)
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(stored[:64])
+    model.model.layers[2].mlp.up_proj.weight = nn.Parameter(stored[32:])
+    with pytest.raises(BillhookError, match=r"layers\.0\.mlp\.up_proj and model\.layers\.2\.mlp\.up_proj share"):
+        prune(model, sparsity=0.5, criterion="magnitude")
+    model.model.layers[2].mlp.up_proj.weight = nn.Parameter(torch.randn(1, 32).expand(64, 32))
+    with pytest.raises(BillhookError, match=r"Values of model\.layers\.2\.mlp\.up_proj share memory"):
+        prune(model, sparsity=0.5, criterion="magnitude")
+
+
+def test_layers_beside_each_other_in_memory_are_pruned():
+    model, stored = tiny.llama(num_hidden_layers=1), torch.randn(128, 32)
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight, mlp.gate_proj.weight = nn.Parameter(stored[:64]), nn.Parameter(stored[64:])
+    prune(model, sparsity=0.5, criterion="magnitude", allocator="uniform")
+    assert [int((part == 0).sum()) for part in stored.split(64)] == [1024, 1024]
+
+
+COMPUTED: dict[str, Callable[[nn.Module], Any]] = {
+    "pruned": lambda module: l1_unstructured(module, "weight", 0.3),
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "weight norm, old": nn.utils.weight_norm,
+    "spectral norm": nn.utils.spectral_norm,
+    "scale": lambda module: module.register_parameter("scale", nn.Parameter(torch.ones(32))),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_weights_that_other_parameters_change_are_refused_by_name(kind):
+    model = tiny.llama(num_hidden_layers=1)
+    COMPUTED[kind](model.model.layers[0].self_attn.q_proj)
+    message = r"self_attn\.q_proj\.weight is (computed from|changed by) other parameters \(.*remove the parametrization"
+    with pytest.raises(BillhookError, match=message):
         prune(model, sparsity=0.5, criterion="magnitude")
 
 

@@ -8,6 +8,7 @@ of unknown layout is refused by name.
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -96,11 +97,12 @@ class Layer:
 def find_layers(model: PreTrainedModel, *, convolutions: bool = False) -> list[Layer]:
     """Every prunable layer in model order, with the `convolutions` inside the blocks if wanted.
 
-    Raises BillhookError, by name, for a weight of unknown layout and for layers that share their weight.
+    Raises BillhookError, by name, for a weight of unknown layout, one that is computed from other parameters, one with
+    parameters beside it that change what the layer computes, and one that shares memory with another.
     """
     found = [layer for index, place in enumerate(blocks_of(model).items()) for layer in _layers_in(*place, index)]
     layers = [layer for layer in found if convolutions or not layer.is_convolution]
-    _check_separate(layers)
+    _check_weights(layers)
     return layers
 
 
@@ -140,15 +142,45 @@ def _left_out(block: nn.Module) -> Iterator[tuple[str, str]]:
             yield name, f"fewer than {_TOO_SMALL} rows or columns"
 
 
-def _check_separate(layers: Iterable[Layer]) -> None:
-    """Raise BillhookError for two layers in the same memory: what is right for one would change the other."""
-    owners: dict[tuple[int, int | None, int | None], Layer] = {}
-    for layer in layers:
-        address = layer.stored.data_ptr() or id(layer.stored)  # 0 on `meta` and for shards of FSDP2
-        place = (address, layer.expert, layer.group)
-        if (other := owners.setdefault(place, layer)) is not layer:
-            shared = f"{other.name} and {layer.name} share their weight"
+def _check_weights(layers: Iterable[Layer]) -> None:
+    """Raise BillhookError for a weight that is not what its layer multiplies with, or not the layer's alone: what is
+    written into it would be lost, or change something else too."""
+    stored = {(id(layer.module), layer.parameter): layer for layer in layers}
+    spans = list[tuple[int, int, Layer]]()
+    for layer in stored.values():
+        if layer.parameter == "weight":
+            _check_owned(layer)
+        spans.append((*_span(layer), layer))
+    spans.sort(key=lambda span: span[:2])
+    for (_, stop, one), (start, _, other) in pairwise(spans):
+        if start < stop:
+            shared = f"{one.name} and {other.name} share their weight, or a part of it"
             raise BillhookError(f"{shared}, which cannot be pruned for both: give each its own copy.")
+
+
+def _check_owned(layer: Layer) -> None:
+    """Raise BillhookError unless the weight of a module is a parameter that nothing else in the module changes."""
+    module, own = layer.module, dict(layer.module.named_parameters(recurse=False))
+    if others := [name for name, _ in module.named_parameters() if name not in ("weight", "bias")]:
+        what = "is changed by" if "weight" in own else "is computed from"
+        raise BillhookError(
+            f"{layer.name}.weight {what} other parameters ({', '.join(others)}), and what is written into it would not "
+            "last: merge the adapter, or remove the parametrization (torch.nn.utils.prune.remove, "
+            "torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm) first."
+        )
+    if "weight" not in own or layer.stored.ndim < 2:
+        raise BillhookError(f"{layer.name} was flattened by FSDP 1, which loses its shape: use FSDP2.")
+
+
+def _span(layer: Layer) -> tuple[int, int]:
+    """The first address of a stored weight and the one after its last; raises BillhookError where values share one."""
+    stored = layer.stored
+    if not (start := stored.data_ptr()):  # on `meta`, and for shards of FSDP2
+        return id(stored), id(stored) + 1
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(stored.shape, stored.stride(), strict=True))
+    if stored.numel() > reach:
+        raise BillhookError(f"Values of {layer.name} share memory (Tensor.expand): give the layer a copy (.clone()).")
+    return start, start + reach * stored.element_size()
 
 
 def _has_router_name(kind: str) -> bool:
