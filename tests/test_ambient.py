@@ -1,6 +1,7 @@
 """Results do not depend on the state of the process, and models that cannot be used are refused before any work."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,13 @@ import peft
 import pytest
 import tiny
 import torch
+from interpreter import in_new_interpreter
 from torch import nn
 from torch.nn.utils.prune import l1_unstructured
 
 import billhook
 from billhook import BillhookError, evaluate, find_layers, load_model, load_windows, measure, prune, prune_
+from billhook.ambient import standard_state
 from billhook.packed.generation import generate
 
 pytestmark = pytest.mark.gate
@@ -81,6 +84,68 @@ def test_pruned_files_do_not_depend_on_the_state_of_the_process(source, expected
     with STATES[state]():
         prune(source, sparsity=0.5, calibration=IDS, output=tmp_path / "out", **JOBS[job])
     assert digest(tmp_path / "out") == expected[job]
+
+
+PRECISIONS = [
+    "from transformers.utils import enable_tf32; enable_tf32(True)",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.cudnn.fp32_precision = 'ieee'",
+    "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+    "torch.set_float32_matmul_precision('medium')",  # last, because the two interfaces do not mix
+]
+PRUNED_IN_PRECISIONS = """
+import hashlib, json, sys
+from pathlib import Path
+import torch, billhook
+from torch import backends
+source, output, settings = sys.argv[1:]
+places = [backends, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn]
+places += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+def state():
+    return [place.fp32_precision for place in places]
+ids = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
+job = {"calibration": ids, "criterion": "sparsegpt", "allocator": "alphapruning"}
+for number, setting in enumerate(json.loads(settings)):
+    exec(setting)
+    before, folder = state(), Path(output, str(number))
+    billhook.prune(source, sparsity=0.5, output=folder, **job)
+    assert state() == before, (setting, state(), before)
+    print(hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest())
+    for place in (backends, backends.cuda.matmul, backends.mkldnn.matmul):
+        place.fp32_precision = "none"
+    torch._C._set_fp32_precision_setter("cuda", "all", "none")
+report(0)
+"""
+with_new_precisions = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="since torch 2.9")
+
+
+@with_new_precisions
+@pytest.mark.nightly
+def test_precisions_of_backends_change_no_result_and_stay(source, expected, tmp_path):
+    """In a new process, because torch tells apart which of its two interfaces was used before."""
+    ran = in_new_interpreter(PRUNED_IN_PRECISIONS, str(source), str(tmp_path), json.dumps(PRECISIONS))
+    assert ran["text"].split() == [expected["sparsegpt, alphapruning"]] * len(PRECISIONS)
+
+
+@with_new_precisions
+def test_a_backend_goes_on_following_the_setting_for_all_of_them():
+    places = [torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn]
+
+    def follow(value: str) -> list[str]:
+        torch.backends.fp32_precision = value
+        return [place.fp32_precision for place in places]
+
+    expected = {value: follow(value) for value in ("tf32", "ieee", "none")}
+    try:
+        for value in expected:
+            follow(value)
+            with standard_state():
+                assert [place.fp32_precision for place in places] == expected["none"]
+            assert {key: follow(key) for key in expected} == expected
+    finally:
+        follow("none")
 
 
 def everything(source: Path) -> list[Any]:
