@@ -20,6 +20,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 _inside = ContextVar("inside", default=False)
+# Precisions of float32 products with which a process starts, by backend and operation, outer ones first: "none" is that
+# of the outer one, and of the outermost full precision.
+_PRECISIONS = {("generic", "all"): "none"}
+_PRECISIONS |= {("cuda", "all"): "none", ("cuda", "matmul"): "none", ("cuda", "conv"): "tf32", ("cuda", "rnn"): "tf32"}
+_PRECISIONS |= {("mkldnn", operation): "none" for operation in ("all", "matmul", "conv", "rnn")}
 
 
 def pinned(function: Callable[P, R]) -> Callable[P, R]:
@@ -43,7 +48,7 @@ def pinned(function: Callable[P, R]) -> Callable[P, R]:
 @contextmanager
 def standard_state() -> Iterator[None]:
     """Put torch in the state in which a process starts, and restore its state afterwards."""
-    dtype, precision, token = torch.get_default_dtype(), torch.get_float32_matmul_precision(), _inside.set(True)
+    dtype, token = torch.get_default_dtype(), _inside.set(True)
     with ExitStack() as stack:
         stack.callback(_inside.reset, token)
         if torch.get_default_device().type != "cpu":  # only then, because it slows down every call of torch
@@ -55,7 +60,24 @@ def standard_state() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.callback(torch.set_default_dtype, dtype)
         torch.set_default_dtype(torch.float32)
-        if precision != "highest":
+        stack.enter_context(_full_precision())
+        yield
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Compute float32 products as a process does when it starts; restore the settings for each backend afterwards.
+
+    The setting for all backends is read after these, because torch raises an error where they contradict it.
+    """
+    with ExitStack() as stack:
+        if hasattr(torch._C, "_set_fp32_precision_setter"):  # since torch 2.9
+            for place, start in _PRECISIONS.items():
+                own = torch._C._get_fp32_precision_getter(*place)  # not that of an outer one, which is "none" by now
+                if own != start:  # only then, because what was never set follows the outer ones in its own way
+                    stack.callback(torch._C._set_fp32_precision_setter, *place, own)
+                    torch._C._set_fp32_precision_setter(*place, start)
+        if (precision := torch.get_float32_matmul_precision()) != "highest":
             stack.callback(torch.set_float32_matmul_precision, precision)
             torch.set_float32_matmul_precision("highest")
         yield
@@ -93,11 +115,13 @@ def check_model(model: nn.Module, *, streamed: bool = False) -> None:
     if not isinstance(model, PreTrainedModel):
         inside = "what is inside it (PeftModel.merge_and_unload(), DataParallel.module, the model before torch.compile)"
         raise BillhookError(f"The model must be a transformers PreTrainedModel, got {kind}: give {inside}.")
+    merge = "merge it first (PeftModel.merge_and_unload()), or load the model without it"
     for name, module in model.named_modules():
         if hasattr(module, "base_layer"):  # peft's name for the layer that an adapter wraps
-            merge = "merge it first (PeftModel.merge_and_unload()), or load the model without it"
             raise BillhookError(f"{name} has an adapter: {merge}.")
     for name, value in model.named_parameters():
+        if any(part.lower().startswith("lora_") for part in name.split(".")):
+            raise BillhookError(f"{name} belongs to an adapter: {merge}.")
         if value.is_meta and not streamed:
             load = (
                 "load the model without device_map and offloading, or give its directory, which is read block by block"

@@ -1,6 +1,7 @@
 """Results do not depend on the state of the process, and models that cannot be used are refused before any work."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +11,13 @@ import peft
 import pytest
 import tiny
 import torch
+from interpreter import in_new_interpreter
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 
 import billhook
 from billhook import BillhookError, evaluate, find_layers, load_model, load_windows, measure, prune, prune_
+from billhook.ambient import standard_state
 from billhook.packed.generation import generate
 
 pytestmark = pytest.mark.gate
@@ -80,6 +84,68 @@ def test_pruned_files_do_not_depend_on_the_state_of_the_process(source, expected
     with STATES[state]():
         prune(source, sparsity=0.5, calibration=IDS, output=tmp_path / "out", **JOBS[job])
     assert digest(tmp_path / "out") == expected[job]
+
+
+PRECISIONS = [
+    "from transformers.utils import enable_tf32; enable_tf32(True)",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.cudnn.fp32_precision = 'ieee'",
+    "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+    "torch.set_float32_matmul_precision('medium')",  # last, because the two interfaces do not mix
+]
+PRUNED_IN_PRECISIONS = """
+import hashlib, json, sys
+from pathlib import Path
+import torch, billhook
+from torch import backends
+source, output, settings = sys.argv[1:]
+places = [backends, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn]
+places += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+def state():
+    return [place.fp32_precision for place in places]
+ids = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
+job = {"calibration": ids, "criterion": "sparsegpt", "allocator": "alphapruning"}
+for number, setting in enumerate(json.loads(settings)):
+    exec(setting)
+    before, folder = state(), Path(output, str(number))
+    billhook.prune(source, sparsity=0.5, output=folder, **job)
+    assert state() == before, (setting, state(), before)
+    print(hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest())
+    for place in (backends, backends.cuda.matmul, backends.mkldnn.matmul):
+        place.fp32_precision = "none"
+    torch._C._set_fp32_precision_setter("cuda", "all", "none")
+report(0)
+"""
+with_new_precisions = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="since torch 2.9")
+
+
+@with_new_precisions
+@pytest.mark.nightly
+def test_precisions_of_backends_change_no_result_and_stay(source, expected, tmp_path):
+    """In a new process, because torch tells apart which of its two interfaces was used before."""
+    ran = in_new_interpreter(PRUNED_IN_PRECISIONS, str(source), str(tmp_path), json.dumps(PRECISIONS))
+    assert ran["text"].split() == [expected["sparsegpt, alphapruning"]] * len(PRECISIONS)
+
+
+@with_new_precisions
+def test_a_backend_goes_on_following_the_setting_for_all_of_them():
+    places = [torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn]
+
+    def follow(value: str) -> list[str]:
+        torch.backends.fp32_precision = value
+        return [place.fp32_precision for place in places]
+
+    expected = {value: follow(value) for value in ("tf32", "ieee", "none")}
+    try:
+        for value in expected:
+            follow(value)
+            with standard_state():
+                assert [place.fp32_precision for place in places] == expected["none"]
+            assert {key: follow(key) for key in expected} == expected
+    finally:
+        follow("none")
 
 
 def everything(source: Path) -> list[Any]:
@@ -170,7 +236,31 @@ def wrapped() -> nn.Module:
     return peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["q_proj"]))
 
 
+class LowRank(nn.Module):
+    """A linear layer and a product of two small ones, as other libraries than peft write it."""
+
+    def __init__(self, linear: nn.Module, rank: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self.lora_a, self.lora_b = nn.Linear(32, rank, bias=False), nn.Linear(rank, 32, bias=False)
+
+
+def with_matrices(rank: int) -> nn.Module:
+    model = tiny.llama()
+    model.model.layers[0].self_attn.q_proj = LowRank(model.model.layers[0].self_attn.q_proj, rank)
+    return model
+
+
+def with_parameters() -> nn.Module:
+    model = tiny.llama()
+    model.model.layers[0].self_attn.q_proj.register_parameter("lora_A", nn.Parameter(torch.ones(4, 32)))
+    return model
+
+
 UNUSABLE = {
+    "matrices": (lambda: with_matrices(8), r"q_proj\.lora_a\.weight belongs to an adapter: merge it first"),
+    "small matrices": (lambda: with_matrices(2), r"q_proj\.lora_a\.weight belongs to an adapter: merge it first"),
+    "parameters": (with_parameters, r"q_proj\.lora_A belongs to an adapter: merge it first"),
     "offloaded": (offloaded, r"model\.\S+ is on the meta device, without values: load the model without device_map"),
     "inference": (made_in_inference_mode, r"model\.\S+ was made in torch\.inference_mode: load the model outside"),
     "adapter": (with_adapter, r"model\.layers\.0\.self_attn\.q_proj has an adapter: merge it first"),
@@ -210,6 +300,42 @@ def test_layers_that_share_their_weight_are_refused_by_name():
     model = tiny.llama()
     model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     with pytest.raises(BillhookError, match=r"layers\.0\.mlp\.up_proj and model\.layers\.2\.mlp\.up_proj share"):
+        prune(model, sparsity=0.5, criterion="magnitude")
+
+    stored = torch.randn(96, 32)
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(stored[:64])
+    model.model.layers[2].mlp.up_proj.weight = nn.Parameter(stored[32:])
+    with pytest.raises(BillhookError, match=r"layers\.0\.mlp\.up_proj and model\.layers\.2\.mlp\.up_proj share"):
+        prune(model, sparsity=0.5, criterion="magnitude")
+    model.model.layers[2].mlp.up_proj.weight = nn.Parameter(torch.randn(1, 32).expand(64, 32))
+    with pytest.raises(BillhookError, match=r"Values of model\.layers\.2\.mlp\.up_proj share memory"):
+        prune(model, sparsity=0.5, criterion="magnitude")
+
+
+def test_layers_beside_each_other_in_memory_are_pruned():
+    model, stored = tiny.llama(num_hidden_layers=1), torch.randn(128, 32)
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight, mlp.gate_proj.weight = nn.Parameter(stored[:64]), nn.Parameter(stored[64:])
+    prune(model, sparsity=0.5, criterion="magnitude", allocator="uniform")
+    assert [int((part == 0).sum()) for part in stored.split(64)] == [1024, 1024]
+
+
+COMPUTED: dict[str, Callable[[nn.Module], Any]] = {
+    "pruned": lambda module: l1_unstructured(module, "weight", 0.3),
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "weight norm, old": nn.utils.weight_norm,
+    "spectral norm": nn.utils.spectral_norm,
+    "scale": lambda module: module.register_parameter("scale", nn.Parameter(torch.ones(32))),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_weights_that_other_parameters_change_are_refused_by_name(kind):
+    model = tiny.llama(num_hidden_layers=1)
+    COMPUTED[kind](model.model.layers[0].self_attn.q_proj)
+    message = r"self_attn\.q_proj\.weight is (computed from|changed by) other parameters \(.*remove the parametrization"
+    with pytest.raises(BillhookError, match=message):
         prune(model, sparsity=0.5, criterion="magnitude")
 
 

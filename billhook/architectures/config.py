@@ -80,15 +80,6 @@ def positions(config: Any, pixels: tuple[int, ...]) -> int:
     return max(1, pixels[-1] * pixels[-2] // int(side) ** 2)
 
 
-def expert_counts(config: Any) -> set[int]:
-    """The numbers of experts that a configuration names (more than one; several where its layers differ)."""
-    text = text_config(config)
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    found = [value for name in names if (value := getattr(text, name, None)) is not None]
-    counts = [count for value in found for count in (value if isinstance(value, list | tuple) else [value])]
-    return {count for count in counts if isinstance(count, int) and count > 1}
-
-
 def special_tokens(model: PreTrainedModel) -> tuple[int, set[int]]:
     """The token that starts a document (BOS, else EOS), and the tokens that end one; BillhookError without either."""
     configs = [config for config in (text_config(model.config), model.generation_config) if config is not None]

@@ -5,16 +5,16 @@ convolutions (`billhook.architectures.convolutions`); embeddings, norms, biases,
 of unknown layout is refused by name.
 """
 
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.architectures.config import expert_counts
 from billhook.architectures.convolutions import geometry, group_count, is_convolution, matrix, windows
 from billhook.architectures.stacks import blocks_of
 from billhook.errors import BillhookError
@@ -97,12 +97,12 @@ class Layer:
 def find_layers(model: PreTrainedModel, *, convolutions: bool = False) -> list[Layer]:
     """Every prunable layer in model order, with the `convolutions` inside the blocks if wanted.
 
-    Raises BillhookError, by name, for a weight of unknown layout and for layers that share their weight.
+    Raises BillhookError, by name, for a weight of unknown layout, one that is computed from other parameters, one with
+    parameters beside it that change what the layer computes, and one that shares memory with another.
     """
-    blocks, experts = blocks_of(model), expert_counts(model.config)
-    found = [layer for index, place in enumerate(blocks.items()) for layer in _layers_in(*place, index, experts)]
+    found = [layer for index, place in enumerate(blocks_of(model).items()) for layer in _layers_in(*place, index)]
     layers = [layer for layer in found if convolutions or not layer.is_convolution]
-    _check_separate(layers)
+    _check_weights(layers)
     return layers
 
 
@@ -115,39 +115,95 @@ def with_linear(model: PreTrainedModel, layers: Iterable[Layer]) -> list[Layer]:
 def layers_in(model: PreTrainedModel, block: int) -> list[Layer]:
     """The prunable layers of one block, by its number, without convolutions."""
     prefix, module = list(blocks_of(model).items())[block]
-    return [x for x in _layers_in(prefix, module, block, expert_counts(model.config)) if not x.is_convolution]
+    return [x for x in _layers_in(prefix, module, block) if not x.is_convolution]
 
 
-def _layers_in(prefix: str, block: nn.Module, index: int, experts: Collection[int]) -> Iterator[Layer]:
+def left_out(model: PreTrainedModel) -> dict[str, str]:
+    """Why a matrix inside the blocks is not prunable, by the name of its module: a router, or a small linear layer."""
+    found = {f"{prefix}.{name}": why for prefix, block in blocks_of(model).items() for name, why in _left_out(block)}
+    has_matrix = {name: any(x.ndim == 2 for x in model.get_submodule(name).parameters(recurse=False)) for name in found}
+    return {name: why for name, why in found.items() if has_matrix[name]}
+
+
+def _layers_in(prefix: str, block: nn.Module, index: int) -> Iterator[Layer]:
+    excluded = dict(_left_out(block))
     for name, module in block.named_modules():
-        if not _routes(name, module, experts):
+        if name not in excluded:
             yield from _layers_of(module, f"{prefix}.{name}", index, name)
 
 
-def _check_separate(layers: Iterable[Layer]) -> None:
-    """Raise BillhookError for two layers in the same memory: what is right for one would change the other."""
-    owners: dict[tuple[int, int | None, int | None], Layer] = {}
-    for layer in layers:
-        address = layer.stored.data_ptr() or id(layer.stored)  # 0 on `meta` and for shards of FSDP2
-        place = (address, layer.expert, layer.group)
-        if (other := owners.setdefault(place, layer)) is not layer:
-            shared = f"{other.name} and {layer.name} share their weight"
+def _left_out(block: nn.Module) -> Iterator[tuple[str, str]]:
+    """The names inside a block of the modules that are no layers, with the reason."""
+    routers = {router for owner in block.modules() for router in _unnamed_routers(owner)}
+    for name, module in block.named_modules():
+        if _has_router_name(name) or module in routers:
+            yield name, "routes tokens"
+        elif isinstance(module, nn.Linear) and min(module.weight.shape) < _TOO_SMALL:
+            yield name, f"fewer than {_TOO_SMALL} rows or columns"
+
+
+def _check_weights(layers: Iterable[Layer]) -> None:
+    """Raise BillhookError for a weight that is not what its layer multiplies with, or not the layer's alone: what is
+    written into it would be lost, or change something else too."""
+    stored = {(id(layer.module), layer.parameter): layer for layer in layers}
+    spans = list[tuple[int, int, Layer]]()
+    for layer in stored.values():
+        if layer.parameter == "weight":
+            _check_owned(layer)
+        spans.append((*_span(layer), layer))
+    spans.sort(key=lambda span: span[:2])
+    for (_, stop, one), (start, _, other) in pairwise(spans):
+        if start < stop:
+            shared = f"{one.name} and {other.name} share their weight, or a part of it"
             raise BillhookError(f"{shared}, which cannot be pruned for both: give each its own copy.")
 
 
-def _routes(kind: str, module: nn.Module, experts: Collection[int]) -> bool:
-    """Whether a module inside a block routes tokens: by its path, or as a linear layer with one output per expert."""
-    parts = kind.split(".")
-    if any(part in ROUTERS or "router" in part for part in parts):
-        return True
-    return "experts" not in parts and isinstance(module, nn.Linear) and module.out_features in experts
+def _check_owned(layer: Layer) -> None:
+    """Raise BillhookError unless the weight of a module is a parameter that nothing else in the module changes."""
+    module, own = layer.module, dict(layer.module.named_parameters(recurse=False))
+    if others := [name for name, _ in module.named_parameters() if name not in ("weight", "bias")]:
+        what = "is changed by" if "weight" in own else "is computed from"
+        raise BillhookError(
+            f"{layer.name}.weight {what} other parameters ({', '.join(others)}), and what is written into it would not "
+            "last: merge the adapter, or remove the parametrization (torch.nn.utils.prune.remove, "
+            "torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm) first."
+        )
+    if "weight" not in own or layer.stored.ndim < 2:
+        raise BillhookError(f"{layer.name} was flattened by FSDP 1, which loses its shape: use FSDP2.")
+
+
+def _span(layer: Layer) -> tuple[int, int]:
+    """The first address of a stored weight and the one after its last; raises BillhookError where values share one."""
+    stored = layer.stored
+    if not (start := stored.data_ptr()):  # on `meta`, and for shards of FSDP2
+        return id(stored), id(stored) + 1
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(stored.shape, stored.stride(), strict=True))
+    if stored.numel() > reach:
+        raise BillhookError(f"Values of {layer.name} share memory (Tensor.expand): give the layer a copy (.clone()).")
+    return start, start + reach * stored.element_size()
+
+
+def _has_router_name(kind: str) -> bool:
+    """Whether a path inside a block is that of a module that routes tokens, or of a part of one."""
+    return any(part in ROUTERS or "router" in part for part in kind.split("."))
+
+
+def _unnamed_routers(owner: nn.Module) -> list[nn.Module]:
+    """The linear layers beside `experts` with one output per expert, where nothing beside them is named as a router.
+
+    The number of outputs alone says nothing: the width of other layers can be the number of experts as well.
+    """
+    children = dict(owner.named_children())
+    if (experts := children.get("experts")) is None or any(map(_has_router_name, children)):
+        return []
+    counts = {len(value) for value in experts.parameters(recurse=False)}
+    counts |= {len(experts)} if isinstance(experts, nn.ModuleList) else set()
+    return [child for child in children.values() if isinstance(child, nn.Linear) and child.out_features in counts]
 
 
 def _layers_of(module: nn.Module, full: str, block: int, kind: str) -> list[Layer]:
     if isinstance(module, nn.Linear):
-        return (
-            [Layer(full, block, kind, module, "weight", None, False)] if min(module.weight.shape) >= _TOO_SMALL else []
-        )
+        return [Layer(full, block, kind, module, "weight", None, False)]
     if isinstance(module, Conv1D):
         return [Layer(full, block, kind, module, "weight", None, True)]
     if is_convolution(module):

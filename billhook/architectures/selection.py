@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.architectures.convolutions import why_not
-from billhook.architectures.layers import Layer
+from billhook.architectures.layers import Layer, left_out
 from billhook.architectures.stacks import blocks_of
 from billhook.errors import BillhookError
 from billhook.registry import hint
@@ -60,12 +60,14 @@ def _matching(layers: Sequence[Layer], pattern: str, option: str) -> set[str]:
 
 def _no_match(model: PreTrainedModel, layers: Sequence[Layer], pattern: str, option: str) -> set[str]:
     """Raise BillhookError, saying why where the pattern names a linear layer or a convolution of the model."""
-    inside = tuple(f"{name}." for name in blocks_of(model))
+    inside, excluded = tuple(f"{name}." for name in blocks_of(model)), left_out(model)
     for name, module in model.named_modules():
         if pattern not in (name, type(module).__name__):
             continue
         if reason := why_not(module):
             raise BillhookError(f"{option} {pattern}: {name} cannot be pruned, it is {reason}.")
+        if reason := excluded.get(name):
+            raise BillhookError(f"{option} {pattern}: {name} is never pruned ({reason}).")
         if not name.startswith(inside) and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             raise BillhookError(
                 f"{option} {pattern}: {name} cannot be pruned, it is outside of the blocks, whose inputs are observed."

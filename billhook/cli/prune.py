@@ -1,5 +1,6 @@
 """`billhook prune`: a model directory in, a pruned model directory out."""
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,8 @@ def _run(job: "Job", needed: "Estimate", log: "Log") -> "Report":
 
 def _show(job: "Job", needed: "Estimate", planning: float, as_json: bool) -> None:
     """Print what a dry run would prune; making its plan took `planning` seconds."""
+    from billhook.architectures.layers import left_out
+
     layers, plan = job.opened.layers, job.plan
     if as_json:
         listed = {x.name: {"shape": list(x.shape), "sparsity": plan.sparsity[x.name]} for x in layers}
@@ -185,6 +188,9 @@ def _show(job: "Job", needed: "Estimate", planning: float, as_json: bool) -> Non
     table("What would be pruned", ["layer", "out x in", "sparsity"], _collapsed(layers, plan))
     size = f"{len(layers)} layers, {sum(x.shape[0] * x.shape[1] for x in layers):,} weights"
     say(f"{size}, sparsity {plan.target:g}, pattern {plan.pattern}.")
+    never = {re.sub(r"\.\d+\.", ".*.", name): reason for name, reason in left_out(job.opened.model).items()}
+    for reason in sorted(set(never.values())):
+        say(f"Never pruned ({reason}): {', '.join(name for name in never if never[name] == reason)}.")
     say(f"The plan took {duration(planning)} to make. Nothing was written.")
 
 

@@ -165,7 +165,8 @@ def open_streamed(
     """Like `billhook.store.checkpoint.load`, with one block at a time in memory; the model is `Stream.model`."""
     path = resolve(path)
     check_trusted(path, check_directory(path), auto_class, trust_remote_code)
-    device, dtype = chosen_device(device), chosen_dtype(dtype, device, path)
+    device = chosen_device(device)
+    dtype = chosen_dtype(dtype, device, path)
     shards = [read_shard(file) for file in weight_files(path)]
     with loading(path):
         config, empty = empty_model(path, auto_class, trust_remote_code)

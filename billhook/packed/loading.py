@@ -61,7 +61,8 @@ def load(
     packed = open_packed(path)
     packed.check(_READ.__contains__)
     checkpoint.check_depth(path, config, sum(len(shard.entries) for shard in packed.shards))
-    device, dtype = chosen_device(device), chosen_dtype(dtype, device, path)
+    device = chosen_device(device)
+    dtype = chosen_dtype(dtype, device, path)
     loaded = _build(packed, task.auto_class, dtype, trust_remote_code, note)
     loaded.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
     with checkpoint.on_device(device):

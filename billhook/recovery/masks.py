@@ -28,14 +28,12 @@ def find_masks(model: nn.Module) -> dict[str, Tensor]:
 
     `model` may be wrapped (DDP, FSDP2, torch.compile, peft); names are those of the model inside. A mask has the shape
     of the stored parameter, which may be transposed (Conv1D) or hold several experts, or of this process's shard of it.
-    Raises BillhookError as `find_layers` does, and for flattened parameters.
+    Raises BillhookError as `find_layers` does.
     """
     inner = unwrapped(model)
     adapters = [name for name, module in inner.named_modules() if hasattr(module, "base_layer")]
     names = dict[str, None]()
     for layer in find_layers(inner, convolutions=True):
-        if not isinstance(layer.stored, nn.Parameter) or layer.stored.ndim < 2:
-            raise BillhookError(f"{layer.name} was flattened by FSDP 1, which loses its shape: use FSDP2.")
         if not any(layer.name.startswith(f"{name}.") and layer.name != f"{name}.base_layer" for name in adapters):
             names[layer.stored_name] = None
     return {name: _local(inner.get_parameter(name)).detach() != 0 for name in names}

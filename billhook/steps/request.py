@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
+from billhook.ambient import check_model
 from billhook.architectures.layers import Layer, check_finite, find_layers
 from billhook.architectures.selection import select_layers
 from billhook.architectures.sources import resolve
@@ -172,6 +173,7 @@ def open_model(
     """Load the model of a request and select its layers, and convolutions in `also`. Writing needs `room(source)`."""
     _check_choices(request)
     source, model, resources = _open_model(request, streamed, room)
+    check_model(model, streamed=resources.streamed)
     task = task_of(model)
     targets, ignore = listed(request.targets), listed(request.ignore)
     inside = set(chain(*blocks_in(model, listed(request.stacks) or [task.stacks]).values()))

@@ -156,7 +156,8 @@ def load(
     """
     config = check_directory(path, quantized=quantized)
     check_trusted(path, config, auto_class, trust_remote_code)
-    device, dtype = chosen_device(device), chosen_dtype(dtype, device, path)
+    device = chosen_device(device)
+    dtype = chosen_dtype(dtype, device, path)
     with loading(path):
         kind, local = getattr(transformers, auto_class), {"local_files_only": True, "use_safetensors": True}
         if not is_compressed(config):
@@ -227,10 +228,10 @@ def loading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def on_device(device: str) -> Iterator[None]:
-    """Turn errors of a device that does not exist, or is full, into BillhookError."""
+    """Turn errors of a device that is full into BillhookError."""
     try:
         yield
-    except (RuntimeError, AssertionError) as error:
+    except RuntimeError as error:
         raise BillhookError(f"Cannot put the model on device {device!r}: {in_one_line(error)}.") from None
 
 

@@ -7,23 +7,37 @@ from pathlib import Path
 import torch
 
 from billhook.errors import BillhookError
+from billhook.store.files import in_one_line
 from billhook.store.layout import is_packed
 from billhook.store.shards import Shard, read_shard, weight_bytes, weight_files
 from billhook.store.tensor_bytes import DTYPES as STORED
 
 AUTO = "auto"
+_DEVICES = "Use auto, cpu, cuda or cuda:1."
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def chosen_device(device: str) -> str:
-    """`device`; for "auto" the GPU that torch can use, or else the processor."""
-    return device if device != AUTO else "cuda" if torch.cuda.is_available() else "cpu"
+    """`device`; for "auto" the GPU that torch can use, or else the processor.
+
+    Raises BillhookError for a device on which torch cannot compute here.
+    """
+    if device == AUTO:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        value = torch.ones(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BillhookError(f"Cannot compute on device {device!r}: {in_one_line(error)}. {_DEVICES}") from None
+    if value.is_meta:
+        raise BillhookError(f"Cannot compute on device {device!r}: its tensors have no values. {_DEVICES}")
+    return device
 
 
 def chosen_dtype(dtype: str | torch.dtype, device: str, path: Path) -> torch.dtype:
     """`dtype`; for "auto" float32 on a processor, and on a GPU that of the weights of the model directory `path`.
 
-    Float64 weights are computed in float32. Raises BillhookError for an unknown name.
+    `device` is one that `chosen_device` returned. Float64 weights are computed in float32. Raises BillhookError for an
+    unknown name.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -31,7 +45,7 @@ def chosen_dtype(dtype: str | torch.dtype, device: str, path: Path) -> torch.dty
         raise BillhookError(f"Unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}.")
     if dtype != AUTO:
         return DTYPES[dtype]
-    found = None if chosen_device(device) == "cpu" else stored_dtype(path)
+    found = None if torch.device(device).type == "cpu" else stored_dtype(path)
     return torch.float32 if found is None or found == torch.float64 else found
 
 

@@ -218,6 +218,13 @@ def test_a_dry_run_has_one_line_for_layers_that_are_alike(place, monkeypatch):
     assert "14 layers, 18,432 weights, sparsity 0.6" in ran.err
 
 
+@pytest.mark.gate
+def test_a_dry_run_lists_what_is_never_pruned(tmp_path):
+    tiny.save(tmp_path / "model", tiny.mixtral())
+    ran = done("prune", tmp_path / "model", "--sparsity", "0.5", "--criterion", "magnitude", "--dry-run")
+    assert "Never pruned (routes tokens): model.layers.*.mlp.gate.\n" in ran.err
+
+
 @pytest.mark.parametrize("command", [("quantize", "--type", "q8_0"), ("compress", "--bits", "10")])
 def test_quantizing_can_be_tried_without_writing_models(place, tmp_path, text, command):
     name, *how = command

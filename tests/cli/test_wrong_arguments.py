@@ -85,7 +85,7 @@ def test_a_correct_command_is_accepted(place):
         ((*PRUNE, "--sparcity", "0.5"), r"No such option: --sparcity.*--sparsity"),
         ((*PRUNE, "--group", "column"), r"--group"),
         ((*PRUNE, "--dtype", "int8"), r"--dtype"),
-        ((*PRUNE, "--device", "gpu"), r"Cannot put the model on device 'gpu'"),
+        ((*PRUNE, "--device", "gpu"), r"Cannot compute on device 'gpu'"),
         ((*PRUNE, "--samples", "0"), r"--samples"),
         (
             (*PRUNE[:3], "pruned", "--sparsity", "0.5"),

@@ -196,7 +196,7 @@ def test_loads_quietly_in_evaluation_mode_and_the_dtype_asked_for(llama, tmp_pat
 
 
 def test_an_unknown_device_is_refused(llama):
-    with pytest.raises(BillhookError, match="Cannot put the model on device 'warp'"):
+    with pytest.raises(BillhookError, match="Cannot compute on device 'warp'"):
         load_model(llama, device="warp")
 
 

@@ -3,9 +3,10 @@
 import pytest
 import tiny
 import torch
-from command import PRUNE, TEXT, done
+from command import PRUNE, TEXT, done, refused
 
 import billhook
+from billhook import BillhookError
 from billhook.store import compute
 from billhook.store.compute import chosen_device, chosen_dtype, stored_dtype
 
@@ -42,7 +43,21 @@ def test_auto_is_the_gpu_and_the_dtype_of_the_files_there_and_float32_on_a_proce
     assert chosen_device("auto") == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert chosen_device("auto") == "cpu"
-    assert chosen_device("cuda:1") == "cuda:1"
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "mps", "gpu", ""])
+def test_a_device_without_values_or_that_is_not_here_is_refused(device):
+    with pytest.raises(
+        BillhookError, match=rf"^Cannot compute on device '{device}': .+\. Use auto, cpu, cuda or cuda:1\.$"
+    ):
+        chosen_device(device)
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("name", ["prune", "eval", "generate", "measure"])
+def test_commands_refuse_such_a_device_before_anything_else(place, name):
+    refused(place, *RUNS[name], "--device", "meta", match="Cannot compute on device 'meta'")
+    refused(place, *RUNS[name], "--device", "cuda:99", match="Cannot compute on device 'cuda:99'")
 
 
 def test_a_model_that_does_not_fit_in_memory_is_scored_one_block_at_a_time(place, monkeypatch):
