@@ -17,6 +17,14 @@ _MISSES = 256  # papers: consecutive draws of too short documents before checkin
 _BATCH = 64  # documents tokenized at once
 
 
+def habit(tokenizer: Tokenizer) -> list[int]:
+    """The special tokens that the tokenizer puts before a text by itself."""
+    (plain,), (whole,) = _encode(tokenizer, ["a"], add_special_tokens=False), _encode(tokenizer, ["a"])
+    starts = range(len(whole) - len(plain) + 1)
+    # an empty `plain`, of a tokenizer that knows no "a", is found behind all special tokens
+    return whole[: next((k for k in reversed(starts) if plain == whole[k : k + len(plain)]), 0)]
+
+
 def first_token(tokenizer: Tokenizer, bos: str, sampling: str = "packed") -> int | None:
     """The BOS token with which every window begins, or None; `bos` "auto" follows the tokenizer, but for `sampling`
     "papers" means none.
@@ -125,7 +133,8 @@ def packed(
     reader = iter(texts)
     while batch := list(islice(reader, _BATCH)):
         for ids in _encode(tokenizer, batch, add_special_tokens=False):
-            pool += ids if start is None else [start, *ids]
+            # a chat template may write it, too
+            pool += ids if start is None or ids[:1] == [start] else [start, *ids]
             count += 1
         if len(pool) >= POOL * samples * length:
             break

@@ -34,6 +34,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Toke
 
 from billhook.ambient import pinned
 from billhook.errors import BillhookError
+from billhook.text.chat import chat_of
 from billhook.text.corpus import documents, existing_file, is_token_file, joint
 from billhook.text.given import Given, given, whole_ids
 from billhook.text.sampling import BOS, cut, first_token, join, packed, papers
@@ -98,7 +99,8 @@ def load_calibration(
         raise BillhookError(f"Calibration needs at least 1 sample of at least 2 tokens, {wrong}.")
     if sampling not in ("packed", "papers"):
         raise BillhookError(f"Unknown sampling {sampling!r}: use packed or papers.")
-    data = given(source)
+    chat = chat_of(tokenizer)
+    data = given(source, chat)
     name = data if isinstance(data, str) else GIVEN if isinstance(data, Tensor) else "given as texts"
     begun = None
     if isinstance(data, Tensor) or is_token_file(name):
@@ -108,7 +110,7 @@ def load_calibration(
     else:
         words, rng, shape = _need(tokenizer, name), random.Random(seed), (samples, length)
         published, first = sampling == "papers", first_token(words, bos, sampling)
-        texts = documents(data, "calibration", stream=not published) if isinstance(data, str) else data
+        texts = documents(data, "calibration", not published, chat) if isinstance(data, str) else data
         if published:
             several = texts if isinstance(texts, Sequence) else list(texts)
             ids = papers(several, words, shape, rng, name, first, held_out=held_out)
@@ -147,7 +149,7 @@ def load_windows(
         limit = _STREAM_WINDOWS if limit is None and source.startswith("hub:") else limit
         words, needed = _need(tokenizer, source), limit and limit * length
         first = first_token(words, bos)
-        texts = documents(source, "evaluation", stream=True)
+        texts = documents(source, "evaluation", True, chat_of(words))
         flat, ends = _encode_joined(texts, words, needed, joint(source))
         tokens, parts, begun = len(flat), cut(flat, length, first)[:limit], first is not None
         if not parts:
