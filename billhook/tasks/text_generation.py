@@ -1,8 +1,9 @@
 """text-generation: decoder-only language models, scored by the next token."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
@@ -41,10 +42,10 @@ class TextGeneration(NextToken):
             tokens = drawn_windows(data, tokenizer, model, drawing)
 
         def batch(ids: Tensor) -> Batch:
-            if not tokens.bos:
+            if not tokens.prefix:
                 return self.batch(ids)
             # never predicted, inside a window either
-            return {**self.batch(ids), LABELS: ids.masked_fill(ids == ids[:, :1], IGNORED)}
+            return {**self.batch(ids), LABELS: ids.masked_fill(torch.isin(ids, torch.tensor(tokens.prefix)), IGNORED)}
 
         return Samples.of(batch, tokens)
 
@@ -60,7 +61,8 @@ class TextGeneration(NextToken):
     ) -> tuple[Windows, Scoring]:
         """Non-overlapping windows of a SOURCE, and their scoring."""
         vocabulary = vocabulary_size(model)
-        return load_windows(source, tokenizer, length=length, limit=limit, bos=bos, vocab_size=vocabulary), self
+        windows = load_windows(source, tokenizer, length=length, limit=limit, bos=bos, vocab_size=vocabulary)
+        return windows, replace(self, begin=max(1, len(windows.prefix)))
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """The mean negative log-likelihood of a window's tokens, by the model's own loss function."""
