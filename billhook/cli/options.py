@@ -62,9 +62,9 @@ Allocator = Annotated[
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="Calibration text: FILE.txt, FILE.jsonl (field text), .json, .csv, .parquet, .gz, TOKENS.safetensors, "
-        "hub:NAME[:config][:split], stdlib:train; for an image model a folder of images, FILE.npz or hub:NAME; "
-        "for an image-text model FILE.jsonl with image, question and answer.",
+        help="Calibration text: FILE.txt, FILE.jsonl (field text, or messages of a chat), .json, .csv, .parquet, .gz, "
+        "TOKENS.safetensors, hub:NAME[:config][:split], stdlib:train; for an image model a folder of images, FILE.npz "
+        "or hub:NAME; for an image-text model FILE.jsonl with image, question and answer.",
         metavar="SOURCE",
     ),
 ]

@@ -45,19 +45,22 @@ class Scoring(Protocol):
 
 @dataclass(frozen=True)
 class NextToken:
-    """Every token of a window but the first is predicted from the earlier ones."""
+    """Every token of a window but the first `begin` is predicted from the earlier ones."""
 
     protocol: ClassVar[str] = "token perplexity over non-overlapping windows"
     unit: ClassVar[str] = "token"
     divergence: ClassVar[Divergence] = KL
+    begin: int = 1
 
     def batch(self, inputs: Tensor) -> Batch:
         """The model's inputs for token ids int64 [windows, length]."""
         return {"input_ids": inputs}
 
     def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits [windows, length - 1, vocabulary] and the tokens that they predict, or the batch's labels of these."""
-        return logits[:, :-1], batch.get(LABELS, batch["input_ids"])[:, 1:].to(logits.device)
+        """Logits [windows, length - begin, vocabulary] and the tokens that they predict, or the batch's labels of
+        these."""
+        labels = batch.get(LABELS, batch["input_ids"])
+        return logits[:, self.begin - 1 : -1], labels[:, self.begin :].to(logits.device)
 
 
 NEXT_TOKEN = NextToken()

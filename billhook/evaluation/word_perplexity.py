@@ -20,7 +20,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Toke
 from billhook.errors import BillhookError
 from billhook.evaluation.batching import Progress
 from billhook.evaluation.likelihood import TokenRequest, log_likelihoods, prefix_token
-from billhook.text.sampling import first_token
+from billhook.text.sampling import window_prefix
 
 PROTOCOL = "word perplexity over rolling windows of documents (lm-evaluation-harness)"
 
@@ -67,12 +67,13 @@ def evaluate_words(
     bos: str = "no",
 ) -> WordEvaluation:
     """Score whole documents in windows of `length` tokens; raises BillhookError for an empty text."""
-    first, prefix = first_token(tokenizer, bos), prefix_token(tokenizer)
+    prefix = window_prefix(tokenizer, bos)
+    begin = prefix or (prefix_token(tokenizer),)
     words = sum(len(re.split(r"\s+", text)) for text in texts)
     octets = sum(len(text.encode()) for text in texts)
-    options: dict[str, Any] = {"verbose": False, "return_attention_mask": False, "add_special_tokens": first is None}
+    options: dict[str, Any] = {"verbose": False, "return_attention_mask": False, "add_special_tokens": not prefix}
     encoded = [tokenizer(text, **options)["input_ids"] for text in texts]
-    requests = [request for ids in encoded for request in rolling(ids, prefix, length, first)]
+    requests = [request for ids in encoded for request in rolling(ids, begin, length, prefix)]
     if not requests or not octets:
         raise BillhookError(f"{source} is empty: give a text with something in it.")
     total = -sum(value for value, _ in log_likelihoods(model, requests, length, progress=progress))
@@ -86,20 +87,20 @@ def evaluate_words(
         documents=len(texts),
         length=length,
         source=source,
-        bos=first is not None,
+        bos=bool(prefix),
     )
 
 
-def rolling(ids: Sequence[int], prefix: int, length: int, first: int | None = None) -> list[TokenRequest]:
+def rolling(ids: Sequence[int], begin: Sequence[int], length: int, prefix: Sequence[int] = ()) -> list[TokenRequest]:
     """Windows that together score every token of `ids` once, each reading at most `length` tokens.
 
-    A document begins after `prefix`, a later window with `first`, or without it with the token before.
+    A document begins after the tokens of `begin`, a later window with `prefix`, or without it with the token before.
     """
-    found = []
-    for start in range(0, len(ids), length):
-        stop = min(start + length, len(ids))
+    found, step = [], max(1, length + 1 - max(1, len(prefix)))
+    for start in range(0, len(ids), step):
+        stop = min(start + step, len(ids))
         # the last window is extended to the left, so that it has `length` tokens too
-        begin = [prefix] if start == 0 else [] if first is None else [first]
-        before = [*begin, *ids[max(0, stop - length - 1 + len(begin)) : start]]
+        first = begin if start == 0 else prefix
+        before = [*first, *ids[max(0, stop - length - 1 + len(first)) : start]]
         found.append(TokenRequest(before, list(ids[start:stop])))
     return found

@@ -32,6 +32,7 @@ from billhook.store.compute import chosen_device, chosen_dtype, dtype_name, lack
 from billhook.tasks.base import Home, RowTask, WindowTask
 from billhook.tasks.opening import task_of, task_of_config
 from billhook.tasks.token_windows import window_length
+from billhook.text.chat import chat_of
 from billhook.text.corpus import documents, is_token_file, source_name
 
 PROTOCOLS = ("token", "word", "both")
@@ -78,7 +79,7 @@ def evaluate_model(model: str | Path, config: EvalConfig, progress: Progress = l
         record |= _token(loaded, tokenizer, config, window, progress)
     if config.data is not None and config.protocol != "token":
         reader = _need(tokenizer, "Word perplexity")
-        texts = list(documents(config.data, "evaluation", stream=True))[: config.limit]
+        texts = list(documents(config.data, "evaluation", True, chat_of(reader)))[: config.limit]
         scored = evaluate_words(loaded, reader, texts, window, source_name(config.data), progress, bos=config.bos)
         record["word"] = scored.to_dict()
     if names or files:

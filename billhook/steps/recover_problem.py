@@ -16,7 +16,7 @@ from billhook.architectures.layers import Layer
 from billhook.architectures.selection import select_layers
 from billhook.architectures.stacks import blocks_of, find_stacks
 from billhook.distributed.collectives import world
-from billhook.engine.batch import Batch, main_input, row_length, select_rows
+from billhook.engine.batch import Batch, row_length, select_rows
 from billhook.errors import BillhookError, JobError
 from billhook.recovery.adapters import RATES, factors
 from billhook.recovery.blockwise import tunable
@@ -162,7 +162,7 @@ def make_problem(
         raise BillhookError(f"The objective {name} is for models that write text: use --objective kl.")
     inside = "hidden" in needs
     length = row_length(model, windows.samples.batch)
-    first = int(main_input(model, windows.samples.batch)[0, 0]) if windows.samples.bos else None
+    prefix = windows.samples.prefix
     return Problem(
         model,
         trained(opened, source, request),
@@ -173,7 +173,7 @@ def make_problem(
         predictor(model, task, range(count) if inside else None),
         None if teacher is None else predictor(teacher, task, matched if inside else None, gradients=False),
         held_out_loss(model, teacher if "teacher" in needs else None, windows.chosen_on, task),
-        (lambda number, seed: write_windows(model, number, length, seed=seed, first=first)) if written else None,
+        (lambda number, seed: write_windows(model, number, length, seed=seed, prefix=prefix)) if written else None,
         request.seed,
         warm=WARM if request.recipe else None,
         together=max(1, TOGETHER // length),

@@ -61,8 +61,8 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs drawn from a SOURCE, one a row; `digest` is the SHA-256 of their values, `bos` (of text only) as in
-    `billhook.text.windows.Tokens`.
+    """Inputs drawn from a SOURCE, one a row; `digest` is the SHA-256 of their values, `bos` and `prefix` (of text
+    only) as in `billhook.text.windows.Tokens`.
 
     `heldout` are more of them, which are used for nothing but to measure what was lost; None where the text has none.
     `skipped` of the SOURCE cannot be read.
@@ -75,12 +75,14 @@ class Samples:
     bos: bool | None = None
     heldout: Batch | None = None
     skipped: int = 0
+    prefix: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, batch: Callable[[Tensor], Batch], tokens: Tokens) -> "Samples":
         """The samples that `batch` makes of the windows of `tokens`."""
         heldout = None if tokens.heldout is None else batch(tokens.heldout)
-        return cls(batch(tokens.ids), tokens.source, tokens.digest, tokens.sampling, tokens.bos, heldout)
+        about = (tokens.source, tokens.digest, tokens.sampling, tokens.bos)
+        return cls(batch(tokens.ids), *about, heldout, prefix=tokens.prefix)
 
     @classmethod
     def split(

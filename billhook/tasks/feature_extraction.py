@@ -22,6 +22,7 @@ from billhook.images.labels import UNKNOWN
 from billhook.tasks.base import Drawing, Home, Inputs, Progress, Samples
 from billhook.tasks.image_inputs import Images, image_samples
 from billhook.tasks.token_windows import drawn_windows, framed, tokenizer_of, window_length
+from billhook.text.chat import chat_of
 from billhook.text.corpus import documents
 
 
@@ -73,7 +74,8 @@ class FeatureExtraction:
         tokenizer = tokenizer_of(model, home)
         if tokenizer is None:
             raise BillhookError(f"The model has no tokenizer to read {source} with.")
-        texts = [text for text in documents(str(source), "evaluation", stream=False) if text.strip()]
+        read = documents(str(source), "evaluation", False, chat_of(tokenizer))
+        texts = [text for text in read if text.strip()]
         return Texts(str(source), texts, tokenizer, window_length(model, None))
 
     def batch(self, inputs: Tensor) -> Batch:

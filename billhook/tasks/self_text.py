@@ -21,7 +21,7 @@ is some, should come first.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import quiet
 from billhook.tasks.base import Drawing, Samples
 from billhook.tasks.token_windows import drawn_windows, window_length
-from billhook.text.sampling import cut, first_token, join
+from billhook.text.sampling import cut, join, window_prefix
 from billhook.text.windows import Tokens, digest
 
 Progress = Callable[[str], None]  # called for every position of a batch of documents
@@ -65,24 +65,24 @@ def self_windows(
     Raises as `billhook.text.windows` and `write_windows` do.
     """
     length = window_length(model, drawing.length)
-    first = None if tokenizer is None else first_token(tokenizer, drawing.bos, drawing.sampling)
+    prefix = () if tokenizer is None else window_prefix(tokenizer, drawing.bos, drawing.sampling)
     parts, heldout = [], None
     if given := source.removeprefix(PREFIX):
         drawn = drawn_windows(given, tokenizer, model, drawing, fewer=True)
         parts, heldout = [drawn.ids], drawn.heldout
     missing = drawing.samples - sum(map(len, parts))
     if missing:
-        parts.append(write_windows(model, missing, length, seed=drawing.seed, first=first, progress=progress))
+        parts.append(write_windows(model, missing, length, seed=drawing.seed, prefix=prefix, progress=progress))
     if heldout is None:
-        more: dict[str, Any] = {"seed": drawing.seed + 1, "first": first, "progress": progress}
+        more: dict[str, Any] = {"seed": drawing.seed + 1, "prefix": prefix, "progress": progress}
         heldout = write_windows(model, drawing.held_out, length, **more)
     ids, sampling = torch.cat(parts), f"{drawing.sampling}, {missing} written by the model"
-    return Tokens(ids, source, digest(ids), sampling, first is not None, heldout)
+    return Tokens(ids, source, digest(ids), sampling, bool(prefix), heldout, prefix)
 
 
 def save_windows(path: Path, samples: Samples) -> None:
     """Save windows and their source in a safetensors file (`tokens` and `heldout`, int32), for a resumed run."""
-    about = json.dumps({key: getattr(samples, key) for key in ("source", "digest", "sampling", "bos")})
+    about = json.dumps({key: getattr(samples, key) for key in ("source", "digest", "sampling", "bos", "prefix")})
     tensors = {"tokens": samples.batch["input_ids"].int()}
     if samples.heldout is not None:
         tensors["heldout"] = samples.heldout["input_ids"].int()
@@ -96,7 +96,8 @@ def saved_windows(path: Path) -> Tokens:
             about = json.loads(file.metadata()["about"])
             ids = file.get_tensor("tokens").long()
             heldout = file.get_tensor("heldout").long() if "heldout" in set(file.keys()) else None
-        return Tokens(ids, **about, heldout=heldout)
+        prefix = tuple(about.pop("prefix", ids[0, :1].tolist() if about["bos"] else ()))
+        return Tokens(ids, **about, heldout=heldout, prefix=prefix)
     except Exception as error:
         wrong = f"{path} does not hold calibration windows ({error})"
         raise BillhookError(f"{wrong}: start again with --overwrite.") from None
@@ -109,12 +110,12 @@ def write_windows(
     length: int,
     *,
     seed: int = 0,
-    first: int | None = None,
+    prefix: Sequence[int] = (),
     progress: Progress = lambda position: None,
 ) -> Tensor:
     """Generated text: token ids int64 [windows, length] on the CPU; equal for equal model, seed and machine.
 
-    With `first`, each window begins with that token.
+    Each window begins with `prefix`.
 
     Raises BillhookError for a model without start and end token and for windows longer than its context; JobError if
     its predictions are not finite or end every document at once.
@@ -127,7 +128,7 @@ def write_windows(
     random = torch.Generator(model.device).manual_seed(seed)
     flat, empty = list[int](), 0
     with evaluating(model), quiet():
-        while len(parts := cut(flat, length, first)) < windows:
+        while len(parts := cut(flat, length, prefix)) < windows:
             count = min(_documents_at_once(model, length), windows - len(parts))
             found = []
             for document in _documents(model, (start, ends), (count, length), random, progress).tolist():
@@ -137,7 +138,7 @@ def write_windows(
             if empty >= _EMPTY:
                 raise JobError("The model ends every document at once, so it cannot write text: give real text.")
             flat += [token for document in found for token in document]
-    return join(flat, parts[:windows], length, first)
+    return join(flat, parts[:windows], length, prefix)
 
 
 def _documents_at_once(model: PreTrainedModel, length: int) -> int:

@@ -1,8 +1,8 @@
 """From a SOURCE to a list of documents, without torch.
 
 FILE.txt                        one document, the whole file (UTF-8)
-FILE.jsonl, FILE.json           one document a line or an element, its field `text`
-FILE.csv, FILE.parquet          one document a row, its column `text`; read by the package `datasets`
+FILE.jsonl, FILE.json           one document a line or an element, its field `text`, or else `messages`
+FILE.csv, FILE.parquet          one document a row, its column `text`, or else `messages`; read by `datasets`
 FILE.txt.gz, FILE.jsonl.gz, ... the same, compressed
 FOLDER                          written by `save_to_disk` of `datasets`
 FILE.safetensors                token ids, see `billhook.text.windows`
@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from billhook.errors import BillhookError
 from billhook.text.hub import dataset_documents, hub_documents, is_saved_dataset
-from billhook.text.rows import checked, warn_of_nulls
+from billhook.text.rows import FORM, Chat, document, field_of, warn_of_nulls
 from billhook.text.stdlib import documents as stdlib_documents
 
 Purpose = Literal["calibration", "evaluation"]
@@ -29,21 +29,22 @@ _TEXT, _ROWS = (".txt", ".jsonl", ".json"), (".csv", ".parquet")  # read here, a
 _MORE = f"A file may also be {', '.join((*_TEXT[2:], *_ROWS))}, or end in .gz."
 
 
-def documents(source: str, purpose: Purpose, stream: bool) -> Iterable[str]:
+def documents(source: str, purpose: Purpose, stream: bool, chat: Chat | None = None) -> Iterable[str]:
     """The documents of a text source, a sequence; with `stream`, an iterable for a hub dataset.
 
-    `purpose` decides the default split of a hub dataset: train for calibration, held-out text for evaluation. Raises
-    BillhookError for an unknown form, and for a file that is missing, empty, not UTF-8 or not of its suffix's type.
+    `purpose` decides the default split of a hub dataset: train for calibration, held-out text for evaluation. `chat`
+    writes `messages` as text. Raises BillhookError for an unknown form, and for a file that is missing, empty, not
+    UTF-8 or not of its suffix's type.
     """
     if source.startswith("hub:"):
-        return hub_documents(source, purpose, stream)
+        return hub_documents(source, purpose, stream, chat)
     if source.startswith("stdlib:"):
         return _stdlib(source)
     path = Path(source).expanduser()
     if is_saved_dataset(path) or _kind(path) in _ROWS:
-        return dataset_documents(path, _kind(path), purpose, stream)
+        return dataset_documents(path, _kind(path), purpose, stream, chat)
     path = existing_file(source)
-    return [_read(path)] if _kind(path) == ".txt" else _json(path)
+    return [_read(path)] if _kind(path) == ".txt" else _json(path, chat)
 
 
 def joint(source: str) -> str:
@@ -108,18 +109,16 @@ def _read(path: Path) -> str:
     return text
 
 
-def _json(path: Path) -> list[str]:
-    """The documents of a file of json lines, or of a json array; a null `text` is skipped."""
-    found, nulls = [], 0
+def _json(path: Path, chat: Chat | None) -> list[str]:
+    """The documents of a file of json lines, or of a json array; a null is skipped."""
+    every = []
     for where, item in _items(path):
-        if not isinstance(item, dict) or "text" not in item:
-            raise BillhookError(f'{where} has no field `text`: every one must be an object like {{"text": "..."}}.')
-        if item["text"] is None:
-            nulls += 1
-            continue
-        # half of a surrogate pair is legal json, but tokenizers refuse it
-        found.append(checked(item["text"], where).encode("utf-8", "replace").decode("utf-8"))
-    warn_of_nulls(nulls, str(path))
+        field = field_of(item) if isinstance(item, dict) else None
+        if field is None:
+            raise BillhookError(f"{where} has no field `text` or `messages`: every one must be an object like {FORM}.")
+        every.append(document(item[field], where, field, chat))
+    found = [text for text in every if text is not None]
+    warn_of_nulls(len(every) - len(found), str(path))
     if not any(text.strip() for text in found):
         raise BillhookError(f"{path} is empty: give a text with something in it.")
     return found

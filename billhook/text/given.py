@@ -1,8 +1,8 @@
 """Calibration data given from Python: token tensors, texts, rows of a data set, or any iterable of these.
 
-A row is a text, a mapping with a field `text`, a tensor of token ids [length] or [windows, length], or a mapping with
-`input_ids`. Rows of token ids are used as they are, and all of them; they must be equally long. Of texts, windows are
-drawn as from a file; a text that is None is skipped.
+A row is a text, a mapping with a field `text` or `messages`, a tensor of token ids [length] or [windows, length], or a
+mapping with `input_ids`. Rows of token ids are used as they are, and all of them; they must be equally long. Of texts,
+windows are drawn as from a file; a text that is None is skipped.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -15,18 +15,18 @@ from torch import Tensor
 
 from billhook.errors import BillhookError
 from billhook.text.hub import column
-from billhook.text.rows import checked, warn_of_nulls
+from billhook.text.rows import TEXT, Chat, document, field_of, warn_of_nulls
 
 Given = str | Path | Tensor | Iterable[str | Tensor | Mapping[str, Any]]  # the name of a source, or data
 _WHO = "calibration"
 _FORMS = "give a source's name, a tensor of token ids [windows, length], or an iterable of texts, of such tensors, or "
-_FORMS += "of rows with `text` or `input_ids`"
+_FORMS += "of rows with `text`, `messages` or `input_ids`"
 _NOTHING = object()
 
 
-def given(data: Given) -> str | Tensor | Iterable[str]:
+def given(data: Given, chat: Chat | None = None) -> str | Tensor | Iterable[str]:
     """The name of a source, token ids int64 [windows, length], or documents: an iterator for an iterator, else a
-    sequence.
+    sequence; `chat` writes `messages` as text.
 
     Raises BillhookError for data of another kind, naming the row.
     """
@@ -36,8 +36,9 @@ def given(data: Given) -> str | Tensor | Iterable[str]:
         return whole_ids(data, _WHO)
     if not isinstance(data, Iterable) or isinstance(data, bytes | Mapping):
         raise BillhookError(f"{_WHO}: found {type(data).__name__}; {_FORMS}.")
-    if "text" in (getattr(data, "column_names", None) or ()) and isinstance(data, Sized):
-        return column(data, "text", _WHO)  # a data set on disk, which is not read as a whole
+    field = field_of(getattr(data, "column_names", None) or ())
+    if field is not None and isinstance(data, Sized):
+        return column(data, field, _WHO, chat)  # a data set on disk, which is not read as a whole
     rows = iter(data)
     first: Any = next(rows, _NOTHING)
     if first is _NOTHING:
@@ -45,7 +46,7 @@ def given(data: Given) -> str | Tensor | Iterable[str]:
     rows = chain([first], rows)
     if isinstance(first, Tensor) or (isinstance(first, Mapping) and "text" not in first and "input_ids" in first):
         return torch.cat(_token_rows(rows))
-    documents = _documents(rows)
+    documents = _documents(rows, chat)
     return documents if isinstance(data, Iterator) else list(documents)
 
 
@@ -60,19 +61,24 @@ def whole_ids(tokens: Any, source: str) -> Tensor:
     return whole.clone() if whole.is_inference() else whole  # which could not be used in a backward pass
 
 
-def _documents(rows: Iterable[Any]) -> Iterator[str]:
+def _documents(rows: Iterable[Any], chat: Chat | None) -> Iterator[str]:
     nulls = 0
     for number, row in enumerate(rows, start=1):
         where = f"{_WHO}, row {number}"
-        if isinstance(row, Mapping) and "text" not in row:
-            raise BillhookError(f"{where} has no field `text`; it has {', '.join(map(str, row)) or 'nothing'}.")
-        text = row["text"] if isinstance(row, Mapping) else row
-        if isinstance(text, list | Tensor):
-            raise BillhookError(f"{where}: found {type(text).__name__}, not a text; token ids are tensors in all rows.")
+        row = row if isinstance(row, Mapping) else {TEXT: row}
+        field = field_of(row)
+        if field is None:
+            known = ", ".join(map(str, row)) or "nothing"
+            raise BillhookError(f"{where} has no field `text` or `messages`; it has {known}.")
+        value = row[field]
+        if field == TEXT and isinstance(value, list | Tensor):
+            found = f"{where}: found {type(value).__name__}, not a text"
+            raise BillhookError(f"{found}; token ids are tensors in all rows, and a chat is {{`messages`: [...]}}.")
+        text = document(value, where, field, chat)
         if text is None:
             nulls += 1
         else:
-            yield checked(text, where)
+            yield text
     warn_of_nulls(nulls, _WHO)
 
 

@@ -5,13 +5,13 @@ exists), WikiText-2 as `Salesforce/wikitext`, `wikitext-2-raw-v1`, the Penn Tree
 loading script is no longer supported). `datasets` is imported only here, when it is needed.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
 from billhook.errors import BillhookError
-from billhook.text.rows import checked, warn_of_nulls
+from billhook.text.rows import Chat, document, field_of, warn_of_nulls
 
 C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 PTB_FILES = {split: f"penn_treebank/{split}/*.parquet" for split in ("train", "validation", "test")}
@@ -55,39 +55,42 @@ def parse(source: str, purpose: str) -> Request:
 
 
 class _Column(Sequence[str]):
-    """The texts of a dataset on disk, read one at a time."""
+    """The documents in some rows of a dataset on disk, read one at a time."""
 
-    def __init__(self, dataset: Any, field: str) -> None:
-        self._dataset, self._field = dataset, field
+    def __init__(self, dataset: Any, rows: Sequence[int], read: Callable[[Any, int], str]) -> None:
+        self._dataset, self._rows, self._read = dataset, rows, read
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._rows)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
-        found: str | list[str] = self._dataset[index][self._field]
-        return found
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        row = self._rows[index]
+        return self._read(self._dataset[row], row + 1)
 
 
-def hub_documents(source: str, purpose: str, stream: bool) -> Iterable[str]:
+def hub_documents(source: str, purpose: str, stream: bool, chat: Chat | None = None) -> Iterable[str]:
     """The documents of a hub dataset: with `stream` an iterable that downloads while it is read, else a sequence.
 
-    Raises BillhookError if `datasets` is not installed, the dataset cannot be loaded, or it has no field `text`.
+    Raises BillhookError if `datasets` is not installed, the dataset cannot be loaded, or it has neither a field `text`
+    nor `messages`, which `chat` writes as text.
     """
-    return _documents(parse(source, purpose), source, stream)
+    return _documents(parse(source, purpose), source, stream, chat)
 
 
-def dataset_documents(path: Path, kind: str, purpose: str, stream: bool) -> Iterable[str]:
+def dataset_documents(path: Path, kind: str, purpose: str, stream: bool, chat: Chat | None = None) -> Iterable[str]:
     """The documents of a file of rows (`kind` is its suffix), or of a folder that `save_to_disk` wrote; as above."""
     if is_saved_dataset(path):
         split = "train" if purpose == "calibration" else "test"
-        return _documents(Request(str(path), None, split), str(path), stream)
+        return _documents(Request(str(path), None, split), str(path), stream, chat)
     if not path.is_file():
         raise BillhookError(f"There is no file {path}.")
-    return _documents(Request(kind.removeprefix("."), None, "train", {"train": str(path)}), str(path), stream)
+    return _documents(Request(kind.removeprefix("."), None, "train", {"train": str(path)}), str(path), stream, chat)
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -100,12 +103,13 @@ def hub_rows(source: str, purpose: str) -> Any:
     return _loaded(parse(source, purpose), source, False)[0]
 
 
-def _documents(request: Request, source: str, stream: bool) -> Iterable[str]:
+def _documents(request: Request, source: str, stream: bool, chat: Chat | None) -> Iterable[str]:
     loaded, columns = _loaded(request, source, stream)
-    if request.field not in columns:
-        raise BillhookError(f"{source} has no field `{request.field}`; it has {', '.join(columns) or 'nothing'}.")
-    on_disk = hasattr(loaded, "__len__")
-    return column(loaded, request.field, source) if on_disk else _streamed(loaded, request.field, source)
+    field = field_of(columns, request.field)
+    if field is None:
+        both = f"`{request.field}` or `messages`"
+        raise BillhookError(f"{source} has no field {both}; it has {', '.join(columns) or 'nothing'}.")
+    return (column if hasattr(loaded, "__len__") else _streamed)(loaded, field, source, chat)
 
 
 def _loaded(request: Request, source: str, stream: bool) -> tuple[Any, list[str]]:
@@ -142,15 +146,16 @@ def _failed(source: str, error: Exception) -> BillhookError:
     return BillhookError(f"Cannot load {source}: {line}")
 
 
-def _streamed(loaded: Iterable[dict[str, Any]], field: str, source: str) -> Iterator[str]:
+def _streamed(loaded: Iterable[dict[str, Any]], field: str, source: str, chat: Chat | None) -> Iterator[str]:
     """The documents of a streamed dataset; null is skipped, and the skipped rows are counted at the end."""
     nulls = 0
     try:
         for number, row in enumerate(loaded, start=1):
-            if row[field] is None:
+            text = document(row[field], f"{source}, row {number}", field, chat)
+            if text is None:
                 nulls += 1
             else:
-                yield checked(row[field], f"{source}, row {number}")
+                yield text
     except BillhookError:
         raise
     except Exception as error:
@@ -159,12 +164,17 @@ def _streamed(loaded: Iterable[dict[str, Any]], field: str, source: str) -> Iter
         warn_of_nulls(nulls, source)
 
 
-def column(loaded: Any, field: str, source: str) -> Sequence[str]:
-    """The documents of a dataset on disk, without the rows whose text is null."""
+def column(loaded: Any, field: str, source: str, chat: Chat | None = None) -> Sequence[str]:
+    """The documents of a dataset on disk, without the rows whose `field` is null; `chat` writes `messages` as text."""
+    rows: Sequence[int] = range(len(loaded))
     if loaded.data.column(field).null_count:
-        kept = [number for number, text in enumerate(loaded[field]) if text is not None]
-        warn_of_nulls(len(loaded) - len(kept), source)
-        loaded = loaded.select(kept)
-    if len(loaded):
-        checked(loaded[0][field], f"{source}, row 1")  # all rows of a column are of one type
-    return _Column(loaded, field)
+        rows = [number for number, text in enumerate(loaded[field]) if text is not None]
+        warn_of_nulls(len(loaded) - len(rows), source)
+
+    def read(row: Any, number: int) -> str:
+        return document(row[field], f"{source}, row {number}", field, chat) or ""
+
+    found = _Column(loaded, rows, read)
+    if len(found):
+        found[0]  # all rows of a column are of one type, so that one of another kind is found at once
+    return found

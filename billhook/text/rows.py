@@ -1,16 +1,45 @@
-"""Rows of a source of text: what a document may be."""
+"""Rows of a source of text: what a document may be, in the field `text` or, where there is none, `messages`.
+
+`messages` are a chat, [{"role": "user", "content": "..."}, ...], which the tokenizer's chat template writes as text.
+Half of a surrogate pair, which is legal in JSON and Python but which tokenizers refuse, becomes a question mark.
+"""
 
 import logging
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from billhook.errors import BillhookError
 
+Chat = Callable[[list[dict[str, Any]]], str]  # the text of a chat's messages, by a chat template
+TEXT, MESSAGES = "text", "messages"
+_CHAT = '[{"role": "user", "content": "..."}, ...]'
+FORM = f'{{"text": "..."}} or {{"messages": {_CHAT}}}'
+_TEMPLATE = "add chat_template.jinja to its directory, or give rows with a field `text`"
 
-def checked(text: Any, where: str) -> str:
-    """A document, which must be a string; raises BillhookError naming `where` it was found."""
-    if not isinstance(text, str):
-        raise BillhookError(f"{where}: the text is of type {type(text).__name__}, not a string.")
-    return text
+
+def field_of(names: Collection[str], field: str = TEXT) -> str | None:
+    """The field, of those that a row has, that its document is in; None where it has neither."""
+    return field if field in names else MESSAGES if MESSAGES in names else None
+
+
+def document(value: Any, where: str, field: str = TEXT, chat: Chat | None = None) -> str | None:
+    """The document that the `field` of a row holds; None for null.
+
+    Raises BillhookError, naming `where` the row was found, for a text that is not a string, for messages that are no
+    chat or that the chat template refuses, and for a chat without a chat template.
+    """
+    if value is None:
+        return None
+    if field == MESSAGES:
+        return cleaned(_written(value, where, chat))
+    if not isinstance(value, str):
+        raise BillhookError(f"{where}: the text is of type {type(value).__name__}, not a string.")
+    return cleaned(value)
+
+
+def cleaned(text: str) -> str:
+    """The text with a question mark for half of a surrogate pair."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def warn_of_nulls(count: int, source: str) -> None:
@@ -19,3 +48,27 @@ def warn_of_nulls(count: int, source: str) -> None:
         logging.getLogger(__name__).warning(
             "note: rows of %s that were skipped because their text is null: %d.", source, count
         )
+
+
+def _written(messages: Any, where: str, chat: Chat | None) -> str:
+    """The text of a chat."""
+    several = list(messages) if hasattr(messages, "__iter__") and not isinstance(messages, str | Mapping) else []
+    if not several or not all(_is_message(message) for message in several):
+        raise BillhookError(f"{where}: `messages` must be a list like {_CHAT}.")
+    if chat is None:
+        raise BillhookError(f"{where} is a chat, and the model's tokenizer has no chat template: {_TEMPLATE}.")
+    # a table has a null for each field that only other messages have, and templates ask which fields are there
+    kept = [{key: part for key, part in message.items() if part is not None} for message in several]
+    try:
+        return chat(kept)
+    except Exception as error:  # whatever the template raises
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise BillhookError(f"{where}: the chat template refuses its messages ({why}): correct or remove it.") from None
+
+
+def _is_message(message: Any) -> bool:
+    """Whether it is an object with a role and a content, which may be null beside the calls of tools."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return isinstance(content, str | list) or (content is None and bool(message.get("tool_calls")))

@@ -17,33 +17,53 @@ _MISSES = 256  # papers: consecutive draws of too short documents before checkin
 _BATCH = 64  # documents tokenized at once
 
 
-def first_token(tokenizer: Tokenizer, bos: str, sampling: str = "packed") -> int | None:
-    """The BOS token with which every window begins, or None; `bos` "auto" follows the tokenizer, but for `sampling`
-    "papers" means none.
+def habit(tokenizer: Tokenizer) -> list[int]:
+    """The special tokens that the tokenizer puts before a text by itself."""
+    (plain,), (whole,) = _encode(tokenizer, ["a"], add_special_tokens=False), _encode(tokenizer, ["a"])
+    starts = range(len(whole) - len(plain) + 1)
+    # an empty `plain`, of a tokenizer that knows no "a", is found behind all special tokens
+    return whole[: next((k for k in reversed(starts) if plain == whole[k : k + len(plain)]), 0)]
 
-    Raises BillhookError for "yes" where the tokenizer has no BOS token.
+
+def window_prefix(tokenizer: Tokenizer, bos: str, sampling: str = "packed") -> tuple[int, ...]:
+    """The tokens with which every window begins: the BOS token or, of some tokenizers, several; () for none.
+
+    `bos` "auto" follows the tokenizer, but for `sampling` "papers" means none. Raises BillhookError for "yes" where the
+    tokenizer has no BOS token and puts nothing before a text.
     """
     if bos not in BOS:
         raise BillhookError(f"Unknown bos {bos!r}: use {', '.join(BOS)}.")
-    first: int | None = tokenizer.bos_token_id
-    if bos == "yes" and first is None:
-        raise BillhookError("The tokenizer has no BOS token for windows to begin with: leave out --bos.")
-    follows = bos == "auto" and sampling != "papers"
-    return first if bos == "yes" or (follows and _encode(tokenizer, ["a"])[0][:1] == [first]) else None
+    if bos == "no" or (bos == "auto" and sampling == "papers"):
+        return ()
+    found = habit(tokenizer)
+    if bos == "yes" and not found:
+        if tokenizer.bos_token_id is None:
+            raise BillhookError("The tokenizer has no BOS token for windows to begin with: leave out --bos.")
+        found = [tokenizer.bos_token_id]
+    return tuple(found)
 
 
-def cut(ids: list[int], length: int, first: int | None) -> list[slice]:
-    """Parts of `ids` that follow each other, one for each window of `join`; what is left at the end fills no window."""
-    parts, start = list[slice](), 0
-    while (stop := start + length - (start < len(ids) and first not in (None, ids[start]))) <= len(ids):
+def cut(ids: list[int], length: int, prefix: Sequence[int]) -> list[slice]:
+    """Parts of `ids` that follow each other, one for each window of `join`; what is left at the end fills no window.
+
+    Raises BillhookError for windows that hold no more than the prefix.
+    """
+    _check_room(length, prefix)
+    begin, parts, start = list(prefix), list[slice](), 0
+
+    def missing() -> int:
+        """How many tokens of the prefix are not at `start` already, as where a document begins with them."""
+        return next(n for n in range(len(begin) + 1) if begin[n:] == ids[start : start + len(begin) - n])
+
+    while (stop := start + length - missing()) <= len(ids):
         parts.append(slice(start, stop))
         start = stop
     return parts
 
 
-def join(ids: list[int], parts: Sequence[slice], length: int, first: int | None) -> Tensor:
-    """Windows int64 [parts, length]; `first` is put before each part, unless it is None or already there."""
-    rows = ([*([first] if first is not None and part.stop - part.start < length else []), *ids[part]] for part in parts)
+def join(ids: list[int], parts: Sequence[slice], length: int, prefix: Sequence[int]) -> Tensor:
+    """Windows int64 [parts, length]: each part after the tokens of the prefix that it lacks."""
+    rows = ([*prefix[: length - (part.stop - part.start)], *ids[part]] for part in parts)
     return torch.tensor(list(rows), dtype=torch.int64)
 
 
@@ -53,18 +73,19 @@ def papers(
     shape: tuple[int, int],
     rng: random.Random,
     source: str,
-    first: int | None = None,
+    prefix: Sequence[int] = (),
     *,
     held_out: int = 0,
 ) -> Tensor:
     """Windows int64 [samples, length] drawn as in the published code of Wanda, SparseGPT, GBLM, AlphaPruning and ATP.
 
-    With `first`, each begins with that token. Up to `held_out` windows of other documents follow.
+    Each begins with `prefix`. Up to `held_out` windows of other documents follow.
 
     Raises BillhookError if no document is longer than a window.
     """
     samples, length = shape
-    begin, special = ([], {}) if first is None else ([first], {"add_special_tokens": False})
+    _check_room(length, prefix)
+    special = {"add_special_tokens": False} if prefix else {}
     cache: dict[int, list[int]] = {}
 
     def encoded(index: int) -> list[int]:
@@ -74,7 +95,7 @@ def papers(
 
     def window(ids: list[int]) -> list[int]:
         start = rng.randint(0, len(ids) - length - 1)
-        return (begin + ids[start : start + length])[:length]
+        return [*prefix, *ids[start : start + length]][:length]
 
     rows: list[list[int]] = []
     used = set[int]()
@@ -107,29 +128,31 @@ def packed(
     rng: random.Random,
     source: str,
     *,
-    first: int | None = None,
+    prefix: Sequence[int] = (),
     fewer: bool = False,
     held_out: int = 0,
 ) -> Tensor:
-    """Windows int64 [samples, length] of documents in random order, each after a BOS (else EOS) token, without overlap.
+    """Windows int64 [samples, length] of documents in random order, each after `prefix` (else a BOS or EOS token).
 
-    With `first`, each window begins with that token, too. Raises BillhookError for a text that is too short; with
+    Windows do not overlap, and each begins with `prefix`, too. Raises BillhookError for a text that is too short; with
     `fewer`, it gives fewer windows. Up to `held_out` further windows follow.
     """
     samples, length = shape
     if isinstance(texts, Sequence):
         texts = [texts[index] for index in rng.sample(range(len(texts)), len(texts))]
-    start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)
+    special = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
+    start = list(prefix) or special[:1]
     pool: list[int] = []
     count = 0
     reader = iter(texts)
     while batch := list(islice(reader, _BATCH)):
         for ids in _encode(tokenizer, batch, add_special_tokens=False):
-            pool += ids if start is None else [start, *ids]
+            # a chat template may write it, too
+            pool += ids if ids[: len(start)] == start else start + ids
             count += 1
         if len(pool) >= POOL * samples * length:
             break
-    parts = cut(pool, length, first)
+    parts = cut(pool, length, prefix)
     samples = min(samples, max(len(parts), 1)) if fewer else samples
     if len(parts) < samples:
         raise BillhookError(
@@ -139,7 +162,13 @@ def packed(
     chosen = rng.sample(parts, samples)
     starts = {part.start for part in chosen}
     left = [part for part in parts if part.start not in starts]
-    return join(pool, [*chosen, *rng.sample(left, min(held_out, len(left)))], length, first)
+    return join(pool, [*chosen, *rng.sample(left, min(held_out, len(left)))], length, prefix)
+
+
+def _check_room(length: int, prefix: Sequence[int]) -> None:
+    if length <= len(prefix):
+        found = f"Windows of {length} tokens have no room for text after the {len(prefix)} with which they begin"
+        raise BillhookError(f"{found}: give a larger length.")
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], **options: Any) -> list[list[int]]:

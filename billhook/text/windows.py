@@ -16,6 +16,7 @@ windows. The `tokens` [samples, length] of a .safetensors source are used withou
 A model that was trained with a BOS token before its text predicts badly without one. With `bos` "auto", every window
 begins with the BOS token if the tokenizer puts one before a text by itself; "yes" and "no" decide otherwise. The BOS
 token is the first of the `length` tokens and is never predicted, so that every other token of the text is scored once.
+A tokenizer may put several tokens before a text, or one that it does not name as BOS token: these are treated alike.
 With "no", as in the published code of the papers, the first token of a window is one of the text and is not scored,
 and a BOS token that the tokenizer adds is at the beginning of the whole text only. "papers" sampling means "no" unless
 `bos` is "yes".
@@ -34,9 +35,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Toke
 
 from billhook.ambient import pinned
 from billhook.errors import BillhookError
+from billhook.text.chat import chat_of
 from billhook.text.corpus import documents, existing_file, is_token_file, joint
 from billhook.text.given import Given, given, whole_ids
-from billhook.text.sampling import BOS, cut, first_token, join, packed, papers
+from billhook.text.sampling import BOS, cut, join, packed, papers, window_prefix
 
 GIVEN = "given as a tensor"  # the name of a source
 _STREAM_WINDOWS = 256  # evaluation on a streamed dataset, as the papers do on C4
@@ -45,7 +47,8 @@ _STREAM_WINDOWS = 256  # evaluation on a streamed dataset, as the papers do on C
 @dataclass(frozen=True)
 class Tokens:
     """Calibration windows: `ids` int64 [samples, length], their `digest`, whether each begins with the BOS token (None
-    for tokens that were given), and `heldout` windows of the same text (None if it has no more)."""
+    for tokens that were given), `heldout` windows of the same text (None if it has no more), and the tokens of the
+    `prefix` with which each begins."""
 
     ids: Tensor
     source: str
@@ -53,6 +56,7 @@ class Tokens:
     sampling: str
     bos: bool | None = None
     heldout: Tensor | None = None
+    prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,8 @@ class Windows:
     """Evaluation windows: `ids` int64 [windows, length].
 
     `tokens` is the number of tokens of the text. `text_bytes` is the UTF-8 length of the text of the scored tokens (all
-    but the first of each window), or None if unknown (token files, tokenizers without offsets). `bos` is as in
-    `Tokens`.
+    but the prefix, or the first, of each window), or None if unknown (token files, tokenizers without offsets). `bos`
+    and `prefix` are as in `Tokens`.
     """
 
     ids: Tensor
@@ -70,6 +74,7 @@ class Windows:
     tokens: int
     text_bytes: int | None
     bos: bool | None = None
+    prefix: tuple[int, ...] = ()
 
 
 @pinned
@@ -98,27 +103,28 @@ def load_calibration(
         raise BillhookError(f"Calibration needs at least 1 sample of at least 2 tokens, {wrong}.")
     if sampling not in ("packed", "papers"):
         raise BillhookError(f"Unknown sampling {sampling!r}: use packed or papers.")
-    data = given(source)
+    chat = chat_of(tokenizer)
+    data = given(source, chat)
     name = data if isinstance(data, str) else GIVEN if isinstance(data, Tensor) else "given as texts"
-    begun = None
+    begun, prefix = None, tuple[int, ...]()
     if isinstance(data, Tensor) or is_token_file(name):
         _check_unused(bos, name)
         ids = data if isinstance(data, Tensor) else _token_file(name)[: samples + held_out, :length]
         sampling = "given" if isinstance(data, Tensor) else "as given"
     else:
         words, rng, shape = _need(tokenizer, name), random.Random(seed), (samples, length)
-        published, first = sampling == "papers", first_token(words, bos, sampling)
-        texts = documents(data, "calibration", stream=not published) if isinstance(data, str) else data
+        published, prefix = sampling == "papers", window_prefix(words, bos, sampling)
+        texts = documents(data, "calibration", not published, chat) if isinstance(data, str) else data
         if published:
             several = texts if isinstance(texts, Sequence) else list(texts)
-            ids = papers(several, words, shape, rng, name, first, held_out=held_out)
+            ids = papers(several, words, shape, rng, name, prefix, held_out=held_out)
         else:
-            ids = packed(texts, words, shape, rng, name, first=first, fewer=fewer, held_out=held_out)
-        begun = first is not None
+            ids = packed(texts, words, shape, rng, name, prefix=prefix, fewer=fewer, held_out=held_out)
+        begun = bool(prefix)
     check_ids(ids, vocab_size, name)
     taken = len(ids) if isinstance(data, Tensor) else samples
     heldout = ids[taken:] if len(ids) > taken else None
-    return Tokens(ids[:taken], name, digest(ids[:taken]), sampling, begun, heldout)
+    return Tokens(ids[:taken], name, digest(ids[:taken]), sampling, begun, heldout, prefix)
 
 
 @pinned
@@ -142,24 +148,24 @@ def load_windows(
     if is_token_file(source):
         _check_unused(bos, source)
         ids = _token_file(source)[:limit, :length].contiguous()
-        tokens, text_bytes, begun = ids.numel(), None, None
+        tokens, text_bytes, begun, prefix = ids.numel(), None, None, tuple[int, ...]()
     else:
         limit = _STREAM_WINDOWS if limit is None and source.startswith("hub:") else limit
         words, needed = _need(tokenizer, source), limit and limit * length
-        first = first_token(words, bos)
-        texts = documents(source, "evaluation", stream=True)
+        prefix = window_prefix(words, bos)
+        texts = documents(source, "evaluation", True, chat_of(words))
         flat, ends = _encode_joined(texts, words, needed, joint(source))
-        tokens, parts, begun = len(flat), cut(flat, length, first)[:limit], first is not None
+        tokens, parts, begun = len(flat), cut(flat, length, prefix)[:limit], bool(prefix)
         if not parts:
             few = f"{source} has {tokens} tokens, fewer than one window of {length}"
             raise BillhookError(f"{few}: give more text or a smaller length.")
-        ids = join(flat, parts, length, first)
+        ids = join(flat, parts, length, prefix)
         text_bytes = None
-        if ends is not None:  # the last length - 1 tokens of a window are scored
-            before = np.concatenate([[0], ends])
-            text_bytes = sum(int(before[part.stop] - before[part.stop - length + 1]) for part in parts)
+        if ends is not None:
+            before, scored = np.concatenate([[0], ends]), length - max(1, len(prefix))
+            text_bytes = sum(int(before[part.stop] - before[part.stop - scored]) for part in parts)
     check_ids(ids, vocab_size, source)
-    return Windows(ids, source, digest(ids), tokens, text_bytes, begun)
+    return Windows(ids, source, digest(ids), tokens, text_bytes, begun, prefix)
 
 
 def digest(ids: Tensor) -> str:

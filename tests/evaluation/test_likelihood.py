@@ -135,7 +135,7 @@ def test_lines_that_are_no_items_are_refused(line, message, tmp_path):
 
 def test_every_token_of_a_document_is_scored_once():
     for count in (1, 7, 8, 9, 16, 23):
-        windows = rolling(list(range(100, 100 + count)), 1, 8)
+        windows = rolling(list(range(100, 100 + count)), [1], 8)
         assert [t for w in windows for t in w.continuation] == list(range(100, 100 + count))
         assert all(len(w.inputs(8)) == min(count, 8) for w in windows)  # the last one begins earlier
         assert windows[0].context == [1]
@@ -144,10 +144,17 @@ def test_every_token_of_a_document_is_scored_once():
 
 def test_windows_of_a_document_begin_with_bos_and_its_tokens_are_scored_once():
     for count in (1, 7, 8, 9, 16, 23):
-        windows = rolling(list(range(100, 100 + count)), 1, 8, 1)
+        windows = rolling(list(range(100, 100 + count)), [1], 8, [1])
         assert [t for w in windows for t in w.continuation] == list(range(100, 100 + count))
         assert all(w.context[0] == 1 and len(w.inputs(8)) <= 8 for w in windows)
         assert all(w.inputs(8)[0] == 1 for w in windows)
+
+
+def test_windows_of_a_document_begin_with_all_tokens_of_a_prefix():
+    for count in (1, 7, 8, 9, 16, 23):
+        windows = rolling(list(range(100, 100 + count)), [1, 2], 8, [1, 2])
+        assert [t for w in windows for t in w.continuation] == list(range(100, 100 + count))
+        assert all(w.inputs(8)[:2] == (1, 2)[: len(w.inputs(8))] and len(w.inputs(8)) <= 8 for w in windows)
 
 
 def test_the_bos_token_that_a_tokenizer_adds_is_not_scored(model, tokenizer):

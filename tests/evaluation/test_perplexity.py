@@ -7,10 +7,13 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
+from tokenizers import processors
 
 from billhook.architectures.config import check_length, context_length, vocabulary_size
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.perplexity import evaluate
+from billhook.tasks.base import Drawing, Home
+from billhook.tasks.text_generation import TextGeneration
 from billhook.text.windows import Windows, digest, load_windows
 
 
@@ -113,3 +116,19 @@ def test_bits_per_byte_count_the_bytes_of_the_text(model, tmp_path):
 def test_token_files_have_no_bits_per_byte(model, tmp_path):
     save_file({"tokens": torch.zeros(2, 8, dtype=torch.int32)}, tmp_path / "t.safetensors")
     assert evaluate(model, load_windows(str(tmp_path / "t.safetensors"), None, length=8)).bits_per_byte is None
+
+
+def test_the_tokens_with_which_all_windows_begin_are_not_scored(tmp_path):
+    words, model = tiny.tokenizer(), tiny.llama()
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> <s> $A", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    tiny.save(tmp_path, model, words=False)
+    words.save_pretrained(tmp_path)
+    source = str(tiny.text_file(tmp_path / "text.txt"))
+    windows, scoring = TextGeneration().evaluation(source, words, model, 16)
+    found = evaluate(model, windows, scoring=scoring)
+    assert found.tokens == windows.text_bytes == 14 * len(windows.ids)  # one token a byte
+    labels = TextGeneration().samples(source, model, Home(tmp_path), Drawing(samples=4, length=16)).batch["labels"]
+    assert (labels[:, :2] == -100).all()
+    assert (labels[:, 2:] >= 0).all()

@@ -115,7 +115,7 @@ def test_saved_data_sets_are_read_by_split(folder):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"words\nx\n", "no field `text`; it has words"),
+        ("a.csv", b"words\nx\n", "no field `text` or `messages`; it has words"),
         ("a.csv", b"text\n1\n2\n", "row 1: the text is of type int"),
         ("a.csv", b"", "Cannot load"),
         ("a.parquet", b"not a parquet file", "Cannot load"),

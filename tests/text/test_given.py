@@ -54,7 +54,7 @@ def test_data_sets_give_the_windows_of_a_file(tokenizer, expected, sampling, cap
     assert "null: 1." in caplog.text
     with pytest.raises(BillhookError, match="found DatasetDict"):
         load_calibration(datasets.DatasetDict(train=rows), tokenizer, **options)
-    with pytest.raises(BillhookError, match="row 1 has no field `text`; it has words"):
+    with pytest.raises(BillhookError, match="row 1 has no field `text` or `messages`; it has words"):
         load_calibration(rows.rename_column("text", "words"), tokenizer, **options)
     streamed = load_calibration(rows.to_iterable_dataset(), tokenizer, **options)
     assert streamed.ids.shape == (8, 32)
@@ -101,7 +101,7 @@ def test_token_ids_from_python_are_used_as_they_are(data):
         ({"train": TEXTS}, "calibration: found dict"),
         (["a", 3], "row 2: the text is of type int, not a string"),
         (["a", {"text": 3}], "row 2: the text is of type int, not a string"),
-        (["a", {"txt": "b"}], "row 2 has no field `text`; it has txt"),
+        (["a", {"txt": "b"}], "row 2 has no field `text` or `messages`; it has txt"),
         (["a", IDS[0]], "row 2: found Tensor, not a text"),
         ([[1, 2, 3]], "row 1: found list, not a text"),
         ([IDS[0], "a"], r"row 2: `tokens` must be \[samples, length\].*found str"),

@@ -89,7 +89,7 @@ def test_hub_datasets_that_cannot_be_read_are_refused(tokenizer, local_dataset):
         load_calibration(f"hub:{local_dataset}::dev", tokenizer, length=8)
     (local_dataset / "train.jsonl").write_text('{"words": "a b c"}\n')
     (local_dataset / "test.jsonl").write_text('{"words": "a b c"}\n')
-    with pytest.raises(BillhookError, match="no field `text`; it has words"):
+    with pytest.raises(BillhookError, match="no field `text` or `messages`; it has words"):
         load_calibration(f"hub:{local_dataset}", tokenizer, length=8)
 
 

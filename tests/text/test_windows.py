@@ -263,6 +263,40 @@ def test_windows_follow_the_habit_of_the_tokenizer(tokenizer, tmp_path):
         load_windows(source, plain, length=32, bos="yes")
 
 
+@pytest.mark.parametrize("before", [(256, 257), (257, 256), (256,)])
+@pytest.mark.parametrize("named", [True, False])
+def test_windows_begin_with_all_tokens_that_the_tokenizer_puts_before_a_text(tmp_path, before, named):
+    """Whether or not one of them is named as BOS token."""
+    words, k = tiny.tokenizer(), len(before)
+    special = [("<s>", 256), ("</s>", 257)]
+    template = " ".join(["<s>", "</s>"][token - 256] for token in before)
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{template} $A", special_tokens=special
+    )
+    if not named:
+        words.bos_token = None
+    documents = texts(30)
+    source = jsonl(tmp_path / "a.jsonl", documents)
+    text = words("\n\n".join(documents), add_special_tokens=False)["input_ids"]
+    for bos in ("auto", "yes"):
+        windows = load_windows(source, words, length=16, bos=bos)
+        assert windows.bos
+        assert (windows.ids[:, :k] == torch.tensor(before)).all()
+        assert windows.ids[:, k:].flatten().tolist() == text[: len(text) // (16 - k) * (16 - k)]
+        assert windows.text_bytes == windows.ids[:, k:].numel()  # one token a byte
+        drawn = load_calibration(source, words, samples=8, length=16, bos=bos)
+        assert drawn.bos
+        assert drawn.prefix == before
+        assert (drawn.ids[:, :k] == torch.tensor(before)).all()
+        assert (drawn.ids[:, k] < 256).all()
+    assert load_windows(source, words, length=16, bos="no").ids.flatten()[: k + 1].tolist() == [*before, text[0]]
+    drawn = load_calibration(source, words, samples=8, length=16, bos="yes", sampling="papers").ids
+    assert (drawn[:, :k] == torch.tensor(before)).all()
+    for load in (load_windows, load_calibration):
+        with pytest.raises(BillhookError, match="no room for text after" if k > 1 else "at least"):
+            load(source, words, length=k, bos="yes")
+
+
 def test_packed_windows_begin_with_one_bos_token_and_share_no_text(tokenizer, tmp_path):
     documents = [f"{number:07d}" * 3 for number in range(60)]
     ids = load_calibration(jsonl(tmp_path / "a.jsonl", documents), tokenizer, samples=20, length=22).ids

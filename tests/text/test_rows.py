@@ -1,0 +1,123 @@
+"""Chats become the text that the chat template writes, from every kind of source, and what is no chat is named."""
+
+import json
+
+import pytest
+import tiny
+from documents import jsonl, texts
+
+from billhook.errors import BillhookError
+from billhook.text.chat import chat_of
+from billhook.text.corpus import documents
+from billhook.text.given import given
+from billhook.text.windows import load_calibration, load_windows
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('unknown role ' ~ message.role) }}{% endif %}"
+    "[{{ message.role }}] {{ message.content }}{{ eos_token }}{% endfor %}"
+)
+CHATS = [
+    [{"role": "user", "content": f"{text} {number}?"}, {"role": "assistant", "content": f"{number}!"}]
+    for number, text in enumerate(texts(40))
+]
+WRITTEN = ["".join(f"[{message['role']}] {message['content']}</s>" for message in chat) for chat in CHATS]
+ROWS = [{"messages": chat} for chat in CHATS]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = tiny.tokenizer()
+    words.chat_template = TEMPLATE
+    return words
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The chats in files of every kind."""
+    folder = tmp_path_factory.mktemp("chats")
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (folder / "a.jsonl").write_text(lines)
+    (folder / "a.json").write_text(json.dumps(ROWS))
+    for name, rows in (("hub", lines), ("text", "".join(json.dumps({"text": text}) + "\n" for text in WRITTEN))):
+        (folder / name).mkdir()
+        (folder / name / "train.jsonl").write_text(rows)
+    found = {"jsonl": f"{folder}/a.jsonl", "json": f"{folder}/a.json", "hub": f"hub:{folder}/hub::train"}
+    found |= {"text": jsonl(folder / "text.jsonl", WRITTEN), "hub text": f"hub:{folder}/text::train"}
+    return {**found, "list": ROWS}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "hub", "list"])
+@pytest.mark.parametrize("sampling", ["packed", "papers"])
+def test_chats_give_the_windows_of_the_text_that_the_template_writes(tokenizer, sources, form, sampling):
+    """With one BOS token where the template and the tokenizer both have one."""
+    asked = {"samples": 8, "length": 32, "sampling": sampling}
+    text = sources["hub text" if form == "hub" else "text"]  # a data set of the hub is streamed in its order
+    found = load_calibration(sources[form], tokenizer, **asked)
+    assert found.digest == load_calibration(text, tokenizer, **asked).digest
+    if isinstance(sources[form], str):
+        windows = [load_windows(source, tokenizer, length=32) for source in (sources[form], text)]
+        assert windows[0].digest == windows[1].digest
+
+
+@pytest.mark.gate
+def test_tables_and_data_sets_of_chats(tokenizer, sources, tmp_path, monkeypatch, caplog):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = datasets.Dataset.from_list([{"messages": None}, *ROWS])
+    rows.to_parquet(tmp_path / "a.parquet")
+    for data in (rows, rows.to_iterable_dataset(), str(tmp_path / "a.parquet")):
+        found = load_calibration(data, tokenizer, samples=8, length=32, sampling="papers")
+        expected = load_calibration(sources["text"], tokenizer, samples=8, length=32, sampling="papers")
+        assert found.digest == expected.digest
+    assert "null: 1." in caplog.text
+    wrong = datasets.Dataset.from_list([{"messages": None}, *ROWS, {"messages": []}])
+    with pytest.raises(BillhookError, match="row 42: `messages` must be a list"):
+        load_calibration(wrong, tokenizer, samples=8, length=32)
+
+
+def test_a_bos_token_that_only_the_template_writes_stays(sources):
+    words = tiny.tokenizer()
+    words.chat_template = TEMPLATE
+    words.backend_tokenizer.post_processor = None
+    chat = chat_of(words)
+    assert documents(sources["jsonl"], "evaluation", False, chat)[0] == "<s>" + WRITTEN[0]
+    drawn = load_calibration(sources["jsonl"], words, samples=8, length=64).ids
+    assert not ((drawn[:, 1:] == 256) & (drawn[:, :-1] == 256)).any()
+    assert (drawn == 256).any()
+
+
+def test_messages_without_null_fields_reach_the_template():
+    """A table has a null for every field that only other messages have."""
+    words = tiny.tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m.keys() | list | join(' ') }},{% endfor %}"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    rows = [{"messages": [{"role": "user", "content": "a", "tool_calls": None}, call], "id": 1}]
+    assert given(rows, chat_of(words)) == ["role content,role tool_calls,"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "must be a list like"),
+        ("hello", "must be a list like"),
+        ({"role": "user", "content": "a"}, "must be a list like"),
+        ([{"from": "human", "value": "a"}], 'must be a list like \\[{"role": "user", "content": "..."}, ...\\]'),
+        ([{"role": "user"}], "must be a list like"),
+        ([{"role": "user", "content": None}], "must be a list like"),
+        ([{"role": "user", "content": 3}], "must be a list like"),
+        ([{"role": "robot", "content": "a"}], r"the chat template refuses its messages \(unknown role robot\)"),
+    ],
+)
+def test_what_is_no_chat_is_named(tokenizer, tmp_path, messages, message):
+    rows = [ROWS[0], {"messages": messages}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for data, where in ((rows, "row 2"), (str(tmp_path / "a.jsonl"), "line 2")):
+        with pytest.raises(BillhookError, match=f"{where}: .*{message}"):
+            load_calibration(data, tokenizer, samples=1, length=4)
+
+
+def test_chats_need_a_chat_template(sources):
+    for form in ("jsonl", "hub", "list"):
+        with pytest.raises(BillhookError, match=r"1 is a chat, and .* no chat template: add chat_template\.jinja"):
+            load_calibration(sources[form], tiny.tokenizer(), samples=1, length=4)
