@@ -30,8 +30,8 @@ from billhook.reports.publishing import publish
 from billhook.steps.facts import computed_in
 from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
-from billhook.steps.record import place, versions
-from billhook.steps.recover_job import TOKENS, RecoverRequest
+from billhook.steps.record import versions
+from billhook.steps.recover_job import TOKENS, RecoverRequest, trained_layers_of
 from billhook.steps.recover_problem import LENGTH
 from billhook.steps.request import Opened, calibration_facts, check_text_given, draw_text, model_facts, open_model
 from billhook.steps.resolve import identity
@@ -170,13 +170,6 @@ def _record(
     job: BlocksJob, refine: Refine, results: list[LayerResult], before: Loss | None, after: Loss | None
 ) -> dict[str, Any]:
     """The content of billhook.json after the run."""
-    found = {layer.name: layer for layer in job.dense.layers}
-    layers = {}
-    for r in results:
-        facts = {"shape": list(r.shape), "error": None, **job.history.layers.get(r.layer, {}), "updated": True}
-        facts = {key: value for key, value in facts.items() if key != "pieces"}
-        notes = [*facts.get("notes", []), *r.notes]
-        layers[r.layer] = facts | {"zeros": r.zeros, "notes": notes} | place(found[r.layer])
     request = job.request
     made_by: dict[str, Any] = {
         "by": "block",
@@ -197,4 +190,4 @@ def _record(
     }
     notes = [f"{r.layer}: {note}" for r in results for note in r.notes]
     step = Step("recover", None, made_by, job.facts, notes)
-    return append_step(job.history, step, layers).to_json()
+    return append_step(job.history, step, trained_layers_of(job.dense, job.history, results)).to_json()

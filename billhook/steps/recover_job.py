@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from billhook.architectures.layers import Layer
+from billhook.architectures.layers import Layer, find_layers
+from billhook.engine.loop import LayerResult
 from billhook.errors import BillhookError
 from billhook.evaluation.quality import Loss, Reference
 from billhook.recovery.objectives import OBJECTIVES
@@ -15,10 +16,10 @@ from billhook.recovery.recipes import recipe
 from billhook.recovery.training import Problem, State
 from billhook.steps.facts import computed_in
 from billhook.steps.quantize_job import Inputs
-from billhook.steps.record import place, versions
+from billhook.steps.record import left_alone, place, versions
 from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, Request, calibration_facts, listed
-from billhook.store.record import Step, append_step
+from billhook.store.record import Record, Step, append_step
 
 Tuned = Literal["kept+norms", "kept", "adapters"]
 Saving = Literal["merged", "adapter"]
@@ -191,16 +192,10 @@ def zeros_of(layers: Sequence[Layer]) -> dict[str, int]:
 def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
     """The content of billhook.json after the run."""
     request, opened, before = job.request, job.opened, job.opened.history
-    known, zeros = {} if before is None else before.layers, zeros_of(opened.layers)
-    layers = {}
+    zeros, layers = zeros_of(opened.layers), []
     for layer in opened.layers:
-        facts = {key: value for key, value in known.get(layer.name, {}).items() if key not in ("zeros", "pieces")}
-        facts = {"shape": list(layer.shape), "error": None, "notes": [], **facts, "zeros": zeros[layer.name]}
-        facts |= {"updated": report.improved or bool(facts.get("updated"))}
-        facts |= {"error": None} if report.improved else {}  # that of the layer as it was
-        if (more := zeros[layer.name] - job.zeros[layer.name]) > 0:
-            facts["notes"] = [*facts["notes"], f"{more} weights became zero in the training"]
-        layers[layer.name] = facts | ({} if facts.get("type") else place(layer))  # of quantized layers it is known
+        counts = zeros[layer.name], job.zeros[layer.name]
+        layers.append(LayerResult(layer.name, layer.shape, 0.0, *counts, (), updated=report.improved))
     made_by: dict[str, Any] = {
         "objective": request.objective,
         "objective_options": OBJECTIVES.configure(request.objective, request.options),
@@ -227,4 +222,25 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
         "versions": versions(),
     }
     step = Step("recover", None, made_by, opened.facts, report.warnings)
-    return append_step(before, step, layers).to_json()
+    return append_step(before, step, trained_layers_of(opened, before, layers)).to_json()
+
+
+def trained_layers_of(
+    opened: Opened, before: Record | None, results: Sequence[LayerResult]
+) -> dict[str, dict[str, Any]]:
+    """The state of all recorded layers after a training of which `results` are the layers that it could change.
+
+    A layer that no plan names has no sparsity.
+    """
+    present = {layer.name: layer for layer in find_layers(opened.model, convolutions=True)}
+    known = {} if before is None else before.layers
+    layers = left_alone(known, present)
+    for r in results:
+        facts = {"shape": list(r.shape), "error": None, "notes": [], **known.get(r.layer, {}), "zeros": r.zeros}
+        facts |= {"updated": r.updated or bool(facts.get("updated"))}
+        facts |= {"error": None} if r.updated else {}  # that of the layer as it was
+        became = f"{r.zeros - r.zeros_before} weights became zero in the training"
+        facts["notes"] = [*facts["notes"], *r.notes, *([became] if r.zeros > r.zeros_before else [])]
+        # of quantized layers the place is known
+        layers[r.layer] = facts | ({} if facts.get("type") else place(present[r.layer]))
+    return layers

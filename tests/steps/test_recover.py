@@ -174,6 +174,23 @@ def test_block_by_block_zeros_stay_and_a_stopped_run_goes_on_to_the_same_bytes(p
         recover(place / "small", tmp_path / "no", **fields)
 
 
+@pytest.mark.parametrize("by", ["model", "block"])
+def test_layers_that_no_plan_names_are_trained_and_no_part_of_the_report_of_pruning(place, tmp_path, by):
+    about = {"criterion": "magnitude", "allocator": "uniform", "sparsity": 0.5}
+    prune(place / "model", output=tmp_path / "part", ignore="re:.*down_proj", **about)
+    fields = {"length": 32, "tokens": 512, "by": by, **({"rate": 0.01} if by == "model" else {})}
+    text = {"calibration": str(place / "text.txt"), "teacher": place / "model"}
+    recover(tmp_path / "part", tmp_path / "out", **fields, **text)
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("part", "out"))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert any("down_proj" in name for name in changed)
+    assert verify(tmp_path / "out").ok
+    before, after = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("part", "out"))
+    assert after["achieved"] == before["achieved"]
+    prune(tmp_path / "out", output=tmp_path / "again", ignore="re:.*(down|up)_proj", **{**about, "sparsity": 0.6})
+    assert verify(tmp_path / "again").ok
+
+
 def test_a_packed_model_is_trained_unpacked(place, tmp_path):
     pack(place / "pruned", tmp_path / "packed")
     fields = {**FEW, "calibration": str(place / "text.txt"), "teacher": place / "model"}
