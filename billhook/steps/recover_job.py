@@ -59,7 +59,10 @@ class RecoverRequest(Inputs):
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        own = recipe(self.recipe).fields() if self.recipe else {"tune": "kept+norms", "objective": "kl+hidden"}
+        if self.by == "block":
+            self._check_by_block()
+        own: dict[str, Any] = {"tune": "kept+norms"} | ({} if self.by == "block" else {"objective": "kl+hidden"})
+        own = recipe(self.recipe).fields() if self.recipe else own
         if self.tune and self.tune != own["tune"]:
             own.pop("rank", None)
         filled = {key: value for key, value in own.items() if not getattr(self, key)}
@@ -79,6 +82,15 @@ class RecoverRequest(Inputs):
             raise BillhookError(f"The rate is a share of each parameter's size and above 0, got {self.rate}.")
         if self.batch_size is not None and self.batch_size < 1:
             raise BillhookError(f"The batch size must be at least 1, got {self.batch_size}.")
+
+    def _check_by_block(self) -> None:
+        """Raise BillhookError for options that have no effect where one block at a time is tuned."""
+        own = {"--recipe": self.recipe, "--objective": self.objective, "--budget": self.budget}
+        own |= {f"--set {name}": name for name in self.options}
+        own |= {"--rate": self.rate, "--rank": self.rank, "--batch-size": self.batch_size}
+        own |= {"--checkpointing": self.checkpointing, "--tune adapters": self.tune == "adapters"}
+        if given := [name for name, value in own.items() if value not in (None, "", False)]:
+            raise BillhookError(f"Of no effect where one block at a time is tuned: {', '.join(given)}; leave it out.")
 
     @property
     def seconds(self) -> float | None:
@@ -176,12 +188,11 @@ class RecoverReport:
         }
 
 
-def _teacher(job: RecoverJob) -> dict[str, Any] | None:
-    """The dense model's name, where the history has it, and its digest."""
-    if job.identity["teacher"] is None:
+def teacher_facts(before: Record | None, digest: str | None) -> dict[str, Any] | None:
+    """The dense model's name, where the history has it, and its digest; None without one."""
+    if digest is None:
         return None
-    known = {} if job.opened.history is None else job.opened.history.steps[0].model
-    return {"name": known.get("name"), "digest": job.identity["teacher"]}
+    return {"name": None if before is None else before.steps[0].model.get("name"), "digest": digest}
 
 
 def zeros_of(layers: Sequence[Layer]) -> dict[str, int]:
@@ -214,7 +225,7 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
         **computed_in(opened.model),
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
-        "teacher": _teacher(job),
+        "teacher": teacher_facts(before, job.identity["teacher"]),
         "calibration": calibration_facts(opened),
         "papers": {"objective": OBJECTIVES.paper(request.objective)},
         "lost_before": None if report.lost_before is None else report.lost_before.to_dict(),
