@@ -58,7 +58,8 @@ def _from_record(folder: Path, record: Record) -> dict[str, Any]:
     plan, made_by = Plan.from_json(last.plan or {}, RECORD), last.made_by
     columns, quantiles = plan.made_by.get("metrics", {}), plan.made_by.get("spectra") or {}
     spectra = {layer: list(map(float, values)) for layer, values in quantiles.items()}
-    layers = [_layer(name, facts, columns) for name, facts in record.layers.items()]
+    # a training adds layers that no plan names
+    layers = [_layer(name, facts, columns) for name, facts in record.layers.items() if "sparsity" in facts]
     weights, zeros = sum(_size(layer) for layer in layers), sum(layer["zeros"] for layer in layers)
     return {
         "version": VERSION,

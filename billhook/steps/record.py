@@ -120,8 +120,8 @@ def record(job: Job, results: Sequence[LayerResult], lost: Loss | None = None) -
     before = job.opened.history
     known = {} if before is None else before.layers
     present = {layer.name: layer for layer in find_layers(job.opened.model, convolutions=True)}
+    layers = left_alone(known, present)
     notes = {result.layer: [*result.notes, *_refilled(result, known.get(result.layer))] for result in results}
-    layers = {name: _left_alone(facts) | place(present[name]) for name, facts in known.items() if name in present}
     for r in results:
         layers[r.layer] = _layer_record(r, notes[r.layer], known.get(r.layer, {})) | place(present[r.layer])
     step = prune_step(job, notes, results)
@@ -214,9 +214,19 @@ def _changed_since(before: Record | None, model: Mapping[str, Any]) -> list[str]
     return [f"{model['name']} was changed after the last step of its billhook.json: its earlier steps may not hold."]
 
 
-def _left_alone(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a layer that the step does not change; its zeros are counted again when it is written."""
-    return {key: value for key, value in facts.items() if key != "zeros" or not located(facts)}
+def left_alone(known: Mapping[str, Mapping[str, Any]], present: Mapping[str, Layer]) -> dict[str, dict[str, Any]]:
+    """The recorded state of the layers that a model has, by name, where a step does not change it.
+
+    Zeros are counted again, and places found, when the layers are written; those of quantized layers are known.
+    """
+    found = {}
+    for name, facts in known.items():
+        if facts.get("type"):
+            found[name] = dict(facts)
+        elif name in present:
+            counted = {key: value for key, value in facts.items() if key != "zeros" or not located(facts)}
+            found[name] = counted | place(present[name])
+    return found
 
 
 def _refilled(result: LayerResult, before: Mapping[str, Any] | None) -> list[str]:

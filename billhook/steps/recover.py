@@ -25,14 +25,11 @@ from billhook.evaluation.quality import Reference
 from billhook.recovery.objectives import OBJECTIVES
 from billhook.recovery.recomputing import recomputing
 from billhook.recovery.training import Recovered, best_share, race, train_
-from billhook.reports.publishing import publish
-from billhook.reports.quantized_card import publish_quantized
-from billhook.reports.slim_card import publish_slim
 from billhook.steps.recover_adapters import add_adapters, merged, save_adapter
 from billhook.steps.recover_blocks import BlocksReport, prepare_blocks, run_blocks
 from billhook.steps.recover_job import IDENTITY, TOKENS, RecoverJob, RecoverReport, RecoverRequest, record, zeros_of
 from billhook.steps.recover_problem import check_memory, draw_windows, make_problem, state_bytes, steps_in, teacher_fits
-from billhook.steps.recover_source import Source
+from billhook.steps.recover_source import Source, card
 from billhook.steps.request import Opened, changed, check_text_given, listed, open_model
 from billhook.steps.resolve import identity
 from billhook.steps.state import unfinished_run
@@ -40,7 +37,7 @@ from billhook.steps.teacher import Teacher, find_teacher, open_teacher
 from billhook.steps.training_folder import TrainingFolder, training_folder
 from billhook.store.checkpoint import model_digest
 from billhook.store.directory import complete
-from billhook.store.record import Record, history
+from billhook.store.record import history
 from billhook.store.shards import weight_bytes
 from billhook.text.corpus import source_name
 
@@ -192,7 +189,7 @@ def _write(job: RecoverJob, report: RecoverReport, folder: Path) -> None:
         save_adapter(job, report, folder)
     else:
         source.write(model, job.problem.kept, folder)
-        complete(model, source.written_like, folder, record(job, report), _card(job.opened.history))
+        complete(model, source.written_like, folder, record(job, report), card(job.opened.history))
 
 
 def _rate(job: RecoverJob, folder: TrainingFolder, progress: Progress) -> float:
@@ -226,12 +223,3 @@ def _notes(job: RecoverJob, done: Recovered) -> list[str]:
     if rows > (there := rows_of(job.problem.batch)):
         notes.append(f"The text has {there} windows, and each was seen {rows / there:.1f} times.")
     return notes
-
-
-def _card(history: Record | None) -> Callable[[Path], object]:
-    """What writes the report or the card of the output, which are those of the step that made the model smaller."""
-    steps = [] if history is None else [step.step for step in history.steps if step.step != "recover"]
-    if "quantize" in steps:
-        return publish_quantized
-    known: dict[str, Callable[[Path], object]] = {"slim": publish_slim, "prune": publish}
-    return known.get(steps[-1] if steps else "", lambda folder: None)

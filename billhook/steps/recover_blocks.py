@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from billhook.architectures.config import context_length
 from billhook.architectures.layers import with_linear
-from billhook.architectures.sources import resolve
 from billhook.distributed.collectives import world
+from billhook.engine.batch import join_rows, row_length, select_rows, split_rows
 from billhook.engine.loop import LayerResult, tuned_results
 from billhook.engine.resources import Resources
 from billhook.engine.streaming import Stream, open_streamed
@@ -25,18 +24,30 @@ from billhook.engine.walk import Block, Progress, walk
 from billhook.errors import BillhookError
 from billhook.evaluation.quality import Loss
 from billhook.methods.encoded import count_zeros
+from billhook.recovery.block_data import STEP
 from billhook.recovery.blockwise import BlockTuner, Refine
-from billhook.reports.publishing import publish
+from billhook.steps.batch_size import batch_size
 from billhook.steps.facts import computed_in
 from billhook.steps.lost import loss_of
 from billhook.steps.partial_output import partial_output
-from billhook.steps.record import place, versions
-from billhook.steps.recover_job import TOKENS, RecoverRequest
-from billhook.steps.recover_problem import LENGTH
-from billhook.steps.request import Opened, calibration_facts, check_text_given, draw_text, model_facts, open_model
+from billhook.steps.record import versions
+from billhook.steps.recover_job import TOKENS, RecoverRequest, teacher_facts, trained_layers_of
+from billhook.steps.recover_problem import draw_windows, trained_layers
+from billhook.steps.recover_source import Source, card
+from billhook.steps.request import (
+    Opened,
+    calibration_facts,
+    changed,
+    check_text_given,
+    in_memory,
+    listed,
+    model_facts,
+    open_model,
+)
 from billhook.steps.resolve import identity
 from billhook.steps.teacher import find_teacher
 from billhook.store.record import Record, Step, append_step, history
+from billhook.tasks.self_text import is_self
 
 
 @dataclass(frozen=True)
@@ -46,10 +57,10 @@ class BlocksJob:
 
     request: RecoverRequest
     dense: Opened
-    source: Path
+    source: Source
     pruned: Stream
     facts: dict[str, Any]
-    history: Record
+    history: Record | None
     identity: dict[str, Any]
 
 
@@ -83,29 +94,52 @@ def prepare_blocks(request: RecoverRequest, progress: Progress = lambda step: No
     """
     if world() > 1:
         raise BillhookError("recover runs in one process: start it without torchrun.")
-    if request.tune == "adapters" or request.budget is not None or request.rate is not None:
-        raise BillhookError("Adapters, a time and a rate are for training the whole model: leave out --by block.")
     check_text_given(request.opening(), True, "Recovering")
-    source = resolve(request.model)
-    found = history(source)
-    teacher = find_teacher(found, source, request.teacher)
-    if teacher is None or found is None:
-        raise BillhookError(f"{source} has no history that leads to a dense model, whose blocks it could learn from.")
+    source = Source.of(request.model, Path(request.output).expanduser().resolve())
+    try:
+        return _prepared(request, source, progress)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _prepared(request: RecoverRequest, source: Source, progress: Progress) -> BlocksJob:
+    """The job of a request whose model is there, dense."""
+    if source.grids:
+        raise BillhookError(f"{source.given} is quantized: its scales are trained without --by block.")
+    found = history(source.dense)
+    teacher = find_teacher(found, source.given, request.teacher)
+    if teacher is None:
+        raise BillhookError(
+            f"{source.given} has no history that leads to a dense model: name it with --teacher DIRECTORY."
+        )
     path = teacher.path
     opening = replace(request.opening(), model=path)
-    dense = open_model(opening, streamed=True, also=found.layers)
+    dense = open_model(opening, streamed=True, also=() if found is None else found.layers)
+    dense = changed(dense, layers=trained_layers(dense, request))
     options: dict[str, Any] = {"dtype": dense.model.dtype, "device": str(dense.model.device)}
-    pruned = open_streamed(source, dense.task.auto_class, **options)
+    pruned = open_streamed(source.dense, dense.task.auto_class, **options)
     if dense.resources.stream is None or _shapes(pruned) != _shapes(dense.resources.stream):
-        raise BillhookError(f"The blocks of {source} have not the shapes of those of {path}: leave out --by block.")
-    if dense.model.main_input_name == "input_ids":
-        length = request.length or min(LENGTH, context_length(dense.model.config) or LENGTH)
-        opening = replace(opening, length=length, samples=math.ceil((request.tokens or TOKENS) / length))
-    dense = draw_text(dense, opening, progress)
+        raise BillhookError(
+            f"The blocks of {source.given} have not the shapes of those of {path}: leave out --by block."
+        )
+    dense = _with_text(request, dense, progress)
     same = identity(opening, dense, {}, None, None) | {"step": "recover", "by": "block", "tune": request.tune}
-    facts = model_facts(source, pruned.model)
-    same |= {"input": facts["digest"]}
+    facts = model_facts(source.dense, pruned.model)
+    same |= {"targets": listed(request.targets), "ignore": listed(request.ignore), "input": facts["digest"]}
     return BlocksJob(request, dense, source, pruned, facts, found, same)
+
+
+def _with_text(request: RecoverRequest, dense: Opened, progress: Progress) -> Opened:
+    """The dense model with as many windows, images or answers as `tokens` asks for, or as there are."""
+    model = dense.model
+    if is_self(request.calibration):  # a streamed model would read every block for every token
+        model = in_memory(dense, replace(request.opening(), model=dense.source)).model
+    windows = draw_windows(replace(request, by="model", batch_size=STEP), dense, model, progress)
+    batch, length = join_rows([windows.samples.batch, windows.chosen_on]), row_length(dense.model, windows.chosen_on)
+    batch = select_rows(batch, slice(math.ceil((request.tokens or TOKENS) / length)))
+    samples = replace(windows.samples, batch=batch)
+    return changed(dense, samples=samples, batches=split_rows(batch, batch_size(dense.layers, length)))
 
 
 def _shapes(stream: Stream) -> dict[str, torch.Size]:
@@ -123,10 +157,10 @@ def run_blocks(
     stream, output = dense.resources.stream, Path(request.output).expanduser().resolve()
     assert stream is not None
     refine = Refine(tune_norms_and_biases=request.tune == "kept+norms", seed=request.seed)
-    lost = loss_of(dense, request.opening().drawing.held_out)
+    lost = loss_of(dense, 0)  # there are held-out rows
     before = lost(job.pruned.model, Resources(stream=job.pruned))
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "stopping": stopping}
-    with partial_output(stream, job.source, output, job.identity, {}, **may) as partial:
+    with partial_output(stream, job.source.dense, output, job.identity, {}, **may) as partial:
         done = [result for results in partial.state.results for result in results]
         for result in done:
             progress(result.layer)
@@ -142,22 +176,28 @@ def run_blocks(
                 if not value.is_meta:
                     dense.model.get_parameter(name).copy_(value)
         after = lost()
-        partial.complete(_record(job, refine, done, before, after), published=publish)
+        partial.complete(_record(job, refine, done, before, after), published=card(job.history))
+    job.source.close()
     notes = [note for result in done for note in result.notes]
     return BlocksReport(output, notes, sum(r.zeros for r in done), time.perf_counter() - begun, before, after)
 
 
 @torch.no_grad()
 def _tuned(job: BlocksJob, tuner: BlockTuner, block: Block, progress: Progress) -> list[LayerResult]:
-    """Give a block of the dense model the weights of the pruned one's, and tune them."""
-    tuner.note(block)
+    """Give a block of the dense model the weights of the pruned one's, and tune them if any of its layers is chosen."""
+    chosen = {layer.name for layer in job.dense.layers}
+    block = replace(block, layers=[layer for layer in block.layers if layer.name in chosen])
+    if block.layers:
+        tuner.note(block)
     with job.pruned.block(block.index):
         for name, value in job.pruned.blocks[block.index].named_parameters():
             block.module.get_parameter(name).copy_(value)
     results = []
     for layer in block.layers:
-        zeros, facts = count_zeros(layer.weight), job.history.layers.get(layer.name, {})
-        results.append(LayerResult(layer.name, layer.shape, facts.get("sparsity", 0.0), zeros, zeros, ()))
+        zeros = count_zeros(layer.weight)
+        results.append(LayerResult(layer.name, layer.shape, 0.0, zeros, zeros, ()))
+    if not results:
+        return []
     resources = job.dense.resources
     with resources.block(block.index if block.last else block.index + 1):
         tuned = tuned_results(tuner.tune_(block), block, results)
@@ -170,13 +210,6 @@ def _record(
     job: BlocksJob, refine: Refine, results: list[LayerResult], before: Loss | None, after: Loss | None
 ) -> dict[str, Any]:
     """The content of billhook.json after the run."""
-    found = {layer.name: layer for layer in job.dense.layers}
-    layers = {}
-    for r in results:
-        facts = {"shape": list(r.shape), "error": None, **job.history.layers.get(r.layer, {}), "updated": True}
-        facts = {key: value for key, value in facts.items() if key != "pieces"}
-        notes = [*facts.get("notes", []), *r.notes]
-        layers[r.layer] = facts | {"zeros": r.zeros, "notes": notes} | place(found[r.layer])
     request = job.request
     made_by: dict[str, Any] = {
         "by": "block",
@@ -186,9 +219,9 @@ def _record(
         "zeros": {r.layer: r.zeros_before for r in results},
         "seed": request.seed,
         **computed_in(job.dense.model),
-        "targets": [],
-        "ignore": [],
-        "teacher": {key: job.history.steps[0].model.get(key) for key in ("name", "digest")},
+        "targets": listed(request.targets),
+        "ignore": listed(request.ignore),
+        "teacher": teacher_facts(job.history, job.dense.facts["digest"]),
         "calibration": calibration_facts(job.dense),
         "papers": {"objective": "arXiv:2503.04992, arXiv:2402.12419"},
         "lost_before": None if before is None else before.to_dict(),
@@ -197,4 +230,4 @@ def _record(
     }
     notes = [f"{r.layer}: {note}" for r in results for note in r.notes]
     step = Step("recover", None, made_by, job.facts, notes)
-    return append_step(job.history, step, layers).to_json()
+    return append_step(job.history, step, trained_layers_of(job.dense, job.history, results)).to_json()

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from billhook.architectures.layers import Layer
+from billhook.architectures.layers import Layer, find_layers
+from billhook.engine.loop import LayerResult
 from billhook.errors import BillhookError
 from billhook.evaluation.quality import Loss, Reference
 from billhook.recovery.objectives import OBJECTIVES
@@ -15,10 +16,10 @@ from billhook.recovery.recipes import recipe
 from billhook.recovery.training import Problem, State
 from billhook.steps.facts import computed_in
 from billhook.steps.quantize_job import Inputs
-from billhook.steps.record import place, versions
+from billhook.steps.record import left_alone, place, versions
 from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, Request, calibration_facts, listed
-from billhook.store.record import Step, append_step
+from billhook.store.record import Record, Step, append_step
 
 Tuned = Literal["kept+norms", "kept", "adapters"]
 Saving = Literal["merged", "adapter"]
@@ -58,7 +59,10 @@ class RecoverRequest(Inputs):
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        own = recipe(self.recipe).fields() if self.recipe else {"tune": "kept+norms", "objective": "kl+hidden"}
+        if self.by == "block":
+            self._check_by_block()
+        own: dict[str, Any] = {"tune": "kept+norms"} | ({} if self.by == "block" else {"objective": "kl+hidden"})
+        own = recipe(self.recipe).fields() if self.recipe else own
         if self.tune and self.tune != own["tune"]:
             own.pop("rank", None)
         filled = {key: value for key, value in own.items() if not getattr(self, key)}
@@ -78,6 +82,15 @@ class RecoverRequest(Inputs):
             raise BillhookError(f"The rate is a share of each parameter's size and above 0, got {self.rate}.")
         if self.batch_size is not None and self.batch_size < 1:
             raise BillhookError(f"The batch size must be at least 1, got {self.batch_size}.")
+
+    def _check_by_block(self) -> None:
+        """Raise BillhookError for options that have no effect where one block at a time is tuned."""
+        own = {"--recipe": self.recipe, "--objective": self.objective, "--budget": self.budget}
+        own |= {f"--set {name}": name for name in self.options}
+        own |= {"--rate": self.rate, "--rank": self.rank, "--batch-size": self.batch_size}
+        own |= {"--checkpointing": self.checkpointing, "--tune adapters": self.tune == "adapters"}
+        if given := [name for name, value in own.items() if value not in (None, "", False)]:
+            raise BillhookError(f"Of no effect where one block at a time is tuned: {', '.join(given)}; leave it out.")
 
     @property
     def seconds(self) -> float | None:
@@ -175,12 +188,11 @@ class RecoverReport:
         }
 
 
-def _teacher(job: RecoverJob) -> dict[str, Any] | None:
-    """The dense model's name, where the history has it, and its digest."""
-    if job.identity["teacher"] is None:
+def teacher_facts(before: Record | None, digest: str | None) -> dict[str, Any] | None:
+    """The dense model's name, where the history has it, and its digest; None without one."""
+    if digest is None:
         return None
-    known = {} if job.opened.history is None else job.opened.history.steps[0].model
-    return {"name": known.get("name"), "digest": job.identity["teacher"]}
+    return {"name": None if before is None else before.steps[0].model.get("name"), "digest": digest}
 
 
 def zeros_of(layers: Sequence[Layer]) -> dict[str, int]:
@@ -191,16 +203,10 @@ def zeros_of(layers: Sequence[Layer]) -> dict[str, int]:
 def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
     """The content of billhook.json after the run."""
     request, opened, before = job.request, job.opened, job.opened.history
-    known, zeros = {} if before is None else before.layers, zeros_of(opened.layers)
-    layers = {}
+    zeros, layers = zeros_of(opened.layers), []
     for layer in opened.layers:
-        facts = {key: value for key, value in known.get(layer.name, {}).items() if key not in ("zeros", "pieces")}
-        facts = {"shape": list(layer.shape), "error": None, "notes": [], **facts, "zeros": zeros[layer.name]}
-        facts |= {"updated": report.improved or bool(facts.get("updated"))}
-        facts |= {"error": None} if report.improved else {}  # that of the layer as it was
-        if (more := zeros[layer.name] - job.zeros[layer.name]) > 0:
-            facts["notes"] = [*facts["notes"], f"{more} weights became zero in the training"]
-        layers[layer.name] = facts | ({} if facts.get("type") else place(layer))  # of quantized layers it is known
+        counts = zeros[layer.name], job.zeros[layer.name]
+        layers.append(LayerResult(layer.name, layer.shape, 0.0, *counts, (), updated=report.improved))
     made_by: dict[str, Any] = {
         "objective": request.objective,
         "objective_options": OBJECTIVES.configure(request.objective, request.options),
@@ -219,7 +225,7 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
         **computed_in(opened.model),
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
-        "teacher": _teacher(job),
+        "teacher": teacher_facts(before, job.identity["teacher"]),
         "calibration": calibration_facts(opened),
         "papers": {"objective": OBJECTIVES.paper(request.objective)},
         "lost_before": None if report.lost_before is None else report.lost_before.to_dict(),
@@ -227,4 +233,25 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
         "versions": versions(),
     }
     step = Step("recover", None, made_by, opened.facts, report.warnings)
-    return append_step(before, step, layers).to_json()
+    return append_step(before, step, trained_layers_of(opened, before, layers)).to_json()
+
+
+def trained_layers_of(
+    opened: Opened, before: Record | None, results: Sequence[LayerResult]
+) -> dict[str, dict[str, Any]]:
+    """The state of all recorded layers after a training of which `results` are the layers that it could change.
+
+    A layer that no plan names has no sparsity.
+    """
+    present = {layer.name: layer for layer in find_layers(opened.model, convolutions=True)}
+    known = {} if before is None else before.layers
+    layers = left_alone(known, present)
+    for r in results:
+        facts = {"shape": list(r.shape), "error": None, "notes": [], **known.get(r.layer, {}), "zeros": r.zeros}
+        facts |= {"updated": r.updated or bool(facts.get("updated"))}
+        facts |= {"error": None} if r.updated else {}  # that of the layer as it was
+        became = f"{r.zeros - r.zeros_before} weights became zero in the training"
+        facts["notes"] = [*facts["notes"], *r.notes, *([became] if r.zeros > r.zeros_before else [])]
+        # of quantized layers the place is known
+        layers[r.layer] = facts | ({} if facts.get("type") else place(present[r.layer]))
+    return layers

@@ -2,7 +2,7 @@
 the run into a folder beside the output."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from billhook.export import compressed_tensors
 from billhook.export.dense import packed_grids
 from billhook.methods.quantize.scalar import Scalar
 from billhook.recovery.kept_adam import Kept, Scaled, Trained
+from billhook.reports.publishing import publish
+from billhook.reports.quantized_card import publish_quantized
+from billhook.reports.slim_card import publish_slim
 from billhook.steps.export import write_decoded
 from billhook.steps.pack import unpack
 from billhook.steps.request import Opened
@@ -24,6 +27,7 @@ from billhook.store.checkpoint import check_directory
 from billhook.store.fitting import Stored
 from billhook.store.layout import is_packed
 from billhook.store.locate import to_disk
+from billhook.store.record import Record
 from billhook.store.shards import copy_index, read_shard, weight_files, weights_index
 from billhook.store.sinks import choose_sink
 
@@ -106,3 +110,12 @@ class Source:
         if index := weights_index(self.given):
             size = sum(entry.stop - entry.start for shard in shards for entry in shard.entries.values())
             copy_index(index, folder, size)
+
+
+def card(history: Record | None) -> Callable[[Path], object]:
+    """What writes the report or the card of the output, which are those of the step that made the model smaller."""
+    steps = [] if history is None else [step.step for step in history.steps if step.step != "recover"]
+    if "quantize" in steps:
+        return publish_quantized
+    known: dict[str, Callable[[Path], object]] = {"slim": publish_slim, "prune": publish}
+    return known.get(steps[-1] if steps else "", lambda folder: None)

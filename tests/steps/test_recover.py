@@ -153,7 +153,7 @@ def test_of_a_quantized_model_scales_and_norms_are_trained_and_codes_stay(place,
 @pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_block_by_block_zeros_stay_and_a_stopped_run_goes_on_to_the_same_bytes(place, tmp_path, stop):
     fields = {"calibration": str(place / "text.txt"), "teacher": place / "model", "length": 32, "by": "block"}
-    fields |= {"tokens": 16 * 32, "batch_size": 8}
+    fields |= {"tokens": 16 * 32}
     whole = recover(place / "pruned", tmp_path / "whole", **fields)
     assert whole.loss.kl < whole.lost_before.kl
     before, after = masks(place / "pruned"), masks(whole.output)
@@ -174,11 +174,57 @@ def test_block_by_block_zeros_stay_and_a_stopped_run_goes_on_to_the_same_bytes(p
         recover(place / "small", tmp_path / "no", **fields)
 
 
-def test_a_packed_model_is_trained_unpacked(place, tmp_path):
+@pytest.mark.parametrize("by", ["model", "block"])
+def test_layers_that_no_plan_names_are_trained_and_no_part_of_the_report_of_pruning(place, tmp_path, by):
+    about = {"criterion": "magnitude", "allocator": "uniform", "sparsity": 0.5}
+    prune(place / "model", output=tmp_path / "part", ignore="re:.*down_proj", **about)
+    fields = {"length": 32, "tokens": 512, "by": by, **({"rate": 0.01} if by == "model" else {})}
+    text = {"calibration": str(place / "text.txt"), "teacher": place / "model"}
+    recover(tmp_path / "part", tmp_path / "out", **fields, **text)
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("part", "out"))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert any("down_proj" in name for name in changed)
+    assert verify(tmp_path / "out").ok
+    before, after = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("part", "out"))
+    assert after["achieved"] == before["achieved"]
+    prune(tmp_path / "out", output=tmp_path / "again", ignore="re:.*(down|up)_proj", **{**about, "sparsity": 0.6})
+    assert verify(tmp_path / "again").ok
+
+
+NO_EFFECT = {"objective": "kl", "options": {"weight": 1}, "batch_size": 4, "checkpointing": True, "rate": 0.1}
+NO_EFFECT |= {"budget": "1m", "recipe": "atp-lora", "tune": "adapters"}
+
+
+@pytest.mark.parametrize("name", NO_EFFECT)
+def test_block_by_block_what_has_no_effect_is_refused(place, tmp_path, name):
+    given = {"options": "weight", "tune": "tune adapters"}.get(name, name)
+    with pytest.raises(BillhookError, match=f"Of no effect where one block at a time is tuned: {given}; leave it out"):
+        recover(place / "pruned", tmp_path / "out", by="block", calibration="x", **{name: NO_EFFECT[name]})
+
+
+@pytest.mark.parametrize("tune", ["kept", pytest.param("kept+norms", marks=pytest.mark.nightly)])
+def test_block_by_block_only_the_chosen_layers_are_tuned_on_as_many_windows_as_there_are(place, tmp_path, tune):
+    (tmp_path / "short.txt").write_text((place / "text.txt").read_text()[:1000])
+    fields = {"calibration": str(tmp_path / "short.txt"), "teacher": place / "model", "length": 16, "by": "block"}
+    chosen = {"targets": "re:.*(q|k)_proj", "ignore": "model.layers.1"}
+    recover(place / "pruned", tmp_path / "out", tune=tune, **chosen, **fields)
+    old, new = (load_file(folder / "model.safetensors") for folder in (place / "pruned", tmp_path / "out"))
+    changed = {name.removeprefix("model.layers.") for name in old if not torch.equal(old[name], new[name])}
+    layers = {f"{block}.self_attn.{name}_proj.weight" for block in (0, 2) for name in "qk"}
+    assert {name for name in changed if "norm" not in name} == layers
+    assert any("norm" in name for name in changed) == (tune == "kept+norms")
+    made_by = json.loads((tmp_path / "out" / "billhook.json").read_text())["steps"][-1]["made_by"]
+    assert (made_by["targets"], made_by["ignore"]) == ([chosen["targets"]], [chosen["ignore"]])
+    assert made_by["calibration"]["samples"] < 80
+
+
+@pytest.mark.parametrize("by", ["model", pytest.param("block", marks=pytest.mark.nightly)])
+def test_a_packed_model_is_trained_unpacked(place, tmp_path, by):
     pack(place / "pruned", tmp_path / "packed")
-    fields = {**FEW, "calibration": str(place / "text.txt"), "teacher": place / "model"}
+    fields = {"length": 32, "tokens": 768} if by == "block" else FEW
+    fields = {**fields, "calibration": str(place / "text.txt"), "teacher": place / "model", "by": by}
     report = recover(tmp_path / "packed", tmp_path / "out", **fields)
-    assert report.improved
+    assert report.loss.kl < report.lost_before.kl
     assert verify(tmp_path / "out").ok
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "packed"]
 
