@@ -94,11 +94,29 @@ class Stream:
         waiting = self._ahead.pop(index, None) if stored is self.stored else None
         tensors = self._read(index, stored) if waiting is None else waiting.result()
         self._drop(index)
+        self._convert(index, tensors, self.model.dtype, str(self.model.device))
+
+    def of_files(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a block of the source by their full names in the model, on the CPU, in a dtype that holds
+        every value in the files; the block in memory stays as it is."""
+        tensors, now = self._read(index, self.source), self.state(index)
+        floating = [value.dtype for value in tensors.values() if value.is_floating_point()]
+        dtype = functools.reduce(torch.promote_types, floating, self.model.dtype)
+        self._drop(index)
+        for name, value in self.state(index).items():
+            if value.is_meta and value.is_floating_point():  # values are loaded in the dtype of what they replace
+                put_tensor(self.model, name, value.to(dtype))
+        self._convert(index, tensors, dtype, "cpu")
+        values = self.state(index)
+        for name, value in now.items():
+            put_tensor(self.model, name, value)
+        return values
+
+    def _convert(self, index: int, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> None:
         known: Any = self.model._weight_conversions
-        devices = {"": str(self.model.device)}
-        options = LoadStateDictConfig(dtype=self.model.dtype, weight_mapping=known, device_map=devices)
+        options = LoadStateDictConfig(dtype=dtype, weight_mapping=known, device_map={"": device})
         with quiet():
-            convert_and_load_state_dict_in_model(self.model, tensors, options)
+            convert_and_load_state_dict_in_model(self.model, dict(tensors), options)
         if any(value.is_meta for value in self.blocks[index].state_dict(keep_vars=True).values()):
             weights = f"The weights of {self.prefixes[index]}"
             raise JobError(f"{weights} cannot be read one block at a time: are they shared between blocks?")

@@ -21,6 +21,7 @@ from billhook.store.files import replace_file, sha256
 from billhook.store.fitting import Stored
 from billhook.store.locate import to_disk
 from billhook.store.shards import Shard, read_shard
+from billhook.store.tensor_bytes import as_stored
 
 
 class Form(Protocol):
@@ -139,7 +140,8 @@ class BlockFiles:
                 tensors |= self._packed(name)
                 continue
             value = Stored(self.entries[name].path, self.entries[name].entry, lazy=False).read()
-            tensors[name] = value if not changed or name not in changed else changed[name].to("cpu", value.dtype)
+            new = (changed or {}).get(name, value)
+            tensors[name] = as_stored(name, new, value.dtype, lambda value=value: value)
         replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
 
     def _packed(self, name: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ follows sees exactly what is stored.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from torch import Tensor
 from billhook.architectures.slicing import Cuts, cuts_of, with_zeros, without, zeroed
 from billhook.architectures.units import Unit
 from billhook.engine.streaming import Stream, stream_of
-from billhook.errors import BillhookError, JobError
+from billhook.errors import BillhookError
 from billhook.store.checkpoint import loading
 from billhook.store.files import replace_file, sha256
 from billhook.store.fitting import Stored
 from billhook.store.locate import to_disk
 from billhook.store.shards import Entry, read_shard
+from billhook.store.tensor_bytes import as_stored, exact
 
 
 @dataclass
@@ -57,18 +59,19 @@ class Smaller:
         """
         model = source.model
         first = {unit.name: torch.arange(unit.count) < counts[unit.name] for unit in units}
-        cuts, shapes = cuts_of(units, first), dict[str, Tensor]()
-        for new, old in enumerate(blocks):
-            for name, value in source.state(old).items():
-                empty = torch.empty(value.shape, dtype=torch.uint8)  # its values do not matter
-                shapes[_renamed(name, source, old, new)] = without(name, empty, cuts).to("meta")
-        on_disk = to_disk(model, shapes, source.source)
+        cuts = cuts_of(units, first)
         inside = {name for names in source.names for name in names}
         stored = {name: Stored(s.path, s.entry, False) for name, s in source.source.items() if name not in inside}
-        dtypes = {s.entry.name: s for s in source.source.values()}
-        for name, value in on_disk.items():
-            like = dtypes.get(name) or next(iter(source.source.values()))
-            stored[name] = Stored(path, Entry(name, like.entry.dtype, tuple(value.shape), 0, 0), True)
+        for new, old in enumerate(blocks):
+            shapes = dict[str, Tensor]()
+            for name, value in source.state(old).items():
+                empty = torch.empty(value.shape, dtype=torch.uint8)  # its values do not matter
+                shapes[name] = without(name, empty, cuts).to("meta")
+            renamed = {_renamed(name, source, old, new): value for name, value in shapes.items()}
+            before, after = (to_disk(model, state, source.source) for state in (shapes, renamed))
+            for was, (name, value) in zip(before, after.items(), strict=True):
+                like = source.source.get(was) or next(iter(source.source.values()))
+                stored[name] = Stored(path, Entry(name, like.entry.dtype, tuple(value.shape), 0, 0), True)
         kind = type(model)
         if config.model_type != model.config.model_type:
             import transformers
@@ -93,17 +96,23 @@ class Smaller:
 
     def small(self, block: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a block on disk, in the dtypes there, from those in memory."""
+        left = self._left(block, state)
+        dtypes = {name: self.stream.source[name].dtype for name in left}
+        rounded = any(not exact(dtypes[name], value.dtype) for name, value in left.items())
+        source = self._left(block, self.source.of_files(block)) if rounded else left
+        return {
+            name: as_stored(name, value, dtypes[name], partial(source.__getitem__, name))
+            for name, value in left.items()
+        }
+
+    def _left(self, block: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What stays of the tensors of a block in memory, by the names on disk, with zeros in what does not stay."""
         new, cuts = self.blocks.index(block), self.cuts(block)
         gone = cuts_of([unit for unit in self.units if unit.block == block], self.kept)
         left = {}
         for name, value in state.items():
             left[_renamed(name, self.source, block, new)] = without(name, zeroed(name, value, gone), cuts)
-        tensors = {}
-        for name, value in to_disk(self.source.model, left, self.stream.source).items():
-            tensors[name] = value.to("cpu", self.stream.source[name].dtype).contiguous()
-            if not torch.isfinite(tensors[name].float()).all():
-                raise JobError(f"{name} holds values that do not fit {tensors[name].dtype}, its dtype on disk.")
-        return tensors
+        return to_disk(self.source.model, left, self.stream.source)
 
     def state(self, block: int) -> dict[str, Tensor]:
         """The tensors in memory of a finished block of the source, with zeros where parts were removed."""

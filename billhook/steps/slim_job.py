@@ -137,9 +137,10 @@ def record(job: SlimJob, results: Sequence[LayerResult], loss: Loss | None) -> d
         "kept": kept_parts(job, results),
         "parts": {unit.name: unit.count for unit in job.units},
         "consumers": {
-            _renamed(job, unit.consumer.name): _stored(job, unit, unit.groups.shape[1])
+            name: _stored(job, unit, unit.groups.shape[1])
             for unit in job.units
             if unit.consumer is not None and unit.groups is not None
+            if (name := _renamed(job, unit.consumer.name)) is not None
         },
         "removed": job.removed / sum(job.parameters),
         "padding": job.padding / sum(job.parameters),
@@ -158,10 +159,16 @@ def _stored(job: SlimJob, unit: Unit, columns: int) -> dict[str, Any]:
     return {"unit": unit.name, "columns": columns, "stored": job.smaller.counts[unit.name]}
 
 
-def _renamed(job: SlimJob, layer: str) -> str:
-    """The name in the smaller model of a layer, or of a unit."""
+def _renamed(job: SlimJob, layer: str) -> str | None:
+    """The name in the smaller model of a layer, or of a unit; None for the layer of an expert that is gone."""
     old, new = job.smaller.source.prefixes, job.smaller.stream.prefixes
     block = next(i for i, prefix in enumerate(old) if layer.startswith(f"{prefix}."))
+    experts = job.smaller.kept.get(f"{layer.rpartition('.experts.')[0]}:experts")
+    name, _, number = layer.rpartition(".")
+    if experts is not None and number.isdigit():
+        if not experts[int(number)]:
+            return None
+        layer = f"{name}.{int(experts[: int(number)].sum())}"
     return new[job.smaller.blocks.index(block)] + layer.removeprefix(old[block])
 
 

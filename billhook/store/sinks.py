@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from billhook.errors import BillhookError, JobError
+from billhook.errors import BillhookError
 from billhook.store.checkpoint import quiet
 from billhook.store.compute import dtype_name, most_frequent
 from billhook.store.files import digest_ranges, fsync
 from billhook.store.locate import to_disk
 from billhook.store.shards import Entry, Shard, copy_index, lay_out, put, read_shard, weight_files, weights_index
-from billhook.store.tensor_bytes import DTYPES, exact, read_tensor, same_where_kept, tensor_bytes
+from billhook.store.tensor_bytes import DTYPES, as_stored, exact, read_tensor, tensor_bytes
 
 
 class Sink(Protocol):
@@ -182,14 +182,7 @@ def choose_sink(model: PreTrainedModel, source: Path | None) -> tuple[Sink, str 
 
 def _bytes(tensor: Tensor, shard: Shard, entry: Entry) -> memoryview:
     """The little-endian bytes of `tensor` in the dtype of `entry`, those of the source where it was kept."""
-    tensor = tensor.detach().to("cpu")
-    if exact(DTYPES[entry.dtype], tensor.dtype):
-        value = tensor.to(DTYPES[entry.dtype])
-    else:
-        value = same_where_kept(tensor, read_tensor(shard.path, entry))
-    if value.dtype != tensor.dtype and value.is_floating_point() and not torch.isfinite(value).all():
-        raise JobError(f"{entry.name} holds values that do not fit {entry.dtype}, its dtype on disk.")
-    return tensor_bytes(value.contiguous())
+    return tensor_bytes(as_stored(entry.name, tensor, DTYPES[entry.dtype], lambda: read_tensor(shard.path, entry)))
 
 
 def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
 """The dtypes of safetensors files by name, the bytes of a tensor, and tensors that were computed in another dtype."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from billhook.errors import Interrupted
+from billhook.errors import Interrupted, JobError
 from billhook.store.shards import Entry
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
@@ -39,6 +40,20 @@ def same_where_kept(new: Tensor, old: Tensor) -> Tensor:
     if bool(kept.all()):
         return old
     return torch.where(kept & (new != 0), old, new.to(old.dtype))
+
+
+def as_stored(name: str, new: Tensor, dtype: torch.dtype, source: Callable[[], Tensor]) -> Tensor:
+    """A tensor in the dtype of its file, contiguous on the CPU, with the values of the source where it was kept.
+
+    `source` returns these values, of the shape of `new`, in a dtype that holds every value of `dtype`; it is called
+    where the dtype of `new` does not. Raises JobError for a new value that does not fit `dtype`.
+    """
+    new = new.detach().to("cpu")
+    value = new.to(dtype) if exact(dtype, new.dtype) else same_where_kept(new, source().to(dtype))
+    if value.dtype != new.dtype and value.is_floating_point() and not torch.isfinite(value).all():
+        stored = next(key for key, known in DTYPES.items() if known == dtype)
+        raise JobError(f"{name} holds values that do not fit {stored}, its dtype on disk.")
+    return value.contiguous()
 
 
 def exact(dtype: torch.dtype, wider: torch.dtype) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from billhook import prune
 from billhook.errors import BillhookError, Interrupted
 from billhook.plan.plan import Budget, Plan
 from billhook.steps.slim import SlimRequest, prepare, run, slim
@@ -150,6 +151,22 @@ def test_experts_with_the_least_effect_go_and_the_router_knows_only_the_others(t
         router.forward = masked
     torch.testing.assert_close(small(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
     assert verify(tmp_path / "out").ok
+
+
+def test_a_record_numbers_the_experts_that_stay_anew(tmp_path):
+    source = saved(families.build("mixtral"), tmp_path / "model")
+    units = ("experts", "channels", "blocks")
+    report = slim(source, 0.5, tmp_path / "out", units=units, method="magnitude", calibration=IDS)
+    assert verify(report.output).ok
+    record = json.loads((report.output / "billhook.json").read_text())
+    consumers = record["steps"][-1]["made_by"]["consumers"]
+    units = {name: facts["unit"] for name, facts in consumers.items() if ".experts." in name}
+    stay = [(name, expert) for name, kept in report.kept.items() if name.endswith(":experts") for expert in kept]
+    assert list(units.values()) == [f"{name.removesuffix(':experts')}.experts.{e}:channels" for name, e in stay]
+    assert set(consumers) <= set(record["layers"])
+    assert all(record["layers"][name]["error"] is not None for name in consumers)
+    given = {"sparsity": 0.5, "criterion": "magnitude", "calibration": None}
+    assert verify(prune(report.output, output=tmp_path / "pruned", **given).output).ok
 
 
 def test_the_time_is_estimated_on_one_block_and_leaves_no_trace(tmp_path):
