@@ -120,7 +120,7 @@ def record(job: Job, results: Sequence[LayerResult], lost: Loss | None = None) -
     before = job.opened.history
     known = {} if before is None else before.layers
     present = {layer.name: layer for layer in find_layers(job.opened.model, convolutions=True)}
-    notes = {result.layer: [*result.notes, *_refilled(result, known.get(result.layer))] for result in results}
+    notes = {r.layer: [*r.notes, *_refilled(r, known.get(r.layer))] for r in results}
     layers = {name: _left_alone(facts) | place(present[name]) for name, facts in known.items() if name in present}
     for r in results:
         layers[r.layer] = _layer_record(r, notes[r.layer], known.get(r.layer, {})) | place(present[r.layer])
@@ -220,15 +220,20 @@ def _left_alone(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refilled(result: LayerResult, before: Mapping[str, Any] | None) -> list[str]:
-    """A note where a layer has fewer zeros than before, and such notes of earlier steps.
+    """The notes on a pruned layer that has fewer zeros than before."""
+    return [] if before is None else refilled_notes(before["zeros"] - result.zeros, before)
 
-    This happens where a criterion that updates the remaining weights has a lower sparsity than an earlier step.
+
+def refilled_notes(refilled: int, before: Mapping[str, Any] | None) -> list[str]:
+    """A note where so many zeros of a layer were `refilled`, and such notes of earlier steps; none without such.
+
+    This happens where a criterion that updates the remaining weights has a lower sparsity than an earlier step, and
+    where a storage type has no zero.
     """
     if before is None:
         return []
-    lost = before["zeros"] - result.zeros
     earlier = [note for note in before.get("notes", ()) if note.endswith(REFILLED)]
-    return [*earlier, *([f"{lost} {REFILLED}"] if lost > 0 else [])]
+    return [*earlier, *([f"{refilled} {REFILLED}"] if refilled > 0 else [])]
 
 
 def _layer_record(result: LayerResult, notes: Sequence[str], before: Mapping[str, Any]) -> dict[str, Any]:
