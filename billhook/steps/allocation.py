@@ -137,7 +137,7 @@ def choose(
     levels = replace(levels, table=measure(opened.model, wanted, batches=opened.batches, **resources))
     if not allocation.on_trial:
         plan = allocate_levels(levels, allocation.name, **allocation.options)
-        return _noted(Chosen(plan, outlook(levels, plan) if levels.errors else {}), notes)
+        return _noted(Chosen(plan, outlook(levels, sizes.fixed) if levels.errors else {}), notes)
     assert opened.source is not None
     assert opened.samples is not None
     how: dict[str, Any] = {"dtype": request.dtype, "device": request.device}
@@ -145,7 +145,8 @@ def choose(
     layers = same_layers(model, opened)
     split = split_samples(model, opened.samples, rows_of(opened.batches[0]), request.seed)
     quick = replace(method, options={**method.options, "sweeps": 0})
-    how = {"allocator": allocation.name, "options": allocation.options, "progress": progress}
+    how = {"allocator": allocation.name, "options": allocation.options, "fixed": sizes.fixed}
+    how |= {"progress": progress}
     return _noted(choose_types(model, layers, split, levels, quick, **how), notes)
 
 

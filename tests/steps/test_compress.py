@@ -1,6 +1,7 @@
 """Compressing to a size: the file is never larger, and the types are the best for it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,9 @@ FIELDS = {"calibration": IDS, "batch_size": 4, "sweeps": 0}
 def source(tmp_path_factory) -> Path:
     model = tiny.llama(num_hidden_layers=2, intermediate_size=64)
     return tiny.save(tmp_path_factory.mktemp("source") / "model", model, dtype=torch.bfloat16, words=False)
+
+
+LEAST = {"calibration": IDS, "batch_size": 4}
 
 
 def weights(folder: Path) -> int:
@@ -156,6 +160,18 @@ def test_types_limit_embeddings_too_and_a_plan_applies_to_them_again(tmp_path, s
             quantize(source, "", tmp_path / "third", **fields | {"embeddings": ""})
 
 
+@pytest.mark.parametrize("types", [["q4_0", "q8_0"], ["q4_1", "q5_1"], ["q5_1"], ["mxfp4", "q6_k", "q8_0"]])
+def test_more_types_to_choose_from_never_raise_the_least_size(tmp_path, source, types):
+    """Embeddings can have every type named that fits and has no code book, as the layers can."""
+
+    def least(some):
+        with pytest.raises(BillhookError) as refused:
+            check(CompressRequest(source, tmp_path / "out", size=1, types=some, **LEAST))
+        return int(re.search(r"with these types is ([\d,]+) bytes", str(refused.value))[1].replace(",", ""))
+
+    assert least(types) == min(least([t]) for t in types if t != "q6_k")
+
+
 def test_layers_that_vllm_fuses_get_the_same_type(tmp_path, source):
     output = compress(source, tmp_path / "out", size="40KB", target="vllm", **FIELDS).quantized.output
     layers = json.loads((output / "billhook.json").read_text())["layers"]
@@ -225,6 +241,7 @@ def test_every_allocator_meets_the_size_and_says_how(tmp_path, source, allocator
     assert 40_000 <= report.quantized.size <= 42_000
     step = json.loads((report.quantized.output / "billhook.json").read_text())["steps"][-1]
     made_by = step["plan"]["made_by"]
+    assert report.outlook.get(1.1, 1) <= 1 <= report.outlook.get(0.9, 1)
     if allocator == "auto":
         assert {"uniform", "curves", "alphaq"} <= set(made_by["racing"]["tried"])
         assert made_by["racing"]["tried"][made_by["racing"]["best"]] <= made_by["racing"]["tried"]["uniform"]
