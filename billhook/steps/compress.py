@@ -151,6 +151,7 @@ def check(request: CompressRequest, progress: Progress = lambda line: None) -> C
     quantizing = replace(request.quantizing(), options=allocation.quantizer)
     check_text_given(quantizing.opening(), True, "Choosing types")
     opened = open_blocks(quantizing)
+    allocation.check_model(opened.model)
     parts = layer_parts(opened)
     if request.target != "gguf":
         check_matrices(opened.layers, parts)

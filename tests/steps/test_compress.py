@@ -4,10 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import bert
 import pytest
 import tiny
 import torch
+import vision_families
 from command import contents
+from transformers import AutoModel
 
 from billhook.cli.plot import _front
 from billhook.errors import BillhookError, Interrupted
@@ -251,6 +254,34 @@ def test_every_allocator_meets_the_size_and_says_how(tmp_path, source, allocator
     assert made_by["request"]["allocator"] == allocator
     assert step["made_by"]["quantizer_options"]["sweeps"] == 0
     assert ("levels" in made_by) == (allocator in ("rco", "auto"))
+
+
+@pytest.mark.parametrize("kind", ["text", pytest.param("images", marks=pytest.mark.nightly)])
+def test_models_without_predictions_are_compressed_by_the_distance_of_their_embeddings(tmp_path, kind):
+    config = (bert.model() if kind == "text" else vision_families.build("vit")).config
+    tiny.save(tmp_path / "model", AutoModel.from_config(config), words=False)
+    inputs = IDS if kind == "text" else torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    fields = FIELDS | {"bits": 17, "target": "transformers", "calibration": inputs}
+    report = compress(tmp_path / "model", tmp_path / "out", **fields)
+    assert len(report.counts) > 1
+    assert report.outlook[1.1] < 1
+    assert verify(report.quantized.output).problems == []
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "match"),
+    [
+        ("swin", {"target": "transformers"}, r"has several: use --allocator uniform or .*atp"),
+        ("vit", {"ignore": "re:.*fc2"}, "No GGUF names are known for vit"),
+    ],
+)
+def test_what_cannot_be_done_for_a_model_of_images_is_said_before_anything_is_measured(tmp_path, family, fields, match):
+    tiny.save(tmp_path / "model", vision_families.build(family), words=False)
+    given = FIELDS | {"bits": 17, "calibration": torch.zeros(8, 3, 32, 32)} | fields
+    request = CompressRequest.given(model=tmp_path / "model", output=tmp_path / "out", **given)
+    with pytest.raises(BillhookError) as refused:
+        check(request)
+    assert re.search(match, refused.value.args[0])
 
 
 def test_the_types_of_another_file_are_taken_tensor_by_tensor(tmp_path, source):
