@@ -37,7 +37,7 @@ class LayerResult:
     `error` is the squared change of the layer's output relative to its square, for uncorrelated inputs with the norms
     of the calibration samples (norm 1 without samples); None where that is not a number. `updated` says whether the
     criterion or the tuning gave kept weights new values. `kept` are the numbers of the parts of a unit that stayed,
-    where parts were removed whole.
+    where parts were removed whole. `refilled` counts the weights that were zero and have values in the storage type.
     """
 
     layer: str
@@ -51,6 +51,7 @@ class LayerResult:
     type: str | None = None
     updated: bool = False
     kept: list[int] | None = None
+    refilled: int = 0
 
     @property
     def n(self) -> int:
@@ -163,6 +164,7 @@ class _Applying:
             encoded = self.method.encode(weight, stats, spec, self.zeros[layer.name])
             new = encoded.decode(torch.float32)
             error, updated = _relative_error(weight, new, squares), bool(((new != 0) & (new != weight)).any())
+            refilled = 0 if spec.type is None else int(((weight == 0) & (new != 0)).sum())
             weight.copy_(same_where_kept(new, weight))
             notes = encoded.check(weight)
         except BillhookError as problem:
@@ -171,7 +173,7 @@ class _Applying:
         took = time.perf_counter() - begun
         noted, zeros = (*stats.notes, *notes), count_zeros(weight)
         facts = (layer.name, layer.shape, spec.sparsity, zeros, before, noted, error, took, spec.type, updated)
-        return LayerResult(*facts)
+        return LayerResult(*facts, refilled=refilled)
 
 
 def tuned_results(note: str, block: Block, done: Sequence[LayerResult]) -> list[LayerResult]:

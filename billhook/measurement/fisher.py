@@ -2,7 +2,9 @@
 
     f_l = mean over tokens and outputs of g²,   g = gradient of Σ ln p(y) by the layer's output,   y drawn from p
 
-p are the model's own predictions, and one y is drawn for every scored position. To second order an error d of the
+p are the model's own predictions, and one y is drawn for every scored position. Of a model without predictions, y is
+drawn from a normal distribution of variance 1 around its embedding of length 1, whose KL divergence from that around
+another embedding, ½ of their squared distance, is the cosine distance. To second order an error d of the
 output, independent of g, costs ½ Σ (g · d)² of KL divergence in the mean, so an error that is spread evenly over
 tokens and outputs costs ½ f_l per square. That is the Fisher information of Kronecker-factored curvature (Martens &
 Grosse 2015, arXiv:1503.05671), with the factor of the outputs reduced to its mean diagonal.
@@ -16,19 +18,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from billhook.ambient import evaluating
-from billhook.architectures.config import call_options
 from billhook.architectures.layers import Layer, observable_experts
-from billhook.engine.batch import Batch, main_input, model_inputs, split_rows
+from billhook.engine.batch import Batch, main_input, split_rows
 from billhook.engine.gradients import Backward, Loss
 from billhook.engine.observer import PRODUCTS
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Progress
 from billhook.errors import JobError
-from billhook.evaluation.scoring import Scoring, scored_rows
+from billhook.evaluation.divergence import COSINE
+from billhook.evaluation.predicting import predicted
+from billhook.evaluation.scoring import Scoring
 
 
 def fisher(
@@ -67,15 +71,18 @@ def fisher(
 
 
 def _sampled_loss(scoring: Scoring, seed: int) -> Loss:
-    """-Σ ln p(y) / length, with y drawn from the model's own predictions, the same for the same sequences."""
+    """-Σ ln p(y) / length, but for a constant, with y drawn from p, the same for the same sequences."""
     generator = torch.Generator().manual_seed(seed)
 
     def loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-        logits = model(**model_inputs(model, batch), **call_options(model)).logits
-        ((scored, _),) = scored_rows(*scoring.scored(logits, batch))
+        ((scored, _),) = predicted(model, batch, scoring)
+        length = main_input(model, batch).shape[1]
+        if scoring.divergence is COSINE:
+            noise = torch.randn(scored.shape, generator=generator).to(scored.device)
+            return -(noise * normalize(scored.float(), dim=-1)).sum() / length
         log_p = scored.float().log_softmax(-1)
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
-        return -log_p.gather(1, drawn).sum() / main_input(model, batch).shape[1]
+        return -log_p.gather(1, drawn).sum() / length
 
     return loss
 

@@ -29,7 +29,6 @@ from billhook.architectures.layers import Layer
 from billhook.engine.batch import Batch
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
-from billhook.errors import BillhookError
 from billhook.plan.allocators import AUTO
 from billhook.plan.level_allocators import ERRORS, LEVEL_ALLOCATORS, WEIGHTS, allocate_levels
 from billhook.plan.levels import Levels, Types, types_of
@@ -48,7 +47,7 @@ Weights = Mapping[str, float]  # by layer
 
 @dataclass(frozen=True)
 class Chosen:
-    """The best `plan`, and `outlook`: its predicted loss relative to which other budgets, by factor, would lose."""
+    """The best `plan`, and `outlook`: the predicted loss of other sizes, by factor, relative to that of its own."""
 
     plan: Plan
     outlook: Mapping[float, float]
@@ -63,11 +62,13 @@ def choose_types(
     *,
     allocator: str = AUTO,
     options: Mapping[str, Any] | None = None,
+    fixed: int = 0,
     progress: Progress = lambda line: None,
 ) -> Chosen:
     """The plan of `auto`, or of an allocator that needs the model; the model's weights are restored.
 
-    `method` is how trials quantize. Embeddings and head, which trials leave as they are, get the types of `curves`.
+    `method` is how trials quantize, `fixed` the bytes beside the budget of `levels`. Embeddings and head, which trials
+    leave as they are, get the types of `curves`.
     """
     outside = _outside(levels)
     inner = _layers_only(levels, outside)
@@ -82,7 +83,7 @@ def choose_types(
             plan = by_gradients(runner, inner, split.batches, allocator, options or {}, progress)
     made_by = {**plan.made_by, **levels.recorded()}
     plan = levels.plan(types_of(plan) | outside, made_by)
-    return Chosen(plan, outlook(levels, plan))
+    return Chosen(plan, outlook(levels, fixed))
 
 
 def columns() -> list[str]:
@@ -140,15 +141,20 @@ def by_gradients(
     return levels.plan(types, made_by)
 
 
-def outlook(levels: Levels, plan: Plan) -> dict[float, float]:
-    """The predicted loss with a tenth less and a tenth more budget, relative to that of `plan`."""
-    own, found = levels.predicted(types_of(plan)), {}
+def outlook(levels: Levels, fixed: int) -> dict[float, float]:
+    """The predicted loss of a file with a tenth less and a tenth more bytes, relative to that of this size.
+
+    All three are those of the types of `curves`; of a file, `fixed` bytes are not part of the budget.
+    """
+
+    def loss(budget: int) -> float:
+        return levels.predicted(types_of(allocate_levels(replace(levels, budget=budget))))
+
+    own, found = loss(levels.budget), {}
     for factor in (0.9, 1.1):
-        try:
-            other = allocate_levels(replace(levels, budget=int(levels.budget * factor)))
-        except BillhookError:
-            continue
-        found[factor] = levels.predicted(types_of(other)) / max(own, 1e-30)
+        budget = int((levels.budget + fixed) * factor) - fixed
+        if budget >= levels.least:
+            found[factor] = loss(budget) / max(own, 1e-30)
     return found
 
 

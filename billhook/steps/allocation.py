@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from billhook.architectures.stacks import has_one_stack
 from billhook.engine.batch import rows_of
 from billhook.engine.method import Quantization
 from billhook.engine.walk import Progress
@@ -19,7 +22,7 @@ from billhook.plan.allocators import AUTO
 from billhook.plan.level_allocators import ERRORS, LEVEL_ALLOCATORS, WEIGHTS, allocate_levels
 from billhook.plan.levels import Levels
 from billhook.racing.allocators import MODEL_ALLOCATORS
-from billhook.racing.levels import Chosen, choose_types, columns, outlook
+from billhook.racing.levels import Chosen, choose_types, columns, needs, outlook
 from billhook.registry import Registry, hint
 from billhook.steps.earlier_levels import earlier_levels, step_with_levels
 from billhook.steps.kept_levels import KeptLevels
@@ -81,6 +84,16 @@ class Allocation:
             return registry.needs(self.name, self.options)
         return () if self.file else (ERRORS, WEIGHTS, *columns())
 
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raise BillhookError where what it reads cannot be measured on a model, naming the allocators that can be
+        used."""
+        if WEIGHTS in self.needs and not has_one_stack(model):
+            others = [name for name in LEVEL_ALLOCATORS.names() if WEIGHTS not in needs(name)]
+            raise BillhookError(
+                f"The allocator {self.name} measures what errors cost in models with one stack of blocks, and "
+                f"{type(model).__name__} has several: use --allocator {' or '.join(others)}."
+            )
+
     @property
     def only_levels(self) -> bool:
         """Whether it reads measured levels and nothing else."""
@@ -137,7 +150,7 @@ def choose(
     levels = replace(levels, table=measure(opened.model, wanted, batches=opened.batches, **resources))
     if not allocation.on_trial:
         plan = allocate_levels(levels, allocation.name, **allocation.options)
-        return _noted(Chosen(plan, outlook(levels, plan) if levels.errors else {}), notes)
+        return _noted(Chosen(plan, outlook(levels, sizes.fixed) if levels.errors else {}), notes)
     assert opened.source is not None
     assert opened.samples is not None
     how: dict[str, Any] = {"dtype": request.dtype, "device": request.device}
@@ -145,7 +158,8 @@ def choose(
     layers = same_layers(model, opened)
     split = split_samples(model, opened.samples, rows_of(opened.batches[0]), request.seed)
     quick = replace(method, options={**method.options, "sweeps": 0})
-    how = {"allocator": allocation.name, "options": allocation.options, "progress": progress}
+    how = {"allocator": allocation.name, "options": allocation.options, "fixed": sizes.fixed}
+    how |= {"progress": progress}
     return _noted(choose_types(model, layers, split, levels, quick, **how), notes)
 
 

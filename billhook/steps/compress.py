@@ -31,6 +31,7 @@ from billhook.steps.allocation import NOTES, Allocation, choose, choose_like
 from billhook.steps.earlier_levels import step_with_levels
 from billhook.steps.levels import measured_layers
 from billhook.steps.lost import Lost
+from billhook.steps.opens import check_opens
 from billhook.steps.parts import Parts, check_matrices, layer_parts
 from billhook.steps.quantize import open_blocks, prepare, run
 from billhook.steps.quantize_job import GgufInputs, QuantizeJob, QuantizeReport, QuantizeRequest, Recipe
@@ -150,10 +151,13 @@ def check(request: CompressRequest, progress: Progress = lambda line: None) -> C
     quantizing = replace(request.quantizing(), options=allocation.quantizer)
     check_text_given(quantizing.opening(), True, "Choosing types")
     opened = open_blocks(quantizing)
+    allocation.check_model(opened.model)
     parts = layer_parts(opened)
     if request.target != "gguf":
         check_matrices(opened.layers, parts)
     sizes = Sizes.of(given, opened, parts, types, request.target, form=request.gguf_form)
+    if request.target != "gguf":
+        check_opens(opened, parts, {name: menu[0] for name, menu in sizes.menus.items()})
     asked: dict[str, Any] = {"target": request.target, "bytes": sizes.budget, "types": types}
     asked |= {"allocator": request.allocator, "options": dict(allocation.options)}
     asked |= {"levels": allocation.levels and step_with_levels(allocation.levels)[0].made_by["calibration"]}

@@ -33,6 +33,7 @@ from billhook.reports.quantized_card import publish_quantized
 from billhook.steps.block_files import BlockFiles, Form
 from billhook.steps.given_imatrix import NOTE, imatrix_stats
 from billhook.steps.lost import Lost, loss_of
+from billhook.steps.opens import check_opens, configuration
 from billhook.steps.partial_output import PartialOutput, partial_output
 from billhook.steps.parts import Parts, check_matrices, layer_parts, part_types, transposed
 from billhook.steps.quantize_job import QuantizeJob, QuantizeReport, QuantizeRequest, record
@@ -91,6 +92,7 @@ def prepare(
     ggml, parts = any(map(is_ggml, types.values())), layer_parts(opened)
     if not ggml:
         check_matrices(opened.layers, parts)
+        check_opens(opened, parts, types)
     method = replace(method, scale_dtype=scale_dtype(opened, parts))
     outside = outside_of(opened, plan, request.embeddings) if ggml else {}
     on_disk = part_types(parts, types) | outside
@@ -248,7 +250,7 @@ def _finish(job: QuantizeJob, files: BlockFiles, source: Path) -> Callable[[Path
 
     def compressed(folder: Path) -> Mapping[str, Any]:
         write_index(folder, files.files)
-        return {"quantization_config": _configuration(job)}
+        return {"quantization_config": configuration(job.opened.model, job.parts, job.grids)}
 
     def gguf(folder: Path) -> Mapping[str, Any]:
         quantized = {name: (type, data) for name, type, data in files.raw(folder)}
@@ -263,10 +265,3 @@ def _finish(job: QuantizeJob, files: BlockFiles, source: Path) -> Callable[[Path
         return {}
 
     return gguf if job.ggml else compressed
-
-
-def _configuration(job: QuantizeJob) -> dict[str, Any]:
-    """The `quantization_config` of config.json; every linear layer that is not quantized is named in it."""
-    linear = {name for name, m in job.opened.model.named_modules() if isinstance(m, torch.nn.Linear)}
-    types = {layer: job.grids[parts[0].tensor] for layer, parts in job.parts.items()}
-    return compressed_tensors.configuration(types, linear - types.keys())

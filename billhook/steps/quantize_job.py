@@ -10,13 +10,14 @@ from billhook.engine.loop import LayerResult
 from billhook.engine.method import Quantization
 from billhook.evaluation.quality import Loss
 from billhook.methods.quantize import QUANTIZERS
+from billhook.methods.quantize.ggml import GGML
 from billhook.methods.quantize.grid import Grid
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.statistics import LayerStats
 from billhook.plan.bytes import parse_size
 from billhook.plan.plan import Plan
 from billhook.steps.parts import Parts, part_types, where
-from billhook.steps.record import versions, without_folders
+from billhook.steps.record import refilled_notes, versions, without_folders
 from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.steps.types import is_ggml, plan_types
 from billhook.store.layout import RECORD
@@ -190,7 +191,8 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
     layers = {}
     for r in results:
         facts = {key: value for key, value in known.get(r.layer, {}).items() if key == "sparsity"}
-        facts |= {"shape": list(r.shape), "zeros": r.zeros, "notes": list(r.notes), "error": r.error, "type": r.type}
+        notes = [*r.notes, *refilled_notes(r.refilled, known.get(r.layer))]
+        facts |= {"shape": list(r.shape), "zeros": r.zeros, "notes": notes, "error": r.error, "type": r.type}
         layers[r.layer] = facts | where(job.parts[r.layer])
     made_by = {
         "quantizer": request.quantizer,
@@ -207,6 +209,19 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
         "lost": None if loss is None else loss.to_dict(),
         "versions": versions(),
     }
-    notes = [*job.notes, *(f"{r.layer}: {note}" for r in results for note in r.notes)]
+    notes = [*job.notes, *(f"{r.layer}: {note}" for r in results for note in r.notes), *_zeros_lost(results)]
     step = Step("quantize", job.plan.to_json(), made_by, opened.facts, notes)
     return append_step(before, step, layers).to_json()
+
+
+def _zeros_lost(results: Sequence[LayerResult]) -> list[str]:
+    """A note on the weights that were zero and whose types have no zero, in all layers together."""
+    lost = [r for r in results if r.refilled]
+    if not lost:
+        return []
+    total, types = sum(r.refilled for r in lost), sorted({r.type or "" for r in lost})
+    keep = ", ".join(name for name, grid in GGML.items() if grid.has_zero)
+    return [
+        f"{total:,} weights that were zero have values again, in {len(lost)} layers, such as {lost[0].layer}: "
+        f"{', '.join(types)} cannot store every zero. These types keep zeros: {keep}."
+    ]

@@ -121,7 +121,7 @@ def record(job: Job, results: Sequence[LayerResult], lost: Loss | None = None) -
     known = {} if before is None else before.layers
     present = {layer.name: layer for layer in find_layers(job.opened.model, convolutions=True)}
     layers = left_alone(known, present)
-    notes = {result.layer: [*result.notes, *_refilled(result, known.get(result.layer))] for result in results}
+    notes = {r.layer: [*r.notes, *_refilled(r, known.get(r.layer))] for r in results}
     for r in results:
         layers[r.layer] = _layer_record(r, notes[r.layer], known.get(r.layer, {})) | place(present[r.layer])
     step = prune_step(job, notes, results)
@@ -230,15 +230,20 @@ def left_alone(known: Mapping[str, Mapping[str, Any]], present: Mapping[str, Lay
 
 
 def _refilled(result: LayerResult, before: Mapping[str, Any] | None) -> list[str]:
-    """A note where a layer has fewer zeros than before, and such notes of earlier steps.
+    """The notes on a pruned layer that has fewer zeros than before."""
+    return [] if before is None else refilled_notes(before["zeros"] - result.zeros, before)
 
-    This happens where a criterion that updates the remaining weights has a lower sparsity than an earlier step.
+
+def refilled_notes(refilled: int, before: Mapping[str, Any] | None) -> list[str]:
+    """A note where so many zeros of a layer were `refilled`, and such notes of earlier steps; none without such.
+
+    This happens where a criterion that updates the remaining weights has a lower sparsity than an earlier step, and
+    where a storage type has no zero.
     """
     if before is None:
         return []
-    lost = before["zeros"] - result.zeros
     earlier = [note for note in before.get("notes", ()) if note.endswith(REFILLED)]
-    return [*earlier, *([f"{lost} {REFILLED}"] if lost > 0 else [])]
+    return [*earlier, *([f"{refilled} {REFILLED}"] if refilled > 0 else [])]
 
 
 def _layer_record(result: LayerResult, notes: Sequence[str], before: Mapping[str, Any]) -> dict[str, Any]:

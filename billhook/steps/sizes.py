@@ -11,6 +11,7 @@ from billhook.architectures.config import context_length
 from billhook.architectures.context_memory import ContextMemory, context_memory
 from billhook.errors import BillhookError
 from billhook.export.compressed_tensors import names
+from billhook.methods.quantize.code_books import CodeBook
 from billhook.methods.quantize.ggml import GGML
 from billhook.plan.bytes import parse_size
 from billhook.plan.storage import bits, block, stored_bytes
@@ -212,10 +213,12 @@ def _menu(columns: int, types: Sequence[str], name: str) -> list[str]:
 
 
 def outside_menu(name: str, columns: int, types: Sequence[str]) -> list[str]:
-    """The types of embeddings and head to choose from: those of `types` that are in `_OUTSIDE` (no code books, which
-    take long to search for so many rows); where none of these fits, all of `types` that fit."""
+    """The types of embeddings and head to choose from: those of `types` without a code book, which takes long to search
+    for so many rows (of all types, those in `_OUTSIDE`); where none of these fits, all of `types` that fit."""
     fits = [t for t in types if columns % block(t) == 0]
-    return [t for t in _OUTSIDE if t in fits] or fits or _menu(columns, types, name)
+    whole = set(types) == set(GGML)
+    quick = [t for t in fits if (t in _OUTSIDE if whole else not isinstance(GGML[t], CodeBook))]
+    return quick or fits or _menu(columns, types, name)
 
 
 def _header_bytes(tensors: Sequence[str]) -> int:

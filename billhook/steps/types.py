@@ -155,7 +155,7 @@ def outside_matrices(model: PreTrainedModel, stream: Stream) -> dict[str, tuple[
     """Embeddings and head: their names on disk and shapes; a tied head is not named."""
     inside = {name for names in stream.names for name in names}
     modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    shapes = {tuple(m.weight.shape) for m in modules if m is not None}
+    shapes = {tuple(m.weight.shape) for m in modules if getattr(m, "weight", None) is not None}  # a module of patches
     return {
         name: (entry.entry.shape[0], entry.entry.shape[1])
         for name, entry in stream.source.items()

@@ -6,6 +6,7 @@ layer, its N:M groups; for the directory, the recorded zeros, the SHA-256 of eve
 listed, and that the configuration loads. The quality of the model is not checked.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -202,13 +203,16 @@ def _expectations(record: Record) -> list[_Expected]:
         shapes = {name: expected[name].shape for name in named}
         plan.check(shapes)
         for name, zeros in plan.zeros(shapes).items():
+            planned = expected[name].planned
             if plan.weights[name].type is None:
-                expected[name].planned.append(_planned(plan, name, zeros, shapes[name], number, step))
+                planned.append(_planned(plan, name, zeros, shapes[name], number, step))
                 targets[name] = plan.sparsity[name]
+            elif planned:  # a storage type asks for no number of zeros, and groups keep theirs
+                planned.append(_Planned(_name(number, step), 0, math.inf, planned[-1].groups))
     for name, layer in expected.items():
-        planned, noted = targets.get(name), layer.facts.get("sparsity")
-        if noted != planned and not _close(noted, planned):
-            raise BillhookError(f"{name}: the plan says sparsity {planned}, the layer {noted}; one was edited.")
+        target, noted = targets.get(name), layer.facts.get("sparsity")
+        if noted != target and not _close(noted, target):
+            raise BillhookError(f"{name}: the plan says sparsity {target}, the layer {noted}; one was edited.")
     return list(expected.values())
 
 
@@ -274,12 +278,13 @@ def _check_layer(layer: _Expected, parts: list[np.ndarray]) -> Iterator[str]:
     if not layer.planned:
         return
     *earlier, plan = layer.planned
+    refilled = any(note.endswith(REFILLED) for note in notes)
     for planned in earlier:
-        if count < planned.zeros - planned.slack and not any(note.endswith(REFILLED) for note in notes):
+        if count < planned.zeros - planned.slack and not refilled:
             yield f"{layer.name}: {count} zeros on disk, {planned.zeros} planned in {planned.step}."
     if count < plan.zeros - plan.slack or (count > plan.zeros + plan.slack and not notes):
         yield f"{layer.name}: {count} zeros on disk, {plan.zeros} planned."
-    if plan.groups is not None:
+    if plan.groups is not None and not (refilled and plan.slack == math.inf):
         least, of = plan.groups
         short = sum(int((part.reshape(len(part), -1, of).sum(2) < least).sum()) for part in parts)
         if short:

@@ -1,5 +1,8 @@
 """Fisher information of outputs: the same as by a backward pass through the whole model, and what noise costs."""
 
+import statistics
+
+import bert
 import pytest
 import torch
 from families import VOCABULARY, build
@@ -7,6 +10,7 @@ from families import VOCABULARY, build
 from billhook.architectures.layers import find_layers, observable_experts
 from billhook.evaluation.scoring import NEXT_TOKEN
 from billhook.measurement.fisher import fisher
+from billhook.tasks.feature_extraction import FeatureExtraction
 
 
 def sequences(count: int, length: int = 16) -> list[dict[str, torch.Tensor]]:
@@ -54,6 +58,39 @@ def test_small_noise_on_a_layers_output_costs_half_of_it_per_square():
         handle.remove()
         cost = 0.5 * found[layer.name] * size**2 * layer.shape[0] * ids.numel()
         assert total == pytest.approx(cost, rel=0.25), layer.name
+
+
+@pytest.mark.gate
+@torch.no_grad()
+def test_without_predictions_noise_costs_cosine_distance():
+    model = bert.model().bert
+    batches, noise = sequences(12), torch.Generator().manual_seed(0)
+    layers = [layer for layer in find_layers(model) if layer.block == 1]
+    found = {name: statistics.fmean(values) for name, values in _several(model, layers, batches).items()}
+    ids = torch.cat([batch["input_ids"] for batch in batches])
+
+    def embedded() -> torch.Tensor:
+        return model(input_ids=ids).last_hidden_state.double().mean(1)
+
+    dense = embedded()
+    for layer in layers:
+        size, draws, total = 2e-3 / found[layer.name] ** 0.5, 20, 0.0
+
+        def noisy(m, a, y, size=size):
+            return y + size * torch.randn(y.shape, generator=noise)
+
+        handle = layer.module.register_forward_hook(noisy)
+        for _ in range(draws):
+            total += float((1 - torch.cosine_similarity(embedded(), dense)).sum()) / draws
+        handle.remove()
+        cost = 0.5 * found[layer.name] * size**2 * layer.shape[0] * ids.numel()
+        assert total == pytest.approx(cost, rel=0.25), layer.name
+
+
+def _several(model, layers, batches):
+    """The information from several draws, of which one a sequence is few where a sequence has one embedding."""
+    runs = [fisher(model, layers, batches, FeatureExtraction(), seed=seed) for seed in range(6)]
+    return {layer.name: [run[layer.name] for run in runs] for layer in layers}
 
 
 def test_every_expert_that_receives_tokens_has_its_own():

@@ -1,12 +1,16 @@
 """Compressing to a size: the file is never larger, and the types are the best for it."""
 
 import json
+import re
 from pathlib import Path
 
+import bert
 import pytest
 import tiny
 import torch
+import vision_families
 from command import contents
+from transformers import AutoModel
 
 from billhook.cli.plot import _front
 from billhook.errors import BillhookError, Interrupted
@@ -28,6 +32,9 @@ FIELDS = {"calibration": IDS, "batch_size": 4, "sweeps": 0}
 def source(tmp_path_factory) -> Path:
     model = tiny.llama(num_hidden_layers=2, intermediate_size=64)
     return tiny.save(tmp_path_factory.mktemp("source") / "model", model, dtype=torch.bfloat16, words=False)
+
+
+LEAST = {"calibration": IDS, "batch_size": 4}
 
 
 def weights(folder: Path) -> int:
@@ -156,6 +163,18 @@ def test_types_limit_embeddings_too_and_a_plan_applies_to_them_again(tmp_path, s
             quantize(source, "", tmp_path / "third", **fields | {"embeddings": ""})
 
 
+@pytest.mark.parametrize("types", [["q4_0", "q8_0"], ["q4_1", "q5_1"], ["q5_1"], ["mxfp4", "q6_k", "q8_0"]])
+def test_more_types_to_choose_from_never_raise_the_least_size(tmp_path, source, types):
+    """Embeddings can have every type named that fits and has no code book, as the layers can."""
+
+    def least(some):
+        with pytest.raises(BillhookError) as refused:
+            check(CompressRequest(source, tmp_path / "out", size=1, types=some, **LEAST))
+        return int(re.search(r"with these types is ([\d,]+) bytes", str(refused.value))[1].replace(",", ""))
+
+    assert least(types) == min(least([t]) for t in types if t != "q6_k")
+
+
 def test_layers_that_vllm_fuses_get_the_same_type(tmp_path, source):
     output = compress(source, tmp_path / "out", size="40KB", target="vllm", **FIELDS).quantized.output
     layers = json.loads((output / "billhook.json").read_text())["layers"]
@@ -225,6 +244,7 @@ def test_every_allocator_meets_the_size_and_says_how(tmp_path, source, allocator
     assert 40_000 <= report.quantized.size <= 42_000
     step = json.loads((report.quantized.output / "billhook.json").read_text())["steps"][-1]
     made_by = step["plan"]["made_by"]
+    assert report.outlook.get(1.1, 1) <= 1 <= report.outlook.get(0.9, 1)
     if allocator == "auto":
         assert {"uniform", "curves", "alphaq"} <= set(made_by["racing"]["tried"])
         assert made_by["racing"]["tried"][made_by["racing"]["best"]] <= made_by["racing"]["tried"]["uniform"]
@@ -234,6 +254,34 @@ def test_every_allocator_meets_the_size_and_says_how(tmp_path, source, allocator
     assert made_by["request"]["allocator"] == allocator
     assert step["made_by"]["quantizer_options"]["sweeps"] == 0
     assert ("levels" in made_by) == (allocator in ("rco", "auto"))
+
+
+@pytest.mark.parametrize("kind", ["text", pytest.param("images", marks=pytest.mark.nightly)])
+def test_models_without_predictions_are_compressed_by_the_distance_of_their_embeddings(tmp_path, kind):
+    config = (bert.model() if kind == "text" else vision_families.build("vit")).config
+    tiny.save(tmp_path / "model", AutoModel.from_config(config), words=False)
+    inputs = IDS if kind == "text" else torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    fields = FIELDS | {"bits": 17, "target": "transformers", "calibration": inputs}
+    report = compress(tmp_path / "model", tmp_path / "out", **fields)
+    assert len(report.counts) > 1
+    assert report.outlook[1.1] < 1
+    assert verify(report.quantized.output).problems == []
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "match"),
+    [
+        ("swin", {"target": "transformers"}, r"has several: use --allocator uniform or .*atp"),
+        ("vit", {"ignore": "re:.*fc2"}, "No GGUF names are known for vit"),
+    ],
+)
+def test_what_cannot_be_done_for_a_model_of_images_is_said_before_anything_is_measured(tmp_path, family, fields, match):
+    tiny.save(tmp_path / "model", vision_families.build(family), words=False)
+    given = FIELDS | {"bits": 17, "calibration": torch.zeros(8, 3, 32, 32)} | fields
+    request = CompressRequest.given(model=tmp_path / "model", output=tmp_path / "out", **given)
+    with pytest.raises(BillhookError) as refused:
+        check(request)
+    assert re.search(match, refused.value.args[0])
 
 
 def test_the_types_of_another_file_are_taken_tensor_by_tensor(tmp_path, source):

@@ -12,6 +12,7 @@ import tiny
 import torch
 from command import billhook, contents, done
 from quantized_layers import tensors
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from billhook import prune
@@ -178,6 +179,42 @@ def test_zeros_of_a_pruned_model_stay_and_both_steps_are_recorded_and_verified(t
         assert not codes[before[f"{name}.weight"] == 0].any()
     assert [step["step"] for step in record["steps"]] == ["prune", "quantize"]
     assert verify(output).ok
+
+
+@pytest.mark.parametrize("type", ["iq4_nl", "q4_1", "q4_0", "int4/16"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_a_zero_is_kept_where_the_type_has_one_and_counted_where_it_is_not(tmp_path, type, pattern):
+    """The record of a run whose type has no zero says which zeros were lost, so that its decoded weights verify."""
+    pruning = {"sparsity": 0.5, "pattern": pattern, "criterion": "magnitude", "calibration": None}
+    model = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=1), dtype=torch.float16)
+    pruned = prune(model, output=tmp_path / "pruned", **pruning).output
+    report = quantize(pruned, type, tmp_path / "out", quantizer="round")
+    before, after = tensors(pruned), tensors(export_dense(report.output, tmp_path / "dense").path)
+    names = [f"{layer.layer}.weight" for layer in report.layers]
+    lost = sum(int(((before[name] == 0) & (after[name] != 0)).sum()) for name in names)
+    assert (lost == 0) == grid_of(type).has_zero
+    assert [w for w in report.warnings if "that were zero" in w] == [
+        w for w in report.warnings if w.startswith(f"{lost:,} weights that were zero have values again, in ")
+    ]
+    assert any("that were zero" in w for w in report.warnings) == (lost > 0)
+    for folder in (pruned, report.output, tmp_path / "dense"):
+        assert verify(folder).problems == []
+
+
+def test_zeros_that_are_lost_after_quantizing_are_still_found(tmp_path, source):
+    pruning = {"sparsity": 0.5, "criterion": "magnitude", "calibration": None}
+    pruned = prune(source, output=tmp_path / "pruned", **pruning).output
+    report = quantize(pruned, "int4/16", tmp_path / "out", quantizer="round")
+    dense = export_dense(report.output, tmp_path / "dense").path
+    path = dense / "billhook.json"
+    record = json.loads(path.read_text())
+    name = report.layers[0].layer
+    record["layers"][name]["zeros"] = 5
+    path.write_text(json.dumps(record))
+    shards = tensors(dense)
+    shards[f"{name}.weight"][:] = 1
+    save_file(shards, next(iter(weight_files(dense))), metadata={"format": "pt"})
+    assert any("planned in step 1 (prune)" in problem for problem in verify(dense).problems)
 
 
 @pytest.mark.parametrize(
