@@ -46,7 +46,9 @@ def command(
     from billhook.packed.loading import load
     from billhook.store.checkpoint import load_tokenizer
     from billhook.tasks.base import Home
+    from billhook.text.rows import cleaned
 
+    prompt = cleaned(prompt)
     path, options = resolve(model), loading.fields(model, streams=False)
     tokenizer = load_tokenizer(path, trust_remote_code=loading.trust_remote_code)
     if tokenizer is None:

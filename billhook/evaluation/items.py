@@ -19,7 +19,8 @@ from billhook.errors import BillhookError
 from billhook.evaluation.batching import Progress
 from billhook.evaluation.likelihood import encode_request, log_likelihoods
 from billhook.store.files import sha256
-from billhook.text.corpus import existing_file
+from billhook.text.corpus import existing_file, lines
+from billhook.text.rows import cleaned
 
 FORM = '{"requests": [["context", " continuation"], ...], "gold": 0}'
 
@@ -61,18 +62,7 @@ class TaskResult:
 def load_items(source: str | Path, limit: int | None = None) -> list[Item]:
     """Read the items of a .jsonl file, at most `limit`; raises BillhookError naming the first line that is no item."""
     path = existing_file(str(source))
-    items = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        wrong = f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
-        raise BillhookError(f"{wrong}: a task is a file of json lines.") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            items.append(_item(line, f"{path}, line {number}"))
-    if not items:
-        raise BillhookError(f"{path} is empty: a task needs items, one a line: {FORM}.")
-    return items[:limit]
+    return [_item(line, where) for where, line in lines(path)][:limit]
 
 
 def _item(line: str, where: str) -> Item:
@@ -86,7 +76,7 @@ def _item(line: str, where: str) -> Item:
         raise BillhookError(f"{where}: `requests` must be pairs of strings, at least one: {FORM}.")
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(requests):
         raise BillhookError(f"{where}: `gold` must be a number from 0 to {len(requests) - 1}, got {gold!r:.40}.")
-    return Item(requests, gold)
+    return Item(tuple((cleaned(context), cleaned(continuation)) for context, continuation in requests), gold)
 
 
 def evaluate_items(

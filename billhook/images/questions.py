@@ -15,6 +15,7 @@ from typing import Any
 from billhook.errors import BillhookError
 from billhook.images.corpus import Picture, pillow
 from billhook.text.objects import Row, objects
+from billhook.text.rows import cleaned
 
 FORMS = (
     'FILE.jsonl with lines {"image": FILE, "question": TEXT, "answer": TEXT} or {"image": FILE, "messages": [...]}, or '
@@ -95,10 +96,10 @@ def _conversation(messages: Any, where: str, images: int) -> tuple[list[dict[str
 def _parts(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     content = message.get("content")
     if isinstance(content, str):
-        return [{"type": "text", "text": content}]
+        return [{"type": "text", "text": cleaned(content)}]
     if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
         raise BillhookError(f"{where}: the content of a message must be a text or a list of parts.")
     wrong = [part.get("type") for part in content if part.get("type") not in ("text", "image")]
     if wrong or any(not isinstance(part.get("text", ""), str) for part in content):
         raise BillhookError(f"{where}: a part of a message must be a text or an image, found {wrong or 'no text'}.")
-    return [{"type": part["type"], **({"text": part["text"]} if "text" in part else {})} for part in content]
+    return [{"type": part["type"], **({"text": cleaned(part["text"])} if "text" in part else {})} for part in content]

@@ -159,7 +159,9 @@ def open_request(
 
 
 def check_text_given(request: Request, needed: bool, who: str) -> None:
-    """Raise BillhookError where text is `needed`, by `who`, and the request names none."""
+    """Raise BillhookError where text is `needed`, by `who`, and the request names none, or an empty name."""
+    if isinstance(request.calibration, str) and not request.calibration.strip():
+        raise BillhookError("The name that --calibration gives is empty: is a variable of the shell unset?")
     if needed and request.calibration is None:
         raise BillhookError(
             f"{who} needs activations: give text with --calibration FILE.txt, FILE.jsonl, TOKENS.safetensors or hub:c4 "

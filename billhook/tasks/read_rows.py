@@ -53,12 +53,16 @@ class AnswerTask(ABC):
         self, source: Any, model: PreTrainedModel, home: Home, drawing: Drawing, progress: Progress = lambda step: None
     ) -> Samples:
         """Rows of a SOURCE at random, or batches that are given."""
-        given = given_samples(source, model, drawing)
+        given = given_samples(source, model, drawing, self.completed)
         return given or self.read(source, model, home, "calibration").samples(model, drawing, self.rows)
 
     def inputs(self, source: Any, model: PreTrainedModel, home: Home) -> Inputs:
         """The rows of a SOURCE that are scored."""
         return self.read(source, model, home, "evaluation")
+
+    def completed(self, model: PreTrainedModel, batch: Batch) -> Batch:
+        """A batch that is given, with inputs that the model needs and the batch lacks."""
+        return batch
 
     @abstractmethod
     def read(self, source: Any, model: PreTrainedModel, home: Home, purpose: str) -> ReadRows:
@@ -76,8 +80,10 @@ def source_of(source: Any) -> str:
     return str(source) if isinstance(source, str | Path) else "given rows"
 
 
-def given_samples(source: Any, model: PreTrainedModel, drawing: Drawing) -> Samples | None:
-    """The samples where batches of tensors (or token ids) are given from Python; None for another source.
+def given_samples(
+    source: Any, model: PreTrainedModel, drawing: Drawing, completed: Callable[[PreTrainedModel, Batch], Batch]
+) -> Samples | None:
+    """The samples where batches of tensors (or token ids) are given from Python, `completed`; None for another source.
 
     Raises BillhookError for options that only windows of text have.
     """
@@ -86,7 +92,7 @@ def given_samples(source: Any, model: PreTrainedModel, drawing: Drawing) -> Samp
     given = list(source) if isinstance(source, list | tuple) else [source]
     if not given or not all(isinstance(one, Tensor) or _is_batch(model, one) for one in given):
         return None
-    batch = join_rows(as_batches(model, given))
+    batch = join_rows(completed(model, one) for one in as_batches(model, given))
     return Samples(batch, GIVEN, digest(main_input(model, batch)), "given")
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.engine.batch import LABELS, Batch
+from billhook.engine.batch import LABELS, Batch, main_input
 from billhook.errors import BillhookError
 from billhook.tasks.base import Home
 from billhook.tasks.read_rows import AnswerTask, ReadRows, answers, source_of
 from billhook.tasks.token_windows import tokenizer_of
-from billhook.text.objects import Row, objects
+from billhook.text.objects import Row, objects, without_nulls
 
 FORMS = 'FILE.jsonl with lines {"input": TEXT, "target": TEXT}, or hub:NAME[:config][:split] with these columns'
 
@@ -37,6 +37,18 @@ class TextToText(AnswerTask):
         start = torch.zeros((len(inputs), 1), dtype=torch.int64)
         return {"input_ids": inputs, "decoder_input_ids": start}
 
+    def completed(self, model: PreTrainedModel, batch: Batch) -> Batch:
+        """A batch that is given, with the decoder's inputs: the labels, else the token ids, after the start token.
+
+        Raises BillhookError for a model that names no start token.
+        """
+        if "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch:
+            return batch
+        tokens = batch.get(LABELS, main_input(model, batch))
+        tokens = tokens.clamp(min=0) if tokens.ndim == 2 else tokens.new_zeros((len(tokens), 1), dtype=torch.int64)
+        start = torch.full_like(tokens[:, :1], start_token(model))
+        return {**batch, "decoder_input_ids": torch.cat([start, tokens[:, :-1]], 1)}
+
     def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [rows, length, vocabulary] and the tokens of the targets."""
         return logits, answers(batch).to(logits.device)
@@ -52,14 +64,20 @@ class TextToText(AnswerTask):
             target = tokenizer(text_target=row.text("target"))["input_ids"]
             return {"input_ids": ids, **shifted(model, target)}
 
-        return ReadRows(name, objects(source, purpose, FORMS), pair)
+        return ReadRows(name, without_nulls(objects(source, purpose, FORMS), ("input", "target"), name), pair)
+
+
+def start_token(model: PreTrainedModel) -> int:
+    """The decoder's start token; raises BillhookError where config.json names none."""
+    start: int | None = model.config.decoder_start_token_id
+    if start is None:
+        raise BillhookError("The model names no decoder_start_token_id: add it to config.json.")
+    return start
 
 
 def shifted(model: PreTrainedModel, target: list[int]) -> dict[str, Tensor]:
     """The labels [1, length] of a target, and the decoder's inputs: the same after the start token."""
-    start = model.config.decoder_start_token_id
-    if start is None:
-        raise BillhookError("The model names no decoder_start_token_id: add it to config.json.")
+    start = start_token(model)
     labels = torch.tensor([target[1:] if target[:1] == [start] else target])
     return {"decoder_input_ids": torch.cat([torch.tensor([[start]]), labels[:, :-1]], 1), LABELS: labels}
 

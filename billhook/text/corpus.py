@@ -44,7 +44,7 @@ def documents(source: str, purpose: Purpose, stream: bool, chat: Chat | None = N
     if is_saved_dataset(path) or _kind(path) in _ROWS:
         return dataset_documents(path, _kind(path), purpose, stream, chat)
     path = existing_file(source)
-    return [_read(path)] if _kind(path) == ".txt" else _json(path, chat)
+    return [read_text(path)] if _kind(path) == ".txt" else _json(path, chat)
 
 
 def joint(source: str) -> str:
@@ -63,6 +63,8 @@ def source_name(source: str) -> str:
 def existing_file(source: str) -> Path:
     """The file that `source` names; raises BillhookError, listing the forms of a source, if there is none."""
     path = Path(source).expanduser()
+    if not source:
+        raise BillhookError(f"The name of the text source is empty: is a variable of the shell unset? Give {FORMS}.")
     if path.is_dir():
         found = f"{source} is a directory, and not one that save_to_disk of `datasets` wrote"
         raise BillhookError(f"{found}: give one of its files, or hub:{source} if they are a data set.")
@@ -91,7 +93,11 @@ def _stdlib(source: str) -> list[str]:
     return [text for _, text in stdlib_documents(split)]  # type: ignore[arg-type]
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, perhaps compressed (.gz), without a byte order mark and with its own line ends.
+
+    Raises BillhookError for a file that cannot be read, is not UTF-8, or is empty.
+    """
     try:
         data = path.read_bytes()
         if path.suffix.lower() == ".gz":
@@ -126,18 +132,27 @@ def _json(path: Path, chat: Chat | None) -> list[str]:
 
 def _items(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each item is, and the item."""
-    text = _read(path)
+    text = read_text(path)
     if _kind(path) == ".json" and text.lstrip().startswith("["):
-        for number, item in enumerate(_parsed(text, str(path)), start=1):
+        for number, item in enumerate(parsed(text, str(path)), start=1):
             yield f"{path}, row {number}", item
         return
-    for number, line in enumerate(text.split("\n"), start=1):
+    for where, line in lines(path, text):
+        yield where, parsed(line, where)
+
+
+def lines(path: Path, text: str | None = None) -> Iterator[tuple[str, str]]:
+    """Where each line of a file (or of its `text`) is that is not empty, and the line; raises as `read_text` does.
+
+    Only \\n ends a line: strings in JSON may have other characters at which `str.splitlines` splits.
+    """
+    for number, line in enumerate((read_text(path) if text is None else text).split("\n"), start=1):
         if line.strip():
-            where = f"{path}, line {number}"
-            yield where, _parsed(line, where)
+            yield f"{path}, line {number}", line
 
 
-def _parsed(text: str, where: str) -> Any:
+def parsed(text: str, where: str) -> Any:
+    """The value of a text in JSON; raises BillhookError naming `where` it was found."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from billhook.errors import BillhookError
 from billhook.text.hub import column
-from billhook.text.rows import TEXT, Chat, document, field_of, warn_of_nulls
+from billhook.text.rows import MESSAGES, TEXT, Chat, document, field_of, warn_of_nulls
 
 Given = str | Path | Tensor | Iterable[str | Tensor | Mapping[str, Any]]  # the name of a source, or data
 _WHO = "calibration"
@@ -34,6 +34,7 @@ def given(data: Given, chat: Chat | None = None) -> str | Tensor | Iterable[str]
         return str(data)
     if isinstance(data, Tensor):
         return whole_ids(data, _WHO)
+    data = _rows(data)
     if not isinstance(data, Iterable) or isinstance(data, bytes | Mapping):
         raise BillhookError(f"{_WHO}: found {type(data).__name__}; {_FORMS}.")
     field = field_of(getattr(data, "column_names", None) or ())
@@ -59,6 +60,28 @@ def whole_ids(tokens: Any, source: str) -> Tensor:
         raise BillhookError(f"{source}: `tokens` must be whole numbers, found {tokens.dtype}.")
     whole = tokens.to(torch.int64)
     return whole.clone() if whole.is_inference() else whole  # which could not be used in a backward pass
+
+
+def _rows(data: Any) -> Any:
+    """The rows of a table of pandas, Polars or Arrow, by their column of text, messages or token ids; other data as
+    they are."""
+    columns = getattr(data, "columns", None)
+    if columns is None or isinstance(data, Mapping) or not hasattr(data, "__getitem__"):
+        return data
+    names = [str(name) for name in (getattr(data, "column_names", None) or columns)]
+    field = next((name for name in (TEXT, "input_ids", MESSAGES) if name in names), None)
+    if field is None:
+        known = ", ".join(names) or "nothing"
+        raise BillhookError(f"{_WHO} has no column `text`, `messages` or `input_ids`; it has {known}.")
+    values = data[field]
+    return [{field: value} for value in (values.to_pylist() if hasattr(values, "to_pylist") else values)]
+
+
+def _numbers(values: Any, where: str, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise BillhookError(f"{where}: `{name}` must be a list of whole numbers or a tensor.") from None
 
 
 def _documents(rows: Iterable[Any], chat: Chat | None) -> Iterator[str]:
@@ -88,9 +111,10 @@ def _token_rows(rows: Iterable[Any]) -> list[Tensor]:
     for number, row in enumerate(rows, start=1):
         where = f"{_WHO}, row {number}"
         ids = row.get("input_ids") if isinstance(row, Mapping) else row
-        if isinstance(row, Mapping) and not torch.as_tensor(row.get("attention_mask", 1)).all():
+        mask = row.get("attention_mask") if isinstance(row, Mapping) else None
+        if mask is not None and not _numbers(mask, where, "attention_mask").all():
             raise BillhookError(f"{where} is padded: give windows of one length, without padding.")
-        ids = torch.as_tensor(ids) if isinstance(ids, list) else ids
+        ids = _numbers(ids, where, "input_ids") if isinstance(ids, list) or hasattr(ids, "__array__") else ids
         ids = whole_ids(ids[None] if isinstance(ids, Tensor) and ids.ndim == 1 else ids, where)
         if found and ids.shape[1] != found[0].shape[1]:
             both = f"{ids.shape[1]} tokens, the first row {found[0].shape[1]}"

@@ -5,14 +5,15 @@ hub:NAME[:config][:split]       a data set of the Hugging Face hub or a local on
 rows given from Python          mappings
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from billhook.errors import BillhookError
+from billhook.text.corpus import lines, parsed
 from billhook.text.hub import hub_rows
+from billhook.text.rows import cleaned, warn_of_nulls
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,19 @@ class Row:
         value = self.fields.get(key)
         if not isinstance(value, str) or not value.strip():
             raise BillhookError(f"{self.where} needs a text in {key!r}, found {type(value).__name__}.")
-        return value
+        return cleaned(value)
+
+
+def without_nulls(rows: list[Row], keys: tuple[str, ...], source: str) -> list[Row]:
+    """The rows in which none of the fields `keys` is null; the others are counted and logged.
+
+    A row that lacks a field is kept, so that it is refused by name. Raises BillhookError where no row is left.
+    """
+    kept = [row for row in rows if not any(key in row.fields and row.fields[key] is None for key in keys)]
+    warn_of_nulls(len(rows) - len(kept), source)
+    if not kept:
+        raise BillhookError(f"{source} is empty: in every row {' or '.join(map(repr, keys))} is null.")
+    return kept
 
 
 def objects(source: Any, purpose: str, forms: str) -> list[Row]:
@@ -55,19 +68,7 @@ def _lines(path: Path, name: str, forms: str) -> list[Row]:
     if path.suffix.lower() != ".jsonl" or not path.is_file():
         why = "there is no such file" if not path.exists() else "it is no .jsonl file"
         raise BillhookError(f"{name}: {why}, and the model reads rows with several fields. A source is {forms}.")
-    found = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BillhookError(f"{path} cannot be read ({error}).") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BillhookError(f"{path}, line {number} is not JSON ({str(error)[:100]}).") from None
-            found.append(_row(row, f"{path}, line {number}", path.parent))
-    return found
+    return [_row(parsed(line, where), where, path.parent) for where, line in lines(path)]
 
 
 def _row(row: Any, where: str, folder: Path = Path()) -> Row:

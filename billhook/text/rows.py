@@ -5,6 +5,7 @@ Half of a surrogate pair, which is legal in JSON and Python but which tokenizers
 """
 
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -23,12 +24,12 @@ def field_of(names: Collection[str], field: str = TEXT) -> str | None:
 
 
 def document(value: Any, where: str, field: str = TEXT, chat: Chat | None = None) -> str | None:
-    """The document that the `field` of a row holds; None for null.
+    """The document that the `field` of a row holds; None for null, also as pandas writes it.
 
     Raises BillhookError, naming `where` the row was found, for a text that is not a string, for messages that are no
     chat or that the chat template refuses, and for a chat without a chat template.
     """
-    if value is None:
+    if _is_null(value):
         return None
     if field == MESSAGES:
         return cleaned(_written(value, where, chat))
@@ -48,6 +49,11 @@ def warn_of_nulls(count: int, source: str) -> None:
         logging.getLogger(__name__).warning(
             "note: rows of %s that were skipped because their text is null: %d.", source, count
         )
+
+
+def _is_null(value: Any) -> bool:
+    """Whether a value is None, or NaN or NA of pandas."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ == "NAType"
 
 
 def _written(messages: Any, where: str, chat: Chat | None) -> str:

@@ -22,6 +22,7 @@ from walked import check_walk
 
 from billhook import BillhookError, prune, verify
 from billhook.tasks.automatic_speech_recognition import samples_of
+from billhook.tasks.base import Drawing, Home
 from billhook.tasks.opening import task_of
 
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 256, "eos_token_id": 257, "decoder_start_token_id": 0}
@@ -74,6 +75,21 @@ def test_recipes_meet_the_budget_in_both_stacks(family, recipe):
     for stack in ("encoder", "decoder"):
         inside = [x for x in report.layers if f"{stack}." in x.layer]
         assert sum(x.zeros for x in inside) == pytest.approx(0.5 * sum(x.n for x in inside), abs=len(inside))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_inputs_that_are_given_alone_get_the_decoders_inputs(family):
+    """Those that BART makes of token ids by itself; with labels, those that every model makes of labels."""
+    model, given = build(family), batch(family, 2)
+    inputs, labels = given[model.main_input_name], given["labels"]
+    found = task_of(model).samples(inputs, model, Home(), Drawing()).batch
+    labelled = {model.main_input_name: inputs, "labels": labels}
+    again = task_of(model).samples(labelled, model, Home(), Drawing()).batch
+    with torch.no_grad():
+        logits = model(**found).logits
+        if family == "bart":
+            assert torch.equal(logits, model(inputs).logits)
+        assert torch.equal(model(**again).logits, model(**labelled).logits)
 
 
 @pytest.mark.gate

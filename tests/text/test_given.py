@@ -81,9 +81,10 @@ def test_an_iterator_is_read_as_far_as_needed(tokenizer):
         [IDS[:2], IDS[2:].int()],
         iter(IDS.split(3)),
         [{"input_ids": row.tolist(), "attention_mask": [1] * 16} for row in IDS],
+        [{"input_ids": row.tolist(), "attention_mask": None} for row in IDS],
         [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in IDS.split(2)],
     ],
-    ids=["tensor", "rows", "parts", "iterator", "tokenized", "batches"],
+    ids=["tensor", "rows", "parts", "iterator", "tokenized", "unmasked", "batches"],
 )
 def test_token_ids_from_python_are_used_as_they_are(data):
     found = load_calibration(data, None, samples=1, length=4)
@@ -109,6 +110,8 @@ def test_token_ids_from_python_are_used_as_they_are(data):
         ([IDS[0], IDS[0].float()], "row 2: `tokens` must be whole numbers, found torch.float32"),
         ([IDS[0], {"text": "a"}], r"row 2: `tokens` must be \[samples, length\].*found NoneType"),
         ([{"input_ids": [1, 2], "attention_mask": [1, 0]}], "row 1 is padded"),
+        ([{"input_ids": ["a", "b"]}], "row 1: `input_ids` must be a list of whole numbers"),
+        ([{"input_ids": [1, 2], "attention_mask": ["a", "b"]}], "row 1: `attention_mask` must be"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(tokenizer, data, message):

@@ -2,14 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 import tiny
 from documents import jsonl, texts
 
 from billhook.errors import BillhookError
+from billhook.evaluation.items import load_items
+from billhook.steps.request import Request, check_text_given
 from billhook.text.chat import chat_of
 from billhook.text.corpus import documents
 from billhook.text.given import given
+from billhook.text.objects import objects, without_nulls
 from billhook.text.windows import load_calibration, load_windows
 
 TEMPLATE = (
@@ -121,3 +125,69 @@ def test_chats_need_a_chat_template(sources):
     for form in ("jsonl", "hub", "list"):
         with pytest.raises(BillhookError, match=r"1 is a chat, and .* no chat template: add chat_template\.jinja"):
             load_calibration(sources[form], tiny.tokenizer(), samples=1, length=4)
+
+
+def test_half_of_a_surrogate_pair_becomes_a_question_mark():
+    words = tiny.tokenizer()
+    words.chat_template = TEMPLATE
+    chats = [{"messages": [{"role": "user", "content": "a\udce9"}]}]
+    assert given(["a\udce9", {"text": "\ud800"}]) == ["a?", "?"]
+    assert given(chats, chat_of(words)) == ["[user] a?</s>"]
+
+
+def test_lines_end_at_line_feeds_only_and_a_byte_order_mark_is_none_of_them(tmp_path):
+    """JSON allows the separators U+2028 and U+0085 inside strings."""
+    path, text = tmp_path / "a.jsonl", "a\u2028b\u0085c"
+    path.write_text("\ufeff" + json.dumps({"text": text}, ensure_ascii=False) + "\r\n\n", encoding="utf-8")
+    assert documents(str(path), "evaluation", False) == [text]
+    assert [row.text("text") for row in objects(str(path), "evaluation", "rows")] == [text]
+    item = {"requests": [[text, "\ud800"]], "gold": 0}
+    path.write_text("\ufeff" + json.dumps(item).replace("\\u2028", "\u2028"), encoding="utf-8")
+    assert load_items(path)[0].requests == ((text, "?"),)
+
+
+def test_rows_with_a_null_are_skipped_and_counted(caplog):
+    rows = objects(
+        [{"input": "a", "target": "b"}, {"input": None, "target": "b"}, {"input": "a"}], "calibration", "rows"
+    )
+    assert without_nulls(rows, ("input", "target"), "here") == [rows[0], rows[2]]
+    assert "null: 1." in caplog.text
+    with pytest.raises(BillhookError, match="here is empty: in every row 'input' is null"):
+        without_nulls(rows[1:2], ("input",), "here")
+
+
+class Frame:
+    """A table as pandas has it: iterating it gives the names of its columns."""
+
+    def __init__(self, **columns):
+        self.columns, self._columns = list(columns), columns
+
+    def __iter__(self):
+        return iter(self.columns)
+
+    def __getitem__(self, name):
+        return self._columns[name]
+
+
+def test_tables_are_read_by_their_column(tokenizer):
+    nan = float("nan")
+    assert given(Frame(id=[1, 2, 3], text=["a", nan, "b"])) == ["a", "b"]
+    assert given(["a", nan, "b"]) == ["a", "b"]
+    assert given(Frame(messages=CHATS), chat_of(tokenizer)) == WRITTEN
+    assert given(Frame(input_ids=[[1, 2], np.array([3, 4])])).tolist() == [[1, 2], [3, 4]]
+    with pytest.raises(BillhookError, match="no column `text`, `messages` or `input_ids`; it has words, id"):
+        given(Frame(words=["a"], id=[1]))
+
+
+def test_tables_of_pandas(tokenizer):
+    pandas = pytest.importorskip("pandas")
+    assert given(pandas.DataFrame({"id": [1, 2, 3], "text": ["a", None, "b"]})) == ["a", "b"]
+    assert given(pandas.Series(["a", None, "b"], dtype="string")) == ["a", "b"]
+    assert given(pandas.DataFrame({"messages": [np.array(chat) for chat in CHATS]}), chat_of(tokenizer)) == WRITTEN
+
+
+def test_an_empty_name_is_said_to_be_empty():
+    with pytest.raises(BillhookError, match="name of the text source is empty"):
+        documents("", "evaluation", True)
+    with pytest.raises(BillhookError, match="calibration gives is empty"):
+        check_text_given(Request(model="m", calibration=""), True, "wanda")
