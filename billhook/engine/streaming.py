@@ -35,14 +35,13 @@ from billhook.errors import JobError
 from billhook.store.checkpoint import (
     check_directory,
     check_trusted,
-    empty_model,
     from_pretrained,
     loading,
     on_device,
     quiet,
 )
 from billhook.store.compute import chosen_device, chosen_dtype
-from billhook.store.fitting import Stored, check_fits, stored_tensors
+from billhook.store.fitting import Stored, check_fits, empty_model, stored_tensors
 from billhook.store.shards import read_shard, weight_files
 
 
@@ -187,7 +186,7 @@ def open_streamed(
     dtype = chosen_dtype(dtype, device, path)
     shards = [read_shard(file) for file in weight_files(path)]
     with loading(path):
-        config, empty = empty_model(path, auto_class, trust_remote_code)
+        config, empty = empty_model(path, shards, auto_class, trust_remote_code)
         check_fits(path, empty, shards)
         outside = {name for name, block in block_of(empty, stored_tensors(shards)).items() if block is None}
         if type(config) is not type(empty.config):

@@ -23,6 +23,7 @@ from billhook.steps.types import is_ggml, plan_types
 from billhook.store.layout import RECORD
 from billhook.store.record import Step, append_step, read_record
 from billhook.store.shards import result_bytes, weight_bytes
+from billhook.store.sinks import left_over
 from billhook.text.given import Given
 
 Recipe = Literal["good", "best"]
@@ -210,6 +211,7 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
         "versions": versions(),
     }
     notes = [*job.notes, *(f"{r.layer}: {note}" for r in results for note in r.notes), *_zeros_lost(results)]
+    notes += left_over(opened.model, opened.source)
     step = Step("quantize", job.plan.to_json(), made_by, opened.facts, notes)
     return append_step(before, step, layers).to_json()
 

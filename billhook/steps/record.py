@@ -25,6 +25,7 @@ from billhook.steps.facts import computed_in
 from billhook.steps.request import Opened, Request, calibration_facts, listed
 from billhook.store.compute import dtype_name, stored_dtype
 from billhook.store.record import REFILLED, Record, Step, append_step, located
+from billhook.store.sinks import left_over
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ def prune_step(job: Job, notes: Mapping[str, Sequence[str]], results: Sequence[L
             *_rounded(job, results),
             *_other_weights(job.plan, opened.facts),
             *_changed_since(opened.history, opened.facts),
+            *left_over(opened.model, opened.source),
         ],
     )
 

@@ -21,6 +21,7 @@ from billhook.steps.record import place, versions, without_folders
 from billhook.steps.request import Opened, Request, calibration_facts
 from billhook.steps.slim_files import Smaller
 from billhook.store.record import Step, append_step
+from billhook.store.sinks import left_over
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def record(job: SlimJob, results: Sequence[LayerResult], loss: Loss | None) -> d
         "versions": versions(),
     }
     notes = [*job.notes, *(f"{r.layer}: {note}" for r in results for note in r.notes)]
+    notes += left_over(opened.model, opened.source)
     step = Step("slim", job.plan.to_json(), made_by, opened.facts, notes)
     return {**append_step(before, step, {}).to_json(), "layers": _layers(job, results)}
 

@@ -22,7 +22,7 @@ from billhook.errors import BillhookError
 from billhook.store import not_a_model
 from billhook.store.compute import chosen_device, chosen_dtype
 from billhook.store.files import digest_of, in_one_line, read_json, repair, sha256, untrusted
-from billhook.store.fitting import check_complete, check_fits
+from billhook.store.fitting import check_complete, check_fits, empty, empty_model, pooling, stored_tensors
 from billhook.store.layout import PACKED, is_packed
 from billhook.store.shards import EXPLICIT, read_shard, weight_files
 from billhook.store.typed_json import typed
@@ -61,8 +61,8 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        patterns = {"allow_patterns": list(_DOWNLOADED), "ignore_patterns": list(_IGNORED)}
-        return Path(huggingface_hub.snapshot_download(name, **patterns))
+        wanted, ignored = list(_DOWNLOADED), list(_IGNORED)
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignored))
     except GatedRepoError:
         raise BillhookError(f"{name} is gated on the hub: accept its terms there, then run `hf auth login`.") from None
     except RepositoryNotFoundError:
@@ -161,8 +161,10 @@ def load(
     with loading(path):
         kind, local = getattr(transformers, auto_class), {"local_files_only": True, "use_safetensors": True}
         if not is_compressed(config):
-            empty = empty_model(path, auto_class, trust_remote_code)[1]
-            check_fits(path, empty, [read_shard(file) for file in weight_files(path)])
+            shards = [read_shard(file) for file in weight_files(path)]
+            model = empty_model(path, shards, auto_class, trust_remote_code)[1]
+            check_fits(path, model, shards)
+            local |= pooling(type(model), stored_tensors(shards))
         model = from_pretrained(kind, path, path, dtype=dtype, trust_remote_code=trust_remote_code, **local)
         if is_compressed(config):  # otherwise they are decoded at the first forward pass
             quantizer: Any = model.hf_quantizer
@@ -170,14 +172,6 @@ def load(
     with on_device(device):
         loaded: PreTrainedModel = model.eval().to(device)
     return loaded
-
-
-def empty_model(path: Path, auto_class: str, trust_remote_code: bool) -> tuple[Any, PreTrainedModel]:
-    """The configuration of a directory, and its model on the meta device, without values."""
-    trust = {"trust_remote_code": trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **trust)
-    with torch.device("meta"):
-        return config, getattr(transformers, auto_class).from_config(config, **trust)
 
 
 def from_pretrained(
@@ -188,6 +182,10 @@ def from_pretrained(
 
     Mixture-of-experts models get the `eager` implementation, whose experts are called one by one.
     """
+    stored = options.get("state_dict") or stored_tensors([read_shard(file) for file in weight_files(path)])
+    no_values = empty(stored)
+    if options.get("state_dict"):
+        options |= pooling(kind, stored)
     model, info = kind.from_pretrained(
         source,
         dtype=dtype,
@@ -196,7 +194,7 @@ def from_pretrained(
         ignore_mismatched_sizes=True,  # reported by name in `info` instead of by an obscure error
         **options,
     )
-    check_complete(path, info, model)
+    check_complete(path, info, model, no_values)
     loaded: PreTrainedModel = model
     return loaded
 

@@ -1,11 +1,13 @@
 """Whether the tensors of files fit a model: names and shapes, compared on the meta device before a value is read."""
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
@@ -14,8 +16,10 @@ from billhook.errors import BillhookError
 from billhook.store.shards import Entry, Shard
 from billhook.store.tensor_bytes import DTYPES, read_tensor
 
-# last name components of buffers that earlier versions of transformers saved, and of scales of a quantized cache
+# last name components of buffers that earlier versions of transformers saved, of scales of a quantized cache, of what
+# profilers count, and of the state of other kinds of modules
 _BUFFERS = frozenset({"masked_bias", "inv_freq", "position_ids", "cos_cached", "sin_cached", "k_scale", "v_scale"})
+_BUFFERS |= {"original_inv_freq", "total_ops", "total_params", "_extra_state"}
 
 
 class Stored:
@@ -25,7 +29,7 @@ class Stored:
         if entry.dtype not in DTYPES:
             raise BillhookError(f"{path}: {entry.name} has an unsupported type, {entry.dtype}: convert the model.")
         self.path, self.entry, self.lazy = path, entry, lazy
-        self.dtype = DTYPES[entry.dtype]
+        self.dtype, self.shape = DTYPES[entry.dtype], entry.shape
 
     def is_floating_point(self) -> bool:
         """Whether the dtype is a floating-point type."""
@@ -48,6 +52,19 @@ def stored_tensors(shards: Sequence[Shard], outside: Collection[str] = ()) -> di
     return {x.name: Stored(shard.path, x, x.name not in outside) for shard in shards for x in shard.entries.values()}
 
 
+def empty_model(
+    path: Path, shards: Sequence[Shard], auto_class: str, trust_remote_code: bool
+) -> tuple[Any, PreTrainedModel]:
+    """The configuration of a directory with the files `shards`, and its model on the meta device, without values."""
+    trust = {"trust_remote_code": trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **trust)
+    kind: Any = getattr(transformers, auto_class)
+    with torch.device("meta"):
+        model = kind.from_config(config, **trust)
+        options = pooling(type(model), stored_tensors(shards))
+        return config, kind.from_config(config, **trust, **options) if options else model
+
+
 def check_fits(path: Path, model: PreTrainedModel, shards: Sequence[Shard]) -> None:
     """Raise BillhookError unless the files fill `model`, which is on the meta device and stays there, exactly."""
     mapping: Any = get_model_conversion_mapping(model)
@@ -61,7 +78,22 @@ def check_fits(path: Path, model: PreTrainedModel, shards: Sequence[Shard]) -> N
         wrapper = "a wrapper such as torch.compile or DataParallel writes it"
         advice = "save the model inside the wrapper, or take the prefix off the names"
         raise BillhookError(f"All tensors of {path} have the prefix {prefix!r} ({wrapper}): {advice}.")
-    check_complete(path, info.to_dict(), model)
+    check_complete(path, info.to_dict(), model, empty(stored))
+
+
+def empty(tensors: Mapping[str, Stored | Tensor]) -> set[str]:
+    """The names of the tensors without values."""
+    return {name for name, tensor in tensors.items() if 0 in tensor.shape}
+
+
+def pooling(kind: type, names: Collection[str]) -> dict[str, bool]:
+    """Options for a model of class `kind`: without its pooler where the files, with tensors `names`, have none.
+
+    So it is with the checkpoints of models with a head; the score is then that of models without a pooler.
+    """
+    optional = "add_pooling_layer" in inspect.signature(kind).parameters
+    stored = any("pooler" in name.split(".") for name in names)
+    return {"add_pooling_layer": False} if optional and not stored else {}
 
 
 def _common_prefix(model: PreTrainedModel, names: Collection[str]) -> str | None:
@@ -75,17 +107,20 @@ def _common_prefix(model: PreTrainedModel, names: Collection[str]) -> str | None
     return None
 
 
-def check_complete(path: Path, info: Mapping[str, Any], model: PreTrainedModel) -> None:
+def check_complete(
+    path: Path, info: Mapping[str, Any], model: PreTrainedModel, no_values: Collection[str] = ()
+) -> None:
     """Raise BillhookError for the faults in `info`, the loading info of `from_pretrained`.
 
-    Left over tensors are accepted where they hold nothing that the model could use: buffers of earlier versions, and
-    layers that predict several tokens at once.
+    Left over tensors are accepted where they hold nothing that the model could use: buffers, layers that predict
+    several tokens at once, parts that the model does not have, and tensors with `no_values`.
     """
     faults = {"missing_keys": "is missing", "mismatched_keys": "has another shape"}
     faults["unexpected_keys"] = "has no place in the model"
     for key, what in faults.items():
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info.get(key, ()))
-        names = names if key != "unexpected_keys" else [name for name in names if not _harmless(name, names, model)]
+        if key == "unexpected_keys":
+            names = [name for name in names if not (name in no_values or _harmless(name, names, model))]
         if names:
             more = f" ({len(names) - 1} more like it)" if len(names) > 1 else ""
             raise BillhookError(f"{path} does not fit its config.json: the tensor {names[0]} {what}{more}.")
@@ -93,13 +128,34 @@ def check_complete(path: Path, info: Mapping[str, Any], model: PreTrainedModel) 
         raise BillhookError(f"{path} cannot be loaded: {str(info['error_msgs'][0]).strip().splitlines()[0][:300]}")
 
 
+def is_buffer(name: str) -> bool:
+    """Whether the name is that of a tensor that no version of a model computes with."""
+    return name.rpartition(".")[2] in _BUFFERS or name.endswith(("attn.bias", "attention.bias"))
+
+
 def _harmless(name: str, names: Sequence[str], model: PreTrainedModel) -> bool:
-    """Whether a left over tensor is a buffer or belongs to multi-token prediction, as blocks after the last one do."""
+    """Whether a left over tensor is a buffer, belongs to a part that the model does not have, or to multi-token
+    prediction, as blocks after the last one do."""
     parts, config = name.split("."), model.config.get_text_config(decoder=True)
-    if parts[-1] in _BUFFERS or name.endswith(("attn.bias", "attention.bias")):
+    if is_buffer(name) or _of_another_part(parts, model):
         return True
     number = next((int(part) for part in parts if part.isdigit()), -1)
     depth = getattr(config, "num_hidden_layers", 0)
     declared = getattr(config, "num_nextn_predict_layers", None) or 0
     beyond = depth <= number < depth + declared or (number >= depth and any(f".{number}.eh_proj." in x for x in names))
     return beyond or any(part.startswith(("mtp", "nextn")) for part in parts)
+
+
+def _of_another_part(parts: Sequence[str], model: nn.Module) -> bool:
+    """Whether a tensor belongs to a head, a pooler or a tower that the model does not have, given its name's parts.
+
+    Inside a block or a layer of the model, a left over tensor means that the configuration is not that of the files.
+    """
+    inner: nn.Module = model
+    for part in parts[:-1]:
+        if isinstance(inner, nn.ModuleList | nn.ModuleDict | nn.Sequential) or not inner._modules:
+            return False
+        if (child := inner._modules.get(part)) is None:
+            return not any(True for _ in inner.parameters(recurse=False))
+        inner = child
+    return False

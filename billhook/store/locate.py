@@ -22,15 +22,17 @@ Layers = Mapping[str, Mapping[str, Any]]
 def to_disk(model: PreTrainedModel, state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
     """Tensors by their names in memory, converted back to those on disk; `names` are the names found there.
 
-    A checkpoint of the bare decoder lacks the prefix of its names (`h.0...` for `transformer.h.0...`): `transformers`
-    adds it while loading and, unlike its other conversions, does not reverse this.
+    A checkpoint of the bare decoder lacks the prefix of its names (`h.0...` for `transformer.h.0...`), and one with a
+    head has it where the model has none: `transformers` changes that while loading and, unlike its other conversions,
+    does not reverse it.
     """
     reverted: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
     prefix = f"{model.base_model_prefix}."
-    return {
-        name if name in names or name.removeprefix(prefix) not in names else name.removeprefix(prefix): t
-        for name, t in reverted.items()
-    }
+
+    def stored(name: str) -> str:
+        return next((x for x in (name, name.removeprefix(prefix), prefix + name) if x in names), name)
+
+    return {stored(name): tensor for name, tensor in reverted.items()}
 
 
 def locate_on_disk(model: PreTrainedModel, layers: Layers, names: Collection[str]) -> dict[str, dict[str, Any]]:

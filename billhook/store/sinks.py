@@ -22,6 +22,7 @@ from billhook.errors import BillhookError
 from billhook.store.checkpoint import quiet
 from billhook.store.compute import dtype_name, most_frequent
 from billhook.store.files import digest_ranges, fsync
+from billhook.store.fitting import is_buffer
 from billhook.store.locate import to_disk
 from billhook.store.shards import Entry, Shard, copy_index, lay_out, put, read_shard, weight_files, weights_index
 from billhook.store.tensor_bytes import DTYPES, as_stored, exact, read_tensor, tensor_bytes
@@ -178,6 +179,18 @@ def choose_sink(model: PreTrainedModel, source: Path | None) -> tuple[Sink, str 
         rounded = "" if stored is None or exact(stored, model.dtype) else f", rounded to {dtype_name(model.dtype)}"
         return StockLayout(model, same.shards), f"{note}; they were written in the layout of transformers{rounded}."
     return same, None
+
+
+def left_over(model: PreTrainedModel, source: Path | None) -> list[str]:
+    """A note where the files of `source` hold tensors that the model does not have, other than unused buffers."""
+    if source is None or (same := SameLayout(model, source)).mismatch():
+        return []
+    known = to_disk(model, model.state_dict(), same.entries)
+    names = [name for name in same.entries if name not in known and not is_buffer(name)]
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more tensors are" if len(names) > 1 else " is"
+    return [f"{min(names)}{more} not used by {type(model).__name__} and kept as stored."]
 
 
 def _bytes(tensor: Tensor, shard: Shard, entry: Entry) -> memoryview:

@@ -175,7 +175,7 @@ def test_missing_shard_is_named(tmp_path):
             lambda w: w | {"model.layers.1.mlp.up_proj.weight": torch.ones(3, 3)},
             "layers.1.mlp.up_proj.weight has another shape",
         ),
-        (lambda w: w | {"score.weight": torch.ones(3)}, "score.weight has no place in the model"),
+        (lambda w: w | {"lm_head.bias": torch.ones(258)}, "lm_head.bias has no place in the model"),
     ],
 )
 def test_tensors_that_do_not_fit_are_an_error(copy, change, message):

@@ -3,11 +3,22 @@
 import json
 from pathlib import Path
 
+import bert
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 from billhook import BillhookError, load_model, prune
 from billhook.engine.streaming import open_streamed
@@ -46,6 +57,9 @@ def test_a_prefix_of_all_names_is_named_before_anything_is_loaded(prefix, kind, 
         (lambda w: {k: v for k, v in w.items() if "1.mlp.up" not in k}, "layers.1.mlp.up_proj.weight is missing"),
         (lambda w: w | next_layer(w), "layers.2.input_layernorm.weight has no place in the model"),
         (lambda w: w | {f"{LAST}self_attn.q_proj.bias": torch.ones(32)}, "q_proj.bias has no place in the model"),
+        (lambda w: w | {f"{LAST}self_attn.q_proj.lora_A.weight": torch.ones(2, 32)}, "lora_A.weight has no place"),
+        (lambda w: w | {f"{LAST}self_attn.q_norm.weight": torch.ones(8)}, "q_norm.weight has no place in the model"),
+        (lambda w: w | {"lm_head.bias": torch.ones(258)}, "lm_head.bias has no place in the model"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named_before_anything_is_loaded(change, message, tmp_path, monkeypatch):
@@ -65,7 +79,16 @@ LEFT_OVER = {
     "named": lambda w: {"mtp.fc.weight": torch.ones(4, 4), "model.mtp_layers.0.norm.weight": torch.ones(4)},
     "numbered": lambda w: next_layer(w) | {"model.layers.2.eh_proj.weight": torch.ones(4, 8)},
     "declared": next_layer,
+    "heads": lambda w: {"v_head.summary.weight": torch.ones(1, 32), "score.weight": torch.ones(2, 32)},
+    "towers": lambda w: {"visual.blocks.0.attn.qkv.weight": torch.ones(4, 4), "model.visual.norm.bias": torch.ones(4)},
+    "profiles": lambda w: {f"{LAST}mlp.up_proj.total_ops": torch.zeros(1), "total_params": torch.zeros(1)},
+    "states": lambda w: {
+        f"{LAST}mlp.up_proj._extra_state": torch.zeros(3, dtype=torch.uint8),
+        "model.rotary_emb.original_inv_freq": torch.ones(4),
+    },
+    "empty": lambda w: {f"{LAST}mlp.up_proj.{name}": torch.empty(0, 3) for name in "ab"},
 }
+NOTED = ("named", "numbered", "declared", "heads", "towers", "empty")
 
 
 @pytest.mark.parametrize("kind", LEFT_OVER)
@@ -74,7 +97,8 @@ def test_what_the_model_does_not_use_is_accepted_and_copied(kind, tmp_path):
     if kind == "declared":
         config = json.loads((model / "config.json").read_text())
         (model / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
-    prune(model, sparsity=0.5, criterion="magnitude", output=tmp_path / "out")
+    report = prune(model, sparsity=0.5, criterion="magnitude", output=tmp_path / "out")
+    assert sum("not used by LlamaForCausalLM" in warning for warning in report.warnings) == (kind in NOTED)
     before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
     assert before.keys() == after.keys()
     left = LEFT_OVER[kind](before).keys()
@@ -90,3 +114,45 @@ def test_the_causal_masks_in_old_files_of_gpt2_are_accepted(tmp_path):
     masks |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in (0, 1)}
     model = changed(tmp_path / "m", lambda weights: weights | masks, gpt2)
     assert open_streamed(model).model.config.n_layer == len(load_model(model).transformer.h) == 2
+
+
+def headed(folder: Path, model, kind: str) -> Path:
+    """The checkpoint of a model with another head, to be opened as class `kind`."""
+    bert.tokenizer().save_pretrained(tiny.save(folder, model, words=False))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [kind]}))
+    return folder
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+BERT = BertConfig(vocab_size=261, max_position_embeddings=64, **SIZES)
+VIT = ViTConfig(image_size=8, patch_size=4, **SIZES)
+HEADED = {
+    "another head and a pooler": lambda: (BertForPreTraining(BERT), BertForMaskedLM),
+    "no pooler, of text": lambda: (BertForMaskedLM(BERT), BertModel),
+    "no pooler, of images": lambda: (ViTForImageClassification(VIT), ViTModel),
+}
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("case", HEADED)
+def test_checkpoints_of_models_with_another_head_keep_all_their_tensors(case, tmp_path):
+    model, kind = HEADED[case]()
+    source, out = headed(tmp_path / "m", model, kind.__name__), tmp_path / "out"
+    report = prune(source, sparsity=0.5, criterion="magnitude", output=out)
+    assert len([text for text in report.warnings if f"not used by {kind.__name__}" in text]) == 1
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(".layer" in name for name in changed)
+    assert verify(out, source=source).ok
+    stock = kind.from_pretrained(out).state_dict()
+    assert all(torch.equal(value, stock[name]) for name, value in load_model(out).state_dict().items())
+
+
+def test_a_score_does_not_depend_on_a_pooler_that_is_not_stored(tmp_path):
+    models = [load_model(headed(tmp_path / f"{seed}", ViTForImageClassification(VIT), "ViTModel")) for seed in (0, 1)]
+    assert all(model.pooler is None for model in models)
+    stored = load_model(headed(tmp_path / "m", ViTModel(VIT), "ViTModel"))
+    assert stored.pooler is not None
