@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from billhook.architectures.layers import Layer
 from billhook.errors import BillhookError
@@ -58,14 +58,12 @@ class RecoverRequest(Inputs):
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         own = recipe(self.recipe).fields() if self.recipe else {"tune": "kept+norms", "objective": "kl+hidden"}
         if self.tune and self.tune != own["tune"]:
             own.pop("rank", None)
         filled = {key: value for key, value in own.items() if not getattr(self, key)}
         self.__dict__.update(filled)  # of a frozen object, which nobody has yet
-        for name, known in (("tune", get_args(Tuned)), ("save", get_args(Saving)), ("by", get_args(By))):
-            if getattr(self, name) not in known:
-                raise BillhookError(f"{name}={getattr(self, name)!r:.40} must be one of {', '.join(known)}.")
         if self.tune != "adapters" and (self.rank is not None or self.save == "adapter"):
             raise BillhookError("A rank and --save are for adapters: give --tune adapters too.")
         if self.rank is not None and self.rank < 1:
