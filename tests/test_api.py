@@ -212,7 +212,7 @@ def test_batches_that_cannot_be_used_are_refused(model):
     "fields, message",
     [
         ({}, "Say how much to remove"),
-        ({"sparsity": "0.5"}, r"must be a number in \[0, 1\)"),
+        ({"sparsity": "0.5"}, "sparsity='0.5' must be a number or None"),
         ({"sparsity": 0.5, "group": "column"}, "group='column' must be one of row, layer"),
         ({"sparsity": 0.5, "rounding": "floor"}, "use published=True"),
         ({"sparsity": 0.5, "sampling": "papers"}, "use published=True"),

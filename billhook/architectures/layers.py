@@ -161,7 +161,8 @@ def _check_weights(layers: Iterable[Layer]) -> None:
 def _check_owned(layer: Layer) -> None:
     """Raise BillhookError unless the weight of a module is a parameter that nothing else in the module changes."""
     module, own = layer.module, dict(layer.module.named_parameters(recurse=False))
-    if others := [name for name, _ in module.named_parameters() if name not in ("weight", "bias")]:
+    others = [name for name, _ in module.named_parameters() if name not in ("weight", "bias")]
+    if others and not ("weight" in own and hasattr(module, "quantization_scheme")):  # compressed-tensors' scales
         what = "is changed by" if "weight" in own else "is computed from"
         raise BillhookError(
             f"{layer.name}.weight {what} other parameters ({', '.join(others)}), and what is written into it would not "

@@ -68,6 +68,7 @@ class CompressRequest(GgufInputs):
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.target != "gguf" and (self.template, self.split_size) != (None, None):
             raise BillhookError("A template and split files are for GGUF files (--for gguf).")
 

@@ -27,6 +27,7 @@ from billhook.evaluation.rows import evaluate_rows
 from billhook.evaluation.word_perplexity import evaluate_words
 from billhook.packed.loading import load
 from billhook.steps.facts import model_facts
+from billhook.store.arguments import check_fields
 from billhook.store.checkpoint import load_tokenizer, read_config
 from billhook.store.compute import chosen_device, chosen_dtype, dtype_name, lacking_gib
 from billhook.tasks.base import Home, RowTask, WindowTask
@@ -57,6 +58,9 @@ class EvalConfig:
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @pinned

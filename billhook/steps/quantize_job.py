@@ -18,8 +18,9 @@ from billhook.plan.bytes import parse_size
 from billhook.plan.plan import Plan
 from billhook.steps.parts import Parts, part_types, where
 from billhook.steps.record import refilled_notes, versions, without_folders
-from billhook.steps.request import Opened, Request, calibration_facts, listed
+from billhook.steps.request import UNCHECKED, Opened, Request, calibration_facts, listed
 from billhook.steps.types import is_ggml, plan_types
+from billhook.store.arguments import check_fields
 from billhook.store.layout import RECORD
 from billhook.store.record import Step, append_step, read_record
 from billhook.store.shards import result_bytes, weight_bytes
@@ -50,6 +51,9 @@ class Inputs:
     overwrite: bool = False
     resume: bool = False
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, but=UNCHECKED)
 
     @classmethod
     def given(cls, **fields: Any) -> Self:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from billhook.architectures.layers import Layer, find_layers
 from billhook.engine.loop import LayerResult
@@ -59,6 +59,7 @@ class RecoverRequest(Inputs):
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.by == "block":
             self._check_by_block()
         own: dict[str, Any] = {"tune": "kept+norms"} | ({} if self.by == "block" else {"objective": "kl+hidden"})
@@ -67,9 +68,6 @@ class RecoverRequest(Inputs):
             own.pop("rank", None)
         filled = {key: value for key, value in own.items() if not getattr(self, key)}
         self.__dict__.update(filled)  # of a frozen object, which nobody has yet
-        for name, known in (("tune", get_args(Tuned)), ("save", get_args(Saving)), ("by", get_args(By))):
-            if getattr(self, name) not in known:
-                raise BillhookError(f"{name}={getattr(self, name)!r:.40} must be one of {', '.join(known)}.")
         if self.tune != "adapters" and (self.rank is not None or self.save == "adapter"):
             raise BillhookError("A rank and --save are for adapters: give --tune adapters too.")
         if self.rank is not None and self.rank < 1:
@@ -85,7 +83,7 @@ class RecoverRequest(Inputs):
 
     def _check_by_block(self) -> None:
         """Raise BillhookError for options that have no effect where one block at a time is tuned."""
-        own = {"--recipe": self.recipe, "--objective": self.objective, "--budget": self.budget}
+        own: dict[str, object] = {"--recipe": self.recipe, "--objective": self.objective, "--budget": self.budget}
         own |= {f"--set {name}": name for name in self.options}
         own |= {"--rate": self.rate, "--rank": self.rank, "--batch-size": self.batch_size}
         own |= {"--checkpointing": self.checkpointing, "--tune adapters": self.tune == "adapters"}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
@@ -32,6 +32,7 @@ from billhook.recovery.blockwise import Refining
 from billhook.steps.batch_size import batch_size
 from billhook.steps.facts import model_facts
 from billhook.steps.state import partial_folder, unfinished_run
+from billhook.store.arguments import check_fields
 from billhook.store.checkpoint import check_directory, load
 from billhook.store.layout import WRITTEN
 from billhook.store.output import check_output
@@ -42,6 +43,8 @@ from billhook.tasks.base import Drawing, Home, Progress, Samples, Task
 from billhook.tasks.opening import task_of, task_of_config
 from billhook.tasks.self_text import is_self, saved_windows
 from billhook.text.given import Given
+
+UNCHECKED = ("model", "calibration")  # fields whose types are checked, and explained, where they are opened
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Request:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, but=UNCHECKED)
         planned = self.plan is not None
         about = {"structured": Pattern.parse(self.pattern).structured, "planned": planned}
         found = recipes.chosen(self.recipe, self.criterion, self.allocator, self.refine, **about)
@@ -209,10 +213,6 @@ def changed(opened: Opened, **changes: Any) -> Opened:
 
 
 def _check_choices(request: Request) -> None:
-    kinds = {"group": Group, "refine": Refining, "prefix": Prefix, "budget": BudgetScope}
-    for name, known in ((name, get_args(kind)) for name, kind in kinds.items()):
-        if getattr(request, name) not in (None, *known):
-            raise BillhookError(f"{name}={getattr(request, name)!r} must be one of {', '.join(known)}.")
     if request.batch_size is not None and request.batch_size < 1:
         raise BillhookError(f"The batch size must be at least 1, got {request.batch_size}.")
 

@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from billhook.architectures.layers import find_layers
 from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import Unit
 from billhook.engine.loop import LayerResult
 from billhook.engine.removal import Removal
-from billhook.errors import BillhookError
 from billhook.evaluation.quality import Loss
 from billhook.methods.structured import STRUCTURED
 from billhook.plan.plan import Plan
@@ -50,12 +49,6 @@ class SlimRequest(Inputs):
     def opening(self) -> Request:
         """The fields that say how a model and its text are opened."""
         return self._opened_with(plan=None, allocator="")
-
-    def __post_init__(self) -> None:
-        if self.drop_by not in get_args(BlockChoice):
-            raise BillhookError(f"drop_by={self.drop_by!r:.40} must be one of {', '.join(get_args(BlockChoice))}.")
-        if self.shape not in ("", *get_args(Shape)):
-            raise BillhookError(f"shape={self.shape!r:.40} must be one of {', '.join(get_args(Shape))}.")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from billhook.steps.kept import changed_weights
 from billhook.steps.verify_files import check_config, check_files, unlisted_weights
 from billhook.steps.verify_gguf import examine_gguf
 from billhook.steps.verify_units import check_units
+from billhook.store.arguments import check_argument
 from billhook.store.layout import RECORD, is_packed, is_unfinished
 from billhook.store.record import REFILLED, Record, Step, located, read_record, weights_digest
 from billhook.store.shards import Shard, layer_zeros, read_shard, weight_files
@@ -71,6 +72,7 @@ def verify(
     weights that no step updated are compared with it byte by byte. Raises BillhookError for a missing or damaged
     record; every other difference is a line in `problems`.
     """
+    check_argument("directory", directory, str | Path)
     directory = Path(directory).expanduser()
     if directory.is_file():
         raise BillhookError(f"{directory} is a file: verify its directory, {directory.parent}, which holds {RECORD}.")
