@@ -25,6 +25,12 @@ def context_length(config: Any) -> int | None:
     return None
 
 
+def positions_needed(config: Any, prompt: int, new: int) -> int:
+    """The context that a prompt and `new` generated tokens need; an encoder reads the prompt apart from the others, of
+    which the first is a start token."""
+    return max(prompt, 1 + new) if getattr(config, "is_encoder_decoder", False) else prompt + new
+
+
 def check_length(config: Any, length: int) -> None:
     """Raise BillhookError when windows of `length` tokens are longer than the model's context."""
     longest = context_length(config)

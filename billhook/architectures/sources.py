@@ -4,6 +4,7 @@ The directory of a GGUF file is kept in the user's cache folder (`BILLHOOK_CACHE
 that it is made once. It may be deleted at any time.
 """
 
+import functools
 import math
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def resolve(model: str | Path) -> Path:
     if path.suffix != ".gguf" or path.is_dir():
         return checkpoint.resolve(model)
     file = read_gguf(path)
-    _note(f"{path} holds rounded weights: results are those of the file, not of its original.")
+    _note_rounded(path.absolute(), str(path))
     folder = cache_folder()
     if folder is None:
         raise BillhookError(f"{path} must be made into a directory: let BILLHOOK_CACHE name a folder for it.")
@@ -86,6 +87,12 @@ def _write_tokenizer(file: GgufFile, folder: Path) -> None:
             tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare Exception
         _note(f"the tokenizer of {file.path} cannot be read and is left out ({str(error)[:200]!r}).")
+
+
+@functools.cache
+def _note_rounded(file: Path, name: str) -> None:
+    """Print once for each file, which several parts of a command resolve, that its weights are rounded."""
+    _note(f"{name} holds rounded weights: results are those of the file, not of its original.")
 
 
 def _note(text: str) -> None:

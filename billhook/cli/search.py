@@ -71,7 +71,7 @@ def command(
         raise JobError(f"Stopped. The finished trials are in {output}: the same command continues.") from None
     best, place = found.record["best"], found.model
     verdict = "no allocator is better" if best["allocator"] == "uniform" else "better than uniform"
-    say(f"Best on the held-out windows: {best['name']} (token perplexity {best['token_ppl']:.2f}; {verdict}).")
+    say(f"Best on the held-out windows: {best['name']} ({found.loss}; {verdict}).")
     if place is not None:
         say(f"{place}: the model, pruned with it.")
         say_next(place)

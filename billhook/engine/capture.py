@@ -22,7 +22,7 @@ from billhook.architectures.config import call_options, is_headless
 from billhook.architectures.layers import observable_experts
 from billhook.architectures.stacks import blocks_of, has_one_stack
 from billhook.engine.activation_store import ActivationStore
-from billhook.engine.batch import Batch, main_input, model_inputs, select_rows
+from billhook.engine.batch import Batch, model_inputs, select_rows
 from billhook.engine.replay import Call
 from billhook.errors import BillhookError
 
@@ -156,36 +156,34 @@ def predictor(
     return predict
 
 
-Shape = tuple[int, ...]
-
-
 @torch.no_grad()
-def single_row_calls(model: PreTrainedModel, batches: Sequence[Batch]) -> list[dict[Shape, Call]]:
-    """The calls of every block for a batch of one row, by the shape of the row's hidden states [length, width]."""
-    rows = {main_input(model, batch).shape[1:]: select_rows(batch, slice(0, 1)) for batch in batches}
-    blocks = blocks_of(model)
-    found: list[dict[Shape, Call]] = [{} for _ in blocks]
+def single_row_calls(model: PreTrainedModel, batches: Sequence[Batch]) -> list[list[Call]]:
+    """The calls of every block for the first row of each batch, `calls[batch][block]`.
+
+    Batches whose rows have equal shapes, of all their inputs, share the calls of one row.
+    """
+    blocks, known = blocks_of(model), dict[Any, list[Call]]()
+    found = []
     with observable_experts(model), evaluating(model):
-        for row in rows.values():
-            hidden: list[Tensor] = []
-            if has_one_stack(model):
-                calls = capture(model, blocks, [row], hidden).calls[0]
-                pairs = [(tuple(hidden[0].shape[1:]), call) for call in calls]
-            else:
-                pairs = _real_calls(model, blocks, row)
-            for own, (shape, call) in zip(found, pairs, strict=True):
-                own[shape] = call
+        for batch in batches:
+            row = select_rows(batch, slice(0, 1))
+            shapes = tuple((name, value.shape) for name, value in row.items())
+            if shapes not in known:
+                one_stack = has_one_stack(model)
+                known[shapes] = (
+                    capture(model, blocks, [row], []).calls[0] if one_stack else _real_calls(model, blocks, row)
+                )
+            found.append(known[shapes])
     return found
 
 
-def _real_calls(model: PreTrainedModel, blocks: Mapping[str, nn.Module], row: Batch) -> list[tuple[Shape, Call]]:
-    """The shape of a row's hidden states and the call of every block, in a pass through the whole model."""
-    found: list[tuple[Shape, Call]] = [((), Call((), {}))] * len(blocks)
+def _real_calls(model: PreTrainedModel, blocks: Mapping[str, nn.Module], row: Batch) -> list[Call]:
+    """The call of every block for a row, in a pass through the whole model."""
+    found = [Call((), {})] * len(blocks)
 
     def stub(index: int, forward: Forward) -> Forward:
         def note(*args: Any, **kwargs: Any) -> Any:
-            states, call = split_call(forward, args, kwargs)
-            found[index] = tuple(states.shape[1:]), call
+            found[index] = split_call(forward, args, kwargs)[1]
             return forward(*args, **kwargs)
 
         return note

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from billhook.architectures.config import context_length
+from billhook.architectures.config import context_length, positions_needed
 from billhook.errors import BillhookError, JobError
 from billhook.packed.format import open_packed
 from billhook.store.checkpoint import class_names, loading
@@ -29,6 +29,7 @@ from billhook.store.shards import weight_files
 
 KINDS = ("prefill", "decode")
 PROMPTS = (16, 128, 512)
+GENERATING = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 Times = list[list[dict[str, float]]]  # for each cell, and each round, the speeds by kind
 
 
@@ -135,18 +136,20 @@ def _fitting(paths: Sequence[Path], prompts: Sequence[int] | None, new: int) -> 
     """
     from transformers import AutoConfig  # takes seconds
 
-    contexts = dict[str, int | None]()
+    configs = dict[str, Any]()
     for path in paths:
         with loading(path):
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        if config.model_type not in class_names("AutoModelForCausalLM"):
+        if not any(config.model_type in class_names(kind) for kind in GENERATING):
             raise BillhookError(
                 f"{path} is {config.model_type}, which generates no tokens: bench is for those that do."
             )
-        contexts[path.name] = context_length(config)
-    name, context = min(((n, c) for n, c in contexts.items() if c), key=lambda pair: pair[1], default=("", None))
+        configs[path.name] = config
     for prompt in PROMPTS if prompts is None else prompts:
-        if context is None or prompt + new <= context:
+        needed = {name: positions_needed(config, prompt, new) for name, config in configs.items()}
+        short = {n: c for n, config in configs.items() if (c := context_length(config)) and needed[n] > c}
+        name, context = min(short.items(), key=lambda pair: pair[1], default=("", None))
+        if context is None:
             yield prompt
         elif prompts is not None or prompt == min(PROMPTS):
             room = f"{name} reads at most {context} tokens, and a prompt of {prompt} with {new} new ones is longer"

@@ -12,7 +12,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from billhook.ambient import pinned
-from billhook.architectures.config import context_length, vocabulary_size
+from billhook.architectures.config import context_length, positions_needed, vocabulary_size
 from billhook.engine.batch import model_inputs
 from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import quiet
@@ -46,16 +46,20 @@ class Generated:
 
 
 class Clock(BaseStreamer):
-    """Records the time of each token, and passes the token on."""
+    """Records the time of each token, and passes the token on; `given` are the tokens of the decoder before them, the
+    prompt or, of an encoder-decoder, a start token."""
 
     def __init__(self, token: Callable[[Tensor], None] = lambda ids: None) -> None:
         self.times: list[float] = []
+        self.given = 0
         self._token = token
 
     def put(self, value: Tensor) -> None:
         """Called by `generate` with the prompt first, then with the new token of each row."""
         self.times.append(time.perf_counter())
-        if len(self.times) > 1:
+        if len(self.times) == 1:
+            self.given = value.shape[1]
+        else:
             self._token(value)
 
     def end(self) -> None:
@@ -88,7 +92,7 @@ def generate(
     if new < 1:
         raise BillhookError(f"Generate at least one token, got {new}.")
     context = context_length(model.config)
-    if context is not None and ids.shape[1] + new > context:
+    if context is not None and positions_needed(model.config, ids.shape[1], new) > context:
         tokens = f"{ids.shape[1]} tokens of prompt and {new} new ones"
         raise BillhookError(f"{tokens} do not fit the model's context of {context}.")
     check_ids(ids, vocabulary_size(model), "The prompt")
@@ -105,4 +109,5 @@ def generate(
         start = time.perf_counter()
         out = model.generate(ids, **given, **options)  # type: ignore[operator]
     assert isinstance(out, Tensor)
+    out = torch.cat([ids, out[:, clock.given :]], 1)
     return Generated(out.cpu(), ids.shape[1], clock.times[1] - start, clock.times[-1] - clock.times[1])

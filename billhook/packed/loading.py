@@ -21,6 +21,7 @@ from billhook.architectures.sources import resolve
 from billhook.errors import BillhookError
 from billhook.packed.expand import PackedTensor, packed_tensor, stored_tensor
 from billhook.packed.format import Packed, open_packed
+from billhook.runtime.layout import PADDING
 from billhook.runtime.linear import SparseLinear
 from billhook.runtime.tuning import tune_
 from billhook.store import checkpoint
@@ -144,6 +145,7 @@ def _sparse(tensor: PackedTensor, module: nn.Module, dtype: torch.dtype) -> Spar
     """The layer that replaces `module`; values are converted to `dtype` unless that is float32."""
     values = tensor.values
     if tensor.scales is None and dtype != torch.float32 and values.dtype != dtype:
-        values = values.to(dtype)
+        values = nn.functional.pad(values[: int(tensor.starts[-1])].to(dtype), (0, PADDING // dtype.itemsize))
     bias = getattr(module, "bias", None)
-    return SparseLinear(tensor.bitmask, values, tensor.starts, tensor.facts.columns, bias=bias, scales=tensor.scales)
+    options: dict[str, Any] = {"bias": bias, "scales": tensor.scales, "dtype": dtype}
+    return SparseLinear(tensor.bitmask, values, tensor.starts, tensor.facts.columns, **options)

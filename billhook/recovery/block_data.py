@@ -1,6 +1,6 @@
 """The calibration windows of one block that is tuned: its inputs, the outputs that are wanted, and their loss."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from billhook.engine.activation_store import ActivationStore
-from billhook.engine.capture import Shape
 from billhook.engine.replay import Call, run_block
 from billhook.engine.walk import Following
 from billhook.evaluation.kl import token_kl
@@ -23,14 +22,14 @@ PREDICTED = 512  # tokens whose logits are in memory at once
 class Data:
     """Inputs and targets of a block, each [windows, tokens, width] a batch, with the call of each batch.
 
-    Targets are outputs of the next block or, for the last block, of the block itself. `single` are, by the shape of a
-    window's hidden states, the calls of the block and of the next one for a single window.
+    Targets are outputs of the next block or, for the last block, of the block itself. `single` are, for each
+    batch, the calls of the block and of the next one for a single window.
     """
 
     inputs: Sequence[Tensor] | ActivationStore
     targets: Sequence[Tensor] | ActivationStore
     calls: Sequence[Call]
-    single: Mapping[Shape, Sequence[Call]]
+    single: Sequence[Sequence[Call]]
     following: Following
 
     def loss(self, module: nn.Module, piece: Piece) -> Tensor:
@@ -38,7 +37,7 @@ class Data:
         batch, rows = piece
         index = torch.tensor(rows)
         inputs, targets = (h[batch][index].to(next(module.parameters()).dtype) for h in (self.inputs, self.targets))
-        single = self.single[tuple(inputs.shape[1:])]
+        single = self.single[batch]
         outputs = run_block(module, inputs, self.calls[batch].part(index, single[0], inputs.dtype))
         if self.following.module is None:
             return _mean_kl(outputs, targets, self.following.predict)

@@ -127,8 +127,7 @@ class BlockTuner:
             return f"block {block.index} is not refined: its hidden states are one list of patches for all images"
         if windows < LEAST:
             return f"block {block.index} is not refined: {windows} calibration windows are fewer than {LEAST}"
-        own, after = self._single[block.index], {} if block.last else self._single[block.index + 1]
-        single = {shape: [call, after.get(shape, call)] for shape, call in own.items()}
+        single = [calls[block.index : block.index + 2] for calls in self._single]
         data = Data(block.inputs, self._targets, block.calls, single, block.following)
         done = refine_block_(block.module, data, self.tuned(block), self.options, block.index)
         change = f"loss {done.before:.4g} -> {done.after:.4g} on held-out windows after {done.epochs} epochs"
@@ -197,7 +196,7 @@ def _descend(
     adam = KeptAdam(tuned, betas=_BETAS, clip=math.inf)
     best, least, bad = adam.values(), _mean_loss(module, data, held), 0
     # without a scale, the gradient of a single token underflows in a float16 head
-    scale = 2.0 ** math.ceil(math.log2(STEP * max(shape[0] for shape in data.single)))
+    scale = 2.0 ** math.ceil(math.log2(STEP * max(h.shape[1] for h in data.inputs)))
     steps, step = options.epochs * len(minibatches(train, torch.Generator())), 0
     for epoch in range(1, options.epochs + 1):  # noqa: B007
         for pieces in minibatches(train, random):

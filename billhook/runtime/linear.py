@@ -16,7 +16,7 @@ class SparseLinear(nn.Module):
     """y = x Wᵀ + bias with W [out, in] held as bitmask and values; inference only.
 
     Buffers: `bitmask`, `values` with their padding, `scales` (int8 values only) as in `layout.py`, and `bias` [out].
-    `row_starts`, int64 [out + 1], follows from the bitmask.
+    `row_starts`, int64 [out + 1], follows from the bitmask. `computed` is empty, in the dtype of the activations.
     """
 
     bitmask: Tensor
@@ -24,6 +24,7 @@ class SparseLinear(nn.Module):
     scales: Tensor | None
     bias: Tensor | None
     row_starts: Tensor
+    computed: Tensor
     gpu_state: Any = None  # `gpu.State`
 
     def __init__(
@@ -35,8 +36,10 @@ class SparseLinear(nn.Module):
         *,
         bias: Tensor | None = None,
         scales: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """Wrap packed tensors without copying them; raises BillhookError when their shapes disagree."""
+        """Wrap packed tensors without copying them, for a model that computes in `dtype`, by default that of the
+        values; raises BillhookError when their shapes disagree."""
         super().__init__()
         self.in_features, self.out_features = in_features, bitmask.shape[0]
         _check(bitmask, values, row_starts, self.out_features, scales)
@@ -45,7 +48,14 @@ class SparseLinear(nn.Module):
         self.register_buffer("row_starts", row_starts.contiguous(), persistent=False)
         self.register_buffer("scales", None if scales is None else scales.contiguous())
         self.register_buffer("bias", None if bias is None else bias.detach())
+        dtype = dtype or (values.dtype if scales is None else torch.float32)
+        self.register_buffer("computed", torch.empty(0, dtype=dtype, device=values.device), persistent=False)
         self._weight: native.Weight | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape and dtype of the weight, without values: models such as T5 convert their activations to its dtype."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.computed.dtype, device="meta")
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None) -> Self:

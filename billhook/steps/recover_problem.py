@@ -102,15 +102,16 @@ def trained(opened: Opened, source: Source, request: RecoverRequest) -> list[Tra
             )
         return list(factors(opened.model))
     names = {id(p): name for name, p in opened.model.named_parameters()}
-    layers = [] if source.grids else trained_layers(opened, request)
-    tuned = [(names[id(p)], p, mask) for p, mask in tunable(opened.model, layers, request.tune == "kept+norms")]
+    layers = trained_layers(opened, request)
+    of_weights = [] if source.grids else layers
+    tuned = [(names[id(p)], p, mask) for p, mask in tunable(opened.model, of_weights, request.tune == "kept+norms")]
     own, stored = _own_parts(opened), {} if opened.source is None else stored_dtypes(opened.source)
     kept = [
         Kept(name, p, stored.get(name, stored_in(opened)), mask)
         for name, p, mask in tuned
         if p.ndim > 1 or name.startswith(own)
     ]
-    return [*source.scales(opened), *kept]
+    return [*source.scales(opened, {layer.stored_name for layer in layers}), *kept]
 
 
 def _own_parts(opened: Opened) -> tuple[str, ...]:

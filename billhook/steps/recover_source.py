@@ -2,7 +2,7 @@
 the run into a folder beside the output."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,9 @@ class Source:
         if self.place is not None:
             self.place.cleanup()
 
-    def scales(self, opened: Opened) -> list[Trained]:
-        """The scales of quantized weights; raises BillhookError for a weight that is not a parameter of the model."""
+    def scales(self, opened: Opened, names: Collection[str]) -> list[Trained]:
+        """The scales of the quantized weights with these `names`; raises BillhookError for a weight that is not a
+        parameter of the model."""
         shards, parameters = (
             [read_shard(file) for file in weight_files(self.given)],
             dict(opened.model.named_parameters()),
@@ -84,8 +85,8 @@ class Source:
                 raise BillhookError(
                     f"{self.given}: {name} is no parameter of the model, so its scales cannot be trained."
                 )
-            weight = compressed_tensors.read(name, grid, shards)
-            found.append(Scaled(name, parameters[name], weight))
+            if name in names:
+                found.append(Scaled(name, parameters[name], compressed_tensors.read(name, grid, shards)))
         return found
 
     def write(self, model: PreTrainedModel, kept: Sequence[Trained], folder: Path) -> None:

@@ -5,6 +5,7 @@ The calibration windows are split in two halves by a seed: trials are pruned wit
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from billhook.engine.batch import rows_of
 from billhook.engine.method import Method
 from billhook.engine.restore import restored
 from billhook.errors import BillhookError
+from billhook.evaluation.divergence import KL
 from billhook.measurement.measure import measure
 from billhook.plan.allocators import ALLOCATORS, AUTO, RCO, check_budget
 from billhook.plan.plan import Plan
@@ -38,6 +40,7 @@ from billhook.store.output import check_output
 from billhook.store.shards import weight_bytes
 from billhook.store.sinks import choose_sink
 from billhook.store.tensor_bytes import tensor_bytes
+from billhook.tasks.base import Task
 from billhook.trials.heldout import split_samples
 from billhook.trials.trials import TrialRunner
 
@@ -62,7 +65,7 @@ SAMPLES = 64  # half of them for pruning, half held out
 @dataclass(frozen=True)
 class Found:
     """The plan, the winner's trial, all trials (uniform first), the content of search.json, and the directories of the
-    search and of the pruned model, if written."""
+    search and of the pruned model, if written; `loss` says what the winner has lost, in words."""
 
     plan: Plan
     best: Trial
@@ -70,6 +73,7 @@ class Found:
     record: dict[str, Any]
     output: Path | None
     model: Path | None
+    loss: str
 
 
 @pinned
@@ -133,7 +137,20 @@ def search(
         with restored(opened.layers):
             run(Job(replace(request, plan=plan, output=model_folder, overwrite=True), opened, plan, method))
         found = record.write(race, ended=True, pruned=True)
-    return Found(plan, race.best, list(race.trials.values()), found, folder, model_folder)
+    return Found(
+        plan, race.best, list(race.trials.values()), found, folder, model_folder, _loss(opened.task, race.best)
+    )
+
+
+def _loss(task: Task, best: Trial) -> str:
+    """What was compared on the held-out samples, in words of the task."""
+    kl = best.loss("kl")
+    if task.divergence is not KL:
+        return f"{task.divergence.name} from the dense model {kl:.4f}"
+    each = {"token": "a token", "answer": "a token of the answers"}.get(task.unit, f"an {task.unit}")
+    text = task.name == "text-generation"
+    perplexity = f", token perplexity {math.exp(min(best.loss('nll'), 700)):.2f}" if text else ""
+    return f"KL divergence from the dense model {kl:.4f} nats {each}{perplexity}"
 
 
 def _check(objective: str, fields: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from billhook.steps.kept import changed_weights
 from billhook.steps.verify_files import check_config, check_files, unlisted_weights
 from billhook.steps.verify_gguf import examine_gguf
 from billhook.steps.verify_units import check_units
+from billhook.store import not_a_model
 from billhook.store.arguments import check_argument
 from billhook.store.layout import RECORD, is_packed, is_unfinished
 from billhook.store.record import REFILLED, Record, Step, located, read_record, weights_digest
@@ -80,6 +81,8 @@ def verify(
         raise BillhookError(f"There is no directory {directory}.")
     if is_unfinished(directory):
         raise BillhookError(f"{directory} is not finished: resume it with the command that started it and --resume.")
+    if (directory / "adapter_config.json").is_file():
+        raise BillhookError(not_a_model.directory(directory))
     if not is_packed(directory):
         record = read_record(directory / RECORD)
         problems = [*check_files(directory, record.files), *unlisted_weights(directory, record.files)]

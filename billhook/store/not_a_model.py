@@ -7,8 +7,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from billhook.store.layout import RECORD
+
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".zst", ".7z")
+
+
+MERGE_MASKED = (
+    "An ordinary merge would lose the zeros: load it with PeftModel.from_pretrained(MODEL, ADAPTER, config="
+    "billhook.masked_lora(LoraConfig.from_pretrained(ADAPTER))), and merge with billhook.merge_masked."
+)
+BESIDE = "It stays beside quantized weights: load it with PeftModel.from_pretrained(MODEL, ADAPTER)."
+
+
+def _steps(path: Path) -> list[Any]:
+    """The names of the steps in the record of a directory, which may be damaged."""
+    steps = _read(path / RECORD).get("steps")
+    return [step.get("step") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
 
 
 def file(path: Path) -> str:
@@ -36,8 +51,11 @@ def directory(path: Path) -> str:
         return f"{path} is a cache of the hub: give one of its models by its name on the hub, {_hub_name(models[0])}."
     if "adapter_config.json" in names:
         base = _read(path / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+        holds = f"{path} holds an adapter of {base!s:.100}, not a whole model"
+        if "recover" in (steps := _steps(path)):
+            return f"{holds}. {BESIDE if 'quantize' in steps else MERGE_MASKED}"
         merge = f"AutoPeftModelForCausalLM.from_pretrained({str(path)!r}).merge_and_unload().save_pretrained(NEW)"
-        return f"{path} holds an adapter of {base!s:.100}, not a whole model. Merge them with the package peft: {merge}"
+        return f"{holds}. Merge them with the package peft: {merge}"
     if "params.json" in names or any(name.startswith("consolidated") for name in names):
         there = "take the files of the same model that are made for transformers (model*.safetensors with config.json)"
         return f"{path} is a checkpoint in the original format of Mistral or Meta: {there}, or convert it to them."

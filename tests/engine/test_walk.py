@@ -61,8 +61,9 @@ def test_some_rows_of_a_batch_are_replayed_with_their_own_arguments(family: str)
     model = build(family)
     single, expected = single_row_calls(model, batches()), of_the_model(model, batches())
     for block in walk(model, batches(), read_only=True):
-        for inputs, call, (_, outputs) in zip(block.inputs, block.calls, expected[block.index], strict=True):
+        of_batches = zip(block.inputs, block.calls, single, expected[block.index], strict=True)
+        for inputs, call, one, (_, outputs) in of_batches:
             rows = torch.tensor([1, 0])
-            part = call.part(rows, single[block.index][inputs.shape[1:]], inputs.dtype)
+            part = call.part(rows, one[block.index], inputs.dtype)
             found = run_block(block.module, inputs[rows], part)
             torch.testing.assert_close(found, outputs[rows], rtol=1e-4, atol=1e-5)

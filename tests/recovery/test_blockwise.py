@@ -68,10 +68,9 @@ def test_the_seed_decides_the_result() -> None:
     assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
 
 
-def single(model: torch.nn.Module) -> dict[tuple[int, ...], list[Call]]:
-    """The calls of the first two blocks for a single window, by the shape of its hidden states."""
-    first, second = single_row_calls(model, as_batches(model, text()))[:2]
-    return {shape: [call, second[shape]] for shape, call in first.items()}
+def single(model: torch.nn.Module) -> list[list[Call]]:
+    """The calls of the first two blocks for a single window of each batch."""
+    return [calls[:2] for calls in single_row_calls(model, as_batches(model, text()))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,8 +135,7 @@ def test_the_loss_of_a_block_is_that_of_the_following_block(build, monkeypatch) 
     monkeypatch.setattr("billhook.recovery.block_data.PREDICTED", 7)
     model, ids = build(), torch.cat(text(3))[:3]
     for block in walk(model, [ids], read_only=True):
-        calls = single_row_calls(model, as_batches(model, ids))[block.index : block.index + 2]
-        one = {(24, 32): [found[24, 32] for found in calls]}
+        one = [calls[block.index : block.index + 2] for calls in single_row_calls(model, as_batches(model, ids))]
         targets = torch.randn(3, 24, 32, generator=torch.Generator().manual_seed(block.index))
         loss = Data(block.inputs, [targets], block.calls, one, block.following).loss(block.module, (0, [2, 0]))
         here = outputs_of_blocks(model, ids, {})[block.index + 1][[2, 0]]

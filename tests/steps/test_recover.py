@@ -148,6 +148,12 @@ def test_of_a_quantized_model_scales_and_norms_are_trained_and_codes_stay(place,
     ours = load_model(tmp_path / "out", quantized=True)
     assert report.to_json()["zeros"] == sum(int((layer.weight == 0).sum()) for layer in find_layers(ours))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["int2", "out"]
+    chosen = {"targets": "re:.*(q|k)_proj", "ignore": "re:.*k_proj", "tune": "kept"}
+    recover(tmp_path / "int2", tmp_path / "part", **chosen, **fields)
+    part = {
+        name: value for file in (tmp_path / "part").glob("*.safetensors") for name, value in load_file(file).items()
+    }
+    assert {name.split(".")[-2] for name in part if not torch.equal(before[name], part[name])} == {"q_proj"}
 
 
 @pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.nightly), 2])

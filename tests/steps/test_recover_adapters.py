@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import billhook
-from billhook import BillhookError, prune, recover, verify
+from billhook import BillhookError, load_model, prune, recover, verify
 from billhook.errors import Interrupted
 from billhook.recovery import training
 from billhook.steps.recover import RecoverRequest, prepare, run
@@ -62,6 +62,11 @@ def test_merged_adapters_keep_every_zero_and_help(place: Path, tmp_path: Path, d
 def test_a_saved_adapter_is_that_of_the_merged_run(place: Path, tmp_path: Path) -> None:
     recover(place / "float32", tmp_path / "merged", **fields(place))
     recover(place / "float32", tmp_path / "adapter", **fields(place, save="adapter"))
+    for reads in (verify, load_model):
+        with pytest.raises(
+            BillhookError, match=r"holds an adapter of float32, not a whole model.*billhook\.merge_masked"
+        ):
+            reads(tmp_path / "adapter")
     written = sorted(path.name for path in (tmp_path / "adapter").iterdir())
     assert written == ["adapter_config.json", "adapter_model.safetensors", "billhook.json"]
     assert str(tmp_path) not in "".join(
@@ -89,6 +94,8 @@ def test_beside_quantized_weights_an_adapter_is_an_ordinary_one(place: Path, tmp
         both = PeftModel.from_pretrained(alone, tmp_path / "out")
         assert (both(ids).logits - teacher(ids).logits).norm() < before
     assert report.improved
+    with pytest.raises(BillhookError, match=r"holds an adapter of int2.*It stays beside quantized weights"):
+        verify(tmp_path / "out")
     layer = both.base_model.model.model.layers[0].mlp.up_proj
     assert layer.get_delta_weight("default")[layer.base_layer.weight == 0].any()
 

@@ -16,8 +16,10 @@ from billhook.cli import app
 from billhook.engine.method import Method
 from billhook.plan.allocators import ALLOCATORS
 from billhook.racing.hyperparameters import RACED, Space
-from billhook.racing.race import Race
+from billhook.racing.race import Race, Trial
 from billhook.racing.record import SearchRecord
+from billhook.steps.search import _loss
+from billhook.tasks import TASKS
 from billhook.tasks.base import Samples
 from billhook.text.windows import digest
 from billhook.trials.heldout import split_samples
@@ -276,3 +278,16 @@ def test_the_search_command_writes_a_verified_model(tmp_path: Path):
     ran = CliRunner().invoke(app, few)
     assert ran.exit_code != 0
     assert not (tmp_path / "few").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("text-generation", "KL divergence from the dense model 0.2500 nats a token, token perplexity 7.39"),
+        ("image-classification", "KL divergence from the dense model 0.2500 nats an image"),
+        ("text2text-generation", "KL divergence from the dense model 0.2500 nats a token of the answers"),
+        ("feature-extraction", "cosine distance from the dense model 0.2500"),
+    ],
+)
+def test_what_was_compared_is_said_in_the_words_of_the_task(name: str, words: str):
+    assert _loss(TASKS.get(name), Trial("uniform", "uniform", {}, kl=[0.25], nll=[2.0])) == words

@@ -20,7 +20,13 @@ from transformers import (
 )
 from walked import check_walk
 
-from billhook import BillhookError, prune, verify
+from billhook import BillhookError, pack, prune, verify
+from billhook.engine.batch import select_rows
+from billhook.engine.capture import single_row_calls
+from billhook.engine.walk import walk
+from billhook.packed.benchmark import _fitting
+from billhook.packed.loading import load
+from billhook.runtime.linear import SparseLinear
 from billhook.tasks.automatic_speech_recognition import samples_of
 from billhook.tasks.base import Drawing, Home
 from billhook.tasks.opening import task_of
@@ -35,6 +41,7 @@ CONFIGS = {
     "bart": lambda: BartConfig(**_WIDE, **_SPECIAL, max_position_embeddings=64),
     "whisper": lambda: WhisperConfig(**_WIDE, **_SPECIAL, **_SPEECH),
 }
+PACKED = {"t5": "encoder.block.0.layer.1.DenseReluDense.wo", "bart": "model.decoder.layers.0.fc1"}
 QUICK = {("t5", "good"), ("whisper", "gblm")}  # not nightly
 
 
@@ -92,6 +99,33 @@ def test_inputs_that_are_given_alone_get_the_decoders_inputs(family):
         assert torch.equal(model(**again).logits, model(**labelled).logits)
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_blocks_are_tuned_on_inputs_of_several_lengths(family):
+    """Of the same length in the decoder, and of multiples and others in the encoder."""
+    batches = []
+    for rows, length in ((3, 4), (3, 8), (4, 7)):
+        ids = torch.randint(3, 250, (rows, length), generator=torch.Generator().manual_seed(length))
+        batches.append({**batch(family, rows, length), "input_ids": ids})
+    model, walked = build(family), 0
+    single = single_row_calls(model, batches)
+    expected = [single_row_calls(model, [select_rows(b, slice(row, row + 1))])[0] for b in batches for row in (1, 2)]
+    for block in walk(model, batches, read_only=True):
+        parts = [
+            call.part(torch.tensor([row]), one[block.index], torch.float32)
+            for call, one in zip(block.calls, single, strict=True)
+            for row in (1, 2)
+        ]
+        for part, calls in zip(parts, expected, strict=True):
+            own = calls[block.index]
+            for found, value in zip(
+                (*part.args, *part.kwargs.values()), (*own.args, *own.kwargs.values()), strict=True
+            ):
+                if isinstance(value, torch.Tensor):
+                    torch.testing.assert_close(found, value)
+                    walked += 1
+    assert walked
+
+
 @pytest.mark.gate
 def test_a_t5_is_pruned_and_scored_by_the_targets_of_a_file(tmp_path):
     model = build("t5")
@@ -113,6 +147,34 @@ def test_a_t5_is_pruned_and_scored_by_the_targets_of_a_file(tmp_path):
             nll.append(float(pruned(input_ids=ids, labels=words(f"{n}", return_tensors="pt")["input_ids"]).loss))
     assert scores["nll"] == pytest.approx(np.mean(nll), rel=1e-4)
     assert (scores["unit"], scores["inputs"]) == ("answer", 12)
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_packed_model_generates_and_scores_what_the_dense_one_does(family, tmp_path):
+    dense, packed = tmp_path / "dense", tmp_path / "packed"
+    prune(build(family), sparsity=0.5, criterion="magnitude", allocator="uniform", output=dense)
+    tiny.tokenizer().save_pretrained(dense)
+    pack(dense, packed)
+    made = [done("generate", path, "abc", "--max-new-tokens", "5", "--json").json for path in (dense, packed)]
+    ids = torch.tensor([tiny.tokenizer()("abc")["input_ids"]])
+    start, *new = load(dense).generate(ids, max_new_tokens=5, do_sample=False)[0].tolist()
+    assert start == _SPECIAL["decoder_start_token_id"]
+    for facts in made:
+        assert facts["text"] == tiny.tokenizer().decode(new, skip_special_tokens=True)
+        assert (facts["prompt_tokens"], facts["new_tokens"]) == (ids.shape[1], len(new))
+    assert made[0]["text"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"input": f"n {n}", "target": f"{n}"}) for n in range(8)))
+    nll = [
+        json.loads(done("eval", path, "--data", tmp_path / "rows.jsonl", "--json").out)["nll"]
+        for path in (dense, packed)
+    ]
+    assert nll[0] == pytest.approx(nll[1], rel=1e-4)
+    assert list(_fitting([dense, packed], [40], 60)) == [40]  # of a context of 64 for each stack, or without a limit
+    for dtype in (torch.bfloat16, torch.float32):  # that of the activations, whatever the values have
+        layer = load(packed, dtype=dtype).get_submodule(PACKED[family])
+        assert isinstance(layer, SparseLinear)
+        assert layer.weight.dtype == dtype
 
 
 @pytest.mark.gate
