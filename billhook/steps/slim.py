@@ -82,6 +82,11 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
         raise BillhookError("Give either the fraction of the parameters in blocks to remove, or a plan of kept parts.")
     if request.remove is not None and not 0 < request.remove < 1:
         raise BillhookError(f"The fraction to remove must be between 0 and 1, got {request.remove}.")
+    if kinds == ["blocks"] and (request.allocator or request.shape):
+        raise BillhookError(
+            "An allocator and a shape say how much the units of each block lose, and blocks go whole: leave them out, "
+            "or name other kinds of units too. drop_by says how blocks are chosen."
+        )
     choosing = given is None and bool({"blocks", AUTO} & set(kinds) or allocation.needs_text)
     reads = {f"Removing units with {request.method}": bool(removal.observed or removal.gradient)}
     reads |= {"Removing experts": "experts" in kinds, "Choosing what goes": choosing}

@@ -96,3 +96,9 @@ def test_each_part_of_a_configuration_has_its_own_numbers(tmp_path):
     assert config["vision_config"]["intermediate_size"] == 32
     assert config["text_config"]["intermediate_size"] == 40
     assert verify(out).ok
+
+
+@pytest.mark.parametrize("given", [{"allocator": "owl"}, {"shape": "per-layer"}])
+def test_an_allocator_of_blocks_alone_is_refused(tmp_path, given):
+    with pytest.raises(BillhookError, match="An allocator and a shape say how much the units of each block lose"):
+        slimmed(tmp_path, "llama", units="blocks", **given)
