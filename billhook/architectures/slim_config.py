@@ -3,7 +3,8 @@
 Most configurations have one width for all blocks, so the same number of parts is stored in every block. Where an entry
 is a list with a number for each block (the MLP widths of Gemma 3n), blocks may differ. `per_layer_config` of
 `transformers` is not used: its models of one width do not read it. Sizes of heads are written
-out, because they no longer follow from the width. Lists with an entry for each block are cut with the blocks.
+out, because they no longer follow from the width. Lists with an entry for each block are cut with the blocks. In the
+configuration of a model of several parts, such as LLaVA, the entries are those of the part that a unit is in.
 `LlamaConfig` refuses a number of heads that does not divide the width; the same weights are then a Mistral model
 without a window, which computes the same.
 """
@@ -12,8 +13,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from billhook.architectures.stacks import blocks_of, decoder_stack, find_stacks
 from billhook.architectures.units import Unit
 from billhook.errors import BillhookError
 
@@ -21,6 +24,9 @@ _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 WIDTH = 8  # of which the numbers of channels should be multiples, for the sake of kernels and storage types
 _NUMBERS = ("mlp_only_layers",)  # lists of the numbers of blocks
+_FIRST = ("max_window_layers", "first_k_dense_replace")  # how many of the first blocks are of another kind
+_NOT_OF_BLOCKS = ("_token_id", "architectures", "stage_names", "out_features", "out_indices")
+_STAGES = ("stage_names", "out_features", "out_indices")  # of a backbone, which follow from the number of blocks
 _AS_MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
 
 
@@ -30,10 +36,21 @@ def stored_counts(model: PreTrainedModel, units: Sequence[Unit], counts: Mapping
     Parts that are stored and do not stay are zeros. Raises BillhookError for experts, which zeros cannot replace: a
     router would still choose them.
     """
-    config, places = model.config, dict[tuple[str, ...], list[Unit]]()
+    alike: dict[tuple[str, str], list[Unit]] = {}
+    for unit in units:
+        alike.setdefault((_part(model, unit.name), unit.kind), []).append(unit)
+    stored = {unit.name: unit.count for unit in units}
+    for (part, _), several in alike.items():
+        if any(counts[unit.name] != unit.count for unit in several):
+            stored |= _stored(_at(model.config, part), several, counts)
+    return stored
+
+
+def _stored(config: Any, units: Sequence[Unit], counts: Mapping[str, int]) -> dict[str, int]:
+    """The same for units of one kind, of which a part with this configuration has less."""
+    places, stored = dict[tuple[str, ...], list[Unit]](), dict[str, int]()
     for unit in units:
         places.setdefault(tuple(_changes(config, unit, counts[unit.name])), []).append(unit)
-    stored = {}
     for keys, alike in places.items():
         listed = all(isinstance(getattr(config, key, None), list) for key in keys)
         most = max(counts[unit.name] for unit in alike)
@@ -54,12 +71,38 @@ def check_per_layer(model: PreTrainedModel, units: Sequence[Unit]) -> None:
     """
     unit = next((unit for unit in units if unit.kind == "experts"), None)
     if unit is not None:
-        (key,) = _changes(model.config, unit, unit.count)
-        if not isinstance(getattr(model.config, key), list):
+        config = _at(model.config, _part(model, unit.name))
+        (key,) = _changes(config, unit, unit.count)
+        if not isinstance(getattr(config, key), list):
             raise BillhookError(
                 f"No program opens {model.config.model_type} models in which blocks have different numbers of experts: "
                 f"their configuration has one {key}. Use --shape uniform; transformers, vLLM and llama.cpp open that."
             )
+
+
+def check_blocks(model: PreTrainedModel) -> None:
+    """Raise BillhookError, naming the model's type, where no configuration says that blocks are missing.
+
+    So it is for several stacks, and for blocks of several kinds in an order that the configuration does not give.
+    """
+    stacks, who = (
+        find_stacks(model) or [decoder_stack(model)],
+        f"{model.config.model_type} models cannot have fewer blocks",
+    )
+    if len(stacks) != 1:
+        names = f"such as {stacks[0].name} and {stacks[-1].name}"
+        raise BillhookError(f"{who}: they have several stacks, {names}. Name other kinds of units.")
+    (stack,) = stacks
+    depth, own = len(stack.blocks), _at(model.config, _part(model, stack.name)).to_dict()
+    kinds = {tuple((name, x.shape) for name, x in block.state_dict().items()) for block in stack.blocks.values()}
+    told = any(key != "num_hidden_layers" and key not in _STAGES for key in _depth(own, range(depth), depth))
+    if len(kinds) > 1 and not told:
+        raise BillhookError(f"{who}: their blocks are not alike, and their configuration has no list of their kinds.")
+    config, _, _ = slimmed(model, [], {}, range(depth - 1), depth)
+    with torch.device("meta"):
+        made = type(model)(config)
+    if len(blocks_of(made)) != depth - 1:
+        raise BillhookError(f"{who}: their configuration has no place for it.")
 
 
 def shape_notes(
@@ -94,33 +137,71 @@ def slimmed(
     """
     old, new = model.config, copy.deepcopy(model.config)
     kind = old.model_type
-    changes: dict[str, Any] = {}
-    for unit in units:
-        if counts[unit.name] != unit.count:
-            for key, value in _changes(old, unit, counts[unit.name]).items():
-                if isinstance(listed := getattr(old, key, None), list):
-                    changes.setdefault(key, list(listed))[unit.block] = value
-                else:
-                    changes[key] = value
+    changes = _all_changes(model, units, counts)
     if len(blocks) != depth:
-        changes |= _depth({**old.to_dict(), **changes}, blocks, depth)
+        part = _part(model, next(iter(blocks_of(model))))
+        entries = changes.setdefault(part, {})
+        entries |= _depth({**_at(old, part).to_dict(), **entries}, blocks, depth)
     own = old.to_dict()
     try:
-        for key, value in changes.items():
-            setattr(new, key, value)
-        new = type(old).from_dict(new.to_dict())
+        for part, entries in changes.items():
+            for key, value in entries.items():
+                setattr(_at(new, part), key, value)
+        values = new.to_dict()
+        if len(blocks) != depth:
+            inside = values[part] if part else values
+            inside |= dict.fromkeys(key for key in _STAGES if key in inside)
+        new = type(old).from_dict(values)
     except Exception as error:  # whatever the configuration's own checks raise
         if kind != "llama" or own.get("attention_bias") or own.get("mlp_bias"):
             reason = " ".join(str(error).split())[:200]
             raise BillhookError(f"{kind} models cannot have that shape: {reason}") from None
-        values = {**own, **changes, **_AS_MISTRAL}
-        values = {key: value for key, value in values.items() if key not in ("attention_bias", "mlp_bias")}
-        new = AutoConfig.for_model(**values)
+        entries = {**changes[""], **_AS_MISTRAL}
+        values = {key: x for key, x in {**own, **entries}.items() if key not in ("attention_bias", "mlp_bias")}
         note = "Written as a Mistral model, because a Llama configuration refuses this number of heads; it computes"
-        return new, {**changes, **_AS_MISTRAL}, [f"{note} the same."]
+        return AutoConfig.for_model(**values), entries, [f"{note} the same."]
     new._experts_implementation = getattr(old, "_experts_implementation", None)
     made = new.to_dict()
     return new, {key: value for key, value in made.items() if key not in own or own[key] != value}, []
+
+
+def _all_changes(model: PreTrainedModel, units: Sequence[Unit], counts: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """The entries that change where `counts` parts of units are stored, by part of the configuration."""
+    changes, names = dict[str, dict[str, Any]](), list(blocks_of(model))
+    for unit in units:
+        if counts[unit.name] != unit.count:
+            part = _part(model, unit.name)
+            config, entries = _at(model.config, part), changes.setdefault(part, {})
+            for key, value in _changes(config, unit, counts[unit.name]).items():
+                if isinstance(listed := getattr(config, key, None), list):
+                    entries.setdefault(key, list(listed))[int(names[unit.block].rpartition(".")[2])] = value
+                else:
+                    entries[key] = value
+    return changes
+
+
+def _part(model: PreTrainedModel, name: str) -> str:
+    """The part of the configuration that describes a module or unit, such as `text_config`; empty for all of it.
+
+    Raises BillhookError, naming the model's type, where the parts do not say which of them it is.
+    """
+    module: Any = model
+    config = own = model.config
+    for one in name.partition(":")[0].split("."):
+        module = getattr(module, "_modules", {}).get(one)
+        found = getattr(module, "config", None)
+        own = found if isinstance(found, PreTrainedConfig) else own
+    if type(own) is type(config):
+        return ""
+    parts = [key for key in config.sub_configs if type(getattr(config, key, None)) is type(own)]
+    if len(parts) != 1:
+        who = f"{config.model_type} models cannot be slimmed"
+        raise BillhookError(f"{who}: it is not known which part of their configuration describes {name}.")
+    return parts[0]
+
+
+def _at(config: Any, part: str) -> Any:
+    return getattr(config, part) if part else config
 
 
 def _changes(config: Any, unit: Unit, count: int) -> dict[str, Any]:
@@ -146,7 +227,7 @@ def _of_expert(unit: Unit) -> bool:
 
 def _heads(config: Any, unit: Unit, count: int) -> dict[str, Any]:
     assert unit.groups is not None
-    heads, groups = config.num_attention_heads, unit.count
+    heads, groups = getattr(config, _first(config, ("num_attention_heads",), unit)), unit.count
     size = unit.groups.numel() // heads
     changes = {"num_attention_heads": heads // groups * count, "head_dim": size}
     return changes | ({"num_key_value_heads": count} if hasattr(config, "num_key_value_heads") else {})
@@ -154,6 +235,8 @@ def _heads(config: Any, unit: Unit, count: int) -> dict[str, Any]:
 
 def _first(config: Any, names: Sequence[str], unit: Unit) -> str:
     found = next((name for name in names if hasattr(config, name)), None)
+    if unit.kind == "heads" and isinstance(getattr(config, found or "", None), list):  # of stages
+        found = None
     if found is None:
         raise BillhookError(
             f"{config.model_type} models cannot have fewer {unit.kind}: their configuration has no place for it."
@@ -167,8 +250,8 @@ def _depth(config: Mapping[str, Any], blocks: Sequence[int], depth: int) -> dict
     for key, value in config.items():
         if isinstance(value, list) and key in _NUMBERS:
             changes[key] = [blocks.index(i) for i in value if i in blocks]
-        elif isinstance(value, list) and len(value) == depth and not key.endswith(("_token_id", "architectures")):
+        elif isinstance(value, list) and len(value) == depth and not key.endswith(_NOT_OF_BLOCKS):
             changes[key] = [value[i] for i in blocks]
-    if isinstance(last := config.get("max_window_layers"), int):
-        changes["max_window_layers"] = sum(i < last for i in blocks)
+        elif key in _FIRST and isinstance(value, int):
+            changes[key] = sum(i < value for i in blocks)
     return changes

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from billhook.ambient import pinned
-from billhook.architectures.config import call_options
-from billhook.architectures.slim_config import shape_notes, slimmed, stored_counts
+from billhook.architectures.config import call_options, predictions
+from billhook.architectures.slim_config import check_blocks, shape_notes, slimmed, stored_counts
 from billhook.distributed.collectives import barrier, gather
 from billhook.engine.batch import model_inputs, select_rows
 from billhook.engine.gradient_file import Gradients
@@ -82,6 +82,11 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
         raise BillhookError("Give either the fraction of the parameters in blocks to remove, or a plan of kept parts.")
     if request.remove is not None and not 0 < request.remove < 1:
         raise BillhookError(f"The fraction to remove must be between 0 and 1, got {request.remove}.")
+    if kinds == ["blocks"] and (request.allocator or request.shape):
+        raise BillhookError(
+            "An allocator and a shape say how much the units of each block lose, and blocks go whole: leave them out, "
+            "or name other kinds of units too. drop_by says how blocks are chosen."
+        )
     choosing = given is None and bool({"blocks", AUTO} & set(kinds) or allocation.needs_text)
     reads = {f"Removing units with {request.method}": bool(removal.observed or removal.gradient)}
     reads |= {"Removing experts": "experts" in kinds, "Choosing what goes": choosing}
@@ -91,6 +96,8 @@ def prepare(request: SlimRequest, progress: Progress = lambda unit: None) -> Sli
     stream = opened.resources.stream
     if stream is None or opened.source is None:
         raise BillhookError(f"{request.model} cannot be read one block at a time, so no units can be removed from it.")
+    if "blocks" in kinds:
+        check_blocks(stream.model)
     resumed = unfinished_run(_output(request), resume=request.resume, overwrite=request.overwrite)
     if given is None and resumed is not None:
         given = Plan.from_json(resumed.plan, str(partial_folder(_output(request))))
@@ -193,10 +200,10 @@ def run(
 @contextmanager
 def _gradients(job: SlimJob) -> Iterator[Gradients | None]:
     """The gradients of the consumers in a temporary file, if the method reads any."""
-    if not job.removal.gradient:
+    layers = [unit.consumer for unit in job.units if unit.consumer is not None]
+    if not job.removal.gradient or not layers:
         yield None
         return
-    layers = [unit.consumer for unit in job.units if unit.consumer is not None]
     with tempfile.TemporaryDirectory(prefix="billhook.") as folder:
         opened = replace(job.opened, layers=layers)
         opened.__dict__["facts"] = job.opened.facts  # the digest of the files takes time
@@ -230,17 +237,24 @@ def _finish(job: SlimJob, files: SmallerFiles, source: Path) -> Callable[[Path],
 
 @torch.no_grad()
 def _check_predictions(opened: Opened, written: Stream) -> None:
-    """Raise JobError unless stock `transformers` computes from the files what the model in memory computes."""
+    """Raise JobError unless stock `transformers` computes from the files what the model in memory computes.
+
+    Without samples some tokens are tried, and models of images or sounds are not.
+    """
     model, samples = opened.model, opened.samples
+    if samples is None and model.main_input_name != "input_ids":
+        return  # there are no images or sounds
     if samples is None:
-        batch: Mapping[str, torch.Tensor] = {model.main_input_name: torch.arange(8)[None]}
+        names = ("input_ids", "decoder_input_ids") if model.config.is_encoder_decoder else ("input_ids",)
+        batch: Mapping[str, torch.Tensor] = dict.fromkeys(names, torch.arange(8)[None])
     else:
         batch = select_rows(samples.batch, slice(0, 1))
-    here = model(**model_inputs(model, batch), **call_options(model)).logits.float()
-    there = written.model(**model_inputs(written.model, batch), **call_options(written.model)).logits.float()
+    here, there = (
+        predictions(one, one(**model_inputs(one, batch), **call_options(one))).float() for one in (model, written.model)
+    )
     off = float((here - there).abs().max() / here.abs().max().clamp_min(1e-9))
     if not off <= _TOLERANCE.get(model.dtype, 1e-4):
         raise JobError(
-            f"The files do not compute what the model in memory computes (logits differ by {off:.2g} of the largest): "
-            f"{model.config.model_type} models cannot have this shape. Nothing was written."
+            f"The files do not compute what the model in memory computes (predictions differ by {off:.2g} of the "
+            f"largest): {model.config.model_type} models cannot have this shape. Nothing was written."
         )

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from billhook.architectures.slim_config import check_per_layer
+from billhook.architectures.config import text_config
+from billhook.architectures.slim_config import check_blocks, check_per_layer
 from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import Unit, find_units
 from billhook.engine.removal import Removal
@@ -62,6 +63,8 @@ def choose_plan(
     """
     assert request.remove is not None
     blocks, units = blocks_of(opened.model), units_of(opened, kinds)
+    if "blocks" in kinds:
+        check_blocks(opened.model)
     if allocation.shape == "per-layer":
         check_per_layer(opened.model, units)
     number, gone = blocks_to_drop(kinds, request.remove, parameters_of(opened)), list[int]()
@@ -98,7 +101,7 @@ def _allocated(
 ) -> Plan:  # fmt: skip
     """How many parts of `units` stay, where the blocks `gone` are dropped and the others give the rest."""
     assert request.remove is not None
-    sizes, parameters = sizes_of(units, opened.model.config), parameters_of(opened)
+    sizes, parameters = sizes_of(units, text_config(opened.model.config)), parameters_of(opened)
     wanted = round(request.remove * sum(parameters))
     left, stays = max(0, wanted - sum(parameters[block] for block in gone)), sum(parameters) - wanted
     if not units:

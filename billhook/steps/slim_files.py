@@ -62,12 +62,12 @@ class Smaller:
         cuts = cuts_of(units, first)
         inside = {name for names in source.names for name in names}
         stored = {name: Stored(s.path, s.entry, False) for name, s in source.source.items() if name not in inside}
-        for new, old in enumerate(blocks):
+        for old in blocks:
             shapes = dict[str, Tensor]()
             for name, value in source.state(old).items():
                 empty = torch.empty(value.shape, dtype=torch.uint8)  # its values do not matter
                 shapes[name] = without(name, empty, cuts).to("meta")
-            renamed = {_renamed(name, source, old, new): value for name, value in shapes.items()}
+            renamed = {_renamed(name, source, old, blocks): value for name, value in shapes.items()}
             before, after = (to_disk(model, state, source.source) for state in (shapes, renamed))
             for was, (name, value) in zip(before, after.items(), strict=True):
                 like = source.source.get(was) or next(iter(source.source.values()))
@@ -82,7 +82,9 @@ class Smaller:
             with loading(path):
                 return cls(source, stream_of(path, kind, config, stored, **options), units, counts, blocks)
         except BillhookError:
-            kinds = " and ".join(dict.fromkeys(unit.kind for unit in units))
+            fewer = [unit.kind for unit in units if counts[unit.name] < unit.count]
+            fewer += ["blocks"] if len(blocks) < len(source.blocks) else []
+            kinds = " and ".join(dict.fromkeys(fewer))
             raise BillhookError(
                 f"{model.config.model_type} models cannot have fewer {kinds}: their configuration does not give the "
                 "shapes that are left."
@@ -107,11 +109,11 @@ class Smaller:
 
     def _left(self, block: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What stays of the tensors of a block in memory, by the names on disk, with zeros in what does not stay."""
-        new, cuts = self.blocks.index(block), self.cuts(block)
+        cuts = self.cuts(block)
         gone = cuts_of([unit for unit in self.units if unit.block == block], self.kept)
         left = {}
         for name, value in state.items():
-            left[_renamed(name, self.source, block, new)] = without(name, zeroed(name, value, gone), cuts)
+            left[_renamed(name, self.source, block, self.blocks)] = without(name, zeroed(name, value, gone), cuts)
         return to_disk(self.source.model, left, self.stream.source)
 
     def state(self, block: int) -> dict[str, Tensor]:
@@ -121,7 +123,7 @@ class Smaller:
         with self.stream.block(new):
             values = self.stream.state(new)
             return {
-                name: with_zeros(name, values[_renamed(name, self.source, block, new, self.stream)], shape, cuts)
+                name: with_zeros(name, values[_renamed(name, self.source, block, self.blocks)], shape, cuts)
                 for name, shape in shapes.items()
             }
 
@@ -133,11 +135,11 @@ def _filled(kept: Tensor, count: int) -> Tensor:
     return stored
 
 
-def _renamed(name: str, source: Stream, old: int, new: int, target: Stream | None = None) -> str:
-    """The full name in memory of a tensor of block `old`, which is block `new` of the smaller model."""
-    prefix = source.prefixes[old]
-    there = f"{prefix.rpartition('.')[0]}.{new}" if target is None else target.prefixes[new]
-    return there + name.removeprefix(prefix)
+def _renamed(name: str, source: Stream, old: int, blocks: Sequence[int]) -> str:
+    """The full name in memory of a tensor of block `old` in the smaller model, in which these `blocks` stay."""
+    stacks = [prefix.rpartition(".")[0] for prefix in source.prefixes]
+    number = sum(block < old and stacks[block] == stacks[old] for block in blocks)
+    return f"{stacks[old]}.{number}{name.removeprefix(source.prefixes[old])}"
 
 
 class SmallerFiles:
