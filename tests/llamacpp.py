@@ -70,6 +70,14 @@ class LlamaCpp:
         self._run([sys.executable, "-c", _CONVERT, *arguments])
         return read_gguf(output)
 
+    def quantize(self, file: Path, output: Path, types: Path, kind: str) -> GgufFile:
+        """The file that `llama-quantize` makes with a file of types; skips the test where it is not built."""
+        program = self.folder / "llama.cpp" / "build" / "bin" / "llama-quantize"
+        if not program.is_file():
+            pytest.skip(f"needs {program.name}")
+        self._run([str(program), "--tensor-type-file", str(types), str(file), str(output), kind, "1"])
+        return read_gguf(output)
+
     def loss(self, file: Path, windows: np.ndarray) -> float:
         """Mean log loss of tokens 2 to n of windows int [windows, n]."""
         count, length = windows.shape

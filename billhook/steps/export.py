@@ -1,5 +1,6 @@
 """Write a model directory in the format of another program, or decode a quantized one into ordinary weights."""
 
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from billhook.reports.quantized_card import decoded_card
 from billhook.store.checkpoint import check_directory, model_digest
 from billhook.store.directory import checksums, copied_from
 from billhook.store.files import copy_files, digest_of, sha256, write_json, write_text
+from billhook.store.gguf_file import read_gguf
 from billhook.store.layout import CARD, RECORD, is_unfinished
 from billhook.store.output import check_output, check_room, staging
 from billhook.store.record import Record, Step, append_step, completed, history, read_record
@@ -170,6 +172,27 @@ def _check_vllm(grids: Mapping[str, Scalar], modules: Sequence[str]) -> None:
         types = sorted({grids[name].name if name in grids else "16 bits" for name in names})
         if len(types) > 1:
             raise BillhookError(f"vLLM fuses {', '.join(names)}, which differ in type: {', '.join(types)}. {advice}")
+
+
+def export_tensor_types(model: str | Path, output: str | Path, *, overwrite: bool = False) -> Written:
+    """Write the types of a GGUF file, or of the one in a directory, for `llama-quantize --tensor-type-file`.
+
+    There is a line NAME=TYPE for each tensor of at least two dimensions. llama.cpp searches for NAME, a regular
+    expression, in the names of tensors, and the first that is found counts, so each is anchored. Raises BillhookError
+    for a model without a GGUF file and for an output that exists.
+    """
+    path, output = Path(model).expanduser(), Path(output).expanduser()
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if not files:
+        raise BillhookError(
+            f"{model} holds no GGUF file, which has the types of llama.cpp: billhook quantize and compress make it."
+        )
+    if output.exists() and not overwrite:
+        raise BillhookError(f"The output {output} exists: choose another, or allow replacing it (--overwrite).")
+    types = {x.name: x.type for x in read_gguf(files[0]).tensors.values() if len(x.shape) > 1}
+    lines = [f"^{re.escape(name)}$={type}\n" for name, type in types.items()]
+    write_text(output, "".join(lines))
+    return Written(output, output.stat().st_size, dict(Counter(types.values())), [])
 
 
 def _open(model: str | Path) -> tuple[Path, dict[str, Any], Record | None]:

@@ -10,13 +10,18 @@ from pathlib import Path
 
 import gguf_families
 import pytest
+import tiny
 import torch
 from llamacpp import LlamaCpp, differences, llama_cpp  # noqa: F401
 from paths import DEMO, ROOT
 from transformers import AutoConfig, AutoTokenizer
 
 from billhook import quantize
+from billhook.architectures.layers import find_layers
 from billhook.export.gguf import write_gguf
+from billhook.plan.plan import Budget, Plan
+from billhook.plan.spec import Spec
+from billhook.steps.export import export_gguf, export_tensor_types
 from billhook.store.gguf_file import read_gguf
 from billhook.tasks.opening import load_model
 
@@ -131,3 +136,17 @@ def test_a_trained_model_has_the_same_tensors_tokens_and_loss(model, llama_cpp: 
         loss = dense(input_ids=ids, labels=ids).loss.item()
     written = write_gguf(model, tmp_path / "f32.gguf", rest="f32")
     assert llama_cpp.loss(written.path, ids.numpy()) == pytest.approx(loss, abs=0.002)
+
+
+def test_llama_quantize_gives_every_tensor_the_type_of_an_exported_list(llama_cpp: LlamaCpp, tmp_path):  # noqa: F811
+    types = ["q4_0", "q5_1", "iq4_nl", "q8_0", "q5_0"]
+    model = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=12, tie_word_embeddings=False))
+    names = [layer.name for layer in find_layers(tiny.llama(num_hidden_layers=12))]
+    weights = {name: Spec(type=types[i % len(types)]) for i, name in enumerate(names)}
+    plan = Plan(Budget("bytes", 1), weights)
+    ours = quantize(model, "", tmp_path / "out", plan=plan, embeddings="q4_1", quantizer="round").output / "out.gguf"
+    listed = export_tensor_types(ours.parent, tmp_path / "types.txt").path
+    export_gguf(model, tmp_path / "f16.gguf", kind="f16")
+    theirs = llama_cpp.quantize(tmp_path / "f16.gguf", tmp_path / "theirs.gguf", listed, "Q8_0")
+    made, wanted = ({x.name: x.type for x in file.tensors.values()} for file in (theirs, read_gguf(ours)))
+    assert made == wanted

@@ -1,6 +1,7 @@
 """Exports of quantized models: decoded weights are those that stock programs read, and what has no form is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,12 @@ from command import billhook, done
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from billhook.architectures.layers import find_layers
+from billhook.errors import BillhookError
 from billhook.packed.loading import load
-from billhook.steps.export import export_dense, export_gguf, export_vllm
+from billhook.plan.plan import Budget, Plan
+from billhook.plan.spec import Spec
+from billhook.steps.export import export_dense, export_gguf, export_tensor_types, export_vllm
 from billhook.steps.quantize import quantize
 from billhook.steps.verify import verify
 from billhook.store.gguf_file import read_gguf
@@ -120,3 +125,22 @@ def test_another_format_of_compressed_tensors_is_refused_by_name(tmp_path, int4)
         assert ran.code == 2
         assert "pack-quantized" in ran.err or "is in no group" in ran.err
     assert done("export", int4, "--to", "dense", "-o", tmp_path / "out", "--json").json["types"]["bf16"] > 10
+
+
+@pytest.mark.gate
+def test_a_list_of_types_means_every_tensor_of_a_gguf_file_and_no_other(tmp_path):
+    """llama.cpp searches the name of a tensor for the expressions in turn, and the first that is found counts."""
+    model = tiny.llama(num_hidden_layers=12, tie_word_embeddings=False)
+    source = tiny.save(tmp_path / "model", model)
+    types = {"model.layers.1.self_attn.q_proj": "q8_0", "model.layers.11.mlp.up_proj": "q5_0"}
+    weights = {x.name: Spec(type=types.get(x.name, "q4_0")) for x in find_layers(model)}
+    output = quantize(source, "", tmp_path / "out", plan=Plan(Budget("bytes", 1), weights), quantizer="round").output
+    written = export_tensor_types(output, tmp_path / "types.txt")
+    lines = [line.rpartition("=") for line in written.path.read_text().splitlines()]
+    for tensor in read_gguf(output / "out.gguf").tensors.values():
+        found = [type for pattern, _, type in lines if re.search(pattern, tensor.name)]
+        assert found == ([tensor.type] if len(tensor.shape) > 1 else [])
+    with pytest.raises(BillhookError, match="exists"):
+        export_tensor_types(output, tmp_path / "types.txt")
+    with pytest.raises(BillhookError, match="holds no GGUF file"):
+        export_tensor_types(source, tmp_path / "others.txt")
