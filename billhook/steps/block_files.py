@@ -141,7 +141,7 @@ class BlockFiles:
                 continue
             value = Stored(self.entries[name].path, self.entries[name].entry, lazy=False).read()
             new = (changed or {}).get(name, value)
-            tensors[name] = as_stored(name, new, value.dtype, lambda value=value: value)
+            tensors[name] = as_stored(name, new, value.dtype, value.clone)
         replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
 
     def _packed(self, name: str) -> dict[str, Tensor]:
