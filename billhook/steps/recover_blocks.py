@@ -134,6 +134,7 @@ def _with_text(request: RecoverRequest, dense: Opened, progress: Progress) -> Op
     """The dense model with as many windows, images or answers as `tokens` asks for, or as there are."""
     model = dense.model
     if is_self(request.calibration):  # a streamed model would read every block for every token
+        assert dense.source is not None
         model = in_memory(dense, replace(request.opening(), model=dense.source)).model
     windows = draw_windows(replace(request, by="model", batch_size=STEP), dense, model, progress)
     batch, length = join_rows([windows.samples.batch, windows.chosen_on]), row_length(dense.model, windows.chosen_on)

@@ -9,7 +9,6 @@ listed, and that the configuration loads. The quality of the model is not checke
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,14 @@ from billhook.errors import BillhookError
 from billhook.export import compressed_tensors
 from billhook.plan.plan import Plan
 from billhook.steps.kept import changed_weights
+from billhook.steps.verify_chain import check_chain, check_recovered, step_name
 from billhook.steps.verify_files import check_config, check_files, unlisted_weights
 from billhook.steps.verify_gguf import examine_gguf
 from billhook.steps.verify_units import check_units
 from billhook.store import not_a_model
 from billhook.store.arguments import check_argument
 from billhook.store.layout import RECORD, is_packed, is_unfinished
-from billhook.store.record import REFILLED, Record, Step, located, read_record, weights_digest
+from billhook.store.record import REFILLED, Record, Step, located, read_record
 from billhook.store.shards import Shard, layer_zeros, read_shard, weight_files
 
 Progress = Callable[[str], None]
@@ -88,11 +88,11 @@ def verify(
         problems = [*check_files(directory, record.files), *unlisted_weights(directory, record.files)]
         if gguf := sorted(directory.glob("*.gguf")):
             zeros, weights, found = examine_gguf(gguf[0], record, progress)
-            problems += [*_check_chain(record), *found]
+            problems += [*check_chain(record), *found]
             return Verification(str(directory), len(record.steps), len(record.layers), zeros, weights, problems)
         shards, damaged = _open(directory)
         problems += [*check_config(directory, shards), *_check_finite(shards), *check_units(record)]
-        problems += _check_recovered(record)
+        problems += check_recovered(record)
         if source is not None:
             problems += changed_weights(shards, record, resolve(source))
         return _check_record(directory, record, problems, shards, damaged, progress)
@@ -119,7 +119,7 @@ def _check_record(
     progress: Progress,
 ) -> Verification:
     """Check the chain of steps and count the zeros of every layer; `problems` found before come first."""
-    problems = [*problems, *damaged, *_check_chain(record)]
+    problems = [*problems, *damaged, *check_chain(record)]
     try:
         expected = _expectations(record)
     except BillhookError as error:
@@ -141,34 +141,6 @@ def _check_finite(shards: Sequence[Shard]) -> list[str]:
     """The tensors with NaN or infinite values."""
     found = [entry.name for shard in shards for entry in shard.entries.values() if not shard.finite(entry)]
     return [f"{name} holds NaN or infinite values." for name in found]
-
-
-def _check_chain(record: Record) -> Iterator[str]:
-    """Whether the input of each step is the output of the step before, and the files are the output of the last step.
-
-    Unknown digests (null) are not compared.
-    """
-    names = [_name(number, step) for number, step in enumerate(record.steps)]
-    for (before, step), (first, second) in zip(pairwise(record.steps), pairwise(names), strict=True):
-        if None not in (before.result, step.model.get("digest")) and before.result != step.model["digest"]:
-            yield f"{second} did not start from the weights that {first} wrote: the model was changed in between."
-    if record.steps[-1].result not in (None, weights_digest(record.files)):
-        yield f"The files in {RECORD} are not those that {names[-1]} wrote."
-
-
-def _check_recovered(record: Record) -> Iterator[str]:
-    """Whether every layer has at least the zeros that it had before the last step, if that trained the model.
-
-    The recorded zeros are compared with the files elsewhere.
-    """
-    step = record.steps[-1]
-    for name, zeros in (step.made_by.get("zeros") or {}).items() if step.step == "recover" else ():
-        if (now := record.layers.get(name, {}).get("zeros", 0)) < zeros:
-            yield f"{name}: {zeros - now} weights that were zero before the training had values again."
-
-
-def _name(number: int, step: Step) -> str:
-    return f"step {number + 1} ({step.step})"
 
 
 @dataclass(frozen=True)
@@ -201,7 +173,7 @@ def _expectations(record: Record) -> list[_Expected]:
     for number, step in enumerate(record.steps):
         if step.plan is None or number <= reshaped:  # earlier plans were of layers of another shape
             continue
-        plan = Plan.from_json(step.plan, f"{RECORD}, {_name(number, step)}")
+        plan = Plan.from_json(step.plan, f"{RECORD}, {step_name(number, step)}")
         # a training or another shape leaves layers that no plan names
         last = number == len(record.steps) - 1 and reshaped < 0 and all(step.step != "recover" for step in record.steps)
         named = [name for name in expected if name in plan.weights or (last and name not in targets)]
@@ -213,7 +185,7 @@ def _expectations(record: Record) -> list[_Expected]:
                 planned.append(_planned(plan, name, zeros, shapes[name], number, step))
                 targets[name] = plan.sparsity[name]
             elif planned:  # a storage type asks for no number of zeros, and groups keep theirs
-                planned.append(_Planned(_name(number, step), 0, math.inf, planned[-1].groups))
+                planned.append(_Planned(step_name(number, step), 0, math.inf, planned[-1].groups))
     for name, layer in expected.items():
         target, noted = targets.get(name), layer.facts.get("sparsity")
         if noted != target and not _close(noted, target):
@@ -233,7 +205,7 @@ def _planned(plan: Plan, name: str, zeros: int, shape: tuple[int, int], number: 
     slack = out + 0.01 * out * columns if floor else 1
     keep_of = plan.weights[name].keep_of
     groups = None if keep_of is None else (keep_of[1] - keep_of[0], keep_of[1])
-    return _Planned(_name(number, step), zeros, slack, groups)
+    return _Planned(step_name(number, step), zeros, slack, groups)
 
 
 def _open(directory: Path) -> tuple[list[Shard], list[str]]:
