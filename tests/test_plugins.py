@@ -13,7 +13,7 @@ from billhook.cli import app
 from billhook.errors import BillhookError
 from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.sparse import CRITERIA
-from billhook.plan.allocators import ALLOCATORS, AUTO
+from billhook.plan.allocators import ALLOCATORS, ON_MODEL
 from billhook.plan.level_allocators import LEVEL_ALLOCATORS
 from billhook.registry import GROUP, Registry
 from billhook.tasks import TASKS
@@ -160,7 +160,7 @@ def test_the_command_line_knows_an_installed_allocator(install: Install, tmp_pat
     assert result.exit_code == 0, result.output
     listed = {entry["name"]: entry for entry in json.loads(result.stdout)["allocators"]}
     assert listed["even"]["options"] == {"power": 1.0}
-    assert list(listed) == [*(name for name in ALLOCATORS.names() if name != "even"), "even", AUTO]
+    assert list(listed) == [*(name for name in ALLOCATORS.names() if name != "even"), "even", *ON_MODEL]
 
 
 def test_built_in_names_do_not_read_entry_points() -> None:

@@ -88,12 +88,8 @@ class Size:
 def allowed_types(target: str, given: Sequence[str]) -> list[str]:
     """The types to choose from, int4 being int4 with any group; raises BillhookError for one that the target cannot
     hold."""
-    if target == "gguf":
-        possible = list(GGML)
-    elif target in _SCALARS:
-        possible = [f"int{b}/{group}" for b in _SCALARS[target] for group in (64, 32, 16)]
-    else:
-        raise BillhookError(f"Unknown target {target!r:.40}: use gguf, transformers or vllm.")
+    scalars = [f"int{b}/{group}" for b in _SCALARS.get(target, ()) for group in (64, 32, 16)]
+    possible = list(GGML) if target == "gguf" else scalars
     chosen = []
     for type in given:
         found = [t for t in possible if type in (t, t.partition("/")[0])]

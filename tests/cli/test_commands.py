@@ -285,7 +285,7 @@ def test_an_infinite_perplexity_is_still_json(tmp_path):
 def test_ls_alone_lists_everything_that_can_be_named():
     rows = done("ls", "--json").json
     assert {"good", "owl@70"} <= {row["name"] for row in rows["recipes"]}
-    assert {*ALLOCATORS.names(), "auto"} == {row["name"] for row in rows["allocators"]}
+    assert {*ALLOCATORS.names(), "rco", "auto"} == {row["name"] for row in rows["allocators"]}
     assert set(rows) == set(KINDS)
     shown = done("ls").out
     assert all(name in shown for name in ("good", "auto", "admm", "gptq", "iq3_s", "alpha_peak", "gpt_oss"))

@@ -84,6 +84,7 @@ def test_a_recipe_is_one_method_of_a_comparison_and_is_what_prune_makes_of_it(pl
         assert evaluate(model, windows).nll == pytest.approx(row["nll"], rel=1e-6), row
 
 
+@pytest.mark.nightly
 def test_an_interrupted_comparison_continues(place, made, tmp_path):
     class Enough(Exception):
         pass

@@ -91,6 +91,7 @@ def test_check_names_what_is_stale_and_writing_repairs_it(tmp_path: Path, capsys
     assert (tmp_path / "cli.md").read_text(encoding="utf-8") == "old"
 
 
+@pytest.mark.nightly
 def test_pages_of_methods_that_are_gone_are_stale_and_removed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,6 +67,7 @@ def test_every_command_follows_one_rule_and_records_it(place, options, begun):
     assert ("each window after BOS" in (place / "pruned" / "README.md").read_text()) == begun
 
 
+@pytest.mark.nightly
 def test_a_run_that_begins_windows_otherwise_is_not_continued(place):
     fields = {"sparsity": 0.5, "calibration": "text.jsonl", "samples": 6, "length": 32, "output": place / "out"}
     with pytest.raises(Interrupted):

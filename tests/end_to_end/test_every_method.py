@@ -42,6 +42,7 @@ def test_every_allocator_with_every_kind_of_pattern(place, tmp_path, allocator, 
     assert done("verify", tmp_path / "pruned", "--json").json["ok"]
 
 
+@pytest.mark.nightly
 def test_nothing_to_remove_removes_nothing(place, tmp_path):
     for criterion in CRITERIA.names():
         report = prune(place, tmp_path / criterion, "--criterion", criterion, "--sparsity", "0")

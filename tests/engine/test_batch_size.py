@@ -32,7 +32,13 @@ def test_input_norms_are_over_all_sequences(family: str, statistics: tuple[str, 
 
 
 @pytest.mark.parametrize("family", ["llama", *MOE])
-@pytest.mark.parametrize("allocator, criterion", [("owl", "wanda"), ("dlp", "ria"), ("uniform", "sparsegpt")])
+@pytest.mark.parametrize(
+    "allocator, criterion",
+    [
+        ("owl", "wanda"),
+        *(pytest.param(*x, marks=pytest.mark.nightly) for x in [("dlp", "ria"), ("uniform", "sparsegpt")]),
+    ],
+)
 def test_plans_and_masks_are_the_same(family: str, allocator: str, criterion: str):
     made = []
     for size in (1, 2, 8):

@@ -58,6 +58,7 @@ def test_models_texts_and_files_of_any_name_go_through_all_steps(tmp_path: Path,
     done("export", model, "--to", "gguf", "-o", "model.gguf")
 
 
+@pytest.mark.nightly
 @pytest.mark.gate
 def test_folders_of_any_name_are_printed_and_pruned(tmp_path: Path) -> None:
     tiny.save(tmp_path / NAME, words=False)

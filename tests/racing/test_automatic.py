@@ -50,7 +50,7 @@ def divergence(plan: Plan, request: Request) -> float:
         return statistics.fmean(runner.losses(0, rows_of(split.heldout)).kl)
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "admm"])
+@pytest.mark.parametrize("criterion", ["wanda", pytest.param("admm", marks=pytest.mark.nightly)])
 def test_auto_is_exact_deterministic_and_not_worse_than_uniform(criterion: str) -> None:
     model = tiny.llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -87,6 +87,7 @@ def test_beta_is_chosen_in_a_few_trials_and_recorded(criterion: str) -> None:
         assert plan.sparsity == allocate(measure(tiny.llama(), []), 0.6, allocator="atp", beta=beta).sparsity
 
 
+@pytest.mark.nightly
 def test_other_options_of_a_raced_allocator_are_kept(tmp_path: Path) -> None:
     save_file({"tokens": text()}, tmp_path / "text.safetensors")
     fields = {"allocator": "owl", "lam": "auto", "m": 3, "calibration": str(tmp_path / "text.safetensors")}
@@ -106,6 +107,7 @@ def test_a_run_whose_allocation_was_raced_is_resumed_without_another_race(tmp_pa
     assert record["plan"]["made_by"]["racing"]["tried"]
 
 
+@pytest.mark.nightly
 def test_trials_have_the_options_that_are_given() -> None:
     request = Request(tiny.llama(), 0.6, criterion="admm", allocator="auto", calibration=text(), options={"steps": 1})
     racing = prepare(request).plan.made_by["racing"]

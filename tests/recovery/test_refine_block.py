@@ -35,7 +35,7 @@ def test_a_block_that_only_rounding_makes_worse_gets_its_weights_back(dtype: tor
         )
         near = weight.float() + 6e-4 * torch.randn(16, 16, generator=generator)
         target, block = (x.float() @ near.T).to(dtype), Linear(weight.clone())
-        data = Data([x], [target], following.calls, {(12, 16): [*following.calls, *following.calls]}, following)
+        data = Data([x], [target], following.calls, [[*following.calls, *following.calls]], following)
         tuned = [Kept("weight", block.weight, dtype, torch.ones_like(weight, dtype=torch.bool))]
         result = refine_block_(block, data, tuned, Refine(epochs=2, rate=2e-4))
         whole = target[held].float().square().sum((1, 2))
@@ -69,7 +69,7 @@ def test_the_best_epoch_is_kept_and_four_without_gain_are_the_last(monkeypatch: 
     x, weight, noise = (torch.randn(*shape, generator=generator) for shape in ((16, 1, 16), (16, 16), (16, 1, 16)))
     following = Following(Linear(torch.eye(16)), [Call((), {})], lambda h: h)
     target = x @ (weight + 0.5 * torch.randn(16, 16, generator=generator)).T + noise  # which is learnt by heart
-    data = Data([x], [target], following.calls, {(1, 16): [*following.calls, *following.calls]}, following)
+    data = Data([x], [target], following.calls, [[*following.calls, *following.calls]], following)
     for rate in (0.05, 30.0):  # the second makes everything worse
         rates, losses, block = list[float](), list[float](), Linear(weight.clone())
         tuned = [Kept("weight", block.weight, weight.dtype, torch.ones_like(weight, dtype=torch.bool))]

@@ -59,6 +59,7 @@ def test_a_library_of_another_version_is_not_used():
     assert "another version" in ran.stderr
 
 
+@pytest.mark.nightly
 def test_a_missing_library_is_one_message(tmp_path: Path):
     code = (
         "import sys, pathlib, torch\n"

@@ -59,6 +59,7 @@ def test_the_file_is_not_larger_than_asked_and_opens(tmp_path, source, target):
     assert sizes[1] > sizes[0]
 
 
+@pytest.mark.nightly
 def test_the_number_of_steps_of_a_choice_is_known_before_it_begins(tmp_path, source):
     done: list[str] = []
     checked = check(CompressRequest.given(model=source, output=tmp_path / "out", bits=9.0, **FIELDS))
@@ -103,6 +104,7 @@ def test_rows_that_do_not_fill_words_and_facts_in_a_header_count(tmp_path, targe
     assert weights(tmp_path / "out") <= least
 
 
+@pytest.mark.nightly
 def test_a_stopped_run_goes_on_only_with_the_size_and_the_types_it_was_started_with(tmp_path, source, monkeypatch):
     fields = {"size": "60KB", "target": "transformers", **FIELDS}
     whole = compress(source, tmp_path / "whole", **fields).quantized.output
@@ -213,6 +215,7 @@ def test_levels_of_an_earlier_run_lead_to_the_same_file_and_are_refused_where_th
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.nightly
 def test_types_that_an_earlier_run_did_not_measure_are_left_out_and_named(tmp_path, source):
     fields: dict = {"target": "transformers", **FIELDS}
     first = compress(source, tmp_path / "first", size="42KB", types=["int2", "int3", "int4"], **fields)
@@ -234,7 +237,7 @@ def test_types_that_an_earlier_run_did_not_measure_are_left_out_and_named(tmp_pa
         ("atp", {"beta": 0.1}),
         *(pytest.param(*x, marks=pytest.mark.nightly) for x in [("uniform", {}), ("alphaq", {}), ("owl", {})]),
         pytest.param("rco", {"steps": 2, "windows": 1}, marks=pytest.mark.nightly),
-        ("auto", {}),
+        pytest.param("auto", {}, marks=pytest.mark.nightly),
     ],
 )
 def test_every_allocator_meets_the_size_and_says_how(tmp_path, source, allocator, options):
@@ -324,7 +327,7 @@ def test_the_types_of_another_file_are_taken_tensor_by_tensor(tmp_path, source):
         ({"size": "two"}, "is not a number of bytes, such as 2.5GB"),
         ({"bits": 0.0}, r"not a number of bits in \(0, 32\]"),
         ({"bits": float("nan")}, r"not a number of bits in \(0, 32\]"),
-        ({"size": "1MB", "target": "exe"}, "Unknown target 'exe': use gguf"),
+        ({"size": "1MB", "target": "exe"}, "target='exe' must be one of gguf"),
         ({"size": "1MB", "types": ["int4/64"]}, "gguf files cannot hold int4/64"),
         ({"size": "1MB", "types": ["q4_k"]}, r"divides the 32 columns of model.*allow a type .*types \(q8_0, "),
         ({"size": "1MB", "calibration": None}, "Choosing types needs activations"),

@@ -179,6 +179,7 @@ def test_a_run_prints_estimated_and_actual_memory(tmp_path):
     assert re.search(r"^Peak memory: \d+\.\d\d GiB \(estimated \d+\.\d\d\)\.$", said, re.MULTILINE)
 
 
+@pytest.mark.nightly
 def test_the_page_has_the_numbers_of_the_formula():
     rows = [
         "| model | criterion | 1 process | 8 processes | `--allocator auto` |",

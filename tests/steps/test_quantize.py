@@ -118,7 +118,7 @@ def test_either_a_type_or_a_plan_of_types_of_one_kind_is_given(tmp_path, source)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("blocks", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, source, whole, blocks):
     stop_after(source, tmp_path / "out", blocks)
     changes = (
@@ -282,7 +282,7 @@ def test_what_transformers_does_not_read_quantized_is_refused_by_name(tmp_path, 
         quantize(source, "int4/16", tmp_path / "out", quantizer="round")
 
 
-@pytest.mark.parametrize("type", ["q4_0", "q8_0", "q4_k"])
+@pytest.mark.parametrize("type", ["q4_k", *(pytest.param(x, marks=pytest.mark.nightly) for x in ("q4_0", "q8_0"))])
 def test_a_gguf_file_holds_what_the_quantizer_computed_in_memory(tmp_path, source, type):
     """Types of 256 columns are replaced by the smallest of 32 with as many bits, embeddings are q8_0 here."""
     fields = {"quantizer": "gptq", "calibration": IDS, "batch_size": 2}

@@ -156,6 +156,7 @@ def test_of_a_quantized_model_scales_and_norms_are_trained_and_codes_stay(place,
     assert {name.split(".")[-2] for name in part if not torch.equal(before[name], part[name])} == {"q_proj"}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_block_by_block_zeros_stay_and_a_stopped_run_goes_on_to_the_same_bytes(place, tmp_path, stop):
     fields = {"calibration": str(place / "text.txt"), "teacher": place / "model", "length": 32, "by": "block"}
@@ -180,7 +181,7 @@ def test_block_by_block_zeros_stay_and_a_stopped_run_goes_on_to_the_same_bytes(p
         recover(place / "small", tmp_path / "no", **fields)
 
 
-@pytest.mark.parametrize("by", ["model", "block"])
+@pytest.mark.parametrize("by", ["model", pytest.param("block", marks=pytest.mark.nightly)])
 def test_layers_that_no_plan_names_are_trained_and_no_part_of_the_report_of_pruning(place, tmp_path, by):
     about = {"criterion": "magnitude", "allocator": "uniform", "sparsity": 0.5}
     prune(place / "model", output=tmp_path / "part", ignore="re:.*down_proj", **about)
@@ -261,6 +262,7 @@ def test_every_task(place, tmp_path, objective):
         assert verify(report.output).ok
 
 
+@pytest.mark.nightly
 def test_a_time_is_turned_into_tokens_once(place, tmp_path):
     fields = {**FEW, "calibration": str(place / "text.txt"), "tokens": None, "budget": "2s"}
     job = prepare(RecoverRequest(model=place / "pruned", output=tmp_path / "out", teacher=place / "model", **fields))

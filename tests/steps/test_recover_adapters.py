@@ -100,6 +100,7 @@ def test_beside_quantized_weights_an_adapter_is_an_ordinary_one(place: Path, tmp
     assert layer.get_delta_weight("default")[layer.base_layer.weight == 0].any()
 
 
+@pytest.mark.nightly
 def test_a_stopped_run_goes_on_to_the_same_bytes(place: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(training, "MEASURED", (2, 2))
     monkeypatch.setattr("billhook.steps.recover_problem.RATES", (0.003, 0.01))

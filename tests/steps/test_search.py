@@ -52,6 +52,7 @@ def test_given_options_are_checked(given: dict[str, str], message: str, tokens: 
         find(llama(), tokens, allocator=["atp", "owl"], options=given)
 
 
+@pytest.mark.nightly
 def test_several_allocators_are_searched_together(tokens: torch.Tensor):
     names = ("alphapruning", "owl", "dlp")  # ATP's grid is long where blocks are few
     found = find(llama(), tokens, allocator=names, grid=True, options={"m": 5})
@@ -100,7 +101,7 @@ def test_a_search_serves_patterns_and_experts(tokens: torch.Tensor):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("objective", ["kl", "ppl"])
+@pytest.mark.parametrize("objective", ["kl", pytest.param("ppl", marks=pytest.mark.nightly)])
 def test_never_worse_than_uniform_and_a_trial_is_a_plain_run(objective: str, tokens: torch.Tensor):
     name = {"kl": "kl", "ppl": "nll"}[objective]
     for seed in range(3):
@@ -162,7 +163,7 @@ def test_a_search_gives_the_same_bytes_again(tokens: torch.Tensor, tmp_path: Pat
     assert picture.count("<circle") == 1  # around the best trial
 
 
-@pytest.mark.parametrize("runs", [1, 3])
+@pytest.mark.parametrize("runs", [1, pytest.param(3, marks=pytest.mark.nightly)])
 def test_resumed_equals_uninterrupted(runs: int, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fields: dict[str, Any] = {"allocator": "auto,atp", "budget": 5, "save_model": False}
     find(llama(), tokens, output=tmp_path / "whole", **fields)

@@ -169,6 +169,7 @@ def test_a_record_numbers_the_experts_that_stay_anew(tmp_path):
     assert verify(prune(report.output, output=tmp_path / "pruned", **given).output).ok
 
 
+@pytest.mark.nightly
 def test_the_time_is_estimated_on_one_block_and_leaves_no_trace(tmp_path):
     source = saved(families.build("mixtral"), tmp_path / "model")
     given = {"units": ("experts", "channels"), "calibration": IDS, "options": {"rounds": 4, "swaps": 0}}

@@ -120,7 +120,11 @@ def test_rows_that_cannot_be_used_are_named(tokenizer, data, message):
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("data", [[f"{number} {tiny.TEXT}" for number in range(40)], list(IDS)], ids=["texts", "ids"])
+@pytest.mark.parametrize(
+    "data",
+    [[f"{number} {tiny.TEXT}" for number in range(40)], pytest.param(list(IDS), marks=pytest.mark.nightly)],
+    ids=["texts", "ids"],
+)
 def test_a_run_takes_data_from_python(tmp_path, data):
     source = tiny.save(tmp_path / "model")
     report = prune(source, sparsity=0.5, calibration=data, samples=6, length=16, output=tmp_path / "out")

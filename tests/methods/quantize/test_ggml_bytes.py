@@ -14,6 +14,7 @@ from billhook.methods.quantize.ggml_bytes import pack, unpack
 from billhook.methods.statistics import LayerStats
 from billhook.plan import storage
 
+QUICK = ("q8_0", "q4_k", "iq3_xxs")  # one of each kind
 HALVES = {  # where blocks hold float16 numbers, in bytes
     **dict.fromkeys(("q4_1", "q5_1", "q4_k", "q5_k"), (0, 2)),
     "mxfp4": (),
@@ -62,7 +63,7 @@ def weights(draw):
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("name", GGML)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in QUICK else pytest.mark.nightly) for x in GGML])
 @settings(max_examples=10, deadline=None)
 @given(case=weights())
 def test_gguf_decodes_our_bytes_to_our_values_bit_for_bit_and_we_read_them_back(name, case):

@@ -32,7 +32,9 @@ def test_no_row_has_a_higher_loss_and_scales_are_still_what_the_file_holds(name)
     assert torch.equal(made.scales.scale == 0, start.scales.scale == 0)
 
 
-@pytest.mark.parametrize("name", ["q3_k", "int3/64", "q4_1", "q2_k"])
+@pytest.mark.parametrize(
+    "name", ["q2_k", *(pytest.param(x, marks=pytest.mark.nightly) for x in ("q3_k", "int3/64", "q4_1"))]
+)
 def test_at_the_end_no_number_of_a_scale_can_be_moved_for_less_loss(name):
     W, H, start = rounded(name)
     end = polish(W, H, start, 30)
