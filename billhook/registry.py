@@ -94,11 +94,20 @@ def hint(word: str, names: Iterable[str]) -> str:
 class Registry:
     """The methods of one `kind`, the word in messages and in the names of entry points.
 
-    `mark` is the attribute that what a plugin declares must have: methods have a paper.
+    `mark` is the attribute that what a plugin declares must have: methods have a paper. `beside` are names that
+    commands accept in the same place, and that messages list too.
     """
 
-    def __init__(self, kind: str, built_in: Mapping[str, str], *, plugins: bool = False, mark: str = "paper") -> None:
-        self.kind, self._mark = kind, mark
+    def __init__(
+        self,
+        kind: str,
+        built_in: Mapping[str, str],
+        *,
+        plugins: bool = False,
+        mark: str = "paper",
+        beside: Sequence[str] = (),
+    ) -> None:
+        self.kind, self._mark, self._beside = kind, mark, beside
         self._built_in = dict(built_in)
         self._accepts_plugins = plugins
 
@@ -114,7 +123,7 @@ class Registry:
     def check(self, name: str) -> None:
         """Raise BillhookError with the nearest name for an unknown one; imports no method."""
         if name not in self._built_in and name not in self._plugins():
-            names = self.names()
+            names = [*self.names(), *self._beside]
             raise BillhookError(f"Unknown {self.kind} {name!r}.{hint(name, names)} There are: {', '.join(names)}.")
 
     def get(self, name: str) -> Callable[..., Any]:

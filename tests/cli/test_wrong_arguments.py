@@ -19,7 +19,7 @@ def test_a_correct_command_is_accepted(place):
         ),
         (
             (*PRUNE, "--allocator", "alphaprune"),
-            r"Unknown allocator 'alphaprune'\. Did you mean 'alphapruning'\? There are: uniform, ",
+            r"Unknown allocator 'alphaprune'\. Did you mean 'alphapruning'\? There are: uniform, .*, rco, auto\.",
         ),
         (
             ("plan", "table.json", "--allocator", "alpha", "--sparsity", "0.5"),

@@ -12,6 +12,9 @@ from billhook.plan.spec import Pattern
 from billhook.plan.table import Table
 from billhook.registry import Registry
 
+AUTO = "auto"  # an allocator, or a value of an option, that is chosen by trials on the model (`billhook.racing`)
+RCO = "rco"  # an allocator that needs the model, too
+ON_MODEL = (RCO, AUTO)
 ALLOCATORS = Registry(
     "allocator",
     {
@@ -28,12 +31,10 @@ ALLOCATORS = Registry(
         "explicit": "billhook.plan.allocators.explicit:explicit",
     },
     plugins=True,
+    beside=ON_MODEL,
 )
 BudgetScope = Literal["each", "joint"]
 _WHOLE = ("explicit",)  # allocators that must see all stacks
-AUTO = "auto"  # an allocator, or a value of an option, that is chosen by trials on the model (`billhook.racing`)
-RCO = "rco"  # an allocator that needs the model, too
-ON_MODEL = (RCO, AUTO)
 
 
 def allocate(
