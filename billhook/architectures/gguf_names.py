@@ -111,7 +111,10 @@ def gguf_tensors(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     for source, key, rows in _parts(config, family, shapes):
         name = names.get_name(key, try_suffixes=(".weight", ".bias")) or names.get_name(f"model.{key}", (".weight",))
         if name is None:
-            raise BillhookError(f"The tensor {source} has no name in GGUF files of {family.arch} models.")
+            raise BillhookError(
+                f"{source} has no name in GGUF files of {family.arch} models. If the model does not need it, "
+                "save the checkpoint without it."
+            )
         shape = list(shapes[source])
         if rows is not None:
             shape[_row_axis(shape)] = len(rows)

@@ -154,8 +154,8 @@ def _check_weights(layers: Iterable[Layer]) -> None:
     spans.sort(key=lambda span: span[:2])
     for (_, stop, one), (start, _, other) in pairwise(spans):
         if start < stop:
-            shared = f"{one.name} and {other.name} share their weight, or a part of it"
-            raise BillhookError(f"{shared}, which cannot be pruned for both: give each its own copy.")
+            shared = f"{one.name} and {other.name} lie in the same memory (one weight, or parts of one tensor)"
+            raise BillhookError(f"{shared}, where a change to one can change the other: give each its own copy.")
 
 
 def _check_owned(layer: Layer) -> None:
@@ -169,8 +169,10 @@ def _check_owned(layer: Layer) -> None:
             "last: merge the adapter, or remove the parametrization (torch.nn.utils.prune.remove, "
             "torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm) first."
         )
-    if "weight" not in own or layer.stored.ndim < 2:
+    if layer.stored.ndim < 2:
         raise BillhookError(f"{layer.name} was flattened by FSDP 1, which loses its shape: use FSDP2.")
+    if "weight" not in own:
+        raise BillhookError(f"The weight of {layer.name} is not a parameter: make it one (torch.nn.Parameter).")
 
 
 def _span(layer: Layer) -> tuple[int, int]:
@@ -197,7 +199,7 @@ def _unnamed_routers(owner: nn.Module) -> list[nn.Module]:
     children = dict(owner.named_children())
     if (experts := children.get("experts")) is None or any(map(_has_router_name, children)):
         return []
-    counts = {len(value) for value in experts.parameters(recurse=False)}
+    counts = {len(value) for value in experts.parameters(recurse=False) if value.ndim}
     counts |= {len(experts)} if isinstance(experts, nn.ModuleList) else set()
     return [child for child in children.values() if isinstance(child, nn.Linear) and child.out_features in counts]
 

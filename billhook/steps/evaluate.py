@@ -48,8 +48,8 @@ class EvalConfig:
     length: int | None = None
     limit: int | None = None
     protocol: str = "token"
-    against: str | None = None
-    tasks: Sequence[str] = ()
+    against: str | Path | None = None
+    tasks: Sequence[str | Path] = ()
     few_shot: int | None = None
     task_limit: int | None = None
     batch_size: int | None = None
@@ -129,7 +129,7 @@ def _tasks(config: EvalConfig) -> tuple[list[str], list[str]]:
     if config.against is not None and (config.data is None or config.protocol == "word"):
         raise BillhookError("--against needs the windows of a text: give --data and the token protocol.")
     _check_used(config)
-    named = [name for task in config.tasks for name in (PAPER7 if task == "paper7" else [task])]
+    named = [name for task in config.tasks for name in (PAPER7 if task == "paper7" else [str(task)])]
     files = [name for name in named if name.endswith(".jsonl")]
     names = [name for name in named if not name.endswith(".jsonl")]
     if config.few_shot is not None and not names:

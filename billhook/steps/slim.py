@@ -47,7 +47,7 @@ from billhook.steps.slim_plan import check_plan, dropped_by, kinds_in, kinds_of
 from billhook.steps.state import partial_folder, unfinished_run
 from billhook.store.files import read_json, write_json
 from billhook.store.layout import GRADIENTS
-from billhook.store.shards import result_bytes, weight_bytes, write_index
+from billhook.store.shards import result_bytes, weight_bytes, without_missing_entry, write_index
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of logits, relative to the largest
 
@@ -227,7 +227,7 @@ def _finish(job: SlimJob, files: SmallerFiles, source: Path) -> Callable[[Path],
     def finish(folder: Path) -> Mapping[str, Any]:
         write_index(folder, files.files)
         config = read_json(source / "config.json", "model configuration", own=False)
-        write_json(folder / "config.json", {**config, **job.config})
+        write_json(folder / "config.json", without_missing_entry({**config, **job.config}, folder))
         options: dict[str, Any] = {"dtype": job.opened.model.dtype, "device": str(job.opened.model.device)}
         _check_predictions(job.opened, open_streamed(folder, job.opened.task.auto_class, **options))
         return job.config

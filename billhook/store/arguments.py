@@ -16,11 +16,26 @@ _WORDS |= {NoneType: "None", Sequence: "a list", Mapping: "a mapping"}
 
 def check_fields(given: Any, *, but: Collection[str] = ()) -> None:
     """Raise BillhookError naming the first field of a dataclass, of those not in `but`, with a value of another type
-    than it is annotated with."""
+    than it is annotated with.
+
+    Equivalents of torch, numpy and Python take the annotated form: dtypes and devices are names, arrays and sets lists.
+    """
     kinds = get_type_hints(type(given))
     for item in fields(given):
         if item.name not in but:
-            check_argument(item.name, getattr(given, item.name), kinds[item.name])
+            value = _plain(getattr(given, item.name))
+            check_argument(item.name, value, kinds[item.name])
+            given.__dict__[item.name] = value  # of a frozen object, which nobody has yet
+
+
+def _plain(value: Any) -> Any:
+    """A dtype or device of torch by its name, an array or a scalar of numpy as Python's, a set as a sorted list."""
+    kind = type(value)
+    if kind.__module__ == "torch" and kind.__name__ in ("dtype", "device"):
+        return str(value).removeprefix("torch.")
+    if kind.__module__ == "numpy":
+        return value.tolist()
+    return sorted(value, key=str) if isinstance(value, set | frozenset) else value
 
 
 def check_argument(name: str, value: Any, kind: Any) -> None:

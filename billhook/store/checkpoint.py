@@ -28,9 +28,10 @@ from billhook.store.shards import EXPLICIT, read_shard, weight_files
 from billhook.store.typed_json import typed
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")
+_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "README.md"]
+_DOWNLOADED += ["[0-9]*_*/*.bin"]  # of sentence-transformers' modules
 # all folders but those of sentence-transformers' modules, such as 1_Pooling
-_IGNORED = ("[!0-9]*/*", "[0-9][!_]*/*", "consolidated*")
+_IGNORED = ("[!0-9]*/*", "[0-9][!_0-9]*/*", "[0-9][0-9][!_]*/*", "consolidated*")
 _MOST_BLOCKS = 10_000  # where nothing else is known
 _DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _CONFIG = {"model_type": str | None, "architectures": list[str] | None, "auto_map": dict[str, Any] | None}
@@ -160,11 +161,11 @@ def load(
     dtype = chosen_dtype(dtype, device, path)
     with loading(path):
         kind, local = getattr(transformers, auto_class), {"local_files_only": True, "use_safetensors": True}
+        shards = [read_shard(file) for file in weight_files(path)]
+        model = empty_model(path, shards, auto_class, trust_remote_code)[1]
         if not is_compressed(config):
-            shards = [read_shard(file) for file in weight_files(path)]
-            model = empty_model(path, shards, auto_class, trust_remote_code)[1]
             check_fits(path, model, shards)
-            local |= pooling(type(model), stored_tensors(shards))
+        local |= pooling(type(model), stored_tensors(shards))
         model = from_pretrained(kind, path, path, dtype=dtype, trust_remote_code=trust_remote_code, **local)
         if is_compressed(config):  # otherwise they are decoded at the first forward pass
             quantizer: Any = model.hf_quantizer

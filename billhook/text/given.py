@@ -5,7 +5,7 @@ mapping with `input_ids`. Rows of token ids are used as they are, and all of the
 windows are drawn as from a file; a text that is None is skipped.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ Given = str | Path | Tensor | Iterable[str | Tensor | Mapping[str, Any]]  # the 
 _WHO = "calibration"
 _FORMS = "give a source's name, a tensor of token ids [windows, length], or an iterable of texts, of such tensors, or "
 _FORMS += "of rows with `text`, `messages` or `input_ids`"
+_IDS = "input_ids"
+_FIELDS = (TEXT, _IDS, MESSAGES)  # of a row, in this order
 _NOTHING = object()
 
 
@@ -37,18 +39,25 @@ def given(data: Given, chat: Chat | None = None) -> str | Tensor | Iterable[str]
     data = _rows(data)
     if not isinstance(data, Iterable) or isinstance(data, bytes | Mapping):
         raise BillhookError(f"{_WHO}: found {type(data).__name__}; {_FORMS}.")
-    field = field_of(getattr(data, "column_names", None) or ())
-    if field is not None and isinstance(data, Sized):
+    field = _field(getattr(data, "column_names", None) or ())
+    if field not in (None, _IDS) and isinstance(data, Sized):
         return column(data, field, _WHO, chat)  # a data set on disk, which is not read as a whole
     rows = iter(data)
     first: Any = next(rows, _NOTHING)
     if first is _NOTHING:
         raise BillhookError(f"{_WHO} is empty: {_FORMS}.")
     rows = chain([first], rows)
-    if isinstance(first, Tensor) or (isinstance(first, Mapping) and "text" not in first and "input_ids" in first):
+    if holds_ids(first):
         return torch.cat(_token_rows(rows))
     documents = _documents(rows, chat)
     return documents if isinstance(data, Iterator) else list(documents)
+
+
+def holds_ids(data: Any) -> bool:
+    """Whether data are token ids, which need no tokenizer: a tensor, or a list that begins with ids."""
+    if isinstance(data, list | tuple) and data:
+        data = data[0]
+    return isinstance(data, Tensor) or (isinstance(data, Mapping) and _field(data) == _IDS)
 
 
 def whole_ids(tokens: Any, source: str) -> Tensor:
@@ -63,18 +72,24 @@ def whole_ids(tokens: Any, source: str) -> Tensor:
 
 
 def _rows(data: Any) -> Any:
-    """The rows of a table of pandas, Polars or Arrow, by their column of text, messages or token ids; other data as
-    they are."""
+    """The rows of a table of pandas, Polars or Arrow, by their column of text, token ids (with the mask of padding) or
+    messages; other data as they are."""
     columns = getattr(data, "columns", None)
     if columns is None or isinstance(data, Mapping) or not hasattr(data, "__getitem__"):
         return data
     names = [str(name) for name in (getattr(data, "column_names", None) or columns)]
-    field = next((name for name in (TEXT, "input_ids", MESSAGES) if name in names), None)
+    field = _field(names)
     if field is None:
         known = ", ".join(names) or "nothing"
         raise BillhookError(f"{_WHO} has no column `text`, `messages` or `input_ids`; it has {known}.")
-    values = data[field]
-    return [{field: value} for value in (values.to_pylist() if hasattr(values, "to_pylist") else values)]
+    wanted = [field, *(name for name in ("attention_mask",) if field == _IDS and name in names)]
+    columns = [data[name].to_pylist() if hasattr(data[name], "to_pylist") else data[name] for name in wanted]
+    return [dict(zip(wanted, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _field(names: Collection[str]) -> str | None:
+    """The field of a row that is used, of those that it has."""
+    return next((name for name in _FIELDS if name in names), None)
 
 
 def _numbers(values: Any, where: str, name: str) -> Tensor:

@@ -139,7 +139,8 @@ def packed(
     """
     samples, length = shape
     if isinstance(texts, Sequence):
-        texts = [texts[index] for index in rng.sample(range(len(texts)), len(texts))]
+        order, several = rng.sample(range(len(texts)), len(texts)), texts
+        texts = (several[index] for index in order)  # one by one: a chat is written when it is read
     special = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
     start = list(prefix) or special[:1]
     pool: list[int] = []

@@ -39,6 +39,7 @@ def test_an_unnamed_router_is_the_linear_layer_beside_experts_with_an_output_for
         del block.mlp.gate
         if listed:
             block.mlp.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(24))
+        block.mlp.experts.scale = nn.Parameter(torch.tensor(1.0))
     assert {"mlp.choice", "mlp.other"} & kinds(model) == {"mlp.other"}
     assert left_out(model) == {f"model.layers.{n}.mlp.choice": "routes tokens" for n in range(2)}
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import billhook
 from billhook import BillhookError
@@ -58,6 +59,14 @@ def test_what_is_said(changes, message):
 
 def test_numbers_of_numpy_and_paths_are_accepted():
     Request("m", samples=np.int64(4), sparsity=np.float32(0.5), spill_gib=1, output=Path("o"), targets=("a", "b"))
+
+
+def test_equivalents_of_torch_numpy_and_python_take_the_annotated_form():
+    given = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "overwrite": np.True_, "targets": {"b", "a"}}
+    found = Request("m", ignore=np.array(["c"]), **given)
+    assert (found.dtype, found.device, found.overwrite) == ("bfloat16", "cpu", True)
+    assert (found.targets, found.ignore) == (["a", "b"], ["c"])
+    EvalConfig(data="t", against=Path("m"), tasks={Path("t.jsonl")})
 
 
 def test_verify_needs_a_directory():

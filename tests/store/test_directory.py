@@ -253,9 +253,11 @@ def test_what_is_downloaded_includes_the_folders_of_modules():
         *OF_MODULES[:3],
         "config.json",
         "model.safetensors",
+        "10_Dense/pytorch_model.bin",
         *OF_MODEL,
         "4bit/model.safetensors",
+        "16bit/model.safetensors",
         "original/a.json",
     ]
     kept = filter_repo_objects(names, allow_patterns=checkpoint._DOWNLOADED, ignore_patterns=checkpoint._IGNORED)
-    assert list(kept) == [*OF_MODULES[:3], "config.json", "model.safetensors"]
+    assert list(kept) == [*OF_MODULES[:3], "config.json", "model.safetensors", "10_Dense/pytorch_model.bin"]

@@ -22,6 +22,7 @@ from transformers import (
 
 from billhook import BillhookError, load_model, prune
 from billhook.engine.streaming import open_streamed
+from billhook.steps.quantize import quantize
 from billhook.steps.verify import verify
 
 LAST = "model.layers.1."
@@ -154,5 +155,7 @@ def test_checkpoints_of_models_with_another_head_keep_all_their_tensors(case, tm
 def test_a_score_does_not_depend_on_a_pooler_that_is_not_stored(tmp_path):
     models = [load_model(headed(tmp_path / f"{seed}", ViTForImageClassification(VIT), "ViTModel")) for seed in (0, 1)]
     assert all(model.pooler is None for model in models)
+    quantize(tmp_path / "0", "int8/16", tmp_path / "bits", quantizer="round")
+    assert load_model(tmp_path / "bits", quantized=True).pooler is None
     stored = load_model(headed(tmp_path / "m", ViTModel(VIT), "ViTModel"))
     assert stored.pooler is not None

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from billhook import BillhookError, load_model, pack, prune, unpack
 from billhook.engine.streaming import open_streamed
 from billhook.steps.export import export_dense
+from billhook.steps.slim import slim
 from billhook.steps.verify import verify
 from billhook.store.shards import INDEX, SINGLE, weight_files
 from billhook.store.sinks import SameLayout
@@ -100,6 +101,13 @@ def test_packing_and_decoding_read_the_same_files(layout, tmp_path: Path) -> Non
     export_dense(source, tmp_path / "dense", kind="f32")
     expected = values(AutoModelForCausalLM.from_pretrained(source))
     assert same(values(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), expected)
+
+
+@pytest.mark.gate
+def test_a_smaller_model_is_written_where_the_configuration_named_a_file(tmp_path: Path) -> None:
+    slim(named_file(tmp_path / "m"), 0.25, tmp_path / "small", units="channels", method="magnitude")
+    assert verify(tmp_path / "small").ok
+    AutoModelForCausalLM.from_pretrained(tmp_path / "small")
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "sub/a.safetensors", "missing.safetensors", 1])

@@ -92,6 +92,37 @@ def test_token_ids_from_python_are_used_as_they_are(data):
     assert (found.sampling, found.bos) == ("given", None)
 
 
+class TableOf:
+    """A stand-in for a data frame."""
+
+    def __init__(self, columns):
+        self._columns = columns
+
+    @property
+    def columns(self):
+        return list(self._columns)
+
+    def __getitem__(self, name):
+        return self._columns[name]
+
+
+@pytest.mark.parametrize("form", ["rows", "table", "data set"])
+def test_token_ids_come_before_the_chats_that_they_were_made_of(form):
+    """As a data set that was mapped by a tokenizer has them, which needs no tokenizer again."""
+    chats = [[{"role": "user", "content": "x"}]] * len(IDS)
+    columns = {"messages": chats, "input_ids": IDS.tolist(), "attention_mask": [[1] * 16] * len(IDS)}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if form == "data set":
+        data = pytest.importorskip("datasets").Dataset.from_list(rows)
+    else:
+        data = rows if form == "rows" else TableOf(columns)
+    assert torch.equal(load_calibration(data, None, samples=1, length=4).ids, IDS)
+    if form == "table":
+        columns["attention_mask"] = [[0] * 16] * len(IDS)
+        with pytest.raises(BillhookError, match="row 1 is padded"):
+            load_calibration(data, None, samples=1, length=4)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
