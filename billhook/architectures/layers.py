@@ -169,10 +169,9 @@ def _check_owned(layer: Layer) -> None:
             "last: merge the adapter, or remove the parametrization (torch.nn.utils.prune.remove, "
             "torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm) first."
         )
-    if layer.stored.ndim < 2:
-        raise BillhookError(f"{layer.name} was flattened by FSDP 1, which loses its shape: use FSDP2.")
-    if "weight" not in own:
-        raise BillhookError(f"The weight of {layer.name} is not a parameter: make it one (torch.nn.Parameter).")
+    if "weight" not in own or layer.stored.ndim < 2:
+        is_none = f"The weight of {layer.name} is not a parameter of its own"
+        raise BillhookError(f"{is_none}: make it one, or use FSDP2 in place of FSDP 1, which flattens parameters.")
 
 
 def _span(layer: Layer) -> tuple[int, int]:
