@@ -132,11 +132,13 @@ def _show(report: "RecoverReport", request: "RecoverRequest") -> None:
 
 def _by_block(request: "RecoverRequest", as_json: bool) -> None:
     from billhook.steps.recover_blocks import prepare_blocks, run_blocks
+    from billhook.steps.state import finished_items
 
     with progress("reading") as advance:
         job = prepare_blocks(request, advance)
     layers = job.dense.layers
-    bar = progress("tuning", len(layers), unit=layers_per_block(layers))
+    done = finished_items(request.output, request.resume)
+    bar = progress("tuning", len(layers), unit=layers_per_block(layers), skipped=done)
     with bar as advance, graceful_interrupt() as stopping:
         report = run_blocks(job, advance, stopping)
     say_notes(report.notes)
