@@ -160,13 +160,12 @@ def load(
     device = chosen_device(device)
     dtype = chosen_dtype(dtype, device, path)
     with loading(path):
-        kind, local = getattr(transformers, auto_class), {"local_files_only": True, "use_safetensors": True}
         shards = [read_shard(file) for file in weight_files(path)]
-        model = empty_model(path, shards, auto_class, trust_remote_code)[1]
+        unfilled = empty_model(path, shards, auto_class, trust_remote_code)[1]
         if not is_compressed(config):
-            check_fits(path, model, shards)
-        local |= pooling(type(model), stored_tensors(shards))
-        model = from_pretrained(kind, path, path, dtype=dtype, trust_remote_code=trust_remote_code, **local)
+            check_fits(path, unfilled, shards)
+        local = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+        model = from_pretrained(type(unfilled), path, path, dtype=dtype, **local)
         if is_compressed(config):  # otherwise they are decoded at the first forward pass
             quantizer: Any = model.hf_quantizer
             quantizer.compressor.decompress_model(model)
@@ -178,15 +177,14 @@ def load(
 def from_pretrained(
     kind: Any, path: Path, source: Path | None, *, dtype: torch.dtype, **options: Any
 ) -> PreTrainedModel:
-    """`kind.from_pretrained(source, ...)` for the directory `path`, checked for missing, left over and misshapen
-    tensors.
+    """`kind.from_pretrained(source, ...)` of a model class for the directory `path`, without a pooler where the files
+    have none, checked for missing, left over and misshapen tensors.
 
     Mixture-of-experts models get the `eager` implementation, whose experts are called one by one.
     """
     stored = options.get("state_dict") or stored_tensors([read_shard(file) for file in weight_files(path)])
     no_values = empty(stored)
-    if options.get("state_dict"):
-        options |= pooling(kind, stored)
+    options |= pooling(kind, stored)
     model, info = kind.from_pretrained(
         source,
         dtype=dtype,
