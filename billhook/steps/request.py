@@ -177,7 +177,8 @@ def open_model(
     request: Request, *, streamed: bool, room: Callable[[Path], int] = weight_bytes, also: Collection[str] = ()
 ) -> Opened:
     """Load the model of a request and select its layers, and convolutions in `also`. Writing needs `room(source)`."""
-    _check_choices(request)
+    if request.batch_size is not None and request.batch_size < 1:
+        raise BillhookError(f"The batch size must be at least 1, got {request.batch_size}.")
     source, model, resources = _open_model(request, streamed, room)
     check_model(model, streamed=resources.streamed)
     task = task_of(model)
@@ -210,11 +211,6 @@ def changed(opened: Opened, **changes: Any) -> Opened:
     found = replace(opened, **changes)
     found.__dict__.update({key: opened.__dict__[key] for key in ("facts", "history") if key in opened.__dict__})
     return found
-
-
-def _check_choices(request: Request) -> None:
-    if request.batch_size is not None and request.batch_size < 1:
-        raise BillhookError(f"The batch size must be at least 1, got {request.batch_size}.")
 
 
 def listed(patterns: str | Sequence[str]) -> list[str]:
