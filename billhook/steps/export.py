@@ -59,8 +59,7 @@ def export_gguf(
     if kind not in TYPES:
         raise BillhookError(f"Unknown type {kind!r}: use {', '.join(TYPES)}.")
     output = Path(output).expanduser()
-    if output.exists() and not overwrite:
-        raise BillhookError(f"The output {output} exists: choose another, or allow replacing it (--overwrite).")
+    _check_new(output, overwrite)
     source, config, before = _open(model)
     digest, grids = model_digest(source), packed_grids(source, config)
     facts = {"source.digest": digest} | ({} if before is None else {"steps": ", ".join(x.step for x in before.steps)})
@@ -187,12 +186,17 @@ def export_tensor_types(model: str | Path, output: str | Path, *, overwrite: boo
         raise BillhookError(
             f"{model} holds no GGUF file, which has the types of llama.cpp: billhook quantize and compress make it."
         )
-    if output.exists() and not overwrite:
-        raise BillhookError(f"The output {output} exists: choose another, or allow replacing it (--overwrite).")
+    _check_new(output, overwrite)
     types = {x.name: x.type for x in read_gguf(files[0]).tensors.values() if len(x.shape) > 1}
     lines = [f"^{re.escape(name)}$={type}\n" for name, type in types.items()]
     write_text(output, "".join(lines))
     return Written(output, output.stat().st_size, dict(Counter(types.values())), [])
+
+
+def _check_new(output: Path, overwrite: bool) -> None:
+    """Raise BillhookError for a file that exists and may not be replaced."""
+    if output.exists() and not overwrite:
+        raise BillhookError(f"The output {output} exists: choose another, or allow replacing it (--overwrite).")
 
 
 def _open(model: str | Path) -> tuple[Path, dict[str, Any], Record | None]:
