@@ -8,8 +8,6 @@ from torch import Tensor
 
 from billhook.runtime.layout import PADDING, mask_bytes
 
-_AT_ONCE = 256  # vectors whose values at all points of a code book stay in the cache
-
 
 def unpack_bits(bitmask: Tensor, in_features: int) -> Tensor:
     """The keep mask, bool [rows, in_features]."""
@@ -44,21 +42,6 @@ def expand(bitmask: Tensor, values: Tensor, starts: Tensor, in_features: int, ro
     first, last, _ = rows.indices(bitmask.shape[0])
     packed = values[int(starts[first]) : int(starts[last])] if last > first else values[:0]
     return torch.zeros(keep.shape, dtype=values.dtype).masked_scatter_(keep, packed)
-
-
-def closest(x: Tensor, table: Tensor) -> Tensor:
-    """The row of `table` [points, dim + 1] with the largest c · x + last, int64 [n], for columns of x [dim, n].
-
-    The number of a row takes the place of the last bits of its value, so that a maximum finds both.
-    """
-    numbers = torch.arange(len(table), dtype=torch.int32, device=x.device)[:, None]
-    last = 2 ** (len(table) - 1).bit_length() - 1
-    found = []
-    for some in torch.cat([x, torch.ones_like(x[:1])]).float().split(_AT_ONCE, 1):
-        values = table.float() @ some
-        values.view(torch.int32).bitwise_and_(~last).bitwise_or_(numbers)
-        found.append(values.amax(0).view(torch.int32) & last)
-    return torch.cat(found).long().clamp_max(len(table) - 1)  # NaN may give any number
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:

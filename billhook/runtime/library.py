@@ -18,7 +18,7 @@ import torch
 from billhook.errors import BillhookError
 
 FILE = Path(__file__).with_name("_kernels.so")
-SURFACE = 4  # raised, here and in driver.cpp, when a function changes its name or arguments
+SURFACE = 5  # raised, here and in driver.cpp, when a function changes its name or arguments
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 
 _forced: list[str] = []
@@ -46,6 +46,9 @@ _SURFACE: dict[str, tuple[list[type], type | None]] = {
     "row_starts": ([_POINTER, _LONG, _LONG, _POINTER], _LONG),
     "bitmask": ([_POINTER, _INT, _LONG, _LONG, _POINTER, _INT], None),
     "closest": ([_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT, _INT], None),
+    "code_sums": ([_POINTER, _INT, _INT], None),
+    "round_columns": ([_POINTER, _INT, _INT], None),
+    "move_codes": ([_POINTER, _INT, _INT], None),
     "read": ([_POINTER, _LONG, _INT], ctypes.c_uint64),
     "gather": ([_POINTER, _INT, _POINTER, _POINTER, _INT], None),
 }

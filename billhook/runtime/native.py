@@ -1,5 +1,4 @@
-"""Pack, expand and multiply weights and search code books by the compiled kernels, or without them in plain torch
-(`fallback.py`)."""
+"""Pack, expand and multiply weights by the compiled kernels, or without them in plain torch (`fallback.py`)."""
 
 import ctypes
 
@@ -172,21 +171,3 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     packed = Weight(rows, columns, values, bitmask, starts, None)
     found[0].billhook_gather(weight.data_ptr(), width, packed.address, values.data_ptr(), threads)
     return bitmask, values
-
-
-def closest(x: Tensor, table: Tensor) -> Tensor:
-    """Of every column of x, float32 [4 or 8, n], the row of `table` [points, 5 or 9] with the largest c · x + last.
-
-    Returns int64 [n]. Of equal rows the first is found; without the kernels one of those that agree to about 1e-4.
-    Raises ValueError for other shapes.
-    """
-    if len(x) not in (4, 8) or table.shape[1] != len(x) + 1:
-        raise ValueError(f"{list(table.shape)} is no table for vectors of {len(x)} numbers")
-    plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in (x, table))
-    found = library.active() if plain else None
-    if found is None:
-        return fallback.closest(x, table)
-    x, table, index = x.contiguous(), table.contiguous(), torch.empty(x.shape[1], dtype=torch.int32)
-    sizes, places = (x.shape[1], x.shape[0]), (table.data_ptr(), len(table), index.data_ptr())
-    found[0].billhook_closest(x.data_ptr(), *sizes, *places, found[1], torch.get_num_threads())
-    return index.long()

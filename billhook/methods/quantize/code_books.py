@@ -8,15 +8,15 @@ smallest weight · |x| is turned first, and then counts against large points: wi
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError
-from billhook.methods.quantize.groups import ROWS, Groups
-from billhook.methods.quantize.symmetric import Points, SuperBlock, improved
-from billhook.runtime.native import closest
+from billhook.methods.quantize.groups import ROWS, Groups, inverse
+from billhook.methods.quantize.symmetric import SuperBlock, improved, position
+from billhook.runtime.codes import Sums, closest
 
 _STARTS = torch.linspace(0.5, 1.25, 8).tolist()  # the largest weight in units of the largest number of the book
 _AROUND = (0.85, 1.0, 1.15)  # scales that are tried with the book, in units of the one found without
@@ -39,7 +39,6 @@ def book(name: str, device: torch.device | None = None) -> Tensor:
 class CodeBook(SuperBlock):
     """A type with vectors of `dim` columns, of which `even` tells whether the number of minus signs is even."""
 
-    points: Points
     dim: int = 8
     even: bool = False
     has_zero = False
@@ -60,15 +59,16 @@ class CodeBook(SuperBlock):
 
     def index(self, codes: Tensor) -> Tensor:
         """The numbers in the book of codes [..., columns], int64 [..., columns / dim]."""
-        levels, points = len(self.points.values), book(self.name, codes.device).to(codes.dtype)
+        levels, points = len(self.points), book(self.name, codes.device).to(codes.dtype)
         places = levels ** torch.arange(self.dim, device=codes.device)
         numbers = torch.zeros(levels**self.dim, dtype=torch.long, device=codes.device)
-        numbers[(self.points.index(points) * places).sum(1)] = torch.arange(len(points), device=codes.device)
-        return numbers[(self.points.index(codes.abs()).unflatten(-1, (-1, self.dim)) * places).sum(-1)]
+        numbers[(position(points, self.points) * places).sum(1)] = torch.arange(len(points), device=codes.device)
+        return numbers[(position(codes.abs(), self.points).unflatten(-1, (-1, self.dim)) * places).sum(-1)]
 
-    def _round(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The codes nearest to x [groups, group, out] with weight [groups, 1, group]."""
-        return self.nearest(x.view(-1, x.shape[2]).t(), weight.flatten()).t().reshape(x.shape)
+    def _sums(self, groups: Groups, scale: Tensor) -> Sums:
+        """The sums for the codes that scales [groups, out] give."""
+        x = (groups.x * inverse(scale)[:, None]).flatten(0, 1).t()
+        return groups.sums_of(self.nearest(x, groups.weight.flatten()).t().reshape(groups.x.shape))
 
     def _vector(self, x: Tensor, weight: Tensor) -> Tensor:
         """The codes nearest to x [out, step] with weight [step]."""
@@ -88,10 +88,7 @@ class CodeBook(SuperBlock):
 
     def _search(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """The best scale of every group and sum(weight · code²), [groups, out]: first without the book, by numbers."""
-        largest = groups.x.abs().amax(1) / self.points.high
-        scale, _ = improved(groups, (largest * start for start in _STARTS), self._number)
-        return improved(groups, (scale * factor for factor in _AROUND), self._round, times=1)
-
-    def _number(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The nearest numbers that occur in the book, elementwise, with the signs of x."""
-        return torch.copysign(self.points.nearest(x.abs()), x)
+        largest = groups.x.abs().amax(1) / self.points[-1]
+        numbers = partial(groups.sums, offset=None, points=self.points, mirrored=True)
+        scale, _ = improved((largest * start for start in _STARTS), numbers)
+        return improved((scale * factor for factor in _AROUND), partial(self._sums, groups), times=1)

@@ -15,7 +15,7 @@ from billhook.errors import JobError
 from billhook.methods.quantize.code_books import CodeBook, book
 from billhook.methods.quantize.ggml import GGML
 from billhook.methods.quantize.grid import Quantized
-from billhook.methods.quantize.symmetric import Points, Symmetric
+from billhook.methods.quantize.symmetric import position
 from billhook.plan.storage import BLOCKS
 
 Field = tuple[str, int, int, int]  # an array, its first bit here, the number of bits, and the run
@@ -122,10 +122,10 @@ def _to_arrays(name: str, codes: Tensor, parts: Mapping[str, Tensor]) -> dict[st
         return _join_words(name, arrays)
     if "scale" in parts:
         arrays["exponents"] = (torch.frexp(parts["scale"])[1] + _EXPONENT_BIAS)[:, :, None].long()
-    if isinstance(grid, Symmetric) and isinstance(grid.points, Points):
-        stored = _STORED.get(name, grid.points.values)
-        numbers = torch.tensor([stored.index(value) for value in grid.points.values], device=codes.device)
-        return arrays | {"codes": numbers[grid.points.index(blocked)]}
+    if isinstance(grid.points, tuple):
+        stored = _STORED.get(name, grid.points)
+        numbers = torch.tensor([stored.index(value) for value in grid.points], device=codes.device)
+        return arrays | {"codes": numbers[position(blocked, grid.points)]}
     return arrays | {"codes": blocked + _CODE_BIAS.get(name, 0)}
 
 
@@ -147,8 +147,8 @@ def _from_arrays(name: str, arrays: Mapping[str, Tensor]) -> tuple[Tensor, dict[
     if isinstance(grid, CodeBook):
         signs = _unpack_field(arrays["signs"], 1, 1)
         codes = book(name, signs.device).to(torch.int8)[arrays["index"]].flatten(2) * (1 - 2 * signs)
-    elif isinstance(grid, Symmetric) and isinstance(grid.points, Points):
-        stored = _STORED.get(name, grid.points.values)
+    elif isinstance(grid.points, tuple):
+        stored = _STORED.get(name, grid.points)
         codes = torch.tensor(stored, device=arrays["codes"].device)[arrays["codes"]]
     else:
         codes = arrays["codes"] - _CODE_BIAS.get(name, 0)

@@ -40,8 +40,10 @@ from billhook.methods.quantize.grid import Grid, Quantized, Scales
 from billhook.methods.quantize.polish import polish
 from billhook.methods.statistics import LayerStats
 from billhook.registry import method
+from billhook.runtime.codes import round_columns
 
 ROWS = 2048  # of a weight at a time, so that what is computed for a column stays in the cache
+PANEL = 64  # columns at least that are rounded between two products with the errors before them
 
 
 @method(
@@ -117,24 +119,32 @@ def _round_block(block: Tensor, U: Tensor, scales: Scales, grid: Grid, fixed: Te
 
     Codes are 0 where `fixed`, bool [columns, out].
     """
-    scale, inverse = (s.t().contiguous() for s in (scales.scale, scales.scale.reciprocal().where(scales.scale != 0, 0)))
+    scale = scales.scale.t().contiguous()
     offset = None if scales.offset is None else scales.offset.t().contiguous()
     codes, errors = torch.empty_like(block), torch.zeros_like(block)
-    weight = U.diagonal().square().reciprocal()
-    for first in range(0, len(block), grid.group):
-        panel, g = slice(first, first + grid.group), first // grid.group
-        block[panel].addmm_(U[:first, panel].t(), errors[:first], alpha=-1)
-        for at in range(first, panel.stop, grid.step):
-            to = at + grid.step
-            w = torch.addmm(block[at:to], U[first:at, at:to].t(), errors[first:at], alpha=-1)
-            values = w if offset is None else w - offset[g]
-            code = codes[at:to]
-            code.copy_(grid.nearest((values * inverse[g]).t(), weight[at:to]).t()).mul_(scale[g] != 0)
-            if fixed is not None:
-                code.masked_fill_(fixed[at:to], 0)
-            error = torch.addcmul(values, code, scale[g], value=-1)
-            if grid.step == 1:
-                torch.div(error[0], U[at, at], out=errors[at])
-            else:  # E Uss = error for rows, here transposed
-                errors[at:to] = torch.linalg.solve_triangular(U[at:to, at:to].t(), error, upper=False)
+    width = max(1, PANEL // grid.group)  # groups
+    for first in range(0, len(scale), width):
+        some = slice(first, first + width)
+        panel = slice(first * grid.group, min(some.stop * grid.group, len(block)))
+        x = block[panel].addmm_(U[: panel.start, panel].t(), errors[: panel.start], alpha=-1)
+        if grid.step == 1:
+            given = scale[some], None if offset is None else offset[some], grid.points
+            zero = None if fixed is None else fixed[panel]
+            codes[panel], errors[panel] = round_columns(x, U[panel, panel], *given, zero)
+        else:
+            codes[panel], errors[panel] = _round_vectors(x, U[panel, panel], scale[some], grid)
+    return codes, errors
+
+
+def _round_vectors(x: Tensor, U: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The same for columns x [columns, out] whose codes are vectors; scale [groups, out]."""
+    codes, errors = torch.empty_like(x), torch.zeros_like(x)
+    weight, inverse = U.diagonal().square().reciprocal(), scale.reciprocal().where(scale != 0, 0)
+    for at in range(0, len(x), grid.step):
+        to, g = at + grid.step, at // grid.group
+        w = torch.addmm(x[at:to], U[:at, at:to].t(), errors[:at], alpha=-1)
+        codes[at:to] = grid.nearest((w * inverse[g]).t(), weight[at:to]).t().mul_(scale[g] != 0)
+        # E Uss = error for rows, here transposed
+        error = torch.addcmul(w, codes[at:to], scale[g], value=-1)
+        errors[at:to] = torch.linalg.solve_triangular(U[at:to, at:to].t(), error, upper=False)
     return codes, errors

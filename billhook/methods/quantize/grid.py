@@ -100,6 +100,11 @@ class Grid(Protocol):
         """Scales from what is stored."""
         ...
 
+    @property
+    def points(self) -> Sequence[int]:
+        """The integers that codes consist of, ascending: a range, or a tuple of numbers between -128 and 127."""
+        ...
+
     def nearest(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """The codes nearest to x = (W - offset) / scale, float32 [out, columns], as integers in float32.
 

@@ -4,12 +4,13 @@ Tensors are [groups, group, out], so that sums over a group add whole rows of me
 of their row, so that no square can overflow or vanish; `weight` is divided by its mean.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from billhook.methods.quantize.grid import Scales
+from billhook.runtime.codes import Sums, code_sums
 
 ROWS = 4096  # rows at a time, so that what is computed for a block stays in the cache
 _HALF = 65504.0  # the largest float16
@@ -34,8 +35,12 @@ class Groups:
         self.sum_wx = self.wx.sum(1)
         self.sum_wxx = (self.wx * self.x).sum(1)
 
-    def sums(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums [groups, out] of weight times code, code² and code · x; `codes` [groups, group, out] is overwritten."""
+    def sums(self, scale: Tensor, offset: Tensor | None, points: Sequence[int], *, mirrored: bool = False) -> Sums:
+        """Sums [groups, out] of weight times code, code² and code · x for the codes that scales give."""
+        return code_sums(self.x, self.weight[:, 0], inverse(scale), offset, points, mirrored=mirrored)
+
+    def sums_of(self, codes: Tensor) -> Sums:
+        """The same for codes [groups, group, out], which are overwritten."""
         wcx = (codes * self.wx).sum(1)
         return (self.weight @ codes)[:, 0], (self.weight @ codes.square_())[:, 0], wcx
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from billhook.methods.quantize.grid import Scales, Term
 from billhook.methods.quantize.groups import Groups, by_rows, inverse, quotient, to_half
 from billhook.methods.quantize.symmetric import Multipliers
+from billhook.runtime.codes import Sums
+from billhook.runtime.plain_codes import nearest_code
 
 _CUTS = (-0.5, 0.0, 0.5, 1.1)  # steps by which an end of the range is cut off
 _SPLITS = 8
 _ROUNDS = 2
-Sums = tuple[Tensor, Tensor, Tensor]  # of weight times code, code², and code · x; [groups, out]
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,18 @@ class Affine:
     has_zero = False
 
     @property
+    def points(self) -> Sequence[int]:
+        """The codes."""
+        return range(self.high + 1)
+
+    @property
     def terms(self) -> tuple[Term, ...]:
         """The scale and the minimum."""
         return Term("d", to_half), Term("m", to_half, constant=True)
 
     def nearest(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """The codes nearest to x = (W - offset) / scale [out, columns], as integers in float32; `weight` [columns]."""
-        return x.round().clamp_(0, self.high)
+        return nearest_code(x, self.points)
 
     def fit(self, W: Tensor, weight: Tensor) -> Scales:
         """Scales and offsets for W float32 [out, block] and weight [block]."""
@@ -67,7 +73,7 @@ class Affine:
 
     def _sums(self, groups: Groups, scale: Tensor, offset: Tensor) -> Sums:
         """The sums for the codes that these scales give."""
-        return groups.sums(self.nearest((groups.x - offset[:, None]) * inverse(scale)[:, None]))
+        return groups.sums(scale, offset, self.points)
 
     def _search(self, groups: Groups, most: float) -> tuple[Tensor, Tensor, Tensor]:
         """The best scale and offset (not above `most`) of every group, and sum(weight · code²); [groups, out]."""

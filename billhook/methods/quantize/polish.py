@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from billhook.methods.quantize.grid import Quantized
+from billhook.runtime.codes import move_codes
 
 _PANEL = 128  # columns for which r is computed by one product
 
@@ -84,19 +85,11 @@ class _State:
             r.addcmul_(curve, delta)
 
     def _move_numbers(self, g: int, r: Tensor, block: Tensor, change: Tensor) -> None:
-        """Move the codes of group `g`, one column each; r and change are [group, out]."""
-        scale, columns = self.scale[g], range(g * self.grid.group, (g + 1) * self.grid.group)
-        inverse = scale.reciprocal().where(scale != 0, 0)
-        for at, column in enumerate(columns):
-            code = self.codes[column]
-            x = torch.addcmul(code, r[at], inverse, value=-float(self.inverses[column]))
-            new = self.grid.nearest(x[:, None])[:, 0]
-            if self.free is not None:
-                new *= self.free[column]
-            delta = (new - code).mul_(scale)
-            code.copy_(new)
-            change[at] += delta
-            r[at + 1 :].addcmul_(block[at + 1 :, at, None], delta)
+        """Move the codes of group `g`, one column each, and r and change [group, out] with them."""
+        columns = slice(g * self.grid.group, (g + 1) * self.grid.group)
+        free = None if self.free is None else self.free[columns]
+        given = block, self.inverses[columns].view(-1), self.scale[g], self.grid.points, free
+        move_codes(self.codes[columns], r, change, *given)
 
     def _move_vectors(self, g: int, r: Tensor, block: Tensor, change: Tensor) -> None:
         """Move the codes of group `g`, vectors of `step` columns; r and change are [group, out]."""

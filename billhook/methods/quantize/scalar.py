@@ -4,13 +4,14 @@ The codes are −2^(B−1) … 2^(B−1) − 1, and a scale may be negative, so 
 way; zero is always a point. This halves the loss at 3 bits compared with a symmetric range.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from billhook.methods.quantize.grid import Scales, Term
+from billhook.runtime.plain_codes import nearest_code
 
 _CANDIDATES = 16  # scales tried for each sign
 
@@ -25,6 +26,12 @@ class Scalar:
 
     step = 1
     has_zero = True
+
+    @property
+    def points(self) -> Sequence[int]:
+        """The codes."""
+        half = 1 << (self.bits - 1)
+        return range(-half, half)
 
     @property
     def terms(self) -> tuple[Term]:
@@ -46,7 +53,7 @@ class Scalar:
 
         W is float32 [out, group], weight [group].
         """
-        low = -(1 << (self.bits - 1))
+        low = self.points[0]
         largest = W.gather(1, W.abs().argmax(1, keepdim=True))
         least = 0.3 if self.bits == 2 else 1 - 1.6 / (1 << (self.bits - 1))
         weighted = W * weight
@@ -73,5 +80,4 @@ class Scalar:
 
     def nearest(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """The nearest integers in range."""
-        half = 1 << (self.bits - 1)
-        return x.round().clamp_(-half, half - 1)
+        return nearest_code(x, self.points)

@@ -6,75 +6,20 @@ then each multiplier becomes the best of its neighbours, every code being rounde
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from billhook.methods.quantize.grid import Scales, Term
 from billhook.methods.quantize.groups import Groups, by_rows, inverse, quotient, to_half
+from billhook.runtime.codes import Sums
+from billhook.runtime.plain_codes import nearest_code
 
 _STARTS = torch.linspace(-1.4, 0.6, 8).tolist()  # see `Symmetric._starts`
 _SPLITS = 16  # values of d that are tried before codes are rounded
-
-
-@dataclass(frozen=True)
-class Integers:
-    """The codes low ... high."""
-
-    low: int
-    high: int
-
-    spacing = 1.0
-
-    @property
-    def count(self) -> int:
-        """How many codes there are."""
-        return self.high - self.low + 1
-
-    def nearest(self, x: Tensor) -> Tensor:
-        """The nearest code, elementwise."""
-        return x.round().clamp_(self.low, self.high)
-
-
-@dataclass(frozen=True)
-class Points:
-    """Codes from an ascending table of integers between -128 and 127."""
-
-    values: tuple[int, ...]
-
-    @property
-    def low(self) -> int:
-        """The least code."""
-        return self.values[0]
-
-    @property
-    def high(self) -> int:
-        """The largest code."""
-        return self.values[-1]
-
-    @property
-    def count(self) -> int:
-        """How many codes there are."""
-        return len(self.values)
-
-    @property
-    def spacing(self) -> float:
-        """The mean distance of neighbours."""
-        return (self.high - self.low) / (len(self.values) - 1)
-
-    def nearest(self, x: Tensor) -> Tensor:
-        """The nearest code, elementwise, looked up by half units: the points in the middle are multiples of ½."""
-        middles = torch.arange(-256, 257, device=x.device) / 2 + 0.25
-        points = torch.tensor(self.values, dtype=torch.float32, device=x.device)
-        table = points[(middles[:, None] - points).abs().argmin(1)]
-        halves = (x * 2).add_(256).clamp_(0, 512).int()
-        return table.index_select(0, halves.flatten()).view_as(x)
-
-    def index(self, codes: Tensor) -> Tensor:
-        """Where codes are in the table, int64; the next one for a number that is not in it."""
-        return torch.searchsorted(torch.tensor(self.values, dtype=codes.dtype, device=codes.device), codes.contiguous())
 
 
 @dataclass(frozen=True)
@@ -100,7 +45,7 @@ class Symmetric:
     """A type with a scale for every block, float16, whose codes are chosen one by one."""
 
     name: str
-    points: Integers | Points
+    points: Sequence[int]  # the codes, ascending: a range, or a table of integers between -128 and 127
     block: int = 32
     group: int = 32
 
@@ -109,7 +54,7 @@ class Symmetric:
     @property
     def has_zero(self) -> bool:
         """Whether 0 is a code."""
-        return isinstance(self.points, Integers) or 0 in self.points.values
+        return 0 in self.points
 
     @property
     def terms(self) -> tuple[Term]:
@@ -118,7 +63,7 @@ class Symmetric:
 
     def nearest(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """The codes nearest to x = W / scale [out, columns], as integers in float32; `weight` [columns]."""
-        return self.points.nearest(x)
+        return nearest_code(x, self.points)
 
     def fit(self, W: Tensor, weight: Tensor) -> Scales:
         """Scales for W float32 [out, block] and weight [block]."""
@@ -134,21 +79,21 @@ class Symmetric:
         """Scales from what is stored: d float16 [out, blocks]."""
         return Scales(parts["d"].float(), None, dict(parts))
 
-    def _round(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The codes nearest to x [groups, group, out] with weight [groups, 1, group]."""
-        return self.points.nearest(x)
+    def _sums(self, groups: Groups, scale: Tensor) -> Sums:
+        """The sums for the codes that scales [groups, out] give."""
+        return groups.sums(scale, None, self.points)
 
     def _search(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """The best scale of every group and sum(weight · code²), [groups, out]."""
         largest = groups.x.gather(1, groups.x.abs().argmax(1, keepdim=True))[:, 0]
-        return improved(groups, [largest * start for start in self._starts()], self._round)
+        return improved([largest * start for start in self._starts()], partial(self._sums, groups))
 
     def _starts(self) -> list[float]:
         """Scales that are tried, in units of the largest weight, which comes at most some steps beyond the first code,
         where it is cut off, or before it: more steps where there are more codes."""
-        points = self.points
-        spread = points.spacing * max(math.log2(points.count) - 1, 2)
-        return [sign / (points.low + cut * spread) for cut in _STARTS for sign in (1, -1)]
+        low, steps = self.points[0], len(self.points) - 1
+        spread = (self.points[-1] - low) / steps * max(math.log2(steps + 1) - 1, 2)
+        return [sign / (low + cut * spread) for cut in _STARTS for sign in (1, -1)]
 
 
 @dataclass(frozen=True)
@@ -163,11 +108,11 @@ class PowerOfTwo(Symmetric):
     def _fit(self, W: Tensor, weight: Tensor) -> Scales:
         """The best of the powers of two between half and four times the one at which the largest weight just fits."""
         groups = Groups(W, weight, self.group)
-        first = power_of_two(groups.x.abs().amax(1) * groups.peak / self.points.high) / 2
+        first = power_of_two(groups.x.abs().amax(1) * groups.peak / self.points[-1]) / 2
         best, least = first, torch.full_like(first, torch.inf)
         for k in range(4):
             scale = first * 2**k / groups.peak
-            _, wcc, wcx = groups.sums(self.points.nearest(groups.x * inverse(scale)[:, None]))
+            _, wcc, wcx = self._sums(groups, scale)
             error = scale.square() * wcc - 2 * scale * wcx
             best, least = (first * 2**k).where(error < least, best), error.where(error < least, least)
         return self.decoded({"scale": power_of_two(best).t().contiguous()})
@@ -229,23 +174,31 @@ class SuperBlock(Symmetric):
         best, least = m, torch.full_like(m, torch.inf)
         for tried in self.multipliers.neighbours(m):
             scale = d * tried
-            _, wcc, wcx = groups.sums(self._round(groups.x * inverse(scale)[:, None], groups.weight))
+            _, wcc, wcx = self._sums(groups, scale)
             error = scale.square() * wcc - 2 * scale * wcx
             best, least = tried.where(error < least, best), error.where(error < least, least)
         return best
 
 
-def improved(
-    groups: Groups, starts: Iterable[Tensor], nearest: Callable[[Tensor, Tensor], Tensor], times: int = 2
-) -> tuple[Tensor, Tensor]:
-    """The best of some scales [groups, out], each improved by least squares, and sum(weight · code²)."""
-    best = power = torch.zeros_like(groups.sum_wx)
-    most = torch.full_like(best, -torch.inf)  # of the error that a scale removes
+def position(codes: Tensor, points: Sequence[int]) -> Tensor:
+    """Where codes are in a table of points, int64; the next one for a number that is not in it."""
+    return torch.searchsorted(torch.tensor(points, dtype=codes.dtype, device=codes.device), codes.contiguous())
+
+
+def improved(starts: Iterable[Tensor], sums: Callable[[Tensor], Sums], times: int = 2) -> tuple[Tensor, Tensor]:
+    """The best of some scales [groups, out], each improved by least squares, and sum(weight · code²).
+
+    `sums` are those for the codes that scales give.
+    """
+    most: Tensor | None = None  # of the error that a scale removes
     for scale in starts:
         for _ in range(times):
-            _, wcc, wcx = groups.sums(nearest(groups.x * inverse(scale)[:, None], groups.weight))
+            _, wcc, wcx = sums(scale)
             scale = quotient(wcx, wcc)
-            better = wcx * scale > most
-            most = (wcx * scale).where(better, most)
-            best, power = scale.where(better, best), wcc.where(better, power)
+            removed = wcx * scale
+            if most is None:
+                most, best, power = removed, scale, wcc
+                continue
+            better = removed > most
+            most, best, power = (a.where(better, b) for a, b in ((removed, most), (scale, best), (wcc, power)))
     return best, power

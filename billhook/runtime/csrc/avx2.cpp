@@ -10,6 +10,7 @@
 TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2,popcnt")
 namespace {
 #include "closest.h"
+#include "codes.h"
 #include "rows.h"
 
 struct Floats {

@@ -9,6 +9,7 @@
 TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi,bmi2,popcnt")
 namespace {
 #include "closest.h"
+#include "codes.h"
 #include "rows.h"
 // (after the loops: these are their instances)
 #include "avx512_floats.h"

@@ -60,6 +60,46 @@ typedef void (*SparseGemmKernel)(const Matrix& matrix, int64_t first, int64_t la
                                  float* sums);
 // The rows of a table closest to vectors [first, last), see closest.h.
 typedef void (*ClosestKernel)(const float* x, int64_t stride, const float* table, int64_t points, int64_t first, int64_t last, int32_t* found);
+
+// The codes that a weight can have, see codes.h.
+struct Codes {
+  const float* points;  // ascending, or null where they are all integers low ... high
+  int64_t count;
+  float low, high;
+  int32_t mirrored;  // whether points stand for both signs
+};
+
+// A weight in groups of columns, transposed: x [groups, group, rows]. Scales and offsets are [groups, rows]; offsets may be null.
+struct SumsJob {
+  Codes codes;
+  const float *x, *weight, *inverse, *offset;  // weight [groups, group]
+  float* sums;                                 // [3, groups, rows]
+  int64_t groups, group, rows;
+};
+struct RoundJob {
+  Codes codes;
+  const float *x, *factor, *scale, *inverse, *offset;  // factor [columns, columns], row by row the coefficients of earlier errors
+  const uint8_t* zero;                                 // bool [columns, rows], or null
+  float *found, *errors;                               // [columns, rows]
+  int64_t columns, group, rows;
+};
+struct MoveJob {
+  Codes codes;
+  const float *gram, *step, *scale, *inverse;  // gram [columns, columns]; step [columns]; scale and inverse [rows]
+  const float* free;                           // [columns, rows], 0 where a code stays 0, or null
+  float *found, *slope, *change;               // [columns, rows], brought up to date
+  int64_t columns, rows;
+};
+typedef void (*SumsKernel)(const SumsJob& job, int64_t first, int64_t last);
+typedef void (*RoundKernel)(const RoundJob& job, int64_t first, int64_t last);
+typedef void (*MoveKernel)(const MoveJob& job, int64_t first, int64_t last);
+
+struct CodeKernels {
+  ClosestKernel closest[2];  // for vectors of 4 and 8 numbers
+  SumsKernel sums;
+  RoundKernel round;
+  MoveKernel move;
+};
 typedef void (*ExpandKernel)(const Matrix& matrix, int64_t first, int64_t last, void* out);
 
 struct Kernels {
@@ -70,7 +110,7 @@ struct Kernels {
   ExpandKernel expand[3];           // by bytes of a value: 1, 2, 4 -> [0], [1], [2]
   RowsKernel dense[TOKENS];         // a dense bfloat16 matrix in `values`, activations in float
   SparseGemmKernel sparse_gemm[4];  // by type; null where there is none
-  ClosestKernel closest[2];         // for vectors of 4 and 8 numbers
+  CodeKernels codes;
   // With bfloat16 activations and the dot-product instruction; null where there is none:
   RowsKernel dot[4][TOKENS];
   Layout dot_layout[4];

@@ -82,7 +82,7 @@ bool multiply_few(const Call& c) {
 
 }  // namespace
 
-PUBLIC int billhook_surface() { return 4; }  // as in library.py
+PUBLIC int billhook_surface() { return 5; }  // as in library.py
 PUBLIC int billhook_paths() { return sizeof PATHS / sizeof *PATHS; }
 PUBLIC const char* billhook_path_name(int path) { return PATHS[path]->name; }
 PUBLIC int billhook_path_runs(int path) { return PATHS[path]->runs(); }
@@ -169,15 +169,6 @@ PUBLIC void billhook_gather(const void* weight, int width, const Matrix* matrix,
                  : width == 2 ? gather((const uint16_t*)at, mask, m.words, (uint16_t*)to)
                               : gather((const uint8_t*)at, mask, m.words, (uint8_t*)to);
     }
-  });
-}
-
-// found [vectors] are the rows of the table [points, dim + 1] closest to vectors of 4 or 8 numbers, x [dim, vectors].
-PUBLIC void billhook_closest(const float* x, int64_t vectors, int64_t dim, const float* table, int64_t points, int32_t* found, int path,
-                             int threads) {
-  const ClosestKernel kernel = PATHS[path]->closest[dim == 8];
-  share((vectors + 63) / 64, vectors * points, threads, [&](int64_t first, int64_t last) {
-    kernel(x, vectors, table, points, 64 * first, 64 * last < vectors ? 64 * last : vectors, found);
   });
 }
 

@@ -9,6 +9,7 @@
 
 namespace {
 #include "closest.h"
+#include "codes.h"
 #include "rows.h"
 
 struct Floats {

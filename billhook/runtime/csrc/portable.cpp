@@ -4,6 +4,7 @@
 
 namespace {
 #include "closest.h"
+#include "codes.h"
 
 struct Bf16 {
   typedef uint16_t Value;
@@ -84,7 +85,7 @@ const Kernels kernels_portable = {
     {expand<uint8_t>, expand<uint16_t>, expand<uint32_t>},
     TOKENS_1_TO_8(dense_rows, Bf16),
     {},
-    {closest<Floats4, Ints4, 4>, closest<Floats4, Ints4, 8>},
+    CODE_KERNELS(Floats4, Ints4),
     {},
     {},
     {},

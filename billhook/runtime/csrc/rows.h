@@ -216,4 +216,4 @@ void expand_rows(const Matrix& m, int64_t first, int64_t last, void* out) {
       {bf16_layout, PLAIN_F32, PLAIN_F32, PLAIN_F32}, {expand_rows<Expand1>, expand_rows<Expand2>, expand_rows<Expand4>},                   \
       TOKENS_1_TO_8(dense_rows, Dense),                                                                                                     \
       {sparse_gemm_rows<bf16_in_order>, sparse_gemm_rows<F16>, sparse_gemm_rows<F32>, sparse_gemm_rows<I8>},                                \
-      {closest<WideFloats, WideInts, 4>, closest<WideFloats, WideInts, 8>}
+      CODE_KERNELS(WideFloats, WideInts)

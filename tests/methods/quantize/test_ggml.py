@@ -65,7 +65,7 @@ def test_one_scale_is_nearly_the_best_of_a_thousand(name):
     least = torch.full((200,), torch.inf)
     for scale in torch.linspace(0.6, 1.4, 500).tolist():
         for sign in (1, -1):
-            d = (W.abs().amax(1, keepdim=True) / grid.points.low * scale * sign).half().float()
+            d = (W.abs().amax(1, keepdim=True) / grid.points[0] * scale * sign).half().float()
             least = torch.minimum(least, (W - grid.nearest(W / d) * d).square() @ weight)
     found = (W - rounded(W, weight, name)).square() @ weight
     assert found.sum() < 1.02 * least.sum()
