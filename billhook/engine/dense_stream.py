@@ -7,10 +7,10 @@ pruned. With X the inputs of a layer and X' those of the same tokens in the dens
     drift = (X' - X)^T X,   and, if its output is added to the residual stream R,   stream_drift = (R' - R)^T X
 
 which the layer would have to correct to restore the dense model's stream. Whether a layer writes into the stream is
-found by experiment: its output is shifted by a hundred times the size of the stream; if it writes, the block's output
-shifts by the same amount. R' - R is the difference of the block's inputs for the first layer that writes, and of its
-outputs for the layer that is alone in the last group, whose own input drift these include: it has no `drift`, which
-would be the most expensive of all. In between R' - R is not known.
+found by experiment, once for blocks of the same modules: its output is shifted by a hundred times the size of the
+stream; if it writes, the block's output shifts by the same amount. R' - R is the difference of the block's inputs for
+the first layer that writes, and of its outputs for the layer that is alone in the last group, whose own input drift
+these include: it has no `drift`, which would be the most expensive of all. In between R' - R is not known.
 
 Where R' - R is known, a token whose mean square in R' is m times the median of its sequence, m > 1, counts 1 / m in
 `gram` and both drifts, as the norm of the next block divides by it: otherwise the few tokens with huge activations that
@@ -49,6 +49,7 @@ class DenseStream:
     def __init__(self, flow: Flow) -> None:
         """Start from the inputs of the first block in `flow`."""
         self.flow = flow.branch()
+        self._writers: dict[tuple[str, str], bool] = {}  # by block, as printed, and layer
 
     @property
     def hidden(self) -> ActivationStore:
@@ -91,7 +92,7 @@ class DenseStream:
                         run_block(block, h, call)
                 yield group, observer.stats()
                 continue
-            writes, last = _is_writer(block, group[0], hidden[0], calls[0]), last and len(group) == 1
+            writes, last = self._writes(block, group[0], hidden[0], calls[0]), last and len(group) == 1
             pair = _Pair(group[0], names, "end" if writes and last else "start" if writes and first else None)
             first, advanced = first and not writes, writes and last
             for i, pair_of_calls in enumerate(zip(self.flow.calls(index), calls, strict=True)):
@@ -102,6 +103,14 @@ class DenseStream:
         if not advanced:
             with exchanged(dense.values()):
                 self.advance(block, index)
+
+    def _writes(self, block: nn.Module, layer: Layer, hidden: Tensor, call: Call) -> bool:
+        """Whether a layer writes into the stream, tried once for blocks of the same modules."""
+        path = next(name for name, module in block.named_modules() if module is layer.module)
+        key = repr(block), path
+        if key not in self._writers:
+            self._writers[key] = _is_writer(block, layer, hidden, call)
+        return self._writers[key]
 
 
 def _is_writer(block: nn.Module, layer: Layer, hidden: Tensor, call: Call) -> bool:

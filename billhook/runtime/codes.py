@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from billhook.runtime import library, plain_codes
+from billhook.runtime.plain_codes import Values
 
-Sums = tuple[Tensor, Tensor, Tensor]  # of weight times code, code², and code · x; [groups, out]
+Sums = tuple[Tensor, Tensor, Tensor]  # three tensors [groups, out]
+_MOST_COLUMNS = 256  # as in csrc/billhook.h
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -34,80 +36,108 @@ def _job(pointers: str, sizes: str) -> type[ctypes.Structure]:
     return type("_Job", (ctypes.Structure,), {"_fields_": fields})
 
 
-_SumsJob = _job("x weight inverse offset sums", "groups group rows")
+class _SumsJob(_job("x weight scale offset tried found", "groups group rows tries")):  # type: ignore[misc]
+    _fields_ = (("most", ctypes.c_float),)
+
+
 _RoundJob = _job("x factor scale inverse offset zero found errors", "columns group rows")
-_MoveJob = _job("gram step scale inverse free found slope change", "columns rows")
+_MoveJob = _job("gram step scale inverse free slope found change", "columns rows")
 
 
-def code_sums(
-    x: Tensor,
-    weight: Tensor,
-    inverse: Tensor,
-    offset: Tensor | None,
-    points: Sequence[int],
-    *,
-    mirrored: bool = False,
-) -> Sums:
-    """Sums over each group of weight times code, code² and code · x for the codes nearest to (x - offset) · inverse.
+def code_sums(x: Tensor, weight: Tensor, values: Values) -> Sums:
+    """Sums over each group of weight times code, code² and code · x for the codes nearest to (x - offset) / scale.
 
-    x is [groups, group, out], `weight` [groups, group], `inverse` and `offset` [groups, out]; where `mirrored`, the
+    x is [groups, group, out], `weight` [groups, group].
+    """
+    scale, offset, points = values
+    if not _compiled(x.shape[1], x, weight, scale, offset):
+        return plain_codes.code_sums(x, weight, values)
+    a, b, c = _found("billhook_code_sums", 3, x, weight, points, scale=scale, offset=offset)
+    return a, b, c
+
+
+def search_scale(
+    x: Tensor, weight: Tensor, unit: Tensor, tried: Sequence[float], points: Sequence[int], *, mirrored: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The best of the scales `tried` · unit, each improved twice by least squares, and sum(weight · code²).
+
+    x is [groups, group, out], `weight` [groups, group], `unit` and both results [groups, out]. Where `mirrored`, the
     points are positive and stand for both signs.
     """
-    groups, group, rows = x.shape
-    if not _compiled(x, weight, inverse, offset):
-        return plain_codes.code_sums(x, weight, inverse, offset, points, mirrored)
-    sums = torch.empty(3, groups, rows)
-    job = _SumsJob(_codes(points, mirrored), *_places(x, weight, inverse, offset, sums), groups, group, rows)
-    _run("billhook_code_sums", job)
-    return sums[0], sums[1], sums[2]
+    if not _compiled(x.shape[1], x, weight, unit):
+        return plain_codes.search_scale(x, weight, unit, tried, points, mirrored)
+    numbers = torch.tensor(tried, dtype=torch.float32)
+    name = "billhook_search_scale"
+    scale, power = _found(name, 2, x, weight, points, scale=unit, tried=numbers, mirrored=mirrored)
+    return scale, power
 
 
-def round_columns(
+def search_range(x: Tensor, weight: Tensor, cuts: Sequence[tuple[float, float]], most: float, high: int) -> Sums:
+    """The best scale and offset for codes 0 ... high, and sum(weight · code²), all [groups, out].
+
+    x is [groups, group, out] and `weight` [groups, group]. The ranges that are tried cut steps off both ends of a
+    group's, or extend it; each is improved twice by least squares. Offsets are at most `most`.
+    """
+    if not _compiled(x.shape[1], x, weight):
+        return plain_codes.search_range(x, weight, cuts, most, high)
+    numbers = torch.tensor(cuts, dtype=torch.float32)
+    scale, offset, power = _found("billhook_search_range", 3, x, weight, range(high + 1), tried=numbers, most=most)
+    return scale, offset, power
+
+
+def _found(
+    name: str,
+    count: int,
     x: Tensor,
-    U: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
+    weight: Tensor,
     points: Sequence[int],
-    zero: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    *,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    tried: Tensor | None = None,
+    most: float = 0.0,
+    mirrored: bool = False,
+) -> Sequence[Tensor]:
+    """What a kernel finds for every group, `count` tensors [groups, out]."""
+    groups, group, rows = x.shape
+    found = torch.empty(count, groups, rows, dtype=torch.float32)
+    tensors = [None if t is None else t.contiguous() for t in (x, weight, scale, offset, tried, found)]
+    sizes = groups, group, rows, 0 if tried is None else len(tried)
+    _run(name, _SumsJob(_codes(points, mirrored), *_places(*tensors), *sizes, most))
+    return found.unbind()
+
+
+def round_columns(x: Tensor, U: Tensor, values: Values, zero: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The codes of x [columns, out], one column after the other, and their errors divided by U's diagonal.
 
-    A column first makes up for the errors of those before it by U [columns, columns], upper triangular. `scale` and
-    `offset` are [groups, out]; codes are 0 where the scale is 0 and where `zero`, bool [columns, out].
+    A column first makes up for the errors of those before it by U [columns, columns], upper triangular. Codes are 0
+    where the scale is 0 and where `zero`, bool [columns, out].
     """
-    columns, rows = x.shape
-    inverse = scale.reciprocal().where(scale != 0, 0)
-    if not _compiled(x, U, scale, offset):
-        return plain_codes.round_columns(x, U, scale, inverse, offset, points, zero)
-    found, errors, factor = torch.empty_like(x), torch.empty_like(x), U.t().contiguous()
-    x, zero = x.contiguous(), None if zero is None else zero.contiguous()
-    places = _places(x, factor, scale, inverse, offset, zero, found, errors)
-    _run("billhook_round_columns", _RoundJob(_codes(points), *places, columns, columns // len(scale), rows))
+    (scale, offset, points), (columns, rows) = values, x.shape
+    if not _compiled(columns, x, U, scale, offset):
+        return plain_codes.round_columns(x, U, values, zero)
+    found, errors, inverse = torch.empty_like(x), torch.empty_like(x), scale.reciprocal().where(scale != 0, 0)
+    given = (x, U.t(), scale, inverse, offset, zero)
+    tensors = [None if t is None else t.contiguous() for t in given]
+    sizes = columns, columns // len(scale), rows
+    _run("billhook_round_columns", _RoundJob(_codes(points), *_places(*tensors, found, errors), *sizes))
     return found, errors
 
 
 def move_codes(
-    found: Tensor,
-    slope: Tensor,
-    change: Tensor,
-    gram: Tensor,
-    step: Tensor,
-    scale: Tensor,
-    points: Sequence[int],
-    free: Tensor | None = None,
+    found: Tensor, slope: Tensor, change: Tensor, gram: Tensor, values: Values, free: Tensor | None = None
 ) -> None:
-    """Move codes [columns, out], which share `scale` [out], one column after the other, to the best for the output.
+    """Move codes [columns, out], which share a scale [out], one column after the other, to the best for the output.
 
-    `slope` [columns, out] is the gradient of half the loss by the values, `gram` its matrix [columns, columns] and
-    `step` [columns] the inverse of its diagonal. Codes, slope and `change` of the values are brought up to date in
-    place. Codes become 0 where `free` [columns, out] is 0.
+    `slope` [columns, out] is the gradient of half the loss by the values, `gram` its matrix [columns, columns]. Codes
+    and the `change` of the values are brought up to date in place; `slope` may be. Codes become 0 where `free`
+    [columns, out] is 0.
     """
-    columns, rows = found.shape
-    inverse = scale.reciprocal().where(scale != 0, 0)
-    if not _compiled(found, slope, change, gram, step, scale, free):
-        return plain_codes.move_codes(found, slope, change, gram, step, scale, inverse, points, free)
-    gram = gram.contiguous()
-    places = _places(gram, step, scale, inverse, free, found, slope, change)
+    (scale, _, points), (columns, rows) = values, found.shape
+    if not _compiled(columns, found, slope, change, gram, scale, free):
+        return plain_codes.move_codes(found, slope, change, gram, values, free)
+    gram, step, inverse = gram.contiguous(), gram.diagonal().reciprocal(), scale.reciprocal().where(scale != 0, 0)
+    places = _places(gram, step, scale, inverse, free, slope, found, change)
     return _run("billhook_move_codes", _MoveJob(_codes(points), *places, columns, rows))
 
 
@@ -129,11 +159,11 @@ def closest(x: Tensor, table: Tensor) -> Tensor:
     return index.long()
 
 
-def _compiled(*tensors: Tensor | None) -> bool:
-    """Whether there are kernels for these tensors."""
+def _compiled(columns: int, *tensors: Tensor | None) -> bool:
+    """Whether there are kernels for these tensors, and for so many columns in a group or at once."""
     given = [tensor for tensor in tensors if tensor is not None]
     plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in given)
-    return plain and library.active() is not None
+    return plain and columns <= _MOST_COLUMNS and library.active() is not None
 
 
 def _run(name: str, job: ctypes.Structure) -> None:

@@ -47,6 +47,8 @@ _SURFACE: dict[str, tuple[list[type], type | None]] = {
     "bitmask": ([_POINTER, _INT, _LONG, _LONG, _POINTER, _INT], None),
     "closest": ([_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT, _INT], None),
     "code_sums": ([_POINTER, _INT, _INT], None),
+    "search_scale": ([_POINTER, _INT, _INT], None),
+    "search_range": ([_POINTER, _INT, _INT], None),
     "round_columns": ([_POINTER, _INT, _INT], None),
     "move_codes": ([_POINTER, _INT, _INT], None),
     "read": ([_POINTER, _LONG, _INT], ctypes.c_uint64),

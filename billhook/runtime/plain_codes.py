@@ -1,11 +1,20 @@
 """The loops of `codes.py` in plain torch, for other devices and dtypes, and where kernels were not compiled."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _AT_ONCE = 256  # vectors whose values at all points of a code book stay in the cache
+
+
+class Values(NamedTuple):
+    """What codes stand for, scale · code + offset: `scale` and `offset` are [groups, out], or [out] for one group."""
+
+    scale: Tensor
+    offset: Tensor | None
+    points: Sequence[int]
 
 
 def nearest_code(x: Tensor, points: Sequence[int]) -> Tensor:
@@ -23,52 +32,109 @@ def nearest_code(x: Tensor, points: Sequence[int]) -> Tensor:
     return table.index_select(0, halves.flatten()).view_as(x)
 
 
-def code_sums(
-    x: Tensor, weight: Tensor, inverse: Tensor, offset: Tensor | None, points: Sequence[int], mirrored: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `codes.code_sums`."""
-    values = (x if offset is None else x - offset[:, None]) * inverse[:, None]
-    codes = torch.copysign(nearest_code(values.abs(), points), values) if mirrored else nearest_code(values, points)
+def code_sums(x: Tensor, weight: Tensor, values: Values, *, mirrored: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """As `codes.code_sums`; where `mirrored`, points stand for both signs."""
+    scale, offset, points = values
+    v = (x if offset is None else x - offset[:, None]) * inverse(scale)[:, None]
+    codes = torch.copysign(nearest_code(v.abs(), points), v) if mirrored else nearest_code(v, points)
     product = (codes * x * weight[:, :, None]).sum(1)
     return (weight[:, None] @ codes)[:, 0], (weight[:, None] @ codes.square_())[:, 0], product
 
 
-def round_columns(
-    x: Tensor,
-    U: Tensor,
-    scale: Tensor,
-    inverse: Tensor,
-    offset: Tensor | None,
-    points: Sequence[int],
-    zero: Tensor | None,
+def search_scale(
+    x: Tensor, weight: Tensor, unit: Tensor, tried: Sequence[float], points: Sequence[int], mirrored: bool
 ) -> tuple[Tensor, Tensor]:
+    """As `codes.search_scale`."""
+    found: tuple[Tensor, ...] = ()
+    for factor in tried:
+        scale = unit * factor
+        for _ in range(2):
+            _, power, product = code_sums(x, weight, Values(scale, None, points), mirrored=mirrored)
+            scale = quotient(product, power)
+            found = better((-product * scale, scale, power), found)
+    return found[1], found[2]
+
+
+def search_range(
+    x: Tensor, weight: Tensor, cuts: Sequence[tuple[float, float]], most: float, high: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `codes.search_range`."""
+    total = weight.sum(1, keepdim=True).to(x.dtype), (x * weight[:, :, None]).sum(1)
+    low = x.amin(1).clamp_max(most)
+    span = x.amax(1) - low
+    found: tuple[Tensor, ...] = ()
+    for below, above in cuts:
+        scale = span / (high + below + above)
+        offset = (low + below * scale).clamp_max(most)
+        for _ in range(2):
+            sums = code_sums(x, weight, Values(scale, offset, range(high + 1)))
+            scale, offset = solve_range(*total, sums, most)
+            found = better((range_error(*total, sums, scale, offset), scale, offset, sums[1]), found)
+    return found[1], found[2], found[3]
+
+
+def solve_range(weight: Tensor, wx: Tensor, sums: tuple[Tensor, Tensor, Tensor], most: float) -> tuple[Tensor, Tensor]:
+    """The best scale and offset for codes with these sums; one is 0 where codes are equal or it would be above `most`.
+
+    `weight` and `wx` are the sums over each group of the weights, and of weight times x.
+    """
+    wc, wcc, wcx = sums
+    determinant = weight * wcc - wc.square()
+    scale = (weight * wcx - wx * wc) / determinant
+    offset = (wx * wcc - wc * wcx) / determinant
+    regular = (determinant > 1e-6 * weight * wcc) & (offset <= most) & (scale >= 0)
+    mean = (wx / weight).clamp_max(most).where(wcc <= 0, 0)
+    return scale.where(regular, quotient(wcx, wcc)), offset.where(regular, mean)
+
+
+def range_error(
+    weight: Tensor, wx: Tensor, sums: tuple[Tensor, Tensor, Tensor], scale: Tensor, offset: Tensor
+) -> Tensor:
+    """sum(weight · (x - scale · code - offset)²) less sum(weight · x²), [groups, out]."""
+    wc, wcc, wcx = sums
+    cross = offset * (offset * weight - 2 * wx + 2 * scale * wc)
+    return scale.square() * wcc - 2 * scale * wcx + cross
+
+
+def better(new: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Where the first tensor, the error, is less in `new` than in `found`, the tensors of `new`."""
+    if not found:
+        return new
+    less = new[0] < found[0]
+    return tuple(a.where(less, b) for a, b in zip(new, found, strict=True))
+
+
+def inverse(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 for a scale of (almost) 0."""
+    return scale.reciprocal().where(scale.abs() > 1e-30, 0)
+
+
+def quotient(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is not positive."""
+    return a / b.where(b > 0, 1) * (b > 0)
+
+
+def round_columns(x: Tensor, U: Tensor, values: Values, zero: Tensor | None) -> tuple[Tensor, Tensor]:
     """As `codes.round_columns`."""
+    scale, offset, points = values
     codes, errors, group = torch.empty_like(x), torch.zeros_like(x), len(x) // len(scale)
     for at in range(len(x)):
         g = at // group
         w = torch.addmv(x[at], errors[:at].t(), U[:at, at], alpha=-1)
         w = w if offset is None else w - offset[g]
-        codes[at] = nearest_code(w * inverse[g], points).mul_(scale[g] != 0)
+        codes[at] = nearest_code(w * inverse(scale[g]), points).mul_(scale[g] != 0)
         if zero is not None:
             codes[at].masked_fill_(zero[at], 0)
         torch.div(torch.addcmul(w, codes[at], scale[g], value=-1), U[at, at], out=errors[at])
     return codes, errors
 
 
-def move_codes(
-    found: Tensor,
-    slope: Tensor,
-    change: Tensor,
-    gram: Tensor,
-    step: Tensor,
-    scale: Tensor,
-    inverse: Tensor,
-    points: Sequence[int],
-    free: Tensor | None,
-) -> None:
+def move_codes(found: Tensor, slope: Tensor, change: Tensor, gram: Tensor, values: Values, free: Tensor | None) -> None:
     """As `codes.move_codes`."""
+    scale, _, points = values
+    step, one = gram.diagonal().reciprocal(), inverse(scale)
     for at, code in enumerate(found):
-        new = nearest_code(torch.addcmul(code, slope[at] * step[at], inverse, value=-1), points)
+        new = nearest_code(torch.addcmul(code, slope[at] * step[at], one, value=-1), points)
         if free is not None:
             new *= free[at]
         delta = (new - code).mul_(scale)

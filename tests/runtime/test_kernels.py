@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sparse_layers import assert_product, layer, random_weight
 from torch import Tensor
 
-from billhook.runtime import autotune, codes, fallback, library, native, plain_codes, products
+from billhook.runtime import autotune, fallback, library, native, products
 from billhook.runtime.linear import SparseLinear
 from billhook.runtime.native import Weight
 
@@ -231,43 +231,6 @@ def test_threads_do_not_change_a_bit(path: str, threads: int):
 
 def _in_child(packed: SparseLinear, x: Tensor, queue: "multiprocessing.queues.Queue[list[float]]") -> None:
     queue.put(packed.packed().multiply(x, None).flatten().tolist())
-
-
-@pytest.mark.parametrize("dim", [4, 8])
-@pytest.mark.parametrize(("vectors", "points"), [(0, 3), (1, 1), (17, 5), (1000, 256), (3, 1024)])
-def test_the_closest_row_of_a_table_is_that_of_float64(path: str, dim: int, vectors: int, points: int):
-    generator = torch.Generator().manual_seed(vectors + dim)
-    x, table = (torch.randn(*shape, generator=generator) for shape in ((dim, vectors), (points, dim + 1)))
-    found = codes.closest(x, table)
-    values = table[:, :-1].double() @ x.double() + table[:, -1:].double()
-    assert found.dtype == torch.int64
-    torch.testing.assert_close(values.gather(0, found[None])[0], values.amax(0), rtol=1e-3, atol=1e-3)
-    if path != "torch":
-        assert (found == values.argmax(0)).float().mean() > 0.99 or not vectors
-        with library.forced("portable"):
-            assert torch.equal(codes.closest(x, table), found)
-    assert torch.equal(codes.closest(x.t().contiguous().t(), table), found)
-    assert torch.equal(codes.closest(x, table.double()), plain_codes.closest(x, table))
-    with pytest.raises(ValueError, match="is no table for vectors of"):
-        codes.closest(x, table[:, 1:])
-
-
-def test_threads_find_the_same_rows(path: str):
-    x, table = torch.randn(4, 3001), torch.randn(512, 5)
-    alone = codes.closest(x, table)
-    torch.set_num_threads(2)
-    try:
-        assert torch.equal(codes.closest(x, table), alone)
-    finally:
-        torch.set_num_threads(1)
-
-
-def test_of_equal_rows_the_first_is_closest_and_nan_finds_some_row(path: str):
-    x = torch.tensor([[1.0, torch.nan]]).expand(4, 2)
-    found = codes.closest(x, torch.ones(5, 5))
-    assert 0 <= int(found.min()) <= int(found.max()) < 5
-    if path != "torch":
-        assert found.tolist() == [0, 0]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or library.active() is None, reason="needs fork and compiled kernels")

@@ -8,15 +8,16 @@ smallest weight · |x| is turned first, and then counts against large points: wi
 """
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError
-from billhook.methods.quantize.groups import ROWS, Groups, inverse
-from billhook.methods.quantize.symmetric import SuperBlock, improved, position
-from billhook.runtime.codes import Sums, closest
+from billhook.methods.quantize.groups import ROWS, Groups
+from billhook.methods.quantize.symmetric import SuperBlock, position
+from billhook.runtime.codes import Sums, closest, search_scale
+from billhook.runtime.plain_codes import better, inverse, quotient
 
 _STARTS = torch.linspace(0.5, 1.25, 8).tolist()  # the largest weight in units of the largest number of the book
 _AROUND = (0.85, 1.0, 1.15)  # scales that are tried with the book, in units of the one found without
@@ -89,6 +90,11 @@ class CodeBook(SuperBlock):
     def _search(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """The best scale of every group and sum(weight · code²), [groups, out]: first without the book, by numbers."""
         largest = groups.x.abs().amax(1) / self.points[-1]
-        numbers = partial(groups.sums, offset=None, points=self.points, mirrored=True)
-        scale, _ = improved((largest * start for start in _STARTS), numbers)
-        return improved((scale * factor for factor in _AROUND), partial(self._sums, groups), times=1)
+        numbers = groups.x, groups.weight[:, 0], largest, _STARTS, self.points
+        scale, _ = search_scale(*numbers, mirrored=True)
+        found: tuple[Tensor, ...] = ()
+        for factor in _AROUND:
+            _, power, product = self._sums(groups, scale * factor)
+            improved = quotient(product, power)
+            found = better((-product * improved, improved, power), found)
+        return found[1], found[2]

@@ -40,7 +40,7 @@ from billhook.methods.quantize.grid import Grid, Quantized, Scales
 from billhook.methods.quantize.polish import polish
 from billhook.methods.statistics import LayerStats
 from billhook.registry import method
-from billhook.runtime.codes import round_columns
+from billhook.runtime.codes import Values, round_columns
 
 ROWS = 2048  # of a weight at a time, so that what is computed for a column stays in the cache
 PANEL = 64  # columns at least that are rounded between two products with the errors before them
@@ -128,9 +128,9 @@ def _round_block(block: Tensor, U: Tensor, scales: Scales, grid: Grid, fixed: Te
         panel = slice(first * grid.group, min(some.stop * grid.group, len(block)))
         x = block[panel].addmm_(U[: panel.start, panel].t(), errors[: panel.start], alpha=-1)
         if grid.step == 1:
-            given = scale[some], None if offset is None else offset[some], grid.points
+            values = Values(scale[some], None if offset is None else offset[some], grid.points)
             zero = None if fixed is None else fixed[panel]
-            codes[panel], errors[panel] = round_columns(x, U[panel, panel], *given, zero)
+            codes[panel], errors[panel] = round_columns(x, U[panel, panel], values, zero)
         else:
             codes[panel], errors[panel] = _round_vectors(x, U[panel, panel], scale[some], grid)
     return codes, errors

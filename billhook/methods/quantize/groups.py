@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from billhook.methods.quantize.grid import Scales
-from billhook.runtime.codes import Sums, code_sums
+from billhook.runtime.codes import Sums, Values, code_sums
 
 ROWS = 4096  # rows at a time, so that what is computed for a block stays in the cache
 _HALF = 65504.0  # the largest float16
@@ -19,7 +19,7 @@ _HALF = 65504.0  # the largest float16
 class Groups:
     """W float32 [out, block] and weight [block]: `x` [groups, group, out], `weight` [groups, 1, group], `peak` [out].
 
-    Sums over each group, [groups, out]: `sum_w` of the weights, `sum_wx` and `sum_wxx` of weight times x and x².
+    Sums over each group, [groups, out]: `sum_w` of the weights, `sum_wx` of weight times x.
     """
 
     def __init__(self, W: Tensor, weight: Tensor, group: int) -> None:
@@ -33,11 +33,10 @@ class Groups:
         self.wx = self.x * self.weight.transpose(1, 2)
         self.sum_w = self.weight.sum(2).expand(-1, out)
         self.sum_wx = self.wx.sum(1)
-        self.sum_wxx = (self.wx * self.x).sum(1)
 
-    def sums(self, scale: Tensor, offset: Tensor | None, points: Sequence[int], *, mirrored: bool = False) -> Sums:
+    def sums(self, scale: Tensor, offset: Tensor | None, points: Sequence[int]) -> Sums:
         """Sums [groups, out] of weight times code, code² and code · x for the codes that scales give."""
-        return code_sums(self.x, self.weight[:, 0], inverse(scale), offset, points, mirrored=mirrored)
+        return code_sums(self.x, self.weight[:, 0], Values(scale, offset, points))
 
     def sums_of(self, codes: Tensor) -> Sums:
         """The same for codes [groups, group, out], which are overwritten."""
@@ -64,13 +63,3 @@ def by_rows(fit: Callable[[Tensor, Tensor], Scales], W: Tensor, weight: Tensor) 
 def to_half(x: Tensor) -> Tensor:
     """x rounded to float16, not above its largest number, in the dtype of x."""
     return x.clamp(-_HALF, _HALF).half().to(x.dtype)
-
-
-def inverse(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 for a scale of (almost) 0."""
-    return scale.reciprocal().where(scale.abs() > 1e-30, 0)
-
-
-def quotient(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b is not positive."""
-    return a / b.where(b > 0, 1) * (b > 0)

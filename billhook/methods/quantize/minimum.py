@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from billhook.methods.quantize.grid import Scales, Term
-from billhook.methods.quantize.groups import Groups, by_rows, inverse, quotient, to_half
+from billhook.methods.quantize.groups import Groups, by_rows, to_half
 from billhook.methods.quantize.symmetric import Multipliers
-from billhook.runtime.codes import Sums
-from billhook.runtime.plain_codes import nearest_code
+from billhook.runtime.codes import Sums, search_range
+from billhook.runtime.plain_codes import better, inverse, nearest_code, quotient, range_error, solve_range
 
 _CUTS = (-0.5, 0.0, 0.5, 1.1)  # steps by which an end of the range is cut off
 _SPLITS = 8
@@ -62,33 +62,18 @@ class Affine:
         found: tuple[Tensor, ...] = ()
         for _ in range(_ROUNDS):
             scale, offset = groups.half(scale), groups.half(offset)
-            sums = self._sums(groups, scale, offset)
-            found = _better((_error(groups, scale, offset, sums), scale, offset), found)
-            scale, offset = _solve(groups, sums, torch.inf)
+            sums = groups.sums(scale, offset, self.points)
+            found = better((range_error(groups.sum_w, groups.sum_wx, sums, scale, offset), scale, offset), found)
+            scale, offset = solve_range(groups.sum_w, groups.sum_wx, sums, torch.inf)
         return self.decoded({"d": groups.stored(found[1]), "m": groups.stored(found[2])})
 
     def decoded(self, parts: Mapping[str, Tensor]) -> Scales:
         """Scales from what is stored: d and m float16 [out, blocks]."""
         return Scales(parts["d"].float(), parts["m"].float(), dict(parts))
 
-    def _sums(self, groups: Groups, scale: Tensor, offset: Tensor) -> Sums:
-        """The sums for the codes that these scales give."""
-        return groups.sums(scale, offset, self.points)
-
-    def _search(self, groups: Groups, most: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _search(self, groups: Groups, most: float) -> Sums:
         """The best scale and offset (not above `most`) of every group, and sum(weight · code²); [groups, out]."""
-        low = groups.x.amin(1).clamp_max(most)
-        span = groups.x.amax(1) - low
-        found: tuple[Tensor, ...] = ()
-        for below, above in product(_CUTS, _CUTS):
-            scale = span / (self.high + below + above)
-            offset = (low + below * scale).clamp_max(most)
-            for _ in range(2):
-                sums = self._sums(groups, scale, offset)
-                scale, offset = _solve(groups, sums, most)
-                new = _error(groups, scale, offset, sums), scale, offset, sums[1]
-                found = _better(new, found)
-        return found[1], found[2], found[3]
+        return search_range(groups.x, groups.weight[:, 0], list(product(_CUTS, _CUTS)), most, self.high)
 
 
 @dataclass(frozen=True)
@@ -113,7 +98,7 @@ class KMinimum(Affine):
         found: tuple[Tensor, ...] = ()
         for _ in range(_ROUNDS):
             error, a, b, *sums = self._improve(groups, d, a, dmin, b)
-            found = _better((error.sum(0), d, a, dmin, b), found)
+            found = better((error.sum(0), d, a, dmin, b), found)
             d, dmin = _solve_block(groups, a, b, sums, (d, dmin))
         _, d, a, dmin, b = found
         parts = {"d": groups.stored(d), "dmin": groups.stored(dmin)}
@@ -132,7 +117,7 @@ class KMinimum(Affine):
             d = groups.half(value.amax(0) / (self.multipliers.high - k / 2))
             for _ in range(2):
                 integers = self.multipliers.nearest(value * inverse(d))
-                found = _better(((power * (integers * d - value).square()).sum(0), d, integers), found)
+                found = better(((power * (integers * d - value).square()).sum(0), d, integers), found)
                 d = groups.half(quotient((power * integers * value).sum(0), (power * integers.square()).sum(0)))
         return found[1], found[2]
 
@@ -141,34 +126,11 @@ class KMinimum(Affine):
         found: tuple[Tensor, ...] = ()
         for multiplier, minimum in product(self.multipliers.neighbours(a), self.multipliers.neighbours(b)):
             scale, offset = d * multiplier, -(dmin * minimum)
-            sums = self._sums(groups, scale, offset)
-            found = _better((_error(groups, scale, offset, sums), multiplier, minimum, *sums), found)
+            sums = groups.sums(scale, offset, self.points)
+            found = better(
+                (range_error(groups.sum_w, groups.sum_wx, sums, scale, offset), multiplier, minimum, *sums), found
+            )
         return found
-
-
-def _better(new: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Where the first tensor, the error, is less in `new` than in `found`, the tensors of `new`."""
-    if not found:
-        return new
-    return tuple(a.where(new[0] < found[0], b) for a, b in zip(new, found, strict=True))
-
-
-def _error(groups: Groups, scale: Tensor, offset: Tensor, sums: Sums) -> Tensor:
-    """sum(weight · (x - scale · code - offset)²), [groups, out]."""
-    wc, wcc, wcx = sums
-    cross = offset * (offset * groups.sum_w - 2 * groups.sum_wx + 2 * scale * wc)
-    return groups.sum_wxx - 2 * scale * wcx + scale.square() * wcc + cross
-
-
-def _solve(groups: Groups, sums: Sums, most: float) -> tuple[Tensor, Tensor]:
-    """The best scale and offset for some codes; one is 0 where codes are equal or the offset would be above `most`."""
-    wc, wcc, wcx = sums
-    determinant = groups.sum_w * wcc - wc.square()
-    scale = (groups.sum_w * wcx - groups.sum_wx * wc) / determinant
-    offset = (groups.sum_wx * wcc - wc * wcx) / determinant
-    regular = (determinant > 1e-6 * groups.sum_w * wcc) & (offset <= most) & (scale >= 0)
-    mean = (groups.sum_wx / groups.sum_w).clamp_max(most).where(wcc <= 0, 0)
-    return scale.where(regular, quotient(wcx, wcc)), offset.where(regular, mean)
 
 
 def _solve_block(groups: Groups, a: Tensor, b: Tensor, sums: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:

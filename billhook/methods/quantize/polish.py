@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from billhook.methods.quantize.grid import Quantized
-from billhook.runtime.codes import move_codes
+from billhook.runtime.codes import Values, move_codes
 
 _PANEL = 128  # columns for which r is computed by one product
 
@@ -88,8 +88,7 @@ class _State:
         """Move the codes of group `g`, one column each, and r and change [group, out] with them."""
         columns = slice(g * self.grid.group, (g + 1) * self.grid.group)
         free = None if self.free is None else self.free[columns]
-        given = block, self.inverses[columns].view(-1), self.scale[g], self.grid.points, free
-        move_codes(self.codes[columns], r, change, *given)
+        move_codes(self.codes[columns], r, change, block, Values(self.scale[g], None, self.grid.points), free)
 
     def _move_vectors(self, g: int, r: Tensor, block: Tensor, change: Tensor) -> None:
         """Move the codes of group `g`, vectors of `step` columns; r and change are [group, out]."""

@@ -6,17 +6,16 @@ then each multiplier becomes the best of its neighbours, every code being rounde
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from billhook.methods.quantize.grid import Scales, Term
-from billhook.methods.quantize.groups import Groups, by_rows, inverse, quotient, to_half
-from billhook.runtime.codes import Sums
-from billhook.runtime.plain_codes import nearest_code
+from billhook.methods.quantize.groups import Groups, by_rows, to_half
+from billhook.runtime.codes import Sums, search_scale
+from billhook.runtime.plain_codes import inverse, nearest_code, quotient
 
 _STARTS = torch.linspace(-1.4, 0.6, 8).tolist()  # see `Symmetric._starts`
 _SPLITS = 16  # values of d that are tried before codes are rounded
@@ -86,7 +85,7 @@ class Symmetric:
     def _search(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """The best scale of every group and sum(weight · code²), [groups, out]."""
         largest = groups.x.gather(1, groups.x.abs().argmax(1, keepdim=True))[:, 0]
-        return improved([largest * start for start in self._starts()], partial(self._sums, groups))
+        return search_scale(groups.x, groups.weight[:, 0], largest, self._starts(), self.points)
 
     def _starts(self) -> list[float]:
         """Scales that are tried, in units of the largest weight, which comes at most some steps beyond the first code,
@@ -183,22 +182,3 @@ class SuperBlock(Symmetric):
 def position(codes: Tensor, points: Sequence[int]) -> Tensor:
     """Where codes are in a table of points, int64; the next one for a number that is not in it."""
     return torch.searchsorted(torch.tensor(points, dtype=codes.dtype, device=codes.device), codes.contiguous())
-
-
-def improved(starts: Iterable[Tensor], sums: Callable[[Tensor], Sums], times: int = 2) -> tuple[Tensor, Tensor]:
-    """The best of some scales [groups, out], each improved by least squares, and sum(weight · code²).
-
-    `sums` are those for the codes that scales give.
-    """
-    most: Tensor | None = None  # of the error that a scale removes
-    for scale in starts:
-        for _ in range(times):
-            _, wcc, wcx = sums(scale)
-            scale = quotient(wcx, wcc)
-            removed = wcx * scale
-            if most is None:
-                most, best, power = removed, scale, wcc
-                continue
-            better = removed > most
-            most, best, power = (a.where(better, b) for a, b in ((removed, most), (scale, best), (wcc, power)))
-    return best, power

@@ -69,12 +69,16 @@ struct Codes {
   int32_t mirrored;  // whether points stand for both signs
 };
 
-// A weight in groups of columns, transposed: x [groups, group, rows]. Scales and offsets are [groups, rows]; offsets may be null.
+enum { MOST_COLUMNS = 256 };  // of a group, and of what is rounded or moved at once
+
+// A weight in groups of columns, transposed: x [groups, group, rows], weight [groups, group]. Scales, offsets and each of what is found are
+// [groups, rows]; what a kernel does not read may be null.
 struct SumsJob {
   Codes codes;
-  const float *x, *weight, *inverse, *offset;  // weight [groups, group]
-  float* sums;                                 // [3, groups, rows]
-  int64_t groups, group, rows;
+  const float *x, *weight, *scale, *offset, *tried;
+  float* found;
+  int64_t groups, group, rows, tries;
+  float most;
 };
 struct RoundJob {
   Codes codes;
@@ -87,7 +91,8 @@ struct MoveJob {
   Codes codes;
   const float *gram, *step, *scale, *inverse;  // gram [columns, columns]; step [columns]; scale and inverse [rows]
   const float* free;                           // [columns, rows], 0 where a code stays 0, or null
-  float *found, *slope, *change;               // [columns, rows], brought up to date
+  const float* slope;                          // [columns, rows]
+  float *found, *change;                       // [columns, rows], brought up to date
   int64_t columns, rows;
 };
 typedef void (*SumsKernel)(const SumsJob& job, int64_t first, int64_t last);
@@ -96,7 +101,7 @@ typedef void (*MoveKernel)(const MoveJob& job, int64_t first, int64_t last);
 
 struct CodeKernels {
   ClosestKernel closest[2];  // for vectors of 4 and 8 numbers
-  SumsKernel sums;
+  SumsKernel sums, search_scale, search_range;
   RoundKernel round;
   MoveKernel move;
 };

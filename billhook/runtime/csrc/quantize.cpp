@@ -28,6 +28,14 @@ PUBLIC void billhook_code_sums(const SumsJob* job, int path, int threads) {
   share_rows(PATHS[path]->codes.sums, *job, job->groups * job->group * job->rows, threads);
 }
 
+PUBLIC void billhook_search_scale(const SumsJob* job, int path, int threads) {
+  share_rows(PATHS[path]->codes.search_scale, *job, 2 * job->tries * job->groups * job->group * job->rows, threads);
+}
+
+PUBLIC void billhook_search_range(const SumsJob* job, int path, int threads) {
+  share_rows(PATHS[path]->codes.search_range, *job, 2 * job->tries * job->groups * job->group * job->rows, threads);
+}
+
 PUBLIC void billhook_round_columns(const RoundJob* job, int path, int threads) {
   share_rows(PATHS[path]->codes.round, *job, job->columns * job->columns * job->rows / 8, threads);
 }
