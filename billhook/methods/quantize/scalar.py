@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from billhook.methods.quantize.grid import Scales, Term
+from billhook.methods.quantize.groups import Groups
+from billhook.runtime.codes import search_scale
 from billhook.runtime.plain_codes import nearest_code
 
 _CANDIDATES = 16  # scales tried for each sign
@@ -53,21 +55,13 @@ class Scalar:
 
         W is float32 [out, group], weight [group].
         """
-        low = self.points[0]
-        largest = W.gather(1, W.abs().argmax(1, keepdim=True))
+        groups = Groups(W, weight, self.group)
+        largest = groups.x.gather(1, groups.x.abs().argmax(1, keepdim=True))[:, 0]
         least = 0.3 if self.bits == 2 else 1 - 1.6 / (1 << (self.bits - 1))
-        weighted = W * weight
-        best, scale = torch.full_like(largest, torch.inf), torch.zeros_like(largest)
-        for factor in torch.linspace(least, 1.05, _CANDIDATES).tolist():
-            for side in (factor, -factor):
-                tried = self.store(largest / low * side)
-                codes = self.nearest(W / tried.where(tried != 0, 1))
-                power = (codes * codes) @ weight[:, None]
-                fitted = self.store((weighted * codes).sum(1, keepdim=True) / power.where(power > 0, 1))
-                error = (W - codes * fitted).square() @ weight[:, None]
-                better = (error < best) & (fitted != 0)
-                best, scale = error.where(better, best), fitted.where(better, scale)
-        return self.decoded({"scale": scale.to(self.stored)})
+        factors = torch.linspace(least, 1.05, _CANDIDATES).tolist()
+        tried = [side * factor / self.points[0] for factor in factors for side in (1, -1)]
+        scale, _ = search_scale(groups.x, groups.weight[:, 0], largest, tried, self.points)
+        return self.decoded({"scale": self.store(scale * groups.peak).t().contiguous().to(self.stored)})
 
     def decoded(self, parts: Mapping[str, Tensor]) -> Scales:
         """Scales from what is stored: scale [out, groups] in its dtype."""
