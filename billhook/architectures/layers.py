@@ -245,7 +245,9 @@ def _layers_of(module: nn.Module, full: str, block: int, kind: str) -> list[Laye
 
 
 def _stored_transposed(module: nn.Module, where: str) -> bool:
-    """Whether 3-D expert weights are [expert, in, out]; transformers records it on every experts class."""
+    """Whether 3-D expert weights are [expert, in, out], which experts classes of transformers record, but Llama 4's."""
+    if type(module).__name__ == "Llama4TextExperts":
+        return True
     if not hasattr(module, "is_transposed"):
         what = f"{where} ({type(module).__name__}) is a 3-D weight of unknown layout"
         raise BillhookError(f"{what}: this architecture is not supported.")

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,7 +31,7 @@ def dead_blocks(model: PreTrainedModel, batch: Batch, wanted: Collection[int]) -
     """The dead blocks among the `wanted` ones (indices into `blocks_of`), with their names; none in a single stack.
 
     `batch` is tried by its first row. Raises BillhookError where it does not reach one of the wanted blocks, and where
-    it reaches blocks in another order than that of `blocks_of`.
+    it reaches blocks in another order than that of `blocks_of`, or cannot be run with it.
     """
     if has_one_stack(model):
         return {}
@@ -79,6 +80,10 @@ def _predictions(model: PreTrainedModel, row: Batch, changed: int | None) -> tup
 
         return run
 
-    with stubbed(blocks_of(model), stub):
-        output = model(**model_inputs(model, row), **call_options(model))
+    try:
+        with stubbed(blocks_of(model), stub):
+            output = model(**model_inputs(model, row), **call_options(model))
+    except (AttributeError, TypeError, ValueError) as error:  # inputs that do not fit, or a class that cannot be run
+        who = f"transformers {transformers.__version__} cannot run {type(model).__name__} with these samples"
+        raise BillhookError(f"{who}: {error}") from error
     return predictions(model, output), ran
