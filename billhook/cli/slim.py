@@ -87,6 +87,7 @@ def command(
     from billhook.distributed.collectives import distributed
     from billhook.steps.slim import SlimRequest, prepare, run
     from billhook.steps.slim_estimate import announced_time
+    from billhook.steps.state import finished_items
 
     chosen: dict[str, Any] = {"units": split_list(method.units), "plan": method.plan, "method": method.method}
     chosen |= {"allocator": method.allocator, "shape": method.shape}
@@ -100,7 +101,8 @@ def command(
         say_notes(job.notes)
         if (seconds := announced_time(job)) is not None:
             say(f"Removing takes about {duration(seconds)}, as the first block did.")
-        bar = progress("removing", len(job.units), unit=max(1, len(job.units) // len(job.smaller.blocks)))
+        unit, done = max(1, len(job.units) // len(job.smaller.blocks)), finished_items(output, writing.resume)
+        bar = progress("removing", len(job.units), unit=unit, skipped=done)
         with bar as advance, graceful_interrupt() as stopping:
             report = run(job, advance, stopping)
     say_notes(report.warnings[len(job.notes) :])
