@@ -55,6 +55,10 @@ CONFIGS: dict[str, dict] = {
     "mixtral": _COMMON | _MOE,
     "qwen3_moe": _COMMON | {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2, "head_dim": 8},
     "gpt_oss": _COMMON | _MOE | {"head_dim": 8, "sliding_window": 8},
+    "llama4_text": _COMMON
+    | _MOE
+    | {"head_dim": 8, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 2, "attention_chunk_size": 16}
+    | {"num_experts_per_tok": 1, "pad_token_id": 0},
 }
 
 ARCHETYPES = ("llama", "gpt2", "mixtral", "gemma2", "falcon")  # what differs between families differs among these

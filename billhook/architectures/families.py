@@ -4,7 +4,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "text-generation": (
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "stablelm"),
         *("starcoder2", "cohere", "granite", "falcon", "gpt_neox", "gptj", "gpt2", "bloom", "mpt", "opt", "mixtral"),
-        *("qwen3_moe", "gpt_oss"),
+        *("qwen3_moe", "gpt_oss", "llama4_text"),
     ),
     "image-text-to-text": (
         *("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3", "smolvlm"),

@@ -1,10 +1,11 @@
 """The prunable layers of a model: views of uniform shape [out, in] over the weights inside its blocks.
 
 Linear layers, GPT-2's Conv1D (stored transposed) and 3-D expert parameters are prunable, and where they are asked for
-convolutions (`billhook.architectures.convolutions`); embeddings, norms, biases, routers and the head are not. A weight
-of unknown layout is refused by name.
+convolutions (`billhook.architectures.convolutions`) and layers outside of the blocks; embeddings, norms, biases,
+routers and the head are not. A weight of unknown layout is refused by name.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,14 +95,16 @@ class Layer:
         return out, columns
 
 
-def find_layers(model: PreTrainedModel, *, convolutions: bool = False) -> list[Layer]:
-    """Every prunable layer in model order, with the `convolutions` inside the blocks if wanted.
+def find_layers(model: PreTrainedModel, *, convolutions: bool = False, outside: bool = False) -> list[Layer]:
+    """Every prunable layer in model order, with the `convolutions` inside the blocks if wanted, and then the layers
+    `outside` of them.
 
     Raises BillhookError, by name, for a weight of unknown layout, one that is computed from other parameters, one with
     parameters beside it that change what the layer computes, and one that shares memory with another.
     """
     found = [layer for index, place in enumerate(blocks_of(model).items()) for layer in _layers_in(*place, index)]
     layers = [layer for layer in found if convolutions or not layer.is_convolution]
+    layers += layers_outside(model) if outside else []
     _check_weights(layers)
     return layers
 
@@ -110,6 +113,25 @@ def with_linear(model: PreTrainedModel, layers: Iterable[Layer]) -> list[Layer]:
     """All linear layers of a model and those convolutions that are among `layers`, in model order."""
     names = {layer.name for layer in layers if layer.is_convolution}
     return [x for x in find_layers(model, convolutions=bool(names)) if not x.is_convolution or x.name in names]
+
+
+def layers_outside(model: PreTrainedModel) -> list[Layer]:
+    """The linear layers and convolutions outside of the blocks in model order, such as projectors and patch embeddings,
+    without the head; their `block` is -1.
+
+    They are pruned only where their modules are made blocks (`billhook.architectures.stacks.add_stacks`). A weight that
+    another module has too is left out.
+    """
+    body, head = {id(module) for module in model.base_model.modules()}, model.get_output_embeddings()
+    inside, uses = tuple(blocks_of(model)), Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    found = list[Layer]()
+    for name, module in model.named_modules():
+        if f"{name}.".startswith(tuple(f"{block}." for block in inside)) or id(module) not in body:
+            continue
+        known = is_plain_linear(module) or is_convolution(module)
+        if known and module is not head and not _has_router_name(name) and uses[id(module.weight)] == 1:
+            found += _layers_in(name, module, -1)
+    return found
 
 
 def layers_in(model: PreTrainedModel, block: int) -> list[Layer]:
@@ -128,8 +150,8 @@ def left_out(model: PreTrainedModel) -> dict[str, str]:
 def _layers_in(prefix: str, block: nn.Module, index: int) -> Iterator[Layer]:
     excluded = dict(_left_out(block))
     for name, module in block.named_modules():
-        if name not in excluded:
-            yield from _layers_of(module, f"{prefix}.{name}", index, name)
+        if name not in excluded:  # a block that is a layer itself has no name inside
+            yield from _layers_of(module, f"{prefix}.{name}".rstrip("."), index, name or prefix.rpartition(".")[2])
 
 
 def _left_out(block: nn.Module) -> Iterator[tuple[str, str]]:
@@ -223,7 +245,9 @@ def _layers_of(module: nn.Module, full: str, block: int, kind: str) -> list[Laye
 
 
 def _stored_transposed(module: nn.Module, where: str) -> bool:
-    """Whether 3-D expert weights are [expert, in, out]; transformers records it on every experts class."""
+    """Whether 3-D expert weights are [expert, in, out], which experts classes of transformers record, but Llama 4's."""
+    if type(module).__name__ == "Llama4TextExperts":
+        return True
     if not hasattr(module, "is_transposed"):
         what = f"{where} ({type(module).__name__}) is a 3-D weight of unknown layout"
         raise BillhookError(f"{what}: this architecture is not supported.")

@@ -7,10 +7,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.architectures.convolutions import why_not
-from billhook.architectures.layers import Layer, left_out
-from billhook.architectures.stacks import blocks_of
+from billhook.architectures.layers import Layer, find_layers, layers_outside, left_out
+from billhook.architectures.stacks import add_stacks, blocks_of
 from billhook.errors import BillhookError
 from billhook.registry import hint
+
+
+def reach(model: PreTrainedModel, targets: Iterable[str]) -> None:
+    """Make the modules outside of the blocks that `targets` mean, such as a projector, stacks of one block each.
+
+    Only a target that matches nothing inside the blocks means them. Modules that earlier targets meant are none any
+    more.
+    """
+    add_stacks(model, ())
+    if not (targets := list(targets)):
+        return
+    inside, outside = find_layers(model, convolutions=True), layers_outside(model)
+    meant = [x for x in targets if not _matching(inside, x, "--targets")]
+    names = {name for pattern in meant for name in _matching(outside, pattern, "--targets")}
+    add_stacks(model, list(dict.fromkeys(x.stored_name.rpartition(".")[0] for x in outside if x.name in names)))
 
 
 def select_layers(
@@ -69,8 +84,11 @@ def _no_match(model: PreTrainedModel, layers: Sequence[Layer], pattern: str, opt
         if reason := excluded.get(name):
             raise BillhookError(f"{option} {pattern}: {name} is never pruned ({reason}).")
         if not name.startswith(inside) and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            raise BillhookError(f"{option} {pattern}: {name} is never pruned (head, small, shared, or special).")
+        own = [parameter for parameter, value in module.named_parameters(recurse=False) if value.ndim > 1]
+        if own and not name.startswith(inside):
             raise BillhookError(
-                f"{option} {pattern}: {name} cannot be pruned, it is outside of the blocks, whose inputs are observed."
+                f"{option} {pattern}: {name} cannot be pruned, {own[0]} is a parameter outside of a linear layer."
             )
     close = hint(pattern, [x.name for x in layers] + [type(x.module).__name__ for x in layers])
     known = f"{close} List them with billhook prune MODEL --dry-run."

@@ -7,6 +7,9 @@ lists. (B) for models with code of their own, the outermost ModuleList of
 `num_hidden_layers` modules of one class. A vision tower and a decoder are two stacks; lists whose names differ in a
 number only are stages of one backbone. They run in the order of their definition, which is checked when they run
 (`billhook.engine.flow`). A model without such a list is refused.
+
+A module outside of these lists, such as a projector's linear layer or a patch embedding, can be made a stack of a
+single block (`add_stacks`): so the walk sees its inputs and passes its outputs on as those of any other block.
 """
 
 import re
@@ -26,6 +29,7 @@ from billhook.errors import BillhookError
 # Blocks that hold lists of convolutions, which transformers marks instead.
 _OF_CONVOLUTIONS = frozenset({"ResNetBasicLayer", "ResNetBottleNeckLayer", "RegNetXLayer", "RegNetYLayer"})
 _INSIDE_A_STAGE = ("blocks", "layers", "layer")  # names of the list of blocks of a stage
+_ADDED = "_billhook_stacks"  # attribute of a model
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,29 @@ class Stack:
 def find_stacks(model: PreTrainedModel) -> list[Stack]:
     """All stacks of a model in the order of its definition; an empty list where no rule applies."""
     found: Mapping[str, nn.ModuleList | nn.Sequential] = _marked_lists(model) or _equal_lists(model)
-    return [Stack(name, {f"{name}.{i}": block for i, block in enumerate(blocks)}) for name, blocks in found.items()]
+    stacks = [Stack(name, {f"{name}.{i}": block for i, block in enumerate(blocks)}) for name, blocks in found.items()]
+    if added := added_stacks(model):
+        stacks += [Stack(name, {name: model.get_submodule(name)}) for name in added]
+        stacks.sort(key=lambda stack: _place(model, stack.name))
+    return stacks
+
+
+def _place(model: PreTrainedModel, name: str) -> tuple[bool, int]:
+    """Where a stack comes in the order of the definition; what is outside of a decoder runs before it (Mllama)."""
+    names = {other: number for number, (other, _) in enumerate(model.named_modules())}
+    decoder = next((other for other, module in model.named_modules() if module is model.get_decoder()), "")
+    return f".{name}.".startswith(f".{decoder}."), names[name]
+
+
+def add_stacks(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Let modules outside of the blocks, by name, be stacks of one block each, instead of those added before."""
+    setattr(model, _ADDED, tuple(names))
+
+
+def added_stacks(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of the modules that `add_stacks` added."""
+    names: tuple[str, ...] = getattr(model, _ADDED, ())
+    return names
 
 
 def decoder_stack(model: PreTrainedModel) -> Stack:
@@ -73,16 +99,22 @@ def blocks_in(model: PreTrainedModel, wanted: Sequence[str]) -> dict[str, list[i
     """The indices (into `blocks_of`) of the blocks of the wanted stacks, by the stack's name.
 
     `wanted` are names: `all`, `language` (the stacks of the text decoder), `vision` (those of the vision tower), or a
-    stack or a module that contains stacks, such as `model.vision_tower` or `encoder`. Stages are one stack. Raises
-    BillhookError, naming all stacks, for a name that fits none.
+    stack or a module that contains stacks, such as `model.vision_tower` or `encoder`. Stages are one stack. Added
+    stacks, which were asked for by name, are always among them. Raises BillhookError, naming all stacks, for a name
+    that fits none.
     """
     found, at = dict[str, list[int]](), 0
     for stack in find_stacks(model):
-        name = re.sub(r"\d+", "*", stack.name)
-        found.setdefault(name, []).extend(range(at, at + len(stack.blocks)))
+        found.setdefault(_unnumbered(stack.name), []).extend(range(at, at + len(stack.blocks)))
         at += len(stack.blocks)
     chosen = {name for one in wanted for name in _named(model, list(found), one)}
+    chosen |= set(map(_unnumbered, added_stacks(model)))
     return {name: indices for name, indices in found.items() if name in chosen}
+
+
+def _unnumbered(name: str) -> str:
+    """What the names of all stages of a stack have in common."""
+    return re.sub(r"\d+", "*", name)
 
 
 def _named(model: PreTrainedModel, names: Sequence[str], wanted: str) -> list[str]:

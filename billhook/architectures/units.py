@@ -10,7 +10,7 @@ key and value one after another). Unknown are attention layers that derive the s
 because no configuration can say that heads are missing there.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,15 +72,15 @@ class Unit:
         return len(self.slices[0].index)
 
 
-def find_units(model: PreTrainedModel, kinds: Sequence[str]) -> list[Unit]:
-    """The units of these kinds (of `channels`, `heads`, `experts`), in model order.
+def find_units(model: PreTrainedModel, kinds: Sequence[str], blocks: Collection[int] | None = None) -> list[Unit]:
+    """The units of these kinds (of `channels`, `heads`, `experts`) in `blocks`, by number (None: all), in model order.
 
     Raises BillhookError, naming the model's type, for a kind that it has not, or that is laid out in an unknown way.
     """
     layers = {layer.name: layer for layer in find_layers(model)}
     units = list[Unit]()
     for block, (prefix, module) in enumerate(blocks_of(model).items()):
-        for name, inner in module.named_modules(prefix=prefix):
+        for name, inner in module.named_modules(prefix=prefix) if blocks is None or block in blocks else ():
             for kind in kinds:
                 units += _FINDERS[kind](model, name, inner, block, layers)
     for kind in kinds:

@@ -129,7 +129,8 @@ def _weight(directory: str | Path, name: str) -> Any:
     from billhook.registry import hint
     from billhook.tasks.opening import load_model
 
-    weights = {layer.name: layer for layer in find_layers(load_model(resolve(directory)), convolutions=True)}
+    layers = find_layers(load_model(resolve(directory)), convolutions=True, outside=True)
+    weights = {layer.name: layer for layer in layers}
     if name not in weights:
         raise BillhookError(f"{directory} has no prunable layer {name!r}.{hint(name, weights)}")
     return weights[name].weight

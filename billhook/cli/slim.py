@@ -28,6 +28,7 @@ Examples:
   billhook slim model --plan small/shape.json --calibration text.txt -o again
 """
 PLAN_HELP = "The numbers of parts that stay, such as the shape.json of an earlier run, instead of a fraction."
+STACKS = "Only units of these stacks of blocks: language, vision, all (the default), or a module's name. Repeatable."
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def command(
     method: Method,
     text: shared.Text,
     work: shared.Loading,
+    stacks: Annotated[list[str] | None, typer.Option(help=STACKS, metavar="NAME")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows per forward pass; by default by size.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     writing: shared.Writing,
@@ -87,9 +89,10 @@ def command(
     from billhook.distributed.collectives import distributed
     from billhook.steps.slim import SlimRequest, prepare, run
     from billhook.steps.slim_estimate import announced_time
+    from billhook.steps.state import finished_items
 
     chosen: dict[str, Any] = {"units": split_list(method.units), "plan": method.plan, "method": method.method}
-    chosen |= {"allocator": method.allocator, "shape": method.shape}
+    chosen |= {"allocator": method.allocator, "shape": method.shape, "stacks": stacks or ()}
     chosen |= {"experts": method.experts, "drop_by": method.drop_by}
     chosen |= {"options": parse_settings(method.settings), "batch_size": batch_size, "seed": seed}
     groups: dict[str, Any] = {**chosen, **vars(text), **work.fields(model), **vars(writing)}
@@ -100,7 +103,8 @@ def command(
         say_notes(job.notes)
         if (seconds := announced_time(job)) is not None:
             say(f"Removing takes about {duration(seconds)}, as the first block did.")
-        bar = progress("removing", len(job.units), unit=max(1, len(job.units) // len(job.smaller.blocks)))
+        unit, done = max(1, len(job.units) // len(job.smaller.blocks)), finished_items(output, writing.resume)
+        bar = progress("removing", len(job.units), unit=unit, skipped=done)
         with bar as advance, graceful_interrupt() as stopping:
             report = run(job, advance, stopping)
     say_notes(report.warnings[len(job.notes) :])

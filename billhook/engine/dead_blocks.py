@@ -8,9 +8,11 @@ a forward pass of the first batch for each stack, and for each dead block.
 """
 
 from collections.abc import Collection
+from itertools import pairwise
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,7 +30,8 @@ from billhook.errors import BillhookError
 def dead_blocks(model: PreTrainedModel, batch: Batch, wanted: Collection[int]) -> dict[int, str]:
     """The dead blocks among the `wanted` ones (indices into `blocks_of`), with their names; none in a single stack.
 
-    `batch` is tried by its first row. Raises BillhookError where it does not reach one of the wanted blocks.
+    `batch` is tried by its first row. Raises BillhookError where it does not reach one of the wanted blocks, and where
+    it reaches blocks in another order than that of `blocks_of`, or cannot be run with it.
     """
     if has_one_stack(model):
         return {}
@@ -36,7 +39,14 @@ def dead_blocks(model: PreTrainedModel, batch: Batch, wanted: Collection[int]) -
     found, last = dict[int, str](), -1
     with observable_experts(model), evaluating(model):
         expected, ran = _predictions(model, row, None)
-        if missing := sorted(set(wanted) - ran):
+        for before, after in pairwise(ran):
+            if after < before:
+                who = type(model).__name__
+                raise BillhookError(
+                    f"{who} cannot be pruned: it runs {names[after]} after {names[before]}, which is defined later. "
+                    "Leave one of them out."
+                )
+        if missing := sorted(set(wanted) - set(ran)):
             raise BillhookError(
                 f"{names[missing[0]]} is not run with these samples, so its inputs are not known: give images with the "
                 "text, or choose other blocks with --stacks."
@@ -52,13 +62,13 @@ def dead_blocks(model: PreTrainedModel, batch: Batch, wanted: Collection[int]) -
     return found
 
 
-def _predictions(model: PreTrainedModel, row: Batch, changed: int | None) -> tuple[Tensor, set[int]]:
-    """What the model predicts with the outputs of block `changed` replaced, and which blocks run."""
-    ran = set[int]()
+def _predictions(model: PreTrainedModel, row: Batch, changed: int | None) -> tuple[Tensor, list[int]]:
+    """What the model predicts with the outputs of block `changed` replaced, and which blocks run, in running order."""
+    ran = list[int]()
 
     def stub(index: int, forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
-            ran.add(index)
+            ran.append(index)
             result = forward(*args, **kwargs)
             if index != changed:
                 return result
@@ -70,6 +80,10 @@ def _predictions(model: PreTrainedModel, row: Batch, changed: int | None) -> tup
 
         return run
 
-    with stubbed(blocks_of(model), stub):
-        output = model(**model_inputs(model, row), **call_options(model))
+    try:
+        with stubbed(blocks_of(model), stub):
+            output = model(**model_inputs(model, row), **call_options(model))
+    except (AttributeError, TypeError, ValueError) as error:  # inputs that do not fit, or a class that cannot be run
+        who = f"transformers {transformers.__version__} cannot run {type(model).__name__} with these samples"
+        raise BillhookError(f"{who}: {error}") from error
     return predictions(model, output), ran

@@ -1,13 +1,15 @@
 """Observe the inputs of the layers of a block while it runs, and feed them to the collectors of statistics.
 
 Linear modules and convolutions are observed by hooks. Experts are slices of a 3-D parameter without a module of their
-own: their matrix products are intercepted in torch, and the slice is recognized by its address. Layers that share an
-input tensor (query, key and value; gate and up) share a collector, so that no statistic is computed twice.
+own: their matrix products are intercepted in torch, and the slice is recognized by its address; where one product is
+that of all experts (Llama 4), the rows of an expert that are zero are those of tokens that it does not receive. Layers
+that share an input tensor (query, key and value; gate and up) share a collector, so that no statistic is computed
+twice.
 """
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +69,12 @@ class Observer(TorchFunctionMode):
         return note
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in PRODUCTS and isinstance(args[1], Tensor) and (layer := self._experts.get(args[1].data_ptr())):
-            self._collectors[layer.name].add(args[0].detach())
-            if not self._complete:
-                self._order.append(layer)
+        if func in PRODUCTS and isinstance(args[1], Tensor):
+            for layer, rows in factors(args[0], args[1], self._experts):
+                if len(x := args[0].detach()[rows]):
+                    self._collectors[layer.name].add(x)
+                if not self._complete:
+                    self._order.append(layer)
         return func(*args, **(kwargs or {}))
 
     def _note(self, layer: Layer, x: Tensor) -> None:
@@ -116,7 +120,23 @@ class Observer(TorchFunctionMode):
         return {name: self._collectors[leader].stats(name, rows) for name, leader in leaders.items()}
 
 
-PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm})
+PRODUCTS = frozenset(
+    {nn.functional.linear, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm}
+)
+T = TypeVar("T")
+
+
+def factors(x: Tensor, weight: Tensor, known: Mapping[int, T]) -> list[tuple[T, Any]]:
+    """What is `known`, by the address of a weight, of the second factor of a product, with the index of the rows of `x`
+    [..., tokens, in], and of the product, that are its own.
+
+    A `weight` [experts, in, out] is that of all experts, with x [experts, tokens, in]; rows of zeros are those of
+    tokens that an expert does not receive.
+    """
+    if weight.ndim != 3:
+        return [(known[weight.data_ptr()], ...)] if weight.data_ptr() in known else []
+    parts = [(number, known.get(part.data_ptr())) for number, part in enumerate(weight)]
+    return [(found, (number, x[number].any(-1))) for number, found in parts if found is not None]
 
 
 class _Products(TorchFunctionMode):
@@ -124,11 +144,11 @@ class _Products(TorchFunctionMode):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        self._address, self.seen = layer.weight.data_ptr(), list[Tensor]()
+        self._known, self.seen = {layer.weight.data_ptr(): layer}, list[Tensor]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in PRODUCTS and isinstance(args[1], Tensor) and args[1].data_ptr() == self._address:
-            self.seen.append(args[0].detach())
+        if func in PRODUCTS and isinstance(args[1], Tensor):
+            self.seen += [args[0].detach()[rows] for _, rows in factors(args[0], args[1], self._known)]
         return func(*args, **(kwargs or {}))
 
 

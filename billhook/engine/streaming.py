@@ -11,7 +11,7 @@ limits count what is used. While a GPU computes, the next block is read in the b
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +29,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
 from billhook.architectures.config import text_config
+from billhook.architectures.selection import reach
 from billhook.architectures.sources import resolve
-from billhook.architectures.stacks import blocks_of
+from billhook.architectures.stacks import add_stacks, added_stacks, blocks_of
 from billhook.errors import JobError
 from billhook.store.checkpoint import (
     check_directory,
@@ -178,8 +179,12 @@ def open_streamed(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    targets: Sequence[str] = (),
 ) -> Stream:
-    """Like `billhook.store.checkpoint.load`, with one block at a time in memory; the model is `Stream.model`."""
+    """Like `billhook.store.checkpoint.load`, with one block at a time in memory; the model is `Stream.model`.
+
+    What `targets` mean outside of the blocks are blocks too (`billhook.architectures.selection.reach`).
+    """
     path = resolve(path)
     check_trusted(path, check_directory(path), auto_class, trust_remote_code)
     device = chosen_device(device)
@@ -188,11 +193,12 @@ def open_streamed(
     with loading(path):
         config, empty = empty_model(path, shards, auto_class, trust_remote_code)
         check_fits(path, empty, shards)
+        reach(empty, targets)
         outside = {name for name, block in block_of(empty, stored_tensors(shards)).items() if block is None}
         if type(config) is not type(empty.config):
             config = text_config(config)
         stored = stored_tensors(shards, outside)
-        return stream_of(path, type(empty), config, stored, dtype=dtype, device=device)
+        return stream_of(path, type(empty), config, stored, dtype=dtype, device=device, added=added_stacks(empty))
 
 
 def stream_of(
@@ -203,13 +209,16 @@ def stream_of(
     *,
     dtype: torch.dtype,
     device: str,
+    added: Sequence[str] = (),
 ) -> Stream:
-    """Open a model of class `kind` whose tensors on disk are `stored`, those of its blocks lazy.
+    """Open a model of class `kind` whose tensors on disk are `stored`, those of its blocks lazy; modules outside of
+    them that are `added` are blocks too.
 
     Raises BillhookError, naming `path`, where they do not fit the configuration.
     """
     model = from_pretrained(kind, path, None, dtype=dtype, config=config, state_dict=dict(stored))
     model.config.name_or_path = str(path)
+    add_stacks(model, added)
     with on_device(device):
         model.eval()._apply(lambda value: value if value.is_meta else value.to(device))
     stream = Stream(model, stored)

@@ -26,7 +26,7 @@ from billhook.ambient import evaluating
 from billhook.architectures.layers import Layer, observable_experts
 from billhook.engine.batch import Batch, main_input, split_rows
 from billhook.engine.gradients import Backward, Loss
-from billhook.engine.observer import PRODUCTS
+from billhook.engine.observer import PRODUCTS, factors
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Progress
 from billhook.errors import JobError
@@ -116,8 +116,9 @@ class _OutputGradients(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func in PRODUCTS and isinstance(args[1], Tensor) and (name := self._experts.get(args[1].data_ptr())):
-            self._watch(name, output)
+        if func in PRODUCTS and isinstance(args[1], Tensor):
+            for name, rows in factors(args[0], args[1], self._experts):
+                self._watch(name, output, rows)
         return output
 
     def _hook(self, name: str) -> Callable[..., None]:
@@ -126,12 +127,12 @@ class _OutputGradients(TorchFunctionMode):
 
         return note
 
-    def _watch(self, name: str, output: Tensor) -> None:
-        """Note the gradient of an output when it is computed; the last time counts."""
+    def _watch(self, name: str, output: Tensor, rows: Any = ...) -> None:
+        """Note the gradient of `rows` (an index) of an output when it is computed; the last time counts."""
 
         def note(gradient: Tensor) -> None:
-            square = float(gradient.detach().float().square().sum(dtype=torch.float64))
-            self._found[name] = square, gradient.numel()
+            own = gradient.detach()[rows]
+            self._found[name] = float(own.float().square().sum(dtype=torch.float64)), own.numel()
 
         if output.requires_grad:
             output.register_hook(note)

@@ -33,7 +33,7 @@ def find_masks(model: nn.Module) -> dict[str, Tensor]:
     inner = unwrapped(model)
     adapters = [name for name, module in inner.named_modules() if hasattr(module, "base_layer")]
     names = dict[str, None]()
-    for layer in find_layers(inner, convolutions=True):
+    for layer in find_layers(inner, convolutions=True, outside=True):
         if not any(layer.name.startswith(f"{name}.") and layer.name != f"{name}.base_layer" for name in adapters):
             names[layer.stored_name] = None
     return {name: _local(inner.get_parameter(name)).detach() != 0 for name in names}

@@ -40,5 +40,5 @@ def rows_of_table(table: Table, opened: Opened) -> Table:
             f"The table is of {there.get('name', 'another model')}, whose weights are not those of {here['name']}. "
             f"Make one with billhook measure {opened.source}, or use its plan: billhook plan TABLE, then --plan."
         )
-    shapes = {layer.name: layer.shape for layer in find_layers(opened.model, convolutions=True)}
+    shapes = {layer.name: layer.shape for layer in find_layers(opened.model, convolutions=True, outside=True)}
     return table.only({layer.name for layer in opened.layers}, shapes)

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from billhook.architectures.layers import find_layers
 from billhook.engine.loop import LayerResult
 from billhook.engine.method import Quantization
 from billhook.evaluation.quality import Loss
@@ -17,7 +18,7 @@ from billhook.methods.statistics import LayerStats
 from billhook.plan.bytes import parse_size
 from billhook.plan.plan import Plan
 from billhook.steps.parts import Parts, part_types, where
-from billhook.steps.record import refilled_notes, versions, without_folders
+from billhook.steps.record import left_alone, refilled_notes, versions, without_folders
 from billhook.steps.request import UNCHECKED, Opened, Request, calibration_facts, listed
 from billhook.steps.types import is_ggml, plan_types
 from billhook.store.arguments import check_fields
@@ -193,7 +194,8 @@ def record(job: QuantizeJob, results: Sequence[LayerResult], loss: Loss | None) 
     """The content of billhook.json after the run."""
     request, opened, before = job.request, job.opened, job.opened.history
     known = {} if before is None else before.layers
-    layers = {}
+    every = find_layers(opened.model, convolutions=True, outside=True)
+    layers = left_alone(known, {layer.name: layer for layer in every})
     for r in results:
         facts = {key: value for key, value in known.get(r.layer, {}).items() if key == "sparsity"}
         notes = [*r.notes, *refilled_notes(r.refilled, known.get(r.layer))]

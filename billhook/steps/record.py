@@ -120,7 +120,7 @@ def record(job: Job, results: Sequence[LayerResult], lost: Loss | None = None) -
     """The content of billhook.json after the job: the earlier steps of the model and this one."""
     before = job.opened.history
     known = {} if before is None else before.layers
-    present = {layer.name: layer for layer in find_layers(job.opened.model, convolutions=True)}
+    present = {layer.name: layer for layer in find_layers(job.opened.model, convolutions=True, outside=True)}
     layers = left_alone(known, present)
     notes = {r.layer: [*r.notes, *_refilled(r, known.get(r.layer))] for r in results}
     for r in results:

@@ -241,7 +241,7 @@ def trained_layers_of(
 
     A layer that no plan names has no sparsity.
     """
-    present = {layer.name: layer for layer in find_layers(opened.model, convolutions=True)}
+    present = {layer.name: layer for layer in find_layers(opened.model, convolutions=True, outside=True)}
     present |= {layer.name: layer for layer in opened.layers}  # beside adapters, those of the model have other names
     known = {} if before is None else before.layers
     layers = left_alone(known, present)

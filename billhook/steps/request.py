@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from billhook.ambient import check_model
 from billhook.architectures.layers import Layer, check_finite, find_layers
-from billhook.architectures.selection import select_layers
+from billhook.architectures.selection import reach, select_layers
 from billhook.architectures.sources import resolve
-from billhook.architectures.stacks import blocks_in, blocks_of
+from billhook.architectures.stacks import add_stacks, added_stacks, blocks_in, blocks_of
 from billhook.distributed.collectives import rows_per_batch
 from billhook.engine.activation_store import SPILL_GIB
 from billhook.engine.batch import Batch, row_length, rows_of, split_rows
@@ -230,6 +230,7 @@ def _open_model(
         if output is not None:
             check_output(output, overwrite=request.overwrite)
             choose_sink(request.model, None)
+        reach(request.model, listed(request.targets))
         return None, request.model, resources
     if not isinstance(request.model, str | Path):
         kind = type(request.model).__name__
@@ -241,10 +242,12 @@ def _open_model(
         check_output(output, source, overwrite=request.overwrite, needed=0 if unfinished else room(source))
     options = _loading(request)
     if streamed:
-        stream = open_streamed(source, task.auto_class, **options)
+        stream = open_streamed(source, task.auto_class, **options, targets=listed(request.targets))
         if output is None or SameLayout(stream.model, source).mismatch() is None:
             return source, stream.model, replace(resources, stream=stream)
-    return source, load(source, task.auto_class, **options), resources
+    model = load(source, task.auto_class, **options)
+    reach(model, listed(request.targets))
+    return source, model, resources
 
 
 def in_memory(opened: Opened, request: Request) -> Opened:
@@ -257,7 +260,8 @@ def in_memory(opened: Opened, request: Request) -> Opened:
 
 
 def same_layers(model: PreTrainedModel, opened: Opened) -> list[Layer]:
-    """The layers of a second model that have the names of the opened one's."""
+    """The layers of a second model that have the names of the opened one's; it gets the same added stacks."""
+    add_stacks(model, added_stacks(opened.model))
     names = {layer.name for layer in opened.layers}
     return [layer for layer in find_layers(model, convolutions=True) if layer.name in names]
 

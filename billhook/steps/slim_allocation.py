@@ -44,7 +44,10 @@ class UnitAllocation:
 
     @classmethod
     def of(cls, request: SlimRequest, kinds: Sequence[str]) -> tuple["UnitAllocation", dict[str, Any]]:
-        """The allocation, and the options of the structured method; raises BillhookError for unknown names."""
+        """The allocation, and the options of the structured method; raises BillhookError for unknown names, and for an
+        allocator beside a plan."""
+        if request.plan is not None and request.allocator:
+            raise BillhookError("A plan already says how many parts of each unit stay: leave out the allocator.")
         name = request.allocator or (AUTO if list(kinds) == [AUTO] else "uniform")
         known = [*ALLOCATORS.names(), *MODEL_ALLOCATORS.names(), AUTO]
         if name not in known:

@@ -86,8 +86,9 @@ def choose_plan(
 
 
 def units_of(opened: Opened, kinds: Sequence[str]) -> list[Unit]:
-    """The units of these kinds, of which blocks have none."""
-    return find_units(opened.model, [kind for kind in kinds if kind != "blocks"])
+    """The units of these kinds in the chosen stacks, of which blocks have none."""
+    chosen = {layer.block for layer in opened.layers}
+    return find_units(opened.model, [kind for kind in kinds if kind != "blocks"], chosen)
 
 
 def parameters_of(opened: Opened) -> list[int]:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from billhook.architectures.slicing import Cuts, cuts_of, with_zeros, without, zeroed
+from billhook.architectures.stacks import blocks_of
 from billhook.architectures.units import Unit
 from billhook.engine.streaming import Stream, stream_of
 from billhook.errors import BillhookError
@@ -85,10 +87,9 @@ class Smaller:
             fewer = [unit.kind for unit in units if counts[unit.name] < unit.count]
             fewer += ["blocks"] if len(blocks) < len(source.blocks) else []
             kinds = " and ".join(dict.fromkeys(fewer))
-            raise BillhookError(
-                f"{model.config.model_type} models cannot have fewer {kinds}: their configuration does not give the "
-                "shapes that are left."
-            ) from None
+            reason = _reshaped(model, config) or "their configuration does not give the shapes that are left"
+            who = f"{model.config.model_type} models cannot have fewer {kinds}"
+            raise BillhookError(f"{who}: {reason}.") from None
 
     def cuts(self, block: int) -> Cuts:
         """What goes from each tensor of a block of the source."""
@@ -126,6 +127,23 @@ class Smaller:
                 name: with_zeros(name, values[_renamed(name, self.source, block, self.blocks)], shape, cuts)
                 for name, shape in shapes.items()
             }
+
+
+def _reshaped(model: PreTrainedModel, config: Any) -> str:
+    """Which weight outside of the blocks would have another shape by a configuration; empty where none would."""
+    inside = tuple(f"{name}." for name in blocks_of(model))
+    try:
+        with torch.device("meta"):
+            shapes = {name: value.shape for name, value in type(model)(config).state_dict().items()}
+    except Exception:  # whatever the class raises for numbers that do not fit together
+        return ""
+    for name, value in model.state_dict().items():
+        if not name.startswith(inside) and shapes.get(name, value.shape) != value.shape:
+            return (
+                f"{name}, which is outside of the blocks, has its size from the same entry of their configuration; "
+                "other stacks can be chosen with --stacks"
+            )
+    return ""
 
 
 def _filled(kept: Tensor, count: int) -> Tensor:

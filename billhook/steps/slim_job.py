@@ -31,7 +31,8 @@ class SlimRequest(Inputs):
     each unit stay. `units` are the kinds of units that may go, by default those that lose least on text. `allocator`
     (by default `uniform`, or `auto` with `units="auto"`) says how much each unit loses. In the `shape` `uniform` every
     unit of a kind loses as much, and only the split between kinds is the allocator's; `per-layer` is the default where
-    an allocator is given. `method` chooses channels and heads, `experts` experts, `drop_by` blocks.
+    an allocator is given. `method` chooses channels and heads, `experts` experts, `drop_by` blocks. Without `stacks`,
+    units of all stacks go.
     """
 
     model: str | Path
@@ -48,7 +49,7 @@ class SlimRequest(Inputs):
 
     def opening(self) -> Request:
         """The fields that say how a model and its text are opened."""
-        return self._opened_with(plan=None, allocator="")
+        return self._opened_with(plan=None, allocator="", stacks=self.stacks or "all")
 
 
 @dataclass(frozen=True)

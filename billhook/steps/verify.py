@@ -273,5 +273,5 @@ def _zeros_in_memory(directory: Path) -> dict[str, list[np.ndarray]]:
     from billhook.architectures.layers import find_layers
     from billhook.tasks.opening import load_model
 
-    layers = find_layers(load_model(directory), convolutions=True)
+    layers = find_layers(load_model(directory), convolutions=True, outside=True)
     return {layer.name: [(layer.weight == 0).numpy()] for layer in layers}

@@ -50,6 +50,7 @@ KEPT = dict.fromkeys(CONFIGS, USUAL) | {  # parameters of two or more dimensions
     "gpt_oss": f"{USUAL} model.layers.*.mlp.router model.layers.*.mlp.experts.down_proj_bias "
     "model.layers.*.mlp.experts.gate_up_proj_bias",
     "gptj": "lm_head transformer.wte",
+    "llama4_text": f"{USUAL} model.layers.*.feed_forward.router",
     "mixtral": f"{USUAL} model.layers.*.mlp.gate",
     "mpt": "transformer.wte",
     "opt": "model.decoder.embed_positions model.decoder.embed_tokens",

@@ -74,6 +74,12 @@ def test_text_alone_calibrates_the_decoder_but_not_the_tower():
         prune(model, sparsity=0.5, criterion="magnitude", stacks="tower")
 
 
+def test_a_model_that_cannot_be_run_with_the_samples_is_refused_with_the_reason():
+    rows = batch("llava", 2) | {"input_ids": torch.randint(3, 80, (2, 12)), "labels": torch.zeros(2, 12).long()}
+    with pytest.raises(BillhookError, match=r"cannot run LlavaForConditionalGeneration with these samples: Image"):
+        prune(build("llava"), sparsity=0.5, criterion="wanda", calibration=rows)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("family", list(multimodal_families.CONFIGS))
 @pytest.mark.parametrize("recipe", ["good", "best", "gblm", "alphapruning", "atp", "owl"])

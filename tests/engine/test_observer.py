@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from billhook import JobError
 from billhook.architectures.layers import Layer
@@ -63,3 +65,28 @@ def test_statistics_are_those_of_the_inputs_at_the_time_of_the_call() -> None:
 def test_layers_that_share_their_input_in_some_batches_only_are_refused() -> None:
     with pytest.raises(JobError, match="same shares its input with other layers in some batches only"):
         observed([torch.randn(2, 5, WIDTH)] * 2, together=False)
+
+
+@torch.no_grad()
+def test_experts_in_one_product_see_the_tokens_that_they_receive():
+    experts = Llama4TextExperts(Llama4TextConfig(num_local_experts=3, hidden_size=8, intermediate_size=16))
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    layers = [
+        Layer(f"{name}.{expert}", 0, name, experts, name, expert, True)
+        for name in ("gate_up_proj", "down_proj")
+        for expert in range(3)
+    ]
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
+    received = torch.tensor([[1, 0, 1, 0, 1], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0]]).bool()
+    observer = Observer(layers, ("gram", "input_norm"), True, 1)
+    with observer:
+        experts((x * received[..., None]).flatten(0, 1))
+    stats = observer.stats()
+    for expert, rows in enumerate(received):
+        own = x[expert][rows]
+        gate, up = (own @ experts.gate_up_proj[expert]).chunk(2, -1)
+        for name, inputs in {"gate_up_proj": own, "down_proj": up * experts.act_fn(gate)}.items():
+            found = stats[f"{name}.{expert}"]
+            assert found.tokens == len(own)
+            torch.testing.assert_close(found.gram, inputs.T @ inputs, rtol=1e-4, atol=1e-4)

@@ -41,6 +41,30 @@ def test_it_equals_the_squares_of_a_whole_backward_pass(family):
     assert fisher(model, layers, batches, NEXT_TOKEN, seed=7) == pytest.approx(expected, rel=1e-4)
 
 
+def test_experts_in_one_product_count_the_tokens_that_they_receive():
+    model, batches = build("llama4_text"), sequences(2)
+    chosen = [layer for layer in find_layers(model) if layer.kind.endswith("down_proj") and layer.expert is not None]
+    experts = chosen[0].module
+    found, received, gradients = fisher(model, chosen, batches, NEXT_TOKEN, seed=7), [], []
+
+    def watched(module, args, output):
+        received.append(args[0].view(6, -1, 32).any(-1))
+        output.register_hook(lambda g: gradients.append(g.view(6, -1, 32)))
+
+    handle = experts.register_forward_hook(watched)
+    generator = torch.Generator().manual_seed(7)
+    for batch in batches:
+        log_p = model(**batch).logits[0, :-1].log_softmax(-1)
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        log_p.gather(1, drawn).sum().backward()
+    handle.remove()
+    for layer in chosen[:6]:
+        assert layer.expert is not None
+        own = [g[layer.expert][rows[layer.expert]] for g, rows in zip(gradients, received, strict=True)]
+        expected = float(torch.cat(own).square().mean()) if sum(map(len, own)) else 0.0
+        assert found[layer.name] == pytest.approx(expected, rel=1e-4)
+
+
 @torch.no_grad()
 def test_small_noise_on_a_layers_output_costs_half_of_it_per_square():
     model, batches = build("llama"), sequences(16)

@@ -18,6 +18,7 @@ from billhook.errors import BillhookError, Interrupted
 from billhook.plan.plan import Budget, Plan
 from billhook.steps.quantize import quantize
 from billhook.steps.slim import SlimRequest, prepare, run, slim
+from billhook.steps.state import finished_items
 from billhook.steps.verify import verify
 from billhook.store.shards import read_shard
 
@@ -126,9 +127,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, source, whole, blocks
     job = prepare(SlimRequest(source, tmp_path / "out", 0.3, **BOTH))
     with pytest.raises(Interrupted, match=f"{blocks} of 3 blocks are finished"):
         run(job, stopping=stopping)
+    assert finished_items(tmp_path / "out", True) == sum(unit.block < blocks for unit in job.units) > 0
     with pytest.raises(BillhookError, match="cannot be continued"):
         slim(source, 0.3, tmp_path / "out", resume=True, **BOTH, damping=0.02)
-    slim(source, 0.3, tmp_path / "out", resume=True, **BOTH)
+    seen: list[str] = []
+    slim(source, 0.3, tmp_path / "out", resume=True, progress=seen.append, **BOTH)
+    assert seen == [unit.name for unit in job.units]
     assert contents(tmp_path / "out") == contents(whole)
 
 

@@ -8,7 +8,15 @@ import pytest
 import tiny
 import torch
 import vision_families
-from transformers import AutoConfig, AutoModel, BartConfig, BartForCausalLM, BartForConditionalGeneration, BertConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    BartConfig,
+    BartForCausalLM,
+    BartForConditionalGeneration,
+    BertConfig,
+)
 
 from billhook.errors import BillhookError
 from billhook.plan.plan import Budget, Plan
@@ -31,7 +39,10 @@ MODELS = {
     "bart_decoder": (lambda: BartForCausalLM(BART), IDS),
     "bloom": (lambda: families.build("bloom"), IDS),
     "llama": (lambda: families.build("llama"), IDS),
-    "llava": (lambda: multimodal_families.build("llava"), multimodal_families.batch("llava", 4)),
+    **{
+        f: (lambda f=f: multimodal_families.build(f), [multimodal_families.batch(f, 1, n) for n in range(8)])
+        for f in ("llava", "gemma3", "glm4v")
+    },
     **{f: (lambda f=f: vision_families.build(f), PIXELS) for f in vision_families.CONFIGS},
 }
 
@@ -102,3 +113,31 @@ def test_each_part_of_a_configuration_has_its_own_numbers(tmp_path):
 def test_an_allocator_of_blocks_alone_is_refused(tmp_path, given):
     with pytest.raises(BillhookError, match="An allocator and a shape say how much the units of each block lose"):
         slimmed(tmp_path, "llama", units="blocks", **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("siglip", r"vision_model\.head\.mlp\.fc1\.weight"),
+        ("gemma3", r"model\.vision_tower\.head\.mlp\.fc1\.weight"),
+        pytest.param("glm4v", r"model\.visual\.merger\.gate_proj\.weight", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_weight_outside_of_the_blocks_that_would_change_too_is_named(tmp_path, name, tensor):
+    with pytest.raises(BillhookError, match=rf"cannot have fewer channels: {tensor}, .* other stacks can be chosen"):
+        slimmed(tmp_path, name, 0.1, units="channels", method="magnitude", calibration=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "units"),
+    [("gemma3", "channels"), ("llava", "heads"), pytest.param("glm4v", "channels", marks=pytest.mark.nightly)],
+)
+def test_units_of_the_chosen_stacks_go_and_the_others_keep_their_bytes(tmp_path, name, units):
+    out = slimmed(tmp_path, name, 0.1, units=units, stacks="language")
+    model, small = (AutoModelForImageTextToText.from_pretrained(tmp_path / x) for x in ("model", "out"))
+    before, after = model.state_dict(), small.state_dict()
+    changed = [key for key, value in before.items() if value.shape != after[key].shape]
+    assert changed
+    assert all("language_model" in key for key in changed)
+    assert all(torch.equal(value, after[key]) for key, value in before.items() if "vis" in key)
+    assert verify(out).ok

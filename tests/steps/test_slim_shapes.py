@@ -141,6 +141,10 @@ def test_what_auto_decided_is_carried_out_and_recorded(tmp_path, source):
         ({"allocator": "atp", "epsilon": 0.1}, "Neither allocator 'atp' nor structured method 'obs' has an option"),
         ({"remove": 0.9, "allocator": "atp", "units": "heads"}, "would leave nothing of them: at most"),
         ({"allocator": "auto", "calibration": IDS[:2]}, "too few to split"),
+        (
+            {"remove": None, "allocator": "owl", "plan": Plan(Budget("parameters", 1), {}, {"a": 1})},
+            "A plan already says how many parts of each unit stay: leave out the allocator",
+        ),
     ],
 )
 def test_an_impossible_request_is_refused_before_anything_is_written(tmp_path, source, change, match):
