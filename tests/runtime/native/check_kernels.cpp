@@ -24,6 +24,11 @@ void billhook_bitmask(const void*, int, int64_t, int64_t, uint8_t*, int);
 void billhook_gather(const void*, int, const Matrix*, void*, int);
 uint64_t billhook_read(const char*, int64_t, int);
 void billhook_closest(const float*, int64_t, int64_t, const float*, int64_t, int32_t*, int, int);
+void billhook_code_sums(const SumsJob*, int, int);
+void billhook_search_scale(const SumsJob*, int, int);
+void billhook_search_range(const SumsJob*, int, int);
+void billhook_round_columns(const RoundJob*, int, int);
+void billhook_move_codes(const MoveJob*, int, int);
 }
 
 static uint64_t state;
@@ -183,6 +188,44 @@ static void closest_rows() {
   }
 }
 
+static Bytes numbers(int64_t count, double low, double high) {
+  Bytes found(4 * count);
+  for (int64_t i = 0; i < count; i++) put(found.at(), i, TYPE_F32, low + (high - low) * uniform());
+  return found;
+}
+
+// The loops of the quantizers: all instruction sets give the same bytes.
+static void codes() {
+  const int64_t rows = 1 + below(40), groups = 1 + below(3), group = 1 + below(20), columns = groups * group, tries = 1 + below(4);
+  const float points[] = {-7, -3, 1, 2, 6};
+  const Codes codes = {below(2) ? points : nullptr, 5, -7, 6, 0};
+  Bytes x = numbers(columns * rows, -8, 8), weight = numbers(columns, .1, 1), scale = numbers(groups * rows, .2, 2), tried = numbers(2 * tries, .2, 1);
+  Bytes factor = numbers(columns * columns, .5, 1), gram = numbers(columns * columns, 0, 1), free = numbers(columns * rows, 0, 1), zero(columns * rows);
+  const auto at = [](Bytes& bytes) { return (float*)bytes.at(); };
+  std::vector<uint8_t> wanted;
+  for (int path = billhook_paths() - 1; path >= 0; path--) {
+    if (!billhook_path_runs(path)) continue;
+    Bytes sums(12 * groups * rows), best(12 * groups * rows), found(4 * columns * rows), errors(4 * columns * rows), moved(x), change(x);
+    SumsJob job = {codes, at(x), at(weight), at(scale), at(scale), at(tried), at(sums), groups, group, rows, tries, 0};
+    billhook_code_sums(&job, path, 1);
+    job.found = at(best);
+    billhook_search_scale(&job, path, 1);
+    const RoundJob rounding = {codes, at(x), at(factor), at(scale), at(scale), nullptr, zero.at(), at(found), at(errors), columns, group, rows};
+    billhook_round_columns(&rounding, path, 1);
+    const MoveJob moving = {codes, at(gram), at(weight), at(scale), at(scale), at(free), at(x), at(moved), at(change), columns, rows};
+    billhook_move_codes(&moving, path, 1);
+    std::vector<uint8_t> all;
+    const auto add = [&](const Bytes& bytes) { all.insert(all.end(), bytes.room.begin(), bytes.room.end()); };
+    (add(sums), add(found), add(errors), add(moved), add(change));
+    all.insert(all.end(), best.room.begin(), best.room.begin() + 8 * groups * rows);
+    job.codes = {nullptr, 8, 0, 7, 0};
+    billhook_search_range(&job, path, 1);
+    add(best);
+    if (wanted.empty()) wanted = all;
+    if (wanted != all) fail("codes", path, columns, rows, TYPE_F32);
+  }
+}
+
 int main(int count, char** arguments) {
   const int64_t cases = count > 1 ? atoll(arguments[1]) : 100;
   state = 88172645463325252u ^ (count > 2 ? (uint64_t)atoll(arguments[2]) << 20 : 0);
@@ -190,6 +233,7 @@ int main(int count, char** arguments) {
     one_case();
     garbage();
     closest_rows();
+    codes();
   }
   Bytes some(1000);
   billhook_read((const char*)some.at(), 1000, 1);
