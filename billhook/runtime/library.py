@@ -65,7 +65,7 @@ def _load() -> ctypes.CDLL | None:
             raise OSError("they were compiled from the sources of another version; install Billhook again")
     except OSError as error:
         why = str(error) if FILE.exists() else "they were not compiled; install a C++ compiler and Billhook again"
-        text = f"packed layers and code books do without their fast kernels: {why}. Decoding is about as fast as dense."
+        text = f"packed layers and quantizers do without their compiled loops, which are several times as fast: {why}."
         print(f"billhook: {text}", file=sys.stderr)
         return None
     for name, (arguments, result) in _SURFACE.items():
