@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from billhook.architectures.gguf_config import gguf_sizes, rotary_factors, window_note
+from billhook.architectures.gguf_config import gguf_sizes, rotary_factors, window_note, yarn_note
 from billhook.architectures.gguf_names import FAMILIES, GgufTensor, gguf_family, gguf_tensors
 from billhook.errors import BillhookError, JobError
 from billhook.export.gguf_metadata import Fact, add_facts, add_origin, add_sizes
@@ -108,7 +108,7 @@ def _prepared(
             family = gguf_family(config)
             add_origin(writer, source)
             add_sizes(writer, gguf_sizes(family, config))
-            notes = window_note(family, config) + add_tokenizer(writer, source, config)
+            notes = window_note(family, config) + yarn_note(config) + add_tokenizer(writer, source, config)
         else:
             _check_template(model, entries)
             copy_metadata(writer, model)
