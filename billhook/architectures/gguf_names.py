@@ -16,6 +16,7 @@ import numpy as np
 
 from billhook.errors import BillhookError
 
+HEAD = "lm_head.weight"
 _SKIPPED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 _EXPERT = re.compile(r"(.*\.)(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)\.weight")
 _FUSED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)(?:\.weight)?")
@@ -176,8 +177,12 @@ def _parts(
     """Tensor on disk, its name for the tables of `gguf`, and the rows taken; experts in order of their numbers."""
     heads = config["num_attention_heads"]
     permuted = {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads} if family.permuted else {}
+    tied = config.get("tie_word_embeddings") and not any(name.endswith("embed_tokens.weight") for name in shapes)
     for source in sorted(shapes, key=_in_order):
-        if source.endswith(_SKIPPED) or (source == "lm_head.weight" and family.shift):  # Gemma's head is its embedding
+        if source == HEAD and tied:  # the only copy
+            yield source, "model.embed_tokens.weight", None
+            continue
+        if source.endswith(_SKIPPED) or (source == HEAD and family.shift):  # Gemma's head is its embedding
             continue
         if expert := _EXPERT.fullmatch(source):
             place = "feed_forward" if expert[3] in ("w1", "w2", "w3") else "mlp"
