@@ -5,7 +5,7 @@ name options as on the command line; where Python called, they are shown as its 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 _ON_COMMAND_LINE = [False]
@@ -15,7 +15,7 @@ _OPTION = re.compile(
     r"(?:billhook [a-z]+|llama-[\w-]+) .*?(?=[.;:)](?:\s|$)|$)"  # a command for a shell, which stays one
     r"|--set (?P<setting>\w+(?:=[\w.]+\b)?)"
     r"|--(?P<method>criterion|allocator|recipe|quantizer) (?P<its_name>[a-z]\w*)"
-    r"|--(?P<name>[a-z][a-z-]*)(?: (?P<value>\d[\w.]*\b|[a-z]\w*:[\w.]*|[a-z]+\d+\b|\w+(?:\.\w+)+|[A-Z]{2,}))?"
+    r"|--(?P<name>[a-z][a-z-]*)(?: (?P<value>\d[\w.]*\b|[a-z]\w*:[\w.]*|[a-z]+\d+\b|\w+(?:\.\w+)+|[A-Z]{2,}|'[^']+'))?"
 )
 
 
@@ -42,10 +42,20 @@ def in_python(message: str) -> str:
         word = str(name).replace("-", "_")
         if value is None:
             return f"{word}=True" if name in _FLAGS else word
+        if value.startswith("'"):
+            return f"{word}=r{value}"
         literal = value.replace(".", "").isdigit() or value.isupper()
         return f"{word}={value}" if literal else f'{word}="{value}"'
 
     return _OPTION.sub(keyword, message)
+
+
+def ignoring(names: Sequence[str]) -> str:
+    """The options that leave out the layers of these names; of many, also those that differ from them in numbers."""
+    if len(names) < 4:
+        return " ".join(f"--ignore {name}" for name in names)
+    kinds = dict.fromkeys(re.sub(r"(?<=\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name)) for name in names)
+    return " ".join(f"--ignore 're:{kind}$'" for kind in kinds)
 
 
 class BillhookError(ValueError):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from billhook.architectures.gguf_names import Family
+from billhook.architectures.gguf_names import Family, gguf_family, head_size
 from billhook.errors import BillhookError
 
 # key after the name of the architecture, and the names under which configurations have the value
@@ -37,7 +37,8 @@ _OF_ARCH = {
     "gemma3": _GEMMA,
     "olmo": {"attention.clamp_kqv": ("clip_qkv",)},
 }
-_LIMITED = ("gemma2", "phi3")  # the converter writes no heads, experts and rotary scaling for these
+_LIMITED = ("gemma2", "phi3")  # the converter writes no heads, experts and rotary embedding for these
+_USUAL = {"rope.freq_base": 10000.0}  # the rotary embedding of which nothing need be written
 PATTERN = "attention.sliding_window_pattern"
 
 
@@ -57,7 +58,8 @@ def gguf_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None:
             found[key] = float(value) if key.endswith(("epsilon", "softcapping", "clamp_kqv")) else value
     rope = config.get("rope_parameters") or {}
-    found |= _rope(rope, config) if arch not in _LIMITED else {}
+    rotary = _rope(family, rope, config) if arch != "phi3" else {}
+    found |= rotary if arch not in _LIMITED or rotary != _USUAL else {}
     if arch in ("llama", "smollm3"):
         found |= {"vocab_size": config["vocab_size"], "rope.dimension_count": head_size(config)}
     if arch == "olmo":
@@ -69,26 +71,45 @@ def gguf_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{arch}.{key}": value for key, value in found.items()}
 
 
-def head_size(config: Mapping[str, Any]) -> int:
-    """The width of a head."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def _rope(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    full, found = rope.get("full_attention", rope), dict[str, Any]()
-    kind = full.get("rope_type", "default")
-    if kind not in ("default", "llama3", "linear", "yarn"):
-        raise BillhookError(
-            f"The rotary embedding {kind!r} of {config['model_type']} models has no form in GGUF files."
-        )
+def _rope(family: Family, rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    full, local, found = rope.get("full_attention", rope), rope.get("sliding_attention", {}), dict[str, Any]()
+    kind, local_kind = full.get("rope_type", "default"), local.get("rope_type", "default")
+    known = ("default", "linear", "yarn", *(["llama3"] if family.arch == "llama" else []))
+    for name, possible in ((kind, known), (local_kind, ("default",))):
+        if name not in possible:
+            raise BillhookError(
+                f"The rotary embedding {name!r} of {config['model_type']} models has no form in GGUF files."
+            )
     if kind in ("linear", "yarn"):
         found |= {"rope.scaling.type": kind, "rope.scaling.factor": float(full["factor"])}
     if kind == "yarn":
-        found["rope.scaling.original_context_length"] = full["original_max_position_embeddings"]
-        names = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attn_factor"}
-        found |= {f"rope.scaling.{key}": float(full[name]) for name, key in names.items() if full.get(name) is not None}
-    bases = {"rope.freq_base": full, "rope.freq_base_swa": rope.get("sliding_attention", {})}
+        found |= _yarn(family, full)
+    bases = {"rope.freq_base": full, "rope.freq_base_swa": local}
     return found | {key: float(x["rope_theta"]) for key, x in bases.items() if x.get("rope_theta") is not None}
+
+
+def _yarn(family: Family, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """YaRN's scaling as the converter writes it, and its factor of attention, of which llama.cpp reads only how it
+    differs from the usual one, for all layers."""
+    found: dict[str, Any] = {"rope.scaling.original_context_length": rope["original_max_position_embeddings"]}
+    names = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attn_factor"}
+    found |= {f"rope.scaling.{key}": float(rope[name]) for name, key in names.items() if rope.get(name) is not None}
+    if not math.isclose(factor := yarn_attention(rope) / yarn_attention({"factor": rope["factor"]}), 1.0, rel_tol=1e-6):
+        found["rope.scaling.attn_factor"] = factor
+    if not rope.get("truncate", True) or (family.period is not None and "rope.scaling.attn_factor" in found):
+        raise BillhookError(
+            f"llama.cpp computes {family.arch} models with YaRN only with the usual truncate and attention_factor."
+        )
+    return found
+
+
+def yarn_attention(rope: Mapping[str, Any]) -> float:
+    """By what YaRN multiplies queries and keys: `attention_factor`, or what follows from `factor` and `mscale`."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    grown = 0.1 * math.log(max(1.0, rope["factor"]))
+    above, below = rope.get("mscale"), rope.get("mscale_all_dim")
+    return (grown * above + 1) / (grown * below + 1) if above and below else grown + 1
 
 
 def _phi3(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,9 +121,19 @@ def _phi3(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.sliding_window": config.get("sliding_window") or 0,
     }
     if rope.get("long_factor"):
-        scale = config["max_position_embeddings"] / original
-        found["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+        found["rope.scaling.attn_factor"] = longrope_attention(
+            rope, config["max_position_embeddings"] / original, original
+        )
     return found
+
+
+def longrope_attention(rope: Mapping[str, Any], longer: float, original: int) -> float:
+    """By what LongRoPE multiplies queries and keys, in a model whose context of `original` tokens became `longer` times
+    as long."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    scale = rope.get("factor") or longer
+    return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
 
 
 def _rotated(config: Mapping[str, Any]) -> int:
@@ -115,7 +146,7 @@ def _period(family: Family, config: Mapping[str, Any]) -> int:
     """Every how many layers one attends to everything (0: none does); the family's, if that fits."""
     local = [kind == "sliding_attention" for kind in config.get("layer_types") or ()]
     assert family.period is not None
-    for period in (family.period, *range(len(local) + 1)):
+    for period in (family.period, 0, *range(2, len(local) + 1)):
         if local == [kind == "sliding_attention" for kind in layer_types(period, len(local))]:
             return period
     raise BillhookError("llama.cpp knows windows in all layers but every n-th, and this model has others.")
@@ -133,6 +164,30 @@ def window_note(family: Family, config: Mapping[str, Any]) -> list[str]:
     if family.period is not None or not window or window >= config["max_position_embeddings"]:
         return []
     return [f"llama.cpp attends to all tokens in {family.arch} models, where this one has a window of {window}."]
+
+
+def new_shape_note(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """A note where a configuration has a form in GGUF files and what became of it has none."""
+    try:
+        gguf_sizes(gguf_family(before), before)
+    except BillhookError:
+        return []
+    try:
+        gguf_sizes(gguf_family(after), after)
+    except BillhookError as reason:
+        return [f"transformers and vLLM open this shape, llama.cpp does not. {reason}"]
+    return []
+
+
+def yarn_note(config: Mapping[str, Any]) -> list[str]:
+    """A note where YaRN has slopes, which llama.cpp takes from its command line and not from the file."""
+    rope = config.get("rope_parameters") or {}
+    rope, usual = rope.get("full_attention", rope), {"beta_fast": 32, "beta_slow": 1}
+    other = {key: rope[key] for key, value in usual.items() if (rope.get(key) or value) != value}
+    if rope.get("rope_type") != "yarn" or not other:
+        return []
+    flags = " ".join(f"--yarn-{key.replace('_', '-')} {value:g}" for key, value in other.items())
+    return [f"llama.cpp does not read YaRN's slopes from the file. Start it with {flags}."]
 
 
 def rotary_factors(family: Family, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:

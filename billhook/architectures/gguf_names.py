@@ -8,7 +8,7 @@ Reference: llama.cpp, `conversion/` (release of September 2026).
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from billhook.errors import BillhookError
 
+HEAD = "lm_head.weight"
 _SKIPPED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 _EXPERT = re.compile(r"(.*\.)(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)\.weight")
 _FUSED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)(?:\.weight)?")
@@ -28,34 +29,75 @@ class Family:
 
     `arch` is its name in GGUF files. `permuted`: the rows of q and k are reordered, because llama.cpp rotates
     neighbouring pairs of values and transformers the two halves of a head. `shift` is added to the weights of norms.
-    `assumed` are values of config.json which llama.cpp does not read from the file. `period`: every `period`-th layer
-    attends to everything, the others to a window, unless the file says otherwise; None where it has no windows.
+    `assumed` are values of config.json which llama.cpp does not read from the file, or functions that compute them from
+    the configuration as llama.cpp does. `square`: its heads together must be as wide as the model. `period`: every
+    `period`-th layer attends to everything, the others to a window, unless the file says otherwise; None where it has
+    no windows.
     """
 
     arch: str
     permuted: bool = False
     shift: float = 0.0
     assumed: Mapping[str, Any] = field(default_factory=dict)
+    square: bool = False
     period: int | None = None
 
+    def computed(self, key: str, config: Mapping[str, Any]) -> Any:
+        """The value of `assumed` with which llama.cpp computes a model of this configuration."""
+        value = self.assumed[key]
+        return value(config) if callable(value) else value
 
+
+def head_size(config: Mapping[str, Any]) -> int:
+    """The width of a head."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _scores_by(largest: int) -> Callable[[Mapping[str, Any]], int]:
+    """By the root of which number Gemma's scores are divided: another one in the model of `largest` blocks (27B)."""
+
+    def scale(config: Mapping[str, Any]) -> int:
+        of_model = int(config["hidden_size"]) // int(config["num_attention_heads"])
+        return of_model if config["num_hidden_layers"] == largest else head_size(config)
+
+    return scale
+
+
+def _or(key: str, value: float) -> Callable[[Mapping[str, Any]], float]:
+    """The value of the configuration, which llama.cpp reads, or else its own."""
+    return lambda config: float(config.get(key) or value)
+
+
+def _rotated_layers(config: Mapping[str, Any]) -> list[int]:
+    return [int((layer + 1) % 4 != 0) for layer in range(config["num_hidden_layers"])]
+
+
+_PLAIN = {"attention_bias": False}
 _QWEN = _SILU | {"use_sliding_window": False}
 _QWEN_MOE = _QWEN | {"decoder_sparse_step": 1, "mlp_only_layers": []}
-_GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
+_GEMMA = _PLAIN | {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
+_GEMMA2 = _GEMMA | {
+    "query_pre_attn_scalar": _scores_by(46),
+    "attn_logit_softcapping": _or("attn_logit_softcapping", 50.0),
+    "final_logit_softcapping": _or("final_logit_softcapping", 30.0),
+}
+_GEMMA3 = _GEMMA | {"query_pre_attn_scalar": _scores_by(62), "use_bidirectional_attention": False}
+_SMOLLM3 = _QWEN | _PLAIN | {"mlp_bias": False, "no_rope_layers": _rotated_layers}
+_QWEN2_MOE = _QWEN_MOE | {"norm_topk_prob": False, "tie_word_embeddings": False}
 FAMILIES = {
     "llama": Family("llama", permuted=True, assumed=_SILU),
     "mistral": Family("llama", permuted=True, assumed=_SILU),
     "mixtral": Family("llama", permuted=True, assumed=_SILU),
-    "smollm3": Family("smollm3", permuted=True, assumed=_QWEN | {"no_rope_layer_interval": 4}),
-    "qwen2": Family("qwen2", assumed=_QWEN),
-    "qwen3": Family("qwen3", assumed=_QWEN),
-    "qwen2_moe": Family("qwen2moe", assumed=_QWEN_MOE | {"norm_topk_prob": False, "tie_word_embeddings": False}),
-    "qwen3_moe": Family("qwen3moe", assumed=_QWEN_MOE | {"norm_topk_prob": True}),
-    "gemma2": Family("gemma2", shift=1.0, assumed=_GEMMA, period=2),
-    "gemma3_text": Family("gemma3", shift=1.0, assumed=_GEMMA, period=6),
-    "phi3": Family("phi3", assumed=_SILU),
-    "olmo": Family("olmo", permuted=True, assumed=_SILU),
-    "olmo2": Family("olmo2", assumed=_SILU | {"tie_word_embeddings": False}),
+    "smollm3": Family("smollm3", permuted=True, assumed=_SMOLLM3),
+    "qwen2": Family("qwen2", assumed=_QWEN, square=True),
+    "qwen3": Family("qwen3", assumed=_QWEN | _PLAIN),
+    "qwen2_moe": Family("qwen2moe", assumed=_QWEN2_MOE, square=True),
+    "qwen3_moe": Family("qwen3moe", assumed=_QWEN_MOE | _PLAIN | {"norm_topk_prob": True}),
+    "gemma2": Family("gemma2", shift=1.0, assumed=_GEMMA2, period=2),
+    "gemma3_text": Family("gemma3", shift=1.0, assumed=_GEMMA3, period=6),
+    "phi3": Family("phi3", assumed=_SILU, square=True),
+    "olmo": Family("olmo", permuted=True, assumed=_SILU | _PLAIN, square=True),
+    "olmo2": Family("olmo2", assumed=_SILU | _PLAIN | {"tie_word_embeddings": False}, square=True),
 }
 
 
@@ -70,9 +112,14 @@ def gguf_family(config: Mapping[str, Any]) -> Family:
             "and give that file with --template."
         )
     family = FAMILIES[kind]
-    for key, value in family.assumed.items():
-        if config.get(key, value) != value:
+    for key in (key for key in family.assumed if key in config):
+        if config[key] != (value := family.computed(key, config)):
             raise BillhookError(f"llama.cpp computes {kind} models with {key}={value}, and this one has {config[key]}.")
+    if family.square and head_size(config) * config["num_attention_heads"] != config["hidden_size"]:
+        raise BillhookError(
+            f"llama.cpp opens {kind} models only if their heads together are {config['hidden_size']} wide, as the "
+            f"model is, and this one has {config['num_attention_heads']} of {head_size(config)}."
+        )
     return family
 
 
@@ -130,8 +177,12 @@ def _parts(
     """Tensor on disk, its name for the tables of `gguf`, and the rows taken; experts in order of their numbers."""
     heads = config["num_attention_heads"]
     permuted = {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads} if family.permuted else {}
+    tied = config.get("tie_word_embeddings") and not any(name.endswith("embed_tokens.weight") for name in shapes)
     for source in sorted(shapes, key=_in_order):
-        if source.endswith(_SKIPPED) or (source == "lm_head.weight" and family.shift):  # Gemma's head is its embedding
+        if source == HEAD and tied:  # the only copy
+            yield source, "model.embed_tokens.weight", None
+            continue
+        if source.endswith(_SKIPPED) or (source == HEAD and family.shift):  # Gemma's head is its embedding
             continue
         if expert := _EXPERT.fullmatch(source):
             place = "feed_forward" if expert[3] in ("w1", "w2", "w3") else "mlp"

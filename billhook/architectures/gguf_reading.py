@@ -15,14 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from billhook.architectures.gguf_config import PATTERN, layer_types, llama3_factors, size_names
+from billhook.architectures.gguf_config import (
+    PATTERN,
+    layer_types,
+    llama3_factors,
+    longrope_attention,
+    size_names,
+    yarn_attention,
+)
 from billhook.architectures.gguf_names import FAMILIES, Family, GgufTensor, gguf_tensors
 from billhook.errors import BillhookError
 from billhook.store.gguf_file import GgufFile
 from billhook.store.tensor_bytes import DTYPES, tensor_bytes
 
 _LARGEST = 1 << 31  # of all numbers in the metadata
-_LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # blocks of the 27B models, whose scores are scaled otherwise
 
 
 def hf_config(file: GgufFile) -> dict[str, Any]:
@@ -37,7 +43,7 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     own = {key.removeprefix(f"{arch}."): _plain(found.value, key, file) for key, found in file.metadata.items()}
     kind = "mixtral" if arch == "llama" and own.get("expert_count") else kinds[0]
     known_names = AutoConfig.for_model(kind).to_dict()
-    config: dict[str, Any] = {"model_type": kind, **FAMILIES[kind].assumed}
+    config: dict[str, Any] = {"model_type": kind}
     for key, names in size_names(arch).items():
         if key in own:
             config[next((name for name in names if name in known_names), names[0])] = own[key]
@@ -56,7 +62,8 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     config |= {"tie_word_embeddings": "output.weight" not in file.tensors}
     tokens = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     config |= {name: own.get(f"tokenizer.ggml.{key}_token_id") for name, key in tokens.items()}
-    return config | _attention(FAMILIES[kind], config, own, file)
+    config |= _attention(FAMILIES[kind], config, own, file)
+    return config | {key: FAMILIES[kind].computed(key, config) for key in FAMILIES[kind].assumed}
 
 
 def _plain(value: Any, key: str, file: GgufFile) -> Any:
@@ -76,6 +83,8 @@ def _attention(family: Family, config: Mapping[str, Any], own: Mapping[str, Any]
         names = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attn_factor"}
         names["original_max_position_embeddings"] = "original_context_length"
         rope |= {name: own[f"rope.scaling.{key}"] for name, key in names.items() if f"rope.scaling.{key}" in own}
+        if rope["rope_type"] == "yarn" and (factor := own.get("rope.scaling.attn_factor")):
+            rope["attention_factor"] = factor * yarn_attention({"factor": rope["factor"]})
     if "rope_freqs.weight" in file.tensors:
         rope |= _llama3(file, rope, width)
     found: dict[str, Any] = {"rope_parameters": rope} | ({"head_dim": width} if family.arch != "phi3" else {})
@@ -93,11 +102,12 @@ def _attention(family: Family, config: Mapping[str, Any], own: Mapping[str, Any]
                     f"{name}_factor": [_plain(x, entry.name, file) for x in file.values(entry).tolist()],
                 }
                 rope["original_max_position_embeddings"] = original
+        factor = own.get("rope.scaling.attn_factor")
+        usual = longrope_attention({}, config["max_position_embeddings"] / original, original)
+        if factor and not math.isclose(factor, usual, rel_tol=1e-6):
+            rope["attention_factor"] = factor
     if family.period is not None:
-        blocks = config["num_hidden_layers"]
-        large = blocks == _LARGEST_GEMMA[family.arch]
-        found["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"] if large else width
-        found["layer_types"] = layer_types(own.get(PATTERN, family.period), blocks)
+        found["layer_types"] = layer_types(own.get(PATTERN, family.period), config["num_hidden_layers"])
     if family.arch == "gemma3":
         local = {"rope_type": "default", "rope_theta": own.get("rope.freq_base_swa", 10000.0)}
         found["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}

@@ -152,7 +152,7 @@ class Loading:
 
         path, device = resolve(model), chosen_device(self.device)
         dtype, stored = chosen_dtype(self.dtype, device, path), stored_dtype(path)
-        weights = "" if stored is None else f"; the weights of {path.name} are {dtype_name(stored)}"
+        weights = "" if stored is None else f"; the weights of {path.resolve().name} are {dtype_name(stored)}"
         say(f"Computing on {device} in {dtype_name(dtype)}{weights}.")
         if (lacking := lacking_gib(path, dtype, device)) is not None:
             then = "they are read one block at a time" if streams else "use --dtype bfloat16 or free some memory"
@@ -210,13 +210,17 @@ class GgufWriting(Writing):
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Replace each parameter whose annotation is a dataclass by that class's options, which `command` receives as one
-    object."""
+    object.
+
+    Paths may begin with ~, which shells leave as it is after a `=`.
+    """
     signature = inspect.signature(command)
     groups: dict[str, Any] = {x.name: x.annotation for x in signature.parameters.values() if is_dataclass(x.annotation)}
     fields = {name: inspect.signature(group).parameters for name, group in groups.items()}
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
+        options = {key: x.expanduser() if isinstance(x, Path) else x for key, x in options.items()}
         objects = {name: group(**{key: options.pop(key) for key in fields[name]}) for name, group in groups.items()}
         command(**options, **objects)
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from billhook.architectures.gguf_config import gguf_sizes, rotary_factors, window_note
-from billhook.architectures.gguf_names import FAMILIES, GgufTensor, gguf_family, gguf_tensors
+from billhook.architectures.gguf_config import gguf_sizes, rotary_factors, window_note, yarn_note
+from billhook.architectures.gguf_names import FAMILIES, HEAD, GgufTensor, gguf_family, gguf_tensors
 from billhook.errors import BillhookError, JobError
 from billhook.export.gguf_metadata import Fact, add_facts, add_origin, add_sizes
 from billhook.export.gguf_template import Quantized, copy_metadata, matched_entries
@@ -26,6 +26,7 @@ from billhook.store.checkpoint import check_directory, loading
 from billhook.store.files import untrusted
 from billhook.store.gguf_file import GgufFile, read_gguf, require_gguf
 from billhook.store.shards import Shard, read_shard, weight_files
+from billhook.store.tensor_bytes import read_tensor
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -108,7 +109,7 @@ def _prepared(
             family = gguf_family(config)
             add_origin(writer, source)
             add_sizes(writer, gguf_sizes(family, config))
-            notes = window_note(family, config) + add_tokenizer(writer, source, config)
+            notes = window_note(family, config) + yarn_note(config) + add_tokenizer(writer, source, config)
         else:
             _check_template(model, entries)
             copy_metadata(writer, model)
@@ -166,6 +167,7 @@ def _entries(
     shapes = {name: shard.entries[name].shape for name, shard in place.items()}
     if unknown := sorted(set(quantized) - set(shapes)):
         raise BillhookError(f"{source} has no tensor {unknown[0]}, which was quantized.")
+    _check_head(source, place, config)
     if rest == "auto":
         kinds = (place[name].entries[name].dtype for name, shape in shapes.items() if len(shape) > 1)
         rest = next((_AS_STORED[kind] for kind in kinds if kind in _AS_STORED), "f16")
@@ -175,6 +177,19 @@ def _entries(
         given = quantized if tensor.sources[0] in quantized else None
         entries.append(Entry(tensor.name, kind, tensor.shape, partial(_parts, tensor, kind, place, given)))
     return entries
+
+
+def _check_head(source: Path, place: Mapping[str, Shard], config: Mapping[str, Any]) -> None:
+    """Raise BillhookError for a Gemma model whose files hold a head that is not its embedding."""
+    embedding = next((name for name in place if name.endswith("embed_tokens.weight")), None)
+    if not gguf_family(config).shift or HEAD not in place or embedding is None:
+        return
+    one, two = (read_tensor(place[name].path, place[name].entries[name]) for name in (HEAD, embedding))
+    if not torch.equal(one, two):
+        raise BillhookError(
+            f"llama.cpp computes {config['model_type']} models with their embedding as head, and {source.name} has "
+            "another one."
+        )
 
 
 def _factors(name: str, values: torch.Tensor) -> Entry:
@@ -220,6 +235,8 @@ def _parts(tensor: GgufTensor, kind: str, place: Mapping[str, Shard], given: Qua
         rows = values.reshape(-1, values.shape[-1])
         for part in rows.split(max(1, _CHUNK // rows.shape[1])):
             numbers = part.float().numpy() + np.float32(tensor.shift)
+            if not np.isfinite(numbers).all():
+                raise JobError(f"{name} holds NaN or infinite values: the model is damaged.")
             with np.errstate(over="ignore"):
                 packed = gguf.quants.quantize(numbers, gguf.GGMLQuantizationType[kind.upper()])
             if kind == "f16" and not np.isfinite(packed).all():

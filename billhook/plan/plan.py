@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, ignoring
 from billhook.plan.budget import whole_numbers
 from billhook.plan.spec import Pattern, Spec
 from billhook.plan.storage import stored_bytes
@@ -148,14 +148,13 @@ class Plan:
                 f"The plan is not for this model: {len(missing)} of its layers are not in the plan and {len(extra)} of "
                 f"the plan's are not in the model (first: {first}).{hint(first, extra if missing else shapes)}"
             )
-        for name, spec in self.weights.items():
-            columns = shapes[name][1]
-            if columns % spec.block:
-                what = f"Pattern {spec.pattern}" if spec.type is None else f"Type {spec.type}"
-                raise BillhookError(
-                    f"{what} is impossible for {name}: its {columns} columns do not divide by {spec.block}. Leave "
-                    f"it out with --ignore {name}, or use another {what.split()[0].lower()}."
-                )
+        if uneven := [name for name, spec in self.weights.items() if shapes[name][1] % spec.block]:
+            name, spec, columns = uneven[0], self.weights[uneven[0]], shapes[uneven[0]][1]
+            what = f"Pattern {spec.pattern}" if spec.type is None else f"Type {spec.type}"
+            raise BillhookError(
+                f"{what} is impossible for {name}: its {columns} columns do not divide by {spec.block}. Leave out what "
+                f"does not divide ({ignoring(uneven)}), or use another {what.split()[0].lower()}."
+            )
 
     def check_sparsities(self, user: str = "billhook prune") -> None:
         """Raise BillhookError unless the plan has only sparsities, which the command `user` applies."""

@@ -29,6 +29,7 @@ from billhook.plan.storage import bits
 from billhook.racing.levels import Chosen
 from billhook.steps.allocation import NOTES, Allocation, choose, choose_like
 from billhook.steps.earlier_levels import step_with_levels
+from billhook.steps.kept_levels import said_when_stopped
 from billhook.steps.levels import measured_layers
 from billhook.steps.lost import Lost
 from billhook.steps.opens import check_opens
@@ -39,6 +40,7 @@ from billhook.steps.request import Opened, check_text_given, draw_text, listed
 from billhook.steps.sizes import Size, Sizes, allowed_types
 from billhook.steps.state import check_same_run, partial_folder, unfinished_run
 from billhook.steps.types import check_target, scale_dtype
+from billhook.store.layout import LEVELS
 from billhook.store.output import check_room
 
 Target = Literal["gguf", "transformers", "vllm"]
@@ -173,7 +175,9 @@ def check(request: CompressRequest, progress: Progress = lambda line: None) -> C
 def decide(checked: CheckedCompress, progress: Progress = lambda line: None) -> CompressJob:
     """Choose the types, unless the run that is resumed has chosen them."""
     sizes, known = checked.sizes, checked.plan
-    chosen = _chosen(checked, progress) if known is None else Chosen(known, {})
+    kept = partial_folder(Path(checked.request.output).expanduser().resolve()) / LEVELS
+    with said_when_stopped(kept, "the same command measures the rest"):
+        chosen = _chosen(checked, progress) if known is None else Chosen(known, {})
     plan = replace(chosen.plan, made_by={**chosen.plan.made_by, "request": checked.asked})
     job = prepare(replace(checked.quantizing, plan=plan), opened=checked.opened)
     job = replace(job, notes=[*job.notes, *plan.made_by.get(NOTES, [])])

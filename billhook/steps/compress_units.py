@@ -34,6 +34,7 @@ from billhook.plan.plan import Plan
 from billhook.reports.quantized_card import publish_quantized
 from billhook.steps.allocation import Allocation
 from billhook.steps.compress import CompressJob, CompressReport, CompressRequest, check, decide, run_compress
+from billhook.steps.kept_levels import said_when_stopped
 from billhook.steps.lost import Lost, loss_of
 from billhook.steps.quantize import open_blocks
 from billhook.steps.quantize_job import Inputs, QuantizeReport
@@ -52,7 +53,7 @@ from billhook.store.record import Record, read_record
 from billhook.tasks.self_text import is_self
 
 SHARES = (0.125, 0.25)  # of the parameters in blocks
-_ASKED = "request.json"
+_ASKED, _AGAIN = "request.json", "continue with the same command and --resume"
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ def prepare_units(request: CompressRequest, progress: Progress = lambda line: No
         for share in (0.0, *SHARES):
             try:
                 place = folder / f"share-{share:g}"
-                candidates.append(_candidate(request, kinds, share, budget, place, progress))
+                with said_when_stopped(folder, _AGAIN):
+                    candidates.append(_candidate(request, kinds, share, budget, place, progress))
             except JobError:
                 raise
             except BillhookError as problem:
@@ -159,7 +161,8 @@ def run_units(
 ) -> UnitsReport:
     """Quantize bits alone and the best candidate, and keep the better one; raises as `billhook.steps.quantize.run`."""
     tried = [c for c in job.candidates if not c.share or c is job.best]
-    losses = {c.share: _carried_out(c, job.lost, progress, stopping) for c in tried}
+    with said_when_stopped(_folder(Path(job.request.output).expanduser().resolve()), _AGAIN):
+        losses = {c.share: _carried_out(c, job.lost, progress, stopping) for c in tried}
     best = min(tried, key=lambda c: (losses[c.share], c.share))
     predicted = {c.share: c.predicted for c in job.candidates}
     _record(best, predicted, losses)

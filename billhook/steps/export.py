@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from billhook.architectures.gguf_names import FAMILIES
 from billhook.architectures.sources import is_gguf, resolve
 from billhook.errors import BillhookError
 from billhook.export.compressed_tensors import fused
@@ -18,9 +19,10 @@ from billhook.export.gguf_writer import Written
 from billhook.methods.quantize.scalar import Scalar
 from billhook.plan.bytes import parse_size
 from billhook.reports.quantized_card import decoded_card
-from billhook.store.checkpoint import check_directory, model_digest
+from billhook.store.checkpoint import check_directory, loading, model_digest
 from billhook.store.directory import checksums, copied_from
 from billhook.store.files import copy_files, digest_of, sha256, write_json, write_text
+from billhook.store.fitting import check_fits, empty_model
 from billhook.store.gguf_file import read_gguf
 from billhook.store.layout import CARD, RECORD, is_unfinished
 from billhook.store.output import check_output, check_room, staging
@@ -71,9 +73,11 @@ def export_gguf(
             folder = Path(place) / source.name
             folder.mkdir()
             write_decoded(source, folder, config, grids, DTYPES.get(kind), progress)
+            _check_fits(folder, config)
             written = write_gguf(folder, output, rest=kind, **given)
         written.notes.append("the weights were decoded: quantize the original for a small file of llama.cpp's types")
     else:
+        _check_fits(source, config)
         written = write_gguf(source, output, rest=kind, progress=progress, **given)
     if before is not None:
         files = {part.name: sha256(part) for part in written.parts}
@@ -191,6 +195,15 @@ def export_tensor_types(model: str | Path, output: str | Path, *, overwrite: boo
     lines = [f"^{re.escape(name)}$={type}\n" for name, type in types.items()]
     write_text(output, "".join(lines))
     return Written(output, output.stat().st_size, dict(Counter(types.values())), [])
+
+
+def _check_fits(source: Path, config: Mapping[str, Any]) -> None:
+    """Raise BillhookError where the tensors on disk are not those of the model, if its architecture is known."""
+    if config.get("model_type") in FAMILIES:
+        shards = [read_shard(file) for file in weight_files(source)]
+        with loading(source):
+            _, model = empty_model(source, shards, "AutoModelForCausalLM", False)
+        check_fits(source, model, shards)
 
 
 def _check_new(output: Path, overwrite: bool) -> None:

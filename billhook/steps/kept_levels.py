@@ -8,15 +8,27 @@ is quantized, because the plan is kept from then on.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, Interrupted
 from billhook.store.files import json_text, read_json, replace_file
 from billhook.store.layout import LEVELS
 from billhook.store.typed_json import typed
+
+
+@contextmanager
+def said_when_stopped(kept: Path, again: str) -> Iterator[None]:
+    """Say at Ctrl-C that the file or folder `kept` is there, if it is, and with what command a run uses it `again`."""
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as stopped:
+        if not kept.exists() or not (isinstance(stopped, KeyboardInterrupt) or "Stopped. " in str(stopped)):
+            raise
+        raise Interrupted(f"Stopped. What is finished is kept in {kept}: {again}.") from None
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from billhook.architectures.gguf_names import GgufTensor, gguf_family, gguf_tensors
 from billhook.errors import BillhookError
+from billhook.export.gguf import full_config
 from billhook.methods.quantize.ggml import GGML
 from billhook.plan.levels import Types
 from billhook.registry import hint
-from billhook.store.files import read_json
 from billhook.store.gguf_file import GgufFile, read_gguf
 
 
@@ -21,7 +21,7 @@ def like_types(
     the tensors on disk that it consists of. Raises BillhookError, naming the tensor, where the file is of another
     model, or holds a type that cannot be made.
     """
-    file, config = read_gguf(path), read_json(source / "config.json", "configuration")
+    file, config = read_gguf(path), full_config(source)
     arch = gguf_family(config).arch
     if file.arch != arch:
         raise BillhookError(f"{path} is a file of {file.arch} models, and {source.name} becomes one of {arch} models.")

@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 from billhook.architectures.layers import Layer
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, ignoring
 from billhook.methods.quantize.grid import Quantized, Scales
 from billhook.steps.record import place
 from billhook.steps.request import Opened
@@ -83,13 +83,13 @@ def _parts(layer: Layer, where: Mapping[str, Any], source: Mapping[str, Any]) ->
 
 def check_matrices(layers: Sequence[Layer], parts: Parts) -> None:
     """Raise BillhookError, naming the layer, unless all are linear layers whose matrices are [out, in] on disk."""
-    for layer in layers:
-        if layer.expert is not None or any(part.transposed for part in parts[layer.name]):
-            what = "an expert" if layer.expert is not None else "stored as [in, out]"
-            raise BillhookError(
-                f"{layer.name} is {what}, which transformers does not read from a compressed-tensors directory: use a "
-                f"GGUF type, such as q4_k, or leave it out with --ignore {layer.name}."
-            )
+    unread = [x for x in layers if x.expert is not None or any(part.transposed for part in parts[x.name])]
+    if unread:
+        what = "an expert" if unread[0].expert is not None else "stored as [in, out]"
+        raise BillhookError(
+            f"{unread[0].name} is {what}, which transformers does not read from a compressed-tensors directory: use a "
+            f"GGUF type, such as q4_k, or leave out what is so: {ignoring([layer.name for layer in unread])}."
+        )
 
 
 def part_types(parts: Parts, types: Mapping[str, str]) -> dict[str, str]:

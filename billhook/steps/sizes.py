@@ -9,7 +9,7 @@ import numpy as np
 
 from billhook.architectures.config import context_length
 from billhook.architectures.context_memory import ContextMemory, context_memory
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, ignoring
 from billhook.export.compressed_tensors import names
 from billhook.methods.quantize.code_books import CodeBook
 from billhook.methods.quantize.ggml import GGML
@@ -129,7 +129,9 @@ class Sizes:
         parameters = sum(int(np.prod(entry.shape)) for entry in entries.values())
         budget, memory = given.budget(opened.model.config, parameters)
         outside = outside_matrices(opened.model, stream) if target == "gguf" else {}
-        menus = {layer.name: _menu(layer.shape[1], types, layer.name) for layer in opened.layers}
+        menus = {layer.name: _menu(layer.shape[1], types) for layer in opened.layers}
+        if without := [layer for layer in opened.layers if not menus[layer.name]]:
+            raise _no_type(without[0].shape[1], types, [layer.name for layer in without])
         outside_menus = {name: outside_menu(name, shape[1], types) for name, shape in outside.items()}
         shapes = {layer.name: layer.shape for layer in opened.layers}
         least, least_outside = ({n: min(m, key=bits) for n, m in of.items()} for of in (menus, outside_menus))
@@ -194,18 +196,21 @@ class _Least:
         )
 
 
-def _menu(columns: int, types: Sequence[str], name: str) -> list[str]:
+def _menu(columns: int, types: Sequence[str]) -> list[str]:
     """The types whose blocks divide a layer's columns; of scalar types those with the largest such group."""
     found = [t for t in types if columns % block(t) == 0]
     best = {t.partition("/")[0]: t for t in sorted(found, key=lambda t: -bits(t))}
-    menu = [t for t in found if "/" not in t or best[t.partition("/")[0]] == t]
-    if not menu:
-        others = [t for t in GGML if columns % block(t) == 0] if types[0] in GGML else []
-        more = f"allow a type that does with --types ({', '.join(others)}), or " if others else ""
-        raise BillhookError(
-            f"None of the types divides the {columns} columns of {name}: {more}leave it out with --ignore {name}."
-        )
-    return menu
+    return [t for t in found if "/" not in t or best[t.partition("/")[0]] == t]
+
+
+def _no_type(columns: int, types: Sequence[str], names: Sequence[str]) -> BillhookError:
+    """What to say of tensors, the first with so many columns, that no type fits."""
+    others = [t for t in GGML if columns % block(t) == 0] if types[0] in GGML else []
+    more = f"allow a type that does with --types ({', '.join(others)}), or " if others else ""
+    return BillhookError(
+        f"None of the types divides the {columns} columns of {names[0]}: {more}leave out what does not fit: "
+        f"{ignoring(names)}."
+    )
 
 
 def outside_menu(name: str, columns: int, types: Sequence[str]) -> list[str]:
@@ -214,7 +219,9 @@ def outside_menu(name: str, columns: int, types: Sequence[str]) -> list[str]:
     fits = [t for t in types if columns % block(t) == 0]
     whole = set(types) == set(GGML)
     quick = [t for t in fits if (t in _OUTSIDE if whole else not isinstance(GGML[t], CodeBook))]
-    return quick or fits or _menu(columns, types, name)
+    if not fits:
+        raise _no_type(columns, types, [name])
+    return quick or fits
 
 
 def _header_bytes(tensors: Sequence[str]) -> int:

@@ -18,6 +18,7 @@ import torch
 
 from billhook.ambient import pinned
 from billhook.architectures.config import call_options, predictions
+from billhook.architectures.gguf_config import new_shape_note
 from billhook.architectures.slim_config import check_blocks, shape_notes, slimmed, stored_counts
 from billhook.distributed.collectives import barrier, gather
 from billhook.engine.batch import model_inputs, select_rows
@@ -131,6 +132,7 @@ def _checked_job(
     counts = stored_counts(opened.model, units, plan.units)
     config, changes, notes = slimmed(opened.model, units, counts, blocks, len(stream.blocks))
     notes = [*notes, *shape_notes(opened.model, units, plan.units, counts)]
+    notes += new_shape_note(opened.model.config.to_dict(), config.to_dict())
     if removal.drifts and len({unit.consumer is None for unit in units}) == 2:
         removal = removal.without_target()
         notes = [*notes, "dense_target=0, because tokens go to other experts than in the dense model."]

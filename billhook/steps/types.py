@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from billhook.architectures.layers import Layer
 from billhook.engine.streaming import Stream
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, ignoring
 from billhook.export import compressed_tensors
 from billhook.export.gguf import gguf_bytes
 from billhook.methods.quantize.ggml import GGML
@@ -63,14 +63,20 @@ def uniform_plan(type: str, layers: Sequence[Layer]) -> tuple[Plan, list[str]]:
     """The plan of one type everywhere, and a note on the layers that its blocks do not divide."""
     weights: dict[str, Spec] = {}
     others: dict[str, list[str]] = {}
+    problems: dict[str, BillhookError] = {}
     for layer in layers:
         try:
             name = fitting(type, layer.shape[1])
         except BillhookError as error:
-            raise BillhookError(f"{layer.name}: {error}. Leave it out with --ignore {layer.name}.") from None
+            problems[layer.name] = error
+            continue
         weights[layer.name] = Spec(type=name)
         if name != type:
             others.setdefault(name, []).append(layer.name)
+    if problems:
+        name, advice = next(iter(problems)), f"Leave out what does not fit: {ignoring(list(problems))}."
+        advice = advice if weights else "So it is for all layers: use another type."
+        raise BillhookError(f"{name}: {problems[name]}. {advice}")
     total = sum(stored_bytes(weights[layer.name].type or "", layer.shape) for layer in layers)
     notes = [
         f"{len(names)} layers, such as {names[0]}, are stored as {name}: their columns do not divide by {block(type)}."

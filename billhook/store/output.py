@@ -21,7 +21,8 @@ def check_output(output: Path, source: Path | None = None, *, overwrite: bool = 
     """Check, before any work, that `output` can be written; returns it resolved.
 
     Raises BillhookError when it is a file, is not empty (unless `overwrite` and it is a model directory), is inside the
-    source or contains it, or its folder does not exist; JobError when fewer than `needed` bytes are free.
+    source or contains it, contains the current folder, or its folder does not exist; JobError when fewer than `needed`
+    bytes are free.
     """
     output = Path(output).expanduser().resolve()
     if source is not None and (output.is_relative_to(source.resolve()) or source.resolve().is_relative_to(output)):
@@ -29,6 +30,11 @@ def check_output(output: Path, source: Path | None = None, *, overwrite: bool = 
             f"The output {output} contains the source model {source} or is inside it: choose another output."
         )
     _check_folder(output, output.parent)
+    if Path.cwd().is_relative_to(output):
+        raise BillhookError(
+            f"The output {output} would be replaced while it is the current folder: choose another, or run "
+            "this outside."
+        )
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise BillhookError(

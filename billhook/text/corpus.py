@@ -13,6 +13,7 @@ stdlib:train, stdlib:heldout    the sources of the running Python's standard lib
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ FORMS = "FILE.txt, FILE.jsonl, FILE.safetensors, hub:NAME[:config][:split], stdl
 _TEXT, _ROWS = (".txt", ".jsonl", ".json"), (".csv", ".parquet")  # read here, and by `datasets`; .gz may follow
 _MORE = f"A file may also be {', '.join((*_TEXT[2:], *_ROWS))}, or end in .gz."
 
+_LONGEST = 255  # bytes of a file's name
+
 
 def documents(source: str, purpose: Purpose, stream: bool, chat: Chat | None = None) -> Iterable[str]:
     """The documents of a text source, a sequence; with `stream`, an iterable for a hub dataset.
@@ -41,6 +44,8 @@ def documents(source: str, purpose: Purpose, stream: bool, chat: Chat | None = N
     if source.startswith("stdlib:"):
         return _stdlib(source)
     path = Path(source).expanduser()
+    if len(os.fsencode(path.name)) > _LONGEST:
+        raise BillhookError(f"{source[:40]!r}... is longer than a file's name. Give a text itself in a list of texts.")
     if is_saved_dataset(path) or _kind(path) in _ROWS:
         return dataset_documents(path, _kind(path), purpose, stream, chat)
     path = existing_file(source)

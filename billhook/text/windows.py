@@ -40,7 +40,7 @@ from billhook.text.corpus import documents, existing_file, is_token_file, joint
 from billhook.text.given import Given, given, whole_ids
 from billhook.text.sampling import BOS, cut, join, packed, papers, window_prefix
 
-GIVEN = "given as a tensor"  # the name of a source
+GIVEN, TEXTS = "given as a tensor", "given as texts"  # names of sources
 _STREAM_WINDOWS = 256  # evaluation on a streamed dataset, as the papers do on C4
 
 
@@ -105,7 +105,7 @@ def load_calibration(
         raise BillhookError(f"Unknown sampling {sampling!r}: use packed or papers.")
     chat = chat_of(tokenizer)
     data = given(source, chat)
-    name = data if isinstance(data, str) else GIVEN if isinstance(data, Tensor) else "given as texts"
+    name = data if isinstance(data, str) else GIVEN if isinstance(data, Tensor) else TEXTS
     begun, prefix = None, tuple[int, ...]()
     if isinstance(data, Tensor) or is_token_file(name):
         _check_unused(bos, name)
@@ -187,8 +187,9 @@ def check_ids(ids: Tensor, vocab_size: int | None, source: str) -> None:
 
 def _need(tokenizer: Tokenizer | None, source: str) -> Tokenizer:
     if tokenizer is None:
-        instead = "give a .safetensors file with `tokens` [samples, length]"
-        raise BillhookError(f"The model has no tokenizer to read {source} with: {instead}.")
+        file = "give a .safetensors file with `tokens` [samples, length]"
+        what, instead = ("texts", "give a tensor of token ids [windows, length]") if source == TEXTS else (source, file)
+        raise BillhookError(f"The model has no tokenizer to read {what} with: {instead}.")
     return tokenizer
 
 

@@ -25,6 +25,8 @@ FAMILIES = [
     pytest.param(name, marks=pytest.mark.gate if name in ("mixtral", "gemma2") else pytest.mark.nightly)
     for name in gguf_families.CONFIGS
 ]
+YARN = gguf_families.CONFIGS["qwen2:yarn"]["rope_parameters"]
+LONG = gguf_families.CONFIGS["phi3:longrope"]["rope_parameters"]
 DERIVED = {"transformers_version", "_name_or_path", "dtype", "initializer_range", "architectures", "model_type"}
 
 
@@ -46,6 +48,24 @@ def test_every_family_is_read_back_with_the_same_weights_configuration_and_loss(
     different = {key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key)}
     assert different <= DERIVED | {key for key in new if mine.get(key) is None}
     assert "model.gguf holds rounded weights: results are those of the file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "rope"),
+    [
+        ("llama", {**YARN, "attention_factor": 2.0}),
+        ("llama", {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}),
+        ("gemma2", {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}),
+        ("phi3:longrope", {**LONG, "attention_factor": 2.0}),
+        ("phi3:longrope", {**LONG, "factor": 8.0}),
+    ],
+)
+def test_unusual_rotary_embeddings_are_read_back(name, rope, tmp_path):
+    source = gguf_families.save(tmp_path / "model", name, rope_parameters=rope)
+    back = load_model(write_gguf(source, tmp_path / "model.gguf", rest="f32").path)
+    ids, loss = gguf_families.losses(gguf_families.build(name, rope_parameters=rope))
+    assert back(input_ids=ids, labels=ids).loss.item() == pytest.approx(loss, abs=1e-6)
+    assert gguf_families.losses(gguf_families.build(name))[1] != pytest.approx(loss, abs=1e-4)
 
 
 def test_the_directory_of_a_file_is_made_once_and_named_like_it(tmp_path):

@@ -136,6 +136,15 @@ def test_the_measure_command_writes_a_table(place, text, tmp_path):
     assert len(json.loads((tmp_path / "u.json").read_text())["rows"]) == 2
 
 
+def test_paths_may_begin_with_a_tilde_and_the_current_folder_has_its_name(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(place / "model")
+    ran = done("measure", ".", "--output=~/t.json")
+    assert "the weights of model are" in ran.err
+    done("plan", "~/t.json", "--allocator", "uniform", "--sparsity", "0.5", "--output=~/plan.json")
+    assert {"t.json", "plan.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_plan_prints_a_table_for_people_and_json_for_machines(place, tmp_path):
     shown = done("plan", place / "table.json", "--sparsity", "0.5", "--allocator", "atp")
     assert "Sparsity by block" in shown.out

@@ -177,6 +177,13 @@ def test_values_that_do_not_fit_the_type_leave_no_file(tmp_path):
     with pytest.raises(JobError, match=r"up_proj\.weight holds values that do not fit f16: use type=\"bf16\""):
         write_gguf(tmp_path / "model", tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5] = torch.nan
+    tiny.save(tmp_path / "model", model)
+    for kind in ("f16", "f32", "q8_0"):
+        with pytest.raises(JobError, match=r"up_proj\.weight holds NaN or infinite values"):
+            write_gguf(tmp_path / "model", tmp_path / "model.gguf", rest=kind)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_tokenizer_that_is_unknown_or_damaged_is_one_error(llama, tmp_path):

@@ -5,19 +5,22 @@ import re
 from pathlib import Path
 
 import bert
+import gguf_families
 import pytest
 import tiny
 import torch
 import vision_families
-from command import contents
+from command import contents, edit
 from transformers import AutoModel
 
 from billhook.cli.plot import _front
 from billhook.errors import BillhookError, Interrupted
+from billhook.export.gguf import write_gguf
 from billhook.packed.loading import load
 from billhook.plan.bytes import parse_size
 from billhook.steps.compress import CompressRequest, check, decide, run_compress
 from billhook.steps.compress_units import compress
+from billhook.steps.like import like_types
 from billhook.steps.quantize import quantize
 from billhook.steps.sizes import Size, _near, allowed_types
 from billhook.steps.verify import verify
@@ -309,6 +312,18 @@ def test_the_types_of_another_file_are_taken_tensor_by_tensor(tmp_path, source):
     ):
         with pytest.raises(BillhookError, match=match):
             compress(model, tmp_path / "again", allocator=f"like:{file}", **fields, **FIELDS)
+
+
+def test_defaults_may_be_missing_in_the_configuration_of_a_model_that_takes_the_types_of_another_file(tmp_path):
+    model = gguf_families.save(tmp_path / "model", "gemma2", num_attention_heads=8, num_key_value_heads=4, head_dim=256)
+    edit(str(model / "config.json"), query_pre_attn_scalar=256)
+    write_gguf(model, tmp_path / "file.gguf", rest="q8_0")
+    config = json.loads((model / "config.json").read_text())
+    left_out = ("num_attention_heads", "num_key_value_heads", "head_dim", "query_pre_attn_scalar")
+    (model / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in left_out}))
+    shapes = {f"model.layers.0.self_attn.{x}_proj.weight": (n, 64) for x, n in (("q", 2048), ("k", 1024))}
+    found = like_types(tmp_path / "file.gguf", model, shapes, {"q": ["model.layers.0.self_attn.q_proj.weight"]})
+    assert found == {"q": "q8_0"}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import tiny
 import torch
 from command import contents
 
+from billhook.errors import Interrupted
 from billhook.measurement import level_errors as module
 from billhook.steps.compress_units import compress
 from billhook.steps.kept_levels import KeptLevels
@@ -50,9 +51,13 @@ def test_a_choice_that_is_killed_goes_on_with_what_was_measured_and_gives_the_sa
         if len(done) > after:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    kept = tmp_path / "out.partial" / "billhook.levels.json"
+    with pytest.raises((KeyboardInterrupt, Interrupted)) as stopped:
         compress(source, tmp_path / "out", progress=progress, **fields)
-    assert (tmp_path / "out.partial" / "billhook.levels.json").exists() == (after > 7)
+    assert kept.exists() == (after > 7) == isinstance(stopped.value, Interrupted)
+    assert str(stopped.value) == (
+        f"Stopped. What is finished is kept in {kept}: the same command measures the rest." if after > 7 else ""
+    )
     measured: list[list[str]] = []
     original = module._measure
     monkeypatch.setattr(module, "_measure", lambda layers, *rest: measured.append(layers) or original(layers, *rest))

@@ -1,6 +1,7 @@
 """Quantizing a directory: what stock programs read is what was computed, and interrupted runs give the same bytes."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -273,6 +274,18 @@ def test_a_width_that_no_group_divides_is_refused_by_name(tmp_path):
     source = tiny.save(tmp_path / "model", tiny.llama(intermediate_size=44), words=False)
     with pytest.raises(BillhookError, match=r"layers.0.mlp.down_proj: a layer with 44 columns cannot be .*ignore="):
         quantize(source, "int4", tmp_path / "out", quantizer="round")
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_all_layers_that_do_not_fit_are_named_at_once(tmp_path, layers):
+    model = tiny.llama(intermediate_size=44, num_hidden_layers=layers)
+    source = tiny.save(tmp_path / "model", model, words=False)
+    run = ("quantize", source, "--type", "int4", "--quantizer", "round", "-o", tmp_path / "out")
+    advice = billhook(*run).err.partition("does not fit: ")[2].removesuffix(".\n")
+    done(*run, *shlex.split(advice))
+    narrow = tiny.save(tmp_path / "narrow", tiny.llama(hidden_size=40, intermediate_size=44), words=False)
+    with pytest.raises(BillhookError, match=r"40 columns cannot be stored as q4_0\. So it is for all layers"):
+        quantize(narrow, "q4_0", tmp_path / "other", quantizer="round")
 
 
 @pytest.mark.parametrize(("family", "what"), [("mixtral", "an expert"), ("gpt2", r"stored as \[in, out\]")])

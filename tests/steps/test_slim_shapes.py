@@ -233,3 +233,11 @@ def test_a_width_that_8_does_not_divide_is_said(tmp_path, source):
     plan = Plan(Budget("parameters", 1), {}, {f"model.layers.{i}.mlp:channels": 31 for i in range(3)})
     notes = prepare(SlimRequest(source, tmp_path / "out", plan=plan, method="magnitude")).notes
     assert any("31 of 64 channels are stored, which 8 does not divide" in note for note in notes)
+
+
+@pytest.mark.parametrize(("family", "unit", "said"), [("qwen2", "heads", True), ("qwen3", "heads", False)])
+def test_a_shape_that_llama_cpp_does_not_open_is_said(tmp_path, family, unit, said):
+    model = tiny.save(tmp_path / "model", families.build(family), words=False)
+    plan = Plan(Budget("parameters", 1), {}, {f"model.layers.{i}.self_attn:{unit}": 1 for i in range(4)})
+    job = prepare(SlimRequest(model, tmp_path / "out", plan=plan, method="magnitude"))
+    assert [("llama.cpp does not" in note, "heads together" in note) for note in job.notes] == [(True, True)] * said

@@ -68,6 +68,15 @@ def test_impossible_outputs_are_refused(source, tmp_path):
         check_output(tmp_path / "out", source, needed=1 << 60)
 
 
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "out" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out" / "inside")
+    for output in (".", ".."):
+        with pytest.raises(BillhookError, match="while it is the current folder"):
+            check_output(Path(output), overwrite=True)
+    assert check_output(Path("new")) == tmp_path / "out" / "inside" / "new"
+
+
 def fail_at(monkeypatch, module, name: str, error: BaseException, after: int = 0) -> None:
     """Let the function raise `error` from its call number `after` on."""
     real, calls = getattr(module, name), []

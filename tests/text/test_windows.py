@@ -176,6 +176,14 @@ def test_impossible_requests_are_refused(tokenizer, tmp_path, options):
 def test_text_needs_a_tokenizer(tmp_path):
     with pytest.raises(BillhookError, match="no tokenizer to read"):
         load_calibration(str(tiny.text_file(tmp_path / "a.txt")), None, length=8)
+    with pytest.raises(BillhookError, match=r"no tokenizer to read texts with: give a tensor of token ids"):
+        load_calibration(["a text"], None, length=8)
+
+
+def test_a_text_in_the_place_of_a_sources_name_is_refused(tokenizer):
+    for read in (load_calibration, load_windows):
+        with pytest.raises(BillhookError, match=r"^'The quick brown fox.{0,40}\.\.\. is longer than a file's name"):
+            read(tiny.TEXT.strip() * 10, tokenizer, length=8)
 
 
 def test_token_files_are_used_as_they_are(tmp_path):
