@@ -1,10 +1,13 @@
 """Fixtures for every test."""
 
+import gc
 import os
 import shutil
 from pathlib import Path
 
 from paths import is_intel
+
+gc.disable()  # until the tests are collected: nothing of what is imported for them goes
 
 # Golden masks are compared bit for bit. Near ties are decided by the last bits of sums, so by the order in which the
 # widest instructions of a processor add. The reference was made with AVX2; MKL chooses it by itself on other makes.
@@ -21,6 +24,13 @@ if hasattr(os, "fork"):  # a copy renews torch's threads at the first use, and f
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported, some million objects, out of every later search for garbage, and search less often."""
+    gc.freeze()
+    gc.set_threshold(10_000)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,9 @@ JOBS: dict[str, dict[str, Any]] = {
     "wanda, refined": {"criterion": "wanda", "refine": "blocks+norms"},
 }
 
+FIRST, *_ = JOBS
+GRADIENTS = ("inference mode", "no gradients", "autocast")  # states on which gradients could depend
+
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
@@ -78,8 +81,14 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {name: digest(folder / name) for name in JOBS}
 
 
-@pytest.mark.parametrize("job", JOBS)
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(
+    ("state", "job"),
+    [
+        pytest.param(state, job, marks=() if job == FIRST or state in GRADIENTS else pytest.mark.nightly)
+        for state in STATES
+        for job in JOBS
+    ],
+)
 def test_pruned_files_do_not_depend_on_the_state_of_the_process(source, expected, state, job, tmp_path):
     with STATES[state]():
         prune(source, sparsity=0.5, calibration=IDS, output=tmp_path / "out", **JOBS[job])

@@ -90,12 +90,14 @@ def test_dense_perplexity_agrees(golden: Golden) -> None:
     assert evaluate(golden.model(), golden.windows).token_ppl == pytest.approx(golden.reference["ppl_dense"], rel=1e-4)
 
 
-def runs(kind: str) -> list[str]:
+def runs(kind: str) -> list[Any]:
+    """The tags of one criterion's runs; those that differ from another one in a number alone are nightly."""
     tags = [f"{kind}_uniform_{s}" for s in (0.5, 0.6)] + [f"{kind}_alpha0.3_{s}" for s in (0.5, 0.6)]
     if kind == "wanda":
         tags += [f"wanda_atp{f}_{s}" for f in (0.25, 0.5, 0.75) for s in (0.5, 0.6)]
         tags += [f"wanda_owl0.08_5_{s}" for s in (0.5, 0.6)] + ["wanda_2:4", "wanda_4:8"]
-    return tags
+    alike = tuple(f"_{s}" for s in (0.5, "atp0.25_0.6", "atp0.75_0.6"))
+    return [pytest.param(tag, marks=pytest.mark.nightly if tag.endswith(alike) else ()) for tag in tags]
 
 
 @pytest.mark.parametrize("tag", runs("magnitude") + runs("wanda"))

@@ -28,8 +28,8 @@ _COMMON: dict[str, Any] = {
 
 
 def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """A 4-block llama: grouped-query attention (4 heads, 2 key/value heads), tied embeddings, 32 wide, context 128."""
-    options = {"num_hidden_layers": 4, "intermediate_size": 64, "tie_word_embeddings": True}
+    """A 3-block llama: grouped-query attention (4 heads, 2 key/value heads), tied embeddings, 32 wide, context 128."""
+    options = {"num_hidden_layers": 3, "intermediate_size": 64, "tie_word_embeddings": True}
     return _build(LlamaForCausalLM, LlamaConfig(**(_COMMON | options | changes)), seed)
 
 

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the job failed, 2 wrong usage. With --json exactly one JSO
 stderr.
 """
 
+import functools
 import os
 import re
 import sys
@@ -93,6 +94,12 @@ def _root(context: typer.Context, version: bool = _VERSION) -> None:
         raise typer.Exit(2)
 
 
+@functools.cache
+def _program() -> Any:
+    """All commands with their options as click has them, built once in a process."""
+    return typer.main.get_command(app)
+
+
 def _explained(message: str, command: str) -> str:
     """A message about wrong usage, and what to do."""
     unknown = re.match(r"No such (?:command|option):? '?([\w-]+)", message)
@@ -110,7 +117,7 @@ def main() -> None:
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.encoding.lower() == "utf-8":
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8, as on stderr
     try:
-        code = app(prog_name="billhook", standalone_mode=False)
+        code = _program()(prog_name="billhook", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except Failure as failure:

@@ -60,7 +60,7 @@ def test_every_cell_is_a_run_of_its_own(place, made):
         assert evaluate(model, windows).nll == pytest.approx(row["nll"], rel=1e-6), row
         assert row["achieved"] == pytest.approx(row["sparsity"], abs=1e-4)
     assert made.dense["nll"] == pytest.approx(evaluate(tiny.llama(), windows).nll)
-    assert all(len(row["error_by_block"]) == 4 and min(row["error_by_block"]) > 0 for row in made.cells)
+    assert all(len(row["error_by_block"]) == 3 and min(row["error_by_block"]) > 0 for row in made.cells)
 
 
 @pytest.mark.nightly
@@ -119,7 +119,7 @@ def test_plans_are_compared_beside_allocators(place, tmp_path):
     assert list(error_tables(found)) == [f"Relative squared error of each block's output at {s} %" for s in (60, 20)]
     with pytest.raises(BillhookError, match="used another plan a"):
         compare(place / "model", Grid(plans={"plan a": plans["plan b"]}), str(place / "scored.txt"), **fields)
-    other = allocate(measure(tiny.llama(num_hidden_layers=3), []), 0.5)
+    other = allocate(measure(tiny.llama(num_hidden_layers=2), []), 0.5)
     with pytest.raises(BillhookError, match="not for this model"):
         compare(place / "model", Grid(plans={"other": other}), str(place / "scored.txt"), **fields)
 

@@ -8,13 +8,14 @@ from pruning import prune
 from billhook.architectures.layers import find_layers
 from billhook.methods.sparse import CRITERIA
 from billhook.plan.allocators import ALLOCATORS
+from billhook.registry import Registry
 
 pytestmark = pytest.mark.gate
 
 
-def fast_for(chosen: tuple[str, ...], *more: str) -> list:
-    """Every criterion, with `more` arguments; the fast suite runs the `chosen` ones."""
-    return [pytest.param(x, *more, marks=[] if x in chosen else [pytest.mark.nightly]) for x in CRITERIA.names()]
+def fast_for(chosen: tuple[str, ...], *more: str, of: Registry = CRITERIA) -> list:
+    """Every criterion or other method, with `more` arguments; the fast suite runs the `chosen` ones."""
+    return [pytest.param(x, *more, marks=[] if x in chosen else [pytest.mark.nightly]) for x in of.names()]
 
 
 @pytest.mark.parametrize(
@@ -33,8 +34,10 @@ def test_every_criterion_with_every_kind_of_pattern(place, tmp_path, criterion, 
     assert done("verify", tmp_path / "pruned", "--json").json["ok"]
 
 
-@pytest.mark.parametrize("allocator", ALLOCATORS.names())
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize(
+    ("allocator", "pattern"),
+    [(x, "unstructured") for x in ALLOCATORS.names()] + fast_for(("uniform", "owl", "atp"), "2:4", of=ALLOCATORS),
+)
 def test_every_allocator_with_every_kind_of_pattern(place, tmp_path, allocator, pattern):
     arguments = ["--sparsity", "0.5"] if pattern == "unstructured" else ["--pattern", pattern]
     report = prune(place, tmp_path / "pruned", "--allocator", allocator, "--criterion", "magnitude", *arguments)

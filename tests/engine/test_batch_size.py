@@ -10,14 +10,14 @@ from billhook.engine.walk import walk
 
 pytestmark = pytest.mark.gate
 
-MOE = ("mixtral", "qwen3_moe", "gpt_oss")
+MODELS = ["llama", "mixtral", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("qwen3_moe", "gpt_oss"))]
 
 
 def windows() -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (8, 24), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("family", ["llama", *MOE])
+@pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("statistics", [("input_norm",), ("input_norm", "gram")])
 def test_input_norms_are_over_all_sequences(family: str, statistics: tuple[str, ...]):
     found = {}
@@ -31,7 +31,7 @@ def test_input_norms_are_over_all_sequences(family: str, statistics: tuple[str, 
             torch.testing.assert_close(other, norms[0], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("family", ["llama", *MOE])
+@pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize(
     "allocator, criterion",
     [

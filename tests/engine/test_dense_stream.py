@@ -179,7 +179,7 @@ def test_a_dense_target_reduces_the_error_of_the_logits(criterion: str) -> None:
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("done", [1, 3])
+@pytest.mark.parametrize("done", [1, 2])
 def test_a_resumed_run_uses_the_dense_model(done: int, tmp_path) -> None:
     source = tiny.save(tmp_path / "model", dtype=torch.bfloat16)
     fields = {

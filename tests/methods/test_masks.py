@@ -16,7 +16,7 @@ from billhook.errors import BillhookError
 from billhook.methods.masks import Select, remove_smallest
 
 GROUPS = ("row", "layer")
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=25, deadline=None)
 
 
 @st.composite

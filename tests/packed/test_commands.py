@@ -29,7 +29,7 @@ def test_eval_and_verify_accept_a_packed_model(place: Path, tmp_path: Path) -> N
     assert printed[1]["token_ppl"] == pytest.approx(printed[0]["token_ppl"], rel=1e-4)
     seen = done("verify", place / "packed", "--json").json
     assert seen["ok"]
-    assert seen["layers"] == 28
+    assert seen["layers"] == 21
 
 
 def test_verify_counts_what_billhook_json_says(tmp_path: Path) -> None:

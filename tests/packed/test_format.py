@@ -212,7 +212,7 @@ def mutate(data: bytes, draw: Callable[..., Any]) -> bytes:
 
 
 @pytest.mark.gate
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), form=st.sampled_from(["packed", "int8"]))
 def test_any_changed_byte_of_a_packed_file_gives_the_same_result_or_an_error(
     packed: Path, tmp_path: Path, data: st.DataObject, form: str
@@ -234,7 +234,7 @@ def test_any_changed_byte_of_a_packed_file_gives_the_same_result_or_an_error(
     assert verify(folder).problems == verify(packed / form).problems
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_changed_record_of_a_packed_file_gives_the_same_result_or_an_error(
     packed: Path, tmp_path: Path, data: st.DataObject
@@ -262,7 +262,7 @@ def test_any_changed_record_of_a_packed_file_gives_the_same_result_or_an_error(
         assert not (tmp_path / "dense").exists()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_loading_gives_the_same_model_or_an_error(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -19,7 +19,7 @@ GROUPS = st.lists(
 
 
 @given(GROUPS, st.integers(1, 200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_no_choice_within_the_budget_has_a_smaller_loss(groups, budget):
     costs, losses = [[c for c, _ in g] for g in groups], [[x for _, x in g] for g in groups]
     choices = list(itertools.product(*(range(len(g)) for g in groups)))

@@ -15,7 +15,7 @@ from billhook.errors import BillhookError
 from billhook.plan.plan import Budget, Plan, load_plan
 from billhook.plan.spec import Pattern, Spec
 
-relaxed = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+relaxed = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 VERSION_1 = DATA / "version_1"
 SHAPES = {"a": (4, 8), "b": (6, 8)}
 FILE = {

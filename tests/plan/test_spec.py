@@ -11,7 +11,7 @@ from billhook.errors import BillhookError
 from billhook.plan.spec import Pattern
 from billhook.plan.storage import BLOCKS, bits, block, stored_bytes
 
-relaxed = settings(deadline=None, max_examples=100)
+relaxed = settings(deadline=None, max_examples=40)
 TYPES = [*BLOCKS, "int2/32", "int4/64", "int8/128"]
 
 

@@ -13,7 +13,7 @@ from billhook.errors import BillhookError
 from billhook.plan.allocators import ALLOCATORS, allocate
 from billhook.plan.table import Row, Table
 
-relaxed = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+relaxed = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LINE = {"layer": "w", "block": 0, "kind": "w", "shape": [4, 8], "metrics": {"alpha_peak": 2.0}}
 FILE = {
     "version": 1,

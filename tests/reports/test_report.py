@@ -64,7 +64,7 @@ def test_the_report_counts_what_the_record_says(pruned):
     assert report["asked"]["allocator"] == "owl"
     assert all("outlier_ratio:5" in layer["metrics"] for layer in report["layers"])
     assert all(0 < layer["error"] < 1 for layer in report["layers"])
-    assert [block["block"] for block in report["blocks"]] == [0, 1, 2, 3]
+    assert [block["block"] for block in report["blocks"]] == [0, 1, 2]
     for block in report["blocks"]:
         rows = [layer for layer in report["layers"] if layer["block"] == block["block"]]
         assert block["sparsity"] == sum(r["zeros"] for r in rows) / sum(r["shape"][0] * r["shape"][1] for r in rows)
@@ -152,7 +152,7 @@ def test_evaluations_are_added_once_and_kept(place, pruned):
     done("eval", pruned, "--tasks", items, "--report")
     report = done("report", pruned, "--json").json
     assert len(report["evaluations"]) == 2
-    assert len(report["evaluations"][0]["against"]["error_by_block"]) == 4
+    assert len(report["evaluations"][0]["against"]["error_by_block"]) == 3
     text, html = (pruned / "README.md").read_text(), (pruned / "report.html").read_text()
     for found in (text, html):
         assert f"{report['evaluations'][0]['token_ppl']:.4f}" in found

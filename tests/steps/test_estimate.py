@@ -120,10 +120,10 @@ def test_measuring_time_changes_nothing_and_says_what_was_measured(fields):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = estimate_time(checked(model, **fields))
     text = "" if fields.get("criterion") == "magnitude" else r" with \d+ of 16 windows"
-    assert re.fullmatch(rf"2 of 4 blocks{text} in \d+\.\d s", found.measured)
+    assert re.fullmatch(rf"2 of 3 blocks{text} in \d+\.\d s", found.measured)
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert model.config.num_hidden_layers == 4
+    assert model.config.num_hidden_layers == 3
 
 
 def test_a_model_is_restored_when_measuring_time_fails(monkeypatch):
@@ -134,7 +134,7 @@ def test_a_model_is_restored_when_measuring_time_fails(monkeypatch):
     monkeypatch.setattr("billhook.steps.sample_run.prune_with", failing)
     with pytest.raises(JobError):
         estimate_time(checked(model))
-    assert len(model.model.layers) == model.config.num_hidden_layers == 4
+    assert len(model.model.layers) == model.config.num_hidden_layers == 3
 
 
 @pytest.mark.nightly

@@ -86,7 +86,7 @@ def test_sums_that_are_no_numbers_are_refused_by_the_name_of_the_weight(tmp_path
         read_imatrix(path)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_bytes_are_read_or_one_error(place, data, tmp_path_factory):
     for name in ("new.gguf", "old.dat"):

@@ -210,7 +210,7 @@ def test_a_stopped_run_that_drops_blocks_and_experts_goes_on_to_the_same_bytes(t
         ({"drop_by": "k"}, "drop_by='k' must be one of kl, angular"),
         ({"experts": "rep"}, "Unknown expert method 'rep'. Did you mean 'reap'"),
         ({"calibration": None}, "needs activations"),
-        ({"units": "blocks", "remove": 0.9}, "4 of 4 blocks cannot go"),
+        ({"units": "blocks", "remove": 0.9}, "3 of 3 blocks cannot go"),
     ],
 )
 def test_an_impossible_request_is_refused(tmp_path, change, match):

@@ -90,10 +90,10 @@ def test_verification_accepts_a_pruned_directory(unstructured):
     result = verify(unstructured, progress=calls.append)
     assert result.ok
     assert result.problems == []
-    assert result.layers == 28
-    assert result.zeros * 2 == result.weights == 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
-    assert len(calls) == 28
-    assert "model.layers.3.mlp.down_proj" in calls
+    assert result.layers == 21
+    assert result.zeros * 2 == result.weights == 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
+    assert len(calls) == 21
+    assert "model.layers.2.mlp.down_proj" in calls
     assert result.to_dict()["ok"] is True
 
 
