@@ -19,8 +19,8 @@ from billhook.architectures.convolutions import geometry, group_count, is_convol
 from billhook.architectures.stacks import blocks_of
 from billhook.errors import BillhookError
 
-# Name components of modules that route tokens to experts: a few rows that decide everything.
-ROUTERS = frozenset({"gate", "wg", "shared_expert_gate", "classifier"})
+# Names of modules that route tokens where experts are beside them; elsewhere they are layers, such as an MLP's gate
+_GATES = frozenset({"gate", "wg", "classifier"})
 _TOO_SMALL = 8  # rows or columns: the coefficients of a few numbers save nothing when removed
 
 # Last name components of layers that share the input, and so its statistics, with an earlier layer.
@@ -134,9 +134,9 @@ def _layers_in(prefix: str, block: nn.Module, index: int) -> Iterator[Layer]:
 
 def _left_out(block: nn.Module) -> Iterator[tuple[str, str]]:
     """The names inside a block of the modules that are no layers, with the reason."""
-    routers = {router for owner in block.modules() for router in _unnamed_routers(owner)}
+    routers = {part for owner in block.modules() for router in _routers(owner) for part in router.modules()}
     for name, module in block.named_modules():
-        if _has_router_name(name) or module in routers:
+        if module in routers:
             yield name, "routes tokens"
         elif isinstance(module, nn.Linear) and min(module.weight.shape) < _TOO_SMALL:
             yield name, f"fewer than {_TOO_SMALL} rows or columns"
@@ -185,19 +185,19 @@ def _span(layer: Layer) -> tuple[int, int]:
     return start, start + reach * stored.element_size()
 
 
-def _has_router_name(kind: str) -> bool:
-    """Whether a path inside a block is that of a module that routes tokens, or of a part of one."""
-    return any(part in ROUTERS or "router" in part for part in kind.split("."))
+def _routers(owner: nn.Module) -> list[nn.Module]:
+    """The children of a module that route tokens to experts: a few rows that decide everything.
 
-
-def _unnamed_routers(owner: nn.Module) -> list[nn.Module]:
-    """The linear layers beside `experts` with one output per expert, where nothing beside them is named as a router.
-
-    The number of outputs alone says nothing: the width of other layers can be the number of experts as well.
+    They are known by their names. Where nothing beside `experts` has such a name, they are the linear layers with one
+    output per expert. The number of outputs alone says nothing: the width of other layers can be the number of experts
+    as well.
     """
     children = dict(owner.named_children())
-    if (experts := children.get("experts")) is None or any(map(_has_router_name, children)):
-        return []
+    mixture = any("expert" in name and not name.endswith("gate") for name in children)
+    named = {name for name in children if "router" in name or name == "shared_expert_gate"}
+    named |= _GATES & children.keys() if mixture else set()
+    if (experts := children.get("experts")) is None or named:
+        return [children[name] for name in named]
     counts = {len(value) for value in experts.parameters(recurse=False) if value.ndim}
     counts |= {len(experts)} if isinstance(experts, nn.ModuleList) else set()
     return [child for child in children.values() if isinstance(child, nn.Linear) and child.out_features in counts]
