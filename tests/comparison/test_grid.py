@@ -256,7 +256,7 @@ def test_runs_that_differ_are_refused(place, tmp_path, made):
         ),
         (
             ["--sparsities", "0.5", "--set", "epsilno=1", "--data", "scored.txt", "-o", "g"],
-            "No method of this comparison has",
+            ", criterion 'admm') has an option 'epsilno'. Did you mean 'steps'? Their options: steps, rho",
         ),
         (["--runs"], "two or more directories"),
         (["--runs", "--data", "scored.txt"], "leave out the options of a new comparison"),
