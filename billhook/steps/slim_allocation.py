@@ -76,10 +76,10 @@ def _check_used(request: SlimRequest, allocator: str, kinds: Sequence[str], give
     if allocator == "curves" and "criterion" in given:
         raise BillhookError("The curves of slim are those of its method: leave out criterion, or choose --method.")
     unused = [key for key in request.options if key not in given]
-    if unused and not {AUTO, "channels", "heads"} & set(kinds):
+    if unused and list(kinds) == ["experts"]:  # the method also makes up for blocks
         raise BillhookError(
-            f"Structured method {request.method!r} removes channels and heads, and only {' and '.join(kinds)} go here: "
-            f"leave out --set {unused[0]}."
+            f"Structured method {request.method!r} removes channels and heads, and only experts go here: leave out "
+            f"--set {unused[0]}."
         )
 
 
