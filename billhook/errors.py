@@ -29,6 +29,11 @@ def on_command_line() -> Iterator[None]:
         _ON_COMMAND_LINE[0] = before
 
 
+def called_from_python() -> bool:
+    """Whether options are Python's keywords."""
+    return not _ON_COMMAND_LINE[0]
+
+
 def in_python(message: str) -> str:
     """The message with options as Python's keywords: `--dtype float32` is `dtype="float32"`, `--resume` is
     `resume=True`; commands for a shell stay."""

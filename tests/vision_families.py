@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification, Dinov2Config, Dinov2Model, PreTrainedModel
 
 SIZE, CLASSES = 32, 10
 
@@ -75,3 +75,10 @@ def build(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.15)
     return model.eval()
+
+
+def encoder() -> PreTrainedModel:
+    """A random DINOv2 without a head."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Dinov2Model(Dinov2Config(**CONFIGS["dinov2"])).eval()

@@ -20,8 +20,7 @@ from billhook.architectures.convolutions import geometry, group_count, is_convol
 from billhook.architectures.stacks import blocks_of
 from billhook.errors import BillhookError
 
-# Name components of modules that route tokens to experts: a few rows that decide everything.
-ROUTERS = frozenset({"gate", "wg", "shared_expert_gate", "classifier"})
+_GATES = frozenset({"gate", "wg", "classifier"})  # routers where experts are beside them, else layers
 _TOO_SMALL = 8  # rows or columns: the coefficients of a few numbers save nothing when removed
 
 # Last name components of layers that share the input, and so its statistics, with an earlier layer.
@@ -119,17 +118,15 @@ def layers_outside(model: PreTrainedModel) -> list[Layer]:
     """The linear layers and convolutions outside of the blocks in model order, such as projectors and patch embeddings,
     without the head; their `block` is -1.
 
-    They are pruned only where their modules are made blocks (`billhook.architectures.stacks.add_stacks`). A weight that
-    another module has too is left out.
+    They are pruned only where their modules are made blocks (`billhook.architectures.stacks.add_stacks`). Weights that
+    another module has too are left out, and linear children of a model without a base model, which are its heads.
     """
-    body, head = {id(module) for module in model.base_model.modules()}, model.get_output_embeddings()
-    inside, uses = tuple(blocks_of(model)), Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    found = list[Layer]()
+    base, inside = model.base_model, tuple(f"{block}." for block in blocks_of(model))
+    unwanted = {model.get_output_embeddings(), *(base.children() if base is model else ()), *_all_routers(model)}
+    uses, found = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False)), list[Layer]()
+    wanted = {x for x in base.modules() if is_plain_linear(x) or is_convolution(x)} - unwanted
     for name, module in model.named_modules():
-        if f"{name}.".startswith(tuple(f"{block}." for block in inside)) or id(module) not in body:
-            continue
-        known = is_plain_linear(module) or is_convolution(module)
-        if known and module is not head and not _has_router_name(name) and uses[id(module.weight)] == 1:
+        if module in wanted and not f"{name}.".startswith(inside) and uses[id(module.weight)] == 1:
             found += _layers_in(name, module, -1)
     return found
 
@@ -156,9 +153,9 @@ def _layers_in(prefix: str, block: nn.Module, index: int) -> Iterator[Layer]:
 
 def _left_out(block: nn.Module) -> Iterator[tuple[str, str]]:
     """The names inside a block of the modules that are no layers, with the reason."""
-    routers = {router for owner in block.modules() for router in _unnamed_routers(owner)}
+    routers = _all_routers(block)
     for name, module in block.named_modules():
-        if _has_router_name(name) or module in routers:
+        if module in routers:
             yield name, "routes tokens"
         elif isinstance(module, nn.Linear) and min(module.weight.shape) < _TOO_SMALL:
             yield name, f"fewer than {_TOO_SMALL} rows or columns"
@@ -207,19 +204,24 @@ def _span(layer: Layer) -> tuple[int, int]:
     return start, start + reach * stored.element_size()
 
 
-def _has_router_name(kind: str) -> bool:
-    """Whether a path inside a block is that of a module that routes tokens, or of a part of one."""
-    return any(part in ROUTERS or "router" in part for part in kind.split("."))
+def _all_routers(root: nn.Module) -> set[nn.Module]:
+    """The routers inside a module, with what they consist of."""
+    return {part for owner in root.modules() for router in _routers(owner) for part in router.modules()}
 
 
-def _unnamed_routers(owner: nn.Module) -> list[nn.Module]:
-    """The linear layers beside `experts` with one output per expert, where nothing beside them is named as a router.
+def _routers(owner: nn.Module) -> list[nn.Module]:
+    """The children of a module that route tokens to experts: a few rows that decide everything.
 
-    The number of outputs alone says nothing: the width of other layers can be the number of experts as well.
+    They are known by their names. Where nothing beside `experts` has such a name, they are the linear layers with one
+    output per expert. The number of outputs alone says nothing: the width of other layers can be the number of experts
+    as well.
     """
     children = dict(owner.named_children())
-    if (experts := children.get("experts")) is None or any(map(_has_router_name, children)):
-        return []
+    mixture = any("expert" in name and not name.endswith("gate") for name in children)
+    named = {name for name in children if "router" in name or name == "shared_expert_gate"}
+    named |= _GATES & children.keys() if mixture else set()
+    if (experts := children.get("experts")) is None or named:
+        return [children[name] for name in named]
     counts = {len(value) for value in experts.parameters(recurse=False) if value.ndim}
     counts |= {len(experts)} if isinstance(experts, nn.ModuleList) else set()
     return [child for child in children.values() if isinstance(child, nn.Linear) and child.out_features in counts]

@@ -95,13 +95,13 @@ def command(
 
 def _show(found: "Comparison", errors: bool, as_json: bool) -> None:
     """Write tables and pictures next to compare.json, and print the tables or the JSON object."""
-    from billhook.comparison.views import caption, error_tables, perplexity_table, write_views
+    from billhook.comparison.views import caption, error_tables, score_table, write_views
 
     files = write_views(found)
     if as_json:
         emit(found.to_json())
     else:
-        table("", *perplexity_table(found))
+        table("", *score_table(found))
         print(caption(found))
         for title, (header, rows) in error_tables(found).items() if errors else ():
             print(f"\n{title}")
@@ -110,7 +110,7 @@ def _show(found: "Comparison", errors: bool, as_json: bool) -> None:
 
 
 def _show_runs(folders: list[Path], as_json: bool) -> None:
-    from billhook.comparison.record import RATES, TITLES
+    from billhook.comparison.record import TITLES, measure_of, shown
     from billhook.comparison.runs import compare_runs
     from billhook.errors import BillhookError
 
@@ -119,13 +119,14 @@ def _show_runs(folders: list[Path], as_json: bool) -> None:
     found = compare_runs(folders)
     if as_json:
         return emit(found)
-    rows, rate = [], next((name for name in RATES if name in found["runs"][0]), None)
+    rows, measure = [], measure_of(found["runs"][0])
+    text = measure == "token_ppl"
     for row in found["runs"]:
         scores = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("token_ppl", "dense_token_ppl")]
-        scores = [f"{100 * row[rate]:.2f} %", f"{row['nll']:.4f}"] if rate else scores
+        scores = scores if text else [shown(measure, row[measure]), f"{row['nll']:.4f}"]
         rows.append([row["run"], row["method"], row["pattern"], f"{100 * row['sparsity']:.2f} %", *scores])
-    names = [TITLES[rate].removesuffix(", %"), "loss"] if rate else ["token perplexity", "dense"]
+    names = [TITLES[measure], "dense" if text else "loss"]
     table("", ["run", "method", "pattern", "sparsity", *names], rows, 3)
     data = found["data"]
-    size = f"{data['windows']} inputs" if rate else f"{data['windows']} windows of {data['length']} tokens"
+    size = f"{data['windows']} windows of {data['length']} tokens" if text else f"{data['windows']} inputs"
     print(f"{found['protocol']}, {size} of {data['source']}")

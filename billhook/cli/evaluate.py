@@ -93,7 +93,7 @@ def lines(record: dict[str, Any]) -> list[str]:
     if (dense := record.get("against")) is not None:
         error = "" if dense["kl_error"] is None else f" +- {dense['kl_error']:.2g}"
         tail = f" (99 %: {dense['kl_99']:.3g}, 99.9 %: {dense['kl_999']:.3g})" if dense.get("kl_999") else ""
-        kl = f"KL divergence {dense['kl']:.4f}{error} nats per token{tail}"
+        kl = f"KL divergence {dense['kl']:.4f}{error} nats a token{tail}"
         agreement = f"top-1 agreement {100 * dense['top1_agreement']:.2f} %"
         found.append(f"against {dense['model']} (token perplexity {_ppl(dense['token_ppl'])}): {kl}, {agreement}")
     if (word := record.get("word")) is not None:
@@ -105,6 +105,8 @@ def lines(record: dict[str, Any]) -> list[str]:
 
 def _row_lines(record: dict[str, Any]) -> list[str]:
     """The record of images or other inputs as text."""
+    from billhook.evaluation.scoring import each
+
     where, found = f"({record['inputs']} {record['unit']}s of {record['source']})", []
     words = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "exact_match": "exact match"}
     parts = [f"{words[key]} {_percent(record, key)}" for key in words if key in record]
@@ -118,8 +120,7 @@ def _row_lines(record: dict[str, Any]) -> list[str]:
     error = f" +- {dense[f'{key}_error']:.2g}" if dense.get(f"{key}_error") is not None else ""
     line = f"against {name}: {what} {dense[key]:.4f}{error}"
     if key == "kl":
-        each = "a token" if record["unit"] == "answer" else "an image"
-        line += f" nats {each}, top-1 agreement {100 * dense['top1_agreement']:.2f} %"
+        line += f" nats {each(record['unit'])}, top-1 agreement {100 * dense['top1_agreement']:.2f} %"
     return [*found, line]
 
 

@@ -72,10 +72,13 @@ def command(
 
 def _front(directory: Path) -> dict[str, str]:
     """The picture of a compressed model, by file stem."""
+    from billhook.evaluation.scoring import measured
     from billhook.reports.pictures import front_of
     from billhook.steps.earlier_levels import step_with_levels
 
-    return {"front": front_of(directory.resolve().name, step_with_levels(directory)[1])}
+    step, plan = step_with_levels(directory)
+    loss = measured((step.made_by.get("lost") or {}).get("unit", "token"))
+    return {"front": front_of(directory.resolve().name, plan, loss)}
 
 
 def _of_layers(layers: list[str], model: str | None, masks: list[Path]) -> dict[str, str]:

@@ -47,12 +47,16 @@ class Grid:
             raise BillhookError(f"A comparison needs at least one seed, got {self.seeds}.")
         list(self.budgets())
         cells = list(self.cells(0))
-        known = [key for c in cells if c.allocator in ALLOCATORS.names() for key in ALLOCATORS.options(c.allocator)]
-        known += [key for c in cells for key in CRITERIA.options(c.criterion)]
+        allocators = {c.allocator for c in cells} - {AUTO, *self.plans}
+        methods = {f"allocator {name!r}": registry_of(name).options(name) for name in sorted(allocators)}
+        methods |= {f"criterion {c.criterion!r}": CRITERIA.options(c.criterion) for c in cells}
+        known = list(dict.fromkeys(key for options in methods.values() for key in options))
         for key in self.options:
             if key not in known:
-                listed = f"{hint(key, known)} Options: {', '.join(dict.fromkeys(known))}."
-                raise BillhookError(f"No method of this comparison has an option {key!r}.{listed}")
+                listed = f"{hint(key, known)} Their options: {', '.join(known) or 'none'}."
+                raise BillhookError(
+                    f"No method of this comparison ({', '.join(methods)}) has an option {key!r}.{listed}"
+                )
 
     def budgets(self) -> Iterator[tuple[str, float]]:
         """Every pattern with its sparsities, of which an N:M pattern has only one."""

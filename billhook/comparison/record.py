@@ -24,7 +24,8 @@ _IDENTITY = {"model": {"name": str}, "protocol": str, "data": _DATA, "versions":
 
 SCORES = ("top1", "exact_match", "cosine", "kl")  # of images and other inputs, the first one that there is
 TITLES = {"token_ppl": "token perplexity", "top1": "top-1 accuracy, %", "exact_match": "exact match, %"}
-TITLES |= {"cosine": "cosine", "kl": "KL divergence"}
+TITLES |= {"cosine": "cosine", "kl": "KL divergence, nats an image"}
+UNITS = {"token_ppl": "token", "top1": "image", "exact_match": "answer", "cosine": "input", "kl": "image"}
 RATES = ("top1", "exact_match")  # shown in per cent
 
 

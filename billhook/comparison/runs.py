@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from billhook.comparison.record import RATES, RECORD, load_comparison, method
+from billhook.comparison.record import RECORD, SCORES, load_comparison, method
 from billhook.errors import BillhookError
 from billhook.reports.report import load_report
 from billhook.store.files import untrusted
@@ -40,7 +40,7 @@ def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
     rows = [row for evaluations in found.values() for row in evaluations if _key(row) == common]
     data = {key: rows[0][key] for key in ("source", "digest", "windows", "length")}
     shown: tuple[str, ...] = ("run", "model", "method", "pattern", "sparsity", "token_ppl", "nll", "dense_token_ppl")
-    shown += tuple(key for key in RATES if all(key in row for row in rows))
+    shown += tuple(key for key in SCORES if all(key in row for row in rows))
     ranked = [{key: row[key] for key in shown} for row in sorted(rows, key=lambda row: row["nll"])]
     return {"protocol": rows[0]["protocol"], "data": data, "versions": rows[0]["versions"], "runs": ranked}
 
@@ -93,7 +93,7 @@ def _of_comparison(folder: Path) -> list[dict[str, Any]]:
         {
             "bos": None,
             **same,
-            **{key: row[key] for key in keys},
+            **{key: row[key] for key in (*keys, *SCORES) if key in row},
             "run": folder.name,
             "method": f"{method(row)}, seed {row['seed']}",
         }
@@ -121,7 +121,7 @@ def _of_report(folder: Path) -> list[dict[str, Any]]:
         "pattern": target["pattern"],
     }
     same["sparsity"] = report["achieved"]["sparsity"]
-    keys = ("protocol", "source", "digest", "windows", "length", "versions", "token_ppl", "nll", *RATES)
+    keys = ("protocol", "source", "digest", "windows", "length", "versions", "token_ppl", "nll", *SCORES)
     return [
         {
             **same,

@@ -6,7 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from billhook.comparison.record import SCORES, TITLES, Cell, Comparison, budget, measure_of, method, shown, summary
+from billhook.comparison.record import (
+    SCORES,
+    TITLES,
+    UNITS,
+    Cell,
+    Comparison,
+    budget,
+    measure_of,
+    method,
+    shown,
+    summary,
+)
+from billhook.evaluation.scoring import each, measured
 from billhook.reports.charts import Series, chart
 from billhook.reports.pictures import BLOCK, ERROR, SPARSITY
 from billhook.reports.scales import Axis
@@ -18,7 +30,7 @@ EQUAL = 1e-5  # sparsities that differ by less are drawn as equal
 _LOOKS = "A colour for each allocator, a kind of line for each criterion."
 
 
-def perplexity_table(comparison: Comparison) -> tuple[list[str], Rows]:
+def score_table(comparison: Comparison) -> tuple[list[str], Rows]:
     """Header and rows, one row per method, one column per pattern and sparsity: means over seeds with their standard
     deviation, the best of a column marked *."""
     found = summary(comparison.cells)
@@ -66,12 +78,14 @@ def caption(comparison: Comparison) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The table of perplexities, and the differences between methods where there are several seeds, as Markdown."""
-    header, rows = perplexity_table(comparison)
+    """The table of scores, and the differences between methods where there are several seeds, as Markdown."""
+    header, rows = score_table(comparison)
     lines = [f"# Comparison of {comparison.identity['model']['name']}", "", caption(comparison), ""]
     lines += _markdown([header, ["---", *["---:"] * (len(header) - 1)], *rows])
     if found := comparison.to_json()["differences"]:
-        lines += ["", "## Differences and the spread over seeds", "", "Losses in nats per token.", ""]
+        unit = UNITS[measure_of(comparison.cells[0])]
+        losses = f"by {measured(unit)}" if unit == "input" else f"in nats {each(unit)}"
+        lines += ["", "## Differences and the spread over seeds", "", f"Losses {losses}.", ""]
         header = ["at", "better", "worse", "difference", "spread", "larger than the spread"]
         rows = []
         for row in found:
@@ -98,11 +112,12 @@ def spreadsheet(comparison: Comparison) -> str:
 
 
 def pictures(comparison: Comparison) -> dict[str, str]:
-    """File stem -> SVG: perplexity by sparsity, and for each pattern and sparsity the sparsity (unless it is the same
+    """File stem -> SVG: the score by sparsity, and for each pattern and sparsity the sparsity (unless it is the same
     everywhere) and the output error by block."""
     found = {}
-    if (by_sparsity := _perplexity_by_sparsity(comparison)) is not None:
-        found["perplexity"] = by_sparsity
+    if (by_sparsity := _score_by_sparsity(comparison)) is not None:
+        measure = measure_of(comparison.cells[0])
+        found["perplexity" if measure == "token_ppl" else measure] = by_sparsity
     depth = Axis(BLOCK, whole=True)
     about: dict[str, Any] = {"summary": _LOOKS, "standalone": True}
     for name, cells in _first_seeds(comparison).items():
@@ -129,7 +144,7 @@ def _looking(comparison: Comparison, row: Mapping[str, Any], series: Series) -> 
     return replace(series, colour=colour, dash=dash)
 
 
-def _perplexity_by_sparsity(comparison: Comparison) -> str | None:
+def _score_by_sparsity(comparison: Comparison) -> str | None:
     """One line per method; None where there is a single sparsity."""
     rows = [row for row in summary(comparison.cells) if row["pattern"] == "unstructured"]
     sparsities = sorted({100 * row["sparsity"] for row in rows})

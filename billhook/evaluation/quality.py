@@ -31,7 +31,7 @@ from billhook.engine.walk import walk
 from billhook.evaluation.divergence import COSINE
 from billhook.evaluation.kl import WindowKl, percentiles, standard_error
 from billhook.evaluation.predicting import predicted, row_nll, rows_at_once
-from billhook.evaluation.scoring import Scoring, scored_rows
+from billhook.evaluation.scoring import Scoring, each, scored_rows
 
 VERDICTS = {"near lossless": 0.02, "good": 0.1, "usable": 0.3, "degraded": 1.0}  # below these, in nats a token
 DISTANCES = dict(zip(VERDICTS, (0.005, 0.02, 0.05, 0.2), strict=True))  # below these, 1 - cosine
@@ -104,11 +104,6 @@ class Loss:
             f"{100 * (self.top1_agreement or 0):.1f} %, perplexity {ppl} (dense {dense}), on {where} of {self.source}"
         )
 
-    @property
-    def each(self) -> str:
-        """What a divergence in nats is the mean over."""
-        return "a token of the answers" if self.unit == "answer" else f"an {self.unit}"
-
     def _of_rows(self) -> str:
         where = f"{self.windows} {'held-out' if self.held_out else 'calibration'} {self.unit}s of {self.source}"
         if self.cosine is not None:
@@ -121,7 +116,7 @@ class Loss:
         if self.accuracy is not None and self.dense_accuracy is not None:
             word = "exact match" if self.unit == "answer" else "accuracy"
             known = f", {word} {100 * self.accuracy:.1f} % (dense {100 * self.dense_accuracy:.1f} %)"
-        start = f"{self.verdict}: KL divergence from the dense model {kl}{error} nats {self.each}"
+        start = f"{self.verdict}: KL divergence from the dense model {kl}{error} nats {each(self.unit)}"
         return f"{start}, {agreed}{known}, on {where}"
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from billhook.engine.batch import LABELS, Batch
-from billhook.evaluation.divergence import KL, Divergence
+from billhook.evaluation.divergence import COSINE, KL, Divergence
 
 IGNORED = -100  # the label of a position that is not scored, as in torch and transformers
 
@@ -70,6 +70,16 @@ def scored_rows(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The scored logits [m, classes] and labels [m] of each window."""
     pairs = zip(logits, labels, strict=True)
     return [(q, y) if bool((kept := y != IGNORED).all()) else (q[kept], y[kept]) for q, y in pairs]
+
+
+def each(unit: str) -> str:
+    """What a divergence or likelihood is the mean over, by the `unit` of a `Scoring`."""
+    return {"token": "a token", "answer": "a token of the answers"}.get(unit, f"an {unit}")
+
+
+def measured(unit: str) -> str:
+    """The divergence from the dense model with what it is in, by the `unit` of a `Scoring`."""
+    return COSINE.name if unit == "input" else f"{KL.name}, nats {each(unit)}"
 
 
 def count_scored(labels: Tensor) -> int:

@@ -3,7 +3,7 @@
 from billhook.plan.allocators import ALLOCATORS
 from billhook.registry import Registry
 
-MODEL_ALLOCATORS = Registry("level allocator", {"rco": "billhook.racing.rco:rco"})
+MODEL_ALLOCATORS = Registry("allocator", {"rco": "billhook.racing.rco:rco"})
 
 
 def registry_of(allocator: str) -> Registry:

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
+from billhook.evaluation.scoring import each, measured
 from billhook.racing.hyperparameters import HYPERPARAMETERS, Space
 from billhook.racing.race import Race, Trial
 from billhook.reports.charts import Series, chart
 from billhook.reports.scales import Axis
 from billhook.store.files import write_text
-
-NAMES = {"kl": "KL divergence, nats a token", "nll": "negative log-likelihood"}
 
 
 def draw(race: Race, space: Space, title: str, path: Path) -> None:
@@ -17,6 +16,8 @@ def draw(race: Race, space: Space, title: str, path: Path) -> None:
     A trial is placed by its difference from uniform on the windows on which it was scored; bars are standard errors of
     these differences.
     """
+    task = race.runner.task
+    loss = measured(task.unit) if race.objective == "kl" else f"negative log-likelihood, nats {each(task.unit)}"
     lines: dict[str, list[tuple[float, Trial]]] = {}
     for trial in race.trials.values():
         if trial.allocator in space.allocators and space.has_range(trial.allocator):
@@ -33,7 +34,7 @@ def draw(race: Race, space: Space, title: str, path: Path) -> None:
     name = f"uniform ({level:.4f})"
     series.append(Series(name, [0, 1], [level, level], marks=best == 0, best=best, colour=-1, dash=1))
     heights = [y for one in series for y in one.y if y is not None]
-    axes = Axis("place in the range (0: uniform)"), Axis(NAMES[race.objective], log=max(heights) > 4 * min(heights) > 0)
+    axes = Axis("place in the range (0: uniform)"), Axis(loss, log=max(heights) > 4 * min(heights) > 0)
     words = "A line for each allocator; hollow points were dropped early, bars are standard errors against uniform."
     title += " (ring: best; hollow: dropped early)"
     write_text(path, chart(title, series, *axes, summary=words, standalone=True))

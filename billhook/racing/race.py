@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from billhook.engine.batch import rows_of
 from billhook.errors import BillhookError
+from billhook.evaluation.divergence import KL
 from billhook.plan.allocators import ALLOCATORS, BudgetScope, allocate
 from billhook.plan.plan import Plan
 from billhook.plan.table import Table
@@ -65,8 +66,9 @@ class Trial:
     * `name`: its name in the race.
     * `allocator`: name of its allocator.
     * `options.*` (any): the allocator's options.
-    * `kl`: KL divergence from the dense model on each window, in nats per token; the first windows only if `dropped`.
-    * `nll`: negative log-likelihood on each, in nats per token.
+    * `kl`: KL divergence from the dense model on each window (in nats per token of it), image or answer; of embeddings
+      1 - cosine. The first ones only if `dropped`.
+    * `nll`: negative log-likelihood on each, in the same unit; 0 where there are no labels.
     * `dropped`: whether it was given up before all windows.
     * `shares.*` (number): the layers' shares of the divergence, if they were asked for.
     """
@@ -179,8 +181,10 @@ class Race:
     def _line(self, trial: Trial) -> str:
         difference, error = self.against_uniform(trial)
         against = f", {difference:+.4f} +- {error:.4f} against uniform" if len(self.trials) > 1 else ""
+        task, nll = self.runner.task, f", nll {trial.loss('nll'):.4f}"
+        name, nll = ("kl", nll) if task.divergence is KL else (task.divergence.name, "")
         dropped = f", dropped after {len(trial.kl)} windows" if trial.dropped else ""
-        return f"{trial.name}: kl {trial.loss('kl'):.4f}, nll {trial.loss('nll'):.4f}{against}{dropped}"
+        return f"{trial.name}: {name} {trial.loss('kl'):.4f}{nll}{against}{dropped}"
 
 
 Schedule = Callable[[Race], Iterator[Candidate]]

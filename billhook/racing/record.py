@@ -61,10 +61,11 @@ class SearchRecord:
         ended."""
         best, nll = race.best, race.best.loss("nll")
         won = {"name": best.name, "allocator": best.allocator, "options": best.options, "mean_kl": best.loss("kl")}
+        won |= {"mean_nll": nll} | ({"token_ppl": math.exp(min(nll, 700))} if race.runner.task.unit == "token" else {})
         value = {
             "version": VERSION,
             "billhook": billhook.__version__,
-            "best": {**won, "mean_nll": nll, "token_ppl": math.exp(min(nll, 700))} if ended else None,
+            "best": won if ended else None,
             "pruned": pruned,
             "identity": self.identity,
             "trials": [asdict(trial) for trial in race.trials.values()],

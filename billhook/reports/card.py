@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from billhook.evaluation.quality import DISTANCE_SCALE, SCALE, Loss
+from billhook.evaluation.scoring import each
 from billhook.store.layout import PAGE
 
 _CLASSES = {  # of transformers: the model's and its reader's, by task
@@ -63,9 +64,7 @@ def lost_in_words(report: Mapping[str, Any]) -> str:
     better = report.get("better_recipe")
     more = f" The recipe {better} loses less." if better else ""
     lost = Loss(**report["lost"])
-    scale = f"The verdict is that of the KL divergence in nats a token: {SCALE}."
-    if lost.unit != "token":
-        scale = f"The verdict is that of the KL divergence in nats {lost.each}: {SCALE}."
+    scale = f"The verdict is that of the KL divergence in nats {each(lost.unit)}: {SCALE}."
     if lost.cosine is not None:
         scale = f"The verdict is that of 1 - cosine: {DISTANCE_SCALE}."
     return f"Quality: {lost}. {scale}{more}"
@@ -127,7 +126,7 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[list[str]]:
             rows.append([label, where, f"{record['token_ppl']:.4f}", dense_ppl])
         if dense:
             top1 = f"{100 * dense['top1_agreement']:.2f} %"
-            rows.append(["KL divergence from the dense model, nats per token", where, f"{dense['kl']:.4f}", "0"])
+            rows.append(["KL divergence from the dense model, nats a token", where, f"{dense['kl']:.4f}", "0"])
             rows.append(["top-1 agreement with the dense model", where, top1, "100 %"])
         if word := record.get("word"):
             where = f"{word['source']}, {word['documents']} documents, windows of {word['length']}"
@@ -143,13 +142,14 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[list[str]]:
 def _rows_of_inputs(record: Mapping[str, Any], dense: Mapping[str, Any]) -> list[list[str]]:
     """The rows of an evaluation on images or other inputs."""
     where, rows = f"{record['source']}, {record['inputs']} {record['unit']}s", []
-    each = "token" if record["unit"] == "answer" else "image"
     for key, label in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy"), ("exact_match", "exact match")):
         if key in record:
             value = f"{100 * record[key]:.2f} ± {100 * record[f'{key}_error']:.2f} %"
             rows.append([label, where, value, f"{100 * dense[key]:.2f} %" if key in dense else "-"])
     if "kl" in dense:
-        rows.append([f"KL divergence from the dense model, nats per {each}", where, f"{dense['kl']:.4f}", "0"])
+        rows.append(
+            [f"KL divergence from the dense model, nats {each(record['unit'])}", where, f"{dense['kl']:.4f}", "0"]
+        )
         agreed = f"{100 * dense['top1_agreement']:.2f} %"
         rows.append(["top-1 agreement with the dense model", where, agreed, "100 %"])
     if "cosine" in dense:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from billhook.errors import BillhookError
+from billhook.evaluation.scoring import measured
 from billhook.plan.densities import density
 from billhook.plan.metrics import fact
 from billhook.reports.card import evaluation_rows, lost_in_words, options_text, template
@@ -54,8 +55,9 @@ def _headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     files = report["files"]
     found = []
     if lost := report.get("lost"):
-        kl = "not finite" if lost["kl"] is None else f"{lost['kl']:.3f} nats"
-        found = [("quality against dense", lost["verdict"]), ("KL divergence per token", kl)]
+        far = 1 - lost["cosine"] if "cosine" in lost else lost["kl"]
+        value = "not finite" if far is None else f"{far:.3f}"
+        found = [("quality against dense", lost["verdict"]), (measured(lost.get("unit", "token")), value)]
     found.append(("sparsity", f"{100 * report['achieved']['sparsity']:.2f} %"))
     scored = next((entry for entry in report["evaluations"] if entry.get("token_ppl") is not None), None)
     if scored is not None:

@@ -85,8 +85,11 @@ def spectrum(layer: str, evals: Sequence[float], tails: Mapping[str, tuple[float
     return chart(f"Spectral density of {layer}", series, *axes, standalone=True)
 
 
-def front_of(name: str, plan: Plan) -> str:
-    """Predicted loss against the bytes of the quantized tensors: the front, one type everywhere, and the choice."""
+def front_of(name: str, plan: Plan, loss: str) -> str:
+    """Predicted loss against the bytes of the quantized tensors: the front, one type everywhere, and the choice.
+
+    `loss` is what was predicted, in words.
+    """
     found = front(plan)
     uniform = sorted(found.uniform.items(), key=lambda item: item[1])
     megabytes, losses = [[point[k] * unit for point in found.best] for k, unit in ((0, 1e-6), (1, 1.0))]
@@ -101,7 +104,7 @@ def front_of(name: str, plan: Plan) -> str:
         ),
         Series("chosen", [found.chosen[0] / 1e6], [found.chosen[1]], line=False, best=0, colour=-1),
     ]
-    axes = Axis("quantized tensors (MB)"), Axis("predicted divergence, nats a token", log=True)
+    axes = Axis("quantized tensors (MB)"), Axis(f"predicted {loss}", log=True)
     return chart(f"Predicted loss by size: {name}", series, *axes, standalone=True)
 
 

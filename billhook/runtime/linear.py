@@ -1,5 +1,6 @@
 """Linear layers on our kernels: one whose weight stays packed as bitmask and values, and a dense bfloat16 one."""
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -42,7 +43,7 @@ class SparseLinear(nn.Module):
         values; raises BillhookError when their shapes disagree."""
         super().__init__()
         self.in_features, self.out_features = in_features, bitmask.shape[0]
-        _check(bitmask, values, row_starts, self.out_features, scales)
+        native.check(bitmask, values, row_starts, self.out_features, scales)
         self.register_buffer("bitmask", bitmask.contiguous())
         self.register_buffer("values", values.contiguous())
         self.register_buffer("row_starts", row_starts.contiguous(), persistent=False)
@@ -98,8 +99,25 @@ class SparseLinear(nn.Module):
             if seen.values == values.data_ptr() and seen.bitmask == bitmask.data_ptr():
                 return weight
         shape = self.out_features, self.in_features
+        native.check(bitmask, values, self.row_starts, self.out_features, scales)
         self._weight = native.Weight(*shape, values, bitmask, self.row_starts, scales)
         return self._weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move and convert the buffers, as `to` does: of the packed weight only values in one of DTYPES change their
+        dtype, and keep their padding in bytes."""
+        held = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name in ("bitmask", "row_starts", "scales", "values"):
+            old, new = held[name], self._buffers[name]
+            if old is None or new is None or old.dtype == new.dtype:
+                continue
+            if name != "values" or old.dtype == torch.int8 or new.dtype not in DTYPES:
+                self._buffers[name] = old.to(new.device)
+            else:
+                longer = PADDING // new.element_size() - PADDING // old.element_size()
+                self._buffers[name] = nn.functional.pad(new, (0, longer))
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Accept packed tensors with any number of values that agree."""
@@ -107,7 +125,7 @@ class SparseLinear(nn.Module):
         given = {name: state_dict[f"{prefix}{name}"] for name in names}
         if "bitmask" in given and "values" in given:
             starts = native.row_starts(given["bitmask"], self.in_features)
-            _check(given["bitmask"], given["values"], starts, self.out_features, given.get("scales", self.scales))
+            native.check(given["bitmask"], given["values"], starts, self.out_features, given.get("scales", self.scales))
             self.row_starts = starts
             for name, tensor in given.items():
                 setattr(self, name, tensor.clone())
@@ -118,17 +136,6 @@ class SparseLinear(nn.Module):
         sparsity = 1 - int(self.row_starts[-1]) / (self.in_features * self.out_features)
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, sparsity={sparsity:.3f}, values={self.values.dtype}"
-
-
-def _check(bitmask: Tensor, values: Tensor, row_starts: Tensor, out_features: int, scales: Tensor | None) -> None:
-    nnz = int(row_starts[-1])
-    if bitmask.shape[0] != out_features or row_starts.shape != (out_features + 1,):
-        found = f"a bitmask of {bitmask.shape[0]} rows and positions of {row_starts.shape[0] - 1} rows"
-        raise BillhookError(f"A layer of {out_features} rows was given {found}. The packed file is damaged.")
-    if values.ndim != 1 or values.numel() != nnz + PADDING // values.element_size():
-        raise BillhookError(f"The bitmask keeps {nnz} weights, but there are {values.numel()} values with padding.")
-    if (values.dtype == torch.int8) != (scales is not None):
-        raise BillhookError(f"Values of {values.dtype} {'need' if scales is None else 'have no'} scales.")
 
 
 class DenseLinear(nn.Linear):

@@ -98,6 +98,21 @@ def row_starts(bitmask: Tensor, in_features: int) -> Tensor:
     return starts
 
 
+def check(bitmask: Tensor, values: Tensor, starts: Tensor, rows: int, scales: Tensor | None) -> None:
+    """Raise BillhookError unless these are a packed weight of `rows` rows as `layout.py` describes it, with its
+    padding."""
+    nnz = int(starts[-1])
+    if bitmask.shape[0] != rows or starts.shape != (rows + 1,):
+        found = f"a bitmask of {bitmask.shape[0]} rows and positions of {starts.shape[0] - 1} rows"
+        raise BillhookError(f"A layer of {rows} rows was given {found}. The packed file is damaged.")
+    if values.ndim != 1 or values.numel() != nnz + PADDING // values.element_size():
+        raise BillhookError(f"The bitmask keeps {nnz} weights, but there are {values.numel()} values with padding.")
+    if (values.dtype == torch.int8) != (scales is not None):
+        raise BillhookError(f"Values of {values.dtype} {'need' if scales is None else 'have no'} scales.")
+    if scales is not None and (scales.dtype != torch.float32 or scales.shape[0] != rows):
+        raise BillhookError(f"Scales must be float32 [{rows}, ...], found {scales.dtype} {list(scales.shape)}.")
+
+
 def expand(
     bitmask: Tensor, values: Tensor, starts: Tensor, columns: int, *, rows: slice = _ALL, scales: Tensor | None = None
 ) -> Tensor:

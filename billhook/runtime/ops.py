@@ -5,7 +5,7 @@ from torch import Tensor
 
 from billhook.errors import BillhookError
 from billhook.runtime import autotune
-from billhook.runtime.native import Weight
+from billhook.runtime.native import Weight, check
 
 
 @torch.library.custom_op("billhook::sparse_linear", mutates_args=())
@@ -13,6 +13,7 @@ def sparse_linear(
     x: Tensor, bitmask: Tensor, values: Tensor, row_starts: Tensor, scales: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """x [..., in] times a packed weight [out, in], plus bias -> [..., out] in the dtype of x, on the CPU."""
+    check(bitmask, values, row_starts, bitmask.shape[0], scales)
     weight = Weight(bitmask.shape[0], x.shape[-1], values, bitmask, row_starts, scales)
     return autotune.product(weight, x, bias)
 

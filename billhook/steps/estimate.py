@@ -13,16 +13,17 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.architectures.config import classes_of, hidden_width
+from billhook.architectures.config import classes_of, hidden_width, is_headless
 from billhook.architectures.layers import SHARED_INPUTS, Layer
 from billhook.architectures.stacks import blocks_of
 from billhook.distributed.collectives import world
 from billhook.engine.batch import row_length, rows_of
 from billhook.engine.resources import IN_MEMORY, Resources
-from billhook.evaluation.batching import TOKENS
+from billhook.evaluation.batching import TOKENS, batch_size
 from billhook.evaluation.kl import K
 from billhook.methods.statistics import GRADIENTS, REGIONAL
 from billhook.steps.batch_size import TOKENS_A_BATCH
+from billhook.steps.request import Opened
 from billhook.steps.resolve import ResolvedRequest
 from billhook.store.shards import weight_bytes
 
@@ -59,6 +60,9 @@ def peak_bytes(
     *,
     tokens: int = 0,
     batch_tokens: int = 0,
+    length: int = 0,
+    outside: int = 0,
+    priced: bool = False,
     resources: Resources = IN_MEMORY,
     racing: bool = False,
     refine: bool = False,
@@ -66,24 +70,32 @@ def peak_bytes(
     """The peak memory of pruning `layers`, in bytes, without that of Python; `model` may be on the meta device.
 
     `needs` are the statistics and gradients to compute for the criterion; `tokens` and `batch_tokens` count the
-    calibration tokens of one process, in total and in a batch. A `racing` allocator needs the whole model, its dense
-    weights, and the dense model's predictions for half of the samples.
+    calibration tokens of one process, in total and in a batch, `length` those of a row (0: no predictions are made),
+    and `outside` the weights of the largest embedding or head that is changed too. `priced` says that what errors cost
+    was measured before, by gradients of the predictions. Observing inputs, changing a layer
+    and predicting follow each other, so that the largest of the three counts. A `racing` allocator needs the whole
+    model, its dense weights, and the dense model's predictions for half of the samples.
     """
     size, width = model.dtype.itemsize, hidden_width(model)
     each, counts = [n_bytes(block) for block in blocks_of(model).values()], [math.prod(x.shape) for x in layers]
     hidden, limit, columns = tokens * width * size, resources.spill_gib * 2**30, max(x.shape[1] for x in layers)
     kept = min(hidden, limit)  # of one store of hidden states
     total: float = n_bytes(model) - (sum(each) - max(each) if resources.streamed and not racing else 0)
-    total += (12 if criterion == "admm" else 5) * 4 * max(counts)  # float32 copies of a layer
-    total += ROWS if criterion == "admm" else 0
+    copies = 12 if criterion == "admm" else 5  # of a layer in float32; of an embedding there are four
+    changing: float = max(copies * 4 * max(counts), 4 * 4 * outside)
+    changing += ROWS if criterion == "admm" else 0
+    observing = 0.0
     if needs or refine:  # hidden states, and the widest activations of a batch, in the model's dtype and in float32
-        total += kept + (6 * size + 2 * 4) * batch_tokens * max(max(x.shape) for x in layers)
+        total += kept
+        observing += (6 * size + 2 * 4) * batch_tokens * max(max(x.shape) for x in layers)
     if "drift" in needs:  # the dense block and its hidden states; drift, Gram matrix, factor and inverse of one input
-        total += max(each) + kept + 5 * 4 * columns**2
+        total += max(each) + kept
+        observing, changing = observing + 2 * 4 * columns**2, changing + 5 * 4 * columns**2
     elif "gram" in needs:  # of every distinct input of a block; a factor and an inverse
         inputs = [x for x in layers if x.kind.rpartition(".")[2] not in SHARED_INPUTS]
         grams = [sum(4 * x.shape[1] ** 2 for x in inputs if x.block == index) for index in {x.block for x in layers}]
-        total += max(grams) + 3 * 4 * columns**2
+        total, changing = total + max(grams), changing + 3 * 4 * columns**2
+    total += max(observing, changing, predicting(model, length, priced))
     if set(needs) & set(GRADIENTS):  # stored inputs, two lists that are not spilled, gradients and their float32 sums
         total += min((1 if REGIONAL in needs else len(each)) * hidden, limit) + 2 * hidden + max(each) * (1 + 4 / size)
     if refine:  # a block six times and the next one once, in float32; the targets and the dense model's outputs
@@ -95,6 +107,16 @@ def peak_bytes(
     return total
 
 
+def predicting(model: PreTrainedModel, length: int, gradients: bool = False) -> int:
+    """Bytes of logits of rows of `length` tokens: of those that are scored together, with as much computed of them, or,
+    with `gradients`, of a row, with gradients three times as large, if that is more."""
+    if not length:
+        return 0
+    row = length * classes_of(model) * model.dtype.itemsize
+    together = batch_size(length, classes_of(model), model.dtype.itemsize)
+    return max(2 * together, 4 * gradients) * row
+
+
 def estimate(resolved: ResolvedRequest) -> Estimate:
     """Memory and disk of a checked request."""
     request, opened, method = resolved.request, resolved.opened, resolved.method
@@ -104,6 +126,7 @@ def estimate(resolved: ResolvedRequest) -> Estimate:
     tokens = sum(sizes) // world()
     racing = resolved.on_trial
     text: dict[str, Any] = {"tokens": tokens, "batch_tokens": max(sizes, default=0), "resources": opened.resources}
+    text |= {"length": scored_length(opened)}
     memory = peak_bytes(model, opened.layers, request.criterion, needs, **text, racing=racing, refine=refine)
     hidden = tokens * hidden_width(model) * model.dtype.itemsize
     stores = (1 + ("drift" in needs) + 2 * refine) * bool(needs or refine)
@@ -111,6 +134,13 @@ def estimate(resolved: ResolvedRequest) -> Estimate:
     disk = written * (2 if resolved.packed else 1) + stores * max(0.0, hidden - request.spill_gib * 2**30)
     disk += 4 * sum(math.prod(x.shape) for x in opened.layers) * bool(needs & set(GRADIENTS))
     return Estimate(round((PROCESS + memory) / 2**30, 3), round(disk / 2**30, 3))
+
+
+def scored_length(opened: Opened) -> int:
+    """Tokens in a row of the text on which it is measured what was lost; 0 where it is not measured, and for images."""
+    if not opened.batches or opened.task.unit != "token" or is_headless(opened.model):
+        return 0
+    return row_length(opened.model, opened.batches[0])
 
 
 def peak_gib() -> float:

@@ -20,7 +20,7 @@ from billhook.methods.quantize.scalar import Scalar
 from billhook.plan.bytes import parse_size
 from billhook.reports.quantized_card import decoded_card
 from billhook.store.checkpoint import check_directory, loading, model_digest
-from billhook.store.directory import checksums, copied_from
+from billhook.store.directory import checksums, copy_others
 from billhook.store.files import copy_files, digest_of, sha256, write_json, write_text
 from billhook.store.fitting import check_fits, empty_model
 from billhook.store.gguf_file import read_gguf
@@ -249,8 +249,7 @@ def write_decoded(
 ) -> None:
     """Write a directory with decoded weights: its configuration, weights and other files."""
     write_dense(source, folder, grids, dtype, progress)
-    copied = copied_from(source)
-    copy_files(source, folder, lambda path: copied(path) and path.as_posix() != "config.json")
+    copy_others(source, folder, {"config.json"})
     own = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
     names = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
     known = config.get("dtype", config.get("torch_dtype"))

@@ -106,7 +106,10 @@ def prepare_blocks(request: RecoverRequest, progress: Progress = lambda step: No
 def _prepared(request: RecoverRequest, source: Source, progress: Progress) -> BlocksJob:
     """The job of a request whose model is there, dense."""
     if source.grids:
-        raise BillhookError(f"{source.given} is quantized: its scales are trained without --by block.")
+        raise BillhookError(
+            f"{source.given} is quantized, and only the scales of a whole model are trained: leave out --by block, or "
+            "quantize the dense model again with --recipe best, which tunes scales one block at a time."
+        )
     found = history(source.dense)
     teacher = find_teacher(found, source.given, request.teacher)
     if teacher is None:

@@ -19,9 +19,9 @@ from billhook.plan.plan import Plan
 from billhook.plan.spec import Spec
 from billhook.recovery.block_scales import ScaleTuner
 from billhook.recovery.blockwise import LEAST
-from billhook.steps.estimate import PROCESS, Estimate, peak_bytes
+from billhook.steps.estimate import PROCESS, Estimate, peak_bytes, scored_length
 from billhook.steps.quantize_job import QuantizeJob
-from billhook.steps.types import plan_types
+from billhook.steps.types import outside_parameter, plan_types
 
 PART = 8  # one in so many calibration batches is used
 
@@ -32,6 +32,8 @@ def estimate_quantize(job: QuantizeJob) -> Estimate:
     sizes = [rows_of(batch) * row_length(opened.model, batch) for batch in opened.batches]
     needs = () if job.known is not None else job.method.observed
     text: dict[str, Any] = {"tokens": sum(sizes), "batch_tokens": max(sizes, default=0), "resources": opened.resources}
+    outside = max((outside_parameter(opened.model, name).numel() for name in job.outside), default=0)
+    text |= {"length": scored_length(opened), "outside": outside, "priced": bool(job.plan.made_by.get("levels"))}
     refine = job.request.recipe == "best"
     memory = peak_bytes(opened.model, opened.layers, job.request.quantizer, needs, **text, refine=refine)
     return Estimate(round((PROCESS + memory) / 2**30, 3), round(job.room / 2**30, 3))

@@ -14,11 +14,13 @@ from typing import Any, Unpack
 from transformers import PreTrainedModel
 
 from billhook.ambient import pinned
-from billhook.engine.batch import rows_of
+from billhook.engine.batch import LABELS, Batch, rows_of
 from billhook.engine.method import Method
 from billhook.engine.restore import restored
 from billhook.errors import BillhookError
 from billhook.evaluation.divergence import KL
+from billhook.evaluation.scoring import each
+from billhook.images.labels import UNKNOWN
 from billhook.measurement.measure import measure
 from billhook.plan.allocators import ALLOCATORS, AUTO, RCO, check_budget
 from billhook.plan.plan import Plan
@@ -117,6 +119,7 @@ def search(
     if trials.gradient:
         check_temporary_room(opened.layers)
     split = split_samples(opened.model, opened.samples, rows_of(opened.batches[0]), request.seed)
+    _check_labels(objective, opened.task, split.heldout)
     space = Space(names, given, len({layer.block for layer in opened.layers}), target, grid)
     folder, model_folder = _places(opened, output, save_model, method)
     identity = _identity(request, opened, space, method) | {"objective": objective, "calibration": split.facts}
@@ -147,10 +150,9 @@ def _loss(task: Task, best: Trial) -> str:
     kl = best.loss("kl")
     if task.divergence is not KL:
         return f"{task.divergence.name} from the dense model {kl:.4f}"
-    each = {"token": "a token", "answer": "a token of the answers"}.get(task.unit, f"an {task.unit}")
     text = task.name == "text-generation"
     perplexity = f", token perplexity {math.exp(min(best.loss('nll'), 700)):.2f}" if text else ""
-    return f"KL divergence from the dense model {kl:.4f} nats {each}{perplexity}"
+    return f"KL divergence from the dense model {kl:.4f} nats {each(task.unit)}{perplexity}"
 
 
 def _check(objective: str, fields: Mapping[str, Any]) -> None:
@@ -161,6 +163,13 @@ def _check(objective: str, fields: Mapping[str, Any]) -> None:
         )
     for name in fields.keys() - _FIELDS:
         raise BillhookError(f"A search does not use {name!r}: leave it out.{hint(name, _FIELDS)}")
+
+
+def _check_labels(objective: str, task: Task, heldout: Batch) -> None:
+    """Raise BillhookError where the likelihood of labels is asked for and there are none."""
+    image = task.unit == "image" and (LABELS not in heldout or bool((heldout[LABELS] == UNKNOWN).any()))
+    if objective == "ppl" and (image or task.divergence is not KL):
+        raise BillhookError("The objective ppl needs labels, and the calibration data have none: use kl.")
 
 
 def _names(allocator: str | Sequence[str]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ their sizes. `curves`, `auto` (`billhook.racing.units`) and `rco` (`billhook.rac
 themselves, which needs the whole model in memory.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ class UnitAllocation:
         registry = MODEL_ALLOCATORS if name in MODEL_ALLOCATORS.names() else ALLOCATORS
         how: dict[str, Any] = {"methods": STRUCTURED, "allocating": registry}
         of_method, options = split_options(request.options, request.method, given, **how)
+        _check_used(request, name, kinds, options)
         implied: Shape = "uniform" if not request.allocator or name == "uniform" else "per-layer"
         options = {**registry.configure(name, options)} if given else {}
         if name == "curves":
@@ -71,6 +72,18 @@ class UnitAllocation:
     def needs_text(self) -> bool:
         """Whether it looks at calibration text."""
         return self.on_trial or any(fact(name).needs_text for name in ALLOCATORS.needs(self.name, self.options))
+
+
+def _check_used(request: SlimRequest, allocator: str, kinds: Sequence[str], given: Collection[str]) -> None:
+    """Raise BillhookError for an option that nothing would read; `given` are those of the allocator."""
+    if allocator == "curves" and "criterion" in given:
+        raise BillhookError("The curves of slim are those of its method: leave out criterion, or choose --method.")
+    unused = [key for key in request.options if key not in given]
+    if unused and list(kinds) == ["experts"]:  # the method also makes up for blocks
+        raise BillhookError(
+            f"Structured method {request.method!r} removes channels and heads, and only experts go here: leave out "
+            f"--set {unused[0]}."
+        )
 
 
 def allocate_units(

@@ -6,7 +6,8 @@ at the end (`billhook.store.output`).
 """
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,15 @@ from billhook.store.sinks import choose_sink
 
 # suffixes of files that hold weights
 _WEIGHTS = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"))
-_WEIGHTS |= {".onnx_data", ".ot", ".pkl", ".distcp", ".tflite", ".mlmodel"}
+_WEIGHTS |= {".ot", ".pkl", ".distcp", ".tflite", ".mlmodel", ".pb"}
+_PARTS = (".onnx", ".onnx_data", ".data-")  # of ONNX and TensorFlow, also with a number behind: parts of such files
+_FOLDERS = (".mlpackage", ".mlmodelc")  # of Core ML
+_BESIDE = (".xml", ".param", ".index", ".meta")  # of no use without weights of the same name: OpenVINO, TensorFlow
 # with the first, `transformers` would look for adapter weights; with the second, others would expect quantized ones
 _ABOUT_WEIGHTS = ("adapter_config.json", "hf_quant_config.json")
 _MODULES = "modules.json"  # of sentence-transformers: the model and what follows it, each with its folder
 
+_NAMED = 5  # of files in a note
 _PLACE = ("tensor", "index", "transposed", "rows", "pieces")  # where a layer is
 
 
@@ -81,7 +86,7 @@ def complete(
     """Add all other files of `source`, billhook.json and what `publish` writes to the weights in `folder`; returns the
     checksums. `config` are new entries of config.json. See `save_pruned`."""
     if source is not None:
-        copy_files(source, folder, copied_from(source))  # they replace those of `save_pretrained`
+        copy_others(source, folder)  # they replace those of `save_pretrained`
     copied = read_json(folder / "config.json", "model configuration", own=bool(config))
     if (fitting := without_missing_entry({**copied, **(config or {})}, folder)) != copied:
         write_json(folder / "config.json", fitting)
@@ -126,7 +131,34 @@ def checksums(directory: Path) -> dict[str, str]:
 def weights_in(source: Path) -> Callable[[Path], bool]:
     """Whether a file of the source, by its relative path, holds weights of the model, in whatever format."""
     others = _of_modules(source)
-    return lambda path: path.suffix in _WEIGHTS and not others(path)
+    return lambda path: _holds_weights(source, path) and not others(path)
+
+
+def _holds_weights(source: Path, path: Path) -> bool:
+    """Whether a file, by its relative path, holds weights, or is of no use without the file beside it that does."""
+    if _is_weights(path):
+        return True
+    beside = (source / path).parent.iterdir() if path.suffix in _BESIDE else ()
+    return any(other.stem == path.stem and _is_weights(other) for other in beside)
+
+
+def _is_weights(path: Path) -> bool:
+    parts = any(suffix.startswith(_PARTS) for suffix in path.suffixes)
+    return path.suffix in _WEIGHTS or parts or any(part.endswith(_FOLDERS) for part in path.parts[:-1])
+
+
+def copy_others(source: Path, folder: Path, without: Collection[str] = ()) -> None:
+    """Copy the files of `copied_from`, except those named in `without`; logs a note of weights in other formats, which
+    are left out."""
+    copied, is_weights = copied_from(source), weights_in(source)
+    copy_files(source, folder, lambda path: copied(path) and path.as_posix() not in without)
+    found = (path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file())
+    own = {path.name for path in weight_files(source)}
+    left = [path for path in found if is_weights(path) and str(path) not in own and not path.match("pytorch_model*")]
+    if left:
+        named = ", ".join(map(str, left[:_NAMED])) + (", ..." if len(left) > _NAMED else "")
+        note = "note: files with the unchanged weights, in other formats or folders, were left out (%d): %s."
+        logging.getLogger(__name__).warning(note, len(left), named)
 
 
 def copied_from(source: Path) -> Callable[[Path], bool]:
@@ -136,7 +168,7 @@ def copied_from(source: Path) -> Callable[[Path], bool]:
 
     def copied(path: Path) -> bool:
         own = path.name.startswith(".") or path.name in (RECORD, UNFINISHED, REPORT, PAGE, SHAPE)
-        weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json") or path.name in _ABOUT_WEIGHTS
+        weights = _holds_weights(source, path) or path.name.endswith(".index.json") or path.name in _ABOUT_WEIGHTS
         return not own and (others(path) or not weights)
 
     return copied

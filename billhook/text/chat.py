@@ -1,5 +1,12 @@
-"""Chats as text, by the chat template of a tokenizer."""
+"""Chats as text, by the chat template of a tokenizer.
 
+A content is a text or a list of parts {"type": "text", "text": "..."}, and a template may be written for one of these
+alone: of the other it writes the Python or JSON form of the list, or nothing. Such contents are given to it in the form
+that it writes.
+"""
+
+import json
+from collections.abc import Iterator
 from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
@@ -7,20 +14,59 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Toke
 from billhook.text.rows import Chat
 from billhook.text.sampling import habit
 
+Messages = list[dict[str, Any]]
+
 
 def chat_of(tokenizer: Tokenizer | None) -> Chat | None:
     """What writes the messages of a chat as text; None without a chat template.
 
     The special tokens that the tokenizer puts before a text by itself are left out of what the template writes, as they
-    would be there twice.
+    would be there twice. What is returned raises whatever the template raises, and ValueError where the contents are
+    not in what it writes.
     """
     if tokenizer is None or not tokenizer.chat_template:
         return None
     begun = "".join(tokenizer.convert_ids_to_tokens(list(habit(tokenizer))))
 
-    def write(messages: list[dict[str, Any]]) -> str:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        assert isinstance(text, str)
-        return text.removeprefix(begun)
+    def write(messages: Messages) -> str:
+        refusal: Exception = ValueError("it does not write their contents")
+        for number, form in enumerate(_forms(messages)):
+            try:
+                text = tokenizer.apply_chat_template(form, tokenize=False)
+            except Exception as error:  # whatever the template raises
+                refusal = error if number == 0 else refusal
+                continue
+            assert isinstance(text, str)
+            if _is_written(form, text):
+                return text.removeprefix(begun)
+        raise refusal
 
     return write
+
+
+def _forms(messages: Messages) -> Iterator[Messages]:
+    """The messages as they are, with every content as a text, and with every content as a list of parts."""
+    yield messages
+    contents = [message.get("content") for message in messages]
+    if any(isinstance(content, list) for content in contents):
+        yield [{**message, "content": "\n".join(_texts(message))} for message in messages]
+    if any(isinstance(content, str) for content in contents):
+        yield [{**m, "content": [{"type": "text", "text": text} for text in _texts(m)]} for m in messages]
+
+
+def _texts(message: dict[str, Any]) -> list[str]:
+    """The texts of a message's content."""
+    content = message.get("content")
+    return [content] if isinstance(content, str) else [part["text"] for part in content or ()]
+
+
+def _is_written(messages: Messages, text: str) -> bool:
+    """Whether a template wrote texts, and not the form that a list has in Python or JSON, or nothing of the user's.
+
+    Templates leave out other parts, such as what an assistant thought before earlier answers.
+    """
+    lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    if any(str(parts) in text or json.dumps(parts, ensure_ascii=False) in text for parts in lists if parts):
+        return False
+    asked = [part.strip() for message in messages if message["role"] == "user" for part in _texts(message)]
+    return not any(asked) or any(part in text for part in asked if part)

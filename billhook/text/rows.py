@@ -1,19 +1,21 @@
 """Rows of a source of text: what a document may be, in the field `text` or, where there is none, `messages`.
 
-`messages` are a chat, [{"role": "user", "content": "..."}, ...], which the tokenizer's chat template writes as text.
+`messages` are a chat, [{"role": "user", "content": "..."}, ...], which the tokenizer's chat template writes as text;
+a content may also be a list of parts {"type": "text", "text": "..."}.
 Half of a surrogate pair, which is legal in JSON and Python but which tokenizers refuse, becomes a question mark.
 """
 
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from billhook.errors import BillhookError
 
 Chat = Callable[[list[dict[str, Any]]], str]  # the text of a chat's messages, by a chat template
 TEXT, MESSAGES = "text", "messages"
 _CHAT = '[{"role": "user", "content": "..."}, ...]'
+_PART = '{"type": "text", "text": "..."}'
 FORM = f'{{"text": "..."}} or {{"messages": {_CHAT}}}'
 _TEMPLATE = "add chat_template.jinja to its directory, or give rows with a field `text`"
 
@@ -58,18 +60,27 @@ def _is_null(value: Any) -> bool:
 
 def _written(messages: Any, where: str, chat: Chat | None) -> str:
     """The text of a chat."""
-    several = list(messages) if hasattr(messages, "__iter__") and not isinstance(messages, str | Mapping) else []
+    several = list(messages) if _is_list(messages) else []
     if not several or not all(_is_message(message) for message in several):
-        raise BillhookError(f"{where}: `messages` must be a list like {_CHAT}.")
+        raise BillhookError(
+            f"{where}: `messages` must be a list like {_CHAT}; a content may be a list of {_PART}, too."
+        )
     if chat is None:
         raise BillhookError(f"{where} is a chat, and the model's tokenizer has no chat template: {_TEMPLATE}.")
-    # a table has a null for each field that only other messages have, and templates ask which fields are there
-    kept = [{key: part for key, part in message.items() if part is not None} for message in several]
     try:
-        return chat(kept)
+        return chat([_without_nulls(message) for message in several])
     except Exception as error:  # whatever the template raises
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise BillhookError(f"{where}: the chat template refuses its messages ({why}): correct or remove it.") from None
+
+
+def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message, or a part of its content, without the nulls that a table has for the fields that only others have:
+    templates ask which fields are there."""
+    kept = {key: value for key, value in message.items() if value is not None}
+    if _is_list(kept.get("content")):
+        kept["content"] = [_without_nulls(part) for part in kept["content"]]
+    return kept
 
 
 def _is_message(message: Any) -> bool:
@@ -77,4 +88,16 @@ def _is_message(message: Any) -> bool:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         return False
     content = message.get("content")
-    return isinstance(content, str | list) or (content is None and bool(message.get("tool_calls")))
+    if _is_list(content):
+        return len(content) > 0 and all(_is_text(part) for part in content)
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a part of a content is a text."""
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _is_list(value: Any) -> TypeGuard[Collection[Any]]:
+    """Whether a value has elements, as a list has, or an array of a table."""
+    return hasattr(value, "__iter__") and not isinstance(value, str | Mapping)

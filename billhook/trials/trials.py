@@ -1,7 +1,7 @@
 """Trials: a model is pruned in full by one plan after another, and scored on held-out windows.
 
-The scores are the divergence from the dense model's predictions (`billhook.evaluation.divergence`; KL with a
-`TopKTeacher`, in nats a token) and the negative log-likelihood of the text, in nats a token.
+The scores are the divergence from the dense model's predictions (`billhook.evaluation.divergence`; of text, KL with a
+`TopKTeacher`, in nats a token) and the negative log-likelihood of the labels.
 """
 
 import math
@@ -38,7 +38,8 @@ from billhook.trials.attribution import attribute
 
 @dataclass(frozen=True)
 class Losses:
-    """Of each window, in nats a token: `kl` from the dense model, and `nll` of the text; 0 where it has no labels."""
+    """Of each window, in the unit of the task (`billhook.evaluation.scoring.measured`): the divergence `kl` from the
+    dense model, and `nll` of the text; 0 where it has no labels."""
 
     kl: list[float]
     nll: list[float]

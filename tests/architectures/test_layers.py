@@ -15,20 +15,36 @@ def kinds(model) -> set[str]:
     return {layer.kind for layer in find_layers(model)}
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["router.proj", "altup.modality_router", "gate", "mlp.gate.inner", "wg", "shared_expert_gate", "ffn.classifier"],
-)
-def test_routers_are_left_alone(path):
-    model = tiny.llama(num_hidden_layers=1)
-    before, module = kinds(model), model.model.layers[0]
+def with_linear(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    """The model with a linear layer at a path inside its first block."""
+    module = model.model.layers[0]
     *parents, last = path.split(".")
     for name in parents:
         if not hasattr(module, name):
             module.add_module(name, nn.Module())
         module = getattr(module, name)
     module.add_module(last, nn.Linear(32, 32))
-    assert kinds(model) == before
+    return model
+
+
+@pytest.mark.parametrize(
+    "path", ["router.proj", "altup.modality_router", "shared_expert_gate", "mlp.gate", "mlp.gate.wg"]
+)
+def test_routers_are_left_alone(path):
+    model = tiny.mixtral(num_hidden_layers=1) if "gate" in path else tiny.llama(num_hidden_layers=1)
+    before = kinds(model)
+    assert kinds(with_linear(model, path)) == before
+
+
+@pytest.mark.parametrize("path", ["gate", "mlp.gate", "mlp.gate.inner", "self_attn.wg", "ffn.classifier"])
+def test_a_gate_without_experts_beside_it_is_a_layer(path):
+    """As the gate of an MLP or of an attention, also of one beside a mixture."""
+    for model in (tiny.llama(num_hidden_layers=1), tiny.mixtral(num_hidden_layers=1)):
+        if path.startswith("mlp") and model.config.model_type == "mixtral":
+            continue
+        before = kinds(model)
+        assert kinds(with_linear(model, path)) == before | {path}
+        assert f"model.layers.0.{path}" not in left_out(model)
 
 
 @pytest.mark.parametrize("listed", [False, True])

@@ -16,7 +16,7 @@ from command import billhook, done
 from billhook import allocate, measure, prune
 from billhook.comparison.grid import Grid, compare
 from billhook.comparison.record import differences, load_comparison, summary
-from billhook.comparison.views import error_tables, markdown, perplexity_table, pictures, spreadsheet
+from billhook.comparison.views import error_tables, markdown, pictures, score_table, spreadsheet
 from billhook.errors import BillhookError
 from billhook.evaluation.perplexity import evaluate
 from billhook.text.windows import load_windows
@@ -74,7 +74,7 @@ def test_a_recipe_is_one_method_of_a_comparison_and_is_what_prune_makes_of_it(pl
         ("good", "2:4", "uniform"),
         ("best", "2:4", "uniform"),
     ]
-    assert [row[0] for row in perplexity_table(found)[1]] == ["dense", "good", "best"]
+    assert [row[0] for row in score_table(found)[1]] == ["dense", "good", "best"]
     windows = load_windows(str(place / "scored.txt"), tiny.tokenizer(), length=32)
     for row in found.cells:
         model = tiny.llama()
@@ -256,7 +256,7 @@ def test_runs_that_differ_are_refused(place, tmp_path, made):
         ),
         (
             ["--sparsities", "0.5", "--set", "epsilno=1", "--data", "scored.txt", "-o", "g"],
-            "No method of this comparison has",
+            ", criterion 'admm') has an option 'epsilno'. Did you mean 'steps'? Their options: steps, rho",
         ),
         (["--runs"], "two or more directories"),
         (["--runs", "--data", "scored.txt"], "leave out the options of a new comparison"),

@@ -26,6 +26,7 @@ from billhook.racing.hyperparameters import COARSE, MIDPOINTS, Space
 from billhook.racing.race import Problem, Race
 from billhook.steps.prune import prepare
 from billhook.steps.request import Request, open_request
+from billhook.tasks import TASKS
 from billhook.trials.attribution import FLOOR
 from billhook.trials.heldout import split_samples
 from billhook.trials.trials import Losses, TrialRunner
@@ -134,6 +135,8 @@ def test_the_share_of_a_layer_that_a_later_plan_hardly_prunes_is_the_one_measure
 
 class MadeUpRunner:
     """Its losses are those of `losses`, one a trial; the windows differ by little."""
+
+    task = TASKS.get("text-generation")
 
     def __init__(self, losses: list[float]) -> None:
         self.heldout, self.left, self.attributed = {"input_ids": torch.zeros(16, 1)}, list(losses), 0

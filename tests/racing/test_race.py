@@ -12,6 +12,7 @@ from billhook.plan.allocators.atp import largest_beta
 from billhook.plan.table import Row
 from billhook.racing.hyperparameters import COARSE, HYPERPARAMETERS, MIDPOINTS, Space
 from billhook.racing.race import Budget, Problem, Race, Trial, paired_difference
+from billhook.tasks import TASKS
 from billhook.trials.trials import Losses
 
 MEASURED = ("alpha_peak", "outlier_ratio:5", "wanda_mean", "block_loss:0.6")
@@ -40,6 +41,8 @@ def test_every_hyperparameter_is_an_option_with_a_legal_range():
 
 class MadeUp:
     """A runner whose losses are made up: a function of the plan, and noise that all plans share."""
+
+    task = TASKS.get("text-generation")
 
     def __init__(self, loss: Any, windows: int = 16) -> None:
         self.heldout: Any = {"input_ids": torch.zeros(windows, 1)}

@@ -107,3 +107,38 @@ def test_disagreeing_tensors_are_named():
         packed(torch.randn(2, 131).bfloat16())
     with pytest.raises(BillhookError, match="float64"):
         packed(torch.randn(2, 130).double())
+
+
+@pytest.mark.parametrize("before", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("after", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_a_converted_layer_is_still_a_packed_weight_with_its_padding(before: torch.dtype, after: torch.dtype):
+    """The kernels read 64 bytes behind the last value, and float32 scales."""
+    W = random_weight((9, 130), 0.4, before)
+    scales = torch.rand(9, 3) if before == torch.int8 else None
+    packed = layer(W, scales, torch.randn(9))
+    exact = packed.dense()
+    converted = packed.to(after)
+    native.check(converted.bitmask, converted.values, converted.row_starts, 9, converted.scales)
+    layer(W, scales, torch.randn(9)).load_state_dict(converted.state_dict())
+    kept = scales is not None or after == torch.float64  # which the kernels do not multiply
+    assert converted.values.dtype == (before if kept else after)
+    assert torch.equal(converted.dense(), exact if kept else exact.to(after))
+    x = torch.randn(2, 130).to(torch.float32 if after == torch.float64 else after)
+    assert_product(converted(x), x, converted.dense().double(), converted.bias.to(x.dtype), rounded=True)
+    everything = layer(W, scales).type(after)  # which converts integers, too
+    native.check(everything.bitmask, everything.values, everything.row_starts, 9, everything.scales)
+
+
+def test_replaced_buffers_without_padding_or_with_other_scales_are_refused():
+    one, two = (
+        layer(random_weight((9, 130), 0.4, torch.float32)),
+        layer(random_weight((9, 130), 0.4, torch.int8), torch.ones(9)),
+    )
+    one.values = one.values.half()
+    two.scales = two.scales.half()
+    for packed, words in ((one, "values with padding"), (two, "Scales must be float32")):
+        with pytest.raises(BillhookError, match=words):
+            packed(torch.randn(2, 130))
+        arguments = (packed.bitmask, packed.values, packed.row_starts, packed.scales, None)
+        with pytest.raises(BillhookError, match=words):
+            ops.sparse_linear(torch.randn(2, 130), *arguments)

@@ -197,7 +197,9 @@ def test_layers_get_unlike_types_and_more_bytes_are_expected_to_lose_less(tmp_pa
     plan = json.loads((report.quantized.output / "billhook.json").read_text())["steps"][-1]["plan"]
     assert len(set(plan["weights"].values())) > 1
     assert report.outlook[1.1] < 1 < report.outlook.get(0.9, 2)
-    assert "one type everywhere" in _front(report.quantized.output)["front"]
+    drawn = _front(report.quantized.output)["front"]
+    assert "one type everywhere" in drawn
+    assert "predicted KL divergence, nats a token" in drawn
 
 
 def test_levels_of_an_earlier_run_lead_to_the_same_file_and_are_refused_where_they_do_not_fit(tmp_path, source):

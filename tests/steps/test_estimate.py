@@ -34,6 +34,7 @@ MEASURE = """
 import json, re, sys
 from pathlib import Path
 import torch
+from billhook.demo import MODEL
 from billhook.steps.estimate import PROCESS, estimate
 from billhook.steps.prune import decide, run
 from billhook.steps.request import Request
@@ -52,6 +53,19 @@ before = status("VmRSS") - held
 Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
 run(decide(job))
 print(estimate(job).memory_gib * 2**30 - PROCESS, status("VmHWM") - before)
+"""
+QUANTIZE = """
+import sys
+import torch
+from billhook.steps.estimate import peak_gib
+from billhook.steps.quantize import QuantizeRequest, prepare, run
+from billhook.steps.sample_quantize import estimate_quantize
+
+torch.set_num_threads(1)
+ids = torch.randint(0, 1000, (16, 512), generator=torch.Generator().manual_seed(0))
+job = prepare(QuantizeRequest(sys.argv[1], "int4/64", sys.argv[2], calibration=ids))
+run(job)
+print(estimate_quantize(job).memory_gib, peak_gib())
 """
 
 
@@ -89,6 +103,34 @@ def test_estimated_memory_grows_with_what_is_in_memory():
     little = replace(STREAMED, spill_gib=0.1)
     assert needed("wanda", resources=little) < needed("wanda") < needed("wanda", refine=True)
     assert needed("wanda", resources=IN_MEMORY) < needed("wanda", resources=IN_MEMORY, racing=True)
+
+
+def test_logits_and_embeddings_count_where_they_are_larger_than_what_a_layer_needs():
+    """Observing, changing and predicting follow each other: only the largest counts."""
+    model = tiny.llama(**WIDE, vocab_size=5000)
+    row, layers = 4 * 20000 * 5000, find_layers(model)
+
+    def needed(**changes) -> float:
+        return peak_bytes(model, layers, "gptq", ("gram",), tokens=4096, resources=STREAMED, **changes)
+
+    assert needed(length=20000, priced=True) - needed(length=20000) == 2 * row
+    assert needed(length=20000, outside=2**20) == needed(length=20000) > needed(length=64) > needed()
+    assert needed(outside=2**25) - needed(outside=2**24) == 4 * 4 * 2**24
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in KiB")
+@pytest.mark.parametrize("shape", [{"intermediate_size": 8192}, {"vocab_size": 60000}], ids=str)
+def test_the_memory_of_quantizing_is_that_of_the_process(shape, tmp_path):
+    """Between 10 % below and 25 % above the estimate: of a wide layer, and of a large vocabulary."""
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8}
+    sizes |= {"vocab_size": 1000, "max_position_embeddings": 512}
+    tiny.llama(**(sizes | shape)).save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-c", QUANTIZE, tmp_path / "model", tmp_path / "out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    formula, measured = map(float, ran.stdout.split())
+    assert 0.9 * measured < formula < 1.25 * measured
 
 
 def test_the_disk_holds_the_output_gradients_and_hidden_states_beyond_the_limit():

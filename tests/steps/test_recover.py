@@ -134,6 +134,8 @@ def test_patterns_stay_and_slimmed_models_learn_from_the_model_that_was_slimmed(
 
 def test_of_a_quantized_model_scales_and_norms_are_trained_and_codes_stay(place, tmp_path):
     quantize(place / "model", "int2/16", tmp_path / "int2", quantizer="round")
+    with pytest.raises(BillhookError, match=r'leave out by block, or quantize .* again with recipe="best"'):
+        recover(tmp_path / "int2", tmp_path / "out", by="block", calibration=str(place / "text.txt"))
     fields = {**FEW, "calibration": str(place / "text.txt"), "teacher": place / "model"}
     report = recover(tmp_path / "int2", tmp_path / "out", **fields)
     assert report.improved

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import vision_families
 from command import billhook
 from safetensors.torch import save_file
 from tiny import llama, mixtral, save, text_file
@@ -292,3 +293,29 @@ def test_the_search_command_writes_a_verified_model(tmp_path: Path):
 )
 def test_what_was_compared_is_said_in_the_words_of_the_task(name: str, words: str):
     assert _loss(TASKS.get(name), Trial("uniform", "uniform", {}, kl=[0.25], nll=[2.0])) == words
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "unit"),
+    [
+        (llama, "KL divergence", "nats a token"),
+        (lambda: vision_families.build("vit"), "KL divergence", "nats an image"),
+        (vision_families.encoder, "cosine distance", ""),
+    ],
+)
+def test_what_a_search_writes_and_draws_is_in_the_unit_of_the_task(model: Any, name: str, unit: str, tmp_path: Path):
+    """Also in every line of progress. What has no labels has no likelihood of them."""
+    data = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    text = unit == "nats a token"
+    data = torch.randint(258, (8, 16), generator=torch.Generator().manual_seed(0)) if text else data
+    lines: list[str] = []
+    find(model(), data, criterion="magnitude", budget=1, output=tmp_path, save_model=False, progress=lines.append)
+    best = json.loads((tmp_path / "search.json").read_text())["best"]
+    assert ("token_ppl" in best) == text
+    drawn = (tmp_path / "search.svg").read_text()
+    assert (f"{name}, {unit}" if unit else name) in drawn
+    assert drawn.count("nats a") == bool(unit)
+    assert f"{'kl' if unit else name} {best['mean_kl']:.4f}" in "\n".join(lines)
+    if not text:
+        with pytest.raises(BillhookError, match="The objective ppl needs labels"):
+            find(model(), data, criterion="magnitude", objective="ppl")

@@ -209,6 +209,8 @@ def kept(units: dict[str, int]) -> Plan:
         ({"units": "heads,heads"}, "each of them once"),
         ({"method": "osb"}, "Unknown structured method 'osb'. Did you mean 'obs'"),
         ({"damping": -1}, "obs: damping=-1.0 must be positive"),
+        ({"units": "experts", "damping": 0.5}, "channels and heads, and only experts go here: leave out damping"),
+        ({"allocator": "curves", "criterion": "wanda"}, "curves of slim are those of its method: leave out criterion"),
         ({"calibration": None}, "Removing units with obs needs activations"),
         ({"remove": None, "plan": kept({FIRST: 8, FIRST.replace("0", "9"): 8})}, "no unit"),
         ({"remove": None, "plan": kept({FIRST: 0})}, "cannot stay"),

@@ -240,6 +240,36 @@ def test_weights_of_other_modules_are_copied_and_those_of_the_model_are_not(tmp_
     assert set(OF_MODULES) <= contents(tmp_path / "dense").keys()
 
 
+TOGETHER = (  # files of other formats that only work together
+    ("openvino/openvino_model.xml", "openvino/openvino_model.bin"),
+    ("openvino_tokenizer.xml", "openvino_tokenizer.bin"),
+    ("onnx/model.onnx", "onnx/model.onnx_data", "onnx/model.onnx_data_1", "onnx/model.onnx.data"),
+    ("saved_model.pb", "variables/variables.index", "variables/variables.data-00000-of-00001"),
+    ("model.ckpt.meta", "model.ckpt.index", "model.ckpt.data-00000-of-00002"),
+    ("m.mlpackage/Manifest.json", "m.mlpackage/Data/com.apple.CoreML/weights/weight.bin"),
+)
+
+
+@pytest.mark.parametrize("modules", [False, True])
+def test_what_only_works_together_is_copied_or_left_out_together(modules: bool, tmp_path: Path, caplog):
+    """In folders of other modules it is copied."""
+    source, out = tiny.save(tmp_path / "model"), tmp_path / "out"
+    names = [f"1_Other/{name}" if modules else name for group in TOGETHER for name in group]
+    plain = ["data.xml", "notes/words.index", "1_Other/config.json"]
+    for name in (*names, *plain):
+        (source / name).parent.mkdir(exist_ok=True, parents=True)
+        (source / name).write_text("{}")
+    if modules:
+        (source / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Other"}]))
+    save_pruned(load_model(source), source, out)
+    assert contents(out).keys() & {*names, *plain} == {*plain, *(names if modules else ())}
+    assert (f"left out ({len(names)}): m.mlpackage/" in caplog.text) != modules
+    billhook.prune(out, sparsity=0.5, criterion="magnitude", output=tmp_path / "pruned")
+    report = billhook.pack(tmp_path / "pruned", tmp_path / "packed")
+    assert not report.notes
+    assert contents(tmp_path / "packed").keys() >= {*plain}
+
+
 @pytest.mark.parametrize("modules", ["", "{", "3", "[3]", '[{"path": 3}]', '[{"path": "/"}, {"path": ".."}]'])
 def test_modules_in_another_form_mean_nothing(modules: str, tmp_path: Path):
     (tmp_path / "modules.json").write_text(modules)

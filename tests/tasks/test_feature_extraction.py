@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import vision_families
-from transformers import AutoModel, BertModel, Dinov2Config, Dinov2Model
+from transformers import AutoModel, BertModel
 
 from billhook import BillhookError, load_model, prune, verify
 from billhook.engine.batch import select_rows
@@ -15,12 +15,6 @@ from billhook.evaluation.quality import Reference
 from billhook.steps.evaluate import EvalConfig, evaluate_model
 from billhook.tasks.base import Drawing, Home
 from billhook.tasks.opening import task_of
-
-
-def dinov2():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Dinov2Model(Dinov2Config(**vision_families.CONFIGS["dinov2"])).eval()
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +52,13 @@ def test_a_sentence_encoder_is_pruned_and_scored_by_the_cosine_of_its_mean_embed
     assert record["inputs"] == 6
     assert record["against"]["cosine"] == pytest.approx(sum(cosines) / 6, abs=1e-5)
     assert "feature-extraction" in (place / "out" / "README.md").read_text()
+    assert f"cosine distance</span><b>{1 - found.lost.cosine:.3f}" in (place / "out" / "report.html").read_text()
 
 
 @pytest.mark.gate
 def test_auto_chooses_by_the_cosine_on_held_out_images():
     images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    model = dinov2()
+    model = vision_families.encoder()
     task = task_of(model)
     assert task.name == "feature-extraction"
     batch = task.samples(images, model, Home(), Drawing()).batch
@@ -83,6 +78,6 @@ def test_auto_chooses_by_the_cosine_on_held_out_images():
 
 def test_gradients_need_a_head(place):
     with pytest.raises(BillhookError, match="without a head has no loss"):
-        prune(dinov2(), sparsity=0.5, recipe="gblm", calibration=torch.zeros(4, 3, 32, 32))
+        prune(vision_families.encoder(), sparsity=0.5, recipe="gblm", calibration=torch.zeros(4, 3, 32, 32))
     assert task_of(load_model(place / "bert")).name == "feature-extraction"
     assert task_of(tiny.llama().model).name == "text-generation"

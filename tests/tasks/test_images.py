@@ -72,6 +72,7 @@ def test_a_classifier_is_pruned_scored_and_opened_by_stock_transformers(place):
     for words in ("image-classification", "AutoModelForImageClassification", "top-1 accuracy", "nats an image"):
         assert words in card
     assert "token" not in card.partition("## Limitations")[0]
+    assert "KL divergence, nats an image" in (out / "report.html").read_text()
 
 
 @pytest.mark.nightly
@@ -127,6 +128,8 @@ def test_methods_are_compared_by_accuracy(place, tmp_path):
         assert cell["top1"] == evaluate_rows(model, images.batches(20), task_of(model)).top1
         assert cell["kl"] > 0
     assert "top-1 accuracy" in (tmp_path / "c" / "compare.md").read_text()
+    assert (tmp_path / "c" / "top1.svg").is_file()
+    assert "top-1 accuracy" in done("compare", "--runs", tmp_path / "c", tmp_path / "c").out
 
 
 def test_labels_are_matched_by_name_by_number_and_for_unnamed_classes_by_order():

@@ -100,6 +100,42 @@ def test_messages_without_null_fields_reach_the_template():
     assert given(rows, chat_of(words)) == ["role content,role tool_calls,"]
 
 
+def parts(*texts):
+    """The content of a message as a list of parts, with a null as a table has it."""
+    return [{"type": "text", "text": text, "image": None} for text in texts]
+
+
+IN_PARTS = "{% for part in m.content %}{{ '<image>' if 'image' in part else part.text }}{% endfor %}"
+CONTENTS = {  # how templates write contents
+    "joined": "{{ m.role ~ m.content }}",
+    "added": "{{ m.role + m.content }}",
+    "trimmed": "{{ m.content | trim }}",
+    "json": "{{ m.content if m.content is string else m.content | tojson }}",
+    "parts": IN_PARTS,
+    "either": "{% if m.content is string %}{{ m.content }}{% else %}" + IN_PARTS + "{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_contents_as_texts_and_as_lists_are_written_by_every_template(name):
+    """A template that is written for one form writes nothing of the other, or its form in Python or JSON."""
+    words = tiny.tokenizer()
+    words.chat_template = "{% for m in messages %}" + CONTENTS[name] + "{% endfor %}"
+    made = [{"role": "user", "content": 'it\'s "é"'}, {"role": "assistant", "content": "<b>"}]
+    chats = [made, [{**m, "content": parts(m["content"])} for m in made], [{**made[0], "content": parts("it's")}]]
+    whole, listed, alone = given([{"messages": chat} for chat in chats], chat_of(words))
+    roles = ("user", "assistant") if name in ("joined", "added") else ("", "")
+    assert whole == listed == f'{roles[0]}it\'s "é"{roles[1]}<b>'
+    assert alone == roles[0] + "it's"  # without an answer, and without a generation prompt
+
+
+def test_a_chat_whose_contents_the_template_does_not_write_is_named():
+    words = tiny.tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
+    with pytest.raises(BillhookError, match=r"row 1: .* refuses its messages \(it does not write their contents\)"):
+        given([{"messages": CHATS[0]}], chat_of(words))
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -110,6 +146,9 @@ def test_messages_without_null_fields_reach_the_template():
         ([{"role": "user"}], "must be a list like"),
         ([{"role": "user", "content": None}], "must be a list like"),
         ([{"role": "user", "content": 3}], "must be a list like"),
+        ([{"role": "user", "content": []}], "must be a list like"),
+        ([{"role": "user", "content": ["a"]}], 'a content may be a list of {"type": "text", "text": "..."}, too'),
+        ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}], "a content may be a list"),
         ([{"role": "robot", "content": "a"}], r"the chat template refuses its messages \(unknown role robot\)"),
     ],
 )
