@@ -41,19 +41,23 @@ class Step:
     * `made_by.dropped` (list of integers, optional): the blocks that were dropped, numbered as before the step.
     * `made_by.removed` (number, optional): fraction of the parameters in blocks that `slim` removed.
     * `made_by.kept.*` (list of integers, optional): the parts that stayed, by unit, numbered as before the step.
+    * `made_by.padding` (number, optional): fraction of the stored parameters in blocks that are zero only so that all
+      blocks have one width.
     * `made_by.parts.*` (integer, optional): the parts that each unit had.
     * `made_by.consumers.*.*` (any, optional): `unit` and `columns` a part, of each layer that lost columns.
     * `made_by.criterion` (string, optional): name of the criterion.
     * `made_by.criterion_options.*` (any): its options, defaults filled in.
     * `made_by.group` (string, optional): which weights were compared with each other: `row` or `layer`.
+    * `made_by.prefix` (string, optional): of which model the statistics are: with the blocks before as they are now,
+      `pruned`, or as they were, `dense`.
     * `made_by.published` (boolean, optional): whether zeros were counted, windows drawn and gradients accumulated as
       published.
     * `made_by.refine` (string, optional): `none`, `blocks` or `blocks+norms`.
     * `made_by.seed` (integer): seed of every random choice.
     * `made_by.dtype` (string): the dtype of the computation; the files keep theirs.
     * `made_by.device` (string): the kind of device: `cpu` or `cuda`.
-    * `made_by.targets` (list of strings): as requested.
-    * `made_by.ignore` (list of strings): as requested.
+    * `made_by.targets` (list of strings, optional): as requested.
+    * `made_by.ignore` (list of strings, optional): as requested.
     * `made_by.budget` (string, optional): whether `each` stack of blocks met the sparsity, or all shared it (`joint`).
     * `made_by.stacks` (list of strings, optional): the stacks of blocks: all, language, vision or names.
     * `made_by.calibration.*` (any, optional): the text, as in table.json; `made_by.calibration` is null if none was
