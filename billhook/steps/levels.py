@@ -5,7 +5,8 @@ Everything is measured with one block at a time in memory, on some of the calibr
 * of the layers the relative error at every type (`billhook.measurement.level_errors`) and its cost, the KL divergence
   of the model per relative error:  c_l = ½ f_l · mean ‖W x‖²  (`billhook.measurement.fisher`);
 * of the experts of one kind in a block, which share a type, at most `EXPERTS`, whose means stand for the others;
-* of embeddings and head the divergence at the smallest type, times the error of every other type relative to it.
+* of embeddings and head the divergence at the smallest types, up to the first with one below `_PROPORTIONAL`, and for
+  larger types that one times their error relative to its: a model that has lost its words says nothing about them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ ERROR_TOKENS = 16384  # of text for the errors; at least twice as many as the wi
 COST_TOKENS = 4096  # of text for the costs, embeddings and head
 EXPERTS = 8
 _ROWS = 1024  # of embeddings and head whose errors are measured
+_PROPORTIONAL = 0.1  # nats a token: divergences up to about which they grow like the error
 _LEAST = 1e-9  # of a cost, a divergence or an error
 
 
@@ -120,15 +122,17 @@ def _outside_losses(
     reference = Reference.of(model, batch, opened.task, "calibration windows", resources=resources)
     for name, menu in menus.items():
         parameter = outside_parameter(model, name)
-        smallest = min(menu, key=lambda t: (bits(t), t))
-        own = parameter.clone()
+        own, found = parameter.clone(), dict[str, float]()
         errors = {type: _error(own[:: max(1, len(own) // _ROWS)].float(), type) for type in menu}
-        parameter.copy_(_rounded(own.float(), smallest))
-        kl = max(reference.compare(model, resources).kl or 0.0, _LEAST)
-        parameter.copy_(own)
-        losses[name] = {type: kl * errors[type] / errors[smallest] for type in menu}
+        for type in sorted(menu, key=lambda t: (bits(t), t)):
+            parameter.copy_(_rounded(own.float(), type))
+            found[type] = max(reference.compare(model, resources).kl or 0.0, _LEAST)
+            parameter.copy_(own)
+            if found[type] < _PROPORTIONAL:
+                break
+        losses[name] = {t: found.get(t, found[type] * errors[t] / errors[type]) for t in menu}
         kept.keep(losses=losses)
-        progress(f"{name} as {smallest}: kl {kl:.5f}")
+        progress(f"{name} as {type}: kl {found[type]:.5f}")
     return losses
 
 

@@ -37,6 +37,22 @@ def test_a_streamed_model_gives_the_same_errors_costs_and_losses_as_one_in_memor
     assert torch.equal(embedding, whole.model.get_input_embeddings().weight)  # restored
 
 
+def test_a_type_that_ruins_the_embeddings_does_not_change_what_larger_types_are_said_to_lose(tmp_path):
+    model = tiny.llama(num_hidden_layers=1, tie_word_embeddings=False)
+    model.get_output_embeddings().weight.data *= 10
+    request = Request(tiny.save(tmp_path / "model", model, words=False), calibration=IDS, batch_size=4)
+    opened = open_request(request, True, "This", streamed=False)
+    menus = {layer.name: ["q8_0"] for layer in opened.layers}
+    types = ["q8_0", "q5_0", "iq4_nl", "int2/32"]
+    found = [
+        measure_levels(opened, menus, {"lm_head.weight": menu}, torch.float16, KeptLevels(None, {})).losses
+        for menu in (types, types[:-1])
+    ]
+    with_smallest, without = (losses["lm_head.weight"] for losses in found)
+    assert with_smallest.pop("int2/32") > 0.1
+    assert with_smallest == without
+
+
 @pytest.mark.parametrize(
     "after", [pytest.param(2, marks=pytest.mark.nightly), 12, pytest.param(20, marks=pytest.mark.nightly)]
 )
