@@ -20,8 +20,8 @@ SOURCES = Path("billhook", "runtime", "csrc")
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
 MISSED = (
-    "billhook: the kernels were not compiled. All works without them; packed models will be about as fast as dense "
-    "ones, and quantizing takes longer. Install a C++ compiler (g++ or clang++) and Billhook again to have them."
+    "billhook: the kernels were not compiled. Everything works without them; packed models will be about as fast as "
+    "dense ones, and quantizing takes longer. Install a C++ compiler (g++ or clang++) and Billhook again to have them."
 )
 
 

@@ -103,9 +103,8 @@ def find_layers(model: PreTrainedModel, *, convolutions: bool = False, outside: 
     """
     found = [layer for index, place in enumerate(blocks_of(model).items()) for layer in _layers_in(*place, index)]
     layers = [layer for layer in found if convolutions or not layer.is_convolution]
-    layers += layers_outside(model) if outside else []
     _check_weights(layers)
-    return layers
+    return layers + (layers_outside(model) if outside else [])
 
 
 def with_linear(model: PreTrainedModel, layers: Iterable[Layer]) -> list[Layer]:
@@ -247,7 +246,7 @@ def _layers_of(module: nn.Module, full: str, block: int, kind: str) -> list[Laye
 
 
 def _stored_transposed(module: nn.Module, where: str) -> bool:
-    """Whether 3-D expert weights are [expert, in, out], which experts classes of transformers record, but Llama 4's."""
+    """Whether 3-D expert weights are [expert, in, out], as all experts of transformers record except Llama 4's."""
     if type(module).__name__ == "Llama4TextExperts":
         return True
     if not hasattr(module, "is_transposed"):

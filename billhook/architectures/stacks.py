@@ -46,15 +46,16 @@ def find_stacks(model: PreTrainedModel) -> list[Stack]:
     stacks = [Stack(name, {f"{name}.{i}": block for i, block in enumerate(blocks)}) for name, blocks in found.items()]
     if added := added_stacks(model):
         stacks += [Stack(name, {name: model.get_submodule(name)}) for name in added]
-        stacks.sort(key=lambda stack: _place(model, stack.name))
+        places = _places(model)
+        stacks.sort(key=lambda stack: places[stack.name])
     return stacks
 
 
-def _place(model: PreTrainedModel, name: str) -> tuple[bool, int]:
-    """Where a stack comes in the order of the definition; what is outside of a decoder runs before it (Mllama)."""
-    names = {other: number for number, (other, _) in enumerate(model.named_modules())}
-    decoder = next((other for other, module in model.named_modules() if module is model.get_decoder()), "")
-    return f".{name}.".startswith(f".{decoder}."), names[name]
+def _places(model: PreTrainedModel) -> dict[str, tuple[bool, int]]:
+    """Where modules come in the order of the definition; what is outside of a decoder runs before it (Mllama)."""
+    modules, decoder = list(model.named_modules()), model.get_decoder()
+    inside = next((f".{name}." for name, module in modules if module is decoder), ".")
+    return {name: (f".{name}.".startswith(inside), number) for number, (name, _) in enumerate(modules)}
 
 
 def add_stacks(model: PreTrainedModel, names: Sequence[str]) -> None:

@@ -39,7 +39,7 @@ def dead_blocks(model: PreTrainedModel, batch: Batch, wanted: Collection[int]) -
     found, last = dict[int, str](), -1
     with observable_experts(model), evaluating(model):
         expected, ran = _predictions(model, row, None)
-        for before, after in pairwise(ran):
+        for before, after in pairwise(dict.fromkeys(ran)):
             if after < before:
                 who = type(model).__name__
                 raise BillhookError(
@@ -83,6 +83,8 @@ def _predictions(model: PreTrainedModel, row: Batch, changed: int | None) -> tup
     try:
         with stubbed(blocks_of(model), stub):
             output = model(**model_inputs(model, row), **call_options(model))
+    except BillhookError:
+        raise
     except (AttributeError, TypeError, ValueError) as error:  # inputs that do not fit, or a class that cannot be run
         who = f"transformers {transformers.__version__} cannot run {type(model).__name__} with these samples"
         raise BillhookError(f"{who}: {error}") from error

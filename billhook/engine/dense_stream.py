@@ -105,10 +105,14 @@ class DenseStream:
                 self.advance(block, index)
 
     def _writes(self, block: nn.Module, layer: Layer, hidden: Tensor, call: Call) -> bool:
-        """Whether a layer writes into the stream, tried once for blocks of the same modules."""
+        """Whether a layer writes into the stream, tried once for blocks of the same modules.
+
+        A block with a scale or gate of its own, a vector that is neither weight nor bias, is tried every time.
+        """
         path = next(name for name, module in block.named_modules() if module is layer.module)
+        small = {name.rpartition(".")[2] for name, p in block.named_parameters() if p.ndim < 2}
         key = repr(block), path
-        if key not in self._writers:
+        if key not in self._writers or small - {"weight", "bias"}:
             self._writers[key] = _is_writer(block, layer, hidden, call)
         return self._writers[key]
 

@@ -127,16 +127,18 @@ T = TypeVar("T")
 
 
 def factors(x: Tensor, weight: Tensor, known: Mapping[int, T]) -> list[tuple[T, Any]]:
-    """What is `known`, by the address of a weight, of the second factor of a product, with the index of the rows of `x`
-    [..., tokens, in], and of the product, that are its own.
+    """What is `known` of the weights in a product x · weight, each with the index of its own rows in `x` [..., tokens,
+    in] and in the product; `known` is by the address of a weight.
 
     A `weight` [experts, in, out] is that of all experts, with x [experts, tokens, in]; rows of zeros are those of
-    tokens that an expert does not receive.
+    tokens that an expert does not receive. Raises JobError where the experts share one x.
     """
-    if weight.ndim != 3:
+    if weight.ndim != 3 or not known:
         return [(known[weight.data_ptr()], ...)] if weight.data_ptr() in known else []
-    parts = [(number, known.get(part.data_ptr())) for number, part in enumerate(weight)]
-    return [(found, (number, x[number].any(-1))) for number, found in parts if found is not None]
+    parts = [(number, known[p.data_ptr()]) for number, p in enumerate(weight) if p.data_ptr() in known]
+    if parts and x.ndim != 3:
+        raise JobError("One product of all experts with the same tokens is not supported: leave the experts out.")
+    return [(found, (number, x[number].any(-1))) for number, found in parts]
 
 
 class _Products(TorchFunctionMode):

@@ -2,7 +2,7 @@
 
 Weights are transposed, [columns, out], so that a column is a row of memory. `points` are the codes that a weight can
 have, ascending: a range, or a tuple of integers between -128 and 127; a code is the nearest of them. All instruction
-sets give the same codes; plain torch may differ where two codes are equally near to 1e-6.
+sets give the same codes; plain torch may differ where two codes are equally near to 1e-5.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from billhook.runtime import library, plain_codes
-from billhook.runtime.plain_codes import Values
+from billhook.runtime.plain_codes import Values, inverse
 
 Sums = tuple[Tensor, Tensor, Tensor]  # three tensors [groups, out]
 _MOST_COLUMNS = 256  # as in csrc/billhook.h
@@ -66,7 +66,7 @@ def search_scale(
     """
     if not _compiled(x.shape[1], x, weight, unit):
         return plain_codes.search_scale(x, weight, unit, tried, points, mirrored)
-    numbers = torch.tensor(tried, dtype=torch.float32)
+    numbers = torch.tensor(tried, dtype=torch.float32, device="cpu")
     name = "billhook_search_scale"
     scale, power = _found(name, 2, x, weight, points, scale=unit, tried=numbers, mirrored=mirrored)
     return scale, power
@@ -80,7 +80,7 @@ def search_range(x: Tensor, weight: Tensor, cuts: Sequence[tuple[float, float]],
     """
     if not _compiled(x.shape[1], x, weight):
         return plain_codes.search_range(x, weight, cuts, most, high)
-    numbers = torch.tensor(cuts, dtype=torch.float32)
+    numbers = torch.tensor(cuts, dtype=torch.float32, device="cpu")
     scale, offset, power = _found("billhook_search_range", 3, x, weight, range(high + 1), tried=numbers, most=most)
     return scale, offset, power
 
@@ -100,7 +100,7 @@ def _found(
 ) -> Sequence[Tensor]:
     """What a kernel finds for every group, `count` tensors [groups, out]."""
     groups, group, rows = x.shape
-    found = torch.empty(count, groups, rows, dtype=torch.float32)
+    found = torch.empty(count, groups, rows, dtype=torch.float32, device="cpu")
     tensors = [None if t is None else t.contiguous() for t in (x, weight, scale, offset, tried, found)]
     sizes = groups, group, rows, 0 if tried is None else len(tried)
     _run(name, _SumsJob(_codes(points, mirrored), *_places(*tensors), *sizes, most))
@@ -116,8 +116,8 @@ def round_columns(x: Tensor, U: Tensor, values: Values, zero: Tensor | None = No
     (scale, offset, points), (columns, rows) = values, x.shape
     if not _compiled(columns, x, U, scale, offset):
         return plain_codes.round_columns(x, U, values, zero)
-    found, errors, inverse = torch.empty_like(x), torch.empty_like(x), scale.reciprocal().where(scale != 0, 0)
-    given = (x, U.t(), scale, inverse, offset, zero)
+    found, errors = (torch.empty(columns, rows, device="cpu", dtype=x.dtype) for _ in range(2))
+    given = (x, U.t(), scale, inverse(scale), offset, zero)
     tensors = [None if t is None else t.contiguous() for t in given]
     sizes = columns, columns // len(scale), rows
     _run("billhook_round_columns", _RoundJob(_codes(points), *_places(*tensors, found, errors), *sizes))
@@ -136,9 +136,8 @@ def move_codes(
     (scale, _, points), (columns, rows) = values, found.shape
     if not _compiled(columns, found, slope, change, gram, scale, free):
         return plain_codes.move_codes(found, slope, change, gram, values, free)
-    gram, step, inverse = gram.contiguous(), gram.diagonal().reciprocal(), scale.reciprocal().where(scale != 0, 0)
-    places = _places(gram, step, scale, inverse, free, slope, found, change)
-    return _run("billhook_move_codes", _MoveJob(_codes(points), *places, columns, rows))
+    tensors = gram.contiguous(), gram.diagonal().reciprocal(), scale, inverse(scale), free, slope, found, change
+    return _run("billhook_move_codes", _MoveJob(_codes(points), *_places(*tensors), columns, rows))
 
 
 def closest(x: Tensor, table: Tensor) -> Tensor:
@@ -172,8 +171,9 @@ def _run(name: str, job: ctypes.Structure) -> None:
 
 
 def _places(*tensors: Tensor | None) -> list[int | None]:
-    """The addresses of tensors, which must be contiguous."""
-    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    """The addresses of tensors, which the caller keeps alive. Raises ValueError for one that is not contiguous."""
+    if not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
+        raise ValueError("codes, slopes and changes must be contiguous")
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
@@ -185,4 +185,4 @@ def _codes(points: Sequence[int], mirrored: bool = False) -> ctypes.Structure:
 @cache
 def _table(points: tuple[int, ...]) -> Tensor:
     """The points as the kernels read them; kept, as only their address is passed."""
-    return torch.tensor(points, dtype=torch.float32)
+    return torch.tensor(points, dtype=torch.float32, device="cpu")

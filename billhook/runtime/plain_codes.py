@@ -1,4 +1,5 @@
-"""The loops of `codes.py` in plain torch, for other devices and dtypes, and where kernels were not compiled."""
+"""The loops of `codes.py` in plain torch, for other devices and dtypes, and where kernels were not compiled; and the
+steps of least squares on sums that quantizers take after them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,7 +29,7 @@ def nearest_code(x: Tensor, points: Sequence[int]) -> Tensor:
     middles = torch.arange(-256, 257, device=x.device) / 2 + 0.25
     values = torch.tensor(points, dtype=x.dtype, device=x.device)
     table = values[(middles[:, None] - values).abs().argmin(1)]
-    halves = (x * 2).add_(256).clamp_(0, 512).int()
+    halves = (x * 2).add_(256).nan_to_num_(0).clamp_(0, 512).int()
     return table.index_select(0, halves.flatten()).view_as(x)
 
 

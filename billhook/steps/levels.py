@@ -36,6 +36,7 @@ COST_TOKENS = 4096  # of text for the costs, embeddings and head
 EXPERTS = 8
 _ROWS = 1024  # of embeddings and head whose errors are measured
 _PROPORTIONAL = 0.1  # nats a token: divergences up to about which they grow like the error
+_NOT_FINITE = 100.0  # stands for a divergence that is not finite
 _LEAST = 1e-9  # of a cost, a divergence or an error
 
 
@@ -126,7 +127,8 @@ def _outside_losses(
         errors = {type: _error(own[:: max(1, len(own) // _ROWS)].float(), type) for type in menu}
         for type in sorted(menu, key=lambda t: (bits(t), t)):
             parameter.copy_(_rounded(own.float(), type))
-            found[type] = max(reference.compare(model, resources).kl or 0.0, _LEAST)
+            kl = reference.compare(model, resources).kl
+            found[type] = _NOT_FINITE if kl is None else max(kl, _LEAST)
             parameter.copy_(own)
             if found[type] < _PROPORTIONAL:
                 break

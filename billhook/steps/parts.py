@@ -88,7 +88,7 @@ def check_matrices(layers: Sequence[Layer], parts: Parts) -> None:
         what = "an expert" if unread[0].expert is not None else "stored as [in, out]"
         raise BillhookError(
             f"{unread[0].name} is {what}, which transformers does not read from a compressed-tensors directory: use a "
-            f"GGUF type, such as q4_k, or leave out what is so: {ignoring([layer.name for layer in unread])}."
+            f"GGUF type, such as q4_k, or leave these layers out: {ignoring([layer.name for layer in unread])}."
         )
 
 

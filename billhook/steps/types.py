@@ -75,7 +75,7 @@ def uniform_plan(type: str, layers: Sequence[Layer]) -> tuple[Plan, list[str]]:
             others.setdefault(name, []).append(layer.name)
     if problems:
         name, advice = next(iter(problems)), f"Leave out what does not fit: {ignoring(list(problems))}."
-        advice = advice if weights else "So it is for all layers: use another type."
+        advice = advice if weights else "No layer fits: use another type."
         raise BillhookError(f"{name}: {problems[name]}. {advice}")
     total = sum(stored_bytes(weights[layer.name].type or "", layer.shape) for layer in layers)
     notes = [

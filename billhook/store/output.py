@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -30,11 +30,12 @@ def check_output(output: Path, source: Path | None = None, *, overwrite: bool = 
             f"The output {output} contains the source model {source} or is inside it: choose another output."
         )
     _check_folder(output, output.parent)
-    if Path.cwd().is_relative_to(output):
-        raise BillhookError(
-            f"The output {output} would be replaced while it is the current folder: choose another, or run "
-            "this outside."
-        )
+    with suppress(FileNotFoundError):  # the current folder is gone
+        if Path.cwd().is_relative_to(output):
+            raise BillhookError(
+                f"The output {output} would be replaced while it is the current folder: choose another, or run "
+                "this outside."
+            )
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise BillhookError(

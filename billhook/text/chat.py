@@ -49,9 +49,10 @@ def _forms(messages: Messages) -> Iterator[Messages]:
     yield messages
     contents = [message.get("content") for message in messages]
     if any(isinstance(content, list) for content in contents):
-        yield [{**message, "content": "\n".join(_texts(message))} for message in messages]
+        yield [{**m, "content": "\n".join(_texts(m))} if m.get("content") else m for m in messages]
     if any(isinstance(content, str) for content in contents):
-        yield [{**m, "content": [{"type": "text", "text": text} for text in _texts(m)]} for m in messages]
+        parts = [[{"type": "text", "text": text} for text in _texts(m)] for m in messages]
+        yield [{**m, "content": own} if m.get("content") else m for m, own in zip(messages, parts, strict=True)]
 
 
 def _texts(message: dict[str, Any]) -> list[str]:
@@ -61,12 +62,12 @@ def _texts(message: dict[str, Any]) -> list[str]:
 
 
 def _is_written(messages: Messages, text: str) -> bool:
-    """Whether a template wrote texts, and not the form that a list has in Python or JSON, or nothing of the user's.
+    """Whether a template wrote the last texts of the user, and no list in the form that it has in Python or JSON.
 
     Templates leave out other parts, such as what an assistant thought before earlier answers.
     """
     lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
     if any(str(parts) in text or json.dumps(parts, ensure_ascii=False) in text for parts in lists if parts):
         return False
-    asked = [part.strip() for message in messages if message["role"] == "user" for part in _texts(message)]
-    return not any(asked) or any(part in text for part in asked if part)
+    asked = [[part.strip() for part in _texts(message)] for message in messages if message["role"] == "user"]
+    return all(part in text for part in next((parts for parts in reversed(asked) if any(parts)), []))

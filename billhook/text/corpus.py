@@ -13,7 +13,6 @@ stdlib:train, stdlib:heldout    the sources of the running Python's standard lib
 
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -44,7 +43,7 @@ def documents(source: str, purpose: Purpose, stream: bool, chat: Chat | None = N
     if source.startswith("stdlib:"):
         return _stdlib(source)
     path = Path(source).expanduser()
-    if len(os.fsencode(path.name)) > _LONGEST:
+    if any(len(part.encode(errors="replace")) > _LONGEST for part in path.parts):
         raise BillhookError(f"{source[:40]!r}... is longer than a file's name. Give a text itself in a list of texts.")
     if is_saved_dataset(path) or _kind(path) in _ROWS:
         return dataset_documents(path, _kind(path), purpose, stream, chat)

@@ -6,6 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from billhook.errors import JobError
+from billhook.methods.quantize.grids import grid_of
+from billhook.methods.quantize.nearest import nearest as nearest_codes
+from billhook.methods.statistics import LayerStats
 from billhook.runtime import codes, library, plain_codes
 
 POINTS: dict[str, Sequence[int]] = {"integers": range(-4, 4), "table": (-127, -65, -22, 1, 25, 53, 113)}
@@ -146,6 +150,21 @@ def test_codes_move_to_the_best_ones_and_the_loss_never_rises(path: str, kind: s
     assert (loss(found) <= loss(start) * (1 + 1e-5)).all()
     assert rows == 1 or float(loss(found).sum()) < float(loss(start).sum())
     assert_same_everywhere(path, (found, change), moved)
+
+
+@pytest.mark.parametrize("name", ["q4_1", "q4_k", "q6_k", "iq4_nl", "int4/64"])
+def test_a_weight_that_is_not_a_number_does_not_get_finite_scales(path: str, name: str):
+    W = random(3, 256)
+    W[1, 5] = torch.nan
+    with pytest.raises(JobError, match="the scales are not finite"):
+        nearest_codes(W, LayerStats(0, 0), grid_of(name))
+
+
+def test_scales_next_to_nothing_give_code_zero_everywhere(path: str):
+    scale = torch.tensor([[1e-31, 1e-42, 0.0]])
+    found, errors = codes.round_columns(random(16, 3), torch.eye(16), codes.Values(scale, None, range(-4, 4)))
+    assert not found.any()
+    assert torch.isfinite(errors).all()
 
 
 @pytest.mark.parametrize("dim", [4, 8])

@@ -41,6 +41,7 @@ from billhook.methods.quantize.polish import polish
 from billhook.methods.statistics import LayerStats
 from billhook.registry import method
 from billhook.runtime.codes import Values, round_columns
+from billhook.runtime.plain_codes import inverse
 
 ROWS = 2048  # of a weight at a time, so that what is computed for a column stays in the cache
 PANEL = 64  # columns at least that are rounded between two products with the errors before them
@@ -139,11 +140,11 @@ def _round_block(block: Tensor, U: Tensor, scales: Scales, grid: Grid, fixed: Te
 def _round_vectors(x: Tensor, U: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """The same for columns x [columns, out] whose codes are vectors; scale [groups, out]."""
     codes, errors = torch.empty_like(x), torch.zeros_like(x)
-    weight, inverse = U.diagonal().square().reciprocal(), scale.reciprocal().where(scale != 0, 0)
+    weight, factor = U.diagonal().square().reciprocal(), inverse(scale)
     for at in range(0, len(x), grid.step):
         to, g = at + grid.step, at // grid.group
         w = torch.addmm(x[at:to], U[:at, at:to].t(), errors[:at], alpha=-1)
-        codes[at:to] = grid.nearest((w * inverse[g]).t(), weight[at:to]).t().mul_(scale[g] != 0)
+        codes[at:to] = grid.nearest((w * factor[g]).t(), weight[at:to]).t().mul_(scale[g] != 0)
         # E Uss = error for rows, here transposed
         error = torch.addcmul(w, codes[at:to], scale[g], value=-1)
         errors[at:to] = torch.linalg.solve_triangular(U[at:to, at:to].t(), error, upper=False)

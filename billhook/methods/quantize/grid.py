@@ -102,7 +102,7 @@ class Grid(Protocol):
 
     @property
     def points(self) -> Sequence[int]:
-        """The integers that codes consist of, ascending: a range, or a tuple of numbers between -128 and 127."""
+        """The codes, ascending: a range, or a tuple of numbers between -128 and 127; of a code book their sizes."""
         ...
 
     def nearest(self, x: Tensor, weight: Tensor | None = None) -> Tensor:

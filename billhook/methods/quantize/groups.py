@@ -5,6 +5,7 @@ of their row, so that no square can overflow or vanish; `weight` is divided by i
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,10 +18,7 @@ _HALF = 65504.0  # the largest float16
 
 
 class Groups:
-    """W float32 [out, block] and weight [block]: `x` [groups, group, out], `weight` [groups, 1, group], `peak` [out].
-
-    Sums over each group, [groups, out]: `sum_w` of the weights, `sum_wx` of weight times x.
-    """
+    """W float32 [out, block] as `x` [groups, group, out], `weight` as [groups, 1, group], and `peak` [out]."""
 
     def __init__(self, W: Tensor, weight: Tensor, group: int) -> None:
         out, block = W.shape
@@ -30,9 +28,26 @@ class Groups:
         self.x = x / self.peak
         floor = torch.finfo(torch.float32).tiny
         self.weight = (weight / weight.mean().clamp_min(floor) + 1e-6).view(-1, 1, group)
-        self.wx = self.x * self.weight.transpose(1, 2)
-        self.sum_w = self.weight.sum(2).expand(-1, out)
-        self.sum_wx = self.wx.sum(1)
+
+    @cached_property
+    def wx(self) -> Tensor:
+        """Weight times x, [groups, group, out]."""
+        return self.x * self.weight.transpose(1, 2)
+
+    @property
+    def sum_w(self) -> Tensor:
+        """The sums of the weights of each group, [groups, out]."""
+        return self.weight.sum(2).expand(-1, self.x.shape[2])
+
+    @cached_property
+    def sum_wx(self) -> Tensor:
+        """The sums of weight times x, [groups, out]."""
+        return self.wx.sum(1)
+
+    @property
+    def largest(self) -> Tensor:
+        """The weight of each group that is farthest from 0, [groups, out]."""
+        return self.x.gather(1, self.x.abs().argmax(1, keepdim=True))[:, 0]
 
     def sums(self, scale: Tensor, offset: Tensor | None, points: Sequence[int]) -> Sums:
         """Sums [groups, out] of weight times code, code² and code · x for the codes that scales give."""

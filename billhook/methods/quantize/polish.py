@@ -17,6 +17,7 @@ from torch import Tensor
 
 from billhook.methods.quantize.grid import Quantized
 from billhook.runtime.codes import Values, move_codes
+from billhook.runtime.plain_codes import inverse
 
 _PANEL = 128  # columns for which r is computed by one product
 
@@ -47,8 +48,9 @@ class _State:
         self.D = (start.decode(W.dtype) - W).t().contiguous()
         self.parts = {name: part.t().to(W.dtype).contiguous() for name, part in start.scales.parts.items()}
         self.scale = start.scales.scale.t().contiguous()
-        ends = range(grid.step, len(H) + 1, grid.step)
-        self.inverses = torch.linalg.inv(torch.stack([H[to - grid.step : to, to - grid.step : to] for to in ends]))
+        if grid.step > 1:
+            ends = range(grid.step, len(H) + 1, grid.step)
+            self.inverses = torch.linalg.inv(torch.stack([H[to - grid.step : to, to - grid.step : to] for to in ends]))
 
     def improve(self, panel: slice) -> bool:
         """Improve the groups of a panel of columns in turn; whether anything changed."""
@@ -93,10 +95,9 @@ class _State:
     def _move_vectors(self, g: int, r: Tensor, block: Tensor, change: Tensor) -> None:
         """Move the codes of group `g`, vectors of `step` columns; r and change are [group, out]."""
         scale, step, first = self.scale[g], self.grid.step, g * self.grid.group
-        inverse = scale.reciprocal().where(scale != 0, 0)
         for at in range(0, self.grid.group, step):
             S, codes = slice(at, at + step), self.codes[first + at : first + at + step]
-            x = torch.addcmul(codes, self.inverses[(first + at) // step] @ r[S], inverse, value=-1)
+            x = torch.addcmul(codes, self.inverses[(first + at) // step] @ r[S], inverse(scale), value=-1)
             new = self.grid.nearest(x.t(), block.diagonal()[S]).t()
             delta = (new - codes).mul_(scale)
             accept = (delta * torch.addmm(r[S], block[S, S], delta, alpha=0.5)).sum(0) < 0

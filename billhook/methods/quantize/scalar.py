@@ -51,16 +51,16 @@ class Scalar:
         return self.group
 
     def fit(self, W: Tensor, weight: Tensor) -> Scales:
-        """The best of some scales between the one at which the largest weight just fits and one that clips it.
+        """The best of some scales between the one at which the largest weight just fits and one that clips it, each
+        improved twice by least squares and rounded to its dtype at the end.
 
         W is float32 [out, group], weight [group].
         """
         groups = Groups(W, weight, self.group)
-        largest = groups.x.gather(1, groups.x.abs().argmax(1, keepdim=True))[:, 0]
         least = 0.3 if self.bits == 2 else 1 - 1.6 / (1 << (self.bits - 1))
         factors = torch.linspace(least, 1.05, _CANDIDATES).tolist()
         tried = [side * factor / self.points[0] for factor in factors for side in (1, -1)]
-        scale, _ = search_scale(groups.x, groups.weight[:, 0], largest, tried, self.points)
+        scale, _ = search_scale(groups.x, groups.weight[:, 0], groups.largest, tried, self.points)
         return self.decoded({"scale": self.store(scale * groups.peak).t().contiguous().to(self.stored)})
 
     def decoded(self, parts: Mapping[str, Tensor]) -> Scales:

@@ -109,7 +109,7 @@ struct BestScale {
   static INLINE void find(const SumsJob& job, const CodeGroup<Floats>& group) {
     typedef Rows<Floats> R;
     const R unit = R::load(job.scale + group.at, group.lanes);
-    R best = unit, power = unit, most = R::all(-__builtin_inff());
+    R best = R::all(__builtin_nanf("")), power = best, most = R::all(-__builtin_inff());  // NaN where x holds NaN
     for (int64_t t = 0; t < job.tries; t++) {
       R scale;
       PARTS_OF(i) scale.part[i] = unit.part[i] * job.tried[t];
@@ -139,7 +139,8 @@ struct BestRange {
   static INLINE void find(const SumsJob& job, const CodeGroup<Floats>& group) {
     typedef Rows<Floats> R;
     const float sum = group.sum, limit = job.most;
-    R low = group.x[0], high = low, best = low, shift = low, power = low, least = R::all(__builtin_inff());
+    R low = group.x[0], high = low, least = R::all(__builtin_inff());
+    R best = R::all(__builtin_nanf("")), shift = best, power = best;  // what is left where x holds NaN
     for (int64_t c = 1; c < group.columns; c++)
       PARTS_OF(i) {
         low.part[i] = group.x[c].part[i] < low.part[i] ? group.x[c].part[i] : low.part[i];
