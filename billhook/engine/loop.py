@@ -165,8 +165,9 @@ class _Applying:
             new = encoded.decode(torch.float32)
             error, updated = _relative_error(weight, new, squares), bool(((new != 0) & (new != weight)).any())
             refilled = 0 if spec.type is None else int(((weight == 0) & (new != 0)).sum())
+            notes = [] if spec.type is None else _too_small(weight, new, spec.type)
             weight.copy_(same_where_kept(new, weight))
-            notes = encoded.check(weight)
+            notes += encoded.check(weight)
         except BillhookError as problem:
             raise type(problem)(f"{layer.name}: {problem}") from None
         self.made(layer, encoded)
@@ -174,6 +175,13 @@ class _Applying:
         noted, zeros = (*stats.notes, *notes), count_zeros(weight)
         facts = (layer.name, layer.shape, spec.sparsity, zeros, before, noted, error, took, spec.type, updated)
         return LayerResult(*facts, refilled=refilled)
+
+
+def _too_small(old: Tensor, new: Tensor, type: str) -> list[str]:
+    """A note where rows of a weight became zero as a whole, which happens where a scale cannot be stored."""
+    gone = int(((old != 0).any(1) & (new == 0).all(1)).sum())
+    what = f"{gone} rows became zero, as their scales are too small for {type}: --ignore leaves the layer out"
+    return [what] if gone else []
 
 
 def tuned_results(note: str, block: Block, done: Sequence[LayerResult]) -> list[LayerResult]:

@@ -208,6 +208,16 @@ def test_a_zero_is_kept_where_the_type_has_one_and_counted_where_it_is_not(tmp_p
         assert verify(folder).problems == []
 
 
+def test_rows_whose_scales_are_too_small_for_the_type_are_noted(tmp_path):
+    model = tiny.llama(num_hidden_layers=1)
+    weight = model.model.layers[0].mlp.up_proj.weight.data
+    weight[3], weight[4] = weight[3] * 1e-8, 0
+    report = quantize(tiny.save(tmp_path / "model", model), "q8_0", tmp_path / "out", quantizer="round")
+    (noted,) = (result for result in report.layers if result.notes)
+    assert noted.layer.endswith("up_proj")
+    assert noted.notes[0].startswith("1 rows became zero, as their scales are too small for q8_0")
+
+
 def test_zeros_that_are_lost_after_quantizing_are_still_found(tmp_path, source):
     pruning = {"sparsity": 0.5, "criterion": "magnitude", "calibration": None}
     pruned = prune(source, output=tmp_path / "pruned", **pruning).output
