@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from billhook.runtime import autotune, cache, library, products
+from billhook.runtime.layout import PADDING
 from billhook.runtime.linear import DenseLinear, SparseLinear
 from billhook.runtime.tuning import choices, tune_
 
@@ -109,9 +110,17 @@ def test_close_kernels_are_timed_on_more_rows(clock: Clock, monkeypatch: pytest.
     }
 
 
+def stored_as(packed: SparseLinear, dtype: torch.dtype) -> torch.Tensor:
+    """The values of a packed layer in another dtype, with as many bytes behind them."""
+    count = packed.values.numel() - PADDING // packed.values.element_size()
+    values = torch.zeros(count + PADDING // dtype.itemsize, dtype=dtype)
+    values[:count] = packed.values[:count]
+    return values
+
+
 def test_scales_of_groups_have_choices_of_their_own():
     packed = model()[0]
-    packed.values = packed.values.to(torch.int8)
+    packed.values = stored_as(packed, torch.int8)
     names = set()
     for scales in (torch.ones(128), torch.ones(128, 2), torch.ones(128, 4)):
         packed.scales = scales
@@ -124,7 +133,7 @@ def test_choices_are_for_the_dtype_that_the_model_computes_in(dtype: torch.dtype
     tuned = model().to(dtype)
     for name, values in {"int8": torch.int8, "bfloat16": torch.bfloat16}.items():
         packed = tuned[0]
-        packed.values = packed.values.to(values)
+        packed.values = stored_as(packed, values)
         packed.scales = torch.ones(128) if name == "int8" else None
         tune_(tuned)
         assert {key for key in autotune._measured if f"128x256 {name} 0.7 {str(dtype)[6:]} " in key} == {
