@@ -5,6 +5,7 @@ name options as on the command line; where Python called, they are shown as its 
 """
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -57,10 +58,13 @@ def in_python(message: str) -> str:
 
 def ignoring(names: Sequence[str]) -> str:
     """The options that leave out the layers of these names; of many, also those that differ from them in numbers."""
-    if len(names) < 4:
-        return " ".join(f"--ignore {name}" for name in names)
-    kinds = dict.fromkeys(re.sub(r"(?<=\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name)) for name in names)
-    return " ".join(f"--ignore 're:{kind}$'" for kind in kinds)
+    wanted = list(names)
+    if len(names) > 3:
+        kinds = dict.fromkeys(re.sub(r"(?<=\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name)) for name in names)
+        wanted = [f"re:{kind}$" for kind in kinds]
+    if called_from_python():
+        return f"ignore={wanted}"
+    return " ".join(f"--ignore {shlex.quote(pattern)}" for pattern in wanted)
 
 
 class BillhookError(ValueError):

@@ -2,13 +2,14 @@
 
 import ast
 import re
+import shlex
 
 import pytest
 from command import billhook
 from paths import ROOT
 
 import billhook as api
-from billhook.errors import BillhookError, JobError, in_python, on_command_line
+from billhook.errors import BillhookError, JobError, ignoring, in_python, on_command_line
 
 
 @pytest.mark.parametrize(
@@ -77,3 +78,13 @@ def test_control_characters_in_a_name_are_shown_escaped(kind, name):
 
 def test_other_characters_stay():
     assert str(BillhookError("Größe, naïve 名前 \\n")) == "Größe, naïve 名前 \\n"
+
+
+def test_layers_to_leave_out_are_named_as_each_caller_writes_them():
+    names = [f"model.layers.{i}.mlp.up" for i in range(4)]
+    assert ast.literal_eval(ignoring(names[:2]).removeprefix("ignore=")) == names[:2]
+    (pattern,) = ast.literal_eval(ignoring(names).removeprefix("ignore="))
+    assert all(re.fullmatch(pattern.removeprefix("re:"), name) for name in names)
+    with on_command_line():
+        assert shlex.split(ignoring(names)) == ["--ignore", pattern]
+        assert ignoring(["a", "b"]) == "--ignore a --ignore b"

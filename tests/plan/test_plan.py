@@ -111,7 +111,8 @@ def test_groups_that_do_not_fit_are_named():
     plan("2:4", a=0.25, b=0.75).check(SHAPES)
     plan("2:4", a=0, b=1).check(SHAPES)
     with pytest.raises(
-        BillhookError, match=r"2:4 is impossible for b: its 9 columns do not divide by 4\. Leave out .* \(ignore b\)"
+        BillhookError,
+        match=r"2:4 is impossible for b: its 9 columns do not divide by 4\. Leave out .* \(ignore=\['b'\]\)",
     ):
         plan("2:4").check(SHAPES | {"b": (6, 9)})
     with pytest.raises(BillhookError, match=r"b: sparsity 0\.6 is not a multiple of 1/4, which pattern 2:4 needs"):
