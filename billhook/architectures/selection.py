@@ -16,8 +16,7 @@ from billhook.registry import hint
 def reach(model: PreTrainedModel, targets: Iterable[str]) -> None:
     """Make the modules outside of the blocks that `targets` mean, such as a projector, stacks of one block each.
 
-    Only a target that matches nothing inside the blocks means them. Those of earlier targets are taken
-    back.
+    Only a target that matches nothing inside the blocks means them. Those of earlier targets are taken back.
     """
     add_stacks(model, ())
     if not (targets := list(targets)):

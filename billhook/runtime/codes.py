@@ -103,7 +103,8 @@ def _found(
     found = torch.empty(count, groups, rows, dtype=torch.float32, device="cpu")
     tensors = [None if t is None else t.contiguous() for t in (x, weight, scale, offset, tried, found)]
     sizes = groups, group, rows, 0 if tried is None else len(tried)
-    _run(name, _SumsJob(_codes(points, mirrored), *_places(*tensors), *sizes, most))
+    job = _SumsJob(_codes(points, mirrored), *_places(*tensors), *sizes, most)
+    _run(name, ctypes.addressof(job))
     return found.unbind()
 
 
@@ -120,7 +121,8 @@ def round_columns(x: Tensor, U: Tensor, values: Values, zero: Tensor | None = No
     given = (x, U.t(), scale, inverse(scale), offset, zero)
     tensors = [None if t is None else t.contiguous() for t in given]
     sizes = columns, columns // len(scale), rows
-    _run("billhook_round_columns", _RoundJob(_codes(points), *_places(*tensors, found, errors), *sizes))
+    job = _RoundJob(_codes(points), *_places(*tensors, found, errors), *sizes)
+    _run("billhook_round_columns", ctypes.addressof(job))
     return found, errors
 
 
@@ -137,7 +139,8 @@ def move_codes(
     if not _compiled(columns, found, slope, change, gram, scale, free):
         return plain_codes.move_codes(found, slope, change, gram, values, free)
     tensors = gram.contiguous(), gram.diagonal().reciprocal(), scale, inverse(scale), free, slope, found, change
-    return _run("billhook_move_codes", _MoveJob(_codes(points), *_places(*tensors), columns, rows))
+    job = _MoveJob(_codes(points), *_places(*tensors), columns, rows)
+    return _run("billhook_move_codes", ctypes.addressof(job))
 
 
 def closest(x: Tensor, table: Tensor) -> Tensor:
@@ -148,13 +151,11 @@ def closest(x: Tensor, table: Tensor) -> Tensor:
     """
     if len(x) not in (4, 8) or table.shape[1] != len(x) + 1:
         raise ValueError(f"{list(table.shape)} is no table for vectors of {len(x)} numbers")
-    plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in (x, table))
-    found = library.active() if plain else None
-    if found is None:
+    if not _compiled(len(x), x, table):
         return plain_codes.closest(x, table)
     x, table, index = x.contiguous(), table.contiguous(), torch.empty(x.shape[1], dtype=torch.int32)
     sizes, places = (x.shape[1], x.shape[0]), (table.data_ptr(), len(table), index.data_ptr())
-    found[0].billhook_closest(x.data_ptr(), *sizes, *places, found[1], torch.get_num_threads())
+    _run("billhook_closest", x.data_ptr(), *sizes, *places)
     return index.long()
 
 
@@ -165,9 +166,10 @@ def _compiled(columns: int, *tensors: Tensor | None) -> bool:
     return plain and columns <= _MOST_COLUMNS and library.active() is not None
 
 
-def _run(name: str, job: ctypes.Structure) -> None:
+def _run(name: str, *job: int) -> None:
+    """Call a kernel with the address of its job, or its arguments."""
     kernels, path = library.active() or (None, -1)
-    getattr(kernels, name)(ctypes.addressof(job), path, torch.get_num_threads())
+    getattr(kernels, name)(*job, path, torch.get_num_threads())
 
 
 def _places(*tensors: Tensor | None) -> list[int | None]:

@@ -35,6 +35,7 @@ class Matrix(ctypes.Structure):
 
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_OF_QUANTIZERS = ("code_sums", "search_scale", "search_range", "round_columns", "move_codes")  # take a job
 _SURFACE: dict[str, tuple[list[type], type | None]] = {
     "paths": ([], _INT),
     "path_name": ([_INT], ctypes.c_char_p),
@@ -46,11 +47,7 @@ _SURFACE: dict[str, tuple[list[type], type | None]] = {
     "row_starts": ([_POINTER, _LONG, _LONG, _POINTER], _LONG),
     "bitmask": ([_POINTER, _INT, _LONG, _LONG, _POINTER, _INT], None),
     "closest": ([_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT, _INT], None),
-    "code_sums": ([_POINTER, _INT, _INT], None),
-    "search_scale": ([_POINTER, _INT, _INT], None),
-    "search_range": ([_POINTER, _INT, _INT], None),
-    "round_columns": ([_POINTER, _INT, _INT], None),
-    "move_codes": ([_POINTER, _INT, _INT], None),
+    **dict.fromkeys(_OF_QUANTIZERS, ([_POINTER, _INT, _INT], None)),
     "read": ([_POINTER, _LONG, _INT], ctypes.c_uint64),
     "gather": ([_POINTER, _INT, _POINTER, _POINTER, _INT], None),
 }

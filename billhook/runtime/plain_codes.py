@@ -38,7 +38,13 @@ def code_sums(x: Tensor, weight: Tensor, values: Values, *, mirrored: bool = Fal
     scale, offset, points = values
     v = (x if offset is None else x - offset[:, None]) * inverse(scale)[:, None]
     codes = torch.copysign(nearest_code(v.abs(), points), v) if mirrored else nearest_code(v, points)
-    product = (codes * x * weight[:, :, None]).sum(1)
+    return sums_of(codes, weight, x * weight[:, :, None])
+
+
+def sums_of(codes: Tensor, weight: Tensor, wx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums [groups, out] of weight times code, code² and code · x for codes [groups, group, out], which are
+    overwritten; `wx` is weight times x."""
+    product = (codes * wx).sum(1)
     return (weight[:, None] @ codes)[:, 0], (weight[:, None] @ codes.square_())[:, 0], product
 
 

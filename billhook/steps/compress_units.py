@@ -140,9 +140,8 @@ def prepare_units(request: CompressRequest, progress: Progress = lambda line: No
     try:
         for share in (0.0, *SHARES):
             try:
-                place = folder / f"share-{share:g}"
                 with said_when_stopped(folder, _AGAIN):
-                    candidates.append(_candidate(request, kinds, share, budget, place, progress))
+                    candidates.append(_candidate(request, kinds, share, budget, folder / f"share-{share:g}", progress))
             except JobError:
                 raise
             except BillhookError as problem:
@@ -161,12 +160,12 @@ def run_units(
 ) -> UnitsReport:
     """Quantize bits alone and the best candidate, and keep the better one; raises as `billhook.steps.quantize.run`."""
     tried = [c for c in job.candidates if not c.share or c is job.best]
-    with said_when_stopped(_folder(Path(job.request.output).expanduser().resolve()), _AGAIN):
+    output = Path(job.request.output).expanduser().resolve()
+    with said_when_stopped(_folder(output), _AGAIN):
         losses = {c.share: _carried_out(c, job.lost, progress, stopping) for c in tried}
     best = min(tried, key=lambda c: (losses[c.share], c.share))
     predicted = {c.share: c.predicted for c in job.candidates}
     _record(best, predicted, losses)
-    output = Path(job.request.output).expanduser().resolve()
     put_in_place(best.output, output)
     _end(_folder(output))
     return UnitsReport(QuantizeReport.of(output, job.source), job.budget, best.share, predicted, losses)

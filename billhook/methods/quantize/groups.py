@@ -12,13 +12,14 @@ from torch import Tensor
 
 from billhook.methods.quantize.grid import Scales
 from billhook.runtime.codes import Sums, Values, code_sums
+from billhook.runtime.plain_codes import sums_of
 
 ROWS = 4096  # rows at a time, so that what is computed for a block stays in the cache
 _HALF = 65504.0  # the largest float16
 
 
 class Groups:
-    """W float32 [out, block] as `x` [groups, group, out], `weight` as [groups, 1, group], and `peak` [out]."""
+    """W float32 [out, block] as `x` [groups, group, out], `weight` as [groups, group], and `peak` [out]."""
 
     def __init__(self, W: Tensor, weight: Tensor, group: int) -> None:
         out, block = W.shape
@@ -27,17 +28,17 @@ class Groups:
         self.peak = largest.where(largest > 0, 1)
         self.x = x / self.peak
         floor = torch.finfo(torch.float32).tiny
-        self.weight = (weight / weight.mean().clamp_min(floor) + 1e-6).view(-1, 1, group)
+        self.weight = (weight / weight.mean().clamp_min(floor) + 1e-6).view(-1, group)
 
     @cached_property
     def wx(self) -> Tensor:
         """Weight times x, [groups, group, out]."""
-        return self.x * self.weight.transpose(1, 2)
+        return self.x * self.weight[:, :, None]
 
-    @property
+    @cached_property
     def sum_w(self) -> Tensor:
         """The sums of the weights of each group, [groups, out]."""
-        return self.weight.sum(2).expand(-1, self.x.shape[2])
+        return self.weight.sum(1, keepdim=True).expand(-1, self.x.shape[2])
 
     @cached_property
     def sum_wx(self) -> Tensor:
@@ -51,12 +52,11 @@ class Groups:
 
     def sums(self, scale: Tensor, offset: Tensor | None, points: Sequence[int]) -> Sums:
         """Sums [groups, out] of weight times code, code² and code · x for the codes that scales give."""
-        return code_sums(self.x, self.weight[:, 0], Values(scale, offset, points))
+        return code_sums(self.x, self.weight, Values(scale, offset, points))
 
     def sums_of(self, codes: Tensor) -> Sums:
         """The same for codes [groups, group, out], which are overwritten."""
-        wcx = (codes * self.wx).sum(1)
-        return (self.weight @ codes)[:, 0], (self.weight @ codes.square_())[:, 0], wcx
+        return sums_of(codes, self.weight, self.wx)
 
     def half(self, scale: Tensor, unit: float = 1.0) -> Tensor:
         """`scale` [..., out] when it is stored in float16 in units of `unit`, not above the largest float16."""

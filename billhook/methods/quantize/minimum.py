@@ -73,7 +73,7 @@ class Affine:
 
     def _search(self, groups: Groups, most: float) -> Sums:
         """The best scale and offset (not above `most`) of every group, and sum(weight · code²); [groups, out]."""
-        return search_range(groups.x, groups.weight[:, 0], list(product(_CUTS, _CUTS)), most, self.high)
+        return search_range(groups.x, groups.weight, list(product(_CUTS, _CUTS)), most, self.high)
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,8 @@ class KMinimum(Affine):
         for multiplier, minimum in product(self.multipliers.neighbours(a), self.multipliers.neighbours(b)):
             scale, offset = d * multiplier, -(dmin * minimum)
             sums = groups.sums(scale, offset, self.points)
-            found = better(
-                (range_error(groups.sum_w, groups.sum_wx, sums, scale, offset), multiplier, minimum, *sums), found
-            )
+            error = range_error(groups.sum_w, groups.sum_wx, sums, scale, offset)
+            found = better((error, multiplier, minimum, *sums), found)
         return found
 
 

@@ -60,7 +60,7 @@ class Scalar:
         least = 0.3 if self.bits == 2 else 1 - 1.6 / (1 << (self.bits - 1))
         factors = torch.linspace(least, 1.05, _CANDIDATES).tolist()
         tried = [side * factor / self.points[0] for factor in factors for side in (1, -1)]
-        scale, _ = search_scale(groups.x, groups.weight[:, 0], groups.largest, tried, self.points)
+        scale, _ = search_scale(groups.x, groups.weight, groups.largest, tried, self.points)
         return self.decoded({"scale": self.store(scale * groups.peak).t().contiguous().to(self.stored)})
 
     def decoded(self, parts: Mapping[str, Tensor]) -> Scales:

@@ -84,7 +84,7 @@ class Symmetric:
 
     def _search(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """The best scale of every group and sum(weight · code²), [groups, out]."""
-        return search_scale(groups.x, groups.weight[:, 0], groups.largest, self._starts(), self.points)
+        return search_scale(groups.x, groups.weight, groups.largest, self._starts(), self.points)
 
     def _starts(self) -> list[float]:
         """Scales that are tried, in units of the largest weight, which comes at most some steps beyond the first code,
