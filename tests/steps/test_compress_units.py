@@ -76,7 +76,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes_and_only_as_it_was_started(tmp_
     source, folder, place = saved(tmp_path / "model", 2), tmp_path / "whole", tmp_path / "stopped"
     folder.mkdir()
     place.mkdir()
-    whole = compress(source, folder / "out", bits=2.9, **FIELDS)
+    whole = compress(source, folder / "out", bits=2.85, **FIELDS)
     assert len(whole.measured) == 2
     for stops in (1, 2):
         left = [stops]
@@ -86,12 +86,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes_and_only_as_it_was_started(tmp_
             return left[0] == 0
 
         with pytest.raises(Interrupted, match=r"kept in .*out\.units: continue with the same command and resume=True"):
-            run_units(prepare_units(request(source, place / "out", bits=2.9, resume=stops > 1)), stopping=stopping)
+            run_units(prepare_units(request(source, place / "out", bits=2.85, resume=stops > 1)), stopping=stopping)
     with pytest.raises(BillhookError, match="holds an unfinished run"):
-        compress(source, place / "out", bits=2.9, **FIELDS)
+        compress(source, place / "out", bits=2.85, **FIELDS)
     with pytest.raises(BillhookError, match="cannot be continued"):
         compress(source, place / "out", bits=3.0, resume=True, **FIELDS)
-    report = compress(source, place / "out", bits=2.9, resume=True, **FIELDS)
+    report = compress(source, place / "out", bits=2.85, resume=True, **FIELDS)
     assert contents(report.quantized.output) == contents(whole.quantized.output)
 
 
