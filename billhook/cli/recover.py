@@ -64,6 +64,9 @@ class Training:
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Gradient checkpointing: less memory for activations, more time.")
     ] = False
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Shard the model and its teacher over the processes of torchrun (FSDP2).")
+    ] = False
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of text to train on.  [default: 102400]", min=1, show_default=False)
     ] = None

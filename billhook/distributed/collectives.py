@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from traceback import walk_tb
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -143,8 +144,25 @@ def barrier() -> None:
         _together(dist.barrier)
 
 
+@contextmanager
+def connected() -> Iterator[None]:
+    """Raise Interrupted where a connection breaks in a collective that torch starts itself, such as FSDP2's."""
+    try:
+        yield
+    except RuntimeError as error:
+        modules = (frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__))
+        if dist.distributed_c10d.__name__ in modules:
+            raise _broken(error) from None
+        raise
+
+
 def _together(work: Callable[[], Any]) -> None:
     try:
         work()
     except RuntimeError as error:
-        raise Interrupted(f"The connection broke ({_first_line(error)}).") from None
+        raise _broken(error) from None
+
+
+def _broken(error: RuntimeError) -> Interrupted:
+    reason, _, _ = _first_line(error).partition(". ")
+    return Interrupted(f"The connection broke ({reason}).")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.distributed.collectives import all_reduce_, world
+from billhook.distributed.shards import is_sharded, local
 from billhook.methods.quantize.grid import Quantized, dequantize
 
 CLIP = 1.0  # largest norm of the gradient
@@ -70,7 +71,7 @@ class Trained(Protocol):
 
 @dataclass(frozen=True)
 class Kept:
-    """The entries of a parameter where `mask`, bool of its shape, is true."""
+    """The entries of a parameter where `mask`, bool of its shape, is true; of a sharded one those of this process."""
 
     name: str
     parameter: nn.Parameter
@@ -89,16 +90,16 @@ class Kept:
 
     def gradient(self, gradient: Tensor) -> Tensor:
         """The kept entries of a gradient."""
-        return gradient.detach()[self.mask].float()
+        return local(gradient.detach())[self.mask].float()
 
     @torch.no_grad()
     def restore_(self, values: Tensor) -> None:
         """Give the kept entries other values."""
-        self.parameter.masked_scatter_(self.mask, values.to(self.parameter.dtype))
+        local(self.parameter.detach()).masked_scatter_(self.mask, values.to(self.parameter.dtype))
 
     def came_back(self) -> int:
         """How many other entries are not zero."""
-        return int(torch.count_nonzero(self.parameter.detach().masked_fill(self.mask, 0)))
+        return int(torch.count_nonzero(local(self.parameter.detach()).masked_fill(self.mask, 0)))
 
 
 def free_parts(weight: Quantized) -> list[str]:
@@ -181,13 +182,16 @@ def give_(kept: Sequence[Trained], values: Mapping[str, Tensor]) -> None:
 class KeptAdam:
     """The optimizer; it collects gradients until `close` is called. Sizes are those of the numbers as they are now.
 
-    The norm of all gradients together is at most `clip` in a step. The parameters require gradients already.
+    The norm of all gradients together is at most `clip` in a step. The parameters require gradients already. Where they
+    are sharded, sizes and the norm are those of whole parameters.
     """
 
     def __init__(self, kept: Sequence[Trained], *, betas: tuple[float, float] = BETAS, clip: float = CLIP) -> None:
         self.kept, self._clip = kept, clip
         self.masters = [nn.Parameter(k.values().clone(), requires_grad=False) for k in kept]
-        self.sizes = [_size(m) if k.size is None else k.size for k, m in zip(kept, self.masters, strict=True)]
+        self.sharded = any(is_sharded(k.parameter) for k in kept)
+        known, measured = [k.size for k in kept], _sizes(self.masters, self.sharded)
+        self.sizes = [size if own is None else own for own, size in zip(known, measured, strict=True)]
         groups = [{"params": [m], "lr": 0.0} for m in self.masters]
         self._adam = torch.optim.Adam(groups, betas=betas, foreach=False)
         self._handles = [
@@ -198,6 +202,11 @@ class KeptAdam:
     def share_gradients_(self) -> None:
         """Sum the gradients over all processes; parameters without one in any process have none afterwards."""
         if world() == 1:
+            return
+        if self.sharded:  # FSDP2 gives this process the mean of its part
+            for master in self.masters:
+                if master.grad is not None:
+                    master.grad.mul_(world())
             return
         used = all_reduce_(torch.tensor([float(m.grad is not None) for m in self.masters]))
         for master, some in zip(self.masters, used.tolist(), strict=True):
@@ -211,13 +220,20 @@ class KeptAdam:
             if master.grad is not None and scale != 1:
                 master.grad.div_(scale)
         if math.isfinite(self._clip):
-            torch.nn.utils.clip_grad_norm_(self.masters, self._clip)
+            self._limit_norm()
         for group, size in zip(self._adam.param_groups, self.sizes, strict=True):
             group["lr"] = share * size
         self._adam.step()
         self._adam.zero_grad()
         for k, master in zip(self.kept, self.masters, strict=True):
             k.restore_(master.detach())
+
+    def _limit_norm(self) -> None:
+        """Scale all gradients so that their norm is at most the limit."""
+        norm = torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
+        if self.sharded:
+            norm = all_reduce_(norm.square()).sqrt()
+        torch.nn.utils.clip_grads_with_norm_(self.masters, self._clip, norm)
 
     def close(self) -> None:
         """Stop collecting gradients."""
@@ -248,8 +264,12 @@ class KeptAdam:
             k.restore_(m.detach())
 
 
-def _size(values: Tensor) -> float:
-    return float(values.square().mean().sqrt()) if values.numel() else 0.0
+def _sizes(masters: Sequence[Tensor], sharded: bool) -> list[float]:
+    """The root mean square of each vector, zero of an empty one; `sharded` ones are parts of vectors."""
+    if not sharded:
+        return [float(m.square().mean().sqrt()) if m.numel() else 0.0 for m in masters]
+    sums = all_reduce_(torch.tensor([[float(m.square().sum()), m.numel()] for m in masters], dtype=torch.float64))
+    return [math.sqrt(total / max(1, count)) for total, count in sums.tolist()]
 
 
 def _collect(p: Tensor, kept: Trained, master: nn.Parameter) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
 from billhook.architectures.layers import find_layers
 from billhook.distributed.collectives import world
+from billhook.distributed.shards import local
 from billhook.errors import BillhookError
 
 
@@ -36,7 +36,7 @@ def find_masks(model: nn.Module) -> dict[str, Tensor]:
     for layer in find_layers(inner, convolutions=True, outside=True):
         if not any(layer.name.startswith(f"{name}.") and layer.name != f"{name}.base_layer" for name in adapters):
             names[layer.stored_name] = None
-    return {name: _local(inner.get_parameter(name)).detach() != 0 for name in names}
+    return {name: local(inner.get_parameter(name)).detach() != 0 for name in names}
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -56,7 +56,7 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 def project_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set removed weights to zero, in place."""
     for parameter, mask in _parameters(model, masks):
-        _local(parameter).detach().masked_fill_(~mask, 0)
+        local(parameter).detach().masked_fill_(~mask, 0)
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def count_returned(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, i
     """How many removed weights are not zero (in this process's shard), by parameter name, where there are any."""
     inner = unwrapped(model)
     counts = {
-        name: int((_local(inner.get_parameter(name))[~mask.to(inner.get_parameter(name).device)] != 0).sum())
+        name: int((local(inner.get_parameter(name))[~mask.to(inner.get_parameter(name).device)] != 0).sum())
         for name, mask in masks.items()
     }
     return {name: count for name, count in counts.items() if count}
@@ -99,7 +99,7 @@ def masked_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[
     def hook(mask: Tensor) -> Any:
         def mask_(parameter: Tensor) -> None:
             if parameter.grad is not None:
-                _local(parameter.grad).masked_fill_(~mask, 0)
+                local(parameter.grad).masked_fill_(~mask, 0)
 
         return mask_
 
@@ -135,14 +135,9 @@ def _parameters(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tuple
     inner = unwrapped(model)
     for name, mask in masks.items():
         parameter = inner.get_parameter(name)
-        if (shape := _local(parameter).shape) != mask.shape:
+        if (shape := local(parameter).shape) != mask.shape:
             raise BillhookError(
                 f"{name} has the shape {list(shape)} now, its mask {list(mask.shape)}: the model was wrapped or "
                 "changed after its masks were made. Wrap it first."
             )
         yield parameter, mask.to(parameter.device)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor, in the same memory; the tensor itself if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.distributed.collectives import all_reduce_, shard, world
+from billhook.distributed.shards import is_sharded
 from billhook.distributed.torchrun import rank
 from billhook.engine.batch import Batch, rows_of, select_rows, split_rows
 from billhook.engine.restore import differentiable
@@ -68,6 +69,11 @@ class Problem:
     shares: Sequence[float] = field(default_factory=lambda: SHARES)
     warm: int | None = None
     together: int | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every process has its own part of what is trained."""
+        return any(is_sharded(k.parameter) for k in self.kept)
 
     @property
     def measured_every(self) -> int:
@@ -149,16 +155,20 @@ def held_out_loss(
 ) -> Callable[[], float]:
     """The function that gives the mean held-out loss over the rows of `batch`: the divergence of `model`, as it is when
     it is called, from the `teacher`, or without one its negative log-likelihood, in nats."""
-    batches = shard(split_rows(batch, rows_at_once(model, batch)))
+    batches = split_rows(batch, rows_at_once(model, batch))
+    own, last = shard(batches), batches[-1]
+    count = sum(map(rows_of, own))
+    batches = own + [last] * (math.ceil(len(batches) / world()) - len(own))  # sharded models are called equally often
     if teacher is None:
-        return lambda: _mean(row_losses(model, batches, scoring))
+        return lambda: _mean(row_losses(model, batches, scoring)[:count])
     with torch.no_grad():
         known = [scoring.divergence.teacher(p) for b in batches for p, _ in predicted(teacher, b, scoring)]
 
     @torch.no_grad()
     def divergence() -> float:
         found = (outputs for b in batches for outputs, _ in predicted(model, b, scoring))
-        return _mean([scoring.divergence.compare(outputs, t).mean for outputs, t in zip(found, known, strict=True)])
+        each = [scoring.divergence.compare(outputs, t).mean for outputs, t in zip(found, known, strict=True)]
+        return _mean(each[:count])
 
     return divergence
 

@@ -17,18 +17,27 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from billhook.ambient import evaluating, pinned
-from billhook.distributed.collectives import barrier, gather
+from billhook.distributed.collectives import barrier, connected, gather, world
 from billhook.engine.batch import row_length, rows_of, split_rows
 from billhook.engine.walk import Progress
 from billhook.errors import BillhookError, JobError
 from billhook.evaluation.quality import Reference
 from billhook.recovery.objectives import OBJECTIVES
 from billhook.recovery.recomputing import recomputing
+from billhook.recovery.sharding import gather_
 from billhook.recovery.training import Recovered, best_share, race, train_
 from billhook.steps.recover_adapters import add_adapters, merged, save_adapter
 from billhook.steps.recover_blocks import BlocksReport, prepare_blocks, run_blocks
 from billhook.steps.recover_job import IDENTITY, TOKENS, RecoverJob, RecoverReport, RecoverRequest, record, zeros_of
-from billhook.steps.recover_problem import check_memory, draw_windows, make_problem, state_bytes, steps_in, teacher_fits
+from billhook.steps.recover_problem import (
+    check_memory,
+    check_sharding,
+    draw_windows,
+    make_problem,
+    state_bytes,
+    steps_in,
+    teacher_fits,
+)
 from billhook.steps.recover_source import Source, card
 from billhook.steps.request import Opened, changed, check_text_given, listed, open_model
 from billhook.steps.resolve import identity
@@ -71,12 +80,13 @@ def prepare(request: RecoverRequest, progress: Progress = lambda step: None) -> 
 
 def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any], progress: Progress) -> RecoverJob:
     """The job of a request whose model is there, dense."""
+    check_sharding(request, source)
     seconds = request.seconds
     opened = _opened(request, source)
     found, zeros = _teacher_of(request, opened, source, options), zeros_of(opened.layers)
     path, taught_by = (None, None) if found is None else found
     _check_something_to_do(opened, taught_by, zeros=any(zeros.values()))
-    streamed = path is not None and not teacher_fits(path, opened)
+    streamed = path is not None and not request.fsdp and not teacher_fits(path, opened)
     teacher = None if path is None else open_teacher(path, opened, request.opening(), streamed=streamed)
     windows = draw_windows(request, opened, teacher, progress)
     adapted = add_adapters(request, opened, source)
@@ -95,6 +105,7 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     problem, rate = replace(problem, steps=steps), known.get("rate", request.rate)
     run = identity(request.opening(), opened, options, None, None) | {"step": "recover"}
     run |= {key: getattr(request, key) for key in IDENTITY}
+    run |= {"fsdp": world() if request.fsdp else 0}
     run |= {"targets": listed(request.targets), "ignore": listed(request.ignore), "teacher": taught_by}
     reference = None if teacher is None else _reference(opened, teacher)
     about = (steps * size, rate, reference, zeros, run, notes)
@@ -157,10 +168,12 @@ def run(
     source, output = job.source.written_like, _output(request)
     room = weight_bytes(source) + 2 * state_bytes(problem)  # the old state goes when the new one is there
     may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "room": room}
+    may |= {"stopping": stopping, "each": problem.sharded}
     with (
-        evaluating(opened.model),
-        recomputing(opened.model, request.checkpointing),
-        training_folder(source, output, job.identity, **may, stopping=stopping) as folder,
+        evaluating(problem.model),
+        recomputing(problem.model, request.checkpointing),
+        training_folder(source, output, job.identity, **may) as folder,
+        connected(),
     ):
         folder.decide(steps=problem.steps)
         before = None if job.reference is None else job.reference.compare(opened.model)
@@ -171,6 +184,8 @@ def run(
         save = functools.partial(folder.save, steps=problem.steps)
         done, more = merged(job, train_(problem, rate, saved=saved, save=save, progress=progress))
         _check_zeros(job)
+        if problem.sharded:
+            gather_(opened.model, problem.model)
         after = None if job.reference is None else job.reference.compare(opened.model)
         races = folder.state.plan.get("races", {})
         tokens = job.tokens // problem.steps * done.state.steps

@@ -3,11 +3,12 @@ billhook.json."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from billhook.architectures.layers import Layer, find_layers
+from billhook.architectures.sources import resolve
 from billhook.engine.loop import LayerResult
 from billhook.errors import BillhookError
 from billhook.evaluation.quality import Loss, Reference
@@ -19,6 +20,7 @@ from billhook.steps.quantize_job import Inputs
 from billhook.steps.record import left_alone, place, versions
 from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, Request, calibration_facts, listed
+from billhook.store.compute import chosen_device, chosen_dtype, dtype_name
 from billhook.store.record import Record, Step, append_step
 
 Tuned = Literal["kept+norms", "kept", "adapters"]
@@ -40,7 +42,8 @@ class RecoverRequest(Inputs):
     the directory of the dense model, where the history does not lead to it. `batch_size` windows are a step. `targets`
     and `ignore` choose the layers that are trained. Adapters have a `rank`, and are merged or saved (`save`). The whole
     model is trained, or one block at a time is tuned (`by`). With `checkpointing`, blocks are computed
-    again in the backward pass. A `recipe` (`billhook.recovery.recipes`) fills in what is not given.
+    again in the backward pass. With `fsdp`, the model and its teacher are sharded over the processes of torchrun
+    (`billhook.recovery.sharding`). A `recipe` (`billhook.recovery.recipes`) fills in what is not given.
     """
 
     model: str | Path
@@ -53,6 +56,7 @@ class RecoverRequest(Inputs):
     save: Saving = "merged"
     by: By = "model"
     checkpointing: bool = False
+    fsdp: bool = False
     tokens: int | None = None
     budget: str | None = None
     rate: float | None = None
@@ -86,7 +90,7 @@ class RecoverRequest(Inputs):
         own: dict[str, object] = {"--recipe": self.recipe, "--objective": self.objective, "--budget": self.budget}
         own |= {f"--set {name}": name for name in self.options}
         own |= {"--rate": self.rate, "--rank": self.rank, "--batch-size": self.batch_size}
-        own |= {"--checkpointing": self.checkpointing, "--tune adapters": self.tune == "adapters"}
+        own |= {"--checkpointing": self.checkpointing, "--fsdp": self.fsdp, "--tune adapters": self.tune == "adapters"}
         if given := [name for name, value in own.items() if value not in (None, "", False)]:
             raise BillhookError(f"Of no effect where one block at a time is tuned: {', '.join(given)}; leave it out.")
 
@@ -111,7 +115,11 @@ class RecoverRequest(Inputs):
 
     def opening(self) -> Request:
         """The fields that say how a model and its text are opened."""
-        return self._opened_with(plan=None, recipe="", budget="each", targets=(), ignore=())
+        found = self._opened_with(plan=None, recipe="", budget="each", targets=(), ignore=())
+        if not self.fsdp:
+            return found
+        dtype = chosen_dtype(self.dtype, chosen_device(self.device), resolve(self.model))
+        return replace(found, device="cpu", dtype=dtype_name(dtype))  # whole where it is opened
 
 
 @dataclass(frozen=True)

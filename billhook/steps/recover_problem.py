@@ -15,7 +15,8 @@ from billhook.architectures.config import context_length
 from billhook.architectures.layers import Layer
 from billhook.architectures.selection import select_layers
 from billhook.architectures.stacks import blocks_of, find_stacks
-from billhook.distributed.collectives import world
+from billhook.distributed.collectives import gather, world
+from billhook.distributed.shards import local
 from billhook.engine.batch import Batch, row_length, select_rows
 from billhook.errors import BillhookError, JobError
 from billhook.recovery.adapters import RATES, factors
@@ -23,11 +24,12 @@ from billhook.recovery.blockwise import tunable
 from billhook.recovery.kept_adam import Kept, KeptAdam, Trained, give_, values_of
 from billhook.recovery.objectives import OBJECTIVES
 from billhook.recovery.outputs import predictor
+from billhook.recovery.sharding import kept_shards, sharded
 from billhook.recovery.training import Problem, held_out_loss, steps_
 from billhook.steps.recover_job import TOKENS, RecoverRequest
 from billhook.steps.recover_source import Source
 from billhook.steps.request import Opened, listed
-from billhook.store.compute import free_gib, stored_dtype, stored_dtypes
+from billhook.store.compute import chosen_device, free_gib, stored_dtype, stored_dtypes
 from billhook.store.record import Record
 from billhook.store.shards import weight_bytes
 from billhook.tasks.base import Drawing, Home, Progress, Samples
@@ -75,11 +77,7 @@ def draw_windows(
     given: Any = request.calibration
     drawn = opened.task.samples(given, teacher or opened.model, home, drawing, progress)
     count, size = len(drawn), row_length(opened.model, drawn.batch)
-    rows = request.batch_size or max(world(), TOKENS_A_STEP // size)
-    if rows < world():
-        raise BillhookError(
-            f"{world()} processes cannot share a step of {rows} windows: give a larger --batch-size, or start fewer."
-        )
+    rows = _rows_of_step(request, size)
     held = min(HELD_OUT[1], max(HELD_OUT[0], count // 8))
     if count < 2 * held + rows:
         kind = f"windows of {size} tokens" if of_text else "questions" if answers else "images"
@@ -90,6 +88,35 @@ def draw_windows(
     parts = slice(0, count - 2 * held), slice(count - 2 * held, count - held), slice(count - held, None)
     own, chosen_on, reported = (select_rows(drawn.batch, part) for part in parts)
     return Windows(replace(drawn, batch=own, heldout=reported), chosen_on, rows)
+
+
+def _rows_of_step(request: RecoverRequest, size: int) -> int:
+    """Windows of `size` tokens in a step; raises BillhookError where the processes cannot share them."""
+    rows = request.batch_size or max(world(), TOKENS_A_STEP // size)
+    if rows < world():
+        raise BillhookError(
+            f"{world()} processes cannot share a step of {rows} windows: give a larger --batch-size, or start fewer."
+        )
+    if request.fsdp and request.batch_size is None:
+        rows -= rows % world()
+    if request.fsdp and rows % world():
+        raise BillhookError(
+            f"--fsdp gives every process as many windows: --batch-size {rows} is no multiple of {world()} processes."
+        )
+    return rows
+
+
+def check_sharding(request: RecoverRequest, source: Source) -> None:
+    """Raise BillhookError where the model is to be sharded and cannot be."""
+    if not request.fsdp:
+        return
+    if world() == 1:
+        start = "torchrun --nproc-per-node N -m billhook recover"
+        raise BillhookError(f"--fsdp shards the model over the processes of torchrun, and there is one: use {start}.")
+    if source.grids:
+        raise BillhookError(f"{source.given} is quantized, and scales are not sharded: leave out --fsdp.")
+    if request.tune == "adapters":
+        raise BillhookError("Adapters are not sharded: use --fsdp with --tune kept+norms or kept.")
 
 
 def trained(opened: Opened, source: Source, request: RecoverRequest) -> list[Trained]:
@@ -163,10 +190,14 @@ def make_problem(
         raise BillhookError(f"The objective {name} is for models that write text: use --objective kl.")
     inside = "hidden" in needs
     length = row_length(model, windows.samples.batch)
-    prefix = windows.samples.prefix
+    prefix, kept = windows.samples.prefix, trained(opened, source, request)
+    if request.fsdp:
+        device = chosen_device(request.device)
+        model, teacher = sharded(model, device), None if teacher is None else sharded(teacher, device)
+        kept = [*kept_shards([k for k in kept if isinstance(k, Kept)], model)]
     return Problem(
         model,
-        trained(opened, source, request),
+        kept,
         windows.samples.batch,
         windows.rows,
         1,
@@ -209,8 +240,9 @@ def steps_in(problem: Problem, seconds: float, racing: bool) -> int:
 
 
 def state_bytes(problem: Problem) -> int:
-    """The most bytes of a file with the state of a run: weights, two moments, and the best weights."""
-    return 16 * sum(k.count for k in problem.kept)
+    """The most bytes of the files with the state of a run: weights, two moments, and the best weights."""
+    count = sum(k.count for k in problem.kept)
+    return 16 * (sum(gather(count)) if problem.sharded else count)
 
 
 def teacher_fits(path: Path, opened: Opened) -> bool:
@@ -231,13 +263,13 @@ def check_memory(problem: Problem, teacher: PreTrainedModel | None) -> str:
     and its values before and at best, and the largest gradient. Where there are adapters, autograd keeps the merged
     weights and their masks.
     """
-    entries, kept = [k.parameter.numel() for k in problem.kept], sum(k.count for k in problem.kept)
+    entries, kept = [local(k.parameter).numel() for k in problem.kept], sum(k.count for k in problem.kept)
     itemsize = problem.model.dtype.itemsize
     states = sum(entries) + 24 * kept + itemsize * max(entries)
     adapted = sum(p.numel() for name, p in problem.model.named_parameters() if name.endswith(".base_layer.weight"))
     states += (itemsize + 1) * adapted
     both = [p for m in (problem.model, teacher) if m is not None for p in m.parameters()]
-    models = itemsize * sum(p.numel() for p in both if not p.is_meta)
+    models = itemsize * sum(p.numel() for p in both if not p.is_meta) // (world() if problem.sharded else 1)
     free = free_gib(str(problem.model.device))
     if free is not None and states / 2**30 > free:
         raise JobError(

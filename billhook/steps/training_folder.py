@@ -31,12 +31,13 @@ _BEST = "best:"
 
 @dataclass
 class TrainingFolder:
-    """A locked folder and the state of its run."""
+    """A locked folder and the state of its run. Where parameters are sharded, `each` process writes what it has."""
 
     folder: Path
     output: Path
     state: State
     stopping: Callable[[], bool]
+    each: bool = False
 
     @property
     def worth_keeping(self) -> bool:
@@ -57,25 +58,29 @@ class TrainingFolder:
     def save(self, saved: Saved, steps: int) -> None:
         """Record the state of the training of so many steps; raises KeyboardInterrupt if the run is to stop here."""
         self.state = replace(self.state, progress=f"step {saved.state.steps} of {steps}")
+        mine = self._written(saved) if self.each or not rank() else {}
+        before, files = self.state.files, {name: digest for part in gather(mine) for name, digest in part.items()}
+        self.state = replace(self.state, files=files)
         if not rank():
-            self._write(saved)
+            write_state(self.folder, self.state)
+            for old in before.keys() - files.keys():
+                (self.folder / old).unlink(missing_ok=True)
         if any_rank(self.stopping()) and saved.state.steps < steps:
             raise KeyboardInterrupt
 
-    def _write(self, saved: Saved) -> None:
-        name = f"{saved.state.steps}.{TRAINING}"
+    def _written(self, saved: Saved) -> dict[str, str]:
+        """Write the file of this process; its name and digest."""
+        name = f"{saved.state.steps}.{f'{rank()}.' if self.each else ''}{TRAINING}"
         tensors = {**saved.optimizer, **{f"{_BEST}{key}": value for key, value in saved.best.items()}}
         about = {"state": json.dumps(asdict(saved.state))}
         replace_file(self.folder / name, lambda temporary: save_file(tensors, temporary, about))
-        before, files = self.state.files, {name: sha256(self.folder / name)}
-        self.state = replace(self.state, files=files)
-        write_state(self.folder, self.state)
-        for old in before.keys() - files.keys():
-            (self.folder / old).unlink(missing_ok=True)
+        return {name: sha256(self.folder / name)}
 
     def saved(self) -> Saved | None:
         """What the run goes on with; None at its beginning. Raises BillhookError where the file was changed."""
         for name, digest in self.state.files.items():
+            if self.each and name.split(".")[1] != str(rank()):
+                continue
             path = self.folder / name
             if not path.is_file() or sha256(path) != digest:
                 raise BillhookError(f"{path} is missing or was changed: start again with --overwrite.")
@@ -111,22 +116,24 @@ def training_folder(
     overwrite: bool,
     room: int,
     stopping: Callable[[], bool] = lambda: False,
+    each: bool = False,
 ) -> Iterator[TrainingFolder]:
     """Create the folder, or open it again to resume a run; `room` bytes are needed.
 
     Raises BillhookError where another run uses the folder, or the run to resume has another identity; Interrupted for a
     run that was stopped, or ran out of disk or memory, after something was saved. After other errors, which would occur
-    again, the folder is deleted. Of several processes the first one writes, and the others have its state.
+    again, the folder is deleted. Of several processes the first one writes, or `each` its own part, and the others have
+    its state.
     """
     folder = partial_folder(output)
     if rank():
-        yield TrainingFolder(folder, output, gather(State({}, {}, 0, [], []))[0], stopping)
+        yield TrainingFolder(folder, output, gather(State({}, {}, 0, [], []))[0], stopping, each)
         return
     with unfinished_folder(output, [], room) as unfinished:
         new = State(dict(identity), {}, 0, [""], [])
         state = unfinished.start(new, source, resume=resume, overwrite=overwrite, room=room)
         empty_folder(folder, [STATE, *state.files])
         gather(state)
-        found = TrainingFolder(folder, output, state, stopping)
+        found = TrainingFolder(folder, output, state, stopping, each)
         unfinished.run = found
         yield found
