@@ -102,7 +102,7 @@ def command(
             job = prepare(request, advance)
         say_notes(job.notes)
         if (seconds := announced_time(job)) is not None:
-            say(f"Removing takes about {duration(seconds)}, as the first block did.")
+            say(f"Removing and scoring takes about {duration(seconds)}, as the first block did.")
         unit, done = max(1, len(job.units) // len(job.smaller.blocks)), finished_items(output, writing.resume)
         bar = progress("removing", len(job.units), unit=unit, skipped=done)
         with bar as advance, graceful_interrupt() as stopping:
