@@ -88,7 +88,14 @@ class DiskFull(JobError):
 
 
 class Interrupted(JobError):
-    """A run that was interrupted and can be resumed (exit code 1)."""
+    """A run that was interrupted and can be resumed (exit code 1).
+
+    `stopped`: by Ctrl-C or SIGTERM, not by a fault; `advised`: the message says with what command it goes on.
+    """
+
+    def __init__(self, message: str, *, stopped: bool = False, advised: bool = False) -> None:
+        super().__init__(message)
+        self.stopped, self.advised = stopped, advised
 
 
 # torch has its own class for a GPU only; these are the messages of its allocator and libraries

@@ -26,9 +26,10 @@ def said_when_stopped(kept: Path, again: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Interrupted) as stopped:
-        if not kept.exists() or not (isinstance(stopped, KeyboardInterrupt) or "Stopped. " in str(stopped)):
+        if not kept.exists() or (isinstance(stopped, Interrupted) and not stopped.stopped):
             raise
-        raise Interrupted(f"Stopped. What is finished is kept in {kept}: {again}.") from None
+        what = f"Stopped. What is finished is kept in {kept}: {again}."
+        raise Interrupted(what, stopped=True, advised=True) from None
 
 
 @dataclass(frozen=True)

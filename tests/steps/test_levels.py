@@ -8,9 +8,10 @@ from command import contents
 from billhook.errors import Interrupted
 from billhook.measurement import level_errors as module
 from billhook.steps.compress_units import compress
-from billhook.steps.kept_levels import KeptLevels
+from billhook.steps.kept_levels import KeptLevels, said_when_stopped
 from billhook.steps.levels import measure_levels
 from billhook.steps.request import Request, in_memory, open_request
+from billhook.steps.unfinished_folder import ended_early
 
 pytestmark = pytest.mark.gate
 IDS = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -93,3 +94,19 @@ def test_measurements_of_another_run_and_damaged_ones_are_not_used(tmp_path):
     assert KeptLevels(tmp_path / "x.partial", {"seed": 0}).found.errors == {}
     KeptLevels(tmp_path / "x.partial", {}).forget()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), MemoryError(), Interrupted("Stopped. The disk cannot be read.")]
+)
+def test_a_stop_is_known_by_its_kind_and_not_by_the_words_of_its_message(tmp_path, error):
+    """What only holds these words is raised as it is."""
+    ended = ended_early(error, 0, tmp_path / "out", f"Block 1 is finished and kept in {tmp_path}")
+    with pytest.raises(Interrupted) as raised, said_when_stopped(tmp_path, "start it again"):
+        raise ended
+    stopped = isinstance(error, KeyboardInterrupt)
+    assert raised.value.stopped == ended.stopped == stopped
+    assert (raised.value is ended) != stopped
+    assert str(raised.value).endswith(
+        "start it again." if stopped else "continue with the same command and resume=True."
+    )
