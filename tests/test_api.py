@@ -179,7 +179,7 @@ def test_progress_is_reported(model):
         (IDS[:0], r"found \[0, 32\]"),
         (IDS[:, :1], r"found \[5, 1\]"),
         (IDS.float(), "must be whole numbers, found torch.float32"),
-        (IDS.tolist(), "found list"),
+        (IDS[0].tolist(), "found int"),
         ({"input_ids": IDS}, "found dict"),
         (IDS + 1000, r"token id \d+ at row 0, position 0 is outside the vocabulary of 258"),
         (IDS.repeat(1, 9), "Windows of 288 tokens exceed the model's context of 128"),

@@ -3,13 +3,16 @@
 import ast
 import re
 import shlex
+import signal
+from types import SimpleNamespace
 
 import pytest
 from command import billhook
 from paths import ROOT
 
 import billhook as api
-from billhook.errors import BillhookError, JobError, ignoring, in_python, on_command_line
+from billhook.distributed.collectives import _end
+from billhook.errors import BillhookError, Interrupted, JobError, ignoring, in_python, on_command_line
 
 
 @pytest.mark.parametrize(
@@ -24,7 +27,6 @@ from billhook.errors import BillhookError, JobError, ignoring, in_python, on_com
         ("--set epsilon=0.3 is less", "epsilon=0.3 is less"),
         ("use --recipe wanda, or --allocator owl", 'use recipe="wanda", or allocator="owl"'),
         ("Leave it out with --ignore model.layers.0.q", 'Leave it out with ignore="model.layers.0.q"'),
-        (r"Leave out --ignore 're:a\.\d+$'.", r"Leave out ignore=r're:a\.\d+$'."),
         ("Or a smaller --batch-size", "Or a smaller batch_size"),
         ("Make it: billhook measure MODEL --metrics y -o T", "Make it: billhook measure MODEL --metrics y -o T"),
     ],
@@ -88,3 +90,15 @@ def test_layers_to_leave_out_are_named_as_each_caller_writes_them():
     with on_command_line():
         assert shlex.split(ignoring(names)) == ["--ignore", pattern]
         assert ignoring(["a", "b"]) == "--ignore a --ignore b"
+
+
+@pytest.mark.parametrize("advised", [True, False])
+def test_how_a_run_that_lost_a_process_goes_on_is_said_once_also_in_python(advised, monkeypatch):
+    """There the option in the message is a keyword."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    heart = SimpleNamespace(lost=lambda: "Process 1 was lost.", leave=lambda failure: None)
+    what = "Block 1 is kept: continue with the same command and --resume." if advised else "The connection broke."
+    error = Interrupted(what, advised=advised)
+    with pytest.raises(Interrupted) as raised:
+        _end(heart, error)
+    assert str(raised.value).count("resume=True") == 1

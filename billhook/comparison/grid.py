@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Unpack
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.ambient import pinned
@@ -42,6 +41,7 @@ from billhook.steps.request import Opened, Request, calibration_facts, listed, o
 from billhook.store.compute import dtype_name
 from billhook.store.files import json_text
 from billhook.text.corpus import is_token_file
+from billhook.text.given import holds_ids
 
 _WHO = "This comparison"
 
@@ -96,7 +96,7 @@ def compare(
 def _check_seeds(grid: Grid, request: Request) -> None:
     """Raise BillhookError where calibration windows cannot be drawn more than once."""
     text = request.calibration
-    if grid.seeds > 1 and (is_token_file(str(text)) if isinstance(text, str | Path) else isinstance(text, Tensor)):
+    if grid.seeds > 1 and (is_token_file(str(text)) if isinstance(text, str | Path) else holds_ids(text)):
         raise BillhookError("Seeds draw calibration windows from a text; given tokens are always the same windows.")
     if grid.seeds > 1 and isinstance(text, Iterator):
         raise BillhookError("Seeds read the calibration text more than once: give a list instead of an iterator.")

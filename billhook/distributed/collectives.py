@@ -73,10 +73,10 @@ def _end(heart: Heartbeat, error: BaseException) -> NoReturn:
     lost, message = heart.lost(), str(error)
     heart.leave("" if lost else _first_line(error))
     if lost:
-        parts = [lost, message, "" if "--resume" in message else AGAIN]
+        parts = [lost, message, "" if isinstance(error, Interrupted) and error.advised else AGAIN]
         raise Interrupted(" ".join(part for part in parts if part)) from None
     if isinstance(error, KeyboardInterrupt) and dist.get_rank():
-        raise Interrupted("Stopped; process 0 says what is kept.") from None
+        raise Interrupted("Stopped; process 0 says what is kept.", stopped=True) from None
     raise error
 
 

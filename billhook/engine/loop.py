@@ -117,12 +117,15 @@ def apply_plan_(
     walked["layers"] = with_linear(model, layers)
     for block in walk(model, samples, observed, start=start, **walked):
         block = replace(block, layers=[layer for layer in block.layers if layer.name in shapes])
+        empty: dict[str, Tensor] = {}
         if tuner is not None and block.layers:
             tuner.note(block)
+            typed = [x for x in block.layers if x.name in plan.weights and plan.weights[x.name].type is not None]
+            empty = {layer.name: layer.weight == 0 for layer in typed}
         done = [result for stage in block.stages for result in pruning.stage(stage)]
         if tuner is not None and block.layers:
             with resources.block(block.index if block.last else block.index + 1):
-                done = tuned_results(tuner.tune_(block), block, done)
+                done = tuned_results(tuner.tune_(block), block, done, empty)
         finished(block, done)
         results += done
     return results
@@ -184,20 +187,25 @@ def _too_small(old: Tensor, new: Tensor, type: str) -> list[str]:
     return [what] if gone else []
 
 
-def tuned_results(note: str, block: Block, done: Sequence[LayerResult]) -> list[LayerResult]:
+def tuned_results(
+    note: str, block: Block, done: Sequence[LayerResult], empty: Mapping[str, Tensor]
+) -> list[LayerResult]:
     """The results of a tuned block, with zeros counted again and the tuner's note at the first layer.
 
+    `empty` says which weights of quantized layers were zero, bool [out, in]: a minimum that moves fills them.
     Raises JobError where removed weights came back; where weights are quantized, the tuner itself checks its codes.
     """
     weights = {layer.name: layer.weight for layer in block.layers}
     results = []
     for result in done:
-        zeros = count_zeros(weights[result.layer])
+        name = result.layer
+        zeros = count_zeros(weights[name])
         if zeros < result.zeros and result.type is None:
             back = f"tuning made {result.zeros - zeros} removed weights nonzero"
-            raise JobError(f"{result.layer}: {back}. The result is not saved.")
+            raise JobError(f"{name}: {back}. The result is not saved.")
+        refilled = int((empty[name] & (weights[name] != 0)).sum()) if name in empty else 0
         notes = (*result.notes, note) if result is done[0] else result.notes
-        results.append(replace(result, zeros=zeros, notes=notes, updated=True))
+        results.append(replace(result, zeros=zeros, notes=notes, updated=True, refilled=refilled))
     return results
 
 

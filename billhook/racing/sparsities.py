@@ -19,7 +19,7 @@ from typing import Any
 
 from billhook.engine.batch import join_rows
 from billhook.engine.walk import Progress
-from billhook.plan.allocators import RCO, check_budget, plan_of
+from billhook.plan.allocators import RCO, check_budget, parts_of, plan_of
 from billhook.plan.budget import shift_to
 from billhook.plan.plan import Plan
 from billhook.plan.spec import Pattern, Spec
@@ -58,7 +58,7 @@ def by_descent(
     runner.restore_()
     expected = dict(zip(sizes, (p @ p.new_tensor(tried)).tolist(), strict=True))
     found: dict[str, float] = {}
-    for part in problem.table.stacks() if problem.budget == "each" else [problem.table]:
+    for part in parts_of(problem.table, problem.budget):
         names = [row.layer for row in part]
         met = shift_to([expected[name] for name in names], [sizes[name] for name in names], target)
         found |= dict(zip(names, met, strict=True))

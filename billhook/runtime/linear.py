@@ -43,7 +43,7 @@ class SparseLinear(nn.Module):
         values; raises BillhookError when their shapes disagree."""
         super().__init__()
         self.in_features, self.out_features = in_features, bitmask.shape[0]
-        native.check(bitmask, values, row_starts, self.out_features, scales)
+        native.check(bitmask, values, row_starts, (self.out_features, in_features), scales)
         self.register_buffer("bitmask", bitmask.contiguous())
         self.register_buffer("values", values.contiguous())
         self.register_buffer("row_starts", row_starts.contiguous(), persistent=False)
@@ -99,7 +99,7 @@ class SparseLinear(nn.Module):
             if seen.values == values.data_ptr() and seen.bitmask == bitmask.data_ptr():
                 return weight
         shape = self.out_features, self.in_features
-        native.check(bitmask, values, self.row_starts, self.out_features, scales)
+        native.check(bitmask, values, self.row_starts, shape, scales)
         self._weight = native.Weight(*shape, values, bitmask, self.row_starts, scales)
         return self._weight
 
@@ -125,7 +125,8 @@ class SparseLinear(nn.Module):
         given = {name: state_dict[f"{prefix}{name}"] for name in names}
         if "bitmask" in given and "values" in given:
             starts = native.row_starts(given["bitmask"], self.in_features)
-            native.check(given["bitmask"], given["values"], starts, self.out_features, given.get("scales", self.scales))
+            shape = self.out_features, self.in_features
+            native.check(given["bitmask"], given["values"], starts, shape, given.get("scales", self.scales))
             self.row_starts = starts
             for name, tensor in given.items():
                 setattr(self, name, tensor.clone())

@@ -20,6 +20,8 @@ class Weight:
         """`packed` is bitmask, row_starts and scales (or None), contiguous on the CPU; empty for a dense weight."""
         bitmask, starts, scales = packed or (None, None, None)
         self.tensors = (values, bitmask, starts, scales)
+        if not all(t is None or (t.is_contiguous() and t.device.type == "cpu") for t in self.tensors):
+            raise BillhookError("The kernels read contiguous tensors on the CPU: move layer and inputs to one device.")
         groups = scales.numel() // out_features if scales is not None else 1
         words = mask_bytes(in_features) // 8
         group_words = words if scales is None else -(-group_size(scales, in_features) // 64)
@@ -49,7 +51,11 @@ class Weight:
     def _call(self, function: str, x: Tensor, bias: Tensor | None, *room: int) -> Tensor:
         kernels, path = library.active() or (None, -1)
         out, columns = self.shape
+        if x.shape[-1] != columns or (bias is not None and (bias.shape != (out,) or bias.dtype != x.dtype)):
+            given = f"{x.dtype} {list(x.shape)}" + ("" if bias is None else f", bias {bias.dtype} {list(bias.shape)}")
+            raise BillhookError(f"A weight of {out} rows and {columns} columns was given inputs {given}.")
         x, stride = _rows(x)
+        bias = None if bias is None else bias.contiguous()
         y = x.new_empty((*x.shape[:-1], out))
         added = None if bias is None else bias.data_ptr()
         places = (x.data_ptr(), stride, x.numel() // columns, added, y.data_ptr(), *room)
@@ -98,19 +104,27 @@ def row_starts(bitmask: Tensor, in_features: int) -> Tensor:
     return starts
 
 
-def check(bitmask: Tensor, values: Tensor, starts: Tensor, rows: int, scales: Tensor | None) -> None:
-    """Raise BillhookError unless these are a packed weight of `rows` rows as `layout.py` describes it, with its
-    padding."""
+def check(bitmask: Tensor, values: Tensor, starts: Tensor, shape: tuple[int, int], scales: Tensor | None) -> None:
+    """Raise BillhookError unless these have the shapes and dtypes of a packed weight of `shape` as `layout.py`
+    describes it, with its padding, outside of which the kernels would read; `starts` are those of `row_starts`."""
+    rows, columns = shape
+    mask = ("bitmask", bitmask, torch.uint8, (rows, mask_bytes(columns)))
+    for name, tensor, dtype, size in (mask, ("positions of rows", starts, torch.int64, (rows + 1,))):
+        if tensor.dtype != dtype or tensor.shape != size:
+            wrong = f"must be {dtype} {list(size)}, found {tensor.dtype} {list(tensor.shape)}"
+            raise BillhookError(f"The {name} of a layer of {rows} rows and {columns} columns {wrong}: it is damaged.")
     nnz = int(starts[-1])
-    if bitmask.shape[0] != rows or starts.shape != (rows + 1,):
-        found = f"a bitmask of {bitmask.shape[0]} rows and positions of {starts.shape[0] - 1} rows"
-        raise BillhookError(f"A layer of {rows} rows was given {found}. The packed file is damaged.")
+    if int(starts[0]) or bool((starts.diff() < 0).any()):
+        raise BillhookError(f"The positions of {rows} rows must begin with 0 and never fall: the layer is damaged.")
     if values.ndim != 1 or values.numel() != nnz + PADDING // values.element_size():
         raise BillhookError(f"The bitmask keeps {nnz} weights, but there are {values.numel()} values with padding.")
     if (values.dtype == torch.int8) != (scales is not None):
         raise BillhookError(f"Values of {values.dtype} {'need' if scales is None else 'have no'} scales.")
-    if scales is not None and (scales.dtype != torch.float32 or scales.shape[0] != rows):
-        raise BillhookError(f"Scales must be float32 [{rows}, ...], found {scales.dtype} {list(scales.shape)}.")
+    if scales is not None:
+        if scales.dtype != torch.float32 or scales.ndim not in (1, 2) or scales.shape[0] != rows:
+            wrong = f"found {scales.dtype} {list(scales.shape)}"
+            raise BillhookError(f"Scales must be float32 [{rows}] or [{rows}, groups], {wrong}.")
+        group_size(scales, columns)
 
 
 def expand(
@@ -120,6 +134,7 @@ def expand(
 
     `scales`, for int8, is float32 [out] (one per row) or [out, ceil(columns / group)] (one per `group` columns).
     """
+    check(bitmask, values, starts, (bitmask.shape[0], columns), scales)
     first, last, _ = rows.indices(bitmask.shape[0])
     packed = (bitmask.contiguous(), starts.contiguous(), None if scales is None else scales.contiguous())
     weight = Weight(bitmask.shape[0], columns, values.contiguous(), *packed)

@@ -13,8 +13,9 @@ def sparse_linear(
     x: Tensor, bitmask: Tensor, values: Tensor, row_starts: Tensor, scales: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """x [..., in] times a packed weight [out, in], plus bias -> [..., out] in the dtype of x, on the CPU."""
-    check(bitmask, values, row_starts, bitmask.shape[0], scales)
-    weight = Weight(bitmask.shape[0], x.shape[-1], values, bitmask, row_starts, scales)
+    shape = bitmask.shape[0], x.shape[-1]
+    check(bitmask, values, row_starts, shape, scales)
+    weight = Weight(*shape, values, bitmask, row_starts, scales)
     return autotune.product(weight, x, bias)
 
 

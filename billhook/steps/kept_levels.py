@@ -19,6 +19,8 @@ from billhook.store.files import json_text, read_json, replace_file
 from billhook.store.layout import LEVELS
 from billhook.store.typed_json import typed
 
+VERSION = 1  # of the measurements: raised when a number is measured in another way
+
 
 @contextmanager
 def said_when_stopped(kept: Path, again: str) -> Iterator[None]:
@@ -26,9 +28,10 @@ def said_when_stopped(kept: Path, again: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Interrupted) as stopped:
-        if not kept.exists() or not (isinstance(stopped, KeyboardInterrupt) or "Stopped. " in str(stopped)):
+        if not kept.exists() or (isinstance(stopped, Interrupted) and not stopped.stopped):
             raise
-        raise Interrupted(f"Stopped. What is finished is kept in {kept}: {again}.") from None
+        what = f"Stopped. What is finished is kept in {kept}: {again}."
+        raise Interrupted(what, stopped=True, advised=True) from None
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class KeptLevels:
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
         self._path = None if folder is None else folder / LEVELS
-        self.found = Measurements(json.loads(json_text(identity)))
+        self.found = Measurements(json.loads(json_text({**identity, "measurements": VERSION})))
         if self._path is None or not self._path.is_file():
             return
         try:

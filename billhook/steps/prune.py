@@ -193,7 +193,8 @@ def _pack(dense: Path, output: Path, overwrite: bool) -> tuple[Path, list[str]]:
         raise type(error)(f"{error} The pruned model is in {dense}.") from None
     except KeyboardInterrupt:
         command = f"billhook pack {dense} -o {output}"
-        raise Interrupted(f"Stopped. The pruned model is in {dense}: {command} completes the job.") from None
+        what = f"Stopped. The pruned model is in {dense}: {command} completes the job."
+        raise Interrupted(what, stopped=True, advised=True) from None
     shutil.rmtree(dense)
     return report.output, report.notes
 

@@ -204,7 +204,7 @@ def _tuned(job: BlocksJob, tuner: BlockTuner, block: Block, progress: Progress) 
         return []
     resources = job.dense.resources
     with resources.block(block.index if block.last else block.index + 1):
-        tuned = tuned_results(tuner.tune_(block), block, results)
+        tuned = tuned_results(tuner.tune_(block), block, results, {})
     for layer in block.layers:
         progress(layer.name)
     return tuned

@@ -103,7 +103,8 @@ def ended_early(error: BaseException, needed: int, output: Path, kept: str) -> B
         what = str(error).rstrip(".")
     if not kept:
         return JobError(f"{what}. Nothing was left behind.")
-    return Interrupted(f"{what}. {kept}: continue with the same command and --resume.")
+    stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, Interrupted) and error.stopped)
+    return Interrupted(f"{what}. {kept}: continue with the same command and --resume.", stopped=stopped, advised=True)
 
 
 def lock_folder(folder: Path) -> int:

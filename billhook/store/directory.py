@@ -7,6 +7,7 @@ at the end (`billhook.store.output`).
 
 import json
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from billhook.store.sinks import choose_sink
 # suffixes of files that hold weights
 _WEIGHTS = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"))
 _WEIGHTS |= {".ot", ".pkl", ".distcp", ".tflite", ".mlmodel", ".pb"}
-_PARTS = (".onnx", ".onnx_data", ".data-")  # of ONNX and TensorFlow, also with a number behind: parts of such files
+# how the names of parts of ONNX and TensorFlow files end: model.onnx_data, model.onnx_data_1, x.data-00000-of-00001
+_PARTS = re.compile(r"(\.onnx[._]data([._-]\d+)?|\.data-\d{5}-of-\d{5})$")
 _FOLDERS = (".mlpackage", ".mlmodelc")  # of Core ML
 _BESIDE = (".xml", ".param", ".index", ".meta")  # of no use without weights of the same name: OpenVINO, TensorFlow
 # with the first, `transformers` would look for adapter weights; with the second, others would expect quantized ones
@@ -143,8 +145,8 @@ def _holds_weights(source: Path, path: Path) -> bool:
 
 
 def _is_weights(path: Path) -> bool:
-    parts = any(suffix.startswith(_PARTS) for suffix in path.suffixes)
-    return path.suffix in _WEIGHTS or parts or any(part.endswith(_FOLDERS) for part in path.parts[:-1])
+    named = path.suffix in _WEIGHTS or _PARTS.search(path.name) is not None
+    return named or any(part.endswith(_FOLDERS) for part in path.parts[:-1])
 
 
 def copy_others(source: Path, folder: Path, without: Collection[str] = ()) -> None:

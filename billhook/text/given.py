@@ -1,15 +1,18 @@
-"""Calibration data given from Python: token tensors, texts, rows of a data set, or any iterable of these.
+"""Calibration data given from Python: token ids, texts, rows of a data set, or any iterable of these.
 
-A row is a text, a mapping with a field `text` or `messages`, a tensor of token ids [length] or [windows, length], or a
-mapping with `input_ids`. Rows of token ids are used as they are, and all of them; they must be equally long. Of texts,
-windows are drawn as from a file; a text that is None is skipped.
+Token ids are whole numbers in a tensor, a numpy array or nested lists [windows, length]. A row is a text, a mapping
+with a field `text` or `messages`, token ids [length] or [windows, length], or a mapping with them as `input_ids`. Rows
+of token ids are used as they are, and all of them; they must be equally long. Of texts, windows are drawn as from a
+file; a text that is None is skipped.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import chain
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +20,11 @@ from billhook.errors import BillhookError
 from billhook.text.hub import column
 from billhook.text.rows import MESSAGES, TEXT, Chat, document, field_of, warn_of_nulls
 
-Given = str | Path | Tensor | Iterable[str | Tensor | Mapping[str, Any]]  # the name of a source, or data
+# the name of a source, or data; tensors, arrays and nested lists are token ids
+Given = str | Path | Tensor | np.ndarray | Iterable[str | Tensor | np.ndarray | Sequence[int] | Mapping[str, Any]]
 _WHO = "calibration"
-_FORMS = "give a source's name, a tensor of token ids [windows, length], or an iterable of texts, of such tensors, or "
-_FORMS += "of rows with `text`, `messages` or `input_ids`"
+_FORMS = "give a source's name, token ids [windows, length] in a tensor, array or nested list, or an iterable of "
+_FORMS += "texts, of token ids, or of rows with `text`, `messages` or `input_ids`"
 _IDS = "input_ids"
 _FIELDS = (TEXT, _IDS, MESSAGES)  # of a row, in this order
 _NOTHING = object()
@@ -34,8 +38,8 @@ def given(data: Given, chat: Chat | None = None) -> str | Tensor | Iterable[str]
     """
     if isinstance(data, str | Path):
         return str(data)
-    if isinstance(data, Tensor):
-        return whole_ids(data, _WHO)
+    if _is_array(data):
+        return whole_ids(_numbers(data, _WHO, "tokens"), _WHO)
     data = _rows(data)
     if not isinstance(data, Iterable) or isinstance(data, bytes | Mapping):
         raise BillhookError(f"{_WHO}: found {type(data).__name__}; {_FORMS}.")
@@ -54,10 +58,13 @@ def given(data: Given, chat: Chat | None = None) -> str | Tensor | Iterable[str]
 
 
 def holds_ids(data: Any) -> bool:
-    """Whether data are token ids, which need no tokenizer: a tensor, or a list that begins with ids."""
-    if isinstance(data, list | tuple) and data:
+    """Whether data, or a row of them, are token ids, which need no tokenizer: numbers in a tensor, an array or nested
+    lists, or a mapping or a list that begins with such ids."""
+    while isinstance(data, list | tuple) and data:
         data = data[0]
-    return isinstance(data, Tensor) or (isinstance(data, Mapping) and _field(data) == _IDS)
+    if isinstance(data, Number):
+        return data == data  # not NaN, which is a text that is missing, as pandas writes it
+    return _is_array(data) or (isinstance(data, Mapping) and _field(data) == _IDS)
 
 
 def whole_ids(tokens: Any, source: str) -> Tensor:
@@ -69,6 +76,11 @@ def whole_ids(tokens: Any, source: str) -> Tensor:
         raise BillhookError(f"{source}: `tokens` must be whole numbers, found {tokens.dtype}.")
     whole = tokens.to(torch.int64)
     return whole.clone() if whole.is_inference() else whole  # which could not be used in a backward pass
+
+
+def _is_array(data: Any) -> bool:
+    """Whether data are numbers in a tensor, or in an array as numpy has it."""
+    return isinstance(data, Tensor) or getattr(getattr(data, "dtype", None), "kind", "") in tuple("biufc")
 
 
 def _rows(data: Any) -> Any:
@@ -94,9 +106,9 @@ def _field(names: Collection[str]) -> str | None:
 
 def _numbers(values: Any, where: str, name: str) -> Tensor:
     try:
-        return torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError):
-        raise BillhookError(f"{where}: `{name}` must be a list of whole numbers or a tensor.") from None
+        return values if isinstance(values, Tensor) else torch.tensor(values)  # a copy: arrays can be read-only
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise BillhookError(f"{where}: `{name}` must be a list of whole numbers, an array or a tensor.") from None
 
 
 def _documents(rows: Iterable[Any], chat: Chat | None) -> Iterator[str]:
@@ -109,9 +121,9 @@ def _documents(rows: Iterable[Any], chat: Chat | None) -> Iterator[str]:
             known = ", ".join(map(str, row)) or "nothing"
             raise BillhookError(f"{where} has no field `text` or `messages`; it has {known}.")
         value = row[field]
-        if field == TEXT and isinstance(value, list | Tensor):
+        if field == TEXT and (isinstance(value, list) or _is_array(value)):
             found = f"{where}: found {type(value).__name__}, not a text"
-            raise BillhookError(f"{found}; token ids are tensors in all rows, and a chat is {{`messages`: [...]}}.")
+            raise BillhookError(f"{found}; all rows are token ids or none, and a chat is {{`messages`: [...]}}.")
         text = document(value, where, field, chat)
         if text is None:
             nulls += 1
@@ -129,7 +141,8 @@ def _token_rows(rows: Iterable[Any]) -> list[Tensor]:
         mask = row.get("attention_mask") if isinstance(row, Mapping) else None
         if mask is not None and not _numbers(mask, where, "attention_mask").all():
             raise BillhookError(f"{where} is padded: give windows of one length, without padding.")
-        ids = _numbers(ids, where, "input_ids") if isinstance(ids, list) or hasattr(ids, "__array__") else ids
+        name = "input_ids" if isinstance(row, Mapping) else "tokens"
+        ids = _numbers(ids, where, name) if isinstance(ids, list | tuple) or hasattr(ids, "__array__") else ids
         ids = whole_ids(ids[None] if isinstance(ids, Tensor) and ids.ndim == 1 else ids, where)
         if found and ids.shape[1] != found[0].shape[1]:
             both = f"{ids.shape[1]} tokens, the first row {found[0].shape[1]}"

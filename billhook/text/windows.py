@@ -188,7 +188,7 @@ def check_ids(ids: Tensor, vocab_size: int | None, source: str) -> None:
 def _need(tokenizer: Tokenizer | None, source: str) -> Tokenizer:
     if tokenizer is None:
         file = "give a .safetensors file with `tokens` [samples, length]"
-        what, instead = ("texts", "give a tensor of token ids [windows, length]") if source == TEXTS else (source, file)
+        what, instead = ("texts", "give token ids [windows, length]") if source == TEXTS else (source, file)
         raise BillhookError(f"The model has no tokenizer to read {what} with: {instead}.")
     return tokenizer
 

@@ -8,10 +8,12 @@ import torch
 
 from billhook import JobError, allocate, find_layers, measure, prune_
 from billhook.engine.loop import apply_plan_
-from billhook.engine.method import Method
+from billhook.engine.method import Method, Quantization
 from billhook.engine.walk import Block
 from billhook.methods.masks import Select
+from billhook.methods.quantize import QUANTIZERS
 from billhook.registry import method
+from billhook.steps.types import uniform_plan
 
 Tensor = torch.Tensor
 Fault = Callable[[Tensor, Tensor], Tensor]  # of the weight and the mask of the plan
@@ -117,3 +119,29 @@ def test_tuning_that_revives_a_removed_weight_is_an_error() -> None:
     plan, method = allocate(measure(model, []), 0.5), Method("magnitude", {})
     with pytest.raises(JobError, match=r"^model\.layers\.0\.self_attn\.k_proj: tuning made 3 removed weights nonzero"):
         apply_plan_(model, plan, method, [{"input_ids": ids}], tuner=Reviving())
+
+
+class Moves:
+    """A tuner that moves every value, as it can the minimum of a type."""
+
+    wants_dense_outputs = False
+
+    def note(self, block: Block) -> None:
+        pass
+
+    def tune_(self, block: Block) -> str:
+        for layer in block.layers:
+            layer.weight.add_(1)
+        return "moved"
+
+
+def test_zeros_of_quantized_layers_are_counted_after_tuning_the_lost_ones_too():
+    model = tiny.llama(num_hidden_layers=1)
+    layers = find_layers(model)
+    for layer in layers:
+        layer.weight.data[:, ::2] = 0
+    plan, _ = uniform_plan("q8_0", layers)
+    method = Quantization("round", QUANTIZERS.configure("round", {}))
+    ids = torch.arange(16)[None]
+    results = apply_plan_(model, plan, method, [{"input_ids": ids}], tuner=Moves())
+    assert [(r.zeros, r.refilled) for r in results] == [(0, layer.weight.numel() // 2) for layer in layers]

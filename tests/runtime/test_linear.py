@@ -7,7 +7,7 @@ import torch
 from sparse_layers import assert_product, layer, random_weight
 
 from billhook.errors import BillhookError
-from billhook.runtime import autotune, native, ops
+from billhook.runtime import autotune, library, native, ops
 from billhook.runtime.linear import DenseLinear, SparseLinear, adopt_
 
 
@@ -109,6 +109,79 @@ def test_disagreeing_tensors_are_named():
         packed(torch.randn(2, 130).double())
 
 
+def longer(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor, tensor[-1:]])
+
+
+WRONG = {  # changed arguments of a layer of 9 rows and 130 columns, and what the message says
+    "short bitmask": ("bitmask", lambda t: t[:, :16], r"bitmask of .* 130 columns must be torch.uint8 \[9, 24\]"),
+    "flat bitmask": ("bitmask", lambda t: t.flatten(), r"bitmask .* must be torch.uint8"),
+    "bitmask of bool": ("bitmask", lambda t: t.bool(), r"bitmask .* found torch.bool"),
+    "short values": ("values", lambda t: t[:-1], "values with padding"),
+    "positions of int32": ("starts", lambda t: t.int(), r"positions of rows .* must be torch.int64 \[10\]"),
+    "more positions": ("starts", longer, r"positions of rows .* must be torch.int64 \[10\], found torch.int64 \[11\]"),
+    "no position": ("starts", lambda t: t[:0], r"positions of rows .* must be torch.int64"),
+    "positions that fall": ("starts", lambda t: t - (torch.arange(10) == 4) * 99, "must begin with 0 and never fall"),
+    "positions that jump": ("starts", lambda t: t + (torch.arange(10) == 4) * 999, "must begin with 0 and never fall"),
+    "positions from 1": ("starts", lambda t: t.clamp(min=1), "must begin with 0"),
+    "more scales": ("scales", lambda t: torch.cat([t, t], 1), "6 scales per row do not fit 130 columns"),
+    "scales of scales": ("scales", lambda t: t[..., None], r"Scales must be float32 \[9\] or \[9, groups\]"),
+    "fewer scales": ("scales", lambda t: t[1:], r"found torch.float32 \[8, 3\]"),
+}
+
+
+@pytest.mark.parametrize("kernels", [*library.paths()[:1], "torch"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_a_kernel_would_read_outside_of_its_tensors_is_refused(wrong: str, kernels: str):
+    packed = layer(random_weight((9, 130), 0.3, torch.int8), torch.rand(9, 3))
+    name, change, message = WRONG[wrong]
+    given = {"bitmask": packed.bitmask, "values": packed.values, "starts": packed.row_starts, "scales": packed.scales}
+    given[name] = change(given[name])
+    bitmask, values, starts, scales = given.values()
+    x = torch.randn(2, 130)
+    with library.forced(kernels):
+        with pytest.raises(BillhookError, match=message):
+            SparseLinear(bitmask, values, starts, 130, scales=scales)
+        with pytest.raises(BillhookError, match=message):
+            ops.sparse_linear(x, bitmask, values, starts, scales, None)
+        with pytest.raises(BillhookError, match=message):
+            native.expand(bitmask, values, starts, 130, scales=scales)
+        setattr(packed, "row_starts" if name == "starts" else name, given[name])
+        packed._weight = None
+        with pytest.raises(BillhookError, match=message):
+            packed(x)
+
+
+@pytest.mark.parametrize(
+    ("x", "bias"),
+    [
+        (torch.randn(2, 130), torch.randn(8)),
+        (torch.randn(2, 130), torch.randn(1)),
+        (torch.randn(2, 130), torch.randn(9).half()),
+        (torch.randn(2, 131), None),
+        (torch.randn(1, 65), None),
+    ],
+    ids=["short bias", "one bias", "bias of float16", "wide inputs", "narrow inputs"],
+)
+def test_inputs_and_biases_of_another_shape_are_refused(x: torch.Tensor, bias: torch.Tensor | None):
+    packed = layer(random_weight((9, 130), 0.3, torch.float32)).packed()
+    with pytest.raises(BillhookError, match="A weight of 9 rows and 130 columns was given inputs"):
+        packed.multiply(x, bias)
+
+
+def test_a_bias_with_gaps_is_added_as_its_values_are():
+    W, x, bias = random_weight((9, 130), 0.3, torch.float32), torch.randn(2, 130), torch.randn(18)[::2]
+    assert_product(layer(W, bias=bias)(x), x, W.double(), bias)
+
+
+def test_tensors_with_gaps_or_of_another_device_do_not_reach_the_kernels():
+    packed = layer(random_weight((9, 130), 0.3, torch.float32))
+    gaps = packed.bitmask.t().contiguous().t()
+    for bitmask in (gaps, packed.bitmask.to("meta")):
+        with pytest.raises(BillhookError, match="contiguous tensors on the CPU"):
+            native.Weight(9, 130, packed.values, bitmask, packed.row_starts, None)
+
+
 @pytest.mark.parametrize("before", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("after", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_a_converted_layer_is_still_a_packed_weight_with_its_padding(before: torch.dtype, after: torch.dtype):
@@ -118,7 +191,7 @@ def test_a_converted_layer_is_still_a_packed_weight_with_its_padding(before: tor
     packed = layer(W, scales, torch.randn(9))
     exact = packed.dense()
     converted = packed.to(after)
-    native.check(converted.bitmask, converted.values, converted.row_starts, 9, converted.scales)
+    native.check(converted.bitmask, converted.values, converted.row_starts, (9, 130), converted.scales)
     layer(W, scales, torch.randn(9)).load_state_dict(converted.state_dict())
     kept = scales is not None or after == torch.float64  # which the kernels do not multiply
     assert converted.values.dtype == (before if kept else after)
@@ -126,7 +199,7 @@ def test_a_converted_layer_is_still_a_packed_weight_with_its_padding(before: tor
     x = torch.randn(2, 130).to(torch.float32 if after == torch.float64 else after)
     assert_product(converted(x), x, converted.dense().double(), converted.bias.to(x.dtype), rounded=True)
     everything = layer(W, scales).type(after)  # which converts integers, too
-    native.check(everything.bitmask, everything.values, everything.row_starts, 9, everything.scales)
+    native.check(everything.bitmask, everything.values, everything.row_starts, (9, 130), everything.scales)
 
 
 def test_replaced_buffers_without_padding_or_with_other_scales_are_refused():

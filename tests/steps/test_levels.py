@@ -7,10 +7,12 @@ from command import contents
 
 from billhook.errors import Interrupted
 from billhook.measurement import level_errors as module
+from billhook.steps import kept_levels, resolve
 from billhook.steps.compress_units import compress
-from billhook.steps.kept_levels import KeptLevels
+from billhook.steps.kept_levels import KeptLevels, said_when_stopped
 from billhook.steps.levels import measure_levels
 from billhook.steps.request import Request, in_memory, open_request
+from billhook.steps.unfinished_folder import ended_early
 
 pytestmark = pytest.mark.gate
 IDS = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -53,6 +55,26 @@ def test_a_type_that_ruins_the_embeddings_does_not_change_what_larger_types_are_
     assert with_smallest == without
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_levels_of_another_version_of_the_package_are_measured_again(tmp_path, monkeypatch, same):
+    source = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=2), dtype=torch.bfloat16, words=False)
+    fields = {"size": "60KB", "target": "transformers", "calibration": IDS, "batch_size": 4, "sweeps": 0}
+    measured: list[int] = []
+    original = module._measure
+    monkeypatch.setattr(module, "_measure", lambda *given: measured.append(1) or original(*given))
+
+    def stop(line: str) -> None:
+        if len(measured) == 5:  # of 8 groups of layers with one input, 4 in a block
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        compress(source, tmp_path / "out", progress=stop, **fields)
+    measured.clear()
+    monkeypatch.setattr(resolve, "VERSION", resolve.VERSION if same else "0.0.1")
+    compress(source, tmp_path / "out", **fields)
+    assert len(measured) == (4 if same else 8)
+
+
 @pytest.mark.parametrize(
     "after", [pytest.param(2, marks=pytest.mark.nightly), 12, pytest.param(20, marks=pytest.mark.nightly)]
 )
@@ -85,11 +107,29 @@ def test_a_choice_that_is_killed_goes_on_with_what_was_measured_and_gives_the_sa
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_measurements_of_another_run_and_damaged_ones_are_not_used(tmp_path):
+def test_measurements_of_another_run_or_version_and_damaged_ones_are_not_used(tmp_path, monkeypatch):
     KeptLevels(tmp_path / "x.partial", {"seed": 0}).keep(information={"layer": 1.0})
     assert KeptLevels(tmp_path / "x.partial", {"seed": 0}).found.information == {"layer": 1.0}
     assert KeptLevels(tmp_path / "x.partial", {"seed": 1}).found.information == {}
+    monkeypatch.setattr(kept_levels, "VERSION", kept_levels.VERSION + 1)
+    assert KeptLevels(tmp_path / "x.partial", {"seed": 0}).found.information == {}
     (tmp_path / "x.partial" / "billhook.levels.json").write_text('{"identity": {"seed": 0}, "errors": 3}')
     assert KeptLevels(tmp_path / "x.partial", {"seed": 0}).found.errors == {}
     KeptLevels(tmp_path / "x.partial", {}).forget()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), MemoryError(), Interrupted("Stopped. The disk cannot be read.")]
+)
+def test_a_stop_is_known_by_its_kind_and_not_by_the_words_of_its_message(tmp_path, error):
+    """What only holds these words is raised as it is."""
+    ended = ended_early(error, 0, tmp_path / "out", f"Block 1 is finished and kept in {tmp_path}")
+    with pytest.raises(Interrupted) as raised, said_when_stopped(tmp_path, "start it again"):
+        raise ended
+    stopped = isinstance(error, KeyboardInterrupt)
+    assert raised.value.stopped == ended.stopped == stopped
+    assert (raised.value is ended) != stopped
+    assert str(raised.value).endswith(
+        "start it again." if stopped else "continue with the same command and resume=True."
+    )

@@ -243,7 +243,7 @@ def test_weights_of_other_modules_are_copied_and_those_of_the_model_are_not(tmp_
 TOGETHER = (  # files of other formats that only work together
     ("openvino/openvino_model.xml", "openvino/openvino_model.bin"),
     ("openvino_tokenizer.xml", "openvino_tokenizer.bin"),
-    ("onnx/model.onnx", "onnx/model.onnx_data", "onnx/model.onnx_data_1", "onnx/model.onnx.data"),
+    ("onnx/model.onnx", "onnx/model.onnx_data", "onnx/model.onnx_data_1", "onnx/model.onnx.data", "onnx/m.onnx.data.1"),
     ("saved_model.pb", "variables/variables.index", "variables/variables.data-00000-of-00001"),
     ("model.ckpt.meta", "model.ckpt.index", "model.ckpt.data-00000-of-00002"),
     ("m.mlpackage/Manifest.json", "m.mlpackage/Data/com.apple.CoreML/weights/weight.bin"),
@@ -268,6 +268,17 @@ def test_what_only_works_together_is_copied_or_left_out_together(modules: bool, 
     report = billhook.pack(tmp_path / "pruned", tmp_path / "packed")
     assert not report.notes
     assert contents(tmp_path / "packed").keys() >= {*plain}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("notes.onnx.md", "model.onnx.json", "export_to.onnx.py", "model.onnx_data.sha256", "how.onnx_data_1.txt"),
+        *("words.data-tables.json", "train.data-00000-of-00002.csv", "my.onnx_database", "a.data-0-of-x"),
+    ],
+)
+def test_a_format_of_weights_in_the_middle_of_a_name_means_nothing(name: str, tmp_path: Path):
+    assert copied_from(tmp_path)(Path(name))
 
 
 @pytest.mark.parametrize("modules", ["", "{", "3", "[3]", '[{"path": 3}]', '[{"path": "/"}, {"path": ".."}]'])

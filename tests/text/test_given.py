@@ -3,6 +3,7 @@ named."""
 
 import re
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -14,11 +15,15 @@ from billhook.text.windows import load_calibration
 
 TEXTS = texts(40)
 IDS = torch.arange(96).view(6, 16)
+ARRAY = IDS.numpy()
+READ_ONLY = np.frombuffer(ARRAY.astype(np.uint16).tobytes(), np.uint16).reshape(6, 16)
 FORMS = {
     "list": TEXTS,
     "tuple": tuple(TEXTS),
     "rows": [{"text": text, "id": number} for number, text in enumerate(TEXTS)],
     "nulls": [None, *TEXTS[:3], None, {"text": None}, *TEXTS[3:]],
+    "nulls of a table": [float("nan"), *TEXTS],
+    "array": np.array(TEXTS),
 }
 
 
@@ -83,9 +88,23 @@ def test_an_iterator_is_read_as_far_as_needed(tokenizer):
         [{"input_ids": row.tolist(), "attention_mask": [1] * 16} for row in IDS],
         [{"input_ids": row.tolist(), "attention_mask": None} for row in IDS],
         [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in IDS.split(2)],
+        ARRAY,
+        READ_ONLY,
+        list(ARRAY.astype(np.int32)),
+        iter(np.split(READ_ONLY, 3)),
+        [{"input_ids": row, "attention_mask": np.ones(16)} for row in READ_ONLY],
+        ARRAY.tolist(),
+        [tuple(row) for row in ARRAY],
+        [ARRAY[:2].tolist(), ARRAY[2:].tolist()],
+        [ARRAY[0].tolist(), ARRAY[1], IDS[2:]],
     ],
-    ids=["tensor", "rows", "parts", "iterator", "tokenized", "unmasked", "batches"],
+    ids=[
+        *("tensor", "rows", "parts", "iterator", "tokenized", "unmasked", "batches"),
+        *("array", "read-only array", "arrays", "iterator of arrays", "rows with arrays"),
+        *("lists", "tuples", "lists of windows", "of several kinds"),
+    ],
 )
+@pytest.mark.filterwarnings("error")
 def test_token_ids_from_python_are_used_as_they_are(data):
     found = load_calibration(data, None, samples=1, length=4)
     assert torch.equal(found.ids, IDS)
@@ -135,7 +154,20 @@ def test_token_ids_come_before_the_chats_that_they_were_made_of(form):
         (["a", {"text": 3}], "row 2: the text is of type int, not a string"),
         (["a", {"txt": "b"}], "row 2 has no field `text` or `messages`; it has txt"),
         (["a", IDS[0]], "row 2: found Tensor, not a text"),
-        ([[1, 2, 3]], "row 1: found list, not a text"),
+        ([[]], "row 1: found list, not a text"),
+        (["a", [1, 2, 3]], "row 2: found list, not a text"),
+        (["a", ARRAY[0]], "row 2: found ndarray, not a text"),
+        ([1, 2, 3], r"row 1: `tokens` must be \[samples, length\].*found int"),
+        (ARRAY[0], r"calibration: `tokens` must be \[samples, length\].*found \[16\]"),
+        (ARRAY.astype(float), "calibration: `tokens` must be whole numbers, found torch.float64"),
+        (list(ARRAY > 3), "row 1: `tokens` must be whole numbers, found torch.bool"),
+        ([ARRAY[0], ARRAY[1].astype(np.float32)], "row 2: `tokens` must be whole numbers, found torch.float32"),
+        ([{"input_ids": ARRAY[0] / 2}], "row 1: `tokens` must be whole numbers, found torch.float64"),
+        ([[1, 2], [1, 2.5]], "row 2: `tokens` must be whole numbers, found torch.float32"),
+        ([[1.0, 2.0]], "row 1: `tokens` must be whole numbers, found torch.float32"),
+        ([[1, 2], [1, "a"]], "row 2: `tokens` must be a list of whole numbers, an array or a tensor"),
+        ([[1, 2], [1, 2**70]], "row 2: `tokens` must be a list of whole numbers, an array or a tensor"),
+        ([[[1, 2], [3]]], "row 1: `tokens` must be a list of whole numbers, an array or a tensor"),
         ([IDS[0], "a"], r"row 2: `tokens` must be \[samples, length\].*found str"),
         ([IDS[0], IDS[0, :5]], "row 2 has 5 tokens, the first row 16: give windows of one length"),
         ([IDS[0], IDS[0].float()], "row 2: `tokens` must be whole numbers, found torch.float32"),
@@ -153,7 +185,7 @@ def test_rows_that_cannot_be_used_are_named(tokenizer, data, message):
 @pytest.mark.gate
 @pytest.mark.parametrize(
     "data",
-    [[f"{number} {tiny.TEXT}" for number in range(40)], pytest.param(list(IDS), marks=pytest.mark.nightly)],
+    [[f"{number} {tiny.TEXT}" for number in range(40)], pytest.param(list(ARRAY), marks=pytest.mark.nightly)],
     ids=["texts", "ids"],
 )
 def test_a_run_takes_data_from_python(tmp_path, data):
@@ -166,6 +198,9 @@ def test_a_run_takes_data_from_python(tmp_path, data):
 
 
 def test_seeds_need_data_that_can_be_read_again(tmp_path):
-    for data, message in ((IDS, "given tokens are always the same"), (iter(TEXTS), "give a list")):
+    for data, message in (
+        *((ids, "given tokens are always the same") for ids in (IDS, ARRAY, list(IDS))),
+        (iter(TEXTS), "give a list"),
+    ):
         with pytest.raises(BillhookError, match=re.escape(message)):
             compare(tiny.llama(), Grid(seeds=2), "text.txt", calibration=data)

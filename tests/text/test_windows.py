@@ -176,7 +176,7 @@ def test_impossible_requests_are_refused(tokenizer, tmp_path, options):
 def test_text_needs_a_tokenizer(tmp_path):
     with pytest.raises(BillhookError, match="no tokenizer to read"):
         load_calibration(str(tiny.text_file(tmp_path / "a.txt")), None, length=8)
-    with pytest.raises(BillhookError, match=r"no tokenizer to read texts with: give a tensor of token ids"):
+    with pytest.raises(BillhookError, match=r"no tokenizer to read texts with: give token ids"):
         load_calibration(["a text"], None, length=8)
 
 

@@ -60,7 +60,7 @@ def allocate(
     pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
     target = check_budget(sparsity, pattern)
     configured = ALLOCATORS.configure(allocator, options)
-    parts = table.stacks() if budget == "each" and allocator not in _WHOLE else [table]
+    parts = parts_of(table, "joint" if allocator in _WHOLE else budget)
     made = [ALLOCATORS.get(allocator)(part, target, **configured) for part in parts]
     shares = {row.layer: share[row.layer] for row in table for share in made if row.layer in share}
     paper = ALLOCATORS.paper(allocator)
@@ -70,6 +70,11 @@ def allocate(
     if any(map(of_weights, read)) and (spectra := shown(table)):
         made_by["spectra"] = spectra
     return plan_of(table, shares, target, pattern, made_by)
+
+
+def parts_of(table: Table, budget: BudgetScope) -> list[Table]:
+    """The parts of a table that each meet the sparsity: every stack of blocks, or all of them together."""
+    return table.stacks() if budget == "each" else [table]
 
 
 def plan_of(
