@@ -228,7 +228,7 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
         "held_out": {"before": report.before, "after": report.after},
         "zeros": dict(job.zeros),
         "seed": request.seed,
-        **computed_in(opened.model),
+        **computed_in(job.problem.model),
         "targets": listed(request.targets),
         "ignore": listed(request.ignore),
         "teacher": teacher_facts(before, job.identity["teacher"]),
