@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 TYPES = ("auto", "f16", "bf16", "f32", "q8_0")
 _CHUNK = 1 << 24  # numbers that are converted at once
 _AS_STORED = {"BF16": "bf16", "F16": "f16"}
+
+
+class GgufForm(TypedDict):
+    """The options of a GGUF file: its template, and how many bytes of tensors go to one of several files."""
+
+    template: Path | None
+    split: int | None
 
 
 def write_gguf(
