@@ -69,8 +69,9 @@ def write_gguf(
     Raises BillhookError, before anything is written, for a model that has no form in GGUF files, and JobError for
     values that do not fit their type and for a full disk.
     """
-    prepared = _prepared(source, quantized or {}, rest, template, split, facts or {}, changed=changed)
-    return finish(*prepared, output, progress)
+    quantized, facts = quantized or {}, facts or {}
+    writer, entries, notes = _prepared(source, quantized, rest, template, split, facts, changed=changed)
+    return finish(writer, entries, notes, output, progress)
 
 
 def gguf_bytes(
