@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -49,12 +49,13 @@ def command(
         if sum(is_packed(Path(model)) for model in models) < 2:
             raise BillhookError("--picture needs at least two packed models: a dense one has no sparsity to draw.")
     prompts = None if prompt is None else numbers(prompt, int, "--prompt", "16,128")
-    axes: dict[str, Any] = {"batches": numbers(batch, int, "--batch", "1,8"), "prompts": prompts}
+    batches = numbers(batch, int, "--batch", "1,8")
     options = loading.fields(models[0], streams=False) | {"dtype": loading.dtype}
     with progress("measuring") as advance:
         sides = benchmark.bench(
-            models, against=against, **axes, new=new, rounds=rounds, options=options, progress=advance
-        )
+            models, against=against, batches=batches, prompts=prompts, new=new, rounds=rounds, options=options,
+            progress=advance,
+        )  # fmt: skip
     if picture is not None:
         drawn = draw(sides)
         if drawn is None:
@@ -78,17 +79,18 @@ def draw(sides: "Sequence[Side]") -> str | None:
     for number, cell in enumerate(packed[0].cells if packed else []):
         found = [(100 * (side.sparsity or 0.0), side.cells[number].decode_speedup) for side in packed]
         points = [(x, ratio) for x, ratio in found if ratio is not None]
-        bands = ([r.median for _, r in points], [r.low for _, r in points], [r.high for _, r in points])
-        labels = [f"{x:.1f} % sparsity: {r.median:.2f}x" for x, r in points]
-        series.append(
-            Series(f"batch {cell.batch}, prompt {cell.prompt}", [x for x, _ in points], *bands, labels=labels)
-        )
+        line = Series(
+            f"batch {cell.batch}, prompt {cell.prompt}", x=[x for x, _ in points], y=[r.median for _, r in points],
+            low=[r.low for _, r in points], high=[r.high for _, r in points],
+            labels=[f"{x:.1f} % sparsity: {r.median:.2f}x" for x, r in points],
+        )  # fmt: skip
+        series.append(line)
     if not series or len(series[0].x) < 2:
         return None
     series.append(Series("dense", [series[0].x[0], series[0].x[-1]], [1.0, 1.0], marks=False, colour=-1, dash=1))
     title = "Tokens generated per second, packed against dense"
-    axes = Axis("sparsity of packed layers (%)"), Axis("speed-up over the dense model", zero=True)
-    return chart(title, series, *axes, summary="Bands: quartiles over the rounds.", standalone=True)
+    x, y = Axis("sparsity of packed layers (%)"), Axis("speed-up over the dense model", zero=True)
+    return chart(title, series, x, y, summary="Bands: quartiles over the rounds.", standalone=True)
 
 
 def show(sides: "Sequence[Side]") -> None:

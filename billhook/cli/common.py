@@ -238,9 +238,12 @@ def progress(what: str, total: int | None = None, *, unit: int = 1, skipped: int
     if not console.is_terminal or console.is_jupyter or console.is_dumb_terminal or rank():
         yield _lines(what, total, left)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    fields = TextColumn("{task.fields[left]} {task.fields[item]}")  # the time left is computed whenever it is shown
-    with Progress(*columns, fields, console=console, transient=True) as bar:
+    shown = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[left]} {task.fields[item]}"),  # the time left is computed whenever it is shown
+        console=console, transient=True,
+    )  # fmt: skip
+    with shown as bar:
         task = bar.add_task(what, total=total, item="", left=left)
 
         def advance(item: str) -> None:

@@ -80,14 +80,15 @@ def command(
         pairs = (pairs[0] or ([] if plans and not pairs[1] else ["uniform"]), pairs[1] or [RECIPES[DEFAULT].criterion])
     elif not named:
         named = ["fast", DEFAULT]
-    names = (*pairs, split_list(patterns))
     fractions = numbers(sparsities, fraction, "--sparsities", "0.5,0.6,0.7")
     given = {f"plan {name}": plan for name, plan in load_plans([Path(path) for path in split_list(plans)]).items()}
-    grid = Grid(fractions, *names, seeds, parse_settings(settings), given, named)
-    options = {"limit": limit, "output": output, "overwrite": overwrite, **vars(text)}
-    options |= work.fields(models[0], streams=False)
+    grid = Grid(
+        sparsities=fractions, allocators=pairs[0], criteria=pairs[1], patterns=split_list(patterns), seeds=seeds,
+        options=parse_settings(settings), plans=given, recipes=named,
+    )  # fmt: skip
+    fields = {**vars(text), **work.fields(models[0], streams=False)}
     try:
-        found = compare(models[0], grid, data, progress=say, **options)
+        found = compare(models[0], grid, data, limit=limit, output=output, overwrite=overwrite, progress=say, **fields)
     except KeyboardInterrupt:
         raise JobError(f"Stopped. Finished cells are in {output}: the same command continues from there.") from None
     _show(found, errors, as_json)

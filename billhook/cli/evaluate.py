@@ -52,8 +52,11 @@ def command(
     """Perplexity or accuracy on images, KL divergence and agreement with the dense model, and zero-shot accuracy."""
     from billhook.steps.evaluate import EvalConfig, evaluate_model
 
-    scored = (data, length, limit, protocol, against, split_list(tasks), few_shot, task_limit, batch_size)
-    config = EvalConfig(*scored, bos=bos, skip_unreadable=skip_unreadable, **loading.fields(model))
+    config = EvalConfig(
+        data=data, length=length, limit=limit, protocol=protocol, against=against, tasks=split_list(tasks),
+        few_shot=few_shot, task_limit=task_limit, batch_size=batch_size, bos=bos, skip_unreadable=skip_unreadable,
+        **loading.fields(model),
+    )  # fmt: skip
     if report:
         _check_report(model)
     with progress("scoring") as advance:

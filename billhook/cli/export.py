@@ -1,7 +1,7 @@
 """`billhook export`: write a model directory in the format of another program, or decode a quantized one."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -48,13 +48,15 @@ def command(
     if to in ("vllm", "tensor-types") and kind != "auto":
         raise BillhookError(f"--type is not for --to {to}, which keeps the types: billhook quantize makes others.")
     with progress("writing tensors") as advance:
-        common: dict[str, Any] = {"overwrite": overwrite, "progress": advance}
         if to == "gguf":
-            written = export_gguf(model, output, kind=kind, template=template, split_size=split_size, **common)
+            written = export_gguf(
+                model, output, kind=kind, template=template, split_size=split_size, overwrite=overwrite,
+                progress=advance,
+            )  # fmt: skip
         elif to == "dense":
-            written = export_dense(model, output, kind=kind, **common)
+            written = export_dense(model, output, kind=kind, overwrite=overwrite, progress=advance)
         elif to == "vllm":
-            written = export_vllm(model, output, **common)
+            written = export_vllm(model, output, overwrite=overwrite, progress=advance)
         else:
             written = export_tensor_types(model, output, overwrite=overwrite)
     say_notes(written.notes)

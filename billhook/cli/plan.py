@@ -1,7 +1,7 @@
 """`billhook plan`: from a table to a plan. Arithmetic only, without torch: a sweep over options takes seconds."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -39,16 +39,16 @@ def command(
     if allocator is None and recipe is None:
         raise BillhookError("Say how to allocate: --allocator NAME or --recipe NAME (billhook ls shows all).")
     way = chosen(recipe or "", "", allocator or "", "", structured=Parsed.parse(pattern).structured)
-    given = {**way.options, **dict[str, Any](parse_settings(settings))}
+    options = {**way.options, **parse_settings(settings)}
     measured, target = Table.load(table_file), way.sparsity if sparsity is None else sparsity
-    plan = allocate(measured, target, allocator=way.allocator, pattern=pattern, **given)
+    plan = allocate(measured, target, allocator=way.allocator, pattern=pattern, **options)
     if output is not None:
         plan.save(output)
     values = list(plan.sparsity.values())
     spread = f"from {min(values):.4f} to {max(values):.4f}"
     say(f"{way.allocator}: sparsity {plan.target:g} over {len(values)} layers, {spread}.")
-    options = ", ".join(f"{k}={v}" for k, v in plan.made_by["options"].items()) or "none"
-    say(f"Options: {options}." + (f" Written to {output}." if output else ""))
+    used = ", ".join(f"{k}={v}" for k, v in plan.made_by["options"].items()) or "none"
+    say(f"Options: {used}." + (f" Written to {output}." if output else ""))
     if as_json:
         emit(plan.to_json())
     elif output is None:

@@ -155,13 +155,15 @@ def _run(job: "Job", needed: "Estimate", log: "Log") -> "Report":
     from billhook.steps.state import finished_items
 
     request, layers = job.request, job.opened.layers
-    plan = {"pattern": str(job.plan.pattern), "target": job.plan.target}
-    facts = {"model": job.opened.facts, "criterion": request.criterion, **plan, "layers": len(layers)}
-    log.event("start", billhook=__version__, **facts, resume=request.resume, estimate=needed.to_json())
+    log.event(
+        "start", billhook=__version__, model=job.opened.facts, criterion=request.criterion,
+        pattern=str(job.plan.pattern), target=job.plan.target, layers=len(layers),
+        resume=request.resume, estimate=needed.to_json(),
+    )  # fmt: skip
 
     def note(x: "LayerResult") -> None:
-        numbers = {"sparsity": x.sparsity, "planned": x.planned, "error": x.error}
-        log.event("layer", layer=x.layer, **numbers, layer_seconds=round(x.seconds, 3))
+        seconds = round(x.seconds, 3)
+        log.event("layer", layer=x.layer, sparsity=x.sparsity, planned=x.planned, error=x.error, layer_seconds=seconds)
 
     done = finished_items(request.output, request.resume)
     bar = progress("pruning", job.steps, unit=layers_per_block(layers), skipped=done)

@@ -59,14 +59,14 @@ def command(
     from billhook.errors import JobError
     from billhook.steps.search import search
 
-    race: dict[str, Any] = {"allocator": allocator, "budget": budget, "objective": objective, "grid": grid}
-    race |= {"output": output, "save_model": not no_model, "overwrite": overwrite, "progress": say}
-    method: dict[str, Any] = {"pattern": pattern, "options": parse_settings(settings)}
-    method |= {"recipe": recipe or "", "criterion": criterion or ""}
-    text: dict[str, Any] = {"calibration": calibration, "samples": samples, "length": length, "bos": bos}
-    text["skip_unreadable"] = skip_unreadable
+    options = parse_settings(settings)
     try:
-        found = search(model, sparsity, **race, **method, **text, **work.fields(model, streams=False))
+        found = search(
+            model, sparsity, allocator=allocator, budget=budget, objective=objective, grid=grid, output=output,
+            save_model=not no_model, overwrite=overwrite, progress=say, pattern=pattern, options=options,
+            recipe=recipe or "", criterion=criterion or "", calibration=calibration, samples=samples, length=length,
+            bos=bos, skip_unreadable=skip_unreadable, **work.fields(model, streams=False),
+        )  # fmt: skip
     except KeyboardInterrupt:
         raise JobError(f"Stopped. The finished trials are in {output}: the same command continues.") from None
     best, place = found.record["best"], found.model

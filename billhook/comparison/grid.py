@@ -192,9 +192,10 @@ class _Runner:
         if self.grid.raced(cell):
             assert opened.samples is not None
             problem = Problem(table, cell.sparsity, cell.pattern)
-            drawn: dict[str, Any] = {"batch_size": rows_of(opened.batches[0]), "seed": cell.seed}
-            drawn |= {"allocator": cell.allocator, "options": options}
-            return choose(opened.model, opened.layers, opened.samples, problem, method, **drawn)
+            return choose(
+                opened.model, opened.layers, opened.samples, problem, method, allocator=cell.allocator,
+                options=options, batch_size=rows_of(opened.batches[0]), seed=cell.seed,
+            )  # fmt: skip
         return allocate(table, cell.sparsity, allocator=cell.allocator, pattern=cell.pattern, **options)
 
     def _draw(self, seed: int) -> Opened:

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from billhook.comparison.record import (
@@ -119,16 +120,16 @@ def pictures(comparison: Comparison) -> dict[str, str]:
         measure = measure_of(comparison.cells[0])
         found["perplexity" if measure == "token_ppl" else measure] = by_sparsity
     depth = Axis(BLOCK, whole=True)
-    about: dict[str, Any] = {"summary": _LOOKS, "standalone": True}
+    picture = partial(chart, summary=_LOOKS, standalone=True)
     for name, cells in _first_seeds(comparison).items():
         stem = name.replace(" %", "").replace(":", "of")
         plans = {row["allocator"]: row for row in cells if row["criterion"] == cells[0]["criterion"]}
         lines = [_looking(comparison, row, Series(a, *_by_block(row["sparsity_by_block"]))) for a, row in plans.items()]
         if any(max(s.values()) - min(s.values()) > EQUAL for s in (row["sparsity_by_block"] for row in cells)):
-            found[f"sparsity-{stem}"] = chart(f"Sparsity by block at {name}", lines, depth, SPARSITY, **about)
+            found[f"sparsity-{stem}"] = picture(f"Sparsity by block at {name}", lines, depth, SPARSITY)
         errors = [(row, row["error_by_block"]) for row in cells]
         lines = [_looking(comparison, row, Series(method(row), range(len(e)), e)) for row, e in errors]
-        found[f"error-{stem}"] = chart(f"Error of each block's output at {name}", lines, depth, ERROR, **about)
+        found[f"error-{stem}"] = picture(f"Error of each block's output at {name}", lines, depth, ERROR)
     return found
 
 
@@ -159,8 +160,8 @@ def _score_by_sparsity(comparison: Comparison) -> str | None:
     better = "lower" if measure in ("token_ppl", "kl") else "higher"
     words = TITLES[measure].removesuffix(", %")
     title = f"{words[0].upper()}{words[1:]} of {comparison.identity['model']['name']} by sparsity ({better} is better)"
-    axes = Axis("sparsity (%)"), Axis(words, log=measure == "token_ppl")
-    return chart(title, lines, *axes, summary=_LOOKS, standalone=True)
+    x, y = Axis("sparsity (%)"), Axis(words, log=measure == "token_ppl")
+    return chart(title, lines, x, y, summary=_LOOKS, standalone=True)
 
 
 def _line(comparison: Comparison, rows: Sequence[dict[str, Any]]) -> Series:

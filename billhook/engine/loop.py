@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -113,9 +113,11 @@ def apply_plan_(
     results: list[LayerResult] = []
     samples = batches if observed or tuner else ()
     dense = tuner is not None and tuner.wants_dense_outputs
-    walked: dict[str, Any] = {"read_only": method.prefix == "dense", "dense_outputs": dense, "resources": resources}
-    walked["layers"] = with_linear(model, layers)
-    for block in walk(model, samples, observed, start=start, **walked):
+    blocks = walk(
+        model, samples, observed, layers=with_linear(model, layers), read_only=method.prefix == "dense",
+        dense_outputs=dense, start=start, resources=resources,
+    )  # fmt: skip
+    for block in blocks:
         block = replace(block, layers=[layer for layer in block.layers if layer.name in shapes])
         empty: dict[str, Tensor] = {}
         if tuner is not None and block.layers:
@@ -175,9 +177,10 @@ class _Applying:
             raise type(problem)(f"{layer.name}: {problem}") from None
         self.made(layer, encoded)
         took = time.perf_counter() - begun
-        noted, zeros = (*stats.notes, *notes), count_zeros(weight)
-        facts = (layer.name, layer.shape, spec.sparsity, zeros, before, noted, error, took, spec.type, updated)
-        return LayerResult(*facts, refilled=refilled)
+        return LayerResult(
+            layer.name, layer.shape, planned=spec.sparsity, zeros=count_zeros(weight), zeros_before=before,
+            notes=(*stats.notes, *notes), error=error, seconds=took, type=spec.type, updated=updated, refilled=refilled,
+        )  # fmt: skip
 
 
 def _too_small(old: Tensor, new: Tensor, type: str) -> list[str]:

@@ -173,8 +173,10 @@ def remove_experts_(model: PreTrainedModel, unit: Unit, count: int, method: str,
     restrict_(model, unit, choice.keep)
     notes = (f"{choice.unseen} experts received no calibration token; they went first",) if choice.unseen else ()
     took, kept = time.perf_counter() - begun, choice.keep.nonzero()[:, 0].tolist()
-    facts = (unit.name, (unit.count, 1), 1 - count / unit.count, 0, 0, notes, choice.error, took)
-    return LayerResult(*facts, updated=bool(choice.weights), kept=kept)
+    return LayerResult(
+        unit.name, (unit.count, 1), planned=1 - count / unit.count, zeros=0, zeros_before=0, notes=notes,
+        error=choice.error, seconds=took, updated=bool(choice.weights), kept=kept,
+    )  # fmt: skip
 
 
 def changed_layers(model: PreTrainedModel, units: Sequence[Unit]) -> list[Layer]:
@@ -194,9 +196,10 @@ def remove_from_(
     keep, new, error = choose_parts(unit, count, removal, stats, gradient)
     layer.weight.copy_(new)
     took, kept = time.perf_counter() - begun, keep.nonzero()[:, 0].tolist()
-    zeros = count_zeros(layer.weight)
-    facts = (layer.name, layer.shape, 1 - count / unit.count, zeros, 0, tuple(stats.notes), error, took)
-    return LayerResult(*facts, updated=True, kept=kept)
+    return LayerResult(
+        layer.name, layer.shape, planned=1 - count / unit.count, zeros=count_zeros(layer.weight), zeros_before=0,
+        notes=tuple(stats.notes), error=error, seconds=took, updated=True, kept=kept,
+    )  # fmt: skip
 
 
 def choose_parts(

@@ -62,8 +62,9 @@ def evaluate_tasks(
 
     size = batch_size(longest, int(model.config.get_text_config(decoder=True).vocab_size), 4)
     with _quietly():
-        options = {"max_length": longest, "batch_size": size, "softmax_dtype": "float32"}
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, **options)
+        wrapped = HFLM(
+            pretrained=model, tokenizer=tokenizer, max_length=longest, batch_size=size, softmax_dtype="float32"
+        )
         try:
             found = simple_evaluate(
                 wrapped,
@@ -92,7 +93,10 @@ def _result(name: str, metrics: dict[str, Any], found: dict[str, Any]) -> TaskRe
     scored_by = f"lm-eval {version('lm_eval')}"
     identity = f"task version {found['versions'].get(name)}" + ("" if count else ", group")
     acc = metrics[f"{key},none"]
-    return TaskResult(label, acc, error, norm, norm_error, count, f"{shots}-shot", scored_by, identity)
+    return TaskResult(
+        label, acc=acc, acc_error=error, acc_norm=norm, acc_norm_error=norm_error, items=count,
+        few_shot=f"{shots}-shot", scored_by=scored_by, identity=identity,
+    )  # fmt: skip
 
 
 def _main_metric(metrics: dict[str, Any]) -> str:

@@ -106,10 +106,12 @@ def evaluate_items(
         norms = [value / length for value, length in zip(scores, lengths, strict=True)]
         hits.append(scores.index(max(scores)) == item.gold)
         normalized.append(norms.index(max(norms)) == item.gold)
-    acc = _mean(hits)
+    acc, acc_error = _mean(hits)
     norm, norm_error = _mean(normalized) if len(normalized) == len(items) else (None, None)
-    scored_by = f"billhook {billhook.__version__}"
-    return TaskResult(name, *acc, norm, norm_error, len(items), "as written in the file", scored_by, identity)
+    return TaskResult(
+        name, acc=acc, acc_error=acc_error, acc_norm=norm, acc_norm_error=norm_error, items=len(items),
+        few_shot="as written in the file", scored_by=f"billhook {billhook.__version__}", identity=identity,
+    )  # fmt: skip
 
 
 def evaluate_file(

@@ -73,7 +73,11 @@ class Against:
         """From the divergence of each window, `tokens` in all."""
         kl = [window.mean for window in found]
         ppl, agreed = math.exp(nll) if nll < 709 else None, sum(window.agreed for window in found)
-        return cls(model, statistics.fmean(kl), standard_error(kl), agreed / tokens, ppl, nll, *percentiles(found))
+        kl_99, kl_999 = percentiles(found)
+        return cls(
+            model, kl=statistics.fmean(kl), kl_error=standard_error(kl), top1_agreement=agreed / tokens,
+            token_ppl=ppl, nll=nll, kl_99=kl_99, kl_999=kl_999,
+        )  # fmt: skip
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -172,4 +172,7 @@ def _summary(sums: Tensor, tokens: int, windows: Windows) -> Evaluation:
     nll = total / tokens
     bits = total / math.log(2) / windows.text_bytes if windows.text_bytes else None
     ppl = math.exp(nll) if nll < 709 else math.inf  # the exponential would overflow
-    return Evaluation(ppl, nll, tokens, count, length, bits, windows.source, windows.digest, windows.bos)
+    return Evaluation(
+        token_ppl=ppl, nll=nll, tokens=tokens, windows=count, length=length, bits_per_byte=bits,
+        source=windows.source, digest=windows.digest, bos=windows.bos,
+    )  # fmt: skip

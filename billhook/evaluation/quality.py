@@ -15,7 +15,7 @@ Limits: a dozen windows tell verdicts apart and not methods that are nearly alik
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -180,19 +180,21 @@ class Reference:
         mean = _finite(statistics.fmean(kl))
         spread = None if mean is None else standard_error(kl)
         error = None if spread is None else _finite(spread)
-        about = (len(rows), self.length, self.source, self.held_out)
+        loss = Loss(
+            verdict(mean), kl=mean, kl_error=error, top1_agreement=round(agreed / tokens, 6),
+            token_ppl=None, dense_token_ppl=None, windows=len(rows), length=self.length, source=self.source,
+            held_out=self.held_out, unit=self.scoring.unit,
+        )  # fmt: skip
         if self.scoring.unit == "token":
-            scores = (verdict(mean), mean, error, round(agreed / tokens, 6), _ppl(nll), _ppl(dense_nll))
-            return Loss(*scores, *about, *percentiles(windows))
+            kl_99, kl_999 = percentiles(windows)
+            return replace(loss, token_ppl=_ppl(nll), dense_token_ppl=_ppl(dense_nll), kl_99=kl_99, kl_999=kl_999)
         if self.scoring.divergence is COSINE:
-            cosine: dict[str, Any] = {"cosine": None if mean is None else round(1 - mean, 6), "cosine_error": error}
-            word = verdict(mean, DISTANCES)
-            return Loss(word, None, None, None, None, None, *about, unit=self.scoring.unit, **cosine)
-        labelled = not any(map(math.isnan, dense_nll))
-        accuracies = {"accuracy": right, "dense_accuracy": dense_right} if labelled else {}
-        rates: dict[str, Any] = {key: round(count / len(rows), 6) for key, count in accuracies.items()}
-        agreement = round(agreed / tokens, 6)
-        return Loss(verdict(mean), mean, error, agreement, None, None, *about, unit=self.scoring.unit, **rates)
+            cosine, word = None if mean is None else round(1 - mean, 6), verdict(mean, DISTANCES)
+            loss = replace(loss, verdict=word, kl=None, kl_error=None, top1_agreement=None)
+            return replace(loss, cosine=cosine, cosine_error=error)
+        if any(map(math.isnan, dense_nll)):  # there are no labels
+            return loss
+        return replace(loss, accuracy=round(right / len(rows), 6), dense_accuracy=round(dense_right / len(rows), 6))
 
 
 @torch.no_grad()

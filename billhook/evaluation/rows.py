@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,16 +140,18 @@ def evaluate_rows(
             progress(f"{tallies[0].count} {scoring.unit}s")
     if not tallies[0].count:
         raise BillhookError(f"{source} is empty: there is nothing to score.")
-    own = tallies[0].summary() if scoring.divergence is not COSINE else {}
-    about = (tallies[0].count, scoring.unit, source, seen.hexdigest(), scoring.protocol)
+    scores = RowScores(tallies[0].count, scoring.unit, source, digest=seen.hexdigest(), protocol=scoring.protocol)
+    if scoring.divergence is not COSINE:
+        scores = replace(scores, **tallies[0].summary())
     if against is None:
-        return RowScores(*about, **own)
+        return scores
     name = Path(against.name_or_path or "").name or type(against).__name__
     mean, error = statistics.fmean(divergences), standard_error(divergences)
     if scoring.divergence is COSINE:
-        return RowScores(*about, against=RowsAgainst(name, cosine=1 - mean, cosine_error=error))
+        return replace(scores, against=RowsAgainst(name, cosine=1 - mean, cosine_error=error))
     kept = {key: value for key, value in tallies[1].summary().items() if key in {f.name for f in fields(RowsAgainst)}}
-    return RowScores(*about, **own, against=RowsAgainst(name, mean, error, agreed / predictions, **kept))
+    compared = RowsAgainst(name, kl=mean, kl_error=error, top1_agreement=agreed / predictions, **kept)
+    return replace(scores, against=compared)
 
 
 class _Tally:

@@ -71,8 +71,10 @@ def evaluate_words(
     begin = prefix or (prefix_token(tokenizer),)
     words = sum(len(re.split(r"\s+", text)) for text in texts)
     octets = sum(len(text.encode()) for text in texts)
-    options: dict[str, Any] = {"verbose": False, "return_attention_mask": False, "add_special_tokens": not prefix}
-    encoded = [tokenizer(text, **options)["input_ids"] for text in texts]
+    encoded = [
+        tokenizer(text, verbose=False, return_attention_mask=False, add_special_tokens=not prefix)["input_ids"]
+        for text in texts
+    ]
     requests = [request for ids in encoded for request in rolling(ids, begin, length, prefix)]
     if not requests or not octets:
         raise BillhookError(f"{source} is empty: give a text with something in it.")

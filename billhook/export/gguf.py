@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 TYPES = ("auto", "f16", "bf16", "f32", "q8_0")
 _CHUNK = 1 << 24  # numbers that are converted at once
 _AS_STORED = {"BF16": "bf16", "F16": "f16"}
+
+
+class GgufForm(TypedDict):
+    """The options of a GGUF file: its template, and how many bytes of tensors go to one of several files."""
+
+    template: Path | None
+    split: int | None
 
 
 def write_gguf(
@@ -62,8 +69,9 @@ def write_gguf(
     Raises BillhookError, before anything is written, for a model that has no form in GGUF files, and JobError for
     values that do not fit their type and for a full disk.
     """
-    prepared = _prepared(source, quantized or {}, rest, template, split, facts or {}, changed=changed)
-    return finish(*prepared, output, progress)
+    quantized, facts = quantized or {}, facts or {}
+    writer, entries, notes = _prepared(source, quantized, rest, template, split, facts, changed=changed)
+    return finish(writer, entries, notes, output, progress)
 
 
 def gguf_bytes(

@@ -60,11 +60,11 @@ def processor_of(directory: Path | None, trust_remote_code: bool, source: str, a
         raise BillhookError(f"{lack}: add it, or give the model's inputs as tensors.")
     import transformers
 
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     who = f"The processor of {directory}"
     with untrusted(f"{who} cannot be loaded", "Repair preprocessor_config.json, or copy it again."), quiet():
         try:
-            return getattr(transformers, auto_class).from_pretrained(directory, **options)
+            kind = getattr(transformers, auto_class)
+            return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
         except ImportError as error:
             raise BillhookError(f"{who} needs a package that is missing: {in_one_line(error)}.") from None
 

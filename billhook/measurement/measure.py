@@ -49,8 +49,8 @@ def measure(
         raise BillhookError(f"The metric {on_samples[0]} looks at {kind}: give text with --calibration SOURCE.")
     values: Values = {layer.name: {} for layer in layers}
     on_inputs = [name for name in columns if reads[name] == "activations"]
-    given: dict[str, Any] = {"layers": layers, "read_only": True, "resources": resources}
-    for block in walk(model, checked, ("input_norm",), **given) if on_inputs else ():
+    blocks = walk(model, checked, ("input_norm",), layers=layers, read_only=True, resources=resources)
+    for block in blocks if on_inputs else ():
         for name in _measure_inputs(block, on_inputs, values):
             progress(name)
     for name in on_samples:

@@ -246,14 +246,17 @@ def _side(path: Path, facts: dict[str, Any], times: Times, cells: list[dict[str,
     found = []
     for number, cell in enumerate(cells):
         runs = times[number]
-        speeds = [_spread([run[kind] for run in runs]) for kind in KINDS]
+        prefill, decode = (_spread([run[kind] for run in runs]) for kind in KINDS)
         ratios: list[Spread | None] = [None, None]
         if base is not None and base is not times:
             pairs = list(zip(runs, base[number], strict=True))
             ratios = [_spread([run[kind] / dense[kind] for run, dense in pairs]) for kind in KINDS]
-        found.append(Cell(cell["batch"], cell["prompt"], *speeds, *ratios))
-    memory = max(0, facts["peak_bytes"] - facts["idle_bytes"])
-    return Side(path.name, is_packed(path), facts["sparsity"], file_bytes(path), memory, facts["load_s"], found)
+        batch, prompt = cell["batch"], cell["prompt"]
+        found.append(Cell(batch, prompt, prefill, decode, prefill_speedup=ratios[0], decode_speedup=ratios[1]))
+    return Side(
+        path.name, packed=is_packed(path), sparsity=facts["sparsity"], file_bytes=file_bytes(path),
+        memory_bytes=max(0, facts["peak_bytes"] - facts["idle_bytes"]), load_s=facts["load_s"], cells=found,
+    )  # fmt: skip
 
 
 def _spread(values: Sequence[float]) -> Spread:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,17 +96,17 @@ def generate(
         raise BillhookError(f"{tokens} do not fit the model's context of {context}.")
     check_ids(ids, vocabulary_size(model), "The prompt")
     clock = Clock(token or (lambda ids: None))
-    options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "num_beams": 1, "use_cache": True}
-    options |= {"streamer": clock, "logits_processor": LogitsProcessorList([_refuse_nan])}
-    options |= {"temperature": None, "top_p": None, "top_k": None}
-    if not stop:
-        options |= {"min_new_tokens": new, "eos_token_id": None}
+    unending = {} if stop else {"min_new_tokens": new, "eos_token_id": None}
     more = {"attention_mask": torch.ones_like(ids), **(inputs or {})}
     ids, given = ids.to(model.device), model_inputs(model, more)
     wrong = f"transformers cannot generate with {model.name_or_path or type(model).__name__}"
     with torch.no_grad(), untrusted(wrong, "Check its generation_config.json."), quiet():
         start = time.perf_counter()
-        out = model.generate(ids, **given, **options)  # type: ignore[operator]
+        out = model.generate(  # type: ignore[operator]
+            ids, **given, **unending, max_new_tokens=new, do_sample=False, num_beams=1, use_cache=True,
+            temperature=None, top_p=None, top_k=None,
+            streamer=clock, logits_processor=LogitsProcessorList([_refuse_nan]),
+        )  # fmt: skip
     assert isinstance(out, Tensor)
     out = torch.cat([ids, out[:, clock.given :]], 1)
     return Generated(out.cpu(), ids.shape[1], clock.times[1] - start, clock.times[-1] - clock.times[1])

@@ -147,5 +147,5 @@ def _sparse(tensor: PackedTensor, module: nn.Module, dtype: torch.dtype) -> Spar
     if tensor.scales is None and dtype != torch.float32 and values.dtype != dtype:
         values = nn.functional.pad(values[: int(tensor.starts[-1])].to(dtype), (0, PADDING // dtype.itemsize))
     bias = getattr(module, "bias", None)
-    options: dict[str, Any] = {"bias": bias, "scales": tensor.scales, "dtype": dtype}
-    return SparseLinear(tensor.bitmask, values, tensor.starts, tensor.facts.columns, **options)
+    columns, scales = tensor.facts.columns, tensor.scales
+    return SparseLinear(tensor.bitmask, values, tensor.starts, columns, bias=bias, scales=scales, dtype=dtype)

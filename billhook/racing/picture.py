@@ -34,10 +34,10 @@ def draw(race: Race, space: Space, title: str, path: Path) -> None:
     name = f"uniform ({level:.4f})"
     series.append(Series(name, [0, 1], [level, level], marks=best == 0, best=best, colour=-1, dash=1))
     heights = [y for one in series for y in one.y if y is not None]
-    axes = Axis("place in the range (0: uniform)"), Axis(loss, log=max(heights) > 4 * min(heights) > 0)
+    x, y = Axis("place in the range (0: uniform)"), Axis(loss, log=max(heights) > 4 * min(heights) > 0)
     words = "A line for each allocator; hollow points were dropped early, bars are standard errors against uniform."
     title += " (ring: best; hollow: dropped early)"
-    write_text(path, chart(title, series, *axes, summary=words, standalone=True))
+    write_text(path, chart(title, series, x, y, summary=words, standalone=True))
 
 
 def _series(race: Race, name: str, points: list[tuple[float, Trial]]) -> Series:

@@ -48,8 +48,9 @@ class Problem:
 
     def allocate(self, allocator: str, options: Mapping[str, Any]) -> Plan:
         """The plan of an allocator."""
-        how: dict[str, Any] = {"pattern": self.pattern, "budget": self.budget}
-        return allocate(self.table, self.sparsity, allocator=allocator, **how, **options)
+        return allocate(
+            self.table, self.sparsity, allocator=allocator, pattern=self.pattern, budget=self.budget, **options
+        )
 
     def candidate(self, allocator: str, options: Mapping[str, Any]) -> Candidate:
         """The plan of an allocator, named after it, its numbers, and its other options that are not the defaults."""
@@ -154,8 +155,11 @@ class Race:
             if spent and len(self.trials) > 1 and name not in self.known:
                 break
             self.plans[name] = candidate.plan
-            known, how = self.known.get(name), {key: candidate.plan.made_by[key] for key in ("allocator", "options")}
-            self.trials[name] = self._try(candidate) if known is None else replace(known, **how)
+            known, made_by = self.known.get(name), candidate.plan.made_by
+            if known is None:
+                self.trials[name] = self._try(candidate)
+            else:
+                self.trials[name] = replace(known, allocator=made_by["allocator"], options=made_by["options"])
             if name not in self.known:
                 self.save(self)
                 self.progress(self._line(self.trials[name]))

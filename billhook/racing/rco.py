@@ -30,7 +30,6 @@ Limits: the model, its gradients' layer by layer, and the codes must fit in memo
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,8 +59,10 @@ def rco(
     `steps` of Adam with the learning rate `rate`, each on so many `windows`; `temperature` scales the Gumbel noise.
     Raises BillhookError for an option out of range and a budget below the cheapest levels.
     """
-    how: dict[str, Any] = {"steps": steps, "rate": rate, "windows": windows, "temperature": temperature, "seed": seed}
-    return descend(weights, costs, budget, **how).best()
+    descent = descend(
+        weights, costs, budget, steps=steps, rate=rate, windows=windows, temperature=temperature, seed=seed
+    )
+    return descent.best()
 
 
 def descend(

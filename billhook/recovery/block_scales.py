@@ -18,6 +18,7 @@ from billhook.architectures.layers import Layer
 from billhook.engine.batch import Batch
 from billhook.engine.resources import Resources
 from billhook.engine.walk import Block
+from billhook.methods.encoded import Encoded
 from billhook.methods.quantize.grid import Quantized
 from billhook.recovery.blockwise import BlockTuner, Refine, kept_in
 from billhook.recovery.kept_adam import Scaled, Trained, free_parts
@@ -42,8 +43,9 @@ class ScaleTuner(BlockTuner):
         self._made: dict[str, Quantized] = {}
         self._scaled: dict[str, Scaled] = {}
 
-    def made(self, layer: Layer, weight: Quantized) -> None:
+    def made(self, layer: Layer, weight: Encoded) -> None:
         """Note a layer of the current block."""
+        assert isinstance(weight, Quantized)
         self._made[layer.name] = weight
 
     def tuned(self, block: Block) -> Sequence[Trained]:

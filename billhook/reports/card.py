@@ -26,8 +26,11 @@ def template(name: str, *, html: bool) -> Any:
     """A template of the folder templates."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    options: Any = {"autoescape": html, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    return Environment(loader=PackageLoader("billhook.reports"), **options).get_template(name)
+    folder = PackageLoader("billhook.reports")
+    environment = Environment(
+        loader=folder, autoescape=html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(name)
 
 
 def card(report: Mapping[str, Any]) -> str:

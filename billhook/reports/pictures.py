@@ -81,8 +81,8 @@ def spectrum(layer: str, evals: Sequence[float], tails: Mapping[str, tuple[float
         start = share * (alpha - 1) / xmin / (1 - reach ** (1 - alpha))
         text = f"{name} = {alpha:.2f}, tail: largest {100 * share:.0f} %"
         series.append(Series(text, [xmin, evals[-1]], [start, start * reach**-alpha], dash=1))
-    axes = Axis("eigenvalue of W\u1d40W", log=True), Axis("density", log=True)
-    return chart(f"Spectral density of {layer}", series, *axes, standalone=True)
+    x, y = Axis("eigenvalue of W\u1d40W", log=True), Axis("density", log=True)
+    return chart(f"Spectral density of {layer}", series, x, y, standalone=True)
 
 
 def front_of(name: str, plan: Plan, loss: str) -> str:
@@ -104,8 +104,8 @@ def front_of(name: str, plan: Plan, loss: str) -> str:
         ),
         Series("chosen", [found.chosen[0] / 1e6], [found.chosen[1]], line=False, best=0, colour=-1),
     ]
-    axes = Axis("quantized tensors (MB)"), Axis(f"predicted {loss}", log=True)
-    return chart(f"Predicted loss by size: {name}", series, *axes, standalone=True)
+    x, y = Axis("quantized tensors (MB)"), Axis(f"predicted {loss}", log=True)
+    return chart(f"Predicted loss by size: {name}", series, x, y, standalone=True)
 
 
 def _by_layer(table: Table, title: str, values: Sequence[float], axis: Axis, summary: str = "") -> str:

@@ -94,8 +94,9 @@ def prune_(
     method = Method(criterion, CRITERIA.configure(criterion, options), group, rounding, prefix)
     chosen = find_layers(model) if layers is None else list(layers)
     opened = Opened(None, model, task_of(model), resources, chosen, None, as_batches(model, batches))
-    run: dict[str, Any] = {"gradients": gradients, "refine": refine, "start": start}
-    return prune_with(opened, plan, method, **run, progress=progress, finished=finished)
+    return prune_with(
+        opened, plan, method, gradients=gradients, refine=refine, start=start, progress=progress, finished=finished
+    )
 
 
 @contextmanager

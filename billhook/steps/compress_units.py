@@ -244,8 +244,10 @@ def _candidate(
     output.parent.mkdir(parents=True, exist_ok=True)
     if (output / RECORD).is_file():
         return Candidate(share, output, None, units, _predicted(_plan(read_record(output / RECORD))))
-    sized: dict[str, Any] = {"size": budget, "bits": None, "ratio": None, "fit": None, "context": None, "units": ()}
-    again = replace(request, model=model, output=output, resume=True, overwrite=False, **sized)
+    again = replace(
+        request, model=model, output=output, resume=True, overwrite=False,
+        size=budget, bits=None, ratio=None, fit=None, context=None, units=(),
+    )  # fmt: skip
     job = decide(check(again, progress), progress)
     found = Candidate(share, output, job, units, _predicted(job.quantizing.plan))
     progress(f"{share:.1%} of the parameters in blocks removed: predicted divergence {found.predicted:.4f}")
@@ -267,8 +269,7 @@ def _slimmed(
 
 
 def _kl(lost: Mapping[str, Any]) -> float:
-    found = lost.get("kl")
-    return math.inf if found is None else float(found)
+    return math.inf if (kl := lost.get("kl")) is None else float(kl)
 
 
 def _plan(record: Record) -> Plan:

@@ -124,10 +124,10 @@ def estimate(resolved: ResolvedRequest) -> Estimate:
     needs = set(method.needs) - (set() if resolved.gradients is None else set(GRADIENTS))
     sizes = [rows_of(batch) * row_length(model, batch) for batch in opened.batches]
     tokens = sum(sizes) // world()
-    racing = resolved.on_trial
-    text: dict[str, Any] = {"tokens": tokens, "batch_tokens": max(sizes, default=0), "resources": opened.resources}
-    text |= {"length": scored_length(opened)}
-    memory = peak_bytes(model, opened.layers, request.criterion, needs, **text, racing=racing, refine=refine)
+    memory = peak_bytes(
+        model, opened.layers, request.criterion, needs, tokens=tokens, batch_tokens=max(sizes, default=0),
+        length=scored_length(opened), resources=opened.resources, racing=resolved.on_trial, refine=refine,
+    )  # fmt: skip
     hidden = tokens * hidden_width(model) * model.dtype.itemsize
     stores = (1 + ("drift" in needs) + 2 * refine) * bool(needs or refine)
     written = n_bytes(model) if opened.source is None else weight_bytes(opened.source)

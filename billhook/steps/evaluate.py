@@ -104,8 +104,8 @@ def _rows(source: Path, task: RowTask, config: EvalConfig, progress: Progress) -
     dense = None if config.against is None else _open(resolve(config.against), config)
     record: dict[str, Any] = {"model": model_facts(source, loaded), "dtype": dtype_name(loaded.dtype)}
     record["versions"] = versions()
-    about: dict[str, Any] = {"source": source_name(config.data), "against": dense, "progress": progress}
-    scores = evaluate_rows(loaded, found.batches(config.limit), task, **about)
+    batches, name = found.batches(config.limit), source_name(config.data)
+    scores = evaluate_rows(loaded, batches, task, source=name, against=dense, progress=progress)
     return record | replace(scores, skipped=getattr(found, "skipped", 0) or None).to_dict()
 
 
@@ -160,10 +160,11 @@ def _open(source: Path, config: EvalConfig) -> PreTrainedModel:
     """
     device = chosen_device(config.device)
     dtype = chosen_dtype(config.dtype, device, source)
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": config.trust_remote_code}
+    trust = config.trust_remote_code
     if lacking_gib(source, dtype, device) is not None:
-        return open_streamed(source, task_of_config(source, read_config(source)).auto_class, **options).model
-    return load(source, **options, tune=False)
+        auto_class = task_of_config(source, read_config(source)).auto_class
+        return open_streamed(source, auto_class, dtype=dtype, device=device, trust_remote_code=trust).model
+    return load(source, dtype=dtype, device=device, trust_remote_code=trust, tune=False)
 
 
 def _token(
@@ -179,8 +180,9 @@ def _token(
     assert isinstance(task, WindowTask)
     windows, scoring = task.evaluation(config.data, tokenizer, model, window, config.limit, bos=config.bos)
     dense = None if config.against is None else _open(resolve(config.against), config)
-    options: dict[str, Any] = {"batch_size": config.batch_size, "progress": progress}
-    record = evaluate(model, windows, scoring=scoring, against=dense, **options).to_dict()
+    record = evaluate(
+        model, windows, scoring=scoring, against=dense, batch_size=config.batch_size, progress=progress
+    ).to_dict()
     record["source"] = source_name(record["source"])
     if dense is not None:
         batch = scoring.batch(windows.ids)

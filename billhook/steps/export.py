@@ -1,5 +1,6 @@
 """Write a model directory in the format of another program, or decode a quantized one into ordinary weights."""
 
+import functools
 import re
 import tempfile
 from collections import Counter
@@ -65,8 +66,10 @@ def export_gguf(
     source, config, before = _open(model)
     digest, grids = model_digest(source), packed_grids(source, config)
     facts = {"source.digest": digest} | ({} if before is None else {"steps": ", ".join(x.step for x in before.steps)})
-    given: dict[str, Any] = {"template": None if template is None else Path(template).expanduser(), "facts": facts}
-    given["split"] = None if split_size is None else parse_size(split_size)
+    write = functools.partial(
+        write_gguf, output=output, rest=kind, template=None if template is None else Path(template).expanduser(),
+        split=None if split_size is None else parse_size(split_size), facts=facts,
+    )  # fmt: skip
     if grids:
         check_room(output.absolute(), (4 if kind == "f32" else 2) * dense_bytes(source, grids))
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as place:
@@ -74,11 +77,11 @@ def export_gguf(
             folder.mkdir()
             write_decoded(source, folder, config, grids, DTYPES.get(kind), progress)
             _check_fits(folder, config)
-            written = write_gguf(folder, output, rest=kind, **given)
+            written = write(folder)
         written.notes.append("the weights were decoded: quantize the original for a small file of llama.cpp's types")
     else:
         _check_fits(source, config)
-        written = write_gguf(source, output, rest=kind, progress=progress, **given)
+        written = write(source, progress=progress)
     if before is not None:
         files = {part.name: sha256(part) for part in written.parts}
         result = next(iter(files.values())) if len(files) == 1 else digest_of(files)

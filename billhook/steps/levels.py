@@ -12,7 +12,6 @@ Everything is measured with one block at a time in memory, on some of the calibr
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,9 +69,11 @@ def measure_levels(
     several = _windows(opened, max(ERROR_TOKENS, 2 * widest))
     found = LevelErrors(kept.found.errors, kept.found.power)
     if found.errors.keys() != {layer.name for layer in layers}:
-        given: dict[str, Any] = {"resources": resources, "progress": progress}
-        given |= {"known": found, "measured": lambda found: kept.keep(errors=found.errors, power=found.power)}
-        found = level_errors(model, layers, several, menus, scale_dtype, **given)
+        found = level_errors(
+            model, layers, several, menus, scale_dtype, known=found,
+            measured=lambda found: kept.keep(errors=found.errors, power=found.power),
+            resources=resources, progress=progress,
+        )  # fmt: skip
     few = _windows(opened, COST_TOKENS)
     information = kept.found.information
     if not information:

@@ -1,6 +1,6 @@
 """What a step has lost: the dense model's predictions before it, compared with those of the model afterwards."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from transformers import PreTrainedModel
 
@@ -32,9 +32,9 @@ def loss_of(opened: Opened, windows: int) -> Lost:
         return lambda model=None, resources=None: None
     held_out = samples.heldout is not None
     batch = samples.heldout or select_rows(samples.batch, slice(0, windows))
-    about: dict[str, Any] = {"held_out": held_out, "resources": resources}
+    source = source_name(samples.source)
     try:
-        reference = Reference.of(model, batch, opened.task, source_name(samples.source), **about)
+        reference = Reference.of(model, batch, opened.task, source, held_out=held_out, resources=resources)
     except JobError:
         raise
     except BillhookError:  # nothing is masked

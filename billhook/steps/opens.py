@@ -69,11 +69,13 @@ def _failure(opened: Opened, parts: Parts, types: Mapping[str, str]) -> Exceptio
             state[key] = torch.zeros((), dtype=dtype, device=device).expand(size)  # takes no memory
     config = deepcopy(opened.model.config)
     config.quantization_config = configuration(opened.model, {name: parts[name] for name in types}, grids)
-    options: dict[str, Any] = {"device_map": {"": "meta"}} if device == "meta" else {}
-    options |= {"config": config, "state_dict": state, "dtype": opened.model.dtype}
+    device_map = {"": "meta"} if device == "meta" else None
     try:
         with checkpoint.quiet(), redirect_stderr(StringIO()):
-            checkpoint.from_pretrained(type(opened.model), source, None, **options)
+            checkpoint.from_pretrained(
+                type(opened.model), source, None,
+                dtype=opened.model.dtype, config=config, state_dict=state, device_map=device_map,
+            )  # fmt: skip
     except Exception as error:  # of the code of any model
         if out_of_memory(error):
             raise

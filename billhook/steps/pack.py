@@ -146,7 +146,10 @@ def _summary(output: Path, written: Sequence[Written], record: Mapping[str, Any]
     dense = sum(file.shard.path.stat().st_size for file in written)
     tensors = sum(len(file.shard.entries) for file in written) - len(record["layers"])
     notes = [f"{name} holds weights outside the checkpoint and was left out." for name in others]
-    return PackReport(output, dense, sum(file.bytes for file in written), record["layers"], tensors, error, notes)
+    return PackReport(
+        output, dense_bytes=dense, packed_bytes=sum(file.bytes for file in written), layers=record["layers"],
+        dense=tensors, error=error, notes=notes,
+    )  # fmt: skip
 
 
 def _check_values(values: str, group: int | None) -> None:

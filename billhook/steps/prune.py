@@ -102,8 +102,10 @@ def decide(resolved: ResolvedRequest, progress: Progress = lambda layer: None) -
         chosen = request.plan is not None and (request.targets or request.ignore)
         advice = " --targets and --ignore must choose exactly the plan's layers." if chosen else ""
         raise BillhookError(f"{error}{advice}") from None
-    about: dict[str, Any] = {"identity": resolved.identity, "packed": resolved.packed, "begun": resolved.begun}
-    return Job(request, opened, plan, resolved.method, resolved.gradients, **about)
+    return Job(
+        request, opened, plan, resolved.method, resolved.gradients,
+        identity=resolved.identity, packed=resolved.packed, begun=resolved.begun,
+    )  # fmt: skip
 
 
 def _allocate(resolved: ResolvedRequest, progress: Progress) -> Plan:
@@ -112,8 +114,10 @@ def _allocate(resolved: ResolvedRequest, progress: Progress) -> Plan:
     opened = in_memory(resolved.opened, request) if resolved.on_trial else resolved.opened
     table = measure_opened(opened, resolved.needed, progress) if table is None else rows_of_table(table, opened)
     if not is_raced(request.allocator, options):
-        how: dict[str, Any] = {"pattern": request.pattern, "budget": request.budget}
-        return allocate(table, request.sparsity, allocator=request.allocator, **how, **options)
+        return allocate(
+            table, request.sparsity, allocator=request.allocator, pattern=request.pattern, budget=request.budget,
+            **options,
+        )  # fmt: skip
     assert opened.samples is not None
     problem = Problem(table, request.sparsity, request.pattern, request.budget)
     return choose(
@@ -155,8 +159,8 @@ def _save(job: Job, made: dict[str, Any]) -> tuple[Path | None, list[str]]:
     request, opened = job.request, job.opened
     if request.output is None or rank():
         return None, []
-    options: dict[str, Any] = {"record": made, "overwrite": request.overwrite, "publish": publish}
-    saved = save_pruned(opened.model, opened.source, Path(request.output), **options)
+    output = Path(request.output)
+    saved = save_pruned(opened.model, opened.source, output, record=made, overwrite=request.overwrite, publish=publish)
     return saved.path, [saved.note] if saved.note else []
 
 
@@ -172,8 +176,11 @@ def _run_streamed(
     stream, source, request = job.opened.resources.stream, job.opened.source, job.request
     assert stream is not None
     assert source is not None
-    may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
-    with partial_output(stream, source, output, job.identity, job.plan.to_json(), **may, stopping=stopping) as partial:
+    unfinished = partial_output(
+        stream, source, output, job.identity, job.plan.to_json(),
+        resume=request.resume, overwrite=request.overwrite, stopping=stopping,
+    )  # fmt: skip
+    with unfinished as partial:
         _store_generated_text(job, partial)
         before = [result for results in partial.state.results for result in results]
         for result in before:
@@ -209,9 +216,11 @@ def _apply(job: Job, progress: Progress, note: Note, partial: PartialOutput | No
             partial.finished(block, results)
 
     refine = Refine.asked(request.refine, request.seed)
-    run: dict[str, Any] = {"refine": refine, "start": 0 if partial is None else partial.state.done}
-    run |= {"progress": progress, "finished": finished}
-    return prune_with(job.opened, job.plan, job.method, gradients=job.gradients, **run)
+    start = 0 if partial is None else partial.state.done
+    return prune_with(
+        job.opened, job.plan, job.method, gradients=job.gradients, refine=refine, start=start,
+        progress=progress, finished=finished,
+    )  # fmt: skip
 
 
 def _store_generated_text(job: Job, partial: PartialOutput) -> None:

@@ -105,8 +105,9 @@ def prepare(
     run = _identity(request, opened, method, plan, outside)
     check_resumed(request, run, room)
     return QuantizeJob(
-        request, opened, plan, method, parts, outside, run, notes + [NOTE] * (known is not None), room, known
-    )
+        request, opened, plan, method, parts=parts, outside=outside, identity=run,
+        notes=notes + [NOTE] * (known is not None), room=room, known=known,
+    )  # fmt: skip
 
 
 def _method_and_plan(request: QuantizeRequest) -> tuple[Quantization, Plan | None]:
@@ -160,7 +161,7 @@ def _identity(
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
     same = identity(request.opening(), opened, method.options, plan, None)
-    form = {"split": request.gguf_form["split"]}
+    form: dict[str, Any] = {"split": request.gguf_form["split"]}
     for key in ("template", "imatrix"):
         file = getattr(request, key)
         form[key] = None if file is None else sha256(Path(file).expanduser())
@@ -201,11 +202,12 @@ def run(
 
     form: Form = ggml_tensors if job.ggml else compressed_tensors
     files = BlockFiles(stream, job.grids, form, outside, transposed(job.parts), tuned=request.recipe == "best")
-    may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "room": job.room}
     lost = lost or loss_of(opened, request.opening().drawing.held_out)
-    with partial_output(
-        stream, source, output, job.identity, job.plan.to_json(), **may, stopping=stopping, files=files
-    ) as partial:
+    unfinished = partial_output(
+        stream, source, output, job.identity, job.plan.to_json(), resume=request.resume, overwrite=request.overwrite,
+        stopping=stopping, files=files, room=job.room,
+    )  # fmt: skip
+    with unfinished as partial:
         for name in job.outside:
             decoded = files.form.read(name, job.grids[name], [read_shard(partial.folder / files.files[0])])
             outside_parameter(opened.model, name).copy_(decoded.decode(torch.float32))
@@ -213,10 +215,10 @@ def run(
         loss = lost(opened.model, opened.resources)
         made_record = record(job, results, loss)
         partial.complete(made_record, _finish(job, files, source), published=publish_quantized)
-    warnings, seconds = made_record["steps"][-1]["warnings"], time.perf_counter() - start
     return QuantizeReport(
-        output, results, job.bits, result_bytes(output), weight_bytes(source), seconds, loss, warnings
-    )
+        output=output, layers=results, bits=job.bits, size=result_bytes(output), source_size=weight_bytes(source),
+        seconds=time.perf_counter() - start, loss=loss, warnings=made_record["steps"][-1]["warnings"],
+    )  # fmt: skip
 
 
 def _blocks(job: QuantizeJob, files: BlockFiles, partial: PartialOutput, progress: Progress) -> list[LayerResult]:

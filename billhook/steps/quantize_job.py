@@ -10,6 +10,7 @@ from billhook.architectures.layers import find_layers
 from billhook.engine.loop import LayerResult
 from billhook.engine.method import Quantization
 from billhook.evaluation.quality import Loss
+from billhook.export.gguf import GgufForm
 from billhook.methods.quantize import QUANTIZERS
 from billhook.methods.quantize.ggml import GGML
 from billhook.methods.quantize.grid import Grid
@@ -77,8 +78,8 @@ class GgufInputs(Inputs):
     split_size: str | int | None = None
 
     @property
-    def gguf_form(self) -> dict[str, Any]:
-        """The options of a GGUF file: its template, and how many bytes of tensors go to one of several files."""
+    def gguf_form(self) -> GgufForm:
+        """The options of a GGUF file."""
         template = None if self.template is None else Path(self.template).expanduser()
         return {"template": template, "split": None if self.split_size is None else parse_size(self.split_size)}
 
@@ -171,10 +172,17 @@ class QuantizeReport:
         for name, spec in plan.weights.items():
             facts = record.layers[name]
             shape, notes = (facts["shape"][0], facts["shape"][1]), tuple(facts["notes"])
-            results.append(LayerResult(name, shape, 0.0, facts["zeros"], 0, notes, facts.get("error"), type=spec.type))
+            result = LayerResult(
+                name, shape, planned=0.0, zeros=facts["zeros"], zeros_before=0, notes=notes, error=facts.get("error"),
+                type=spec.type,
+            )  # fmt: skip
+            results.append(result)
         bits = 8 * plan.bytes({r.layer: r.shape for r in results}) / sum(r.n for r in results)
         loss = None if step.made_by.get("lost") is None else Loss(**step.made_by["lost"])
-        return cls(output, results, bits, result_bytes(output), weight_bytes(source), 0.0, loss, step.warnings)
+        return cls(
+            output=output, layers=results, bits=bits, size=result_bytes(output), source_size=weight_bytes(source),
+            seconds=0.0, loss=loss, warnings=step.warnings,
+        )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         """The content of `quantize --json`."""

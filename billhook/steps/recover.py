@@ -108,8 +108,10 @@ def _prepared(request: RecoverRequest, source: Source, options: Mapping[str, Any
     run |= {"fsdp": world() if request.fsdp else 0}
     run |= {"targets": listed(request.targets), "ignore": listed(request.ignore), "teacher": taught_by}
     reference = None if teacher is None else _reference(opened, teacher)
-    about = (steps * size, rate, reference, zeros, run, notes)
-    return RecoverJob(request, opened, problem, source, *about, adapted)
+    return RecoverJob(
+        request, opened, problem, source, tokens=steps * size, rate=rate, reference=reference, zeros=zeros,
+        identity=run, notes=notes, adapted=adapted,
+    )  # fmt: skip
 
 
 def _teacher_of(request: RecoverRequest, opened: Opened, source: Source, options: Mapping[str, Any]) -> Teacher | None:
@@ -167,12 +169,14 @@ def run(
     begun, request, opened, problem = time.perf_counter(), job.request, job.opened, job.problem
     source, output = job.source.written_like, _output(request)
     room = weight_bytes(source) + 2 * state_bytes(problem)  # the old state goes when the new one is there
-    may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "room": room}
-    may |= {"stopping": stopping, "each": problem.sharded}
+    unfinished = training_folder(
+        source, output, job.identity, resume=request.resume, overwrite=request.overwrite, room=room,
+        stopping=stopping, each=problem.sharded,
+    )  # fmt: skip
     with (
         evaluating(problem.model),
         recomputing(problem.model, request.checkpointing),
-        training_folder(source, output, job.identity, **may) as folder,
+        unfinished as folder,
         connected(),
     ):
         folder.decide(steps=problem.steps)
@@ -189,9 +193,12 @@ def run(
         after = None if job.reference is None else job.reference.compare(opened.model)
         races = folder.state.plan.get("races", {})
         tokens = job.tokens // problem.steps * done.state.steps
-        about = (output, request.objective, tokens, rate, races, done.before, done.after, done.state)
         zeros, notes = sum(zeros_of(opened.layers).values()), [*job.notes, *_notes(job, done), *more]
-        report = RecoverReport(*about, zeros, time.perf_counter() - begun, before, after, notes)
+        report = RecoverReport(
+            output=output, objective=request.objective, tokens=tokens, rate=rate, races=races,
+            before=done.before, after=done.after, state=done.state, zeros=zeros,
+            seconds=time.perf_counter() - begun, lost_before=before, loss=after, warnings=notes,
+        )  # fmt: skip
         folder.complete(functools.partial(_write, job, report))
     job.source.close()
     return replace(report, seconds=time.perf_counter() - begun)

@@ -120,8 +120,8 @@ def _prepared(request: RecoverRequest, source: Source, progress: Progress) -> Bl
     opening = replace(request.opening(), model=path)
     dense = open_model(opening, streamed=True, also=() if found is None else found.layers)
     dense = changed(dense, layers=trained_layers(dense, request))
-    options: dict[str, Any] = {"dtype": dense.model.dtype, "device": str(dense.model.device)}
-    pruned = open_streamed(source.dense, dense.task.auto_class, **options)
+    dtype, device = dense.model.dtype, str(dense.model.device)
+    pruned = open_streamed(source.dense, dense.task.auto_class, dtype=dtype, device=device)
     if dense.resources.stream is None or _shapes(pruned) != _shapes(dense.resources.stream):
         raise BillhookError(
             f"The blocks of {source.given} have not the shapes of those of {path}: leave out --by block."
@@ -130,7 +130,7 @@ def _prepared(request: RecoverRequest, source: Source, progress: Progress) -> Bl
     same = identity(opening, dense, {}, None, None) | {"step": "recover", "by": "block", "tune": request.tune}
     facts = model_facts(source.dense, pruned.model)
     same |= {"targets": listed(request.targets), "ignore": listed(request.ignore), "input": facts["digest"]}
-    return BlocksJob(request, dense, source, pruned, facts, found, same)
+    return BlocksJob(request, dense, source, pruned, facts=facts, history=found, identity=same)
 
 
 def _with_text(request: RecoverRequest, dense: Opened, progress: Progress) -> Opened:
@@ -163,15 +163,21 @@ def run_blocks(
     refine = Refine(tune_norms_and_biases=request.tune == "kept+norms", seed=request.seed)
     lost = loss_of(dense, 0)  # there are held-out rows
     before = lost(job.pruned.model, Resources(stream=job.pruned))
-    may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite, "stopping": stopping}
-    with partial_output(stream, job.source.dense, output, job.identity, {}, **may) as partial:
+    unfinished = partial_output(
+        stream, job.source.dense, output, job.identity, {},
+        resume=request.resume, overwrite=request.overwrite, stopping=stopping,
+    )  # fmt: skip
+    with unfinished as partial:
         done = [result for results in partial.state.results for result in results]
         for result in done:
             progress(result.layer)
         tuner = BlockTuner(refine, dense.model, dense.batches, dense.resources)
-        walked: dict[str, Any] = {"dense_outputs": True, "resources": dense.resources, "start": partial.state.done}
-        walked["layers"] = with_linear(dense.model, dense.layers)
-        for block in walk(dense.model, dense.batches, **walked):
+        layers = with_linear(dense.model, dense.layers)
+        blocks = walk(
+            dense.model, dense.batches, layers=layers, dense_outputs=True, start=partial.state.done,
+            resources=dense.resources,
+        )  # fmt: skip
+        for block in blocks:
             results = _tuned(job, tuner, block, progress)
             partial.finished(block, results)
             done += results
@@ -183,7 +189,8 @@ def run_blocks(
         partial.complete(_record(job, refine, done, before, after), published=card(job.history))
     job.source.close()
     notes = [note for result in done for note in result.notes]
-    return BlocksReport(output, notes, sum(r.zeros for r in done), time.perf_counter() - begun, before, after)
+    zeros, seconds = sum(r.zeros for r in done), time.perf_counter() - begun
+    return BlocksReport(output, notes, zeros=zeros, seconds=seconds, lost_before=before, loss=after)
 
 
 @torch.no_grad()
@@ -199,7 +206,7 @@ def _tuned(job: BlocksJob, tuner: BlockTuner, block: Block, progress: Progress) 
     results = []
     for layer in block.layers:
         zeros = count_zeros(layer.weight)
-        results.append(LayerResult(layer.name, layer.shape, 0.0, zeros, zeros, ()))
+        results.append(LayerResult(layer.name, layer.shape, planned=0.0, zeros=zeros, zeros_before=zeros, notes=()))
     if not results:
         return []
     resources = job.dense.resources

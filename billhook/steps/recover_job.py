@@ -211,8 +211,11 @@ def record(job: RecoverJob, report: RecoverReport) -> dict[str, Any]:
     request, opened, before = job.request, job.opened, job.opened.history
     zeros, layers = zeros_of(opened.layers), []
     for layer in opened.layers:
-        counts = zeros[layer.name], job.zeros[layer.name]
-        layers.append(LayerResult(layer.name, layer.shape, 0.0, *counts, (), updated=report.improved))
+        result = LayerResult(
+            layer.name, layer.shape, planned=0.0, zeros=zeros[layer.name], zeros_before=job.zeros[layer.name],
+            notes=(), updated=report.improved,
+        )  # fmt: skip
+        layers.append(result)
     made_by: dict[str, Any] = {
         "objective": request.objective,
         "objective_options": OBJECTIVES.configure(request.objective, request.options),

@@ -195,22 +195,16 @@ def make_problem(
         device = chosen_device(request.device)
         model, teacher = sharded(model, device), None if teacher is None else sharded(teacher, device)
         kept = [*kept_shards([k for k in kept if isinstance(k, Kept)], model)]
-    return Problem(
-        model,
-        kept,
-        windows.samples.batch,
-        windows.rows,
-        1,
-        functools.partial(OBJECTIVES.get(name), **options),
-        predictor(model, task, range(count) if inside else None),
-        None if teacher is None else predictor(teacher, task, matched if inside else None, gradients=False),
-        held_out_loss(model, teacher if "teacher" in needs else None, windows.chosen_on, task),
-        (lambda number, seed: write_windows(model, number, length, seed=seed, prefix=prefix)) if written else None,
-        request.seed,
-        warm=WARM if request.recipe else None,
-        together=max(1, TOGETHER // length),
-        **({"shares": RATES} if request.tune == "adapters" else {}),
-    )
+    write = (lambda number, seed: write_windows(model, number, length, seed=seed, prefix=prefix)) if written else None
+    problem = Problem(
+        model=model, kept=kept, batch=windows.samples.batch, rows=windows.rows, steps=1,
+        objective=functools.partial(OBJECTIVES.get(name), **options),
+        student=predictor(model, task, range(count) if inside else None),
+        teacher=None if teacher is None else predictor(teacher, task, matched if inside else None, gradients=False),
+        held_out=held_out_loss(model, teacher if "teacher" in needs else None, windows.chosen_on, task),
+        write=write, seed=request.seed, warm=WARM if request.recipe else None, together=max(1, TOGETHER // length),
+    )  # fmt: skip
+    return replace(problem, shares=RATES) if request.tune == "adapters" else problem
 
 
 def stored_in(opened: Opened) -> torch.dtype:

@@ -91,9 +91,10 @@ class Request:
 
     def __post_init__(self) -> None:
         check_fields(self, but=UNCHECKED)
-        planned = self.plan is not None
-        about = {"structured": Pattern.parse(self.pattern).structured, "planned": planned}
-        found = recipes.chosen(self.recipe, self.criterion, self.allocator, self.refine, **about)
+        planned, structured = self.plan is not None, Pattern.parse(self.pattern).structured
+        found = recipes.chosen(
+            self.recipe, self.criterion, self.allocator, self.refine, structured=structured, planned=planned
+        )
         filled = {key: getattr(found, key) for key in ("criterion", "allocator", "refine")}
         filled |= {"group": self.group or found.group, "prefix": self.prefix or found.prefix}
         filled |= {"options": {**found.options, **self.options}}
@@ -240,12 +241,11 @@ def _open_model(
     if output is not None:
         unfinished = unfinished_run(output, resume=request.resume, overwrite=request.overwrite)
         check_output(output, source, overwrite=request.overwrite, needed=0 if unfinished else room(source))
-    options = _loading(request)
     if streamed:
-        stream = open_streamed(source, task.auto_class, **options, targets=listed(request.targets))
+        stream = open_streamed(source, task.auto_class, **_loading(request), targets=listed(request.targets))
         if output is None or SameLayout(stream.model, source).mismatch() is None:
             return source, stream.model, replace(resources, stream=stream)
-    model = load(source, task.auto_class, **options)
+    model = load(source, task.auto_class, **_loading(request))
     reach(model, listed(request.targets))
     return source, model, resources
 

@@ -100,7 +100,8 @@ def check(request: Request, progress: Progress = lambda step: None, *, dry_run: 
         gradients.check(method.gradient, {layer.name: layer.shape for layer in opened.layers}, opened.facts)
     resumed, done = _partial_plan(request, opened, run)
     found = ResolvedRequest(
-        request, opened, method, allocator_options, resumed or plan, table, needed, gradients, run, packed, done, begun
+        request, opened, method, allocator_options=allocator_options, plan=resumed or plan, table=table,
+        needed=needed, gradients=gradients, identity=run, packed=packed, done=done, begun=begun,
     )  # fmt: skip
     if request.output is not None:
         check_room(Path(request.output).expanduser().resolve(), _room(found, resumed is not None))

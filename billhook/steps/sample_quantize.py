@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from billhook.architectures.layers import find_layers
 from billhook.architectures.stacks import blocks_of, first_blocks, has_one_stack
@@ -31,11 +30,12 @@ def estimate_quantize(job: QuantizeJob) -> Estimate:
     opened = job.opened
     sizes = [rows_of(batch) * row_length(opened.model, batch) for batch in opened.batches]
     needs = () if job.known is not None else job.method.observed
-    text: dict[str, Any] = {"tokens": sum(sizes), "batch_tokens": max(sizes, default=0), "resources": opened.resources}
     outside = max((outside_parameter(opened.model, name).numel() for name in job.outside), default=0)
-    text |= {"length": scored_length(opened), "outside": outside, "priced": bool(job.plan.made_by.get("levels"))}
-    refine = job.request.recipe == "best"
-    memory = peak_bytes(opened.model, opened.layers, job.request.quantizer, needs, **text, refine=refine)
+    memory = peak_bytes(
+        opened.model, opened.layers, job.request.quantizer, needs,
+        tokens=sum(sizes), batch_tokens=max(sizes, default=0), length=scored_length(opened), outside=outside,
+        priced=bool(job.plan.made_by.get("levels")), resources=opened.resources, refine=job.request.recipe == "best",
+    )  # fmt: skip
     return Estimate(round((PROCESS + memory) / 2**30, 3), round(job.room / 2**30, 3))
 
 
@@ -82,8 +82,10 @@ def _first_block(job: QuantizeJob, batches: Sequence[Batch]) -> list[LayerResult
         if not layers:
             return []
         weights = {layer.name: Spec(type=statistics.mode(of_kind[layer.kind])) for layer in layers}
-        given: dict[str, Any] = {"layers": layers, "resources": opened.resources, "known": job.known}
+        tuner = None
         if job.request.recipe == "best":
             tuner = ScaleTuner(opened.model, batches, opened.resources, job.request.seed, lambda layer, weight: None)
-            given |= {"tuner": tuner, "made": tuner.made}
-        return apply_plan_(opened.model, Plan(job.plan.budget, weights), job.method, batches, **given)
+        return apply_plan_(
+            opened.model, Plan(job.plan.budget, weights), job.method, batches, layers=layers, known=job.known,
+            tuner=tuner, resources=opened.resources, made=tuner.made if tuner else lambda layer, weight: None,
+        )  # fmt: skip

@@ -11,6 +11,7 @@ from billhook.architectures.config import context_length
 from billhook.architectures.context_memory import ContextMemory, context_memory
 from billhook.errors import BillhookError, ignoring
 from billhook.export.compressed_tensors import names
+from billhook.export.gguf import GgufForm
 from billhook.methods.quantize.code_books import CodeBook
 from billhook.methods.quantize.ggml import GGML
 from billhook.plan.bytes import parse_size
@@ -116,7 +117,7 @@ class Sizes:
 
     @classmethod
     def of(
-        cls, given: Size, opened: Opened, parts: Parts, types: Sequence[str], target: str, *, form: Mapping[str, Any]
+        cls, given: Size, opened: Opened, parts: Parts, types: Sequence[str], target: str, *, form: GgufForm
     ) -> "Sizes":
         """The sizes for a request and the types to choose from; `parts` are the layers' places on disk, and `form` that
         of a GGUF file (`Inputs.gguf_form`).

@@ -143,7 +143,10 @@ def _checked_job(
     run = identity(request.opening(), opened, {**request.options, **removal.options}, plan, None)
     run |= {"step": "slim", "remove": request.remove, "units": kinds_of(request.units)}
     run |= {key: getattr(request, key) for key in ("method", "experts", "drop_by", "allocator", "shape")}
-    job = SlimJob(request, opened, units, plan, removal, smaller, changes, run, parameters_of(opened), notes)
+    job = SlimJob(
+        request, opened, units=units, plan=plan, removal=removal, smaller=smaller, config=changes, identity=run,
+        parameters=parameters_of(opened), notes=notes,
+    )  # fmt: skip
     if job.padding:
         share = job.padding / sum(job.parameters)
         notes.append(
@@ -163,16 +166,14 @@ def run(
     start, request, opened, smaller = time.perf_counter(), job.request, job.opened, job.smaller
     source, output = opened.source, _output(request)
     assert source is not None
-    may: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
     barrier()  # until all processes have checked the output
     lost = loss_of(opened, request.opening().drawing.held_out)
     files = SmallerFiles(smaller)
-    made_of = (smaller.source, source, output, job.identity, job.plan.to_json())
-    with (
-        ExitStack() as stack,
-        _gradients(job) as gradients,
-        partial_output(*made_of, **may, stopping=stopping, files=files) as partial,
-    ):
+    unfinished = partial_output(
+        smaller.source, source, output, job.identity, job.plan.to_json(),
+        resume=request.resume, overwrite=request.overwrite, stopping=stopping, files=files,
+    )  # fmt: skip
+    with ExitStack() as stack, _gradients(job) as gradients, unfinished as partial:
         before = [result for results in partial.state.results for result in results]
         _keep(job, before)
         for unit in kept_parts(job, before):
@@ -192,11 +193,12 @@ def run(
         loss = lost(smaller.stream.model, Resources(stream=smaller.stream))
         made = record(job, results, loss)
         partial.complete(made, _finish(job, files, source), published=publish_slim, model=smaller.stream.model)
-    counts = {unit.name: unit.count for unit in job.units}
-    sizes = result_bytes(output), weight_bytes(source)
-    seconds, warnings = time.perf_counter() - start, made["steps"][-1]["warnings"]
-    shares = job.removed / sum(job.parameters), job.padding / sum(job.parameters)
-    return SlimReport(output, kept_parts(job, results), counts, *shares, *sizes, seconds, loss, warnings)
+    return SlimReport(
+        output=output, kept=kept_parts(job, results), counts={unit.name: unit.count for unit in job.units},
+        removed=job.removed / sum(job.parameters), padding=job.padding / sum(job.parameters),
+        size=result_bytes(output), source_size=weight_bytes(source), seconds=time.perf_counter() - start,
+        loss=loss, warnings=made["steps"][-1]["warnings"],
+    )  # fmt: skip
 
 
 @contextmanager
@@ -230,8 +232,8 @@ def _finish(job: SlimJob, files: SmallerFiles, source: Path) -> Callable[[Path],
         write_index(folder, files.files)
         config = read_json(source / "config.json", "model configuration", own=False)
         write_json(folder / "config.json", without_missing_entry({**config, **job.config}, folder))
-        options: dict[str, Any] = {"dtype": job.opened.model.dtype, "device": str(job.opened.model.device)}
-        _check_predictions(job.opened, open_streamed(folder, job.opened.task.auto_class, **options))
+        dtype, device = job.opened.model.dtype, str(job.opened.model.device)
+        _check_predictions(job.opened, open_streamed(folder, job.opened.task.auto_class, dtype=dtype, device=device))
         return job.config
 
     return finish

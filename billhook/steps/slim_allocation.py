@@ -54,8 +54,9 @@ class UnitAllocation:
             raise BillhookError(f"Unknown allocator {name!r:.40}.{hint(name, known)} There are: {', '.join(known)}.")
         given = [] if name == AUTO else [name]
         registry = MODEL_ALLOCATORS if name in MODEL_ALLOCATORS.names() else ALLOCATORS
-        how: dict[str, Any] = {"methods": STRUCTURED, "allocating": registry}
-        of_method, options = split_options(request.options, request.method, given, **how)
+        of_method, options = split_options(
+            request.options, request.method, given, methods=STRUCTURED, allocating=registry
+        )
         _check_used(request, name, kinds, options)
         implied: Shape = "uniform" if not request.allocator or name == "uniform" else "per-layer"
         options = {**registry.configure(name, options)} if given else {}
@@ -128,8 +129,9 @@ def _fractions(
         return dict.fromkeys(layers, problem.sparsity)
     every = list({layer.name: layer for several in layers.values() for layer in several}.values())
     wanted = ALLOCATORS.needs(allocation.name, allocation.options)
-    how: dict[str, Any] = {"layers": every, "resources": opened.resources, "progress": progress}
-    table: Table = measure(opened.model, wanted, batches=opened.batches, **how)
+    table: Table = measure(
+        opened.model, wanted, batches=opened.batches, layers=every, resources=opened.resources, progress=progress
+    )
     found = ALLOCATORS.get(allocation.name)(table, problem.sparsity, **allocation.options)
     sizes = {row.layer: row.n for row in table}
     return {

@@ -110,8 +110,10 @@ def _allocated(
     check_room(sizes, left)
     shares = left / sum(size.n for size in sizes)
     problem = UnitProblem(Table(()), shares, sizes=sizes, remove=left, shape=allocation.shape, stays=stays)
-    how: dict[str, Any] = {"experts": request.experts, "gone": gone, "seed": request.seed, "progress": progress}
-    return allocate_units(allocation, opened, units, problem, removal, **how)
+    return allocate_units(
+        allocation, opened, units, problem, removal,
+        experts=request.experts, gone=gone, seed=request.seed, progress=progress,
+    )  # fmt: skip
 
 
 def _making_up(opened: Opened, plan: Plan, dropped: Sequence[int]) -> dict[str, int]:

@@ -79,10 +79,10 @@ class Smaller:
             import transformers
 
             kind = getattr(transformers, config.architectures[0])
-        options: dict[str, Any] = {"dtype": model.dtype, "device": str(model.device)}
         try:
             with loading(path):
-                return cls(source, stream_of(path, kind, config, stored, **options), units, counts, blocks)
+                stream = stream_of(path, kind, config, stored, dtype=model.dtype, device=str(model.device))
+                return cls(source, stream, units, counts, blocks)
         except BillhookError:
             fewer = [unit.kind for unit in units if counts[unit.name] < unit.count]
             fewer += ["blocks"] if len(blocks) < len(source.blocks) else []

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -57,11 +57,12 @@ def open_teacher(path: Path, opened: Opened, request: Request, *, streamed: bool
     Raises BillhookError where its tokenizer or what it predicts differs.
     """
     read_config(path)
-    options: dict[str, Any] = {"dtype": opened.model.dtype, "device": str(opened.model.device)}
-    options |= {"trust_remote_code": request.trust_remote_code}
-    kind = opened.task.auto_class
-    teacher = open_streamed(path, kind, **options).model if streamed else load(path, kind, **options)
-    model = opened.model
+    model, kind = opened.model, opened.task.auto_class
+    dtype, device, trust = model.dtype, str(model.device), request.trust_remote_code
+    if streamed:
+        teacher = open_streamed(path, kind, dtype=dtype, device=device, trust_remote_code=trust).model
+    else:
+        teacher = load(path, kind, dtype=dtype, device=device, trust_remote_code=trust)
     ours, theirs = (hidden_width(m) if is_headless(m) else classes_of(m) for m in (model, teacher))
     if ours != theirs:
         raise BillhookError(f"{path} cannot teach {opened.source}: it predicts {theirs} classes, not {ours}.")

@@ -13,7 +13,7 @@ from billhook.architectures.layers import Layer
 from billhook.engine.streaming import Stream
 from billhook.errors import BillhookError, ignoring
 from billhook.export import compressed_tensors
-from billhook.export.gguf import gguf_bytes
+from billhook.export.gguf import GgufForm, gguf_bytes
 from billhook.methods.quantize.ggml import GGML
 from billhook.methods.quantize.grids import grid_of
 from billhook.methods.quantize.scalar import Scalar
@@ -136,7 +136,7 @@ def block_bytes(opened: Opened, types: Mapping[str, str]) -> int:
     )
 
 
-def file_bytes(opened: Opened, types: Mapping[str, str], quantizer: str, form: Mapping[str, Any]) -> int:
+def file_bytes(opened: Opened, types: Mapping[str, str], quantizer: str, form: GgufForm) -> int:
     """The size of the GGUF file of the `form` (`Inputs.gguf_form`) in which matrices, by their names on disk, have
     these types.
 

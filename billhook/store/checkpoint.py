@@ -164,8 +164,10 @@ def load(
         unfilled = empty_model(path, shards, auto_class, trust_remote_code)[1]
         if not is_compressed(config):
             check_fits(path, unfilled, shards)
-        local = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trust_remote_code}
-        model = from_pretrained(type(unfilled), path, path, dtype=dtype, **local)
+        model = from_pretrained(
+            type(unfilled), path, path, dtype=dtype,
+            local_files_only=True, use_safetensors=True, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         if is_compressed(config):  # otherwise they are decoded at the first forward pass
             quantizer: Any = model.hf_quantizer
             quantizer.compressor.decompress_model(model)
@@ -243,8 +245,9 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
         need = f"The tokenizer of {path} is a SentencePiece model (tokenizer.model), which transformers reads with"
         raise BillhookError(f"{need} {' and '.join(lacking)}: pip install {' '.join(lacking)}")
     with untrusted(f"transformers cannot load the tokenizer of {path}", repair(path)), quiet():
-        options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         tokenizer.decode(tokenizer("a", verbose=False)["input_ids"])  # some damage shows only in use
     return tokenizer
 

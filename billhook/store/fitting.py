@@ -56,13 +56,13 @@ def empty_model(
     path: Path, shards: Sequence[Shard], auto_class: str, trust_remote_code: bool
 ) -> tuple[Any, PreTrainedModel]:
     """The configuration of a directory with the files `shards`, and its model on the meta device, without values."""
-    trust = {"trust_remote_code": trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **trust)
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     kind: Any = getattr(transformers, auto_class)
     with torch.device("meta"):
-        model = kind.from_config(config, **trust)
-        options = pooling(type(model), stored_tensors(shards))
-        return config, kind.from_config(config, **trust, **options) if options else model
+        model = kind.from_config(config, trust_remote_code=trust_remote_code)
+        if options := pooling(type(model), stored_tensors(shards)):
+            model = kind.from_config(config, trust_remote_code=trust_remote_code, **options)
+        return config, model
 
 
 def check_fits(path: Path, model: PreTrainedModel, shards: Sequence[Shard]) -> None:

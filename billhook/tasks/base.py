@@ -81,8 +81,10 @@ class Samples:
     def of(cls, batch: Callable[[Tensor], Batch], tokens: Tokens) -> "Samples":
         """The samples that `batch` makes of the windows of `tokens`."""
         heldout = None if tokens.heldout is None else batch(tokens.heldout)
-        about = (tokens.source, tokens.digest, tokens.sampling, tokens.bos)
-        return cls(batch(tokens.ids), *about, heldout, prefix=tokens.prefix)
+        return cls(
+            batch(tokens.ids), source=tokens.source, digest=tokens.digest, sampling=tokens.sampling, bos=tokens.bos,
+            heldout=heldout, prefix=tokens.prefix,
+        )  # fmt: skip
 
     @classmethod
     def split(

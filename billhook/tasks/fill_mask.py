@@ -87,8 +87,9 @@ class FillMask:
         task = self.with_tokenizer(tokenizer)
         if tokenizer is None or task.mask_token is None:
             raise BillhookError("Masked tokens cannot be scored: the model has no tokenizer with a mask token.")
-        options: dict[str, Any] = {"bos": _frame(bos), "vocab_size": vocabulary_size(model)}
-        windows = load_windows(source, tokenizer, length=length - 2, limit=limit, **options)
+        windows = load_windows(
+            source, tokenizer, length=length - 2, limit=limit, bos=_frame(bos), vocab_size=vocabulary_size(model)
+        )
         return replace(windows, ids=framed(windows.ids, tokenizer), text_bytes=None), task
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -35,9 +35,8 @@ class ReadRows:
 
     def samples(self, model: PreTrainedModel, drawing: Drawing, what: str) -> Samples:
         """Rows at random, and more of them that are held out."""
-        how: dict[str, Any] = {"again": drawing.sampling == "papers", "what": what}
-        samples = drawing.samples_of(len(self.found))
-        numbers = drawn(self.found, samples, drawing.held_out, drawing.seed, self.source, **how)
+        samples, again = drawing.samples_of(len(self.found)), drawing.sampling == "papers"
+        numbers = drawn(self.found, samples, drawing.held_out, drawing.seed, self.source, again=again, what=what)
         batch = join_rows(self.read(self.found[n]) for n in numbers)
         return Samples.split(batch, samples, model, self.source, drawing.sampling, skipped=self.skipped)
 

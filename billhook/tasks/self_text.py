@@ -23,7 +23,6 @@ is some, should come first.
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -74,10 +73,10 @@ def self_windows(
     if missing:
         parts.append(write_windows(model, missing, length, seed=drawing.seed, prefix=prefix, progress=progress))
     if heldout is None:
-        more: dict[str, Any] = {"seed": drawing.seed + 1, "prefix": prefix, "progress": progress}
-        heldout = write_windows(model, drawing.held_out, length, **more)
+        seed, number = drawing.seed + 1, drawing.held_out
+        heldout = write_windows(model, number, length, seed=seed, prefix=prefix, progress=progress)
     ids, sampling = torch.cat(parts), f"{drawing.sampling}, {missing} written by the model"
-    return Tokens(ids, source, digest(ids), sampling, bool(prefix), heldout, prefix)
+    return Tokens(ids, source, digest(ids), sampling, bos=bool(prefix), heldout=heldout, prefix=prefix)
 
 
 def save_windows(path: Path, samples: Samples) -> None:

@@ -137,8 +137,10 @@ def _load(datasets: Any, request: Request, stream: bool) -> Any:
         if isinstance(loaded, Mapping) and request.split not in loaded:
             raise ValueError(f"it has {', '.join(loaded)}: name one, hub:{request.name}::{next(iter(loaded))}")
         return loaded[request.split] if isinstance(loaded, Mapping) else loaded
-    where = {"split": request.split, "data_files": request.files, "revision": request.revision}
-    return datasets.load_dataset(request.name, request.config, streaming=stream, **where)
+    return datasets.load_dataset(
+        request.name, request.config, split=request.split, data_files=request.files, revision=request.revision,
+        streaming=stream,
+    )  # fmt: skip
 
 
 def _failed(source: str, error: Exception) -> BillhookError:

@@ -124,7 +124,7 @@ def load_calibration(
     check_ids(ids, vocab_size, name)
     taken = len(ids) if isinstance(data, Tensor) else samples
     heldout = ids[taken:] if len(ids) > taken else None
-    return Tokens(ids[:taken], name, digest(ids[:taken]), sampling, begun, heldout, prefix)
+    return Tokens(ids[:taken], name, digest(ids[:taken]), sampling, bos=begun, heldout=heldout, prefix=prefix)
 
 
 @pinned
@@ -165,7 +165,7 @@ def load_windows(
             before, scored = np.concatenate([[0], ends]), length - max(1, len(prefix))
             text_bytes = sum(int(before[part.stop] - before[part.stop - scored]) for part in parts)
     check_ids(ids, vocab_size, source)
-    return Windows(ids, source, digest(ids), tokens, text_bytes, begun, prefix)
+    return Windows(ids, source, digest(ids), tokens=tokens, text_bytes=text_bytes, bos=begun, prefix=prefix)
 
 
 def digest(ids: Tensor) -> str:
@@ -226,8 +226,7 @@ def _encode_joined(
             parts.append(piece)
             held += len(piece) + len(between)
         text = between.join(parts)[:wanted]
-        options = {"return_attention_mask": False, "return_offsets_mapping": tokenizer.is_fast}
-        found = tokenizer(text, verbose=False, **options)
+        found = tokenizer(text, verbose=False, return_attention_mask=False, return_offsets_mapping=tokenizer.is_fast)
         if held < wanted or (needed is not None and len(found["input_ids"]) >= needed + 64):
             break
         wanted *= 2

@@ -69,11 +69,12 @@ class Runner(ABC):
     @torch.no_grad()
     def __enter__(self) -> Self:
         statistic = self.gradient
-        options: dict[str, Any] = {"loss": self.task.loss, "layers": self.layers}
         with ExitStack() as stack:
             if statistic:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="billhook."))) / "g.safetensors"
-                self.dense_gradients = compute_gradients(self.model, self.batches, statistic, path, **options)
+                self.dense_gradients = compute_gradients(
+                    self.model, self.batches, statistic, path, loss=self.task.loss, layers=self.layers
+                )
             teacher = self.task.divergence.teacher
             self._teachers = [teacher(outputs) for outputs, _ in self.predictions(self.heldout)]
             self._dense = stack.enter_context(restored(self.layers))
@@ -142,8 +143,9 @@ class TrialRunner(Runner):
     def prune(self, plan: Plan) -> list[LayerResult]:
         """Prune the dense model in place as `billhook prune` does."""
         self.restore_()
-        options: dict[str, Any] = {"layers": self.layers, "gradients": self.dense_gradients}
-        return apply_plan_(self.model, gather(plan)[0], self.method, self.batches, **options)
+        return apply_plan_(
+            self.model, gather(plan)[0], self.method, self.batches, layers=self.layers, gradients=self.dense_gradients
+        )
 
 
 def _gradient(divergence: Divergence, teacher: Any, outputs: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Trials of plans of units: parts are removed in full by one plan after another, as `billhook slim` does."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from transformers import PreTrainedModel
@@ -62,10 +62,10 @@ class UnitRunner(Runner):
     def prune(self, plan: Plan) -> list[LayerResult]:
         """Remove parts from the dense model in place, so that those of the plan stay."""
         self.restore_()
-        options: dict[str, Any] = {"dropped": self._dropped, "gradients": self.dense_gradients}
-        counts = gather(plan)[0].units
-        options["experts"] = self.experts
-        return remove_parts_(self.model, self.units, counts, self.removal, self.batches, **options)
+        return remove_parts_(
+            self.model, self.units, gather(plan)[0].units, self.removal, self.batches,
+            experts=self.experts, dropped=self._dropped, gradients=self.dense_gradients,
+        )  # fmt: skip
 
     def attribute(self) -> dict[str, float]:
         """Each unit's share of the divergence of the model as it is now.

@@ -90,8 +90,7 @@ class CodeBook(SuperBlock):
     def _search(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """The best scale of every group and sum(weight · code²), [groups, out]: first without the book, by numbers."""
         largest = groups.x.abs().amax(1) / self.points[-1]
-        numbers = groups.x, groups.weight, largest, _STARTS, self.points
-        scale, _ = search_scale(*numbers, mirrored=True)
+        scale, _ = search_scale(groups.x, groups.weight, largest, _STARTS, self.points, mirrored=True)
         found: tuple[Tensor, ...] = ()
         for factor in _AROUND:
             _, power, product = self._sums(groups, scale * factor)

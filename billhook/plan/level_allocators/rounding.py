@@ -46,10 +46,10 @@ def nearest_types(levels: Levels, raw: Mapping[str, float], keep: Literal["ratio
 
     least, most = min(low for low, _ in ends.values()), max(high for _, high in ends.values())
     if keep == "ratios":
-        bounds = 0.0, most / min((r for r in means.values() if r > 0), default=1.0)
+        low, high = 0.0, most / min((r for r in means.values() if r > 0), default=1.0)
     else:
-        bounds = least - max(means.values()), most - min(means.values())
-    wanted = at(_solve(lambda c: sum(n[g] * b for g, b in at(c).items()), 8 * left, *bounds))
+        low, high = least - max(means.values()), most - min(means.values())
+    wanted = at(_solve(lambda c: sum(n[g] * b for g, b in at(c).items()), 8 * left, low, high))
     types = uniform(levels)
     for group, ladder in ladders.items():
         below = [type for size, type in ladder if 8 * size / n[group] <= wanted[group] * (1 + 1e-12)]
