@@ -4,7 +4,7 @@
 
 FOLDER is a directory of `Dinov2Model`. Images are the CIFAR-10 files of `benchmarks/vision.py`, enlarged to 84 pixels:
 the probe, a logistic regression on the dense model's embeddings, is trained on 1,000 of the training set and stays as
-it is; 256 of these calibrate; 2,000 test images are scored (standard error 1.1). One thread.
+it is; --samples of these, without labels, calibrate; 2,000 test images are scored (standard error 1.1). One thread.
 """
 
 import argparse
@@ -24,8 +24,9 @@ METHODS = {
     "sparsegpt": {"criterion": "sparsegpt", "allocator": "uniform"},
     "admm": {"criterion": "admm", "allocator": "uniform"},
     "good": {"recipe": "good"},
+    "best": {"recipe": "best"},
 }
-PIXELS, SAMPLES = 84, 256
+PIXELS = 84
 
 
 @torch.no_grad()
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("name", nargs="*", help="only these methods (default all)")
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--samples", type=int, default=1000, help="calibration images")
     args = parser.parse_args()
     torch.set_num_threads(1)
     (train, test), model = cifar(), load_model(args.folder)
@@ -76,7 +78,7 @@ def main() -> None:
     print("alpha_mid by block", [round(sum(found) / len(found), 2) for found in by_block.values()], flush=True)
     for name in args.name or METHODS:
         model, begun = load_model(args.folder), time.process_time()
-        prune(model, sparsity=args.sparsity, calibration=x[:SAMPLES], **METHODS[name])
+        prune(model, sparsity=args.sparsity, calibration=x[: args.samples], **METHODS[name])
         took, found = time.process_time() - begun, embeddings(model, shown)
         cosine = float(nn.functional.cosine_similarity(found, dense).mean())
         print(f"{name}: top-1 {accuracy(found):.2f}, cosine {cosine:.4f}, {took:.0f} s", flush=True)
