@@ -136,8 +136,8 @@ def choose(
     levels, notes = Levels(shapes, menus, sizes.budget - sizes.fixed, list(sizes.outside), tied), list[str]()
     if ERRORS in allocation.needs:
         if allocation.levels is not None:
-            known = (allocation.levels, opened.facts["digest"])
-            found, notes = earlier_levels(*known, sizes.menus, sizes.outside_menus)
+            digest = opened.facts["digest"]
+            found, notes = earlier_levels(allocation.levels, digest, sizes.menus, sizes.outside_menus)
         else:
             found = _measured(request, opened, sizes, method, progress)
         errors = {**found.errors, **found.losses}
@@ -146,21 +146,28 @@ def choose(
         if notes and levels.least > levels.budget:
             raise BillhookError(f"The size cannot be met with what {allocation.levels} measured. {notes[0]}")
     wanted = [name for name in allocation.needs if name not in (ERRORS, WEIGHTS)]
-    resources: dict[str, Any] = {"layers": opened.layers, "resources": opened.resources, "progress": progress}
-    levels = replace(levels, table=measure(opened.model, wanted, batches=opened.batches, **resources))
+    table = measure(
+        opened.model, wanted, batches=opened.batches, layers=opened.layers, resources=opened.resources,
+        progress=progress,
+    )  # fmt: skip
+    levels = replace(levels, table=table)
     if not allocation.on_trial:
         plan = allocate_levels(levels, allocation.name, **allocation.options)
         return _noted(Chosen(plan, outlook(levels, sizes.fixed) if levels.errors else {}), notes)
     assert opened.source is not None
     assert opened.samples is not None
-    how: dict[str, Any] = {"dtype": request.dtype, "device": request.device}
-    model = load(opened.source, opened.task.auto_class, **how, trust_remote_code=request.trust_remote_code)
+    model = load(
+        opened.source, opened.task.auto_class, dtype=request.dtype, device=request.device,
+        trust_remote_code=request.trust_remote_code,
+    )  # fmt: skip
     layers = same_layers(model, opened)
     split = split_samples(model, opened.samples, rows_of(opened.batches[0]), request.seed)
     quick = replace(method, options={**method.options, "sweeps": 0})
-    how = {"allocator": allocation.name, "options": allocation.options, "fixed": sizes.fixed}
-    how |= {"progress": progress}
-    return _noted(choose_types(model, layers, split, levels, quick, **how), notes)
+    chosen = choose_types(
+        model, layers, split, levels, quick, allocator=allocation.name, options=allocation.options,
+        fixed=sizes.fixed, progress=progress,
+    )  # fmt: skip
+    return _noted(chosen, notes)
 
 
 def _noted(chosen: Chosen, notes: list[str]) -> Chosen:
@@ -173,9 +180,10 @@ def _measured(request: Request, opened: Opened, sizes: Sizes, method: Quantizati
     menus = {"layers": sizes.menus, "outside": sizes.outside_menus}
     same = identity(request, opened, {"scales": str(method.scale_dtype)}, None, None) | menus
     kept = KeptLevels(partial_folder(Path(str(request.output)).expanduser().resolve()), same)
-    given = (opened, sizes.menus, sizes.outside_menus, method.scale_dtype, kept)
     try:
-        return measure_levels(*given, seed=request.seed, progress=progress)
+        return measure_levels(
+            opened, sizes.menus, sizes.outside_menus, method.scale_dtype, kept, seed=request.seed, progress=progress
+        )
     except BillhookError:
         kept.forget()
         raise
