@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from billhook.ambient import pinned
+from billhook.ambient import pinned, same_random_numbers
 from billhook.architectures.config import call_options, predictions
 from billhook.architectures.gguf_config import new_shape_note
 from billhook.architectures.slim_config import check_blocks, shape_notes, slimmed, stored_counts
@@ -254,7 +254,8 @@ def _check_predictions(opened: Opened, written: Stream) -> None:
         batch = select_rows(samples.batch, slice(0, 1))
 
     def computed(one: PreTrainedModel) -> torch.Tensor:
-        return predictions(one, one(**model_inputs(one, batch), **call_options(one))).float()
+        with same_random_numbers():
+            return predictions(one, one(**model_inputs(one, batch), **call_options(one))).float()
 
     here = computed(model)
     try:
