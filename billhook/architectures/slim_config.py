@@ -96,6 +96,8 @@ def check_blocks(model: PreTrainedModel) -> None:
         raise BillhookError(f"{who}: they have several stacks, {names}. Name other kinds of units.")
     (stack,) = stacks
     depth, own = len(stack.blocks), _at(model.config, _part(model, stack.name)).to_dict()
+    if depth == 1:
+        raise BillhookError("The model has one block, which must stay. Name other kinds of units.")
     kinds = {tuple((name, x.shape) for name, x in block.state_dict().items()) for block in stack.blocks.values()}
     told = any(key != "num_hidden_layers" and key not in _STAGES for key in _depth(own, range(depth), depth))
     if len(kinds) > 1 and not told:
