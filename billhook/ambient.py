@@ -1,8 +1,8 @@
 """What results may not depend on: the state of the process and of a model in memory, pinned while a function runs.
 
-The state is torch's default dtype and device, inference and grad mode, autocast, the precision of float32 products, and
-the training mode of a model. `pinned` marks the public functions that compute. Models that they cannot work with are
-refused by name.
+The state is torch's default dtype and device, inference and grad mode, autocast, the precision of float32 products, its
+random numbers (some models draw them in evaluation mode too, such as ViTMAE), and the training mode of a model.
+`pinned` marks the public functions that compute. Models that they cannot work with are refused by name.
 """
 
 import functools
@@ -58,9 +58,19 @@ def standard_state() -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(same_random_numbers())
         stack.callback(torch.set_default_dtype, dtype)
         torch.set_default_dtype(torch.float32)
         stack.enter_context(_full_precision())
+        yield
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Let torch draw the same random numbers every time, and go on with its own afterwards."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
         yield
 
 

@@ -3,7 +3,7 @@
 import inspect
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.errors import BillhookError
@@ -62,7 +62,7 @@ def hidden_width(model: PreTrainedModel) -> int:
 def is_headless(model: PreTrainedModel) -> bool:
     """Whether the model ends with its last norm or pooling: it has embeddings and no predictions."""
     known = class_names("AutoModel").values()
-    return model.base_model is model and type(model).__name__ in {name for names in known for name in names}
+    return without_head(model) is model and type(model).__name__ in {name for names in known for name in names}
 
 
 def predictions(model: PreTrainedModel, output: Any) -> Tensor:
@@ -105,9 +105,16 @@ def cache_bytes(model: PreTrainedModel, tokens: int) -> int:
     return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * tokens)
 
 
+def without_head(model: PreTrainedModel) -> nn.Module:
+    """The base model, which computes the hidden states of the model's inputs; the model itself where its base is a
+    part that takes others (DINOv3)."""
+    base: nn.Module = model.base_model
+    return base if model.main_input_name in inspect.signature(base.forward).parameters else model
+
+
 def call_options(model: PreTrainedModel, *, base: bool = False) -> dict[str, Any]:
-    """Options of a call of the model (or of its base model): no key-value cache, no auxiliary loss of routers."""
-    known = inspect.signature((model.base_model if base else model).forward).parameters
+    """Options of a call of the model (or of `without_head`): no key-value cache, no auxiliary loss of routers."""
+    known = inspect.signature((without_head(model) if base else model).forward).parameters
     passed_on = any(one.kind is one.VAR_KEYWORD for one in known.values()) and hasattr(
         text_config(model.config), "use_cache"
     )

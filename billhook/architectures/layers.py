@@ -195,7 +195,7 @@ def _check_owned(layer: Layer) -> None:
 def _span(layer: Layer) -> tuple[int, int]:
     """The first address of a stored weight and the one after its last; raises BillhookError where values share one."""
     stored = layer.stored
-    if not (start := stored.data_ptr()):  # on `meta`, and for shards of FSDP2
+    if stored.is_meta or not (start := stored.data_ptr()):  # without values, and for shards of FSDP2
         return id(stored), id(stored) + 1
     reach = 1 + sum((size - 1) * stride for size, stride in zip(stored.shape, stored.stride(), strict=True))
     if stored.numel() > reach:

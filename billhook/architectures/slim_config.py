@@ -19,8 +19,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from billhook.architectures.stacks import blocks_of, decoder_stack, find_stacks
 from billhook.architectures.units import Unit
 from billhook.errors import BillhookError
+from billhook.store.files import in_one_line
 
 _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+_OF_EXPERTS, _OF_DENSE = ("moe_intermediate_size", *_WIDTHS), ("intermediate_size_mlp", *_WIDTHS)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 WIDTH = 8  # of which the numbers of channels should be multiples, for the sake of kernels and storage types
 _NUMBERS = ("mlp_only_layers",)  # lists of the numbers of blocks
@@ -94,13 +96,18 @@ def check_blocks(model: PreTrainedModel) -> None:
         raise BillhookError(f"{who}: they have several stacks, {names}. Name other kinds of units.")
     (stack,) = stacks
     depth, own = len(stack.blocks), _at(model.config, _part(model, stack.name)).to_dict()
+    if depth == 1:
+        raise BillhookError("The model has one block, which must stay. Name other kinds of units.")
     kinds = {tuple((name, x.shape) for name, x in block.state_dict().items()) for block in stack.blocks.values()}
     told = any(key != "num_hidden_layers" and key not in _STAGES for key in _depth(own, range(depth), depth))
     if len(kinds) > 1 and not told:
         raise BillhookError(f"{who}: their blocks are not alike, and their configuration has no list of their kinds.")
     config, _, _ = slimmed(model, [], {}, range(depth - 1), depth)
-    with torch.device("meta"):
-        made = type(model)(config)
+    try:
+        with torch.device("meta"):
+            made = type(model)(config)
+    except Exception as error:  # whatever the model's class raises
+        raise BillhookError(f"{who}: {in_one_line(error)}.") from None
     if len(blocks_of(made)) != depth - 1:
         raise BillhookError(f"{who}: their configuration has no place for it.")
 
@@ -210,15 +217,17 @@ def _changes(config: Any, unit: Unit, count: int) -> dict[str, Any]:
         return _heads(config, unit, count)
     if unit.kind == "experts":
         key = _first(config, _EXPERTS, unit)
-        if count < config.num_experts_per_tok:
+        each = config.num_experts_per_tok
+        each = max(each) if isinstance(each, list) else each
+        if count < each:
             raise BillhookError(
-                f"{unit.name}: every token goes to {config.num_experts_per_tok} experts, so {count} cannot stay. "
-                "Remove less."
+                f"{unit.name}: every token goes to {each} experts, so {count} cannot stay. Remove less."
             )
         return {key: count}
-    if _of_expert(unit) and hasattr(config, "moe_intermediate_size"):
-        return {"moe_intermediate_size": count}
-    return {_first(config, _WIDTHS, unit): count}
+    names = _OF_EXPERTS if _of_expert(unit) else _OF_DENSE
+    held = ((name, getattr(config, name, None)) for name in names)
+    same = [name for name, value in held if unit.count in (value if isinstance(value, list) else [value])]
+    return {_first(config, [*same, *names], unit): count}
 
 
 def _of_expert(unit: Unit) -> bool:

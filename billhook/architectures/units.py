@@ -85,14 +85,17 @@ def find_units(model: PreTrainedModel, kinds: Sequence[str], blocks: Collection[
                 units += _FINDERS[kind](model, name, inner, block, layers)
     for kind in kinds:
         if not any(unit.kind == kind for unit in units):
-            raise BillhookError(f"{model.config.model_type} models have no {kind} that can be removed{_why(kind)}.")
+            why = _why(kind, any(layer.expert is not None for layer in layers.values()))
+            raise BillhookError(f"{model.config.model_type} models have no {kind} that can be removed: {why}.")
     return units
 
 
-def _why(kind: str) -> str:
+def _why(kind: str, mixture: bool) -> str:
     if kind == "heads":
-        return ": their configuration cannot say that heads are missing"
-    return ": they are not mixtures of experts" if kind == "experts" else ": the layout of their MLP is not known"
+        return "their configuration cannot say that heads are missing"
+    if kind == "experts":
+        return "the layout of their router is not known" if mixture else "they are not mixtures of experts"
+    return "the layout of their MLP is not known"
 
 
 def _channels(
@@ -157,16 +160,20 @@ def _heads(
     else:
         parts = (("q_proj", groups), ("k_proj", key_groups), ("v_proj", key_groups))
         slices = [s for key, index in parts for s in _rows(layers[f"{name}.{key}"], index)]
-    slices += _of_each_head(model, name, module, keys // size)
+    slices += _of_each_head(model, name, module, consumer, keys // size)
     yield _unit(f"{name}:heads", "heads", block, slices, consumer, groups)
 
 
-def _of_each_head(model: PreTrainedModel, name: str, module: nn.Module, groups: int) -> Iterator[Slice]:
-    """Parameters with a value for each head; raises BillhookError for a norm over several heads."""
-    for norm in _SPANNING:
-        inner = getattr(module, norm, None)
+def _of_each_head(
+    model: PreTrainedModel, name: str, module: nn.Module, consumer: Layer, groups: int
+) -> Iterator[Slice]:
+    """Parameters with a value for each head; raises BillhookError for a norm over several heads, or over the inputs of
+    the output projection."""
+    width = consumer.shape[1]
+    for norm, inner in module.named_children():
         weight = getattr(inner, "weight", None)
-        if isinstance(inner, nn.Module) and (weight is None or weight.ndim != 1 or len(weight) != module.head_dim):
+        whole = norm in _SPANNING and (weight is None or weight.ndim != 1 or len(weight) != module.head_dim)
+        if whole or (weight is not None and weight.ndim == 1 and len(weight) == width != module.head_dim):
             raise BillhookError(
                 f"{model.config.model_type} models have no heads that can be removed: {name}.{norm} is computed over "
                 "several heads together."
@@ -188,12 +195,20 @@ def _experts(
             f"chooses among {groups} groups of experts, which would have to stay of one size."
         )
     inner = module.get_submodule("experts")
-    each = torch.arange(len(router.get_parameter("weight")))[:, None]
-    tensors = [f"{name}.{key}.{p}" for p, _ in router.named_parameters()]
-    tensors += [f"{name}.{key}.{p}" for p, value in router.named_buffers() if len(value) == len(each)]
-    tensors += [f"{name}.experts.{p}" for p, _ in inner.named_parameters()]
-    sizes = [model.get_parameter(t).numel() // len(each) for t in tensors if not t.endswith("correction_bias")]
-    yield Unit(f"{name}:experts", "experts", block, tuple(Slice(t, 0, each) for t in tensors), sum(sizes))
+    each = torch.arange(len(inner.get_parameter("down_proj")))[:, None]
+    held = [(f"{key}.{p}", value) for p, value in _tensors(router)]
+    held += [(p, value) for p, value in _tensors(module, recurse=False)]  # such as the biases of experts
+    held = [(p, value) for p, value in held if len(each) in value.shape]
+    held += [(f"experts.{p}", value) for p, value in inner.named_parameters()]
+    slices = [Slice(f"{name}.{p}", value.shape.index(len(each)), each) for p, value in held]
+    sizes = [value.numel() // len(each) for _, value in held if isinstance(value, nn.Parameter)]
+    yield Unit(f"{name}:experts", "experts", block, tuple(slices), sum(sizes))
+
+
+def _tensors(module: nn.Module, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of a module by name."""
+    yield from module.named_parameters(recurse=recurse)
+    yield from module.named_buffers(recurse=recurse)
 
 
 def router_of(module: nn.Module) -> tuple[str, nn.Module] | None:
@@ -204,10 +219,9 @@ def router_of(module: nn.Module) -> tuple[str, nn.Module] | None:
         return None
     for key in ("gate", "router"):
         router = getattr(module, key, None)
-        weight = getattr(router, "weight", None)
         if not isinstance(router, nn.Module) or not hasattr(router, "top_k"):
             continue
-        if isinstance(weight, nn.Parameter) and len(weight) == len(down):
+        if any(weight.ndim == 2 and len(weight) == len(down) for weight in router.parameters()):
             return key, router
     return None
 

@@ -44,6 +44,7 @@ def command(
     from billhook.errors import BillhookError
     from billhook.packed.generation import generate
     from billhook.packed.loading import load
+    from billhook.store import not_a_model
     from billhook.store.checkpoint import load_tokenizer
     from billhook.tasks.base import Home
     from billhook.text.rows import cleaned
@@ -51,6 +52,8 @@ def command(
     prompt = cleaned(prompt)
     path, options = resolve(model), loading.fields(model, streams=False)
     tokenizer = load_tokenizer(path, trust_remote_code=loading.trust_remote_code)
+    if not (path / "config.json").is_file():
+        raise BillhookError(not_a_model.directory(path))
     if tokenizer is None:
         raise BillhookError(f"{path} has no tokenizer, so it cannot read a prompt: copy the tokenizer files into it.")
     home = Home(path, loading.trust_remote_code)

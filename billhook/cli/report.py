@@ -38,12 +38,15 @@ def command(
     from billhook.plan.table import Table
     from billhook.reports.publishing import publish, render
     from billhook.reports.quantized_card import publish_quantized
+    from billhook.store import not_a_model
     from billhook.store.files import read_json
     from billhook.store.layout import CARD, RECORD
     from billhook.store.record import last_made, read_record
 
     if not directory.is_dir():
-        raise BillhookError(f"There is no directory {directory}.")
+        raise BillhookError(f"{directory} is a file." if directory.exists() else f"There is no directory {directory}.")
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        raise BillhookError(not_a_model.directory(directory))
     made = last_made(read_record(directory / RECORD)) if (directory / RECORD).is_file() else ""
     if made in ("slim", "quantize"):
         if speed is not None or table is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.ambient import evaluating
-from billhook.architectures.config import call_options, is_headless
+from billhook.architectures.config import call_options, is_headless, without_head
 from billhook.architectures.layers import observable_experts
 from billhook.architectures.stacks import blocks_of, has_one_stack
 from billhook.engine.activation_store import ActivationStore
@@ -76,7 +76,7 @@ def capture(
     options = call_options(model, base=True)
     with stubbed(blocks, recorder.stub):
         for batch in batches:
-            model.base_model(**model_inputs(model, batch), **options)
+            without_head(model)(**model_inputs(model, batch), **options)
     return Captured(recorder.calls, partial(returned, recorder.extra))
 
 

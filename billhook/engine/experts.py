@@ -49,7 +49,7 @@ def choose_experts(model: PreTrainedModel, unit: Unit, count: int, method: str, 
         return Choice(keep, unseen)
     x, chosen, weights = some(calls, FITTED)
     target = experts(x, chosen, weights).float()
-    chosen, weights = _sent(restricted(model, unit, keep), x)
+    chosen, weights = restricted(model, unit, keep).sends(x)
     missing = target - experts(x, chosen, weights).float()
     stays = keep.tolist()
     layers = [layer for layer in down_projections(model, unit) if stays[layer.expert or 0]]
@@ -121,7 +121,7 @@ def _losses(model: PreTrainedModel, unit: Unit, calls: list[Routed]) -> Callable
         for expert in keep.nonzero()[:, 0].tolist():
             left = keep.clone()
             left[expert] = False
-            change = dense - _spread(*_sent(restricted(model, unit, left), x), unit.count)
+            change = dense - _spread(*restricted(model, unit, left).sends(x), unit.count)
             parts = zip(change.split(_CHUNK), grams, strict=True)
             found[expert] = sum(float(torch.einsum("te,tef,tf->", d, G, d)) for d, G in parts)
         return found
@@ -138,12 +138,6 @@ def some(calls: list[Routed], count: int) -> Routed:
         offset += len(x)
     x, chosen, weights = (torch.cat(parts) for parts in zip(*taken, strict=True))
     return x, chosen, weights
-
-
-def _sent(router: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], x: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers and weights [tokens, k] of the experts to which a router sends tokens."""
-    _, weights, chosen = router(x)
-    return chosen, weights
 
 
 def _spread(chosen: Tensor, weights: Tensor, count: int) -> Tensor:

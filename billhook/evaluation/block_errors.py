@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.ambient import evaluating
-from billhook.architectures.config import call_options
+from billhook.architectures.config import call_options, without_head
 from billhook.architectures.stacks import blocks_of
 from billhook.engine.batch import Batch, model_inputs, rows_of, select_rows
 from billhook.engine.replay import states_of
@@ -37,7 +37,7 @@ def block_outputs(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
         with evaluating(model):
             for row in range(min(WINDOWS, rows_of(batch))):
                 inputs = model_inputs(model, select_rows(batch, slice(row, row + 1)))
-                model.base_model(**inputs, **call_options(model, base=True))
+                without_head(model)(**inputs, **call_options(model, base=True))
     finally:
         for handle in handles:
             handle.remove()

@@ -6,25 +6,29 @@ hub:NAME[:config][:split]       a data set of the Hugging Face hub or a local on
                                 (`image` or `img`) and, if known, one of labels (`label` or `labels`)
 rows given from Python          images of Pillow, or mappings with `image` and perhaps `label`
 
-An image is opened when it is needed, turned as its EXIF data say, and converted to RGB: grey ones are repeated, an
-alpha channel is dropped. One that cannot be read, or that has more pixels than Pillow accepts (89 million), is refused
-by name, or left out by `readable`.
+Hidden files and folders are not read. An image is opened when it is needed, turned as its EXIF data say, and converted
+to RGB with 8 bits: grey ones are repeated, an alpha channel is dropped. One that cannot be read, or that has more
+pixels than Pillow accepts (89 million), is refused by name, or left out by `readable`.
 """
 
 import hashlib
 import logging
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 
 from billhook.errors import BillhookError
 from billhook.text.hub import hub_rows
 
+_EIGHT, _SIXTEEN = 255, 65535  # the largest pixels of so many bits; 257 steps of the second are one of the first
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}  # names of folders
 _NAMED = 10  # images that are named where more are left out
 _SKIP = "--skip-unreadable leaves out such images of a SOURCE"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -55,7 +59,7 @@ class Picture:
                 warnings.simplefilter("error", image_module.DecompressionBombWarning)
                 image = self.open()
                 image.load()
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
         except (image_module.DecompressionBombWarning, image_module.DecompressionBombError):
             most = f"more than {image_module.MAX_IMAGE_PIXELS:,} pixels"
             raise Unreadable(f"{self.name} has {most}: make it smaller or remove it; {_SKIP}.") from None
@@ -65,6 +69,19 @@ class Picture:
             why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             found = f"{self.name} cannot be read as an image ({why})"
             raise Unreadable(f"{found}: repair or remove it; {_SKIP}.") from None
+
+
+def _eight_bits(image: Any) -> Any:
+    """The image with 8 bits a channel, which Pillow would cut off at 255 instead; raises ValueError for pixels of an
+    unknown range."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    low, high = image.getextrema()
+    if image.mode == "F" or low < 0 or high > _SIXTEEN:
+        raise ValueError(f"its pixels are {image.mode} from {low:g} to {high:g}, not 8 or 16 bits")
+    deep = image.mode.startswith("I;16") or high > _EIGHT
+    pixels = np.asarray(image) // (_EIGHT + 2) if deep else np.asarray(image)
+    return pillow().fromarray(pixels.astype(np.uint8))
 
 
 def pillow() -> Any:
@@ -129,13 +146,16 @@ def digest(found: Sequence[Picture]) -> str:
 
 
 def _folder(path: Path) -> list[Picture]:
-    def inside(folder: Path) -> list[Path]:
-        found = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        return sorted(found)
+    def visible(file: Path) -> bool:
+        return not any(part.startswith((".", "__MACOSX")) for part in file.relative_to(path).parts)
 
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    found = [_file(file, folder.name) for folder in folders for file in inside(folder)]
-    loose = [_file(file, None) for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES]
+    every = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and visible(file)]
+    nested = [file for file in every if file.parent != path and file.is_file()]
+    found = [_file(file, file.relative_to(path).parts[0]) for file in nested]
+    loose = [_file(file, None) for file in every if file.parent == path]
+    splits = {str(picture.label) for picture in found}
+    if splits and splits <= _SPLITS and all(file.parent.parent != path for file in nested):
+        raise BillhookError(f"{path} holds the folders of a split data set, such as {min(splits)}: give one of these.")
     if found and loose:
         raise BillhookError(f"{path} has images both in folders and beside them, such as {loose[0].name}: move them.")
     if not found and not loose:
@@ -149,10 +169,10 @@ def _file(path: Path, label: str | None) -> Picture:
 
 def _arrays(path: Path) -> list[Picture]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as data, np.load(data, allow_pickle=False) as file:
             values = {name: file[name] for name in ("x", "y") if name in file.files}
             names = ", ".join(file.files) or "nothing"
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, TypeError, BadZipFile, zlib.error) as error:
         raise BillhookError(f"{path} is not a readable .npz file ({str(error)[:200]}).") from None
     x, y = values.get("x"), values.get("y")
     if x is None or x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[-1] not in (1, 3, 4)):
@@ -180,6 +200,11 @@ def _rows(rows: Any, source: str) -> list[Picture]:
         if not hasattr(image, "convert"):
             raise BillhookError(f"{source}, row {number}: found no image, but {type(image).__name__}. Give images.")
         known: Any = next((names[key] for key in _LABEL if key in names), None)
+        label = label.item() if isinstance(label, np.integer) else label
+        if isinstance(label, bool) or not isinstance(label, int | str | None):
+            raise BillhookError(
+                f"{source}, row {number}: a label is a whole number or the name of a class, found {label!r:.40}."
+            )
         if isinstance(label, int) and hasattr(known, "int2str"):
             label = known.int2str(label)
         found.append(Picture(f"{source}, row {number}", image.copy, label))

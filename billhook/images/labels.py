@@ -23,6 +23,11 @@ def class_numbers(found: Sequence[Picture], names: Mapping[int, str], source: st
         numbers = dict(zip(words, range(len(words)), strict=True))
     for picture in found:
         if numbers[picture.label] is None:
+            if (several := [number for number, name in names.items() if name == picture.label])[1:]:
+                raise BillhookError(
+                    f"{source}: the label {picture.label!r} of {picture.name} is the name of several of the model's "
+                    f"classes, {', '.join(map(str, several))}: name its folder by one of these numbers."
+                )
             known = f"{len(names)} classes, such as {', '.join(repr(name) for name in list(names.values())[:3])}"
             raise BillhookError(
                 f"{source}: the label {picture.label!r} of {picture.name} is none of the model's {known}. "
@@ -37,8 +42,8 @@ def _number(label: int | str | None, names: Mapping[int, str]) -> int | None:
     if isinstance(label, int):
         return label if label in names else None
     exact = [number for number, name in names.items() if name == label]
-    alike = [number for number, name in names.items() if _plain(name) == _plain(label)]
-    if exact or len(alike) == 1:
+    alike = [number for number, name in names.items() if _plain(label) and _plain(name) == _plain(label)]
+    if len(exact or alike) == 1:
         return (exact or alike)[0]
     return int(label) if label.isdecimal() and int(label) in names else None
 

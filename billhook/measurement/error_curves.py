@@ -24,7 +24,7 @@ from billhook.architectures.layers import Layer
 from billhook.engine.batch import Batch
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import walk
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, JobError
 from billhook.methods.masks import Select
 from billhook.methods.sparse import CRITERIA
 from billhook.methods.sparse.admm import default_steps
@@ -96,7 +96,17 @@ def _errors(layer: Layer, stats: LayerStats, criterion: str, options: dict[str, 
     select = _Stacked(tuple(stacked.shape), 1.0, stacked.numel(), None, CRITERIA.group(criterion))  # type: ignore[arg-type]
     V = function(stacked, replace(stats, notes=[]), select, **({} if unseen else options))
     whole = max(_energy(W, stats), 1e-30)
-    return [min(max(_energy(W - part, stats) / whole, _LEAST), 1.0) for part in V.split(len(W))]
+    return [min(max(finite(_energy(W - part, stats) / whole, layer), _LEAST), 1.0) for part in V.split(len(W))]
+
+
+def finite(value: float, layer: Layer) -> float:
+    """The value, which is measured on a layer's outputs; raises JobError, naming the layer, for NaN and infinity."""
+    if not math.isfinite(value):
+        raise JobError(
+            f"The outputs of {layer.name} are too large to measure errors of (NaN or infinity): check its weights and "
+            "inputs, or leave it out with --ignore."
+        )
+    return value
 
 
 def _energy(W: Tensor, stats: LayerStats) -> float:

@@ -22,6 +22,7 @@ from billhook.architectures.layers import Layer
 from billhook.engine.batch import Batch, main_input
 from billhook.engine.resources import IN_MEMORY, Resources
 from billhook.engine.walk import Progress, walk
+from billhook.measurement.error_curves import finite
 from billhook.methods.least_squares import inverse_factor
 from billhook.methods.quantize.gptq import feedback, noise_share, shrunk
 from billhook.methods.quantize.grid import Quantized
@@ -98,14 +99,15 @@ def _measure(
     share = noise_share(len(gram), stats.tokens)
     whole = [_energy(part, gram) for part in parts]
     for layer, part, energy in zip(layers, parts, whole, strict=True):
-        found.power[layer.name] = energy * layer.shape[0] / len(part) / max(tokens, 1) if stats.tokens else 0.0
+        power = finite(energy, layer) * layer.shape[0] / len(part) / max(tokens, 1)
+        found.power[layer.name] = power if stats.tokens else 0.0
         found.errors[layer.name] = {}
     for type, made in _quantized(W, gram, stats, dict.fromkeys(t for x in layers for t in menus[x.name]), scale_dtype):
         differences = (W - made.decode(torch.float32)).split([len(part) for part in parts])
         for layer, D, energy in zip(layers, differences, whole, strict=True):
             if type in menus[layer.name]:
                 error = (1 - share) * _energy(D, gram) + share * float(D.square().sum(0) @ gram.diagonal())
-                found.errors[layer.name][type] = max(error / max(energy, 1e-30), LEAST)
+                found.errors[layer.name][type] = max(finite(error / max(energy, 1e-30), layer), LEAST)
 
 
 def _quantized(

@@ -45,10 +45,9 @@ def build(folder: Path) -> dict[str, Any]:
     record = read_record(folder / RECORD)
     if record.steps and last_made(record) != "prune":
         done = f"{record.steps[-1].step!r:.40}"
-        raise BillhookError(
-            f"{folder} is no pruned directory: its last step is {done}. Its {CARD} is its report; it is written again "
-            f"with billhook report {folder}."
-        )
+        own = f"Its {CARD} is its report; it is written again with billhook report {folder}."
+        advice = own if last_made(record) in ("slim", "quantize") else f"There is no report of that but its {CARD}."
+        raise BillhookError(f"{folder} is no pruned directory: its last step is {done}. {advice}")
     with untrusted(f"{folder / RECORD} is damaged", "Prune again."):
         return _from_record(folder, record)
 

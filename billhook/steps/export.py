@@ -206,7 +206,7 @@ def _check_fits(source: Path, config: Mapping[str, Any]) -> None:
         shards = [read_shard(file) for file in weight_files(source)]
         with loading(source):
             _, model = empty_model(source, shards, "AutoModelForCausalLM", False)
-        check_fits(source, model, shards)
+            check_fits(source, model, shards)
 
 
 def _check_new(output: Path, overwrite: bool) -> None:

@@ -132,7 +132,8 @@ class Sizes:
         outside = outside_matrices(opened.model, stream) if target == "gguf" else {}
         menus = {layer.name: _menu(layer.shape[1], types) for layer in opened.layers}
         if without := [layer for layer in opened.layers if not menus[layer.name]]:
-            raise _no_type(without[0].shape[1], types, [layer.name for layer in without])
+            advice = None if len(without) < len(menus) else "no layer fits, so nothing can be quantized"
+            raise _no_type(without[0].shape[1], types, [layer.name for layer in without], advice)
         outside_menus = {name: outside_menu(name, shape[1], types) for name, shape in outside.items()}
         shapes = {layer.name: layer.shape for layer in opened.layers}
         least, least_outside = ({n: min(m, key=bits) for n, m in of.items()} for of in (menus, outside_menus))
@@ -204,14 +205,14 @@ def _menu(columns: int, types: Sequence[str]) -> list[str]:
     return [t for t in found if "/" not in t or best[t.partition("/")[0]] == t]
 
 
-def _no_type(columns: int, types: Sequence[str], names: Sequence[str]) -> BillhookError:
-    """What to say of tensors, the first with so many columns, that no type fits."""
+def _no_type(columns: int, types: Sequence[str], names: Sequence[str], advice: str | None = None) -> BillhookError:
+    """What to say of tensors, the first with so many columns, that no type fits; `advice` in place of leaving them
+    out."""
     others = [t for t in GGML if columns % block(t) == 0] if types[0] in GGML else []
-    more = f"allow a type that does with --types ({', '.join(others)}), or " if others else ""
-    return BillhookError(
-        f"None of the types divides the {columns} columns of {names[0]}: {more}leave out what does not fit: "
-        f"{ignoring(names)}."
-    )
+    more = f"allow a type that does with --types ({', '.join(others)})" if others else ""
+    out = f"leave out what does not fit: {ignoring(names)}" if advice is None else "" if others else advice
+    what = f"None of the types divides the {columns} columns of {names[0]}"
+    return BillhookError(f"{what}: {', or '.join(part for part in (more, out) if part)}.")
 
 
 def outside_menu(name: str, columns: int, types: Sequence[str]) -> list[str]:

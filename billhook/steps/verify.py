@@ -76,7 +76,9 @@ def verify(
     check_argument("directory", directory, str | Path)
     directory = Path(directory).expanduser()
     if directory.is_file():
-        raise BillhookError(f"{directory} is a file: verify its directory, {directory.parent}, which holds {RECORD}.")
+        here = (directory.parent / RECORD).is_file()
+        what = f"verify its directory, {directory.parent}, which holds {RECORD}" if here else f"it has no {RECORD}"
+        raise BillhookError(f"{directory} is a file: {what}.")
     if not directory.is_dir():
         raise BillhookError(f"There is no directory {directory}.")
     if is_unfinished(directory):

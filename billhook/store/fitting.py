@@ -18,6 +18,7 @@ from billhook.store.tensor_bytes import DTYPES, read_tensor
 
 # last name components of buffers that earlier versions of transformers saved, of scales of a quantized cache, of what
 # profilers count, and of the state of other kinds of modules
+_COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes in which a model can be built
 _BUFFERS = frozenset({"masked_bias", "inv_freq", "position_ids", "cos_cached", "sin_cached", "k_scale", "v_scale"})
 _BUFFERS |= {"original_inv_freq", "total_ops", "total_params", "_extra_state"}
 
@@ -57,6 +58,9 @@ def empty_model(
 ) -> tuple[Any, PreTrainedModel]:
     """The configuration of a directory with the files `shards`, and its model on the meta device, without values."""
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None and getattr(part, "dtype", None) not in _COMPUTED:  # such as that of codes
+            part.dtype = None
     kind: Any = getattr(transformers, auto_class)
     with torch.device("meta"):
         model = kind.from_config(config, trust_remote_code=trust_remote_code)

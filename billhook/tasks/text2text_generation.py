@@ -68,8 +68,12 @@ class TextToText(AnswerTask):
 
 
 def start_token(model: PreTrainedModel) -> int:
-    """The decoder's start token; raises BillhookError where config.json names none."""
-    start: int | None = model.config.decoder_start_token_id
+    """The decoder's start token, or, in the configuration of a decoder of its own (T5Gemma), its BOS token; raises
+    BillhookError where config.json names none."""
+    config = model.config
+    start: int | None = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        start = getattr(getattr(config, "decoder", None), "bos_token_id", None)
     if start is None:
         raise BillhookError("The model names no decoder_start_token_id: add it to config.json.")
     return start

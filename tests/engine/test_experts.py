@@ -11,6 +11,7 @@ from billhook.engine.experts import choose_experts, expert_stats
 from billhook.engine.removal import Removal
 from billhook.engine.routing import mixture_of, routed
 from billhook.engine.walk import walk
+from billhook.errors import BillhookError
 from billhook.methods.structured.experts import DAMPING, EXPERTS, ExpertStats, fitted
 from billhook.plan.table import Table
 from billhook.racing.units import UnitProblem, choose_counts
@@ -136,3 +137,49 @@ def test_shared_experts_stay_and_the_result_is_verified(tmp_path):
     assert small.config.num_experts == 3
     assert small.model.layers[0].mlp.shared_expert.down_proj.weight.shape == (32, 24)
     assert lost["obs"] < lost["reap"]
+
+
+MIXTURE = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+MIXTURE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 96, "bos_token_id": 0}
+MIXTURE |= {"eos_token_id": 1, "pad_token_id": 0, "num_experts_per_tok": 2}
+ROUTERS = {  # what their names say: biases in a module of the router, biases of the mixture, and a layer in the router
+    "ernie4_5_moe": {"moe_num_experts": 6, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
+    "lfm2_moe": {"num_experts": 6, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "minimax_m2": {"num_local_experts": 6},
+    "hunyuan_v1_moe": {"num_experts": 6, "moe_topk": 2},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ROUTERS)
+def test_biases_of_experts_go_with_them_wherever_the_router_has_them(tmp_path, family):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(MIXTURE | ROUTERS[family]))
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if "bias" in name:  # so far apart that they alone choose
+            value.copy_(2.0 * torch.randperm(value.numel()).view_as(value))
+        elif value.ndim > 1:
+            torch.nn.init.normal_(value, std=0.15)
+    model.save_pretrained(tmp_path / "model")
+    report = slim(tmp_path / "model", 0.1, tmp_path / "out", units="experts", calibration=IDS, experts="reap")
+    assert verify(tmp_path / "out").ok
+    assert report.kept
+    for unit, kept in report.kept.items():
+        gone = [i for i in range(6) if i not in kept]
+        mixture = model.get_submodule(unit.removesuffix(":experts"))
+        held = [x for name, x in [*mixture.named_parameters(), *mixture.named_buffers()] if "bias" in name]
+        for bias in held:  # no router chooses these any more
+            bias[..., gone] = -1e9
+        if not held:
+            mixture.gate.wg.register_forward_hook(lambda m, x, y, gone=gone: y.index_fill(1, torch.tensor(gone), -1e9))
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
+    torch.testing.assert_close(small(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_behind_a_router_that_is_called_in_another_way_are_refused_by_name(tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("afmoe", **MIXTURE, num_experts=6, num_dense_layers=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(BillhookError, match="behind a router AfmoeTokenChoiceRouter cannot be removed"):
+        slim(tmp_path / "model", 0.1, tmp_path / "out", units="experts", calibration=IDS)

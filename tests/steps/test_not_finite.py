@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from billhook import BillhookError, load_model, prune
+from billhook import BillhookError, JobError, compress, load_model, measure, prune
 from billhook.architectures.layers import check_finite
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
@@ -39,3 +39,14 @@ def test_values_that_are_not_stored_may_be_infinite() -> None:
     module = torch.nn.Linear(2, 2)
     module.register_buffer("mask", torch.tensor([0.0, -float("inf")]), persistent=False)
     check_finite(module)
+
+
+def test_outputs_that_are_too_large_to_be_measured_are_named(tmp_path: Path) -> None:
+    model, ids = tiny.llama(num_hidden_layers=2), torch.arange(256).view(8, 32)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight *= 1e30
+    source, said = tiny.save(tmp_path / "m", model), r"outputs of model\.layers\.0\.self_attn\.q_proj are too large"
+    with pytest.raises(JobError, match=said):
+        compress(source, tmp_path / "out", bits=8, calibration=ids)
+    with pytest.raises(JobError, match=said):
+        measure(model, ["error_curve:wanda"], batches=ids)

@@ -11,6 +11,7 @@ import vision_families
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BartConfig,
     BartForCausalLM,
@@ -141,3 +142,24 @@ def test_units_of_the_chosen_stacks_go_and_the_others_keep_their_bytes(tmp_path,
     assert all("language_model" in key for key in changed)
     assert all(torch.equal(value, after[key]) for key, value in before.items() if "vis" in key)
     assert verify(out).ok
+
+
+BITNET = _SIZES | {"num_key_value_heads": 2}
+GEMMA3N = _SIZES | {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}
+GEMMA3N |= {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2}
+GEMMA3N |= {"laurel_rank": 8, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4}
+GEMMA3N |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "units", "reason"),
+    [
+        ("bitnet", BITNET, "heads", r"self_attn\.attn_sub_norm is computed over several heads together"),
+        ("gemma3n_text", GEMMA3N, "blocks", "cannot have fewer blocks: ValueError: The set of layer types"),
+    ],
+)
+def test_parts_that_the_model_computes_something_else_of_are_refused_by_name(tmp_path, family, sizes, units, reason):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    source = tiny.save(tmp_path / "model", model, words=False)
+    with pytest.raises(BillhookError, match=reason):
+        slim(source, 0.2, tmp_path / "out", units=units, calibration=IDS)

@@ -229,6 +229,17 @@ def test_a_router_that_chooses_groups_of_experts_first_is_refused_unless_it_has_
     assert verify(tmp_path / "out").ok
 
 
+def test_the_entry_that_is_as_wide_as_the_channels_is_the_one_that_changes(tmp_path):
+    mixture = families.CONFIGS["qwen3_moe"] | {"moe_intermediate_size": 16, "intermediate_size": 48}
+    model = built("mixtral", **mixture, num_local_experts=4)  # which does not read the first of the two
+    source = tiny.save(tmp_path / "model", model, words=False)
+    report = slim(source, 0.3, tmp_path / "out", units="channels", method="magnitude")
+    config = json.loads((report.output / "config.json").read_text())
+    assert config["intermediate_size"] == len(next(iter(report.kept.values()))) < 48
+    assert config["moe_intermediate_size"] == 16
+    assert verify(report.output).ok
+
+
 def test_a_width_that_8_does_not_divide_is_said(tmp_path, source):
     plan = Plan(Budget("parameters", 1), {}, {f"model.layers.{i}.mlp:channels": 31 for i in range(3)})
     notes = prepare(SlimRequest(source, tmp_path / "out", plan=plan, method="magnitude")).notes

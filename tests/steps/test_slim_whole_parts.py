@@ -220,6 +220,12 @@ def test_an_impossible_request_is_refused(tmp_path, change, match):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_only_block_must_stay(tmp_path):
+    source = tiny.save(tmp_path / "model", tiny.llama(num_hidden_layers=1), words=False)
+    with pytest.raises(BillhookError, match="The model has one block, which must stay"):
+        slim(source, 0.5, tmp_path / "out", units="blocks", calibration=IDS)
+
+
 def test_more_experts_than_every_token_goes_to_must_stay(tmp_path):
     source = tiny.save(tmp_path / "model", tiny.mixtral(), words=False)
     with pytest.raises(BillhookError, match="too few: every token goes to 2 experts; at most"):

@@ -11,6 +11,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from billhook import prune
 from billhook.errors import BillhookError
 from billhook.store.checkpoint import check_directory, load_tokenizer, model_digest, resolve
 from billhook.tasks.opening import load_model
@@ -193,6 +194,16 @@ def test_loads_quietly_in_evaluation_mode_and_the_dtype_asked_for(llama, tmp_pat
     assert capfd.readouterr().err.replace("\r", "").count("Loading") == 0
     with pytest.raises(BillhookError, match="Unknown dtype 'int3'"):
         load_model(half, dtype="int3")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", None])
+def test_a_dtype_in_the_configuration_in_which_no_model_is_computed_is_that_of_the_files(copy, dtype, llama):
+    edit_config(copy, dtype=dtype)
+    model = load_model(copy)
+    assert model.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), load_model(llama).parameters(), strict=True))
+    assert prune(copy, sparsity=0.5, criterion="magnitude", output=copy.parent / "out").sparsity == 0.5
+    assert json.loads((copy.parent / "out" / "config.json").read_text())["dtype"] == dtype
 
 
 def test_an_unknown_device_is_refused(llama):

@@ -165,6 +165,18 @@ def test_grey_transparent_and_differently_sized_images_are_read(place, tmp_path)
     assert drawn.batch["labels"].tolist() == [-1] * 6
 
 
+def an_array(folder):
+    with open(folder / "a.npz", "wb") as file:
+        np.save(file, np.zeros(3))
+
+
+def a_damaged_archive(folder):
+    np.savez(folder / "a.npz", x=np.zeros((2, 8, 8), dtype=np.uint8))
+    data = bytearray((folder / "a.npz").read_bytes())
+    data[len(data) // 3] ^= 255
+    (folder / "a.npz").write_bytes(data)
+
+
 def damaged(folder):
     (folder / "a.png").write_bytes(b"\x89PNG not an image")
 
@@ -187,6 +199,9 @@ def a_text(folder):
         (a_text, "nothing", "no such file or folder"),
         (lambda folder: np.savez(folder / "a.npz", x=np.zeros((2, 3))), "a.npz", "needs x, uint8"),
         (lambda folder: np.savez(folder / "a.npz", z=np.zeros(2)), "a.npz", "it has z"),
+        (an_array, "a.npz", "is not a readable .npz file"),
+        (a_damaged_archive, "a.npz", "is not a readable .npz file"),
+        (lambda folder: (folder / "a.npz").write_bytes(b"PK"), "a.npz", "is not a readable .npz file"),
         (a_text, "hub:", "form is hub:NAME"),
     ],
 )

@@ -1,0 +1,28 @@
+"""Commands on what other commands made: files, adapters and decoded directories are named for what they are."""
+
+import tiny
+from command import done, refused
+
+
+def test_a_conversion_is_quiet_and_its_file_is_named_by_every_command(place):
+    ran = done("export", "model", "--to", "gguf", "-o", "model.gguf", "--json")
+    assert ran.json["output"].endswith("model.gguf")
+    assert "Loading" not in ran.err
+    refused(place, "verify", "model.gguf", match=r"model\.gguf is a file: it has no billhook\.json")
+    refused(place, "report", "model.gguf", match=r"model\.gguf is a file\.")
+
+
+def test_an_adapter_is_named_before_what_it_lacks(place):
+    (place / "adapter").mkdir()
+    (place / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "model"}')
+    (place / "adapter" / "billhook.json").write_text('{"steps": [{"step": "recover"}]}')
+    for command in (("report", "adapter"), ("generate", "adapter", "Once")):
+        refused(place, *command, match="adapter holds an adapter of model, not a whole model")
+
+
+def test_a_decoded_directory_has_no_report_but_its_card(place):
+    tiny.save(place / "wide", tiny.llama(num_hidden_layers=1))
+    done("quantize", "wide", "--type", "int8/32", "--quantizer", "round", "-o", "int8")
+    done("export", "int8", "--to", "dense", "-o", "decoded")
+    said = r"its last step is 'export'\. There is no report of that but its README\.md\."
+    refused(place, "report", "decoded", match=said)
