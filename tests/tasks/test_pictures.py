@@ -19,7 +19,8 @@ def test_images_of_sixteen_bits_are_those_of_eight(tmp_path, mode, kind):
     eight = np.arange(256, dtype=np.uint8).reshape(16, 16)
     deep = eight.astype(np.uint16 if mode == "I;16" else np.int32) * 257
     Image.fromarray(deep).save(tmp_path / f"deep.{kind}")
-    assert Image.open(tmp_path / f"deep.{kind}").mode == mode
+    with Image.open(tmp_path / f"deep.{kind}") as image:
+        assert image.mode == mode
     (found,) = pictures(str(tmp_path), "calibration")
     assert (np.asarray(found.load()) == eight[..., None]).all()
 
