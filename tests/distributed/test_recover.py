@@ -65,14 +65,15 @@ def test_a_stopped_run_of_two_processes_goes_on_to_the_same_bytes(pruned: Path, 
         calls: list[float] = []
         training.KeptAdam.step = step
 
-    run = ("recover", "pruned", *FEW, *sharding, "--overwrite")
-    assert together(pruned, 2, *run, "--output", "whole", before=stop_early).codes == [0, 0]
-    ran = together(pruned, 2, *run, "--output", "stopped", before=kill, others=60)
+    run = ("recover", "pruned", *FEW, *sharding)
+    whole, stopped = (f"{name}{''.join(sharding)}" for name in ("whole", "stopped"))
+    assert together(pruned, 2, *run, "--output", whole, before=stop_early).codes == [0, 0]
+    ran = together(pruned, 2, *run, "--output", stopped, before=kill, others=60)
     assert ran.codes[1] == -9
     assert "The run is at step 4 of 8" in ran.said[0]
-    again = together(pruned, 2, *run[:-1], "--output", "stopped", "--resume", before=stop_early)
+    again = together(pruned, 2, *run, "--output", stopped, "--resume", before=stop_early)
     assert again.codes == [0, 0], again.said
-    assert contents(pruned / "stopped") == contents(pruned / "whole")
+    assert contents(pruned / stopped) == contents(pruned / whole)
 
 
 def test_a_step_that_cannot_be_shared_is_refused(pruned: Path) -> None:
