@@ -1,6 +1,7 @@
 """Which of a model's layers are meant: `--targets` and `--ignore`."""
 
 import re
+import shlex
 from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
@@ -66,7 +67,7 @@ def _matching(layers: Sequence[Layer], pattern: str, option: str) -> set[str]:
         try:
             expression = re.compile(pattern[3:])
         except re.error as error:
-            raise BillhookError(f"{option} {pattern}: not a regular expression ({error}).") from None
+            raise BillhookError(f"{option} {shlex.quote(pattern)}: not a regular expression ({error}).") from None
         return {layer.name for layer in layers if expression.match(layer.name)}
     named = {x.name for x in layers if x.name == pattern or x.name.startswith(pattern + ".")}
     return named | {x.name for x in layers if type(x.module).__name__ == pattern}
@@ -91,4 +92,4 @@ def _no_match(model: PreTrainedModel, layers: Sequence[Layer], pattern: str, opt
             )
     close = hint(pattern, [x.name for x in layers] + [type(x.module).__name__ for x in layers])
     known = f"{close} List them with billhook prune MODEL --dry-run."
-    raise BillhookError(f"{option} {pattern} matches no prunable layer.{known}")
+    raise BillhookError(f"{option} {shlex.quote(pattern)} matches no prunable layer.{known}")

@@ -39,11 +39,11 @@ def command(
 
     from billhook.errors import BillhookError
     from billhook.packed import benchmark
-    from billhook.store.files import check_writable, write_text
+    from billhook.store.files import check_new_file, write_text
     from billhook.store.layout import is_packed
 
     if picture is not None:
-        check_writable(picture)
+        check_new_file(picture)
         if against is None or len(models) < 2:
             raise BillhookError("--picture needs --against DENSE and at least two packed models.")
         if sum(is_packed(Path(model)) for model in models) < 2:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from billhook.distributed.torchrun import rank
-from billhook.store.files import check_writable, json_text
+from billhook.store.files import check_new_file, json_text
 
 
 class Log:
@@ -19,7 +19,7 @@ class Log:
         if path is not None and rank():
             path = path.with_name(f"{path.stem}.rank{rank()}{path.suffix}")
         if path is not None:
-            check_writable(path)
+            check_new_file(path)
         self._file = None if path is None else open(path, "a" if resume else "w", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._start = time.perf_counter()
 

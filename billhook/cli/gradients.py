@@ -32,10 +32,10 @@ def command(
     from billhook.methods.statistics import gradient_name
     from billhook.steps.gradients import gradient_bytes, make_gradients, open_for_gradients
     from billhook.steps.request import Request
-    from billhook.store.files import check_writable
+    from billhook.store.files import check_new_file
     from billhook.store.output import check_room
 
-    check_writable(output)
+    check_new_file(output)
     statistic = gradient_name(norm, "reference" if text.published else "paper")
     opened = open_for_gradients(Request(model=model, **vars(text), **work.fields(model), spill_gib=spill_gib))
     check_room(output.absolute(), gradient_bytes(opened.layers))

@@ -32,10 +32,10 @@ def command(
     from billhook.measurement.measure import metric_names, steps
     from billhook.steps.measure import measure_opened, open_to_measure
     from billhook.steps.request import Request
-    from billhook.store.files import check_writable
+    from billhook.store.files import check_new_file
 
     names = metric_names(metrics)
-    check_writable(output)
+    check_new_file(output)
     request = Request(model=model, **vars(text), **work.fields(model))
     with distributed(request.device):
         opened = open_to_measure(request, names)

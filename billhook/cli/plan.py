@@ -35,6 +35,7 @@ def command(
     from billhook.plan.recipes import chosen
     from billhook.plan.spec import Pattern as Parsed
     from billhook.plan.table import Table
+    from billhook.store.files import check_new_file
 
     if allocator is None and recipe is None:
         raise BillhookError("Say how to allocate: --allocator NAME or --recipe NAME (billhook ls shows all).")
@@ -43,6 +44,7 @@ def command(
     measured, target = Table.load(table_file), way.sparsity if sparsity is None else sparsity
     plan = allocate(measured, target, allocator=way.allocator, pattern=pattern, **options)
     if output is not None:
+        check_new_file(output, table_file)
         plan.save(output)
     values = list(plan.sparsity.values())
     spread = f"from {min(values):.4f} to {max(values):.4f}"

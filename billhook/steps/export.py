@@ -22,7 +22,7 @@ from billhook.plan.bytes import parse_size
 from billhook.reports.quantized_card import decoded_card
 from billhook.store.checkpoint import check_directory, loading, model_digest
 from billhook.store.directory import checksums, copy_others
-from billhook.store.files import copy_files, digest_of, sha256, write_json, write_text
+from billhook.store.files import check_new_file, copy_files, digest_of, sha256, write_json, write_text
 from billhook.store.fitting import check_fits, empty_model
 from billhook.store.gguf_file import read_gguf
 from billhook.store.layout import CARD, RECORD, is_unfinished
@@ -62,7 +62,7 @@ def export_gguf(
     if kind not in TYPES:
         raise BillhookError(f"Unknown type {kind!r}: use {', '.join(TYPES)}.")
     output = Path(output).expanduser()
-    _check_new(output, overwrite)
+    _check_new(output, overwrite, *_gguf_files(model), template)
     source, config, before = _open(model)
     digest, grids = model_digest(source), packed_grids(source, config)
     facts = {"source.digest": digest} | ({} if before is None else {"steps": ", ".join(x.step for x in before.steps)})
@@ -187,13 +187,12 @@ def export_tensor_types(model: str | Path, output: str | Path, *, overwrite: boo
     expression, in the names of tensors, and the first that is found counts, so each is anchored. Raises BillhookError
     for a model without a GGUF file and for an output that exists.
     """
-    path, output = Path(model).expanduser(), Path(output).expanduser()
-    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
-    if not files:
+    output = Path(output).expanduser()
+    if not (files := _gguf_files(model)):
         raise BillhookError(
             f"{model} holds no GGUF file, which has the types of llama.cpp: billhook quantize and compress make it."
         )
-    _check_new(output, overwrite)
+    _check_new(output, overwrite, *files)
     types = {x.name: x.type for x in read_gguf(files[0]).tensors.values() if len(x.shape) > 1}
     lines = [f"^{re.escape(name)}$={type}\n" for name, type in types.items()]
     write_text(output, "".join(lines))
@@ -209,10 +208,17 @@ def _check_fits(source: Path, config: Mapping[str, Any]) -> None:
             check_fits(source, model, shards)
 
 
-def _check_new(output: Path, overwrite: bool) -> None:
-    """Raise BillhookError for a file that exists and may not be replaced."""
+def _check_new(output: Path, overwrite: bool, *read: str | Path | None) -> None:
+    """Raise BillhookError for a file that exists and may not be replaced, such as one that is `read`."""
     if output.exists() and not overwrite:
         raise BillhookError(f"The output {output} exists: choose another, or allow replacing it (--overwrite).")
+    check_new_file(output, *read)
+
+
+def _gguf_files(model: str | Path) -> list[Path]:
+    """The GGUF file that a model is, or those in its directory where it has no other weights."""
+    path = Path(model).expanduser()
+    return [path] if path.is_file() else sorted(path.glob("*.gguf")) if is_gguf(path) else []
 
 
 def _open(model: str | Path) -> tuple[Path, dict[str, Any], Record | None]:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from billhook.errors import BillhookError, DiskFull, JobError, out_of_memory
+from billhook.store.layout import GRADIENTS, RECORD
 
 _CHUNK = 1 << 24
+_OF_MODELS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", RECORD)
 
 
 def cache_folder() -> Path | None:
@@ -77,6 +79,17 @@ def check_writable(path: Path) -> None:
         raise BillhookError(f"Cannot write {path}: it is a directory. Name a file.")
     if not os.access(path.parent, os.W_OK):
         raise BillhookError(f"Cannot write {path}: the folder {path.parent} is not writable.")
+
+
+def check_new_file(output: Path, *read: str | Path | None) -> None:
+    """Raise BillhookError for a file that cannot be written, or that would replace one of those that are `read`, or one
+    that a model directory consists of."""
+    check_writable(output)
+    path = output.resolve()
+    of_model = path.name in _OF_MODELS or (path.suffix == ".safetensors" and path.name != GRADIENTS)
+    inside = of_model and (path.parent / "config.json").is_file()
+    if path.is_file() and (inside or path in {Path(one).expanduser().resolve() for one in read if one is not None}):
+        raise BillhookError(f"The output {output} is a file of the model, or one that is read: choose another.")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,7 +17,11 @@ MERGE_MASKED = (
     "An ordinary merge would lose the zeros: load it with PeftModel.from_pretrained(MODEL, ADAPTER, config="
     "billhook.masked_lora(LoraConfig.from_pretrained(ADAPTER))), and merge with billhook.merge_masked."
 )
-BESIDE = "It stays beside quantized weights: load it with PeftModel.from_pretrained(MODEL, ADAPTER)."
+BESIDE = (
+    "It stays beside quantized weights: load them decoded, MODEL = AutoModelForCausalLM.from_pretrained(DIRECTORY, "
+    "quantization_config=CompressedTensorsConfig(run_compressed=False)), and it with PeftModel.from_pretrained(MODEL, "
+    "ADAPTER)."
+)
 
 
 def _steps(path: Path) -> list[Any]:

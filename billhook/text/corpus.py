@@ -15,6 +15,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,6 +141,13 @@ def _items(path: Path) -> Iterator[tuple[str, Any]]:
     if _kind(path) == ".json" and text.lstrip().startswith("["):
         for number, item in enumerate(parsed(text, str(path)), start=1):
             yield f"{path}, row {number}", item
+        return
+    whole = None
+    if _kind(path) == ".json":
+        with suppress(ValueError, RecursionError):  # of lines with an object each
+            whole = json.loads(text)
+    if whole is not None:
+        yield str(path), whole
         return
     for where, line in lines(path, text):
         yield where, parsed(line, where)

@@ -244,6 +244,7 @@ def test_zeros_that_are_lost_after_quantizing_are_still_found(tmp_path, source):
         ({"calibration": None}, "Quantizing with gptq needs activations"),
         ({"sweeps": -1}, "sweeps=-1 at least 0"),
         ({"ignore": "nothing"}, "matches no prunable layer"),
+        ({"ignore": "re:.*_head$"}, r"^ignore=r're:\.\*_head\$' matches no prunable layer"),
         ({"embeddings": "q4_0"}, r"cannot be q4_0 beside layers of int4/16"),
         ({"type": "q4_0", "embeddings": "int4"}, "cannot be int4 beside layers of q4_0"),
     ],
