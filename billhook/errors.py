@@ -16,7 +16,7 @@ _OPTION = re.compile(
     r"(?:billhook [a-z]+|llama-[\w-]+) .*?(?=[.;:)](?:\s|$)|$)"  # a command for a shell, which stays one
     r"|--set (?P<setting>\w+(?:=[\w.]+\b)?)"
     r"|--(?P<method>criterion|allocator|recipe|quantizer) (?P<its_name>[a-z]\w*)"
-    r"|--(?P<name>[a-z][a-z-]*)(?: (?P<value>\d[\w.]*\b|[a-z]\w*:[\w.]*|[a-z]+\d+\b|\w+(?:\.\w+)+|[A-Z]{2,}))?"
+    r"|--(?P<name>[a-z][a-z-]*)(?: (?P<value>\d[\w.]*\b|[a-z]\w*:[\w.]*|[a-z]+\d+\b|\w+(?:\.\w+)+|[A-Z]{2,}|'[^']+'))?"
 )
 
 
@@ -48,6 +48,8 @@ def in_python(message: str) -> str:
         word = str(name).replace("-", "_")
         if value is None:
             return f"{word}=True" if name in _FLAGS else word
+        if value.startswith("'"):
+            return f"{word}=r{value}"
         literal = value.replace(".", "").isdigit() or value.isupper()
         return f"{word}={value}" if literal else f'{word}="{value}"'
 

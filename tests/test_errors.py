@@ -27,6 +27,7 @@ from billhook.errors import BillhookError, Interrupted, JobError, ignoring, in_p
         ("--set epsilon=0.3 is less", "epsilon=0.3 is less"),
         ("use --recipe wanda, or --allocator owl", 'use recipe="wanda", or allocator="owl"'),
         ("Leave it out with --ignore model.layers.0.q", 'Leave it out with ignore="model.layers.0.q"'),
+        (r"Leave out --ignore 're:a\.\d+$'.", r"Leave out ignore=r're:a\.\d+$'."),
         ("Or a smaller --batch-size", "Or a smaller batch_size"),
         ("Make it: billhook measure MODEL --metrics y -o T", "Make it: billhook measure MODEL --metrics y -o T"),
     ],
