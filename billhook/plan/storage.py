@@ -18,6 +18,7 @@ _SIZES = {  # columns of a block -> its bytes, by type
     | {"iq3_xxs": 98, "iq2_s": 82, "iq2_xs": 74, "iq2_xxs": 66, "iq1_m": 56, "iq1_s": 50},
 }
 BLOCKS = {name: (columns, size) for columns, sizes in _SIZES.items() for name, size in sizes.items()}
+_MIX = re.compile(r"(q[2-6]_k|iq[23])_(?:[sml]|x[sl])", re.ASCII)  # files of llama.cpp that hold several types
 _SCALAR = re.compile(r"int([2-8])/([1-9][0-9]{0,4})", re.ASCII)
 
 
@@ -51,6 +52,11 @@ def _block(name: str) -> tuple[int, int]:
     if scalar := _SCALAR.fullmatch(name):
         code, columns = int(scalar[1]), int(scalar[2])
         return columns, columns * code + 16
-    near = hint(name.lower()[:40], [f"{name[:4]}/64"] if re.match("int[2-8]", name) else BLOCKS)
+    if mix := _MIX.fullmatch(name):
+        one = mix[1] if mix[1] in BLOCKS else f"{mix[1]}_s"
+        raise BillhookError(
+            f"{name} is no type but a mix of several: use {one} for all layers, or billhook compress with a size."
+        )
+    near = hint(name[:40], [f"{name[:4]}/64"] if re.match("int[2-8]", name) else BLOCKS)
     known = f"{', '.join(BLOCKS)}, and intB/GROUP with B from 2 to 8, such as int4/64"
     raise BillhookError(f"Unknown storage type {name!r:.40}.{near} There are: {known}.")

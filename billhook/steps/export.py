@@ -59,6 +59,7 @@ def export_gguf(
     NAME.billhook.json, with this step. Raises BillhookError for a model that has no form in GGUF files and for an
     output that exists, and JobError when writing fails; nothing is left behind then.
     """
+    kind = kind.lower()
     if kind not in TYPES:
         raise BillhookError(f"Unknown type {kind!r}: use {', '.join(TYPES)}.")
     output = Path(output).expanduser()
@@ -106,6 +107,7 @@ def export_dense(
     GGUF file has. Tokenizer, other files and history are kept. Raises BillhookError for a format that is not read, and
     JobError for values that do not fit the dtype and for a full disk; nothing is left behind then.
     """
+    kind = kind.lower()
     if kind not in DTYPES:
         raise BillhookError(f"Unknown type {kind!r}: use {', '.join(DTYPES)}.")
     source, config, before = _open(model)

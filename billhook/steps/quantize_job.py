@@ -104,6 +104,11 @@ class QuantizeRequest(GgufInputs):
     recipe: Recipe = "good"
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # of a frozen object, which nobody has yet; llama.cpp writes types in capitals
+        self.__dict__.update(type=self.type.lower(), embeddings=self.embeddings.lower())
+
     def opening(self) -> Request:
         """The fields that say how a model and its text are opened."""
         return self._opened_with(spill_gib=SPILL_GIB, recipe="")

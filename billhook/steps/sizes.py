@@ -92,7 +92,7 @@ def allowed_types(target: str, given: Sequence[str]) -> list[str]:
     scalars = [f"int{b}/{group}" for b in _SCALARS.get(target, ()) for group in (64, 32, 16)]
     possible = list(GGML) if target == "gguf" else scalars
     chosen = []
-    for type in given:
+    for type in map(str.lower, given):
         found = [t for t in possible if type in (t, t.partition("/")[0])]
         if not found:
             raise BillhookError(f"{target} files cannot hold {type}: there are {', '.join(possible)}.")

@@ -239,6 +239,8 @@ def test_zeros_that_are_lost_after_quantizing_are_still_found(tmp_path, source):
     [
         ({"type": "int9"}, "Unknown storage type"),
         ({"type": "int4/0"}, "Unknown storage type"),
+        ({"type": "Q4_K_M"}, "q4_k_m is no type but a mix of several: use q4_k for all layers, or"),
+        ({"type": "iq2_m"}, "iq2_m is no type but a mix of several: use iq2_s for all layers, or"),
         ({"type": "f16"}, "cannot quantize to f16"),
         ({"quantizer": "gpt"}, "Unknown quantizer 'gpt'. Did you mean 'gptq'"),
         ({"calibration": None}, "Quantizing with gptq needs activations"),

@@ -65,3 +65,9 @@ def test_scales_are_bfloat16_only_where_all_weights_are(tmp_path, dtypes, scales
     cast = {name: value.to(dtypes["layers.1." in name]) for name, value in load_file(file).items()}
     save_file(cast, file, {"format": "pt"})
     assert prepare(QuantizeRequest(source, "int4/16", tmp_path / "out", quantizer="round")).method.scale_dtype == scales
+
+
+def test_types_may_be_written_in_capitals_as_llama_cpp_does():
+    request = QuantizeRequest("model", "Q8_0", "out", embeddings="Q6_K")
+    assert (request.type, request.embeddings) == ("q8_0", "q6_k")
+    assert allowed_types("gguf", ["Q4_K", "IQ4_XS"]) == allowed_types("gguf", ["q4_k", "iq4_xs"])
