@@ -83,7 +83,7 @@ def test_layers_of_a_pattern_keep_their_own_number(m):
         ([0.5], r"must be a number in \[0, 1\]"),
         ("4:4", "neither 'unstructured' nor N:M"),
         ("Q4_K", r"Unknown storage type 'Q4_K'\. Did you mean 'q4_k'\?"),
-        ("iq3_xs", r"Unknown storage type 'iq3_xs'\. Did you mean 'iq3_xxs'\?"),
+        ("iq3_xxx", r"Unknown storage type 'iq3_xxx'\. Did you mean 'iq3_xxs'\?"),
         ("int4", r"Unknown storage type 'int4'\. Did you mean 'int4/64'\?"),
         ("int8", r"Did you mean 'int8/64'\?"),
         ("int9/64", "intB/GROUP with B from 2 to 8"),
