@@ -14,8 +14,9 @@ and t is `dense_target` (0.5).
 
 Adam for 20 epochs of minibatches of 4 windows; the step is 0.05 times the root mean square of each parameter and falls
 to zero as a cosine. Every eighth window is held out: the weights of the epoch with the smallest loss there are kept,
-and four epochs without improvement end the tuning. If that loss, in the model's own dtype, is not below the first, the
-block gets back the weights it had. With fewer than 8 windows nothing is tuned, which is noted.
+and four epochs without improvement end the tuning. Where no epoch improves on the start, as with short windows, whose
+gradients are noisy, a fifth of the step is tried, and then a fifth of that. If the loss, in the model's own dtype, is
+not below the first, the block gets back the weights it had. With fewer than 8 windows nothing is tuned, which is noted.
 
 Differences from the papers: the loss is that of the next block, targets are between the dense block's and the dense
 model's outputs, and held-out windows decide. An interrupted run continues with the same bytes.
@@ -28,7 +29,7 @@ Limits: it does not look past the next block; with fewer than a few thousand tok
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -51,6 +52,7 @@ Refining = Literal["none", "blocks", "blocks+norms"]
 Masked = list[tuple[nn.Parameter, Tensor]]  # parameters and masks, True where they are tuned
 LEAST = 8  # windows
 PATIENCE = 4  # epochs
+_STEPS = 1.0, 0.2, 0.04  # of the rate, tried until one improves the block
 _BETAS = (0.9, 0.999)
 
 
@@ -173,7 +175,14 @@ def refine_block_(module: nn.Module, data: Data, tuned: Sequence[Trained], optio
     following = data.following.module or nn.Identity()
     parameters, others = [t.parameter for t in tuned], [*module.parameters(), *following.parameters()]
     with _in_float32(module), _in_float32(following), differentiable(parameters, others):
-        best, epochs = _descend(module, data, tuned, (train, held), options, index)
+        epochs = 0
+        for part in _STEPS:
+            slower = replace(options, rate=options.rate * part)
+            best, least, more = _descend(module, data, tuned, (train, held), slower, index)
+            epochs += more
+            if least < before:
+                break
+            give_(tuned, start)
     give_(tuned, {t.name: best[t.name].to(t.stored) for t in tuned})
     after = _mean_loss(module, data, held)
     if after < before:
@@ -189,8 +198,8 @@ def _descend(
     split: tuple[list[Piece], list[Piece]],
     options: Refine,
     index: int,
-) -> tuple[Mapping[str, Tensor], int]:
-    """Adam with early stopping; the values with the lowest held-out loss, and the number of epochs."""
+) -> tuple[Mapping[str, Tensor], float, int]:
+    """Adam with early stopping; the values with the lowest held-out loss, that loss, and the number of epochs."""
     train, held = split
     random = torch.Generator().manual_seed(1000 * options.seed + index)
     adam = KeptAdam(tuned, betas=_BETAS, clip=math.inf)
@@ -213,7 +222,7 @@ def _descend(
         if bad == PATIENCE:
             break
     adam.close()
-    return best, epoch
+    return best, least, epoch
 
 
 @torch.no_grad()
