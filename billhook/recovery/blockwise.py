@@ -178,9 +178,9 @@ def refine_block_(module: nn.Module, data: Data, tuned: Sequence[Trained], optio
         epochs = 0
         for part in _STEPS:
             slower = replace(options, rate=options.rate * part)
-            best, least, more = _descend(module, data, tuned, (train, held), slower, index)
+            best, improved, more = _descend(module, data, tuned, (train, held), slower, index)
             epochs += more
-            if least < before:
+            if improved:
                 break
             give_(tuned, start)
     give_(tuned, {t.name: best[t.name].to(t.stored) for t in tuned})
@@ -198,12 +198,13 @@ def _descend(
     split: tuple[list[Piece], list[Piece]],
     options: Refine,
     index: int,
-) -> tuple[Mapping[str, Tensor], float, int]:
-    """Adam with early stopping; the values with the lowest held-out loss, that loss, and the number of epochs."""
+) -> tuple[Mapping[str, Tensor], bool, int]:
+    """Adam with early stopping; the values with the lowest held-out loss, whether they are not the first ones, and the
+    number of epochs."""
     train, held = split
     random = torch.Generator().manual_seed(1000 * options.seed + index)
     adam = KeptAdam(tuned, betas=_BETAS, clip=math.inf)
-    best, least, bad = adam.values(), _mean_loss(module, data, held), 0
+    best, least, bad, improved = adam.values(), _mean_loss(module, data, held), 0, False
     # without a scale, the gradient of a single token underflows in a float16 head
     scale = 2.0 ** math.ceil(math.log2(STEP * max(h.shape[1] for h in data.inputs)))
     steps, step = options.epochs * len(minibatches(train, torch.Generator())), 0
@@ -218,11 +219,11 @@ def _descend(
         loss = _mean_loss(module, data, held)
         bad = 0 if loss < least else bad + 1
         if loss < least:
-            best, least = adam.values(), loss
+            best, least, improved = adam.values(), loss, True
         if bad == PATIENCE:
             break
     adam.close()
-    return best, least, epoch
+    return best, improved, epoch
 
 
 @torch.no_grad()

@@ -179,6 +179,11 @@ def give_(kept: Sequence[Trained], values: Mapping[str, Tensor]) -> None:
         k.restore_(values[k.name])
 
 
+def are_sharded(kept: Sequence[Trained]) -> bool:
+    """Whether every process has its own part of what is trained."""
+    return any(is_sharded(k.parameter) for k in kept)
+
+
 class KeptAdam:
     """The optimizer; it collects gradients until `close` is called. Sizes are those of the numbers as they are now.
 
@@ -189,7 +194,7 @@ class KeptAdam:
     def __init__(self, kept: Sequence[Trained], *, betas: tuple[float, float] = BETAS, clip: float = CLIP) -> None:
         self.kept, self._clip = kept, clip
         self.masters = [nn.Parameter(k.values().clone(), requires_grad=False) for k in kept]
-        self.sharded = any(is_sharded(k.parameter) for k in kept)
+        self.sharded = are_sharded(kept)
         known, measured = [k.size for k in kept], _sizes(self.masters, self.sharded)
         self.sizes = [size if own is None else own for own, size in zip(known, measured, strict=True)]
         groups = [{"params": [m], "lr": 0.0} for m in self.masters]

@@ -27,13 +27,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.distributed.collectives import all_reduce_, shard, world
-from billhook.distributed.shards import is_sharded
 from billhook.distributed.torchrun import rank
 from billhook.engine.batch import Batch, rows_of, select_rows, split_rows
 from billhook.engine.restore import differentiable
 from billhook.evaluation.predicting import predicted, row_losses, rows_at_once
 from billhook.evaluation.scoring import Scoring
-from billhook.recovery.kept_adam import KeptAdam, Trained, give_, values_of
+from billhook.recovery.kept_adam import KeptAdam, Trained, are_sharded, give_, values_of
 from billhook.recovery.outputs import Predictor
 
 SHARES = (0.001, 0.003, 0.006, 0.014)  # of a parameter's root mean square
@@ -73,7 +72,7 @@ class Problem:
     @property
     def sharded(self) -> bool:
         """Whether every process has its own part of what is trained."""
-        return any(is_sharded(k.parameter) for k in self.kept)
+        return are_sharded(self.kept)
 
     @property
     def measured_every(self) -> int:

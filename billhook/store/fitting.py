@@ -16,9 +16,9 @@ from billhook.errors import BillhookError
 from billhook.store.shards import Entry, Shard
 from billhook.store.tensor_bytes import DTYPES, read_tensor
 
+_COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes in which a model can be built
 # last name components of buffers that earlier versions of transformers saved, of scales of a quantized cache, of what
 # profilers count, and of the state of other kinds of modules
-_COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes in which a model can be built
 _BUFFERS = frozenset({"masked_bias", "inv_freq", "position_ids", "cos_cached", "sin_cached", "k_scale", "v_scale"})
 _BUFFERS |= {"original_inv_freq", "total_ops", "total_params", "_extra_state"}
 
