@@ -49,7 +49,7 @@ from billhook.steps.state import check_same_run
 from billhook.store.files import json_text, read_json, write_json
 from billhook.store.layout import RECORD
 from billhook.store.output import check_output, put_in_place
-from billhook.store.record import Record, read_record
+from billhook.store.record import read_record
 from billhook.tasks.self_text import is_self
 
 SHARES = (0.125, 0.25)  # of the parameters in blocks
@@ -243,7 +243,8 @@ def _candidate(
     output = folder / "bits" / Path(request.output).name
     output.parent.mkdir(parents=True, exist_ok=True)
     if (output / RECORD).is_file():
-        return Candidate(share, output, None, units, _predicted(_plan(read_record(output / RECORD))))
+        plan = Plan.from_json(read_record(output / RECORD).steps[-1].plan or {}, RECORD)
+        return Candidate(share, output, None, units, _predicted(plan))
     again = replace(
         request, model=model, output=output, resume=True, overwrite=False,
         size=budget, bits=None, ratio=None, fit=None, context=None, units=(),
@@ -264,16 +265,13 @@ def _slimmed(
         same = {name: getattr(request, name) for name in Inputs.__dataclass_fields__}
         given = SlimRequest(request.model, model, share, kinds, **{**same, "resume": True, "overwrite": False})
         run_slim(prepare_slim(given, progress), progress)
-    lost = read_record(model / RECORD).steps[-1].made_by.get("lost") or {}
-    return model, _kl(lost)
+    return model, _kl(model)
 
 
-def _kl(lost: Mapping[str, Any]) -> float:
-    return math.inf if (kl := lost.get("kl")) is None else float(kl)
-
-
-def _plan(record: Record) -> Plan:
-    return Plan.from_json(record.steps[-1].plan or {}, RECORD)
+def _kl(folder: Path) -> float:
+    """What the last step of a directory lost, as it recorded; infinite where it did not."""
+    kl = (read_record(folder / RECORD).steps[-1].made_by.get("lost") or {}).get("kl")
+    return math.inf if kl is None else float(kl)
 
 
 def _predicted(plan: Plan) -> float:
@@ -286,7 +284,7 @@ def _carried_out(candidate: Candidate, lost: Lost, progress: Progress, stopping:
     """Quantize a candidate, unless that is done; returns its divergence from the dense model."""
     if candidate.job is not None:
         run_compress(candidate.job, progress, stopping, lost=lost)
-    return _kl(read_record(candidate.output / RECORD).steps[-1].made_by.get("lost") or {})
+    return _kl(candidate.output)
 
 
 def _record(best: Candidate, predicted: Mapping[float, float], losses: Mapping[float, float]) -> None:
