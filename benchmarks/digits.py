@@ -16,7 +16,6 @@ from transformers import ConvNextConfig, ConvNextForImageClassification
 from billhook.engine.batch import Batch
 
 FOLDER, TRAINING, EPOCHS, ROWS = Path("digits_convnext"), 1200, 120, 50
-SHAPE = {"hidden_sizes": [16, 32, 64], "depths": [2, 2, 2], "num_stages": 3, "layer_scale_init_value": 1.0}
 
 
 def digits() -> tuple[Batch, Batch]:
@@ -40,8 +39,9 @@ def train() -> ConvNextForImageClassification:
     """Train with AdamW, a cosine schedule, and images that are turned, scaled and shifted at random."""
     torch.manual_seed(0)
     config = ConvNextConfig(
-        num_channels=1, image_size=8, patch_size=1, num_labels=10, layer_scale_init_value=1.0, **SHAPE
-    )
+        num_channels=1, image_size=8, patch_size=1, num_labels=10, layer_scale_init_value=1.0,
+        hidden_sizes=[16, 32, 64], depths=[2, 2, 2], num_stages=3,
+    )  # fmt: skip
     model, data = ConvNextForImageClassification(config).train(), digits()[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     steps = EPOCHS * TRAINING // ROWS
