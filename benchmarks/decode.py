@@ -64,11 +64,11 @@ def pack(model: LlamaForCausalLM, percent: int) -> LlamaForCausalLM:
 def step(model: LlamaForCausalLM) -> Callable[[int], object]:
     """One decode step after a context of 64 tokens, whose length stays the same."""
     cache = DynamicCache(config=model.config)
-    model(torch.arange(CONTEXT)[None], past_key_values=cache)
+    model(torch.arange(CONTEXT)[None], cache=cache)
     token = torch.tensor([[7]])
 
     def run(turn: int) -> None:
-        model(token, past_key_values=cache).logits.argmax()
+        model(token, cache=cache).logits.argmax()
         cache.crop(-1)
 
     return run

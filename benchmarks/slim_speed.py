@@ -29,10 +29,10 @@ CONTEXT, ROUNDS = 64, 15
 def step(model: PreTrainedModel) -> float:
     """Seconds of processor time for a token after `CONTEXT` others."""
     cache, ids = DynamicCache(config=model.config), torch.arange(CONTEXT)[None]
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, cache=cache, logits_to_keep=1)
     begun = time.process_time()
     for _ in range(4):
-        model(ids[:, -1:], past_key_values=cache)
+        model(ids[:, -1:], cache=cache)
     return (time.process_time() - begun) / 4
 
 

@@ -105,6 +105,12 @@ def cache_bytes(model: PreTrainedModel, tokens: int) -> int:
     return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * tokens)
 
 
+def cache_name(model: PreTrainedModel) -> str:
+    """What the model calls its key-value cache, as an argument and in its output; transformers has renamed it."""
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "cache_params") if name in known), "past_key_values")
+
+
 def without_head(model: PreTrainedModel) -> nn.Module:
     """The base model, which computes the hidden states of the model's inputs; the model itself where its base is a
     part that takes others (DINOv3)."""

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
 from billhook.ambient import evaluating
-from billhook.architectures.config import cache_bytes, check_length, special_tokens
+from billhook.architectures.config import cache_bytes, cache_name, check_length, special_tokens
 from billhook.errors import BillhookError, JobError
 from billhook.store.checkpoint import quiet
 from billhook.tasks.base import Drawing, Samples
@@ -156,10 +156,11 @@ def _documents(
     """Documents [count, length], or shorter if all have ended; what follows the end of a document is meaningless."""
     token = torch.full((shape[0], 1), special[0], device=model.device)
     ends = torch.tensor(sorted(special[1]), dtype=torch.int64, device=model.device)
-    ids, past, ended = [token], None, torch.zeros_like(token, dtype=torch.bool)
+    name, past = cache_name(model), None
+    ids, ended = [token], torch.zeros_like(token, dtype=torch.bool)
     for position in range(1, shape[1]):
-        step = model(input_ids=token, past_key_values=past, use_cache=True)
-        past = step.past_key_values
+        step = model(input_ids=token, **{name: past}, use_cache=True)
+        past = step[name]
         probabilities = step.logits[:, -1].float().softmax(-1)
         if not torch.isfinite(probabilities).all():
             raise JobError("The model's predictions are not finite, so it cannot write text: try --dtype float32.")
