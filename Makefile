@@ -56,7 +56,8 @@ site: docs $(BIN)/.installed-dev-slow
 check: lint type test
 
 # Every benchmark that runs without being told about models and texts; a few hours on two cores. One alone: make bench BENCH=benchmarks/auto.py
-BENCH ?= $(filter-out $(addprefix benchmarks/,published.py quiet_timing.py),$(wildcard benchmarks/*.py))
+TOLD := $(shell grep -l -e 'argument."model"' -e 'argument."folder"' -e 'argument."what"' -e required=True benchmarks/*.py)
+BENCH ?= $(filter-out $(addprefix benchmarks/,published.py quiet_timing.py) $(TOLD),$(wildcard benchmarks/*.py))
 
 bench: $(BIN)/.installed-dev
 	@for file in $(BENCH); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
