@@ -6,8 +6,9 @@
 
 Models are pruned with the 32 golden calibration windows and scored on 16 golden evaluation windows. They are trained on
 TinyStories' training stories (babyllama-105) or the first 1500 documents of a C4 validation file (c4gut): texts that
-have nothing in common with the evaluation windows, which are from TinyStories' held-out stories and WikiText-2. Rates
-are chosen on held-out windows of the training text. *Closed* is the share of the log-perplexity above the dense model's
+have nothing in common with the evaluation windows, which are from TinyStories' held-out stories and WikiText-2. The
+bundled model has windows and text of Python's standard library, held-out files apart. Rates are chosen on held-out
+windows of the training text. *Closed* is the share of the log-perplexity above the dense model's
 that is gone. Rows are kept in a file as they come, and not measured again; the picture has a line for each case, over
 all numbers of tokens that are there. With --cost, tokens a second of processor time against transformers' Trainer on
 the dense model.
@@ -19,6 +20,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from structured import perplexity
+from torch import Tensor
 
-from billhook import load_model, prune, quantize, recover
+from billhook import demo, load_calibration, load_model, prune, quantize, recover
 from billhook.architectures.units import find_units
 from billhook.plan.plan import Budget, Plan
 from billhook.recovery.kept_adam import KeptAdam
@@ -36,6 +39,7 @@ from billhook.reports.charts import Series, chart
 from billhook.reports.scales import Axis
 from billhook.steps.recover import RecoverRequest, prepare
 from billhook.steps.slim import slim
+from billhook.store.checkpoint import load_tokenizer
 from billhook.store.files import write_text
 
 PUBLISHED = {"criterion": "sparsegpt", "allocator": "uniform"}
@@ -52,32 +56,51 @@ CASES: dict[str, tuple[dict[str, Any], int, float | None]] = {  # how it is prun
     "c4gut-llama-12x128 0.7 best": (BEST, 102_400, None),
     "c4gut-llama-12x128 2:4 best": (BEST, 102_400, None),
     "c4gut-llama-12x128 0.6 sparsegpt": (PUBLISHED, 102_400, None),
+    "bundled 0.6 best": (BEST, 102_400, None),
+    "bundled 0.7 best": (BEST, 102_400, None),
+    "bundled 2:4 best": (BEST, 102_400, None),
 }
 TEXTS = {"babyllama-105": ("tinystories_train1000.jsonl", None), "c4gut-llama-12x128": ("c4_validation_2k.jsonl", 1500)}
 
 
-def training_text(folder: Path, model: str, place: Path) -> Path:
-    """The documents to train on, as a file in `place`."""
-    name, count = TEXTS[model]
-    lines = (folder / "text" / name).read_text(encoding="utf-8").splitlines()[:count]
-    path = place / name
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+@dataclass(frozen=True)
+class Home:
+    """A model's directory, windows int64 [n, length] to prune with and to score, and a SOURCE to train on."""
+
+    path: Path
+    calibration: Tensor
+    evaluation: Tensor
+    text: str
+
+    @classmethod
+    def of(cls, folder: Path, model: str, place: Path) -> "Home":
+        """That of a name; the documents of a golden model are written into `place`."""
+        if model == "bundled":
+            tokenizer = load_tokenizer(demo.MODEL)
+            drawn = load_calibration(demo.CALIBRATION, tokenizer, samples=demo.SAMPLES, length=demo.LENGTH)
+            return cls(demo.MODEL, drawn.ids, demo.evaluation_windows().ids, demo.CALIBRATION)
+        name, count = TEXTS[model]
+        lines = (folder / "text" / name).read_text(encoding="utf-8").splitlines()[:count]
+        (place / name).write_text("\n".join(lines), encoding="utf-8")
+        windows = (
+            load_file(folder / "golden" / model / f"{part}.safetensors")["tokens"].long()[:samples]
+            for part, samples in (("calibration", 32), ("evaluation", 16))
+        )
+        return cls(folder / "models" / model, *windows, str(place / name))
 
 
-def smaller(folder: Path, case: str, place: Path) -> Path:
+def smaller(home: Home, case: str, place: Path) -> Path:
     """The pruned, slimmed or quantized directory of a case."""
-    model, what = case.split()[:2]
-    output, windows = place / case.translate(str.maketrans(" :/", "___")), folder / "golden" / model
-    about = {"calibration": load_file(windows / "calibration.safetensors")["tokens"].long()[:32]}
+    what = case.split()[1]
+    output = place / case.translate(str.maketrans(" :/", "___"))
     if what == "channels":
-        units = find_units(load_model(folder / "models" / model), ["channels"])
+        units = find_units(load_model(home.path), ["channels"])
         plan = Plan(Budget("parameters", 1), {}, {unit.name: int(case.split()[2]) for unit in units})
-        return slim(folder / "models" / model, None, output, plan=plan, **about).output
+        return slim(home.path, None, output, plan=plan, calibration=home.calibration).output
     if what.startswith("int"):
-        return quantize(folder / "models" / model, what, output, **about).output
+        return quantize(home.path, what, output, calibration=home.calibration).output
     asked = {"pattern": what} if ":" in what else {"sparsity": float(what)}
-    pruned = prune(folder / "models" / model, output=output, **asked, **about, **CASES[case][0])
+    pruned = prune(home.path, output=output, calibration=home.calibration, **asked, **CASES[case][0])
     assert pruned.output is not None
     return pruned.output
 
@@ -87,20 +110,18 @@ Row = dict[str, Any]
 
 def score(folder: Path, case: str, wanted: list[tuple[int, int, str]]) -> Iterator[Row]:
     """The figures of a case for numbers of tokens, seeds and objectives."""
-    model = case.split()[0]
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        evaluation = load_file(folder / "golden" / model / "evaluation.safetensors")["tokens"].long()[:16]
-        text, start = training_text(folder, model, place), smaller(folder, case, place)
+        home = Home.of(folder, case.split()[0], place)
+        start = smaller(home, case, place)
         dense, before = (
-            perplexity(load_model(x, dtype="float32", quantized=True), evaluation)
-            for x in (folder / "models" / model, start)
+            perplexity(load_model(x, dtype="float32", quantized=True), home.evaluation) for x in (home.path, start)
         )
         for tokens, seed, objective in wanted:
             begun = time.process_time()
-            fields = {"teacher": folder / "models" / model, "calibration": str(text), "objective": objective}
+            fields = {"teacher": home.path, "calibration": home.text, "objective": objective}
             found = recover(start, place / "out", overwrite=True, tokens=tokens, seed=seed, **fields)
-            after = perplexity(load_model(place / "out", dtype="float32", quantized=True), evaluation)
+            after = perplexity(load_model(place / "out", dtype="float32", quantized=True), home.evaluation)
             key = {"case": case, "tokens": tokens, "seed": seed, "objective": objective}
             figures = {"dense": dense, "before": before, "after": after, "seconds": time.process_time() - begun}
             yield key | figures | {"rate": found.rate, "races": dict(found.races)}
@@ -139,19 +160,15 @@ def picture(rows: list[Row]) -> str:
 
 def cost(folder: Path, objectives: list[str]) -> None:
     """Print tokens a second of processor time of a training step, and of the Trainer's on the dense model."""
-    model, path = "c4gut-llama-12x128", folder / "models" / "c4gut-llama-12x128"
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        text, windows = (
-            training_text(folder, model, place),
-            load_file(folder / "golden" / model / "calibration.safetensors"),
-        )
-        ids = windows["tokens"].long()[:32]
+        home = Home.of(folder, "c4gut-llama-12x128", place)
+        path, ids = home.path, home.calibration
         start = prune(path, output=place / "pruned", sparsity=0.6, criterion="magnitude", allocator="uniform").output
         plain = trainer_seconds(path, ids, place)
         print(f"Trainer, dense: {4 * 256 / plain:.0f} tokens a second")
         for objective in objectives:
-            fields = {"teacher": path, "calibration": str(text), "tokens": 20 * 1024, "rate": 0.003}
+            fields = {"teacher": path, "calibration": home.text, "tokens": 20 * 1024, "rate": 0.003}
             job = prepare(RecoverRequest(model=start, output=place / "out", objective=objective, length=256, **fields))
             adam, times = KeptAdam(job.problem.kept), [time.process_time()]
             for _ in steps_(job.problem, adam, 0.003):
